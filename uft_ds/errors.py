@@ -1,0 +1,18 @@
+"""The ways a command may end, and their exit codes."""
+
+EXIT_DONE = 0
+EXIT_BAD_INPUT = 2
+EXIT_CHECK_FAILED = 3
+EXIT_STOPPED = 85
+
+
+class UserError(Exception):
+    """Bad input or recipe. The message names the file and line, or the recipe key, and the remedy."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
+class CheckFailed(Exception):
+    """A check of our own refused to go on: step-0 parity, non-finite steps, conversion mismatch."""
+
+    exit_code = EXIT_CHECK_FAILED
