@@ -1,0 +1,116 @@
+"""Tiny random models and a byte-level tokenizer, saved as Hugging Face folders; nothing is downloaded."""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.utils import logging
+
+Architecture = Literal["qwen2", "qwen3", "llama", "mistral"]
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+END_OF_TEXT, IM_START, IM_END = range(3)
+VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+MAX_LENGTH = 512
+
+CLASSES = {
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+}
+
+
+def build_tiny_tokenizer(folder: Path) -> Path:
+    """Save a byte-level tokenizer (3 special tokens, then the 256 bytes, no merges) with ChatML; eos == pad.
+
+    eos == pad == <|im_end|>, as in SmolLM2: code that finds padding by id must fail on it.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+    )
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        model_max_length=MAX_LENGTH,
+        clean_up_tokenization_spaces=False,
+    )
+    wrapped.chat_template = CHATML
+    wrapped.save_pretrained(folder)
+    return folder
+
+
+def build_tiny_model(
+    folder: Path,
+    architecture: Architecture = "qwen2",
+    *,
+    tied: bool = False,
+    sliding_window: int | None = None,
+    seed: int = 0,
+) -> Path:
+    """Save a random float32 model (3 layers, D=64, V=259) and its tokenizer.
+
+    The initial standard deviation is 0.1, five times the usual: outputs differ between prompts and positions.
+    """
+    config_class, model_class = CLASSES[architecture]
+    windows: dict[str, object] = {}
+    if architecture == "mistral":
+        windows = {"sliding_window": sliding_window}
+    elif sliding_window is not None:
+        if architecture == "llama":
+            raise ValueError("llama has no sliding window")
+        windows = {"use_sliding_window": True, "sliding_window": sliding_window, "max_window_layers": 1}
+    head_dim = {"head_dim": 16} if architecture == "qwen3" else {}
+    config = config_class(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=MAX_LENGTH,
+        initializer_range=0.1,
+        tie_word_embeddings=tied,
+        bos_token_id=IM_START,
+        eos_token_id=IM_END,
+        pad_token_id=IM_END,
+        **windows,
+        **head_dim,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class(config)
+    model = model.to(torch.float32)
+    model.generation_config = GenerationConfig(
+        bos_token_id=IM_START, eos_token_id=IM_END, pad_token_id=IM_END
+    )
+    logging.disable_progress_bar()
+    model.save_pretrained(folder)
+    build_tiny_tokenizer(folder)
+    return folder

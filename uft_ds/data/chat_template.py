@@ -1,0 +1,83 @@
+"""What a chat template tells about a tokenizer: how a conversation is written and which token ends a turn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from uft_ds.errors import UserError
+
+REMEDY = (
+    "give one with the recipe key `model.chat_template: path/to/template.jinja`, "
+    "or put a `chat_template.jinja` into the model's folder"
+)
+PROBE = [
+    {"role": "user", "content": "What is asked"},
+    {"role": "assistant", "content": "What is answered"},
+]
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[dict[str, str]],
+    *,
+    add_generation_prompt: bool = False,
+) -> str:
+    """The conversation as text. The template writes every special token, so tokenize without adding more.
+
+    Raises:
+        UserError: the tokenizer has no template, or the template refuses these messages (it knows no system
+            role, or the roles must alternate).
+    """
+    if not tokenizer.chat_template:
+        raise UserError(f"The tokenizer of `{tokenizer.name_or_path}` has no chat template: {REMEDY}.")
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise UserError(
+            f"The chat template of `{tokenizer.name_or_path}` refuses a conversation of roles [{roles}]: "
+            f"{error}. Change the conversation, or {REMEDY}."
+        ) from error
+    assert isinstance(text, str)
+    return text
+
+
+def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The special token that the template writes after an assistant's text; generation stops there.
+
+    It is read off a rendered probe, not taken from `eos_token`: base models that are taught to chat often
+    keep an end-of-document token there (Qwen2.5: `<|endoftext|>`; its template closes turns by `<|im_end|>`).
+    White space between the text and the token is allowed (Llama 2).
+
+    Raises:
+        UserError: no template, or no special token closes the assistant's turn.
+    """
+    text = render(tokenizer, PROBE)
+    before, _, after = text.rpartition(PROBE[-1]["content"])
+    if not before:
+        raise UserError(
+            f"The chat template of `{tokenizer.name_or_path}` leaves out the assistant's text: {REMEDY}."
+        )
+    closing = after.lstrip()
+    matches = [token for token in special_tokens(tokenizer) if token and closing.startswith(token)]
+    if not matches:
+        raise UserError(
+            f"The chat template of `{tokenizer.name_or_path}` does not close the assistant's turn with a "
+            f"special token (after the answer comes {after[:40]!r}), so a model could not learn where to "
+            f"stop: {REMEDY}."
+        )
+    return special_tokens(tokenizer)[max(matches, key=len)]
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Text to id of all special tokens: the named ones (eos, pad, ...) and those only marked as special."""
+    marked = {
+        token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+    named = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    return marked | named

@@ -1,0 +1,105 @@
+"""A step's sequences into micro-batches: side by side in one row of tokens, without padding.
+
+T packed tokens, N supervised tokens, R responses of one micro-batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from uft_ds.data.example import Response, Sequence
+from uft_ds.data.mixture import Step
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one rank forwards at once.
+
+    token_ids_T, position_ids_T: [tokens]; positions restart at 0 with each sequence.
+    predictors_N: [supervised tokens], index of the position whose output predicts the token.
+    targets_N: [supervised tokens], the token predicted.
+    response_of_N: [supervised tokens], index into the responses.
+    scores_R: [responses], float32.
+    responses: for kinds and origins; empty in the dummy of a rank that has nothing left to do.
+    """
+
+    token_ids_T: Tensor
+    position_ids_T: Tensor
+    predictors_N: Tensor
+    targets_N: Tensor
+    response_of_N: Tensor
+    scores_R: Tensor
+    responses: tuple[Response, ...]
+
+    def to(self, device: torch.device | str) -> MicroBatch:
+        """The same micro-batch on another device."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "responses"}
+        return replace(self, **{name: t.to(device, non_blocking=True) for name, t in tensors.items()})
+
+
+# Two tokens, no response: every rank must run the same number of forwards, or ZeRO's gathers hang.
+_DUMMY = Sequence(np.zeros(2, dtype=np.int32), ())
+
+
+def pack(step: Step, *, tokens_per_micro_batch: int, world_size: int) -> list[list[list[Sequence]]]:
+    """Divide a step's sequences: result[rank][micro_step] is a list of sequences, maybe empty.
+
+    As few micro-steps as the tokens allow, the same number on every rank; the longest sequence first, each to
+    the bin with the fewest tokens, so that ranks finish together.
+
+    Raises:
+        ValueError: a sequence is longer than `tokens_per_micro_batch`.
+    """
+    longest = max((sequence.num_tokens for sequence in step.sequences), default=0)
+    if longest > tokens_per_micro_batch:
+        raise ValueError(f"a sequence of {longest} tokens exceeds tokens_per_micro_batch {tokens_per_micro_batch}")
+    total = sum(sequence.num_tokens for sequence in step.sequences)
+    micro_steps = max(1, math.ceil(total / tokens_per_micro_batch / world_size))
+    while (bins := _spread(step.sequences, micro_steps * world_size, tokens_per_micro_batch)) is None:
+        micro_steps += 1
+    return [bins[rank::world_size] for rank in range(world_size)]
+
+
+def _spread(sequences: Seq[Sequence], num_bins: int, capacity: int) -> list[list[Sequence]] | None:
+    bins: list[list[Sequence]] = [[] for _ in range(num_bins)]
+    loads = [0] * num_bins
+    for sequence in sorted(sequences, key=lambda s: -s.num_tokens):
+        lightest = loads.index(min(loads))
+        if loads[lightest] + sequence.num_tokens > capacity:
+            return None
+        bins[lightest].append(sequence)
+        loads[lightest] += sequence.num_tokens
+    return bins
+
+
+def micro_batch(sequences: Seq[Sequence]) -> MicroBatch:
+    """Lay sequences side by side; without any, the dummy."""
+    sequences = sequences or [_DUMMY]
+    offsets = np.cumsum([0, *(s.num_tokens for s in sequences)])
+    token_ids = np.concatenate([s.token_ids_T for s in sequences]).astype(np.int64)
+    positions = np.concatenate([np.arange(s.num_tokens) for s in sequences])
+    responses = [(offset, r) for offset, s in zip(offsets, sequences, strict=False) for r in s.responses]
+    spans = [np.arange(offset + r.start, offset + r.end) for offset, r in responses]
+    supervised = np.concatenate(spans) if spans else np.zeros(0, dtype=np.int64)
+    lengths = [len(span) for span in spans]
+    return MicroBatch(
+        token_ids_T=torch.from_numpy(token_ids),
+        position_ids_T=torch.from_numpy(positions),
+        predictors_N=torch.from_numpy(supervised - 1),
+        targets_N=torch.from_numpy(token_ids[supervised]),
+        response_of_N=torch.repeat_interleave(torch.arange(len(spans)), torch.tensor(lengths, dtype=torch.int64)),
+        scores_R=torch.tensor([r.score for _, r in responses], dtype=torch.float32),
+        responses=tuple(r for _, r in responses),
+    )
+
+
+def rank_micro_batches(step: Step, *, tokens_per_micro_batch: int, rank: int, world_size: int) -> list[MicroBatch]:
+    """The micro-batches of one rank; every rank gets the same number."""
+    bins = pack(step, tokens_per_micro_batch=tokens_per_micro_batch, world_size=world_size)
+    return [micro_batch(sequences) for sequences in bins[rank]]

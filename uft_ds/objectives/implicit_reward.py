@@ -1,0 +1,25 @@
+"""The implicit reward, from token log-probs to one log-ratio a response.
+
+N supervised tokens, R responses.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def response_logps(token_logps_N: Tensor, response_of_N: Tensor, num_responses: int) -> Tensor:
+    """log pi(y|x): the sum over each response's tokens (UFT Eq. 1), [responses], nats, float32."""
+    zeros_R = torch.zeros(num_responses, dtype=torch.float32, device=token_logps_N.device)
+    return zeros_R.index_add(0, response_of_N, token_logps_N.float())
+
+
+def implicit_reward(log_ratios_R: Tensor, beta: float) -> Tensor:
+    """r = beta (log pi(y|x) - log pi_ref(y|x)), UFT (arXiv 2410.21438) Eq. 5."""
+    return beta * log_ratios_R
+
+
+def implicit_score(log_ratios_R: Tensor, beta: float) -> Tensor:
+    """sigmoid(r), in [0, 1]: what is compared with the given score (UNA, arXiv 2408.15339 Eq. 8)."""
+    return torch.sigmoid(implicit_reward(log_ratios_R, beta))
