@@ -50,9 +50,7 @@ def build_tiny_tokenizer(folder: Path) -> Path:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
-    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<|im_start|>",
@@ -107,9 +105,7 @@ def build_tiny_model(
         torch.manual_seed(seed)
         model = model_class(config)
     model = model.to(torch.float32)
-    model.generation_config = GenerationConfig(
-        bos_token_id=IM_START, eos_token_id=IM_END, pad_token_id=IM_END
-    )
+    model.generation_config = GenerationConfig(bos_token_id=IM_START, eos_token_id=IM_END, pad_token_id=IM_END)
     logging.disable_progress_bar()
     model.save_pretrained(folder)
     build_tiny_tokenizer(folder)

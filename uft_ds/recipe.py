@@ -267,7 +267,7 @@ _RecipeLoader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicat
 
 
 def _load_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_RecipeLoader)  # noqa: S506 - a SafeLoader
+    return yaml.load(text, Loader=_RecipeLoader)  # a SafeLoader
 
 
 def shipped_recipes() -> tuple[str, ...]:
@@ -352,7 +352,11 @@ def recipe_from_tree(tree: dict[str, Any], label: str) -> Recipe:
 
 def _explain(problem: Any) -> str:
     # Members of a union put their type's name into the location; only keys and indices name a place.
-    path = [part for part in problem["loc"] if not (isinstance(part, str) and re.search(r"[\[\]-]|^(str|int|float|dict)$", part))]
+    path = [
+        part
+        for part in problem["loc"]
+        if not (isinstance(part, str) and re.search(r"[\[\]-]|^(str|int|float|dict)$", part))
+    ]
     key = ".".join(str(part) for part in path)
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(path[-1]), _known_keys(path[:-1]), n=1)
@@ -371,7 +375,11 @@ def _known_keys(path: list[Any]) -> list[str]:
         if isinstance(part, int):
             continue
         annotation = section.model_fields[part].annotation
-        candidates = [annotation, *get_args(annotation), *(a for arg in get_args(annotation) for a in get_args(arg))]
+        candidates = [
+            annotation,
+            *get_args(annotation),
+            *(a for arg in get_args(annotation) for a in get_args(arg)),
+        ]
         section = next(c for c in candidates if isinstance(c, type) and issubclass(c, Section))
     return list(section.model_fields)
 

@@ -105,7 +105,7 @@ def test_answers_are_right_and_not_in_plain_sight(data: VerifiableData) -> None:
 
 
 def test_flawed_responses_are_below_one(data: VerifiableData) -> None:
-    """Drawn for every task, a flawed response never grades 1; each kind of flaw works on each kind of task."""
+    """A flawed response never grades 1, whatever the task; every flaw can be drawn for every kind."""
     rng = random.Random("flaws")
     for task in all_tasks(data):
         assert grade(task, flawed_response(task, rng)) < 1
@@ -230,7 +230,7 @@ def test_long_rambling_is_graded_quickly(response: str) -> None:
 
 
 def test_written_scores_equal_a_fresh_grade(tmp_path: Path) -> None:
-    """From the files alone: known keys, scores in [0, 1] that `grade` gives again, no file left half-written."""
+    """From the files alone: the agreed keys, scores that `grade` gives again, no temporary file left."""
     write(tmp_path, num_prompts=330, num_held_out=33, seed=3)
     names = {"instruction.jsonl", "scored.jsonl", "held_out.jsonl", "README.md"}
     assert {path.name for path in tmp_path.iterdir()} == names

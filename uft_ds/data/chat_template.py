@@ -60,9 +60,7 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
     text = render(tokenizer, PROBE)
     before, _, after = text.rpartition(PROBE[-1]["content"])
     if not before:
-        raise UserError(
-            f"The chat template of `{tokenizer.name_or_path}` leaves out the assistant's text: {REMEDY}."
-        )
+        raise UserError(f"The chat template of `{tokenizer.name_or_path}` leaves out the assistant's text: {REMEDY}.")
     closing = after.lstrip()
     matches = [token for token in special_tokens(tokenizer) if token and closing.startswith(token)]
     if not matches:
@@ -76,8 +74,6 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """Text to id of all special tokens: the named ones (eos, pad, ...) and those only marked as special."""
-    marked = {
-        token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special
-    }
+    marked = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     named = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     return marked | named

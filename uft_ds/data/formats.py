@@ -51,9 +51,7 @@ def ultrachat(row: Row, *, score: float | None, origin: str) -> Example:
     if not messages:
         raise ValueError("'messages' holds no assistant turn")
     value = default_score(score)
-    supervised = tuple(
-        Message(m.role, m.content, value) if m.role == "assistant" else m for m in messages
-    )
+    supervised = tuple(Message(m.role, m.content, value) if m.role == "assistant" else m for m in messages)
     return Example(supervised, "instruction", origin)
 
 

@@ -26,6 +26,7 @@ class MicroBatch:
     targets_N: [supervised tokens], the token predicted.
     response_of_N: [supervised tokens], index into the responses.
     scores_R: [responses], float32.
+    bounds_S: [sequences + 1], int32, cumulative lengths; longest: the longest sequence, in tokens.
     responses: for kinds and origins; empty in the dummy of a rank that has nothing left to do.
     """
 
@@ -35,12 +36,15 @@ class MicroBatch:
     targets_N: Tensor
     response_of_N: Tensor
     scores_R: Tensor
+    bounds_S: Tensor
+    longest: int
     responses: tuple[Response, ...]
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same micro-batch on another device."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "responses"}
-        return replace(self, **{name: t.to(device, non_blocking=True) for name, t in tensors.items()})
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {name: v.to(device, non_blocking=True) for name, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
 
 # Two tokens, no response: every rank must run the same number of forwards, or ZeRO's gathers hang.
@@ -95,6 +99,8 @@ def micro_batch(sequences: Seq[Sequence]) -> MicroBatch:
         targets_N=torch.from_numpy(token_ids[supervised]),
         response_of_N=torch.repeat_interleave(torch.arange(len(spans)), torch.tensor(lengths, dtype=torch.int64)),
         scores_R=torch.tensor([r.score for _, r in responses], dtype=torch.float32),
+        bounds_S=torch.from_numpy(offsets.astype(np.int32)),
+        longest=max(s.num_tokens for s in sequences),
         responses=tuple(r for _, r in responses),
     )
 

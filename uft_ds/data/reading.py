@@ -113,7 +113,9 @@ def _read_jsonl(file: Path, data: bytes) -> Iterator[tuple[str, dict[str, Any]]]
 def _read_json(file: Path, data: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
     value = _parse(data.removeprefix(b"\xef\xbb\xbf"), str(file))
     if not isinstance(value, list):
-        raise UserError(f"{file}: expected a JSON array of rows, found {type(value).__name__}; one object a line is .jsonl")
+        raise UserError(
+            f"{file}: expected a JSON array of rows, found {type(value).__name__}; one object a line is .jsonl"
+        )
     for number, row in enumerate(value, start=1):
         yield f"{file}:{number}", _row(row, f"{file}, row {number}")
 
@@ -127,7 +129,9 @@ def _row(value: Any, place: str) -> dict[str, Any]:
 def _parse(data: bytes, place: str) -> Any:
     try:
         return json.loads(
-            data.decode("utf-8"), object_pairs_hook=_object_without_duplicates, parse_constant=_refuse_constant
+            data.decode("utf-8"),
+            object_pairs_hook=_object_without_duplicates,
+            parse_constant=_refuse_constant,
         )
     except UnicodeDecodeError as error:
         raise UserError(f"{place}: byte {error.start} is not UTF-8; convert the file to UTF-8") from None

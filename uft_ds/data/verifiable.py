@@ -108,9 +108,7 @@ def _distinct_tasks(kind: str, rng: random.Random) -> Iterator[Task]:
             if payload(task) not in seen:
                 break
         else:
-            raise UserError(
-                f"kind {kind!r} has no more distinct prompts after {len(seen)}: ask for fewer prompts"
-            )
+            raise UserError(f"kind {kind!r} has no more distinct prompts after {len(seen)}: ask for fewer prompts")
         seen.add(payload(task))
         yield task
 
@@ -157,9 +155,7 @@ def _punctuation(task: Task, rng: random.Random) -> str:
 
 
 def _off_task(task: Task, rng: random.Random) -> str:
-    return rng.choice(
-        ("I am sorry, I cannot do that.", "Sure! How can I help you?", "Please give me more details.")
-    )
+    return rng.choice(("I am sorry, I cannot do that.", "Sure! How can I help you?", "Please give me more details."))
 
 
 def _wrong_answer(task: Task, rng: random.Random) -> str:
@@ -231,9 +227,7 @@ def _undotted(task: Task) -> tuple[str, ...]:
 
 
 def _in_words(task: Task) -> tuple[str, ...]:
-    return tuple(
-        form for word, digit in NUMBER_WORDS.items() if digit == task.answer for form in (word, word.title())
-    )
+    return tuple(form for word, digit in NUMBER_WORDS.items() if digit == task.answer for form in (word, word.title()))
 
 
 _MISFORMATS: dict[str, Callable[[Task], tuple[str, ...]]] = {

@@ -246,9 +246,7 @@ def _with_canonical_json(task: Task, text: str) -> str:
 def _json_fields_of(text: str) -> list[tuple[str, str]] | None:
     """A flat object's fields, sorted; values by their JSON text, so that 31, 31.0 and "31" differ."""
     try:
-        return json.loads(
-            text, object_pairs_hook=lambda fields: sorted((k, json.dumps(v)) for k, v in fields)
-        )
+        return json.loads(text, object_pairs_hook=lambda fields: sorted((k, json.dumps(v)) for k, v in fields))
     except (ValueError, RecursionError):
         return None
 

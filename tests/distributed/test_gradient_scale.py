@@ -1,0 +1,155 @@
+"""Invariant 2: the gradient of a step does not depend on world size, micro-batches or packing."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_on_ranks
+from toy import UFT, objective, toy_model, toy_step
+
+from uft_ds.data.packing import MicroBatch, micro_batch, rank_micro_batches
+from uft_ds.model.load import decoder_layer_class
+from uft_ds.objectives.objective import Objective, count_terms, micro_batch_loss
+from uft_ds.training.engine import Engine, deepspeed_config, read_deepspeed_file
+
+# Low enough that a tiny model is really partitioned and gathered again.
+REAL_PARTITIONING = {
+    "stage3_prefetch_bucket_size": 20000,
+    "stage3_max_live_parameters": 40000,
+    "stage3_max_reuse_distance": 100,
+    "stage3_param_persistence_threshold": 0,
+}
+
+
+def engine_of(folder: Path, *, file: str = "zero3_cpu", max_grad_norm: float = 1e6, **model: object) -> Engine:
+    config = read_deepspeed_file(file)
+    if file != "zero2":
+        config["zero_optimization"] |= REAL_PARTITIONING
+    uft_model = toy_model(folder, **model)  # type: ignore[arg-type]
+    layer = decoder_layer_class(uft_model.policy.get_base_model())
+    dtype = next(uft_model.policy.get_base_model().parameters()).dtype
+    filled = deepspeed_config(config, dtype=dtype, max_grad_norm=max_grad_norm)
+    return Engine(uft_model, filled, layer_class=layer, weight_decay=0.0)
+
+
+def accumulate(engine: Engine, batches: list[MicroBatch], uft: Objective) -> tuple[dict[str, torch.Tensor], float]:
+    """Gradients by name after the last micro-batch, and the step's loss over all ranks."""
+    from deepspeed.utils import safe_get_full_grad
+
+    terms = count_terms(uft, toy_step().responses)
+    total = torch.zeros(())
+    for number, batch in enumerate(batches):
+        loss, _ = micro_batch_loss(uft, batch, terms, *engine(batch))
+        engine.backward(loss, is_last=number == len(batches) - 1)
+        total += loss.detach()
+    grads = {n: safe_get_full_grad(p).clone() for n, p in engine.module.named_parameters() if p.requires_grad}
+    return grads, float(engine.sum_over_ranks(total))
+
+
+def sharded_step(folder: Path, loss: str, tokens: int, assignment: list[list[list[int]]] | None, file: str) -> object:
+    engine = engine_of(folder, file=file)
+    step = toy_step()
+    if assignment is None:
+        batches = rank_micro_batches(
+            step, tokens_per_micro_batch=tokens, rank=engine.rank, world_size=engine.world_size
+        )
+    else:
+        batches = [micro_batch([step.sequences[i] for i in members]) for members in assignment[engine.rank]]
+    grads, total = accumulate(engine, batches, objective(loss))
+    result = engine.step(1e-3)
+    assert not result.skipped
+    return grads, total, result.grad_norm, [len(batch.responses) for batch in batches]
+
+
+def single_process(folder: Path, loss: str) -> tuple[dict[str, torch.Tensor], float, float]:
+    """The definition: one process, no DeepSpeed, every sequence forwarded alone."""
+    model = toy_model(folder)
+    step, uft = toy_step(), objective(loss)
+    terms = count_terms(uft, step.responses)
+    total = 0.0
+    for sequence in step.sequences:
+        batch = micro_batch([sequence])
+        share, _ = micro_batch_loss(uft, batch, terms, *model(batch))
+        share.backward()
+        total += float(share.detach())
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    norm = torch.stack([grad.norm() for grad in grads.values()]).norm()
+    return grads, total, float(norm)
+
+
+def assert_same_step(sharded: tuple, definition: tuple) -> None:
+    grads, total, norm, _ = sharded
+    expected, expected_total, expected_norm = definition
+    assert set(grads) == set(expected)
+    for name, grad in expected.items():
+        assert (grads[name] - grad).abs().max() <= 1e-5 * grad.abs().max(), name
+    assert total == pytest.approx(expected_total, rel=1e-6)
+    assert norm == pytest.approx(expected_norm, rel=1e-5)
+
+
+# Seven sequences by hand: different numbers of micro-batches' responses, and empty ones first, last and in a row.
+UNEVEN = {
+    1: [[[0], [1, 2, 3], [], [4, 5, 6]]],
+    2: [[[0, 1, 2, 3], [], [4]], [[], [5, 6], []]],
+    4: [[[0, 1, 2], [3]], [[], [4]], [[5], []], [[], [6]]],
+}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_gradient_does_not_depend_on_world_size(tiny_qwen2: Path, world_size: int) -> None:
+    """Gradients and their norm on 1, 2, 4 ZeRO-3 ranks, unevenly filled, equal one process's to 1e-5 relative."""
+    definition = single_process(tiny_qwen2, "mse")
+    results = run_on_ranks(sharded_step, world_size, tiny_qwen2, "mse", 0, UNEVEN[world_size], "zero3_cpu")
+    assert any(0 in counts for *_, counts in results), "the case should hold an empty micro-batch"
+    for result in results:
+        assert_same_step(result, definition)
+
+
+@pytest.mark.parametrize(("loss", "file"), [("nll", "zero3_cpu"), ("bce", "zero2")])
+def test_gradient_does_not_depend_on_packing(tiny_qwen2: Path, loss: str, file: str) -> None:
+    """Packed by `pack` into many micro-batches: the same gradients, for token terms and under ZeRO-2 too."""
+    definition = single_process(tiny_qwen2, loss)
+    results = run_on_ranks(sharded_step, 2, tiny_qwen2, loss, 64, None, file)
+    assert min(len(counts) for *_, counts in results) > 1
+    for result in results:
+        assert_same_step(result, definition)
+
+
+def poisoned_steps(folder: Path) -> object:
+    """A good step; a step whose gradient is NaN on rank 1 only; a good step."""
+    engine = engine_of(folder)
+    step, terms = toy_step(), count_terms(UFT, toy_step().responses)
+    batch = rank_micro_batches(step, tokens_per_micro_batch=512, rank=engine.rank, world_size=2)[0]
+    outcomes, weights = [], []
+    for poison in (False, True, False):
+        loss, _ = micro_batch_loss(UFT, batch, terms, *engine(batch))
+        engine.backward(loss * (float("nan") if poison and engine.rank == 1 else 1.0), is_last=True)
+        outcomes.append(engine.step(1e-2))
+        with engine.gathered_trainable() as named:
+            weights.append({name: value.clone() for name, value in named.items()})
+    return outcomes, weights
+
+
+def clean_steps(folder: Path) -> object:
+    """The same without the poisoned step."""
+    engine = engine_of(folder)
+    terms = count_terms(UFT, toy_step().responses)
+    batch = rank_micro_batches(toy_step(), tokens_per_micro_batch=512, rank=engine.rank, world_size=2)[0]
+    for _ in range(2):
+        loss, _ = micro_batch_loss(UFT, batch, terms, *engine(batch))
+        engine.backward(loss, is_last=True)
+        engine.step(1e-2)
+    with engine.gathered_trainable() as named:
+        return {name: value.clone() for name, value in named.items()}
+
+
+def test_a_nan_on_one_rank_skips_the_step_on_all(tiny_qwen2: Path) -> None:
+    """Nothing moves on any rank, and nothing of the bad step is left in the next one, bit for bit."""
+    results = run_on_ranks(poisoned_steps, 2, tiny_qwen2)
+    clean = run_on_ranks(clean_steps, 2, tiny_qwen2)[0]
+    for outcomes, weights in results:
+        assert [outcome.skipped for outcome in outcomes] == [False, True, False]
+        first, poisoned, last = weights
+        assert all(torch.equal(first[name], poisoned[name]) for name in first)
+        assert any(not torch.equal(first[name], last[name]) for name in first)
+        assert all(torch.equal(last[name], clean[name]) for name in last)

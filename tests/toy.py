@@ -1,0 +1,75 @@
+"""Toy sequences, a policy whose adapters are not zero, and the step they make: shared by many tests."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tiny import VOCAB_SIZE, build_tiny_model
+
+from uft_ds.data.example import Kind, Response, Sequence
+from uft_ds.data.mixture import Step
+from uft_ds.model.adapters import add_adapters
+from uft_ds.model.load import load_base
+from uft_ds.model.uft_model import UFTModel
+from uft_ds.objectives.objective import Objective
+
+UFT = Objective(
+    {kind: "mse" for kind in ("instruction", "score", "binary", "pair")},
+    {kind: 1.0 for kind in ("instruction", "score", "binary", "pair")},
+    beta=0.1,
+)
+
+
+def objective(loss: str = "mse", beta: float = 0.1) -> Objective:
+    """One loss for all kinds."""
+    return Objective(dict.fromkeys(UFT.loss_of_kind, loss), UFT.weight_of_kind, beta)
+
+
+def toy_sequences(count: int, *, seed: int = 0, longest: int = 40) -> tuple[Sequence, ...]:
+    """Random tokens with 1 to 3 responses each, scores from 0 to 1, lengths uneven."""
+    rng = np.random.default_rng(seed)
+    sequences = []
+    for number in range(count):
+        num_responses = int(rng.integers(1, 4))
+        length = int(rng.integers(6 * num_responses, max(longest, 6 * num_responses + 1)))
+        cuts = np.sort(rng.choice(np.arange(1, length), size=2 * num_responses, replace=False))
+        kinds: tuple[Kind, ...] = ("instruction", "score")
+        responses = tuple(
+            Response(int(a), int(b), float(rng.random()), kinds[int(rng.integers(2))], f"toy:{number}.{i}")
+            for i, (a, b) in enumerate(zip(cuts[::2], cuts[1::2], strict=True))
+        )
+        tokens = rng.integers(3, VOCAB_SIZE, size=length).astype(np.int32)
+        sequences.append(Sequence(tokens[: responses[-1].end], responses))
+    return tuple(sequences)
+
+
+def toy_step(count: int = 7, *, seed: int = 0) -> Step:
+    return Step(0, toy_sequences(count, seed=seed))
+
+
+def toy_model(
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    lora_dtype: torch.dtype = torch.float32,
+    b_std: float = 0.05,
+    gradient_checkpointing: bool = False,
+    attention: str = "sdpa",
+) -> UFTModel:
+    """The model in `folder` with adapters; B drawn with `b_std`, so that log-ratios are of order 1."""
+    base = load_base(
+        str(folder), revision=None, dtype=dtype, attention=attention, gradient_checkpointing=gradient_checkpointing
+    )
+    policy = add_adapters(base, rank=4, alpha=8.0, targets="all-linear", dtype=lora_dtype, seed=1)
+    if b_std:
+        generator = torch.Generator().manual_seed(2)
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.data = (torch.randn(parameter.shape, generator=generator) * b_std).to(lora_dtype)
+    return UFTModel(policy)
+
+
+def build(folder: Path, *args: Any, **kwargs: Any) -> Path:
+    """`build_tiny_model`, once a folder."""
+    return folder if (folder / "config.json").exists() else build_tiny_model(folder, *args, **kwargs)

@@ -1,0 +1,78 @@
+"""Base weights, attention and adapters from a recipe's plain values."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from uft_ds.errors import UserError
+
+
+def check_base(base: str, revision: str | None) -> Any:
+    """The base model's config, read without its weights.
+
+    Raises:
+        UserError: there is none, or it asks to run code of its own.
+    """
+    folder = Path(base).expanduser()
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise UserError(f"model.base: {base} holds no config.json; expected a model folder in Hugging Face's layout")
+    if folder.exists():
+        try:
+            raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"model.base: {folder / 'config.json'}: not valid JSON ({error})") from None
+        if "auto_map" in raw:
+            raise UserError(f"model.base: {base} needs code of its own (auto_map in config.json), which is never run")
+    try:
+        return AutoConfig.from_pretrained(base, revision=revision)
+    except Exception as error:  # noqa: BLE001 - transformers raises many types here
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"model.base: {base!r} is neither a local model folder nor to be had from the hub ({reason})"
+        ) from None
+
+
+def load_base(
+    base: str,
+    *,
+    revision: str | None,
+    dtype: torch.dtype,
+    attention: str,
+    gradient_checkpointing: bool,
+) -> Any:
+    """The base model, frozen and in training mode.
+
+    Under `training.engine.partitioned_loading` each rank keeps only its shard: transformers reads the files
+    once, maps them, and hands every parameter out as it goes.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            base, revision=revision, dtype=dtype, attn_implementation=attention_implementation(attention)
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"model.base: {base!r} could not be loaded ({str(error).splitlines()[0]})") from None
+    model.requires_grad_(False)
+    model.train()
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def attention_implementation(asked: str) -> str:
+    """`auto` becomes flash_attention_2 where it is installed and a GPU is present, sdpa elsewhere."""
+    if asked != "auto":
+        return asked
+    has_flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+    return "flash_attention_2" if has_flash else "sdpa"
+
+
+def decoder_layer_class(model: Any) -> type:
+    """The class of the model's decoder layers, which ZeRO-3 gathers as a whole."""
+    layers = model.get_decoder().layers
+    return type(layers[0])

@@ -1,0 +1,84 @@
+"""From summed statistics to the metrics of a step, and their file."""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from uft_ds.data.example import KINDS
+from uft_ds.objectives.objective import STATISTICS, Objective
+
+MEANS = ("implicit_reward", "implicit_score", "log_ratio", "saturated", "saturated_stuck")
+
+
+def step_metrics(objective: Objective, loss: float, sums: Tensor) -> dict[str, float]:
+    """Means over the responses of all ranks, by kind.
+
+    Args:
+        loss: the objective's value, summed over ranks and micro-batches.
+        sums: [kinds, statistics], summed over ranks and micro-batches.
+    """
+    metrics = {"loss": loss}
+    for kind, row in zip(KINDS, sums.tolist(), strict=True):
+        values = dict(zip(STATISTICS, row, strict=True))
+        if not values["responses"]:
+            continue
+        metrics[f"loss/{kind}"] = values["loss"] / values["loss_terms"]
+        metrics[f"responses/{kind}"] = values["responses"]
+        metrics[f"response_tokens/{kind}"] = values["tokens"] / values["responses"]
+        if objective.needs_reference:
+            metrics |= {f"{name}/{kind}": values[name] / values["responses"] for name in MEANS}
+    return metrics
+
+
+def peak_memory_gib() -> float:
+    """Peak memory of this process, GiB: of the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class MetricsWriter:
+    """Appends to metrics.jsonl and to the trackers; a line is whole or absent."""
+
+    def __init__(self, folder: Path, trackers: tuple[str, ...], *, run_name: str, config: Mapping[str, Any]) -> None:
+        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        if "tensorboard" in trackers:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"))
+        if "wandb" in trackers:
+            import wandb
+
+            self._wandb = wandb.init(project="uft_ds", name=run_name, dir=str(folder), config=dict(config))
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line, flushed: whoever follows the file sees it at once."""
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for name, value in metrics.items():
+                self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.flush()
+        if self._wandb is not None:
+            self._wandb.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a metrics file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
