@@ -81,7 +81,7 @@ def _one_rank(function: Any, rank: int, world_size: int, port: int, folder: Path
         result = function(*args)
         (folder / f"result{rank}").write_bytes(pickle.dumps(result))
         torch.distributed.barrier()
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - whatever it is, the parent must learn of it
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)

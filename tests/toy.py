@@ -15,8 +15,8 @@ from uft_ds.model.uft_model import UFTModel
 from uft_ds.objectives.objective import Objective
 
 UFT = Objective(
-    {kind: "mse" for kind in ("instruction", "score", "binary", "pair")},
-    {kind: 1.0 for kind in ("instruction", "score", "binary", "pair")},
+    dict.fromkeys(("instruction", "score", "binary", "pair"), "mse"),
+    dict.fromkeys(("instruction", "score", "binary", "pair"), 1.0),
     beta=0.1,
 )
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import difflib
 import math
 import re
+from collections.abc import Hashable
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from uft_ds.data.example import KINDS, Kind
 from uft_ds.data.formats import FORMATS
@@ -34,8 +35,19 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
 
+def _expand_home(path: str) -> str:
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError:  # no such user; whoever reads the path says that it is not there
+        return path
+
+
+Location = Annotated[str, AfterValidator(_expand_home)]
+"""A local path, where `~` is the home folder, or a hub name."""
+
+
 class ModelSection(Section):
-    base: str
+    base: Location
     """The base model: a local folder in Hugging Face's layout, or a hub name."""
     revision: str | None = None
     """Commit or tag of a hub model."""
@@ -67,7 +79,7 @@ class LoraSection(Section):
 class SourceSection(Section):
     format: str
     """How a row is read: jsonl, ultrachat, helpsteer2."""
-    path: str
+    path: Location
     """A local file or folder (json, jsonl, gz, parquet), or a hub name."""
     split: str | None = None
     """Split of a hub data set, or of the files of a folder whose names begin with it."""
@@ -169,7 +181,7 @@ class Recipe(Section):
     """Where metrics go besides metrics.jsonl."""
     deepspeed: str = "zero3"
     """A file of ds_configs/ by name, or a path to a DeepSpeed JSON."""
-    output: str
+    output: Location
     """The run's folder."""
 
     @model_validator(mode="after")
@@ -257,6 +269,8 @@ def _mapping_without_duplicates(loader: _RecipeLoader, node: yaml.MappingNode) -
     seen: set[Any] = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node)
+        if not isinstance(key, Hashable):
+            raise UserError(f"line {key_node.start_mark.line + 1}: a key must be a word, found {key!r}")
         if key in seen:
             raise UserError(f"line {key_node.start_mark.line + 1}: key {key!r} is given twice")
         seen.add(key)

@@ -28,9 +28,7 @@ from uft_ds.errors import UserError
 
 CAPITALS = Task("capitals", "Write in capital letters: red apple", "RED APPLE")
 LOWER_CASE = Task("lower_case", "Write in lower case: RED APPLE", "red apple")
-JSON_FIELDS = Task(
-    "json_fields", "Write as JSON with keys name and age: Mia is 31.", '{"name": "Mia", "age": 31}'
-)
+JSON_FIELDS = Task("json_fields", "Write as JSON with keys name and age: Mia is 31.", '{"name": "Mia", "age": 31}')
 FIRST_WORD = Task("first_word", "Reply with only the first word: apple river stone", "apple")
 QUOTES = Task("quotes", "Repeat in double quotes: red apple", '"red apple"')
 PIPES = Task("pipes", 'Join the words with " | ": apple, river, stone', "apple | river | stone")
@@ -172,6 +170,8 @@ def test_saying_nothing_is_worth_nothing(task: Task, response: str) -> None:
         (FIRST_WORD, "apple", 1.0),
         (FIRST_WORD, "apple.", 0.7),
         (FIRST_WORD, 'The first word of "apple river stone" is apple', 0.5),
+        (FIRST_WORD, "Reply with only the first word: apple river stone apple", 0.5),
+        (FIRST_WORD, "apple apple", 0.2),
         (FIRST_WORD, "Apple", 0.3),
         (FIRST_WORD, "It is Apple", 0.2),
         (FIRST_WORD, "apple or river", 0.1),
@@ -183,6 +183,7 @@ def test_saying_nothing_is_worth_nothing(task: Task, response: str) -> None:
         (QUOTES, "'red apple'", 0.3),
         (QUOTES, "red apple", 0.1),
         (PIPES, "apple | river | stone", 1.0),
+        (PIPES, 'Join the words with " | ": apple, river, stone\napple | river | stone', 0.5),
         (PIPES, "apple|river|stone", 0.3),
         (PIPES, "apple | river | stone | moon", 0.2),
         (PIPES, "apple, river, stone", 0.1),
@@ -221,9 +222,7 @@ def test_any_text_has_a_grade(task: Task, response: str) -> None:
     assert grade(task, response) in SCORE_MEANINGS
 
 
-@pytest.mark.parametrize(
-    "response", ["{" * 5000, '{"a":' * 5000, "apple " * 5000, "A." * 5000, "- a\n" * 5000]
-)
+@pytest.mark.parametrize("response", ["{" * 5000, '{"a":' * 5000, "apple " * 5000, "A." * 5000, "- a\n" * 5000])
 def test_long_rambling_is_graded_quickly(response: str) -> None:
     """Deep or endless responses neither overflow a parser nor grade 1."""
     assert all(grade(task, response) < 1 for task in (CAPITALS, JSON_FIELDS, FIRST_WORD, INITIALS, BULLETS))

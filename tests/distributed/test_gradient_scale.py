@@ -139,6 +139,10 @@ def clean_steps(folder: Path) -> object:
         loss, _ = micro_batch_loss(UFT, batch, terms, *engine(batch))
         engine.backward(loss, is_last=True)
         engine.step(1e-2)
+        with engine.evaluating():
+            engine(batch)  # leaves prefetched parameters in flight
+        with engine.gathered_trainable() as named:
+            assert all(value.numel() > 0 for value in named.values())
     with engine.gathered_trainable() as named:
         return {name: value.clone() for name, value in named.items()}
 

@@ -7,7 +7,6 @@ with what was found and what was expected; the caller adds the file and line.
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -118,7 +117,7 @@ def checked_score(value: Any) -> float:
     """A score given in the data."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"'score': found {value!r}, expected a number from 0 to 1")
-    if not math.isfinite(value) or not 0 <= value <= 1:
+    if not 0 <= value <= 1:  # NaN is not either
         raise ValueError(f"'score': found {value}, expected a finite number from 0 to 1")
     return float(value)
 

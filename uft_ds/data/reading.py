@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ def read_table(path: str, split: str | None) -> Table:
     Raises:
         UserError: names the file (and line), what was found and what was expected.
     """
-    local = Path(path).expanduser()
+    local = Path(path)
     if local.exists():
         files = [local] if local.is_file() else _files_of(local, split)
         located = [row for file in files for row in _read_file(file)]
@@ -53,7 +54,7 @@ def read_table(path: str, split: str | None) -> Table:
 
 
 def _files_of(folder: Path, split: str | None) -> list[Path]:
-    candidates = sorted(file for file in folder.rglob("*") if file.name.endswith(SUFFIXES))
+    candidates = sorted(file for file in folder.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
     files = [file for file in candidates if split is None or file.name.startswith(split)]
     if not files:
         names = ", ".join(file.name for file in candidates[:5]) or "none"
@@ -84,7 +85,7 @@ def _read_file(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise UserError(f"{file}: unknown kind of file; expected one of {', '.join(SUFFIXES)}")
     try:
         data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{file}: cannot be read ({error})") from None
     if file.name.removesuffix(".gz").endswith(".json"):
         yield from _read_json(file, data)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer
 
-from uft_ds.data.chat_template import end_of_turn_id
+from uft_ds.data.chat_template import end_of_turn_id, render, special_tokens
 from uft_ds.data.example import Example, Message, Response, Sequence
 from uft_ds.errors import UserError
 
@@ -29,8 +29,7 @@ class ChatTokenizer:
 
     def render(self, messages: Seq[Message], *, for_generation: bool = False) -> str:
         turns = [{"role": m.role, "content": m.content} for m in messages]
-        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=for_generation)
-        return str(text)
+        return render(self.tokenizer, turns, add_generation_prompt=for_generation)
 
     def encode(self, text: str) -> list[int]:
         # The template has written every special token already: adding them again would double the BOS.
@@ -62,7 +61,7 @@ def load_tokenizer(base: str, *, revision: str | None = None, chat_template: str
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"model.chat_template: {chat_template} cannot be read ({error})") from None
     end = end_of_turn_id(tokenizer)
-    return ChatTokenizer(tokenizer, end, tuple(sorted(set(tokenizer.all_special_tokens))))
+    return ChatTokenizer(tokenizer, end, tuple(sorted(token for token in special_tokens(tokenizer) if token)))
 
 
 def tokenize(example: Example, chat: ChatTokenizer, *, max_length: int, merge: bool) -> Tokenized:
@@ -116,9 +115,11 @@ def _single(example: Example, turn: int, chat: ChatTokenizer) -> Sequence:
             f"{example.origin}: the chat template's generation prompt is not a prefix of the finished turn, so the "
             "response's tokens cannot be told from the prompt's; give another template by model.chat_template"
         )
-    # Two calls: no token may straddle the boundary, for at generation the prompt stands alone.
-    prompt_ids = chat.encode(prompt)
-    ids = prompt_ids + chat.encode(text[len(prompt) :])
+    prompt_ids, ids = chat.encode(prompt), chat.encode(text)
+    if ids[: len(prompt_ids)] != prompt_ids:
+        # Two calls: no token may straddle the boundary, for at generation the prompt stands alone. Only here,
+        # for a SentencePiece tokenizer would put a space before a response that is encoded by itself.
+        ids = prompt_ids + chat.encode(text[len(prompt) :])
     response = _response(example, turn, ids, len(prompt_ids), chat)
     return Sequence(np.asarray(ids[: response.end], dtype=np.int32), (response,))
 

@@ -183,7 +183,7 @@ TASK_KINDS: dict[str, Callable[[random.Random], Task]] = {
 SCORE_MEANINGS = {
     1.0: "the answer, exactly (trailing white space aside; JSON by value)",
     0.7: "the answer, with only punctuation or white space around it",
-    0.5: "the answer, with chatter before or after it",
+    0.5: "the answer, once, with chatter before or after it",
     0.3: "the right content in the wrong form (case, separator, quotes, tags) and nothing else",
     0.2: "the right content in the wrong form, among other words",
     0.1: "the answer's words, not told apart: the payload given back, another order, several answers",
@@ -202,7 +202,7 @@ _SECOND_ANSWER = {
     "bold": r"<b>",
     "initials": r"\b[A-Z]\.",
 }
-"""What, left over beside the answer, shows that the answer went on or was given twice."""
+"""What, left over beside the answer, shows that the answer went on or another was given."""
 
 
 def grade(task: Task, response: str) -> float:
@@ -210,11 +210,11 @@ def grade(task: Task, response: str) -> float:
     text = _with_canonical_json(task, response.rstrip())
     if text == task.answer:
         return EXACT
-    picking = task.kind in PICKING_KINDS
     # The payload of a picking task contains the answer: repeating it must not count as giving it.
-    rest = _without_answer(task, _without_echo(task, text) if picking else text)
+    own_text = _without_echo(task, text) if task.kind in PICKING_KINDS else text.replace(task.prompt, " ")
+    rest = _without_answer(task, own_text)
     if rest is not None and not re.search(_second_answer(task), rest):
-        return CHATTY if re.search(r"\w", rest) else PUNCTUATED
+        return PUNCTUATED if own_text == text and not re.search(r"\w", rest) else CHATTY
     return _grade_content(task, text)
 
 
@@ -239,8 +239,11 @@ def _with_canonical_json(task: Task, text: str) -> str:
     if task.kind != "json_fields":
         return text
     wanted = _json_fields_of(task.answer)
-    same = lambda found: task.answer if _json_fields_of(found[0]) == wanted else found[0]  # noqa: E731
-    return re.sub(r"\{[^{}]*\}", same, text)
+
+    def respelt(found: re.Match[str]) -> str:
+        return task.answer if _json_fields_of(found[0]) == wanted else found[0]
+
+    return re.sub(r"\{[^{}]*\}", respelt, text)
 
 
 def _json_fields_of(text: str) -> list[tuple[str, str]] | None:
@@ -252,9 +255,9 @@ def _json_fields_of(text: str) -> list[tuple[str, str]] | None:
 
 
 def _without_answer(task: Task, text: str) -> str | None:
-    """`text` less its last standing-alone occurrence of the answer; None where it has none."""
-    found = list(re.finditer(rf"(?<!\w){re.escape(task.answer)}(?!\w)", text))
-    return text[: found[-1].start()] + text[found[-1].end() :] if found else None
+    """`text` less the answer; None where that does not stand in it exactly once: a loop is no answer."""
+    parts = re.split(rf"(?<!\w){re.escape(task.answer)}(?!\w)", text)
+    return "".join(parts) if len(parts) == 2 else None
 
 
 def _without_echo(task: Task, text: str) -> str:

@@ -41,7 +41,7 @@ def add_adapters(
         policy = get_peft_model(base, config, autocast_adapter_dtype=False)
     except ValueError as error:
         raise UserError(f"lora.targets: {str(error).splitlines()[0]}") from None
-    head = policy.get_base_model().get_output_embeddings()
+    head = base.get_output_embeddings()
     if isinstance(head, BaseTunerLayer):
         raise UserError(
             "lora.targets: the head cannot have an adapter; its log-probs are computed from the frozen weight"
@@ -50,7 +50,7 @@ def add_adapters(
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
     assert not any(m.p > 0 for m in policy.modules() if isinstance(m, nn.Dropout)), "active dropout in the model"
-    return policy  # type: ignore[return-value]
+    return policy
 
 
 @contextmanager

@@ -19,7 +19,7 @@ def check_base(base: str, revision: str | None) -> Any:
     Raises:
         UserError: there is none, or it asks to run code of its own.
     """
-    folder = Path(base).expanduser()
+    folder = Path(base)
     if folder.exists() and not (folder / "config.json").is_file():
         raise UserError(f"model.base: {base} holds no config.json; expected a model folder in Hugging Face's layout")
     if folder.exists():

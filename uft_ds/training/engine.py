@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uft_ds.data.packing import MicroBatch
+from uft_ds.data.mixture import Step
+from uft_ds.data.packing import MicroBatch, rank_micro_batches
 from uft_ds.errors import UserError
 
 OWNED_KEYS = {
@@ -178,7 +179,7 @@ class Engine:
     @property
     def module(self) -> nn.Module:
         """The model inside."""
-        return self._engine.module  # type: ignore[no-any-return]
+        return self._engine.module
 
     @property
     def optimizer(self) -> Any:
@@ -187,7 +188,7 @@ class Engine:
 
     @property
     def device(self) -> torch.device:
-        return self._engine.device  # type: ignore[no-any-return]
+        return self._engine.device
 
     @property
     def rank(self) -> int:
@@ -202,8 +203,15 @@ class Engine:
 
         Every rank must call it the same number of times.
         """
-        output: tuple[Tensor, Tensor | None] = self._engine(micro_batch.to(self.device), **options)
+        output: tuple[Tensor, Tensor | None] = self._engine(micro_batch, **options)
         return output
+
+    def micro_batches(self, step: Step, tokens_per_micro_batch: int) -> list[MicroBatch]:
+        """This rank's part of a step, on its device; the same number on every rank."""
+        batches = rank_micro_batches(
+            step, tokens_per_micro_batch=tokens_per_micro_batch, rank=self.rank, world_size=self.world_size
+        )
+        return [batch.to(self.device) for batch in batches]
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
         """Accumulate the gradient of one micro-batch's share of the step's loss, exactly.
@@ -239,6 +247,8 @@ class Engine:
         """The trainable parameters, whole, by name; frozen ones are never gathered."""
         import deepspeed
 
+        # A forward without a backward leaves prefetched parameters in flight, which cannot be gathered again.
+        self._engine.empty_partition_cache()
         named = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         with deepspeed.zero.GatheredParameters(list(named.values())):
             yield {name: parameter.detach() for name, parameter in named.items()}

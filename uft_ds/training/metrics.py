@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from uft_ds.data.example import KINDS
 from uft_ds.objectives.objective import STATISTICS, Objective
@@ -44,6 +45,26 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12}
+"""Dense bf16 FLOP/s from the makers' data sheets, by a word of the device's name."""
+
+
+def model_flops_utilization(model: nn.Module, tokens_per_second: float, *, with_reference: bool) -> float | None:
+    """Model FLOPs over the GPU's peak; None without a GPU whose peak is known.
+
+    Counted: 4 FLOPs a frozen parameter and token (forward, gradient of the activations) and 2 for the reference;
+    not counted: attention, the recomputation of checkpointed layers.
+    """
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    peak = next((flops for word, flops in PEAK_FLOPS.items() if word in name), None)
+    if peak is None:
+        return None
+    num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    return (4 + 2 * with_reference) * num_parameters * tokens_per_second / peak
+
+
 class MetricsWriter:
     """Appends to metrics.jsonl and to the trackers; a line is whole or absent."""
 
@@ -61,8 +82,9 @@ class MetricsWriter:
             self._wandb = wandb.init(project="uft_ds", name=run_name, dir=str(folder), config=dict(config))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line, flushed: whoever follows the file sees it at once."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        """One line, flushed: whoever follows the file sees it at once. JSON knows no NaN: it becomes null."""
+        line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
         if self._tensorboard is not None:
             for name, value in metrics.items():
@@ -79,6 +101,6 @@ class MetricsWriter:
             self._wandb.finish()
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]

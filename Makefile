@@ -1,0 +1,46 @@
+# `make quickstart` and `make test` do all the set-up on a fresh machine.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# A CPU build of torch is enough to try everything here; set TORCH= to keep the one that pip chooses (GPUs).
+TORCH ?= torch==2.13.0
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-long lint format bench clean
+
+help: ## Show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	@# torch first: taken as a dependency, pip would choose a build with gigabytes of CUDA.
+	$(if $(TORCH),$(BIN)/python -m pip install --quiet "$(TORCH)")
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+install: $(VENV)/.installed ## Make a virtual environment with everything
+
+quickstart: install ## Train a small real model on two CPU ranks and talk to it (about 10 minutes)
+	$(BIN)/uft quickstart
+
+test: install ## Fast tests (under 10 minutes)
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: install ## Tests on the real small model and real data
+	$(BIN)/python -m pytest -m long
+
+lint: install ## Formatting, lint and types
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy --no-error-summary
+
+format: install ## Rewrite the code as the formatter wants it
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: install ## Side-by-side measurements, a table each
+	$(BIN)/python benchmarks/loading_memory.py
+
+clean: ## Remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

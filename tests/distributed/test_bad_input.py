@@ -1,0 +1,129 @@
+"""Bad input ends with exit code 2 and one message that names it, before anything is launched or written."""
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_training_run import run, uft, write_recipe, write_rows
+
+from uft_ds.errors import UserError
+from uft_ds.prepare import prepare_run
+from uft_ds.recipe import load_recipe
+
+ROW = {"prompt": "a", "response": "b"}
+
+FILES: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "no rows"),
+    "malformed": (b'{"prompt": "a", "response": "b"}\n{"prompt": \n', "rows.jsonl:2"),
+    "score above 1": (b'{"prompt": "a", "response": "b", "score": 1.5}\n', "rows.jsonl:1"),
+    "score NaN": (b'{"prompt": "a", "response": "b", "score": NaN}\n', "NaN"),
+    "score as text": (b'{"prompt": "a", "response": "b", "score": "0.7"}\n', "'0.7'"),
+    "empty response": (b'{"prompt": "a", "response": "  "}\n', "'response' is empty"),
+    "not UTF-8": (b'{"prompt": "a", "response": "b"}\n{"prompt": "\xff", "response": "b"}\n', "rows.jsonl:2"),
+    "nothing fits": (b'{"prompt": "a", "response": "%s"}\n' % (b"b" * 200), "1 longer than max_length"),
+}
+
+
+def refused(recipe: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        prepare_run(load_recipe(str(recipe), overrides), overwrite=False)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_bad_file_is_refused_by_name_and_line(tiny_qwen2: Path, tmp_path: Path, case: str) -> None:
+    """The message names the file and line and what was found; the output folder is never made."""
+    content, expected = FILES[case]
+    recipe = write_recipe(tmp_path, tiny_qwen2)
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    message = refused(recipe, f"data.sources.0.path={tmp_path / 'rows.jsonl'}")
+    assert "rows.jsonl" in message
+    assert expected in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.sources.0.path=nowhere.jsonl", "nowhere.jsonl: no such file"),
+        ("data.sources.0.format=jsonline", "did you mean 'jsonl'"),
+        ("data.sources.0.examples=17", "give only 16 responses"),
+        ("model.base=nowhere", "model.base"),
+        ("model.chat_template=nowhere.jinja", "model.chat_template"),
+        ("deepspeed=zero4", "zero3_cpu"),
+    ],
+)
+def test_a_bad_recipe_value_is_refused_by_key(tiny_qwen2: Path, tmp_path: Path, override: str, expected: str) -> None:
+    """The message names the key or path, and nothing is written."""
+    assert expected in refused(write_recipe(tmp_path, tiny_qwen2), override)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_misspelt_deepspeed_key_is_refused(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """DeepSpeed itself ignores it without a word."""
+    file = tmp_path / "ds.json"
+    file.write_text('{"zero_optimisation": {"stage": 3}, "zero_optimization": {"stage": 3}}')
+    assert "did you mean 'zero_optimization'" in refused(write_recipe(tmp_path, tiny_qwen2), f"deepspeed={file}")
+
+
+def test_a_tokenizer_without_chat_template_says_how_to_give_one(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """The message names the recipe key; with the key, the same base is accepted."""
+    import shutil
+
+    from tiny import CHATML
+
+    base = tmp_path / "base"
+    shutil.copytree(tiny_qwen2, base)
+    (base / "chat_template.jinja").unlink()
+    recipe = write_recipe(tmp_path, base)
+    assert "model.chat_template" in refused(recipe)
+    (tmp_path / "chat.jinja").write_text(CHATML)
+    given = load_recipe(str(recipe), (f"model.chat_template={tmp_path / 'chat.jinja'}",))
+    prepare_run(given, overwrite=False)[2].close()
+
+
+def test_the_command_ends_with_2_and_no_traceback(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """`uft train` on a malformed line: one message on stderr, exit code 2, nothing left behind."""
+    recipe = write_recipe(tmp_path, tiny_qwen2)
+    (tmp_path / "instruction.jsonl").write_text('{"prompt": "a"\n')
+    result = uft("train", str(recipe))
+    assert result.returncode == 2
+    assert "instruction.jsonl:1" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_port_in_use_is_refused(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """By `uft train` before anything is written, and by a rank that a launcher started."""
+    import sys
+
+    recipe = write_recipe(tmp_path, tiny_qwen2)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        result = uft("train", str(recipe), MASTER_PORT=port)
+        assert result.returncode == 2
+        assert f"port {port} is in use" in result.stderr
+        environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        result = run(sys.executable, "-m", "uft_ds.train", str(recipe), MASTER_PORT=port, **environment)
+        assert result.returncode == 2
+        assert port in result.stderr
+        assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_response_that_does_not_fit_is_counted(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """One of two rows is too long: one is kept, one is reported with its place, none has an empty mask."""
+    recipe = write_recipe(tmp_path, tiny_qwen2)
+    rows: list[dict[str, Any]] = [ROW, {"prompt": "a", "response": "b" * 200}]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    overrides = (f"data.sources.0.path={path}",)
+    _, data, lock = prepare_run(load_recipe(str(recipe), overrides), overwrite=False)
+    lock.close()
+    assert data.train[0].num_responses == 1
+    assert data.train[0].dropped == {"longer than max_length": 1}
+    assert data.train[0].dropped_origins == {"longer than max_length": (f"{path}:2",)}
+    assert all(r.num_tokens > 0 for s in data.train[0].sequences for r in s.responses)

@@ -1,0 +1,274 @@
+"""A run from the command line to a model that Hugging Face loads, and everything that may be wrong with it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from ranks import free_port
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from uft_ds.recipe import load_recipe
+from uft_ds.training.metrics import read_metrics
+
+TIMEOUT_SECONDS = 280
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_recipe(folder: Path, base: Path, **changes: Any) -> Path:
+    """A recipe of four steps on a tiny model, with instruction and scored rows of uneven length."""
+    instruction = [{"prompt": f"Say {i}", "response": "yes " * (1 + i % 5)} for i in range(16)]
+    scored = [{"prompt": f"Rate {i}", "response": "no " * (1 + i % 3), "score": i % 3 / 2} for i in range(16)]
+    tree: dict[str, Any] = {
+        "name": "tiny",
+        "model": {"base": str(base), "dtype": "float32"},
+        "lora": {"rank": 4, "alpha": 8.0},
+        "data": {
+            "max_length": 64,
+            "sources": [
+                {"format": "jsonl", "path": str(write_rows(folder / "instruction.jsonl", instruction))},
+                {"format": "jsonl", "path": str(write_rows(folder / "scored.jsonl", scored))},
+            ],
+            "held_out": [{"format": "jsonl", "path": str(write_rows(folder / "held_out.jsonl", scored[:5]))}],
+        },
+        "objective": {"loss": "mse", "beta": 0.1},
+        "train": {
+            "examples_per_step": 8,
+            "tokens_per_micro_batch": 64,
+            "steps": 4,
+            "lr": 1e-2,
+            "evaluate_every": 2,
+            "checkpoint_every": 2,
+            "keep_checkpoints": 1,
+        },
+        "deepspeed": "zero3_cpu",
+        "output": str(folder / "run"),
+    }
+    for key, value in changes.items():
+        node = tree
+        *parents, leaf = key.split("__")
+        for parent in parents:
+            node = node[parent]
+        node[leaf] = value
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return path
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command in its own process group, killed as a whole when it takes too long."""
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **environment},
+    )
+    try:
+        out, err = process.communicate(timeout=TIMEOUT_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        raise AssertionError(f"still running after {TIMEOUT_SECONDS} s\n{out}\n{err}") from None
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def uft(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, "-m", "uft_ds", *arguments, **environment)
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one `uft train` that has ended."""
+    folder = tmp_path_factory.mktemp("finished")
+    result = uft("train", str(write_recipe(folder, tiny_qwen2)))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "every log-ratio is 0.0 nats" in result.stdout
+    assert "ETA" in result.stdout
+    return folder / "run"
+
+
+def test_a_run_leaves_everything_that_belongs_to_it(finished: Path) -> None:
+    """The folder holds the recipe, the environment, metrics, curves, logs of both ranks, one checkpoint and DONE."""
+    names = {path.name for path in finished.iterdir()}
+    assert names >= {"recipe.yaml", "environment.json", "metrics.jsonl", "tensorboard", "curves.png", "report.html"}
+    assert names >= {"log-rank0.txt", "log-rank1.txt", "latest", "DONE", "status.json"}
+    assert load_recipe(str(finished / "recipe.yaml")).train.steps == 4
+    assert [path.name for path in (finished / "checkpoints").iterdir()] == ["step-000004"]
+    assert (finished / "latest").resolve().name == "step-000004"
+    assert json.loads((finished / "environment.json").read_text())["packages"]["deepspeed"] != "not installed"
+
+
+def test_metrics_have_the_documented_names_and_sane_values(finished: Path) -> None:
+    """Per-kind means for every step, loss 0.25 for instruction data at the start, held-out values at 0, 2 and 4."""
+    lines = read_metrics(finished / "metrics.jsonl")
+    steps = [line for line in lines if "grad_norm" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    names = ("loss", "implicit_reward", "implicit_score", "log_ratio", "saturated", "response_tokens")
+    for line in steps:
+        assert all(f"{name}/{kind}" in line for name in names for kind in ("instruction", "score"))
+        assert line["tokens_per_second"] > 0
+        assert line["memory/peak_gib"] > 0
+        assert line["responses/instruction"] + line["responses/score"] == 8
+    assert steps[0]["loss/instruction"] == 0.25
+    assert steps[0]["log_ratio/score"] == 0.0
+    assert steps[-1]["log_ratio/instruction"] != 0.0
+    assert [line["step"] for line in lines if "held_out/loss" in line] == [0, 2, 4]
+    assert steps[-1]["loss/instruction"] < 0.25
+
+
+def test_the_merged_model_is_the_adapter_on_the_base(finished: Path, tiny_qwen2: Path, tmp_path: Path) -> None:
+    """`convert` writes what Hugging Face loads: logits of base + adapter, and generation that ends with a turn."""
+    from peft import PeftModel
+
+    out = tmp_path / "merged"
+    result = uft("convert", str(finished), "--to", "merged", str(out))
+    assert result.returncode == 0, result.stderr
+    merged = AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    base = AutoModelForCausalLM.from_pretrained(tiny_qwen2)
+    adapted = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_qwen2), str(finished / "latest" / "adapter")
+    )
+    ids = tokenizer("Say 3", return_tensors="pt").input_ids
+    with torch.no_grad():
+        trained, expected, untrained = (model(ids).logits for model in (merged, adapted, base))
+    assert torch.allclose(trained, expected, atol=1e-4)
+    assert not torch.allclose(trained, untrained, atol=1e-3)
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in GenerationConfig.from_pretrained(out).eos_token_id
+    assert tokenizer.chat_template
+    talk = uft("chat", str(out), "--prompt", "Say 3", "--max-new-tokens", "8")
+    assert talk.returncode == 0, talk.stderr
+    again = uft("convert", str(finished), str(out))
+    assert again.returncode == 2
+    assert "already exists" in again.stderr
+
+
+def test_a_damaged_checkpoint_is_refused(finished: Path, tmp_path: Path) -> None:
+    """One flipped bit in the adapter: exit 2, the file named, nothing written."""
+    import shutil
+
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy, symlinks=True)
+    adapter = copy / "checkpoints" / "step-000004" / "adapter" / "adapter_model.safetensors"
+    content = bytearray(adapter.read_bytes())
+    content[-5] ^= 1
+    adapter.write_bytes(content)
+    result = uft("convert", str(copy), str(tmp_path / "out"))
+    assert result.returncode == 2
+    assert "adapter_model.safetensors" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_is_not_overwritten_unasked(finished: Path) -> None:
+    """Exit 2 without --overwrite; the run stays as it was."""
+    before = (finished / "metrics.jsonl").read_bytes()
+    result = uft("train", str(finished.parent / "recipe.yaml"))
+    assert result.returncode == 2
+    assert "--overwrite" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_every_launcher_trains_the_same(finished: Path, tiny_qwen2: Path, tmp_path: Path, launcher: str) -> None:
+    """`deepspeed --module` and torchrun give the losses of `uft train`, bit for bit."""
+    recipe = write_recipe(tmp_path, tiny_qwen2)
+    port = str(free_port())
+    if launcher == "deepspeed":
+        start = ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", port]
+    else:
+        start = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
+    module = ["--module" if launcher == "deepspeed" else "-m", "uft_ds.train", str(recipe)]
+    result = run(sys.executable, *start, *module)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert (tmp_path / "run" / "DONE").exists()
+    assert losses(tmp_path / "run") == losses(finished)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "lora_dtype", "deepspeed", "loss"),
+    [("bfloat16", "float32", "zero3_cpu", "mse"), ("bfloat16", "bfloat16", "zero2", "nll")],
+)
+def test_other_types_stages_and_losses_train(
+    tiny_qwen2: Path, tmp_path: Path, dtype: str, lora_dtype: str, deepspeed: str, loss: str
+) -> None:
+    """bfloat16 under ZeRO-3 and ZeRO-2, plain SFT without a reference: runs end with a lower loss."""
+    recipe = write_recipe(
+        tmp_path,
+        tiny_qwen2,
+        model__dtype=dtype,
+        lora__dtype=lora_dtype,
+        deepspeed=deepspeed,
+        objective__loss=loss,
+    )
+    result = uft("train", str(recipe))
+    assert result.returncode == 0, result.stdout + result.stderr
+    if loss == "mse":
+        assert "every log-ratio is 0.0 nats" in result.stdout
+    held_out = [x["held_out/loss"] for x in read_metrics(tmp_path / "run" / "metrics.jsonl") if "held_out/loss" in x]
+    assert held_out[-1] < held_out[0]
+
+
+def test_too_many_non_finite_steps_end_the_run(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """A learning rate that breaks the weights: steps are skipped and counted, then exit 3 and no DONE."""
+    recipe = write_recipe(tmp_path, tiny_qwen2, train__lr=1e30, train__max_skipped_steps=1, train__warmup=0.0)
+    result = uft("train", str(recipe))
+    assert result.returncode == 3, result.stdout + result.stderr
+    assert "max_skipped_steps" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "skipped" in (tmp_path / "run" / "log-rank0.txt").read_text()
+    assert not (tmp_path / "run" / "DONE").exists()
+
+
+def test_workers_die_with_their_launcher(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """SIGKILL of `uft train` leaves no rank behind to write beside a restart."""
+    recipe = write_recipe(tmp_path, tiny_qwen2, train__steps=100000)
+    command = [sys.executable, "-m", "uft_ds", "train", str(recipe)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    try:
+        while not (metrics.exists() and len(losses(tmp_path / "run")) >= 1):
+            assert process.poll() is None, "the run ended by itself"
+            assert time.monotonic() < deadline, "the run never made a step"
+            time.sleep(0.5)
+        ranks = _processes_naming(str(tmp_path))
+        assert len(ranks) >= 3, "launcher and two ranks"
+    finally:
+        process.kill()
+        process.wait()
+    deadline = time.monotonic() + 20
+    while _processes_naming(str(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert _processes_naming(str(tmp_path)) == []
+
+
+def _processes_naming(text: str) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                command = (entry / "cmdline").read_bytes()
+                state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
+            except OSError:
+                continue
+            if text.encode() in command and state != "Z":
+                found.append(int(entry.name))
+    return found

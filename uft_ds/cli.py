@@ -1,0 +1,186 @@
+"""The `uft` command: it parses, calls and prints."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, Optional
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+
+from uft_ds import __version__
+from uft_ds.errors import CheckFailed, UserError
+
+if TYPE_CHECKING:
+    from uft_ds.prepare import PreparedData
+    from uft_ds.recipe import Recipe
+
+# Commands import what they need when they run: `uft --help` should not wait for torch.
+
+app = typer.Typer(
+    help="One-stage fine-tuning (UFT) of large language models on DeepSpeed ZeRO-3.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+recipe_app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
+app.add_typer(recipe_app, name="recipe")
+console = Console()
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a shipped recipe, or path of a YAML file.")]
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045 - typer reads it
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as train.lr=1e-5."),
+]
+
+
+@app.command()
+def train(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run that the output holds.")] = False,
+) -> None:
+    """Check everything, then train on this machine's GPUs, or on two CPU processes."""
+    from uft_ds.recipe import load_recipe
+
+    if resume:
+        raise UserError("--resume is not available in this version; give --overwrite, or another output=PATH")
+    run_training(load_recipe(recipe, tuple(overrides or ())), overwrite=overwrite)
+
+
+def run_training(recipe: Recipe, *, overwrite: bool) -> None:
+    """Prepare, launch, and end the process with the run's exit code unless it is done."""
+    from uft_ds.launch import launch, master_port, number_of_ranks
+    from uft_ds.prepare import prepare_run
+
+    ranks, port = number_of_ranks(recipe.launch.ranks), master_port()
+    with _preparation() as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def on_row(label: str, done: int, total: int) -> None:
+            if label not in tasks:
+                tasks[label] = progress.add_task(f"reading {label}", total=total)
+            progress.update(tasks[label], completed=done)
+
+        folder, data, lock = prepare_run(recipe, overwrite=overwrite, on_row=on_row)
+    with lock:
+        console.print(_data_table(data))
+        console.print(f"training on {ranks} ranks; logs in {folder.path}", highlight=False)
+        status = launch(folder, ranks=ranks, port=port)
+    if status.exit_code != 0:
+        print(f"error: {status.message}", file=sys.stderr)
+        raise typer.Exit(status.exit_code)
+    console.print(f"done: {folder.path}  (metrics.jsonl, curves.png, report.html, checkpoints/)", highlight=False)
+
+
+def _preparation() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+def _data_table(data: PreparedData) -> Table:
+    table = Table("data", "responses", "sequences", "tokens", "left out")
+    for name, sources in (("train", data.train), ("held out", data.held_out)):
+        for source in sources:
+            left_out = ", ".join(f"{count} {reason}" for reason, count in source.dropped.items())
+            counts = (source.num_responses, len(source.sequences), source.num_tokens)
+            short = source.label if len(source.label) <= 40 else "..." + source.label[-37:]
+            table.add_row(f"{name}: {short}", *map(str, counts), left_out or "-")
+    return table
+
+
+@recipe_app.command("show")
+def recipe_show(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Print a recipe with all defaults and overrides filled in."""
+    from uft_ds.recipe import dump_recipe, load_recipe
+
+    print(dump_recipe(load_recipe(recipe, tuple(overrides or ()))), end="")
+
+
+@recipe_app.command("list")
+def recipe_list() -> None:
+    """Names of the recipes that come with the package."""
+    from uft_ds.recipe import shipped_recipes
+
+    print("\n".join(shipped_recipes()))
+
+
+@app.command()
+def convert(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or one of its checkpoints.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; it must not exist yet.")],
+    to: Annotated[Literal["merged", "adapter"], typer.Option(help="A whole model, or the adapter alone.")] = "merged",
+    dtype: Annotated[
+        Optional[Literal["float32", "bfloat16"]],  # noqa: UP045 - typer reads it
+        typer.Option(help="Type of the merged weights; the recipe's if not given."),
+    ] = None,
+) -> None:
+    """Write a trained run as a Hugging Face model, checked against what was trained."""
+    from uft_ds.checkpoint.convert import convert_to_adapter, convert_to_merged
+
+    if to == "adapter":
+        if dtype is not None:
+            raise UserError("--dtype: an adapter is copied as it was trained; leave --dtype out, or take --to merged")
+        console.print(f"adapter: {convert_to_adapter(run, out)}", highlight=False)
+        return
+    result = convert_to_merged(run, out, dtype=dtype, report=lambda text: console.print(text, highlight=False))
+    console.print(
+        f"model: {result.folder}  (of {result.checkpoint.name}; {result.share_kept:.2%} of the adapter's log-ratios "
+        f"kept on {result.num_responses} responses, relative error {result.relative_error:.2%})",
+        highlight=False,
+    )
+
+
+@app.command()
+def chat(
+    model: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that `uft convert --to merged` wrote.")],
+    prompt: Annotated[Optional[str], typer.Option(help="Answer this one prompt and leave.")] = None,  # noqa: UP045
+    system: Annotated[Optional[str], typer.Option(help="A system message.")] = None,  # noqa: UP045
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
+) -> None:
+    """Talk to a model."""
+    from uft_ds.evaluation.generate import chat as hold_chat
+    from uft_ds.evaluation.generate import load_for_generation
+
+    loaded, tokenizer = load_for_generation(model)
+    hold_chat(loaded, tokenizer, prompt=prompt, max_new_tokens=max_new_tokens, temperature=temperature, system=system)
+
+
+@app.command()
+def quickstart(
+    overrides: Overrides = None,
+    folder: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("runs"),
+) -> None:
+    """Train a small real model from the package index on verifiable tasks; about ten minutes on two cores."""
+    from uft_ds.quickstart import run_quickstart
+
+    run_quickstart(folder, tuple(overrides or ()), console=console, train=run_training)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"uft_ds {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Options of `uft` itself."""
+
+
+def main() -> None:
+    """Run the command and end the process with its exit code; no traceback for what a user can mend."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except (UserError, CheckFailed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

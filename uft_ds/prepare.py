@@ -1,0 +1,146 @@
+"""Everything that can be checked or computed before processes are launched, for `uft train` and for rank 0.
+
+The order matters: nothing is written before everything has been found good.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from uft_ds.data.example import Kind
+from uft_ds.data.prepare import PreparedSource, Source, prepare_source, write_sequences
+from uft_ds.data.tokenize import ChatTokenizer, load_tokenizer
+from uft_ds.errors import UserError
+from uft_ds.model.load import check_base
+from uft_ds.recipe import Recipe, SourceSection, dump_recipe
+from uft_ds.training.engine import read_deepspeed_file
+from uft_ds.training.run_folder import RunFolder, check_claimable, claim, write_atomically
+
+OnRow = Callable[[str, int, int], None]
+"""Called with a source's label, rows visited and rows in all."""
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    train: tuple[PreparedSource, ...]
+    held_out: tuple[PreparedSource, ...]
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Checks that need more than the recipe itself, and no data.
+
+    Raises:
+        UserError: names the recipe's key.
+    """
+    read_deepspeed_file(recipe.deepspeed)
+    check_base(recipe.model.base, recipe.model.revision)
+    if recipe.model.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise UserError("model.attention: flash_attention_2 needs flash-attn: pip install 'uft-ds[gpu]', or take auto")
+    if "wandb" in recipe.tracking and importlib.util.find_spec("wandb") is None:
+        raise UserError("tracking: wandb is not installed: pip install 'uft-ds[wandb]', or leave it out")
+
+
+def prepare_data(recipe: Recipe, chat: ChatTokenizer, on_row: OnRow = lambda label, done, total: None) -> PreparedData:
+    """Read, check and tokenise all sources."""
+
+    def prepare(entry: SourceSection) -> PreparedSource:
+        source = Source(entry.format, entry.path, entry.split, entry.examples, entry.score)
+        return prepare_source(
+            source,
+            chat,
+            max_length=recipe.data.max_length,
+            too_long=recipe.data.too_long,
+            merge=recipe.data.merge_conversations,
+            seed=recipe.train.seed,
+            on_row=lambda done, total: on_row(source.label, done, total),
+        )
+
+    data = PreparedData(
+        tuple(prepare(entry) for entry in recipe.data.sources),
+        tuple(prepare(entry) for entry in recipe.data.held_out),
+    )
+    _check_kinds(recipe, data)
+    return data
+
+
+def _check_kinds(recipe: Recipe, data: PreparedData) -> None:
+    loss = recipe.objective.loss
+    if isinstance(loss, str):
+        return
+    responses = (r for source in (*data.train, *data.held_out) for s in source.sequences for r in s.responses)
+    unnamed: set[Kind] = {response.kind for response in responses} - set(loss)
+    if unnamed:
+        raise UserError(f"objective.loss: no loss for kind {sorted(unnamed)[0]!r}, which the data holds")
+
+
+def prepare_run(
+    recipe: Recipe, *, overwrite: bool, on_row: OnRow = lambda label, done, total: None
+) -> tuple[RunFolder, PreparedData, IO[str]]:
+    """Check everything, then claim the run's folder and write the tokenised data and the run's identity there.
+
+    Returns:
+        the folder, what was prepared, and the folder's lock.
+    Raises:
+        UserError: nothing has been written.
+    """
+    folder = RunFolder(Path(recipe.output))
+    check_claimable(folder, overwrite=overwrite)
+    check_recipe(recipe)
+    chat = load_tokenizer(recipe.model.base, revision=recipe.model.revision, chat_template=recipe.model.chat_template)
+    data = prepare_data(recipe, chat, on_row)
+    lock = claim(folder, overwrite=overwrite)
+    folder.data_report().parent.mkdir(exist_ok=True)
+    for index, source in enumerate(data.train):
+        write_sequences(folder.train_data(index), source.sequences)
+    write_sequences(folder.held_out_data(), [s for source in data.held_out for s in source.sequences])
+    write_atomically(folder.data_report(), json.dumps(data_report(data), indent=2) + "\n")
+    write_atomically(folder.environment, json.dumps(environment(), indent=2) + "\n")
+    write_atomically(folder.recipe, dump_recipe(recipe))
+    return folder, data, lock
+
+
+def data_report(data: PreparedData) -> dict[str, list[dict[str, object]]]:
+    """What each source gave and what was left out, as plain values."""
+
+    def row(source: PreparedSource) -> dict[str, object]:
+        counts = {"responses": source.num_responses, "sequences": len(source.sequences), "tokens": source.num_tokens}
+        left_out = {"dropped": source.dropped, "dropped_origins": source.dropped_origins}
+        return {"source": source.label, **counts, **left_out}
+
+    return {"train": [row(source) for source in data.train], "held_out": [row(source) for source in data.held_out]}
+
+
+def environment() -> dict[str, object]:
+    """Versions and revision, for whoever wants to repeat the run."""
+    packages = ("uft-ds", "torch", "deepspeed", "transformers", "peft", "datasets", "safetensors", "numpy")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": versions,
+        "git_revision": _git_revision(),
+    }
+
+
+def _git_revision() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None

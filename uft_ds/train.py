@@ -1,0 +1,220 @@
+"""The entry that launchers start, one process a rank.
+
+    deepspeed --num_gpus 8 --module uft_ds.train RECIPE [key=value ...]
+    torchrun --nproc-per-node 8 -m uft_ds.train RECIPE [key=value ...]
+
+`uft train` starts it too, after having checked and prepared everything itself (`--prepared`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TextIO, TypeVar
+
+import torch
+from rich.console import Console
+
+from uft_ds.data.example import KINDS
+from uft_ds.data.mixture import in_order, plan_steps
+from uft_ds.data.prepare import read_sequences
+from uft_ds.errors import EXIT_DONE, CheckFailed, UserError
+from uft_ds.model.adapters import add_adapters
+from uft_ds.model.load import decoder_layer_class, load_base
+from uft_ds.model.uft_model import UFTModel
+from uft_ds.objectives.objective import Objective
+from uft_ds.prepare import prepare_run
+from uft_ds.recipe import Recipe, load_recipe
+from uft_ds.training.curves import write_report
+from uft_ds.training.engine import Engine, deepspeed_config, init_distributed, partitioned_loading, read_deepspeed_file
+from uft_ds.training.evaluate import check_against_hugging_face, check_log_ratios_are_zero
+from uft_ds.training.loop import train
+from uft_ds.training.metrics import MetricsWriter
+from uft_ds.training.report import ConsoleReporter, Reporter, SilentReporter
+from uft_ds.training.run_folder import RunFolder, Status
+
+T = TypeVar("T")
+logger = logging.getLogger("uft_ds")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one rank; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="uft_ds.train", description="One rank of a training run.")
+    parser.add_argument("recipe", help="name of a shipped recipe, or a YAML file")
+    parser.add_argument("overrides", nargs="*", help="key.path=value")
+    parser.add_argument("--overwrite", action="store_true", help="delete the run that the output folder holds")
+    parser.add_argument("--prepared", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # added by the deepspeed launcher
+    options = parser.parse_args(arguments)
+    _die_with_launcher()
+    rank = int(os.environ.get("RANK", "0"))
+    folder: RunFolder | None = None
+    try:
+        recipe = load_recipe(options.recipe, tuple(options.overrides))
+        init_distributed(recipe.launch.collective_timeout_minutes)
+        folder = RunFolder(Path(recipe.output))
+        lock: IO[str] | None = None
+        if not options.prepared:
+            lock = _on_rank_zero(lambda: prepare_run(recipe, overwrite=options.overwrite)[2])
+        with _own_streams(folder, rank) as terminal:
+            _run(recipe, folder, Console(file=terminal))
+        _finish(folder, rank, Status(EXIT_DONE, "done", 0))
+        del lock
+        return EXIT_DONE
+    except (UserError, CheckFailed) as error:
+        if rank == 0 and folder is not None and folder.path.exists():
+            _finish(folder, rank, Status(error.exit_code, str(error), 0))
+        if rank == 0 and not options.prepared:
+            print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _run(recipe: Recipe, folder: RunFolder, console: Console) -> None:
+    dtype = getattr(torch, recipe.model.dtype)
+    _make_deterministic(recipe.train.deterministic)
+    sources = [read_sequences(folder.train_data(index)) for index in range(len(recipe.data.sources))]
+    labels = [f"{entry.path}[{entry.split}]" for entry in recipe.data.sources]
+    steps = plan_steps(
+        sources,
+        labels,
+        seed=recipe.train.seed,
+        examples_per_step=recipe.train.examples_per_step,
+        epochs=recipe.train.epochs,
+        steps=recipe.train.steps,
+    )
+    held_out = in_order(read_sequences(folder.held_out_data()), recipe.train.examples_per_step)
+    objective = Objective(
+        {kind: _loss_or_first(recipe, kind) for kind in KINDS},
+        {kind: recipe.weight_of(kind) for kind in KINDS},
+        recipe.objective.beta,
+    )
+    with _reporter(recipe, folder, console, len(steps)) as reporter:
+        engine, model = build_engine(recipe, reporter)
+        shortest = min((s for source in sources for s in source), key=lambda sequence: sequence.num_tokens)
+        check_against_hugging_face(engine, shortest, dtype=dtype)
+        if objective.needs_reference:
+            largest = check_log_ratios_are_zero(
+                engine,
+                steps[0],
+                tokens_per_micro_batch=recipe.train.tokens_per_micro_batch,
+                tolerance=recipe.reference.step_zero_tolerance,
+            )
+            reporter.say(
+                f"before the first step: every log-ratio is {largest} nats, {len(steps[0].responses)} responses"
+            )
+        train(engine, model.policy, steps, held_out, objective, recipe.train, folder, reporter)
+    if engine.rank == 0:
+        write_report(folder, recipe.name)
+
+
+def build_engine(recipe: Recipe, reporter: Reporter) -> tuple[Engine, UFTModel]:
+    """Load the base, shard by shard under ZeRO-3, add adapters and wrap both."""
+    assert recipe.lora is not None
+    dtype = getattr(torch, recipe.model.dtype)
+    config = deepspeed_config(
+        read_deepspeed_file(recipe.deepspeed), dtype=dtype, max_grad_norm=recipe.train.max_grad_norm
+    )
+    reporter.say(f"loading {recipe.model.base}")
+    with partitioned_loading(config):
+        base = load_base(
+            recipe.model.base,
+            revision=recipe.model.revision,
+            dtype=dtype,
+            attention=recipe.model.attention,
+            gradient_checkpointing=recipe.model.gradient_checkpointing,
+        )
+    policy = add_adapters(
+        base,
+        rank=recipe.lora.rank,
+        alpha=recipe.lora.alpha,
+        targets=recipe.lora.targets,
+        dtype=getattr(torch, recipe.lora.dtype),
+        seed=recipe.train.seed,
+    )
+    model = UFTModel(policy)
+    layer_class = decoder_layer_class(base)
+    engine = Engine(model, config, layer_class=layer_class, weight_decay=recipe.train.weight_decay)
+    return engine, model
+
+
+def _loss_or_first(recipe: Recipe, kind: str) -> str:
+    # Kinds that a map does not name do not occur in the data: that was checked when it was prepared.
+    loss = recipe.objective.loss
+    return loss if isinstance(loss, str) else loss.get(kind, next(iter(loss.values())))
+
+
+def _reporter(recipe: Recipe, folder: RunFolder, console: Console, num_steps: int) -> Reporter:
+    if torch.distributed.get_rank() != 0:
+        return SilentReporter()
+    writer = MetricsWriter(
+        folder.path, tuple(recipe.tracking), run_name=recipe.name, config=recipe.model_dump(mode="json")
+    )
+    return ConsoleReporter(console, writer, num_steps)
+
+
+def _on_rank_zero(work: Callable[[], T]) -> T | None:
+    """Run on rank 0 while the others wait; a UserError there is raised on every rank."""
+    result: T | None = None
+    message: list[str | None] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            result = work()
+        except UserError as error:
+            message[0] = str(error)
+    torch.distributed.broadcast_object_list(message, src=0)
+    if message[0] is not None:
+        raise UserError(message[0])
+    return result
+
+
+def _finish(folder: RunFolder, rank: int, status: Status) -> None:
+    if rank == 0:
+        folder.write_status(status)
+        if status.exit_code == EXIT_DONE:
+            folder.done.touch()
+
+
+@contextmanager
+def _own_streams(folder: RunFolder, rank: int) -> Iterator[TextIO]:
+    """Send everything that libraries print to the rank's log; hand out the terminal for our own words."""
+    terminal = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
+    saved = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
+    with folder.log(rank).open("a", buffering=1, encoding="utf-8") as log:
+        logging.basicConfig(stream=log, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        try:
+            for descriptor in saved:
+                os.dup2(log.fileno(), descriptor)
+            yield terminal
+        except Exception as error:
+            if not isinstance(error, UserError | CheckFailed):
+                logger.exception("unexpected error")
+            raise
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for descriptor, original in saved.items():
+                os.dup2(original, descriptor)
+
+
+def _make_deterministic(deterministic: bool) -> None:
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def _die_with_launcher() -> None:
+    """Linux: be killed when the launcher dies, so that no orphan writes beside a restart."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

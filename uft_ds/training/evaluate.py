@@ -1,0 +1,86 @@
+"""Forward passes without an update: the checks before the first step, and the held-out data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import torch
+
+from uft_ds.data.example import KINDS, Response, Sequence
+from uft_ds.data.mixture import Step
+from uft_ds.data.packing import micro_batch
+from uft_ds.errors import CheckFailed
+from uft_ds.objectives.objective import STATISTICS, Objective, count_terms, log_ratios, micro_batch_loss
+from uft_ds.training.engine import Engine
+from uft_ds.training.metrics import step_metrics
+
+HUGGING_FACE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
+"""Nats a token. float32 paths differ by rounding (1e-5); bfloat16 logits are rounded to 3 digits by the model
+itself. A soft cap or a scale on the logits, which this check is for, shifts log-probs by whole nats."""
+
+
+def check_log_ratios_are_zero(engine: Engine, step: Step, *, tokens_per_micro_batch: int, tolerance: float) -> float:
+    """Refuse to start unless policy and reference agree exactly on every response of a step.
+
+    Returns:
+        the largest |log-ratio| over all ranks, nats: 0.0 unless a tolerance was given.
+    Raises:
+        CheckFailed: on every rank; names the response that differs most.
+    """
+    largest, worst = 0.0, ""
+    for batch in engine.micro_batches(step, tokens_per_micro_batch):
+        logps_N, reference_logps_N = engine(batch)
+        ratios_R = log_ratios(batch, logps_N.detach(), reference_logps_N)
+        assert ratios_R is not None
+        for ratio, response in zip(ratios_R.tolist(), batch.responses, strict=True):
+            # A NaN is the largest of all: it must not slip through a comparison.
+            if not abs(ratio) <= largest:
+                largest, worst = abs(ratio) if ratio == ratio else float("inf"), response.origin
+    overall = engine.max_over_ranks(largest)
+    if overall > tolerance:
+        found = f"; here the worst is {worst}" if worst else ""
+        raise CheckFailed(
+            f"before the first step the largest log-ratio is {overall:.3g} nats, allowed {tolerance}{found}: policy "
+            "and reference do not compute the same thing (reference.step_zero_tolerance may allow for a GPU's rounding)"
+        )
+    return overall
+
+
+def check_against_hugging_face(engine: Engine, sequence: Sequence, *, dtype: torch.dtype) -> float:
+    """Refuse a model whose log-probs are not log_softmax(head(hidden)): soft-capped or scaled logits.
+
+    Returns:
+        the largest difference to Hugging Face's own forward, nats a token.
+    Raises:
+        CheckFailed: on every rank.
+    """
+    batch = micro_batch([sequence]).to(engine.device)
+    with engine.evaluating():
+        ours_N, _ = engine(batch, with_reference=False)
+        theirs_N, _ = engine(batch, through_logits=True)
+    difference = engine.max_over_ranks(float((ours_N - theirs_N).abs().max()))
+    if not difference <= HUGGING_FACE_TOLERANCE[dtype]:
+        raise CheckFailed(
+            f"log-probs differ by {difference:.3g} nats a token from this model's own forward (allowed "
+            f"{HUGGING_FACE_TOLERANCE[dtype]}): it does something to its logits that is not supported"
+        )
+    return difference
+
+
+def evaluate(
+    engine: Engine, objective: Objective, groups: Seq[Step], *, tokens_per_micro_batch: int
+) -> dict[str, float]:
+    """The step's metrics over held-out data, named `held_out/...`; means over all its responses."""
+    responses: list[Response] = [response for group in groups for response in group.responses]
+    terms = count_terms(objective, responses)
+    loss = torch.zeros((), dtype=torch.float64, device=engine.device)
+    sums = torch.zeros(len(KINDS), len(STATISTICS), dtype=torch.float64, device=engine.device)
+    with engine.evaluating():
+        for group in groups:
+            for batch in engine.micro_batches(group, tokens_per_micro_batch):
+                outputs = engine(batch, with_reference=objective.needs_reference)
+                share, statistics = micro_batch_loss(objective, batch, terms, *outputs)
+                loss += share
+                sums += statistics
+    metrics = step_metrics(objective, float(engine.sum_over_ranks(loss)), engine.sum_over_ranks(sums))
+    return {f"held_out/{name}": value for name, value in metrics.items()}

@@ -1,0 +1,117 @@
+"""What a user sees of a run while it goes on: a progress line with ETA, warnings, metrics in their files."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from uft_ds.data.example import KINDS
+from uft_ds.training.metrics import MetricsWriter
+
+logger = logging.getLogger("uft_ds")
+
+
+class Reporter(Protocol):
+    """Where the loop sends what happened; all ranks call it, one of them speaks."""
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def held_out(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def say(self, text: str) -> None: ...
+    def warn(self, text: str) -> None: ...
+    def __enter__(self) -> Reporter: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class SilentReporter:
+    """For the ranks that only log."""
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def held_out(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def say(self, text: str) -> None: ...
+
+    def warn(self, text: str) -> None:
+        logger.warning(text)
+
+    def __enter__(self) -> SilentReporter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class ConsoleReporter:
+    """A live bar on a terminal; elsewhere a line every few seconds, for a log that is read later."""
+
+    SECONDS_BETWEEN_LINES = 5.0
+
+    def __init__(self, console: Console, writer: MetricsWriter, num_steps: int) -> None:
+        self._console, self._writer, self._num_steps = console, writer, num_steps
+        self._last_line, self._training_seconds = time.monotonic(), 0.0
+        columns = (
+            TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
+        )  # fmt: skip
+        self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._task = self._progress.add_task("training", total=num_steps, numbers="")
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._writer.write(step, metrics)
+        self._training_seconds += metrics["seconds"]
+        line = one_line(metrics)
+        logger.info("step %d %s", step, line)
+        self._progress.update(self._task, completed=step, numbers=line)
+        now = time.monotonic()
+        waited = now - self._last_line >= self.SECONDS_BETWEEN_LINES
+        if not self._console.is_terminal and (waited or step in (1, self._num_steps)):
+            self._last_line = now
+            remaining = self._training_seconds / step * (self._num_steps - step)
+            self.say(f"step {step}/{self._num_steps}  {line}  ETA {_clock(remaining)}")
+
+    def held_out(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._writer.write(step, metrics)
+        self.say(f"held out, step {step}:  {one_line({k.removeprefix('held_out/'): v for k, v in metrics.items()})}")
+
+    def say(self, text: str) -> None:
+        logger.info(text)
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        logger.warning(text)
+        self._console.print(f"warning: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+    def __enter__(self) -> ConsoleReporter:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+        self._writer.close()
+
+
+def one_line(metrics: Mapping[str, float]) -> str:
+    """The few numbers that tell whether a step is healthy."""
+    parts = [f"loss {metrics['loss']:.4f}"]
+    rewards = {kind: metrics.get(f"implicit_reward/{kind}") for kind in KINDS}
+    shown = [f"{kind} {reward:+.3f}" for kind, reward in rewards.items() if reward is not None]
+    if shown:
+        parts.append("reward " + ", ".join(shown))
+    if "tokens_per_second" in metrics:
+        parts.append(f"{metrics['tokens_per_second']:.0f} tokens/s")
+    return "  ".join(parts)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,145 @@
+"""A run's folder: who owns it, what lies where, how it ended."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO
+
+from uft_ds.errors import UserError
+
+_OF_A_RUN = (
+    "recipe.yaml", "environment.json", "metrics.jsonl", "tensorboard", "wandb", "checkpoints", "latest", "data",
+    "status.json", "report.html", "curves.png", "launcher.log", "DONE", ".lock", "merged",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a run ended, for the process that started it: launchers hide their workers' exit codes."""
+
+    exit_code: int
+    message: str
+    step: int
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def latest(self) -> Path:
+        return self.path / "latest"
+
+    @property
+    def launcher_log(self) -> Path:
+        return self.path / "launcher.log"
+
+    @property
+    def done(self) -> Path:
+        return self.path / "DONE"
+
+    def train_data(self, source: int) -> Path:
+        return self.path / "data" / f"train-{source}.arrow"
+
+    def held_out_data(self) -> Path:
+        return self.path / "data" / "held_out.arrow"
+
+    def data_report(self) -> Path:
+        return self.path / "data" / "report.json"
+
+    def log(self, rank: int) -> Path:
+        return self.path / f"log-rank{rank}.txt"
+
+    def write_status(self, status: Status) -> None:
+        write_atomically(self.path / "status.json", json.dumps(asdict(status), indent=2) + "\n")
+
+    def read_status(self) -> Status | None:
+        """None while the run goes on, or where it died without a word."""
+        try:
+            return Status(**json.loads((self.path / "status.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+
+
+def check_claimable(folder: RunFolder, *, overwrite: bool) -> None:
+    """Refuse a folder that holds a run, or anything else, before work is spent on the data.
+
+    Raises:
+        UserError: says what is there and what to do.
+    """
+    path = folder.path
+    if path.exists() and not path.is_dir():
+        raise UserError(f"output: {path} is a file, expected a folder")
+    if not path.exists() or not any(path.iterdir()):
+        return
+    if not folder.recipe.exists():
+        raise UserError(f"output: {path} holds files that are no run of ours; give another folder")
+    if not overwrite:
+        raise UserError(
+            f"output: {path} already holds a run; delete it by --overwrite, or give another folder by output=PATH"
+        )
+
+
+def claim(folder: RunFolder, *, overwrite: bool) -> IO[str]:
+    """Create the folder (emptied of an older run, if asked) and lock it.
+
+    Returns:
+        the open lock: the folder is ours until it is closed or the process ends.
+    Raises:
+        UserError: it holds a run, another process owns it, or it cannot be written.
+    """
+    check_claimable(folder, overwrite=overwrite)
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        lock = (folder.path / ".lock").open("w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"output: {folder.path} cannot be written ({error.strerror})") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise UserError(f"output: {folder.path} is in use by another run that is still going") from None
+    if overwrite:
+        _empty(folder.path)
+    return lock
+
+
+def _empty(path: Path) -> None:
+    for entry in path.iterdir():
+        if entry.name == ".lock" or not (entry.name in _OF_A_RUN or entry.name.startswith("log-rank")):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The whole text or nothing: written beside, synced, renamed."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
