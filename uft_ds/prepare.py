@@ -49,11 +49,16 @@ def check_recipe(recipe: Recipe) -> None:
         raise UserError("tracking: wandb is not installed: pip install 'uft-ds[wandb]', or leave it out")
 
 
+def source_of(entry: SourceSection) -> Source:
+    """A recipe's entry as plain values."""
+    return Source(entry.format, entry.path, entry.split, entry.examples, entry.score)
+
+
 def prepare_data(recipe: Recipe, chat: ChatTokenizer, on_row: OnRow = lambda label, done, total: None) -> PreparedData:
     """Read, check and tokenise all sources."""
 
     def prepare(entry: SourceSection) -> PreparedSource:
-        source = Source(entry.format, entry.path, entry.split, entry.examples, entry.score)
+        source = source_of(entry)
         return prepare_source(
             source,
             chat,

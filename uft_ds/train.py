@@ -30,7 +30,7 @@ from uft_ds.model.adapters import add_adapters
 from uft_ds.model.load import decoder_layer_class, load_base
 from uft_ds.model.uft_model import UFTModel
 from uft_ds.objectives.objective import Objective
-from uft_ds.prepare import prepare_run
+from uft_ds.prepare import prepare_run, source_of
 from uft_ds.recipe import Recipe, load_recipe
 from uft_ds.training.curves import write_report
 from uft_ds.training.engine import Engine, deepspeed_config, init_distributed, partitioned_loading, read_deepspeed_file
@@ -80,10 +80,10 @@ def _run(recipe: Recipe, folder: RunFolder, console: Console) -> None:
     dtype = getattr(torch, recipe.model.dtype)
     _make_deterministic(recipe.train.deterministic)
     sources = [read_sequences(folder.train_data(index)) for index in range(len(recipe.data.sources))]
-    labels = [f"{entry.path}[{entry.split}]" for entry in recipe.data.sources]
+    names = [source_of(entry).seed_name for entry in recipe.data.sources]
     steps = plan_steps(
         sources,
-        labels,
+        names,
         seed=recipe.train.seed,
         examples_per_step=recipe.train.examples_per_step,
         epochs=recipe.train.epochs,

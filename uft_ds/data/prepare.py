@@ -32,6 +32,11 @@ class Source:
     def label(self) -> str:
         return self.path + (f"[{self.split}]" if self.split else "")
 
+    @property
+    def seed_name(self) -> str:
+        """What its order is drawn from, besides the seed: the label without folders, so that data may move."""
+        return Path(self.label).name
+
 
 @dataclass(frozen=True)
 class PreparedSource:
@@ -107,7 +112,7 @@ def prepare_source(
 
 
 def _drawn_order(source: Source, num_rows: int, seed: int) -> Iterable[int]:
-    rng = np.random.default_rng([seed, zlib.crc32(source.label.encode())])
+    rng = np.random.default_rng([seed, zlib.crc32(source.seed_name.encode())])
     return (int(index) for index in rng.permutation(num_rows))
 
 
