@@ -69,9 +69,9 @@ def launch(folder: RunFolder, *, ranks: int, port: int) -> Status:
             process.wait()
         except KeyboardInterrupt:
             _stop(process)
-            return Status(EXIT_INTERRUPTED, "interrupted", 0)
+            return Status(EXIT_INTERRUPTED, "interrupted")
     status = folder.read_status()
-    return status or Status(EXIT_CRASHED, _last_words(folder, ranks), 0)
+    return status or Status(EXIT_CRASHED, _last_words(folder, ranks))
 
 
 def rank_environment(ranks: int) -> dict[str, str]:

@@ -143,7 +143,10 @@ def environment() -> dict[str, object]:
 
 
 def _git_revision() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    checkout = Path(__file__).parents[1]
+    if not (checkout / ".git").exists():  # installed: a repository further up would be somebody else's
+        return None
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):

@@ -258,11 +258,16 @@ class _RecipeLoader(yaml.SafeLoader):
     """YAML without two traps: `1e-5` is a number, and a key given twice is an error."""
 
 
-_RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)$"),
-    list("-+0123456789."),
-)
+class _RecipeDumper(yaml.SafeDumper):
+    """Quotes the texts that `_RecipeLoader` would take for numbers."""
+
+
+for _class in (_RecipeLoader, _RecipeDumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)$"),
+        list("-+0123456789."),
+    )
 
 
 def _mapping_without_duplicates(loader: _RecipeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -281,7 +286,10 @@ _RecipeLoader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicat
 
 
 def _load_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_RecipeLoader)  # a SafeLoader
+    try:
+        return yaml.load(text, Loader=_RecipeLoader)  # a SafeLoader
+    except ValueError as error:  # it looks like a date or a number, but is none: 2024-02-30
+        raise yaml.YAMLError(str(error)) from None
 
 
 def shipped_recipes() -> tuple[str, ...]:
@@ -312,13 +320,16 @@ def _apply_override(tree: Any, override: str) -> None:
         value = _load_yaml(text)
     except yaml.YAMLError:
         raise UserError(f"override {override!r}: the value is not YAML") from None
+    except UserError as error:
+        raise UserError(f"override {override!r}: {error}") from None
     *parents, leaf = key.split(".")
     node = tree
     for depth, part in enumerate([*parents, leaf]):
         where = ".".join(key.split(".")[: depth + 1])
         if isinstance(node, list):
-            if not part.isdigit() or int(part) >= len(node):
-                raise UserError(f"override {override!r}: {where}: expected an index from 0 to {len(node) - 1}")
+            if not part.isdecimal() or int(part) >= len(node):
+                known = f"expected an index from 0 to {len(node) - 1}" if node else "the list is empty"
+                raise UserError(f"override {override!r}: {where}: {known}")
             index: Any = int(part)
         elif isinstance(node, dict):
             index = part
@@ -344,14 +355,17 @@ def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> Recipe:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "cannot be parsed"
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise UserError(f"recipe {label}{line}: not valid YAML: {problem}") from None
     except UserError as error:
         raise UserError(f"recipe {label}: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"recipe {label}: expected keys and values, found {type(tree).__name__}")
-    for override in overrides:
-        _apply_override(tree, override)
+    try:
+        for override in overrides:
+            _apply_override(tree, override)
+    except UserError as error:
+        raise UserError(f"recipe {label}: {error}") from None
     return recipe_from_tree(tree, label)
 
 
@@ -371,11 +385,13 @@ def _explain(problem: Any) -> str:
         for part in problem["loc"]
         if not (isinstance(part, str) and re.search(r"[\[\]-]|^(str|int|float|dict)$", part))
     ]
-    key = ".".join(str(part) for part in path)
     if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(path[-1]), _known_keys(path[:-1]), n=1)
+        unknown = str(problem["loc"][-1])  # the user's own word, which may look like a type's name
+        path = [*path, unknown] if not path or path[-1] != unknown else path
+        near = difflib.get_close_matches(unknown, _known_keys(path[:-1]), n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(_known_keys(path[:-1]))}"
-        return f"{key}: unknown key; {hint}"
+        return f"{'.'.join(str(part) for part in path)}: unknown key; {hint}"
+    key = ".".join(str(part) for part in path)
     if problem["type"] == "missing":
         return f"{key}: required, but not given"
     if problem["type"] == "value_error":
@@ -400,4 +416,5 @@ def _known_keys(path: list[Any]) -> list[str]:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML that `load_recipe` reads back to an equal value."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+    tree = recipe.model_dump(mode="json")
+    return yaml.dump(tree, Dumper=_RecipeDumper, sort_keys=False, allow_unicode=True, width=110)

@@ -65,12 +65,12 @@ def main(arguments: list[str] | None = None) -> int:
             lock = _on_rank_zero(lambda: prepare_run(recipe, overwrite=options.overwrite)[2])
         with _own_streams(folder, rank) as terminal:
             _run(recipe, folder, Console(file=terminal))
-        _finish(folder, rank, Status(EXIT_DONE, "done", 0))
+        _finish(folder, rank, Status(EXIT_DONE, "done"))
         del lock
         return EXIT_DONE
     except (UserError, CheckFailed) as error:
         if rank == 0 and folder is not None and folder.path.exists():
-            _finish(folder, rank, Status(error.exit_code, str(error), 0))
+            _finish(folder, rank, Status(error.exit_code, str(error)))
         if rank == 0 and not options.prepared:
             print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 DEFAULT_CHUNK_BYTES = 64 * 2**20
 
@@ -94,6 +95,7 @@ class _Attach(torch.autograd.Function):
         return logps_N.clone()
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator] # the stored gradients are constants to autograd
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, None]:
         (gradients_ND,) = ctx.saved_tensors
         return (grad_N[:, None] * gradients_ND).to(gradients_ND.dtype), None, None

@@ -60,7 +60,10 @@ class ConsoleReporter:
             TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(),
             TextColumn("{task.fields[numbers]}"), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
         )  # fmt: skip
-        self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        # Redirected streams would carry what libraries print from the rank's log to the terminal.
+        self._progress = Progress(
+            *columns, console=console, disable=not console.is_terminal, redirect_stdout=False, redirect_stderr=False
+        )
         self._task = self._progress.add_task("training", total=num_steps, numbers="")
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -24,7 +24,6 @@ class Status:
 
     exit_code: int
     message: str
-    step: int
 
 
 @dataclass(frozen=True)
