@@ -206,7 +206,8 @@ def test_helpsteer2_scores_never_leave_the_unit_interval(a: int, b: int, c: int)
 
 def test_helpsteer2_conversation_in_the_prompt_is_parsed() -> None:
     """The markers and the newline before and after each are layout; only the last response is supervised."""
-    prompt = "q1\nmore\n<extra_id_1>Assistant\na1\n\nend\n<extra_id_1>User\nq2\n<extra_id_1>Assistant\na2\n<extra_id_1>User\nq3"
+    user, assistant = "\n<extra_id_1>User\n", "\n<extra_id_1>Assistant\n"
+    prompt = f"q1\nmore{assistant}a1\n\nend{user}q2{assistant}a2{user}q3"
     example = helpsteer2(BEST | {"prompt": prompt, "response": "a3\n"}, score=None, origin="f:1")
     assert [(m.role, m.content, m.score) for m in example.messages] == [
         ("user", "q1\nmore", None),

@@ -19,6 +19,9 @@ DTYPES = [torch.float32, torch.bfloat16]
 EPSILON = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 """Half a unit in the last place, relative."""
 
+SLACK = {torch.float32: 4.0, torch.bfloat16: 0.5}
+"""Of the largest gradient, in EPSILON: float32 sums a vocabulary, bfloat16 is rounded after a float32 sum."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -74,8 +77,8 @@ def test_error_is_not_larger_than_the_definitions_own(
 ) -> None:
     """Against float64 on the same inputs, values and gradients err no more than plain torch in the same dtype.
 
-    The slack: a value is a float32 difference of two numbers of order 10, whatever the inputs' dtype (so 16 x
-    2^-24 x 4); a gradient is rounded to its dtype (for bfloat16 three times: probabilities, row, product).
+    The slack: a value is a float32 difference of two numbers of order 10, whatever the inputs' dtype; a gradient is
+    a float32 sum over the vocabulary in another order, or is rounded to bfloat16.
     """
     case = make_case(shape, dtype, with_bias=with_bias)
     true_logps_N, true_grad_ND = naive(case, torch.float64)
@@ -86,11 +89,11 @@ def test_error_is_not_larger_than_the_definitions_own(
 
     plain_error = (plain_logps_N.double() - true_logps_N).abs().max()
     error = (logps_N.double() - true_logps_N).abs().max()
-    assert error <= plain_error + 64 * EPSILON[torch.float32]
+    assert error <= plain_error + 16 * EPSILON[torch.float32]
 
     plain_error = (plain_grad_ND.double() - true_grad_ND).abs().max()
     error = (grad_ND.double() - true_grad_ND).abs().max()
-    assert error <= plain_error + 4 * EPSILON[dtype] * true_grad_ND.abs().max()
+    assert error <= plain_error + SLACK[dtype] * EPSILON[dtype] * true_grad_ND.abs().max()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -112,7 +115,7 @@ def test_chunk_size_does_not_matter(rows: int, dtype: torch.dtype) -> None:
     whole_logps_N, whole_grad_ND = ours(case)
     logps_N, grad_ND = ours(case, chunk_bytes=chunk_of(rows, 1009))
     torch.testing.assert_close(logps_N, whole_logps_N, rtol=0, atol=64 * EPSILON[torch.float32])
-    slack = {torch.float32: 16.0, torch.bfloat16: 1.0}[dtype] * EPSILON[dtype] * float(whole_grad_ND.abs().max())
+    slack = 4 * SLACK[dtype] * EPSILON[dtype] * float(whole_grad_ND.abs().max())
     torch.testing.assert_close(grad_ND, whole_grad_ND, rtol=2 * EPSILON[dtype], atol=slack)
 
 

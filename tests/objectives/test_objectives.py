@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy import toy_sequences
 from torch import Tensor
+from toy import toy_sequences
 
 from uft_ds.data.example import KINDS, Kind, Response, Sequence
 from uft_ds.data.packing import MicroBatch, micro_batch
@@ -206,7 +207,7 @@ def test_any_split_into_micro_batches_adds_up_to_the_whole(
     """Invariant 2 in small: values, gradients and statistics do not depend on the split, or on empty parts."""
     uft, sequences = objective(loss, MIXED_WEIGHTS), sequences_of_all_kinds()
     bounds = [0, *sorted(cuts), 8]
-    groups = [order[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    groups = [order[a:b] for a, b in pairwise(bounds)]
     whole_loss, whole_sums, whole_grads = total(uft, sequences, [list(range(8))])
     loss_sum, sums, grads = total(uft, sequences, groups)
     torch.testing.assert_close(loss_sum, whole_loss, rtol=1e-6, atol=0)

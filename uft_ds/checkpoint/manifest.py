@@ -28,17 +28,18 @@ def manifest_problem(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        recorded = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
     except OSError:
         return f"{folder / MANIFEST}: missing; the checkpoint was never finished"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"{folder / MANIFEST}: not a manifest"
-    for name, recorded in files.items():
+    for name, (num_bytes, digest) in recorded.items():
         path = folder / name
         if not path.is_file():
             return f"{path}: missing"
-        if path.stat().st_size != recorded["bytes"]:
-            return f"{path}: {path.stat().st_size} bytes, {recorded['bytes']} recorded"
-        if sha256(path) != recorded["sha256"]:
+        if path.stat().st_size != num_bytes:
+            return f"{path}: {path.stat().st_size} bytes, {num_bytes} recorded"
+        if sha256(path) != digest:
             return f"{path}: its content is not what was written"
     return None
 

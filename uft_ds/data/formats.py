@@ -54,7 +54,8 @@ def ultrachat(row: Row, *, score: float | None, origin: str) -> Example:
     return Example(supervised, "instruction", origin)
 
 
-HELPSTEER2_WEIGHTS = {"helpfulness": 0.65, "correctness": 0.8, "coherence": 0.45}
+# In twentieths, for the sum is then exact: in floats, all 4 would give 1.0000000000000002.
+HELPSTEER2_WEIGHTS = {"helpfulness": 13, "correctness": 16, "coherence": 9}
 _HELPSTEER2_TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
 
 
@@ -64,7 +65,7 @@ def helpsteer2(row: Row, *, score: float | None, origin: str) -> Example:
     The attributes are 0 to 4, so the score is in [0, 1] (UNA, arXiv 2408.15339 section 4). About 29% of the
     prompts hold a whole conversation, its turns marked by `<extra_id_1>`.
     """
-    total = 0.0
+    total = 0
     for name, weight in HELPSTEER2_WEIGHTS.items():
         value = row.get(name)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 4:
@@ -74,7 +75,7 @@ def helpsteer2(row: Row, *, score: float | None, origin: str) -> Example:
     turns = [Message("user", first)]
     for role, content in zip(rest[::2], rest[1::2], strict=True):
         turns.append(Message("user" if role == "User" else "assistant", content))
-    turns.append(Message("assistant", text(row, "response"), total / 7.6))
+    turns.append(Message("assistant", text(row, "response"), total / (20 * 7.6)))
     _check_turns(turns)
     return Example(tuple(turns), "score", origin)
 

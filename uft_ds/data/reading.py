@@ -48,7 +48,7 @@ def read_table(path: str, split: str | None) -> Table:
         if not located:
             raise UserError(f"{path}: no rows; the file is empty")
         return Table([row for _, row in located], [place for place, _ in located], path)
-    if local.suffix in {".json", ".jsonl", ".gz", ".parquet"} or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+    if local.suffix in {".json", ".jsonl", ".gz", ".parquet"} or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):
         raise UserError(f"{path}: no such file or folder")
     return _read_hub(path, split)
 

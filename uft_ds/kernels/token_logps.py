@@ -95,7 +95,7 @@ class _Attach(torch.autograd.Function):
         return logps_N.clone()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator] # the stored gradients are constants to autograd
+    @once_differentiable  # the stored gradients are constants to autograd
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, None]:
         (gradients_ND,) = ctx.saved_tensors
         return (grad_N[:, None] * gradients_ND).to(gradients_ND.dtype), None, None

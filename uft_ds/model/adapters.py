@@ -26,8 +26,10 @@ def add_adapters(
     """Freeze the base and add LoRA adapters, equal on every rank: A drawn from `seed`, B zero.
 
     Raises:
-        UserError: the head would get an adapter, or no layer matches the targets.
+        UserError: the head would get an adapter, or a target is no linear layer of the model.
     """
+    if targets != "all-linear":
+        _check_targets(base, targets)
     torch.manual_seed(seed)
     config = LoraConfig(
         r=rank,
@@ -41,16 +43,27 @@ def add_adapters(
         policy = get_peft_model(base, config, autocast_adapter_dtype=False)
     except ValueError as error:
         raise UserError(f"lora.targets: {str(error).splitlines()[0]}") from None
-    head = base.get_output_embeddings()
-    if isinstance(head, BaseTunerLayer):
-        raise UserError(
-            "lora.targets: the head cannot have an adapter; its log-probs are computed from the frozen weight"
-        )
     for parameter in policy.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
     assert not any(m.p > 0 for m in policy.modules() if isinstance(m, nn.Dropout)), "active dropout in the model"
     return policy
+
+
+def _check_targets(base: Any, targets: list[str]) -> None:
+    """PEFT passes over a misspelt name if another one matches, and takes embeddings too."""
+    named, head = list(base.named_modules()), base.get_output_embeddings()
+    linear = {name.split(".")[-1] for name, module in named if isinstance(module, nn.Linear) and module is not head}
+    for target in targets:
+        matches = [module for name, module in named if name == target or name.endswith(f".{target}")]
+        if head in matches:
+            raise UserError(
+                "lora.targets: the head cannot have an adapter; its log-probs are computed from the frozen weight"
+            )
+        if not matches:
+            raise UserError(f"lora.targets: no layer is called {target!r}; expected of {', '.join(sorted(linear))}")
+        if not all(isinstance(module, nn.Linear) for module in matches):
+            raise UserError(f"lora.targets: {target!r} is a {type(matches[0]).__name__}, expected linear layers")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from uft_ds.errors import UserError
@@ -57,11 +58,22 @@ def load_base(
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"model.base: {base!r} could not be loaded ({str(error).splitlines()[0]})") from None
+    _check_dropout(model)
     model.requires_grad_(False)
     model.train()
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def _check_dropout(model: nn.Module) -> None:
+    """Attention keeps its rate as a plain number, not as a layer."""
+    for name, module in model.named_modules():
+        rate = module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0.0)
+        if rate:
+            raise UserError(
+                f"model.base: {name} has a dropout of {rate}, expected 0 (log-ratios would be noise); see config.json"
+            )
 
 
 def attention_implementation(asked: str) -> str:

@@ -58,6 +58,10 @@ class RunFolder:
     def done(self) -> Path:
         return self.path / "DONE"
 
+    @property
+    def lock(self) -> Path:
+        return self.path / ".lock"
+
     def train_data(self, source: int) -> Path:
         return self.path / "data" / f"train-{source}.arrow"
 
@@ -92,7 +96,8 @@ def check_claimable(folder: RunFolder, *, overwrite: bool) -> None:
         raise UserError(f"output: {path} is a file, expected a folder")
     if not path.exists() or not any(path.iterdir()):
         return
-    if not folder.recipe.exists():
+    # The lock is there from the first moment on; a recipe.yaml beside other data may be the user's own.
+    if not folder.lock.exists():
         raise UserError(f"output: {path} holds files that are no run of ours; give another folder")
     if not overwrite:
         raise UserError(
@@ -111,7 +116,7 @@ def claim(folder: RunFolder, *, overwrite: bool) -> IO[str]:
     check_claimable(folder, overwrite=overwrite)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
-        lock = (folder.path / ".lock").open("w", encoding="utf-8")
+        lock = folder.lock.open("w", encoding="utf-8")
     except OSError as error:
         raise UserError(f"output: {folder.path} cannot be written ({error.strerror})") from None
     try:
