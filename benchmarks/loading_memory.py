@@ -68,7 +68,6 @@ def load_on_this_rank(folder: str, result: str, partitioned: bool) -> None:
         assert all(parameter.ds_tensor.numel() > 0 for parameter in model.parameters())
     else:
         model = load_base(folder, **options)
-        model = model.apply(lambda module: None)
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()  # out of the mapped file, as training would hold it
     done.set()

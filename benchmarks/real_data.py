@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -157,8 +158,8 @@ def main() -> None:
     command = [sys.executable, "-m", "uft_ds"]
     run, merged = options.folder / "run", options.folder / "merged"
     subprocess.run([*command, "train", str(recipe), "--overwrite"], check=True)
-    if not merged.exists():
-        subprocess.run([*command, "convert", str(run), str(merged)], check=True)
+    shutil.rmtree(merged, ignore_errors=True)
+    subprocess.run([*command, "convert", str(run), str(merged)], check=True)
     print_curve(run)
     held_out_by_score(run, base)
     print_samples(base, merged)

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from uft_ds import __version__
 from uft_ds.errors import CheckFailed, UserError
@@ -29,7 +30,7 @@ app = typer.Typer(
 )
 recipe_app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
 app.add_typer(recipe_app, name="recipe")
-console = Console()
+console = Console(markup=False, highlight=False)  # paths may hold brackets and numbers
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a shipped recipe, or path of a YAML file.")]
 Overrides = Annotated[
@@ -58,7 +59,8 @@ def run_training(recipe: Recipe, *, overwrite: bool) -> None:
     from uft_ds.launch import launch, master_port, number_of_ranks
     from uft_ds.prepare import prepare_run
 
-    ranks, port = number_of_ranks(recipe.launch.ranks), master_port()
+    ranks = number_of_ranks(recipe.launch.ranks)
+    master_port()  # a given port that is taken is told before the data is read
     with _preparation() as progress:
         tasks: dict[str, TaskID] = {}
 
@@ -70,16 +72,16 @@ def run_training(recipe: Recipe, *, overwrite: bool) -> None:
         folder, data, lock = prepare_run(recipe, overwrite=overwrite, on_row=on_row)
     with lock:
         console.print(_data_table(data))
-        console.print(f"training on {ranks} ranks; logs in {folder.path}", highlight=False)
-        status = launch(folder, ranks=ranks, port=port)
+        console.print(f"training on {ranks} ranks; logs in {folder.path}")
+        status = launch(folder, ranks=ranks, port=master_port())
     if status.exit_code != 0:
         print(f"error: {status.message}", file=sys.stderr)
         raise typer.Exit(status.exit_code)
-    console.print(f"done: {folder.path}  (metrics.jsonl, curves.png, report.html, checkpoints/)", highlight=False)
+    console.print(f"done: {folder.path}  (metrics.jsonl, curves.png, report.html, checkpoints/)")
 
 
 def _preparation() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=20), MofNCompleteColumn())
     return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
@@ -90,7 +92,7 @@ def _data_table(data: PreparedData) -> Table:
             left_out = ", ".join(f"{count} {reason}" for reason, count in source.dropped.items())
             counts = (source.num_responses, len(source.sequences), source.num_tokens)
             short = source.label if len(source.label) <= 40 else "..." + source.label[-37:]
-            table.add_row(f"{name}: {short}", *map(str, counts), left_out or "-")
+            table.add_row(Text(f"{name}: {short}"), *map(str, counts), Text(left_out or "-"))
     return table
 
 
@@ -126,9 +128,9 @@ def convert(
     if to == "adapter":
         if dtype is not None:
             raise UserError("--dtype: an adapter is copied as it was trained; leave --dtype out, or take --to merged")
-        console.print(f"adapter: {convert_to_adapter(run, out)}", highlight=False)
+        console.print(f"adapter: {convert_to_adapter(run, out)}")
         return
-    result = convert_to_merged(run, out, dtype=dtype, report=lambda text: console.print(text, highlight=False))
+    result = convert_to_merged(run, out, dtype=dtype, report=lambda text: console.print(text))
     console.print(
         f"model: {result.folder}  (of {result.checkpoint.name}; {result.share_kept:.2%} of the adapter's log-ratios "
         f"kept on {result.num_responses} responses, relative error {result.relative_error:.2%})",

@@ -1,9 +1,11 @@
 """The ways a command may end, and their exit codes."""
 
 EXIT_DONE = 0
+EXIT_CRASHED = 1
 EXIT_BAD_INPUT = 2
 EXIT_CHECK_FAILED = 3
 EXIT_STOPPED = 85
+EXIT_INTERRUPTED = 130
 
 
 class UserError(Exception):

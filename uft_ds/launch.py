@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -11,11 +11,10 @@ import sys
 
 import torch
 
-from uft_ds.errors import UserError
+from uft_ds.errors import EXIT_CRASHED, EXIT_INTERRUPTED, UserError
+from uft_ds.process import die_with_parent
 from uft_ds.training.run_folder import RunFolder, Status
 
-EXIT_CRASHED = 1
-EXIT_INTERRUPTED = 130
 _SECONDS_TO_STOP = 15
 
 
@@ -63,21 +62,24 @@ def launch(folder: RunFolder, *, ranks: int, port: int) -> Status:
     ]
     with folder.launcher_log.open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
-            command, stderr=log, env=rank_environment(ranks), start_new_session=True, preexec_fn=_die_with_parent
+            command, stderr=log, env=rank_environment(ranks), start_new_session=True, preexec_fn=die_with_parent
         )
         try:
             process.wait()
         except KeyboardInterrupt:
             _stop(process)
             return Status(EXIT_INTERRUPTED, "interrupted")
-    status = folder.read_status()
-    return status or Status(EXIT_CRASHED, _last_words(folder, ranks))
+    killed = _killed_ranks(folder)
+    if killed:
+        return Status(EXIT_CRASHED, f"{killed}: out of memory? See {folder.launcher_log} and the system's log")
+    ended_silently = Status(EXIT_CRASHED, f"the ranks ended without a word; see {folder.launcher_log}")
+    return folder.read_status() or ended_silently
 
 
 def rank_environment(ranks: int) -> dict[str, str]:
     """What the ranks inherit, with defaults for whatever the user has not set."""
     defaults = {
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)),
+        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks)),
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
     }
@@ -98,17 +100,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             continue
 
 
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
-def _last_words(folder: RunFolder, ranks: int) -> str:
-    """Where to look after a crash: the last line of the rank that raised."""
-    for rank in range(ranks):
-        log = folder.log(rank)
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-        if any(line.startswith("Traceback") for line in lines):
-            return f"rank {rank} crashed: {lines[-1].strip()} (traceback in {log})"
-    return f"the ranks ended without a word; see {folder.launcher_log} and the logs beside it"
+def _killed_ranks(folder: RunFolder) -> str:
+    """Ranks that the system killed, by the launcher's log: they could say nothing themselves."""
+    log = folder.launcher_log.read_text(encoding="utf-8", errors="replace")
+    failures = re.findall(r"failed \(exitcode: -9\) local_rank: (\d+)", log)
+    return ", ".join(f"rank {rank} was killed (signal 9)" for rank in failures)

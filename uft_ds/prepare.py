@@ -16,14 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+import torch
+
 from uft_ds.data.example import Kind
 from uft_ds.data.prepare import PreparedSource, Source, prepare_source, write_sequences
 from uft_ds.data.tokenize import ChatTokenizer, load_tokenizer
 from uft_ds.errors import UserError
-from uft_ds.model.load import check_base
+from uft_ds.model.adapters import add_adapters
+from uft_ds.model.load import check_base, empty_base
+from uft_ds.model.uft_model import UFTModel
 from uft_ds.recipe import Recipe, SourceSection, dump_recipe
 from uft_ds.training.engine import read_deepspeed_file
-from uft_ds.training.run_folder import RunFolder, check_claimable, claim, write_atomically
+from uft_ds.training.run_folder import RunFolder, check_claimable, claim, release, write_atomically
 
 OnRow = Callable[[str, int, int], None]
 """Called with a source's label, rows visited and rows in all."""
@@ -42,7 +46,19 @@ def check_recipe(recipe: Recipe) -> None:
         UserError: names the recipe's key.
     """
     read_deepspeed_file(recipe.deepspeed)
-    check_base(recipe.model.base, recipe.model.revision)
+    assert recipe.lora is not None
+    config = check_base(recipe.model.base, recipe.model.revision)
+    # Without weights: what would be refused after the launch is refused before it.
+    UFTModel(
+        add_adapters(
+            empty_base(config),
+            rank=recipe.lora.rank,
+            alpha=recipe.lora.alpha,
+            targets=recipe.lora.targets,
+            dtype=torch.float32,
+            seed=0,
+        )
+    )
     if recipe.model.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         raise UserError("model.attention: flash_attention_2 needs flash-attn: pip install 'uft-ds[gpu]', or take auto")
     if "wandb" in recipe.tracking and importlib.util.find_spec("wandb") is None:
@@ -97,12 +113,25 @@ def prepare_run(
     Raises:
         UserError: nothing has been written.
     """
+    recipe = with_absolute_paths(recipe)
     folder = RunFolder(Path(recipe.output))
     check_claimable(folder, overwrite=overwrite)
+    _check_inputs_lie_outside(recipe)
     check_recipe(recipe)
     chat = load_tokenizer(recipe.model.base, revision=recipe.model.revision, chat_template=recipe.model.chat_template)
     data = prepare_data(recipe, chat, on_row)
     lock = claim(folder, overwrite=overwrite)
+    try:
+        _write_prepared(folder, recipe, data)
+    except BaseException as error:
+        release(folder, lock)
+        if isinstance(error, OSError):
+            raise UserError(f"output: {folder.path} cannot be written ({error.strerror})") from None
+        raise
+    return folder, data, lock
+
+
+def _write_prepared(folder: RunFolder, recipe: Recipe, data: PreparedData) -> None:
     folder.data_report().parent.mkdir(exist_ok=True)
     for index, source in enumerate(data.train):
         write_sequences(folder.train_data(index), source.sequences)
@@ -110,7 +139,36 @@ def prepare_run(
     write_atomically(folder.data_report(), json.dumps(data_report(data), indent=2) + "\n")
     write_atomically(folder.environment, json.dumps(environment(), indent=2) + "\n")
     write_atomically(folder.recipe, dump_recipe(recipe))
-    return folder, data, lock
+
+
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """The same recipe wherever it is read from: local paths made absolute, hub and shipped names left alone."""
+
+    def absolute(path: str) -> str:
+        return str(Path(path).absolute()) if Path(path).exists() else path
+
+    def sources(entries: list[SourceSection]) -> list[SourceSection]:
+        return [entry.model_copy(update={"path": absolute(entry.path)}) for entry in entries]
+
+    template = recipe.model.chat_template
+    model = {"base": absolute(recipe.model.base), "chat_template": absolute(template) if template else None}
+    data = {"sources": sources(recipe.data.sources), "held_out": sources(recipe.data.held_out)}
+    return recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update=model),
+            "data": recipe.data.model_copy(update=data),
+            "deepspeed": absolute(recipe.deepspeed) if recipe.deepspeed.endswith(".json") else recipe.deepspeed,
+            "output": str(Path(recipe.output).absolute()),
+        }
+    )
+
+
+def _check_inputs_lie_outside(recipe: Recipe) -> None:
+    """A run's folder may be emptied: nothing that the run reads may lie in it."""
+    sources = [entry.path for entry in (*recipe.data.sources, *recipe.data.held_out)]
+    for path in (recipe.model.base, recipe.model.chat_template, recipe.deepspeed, *sources):
+        if path is not None and Path(path).is_relative_to(recipe.output):
+            raise UserError(f"output: {path} lies inside {recipe.output}; give another folder for the run")
 
 
 def data_report(data: PreparedData) -> dict[str, list[dict[str, object]]]:

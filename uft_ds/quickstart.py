@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
 from uft_ds.checkpoint.convert import convert_to_merged
@@ -57,15 +58,18 @@ def run_quickstart(folder: Path, overrides: tuple[str, ...], *, console: Console
     data = folder / "quickstart-data"
     write(data)
     say(f"model in {base}; data in {data}")
-    run = folder / "quickstart"
-    located = (
-        f"model.base={base}",
-        f"data.sources.0.path={data / 'instruction.jsonl'}",
-        f"data.sources.1.path={data / 'scored.jsonl'}",
-        f"data.held_out.0.path={data / 'held_out.jsonl'}",
-        f"output={run}",
+    located = {
+        "model.base": base,
+        "data.sources.0.path": data / "instruction.jsonl",
+        "data.sources.1.path": data / "scored.jsonl",
+        "data.held_out.0.path": data / "held_out.jsonl",
+        "output": folder / "quickstart",
+    }
+    # JSON's strings are YAML's: a path may hold a colon or a hash.
+    recipe: Recipe = load_recipe(
+        "quickstart", (*(f"{key}={json.dumps(str(path))}" for key, path in located.items()), *overrides)
     )
-    recipe: Recipe = load_recipe("quickstart", (*located, *overrides))
+    base, run = Path(recipe.model.base), Path(recipe.output)
     tasks = read_tasks(data / "held_out.jsonl")
     say(f"the base model answers {len(tasks)} held-out prompts")
     before = _answers(base, tasks, console)
@@ -122,8 +126,8 @@ def _show(console: Console, before: list[Answer], after: list[Answer], result: d
     for old, new in zip(before, after, strict=True):
         if new.kind not in shown and len(shown) < 5:
             shown.add(new.kind)
-            samples.add_row(_plain(old.prompt), _plain(old.response), _plain(new.response))
-    console.print(samples, markup=False)
+            samples.add_row(Text(old.prompt), Text(old.response), Text(new.response))
+    console.print(samples)
     kinds = Table("kind", "before", "after", title="verified answers on held-out prompts")
     for kind in sorted({answer.kind for answer in before}):
         counts = [[a.correct for a in answers if a.kind == kind] for answers in (before, after)]
@@ -147,7 +151,3 @@ def _show(console: Console, before: list[Answer], after: list[Answer], result: d
     made.add_row("time", f"{minutes} min {rest} s; peak memory of a rank {memory['largest_rank']} GiB")
     console.print(made)
     console.print(f'Talk to it:  uft chat {run / "merged"} --prompt "..."', highlight=False)
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", "\\[")

@@ -23,6 +23,9 @@ from uft_ds.errors import UserError
 
 LossName = Literal["mse", "bce", "l1", "nll"]
 LOSS_NAMES: tuple[str, ...] = get_args(LossName)
+LATER_LOSSES = (
+    "raw", "dpo", "cdpo", "robust", "ipo", "hinge", "rpo_sq", "rpo_fwd", "rpo_bwd", "dpop", "simpo", "orpo", "cpo",
+)  # fmt: skip
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -70,7 +73,7 @@ class LoraSection(Section):
     """Adapters are scaled by alpha / rank."""
     dropout: float = 0.0
     """Must be 0: with dropout the log-ratio is noise, and B = 0 hides it at the start."""
-    targets: Literal["all-linear"] | list[str] = "all-linear"
+    targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
     """Which linear layers get an adapter: all but the head, or a list of module names."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the trainable adapter weights."""
@@ -142,6 +145,8 @@ class TrainSection(Section):
     """Shape of the learning rate after warm-up; cosine and linear end at 0."""
     warmup: UnitInterval = 0.1
     """Share of all steps over which the learning rate rises linearly from 0."""
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
+    """AdamW's decay rates of the two moments. 0.95 for the second suits runs of few steps; the paper states none."""
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """AdamW's decoupled weight decay."""
     max_grad_norm: PositiveFloat = 1.0
@@ -181,19 +186,23 @@ class Recipe(Section):
     """Where metrics go besides metrics.jsonl."""
     deepspeed: str = "zero3"
     """A file of ds_configs/ by name, or a path to a DeepSpeed JSON."""
-    output: Location
+    output: Annotated[Location, Field(min_length=1)]
     """The run's folder."""
 
     @model_validator(mode="after")
     def _combinations(self) -> Recipe:
-        for key, problem in _impossible(self):
-            raise ValueError(f"{key}: {problem}")
+        problems = [f"{key}: {problem}" for key, problem in _impossible(self)]
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
 
     def loss_of(self, kind: Kind) -> str:
-        """The loss of one kind of responses."""
+        """The loss of one kind of responses.
+
+        A map need not name kinds that the data does not hold (checked when it is prepared): any loss does for them.
+        """
         loss = self.objective.loss
-        return loss if isinstance(loss, str) else loss[kind]
+        return loss if isinstance(loss, str) else loss.get(kind, next(iter(loss.values())))
 
     def weight_of(self, kind: Kind) -> float:
         """The weight of one kind's loss."""
@@ -213,6 +222,14 @@ def _impossible(recipe: Recipe) -> list[tuple[str, str]]:
                 "a sequence would not fit; raise it or lower data.max_length",
             )
         )
+    seen: set[tuple[str, str | None]] = set()
+    for prefix, sources in (("data.sources", data.sources), ("data.held_out", data.held_out)):
+        for index, source in enumerate(sources):
+            if (source.path, source.split) in seen:
+                found.append(
+                    (f"{prefix}.{index}.path", f"{source.path!r} is a source already; no row may be used twice")
+                )
+            seen.add((source.path, source.split))
     if recipe.lora is not None and recipe.lora.dropout != 0.0:
         found.append(("lora.dropout", f"{recipe.lora.dropout} given, must be 0: it would make log-ratios noise"))
     for prefix, sources in (("data.sources", data.sources), ("data.held_out", data.held_out)):
@@ -225,7 +242,11 @@ def _impossible(recipe: Recipe) -> list[tuple[str, str]]:
         if missing:
             found.append(("objective.loss", f"no loss for kind {missing[0]!r}; name one for each kind"))
     losses = objective.loss.values() if isinstance(objective.loss, dict) else [objective.loss]
-    found += [("objective.loss", _unknown(name, LOSS_NAMES)) for name in losses if name not in LOSS_NAMES]
+    for name in losses:
+        if name in LATER_LOSSES:
+            found.append(("objective.loss", f"{name!r} is not available in this version; use {', '.join(LOSS_NAMES)}"))
+        elif name not in LOSS_NAMES:
+            found.append(("objective.loss", _unknown(name, LOSS_NAMES)))
     weights = objective.weights if isinstance(objective.weights, dict) else {"instruction": objective.weights}
     for kind, weight in weights.items():
         if kind not in KINDS:
@@ -374,7 +395,7 @@ def recipe_from_tree(tree: dict[str, Any], label: str) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        problems = [_explain(problem) for problem in error.errors()]
+        problems = [line for problem in error.errors() for line in _explain(problem).splitlines()]
         raise UserError("\n".join(f"recipe {label}: {problem}" for problem in problems)) from None
 
 

@@ -9,11 +9,10 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import logging
 import os
-import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,12 +24,13 @@ from rich.console import Console
 from uft_ds.data.example import KINDS
 from uft_ds.data.mixture import in_order, plan_steps
 from uft_ds.data.prepare import read_sequences
-from uft_ds.errors import EXIT_DONE, CheckFailed, UserError
+from uft_ds.errors import EXIT_CRASHED, EXIT_DONE, CheckFailed, UserError
 from uft_ds.model.adapters import add_adapters
 from uft_ds.model.load import decoder_layer_class, load_base
 from uft_ds.model.uft_model import UFTModel
 from uft_ds.objectives.objective import Objective
 from uft_ds.prepare import prepare_run, source_of
+from uft_ds.process import die_with_parent
 from uft_ds.recipe import Recipe, load_recipe
 from uft_ds.training.curves import write_report
 from uft_ds.training.engine import Engine, deepspeed_config, init_distributed, partitioned_loading, read_deepspeed_file
@@ -53,27 +53,31 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--prepared", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # added by the deepspeed launcher
     options = parser.parse_args(arguments)
-    _die_with_launcher()
+    die_with_parent()
     rank = int(os.environ.get("RANK", "0"))
     folder: RunFolder | None = None
     try:
         recipe = load_recipe(options.recipe, tuple(options.overrides))
         init_distributed(recipe.launch.collective_timeout_minutes)
-        folder = RunFolder(Path(recipe.output))
         lock: IO[str] | None = None
         if not options.prepared:
             lock = _on_rank_zero(lambda: prepare_run(recipe, overwrite=options.overwrite)[2])
+        folder = RunFolder(Path(recipe.output))  # ours only from here on
         with _own_streams(folder, rank) as terminal:
             _run(recipe, folder, Console(file=terminal))
-        _finish(folder, rank, Status(EXIT_DONE, "done"))
         del lock
         return EXIT_DONE
     except (UserError, CheckFailed) as error:
-        if rank == 0 and folder is not None and folder.path.exists():
-            _finish(folder, rank, Status(error.exit_code, str(error)))
+        if folder is not None:
+            folder.write_first_status(Status(error.exit_code, str(error)))
         if rank == 0 and not options.prepared:
             print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except Exception as error:
+        if folder is not None:
+            message = f"rank {rank} crashed: {type(error).__name__}: {str(error).strip()[:300]}"
+            folder.write_first_status(Status(EXIT_CRASHED, f"{message} (traceback in {folder.log(rank)})"))
+        raise
 
 
 def _run(recipe: Recipe, folder: RunFolder, console: Console) -> None:
@@ -91,7 +95,7 @@ def _run(recipe: Recipe, folder: RunFolder, console: Console) -> None:
     )
     held_out = in_order(read_sequences(folder.held_out_data()), recipe.train.examples_per_step)
     objective = Objective(
-        {kind: _loss_or_first(recipe, kind) for kind in KINDS},
+        {kind: recipe.loss_of(kind) for kind in KINDS},
         {kind: recipe.weight_of(kind) for kind in KINDS},
         recipe.objective.beta,
     )
@@ -111,7 +115,12 @@ def _run(recipe: Recipe, folder: RunFolder, console: Console) -> None:
             )
         train(engine, model.policy, steps, held_out, objective, recipe.train, folder, reporter)
     if engine.rank == 0:
-        write_report(folder, recipe.name)
+        folder.write_status(Status(EXIT_DONE, "done"))
+        folder.done.touch()
+        try:
+            write_report(folder, recipe.name)
+        except Exception:  # the run is done and saved: a picture that fails must not undo that
+            logger.exception("report.html could not be written")
 
 
 def build_engine(recipe: Recipe, reporter: Reporter) -> tuple[Engine, UFTModel]:
@@ -140,14 +149,14 @@ def build_engine(recipe: Recipe, reporter: Reporter) -> tuple[Engine, UFTModel]:
     )
     model = UFTModel(policy)
     layer_class = decoder_layer_class(base)
-    engine = Engine(model, config, layer_class=layer_class, weight_decay=recipe.train.weight_decay)
+    engine = Engine(
+        model,
+        config,
+        layer_class=layer_class,
+        weight_decay=recipe.train.weight_decay,
+        betas=(recipe.train.betas[0], recipe.train.betas[1]),
+    )
     return engine, model
-
-
-def _loss_or_first(recipe: Recipe, kind: str) -> str:
-    # Kinds that a map does not name do not occur in the data: that was checked when it was prepared.
-    loss = recipe.objective.loss
-    return loss if isinstance(loss, str) else loss.get(kind, next(iter(loss.values())))
 
 
 def _reporter(recipe: Recipe, folder: RunFolder, console: Console, num_steps: int) -> Reporter:
@@ -160,25 +169,21 @@ def _reporter(recipe: Recipe, folder: RunFolder, console: Console, num_steps: in
 
 
 def _on_rank_zero(work: Callable[[], T]) -> T | None:
-    """Run on rank 0 while the others wait; a UserError there is raised on every rank."""
+    """Run on rank 0 while the others wait; its error is raised on every rank."""
     result: T | None = None
-    message: list[str | None] = [None]
+    failure: list[Exception | None] = [None]
     if torch.distributed.get_rank() == 0:
         try:
             result = work()
         except UserError as error:
-            message[0] = str(error)
-    torch.distributed.broadcast_object_list(message, src=0)
-    if message[0] is not None:
-        raise UserError(message[0])
+            failure[0] = error
+        except Exception as error:
+            logger.exception("unexpected error")
+            failure[0] = RuntimeError(f"{type(error).__name__}: {error}")
+    torch.distributed.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise failure[0]
     return result
-
-
-def _finish(folder: RunFolder, rank: int, status: Status) -> None:
-    if rank == 0:
-        folder.write_status(status)
-        if status.exit_code == EXIT_DONE:
-            folder.done.touch()
 
 
 @contextmanager
@@ -186,6 +191,8 @@ def _own_streams(folder: RunFolder, rank: int) -> Iterator[TextIO]:
     """Send everything that libraries print to the rank's log; hand out the terminal for our own words."""
     terminal = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     saved = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
+    # torch warns of deprecated collectives at each of DeepSpeed's calls: once is enough for a log.
+    warnings.simplefilter("once", FutureWarning)
     with folder.log(rank).open("a", buffering=1, encoding="utf-8") as log:
         logging.basicConfig(stream=log, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         try:
@@ -206,14 +213,8 @@ def _own_streams(folder: RunFolder, rank: int) -> Iterator[TextIO]:
 def _make_deterministic(deterministic: bool) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # read by transformers
         torch.use_deterministic_algorithms(True)
-
-
-def _die_with_launcher() -> None:
-    """Linux: be killed when the launcher dies, so that no orphan writes beside a restart."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from loading_memory import measure, write_model
 
 @pytest.mark.long
 def test_no_rank_holds_the_whole_model(tmp_path: Path) -> None:
-    """At the peak of loading on two ranks each holds less than the model; unpartitioned, the same measure finds it all."""
+    """On two ranks each peaks below the model; unpartitioned, the same measure finds it whole."""
     size = write_model(tmp_path, hidden=768, layers=16)
     for row in measure(tmp_path, 2, partitioned=True):
         assert row["peak"] < 0.9 * size

@@ -27,6 +27,9 @@ from uft_ds.training.run_folder import RunFolder
 MAX_RELATIVE_ERROR = 0.1
 """Root mean square error of the merged model's log-ratios, relative to their own root mean square."""
 
+ROUNDING_NATS = 1e-4
+"""An RMS error below this is float32's own rounding of log-probs, whatever was trained."""
+
 SEQUENCES_CHECKED = 16
 
 
@@ -59,6 +62,7 @@ def convert_to_merged(
         UserError: no valid checkpoint, or `out` holds something.
         CheckFailed: the merged model has lost what was trained; nothing is left at `out`.
     """
+    out = out.absolute()
     checkpoint, folder, recipe = _open_run(run)
     _check_free(out)
     target_dtype = getattr(torch, dtype or recipe.model.dtype)
@@ -96,6 +100,7 @@ def convert_to_adapter(run: Path, out: Path) -> Path:
     Raises:
         UserError: no valid checkpoint, or `out` holds something.
     """
+    out = out.absolute()
     checkpoint, _, recipe = _open_run(run)
     _check_free(out)
     chat = load_tokenizer(recipe.model.base, revision=recipe.model.revision, chat_template=recipe.model.chat_template)
@@ -117,8 +122,10 @@ def agreement(adapter_R: Tensor, merged_R: Tensor) -> tuple[float, float]:
     if power == 0:
         return (1.0, 0.0) if not merged_R.any() else (0.0, float("inf"))
     share = (adapter_R * merged_R).sum() / power
-    error = (merged_R - adapter_R).square().sum().div(power).sqrt()
-    return float(share), float(error)
+    error_R = merged_R - adapter_R
+    if error_R.square().mean().sqrt() < ROUNDING_NATS:
+        return float(share), 0.0
+    return float(share), float(error_R.square().sum().div(power).sqrt())
 
 
 def _open_run(run: Path) -> tuple[Path, RunFolder, Recipe]:
@@ -126,6 +133,8 @@ def _open_run(run: Path) -> tuple[Path, RunFolder, Recipe]:
         raise UserError(f"{run}: no such folder; expected a run's folder or one of its checkpoints")
     checkpoint = latest_checkpoint(run)
     folder = RunFolder(checkpoint.parent.parent)
+    if not folder.recipe.exists() or not folder.held_out_data().exists():
+        raise UserError(f"{folder.path}: no recipe.yaml or data/ beside {checkpoint.name}; a checkpoint needs its run")
     return checkpoint, folder, load_recipe(str(folder.recipe))
 
 
@@ -140,9 +149,11 @@ def _sequences_to_check(folder: RunFolder, recipe: Recipe) -> tuple[Sequence, ..
 
 
 def _load(base: str, revision: str | None) -> Any:
-    model: Any = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=torch.float32)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device).eval()
+    # In host memory, where a model that needed many GPUs may still fit in float32.
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        base, revision=revision, dtype=torch.float32, trust_remote_code=False
+    )
+    return model.eval()
 
 
 @torch.no_grad()

@@ -51,7 +51,9 @@ def save_checkpoint(engine: Engine, policy: PeftModel, folder: RunFolder, state:
         save_file(adapter, temporary / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
         _write_adapter_config(policy, temporary / "adapter")
         write_atomically(temporary / "trainer.json", json.dumps(asdict(state), indent=2) + "\n")
-        _check_adapter(temporary / "adapter" / "adapter_model.safetensors", adapter, trained=state.step > 0)
+        _check_adapter(
+            temporary / "adapter" / "adapter_model.safetensors", adapter, trained=state.step > state.skipped_steps
+        )
         write_manifest(temporary)
         _sync(temporary)
         shutil.rmtree(target, ignore_errors=True)
@@ -62,11 +64,12 @@ def save_checkpoint(engine: Engine, policy: PeftModel, folder: RunFolder, state:
 
 
 def latest_checkpoint(run: Path) -> Path:
-    """The newest valid checkpoint of a run, or `run` itself where it is a checkpoint.
+    """The newest checkpoint of a run, or `run` itself where it is a checkpoint; its files are as they were written.
 
     Raises:
         UserError: none, or a broken one; names the file.
     """
+    run = run.resolve()  # `latest` is a link
     candidates = [run] if (run / MANIFEST).exists() else sorted((run / "checkpoints").glob("step-*"), reverse=True)
     if not candidates:
         raise UserError(f"{run}: holds no checkpoint; expected a run's folder or one of its checkpoints/step-N")

@@ -41,6 +41,10 @@ class MicroBatch:
     longest: int
     responses: tuple[Response, ...]
 
+    @property
+    def num_responses(self) -> int:
+        return len(self.responses)
+
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same micro-batch on another device."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -42,7 +42,11 @@ def read_table(path: str, split: str | None) -> Table:
         UserError: names the file (and line), what was found and what was expected.
     """
     local = Path(path)
-    if local.exists():
+    try:
+        is_local = local.exists()
+    except OSError as error:
+        raise UserError(f"{path[:80]}...: no such file or folder ({error.strerror})") from None
+    if is_local:
         files = [local] if local.is_file() else _files_of(local, split)
         located = [row for file in files for row in _read_file(file)]
         if not located:

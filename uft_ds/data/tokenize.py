@@ -51,7 +51,7 @@ def load_tokenizer(base: str, *, revision: str | None = None, chat_template: str
         UserError: no tokenizer, no chat template, or one that does not end the assistant's turn.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(base, revision=revision, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 - transformers raises many types here
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"model.base: no tokenizer could be loaded from {base!r} ({reason})") from None

@@ -33,9 +33,9 @@ def load_for_generation(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenize
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         end_of_turn_id(tokenizer)  # before the weights: a missing template is told at once
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"`{path}` cannot be loaded as a model: {error}") from error
     torch.nn.Module.to(model, device)  # in place; transformers' own `to` is untyped for a device

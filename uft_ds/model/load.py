@@ -31,12 +31,28 @@ def check_base(base: str, revision: str | None) -> Any:
         if "auto_map" in raw:
             raise UserError(f"model.base: {base} needs code of its own (auto_map in config.json), which is never run")
     try:
-        return AutoConfig.from_pretrained(base, revision=revision)
+        return AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 - transformers raises many types here
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"model.base: {base!r} is neither a local model folder nor to be had from the hub ({reason})"
         ) from None
+
+
+def empty_base(config: Any) -> Any:
+    """The model of a config on the meta device: its structure, without weights or memory.
+
+    Raises:
+        UserError: no causal language model has such a config.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"model.base: no causal language model: {str(error).splitlines()[0]}") from None
+    _check_dropout(model)
+    model.requires_grad_(False)
+    return model
 
 
 def load_base(
@@ -54,7 +70,11 @@ def load_base(
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            base, revision=revision, dtype=dtype, attn_implementation=attention_implementation(attention)
+            base,
+            revision=revision,
+            dtype=dtype,
+            attn_implementation=attention_implementation(attention),
+            trust_remote_code=False,
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"model.base: {base!r} could not be loaded ({str(error).splitlines()[0]})") from None

@@ -15,6 +15,7 @@ from uft_ds.data.packing import MicroBatch
 from uft_ds.errors import UserError
 from uft_ds.kernels.token_logps import attach, logps_and_gradients
 from uft_ds.model.adapters import adapters_off
+from uft_ds.objectives.implicit_reward import response_logps
 
 
 class LogpHead(nn.Linear):
@@ -57,17 +58,17 @@ class UFTModel(nn.Module):
     def forward(
         self, micro_batch: MicroBatch, *, with_reference: bool = True, through_logits: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Log-probs of the supervised tokens under the policy and under the reference.
+        """Log-probs of the responses under the policy and under the reference.
 
         Args:
             with_reference: False runs the policy alone.
             through_logits: by the definition, Hugging Face's own forward and log_softmax; for the check at the
                 start, which finds models that scale or cap their logits.
         Returns:
-            [supervised tokens] each, float32, nats; the reference without gradient, or None.
+            [responses] each, nats, summed over tokens in float64; the reference without gradient, or None.
         """
         if through_logits:
-            return self._through_logits(micro_batch), None
+            return _per_response(self._through_logits(micro_batch), micro_batch), None
         base: Any = self.policy.get_base_model()
         reference_hidden_ND = None
         if with_reference:
@@ -76,7 +77,8 @@ class UFTModel(nn.Module):
         hidden_ND = self._hidden(base, micro_batch)
         head = base.get_output_embeddings()
         logps_N, gradients_ND, reference_logps_N = head(hidden_ND.detach(), micro_batch.targets_N, reference_hidden_ND)
-        return attach(hidden_ND, logps_N, gradients_ND), reference_logps_N
+        policy_R = _per_response(attach(hidden_ND, logps_N, gradients_ND), micro_batch)
+        return policy_R, None if reference_logps_N is None else _per_response(reference_logps_N, micro_batch)
 
     def _hidden(self, base: Any, micro_batch: MicroBatch) -> Tensor:
         """Final hidden states of the positions that predict a supervised token: [supervised tokens, hidden]."""
@@ -110,3 +112,7 @@ class UFTModel(nn.Module):
             "max_length_q": longest,
             "max_length_k": longest,
         }
+
+
+def _per_response(token_logps_N: Tensor, micro_batch: MicroBatch) -> Tensor:
+    return response_logps(token_logps_N, micro_batch.response_of_N, micro_batch.num_responses)

@@ -10,9 +10,13 @@ from torch import Tensor
 
 
 def response_logps(token_logps_N: Tensor, response_of_N: Tensor, num_responses: int) -> Tensor:
-    """log pi(y|x): the sum over each response's tokens (UFT Eq. 1), [responses], nats, float32."""
-    zeros_R = torch.zeros(num_responses, dtype=torch.float32, device=token_logps_N.device)
-    return zeros_R.index_add(0, response_of_N, token_logps_N.float())
+    """log pi(y|x): the sum over each response's tokens (UFT Eq. 1), [responses], nats, float64.
+
+    float64, because a log-ratio is a small difference of two large sums: in float32 it would be off by 1e-3 nats at
+    2,000 tokens.
+    """
+    zeros_R = torch.zeros(num_responses, dtype=torch.float64, device=token_logps_N.device)
+    return zeros_R.index_add(0, response_of_N, token_logps_N.double())
 
 
 def implicit_reward(log_ratios_R: Tensor, beta: float) -> Tensor:

@@ -5,6 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def token_nll(token_logps_N: Tensor) -> Tensor:
-    """-log pi(y_t | x, y_<t), one value per supervised token, nats."""
-    return -token_logps_N
+def sequence_nll(logps_R: Tensor) -> Tensor:
+    """-log pi(y|x) of each response, [responses], nats: UFT Eq. 1. Divided by the step's tokens: the token mean."""
+    return -logps_R

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from uft_ds.data.example import KINDS, Kind, Response
 from uft_ds.data.packing import MicroBatch
-from uft_ds.objectives.implicit_reward import implicit_reward, implicit_score, response_logps
-from uft_ds.objectives.likelihood import token_nll
+from uft_ds.objectives.implicit_reward import implicit_reward, implicit_score
+from uft_ds.objectives.likelihood import sequence_nll
 from uft_ds.objectives.pointwise import Distance, pointwise_loss
 
 LIKELIHOOD_LOSSES = ("nll",)
@@ -73,52 +73,39 @@ def micro_batch_loss(
     objective: Objective,
     micro_batch: MicroBatch,
     num_terms: Mapping[str, int],
-    token_logps_N: Tensor,
-    reference_token_logps_N: Tensor | None,
+    logps_R: Tensor,
+    reference_logps_R: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The micro-batch's share of the step's loss, and its statistics.
 
     Args:
-        token_logps_N: [supervised tokens], policy, nats, with gradient.
-        reference_token_logps_N: [supervised tokens], or None where the objective needs none.
+        logps_R: [responses], policy, nats, summed over tokens, float64, with gradient.
+        reference_logps_R: [responses], float64, or None where the objective needs none.
     Returns:
         a scalar with gradient, also for a micro-batch without responses; and [kinds, statistics], float64,
         sums that ranks and micro-batches may add up.
     """
-    num_responses = len(micro_batch.responses)
-    log_ratios_R = log_ratios(micro_batch, token_logps_N, reference_token_logps_N)
-    loss = token_logps_N.sum() * 0.0  # every rank needs a graph to walk back, whatever it holds
-    loss_sums_R = torch.zeros(num_responses, device=token_logps_N.device)
+    log_ratios_R = None if reference_logps_R is None else (logps_R - reference_logps_R).float()
+    loss = logps_R.sum().float() * 0.0  # every rank needs a graph to walk back, whatever it holds
+    loss_sums_R = torch.zeros(len(micro_batch.responses), device=logps_R.device)
     for name in sorted(set(objective.loss_of_kind.values())):
         members = [i for i, r in enumerate(micro_batch.responses) if objective.loss_of_kind[r.kind] == name]
         if not members:
             continue
-        index_M = torch.tensor(members, device=token_logps_N.device)
+        index_M = torch.tensor(members, device=logps_R.device)
         if name in LIKELIHOOD_LOSSES:
-            sums_R = response_logps(token_nll(token_logps_N), micro_batch.response_of_N, num_responses)
-            sums_M = sums_R[index_M]
+            sums_M = sequence_nll(logps_R[index_M]).float()
         else:
             assert log_ratios_R is not None
             scores_M = micro_batch.scores_R[index_M]
             distance = cast(Distance, name)
             sums_M = pointwise_loss(log_ratios_R[index_M], scores_M, beta=objective.beta, distance=distance)
-        weights_M = torch.tensor(
-            [objective.weight_of_kind[micro_batch.responses[i].kind] for i in members], device=sums_M.device
-        )
+        weights = [objective.weight_of_kind[micro_batch.responses[i].kind] for i in members]
+        weights_M = torch.tensor(weights, dtype=torch.float32, device=sums_M.device)
         loss = loss + (weights_M * sums_M).sum() / num_terms[name]
         loss_sums_R = loss_sums_R.index_copy(0, index_M, sums_M.detach())
     with torch.no_grad():
         return loss, _statistics(objective, micro_batch, loss_sums_R, log_ratios_R)
-
-
-def log_ratios(micro_batch: MicroBatch, token_logps_N: Tensor, reference_token_logps_N: Tensor | None) -> Tensor | None:
-    """log pi - log pi_ref of each response: [responses], nats, float32; None without a reference."""
-    if reference_token_logps_N is None:
-        return None
-    num_responses = len(micro_batch.responses)
-    policy_R = response_logps(token_logps_N, micro_batch.response_of_N, num_responses)
-    reference_R = response_logps(reference_token_logps_N, micro_batch.response_of_N, num_responses)
-    return policy_R - reference_R
 
 
 def _statistics(objective: Objective, micro_batch: MicroBatch, loss_R: Tensor, log_ratios_R: Tensor | None) -> Tensor:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from uft_ds.data.mixture import Step
 from uft_ds.data.packing import MicroBatch, rank_micro_batches
 from uft_ds.errors import UserError
+
+T = TypeVar("T")
 
 OWNED_KEYS = {
     "train_batch_size",
@@ -42,14 +44,11 @@ FREE_KEYS = {
     "zero_optimization",
     "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer",
-    "communication_data_type",
     "steps_per_print",
     "wall_clock_breakdown",
     "comms_logger",
     "flops_profiler",
     "memory_breakdown",
-    "prescale_gradients",
-    "gradient_predivide_factor",
     "aio",
 }
 
@@ -75,6 +74,8 @@ def read_deepspeed_file(name_or_path: str) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"deepspeed: {path}: not a readable JSON file ({error})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"deepspeed: {path}: expected a JSON object, found {type(config).__name__}")
     for key, value in config.items():
         if key in OWNED_KEYS and value != "auto":
             raise UserError(f'deepspeed: {path}: {key}: the recipe decides it; leave it out or give "auto"')
@@ -82,10 +83,26 @@ def read_deepspeed_file(name_or_path: str) -> dict[str, Any]:
             near = difflib.get_close_matches(key, FREE_KEYS | OWNED_KEYS, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(FREE_KEYS))}"
             raise UserError(f"deepspeed: {path}: unknown key {key!r}; {hint}")
-    stage = config.get("zero_optimization", {}).get("stage")
-    if stage not in (1, 2, 3):
-        raise UserError(f"deepspeed: {path}: zero_optimization.stage: found {stage!r}, expected 1, 2 or 3")
+    _check_zero_section(config.get("zero_optimization"), path)
     return dict(config)
+
+
+def _check_zero_section(zero: Any, path: Path) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    if not isinstance(zero, dict) or type(zero.get("stage")) is not int or zero["stage"] not in (1, 2, 3):
+        raise UserError(
+            f"deepspeed: {path}: zero_optimization: found {zero!r}, expected an object with stage 1, 2 or 3"
+        )
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        near = difflib.get_close_matches(key, DeepSpeedZeroConfig.model_fields, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near and near[0] != key else ""
+        raise UserError(f"deepspeed: {path}: zero_optimization.{key}: {first['msg']}{hint}") from None
 
 
 def _deepspeed_path(name_or_path: str) -> Path:
@@ -158,7 +175,13 @@ class Engine:
     """A sharded model, its optimiser, and the exact scale of the gradient."""
 
     def __init__(
-        self, model: nn.Module, config: dict[str, Any], *, layer_class: type | None, weight_decay: float
+        self,
+        model: nn.Module,
+        config: dict[str, Any],
+        *,
+        layer_class: type | None,
+        weight_decay: float,
+        betas: tuple[float, float] = (0.9, 0.95),
     ) -> None:
         import deepspeed
         from deepspeed.utils import set_z3_leaf_modules
@@ -168,7 +191,7 @@ class Engine:
             set_z3_leaf_modules(model, [layer_class])
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         dtypes = {parameter.dtype for parameter in trainable}
-        optimizer = torch.optim.AdamW(trainable, lr=0.0, betas=(0.9, 0.95), weight_decay=weight_decay)
+        optimizer = torch.optim.AdamW(trainable, lr=0.0, betas=betas, weight_decay=weight_decay)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         if {parameter.dtype for parameter in trainable} != dtypes:
             raise UserError(
@@ -180,11 +203,6 @@ class Engine:
     def module(self) -> nn.Module:
         """The model inside."""
         return self._engine.module
-
-    @property
-    def optimizer(self) -> Any:
-        """DeepSpeed's ZeRO optimiser."""
-        return self._engine.optimizer
 
     @property
     def device(self) -> torch.device:
@@ -199,9 +217,12 @@ class Engine:
         return torch.distributed.get_world_size()
 
     def __call__(self, micro_batch: MicroBatch, **options: Any) -> tuple[Tensor, Tensor | None]:
-        """Forward one micro-batch: log-probs of policy and reference, [supervised tokens] each.
+        """Forward one micro-batch: log-probs of its responses under policy and reference.
 
         Every rank must call it the same number of times.
+
+        Returns:
+            [responses] each, nats, float64; the reference without gradient, or None.
         """
         output: tuple[Tensor, Tensor | None] = self._engine(micro_batch, **options)
         return output
@@ -237,10 +258,17 @@ class Engine:
         return total
 
     def max_over_ranks(self, value: float) -> float:
-        """The largest of a number over all ranks."""
-        largest = torch.tensor([value], dtype=torch.float64, device=self.device)
+        """The largest of a number over all ranks; infinite where one is NaN."""
+        # MAX drops a NaN, where it should win.
+        largest = torch.tensor([float("inf") if math.isnan(value) else value], dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
         return float(largest)
+
+    def gather_objects(self, value: T) -> list[T]:
+        """A small value of every rank, by rank, on every rank."""
+        gathered: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(gathered, value)
+        return gathered
 
     @contextmanager
     def gathered_trainable(self) -> Iterator[dict[str, Tensor]]:

@@ -10,7 +10,7 @@ from uft_ds.data.example import KINDS, Response, Sequence
 from uft_ds.data.mixture import Step
 from uft_ds.data.packing import micro_batch
 from uft_ds.errors import CheckFailed
-from uft_ds.objectives.objective import STATISTICS, Objective, count_terms, log_ratios, micro_batch_loss
+from uft_ds.objectives.objective import STATISTICS, Objective, count_terms, micro_batch_loss
 from uft_ds.training.engine import Engine
 from uft_ds.training.metrics import step_metrics
 
@@ -27,38 +27,37 @@ def check_log_ratios_are_zero(engine: Engine, step: Step, *, tokens_per_micro_ba
     Raises:
         CheckFailed: on every rank; names the response that differs most.
     """
-    largest, worst = 0.0, ""
+    worst = (0.0, "")
     for batch in engine.micro_batches(step, tokens_per_micro_batch):
-        logps_N, reference_logps_N = engine(batch)
-        ratios_R = log_ratios(batch, logps_N.detach(), reference_logps_N)
-        assert ratios_R is not None
-        for ratio, response in zip(ratios_R.tolist(), batch.responses, strict=True):
-            # A NaN is the largest of all: it must not slip through a comparison.
-            if not abs(ratio) <= largest:
-                largest, worst = abs(ratio) if ratio == ratio else float("inf"), response.origin
-    overall = engine.max_over_ranks(largest)
-    if overall > tolerance:
-        found = f"; here the worst is {worst}" if worst else ""
+        logps_R, reference_logps_R = engine(batch)
+        assert reference_logps_R is not None
+        ratios = (logps_R.detach() - reference_logps_R).abs().nan_to_num(nan=float("inf")).tolist()
+        del logps_R  # and with it the graph, before the next forward builds its own
+        origins = (response.origin for response in batch.responses)
+        worst = max([worst, *zip(ratios, origins, strict=True)])
+    largest, origin = max(engine.gather_objects(worst))
+    if largest > tolerance:
         raise CheckFailed(
-            f"before the first step the largest log-ratio is {overall:.3g} nats, allowed {tolerance}{found}: policy "
-            "and reference do not compute the same thing (reference.step_zero_tolerance may allow for a GPU's rounding)"
+            f"before the first step the log-ratio of {origin} is {largest:.3g} nats, allowed {tolerance}: policy and "
+            "reference do not compute the same thing (reference.step_zero_tolerance may allow for a GPU's rounding)"
         )
-    return overall
+    return largest
 
 
 def check_against_hugging_face(engine: Engine, sequence: Sequence, *, dtype: torch.dtype) -> float:
     """Refuse a model whose log-probs are not log_softmax(head(hidden)): soft-capped or scaled logits.
 
     Returns:
-        the largest difference to Hugging Face's own forward, nats a token.
+        the largest difference to Hugging Face's own forward, nats a token, averaged over a response.
     Raises:
         CheckFailed: on every rank.
     """
     batch = micro_batch([sequence]).to(engine.device)
     with engine.evaluating():
-        ours_N, _ = engine(batch, with_reference=False)
-        theirs_N, _ = engine(batch, through_logits=True)
-    difference = engine.max_over_ranks(float((ours_N - theirs_N).abs().max()))
+        ours_R, _ = engine(batch, with_reference=False)
+        theirs_R, _ = engine(batch, through_logits=True)
+    lengths_R = torch.tensor([response.num_tokens for response in batch.responses], device=engine.device)
+    difference = engine.max_over_ranks(float(((ours_R - theirs_R).abs() / lengths_R).max()))
     if not difference <= HUGGING_FACE_TOLERANCE[dtype]:
         raise CheckFailed(
             f"log-probs differ by {difference:.3g} nats a token from this model's own forward (allowed "

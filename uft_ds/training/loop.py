@@ -25,6 +25,8 @@ from uft_ds.training.report import Reporter
 from uft_ds.training.run_folder import RunFolder
 from uft_ds.training.schedule import learning_rate
 
+START = TrainerState(step=0, skipped_steps=0)
+
 
 def train(
     engine: Engine,
@@ -35,15 +37,15 @@ def train(
     settings: TrainSection,
     folder: RunFolder,
     reporter: Reporter,
+    state: TrainerState = START,
 ) -> TrainerState:
-    """Run all steps; evaluate and save on the way and at the end.
+    """Run the steps that `state` has not seen; evaluate and save on the way and at the end.
 
     Raises:
         CheckFailed: more steps than allowed had a non-finite loss or gradient.
     """
-    state = TrainerState(step=0, skipped_steps=0)
-    _evaluate_and_report(engine, objective, held_out, settings, reporter, step=0)
-    for step in steps:
+    _evaluate_and_report(engine, objective, held_out, settings, reporter, step=state.step)
+    for step in steps[state.step :]:
         started = time.perf_counter()
         rate = learning_rate(
             step.index, num_steps=len(steps), peak=settings.lr, warmup=settings.warmup, schedule=settings.schedule
@@ -71,8 +73,8 @@ def run_step(
     total_loss = torch.zeros((), dtype=torch.float64, device=engine.device)
     sums = torch.zeros(len(KINDS), len(STATISTICS), dtype=torch.float64, device=engine.device)
     for number, micro_batch in enumerate(micro_batches, start=1):
-        logps_N, reference_logps_N = engine(micro_batch, with_reference=objective.needs_reference)
-        loss, statistics = micro_batch_loss(objective, micro_batch, num_terms, logps_N, reference_logps_N)
+        logps_R, reference_logps_R = engine(micro_batch, with_reference=objective.needs_reference)
+        loss, statistics = micro_batch_loss(objective, micro_batch, num_terms, logps_R, reference_logps_R)
         engine.backward(loss, is_last=number == len(micro_batches))
         total_loss += loss.detach()
         sums += statistics

@@ -102,5 +102,7 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    """The lines of a metrics file; the last one of a run that was killed may be torn, and is left out."""
+    *lines, torn = path.read_text(encoding="utf-8").split("\n")
+    del torn  # what follows the last line break: nothing, in a whole file
+    return [json.loads(line) for line in lines]

@@ -77,7 +77,7 @@ class ConsoleReporter:
         if not self._console.is_terminal and (waited or step in (1, self._num_steps)):
             self._last_line = now
             remaining = self._training_seconds / step * (self._num_steps - step)
-            self.say(f"step {step}/{self._num_steps}  {line}  ETA {_clock(remaining)}")
+            self._print(f"step {step}/{self._num_steps}  {line}  ETA {_clock(remaining)}")
 
     def held_out(self, step: int, metrics: Mapping[str, float]) -> None:
         self._writer.write(step, metrics)
@@ -85,11 +85,14 @@ class ConsoleReporter:
 
     def say(self, text: str) -> None:
         logger.info(text)
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._print(text)
 
     def warn(self, text: str) -> None:
         logger.warning(text)
         self._console.print(f"warning: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def __enter__(self) -> ConsoleReporter:
         self._progress.start()

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
@@ -14,7 +15,7 @@ from uft_ds.errors import UserError
 
 _OF_A_RUN = (
     "recipe.yaml", "environment.json", "metrics.jsonl", "tensorboard", "wandb", "checkpoints", "latest", "data",
-    "status.json", "report.html", "curves.png", "launcher.log", "DONE", ".lock", "merged",
+    "status.json", "report.html", "curves.png", "launcher.log", "DONE", "quickstart.json",
 )  # fmt: skip
 
 
@@ -60,7 +61,7 @@ class RunFolder:
 
     @property
     def lock(self) -> Path:
-        return self.path / ".lock"
+        return self.path / ".uft-run"
 
     def train_data(self, source: int) -> Path:
         return self.path / "data" / f"train-{source}.arrow"
@@ -76,6 +77,14 @@ class RunFolder:
 
     def write_status(self, status: Status) -> None:
         write_atomically(self.path / "status.json", json.dumps(asdict(status), indent=2) + "\n")
+
+    def write_first_status(self, status: Status) -> None:
+        """The first rank that fails knows why; the others only see its connections close. The first one stays."""
+        temporary = self.path / f".status.{os.getpid()}.tmp"
+        temporary.write_text(json.dumps(asdict(status), indent=2) + "\n", encoding="utf-8")
+        with suppress(FileExistsError):
+            (self.path / "status.json").hardlink_to(temporary)
+        temporary.unlink()
 
     def read_status(self) -> Status | None:
         """None while the run goes on, or where it died without a word."""
@@ -129,9 +138,18 @@ def claim(folder: RunFolder, *, overwrite: bool) -> IO[str]:
     return lock
 
 
+def release(folder: RunFolder, lock: IO[str]) -> None:
+    """Undo `claim` after a failure: nothing is left of a run that never began."""
+    _empty(folder.path)
+    folder.lock.unlink(missing_ok=True)
+    lock.close()
+    with suppress(OSError):  # holds something of the user's
+        folder.path.rmdir()
+
+
 def _empty(path: Path) -> None:
     for entry in path.iterdir():
-        if entry.name == ".lock" or not (entry.name in _OF_A_RUN or entry.name.startswith("log-rank")):
+        if not (entry.name in _OF_A_RUN or entry.name.startswith("log-rank") or entry.name.endswith(".tmp")):
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)

@@ -1,0 +1,130 @@
+"""A damaged checkpoint is found, and the damaged file named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from uft_ds.checkpoint.manifest import MANIFEST, manifest_problem, sha256, write_manifest
+from uft_ds.checkpoint.save import latest_checkpoint
+from uft_ds.errors import UserError
+
+
+def checkpoint_at(folder: Path) -> Path:
+    """Three small files, one empty and one in a folder below."""
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "adapter" / "weights").write_bytes(bytes(range(16)))
+    (folder / "trainer.json").write_text('{"step": 2}\n')
+    (folder / "empty").touch()
+    write_manifest(folder)
+    return folder
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return checkpoint_at(tmp_path / "step-000002")
+
+
+def test_an_untouched_checkpoint_has_no_problem(checkpoint: Path) -> None:
+    """Sizes and digests of all files below, not of the manifest itself; also after the folder was moved."""
+    assert manifest_problem(checkpoint) is None
+    files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+    assert set(files) == {"adapter/weights", "trainer.json", "empty"}
+    assert files["adapter/weights"] == {
+        "bytes": 16,
+        "sha256": "be45cb2605bf36bebde684841a28f0fd43c69850a3dce5fedba69928ee3a8991",
+    }
+    moved = checkpoint.rename(checkpoint.with_name("elsewhere"))
+    assert manifest_problem(moved) is None
+
+
+def test_the_digest_is_the_content(tmp_path: Path) -> None:
+    """SHA-256 of nothing is e3b0c442...b855."""
+    (tmp_path / "empty").touch()
+    assert sha256(tmp_path / "empty") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+
+@pytest.mark.parametrize("name", ["adapter/weights", "trainer.json", MANIFEST])
+def test_every_flipped_bit_is_found(checkpoint: Path, name: str) -> None:
+    """Each bit of each file in turn, the manifest's own too: always a problem, never an exception."""
+    path = checkpoint / name
+    good = path.read_bytes()
+    for bit in range(8 * len(good)):
+        flipped = bytearray(good)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        problem = manifest_problem(checkpoint)
+        assert problem is not None, (bit, bytes(flipped))
+        if name != MANIFEST:
+            assert problem == f"{path}: its content is not what was written"
+    path.write_bytes(good)
+    assert manifest_problem(checkpoint) is None
+
+
+@pytest.mark.parametrize("name", ["adapter/weights", "trainer.json"])
+def test_truncation_is_found_and_told_in_bytes(checkpoint: Path, name: str) -> None:
+    """Cut to any length, or grown by a byte: the message has the path and both sizes."""
+    path = checkpoint / name
+    good = path.read_bytes()
+    for content in [*(good[:length] for length in range(len(good))), good + b"\0"]:
+        path.write_bytes(content)
+        assert manifest_problem(checkpoint) == f"{path}: {len(content)} bytes, {len(good)} recorded"
+
+
+@pytest.mark.parametrize("name", ["adapter/weights", "trainer.json", "empty"])
+def test_a_missing_file_is_named(checkpoint: Path, name: str) -> None:
+    """Deleted, or a folder in its place."""
+    (checkpoint / name).unlink()
+    assert manifest_problem(checkpoint) == f"{checkpoint / name}: missing"
+    (checkpoint / name).mkdir()
+    assert manifest_problem(checkpoint) == f"{checkpoint / name}: missing"
+
+
+def test_without_a_manifest_a_checkpoint_was_never_finished(checkpoint: Path, tmp_path: Path) -> None:
+    """It is written last; a folder that does not exist is no different."""
+    (checkpoint / MANIFEST).unlink()
+    assert manifest_problem(checkpoint) == f"{checkpoint / MANIFEST}: missing; the checkpoint was never finished"
+    assert manifest_problem(tmp_path / "nowhere") is not None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "null", "[]", "{}", '{"files": null}', '{"files": []}', '{"files": "ab"}', '{"files": {"empty": null}}',
+     '{"files": {"empty": {"bytes": 0}}}', '{"files": {"empty": [0, "e3b0"]}}', "\xff\xfe"],
+)  # fmt: skip
+def test_a_garbled_manifest_is_named(checkpoint: Path, text: str) -> None:
+    """Whatever stands in it instead: one line that names the manifest, no exception."""
+    (checkpoint / MANIFEST).write_bytes(text.encode("latin-1"))
+    assert manifest_problem(checkpoint) == f"{checkpoint / MANIFEST}: not a manifest"
+
+
+def test_the_newest_checkpoint_is_taken(tmp_path: Path) -> None:
+    """By step, from a run's folder, the checkpoint itself, or the link to the newest; not a half-written one."""
+    for step in (2, 10, 9):
+        checkpoint_at(tmp_path / "checkpoints" / f"step-{step:06d}")
+    (tmp_path / "checkpoints" / ".step-000012.tmp").mkdir()
+    newest = tmp_path / "checkpoints" / "step-000010"
+    assert latest_checkpoint(tmp_path) == newest
+    older = tmp_path / "checkpoints" / "step-000002"
+    assert latest_checkpoint(older) == older
+
+
+def test_a_damaged_newest_checkpoint_is_refused_and_older_ones_are_named(tmp_path: Path) -> None:
+    """Going back without a word would change what is converted: the user is told what there is."""
+    for step in (1, 2):
+        checkpoint_at(tmp_path / "checkpoints" / f"step-{step:06d}")
+    (tmp_path / "checkpoints" / "step-000002" / "adapter" / "weights").write_bytes(bytes(16))
+    with pytest.raises(UserError) as caught:
+        latest_checkpoint(tmp_path)
+    message = str(caught.value)
+    assert "step-000002" in message
+    assert "weights: its content is not what was written" in message
+    assert message.endswith("older ones: step-000001")
+
+
+def test_a_run_without_checkpoints_is_refused(tmp_path: Path) -> None:
+    """The message says what was expected."""
+    with pytest.raises(UserError, match=r"holds no checkpoint; expected a run's folder or one of its checkpoints"):
+        latest_checkpoint(tmp_path)
