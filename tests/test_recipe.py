@@ -143,7 +143,7 @@ def test_home_is_expanded_in_locations_only(minimal: str, monkeypatch: pytest.Mo
         ),
         ("data.held_out=[{format: x, path: p}]", "data.held_out.0.format: unknown name 'x'; allowed: jsonl, ultrachat"),
         ("objective.loss=bse", "objective.loss: unknown name 'bse'; did you mean"),
-        ("objective.loss=dpo", "objective.loss: unknown name 'dpo'; allowed: mse, bce, l1, nll"),
+        ("objective.loss=zzz", "objective.loss: unknown name 'zzz'; allowed: mse, bce, l1, nll"),
     ],
 )
 def test_an_unknown_name_is_refused_with_the_nearest(minimal: str, override: str, message: str) -> None:
@@ -174,6 +174,10 @@ def test_an_unknown_name_is_refused_with_the_nearest(minimal: str, override: str
         ("data.sources=[]", "data.sources: [] given"),
         ("data.sources.0=x", "data.sources.0: 'x' given"),
         ("launch.ranks=0", "launch.ranks: 0 given; input should be greater than 0"),
+        ("train.betas=[0.9]", "train.betas: [0.9] given"),
+        ("train.betas=[0.9, 1.0]", "train.betas.1: 1.0 given"),
+        ("lora.targets=[]", "lora.targets: [] given"),
+        ("output=''", "output: '' given"),
         ("tracking=[mlflow]", "tracking.0: 'mlflow' given"),
         ("objective.loss.instruction=3", "objective.loss.instruction: 3 given"),
         ("objective.beta=0", "objective.beta: 0 given"),
@@ -200,11 +204,23 @@ def test_all_problems_are_told_at_once(minimal: str) -> None:
     """Two wrong keys give two lines."""
     message = refusal(minimal, "train.lr=x", "train.seed=x")
     assert [line.split(": ")[1] for line in message.splitlines()] == ["train.lr", "train.seed"]
+    message = refusal(minimal, "lora.dropout=0.1", "reference.cache=true")
+    assert [line.split(": ")[1] for line in message.splitlines()] == ["lora.dropout", "reference.cache"]
+
+
+@pytest.mark.parametrize("key", ["data.sources.1.path=a.jsonl", "data.held_out=[{format: jsonl, path: b.jsonl}]"])
+def test_a_source_given_twice_is_refused(minimal: str, key: str) -> None:
+    """No row is trained on twice in an epoch, nor held out and trained on; another split is another source."""
+    place = "data.held_out.0" if "held_out" in key else "data.sources.1"
+    assert f"{place}.path: " in refusal(minimal, key)
+    assert "is a source already" in refusal(minimal, key)
+    load_recipe(minimal, (key, f"{place}.split=test"))
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("objective.loss=dpo", "objective.loss: 'dpo' is not available in this version; use mse, bce, l1, nll"),
         ("lora=null", "lora: None is not available in this version"),
         ("reference.mode=lockstep", "reference.mode: 'lockstep' is not available in this version; use separate"),
         ("reference.cache=true", "reference.cache: True is not available in this version; use false"),

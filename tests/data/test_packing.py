@@ -115,7 +115,7 @@ def check_packed(step: Step, tokens_per_micro_batch: int, world_size: int) -> li
 )
 @settings(max_examples=200, deadline=None)
 def test_any_step_is_divided(lengths: list[int], capacity: int, world_size: int) -> None:
-    """Every sequence once, no micro-batch above its limit, as many micro-steps on each rank, and no more than needed."""
+    """Every sequence once, no micro-batch above its limit, as many micro-steps on each rank, few of them."""
     packed = check_packed(of_lengths(lengths), capacity, world_size)
     micro_steps = len(packed[0])
     fewest = max(1, -(-sum(lengths) // (capacity * world_size)))
@@ -159,6 +159,17 @@ def test_a_sequence_may_fill_a_micro_batch() -> None:
     """The limit itself fits; three full sequences on two ranks need two micro-steps, one of them half empty."""
     packed = check_packed(of_lengths([8, 8, 8]), 8, 2)
     assert sorted(len(bin_) for rank in packed for bin_ in rank) == [0, 1, 1, 1]
+
+
+def test_one_more_micro_step_where_the_tokens_do_not_divide() -> None:
+    """Three times 6 tokens are 18, yet two micro-batches of 10 cannot hold them: three micro-steps, not four."""
+    assert len(check_packed(of_lengths([6, 6, 6]), 10, 1)[0]) == 3
+
+
+def test_the_last_micro_step_is_shared() -> None:
+    """Five full sequences on four ranks: one rank runs two, the others one and a dummy."""
+    packed = check_packed(of_lengths([8] * 5), 8, 4)
+    assert [[len(bin_) for bin_ in rank] for rank in packed] == [[1, 1], [1, 0], [1, 0], [1, 0]]
 
 
 def test_packing_is_repeatable() -> None:

@@ -162,11 +162,10 @@ def test_a_source_of_which_all_is_dropped_is_refused(pairs: Path, chat: ChatToke
 
 
 def test_drops_are_counted_by_response(conversations: Path, chat: ChatTokenizer) -> None:
-    """Conversations whose last answer does not fit lose that answer alone: ten responses of thirty."""
-    whole = prepare(conversations, chat, "ultrachat")
-    longest = max(sequence.num_tokens for sequence in whole.sequences)
-    prepared = prepare(conversations, chat, "ultrachat", max_length=longest - 1)
-    assert (prepared.num_responses, prepared.dropped) == (20, {"longer than max_length": 10})
+    """Ten conversations that fit up to the first of their three answers lose two answers each."""
+    (first_end,) = {s.responses[0].end for s in prepare(conversations, chat, "ultrachat").sequences}
+    prepared = prepare(conversations, chat, "ultrachat", max_length=first_end)
+    assert (prepared.num_responses, prepared.dropped) == (10, {"longer than max_length": 20})
     assert [Path(o).name for o in prepared.dropped_origins["longer than max_length"]] == [
         f"conversations.jsonl:{line}" for line in (1, 2, 3)
     ]

@@ -153,6 +153,12 @@ def test_a_missing_file_is_refused(tmp_path: Path, name: str, monkeypatch: pytes
     assert refusal(name) == f"{name}: no such file or folder"
 
 
+def test_a_path_too_long_for_the_system_is_refused() -> None:
+    """A text that was taken for a path is no crash, and is not printed in full."""
+    with pytest.raises(UserError, match=r"^x{80}\.\.\.: no such file or folder"):
+        read_table("x" * 5000, None)
+
+
 @pytest.mark.parametrize(("name", "data"), [("a.jsonl", b""), ("a.jsonl", b"\n \n"), ("a.json", b"[]")])
 def test_a_file_without_rows_is_refused(write: Write, name: str, data: bytes) -> None:
     """Nothing is trained on nothing."""

@@ -24,7 +24,7 @@ from uft_ds.errors import UserError
 from uft_ds.model.adapters import adapters_off, add_adapters
 from uft_ds.model.load import attention_implementation, decoder_layer_class, load_base
 from uft_ds.model.uft_model import LogpHead, UFTModel
-from uft_ds.objectives.objective import Objective, count_terms, log_ratios, micro_batch_loss
+from uft_ds.objectives.objective import Objective, count_terms, micro_batch_loss
 
 WINDOW = 8
 """Far shorter than the toy sequences, so that a wrong window is seen."""
@@ -135,7 +135,7 @@ def test_packed_sequences_never_attend_to_each_other(
     """
     model = toy_model(folder, gradient_checkpointing=gradient_checkpointing, attention=attention)
     sequences = toy_sequences(4)
-    packed_N, packed_reference_N = model(micro_batch(sequences))
+    packed_N, packed_reference_N = model.token_logps(micro_batch(sequences))
     policy = plain_policy(folder, model, torch.float32)
     with torch.no_grad():
         alone_N = torch.cat([alone(policy, sequence) for sequence in sequences])
@@ -146,7 +146,9 @@ def test_packed_sequences_never_attend_to_each_other(
 
     changed = 1
     mutant = Sequence((sequences[changed].token_ids_T + 17) % 250 + 3, sequences[changed].responses)
-    mutant_N, mutant_reference_N = model(micro_batch([*sequences[:changed], mutant, *sequences[changed + 1 :]]))
+    mutant_N, mutant_reference_N = model.token_logps(
+        micro_batch([*sequences[:changed], mutant, *sequences[changed + 1 :]])
+    )
     sizes = [sum(response.num_tokens for response in sequence.responses) for sequence in sequences]
     for before_N, after_N in ((packed_N, mutant_N), (packed_reference_N, mutant_reference_N)):
         for i, (before, after) in enumerate(zip(before_N.split(sizes), after_N.split(sizes), strict=True)):
@@ -161,8 +163,8 @@ def test_order_in_the_micro_batch_does_not_matter(folder: Path) -> None:
     model, sequences = toy_model(folder), toy_sequences(4)
     sizes = [sum(response.num_tokens for response in sequence.responses) for sequence in sequences]
     with torch.no_grad():
-        forward = model(micro_batch(sequences))[0].split(sizes)
-        backward = model(micro_batch(sequences[::-1]))[0].split(sizes[::-1])
+        forward = model.token_logps(micro_batch(sequences))[0].split(sizes)
+        backward = model.token_logps(micro_batch(sequences[::-1]))[0].split(sizes[::-1])
     for one, other in zip(forward, backward[::-1], strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
@@ -184,13 +186,12 @@ def test_log_ratio_is_exactly_zero_before_the_first_step(
     """
     model = toy_model(folder, dtype=dtype, lora_dtype=lora_dtype, b_std=0.0, gradient_checkpointing=True)
     batch = micro_batch(toy_sequences(5))
-    logps_N, reference_logps_N = model(batch)
+    logps_N, reference_logps_N = model.token_logps(batch)
     assert logps_N.dtype == reference_logps_N.dtype == torch.float32
     assert torch.equal(logps_N, reference_logps_N)
-    ratios_R = log_ratios(batch, logps_N, reference_logps_N)
-    assert ratios_R is not None
-    assert ratios_R.tolist() == [0.0] * len(batch.responses)
-    loss, _ = micro_batch_loss(UFT, batch, count_terms(UFT, batch.responses), logps_N, reference_logps_N)
+    logps_R, reference_logps_R = model(batch)
+    assert (logps_R - reference_logps_R).tolist() == [0.0] * len(batch.responses)
+    loss, _ = micro_batch_loss(UFT, batch, count_terms(UFT, batch.responses), logps_R, reference_logps_R)
     assert loss.item() == pytest.approx(float((0.5 - batch.scores_R).square().mean()), rel=1e-6)
 
 
@@ -268,9 +269,9 @@ def test_own_path_equals_the_path_through_logits(folder: Path) -> None:
     """The check at the start compares these two: for a supported model they agree to 1e-5 nats."""
     model, batch = toy_model(folder), micro_batch(toy_sequences(3))
     with torch.no_grad():
-        own_N, nothing = model(batch, with_reference=False)
-        theirs_N, nothing_either = model(batch, through_logits=True)
-    assert nothing is nothing_either is None
+        own_N, nothing = model.token_logps(batch, with_reference=False)
+        theirs_N = model.token_logps_through_logits(batch)
+    assert nothing is None
     torch.testing.assert_close(own_N, theirs_N, rtol=0, atol=1e-5)
 
 
@@ -284,15 +285,15 @@ def test_scaled_logits_are_seen_by_the_path_through_logits(tiny_qwen2: Path) -> 
         lambda module, inputs, output: output.__class__(logits=torch.tanh(output.logits))
     )
     with torch.no_grad():
-        difference_N = model(batch, with_reference=False)[0] - model(batch, through_logits=True)[0]
+        difference_N = model.token_logps(batch, with_reference=False)[0] - model.token_logps_through_logits(batch)
     assert difference_N.abs().max() > 0.1
 
 
 def test_the_policy_is_not_changed_by_leaving_the_reference_out(tiny_qwen2: Path) -> None:
     """Supervised fine-tuning runs one stream; its log-probs are bit for bit those with both."""
     model, batch = toy_model(tiny_qwen2), micro_batch(toy_sequences(3))
-    both_N, reference_N = model(batch)
-    only_N, nothing = model(batch, with_reference=False)
+    both_N, reference_N = model.token_logps(batch)
+    only_N, nothing = model.token_logps(batch, with_reference=False)
     assert torch.equal(both_N, only_N)
     assert nothing is None
     assert not reference_N.requires_grad
@@ -396,10 +397,10 @@ def test_a_head_with_a_bias_is_supported(tiny_qwen2: Path) -> None:
     head = nn.Linear(64, 259).requires_grad_(False)
     model, batch = UFTModel(with_head(tiny_qwen2, head)), micro_batch(toy_sequences(2))
     with torch.no_grad():
-        own_N = model(batch, with_reference=False)[0]
-        torch.testing.assert_close(own_N, model(batch, through_logits=True)[0], rtol=0, atol=1e-5)
+        own_N = model.token_logps(batch, with_reference=False)[0]
+        torch.testing.assert_close(own_N, model.token_logps_through_logits(batch), rtol=0, atol=1e-5)
         head.bias.zero_()
-        assert not torch.allclose(own_N, model(batch, with_reference=False)[0])
+        assert not torch.allclose(own_N, model.token_logps(batch, with_reference=False)[0])
 
 
 # ---- adapters and loading

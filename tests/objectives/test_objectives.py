@@ -17,13 +17,12 @@ from toy import toy_sequences
 from uft_ds.data.example import KINDS, Kind, Response, Sequence
 from uft_ds.data.packing import MicroBatch, micro_batch
 from uft_ds.objectives.implicit_reward import implicit_reward, implicit_score, response_logps
-from uft_ds.objectives.likelihood import token_nll
+from uft_ds.objectives.likelihood import sequence_nll
 from uft_ds.objectives.objective import (
     SATURATED_BELOW,
     STATISTICS,
     Objective,
     count_terms,
-    log_ratios,
     micro_batch_loss,
 )
 from uft_ds.objectives.pointwise import Distance, pointwise_loss
@@ -32,6 +31,18 @@ from uft_ds.training.metrics import step_metrics
 DISTANCES: tuple[Distance, ...] = ("mse", "bce", "l1")
 
 BETA = 0.1
+
+
+def share(
+    uft: Objective, batch: MicroBatch, terms: dict[str, int], logps_N: Tensor, reference_N: Tensor | None
+) -> tuple:
+    """`micro_batch_loss` from log-probs of tokens."""
+    sums = [
+        None if x is None else response_logps(x, batch.response_of_N, batch.num_responses)
+        for x in (logps_N, reference_N)
+    ]
+    return micro_batch_loss(uft, batch, terms, *sums)
+
 
 EQUAL_WEIGHTS: dict[Kind, float] = dict.fromkeys(KINDS, 1.0)
 
@@ -127,21 +138,21 @@ def test_implicit_reward_and_score_by_hand() -> None:
 
 
 def test_response_log_probs_are_sums_over_their_own_tokens() -> None:
-    """Tokens -1, -2, -4, -8 of responses 0, 0, 2, 2: -3, 0 and -12; float32 even from bfloat16."""
+    """Tokens -1, -2, -4, -8 of responses 0, 0, 2, 2: -3, 0 and -12; float64 even from bfloat16."""
     token_logps_N = torch.tensor([-1.0, -2.0, -4.0, -8.0], dtype=torch.bfloat16)
     sums_R = response_logps(token_logps_N, torch.tensor([0, 0, 2, 2]), 3)
     assert sums_R.tolist() == [-3.0, 0.0, -12.0]
-    assert sums_R.dtype == torch.float32
+    assert sums_R.dtype == torch.float64
 
 
-def test_nll_is_minus_the_log_prob_of_each_token() -> None:
-    """One value a token, with slope -1."""
-    token_logps_N = torch.tensor([-0.5, -3.0], requires_grad=True)
-    nll_N = token_nll(token_logps_N)
-    assert nll_N.tolist() == [0.5, 3.0]
-    nll_N.sum().backward()
-    assert token_logps_N.grad is not None
-    assert token_logps_N.grad.tolist() == [-1.0, -1.0]
+def test_nll_is_minus_the_log_prob_of_each_response() -> None:
+    """One value a response, with slope -1."""
+    logps_R = torch.tensor([-0.5, -3.0], requires_grad=True)
+    nll_R = sequence_nll(logps_R)
+    assert nll_R.tolist() == [0.5, 3.0]
+    nll_R.sum().backward()
+    assert logps_R.grad is not None
+    assert logps_R.grad.tolist() == [-1.0, -1.0]
 
 
 # ---- a micro-batch's share of the step's loss
@@ -191,7 +202,7 @@ def total(
         batch = micro_batch([sequences[i] for i in group])
         logps_N = torch.cat([policy[i] for i in group]) if group else torch.zeros(0, requires_grad=True)
         reference_N = torch.cat([reference[i] for i in group]) if group else torch.zeros(0)
-        loss, statistics = micro_batch_loss(uft, batch, terms, logps_N, reference_N)
+        loss, statistics = share(uft, batch, terms, logps_N, reference_N)
         loss.backward()
         loss_sum += loss.detach()
         sums += statistics
@@ -231,7 +242,7 @@ def test_kinds_have_their_own_loss_weight_and_count() -> None:
     uft = objective({**dict.fromkeys(KINDS, "mse"), "instruction": "nll"}, {"instruction": 0.5, "score": 2.0})
     logps_N = torch.tensor([-1.0, -2.0, -1.0, -1.0, -1.0], requires_grad=True)
     reference_N = torch.tensor([-7.0, -7.0, -1.0, -1.0, -1.0])
-    loss, sums = micro_batch_loss(uft, two_responses(), {"nll": 10, "mse": 4}, logps_N, reference_N)
+    loss, sums = share(uft, two_responses(), {"nll": 10, "mse": 4}, logps_N, reference_N)
     assert loss.item() == pytest.approx(0.15 + 0.03125, rel=1e-6)
     loss.backward()
     # mse: 2 / 4 x 2 (0.5 - 0.25) x 0.25 x beta
@@ -264,9 +275,8 @@ def test_supervised_fine_tuning_runs_without_a_reference() -> None:
     """The mean over tokens, (1 + 2 + 3 + 4 + 5) / 5 = 3, and no statistics of log-ratios."""
     uft, batch = objective("nll"), two_responses()
     logps_N = -torch.arange(1.0, 6.0).requires_grad_()
-    loss, sums = micro_batch_loss(uft, batch, count_terms(uft, batch.responses), logps_N, None)
+    loss, sums = share(uft, batch, count_terms(uft, batch.responses), logps_N, None)
     assert loss.item() == pytest.approx(3.0)
-    assert log_ratios(batch, logps_N, None) is None
     metrics = step_metrics(uft, loss.item(), sums)
     assert metrics["loss/instruction"] == pytest.approx(1.5)
     assert metrics["loss/score"] == pytest.approx(4.0)
@@ -279,25 +289,27 @@ def test_an_empty_micro_batch_has_a_zero_loss_with_a_graph(loss: str | dict[Kind
     uft = objective(loss)
     below = torch.randn(3, requires_grad=True)
     logps_N = below[torch.zeros(0, dtype=torch.int64)]
-    share, sums = micro_batch_loss(uft, micro_batch([]), {}, logps_N, torch.zeros(0))
-    assert share.shape == ()
-    assert share.item() == 0.0
-    share.backward()
+    loss_share, sums = share(uft, micro_batch([]), {}, logps_N, torch.zeros(0))
+    assert loss_share.shape == ()
+    assert loss_share.item() == 0.0
+    loss_share.backward()
     assert below.grad is not None
     assert below.grad.tolist() == [0.0, 0.0, 0.0]
     assert not sums.any()
     assert sums.shape == (len(KINDS), len(STATISTICS))
 
 
-def test_log_ratios_are_policy_less_reference() -> None:
-    """(-1 - 2) - (-3 - 4) = 4 and -3 - (-1.5) = -1.5, in float32."""
-    batch = two_responses()
-    logps_N = torch.tensor([-1.0, -2.0, -1.0, -1.0, -1.0])
-    reference_N = torch.tensor([-3.0, -4.0, -0.5, -0.5, -0.5])
-    ratios_R = log_ratios(batch, logps_N, reference_N)
-    assert ratios_R is not None
-    assert ratios_R.tolist() == [4.0, -1.5]
-    assert ratios_R.dtype == torch.float32
+def test_log_ratios_of_long_responses_keep_their_precision() -> None:
+    """Sums of thousands of nats differ by 1e-3 a token: the log-ratio is right to 1e-6 nats, as float64 says."""
+    generator = torch.Generator().manual_seed(0)
+    response = Response(1, 4001, 0.3, "score", "long:1")
+    batch = micro_batch([Sequence(np.zeros(4001, dtype=np.int32), (response,))])
+    reference_N = -torch.rand(4000, generator=generator) * 8
+    logps_N = reference_N + torch.randn(4000, generator=generator) * 1e-3
+    expected = (logps_N.double() - reference_N.double()).sum()
+    _, sums = share(objective("mse"), batch, {"mse": 1}, logps_N, reference_N)
+    found = sums[KINDS.index("score"), STATISTICS.index("log_ratio")]
+    assert abs(float(found - expected)) < 1e-6
 
 
 # ---- statistics
@@ -322,7 +334,7 @@ def test_statistics_by_hand() -> None:
     The first instruction is fitted (sigmoid(8) = 0.9997, score 1), the last is stuck (0.0003 against 1).
     """
     uft, batch, logps_N = three_responses([80.0, 0.0, -80.0])
-    loss, sums = micro_batch_loss(uft, batch, {"mse": 3}, logps_N, torch.zeros(6))
+    loss, sums = share(uft, batch, {"mse": 3}, logps_N, torch.zeros(6))
     high, low = sigmoid(8), sigmoid(-8)
     expected = {
         "responses": [2, 1],
@@ -349,7 +361,7 @@ def test_saturated_means_under_one_percent_of_the_largest_slope(reward: float, s
     """sigma (1 - sigma) = 0.0025 at |reward| = 5.9864."""
     assert sigmoid(5.9864) * sigmoid(-5.9864) == pytest.approx(SATURATED_BELOW, rel=1e-3)
     uft, batch, logps_N = three_responses([0.0, reward / BETA, 0.0])
-    _, sums = micro_batch_loss(uft, batch, {"mse": 3}, logps_N, torch.zeros(6))
+    _, sums = share(uft, batch, {"mse": 3}, logps_N, torch.zeros(6))
     assert sums[KINDS.index("score"), STATISTICS.index("saturated")] == saturated
     assert sums[KINDS.index("score"), STATISTICS.index("saturated_stuck")] == saturated, "0.998 is far from 0.5"
 
@@ -357,7 +369,7 @@ def test_saturated_means_under_one_percent_of_the_largest_slope(reward: float, s
 def test_step_metrics_are_means_under_the_documented_names() -> None:
     """The names of DESIGN section 10, for the kinds that occur; means over the kind's responses."""
     uft, batch, logps_N = three_responses([80.0, 10.0, -70.0])
-    loss, sums = micro_batch_loss(uft, batch, {"mse": 3}, logps_N, torch.zeros(6))
+    loss, sums = share(uft, batch, {"mse": 3}, logps_N, torch.zeros(6))
     metrics = step_metrics(uft, loss.item(), sums)
     documented = ("loss", "implicit_reward", "implicit_score", "log_ratio", "saturated", "response_tokens")
     names = {f"{name}/{kind}" for name in documented for kind in ("instruction", "score")}
@@ -379,7 +391,7 @@ def test_loss_of_nll_is_reported_as_a_mean_over_tokens() -> None:
     _, batch, _ = three_responses([0.0, 0.0, 0.0])
     uft = objective("nll")
     logps_N = -torch.tensor([1.0, 0.0, 0.0, 2.0, 3.0, 4.0])
-    loss, sums = micro_batch_loss(uft, batch, count_terms(uft, batch.responses), logps_N, None)
+    loss, sums = share(uft, batch, count_terms(uft, batch.responses), logps_N, None)
     metrics = step_metrics(uft, loss.item(), sums)
     assert metrics["loss/instruction"] == pytest.approx(2.5)
     assert metrics["loss"] == pytest.approx(10 / 6)

@@ -62,13 +62,20 @@ class UFTModel(nn.Module):
 
         Args:
             with_reference: False runs the policy alone.
-            through_logits: by the definition, Hugging Face's own forward and log_softmax; for the check at the
-                start, which finds models that scale or cap their logits.
+            through_logits: by the definition, Hugging Face's own forward and log_softmax, policy alone; for the check
+                at the start, which finds models that scale or cap their logits.
         Returns:
             [responses] each, nats, summed over tokens in float64; the reference without gradient, or None.
         """
         if through_logits:
-            return _per_response(self._through_logits(micro_batch), micro_batch), None
+            logps_N, reference_logps_N = self.token_logps_through_logits(micro_batch), None
+        else:
+            logps_N, reference_logps_N = self.token_logps(micro_batch, with_reference=with_reference)
+        policy_R = _per_response(logps_N, micro_batch)
+        return policy_R, None if reference_logps_N is None else _per_response(reference_logps_N, micro_batch)
+
+    def token_logps(self, micro_batch: MicroBatch, *, with_reference: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Log-probs of the supervised tokens: [supervised tokens] each, float32, nats."""
         base: Any = self.policy.get_base_model()
         reference_hidden_ND = None
         if with_reference:
@@ -77,8 +84,7 @@ class UFTModel(nn.Module):
         hidden_ND = self._hidden(base, micro_batch)
         head = base.get_output_embeddings()
         logps_N, gradients_ND, reference_logps_N = head(hidden_ND.detach(), micro_batch.targets_N, reference_hidden_ND)
-        policy_R = _per_response(attach(hidden_ND, logps_N, gradients_ND), micro_batch)
-        return policy_R, None if reference_logps_N is None else _per_response(reference_logps_N, micro_batch)
+        return attach(hidden_ND, logps_N, gradients_ND), reference_logps_N
 
     def _hidden(self, base: Any, micro_batch: MicroBatch) -> Tensor:
         """Final hidden states of the positions that predict a supervised token: [supervised tokens, hidden]."""
@@ -91,7 +97,8 @@ class UFTModel(nn.Module):
         ).last_hidden_state
         return hidden_1TD[0].index_select(0, micro_batch.predictors_N)
 
-    def _through_logits(self, micro_batch: MicroBatch) -> Tensor:
+    def token_logps_through_logits(self, micro_batch: MicroBatch) -> Tensor:
+        """The policy's by Hugging Face's own forward and log_softmax: [supervised tokens], float32, nats."""
         logits_1TV = self.policy(
             input_ids=micro_batch.token_ids_T[None],
             position_ids=micro_batch.position_ids_T[None],
