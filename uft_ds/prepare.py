@@ -11,6 +11,7 @@ import json
 import platform
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,17 +49,19 @@ def check_recipe(recipe: Recipe) -> None:
     read_deepspeed_file(recipe.deepspeed)
     assert recipe.lora is not None
     config = check_base(recipe.model.base, recipe.model.revision)
-    # Without weights: what would be refused after the launch is refused before it.
-    UFTModel(
-        add_adapters(
-            empty_base(config),
-            rank=recipe.lora.rank,
-            alpha=recipe.lora.alpha,
-            targets=recipe.lora.targets,
-            dtype=torch.float32,
-            seed=0,
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT's, of a property of transformers
+        # Without weights: what would be refused after the launch is refused before it.
+        UFTModel(
+            add_adapters(
+                empty_base(config),
+                rank=recipe.lora.rank,
+                alpha=recipe.lora.alpha,
+                targets=recipe.lora.targets,
+                dtype=torch.float32,
+                seed=0,
+            )
         )
-    )
     if recipe.model.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         raise UserError("model.attention: flash_attention_2 needs flash-attn: pip install 'uft-ds[gpu]', or take auto")
     if "wandb" in recipe.tracking and importlib.util.find_spec("wandb") is None:

@@ -438,4 +438,4 @@ def _known_keys(path: list[Any]) -> list[str]:
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML that `load_recipe` reads back to an equal value."""
     tree = recipe.model_dump(mode="json")
-    return yaml.dump(tree, Dumper=_RecipeDumper, sort_keys=False, allow_unicode=True, width=110)
+    return yaml.dump(tree, Dumper=_RecipeDumper, sort_keys=False, allow_unicode=False, width=110)

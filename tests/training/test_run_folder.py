@@ -60,7 +60,7 @@ def another_process_owning(path: Path) -> Iterator[subprocess.Popen[str]]:
 def test_a_fresh_folder_is_made(tmp_path: Path) -> None:
     """Parents too, and it holds nothing but the lock; an empty folder is as good."""
     with claim(RunFolder(tmp_path / "a" / "b"), overwrite=False):
-        assert contents(tmp_path / "a" / "b") == {".lock"}
+        assert contents(tmp_path / "a" / "b") == {".uft-run"}
     (tmp_path / "empty").mkdir()
     claim(RunFolder(tmp_path / "empty"), overwrite=False).close()
 
@@ -98,7 +98,7 @@ def test_overwrite_deletes_the_run_and_nothing_else(tmp_path: Path) -> None:
     """What a run writes is gone, files of the user's own stay; the folder is locked meanwhile."""
     folder = finished_run(tmp_path / "run")
     with claim(folder, overwrite=True):
-        assert contents(folder.path) == {".lock", "notes.md", "plots", "plots/data"}
+        assert contents(folder.path) == {".uft-run", "notes.md", "plots", "plots/data"}
 
 
 def test_overwrite_does_not_follow_links(tmp_path: Path) -> None:
@@ -106,9 +106,9 @@ def test_overwrite_does_not_follow_links(tmp_path: Path) -> None:
     folder = finished_run(tmp_path / "run")
     (tmp_path / "disk").mkdir()
     (tmp_path / "disk" / "weights").write_text("mine")
-    (folder.path / "merged").symlink_to(tmp_path / "disk")
+    (folder.path / "wandb").symlink_to(tmp_path / "disk")
     claim(folder, overwrite=True).close()
-    assert not (folder.path / "merged").is_symlink()
+    assert not (folder.path / "wandb").is_symlink()
     assert (tmp_path / "disk" / "weights").read_text() == "mine"
 
 
@@ -121,7 +121,7 @@ def test_a_run_that_died_before_its_recipe_was_written_can_be_overwritten(tmp_pa
     with pytest.raises(UserError, match="--overwrite"):
         check_claimable(folder, overwrite=False)
     with claim(folder, overwrite=True):
-        assert contents(folder.path) == {".lock"}
+        assert contents(folder.path) == {".uft-run"}
 
 
 def test_a_folder_in_use_by_another_process_is_refused(tmp_path: Path) -> None:
