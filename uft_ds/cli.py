@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
@@ -125,6 +126,7 @@ def convert(
     """Write a trained run as a Hugging Face model, checked against what was trained."""
     from uft_ds.checkpoint.convert import convert_to_adapter, convert_to_merged
 
+    _quiet_loading()
     if to == "adapter":
         if dtype is not None:
             raise UserError("--dtype: an adapter is copied as it was trained; leave --dtype out, or take --to merged")
@@ -150,6 +152,7 @@ def chat(
     from uft_ds.evaluation.generate import chat as hold_chat
     from uft_ds.evaluation.generate import load_for_generation
 
+    _quiet_loading()
     loaded, tokenizer = load_for_generation(model)
     hold_chat(loaded, tokenizer, prompt=prompt, max_new_tokens=max_new_tokens, temperature=temperature, system=system)
 
@@ -163,6 +166,14 @@ def quickstart(
     from uft_ds.quickstart import run_quickstart
 
     run_quickstart(folder, tuple(overrides or ()), console=console, train=run_training)
+
+
+def _quiet_loading() -> None:
+    """transformers' loading bar is for terminals; in a log it is noise."""
+    from transformers.utils.logging import disable_progress_bar
+
+    if not sys.stderr.isatty():
+        disable_progress_bar()
 
 
 def _version(asked: bool) -> None:
@@ -181,6 +192,7 @@ def _options(
 def main() -> None:
     """Run the command and end the process with its exit code; no traceback for what a user can mend."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.simplefilter("ignore", FutureWarning)  # between the libraries below us; nothing a user can mend
     try:
         app()
     except (UserError, CheckFailed) as error:

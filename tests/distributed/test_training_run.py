@@ -272,3 +272,77 @@ def _processes_naming(text: str) -> list[int]:
             if text.encode() in command and state != "Z":
                 found.append(int(entry.name))
     return found
+
+
+def run_ranks_directly(recipe: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """As torchrun would, without `uft train`'s preparation."""
+    start = ["-m", "torch.distributed.run", "--nproc-per-node", "1", "--master-port", str(free_port())]
+    return run(sys.executable, *start, "-m", "uft_ds.train", str(recipe), *arguments)
+
+
+def test_a_refused_start_does_not_touch_a_finished_run(finished: Path) -> None:
+    """A launcher aimed at a finished run: refused, and its status, metrics and DONE stay as they were."""
+    before = {name: (finished / name).read_bytes() for name in ("status.json", "metrics.jsonl", "recipe.yaml")}
+    result = run_ranks_directly(finished.parent / "recipe.yaml")
+    assert result.returncode != 0
+    assert "--overwrite" in result.stderr
+    assert {name: (finished / name).read_bytes() for name in before} == before
+
+
+def test_convert_follows_the_latest_link(finished: Path, tmp_path: Path) -> None:
+    """`convert RUN/latest` means that run, wherever the link stands."""
+    result = uft("convert", str(finished / "latest"), "--to", "adapter", str(tmp_path / "adapter"))
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_a_merge_that_loses_what_was_trained_is_refused(finished: Path, tmp_path: Path) -> None:
+    """Invariant 7: a delta far below bfloat16's steps is lost by the merge: exit 3, nothing left at OUT."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    from uft_ds.checkpoint.manifest import write_manifest
+
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy, symlinks=True)
+    checkpoint = copy / "checkpoints" / "step-000004"
+    adapter = checkpoint / "adapter" / "adapter_model.safetensors"
+    # Small enough to vanish beside weights of std 0.1, large enough that float32 keeps it.
+    shrunk = {name: value * (0.03 if "lora_B" in name else 1.0) for name, value in load_file(adapter).items()}
+    save_file(shrunk, adapter)
+    write_manifest(checkpoint)
+    result = uft("convert", str(copy), str(tmp_path / "out"), "--dtype", "bfloat16")
+    assert result.returncode == 3, result.stdout + result.stderr
+    assert "--dtype float32" in result.stderr
+    assert not (tmp_path / "out").exists()
+    assert uft("convert", str(copy), str(tmp_path / "out"), "--dtype", "float32").returncode == 0
+
+
+def test_a_killed_rank_is_named(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """SIGKILL of one rank, as by the system when memory runs out: exit 1, and the message says which."""
+    recipe = write_recipe(tmp_path, tiny_qwen2, train__steps=100000)
+    command = [sys.executable, "-m", "uft_ds", "train", str(recipe)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        while not (metrics.exists() and len(losses(tmp_path / "run")) >= 1):
+            assert process.poll() is None, "the run ended by itself"
+            assert time.monotonic() < deadline, "the run never made a step"
+            time.sleep(0.5)
+        os.kill(_rank_process(tmp_path, rank=1), signal.SIGKILL)
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 1
+    assert "rank 1 was killed (signal 9)" in err
+
+
+def _rank_process(folder: Path, *, rank: int) -> int:
+    for pid in _processes_naming(str(folder)):
+        environment = (Path("/proc") / str(pid) / "environ").read_bytes().split(b"\0")
+        if b"RANK=%d" % rank in environment:
+            return pid
+    raise AssertionError(f"no process of rank {rank}")
