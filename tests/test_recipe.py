@@ -60,7 +60,7 @@ def test_what_is_dumped_loads_to_an_equal_recipe(name: str, tmp_path: Path) -> N
 
 @given(
     name=st.text(min_size=1, max_size=8, alphabet="0123456789eE+-._: #'\"\\nul~yä\u2028\t\n")
-    | st.from_regex(r"\d+e\d+"),
+    | st.from_regex(r"[0-9]+e[0-9]+", fullmatch=True),
     lr=st.floats(min_value=1e-12, max_value=1e12),
 )
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -83,8 +83,6 @@ def rank_environment(ranks: int) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
     }
-    if not torch.cuda.is_available():
-        defaults["DS_ACCELERATOR"] = "cpu"
     return defaults | dict(os.environ)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from uft_ds.checkpoint.convert import MAX_RELATIVE_ERROR, agreement
+from uft_ds.checkpoint.convert import MAX_RELATIVE_ERROR, ROUNDING_NATS, agreement
 
 ADAPTER = [3.0, -4.0]
 """Sum of squares 25."""
@@ -48,6 +48,16 @@ def test_nothing_trained_but_something_merged_does_not_agree() -> None:
     share, error = agreement(torch.zeros(3), torch.tensor([0.0, 1e-6, 0.0]))
     assert share == 0.0
     assert not error <= MAX_RELATIVE_ERROR
+
+
+def test_rounding_is_no_error_however_little_was_trained() -> None:
+    """After one tiny step log-ratios are as small as float32's rounding of log-probs: a merge is not refused for it.
+
+    Just above the bound (1e-4 nats) an error counts in full: 1.1e-4 everywhere against 1e-4 everywhere is 110%.
+    """
+    adapter_R = torch.full((4,), 1e-4)
+    assert agreement(adapter_R, adapter_R + 0.9 * ROUNDING_NATS)[1] == 0.0
+    assert agreement(adapter_R, adapter_R + 1.1 * ROUNDING_NATS)[1] == pytest.approx(1.1, rel=1e-4)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

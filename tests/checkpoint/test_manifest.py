@@ -109,6 +109,8 @@ def test_the_newest_checkpoint_is_taken(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path) == newest
     older = tmp_path / "checkpoints" / "step-000002"
     assert latest_checkpoint(older) == older
+    (tmp_path / "latest").symlink_to(Path("checkpoints") / "step-000010")
+    assert latest_checkpoint(tmp_path / "latest") == newest, "a link leads to the run that it belongs to"
 
 
 def test_a_damaged_newest_checkpoint_is_refused_and_older_ones_are_named(tmp_path: Path) -> None:

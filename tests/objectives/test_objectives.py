@@ -145,6 +145,14 @@ def test_response_log_probs_are_sums_over_their_own_tokens() -> None:
     assert sums_R.dtype == torch.float64
 
 
+def test_a_long_response_keeps_the_digits_of_its_log_ratio() -> None:
+    """20,000 tokens of about -8 nats, 2^-12 apart: 4.8828125 nats; float32 sums of 160,000 are off by hundredths."""
+    reference_N = -8.0 - (torch.arange(20_000) % 7).float() / 8
+    one_R = torch.zeros(20_000, dtype=torch.int64)
+    policy_R, reference_R = (response_logps(logps_N, one_R, 1) for logps_N in (reference_N + 2.0**-12, reference_N))
+    assert (policy_R - reference_R).item() == 20_000 * 2.0**-12
+
+
 def test_nll_is_minus_the_log_prob_of_each_response() -> None:
     """One value a response, with slope -1."""
     logps_R = torch.tensor([-0.5, -3.0], requires_grad=True)

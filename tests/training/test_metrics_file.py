@@ -69,6 +69,19 @@ def test_a_second_writer_goes_on_where_the_first_ended(tmp_path: Path) -> None:
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
+def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
+    """A killed run may have written half a line: every prefix of the file reads as its whole lines."""
+    writer = writer_in(tmp_path)
+    for step in (1, 2):
+        writer.write(step, {"loss": float(step)})
+    writer.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    whole = read_metrics(tmp_path / "metrics.jsonl")
+    for length in range(len(text) + 1):
+        (tmp_path / "torn.jsonl").write_text(text[:length])
+        assert read_metrics(tmp_path / "torn.jsonl") == whole[: text[:length].count("\n")]
+
+
 def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
     """Every metric is a scalar under its own name and step."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from uft_ds.errors import UserError
-from uft_ds.training.run_folder import RunFolder, Status, check_claimable, claim, write_atomically
+from uft_ds.training.run_folder import RunFolder, Status, check_claimable, claim, release, write_atomically
 
 HOLD_THE_LOCK = """
 import sys
@@ -24,7 +24,7 @@ sys.stdin.read()
 
 
 def finished_run(path: Path) -> RunFolder:
-    """A folder with everything that a run leaves, and two files of the user's own."""
+    """A folder with everything that a run leaves, a half-written file too, and three files of the user's own."""
     folder = RunFolder(path)
     claim(folder, overwrite=False).close()
     for name in ("recipe.yaml", "environment.json", "metrics.jsonl", "log-rank0.txt", "log-rank11.txt", "report.html",
@@ -34,7 +34,9 @@ def finished_run(path: Path) -> RunFolder:
         (path / name).mkdir(parents=True)
         (path / name / "file").write_text("old")
     folder.latest.symlink_to("checkpoints/step-000002")
+    (path / ".recipe.yaml.tmp").write_text("half")
     (path / "notes.md").write_text("mine")
+    (path / "thesis.tmp").write_text("mine")
     (path / "plots").mkdir()
     (path / "plots" / "data").write_text("mine")
     return folder
@@ -98,7 +100,7 @@ def test_overwrite_deletes_the_run_and_nothing_else(tmp_path: Path) -> None:
     """What a run writes is gone, files of the user's own stay; the folder is locked meanwhile."""
     folder = finished_run(tmp_path / "run")
     with claim(folder, overwrite=True):
-        assert contents(folder.path) == {".uft-run", "notes.md", "plots", "plots/data"}
+        assert contents(folder.path) == {".uft-run", "notes.md", "plots", "plots/data", "thesis.tmp"}
 
 
 def test_overwrite_does_not_follow_links(tmp_path: Path) -> None:
@@ -142,6 +144,29 @@ def test_closing_the_lock_frees_the_folder(tmp_path: Path) -> None:
     with claim(folder, overwrite=False), pytest.raises(UserError, match="in use"):
         claim(folder, overwrite=True)
     claim(folder, overwrite=True).close()
+
+
+def test_release_leaves_nothing_of_a_run_that_never_began(tmp_path: Path) -> None:
+    """The folder itself goes too, unless it holds something of the user's; then it can be claimed again."""
+    folder = RunFolder(tmp_path / "run")
+    lock = claim(folder, overwrite=False)
+    folder.recipe.write_text("half")
+    release(folder, lock)
+    assert lock.closed
+    assert not folder.path.exists()
+
+    folder = finished_run(tmp_path / "mixed")
+    release(folder, claim(folder, overwrite=True))
+    assert contents(folder.path) == {"notes.md", "plots", "plots/data", "thesis.tmp"}
+
+
+def test_the_first_status_stays(tmp_path: Path) -> None:
+    """The first rank that fails knows why, the others only see its connections close; nothing else is left behind."""
+    folder = RunFolder(tmp_path)
+    folder.write_first_status(Status(3, "rank 1: the loss is NaN"))
+    folder.write_first_status(Status(1, "rank 0: connection closed by peer"))
+    assert folder.read_status() == Status(3, "rank 1: the loss is NaN")
+    assert contents(tmp_path) == {"status.json"}
 
 
 def test_a_status_comes_back_as_it_was_written(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from uft_ds.data.prepare import read_sequences
 from uft_ds.data.tokenize import ChatTokenizer, load_tokenizer
 from uft_ds.errors import CheckFailed, UserError
 from uft_ds.objectives.implicit_reward import response_logps
+from uft_ds.process import choose_accelerator
 from uft_ds.recipe import Recipe, load_recipe
 from uft_ds.training.run_folder import RunFolder
 
@@ -171,6 +172,7 @@ def hugging_face_logps(model: Any, sequences: tuple[Sequence, ...], *, adapters:
 
 
 def _write_model(model: Any, chat: ChatTokenizer, folder: Path) -> None:
+    choose_accelerator()  # transformers imports DeepSpeed to save
     model.generation_config = _ending_turns(model.generation_config, chat)
     model.config.use_cache = True
     model.save_pretrained(folder)

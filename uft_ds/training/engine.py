@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from uft_ds.data.mixture import Step
 from uft_ds.data.packing import MicroBatch, rank_micro_batches
 from uft_ds.errors import UserError
+from uft_ds.process import choose_accelerator
 
 T = TypeVar("T")
 
@@ -88,6 +89,7 @@ def read_deepspeed_file(name_or_path: str) -> dict[str, Any]:
 
 
 def _check_zero_section(zero: Any, path: Path) -> None:
+    choose_accelerator()
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 
@@ -143,6 +145,7 @@ def init_distributed(timeout_minutes: float) -> None:
     missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UserError(f"{', '.join(missing)} not set: start this module with `uft train`, `deepspeed` or `torchrun`")
+    choose_accelerator()
     import deepspeed
     import deepspeed.ops
     from torch.distributed import DistNetworkError

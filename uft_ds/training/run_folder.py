@@ -149,7 +149,8 @@ def release(folder: RunFolder, lock: IO[str]) -> None:
 
 def _empty(path: Path) -> None:
     for entry in path.iterdir():
-        if not (entry.name in _OF_A_RUN or entry.name.startswith("log-rank") or entry.name.endswith(".tmp")):
+        is_temporary = entry.name.startswith(".") and entry.name.endswith(".tmp")
+        if not (entry.name in _OF_A_RUN or entry.name.startswith("log-rank") or is_temporary):
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
