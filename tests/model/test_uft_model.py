@@ -299,6 +299,15 @@ def test_the_policy_is_not_changed_by_leaving_the_reference_out(tiny_qwen2: Path
     assert not reference_N.requires_grad
 
 
+def test_the_first_layer_sees_an_input_that_requires_grad(tiny_qwen2: Path) -> None:
+    """The base is frozen, so nothing else would; ZeRO-3 would reduce a leaf layer's gradients before they exist."""
+    model, seen = toy_model(tiny_qwen2), []
+    first_layer = model.policy.get_base_model().get_decoder().layers[0]  # type: ignore[operator]
+    first_layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].requires_grad))
+    model(micro_batch(toy_sequences(2)))
+    assert seen == [False, True], "the reference's pass, without a graph, then the policy's"
+
+
 @pytest.mark.parametrize("gradient_checkpointing", [False, True], ids=["plain", "checkpointed"])
 def test_an_empty_micro_batch_gives_every_adapter_a_zero_gradient(
     tiny_qwen2: Path, gradient_checkpointing: bool
