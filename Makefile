@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# A CPU build of torch is enough to try everything here; set TORCH= to keep the one that pip chooses (GPUs).
+# The version that everything is tested with. Which build comes (CPU, or CUDA with its gigabytes) is the index's choice;
+# TORCH= leaves the version to pip too.
 TORCH ?= torch==2.13.0
 
 .DEFAULT_GOAL := help

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from uft_ds.data.example import KINDS
 from uft_ds.errors import UserError
-from uft_ds.recipe import Recipe, dump_recipe, load_recipe, shipped_recipes
+from uft_ds.recipe import Recipe, describe_keys, dump_recipe, load_recipe, shipped_recipes
 
 MINIMAL = """\
 name: small
@@ -345,3 +345,13 @@ def test_a_recipe_cannot_be_changed(minimal: str) -> None:
     recipe = load_recipe(minimal)
     with pytest.raises(ValueError, match="frozen"):
         recipe.train.lr = 1.0
+
+
+def test_every_key_is_described() -> None:
+    """`uft recipe keys` has a meaning for each leaf, sources' and sections' among them."""
+    rows = describe_keys()
+    keys = [key for key, _, _ in rows]
+    assert {"train.lr", "data.sources.0.path", "data.held_out.0.score", "lora.rank", "output"} <= set(keys)
+    assert len(keys) == len(set(keys))
+    undescribed = [key for key, _, meaning in rows if not meaning]
+    assert undescribed == []

@@ -44,14 +44,16 @@ Overrides = Annotated[
 def train(
     recipe: RecipeName,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from a checkpoint: not available in this version.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run that the output holds.")] = False,
 ) -> None:
     """Check everything, then train on this machine's GPUs, or on two CPU processes."""
     from uft_ds.recipe import load_recipe
 
     if resume:
-        raise UserError("--resume is not available in this version; give --overwrite, or another output=PATH")
+        raise UserError("--resume is not available in this version; start anew in another folder by output=PATH")
     run_training(load_recipe(recipe, tuple(overrides or ())), overwrite=overwrite)
 
 
@@ -113,6 +115,16 @@ def recipe_list() -> None:
     print("\n".join(shipped_recipes()))
 
 
+@recipe_app.command("keys")
+def recipe_keys() -> None:
+    """Every key of a recipe, its default and its meaning."""
+    from uft_ds.recipe import describe_keys
+
+    for key, default, meaning in describe_keys():
+        console.print(f"{key} = {default}", style="bold")
+        console.print(f"    {meaning}")
+
+
 @app.command()
 def convert(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or one of its checkpoints.")],
@@ -142,7 +154,7 @@ def convert(
 
 @app.command()
 def chat(
-    model: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that `uft convert --to merged` wrote.")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A folder that `uft convert --to merged` wrote.")],
     prompt: Annotated[Optional[str], typer.Option(help="Answer this one prompt and leave.")] = None,  # noqa: UP045
     system: Annotated[Optional[str], typer.Option(help="A system message.")] = None,  # noqa: UP045
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,

@@ -105,9 +105,13 @@ def _answers(model_folder: Path, tasks: tuple[Task, ...], console: Console) -> l
     columns = (TextColumn("answering"), BarColumn(bar_width=20), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("answering", total=len(prompts))
-        responses = generate_responses(
-            model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS, on_batch=lambda n: progress.advance(bar, n)
-        )
+
+        def answered(count: int) -> None:
+            progress.advance(bar, count)
+            if not console.is_terminal:
+                console.print(f"  {int(progress.tasks[bar].completed)}/{len(prompts)} answered")
+
+        responses = generate_responses(model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS, on_batch=answered)
     return [
         Answer(task.kind, task.prompt, task.answer, response, grade(task, response), is_correct(task, response))
         for task, response in zip(tasks, responses, strict=True)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Hashable
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -425,17 +425,32 @@ def _known_keys(path: list[Any]) -> list[str]:
     for part in path:
         if isinstance(part, int):
             continue
-        annotation = section.model_fields[part].annotation
-        candidates = [
-            annotation,
-            *get_args(annotation),
-            *(a for arg in get_args(annotation) for a in get_args(arg)),
-        ]
-        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, Section))
+        section = _section_of(section.model_fields[part].annotation)
     return list(section.model_fields)
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    """The section inside a field's type: itself, or a member of its union or list."""
+    nested = [a for arg in get_args(annotation) for a in get_args(arg)]
+    candidates = (annotation, *get_args(annotation), *nested)
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML that `load_recipe` reads back to an equal value."""
     tree = recipe.model_dump(mode="json")
     return yaml.dump(tree, Dumper=_RecipeDumper, sort_keys=False, allow_unicode=False, width=110)
+
+
+def describe_keys(section: type[Section] = Recipe, prefix: str = "") -> list[tuple[str, str, str]]:
+    """(key, default, meaning) of every leaf, in the order of a recipe; sources' keys stand under index 0."""
+    rows: list[tuple[str, str, str]] = []
+    for name, field in section.model_fields.items():
+        inner = _section_of(field.annotation)
+        if inner is not None:
+            is_list = get_origin(field.annotation) is list
+            rows += describe_keys(inner, f"{prefix}{name}.{'0.' if is_list else ''}")
+        else:
+            default = "(required)" if field.is_required() else yaml.safe_dump(field.default).split("\n...")[0].strip()
+            rows.append((prefix + name, default, " ".join((field.description or "").split())))
+    return rows

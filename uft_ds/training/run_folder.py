@@ -109,8 +109,10 @@ def check_claimable(folder: RunFolder, *, overwrite: bool) -> None:
     if not folder.lock.exists():
         raise UserError(f"output: {path} holds files that are no run of ours; give another folder")
     if not overwrite:
+        state = "is done" if folder.done.exists() else "did not finish"
         raise UserError(
-            f"output: {path} already holds a run; delete it by --overwrite, or give another folder by output=PATH"
+            f"output: {path} already holds a run that {state}; delete it by --overwrite, "
+            "or give another folder by output=PATH"
         )
 
 
