@@ -6,6 +6,8 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -21,3 +23,22 @@ def die_with_parent() -> None:
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+@contextmanager
+def returning_freed_memory() -> Iterator[None]:
+    """Within the block, glibc gives blocks of a mebibyte and more back to the system when they are freed.
+
+    Otherwise it keeps them, up to 32 MiB each: while a model is loaded, every parameter is gathered whole for a moment
+    between two shards that stay, and the holes add up. Measured on two ranks, 1.4 GiB of weights: 1.43 times the
+    model's size on rank 1 without this, 0.58 with it (benchmarks/loading_memory.py).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    m_mmap_threshold, while_loading, glibc_maximum = -3, 2**20, 2**25
+    if mallopt is not None:
+        mallopt(m_mmap_threshold, while_loading)
+    try:
+        yield
+    finally:
+        if mallopt is not None:
+            mallopt(m_mmap_threshold, glibc_maximum)

@@ -65,6 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
         folder = RunFolder(Path(recipe.output))  # ours only from here on
         with _own_streams(folder, rank) as terminal:
             _run(recipe, folder, Console(file=terminal))
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
         del lock
         return EXIT_DONE
     except (UserError, CheckFailed) as error:
@@ -218,4 +220,9 @@ def _make_deterministic(deterministic: bool) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Everything is written and closed. The interpreter's own end may abort (gloo's threads: "terminate called without
+    # an active exception"), which a launcher would take for a failed run.
+    os._exit(exit_code)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from uft_ds.data.mixture import Step
 from uft_ds.data.packing import MicroBatch, rank_micro_batches
 from uft_ds.errors import UserError
-from uft_ds.process import choose_accelerator
+from uft_ds.process import choose_accelerator, returning_freed_memory
 
 T = TypeVar("T")
 
@@ -170,7 +170,8 @@ def partitioned_loading(config: dict[str, Any]) -> Iterator[None]:
     from transformers.integrations import HfDeepSpeedConfig
 
     keep_alive = HfDeepSpeedConfig(config)
-    yield
+    with returning_freed_memory():
+        yield
     del keep_alive
 
 
