@@ -73,7 +73,8 @@ def logps_and_gradients(
         log_normalizer_C = logits_CV.logsumexp(dim=-1, keepdim=True)
         logps_N[chunk] = (logits_CV.gather(1, targets_C) - log_normalizer_C).squeeze(1)
         residual_CV = logits_CV.sub_(log_normalizer_C).exp_().neg_()  # onehot - p, in the logits' memory
-        residual_CV.scatter_add_(1, targets_C, torch.ones_like(targets_C, dtype=residual_CV.dtype))
+        rows_C = torch.arange(len(targets_C), device=targets_C.device)
+        residual_CV[rows_C, targets_C.squeeze(1)] += 1  # not scatter_add_, which has no deterministic form on GPUs
         gradients_ND[chunk] = residual_CV.to(weight_VD.dtype) @ weight_VD
         if reference_hidden_ND is not None and reference_logps_N is not None:
             logits_CV = _logits(reference_hidden_ND[chunk], weight_VD, bias_V)
