@@ -98,7 +98,7 @@ def held_out_by_score(run: Path, base: Path) -> None:
 
     from uft_ds.checkpoint.convert import hugging_face_logps
     from uft_ds.data.prepare import read_sequences
-    from uft_ds.recipe import load_recipe
+    from uft_ds.recipe_file import load_recipe
     from uft_ds.training.run_folder import RunFolder
 
     sequences = read_sequences(RunFolder(run).held_out_data())

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from uft_ds.data.example import KINDS
 from uft_ds.errors import UserError
-from uft_ds.recipe import Recipe, describe_keys, dump_recipe, load_recipe, shipped_recipes
+from uft_ds.recipe import Recipe, describe_keys
+from uft_ds.recipe_file import dump_recipe, load_recipe, shipped_recipes
 
 MINIMAL = """\
 name: small

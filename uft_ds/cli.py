@@ -50,7 +50,7 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run that the output holds.")] = False,
 ) -> None:
     """Check everything, then train on this machine's GPUs, or on two CPU processes."""
-    from uft_ds.recipe import load_recipe
+    from uft_ds.recipe_file import load_recipe
 
     if resume:
         raise UserError("--resume is not available in this version; start anew in another folder by output=PATH")
@@ -102,7 +102,7 @@ def _data_table(data: PreparedData) -> Table:
 @recipe_app.command("show")
 def recipe_show(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Print a recipe with all defaults and overrides filled in."""
-    from uft_ds.recipe import dump_recipe, load_recipe
+    from uft_ds.recipe_file import dump_recipe, load_recipe
 
     print(dump_recipe(load_recipe(recipe, tuple(overrides or ()))), end="")
 
@@ -110,7 +110,7 @@ def recipe_show(recipe: RecipeName, overrides: Overrides = None) -> None:
 @recipe_app.command("list")
 def recipe_list() -> None:
     """Names of the recipes that come with the package."""
-    from uft_ds.recipe import shipped_recipes
+    from uft_ds.recipe_file import shipped_recipes
 
     print("\n".join(shipped_recipes()))
 

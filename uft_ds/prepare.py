@@ -26,7 +26,8 @@ from uft_ds.errors import UserError
 from uft_ds.model.adapters import add_adapters
 from uft_ds.model.load import check_base, empty_base
 from uft_ds.model.uft_model import UFTModel
-from uft_ds.recipe import Recipe, SourceSection, dump_recipe
+from uft_ds.recipe import Recipe, SourceSection
+from uft_ds.recipe_file import dump_recipe
 from uft_ds.training.engine import read_deepspeed_file
 from uft_ds.training.run_folder import RunFolder, check_claimable, claim, release, write_atomically
 

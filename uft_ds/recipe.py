@@ -1,25 +1,21 @@
 """The recipe: one strict, typed tree that holds everything that defines a run.
 
-A recipe is a YAML file, shipped with the package or given by path, plus overrides `key.path=value`.
-Inner code takes plain arguments; only the builders in `train.py` and `prepare.py` read this tree.
+Inner code takes plain arguments; only the builders (`train.py`, `prepare.py`, `quickstart.py`, `convert.py`) read this
+tree, and the loop its own section. `recipe_file.py` reads it from YAML.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-import re
-from collections.abc import Hashable
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from uft_ds.data.example import KINDS, Kind
 from uft_ds.data.formats import FORMATS
-from uft_ds.errors import UserError
 
 LossName = Literal["mse", "bce", "l1", "nll"]
 LOSS_NAMES: tuple[str, ...] = get_args(LossName)
@@ -235,9 +231,9 @@ def _impossible(recipe: Recipe) -> list[tuple[str, str]]:
     for prefix, sources in (("data.sources", data.sources), ("data.held_out", data.held_out)):
         for index, source in enumerate(sources):
             if source.format not in FORMATS:
-                found.append((f"{prefix}.{index}.format", _unknown(source.format, tuple(FORMATS))))
+                found.append((f"{prefix}.{index}.format", unknown_name(source.format, tuple(FORMATS))))
     if isinstance(objective.loss, dict):
-        found += [("objective.loss", _unknown(kind, KINDS)) for kind in objective.loss if kind not in KINDS]
+        found += [("objective.loss", unknown_name(kind, KINDS)) for kind in objective.loss if kind not in KINDS]
         missing = [kind for kind in ("instruction", "score") if kind not in objective.loss]
         if missing:
             found.append(("objective.loss", f"no loss for kind {missing[0]!r}; name one for each kind"))
@@ -246,11 +242,11 @@ def _impossible(recipe: Recipe) -> list[tuple[str, str]]:
         if name in LATER_LOSSES:
             found.append(("objective.loss", f"{name!r} is not available in this version; use {', '.join(LOSS_NAMES)}"))
         elif name not in LOSS_NAMES:
-            found.append(("objective.loss", _unknown(name, LOSS_NAMES)))
+            found.append(("objective.loss", unknown_name(name, LOSS_NAMES)))
     weights = objective.weights if isinstance(objective.weights, dict) else {"instruction": objective.weights}
     for kind, weight in weights.items():
         if kind not in KINDS:
-            found.append(("objective.weights", _unknown(kind, KINDS)))
+            found.append(("objective.weights", unknown_name(kind, KINDS)))
         if not (math.isfinite(weight) and weight >= 0):
             found.append(("objective.weights", f"{weight} given, must be finite and >= 0"))
     return found + [
@@ -269,184 +265,25 @@ def _impossible(recipe: Recipe) -> list[tuple[str, str]]:
     ]
 
 
-def _unknown(given: str, known: tuple[str, ...]) -> str:
+def unknown_name(given: str, known: tuple[str, ...]) -> str:
+    """What to say of a name that is none of the known ones: the nearest, and all."""
     near = difflib.get_close_matches(given, known, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"unknown name {given!r}; {hint}allowed: {', '.join(known)}"
 
 
-class _RecipeLoader(yaml.SafeLoader):
-    """YAML without two traps: `1e-5` is a number, and a key given twice is an error."""
-
-
-class _RecipeDumper(yaml.SafeDumper):
-    """Quotes the texts that `_RecipeLoader` would take for numbers."""
-
-
-for _class in (_RecipeLoader, _RecipeDumper):
-    _class.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)$"),
-        list("-+0123456789."),
-    )
-
-
-def _mapping_without_duplicates(loader: _RecipeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
-        if not isinstance(key, Hashable):
-            raise UserError(f"line {key_node.start_mark.line + 1}: a key must be a word, found {key!r}")
-        if key in seen:
-            raise UserError(f"line {key_node.start_mark.line + 1}: key {key!r} is given twice")
-        seen.add(key)
-    return loader.construct_mapping(node, deep=True)
-
-
-_RecipeLoader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
-
-
-def _load_yaml(text: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_RecipeLoader)  # a SafeLoader
-    except ValueError as error:  # it looks like a date or a number, but is none: 2024-02-30
-        raise yaml.YAMLError(str(error)) from None
-
-
-def shipped_recipes() -> tuple[str, ...]:
-    """Names of the recipes that come with the package."""
-    folder = resources.files("uft_ds") / "recipes"
-    return tuple(sorted(Path(item.name).stem for item in folder.iterdir() if item.name.endswith(".yaml")))
-
-
-def _read_recipe(name_or_path: str) -> tuple[str, str]:
-    """(label, text) of a shipped recipe or a file."""
-    if name_or_path in shipped_recipes():
-        file = resources.files("uft_ds") / "recipes" / f"{name_or_path}.yaml"
-        return name_or_path, file.read_text(encoding="utf-8")
-    path = Path(name_or_path)
-    if path.suffix not in (".yaml", ".yml") and not path.exists():
-        raise UserError(f"recipe: {_unknown(name_or_path, shipped_recipes())}, or a path to a YAML file")
-    try:
-        return name_or_path, path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {name_or_path}: cannot be read ({error})") from None
-
-
-def _apply_override(tree: Any, override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise UserError(f"override {override!r}: expected key.path=value, such as train.lr=1e-5")
-    try:
-        value = _load_yaml(text)
-    except yaml.YAMLError:
-        raise UserError(f"override {override!r}: the value is not YAML") from None
-    except UserError as error:
-        raise UserError(f"override {override!r}: {error}") from None
-    *parents, leaf = key.split(".")
-    node = tree
-    for depth, part in enumerate([*parents, leaf]):
-        where = ".".join(key.split(".")[: depth + 1])
-        if isinstance(node, list):
-            if not part.isdecimal() or int(part) >= len(node):
-                known = f"expected an index from 0 to {len(node) - 1}" if node else "the list is empty"
-                raise UserError(f"override {override!r}: {where}: {known}")
-            index: Any = int(part)
-        elif isinstance(node, dict):
-            index = part
-        else:
-            raise UserError(f"override {override!r}: {where}: its parent is {node!r} and has no keys")
-        if depth == len(parents):
-            node[index] = value
-        elif isinstance(node, dict):
-            node = node.setdefault(index, {})
-        else:
-            node = node[index]
-
-
-def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> Recipe:
-    """Read, override and validate a recipe.
-
-    Raises:
-        UserError: names the recipe and the key, what was given, what is allowed and the nearest known name.
-    """
-    label, text = _read_recipe(name_or_path)
-    try:
-        tree = _load_yaml(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"recipe {label}{line}: not valid YAML: {problem}") from None
-    except UserError as error:
-        raise UserError(f"recipe {label}: {error}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"recipe {label}: expected keys and values, found {type(tree).__name__}")
-    try:
-        for override in overrides:
-            _apply_override(tree, override)
-    except UserError as error:
-        raise UserError(f"recipe {label}: {error}") from None
-    return recipe_from_tree(tree, label)
-
-
-def recipe_from_tree(tree: dict[str, Any], label: str) -> Recipe:
-    """Validate a recipe that is already a tree of plain values."""
-    try:
-        return Recipe.model_validate(tree)
-    except ValidationError as error:
-        problems = [line for problem in error.errors() for line in _explain(problem).splitlines()]
-        raise UserError("\n".join(f"recipe {label}: {problem}" for problem in problems)) from None
-
-
-def _explain(problem: Any) -> str:
-    # Members of a union put their type's name into the location; only keys and indices name a place.
-    path = [
-        part
-        for part in problem["loc"]
-        if not (isinstance(part, str) and re.search(r"[\[\]-]|^(str|int|float|dict)$", part))
-    ]
-    if problem["type"] == "extra_forbidden":
-        unknown = str(problem["loc"][-1])  # the user's own word, which may look like a type's name
-        path = [*path, unknown] if not path or path[-1] != unknown else path
-        near = difflib.get_close_matches(unknown, _known_keys(path[:-1]), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(_known_keys(path[:-1]))}"
-        return f"{'.'.join(str(part) for part in path)}: unknown key; {hint}"
-    key = ".".join(str(part) for part in path)
-    if problem["type"] == "missing":
-        return f"{key}: required, but not given"
-    if problem["type"] == "value_error":
-        return str(problem["ctx"]["error"])
-    return f"{key}: {problem['input']!r} given; {problem['msg'][0].lower()}{problem['msg'][1:]}"
-
-
-def _known_keys(path: list[Any]) -> list[str]:
-    section: Any = Recipe
-    for part in path:
-        if isinstance(part, int):
-            continue
-        section = _section_of(section.model_fields[part].annotation)
-    return list(section.model_fields)
-
-
-def _section_of(annotation: Any) -> type[Section] | None:
+def section_of(annotation: Any) -> type[Section] | None:
     """The section inside a field's type: itself, or a member of its union or list."""
     nested = [a for arg in get_args(annotation) for a in get_args(arg)]
     candidates = (annotation, *get_args(annotation), *nested)
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
 
 
-def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML that `load_recipe` reads back to an equal value."""
-    tree = recipe.model_dump(mode="json")
-    return yaml.dump(tree, Dumper=_RecipeDumper, sort_keys=False, allow_unicode=False, width=110)
-
-
 def describe_keys(section: type[Section] = Recipe, prefix: str = "") -> list[tuple[str, str, str]]:
     """(key, default, meaning) of every leaf, in the order of a recipe; sources' keys stand under index 0."""
     rows: list[tuple[str, str, str]] = []
     for name, field in section.model_fields.items():
-        inner = _section_of(field.annotation)
+        inner = section_of(field.annotation)
         if inner is not None:
             is_list = get_origin(field.annotation) is list
             rows += describe_keys(inner, f"{prefix}{name}.{'0.' if is_list else ''}")

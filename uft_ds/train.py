@@ -31,7 +31,8 @@ from uft_ds.model.uft_model import UFTModel
 from uft_ds.objectives.objective import Objective
 from uft_ds.prepare import prepare_run, source_of
 from uft_ds.process import die_with_parent
-from uft_ds.recipe import Recipe, load_recipe
+from uft_ds.recipe import Recipe
+from uft_ds.recipe_file import load_recipe
 from uft_ds.training.curves import write_report
 from uft_ds.training.engine import Engine, deepspeed_config, init_distributed, partitioned_loading, read_deepspeed_file
 from uft_ds.training.evaluate import check_against_hugging_face, check_log_ratios_are_zero

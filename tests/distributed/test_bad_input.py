@@ -9,7 +9,7 @@ from test_training_run import run, uft, write_recipe, write_rows
 
 from uft_ds.errors import UserError
 from uft_ds.prepare import prepare_run
-from uft_ds.recipe import load_recipe
+from uft_ds.recipe_file import load_recipe
 
 ROW = {"prompt": "a", "response": "b"}
 
@@ -127,3 +127,43 @@ def test_a_response_that_does_not_fit_is_counted(tiny_qwen2: Path, tmp_path: Pat
     assert data.train[0].dropped == {"longer than max_length": 1}
     assert data.train[0].dropped_origins == {"longer than max_length": (f"{path}:2",)}
     assert all(r.num_tokens > 0 for s in data.train[0].sequences for r in s.responses)
+
+
+class Payload:
+    """Unpickled, it would make a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return Path.touch, (self.path,)  # type: ignore[return-value]
+
+
+def test_code_in_pickled_base_weights_is_never_run(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """Invariant 8: a base whose only weights are a pickle with code in it is refused, and the code does not run."""
+    import shutil
+
+    import torch
+
+    from uft_ds.model.load import load_base
+
+    base = tmp_path / "base"
+    shutil.copytree(tiny_qwen2, base)
+    (base / "model.safetensors").unlink()
+    torch.save({"model.embed_tokens.weight": Payload(tmp_path / "executed")}, base / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"model\.base"):
+        load_base(str(base), revision=None, dtype=torch.float32, attention="sdpa", gradient_checkpointing=False)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_base_with_code_of_its_own_is_refused(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """Invariant 8: `auto_map` in config.json asks to run a file of the base's folder."""
+    import json
+    import shutil
+
+    base = tmp_path / "base"
+    shutil.copytree(tiny_qwen2, base)
+    config = json.loads((base / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_mine.Mine"}
+    (base / "config.json").write_text(json.dumps(config))
+    assert "auto_map" in refused(write_recipe(tmp_path, base))

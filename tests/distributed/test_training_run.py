@@ -15,7 +15,7 @@ import yaml
 from ranks import free_port
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from uft_ds.recipe import load_recipe
+from uft_ds.recipe_file import load_recipe
 from uft_ds.training.metrics import read_metrics
 
 TIMEOUT_SECONDS = 280

@@ -169,7 +169,7 @@ def test_order_in_the_micro_batch_does_not_matter(folder: Path) -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
-# ---- the invariants of DESIGN section 6
+# ---- invariants (docs/invariants.md)
 
 
 @pytest.mark.parametrize(

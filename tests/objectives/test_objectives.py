@@ -375,7 +375,7 @@ def test_saturated_means_under_one_percent_of_the_largest_slope(reward: float, s
 
 
 def test_step_metrics_are_means_under_the_documented_names() -> None:
-    """The names of DESIGN section 10, for the kinds that occur; means over the kind's responses."""
+    """The documented names (docs/metrics.md), for the kinds that occur; means over the kind's responses."""
     uft, batch, logps_N = three_responses([80.0, 10.0, -70.0])
     loss, sums = share(uft, batch, {"mse": 3}, logps_N, torch.zeros(6))
     metrics = step_metrics(uft, loss.item(), sums)

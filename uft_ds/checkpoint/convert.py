@@ -22,7 +22,8 @@ from uft_ds.data.tokenize import ChatTokenizer, load_tokenizer
 from uft_ds.errors import CheckFailed, UserError
 from uft_ds.objectives.implicit_reward import response_logps
 from uft_ds.process import choose_accelerator
-from uft_ds.recipe import Recipe, load_recipe
+from uft_ds.recipe import Recipe
+from uft_ds.recipe_file import load_recipe
 from uft_ds.training.run_folder import RunFolder
 
 MAX_RELATIVE_ERROR = 0.1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ def load_base(
             attn_implementation=attention_implementation(attention),
             trust_remote_code=False,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, UnpicklingError) as error:
         raise UserError(f"model.base: {base!r} could not be loaded ({str(error).splitlines()[0]})") from None
     _check_dropout(model)
     model.requires_grad_(False)

@@ -24,7 +24,7 @@ from uft_ds.objectives.pointwise import Distance, pointwise_loss
 LIKELIHOOD_LOSSES = ("nll",)
 
 SATURATED_BELOW = 0.01 * 0.25
-"""sigma(r) (1 - sigma(r)) under 1% of its maximum: the squared error has no gradient left (DESIGN: numerics)."""
+"""sigma(r) (1 - sigma(r)) under 1% of its maximum: the squared error has no gradient left."""
 
 FITTED_WITHIN = 0.1
 """A saturated response whose implicit score is this near its score is fitted, otherwise stuck."""

@@ -1,0 +1,176 @@
+"""Recipes from files: YAML, overrides `key.path=value`, and errors in the user's words."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Hashable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from uft_ds.errors import UserError
+from uft_ds.recipe import Recipe, section_of, unknown_name
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML without two traps: `1e-5` is a number, and a key given twice is an error."""
+
+
+class _RecipeDumper(yaml.SafeDumper):
+    """Quotes the texts that `_RecipeLoader` would take for numbers."""
+
+
+for _class in (_RecipeLoader, _RecipeDumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)$"),
+        list("-+0123456789."),
+    )
+
+
+def _mapping_without_duplicates(loader: _RecipeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node)
+        if not isinstance(key, Hashable):
+            raise UserError(f"line {key_node.start_mark.line + 1}: a key must be a word, found {key!r}")
+        if key in seen:
+            raise UserError(f"line {key_node.start_mark.line + 1}: key {key!r} is given twice")
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_RecipeLoader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
+
+
+def _load_yaml(text: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_RecipeLoader)  # a SafeLoader
+    except ValueError as error:  # it looks like a date or a number, but is none: 2024-02-30
+        raise yaml.YAMLError(str(error)) from None
+
+
+def shipped_recipes() -> tuple[str, ...]:
+    """Names of the recipes that come with the package."""
+    folder = resources.files("uft_ds") / "recipes"
+    return tuple(sorted(Path(item.name).stem for item in folder.iterdir() if item.name.endswith(".yaml")))
+
+
+def _read_recipe(name_or_path: str) -> tuple[str, str]:
+    """(label, text) of a shipped recipe or a file."""
+    if name_or_path in shipped_recipes():
+        file = resources.files("uft_ds") / "recipes" / f"{name_or_path}.yaml"
+        return name_or_path, file.read_text(encoding="utf-8")
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml") and not path.exists():
+        raise UserError(f"recipe: {unknown_name(name_or_path, shipped_recipes())}, or a path to a YAML file")
+    try:
+        return name_or_path, path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {name_or_path}: cannot be read ({error})") from None
+
+
+def _apply_override(tree: Any, override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"override {override!r}: expected key.path=value, such as train.lr=1e-5")
+    try:
+        value = _load_yaml(text)
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: the value is not YAML") from None
+    except UserError as error:
+        raise UserError(f"override {override!r}: {error}") from None
+    *parents, leaf = key.split(".")
+    node = tree
+    for depth, part in enumerate([*parents, leaf]):
+        where = ".".join(key.split(".")[: depth + 1])
+        if isinstance(node, list):
+            if not part.isdecimal() or int(part) >= len(node):
+                known = f"expected an index from 0 to {len(node) - 1}" if node else "the list is empty"
+                raise UserError(f"override {override!r}: {where}: {known}")
+            index: Any = int(part)
+        elif isinstance(node, dict):
+            index = part
+        else:
+            raise UserError(f"override {override!r}: {where}: its parent is {node!r} and has no keys")
+        if depth == len(parents):
+            node[index] = value
+        elif isinstance(node, dict):
+            node = node.setdefault(index, {})
+        else:
+            node = node[index]
+
+
+def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> Recipe:
+    """Read, override and validate a recipe.
+
+    Raises:
+        UserError: names the recipe and the key, what was given, what is allowed and the nearest known name.
+    """
+    label, text = _read_recipe(name_or_path)
+    try:
+        tree = _load_yaml(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"recipe {label}{line}: not valid YAML: {problem}") from None
+    except UserError as error:
+        raise UserError(f"recipe {label}: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"recipe {label}: expected keys and values, found {type(tree).__name__}")
+    try:
+        for override in overrides:
+            _apply_override(tree, override)
+    except UserError as error:
+        raise UserError(f"recipe {label}: {error}") from None
+    return recipe_from_tree(tree, label)
+
+
+def recipe_from_tree(tree: dict[str, Any], label: str) -> Recipe:
+    """Validate a recipe that is already a tree of plain values."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        problems = [line for problem in error.errors() for line in _explain(problem).splitlines()]
+        raise UserError("\n".join(f"recipe {label}: {problem}" for problem in problems)) from None
+
+
+def _explain(problem: Any) -> str:
+    # Members of a union put their type's name into the location; only keys and indices name a place.
+    path = [
+        part
+        for part in problem["loc"]
+        if not (isinstance(part, str) and re.search(r"[\[\]-]|^(str|int|float|dict)$", part))
+    ]
+    if problem["type"] == "extra_forbidden":
+        unknown = str(problem["loc"][-1])  # the user's own word, which may look like a type's name
+        path = [*path, unknown] if not path or path[-1] != unknown else path
+        near = difflib.get_close_matches(unknown, _known_keys(path[:-1]), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(_known_keys(path[:-1]))}"
+        return f"{'.'.join(str(part) for part in path)}: unknown key; {hint}"
+    key = ".".join(str(part) for part in path)
+    if problem["type"] == "missing":
+        return f"{key}: required, but not given"
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    return f"{key}: {problem['input']!r} given; {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def _known_keys(path: list[Any]) -> list[str]:
+    section: Any = Recipe
+    for part in path:
+        if isinstance(part, int):
+            continue
+        section = section_of(section.model_fields[part].annotation)
+    return list(section.model_fields)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that `load_recipe` reads back to an equal value."""
+    tree = recipe.model_dump(mode="json")
+    return yaml.dump(tree, Dumper=_RecipeDumper, sort_keys=False, allow_unicode=False, width=110)
