@@ -11,7 +11,7 @@ from uft_ds.data.example import Kind, Response, Sequence
 from uft_ds.data.mixture import Step
 from uft_ds.model.adapters import add_adapters
 from uft_ds.model.load import load_base
-from uft_ds.model.uft_model import UFTModel
+from uft_ds.model.uft_model import ReferenceMode, UFTModel
 from uft_ds.objectives.objective import Objective
 
 UFT = Objective(
@@ -56,6 +56,8 @@ def toy_model(
     b_std: float = 0.05,
     gradient_checkpointing: bool = False,
     attention: str = "sdpa",
+    reference_mode: ReferenceMode = "lockstep",
+    activation_offload: bool = False,
 ) -> UFTModel:
     """The model in `folder` with adapters; B drawn with `b_std`, so that log-ratios are of order 1."""
     base = load_base(
@@ -67,7 +69,13 @@ def toy_model(
         for name, parameter in policy.named_parameters():
             if "lora_B" in name:
                 parameter.data = (torch.randn(parameter.shape, generator=generator) * b_std).to(lora_dtype)
-    return UFTModel(policy)
+    return UFTModel(policy, reference_mode=reference_mode, activation_offload=activation_offload)
+
+
+def toy_policy(folder: Path, *, targets: Any = "all-linear", seed: int = 1, dtype: torch.dtype = torch.float32) -> Any:
+    """The base in `folder` with fresh adapters, B zero."""
+    base = load_base(str(folder), revision=None, dtype=torch.float32, attention="auto", gradient_checkpointing=False)
+    return add_adapters(base, rank=4, alpha=8.0, targets=targets, dtype=dtype, seed=seed)
 
 
 def build(folder: Path, *args: Any, **kwargs: Any) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,55 +12,17 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from tiny import Architecture, build_tiny_model
 from torch import Tensor, nn
-from toy import UFT, objective, toy_model, toy_sequences
+from toy import UFT, objective, toy_model, toy_policy, toy_sequences
 from transformers import AutoModelForCausalLM
 
 from uft_ds.data.example import Response, Sequence
 from uft_ds.data.packing import MicroBatch, micro_batch
 from uft_ds.errors import UserError
-from uft_ds.model.adapters import adapters_off, add_adapters
+from uft_ds.model.adapters import add_adapters
 from uft_ds.model.load import attention_implementation, decoder_layer_class, load_base
 from uft_ds.model.uft_model import LogpHead, UFTModel
 from uft_ds.objectives.objective import Objective, count_terms, micro_batch_loss
-
-WINDOW = 8
-"""Far shorter than the toy sequences, so that a wrong window is seen."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    architecture: Architecture
-    tied: bool = False
-    sliding_window: int | None = None
-
-
-VARIANTS = {
-    "qwen2": Variant("qwen2"),
-    "qwen2 tied": Variant("qwen2", tied=True),
-    "qwen2 window": Variant("qwen2", sliding_window=WINDOW),
-    "qwen3": Variant("qwen3"),
-    "qwen3 tied": Variant("qwen3", tied=True),
-    "qwen3 window": Variant("qwen3", sliding_window=WINDOW),
-    "llama": Variant("llama"),
-    "llama tied": Variant("llama", tied=True),
-    "mistral": Variant("mistral"),
-    "mistral tied": Variant("mistral", tied=True),
-    "mistral window": Variant("mistral", sliding_window=WINDOW),
-}
-
-
-@pytest.fixture(scope="session", params=VARIANTS)
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model of every architecture, tied and untied, with a sliding window where there is one."""
-    variant = VARIANTS[request.param]
-    return build_tiny_model(
-        tmp_path_factory.mktemp("variants") / request.param.replace(" ", "-"),
-        variant.architecture,
-        tied=variant.tied,
-        sliding_window=variant.sliding_window,
-    )
 
 
 def adapter_gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -269,7 +230,7 @@ def test_own_path_equals_the_path_through_logits(folder: Path) -> None:
     """The check at the start compares these two: for a supported model they agree to 1e-5 nats."""
     model, batch = toy_model(folder), micro_batch(toy_sequences(3))
     with torch.no_grad():
-        own_N, nothing = model.token_logps(batch, with_reference=False)
+        own_N, nothing = model.token_logps(batch, streams="policy")
         theirs_N = model.token_logps_through_logits(batch)
     assert nothing is None
     torch.testing.assert_close(own_N, theirs_N, rtol=0, atol=1e-5)
@@ -285,7 +246,7 @@ def test_scaled_logits_are_seen_by_the_path_through_logits(tiny_qwen2: Path) -> 
         lambda module, inputs, output: output.__class__(logits=torch.tanh(output.logits))
     )
     with torch.no_grad():
-        difference_N = model.token_logps(batch, with_reference=False)[0] - model.token_logps_through_logits(batch)
+        difference_N = model.token_logps(batch, streams="policy")[0] - model.token_logps_through_logits(batch)
     assert difference_N.abs().max() > 0.1
 
 
@@ -293,7 +254,7 @@ def test_the_policy_is_not_changed_by_leaving_the_reference_out(tiny_qwen2: Path
     """Supervised fine-tuning runs one stream; its log-probs are bit for bit those with both."""
     model, batch = toy_model(tiny_qwen2), micro_batch(toy_sequences(3))
     both_N, reference_N = model.token_logps(batch)
-    only_N, nothing = model.token_logps(batch, with_reference=False)
+    only_N, nothing = model.token_logps(batch, streams="policy")
     assert torch.equal(both_N, only_N)
     assert nothing is None
     assert not reference_N.requires_grad
@@ -304,7 +265,7 @@ def test_the_first_layer_sees_an_input_that_requires_grad(tiny_qwen2: Path) -> N
     model, seen = toy_model(tiny_qwen2), []
     first_layer = model.policy.get_base_model().get_decoder().layers[0]  # type: ignore[operator]
     first_layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].requires_grad))
-    model(micro_batch(toy_sequences(2)), with_reference=False)
+    model(micro_batch(toy_sequences(2)), streams="policy")
     assert seen == [True]
 
 
@@ -321,47 +282,6 @@ def test_an_empty_micro_batch_gives_every_adapter_a_zero_gradient(
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert trainable
     assert all(p.grad is not None and not p.grad.any() for p in trainable)
-
-
-def test_adapters_off_computes_the_base_and_comes_back_after_an_exception(tiny_qwen2: Path) -> None:
-    """Within the block: bit for bit the bare base; afterwards: the policy again, whatever happened inside."""
-    policy: Any = toy_model(tiny_qwen2).policy
-    bare = load_base(
-        str(tiny_qwen2), revision=None, dtype=torch.float32, attention="sdpa", gradient_checkpointing=False
-    )
-    token_ids_1T = torch.arange(3, 30)[None]
-
-    def logits() -> Tensor:
-        with torch.no_grad():
-            return policy(input_ids=token_ids_1T, use_cache=False).logits
-
-    before = logits()
-    requires_grad = {name: parameter.requires_grad for name, parameter in policy.named_parameters()}
-    within: list[Tensor] = []
-
-    def interrupted() -> None:
-        with adapters_off(policy):
-            within.append(logits())
-            assert {name: parameter.requires_grad for name, parameter in policy.named_parameters()} == requires_grad
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        interrupted()
-    assert torch.equal(within[0], bare(input_ids=token_ids_1T, use_cache=False).logits)
-    assert {name: parameter.requires_grad for name, parameter in policy.named_parameters()} == requires_grad
-    assert torch.equal(logits(), before)
-    assert not torch.equal(before, within[0])
-
-
-def test_adapters_off_nests(tiny_qwen2: Path) -> None:
-    """Leaving an inner block leaves the outer one off: the flag that was there comes back, not `on`."""
-    policy: Any = toy_model(tiny_qwen2).policy
-    layer = policy.get_base_model().model.layers[0].self_attn.q_proj
-    with adapters_off(policy):
-        with adapters_off(policy):
-            assert layer.disable_adapters
-        assert layer.disable_adapters
-    assert not layer.disable_adapters
 
 
 def test_the_head_keeps_its_name_and_weight(tiny_qwen2: Path) -> None:
@@ -406,80 +326,13 @@ def test_a_head_with_a_bias_is_supported(tiny_qwen2: Path) -> None:
     head = nn.Linear(64, 259).requires_grad_(False)
     model, batch = UFTModel(with_head(tiny_qwen2, head)), micro_batch(toy_sequences(2))
     with torch.no_grad():
-        own_N = model.token_logps(batch, with_reference=False)[0]
+        own_N = model.token_logps(batch, streams="policy")[0]
         torch.testing.assert_close(own_N, model.token_logps_through_logits(batch), rtol=0, atol=1e-5)
         head.bias.zero_()
-        assert not torch.allclose(own_N, model.token_logps(batch, with_reference=False)[0])
+        assert not torch.allclose(own_N, model.token_logps(batch, streams="policy")[0])
 
 
 # ---- adapters and loading
-
-
-def fresh(folder: Path, *, targets: Any = "all-linear", seed: int = 1, dtype: torch.dtype = torch.float32) -> Any:
-    base = load_base(str(folder), revision=None, dtype=torch.float32, attention="auto", gradient_checkpointing=False)
-    return add_adapters(base, rank=4, alpha=8.0, targets=targets, dtype=dtype, seed=seed)
-
-
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize(
-    ("targets", "message"),
-    [
-        (["lm_head"], "the head cannot have an adapter"),
-        (["q_proj", "lm_head"], "the head cannot have an adapter"),
-        (["embed_tokens"], "'embed_tokens' is a Embedding, expected linear layers"),
-        (["nope"], "no layer is called 'nope'; expected of down_proj, gate_proj, k_proj, o_proj, q_proj"),
-        (["q_proj", "vproj"], "no layer is called 'vproj'"),
-        (["proj"], "no layer is called 'proj'"),
-        (["mlp"], "'mlp' is a Qwen2MLP, expected linear layers"),
-        ([], "target_modules"),
-    ],
-    ids=str,
-)
-def test_unusable_targets_are_refused(tmp_path: Path, tied: bool, targets: list[str], message: str) -> None:
-    """The head, embeddings, names that match nothing (one among good ones too) and modules that are not linear."""
-    folder = build_tiny_model(tmp_path, tied=tied)
-    with pytest.raises(UserError) as caught:
-        fresh(folder, targets=targets)
-    assert str(caught.value).startswith("lora.targets: ")
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("targets", "layers"),
-    [("all-linear", 7 * 3), (["q_proj", "v_proj"], 2 * 3), (["layers.1.mlp.up_proj"], 1)],
-    ids=str,
-)
-def test_adapters_sit_where_they_were_asked_for(tiny_qwen2: Path, targets: Any, layers: int) -> None:
-    """3 layers with 7 linear modules each: an A and a B for every match, B zero, all trainable and nothing else."""
-    policy = fresh(tiny_qwen2, targets=targets)
-    trainable = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
-    assert len(trainable) == 2 * layers
-    assert all("lora_A" in name or "lora_B" in name for name in trainable)
-    assert not any("lm_head" in name for name in trainable)
-    for name, parameter in trainable.items():
-        assert bool(parameter.any()) == ("lora_A" in name), name
-
-
-def test_adapters_depend_on_the_seed_alone(tiny_qwen2: Path) -> None:
-    """Equal on every rank: the same seed draws the same A whatever was drawn before, another seed another A."""
-
-    def drawn(seed: int) -> dict[str, Tensor]:
-        return get_peft_model_state_dict(fresh(tiny_qwen2, seed=seed))
-
-    one = drawn(7)
-    torch.rand(13)
-    again, other = drawn(7), drawn(8)
-    assert set(one) == set(again)
-    assert all(torch.equal(one[name], again[name]) for name in one)
-    assert all(not torch.equal(one[name], other[name]) for name in one if "lora_A" in name)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_adapters_have_the_type_that_was_asked_for(tiny_qwen2: Path, dtype: torch.dtype) -> None:
-    """Whatever the base's: PEFT alone would give the one or the other by the load path."""
-    trainable = [parameter for parameter in fresh(tiny_qwen2, dtype=dtype).parameters() if parameter.requires_grad]
-    assert {parameter.dtype for parameter in trainable} == {dtype}
 
 
 def test_the_base_is_unchanged_by_a_step(folder: Path) -> None:
@@ -521,7 +374,7 @@ def test_auto_attention_on_a_cpu_is_sdpa(tiny_qwen2: Path, monkeypatch: pytest.M
 
 def test_decoder_layers_are_found(folder: Path) -> None:
     """ZeRO-3 gathers whole layers: the class of the first is the class of all, also under adapters."""
-    base: Any = fresh(folder).get_base_model()
+    base: Any = toy_policy(folder).get_base_model()
     layer_class = decoder_layer_class(base)
     assert layer_class.__name__.endswith("DecoderLayer")
     assert sum(type(module) is layer_class for module in base.modules()) == 3
@@ -533,7 +386,7 @@ def test_a_base_with_dropout_is_refused(tiny_qwen2: Path, tmp_path: Path) -> Non
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1}))
     with pytest.raises(UserError, match=r"model\.base: .*self_attn has a dropout of 0\.1, expected 0"):
-        fresh(tmp_path / "base")
+        toy_policy(tmp_path / "base")
 
 
 def test_a_missing_or_broken_base_is_a_user_error(tiny_qwen2: Path, tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ def token_logps(
         bias_V=bias_V,
         chunk_bytes=chunk_bytes,
     )
+    assert gradients_ND is not None
     return attach(hidden_ND, logps_N, gradients_ND), reference_logps_N
 
 
@@ -52,8 +53,9 @@ def logps_and_gradients(
     *,
     reference_hidden_ND: Tensor | None = None,
     bias_V: Tensor | None = None,
+    with_gradients: bool = True,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Log-probs of both streams and d logp / d hidden of the policy's, chunk by chunk of rows.
 
         d logp_n / d hidden_n = weight[target_n] - sum_v p_nv weight[v]
@@ -63,7 +65,7 @@ def logps_and_gradients(
     """
     num_tokens = targets_N.numel()
     logps_N = torch.empty(num_tokens, dtype=torch.float32, device=hidden_ND.device)
-    gradients_ND = torch.empty_like(hidden_ND)
+    gradients_ND = torch.empty_like(hidden_ND) if with_gradients else None
     reference_logps_N = None if reference_hidden_ND is None else torch.empty_like(logps_N)
     rows = max(1, chunk_bytes // (4 * weight_VD.shape[0]))
     for start in range(0, num_tokens, rows):
@@ -72,10 +74,11 @@ def logps_and_gradients(
         logits_CV = _logits(hidden_ND[chunk], weight_VD, bias_V)
         log_normalizer_C = logits_CV.logsumexp(dim=-1, keepdim=True)
         logps_N[chunk] = (logits_CV.gather(1, targets_C) - log_normalizer_C).squeeze(1)
-        residual_CV = logits_CV.sub_(log_normalizer_C).exp_().neg_()  # onehot - p, in the logits' memory
-        rows_C = torch.arange(len(targets_C), device=targets_C.device)
-        residual_CV[rows_C, targets_C.squeeze(1)] += 1  # not scatter_add_, which has no deterministic form on GPUs
-        gradients_ND[chunk] = residual_CV.to(weight_VD.dtype) @ weight_VD
+        if gradients_ND is not None:
+            residual_CV = logits_CV.sub_(log_normalizer_C).exp_().neg_()  # onehot - p, in the logits' memory
+            rows_C = torch.arange(len(targets_C), device=targets_C.device)
+            residual_CV[rows_C, targets_C.squeeze(1)] += 1  # not scatter_add_, not deterministic on GPUs
+            gradients_ND[chunk] = residual_CV.to(weight_VD.dtype) @ weight_VD
         if reference_hidden_ND is not None and reference_logps_N is not None:
             logits_CV = _logits(reference_hidden_ND[chunk], weight_VD, bias_V)
             log_normalizer_C = logits_CV.logsumexp(dim=-1, keepdim=True)

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from uft_ds.errors import UserError
+
+POLICY, REFERENCE = "default", "reference"
+"""PEFT's names of the trainable adapter and of the frozen one beside it."""
+
+_MAY_DIFFER = {
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "lora_dropout", "peft_version",
+    "revision", "runtime_config", "target_modules", "task_type",
+}  # fmt: skip
+"""Fields of a LoRA's config that do not change what a frozen adapter computes, or that its tensors show."""
 
 
 def add_adapters(
@@ -66,19 +78,80 @@ def _check_targets(base: Any, targets: list[str]) -> None:
             raise UserError(f"lora.targets: {target!r} is a {type(matches[0]).__name__}, expected linear layers")
 
 
-@contextmanager
-def adapters_off(module: nn.Module) -> Iterator[None]:
-    """Within the block, `module` computes what the bare base computes.
+def start_from_adapter(policy: PeftModel, folder: Path) -> None:
+    """Put the adapter in `folder` beside the policy's as the frozen reference, and start the policy from it.
 
-    PEFT's own `disable_adapter` also flips `requires_grad` of every adapter, which under ZeRO would reach its
-    hooks; here only the flag that the layers' forward reads is set, and it comes back after an exception too.
+    Both then compute the same, operation by operation: log-ratios are exactly 0 before the first step.
+
+    Raises:
+        UserError: not a LoRA that a plain one of the recipe's rank, alpha and targets can take up.
     """
-    layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
-    before = [layer._disable_adapters for layer in layers]
+    tensors = _read_adapter(folder)
+    ours: Any = policy.peft_config[POLICY]
+    _check_same_lora(folder, ours)
+    expected = get_peft_model_state_dict(policy, adapter_name=POLICY)
+    for name in sorted(set(expected) ^ set(tensors)):
+        where = "the policy has no adapter there" if name in tensors else "it is not in the file"
+        raise UserError(f"reference.adapter: {folder}: {name}: {where}; lora.targets must name the same layers")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise UserError(
+                f"reference.adapter: {folder}: {name} has shape {list(tensor.shape)}, "
+                f"expected {list(expected[name].shape)}: it was trained on another model"
+            )
+    policy.add_adapter(REFERENCE, ours, autocast_adapter_dtype=False)
+    parameters = dict(policy.named_parameters())
+    for name, tensor in tensors.items():
+        for adapter in (POLICY, REFERENCE):
+            parameter = parameters[name.removesuffix(".weight") + f".{adapter}.weight"]
+            parameter.data = tensor.to(parameter.device, expected[name].dtype, copy=True)  # one each
+            parameter.requires_grad = adapter == POLICY
+
+
+def _read_adapter(folder: Path) -> dict[str, Tensor]:
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        raise UserError(f"reference.adapter: {path}: no such file; expected an adapter in PEFT's format")
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"reference.adapter: {path}: cannot be read ({error})") from None
+
+
+def _check_same_lora(folder: Path, ours: PeftConfig) -> None:
+    try:
+        theirs = PeftConfig.from_pretrained(str(folder)).to_dict()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"reference.adapter: {folder / 'adapter_config.json'}: cannot be read ({error})") from None
+    recipe_keys = {"r": "lora.rank", "lora_alpha": "lora.alpha"}
+    for key, value in ours.to_dict().items():
+        # PEFT writes an empty pattern as {} or null.
+        if key not in _MAY_DIFFER and (theirs.get(key) or None) != (value or None):
+            meant = recipe_keys.get(key, "a plain LoRA's")
+            raise UserError(
+                f"reference.adapter: {folder}: {key} is {theirs.get(key)!r}, expected {value!r} ({meant}): "
+                "the policy starts from this adapter, so it must have the same form"
+            )
+
+
+@contextmanager
+def as_reference(module: nn.Module) -> Iterator[None]:
+    """Within the block, `module` computes what the reference computes.
+
+    That is the bare base, or the base with the frozen adapter that `add_reference_adapter` has put beside the policy's.
+    PEFT's own `disable_adapter` and `set_adapter` also flip `requires_grad` of every adapter, which under ZeRO would
+    reach its hooks; here only the two attributes that the layers' forward reads are set, and they come back after an
+    exception too.
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
+    before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
     for layer in layers:
-        layer._disable_adapters = True
+        if REFERENCE in layer.lora_A:
+            layer._active_adapter = [REFERENCE]
+        else:
+            layer._disable_adapters = True
     try:
         yield
     finally:
-        for layer, value in zip(layers, before, strict=True):
-            layer._disable_adapters = value
+        for layer, (disabled, active) in zip(layers, before, strict=True):
+            layer._disable_adapters, layer._active_adapter = disabled, active

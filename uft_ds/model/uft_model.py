@@ -5,7 +5,8 @@ T packed tokens, N supervised tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -14,8 +15,16 @@ from torch import Tensor, nn
 from uft_ds.data.packing import MicroBatch
 from uft_ds.errors import UserError
 from uft_ds.kernels.token_logps import attach, logps_and_gradients
-from uft_ds.model.adapters import adapters_off
+from uft_ds.model.activation_offload import activations_on_host
+from uft_ds.model.adapters import as_reference
+from uft_ds.model.lockstep import ReferenceLane, enable_lockstep
 from uft_ds.objectives.implicit_reward import response_logps
+
+Streams = Literal["both", "policy", "reference"]
+"""Which of the two are forwarded."""
+
+ReferenceMode = Literal["lockstep", "separate"]
+"""One visit of the weights for both streams, or a second forward with the adapters off."""
 
 
 class LogpHead(nn.Linear):
@@ -27,23 +36,30 @@ class LogpHead(nn.Linear):
 
     def forward(  # type: ignore[override] # a superset of nn.Linear's
         self, hidden: Tensor, targets_N: Tensor | None = None, reference_hidden_ND: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
+    ) -> Tensor | tuple[Tensor, Tensor | None, Tensor | None]:
         """Logits; or, with targets, what `logps_and_gradients` returns."""
         if targets_N is None:
             return super().forward(hidden)
         return logps_and_gradients(
-            hidden, self.weight, targets_N, reference_hidden_ND=reference_hidden_ND, bias_V=self.bias
+            hidden,
+            self.weight,
+            targets_N,
+            reference_hidden_ND=reference_hidden_ND,
+            bias_V=self.bias,
+            with_gradients=torch.is_grad_enabled(),
         )
 
 
 class UFTModel(nn.Module):
     """Policy (adapters on) and reference (adapters off) over one set of frozen base weights.
 
-    Both forwards lie inside one call of the root module: with two calls, ZeRO-3 throws its prefetch trace away
+    Both streams lie inside one call of the root module: with two calls, ZeRO-3 throws its prefetch trace away
     on every step.
     """
 
-    def __init__(self, policy: PeftModel) -> None:
+    def __init__(
+        self, policy: PeftModel, *, reference_mode: ReferenceMode = "lockstep", activation_offload: bool = False
+    ) -> None:
         super().__init__()
         self.policy = policy
         base: Any = policy.get_base_model()
@@ -51,51 +67,73 @@ class UFTModel(nn.Module):
         if type(head) is not nn.Linear:
             raise UserError(f"model.base: {type(base).__name__} has a head of type {type(head).__name__}, not Linear")
         head.__class__ = LogpHead
+        self._in_lockstep = reference_mode == "lockstep"
+        if self._in_lockstep:
+            enable_lockstep(base)
+        self._activation_offload = activation_offload
         self._uses_flash_attention = "flash" in str(base.config._attn_implementation)
         # Without an input that requires grad, the first leaf layer's gradients would be reduced before they exist.
         base.enable_input_require_grads()
 
     def forward(
-        self, micro_batch: MicroBatch, *, with_reference: bool = True, through_logits: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
+        self, micro_batch: MicroBatch, *, streams: Streams = "both", through_logits: bool = False
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Log-probs of the responses under the policy and under the reference.
 
         Args:
-            with_reference: False runs the policy alone.
+            streams: what is forwarded; the log-probs of the other are None.
             through_logits: by the definition, Hugging Face's own forward and log_softmax, policy alone; for the check
                 at the start, which finds models that scale or cap their logits.
         Returns:
-            [responses] each, nats, summed over tokens in float64; the reference without gradient, or None.
+            [responses] each, nats, summed over tokens in float64; the reference without gradient.
         """
         if through_logits:
-            logps_N, reference_logps_N = self.token_logps_through_logits(micro_batch), None
-        else:
-            logps_N, reference_logps_N = self.token_logps(micro_batch, with_reference=with_reference)
-        policy_R = _per_response(logps_N, micro_batch)
-        return policy_R, None if reference_logps_N is None else _per_response(reference_logps_N, micro_batch)
+            return _per_response(self.token_logps_through_logits(micro_batch), micro_batch), None
+        logps_N, reference_logps_N = self.token_logps(micro_batch, streams=streams)
+        return (
+            None if logps_N is None else _per_response(logps_N, micro_batch),
+            None if reference_logps_N is None else _per_response(reference_logps_N, micro_batch),
+        )
 
-    def token_logps(self, micro_batch: MicroBatch, *, with_reference: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Log-probs of the supervised tokens: [supervised tokens] each, float32, nats."""
+    def token_logps(self, micro_batch: MicroBatch, *, streams: Streams = "both") -> tuple[Tensor | None, Tensor | None]:
+        """Log-probs of the supervised tokens, policy and reference: [supervised tokens] each, float32, nats."""
         base: Any = self.policy.get_base_model()
-        reference_hidden_ND = None
-        if with_reference:
-            with torch.no_grad(), adapters_off(base):
+        head, targets_N = base.get_output_embeddings(), micro_batch.targets_N
+        if streams == "reference":
+            with torch.no_grad(), as_reference(base):
+                logps_N, _, _ = head(self._hidden(base, micro_batch), targets_N)
+            return None, logps_N
+        hidden_ND, reference_hidden_ND = self._hidden_of_streams(base, micro_batch, streams)
+        logps_N, gradients_ND, reference_logps_N = head(hidden_ND.detach(), targets_N, reference_hidden_ND)
+        if gradients_ND is not None:
+            logps_N = attach(hidden_ND, logps_N, gradients_ND)
+        return logps_N, reference_logps_N
+
+    def _hidden_of_streams(self, base: Any, micro_batch: MicroBatch, streams: Streams) -> tuple[Tensor, Tensor | None]:
+        keeping = activations_on_host() if self._activation_offload and torch.is_grad_enabled() else nullcontext()
+        with keeping:
+            if streams == "policy":
+                return self._hidden(base, micro_batch), None
+            if self._in_lockstep:
+                hidden_1TD, reference_1TD = self._decode(base, micro_batch, lane=ReferenceLane())
+                return _predictors(hidden_1TD, micro_batch), _predictors(reference_1TD, micro_batch)
+            with torch.no_grad(), as_reference(base):
                 reference_hidden_ND = self._hidden(base, micro_batch)
-        hidden_ND = self._hidden(base, micro_batch)
-        head = base.get_output_embeddings()
-        logps_N, gradients_ND, reference_logps_N = head(hidden_ND.detach(), micro_batch.targets_N, reference_hidden_ND)
-        return attach(hidden_ND, logps_N, gradients_ND), reference_logps_N
+            return self._hidden(base, micro_batch), reference_hidden_ND
 
     def _hidden(self, base: Any, micro_batch: MicroBatch) -> Tensor:
-        """Final hidden states of the positions that predict a supervised token: [supervised tokens, hidden]."""
+        return _predictors(self._decode(base, micro_batch), micro_batch)
+
+    def _decode(self, base: Any, micro_batch: MicroBatch, **lane: ReferenceLane) -> Any:
+        """Final hidden states, [1, tokens, hidden]; with a lane, those of policy and reference."""
         # use_cache=False is not a detail: with a cache the mask that keeps packed sequences apart is not built.
-        hidden_1TD = base.get_decoder()(
+        return base.get_decoder()(
             input_ids=micro_batch.token_ids_T[None],
             position_ids=micro_batch.position_ids_T[None],
             use_cache=False,
             **self._sequence_bounds(micro_batch),
+            **lane,
         ).last_hidden_state
-        return hidden_1TD[0].index_select(0, micro_batch.predictors_N)
 
     def token_logps_through_logits(self, micro_batch: MicroBatch) -> Tensor:
         """The policy's by Hugging Face's own forward and log_softmax: [supervised tokens], float32, nats."""
@@ -119,6 +157,11 @@ class UFTModel(nn.Module):
             "max_length_q": longest,
             "max_length_k": longest,
         }
+
+
+def _predictors(hidden_1TD: Tensor, micro_batch: MicroBatch) -> Tensor:
+    """The positions that predict a supervised token: [supervised tokens, hidden]."""
+    return hidden_1TD[0].index_select(0, micro_batch.predictors_N)
 
 
 def _per_response(token_logps_N: Tensor, micro_batch: MicroBatch) -> Tensor:

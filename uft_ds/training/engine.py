@@ -220,16 +220,25 @@ class Engine:
     def world_size(self) -> int:
         return torch.distributed.get_world_size()
 
-    def __call__(self, micro_batch: MicroBatch, **options: Any) -> tuple[Tensor, Tensor | None]:
+    def __call__(
+        self, micro_batch: MicroBatch, *, with_reference: bool = True, through_logits: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """Forward one micro-batch: log-probs of its responses under policy and reference.
 
-        Every rank must call it the same number of times.
+        Every rank must call it the same number of times, with the same options.
 
         Returns:
             [responses] each, nats, float64; the reference without gradient, or None.
         """
-        output: tuple[Tensor, Tensor | None] = self._engine(micro_batch, **options)
+        streams = "both" if with_reference else "policy"
+        output: tuple[Tensor, Tensor | None] = self._engine(micro_batch, streams=streams, through_logits=through_logits)
         return output
+
+    def reference_logps(self, micro_batch: MicroBatch) -> Tensor:
+        """Forward the reference alone: [responses], nats, float64. Every rank must call it the same number of times."""
+        _, reference_logps_R = self._engine(micro_batch, streams="reference")
+        logps: Tensor = reference_logps_R
+        return logps
 
     def micro_batches(self, step: Step, tokens_per_micro_batch: int) -> list[MicroBatch]:
         """This rank's part of a step, on its device; the same number on every rank."""

@@ -1,0 +1,44 @@
+"""A tiny model of every architecture, tied and untied, with a sliding window where there is one."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from tiny import Architecture, build_tiny_model
+
+WINDOW = 8
+"""Far shorter than the toy sequences, so that a wrong window is seen."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    architecture: Architecture
+    tied: bool = False
+    sliding_window: int | None = None
+
+
+VARIANTS = {
+    "qwen2": Variant("qwen2"),
+    "qwen2 tied": Variant("qwen2", tied=True),
+    "qwen2 window": Variant("qwen2", sliding_window=WINDOW),
+    "qwen3": Variant("qwen3"),
+    "qwen3 tied": Variant("qwen3", tied=True),
+    "qwen3 window": Variant("qwen3", sliding_window=WINDOW),
+    "llama": Variant("llama"),
+    "llama tied": Variant("llama", tied=True),
+    "mistral": Variant("mistral"),
+    "mistral tied": Variant("mistral", tied=True),
+    "mistral window": Variant("mistral", sliding_window=WINDOW),
+}
+
+
+@pytest.fixture(scope="session", params=VARIANTS)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one variant's random weights."""
+    variant = VARIANTS[request.param]
+    return build_tiny_model(
+        tmp_path_factory.mktemp("variants") / request.param.replace(" ", "-"),
+        variant.architecture,
+        tied=variant.tied,
+        sliding_window=variant.sliding_window,
+    )
