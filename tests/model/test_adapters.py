@@ -207,7 +207,7 @@ def test_an_adapter_of_another_form_is_refused(tiny_qwen2: Path, tmp_path: Path)
     wide = saved_adapter(tiny_qwen2, tmp_path / "wide")
     tensors = load_file(wide / "adapter_model.safetensors")
     save_file({name: torch.cat([t, t], dim=1) for name, t in tensors.items()}, wide / "adapter_model.safetensors")
-    assert "has shape [4, 128], expected [4, 64]: it was trained on another model" in refusal(wide)
+    assert "it was trained on another model" in refusal(wide)
     assert "no such file" in refusal(tmp_path / "nowhere")
     torn = saved_adapter(tiny_qwen2, tmp_path / "torn")
     weights = torn / "adapter_model.safetensors"

@@ -1,0 +1,335 @@
+"""TRL's KTOTrainer beside us: the same model, rows, adapter, optimiser and DeepSpeed file, on two CPU ranks.
+
+    python benchmarks/reference_traffic.py      (runs this at its end)
+
+TRL's nearest objective to UFT is KTO with `loss_type="apo_zero_unpaired"`, which is our `loss: l1` on scores 0 and 1. Both
+train LoRA under ZeRO-3 with gradient checkpointing; TRL pads and runs a policy and a reference forward, each its own call.
+
+Two models. The tiny one is a microbenchmark of communication: its arithmetic is nothing, so it shows what the collectives
+of ZeRO's partitioning cost. On the real 135M one, arithmetic dominates. Tokens are real ones, padding is not counted.
+
+Rows of the real model: `llama_factory/kto_en_demo.json` (a sample of KTO-mix) below UFT_TEST_DATA.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from ranks import run_on_ranks
+from rich.console import Console
+from rich.table import Table
+from toy import objective
+
+RANKS, LORA_RANK, ALPHA, BETA = 2, 8, 16.0, 0.1
+WARM_UP_STEPS, LOSSES_COMPARED = 2, 5
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What both sides train on: rows of token ids, and how many of them a step and a rank take."""
+
+    label: str
+    folder: Path
+    rows: list[dict[str, Any]]
+    rows_per_rank: int
+    steps: int
+    learning_rate: float
+    """High enough that the losses compared are not those of a model that stands still."""
+    zero: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of one rank: the loss of each step (of this rank's rows, or of all), seconds of a step, memory over loading."""
+
+    losses: list[float]
+    seconds: list[float]
+    peak_growth_bytes: int
+
+
+def deepspeed_file(zero: dict[str, int]) -> dict[str, Any]:
+    from uft_ds.training.engine import deepspeed_config, read_deepspeed_file
+
+    file = read_deepspeed_file("zero3_cpu")
+    file["zero_optimization"] |= zero
+    return deepspeed_config(file, dtype=torch.float32, max_grad_norm=1.0)
+
+
+# ---- ours
+
+
+def run_ours(work: Workload, adapter: Path) -> Result:
+    from reference_traffic import peak_rss, reset_peak
+
+    from uft_ds.data.example import Response, Sequence
+    from uft_ds.data.mixture import Step
+    from uft_ds.model.adapters import add_adapters
+    from uft_ds.model.load import decoder_layer_class, load_base
+    from uft_ds.model.uft_model import UFTModel
+    from uft_ds.training.engine import Engine, partitioned_loading
+    from uft_ds.training.loop import run_step
+
+    def sequence(row: dict[str, Any], number: int) -> Sequence:
+        tokens = np.array(row["prompt_ids"] + row["completion_ids"], dtype=np.int32)
+        span = Response(len(row["prompt_ids"]), len(tokens), float(row["label"]), "binary", f"row:{number}")
+        return Sequence(tokens, (span,))
+
+    config = deepspeed_file(work.zero)
+    with partitioned_loading(config):
+        base = load_base(
+            str(work.folder), revision=None, dtype=torch.float32, attention="sdpa", gradient_checkpointing=True
+        )
+    policy = add_adapters(base, rank=LORA_RANK, alpha=ALPHA, targets="all-linear", dtype=torch.float32, seed=1)
+    start_from(policy, adapter)
+    engine = Engine(
+        UFTModel(policy), config, layer_class=decoder_layer_class(base), weight_decay=0.0, betas=(0.9, 0.999)
+    )
+    losses, seconds, base_bytes = [], [], 0
+    rows_per_step = RANKS * work.rows_per_rank
+    for index in range(work.steps):
+        rows = work.rows[index * rows_per_step : (index + 1) * rows_per_step]
+        step = Step(index, tuple(sequence(row, number) for number, row in enumerate(rows)))
+        started = time.perf_counter()
+        _, metrics = run_step(
+            engine, objective("l1", BETA), step, work.learning_rate, 1 << 20
+        )
+        seconds.append(time.perf_counter() - started)
+        losses.append(metrics["loss"])
+        if index + 1 == WARM_UP_STEPS:
+            base_bytes = reset_peak()
+    return Result(losses, seconds, peak_rss() - base_bytes)
+
+
+# ---- theirs
+
+
+def run_trl(work: Workload, adapter: Path, leaf: bool) -> Result:
+    # accelerate looks for DeepSpeed only where it is told to; and on a CPU it believes in one process.
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    from datasets import Dataset
+    from deepspeed.utils import set_z3_leaf_modules
+    from peft import LoraConfig
+    from reference_traffic import peak_rss, reset_peak
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import KTOConfig, KTOTrainer
+
+    losses: list[float] = []
+    seconds: list[float] = []
+    memory: list[int] = []
+
+    class Trainer(KTOTrainer):  # type: ignore[misc]
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset  # tokenised already: the very rows that we train on
+
+        def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+            loss = super()._compute_loss(model, inputs, return_outputs)
+            losses.append(float(loss.detach()))
+            return loss
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            seconds.append(time.perf_counter() - self.started)
+            if len(seconds) == WARM_UP_STEPS:
+                memory.append(reset_peak())
+
+    with tempfile.TemporaryDirectory() as output:
+        settings = KTOConfig(
+            output_dir=output, loss_type="apo_zero_unpaired", beta=BETA, learning_rate=work.learning_rate,
+            per_device_train_batch_size=work.rows_per_rank, gradient_accumulation_steps=1, max_steps=work.steps,
+            lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0, adam_beta2=0.999,
+            gradient_checkpointing=True, max_length=None, deepspeed=left_to_trainer(deepspeed_file(work.zero)), bf16=False,
+            logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, train_sampling_strategy="sequential",
+            dataloader_pin_memory=False, remove_unused_columns=False,
+        )  # fmt: skip
+        believe_in_all_ranks()
+        model = AutoModelForCausalLM.from_pretrained(work.folder, dtype=torch.float32, attn_implementation="sdpa")
+        trainer = Trainer(
+            model=model,
+            args=settings,
+            train_dataset=Dataset.from_list(work.rows),
+            processing_class=AutoTokenizer.from_pretrained(work.folder),
+            peft_config=LoraConfig(
+                r=LORA_RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.0
+            ),
+            callbacks=[Clock()],
+        )
+        start_from(trainer.model, adapter)
+        if leaf:
+            set_z3_leaf_modules(trainer.model, [type(model.get_decoder().layers[0])])
+        trainer.train()
+    return Result(losses, seconds, peak_rss() - memory[0])
+
+
+def left_to_trainer(config: dict[str, Any]) -> dict[str, Any]:
+    owned = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    return config | dict.fromkeys(owned, "auto")
+
+
+def believe_in_all_ranks() -> None:
+    """On a CPU with DeepSpeed accelerate takes each rank for the only one: all would get the same rows."""
+    from accelerate.state import PartialState
+
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    PartialState._shared_state.update(num_processes=world_size, process_index=rank, local_process_index=rank)
+
+
+def start_from(policy: Any, adapter: Path) -> None:
+    """Both sides start from the same file: A drawn once, B zero."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(adapter)
+    for name, parameter in policy.named_parameters():
+        if "lora_" in name:
+            parameter.data = tensors[name.split("base_model.model.", 1)[1]].clone()
+
+
+def write_adapter(base: Path, adapter: Path) -> None:
+    from safetensors.torch import save_file
+
+    from uft_ds.model.adapters import add_adapters
+    from uft_ds.model.load import load_base
+
+    model = load_base(str(base), revision=None, dtype=torch.float32, attention="sdpa", gradient_checkpointing=False)
+    policy = add_adapters(model, rank=LORA_RANK, alpha=ALPHA, targets="all-linear", dtype=torch.float32, seed=1)
+    prefix = "base_model.model."
+    save_file({n.removeprefix(prefix): p.detach() for n, p in policy.named_parameters() if "lora_" in n}, adapter)
+
+
+# ---- rows
+
+
+def tiny_workload(folder: Path, zero: dict[str, int], vocabulary: int) -> Workload:
+    """Random tokens with the spread of lengths that real rows have: median 60, a few of 200."""
+    rng = np.random.default_rng(0)
+    steps, rows_per_rank = 12, 8
+
+    def row() -> dict[str, Any]:
+        prompt, completion = (int(n) for n in np.clip(rng.lognormal(3.4, 0.6, size=2), 8, 100))
+        tokens = rng.integers(3, vocabulary, size=prompt + completion).tolist()
+        return {"prompt_ids": tokens[:prompt], "completion_ids": tokens[prompt:], "label": bool(rng.integers(2))}
+
+    rows = [row() for _ in range(RANKS * rows_per_rank * steps)]
+    return Workload("tiny, 4 layers of 256 (communication alone)", folder, rows, rows_per_rank, steps, 1e-2, zero)
+
+
+def real_workload(folder: Path, data: Path) -> Workload:
+    """Binary feedback on real prompts, through the model's own chat template."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = []
+    for row in json.loads((data / "llama_factory" / "kto_en_demo.json").read_text(encoding="utf-8")):
+        *prompt, answer = row["messages"]
+        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        prompt_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        completion_ids = tokenizer(answer["content"] + "<|im_end|>", add_special_tokens=False)["input_ids"]
+        if len(prompt_ids) + len(completion_ids) <= 512:
+            rows.append({"prompt_ids": prompt_ids, "completion_ids": completion_ids, "label": row["label"]})
+    # Layers of 135M are gathered and released, not kept: as a model that does not fit has to.
+    zero = {"stage3_max_live_parameters": 20_000_000, "stage3_prefetch_bucket_size": 4_000_000}
+    return Workload("SmolLM2-135M, real rows (arithmetic)", folder, rows, 4, 7, 1e-3, zero)
+
+
+# ---- side by side
+
+
+def real_tokens(work: Workload, step: int) -> int:
+    rows = work.rows[step * RANKS * work.rows_per_rank : (step + 1) * RANKS * work.rows_per_rank]
+    return sum(len(row["prompt_ids"]) + len(row["completion_ids"]) for row in rows)
+
+
+def padded_tokens(work: Workload, step: int) -> int:
+    """TRL's batches: every row of a rank as long as the longest of them."""
+    total = 0
+    for rank in range(RANKS):
+        # accelerate deals whole batches out to the ranks in turn
+        start = (step * RANKS + rank) * work.rows_per_rank
+        lengths = [len(r["prompt_ids"]) + len(r["completion_ids"]) for r in work.rows[start : start + work.rows_per_rank]]
+        total += max(lengths) * len(lengths)
+    return total
+
+
+def tokens_per_second(work: Workload, results: list[Result]) -> float:
+    """Real tokens of the steps after the warm-up, over the time that the slower rank took."""
+    steps = range(WARM_UP_STEPS, work.steps)
+    elapsed = sum(max(result.seconds[step] for result in results) for step in steps)
+    return sum(real_tokens(work, step) for step in steps) / elapsed
+
+
+def losses_over_ranks(results: list[Result]) -> list[float]:
+    return [sum(values) / len(values) for values in zip(*(r.losses for r in results), strict=True)]
+
+
+def compare(console: Console, model: Path | None) -> list[Any]:
+    """Print the table of both workloads and return the bars."""
+    from importlib.metadata import version
+
+    from reference_traffic import SETTINGS, VOCABULARY, Bar, write_model
+
+    measured: list[Bar] = []
+    with tempfile.TemporaryDirectory() as name:
+        tiny = write_model(Path(name) / "tiny")
+        work = [(tiny_workload(tiny, SETTINGS, VOCABULARY), 3.0)]
+        data = Path(os.environ.get("UFT_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+        real = model or real_model()
+        if real is None or not data.is_dir():
+            console.print(f"no real model or no real rows ({data}): the real workload is left out", style="yellow")
+        else:
+            work.append((real_workload(real, data), 1.2))
+        for workload, bar in work:
+            adapter = Path(name) / f"adapter-{bar}.safetensors"
+            write_adapter(workload.folder, adapter)
+            sides = {
+                "uft_ds": run_on_ranks(run_ours, RANKS, workload, adapter, timeout_seconds=3000),
+                f"TRL {version('trl')}": run_on_ranks(run_trl, RANKS, workload, adapter, False, timeout_seconds=3000),
+                "TRL, leaf modules": run_on_ranks(run_trl, RANKS, workload, adapter, True, timeout_seconds=3000),
+            }
+            console.print(_table(workload, sides))
+            ours, theirs, leaf = sides.values()
+            ratio = tokens_per_second(workload, ours) / tokens_per_second(workload, theirs)
+            measured.append(Bar(f"{workload.label}: tokens/s over TRL >= {bar}", ratio, ratio >= bar))
+            for label, other in (("TRL", theirs), ("TRL, leaf", leaf)):
+                pairs = zip(ours[0].losses, losses_over_ranks(other), strict=True)
+                worst = max(abs(a - b) for a, b in list(pairs)[:LOSSES_COMPARED])
+                claim = f"{workload.label}: losses of the first {LOSSES_COMPARED} steps against {label} <= 1e-4"
+                measured.append(Bar(claim, worst, worst <= 1e-4))
+    return measured
+
+
+def real_model() -> Path | None:
+    from uft_ds.model.smollm2 import NAME, default_cache_dir, is_complete
+
+    folder = default_cache_dir() / NAME
+    return folder if is_complete(folder) else None
+
+
+def _table(work: Workload, sides: dict[str, list[Result]]) -> Table:
+    steps = range(work.steps)
+    padding = sum(padded_tokens(work, s) for s in steps) / sum(real_tokens(work, s) for s in steps)
+    title = f"{work.label}: {RANKS} ranks x {work.rows_per_rank} rows a step; TRL forwards {padding:.2f} tokens a real one"
+    table = Table(title=title)
+    for column in ("", "tokens/s, TRL = 1", "peak memory, TRL = 1", "loss, first 5 steps"):
+        table.add_column(column, justify="left" if not column else "right")
+    theirs = list(sides.values())[1]
+    for name, results in sides.items():
+        speed = tokens_per_second(work, results) / tokens_per_second(work, theirs)
+        peak = max(r.peak_growth_bytes for r in results) / max(r.peak_growth_bytes for r in theirs)
+        losses = results[0].losses if name == "uft_ds" else losses_over_ranks(results)
+        shown = " ".join(f"{loss:.4f}" for loss in losses[:LOSSES_COMPARED])
+        table.add_row(name, f"{speed:.2f}", f"{peak:.2f}", shown)
+    return table

@@ -1,0 +1,380 @@
+"""What a reference costs: lockstep against two forwards, a cached reference, plain SFT, and TRL.
+
+    python benchmarks/reference_traffic.py [--ranks 2 4] [--no-trl] [--model FOLDER]
+
+Five ways to get a LoRA reference under ZeRO-3, on the same random Qwen2-shaped model and the same packed rows:
+
+    lockstep           uft_ds: one visit of each layer for both streams, layers are ZeRO-3 leaf modules
+    two, one root      both forwards inside one call of the root module, leaf modules
+    two calls          the policy's forward, then the reference's under PEFT's disable_adapter, as TRL does it
+    two calls, leaf    the same with leaf modules
+    cached             uft_ds with the reference read from its cache: the policy alone
+    SFT                the policy alone, no reference at all
+
+Counted on rank 0 from the second step on, a micro-step: all-gathers and the bytes they return, invalidations of ZeRO's
+prefetch trace, bytes of activations saved for the backward, seconds, and the growth of resident memory. Evaluation and
+saving are not in it. ZeRO-3's defaults would keep a tiny model whole on each rank; SETTINGS below make it gather, as a
+large one has to. Then TRL's KTOTrainer end to end (`against_trl.py`). Absolute times on a shared CPU mean nothing.
+
+Exits with 1 where a bar is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from ranks import run_on_ranks
+from rich.console import Console
+from rich.table import Table
+from tiny import VOCAB_SIZE, build_tiny_tokenizer
+from toy import UFT, toy_model, toy_sequences
+
+from uft_ds.data.packing import MicroBatch, micro_batch
+from uft_ds.model.load import decoder_layer_class
+from uft_ds.objectives.objective import count_terms, micro_batch_loss
+from uft_ds.training.engine import Engine, deepspeed_config, read_deepspeed_file
+
+HIDDEN, LAYERS, VOCABULARY = 256, 4, 4096
+STEPS, MICRO_STEPS, SEQUENCES = 4, 4, 12
+
+SETTINGS = {
+    "stage3_param_persistence_threshold": 0,
+    "stage3_prefetch_bucket_size": 1_000_000,  # elements: a little more than one layer
+    "stage3_max_live_parameters": 2_500_000,
+    "stage3_max_reuse_distance": 100,
+}
+
+CASES = {
+    "lockstep": {"mode": "lockstep", "leaf": True, "reference": "same call"},
+    "two, one root": {"mode": "separate", "leaf": True, "reference": "same call"},
+    "two calls": {"mode": "separate", "leaf": False, "reference": "second call"},
+    "two calls, leaf": {"mode": "separate", "leaf": True, "reference": "second call"},
+    "cached": {"mode": "lockstep", "leaf": True, "reference": "given"},
+    "SFT": {"mode": "separate", "leaf": True, "reference": "none"},
+}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Of one rank and one micro-step, but for the peak."""
+
+    gathers: float
+    gathered_bytes: float
+    invalidations: int
+    saved_bytes: int
+    seconds: float
+    peak_growth_bytes: int
+    largest_initial_ratio: float | None
+    """|log-ratio| before the first step, nats; None without a reference that is computed."""
+    logps_R: Tensor
+    gradients: dict[str, Tensor]
+
+
+@dataclass
+class Counters:
+    gathers: int = 0
+    gathered_bytes: int = 0
+    invalidations: int = 0
+
+
+@contextmanager
+def counting() -> Iterator[Counters]:
+    """Count DeepSpeed's all-gathers at its communication backend, and lost prefetch traces."""
+    import deepspeed.comm.comm as comm
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
+
+    counters = Counters()
+    backend: Any = comm.cdb
+    gather, invalidate = backend.all_gather_into_tensor, Coordinator._invalidate_trace
+
+    def counted(output_tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        counters.gathers += 1
+        counters.gathered_bytes += output_tensor.numel() * output_tensor.element_size()
+        return gather(output_tensor, *args, **kwargs)
+
+    def invalidated(self: Any) -> None:
+        counters.invalidations += 1
+        invalidate(self)
+
+    backend.all_gather_into_tensor, Coordinator._invalidate_trace = counted, invalidated
+    try:
+        yield counters
+    finally:
+        backend.all_gather_into_tensor, Coordinator._invalidate_trace = gather, invalidate
+
+
+@contextmanager
+def measuring_saved(sizes: dict[int, int]) -> Iterator[None]:
+    """Collect the storages that autograd keeps; ZeRO's gathered weights are not activations."""
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not hasattr(tensor, "ds_id"):
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield
+
+
+class Case:
+    """One way to get the reference: an engine, and how a micro-batch is forwarded."""
+
+    def __init__(self, folder: Path, name: str, gradient_checkpointing: bool, file: str = "zero3_cpu") -> None:
+        self._how = CASES[name]
+        config = read_deepspeed_file(file)
+        config["zero_optimization"] |= SETTINGS
+        model = toy_model(
+            folder, b_std=0.0, gradient_checkpointing=gradient_checkpointing, reference_mode=self._how["mode"]
+        )
+        self.policy = model.policy
+        leaf = decoder_layer_class(model.policy.get_base_model()) if self._how["leaf"] else None
+        self.engine = Engine(
+            model,
+            deepspeed_config(config, dtype=torch.float32, max_grad_norm=1e6),
+            layer_class=leaf,
+            weight_decay=0.0,
+        )
+        self._given: dict[int, Tensor] = {}
+
+    def forward(self, batch: MicroBatch, number: int) -> tuple[Tensor, Tensor | None]:
+        how = self._how["reference"]
+        if how == "same call":
+            return self.engine(batch)
+        logps_R, _ = self.engine(batch, with_reference=False)
+        if how == "second call":
+            with torch.no_grad(), self.policy.disable_adapter():
+                reference_R, _ = self.engine(batch, with_reference=False)
+            return logps_R, reference_R
+        return logps_R, self._given[number] if how == "given" else None
+
+    def fill(self, batches: list[MicroBatch]) -> None:
+        """What the cache holds: computed before anything is counted."""
+        if self._how["reference"] == "given":
+            with self.engine.evaluating():
+                self._given = {number: self.engine.reference_logps(batch) for number, batch in enumerate(batches)}
+
+    def backward(self, number: int, batch: MicroBatch, *, is_last: bool) -> None:
+        logps_R, reference_R = self.forward(batch, number)
+        if reference_R is None:
+            loss = -logps_R.sum() / 1000
+        else:
+            loss, _ = micro_batch_loss(UFT, batch, count_terms(UFT, batch.responses), logps_R, reference_R)
+        self.engine.backward(loss, is_last=is_last)
+
+    def set_adapters(self) -> None:
+        """Adapters that change something, the same in every case."""
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        generator = torch.Generator().manual_seed(3)
+        for name, parameter in self.engine.module.named_parameters():
+            if "lora_B" in name:
+                value = torch.randn(parameter.ds_shape, generator=generator) * 0.05
+                safe_set_full_fp32_param(parameter, value)
+
+
+def rows(rank: int) -> list[MicroBatch]:
+    """This rank's micro-batches of one step: uneven packed rows with several responses each."""
+    sequences = toy_sequences(SEQUENCES * MICRO_STEPS, seed=100 + rank, longest=120)
+    return [micro_batch(sequences[i::MICRO_STEPS][: SEQUENCES - i]) for i in range(MICRO_STEPS)]
+
+
+def measure(folder: Path, name: str, gradient_checkpointing: bool) -> Measurement:
+    """On one of the ranks: a few steps, counted; then log-probs and gradients at fixed weights."""
+    from deepspeed.utils import safe_get_full_grad
+
+    case = Case(folder, name, gradient_checkpointing)
+    batches = rows(torch.distributed.get_rank())
+    case.fill(batches)
+
+    def step(learning_rate: float = 0.0) -> float:
+        started = time.perf_counter()
+        for number, batch in enumerate(batches):
+            case.backward(number, batch, is_last=number == len(batches) - 1)
+        case.engine.step(learning_rate)
+        return time.perf_counter() - started
+
+    with torch.no_grad():
+        logps_R, reference_R = case.forward(batches[0], 0)
+    ratio = None if reference_R is None else float((logps_R - reference_R).abs().max())
+    case.set_adapters()
+    for _ in range(2):  # the first writes the adapters into the weights, the second records ZeRO's trace
+        step()
+    base = reset_peak()
+    with counting() as counters:
+        seconds = min(step() for _ in range(STEPS))
+    peak = peak_rss() - base
+    saved: dict[int, int] = {}
+    with measuring_saved(saved):
+        logps_R, _ = case.forward(batches[0], 0)
+    weights_R = torch.linspace(-1, 1, len(logps_R), dtype=logps_R.dtype)
+    case.engine.backward((logps_R * weights_R).sum(), is_last=True)
+    gradients = {
+        name: safe_get_full_grad(p).clone() for name, p in case.engine.module.named_parameters() if p.requires_grad
+    }
+    micro_steps = STEPS * len(batches)
+    return Measurement(
+        counters.gathers / micro_steps,
+        counters.gathered_bytes / micro_steps,
+        counters.invalidations,
+        sum(saved.values()),
+        seconds / len(batches),
+        peak,
+        ratio,
+        logps_R.detach(),
+        gradients,
+    )
+
+
+def reset_peak() -> int:
+    """Start a new peak of resident memory (Linux); the present value, bytes."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_rss()
+
+
+def peak_rss() -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def write_model(folder: Path, *, hidden: int = HIDDEN, layers: int = LAYERS, vocabulary: int = VOCABULARY) -> Path:
+    """A random Qwen2-shaped float32 model with the tests' tokenizer."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    assert vocabulary >= VOCAB_SIZE
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, initializer_range=0.05,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    return build_tiny_tokenizer(folder)
+
+
+# ---- the table and the bars
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A claim, what was measured, and whether it holds."""
+
+    claim: str
+    value: float
+    holds: bool
+
+
+def measure_all(folder: Path, ranks: int, gradient_checkpointing: bool) -> dict[str, list[Measurement]]:
+    return {name: run_on_ranks(measure, ranks, folder, name, gradient_checkpointing) for name in CASES}
+
+
+def bars(results: dict[str, list[Measurement]]) -> list[Bar]:
+    """What lockstep has to show; every case must compute the same policy."""
+    first = {name: measured[0] for name, measured in results.items()}
+    ours, sft, cached = first["lockstep"], first["SFT"], first["cached"]
+    usual, usual_leaf = first["two calls"], first["two calls, leaf"]
+
+    def at_most(claim: str, value: float, bound: float) -> Bar:
+        return Bar(f"{claim} <= {bound:g}", value, value <= bound)
+
+    return [
+        at_most("lockstep: bytes / SFT", ours.gathered_bytes / sft.gathered_bytes, 1.02),
+        at_most("lockstep: bytes / two calls, leaf", ours.gathered_bytes / usual_leaf.gathered_bytes, 0.70),
+        at_most("lockstep: collectives / two calls", ours.gathers / usual.gathers, 1 / 20),
+        at_most("lockstep: invalidations", ours.invalidations, 0),
+        at_most("lockstep: saved activations / SFT", ours.saved_bytes / sft.saved_bytes, 1.05),
+        at_most("cached: |bytes / SFT - 1|", abs(cached.gathered_bytes / sft.gathered_bytes - 1), 0.0),
+        at_most("cached: |collectives / SFT - 1|", abs(cached.gathers / sft.gathers - 1), 0.0),
+        at_most("cached: saved activations / SFT", cached.saved_bytes / sft.saved_bytes, 1.0),
+        at_most("log-ratio before the first step, lockstep and one root",
+                max(first[name].largest_initial_ratio for name in ("lockstep", "two, one root")), 0.0),
+        at_most("policy log-probs, largest difference between cases", logp_spread(results), 1e-4),
+        at_most("gradients, largest relative difference between cases", gradient_spread(results), 1e-5),
+    ]  # fmt: skip
+
+
+def logp_spread(results: dict[str, list[Measurement]]) -> float:
+    """Nats a response, over all ranks, against the first case."""
+    _, *others = results.values()
+    first = next(iter(results.values()))
+    return max(
+        float((a.logps_R - b.logps_R).abs().max()) for other in others for a, b in zip(first, other, strict=True)
+    )
+
+
+def gradient_spread(results: dict[str, list[Measurement]]) -> float:
+    """Relative to each tensor's largest entry, against the first case."""
+    first = next(iter(results.values()))[0].gradients
+    return max(
+        float((measured[0].gradients[name] - grad).abs().max() / grad.abs().max())
+        for measured in results.values()
+        for name, grad in first.items()
+    )
+
+
+def table(results: dict[str, list[Measurement]], ranks: int, gradient_checkpointing: bool) -> Table:
+    checkpointing = "with" if gradient_checkpointing else "without"
+    shown = Table(title=f"{ranks} ranks, {checkpointing} gradient checkpointing; a micro-step, rank 0")
+    for column in ("", "all-gathers", "MB", "/ SFT", "invalidations", "saved MB", "time / SFT", "peak +MB"):
+        shown.add_column(column, justify="left" if not column else "right")
+    sft = results["SFT"][0]
+    for name, (row, *_) in results.items():
+        shown.add_row(
+            name, f"{row.gathers:.1f}", f"{row.gathered_bytes / 1e6:.2f}",
+            f"{row.gathered_bytes / sft.gathered_bytes:.3f}", str(row.invalidations), f"{row.saved_bytes / 1e6:.3f}",
+            f"{row.seconds / sft.seconds:.2f}", f"{row.peak_growth_bytes / 1e6:.0f}",
+        )  # fmt: skip
+    return shown
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--no-trl", action="store_true", help="leave out the comparison with TRL")
+    parser.add_argument("--model", type=Path, help="a small real model for the comparison with TRL")
+    options = parser.parse_args()
+    console = Console(width=120, highlight=False)
+    versions()
+    missed = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = write_model(Path(name))
+        for ranks in options.ranks:
+            for gradient_checkpointing in (True, False):
+                results = measure_all(folder, ranks, gradient_checkpointing)
+                console.print(table(results, ranks, gradient_checkpointing))
+                missed += report(console, bars(results))
+    if not options.no_trl:
+        from against_trl import compare
+
+        missed += report(console, compare(console, options.model))
+    return 1 if missed else 0
+
+
+def report(console: Console, measured: list[Bar]) -> int:
+    for bar in measured:
+        console.print(f"  {'holds ' if bar.holds else 'MISSED'}  {bar.claim}: {bar.value:.4g}")
+    return sum(not bar.holds for bar in measured)
+
+
+def versions() -> None:
+    from importlib.metadata import version
+
+    names = ("torch", "deepspeed", "transformers", "peft")
+    print(", ".join(f"{name} {version(name)}" for name in names), "; ZeRO-3:", SETTINGS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
