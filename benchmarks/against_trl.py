@@ -2,11 +2,13 @@
 
     python benchmarks/reference_traffic.py      (runs this at its end)
 
-TRL's nearest objective to UFT is KTO with `loss_type="apo_zero_unpaired"`, which is our `loss: l1` on scores 0 and 1. Both
-train LoRA under ZeRO-3 with gradient checkpointing; TRL pads and runs a policy and a reference forward, each its own call.
+TRL's nearest objective to UFT is KTO with `loss_type="apo_zero_unpaired"`, which is our `loss: l1` on scores 0 and 1.
+Both train LoRA under ZeRO-3 with gradient checkpointing; TRL pads, and runs a policy and a reference forward, each its
+own call.
 
-Two models. The tiny one is a microbenchmark of communication: its arithmetic is nothing, so it shows what the collectives
-of ZeRO's partitioning cost. On the real 135M one, arithmetic dominates. Tokens are real ones, padding is not counted.
+Two models. The tiny one is a microbenchmark of communication: its arithmetic is nothing, so it shows what the
+collectives of ZeRO's partitioning cost. On the real 135M one, arithmetic dominates. Tokens are real ones, padding is
+not counted.
 
 Rows of the real model: `llama_factory/kto_en_demo.json` (a sample of KTO-mix) below UFT_TEST_DATA.
 """
@@ -80,6 +82,7 @@ def run_ours(work: Workload, adapter: Path) -> Result:
     from uft_ds.model.uft_model import UFTModel
     from uft_ds.training.engine import Engine, partitioned_loading
     from uft_ds.training.loop import run_step
+    from uft_ds.training.reference_cache import ReferenceCache
 
     def sequence(row: dict[str, Any], number: int) -> Sequence:
         tokens = np.array(row["prompt_ids"] + row["completion_ids"], dtype=np.int32)
@@ -102,9 +105,7 @@ def run_ours(work: Workload, adapter: Path) -> Result:
         rows = work.rows[index * rows_per_step : (index + 1) * rows_per_step]
         step = Step(index, tuple(sequence(row, number) for number, row in enumerate(rows)))
         started = time.perf_counter()
-        _, metrics = run_step(
-            engine, objective("l1", BETA), step, work.learning_rate, 1 << 20
-        )
+        _, metrics = run_step(engine, objective("l1", BETA), step, work.learning_rate, 1 << 20, ReferenceCache("live"))
         seconds.append(time.perf_counter() - started)
         losses.append(metrics["loss"])
         if index + 1 == WARM_UP_STEPS:
@@ -152,7 +153,8 @@ def run_trl(work: Workload, adapter: Path, leaf: bool) -> Result:
             output_dir=output, loss_type="apo_zero_unpaired", beta=BETA, learning_rate=work.learning_rate,
             per_device_train_batch_size=work.rows_per_rank, gradient_accumulation_steps=1, max_steps=work.steps,
             lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0, adam_beta2=0.999,
-            gradient_checkpointing=True, max_length=None, deepspeed=left_to_trainer(deepspeed_file(work.zero)), bf16=False,
+            gradient_checkpointing=True, deepspeed=left_to_trainer(deepspeed_file(work.zero)), bf16=False,
+            max_length=None,
             logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, train_sampling_strategy="sequential",
             dataloader_pin_memory=False, remove_unused_columns=False,
         )  # fmt: skip
@@ -259,8 +261,8 @@ def padded_tokens(work: Workload, step: int) -> int:
     for rank in range(RANKS):
         # accelerate deals whole batches out to the ranks in turn
         start = (step * RANKS + rank) * work.rows_per_rank
-        lengths = [len(r["prompt_ids"]) + len(r["completion_ids"]) for r in work.rows[start : start + work.rows_per_rank]]
-        total += max(lengths) * len(lengths)
+        rows = work.rows[start : start + work.rows_per_rank]
+        total += max(len(row["prompt_ids"]) + len(row["completion_ids"]) for row in rows) * len(rows)
     return total
 
 
@@ -321,7 +323,9 @@ def real_model() -> Path | None:
 def _table(work: Workload, sides: dict[str, list[Result]]) -> Table:
     steps = range(work.steps)
     padding = sum(padded_tokens(work, s) for s in steps) / sum(real_tokens(work, s) for s in steps)
-    title = f"{work.label}: {RANKS} ranks x {work.rows_per_rank} rows a step; TRL forwards {padding:.2f} tokens a real one"
+    title = (
+        f"{work.label}: {RANKS} ranks x {work.rows_per_rank} rows a step; TRL forwards {padding:.2f} tokens a real one"
+    )
     table = Table(title=title)
     for column in ("", "tokens/s, TRL = 1", "peak memory, TRL = 1", "loss, first 5 steps"):
         table.add_column(column, justify="left" if not column else "right")

@@ -205,8 +205,8 @@ def test_all_problems_are_told_at_once(minimal: str) -> None:
     """Two wrong keys give two lines."""
     message = refusal(minimal, "train.lr=x", "train.seed=x")
     assert [line.split(": ")[1] for line in message.splitlines()] == ["train.lr", "train.seed"]
-    message = refusal(minimal, "lora.dropout=0.1", "reference.cache=true")
-    assert [line.split(": ")[1] for line in message.splitlines()] == ["lora.dropout", "reference.cache"]
+    message = refusal(minimal, "lora.dropout=0.1", "data.on_bad_row=quarantine")
+    assert [line.split(": ")[1] for line in message.splitlines()] == ["lora.dropout", "data.on_bad_row"]
 
 
 @pytest.mark.parametrize("key", ["data.sources.1.path=a.jsonl", "data.held_out=[{format: jsonl, path: b.jsonl}]"])
@@ -223,13 +223,9 @@ def test_a_source_given_twice_is_refused(minimal: str, key: str) -> None:
     [
         ("objective.loss=dpo", "objective.loss: 'dpo' is not available in this version; use mse, bce, l1, nll"),
         ("lora=null", "lora: None is not available in this version"),
-        ("reference.mode=lockstep", "reference.mode: 'lockstep' is not available in this version; use separate"),
-        ("reference.cache=true", "reference.cache: True is not available in this version; use false"),
-        ("reference.adapter=some/adapter", "reference.adapter: 'some/adapter' is not available"),
         ("data.too_long=trim_prompt", "data.too_long: 'trim_prompt' is not available in this version; use drop or"),
         ("data.on_bad_row=quarantine", "data.on_bad_row: 'quarantine' is not available in this version; use refuse"),
         ("objective.reward_shift=ema", "objective.reward_shift: 'ema' is not available in this version; use none"),
-        ("model.activation_offload=true", "model.activation_offload: True is not available in this version; use false"),
     ],
 )
 def test_an_option_that_is_not_there_yet_is_refused(minimal: str, override: str, message: str) -> None:

@@ -9,7 +9,7 @@ from tiny import VOCAB_SIZE, build_tiny_model
 
 from uft_ds.data.example import Kind, Response, Sequence
 from uft_ds.data.mixture import Step
-from uft_ds.model.adapters import add_adapters
+from uft_ds.model.adapters import add_adapters, start_from_adapter
 from uft_ds.model.load import load_base
 from uft_ds.model.uft_model import ReferenceMode, UFTModel
 from uft_ds.objectives.objective import Objective
@@ -58,6 +58,7 @@ def toy_model(
     attention: str = "sdpa",
     reference_mode: ReferenceMode = "lockstep",
     activation_offload: bool = False,
+    reference_adapter: Path | None = None,
 ) -> UFTModel:
     """The model in `folder` with adapters; B drawn with `b_std`, so that log-ratios are of order 1."""
     base = load_base(
@@ -69,6 +70,8 @@ def toy_model(
         for name, parameter in policy.named_parameters():
             if "lora_B" in name:
                 parameter.data = (torch.randn(parameter.shape, generator=generator) * b_std).to(lora_dtype)
+    if reference_adapter is not None:
+        start_from_adapter(policy, reference_adapter)
     return UFTModel(policy, reference_mode=reference_mode, activation_offload=activation_offload)
 
 
@@ -76,6 +79,17 @@ def toy_policy(folder: Path, *, targets: Any = "all-linear", seed: int = 1, dtyp
     """The base in `folder` with fresh adapters, B zero."""
     base = load_base(str(folder), revision=None, dtype=torch.float32, attention="auto", gradient_checkpointing=False)
     return add_adapters(base, rank=4, alpha=8.0, targets=targets, dtype=dtype, seed=seed)
+
+
+def saved_adapter(folder: Path, out: Path, **options: Any) -> Path:
+    """An adapter whose B is not zero, saved by PEFT."""
+    policy: Any = toy_policy(folder, **options)
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+    policy.save_pretrained(out)
+    return out
 
 
 def build(folder: Path, *args: Any, **kwargs: Any) -> Path:

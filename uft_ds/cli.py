@@ -20,6 +20,7 @@ from uft_ds.errors import CheckFailed, UserError
 if TYPE_CHECKING:
     from uft_ds.prepare import PreparedData
     from uft_ds.recipe import Recipe
+    from uft_ds.training.run_folder import Status
 
 # Commands import what they need when they run: `uft --help` should not wait for torch.
 
@@ -59,6 +60,13 @@ def train(
 
 def run_training(recipe: Recipe, *, overwrite: bool) -> None:
     """Prepare, launch, and end the process with the run's exit code unless it is done."""
+    folder, _ = _prepare_and_launch(recipe, "training", overwrite=overwrite)
+    console.print(f"done: {folder}  (metrics.jsonl, curves.png, report.html, checkpoints/)")
+
+
+def _prepare_and_launch(
+    recipe: Recipe, what: str, *, overwrite: bool, options: tuple[str, ...] = ()
+) -> tuple[Path, Status]:
     from uft_ds.launch import launch, master_port, number_of_ranks
     from uft_ds.prepare import prepare_run
 
@@ -69,18 +77,46 @@ def run_training(recipe: Recipe, *, overwrite: bool) -> None:
 
         def on_row(label: str, done: int, total: int) -> None:
             if label not in tasks:
-                tasks[label] = progress.add_task(f"reading {label}", total=total)
+                tasks[label] = progress.add_task(label, total=total)
             progress.update(tasks[label], completed=done)
 
         folder, data, lock = prepare_run(recipe, overwrite=overwrite, on_row=on_row)
     with lock:
         console.print(_data_table(data))
-        console.print(f"training on {ranks} ranks; logs in {folder.path}")
-        status = launch(folder, ranks=ranks, port=master_port())
+        console.print(f"{what} on {ranks} ranks; logs in {folder.path}")
+        status = launch(folder, ranks=ranks, port=master_port(), options=options)
     if status.exit_code != 0:
         print(f"error: {status.message}", file=sys.stderr)
         raise typer.Exit(status.exit_code)
-    console.print(f"done: {folder.path}  (metrics.jsonl, curves.png, report.html, checkpoints/)")
+    return folder.path, status
+
+
+@app.command()
+def reference(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Compute the reference of a recipe's data ahead, for all runs that share it.
+
+    What is stored already is not computed again; a fill that was stopped goes on where it was. The recipe's output is
+    not touched.
+    """
+    import shutil
+    import tempfile
+
+    from uft_ds.recipe_file import load_recipe
+
+    loaded = load_recipe(recipe, tuple(overrides or ()))
+    if not loaded.reference.cache:
+        raise UserError("reference.cache: false given, so there is nothing to fill; leave it out, or set it to true")
+    work = Path(tempfile.mkdtemp(prefix="uft-reference-"))
+    filling = loaded.model_copy(update={"output": str(work / "run")})
+    try:
+        _, status = _prepare_and_launch(
+            filling, "computing the reference", overwrite=False, options=("--only-reference",)
+        )
+    except UserError:  # before the launch: there is nothing to look at
+        shutil.rmtree(work)
+        raise
+    shutil.rmtree(work)  # a failed fill has left its logs here
+    console.print(f"done: {status.message}")
 
 
 def _preparation() -> Progress:

@@ -50,7 +50,7 @@ def master_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def launch(folder: RunFolder, *, ranks: int, port: int) -> Status:
+def launch(folder: RunFolder, *, ranks: int, port: int, options: tuple[str, ...] = ()) -> Status:
     """Run `uft_ds.train` on `ranks` processes until they end; the folder is prepared and locked by the caller.
 
     The launcher's own output goes to launcher.log: it hides exit codes and prints tracebacks for all of them.
@@ -58,7 +58,7 @@ def launch(folder: RunFolder, *, ranks: int, port: int) -> Status:
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(ranks)),
         *("--master-addr", "127.0.0.1", "--master-port", str(port), "--max-restarts", "0"),
-        *("-m", "uft_ds.train", str(folder.recipe), "--prepared"),
+        *("-m", "uft_ds.train", str(folder.recipe), "--prepared", *options),
     ]
     with folder.launcher_log.open("w", encoding="utf-8") as log:
         process = subprocess.Popen(

@@ -11,28 +11,33 @@ import json
 import platform
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO
 
 import torch
 
+from uft_ds.checkpoint.save import latest_checkpoint
 from uft_ds.data.example import Kind
 from uft_ds.data.prepare import PreparedSource, Source, prepare_source, write_sequences
 from uft_ds.data.tokenize import ChatTokenizer, load_tokenizer
 from uft_ds.errors import UserError
-from uft_ds.model.adapters import add_adapters
+from uft_ds.files import user_cache, write_atomically
+from uft_ds.model.adapters import add_adapters, start_from_adapter
+from uft_ds.model.identity import adapter_identity, base_identity
 from uft_ds.model.load import check_base, empty_base
 from uft_ds.model.uft_model import UFTModel
 from uft_ds.recipe import Recipe, SourceSection
 from uft_ds.recipe_file import dump_recipe
 from uft_ds.training.engine import read_deepspeed_file
-from uft_ds.training.run_folder import RunFolder, check_claimable, claim, release, write_atomically
+from uft_ds.training.run_folder import RunFolder, check_claimable, claim, release
 
 OnRow = Callable[[str, int, int], None]
-"""Called with a source's label, rows visited and rows in all."""
+"""Called with what is being done, and how much of it is done: rows or files, of how many."""
 
 
 @dataclass(frozen=True)
@@ -53,20 +58,57 @@ def check_recipe(recipe: Recipe) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT's, of a property of transformers
         # Without weights: what would be refused after the launch is refused before it.
-        UFTModel(
-            add_adapters(
-                empty_base(config),
-                rank=recipe.lora.rank,
-                alpha=recipe.lora.alpha,
-                targets=recipe.lora.targets,
-                dtype=torch.float32,
-                seed=0,
-            )
+        policy = add_adapters(
+            empty_base(config),
+            rank=recipe.lora.rank,
+            alpha=recipe.lora.alpha,
+            targets=recipe.lora.targets,
+            dtype=torch.float32,
+            seed=0,
         )
+        if recipe.reference.adapter is not None:
+            start_from_adapter(policy, adapter_folder(recipe.reference.adapter))
+        UFTModel(policy, reference_mode=recipe.reference.mode)
     if recipe.model.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         raise UserError("model.attention: flash_attention_2 needs flash-attn: pip install 'uft-ds[gpu]', or take auto")
+    if recipe.reference.cache:
+        _check_writable(cache_dir(recipe))
     if "wandb" in recipe.tracking and importlib.util.find_spec("wandb") is None:
         raise UserError("tracking: wandb is not installed: pip install 'uft-ds[wandb]', or leave it out")
+
+
+def cache_dir(recipe: Recipe) -> Path:
+    """Where runs share what they compute of the reference."""
+    return Path(recipe.reference.cache_dir) if recipe.reference.cache_dir else user_cache() / "reference"
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"reference.cache_dir: {folder} cannot be written ({error.strerror}); "
+            "give another folder, or set reference.cache: false"
+        ) from None
+
+
+def adapter_folder(path: str) -> Path:
+    """The folder of an adapter in PEFT's format: itself, or the one that a checkpoint or a run's newest one holds.
+
+    Raises:
+        UserError: there is none, or the checkpoint is damaged.
+    """
+    folder = Path(path)
+    if (folder / "adapter_config.json").is_file():
+        return folder
+    if not folder.is_dir():
+        raise UserError(f"reference.adapter: {path}: no such folder; expected an adapter, a checkpoint or a run")
+    try:
+        return latest_checkpoint(folder) / "adapter"
+    except UserError as error:
+        raise UserError(f"reference.adapter: {error}") from None
 
 
 def source_of(entry: SourceSection) -> Source:
@@ -86,7 +128,7 @@ def prepare_data(recipe: Recipe, chat: ChatTokenizer, on_row: OnRow = lambda lab
             too_long=recipe.data.too_long,
             merge=recipe.data.merge_conversations,
             seed=recipe.train.seed,
-            on_row=lambda done, total: on_row(source.label, done, total),
+            on_row=lambda done, total: on_row(f"reading {source.label}", done, total),
         )
 
     data = PreparedData(
@@ -124,9 +166,10 @@ def prepare_run(
     check_recipe(recipe)
     chat = load_tokenizer(recipe.model.base, revision=recipe.model.revision, chat_template=recipe.model.chat_template)
     data = prepare_data(recipe, chat, on_row)
+    content = _reference_content(recipe, on_row) if recipe.reference.cache else None
     lock = claim(folder, overwrite=overwrite)
     try:
-        _write_prepared(folder, recipe, data)
+        _write_prepared(folder, recipe, data, content)
     except BaseException as error:
         release(folder, lock)
         if isinstance(error, OSError):
@@ -135,12 +178,27 @@ def prepare_run(
     return folder, data, lock
 
 
-def _write_prepared(folder: RunFolder, recipe: Recipe, data: PreparedData) -> None:
+def _reference_content(recipe: Recipe, on_row: OnRow) -> dict[str, object]:
+    """By content: all that the reference's log-probs depend on besides the tokens and how it is computed."""
+    base = recipe.model.base
+    on_file = partial(on_row, f"hashing {base}")
+    adapter = recipe.reference.adapter
+    return {
+        **base_identity(base, recipe.model.revision, on_file),
+        "adapter": adapter_identity(adapter_folder(adapter)) if adapter else None,
+    }
+
+
+def _write_prepared(
+    folder: RunFolder, recipe: Recipe, data: PreparedData, reference_content: dict[str, object] | None
+) -> None:
     folder.data_report().parent.mkdir(exist_ok=True)
     for index, source in enumerate(data.train):
         write_sequences(folder.train_data(index), source.sequences)
     write_sequences(folder.held_out_data(), [s for source in data.held_out for s in source.sequences])
     write_atomically(folder.data_report(), json.dumps(data_report(data), indent=2) + "\n")
+    if reference_content is not None:
+        write_atomically(folder.reference_content, json.dumps(reference_content, indent=2) + "\n")
     write_atomically(folder.environment, json.dumps(environment(), indent=2) + "\n")
     write_atomically(folder.recipe, dump_recipe(recipe))
 
@@ -157,10 +215,17 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     template = recipe.model.chat_template
     model = {"base": absolute(recipe.model.base), "chat_template": absolute(template) if template else None}
     data = {"sources": sources(recipe.data.sources), "held_out": sources(recipe.data.held_out)}
+    adapter, shared = recipe.reference.adapter, recipe.reference.cache_dir
+    reference = {
+        # A run's newest checkpoint changes: the one that is meant now is written down.
+        "adapter": str(adapter_folder(adapter).absolute()) if adapter else None,
+        "cache_dir": str(Path(shared).absolute()) if shared else None,
+    }
     return recipe.model_copy(
         update={
             "model": recipe.model.model_copy(update=model),
             "data": recipe.data.model_copy(update=data),
+            "reference": recipe.reference.model_copy(update=reference),
             "deepspeed": absolute(recipe.deepspeed) if recipe.deepspeed.endswith(".json") else recipe.deepspeed,
             "output": str(Path(recipe.output).absolute()),
         }
@@ -170,7 +235,8 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
 def _check_inputs_lie_outside(recipe: Recipe) -> None:
     """A run's folder may be emptied: nothing that the run reads may lie in it."""
     sources = [entry.path for entry in (*recipe.data.sources, *recipe.data.held_out)]
-    for path in (recipe.model.base, recipe.model.chat_template, recipe.deepspeed, *sources):
+    reference = recipe.reference.adapter
+    for path in (recipe.model.base, recipe.model.chat_template, recipe.deepspeed, reference, *sources):
         if path is not None and Path(path).is_relative_to(recipe.output):
             raise UserError(f"output: {path} lies inside {recipe.output}; give another folder for the run")
 

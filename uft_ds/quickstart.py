@@ -21,10 +21,10 @@ from uft_ds.checkpoint.convert import convert_to_merged
 from uft_ds.data.verifiable import Task, grade, is_correct, read_tasks, write
 from uft_ds.errors import CheckFailed
 from uft_ds.evaluation.generate import generate_responses, load_for_generation
+from uft_ds.files import write_atomically
 from uft_ds.model.smollm2 import quickstart_model
 from uft_ds.recipe import Recipe
 from uft_ds.recipe_file import load_recipe
-from uft_ds.training.run_folder import write_atomically
 
 MAX_NEW_TOKENS = 32
 

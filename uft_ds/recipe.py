@@ -115,12 +115,16 @@ class ObjectiveSection(Section):
 
 
 class ReferenceSection(Section):
-    mode: Literal["lockstep", "separate"] = "separate"
-    """separate: a second forward with the adapters off, inside the same root call."""
-    cache: bool = False
-    """Keep the reference's log-probs of each response and never compute them twice."""
-    adapter: str | None = None
-    """A frozen adapter that, on top of the base, is the reference."""
+    mode: Literal["lockstep", "separate"] = "lockstep"
+    """lockstep: one visit of each layer serves policy and reference (Llama, Mistral, Qwen2, Qwen3). separate: a second
+    forward with the adapters off, inside the same root call; for other models."""
+    cache: bool = True
+    """Keep the reference's log-probs of each response and never compute them twice, in this run or another."""
+    cache_dir: Location | None = None
+    """Where runs share them; null: uft_ds/reference under the user's cache folder."""
+    adapter: Location | None = None
+    """A frozen adapter that, on top of the base, is the reference, and from which the policy starts: an adapter's
+    folder, a checkpoint, or a run. Its rank, alpha and targets must be those of lora."""
     step_zero_tolerance: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Largest log-ratio, in nats, that is accepted before the first step. It is exactly 0 by design; GPU
     kernels that choose another algorithm without gradients may need more."""
@@ -209,13 +213,20 @@ class Recipe(Section):
 def _impossible(recipe: Recipe) -> list[tuple[str, str]]:
     """(key, problem) of everything that no single field can know, unavailable options included."""
     found: list[tuple[str, str]] = []
-    data, train, objective, reference = recipe.data, recipe.train, recipe.objective, recipe.reference
+    data, train, objective = recipe.data, recipe.train, recipe.objective
     if data.max_length > train.tokens_per_micro_batch:
         found.append(
             (
                 "train.tokens_per_micro_batch",
                 f"{train.tokens_per_micro_batch} is less than data.max_length {data.max_length}: "
                 "a sequence would not fit; raise it or lower data.max_length",
+            )
+        )
+    if recipe.model.activation_offload and not recipe.model.gradient_checkpointing:
+        found.append(
+            (
+                "model.activation_offload",
+                "true needs model.gradient_checkpointing: true; without it all activations would cross to the host",
             )
         )
     seen: set[tuple[str, str | None]] = set()
@@ -253,13 +264,9 @@ def _impossible(recipe: Recipe) -> list[tuple[str, str]]:
         (key, f"{given!r} is not available in this version; use {instead}")
         for key, given, unavailable, instead in (
             ("lora", recipe.lora, recipe.lora is None, "adapters: the reference is the base without them"),
-            ("model.activation_offload", True, recipe.model.activation_offload, "false"),
             ("data.too_long", data.too_long, data.too_long == "trim_prompt", "drop or refuse"),
             ("data.on_bad_row", data.on_bad_row, data.on_bad_row == "quarantine", "refuse"),
             ("objective.reward_shift", objective.reward_shift, objective.reward_shift != "none", "none"),
-            ("reference.mode", reference.mode, reference.mode == "lockstep", "separate"),
-            ("reference.cache", reference.cache, reference.cache, "false"),
-            ("reference.adapter", reference.adapter, reference.adapter is not None, "null"),
         )
         if unavailable
     ]

@@ -21,25 +21,27 @@ from typing import IO, TextIO, TypeVar
 import torch
 from rich.console import Console
 
+from uft_ds.build import build_engine, build_reference_cache
 from uft_ds.data.example import KINDS
-from uft_ds.data.mixture import in_order, plan_steps
+from uft_ds.data.mixture import Step, in_order, plan_steps
 from uft_ds.data.prepare import read_sequences
 from uft_ds.errors import EXIT_CRASHED, EXIT_DONE, CheckFailed, UserError
-from uft_ds.model.adapters import add_adapters
-from uft_ds.model.load import decoder_layer_class, load_base
-from uft_ds.model.uft_model import UFTModel
 from uft_ds.objectives.objective import Objective
-from uft_ds.prepare import prepare_run, source_of
+from uft_ds.prepare import cache_dir, prepare_run, source_of
 from uft_ds.process import die_with_parent
 from uft_ds.recipe import Recipe
 from uft_ds.recipe_file import load_recipe
 from uft_ds.training.curves import write_report
-from uft_ds.training.engine import Engine, deepspeed_config, init_distributed, partitioned_loading, read_deepspeed_file
+from uft_ds.training.engine import Engine, init_distributed
 from uft_ds.training.evaluate import check_against_hugging_face, check_log_ratios_are_zero
 from uft_ds.training.loop import train
 from uft_ds.training.metrics import MetricsWriter
-from uft_ds.training.report import ConsoleReporter, Reporter, SilentReporter
+from uft_ds.training.reference_cache import ReferenceCache, fill
+from uft_ds.training.report import ConsoleReporter, FillReporter, Reporter, SilentReporter, Speaker
 from uft_ds.training.run_folder import RunFolder, Status
+
+GROUPS_BETWEEN_FLUSHES = 20
+"""Of a fill: what is lost at most when it is killed, in steps' worth of responses."""
 
 T = TypeVar("T")
 logger = logging.getLogger("uft_ds")
@@ -51,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("recipe", help="name of a shipped recipe, or a YAML file")
     parser.add_argument("overrides", nargs="*", help="key.path=value")
     parser.add_argument("--overwrite", action="store_true", help="delete the run that the output folder holds")
+    parser.add_argument("--only-reference", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--prepared", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # added by the deepspeed launcher
     options = parser.parse_args(arguments)
@@ -65,7 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
             lock = _on_rank_zero(lambda: prepare_run(recipe, overwrite=options.overwrite)[2])
         folder = RunFolder(Path(recipe.output))  # ours only from here on
         with _own_streams(folder, rank) as terminal:
-            _run(recipe, folder, Console(file=terminal))
+            work = _fill_reference if options.only_reference else _run
+            work(recipe, folder, Console(file=terminal))
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
         del lock
@@ -106,17 +110,11 @@ def _run(recipe: Recipe, folder: RunFolder, console: Console) -> None:
         engine, model = build_engine(recipe, reporter)
         shortest = min((s for source in sources for s in source), key=lambda sequence: sequence.num_tokens)
         check_against_hugging_face(engine, shortest, dtype=dtype)
+        reference = ReferenceCache("unneeded")
         if objective.needs_reference:
-            largest = check_log_ratios_are_zero(
-                engine,
-                steps[0],
-                tokens_per_micro_batch=recipe.train.tokens_per_micro_batch,
-                tolerance=recipe.reference.step_zero_tolerance,
-            )
-            reporter.say(
-                f"before the first step: every log-ratio is {largest} nats, {len(steps[0].responses)} responses"
-            )
-        train(engine, model.policy, steps, held_out, objective, recipe.train, folder, reporter)
+            _check_start(engine, recipe, steps[0], reporter)
+            reference = build_reference_cache(recipe, folder, engine, model, (*held_out, *steps), reporter)
+        train(engine, model.policy, steps, held_out, objective, recipe.train, folder, reporter, reference)
     if engine.rank == 0:
         folder.write_status(Status(EXIT_DONE, "done"))
         folder.done.touch()
@@ -126,40 +124,37 @@ def _run(recipe: Recipe, folder: RunFolder, console: Console) -> None:
             logger.exception("report.html could not be written")
 
 
-def build_engine(recipe: Recipe, reporter: Reporter) -> tuple[Engine, UFTModel]:
-    """Load the base, shard by shard under ZeRO-3, add adapters and wrap both."""
-    assert recipe.lora is not None
-    dtype = getattr(torch, recipe.model.dtype)
-    config = deepspeed_config(
-        read_deepspeed_file(recipe.deepspeed), dtype=dtype, max_grad_norm=recipe.train.max_grad_norm
+def _check_start(engine: Engine, recipe: Recipe, step: Step, reporter: Speaker) -> None:
+    largest = check_log_ratios_are_zero(
+        engine,
+        step,
+        tokens_per_micro_batch=recipe.train.tokens_per_micro_batch,
+        tolerance=recipe.reference.step_zero_tolerance,
     )
-    reporter.say(f"loading {recipe.model.base}")
-    with partitioned_loading(config):
-        base = load_base(
-            recipe.model.base,
-            revision=recipe.model.revision,
-            dtype=dtype,
-            attention=recipe.model.attention,
-            gradient_checkpointing=recipe.model.gradient_checkpointing,
+    reporter.say(f"before the first step: every log-ratio is {largest} nats, {len(step.responses)} responses")
+
+
+def _fill_reference(recipe: Recipe, folder: RunFolder, console: Console) -> None:
+    """Compute the reference of all data, held-out data included, and store it for the runs to come."""
+    _make_deterministic(recipe.train.deterministic)
+    paths = (*(folder.train_data(index) for index in range(len(recipe.data.sources))), folder.held_out_data())
+    groups = in_order([s for path in paths for s in read_sequences(path)], recipe.train.examples_per_step)
+    with _fill_reporter(console, len(groups)) as reporter:
+        engine, model = build_engine(recipe, reporter)
+        _check_start(engine, recipe, groups[0], reporter)
+        cache = build_reference_cache(recipe, folder, engine, model, groups, reporter)
+        computed = fill(
+            engine,
+            cache,
+            groups,
+            recipe.train.tokens_per_micro_batch,
+            flush_every=GROUPS_BETWEEN_FLUSHES,
+            on_group=reporter.group,
         )
-    policy = add_adapters(
-        base,
-        rank=recipe.lora.rank,
-        alpha=recipe.lora.alpha,
-        targets=recipe.lora.targets,
-        dtype=getattr(torch, recipe.lora.dtype),
-        seed=recipe.train.seed,
-    )
-    model = UFTModel(policy)
-    layer_class = decoder_layer_class(base)
-    engine = Engine(
-        model,
-        config,
-        layer_class=layer_class,
-        weight_decay=recipe.train.weight_decay,
-        betas=(recipe.train.betas[0], recipe.train.betas[1]),
-    )
-    return engine, model
+    total = sum(len(group.responses) for group in groups)
+    if engine.rank == 0:
+        found = f"{computed} of {total} responses computed, the others were known"
+        folder.write_status(Status(EXIT_DONE, f"{found}; stored below {cache_dir(recipe)}"))
 
 
 def _reporter(recipe: Recipe, folder: RunFolder, console: Console, num_steps: int) -> Reporter:
@@ -169,6 +164,10 @@ def _reporter(recipe: Recipe, folder: RunFolder, console: Console, num_steps: in
         folder.path, tuple(recipe.tracking), run_name=recipe.name, config=recipe.model_dump(mode="json")
     )
     return ConsoleReporter(console, writer, num_steps)
+
+
+def _fill_reporter(console: Console, num_groups: int) -> FillReporter:
+    return FillReporter(console if torch.distributed.get_rank() == 0 else None, num_groups)
 
 
 def _on_rank_zero(work: Callable[[], T]) -> T | None:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from uft_ds.checkpoint.manifest import MANIFEST, manifest_problem, sha256, write_manifest
+from uft_ds.checkpoint.manifest import MANIFEST, manifest_problem, write_manifest
 from uft_ds.checkpoint.save import latest_checkpoint
 from uft_ds.errors import UserError
+from uft_ds.files import sha256
 
 
 def checkpoint_at(folder: Path) -> Path:

@@ -61,9 +61,9 @@ def sharded_step(folder: Path, loss: str, tokens: int, assignment: list[list[lis
     return grads, total, result.grad_norm, [len(batch.responses) for batch in batches]
 
 
-def single_process(folder: Path, loss: str) -> tuple[dict[str, torch.Tensor], float, float]:
+def single_process(folder: Path, loss: str, **options: object) -> tuple[dict[str, torch.Tensor], float, float]:
     """The definition: one process, no DeepSpeed, every sequence forwarded alone."""
-    model = toy_model(folder)
+    model = toy_model(folder, **options)  # type: ignore[arg-type]
     step, uft = toy_step(), objective(loss)
     terms = count_terms(uft, step.responses)
     total = 0.0

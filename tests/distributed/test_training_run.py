@@ -52,6 +52,7 @@ def write_recipe(folder: Path, base: Path, **changes: Any) -> Path:
             "checkpoint_every": 2,
             "keep_checkpoints": 1,
         },
+        "reference": {"cache_dir": str(folder / "reference")},
         "deepspeed": "zero3_cpu",
         "output": str(folder / "run"),
     }

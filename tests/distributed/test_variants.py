@@ -1,31 +1,74 @@
-"""The sharded step on what the recipe's defaults and other models bring: checkpointing, tied heads, offload."""
+"""Invariant 6 on real ranks: lockstep, separate forwards and a cached reference give one process's numbers, however
+the weights are sharded, offloaded, tied, checkpointed."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ranks import run_on_ranks
 from test_gradient_scale import UNEVEN, accumulate, assert_same_step, engine_of, single_process
 from tiny import build_tiny_model
-from toy import UFT, toy_step
+from toy import UFT, saved_adapter, toy_step
 
 from uft_ds.data.packing import micro_batch
 
 
-def variant_step(folder: Path, file: str, gradient_checkpointing: bool) -> Any:
-    engine = engine_of(folder, file=file, gradient_checkpointing=gradient_checkpointing)
+def variant_step(folder: Path, file: str, model: dict[str, Any]) -> Any:
+    engine = engine_of(folder, file=file, **model)
     sequences = toy_step().sequences
-    batches = [micro_batch([sequences[i] for i in members]) for members in UNEVEN[2][engine.rank]]
+    batches = [micro_batch([sequences[i] for i in members]) for members in UNEVEN[engine.world_size][engine.rank]]
     grads, total = accumulate(engine, batches, UFT)
     return grads, total, engine.step(1e-3).grad_norm, []
 
 
 @pytest.mark.parametrize(
-    ("architecture", "tied", "file"), [("llama", True, "zero3_offload"), ("qwen3", False, "zero3_cpu")]
+    ("architecture", "tied", "file", "ranks", "model"),
+    [
+        ("llama", True, "zero3_offload", 2, {"gradient_checkpointing": True}),
+        ("qwen3", False, "zero3_cpu", 2, {"gradient_checkpointing": True, "activation_offload": True}),
+        ("mistral", False, "zero2", 2, {"gradient_checkpointing": True}),
+        ("qwen2", True, "zero3_cpu", 2, {"reference_mode": "separate"}),
+        ("qwen2", False, "zero3_offload", 1, {}),
+    ],
 )
-def test_checkpointed_layers_give_the_same_gradient(tmp_path: Path, architecture: Any, tied: bool, file: str) -> None:
-    """Recomputed under ZeRO-3, with a tied head and weights in host memory: one process's gradients to 1e-5."""
+def test_any_sharding_gives_the_same_step(
+    tmp_path: Path, architecture: Any, tied: bool, file: str, ranks: int, model: dict[str, Any]
+) -> None:
+    """Gradients, their norm and the loss equal one process's without DeepSpeed, two separate forwards, to 1e-5."""
     folder = build_tiny_model(tmp_path, architecture, tied=tied)
-    definition = single_process(folder, "mse")
-    for result in run_on_ranks(variant_step, 2, folder, file, True):
+    definition = single_process(folder, "mse", reference_mode="separate")
+    for result in run_on_ranks(variant_step, ranks, folder, file, model):
         assert_same_step(result, definition)
+
+
+def weights_around_a_step(folder: Path) -> Any:
+    """The frozen reference adapter before and after a step that moves the policy's."""
+    from deepspeed import zero
+
+    engine = engine_of(folder / "base", reference_adapter=folder / "adapter", b_std=0.0)
+    sequences = toy_step().sequences
+    batch = micro_batch(sequences[engine.rank :: engine.world_size])
+    logps_R, reference_R = (value.detach() for value in engine(batch))
+    states = []
+    for _ in range(2):
+        named = {name: p for name, p in engine.module.named_parameters() if "lora_B" in name}
+        engine._engine.empty_partition_cache()
+        with zero.GatheredParameters(list(named.values())):
+            states.append({name: p.detach().clone() for name, p in named.items()})
+        grads, _ = accumulate(engine, [batch], UFT)
+        engine.step(1e-2)
+    return float((logps_R - reference_R).abs().max()), set(grads), states
+
+
+def test_a_reference_adapter_is_sharded_and_stays(tmp_path: Path) -> None:
+    """Log-ratios exactly 0 at the start on two ZeRO-3 ranks; a step moves every policy adapter and no reference one."""
+    build_tiny_model(tmp_path / "base")
+    saved_adapter(tmp_path / "base", tmp_path / "adapter")
+    for ratio, trained, (before, after) in run_on_ranks(weights_around_a_step, 2, tmp_path):
+        assert ratio == 0.0
+        assert trained
+        assert all(".default." in name for name in trained)
+        for name, tensor in before.items():
+            assert torch.equal(tensor, after[name]) == (".reference." in name), name
+        assert all(tensor.any() for tensor in before.values())

@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tiny import build_tiny_model
 from torch import Tensor
-from toy import toy_model, toy_policy, toy_sequences
+from toy import saved_adapter, toy_model, toy_policy, toy_sequences
 from transformers import AutoModelForCausalLM
 
 from uft_ds.data.packing import micro_batch
@@ -126,17 +126,6 @@ def test_adapters_have_the_type_that_was_asked_for(tiny_qwen2: Path, dtype: torc
 
 
 # ---- a reference other than the bare base
-
-
-def saved_adapter(folder: Path, out: Path, **options: Any) -> Path:
-    """An adapter whose B is not zero, saved by PEFT."""
-    policy: Any = toy_policy(folder, **options)
-    generator = torch.Generator().manual_seed(5)
-    for name, parameter in policy.named_parameters():
-        if "lora_B" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
-    policy.save_pretrained(out)
-    return out
 
 
 @pytest.mark.parametrize("mode", ["lockstep", "separate"])

@@ -104,10 +104,10 @@ def test_no_utilization_is_claimed_without_a_known_peak(monkeypatch: pytest.Monk
     """None on a CPU, and on a GPU that the table does not name."""
     model = torch.nn.Linear(10, 10, bias=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert model_flops_utilization(model, 1e3, with_reference=True) is None
+    assert model_flops_utilization(model, 1e3, reference_share=1.0) is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some Card 9000")
-    assert model_flops_utilization(model, 1e3, with_reference=True) is None
+    assert model_flops_utilization(model, 1e3, reference_share=1.0) is None
 
 
 def test_utilization_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,5 +115,5 @@ def test_utilization_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     model = torch.nn.Linear(10, 10, bias=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
-    assert model_flops_utilization(model, 989e9, with_reference=False) == pytest.approx(0.4)
-    assert model_flops_utilization(model, 989e9, with_reference=True) == pytest.approx(0.6)
+    assert model_flops_utilization(model, 989e9, reference_share=0.0) == pytest.approx(0.4)
+    assert model_flops_utilization(model, 989e9, reference_share=1.0) == pytest.approx(0.6)

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from uft_ds.errors import UserError
-from uft_ds.training.run_folder import RunFolder, Status, check_claimable, claim, release, write_atomically
+from uft_ds.files import write_atomically
+from uft_ds.training.run_folder import RunFolder, Status, check_claimable, claim, release
 
 HOLD_THE_LOCK = """
 import sys

@@ -5,11 +5,10 @@ A flipped bit passes both `torch.load` and safetensors without a word; the manif
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
-from uft_ds.training.run_folder import write_atomically
+from uft_ds.files import sha256, write_atomically
 
 MANIFEST = "manifest.json"
 
@@ -42,9 +41,3 @@ def manifest_problem(folder: Path) -> str | None:
         if sha256(path) != digest:
             return f"{path}: its content is not what was written"
     return None
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

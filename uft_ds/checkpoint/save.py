@@ -19,8 +19,10 @@ from safetensors.torch import save_file
 
 from uft_ds.checkpoint.manifest import MANIFEST, manifest_problem, write_manifest
 from uft_ds.errors import CheckFailed, UserError
+from uft_ds.files import write_atomically
 from uft_ds.training.engine import Engine
-from uft_ds.training.run_folder import RunFolder, write_atomically
+from uft_ds.training.reference_cache import ReferenceCache
+from uft_ds.training.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,15 @@ class TrainerState:
     skipped_steps: int
 
 
-def save_checkpoint(engine: Engine, policy: PeftModel, folder: RunFolder, state: TrainerState, *, keep: int) -> None:
+def save_checkpoint(
+    engine: Engine,
+    policy: PeftModel,
+    folder: RunFolder,
+    state: TrainerState,
+    reference: ReferenceCache,
+    *,
+    keep: int,
+) -> None:
     """Write `checkpoints/step-N` whole or not at all, and keep the newest `keep`. Every rank must call it.
 
     Raises:
@@ -51,6 +61,7 @@ def save_checkpoint(engine: Engine, policy: PeftModel, folder: RunFolder, state:
         save_file(adapter, temporary / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
         _write_adapter_config(policy, temporary / "adapter")
         write_atomically(temporary / "trainer.json", json.dumps(asdict(state), indent=2) + "\n")
+        reference.save(temporary)
         _check_adapter(
             temporary / "adapter" / "adapter_model.safetensors", adapter, trained=state.step > state.skipped_steps
         )

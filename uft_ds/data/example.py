@@ -7,7 +7,10 @@ Each is immutable and knows nothing about the stage after it.
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
 from typing import Literal
 
 import numpy as np
@@ -15,6 +18,9 @@ import numpy as np
 Role = Literal["system", "user", "assistant"]
 Kind = Literal["instruction", "score", "binary", "pair"]
 KINDS: tuple[Kind, ...] = ("instruction", "score", "binary", "pair")
+
+KEY_BYTES = 16
+"""Of the name by which a response is known by its content."""
 
 
 @dataclass(frozen=True)
@@ -70,3 +76,19 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids_T)
+
+    @cached_property
+    def response_keys(self) -> tuple[bytes, ...]:
+        """Each response named by its content: the tokens up to its end, and where it starts.
+
+        In a causal model a response's log-prob depends on nothing else, whatever follows it or stands beside it.
+        """
+        tokens = self.token_ids_T.astype("<i4", copy=False)
+        digest, hashed, keys = blake2b(digest_size=KEY_BYTES), 0, []
+        for response in self.responses:
+            digest.update(tokens[hashed : response.end].tobytes())
+            hashed = response.end
+            own = digest.copy()
+            own.update(struct.pack("<2q", response.start, response.end))
+            keys.append(own.digest())
+        return tuple(keys)

@@ -29,6 +29,7 @@ class MicroBatch:
     scores_R: [responses], float32.
     bounds_S: [sequences + 1], int32, cumulative lengths; longest: the longest sequence, in tokens.
     responses: for kinds and origins; empty in the dummy of a rank that has nothing left to do.
+    response_keys: each response named by its content, as in `Sequence`.
     """
 
     token_ids_T: Tensor
@@ -40,6 +41,7 @@ class MicroBatch:
     bounds_S: Tensor
     longest: int
     responses: tuple[Response, ...]
+    response_keys: tuple[bytes, ...]
 
     @property
     def num_responses(self) -> int:
@@ -107,6 +109,7 @@ def micro_batch(sequences: Seq[Sequence]) -> MicroBatch:
         bounds_S=torch.from_numpy(offsets.astype(np.int32)),
         longest=max(s.num_tokens for s in sequences),
         responses=tuple(r for _, r in responses),
+        response_keys=tuple(key for s in sequences for key in s.response_keys),
     )
 
 

@@ -1,8 +1,8 @@
 """One visit of each base weight serves both streams: the policy's, with adapters and gradient, and the reference's.
 
-The policy's row goes through Hugging Face's own `forward`; the reference rides beside it in a `ReferenceLane`, a keyword
-that reaches every decoder layer unchanged. Under ZeRO-3 a layer is then gathered once for both streams, where two
-forwards gather it twice.
+The policy's row goes through Hugging Face's own `forward`; the reference rides beside it in a `ReferenceLane`, a
+keyword that reaches every decoder layer unchanged. Under ZeRO-3 a layer is then gathered once for both streams, where
+two forwards gather it twice.
 
 Layers and the final norm get a dynamic subclass as their class. Names and state dicts stay what they are; a wrapping
 module would rename every adapter, and a patched `forward` would survive a `deepcopy` bound to the original.
@@ -79,16 +79,17 @@ def _lockstep_layer(layer_class: Any) -> type[nn.Module]:
         assert lane.hidden_1TD is not None
         return hidden_1TD, lane.hidden_1TD
 
-    lockstep = type(f"Lockstep{layer_class.__name__}", (layer_class,), {"hands_reference_on": False})
+    lockstep: Any = type(f"Lockstep{layer_class.__name__}", (layer_class,), {"hands_reference_on": False})
     # Not in the class body: transformers wraps what it finds there, and would checkpoint both streams.
-    lockstep.forward = forward  # type: ignore[attr-defined]
+    lockstep.forward = forward
     return lockstep
 
 
 def _lockstep_norm(norm_class: Any) -> type[nn.Module]:
     def forward(self: Any, hidden: Tensor | Streams) -> Tensor | Streams:
         if isinstance(hidden, Tensor):
-            return norm_class.forward(self, hidden)  # type: ignore[no-any-return]
+            normed: Tensor = norm_class.forward(self, hidden)
+            return normed
         policy_1TD, reference_1TD = hidden
         with torch.no_grad():
             reference_1TD = norm_class.forward(self, reference_1TD)

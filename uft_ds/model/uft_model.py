@@ -71,7 +71,7 @@ class UFTModel(nn.Module):
         if self._in_lockstep:
             enable_lockstep(base)
         self._activation_offload = activation_offload
-        self._uses_flash_attention = "flash" in str(base.config._attn_implementation)
+        self.attention = str(base.config._attn_implementation)
         # Without an input that requires grad, the first leaf layer's gradients would be reduced before they exist.
         base.enable_input_require_grads()
 
@@ -148,7 +148,7 @@ class UFTModel(nn.Module):
 
     def _sequence_bounds(self, micro_batch: MicroBatch) -> dict[str, Any]:
         """What flash-attention needs to keep sequences apart; left to itself it finds out once a layer."""
-        if not self._uses_flash_attention:
+        if "flash" not in self.attention:
             return {}
         bounds, longest = micro_batch.bounds_S, micro_batch.longest
         return {

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from uft_ds.data.example import KINDS
+from uft_ds.files import write_atomically
 from uft_ds.training.metrics import read_metrics
-from uft_ds.training.run_folder import RunFolder, write_atomically
+from uft_ds.training.run_folder import RunFolder
 
 _COLORS = dict(zip(KINDS, ("tab:blue", "tab:orange", "tab:green", "tab:red"), strict=True))
 

@@ -49,11 +49,11 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "
 """Dense bf16 FLOP/s from the makers' data sheets, by a word of the device's name."""
 
 
-def model_flops_utilization(model: nn.Module, tokens_per_second: float, *, with_reference: bool) -> float | None:
+def model_flops_utilization(model: nn.Module, tokens_per_second: float, *, reference_share: float) -> float | None:
     """Model FLOPs over the GPU's peak; None without a GPU whose peak is known.
 
-    Counted: 4 FLOPs a frozen parameter and token (forward, gradient of the activations) and 2 for the reference;
-    not counted: attention, the recomputation of checkpointed layers.
+    Counted: 4 FLOPs a frozen parameter and token (forward, gradient of the activations) and 2 for the share of
+    responses whose reference was forwarded; not counted: attention, the recomputation of checkpointed layers.
     """
     if not torch.cuda.is_available():
         return None
@@ -62,7 +62,7 @@ def model_flops_utilization(model: nn.Module, tokens_per_second: float, *, with_
     if peak is None:
         return None
     num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-    return (4 + 2 * with_reference) * num_parameters * tokens_per_second / peak
+    return (4 + 2 * reference_share) * num_parameters * tokens_per_second / peak
 
 
 class MetricsWriter:

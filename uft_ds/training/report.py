@@ -17,13 +17,18 @@ from uft_ds.training.metrics import MetricsWriter
 logger = logging.getLogger("uft_ds")
 
 
-class Reporter(Protocol):
-    """Where the loop sends what happened; all ranks call it, one of them speaks."""
+class Speaker(Protocol):
+    """Where sentences go; all ranks call it, one of them speaks."""
+
+    def say(self, text: str) -> None: ...
+    def warn(self, text: str) -> None: ...
+
+
+class Reporter(Speaker, Protocol):
+    """Where the loop sends what happened."""
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
     def held_out(self, step: int, metrics: Mapping[str, float]) -> None: ...
-    def say(self, text: str) -> None: ...
-    def warn(self, text: str) -> None: ...
     def __enter__(self) -> Reporter: ...
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -77,22 +82,17 @@ class ConsoleReporter:
         if not self._console.is_terminal and (waited or step in (1, self._num_steps)):
             self._last_line = now
             remaining = self._training_seconds / step * (self._num_steps - step)
-            self._print(f"step {step}/{self._num_steps}  {line}  ETA {_clock(remaining)}")
+            _print(self._console, f"step {step}/{self._num_steps}  {line}  ETA {_clock(remaining)}")
 
     def held_out(self, step: int, metrics: Mapping[str, float]) -> None:
         self._writer.write(step, metrics)
         self.say(f"held out, step {step}:  {one_line({k.removeprefix('held_out/'): v for k, v in metrics.items()})}")
 
     def say(self, text: str) -> None:
-        logger.info(text)
-        self._print(text)
+        _say(self._console, text)
 
     def warn(self, text: str) -> None:
-        logger.warning(text)
-        self._console.print(f"warning: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True)
-
-    def _print(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        _warn(self._console, text)
 
     def __enter__(self) -> ConsoleReporter:
         self._progress.start()
@@ -105,16 +105,77 @@ class ConsoleReporter:
         self._writer.close()
 
 
+class FillReporter:
+    """Progress of filling the reference cache, in groups of responses; without a console it only logs."""
+
+    SECONDS_BETWEEN_LINES = 5.0
+
+    def __init__(self, console: Console | None, num_groups: int) -> None:
+        self._console, self._num_groups, self._done, self._computed = console, num_groups, 0, 0
+        self._last_line = time.monotonic()
+        columns = (
+            TextColumn("reference"), BarColumn(bar_width=20), MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
+        )  # fmt: skip
+        is_live = console is not None and console.is_terminal
+        self._progress = Progress(
+            *columns, console=console, disable=not is_live, redirect_stdout=False, redirect_stderr=False
+        )
+        self._task = self._progress.add_task("reference", total=num_groups, numbers="")
+
+    def group(self, computed: int) -> None:
+        """One more group is done, of which so many responses had to be computed."""
+        self._done, self._computed = self._done + 1, self._computed + computed
+        line = f"{self._computed} responses computed"
+        self._progress.update(self._task, completed=self._done, numbers=line)
+        now = time.monotonic()
+        is_due = now - self._last_line >= self.SECONDS_BETWEEN_LINES or self._done == self._num_groups
+        if self._console is not None and not self._console.is_terminal and is_due:
+            self._last_line = now
+            self.say(f"reference: {self._done}/{self._num_groups} groups, {line}")
+
+    def say(self, text: str) -> None:
+        _say(self._console, text)
+
+    def warn(self, text: str) -> None:
+        _warn(self._console, text)
+
+    def __enter__(self) -> FillReporter:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+
 def one_line(metrics: Mapping[str, float]) -> str:
     """The few numbers that tell whether a step is healthy."""
     parts = [f"loss {metrics['loss']:.4f}"]
     rewards = {kind: metrics.get(f"implicit_reward/{kind}") for kind in KINDS}
-    shown = [f"{kind} {reward:+.3f}" for kind, reward in rewards.items() if reward is not None]
+    shown = [f"{kind} {round(reward, 3) + 0.0:+.3f}" for kind, reward in rewards.items() if reward is not None]
     if shown:
         parts.append("reward " + ", ".join(shown))
     if "tokens_per_second" in metrics:
         parts.append(f"{metrics['tokens_per_second']:.0f} tokens/s")
     return "  ".join(parts)
+
+
+def _say(console: Console | None, text: str) -> None:
+    logger.info(text)
+    if console is not None:
+        _print(console, text)
+
+
+def _warn(console: Console | None, text: str) -> None:
+    logger.warning(text)
+    if console is not None:
+        _print(console, f"warning: {text}", style="yellow")
+
+
+def _print(console: Console, text: str, style: str | None = None) -> None:
+    console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def _clock(seconds: float) -> str:

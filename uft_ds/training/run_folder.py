@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import IO
 
 from uft_ds.errors import UserError
+from uft_ds.files import write_atomically
 
 _OF_A_RUN = (
-    "recipe.yaml", "environment.json", "metrics.jsonl", "tensorboard", "wandb", "checkpoints", "latest", "data",
-    "status.json", "report.html", "curves.png", "launcher.log", "DONE", "quickstart.json",
+    "recipe.yaml", "environment.json", "reference.json", "metrics.jsonl", "tensorboard", "wandb", "checkpoints",
+    "latest", "data", "status.json", "report.html", "curves.png", "launcher.log", "DONE", "quickstart.json",
 )  # fmt: skip
 
 
@@ -38,6 +39,11 @@ class RunFolder:
     @property
     def environment(self) -> Path:
         return self.path / "environment.json"
+
+    @property
+    def reference_content(self) -> Path:
+        """What the reference's log-probs depend on, by content; there where they are cached."""
+        return self.path / "reference.json"
 
     @property
     def metrics(self) -> Path:
@@ -158,13 +164,3 @@ def _empty(path: Path) -> None:
             shutil.rmtree(entry)
         else:
             entry.unlink()
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The whole text or nothing: written beside, synced, renamed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -1,0 +1,238 @@
+"""What a run knows of its reference, and what it forwards: on one rank, with an engine that only counts."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from toy import toy_sequences
+
+from uft_ds.data.example import Response, Sequence
+from uft_ds.data.mixture import Step
+from uft_ds.data.packing import MicroBatch, rank_micro_batches
+from uft_ds.training.reference_cache import REFERENCE_TABLE, ReferenceCache, fill
+from uft_ds.training.reference_store import ReferenceStore, read_table
+
+IDENTITY = "c" * 64
+TOKENS = 100
+
+
+class CountingEngine:
+    """One rank whose reference says of a response the sum of its tokens, negated, and counts what it is asked."""
+
+    def __init__(self) -> None:
+        self.forwarded: list[str] = []
+        self.noise = 0.0
+
+    def micro_batches(self, step: Step, tokens: int) -> list[MicroBatch]:
+        return rank_micro_batches(step, tokens_per_micro_batch=tokens, rank=0, world_size=1)
+
+    def reference_logps(self, batch: MicroBatch) -> Tensor:
+        self.forwarded += [response.origin for response in batch.responses]
+        sums = torch.zeros(batch.num_responses, dtype=torch.float64)
+        return -sums.index_add(0, batch.response_of_N, batch.targets_N.double()) + self.noise
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        return values
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        yield
+
+
+def visit(engine: CountingEngine, cache: ReferenceCache, step: Step) -> tuple[dict[str, float], int]:
+    """One step as the loop runs it: the reference by origin, and how many responses were forwarded."""
+    found: dict[str, float] = {}
+    for batch, forward in cache.micro_batches(engine, step, TOKENS):  # type: ignore[arg-type]
+        logps_R = cache.logps(batch, engine.reference_logps(batch) if forward else None)
+        assert logps_R is not None
+        assert logps_R.dtype == torch.float64
+        found |= dict(zip((r.origin for r in batch.responses), logps_R.tolist(), strict=True))
+    return found, cache.learn(engine, step)  # type: ignore[arg-type]
+
+
+def expected(step: Step) -> dict[str, float]:
+    return {r.origin: -float(s.token_ids_T[r.start : r.end].sum()) for s in step.sequences for r in s.responses}
+
+
+@pytest.fixture
+def engine() -> CountingEngine:
+    return CountingEngine()
+
+
+SEQUENCES = toy_sequences(6)
+STEP = Step(0, SEQUENCES)
+
+
+def test_each_response_is_forwarded_once(engine: CountingEngine) -> None:
+    """The second visit forwards nothing and hands out the very same values."""
+    cache = ReferenceCache("remembered")
+    first, computed = visit(engine, cache, STEP)
+    assert first == expected(STEP)
+    assert computed == len(STEP.responses) == len(engine.forwarded)
+    second, computed = visit(engine, cache, STEP)
+    assert second == first
+    assert computed == 0
+    assert len(engine.forwarded) == len(STEP.responses)
+
+
+def test_a_mixed_step_forwards_only_what_is_new(engine: CountingEngine) -> None:
+    """Four of six sequences known: the other two ride apart, and every response has its value."""
+    cache = ReferenceCache("remembered")
+    visit(engine, cache, Step(0, SEQUENCES[:4]))
+    engine.forwarded.clear()
+    found, computed = visit(engine, cache, STEP)
+    assert found == expected(STEP)
+    new = [response.origin for sequence in SEQUENCES[4:] for response in sequence.responses]
+    assert sorted(engine.forwarded) == sorted(new)
+    assert computed == len(new)
+
+
+def test_a_response_is_known_by_its_prefix_and_span() -> None:
+    """What follows a response does not matter; a token before it, in it, or where it starts, does."""
+    tokens = np.arange(3, 23, dtype=np.int32)
+
+    def key(ids: np.ndarray, start: int = 5, end: int = 9) -> bytes:
+        return Sequence(ids, (Response(start, end, 0.5, "score", "x"),)).response_keys[0]
+
+    def changed(place: int) -> np.ndarray:
+        ids = tokens.copy()
+        ids[place] += 1
+        return ids
+
+    assert key(tokens) == key(tokens[:9]) == key(changed(9)) == key(tokens.astype(np.int64))
+    different = [key(changed(0)), key(changed(5)), key(changed(8)), key(tokens, 4, 9), key(tokens, 5, 10)]
+    assert len({key(tokens), *different}) == 6
+    both = Sequence(tokens, (Response(2, 4, 0.5, "score", "x"), Response(5, 9, 1.0, "instruction", "y")))
+    assert both.response_keys[1] == key(tokens), "score, kind, origin and other responses do not matter"
+
+
+def test_the_same_content_twice_in_a_step(engine: CountingEngine) -> None:
+    """Both are forwarded once, together, and known as one."""
+    twin = Sequence(SEQUENCES[0].token_ids_T, tuple(Response(r.start, r.end, 0.1, "score", "twin") for r in
+                                                    SEQUENCES[0].responses))  # fmt: skip
+    step = Step(0, (SEQUENCES[0], twin))
+    cache = ReferenceCache("remembered")
+    _, computed = visit(engine, cache, step)
+    assert computed == 2 * len(twin.responses)
+    assert cache.num_known == len(twin.responses)
+    found, _ = visit(engine, cache, step)
+    assert found == expected(step)
+
+
+def test_a_value_that_is_not_finite_is_never_known(engine: CountingEngine) -> None:
+    """A NaN of one bad step must not outlive it."""
+    cache = ReferenceCache("remembered")
+    engine.noise = math.nan
+    visit(engine, cache, STEP)
+    assert cache.num_known == 0
+    engine.noise = 0.0
+    assert visit(engine, cache, STEP) == (expected(STEP), len(STEP.responses))
+
+
+def test_the_first_value_stays(engine: CountingEngine) -> None:
+    """A known response that is forwarded again beside an unknown one keeps its value: restarts depend on it."""
+    sequence = next(s for s in toy_sequences(20) if len(s.responses) > 1)
+    part = Sequence(sequence.token_ids_T, sequence.responses[:1])
+    cache = ReferenceCache("remembered")
+    visit(engine, cache, Step(0, (part,)))
+    before = cache.known(part.response_keys[0])
+    engine.noise = 0.5
+    _, computed = visit(engine, cache, Step(1, (sequence,)))
+    assert computed == len(sequence.responses)
+    assert cache.known(part.response_keys[0]) == before
+
+
+def test_without_memory_each_visit_forwards(engine: CountingEngine) -> None:
+    """`live` forwards always, `unneeded` never; neither keeps anything."""
+    live = ReferenceCache("live")
+    assert visit(engine, live, STEP) == visit(engine, live, STEP) == (expected(STEP), len(STEP.responses))
+    assert live.num_known == 0
+    unneeded = ReferenceCache("unneeded")
+    for batch, forward in unneeded.micro_batches(engine, STEP, TOKENS):  # type: ignore[arg-type]
+        assert not forward
+        assert unneeded.logps(batch, None) is None
+    assert unneeded.learn(engine, STEP) == 0  # type: ignore[arg-type]
+
+
+def test_a_sweep_computes_the_reference_once(engine: CountingEngine, tmp_path: Path) -> None:
+    """Four runs over the same data: the first forwards all of it, the others none."""
+    computed = []
+    for _ in range(4):
+        store = ReferenceStore.below(tmp_path, IDENTITY)
+        cache = ReferenceCache("remembered", store.read()[0], identity=IDENTITY, store=store)
+        computed.append(visit(engine, cache, STEP)[1])
+        cache.flush()
+    assert computed == [len(STEP.responses), 0, 0, 0]
+
+
+def test_a_table_in_a_checkpoint_is_all_that_is_known(engine: CountingEngine, tmp_path: Path) -> None:
+    """Invariant 4: snapshot and found values come back bit for bit; an empty table writes no file."""
+    ReferenceCache("remembered").save(tmp_path)
+    assert not (tmp_path / REFERENCE_TABLE).exists()
+    snapshot = {SEQUENCES[0].response_keys[0]: -1.25}
+    cache = ReferenceCache("remembered", snapshot, identity=IDENTITY)
+    visit(engine, cache, STEP)
+    cache.save(tmp_path)
+    table = read_table(tmp_path / REFERENCE_TABLE, IDENTITY)
+    assert len(table) == len(STEP.responses)
+    assert table[SEQUENCES[0].response_keys[0]] == -1.25
+
+
+def test_a_store_that_fails_is_said_once_and_left_alone(
+    engine: CountingEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A full disk must not end a run: the values stay in its memory and its checkpoints."""
+    (tmp_path / IDENTITY[:32]).write_text("a file where the folder should be")
+    store = ReferenceStore.below(tmp_path, IDENTITY)
+    cache = ReferenceCache("remembered", identity=IDENTITY, store=store)
+    with caplog.at_level(logging.WARNING):
+        for sequences in (SEQUENCES[:3], SEQUENCES[3:]):
+            visit(engine, cache, Step(0, sequences))
+            cache.flush()
+    assert len([r for r in caplog.records if "cannot be written" in r.message]) == 1
+    assert cache.num_known == len(STEP.responses)
+
+
+def test_forgetting_sets_the_store_aside(engine: CountingEngine, tmp_path: Path) -> None:
+    """Values that failed the check against a live reference are neither used nor read again by anyone."""
+    store = ReferenceStore.below(tmp_path, IDENTITY)
+    store.write({key: -7.0 for sequence in SEQUENCES for key in sequence.response_keys})
+    cache = ReferenceCache("remembered", store.read()[0], identity=IDENTITY, store=store)
+    cache.forget()
+    assert visit(engine, cache, STEP) == (expected(STEP), len(STEP.responses))
+    cache.flush()
+    values: Any = store.read()[0].values()
+    assert -7.0 not in values
+    assert len(values) == len(STEP.responses)
+
+
+def test_fill_stores_on_the_way_and_goes_on_where_it_was(engine: CountingEngine, tmp_path: Path) -> None:
+    """Killed after two of three groups, a second fill computes the third alone."""
+    groups = [Step(i, SEQUENCES[2 * i : 2 * i + 2]) for i in range(3)]
+    store = ReferenceStore.below(tmp_path, IDENTITY)
+
+    class KilledError(Exception):
+        pass
+
+    seen: list[int] = []
+
+    def die_after_two(computed: int) -> None:
+        seen.append(computed)
+        if len(seen) == 2:
+            raise KilledError
+
+    cache = ReferenceCache("remembered", identity=IDENTITY, store=store)
+    with pytest.raises(KilledError):
+        fill(engine, cache, groups, TOKENS, flush_every=1, on_group=die_after_two)  # type: ignore[arg-type]
+    again = ReferenceCache("remembered", store.read()[0], identity=IDENTITY, store=store)
+    assert fill(engine, again, groups, TOKENS, flush_every=1) == len(groups[2].responses)  # type: ignore[arg-type]
+    assert len(store.read()[0]) == len(STEP.responses)

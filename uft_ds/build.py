@@ -1,0 +1,114 @@
+"""From a recipe to what a rank works with: the engine around its model, and the reference cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from uft_ds.data.example import Sequence
+from uft_ds.data.mixture import Step
+from uft_ds.model.adapters import add_adapters, start_from_adapter
+from uft_ds.model.identity import reference_identity
+from uft_ds.model.load import decoder_layer_class, load_base
+from uft_ds.model.uft_model import UFTModel
+from uft_ds.prepare import cache_dir
+from uft_ds.recipe import Recipe
+from uft_ds.training.engine import Engine, deepspeed_config, partitioned_loading, read_deepspeed_file
+from uft_ds.training.evaluate import check_reference_cache
+from uft_ds.training.reference_cache import ReferenceCache
+from uft_ds.training.reference_store import LogpTable, ReferenceStore
+from uft_ds.training.report import Speaker
+from uft_ds.training.run_folder import RunFolder
+
+
+def build_engine(recipe: Recipe, reporter: Speaker) -> tuple[Engine, UFTModel]:
+    """Load the base, shard by shard under ZeRO-3, add adapters and wrap both."""
+    assert recipe.lora is not None
+    dtype = getattr(torch, recipe.model.dtype)
+    config = deepspeed_config(
+        read_deepspeed_file(recipe.deepspeed), dtype=dtype, max_grad_norm=recipe.train.max_grad_norm
+    )
+    reporter.say(f"loading {recipe.model.base}")
+    with partitioned_loading(config):
+        base = load_base(
+            recipe.model.base,
+            revision=recipe.model.revision,
+            dtype=dtype,
+            attention=recipe.model.attention,
+            gradient_checkpointing=recipe.model.gradient_checkpointing,
+        )
+    policy = add_adapters(
+        base,
+        rank=recipe.lora.rank,
+        alpha=recipe.lora.alpha,
+        targets=recipe.lora.targets,
+        dtype=getattr(torch, recipe.lora.dtype),
+        seed=recipe.train.seed,
+    )
+    if recipe.reference.adapter is not None:
+        start_from_adapter(policy, Path(recipe.reference.adapter))
+    model = UFTModel(policy, reference_mode=recipe.reference.mode, activation_offload=recipe.model.activation_offload)
+    layer_class = decoder_layer_class(base)
+    engine = Engine(
+        model,
+        config,
+        layer_class=layer_class,
+        weight_decay=recipe.train.weight_decay,
+        betas=(recipe.train.betas[0], recipe.train.betas[1]),
+    )
+    return engine, model
+
+
+def build_reference_cache(
+    recipe: Recipe, folder: RunFolder, engine: Engine, model: UFTModel, groups: Iterable[Step], reporter: Speaker
+) -> ReferenceCache:
+    """What the store knows of the run's responses, checked against the reference itself.
+
+    Rank 0 reads the store, once: the others might see what other runs have added since. Every rank must call it.
+    """
+    if not recipe.reference.cache:
+        return ReferenceCache("live")
+    assert recipe.lora is not None
+    identity = reference_identity(
+        json.loads(folder.reference_content.read_text(encoding="utf-8")),
+        dtype=recipe.model.dtype,
+        attention=model.attention,
+        adapter_dtype=recipe.lora.dtype if recipe.reference.adapter else None,
+    )
+    groups = tuple(groups)
+    store, snapshot = None, [LogpTable()]
+    if engine.rank == 0:
+        store = ReferenceStore.below(cache_dir(recipe), identity)
+        snapshot = [_read_snapshot(store, (s for group in groups for s in group.sequences), reporter)]
+    torch.distributed.broadcast_object_list(snapshot, src=0)
+    cache = ReferenceCache("remembered", snapshot[0], identity=identity, store=store)
+    check = check_reference_cache(
+        engine,
+        cache,
+        groups,
+        tokens_per_micro_batch=recipe.train.tokens_per_micro_batch,
+        dtype=getattr(torch, recipe.model.dtype),
+    )
+    if check is not None and check.agrees:
+        reporter.say(
+            f"reference cache: {cache.num_known} responses known; {check.num_responses} compared with the reference "
+            f"itself, at most {check.difference:.2g} nats apart"
+        )
+    elif check is not None:
+        reporter.warn(
+            f"reference cache: {check.origin} is {check.difference:.3g} nats from the reference itself, more than "
+            f"rounding: all {cache.num_known} stored values are set aside and computed again"
+        )
+        cache.forget()
+    return cache
+
+
+def _read_snapshot(store: ReferenceStore, sequences: Iterable[Sequence], reporter: Speaker) -> LogpTable:
+    table, problems = store.read()
+    for problem in problems:
+        reporter.warn(f"reference cache: {problem}; set aside, its responses are computed again")
+    wanted = {key for sequence in sequences for key in sequence.response_keys}
+    return {key: table[key] for key in wanted if key in table}
