@@ -42,8 +42,10 @@ format: install ## Rewrite the code as the formatter wants it
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: install ## Side-by-side measurements, a table each
+bench: install ## Side-by-side measurements, a table each (about half an hour)
+	$(BIN)/python -m pip install --quiet --editable ".[bench]"
 	$(BIN)/python benchmarks/loading_memory.py
+	$(BIN)/python benchmarks/reference_traffic.py
 
 clean: ## Remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,32 @@
+"""What lockstep gathers and keeps, counted at DeepSpeed's own backend: the bars of `benchmarks/reference_traffic.py`."""
+
+from pathlib import Path
+
+import pytest
+from ranks import run_on_ranks
+from reference_traffic import bars, measure, measure_all, write_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The benchmark's model."""
+    return write_model(tmp_path_factory.mktemp("traffic"))
+
+
+def test_lockstep_gathers_and_keeps_what_sft_does(folder: Path) -> None:
+    """With a reference: the same bytes and collectives, the same saved activations, no lost prefetch trace."""
+    lockstep, sft = (run_on_ranks(measure, 2, folder, name, True)[0] for name in ("lockstep", "SFT"))
+    assert lockstep.gathered_bytes == sft.gathered_bytes > 0
+    assert lockstep.gathers == sft.gathers
+    assert lockstep.invalidations == sft.invalidations == 0
+    assert lockstep.saved_bytes == sft.saved_bytes > 0
+    assert lockstep.largest_initial_ratio == 0.0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("gradient_checkpointing", [True, False], ids=["checkpointed", "plain"])
+def test_every_bar_holds(folder: Path, gradient_checkpointing: bool) -> None:
+    """Against two forwards in one root, two calls as TRL makes them, a cached reference and SFT, on two ranks."""
+    measured = bars(measure_all(folder, 2, gradient_checkpointing))
+    assert len(measured) > 8
+    assert [bar for bar in measured if not bar.holds] == []
