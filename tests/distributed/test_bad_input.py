@@ -52,6 +52,9 @@ def test_a_bad_file_is_refused_by_name_and_line(tiny_qwen2: Path, tmp_path: Path
         ("model.base=nowhere", "model.base"),
         ("model.chat_template=nowhere.jinja", "model.chat_template"),
         ("deepspeed=zero4", "zero3_cpu"),
+        ("reference.adapter=nowhere", "reference.adapter: nowhere: no such folder"),
+        ("reference.adapter=.", "reference.adapter: "),
+        ("reference.cache_dir=/proc/nowhere", "reference.cache_dir: /proc/nowhere cannot be written"),
     ],
 )
 def test_a_bad_recipe_value_is_refused_by_key(tiny_qwen2: Path, tmp_path: Path, override: str, expected: str) -> None:

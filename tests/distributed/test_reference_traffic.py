@@ -1,4 +1,4 @@
-"""What lockstep gathers and keeps, counted at DeepSpeed's own backend: the bars of `benchmarks/reference_traffic.py`."""
+"""What lockstep gathers and keeps, counted at DeepSpeed's backend: the bars of `benchmarks/reference_traffic.py`."""
 
 from pathlib import Path
 
