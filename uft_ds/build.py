@@ -14,12 +14,12 @@ from uft_ds.model.adapters import add_adapters, start_from_adapter
 from uft_ds.model.identity import reference_identity
 from uft_ds.model.load import decoder_layer_class, load_base
 from uft_ds.model.uft_model import UFTModel
-from uft_ds.prepare import cache_dir
+from uft_ds.prepare import cache_dir, objective_of, reference_mode
 from uft_ds.recipe import Recipe
 from uft_ds.training.engine import Engine, deepspeed_config, partitioned_loading, read_deepspeed_file
 from uft_ds.training.evaluate import check_reference_cache
 from uft_ds.training.reference_cache import ReferenceCache
-from uft_ds.training.reference_store import LogpTable, ReferenceStore
+from uft_ds.training.reference_store import LogpTable, ReferenceStore, set_aside
 from uft_ds.training.report import Speaker
 from uft_ds.training.run_folder import RunFolder
 
@@ -50,7 +50,7 @@ def build_engine(recipe: Recipe, reporter: Speaker) -> tuple[Engine, UFTModel]:
     )
     if recipe.reference.adapter is not None:
         start_from_adapter(policy, Path(recipe.reference.adapter))
-    model = UFTModel(policy, reference_mode=recipe.reference.mode, activation_offload=recipe.model.activation_offload)
+    model = UFTModel(policy, reference_mode=reference_mode(recipe), activation_offload=recipe.model.activation_offload)
     layer_class = decoder_layer_class(base)
     engine = Engine(
         model,
@@ -69,6 +69,8 @@ def build_reference_cache(
 
     Rank 0 reads the store, once: the others might see what other runs have added since. Every rank must call it.
     """
+    if not objective_of(recipe).needs_reference:
+        return ReferenceCache("unneeded")
     if not recipe.reference.cache:
         return ReferenceCache("live")
     assert recipe.lora is not None
@@ -80,9 +82,10 @@ def build_reference_cache(
     )
     groups = tuple(groups)
     store, snapshot = None, [LogpTable()]
+    files: tuple[Path, ...] = ()
     if engine.rank == 0:
         store = ReferenceStore.below(cache_dir(recipe), identity)
-        snapshot = [_read_snapshot(store, (s for group in groups for s in group.sequences), reporter)]
+        snapshot[0], files = _read_snapshot(store, (s for group in groups for s in group.sequences), reporter)
     torch.distributed.broadcast_object_list(snapshot, src=0)
     cache = ReferenceCache("remembered", snapshot[0], identity=identity, store=store)
     check = check_reference_cache(
@@ -100,15 +103,18 @@ def build_reference_cache(
     elif check is not None:
         reporter.warn(
             f"reference cache: {check.origin} is {check.difference:.3g} nats from the reference itself, more than "
-            f"rounding: all {cache.num_known} stored values are set aside and computed again"
+            f"rounding: none of {cache.num_known} stored values is used; {set_aside(files)} of {len(files)} files in "
+            f"{cache_dir(recipe)} renamed, so that no other run reads them"
         )
         cache.forget()
     return cache
 
 
-def _read_snapshot(store: ReferenceStore, sequences: Iterable[Sequence], reporter: Speaker) -> LogpTable:
-    table, problems = store.read()
-    for problem in problems:
-        reporter.warn(f"reference cache: {problem}; set aside, its responses are computed again")
+def _read_snapshot(
+    store: ReferenceStore, sequences: Iterable[Sequence], reporter: Speaker
+) -> tuple[LogpTable, tuple[Path, ...]]:
+    stored = store.read()
+    for problem in stored.problems:
+        reporter.warn(f"reference cache: {problem}; its responses are computed again")
     wanted = {key for sequence in sequences for key in sequence.response_keys}
-    return {key: table[key] for key in wanted if key in table}
+    return {key: logp for key, logp in stored.table.items() if key in wanted}, stored.files

@@ -101,21 +101,25 @@ def reference(recipe: RecipeName, overrides: Overrides = None) -> None:
     import shutil
     import tempfile
 
+    from uft_ds.prepare import caches_reference
     from uft_ds.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, tuple(overrides or ()))
-    if not loaded.reference.cache:
-        raise UserError("reference.cache: false given, so there is nothing to fill; leave it out, or set it to true")
+    if not caches_reference(loaded):
+        raise UserError("there is nothing to fill: reference.cache is false, or objective.loss needs no reference")
     work = Path(tempfile.mkdtemp(prefix="uft-reference-"))
     filling = loaded.model_copy(update={"output": str(work / "run")})
     try:
         _, status = _prepare_and_launch(
             filling, "computing the reference", overwrite=False, options=("--only-reference",)
         )
-    except UserError:  # before the launch: there is nothing to look at
+    except typer.Exit:  # the ranks failed: their logs stay
+        shutil.rmtree(work / "run" / "data", ignore_errors=True)
+        raise
+    except BaseException:
         shutil.rmtree(work)
         raise
-    shutil.rmtree(work)  # a failed fill has left its logs here
+    shutil.rmtree(work)
     console.print(f"done: {status.message}")
 
 

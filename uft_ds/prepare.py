@@ -17,20 +17,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 
 from uft_ds.checkpoint.save import latest_checkpoint
-from uft_ds.data.example import Kind
+from uft_ds.data.example import KINDS, Kind
 from uft_ds.data.prepare import PreparedSource, Source, prepare_source, write_sequences
 from uft_ds.data.tokenize import ChatTokenizer, load_tokenizer
 from uft_ds.errors import UserError
 from uft_ds.files import user_cache, write_atomically
 from uft_ds.model.adapters import add_adapters, start_from_adapter
-from uft_ds.model.identity import adapter_identity, base_identity
+from uft_ds.model.identity import adapter_identity, base_identity, local_folder
 from uft_ds.model.load import check_base, empty_base
-from uft_ds.model.uft_model import UFTModel
+from uft_ds.model.uft_model import ReferenceMode, UFTModel
+from uft_ds.objectives.objective import Objective
 from uft_ds.recipe import Recipe, SourceSection
 from uft_ds.recipe_file import dump_recipe
 from uft_ds.training.engine import read_deepspeed_file
@@ -68,13 +69,47 @@ def check_recipe(recipe: Recipe) -> None:
         )
         if recipe.reference.adapter is not None:
             start_from_adapter(policy, adapter_folder(recipe.reference.adapter))
-        UFTModel(policy, reference_mode=recipe.reference.mode)
+        UFTModel(policy, reference_mode=reference_mode(recipe))
+    _check_positions(config, recipe.data.max_length)
     if recipe.model.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         raise UserError("model.attention: flash_attention_2 needs flash-attn: pip install 'uft-ds[gpu]', or take auto")
-    if recipe.reference.cache:
+    if caches_reference(recipe):
         _check_writable(cache_dir(recipe))
     if "wandb" in recipe.tracking and importlib.util.find_spec("wandb") is None:
         raise UserError("tracking: wandb is not installed: pip install 'uft-ds[wandb]', or leave it out")
+
+
+def objective_of(recipe: Recipe) -> Objective:
+    """The recipe's losses and weights, kind by kind."""
+    return Objective(
+        {kind: recipe.loss_of(kind) for kind in KINDS},
+        {kind: recipe.weight_of(kind) for kind in KINDS},
+        recipe.objective.beta,
+    )
+
+
+def reference_mode(recipe: Recipe) -> ReferenceMode:
+    """How the reference is forwarded; where none is, the model is left as it is."""
+    return recipe.reference.mode if objective_of(recipe).needs_reference else "separate"
+
+
+def caches_reference(recipe: Recipe) -> bool:
+    """Whether the reference is needed, and remembered."""
+    return recipe.reference.cache and objective_of(recipe).needs_reference
+
+
+def _check_positions(config: Any, max_length: int) -> None:
+    """Some rotary embeddings change all positions with the longest one: then sequences packed together, and the turns
+    of one conversation, would not be what they are alone."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
+    limit = rope.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", None)
+    found = kinds & {"dynamic", "longrope"}
+    if found and limit is not None and max_length > limit:
+        raise UserError(
+            f"data.max_length: {max_length} is past the {limit} positions of this model, whose {found.pop()!r} rotary "
+            f"embeddings then change with the longest sequence of a micro-batch; expected at most {limit}"
+        )
 
 
 def cache_dir(recipe: Recipe) -> Path:
@@ -83,9 +118,9 @@ def cache_dir(recipe: Recipe) -> Path:
 
 
 def _check_writable(folder: Path) -> None:
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         raise UserError(
@@ -164,9 +199,11 @@ def prepare_run(
     check_claimable(folder, overwrite=overwrite)
     _check_inputs_lie_outside(recipe)
     check_recipe(recipe)
+    if caches_reference(recipe):
+        recipe = _with_fixed_revision(recipe)
     chat = load_tokenizer(recipe.model.base, revision=recipe.model.revision, chat_template=recipe.model.chat_template)
     data = prepare_data(recipe, chat, on_row)
-    content = _reference_content(recipe, on_row) if recipe.reference.cache else None
+    content = _reference_content(recipe, on_row) if caches_reference(recipe) else None
     lock = claim(folder, overwrite=overwrite)
     try:
         _write_prepared(folder, recipe, data, content)
@@ -176,6 +213,14 @@ def prepare_run(
             raise UserError(f"output: {folder.path} cannot be written ({error.strerror})") from None
         raise
     return folder, data, lock
+
+
+def _with_fixed_revision(recipe: Recipe) -> Recipe:
+    """A hub model by its commit: what is hashed here must be what the ranks load."""
+    if Path(recipe.model.base).exists():
+        return recipe
+    commit = local_folder(recipe.model.base, recipe.model.revision).name
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": commit})})
 
 
 def _reference_content(recipe: Recipe, on_row: OnRow) -> dict[str, object]:
@@ -236,7 +281,8 @@ def _check_inputs_lie_outside(recipe: Recipe) -> None:
     """A run's folder may be emptied: nothing that the run reads may lie in it."""
     sources = [entry.path for entry in (*recipe.data.sources, *recipe.data.held_out)]
     reference = recipe.reference.adapter
-    for path in (recipe.model.base, recipe.model.chat_template, recipe.deepspeed, reference, *sources):
+    shared = recipe.reference.cache_dir
+    for path in (recipe.model.base, recipe.model.chat_template, recipe.deepspeed, reference, shared, *sources):
         if path is not None and Path(path).is_relative_to(recipe.output):
             raise UserError(f"output: {path} lies inside {recipe.output}; give another folder for the run")
 

@@ -22,12 +22,10 @@ import torch
 from rich.console import Console
 
 from uft_ds.build import build_engine, build_reference_cache
-from uft_ds.data.example import KINDS
 from uft_ds.data.mixture import Step, in_order, plan_steps
 from uft_ds.data.prepare import read_sequences
 from uft_ds.errors import EXIT_CRASHED, EXIT_DONE, CheckFailed, UserError
-from uft_ds.objectives.objective import Objective
-from uft_ds.prepare import cache_dir, prepare_run, source_of
+from uft_ds.prepare import cache_dir, objective_of, prepare_run, source_of
 from uft_ds.process import die_with_parent
 from uft_ds.recipe import Recipe
 from uft_ds.recipe_file import load_recipe
@@ -36,7 +34,7 @@ from uft_ds.training.engine import Engine, init_distributed
 from uft_ds.training.evaluate import check_against_hugging_face, check_log_ratios_are_zero
 from uft_ds.training.loop import train
 from uft_ds.training.metrics import MetricsWriter
-from uft_ds.training.reference_cache import ReferenceCache, fill
+from uft_ds.training.reference_cache import fill
 from uft_ds.training.report import ConsoleReporter, FillReporter, Reporter, SilentReporter, Speaker
 from uft_ds.training.run_folder import RunFolder, Status
 
@@ -67,6 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.prepared:
             lock = _on_rank_zero(lambda: prepare_run(recipe, overwrite=options.overwrite)[2])
         folder = RunFolder(Path(recipe.output))  # ours only from here on
+        recipe = load_recipe(str(folder.recipe))  # as prepared: paths, adapter and revision are fixed there
         with _own_streams(folder, rank) as terminal:
             work = _fill_reference if options.only_reference else _run
             work(recipe, folder, Console(file=terminal))
@@ -88,7 +87,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(recipe: Recipe, folder: RunFolder, console: Console) -> None:
-    dtype = getattr(torch, recipe.model.dtype)
     _make_deterministic(recipe.train.deterministic)
     sources = [read_sequences(folder.train_data(index)) for index in range(len(recipe.data.sources))]
     names = [source_of(entry).seed_name for entry in recipe.data.sources]
@@ -101,19 +99,11 @@ def _run(recipe: Recipe, folder: RunFolder, console: Console) -> None:
         steps=recipe.train.steps,
     )
     held_out = in_order(read_sequences(folder.held_out_data()), recipe.train.examples_per_step)
-    objective = Objective(
-        {kind: recipe.loss_of(kind) for kind in KINDS},
-        {kind: recipe.weight_of(kind) for kind in KINDS},
-        recipe.objective.beta,
-    )
+    objective = objective_of(recipe)
     with _reporter(recipe, folder, console, len(steps)) as reporter:
         engine, model = build_engine(recipe, reporter)
-        shortest = min((s for source in sources for s in source), key=lambda sequence: sequence.num_tokens)
-        check_against_hugging_face(engine, shortest, dtype=dtype)
-        reference = ReferenceCache("unneeded")
-        if objective.needs_reference:
-            _check_start(engine, recipe, steps[0], reporter)
-            reference = build_reference_cache(recipe, folder, engine, model, (*held_out, *steps), reporter)
+        _check_start(engine, recipe, steps[0], reporter)
+        reference = build_reference_cache(recipe, folder, engine, model, (*held_out, *steps), reporter)
         train(engine, model.policy, steps, held_out, objective, recipe.train, folder, reporter, reference)
     if engine.rank == 0:
         folder.write_status(Status(EXIT_DONE, "done"))
@@ -125,6 +115,10 @@ def _run(recipe: Recipe, folder: RunFolder, console: Console) -> None:
 
 
 def _check_start(engine: Engine, recipe: Recipe, step: Step, reporter: Speaker) -> None:
+    shortest = min(step.sequences, key=lambda sequence: sequence.num_tokens)
+    check_against_hugging_face(engine, shortest, dtype=getattr(torch, recipe.model.dtype))
+    if not objective_of(recipe).needs_reference:
+        return
     largest = check_log_ratios_are_zero(
         engine,
         step,

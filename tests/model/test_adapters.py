@@ -170,6 +170,16 @@ def test_the_reference_adapter_stays_while_the_policy_moves(tiny_qwen2: Path, tm
     assert set(get_peft_model_state_dict(policy)) == names, "what a checkpoint holds is the policy's adapter alone"
 
 
+def test_an_adapter_of_an_older_peft_is_accepted(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """Fields that it did not write have the value that they had: the default."""
+    folder = saved_adapter(tiny_qwen2, tmp_path / "adapter")
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    old = ("peft_type", "r", "lora_alpha", "target_modules", "bias", "task_type", "base_model_name_or_path")
+    path.write_text(json.dumps({key: config[key] for key in old}))
+    start_from_adapter(toy_policy(tiny_qwen2), folder)
+
+
 def test_an_adapter_of_another_form_is_refused(tiny_qwen2: Path, tmp_path: Path) -> None:
     """Rank, alpha, layers, shape, kind, a missing or torn file: each named, with what was found and expected."""
 
@@ -186,9 +196,14 @@ def test_an_adapter_of_another_form_is_refused(tiny_qwen2: Path, tmp_path: Path)
 
     assert "r is 8, expected 4 (lora.rank)" in refusal(edited("rank", r=8))
     assert "lora_alpha is 1.5, expected 8.0 (lora.alpha)" in refusal(edited("alpha", lora_alpha=1.5))
-    assert "use_dora is True, expected False" in refusal(edited("dora", use_dora=True))
+    assert "use_dora is True, expected None" in refusal(edited("dora", use_dora=True))
     assert "use_rslora is True" in refusal(edited("rslora", use_rslora=True))
     assert "modules_to_save is ['lm_head']" in refusal(edited("saved", modules_to_save=["lm_head"]))
+    assert "init_lora_weights is 'pissa', which changes the base's weights" in refusal(
+        edited("pissa", init_lora_weights="pissa")
+    )
+    assert "use_newer: not known to the installed PEFT" in refusal(edited("newer", use_newer=1))
+    assert "peft_type is 'IA3', expected 'LORA'" in refusal(edited("ia3", peft_type="IA3"))
     few = saved_adapter(tiny_qwen2, tmp_path / "few", targets=["q_proj"])
     assert "it is not in the file; lora.targets must name the same layers" in refusal(few)
     whole = saved_adapter(tiny_qwen2, tmp_path / "whole")

@@ -19,7 +19,7 @@ from uft_ds.model.identity import adapter_identity, base_identity, local_folder,
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Remembered hashes of this test alone."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "uft_ds" / "sha256.json"
+    return tmp_path / "cache" / "uft_ds" / "sha256"
 
 
 @pytest.fixture
@@ -67,15 +67,22 @@ def test_hashes_are_remembered_until_a_file_changes(
     os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert base_identity(str(base), None) != first
     assert len(read) == 2
-    own_cache.write_text("{")
-    flip_a_bit(weights)
-    assert base_identity(str(base), None) == first
+    for memory in own_cache.iterdir():
+        memory.write_text("torn")
+    assert base_identity(str(base), None) != first
+    assert len(read) == 3
 
 
 def test_everything_that_changes_numbers_changes_the_name(tiny_qwen2: Path, tmp_path: Path) -> None:
     """The type computed in, the attention, the adapter and its type; 64 hex digits that never change by themselves."""
     content = {**base_identity(str(tiny_qwen2), None), "adapter": None}
-    adapter = adapter_identity(saved_adapter(tiny_qwen2, tmp_path / "adapter"))
+    folder = saved_adapter(tiny_qwen2, tmp_path / "adapter")
+    adapter = adapter_identity(folder)
+    config = folder / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": 16'))
+    louder = adapter_identity(folder)
+    config.write_text(config.read_text().replace('"revision": null', '"revision": "main"'))
+    assert adapter_identity(folder) == louder
     options = {"dtype": "float32", "attention": "sdpa", "adapter_dtype": None}
     names = [
         reference_identity(content, **options),
@@ -83,8 +90,9 @@ def test_everything_that_changes_numbers_changes_the_name(tiny_qwen2: Path, tmp_
         reference_identity(content, **options | {"attention": "eager"}),
         reference_identity(content | {"adapter": adapter}, **options | {"adapter_dtype": "float32"}),
         reference_identity(content | {"adapter": adapter}, **options | {"adapter_dtype": "bfloat16"}),
+        reference_identity(content | {"adapter": louder}, **options | {"adapter_dtype": "float32"}),
     ]
-    assert len(set(names)) == 5
+    assert len(set(names)) == 6
     assert names[0] == reference_identity(json.loads(json.dumps(content)), **options)
     assert all(len(name) == 64 and set(name) <= set("0123456789abcdef") for name in names)
 
@@ -104,6 +112,10 @@ def test_shards_are_those_that_the_index_names(base: Path, tmp_path: Path) -> No
     (base / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(UserError, match=r"model\.base: .*model-00002-of-00002\.safetensors: cannot be read"):
         base_identity(str(base), None)
+    for broken in ("{", "{}", "[]", '{"weight_map": 3}'):
+        (base / "model.safetensors.index.json").write_text(broken)
+        with pytest.raises(UserError, match=r"index\.json: expected an index of weight files"):
+            weight_files(base)
     (base / "model.safetensors.index.json").unlink()
     with pytest.raises(UserError, match=r"holds no weights; expected model\.safetensors"):
         weight_files(base)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +16,7 @@ from toy import toy_sequences
 from uft_ds.data.example import Response, Sequence
 from uft_ds.data.mixture import Step
 from uft_ds.data.packing import MicroBatch, rank_micro_batches
+from uft_ds.errors import UserError
 from uft_ds.training.reference_cache import REFERENCE_TABLE, ReferenceCache, fill
 from uft_ds.training.reference_store import ReferenceStore, read_table
 
@@ -52,7 +51,7 @@ def visit(engine: CountingEngine, cache: ReferenceCache, step: Step) -> tuple[di
     """One step as the loop runs it: the reference by origin, and how many responses were forwarded."""
     found: dict[str, float] = {}
     for batch, forward in cache.micro_batches(engine, step, TOKENS):  # type: ignore[arg-type]
-        logps_R = cache.logps(batch, engine.reference_logps(batch) if forward else None)
+        logps_R = cache.resolve(batch, engine.reference_logps(batch) if forward else None)
         assert logps_R is not None
         assert logps_R.dtype == torch.float64
         found |= dict(zip((r.origin for r in batch.responses), logps_R.tolist(), strict=True))
@@ -159,7 +158,7 @@ def test_without_memory_each_visit_forwards(engine: CountingEngine) -> None:
     unneeded = ReferenceCache("unneeded")
     for batch, forward in unneeded.micro_batches(engine, STEP, TOKENS):  # type: ignore[arg-type]
         assert not forward
-        assert unneeded.logps(batch, None) is None
+        assert unneeded.resolve(batch, None) is None
     assert unneeded.learn(engine, STEP) == 0  # type: ignore[arg-type]
 
 
@@ -168,7 +167,7 @@ def test_a_sweep_computes_the_reference_once(engine: CountingEngine, tmp_path: P
     computed = []
     for _ in range(4):
         store = ReferenceStore.below(tmp_path, IDENTITY)
-        cache = ReferenceCache("remembered", store.read()[0], identity=IDENTITY, store=store)
+        cache = ReferenceCache("remembered", store.read().table, identity=IDENTITY, store=store)
         computed.append(visit(engine, cache, STEP)[1])
         cache.flush()
     assert computed == [len(STEP.responses), 0, 0, 0]
@@ -187,32 +186,31 @@ def test_a_table_in_a_checkpoint_is_all_that_is_known(engine: CountingEngine, tm
     assert table[SEQUENCES[0].response_keys[0]] == -1.25
 
 
-def test_a_store_that_fails_is_said_once_and_left_alone(
-    engine: CountingEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A full disk must not end a run: the values stay in its memory and its checkpoints."""
+def test_a_store_that_fails_is_said_once_and_left_alone(engine: CountingEngine, tmp_path: Path) -> None:
+    """A full disk must not end a run: the values stay in its memory and its checkpoints. A fill has nothing else."""
     (tmp_path / IDENTITY[:32]).write_text("a file where the folder should be")
     store = ReferenceStore.below(tmp_path, IDENTITY)
     cache = ReferenceCache("remembered", identity=IDENTITY, store=store)
-    with caplog.at_level(logging.WARNING):
-        for sequences in (SEQUENCES[:3], SEQUENCES[3:]):
-            visit(engine, cache, Step(0, sequences))
-            cache.flush()
-    assert len([r for r in caplog.records if "cannot be written" in r.message]) == 1
+    said = []
+    for sequences in (SEQUENCES[:3], SEQUENCES[3:]):
+        visit(engine, cache, Step(0, sequences))
+        said.append(cache.flush())
+    assert said[0] is not None
+    assert "cannot be written" in said[0]
+    assert said[1] is None
     assert cache.num_known == len(STEP.responses)
+    filling = ReferenceCache("remembered", identity=IDENTITY, store=store)
+    with pytest.raises(UserError, match=r"reference\.cache_dir: .*cannot be written"):
+        fill(engine, filling, [STEP], TOKENS, flush_every=1)  # type: ignore[arg-type]
 
 
-def test_forgetting_sets_the_store_aside(engine: CountingEngine, tmp_path: Path) -> None:
-    """Values that failed the check against a live reference are neither used nor read again by anyone."""
-    store = ReferenceStore.below(tmp_path, IDENTITY)
-    store.write({key: -7.0 for sequence in SEQUENCES for key in sequence.response_keys})
-    cache = ReferenceCache("remembered", store.read()[0], identity=IDENTITY, store=store)
+def test_what_is_forgotten_is_computed_again(engine: CountingEngine) -> None:
+    """Values that failed the check against the reference itself are not used."""
+    wrong = {key: -7.0 for sequence in SEQUENCES for key in sequence.response_keys}
+    cache = ReferenceCache("remembered", wrong)
+    assert visit(engine, cache, STEP)[1] == 0
     cache.forget()
     assert visit(engine, cache, STEP) == (expected(STEP), len(STEP.responses))
-    cache.flush()
-    values: Any = store.read()[0].values()
-    assert -7.0 not in values
-    assert len(values) == len(STEP.responses)
 
 
 def test_fill_stores_on_the_way_and_goes_on_where_it_was(engine: CountingEngine, tmp_path: Path) -> None:
@@ -233,6 +231,6 @@ def test_fill_stores_on_the_way_and_goes_on_where_it_was(engine: CountingEngine,
     cache = ReferenceCache("remembered", identity=IDENTITY, store=store)
     with pytest.raises(KilledError):
         fill(engine, cache, groups, TOKENS, flush_every=1, on_group=die_after_two)  # type: ignore[arg-type]
-    again = ReferenceCache("remembered", store.read()[0], identity=IDENTITY, store=store)
+    again = ReferenceCache("remembered", store.read().table, identity=IDENTITY, store=store)
     assert fill(engine, again, groups, TOKENS, flush_every=1) == len(groups[2].responses)  # type: ignore[arg-type]
-    assert len(store.read()[0]) == len(STEP.responses)
+    assert len(store.read().table) == len(STEP.responses)

@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from uft_ds.data.example import KEY_BYTES
-from uft_ds.training.reference_store import LogpTable, ReferenceStore, read_table, write_table
+from uft_ds.training.reference_store import LogpTable, ReferenceStore, Stored, read_table, set_aside, write_table
 
 IDENTITY, OTHER = "a" * 64, "b" * 64
 
@@ -29,14 +29,16 @@ def files(store: ReferenceStore) -> list[Path]:
 
 def test_what_is_read_is_what_was_written(store: ReferenceStore) -> None:
     """Bit for bit, over several files; an empty or absent store is an empty table; nothing new writes no file."""
-    assert store.read() == ({}, [])
+    assert store.read() == Stored({}, (), ())
     store.write({})
     assert not store.folder.exists()
     first, second = table(50), table(30, seed=1)
     store.write(first)
     store.write(second)
     assert len(files(store)) == 2
-    assert store.read() == (first | second, [])
+    stored = store.read()
+    assert (stored.table, stored.problems) == (first | second, ())
+    assert sorted(stored.files) == files(store)
     store.write(first)
     assert len(files(store)) == 2, "the same content has the same name"
     assert all(path.stat().st_mode & 0o044 for path in files(store)), "others share the folder"
@@ -46,14 +48,14 @@ def test_references_never_mix(tmp_path: Path, store: ReferenceStore) -> None:
     """Another reference has another folder; a file that was moved there is recognised by its metadata."""
     store.write(table(5))
     other = ReferenceStore.below(tmp_path, OTHER)
-    assert other.read() == ({}, [])
+    assert other.read() == Stored({}, (), ())
     other.folder.mkdir()
     files(store)[0].rename(other.folder / files(store)[0].name)
-    found, problems = other.read()
-    assert found == {}
-    assert len(problems) == 1
-    assert "belongs to another reference (aaaaaaaaaaaaaaaa, expected bbbbbbbbbbbbbbbb)" in problems[0]
-    assert other.read() == ({}, []), "set aside, so it is said once"
+    stored = other.read()
+    assert (stored.table, stored.files) == ({}, ())
+    assert len(stored.problems) == 1
+    assert "belongs to another reference (aaaaaaaaaaaaaaaa, expected bbbbbbbbbbbbbbbb)" in stored.problems[0]
+    assert other.read() == Stored({}, (), ()), "set aside, so it is said once"
 
 
 @pytest.mark.parametrize("damage", ["bit", "cut", "empty", "text"])
@@ -73,12 +75,13 @@ def test_a_damaged_file_is_said_and_set_aside(store: ReferenceStore, damage: str
     }[damage]
     path.chmod(0o644)
     path.write_bytes(damaged)
-    found, problems = store.read()
-    assert found == kept
-    assert len(problems) == 1
-    assert str(path) in problems[0]
+    stored = store.read()
+    assert stored.table == kept
+    assert set(stored.files) == before
+    assert len(stored.problems) == 1
+    assert str(path) in stored.problems[0]
     assert path.with_name(f"{path.name}.rejected").exists()
-    assert store.read() == (kept, [])
+    assert store.read() == Stored(kept, stored.files, ())
 
 
 @pytest.mark.parametrize(
@@ -117,9 +120,9 @@ def test_writers_at_the_same_time_lose_nothing(tmp_path: Path) -> None:
     for writer in writers:
         writer.join(timeout=60)
         assert writer.exitcode == 0
-    found, problems = ReferenceStore.below(tmp_path, IDENTITY).read()
+    stored = ReferenceStore.below(tmp_path, IDENTITY).read()
     expected = {k: v for seed in range(4) for i in range(20) for k, v in table(3, seed=1000 * seed + i).items()}
-    assert (found, problems) == (expected, [])
+    assert (stored.table, stored.problems) == (expected, ())
     assert not list(tmp_path.rglob("*.tmp")) + list(tmp_path.rglob("*.rejected"))
 
 
@@ -127,7 +130,7 @@ def test_a_killed_writer_leaves_nothing_that_is_read(store: ReferenceStore) -> N
     """Its temporary file is never mistaken for a table."""
     store.write(table(3))
     write_table(store.folder / ".half.tmp", table(3, seed=9), IDENTITY)
-    assert store.read() == (table(3), [])
+    assert store.read() == Stored(table(3), tuple(files(store)), ())
 
 
 def test_a_folder_that_cannot_be_written_is_an_os_error(tmp_path: Path) -> None:
@@ -139,10 +142,11 @@ def test_a_folder_that_cannot_be_written_is_an_os_error(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [IDENTITY[:32]]
 
 
-def test_all_can_be_set_aside(store: ReferenceStore) -> None:
-    """After which there is nothing to read, and new values are stored as before."""
+def test_what_was_read_can_be_set_aside(store: ReferenceStore) -> None:
+    """And nothing else: what others have written since is still read. Twice, as two runs might, is no error."""
     store.write(table(3))
-    store.set_all_aside()
-    assert store.read() == ({}, [])
-    store.write(table(3))
-    assert store.read() == (table(3), [])
+    wrong = store.read().files
+    store.write(table(4, seed=2))
+    assert set_aside(wrong) == 1
+    assert set_aside(wrong) == 0
+    assert store.read().table == table(4, seed=2)

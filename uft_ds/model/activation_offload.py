@@ -22,7 +22,7 @@ def activations_on_host() -> AbstractContextManager[None]:
 def _to_host(tensor: Tensor) -> Packed:
     if isinstance(tensor, nn.Parameter) or hasattr(tensor, "ds_id") or not tensor.is_floating_point():
         return tensor
-    # Pinned, so that the copy runs beside the computation; one stream keeps it in order with the tensor's reuse.
+    # In the computation's own stream: in order with the tensor's reuse, but the kernels after it wait for the copy.
     host = torch.empty(tensor.size(), dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     host.copy_(tensor, non_blocking=True)
     return tensor.device, host

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,11 +20,15 @@ from uft_ds.errors import UserError
 POLICY, REFERENCE = "default", "reference"
 """PEFT's names of the trainable adapter and of the frozen one beside it."""
 
-_MAY_DIFFER = {
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "lora_dropout", "peft_version",
-    "revision", "runtime_config", "target_modules", "task_type",
+_NOT_NUMBERS = {
+    "auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules", "inference_mode", "init_lora_weights",
+    "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_config", "megatron_core", "peft_type",
+    "peft_version", "revision", "runtime_config", "target_modules", "task_type",
 }  # fmt: skip
 """Fields of a LoRA's config that do not change what a frozen adapter computes, or that its tensors show."""
+
+_LEAVE_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
+"""Initial values that PEFT draws without changing the base's weights; PiSSA, OLoRA and others do change them."""
 
 
 def add_adapters(
@@ -118,18 +123,43 @@ def _read_adapter(folder: Path) -> dict[str, Tensor]:
         raise UserError(f"reference.adapter: {path}: cannot be read ({error})") from None
 
 
-def _check_same_lora(folder: Path, ours: PeftConfig) -> None:
+def lora_form(folder: Path) -> dict[str, Any]:
+    """Of an adapter's config, what its numbers depend on besides its tensors.
+
+    Raises:
+        UserError: not a LoRA's config, one with fields that this PEFT does not know, or one that changes the base.
+    """
+    path = folder / "adapter_config.json"
     try:
-        theirs = PeftConfig.from_pretrained(str(folder)).to_dict()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"reference.adapter: {folder / 'adapter_config.json'}: cannot be read ({error})") from None
-    recipe_keys = {"r": "lora.rank", "lora_alpha": "lora.alpha"}
-    for key, value in ours.to_dict().items():
-        # PEFT writes an empty pattern as {} or null.
-        if key not in _MAY_DIFFER and (theirs.get(key) or None) != (value or None):
+        form: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        kind, start = form["peft_type"], form.get("init_lora_weights", True)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"reference.adapter: {path}: cannot be read ({error})") from None
+    if kind != "LORA":
+        raise UserError(f"reference.adapter: {path}: peft_type is {kind!r}, expected 'LORA'")
+    unknown = sorted(set(form) - set(LoraConfig.__dataclass_fields__))
+    if unknown:
+        raise UserError(f"reference.adapter: {path}: {unknown[0]}: not known to the installed PEFT; update PEFT")
+    if start not in _LEAVE_THE_BASE:
+        raise UserError(
+            f"reference.adapter: {path}: init_lora_weights is {start!r}, which changes the base's weights too; convert "
+            "it to a plain LoRA first (PEFT's save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    return _numbers_of({**LoraConfig().to_dict(), **form})  # older versions wrote fewer fields
+
+
+def _numbers_of(config: dict[str, Any]) -> dict[str, Any]:
+    # An empty pattern is {} or null, as the version has it.
+    return {key: value or None for key, value in sorted(config.items()) if key not in _NOT_NUMBERS}
+
+
+def _check_same_lora(folder: Path, ours: PeftConfig) -> None:
+    theirs, recipe_keys = lora_form(folder), {"r": "lora.rank", "lora_alpha": "lora.alpha"}
+    for key, value in _numbers_of(ours.to_dict()).items():
+        if theirs[key] != value:
             meant = recipe_keys.get(key, "a plain LoRA's")
             raise UserError(
-                f"reference.adapter: {folder}: {key} is {theirs.get(key)!r}, expected {value!r} ({meant}): "
+                f"reference.adapter: {folder}: {key} is {theirs[key]!r}, expected {value!r} ({meant}): "
                 "the policy starts from this adapter, so it must have the same form"
             )
 
@@ -138,7 +168,7 @@ def _check_same_lora(folder: Path, ours: PeftConfig) -> None:
 def as_reference(module: nn.Module) -> Iterator[None]:
     """Within the block, `module` computes what the reference computes.
 
-    That is the bare base, or the base with the frozen adapter that `add_reference_adapter` has put beside the policy's.
+    That is the bare base, or the base with the frozen adapter that `start_from_adapter` has put beside the policy's.
     PEFT's own `disable_adapter` and `set_adapter` also flip `requires_grad` of every adapter, which under ZeRO would
     reach its hooks; here only the two attributes that the layers' forward reads are set, and they come back after an
     exception too.

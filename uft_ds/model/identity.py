@@ -12,6 +12,7 @@ from typing import Any
 
 from uft_ds.errors import UserError
 from uft_ds.files import sha256, user_cache, write_atomically
+from uft_ds.model.adapters import lora_form
 
 OnFile = Callable[[int, int], None]
 """Called with files hashed and files in all."""
@@ -32,7 +33,9 @@ def base_identity(base: str, revision: str | None, on_file: OnFile = lambda done
         UserError: no weights.
     """
     folder = local_folder(base, revision)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config: dict[str, Any] = json.loads(
+        (folder / "config.json").read_text(encoding="utf-8")
+    )  # `check_base` has read it
     return {
         "weights": sorted(_hash_files(weight_files(folder), on_file)),
         "config": _digest({key: value for key, value in config.items() if key not in _NOT_NUMBERS}),
@@ -40,8 +43,8 @@ def base_identity(base: str, revision: str | None, on_file: OnFile = lambda done
 
 
 def adapter_identity(folder: Path) -> str:
-    """SHA-256 of an adapter's tensors; its form is checked against the policy's elsewhere."""
-    return sha256(folder / "adapter_model.safetensors")
+    """SHA-256 of an adapter's tensors and of what else its numbers depend on, such as alpha."""
+    return _digest([sha256(folder / "adapter_model.safetensors"), lora_form(folder)])
 
 
 def reference_identity(content: dict[str, Any], *, dtype: str, attention: str, adapter_dtype: str | None) -> str:
@@ -64,11 +67,12 @@ def local_folder(base: str, revision: str | None) -> Path:
         return Path(base)
     from huggingface_hub import snapshot_download
 
-    patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+    # Not *.safetensors: some models carry a second copy of all weights in another layout.
+    patterns = ["config.json", "model.safetensors*", "model-*.safetensors"]
     try:
         folder = Path(snapshot_download(base, revision=revision, allow_patterns=patterns))
         if not list(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(base, revision=revision, allow_patterns=["config.json", "*.bin*"]))
+            folder = Path(snapshot_download(base, revision=revision, allow_patterns=["pytorch_model*.bin*"]))
     except Exception as error:  # noqa: BLE001 - the hub's client raises many types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"model.base: the files of {base!r} cannot be had from the hub ({reason})") from None
@@ -79,40 +83,45 @@ def weight_files(folder: Path) -> list[Path]:
     """The files that transformers would load: one, or those that an index names.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, or the index cannot be read.
     """
     for name in _WEIGHTS:
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():
             return [folder / name]
         if index.is_file():
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            return [folder / shard for shard in sorted(shards)]
+            try:
+                shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+                return [folder / shard for shard in sorted(shards)]
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                raise UserError(f"model.base: {index}: expected an index of weight files with a weight_map") from None
     raise UserError(f"model.base: {folder} holds no weights; expected {' or '.join(_WEIGHTS)}, or their index")
 
 
 def _hash_files(paths: Iterable[Path], on_file: OnFile) -> list[str]:
     paths = [path.resolve() for path in paths]  # the hub's cache links to its blobs
-    memory = user_cache() / "sha256.json"
+    digests: list[str] = []
     try:
-        known: dict[str, str] = json.loads(memory.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = {}
-    digests = {}
-    try:
-        names = {path: _unchanged_name(path) for path in paths}
-        missing = [path for path in paths if names[path] not in known]
         with ThreadPoolExecutor(_THREADS) as pool:
-            for done, (path, digest) in enumerate(zip(missing, pool.map(sha256, missing), strict=True), start=1):
-                digests[names[path]] = digest
-                on_file(done, len(missing))
+            for digest in pool.map(_remembered_sha256, paths):
+                digests.append(digest)
+                on_file(len(digests), len(paths))
     except OSError as error:
         raise UserError(f"model.base: {error.filename}: cannot be read ({error.strerror})") from None
-    if digests:
-        with suppress(OSError):  # only remembered for the next time
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(memory, json.dumps({**known, **digests}))
-    return [(known | digests)[names[path]] for path in paths]
+    return digests
+
+
+def _remembered_sha256(path: Path) -> str:
+    memory = user_cache() / "sha256" / _digest(_unchanged_name(path))
+    with suppress(OSError):
+        remembered = memory.read_text(encoding="utf-8")
+        if len(remembered) == 64:
+            return remembered
+    digest = sha256(path)
+    with suppress(OSError):  # only remembered for the next time
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(memory, digest)
+    return digest
 
 
 def _unchanged_name(path: Path) -> str:

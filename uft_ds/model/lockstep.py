@@ -23,7 +23,7 @@ from uft_ds.model.adapters import as_reference
 SHOWN_TO_WORK = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 """Decoder layers that the tests hold against two separate forwards and Hugging Face's own."""
 
-Streams = tuple[Tensor, Tensor]
+BothStreams = tuple[Tensor, Tensor]
 """Policy and reference, [1, tokens, hidden] each; the second without gradient."""
 
 
@@ -64,7 +64,7 @@ def enable_lockstep(base: Any) -> None:
 def _lockstep_layer(layer_class: Any) -> type[nn.Module]:
     def forward(
         self: Any, hidden_1TD: Tensor, *args: Any, lane: ReferenceLane | None = None, **kwargs: Any
-    ) -> Tensor | Streams:
+    ) -> Tensor | BothStreams:
         run = partial(layer_class.forward, self, **kwargs)
         if lane is not None:
             with torch.no_grad(), as_reference(self):
@@ -86,7 +86,7 @@ def _lockstep_layer(layer_class: Any) -> type[nn.Module]:
 
 
 def _lockstep_norm(norm_class: Any) -> type[nn.Module]:
-    def forward(self: Any, hidden: Tensor | Streams) -> Tensor | Streams:
+    def forward(self: Any, hidden: Tensor | BothStreams) -> Tensor | BothStreams:
         if isinstance(hidden, Tensor):
             normed: Tensor = norm_class.forward(self, hidden)
             return normed

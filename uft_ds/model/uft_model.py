@@ -115,7 +115,7 @@ class UFTModel(nn.Module):
             if streams == "policy":
                 return self._hidden(base, micro_batch), None
             if self._in_lockstep:
-                hidden_1TD, reference_1TD = self._decode(base, micro_batch, lane=ReferenceLane())
+                hidden_1TD, reference_1TD = self._decode(base, micro_batch, ReferenceLane())
                 return _predictors(hidden_1TD, micro_batch), _predictors(reference_1TD, micro_batch)
             with torch.no_grad(), as_reference(base):
                 reference_hidden_ND = self._hidden(base, micro_batch)
@@ -124,7 +124,7 @@ class UFTModel(nn.Module):
     def _hidden(self, base: Any, micro_batch: MicroBatch) -> Tensor:
         return _predictors(self._decode(base, micro_batch), micro_batch)
 
-    def _decode(self, base: Any, micro_batch: MicroBatch, **lane: ReferenceLane) -> Any:
+    def _decode(self, base: Any, micro_batch: MicroBatch, lane: ReferenceLane | None = None) -> Any:
         """Final hidden states, [1, tokens, hidden]; with a lane, those of policy and reference."""
         # use_cache=False is not a detail: with a cache the mask that keeps packed sequences apart is not built.
         return base.get_decoder()(
@@ -132,7 +132,7 @@ class UFTModel(nn.Module):
             position_ids=micro_batch.position_ids_T[None],
             use_cache=False,
             **self._sequence_bounds(micro_batch),
-            **lane,
+            **({} if lane is None else {"lane": lane}),
         ).last_hidden_state
 
     def token_logps_through_logits(self, micro_batch: MicroBatch) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -94,13 +95,14 @@ def check_reference_cache(
     tokens_per_micro_batch: int,
     dtype: torch.dtype,
 ) -> SpotCheck | None:
-    """Compare what was read from the store with the reference itself, on the first known responses of the data.
+    """Compare what was read from the store with the reference itself, on known responses from all over the data.
 
     Returns:
         the same on every rank; None where nothing is known.
     """
-    sequences = [s for group in groups for s in group.sequences if s.responses and cache.knows(s)]
-    chosen = Step(0, tuple(sequences[: SPOT_CHECKED_PER_RANK * engine.world_size]))
+    known = {s.response_keys: s for group in groups for s in group.sequences if s.responses and cache.knows(s)}
+    sequences, count = tuple(known.values()), SPOT_CHECKED_PER_RANK * engine.world_size
+    chosen = Step(0, sequences[:: max(1, len(sequences) // count)][:count])
     if not chosen.sequences:
         return None
     worst = (0.0, 0.0, "")
@@ -108,7 +110,7 @@ def check_reference_cache(
         for batch in engine.micro_batches(chosen, tokens_per_micro_batch):
             live = engine.reference_logps(batch).tolist()
             for key, value, response in zip(batch.response_keys, live, batch.responses, strict=True):
-                difference = abs(value - cache.known(key))
+                difference = abs(value - cache.known(key)) if math.isfinite(value) else math.inf
                 allowed = SPOT_CHECK_NATS[dtype] * response.num_tokens**0.5
                 worst = max(worst, (difference / allowed, difference, response.origin))
     share, difference, origin = max(engine.gather_objects(worst))
@@ -127,7 +129,7 @@ def evaluate(
         for group in groups:
             for batch, forward_reference in reference.micro_batches(engine, group, tokens_per_micro_batch):
                 logps_R, forwarded_R = engine(batch, with_reference=forward_reference)
-                reference_logps_R = reference.logps(batch, forwarded_R)
+                reference_logps_R = reference.resolve(batch, forwarded_R)
                 share, statistics = micro_batch_loss(objective, batch, terms, logps_R, reference_logps_R)
                 loss += share
                 sums += statistics

@@ -62,10 +62,10 @@ def train(
         is_last = state.step == len(steps)
         if due(state.step, settings.checkpoint_every) or is_last:
             save_checkpoint(engine, policy, folder, state, reference, keep=settings.keep_checkpoints)
-            reference.flush()
+            _store(reference, reporter)
         if due(state.step, settings.evaluate_every) or is_last:
             _evaluate_and_report(engine, objective, held_out, settings, reporter, reference, step=state.step)
-    reference.flush()
+    _store(reference, reporter)
     return state
 
 
@@ -84,7 +84,7 @@ def run_step(
     sums = torch.zeros(len(KINDS), len(STATISTICS), dtype=torch.float64, device=engine.device)
     for number, (micro_batch, forward_reference) in enumerate(micro_batches, start=1):
         logps_R, forwarded_R = engine(micro_batch, with_reference=forward_reference)
-        reference_logps_R = reference.logps(micro_batch, forwarded_R)
+        reference_logps_R = reference.resolve(micro_batch, forwarded_R)
         loss, statistics = micro_batch_loss(objective, micro_batch, num_terms, logps_R, reference_logps_R)
         engine.backward(loss, is_last=number == len(micro_batches))
         total_loss += loss.detach()
@@ -119,6 +119,12 @@ def _evaluate_and_report(
     if held_out:
         metrics = evaluate(engine, objective, held_out, settings.tokens_per_micro_batch, reference)
         reporter.held_out(step, metrics)
+
+
+def _store(reference: ReferenceCache, reporter: Reporter) -> None:
+    problem = reference.flush()
+    if problem is not None:
+        reporter.warn(f"{problem}; the run goes on without storing for others")
 
 
 def _account_for_skip(state: TrainerState, step: Step, allowed: int, reporter: Reporter) -> None:

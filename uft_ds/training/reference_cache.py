@@ -1,15 +1,14 @@
 """The reference's log-probs that a run knows, so that none is computed twice.
 
 With fixed data the reference never changes. What is known at a step is decided by the steps before it and by a snapshot
-of the store, taken when the run first starts; never by what other runs add meanwhile. So a restart from a checkpoint,
-which holds the table, goes on bit for bit.
+of the store, taken when the run first starts; never by what other runs add meanwhile. So a restart that is given the
+table of a checkpoint as what it knows goes on bit for bit.
 
 A value that was computed in another packing equals a fresh one to rounding, not bit for bit.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 from uft_ds.data.example import Sequence
 from uft_ds.data.mixture import Step
 from uft_ds.data.packing import MicroBatch
+from uft_ds.errors import UserError
 from uft_ds.training.engine import Engine
 from uft_ds.training.reference_store import LogpTable, ReferenceStore, write_table
 
@@ -29,8 +29,6 @@ REFERENCE_TABLE = "reference.safetensors"
 
 Mode = Literal["unneeded", "live", "remembered"]
 """No reference at all; forwarded each time; forwarded once."""
-
-logger = logging.getLogger("uft_ds")
 
 
 class ReferenceCache:
@@ -53,7 +51,7 @@ class ReferenceCache:
         self._known: LogpTable = dict(known or {})
         self._store = store
         self._unstored: LogpTable = {}
-        self._forwarded: list[tuple[MicroBatch, Tensor]] = []
+        self._forwarded: list[tuple[tuple[bytes, ...], Tensor]] = []
 
     @property
     def num_known(self) -> int:
@@ -72,31 +70,37 @@ class ReferenceCache:
         """Whether no response of a sequence needs the reference's forward."""
         return all(key in self._known for key in sequence.response_keys)
 
+    def unknown(self, step: Step) -> Step:
+        """The sequences of a step that have a response whose reference must be forwarded."""
+        if self._mode != "remembered":
+            return step if self._mode == "live" else Step(step.index, ())
+        return Step(step.index, tuple(sequence for sequence in step.sequences if not self.knows(sequence)))
+
     def micro_batches(self, engine: Engine, step: Step, tokens_per_micro_batch: int) -> list[tuple[MicroBatch, bool]]:
         """This rank's part of a step, and for each micro-batch whether the reference must be forwarded.
 
-        Sequences that are known are packed apart from those that are not: every rank forwards the reference in the same
-        micro-steps, and a known response never rides with one that is not.
+        Sequences that are wholly known are packed apart from the others, so every rank forwards the reference in the
+        same micro-steps.
         """
-        if self._mode != "remembered":
-            return [(batch, self._mode == "live") for batch in engine.micro_batches(step, tokens_per_micro_batch)]
-        fresh = tuple(sequence for sequence in step.sequences if not self.knows(sequence))
-        known = tuple(sequence for sequence in step.sequences if self.knows(sequence))
+        unknown = self.unknown(step)
+        chosen = {id(sequence) for sequence in unknown.sequences}
+        known = Step(step.index, tuple(sequence for sequence in step.sequences if id(sequence) not in chosen))
         return [
-            (batch, is_fresh)
-            for sequences, is_fresh in ((fresh, True), (known, False))
-            if sequences
-            for batch in engine.micro_batches(Step(step.index, sequences), tokens_per_micro_batch)
+            (batch, part is unknown)
+            for part in (unknown, known)
+            if part.sequences
+            for batch in engine.micro_batches(part, tokens_per_micro_batch)
         ]
 
-    def logps(self, batch: MicroBatch, forwarded_R: Tensor | None) -> Tensor | None:
-        """The reference's log-probs of a micro-batch: as forwarded, else as known; [responses], nats, float64.
+    def resolve(self, batch: MicroBatch, forwarded_R: Tensor | None) -> Tensor | None:
+        """The reference's log-probs of a micro-batch: as forwarded, which is noted for `learn`, else as known.
 
-        None where no objective needs them.
+        Returns:
+            [responses], nats, float64; None where no objective needs them.
         """
         if forwarded_R is not None:
             if self._mode == "remembered":
-                self._forwarded.append((batch, forwarded_R))
+                self._forwarded.append((batch.response_keys, forwarded_R))
             return forwarded_R
         if self._mode == "unneeded":
             return None
@@ -109,16 +113,14 @@ class ReferenceCache:
         Returns:
             responses of the step whose reference was forwarded, over all ranks.
         """
-        if self._mode != "remembered":
-            return len(step.responses) if self._mode == "live" else 0
-        fresh = [sequence for sequence in step.sequences if not self.knows(sequence)]
-        if not fresh:
-            return 0
+        unknown = self.unknown(step)
+        if self._mode != "remembered" or not unknown.sequences:
+            return len(unknown.responses)
         # The same content may stand in a step twice: the mean of both.
-        place = {key: i for i, key in enumerate(dict.fromkeys(k for s in fresh for k in s.response_keys))}
+        place = {key: i for i, key in enumerate(dict.fromkeys(k for s in unknown.sequences for k in s.response_keys))}
         sums = torch.zeros(2, len(place), dtype=torch.float64)
-        for batch, logps_R in self._forwarded:
-            index_R = torch.tensor([place[key] for key in batch.response_keys], dtype=torch.int64)
+        for keys, logps_R in self._forwarded:
+            index_R = torch.tensor([place[key] for key in keys], dtype=torch.int64)
             values_2R = torch.stack([logps_R.cpu(), torch.ones(len(index_R), dtype=torch.float64)])
             sums.index_add_(1, index_R, values_2R)
         self._forwarded.clear()
@@ -129,24 +131,27 @@ class ReferenceCache:
         self._known |= new
         if self._store is not None:
             self._unstored |= new
-        return sum(len(sequence.responses) for sequence in fresh)
+        return len(unknown.responses)
 
-    def flush(self) -> None:
-        """Put what is new into the store. A store that cannot be written is said once and then left alone."""
+    def flush(self) -> str | None:
+        """Put what is new into the store. One that cannot be written is left alone from then on.
+
+        Returns:
+            what went wrong, once, on the rank that has the store.
+        """
         if self._store is None:
-            return
+            return None
+        store, table, self._unstored = self._store, self._unstored, {}
         try:
-            self._store.write(self._unstored)
+            store.write(table)
         except OSError as error:
-            logger.warning("the reference cache cannot be written, the run goes on without: %s", error)
             self._store = None
-        self._unstored = {}
+            return f"the reference cache {store.folder} cannot be written ({error})"
+        return None
 
     def forget(self) -> None:
-        """Drop the snapshot: it did not stand a check against a live reference."""
+        """Drop the snapshot: it did not stand a check against the reference itself."""
         self._known = {}
-        if self._store is not None:
-            self._store.set_all_aside()
 
 
 def fill(
@@ -164,17 +169,26 @@ def fill(
         on_group: called after each group with the number of responses it needed.
     Returns:
         responses computed, over all ranks.
+    Raises:
+        UserError: the store cannot be written.
     """
+
+    def flush() -> None:
+        problem = cache.flush()
+        if problem is not None:
+            raise UserError(f"reference.cache_dir: {problem}; what was stored before is kept")
+
     total = 0
     with engine.evaluating():
         for number, group in enumerate(groups, start=1):
-            for batch, is_fresh in cache.micro_batches(engine, group, tokens_per_micro_batch):
-                if is_fresh:
-                    cache.logps(batch, engine.reference_logps(batch))
+            unknown = cache.unknown(group)
+            if unknown.sequences:
+                for batch in engine.micro_batches(unknown, tokens_per_micro_batch):
+                    cache.resolve(batch, engine.reference_logps(batch))
             computed = cache.learn(engine, group)
             total += computed
             if number % flush_every == 0:
-                cache.flush()
+                flush()
             on_group(computed)
-    cache.flush()
+    flush()
     return total

@@ -7,16 +7,17 @@ names the reference it belongs to.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import SafetensorError
+from safetensors.numpy import load, save_file
 
 from uft_ds.data.example import KEY_BYTES
 
@@ -24,6 +25,18 @@ LogpTable = dict[bytes, float]
 """From a response's key to its log-prob under the reference: nats, summed over tokens, float64."""
 
 _SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a store held at one moment.
+
+    files: those that the table came from. problems: of files that were not read, a sentence each.
+    """
+
+    table: LogpTable
+    files: tuple[Path, ...]
+    problems: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -42,10 +55,10 @@ class ReferenceStore:
         """The reference's own folder below a root that many share."""
         return cls(root / identity[:32], identity)
 
-    def read(self) -> tuple[LogpTable, list[str]]:
-        """Everything stored, and what was wrong with files that were set aside: their responses are computed again."""
+    def read(self) -> Stored:
+        """Everything stored. Files that are damaged or another reference's are set aside."""
         table: LogpTable = {}
-        problems = []
+        files, problems = [], []
         for path in sorted(self.folder.glob(f"[0-9a-f]*{_SUFFIX}"), reverse=True):
             try:
                 content = path.read_bytes()
@@ -54,16 +67,15 @@ class ReferenceStore:
             except OSError as error:
                 problems.append(f"{path}: cannot be read ({error.strerror})")
                 continue
-            if hashlib.sha256(content).hexdigest() != path.stem:
-                problems.append(f"{path}: its content is not what was written")
-            else:
-                try:
-                    table |= read_table(path, self.identity)
-                    continue
-                except ValueError as error:
-                    problems.append(str(error))
-            _set_aside(path)
-        return table, problems
+            try:
+                if hashlib.sha256(content).hexdigest() != path.stem:
+                    raise ValueError("its content is not what was written")
+                table |= _parse(content, self.identity)
+                files.append(path)
+            except ValueError as error:
+                problems.append(f"{path}: {error}")
+                set_aside((path,))
+        return Stored(table, tuple(files), tuple(problems))
 
     def write(self, table: Mapping[bytes, float]) -> None:
         """Add a file, whole or not at all. Others may write at the same time: nothing is lost.
@@ -81,13 +93,9 @@ class ReferenceStore:
             write_table(temporary, table, self.identity)
             digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
             temporary.rename(self.folder / f"{digest}{_SUFFIX}")
+            _sync(self.folder)
         finally:
             temporary.unlink(missing_ok=True)
-
-    def set_all_aside(self) -> None:
-        """After a check against a live reference has failed: none of these numbers may be read again."""
-        for path in self.folder.glob(f"[0-9a-f]*{_SUFFIX}"):
-            _set_aside(path)
 
 
 def write_table(path: Path, table: Mapping[bytes, float], identity: str) -> None:
@@ -99,8 +107,7 @@ def write_table(path: Path, table: Mapping[bytes, float], identity: str) -> None
     except SafetensorError as error:  # it wraps the system's errors
         raise OSError(f"{path}: {error}") from None
     path.chmod(0o644)  # safetensors writes 0600 whatever the umask: others share this folder
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    _sync(path)
 
 
 def read_table(path: Path, identity: str) -> LogpTable:
@@ -110,20 +117,40 @@ def read_table(path: Path, identity: str) -> LogpTable:
         ValueError: not such a file, another reference's, or not finite.
     """
     try:
-        with safe_open(path, framework="numpy") as file:
-            owner = (file.metadata() or {}).get("reference")
-            keys, logps = file.get_tensor("keys"), file.get_tensor("logps")
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: not a table of reference log-probs ({error})") from None
+        return _parse(path.read_bytes(), identity)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def set_aside(files: Iterable[Path]) -> int:
+    """Rename files so that nobody reads them again; how many could be."""
+    renamed = 0
+    for path in files:
+        with suppress(OSError):  # another run was first, or the folder is read-only
+            path.rename(path.with_name(f"{path.name}.rejected"))
+            renamed += 1
+    return renamed
+
+
+def _parse(content: bytes, identity: str) -> LogpTable:
+    try:
+        tensors = load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        owner, keys, logps = header["__metadata__"]["reference"], tensors["keys"], tensors["logps"]
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"not a table of reference log-probs ({error})") from None
     if owner != identity:
-        raise ValueError(f"{path}: belongs to another reference ({str(owner)[:16]}, expected {identity[:16]})")
+        raise ValueError(f"belongs to another reference ({str(owner)[:16]}, expected {identity[:16]})")
     if keys.dtype != np.uint8 or keys.shape != (len(logps), KEY_BYTES) or logps.dtype != np.float64:
-        raise ValueError(f"{path}: found {keys.dtype}{list(keys.shape)} and {logps.dtype}{list(logps.shape)}")
+        raise ValueError(f"found {keys.dtype}{list(keys.shape)} and {logps.dtype}{list(logps.shape)}")
     if not np.isfinite(logps).all():
-        raise ValueError(f"{path}: holds a log-prob that is not finite")
+        raise ValueError("holds a log-prob that is not finite")
     return dict(zip((key.tobytes() for key in keys), logps.tolist(), strict=True))
 
 
-def _set_aside(path: Path) -> None:
-    with suppress(OSError):  # another run was first, or the folder is read-only
-        path.rename(path.with_name(f"{path.name}.rejected"))
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

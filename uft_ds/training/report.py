@@ -53,22 +53,17 @@ class SilentReporter:
     ) -> None: ...
 
 
+SECONDS_BETWEEN_LINES = 5.0
+"""Off a terminal."""
+
+
 class ConsoleReporter:
     """A live bar on a terminal; elsewhere a line every few seconds, for a log that is read later."""
-
-    SECONDS_BETWEEN_LINES = 5.0
 
     def __init__(self, console: Console, writer: MetricsWriter, num_steps: int) -> None:
         self._console, self._writer, self._num_steps = console, writer, num_steps
         self._last_line, self._training_seconds = time.monotonic(), 0.0
-        columns = (
-            TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
-        )  # fmt: skip
-        # Redirected streams would carry what libraries print from the rank's log to the terminal.
-        self._progress = Progress(
-            *columns, console=console, disable=not console.is_terminal, redirect_stdout=False, redirect_stderr=False
-        )
+        self._progress = _progress(console)
         self._task = self._progress.add_task("training", total=num_steps, numbers="")
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -78,7 +73,7 @@ class ConsoleReporter:
         logger.info("step %d %s", step, line)
         self._progress.update(self._task, completed=step, numbers=line)
         now = time.monotonic()
-        waited = now - self._last_line >= self.SECONDS_BETWEEN_LINES
+        waited = now - self._last_line >= SECONDS_BETWEEN_LINES
         if not self._console.is_terminal and (waited or step in (1, self._num_steps)):
             self._last_line = now
             remaining = self._training_seconds / step * (self._num_steps - step)
@@ -108,19 +103,10 @@ class ConsoleReporter:
 class FillReporter:
     """Progress of filling the reference cache, in groups of responses; without a console it only logs."""
 
-    SECONDS_BETWEEN_LINES = 5.0
-
     def __init__(self, console: Console | None, num_groups: int) -> None:
         self._console, self._num_groups, self._done, self._computed = console, num_groups, 0, 0
-        self._last_line = time.monotonic()
-        columns = (
-            TextColumn("reference"), BarColumn(bar_width=20), MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
-        )  # fmt: skip
-        is_live = console is not None and console.is_terminal
-        self._progress = Progress(
-            *columns, console=console, disable=not is_live, redirect_stdout=False, redirect_stderr=False
-        )
+        self._started = self._last_line = time.monotonic()
+        self._progress = _progress(console)
         self._task = self._progress.add_task("reference", total=num_groups, numbers="")
 
     def group(self, computed: int) -> None:
@@ -129,10 +115,11 @@ class FillReporter:
         line = f"{self._computed} responses computed"
         self._progress.update(self._task, completed=self._done, numbers=line)
         now = time.monotonic()
-        is_due = now - self._last_line >= self.SECONDS_BETWEEN_LINES or self._done == self._num_groups
+        is_due = now - self._last_line >= SECONDS_BETWEEN_LINES or self._done == self._num_groups
         if self._console is not None and not self._console.is_terminal and is_due:
             self._last_line = now
-            self.say(f"reference: {self._done}/{self._num_groups} groups, {line}")
+            remaining = (now - self._started) / self._done * (self._num_groups - self._done)
+            self.say(f"reference: {self._done}/{self._num_groups} groups, {line}  ETA {_clock(remaining)}")
 
     def say(self, text: str) -> None:
         _say(self._console, text)
@@ -148,6 +135,16 @@ class FillReporter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
+
+
+def _progress(console: Console | None) -> Progress:
+    columns = (
+        TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(),
+        TextColumn("{task.fields[numbers]}"), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
+    )  # fmt: skip
+    is_live = console is not None and console.is_terminal
+    # Redirected streams would carry what libraries print from the rank's log to the terminal.
+    return Progress(*columns, console=console, disable=not is_live, redirect_stdout=False, redirect_stderr=False)
 
 
 def one_line(metrics: Mapping[str, float]) -> str:

@@ -1,0 +1,215 @@
+"""The reference cache on real ranks: the same numbers, restarts bit for bit, runs that share one store."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from ranks import run_on_ranks
+from safetensors.torch import load_file
+from test_gradient_scale import engine_of
+from test_training_run import TIMEOUT_SECONDS, run, uft, write_recipe
+from toy import UFT, toy_sequences
+
+from uft_ds.build import build_reference_cache
+from uft_ds.data.mixture import Step, in_order, plan_steps
+from uft_ds.model.identity import reference_identity
+from uft_ds.recipe_file import load_recipe
+from uft_ds.training.engine import Engine
+from uft_ds.training.loop import run_step
+from uft_ds.training.metrics import read_metrics
+from uft_ds.training.reference_cache import REFERENCE_TABLE, ReferenceCache, fill
+from uft_ds.training.reference_store import ReferenceStore, read_table
+from uft_ds.training.run_folder import RunFolder
+
+IDENTITY = "d" * 64
+SEQUENCES = toy_sequences(10, seed=4)
+STEPS: tuple[Step, ...] = plan_steps([SEQUENCES], ["toy"], seed=1, examples_per_step=9, epochs=3, steps=None)
+"""Three epochs; steps are larger than an epoch's remainder, so some hold known and unknown responses."""
+
+RATE = 3e-3
+
+
+def train(engine: Engine, cache: ReferenceCache, steps: tuple[Step, ...]) -> tuple[list[float], list[float]]:
+    """The loss of each step, and how many references it computed."""
+    metrics = [run_step(engine, UFT, step, RATE, 64, cache)[1] for step in steps]
+    return [m["loss"] for m in metrics], [m["reference/computed"] for m in metrics]
+
+
+def cached_and_live(folder: Path, mode: str) -> Any:
+    live = train(engine_of(folder, reference_mode=mode), ReferenceCache("live"), STEPS)
+    cached = train(engine_of(folder, reference_mode=mode), ReferenceCache("remembered"), STEPS)
+    return live, cached
+
+
+@pytest.mark.parametrize("mode", ["lockstep", "separate"])
+def test_a_cached_reference_trains_the_same(tiny_qwen2: Path, mode: str) -> None:
+    """Three epochs: each response's reference is computed once, and the losses are the live reference's to 1e-5."""
+    for (live, always), (cached, computed) in run_on_ranks(cached_and_live, 2, tiny_qwen2, mode):
+        assert always == [len(step.responses) for step in STEPS]
+        seen: set[bytes] = set()
+        for step, count in zip(STEPS, computed, strict=True):
+            unseen = [s for s in step.sequences if not set(s.response_keys) <= seen]
+            assert count == sum(len(s.responses) for s in unseen)
+            seen |= {key for s in step.sequences for key in s.response_keys}
+        assert computed[0] > 0
+        assert computed[-1] == 0
+        assert any(0 < count < always[i] for i, count in enumerate(computed)), "no step was mixed"
+        assert cached == pytest.approx(live, rel=1e-5)
+
+
+def unbroken_and_restarted(folder: Path, work: Path) -> Any:
+    """Invariant 4: the run, and the same run stopped after `k` steps, while another adds to the store."""
+    k = 3
+    snapshot = {SEQUENCES[3].response_keys[0]: -20.0 - 1e-3}  # not what would be computed: it must be kept
+
+    def new_cache() -> ReferenceCache:
+        store = ReferenceStore.below(work, IDENTITY) if engine.rank == 0 else None
+        return ReferenceCache("remembered", snapshot, identity=IDENTITY, store=store)
+
+    engine = engine_of(folder)
+    unbroken, _ = train(engine, new_cache(), STEPS)
+
+    engine = engine_of(folder)
+    cache = new_cache()
+    before, _ = train(engine, cache, STEPS[:k])
+    checkpoint = work / f"checkpoint-{engine.rank}"
+    checkpoint.mkdir()
+    cache.save(checkpoint)
+    if engine.rank == 0:
+        ReferenceStore.below(work, IDENTITY).write({key: -3.0 for s in SEQUENCES for key in s.response_keys})
+    resumed = ReferenceCache("remembered", read_table(checkpoint / REFERENCE_TABLE, IDENTITY), identity=IDENTITY)
+    after, _ = train(engine, resumed, STEPS[k:])
+    return unbroken, before + after
+
+
+def test_a_restart_with_the_cache_is_bit_exact(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """What other runs have stored meanwhile changes no bit; what the checkpoint's table holds is used."""
+    for unbroken, restarted in run_on_ranks(unbroken_and_restarted, 2, tiny_qwen2, tmp_path):
+        assert unbroken == restarted
+        assert len(set(unbroken)) == len(STEPS)
+
+
+class Recorder:
+    """Keeps what a run would have said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.warned: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def warn(self, text: str) -> None:
+        self.warned.append(text)
+
+
+CONTENT = {"weights": ["0" * 64], "config": "1" * 64, "adapter": None}
+
+
+def open_cache(base: Path, work: Path, store_values: float | None) -> Any:
+    """What a run makes of a store that holds the right values plus `store_values` (None: not a number)."""
+    recipe = load_recipe(str(work / "recipe.yaml"))
+    engine = engine_of(base)
+    identity = reference_identity(CONTENT, dtype="float32", attention="sdpa", adapter_dtype=None)
+    groups = in_order(SEQUENCES, 4)
+    right = ReferenceCache("remembered")
+    fill(engine, right, groups, 64, flush_every=9)
+    if engine.rank == 0:
+        offset = math.nan if store_values is None else store_values
+        keys = [key for s in SEQUENCES for key in s.response_keys]
+        ReferenceStore.below(work / "reference", identity).write({key: right.known(key) + offset for key in keys})
+    torch.distributed.barrier()
+    recorder = Recorder()
+    cache = build_reference_cache(recipe, RunFolder(work), engine, engine.module, groups, recorder)  # type: ignore[arg-type]
+    return cache.num_known, recorder.said, recorder.warned
+
+
+@pytest.mark.parametrize(
+    ("offset", "known", "message"),
+    [
+        (0.0, True, "compared with the reference itself, at most"),
+        (2e-3, False, "0.002 nats from the reference itself, more than rounding: none of"),
+        (None, False, "holds a log-prob that is not finite; its responses are computed again"),
+    ],
+)
+def test_wrong_values_are_found_said_and_not_used(
+    tiny_qwen2: Path, tmp_path: Path, offset: float | None, known: bool, message: str
+) -> None:
+    """Whole files with wrong numbers: two thousandths of a nat are more than float32's rounding of 40 tokens.
+
+    Found on all ranks, said by one, and the file is renamed so that no run reads it again.
+    """
+    write_recipe(tmp_path, tiny_qwen2)
+    (tmp_path / "reference.json").write_text(json.dumps(CONTENT))
+    first, second = run_on_ranks(open_cache, 2, tiny_qwen2, tmp_path, offset)
+    assert (first[0] > 0) == (second[0] > 0) == known
+    said = first[1] if known else first[2]
+    assert any(message in text for text in said), (said, message)
+    stored = sorted(path.suffix for path in (tmp_path / "reference").rglob("*.*"))
+    assert stored == [".safetensors" if known else ".rejected"]
+
+
+def test_runs_share_what_uft_reference_has_filled(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """Two fills of different data at once, then a run over all of it, with another beta and lr, that computes nothing.
+
+    Each fill stores what the other lacks: had one of them been lost, the run would compute it.
+    """
+    recipe = write_recipe(tmp_path, tiny_qwen2)
+    parts = []
+    for number, kept in enumerate(("instruction", "scored")):
+        tree = yaml.safe_load(recipe.read_text())
+        tree["data"]["sources"] = [s for s in tree["data"]["sources"] if kept in s["path"]]
+        tree["data"]["held_out"] = tree["data"]["held_out"] if number else []
+        parts.append(tmp_path / f"part-{number}.yaml")
+        parts[-1].write_text(yaml.safe_dump(tree))
+    fills = [
+        subprocess.Popen(
+            [sys.executable, "-m", "uft_ds", "reference", str(part)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        )
+        for part in parts
+    ]  # fmt: skip
+    try:
+        for fill_process in fills:
+            out, err = fill_process.communicate(timeout=TIMEOUT_SECONDS)
+            assert fill_process.returncode == 0, out + err
+            assert "done: 16 of " in out
+    finally:
+        for fill_process in fills:
+            if fill_process.poll() is None:
+                os.killpg(fill_process.pid, signal.SIGKILL)
+    assert not (tmp_path / "run").exists(), "the recipe's own output is not touched"
+    result = uft("train", str(recipe), "objective.beta=0.05", "train.lr=3e-3")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "32 responses known; 16 compared with the reference itself" in result.stdout
+    lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "reference/computed" in line]
+    assert [line["reference/computed"] for line in lines] == [0.0] * 4
+    assert lines[0]["loss/instruction"] == pytest.approx(0.25, rel=1e-6)
+
+
+def test_a_run_starts_from_another_runs_adapter(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """`reference.adapter: RUN` by torchrun alone: its newest checkpoint is reference and start of the policy."""
+    first = uft("train", str(write_recipe(tmp_path, tiny_qwen2)), "train.steps=2", "objective.loss=nll")
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert not (tmp_path / "reference").exists(), "likelihood alone needs no reference, and no store"
+    second = run(
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *("-m", "uft_ds.train", str(tmp_path / "recipe.yaml"), f"reference.adapter={tmp_path / 'run'}"),
+        *(f"output={tmp_path / 'second'}", "train.lr=1e-3"),
+    )
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "every log-ratio is 0.0 nats" in second.stdout
+    adapter = tmp_path / "run" / "checkpoints" / "step-000002" / "adapter"
+    assert load_recipe(str(tmp_path / "second" / "recipe.yaml")).reference.adapter == str(adapter)
+    before, after = (load_file(a / "adapter_model.safetensors") for a in (adapter, tmp_path / "second/latest/adapter"))
+    assert set(before) == set(after)
+    assert all(0 < (after[name] - before[name]).abs().max() < 0.02 for name in before), "four small steps from it"
