@@ -50,11 +50,14 @@ class Workload:
     learning_rate: float
     """High enough that the losses compared are not those of a model that stands still."""
     zero: dict[str, int]
+    rounds: int
+    """How often each side runs, in turn; the fastest counts."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """Of one rank: the loss of each step (of this rank's rows, or of all), seconds of a step, memory over loading."""
+    """Of one rank: the loss of each step (of this rank's rows, or of all), seconds of a step, and the growth of its
+    resident memory over that of the engine before the first step."""
 
     losses: list[float]
     seconds: list[float]
@@ -99,7 +102,7 @@ def run_ours(work: Workload, adapter: Path) -> Result:
     engine = Engine(
         UFTModel(policy), config, layer_class=decoder_layer_class(base), weight_decay=0.0, betas=(0.9, 0.999)
     )
-    losses, seconds, base_bytes = [], [], 0
+    losses, seconds, base_bytes = [], [], reset_peak()
     rows_per_step = RANKS * work.rows_per_rank
     for index in range(work.steps):
         rows = work.rows[index * rows_per_step : (index + 1) * rows_per_step]
@@ -108,8 +111,6 @@ def run_ours(work: Workload, adapter: Path) -> Result:
         _, metrics = run_step(engine, objective("l1", BETA), step, work.learning_rate, 1 << 20, ReferenceCache("live"))
         seconds.append(time.perf_counter() - started)
         losses.append(metrics["loss"])
-        if index + 1 == WARM_UP_STEPS:
-            base_bytes = reset_peak()
     return Result(losses, seconds, peak_rss() - base_bytes)
 
 
@@ -126,6 +127,8 @@ def run_trl(work: Workload, adapter: Path, leaf: bool) -> Result:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import KTOConfig, KTOTrainer
 
+    from uft_ds.process import returning_freed_memory
+
     losses: list[float] = []
     seconds: list[float] = []
     memory: list[int] = []
@@ -141,12 +144,12 @@ def run_trl(work: Workload, adapter: Path, leaf: bool) -> Result:
 
     class Clock(TrainerCallback):  # type: ignore[misc]
         def on_step_begin(self, *_: Any, **__: Any) -> None:
+            if not seconds:  # the engine stands, nothing has been forwarded
+                memory.append(reset_peak())
             self.started = time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             seconds.append(time.perf_counter() - self.started)
-            if len(seconds) == WARM_UP_STEPS:
-                memory.append(reset_peak())
 
     with tempfile.TemporaryDirectory() as output:
         settings = KTOConfig(
@@ -159,7 +162,8 @@ def run_trl(work: Workload, adapter: Path, leaf: bool) -> Result:
             dataloader_pin_memory=False, remove_unused_columns=False,
         )  # fmt: skip
         believe_in_all_ranks()
-        model = AutoModelForCausalLM.from_pretrained(work.folder, dtype=torch.float32, attn_implementation="sdpa")
+        with returning_freed_memory():  # as our loading does: memory is compared
+            model = AutoModelForCausalLM.from_pretrained(work.folder, dtype=torch.float32, attn_implementation="sdpa")
         trainer = Trainer(
             model=model,
             args=settings,
@@ -226,7 +230,7 @@ def tiny_workload(folder: Path, zero: dict[str, int], vocabulary: int) -> Worklo
         return {"prompt_ids": tokens[:prompt], "completion_ids": tokens[prompt:], "label": bool(rng.integers(2))}
 
     rows = [row() for _ in range(RANKS * rows_per_rank * steps)]
-    return Workload("tiny, 4 layers of 256 (communication alone)", folder, rows, rows_per_rank, steps, 1e-2, zero)
+    return Workload("tiny, 4 layers of 256 (communication alone)", folder, rows, rows_per_rank, steps, 1e-2, zero, 3)
 
 
 def real_workload(folder: Path, data: Path) -> Workload:
@@ -244,7 +248,7 @@ def real_workload(folder: Path, data: Path) -> Workload:
             rows.append({"prompt_ids": prompt_ids, "completion_ids": completion_ids, "label": row["label"]})
     # Layers of 135M are gathered and released, not kept: as a model that does not fit has to.
     zero = {"stage3_max_live_parameters": 20_000_000, "stage3_prefetch_bucket_size": 4_000_000}
-    return Workload("SmolLM2-135M, real rows (arithmetic)", folder, rows, 4, 7, 1e-3, zero)
+    return Workload("SmolLM2-135M, real rows (arithmetic)", folder, rows, 4, 7, 1e-3, zero, 1)
 
 
 # ---- side by side
@@ -273,6 +277,10 @@ def tokens_per_second(work: Workload, results: list[Result]) -> float:
     return sum(real_tokens(work, step) for step in steps) / elapsed
 
 
+def faster(work: Workload, one: list[Result] | None, other: list[Result]) -> list[Result]:
+    return other if one is None or tokens_per_second(work, other) > tokens_per_second(work, one) else one
+
+
 def losses_over_ranks(results: list[Result]) -> list[float]:
     return [sum(values) / len(values) for values in zip(*(r.losses for r in results), strict=True)]
 
@@ -281,7 +289,7 @@ def compare(console: Console, model: Path | None) -> list[Any]:
     """Print the table of both workloads and return the bars."""
     from importlib.metadata import version
 
-    from reference_traffic import SETTINGS, VOCABULARY, Bar, write_model
+    from reference_traffic import SETTINGS, VOCABULARY, Bar, largest, write_model
 
     measured: list[Bar] = []
     with tempfile.TemporaryDirectory() as name:
@@ -296,18 +304,22 @@ def compare(console: Console, model: Path | None) -> list[Any]:
         for workload, bar in work:
             adapter = Path(name) / f"adapter-{bar}.safetensors"
             write_adapter(workload.folder, adapter)
-            sides = {
-                "uft_ds": run_on_ranks(run_ours, RANKS, workload, adapter, timeout_seconds=3000),
-                f"TRL {version('trl')}": run_on_ranks(run_trl, RANKS, workload, adapter, False, timeout_seconds=3000),
-                "TRL, leaf modules": run_on_ranks(run_trl, RANKS, workload, adapter, True, timeout_seconds=3000),
-            }
+            sides: dict[str, list[Result]] = {}
+            for _ in range(workload.rounds):  # in turn, so that what else the machine does meets all of them
+                for label, run, *how in (
+                    ("uft_ds", run_ours),
+                    (f"TRL {version('trl')}", run_trl, False),
+                    ("TRL, leaf modules", run_trl, True),
+                ):
+                    results = run_on_ranks(run, RANKS, workload, adapter, *how, timeout_seconds=3000)
+                    sides[label] = faster(workload, sides.get(label), results)
             console.print(_table(workload, sides))
             ours, theirs, leaf = sides.values()
-            ratio = tokens_per_second(workload, ours) / tokens_per_second(workload, theirs)
-            measured.append(Bar(f"{workload.label}: tokens/s over TRL >= {bar}", ratio, ratio >= bar))
-            for label, other in (("TRL", theirs), ("TRL, leaf", leaf)):
+            for label, other, least in (("TRL", theirs, bar), ("TRL with leaf modules", leaf, 1.2)):
+                ratio = tokens_per_second(workload, ours) / tokens_per_second(workload, other)
+                measured.append(Bar(f"{workload.label}: tokens/s over {label} >= {least}", ratio, ratio >= least))
                 pairs = zip(ours[0].losses, losses_over_ranks(other), strict=True)
-                worst = max(abs(a - b) for a, b in list(pairs)[:LOSSES_COMPARED])
+                worst = largest(abs(a - b) for a, b in list(pairs)[:LOSSES_COMPARED])
                 claim = f"{workload.label}: losses of the first {LOSSES_COMPARED} steps against {label} <= 1e-4"
                 measured.append(Bar(claim, worst, worst <= 1e-4))
     return measured

@@ -8,13 +8,14 @@ Five ways to get a LoRA reference under ZeRO-3, on the same random Qwen2-shaped 
     two, one root      both forwards inside one call of the root module, leaf modules
     two calls          the policy's forward, then the reference's under PEFT's disable_adapter, as TRL does it
     two calls, leaf    the same with leaf modules
-    cached             uft_ds with the reference read from its cache: the policy alone
+    cached             uft_ds from the second epoch on: every reference is read from the run's cache
     SFT                the policy alone, no reference at all
 
-Counted on rank 0 from the second step on, a micro-step: all-gathers and the bytes they return, invalidations of ZeRO's
-prefetch trace, bytes of activations saved for the backward, seconds, and the growth of resident memory. Evaluation and
-saving are not in it. ZeRO-3's defaults would keep a tiny model whole on each rank; SETTINGS below make it gather, as a
-large one has to. Then TRL's KTOTrainer end to end (`against_trl.py`). Absolute times on a shared CPU mean nothing.
+Counted on rank 0 over four steps after two that warm up: all-gathers and the bytes they return, a micro-step;
+invalidations of ZeRO's prefetch trace, in all; bytes of activations saved for the backward of one micro-step; seconds
+of the fastest step; and the growth of resident memory over that before the first step. Evaluation and saving are not
+in it. ZeRO-3's defaults would keep a tiny model whole on each rank; SETTINGS below make it gather, as a large one has
+to. Then TRL's KTOTrainer end to end (`against_trl.py`). Absolute times on a shared CPU mean nothing.
 
 Exits with 1 where a bar is missed.
 """
@@ -22,10 +23,11 @@ Exits with 1 where a bar is missed.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,13 +44,16 @@ from rich.table import Table
 from tiny import VOCAB_SIZE, build_tiny_tokenizer
 from toy import UFT, toy_model, toy_sequences
 
-from uft_ds.data.packing import MicroBatch, micro_batch
+from uft_ds.data.mixture import Step
+from uft_ds.data.packing import MicroBatch
 from uft_ds.model.load import decoder_layer_class
 from uft_ds.objectives.objective import count_terms, micro_batch_loss
 from uft_ds.training.engine import Engine, deepspeed_config, read_deepspeed_file
+from uft_ds.training.reference_cache import ReferenceCache, fill
 
 HIDDEN, LAYERS, VOCABULARY = 256, 4, 4096
-STEPS, MICRO_STEPS, SEQUENCES = 4, 4, 12
+WARM_UP_STEPS, STEPS = 2, 4
+SEQUENCES_PER_RANK, TOKENS_PER_MICRO_BATCH = 40, 560
 
 SETTINGS = {
     "stage3_param_persistence_threshold": 0,
@@ -57,25 +62,29 @@ SETTINGS = {
     "stage3_max_reuse_distance": 100,
 }
 
-CASES = {
-    "lockstep": {"mode": "lockstep", "leaf": True, "reference": "same call"},
-    "two, one root": {"mode": "separate", "leaf": True, "reference": "same call"},
-    "two calls": {"mode": "separate", "leaf": False, "reference": "second call"},
-    "two calls, leaf": {"mode": "separate", "leaf": True, "reference": "second call"},
-    "cached": {"mode": "lockstep", "leaf": True, "reference": "given"},
-    "SFT": {"mode": "separate", "leaf": True, "reference": "none"},
+CASES: dict[str, dict[str, Any]] = {
+    "lockstep": {"mode": "lockstep", "leaf": True, "calls": 1, "cache": "live"},
+    "two, one root": {"mode": "separate", "leaf": True, "calls": 1, "cache": "live"},
+    "two calls": {"mode": "separate", "leaf": False, "calls": 2, "cache": "live"},
+    "two calls, leaf": {"mode": "separate", "leaf": True, "calls": 2, "cache": "live"},
+    "cached": {"mode": "lockstep", "leaf": True, "calls": 1, "cache": "remembered"},
+    "SFT": {"mode": "separate", "leaf": True, "calls": 1, "cache": "unneeded"},
 }
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Of one rank and one micro-step, but for the peak."""
+    """Of one rank."""
 
     gathers: float
+    """A micro-step, as are the bytes."""
     gathered_bytes: float
     invalidations: int
+    """Over all steps counted."""
     saved_bytes: int
+    """Of the first micro-batch."""
     seconds: float
+    """Of the fastest step."""
     peak_growth_bytes: int
     largest_initial_ratio: float | None
     """|log-ratio| before the first step, nats; None without a reference that is computed."""
@@ -131,7 +140,7 @@ def measuring_saved(sizes: dict[int, int]) -> Iterator[None]:
 
 
 class Case:
-    """One way to get the reference: an engine, and how a micro-batch is forwarded."""
+    """One way to get the reference: an engine, and how a step's micro-batches are forwarded."""
 
     def __init__(self, folder: Path, name: str, gradient_checkpointing: bool, file: str = "zero3_cpu") -> None:
         self._how = CASES[name]
@@ -148,32 +157,42 @@ class Case:
             layer_class=leaf,
             weight_decay=0.0,
         )
-        self._given: dict[int, Tensor] = {}
+        self.cache = ReferenceCache(self._how["cache"])
+        if self._how["cache"] == "remembered":
+            fill(self.engine, self.cache, [whole_step()], TOKENS_PER_MICRO_BATCH, flush_every=1)
 
-    def forward(self, batch: MicroBatch, number: int) -> tuple[Tensor, Tensor | None]:
-        how = self._how["reference"]
-        if how == "same call":
-            return self.engine(batch)
-        logps_R, _ = self.engine(batch, with_reference=False)
-        if how == "second call":
+    def forward(self, batch: MicroBatch, forward_reference: bool) -> tuple[Tensor, Tensor | None]:
+        if self._how["cache"] == "live" and self._how["calls"] == 2:
+            logps_R, _ = self.engine(batch, with_reference=False)
             with torch.no_grad(), self.policy.disable_adapter():
                 reference_R, _ = self.engine(batch, with_reference=False)
             return logps_R, reference_R
-        return logps_R, self._given[number] if how == "given" else None
+        logps_R, forwarded_R = self.engine(batch, with_reference=forward_reference)
+        return logps_R, self.cache.resolve(batch, forwarded_R)
 
-    def fill(self, batches: list[MicroBatch]) -> None:
-        """What the cache holds: computed before anything is counted."""
-        if self._how["reference"] == "given":
-            with self.engine.evaluating():
-                self._given = {number: self.engine.reference_logps(batch) for number, batch in enumerate(batches)}
+    def step(self) -> int:
+        """All micro-batches and an update that changes nothing, so that every step computes the same; their number."""
+        step = whole_step()
+        terms = count_terms(UFT, step.responses)
+        batches = self.cache.micro_batches(self.engine, step, TOKENS_PER_MICRO_BATCH)
+        for number, (batch, forward_reference) in enumerate(batches, start=1):
+            logps_R, reference_R = self.forward(batch, forward_reference)
+            if reference_R is None:
+                loss = -logps_R.sum() / 1000
+            else:
+                loss, _ = micro_batch_loss(UFT, batch, terms, logps_R, reference_R)
+            self.engine.backward(loss, is_last=number == len(batches))
+        self.cache.learn(self.engine, step)
+        self.engine.step(0.0)
+        return len(batches)
 
-    def backward(self, number: int, batch: MicroBatch, *, is_last: bool) -> None:
-        logps_R, reference_R = self.forward(batch, number)
-        if reference_R is None:
-            loss = -logps_R.sum() / 1000
-        else:
-            loss, _ = micro_batch_loss(UFT, batch, count_terms(UFT, batch.responses), logps_R, reference_R)
-        self.engine.backward(loss, is_last=is_last)
+    def largest_initial_ratio(self) -> float | None:
+        """|log-ratio| of the first micro-batch on the path that trains, before anything has."""
+        batch, forward_reference = self.cache.micro_batches(self.engine, whole_step(), TOKENS_PER_MICRO_BATCH)[0]
+        logps_R, reference_R = self.forward(batch, forward_reference)
+        self.engine.backward(logps_R.sum() * 0.0, is_last=True)
+        self.engine.step(0.0)
+        return None if reference_R is None else float((logps_R.detach() - reference_R).abs().max())
 
     def set_adapters(self) -> None:
         """Adapters that change something, the same in every case."""
@@ -186,10 +205,10 @@ class Case:
                 safe_set_full_fp32_param(parameter, value)
 
 
-def rows(rank: int) -> list[MicroBatch]:
-    """This rank's micro-batches of one step: uneven packed rows with several responses each."""
-    sequences = toy_sequences(SEQUENCES * MICRO_STEPS, seed=100 + rank, longest=120)
-    return [micro_batch(sequences[i::MICRO_STEPS][: SEQUENCES - i]) for i in range(MICRO_STEPS)]
+def whole_step() -> Step:
+    """Uneven sequences with one to three responses each, for all ranks together."""
+    count = SEQUENCES_PER_RANK * torch.distributed.get_world_size()
+    return Step(0, toy_sequences(count, seed=100, longest=120))
 
 
 def measure(folder: Path, name: str, gradient_checkpointing: bool) -> Measurement:
@@ -197,41 +216,33 @@ def measure(folder: Path, name: str, gradient_checkpointing: bool) -> Measuremen
     from deepspeed.utils import safe_get_full_grad
 
     case = Case(folder, name, gradient_checkpointing)
-    batches = rows(torch.distributed.get_rank())
-    case.fill(batches)
-
-    def step(learning_rate: float = 0.0) -> float:
-        started = time.perf_counter()
-        for number, batch in enumerate(batches):
-            case.backward(number, batch, is_last=number == len(batches) - 1)
-        case.engine.step(learning_rate)
-        return time.perf_counter() - started
-
-    with torch.no_grad():
-        logps_R, reference_R = case.forward(batches[0], 0)
-    ratio = None if reference_R is None else float((logps_R - reference_R).abs().max())
-    case.set_adapters()
-    for _ in range(2):  # the first writes the adapters into the weights, the second records ZeRO's trace
-        step()
     base = reset_peak()
+    ratio = case.largest_initial_ratio()
+    case.set_adapters()
+    for _ in range(WARM_UP_STEPS):  # the first writes the adapters into the weights, the second records ZeRO's trace
+        case.step()
+    seconds, micro_steps = [], 0
     with counting() as counters:
-        seconds = min(step() for _ in range(STEPS))
+        for _ in range(STEPS):
+            started = time.perf_counter()
+            micro_steps += case.step()
+            seconds.append(time.perf_counter() - started)
     peak = peak_rss() - base
+    batch, forward_reference = case.cache.micro_batches(case.engine, whole_step(), TOKENS_PER_MICRO_BATCH)[0]
     saved: dict[int, int] = {}
     with measuring_saved(saved):
-        logps_R, _ = case.forward(batches[0], 0)
+        logps_R, _ = case.forward(batch, forward_reference)
     weights_R = torch.linspace(-1, 1, len(logps_R), dtype=logps_R.dtype)
     case.engine.backward((logps_R * weights_R).sum(), is_last=True)
     gradients = {
         name: safe_get_full_grad(p).clone() for name, p in case.engine.module.named_parameters() if p.requires_grad
     }
-    micro_steps = STEPS * len(batches)
     return Measurement(
         counters.gathers / micro_steps,
         counters.gathered_bytes / micro_steps,
         counters.invalidations,
         sum(saved.values()),
-        seconds / len(batches),
+        min(seconds),
         peak,
         ratio,
         logps_R.detach(),
@@ -288,7 +299,7 @@ def bars(results: dict[str, list[Measurement]]) -> list[Bar]:
     usual, usual_leaf = first["two calls"], first["two calls, leaf"]
 
     def at_most(claim: str, value: float, bound: float) -> Bar:
-        return Bar(f"{claim} <= {bound:g}", value, value <= bound)
+        return Bar(f"{claim} <= {bound:g}", value, value <= bound)  # a NaN does not hold
 
     return [
         at_most("lockstep: bytes / SFT", ours.gathered_bytes / sft.gathered_bytes, 1.02),
@@ -306,11 +317,15 @@ def bars(results: dict[str, list[Measurement]]) -> list[Bar]:
     ]  # fmt: skip
 
 
+def largest(values: Iterable[float]) -> float:
+    """The largest, or infinity where one is not a number: `max` may pass over it."""
+    return max(float("inf") if math.isnan(value) else value for value in values)
+
+
 def logp_spread(results: dict[str, list[Measurement]]) -> float:
     """Nats a response, over all ranks, against the first case."""
-    _, *others = results.values()
-    first = next(iter(results.values()))
-    return max(
+    first, *others = results.values()
+    return largest(
         float((a.logps_R - b.logps_R).abs().max()) for other in others for a, b in zip(first, other, strict=True)
     )
 
@@ -318,7 +333,7 @@ def logp_spread(results: dict[str, list[Measurement]]) -> float:
 def gradient_spread(results: dict[str, list[Measurement]]) -> float:
     """Relative to each tensor's largest entry, against the first case."""
     first = next(iter(results.values()))[0].gradients
-    return max(
+    return largest(
         float((measured[0].gradients[name] - grad).abs().max() / grad.abs().max())
         for measured in results.values()
         for name, grad in first.items()
@@ -327,7 +342,7 @@ def gradient_spread(results: dict[str, list[Measurement]]) -> float:
 
 def table(results: dict[str, list[Measurement]], ranks: int, gradient_checkpointing: bool) -> Table:
     checkpointing = "with" if gradient_checkpointing else "without"
-    shown = Table(title=f"{ranks} ranks, {checkpointing} gradient checkpointing; a micro-step, rank 0")
+    shown = Table(title=f"{ranks} ranks, {checkpointing} gradient checkpointing; all-gathers and MB a micro-step")
     for column in ("", "all-gathers", "MB", "/ SFT", "invalidations", "saved MB", "time / SFT", "peak +MB"):
         shown.add_column(column, justify="left" if not column else "right")
     sft = results["SFT"][0]

@@ -14,8 +14,8 @@ from uft_ds.model.adapters import add_adapters, start_from_adapter
 from uft_ds.model.identity import reference_identity
 from uft_ds.model.load import decoder_layer_class, load_base
 from uft_ds.model.uft_model import UFTModel
-from uft_ds.prepare import cache_dir, objective_of, reference_mode
 from uft_ds.recipe import Recipe
+from uft_ds.resolve import cache_dir, objective_of, reference_mode
 from uft_ds.training.engine import Engine, deepspeed_config, partitioned_loading, read_deepspeed_file
 from uft_ds.training.evaluate import check_reference_cache
 from uft_ds.training.reference_cache import ReferenceCache

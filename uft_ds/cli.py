@@ -101,8 +101,8 @@ def reference(recipe: RecipeName, overrides: Overrides = None) -> None:
     import shutil
     import tempfile
 
-    from uft_ds.prepare import caches_reference
     from uft_ds.recipe_file import load_recipe
+    from uft_ds.resolve import caches_reference
 
     loaded = load_recipe(recipe, tuple(overrides or ()))
     if not caches_reference(loaded):

@@ -25,10 +25,11 @@ from uft_ds.build import build_engine, build_reference_cache
 from uft_ds.data.mixture import Step, in_order, plan_steps
 from uft_ds.data.prepare import read_sequences
 from uft_ds.errors import EXIT_CRASHED, EXIT_DONE, CheckFailed, UserError
-from uft_ds.prepare import cache_dir, objective_of, prepare_run, source_of
+from uft_ds.prepare import prepare_run
 from uft_ds.process import die_with_parent
 from uft_ds.recipe import Recipe
 from uft_ds.recipe_file import load_recipe
+from uft_ds.resolve import cache_dir, objective_of, source_of
 from uft_ds.training.curves import write_report
 from uft_ds.training.engine import Engine, init_distributed
 from uft_ds.training.evaluate import check_against_hugging_face, check_log_ratios_are_zero

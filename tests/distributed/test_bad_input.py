@@ -1,11 +1,14 @@
 """Bad input ends with exit code 2 and one message that names it, before anything is launched or written."""
 
+import json
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_training_run import run, uft, write_recipe, write_rows
+from tiny import CHATML, VOCAB_SIZE
 
 from uft_ds.errors import UserError
 from uft_ds.prepare import prepare_run
@@ -63,6 +66,52 @@ def test_a_bad_recipe_value_is_refused_by_key(tiny_qwen2: Path, tmp_path: Path, 
     assert not (tmp_path / "run").exists()
 
 
+def test_nothing_shared_may_lie_in_the_output(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """A run's folder may be emptied: a cache in it is refused before anything is made."""
+    recipe = write_recipe(tmp_path, tiny_qwen2)
+    message = refused(recipe, f"reference.cache_dir={tmp_path / 'run' / 'cache'}")
+    assert "output: " in message
+    assert "give another folder for the run" in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_positions_that_change_with_the_longest_sequence_are_refused(
+    tiny_qwen2: Path, tmp_path: Path, kind: str
+) -> None:
+    """Past the model's own length such embeddings depend on the neighbours; up to it they do not."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_qwen2, base)
+    config = json.loads((base / "config.json").read_text())
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 60}
+    config["rope_parameters"] = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0} | (
+        factors if kind == "longrope" else {}
+    )
+    config["max_position_embeddings"] = 60
+    (base / "config.json").write_text(json.dumps(config))
+    recipe = write_recipe(tmp_path, base)
+    assert f"data.max_length: 64 is past the 60 positions of this model, whose '{kind}'" in refused(recipe)
+    prepare_run(load_recipe(str(recipe), ("data.max_length=60",)), overwrite=False)[2].close()
+
+
+def test_a_mixture_of_experts_is_refused_by_its_layers(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """Before the launch, by the class and with the way out, which is then taken."""
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    base = tmp_path / "base"
+    shutil.copytree(tiny_qwen2, base)
+    config = Qwen2MoeConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_experts=4, shared_expert_intermediate_size=32,
+    )  # fmt: skip
+    Qwen2MoeForCausalLM(config).save_pretrained(base)
+    recipe = write_recipe(tmp_path, base)
+    message = refused(recipe)
+    assert "reference.mode: lockstep has not been shown to work with Qwen2MoeForCausalLM" in message
+    assert "Qwen2MoeDecoderLayer" in message
+    prepare_run(load_recipe(str(recipe), ("reference.mode=separate",)), overwrite=False)[2].close()
+
+
 def test_a_misspelt_deepspeed_key_is_refused(tiny_qwen2: Path, tmp_path: Path) -> None:
     """DeepSpeed itself ignores it without a word."""
     file = tmp_path / "ds.json"
@@ -72,10 +121,6 @@ def test_a_misspelt_deepspeed_key_is_refused(tiny_qwen2: Path, tmp_path: Path) -
 
 def test_a_tokenizer_without_chat_template_says_how_to_give_one(tiny_qwen2: Path, tmp_path: Path) -> None:
     """The message names the recipe key; with the key, the same base is accepted."""
-    import shutil
-
-    from tiny import CHATML
-
     base = tmp_path / "base"
     shutil.copytree(tiny_qwen2, base)
     (base / "chat_template.jinja").unlink()

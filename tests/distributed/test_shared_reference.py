@@ -157,6 +157,7 @@ def test_wrong_values_are_found_said_and_not_used(
     assert stored == [".safetensors" if known else ".rejected"]
 
 
+@pytest.mark.long
 def test_runs_share_what_uft_reference_has_filled(tiny_qwen2: Path, tmp_path: Path) -> None:
     """Two fills of different data at once, then a run over all of it, with another beta and lr, that computes nothing.
 
@@ -196,6 +197,7 @@ def test_runs_share_what_uft_reference_has_filled(tiny_qwen2: Path, tmp_path: Pa
     assert lines[0]["loss/instruction"] == pytest.approx(0.25, rel=1e-6)
 
 
+@pytest.mark.long
 def test_a_run_starts_from_another_runs_adapter(tiny_qwen2: Path, tmp_path: Path) -> None:
     """`reference.adapter: RUN` by torchrun alone: its newest checkpoint is reference and start of the policy."""
     first = uft("train", str(write_recipe(tmp_path, tiny_qwen2)), "train.steps=2", "objective.loss=nll")

@@ -1,0 +1,87 @@
+"""What is refused before any data is read: checks that need more than the recipe itself."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from uft_ds.errors import UserError
+from uft_ds.model.adapters import add_adapters, start_from_adapter
+from uft_ds.model.load import check_base, empty_base
+from uft_ds.model.uft_model import UFTModel
+from uft_ds.recipe import Recipe
+from uft_ds.resolve import adapter_folder, cache_dir, caches_reference, reference_mode
+from uft_ds.training.engine import read_deepspeed_file
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Refuse what would fail after the launch; nothing is written.
+
+    Raises:
+        UserError: names the recipe's key.
+    """
+    read_deepspeed_file(recipe.deepspeed)
+    assert recipe.lora is not None
+    config = check_base(recipe.model.base, recipe.model.revision)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT's, of a property of transformers
+        # Without weights: what would be refused after the launch is refused before it.
+        policy = add_adapters(
+            empty_base(config),
+            rank=recipe.lora.rank,
+            alpha=recipe.lora.alpha,
+            targets=recipe.lora.targets,
+            dtype=torch.float32,
+            seed=0,
+        )
+        if recipe.reference.adapter is not None:
+            start_from_adapter(policy, adapter_folder(recipe.reference.adapter))
+        UFTModel(policy, reference_mode=reference_mode(recipe))
+    _check_positions(config, recipe.data.max_length)
+    if recipe.model.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise UserError("model.attention: flash_attention_2 needs flash-attn: pip install 'uft-ds[gpu]', or take auto")
+    if caches_reference(recipe):
+        _check_writable(cache_dir(recipe))
+    if "wandb" in recipe.tracking and importlib.util.find_spec("wandb") is None:
+        raise UserError("tracking: wandb is not installed: pip install 'uft-ds[wandb]', or leave it out")
+
+
+def check_inputs_lie_outside(recipe: Recipe) -> None:
+    """A run's folder may be emptied: nothing that the run reads may lie in it."""
+    sources = [entry.path for entry in (*recipe.data.sources, *recipe.data.held_out)]
+    reference = recipe.reference.adapter
+    shared = recipe.reference.cache_dir
+    for path in (recipe.model.base, recipe.model.chat_template, recipe.deepspeed, reference, shared, *sources):
+        if path is not None and Path(path).is_relative_to(recipe.output):
+            raise UserError(f"output: {path} lies inside {recipe.output}; give another folder for the run")
+
+
+def _check_positions(config: Any, max_length: int) -> None:
+    """Some rotary embeddings change all positions with the longest one: then sequences packed together, and the turns
+    of one conversation, would not be what they are alone."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
+    limit = rope.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", None)
+    found = kinds & {"dynamic", "longrope"}
+    if found and limit is not None and max_length > limit:
+        raise UserError(
+            f"data.max_length: {max_length} is past the {limit} positions of this model, whose {found.pop()!r} rotary "
+            f"embeddings then change with the longest sequence of a micro-batch; expected at most {limit}"
+        )
+
+
+def _check_writable(folder: Path) -> None:
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"reference.cache_dir: {folder} cannot be written ({error.strerror}); "
+            "give another folder, or set reference.cache: false"
+        ) from None

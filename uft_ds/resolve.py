@@ -1,0 +1,98 @@
+"""What a recipe means, as the plain values that everything below the builders takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from uft_ds.checkpoint.save import latest_checkpoint
+from uft_ds.data.example import KINDS
+from uft_ds.data.prepare import Source
+from uft_ds.errors import UserError
+from uft_ds.files import user_cache
+from uft_ds.model.identity import local_folder
+from uft_ds.model.uft_model import ReferenceMode
+from uft_ds.objectives.objective import Objective
+from uft_ds.recipe import Recipe, SourceSection
+
+
+def source_of(entry: SourceSection) -> Source:
+    """A recipe's entry as plain values."""
+    return Source(entry.format, entry.path, entry.split, entry.examples, entry.score)
+
+
+def objective_of(recipe: Recipe) -> Objective:
+    """The recipe's losses and weights, kind by kind."""
+    return Objective(
+        {kind: recipe.loss_of(kind) for kind in KINDS},
+        {kind: recipe.weight_of(kind) for kind in KINDS},
+        recipe.objective.beta,
+    )
+
+
+def reference_mode(recipe: Recipe) -> ReferenceMode:
+    """How the reference is forwarded; where none is, the model is left as it is."""
+    return recipe.reference.mode if objective_of(recipe).needs_reference else "separate"
+
+
+def caches_reference(recipe: Recipe) -> bool:
+    """Whether the reference is needed, and remembered."""
+    return recipe.reference.cache and objective_of(recipe).needs_reference
+
+
+def cache_dir(recipe: Recipe) -> Path:
+    """Where runs share what they compute of the reference."""
+    return Path(recipe.reference.cache_dir) if recipe.reference.cache_dir else user_cache() / "reference"
+
+
+def adapter_folder(path: str) -> Path:
+    """The folder of an adapter in PEFT's format: itself, or the one that a checkpoint or a run's newest one holds.
+
+    Raises:
+        UserError: there is none, or the checkpoint is damaged.
+    """
+    folder = Path(path)
+    if (folder / "adapter_config.json").is_file():
+        return folder
+    if not folder.is_dir():
+        raise UserError(f"reference.adapter: {path}: no such folder; expected an adapter, a checkpoint or a run")
+    try:
+        return latest_checkpoint(folder) / "adapter"
+    except UserError as error:
+        raise UserError(f"reference.adapter: {error}") from None
+
+
+def with_fixed_revision(recipe: Recipe) -> Recipe:
+    """A hub model by its commit: what is hashed here must be what the ranks load."""
+    if Path(recipe.model.base).exists():
+        return recipe
+    commit = local_folder(recipe.model.base, recipe.model.revision).name
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": commit})})
+
+
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """The same recipe wherever it is read from: local paths made absolute, hub and shipped names left alone."""
+
+    def absolute(path: str) -> str:
+        return str(Path(path).absolute()) if Path(path).exists() else path
+
+    def sources(entries: list[SourceSection]) -> list[SourceSection]:
+        return [entry.model_copy(update={"path": absolute(entry.path)}) for entry in entries]
+
+    template = recipe.model.chat_template
+    model = {"base": absolute(recipe.model.base), "chat_template": absolute(template) if template else None}
+    data = {"sources": sources(recipe.data.sources), "held_out": sources(recipe.data.held_out)}
+    adapter, shared = recipe.reference.adapter, recipe.reference.cache_dir
+    reference = {
+        # A run's newest checkpoint changes: the one that is meant now is written down.
+        "adapter": str(adapter_folder(adapter).absolute()) if adapter else None,
+        "cache_dir": str(Path(shared).absolute()) if shared else None,
+    }
+    return recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update=model),
+            "data": recipe.data.model_copy(update=data),
+            "reference": recipe.reference.model_copy(update=reference),
+            "deepspeed": absolute(recipe.deepspeed) if recipe.deepspeed.endswith(".json") else recipe.deepspeed,
+            "output": str(Path(recipe.output).absolute()),
+        }
+    )
