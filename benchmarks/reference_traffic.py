@@ -216,6 +216,9 @@ def measure(folder: Path, name: str, gradient_checkpointing: bool) -> Measuremen
     from deepspeed.utils import safe_get_full_grad
 
     case = Case(folder, name, gradient_checkpointing)
+    # As every run starts, with a forward in evaluation mode: DeepSpeed's later gathers depend on it, by one layer.
+    with case.engine.evaluating():
+        case.engine(case.engine.micro_batches(whole_step(), TOKENS_PER_MICRO_BATCH)[0], with_reference=False)
     base = reset_peak()
     ratio = case.largest_initial_ratio()
     case.set_adapters()

@@ -222,7 +222,7 @@ def test_a_source_given_twice_is_refused(minimal: str, key: str) -> None:
     ("override", "message"),
     [
         ("objective.loss=dpo", "objective.loss: 'dpo' is not available in this version; use mse, bce, l1, nll"),
-        ("lora=null", "lora: None is not available in this version"),
+        ("lora=null", "lora: null is not available in this version"),
         ("data.too_long=trim_prompt", "data.too_long: 'trim_prompt' is not available in this version; use drop or"),
         ("data.on_bad_row=quarantine", "data.on_bad_row: 'quarantine' is not available in this version; use refuse"),
         ("objective.reward_shift=ema", "objective.reward_shift: 'ema' is not available in this version; use none"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import tempfile
 import warnings
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from uft_ds.errors import UserError
 from uft_ds.model.adapters import add_adapters, start_from_adapter
+from uft_ds.model.identity import OnFile, base_identity
 from uft_ds.model.load import check_base, empty_base
 from uft_ds.model.uft_model import UFTModel
 from uft_ds.recipe import Recipe
@@ -53,12 +55,41 @@ def check_recipe(recipe: Recipe) -> None:
 
 def check_inputs_lie_outside(recipe: Recipe) -> None:
     """A run's folder may be emptied: nothing that the run reads may lie in it."""
-    sources = [entry.path for entry in (*recipe.data.sources, *recipe.data.held_out)]
-    reference = recipe.reference.adapter
-    shared = recipe.reference.cache_dir
-    for path in (recipe.model.base, recipe.model.chat_template, recipe.deepspeed, reference, shared, *sources):
+    paths = {
+        "model.base": recipe.model.base,
+        "model.chat_template": recipe.model.chat_template,
+        "deepspeed": recipe.deepspeed,
+        "reference.adapter": recipe.reference.adapter,
+        "reference.cache_dir": recipe.reference.cache_dir,
+        **{f"data.sources.{i}.path": entry.path for i, entry in enumerate(recipe.data.sources)},
+        **{f"data.held_out.{i}.path": entry.path for i, entry in enumerate(recipe.data.held_out)},
+    }
+    for key, path in paths.items():
         if path is not None and Path(path).is_relative_to(recipe.output):
-            raise UserError(f"output: {path} lies inside {recipe.output}; give another folder for the run")
+            raise UserError(
+                f"output: {key} {path} lies inside {recipe.output}, which a run may empty; "
+                "give another folder for the run"
+            )
+
+
+def check_adapter_is_of_base(recipe: Recipe, on_file: OnFile) -> None:
+    """Refuse a reference adapter that was trained on another base: of the same shape, it would load without a word.
+
+    Raises:
+        UserError: names both.
+    """
+    assert recipe.reference.adapter is not None
+    folder, base = Path(recipe.reference.adapter), recipe.model.base
+    theirs = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if theirs is None or theirs == base or (not Path(theirs).is_dir() and Path(theirs).name == Path(base).name):
+        return
+    ours = base_identity(base, recipe.model.revision, on_file)
+    if Path(theirs).is_dir() and base_identity(theirs, None, on_file) == ours:
+        return
+    raise UserError(
+        f"reference.adapter: {folder} was trained on {theirs}, model.base is {base}: the same adapter on other weights "
+        "is another model (if the weights are the same, mend base_model_name_or_path in its adapter_config.json)"
+    )
 
 
 def _check_positions(config: Any, max_length: int) -> None:

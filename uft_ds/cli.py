@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from uft_ds import __version__
-from uft_ds.errors import CheckFailed, UserError
+from uft_ds.errors import EXIT_INTERRUPTED, CheckFailed, UserError
 
 if TYPE_CHECKING:
     from uft_ds.prepare import PreparedData
@@ -106,15 +106,20 @@ def reference(recipe: RecipeName, overrides: Overrides = None) -> None:
 
     loaded = load_recipe(recipe, tuple(overrides or ()))
     if not caches_reference(loaded):
-        raise UserError("there is nothing to fill: reference.cache is false, or objective.loss needs no reference")
+        why = "objective.loss needs no reference" if loaded.reference.cache else "reference.cache is false"
+        raise UserError(f"there is nothing to fill: {why}")
     work = Path(tempfile.mkdtemp(prefix="uft-reference-"))
     filling = loaded.model_copy(update={"output": str(work / "run")})
     try:
         _, status = _prepare_and_launch(
             filling, "computing the reference", overwrite=False, options=("--only-reference",)
         )
-    except typer.Exit:  # the ranks failed: their logs stay
-        shutil.rmtree(work / "run" / "data", ignore_errors=True)
+    except typer.Exit as end:
+        if end.exit_code == EXIT_INTERRUPTED:
+            print("what has been stored is kept: the same command goes on from there", file=sys.stderr)
+            shutil.rmtree(work)
+        else:  # the ranks failed: their logs stay
+            shutil.rmtree(work / "run" / "data", ignore_errors=True)
         raise
     except BaseException:
         shutil.rmtree(work)

@@ -8,14 +8,17 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from uft_ds.errors import EXIT_CRASHED, EXIT_INTERRUPTED, UserError
-from uft_ds.process import die_with_parent
+from uft_ds.process import LAUNCHED_BY, die_with_parent
 from uft_ds.training.run_folder import RunFolder, Status
 
 _SECONDS_TO_STOP = 15
+_STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 
 def number_of_ranks(asked: int | str) -> int:
@@ -60,11 +63,14 @@ def launch(folder: RunFolder, *, ranks: int, port: int, options: tuple[str, ...]
         *("--master-addr", "127.0.0.1", "--master-port", str(port), "--max-restarts", "0"),
         *("-m", "uft_ds.train", str(folder.recipe), "--prepared", *options),
     ]
-    with folder.launcher_log.open("w", encoding="utf-8") as log:
+    with folder.launcher_log.open("w", encoding="utf-8") as log, _stoppable():
+        # An interrupt during the fork would be raised in one of its hooks and lost: it waits until the child is there.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
         process = subprocess.Popen(
-            command, stderr=log, env=rank_environment(ranks), start_new_session=True, preexec_fn=die_with_parent
+            command, stderr=log, env=rank_environment(ranks), start_new_session=True, preexec_fn=_as_child
         )
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
             process.wait()
         except KeyboardInterrupt:
             _stop(process)
@@ -76,6 +82,22 @@ def launch(folder: RunFolder, *, ranks: int, port: int, options: tuple[str, ...]
     return folder.read_status() or ended_silently
 
 
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Within the block SIGTERM is what Ctrl-C is: the ranks are stopped before this process ends."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _as_child() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)  # a blocked signal stays blocked through exec
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    die_with_parent()
+
+
 def rank_environment(ranks: int) -> dict[str, str]:
     """What the ranks inherit, with defaults for whatever the user has not set."""
     defaults = {
@@ -83,7 +105,7 @@ def rank_environment(ranks: int) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
     }
-    return defaults | dict(os.environ)
+    return defaults | dict(os.environ) | {LAUNCHED_BY: str(os.getpid())}
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

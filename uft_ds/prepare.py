@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-from uft_ds.checks import check_inputs_lie_outside, check_recipe
+from uft_ds.checks import check_adapter_is_of_base, check_inputs_lie_outside, check_recipe
 from uft_ds.data.example import Kind
 from uft_ds.data.prepare import PreparedSource, prepare_source, write_sequences
 from uft_ds.data.tokenize import ChatTokenizer, load_tokenizer
@@ -90,6 +90,8 @@ def prepare_run(
         recipe = with_fixed_revision(recipe)
     chat = load_tokenizer(recipe.model.base, revision=recipe.model.revision, chat_template=recipe.model.chat_template)
     data = prepare_data(recipe, chat, on_row)
+    if recipe.reference.adapter is not None:
+        check_adapter_is_of_base(recipe, partial(on_row, "hashing the adapter's base"))
     content = _reference_content(recipe, on_row) if caches_reference(recipe) else None
     lock = claim(folder, overwrite=overwrite)
     try:
@@ -105,12 +107,9 @@ def prepare_run(
 def _reference_content(recipe: Recipe, on_row: OnRow) -> dict[str, object]:
     """By content: all that the reference's log-probs depend on besides the tokens and how it is computed."""
     base = recipe.model.base
-    on_file = partial(on_row, f"hashing {base}")
+    content = base_identity(base, recipe.model.revision, partial(on_row, f"hashing {base}"))
     adapter = recipe.reference.adapter
-    return {
-        **base_identity(base, recipe.model.revision, on_file),
-        "adapter": adapter_identity(adapter_folder(adapter)) if adapter else None,
-    }
+    return {**content, "adapter": adapter_identity(adapter_folder(adapter)) if adapter else None}
 
 
 def _write_prepared(

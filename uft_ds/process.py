@@ -8,8 +8,11 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+
+from uft_ds.errors import EXIT_INTERRUPTED
 
 
 def choose_accelerator() -> None:
@@ -18,11 +21,32 @@ def choose_accelerator() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
+LAUNCHED_BY = "UFT_LAUNCHED_BY"
+"""Environment variable: the process id of the `uft` command that a rank belongs to."""
+
+
 def die_with_parent() -> None:
-    """Linux: be killed when the parent dies, so that no orphan writes beside a restart."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    """Linux: be killed when the parent dies, so that no orphan writes beside a restart.
+
+    The parent may be gone before this is called, a rank's imports taking seconds: then the command that started them is
+    gone too.
+    """
+    if sys.platform != "linux":
+        return
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    command = os.environ.get(LAUNCHED_BY)
+    if command is not None and not _is_alive(command):
+        os._exit(EXIT_INTERRUPTED)
+
+
+def _is_alive(process_id: str) -> bool:
+    """Not so for a zombie: whoever waits for it may be waiting for our output to end."""
+    try:
+        state = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
 
 
 @contextmanager

@@ -261,7 +261,7 @@ def _impossible(recipe: Recipe) -> list[tuple[str, str]]:
         if not (math.isfinite(weight) and weight >= 0):
             found.append(("objective.weights", f"{weight} given, must be finite and >= 0"))
     return found + [
-        (key, f"{given!r} is not available in this version; use {instead}")
+        (key, f"{'null' if given is None else repr(given)} is not available in this version; use {instead}")
         for key, given, unavailable, instead in (
             ("lora", recipe.lora, recipe.lora is None, "adapters: the reference is the base without them"),
             ("data.too_long", data.too_long, data.too_long == "trim_prompt", "drop or refuse"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from uft_ds.checkpoint.manifest import MANIFEST
 from uft_ds.checkpoint.save import latest_checkpoint
 from uft_ds.data.example import KINDS
 from uft_ds.data.prepare import Source
@@ -53,8 +54,11 @@ def adapter_folder(path: str) -> Path:
     folder = Path(path)
     if (folder / "adapter_config.json").is_file():
         return folder
+    expected = "expected an adapter's folder (with adapter_config.json), a checkpoint or a run"
     if not folder.is_dir():
-        raise UserError(f"reference.adapter: {path}: no such folder; expected an adapter, a checkpoint or a run")
+        raise UserError(f"reference.adapter: {path}: {'not a' if folder.exists() else 'no such'} folder; {expected}")
+    if not (folder / MANIFEST).exists() and not (folder / "checkpoints").is_dir():
+        raise UserError(f"reference.adapter: {path}: holds no adapter; {expected}")
     try:
         return latest_checkpoint(folder) / "adapter"
     except UserError as error:

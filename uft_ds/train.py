@@ -134,11 +134,13 @@ def _fill_reference(recipe: Recipe, folder: RunFolder, console: Console) -> None
     _make_deterministic(recipe.train.deterministic)
     paths = (*(folder.train_data(index) for index in range(len(recipe.data.sources))), folder.held_out_data())
     groups = in_order([s for path in paths for s in read_sequences(path)], recipe.train.examples_per_step)
-    with _fill_reporter(console, len(groups)) as reporter:
+    num_responses = sum(len(group.responses) for group in groups)
+    with _fill_reporter(console, num_responses) as reporter:
         engine, model = build_engine(recipe, reporter)
         _check_start(engine, recipe, groups[0], reporter)
         cache = build_reference_cache(recipe, folder, engine, model, groups, reporter)
-        computed = fill(
+        known_before = cache.num_known
+        fill(
             engine,
             cache,
             groups,
@@ -146,10 +148,10 @@ def _fill_reference(recipe: Recipe, folder: RunFolder, console: Console) -> None
             flush_every=GROUPS_BETWEEN_FLUSHES,
             on_group=reporter.group,
         )
-    total = sum(len(group.responses) for group in groups)
     if engine.rank == 0:
-        found = f"{computed} of {total} responses computed, the others were known"
-        folder.write_status(Status(EXIT_DONE, f"{found}; stored below {cache_dir(recipe)}"))
+        found = f"{cache.num_known} distinct responses of {num_responses}: {known_before} were known"
+        computed = f"{cache.num_known - known_before} computed and stored below {cache_dir(recipe)}"
+        folder.write_status(Status(EXIT_DONE, f"{found}, {computed}"))
 
 
 def _reporter(recipe: Recipe, folder: RunFolder, console: Console, num_steps: int) -> Reporter:
@@ -161,8 +163,8 @@ def _reporter(recipe: Recipe, folder: RunFolder, console: Console, num_steps: in
     return ConsoleReporter(console, writer, num_steps)
 
 
-def _fill_reporter(console: Console, num_groups: int) -> FillReporter:
-    return FillReporter(console if torch.distributed.get_rank() == 0 else None, num_groups)
+def _fill_reporter(console: Console, num_responses: int) -> FillReporter:
+    return FillReporter(console if torch.distributed.get_rank() == 0 else None, num_responses)
 
 
 def _on_rank_zero(work: Callable[[], T]) -> T | None:

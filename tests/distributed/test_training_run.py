@@ -263,6 +263,35 @@ def test_workers_die_with_their_launcher(tiny_qwen2: Path, tmp_path: Path) -> No
     assert _processes_naming(str(tmp_path)) == []
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_run_stopped_while_its_ranks_start_leaves_none(tiny_qwen2: Path, tmp_path: Path, number: int) -> None:
+    """Ranks import for seconds before they can ask to die with their parent; a stop in that time reaches them too."""
+    recipe = write_recipe(tmp_path, tiny_qwen2, train__steps=100000)
+    command = [sys.executable, "-u", "-m", "uft_ds", "train", str(recipe)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    try:
+        said = ""
+        while "training on 2 ranks" not in said:
+            line = process.stdout.readline()
+            assert line, said
+            said += line
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while len(_processes_naming(f"{tmp_path / 'run'}")) < 3 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(number)
+        said += process.communicate(timeout=60)[0]
+    finally:
+        process.kill()
+    assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130), said
+    assert "Traceback" not in said
+    deadline = time.monotonic() + 60
+    while _processes_naming(str(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert _processes_naming(str(tmp_path)) == []
+
+
 def _processes_naming(text: str) -> list[int]:
     found = []
     for entry in Path("/proc").iterdir():

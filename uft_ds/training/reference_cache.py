@@ -161,14 +161,12 @@ def fill(
     tokens_per_micro_batch: int,
     *,
     flush_every: int,
-    on_group: Callable[[int], None] = lambda computed: None,
-) -> int:
+    on_group: Callable[[int, int], None] = lambda visited, computed: None,
+) -> None:
     """Forward the reference alone over everything that is not known yet; what is found is stored on the way.
 
     Args:
-        on_group: called after each group with the number of responses it needed.
-    Returns:
-        responses computed, over all ranks.
+        on_group: called after each group with the number of its responses, and of those that had to be computed.
     Raises:
         UserError: the store cannot be written.
     """
@@ -178,7 +176,6 @@ def fill(
         if problem is not None:
             raise UserError(f"reference.cache_dir: {problem}; what was stored before is kept")
 
-    total = 0
     with engine.evaluating():
         for number, group in enumerate(groups, start=1):
             unknown = cache.unknown(group)
@@ -186,9 +183,7 @@ def fill(
                 for batch in engine.micro_batches(unknown, tokens_per_micro_batch):
                     cache.resolve(batch, engine.reference_logps(batch))
             computed = cache.learn(engine, group)
-            total += computed
             if number % flush_every == 0:
                 flush()
-            on_group(computed)
+            on_group(len(group.responses), computed)
     flush()
-    return total

@@ -73,8 +73,8 @@ class ReferenceStore:
                 table |= _parse(content, self.identity)
                 files.append(path)
             except ValueError as error:
-                problems.append(f"{path}: {error}")
-                set_aside((path,))
+                renamed = f"; renamed to {path.name}.rejected" if set_aside((path,)) else ""
+                problems.append(f"{path}: {error}{renamed}")
         return Stored(table, tuple(files), tuple(problems))
 
     def write(self, table: Mapping[bytes, float]) -> None:

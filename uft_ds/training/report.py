@@ -101,25 +101,25 @@ class ConsoleReporter:
 
 
 class FillReporter:
-    """Progress of filling the reference cache, in groups of responses; without a console it only logs."""
+    """Progress of filling the reference cache, in responses; without a console it only logs."""
 
-    def __init__(self, console: Console | None, num_groups: int) -> None:
-        self._console, self._num_groups, self._done, self._computed = console, num_groups, 0, 0
+    def __init__(self, console: Console | None, num_responses: int) -> None:
+        self._console, self._total, self._done, self._computed = console, num_responses, 0, 0
         self._started = self._last_line = time.monotonic()
         self._progress = _progress(console)
-        self._task = self._progress.add_task("reference", total=num_groups, numbers="")
+        self._task = self._progress.add_task("reference", total=num_responses, numbers="")
 
-    def group(self, computed: int) -> None:
-        """One more group is done, of which so many responses had to be computed."""
-        self._done, self._computed = self._done + 1, self._computed + computed
-        line = f"{self._computed} responses computed"
+    def group(self, visited: int, computed: int) -> None:
+        """So many responses more are done, of which so many had to be computed."""
+        self._done, self._computed = self._done + visited, self._computed + computed
+        line = f"{self._computed} computed"
         self._progress.update(self._task, completed=self._done, numbers=line)
         now = time.monotonic()
-        is_due = now - self._last_line >= SECONDS_BETWEEN_LINES or self._done == self._num_groups
+        is_due = now - self._last_line >= SECONDS_BETWEEN_LINES or self._done == self._total
         if self._console is not None and not self._console.is_terminal and is_due:
             self._last_line = now
-            remaining = (now - self._started) / self._done * (self._num_groups - self._done)
-            self.say(f"reference: {self._done}/{self._num_groups} groups, {line}  ETA {_clock(remaining)}")
+            remaining = (now - self._started) / self._done * (self._total - self._done)
+            self.say(f"reference: {self._done}/{self._total} responses, {line}  ETA {_clock(remaining)}")
 
     def say(self, text: str) -> None:
         _say(self._console, text)
