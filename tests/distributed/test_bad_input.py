@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 from test_training_run import run, uft, write_recipe, write_rows
-from tiny import CHATML, VOCAB_SIZE
+from tiny import CHATML, VOCAB_SIZE, build_tiny_model
+from toy import saved_adapter
 
 from uft_ds.errors import UserError
 from uft_ds.prepare import prepare_run
@@ -110,6 +111,19 @@ def test_a_mixture_of_experts_is_refused_by_its_layers(tiny_qwen2: Path, tmp_pat
     assert "reference.mode: lockstep has not been shown to work with Qwen2MoeForCausalLM" in message
     assert "Qwen2MoeDecoderLayer" in message
     prepare_run(load_recipe(str(recipe), ("reference.mode=separate",)), overwrite=False)[2].close()
+
+
+def test_an_adapter_of_another_base_is_refused(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """Of the same shape it would load without a word. The same weights elsewhere are the same base."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    shutil.copytree(tiny_qwen2, one)
+    build_tiny_model(other, seed=7)
+    adapter = f"reference.adapter={saved_adapter(one, tmp_path / 'adapter')}"
+    message = refused(write_recipe(tmp_path, other), adapter)
+    assert f"was trained on {one}, model.base is {other}" in message
+    prepare_run(load_recipe(str(write_recipe(tmp_path, tiny_qwen2)), (adapter,)), overwrite=False)[2].close()
+    shutil.rmtree(one)
+    assert f"was trained on {one}" in refused(write_recipe(tmp_path, other), adapter, f"output={tmp_path / 'again'}")
 
 
 def test_a_misspelt_deepspeed_key_is_refused(tiny_qwen2: Path, tmp_path: Path) -> None:

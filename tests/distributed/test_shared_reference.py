@@ -183,7 +183,8 @@ def test_runs_share_what_uft_reference_has_filled(tiny_qwen2: Path, tmp_path: Pa
         for fill_process in fills:
             out, err = fill_process.communicate(timeout=TIMEOUT_SECONDS)
             assert fill_process.returncode == 0, out + err
-            assert "done: 16 of " in out
+            assert "distinct responses of " in out
+            assert ": 0 were known, 16 computed and stored below " in out
     finally:
         for fill_process in fills:
             if fill_process.poll() is None:
