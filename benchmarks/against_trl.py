@@ -248,7 +248,7 @@ def real_workload(folder: Path, data: Path) -> Workload:
             rows.append({"prompt_ids": prompt_ids, "completion_ids": completion_ids, "label": row["label"]})
     # Layers of 135M are gathered and released, not kept: as a model that does not fit has to.
     zero = {"stage3_max_live_parameters": 20_000_000, "stage3_prefetch_bucket_size": 4_000_000}
-    return Workload("SmolLM2-135M, real rows (arithmetic)", folder, rows, 4, 7, 1e-3, zero, 1)
+    return Workload("SmolLM2-135M, real rows (arithmetic)", folder, rows, 2, 6, 1e-3, zero, 1)
 
 
 # ---- side by side
