@@ -137,7 +137,7 @@ def open_cache(base: Path, work: Path, store_values: float | None) -> Any:
     [
         (0.0, True, "compared with the reference itself, at most"),
         (2e-3, False, "0.002 nats from the reference itself, more than rounding: none of"),
-        (None, False, "holds a log-prob that is not finite; its responses are computed again"),
+        (None, False, "holds a log-prob that is not finite; renamed to "),
     ],
 )
 def test_wrong_values_are_found_said_and_not_used(
