@@ -16,7 +16,15 @@ def test_a_few_real_steps_lower_the_loss(test_data: Path, tmp_path: Path) -> Non
     """Six steps on Dolly and UltraFeedback rows: exact start, falling held-out loss, rising instruction reward."""
     base = quickstart_model(report=lambda text: None)
     recipe = write_recipe(test_data, base, tmp_path, steps=6)
-    command = [sys.executable, "-m", "uft_ds", "train", str(recipe), "train.lr=1e-3"]
+    command = [
+        sys.executable,
+        "-m",
+        "uft_ds",
+        "train",
+        str(recipe),
+        "train.lr=1e-3",
+        f"reference.cache_dir={tmp_path / 'reference'}",
+    ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "every log-ratio is 0.0 nats" in result.stdout

@@ -263,13 +263,20 @@ def test_workers_die_with_their_launcher(tiny_qwen2: Path, tmp_path: Path) -> No
     assert _processes_naming(str(tmp_path)) == []
 
 
+def _heed_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_run_stopped_while_its_ranks_start_leaves_none(tiny_qwen2: Path, tmp_path: Path, number: int) -> None:
     """Ranks import for seconds before they can ask to die with their parent; a stop in that time reaches them too."""
     recipe = write_recipe(tmp_path, tiny_qwen2, train__steps=100000)
     command = [sys.executable, "-u", "-m", "uft_ds", "train", str(recipe)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # A shell's background jobs ignore SIGINT, and so would their children.
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=_heed_interrupts
+    )
     assert process.stdout is not None
     try:
         said = ""
