@@ -101,9 +101,10 @@ def build_reference_cache(
             f"itself, at most {check.difference:.2g} nats apart"
         )
     elif check is not None:
+        renamed = set_aside(files)
         reporter.warn(
             f"reference cache: {check.origin} is {check.difference:.3g} nats from the reference itself, more than "
-            f"rounding: none of {cache.num_known} stored values is used; {set_aside(files)} of {len(files)} files in "
+            f"rounding: none of {cache.num_known} stored values is used; {renamed} of {len(files)} files in "
             f"{cache_dir(recipe)} renamed, so that no other run reads them"
         )
         cache.forget()

@@ -25,7 +25,7 @@ from uft_ds.files import write_atomically
 from uft_ds.model.identity import adapter_identity, base_identity
 from uft_ds.recipe import Recipe, SourceSection
 from uft_ds.recipe_file import dump_recipe
-from uft_ds.resolve import adapter_folder, caches_reference, source_of, with_absolute_paths, with_fixed_revision
+from uft_ds.resolve import caches_reference, source_of, with_absolute_paths, with_fixed_revision
 from uft_ds.training.run_folder import RunFolder, check_claimable, claim, release
 
 OnRow = Callable[[str, int, int], None]
@@ -109,7 +109,7 @@ def _reference_content(recipe: Recipe, on_row: OnRow) -> dict[str, object]:
     base = recipe.model.base
     content = base_identity(base, recipe.model.revision, partial(on_row, f"hashing {base}"))
     adapter = recipe.reference.adapter
-    return {**content, "adapter": adapter_identity(adapter_folder(adapter)) if adapter else None}
+    return {**content, "adapter": adapter_identity(Path(adapter)) if adapter else None}
 
 
 def _write_prepared(

@@ -6,7 +6,6 @@ Only trainable parameters are gathered and written; the frozen base never is.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from safetensors.torch import save_file
 
 from uft_ds.checkpoint.manifest import MANIFEST, manifest_problem, write_manifest
 from uft_ds.errors import CheckFailed, UserError
-from uft_ds.files import write_atomically
+from uft_ds.files import sync, write_atomically
 from uft_ds.training.engine import Engine
 from uft_ds.training.reference_cache import ReferenceCache
 from uft_ds.training.run_folder import RunFolder
@@ -117,11 +116,7 @@ def _check_adapter(path: Path, written: dict[str, torch.Tensor], *, trained: boo
 
 def _sync(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(path)
 
 
 def _point_latest(folder: RunFolder, target: Path) -> None:

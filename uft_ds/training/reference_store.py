@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save_file
 
 from uft_ds.data.example import KEY_BYTES
+from uft_ds.files import sha256, sync
 
 LogpTable = dict[bytes, float]
 """From a response's key to its log-prob under the reference: nats, summed over tokens, float64."""
@@ -91,9 +92,8 @@ class ReferenceStore:
         temporary = Path(name)
         try:
             write_table(temporary, table, self.identity)
-            digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
-            temporary.rename(self.folder / f"{digest}{_SUFFIX}")
-            _sync(self.folder)
+            temporary.rename(self.folder / f"{sha256(temporary)}{_SUFFIX}")
+            sync(self.folder)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -107,7 +107,7 @@ def write_table(path: Path, table: Mapping[bytes, float], identity: str) -> None
     except SafetensorError as error:  # it wraps the system's errors
         raise OSError(f"{path}: {error}") from None
     path.chmod(0o644)  # safetensors writes 0600 whatever the umask: others share this folder
-    _sync(path)
+    sync(path)
 
 
 def read_table(path: Path, identity: str) -> LogpTable:
@@ -146,11 +146,3 @@ def _parse(content: bytes, identity: str) -> LogpTable:
     if not np.isfinite(logps).all():
         raise ValueError("holds a log-prob that is not finite")
     return dict(zip((key.tobytes() for key in keys), logps.tolist(), strict=True))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
