@@ -20,8 +20,9 @@ from uft_ds.data.example import Response, Sequence
 from uft_ds.data.packing import MicroBatch, micro_batch
 from uft_ds.errors import UserError
 from uft_ds.model.adapters import add_adapters
+from uft_ds.model.head import LogpHead
 from uft_ds.model.load import attention_implementation, decoder_layer_class, load_base
-from uft_ds.model.uft_model import LogpHead, UFTModel
+from uft_ds.model.uft_model import UFTModel
 from uft_ds.objectives.objective import Objective, count_terms, micro_batch_loss
 
 

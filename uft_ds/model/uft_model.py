@@ -13,10 +13,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from uft_ds.data.packing import MicroBatch
-from uft_ds.errors import UserError
-from uft_ds.kernels.token_logps import attach, logps_and_gradients
 from uft_ds.model.activation_offload import activations_on_host
 from uft_ds.model.adapters import as_reference
+from uft_ds.model.head import head_logps, make_logp_head
 from uft_ds.model.lockstep import ReferenceLane, enable_lockstep
 from uft_ds.objectives.implicit_reward import response_logps
 
@@ -25,29 +24,6 @@ Streams = Literal["both", "policy", "reference"]
 
 ReferenceMode = Literal["lockstep", "separate"]
 """One visit of the weights for both streams, or a second forward with the adapters off."""
-
-
-class LogpHead(nn.Linear):
-    """The model's own head, which also turns hidden states into log-probs.
-
-    Under ZeRO-3 only the head's own forward may touch its weight: reading it anywhere else registers it with
-    the reader and adds gathers.
-    """
-
-    def forward(  # type: ignore[override] # a superset of nn.Linear's
-        self, hidden: Tensor, targets_N: Tensor | None = None, reference_hidden_ND: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor | None, Tensor | None]:
-        """Logits; or, with targets, what `logps_and_gradients` returns."""
-        if targets_N is None:
-            return super().forward(hidden)
-        return logps_and_gradients(
-            hidden,
-            self.weight,
-            targets_N,
-            reference_hidden_ND=reference_hidden_ND,
-            bias_V=self.bias,
-            with_gradients=torch.is_grad_enabled(),
-        )
 
 
 class UFTModel(nn.Module):
@@ -63,10 +39,7 @@ class UFTModel(nn.Module):
         super().__init__()
         self.policy = policy
         base: Any = policy.get_base_model()
-        head = base.get_output_embeddings()
-        if type(head) is not nn.Linear:
-            raise UserError(f"model.base: {type(base).__name__} has a head of type {type(head).__name__}, not Linear")
-        head.__class__ = LogpHead
+        make_logp_head(base)
         self._in_lockstep = reference_mode == "lockstep"
         if self._in_lockstep:
             enable_lockstep(base)
@@ -101,13 +74,10 @@ class UFTModel(nn.Module):
         head, targets_N = base.get_output_embeddings(), micro_batch.targets_N
         if streams == "reference":
             with torch.no_grad(), as_reference(base):
-                logps_N, _, _ = head(self._hidden(base, micro_batch), targets_N)
+                logps_N, _ = head_logps(head, self._hidden(base, micro_batch), targets_N)
             return None, logps_N
         hidden_ND, reference_hidden_ND = self._hidden_of_streams(base, micro_batch, streams)
-        logps_N, gradients_ND, reference_logps_N = head(hidden_ND.detach(), targets_N, reference_hidden_ND)
-        if gradients_ND is not None:
-            logps_N = attach(hidden_ND, logps_N, gradients_ND)
-        return logps_N, reference_logps_N
+        return head_logps(head, hidden_ND, targets_N, reference_hidden_ND)
 
     def _hidden_of_streams(self, base: Any, micro_batch: MicroBatch, streams: Streams) -> tuple[Tensor, Tensor | None]:
         keeping = activations_on_host() if self._activation_offload and torch.is_grad_enabled() else nullcontext()

@@ -1,0 +1,95 @@
+"""The Triton sweeps without a GPU: right in the interpreter, and compiled for GPUs that are not here.
+
+Both, because each is blind where the other sees: the interpreter accepts kernels that do not compile, and shows
+neither races nor registers. Each in a process of its own, because the interpreter is chosen when a kernel is defined.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from uft_ds.kernels import rows, rows_torch
+
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Bytes a block may have: CUDA C++ programming guide, compute capabilities."""
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed (it is not published for this platform)"
+)
+
+
+def run(command: list[str], cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    folder = Path(__file__).parent
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=folder,
+        env=inherited | environment | {"TRITON_CACHE_DIR": str(cache)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@needs_triton
+def test_in_the_interpreter(tmp_path: Path) -> None:
+    """All of `interpreted_rows.py` passes, and nothing of it is skipped."""
+    command = ["-m", "pytest", "-v", "-p", "no:cacheprovider", "interpreted_rows.py"]
+    result = run(command, tmp_path, TRITON_INTERPRET="1")
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-1000:]
+    assert " passed" in result.stdout
+    assert "skipped" not in result.stdout
+
+
+@pytest.fixture(scope="module")
+def builds(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    result = run(["compiled_rows.py", *map(str, SHARED_MEMORY)], tmp_path_factory.mktemp("triton"))
+    assert result.returncode == 0, result.stderr[-5000:]
+    compiled: list[dict[str, Any]] = json.loads(result.stdout)
+    return compiled
+
+
+@needs_triton
+@pytest.mark.parametrize("target", SHARED_MEMORY)
+def test_compiles_ahead_of_time(builds: list[dict[str, Any]], target: int) -> None:
+    """Every variant: nothing spilled, shared memory that the target has, loads of four floats, and the tile read before
+    it is overwritten."""
+    compiled = [build for build in builds if build["target"] == target]
+    assert len(compiled) == 8
+    for build in compiled:
+        assert build["spilled_bytes"] == 0, build
+        assert build["registers"] <= 64, build  # 256 threads: four blocks to a multiprocessor of 65536 registers
+        assert build["shared_bytes"] <= SHARED_MEMORY[target], build
+        assert build["vector_loads"] >= 4, build
+        assert build["scalar_loads"] == 0, build
+        assert build["is_fenced"], build
+
+
+def test_without_triton_plain_torch_is_taken_and_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once, not at every call."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    rows._sweeps.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert rows.sweeps_for(torch.device("cuda")) is rows_torch
+    assert [record.message for record in caplog.records] == [
+        "Triton is not installed: rows of logits are swept by plain torch, in about six passes instead of two"
+    ]
+    rows._sweeps.cache_clear()
+
+
+def test_processors_take_plain_torch() -> None:
+    """Triton has no back end for them."""
+    assert rows.sweeps_for(torch.device("cpu")) is rows_torch

@@ -1,0 +1,63 @@
+"""How much is in memory at once, and that matmuls stay large."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from uft_ds.kernels.tiles import CPU, GPU, ROW_MULTIPLE, Tile, tile_of
+
+HOST, DEVICE = torch.device("cpu"), torch.device("cuda")
+QWEN = (151_936, 5120)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "streams", "chunk_bytes", "tile"),
+    [
+        (4096, 1, 2**30, Tile(1376, 151_936)),  # 1766 whole rows: three chunks of nearly equal rows
+        (4096, 2, 2**30, Tile(832, 151_936)),
+        (4096, 1, 128 * 2**20, Tile(208, 151_936)),
+        (4096, 2, 128 * 2**20, Tile(96, 151_936)),
+        (4096, 1, 16 * 2**20, Tile(512, 4096)),  # fewer than 192 whole rows: columns are cut
+        (4096, 2, 16 * 2**20, Tile(512, 4096)),
+        (520, 1, 16 * 2**20, Tile(272, 7696)),  # two halves, not 512 and 8
+        (3, 2, 16 * 2**20, Tile(16, 131_072)),
+        (3, 2, 32 * 2**20, Tile(16, 151_936)),  # all there is fits
+        (0, 1, 16 * 2**20, Tile(16, 131_072)),
+        (4096, 1, 1, Tile(512, 16)),
+    ],
+)
+def test_tiles_by_hand(num_tokens: int, streams: int, chunk_bytes: int, tile: Tile) -> None:
+    """Whole rows while there are some hundred of them, columns cut where there are not."""
+    assert tile_of(num_tokens, streams, QWEN, HOST, chunk_bytes=chunk_bytes) == tile
+
+
+def test_each_device_has_its_own_default() -> None:
+    """A GPU wants thousands of rows to hide the reading of the weights, a CPU tiles that fit its cache."""
+    assert tile_of(8192, 2, QWEN, HOST) == tile_of(8192, 2, QWEN, HOST, chunk_bytes=CPU.chunk_bytes)
+    assert tile_of(8192, 2, QWEN, DEVICE) == tile_of(8192, 2, QWEN, DEVICE, chunk_bytes=GPU.chunk_bytes)
+    assert tile_of(8192, 2, QWEN, DEVICE).rows >= 1024
+
+
+@given(
+    num_tokens=st.integers(0, 20_000),
+    streams=st.integers(1, 2),
+    vocabulary=st.integers(1, 300_000),
+    dim=st.integers(1, 9000),
+    chunk_bytes=st.integers(1, 2**31),
+    cast=st.booleans(),
+    device=st.sampled_from([HOST, DEVICE]),
+)
+def test_tiles_keep_to_their_budget(
+    num_tokens: int, streams: int, vocabulary: int, dim: int, chunk_bytes: int, cast: bool, device: torch.device
+) -> None:
+    """Whatever the sizes: within the budget unless at the least there is, and as wide for one stream as for two."""
+    options = {"chunk_bytes": chunk_bytes, "cast": cast}
+    tile = tile_of(num_tokens, streams, (vocabulary, dim), device, **options)
+    assert tile.rows % ROW_MULTIPLE == 0
+    assert 1 <= tile.width <= vocabulary
+    taken = 4 * tile.width * (streams * tile.rows + (dim if cast else 0))
+    assert taken <= chunk_bytes or tile.width == min(vocabulary, ROW_MULTIPLE) or tile.rows == ROW_MULTIPLE
+    assert tile.width == tile_of(num_tokens, 3 - streams, (vocabulary, dim), device, **options).width

@@ -1,0 +1,110 @@
+"""What one sweep over rows of logits leaves behind, tile of columns by tile of columns.
+
+R rows (tokens of the policy, then those of the reference), W columns of the tile (entries of the vocabulary).
+Two implementations of the sweeps, `rows_torch` and `rows_triton`, keep these sums.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+from dataclasses import dataclass
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RowSums:
+    """Of each row, over the columns swept so far; the tensors are updated in place. [rows], float32.
+
+    The target is kept apart from the others: 1 - p(target) is then a sum of small numbers, exact where it is 1e-10,
+    instead of a difference of large ones.
+    """
+
+    highest_R: Tensor
+    """The largest logit, the target's included."""
+    others_R: Tensor
+    """sum over the tokens but the target of exp(logit - highest)."""
+    target_R: Tensor
+    """The target's logit; NaN until its column has been swept, so that a target outside the vocabulary is seen."""
+    rescale_R: Tensor
+    """exp(highest before the last tile - highest now): what older sums over exp(logit - highest) are to be times."""
+    weighted_R: Tensor | None
+    """sum over the tokens but the target of exp(logit - highest) * (logit - highest); for the entropy."""
+
+
+class RowValues(NamedTuple):
+    """What follows from the sums over all columns: [rows] each, float32 but for `is_top1_R`."""
+
+    logps_R: Tensor
+    """log p(target), nats."""
+    is_top1_R: Tensor
+    """No token has a larger logit than the target."""
+    entropy_R: Tensor | None
+    """- sum p log p, nats."""
+    highest_R: Tensor
+    others_R: Tensor
+    """As in `RowSums`; others / total is 1 - p(target)."""
+    total_R: Tensor
+    """sum over all tokens of exp(logit - highest)."""
+
+    def at(self, rows: slice) -> RowValues:
+        return RowValues._make(None if values_R is None else values_R[rows] for values_R in self)
+
+
+def no_columns_yet(num_rows: int, dtype: torch.dtype, device: torch.device, *, with_entropy: bool = False) -> RowSums:
+    """The sums over nothing. The largest logit starts at the lowest finite number: -inf - -inf would be NaN."""
+    zeros_R = torch.zeros(num_rows, dtype=dtype, device=device)
+    return RowSums(
+        highest_R=torch.full_like(zeros_R, torch.finfo(dtype).min),
+        others_R=zeros_R,
+        target_R=torch.full_like(zeros_R, torch.nan),
+        rescale_R=torch.ones_like(zeros_R),
+        weighted_R=torch.zeros_like(zeros_R) if with_entropy else None,
+    )
+
+
+def values_of(sums: RowSums) -> RowValues:
+    below_highest_R = sums.target_R - sums.highest_R
+    target_exp_R = below_highest_R.exp()
+    total_R = sums.others_R + target_exp_R
+    # A confident token: log p = -log1p(others / target) keeps its digits down to 1e-38, log(total) none below 1e-7.
+    logps_R = torch.where(
+        target_exp_R > 0.5, -torch.log1p(sums.others_R / target_exp_R), below_highest_R - total_R.log()
+    )
+    entropy_R = None
+    if sums.weighted_R is not None:
+        entropy_R = total_R.log() - (sums.weighted_R + target_exp_R * below_highest_R) / total_R
+    return RowValues(logps_R, below_highest_R == 0, entropy_R, sums.highest_R, sums.others_R, total_R)
+
+
+def joined(parts: list[RowValues]) -> RowValues:
+    """The rows of all parts, in their order; at least one part."""
+    return RowValues._make(None if field[0] is None else torch.cat(field) for field in zip(*parts, strict=True))
+
+
+def sweeps_for(device: torch.device) -> ModuleType:
+    """`rows_triton` on GPUs (and under Triton's interpreter), `rows_torch` elsewhere or where Triton is absent."""
+    return _sweeps(device.type, os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@functools.cache
+def _sweeps(device_type: str, interpreted: bool) -> ModuleType:
+    if device_type != "cpu" or interpreted:
+        if importlib.util.find_spec("triton") is not None:
+            from uft_ds.kernels import rows_triton
+
+            return rows_triton
+        logger.warning(
+            "Triton is not installed: rows of logits are swept by plain torch, in about six passes instead of two"
+        )
+    from uft_ds.kernels import rows_torch
+
+    return rows_torch

@@ -1,0 +1,91 @@
+"""Sweeps over rows of logits in plain torch: the reference for `rows_triton`, and what CPUs run.
+
+R rows, W columns of a tile, K rows of the policy, which come first.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from uft_ds.kernels.logits import LogitTransform
+from uft_ds.kernels.rows import RowSums
+
+
+def absorb_tile(
+    products_RW: Tensor,
+    targets_R: Tensor,
+    first_token: int,
+    sums: RowSums,
+    transform: LogitTransform,
+    *,
+    bias_W: Tensor | None,
+    kept_rows: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Add a tile's columns to the sums; leave in its memory what the gradient is made of.
+
+    Args:
+        products_RW: hidden @ weight^T of tokens first_token .. first_token + W; overwritten.
+        dtype: of the result.
+    Returns:
+        [kept rows, W]: exp(logit - highest) * d logit / d product, 0 for the target.
+    """
+    logits_RW = transform.apply_(products_RW, bias_W)
+    rows_R = torch.arange(len(targets_R), device=targets_R.device)
+    inside_R, columns_R = _columns_of(targets_R, first_token, logits_RW.shape[1])
+    sums.target_R.copy_(torch.where(inside_R, logits_RW[rows_R, columns_R], sums.target_R))
+    slopes_KW = transform.slope(logits_RW[:kept_rows])
+
+    highest_R = torch.maximum(sums.highest_R, logits_RW.amax(dim=1))
+    shift_R = sums.highest_R - highest_R
+    sums.rescale_R.copy_(shift_R.exp())
+    sums.highest_R.copy_(highest_R)
+    centred_RW = logits_RW.sub_(highest_R[:, None])
+    copy_RW = None if sums.weighted_R is None else centred_RW.clone()
+    exps_RW = centred_RW.exp_()
+    exps_RW[rows_R, columns_R] = torch.where(inside_R, 0.0, exps_RW[rows_R, columns_R])
+    if sums.weighted_R is not None and copy_RW is not None:
+        weighted_R = torch.where(exps_RW > 0, copy_RW, 0.0).mul_(exps_RW).sum(dim=1)  # 0 * -inf is NaN
+        sums.weighted_R.add_(shift_R * sums.others_R).mul_(sums.rescale_R).add_(weighted_R)
+    sums.others_R.mul_(sums.rescale_R).add_(exps_RW.sum(dim=1))
+
+    kept_KW = exps_RW[:kept_rows]
+    if not isinstance(slopes_KW, float) or slopes_KW != 1:
+        kept_KW.mul_(slopes_KW)
+    return kept_KW.to(dtype)
+
+
+def residuals(
+    products_RW: Tensor,
+    targets_R: Tensor,
+    first_token: int,
+    highest_R: Tensor,
+    others_R: Tensor,
+    scales_R: Tensor,
+    transform: LogitTransform,
+    *,
+    bias_W: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """upstream * d log p(target) / d product, in the tile's memory, once the sums over all columns are known.
+
+    Args:
+        products_RW: as for `absorb_tile`; overwritten.
+        highest_R, others_R: as in `RowSums`.
+        scales_R: gradient from above / sum over all tokens of exp(logit - highest).
+        dtype: of the result.
+    """
+    logits_RW = transform.apply_(products_RW, bias_W)
+    rows_R = torch.arange(len(targets_R), device=targets_R.device)
+    inside_R, columns_R = _columns_of(targets_R, first_token, logits_RW.shape[1])
+    slopes_RW = transform.slope(logits_RW)
+    residuals_RW = logits_RW.sub_(highest_R[:, None]).exp_().neg_()
+    residuals_RW[rows_R, columns_R] = torch.where(inside_R, others_R, residuals_RW[rows_R, columns_R])
+    return residuals_RW.mul_(scales_R[:, None]).mul_(slopes_RW).to(dtype)
+
+
+def _columns_of(targets_R: Tensor, first_token: int, width: int) -> tuple[Tensor, Tensor]:
+    """Whether a row's target lies in the tile, and the column where it lies or would if it did."""
+    columns_R = targets_R - first_token
+    return (columns_R >= 0) & (columns_R < width), columns_R.clamp(0, width - 1)

@@ -1,0 +1,92 @@
+"""The model's own head as the engine calls it: hidden states in, log-probs out.
+
+N supervised tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from uft_ds.errors import UserError
+from uft_ds.kernels.forward import HeadOutput
+from uft_ds.kernels.frozen_head import attach, logps_and_gradients
+from uft_ds.kernels.logits import UNCHANGED, LogitTransform
+from uft_ds.kernels.trainable_head import differentiable_logps
+
+
+class LogpHead(nn.Linear):
+    """A linear head that also turns hidden states into log-probs.
+
+    Under ZeRO-3 only the head's own forward may touch its weight: reading it anywhere else registers it with the
+    reader and adds gathers. One call serves policy and reference, and with a frozen weight the backward too.
+    """
+
+    transform: LogitTransform = UNCHANGED
+
+    def forward(  # type: ignore[override] # a superset of nn.Linear's
+        self, hidden: Tensor, targets_N: Tensor | None = None, reference_hidden_ND: Tensor | None = None
+    ) -> Tensor | HeadOutput:
+        """What nn.Linear gives; or, with targets, log-probs, linked to the hidden states by `head_logps`."""
+        if targets_N is None:
+            return super().forward(hidden)
+        options: dict[str, Any] = {
+            "reference_hidden_ND": reference_hidden_ND,
+            "bias_V": self.bias,
+            "transform": self.transform,
+        }
+        if is_trainable(self) and torch.is_grad_enabled():
+            return differentiable_logps(hidden, self.weight, targets_N, **options)
+        with_gradients = torch.is_grad_enabled()
+        return logps_and_gradients(hidden, self.weight, targets_N, with_gradients=with_gradients, **options)
+
+
+def make_logp_head(model: nn.Module) -> LogpHead:
+    """Teach the model's own output layer to give log-probs; its name, its weight and what it does to logits stay.
+
+    Raises:
+        UserError: an output layer that is not a plain nn.Linear, one with adapters for example.
+    """
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    head_class = type(head)
+    if head_class is not nn.Linear:
+        raise UserError(f"model.base: {type(model).__name__} has a head of type {head_class.__name__}, not Linear")
+    head.__class__ = LogpHead
+    head.transform = logit_transform_of(model.config)
+    assert isinstance(head, LogpHead)
+    return head
+
+
+def logit_transform_of(config: Any) -> LogitTransform:
+    """What a Hugging Face model does to its logits after the head, by the names its configuration uses for it.
+
+    Other models do more, or under other names: the check at the start compares with the model's own logits.
+    """
+    scale = getattr(config, "logit_scale", None)  # Cohere
+    divisor = getattr(config, "logits_scaling", None)  # Granite
+    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+    return LogitTransform((scale or 1.0) / (divisor or 1.0), softcap or None)
+
+
+def head_logps(
+    head: LogpHead, hidden_ND: Tensor, targets_N: Tensor, reference_hidden_ND: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probs of the targets under policy, with gradient where there is one, and reference: [N] each, float32, nats.
+
+    Raises:
+        RuntimeError: a reference asked of a trainable head, whose weight is no longer the reference's.
+    """
+    if is_trainable(head):
+        if reference_hidden_ND is not None:
+            raise RuntimeError("The reference shares the head with the policy: a head that is trained has none.")
+        return head(hidden_ND, targets_N).logps_N, None
+    output: HeadOutput = head(hidden_ND.detach(), targets_N, reference_hidden_ND)
+    if output.gradients_ND is None:
+        return output.logps_N, output.reference_logps_N
+    return attach(hidden_ND, output.logps_N, output.gradients_ND), output.reference_logps_N
+
+
+def is_trainable(head: nn.Linear) -> bool:
+    return head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
