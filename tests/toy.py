@@ -59,6 +59,7 @@ def toy_model(
     reference_mode: ReferenceMode = "lockstep",
     activation_offload: bool = False,
     reference_adapter: Path | None = None,
+    trains_head: bool = False,
 ) -> UFTModel:
     """The model in `folder` with adapters; B drawn with `b_std`, so that log-ratios are of order 1."""
     base = load_base(
@@ -72,6 +73,7 @@ def toy_model(
                 parameter.data = (torch.randn(parameter.shape, generator=generator) * b_std).to(lora_dtype)
     if reference_adapter is not None:
         start_from_adapter(policy, reference_adapter)
+    base.get_output_embeddings().weight.requires_grad_(trains_head)
     return UFTModel(policy, reference_mode=reference_mode, activation_offload=activation_offload)
 
 
