@@ -45,6 +45,7 @@ format: install ## Rewrite the code as the formatter wants it
 bench: install ## Side-by-side measurements, a table each (about half an hour)
 	$(BIN)/python -m pip install --quiet --editable ".[bench]"
 	$(BIN)/python benchmarks/loading_memory.py
+	$(BIN)/python benchmarks/token_logps.py
 	$(BIN)/python benchmarks/reference_traffic.py
 
 clean: ## Remove the virtual environment and caches

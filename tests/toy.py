@@ -60,6 +60,7 @@ def toy_model(
     activation_offload: bool = False,
     reference_adapter: Path | None = None,
     trains_head: bool = False,
+    chunk_bytes: int | None = None,
 ) -> UFTModel:
     """The model in `folder` with adapters; B drawn with `b_std`, so that log-ratios are of order 1."""
     base = load_base(
@@ -74,7 +75,9 @@ def toy_model(
     if reference_adapter is not None:
         start_from_adapter(policy, reference_adapter)
     base.get_output_embeddings().weight.requires_grad_(trains_head)
-    return UFTModel(policy, reference_mode=reference_mode, activation_offload=activation_offload)
+    return UFTModel(
+        policy, reference_mode=reference_mode, activation_offload=activation_offload, chunk_bytes=chunk_bytes
+    )
 
 
 def toy_policy(folder: Path, *, targets: Any = "all-linear", seed: int = 1, dtype: torch.dtype = torch.float32) -> Any:

@@ -50,7 +50,12 @@ def build_engine(recipe: Recipe, reporter: Speaker) -> tuple[Engine, UFTModel]:
     )
     if recipe.reference.adapter is not None:
         start_from_adapter(policy, Path(recipe.reference.adapter))
-    model = UFTModel(policy, reference_mode=reference_mode(recipe), activation_offload=recipe.model.activation_offload)
+    model = UFTModel(
+        policy,
+        reference_mode=reference_mode(recipe),
+        activation_offload=recipe.model.activation_offload,
+        chunk_bytes=None if recipe.model.logits_mib is None else recipe.model.logits_mib * 2**20,
+    )
     layer_class = decoder_layer_class(base)
     engine = Engine(
         model,

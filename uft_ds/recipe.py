@@ -60,6 +60,8 @@ class ModelSection(Section):
     """Recompute each layer in the backward pass instead of keeping its activations."""
     activation_offload: bool = False
     """Keep the inputs saved by gradient checkpointing in host memory."""
+    logits_mib: Positive | None = None
+    """Memory for logits at a time, in MiB, of policy and reference; null: what suits the device (16 on CPU, 512)."""
 
 
 class LoraSection(Section):

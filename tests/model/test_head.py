@@ -99,3 +99,15 @@ def test_a_trainable_head_is_no_reference(tiny_qwen2: Path) -> None:
     model = toy_model(tiny_qwen2, trains_head=True)
     with pytest.raises(RuntimeError, match="a head that is trained has none"):
         model.token_logps(micro_batch(toy_sequences(2)))
+
+
+def test_memory_for_logits_changes_no_number(tiny_qwen2: Path) -> None:
+    """Tiles of 16 columns: both streams equal to rounding, policy and reference still exactly equal at the start."""
+    batch = micro_batch(toy_sequences(3))
+    default, tiled = (toy_model(tiny_qwen2, b_std=0, chunk_bytes=chunk_bytes) for chunk_bytes in (None, 1))
+    logps_N, _ = default.token_logps(batch)
+    tiled_N, reference_N = tiled.token_logps(batch)
+    assert tiled_N is not None
+    assert torch.equal(tiled_N, reference_N)
+    torch.testing.assert_close(tiled_N, logps_N, rtol=0, atol=4e-6)
+    assert not torch.equal(tiled_N, logps_N)

@@ -25,6 +25,7 @@ class LogpHead(nn.Linear):
     """
 
     transform: LogitTransform = UNCHANGED
+    chunk_bytes: int | None = None
 
     def forward(  # type: ignore[override] # a superset of nn.Linear's
         self, hidden: Tensor, targets_N: Tensor | None = None, reference_hidden_ND: Tensor | None = None
@@ -36,6 +37,7 @@ class LogpHead(nn.Linear):
             "reference_hidden_ND": reference_hidden_ND,
             "bias_V": self.bias,
             "transform": self.transform,
+            "chunk_bytes": self.chunk_bytes,
         }
         if is_trainable(self) and torch.is_grad_enabled():
             return differentiable_logps(hidden, self.weight, targets_N, **options)
@@ -43,9 +45,11 @@ class LogpHead(nn.Linear):
         return logps_and_gradients(hidden, self.weight, targets_N, with_gradients=with_gradients, **options)
 
 
-def make_logp_head(model: nn.Module) -> LogpHead:
+def make_logp_head(model: nn.Module, *, chunk_bytes: int | None = None) -> LogpHead:
     """Teach the model's own output layer to give log-probs; its name, its weight and what it does to logits stay.
 
+    Args:
+        chunk_bytes: memory for logits at a time; None for what suits the device.
     Raises:
         UserError: an output layer that is not a plain nn.Linear, one with adapters for example.
     """
@@ -54,9 +58,13 @@ def make_logp_head(model: nn.Module) -> LogpHead:
     if head_class is not nn.Linear:
         raise UserError(f"model.base: {type(model).__name__} has a head of type {head_class.__name__}, not Linear")
     head.__class__ = LogpHead
-    head.transform = logit_transform_of(model.config)
+    head.transform, head.chunk_bytes = logit_transform_of(model.config), chunk_bytes
     assert isinstance(head, LogpHead)
     return head
+
+
+MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+"""Names of it in configurations: Cohere's, Muse's, Falcon-H1's."""
 
 
 def logit_transform_of(config: Any) -> LogitTransform:
@@ -64,10 +72,11 @@ def logit_transform_of(config: Any) -> LogitTransform:
 
     Other models do more, or under other names: the check at the start compares with the model's own logits.
     """
-    scale = getattr(config, "logit_scale", None)  # Cohere
-    divisor = getattr(config, "logits_scaling", None)  # Granite
-    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-    return LogitTransform((scale or 1.0) / (divisor or 1.0), softcap or None)
+    scale = next((float(found) for name in MULTIPLIERS if (found := getattr(config, name, None))), 1.0)
+    divisor = getattr(config, "logits_scaling", None)  # Granite, MiniCPM3; HyperCLOVA X multiplies by it
+    if divisor:
+        scale = scale * divisor if config.model_type == "hyperclovax" else scale / divisor
+    return LogitTransform(scale, getattr(config, "final_logit_softcapping", None) or None)  # Gemma 2
 
 
 def head_logps(

@@ -34,12 +34,17 @@ class UFTModel(nn.Module):
     """
 
     def __init__(
-        self, policy: PeftModel, *, reference_mode: ReferenceMode = "lockstep", activation_offload: bool = False
+        self,
+        policy: PeftModel,
+        *,
+        reference_mode: ReferenceMode = "lockstep",
+        activation_offload: bool = False,
+        chunk_bytes: int | None = None,
     ) -> None:
         super().__init__()
         self.policy = policy
         base: Any = policy.get_base_model()
-        make_logp_head(base)
+        make_logp_head(base, chunk_bytes=chunk_bytes)
         self._in_lockstep = reference_mode == "lockstep"
         if self._in_lockstep:
             enable_lockstep(base)

@@ -1,0 +1,381 @@
+"""Log-probs from hidden states, forward and backward: time and memory beside what others do.
+
+    python benchmarks/token_logps.py [--rounds 3] [--quick]
+    python benchmarks/token_logps.py --device cuda
+
+The head is frozen. Time is a multiple of one matmul of all N x H x V, measured between the calls in the same process.
+On CPU: float32, one thread, CPU seconds (other work on the machine does not count), each method in a process of its
+own, whose peak memory is over its inputs. On a GPU: bfloat16, events, and the allocator's own peak; torch and triton
+are all it needs. Peers that are not installed are left out, and said.
+
+Two bodies of rows: all of them, and 40% supervised. Peers that cannot skip the others get supervised rows only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # runs where the package is not installed
+
+import torch
+from torch import Tensor
+
+from uft_ds.kernels.token_logps import IGNORED, token_logps
+
+
+@dataclass(frozen=True)
+class Shape:
+    """N tokens, H hidden size, V vocabulary; the share of tokens that is supervised."""
+
+    name: str
+    tokens: int
+    hidden: int
+    vocabulary: int
+    supervised: float = 1.0
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * self.tokens * self.hidden * self.vocabulary
+
+
+SHAPES = {
+    "cpu": [
+        Shape("Qwen 0.5B's width", 512, 1024, 151_936),
+        Shape("Qwen, 40% supervised", 512, 1024, 151_936, 0.4),
+        Shape("SmolLM2 135M", 1024, 576, 49_152),
+        Shape("Mistral 7B", 256, 4096, 32_768),
+    ],
+    "cuda": [
+        Shape("Qwen 32B", 8192, 5120, 152_064),
+        Shape("Qwen 32B, 40% supervised", 8192, 5120, 152_064, 0.4),
+        Shape("Llama 3 8B", 8192, 4096, 128_256),
+        Shape("Mistral 7B", 8192, 4096, 32_768),
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of one shape: logits of a standard deviation of about 3, as a trained model's."""
+
+    hidden_ND: Tensor
+    reference_ND: Tensor
+    weight_VD: Tensor
+    targets_N: Tensor
+    """`IGNORED` where not supervised."""
+    upstream_N: Tensor
+
+
+def make_case(shape: Shape, device: str, dtype: torch.dtype) -> Case:
+    torch.manual_seed(0)
+    hidden_ND = torch.randn(shape.tokens, shape.hidden, device=device, dtype=dtype)
+    weight_VD = torch.empty(shape.vocabulary, shape.hidden, device=device, dtype=dtype)
+    weight_VD.normal_(std=3 / shape.hidden**0.5)
+    targets_N = torch.randint(shape.vocabulary, (shape.tokens,), device=device)
+    ignored_N = torch.arange(shape.tokens, device=device) % 5 >= 5 * shape.supervised
+    upstream_N = torch.randn(shape.tokens, device=device)
+    return Case(
+        hidden_ND.requires_grad_(),
+        hidden_ND.detach() + 0.1 * torch.randn_like(hidden_ND),
+        weight_VD,
+        torch.where(ignored_N, IGNORED, targets_N),
+        torch.where(ignored_N, 0.0, upstream_N),
+    )
+
+
+Logps = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""hidden, weight, targets -> log-probs."""
+
+
+def naive(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    logits_NV = (hidden_ND @ weight_VD.T).float()
+    return logits_NV.log_softmax(-1).gather(1, targets_N[:, None]).squeeze(1)
+
+
+def trl_selective(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    from trl.trainer.utils import selective_log_softmax
+
+    return selective_log_softmax(hidden_ND @ weight_VD.T, targets_N)
+
+
+def trl_chunked(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as WIDTH
+    from trl.trainer.utils import _ChunkedLogProbFunction as Function
+
+    logps_N: Tensor = Function.apply(hidden_ND, weight_VD, None, targets_N, 1.0, WIDTH, None, 1.0, ())[0]
+    return logps_N
+
+
+def torch_linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    # Its automatic chunk can be a few rows (85 times the matmul); 256 is the best found.
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=256)
+    return -torch.nn.functional.linear_cross_entropy(hidden_ND, weight_VD, targets_N, reduction="none", options=options)
+
+
+def liger_fused(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction as Liger
+
+    losses = Liger.apply(hidden_ND, weight_VD, targets_N)
+    return -(losses[0] if isinstance(losses, tuple) else losses)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to get log-probs, and the package that it needs."""
+
+    run: Logps
+    package: str | None = None
+
+
+PEERS = {
+    "naive float32 log_softmax": Method(naive),
+    "TRL selective_log_softmax": Method(trl_selective, "trl"),
+    "TRL chunked_logprob": Method(trl_chunked, "trl"),
+    "torch linear_cross_entropy": Method(torch_linear_cross_entropy),
+    "Liger fused": Method(liger_fused, "liger_kernel"),
+}
+
+OURS = {"uft_ds": None, "uft_ds, tiles of 4 MiB": 4 * 2**20, "uft_ds, whole rows": 128 * 2**20}
+"""`chunk_bytes`, None for the default."""
+
+
+def step(case: Case, name: str, pair: bool) -> Tensor:
+    """Forward and backward once; the log-probs of supervised tokens."""
+    case.hidden_ND.grad = None
+    if name in OURS:
+        reference_ND = case.reference_ND if pair else None
+        logps_N, _ = token_logps(
+            case.hidden_ND,
+            case.weight_VD,
+            case.targets_N,
+            reference_hidden_ND=reference_ND,
+            chunk_bytes=OURS[name],
+        )
+        logps_N.backward(case.upstream_N)
+        return logps_N.detach()[case.targets_N != IGNORED]
+    rows_M = (case.targets_N != IGNORED).nonzero()[:, 0]
+    targets_M, run = case.targets_N[rows_M], PEERS[name].run
+    if pair:
+        with torch.no_grad():
+            run(case.reference_ND[rows_M], case.weight_VD, targets_M)
+    logps_M = run(case.hidden_ND[rows_M], case.weight_VD, targets_M)
+    logps_M.backward(case.upstream_N[rows_M].to(logps_M.dtype))
+    return logps_M.detach()
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Of one method at one shape."""
+
+    method: str
+    units: float
+    """Time, in matmuls of N x H x V."""
+    seconds: float
+    matmul_seconds: float
+    peak_bytes: int
+    """Over the inputs and the hidden states' gradient."""
+    error: float
+    """Of log-probs against float64 on 16 supervised rows, the largest, nats."""
+
+
+def measure(shape: Shape, name: str, pair: bool, rounds: int, device: str) -> Measurement:
+    """In this process; medians over rounds, the matmul timed right before and after each call."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    small = make_case(Shape("warm-up", 64, shape.hidden, 2048), device, dtype)
+    step(small, name, pair)  # imports, compilation, thread pools
+    case = make_case(shape, device, dtype)
+    products = [torch.empty(shape.tokens, shape.vocabulary, device=device, dtype=dtype)]
+
+    def matmul() -> None:
+        torch.mm(case.hidden_ND.detach(), case.weight_VD.T, out=products[0])
+
+    if device == "cuda":
+        step(case, name, pair)  # the kernels of this shape
+    times, matmuls, error = [], [timed(matmul, device)], 0.0
+    for _ in range(rounds):
+        times.append(timed(lambda: step(case, name, pair), device))
+        matmuls.append(timed(matmul, device))
+    products.clear()
+    case.hidden_ND.grad = torch.zeros_like(case.hidden_ND)  # one of the results, before as after
+    peak = peak_bytes(lambda: step(case, name, pair), device)
+    error = largest_error(case, step(case, name, pair))
+    seconds, unit = statistics.median(times), statistics.median(matmuls)
+    return Measurement(name, seconds / unit, seconds, unit, peak, error)
+
+
+def timed(call: Callable[[], Any], device: str) -> float:
+    """Seconds: the processor's own on CPU, between events on a GPU."""
+    gc.collect()
+    if device != "cuda":
+        start = time.process_time()
+        call()
+        return time.process_time() - start
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    call()
+    last.record()
+    torch.cuda.synchronize()
+    return first.elapsed_time(last) / 1e3
+
+
+def peak_bytes(call: Callable[[], Any], device: str) -> int:
+    """The most memory that a call takes beyond what was there before it."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    before = resident_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    call()
+    return resident_bytes("VmHWM") - before
+
+
+def resident_bytes(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no {name} in /proc/self/status")
+
+
+def largest_error(case: Case, logps_M: Tensor) -> float:
+    rows_M = (case.targets_N != IGNORED).nonzero()[:, 0]
+    exact = []
+    for row in rows_M[:16].tolist():
+        logits_V = case.weight_VD.double() @ case.hidden_ND[row].detach().double()
+        exact.append(logits_V[case.targets_N[row]] - logits_V.logsumexp(0))
+    return float((logps_M[:16].double() - torch.stack(exact)).abs().max())
+
+
+def measure_apart(shape: Shape, name: str, pair: bool, rounds: int) -> Measurement:
+    """In a process of its own, so that no other method's memory or imports count."""
+    request = json.dumps([asdict(shape), name, pair, rounds])
+    result = subprocess.run(
+        [sys.executable, __file__, "--one", request], capture_output=True, text=True, env=os.environ, check=False
+    )
+    if result.returncode != 0:
+        raise RuntimeError(f"{name}: {result.stderr[-2000:]}")
+    return Measurement(**json.loads(result.stdout.splitlines()[-1]))
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A claim, what was measured, and whether it holds."""
+
+    claim: str
+    value: float
+    holds: bool
+
+
+def bars(policy: dict[str, list[Measurement]], pair: list[Measurement], qwen: str) -> list[Bar]:
+    """The claims that README makes, of results by shape; `qwen` is the shape of the memory and matmul bounds."""
+    found = []
+    main, both = ({m.method: m for m in results} for results in (policy[qwen], pair))
+    for name, least in (("uft_ds", 60), ("uft_ds, tiles of 4 MiB", 60), ("uft_ds, whole rows", 160)):
+        units, peak = main[name].units, main[name].peak_bytes / 1e6
+        found.append(Bar(f"{name}, policy alone: at most 2.4 matmuls", units, units <= 2.4))
+        found.append(
+            Bar(f"{name}, policy and reference: at most 3.5 matmuls", both[name].units, both[name].units <= 3.5)
+        )
+        found.append(Bar(f"{name}, policy alone: at most {least} MB", peak, peak <= least))
+        peak = both[name].peak_bytes / 1e6
+        found.append(Bar(f"{name}, policy and reference: at most 160 MB", peak, peak <= 160))
+    for shape, results in {**policy, f"{qwen}, policy and reference": pair}.items():
+        ours = next(m.units for m in results if m.method == "uft_ds")
+        for peer in (m for m in results if m.method in PEERS):
+            found.append(Bar(f"{shape}: not slower than {peer.method}", ours / peer.units, ours <= peer.units))
+    return found
+
+
+def installed() -> list[str]:
+    """The methods that can be measured here; the others are said."""
+    names = list(OURS)
+    for name, method in PEERS.items():
+        if method.package is not None and importlib.util.find_spec(method.package) is None:
+            print(f"{name}: not measured, {method.package} is not installed")
+        else:
+            names.append(name)
+    return names
+
+
+def print_table(title: str, results: list[Measurement], flops: float, device: str) -> None:
+    print(f"\n{title}")
+    columns = f"  {'':28}{'matmuls':>9}{'peak MB':>10}{'error, nats':>13}"
+    print(columns + (f"{'ms':>9}{'TFLOP/s':>9}" if device == "cuda" else ""))
+    for m in results:
+        line = f"  {m.method:28}{m.units:9.2f}{m.peak_bytes / 1e6:10.0f}{m.error:13.1e}"
+        print(line + (f"{m.seconds * 1e3:9.2f}" if device == "cuda" else ""))
+    unit = statistics.median(m.matmul_seconds for m in results)
+    print(f"  one matmul: {unit * 1e3:.1f} ms, {flops / unit / 1e12:.3g} TFLOP/s")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="the first shape only, and no pair")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    if options.one:
+        fields, name, pair, rounds = json.loads(options.one)
+        print(json.dumps(asdict(measure(Shape(**fields), name, pair, rounds, "cpu"))))
+        return 0
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU")
+    packages = ("torch", "triton", "trl", "liger_kernel")
+    found = [name for name in packages if importlib.util.find_spec(name) is not None]
+    print(", ".join(f"{name} {version(name.replace('_', '-'))}" for name in found))
+    if options.device == "cuda":
+        print(torch.cuda.get_device_name())
+    names = installed()
+
+    def measured(shape: Shape, pair: bool) -> list[Measurement]:
+        if options.device == "cuda":
+            return [measure(shape, name, pair, options.rounds, "cuda") for name in names]
+        return [measure_apart(shape, name, pair, options.rounds) for name in names]
+
+    shapes = SHAPES[options.device][: 1 if options.quick else None]
+    policy = {}
+    for shape in shapes:
+        policy[shape.name] = measured(shape, pair=False)
+        print_table(title(shape, "policy alone"), policy[shape.name], shape.flops, options.device)
+    if options.quick:
+        return 0
+    pair = measured(shapes[0], pair=True)
+    print_table(title(shapes[0], "policy and reference"), pair, shapes[0].flops, options.device)
+    if options.device == "cuda":
+        return 0  # the bars are a CPU's
+    print()
+    results = bars(policy, pair, shapes[0].name)
+    for bar in results:
+        print(f"  {'holds ' if bar.holds else 'MISSED'}  {bar.claim}: {bar.value:.3g}")
+    return 0 if all(bar.holds for bar in results) else 1
+
+
+def title(shape: Shape, what: str) -> str:
+    supervised = f", {shape.supervised:.0%} supervised" if shape.supervised < 1 else ""
+    return f"{shape.name}: N={shape.tokens}{supervised}, H={shape.hidden}, V={shape.vocabulary}, {what}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
