@@ -61,7 +61,7 @@ class ModelSection(Section):
     activation_offload: bool = False
     """Keep the inputs saved by gradient checkpointing in host memory."""
     logits_mib: Positive | None = None
-    """Memory for logits at a time, in MiB, of policy and reference; null: what suits the device (16 on CPU, 512)."""
+    """Memory for logits at a time, in MiB, both streams; null: what suits the device (8 on CPU, 512 on a GPU)."""
 
 
 class LoraSection(Section):

@@ -41,9 +41,10 @@ def gathers_of_the_head(folder: Path, trains_head: bool) -> list[int]:
     return counts
 
 
-def test_one_gather_serves_policy_reference_and_backward(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_one_gather_serves_policy_reference_and_backward(tmp_path: Path, tied: bool) -> None:
     """A frozen head is fetched once a micro-batch; a trained one once more, because its logits are computed again."""
-    build_tiny_model(tmp_path)
+    build_tiny_model(tmp_path, tied=tied)
     assert run_on_ranks(gathers_of_the_head, 2, tmp_path, False) == [[1, 1]] * 2
     assert run_on_ranks(gathers_of_the_head, 2, tmp_path, True) == [[1, 2]] * 2
 
@@ -58,15 +59,16 @@ def head_gradient(folder: Path) -> dict[str, torch.Tensor]:
     return {name: safe_get_full_grad(p).clone() for name, p in engine.module.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_a_trainable_head_is_sharded(tmp_path: Path, tied: bool) -> None:
-    """Gradients of head, embedding and adapters on two ranks equal one process's, by Hugging Face's own logits."""
+@pytest.mark.parametrize(("tied", "ranks"), [(False, 2), (True, 3)], ids=["untied", "tied, uneven shards"])
+def test_a_trainable_head_is_sharded(tmp_path: Path, tied: bool, ranks: int) -> None:
+    """Gradients of head, embedding and adapters on 2 and 3 ranks (16576 weights: padded shards) equal one process's, by
+    Hugging Face's own logits."""
     build_tiny_model(tmp_path, "llama", tied=tied)
     model = toy_model(tmp_path, trains_head=True)
     for sequence in toy_step().sequences:
         model.token_logps_through_logits(micro_batch([sequence])).sum().backward()
     expected = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    for grads in run_on_ranks(head_gradient, 2, tmp_path):
+    for grads in run_on_ranks(head_gradient, ranks, tmp_path):
         assert set(grads) == set(expected)
         for name, grad in expected.items():
             assert grad is not None

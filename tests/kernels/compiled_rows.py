@@ -20,12 +20,12 @@ from triton.compiler import ASTSource
 
 from uft_ds.kernels.rows_triton import absorb_kernel, launch_options, residuals_kernel
 
-VOCABULARY = 151_936
-
 FLOATS = ("highest_ptr", "others_ptr", "target_ptr", "weighted_ptr", "rescale_ptr", "scales_ptr", "products_ptr")
 INTEGERS = ("first_token", "width", "kept_rows", "products_stride", "out_stride")
-ALIGNED = (*FLOATS, "out_ptr", "bias_ptr", "targets_ptr", "width", "products_stride", "out_stride")
-"""What the launcher finds divisible by 16, as it is for the vocabularies in use: without it loads are scalar."""
+POINTERS = (*FLOATS, "out_ptr", "bias_ptr", "targets_ptr")
+WIDTHS = ("width", "products_stride", "out_stride")
+"""The launcher tells the compiler which arguments are divisible by 16: pointers are, and these where the vocabulary is.
+Without it loads are scalar."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Variant:
     bias: bool
     capped: bool
     entropy: bool
+    width: int = 151_936
 
 
 @dataclass(frozen=True)
@@ -49,49 +50,57 @@ class Build:
     vector_loads: int
     """Of four floats, in loops."""
     scalar_loads: int
-    """Of one float, in loops."""
-    is_fenced: bool
-    """In loops that write, every load of the tile lies before a barrier and every store after it."""
+    """Of fewer floats, in loops."""
+    loops: int
+    fenced_loops: int
+    """Loops that write, every load of the tile before a barrier and every store after it."""
 
 
 def variants() -> Iterator[Variant]:
     for weights in ("bf16", "fp16", "fp32"):
         yield Variant("residuals", weights, bias=False, capped=False, entropy=False)
         yield Variant("absorb", weights, bias=False, capped=False, entropy=False)
-    yield Variant("residuals", "bf16", bias=True, capped=True, entropy=False)
-    yield Variant("absorb", "bf16", bias=True, capped=True, entropy=True)
+    for weights in ("bf16", "fp32"):
+        yield Variant("residuals", weights, bias=True, capped=True, entropy=False)
+        yield Variant("absorb", weights, bias=True, capped=True, entropy=True)
+    for width in (50_257, 100):  # GPT-2's, odd; a narrow last tile
+        yield Variant("residuals", "bf16", bias=True, capped=False, entropy=False, width=width)
+        yield Variant("absorb", "bf16", bias=True, capped=False, entropy=True, width=width)
 
 
 def build(variant: Variant, target: int) -> Build:
     kernel = absorb_kernel if variant.kernel == "absorb" else residuals_kernel
-    options = launch_options(VOCABULARY)
+    options = launch_options(variant.width)
     constants = {"HAS_BIAS": variant.bias, "CAPPED": variant.capped, "BLOCK": options["BLOCK"]}
     if variant.kernel == "absorb":
         constants["WITH_ENTROPY"] = variant.entropy
     types = dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(INTEGERS, "i32")
     types |= {"targets_ptr": "*i64", "out_ptr": f"*{variant.weights}", "bias_ptr": f"*{variant.weights}"}
-    names = kernel.arg_names
+    names, aligned = kernel.arg_names, POINTERS if variant.width % 16 else POINTERS + WIDTHS
     compiled = triton.compile(
         ASTSource(
             fn=kernel,
             signature={name: "constexpr" if name in constants else types.get(name, "fp32") for name in names},
             constexprs={(names.index(name),): value for name, value in constants.items()},
-            attrs={(names.index(name),): [["tt.divisibility", 16]] for name in ALIGNED if name in names},
+            attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned if name in names},
         ),
         target=GPUTarget("cuda", target, 32),
         options={"num_warps": options["num_warps"]},
     )
     ptx = compiled.asm["ptx"]
     registers, spilled = assembled(ptx, target)
+    loops = loops_of(ptx)
     return Build(
         target,
         variant,
         spilled,
         registers,
         compiled.metadata.shared,
-        sum(len(re.findall(r"ld\.global\.v4\.[bf]32", loop)) for loop in loops_of(ptx)),
-        sum(len(re.findall(r"ld\.global\.[bf]32", loop)) for loop in loops_of(ptx)),
-        all(is_fenced(loop) for loop in loops_of(ptx) if "st.global" in loop),
+        sum(len(re.findall(r"ld\.global\.v4\.[bf]32", loop)) for loop in loops),
+        sum(len(re.findall(r"ld\.global(?:\.\w+)*\.[bf]32", loop)) for loop in loops)
+        - sum(len(re.findall(r"ld\.global(?:\.\w+)*\.v4\.[bf]32", loop)) for loop in loops),
+        len(loops),
+        sum(is_fenced(loop) for loop in loops),
     )
 
 

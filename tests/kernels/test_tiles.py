@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from uft_ds.kernels.tiles import CPU, GPU, ROW_MULTIPLE, Tile, tile_of
 
 HOST, DEVICE = torch.device("cpu"), torch.device("cuda")
-QWEN = (151_936, 5120)
+QWEN = 151_936
 
 
 @pytest.mark.parametrize(
@@ -45,19 +47,29 @@ def test_each_device_has_its_own_default() -> None:
     num_tokens=st.integers(0, 20_000),
     streams=st.integers(1, 2),
     vocabulary=st.integers(1, 300_000),
-    dim=st.integers(1, 9000),
     chunk_bytes=st.integers(1, 2**31),
-    cast=st.booleans(),
+    bytes_per_logit=st.sampled_from([4, 8, 16]),
+    bytes_per_column=st.sampled_from([0, 4 * 896, 12 * 8192]),
     device=st.sampled_from([HOST, DEVICE]),
 )
 def test_tiles_keep_to_their_budget(
-    num_tokens: int, streams: int, vocabulary: int, dim: int, chunk_bytes: int, cast: bool, device: torch.device
+    num_tokens: int,
+    streams: int,
+    vocabulary: int,
+    chunk_bytes: int,
+    bytes_per_logit: int,
+    bytes_per_column: int,
+    device: torch.device,
 ) -> None:
-    """Whatever the sizes: within the budget unless at the least there is, and as wide for one stream as for two."""
-    options = {"chunk_bytes": chunk_bytes, "cast": cast}
-    tile = tile_of(num_tokens, streams, (vocabulary, dim), device, **options)
+    """Whatever the sizes: within the budget or 16 columns wide, and as wide for one stream as for two."""
+    options: dict[str, Any] = {
+        "chunk_bytes": chunk_bytes,
+        "bytes_per_logit": bytes_per_logit,
+        "bytes_per_column": bytes_per_column,
+    }
+    tile = tile_of(num_tokens, streams, vocabulary, device, **options)
     assert tile.rows % ROW_MULTIPLE == 0
     assert 1 <= tile.width <= vocabulary
-    taken = 4 * tile.width * (streams * tile.rows + (dim if cast else 0))
-    assert taken <= chunk_bytes or tile.width == min(vocabulary, ROW_MULTIPLE) or tile.rows == ROW_MULTIPLE
-    assert tile.width == tile_of(num_tokens, 3 - streams, (vocabulary, dim), device, **options).width
+    taken = tile.width * (bytes_per_logit * streams * tile.rows + bytes_per_column)
+    assert taken <= chunk_bytes or tile.width == min(vocabulary, ROW_MULTIPLE)
+    assert tile.width == tile_of(num_tokens, 3 - streams, vocabulary, device, **options).width

@@ -94,11 +94,12 @@ def test_a_trainable_head_gets_its_gradient(tmp_path: Path, tied: bool) -> None:
         torch.testing.assert_close(grad, their_grad, rtol=0, atol=1e-5 * float(their_grad.abs().max()), msg=name)
 
 
-def test_a_trainable_head_is_no_reference(tiny_qwen2: Path) -> None:
+@pytest.mark.parametrize("streams", ["both", "reference"])
+def test_a_trainable_head_is_no_reference(tiny_qwen2: Path, streams: Any) -> None:
     """The reference goes through the head as it is now: with a head that moves it would move too."""
     model = toy_model(tiny_qwen2, trains_head=True)
-    with pytest.raises(RuntimeError, match="a head that is trained has none"):
-        model.token_logps(micro_batch(toy_sequences(2)))
+    with pytest.raises(RuntimeError, match="a head that is trained has none"), torch.no_grad():
+        model.token_logps(micro_batch(toy_sequences(2)), streams=streams)
 
 
 def test_memory_for_logits_changes_no_number(tiny_qwen2: Path) -> None:

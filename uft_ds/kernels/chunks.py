@@ -37,16 +37,34 @@ class Head:
     bias_V: Tensor | None
     transform: LogitTransform
 
-    def tile(self, num_tokens: int, streams: int, chunk_bytes: int | None) -> Tile:
+    def tile(
+        self,
+        num_tokens: int,
+        streams: int,
+        chunk_bytes: int | None,
+        *,
+        with_entropy: bool = False,
+        trains_weight: bool = False,
+    ) -> Tile:
+        """`tile_of` by what the sweeps hold: the logits, slopes under a cap, a copy for the entropy; a weight's cast
+        copy, its gradient and what is added to that."""
         vocabulary, dim = self.weight_VD.shape
-        device, cast = self.weight_VD.device, must_be_cast(self.weight_VD)
-        return tile_of(num_tokens, streams, (vocabulary, dim), device, chunk_bytes=chunk_bytes, cast=cast)
+        return tile_of(
+            num_tokens,
+            streams,
+            vocabulary,
+            self.weight_VD.device,
+            chunk_bytes=chunk_bytes,
+            bytes_per_logit=4 * (1 + (self.transform.softcap is not None) + 2 * with_entropy),
+            bytes_per_column=4 * dim * (must_be_cast(self.weight_VD) + 2 * trains_weight),
+        )
 
     def vocabulary_tiles(self, width: int) -> Iterator[VocabularyTile]:
         cast = must_be_cast(self.weight_VD)
+        bias_V = None if self.bias_V is None else self.bias_V.contiguous()
         for first in range(0, self.weight_VD.shape[0], width):
             weight_WD = self.weight_VD[first : first + width]
-            bias_W = None if self.bias_V is None else self.bias_V[first : first + width]
+            bias_W = None if bias_V is None else bias_V[first : first + width]
             yield VocabularyTile(first, weight_WD.float() if cast else weight_WD, bias_W)
 
 
@@ -71,7 +89,8 @@ class Chunk:
 
 
 def chunks_of(hidden_ND: Tensor, targets_N: Tensor, reference_hidden_ND: Tensor | None, rows: int) -> Iterator[Chunk]:
-    """Chunks of `rows` tokens, the last one padded with zeros to as many as its `ROW_MULTIPLE` asks for."""
+    """Chunks of `rows` tokens, a shorter last one padded with zeros; what the sweeps read is contiguous."""
+    targets_N = targets_N.contiguous()
     streams = [hidden_ND] if reference_hidden_ND is None else [hidden_ND, reference_hidden_ND]
     for first in range(0, len(targets_N), rows):
         tokens = slice(first, min(first + rows, len(targets_N)))
@@ -93,12 +112,15 @@ def sweep_vocabulary(
 ) -> tuple[RowSums, Tensor | None]:
     """The sums over the whole vocabulary of all rows, and d logp / d hidden of the policy's, [C, D].
 
-    The gradient is target's part - sum over the others of exp(logit - highest) * weight, over the total; the sum
-    grows tile by tile, shrunk whenever a larger logit turns up (as in arXiv 2205.14135, section 3.1).
+        d logp / d hidden = (others * weight[target] - sum_{v != target} e_v weight[v]) / total
+        e_v = exp(z_v - highest)
+
+    where `others` is the sum of the same e_v. Both sums grow tile by tile and shrink whenever a larger logit turns up
+    (as in arXiv 2205.14135, section 3.1). With a capped or scaled logit z each weight is times its slope.
     """
     dtype = accumulation_dtype(chunk.hidden_RD.dtype)
     device = chunk.hidden_RD.device
-    sweeps = sweeps_for(device)
+    sweeps = sweeps_for(device, dtype)
     sums = no_columns_yet(len(chunk.targets_R), dtype, device, with_entropy=with_entropy)
     policy = chunk.policy_rows
     others_CD: Tensor | None = None
@@ -127,6 +149,8 @@ def sweep_vocabulary(
         return sums, None
     target_C, rest_C = sums.target_R[policy], sums.others_R[policy]
     total_C = rest_C + (target_C - sums.highest_R[policy]).exp()
-    target_weight_CD = head.weight_VD.index_select(0, chunk.targets_R[policy]).to(dtype)
+    # A target outside the vocabulary has made its row NaN; looking its weight up would end a GPU's context.
+    inside_C = chunk.targets_R[policy].clamp(0, len(head.weight_VD) - 1)
+    target_weight_CD = head.weight_VD.index_select(0, inside_C).to(dtype)
     rest_C = rest_C * head.transform.slope(target_C)
     return sums, target_weight_CD.mul_(rest_C[:, None]).sub_(others_CD).div_(total_C[:, None])

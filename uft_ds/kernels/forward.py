@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from uft_ds.kernels.chunks import Head, chunks_of, sweep_vocabulary
-from uft_ds.kernels.logits import accumulation_dtype
+from uft_ds.kernels.logits import accumulation_dtype, without_autocast
 from uft_ds.kernels.rows import RowValues, joined, no_columns_yet, values_of
 
 
@@ -46,19 +46,23 @@ def forward_pass(
     """All tokens, chunk by chunk, linked to nothing; the second result is the policy's.
 
     Raises:
-        ValueError: shapes that do not belong together.
-        IndexError: a target outside the vocabulary, on CPU; looking would make a GPU wait, there it becomes NaN.
+        ValueError: shapes, types or devices that do not belong together.
+        IndexError: a target outside the vocabulary, on CPU. On a GPU, which would have to be waited for, its log-prob
+            becomes NaN.
     """
-    _check(hidden_ND, head, targets_N, reference_hidden_ND)
+    check_inputs(hidden_ND, head, targets_N, reference_hidden_ND)
+    _check_targets(targets_N, len(head.weight_VD))
     dtype, device = accumulation_dtype(hidden_ND.dtype), hidden_ND.device
     gradients_ND = torch.empty_like(hidden_ND) if with_gradients else None
     policy_parts = [values_of(no_columns_yet(0, dtype, device, with_entropy=with_statistics))]
     reference_parts = [*policy_parts]
-    tile = head.tile(len(targets_N), 1 if reference_hidden_ND is None else 2, chunk_bytes)
+    streams = 1 if reference_hidden_ND is None else 2
+    tile = head.tile(len(targets_N), streams, chunk_bytes, with_entropy=with_statistics)
     for chunk in chunks_of(hidden_ND, targets_N, reference_hidden_ND, tile.rows):
-        sums, gradients_CD = sweep_vocabulary(
-            chunk, head, tile.width, with_gradients=with_gradients, with_entropy=with_statistics
-        )
+        with without_autocast(device):
+            sums, gradients_CD = sweep_vocabulary(
+                chunk, head, tile.width, with_gradients=with_gradients, with_entropy=with_statistics
+            )
         values = values_of(sums)
         policy_parts.append(values.at(chunk.policy_rows))
         if reference_hidden_ND is not None:
@@ -75,19 +79,35 @@ def forward_pass(
     return output, policy
 
 
-def _check(hidden_ND: Tensor, head: Head, targets_N: Tensor, reference_hidden_ND: Tensor | None) -> None:
+def check_inputs(hidden_ND: Tensor, head: Head, targets_N: Tensor, reference_hidden_ND: Tensor | None) -> None:
+    """Refuse what torch would broadcast, round or truncate without a word.
+
+    Raises:
+        ValueError: naming the tensor, what it is and what it should be.
+    """
+    if targets_N.ndim != 1:
+        raise ValueError(f"targets: shape {list(targets_N.shape)}, expected one dimension")
     vocabulary, dim = head.weight_VD.shape
-    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {"hidden": (hidden_ND, (len(targets_N), dim))}
+    tokens = len(targets_N)
+    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {"hidden": (hidden_ND, (tokens, dim))}
     if reference_hidden_ND is not None:
-        expected["reference_hidden"] = (reference_hidden_ND, (len(targets_N), dim))
+        expected["reference_hidden"] = (reference_hidden_ND, (tokens, dim))
     if head.bias_V is not None:
         expected["bias"] = (head.bias_V, (vocabulary,))
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
             raise ValueError(
-                f"{name}: shape {list(tensor.shape)}, expected {list(shape)} for {len(targets_N)} targets "
+                f"{name}: shape {list(tensor.shape)}, expected {list(shape)} for {tokens} targets "
                 f"and a weight of {vocabulary} x {dim}"
             )
+        weight = head.weight_VD
+        if tensor.device != weight.device or (tensor.dtype != weight.dtype and name != "bias"):
+            raise ValueError(
+                f"{name}: {tensor.dtype} on {tensor.device}, expected {weight.dtype} on {weight.device}, as the weight"
+            )
+
+
+def _check_targets(targets_N: Tensor, vocabulary: int) -> None:
     if targets_N.device.type == "cpu" and len(targets_N):
         lowest, highest = int(targets_N.min()), int(targets_N.max())
         if lowest < 0 or highest >= vocabulary:

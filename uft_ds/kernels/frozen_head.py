@@ -34,7 +34,8 @@ def logps_and_gradients(
 ) -> HeadOutput:
     """Log-probs of both streams, row by row with the policy's gradient; nothing is linked to the hidden states.
 
-    Peak memory over inputs and results: `chunk_bytes`, and a chunk's gradients in float32.
+    Peak memory over inputs and results: `chunk_bytes` for a tile, and of a chunk of C tokens up to 3 C D numbers in
+    float32 for its gradients and a padded copy of its hidden states, of both streams.
     """
     output, _ = forward_pass(
         hidden_ND,

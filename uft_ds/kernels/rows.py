@@ -81,7 +81,8 @@ def values_of(sums: RowSums) -> RowValues:
     )
     entropy_R = None
     if sums.weighted_R is not None:
-        entropy_R = total_R.log() - (sums.weighted_R + target_exp_R * below_highest_R) / total_R
+        target_part_R = torch.where(target_exp_R > 0, target_exp_R * below_highest_R, 0.0)  # 0 * -inf is NaN
+        entropy_R = total_R.log() - (sums.weighted_R + target_part_R) / total_R
     return RowValues(logps_R, below_highest_R == 0, entropy_R, sums.highest_R, sums.others_R, total_R)
 
 
@@ -90,14 +91,15 @@ def joined(parts: list[RowValues]) -> RowValues:
     return RowValues._make(None if field[0] is None else torch.cat(field) for field in zip(*parts, strict=True))
 
 
-def sweeps_for(device: torch.device) -> ModuleType:
-    """`rows_triton` on GPUs (and under Triton's interpreter), `rows_torch` elsewhere or where Triton is absent."""
-    return _sweeps(device.type, os.environ.get("TRITON_INTERPRET") == "1")
+def sweeps_for(device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """`rows_triton` on GPUs (and under Triton's interpreter); `rows_torch` elsewhere, for float64 or without Triton."""
+    on_gpu = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return _sweeps(on_gpu and dtype == torch.float32)
 
 
 @functools.cache
-def _sweeps(device_type: str, interpreted: bool) -> ModuleType:
-    if device_type != "cpu" or interpreted:
+def _sweeps(for_gpu: bool) -> ModuleType:
+    if for_gpu:
         if importlib.util.find_spec("triton") is not None:
             from uft_ds.kernels import rows_triton
 

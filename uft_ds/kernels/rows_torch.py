@@ -42,12 +42,12 @@ def absorb_tile(
     sums.rescale_R.copy_(shift_R.exp())
     sums.highest_R.copy_(highest_R)
     centred_RW = logits_RW.sub_(highest_R[:, None])
-    copy_RW = None if sums.weighted_R is None else centred_RW.clone()
+    terms_RW = None if sums.weighted_R is None else centred_RW.clone()
     exps_RW = centred_RW.exp_()
     exps_RW[rows_R, columns_R] = torch.where(inside_R, 0.0, exps_RW[rows_R, columns_R])
-    if sums.weighted_R is not None and copy_RW is not None:
-        weighted_R = torch.where(exps_RW > 0, copy_RW, 0.0).mul_(exps_RW).sum(dim=1)  # 0 * -inf is NaN
-        sums.weighted_R.add_(shift_R * sums.others_R).mul_(sums.rescale_R).add_(weighted_R)
+    if sums.weighted_R is not None and terms_RW is not None:
+        terms_RW.mul_(exps_RW).masked_fill_(exps_RW == 0, 0.0)  # 0 * -inf is NaN
+        sums.weighted_R.add_(shift_R * sums.others_R).mul_(sums.rescale_R).add_(terms_RW.sum(dim=1))
     sums.others_R.mul_(sums.rescale_R).add_(exps_RW.sum(dim=1))
 
     kept_KW = exps_RW[:kept_rows]

@@ -1,4 +1,5 @@
-"""Sweeps over rows of logits in Triton: two reads and one write of a tile, where plain torch makes about six passes.
+"""Sweeps over rows of logits in Triton: two reads and a write of a tile (one read where no gradient is wanted), where
+plain torch makes about six passes.
 
 Same functions and results as `rows_torch`. One program sweeps one row, so that nothing depends on how rows are
 grouped, and no two programs touch the same memory: no atomics, and the same bits every time. Matrix products stay with
@@ -176,27 +177,28 @@ def absorb_tile(
 ) -> Tensor:
     """See `rows_torch.absorb_tile`."""
     exps_RW = _narrowed(products_RW, dtype)
-    absorb_kernel[(len(targets_R),)](
-        products_RW,
-        products_RW if bias_W is None else bias_W,
-        exps_RW,
-        targets_R,
-        sums.highest_R,
-        sums.others_R,
-        sums.target_R,
-        sums.highest_R if sums.weighted_R is None else sums.weighted_R,
-        sums.rescale_R,
-        first_token,
-        products_RW.shape[1],
-        kept_rows,
-        products_RW.stride(0),
-        exps_RW.stride(0),
-        *_factors(transform),
-        HAS_BIAS=bias_W is not None,
-        CAPPED=transform.softcap is not None,
-        WITH_ENTROPY=sums.weighted_R is not None,
-        **launch_options(products_RW.shape[1]),
-    )
+    with torch.cuda.device_of(products_RW):  # not always the current one
+        absorb_kernel[(len(targets_R),)](
+            products_RW,
+            products_RW if bias_W is None else bias_W,
+            exps_RW,
+            targets_R,
+            sums.highest_R,
+            sums.others_R,
+            sums.target_R,
+            sums.highest_R if sums.weighted_R is None else sums.weighted_R,
+            sums.rescale_R,
+            first_token,
+            products_RW.shape[1],
+            kept_rows,
+            products_RW.stride(0),
+            exps_RW.stride(0),
+            *_factors(transform),
+            HAS_BIAS=bias_W is not None,
+            CAPPED=transform.softcap is not None,
+            WITH_ENTROPY=sums.weighted_R is not None,
+            **launch_options(products_RW.shape[1]),
+        )
     return exps_RW[:kept_rows]
 
 
@@ -214,23 +216,24 @@ def residuals(
 ) -> Tensor:
     """See `rows_torch.residuals`."""
     residuals_RW = _narrowed(products_RW, dtype)
-    residuals_kernel[(len(targets_R),)](
-        products_RW,
-        products_RW if bias_W is None else bias_W,
-        residuals_RW,
-        targets_R,
-        highest_R,
-        others_R,
-        scales_R,
-        first_token,
-        products_RW.shape[1],
-        products_RW.stride(0),
-        residuals_RW.stride(0),
-        *_factors(transform),
-        HAS_BIAS=bias_W is not None,
-        CAPPED=transform.softcap is not None,
-        **launch_options(products_RW.shape[1]),
-    )
+    with torch.cuda.device_of(products_RW):
+        residuals_kernel[(len(targets_R),)](
+            products_RW,
+            products_RW if bias_W is None else bias_W,
+            residuals_RW,
+            targets_R,
+            highest_R,
+            others_R,
+            scales_R,
+            first_token,
+            products_RW.shape[1],
+            products_RW.stride(0),
+            residuals_RW.stride(0),
+            *_factors(transform),
+            HAS_BIAS=bias_W is not None,
+            CAPPED=transform.softcap is not None,
+            **launch_options(products_RW.shape[1]),
+        )
     return residuals_RW
 
 
@@ -248,4 +251,6 @@ def _factors(transform: LogitTransform) -> tuple[float, float, float]:
 
 def _narrowed(products_RW: Tensor, dtype: torch.dtype) -> Tensor:
     """A view of `dtype` of the same shape, each row at the start of the memory of its row."""
+    if products_RW.dtype != torch.float32 or products_RW.stride(1) != 1 or dtype.itemsize > 4:
+        raise TypeError(f"logits: {products_RW.dtype}, strides {products_RW.stride()}, expected rows of float32")
     return products_RW.view(dtype)[:, : products_RW.shape[1]]

@@ -10,8 +10,7 @@ ROW_MULTIPLE = 16
 """Rows of a stream in a matmul are padded to this, because a row's place in a matmul must not change its bits.
 
 A BLAS computes rows in blocks, and the last rows of a matrix by other code. Policy and reference stand one below
-the other; padded, row i of both stands at the same place of a block. Measured (MKL, 800 random shapes): 19 pairs of
-equal rows differed in a last bit without padding, none with it.
+the other; padded, row i of both stands at the same place of a block (docs/findings.md, "equal rows").
 """
 
 
@@ -30,47 +29,46 @@ class Budget:
     """What a device wants of a tile: many rows, because a tile's weights are read from memory once for all of them."""
 
     chunk_bytes: int
-    """float32 logits of all streams, and a float32 copy of the weights where they must be cast."""
-    least_rows: int
-    """With fewer rows of the whole vocabulary than this, in all streams, columns are cut too."""
-    most_rows: int
-    """Of each stream, where columns are cut."""
+    """For everything that grows with a tile."""
+    least_whole_rows: int
+    """Where fewer whole rows than this fit, policy's and reference's together, columns are cut too."""
+    most_cut_rows: int
+    """Rows of each stream where columns are cut."""
 
 
-# On CPUs a tile that fits the cache beats whole rows (benchmarks/token_logps.py). The GPU's numbers are from its
+# CPU: tiles that fit a cache beat whole rows (benchmarks/token_logps.py on an AMD EPYC, November 2026). GPU: from the
 # roofline, not measured: from 1024 rows on, reading the weights hides behind the arithmetic.
-CPU = Budget(chunk_bytes=16 * 2**20, least_rows=192, most_rows=512)
-GPU = Budget(chunk_bytes=512 * 2**20, least_rows=1024, most_rows=2048)
+CPU = Budget(chunk_bytes=8 * 2**20, least_whole_rows=192, most_cut_rows=512)
+GPU = Budget(chunk_bytes=512 * 2**20, least_whole_rows=1024, most_cut_rows=2048)
 
 
 def tile_of(
     num_tokens: int,
     streams: int,
-    weight_shape: tuple[int, int],
+    vocabulary: int,
     device: torch.device,
     *,
     chunk_bytes: int | None = None,
-    cast: bool = False,
+    bytes_per_logit: int = 4,
+    bytes_per_column: int = 0,
 ) -> Tile:
-    """The tile for `num_tokens` rows of 1 or 2 streams; however little chunk_bytes is, 16 rows and 16 columns.
+    """The tile for `num_tokens` rows of 1 or 2 streams that takes `chunk_bytes`, or 16 columns if that is too little.
 
     Whether columns are cut, and how wide, does not depend on the number of streams: the policy's sums run in the
     same order with the reference beside it and without.
 
     Args:
-        weight_shape: (V, D) of the head.
         chunk_bytes: None for what suits the device.
-        cast: the head's weights are copied in float32, a tile of them at a time.
+        bytes_per_logit: of everything of a tile's size that is held at once.
+        bytes_per_column: of what is held for each entry of the vocabulary, whatever the rows.
     """
-    vocabulary, dim = weight_shape
     budget = CPU if device.type == "cpu" else GPU
     budget_bytes = budget.chunk_bytes if chunk_bytes is None else chunk_bytes
-    copy_bytes = 4 * dim if cast else 0  # per column
-    whole_rows = (budget_bytes // vocabulary - copy_bytes) // 4
-    if whole_rows >= min(2 * _round_up(num_tokens), budget.least_rows):
+    whole_rows = (budget_bytes // vocabulary - bytes_per_column) // bytes_per_logit
+    if whole_rows >= min(2 * _round_up(num_tokens), budget.least_whole_rows):
         return Tile(_balanced(num_tokens, whole_rows // streams), vocabulary)
-    rows = _balanced(num_tokens, budget.most_rows)
-    width = budget_bytes // (4 * 2 * rows + copy_bytes) // ROW_MULTIPLE * ROW_MULTIPLE
+    rows = _balanced(num_tokens, budget.most_cut_rows)
+    width = budget_bytes // (bytes_per_logit * 2 * rows + bytes_per_column) // ROW_MULTIPLE * ROW_MULTIPLE
     return Tile(rows, min(vocabulary, max(ROW_MULTIPLE, width)))
 
 

@@ -1,8 +1,13 @@
 """Per-token log-probabilities of policy and reference from hidden states, without ever holding all logits.
 
-N tokens, D hidden size, V vocabulary. This is the front; a frozen head is `frozen_head`, a trainable one
-`trainable_head`, and both go through `forward`, chunk of tokens by chunk of tokens (`chunks`), each a row of tiles of
-the vocabulary (`tiles`), each swept once or twice (`rows_torch`, `rows_triton`).
+N tokens, D hidden size, V vocabulary. The modules, from the outside in:
+
+    token_logps                    the functions to call
+    frozen_head, trainable_head    how log-probs are linked to what they were computed from
+    forward                        all tokens: chunk after chunk
+    chunks, tiles                  one chunk: over the vocabulary, tile after tile; how large they are
+    rows, rows_torch, rows_triton  one tile of logits: what is kept of it; the two implementations of the sweep
+    logits, naive                  scaling and exact matmuls; the definition
 """
 
 from __future__ import annotations
@@ -10,7 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from uft_ds.kernels.forward import HeadOutput, TokenStatistics
+from uft_ds.kernels.chunks import Head
+from uft_ds.kernels.forward import HeadOutput, TokenStatistics, check_inputs
 from uft_ds.kernels.frozen_head import attach, logps_and_gradients
 from uft_ds.kernels.logits import LogitTransform
 from uft_ds.kernels.trainable_head import differentiable_logps
@@ -44,8 +50,8 @@ def token_logps(
     Returns:
         policy and reference log-probs, [N] each, nats; float32 whatever the inputs (float64 for float64).
     Raises:
-        ValueError: shapes that do not belong together, or a factor that makes no sense.
-        IndexError: a target outside the vocabulary; on a GPU, which is not asked, its log-prob is NaN.
+        ValueError: shapes, types or devices that do not belong together, or a factor that makes no sense.
+        IndexError: a target outside the vocabulary, on CPU; on a GPU its log-prob and gradient are NaN.
     """
     output = _head_output(
         hidden_ND,
@@ -53,7 +59,7 @@ def token_logps(
         targets_N,
         reference_hidden_ND,
         bias,
-        LogitTransform(1.0 if scale is None else scale, softcap, temperature),
+        LogitTransform.of(softcap=softcap, scale=scale, temperature=temperature),
         with_statistics=False,
         chunk_bytes=chunk_bytes,
     )
@@ -79,7 +85,7 @@ def token_logps_and_statistics(
         targets_N,
         reference_hidden_ND,
         bias,
-        LogitTransform(1.0 if scale is None else scale, softcap, temperature),
+        LogitTransform.of(softcap=softcap, scale=scale, temperature=temperature),
         with_statistics=True,
         chunk_bytes=chunk_bytes,
     )
@@ -99,6 +105,7 @@ def _head_output(
     chunk_bytes: int | None,
 ) -> HeadOutput:
     """Of the rows that are asked for, spread over all rows again."""
+    check_inputs(hidden_ND, Head(weight_VD, bias_V, transform), targets_N, reference_hidden_ND)
     asked_N = targets_N != IGNORED
     if not asked_N.all():
         (rows_M,) = asked_N.nonzero(as_tuple=True)

@@ -6,15 +6,16 @@ known. Four matmuls: logits, logits again, the gradient of the hidden states, th
 
 from __future__ import annotations
 
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
-from uft_ds.kernels.chunks import Head, chunks_of
+from uft_ds.kernels.chunks import Chunk, Head, VocabularyTile, chunks_of
 from uft_ds.kernels.forward import HeadOutput, forward_pass
-from uft_ds.kernels.logits import UNCHANGED, LogitTransform, accumulation_dtype, mm_float32
+from uft_ds.kernels.logits import UNCHANGED, LogitTransform, accumulation_dtype, mm_float32, without_autocast
 from uft_ds.kernels.rows import sweeps_for
 
 
@@ -33,6 +34,9 @@ def differentiable_logps(
 
     The reference's rows go through the weight as it is now: a reference with a head of its own needs a call of its
     own. Under ZeRO-3 this must be called inside the module that owns the weight, with the parameter itself.
+
+    Saved for the backward: hidden states, weight, bias and four numbers a token. Peak memory over inputs and results:
+    `chunk_bytes` for a tile, the weight's share of it among them, and the hidden states' gradient in float32.
     """
     output, policy = forward_pass(
         hidden_ND.detach(),
@@ -76,39 +80,73 @@ class _Recomputed(Function):
         hidden_ND, weight_VD, bias_V, targets_N, highest_N, others_N, total_N = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         head = Head(weight_VD, bias_V, ctx.transform)
-        tile = head.tile(len(targets_N), 1, ctx.chunk_bytes)
+        tile = head.tile(len(targets_N), 1, ctx.chunk_bytes, trains_weight=wants_weight)
+        chunks = list(chunks_of(hidden_ND, targets_N, None, tile.rows))
         dtype = accumulation_dtype(hidden_ND.dtype)
-        grad_hidden_ND = torch.zeros_like(hidden_ND, dtype=dtype) if wants_hidden else None
-        grad_weight_VD = torch.empty_like(weight_VD) if wants_weight else None
-        grad_bias_V = torch.empty_like(bias_V) if wants_bias else None
-        scales_N = upstream_N / total_N
-        sweeps = sweeps_for(hidden_ND.device)
-        # Tiles of the vocabulary outside, so that each row of the weight's gradient is finished in one visit.
-        for part in head.vocabulary_tiles(tile.width):
-            grad_weight_WD = torch.zeros_like(part.weight_WD, dtype=dtype) if wants_weight else None
-            grad_bias_W = part.weight_WD.new_zeros(len(part.weight_WD), dtype=dtype) if wants_bias else None
-            for chunk in chunks_of(hidden_ND, targets_N, None, tile.rows):
-                tokens, rows = chunk.tokens, chunk.policy_rows
-                residuals_CW = sweeps.residuals(
-                    mm_float32(chunk.hidden_RD, part.weight_WD.T)[rows],
-                    targets_N[tokens],
-                    part.first_token,
-                    highest_N[tokens],
-                    others_N[tokens],
-                    scales_N[tokens],
-                    ctx.transform,
-                    bias_W=part.bias_W,
-                    dtype=part.weight_WD.dtype,
-                )
-                if grad_hidden_ND is not None:
-                    grad_hidden_ND[tokens] += mm_float32(residuals_CW, part.weight_WD)
-                if grad_weight_WD is not None:
-                    grad_weight_WD += mm_float32(residuals_CW.T, hidden_ND[tokens].to(residuals_CW.dtype))
-                if grad_bias_W is not None:
-                    grad_bias_W += residuals_CW.sum(dim=0, dtype=dtype)
-            if grad_weight_VD is not None and grad_weight_WD is not None:
-                grad_weight_VD[part.tokens] = grad_weight_WD
-            if grad_bias_V is not None and grad_bias_W is not None:
-                grad_bias_V[part.tokens] = grad_bias_W
-        grad_hidden_ND = None if grad_hidden_ND is None else grad_hidden_ND.to(hidden_ND.dtype)
-        return grad_hidden_ND, grad_weight_VD, grad_bias_V, *[None] * 7
+        sweeps = sweeps_for(hidden_ND.device, dtype)
+        rows = _Rows(highest_N, others_N, upstream_N / total_N)
+        grads = _Gradients(
+            torch.zeros_like(hidden_ND, dtype=dtype) if wants_hidden else None,
+            torch.empty_like(weight_VD) if wants_weight else None,
+            torch.empty_like(bias_V) if wants_bias else None,
+        )
+        with without_autocast(hidden_ND.device):
+            for part in head.vocabulary_tiles(tile.width):
+                _add_tile(part, chunks, rows, grads, ctx.transform, sweeps)
+        grad_hidden_ND = None if grads.hidden_ND is None else grads.hidden_ND.to(hidden_ND.dtype)
+        return grad_hidden_ND, grads.weight_VD, grads.bias_V, *[None] * 7
+
+
+class _Rows(NamedTuple):
+    """Of each token: `RowSums`, and the gradient from above over the sum of all exponentials."""
+
+    highest_N: Tensor
+    others_N: Tensor
+    scales_N: Tensor
+
+
+class _Gradients(NamedTuple):
+    hidden_ND: Tensor | None
+    """float32, a sum that grows."""
+    weight_VD: Tensor | None
+    bias_V: Tensor | None
+
+
+def _add_tile(
+    part: VocabularyTile,
+    chunks: list[Chunk],
+    rows: _Rows,
+    grads: _Gradients,
+    transform: LogitTransform,
+    sweeps: ModuleType,
+) -> None:
+    """Add a tile's share to the hidden states' gradient, and write its rows of the weight's and the bias's.
+
+    All tokens pass one tile before the next, so that the weight's gradient is summed in float32, a tile at a time.
+    """
+    grad_weight_WD, grad_bias_W = None, None
+    for chunk in chunks:
+        tokens, num_tokens = chunk.tokens, chunk.num_tokens
+        residuals_CW = sweeps.residuals(
+            mm_float32(chunk.hidden_RD, part.weight_WD.T)[:num_tokens],
+            chunk.targets_R[:num_tokens],
+            part.first_token,
+            rows.highest_N[tokens],
+            rows.others_N[tokens],
+            rows.scales_N[tokens],
+            transform,
+            bias_W=part.bias_W,
+            dtype=part.weight_WD.dtype,
+        )
+        if grads.hidden_ND is not None:
+            grads.hidden_ND[tokens] += mm_float32(residuals_CW, part.weight_WD)
+        if grads.weight_VD is not None:
+            share_WD = mm_float32(residuals_CW.T, chunk.hidden_RD[:num_tokens].to(residuals_CW.dtype))
+            grad_weight_WD = share_WD if grad_weight_WD is None else grad_weight_WD.add_(share_WD)
+        if grads.bias_V is not None:
+            share_W = residuals_CW.sum(dim=0, dtype=accumulation_dtype(residuals_CW.dtype))
+            grad_bias_W = share_W if grad_bias_W is None else grad_bias_W.add_(share_W)
+    if grads.weight_VD is not None:
+        grads.weight_VD[part.tokens] = 0 if grad_weight_WD is None else grad_weight_WD
+    if grads.bias_V is not None:
+        grads.bias_V[part.tokens] = 0 if grad_bias_W is None else grad_bias_W

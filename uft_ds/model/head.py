@@ -28,7 +28,11 @@ class LogpHead(nn.Linear):
     chunk_bytes: int | None = None
 
     def forward(  # type: ignore[override] # a superset of nn.Linear's
-        self, hidden: Tensor, targets_N: Tensor | None = None, reference_hidden_ND: Tensor | None = None
+        self,
+        hidden: Tensor,
+        targets_N: Tensor | None = None,
+        reference_hidden_ND: Tensor | None = None,
+        with_gradients: bool = False,
     ) -> Tensor | HeadOutput:
         """What nn.Linear gives; or, with targets, log-probs, linked to the hidden states by `head_logps`."""
         if targets_N is None:
@@ -41,7 +45,6 @@ class LogpHead(nn.Linear):
         }
         if is_trainable(self) and torch.is_grad_enabled():
             return differentiable_logps(hidden, self.weight, targets_N, **options)
-        with_gradients = torch.is_grad_enabled()
         return logps_and_gradients(hidden, self.weight, targets_N, with_gradients=with_gradients, **options)
 
 
@@ -82,16 +85,12 @@ def logit_transform_of(config: Any) -> LogitTransform:
 def head_logps(
     head: LogpHead, hidden_ND: Tensor, targets_N: Tensor, reference_hidden_ND: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probs of the targets under policy, with gradient where there is one, and reference: [N] each, float32, nats.
-
-    Raises:
-        RuntimeError: a reference asked of a trainable head, whose weight is no longer the reference's.
-    """
+    """Log-probs of the targets under policy, with gradient, and reference, without: [N] each, float32, nats."""
     if is_trainable(head):
-        if reference_hidden_ND is not None:
-            raise RuntimeError("The reference shares the head with the policy: a head that is trained has none.")
-        return head(hidden_ND, targets_N).logps_N, None
-    output: HeadOutput = head(hidden_ND.detach(), targets_N, reference_hidden_ND)
+        output: HeadOutput = head(hidden_ND, targets_N, reference_hidden_ND)
+        return output.logps_N, output.reference_logps_N
+    with_gradients = torch.is_grad_enabled() and hidden_ND.requires_grad
+    output = head(hidden_ND.detach(), targets_N, reference_hidden_ND, with_gradients)
     if output.gradients_ND is None:
         return output.logps_N, output.reference_logps_N
     return attach(hidden_ND, output.logps_N, output.gradients_ND), output.reference_logps_N

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from uft_ds.data.packing import MicroBatch
 from uft_ds.model.activation_offload import activations_on_host
 from uft_ds.model.adapters import as_reference
-from uft_ds.model.head import head_logps, make_logp_head
+from uft_ds.model.head import head_logps, is_trainable, make_logp_head
 from uft_ds.model.lockstep import ReferenceLane, enable_lockstep
 from uft_ds.objectives.implicit_reward import response_logps
 
@@ -74,9 +74,15 @@ class UFTModel(nn.Module):
         )
 
     def token_logps(self, micro_batch: MicroBatch, *, streams: Streams = "both") -> tuple[Tensor | None, Tensor | None]:
-        """Log-probs of the supervised tokens, policy and reference: [supervised tokens] each, float32, nats."""
+        """Log-probs of the supervised tokens, policy and reference: [supervised tokens] each, float32, nats.
+
+        Raises:
+            RuntimeError: a reference asked of a model whose head is trained: it goes through the head as it is now.
+        """
         base: Any = self.policy.get_base_model()
         head, targets_N = base.get_output_embeddings(), micro_batch.targets_N
+        if streams != "policy" and is_trainable(head):
+            raise RuntimeError("The reference shares the head with the policy: a head that is trained has none.")
         if streams == "reference":
             with torch.no_grad(), as_reference(base):
                 logps_N, _ = head_logps(head, self._hidden(base, micro_batch), targets_N)
