@@ -143,3 +143,19 @@ def test_extreme_logits_stay_finite() -> None:
     assert impossible.entropy_N.tolist() == [0.0] * 3
     (grad_ND,) = torch.autograd.grad(logps_N.sum(), hidden_ND)
     assert grad_ND.tolist() == [[0.0], [-8192.0], [-16384.0]]
+
+
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
+def test_strided_inputs(trainable: bool) -> None:
+    """A column of a table of targets, sixteen of them, so that no chunk is padded, and so copied: the kernels would read
+    the neighbouring column."""
+    generator = torch.Generator().manual_seed(0)
+    targets_N = torch.randint(97, (16, 2), generator=generator)[:, 0]
+    bias_V = torch.randn(97, 2, generator=generator)[:, 0]
+    weight_VD = torch.randn(97, 8, generator=generator).requires_grad_(trainable)
+    hidden_ND = torch.randn(8, 16, generator=generator).T.requires_grad_()
+    logps_N, _ = token_logps(hidden_ND, weight_VD, targets_N, bias=bias_V)
+    true_N = naive_token_logps(hidden_ND, weight_VD, targets_N, bias_V)
+    torch.testing.assert_close(logps_N, true_N, rtol=0, atol=1e-5)
+    (grad_ND,) = torch.autograd.grad(logps_N.sum(), hidden_ND)
+    torch.testing.assert_close(grad_ND, torch.autograd.grad(true_N.sum(), hidden_ND)[0], rtol=0, atol=1e-5)
