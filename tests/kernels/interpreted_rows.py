@@ -147,8 +147,8 @@ def test_extreme_logits_stay_finite() -> None:
 
 @pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
 def test_strided_inputs(trainable: bool) -> None:
-    """A column of a table of targets, sixteen of them, so that no chunk is padded, and so copied: the kernels would read
-    the neighbouring column."""
+    """A column of a table of targets: a kernel that takes them for contiguous reads the neighbouring column. Sixteen of
+    them, because a chunk that needs no padding is not copied."""
     generator = torch.Generator().manual_seed(0)
     targets_N = torch.randint(97, (16, 2), generator=generator)[:, 0]
     bias_V = torch.randn(97, 2, generator=generator)[:, 0]
