@@ -205,7 +205,7 @@ class Measurement:
 
 
 def measure(shape: Shape, name: str, pair: bool, rounds: int, device: str) -> Measurement:
-    """In this process; the best of all rounds, because other work on the machine only adds. Matmuls and calls alternate."""
+    """In this process; the best of all rounds, because other work only adds. Matmuls and calls alternate."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     small = make_case(Shape("warm-up", 64, shape.hidden, 2048), device, dtype)
     step(small, name, pair)  # imports, compilation, thread pools
