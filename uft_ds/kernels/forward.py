@@ -50,7 +50,7 @@ def forward_pass(
         IndexError: a target outside the vocabulary, on CPU. On a GPU, which would have to be waited for, its log-prob
             becomes NaN.
     """
-    check_inputs(hidden_ND, head, targets_N, reference_hidden_ND)
+    check_inputs(hidden_ND, head, targets_N, reference_hidden_ND, chunk_bytes)
     _check_targets(targets_N, len(head.weight_VD))
     dtype, device = accumulation_dtype(hidden_ND.dtype), hidden_ND.device
     gradients_ND = torch.empty_like(hidden_ND) if with_gradients else None
@@ -79,15 +79,31 @@ def forward_pass(
     return output, policy
 
 
-def check_inputs(hidden_ND: Tensor, head: Head, targets_N: Tensor, reference_hidden_ND: Tensor | None) -> None:
-    """Refuse what torch would broadcast, round or truncate without a word.
+def check_inputs(
+    hidden_ND: Tensor,
+    head: Head,
+    targets_N: Tensor,
+    reference_hidden_ND: Tensor | None,
+    chunk_bytes: int | None,
+) -> None:
+    """Refuse what torch would broadcast, round, truncate or take for a mask without a word.
 
     Raises:
-        ValueError: naming the tensor, what it is and what it should be.
+        ValueError: naming the argument, what it is and what it should be.
     """
-    if targets_N.ndim != 1:
-        raise ValueError(f"targets: shape {list(targets_N.shape)}, expected one dimension")
-    vocabulary, dim = head.weight_VD.shape
+    weight_VD = head.weight_VD
+    if weight_VD.ndim != 2 or len(weight_VD) == 0 or not weight_VD.is_floating_point():
+        raise ValueError(
+            f"weight: {weight_VD.dtype} of shape {list(weight_VD.shape)}, expected numbers of [vocabulary, hidden size]"
+        )
+    if targets_N.ndim != 1 or targets_N.dtype != torch.int64 or targets_N.device != weight_VD.device:
+        raise ValueError(
+            f"targets: {targets_N.dtype} of shape {list(targets_N.shape)} on {targets_N.device}, "
+            f"expected torch.int64 of [tokens] on {weight_VD.device}"
+        )
+    if chunk_bytes is not None and (type(chunk_bytes) is not int or chunk_bytes <= 0):
+        raise ValueError(f"chunk_bytes: {chunk_bytes!r}, expected a positive whole number of bytes, or None")
+    vocabulary, dim = weight_VD.shape
     tokens = len(targets_N)
     expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {"hidden": (hidden_ND, (tokens, dim))}
     if reference_hidden_ND is not None:
@@ -97,18 +113,24 @@ def check_inputs(hidden_ND: Tensor, head: Head, targets_N: Tensor, reference_hid
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
             raise ValueError(
-                f"{name}: shape {list(tensor.shape)}, expected {list(shape)} for {tokens} targets "
+                f"{name}: shape {list(tensor.shape)}, expected {list(shape)} to go with {tokens} targets "
                 f"and a weight of {vocabulary} x {dim}"
             )
-        weight = head.weight_VD
-        if tensor.device != weight.device or (tensor.dtype != weight.dtype and name != "bias"):
+        is_other_type = tensor.dtype != weight_VD.dtype and (name != "bias" or not tensor.is_floating_point())
+        if tensor.device != weight_VD.device or is_other_type:
             raise ValueError(
-                f"{name}: {tensor.dtype} on {tensor.device}, expected {weight.dtype} on {weight.device}, as the weight"
+                f"{name}: {tensor.dtype} on {tensor.device}, expected {weight_VD.dtype} on {weight_VD.device} "
+                "like the weight: cast it, or the weight"
             )
 
 
 def _check_targets(targets_N: Tensor, vocabulary: int) -> None:
-    if targets_N.device.type == "cpu" and len(targets_N):
-        lowest, highest = int(targets_N.min()), int(targets_N.max())
-        if lowest < 0 or highest >= vocabulary:
-            raise IndexError(f"targets from {lowest} to {highest}, expected 0 to {vocabulary - 1}")
+    if targets_N.device.type != "cpu":
+        return
+    (outside,) = ((targets_N < 0) | (targets_N >= vocabulary)).nonzero(as_tuple=True)
+    if len(outside):
+        first = int(outside[0])
+        raise IndexError(
+            f"targets[{first}] is {int(targets_N[first])}, expected 0 to {vocabulary - 1} ({len(outside)} of "
+            f"{len(targets_N)} targets lie outside; token_logps takes -100 for tokens that are not asked for)"
+        )

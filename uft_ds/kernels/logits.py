@@ -11,6 +11,10 @@ import torch
 from torch import Tensor
 
 
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 @dataclass(frozen=True)
 class LogitTransform:
     """logits = softcap * tanh(scale * (hidden @ weight^T + bias) / softcap) / temperature.
@@ -26,12 +30,12 @@ class LogitTransform:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.scale) or self.scale == 0:
-            raise ValueError(f"scale: {self.scale}, expected a finite number other than 0")
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ValueError(f"temperature: {self.temperature}, expected a positive number")
-        if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):
-            raise ValueError(f"softcap: {self.softcap}, expected a positive number, or None for no cap")
+        if not _is_finite(self.scale) or self.scale == 0:
+            raise ValueError(f"scale: {self.scale!r}, expected a finite number other than 0, or None")
+        if not _is_finite(self.temperature) or self.temperature <= 0:
+            raise ValueError(f"temperature: {self.temperature!r}, expected a positive number")
+        if self.softcap is not None and (not _is_finite(self.softcap) or self.softcap <= 0):
+            raise ValueError(f"softcap: {self.softcap!r}, expected a positive number, or None for no cap")
 
     @classmethod
     def of(cls, *, softcap: float | None, scale: float | None, temperature: float) -> LogitTransform:

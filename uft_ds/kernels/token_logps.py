@@ -39,11 +39,12 @@ def token_logps(
 ) -> tuple[Tensor, Tensor | None]:
     """`naive_token_logps` for the policy, with gradient, and for the reference, without.
 
-    Gradients flow to `hidden_ND`, and to `weight_VD` and `bias` where they require them.
+    Gradients flow to `hidden_ND`, and to `weight_VD` and `bias` where they require them: a frozen head is one that
+    does not require a gradient. First derivatives only. All inputs have one dtype (but for `bias`) and one device.
 
     Args:
-        targets_N: token ids; a row with `IGNORED` is not computed: its log-prob and gradient are 0. (Finding such
-            rows waits for a GPU; `logps_and_gradients` and `attach`, which take asked rows only, never wait.)
+        targets_N: token ids, int64; a row with `IGNORED` is not computed: its log-prob and gradient are 0. (To find
+            such rows a GPU is waited for; not by `logps_and_gradients` and `attach`, which take asked rows only.)
         bias: [V]. softcap, scale, temperature: see `LogitTransform`.
         chunk_bytes: memory for logits. Enough of it for some hundred rows of the whole vocabulary, and whole rows are
             taken; less, and the vocabulary is cut into tiles too. None for what suits the device.
@@ -78,7 +79,7 @@ def token_logps_and_statistics(
     temperature: float = 1.0,
     chunk_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor | None, TokenStatistics]:
-    """`token_logps` with entropy and top-1 hits of the policy from the same sweep; both 0 where `IGNORED`."""
+    """`token_logps`, and `TokenStatistics(entropy_N, is_top1_N)` of the policy from the same sweep; 0 where `IGNORED`."""
     output = _head_output(
         hidden_ND,
         weight_VD,
@@ -105,7 +106,7 @@ def _head_output(
     chunk_bytes: int | None,
 ) -> HeadOutput:
     """Of the rows that are asked for, spread over all rows again."""
-    check_inputs(hidden_ND, Head(weight_VD, bias_V, transform), targets_N, reference_hidden_ND)
+    check_inputs(hidden_ND, Head(weight_VD, bias_V, transform), targets_N, reference_hidden_ND, chunk_bytes)
     asked_N = targets_N != IGNORED
     if not asked_N.all():
         (rows_M,) = asked_N.nonzero(as_tuple=True)
