@@ -79,7 +79,7 @@ def token_logps_and_statistics(
     temperature: float = 1.0,
     chunk_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor | None, TokenStatistics]:
-    """`token_logps`, and `TokenStatistics(entropy_N, is_top1_N)` of the policy from the same sweep; 0 where `IGNORED`."""
+    """`token_logps`, and by the same sweep `TokenStatistics(entropy_N, is_top1_N)` of the policy; 0 where `IGNORED`."""
     output = _head_output(
         hidden_ND,
         weight_VD,
