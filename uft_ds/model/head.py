@@ -97,4 +97,5 @@ def head_logps(
 
 
 def is_trainable(head: nn.Linear) -> bool:
-    return head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
+    """Asked through `parameters()`: ZeRO-3 notices who reads `head.weight`, and gathers it for the reader from then on."""
+    return any(parameter.requires_grad for parameter in head.parameters())
