@@ -97,5 +97,5 @@ def head_logps(
 
 
 def is_trainable(head: nn.Linear) -> bool:
-    """Asked through `parameters()`: ZeRO-3 notices who reads `head.weight`, and gathers it for the reader from then on."""
+    """Asked through `parameters()`: ZeRO-3 notices who reads `head.weight` and gathers it for the reader ever after."""
     return any(parameter.requires_grad for parameter in head.parameters())
