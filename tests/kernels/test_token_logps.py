@@ -17,7 +17,6 @@ from uft_ds.kernels.chunks import Head, chunks_of, sweep_vocabulary
 from uft_ds.kernels.frozen_head import attach
 from uft_ds.kernels.logits import UNCHANGED, LogitTransform
 from uft_ds.kernels.naive import naive_logits, naive_token_logps
-from uft_ds.kernels.rows import values_of
 from uft_ds.kernels.token_logps import IGNORED, token_logps, token_logps_and_statistics
 
 SHAPES = [(1, 1, 2), (1, 16, 31), (7, 13, 97), (64, 32, 128), (127, 61, 1009), (3, 96, 2053)]
@@ -624,9 +623,9 @@ def test_a_target_that_no_tile_holds_gives_nan_where_targets_are_not_looked_at()
     targets_N = torch.tensor([5, 31, -7])
     head = Head(case.weight_VD, None, UNCHANGED)
     (chunk,) = chunks_of(case.hidden_ND, targets_N, None, 16)
-    sums, gradients_CD = sweep_vocabulary(chunk, head, 16, with_gradients=True, with_entropy=False)
+    values, gradients_CD = sweep_vocabulary(chunk, head, 16, with_gradients=True, with_entropy=False)
     assert gradients_CD is not None
-    assert values_of(sums).logps_R[:3].isnan().tolist() == [False, True, True]
+    assert values.logps_R[:3].isnan().tolist() == [False, True, True]
     assert gradients_CD.isnan().all(dim=1).tolist() == [False, True, True]
 
 

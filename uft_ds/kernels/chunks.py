@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from uft_ds.kernels.logits import LogitTransform, accumulation_dtype, mm_float32, must_be_cast
-from uft_ds.kernels.rows import RowSums, no_columns_yet, sweeps_for
+from uft_ds.kernels.rows import RowValues, no_columns_yet, sweeps_for, values_of
 from uft_ds.kernels.tiles import Tile, tile_of
 
 
@@ -109,8 +109,8 @@ def chunks_of(hidden_ND: Tensor, targets_N: Tensor, reference_hidden_ND: Tensor 
 
 def sweep_vocabulary(
     chunk: Chunk, head: Head, width: int, *, with_gradients: bool, with_entropy: bool
-) -> tuple[RowSums, Tensor | None]:
-    """The sums over the whole vocabulary of all rows, and d logp / d hidden of the policy's, [C, D].
+) -> tuple[RowValues, Tensor | None]:
+    """The values of all rows over the whole vocabulary, and d logp / d hidden of the policy's, [C, D].
 
         d logp / d hidden = (others * weight[target] - sum_{v != target} e_v weight[v]) / total
         e_v = exp(z_v - highest)
@@ -145,12 +145,11 @@ def sweep_vocabulary(
                 torch.addmm(others_CD, exps_CW, tile.weight_WD, out=others_CD)
             else:
                 others_CD.add_(mm_float32(exps_CW, tile.weight_WD))
+    values = values_of(sums)
     if others_CD is None:
-        return sums, None
-    target_C, rest_C = sums.target_R[policy], sums.others_R[policy]
-    total_C = rest_C + (target_C - sums.highest_R[policy]).exp()
+        return values, None
     # A target outside the vocabulary has made its row NaN; looking its weight up would end a GPU's context.
     inside_C = chunk.targets_R[policy].clamp(0, len(head.weight_VD) - 1)
     target_weight_CD = head.weight_VD.index_select(0, inside_C).to(dtype)
-    rest_C = rest_C * head.transform.slope(target_C)
-    return sums, target_weight_CD.mul_(rest_C[:, None]).sub_(others_CD).div_(total_C[:, None])
+    rest_C = sums.others_R[policy] * head.transform.slope(sums.target_R[policy])
+    return values, target_weight_CD.mul_(rest_C[:, None]).sub_(others_CD).div_(values.total_R[policy, None])

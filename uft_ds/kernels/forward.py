@@ -60,10 +60,9 @@ def forward_pass(
     tile = head.tile(len(targets_N), streams, chunk_bytes, with_entropy=with_statistics)
     for chunk in chunks_of(hidden_ND, targets_N, reference_hidden_ND, tile.rows):
         with without_autocast(device):
-            sums, gradients_CD = sweep_vocabulary(
+            values, gradients_CD = sweep_vocabulary(
                 chunk, head, tile.width, with_gradients=with_gradients, with_entropy=with_statistics
             )
-        values = values_of(sums)
         policy_parts.append(values.at(chunk.policy_rows))
         if reference_hidden_ND is not None:
             reference_parts.append(values.at(chunk.reference_rows))
