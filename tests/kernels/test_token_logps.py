@@ -2,85 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from cases import DTYPES, EPSILON, SHAPES, SLACK, TILED, TRANSFORMS, WHOLE, Case, chunk_of, make_case, naive, ours
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
-from uft_ds.kernels.chunks import Head, chunks_of, sweep_vocabulary
 from uft_ds.kernels.frozen_head import attach
-from uft_ds.kernels.logits import UNCHANGED, LogitTransform
 from uft_ds.kernels.naive import naive_logits, naive_token_logps
 from uft_ds.kernels.token_logps import IGNORED, token_logps, token_logps_and_statistics
-
-SHAPES = [(1, 1, 2), (1, 16, 31), (7, 13, 97), (64, 32, 128), (127, 61, 1009), (3, 96, 2053)]
-"""(N, D, V): one row, primes, powers of two, a vocabulary far larger than the rest."""
-
-DTYPES = [torch.float32, torch.bfloat16]
-
-EPSILON = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
-"""Half a unit in the last place, relative."""
-
-SLACK = {torch.float32: 4.0, torch.bfloat16: 0.5}
-"""Of the largest gradient, in EPSILON: float32 sums a vocabulary, bfloat16 is rounded after a float32 sum."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """The inputs of one call. Logits have a standard deviation of about 3, as those of trained models."""
-
-    hidden_ND: Tensor
-    weight_VD: Tensor
-    targets_N: Tensor
-    bias_V: Tensor | None
-    upstream_N: Tensor
-
-
-def make_case(shape: tuple[int, int, int], dtype: torch.dtype, *, with_bias: bool = False, seed: int = 0) -> Case:
-    num_tokens, dim, vocabulary = shape
-    generator = torch.Generator().manual_seed(seed)
-    return Case(
-        torch.randn(num_tokens, dim, generator=generator).to(dtype),
-        (torch.randn(vocabulary, dim, generator=generator) * 3 / dim**0.5).to(dtype),
-        torch.randint(vocabulary, (num_tokens,), generator=generator),
-        torch.randn(vocabulary, generator=generator).to(dtype) if with_bias else None,
-        torch.randn(num_tokens, generator=generator),
-    )
-
-
-def chunk_of(rows: int, vocabulary: int) -> int:
-    """The `chunk_bytes` that holds the logits of `rows` rows. Fewer than 192 rows, or all, are cut by columns."""
-    return rows * 4 * vocabulary
-
-
-WHOLE, TILED = 2**30, 2**12
-"""`chunk_bytes` for all logits at once, and for tiles of 16 columns or a few more."""
-
-TRANSFORMS = [{}, {"scale": 0.25}, {"softcap": 5.0}, {"softcap": 4.0, "scale": -1.5, "temperature": 1.7}]
-
-
-def naive(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Log-probs and d (upstream . log-probs) / d hidden by autograd through the definition, all in `dtype`."""
-    hidden_ND = case.hidden_ND.clone().to(dtype).requires_grad_()
-    bias_V = None if case.bias_V is None else case.bias_V.to(dtype)
-    logps_N = naive_token_logps(hidden_ND, case.weight_VD.to(dtype), case.targets_N, bias_V)
-    logps_N.backward(case.upstream_N.to(dtype))
-    assert hidden_ND.grad is not None
-    return logps_N.detach(), hidden_ND.grad
-
-
-def ours(case: Case, **options: Any) -> tuple[Tensor, Tensor]:
-    hidden_ND = case.hidden_ND.clone().requires_grad_()
-    logps_N, _ = token_logps(hidden_ND, case.weight_VD, case.targets_N, bias=case.bias_V, **options)
-    logps_N.backward(case.upstream_N)
-    assert hidden_ND.grad is not None
-    return logps_N.detach(), hidden_ND.grad
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -446,150 +379,12 @@ def test_ignored_rows_are_not_computed() -> None:
         assert not values[~asked_N].any()
 
 
-@pytest.mark.parametrize("chunk_bytes", [WHOLE, TILED])
-@pytest.mark.parametrize(
-    ("pair", "trainable", "asked", "matmuls"),
-    [(False, False, 80, 2), (True, False, 80, 3), (False, True, 80, 4), (False, False, 32, 2), (True, False, 32, 3)],
-)
-def test_the_number_of_matmuls(pair: bool, trainable: bool, asked: int, matmuls: int, chunk_bytes: int) -> None:
-    """Forward and backward, in units of asked rows x D x V, by torch's own count: nothing is computed twice."""
-    case = make_case((80, 24, 512), torch.float32)
-    targets_N = torch.where(torch.arange(80) % 5 < asked // 16, case.targets_N, IGNORED)
-    hidden_ND = case.hidden_ND.clone().requires_grad_()
-    reference_ND = case.hidden_ND if pair else None
-    with FlopCounterMode(display=False) as flops:
-        logps_N, _ = token_logps(
-            hidden_ND,
-            case.weight_VD.requires_grad_(trainable),
-            targets_N,
-            reference_hidden_ND=reference_ND,
-            chunk_bytes=chunk_bytes,
-        )
-        logps_N.sum().backward()
-    assert flops.get_total_flops() == matmuls * 2 * asked * 24 * 512
-
-
-class LargestTensor(TorchDispatchMode):
-    """The largest memory that any operator takes for its result, in bytes; views of `known` tensors take none."""
-
-    def __init__(self, *known: Tensor) -> None:
-        super().__init__()
-        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
-        self.size = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
-                self.size = max(self.size, tensor.untyped_storage().nbytes())
-        return result
-
-
-@pytest.mark.parametrize("chunk_bytes", [2**15, 2**16, 2**18])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}], ids=str)
-@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
-def test_no_tensor_is_larger_than_it_may_be(
-    trainable: bool, options: dict[str, float], dtype: torch.dtype, chunk_bytes: int
-) -> None:
-    """All logits of a stream would be 1 MB: nothing larger than `chunk_bytes` or the results comes into being."""
-    case = make_case((64, 96, 4096), dtype)
-    hidden_ND, weight_VD = case.hidden_ND.requires_grad_(), case.weight_VD.requires_grad_(trainable)
-    with LargestTensor(hidden_ND, weight_VD) as largest:
-        logps_N, _, _ = token_logps_and_statistics(
-            hidden_ND,
-            weight_VD,
-            case.targets_N,
-            reference_hidden_ND=hidden_ND.detach(),
-            chunk_bytes=chunk_bytes,
-            **options,
-        )
-        logps_N.sum().backward()
-    own = weight_VD.numel() * weight_VD.element_size() if trainable else 2 * 64 * 96 * 4
-    assert largest.size <= max(chunk_bytes, own)
-
-
-def test_without_a_gradient_to_compute_none_is() -> None:
-    """Under no_grad, or where nothing requires one: one matmul, and the same values."""
-    case = make_case((48, 24, 512), torch.float32)
-    expected_N = ours(case)[0]
-    with FlopCounterMode(display=False) as flops:
-        assert torch.equal(token_logps(case.hidden_ND, case.weight_VD, case.targets_N)[0], expected_N)
-    assert flops.get_total_flops() == 2 * 48 * 24 * 512
-    with torch.no_grad(), FlopCounterMode(display=False) as flops:
-        hidden_ND, weight_VD = case.hidden_ND.clone().requires_grad_(), case.weight_VD.clone().requires_grad_()
-        assert torch.equal(token_logps(hidden_ND, weight_VD, case.targets_N)[0], expected_N)
-    assert flops.get_total_flops() == 2 * 48 * 24 * 512
-
-
 def test_not_a_number_is_not_hidden() -> None:
     """A NaN in a row makes that row's log-prob NaN, and no other's."""
     case = make_case((6, 8, 31), torch.float32)
     case.hidden_ND[3, 5] = torch.nan
     for chunk_bytes in (WHOLE, TILED):
         assert ours(case, chunk_bytes=chunk_bytes)[0].isnan().tolist() == [False] * 3 + [True] + [False] * 2
-
-
-@pytest.mark.parametrize("target", [31, -1, -99])
-def test_a_target_outside_the_vocabulary_is_refused(target: int) -> None:
-    """Only `IGNORED` means something."""
-    case = make_case((6, 8, 31), torch.float32)
-    case.targets_N[2] = target
-    with pytest.raises(IndexError, match=rf"targets\[2\] is {target}, expected 0 to 30 \(1 of 6 "):
-        ours(case)
-
-
-def test_shapes_that_do_not_belong_together_are_refused() -> None:
-    """A row more of hidden states than targets would be dropped without a word."""
-    case = make_case((6, 8, 31), torch.float32)
-    hidden_ND, weight_VD, targets_N = case.hidden_ND, case.weight_VD, case.targets_N
-    with pytest.raises(ValueError, match=r"^hidden: shape \[6, 8\], expected \[5, 8\] to go with 5 targets"):
-        token_logps(hidden_ND, weight_VD, targets_N[:5])
-    with pytest.raises(ValueError, match=r"^reference_hidden: shape \[5, 8\], expected \[6, 8\]"):
-        token_logps(hidden_ND, weight_VD, targets_N, reference_hidden_ND=hidden_ND[:5])
-    with pytest.raises(ValueError, match=r"^bias: shape \[30\], expected \[31\]"):
-        token_logps(hidden_ND, weight_VD, targets_N, bias=torch.zeros(30))
-    with pytest.raises(ValueError, match=r"^hidden: shape \[6, 7\], expected \[6, 8\]"):
-        token_logps(hidden_ND[:, :7], weight_VD, targets_N)
-    with pytest.raises(ValueError, match=r"^hidden: shape \[6, 8\], expected \[5, 8\] to go with 5 targets"):
-        token_logps(hidden_ND, weight_VD, torch.tensor([IGNORED, 1, 2, 3, 4]))
-    with pytest.raises(ValueError, match=r"^targets: torch.int64 of shape \[1, 6\] on cpu, expected torch.int64"):
-        token_logps(hidden_ND, weight_VD, targets_N[None])
-
-
-def test_types_that_do_not_belong_together_are_refused() -> None:
-    """A reference in float32 beside a policy in bfloat16 would be rounded without a word."""
-    case = make_case((6, 8, 31), torch.bfloat16)
-    hidden_ND, weight_VD, targets_N = case.hidden_ND, case.weight_VD, case.targets_N
-    with pytest.raises(ValueError, match=r"^reference_hidden: torch.float32 on cpu, expected torch.bfloat16 on cpu"):
-        token_logps(hidden_ND, weight_VD, targets_N, reference_hidden_ND=hidden_ND.float())
-    with pytest.raises(ValueError, match=r"^hidden: torch.float32 on cpu, expected torch.bfloat16 on cpu"):
-        token_logps(hidden_ND.float(), weight_VD, targets_N)
-    with pytest.raises(ValueError, match=r"^bias: torch.int64 on cpu, expected torch.bfloat16 on cpu"):
-        token_logps(hidden_ND, weight_VD, targets_N, bias=torch.zeros(31, dtype=torch.int64))
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.bool, torch.float32], ids=str)
-def test_targets_are_token_ids(dtype: torch.dtype) -> None:
-    """torch takes uint8 for a mask, and gives other log-probs without a word."""
-    case = make_case((6, 8, 31), torch.float32)
-    with pytest.raises(ValueError, match=rf"^targets: {dtype} of shape \[6\] on cpu, expected torch.int64"):
-        token_logps(case.hidden_ND, case.weight_VD, case.targets_N.to(dtype))
-
-
-@pytest.mark.parametrize("weight", [torch.zeros(8), torch.zeros(0, 8), torch.zeros(31, 8, dtype=torch.int64)])
-def test_a_weight_that_is_none_is_refused(weight: Tensor) -> None:
-    """One dimension, no vocabulary, whole numbers."""
-    with pytest.raises(ValueError, match=r"^weight: torch\.\w+ of shape .* expected numbers of \[vocabulary, hidden"):
-        token_logps(torch.zeros(2, 8), weight, torch.zeros(2, dtype=torch.int64))
-
-
-@pytest.mark.parametrize("chunk_bytes", [0, -1, 1.5, True, "8"])
-def test_chunk_bytes_that_make_no_sense_are_refused(chunk_bytes: Any) -> None:
-    """Named, with what was expected."""
-    case = make_case((6, 8, 31), torch.float32)
-    with pytest.raises(ValueError, match=r"^chunk_bytes: .*, expected a positive whole number of bytes, or None"):
-        ours(case, chunk_bytes=chunk_bytes)
 
 
 @pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
@@ -615,43 +410,3 @@ def test_an_impossible_target_has_no_part_in_the_entropy() -> None:
         )
         torch.testing.assert_close(logps_N, torch.tensor([float("-inf"), -0.6931472]))
         torch.testing.assert_close(statistics.entropy_N, torch.tensor([0.6931472, 0.6931472]))
-
-
-def test_a_target_that_no_tile_holds_gives_nan_where_targets_are_not_looked_at() -> None:
-    """On a GPU a target outside the vocabulary is found by its NaN, in value and gradient; here, below the check."""
-    case = make_case((3, 8, 31), torch.float32)
-    targets_N = torch.tensor([5, 31, -7])
-    head = Head(case.weight_VD, None, UNCHANGED)
-    (chunk,) = chunks_of(case.hidden_ND, targets_N, None, 16)
-    values, gradients_CD = sweep_vocabulary(chunk, head, 16, with_gradients=True, with_entropy=False)
-    assert gradients_CD is not None
-    assert values.logps_R[:3].isnan().tolist() == [False, True, True]
-    assert gradients_CD.isnan().all(dim=1).tolist() == [False, True, True]
-
-
-def test_only_padding_is_computed_beyond_the_asked_rows() -> None:
-    """33 rows of 80 are asked for: the matmuls see 48, the next multiple of 16."""
-    case = make_case((80, 24, 512), torch.float32)
-    targets_N = torch.where(torch.arange(80) < 33, case.targets_N, IGNORED)
-    with FlopCounterMode(display=False) as flops:
-        token_logps(case.hidden_ND, case.weight_VD, targets_N)
-    assert flops.get_total_flops() == 2 * 48 * 24 * 512
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"temperature": 0.0}, "temperature: 0.0, expected a positive number"),
-        ({"temperature": float("nan")}, "temperature: nan"),
-        ({"softcap": -30.0}, "softcap: -30.0, expected a positive number, or None"),
-        ({"scale": 0.0}, "scale: 0.0, expected a finite number other than 0"),
-        ({"scale": float("inf")}, "scale: inf"),
-        ({"softcap": "30"}, "softcap: '30', expected a positive number"),
-        ({"temperature": None}, "temperature: None, expected a positive number"),
-        ({"softcap": True}, "softcap: True, expected a positive number"),
-    ],
-)
-def test_factors_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
-    """Named by their argument."""
-    with pytest.raises(ValueError, match=message):
-        LogitTransform(**options)
