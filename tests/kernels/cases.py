@@ -12,23 +12,15 @@ from uft_ds.kernels.naive import naive_token_logps
 from uft_ds.kernels.token_logps import token_logps
 
 SHAPES = [(1, 1, 2), (1, 16, 31), (7, 13, 97), (64, 32, 128), (127, 61, 1009), (3, 96, 2053)]
-
-
 """(N, D, V): one row, primes, powers of two, a vocabulary far larger than the rest."""
-
 
 DTYPES = [torch.float32, torch.bfloat16]
 
 
 EPSILON = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
-
-
 """Half a unit in the last place, relative."""
 
-
 SLACK = {torch.float32: 4.0, torch.bfloat16: 0.5}
-
-
 """Of the largest gradient, in EPSILON: float32 sums a vocabulary, bfloat16 is rounded after a float32 sum."""
 
 
@@ -61,10 +53,7 @@ def chunk_of(rows: int, vocabulary: int) -> int:
 
 
 WHOLE, TILED = 2**30, 2**12
-
-
 """`chunk_bytes` for all logits at once, and for tiles of 16 columns or a few more."""
-
 
 TRANSFORMS = [{}, {"scale": 0.25}, {"softcap": 5.0}, {"softcap": 4.0, "scale": -1.5, "temperature": 1.7}]
 
