@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 from pathlib import Path
 
 import torch
 
-from uft_ds.data.example import Sequence
-from uft_ds.data.mixture import Step
+from uft_ds.data.store import Pool
 from uft_ds.model.adapters import add_adapters, start_from_adapter
 from uft_ds.model.identity import reference_identity
-from uft_ds.model.load import decoder_layer_class, load_base
+from uft_ds.model.load import attention_parity, decoder_layer_class, load_base
 from uft_ds.model.uft_model import UFTModel
 from uft_ds.recipe import Recipe
 from uft_ds.resolve import cache_dir, objective_of, reference_mode
@@ -63,12 +62,13 @@ def build_engine(recipe: Recipe, reporter: Speaker) -> tuple[Engine, UFTModel]:
         layer_class=layer_class,
         weight_decay=recipe.train.weight_decay,
         betas=(recipe.train.betas[0], recipe.train.betas[1]),
+        attention_parity=attention_parity(base.config),
     )
     return engine, model
 
 
 def build_reference_cache(
-    recipe: Recipe, folder: RunFolder, engine: Engine, model: UFTModel, groups: Iterable[Step], reporter: Speaker
+    recipe: Recipe, folder: RunFolder, engine: Engine, model: UFTModel, pools: Seq[Pool], reporter: Speaker
 ) -> ReferenceCache:
     """What the store knows of the run's responses, checked against the reference itself.
 
@@ -85,18 +85,17 @@ def build_reference_cache(
         attention=model.attention,
         adapter_dtype=recipe.lora.dtype if recipe.reference.adapter else None,
     )
-    groups = tuple(groups)
     store, snapshot = None, [LogpTable()]
     files: tuple[Path, ...] = ()
     if engine.rank == 0:
         store = ReferenceStore.below(cache_dir(recipe), identity)
-        snapshot[0], files = _read_snapshot(store, (s for group in groups for s in group.sequences), reporter)
+        snapshot[0], files = _read_snapshot(store, pools, reporter)
     torch.distributed.broadcast_object_list(snapshot, src=0)
     cache = ReferenceCache("remembered", snapshot[0], identity=identity, store=store)
     check = check_reference_cache(
         engine,
         cache,
-        groups,
+        pools,
         tokens_per_micro_batch=recipe.train.tokens_per_micro_batch,
         dtype=getattr(torch, recipe.model.dtype),
     )
@@ -116,11 +115,11 @@ def build_reference_cache(
     return cache
 
 
-def _read_snapshot(
-    store: ReferenceStore, sequences: Iterable[Sequence], reporter: Speaker
-) -> tuple[LogpTable, tuple[Path, ...]]:
+def _read_snapshot(store: ReferenceStore, pools: Seq[Pool], reporter: Speaker) -> tuple[LogpTable, tuple[Path, ...]]:
     stored = store.read()
     for problem in stored.problems:
         reporter.warn(f"reference cache: {problem}; its responses are computed again")
-    wanted = {key for sequence in sequences for key in sequence.response_keys}
+    if not stored.table:
+        return {}, stored.files
+    wanted = {key for pool in pools for index in range(len(pool)) for key in pool.keys_of(index)}
     return {key: logp for key, logp in stored.table.items() if key in wanted}, stored.files

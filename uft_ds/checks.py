@@ -61,6 +61,7 @@ def check_inputs_lie_outside(recipe: Recipe) -> None:
         "deepspeed": recipe.deepspeed,
         "reference.adapter": recipe.reference.adapter,
         "reference.cache_dir": recipe.reference.cache_dir,
+        "data.cache_dir": recipe.data.cache_dir,
         **{f"data.sources.{i}.path": entry.path for i, entry in enumerate(recipe.data.sources)},
         **{f"data.held_out.{i}.path": entry.path for i, entry in enumerate(recipe.data.held_out)},
     }

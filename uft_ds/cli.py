@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
-from rich.table import Table
-from rich.text import Text
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
 from uft_ds import __version__
 from uft_ds.errors import EXIT_INTERRUPTED, CheckFailed, UserError
 
 if TYPE_CHECKING:
-    from uft_ds.prepare import PreparedData
+    from uft_ds.prepare import OnProgress
     from uft_ds.recipe import Recipe
     from uft_ds.training.run_folder import Status
 
@@ -32,6 +33,8 @@ app = typer.Typer(
 )
 recipe_app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
 app.add_typer(recipe_app, name="recipe")
+data_app = typer.Typer(help="Look at data.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 console = Console(markup=False, highlight=False)  # paths may hold brackets and numbers
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a shipped recipe, or path of a YAML file.")]
@@ -69,20 +72,14 @@ def _prepare_and_launch(
 ) -> tuple[Path, Status]:
     from uft_ds.launch import launch, master_port, number_of_ranks
     from uft_ds.prepare import prepare_run
+    from uft_ds.preview import data_table
 
     ranks = number_of_ranks(recipe.launch.ranks)
     master_port()  # a given port that is taken is told before the data is read
-    with _preparation() as progress:
-        tasks: dict[str, TaskID] = {}
-
-        def on_row(label: str, done: int, total: int) -> None:
-            if label not in tasks:
-                tasks[label] = progress.add_task(label, total=total)
-            progress.update(tasks[label], completed=done)
-
-        folder, data, lock = prepare_run(recipe, overwrite=overwrite, on_row=on_row)
+    with _preparation() as on_progress:
+        folder, data, lock = prepare_run(recipe, overwrite=overwrite, on_progress=on_progress)
     with lock:
-        console.print(_data_table(data))
+        console.print(data_table(data))
         console.print(f"{what} on {ranks} ranks; logs in {folder.path}")
         status = launch(folder, ranks=ranks, port=master_port(), options=options)
     if status.exit_code != 0:
@@ -128,20 +125,19 @@ def reference(recipe: RecipeName, overrides: Overrides = None) -> None:
     console.print(f"done: {status.message}")
 
 
-def _preparation() -> Progress:
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=20), MofNCompleteColumn())
-    return Progress(*columns, console=console, disable=not console.is_terminal)
+@contextmanager
+def _preparation() -> Iterator[OnProgress]:
+    """A bar for each thing that takes time, on a terminal."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=20), TaskProgressColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        tasks: dict[str, TaskID] = {}
 
+        def on_progress(label: str, done: int, total: int) -> None:
+            if label not in tasks:
+                tasks[label] = progress.add_task(label, total=total)
+            progress.update(tasks[label], completed=done)
 
-def _data_table(data: PreparedData) -> Table:
-    table = Table("data", "responses", "sequences", "tokens", "left out")
-    for name, sources in (("train", data.train), ("held out", data.held_out)):
-        for source in sources:
-            left_out = ", ".join(f"{count} {reason}" for reason, count in source.dropped.items())
-            counts = (source.num_responses, len(source.sequences), source.num_tokens)
-            short = source.label if len(source.label) <= 40 else "..." + source.label[-37:]
-            table.add_row(Text(f"{name}: {short}"), *map(str, counts), Text(left_out or "-"))
-    return table
+        yield on_progress
 
 
 @recipe_app.command("show")
@@ -168,6 +164,62 @@ def recipe_keys() -> None:
     for key, default, meaning in describe_keys():
         console.print(f"{key} = {default}", style="bold")
         console.print(f"    {meaning}")
+
+
+@data_app.command("preview")
+def data_preview(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=0, help="Sampled rows of each source.")] = 2,
+    source: Annotated[Optional[int], typer.Option(min=0, help="Only this one of data.sources.")] = None,  # noqa: UP045
+    held_out: Annotated[bool, typer.Option("--held-out", help="The held-out sources instead.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
+    full: Annotated[bool, typer.Option("--full", help="Whole rows; long ones are cut otherwise.")] = False,
+) -> None:
+    """Show what a recipe trains on: sampled rows with their masks and scores, and what is left out and why.
+
+    Nothing is launched and no weights are loaded.
+    """
+    from uft_ds.data.tokenize import load_tokenizer
+    from uft_ds.prepare import prepare_data, steps_of
+    from uft_ds.preview import data_table, left_out_table, legend, rendered_rows, steps_line
+    from uft_ds.recipe_file import load_recipe
+
+    loaded = load_recipe(recipe, tuple(overrides or ()))
+    model = loaded.model
+    chat = load_tokenizer(model.base, revision=model.revision, chat_template=model.chat_template)
+    with _preparation() as on_progress:
+        data = prepare_data(loaded, chat, on_progress)
+    sources = data.held_out if held_out else data.train
+    if source is not None and source >= len(sources):
+        raise UserError(f"--source {source}: there are {len(sources)}, counted from 0")
+    console.print(legend())
+    for shown in sources if source is None else sources[source : source + 1]:
+        for text in rendered_rows(shown, chat, count=rows, seed=seed, full=full):
+            console.print(text)
+    console.print(data_table(data))
+    console.print(left_out_table(data))
+    console.print(steps_line(steps_of(loaded, data), loaded.train.examples_per_step))
+
+
+@data_app.command("formats")
+def data_formats() -> None:
+    """Names of the source formats, those of installed plug-ins included."""
+    from uft_ds.data.formats import formats
+
+    for name, make in formats().items():
+        console.print(name, style="bold")
+        console.print(f"    {inspect.cleandoc(make.__doc__ or '').partition(chr(10) * 2)[0]}")
+
+
+@data_app.command("schema")
+def data_schema() -> None:
+    """Print the JSON Schema of one row of our own format, jsonl."""
+    import json
+
+    from uft_ds.data.formats import jsonl_schema
+
+    print(json.dumps(jsonl_schema(), indent=2))
 
 
 @app.command()

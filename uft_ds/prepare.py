@@ -14,22 +14,34 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+import numpy as np
 
 from uft_ds.checks import check_adapter_is_of_base, check_inputs_lie_outside, check_recipe
 from uft_ds.data.example import Kind
-from uft_ds.data.prepare import PreparedSource, prepare_source, write_sequences
+from uft_ds.data.mixture import Steps, epoch_amounts, plan_steps
+from uft_ds.data.prepare import PreparedSource, open_source, prepare_source
+from uft_ds.data.store import write_sample
 from uft_ds.data.tokenize import ChatTokenizer, load_tokenizer
+from uft_ds.data.tokenized import is_whole, quarantine_file
 from uft_ds.errors import UserError
 from uft_ds.files import write_atomically
 from uft_ds.model.identity import adapter_identity, base_identity
 from uft_ds.recipe import Recipe, SourceSection
 from uft_ds.recipe_file import dump_recipe
-from uft_ds.resolve import caches_reference, source_of, with_absolute_paths, with_fixed_revision
+from uft_ds.resolve import (
+    caches_reference,
+    source_of,
+    tokenized_dir,
+    tolerance_of,
+    with_absolute_paths,
+    with_fixed_revision,
+)
 from uft_ds.training.run_folder import RunFolder, check_claimable, claim, release
 
-OnRow = Callable[[str, int, int], None]
-"""Called with what is being done, and how much of it is done: rows or files, of how many."""
+OnProgress = Callable[[str, int, int], None]
+"""Called with what is being done, and how much of it is done: bytes or files, of how many."""
 
 
 @dataclass(frozen=True)
@@ -37,20 +49,26 @@ class PreparedData:
     train: tuple[PreparedSource, ...]
     held_out: tuple[PreparedSource, ...]
 
+    @property
+    def all(self) -> tuple[PreparedSource, ...]:
+        return (*self.train, *self.held_out)
 
-def prepare_data(recipe: Recipe, chat: ChatTokenizer, on_row: OnRow = lambda label, done, total: None) -> PreparedData:
-    """Read, check and tokenise all sources."""
+
+def prepare_data(
+    recipe: Recipe, chat: ChatTokenizer, on_progress: OnProgress = lambda label, done, total: None
+) -> PreparedData:
+    """Read, check and tokenise all sources; what has been tokenised before is only looked up."""
 
     def prepare(entry: SourceSection) -> PreparedSource:
-        source = source_of(entry)
+        source = source_of(recipe, entry)
         return prepare_source(
             source,
             chat,
-            max_length=recipe.data.max_length,
-            too_long=recipe.data.too_long,
-            merge=recipe.data.merge_conversations,
+            tokenized_dir(recipe),
             seed=recipe.train.seed,
-            on_row=lambda done, total: on_row(f"reading {source.label}", done, total),
+            tolerance=tolerance_of(recipe),
+            workers=recipe.data.workers,
+            on_progress=lambda done, total: on_progress(f"reading {source.label}", done, total),
         )
 
     data = PreparedData(
@@ -58,21 +76,103 @@ def prepare_data(recipe: Recipe, chat: ChatTokenizer, on_row: OnRow = lambda lab
         tuple(prepare(entry) for entry in recipe.data.held_out),
     )
     _check_kinds(recipe, data)
+    _check_units_fit(recipe, data)
+    _check_mixture(data)
     return data
+
+
+def open_data(recipe: Recipe, folder: RunFolder) -> PreparedData:
+    """What was prepared for a run, as its folder says."""
+    report = _read_report(folder)
+
+    def opened(part: str, entries: list[SourceSection]) -> tuple[PreparedSource, ...]:
+        rows = zip(report[part], entries, strict=True)
+        return tuple(
+            open_source(
+                source_of(recipe, entry),
+                tokenized_dir(recipe),
+                row["tokens_key"],
+                tuple(row["files"]),
+                seed=recipe.train.seed,
+            )
+            for row, entry in rows
+        )
+
+    return PreparedData(opened("train", recipe.data.sources), opened("held_out", recipe.data.held_out))
+
+
+def ensure_data(recipe: Recipe, folder: RunFolder) -> None:
+    """Tokenise, on this machine, what was prepared on another one and is not here.
+
+    Raises:
+        UserError: the data is not the same here.
+    """
+    report = _read_report(folder)
+    keys = {row["tokens_key"] for part in ("train", "held_out") for row in report[part]}
+    missing = {key for key in keys if not is_whole(tokenized_dir(recipe) / key)}
+    if not missing:
+        return
+    chat = load_tokenizer(recipe.model.base, revision=recipe.model.revision, chat_template=recipe.model.chat_template)
+    here = {source.key: source.label for source in prepare_data(recipe, chat).all}
+    if keys - set(here):
+        other = sorted(set(here) - keys)
+        raise UserError(
+            f"{here[other[0]] if other else recipe.data.sources[0].path}: on {platform.node()} its content, the "
+            "tokenizer or the installed versions are not those of the machine that prepared the run; make them the same"
+        )
+
+
+def steps_of(recipe: Recipe, data: PreparedData) -> Steps:
+    """All steps of a run."""
+    return plan_steps(
+        [source.ingredient for source in data.train],
+        seed=recipe.train.seed,
+        examples_per_step=recipe.train.examples_per_step,
+        epochs=recipe.train.epochs,
+        steps=recipe.train.steps,
+    )
+
+
+def _read_report(folder: RunFolder) -> dict[str, Any]:
+    try:
+        report: dict[str, Any] = json.loads(folder.data_report().read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder.data_report()}: cannot be read ({error}); the run was not prepared") from None
+    return report
 
 
 def _check_kinds(recipe: Recipe, data: PreparedData) -> None:
     loss = recipe.objective.loss
     if isinstance(loss, str):
         return
-    responses = (r for source in (*data.train, *data.held_out) for s in source.sequences for r in s.responses)
-    unnamed: set[Kind] = {response.kind for response in responses} - set(loss)
+    kinds: set[Kind] = {kind for source in data.all for kind in source.selection.kinds}
+    unnamed = kinds - set(loss)
     if unnamed:
         raise UserError(f"objective.loss: no loss for kind {sorted(unnamed)[0]!r}, which the data holds")
 
 
+def _check_units_fit(recipe: Recipe, data: PreparedData) -> None:
+    """A pair is forwarded at once, and may be longer than one sequence may be."""
+    limit = recipe.train.tokens_per_micro_batch
+    for source in data.all:
+        store, units_U = source.selection.store, source.selection.units_U
+        longest = int(units_U[np.argmax(store.tokens_U[units_U])])
+        if store.tokens_U[longest] > limit:
+            raise UserError(
+                f"train.tokens_per_micro_batch: {limit} given, but the pair of {store.origin(longest)} has "
+                f"{store.tokens_U[longest]} tokens; raise it, or lower data.max_length {recipe.data.max_length}"
+            )
+
+
+def _check_mixture(data: PreparedData) -> None:
+    try:
+        epoch_amounts([source.ingredient for source in data.train])
+    except ValueError as error:
+        raise UserError(f"data.sources: {error}") from None
+
+
 def prepare_run(
-    recipe: Recipe, *, overwrite: bool, on_row: OnRow = lambda label, done, total: None
+    recipe: Recipe, *, overwrite: bool, on_progress: OnProgress = lambda label, done, total: None
 ) -> tuple[RunFolder, PreparedData, IO[str]]:
     """Check everything, then claim the run's folder and write the tokenised data and the run's identity there.
 
@@ -89,10 +189,10 @@ def prepare_run(
     if caches_reference(recipe):
         recipe = with_fixed_revision(recipe)
     chat = load_tokenizer(recipe.model.base, revision=recipe.model.revision, chat_template=recipe.model.chat_template)
-    data = prepare_data(recipe, chat, on_row)
+    data = prepare_data(recipe, chat, on_progress)
     if recipe.reference.adapter is not None:
-        check_adapter_is_of_base(recipe, partial(on_row, "hashing the adapter's base"))
-    content = _reference_content(recipe, on_row) if caches_reference(recipe) else None
+        check_adapter_is_of_base(recipe, partial(on_progress, "hashing the adapter's base"))
+    content = _reference_content(recipe, on_progress) if caches_reference(recipe) else None
     lock = claim(folder, overwrite=overwrite)
     try:
         _write_prepared(folder, recipe, data, content)
@@ -104,10 +204,10 @@ def prepare_run(
     return folder, data, lock
 
 
-def _reference_content(recipe: Recipe, on_row: OnRow) -> dict[str, object]:
+def _reference_content(recipe: Recipe, on_progress: OnProgress) -> dict[str, object]:
     """By content: all that the reference's log-probs depend on besides the tokens and how it is computed."""
     base = recipe.model.base
-    content = base_identity(base, recipe.model.revision, partial(on_row, f"hashing {base}"))
+    content = base_identity(base, recipe.model.revision, partial(on_progress, f"hashing {base}"))
     adapter = recipe.reference.adapter
     return {**content, "adapter": adapter_identity(Path(adapter)) if adapter else None}
 
@@ -115,10 +215,12 @@ def _reference_content(recipe: Recipe, on_row: OnRow) -> dict[str, object]:
 def _write_prepared(
     folder: RunFolder, recipe: Recipe, data: PreparedData, reference_content: dict[str, object] | None
 ) -> None:
-    folder.data_report().parent.mkdir(exist_ok=True)
-    for index, source in enumerate(data.train):
-        write_sequences(folder.train_data(index), source.sequences)
-    write_sequences(folder.held_out_data(), [s for source in data.held_out for s in source.sequences])
+    folder.sample_data().mkdir(parents=True, exist_ok=True)
+    write_sample(folder.sample_data(), [source.selection for source in (*data.held_out, *data.train)])
+    if any(source.account.quarantined for source in data.all):
+        with folder.quarantine().open("wb") as file:
+            for rejected in dict.fromkeys(quarantine_file(source.selection.store) for source in data.all):
+                file.write(rejected.read_bytes())
     write_atomically(folder.data_report(), json.dumps(data_report(data), indent=2) + "\n")
     if reference_content is not None:
         write_atomically(folder.reference_content, json.dumps(reference_content, indent=2) + "\n")
@@ -127,14 +229,34 @@ def _write_prepared(
 
 
 def data_report(data: PreparedData) -> dict[str, list[dict[str, object]]]:
-    """What each source gave and what was left out, as plain values."""
+    """What each source gives, what was left out, and where its tokens are, as plain values.
 
-    def row(source: PreparedSource) -> dict[str, object]:
-        counts = {"responses": source.num_responses, "sequences": len(source.sequences), "tokens": source.num_tokens}
-        left_out = {"dropped": source.dropped, "dropped_origins": source.dropped_origins}
-        return {"source": source.label, **counts, **left_out}
+    left_out, changed: responses of the whole source by reason, with up to three places for each.
+    """
 
-    return {"train": [row(source) for source in data.train], "held_out": [row(source) for source in data.held_out]}
+    def row(source: PreparedSource, per_epoch: float) -> dict[str, object]:
+        selection, account = source.selection, source.account
+        return {
+            "source": source.label,
+            "responses": selection.num_responses,
+            "sequences": selection.num_sequences,
+            "tokens": selection.num_tokens,
+            "responses_per_epoch": per_epoch,
+            "rows": account.rows,
+            "rows_not_selected": account.skipped,
+            "rows_quarantined": account.quarantined,
+            "left_out": account.dropped,
+            "changed": account.changed,
+            "places": account.origins,
+            "files": source.names,
+            "tokens_key": source.key,
+        }
+
+    amounts = epoch_amounts([source.ingredient for source in data.train])
+    return {
+        "train": [row(source, amount) for source, amount in zip(data.train, amounts, strict=True)],
+        "held_out": [row(source, source.selection.num_responses) for source in data.held_out],
+    }
 
 
 def environment() -> dict[str, object]:

@@ -15,7 +15,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from uft_ds.data.example import KINDS, Kind
-from uft_ds.data.formats import FORMATS
+from uft_ds.data.formats import format_names
 
 LossName = Literal["mse", "bce", "l1", "nll"]
 LOSS_NAMES: tuple[str, ...] = get_args(LossName)
@@ -79,26 +79,44 @@ class LoraSection(Section):
 
 class SourceSection(Section):
     format: str
-    """How a row is read: jsonl, ultrachat, helpsteer2."""
+    """How a row is read; `uft data formats` lists the names."""
     path: Location
-    """A local file or folder (json, jsonl, gz, parquet), or a hub name."""
+    """A local file or folder (jsonl, json, csv, each also .gz or .zst; parquet, arrow), or a hub name."""
     split: str | None = None
     """Split of a hub data set, or of the files of a folder whose names begin with it."""
+    where: dict[str, str | int | float | bool] = {}
+    """Only rows whose columns have these values."""
     examples: Positive | None = None
     """How many responses to take, drawn by the seed; null: all."""
+    epochs: PositiveFloat | None = None
+    """How often one epoch of the mixture goes through the source; null: once."""
+    share: UnitInterval | dict[UnitInterval, UnitInterval] | None = None
+    """Share of the mixture's responses, the source being repeated as needed; or a schedule: shares at points of the
+    run's progress from 0 to 1, linear in between."""
     score: UnitInterval | None = None
     """The score of rows that have none; null: 1 for instruction data."""
+    pairs: Literal["keep", "split"] = "keep"
+    """keep: the two sides of a pair stay together, of kind `pair`. split: two responses with a score each (UNA)."""
+    allow_one_score: bool = False
+    """Accept feedback of which every response has the same score."""
 
 
 class DataSection(Section):
     max_length: Annotated[int, Field(ge=8)] = 2048
     """Longest sequence, in tokens."""
     too_long: Literal["drop", "trim_prompt", "refuse"] = "drop"
-    """What happens to a response that ends past max_length. A response is never cut."""
+    """What happens to a response that ends past max_length: it is left out; it gets only the end of its prompt (whole
+    turns, then the end of the question); or the source is refused. A response is never cut."""
     on_bad_row: Literal["refuse", "quarantine"] = "refuse"
-    """What happens to a row that cannot be read."""
+    """What happens to a row that cannot be read: the source is refused, or the row is left out, into a file."""
+    max_quarantined: UnitInterval = 0.01
+    """Largest share of a source's rows that may be quarantined."""
     merge_conversations: bool = True
     """Keep a conversation of k assistant turns as one sequence with k responses (same loss, one forward)."""
+    workers: Positive | None = None
+    """Processes that tokenise; null: one a core."""
+    cache_dir: Location | None = None
+    """Where runs share tokenised sources; null: uft_ds/tokenized under the user's cache folder."""
     sources: Annotated[list[SourceSection], Field(min_length=1)]
     """The training mixture."""
     held_out: list[SourceSection] = []
@@ -243,13 +261,13 @@ def _impossible(recipe: Recipe) -> list[tuple[str, str]]:
         found.append(("lora.dropout", f"{recipe.lora.dropout} given, must be 0: it would make log-ratios noise"))
     for prefix, sources in (("data.sources", data.sources), ("data.held_out", data.held_out)):
         for index, source in enumerate(sources):
-            if source.format not in FORMATS:
-                found.append((f"{prefix}.{index}.format", unknown_name(source.format, tuple(FORMATS))))
+            if source.format not in format_names():
+                found.append((f"{prefix}.{index}.format", unknown_name(source.format, format_names())))
+            found += [(f"{prefix}.{index}.{key}", problem) for key, problem in _impossible_portion(source, prefix)]
     if isinstance(objective.loss, dict):
         found += [("objective.loss", unknown_name(kind, KINDS)) for kind in objective.loss if kind not in KINDS]
-        missing = [kind for kind in ("instruction", "score") if kind not in objective.loss]
-        if missing:
-            found.append(("objective.loss", f"no loss for kind {missing[0]!r}; name one for each kind"))
+        if not objective.loss:
+            found.append(("objective.loss", "no loss for any kind"))
     losses = objective.loss.values() if isinstance(objective.loss, dict) else [objective.loss]
     for name in losses:
         if name in LATER_LOSSES:
@@ -266,12 +284,25 @@ def _impossible(recipe: Recipe) -> list[tuple[str, str]]:
         (key, f"{'null' if given is None else repr(given)} is not available in this version; use {instead}")
         for key, given, unavailable, instead in (
             ("lora", recipe.lora, recipe.lora is None, "adapters: the reference is the base without them"),
-            ("data.too_long", data.too_long, data.too_long == "trim_prompt", "drop or refuse"),
-            ("data.on_bad_row", data.on_bad_row, data.on_bad_row == "quarantine", "refuse"),
             ("objective.reward_shift", objective.reward_shift, objective.reward_shift != "none", "none"),
         )
         if unavailable
     ]
+
+
+def _impossible_portion(source: SourceSection, prefix: str) -> list[tuple[str, str]]:
+    """(key, problem) of how much is taken of a source."""
+    found = []
+    given = [key for key in ("examples", "epochs", "share") if getattr(source, key) is not None]
+    if prefix == "data.held_out":
+        found += [(key, "held-out data is gone through once; use `examples`") for key in given if key != "examples"]
+    elif "epochs" in given and "share" in given:
+        found.append(("share", "given beside `epochs`; how often a source is repeated follows from its share"))
+    if isinstance(source.share, dict) and (len(source.share) < 2 or {0.0, 1.0} - set(source.share)):
+        found.append(("share", f"a schedule needs a share at 0 and at 1, found {sorted(source.share)}"))
+    if source.share == 0.0:
+        found.append(("share", "0 takes nothing; leave the source out"))
+    return found
 
 
 def unknown_name(given: str, known: tuple[str, ...]) -> str:

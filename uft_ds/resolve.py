@@ -6,8 +6,10 @@ from pathlib import Path
 
 from uft_ds.checkpoint.manifest import MANIFEST
 from uft_ds.checkpoint.save import latest_checkpoint
+from uft_ds.data.building import RowRules
 from uft_ds.data.example import KINDS
-from uft_ds.data.prepare import Source
+from uft_ds.data.mixture import Portion
+from uft_ds.data.prepare import Source, Tolerance
 from uft_ds.errors import UserError
 from uft_ds.files import user_cache
 from uft_ds.model.identity import local_folder
@@ -16,9 +18,32 @@ from uft_ds.objectives.objective import Objective
 from uft_ds.recipe import Recipe, SourceSection
 
 
-def source_of(entry: SourceSection) -> Source:
+def source_of(recipe: Recipe, entry: SourceSection) -> Source:
     """A recipe's entry as plain values."""
-    return Source(entry.format, entry.path, entry.split, entry.examples, entry.score)
+    rules = RowRules(
+        entry.format,
+        entry.score,
+        max_length=recipe.data.max_length,
+        merge=recipe.data.merge_conversations,
+        trim_prompt=recipe.data.too_long == "trim_prompt",
+        split_pairs=entry.pairs == "split",
+        where=tuple(sorted(entry.where.items())),
+    )
+    return Source(entry.path, entry.split, rules, entry.examples, portion_of(entry), entry.allow_one_score)
+
+
+def portion_of(entry: SourceSection) -> Portion:
+    """How much of a source an epoch of the mixture takes."""
+    if entry.share is None:
+        return Portion(entry.epochs or 1.0)
+    share = entry.share if isinstance(entry.share, dict) else {0.0: entry.share}
+    return Portion(share=tuple(sorted(share.items())))
+
+
+def tolerance_of(recipe: Recipe) -> Tolerance:
+    """What sources may lack."""
+    data = recipe.data
+    return Tolerance(data.on_bad_row == "quarantine", data.max_quarantined, data.too_long != "refuse")
 
 
 def objective_of(recipe: Recipe) -> Objective:
@@ -43,6 +68,11 @@ def caches_reference(recipe: Recipe) -> bool:
 def cache_dir(recipe: Recipe) -> Path:
     """Where runs share what they compute of the reference."""
     return Path(recipe.reference.cache_dir) if recipe.reference.cache_dir else user_cache() / "reference"
+
+
+def tokenized_dir(recipe: Recipe) -> Path:
+    """Where runs share tokenised sources."""
+    return Path(recipe.data.cache_dir) if recipe.data.cache_dir else user_cache() / "tokenized"
 
 
 def adapter_folder(path: str) -> Path:
@@ -84,7 +114,12 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
 
     template = recipe.model.chat_template
     model = {"base": absolute(recipe.model.base), "chat_template": absolute(template) if template else None}
-    data = {"sources": sources(recipe.data.sources), "held_out": sources(recipe.data.held_out)}
+    tokens = recipe.data.cache_dir
+    data = {
+        "sources": sources(recipe.data.sources),
+        "held_out": sources(recipe.data.held_out),
+        "cache_dir": str(Path(tokens).absolute()) if tokens else None,
+    }
     adapter, shared = recipe.reference.adapter, recipe.reference.cache_dir
     reference = {
         # A run's newest checkpoint changes: the one that is meant now is written down.

@@ -11,25 +11,25 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import platform
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TextIO, TypeVar
+from typing import IO, TextIO
 
 import torch
 from rich.console import Console
 
 from uft_ds.build import build_engine, build_reference_cache
-from uft_ds.data.mixture import Step, in_order, plan_steps
-from uft_ds.data.prepare import read_sequences
+from uft_ds.data.mixture import Step, in_order
 from uft_ds.errors import EXIT_CRASHED, EXIT_DONE, CheckFailed, UserError
-from uft_ds.prepare import prepare_run
+from uft_ds.prepare import ensure_data, open_data, prepare_run, steps_of
 from uft_ds.process import die_with_parent
 from uft_ds.recipe import Recipe
 from uft_ds.recipe_file import load_recipe
-from uft_ds.resolve import cache_dir, objective_of, source_of
+from uft_ds.resolve import cache_dir, objective_of
 from uft_ds.training.curves import write_report
 from uft_ds.training.engine import Engine, init_distributed
 from uft_ds.training.evaluate import check_against_hugging_face, check_log_ratios_are_zero
@@ -38,11 +38,11 @@ from uft_ds.training.metrics import MetricsWriter
 from uft_ds.training.reference_cache import fill
 from uft_ds.training.report import ConsoleReporter, FillReporter, Reporter, SilentReporter, Speaker
 from uft_ds.training.run_folder import RunFolder, Status
+from uft_ds.waiting import while_others_wait
 
 GROUPS_BETWEEN_FLUSHES = 20
 """Of a fill: what is lost at most when it is killed, in steps' worth of responses."""
 
-T = TypeVar("T")
 logger = logging.getLogger("uft_ds")
 
 
@@ -64,9 +64,16 @@ def main(arguments: list[str] | None = None) -> int:
         init_distributed(recipe.launch.collective_timeout_minutes)
         lock: IO[str] | None = None
         if not options.prepared:
-            lock = _on_rank_zero(lambda: prepare_run(recipe, overwrite=options.overwrite)[2])
+            lock = while_others_wait(
+                "prepare", lambda: prepare_run(recipe, overwrite=options.overwrite)[2], works=rank == 0
+            )
         folder = RunFolder(Path(recipe.output))  # ours only from here on
         recipe = load_recipe(str(folder.recipe))  # as prepared: paths, adapter and revision are fixed there
+        while_others_wait(
+            f"data on {platform.node()}",
+            lambda: ensure_data(recipe, folder),
+            works=os.environ.get("LOCAL_RANK", "0") == "0",
+        )
         with _own_streams(folder, rank) as terminal:
             work = _fill_reference if options.only_reference else _run
             work(recipe, folder, Console(file=terminal))
@@ -89,22 +96,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(recipe: Recipe, folder: RunFolder, console: Console) -> None:
     _make_deterministic(recipe.train.deterministic)
-    sources = [read_sequences(folder.train_data(index)) for index in range(len(recipe.data.sources))]
-    names = [source_of(entry).seed_name for entry in recipe.data.sources]
-    steps = plan_steps(
-        sources,
-        names,
-        seed=recipe.train.seed,
-        examples_per_step=recipe.train.examples_per_step,
-        epochs=recipe.train.epochs,
-        steps=recipe.train.steps,
-    )
-    held_out = in_order(read_sequences(folder.held_out_data()), recipe.train.examples_per_step)
+    data = open_data(recipe, folder)
+    steps = steps_of(recipe, data)
+    held_out = in_order([source.selection for source in data.held_out], recipe.train.examples_per_step)
     objective = objective_of(recipe)
     with _reporter(recipe, folder, console, len(steps)) as reporter:
         engine, model = build_engine(recipe, reporter)
         _check_start(engine, recipe, steps[0], reporter)
-        reference = build_reference_cache(recipe, folder, engine, model, (*held_out, *steps), reporter)
+        reference = build_reference_cache(
+            recipe, folder, engine, model, [source.selection for source in data.all], reporter
+        )
         train(engine, model.policy, steps, held_out, objective, recipe.train, folder, reporter, reference)
     if engine.rank == 0:
         folder.write_status(Status(EXIT_DONE, "done"))
@@ -132,13 +133,13 @@ def _check_start(engine: Engine, recipe: Recipe, step: Step, reporter: Speaker) 
 def _fill_reference(recipe: Recipe, folder: RunFolder, console: Console) -> None:
     """Compute the reference of all data, held-out data included, and store it for the runs to come."""
     _make_deterministic(recipe.train.deterministic)
-    paths = (*(folder.train_data(index) for index in range(len(recipe.data.sources))), folder.held_out_data())
-    groups = in_order([s for path in paths for s in read_sequences(path)], recipe.train.examples_per_step)
-    num_responses = sum(len(group.responses) for group in groups)
+    pools = [source.selection for source in open_data(recipe, folder).all]
+    groups = in_order(pools, recipe.train.examples_per_step)
+    num_responses = sum(pool.num_responses for pool in pools)
     with _fill_reporter(console, num_responses) as reporter:
         engine, model = build_engine(recipe, reporter)
         _check_start(engine, recipe, groups[0], reporter)
-        cache = build_reference_cache(recipe, folder, engine, model, groups, reporter)
+        cache = build_reference_cache(recipe, folder, engine, model, pools, reporter)
         known_before = cache.num_known
         fill(
             engine,
@@ -165,24 +166,6 @@ def _reporter(recipe: Recipe, folder: RunFolder, console: Console, num_steps: in
 
 def _fill_reporter(console: Console, num_responses: int) -> FillReporter:
     return FillReporter(console if torch.distributed.get_rank() == 0 else None, num_responses)
-
-
-def _on_rank_zero(work: Callable[[], T]) -> T | None:
-    """Run on rank 0 while the others wait; its error is raised on every rank."""
-    result: T | None = None
-    failure: list[Exception | None] = [None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            result = work()
-        except UserError as error:
-            failure[0] = error
-        except Exception as error:
-            logger.exception("unexpected error")
-            failure[0] = RuntimeError(f"{type(error).__name__}: {error}")
-    torch.distributed.broadcast_object_list(failure, src=0)
-    if failure[0] is not None:
-        raise failure[0]
-    return result
 
 
 @contextmanager

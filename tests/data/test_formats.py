@@ -1,257 +1,245 @@
-"""Source formats: what a row becomes, and what is refused."""
+"""Source formats together: their names, those of other packages, and rows of any kind."""
 
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uft_ds.data.example import Message
-from uft_ds.data.formats import FORMATS, Row, helpsteer2, jsonl, ultrachat
-
-TURNS = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "q1"},
-    {"role": "assistant", "content": "a1"},
-    {"role": "user", "content": "q2"},
-]
-BEST = {"helpfulness": 4, "correctness": 4, "coherence": 4, "complexity": 2, "verbosity": 2}
+from uft_ds.data import formats as module
+from uft_ds.data.example import KINDS, Example, Pair
+from uft_ds.data.fields import LeftOut, checked_rating, checked_score
+from uft_ds.data.formats import FORMATS, GROUP, Item, Row, format_named, format_names, formats
+from uft_ds.data.jsonl_format import KEYS as JSONL_KEYS
+from uft_ds.errors import UserError
 
 
-def turn(role: str, content: Any) -> dict[str, Any]:
-    return {"role": role, "content": content}
+def points(monkeypatch: pytest.MonkeyPatch, *named: tuple[str, str]) -> None:
+    """Other packages add formats: (name, value)."""
+    found = [EntryPoint(name, value, GROUP) for name, value in named]
+    monkeypatch.setattr(module, "entry_points", lambda *, group: found if group == GROUP else [])
 
 
-def read_jsonl(row: Row, score: float | None = None) -> tuple[Message, ...]:
-    return jsonl(row, score=score, origin="f:1").messages
+def test_a_format_of_another_package_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name, among all, and among the names."""
+    points(monkeypatch, ("theirs", "uft_ds.data.chat_formats:ultrachat"))
+    assert format_names() == (*FORMATS, "theirs")
+    assert format_named("theirs") is FORMATS["ultrachat"]
+    assert formats() == {**FORMATS, "theirs": FORMATS["ultrachat"]}
 
 
-# jsonl
+def test_a_built_in_format_needs_no_other_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that cannot be imported harms no run that does not use it, and is not imported for its name."""
+    points(monkeypatch, ("broken", "no_such_module:f"))
+    assert format_named("jsonl") is FORMATS["jsonl"]
+    assert "broken" in format_names()
 
 
-def test_jsonl_prompt_without_score_is_instruction_data() -> None:
-    """Instruction data has score 1 (UFT Eq. 7), and only the response carries it."""
-    example = jsonl({"prompt": "q", "response": "a"}, score=None, origin="f:1")
-    assert example.messages == (Message("user", "q"), Message("assistant", "a", 1.0))
-    assert (example.kind, example.origin) == ("instruction", "f:1")
-
-
-def test_jsonl_source_score_is_for_rows_without_one() -> None:
-    """The source's constant replaces a missing score or null, never a given one, nor does it change the kind."""
-    without = jsonl({"prompt": "q", "response": "a", "score": None}, score=0.5, origin="f:1")
-    given = jsonl({"prompt": "q", "response": "a", "score": 0}, score=0.5, origin="f:1")
-    assert (without.messages[-1].score, without.kind) == (0.5, "instruction")
-    assert (given.messages[-1].score, given.kind) == (0.0, "score")
-    assert isinstance(given.messages[-1].score, float)
-
-
-@given(st.floats(0, 1) | st.integers(0, 1))
-def test_jsonl_any_score_from_0_to_1_is_kept(score: float) -> None:
-    """A score in the range arrives unchanged."""
-    assert read_jsonl({"prompt": "q", "response": "a", "score": score})[-1].score == score
-
-
-def test_jsonl_messages_before_the_response_are_context() -> None:
-    """Earlier assistant turns are not supervised: they carry no score."""
-    messages = read_jsonl({"messages": TURNS, "response": "a2", "score": 0.7})
-    assert [(m.role, m.content) for m in messages] == [(t["role"], t["content"]) for t in TURNS] + [("assistant", "a2")]
-    assert [m.score for m in messages] == [None] * 4 + [0.7]
-
-
-def test_jsonl_text_is_kept_as_it_is() -> None:
-    """White space around a text and any script belong to the text."""
-    assert read_jsonl({"prompt": " \n日本 \t", "response": "\n a\u2028b\n"})[1].content == "\n a\u2028b\n"
-
-
-def test_jsonl_meta_is_ignored() -> None:
-    """`meta` may hold anything, a misleading score included."""
-    row = {"prompt": "q", "response": "a", "score": 0.5}
-    assert read_jsonl(row | {"meta": {"score": 9, "id": [1]}}) == read_jsonl(row)
+def test_names_import_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package that is slow to import does not slow down the check of a recipe."""
+    points(monkeypatch, ("theirs", "this:s"))
+    monkeypatch.delitem(sys.modules, "this", raising=False)
+    format_names()
+    assert "this" not in sys.modules
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("named", "message"),
     [
-        ({"prompt": None}, "either 'prompt' or 'messages', found neither"),
-        ({"messages": TURNS}, "either 'prompt' or 'messages', found both"),
-        ({"scroe": 0.3}, "unknown key 'scroe'; did you mean 'score'?"),
-        ({"id": 3}, "unknown key 'id'; put extra fields under 'meta'"),
-        ({"score": 1.01}, "'score': found 1.01, expected a finite number from 0 to 1"),
-        ({"score": -1e-9}, "'score': found -1e-09"),
-        ({"score": float("nan")}, "'score': found nan"),
-        ({"score": float("inf")}, "'score': found inf"),
-        ({"score": 10**400}, "'score': found 1000"),
-        ({"score": "0.7"}, "'score': found '0.7', expected a number"),
-        ({"score": True}, "'score': found True, expected a number"),
-        ({"score": [1]}, "'score': found [1], expected a number"),
-        ({"response": ""}, "'response' is empty"),
-        ({"response": " \n\t\u3000"}, "'response' is empty"),
-        ({"response": None}, "'response': expected text, found nothing"),
-        ({"response": 5}, "'response': expected text, found 5"),
-        ({"response": "a\ud83d"}, "'response': holds half of a surrogate pair"),
-        ({"prompt": ""}, "'prompt' is empty"),
-        ({"prompt": ["q"]}, "'prompt': expected text, found ['q']"),
-        ({"prompt": "\udc00"}, "'prompt': holds half of a surrogate pair"),
+        ([("kto", "theirs:kto")], "the format 'kto' of theirs:kto has the name of the built-in 'kto'"),
+        ([("x", "one:f"), ("x", "two:f")], "the format 'x' of two:f has the name of one:f"),
     ],
 )
-def test_jsonl_refuses(change: dict[str, Any], message: str) -> None:
-    """A row that would train something else than meant is refused, with what was found."""
-    row = {"prompt": "q", "response": "a", "score": 0.5} | change
-    with pytest.raises(ValueError) as caught:  # noqa: PT011 - compared as plain text below
-        read_jsonl(row)
-    assert message in str(caught.value)
+def test_a_taken_name_is_refused(monkeypatch: pytest.MonkeyPatch, named: list[Any], message: str) -> None:
+    """Installing a package never changes what a recipe means; the message names both."""
+    points(monkeypatch, *named)
+    for look in (format_names, formats, lambda: format_named("kto")):
+        with pytest.raises(UserError, match=message):
+            look()
 
 
 @pytest.mark.parametrize(
-    ("messages", "message"),
+    ("value", "message"),
     [
-        ([], "expected a list of turns, found []"),
-        ("q", "expected a list of turns, found 'q'"),
-        ([turn("user", "q"), turn("assistant", "a")], "must end with the user's turn"),
-        ([turn("system", "s")], "must end with the user's turn"),
-        ([turn("user", "q"), turn("user", "q")], "must alternate"),
-        ([turn("assistant", "a"), turn("user", "q")], "must alternate"),
-        ([turn("user", "q"), turn("assistant", "a"), turn("system", "s"), turn("user", "q")], "one system turn at the"),
-        ([turn("system", "s"), turn("system", "s"), turn("user", "q")], "one system turn at the start"),
-        ([turn("human", "q")], "turn 0: expected a role of system, user or assistant"),
-        ([turn("user", "q"), turn("assistant", " "), turn("user", "q")], "turn 1: 'content' is empty"),
-        ([{"role": "user"}], "turn 0: 'content': expected text, found nothing"),
-        (["q"], "turn 0: expected a role"),
-        ([turn("user", "q\udfff")], "turn 0: 'content': holds half of a surrogate pair"),
-        ([turn("user", [{"type": "text", "text": "q"}])], "turn 0: 'content': expected text"),
+        ("no_such_module:f", r"'x' cannot be imported from no_such_module:f \(ModuleNotFoundError"),
+        ("uft_ds.data.formats:nothing", r"'x' cannot be imported from .*nothing \(AttributeError"),
+        ("uft_ds.data.formats:GROUP", "'x' of uft_ds.data.formats:GROUP is no function"),
     ],
 )
-def test_jsonl_refuses_a_conversation(messages: Any, message: str) -> None:
-    """Turns alternate, hold text, and end with the question; the message names the turn."""
-    with pytest.raises(ValueError) as caught:  # noqa: PT011 - compared as plain text below
-        read_jsonl({"messages": messages, "response": "a"})
-    assert message in str(caught.value)
+def test_a_broken_format_of_another_package_is_named(monkeypatch: pytest.MonkeyPatch, value: str, message: str) -> None:
+    """The user learns whose it is."""
+    points(monkeypatch, ("x", value))
+    for look in (formats, lambda: format_named("x")):
+        with pytest.raises(UserError, match=message):
+            look()
 
 
-# ultrachat
-
-
-def test_ultrachat_supervises_every_assistant_turn() -> None:
-    """A conversation of k assistant turns gives k responses of score 1; other turns carry none."""
-    row = {"prompt": "q1", "prompt_id": "x", "messages": [*TURNS, turn("assistant", "a2")]}
-    example = ultrachat(row, score=None, origin="f:1")
-    assert [m.score for m in example.messages] == [None, None, 1.0, None, 1.0]
-    assert [m.content for m in example.messages] == ["Be brief.", "q1", "a1", "q2", "a2"]
-    assert example.kind == "instruction"
-
-
-def test_ultrachat_takes_the_sources_score() -> None:
-    """The recipe's constant stands on every response."""
-    example = ultrachat({"messages": [*TURNS, turn("assistant", "a2")]}, score=0.9, origin="f:1")
-    assert [m.score for m in example.messages if m.role == "assistant"] == [0.9, 0.9]
-
-
-def test_ultrachat_drops_a_question_that_nobody_answered() -> None:
-    """A last user turn cannot influence any response, so it is left out."""
-    example = ultrachat({"messages": TURNS}, score=None, origin="f:1")
-    assert [m.content for m in example.messages] == ["Be brief.", "q1", "a1"]
-
-
-@pytest.mark.parametrize(
-    ("messages", "message"),
-    [
-        (None, "expected a list of turns, found None"),
-        ([turn("user", "q")], "holds no assistant turn"),
-        ([turn("system", "s")], "holds no assistant turn"),
-        ([turn("user", "q"), turn("assistant", "a"), turn("assistant", "b")], "must alternate"),
-        ([turn("assistant", "a")], "must alternate"),
-        ([turn("user", "q"), turn("assistant", "")], "turn 1: 'content' is empty"),
-    ],
-)
-def test_ultrachat_refuses(messages: Any, message: str) -> None:
-    """A conversation without an answer, or out of order, is refused."""
-    with pytest.raises(ValueError) as caught:  # noqa: PT011 - compared as plain text below
-        ultrachat({"messages": messages}, score=None, origin="f:1")
-    assert message in str(caught.value)
-
-
-# helpsteer2
-
-
-@pytest.mark.parametrize(
-    ("attributes", "score"),
-    [
-        ((4, 4, 4), 1.0),  # (2.6 + 3.2 + 1.8) / 7.6
-        ((0, 0, 0), 0.0),
-        ((3, 4, 4), 6.95 / 7.6),
-        ((4, 3, 4), 6.8 / 7.6),
-        ((4, 4, 3), 7.15 / 7.6),
-        ((1, 2, 3), 3.6 / 7.6),  # 0.65 + 1.6 + 1.35
-        ((2, 2, 2), 0.5),
-    ],
-)
-def test_helpsteer2_score(attributes: tuple[int, int, int], score: float) -> None:
-    """(0.65 helpfulness + 0.8 correctness + 0.45 coherence) / 7.6, UNA (arXiv 2408.15339) section 4."""
-    names = ("helpfulness", "correctness", "coherence")
-    row = {"prompt": "q", "response": "a", **dict(zip(names, attributes, strict=True)), "complexity": 1, "verbosity": 4}
-    example = helpsteer2(row, score=0.123, origin="f:1")
-    assert example.messages[-1].score == pytest.approx(score, abs=1e-12)
-    assert example.messages[:-1] == (Message("user", "q"),)
-    assert example.kind == "score"
-
-
-@given(*[st.integers(0, 4)] * 3)
-def test_helpsteer2_scores_never_leave_the_unit_interval(a: int, b: int, c: int) -> None:
-    """Rounding does not carry the best row above 1."""
-    row = BEST | {"helpfulness": a, "correctness": b, "coherence": c, "prompt": "q", "response": "a"}
-    score = helpsteer2(row, score=None, origin="f:1").messages[-1].score
-    assert score is not None
-    assert 0.0 <= score <= 1.0
-
-
-def test_helpsteer2_conversation_in_the_prompt_is_parsed() -> None:
-    """The markers and the newline before and after each are layout; only the last response is supervised."""
-    user, assistant = "\n<extra_id_1>User\n", "\n<extra_id_1>Assistant\n"
-    prompt = f"q1\nmore{assistant}a1\n\nend{user}q2{assistant}a2{user}q3"
-    example = helpsteer2(BEST | {"prompt": prompt, "response": "a3\n"}, score=None, origin="f:1")
-    assert [(m.role, m.content, m.score) for m in example.messages] == [
-        ("user", "q1\nmore", None),
-        ("assistant", "a1\n\nend", None),
-        ("user", "q2", None),
-        ("assistant", "a2", None),
-        ("user", "q3", None),
-        ("assistant", "a3\n", 1.0),
-    ]
-
-
-def test_helpsteer2_a_marker_in_the_response_is_text() -> None:
-    """Only the prompt is parsed."""
-    response = "b\n<extra_id_1>User\nc"
-    assert (
-        helpsteer2(BEST | {"prompt": "q", "response": response}, score=None, origin="x").messages[1].content == response
-    )
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"helpfulness": 5}, "'helpfulness': found 5, expected an integer from 0 to 4"),
-        ({"correctness": -1}, "'correctness': found -1"),
-        ({"coherence": True}, "'coherence': found True"),
-        ({"coherence": 3.0}, "'coherence': found 3.0"),
-        ({"coherence": "3"}, "'coherence': found '3'"),
-        ({"correctness": None}, "'correctness': found None"),
-        ({"response": ""}, "'response' is empty"),
-        ({"prompt": None}, "'prompt': expected text, found nothing"),
-        ({"prompt": "q\n<extra_id_1>Assistant\na"}, "must alternate"),
-        ({"prompt": "q\n<extra_id_1>User\nq"}, "must alternate"),
-        ({"prompt": "q\n<extra_id_1>Assistant\n \n<extra_id_1>User\nq"}, "an empty assistant turn"),
-    ],
-)
-def test_helpsteer2_refuses(change: dict[str, Any], message: str) -> None:
-    """Attributes are integers from 0 to 4, and the turns of a prompt end with the user's."""
-    with pytest.raises(ValueError) as caught:  # noqa: PT011 - compared as plain text below
-        helpsteer2(BEST | {"prompt": "q", "response": "a"} | change, score=None, origin="f:1")
-    assert message in str(caught.value)
+def test_an_unknown_format_is_refused_with_the_names() -> None:
+    """The message lists what there is."""
+    with pytest.raises(UserError, match="no format 'josnl'; there are jsonl, trl"):
+        format_named("josnl")
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_refuses_an_empty_row(name: str) -> None:
     """No format makes an example out of nothing."""
     with pytest.raises(ValueError, match="expected"):
-        FORMATS[name]({}, score=None, origin="f:1")
+        FORMATS[name]({}, score=None)
+
+
+KEYS = [*JSONL_KEYS, "completion", "text", "instruction", "input", "output", "system", "history", "conversations"]
+KEYS += ["completions", "metadata", "chosen-rating", "rejected-rating", "helpfulness", "correctness", "coherence"]
+KEYS += ["response_1", "response_2", "preference_strength"]
+INNER = ["role", "content", "from", "value", "tool_calls", "function", "name", "arguments", "type", "text", "response"]
+WORDS = [
+    "",
+    "user",
+    "assistant",
+    "system",
+    "tool",
+    "human",
+    "gpt",
+    "function_call",
+    "observation",
+    "text",
+    "[{}]",
+    "{}",
+]
+WORDS += ["\n\nHuman: a\n\nAssistant: b", "a\0", "\ud800", "a\n<extra_id_1>User\nb", '{"name": "f", "arguments": {}}']
+LEAVES = st.none() | st.booleans() | st.integers(-4, 11) | st.floats() | st.sampled_from(WORDS) | st.text()
+VALUES = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(INNER) | st.text(), inner, max_size=3),
+    max_leaves=12,
+)
+TURNS = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "assistant", "tool"]), "content": VALUES},
+        optional={"tool_calls": VALUES},
+    )
+    | st.fixed_dictionaries({"from": st.sampled_from(WORDS), "value": VALUES}),
+    max_size=4,
+)
+ROWS = st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=3), VALUES | TURNS, max_size=7)
+
+
+CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+PREFERENCE = {"prompt": "q", "chosen": "a", "rejected": "b"}
+GOOD: list[tuple[str, dict[str, Any]]] = [
+    ("jsonl", {"prompt": "q", "response": "a", "score": 0.5}),
+    ("jsonl", {"messages": CHAT, "tools": [{"name": "f"}], "meta": 1}),
+    ("jsonl", PREFERENCE | {"score_chosen": 1, "score_rejected": 0}),
+    ("trl", {"messages": CHAT, "tools": "[]"}),
+    ("trl", {"prompt": "q", "completion": "a"}),
+    ("trl", PREFERENCE),
+    ("trl", {"chosen": CHAT, "rejected": [CHAT[0], {"role": "assistant", "content": "b"}]}),
+    ("ultrachat", {"messages": CHAT * 2}),
+    ("alpaca", {"instruction": "q", "input": "x", "output": "a", "system": "s", "history": [["q", "a"]]}),
+    ("sharegpt", {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "tools": ""}),
+    ("helpsteer2", {"prompt": "q", "response": "a", "helpfulness": 3, "correctness": 4, "coherence": 4}),
+    ("helpsteer2_preference", {"prompt": "q", "response_1": "a", "response_2": "b", "preference_strength": 1}),
+    ("ultrafeedback", {"instruction": "q", "completions": [{"response": "a", "overall_score": 7}]}),
+    ("ultrafeedback_binarized", PREFERENCE | {"score_chosen": 9, "score_rejected": 2}),
+    ("hh_rlhf", {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}),
+    ("kto", {"prompt": "q", "completion": "a", "label": True}),
+    ("kto", {"messages": CHAT, "label": False}),
+]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@settings(max_examples=60, deadline=None)
+@given(row=ROWS)
+def test_any_row_gives_items_or_a_reason(name: str, row: Row) -> None:
+    """Whatever a row holds: sound items, ValueError or LeftOut, never another exception."""
+    check(name, row)
+
+
+@pytest.mark.parametrize(("name", "row"), GOOD)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_row_that_is_nearly_right_gives_items_or_a_reason(name: str, row: Row, data: st.DataObject) -> None:
+    """The row itself is read; with any one field changed it gives sound items, ValueError or LeftOut."""
+    assert check(name, row)
+    check(name, {**row, data.draw(st.sampled_from(sorted(row))): data.draw(VALUES | TURNS)})
+
+
+def check(name: str, row: Row) -> bool:
+    """Whether there are items, all of which the next stage can trust."""
+    try:
+        items = FORMATS[name](row, score=None)
+    except (ValueError, LeftOut):
+        return False
+    sides = list(sides_of(items))
+    for side in sides:
+        assert side.kind in KINDS
+        assert side.num_responses >= 1
+        assert side.messages[-1].score is not None
+        assert all(m.score is None or (m.role == "assistant" and 0 <= m.score <= 1) for m in side.messages)
+        assert all(m.content.strip() or m.tool_calls for m in side.messages)
+    return bool(sides)
+
+
+def sides_of(items: Iterable[Item]) -> Iterator[Example]:
+    for item in items:
+        yield from (item.chosen, item.rejected) if isinstance(item, Pair) else (item,)
+
+
+@given(st.floats() | st.integers() | st.booleans() | st.text())
+def test_scores_and_ratings_are_in_the_unit_interval(value: Any) -> None:
+    """Or refused: rounding never carries a rating out of it."""
+    for read in (checked_score, lambda v: checked_rating(v, "r", best=10), lambda v: checked_rating(v, "r", best=5)):
+        try:
+            assert 0.0 <= read(value) <= 1.0
+        except ValueError:
+            continue
+
+
+# The counts of each line sum to the rows of its file. Ties, equal and empty sides were looked at, and are so.
+REAL = [
+    (
+        "ultrafeedback/train_clean.jsonl",
+        "ultrafeedback_binarized",
+        {"pair": 994, "left out: chosen equals rejected": 4, "'chosen' is empty": 1}
+        | {"'rejected' is empty": 1},
+    ),
+    (
+        "ultrafeedback/eval_clean.jsonl",
+        "ultrafeedback_binarized",
+        {"pair": 199, "left out: chosen equals rejected": 1},
+    ),
+    (
+        "ultrafeedback/train_clean.jsonl",
+        "trl",
+        {"pair": 994, "left out: chosen equals rejected": 4} | {"'chosen' is empty": 1, "'rejected' is empty": 1},
+    ),
+    ("llama_factory/alpaca_en_demo.json", "alpaca", {"instruction 1.0": 999}),
+    ("llama_factory/dpo_en_demo.json", "sharegpt", {"pair": 300}),
+    ("llama_factory/kto_en_demo.json", "kto", {"binary 1.0": 150, "binary 0.0": 150}),
+    ("dolly_hhrlhf/train_small.jsonl", "jsonl", {"instruction 1.0": 1000}),
+]
+
+
+def outcome(item: Item) -> str:
+    return "pair" if isinstance(item, Pair) else f"{item.kind} {item.messages[-1].score}"
+
+
+@pytest.mark.parametrize(("file", "name", "expected"), REAL, ids=[f"{name}-{file}" for file, name, _ in REAL])
+def test_real_rows_are_read(test_data: Path, file: str, name: str, expected: dict[str, int]) -> None:
+    """Every row of real data becomes what it should, and those left out or refused are the known ones."""
+    with (test_data / file).open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines] if file.endswith(".jsonl") else json.load(lines)
+    found: Counter[str] = Counter()
+    for row in rows:
+        try:
+            found.update(outcome(item) for item in FORMATS[name](row, score=None))
+        except LeftOut as left_out:
+            found[f"left out: {left_out}"] += 1
+        except ValueError as error:
+            found[str(error)] += 1
+    assert found == expected

@@ -1,6 +1,7 @@
 """The order of the mixture: everything once an epoch, evenly spread, from data and seed alone."""
 
 import inspect
+import time
 from collections import Counter
 from itertools import pairwise
 
@@ -8,11 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pools import plan
 
 from uft_ds.data.example import Response, Sequence
-from uft_ds.data.mixture import Step, in_order, mixed_order, plan_steps
+from uft_ds.data.mixture import Ingredient, Portion, Step, Steps, epoch_amounts, in_order, mixed_order, plan_steps
+from uft_ds.data.store import Held
 
-SIZES = st.lists(st.integers(0, 40), min_size=1, max_size=4)
+SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=4)
 
 
 def source(name: str, counts: list[int]) -> tuple[Sequence, ...]:
@@ -30,30 +33,45 @@ def names(step: Step) -> list[str]:
     return [sequence.responses[0].origin for sequence in step.sequences]
 
 
-def plan(sources: list[tuple[Sequence, ...]], **changes) -> tuple[Step, ...]:
-    labels = [f"source {i}" for i in range(len(sources))]
-    return plan_steps(sources, labels, **{"seed": 0, "examples_per_step": 8, "epochs": 1, "steps": None} | changes)
+def order_of(
+    sizes: list[int] | tuple[int, ...], labels: list[str], seed: int = 0, epoch: int = 0
+) -> list[tuple[int, int]]:
+    """(source, unit) of an epoch that takes each source once; units of one response."""
+    ingredients = [Ingredient(label, Held(source(label, [1] * n))) for label, n in zip(labels, sizes, strict=True)]
+    return pairs_of(mixed_order(ingredients, [float(size) for size in sizes], seed=seed, epoch=epoch))
+
+
+def pairs_of(order: tuple[np.ndarray, np.ndarray]) -> list[tuple[int, int]]:
+    return list(zip(order[0].tolist(), order[1].tolist(), strict=True))
+
+
+def portions(*given: tuple[int, Portion]) -> list[Ingredient]:
+    """Sources of so many responses, with their portions."""
+    return [Ingredient(f"s{i}", Held(source(f"s{i}", [1] * n)), portion) for i, (n, portion) in enumerate(given)]
+
+
+def counts_of(steps: Steps) -> Counter[str]:
+    """How often each source was drawn from."""
+    return Counter(name.split(":")[0] for step in steps for name in names(step))
 
 
 @given(sizes=SIZES, seed=st.integers(0, 2**32), epoch=st.integers(0, 5))
 def test_every_sequence_comes_once_an_epoch(sizes: list[int], seed: int, epoch: int) -> None:
     """The order of an epoch is a permutation of all sequences of all sources."""
-    order = mixed_order(sizes, [str(i) for i in range(len(sizes))], seed=seed, epoch=epoch)
+    order = order_of(sizes, [str(i) for i in range(len(sizes))], seed, epoch)
     assert sorted(order) == [(s, i) for s, size in enumerate(sizes) for i in range(size)]
 
 
 def test_the_order_changes_with_seed_and_epoch() -> None:
     """The same arguments give the same order, another seed or epoch another one."""
-    first, again, seed, epoch = (
-        mixed_order([30, 30], ["a", "b"], seed=s, epoch=e) for s, e in ((1, 0), (1, 0), (2, 0), (1, 1))
-    )
+    first, again, seed, epoch = (order_of([30, 30], ["a", "b"], s, e) for s, e in ((1, 0), (1, 0), (2, 0), (1, 1)))
     assert first == again
     assert len({tuple(order) for order in (first, seed, epoch)}) == 3
 
 
 def test_sources_of_one_label_are_shuffled_apart() -> None:
     """Two sources of the same file name do not come in the same order."""
-    order = mixed_order([50, 50], ["a", "a"], seed=0, epoch=0)
+    order = order_of([50, 50], ["a", "a"])
     assert [i for s, i in order if s == 0] != [i for s, i in order if s == 1]
 
 
@@ -62,10 +80,10 @@ def test_growing_a_source_leaves_the_others_order(sizes: list[int], more: int, s
     """With more rows in one source, or without it, all others keep their relative order."""
     labels = [str(i) for i in range(len(sizes))]
     orders = [
-        [(labels[s], i) for s, i in mixed_order(changed, labels, seed=seed, epoch=0) if s > 0]
+        [(labels[s], i) for s, i in order_of(changed, labels, seed) if s > 0]
         for changed in (sizes, [sizes[0] + more, *sizes[1:]])
     ]
-    without = mixed_order(sizes[1:], labels[1:], seed=seed, epoch=0)
+    without = order_of(sizes[1:], labels[1:], seed)
     assert orders[0] == orders[1] == [(labels[s + 1], i) for s, i in without]
 
 
@@ -76,7 +94,7 @@ def test_sources_are_spread_evenly(sizes: tuple[int, ...]) -> None:
     The k-th of n stands in [k / n, (k + 1) / n): a stretch that covers a share f of the epoch holds f n +- 2 of it;
     the stretch's own length, counted in sequences, is uncertain by as much for every source.
     """
-    order = mixed_order(sizes, [str(i) for i in range(len(sizes))], seed=3, epoch=0)
+    order = order_of(sizes, [str(i) for i in range(len(sizes))], 3)
     quarter = len(order) // 4
     for start in range(0, 4 * quarter, quarter):
         counts = Counter(s for s, _ in order[start : start + quarter])
@@ -86,7 +104,7 @@ def test_sources_are_spread_evenly(sizes: tuple[int, ...]) -> None:
 
 def test_a_source_is_shuffled_within() -> None:
     """Spreading is not the file's order: the first quarter of an epoch draws from all of a file."""
-    first = [i for _, i in mixed_order([400], ["a"], seed=0, epoch=0)][:100]
+    first = [i for _, i in order_of([400], ["a"])][:100]
     assert first != sorted(first)
     assert all(any(low <= i < low + 100 for i in first) for low in range(0, 400, 100))
 
@@ -94,13 +112,13 @@ def test_a_source_is_shuffled_within() -> None:
 def test_responses_of_step_n_depend_on_recipe_data_seed_and_n_only() -> None:
     """Invariant 3: a plan knows no rank and no restart, and step n is the same however far the plan goes."""
     parameters = set(inspect.signature(plan_steps).parameters)
-    assert parameters == {"sources", "labels", "seed", "examples_per_step", "epochs", "steps"}
+    assert parameters == {"ingredients", "seed", "examples_per_step", "epochs", "steps"}
     sources = [source("a", [1, 2, 3] * 5), source("b", [1] * 20)]
-    longest = plan(sources, steps=40)
-    assert [names(step) for step in plan(sources, steps=40)] == [names(step) for step in longest]
+    longest = plan(*sources, steps=40)
+    assert [names(step) for step in plan(*sources, steps=40)] == [names(step) for step in longest]
     for steps in (1, 3, 17):
-        assert [names(step) for step in plan(sources, steps=steps)] == [names(step) for step in longest[:steps]]
-    one_epoch = plan(sources, epochs=1)
+        assert [names(step) for step in plan(*sources, steps=steps)] == [names(step) for step in longest[:steps]]
+    one_epoch = plan(*sources, epochs=1)
     assert [names(step) for step in one_epoch[:-1]] == [names(step) for step in longest[: len(one_epoch) - 1]]
 
 
@@ -114,7 +132,7 @@ def test_responses_of_step_n_depend_on_recipe_data_seed_and_n_only() -> None:
 def test_steps_hold_what_is_asked_for(counts: list[list[int]], examples_per_step: int, epochs: int, seed: int) -> None:
     """At least examples_per_step responses in whole sequences, no sequence more than needed; the last has the rest."""
     sources = [source(str(i), c) for i, c in enumerate(counts)]
-    steps = plan(sources, examples_per_step=examples_per_step, epochs=epochs, seed=seed)
+    steps = plan(*sources, examples_per_step=examples_per_step, epochs=epochs, seed=seed)
     assert [step.index for step in steps] == list(range(len(steps)))
     for step in steps[:-1]:
         assert len(step.responses) >= examples_per_step
@@ -126,12 +144,12 @@ def test_steps_hold_what_is_asked_for(counts: list[list[int]], examples_per_step
 
 def test_the_last_step_holds_what_is_left() -> None:
     """Twenty responses in steps of eight: 8, 8 and 4."""
-    assert [len(step.responses) for step in plan([source("a", [1] * 20)])] == [8, 8, 4]
+    assert [len(step.responses) for step in plan(source("a", [1] * 20))] == [8, 8, 4]
 
 
 def test_steps_repeat_the_mixture() -> None:
     """Ten steps of eight from twenty: 80 responses are four epochs, each sequence once in each, in a new order."""
-    steps = plan([source("a", [1] * 20)], steps=10, epochs=1)
+    steps = plan(source("a", [1] * 20), steps=10, epochs=1)
     assert [len(step.responses) for step in steps] == [8] * 10
     stream = [name for step in steps for name in names(step)]
     epochs = [stream[start : start + 20] for start in range(0, 80, 20)]
@@ -141,17 +159,127 @@ def test_steps_repeat_the_mixture() -> None:
 
 def test_steps_may_be_fewer_than_an_epoch() -> None:
     """`steps` wins over `epochs`."""
-    assert len(plan([source("a", [1] * 100)], steps=2, epochs=3)) == 2
+    assert len(plan(source("a", [1] * 100), steps=2, epochs=3)) == 2
 
 
 def test_a_sequence_of_many_responses_may_overfill_a_step() -> None:
     """Conversations are not torn: a step of eight with sequences of five holds ten."""
-    assert [len(step.responses) for step in plan([source("a", [5] * 4)])] == [10, 10]
+    assert [len(step.responses) for step in plan(source("a", [5] * 4))] == [10, 10]
 
 
 def test_held_out_data_keeps_its_order() -> None:
     """Held-out groups are the file's order, so that a curve compares the same groups at each evaluation."""
-    steps = in_order(source("a", [1, 3, 2, 1]), 4)
+    steps = in_order([Held(source("a", [1, 3, 2, 1]))], 4)
     assert [names(step) for step in steps] == [["a:0", "a:1"], ["a:2", "a:3"]]
     assert [step.index for step in steps] == [0, 1]
-    assert in_order((), 4) == ()
+    assert len(in_order([], 4)) == len(in_order([Held(())], 4)) == 0
+
+
+def test_a_step_is_made_without_its_predecessors() -> None:
+    """Asked for alone, first, or backwards, a step is what it is in the whole plan: a resume replays nothing."""
+    sources = [source("a", [1, 2, 3] * 5), source("b", [1] * 20)]
+    whole = [names(step) for step in plan(*sources, steps=30)]
+    for index in (29, 0, 17, -1):
+        assert names(plan(*sources, steps=30)[index]) == whole[index]
+    assert [names(step) for step in plan(*sources, steps=30)[5:8]] == whole[5:8]
+    with pytest.raises(IndexError):
+        plan(*sources, steps=30)[30]
+
+
+def test_a_source_taken_two_and_a_half_times() -> None:
+    """Twenty responses at 2.5 passes beside ten: 50 of 60 an epoch, none more than once more often than another."""
+    ingredients = portions((20, Portion(passes=2.5)), (10, Portion()))
+    assert epoch_amounts(ingredients) == [50.0, 10.0]
+    steps = plan_steps(ingredients, seed=0, examples_per_step=10, epochs=2, steps=None)
+    assert counts_of(steps) == {"s0": 100, "s1": 20}
+    drawn = Counter(name for step in steps[:6] for name in names(step) if name.startswith("s0"))
+    assert sum(drawn.values()) == 50
+    assert set(drawn.values()) == {2, 3}
+    assert set(Counter(name for step in steps for name in names(step) if name.startswith("s0")).values()) == {5}
+
+
+def test_a_share_is_of_the_whole() -> None:
+    """A share of 0.25 beside 300 responses makes an epoch of 400, whatever the source has."""
+    for size in (20, 100, 5000):
+        ingredients = portions((300, Portion()), (size, Portion(share=((0.0, 0.25),))))
+        assert epoch_amounts(ingredients) == [300.0, 100.0]
+        assert counts_of(plan_steps(ingredients, seed=0, examples_per_step=16, epochs=1, steps=None)) == {
+            "s0": 300,
+            "s1": 100,
+        }
+
+
+def test_shares_alone_end_with_the_first_source() -> None:
+    """Shares of 0.8 and 0.2 over 100 and 100: when the first is through, 25 of the other have been taken."""
+    ingredients = portions((100, Portion(share=((0.0, 0.8),))), (100, Portion(share=((0.0, 0.2),))))
+    assert epoch_amounts(ingredients) == [100.0, 25.0]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([(10, 0.5), (10, 0.4)], "the shares of all sources add up to 0.9, expected 1"),
+        ([(10, None), (10, 0.7), (10, 0.3)], "shares of 1 in all leave nothing"),
+    ],
+)
+def test_shares_that_make_no_whole_are_refused(given: list[tuple[int, float | None]], message: str) -> None:
+    """All shares must add up to 1; beside sources without one they must leave something."""
+    ingredients = portions(*((n, Portion(share=None if s is None else ((0.0, s),))) for n, s in given))
+    with pytest.raises(ValueError, match=message):
+        epoch_amounts(ingredients)
+
+
+@pytest.mark.parametrize("steps", [None, 120])
+def test_a_share_may_follow_a_schedule(steps: int | None) -> None:
+    """From 0.9 to 0.1 over the run: about 0.8 in the first quarter, 0.6, 0.4 and 0.2 in the last; half of the whole."""
+    falling = Portion(share=((0.0, 0.9), (1.0, 0.1)))
+    ingredients = portions((2000, falling), (2000, Portion()))
+    plan = plan_steps(ingredients, seed=0, examples_per_step=20, epochs=1, steps=steps)
+    if steps is None:
+        assert counts_of(plan) == {"s0": 2000, "s1": 2000}
+    quarter = len(plan) // 4
+    for number, expected in enumerate((0.8, 0.6, 0.4, 0.2)):
+        counts = counts_of(plan[number * quarter : (number + 1) * quarter])
+        assert counts["s0"] / sum(counts.values()) == pytest.approx(expected, abs=0.03)
+
+
+def test_a_schedule_with_a_hold() -> None:
+    """A source that enters at half of the run is not seen before."""
+    late = Portion(share=((0.0, 0.0), (0.5, 0.0), (0.5001, 0.5), (1.0, 0.5)))
+    plan = plan_steps(portions((900, Portion()), (300, late)), seed=0, examples_per_step=10, epochs=1, steps=None)
+    half = len(plan) // 2
+    assert counts_of(plan[: half - 1])["s1"] == 0
+    after = counts_of(plan[half + 1 :])
+    assert after["s1"] / sum(after.values()) == pytest.approx(0.5, abs=0.04)
+
+
+def test_another_sources_share_keeps_the_order_within() -> None:
+    """When one source's share changes, the others' rows come in the same order, only closer or farther apart."""
+    streams = []
+    for share in (0.1, 0.4):
+        ingredients = portions((200, Portion()), (500, Portion(share=((0.0, share),))))
+        plan = plan_steps(ingredients, seed=0, examples_per_step=16, epochs=1, steps=None)
+        streams.append([name for step in plan for name in names(step) if name.startswith("s0")])
+    assert streams[0] == streams[1]
+
+
+def test_a_million_units_are_planned_at_once() -> None:
+    """The last step of three epochs over a million units is there within seconds: nothing is read or replayed."""
+
+    class Numbers:
+        responses_U = np.ones(1_000_000, dtype=np.int64)
+
+        def __len__(self) -> int:
+            return 1_000_000
+
+        def unit(self, index: int, pair_id: int = 0) -> tuple[Sequence, ...]:
+            return (Sequence(np.zeros(0, dtype=np.int32), (Response(1, 2, 1.0, "score", str(index)),)),)
+
+        def keys_of(self, index: int) -> tuple[bytes, ...]:
+            return ()
+
+    started = time.perf_counter()
+    steps = plan_steps([Ingredient("a", Numbers())], seed=0, examples_per_step=64, epochs=3, steps=None)
+    assert len(steps) == 3_000_000 // 64
+    assert len(steps[-1].responses) == 64
+    assert time.perf_counter() - started < 20

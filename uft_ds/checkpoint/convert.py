@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from uft_ds.checkpoint.save import latest_checkpoint
 from uft_ds.data.example import Sequence
 from uft_ds.data.packing import micro_batch
-from uft_ds.data.prepare import read_sequences
+from uft_ds.data.store import SequenceStore
 from uft_ds.data.tokenize import ChatTokenizer, load_tokenizer
 from uft_ds.errors import CheckFailed, UserError
 from uft_ds.objectives.implicit_reward import response_logps
@@ -135,7 +136,7 @@ def _open_run(run: Path) -> tuple[Path, RunFolder, Recipe]:
         raise UserError(f"{run}: no such folder; expected a run's folder or one of its checkpoints")
     checkpoint = latest_checkpoint(run)
     folder = RunFolder(checkpoint.parent.parent)
-    if not folder.recipe.exists() or not folder.held_out_data().exists():
+    if not folder.recipe.exists() or not folder.sample_data().exists():
         raise UserError(f"{folder.path}: no recipe.yaml or data/ beside {checkpoint.name}; a checkpoint needs its run")
     return checkpoint, folder, load_recipe(str(folder.recipe))
 
@@ -146,8 +147,9 @@ def _check_free(out: Path) -> None:
 
 
 def _sequences_to_check(folder: RunFolder, recipe: Recipe) -> tuple[Sequence, ...]:
-    stored = read_sequences(folder.held_out_data()) or read_sequences(folder.train_data(0))
-    return stored[:SEQUENCES_CHECKED]
+    store = SequenceStore(folder.sample_data(), "data")
+    sequences = (sequence for index in range(len(store)) for sequence in store.unit(index))
+    return tuple(islice(sequences, SEQUENCES_CHECKED))
 
 
 def _load(base: str, revision: str | None) -> Any:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from uft_ds.errors import UserError
 
@@ -19,10 +22,14 @@ PROBE = [
 ]
 
 
+_GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
 def render(
     tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[dict[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     *,
+    tools: Sequence[Mapping[str, Any]] = (),
     add_generation_prompt: bool = False,
 ) -> str:
     """The conversation as text. The template writes every special token, so tokenize without adding more.
@@ -31,20 +38,66 @@ def render(
         UserError: the tokenizer has no template, or the template refuses these messages (it knows no system
             role, or the roles must alternate).
     """
-    if not tokenizer.chat_template:
-        raise UserError(f"The tokenizer of `{tokenizer.name_or_path}` has no chat template: {REMEDY}.")
+    text, _ = _render(tokenizer, messages, tools, add_generation_prompt=add_generation_prompt, marked=False)
+    return text
+
+
+def render_marked(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> tuple[str, list[tuple[int, int]]]:
+    """The conversation as text, and the characters [start, end) inside each `{% generation %}` block.
+
+    Raises:
+        UserError: as `render`.
+    """
+    return _render(tokenizer, messages, tools, add_generation_prompt=False, marked=True)
+
+
+def marks_generation(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template says by `{% generation %}` blocks what the assistant writes."""
+    return bool(_GENERATION_MARKER.search(template_of(tokenizer)))
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template's text; of several, the one named `default`.
+
+    Raises:
+        UserError: there is none.
+    """
     try:
-        text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        return tokenizer.get_chat_template()
+    except ValueError:
+        raise UserError(f"The tokenizer of `{tokenizer.name_or_path}` has no chat template: {REMEDY}.") from None
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool,
+    marked: bool,
+) -> tuple[str, list[tuple[int, int]]]:
+    try:
+        rendered: Any = render_jinja_template(
+            conversations=[[dict(message) for message in messages]],
+            tools=[dict(tool) for tool in tools] or None,
+            chat_template=template_of(tokenizer),
+            add_generation_prompt=add_generation_prompt,
+            return_assistant_tokens_mask=marked,
+            **cast(dict[str, Any], tokenizer.special_tokens_map),
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:
         roles = ", ".join(message["role"] for message in messages)
         raise UserError(
             f"The chat template of `{tokenizer.name_or_path}` refuses a conversation of roles [{roles}]: "
             f"{error}. Change the conversation, or {REMEDY}."
         ) from error
-    assert isinstance(text, str)
-    return text
+    texts, spans = rendered
+    return texts[0], spans[0] if marked else []
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:

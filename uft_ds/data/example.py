@@ -1,6 +1,6 @@
 """The values that pass through the data pipeline.
 
-    source row -> Example -> Sequence -> Step -> MicroBatch
+    source row -> Example or Pair -> Sequence -> Step -> MicroBatch
 
 Each is immutable and knows nothing about the stage after it.
 """
@@ -8,14 +8,15 @@ Each is immutable and knows nothing about the stage after it.
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 Kind = Literal["instruction", "score", "binary", "pair"]
 KINDS: tuple[Kind, ...] = ("instruction", "score", "binary", "pair")
 
@@ -25,11 +26,15 @@ KEY_BYTES = 16
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation. An assistant turn with a score is supervised; without one it is context."""
+    """One turn of a conversation. An assistant turn with a score is supervised; without one it is context.
+
+    tool_calls: of an assistant turn, as the chat template takes them (OpenAI's layout).
+    """
 
     role: Role
     content: str
     score: float | None = None
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -37,12 +42,38 @@ class Example:
     """What a data set gives: a conversation with one or more supervised assistant turns.
 
     A single (prompt, response, score) is a conversation whose last turn alone carries a score.
+
+    tools: JSON schemas of the tools that the conversation may call.
     """
 
     messages: tuple[Message, ...]
     kind: Kind
-    origin: str
-    """`file:line` (or `name:row`), for messages to the user."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def num_responses(self) -> int:
+        return sum(message.score is not None for message in self.messages)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt, the better one first: each side a conversation of which the last turn is scored.
+
+    scored: whether the scores come from the data; otherwise they are 1 and 0, and say only which one is better.
+    """
+
+    chosen: Example
+    rejected: Example
+    scored: bool = False
+
+    @property
+    def is_tie(self) -> bool:
+        """Whether neither is better: two scored responses, but no preference."""
+        return self.chosen.messages[-1].score == self.rejected.messages[-1].score
+
+    @property
+    def num_responses(self) -> int:
+        return 2
 
 
 @dataclass(frozen=True)
@@ -50,6 +81,9 @@ class Response:
     """A supervised span of a sequence: tokens [start, end), the end-of-turn token included.
 
     `start` is at least 1: the token before predicts the span's first token.
+
+    origin: `file:line` (or `name:row`), for messages to the user.
+    pair_id: the same for the two sides of a pair, and for no others of a step; the chosen side comes first.
     """
 
     start: int
@@ -57,6 +91,7 @@ class Response:
     score: float
     kind: Kind
     origin: str
+    pair_id: int | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -68,14 +103,21 @@ class Sequence:
     """One run of tokens with its responses, in order and disjoint.
 
     token_ids_T: [tokens], int32.
+    stored_keys: `response_keys` where they have been computed before.
     """
 
     token_ids_T: np.ndarray
     responses: tuple[Response, ...]
+    stored_keys: tuple[bytes, ...] | None = None
 
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids_T)
+
+    @property
+    def pair_id(self) -> int | None:
+        """Of the pair that it is a side of."""
+        return self.responses[0].pair_id if self.responses else None
 
     @cached_property
     def response_keys(self) -> tuple[bytes, ...]:
@@ -83,6 +125,8 @@ class Sequence:
 
         In a causal model a response's log-prob depends on nothing else, whatever follows it or stands beside it.
         """
+        if self.stored_keys is not None:
+            return self.stored_keys
         tokens = self.token_ids_T.astype("<i4", copy=False)
         digest, hashed, keys = blake2b(digest_size=KEY_BYTES), 0, []
         for response in self.responses:

@@ -1,89 +1,300 @@
-"""The order of the mixture: which sequences make up step n.
+"""The order of the mixture: which units make up step n.
 
-It depends on (sources, seed, n) only: not on the number of ranks, a restart, or what was skipped.
+It depends on (sources, seed, n) only: not on the number of ranks, a restart, or what was skipped. So a checkpoint
+needs no more of it than the number of the step.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from itertools import chain, count
+from functools import lru_cache
+from itertools import groupby
+from typing import overload
 
 import numpy as np
 
-from uft_ds.data.example import Response, Sequence
+from uft_ds.data import example
+from uft_ds.data.example import Response
+from uft_ds.data.store import Pool
+
+Knots = tuple[tuple[float, float], ...]
+"""A piecewise linear function of the run's progress: (progress, value), progress rising from 0 to 1."""
+
+_GRID = 4096
+"""Points at which a schedule's share is summed up."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """The sequences of one optimiser step, over all ranks and micro-batches."""
+    """The sequences of one optimiser step, over all ranks and micro-batches; the two of a pair side by side."""
 
     index: int
-    sequences: tuple[Sequence, ...]
+    sequences: tuple[example.Sequence, ...]
 
     @property
     def responses(self) -> tuple[Response, ...]:
         return tuple(response for sequence in self.sequences for response in sequence.responses)
 
+    @property
+    def units(self) -> tuple[tuple[example.Sequence, ...], ...]:
+        """What is never divided over micro-batches: single sequences, and the two of a pair."""
+        numbered = enumerate(self.sequences)
+        by_pair = groupby(
+            numbered, key=lambda item: ("single", item[0]) if item[1].pair_id is None else item[1].pair_id
+        )
+        return tuple(tuple(sequence for _, sequence in group) for _, group in by_pair)
 
-def mixed_order(sizes: Seq[int], labels: Seq[str], *, seed: int, epoch: int) -> list[tuple[int, int]]:
-    """(source, index) of every sequence in one epoch: each source shuffled, all spread evenly.
 
-    The k-th sequence of a shuffled source of n stands at (k + u) / n, u uniform in [0, 1): every stretch of
-    the epoch holds about the same shares, and changing one source leaves the others' order as it is.
+@dataclass(frozen=True)
+class Portion:
+    """How much of a source one epoch of the mixture takes: so many passes over it, or a share of all responses."""
+
+    passes: float = 1.0
+    share: Knots | None = None
+
+
+ONE_PASS = Portion()
+
+
+@dataclass(frozen=True)
+class Ingredient:
+    """A source of the mixture.
+
+    name: what its order is drawn from, besides the seed.
     """
-    placed = []
-    for source, (size, label) in enumerate(zip(sizes, labels, strict=True)):
-        repeated = list(labels[:source]).count(label)
-        rng = np.random.default_rng([seed, epoch, zlib.crc32(label.encode()), repeated])
-        shuffled = rng.permutation(size)
-        places = (np.arange(size) + rng.random(size)) / size
-        placed += [(float(place), source, int(index)) for place, index in zip(places, shuffled, strict=True)]
-    return [(source, index) for _, source, index in sorted(placed)]
+
+    name: str
+    pool: Pool
+    portion: Portion = ONE_PASS
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A source as numbers: how many units an epoch takes (a ratio of integers), and how densely along it."""
+
+    seeds: tuple[int, int]
+    num_units: int
+    taken: tuple[int, int]
+    density: Knots | None
+
+
+class Steps(Sequence[Step]):
+    """All steps of a run, each made when it is asked for, at once: no earlier one is gone through."""
+
+    def __init__(
+        self,
+        pools: Seq[Pool],
+        order: Callable[[int], tuple[np.ndarray, np.ndarray]],
+        block_starts: list[int],
+        step_starts: np.ndarray,
+    ) -> None:
+        """
+        Args:
+            order: (source, unit) of each unit of a block, [units] each.
+            block_starts: how many units there are before each block; step_starts: before each step, and in all.
+        """
+        self._pools, self._order = pools, lru_cache(maxsize=2)(order)
+        self._block_starts, self._step_starts = block_starts, step_starts
+
+    def __len__(self) -> int:
+        return len(self._step_starts) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Step: ...
+    @overload
+    def __getitem__(self, index: slice) -> Seq[Step]: ...
+    def __getitem__(self, index: int | slice) -> Step | Seq[Step]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        units = (
+            self._unit(position, number)
+            for number, position in enumerate(range(self._step_starts[index], self._step_starts[index + 1]))
+        )
+        return Step(index, tuple(sequence for unit in units for sequence in unit))
+
+    def _unit(self, position: int, number: int) -> tuple[example.Sequence, ...]:
+        block = bisect_right(self._block_starts, position) - 1
+        source_K, unit_K = self._order(block)
+        place = position - self._block_starts[block]
+        return self._pools[source_K[place]].unit(int(unit_K[place]), number)
 
 
 def plan_steps(
-    sources: Seq[Seq[Sequence]],
-    labels: Seq[str],
-    *,
-    seed: int,
-    examples_per_step: int,
-    epochs: int,
-    steps: int | None,
-) -> tuple[Step, ...]:
-    """All steps of a run: whole sequences in mixed order until a step holds `examples_per_step` responses.
+    ingredients: Seq[Ingredient], *, seed: int, examples_per_step: int, epochs: int, steps: int | None
+) -> Steps:
+    """All steps of a run: whole units in mixed order until a step holds `examples_per_step` responses.
 
     With `steps`, epochs follow one another as often as needed; otherwise `epochs` of them are run and the last
     step holds what is left.
+
+    Raises:
+        ValueError: the portions do not make a mixture.
     """
-    sizes = [len(source) for source in sources]
-    all_epochs = range(epochs) if steps is None else count()
-    stream = chain.from_iterable(
-        (sources[s][i] for s, i in mixed_order(sizes, labels, seed=seed, epoch=epoch)) for epoch in all_epochs
-    )
-    plan: list[Step] = []
-    for group in _groups(stream, examples_per_step):
-        if steps is not None and len(plan) == steps:
-            break
-        plan.append(Step(len(plan), tuple(group)))
-    return tuple(plan)
+    pools = [ingredient.pool for ingredient in ingredients]
+    amounts, is_scheduled = epoch_amounts(ingredients), any(len(i.portion.share or ()) > 1 for i in ingredients)
+    stretch = 1.0
+    if is_scheduled:  # a schedule runs over the whole run: it is one long epoch
+        stretch = float(epochs) if steps is None else _responses_of(steps, examples_per_step, pools) / sum(amounts)
+        epochs = 1
+    amounts = [amount * stretch for amount in amounts]
+    responses = [pool.responses_U for pool in pools]
+
+    def order(block: int) -> tuple[np.ndarray, np.ndarray]:
+        return mixed_order(ingredients, amounts, seed=seed, epoch=block)
+
+    block_starts, step_starts, carried = [0], [0], np.zeros(0, dtype=np.int64)
+    block = 0
+    while (block < epochs) if steps is None else (len(step_starts) <= steps):
+        source_K, unit_K = order(block)
+        counts = np.zeros(len(source_K), dtype=np.int64)
+        for number, responses_U in enumerate(responses):
+            counts[source_K == number] = responses_U[unit_K[source_K == number]]
+        block_starts.append(block_starts[-1] + len(counts))
+        starts = _step_ends(np.concatenate([carried, counts]), examples_per_step) + step_starts[-1]
+        carried = np.concatenate([carried, counts])[starts[-1] - step_starts[-1] if len(starts) else 0 :]
+        step_starts += starts.tolist()
+        block += 1
+    if steps is None and len(carried):
+        step_starts.append(block_starts[-1])
+    elif steps is not None:
+        step_starts = step_starts[: steps + 1]
+    return Steps(pools, order, block_starts[:-1], np.array(step_starts))
 
 
-def in_order(sequences: Seq[Sequence], examples_per_step: int) -> tuple[Step, ...]:
-    """Held-out sequences in groups of the training step's size, in their own order."""
-    return tuple(Step(i, tuple(group)) for i, group in enumerate(_groups(iter(sequences), examples_per_step)))
+def in_order(pools: Seq[Pool], examples_per_step: int) -> Steps:
+    """Held-out units in groups of the training step's size, in their own order."""
+    counts = [pool.responses_U for pool in pools]
+    source_K = np.repeat(np.arange(len(pools)), [len(c) for c in counts])
+    unit_K = np.concatenate([np.arange(len(c)) for c in counts] or [np.zeros(0, dtype=np.int64)])
+    ends = _step_ends(np.concatenate(counts) if counts else unit_K, examples_per_step).tolist()
+    starts = [0, *ends] + ([len(unit_K)] if len(unit_K) > (ends[-1] if ends else 0) else [])
+    return Steps(pools, lambda block: (source_K, unit_K), [0], np.array(starts))
 
 
-def _groups(stream: Iterator[Sequence], examples_per_step: int) -> Iterator[list[Sequence]]:
-    group: list[Sequence] = []
+def mixed_order(
+    ingredients: Seq[Ingredient], amounts: Seq[float], *, seed: int, epoch: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(source, unit) of every unit in one epoch, [units] each: each source shuffled, all spread evenly.
+
+    The k-th unit of the n that an epoch takes of a shuffled source stands at (k + u) / n, u uniform in [0, 1): every
+    stretch of the epoch holds about the same shares (or those of its schedule), and changing one source leaves the
+    others' order as it is. A source that is taken more often than once is shuffled anew each time.
+
+    Args:
+        amounts: responses that an epoch takes from each source.
+    """
+    places, numbers, units = [], [], []
+    for number, source in enumerate(_sources(ingredients, amounts)):
+        numerator, denominator = source.taken
+        first, last = ((2 * e * numerator + denominator) // (2 * denominator) for e in (epoch, epoch + 1))
+        wanted_K = np.arange(first, last)
+        passes = [_one_pass(source, seed, p) for p in range(first // source.num_units, -(-last // source.num_units))]
+        offset_K = wanted_K - first // source.num_units * source.num_units
+        shuffled, jitter = (np.concatenate([one[i] for one in passes] or [np.zeros(0)]) for i in (0, 1))
+        place_K = (wanted_K - first + jitter[offset_K]) / max(1, len(wanted_K))
+        places.append(place_K if source.density is None else _along(source.density, place_K))
+        numbers.append(np.full(len(wanted_K), number, dtype=np.int16))
+        units.append(shuffled[offset_K].astype(np.int32))
+    order = np.lexsort((np.concatenate(units), np.concatenate(numbers), np.concatenate(places)))
+    return np.concatenate(numbers)[order], np.concatenate(units)[order]
+
+
+def epoch_amounts(ingredients: Seq[Ingredient]) -> list[float]:
+    """How many responses one epoch of the mixture takes from each source.
+
+    A source with a share gets that share of the whole, beside those that are taken by passes; where all have shares,
+    the epoch ends when the first of them has been gone through once.
+
+    Raises:
+        ValueError: shares that leave nothing for the others, or do not add up to 1.
+    """
+    sizes = [int(ingredient.pool.responses_U.sum()) for ingredient in ingredients]
+    shares = [ingredient.portion.share for ingredient in ingredients]
+    sums = [sum(value_at(share, at) for share in shares if share) for at in _knots_of(shares)]
+    all_shared = all(share is not None for share in shares)
+    if all_shared and any(abs(total - 1) > 1e-6 for total in sums):
+        raise ValueError(f"the shares of all sources add up to {_worst(sums):g}, expected 1 at every point of the run")
+    if not all_shared and max(sums) >= 1 - 1e-9:
+        raise ValueError(f"shares of {max(sums):g} in all leave nothing for the sources without one")
+    means = [_mean(share) if share else 0.0 for share in shares]
+    if all_shared:
+        whole = min(size / mean for size, mean in zip(sizes, means, strict=True) if mean > 0)
+    else:
+        counted = [i.portion.passes * n for i, n in zip(ingredients, sizes, strict=True) if i.portion.share is None]
+        whole = sum(counted) / (1 - sum(means))
+    return [
+        i.portion.passes * size if i.portion.share is None else mean * whole
+        for i, size, mean in zip(ingredients, sizes, means, strict=True)
+    ]
+
+
+def value_at(knots: Knots, progress: float) -> float:
+    """A piecewise linear function at one point."""
+    return float(np.interp(progress, [at for at, _ in knots], [value for _, value in knots]))
+
+
+def _sources(ingredients: Seq[Ingredient], amounts: Seq[float]) -> list[_Source]:
+    shares = [i.portion.share for i in ingredients]
+    scheduled = any(len(share or ()) > 1 for share in shares)
+    rest = tuple((at, 1 - sum(value_at(s, at) for s in shares if s)) for at in _knots_of(shares))
+    found = []
+    for number, (ingredient, amount) in enumerate(zip(ingredients, amounts, strict=True)):
+        repeated = [other.name for other in ingredients[:number]].count(ingredient.name)
+        responses_U = ingredient.pool.responses_U
+        ratio = (amount / float(responses_U.sum())).as_integer_ratio()
+        share = ingredient.portion.share
+        density = None if not scheduled else rest if share is None else share
+        seeds = (zlib.crc32(ingredient.name.encode()), repeated)
+        found.append(_Source(seeds, len(responses_U), (ratio[0] * len(responses_U), ratio[1]), density))
+    return found
+
+
+def _one_pass(source: _Source, seed: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng([seed, number, *source.seeds])
+    return rng.permutation(source.num_units), rng.random(source.num_units)
+
+
+def _responses_of(steps: int, examples_per_step: int, pools: Seq[Pool]) -> float:
+    """How many responses so many steps hold, about: the last unit of a step brings more than are missing."""
+    counts = np.concatenate([pool.responses_U for pool in pools])
+    surplus = (float(np.square(counts).mean() / counts.mean()) - 1) / 2
+    return (steps + 1) * (examples_per_step + surplus)
+
+
+def _step_ends(counts: np.ndarray, examples_per_step: int) -> np.ndarray:
+    """After which unit each full step ends."""
+    sums = np.cumsum(counts)
+    ends: list[int] = []
     held = 0
-    for sequence in stream:
-        group.append(sequence)
-        held += len(sequence.responses)
-        if held >= examples_per_step:
-            yield group
-            group, held = [], 0
-    if group:
-        yield group
+    while len(sums) and sums[-1] - held >= examples_per_step:
+        ends.append(int(np.searchsorted(sums, held + examples_per_step)) + 1)
+        held = int(sums[ends[-1] - 1])
+    return np.array(ends, dtype=np.int64)
+
+
+def _along(density: Knots, place_K: np.ndarray) -> np.ndarray:
+    """Places that are spread evenly over [0, 1), spread by a density instead."""
+    grid = np.union1d(np.linspace(0, 1, _GRID), [at for at, _ in density])
+    values = np.interp(grid, [at for at, _ in density], [value for _, value in density])
+    summed = np.concatenate([[0.0], np.cumsum(np.diff(grid) * (values[1:] + values[:-1]) / 2)])
+    rising = np.concatenate([[True], np.diff(summed) > 0])
+    return np.interp(place_K, summed[rising] / summed[-1], grid[rising])
+
+
+def _mean(knots: Knots) -> float:
+    ats = [0.0, *(at for at, _ in knots), 1.0]
+    values = [value_at(knots, at) for at in ats]
+    return float(np.trapezoid(values, ats))
+
+
+def _knots_of(shares: Seq[Knots | None]) -> list[float]:
+    return sorted({0.0, 1.0, *(at for share in shares if share for at, _ in share)})
+
+
+def _worst(sums: Seq[float]) -> float:
+    return max(sums, key=lambda total: abs(total - 1))

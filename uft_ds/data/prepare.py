@@ -1,32 +1,36 @@
-"""From a recipe's sources to tokenised sequences, with an account of everything that was left out."""
+"""From a recipe's sources to what a run uses of them, with an account of everything that was left out."""
 
 from __future__ import annotations
 
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
-from uft_ds.data.example import Response, Sequence
-from uft_ds.data.formats import FORMATS
-from uft_ds.data.reading import read_table
-from uft_ds.data.tokenize import ChatTokenizer, keep_first, tokenize
+from uft_ds.data.building import RowRules
+from uft_ds.data.mixture import ONE_PASS, Ingredient, Portion
+from uft_ds.data.reading import find_data
+from uft_ds.data.store import Account, Selection, SequenceStore
+from uft_ds.data.tokenize import LONG, ChatTokenizer
+from uft_ds.data.tokenized import ensure_store, open_store, quarantine_file
 from uft_ds.errors import UserError
+
+_ONE_SCORE_FROM = 20
+"""Responses: fewer may have the same score by chance."""
 
 
 @dataclass(frozen=True)
 class Source:
     """What to read: the recipe's entry as plain values."""
 
-    format: str
     path: str
     split: str | None
-    examples: int | None
-    score: float | None
+    rules: RowRules
+    examples: int | None = None
+    portion: Portion = ONE_PASS
+    allow_one_score: bool = False
 
     @property
     def label(self) -> str:
@@ -39,133 +43,146 @@ class Source:
 
 
 @dataclass(frozen=True)
-class PreparedSource:
-    """The chosen sequences of one source.
+class Tolerance:
+    """What a source may lack. max_quarantined: share of its rows; long_responses: whether they may be left out."""
 
-    dropped: responses left out, by reason; dropped_origins: up to three places for each reason.
+    quarantine: bool = False
+    max_quarantined: float = 0.01
+    long_responses: bool = True
+
+
+@dataclass(frozen=True)
+class PreparedSource:
+    """What a run uses of one source.
+
+    key: of its tokens, by content; names: of its files.
     """
 
-    label: str
-    sequences: tuple[Sequence, ...]
-    dropped: dict[str, int]
-    dropped_origins: dict[str, tuple[str, ...]]
+    source: Source
+    key: str
+    selection: Selection
 
     @property
-    def num_responses(self) -> int:
-        return sum(len(sequence.responses) for sequence in self.sequences)
+    def label(self) -> str:
+        return self.source.label
 
     @property
-    def num_tokens(self) -> int:
-        return sum(sequence.num_tokens for sequence in self.sequences)
+    def names(self) -> tuple[str, ...]:
+        return self.selection.store.names
+
+    @property
+    def account(self) -> Account:
+        return self.selection.store.account
+
+    @property
+    def ingredient(self) -> Ingredient:
+        return Ingredient(self.source.seed_name, self.selection, self.source.portion)
 
 
 def prepare_source(
     source: Source,
     chat: ChatTokenizer,
+    cache_dir: Path,
     *,
-    max_length: int,
-    too_long: str,
-    merge: bool,
     seed: int,
-    on_row: Callable[[int, int], None] = lambda done, total: None,
+    tolerance: Tolerance,
+    workers: int | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> PreparedSource:
-    """Read, check and tokenise one source.
-
-    With `examples`, rows are visited in an order drawn from (seed, source) until that many responses are
-    found, so a small share of a large data set costs a small share of its tokenisation.
+    """Read, check and tokenise one source, unless that has been done, and draw the examples that are asked for.
 
     Raises:
         UserError: a bad row (file:line), nothing usable, or fewer responses than asked for.
     """
-    table = read_table(source.path, source.split)
-    order = range(len(table)) if source.examples is None else _drawn_order(source, len(table), seed)
-    wanted = source.examples if source.examples is not None else float("inf")
-    sequences: list[Sequence] = []
-    found = 0
-    dropped: Counter[str] = Counter()
-    origins: dict[str, tuple[str, ...]] = {}
-    for visited, index in enumerate(order, start=1):
-        origin = table.origin(index)
-        try:
-            example = FORMATS[source.format](table.rows[index], score=source.score, origin=origin)
-        except ValueError as error:
-            raise UserError(f"{origin}: {error} (format {source.format})") from None
-        tokenized = tokenize(example, chat, max_length=max_length, merge=merge)
-        for reason, count in tokenized.dropped.items():
-            if reason == "longer than max_length" and too_long == "refuse":
-                raise UserError(
-                    f"{origin}: a response ends past data.max_length {max_length}; raise it, or set data.too_long: drop"
-                )
-            dropped[reason] += count
-            origins[reason] = (*origins.get(reason, ()), origin)[:3]
-        for sequence in tokenized.sequences:
-            kept = keep_first(sequence, int(min(len(sequence.responses), wanted - found)))
-            if kept.responses:
-                sequences.append(kept)
-                found += len(kept.responses)
-        on_row(visited, len(table))
-        if found >= wanted:
-            break
-    prepared = PreparedSource(source.label, tuple(sequences), dict(dropped), origins)
-    _check_found(prepared, source, len(table))
+    data = find_data(source.path, source.split)
+    key = ensure_store(
+        data,
+        source.rules,
+        chat,
+        cache_dir,
+        quarantine=tolerance.quarantine,
+        workers=workers,
+        on_progress=on_progress,
+    )
+    prepared = open_source(source, cache_dir, key, data.names, seed=seed)
+    _check_account(prepared, tolerance)
+    _check_found(prepared)
+    _check_scores(prepared)
     return prepared
 
 
-def _drawn_order(source: Source, num_rows: int, seed: int) -> Iterable[int]:
-    rng = np.random.default_rng([seed, zlib.crc32(source.seed_name.encode())])
-    return (int(index) for index in rng.permutation(num_rows))
+def open_source(source: Source, cache_dir: Path, key: str, names: tuple[str, ...], *, seed: int) -> PreparedSource:
+    """What `prepare_source` found, from its key."""
+    store = open_store(cache_dir, key, source.label, names)
+    return PreparedSource(source, key, select(store, source.examples, source.seed_name, seed=seed))
 
 
-def _check_found(prepared: PreparedSource, source: Source, num_rows: int) -> None:
-    reasons = "; ".join(
-        f"{count} {reason} (first: {', '.join(prepared.dropped_origins[reason])})"
-        for reason, count in prepared.dropped.items()
+def select(store: SequenceStore, examples: int | None, name: str, *, seed: int) -> Selection:
+    """All units of a store, or as many as hold `examples` responses, rows in an order drawn from (seed, name).
+
+    What is drawn for a smaller number is the beginning of what is drawn for a larger one; and it is the same, whether
+    conversations are merged or not.
+    """
+    if examples is None:
+        return Selection(store, np.arange(len(store)))
+    rows_U = store.rows_U
+    shuffled = np.random.default_rng([seed, zlib.crc32(name.encode())]).permutation(
+        rows_U[-1] + 1 if len(rows_U) else 0
     )
-    left_out = f"; left out: {reasons}" if reasons else ""
-    if not prepared.sequences:
-        raise UserError(f"{source.label}: none of {num_rows} rows gives a usable response{left_out}")
-    if source.examples is not None and prepared.num_responses < source.examples:
+    drawn_U = np.argsort(shuffled[rows_U], kind="stable")
+    sums = store.responses_U[drawn_U].cumsum()
+    count = int(np.searchsorted(sums, examples)) + 1
+    if count > len(drawn_U):
+        return Selection(store, drawn_U)
+    before = int(sums[count - 2]) if count > 1 else 0
+    last = None if store.is_pair(int(drawn_U[count - 1])) else examples - before
+    return Selection(store, drawn_U[:count], last)
+
+
+def _check_account(prepared: PreparedSource, tolerance: Tolerance) -> None:
+    account = prepared.account
+    file = quarantine_file(prepared.selection.store)
+    if account.quarantined and not tolerance.quarantine:
         raise UserError(
-            f"{source.label}: {source.examples} examples asked for, but its {num_rows} rows give only "
-            f"{prepared.num_responses} responses{left_out}; lower `examples`, or leave it out to take all"
+            f"{prepared.label}: an earlier run set {account.quarantined} bad rows aside ({file}); mend them, or set "
+            "data.on_bad_row: quarantine"
+        )
+    if account.quarantined > tolerance.max_quarantined * account.rows:
+        raise UserError(
+            f"{prepared.label}: {account.quarantined} of {account.rows} rows are bad, more than data.max_quarantined "
+            f"{tolerance.max_quarantined:g} allows; each is named with its reason in {file}"
+        )
+    if account.dropped.get(LONG) and not tolerance.long_responses:
+        raise UserError(
+            f"{account.origins[LONG][0]}: a response ends past data.max_length {prepared.source.rules.max_length} "
+            f"({account.dropped[LONG]} do in {prepared.label}); raise it, or set data.too_long: drop or trim_prompt"
         )
 
 
-_SCHEMA = pa.schema(
-    [
-        ("token_ids", pa.list_(pa.int32())),
-        ("start", pa.list_(pa.int32())),
-        ("end", pa.list_(pa.int32())),
-        ("score", pa.list_(pa.float64())),
-        ("kind", pa.list_(pa.string())),
-        ("origin", pa.list_(pa.string())),
-    ]
-)
-
-
-def write_sequences(path: Path, sequences: Iterable[Sequence]) -> None:
-    """Store sequences as an Arrow file, which all ranks of a machine map into the same memory."""
-    rows = [
-        {
-            "token_ids": sequence.token_ids_T,
-            **{name: [getattr(r, name) for r in sequence.responses] for name in _SCHEMA.names[1:]},
-        }
-        for sequence in sequences
-    ]
-    temporary = path.with_suffix(".tmp")
-    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
-        writer.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA))
-    temporary.replace(path)
-
-
-def read_sequences(path: Path) -> tuple[Sequence, ...]:
-    """What `write_sequences` stored."""
-    table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    columns = [table.column(name) for name in _SCHEMA.names]
-    return tuple(
-        Sequence(
-            columns[0][row].values.to_numpy(zero_copy_only=True),
-            tuple(Response(*fields) for fields in zip(*(c[row].as_py() for c in columns[1:]), strict=True)),
-        )
-        for row in range(table.num_rows)
+def _check_found(prepared: PreparedSource) -> None:
+    source, account = prepared.source, prepared.account
+    reasons = "; ".join(
+        f"{count} {reason} (first: {', '.join(account.origins[reason])})" for reason, count in account.dropped.items()
     )
+    where = f"; {account.skipped} rows that `where` does not select" if account.skipped else ""
+    left_out = f"; left out: {reasons}" if reasons else ""
+    found = prepared.selection.num_responses
+    if not found:
+        raise UserError(f"{source.label}: none of {account.rows} rows gives a usable response{left_out}{where}")
+    if source.examples is not None and found < source.examples:
+        raise UserError(
+            f"{source.label}: {source.examples} examples asked for, but its {account.rows} rows give only {found} "
+            f"responses{left_out}{where}; lower `examples`, or leave it out to take all"
+        )
+
+
+def _check_scores(prepared: PreparedSource) -> None:
+    """Feedback that says the same of every response teaches nothing: most often a column was misread."""
+    if prepared.source.allow_one_score or prepared.selection.kinds - {"score", "binary"}:
+        return
+    scores = prepared.selection.store.responses["score"]
+    if len(scores) >= _ONE_SCORE_FROM and np.all(scores == scores[0]):
+        raise UserError(
+            f"{prepared.label}: all {len(scores)} responses have the score {scores[0]:g}; if that is meant, set this "
+            "source's allow_one_score: true"
+        )

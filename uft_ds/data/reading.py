@@ -1,65 +1,119 @@
-"""Rows from files and from the hub, each with the place it came from.
+"""Rows from files and from the hub, one after another, each with the place it came from.
 
-Own readers for json and jsonl: the Arrow reader of `datasets` accepts NaN, turns "0.7" into 0.7, unites
-different schemas, and names no line of the file.
+Own readers for json, jsonl and csv: the readers of `datasets` accept NaN, turn "0.7" into 0.7, unite different
+schemas, make dates of text, and name no line of the file. Nothing here holds more of a file than a few rows.
+
+What is wrong with one row is a ValueError of `parse_row`, so that the caller may leave that row out. What
+makes the rest of a file doubtful is a UserError of `raw_rows`.
 """
 
 from __future__ import annotations
 
 import gzip
-import json
+import hashlib
+import io
+import os
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from uft_ds.data.arrow_rows import BATCH_ROWS, arrow_rows, parquet_rows
+from uft_ds.data.csv_rows import BadRow, csv_rows
+from uft_ds.data.json_rows import json_array, json_lines, parse_object
 from uft_ds.errors import UserError
+from uft_ds.files import sha256
 
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+if TYPE_CHECKING:
+    import datasets
+
+TEXT_READERS: dict[str, Callable[[Any, str], Iterator[tuple[int, int, Any]]]] = {
+    ".jsonl": json_lines,
+    ".json": json_array,
+    ".csv": csv_rows,
+}
+TABLE_READERS = {".parquet": parquet_rows, ".arrow": arrow_rows}
+COMPRESSIONS = (".gz", ".zst")
+SUFFIXES = (*(kind + packed for packed in ("", *COMPRESSIONS) for kind in TEXT_READERS), *TABLE_READERS)
+
+_DATASETS_OWN = ("dataset_info.json", "state.json")
+_BUFFER_BYTES = 256 * 1024
+
+Value = bytes | dict[str, Any] | BadRow
+
+
+@dataclass(frozen=True, slots=True)
+class RawRow:
+    """One row, not parsed yet.
+
+    file: index into the source's names.
+    line: of the file, from 1, where the row starts; the row's number where there are no lines.
+    byte: offset of the row's first byte in the file, uncompressed; None where there are no lines.
+    value: the row's JSON text, or its values.
+    """
+
+    file: int
+    line: int
+    byte: int | None
+    value: Value
 
 
 @dataclass(frozen=True)
-class Table:
-    """The rows of one source, by index. `origins` are made on demand: a hub data set has 10^6 rows."""
+class DataFiles:
+    """One source: local files, or a data set of the hub.
 
-    rows: Sequence[Any]
-    places: Sequence[str] | None
+    label: what the user gave, path[split].
+    names: what each file is called in messages: the path as the user gave it, and the file's name below it.
+    paths: of the same files; empty for the hub.
+    """
+
     label: str
+    names: tuple[str, ...]
+    paths: tuple[Path, ...] = ()
+    hub: datasets.Dataset | None = None
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def origin(self, index: int) -> str:
-        return self.places[index] if self.places is not None else f"{self.label}:{index + 1}"
+    def place(self, file: int, line: int) -> str:
+        """`file:line`, or `name[split]:row` for the hub."""
+        return f"{self.names[file]}:{line}"
 
 
-def read_table(path: str, split: str | None) -> Table:
-    """All rows of a local file, a folder of files, or a hub data set.
+def find_data(path: str, split: str | None) -> DataFiles:
+    """A local file, a folder of files, or a data set of the hub; nothing is read yet.
 
     Raises:
-        UserError: names the file (and line), what was found and what was expected.
+        UserError: names what was looked for, what was found and what was expected.
     """
     local = Path(path)
+    label = f"{path}[{split}]" if split else path
     try:
+        if local.is_dir():
+            files = _files_of(local, split)
+            names = tuple(f"{path.rstrip('/')}/{file.relative_to(local).as_posix()}" for file in files)
+            return DataFiles(label, names, files)
         is_local = local.exists()
     except OSError as error:
-        raise UserError(f"{path[:80]}...: no such file or folder ({error.strerror})") from None
+        shown = path if len(path) <= 80 else f"{path[:80]}..."
+        raise UserError(f"{shown}: no such file or folder ({error.strerror})") from None
     if is_local:
-        files = [local] if local.is_file() else _files_of(local, split)
-        located = [row for file in files for row in _read_file(file)]
-        if not located:
-            raise UserError(f"{path}: no rows; the file is empty")
-        return Table([row for _, row in located], [place for place, _ in located], path)
-    if local.suffix in {".json", ".jsonl", ".gz", ".parquet"} or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):
+        if not path.endswith(SUFFIXES):
+            raise UserError(f"{path}: unknown kind of file; expected one of {', '.join(SUFFIXES)}")
+        return DataFiles(label, (path,), (local,))
+    if path.endswith((*SUFFIXES, *COMPRESSIONS)) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):
         raise UserError(f"{path}: no such file or folder")
-    return _read_hub(path, split)
+    label = f"{path}[{split or 'train'}]"
+    return DataFiles(label, (label,), hub=_load_from_hub(path, split))
 
 
-def _files_of(folder: Path, split: str | None) -> list[Path]:
+def _files_of(folder: Path, split: str | None) -> tuple[Path, ...]:
     candidates = sorted(file for file in folder.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
-    files = [file for file in candidates if split is None or file.name.startswith(split)]
+    if any(file.suffix == ".arrow" for file in candidates):
+        # What Dataset.save_to_disk writes beside the rows.
+        candidates = [file for file in candidates if file.name not in _DATASETS_OWN]
+    files = tuple(file for file in candidates if split is None or file.name.startswith(split))
     if not files:
         names = ", ".join(file.name for file in candidates[:5]) or "none"
         begins = f" whose name begins with {split!r}" if split else ""
@@ -67,93 +121,149 @@ def _files_of(folder: Path, split: str | None) -> list[Path]:
     return files
 
 
-def _read_hub(name: str, split: str | None) -> Table:
+def _load_from_hub(name: str, split: str | None) -> datasets.Dataset:
     import datasets
 
     try:
-        data = datasets.load_dataset(name, split=split or "train")
+        return datasets.load_dataset(name, split=split or "train")
     except Exception as error:  # noqa: BLE001 - any failure of the hub is the user's to mend
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"{name}: neither a local file or folder, nor could it be had from the hub ({reason}); "
             "give a local path, or check the name, the split and the network"
         ) from None
-    return Table(data, None, f"{name}[{split or 'train'}]")
 
 
-def _read_file(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    if file.suffix == ".parquet":
-        yield from _read_parquet(file)
-        return
-    if not file.name.endswith(SUFFIXES):
-        raise UserError(f"{file}: unknown kind of file; expected one of {', '.join(SUFFIXES)}")
+def content_hash(data: DataFiles) -> str:
+    """Equal only if the same rows come in the same order; moving or renaming the files does not change it."""
+    digest = hashlib.sha256()
+    for name, path in _stored_files(data):
+        with _readable(name):
+            digest.update(sha256(path).encode())
+    if data.hub is not None:
+        # The stored files of `train[:10%]` are those of `train`.
+        digest.update(str(data.hub.split if data.hub.cache_files else data.hub._fingerprint).encode())
+    return digest.hexdigest()
+
+
+def data_size(data: DataFiles) -> int:
+    """Bytes of all files, as they are stored."""
+    return sum(_sizes(data))
+
+
+def _sizes(data: DataFiles) -> list[int]:
+    sizes = []
+    for name, path in _stored_files(data):
+        with _readable(name):
+            sizes.append(path.stat().st_size)
+    if data.hub is not None:
+        return [sum(sizes) or data.hub.data.nbytes]
+    return sizes
+
+
+def _stored_files(data: DataFiles) -> list[tuple[str, Path]]:
+    if data.hub is None:
+        return list(zip(data.names, data.paths, strict=True))
+    return [(data.label, Path(file["filename"])) for file in data.hub.cache_files]
+
+
+def raw_rows(data: DataFiles, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Iterator[RawRow]:
+    """All rows in order, streamed.
+
+    Args:
+        on_progress: called about every 1000 rows, and after each file, with the bytes of the stored files that
+            were read, and of all.
+
+    Raises:
+        UserError: a file that cannot be read to its end, or no rows at all. Rows before the bad place have
+            been given by then.
+    """
+    sizes = _sizes(data)
+    total, before, count = sum(sizes), 0, 0
+    for file, size in enumerate(sizes):
+        for done, line, byte, value in _rows_of(data, file, size):
+            yield RawRow(file, line, byte, value)
+            count += 1
+            if count % BATCH_ROWS == 0:
+                on_progress(before + min(int(done), size), total)
+        before += size
+        on_progress(before, total)
+    if not count:
+        raise UserError(f"{data.label}: no rows; the file is empty")
+
+
+def parse_row(value: Value) -> dict[str, Any]:
+    """The values of one row. It needs nothing but its argument, and may run in any process.
+
+    Raises:
+        ValueError: why this row cannot be used.
+    """
+    if isinstance(value, bytes):
+        return parse_object(value)
+    if isinstance(value, BadRow):
+        raise ValueError(value.reason)
+    return value
+
+
+Located = tuple[float, int, int | None, Value]
+"""Bytes of the stored file that were read by then, line, byte, value."""
+
+
+def _rows_of(data: DataFiles, file: int, size: int) -> Iterator[Located]:
+    if data.hub is not None:
+        return _table_rows(_hub_rows(data.hub), size)
+    path, name = data.paths[file], data.names[file]
+    if path.suffix in TABLE_READERS:
+        return _table_rows(TABLE_READERS[path.suffix](path, name), size)
+    return _text_rows(path, name)
+
+
+def _table_rows(batches: Iterator[tuple[float, list[dict[str, Any]]]], size: int) -> Iterator[Located]:
+    number = 0
+    for share, rows in batches:
+        for row in rows:
+            number += 1
+            yield share * size, number, None, row
+
+
+def _hub_rows(hub: datasets.Dataset) -> Iterator[tuple[float, list[dict[str, Any]]]]:
+    done = 0
+    for columns in hub.iter(batch_size=BATCH_ROWS):
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        done += len(rows)
+        yield done / len(hub), rows
+
+
+def _text_rows(path: Path, name: str) -> Iterator[Located]:
+    packed = path.suffix if path.suffix in COMPRESSIONS else ""
+    read = TEXT_READERS[Path(path.name.removesuffix(packed)).suffix]
+    line = 0
+    with _readable(name, lambda: f" after line {line}" if line else ""), path.open("rb", buffering=0) as stored:
+        rows = read(_unpacked(stored, packed), name)
+        for first in rows:
+            done = stored.tell()
+            for line, byte, value in chain([first], islice(rows, BATCH_ROWS - 1)):
+                yield done, line, byte, value
+
+
+def _unpacked(stored: io.FileIO, packed: str) -> io.BufferedReader:
+    raw: Any = stored
+    if packed and not os.fstat(stored.fileno()).st_size:
+        raise OSError("the archive is empty")
+    if packed == ".gz":
+        raw = gzip.GzipFile(fileobj=stored, mode="rb")
+    elif packed == ".zst":
+        import pyarrow as pa
+
+        raw = pa.CompressedInputStream(pa.PythonFile(stored, mode="r"), "zstd")
+    return io.BufferedReader(raw, _BUFFER_BYTES)
+
+
+@contextmanager
+def _readable(name: str, where: Callable[[], str] = lambda: "") -> Iterator[None]:
     try:
-        data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        yield
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{file}: cannot be read ({error})") from None
-    if file.name.removesuffix(".gz").endswith(".json"):
-        yield from _read_json(file, data)
-    else:
-        yield from _read_jsonl(file, data)
-
-
-def _read_parquet(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow.parquet
-
-    try:
-        rows = pyarrow.parquet.read_table(file).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{file}: not a readable parquet file ({error})") from None
-    for number, row in enumerate(rows, start=1):
-        yield f"{file}:{number}", row
-
-
-def _read_jsonl(file: Path, data: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
-    # Only \n ends a line: str.splitlines would also break at U+2028, which JSON text may hold.
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if line.strip():
-            yield f"{file}:{number}", _row(_parse(line, f"{file}:{number}"), f"{file}:{number}")
-
-
-def _read_json(file: Path, data: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
-    value = _parse(data.removeprefix(b"\xef\xbb\xbf"), str(file))
-    if not isinstance(value, list):
-        raise UserError(
-            f"{file}: expected a JSON array of rows, found {type(value).__name__}; one object a line is .jsonl"
-        )
-    for number, row in enumerate(value, start=1):
-        yield f"{file}:{number}", _row(row, f"{file}, row {number}")
-
-
-def _row(value: Any, place: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise UserError(f"{place}: expected a JSON object, found {type(value).__name__}")
-    return value
-
-
-def _parse(data: bytes, place: str) -> Any:
-    try:
-        return json.loads(
-            data.decode("utf-8"),
-            object_pairs_hook=_object_without_duplicates,
-            parse_constant=_refuse_constant,
-        )
-    except UnicodeDecodeError as error:
-        raise UserError(f"{place}: byte {error.start} is not UTF-8; convert the file to UTF-8") from None
-    except json.JSONDecodeError as error:
-        line = f", line {error.lineno}" if b"\n" in data.strip() else ""
-        raise UserError(f"{place}{line}: not valid JSON: {error.msg} at column {error.colno}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: not valid JSON: {error}") from None
-
-
-def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} is given twice")
-    return value
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a number")
+        of_system = error.strerror if isinstance(error, OSError) else None
+        hint = "" if of_system else "; is the copy complete?"
+        raise UserError(f"{name}: cannot be read{where()} ({of_system or error}){hint}") from None

@@ -1,54 +1,95 @@
 """Examples to sequences: the tokenizer's chat template, with exact spans of the supervised tokens.
 
-The prompt of every response is tokenised just as it is at generation, so a response's log-probability is that
-of the tokens the model would have to produce after that very prompt, the end-of-turn token included.
+A response's span begins where the template's `{% generation %}` block begins, where it has them, and otherwise where
+the prompt ends as it is written for generation. Either way the tokens before it are those of that text alone, so a
+response's log-probability is that of the tokens the model would have to produce, the end-of-turn token included.
 """
 
 from __future__ import annotations
 
+import json
+import re
+from collections import Counter
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import AutoTokenizer
 
-from uft_ds.data.chat_template import end_of_turn_id, render, special_tokens
-from uft_ds.data.example import Example, Message, Response, Sequence
+from uft_ds.data.chat_template import (
+    PROBE,
+    REMEDY,
+    end_of_turn_id,
+    marks_generation,
+    render,
+    render_marked,
+    special_tokens,
+)
+from uft_ds.data.example import Example, Message, Pair, Response, Sequence
+from uft_ds.data.trimming import common_prompt, fitting_prompt
 from uft_ds.errors import UserError
+
+Unit = tuple[Sequence, ...]
+"""What is never divided: one sequence, or the two of a pair, the chosen one first."""
+
+LONG = "longer than max_length"
+CONTROL = "special token in the text"
+EQUAL = "chosen equals rejected"
+TRIMMED = "prompt trimmed to max_length"
+
+_EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")
 
 
 @dataclass(frozen=True)
 class ChatTokenizer:
-    """A tokenizer with a chat template that is known to close the assistant's turn with one token."""
+    """A tokenizer with a chat template that is known to close the assistant's turn with one token.
+
+    marked: the template says by `{% generation %}` blocks what the assistant writes.
+    """
 
     tokenizer: Any
     end_of_turn_id: int
     control_tokens: tuple[str, ...]
+    marked: bool = False
 
-    def render(self, messages: Seq[Message], *, for_generation: bool = False) -> str:
-        turns = [{"role": m.role, "content": m.content} for m in messages]
-        return render(self.tokenizer, turns, add_generation_prompt=for_generation)
+    def render(self, messages: Seq[Message], *, tools: Seq[Any] = (), for_generation: bool = False) -> str:
+        return render(self.tokenizer, _turns(messages), tools=tools, add_generation_prompt=for_generation)
+
+    def render_marked(self, messages: Seq[Message], tools: Seq[Any]) -> tuple[str, list[tuple[int, int]]]:
+        return render_marked(self.tokenizer, _turns(messages), tools=tools)
 
     def encode(self, text: str) -> list[int]:
         # The template has written every special token already: adding them again would double the BOS.
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def holds_control_token(self, messages: Seq[Message], tools: Seq[Any]) -> bool:
+        """Whether text of the data reads as a token that only the template may write."""
+        texts = [message.content for message in messages]
+        texts += [json.dumps(call, ensure_ascii=False) for message in messages for call in message.tool_calls]
+        texts += [json.dumps(tool, ensure_ascii=False) for tool in tools]
+        return any(token in text for text in texts for token in self.control_tokens)
+
 
 @dataclass(frozen=True)
 class Tokenized:
-    """The sequences of one example, and how many of its responses were dropped for which reason."""
+    """The units of one example; how many of its responses were dropped, and how many were changed, for which reason."""
 
-    sequences: tuple[Sequence, ...]
+    units: tuple[Unit, ...]
     dropped: dict[str, int]
+    changed: dict[str, int]
+
+    @property
+    def sequences(self) -> tuple[Sequence, ...]:
+        return tuple(sequence for unit in self.units for sequence in unit)
 
 
 def load_tokenizer(base: str, *, revision: str | None = None, chat_template: str | None = None) -> ChatTokenizer:
     """The base model's tokenizer, with its own chat template or the given one.
 
     Raises:
-        UserError: no tokenizer, no chat template, or one that does not end the assistant's turn.
+        UserError: no tokenizer, no chat template, or one from which the assistant's tokens cannot be told.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, revision=revision, trust_remote_code=False)
@@ -61,74 +102,205 @@ def load_tokenizer(base: str, *, revision: str | None = None, chat_template: str
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"model.chat_template: {chat_template} cannot be read ({error})") from None
     end = end_of_turn_id(tokenizer)
-    return ChatTokenizer(tokenizer, end, tuple(sorted(token for token in special_tokens(tokenizer) if token)))
+    control = tuple(sorted(token for token in special_tokens(tokenizer) if token))
+    chat = ChatTokenizer(tokenizer, end, control, marks_generation(tokenizer))
+    _check_spans_are_exact(chat)
+    return chat
 
 
-def tokenize(example: Example, chat: ChatTokenizer, *, max_length: int, merge: bool) -> Tokenized:
-    """An example's sequences: one with all its responses, or one a response.
+def tokenize(
+    item: Example | Pair,
+    chat: ChatTokenizer,
+    *,
+    max_length: int,
+    merge: bool,
+    trim_prompt: bool = False,
+    origin: str = "",
+) -> Tokenized:
+    """An example's units: one sequence with all its responses, or one a response; or the two sides of a pair.
 
     Merging is right only where each prefix of the conversation is a prefix of the whole, in text and in
     tokens; some templates rewrite earlier turns (they remove their reasoning), and then it is unfolded.
+
+    Args:
+        trim_prompt: give the end of the prompt to a response that would end past max_length, instead of dropping it.
+    Raises:
+        ValueError: in this conversation the response's tokens cannot be told from the prompt's.
     """
-    turns = [index for index, message in enumerate(example.messages) if message.score is not None]
-    if any(token in message.content for message in example.messages for token in chat.control_tokens):
-        return Tokenized((), {"special token in the text": len(turns)})
-    whole = _merged(example, turns, chat) if merge and len(turns) > 1 else None
-    unfolded = [whole] if whole is not None else [_single(example, turn, chat) for turn in turns]
-    fitting = [_fit(sequence, max_length) for sequence in unfolded]
-    num_dropped = len(turns) - sum(len(sequence.responses) for sequence in fitting)
-    return Tokenized(
-        tuple(sequence for sequence in fitting if sequence.responses),
-        {"longer than max_length": num_dropped} if num_dropped else {},
-    )
+    examples = (item.chosen, item.rejected) if isinstance(item, Pair) else (item,)
+    if any(chat.holds_control_token(example.messages, example.tools) for example in examples):
+        return Tokenized((), {CONTROL: item.num_responses}, {})
+    try:
+        if isinstance(item, Pair):
+            return _pair(item, chat, max_length, trim_prompt, origin)
+        return _conversation(item, chat, max_length, merge, trim_prompt, origin)
+    except UserError as error:  # of the template, about this conversation
+        raise ValueError(str(error)) from None
 
 
 def keep_first(sequence: Sequence, num_responses: int) -> Sequence:
     """The sequence up to its `num_responses`-th response; what follows cannot influence what is kept."""
     responses = sequence.responses[:num_responses]
-    return Sequence(sequence.token_ids_T[: responses[-1].end if responses else 0], responses)
+    keys = sequence.stored_keys
+    return Sequence(
+        sequence.token_ids_T[: responses[-1].end if responses else 0],
+        responses,
+        None if keys is None else keys[:num_responses],
+    )
 
 
-def _fit(sequence: Sequence, max_length: int) -> Sequence:
-    return keep_first(sequence, sum(response.end <= max_length for response in sequence.responses))
+def _conversation(
+    example: Example, chat: ChatTokenizer, max_length: int, merge: bool, trim_prompt: bool, origin: str
+) -> Tokenized:
+    turns = [index for index, message in enumerate(example.messages) if message.score is not None]
+    whole = _merged(example, turns, chat, origin) if merge and len(turns) > 1 else None
+    unfolded = [whole] if whole is not None else [_single(example, turn, chat, origin) for turn in turns]
+    fitting = [keep_first(s, sum(response.end <= max_length for response in s.responses)) for s in unfolded]
+    sequences = [sequence for sequence in fitting if sequence.responses]
+    # A prompt only grows: the responses that fit are the first ones.
+    long_turns = turns[sum(len(sequence.responses) for sequence in fitting) :]
+    changed: Counter[str] = Counter()
+    if trim_prompt:
+        trimmed = [_trimmed(_upto(example, turn), chat, max_length, origin) for turn in long_turns]
+        found = [sequence for sequence in trimmed if sequence is not None]
+        sequences += found
+        changed[TRIMMED] = len(found)
+    num_dropped = len(turns) - sum(len(sequence.responses) for sequence in sequences)
+    return Tokenized(tuple((sequence,) for sequence in sequences), dict(+Counter({LONG: num_dropped})), dict(+changed))
 
 
-def _merged(example: Example, turns: list[int], chat: ChatTokenizer) -> Sequence | None:
-    text = chat.render(example.messages[: turns[-1] + 1])
+def _pair(pair: Pair, chat: ChatTokenizer, max_length: int, trim_prompt: bool, origin: str) -> Tokenized:
+    examples = (pair.chosen, pair.rejected)
+    sides = tuple(_single(side, len(side.messages) - 1, chat, origin) for side in examples)
+    changed = {}
+    if max(side.num_tokens for side in sides) > max_length:
+        shared = common_prompt(pair) if trim_prompt else ()
+        fitting = fitting_prompt(
+            shared,
+            lambda prompt: all(
+                _single(_with_prompt(side, len(shared), prompt), -1, chat, origin).num_tokens <= max_length
+                for side in examples
+            ),
+        )
+        if fitting is None:
+            return Tokenized((), {LONG: 2}, {})
+        cut = tuple(_with_prompt(side, len(shared), fitting) for side in examples)
+        sides = tuple(_single(side, -1, chat, origin) for side in cut)
+        changed = {TRIMMED: 2}
+    if np.array_equal(sides[0].token_ids_T, sides[1].token_ids_T):
+        return Tokenized((), {EQUAL: 2}, {})
+    named = zip(sides, ("chosen", "rejected"), strict=True)
+    unit = tuple(
+        replace(side, responses=(replace(side.responses[0], pair_id=0, origin=f"{origin} ({name})"),))
+        for side, name in named
+    )
+    return Tokenized((unit,), {}, changed)
+
+
+def _merged(example: Example, turns: list[int], chat: ChatTokenizer, origin: str) -> Sequence | None:
+    text = chat.render(example.messages[: turns[-1] + 1], tools=example.tools)
     ids = chat.encode(text)
     responses = []
     for turn in turns:
-        prompt_ids = chat.encode(chat.render(example.messages[:turn], for_generation=True))
+        prompt, alone = _prompt_and_text(example, turn, chat)
+        prompt_ids = chat.encode(prompt)
         start = len(prompt_ids)
-        alone = chat.render(example.messages[: turn + 1]).rstrip()
-        if ids[:start] != prompt_ids or not text.startswith(alone):
+        if ids[:start] != prompt_ids or not text.startswith(alone.rstrip()):
             return None
-        responses.append(_response(example, turn, ids, start, chat))
+        responses.append(_response(example, turn, ids, start, chat, origin))
     return Sequence(np.asarray(ids[: responses[-1].end], dtype=np.int32), tuple(responses))
 
 
-def _single(example: Example, turn: int, chat: ChatTokenizer) -> Sequence:
-    prompt = chat.render(example.messages[:turn], for_generation=True)
-    text = chat.render(example.messages[: turn + 1])
-    if not text.startswith(prompt):
-        raise UserError(
-            f"{example.origin}: the chat template's generation prompt is not a prefix of the finished turn, so the "
-            "response's tokens cannot be told from the prompt's; give another template by model.chat_template"
-        )
+def _single(example: Example, turn: int, chat: ChatTokenizer, origin: str) -> Sequence:
+    turn %= len(example.messages)
+    prompt, text = _prompt_and_text(example, turn, chat)
     prompt_ids, ids = chat.encode(prompt), chat.encode(text)
     if ids[: len(prompt_ids)] != prompt_ids:
         # Two calls: no token may straddle the boundary, for at generation the prompt stands alone. Only here,
         # for a SentencePiece tokenizer would put a space before a response that is encoded by itself.
         ids = prompt_ids + chat.encode(text[len(prompt) :])
-    response = _response(example, turn, ids, len(prompt_ids), chat)
+    response = _response(example, turn, ids, len(prompt_ids), chat, origin)
     return Sequence(np.asarray(ids[: response.end], dtype=np.int32), (response,))
 
 
-def _response(example: Example, turn: int, ids: list[int], start: int, chat: ChatTokenizer) -> Response:
+def _prompt_and_text(example: Example, turn: int, chat: ChatTokenizer) -> tuple[str, str]:
+    """What stands before the response of a turn, and the conversation up to the end of that turn, as text."""
+    upto = example.messages[: turn + 1]
+    if chat.marked:
+        text, spans = chat.render_marked(upto, example.tools)
+        assert spans, "checked when the tokenizer was loaded"
+        prompt = text[: spans[-1][0]]
+    else:
+        text = chat.render(upto, tools=example.tools)
+        prompt = chat.render(example.messages[:turn], tools=example.tools, for_generation=True)
+        if not text.startswith(prompt):
+            raise ValueError(
+                "the chat template's generation prompt is not a prefix of the finished turn, so the response's tokens "
+                f"cannot be told from the prompt's; {REMEDY}"
+            )
+    # Templates of reasoning models write it before an answer without thoughts, and into the prompt where thinking is
+    # switched off: nothing that should be learned.
+    thought = _EMPTY_THOUGHT.match(text, len(prompt))
+    return (text[: thought.end()] if thought else prompt), text
+
+
+def _response(example: Example, turn: int, ids: list[int], start: int, chat: ChatTokenizer, origin: str) -> Response:
     try:
         end = ids.index(chat.end_of_turn_id, start) + 1
     except ValueError:
-        raise UserError(f"{example.origin}: the rendered turn does not end in the end-of-turn token") from None
+        raise ValueError("the rendered turn does not end in the end-of-turn token") from None
     score = example.messages[turn].score
     assert score is not None
-    return Response(start, end, score, example.kind, example.origin)
+    return Response(start, end, score, example.kind, origin)
+
+
+def _trimmed(example: Example, chat: ChatTokenizer, max_length: int, origin: str) -> Sequence | None:
+    prompt = example.messages[:-1]
+
+    def fits(shorter: tuple[Message, ...]) -> bool:
+        return _single(_with_prompt(example, len(prompt), shorter), -1, chat, origin).num_tokens <= max_length
+
+    fitting = fitting_prompt(prompt, fits)
+    return None if fitting is None else _single(_with_prompt(example, len(prompt), fitting), -1, chat, origin)
+
+
+def _upto(example: Example, turn: int) -> Example:
+    """The conversation up to one response, the earlier ones being context."""
+    context = tuple(replace(message, score=None) for message in example.messages[:turn])
+    return replace(example, messages=(*context, example.messages[turn]))
+
+
+def _with_prompt(example: Example, length: int, prompt: tuple[Message, ...]) -> Example:
+    return replace(example, messages=(*prompt, *example.messages[length:]))
+
+
+def _turns(messages: Seq[Message]) -> list[dict[str, Any]]:
+    return [
+        {"role": m.role, "content": m.content} | ({"tool_calls": list(m.tool_calls)} if m.tool_calls else {})
+        for m in messages
+    ]
+
+
+def _check_spans_are_exact(chat: ChatTokenizer) -> None:
+    """Refuse a template that tells the response from the prompt in no way; else each conversation is checked."""
+    question, answer = PROBE[0]["content"], PROBE[1]["content"]
+    problems = []
+    for content in (answer, f"<think>\nA thought\n</think>\n\n{answer}"):
+        probe = Example((Message("user", question), Message("assistant", content, 1.0)), "instruction")
+        try:
+            if chat.marked and not chat.render_marked(probe.messages, ())[1]:
+                raise ValueError("its `{% generation %}` blocks leave out the assistant's turn")
+            sequence = _single(probe, 1, chat, "")
+        except (ValueError, UserError) as error:
+            problems.append(str(error))
+            continue
+        _check_bos_is_single(chat, sequence)
+        return
+    name = chat.tokenizer.name_or_path
+    raise UserError(f"The chat template of `{name}` cannot be learned from: {problems[0]}.")
+
+
+def _check_bos_is_single(chat: ChatTokenizer, sequence: Sequence) -> None:
+    bos = chat.tokenizer.bos_token_id
+    if bos is not None and bos != chat.end_of_turn_id and sequence.token_ids_T[:2].tolist() == [bos, bos]:
+        raise UserError(f"The chat template of `{chat.tokenizer.name_or_path}` begins with two BOS tokens: {REMEDY}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -109,3 +110,25 @@ def decoder_layer_class(model: Any) -> type:
     """The class of the model's decoder layers, which ZeRO-3 gathers as a whole."""
     layers = model.get_decoder().layers
     return type(layers[0])
+
+
+def attention_parity(config: Any) -> float:
+    """Tokens at which a sequence's attention takes as many FLOPs as the rest of the model's layers; inf if unknown.
+
+        d hidden size, f width of the MLP, q = query heads x head_dim, k = key-value heads x head_dim
+        parameters = 2 d q + 2 d k + 3 d f      query and output, key and value, gate, up and down projections
+        the rest, of a token and a layer        2 x parameters
+        attention, of T tokens, causal          2 q T     T / 2 keys on average: 2 q for QK^T and 2 q for AV, each
+        equal at                                T = parameters / q
+
+    Forward and backward stand in the same proportion. A sliding window is not counted: beyond it, attention is taken
+    for more than it is.
+    """
+    names = ("hidden_size", "intermediate_size", "num_attention_heads")
+    if not all(getattr(config, name, None) for name in names):
+        return math.inf
+    hidden, mlp, heads = (int(getattr(config, name)) for name in names)
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    query = heads * head_dim
+    key_value = (getattr(config, "num_key_value_heads", None) or heads) * head_dim
+    return float((2 * hidden * query + 2 * hidden * key_value + 3 * hidden * mlp) / query)

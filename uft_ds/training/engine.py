@@ -186,6 +186,7 @@ class Engine:
         layer_class: type | None,
         weight_decay: float,
         betas: tuple[float, float] = (0.9, 0.95),
+        attention_parity: float = math.inf,
     ) -> None:
         import deepspeed
         from deepspeed.utils import set_z3_leaf_modules
@@ -197,6 +198,7 @@ class Engine:
         dtypes = {parameter.dtype for parameter in trainable}
         optimizer = torch.optim.AdamW(trainable, lr=0.0, betas=betas, weight_decay=weight_decay)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        self._attention_parity = attention_parity
         if {parameter.dtype for parameter in trainable} != dtypes:
             raise UserError(
                 "lora.dtype: DeepSpeed would train the adapters in the model's dtype at this ZeRO stage; "
@@ -243,7 +245,11 @@ class Engine:
     def micro_batches(self, step: Step, tokens_per_micro_batch: int) -> list[MicroBatch]:
         """This rank's part of a step, on its device; the same number on every rank."""
         batches = rank_micro_batches(
-            step, tokens_per_micro_batch=tokens_per_micro_batch, rank=self.rank, world_size=self.world_size
+            step,
+            tokens_per_micro_batch=tokens_per_micro_batch,
+            rank=self.rank,
+            world_size=self.world_size,
+            attention_parity=self._attention_parity,
         )
         return [batch.to(self.device) for batch in batches]
 

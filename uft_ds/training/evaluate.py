@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from uft_ds.data.example import KINDS, Response, Sequence
 from uft_ds.data.mixture import Step
 from uft_ds.data.packing import micro_batch
+from uft_ds.data.store import Pool
 from uft_ds.errors import CheckFailed
 from uft_ds.objectives.objective import STATISTICS, Objective, count_terms, micro_batch_loss
 from uft_ds.training.engine import Engine
@@ -90,7 +91,7 @@ def check_against_hugging_face(engine: Engine, sequence: Sequence, *, dtype: tor
 def check_reference_cache(
     engine: Engine,
     cache: ReferenceCache,
-    groups: Iterable[Step],
+    pools: Seq[Pool],
     *,
     tokens_per_micro_batch: int,
     dtype: torch.dtype,
@@ -100,9 +101,7 @@ def check_reference_cache(
     Returns:
         the same on every rank; None where nothing is known.
     """
-    known = {s.response_keys: s for group in groups for s in group.sequences if s.responses and cache.knows(s)}
-    sequences, count = tuple(known.values()), SPOT_CHECKED_PER_RANK * engine.world_size
-    chosen = Step(0, sequences[:: max(1, len(sequences) // count)][:count])
+    chosen = Step(0, _known_sequences(cache, pools, SPOT_CHECKED_PER_RANK * engine.world_size))
     if not chosen.sequences:
         return None
     worst = (0.0, 0.0, "")
@@ -115,6 +114,21 @@ def check_reference_cache(
                 worst = max(worst, (difference / allowed, difference, response.origin))
     share, difference, origin = max(engine.gather_objects(worst))
     return SpotCheck(len(chosen.responses), difference, origin, agrees=share <= 1.0)
+
+
+def _known_sequences(cache: ReferenceCache, pools: Seq[Pool], count: int) -> tuple[Sequence, ...]:
+    """So many different ones from all over the data, the same on every rank."""
+    if not cache.num_known:
+        return ()
+    units = [(pool, index) for pool in pools for index in range(len(pool))]
+    found: dict[tuple[bytes, ...], Sequence] = {}
+    for place in np.random.default_rng(0).permutation(len(units)):
+        pool, index = units[place]
+        if all(cache.has(key) for key in pool.keys_of(index)):
+            found |= {sequence.response_keys: sequence for sequence in pool.unit(index)}
+        if len(found) >= count:
+            break
+    return tuple(found.values())[:count]
 
 
 def evaluate(

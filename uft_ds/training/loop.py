@@ -48,7 +48,8 @@ def train(
         CheckFailed: more steps than allowed had a non-finite loss or gradient.
     """
     _evaluate_and_report(engine, objective, held_out, settings, reporter, reference, step=state.step)
-    for step in steps[state.step :]:
+    for number in range(state.step, len(steps)):
+        step = steps[number]
         started = time.perf_counter()
         rate = learning_rate(
             step.index, num_steps=len(steps), peak=settings.lr, warmup=settings.warmup, schedule=settings.schedule

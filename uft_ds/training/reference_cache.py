@@ -66,15 +66,20 @@ class ReferenceCache:
         if self._known:
             write_table(folder / REFERENCE_TABLE, self._known, self._identity)
 
+    def has(self, key: bytes) -> bool:
+        """Whether a response is known, by its name."""
+        return key in self._known
+
     def knows(self, sequence: Sequence) -> bool:
         """Whether no response of a sequence needs the reference's forward."""
         return all(key in self._known for key in sequence.response_keys)
 
     def unknown(self, step: Step) -> Step:
-        """The sequences of a step that have a response whose reference must be forwarded."""
+        """The units of a step that have a response whose reference must be forwarded."""
         if self._mode != "remembered":
             return step if self._mode == "live" else Step(step.index, ())
-        return Step(step.index, tuple(sequence for sequence in step.sequences if not self.knows(sequence)))
+        units = (unit for unit in step.units if not all(self.knows(sequence) for sequence in unit))
+        return Step(step.index, tuple(sequence for unit in units for sequence in unit))
 
     def micro_batches(self, engine: Engine, step: Step, tokens_per_micro_batch: int) -> list[tuple[MicroBatch, bool]]:
         """This rank's part of a step, and for each micro-batch whether the reference must be forwarded.

@@ -69,11 +69,13 @@ class RunFolder:
     def lock(self) -> Path:
         return self.path / ".uft-run"
 
-    def train_data(self, source: int) -> Path:
-        return self.path / "data" / f"train-{source}.arrow"
+    def sample_data(self) -> Path:
+        """A few of the run's sequences, held-out ones where there are any: enough to check what was trained."""
+        return self.path / "data" / "sample"
 
-    def held_out_data(self) -> Path:
-        return self.path / "data" / "held_out.arrow"
+    def quarantine(self) -> Path:
+        """The rows that were left out because they cannot be read, and why."""
+        return self.path / "data" / "quarantine.jsonl"
 
     def data_report(self) -> Path:
         return self.path / "data" / "report.json"

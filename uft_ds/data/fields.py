@@ -1,0 +1,120 @@
+"""Checks of the fields of a row: what a source format may take from it, and the words of a refusal.
+
+Each raises ValueError with what was found and what was expected; the caller adds the place of the row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+Row = Mapping[str, Any]
+
+
+class LeftOut(Exception):
+    """A good row that has nothing to train on: counted by its reason, unlike a bad one."""
+
+    def __init__(self, reason: str, num_responses: int) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.num_responses = num_responses
+
+
+def text(row: Row, key: str) -> str:
+    """A field that must hold text with something in it."""
+    return checked_text(row.get(key), key)
+
+
+def optional_text(row: Row, key: str) -> str | None:
+    """A field that may be absent, null or empty, all of which mean the same."""
+    return text(row, key) if row.get(key) not in (None, "") else None
+
+
+def checked_text(value: Any, name: str, *, may_be_empty: bool = False) -> str:
+    """Text that every tokenizer and every file can hold."""
+    if not isinstance(value, str):
+        raise ValueError(f"{name!r}: expected text, found {'nothing' if value is None else shown(value)}")
+    if not may_be_empty and not value.strip():
+        raise ValueError(f"{name!r} is empty")
+    if "\0" in value:
+        raise ValueError(f"{name!r}: holds a NUL character; binary data or a broken conversion")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{name!r}: holds half of a surrogate pair, which no encoding can store") from None
+    return value
+
+
+def content(value: Any, name: str = "content", *, may_be_empty: bool = False) -> str:
+    """The content of a turn: text, or OpenAI's list of parts if all of them are text."""
+    if not isinstance(value, list):
+        return checked_text(value, name, may_be_empty=may_be_empty)
+    texts = []
+    for index, part in enumerate(value):
+        if not isinstance(part, Mapping) or part.get("type") != "text":
+            found = shown(part.get("type")) if isinstance(part, Mapping) else shown(part)
+            raise ValueError(f"{name!r}, part {index}: found {found}; only parts of type 'text' are supported")
+        texts.append(checked_text(part.get("text"), "text", may_be_empty=True))
+    return checked_text("".join(texts), name, may_be_empty=may_be_empty)
+
+
+def checked_score(value: Any, name: str = "score") -> float:
+    """A score given in the data."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name!r}: found {value!r}, expected a number from 0 to 1")
+    if not 0 <= value <= 1:  # NaN is not either
+        raise ValueError(f"{name!r}: found {value}, expected a finite number from 0 to 1")
+    return float(value)
+
+
+def checked_rating(value: Any, name: str, *, best: int) -> float:
+    """A rating from 1 to `best` as a score: (rating - 1) / (best - 1)."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value <= best:
+        raise ValueError(f"{name!r}: found {shown(value)}, expected a number from 1 to {best}")
+    return (value - 1) / (best - 1)
+
+
+def default_score(score: float | None) -> float:
+    """The score of instruction data: the source's, or 1 (UFT Eq. 7)."""
+    return 1.0 if score is None else score
+
+
+def label_score(row: Row) -> float:
+    """Binary feedback: `label` true is 1, false is 0. Numbers are refused, for some data sets mean -1 and 1."""
+    label = row.get("label")
+    if not isinstance(label, bool):
+        raise ValueError(f"'label': found {shown(label)}, expected true or false")
+    return float(label)
+
+
+def mapping(value: Any, name: str) -> Mapping[str, Any]:
+    """A JSON object, all of which can be written into a prompt."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name!r}: expected an object, found {shown(value)}")
+    try:
+        written = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{name!r}: cannot be written as JSON ({error})") from None
+    checked_text(written, name)
+    return value
+
+
+def from_json(value: Any, name: str) -> Any:
+    """The value, decoded if it is JSON text: columns of free form are often stored so."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name!r}: expected JSON, found {shown(value)} ({error})") from None
+
+
+def present(row: Row) -> set[str]:
+    """The keys that hold something. Arrow fills a column that a row lacks with null, so null is absent."""
+    return {key for key, value in row.items() if value is not None}
+
+
+def shown(value: Any) -> str:
+    """A value as a message quotes it: its beginning."""
+    return repr(value)[:40]

@@ -1,0 +1,152 @@
+"""Tokenised sources, kept by content: what was tokenised once is never tokenised again, by any run.
+
+A store's name is a hash over all that its tokens depend on: the rows' bytes, the tokenizer, the chat template, the
+rules, the versions and our own code. So nothing is ever out of date, and everything may be deleted.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from uft_ds.data.building import QUARANTINE, RowRules, build_store
+from uft_ds.data.chat_template import template_of
+from uft_ds.data.formats import format_named
+from uft_ds.data.reading import DataFiles, content_hash
+from uft_ds.data.store import INDEX, SequenceStore
+from uft_ds.data.tokenize import ChatTokenizer
+from uft_ds.errors import UserError
+from uft_ds.files import sha256
+
+_PACKAGES = ("transformers", "tokenizers", "jinja2", "sentencepiece")
+_LATER_STAGES = ("mixture.py", "packing.py", "prepare.py", "preview.py", "verifiable.py", "verifiable_tasks.py")
+"""Our modules beside this one that do not decide what a row's tokens are."""
+
+
+def store_key(data: DataFiles, rules: RowRules, chat: ChatTokenizer) -> str:
+    """The name of a source's store, by content; hex."""
+    ours = sorted(file for file in Path(__file__).parent.glob("*.py") if file.name not in _LATER_STAGES)
+    format_file = inspect.getsourcefile(format_named(rules.format))
+    parts = {
+        "content": content_hash(data),
+        "rules": asdict(rules),
+        "tokenizer": tokenizer_hash(chat),
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "code": [sha256(file) for file in (*ours, Path(format_file or __file__))],
+    }
+    return _sha256(json.dumps(parts, sort_keys=True))[:32]
+
+
+def tokenizer_hash(chat: ChatTokenizer) -> str:
+    """What a tokenizer and its template make of a text, by content; hex."""
+    tokenizer = chat.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
+    return _sha256("\0".join([vocabulary, json.dumps(tokenizer.special_tokens_map), template_of(tokenizer)]))
+
+
+def ensure_store(
+    data: DataFiles,
+    rules: RowRules,
+    chat: ChatTokenizer,
+    cache_dir: Path,
+    *,
+    quarantine: bool,
+    workers: int | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> str:
+    """Tokenise a source unless it has been; of several processes that want the same one, one works and the rest wait.
+
+    Returns:
+        the store's key: it is the folder of that name below `cache_dir`.
+    Raises:
+        UserError: a bad row, or a folder that cannot be written; nothing is left behind.
+    """
+    key = store_key(data, rules, chat)
+    folder = cache_dir / key
+    if is_whole(folder):
+        return key
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with _locked(cache_dir / f".{key}.lock"):
+            if not is_whole(folder):
+                _build_beside(folder, data, rules, chat, quarantine, workers, on_progress)
+    except OSError as error:
+        raise UserError(
+            f"data.cache_dir: {cache_dir} cannot be written ({error.strerror}); give another folder with room for "
+            "4 bytes a token"
+        ) from None
+    return key
+
+
+def open_store(cache_dir: Path, key: str, label: str, names: tuple[str, ...] | None = None) -> SequenceStore:
+    """A store by its key.
+
+    Raises:
+        UserError: it is not there, or damaged.
+    """
+    folder = cache_dir / key
+    if not is_whole(folder):
+        raise UserError(f"{label}: its tokens are not in {cache_dir} any more ({key}); start the run anew")
+    return SequenceStore(folder, label, names)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a store is there: the index is written last, and the folder then renamed."""
+    return (folder / INDEX).is_file()
+
+
+def quarantine_file(store: SequenceStore) -> Path:
+    """The rows that were left out of a store, and why."""
+    return store.folder / QUARANTINE
+
+
+def _build_beside(
+    folder: Path,
+    data: DataFiles,
+    rules: RowRules,
+    chat: ChatTokenizer,
+    quarantine: bool,
+    workers: int | None,
+    on_progress: Callable[[int, int], None],
+) -> None:
+    # Named after the machine: what a killed process has left is found by the next one that holds the lock.
+    temporary = folder.with_name(f".{folder.name}.{socket.gethostname()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)  # without an index: damaged
+    temporary.mkdir()
+    try:
+        build_store(temporary, data, rules, chat, quarantine=quarantine, workers=workers, on_progress=on_progress)
+        temporary.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY) or not is_whole(folder):
+            raise
+        # Another machine that shares the folder was first, where locks do not reach it.
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Alone with a key, as far as the file system's locks reach; the lock ends with the process that holds it."""
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+        yield
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
