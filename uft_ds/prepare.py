@@ -247,7 +247,7 @@ def data_report(data: PreparedData) -> dict[str, list[dict[str, object]]]:
             "rows_quarantined": account.quarantined,
             "left_out": account.dropped,
             "changed": account.changed,
-            "places": account.origins,
+            "places": {reason: selection.store.places_of(reason) for reason in account.places},
             "files": source.names,
             "tokens_key": source.key,
         }

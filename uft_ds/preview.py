@@ -83,7 +83,7 @@ def left_out_table(data: PreparedData) -> Table:
         account = source.account
         for counts in (account.dropped, account.changed):
             for reason, count in counts.items():
-                places = ", ".join(account.origins.get(reason, ()))
+                places = ", ".join(source.selection.store.places_of(reason))
                 table.add_row(Text(_short(source.label)), reason, f"{count:,}", Text(places))
         if account.skipped:
             table.add_row(Text(_short(source.label)), "not selected by where", f"{account.skipped:,} rows", "")

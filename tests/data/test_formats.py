@@ -205,8 +205,7 @@ REAL = [
     (
         "ultrafeedback/train_clean.jsonl",
         "ultrafeedback_binarized",
-        {"pair": 994, "left out: chosen equals rejected": 4, "'chosen' is empty": 1}
-        | {"'rejected' is empty": 1},
+        {"pair": 994, "left out: chosen equals rejected": 4, "'chosen' is empty": 1} | {"'rejected' is empty": 1},
     ),
     (
         "ultrafeedback/eval_clean.jsonl",

@@ -1,17 +1,16 @@
 """One source from its file to sequences: the count asked for, the same choice every time, nothing lost unsaid."""
 
-import json
-from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from sources import rules, write_rows
 from tiny import build_tiny_tokenizer
-from toy import toy_sequences
 
-from uft_ds.data.example import Response, Sequence
-from uft_ds.data.prepare import PreparedSource, Source, prepare_source, read_sequences, write_sequences
+from uft_ds.data.building import RowRules
+from uft_ds.data.example import Sequence
+from uft_ds.data.prepare import PreparedSource, Source, Tolerance, prepare_source
 from uft_ds.data.tokenize import ChatTokenizer, load_tokenizer
 from uft_ds.errors import UserError
 
@@ -19,6 +18,15 @@ from uft_ds.errors import UserError
 @pytest.fixture(scope="module")
 def chat(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
     return load_tokenizer(str(build_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))))
+
+
+CACHE: list[Path] = []
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """One cache for all tests of this file: stores are known by content."""
+    CACHE[:] = [tmp_path_factory.mktemp("cache")]
 
 
 @pytest.fixture
@@ -33,28 +41,28 @@ def conversations(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "conversations.jsonl", [{"messages": turns(f"{i}.", 3)} for i in range(10)])
 
 
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def turns(name: str, num_answers: int) -> list[dict[str, str]]:
     roles = ("user", "assistant") * num_answers
     return [{"role": role, "content": f"{role[0]}{name}{index}"} for index, role in enumerate(roles)]
 
 
 def prepare(path: Path | str, chat: ChatTokenizer, format: str = "jsonl", **changes: Any) -> PreparedSource:  # noqa: A002
-    source = Source(
-        format, str(path), changes.pop("split", None), changes.pop("examples", None), changes.pop("score", None)
-    )
-    settings = {"max_length": 512, "too_long": "drop", "merge": True, "seed": 0} | changes
-    return prepare_source(source, chat, **settings)
+    keys = {f.name for f in fields(RowRules)}
+    own = rules(format=format, **{key: changes.pop(key) for key in list(changes) if key in keys})
+    draw = {key: changes.pop(key) for key in ("examples", "portion", "allow_one_score") if key in changes}
+    source = Source(str(path), changes.pop("split", None), own, **draw)
+    seed = changes.pop("seed", 0)
+    return prepare_source(source, chat, CACHE[0], seed=seed, tolerance=Tolerance(**changes))
+
+
+def sequences(prepared: PreparedSource) -> list[Sequence]:
+    selection = prepared.selection
+    return [sequence for index in range(len(selection)) for sequence in selection.unit(index)]
 
 
 def origins(prepared: PreparedSource) -> list[str]:
     """Where each response came from, without the folder."""
-    return [Path(r.origin).name for sequence in prepared.sequences for r in sequence.responses]
+    return [Path(r.origin).name for sequence in sequences(prepared) for r in sequence.responses]
 
 
 def refusal(path: Path | str, chat: ChatTokenizer, format: str = "jsonl", **changes: Any) -> str:  # noqa: A002
@@ -67,8 +75,9 @@ def test_without_examples_all_rows_come_in_their_order(pairs: Path, chat: ChatTo
     """Every row once, in the order of the file, each response with file and line."""
     prepared = prepare(pairs, chat)
     assert origins(prepared) == [f"pairs.jsonl:{line}" for line in range(1, 21)]
-    assert (prepared.num_responses, prepared.dropped, prepared.label) == (20, {}, str(pairs))
-    assert prepared.num_tokens == sum(len(sequence.token_ids_T) for sequence in prepared.sequences)
+    found = (prepared.selection.num_responses, prepared.account.dropped, prepared.label)
+    assert found == (20, {}, str(pairs))
+    assert prepared.selection.num_tokens == sum(len(sequence.token_ids_T) for sequence in sequences(prepared))
 
 
 @pytest.mark.parametrize("examples", [1, 7, 20])
@@ -85,9 +94,9 @@ def test_examples_counts_responses_exactly(
 ) -> None:
     """The last conversation is cut after the last response that was asked for; merging chooses the same ones."""
     prepared = prepare(conversations, chat, "ultrachat", examples=examples, merge=merge)
-    assert prepared.num_responses == examples
-    assert len(prepared.sequences) == (-(-examples // 3) if merge else examples)
-    assert all(sequence.num_tokens == sequence.responses[-1].end for sequence in prepared.sequences)
+    assert prepared.selection.num_responses == examples
+    assert len(sequences(prepared)) == (-(-examples // 3) if merge else examples)
+    assert all(sequence.num_tokens == sequence.responses[-1].end for sequence in sequences(prepared))
     assert origins(prepared) == origins(prepare(conversations, chat, "ultrachat", examples=examples, merge=not merge))
 
 
@@ -112,22 +121,15 @@ def test_moved_data_gives_the_same_choice(pairs: Path, chat: ChatTokenizer, tmp_
     assert origins(prepare(elsewhere, chat, examples=8)) == origins(prepare(pairs, chat, examples=8))
 
 
-def test_only_the_rows_needed_are_tokenised(pairs: Path, chat: ChatTokenizer) -> None:
-    """Three examples of rows of one response visit three rows, reported with the total."""
-    visits: list[tuple[int, int]] = []
-    prepare(pairs, chat, examples=3, on_row=lambda done, total: visits.append((done, total)))
-    assert visits == [(1, 20), (2, 20), (3, 20)]
-
-
 def test_the_sources_score_reaches_the_responses(pairs: Path, chat: ChatTokenizer) -> None:
     """The recipe's constant stands for rows without a score."""
-    assert {r.score for s in prepare(pairs, chat, score=0.25).sequences for r in s.responses} == {0.25}
+    assert {r.score for s in sequences(prepare(pairs, chat, score=0.25)) for r in s.responses} == {0.25}
 
 
 def test_a_split_chooses_files_and_labels_the_source(pairs: Path, chat: ChatTokenizer) -> None:
     """The label of a source names its split."""
     prepared = prepare(pairs.parent, chat, split="pairs")
-    assert (prepared.num_responses, prepared.label) == (20, f"{pairs.parent}[pairs]")
+    assert (prepared.selection.num_responses, prepared.label) == (20, f"{pairs.parent}[pairs]")
 
 
 def test_too_few_rows_are_refused_with_counts(pairs: Path, chat: ChatTokenizer) -> None:
@@ -163,10 +165,10 @@ def test_a_source_of_which_all_is_dropped_is_refused(pairs: Path, chat: ChatToke
 
 def test_drops_are_counted_by_response(conversations: Path, chat: ChatTokenizer) -> None:
     """Ten conversations that fit up to the first of their three answers lose two answers each."""
-    (first_end,) = {s.responses[0].end for s in prepare(conversations, chat, "ultrachat").sequences}
+    (first_end,) = {s.responses[0].end for s in sequences(prepare(conversations, chat, "ultrachat"))}
     prepared = prepare(conversations, chat, "ultrachat", max_length=first_end)
-    assert (prepared.num_responses, prepared.dropped) == (10, {"longer than max_length": 20})
-    assert [Path(o).name for o in prepared.dropped_origins["longer than max_length"]] == [
+    assert (prepared.selection.num_responses, prepared.account.dropped) == (10, {"longer than max_length": 20})
+    assert [Path(o).name for o in prepared.selection.store.places_of("longer than max_length")] == [
         f"conversations.jsonl:{line}" for line in (1, 2, 3)
     ]
 
@@ -175,58 +177,53 @@ def test_dropped_responses_are_replaced(pairs: Path, chat: ChatTokenizer) -> Non
     """`examples` counts what is kept: rows that are dropped do not use it up."""
     rows = [{"prompt": "q", "response": "<|im_end|>" if i % 2 else "a"} for i in range(20)]
     prepared = prepare(write_rows(pairs.with_name("half.jsonl"), rows), chat, examples=10)
-    assert prepared.num_responses == 10
-
-
-@pytest.mark.parametrize("examples", [None, 3])
-def test_a_bad_row_is_refused_by_file_and_line(pairs: Path, chat: ChatTokenizer, examples: int | None) -> None:
-    """The message names file and line, what is wrong, and the format that was expected."""
-    path = write_rows(pairs.with_name("bad.jsonl"), [{"prompt": "q", "response": "a"}, {"prompt": "q", "scroe": 1}] * 2)
-    message = refusal(path, chat, examples=examples)
-    assert message.startswith((f"{path}:2: unknown key 'scroe'", f"{path}:4: unknown key 'scroe'"))
-    assert message.endswith("(format jsonl)")
+    assert prepared.selection.num_responses == 10
 
 
 def test_too_long_refuse(pairs: Path, chat: ChatTokenizer) -> None:
-    """With `too_long: refuse` the first response that does not fit ends the run, by its place."""
-    assert prepare(pairs, chat, too_long="refuse").num_responses == 20
-    message = refusal(pairs, chat, too_long="refuse", max_length=12)
+    """With `too_long: refuse` a response that does not fit ends the run, by its place."""
+    assert prepare(pairs, chat, long_responses=False).selection.num_responses == 20
+    message = refusal(pairs, chat, long_responses=False, max_length=12)
+    assert message.startswith(f"{pairs}:1: a response ends past data.max_length 12 (20 do in {pairs}); raise it, or")
+    assert "data.too_long: drop or trim_prompt" in message
+
+
+def test_a_trimmed_prompt_is_kept_and_counted(pairs: Path, chat: ChatTokenizer) -> None:
+    """With `trim_prompt` the response that was too long is there, with the end of its prompt."""
+    rows = [{"prompt": "x" * 600 + f" end {i}", "response": "a"} for i in range(3)]
+    path = write_rows(pairs.with_name("long.jsonl"), rows)
+    prepared = prepare(path, chat, max_length=100, trim_prompt=True)
+    assert prepared.selection.num_responses == 3
+    assert prepared.account.changed == {"prompt trimmed to max_length": 3}
+    assert all(90 < sequence.num_tokens <= 100 for sequence in sequences(prepared))
+
+
+def test_quarantine_is_accepted_up_to_a_share(pairs: Path, chat: ChatTokenizer) -> None:
+    """One bad row of twenty is 5%: accepted by a tenth, refused by a hundredth, and where nothing may be bad."""
+    rows = [{"prompt": f"q{i}", "response": "a" if i else ""} for i in range(20)]
+    path = write_rows(pairs.with_name("bad.jsonl"), rows)
+    assert refusal(path, chat).startswith(f"{path}:1: 'response' is empty")
+    assert prepare(path, chat, quarantine=True, max_quarantined=0.1).selection.num_responses == 19
+    message = refusal(path, chat, quarantine=True, max_quarantined=0.01)
     assert message.startswith(
-        f"{pairs}:1: a response ends past data.max_length 12; raise it, or set data.too_long: drop"
+        f"{path}: 1 of 20 rows are bad, more than data.max_quarantined 0.01 allows; each is named"
     )
+    assert "an earlier run set 1 bad rows aside" in refusal(path, chat)
 
 
-def test_sequences_come_back_as_they_were_written(tmp_path: Path) -> None:
-    """Tokens, spans, scores to the last bit, kinds and origins survive the file; a score of a third shows rounding."""
-    odd = Sequence(np.array([5, 2**31 - 1, 0], dtype=np.int32), (Response(1, 3, 1 / 3, "pair", "f é\u2028:1"),))
-    written = (*toy_sequences(30), odd, Sequence(np.zeros(2, dtype=np.int32), ()))
-    write_sequences(tmp_path / "data.arrow", written)
-    read = read_sequences(tmp_path / "data.arrow")
-    assert [s.token_ids_T.tolist() for s in read] == [s.token_ids_T.tolist() for s in written]
-    assert [s.responses for s in read] == [s.responses for s in written]
-    assert {s.token_ids_T.dtype for s in read} == {np.dtype("int32")}
+@pytest.mark.parametrize("key", ["score", "label"])
+def test_feedback_of_one_score_is_refused(pairs: Path, chat: ChatTokenizer, key: str) -> None:
+    """Twenty responses of one score or label teach nothing: refused, unless it is said to be meant."""
+    rows = [{"prompt": f"q{i}", "response": "a", key: 0.5 if key == "score" else True} for i in range(20)]
+    path = write_rows(pairs.with_name(f"{key}.jsonl"), rows)
+    assert "all 20 responses have the score" in refusal(path, chat)
+    assert prepare(path, chat, allow_one_score=True).selection.num_responses == 20
+    assert prepare(write_rows(path, rows[:19]), chat).selection.num_responses == 19
 
 
-def test_no_sequences_are_a_valid_file(tmp_path: Path) -> None:
-    """A run without held-out data writes an empty file."""
-    write_sequences(tmp_path / "data.arrow", ())
-    assert read_sequences(tmp_path / "data.arrow") == ()
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
-    """An error on the way neither leaves half a file nor touches the one that was there."""
-    path = tmp_path / "data.arrow"
-
-    def interrupted() -> Iterator[Sequence]:
-        yield from toy_sequences(3)
-        raise RuntimeError("disk gone")
-
-    with pytest.raises(RuntimeError, match="disk gone"):
-        write_sequences(path, interrupted())
-    assert list(tmp_path.iterdir()) == []
-    write_sequences(path, toy_sequences(2))
-    before = path.read_bytes()
-    with pytest.raises(RuntimeError, match="disk gone"):
-        write_sequences(path, interrupted())
-    assert [file.name for file in tmp_path.iterdir()] == ["data.arrow"]
-    assert path.read_bytes() == before
+@pytest.mark.parametrize(("examples", "expected"), [(1, 2), (2, 2), (3, 4)])
+def test_pairs_are_drawn_whole(pairs: Path, chat: ChatTokenizer, examples: int, expected: int) -> None:
+    """An odd number of examples takes one more: a pair is not torn."""
+    rows = [{"prompt": f"q{i}", "chosen": "good", "rejected": "bad"} for i in range(5)]
+    prepared = prepare(write_rows(pairs.with_name("p.jsonl"), rows), chat, examples=examples)
+    assert prepared.selection.num_responses == len(sequences(prepared)) == expected

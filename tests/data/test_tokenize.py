@@ -10,8 +10,8 @@ from tiny import CHATML, IM_END, SPECIAL_TOKENS, build_tiny_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from uft_ds.data.example import Example, Message, Sequence
-from uft_ds.data.tokenize import ChatTokenizer, Tokenized, keep_first, load_tokenizer, tokenize
+from uft_ds.data.example import Example, Message, Pair, Sequence
+from uft_ds.data.tokenize import CONTROL, EQUAL, LONG, ChatTokenizer, Tokenized, keep_first, load_tokenizer, tokenize
 from uft_ds.errors import UserError
 from uft_ds.model.smollm2 import NAME, default_cache_dir, is_complete
 
@@ -116,11 +116,11 @@ def conversation(*contents: str, system: str | None = None) -> Example:
     messages = [] if system is None else [Message("system", system)]
     for index, content in enumerate(contents):
         messages.append(Message("assistant", content, index // 2 / 10) if index % 2 else Message("user", content))
-    return Example(tuple(messages), "instruction", "f:1")
+    return Example(tuple(messages), "instruction")
 
 
 def tokenized(example: Example, chat: ChatTokenizer, *, merge: bool = True, max_length: int = 10_000) -> Tokenized:
-    return tokenize(example, chat, max_length=max_length, merge=merge)
+    return tokenize(example, chat, max_length=max_length, merge=merge, origin="f:1")
 
 
 def spans(sequence: Sequence, chat: ChatTokenizer) -> list[str]:
@@ -232,10 +232,10 @@ def test_earlier_turns_without_score_are_context(tiny: ChatTokenizer) -> None:
         Message("user", "q2"),
         Message("assistant", "a2", 0.5),
     )
-    (sequence,) = tokenized(Example(messages, "score", "f:7"), tiny).sequences
+    (sequence,) = tokenized(Example(messages, "score"), tiny).sequences
     assert spans(sequence, tiny) == ["a2<|im_end|>"]
     (response,) = sequence.responses
-    assert (response.score, response.kind, response.origin) == (0.5, "score", "f:7")
+    assert (response.score, response.kind, response.origin) == (0.5, "score", "f:1")
 
 
 def test_tokens_by_hand(tiny: ChatTokenizer) -> None:
@@ -283,8 +283,15 @@ def test_a_template_that_trims_is_followed(with_template: Load) -> None:
 @pytest.mark.parametrize("merge", [True, False])
 def test_a_prompt_that_the_finished_turn_lacks_is_refused(with_template: Load, merge: bool) -> None:
     """If generation starts with other text than training, there is no span to supervise."""
-    with pytest.raises(UserError, match=r"f:1: .* is not a prefix of the finished turn.*model\.chat_template"):
+    with pytest.raises(ValueError, match=r"is not a prefix of the finished turn.*model\.chat_template"):
         tokenized(conversation("q1", "a1", "q2", "a2"), with_template(OPENS_THOUGHT), merge=merge)
+
+
+def test_a_prompt_that_opens_a_thought_goes_with_answers_that_think(with_template: Load) -> None:
+    """Such a template is exact for answers that begin as its prompt ends: the opening is prompt, the thought learned."""
+    chat = with_template(OPENS_THOUGHT)
+    (sequence,) = tokenized(conversation("q", "<think>\nhm\n</think>\n\na"), chat).sequences
+    assert spans(sequence, chat) == ["hm\n</think>\n\na<|im_end|>"]
 
 
 def test_a_given_template_replaces_the_tokenizers(with_template: Load) -> None:
@@ -347,7 +354,7 @@ def test_special_tokens_in_the_text_are_dropped_and_counted(chat: ChatTokenizer,
         example = conversation(
             text.get("question", "q"), "a1", "q2", text.get("answer", "a2"), system=text.get("system")
         )
-        assert tokenized(example, chat) == Tokenized((), {"special token in the text": 2})
+        assert tokenized(example, chat) == Tokenized((), {CONTROL: 2}, {})
 
 
 def test_a_response_is_never_cut(tiny: ChatTokenizer) -> None:
@@ -355,7 +362,7 @@ def test_a_response_is_never_cut(tiny: ChatTokenizer) -> None:
     example = conversation("q", "ab")  # 23 tokens
     (sequence,) = tokenized(example, tiny, max_length=23).sequences
     assert spans(sequence, tiny) == ["ab<|im_end|>"]
-    assert tokenized(example, tiny, max_length=22) == Tokenized((), {"longer than max_length": 1})
+    assert tokenized(example, tiny, max_length=22) == Tokenized((), {LONG: 1}, {})
 
 
 @pytest.mark.parametrize("merge", [True, False])
@@ -368,7 +375,7 @@ def test_what_fits_of_a_conversation_is_kept(tiny: ChatTokenizer, merge: bool) -
         kept = sum(end <= max_length for end in ends)
         texts = [text for sequence in result.sequences for text in spans(sequence, tiny)]
         assert texts == [f"a{i + 1}<|im_end|>" for i in range(kept)]
-        assert result.dropped == ({"longer than max_length": 3 - kept} if kept < 3 else {})
+        assert result.dropped == ({LONG: 3 - kept} if kept < 3 else {})
         for sequence in result.sequences:
             assert sequence.responses
             assert sequence.num_tokens == sequence.responses[-1].end <= max_length

@@ -10,10 +10,10 @@ import json
 import multiprocessing
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -105,14 +105,20 @@ def build_store(
     """
     total = Account(0, {}, {}, {}, 0, 0)
     writer = StoreWriter(folder)
-    with closing(writer), (folder / QUARANTINE).open("w", encoding="utf-8") as rejected:
-        for result in _results(data, rules, chat, workers, on_progress):
+    with ExitStack() as stack:
+        stack.callback(writer.close)
+        rejected = stack.enter_context((folder / QUARANTINE).open("w", encoding="utf-8"))
+        results = stack.enter_context(closing(_results(data, rules, chat, workers, on_progress)))
+        for result in results:
             for row, reason in result.bad:
                 if not quarantine:
-                    raise UserError(f"{data.place(row.file, row.line)}: {reason} (format {rules.format})")
+                    raise UserError(
+                        f"{data.place(row.file, row.line)}: {reason} (format {rules.format}); mend the row, or set "
+                        "data.on_bad_row: quarantine to leave such rows out"
+                    )
                 rejected.write(_quarantined(data, row, reason))
             writer.add(result.columns)
-            total = _added(total, result, data)
+            total = _added(total, result)
         writer.finish(data.names, total)
 
 
@@ -155,14 +161,19 @@ def _results(
     chat: ChatTokenizer,
     workers: int | None,
     on_progress: Callable[[int, int], None],
-) -> Iterator[_Result]:
+) -> Generator[_Result, None, None]:
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if data_size(data) >= _PARALLEL_FROM_BYTES else 1
-    chunks = _chunks(raw_rows(data, on_progress), data)
     examine = _Examiner(rules, chat)
-    if workers == 1:
-        yield from _in_order(chunks, examine, None, 0)
-        return
+    with closing(raw_rows(data, on_progress)) as rows:
+        chunks = _chunks(rows, data)
+        if workers == 1:
+            yield from _in_order(chunks, examine, None, 0)
+        else:
+            yield from _by_processes(chunks, examine, workers, data.label)
+
+
+def _by_processes(chunks: Iterator[_Chunk], examine: _Examiner, workers: int, label: str) -> Iterator[_Result]:
     # Spawned, not forked: this process has threads (torch, tokenizers, a rank's own), whose locks a fork would copy.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(examine,)) as pool:
@@ -170,7 +181,7 @@ def _results(
             yield from _in_order(chunks, examine, pool, 4 * workers)
         except BrokenProcessPool:
             raise UserError(
-                f"{data.label}: a process that tokenised it was killed; out of memory? Set data.workers lower"
+                f"{label}: a process that tokenised it was killed; out of memory? Set data.workers lower"
             ) from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -274,16 +285,16 @@ def _sides(item: Example | Pair) -> tuple[Example, ...]:
     return (replace(item.chosen, kind=kind), replace(item.rejected, kind=kind))
 
 
-def _added(total: Account, result: _Result, data: DataFiles) -> Account:
-    origins = dict(total.origins)
+def _added(total: Account, result: _Result) -> Account:
+    places = dict(total.places)
     for reason, file, line in result.places:
-        if len(origins.get(reason, ())) < PLACES_NAMED:
-            origins[reason] = (*origins.get(reason, ()), data.place(file, line))
+        if len(places.get(reason, ())) < PLACES_NAMED:
+            places[reason] = (*places.get(reason, ()), (file, line))
     return Account(
         total.rows + result.num_rows,
         dict(Counter(total.dropped) + result.dropped),
         dict(Counter(total.changed) + result.changed),
-        origins,
+        places,
         total.quarantined + len(result.bad),
         total.skipped + result.num_skipped,
     )

@@ -227,7 +227,7 @@ class _ArrayText:
         self.take(offset)
         if "\udc80" <= self.text[self.position : self.position + 1] <= "\udcff":
             return UserError(f"{self.name}:{self.line}: byte {self.byte} is not UTF-8; convert the file to UTF-8")
-        has_end = not self.is_whole or not self.text.strip() or self.text.rstrip().endswith("]")
+        has_end = not self.is_whole or self.text.rstrip().endswith("]")
         hint = "" if has_end else f"; the array has no end: {INTERRUPTED}"
         return UserError(f"{self.name}:{self.line}: not valid JSON: {reason} at column {self.column}{hint}")
 

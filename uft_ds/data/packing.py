@@ -260,8 +260,8 @@ def _assign(units: _Units, num_bins: int, capacity: int) -> Assignment | None:
     if assigned is None:
         rng = np.random.default_rng(0)
         for restart in range(_RESTARTS):
-            noise_U = 1 + 0.1 * restart / _RESTARTS * rng.standard_normal(len(tokens_U))
-            assigned = _bin_by_bin(tokens_U, np.argsort(-tokens_U * noise_U, kind="stable"), num_bins, capacity)
+            changed_U = tokens_U * rng.integers(100 - 5 * restart, 101 + 5 * restart, size=len(tokens_U))
+            assigned = _bin_by_bin(tokens_U, np.argsort(-changed_U, kind="stable"), num_bins, capacity)
             if assigned is not None:
                 break
     return assigned
@@ -273,16 +273,16 @@ def _one_by_one(
     """The heaviest unit first, to the lightest bin that has room (it ends even) or to the heaviest (it fits more)."""
     bin_of_U = np.zeros(len(tokens_U), dtype=np.int64)
     room_B = np.full(num_bins, capacity)
-    rank_B = np.zeros(num_bins, dtype=np.int64)
+    key_B = np.zeros(num_bins, dtype=np.int64)
     sign = 1 if to_the_lightest else -1
     never = np.iinfo(np.int64).max
     for unit in np.argsort(-weights_U, kind="stable").tolist():
-        chosen = int(np.where(room_B >= tokens_U[unit], rank_B, never).argmin())
+        chosen = int(np.where(room_B >= tokens_U[unit], key_B, never).argmin())
         if room_B[chosen] < tokens_U[unit]:
             return None
         bin_of_U[unit] = chosen
         room_B[chosen] -= tokens_U[unit]
-        rank_B[chosen] += sign * weights_U[unit]
+        key_B[chosen] += sign * weights_U[unit]
     return bin_of_U
 
 

@@ -154,15 +154,15 @@ def _check_account(prepared: PreparedSource, tolerance: Tolerance) -> None:
         )
     if account.dropped.get(LONG) and not tolerance.long_responses:
         raise UserError(
-            f"{account.origins[LONG][0]}: a response ends past data.max_length {prepared.source.rules.max_length} "
+            f"{prepared.selection.store.places_of(LONG)[0]}: a response ends past data.max_length {prepared.source.rules.max_length} "
             f"({account.dropped[LONG]} do in {prepared.label}); raise it, or set data.too_long: drop or trim_prompt"
         )
 
 
 def _check_found(prepared: PreparedSource) -> None:
-    source, account = prepared.source, prepared.account
+    source, account, store = prepared.source, prepared.account, prepared.selection.store
     reasons = "; ".join(
-        f"{count} {reason} (first: {', '.join(account.origins[reason])})" for reason, count in account.dropped.items()
+        f"{count} {reason} (first: {', '.join(store.places_of(reason))})" for reason, count in account.dropped.items()
     )
     where = f"; {account.skipped} rows that `where` does not select" if account.skipped else ""
     left_out = f"; left out: {reasons}" if reasons else ""

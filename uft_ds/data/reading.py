@@ -15,7 +15,7 @@ import io
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -167,7 +167,9 @@ def _stored_files(data: DataFiles) -> list[tuple[str, Path]]:
     return [(data.label, Path(file["filename"])) for file in data.hub.cache_files]
 
 
-def raw_rows(data: DataFiles, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Iterator[RawRow]:
+def raw_rows(
+    data: DataFiles, on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> Generator[RawRow, None, None]:
     """All rows in order, streamed.
 
     Args:
@@ -238,8 +240,12 @@ def _text_rows(path: Path, name: str) -> Iterator[Located]:
     packed = path.suffix if path.suffix in COMPRESSIONS else ""
     read = TEXT_READERS[Path(path.name.removesuffix(packed)).suffix]
     line = 0
-    with _readable(name, lambda: f" after line {line}" if line else ""), path.open("rb", buffering=0) as stored:
-        rows = read(_unpacked(stored, packed), name)
+    with (
+        _readable(name, lambda: f" after line {line}" if line else ""),
+        path.open("rb", buffering=0) as stored,
+        _unpacked(stored, packed) as stream,
+    ):
+        rows = read(stream, name)
         for first in rows:
             done = stored.tell()
             for line, byte, value in chain([first], islice(rows, BATCH_ROWS - 1)):

@@ -65,16 +65,16 @@ class Place:
 class Account:
     """What became of a source's rows.
 
-    dropped, changed: responses by reason; origins: up to three places for each reason.
+    dropped, changed: responses by reason; places: (file, line) of the first rows, for each reason.
+    skipped: rows that `where` does not select.
     """
 
     rows: int
     dropped: dict[str, int]
     changed: dict[str, int]
-    origins: dict[str, tuple[str, ...]]
+    places: dict[str, tuple[tuple[int, int], ...]]
     quarantined: int
     skipped: int
-    """Rows that `where` does not select."""
 
 
 class StoreWriter:
@@ -145,8 +145,7 @@ class SequenceStore:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         self.folder, self.label = folder, label
         self.names: tuple[str, ...] = tuple(names if names is not None else index["names"])
-        account = index["account"]
-        self.account = Account(**account | {"origins": {k: tuple(v) for k, v in account["origins"].items()}})
+        self.account = Account(**index["account"])
         arrays = {name: _mapped(folder / f"{name}.bin", dtype, index["counts"][name]) for name, dtype in DTYPES.items()}
         self._tokens, self.responses = arrays["tokens"], arrays["responses"]
         # Small beside the tokens, and read all the time.
@@ -188,6 +187,10 @@ class SequenceStore:
         """The row that a unit came from."""
         row = self._units[index]
         return Place(int(row["file"]), int(row["line"]), int(row["item"]))
+
+    def places_of(self, reason: str) -> tuple[str, ...]:
+        """`file:line` of the first rows of which something was left out or changed for this reason."""
+        return tuple(f"{self.names[file]}:{line}" for file, line in self.account.places.get(reason, ()))
 
     def origin(self, index: int) -> str:
         """Where a unit came from, for messages."""

@@ -127,6 +127,8 @@ def _build_beside(
     temporary.mkdir()
     try:
         build_store(temporary, data, rules, chat, quarantine=quarantine, workers=workers, on_progress=on_progress)
+        if store_key(data, rules, chat) != folder.name:
+            raise UserError(f"{data.label}: changed while it was read; start again when it is complete")
         temporary.rename(folder)
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY) or not is_whole(folder):

@@ -1,0 +1,26 @@
+"""Small data files, and what is made of them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from uft_ds.data.building import RowRules
+from uft_ds.data.example import Response
+from uft_ds.data.store import SequenceStore
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def rules(**changes: Any) -> RowRules:
+    """Rows of our own format, whole conversations, at most 512 tokens."""
+    defaults = {"format": "jsonl", "score": None, "max_length": 512, "merge": True, "trim_prompt": False}
+    return RowRules(**defaults | changes)
+
+
+def read(store: SequenceStore, index: int) -> Response:
+    """The first response of a unit."""
+    return store.unit(index)[0].responses[0]
