@@ -97,12 +97,14 @@ def held_out_by_score(run: Path, base: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from uft_ds.checkpoint.convert import hugging_face_logps
-    from uft_ds.data.prepare import read_sequences
+    from uft_ds.prepare import open_data
     from uft_ds.recipe_file import load_recipe
     from uft_ds.training.run_folder import RunFolder
 
-    sequences = read_sequences(RunFolder(run).held_out_data())
-    beta = load_recipe(str(run / "recipe.yaml")).objective.beta
+    recipe = load_recipe(str(run / "recipe.yaml"))
+    held_out = [source.selection for source in open_data(recipe, RunFolder(run)).held_out]
+    sequences = tuple(s for selection in held_out for index in range(len(selection)) for s in selection.unit(index))
+    beta = recipe.objective.beta
     policy = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(run / "latest" / "adapter"))
     ratios = hugging_face_logps(policy, sequences) - hugging_face_logps(policy, sequences, adapters=False)
     responses = [response for sequence in sequences for response in sequence.responses]

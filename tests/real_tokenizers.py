@@ -17,8 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from uft_ds.files import user_cache
 
@@ -178,7 +179,24 @@ def _byte_letters() -> dict[int, str]:
 
 
 def _write_mistral(folder: Path) -> None:
-    (folder / "tokenizer.model").write_bytes(_download(MISTRAL_PACKAGE, MISTRAL_MODEL, MISTRAL_MODEL_SHA256))
+    """With the merges in the order of their scores, as in the model's own tokenizer.json.
+
+    transformers 5.23 orders them by id where it converts the SentencePiece model itself, and then two spaces before a
+    word become other tokens.
+    """
+    model = folder / "tokenizer.model"
+    model.write_bytes(_download(MISTRAL_PACKAGE, MISTRAL_MODEL, MISTRAL_MODEL_SHA256))
+    pieces = SentencePieceProcessor(model_file=str(model))
+    vocabulary = {pieces.id_to_piece(index): index for index in range(pieces.get_piece_size())}
+    merges = [
+        (piece[:cut], piece[cut:])
+        for piece in sorted(vocabulary, key=lambda piece: -pieces.get_score(vocabulary[piece]))
+        for cut in range(1, len(piece))
+        if piece[:cut] in vocabulary and piece[cut:] in vocabulary
+    ]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, fuse_unk=True, byte_fallback=True))
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ("<unk>", "<s>", "</s>")])
+    tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "LlamaTokenizer",
         "add_bos_token": True,
@@ -188,10 +206,9 @@ def _write_mistral(folder: Path) -> None:
         "unk_token": "<unk>",
         "legacy": True,
         "clean_up_tokenization_spaces": False,
-        "chat_template": template_of("mistral-v0.1"),
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    AutoTokenizer.from_pretrained(folder).save_pretrained(folder)  # tokenizer.json loads in a tenth of the time
+    (folder / "chat_template.jinja").write_text(template_of("mistral-v0.1"), encoding="utf-8")
 
 
 # The same templates, with what the assistant writes marked; (text of the template, what stands for it).
@@ -238,10 +255,10 @@ _MARKS = {
     ],
     "smollm2": [
         (
-            "{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}",
-            "{{'<|im_start|>' + message['role'] + '\\n'}}{% if message['role'] == 'assistant' %}"
+            "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}",
+            "{{'<|im_start|>' + message['role'] + '\n'}}{% if message['role'] == 'assistant' %}"
             "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
-            "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}",
+            "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}",
         )
     ],
 }

@@ -8,9 +8,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from uft_ds.data.example import KINDS
+from uft_ds.data.mixture import Portion
 from uft_ds.errors import UserError
 from uft_ds.recipe import Recipe, describe_keys
 from uft_ds.recipe_file import dump_recipe, load_recipe, shipped_recipes
+from uft_ds.resolve import portion_of
 
 MINIMAL = """\
 name: small
@@ -142,7 +144,7 @@ def test_home_is_expanded_in_locations_only(minimal: str, monkeypatch: pytest.Mo
             "data.sources.0.format=helpstear2",
             "data.sources.0.format: unknown name 'helpstear2'; did you mean 'helpsteer2'",
         ),
-        ("data.held_out=[{format: x, path: p}]", "data.held_out.0.format: unknown name 'x'; allowed: jsonl, ultrachat"),
+        ("data.held_out=[{format: x, path: p}]", "data.held_out.0.format: unknown name 'x'; allowed: jsonl, trl,"),
         ("objective.loss=bse", "objective.loss: unknown name 'bse'; did you mean"),
         ("objective.loss=zzz", "objective.loss: unknown name 'zzz'; allowed: mse, bce, l1, nll"),
     ],
@@ -205,17 +207,45 @@ def test_all_problems_are_told_at_once(minimal: str) -> None:
     """Two wrong keys give two lines."""
     message = refusal(minimal, "train.lr=x", "train.seed=x")
     assert [line.split(": ")[1] for line in message.splitlines()] == ["train.lr", "train.seed"]
-    message = refusal(minimal, "lora.dropout=0.1", "data.on_bad_row=quarantine")
-    assert [line.split(": ")[1] for line in message.splitlines()] == ["lora.dropout", "data.on_bad_row"]
+    message = refusal(minimal, "lora.dropout=0.1", "objective.reward_shift=ema")
+    assert [line.split(": ")[1] for line in message.splitlines()] == ["lora.dropout", "objective.reward_shift"]
 
 
 @pytest.mark.parametrize("key", ["data.sources.1.path=a.jsonl", "data.held_out=[{format: jsonl, path: b.jsonl}]"])
 def test_a_source_given_twice_is_refused(minimal: str, key: str) -> None:
-    """No row is trained on twice in an epoch, nor held out and trained on; another split is another source."""
+    """No row is trained on twice in an epoch, nor held out and trained on; another split, or `where`, is another."""
     place = "data.held_out.0" if "held_out" in key else "data.sources.1"
     assert f"{place}.path: " in refusal(minimal, key)
     assert "is a source already" in refusal(minimal, key)
     load_recipe(minimal, (key, f"{place}.split=test"))
+    load_recipe(minimal, (key, f"{place}.where={{part: test}}"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.sources.0={format: jsonl, path: a, epochs: 2.0, share: 0.5}", "share: given beside `epochs`"),
+        ("data.sources.0.share=0", "share: 0 takes nothing"),
+        ("data.sources.0.share={0: 0.5}", "share: a schedule needs a share at 0 and at 1, found [0.0]"),
+        ("data.sources.0.share=1.5", "share"),
+        ("data.sources.0.epochs=0", "epochs"),
+        (
+            "data.held_out=[{format: jsonl, path: p, share: 0.5}]",
+            "held_out.0.share: held-out data is gone through once",
+        ),
+    ],
+)
+def test_a_portion_that_means_nothing_is_refused(minimal: str, override: str, message: str) -> None:
+    """How much of a source is taken is said once, and makes sense."""
+    assert message in refusal(minimal, override)
+
+
+def test_a_share_may_be_a_schedule(minimal: str) -> None:
+    """Points of the run's progress, in any order, as a map of YAML."""
+    recipe = load_recipe(minimal, ("data.sources.0.share={1: 0.1, 0: 0.9, 0.5: 0.9}",))
+    assert portion_of(recipe.data.sources[0]).share == ((0.0, 0.9), (0.5, 0.9), (1.0, 0.1))
+    assert portion_of(load_recipe(minimal, ("data.sources.0.share=0.25",)).data.sources[0]).share == ((0.0, 0.25),)
+    assert portion_of(load_recipe(minimal).data.sources[0]) == Portion(passes=1.0)
 
 
 @pytest.mark.parametrize(
@@ -223,8 +253,6 @@ def test_a_source_given_twice_is_refused(minimal: str, key: str) -> None:
     [
         ("objective.loss=dpo", "objective.loss: 'dpo' is not available in this version; use mse, bce, l1, nll"),
         ("lora=null", "lora: null is not available in this version"),
-        ("data.too_long=trim_prompt", "data.too_long: 'trim_prompt' is not available in this version; use drop or"),
-        ("data.on_bad_row=quarantine", "data.on_bad_row: 'quarantine' is not available in this version; use refuse"),
         ("objective.reward_shift=ema", "objective.reward_shift: 'ema' is not available in this version; use none"),
     ],
 )
@@ -258,7 +286,7 @@ def test_a_loss_for_each_kind(minimal: str) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("objective.loss={instruction: nll}", "objective.loss: no loss for kind 'score'"),
+        ("objective.loss={}", "objective.loss: no loss for any kind"),
         ("objective.loss={instruction: nll, scor: mse}", "objective.loss: unknown name 'scor'; did you mean 'score'?"),
         ("objective.loss={instruction: nll, score: msee}", "objective.loss: unknown name 'msee'; did you mean 'mse'?"),
         ("objective.weights={scores: 1.0}", "objective.weights: unknown name 'scores'; did you mean 'score'?"),
@@ -268,7 +296,7 @@ def test_a_loss_for_each_kind(minimal: str) -> None:
     ],
 )
 def test_a_bad_map_of_kinds_is_refused(minimal: str, override: str, message: str) -> None:
-    """Maps from kind know the kinds, need every kind a format gives, and weights are finite and not negative."""
+    """Maps from kind know the kinds and name at least one, and weights are finite and not negative."""
     assert message in refusal(minimal, override)
 
 

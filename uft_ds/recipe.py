@@ -249,14 +249,15 @@ def _impossible(recipe: Recipe) -> list[tuple[str, str]]:
                 "true needs model.gradient_checkpointing: true; without it all activations would cross to the host",
             )
         )
-    seen: set[tuple[str, str | None]] = set()
+    seen: set[tuple[Any, ...]] = set()
     for prefix, sources in (("data.sources", data.sources), ("data.held_out", data.held_out)):
         for index, source in enumerate(sources):
-            if (source.path, source.split) in seen:
+            rows = (source.path, source.split, tuple(sorted(source.where.items())))
+            if rows in seen:
                 found.append(
                     (f"{prefix}.{index}.path", f"{source.path!r} is a source already; no row may be used twice")
                 )
-            seen.add((source.path, source.split))
+            seen.add(rows)
     if recipe.lora is not None and recipe.lora.dropout != 0.0:
         found.append(("lora.dropout", f"{recipe.lora.dropout} given, must be 0: it would make log-ratios noise"))
     for prefix, sources in (("data.sources", data.sources), ("data.held_out", data.held_out)):

@@ -1,6 +1,7 @@
 """Supervised spans: exactly the response and its end of turn, after exactly the prompt that generation would see."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -336,6 +337,94 @@ def test_a_missing_tokenizer_is_refused(tmp_path: Path) -> None:
     for base in (str(tmp_path), "nobody/no-such-model"):
         with pytest.raises(UserError, match=r"model\.base: no tokenizer could be loaded from"):
             load_tokenizer(base)
+
+
+# Templates that mark what the assistant writes
+
+MARKED = (
+    "{% for m in messages %}"
+    + OPEN
+    + "{% if m['role'] == 'assistant' and not m['tool_calls'] %}{% generation %}{{ m['content'] + '<|im_end|>' }}"
+    "{% endgeneration %}{{ '\\n' }}{% else %}{{ m['tool_calls'] or m['content'] }}" + CLOSE + "{% endif %}{% endfor %}"
+)
+CALL = ({"type": "function", "function": {"name": "f", "arguments": {}}},)
+
+
+def test_marks_give_the_spans_of_the_generation_prompt(with_template: Load) -> None:
+    """By marks a template needs no generation prompt, and its spans are those that it would give."""
+    example = conversation("q1", "a1", "q2", " a2\n")
+    expected = tokenized(example, with_template(CHATML)).sequences
+    chat = with_template(MARKED)
+    assert chat.marked
+    (sequence,) = tokenized(example, chat).sequences
+    assert sequence.responses == expected[0].responses
+    assert sequence.token_ids_T.tolist() == expected[0].token_ids_T.tolist()
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_a_turn_without_marks_is_refused(with_template: Load, merge: bool) -> None:
+    """A turn outside the marks is not given the span of an earlier one."""
+    chat = with_template(MARKED)
+    turns = (*conversation("q1", "a1", "q2").messages, Message("assistant", "", 1.0, tool_calls=CALL))
+    for messages in (turns, turns[2:]):
+        with pytest.raises(ValueError, match=r"blocks leave out this turn.*model\.chat_template"):
+            tokenized(Example(messages, "instruction"), chat, merge=merge)
+
+
+def test_several_marks_of_one_turn_are_one_span(with_template: Load) -> None:
+    """A thought and an answer marked one after the other are both learned."""
+    marks = (
+        "{% generation %}{{ m['content'][:1] }}{% endgeneration %}"
+        "{% generation %}{{ m['content'][1:] + '<|im_end|>' }}{% endgeneration %}"
+    )
+    chat = with_template(MARKED.replace(MARKED[MARKED.index("{% gen") : MARKED.index("{{ '\\n' }}{% else")], marks))
+    (sequence,) = tokenized(conversation("q1", "a1", "q2", "a2"), chat).sequences
+    assert spans(sequence, chat) == ["a1<|im_end|>", "a2<|im_end|>"]
+
+
+def test_marks_without_the_assistant_are_refused(with_template: Load) -> None:
+    """A template that marks other turns alone is refused when it is loaded."""
+    with pytest.raises(UserError, match=r"cannot be learned from.*blocks leave out this turn.*model\.chat_template"):
+        with_template(MARKED.replace("== 'assistant'", "== 'user'"))
+
+
+# Pairs
+
+
+def two(better: str, worse: str, *before: str) -> Pair:
+    sides = (conversation(*before, "q", answer) for answer in (better, worse))
+    return Pair(*(replace(side, kind="pair") for side in sides))
+
+
+def test_a_pair_is_a_unit_of_two_sequences(chat: ChatTokenizer) -> None:
+    """The chosen side first, each as it would be by itself, with one number for both and an origin of its own."""
+    pair = two("good", "not so good")
+    (unit,) = tokenize(pair, chat, max_length=10_000, merge=True, origin="f:1").units
+    for side, example in zip(unit, (pair.chosen, pair.rejected), strict=True):
+        (alone,) = tokenized(example, chat).sequences
+        assert side.token_ids_T.tolist() == alone.token_ids_T.tolist()
+        assert side.responses[0].start == alone.responses[0].start
+    assert [side.pair_id for side in unit] == [0, 0]
+    assert [side.responses[0].origin for side in unit] == ["f:1 (chosen)", "f:1 (rejected)"]
+
+
+def test_a_pair_fits_as_a_whole(tiny: ChatTokenizer) -> None:
+    """The longer side decides: at its length both stay, one token less and both are counted."""
+    pair = two("ab", "abcdef")  # 23 and 27 tokens
+    assert len(tokenize(pair, tiny, max_length=27, merge=True).sequences) == 2
+    assert tokenize(pair, tiny, max_length=26, merge=True) == Tokenized((), {LONG: 2}, {})
+
+
+def test_sides_with_the_same_tokens_are_dropped(with_template: Load) -> None:
+    """Answers that the template makes equal say nothing: both are counted."""
+    chat = with_template(TRIMS)
+    assert tokenize(two("a", " a "), chat, max_length=99, merge=True) == Tokenized((), {EQUAL: 2}, {})
+
+
+def test_a_control_token_on_one_side_drops_the_pair(tiny: ChatTokenizer) -> None:
+    """A pair is never halved."""
+    for answers in (("a", "<|im_end|>"), ("<|im_end|>", "a")):
+        assert tokenize(two(*answers), tiny, max_length=99, merge=True) == Tokenized((), {CONTROL: 2}, {})
 
 
 # What is dropped

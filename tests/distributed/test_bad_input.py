@@ -185,10 +185,11 @@ def test_a_response_that_does_not_fit_is_counted(tiny_qwen2: Path, tmp_path: Pat
     overrides = (f"data.sources.0.path={path}",)
     _, data, lock = prepare_run(load_recipe(str(recipe), overrides), overwrite=False)
     lock.close()
-    assert data.train[0].num_responses == 1
-    assert data.train[0].dropped == {"longer than max_length": 1}
-    assert data.train[0].dropped_origins == {"longer than max_length": (f"{path}:2",)}
-    assert all(r.num_tokens > 0 for s in data.train[0].sequences for r in s.responses)
+    selection = data.train[0].selection
+    assert selection.num_responses == 1
+    assert data.train[0].account.dropped == {"longer than max_length": 1}
+    assert selection.store.places_of("longer than max_length") == (f"{path}:2",)
+    assert all(r.num_tokens > 0 for s in selection.unit(0) for r in s.responses)
 
 
 class Payload:

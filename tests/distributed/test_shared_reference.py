@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from pools import plan
 from ranks import run_on_ranks
 from safetensors.torch import load_file
 from test_gradient_scale import engine_of
@@ -19,7 +20,8 @@ from test_training_run import TIMEOUT_SECONDS, run, uft, write_recipe
 from toy import UFT, toy_sequences
 
 from uft_ds.build import build_reference_cache
-from uft_ds.data.mixture import Step, in_order, plan_steps
+from uft_ds.data.mixture import Step, in_order
+from uft_ds.data.store import Held
 from uft_ds.model.identity import reference_identity
 from uft_ds.recipe_file import load_recipe
 from uft_ds.training.engine import Engine
@@ -31,7 +33,7 @@ from uft_ds.training.run_folder import RunFolder
 
 IDENTITY = "d" * 64
 SEQUENCES = toy_sequences(10, seed=4)
-STEPS: tuple[Step, ...] = plan_steps([SEQUENCES], ["toy"], seed=1, examples_per_step=9, epochs=3, steps=None)
+STEPS: tuple[Step, ...] = tuple(plan(SEQUENCES, seed=1, examples_per_step=9, epochs=3))
 """Three epochs; steps are larger than an epoch's remainder, so some hold known and unknown responses."""
 
 RATE = 3e-3
@@ -119,7 +121,8 @@ def open_cache(base: Path, work: Path, store_values: float | None) -> Any:
     recipe = load_recipe(str(work / "recipe.yaml"))
     engine = engine_of(base)
     identity = reference_identity(CONTENT, dtype="float32", attention="sdpa", adapter_dtype=None)
-    groups = in_order(SEQUENCES, 4)
+    pools = [Held(SEQUENCES)]
+    groups = in_order(pools, 4)
     right = ReferenceCache("remembered")
     fill(engine, right, groups, 64, flush_every=9)
     if engine.rank == 0:
@@ -128,7 +131,7 @@ def open_cache(base: Path, work: Path, store_values: float | None) -> Any:
         ReferenceStore.below(work / "reference", identity).write({key: right.known(key) + offset for key in keys})
     torch.distributed.barrier()
     recorder = Recorder()
-    cache = build_reference_cache(recipe, RunFolder(work), engine, engine.module, groups, recorder)  # type: ignore[arg-type]
+    cache = build_reference_cache(recipe, RunFolder(work), engine, engine.module, pools, recorder)  # type: ignore[arg-type]
     return cache.num_known, recorder.said, recorder.warned
 
 

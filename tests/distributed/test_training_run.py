@@ -36,6 +36,7 @@ def write_recipe(folder: Path, base: Path, **changes: Any) -> Path:
         "lora": {"rank": 4, "alpha": 8.0},
         "data": {
             "max_length": 64,
+            "cache_dir": str(folder / "tokenized"),
             "sources": [
                 {"format": "jsonl", "path": str(write_rows(folder / "instruction.jsonl", instruction))},
                 {"format": "jsonl", "path": str(write_rows(folder / "scored.jsonl", scored))},

@@ -120,7 +120,7 @@ def test_a_run_that_died_before_its_recipe_was_written_can_be_overwritten(tmp_pa
     folder = RunFolder(tmp_path / "run")
     claim(folder, overwrite=False).close()
     (folder.path / "data").mkdir()
-    folder.train_data(0).write_text("half")
+    folder.quarantine().write_text("half")
     with pytest.raises(UserError, match="--overwrite"):
         check_claimable(folder, overwrite=False)
     with claim(folder, overwrite=True):

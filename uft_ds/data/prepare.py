@@ -153,8 +153,9 @@ def _check_account(prepared: PreparedSource, tolerance: Tolerance) -> None:
             f"{tolerance.max_quarantined:g} allows; each is named with its reason in {file}"
         )
     if account.dropped.get(LONG) and not tolerance.long_responses:
+        first, *_ = prepared.selection.store.places_of(LONG)
         raise UserError(
-            f"{prepared.selection.store.places_of(LONG)[0]}: a response ends past data.max_length {prepared.source.rules.max_length} "
+            f"{first}: a response ends past data.max_length {prepared.source.rules.max_length} "
             f"({account.dropped[LONG]} do in {prepared.label}); raise it, or set data.too_long: drop or trim_prompt"
         )
 

@@ -54,6 +54,10 @@ class ChatTokenizer:
     control_tokens: tuple[str, ...]
     marked: bool = False
 
+    @property
+    def end_of_turn(self) -> str:
+        return str(self.tokenizer.convert_ids_to_tokens(self.end_of_turn_id))
+
     def render(self, messages: Seq[Message], *, tools: Seq[Any] = (), for_generation: bool = False) -> str:
         return render(self.tokenizer, _turns(messages), tools=tools, add_generation_prompt=for_generation)
 
@@ -63,6 +67,17 @@ class ChatTokenizer:
     def encode(self, text: str) -> list[int]:
         # The template has written every special token already: adding them again would double the BOS.
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def encode_continued(self, text: str) -> list[int]:
+        """The tokens of text that follows other text, no token straddling the two.
+
+        SentencePiece puts a space before every text: there it is read after a newline, which merges with nothing.
+        """
+        if self.tokenizer.convert_ids_to_tokens(self.encode("a")[:1])[0].startswith("▁"):
+            before, both = self.encode("\n"), self.encode("\n" + text)
+            if both[: len(before)] == before:
+                return both[len(before) :]
+        return self.encode(text)
 
     def holds_control_token(self, messages: Seq[Message], tools: Seq[Any]) -> bool:
         """Whether text of the data reads as a token that only the template may write."""
@@ -157,8 +172,9 @@ def _conversation(
     unfolded = [whole] if whole is not None else [_single(example, turn, chat, origin) for turn in turns]
     fitting = [keep_first(s, sum(response.end <= max_length for response in s.responses)) for s in unfolded]
     sequences = [sequence for sequence in fitting if sequence.responses]
-    # A prompt only grows: the responses that fit are the first ones.
-    long_turns = turns[sum(len(sequence.responses) for sequence in fitting) :]
+    # Not always the last ones: a template that removes earlier thoughts makes later sequences shorter.
+    ends = [response.end for sequence in unfolded for response in sequence.responses]
+    long_turns = [turn for turn, end in zip(turns, ends, strict=True) if end > max_length]
     changed: Counter[str] = Counter()
     if trim_prompt:
         trimmed = [_trimmed(_upto(example, turn), chat, max_length, origin) for turn in long_turns]
@@ -216,9 +232,8 @@ def _single(example: Example, turn: int, chat: ChatTokenizer, origin: str) -> Se
     prompt, text = _prompt_and_text(example, turn, chat)
     prompt_ids, ids = chat.encode(prompt), chat.encode(text)
     if ids[: len(prompt_ids)] != prompt_ids:
-        # Two calls: no token may straddle the boundary, for at generation the prompt stands alone. Only here,
-        # for a SentencePiece tokenizer would put a space before a response that is encoded by itself.
-        ids = prompt_ids + chat.encode(text[len(prompt) :])
+        # No token may straddle the boundary, for at generation the prompt stands alone.
+        ids = prompt_ids + chat.encode_continued(text[len(prompt) :])
     response = _response(example, turn, ids, len(prompt_ids), chat, origin)
     return Sequence(np.asarray(ids[: response.end], dtype=np.int32), (response,))
 
@@ -228,8 +243,11 @@ def _prompt_and_text(example: Example, turn: int, chat: ChatTokenizer) -> tuple[
     upto = example.messages[: turn + 1]
     if chat.marked:
         text, spans = chat.render_marked(upto, example.tools)
-        assert spans, "checked when the tokenizer was loaded"
-        prompt = text[: spans[-1][0]]
+        # Blocks of this turn: after them, it is the only one to end. Some templates mark no turn that calls tools.
+        starts = [start for start, _ in spans if text.count(chat.end_of_turn, start) == 1]
+        if not starts:
+            raise ValueError(f"the chat template's `{{% generation %}}` blocks leave out this turn; {REMEDY}")
+        prompt = text[: starts[0]]
     else:
         text = chat.render(upto, tools=example.tools)
         prompt = chat.render(example.messages[:turn], tools=example.tools, for_generation=True)
@@ -288,8 +306,6 @@ def _check_spans_are_exact(chat: ChatTokenizer) -> None:
     for content in (answer, f"<think>\nA thought\n</think>\n\n{answer}"):
         probe = Example((Message("user", question), Message("assistant", content, 1.0)), "instruction")
         try:
-            if chat.marked and not chat.render_marked(probe.messages, ())[1]:
-                raise ValueError("its `{% generation %}` blocks leave out the assistant's turn")
             sequence = _single(probe, 1, chat, "")
         except (ValueError, UserError) as error:
             problems.append(str(error))
