@@ -50,7 +50,8 @@ from sources import rules, write_rows
 from uft_ds.data import building, chat_template
 from uft_ds.data import tokenize as tokenizing
 from uft_ds.data.mixture import Ingredient, plan_steps
-from uft_ds.data.packing import fewest_micro_steps, imbalance, pack
+from uft_ds.data.bins import fewest_micro_steps
+from uft_ds.data.packing import imbalance, pack
 from uft_ds.data.prepare import PreparedSource, Source, Tolerance, prepare_source
 from uft_ds.data.store import Selection, SequenceStore
 from uft_ds.data.tokenize import ChatTokenizer, load_tokenizer

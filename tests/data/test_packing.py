@@ -16,16 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import toy_sequences, toy_step
 
+from uft_ds.data.bins import fewest_micro_steps
 from uft_ds.data.example import Response, Sequence
+from uft_ds.data.micro_batch import MicroBatch, micro_batch
 from uft_ds.data.mixture import Step
-from uft_ds.data.packing import (
-    MicroBatch,
-    fewest_micro_steps,
-    imbalance,
-    micro_batch,
-    pack,
-    rank_micro_batches,
-)
+from uft_ds.data.packing import imbalance, pack, rank_micro_batches
 
 WORLD_SIZES = (1, 2, 3, 4, 8)
 

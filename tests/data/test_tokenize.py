@@ -289,7 +289,7 @@ def test_a_prompt_that_the_finished_turn_lacks_is_refused(with_template: Load, m
 
 
 def test_a_prompt_that_opens_a_thought_goes_with_answers_that_think(with_template: Load) -> None:
-    """Such a template is exact for answers that begin as its prompt ends: the opening is prompt, the thought learned."""
+    """Exact for answers that begin as its prompt ends: the opening is prompt, the rest of the thought is learned."""
     chat = with_template(OPENS_THOUGHT)
     (sequence,) = tokenized(conversation("q", "<think>\nhm\n</think>\n\na"), chat).sequences
     assert spans(sequence, chat) == ["hm\n</think>\n\na<|im_end|>"]

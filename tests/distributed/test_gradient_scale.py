@@ -7,7 +7,8 @@ import torch
 from ranks import run_on_ranks
 from toy import UFT, objective, toy_model, toy_step
 
-from uft_ds.data.packing import MicroBatch, micro_batch, rank_micro_batches
+from uft_ds.data.micro_batch import MicroBatch, micro_batch
+from uft_ds.data.packing import rank_micro_batches
 from uft_ds.model.load import decoder_layer_class
 from uft_ds.objectives.objective import Objective, count_terms, micro_batch_loss
 from uft_ds.training.engine import Engine, deepspeed_config, read_deepspeed_file

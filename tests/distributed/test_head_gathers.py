@@ -12,7 +12,7 @@ from test_gradient_scale import engine_of
 from tiny import build_tiny_model
 from toy import toy_model, toy_step
 
-from uft_ds.data.packing import micro_batch
+from uft_ds.data.micro_batch import micro_batch
 
 
 def gathers_of_the_head(folder: Path, trains_head: bool) -> list[int]:

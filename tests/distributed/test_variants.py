@@ -11,7 +11,7 @@ from test_gradient_scale import UNEVEN, accumulate, assert_same_step, engine_of,
 from tiny import build_tiny_model
 from toy import UFT, saved_adapter, toy_step
 
-from uft_ds.data.packing import micro_batch
+from uft_ds.data.micro_batch import micro_batch
 
 
 def variant_step(folder: Path, file: str, model: dict[str, Any]) -> Any:

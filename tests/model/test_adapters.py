@@ -15,7 +15,7 @@ from torch import Tensor
 from toy import saved_adapter, toy_model, toy_policy, toy_sequences
 from transformers import AutoModelForCausalLM
 
-from uft_ds.data.packing import micro_batch
+from uft_ds.data.micro_batch import micro_batch
 from uft_ds.errors import UserError
 from uft_ds.model.adapters import as_reference, start_from_adapter
 from uft_ds.model.load import load_base

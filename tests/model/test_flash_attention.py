@@ -16,7 +16,7 @@ from tiny import build_tiny_model
 from torch import Tensor
 from toy import UFT, toy_model, toy_sequences
 
-from uft_ds.data.packing import micro_batch
+from uft_ds.data.micro_batch import micro_batch
 from uft_ds.model.uft_model import UFTModel
 from uft_ds.objectives.objective import count_terms, micro_batch_loss
 

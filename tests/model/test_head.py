@@ -18,7 +18,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from uft_ds.data.packing import micro_batch
+from uft_ds.data.micro_batch import micro_batch
 from uft_ds.kernels.logits import UNCHANGED, LogitTransform
 from uft_ds.model.head import logit_transform_of
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from toy import UFT, toy_model, toy_sequences
 from transformers import AutoConfig, Qwen2MoeConfig
 
-from uft_ds.data.packing import micro_batch
+from uft_ds.data.micro_batch import micro_batch
 from uft_ds.errors import UserError
 from uft_ds.model import activation_offload
 from uft_ds.model.adapters import add_adapters

@@ -17,7 +17,7 @@ from toy import UFT, objective, toy_model, toy_policy, toy_sequences
 from transformers import AutoModelForCausalLM
 
 from uft_ds.data.example import Response, Sequence
-from uft_ds.data.packing import MicroBatch, micro_batch
+from uft_ds.data.micro_batch import MicroBatch, micro_batch
 from uft_ds.errors import UserError
 from uft_ds.model.adapters import add_adapters
 from uft_ds.model.head import LogpHead

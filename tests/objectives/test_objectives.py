@@ -15,7 +15,7 @@ from torch import Tensor
 from toy import toy_sequences
 
 from uft_ds.data.example import KINDS, Kind, Response, Sequence
-from uft_ds.data.packing import MicroBatch, micro_batch
+from uft_ds.data.micro_batch import MicroBatch, micro_batch
 from uft_ds.objectives.implicit_reward import implicit_reward, implicit_score, response_logps
 from uft_ds.objectives.likelihood import sequence_nll
 from uft_ds.objectives.objective import (

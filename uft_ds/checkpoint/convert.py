@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from uft_ds.checkpoint.save import latest_checkpoint
 from uft_ds.data.example import Sequence
-from uft_ds.data.packing import micro_batch
+from uft_ds.data.micro_batch import micro_batch
 from uft_ds.data.store import SequenceStore
 from uft_ds.data.tokenize import ChatTokenizer, load_tokenizer
 from uft_ds.errors import CheckFailed, UserError

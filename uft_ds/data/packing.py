@@ -1,132 +1,19 @@
-"""A step's sequences into micro-batches: side by side in one row of tokens, without padding.
+"""A step's sequences over ranks and micro-steps: in few micro-steps, with ranks that wait little for each other.
 
-T packed tokens, N supervised tokens, R responses, P pairs of one micro-batch; U units (a sequence, or the two sides
-of a pair) of a step; B bins, one for each rank and micro-step.
+U units (a sequence, or the two sides of a pair) of a step; B bins, one for each rank and micro-step.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from uft_ds.data.example import Response, Sequence
+from uft_ds.data.bins import Units, assign, even_out, fewest_micro_steps, schedule, sums
+from uft_ds.data.example import Sequence
+from uft_ds.data.micro_batch import MicroBatch, micro_batch
 from uft_ds.data.mixture import Step
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """What one rank forwards at once.
-
-    token_ids_T, position_ids_T: [tokens]; positions restart at 0 with each sequence.
-    predictors_N: [supervised tokens], index of the position whose output predicts the token.
-    targets_N: [supervised tokens], the token predicted.
-    response_of_N: [supervised tokens], index into the responses.
-    scores_R: [responses], float32.
-    pairs_P2: [pairs, 2], int64, index of the chosen and of the rejected response.
-    bounds_S: [sequences + 1], int32, cumulative lengths; longest: the longest sequence, in tokens.
-    responses: for kinds and origins; empty in the dummy of a rank that has nothing left to do.
-    response_keys: each response named by its content, as in `Sequence`.
-    """
-
-    token_ids_T: Tensor
-    position_ids_T: Tensor
-    predictors_N: Tensor
-    targets_N: Tensor
-    response_of_N: Tensor
-    scores_R: Tensor
-    pairs_P2: Tensor
-    bounds_S: Tensor
-    longest: int
-    responses: tuple[Response, ...]
-    response_keys: tuple[bytes, ...]
-
-    @property
-    def num_responses(self) -> int:
-        return len(self.responses)
-
-    def to(self, device: torch.device | str) -> MicroBatch:
-        """The same micro-batch on another device."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in values.items() if isinstance(v, Tensor)}
-        return replace(self, **moved)
-
-
-# Two tokens, no response: every rank must run the same number of forwards, or ZeRO's gathers hang.
-_DUMMY = Sequence(np.zeros(2, dtype=np.int32), ())
-
-
-def micro_batch(sequences: Seq[Sequence]) -> MicroBatch:
-    """Lay sequences side by side; without any, the dummy."""
-    sequences = sequences or [_DUMMY]
-    offsets = np.cumsum([0, *(s.num_tokens for s in sequences)])
-    token_ids = np.concatenate([s.token_ids_T for s in sequences]).astype(np.int64)
-    positions = np.concatenate([np.arange(s.num_tokens) for s in sequences])
-    responses = [(offset, r) for offset, s in zip(offsets, sequences, strict=False) for r in s.responses]
-    spans = [np.arange(offset + r.start, offset + r.end) for offset, r in responses]
-    supervised = np.concatenate(spans) if spans else np.zeros(0, dtype=np.int64)
-    lengths = [len(span) for span in spans]
-    return MicroBatch(
-        token_ids_T=torch.from_numpy(token_ids),
-        position_ids_T=torch.from_numpy(positions),
-        predictors_N=torch.from_numpy(supervised - 1),
-        targets_N=torch.from_numpy(token_ids[supervised]),
-        response_of_N=torch.repeat_interleave(torch.arange(len(spans)), torch.tensor(lengths, dtype=torch.int64)),
-        scores_R=torch.tensor([r.score for _, r in responses], dtype=torch.float32),
-        pairs_P2=torch.tensor(_pairs([r for _, r in responses]), dtype=torch.int64).reshape(-1, 2),
-        bounds_S=torch.from_numpy(offsets.astype(np.int32)),
-        longest=max(s.num_tokens for s in sequences),
-        responses=tuple(r for _, r in responses),
-        response_keys=tuple(key for s in sequences for key in s.response_keys),
-    )
-
-
-def _pairs(responses: Seq[Response]) -> list[list[int]]:
-    """Where the two sides of each pair stand; a side without its other one, forwarded for its log-prob, is no pair."""
-    places: dict[int, list[int]] = {}
-    for place, response in enumerate(responses):
-        if response.pair_id is not None:
-            places.setdefault(response.pair_id, []).append(place)
-    assert all(len(sides) <= 2 for sides in places.values()), "a pair_id names one pair of a step"
-    return [sides for sides in places.values() if len(sides) == 2]
-
-
-def rank_micro_batches(
-    step: Step, *, tokens_per_micro_batch: int, rank: int, world_size: int, attention_parity: float = math.inf
-) -> list[MicroBatch]:
-    """The micro-batches of one rank; every rank gets the same number."""
-    bins = pack(
-        step,
-        tokens_per_micro_batch=tokens_per_micro_batch,
-        world_size=world_size,
-        attention_parity=attention_parity,
-    )
-    return [micro_batch(sequences) for sequences in bins[rank]]
-
-
-# ---- who computes what, and when
-
-
-@dataclass(frozen=True, eq=False)
-class _Units:
-    """What is not divided over micro-batches.
-
-    members: indices of the unit's sequences. tokens_U: [units]; costs_U: [units], whole numbers: their sums do not
-    depend on the order of addition, so ranks on different processors agree.
-    """
-
-    members: list[list[int]]
-    tokens_U: np.ndarray
-    costs_U: np.ndarray
-
-
-Assignment = np.ndarray
-"""[units], the bin of each."""
 
 
 def pack(
@@ -146,14 +33,27 @@ def pack(
     units = _units(step.sequences, attention_parity)
     _check_fits(units, tokens_per_micro_batch)
     micro_steps = fewest_micro_steps(units.tokens_U.tolist(), tokens_per_micro_batch, world_size)
-    while (bin_of_U := _assign(units, micro_steps * world_size, tokens_per_micro_batch)) is None:
+    while (bin_of_U := assign(units, micro_steps * world_size, tokens_per_micro_batch)) is None:
         micro_steps += 1
-    bin_of_U = _even_out(units, bin_of_U, micro_steps, world_size, tokens_per_micro_batch)
+    bin_of_U = even_out(units, bin_of_U, micro_steps, world_size, tokens_per_micro_batch)
     bins: list[list[Sequence]] = [[] for _ in range(micro_steps * world_size)]
     for members, number in zip(units.members, bin_of_U.tolist(), strict=True):
         bins[number] += [step.sequences[i] for i in members]
-    cost_B = _sums(units.costs_U, bin_of_U, len(bins))
-    return [[bins[number] for number in of_rank] for of_rank in _schedule(cost_B, world_size).T.tolist()]
+    cost_B = sums(units.costs_U, bin_of_U, len(bins))
+    return [[bins[number] for number in of_rank] for of_rank in schedule(cost_B, world_size).T.tolist()]
+
+
+def rank_micro_batches(
+    step: Step, *, tokens_per_micro_batch: int, rank: int, world_size: int, attention_parity: float = math.inf
+) -> list[MicroBatch]:
+    """The micro-batches of one rank; every rank gets the same number."""
+    bins = pack(
+        step,
+        tokens_per_micro_batch=tokens_per_micro_batch,
+        world_size=world_size,
+        attention_parity=attention_parity,
+    )
+    return [micro_batch(sequences) for sequences in bins[rank]]
 
 
 def imbalance(packed: Seq[Seq[Seq[Sequence]]], attention_parity: float = math.inf) -> tuple[float, float]:
@@ -174,41 +74,6 @@ def imbalance(packed: Seq[Seq[Seq[Sequence]]], attention_parity: float = math.in
     return float(cost_WM.sum(1).max() / mean - 1), float(cost_WM.max(0).sum() / mean - 1)
 
 
-def fewest_micro_steps(lengths_of_units: Seq[int], tokens_per_micro_batch: int, world_size: int) -> int:
-    """A number of micro-steps below which no division exists; 1 at least.
-
-    Bounds on the number of bins, the largest counts: all tokens over the capacity C; L2 (Martello and Toth 1990):
-    units above C/2 need a bin each, and those of at least a, small, go beside the units of at most C - a or into new
-    bins; for k = 2, 3, ...: of units longer than C/(k + 1) a bin holds k at most (Fekete and Schepers 2001, u^(k)).
-    """
-    lengths_U = np.sort(np.asarray(lengths_of_units, dtype=np.int64))
-    capacity = tokens_per_micro_batch
-    bins = max(_l2_bound(lengths_U, capacity), *(_share_bound(lengths_U, capacity, k) for k in range(2, 9)))
-    return max(1, _ceil_div(bins, world_size))
-
-
-def _l2_bound(lengths_U: np.ndarray, capacity: int) -> int:
-    """Lengths ascending."""
-    up_to_U1 = np.concatenate([[0], lengths_U.cumsum()])
-    half = int(np.searchsorted(lengths_U, capacity // 2, side="right"))
-    num_large = len(lengths_U) - half
-    smallest_A = np.unique(np.concatenate([[0], lengths_U[:half]]))
-    small_A = up_to_U1[half] - up_to_U1[np.searchsorted(lengths_U, smallest_A, side="left")]
-    end_A = np.maximum(np.searchsorted(lengths_U, capacity - smallest_A, side="right"), half)
-    room_A = (end_A - half) * capacity - (up_to_U1[end_A] - up_to_U1[half])
-    return num_large + max(0, _ceil_div(int((small_A - room_A).max()), capacity))
-
-
-def _share_bound(lengths_U: np.ndarray, capacity: int, k: int) -> int:
-    """A length counts as floor((k + 1) length / C) / k bins; as itself where that division has no remainder."""
-    parts_U, rest_U = np.divmod((k + 1) * lengths_U, capacity)
-    return _ceil_div(int(np.where(rest_U == 0, k * lengths_U, parts_U * capacity).sum()), k * capacity)
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 _COST_OF_A_TOKEN = 256
 """In whole numbers, so that attention's share is not lost by rounding."""
 
@@ -217,226 +82,21 @@ def _cost(num_tokens: int, attention_parity: float) -> int:
     return round(_COST_OF_A_TOKEN * (num_tokens + num_tokens * num_tokens / attention_parity))
 
 
-def _units(sequences: Seq[Sequence], attention_parity: float) -> _Units:
+def _units(sequences: Seq[Sequence], attention_parity: float) -> Units:
     members: dict[tuple[str, int], list[int]] = {}
     for i, sequence in enumerate(sequences):
         pair_id = sequence.pair_id
         members.setdefault(("alone", i) if pair_id is None else ("pair", pair_id), []).append(i)
     lengths = [[sequences[i].num_tokens for i in unit] for unit in members.values()]
-    return _Units(
+    return Units(
         list(members.values()),
         np.array([sum(unit) for unit in lengths], dtype=np.int64),
         np.array([sum(_cost(length, attention_parity) for length in unit) for unit in lengths], dtype=np.int64),
     )
 
 
-def _check_fits(units: _Units, capacity: int) -> None:
+def _check_fits(units: Units, capacity: int) -> None:
     for members, tokens in zip(units.members, units.tokens_U.tolist(), strict=True):
         if tokens > capacity:
             what = "pair" if len(members) == 2 else "sequence"
             raise ValueError(f"a {what} of {tokens} tokens exceeds tokens_per_micro_batch {capacity}")
-
-
-def _sums(values_U: np.ndarray, bin_of_U: Assignment, num_bins: int) -> np.ndarray:
-    sums_B = np.zeros(num_bins, dtype=np.int64)
-    np.add.at(sums_B, bin_of_U, values_U)
-    return sums_B
-
-
-# ---- first, all of it into the bins
-
-
-_RESTARTS = 4
-"""Of the last means, each from another order: of 3000 steps of real lengths, it spared 29 a micro-step at once and
-3 by a restart, and 4 got the one above the bound. Where even that fails, restarts are what takes time."""
-
-
-def _assign(units: _Units, num_bins: int, capacity: int) -> Assignment | None:
-    """An assignment within the capacity, by means of growing effort; None where none was found."""
-    tokens_U, costs_U = units.tokens_U, units.costs_U
-    assigned = _one_by_one(tokens_U, costs_U, num_bins, capacity, to_the_lightest=True)
-    if assigned is None:
-        assigned = _one_by_one(tokens_U, tokens_U, num_bins, capacity, to_the_lightest=False)
-    if assigned is None:
-        rng = np.random.default_rng(0)
-        for restart in range(_RESTARTS):
-            changed_U = tokens_U * rng.integers(100 - 5 * restart, 101 + 5 * restart, size=len(tokens_U))
-            assigned = _bin_by_bin(tokens_U, np.argsort(-changed_U, kind="stable"), num_bins, capacity)
-            if assigned is not None:
-                break
-    return assigned
-
-
-def _one_by_one(
-    tokens_U: np.ndarray, weights_U: np.ndarray, num_bins: int, capacity: int, *, to_the_lightest: bool
-) -> Assignment | None:
-    """The heaviest unit first, to the lightest bin that has room (it ends even) or to the heaviest (it fits more)."""
-    bin_of_U = np.zeros(len(tokens_U), dtype=np.int64)
-    room_B = np.full(num_bins, capacity)
-    key_B = np.zeros(num_bins, dtype=np.int64)
-    sign = 1 if to_the_lightest else -1
-    never = np.iinfo(np.int64).max
-    for unit in np.argsort(-weights_U, kind="stable").tolist():
-        chosen = int(np.where(room_B >= tokens_U[unit], key_B, never).argmin())
-        if room_B[chosen] < tokens_U[unit]:
-            return None
-        bin_of_U[unit] = chosen
-        room_B[chosen] -= tokens_U[unit]
-        key_B[chosen] += sign * weights_U[unit]
-    return bin_of_U
-
-
-def _bin_by_bin(tokens_U: np.ndarray, order_U: np.ndarray, num_bins: int, capacity: int) -> Assignment | None:
-    """Each bin gets the first unit left, and beside it others that fill at least the bin's share of what is left."""
-    bin_of_U = np.zeros(len(tokens_U), dtype=np.int64)
-    left = order_U.tolist()
-    lengths = tokens_U.tolist()
-    total = sum(lengths)
-    for number in range(num_bins):
-        if not left:
-            break
-        first, *others = left
-        share = _ceil_div(total, num_bins - number)
-        beside = _subset([lengths[u] for u in others], share - lengths[first], capacity - lengths[first])
-        taken = {first, *(others[i] for i in beside)}
-        bin_of_U[list(taken)] = number
-        total -= sum(lengths[u] for u in taken)
-        left = [u for u in left if u not in taken]
-    return None if left else bin_of_U
-
-
-def _subset(lengths: Seq[int], least: int, most: int) -> list[int]:
-    """Indices whose lengths sum to `least`..`most`, early ones preferred; else to as much below as there is."""
-    within = (1 << (most + 1)) - 1
-    reached = [1]  # bit s of the i-th: the first i lengths have a subset of sum s
-    for length in lengths:
-        if least <= 0 or reached[-1] >> least:
-            break
-        reached.append((reached[-1] | reached[-1] << length) & within)
-    enough = reached[-1] >> max(least, 0)
-    total = max(least, 0) + (enough & -enough).bit_length() - 1 if enough else reached[-1].bit_length() - 1
-    chosen = []
-    for i in range(len(reached) - 2, -1, -1):
-        if not reached[i] >> total & 1:
-            chosen.append(i)
-            total -= lengths[i]
-    return chosen
-
-
-# ---- then evenly
-
-
-_EVEN_ENOUGH = 1e-3
-"""Of a bin's cost: smaller differences are not worth a search."""
-
-_PARTNERS = 64
-"""Bins that one is compared with, at most; for 64 ranks. All of them: a third slower, to wait 0.02% less."""
-
-
-class _Bins:
-    """An assignment that changes by swaps; the last B of the X things stand for nothing, one in each bin.
-
-    To swap with a nothing is to move.
-    """
-
-    def __init__(self, units: _Units, bin_of_U: Assignment, num_bins: int, capacity: int) -> None:
-        nothing_B = np.zeros(num_bins, dtype=np.int64)
-        self.num_units, self.capacity = len(bin_of_U), capacity
-        self.tokens_X = np.concatenate([units.tokens_U, nothing_B])
-        self.costs_X = np.concatenate([units.costs_U, nothing_B])
-        self.bin_of_X = np.concatenate([bin_of_U, np.arange(num_bins)])
-        self.load_B = _sums(self.tokens_X, self.bin_of_X, num_bins)
-        self.cost_B = _sums(self.costs_X, self.bin_of_X, num_bins)
-
-    def swaps(self, number: int, partners: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Things of a bin, things of its partners, [own, theirs] the cost that a swap takes away, and if both fit."""
-        is_partner_B = np.zeros(len(self.cost_B), dtype=bool)
-        is_partner_B[partners] = True
-        (own,) = np.nonzero(self.bin_of_X == number)
-        (theirs,) = np.nonzero(is_partner_B[self.bin_of_X])
-        tokens = self.tokens_X[own][:, None] - self.tokens_X[theirs]
-        room_theirs = self.capacity - self.load_B[self.bin_of_X[theirs]]
-        fits = (tokens <= room_theirs) & (tokens >= self.load_B[number] - self.capacity)
-        return own, theirs, self.costs_X[own][:, None] - self.costs_X[theirs], fits
-
-    def swap(self, one: int, other: int) -> None:
-        """Exchange two things; a nothing stays where it is."""
-        bins = self.bin_of_X[[one, other]]
-        for thing, (source, target) in ((one, bins), (other, bins[::-1])):
-            if thing < self.num_units:
-                self.bin_of_X[thing] = target
-            for sums_B, values_X in ((self.load_B, self.tokens_X), (self.cost_B, self.costs_X)):
-                sums_B[source] -= values_X[thing]
-                sums_B[target] += values_X[thing]
-
-
-def _even_out(units: _Units, bin_of_U: Assignment, micro_steps: int, world_size: int, capacity: int) -> Assignment:
-    """Bins of one cost as far as can be, otherwise of one cost within each micro-step.
-
-    A unit that costs more than the mean bin keeps all ranks waiting unless the bins beside it are filled as high.
-    """
-    bins = _Bins(units, bin_of_U, micro_steps * world_size, capacity)
-    left = np.arange(micro_steps * world_size)
-    while len(left):
-        _lower_the_costliest(bins, left)
-        # Not the costliest bins: a large unit is in nobody's way where the level is high.
-        largest_B = np.zeros(len(bins.cost_B), dtype=np.int64)
-        np.maximum.at(largest_B, bins.bin_of_X, bins.costs_X)
-        left = left[np.lexsort((-bins.cost_B[left], -largest_B[left]))]
-        beside, left = left[:world_size], left[world_size:]
-        level = int(bins.cost_B[beside].max())
-        for number in beside.tolist():
-            _raise_to(bins, number, level, left)
-    return bins.bin_of_X[: bins.num_units]
-
-
-def _lower_the_costliest(bins: _Bins, among: np.ndarray) -> None:
-    """Swap between the costliest bin and others until no swap lowers it; then the next costliest.
-
-    The best swap leaves the costlier of its two bins as cheap as possible.
-    """
-    cost_B, left = bins.cost_B, among
-    for _ in range(8 * len(among)):
-        left = left[np.argsort(-cost_B[left], kind="stable")]
-        top, others = int(left[0]), left[1:]
-        if cost_B[top] <= (1 + _EVEN_ENOUGH) * cost_B[left].mean():
-            return
-        own, theirs, taken, fits = bins.swaps(top, others[-_PARTNERS:])
-        costlier = np.maximum(cost_B[top] - taken, cost_B[bins.bin_of_X[theirs]] + taken)
-        costlier[~fits] = cost_B[top]
-        i, j = divmod(int(costlier.argmin()), len(theirs))
-        if costlier[i, j] < cost_B[top]:
-            bins.swap(int(own[i]), int(theirs[j]))
-        else:
-            left = others
-
-
-def _raise_to(bins: _Bins, number: int, level: int, from_bins: np.ndarray) -> None:
-    """The largest swaps with other bins that leave this one at most at `level`."""
-    while len(from_bins) and (gap := level - int(bins.cost_B[number])) > _EVEN_ENOUGH * level:
-        own, theirs, taken, fits = bins.swaps(number, from_bins[:_PARTNERS])
-        gained = np.where(fits & (taken < 0) & (-taken <= gap), bins.costs_X[theirs] - taken, 0)
-        i, j = divmod(int(gained.argmax()), len(theirs))
-        if not gained[i, j]:
-            return
-        bins.swap(int(own[i]), int(theirs[j]))
-
-
-def _schedule(cost_B: np.ndarray, world_size: int) -> np.ndarray:
-    """[micro-steps, ranks], the bin of each.
-
-    Bins of similar cost meet in a micro-step, the costliest first: what runs out of memory does so at once. In each
-    micro-step the rank with the least of all others gets the costliest.
-    """
-    bin_MW = np.argsort(-cost_B, kind="stable").reshape(-1, world_size)
-    totals_W = cost_B[bin_MW].sum(0)
-    for _ in range(4):
-        before = totals_W.copy()
-        for bins_W in bin_MW:
-            bins_by_cost_W = bins_W[np.argsort(-cost_B[bins_W], kind="stable")]
-            totals_W -= cost_B[bins_W]
-            bins_W[np.argsort(totals_W, kind="stable")] = bins_by_cost_W
-            totals_W += cost_B[bins_W]
-        if np.array_equal(before, totals_W):
-            break
-    return bin_MW

@@ -29,7 +29,9 @@ from uft_ds.errors import UserError
 from uft_ds.files import sha256
 
 _PACKAGES = ("transformers", "tokenizers", "jinja2", "sentencepiece")
-_LATER_STAGES = ("mixture.py", "packing.py", "prepare.py", "preview.py", "verifiable.py", "verifiable_tasks.py")
+_LATER_STAGES = (
+    "bins.py", "micro_batch.py", "mixture.py", "packing.py", "prepare.py", "verifiable.py", "verifiable_tasks.py",
+)  # fmt: skip
 """Our modules beside this one that do not decide what a row's tokens are."""
 
 

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from uft_ds.data.packing import MicroBatch
+from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.model.activation_offload import activations_on_host
 from uft_ds.model.adapters import as_reference
 from uft_ds.model.head import head_logps, is_trainable, make_logp_head

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from uft_ds.data.example import KINDS, Kind, Response
-from uft_ds.data.packing import MicroBatch
+from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.objectives.implicit_reward import implicit_reward, implicit_score
 from uft_ds.objectives.likelihood import sequence_nll
 from uft_ds.objectives.pointwise import Distance, pointwise_loss

@@ -1,0 +1,93 @@
+"""What one rank forwards at once: sequences side by side in one row of tokens, without padding.
+
+T packed tokens, N supervised tokens, R responses, P pairs, S sequences of one micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from uft_ds.data.example import Response, Sequence
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one rank forwards at once.
+
+    token_ids_T, position_ids_T: [tokens]; positions restart at 0 with each sequence.
+    predictors_N: [supervised tokens], index of the position whose output predicts the token.
+    targets_N: [supervised tokens], the token predicted.
+    response_of_N: [supervised tokens], index into the responses.
+    scores_R: [responses], float32.
+    pairs_P2: [pairs, 2], int64, index of the chosen and of the rejected response.
+    bounds_S: [sequences + 1], int32, cumulative lengths; longest: the longest sequence, in tokens.
+    responses: for kinds and origins; empty in the dummy of a rank that has nothing left to do.
+    response_keys: each response named by its content, as in `Sequence`.
+    """
+
+    token_ids_T: Tensor
+    position_ids_T: Tensor
+    predictors_N: Tensor
+    targets_N: Tensor
+    response_of_N: Tensor
+    scores_R: Tensor
+    pairs_P2: Tensor
+    bounds_S: Tensor
+    longest: int
+    responses: tuple[Response, ...]
+    response_keys: tuple[bytes, ...]
+
+    @property
+    def num_responses(self) -> int:
+        return len(self.responses)
+
+    def to(self, device: torch.device | str) -> MicroBatch:
+        """The same micro-batch on another device."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
+
+# Two tokens, no response: every rank must run the same number of forwards, or ZeRO's gathers hang.
+_DUMMY = Sequence(np.zeros(2, dtype=np.int32), ())
+
+
+def micro_batch(sequences: Seq[Sequence]) -> MicroBatch:
+    """Lay sequences side by side; without any, the dummy."""
+    sequences = sequences or [_DUMMY]
+    offsets = np.cumsum([0, *(s.num_tokens for s in sequences)])
+    token_ids = np.concatenate([s.token_ids_T for s in sequences]).astype(np.int64)
+    positions = np.concatenate([np.arange(s.num_tokens) for s in sequences])
+    responses = [(offset, r) for offset, s in zip(offsets, sequences, strict=False) for r in s.responses]
+    spans = [np.arange(offset + r.start, offset + r.end) for offset, r in responses]
+    supervised = np.concatenate(spans) if spans else np.zeros(0, dtype=np.int64)
+    lengths = [len(span) for span in spans]
+    return MicroBatch(
+        token_ids_T=torch.from_numpy(token_ids),
+        position_ids_T=torch.from_numpy(positions),
+        predictors_N=torch.from_numpy(supervised - 1),
+        targets_N=torch.from_numpy(token_ids[supervised]),
+        response_of_N=torch.repeat_interleave(torch.arange(len(spans)), torch.tensor(lengths, dtype=torch.int64)),
+        scores_R=torch.tensor([r.score for _, r in responses], dtype=torch.float32),
+        pairs_P2=torch.tensor(_pairs([r for _, r in responses]), dtype=torch.int64).reshape(-1, 2),
+        bounds_S=torch.from_numpy(offsets.astype(np.int32)),
+        longest=max(s.num_tokens for s in sequences),
+        responses=tuple(r for _, r in responses),
+        response_keys=tuple(key for s in sequences for key in s.response_keys),
+    )
+
+
+def _pairs(responses: Seq[Response]) -> list[list[int]]:
+    """Where the two sides of each pair stand; a side without its other one, forwarded for its log-prob, is no pair."""
+    places: dict[int, list[int]] = {}
+    for place, response in enumerate(responses):
+        if response.pair_id is not None:
+            places.setdefault(response.pair_id, []).append(place)
+    assert all(len(sides) <= 2 for sides in places.values()), "a pair_id names one pair of a step"
+    return [sides for sides in places.values() if len(sides) == 2]
