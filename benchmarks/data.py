@@ -19,18 +19,18 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import os
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,9 +48,8 @@ from rich.table import Table
 from sources import rules, write_rows
 
 from uft_ds.data import building, chat_template
-from uft_ds.data import tokenize as tokenizing
-from uft_ds.data.mixture import Ingredient, plan_steps
 from uft_ds.data.bins import fewest_micro_steps
+from uft_ds.data.mixture import Ingredient, plan_steps
 from uft_ds.data.packing import imbalance, pack
 from uft_ds.data.prepare import PreparedSource, Source, Tolerance, prepare_source
 from uft_ds.data.store import Selection, SequenceStore
@@ -276,6 +275,7 @@ def report_preparation(console: Console, data: Path, chat: ChatTokenizer, folder
 
         datasets.disable_progress_bars()
         datasets.disable_caching()
+    bars = []
     for name, path in files.items():
         num_rows = sum(1 for _ in path.open(encoding="utf-8"))
         timings = measure_preparation(path, chat, options.rounds)
@@ -291,6 +291,10 @@ def report_preparation(console: Console, data: Path, chat: ChatTokenizer, folder
                 str(timing.kept), str(timing.supervised),
             )  # fmt: skip
         console.print(table)
+        for ours, peer in (("uft_ds, 1 process", "TRL, 1 process"), ("uft_ds, 2 workers", "TRL, num_proc=2")):
+            if peer in timings:
+                ratio = timings[ours].median / timings[peer].median
+                bars.append(at_most(f"preparing {name}: time of {ours} / {peer}", ratio, 1.0))
         show_stages(console, name, path, chat, num_rows)
     single = repeated(instruction_rows(data), options.prepare_rows // 4)
     conversations = write_rows(folder / "conversations.jsonl", joined_conversations(single, (2, 7), seed=0))
@@ -298,7 +302,7 @@ def report_preparation(console: Console, data: Path, chat: ChatTokenizer, folder
     for merge in (True, False):
         title = f"{count} conversations of 2 to 7 answers, {'merged' if merge else 'unfolded'}"
         show_stages(console, title, conversations, chat, count, merge=merge)
-    return []
+    return bars
 
 
 # ---- 2. packing
@@ -322,6 +326,7 @@ class PackedStep:
     sequences_per_rank: float
 
 
+CAPACITIES, RANKS, PER_RANK = (2048, 4096, 16384), (1, 2, 8, 64), (16, 32)
 PARITIES = {"Qwen2.5-32B": 95_000.0, "135M model": 6_100.0}
 """Tokens at which a sequence's attention costs as much as all the rest."""
 
@@ -377,7 +382,7 @@ def report_packing(console: Console, data: Path, chat: ChatTokenizer, folder: Pa
     for model, parity in PARITIES.items():
         found = [
             step
-            for name, capacity, ranks, per_rank in itertools.product(sources, (2048, 4096, 16384), (1, 2, 8, 64), (16, 32))
+            for name, capacity, ranks, per_rank in itertools.product(sources, CAPACITIES, RANKS, PER_RANK)
             for step in pack_steps(
                 name, sources[name], capacity=capacity, ranks=ranks, per_rank=per_rank, parity=parity,
                 num_steps=options.steps if ranks <= 8 else -(-options.steps // 4),
@@ -388,7 +393,9 @@ def report_packing(console: Console, data: Path, chat: ChatTokenizer, folder: Pa
         bars.append(at_most(f"parity {parity:g}: micro-steps above the bound", max(s.above for s in found), 1))
         if model == "Qwen2.5-32B":
             enough = [step.totals for step in found if step.sequences_per_rank >= 16]
-            bars.append(at_most(f"parity {parity:g}: imbalance of ranks' totals, 16 sequences a rank", max(enough), 0.03))
+            bars.append(
+                at_most(f"parity {parity:g}: imbalance of ranks' totals, 16 sequences a rank", max(enough), 0.03)
+            )
     return bars
 
 
@@ -454,7 +461,7 @@ def report_tokens(console: Console, data: Path, chat: ChatTokenizer, folder: Pat
     peer = padded([[length] for length in each])
     _tokens_table(
         console,
-        f"{len(whole)} conversations of 2 to 7 answers, {merged.num_responses} responses, of at most {MAX_LENGTH} tokens",
+        f"{len(whole)} conversations of 2 to 7 answers, {merged.num_responses} responses, at most {MAX_LENGTH} tokens",
         merged.num_responses,
         {
             "one response a row, padded to max_length": float(len(each) * MAX_LENGTH),
@@ -624,15 +631,17 @@ def long_source_apart(data: Path, num_rows: int) -> dict[str, Any]:
 def report_million(console: Console, data: Path, chat: ChatTokenizer, folder: Path, options: Any) -> list[Bar]:
     small, large = (long_source_apart(data, count) for count in (options.rows // 10, options.rows))
     for result in (small, large):
+        megabytes = {name: f"{result[name] / 1e6:.0f} MB" for name in ("source_bytes", "store_bytes", "before")}
         title = (
-            f"{result['rows']} rows, {result['source_bytes'] / 1e6:.0f} MB; store {result['store_bytes'] / 1e6:.0f} MB, "
-            f"{result['tokens'] / 1e6:.1f} M tokens; {result['steps']} steps of 512; parent before: "
-            f"{result['before'] / 1e6:.0f} MB"
+            f"{result['rows']} rows, {megabytes['source_bytes']}; store {megabytes['store_bytes']}, "
+            f"{result['tokens'] / 1e6:.1f} M tokens; {result['steps']} steps of 512; parent before: {megabytes['before']}"
         )
         table = _table(title, "", "seconds", "parent RssAnon +MB", "workers VmHWM MB", "workers RssAnon MB")
         for label, found in result.items():
             if isinstance(found, dict):
-                peaks = [" ".join(f"{peak[i] / 1e6:.0f}" for peak in found["workers"]) for i in (0, 1)]
+                # Later stages may still see the workers end.
+                workers = found["workers"] if label == "prepare" else []
+                peaks = [" ".join(f"{peak[i] / 1e6:.0f}" for peak in workers) for i in (0, 1)]
                 table.add_row(label, f"{found['seconds']:.2f}", f"{found['growth'] / 1e6:.0f}", *peaks)
         console.print(table)
     preparing = [result["prepare"]["growth"] / 1e6 for result in (small, large)]
@@ -696,6 +705,7 @@ def main() -> int:
     if options.one:
         print(json.dumps(long_source(options.data, options.one)))
         return 0
+    warnings.filterwarnings("ignore")  # TRL's configuration warns of its own defaults
     console = Console(width=150, highlight=False)
     folder = tokenizer_folder()
     packages = ("trl", "datasets", "transformers", "tokenizers", "numpy")

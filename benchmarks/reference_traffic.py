@@ -44,8 +44,8 @@ from rich.table import Table
 from tiny import VOCAB_SIZE, build_tiny_tokenizer
 from toy import UFT, toy_model, toy_sequences
 
-from uft_ds.data.mixture import Step
 from uft_ds.data.micro_batch import MicroBatch
+from uft_ds.data.mixture import Step
 from uft_ds.model.load import decoder_layer_class
 from uft_ds.objectives.objective import count_terms, micro_batch_loss
 from uft_ds.training.engine import Engine, deepspeed_config, read_deepspeed_file

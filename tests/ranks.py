@@ -19,7 +19,13 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 300) -> list[Any]:
+def run_on_ranks(
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_seconds: float = 300,
+    collective_seconds: float = 300,
+) -> list[Any]:
     """`[function(*args) on rank 0, on rank 1, ...]`; a failing rank's traceback and log are raised here.
 
     The process group is up when `function` starts. A hang fails, it does not block.
@@ -31,7 +37,9 @@ def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any, time
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ranks = [
-            context.Process(target=_one_rank, args=(function, rank, world_size, port, folder, args), daemon=True)
+            context.Process(
+                target=_one_rank, args=(function, rank, world_size, port, folder, collective_seconds, args), daemon=True
+            )
             for rank in range(world_size)
         ]
         for process in ranks:
@@ -60,7 +68,15 @@ def _logs(folder: Path) -> str:
     return "\n".join(f"--- {log.name}\n{log.read_text(errors='replace')[-4000:]}" for log in logs)
 
 
-def _one_rank(function: Any, rank: int, world_size: int, port: int, folder: Path, args: tuple[Any, ...]) -> None:
+def _one_rank(
+    function: Any,
+    rank: int,
+    world_size: int,
+    port: int,
+    folder: Path,
+    collective_seconds: float,
+    args: tuple[Any, ...],
+) -> None:
     log = (folder / f"log{rank}").open("w", buffering=1)
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
@@ -79,7 +95,7 @@ def _one_rank(function: Any, rank: int, world_size: int, port: int, folder: Path
         from uft_ds.training.engine import init_distributed
 
         torch.set_num_threads(1)
-        init_distributed(5.0)
+        init_distributed(collective_seconds / 60)
         result = function(*args)
         (folder / f"result{rank}").write_bytes(pickle.dumps(result))
         torch.distributed.barrier()

@@ -226,7 +226,9 @@ def test_a_source_given_twice_is_refused(minimal: str, key: str) -> None:
     [
         ("data.sources.0={format: jsonl, path: a, epochs: 2.0, share: 0.5}", "share: given beside `epochs`"),
         ("data.sources.0.share=0", "share: 0 takes nothing"),
-        ("data.sources.0.share={0: 0.5}", "share: a schedule needs a share at 0 and at 1, found [0.0]"),
+        ("data.sources.0.share=[[0, 0.5]]", "share: a schedule's progress must rise from 0 to 1, found [0.0]"),
+        ("data.sources.0.share=[[0, 0.5], [0.5, 0], [0.5, 1], [1, 1]]", "must rise from 0 to 1, found [0.0, 0.5, 0.5,"),
+        ("data.sources.0.share=[[0, 0.5, 1]]", "share"),
         ("data.sources.0.share=1.5", "share"),
         ("data.sources.0.epochs=0", "epochs"),
         (
@@ -241,11 +243,13 @@ def test_a_portion_that_means_nothing_is_refused(minimal: str, override: str, me
 
 
 def test_a_share_may_be_a_schedule(minimal: str) -> None:
-    """Points of the run's progress, in any order, as a map of YAML."""
-    recipe = load_recipe(minimal, ("data.sources.0.share={1: 0.1, 0: 0.9, 0.5: 0.9}",))
+    """Points of the run's progress with their shares; written down and read again, they are the same."""
+    recipe = load_recipe(minimal, ("data.sources.0.share=[[0, 0.9], [0.5, 0.9], [1, 0.1]]",))
+    Path(minimal).write_text(dump_recipe(recipe))
+    assert load_recipe(minimal) == recipe
     assert portion_of(recipe.data.sources[0]).share == ((0.0, 0.9), (0.5, 0.9), (1.0, 0.1))
     assert portion_of(load_recipe(minimal, ("data.sources.0.share=0.25",)).data.sources[0]).share == ((0.0, 0.25),)
-    assert portion_of(load_recipe(minimal).data.sources[0]) == Portion(passes=1.0)
+    assert portion_of(load_recipe(minimal, ("data.sources.0.share=null",)).data.sources[0]) == Portion(passes=1.0)
 
 
 @pytest.mark.parametrize(

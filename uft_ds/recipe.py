@@ -90,9 +90,9 @@ class SourceSection(Section):
     """How many responses to take, drawn by the seed; null: all."""
     epochs: PositiveFloat | None = None
     """How often one epoch of the mixture goes through the source; null: once."""
-    share: UnitInterval | dict[UnitInterval, UnitInterval] | None = None
-    """Share of the mixture's responses, the source being repeated as needed; or a schedule: shares at points of the
-    run's progress from 0 to 1, linear in between."""
+    share: UnitInterval | list[Annotated[list[UnitInterval], Field(min_length=2, max_length=2)]] | None = None
+    """Share of the mixture's responses, the source being repeated as needed; or a schedule [[progress, share], ...]:
+    progress through the run from 0 to 1, shares linear in between."""
     score: UnitInterval | None = None
     """The score of rows that have none; null: 1 for instruction data."""
     pairs: Literal["keep", "split"] = "keep"
@@ -299,8 +299,10 @@ def _impossible_portion(source: SourceSection, prefix: str) -> list[tuple[str, s
         found += [(key, "held-out data is gone through once; use `examples`") for key in given if key != "examples"]
     elif "epochs" in given and "share" in given:
         found.append(("share", "given beside `epochs`; how often a source is repeated follows from its share"))
-    if isinstance(source.share, dict) and (len(source.share) < 2 or {0.0, 1.0} - set(source.share)):
-        found.append(("share", f"a schedule needs a share at 0 and at 1, found {sorted(source.share)}"))
+    if isinstance(source.share, list):
+        points = [progress for progress, _ in source.share]
+        if points != sorted(set(points)) or not points or (points[0], points[-1]) != (0.0, 1.0):
+            found.append(("share", f"a schedule's progress must rise from 0 to 1, found {points}"))
     if source.share == 0.0:
         found.append(("share", "0 takes nothing; leave the source out"))
     return found

@@ -36,8 +36,8 @@ def portion_of(entry: SourceSection) -> Portion:
     """How much of a source an epoch of the mixture takes."""
     if entry.share is None:
         return Portion(entry.epochs or 1.0)
-    share = entry.share if isinstance(entry.share, dict) else {0.0: entry.share}
-    return Portion(share=tuple(sorted(share.items())))
+    schedule = entry.share if isinstance(entry.share, list) else [[0.0, entry.share]]
+    return Portion(share=tuple((progress, share) for progress, share in schedule))
 
 
 def tolerance_of(recipe: Recipe) -> Tolerance:

@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (UserError, CheckFailed) as error:
         if folder is not None:
             folder.write_first_status(Status(error.exit_code, str(error)))
-        if rank == 0 and not options.prepared:
+        if rank == 0 and (folder is None or not options.prepared):
             print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except Exception as error:

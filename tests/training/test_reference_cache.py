@@ -14,8 +14,8 @@ from torch import Tensor
 from toy import toy_sequences
 
 from uft_ds.data.example import Response, Sequence
-from uft_ds.data.mixture import Step
 from uft_ds.data.micro_batch import MicroBatch
+from uft_ds.data.mixture import Step
 from uft_ds.data.packing import rank_micro_batches
 from uft_ds.errors import UserError
 from uft_ds.training.reference_cache import REFERENCE_TABLE, ReferenceCache, fill

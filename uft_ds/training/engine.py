@@ -21,8 +21,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from uft_ds.data.mixture import Step
 from uft_ds.data.micro_batch import MicroBatch
+from uft_ds.data.mixture import Step
 from uft_ds.data.packing import rank_micro_batches
 from uft_ds.errors import UserError
 from uft_ds.process import choose_accelerator, returning_freed_memory

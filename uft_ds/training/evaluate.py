@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from uft_ds.data.example import KINDS, Response, Sequence
-from uft_ds.data.mixture import Step
 from uft_ds.data.micro_batch import micro_batch
+from uft_ds.data.mixture import Step
 from uft_ds.data.store import Pool
 from uft_ds.errors import CheckFailed
 from uft_ds.objectives.objective import STATISTICS, Objective, count_terms, micro_batch_loss

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from uft_ds.data.example import Sequence
-from uft_ds.data.mixture import Step
 from uft_ds.data.micro_batch import MicroBatch
+from uft_ds.data.mixture import Step
 from uft_ds.errors import UserError
 from uft_ds.training.engine import Engine
 from uft_ds.training.reference_store import LogpTable, ReferenceStore, write_table
