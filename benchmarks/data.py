@@ -634,7 +634,8 @@ def report_million(console: Console, data: Path, chat: ChatTokenizer, folder: Pa
         megabytes = {name: f"{result[name] / 1e6:.0f} MB" for name in ("source_bytes", "store_bytes", "before")}
         title = (
             f"{result['rows']} rows, {megabytes['source_bytes']}; store {megabytes['store_bytes']}, "
-            f"{result['tokens'] / 1e6:.1f} M tokens; {result['steps']} steps of 512; parent before: {megabytes['before']}"
+            f"{result['tokens'] / 1e6:.1f} M tokens; {result['steps']} steps of 512; "
+            f"parent before: {megabytes['before']}"
         )
         table = _table(title, "", "seconds", "parent RssAnon +MB", "workers VmHWM MB", "workers RssAnon MB")
         for label, found in result.items():

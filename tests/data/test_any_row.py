@@ -122,7 +122,10 @@ ROWS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     "ultrafeedback": row(
         {
             "instruction": TEXT,
-            "completions": st.lists(row({"response": TEXT, "overall_score": st.integers(1, 10)}), max_size=3) | JUNK,
+            "completions": mostly(
+                st.lists(row({"response": TEXT, "overall_score": st.integers(1, 10)}), min_size=1, max_size=3),
+                JUNK,
+            ),
         }
     ),
     "ultrafeedback_binarized": row(

@@ -4,7 +4,7 @@ import pytest
 from tiny import IM_END, build_tiny_tokenizer
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
-from uft_ds.data.chat_template import end_of_turn_id, render, special_tokens
+from uft_ds.data.chat_template import end_of_turn_id, marks_generation, render, render_marked, special_tokens
 from uft_ds.errors import UserError
 
 TURN = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}CLOSE{% endfor %}"
@@ -66,3 +66,30 @@ def test_what_a_template_refuses_is_a_user_error(tokenizer):
     tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
     with pytest.raises(UserError, match=r"\[system, user\].*System role not supported"):
         render(tokenizer, [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}])
+
+
+def test_marked_characters_are_what_the_assistant_writes(tokenizer):
+    """Marks are found in the text, which they don't change, with white space control or without."""
+    messages = [{"role": "assistant", "content": "one"}, {"role": "assistant", "content": "two"}]
+    plain = TURN.replace("CLOSE", "<|im_end|>")
+    for opening, closing in (
+        ("{% generation %}", "{% endgeneration %}"),
+        ("{%- generation -%}", "{%- endgeneration %}"),
+    ):
+        said = "{{ m['content'] }}"
+        tokenizer.chat_template = plain
+        assert not marks_generation(tokenizer)
+        expected = render(tokenizer, messages)
+        tokenizer.chat_template = plain.replace(f"\n{said}", f"{{{{ '\\n' }}}}{opening}{said}{closing}")
+        assert marks_generation(tokenizer)
+        text, spans = render_marked(tokenizer, messages)
+        assert text == render(tokenizer, messages) == expected
+        assert [text[start:end] for start, end in spans] == ["one", "two"]
+
+
+def test_tools_reach_the_template(tokenizer):
+    """A template that writes tools has them; without any it takes its branch for none."""
+    tokenizer.chat_template = "{% if tools %}{{ tools | tojson }}{% endif %}" + TURN
+    messages = [{"role": "user", "content": "Hi"}]
+    assert render(tokenizer, messages, tools=[{"name": "f"}]).startswith('[{"name": "f"}]<|im_start|>')
+    assert render(tokenizer, messages).startswith("<|im_start|>")

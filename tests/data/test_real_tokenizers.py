@@ -27,7 +27,7 @@ from uft_ds.model.smollm2 import NAME, default_cache_dir, is_complete
 
 log = logging.getLogger(__name__)
 
-ROWS_PER_SOURCE = 60
+ROWS_PER_SOURCE = 50
 MAX_LENGTH = 100_000
 
 
