@@ -17,7 +17,8 @@ def benchmark() -> ModuleType:
     # By its path: tests/data would be found by the name `data` too.
     path = Path(__file__).parents[1] / "benchmarks" / "data.py"
     spec = importlib.util.spec_from_file_location("data_benchmark", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

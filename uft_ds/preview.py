@@ -70,7 +70,7 @@ def data_table(data: PreparedData) -> Table:
                 Text(f"{part}: {_short(source.label)}"),
                 Text(", ".join(sorted(selection.kinds))),
                 *(f"{count:,}" for count in counts),
-                "" if amount is None else f"{amount:,.0f}",
+                "" if amount is None else f"{amount:,.1f}".removesuffix(".0"),
                 Text(", ".join(left_out) or "-"),
             )
     return table

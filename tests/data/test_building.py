@@ -89,7 +89,8 @@ def test_rows_of_different_kinds_are_refused_with_both_lines(tmp_path: Path, cha
     path = write_rows(tmp_path / "mixed.jsonl", rows)
     message = refusal(path, chat)
     assert message.startswith(f"{path}:4: a row of kind 'instruction' with keys prompt, response; {path}:1 is of kind")
-    assert "'score' with keys prompt, response, score" in message
+    assert "'score' with keys prompt, response, score: the rows of a file must be of one kind" in message
+    assert "[keys here" not in message
 
 
 def test_a_row_of_another_schema_is_refused_with_both_lines(tmp_path: Path, chat: ChatTokenizer) -> None:

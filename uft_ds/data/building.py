@@ -248,6 +248,9 @@ class _Examiner:
                 if kind is not None:
                     result.shape = result.shape or Shape(raw.line, kind, keys)
                     _check_shape(kind, keys, result.shape, chunk.place)
+            except _OtherKind as error:
+                result.bad.append((raw, str(error)))
+                continue
             except ValueError as error:
                 result.bad.append((raw, f"{error}{_other_keys(keys, result.shape, chunk.place)}"))
                 continue
@@ -259,9 +262,13 @@ class _Examiner:
         return result
 
 
+class _OtherKind(ValueError):
+    """A row of another kind than the first one of its file."""
+
+
 def _check_shape(kind: Kind, keys: tuple[str, ...], first: Shape, file: str) -> None:
     if kind != first.kind:
-        raise ValueError(
+        raise _OtherKind(
             f"a row of kind {kind!r} with keys {', '.join(keys)}; {file}:{first.line} is of kind {first.kind!r} with "
             f"keys {', '.join(first.keys)}: the rows of a file must be of one kind; put the others into another file"
         )
