@@ -1,12 +1,27 @@
-"""Small data files, and what is made of them."""
+"""Small data files and rows, and what is made of them."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from uft_ds.data.building import RowRules
-from uft_ds.data.example import Response
+from uft_ds.data.example import Example, Response
 from uft_ds.data.store import SequenceStore
+
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "q1"},
+    {"role": "assistant", "content": "a1"},
+    {"role": "user", "content": "q2"},
+]
+
+
+def turn(role: str, content: Any) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def said(example: Example) -> list[tuple[str, str, float | None]]:
+    return [(m.role, m.content, m.score) for m in example.messages]
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:

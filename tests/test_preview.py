@@ -1,6 +1,5 @@
 """What the preview shows: exactly the mask, also where a long text is cut."""
 
-
 import pytest
 from tiny import build_tiny_tokenizer
 from toy import toy_sequences

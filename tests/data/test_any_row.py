@@ -240,10 +240,10 @@ def written(answer: str, template: str) -> str:
         answer = answer.strip()
     if template == "opens thought":
         answer = answer.removeprefix("<think>\n")
-    if template == "inst":  # it reads ASCII alone, and ▁ as a space
-        answer = "".join(c for c in answer.replace("▁", " ") if c in "\n\t" or " " <= c <= "~")
     answer = re.sub(r"\A\s*<think>\s*</think>\s*", "", answer)
-    return answer.lstrip(" ") if template == "inst" else answer
+    if template == "inst":  # it reads ASCII alone, and ▁ as a space
+        return "".join(c for c in answer.replace("▁", " ") if c in "\n\t" or " " <= c <= "~").lstrip(" ")
+    return answer
 
 
 @pytest.mark.parametrize("name", list(ROWS))

@@ -4,21 +4,11 @@ import json
 from typing import Any
 
 import pytest
+from sources import TURNS, said, turn
 
 from uft_ds.data.chat_formats import alpaca, sharegpt, ultrachat
 from uft_ds.data.example import Example, Message, Pair
 from uft_ds.data.fields import LeftOut, Row
-
-TURNS = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "q1"},
-    {"role": "assistant", "content": "a1"},
-    {"role": "user", "content": "q2"},
-]
-
-
-def turn(role: str, content: Any) -> dict[str, Any]:
-    return {"role": role, "content": content}
 
 
 def read(row: Row, score: float | None = None) -> Example:
@@ -26,10 +16,6 @@ def read(row: Row, score: float | None = None) -> Example:
     (item,) = sharegpt(row, score=score)
     assert isinstance(item, Example)
     return item
-
-
-def said(example: Example) -> list[tuple[str, str, float | None]]:
-    return [(m.role, m.content, m.score) for m in example.messages]
 
 
 # ultrachat

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sources import said, turn
 
 from uft_ds.data.example import Example, Message, Pair
 from uft_ds.data.feedback_formats import (
@@ -21,18 +22,10 @@ from uft_ds.data.formats import FORMATS
 BEST = {"helpfulness": 4, "correctness": 4, "coherence": 4, "complexity": 2, "verbosity": 2}
 
 
-def turn(role: str, content: Any) -> dict[str, Any]:
-    return {"role": role, "content": content}
-
-
 def read_pair(name: str, row: Row) -> Pair:
     (item,) = FORMATS[name](row, score=0.123)
     assert isinstance(item, Pair)
     return item
-
-
-def said(example: Example) -> list[tuple[str, str, float | None]]:
-    return [(m.role, m.content, m.score) for m in example.messages]
 
 
 def reason(name: str, row: Row) -> tuple[str, int]:

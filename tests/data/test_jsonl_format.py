@@ -7,21 +7,11 @@ import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sources import TURNS, turn
 
 from uft_ds.data.example import Example, Message, Pair
 from uft_ds.data.fields import LeftOut, Row
 from uft_ds.data.jsonl_format import KEYS, jsonl, jsonl_schema
-
-TURNS = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "q1"},
-    {"role": "assistant", "content": "a1"},
-    {"role": "user", "content": "q2"},
-]
-
-
-def turn(role: str, content: Any) -> dict[str, Any]:
-    return {"role": role, "content": content}
 
 
 def read(row: Row, score: float | None = None) -> Example:

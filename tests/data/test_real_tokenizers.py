@@ -195,7 +195,7 @@ def test_most_conversations_are_one_sequence(real: Real, examples: list[Example]
     several = [example for example in spoken(real, examples) if example.num_responses > 1]
     merged = sum(len(sequences_of(example, real.chat)) == 1 for example in several)
     log.info("%s: %d of %d conversations are one sequence", real.name, merged, len(several))
-    assert merged >= 0.95 * len(several)
+    assert merged >= 0.9 * len(several)
 
 
 def test_spans_by_generation_marks(real: Real, examples: list[Example]) -> None:

@@ -6,15 +6,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sources import said, turn
 
 from uft_ds.data.example import Example, Message, Pair
 from uft_ds.data.fields import LeftOut, Row
 from uft_ds.data.trl_format import trl
-
-
-def turn(role: str, content: Any) -> dict[str, Any]:
-    return {"role": role, "content": content}
-
 
 USER, GOOD, BAD = turn("user", "q"), turn("assistant", "a"), turn("assistant", "b")
 CALLS = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
@@ -31,10 +27,6 @@ def read_pair(row: Row) -> Pair:
     assert isinstance(item, Pair)
     assert not item.scored
     return item
-
-
-def said(example: Example) -> list[tuple[str, str, float | None]]:
-    return [(m.role, m.content, m.score) for m in example.messages]
 
 
 def test_trl_messages_are_supervised_in_every_assistant_turn() -> None:
