@@ -4,8 +4,9 @@ import pytest
 from tiny import build_tiny_tokenizer
 from toy import toy_sequences
 
+from uft_ds.data.chat_tokenizer import ChatTokenizer
 from uft_ds.data.example import Example, Message, Sequence
-from uft_ds.data.tokenize import ChatTokenizer, load_tokenizer, tokenize
+from uft_ds.data.tokenize import load_tokenizer, tokenize
 from uft_ds.preview import CLOSE, OPEN, PROMPT, SUPERVISED, rendered
 
 

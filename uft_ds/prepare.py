@@ -19,11 +19,12 @@ from typing import IO, Any
 import numpy as np
 
 from uft_ds.checks import check_adapter_is_of_base, check_inputs_lie_outside, check_recipe
+from uft_ds.data.chat_tokenizer import ChatTokenizer
 from uft_ds.data.example import Kind
 from uft_ds.data.mixture import Steps, epoch_amounts, plan_steps
 from uft_ds.data.prepare import PreparedSource, open_source, prepare_source
 from uft_ds.data.store import write_sample
-from uft_ds.data.tokenize import ChatTokenizer, load_tokenizer
+from uft_ds.data.tokenize import load_tokenizer
 from uft_ds.data.tokenized import is_whole, quarantine_file
 from uft_ds.errors import UserError
 from uft_ds.files import write_atomically

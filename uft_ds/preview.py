@@ -8,10 +8,10 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from uft_ds.data.chat_tokenizer import ChatTokenizer
 from uft_ds.data.example import Sequence
 from uft_ds.data.mixture import Steps, epoch_amounts
 from uft_ds.data.prepare import PreparedSource
-from uft_ds.data.tokenize import ChatTokenizer
 from uft_ds.prepare import PreparedData
 
 PROMPT, SUPERVISED, HEADER = "dim", "black on green", "bold"

@@ -15,10 +15,11 @@ from test_tokenize import FORGETS_THOUGHTS, INST, MOVES_SYSTEM, OPENS_THOUGHT, T
 from tiny import CHATML, build_tiny_tokenizer
 
 from uft_ds.data.building import RowRules, examine_row
+from uft_ds.data.chat_tokenizer import ChatTokenizer
 from uft_ds.data.example import Example, Pair
 from uft_ds.data.fields import LeftOut
 from uft_ds.data.formats import FORMATS, format_named
-from uft_ds.data.tokenize import CONTROL, EQUAL, LONG, TRIMMED, ChatTokenizer, load_tokenizer
+from uft_ds.data.tokenize import CONTROL, EQUAL, LONG, TRIMMED, load_tokenizer
 
 TEMPLATES = {
     "chatml": CHATML,
@@ -33,7 +34,7 @@ TEMPLATES = {
 
 
 def mostly(good: st.SearchStrategy[Any], bad: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    return st.integers(0, 7).flatmap(lambda kind: good if kind else bad)
+    return st.integers(0, 7).flatmap(lambda kind: bad if kind == 7 else good)
 
 
 TEXTS = (
@@ -250,9 +251,9 @@ def written(answer: str, template: str) -> str:
 def test_rows_are_mostly_examined(chats: dict[str, ChatTokenizer], name: str) -> None:
     """The rows above reach the tokenizer in every format: a strategy of bad rows alone would prove nothing."""
     rules = RowRules(name, None, 400, merge=True, trim_prompt=True)
-    num_good = 0
+    num_good = 0  # of 100
 
-    @settings(max_examples=60, deadline=None, database=None)
+    @settings(max_examples=100, deadline=None, database=None, derandomize=True)
     @given(ROWS[name])
     def count(given_row: dict[str, Any]) -> None:
         nonlocal num_good

@@ -10,9 +10,10 @@ from tiny import build_tiny_tokenizer
 
 from uft_ds.data import building
 from uft_ds.data.building import QUARANTINE, build_store
+from uft_ds.data.chat_tokenizer import ChatTokenizer
 from uft_ds.data.reading import find_data
 from uft_ds.data.store import SequenceStore
-from uft_ds.data.tokenize import ChatTokenizer, load_tokenizer
+from uft_ds.data.tokenize import load_tokenizer
 from uft_ds.errors import UserError
 
 

@@ -9,9 +9,10 @@ from sources import rules, write_rows
 from tiny import build_tiny_tokenizer
 
 from uft_ds.data.building import RowRules
+from uft_ds.data.chat_tokenizer import ChatTokenizer
 from uft_ds.data.example import Sequence
 from uft_ds.data.prepare import PreparedSource, Source, Tolerance, prepare_source
-from uft_ds.data.tokenize import ChatTokenizer, load_tokenizer
+from uft_ds.data.tokenize import load_tokenizer
 from uft_ds.errors import UserError
 
 

@@ -20,9 +20,10 @@ from real_tokenizers import (
 )
 from sentencepiece import SentencePieceProcessor
 
+from uft_ds.data.chat_tokenizer import ChatTokenizer, save_tokenizer
 from uft_ds.data.example import Example, Message, Pair, Sequence
 from uft_ds.data.formats import format_named
-from uft_ds.data.tokenize import CONTROL, ChatTokenizer, load_tokenizer, tokenize
+from uft_ds.data.tokenize import CONTROL, load_tokenizer, tokenize
 from uft_ds.model.smollm2 import NAME, default_cache_dir, is_complete
 
 log = logging.getLogger(__name__)
@@ -188,6 +189,19 @@ def test_spans_under_a_system_turn(real: Real, examples: list[Example]) -> None:
         (first, *_) = sequences_of(with_system(example), real.chat)
         start = decode(real.chat, first.token_ids_T[: first.responses[0].start].tolist())
         assert start.startswith("<|im_start|>system\nAnswer as a pirate would.<|im_end|>\n<|im_start|>user\n")
+
+
+def test_a_saved_tokenizer_reads_the_same(real: Real, examples: list[Example], tmp_path: Path) -> None:
+    """What `uft convert` writes beside the weights gives the tokens that were trained on, by either template."""
+    for number, chat in enumerate((real.chat, real.marked)):
+        (tmp_path / str(number)).mkdir()
+        save_tokenizer(chat, tmp_path / str(number))
+        saved = load_tokenizer(str(tmp_path / str(number)))
+        assert (saved.marked, saved.end_of_turn_id) == (chat.marked, chat.end_of_turn_id)
+        for example in examples[:60]:
+            ours, theirs = (tokenize(example, c, max_length=MAX_LENGTH, merge=True) for c in (chat, saved))
+            for one, other in zip(ours.sequences, theirs.sequences, strict=True):
+                assert one.token_ids_T.tolist() == other.token_ids_T.tolist()
 
 
 def test_most_conversations_are_one_sequence(real: Real, examples: list[Example]) -> None:

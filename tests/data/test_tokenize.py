@@ -11,8 +11,9 @@ from tiny import CHATML, IM_END, SPECIAL_TOKENS, build_tiny_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from uft_ds.data.chat_tokenizer import ChatTokenizer
 from uft_ds.data.example import Example, Message, Pair, Sequence
-from uft_ds.data.tokenize import CONTROL, EQUAL, LONG, ChatTokenizer, Tokenized, keep_first, load_tokenizer, tokenize
+from uft_ds.data.tokenize import CONTROL, EQUAL, LONG, Tokenized, keep_first, load_tokenizer, tokenize
 from uft_ds.errors import UserError
 from uft_ds.model.smollm2 import NAME, default_cache_dir, is_complete
 

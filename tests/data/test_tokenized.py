@@ -14,9 +14,10 @@ from sources import rules, write_rows
 from tiny import CHATML, build_tiny_tokenizer
 
 from uft_ds.data import tokenized
+from uft_ds.data.chat_tokenizer import ChatTokenizer
 from uft_ds.data.reading import find_data
 from uft_ds.data.store import INDEX
-from uft_ds.data.tokenize import ChatTokenizer, load_tokenizer
+from uft_ds.data.tokenize import load_tokenizer
 from uft_ds.data.tokenized import ensure_store, is_whole, open_store, store_key
 from uft_ds.errors import UserError
 

@@ -9,8 +9,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tiny import CHATML, build_tiny_tokenizer
 
+from uft_ds.data.chat_tokenizer import ChatTokenizer
 from uft_ds.data.example import Example, Message, Pair, Sequence
-from uft_ds.data.tokenize import LONG, TRIMMED, ChatTokenizer, Tokenized, load_tokenizer, tokenize
+from uft_ds.data.tokenize import LONG, TRIMMED, Tokenized, load_tokenizer, tokenize
 from uft_ds.data.trimming import common_prompt, fitting_prompt
 
 # Thoughts of earlier turns are gone from later prompts, so a later sequence may be the shorter one.

@@ -16,10 +16,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from uft_ds.checkpoint.save import latest_checkpoint
+from uft_ds.data.chat_tokenizer import ChatTokenizer, save_tokenizer
 from uft_ds.data.example import Sequence
 from uft_ds.data.micro_batch import micro_batch
 from uft_ds.data.store import SequenceStore
-from uft_ds.data.tokenize import ChatTokenizer, load_tokenizer
+from uft_ds.data.tokenize import load_tokenizer
 from uft_ds.errors import CheckFailed, UserError
 from uft_ds.objectives.implicit_reward import response_logps
 from uft_ds.process import choose_accelerator
@@ -112,7 +113,7 @@ def convert_to_adapter(run: Path, out: Path) -> Path:
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         shutil.copytree(checkpoint / "adapter", temporary)
-        chat.tokenizer.save_pretrained(temporary)
+        save_tokenizer(chat, temporary)
         temporary.rename(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -179,7 +180,7 @@ def _write_model(model: Any, chat: ChatTokenizer, folder: Path) -> None:
     model.generation_config = _ending_turns(model.generation_config, chat)
     model.config.use_cache = True
     model.save_pretrained(folder)
-    chat.tokenizer.save_pretrained(folder)
+    save_tokenizer(chat, folder)
 
 
 def _ending_turns(config: GenerationConfig, chat: ChatTokenizer) -> GenerationConfig:

@@ -20,12 +20,13 @@ from typing import Any
 
 import numpy as np
 
+from uft_ds.data.chat_tokenizer import ChatTokenizer
 from uft_ds.data.example import Example, Kind, Pair
 from uft_ds.data.fields import LeftOut
 from uft_ds.data.formats import Format, format_named
 from uft_ds.data.reading import DataFiles, RawRow, data_size, parse_row, raw_rows
 from uft_ds.data.store import Account, Place, StoreWriter, pack_units
-from uft_ds.data.tokenize import ChatTokenizer, Unit, tokenize
+from uft_ds.data.tokenize import Unit, tokenize
 from uft_ds.errors import UserError
 from uft_ds.process import die_with_parent
 

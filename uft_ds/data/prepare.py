@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from uft_ds.data.building import RowRules
+from uft_ds.data.chat_tokenizer import ChatTokenizer
 from uft_ds.data.mixture import ONE_PASS, Ingredient, Portion
 from uft_ds.data.reading import find_data
 from uft_ds.data.store import Account, Selection, SequenceStore
-from uft_ds.data.tokenize import LONG, ChatTokenizer
+from uft_ds.data.tokenize import LONG
 from uft_ds.data.tokenized import ensure_store, open_store, quarantine_file
 from uft_ds.errors import UserError
 

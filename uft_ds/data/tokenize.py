@@ -7,26 +7,14 @@ response's log-probability is that of the tokens the model would have to produce
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer
 
-from uft_ds.data.chat_template import (
-    PROBE,
-    REMEDY,
-    end_of_turn_id,
-    marks_generation,
-    render,
-    render_marked,
-    special_tokens,
-)
+from uft_ds.data.chat_template import PROBE, REMEDY
+from uft_ds.data.chat_tokenizer import ChatTokenizer, open_tokenizer
 from uft_ds.data.example import Example, Message, Pair, Response, Sequence
 from uft_ds.data.trimming import common_prompt, fitting_prompt
 from uft_ds.errors import UserError
@@ -43,51 +31,6 @@ _EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")
 
 
 @dataclass(frozen=True)
-class ChatTokenizer:
-    """A tokenizer with a chat template that is known to close the assistant's turn with one token.
-
-    marked: the template says by `{% generation %}` blocks what the assistant writes.
-    """
-
-    tokenizer: Any
-    end_of_turn_id: int
-    control_tokens: tuple[str, ...]
-    marked: bool = False
-
-    @property
-    def end_of_turn(self) -> str:
-        return str(self.tokenizer.convert_ids_to_tokens(self.end_of_turn_id))
-
-    def render(self, messages: Seq[Message], *, tools: Seq[Any] = (), for_generation: bool = False) -> str:
-        return render(self.tokenizer, _turns(messages), tools=tools, add_generation_prompt=for_generation)
-
-    def render_marked(self, messages: Seq[Message], tools: Seq[Any]) -> tuple[str, list[tuple[int, int]]]:
-        return render_marked(self.tokenizer, _turns(messages), tools=tools)
-
-    def encode(self, text: str) -> list[int]:
-        # The template has written every special token already: adding them again would double the BOS.
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def encode_continued(self, text: str) -> list[int]:
-        """The tokens of text that follows other text, no token straddling the two.
-
-        SentencePiece puts a space before every text: there it is read after a newline, which merges with nothing.
-        """
-        if self.tokenizer.convert_ids_to_tokens(self.encode("a")[:1])[0].startswith("▁"):
-            before, both = self.encode("\n"), self.encode("\n" + text)
-            if both[: len(before)] == before:
-                return both[len(before) :]
-        return self.encode(text)
-
-    def holds_control_token(self, messages: Seq[Message], tools: Seq[Any]) -> bool:
-        """Whether text of the data reads as a token that only the template may write."""
-        texts = [message.content for message in messages]
-        texts += [json.dumps(call, ensure_ascii=False) for message in messages for call in message.tool_calls]
-        texts += [json.dumps(tool, ensure_ascii=False) for tool in tools]
-        return any(token in text for text in texts for token in self.control_tokens)
-
-
-@dataclass(frozen=True)
 class Tokenized:
     """The units of one example; how many of its responses were dropped, and how many were changed, for which reason."""
 
@@ -101,24 +44,12 @@ class Tokenized:
 
 
 def load_tokenizer(base: str, *, revision: str | None = None, chat_template: str | None = None) -> ChatTokenizer:
-    """The base model's tokenizer, with its own chat template or the given one.
+    """The base model's tokenizer, with its own chat template or the given one, from which spans can be told.
 
     Raises:
         UserError: no tokenizer, no chat template, or one from which the assistant's tokens cannot be told.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base, revision=revision, trust_remote_code=False)
-    except Exception as error:  # noqa: BLE001 - transformers raises many types here
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"model.base: no tokenizer could be loaded from {base!r} ({reason})") from None
-    if chat_template is not None:
-        try:
-            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"model.chat_template: {chat_template} cannot be read ({error})") from None
-    end = end_of_turn_id(tokenizer)
-    control = tuple(sorted(token for token in special_tokens(tokenizer) if token))
-    chat = ChatTokenizer(tokenizer, end, control, marks_generation(tokenizer))
+    chat = open_tokenizer(base, revision=revision, chat_template=chat_template)
     _check_spans_are_exact(chat)
     return chat
 
@@ -290,13 +221,6 @@ def _upto(example: Example, turn: int) -> Example:
 
 def _with_prompt(example: Example, length: int, prompt: tuple[Message, ...]) -> Example:
     return replace(example, messages=(*prompt, *example.messages[length:]))
-
-
-def _turns(messages: Seq[Message]) -> list[dict[str, Any]]:
-    return [
-        {"role": m.role, "content": m.content} | ({"tool_calls": list(m.tool_calls)} if m.tool_calls else {})
-        for m in messages
-    ]
 
 
 def _check_spans_are_exact(chat: ChatTokenizer) -> None:

@@ -21,10 +21,10 @@ from pathlib import Path
 
 from uft_ds.data.building import QUARANTINE, RowRules, build_store
 from uft_ds.data.chat_template import template_of
+from uft_ds.data.chat_tokenizer import ChatTokenizer
 from uft_ds.data.formats import format_named
 from uft_ds.data.reading import DataFiles, content_hash
 from uft_ds.data.store import INDEX, SequenceStore
-from uft_ds.data.tokenize import ChatTokenizer
 from uft_ds.errors import UserError
 from uft_ds.files import sha256
 
