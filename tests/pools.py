@@ -1,14 +1,50 @@
 """Pools of toy sequences, and plans over them."""
 
+from dataclasses import dataclass, replace
 from typing import Any
 
-from uft_ds.data.example import Sequence
+import numpy as np
+
+from uft_ds.data.example import KEY_BYTES, Sequence, Unit
 from uft_ds.data.mixture import Ingredient, Steps, plan_steps
-from uft_ds.data.store import Held
 
 
-def held(*sequences: Sequence) -> Held:
-    return Held(tuple(sequences))
+@dataclass(frozen=True)
+class Held:
+    """A pool of sequences in memory; two that follow each other with one pair_id are a pair."""
+
+    sequences: tuple[Sequence, ...]
+
+    @property
+    def units(self) -> list[Unit]:
+        found: list[Unit] = []
+        for sequence in self.sequences:
+            if found and sequence.pair_id is not None and found[-1][0].pair_id == sequence.pair_id:
+                found[-1] = (*found[-1], sequence)
+            else:
+                found.append((sequence,))
+        return found
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    @property
+    def responses_U(self) -> np.ndarray:
+        return np.array([sum(len(s.responses) for s in unit) for unit in self.units], dtype=np.int64)
+
+    def unit(self, index: int, pair_id: int = 0) -> Unit:
+        unit = self.units[index]
+        if len(unit) == 1:
+            return unit
+        return tuple(replace(s, responses=(replace(s.responses[0], pair_id=pair_id),)) for s in unit)
+
+    def keys_of(self, index: int) -> tuple[bytes, ...]:
+        return tuple(key for sequence in self.units[index] for key in sequence.response_keys)
+
+    @property
+    def keys_R(self) -> np.ndarray:
+        keys = [key for sequence in self.sequences for key in sequence.response_keys]
+        return np.array(keys, dtype=f"V{KEY_BYTES}").view(f"S{KEY_BYTES}")
 
 
 def plan(*sources: tuple[Sequence, ...], **changes: Any) -> Steps:

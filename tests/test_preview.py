@@ -1,5 +1,7 @@
 """What the preview shows: exactly the mask, also where a long text is cut."""
 
+from dataclasses import replace
+
 import pytest
 from tiny import build_tiny_tokenizer
 from toy import toy_sequences
@@ -17,10 +19,8 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
 
 def conversation(chat: ChatTokenizer, *contents: str) -> Sequence:
     turns = (Message("assistant", c, 0.5) if i % 2 else Message("user", c) for i, c in enumerate(contents))
-    (sequence,) = tokenize(
-        Example(tuple(turns), "score"), chat, max_length=100_000, merge=True, origin="f.jsonl:3"
-    ).sequences
-    return sequence
+    (sequence,) = tokenize(Example(tuple(turns), "score"), chat, max_length=100_000, merge=True).sequences
+    return replace(sequence, responses=tuple(replace(r, origin="f.jsonl:3") for r in sequence.responses))
 
 
 def test_marks_and_colours_are_the_mask(chat: ChatTokenizer) -> None:

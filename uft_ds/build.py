@@ -6,8 +6,10 @@ import json
 from collections.abc import Sequence as Seq
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from uft_ds.data.example import KEY_BYTES
 from uft_ds.data.store import Pool
 from uft_ds.model.adapters import add_adapters, start_from_adapter
 from uft_ds.model.identity import reference_identity
@@ -121,5 +123,7 @@ def _read_snapshot(store: ReferenceStore, pools: Seq[Pool], reporter: Speaker) -
         reporter.warn(f"reference cache: {problem}; its responses are computed again")
     if not stored.table:
         return {}, stored.files
-    wanted = {key for pool in pools for index in range(len(pool)) for key in pool.keys_of(index)}
-    return {key: logp for key, logp in stored.table.items() if key in wanted}, stored.files
+    names = np.array(list(stored.table), dtype=f"V{KEY_BYTES}").view(f"S{KEY_BYTES}")
+    is_wanted = np.isin(names, np.concatenate([pool.keys_R for pool in pools]))
+    kept = zip(stored.table.items(), is_wanted.tolist(), strict=True)
+    return {key: logp for (key, logp), wanted in kept if wanted}, stored.files

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -209,7 +210,7 @@ def data_formats() -> None:
 
     for name, make in formats().items():
         console.print(name, style="bold")
-        console.print(f"    {inspect.cleandoc(make.__doc__ or '').partition(chr(10) * 2)[0]}")
+        console.print(textwrap.indent(inspect.cleandoc(make.__doc__ or ""), "    "))
 
 
 @data_app.command("schema")

@@ -58,7 +58,7 @@ class PreparedData:
 def prepare_data(
     recipe: Recipe, chat: ChatTokenizer, on_progress: OnProgress = lambda label, done, total: None
 ) -> PreparedData:
-    """Read, check and tokenise all sources; what has been tokenised before is only looked up."""
+    """Read, check and tokenise all sources; of those that have been tokenised before, only the content is hashed."""
 
     def prepare(entry: SourceSection) -> PreparedSource:
         source = source_of(recipe, entry)
@@ -76,6 +76,7 @@ def prepare_data(
         tuple(prepare(entry) for entry in recipe.data.sources),
         tuple(prepare(entry) for entry in recipe.data.held_out),
     )
+    _check_no_source_twice(data)
     _check_kinds(recipe, data)
     _check_units_fit(recipe, data)
     _check_mixture(data)
@@ -140,6 +141,15 @@ def _read_report(folder: RunFolder) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{folder.data_report()}: cannot be read ({error}); the run was not prepared") from None
     return report
+
+
+def _check_no_source_twice(data: PreparedData) -> None:
+    """The recipe's own check compares names: a copy, a link or another spelling of the path is found by its content."""
+    seen: dict[str, str] = {}
+    for source in data.all:
+        if source.key in seen:
+            raise UserError(f"{source.label}: holds the rows of {seen[source.key]}; no row may be used twice")
+        seen[source.key] = source.label
 
 
 def _check_kinds(recipe: Recipe, data: PreparedData) -> None:

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from uft_ds.errors import EXIT_INTERRUPTED
 
 
 def choose_accelerator() -> None:
     """Tell DeepSpeed, before it is first imported, that there is no GPU: left to find out, it warns of it."""
+    import torch  # here, for processes that only tokenise need it not
+
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 

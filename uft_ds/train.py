@@ -11,11 +11,11 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import platform
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, TextIO
 
@@ -69,11 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
             )
         folder = RunFolder(Path(recipe.output))  # ours only from here on
         recipe = load_recipe(str(folder.recipe))  # as prepared: paths, adapter and revision are fixed there
-        while_others_wait(
-            f"data on {platform.node()}",
-            lambda: ensure_data(recipe, folder),
-            works=os.environ.get("LOCAL_RANK", "0") == "0",
-        )
+        # On each machine the first rank; those of the others wait too: they would meet them in a collective.
+        while_others_wait("data", partial(ensure_data, recipe, folder), works=os.environ.get("LOCAL_RANK", "0") == "0")
         with _own_streams(folder, rank) as terminal:
             work = _fill_reference if options.only_reference else _run
             work(recipe, folder, Console(file=terminal))

@@ -16,24 +16,23 @@ from uft_ds.errors import UserError
 
 T = TypeVar("T")
 _POLL_SECONDS = 0.2
-_DONE = "done"
+_FAILED = "failed"
 
 logger = logging.getLogger("uft_ds")
 
 
 def while_others_wait(name: str, work: Callable[[], T], *, works: bool) -> T | None:
-    """Run `work` on the rank that `works`; the others return when it is done, or raise what it raised.
+    """Run `work` on the ranks that `works`; all return when all of these are done, or raise what one of them raised.
 
-    Whoever waits only asks the launcher's store for the result; if the worker dies, the launcher ends them all.
+    Whoever waits only asks the launcher's store; if a worker dies, the launcher ends them all. Every rank must call it.
 
     Args:
-        name: of this occasion: the same on the ranks that belong together, never used twice.
+        name: of this occasion, never used twice.
     Raises:
-        UserError: as `work` raised it; any other exception is a RuntimeError on those that waited.
+        UserError: as `work` raised it; any other exception is a RuntimeError on the other ranks.
     """
     store = _launchers_store()
-    # torchrun keeps one store for all its restarts.
-    key = f"uft_ds/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}"
+    result: T | None = None
     if works:
         try:
             result = work()
@@ -41,17 +40,21 @@ def while_others_wait(name: str, work: Callable[[], T], *, works: bool) -> T | N
             is_users = isinstance(error, UserError)
             if not is_users:
                 logger.exception("unexpected error")
-            store.set(key, json.dumps([is_users, str(error) if is_users else f"{type(error).__name__}: {error}"]))
+            message = str(error) if is_users else f"{type(error).__name__}: {error}"
+            store.set(_key(_FAILED), json.dumps([is_users, message]))
             raise
-        store.set(key, _DONE)
-        return result
-    while not store.check([key]):
+    store.add(_key(name), 1)
+    while store.add(_key(name), 0) < int(os.environ["WORLD_SIZE"]):
+        if store.check([_key(_FAILED)]):
+            is_users, message = json.loads(store.get(_key(_FAILED)))
+            raise UserError(message) if is_users else RuntimeError(message)
         time.sleep(_POLL_SECONDS)
-    outcome = store.get(key).decode("utf-8")
-    if outcome != _DONE:
-        is_users, message = json.loads(outcome)
-        raise UserError(message) if is_users else RuntimeError(message)
-    return None
+    return result
+
+
+def _key(name: str) -> str:
+    # torchrun keeps one store for all its restarts.
+    return f"uft_ds/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}"
 
 
 def _launchers_store() -> TCPStore:

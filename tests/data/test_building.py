@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from sources import read, rules, write_rows
 from tiny import build_tiny_tokenizer
@@ -11,7 +13,10 @@ from tiny import build_tiny_tokenizer
 from uft_ds.data import building
 from uft_ds.data.building import QUARANTINE, build_store
 from uft_ds.data.chat_tokenizer import ChatTokenizer
-from uft_ds.data.reading import find_data
+from uft_ds.data.example import Example, Message
+from uft_ds.data.fields import Row
+from uft_ds.data.formats import FORMATS
+from uft_ds.data.reading import find_data, parse_row, raw_rows
 from uft_ds.data.store import SequenceStore
 from uft_ds.data.tokenize import load_tokenizer
 from uft_ds.errors import UserError
@@ -168,3 +173,52 @@ def _die(examine: object) -> None:
     import signal
 
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ([Example((Message("user", "q"), Message("assistant", "a", 12.25)), "score")], "score of turn 1': found 12.25"),
+        ([Example((Message("user", "q"), Message("assistant", "a")), "score")], "scored turns [], expected one"),
+        (
+            [Example((Message("user", "q", 1.0), Message("assistant", "a")), "score")],
+            "turn 0, which is the user's",
+        ),
+        ([Example((Message("assistant", "a", 1.0),), "score")], "turns must alternate"),
+        (["text"], "the format gave str"),
+        (None, "the format could not read it (TypeError"),
+    ],
+)
+def test_what_a_plug_in_gives_is_checked(
+    tmp_path: Path, chat: ChatTokenizer, monkeypatch: pytest.MonkeyPatch, items: Any, message: str
+) -> None:
+    """Another package's format cannot bring a wrong score or a conversation out of order into a run, or crash it."""
+
+    def theirs(row: Row, *, score: float | None) -> Any:
+        return items
+
+    monkeypatch.setitem(FORMATS, "theirs", theirs)
+    path = write_rows(tmp_path / "rows.jsonl", [{"a": 1}])
+    found = refusal(path, chat, format="theirs")
+    assert found.startswith(f"{path}:1: ")
+    assert message in found
+
+
+def test_null_members_of_tables_are_absent(tmp_path: Path) -> None:
+    """Arrow gives every struct the keys of all others: a call must not be learned with arguments that it lacks."""
+    rows = [
+        {"messages": [{"role": "user", "content": "q", "extra": {"a": 1}}]},
+        {"messages": [{"role": "user", "content": "q", "extra": {"b": 2}}]},
+    ]
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    found = [parse_row(raw.value) for raw in raw_rows(find_data(str(path), None))]
+    assert found == rows
+
+
+def test_hidden_files_are_not_read(tmp_path: Path) -> None:
+    """What editors and notebooks leave in a folder would double its rows."""
+    write_rows(tmp_path / "data" / "a.jsonl", [{"prompt": "q", "response": "a"}])
+    write_rows(tmp_path / "data" / ".ipynb_checkpoints" / "a-checkpoint.jsonl", [{"prompt": "q", "response": "a"}])
+    write_rows(tmp_path / "data" / ".a.jsonl", [{"prompt": "q", "response": "a"}])
+    assert find_data(str(tmp_path / "data"), None).names == (f"{tmp_path}/data/a.jsonl",)

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pools import plan
+from pools import Held, plan
 
 from uft_ds.data.example import Response, Sequence
 from uft_ds.data.mixture import Ingredient, Portion, Step, Steps, epoch_amounts, in_order, mixed_order, plan_steps
-from uft_ds.data.store import Held
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=4)
 
@@ -283,3 +282,22 @@ def test_a_million_units_are_planned_at_once() -> None:
     assert len(steps) == 3_000_000 // 64
     assert len(steps[-1].responses) == 64
     assert time.perf_counter() - started < 20
+
+
+def test_a_schedule_ends_where_the_run_ends() -> None:
+    """With long conversations in one source, whose number in a step nobody knows before: the last steps have the last
+    share, and the schedule never begins again."""
+    falling = Portion(share=((0.0, 0.9), (1.0, 0.1)))
+    single = Ingredient("a", Held(source("a", [1] * 4000)), falling)
+    talks = Ingredient("b", Held(source("b", [12] * 60)), Portion(share=((0.0, 0.1), (1.0, 0.9))))
+    plan = plan_steps([single, talks], seed=0, examples_per_step=16, epochs=1, steps=300)
+    assert len(plan) == 300
+
+    def share_of_a(steps: Sequence) -> float:
+        held = Counter(r.origin.split(":")[0] for step in steps for r in step.responses)
+        return held["a"] / sum(held.values())
+
+    shares = [share_of_a(plan[start : start + 30]) for start in range(0, 300, 30)]
+    assert shares[0] == pytest.approx(0.86, abs=0.05)
+    assert shares[-1] == pytest.approx(0.14, abs=0.05)
+    assert all(later < earlier + 0.05 for earlier, later in pairwise(shares))

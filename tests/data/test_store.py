@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from toy import toy_sequences
 
-from uft_ds.data.example import Response, Sequence
+from uft_ds.data.example import Response, Sequence, Unit
 from uft_ds.data.store import (
     INDEX,
     Account,
@@ -17,7 +17,6 @@ from uft_ds.data.store import (
     pack_units,
     write_sample,
 )
-from uft_ds.data.tokenize import Unit
 from uft_ds.errors import UserError
 
 ACCOUNT = Account(9, {"tie": 2}, {"trimmed": 1}, {"tie": [[0, 1], [1, 3]]}, 1, 0)

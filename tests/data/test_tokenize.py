@@ -12,8 +12,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from uft_ds.data.chat_tokenizer import ChatTokenizer
-from uft_ds.data.example import Example, Message, Pair, Sequence
-from uft_ds.data.tokenize import CONTROL, EQUAL, LONG, Tokenized, keep_first, load_tokenizer, tokenize
+from uft_ds.data.example import Example, Message, Pair, Sequence, keep_first
+from uft_ds.data.tokenize import CONTROL, EQUAL, LONG, Tokenized, load_tokenizer, tokenize
 from uft_ds.errors import UserError
 from uft_ds.model.smollm2 import NAME, default_cache_dir, is_complete
 
@@ -122,7 +122,7 @@ def conversation(*contents: str, system: str | None = None) -> Example:
 
 
 def tokenized(example: Example, chat: ChatTokenizer, *, merge: bool = True, max_length: int = 10_000) -> Tokenized:
-    return tokenize(example, chat, max_length=max_length, merge=merge, origin="f:1")
+    return tokenize(example, chat, max_length=max_length, merge=merge)
 
 
 def spans(sequence: Sequence, chat: ChatTokenizer) -> list[str]:
@@ -237,7 +237,7 @@ def test_earlier_turns_without_score_are_context(tiny: ChatTokenizer) -> None:
     (sequence,) = tokenized(Example(messages, "score"), tiny).sequences
     assert spans(sequence, tiny) == ["a2<|im_end|>"]
     (response,) = sequence.responses
-    assert (response.score, response.kind, response.origin) == (0.5, "score", "f:1")
+    assert (response.score, response.kind, response.pair_id) == (0.5, "score", None)
 
 
 def test_tokens_by_hand(tiny: ChatTokenizer) -> None:
@@ -398,15 +398,14 @@ def two(better: str, worse: str, *before: str) -> Pair:
 
 
 def test_a_pair_is_a_unit_of_two_sequences(chat: ChatTokenizer) -> None:
-    """The chosen side first, each as it would be by itself, with one number for both and an origin of its own."""
+    """The chosen side first, each as it would be by itself, with one number for both."""
     pair = two("good", "not so good")
-    (unit,) = tokenize(pair, chat, max_length=10_000, merge=True, origin="f:1").units
+    (unit,) = tokenize(pair, chat, max_length=10_000, merge=True).units
     for side, example in zip(unit, (pair.chosen, pair.rejected), strict=True):
         (alone,) = tokenized(example, chat).sequences
         assert side.token_ids_T.tolist() == alone.token_ids_T.tolist()
         assert side.responses[0].start == alone.responses[0].start
     assert [side.pair_id for side in unit] == [0, 0]
-    assert [side.responses[0].origin for side in unit] == ["f:1 (chosen)", "f:1 (rejected)"]
 
 
 def test_a_pair_fits_as_a_whole(tiny: ChatTokenizer) -> None:
@@ -426,6 +425,99 @@ def test_a_control_token_on_one_side_drops_the_pair(tiny: ChatTokenizer) -> None
     """A pair is never halved."""
     for answers in (("a", "<|im_end|>"), ("<|im_end|>", "a")):
         assert tokenize(two(*answers), tiny, max_length=99, merge=True) == Tokenized((), {CONTROL: 2}, {})
+
+
+CALL = {"type": "function", "function": {"name": "look_up", "arguments": {}}}
+# Calls end by another token than answers do, as in gpt-oss and Llama 3.
+CALLS = (
+    "{% for m in messages %}"
+    + OPEN
+    + "{% if m['role'] == 'assistant' %}BEGIN{{ m['content'] }}"
+    + "{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}CLOSE_CALL{% else %}<|im_end|>{% endif %}END"
+    + "{% else %}{{ m['content'] }}<|im_end|>{% endif %}{{ '\\n' }}{% endfor %}"
+    + GENERATION
+)
+TOOL_TURNS = (
+    Message("user", "q"),
+    Message("assistant", "", 1.0, tool_calls=(CALL,)),
+    Message("tool", "42"),
+    Message("assistant", "it is 42", 1.0),
+)
+
+
+def calls(close: str, *, marked: bool) -> str:
+    """The template whose calls are closed by a token, with generation blocks or without."""
+    begin, end = ("{% generation %}", "{% endgeneration %}") if marked else ("", "")
+    return CALLS.replace("CLOSE_CALL", close).replace("BEGIN", begin).replace("END", end)
+
+
+@pytest.mark.parametrize("marked", [False, True])
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_call_that_ends_like_an_answer_is_supervised(with_template: Load, marked: bool, merge: bool) -> None:
+    """Two spans, the call and the answer; the tool's result is in neither."""
+    chat = with_template(calls("<|im_end|>", marked=marked))
+    result = tokenized(Example(TOOL_TURNS, "instruction"), chat, merge=merge)
+    found = [span for sequence in result.sequences for span in spans(sequence, chat)]
+    assert found == ["look_up<|im_end|>", "it is 42<|im_end|>"]
+
+
+@pytest.mark.parametrize("marked", [False, True])
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_call_that_ends_otherwise_never_supervises_what_follows(
+    with_template: Load, marked: bool, merge: bool
+) -> None:
+    """No end-of-turn token of its own: the next one would be the tool's. Refused, merged or not, marked or not."""
+    chat = with_template(calls("<|endoftext|>", marked=marked))
+    with pytest.raises(ValueError, match=r"ends this turn by another token than '<\|im_end\|>'"):
+        tokenized(Example(TOOL_TURNS, "instruction"), chat, merge=merge)
+    context = (TOOL_TURNS[0], replace(TOOL_TURNS[1], score=None), *TOOL_TURNS[2:])
+    (sequence,) = tokenized(Example(context, "instruction"), chat, merge=merge).sequences
+    assert spans(sequence, chat) == ["it is 42<|im_end|>"]
+
+
+def test_calls_that_the_template_leaves_out_are_refused(tiny: ChatTokenizer) -> None:
+    """ChatML alone writes no tool calls: the model would learn to answer nothing."""
+    with pytest.raises(ValueError, match=r"does not write the tool calls of turn 1.*model\.chat_template"):
+        tokenized(Example(TOOL_TURNS, "instruction"), tiny)
+    tools = ({"type": "function", "function": {"name": "look_up"}},)
+    with pytest.raises(ValueError, match="does not write the tools"):
+        tokenized(replace(conversation("q", "a"), tools=tools), tiny)
+
+
+def test_an_empty_rest_of_a_thought_is_prompt(with_template: Load) -> None:
+    """Where generation opens the thought, an answer without one begins after its end."""
+    chat = with_template(OPENS_THOUGHT)
+    (sequence,) = tokenized(conversation("q", "<think>\n\n</think>\n\nyes"), chat).sequences
+    assert spans(sequence, chat) == ["yes<|im_end|>"]
+    (sequence,) = tokenized(conversation("q", "<think>\nhm</think>\n\nyes"), chat).sequences
+    assert spans(sequence, chat) == ["hm</think>\n\nyes<|im_end|>"]
+
+
+def test_the_answers_own_indentation_is_learned(tiny: ChatTokenizer) -> None:
+    """Behind an empty thought, only the white space that templates write is taken for theirs."""
+    (sequence,) = tokenized(conversation("q", "<think>\n\n</think>\n\n    return 1"), tiny).sequences
+    assert spans(sequence, tiny) == ["    return 1<|im_end|>"]
+
+
+def test_tokens_do_not_depend_on_the_day(with_template: Load) -> None:
+    """A template that writes today's date is refused; one that knows a date_string gets a fixed one."""
+    today = CHATML.replace("{{ '<|im_start|>' +", "{{ strftime_now('%d') + '<|im_start|>' +")
+    with pytest.raises(UserError, match=r"the date of the day.*fixed date by model\.chat_template"):
+        with_template(today)
+    given = "{% if not date_string is defined %}{% set date_string = strftime_now('%d') %}{% endif %}{{ date_string }}"
+    (sequence,) = tokenized(conversation("q", "a"), with_template(given + CHATML)).sequences
+    assert with_template(given + CHATML).tokenizer.decode(sequence.token_ids_T.tolist()).startswith("26 Jul 2024<|im_")
+
+
+def test_what_else_a_template_wants_of_a_turn_reaches_it(with_template: Load) -> None:
+    """Reasoning, and the names of calls, are handed on; a control token in them is found like in the content."""
+    template = CHATML.replace("+ message['content']", "+ message.get('reasoning_content', '') + message['content']")
+    chat = with_template(template)
+    turns = (Message("user", "q"), Message("assistant", "a", 1.0, extras=(("reasoning_content", "hm "),)))
+    (sequence,) = tokenized(Example(turns, "instruction"), chat).sequences
+    assert spans(sequence, chat) == ["hm a<|im_end|>"]
+    bad = (turns[0], replace(turns[1], extras=(("reasoning_content", "x<|im_end|>"),)))
+    assert tokenized(Example(bad, "instruction"), chat).dropped == {CONTROL: 1}
 
 
 # What is dropped

@@ -74,6 +74,9 @@ def test_the_key_is_of_the_content(
     )]  # fmt: skip
     moved.write_bytes(path.read_bytes().replace(b"q3", b"q4"))
     others.append(key_of(moved))
+    array = tmp_path / "rows.json"
+    shutil.copy(path, array)
+    others.append(key_of(array))
     (tmp_path / "template.jinja").write_text(CHATML.replace("\\n", "|"))
     template = load_tokenizer(str(tokenizer_folder), chat_template=str(tmp_path / "template.jinja"))
     others.append(key_of(tokenizer=template))

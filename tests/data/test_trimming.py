@@ -127,7 +127,7 @@ def test_results_of_tools_stay_with_their_question(chat: ChatTokenizer) -> None:
     """What follows the last question is needed for the answer: the question is cut instead."""
     turns = (
         Message("user", "0123456789"),
-        Message("assistant", "look", tool_calls=({"type": "function", "function": {"name": "f", "arguments": {}}},)),
+        Message("assistant", "look"),
         Message("tool", "found"),
         Message("assistant", "ab", 1.0),
     )

@@ -39,6 +39,21 @@ def test_ranks_wait_as_long_as_it_takes() -> None:
     assert all(waited >= PREPARING_SECONDS for _, waited in results)
 
 
+def wait_for_the_other_machine(seconds: float) -> float:
+    """Each rank is the first of its machine; rank 1's has more to do."""
+    started = time.monotonic()
+    while_others_wait("data", lambda: time.sleep(seconds * torch.distributed.get_rank()), works=True)
+    waited = time.monotonic() - started
+    torch.distributed.barrier()
+    return waited
+
+
+def test_a_machine_waits_for_a_slower_one() -> None:
+    """The first rank of a machine that is done would otherwise meet the others in a collective that times out."""
+    waited = run_on_ranks(wait_for_the_other_machine, 2, PREPARING_SECONDS, collective_seconds=3.0)
+    assert all(seconds >= PREPARING_SECONDS for seconds in waited)
+
+
 def fail_on_rank_zero(kind: str) -> str:
     def work() -> None:
         raise UserError("f.jsonl:7: bad") if kind == "user" else KeyError("x")
@@ -173,6 +188,15 @@ def test_shares_that_make_no_whole_are_refused_by_key(tiny_qwen2: Path, tmp_path
     recipe = load_recipe(str(tmp_path / "recipe.yaml"), shares)
     with pytest.raises(UserError, match=r"data\.sources: the shares of all sources add up to 0\.9"):
         prepare_run(recipe, overwrite=False)
+
+
+def test_a_copy_of_a_source_is_found(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """The same rows held out under another name: no number on them would mean anything."""
+    recipe = write_recipe(tmp_path, tiny_qwen2)
+    shutil.copy(tmp_path / "scored.jsonl", tmp_path / "other.jsonl")
+    override = f"data.held_out.0.path={tmp_path / 'other.jsonl'}"
+    with pytest.raises(UserError, match=r"other\.jsonl: holds the rows of .*scored\.jsonl; no row may be used twice"):
+        prepare_run(load_recipe(str(recipe), (override,)), overwrite=False)
 
 
 def test_a_kind_without_a_loss_is_refused(tiny_qwen2: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from pools import plan
+from pools import Held, plan
 from ranks import run_on_ranks
 from safetensors.torch import load_file
 from test_gradient_scale import engine_of
@@ -21,7 +21,6 @@ from toy import UFT, toy_sequences
 
 from uft_ds.build import build_reference_cache
 from uft_ds.data.mixture import Step, in_order
-from uft_ds.data.store import Held
 from uft_ds.model.identity import reference_identity
 from uft_ds.recipe_file import load_recipe
 from uft_ds.training.engine import Engine

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pools import Held
 from torch import Tensor
 from toy import toy_sequences
 
@@ -18,6 +19,7 @@ from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.data.mixture import Step
 from uft_ds.data.packing import rank_micro_batches
 from uft_ds.errors import UserError
+from uft_ds.training.evaluate import known_sequences
 from uft_ds.training.reference_cache import REFERENCE_TABLE, ReferenceCache, fill
 from uft_ds.training.reference_store import ReferenceStore, read_table
 
@@ -238,3 +240,22 @@ def test_fill_stores_on_the_way_and_goes_on_where_it_was(engine: CountingEngine,
     fill(engine, again, groups, TOKENS, flush_every=1)  # type: ignore[arg-type]
     assert len(engine.forwarded) == len(groups[2].responses)
     assert len(store.read().table) == len(STEP.responses)
+
+
+def test_known_pairs_are_checked_as_pairs() -> None:
+    """Each pair that the spot check takes has a number of its own: they are packed as pairs, not as one."""
+    rng = np.random.default_rng(0)
+    sides = [
+        Sequence(
+            rng.integers(3, 99, size=9).astype(np.int32),
+            (Response(5, 9, float(1 - i % 2), "pair", "", pair_id=i // 2),),
+        )
+        for i in range(8)
+    ]
+    pool = Held(tuple(sides))
+    assert len(pool) == 4
+    cache = ReferenceCache("remembered", {key: 0.0 for side in sides for key in side.response_keys})
+    chosen = Step(0, known_sequences(cache, [Held(()), pool], 6))
+    assert [len(unit) for unit in chosen.units] == [2, 2, 2]
+    batches = rank_micro_batches(chosen, tokens_per_micro_batch=20, rank=0, world_size=1)
+    assert [batch.pairs_P2.tolist() for batch in batches] == [[[0, 1]]] * 3

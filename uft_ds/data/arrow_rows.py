@@ -72,8 +72,14 @@ def _stream_batches(source: pa.NativeFile, name: str) -> Iterator[tuple[float, p
 def _plain(batch: pa.RecordBatch) -> Rows:
     # A damaged file may hold offsets beyond its buffers, and text that is not UTF-8.
     batch.validate(full=True)
-    rows: Rows = batch.to_pylist()
-    return rows
+    return [{key: without_nulls(value) for key, value in row.items()} for row in batch.to_pylist()]
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without the null members of its structs: Arrow gives every struct the keys of all others."""
+    if isinstance(value, dict):
+        return {key: without_nulls(member) for key, member in value.items() if member is not None}
+    return [without_nulls(member) for member in value] if isinstance(value, list) else value
 
 
 def _check_columns(name: str, columns: list[str]) -> None:

@@ -21,12 +21,13 @@ from typing import Any
 import numpy as np
 
 from uft_ds.data.chat_tokenizer import ChatTokenizer
-from uft_ds.data.example import Example, Kind, Pair
+from uft_ds.data.example import Example, Kind, Pair, Unit
 from uft_ds.data.fields import LeftOut
 from uft_ds.data.formats import Format, format_named
 from uft_ds.data.reading import DataFiles, RawRow, data_size, parse_row, raw_rows
 from uft_ds.data.store import Account, Place, StoreWriter, pack_units
-from uft_ds.data.tokenize import Unit, tokenize
+from uft_ds.data.tokenize import tokenize
+from uft_ds.data.turns import check_item
 from uft_ds.errors import UserError
 from uft_ds.process import die_with_parent
 
@@ -35,7 +36,7 @@ PLACES_NAMED = 3
 """Of each reason for leaving something out."""
 
 _CHUNK_ROWS, _CHUNK_BYTES = 256, 2**20
-_PARALLEL_FROM_BYTES = 4 * 2**20
+_PARALLEL_FROM_BYTES = 16 * 2**20
 """Starting a process takes seconds: a small source is read in this one."""
 
 
@@ -138,6 +139,12 @@ def examine_row(
     except LeftOut as left_out:
         dropped[left_out.reason] += left_out.num_responses
         return None, [], dropped, changed
+    except ValueError:
+        raise
+    except Exception as error:  # of another package's format
+        raise ValueError(f"the format could not read it ({type(error).__name__}: {str(error)[:80]})") from error
+    for item in items:
+        check_item(item)
     kinds = {_kind_of(item) for item in items}
     if len(kinds) > 1:
         raise ValueError(f"format {rules.format} gives items of several kinds: {', '.join(sorted(kinds))}")

@@ -22,6 +22,10 @@ PROBE = [
 ]
 
 
+DATE = "26 Jul 2024"
+"""What templates write that know a `date_string`: the default of Llama 3.1's own."""
+
+_FIXED_DATE = "give a copy of it with a fixed date by model.chat_template"
 _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -61,16 +65,21 @@ def marks_generation(tokenizer: PreTrainedTokenizerBase) -> bool:
     return bool(_GENERATION_MARKER.search(template_of(tokenizer)))
 
 
-def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chat template's text; of several, the one named `default`.
+def template_of(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Mapping[str, Any]] = ()) -> str:
+    """The chat template's text; of several, the one for tools where there are any, else the default.
 
     Raises:
         UserError: there is none.
     """
     try:
-        return tokenizer.get_chat_template()
+        return tokenizer.get_chat_template(tools=[dict(tool) for tool in tools] or None)
     except ValueError:
         raise UserError(f"The tokenizer of `{tokenizer.name_or_path}` has no chat template: {REMEDY}.") from None
+
+
+def _without_today(template: str) -> str:
+    """The template, raising an error where it would write the day's date: tokens must not depend on the day."""
+    return template.replace("strftime_now(", f"raise_exception('it writes the date of the day; {_FIXED_DATE}: ' ~ ")
 
 
 def _render(
@@ -85,9 +94,10 @@ def _render(
         rendered: Any = render_jinja_template(
             conversations=[[dict(message) for message in messages]],
             tools=[dict(tool) for tool in tools] or None,
-            chat_template=template_of(tokenizer),
+            chat_template=_without_today(template_of(tokenizer, tools)),
             add_generation_prompt=add_generation_prompt,
             return_assistant_tokens_mask=marked,
+            date_string=DATE,
             **cast(dict[str, Any], tokenizer.special_tokens_map),
         )
     except (TemplateError, TypeError) as error:

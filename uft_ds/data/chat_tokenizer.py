@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -62,15 +63,19 @@ class ChatTokenizer:
 
         SentencePiece puts a space before every text: there it is read after a newline, which merges with nothing.
         """
-        if self.tokenizer.convert_ids_to_tokens(self.encode("a")[:1])[0].startswith("▁"):
+        if self._puts_a_space_first:
             before, both = self.encode("\n"), self.encode("\n" + text)
             if both[: len(before)] == before:
                 return both[len(before) :]
         return self.encode(text)
 
+    @cached_property
+    def _puts_a_space_first(self) -> bool:
+        return str(self.tokenizer.convert_ids_to_tokens(self.encode("a")[:1])[0]).startswith("▁")
+
     def holds_control_token(self, messages: Seq[Message], tools: Seq[Any]) -> bool:
         """Whether text of the data reads as a token that only the template may write."""
-        texts = [message.content for message in messages]
+        texts = [text for message in messages for text in (message.content, *(value for _, value in message.extras))]
         texts += [json.dumps(call, ensure_ascii=False) for message in messages for call in message.tool_calls]
         texts += [json.dumps(tool, ensure_ascii=False) for tool in tools]
         return any(token in text for text in texts for token in self.control_tokens)
@@ -115,6 +120,7 @@ def save_tokenizer(chat: ChatTokenizer, folder: Path) -> None:
 
 def _turns(messages: Seq[Message]) -> list[dict[str, Any]]:
     return [
-        {"role": m.role, "content": m.content} | ({"tool_calls": list(m.tool_calls)} if m.tool_calls else {})
+        {"role": m.role, "content": m.content, **dict(m.extras)}
+        | ({"tool_calls": list(m.tool_calls)} if m.tool_calls else {})
         for m in messages
     ]

@@ -29,12 +29,14 @@ class Message:
     """One turn of a conversation. An assistant turn with a score is supervised; without one it is context.
 
     tool_calls: of an assistant turn, as the chat template takes them (OpenAI's layout).
+    extras: what else the chat template may want of a turn, by name: reasoning_content, name, tool_call_id.
     """
 
     role: Role
     content: str
     score: float | None = None
     tool_calls: tuple[Mapping[str, Any], ...] = ()
+    extras: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Response:
 
     `start` is at least 1: the token before predicts the span's first token.
 
-    origin: `file:line` (or `name:row`), for messages to the user.
+    origin: `file:line` (or `name:row`), for messages to the user; known to whoever stores it.
     pair_id: the same for the two sides of a pair, and for no others of a step; the chosen side comes first.
     """
 
@@ -90,7 +92,7 @@ class Response:
     end: int
     score: float
     kind: Kind
-    origin: str
+    origin: str = ""
     pair_id: int | None = None
 
     @property
@@ -136,3 +138,18 @@ class Sequence:
             own.update(struct.pack("<2q", response.start, response.end))
             keys.append(own.digest())
         return tuple(keys)
+
+
+Unit = tuple[Sequence, ...]
+"""What is never divided: one sequence, or the two of a pair, the chosen one first."""
+
+
+def keep_first(sequence: Sequence, num_responses: int) -> Sequence:
+    """The sequence up to its `num_responses`-th response; what follows cannot influence what is kept."""
+    responses = sequence.responses[:num_responses]
+    keys = sequence.stored_keys
+    return Sequence(
+        sequence.token_ids_T[: responses[-1].end if responses else 0],
+        responses,
+        None if keys is None else keys[:num_responses],
+    )

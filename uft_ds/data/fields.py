@@ -62,7 +62,7 @@ def content(value: Any, name: str = "content", *, may_be_empty: bool = False) ->
 def checked_score(value: Any, name: str = "score") -> float:
     """A score given in the data."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name!r}: found {value!r}, expected a number from 0 to 1")
+        raise ValueError(f"{name!r}: found {shown(value)}, expected a number from 0 to 1")
     if not 0 <= value <= 1:  # NaN is not either
         raise ValueError(f"{name!r}: found {value}, expected a finite number from 0 to 1")
     return float(value)

@@ -7,8 +7,10 @@ adds the file and line. FORMATS maps its name to it. Other packages add theirs b
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from importlib.metadata import EntryPoint, entry_points
+from typing import cast
 
 from uft_ds.data.chat_formats import alpaca, sharegpt, ultrachat
 from uft_ds.data.feedback_formats import (
@@ -78,9 +80,9 @@ def format_named(name: str) -> Format:
     Raises:
         UserError: there is none of this name, or it cannot be imported.
     """
-    plugins = _plugins()
     if name in FORMATS:
         return FORMATS[name]
+    plugins = _plugins()
     if name not in plugins:
         raise UserError(f"no format {name!r}; there are {', '.join((*FORMATS, *plugins))}")
     return _load(plugins[name])
@@ -107,6 +109,6 @@ def _load(point: EntryPoint) -> Format:
         raise UserError(
             f"the format {point.name!r} cannot be imported from {point.value} ({type(error).__name__}: {error})"
         ) from error
-    if not callable(loaded):
+    if not inspect.isfunction(loaded):
         raise UserError(f"the format {point.name!r} of {point.value} is no function")
-    return loaded
+    return cast(Format, loaded)

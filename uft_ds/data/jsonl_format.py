@@ -8,7 +8,7 @@ from importlib import resources
 from typing import Any
 
 from uft_ds.data.example import Message
-from uft_ds.data.fields import Row, checked_score, default_score, label_score, present, text
+from uft_ds.data.fields import Row, checked_score, default_score, label_score, present, shown, text
 from uft_ds.data.turns import (
     Item,
     Tools,
@@ -107,4 +107,4 @@ def _check_keys(row: Row) -> None:
         if key not in KEYS:
             near = difflib.get_close_matches(key, KEYS, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "put extra fields under 'meta'"
-            raise ValueError(f"unknown key {key!r}; {hint}")
+            raise ValueError(f"unknown key {shown(key)}; {hint}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,8 +17,7 @@ from typing import overload
 
 import numpy as np
 
-from uft_ds.data import example
-from uft_ds.data.example import Response
+from uft_ds.data.example import Response, Sequence, Unit
 from uft_ds.data.store import Pool
 
 Knots = tuple[tuple[float, float], ...]
@@ -27,20 +26,23 @@ Knots = tuple[tuple[float, float], ...]
 _GRID = 4096
 """Points at which a schedule's share is summed up."""
 
+_TRIES = 8
+"""At the length of a scheduled run; one or two are enough where units are alike."""
+
 
 @dataclass(frozen=True)
 class Step:
     """The sequences of one optimiser step, over all ranks and micro-batches; the two of a pair side by side."""
 
     index: int
-    sequences: tuple[example.Sequence, ...]
+    sequences: tuple[Sequence, ...]
 
     @property
     def responses(self) -> tuple[Response, ...]:
         return tuple(response for sequence in self.sequences for response in sequence.responses)
 
     @property
-    def units(self) -> tuple[tuple[example.Sequence, ...], ...]:
+    def units(self) -> tuple[Unit, ...]:
         """What is never divided over micro-batches: single sequences, and the two of a pair."""
         numbered = enumerate(self.sequences)
         by_pair = groupby(
@@ -82,7 +84,7 @@ class _Source:
     density: Knots | None
 
 
-class Steps(Sequence[Step]):
+class Steps(Seq[Step]):
     """All steps of a run, each made when it is asked for, at once: no earlier one is gone through."""
 
     def __init__(
@@ -117,7 +119,7 @@ class Steps(Sequence[Step]):
         )
         return Step(index, tuple(sequence for unit in units for sequence in unit))
 
-    def _unit(self, position: int, number: int) -> tuple[example.Sequence, ...]:
+    def _unit(self, position: int, number: int) -> Unit:
         block = bisect_right(self._block_starts, position) - 1
         source_K, unit_K = self._order(block)
         place = position - self._block_starts[block]
@@ -137,12 +139,12 @@ def plan_steps(
     """
     pools = [ingredient.pool for ingredient in ingredients]
     amounts, is_scheduled = epoch_amounts(ingredients), any(len(i.portion.share or ()) > 1 for i in ingredients)
-    stretch = 1.0
-    if is_scheduled:  # a schedule runs over the whole run: it is one long epoch
-        stretch = float(epochs) if steps is None else _responses_of(steps, examples_per_step, pools) / sum(amounts)
-        epochs = 1
-    amounts = [amount * stretch for amount in amounts]
     responses = [pool.responses_U for pool in pools]
+    if is_scheduled:  # a schedule goes over the whole run: it is one long epoch
+        stretch = float(epochs)
+        if steps is not None:
+            stretch = _stretch_to(steps, examples_per_step, ingredients, amounts, responses, seed)
+        amounts, epochs = [amount * stretch for amount in amounts], 1
 
     def order(block: int) -> tuple[np.ndarray, np.ndarray]:
         return mixed_order(ingredients, amounts, seed=seed, epoch=block)
@@ -150,10 +152,7 @@ def plan_steps(
     block_starts, step_starts, carried = [0], [0], np.zeros(0, dtype=np.int64)
     block = 0
     while (block < epochs) if steps is None else (len(step_starts) <= steps):
-        source_K, unit_K = order(block)
-        counts = np.zeros(len(source_K), dtype=np.int64)
-        for number, responses_U in enumerate(responses):
-            counts[source_K == number] = responses_U[unit_K[source_K == number]]
+        counts = _counts(order(block), responses)
         block_starts.append(block_starts[-1] + len(counts))
         starts = _step_ends(np.concatenate([carried, counts]), examples_per_step) + step_starts[-1]
         carried = np.concatenate([carried, counts])[starts[-1] - step_starts[-1] if len(starts) else 0 :]
@@ -259,11 +258,37 @@ def _one_pass(source: _Source, seed: int, number: int) -> tuple[np.ndarray, np.n
     return rng.permutation(source.num_units), rng.random(source.num_units)
 
 
-def _responses_of(steps: int, examples_per_step: int, pools: Seq[Pool]) -> float:
-    """How many responses so many steps hold, about: the last unit of a step brings more than are missing."""
-    counts = np.concatenate([pool.responses_U for pool in pools])
-    surplus = (float(np.square(counts).mean() / counts.mean()) - 1) / 2
-    return (steps + 1) * (examples_per_step + surplus)
+def _stretch_to(
+    steps: int,
+    examples_per_step: int,
+    ingredients: Seq[Ingredient],
+    amounts: Seq[float],
+    responses: Seq[np.ndarray],
+    seed: int,
+) -> float:
+    """By how much an epoch's amounts are multiplied so that it holds `steps` steps, and next to nothing more.
+
+    How many responses steps hold is not known before they are made: the last unit of each brings more than are
+    missing, the more so in stretches of long conversations. So it is tried, each time from what came out before.
+    """
+    stretch = steps * examples_per_step / sum(amounts)
+    for _ in range(_TRIES):
+        counts = _counts(mixed_order(ingredients, [a * stretch for a in amounts], seed=seed, epoch=0), responses)
+        found = len(_step_ends(counts, examples_per_step))
+        if found == steps:
+            return stretch
+        stretch *= (steps + 0.5) / (found + 0.5)
+    # Close, but not met: rather end a little before the schedule does than begin it again.
+    return stretch * (1 + 2 / steps)
+
+
+def _counts(order: tuple[np.ndarray, np.ndarray], responses: Seq[np.ndarray]) -> np.ndarray:
+    """Responses of each unit in an order."""
+    source_K, unit_K = order
+    counts_K = np.zeros(len(source_K), dtype=np.int64)
+    for number, responses_U in enumerate(responses):
+        counts_K[source_K == number] = responses_U[unit_K[source_K == number]]
+    return counts_K
 
 
 def _step_ends(counts: np.ndarray, examples_per_step: int) -> np.ndarray:

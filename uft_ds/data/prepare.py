@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import numpy as np
 
 from uft_ds.data.building import RowRules
 from uft_ds.data.chat_tokenizer import ChatTokenizer
+from uft_ds.data.example import KINDS
 from uft_ds.data.mixture import ONE_PASS, Ingredient, Portion
 from uft_ds.data.reading import find_data
 from uft_ds.data.store import Account, Selection, SequenceStore
@@ -145,8 +147,8 @@ def _check_account(prepared: PreparedSource, tolerance: Tolerance) -> None:
     file = quarantine_file(prepared.selection.store)
     if account.quarantined and not tolerance.quarantine:
         raise UserError(
-            f"{prepared.label}: an earlier run set {account.quarantined} bad rows aside ({file}); mend them, or set "
-            "data.on_bad_row: quarantine"
+            f"{_first_bad(file)} ({account.quarantined} such rows in {prepared.label}, all in {file}); mend them, "
+            "or set data.on_bad_row: quarantine to leave them out"
         )
     if account.quarantined > tolerance.max_quarantined * account.rows:
         raise UserError(
@@ -159,6 +161,12 @@ def _check_account(prepared: PreparedSource, tolerance: Tolerance) -> None:
             f"{first}: a response ends past data.max_length {prepared.source.rules.max_length} "
             f"({account.dropped[LONG]} do in {prepared.label}); raise it, or set data.too_long: drop or trim_prompt"
         )
+
+
+def _first_bad(file: Path) -> str:
+    with file.open(encoding="utf-8") as lines:
+        first = json.loads(next(lines))
+    return f"{first['place']}: {first['reason']}"
 
 
 def _check_found(prepared: PreparedSource) -> None:
@@ -180,10 +188,12 @@ def _check_found(prepared: PreparedSource) -> None:
 
 def _check_scores(prepared: PreparedSource) -> None:
     """Feedback that says the same of every response teaches nothing: most often a column was misread."""
-    if prepared.source.allow_one_score or prepared.selection.kinds - {"score", "binary"}:
+    responses = prepared.selection.store.responses
+    is_feedback_R = np.isin(responses["kind"], [KINDS.index("score"), KINDS.index("binary")])
+    scores = responses["score"][is_feedback_R]
+    if prepared.source.allow_one_score or len(scores) < _ONE_SCORE_FROM:
         return
-    scores = prepared.selection.store.responses["score"]
-    if len(scores) >= _ONE_SCORE_FROM and np.all(scores == scores[0]):
+    if np.all(scores == scores[0]):
         raise UserError(
             f"{prepared.label}: all {len(scores)} responses have the score {scores[0]:g}; if that is meant, set this "
             "source's allow_one_score: true"

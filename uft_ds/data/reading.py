@@ -22,7 +22,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uft_ds.data.arrow_rows import BATCH_ROWS, arrow_rows, parquet_rows
+from uft_ds.data.arrow_rows import BATCH_ROWS, arrow_rows, parquet_rows, without_nulls
 from uft_ds.data.csv_rows import BadRow, csv_rows
 from uft_ds.data.json_rows import json_array, json_lines, parse_object
 from uft_ds.errors import UserError
@@ -109,7 +109,13 @@ def find_data(path: str, split: str | None) -> DataFiles:
 
 
 def _files_of(folder: Path, split: str | None) -> tuple[Path, ...]:
-    candidates = sorted(file for file in folder.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
+    candidates = sorted(
+        file
+        for file in folder.rglob("*")
+        if file.name.endswith(SUFFIXES)
+        and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )
     if any(file.suffix == ".arrow" for file in candidates):
         # What Dataset.save_to_disk writes beside the rows.
         candidates = [file for file in candidates if file.name not in _DATASETS_OWN]
@@ -135,11 +141,15 @@ def _load_from_hub(name: str, split: str | None) -> datasets.Dataset:
 
 
 def content_hash(data: DataFiles) -> str:
-    """Equal only if the same rows come in the same order; moving or renaming the files does not change it."""
+    """Equal only if the same rows come in the same order; moving the files, or renaming them, does not change it.
+
+    Their suffixes are part of it, for they say how rows are read.
+    """
     digest = hashlib.sha256()
     for name, path in _stored_files(data):
         with _readable(name):
-            digest.update(sha256(path).encode())
+            suffix = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
+            digest.update(f"{suffix} {sha256(path)} ".encode())
     if data.hub is not None:
         # The stored files of `train[:10%]` are those of `train`.
         digest.update(str(data.hub.split if data.hub.cache_files else data.hub._fingerprint).encode())
@@ -231,7 +241,10 @@ def _table_rows(batches: Iterator[tuple[float, list[dict[str, Any]]]], size: int
 def _hub_rows(hub: datasets.Dataset) -> Iterator[tuple[float, list[dict[str, Any]]]]:
     done = 0
     for columns in hub.iter(batch_size=BATCH_ROWS):
-        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        rows = [
+            dict(zip(columns, map(without_nulls, values), strict=True))
+            for values in zip(*columns.values(), strict=True)
+        ]
         done += len(rows)
         yield done / len(hub), rows
 

@@ -3,8 +3,8 @@
 A store is a folder. Its index is written last, so a folder with an index is whole.
 
     tokens     int32 a token
-    sequences  where each sequence's tokens and responses end
-    units      where each unit's sequences end, and the row that it came from
+    sequences  where each sequence's tokens and responses end, after a first row of zeros
+    units      where each unit's sequences end, and the row that it came from, after a first row of zeros
     responses  span, score, kind, and the name by which a response is known by its content
 """
 
@@ -18,12 +18,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from uft_ds.data.example import KEY_BYTES, KINDS, Kind, Response, Sequence
-from uft_ds.data.tokenize import Unit, keep_first
+from uft_ds.data.example import KEY_BYTES, KINDS, Kind, Response, Sequence, Unit, keep_first
 from uft_ds.errors import UserError
 from uft_ds.files import sync, write_atomically
 
 INDEX = "index.json"
+_ZERO_FIRST = ("sequences", "units")
 _SAMPLE_UNITS = 64
 DTYPES = {
     "tokens": np.dtype("<i4"),
@@ -50,6 +50,10 @@ class Pool(Protocol):
 
     def keys_of(self, index: int) -> tuple[bytes, ...]:
         """The names of one unit's responses."""
+
+    @property
+    def keys_R(self) -> np.ndarray:
+        """[responses], 16 bytes each (dtype S16): the names of all, and maybe of some more."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,8 @@ class StoreWriter:
         self._folder = folder
         self._files = {name: (folder / f"{name}.bin").open("wb") for name in DTYPES}
         self._counts = dict.fromkeys(DTYPES, 0)
+        for name in _ZERO_FIRST:
+            self._files[name].write(np.zeros(1, DTYPES[name]).tobytes())
 
     def add(self, columns: dict[str, np.ndarray]) -> None:
         """Append what `pack_units` made; its ends count from its own first token, sequence and response."""
@@ -146,13 +152,15 @@ class SequenceStore:
         self.folder, self.label = folder, label
         self.names: tuple[str, ...] = tuple(names if names is not None else index["names"])
         self.account = Account(**index["account"])
-        arrays = {name: _mapped(folder / f"{name}.bin", dtype, index["counts"][name]) for name, dtype in DTYPES.items()}
+        arrays = {
+            name: _mapped(folder / f"{name}.bin", dtype, index["counts"][name] + (name in _ZERO_FIRST))
+            for name, dtype in DTYPES.items()
+        }
         self._tokens, self.responses = arrays["tokens"], arrays["responses"]
-        # Small beside the tokens, and read all the time.
-        self._token_ends_S = _ends(arrays["sequences"]["tokens"])
-        self._response_ends_S = _ends(arrays["sequences"]["responses"])
-        self._sequence_ends_U = _ends(arrays["units"]["sequences"])
-        self._units = arrays["units"]
+        self._token_ends_S = arrays["sequences"]["tokens"]
+        self._response_ends_S = arrays["sequences"]["responses"]
+        self._sequence_ends_U = arrays["units"]["sequences"]
+        self._units = arrays["units"][1:]
 
     def __len__(self) -> int:
         return len(self._units)
@@ -252,6 +260,13 @@ class Selection:
         return keys[: self.last] if self.last is not None and index == len(self) - 1 else keys
 
     @property
+    def keys_R(self) -> np.ndarray:
+        is_chosen_U = np.zeros(len(self.store), dtype=bool)
+        is_chosen_U[self.units_U] = True
+        is_chosen_R = np.repeat(is_chosen_U, self.store.responses_U)
+        return np.ascontiguousarray(self.store.responses["key"][is_chosen_R]).view(f"S{KEY_BYTES}")
+
+    @property
     def num_responses(self) -> int:
         return int(self.responses_U.sum())
 
@@ -269,26 +284,6 @@ class Selection:
         return {_kind(code) for code in np.unique(self.store.responses["kind"])}
 
 
-@dataclass(frozen=True)
-class Held:
-    """A pool of sequences that are in memory."""
-
-    sequences: tuple[Sequence, ...]
-
-    def __len__(self) -> int:
-        return len(self.sequences)
-
-    @property
-    def responses_U(self) -> np.ndarray:
-        return np.array([len(sequence.responses) for sequence in self.sequences], dtype=np.int64)
-
-    def unit(self, index: int, pair_id: int = 0) -> Unit:
-        return (self.sequences[index],)
-
-    def keys_of(self, index: int) -> tuple[bytes, ...]:
-        return self.sequences[index].response_keys
-
-
 def write_sample(folder: Path, selections: Seq[Selection]) -> None:
     """A small store of the first units of the first selection that holds any."""
     chosen = next(selection for selection in selections if len(selection))
@@ -304,10 +299,6 @@ def write_sample(folder: Path, selections: Seq[Selection]) -> None:
 
 def _kind(code: Any) -> Kind:
     return KINDS[int(code)]
-
-
-def _ends(values: np.ndarray) -> np.ndarray:
-    return np.concatenate([[0], values])
 
 
 def _mapped(path: Path, dtype: np.dtype, count: int) -> np.ndarray:

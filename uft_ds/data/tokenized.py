@@ -10,24 +10,29 @@ import errno
 import fcntl
 import hashlib
 import importlib.metadata
-import inspect
 import json
+import os
 import shutil
 import socket
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 from uft_ds.data.building import QUARANTINE, RowRules, build_store
-from uft_ds.data.chat_template import template_of
 from uft_ds.data.chat_tokenizer import ChatTokenizer
-from uft_ds.data.formats import format_named
+from uft_ds.data.formats import FORMATS, format_named
 from uft_ds.data.reading import DataFiles, content_hash
 from uft_ds.data.store import INDEX, SequenceStore
 from uft_ds.errors import UserError
 from uft_ds.files import sha256
 
+_SECONDS_OF_A_DAY = 86_400
+_OF_THE_FOLDER = (
+    errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.ENAMETOOLONG, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS,
+)  # fmt: skip
 _PACKAGES = ("transformers", "tokenizers", "jinja2", "sentencepiece")
 _LATER_STAGES = (
     "bins.py", "micro_batch.py", "mixture.py", "packing.py", "prepare.py", "verifiable.py", "verifiable_tasks.py",
@@ -38,15 +43,23 @@ _LATER_STAGES = (
 def store_key(data: DataFiles, rules: RowRules, chat: ChatTokenizer) -> str:
     """The name of a source's store, by content; hex."""
     ours = sorted(file for file in Path(__file__).parent.glob("*.py") if file.name not in _LATER_STAGES)
-    format_file = inspect.getsourcefile(format_named(rules.format))
     parts = {
         "content": content_hash(data),
         "rules": asdict(rules),
         "tokenizer": tokenizer_hash(chat),
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
-        "code": [sha256(file) for file in (*ours, Path(format_file or __file__))],
+        "code": [sha256(file) for file in (*ours, *_plugin_files(rules.format))],
     }
     return _sha256(json.dumps(parts, sort_keys=True))[:32]
+
+
+def _plugin_files(name: str) -> list[Path]:
+    """All modules of the package that another's format stands in; none for our own."""
+    if name in FORMATS:
+        return []
+    package = sys.modules[format_named(name).__module__.partition(".")[0]]
+    file = Path(str(package.__file__))
+    return sorted(file.parent.rglob("*.py")) if hasattr(package, "__path__") else [file]
 
 
 def tokenizer_hash(chat: ChatTokenizer) -> str:
@@ -54,7 +67,8 @@ def tokenizer_hash(chat: ChatTokenizer) -> str:
     tokenizer = chat.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
-    return _sha256("\0".join([vocabulary, json.dumps(tokenizer.special_tokens_map), template_of(tokenizer)]))
+    template = json.dumps(tokenizer.chat_template, sort_keys=True)
+    return _sha256("\0".join([vocabulary, json.dumps(tokenizer.special_tokens_map), template]))
 
 
 def ensure_store(
@@ -84,6 +98,8 @@ def ensure_store(
             if not is_whole(folder):
                 _build_beside(folder, data, rules, chat, quarantine, workers, on_progress)
     except OSError as error:
+        if error.errno not in _OF_THE_FOLDER:
+            raise
         raise UserError(
             f"data.cache_dir: {cache_dir} cannot be written ({error.strerror}); give another folder with room for "
             "4 bytes a token"
@@ -122,22 +138,35 @@ def _build_beside(
     workers: int | None,
     on_progress: Callable[[int, int], None],
 ) -> None:
-    # Named after the machine: what a killed process has left is found by the next one that holds the lock.
-    temporary = folder.with_name(f".{folder.name}.{socket.gethostname()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(folder, ignore_errors=True)  # without an index: damaged
+    _clear_away(folder)
+    temporary = folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     temporary.mkdir()
     try:
         build_store(temporary, data, rules, chat, quarantine=quarantine, workers=workers, on_progress=on_progress)
         if store_key(data, rules, chat) != folder.name:
-            raise UserError(f"{data.label}: changed while it was read; start again when it is complete")
+            raise UserError(
+                f"{data.label}: changed while it was read (or the tokenizer, or uft_ds itself); start again"
+            )
+        if folder.exists() and not is_whole(folder):  # damaged
+            folder.rename(temporary / "damaged")
         temporary.rename(folder)
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY) or not is_whole(folder):
             raise
-        # Another machine that shares the folder was first, where locks do not reach it.
+        # Another process was first, where locks do not reach it.
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(folder / "damaged", ignore_errors=True)
+
+
+def _clear_away(folder: Path) -> None:
+    """What killed processes have left: of this machine at once, of others after a day."""
+    for left in folder.parent.glob(f".{folder.name}.*.tmp"):
+        host, _, process_id = left.name.removeprefix(f".{folder.name}.").removesuffix(".tmp").rpartition(".")
+        is_here = host == socket.gethostname()
+        is_old = time.time() - left.stat().st_mtime > _SECONDS_OF_A_DAY
+        if (is_here and not Path(f"/proc/{process_id}").exists()) or is_old:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 @contextmanager

@@ -7,12 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 from uft_ds.data.example import Example, Kind, Message, Pair
-from uft_ds.data.fields import LeftOut, Row, content, from_json, mapping, shown, text
+from uft_ds.data.fields import LeftOut, Row, checked_score, content, from_json, mapping, shown, text
 
 Item = Example | Pair
 Turns = tuple[Message, ...]
 Tools = tuple[Mapping[str, Any], ...]
 
+_EXTRAS = ("reasoning_content", "name", "tool_call_id")
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -43,12 +44,17 @@ def _message(turn: Any) -> Message:
     if not isinstance(turn, Mapping) or turn.get("role") not in ROLES:
         raise ValueError("expected a role of system, user, assistant or tool")
     role, calls = turn["role"], turn.get("tool_calls")
+    if turn.get("weight") not in (None, 1):
+        raise ValueError("'weight': turns that are not to be learned go into a prompt; leave the key out")
+    extras = tuple((key, text(turn, key)) for key in _EXTRAS if turn.get(key) not in (None, ""))
     if calls in (None, []):
-        return Message(role, content(turn.get("content")))
+        return Message(role, content(turn.get("content")), extras=extras)
     if role != "assistant":
         raise ValueError(f"'tool_calls' in a {role} turn; only the assistant calls tools")
     said = turn.get("content")
-    return Message(role, "" if said is None else content(said, may_be_empty=True), tool_calls=tool_calls(calls))
+    return Message(
+        role, "" if said is None else content(said, may_be_empty=True), tool_calls=tool_calls(calls), extras=extras
+    )
 
 
 def tool_calls(value: Any) -> Tools:
@@ -87,6 +93,24 @@ def _tool_schema(tool: Mapping[str, Any]) -> Mapping[str, Any]:
     function = tool if tool.get("function") is None else mapping(tool["function"], "function")
     text(function, "name")
     return {"type": "function", "function": function} if function is tool else tool
+
+
+def check_item(item: Item) -> None:
+    """What every format must give, another package's too: a conversation in order, with scores from 0 to 1."""
+    for example in (item.chosen, item.rejected) if isinstance(item, Pair) else (item,):
+        if not isinstance(example, Example):
+            raise ValueError(f"the format gave {type(example).__name__}, expected Example or Pair")
+        check_turns(example.messages)
+        scored = [index for index, turn in enumerate(example.messages) if turn.score is not None]
+        if not scored or (isinstance(item, Pair) and scored != [len(example.messages) - 1]):
+            raise ValueError(
+                f"the format scored turns {scored}, expected {'the last' if isinstance(item, Pair) else 'one'}"
+            )
+        for index in scored:
+            turn = example.messages[index]
+            if turn.role != "assistant":
+                raise ValueError(f"the format scored turn {index}, which is the {turn.role}'s")
+            checked_score(turn.score, f"score of turn {index}")
 
 
 def check_turns(turns: Sequence[Message]) -> None:

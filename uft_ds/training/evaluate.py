@@ -101,7 +101,7 @@ def check_reference_cache(
     Returns:
         the same on every rank; None where nothing is known.
     """
-    chosen = Step(0, _known_sequences(cache, pools, SPOT_CHECKED_PER_RANK * engine.world_size))
+    chosen = Step(0, known_sequences(cache, pools, SPOT_CHECKED_PER_RANK * engine.world_size))
     if not chosen.sequences:
         return None
     worst = (0.0, 0.0, "")
@@ -116,16 +116,17 @@ def check_reference_cache(
     return SpotCheck(len(chosen.responses), difference, origin, agrees=share <= 1.0)
 
 
-def _known_sequences(cache: ReferenceCache, pools: Seq[Pool], count: int) -> tuple[Sequence, ...]:
+def known_sequences(cache: ReferenceCache, pools: Seq[Pool], count: int) -> tuple[Sequence, ...]:
     """So many different ones from all over the data, the same on every rank."""
     if not cache.num_known:
         return ()
-    units = [(pool, index) for pool in pools for index in range(len(pool))]
+    ends = np.cumsum([len(pool) for pool in pools])
     found: dict[tuple[bytes, ...], Sequence] = {}
-    for place in np.random.default_rng(0).permutation(len(units)):
-        pool, index = units[place]
+    for place in np.random.default_rng(0).permutation(int(ends[-1])).tolist():
+        number = int(np.searchsorted(ends, place, side="right"))
+        pool, index = pools[number], place - int(ends[number]) + len(pools[number])
         if all(cache.has(key) for key in pool.keys_of(index)):
-            found |= {sequence.response_keys: sequence for sequence in pool.unit(index)}
+            found |= {sequence.response_keys: sequence for sequence in pool.unit(index, pair_id=place)}
         if len(found) >= count:
             break
     return tuple(found.values())[:count]
