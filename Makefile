@@ -42,11 +42,12 @@ format: install ## Rewrite the code as the formatter wants it
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: install ## Side-by-side measurements, a table each (about an hour)
+bench: install ## Side-by-side measurements, a table each (about an hour and a half)
 	$(BIN)/python -m pip install --quiet --editable ".[bench]"
 	$(BIN)/python benchmarks/loading_memory.py
 	$(BIN)/python benchmarks/reference_traffic.py
 	$(BIN)/python benchmarks/token_logps.py
+	$(BIN)/python benchmarks/data.py
 
 clean: ## Remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
