@@ -52,7 +52,7 @@ def scored_rows(data: Path, split: str) -> list[dict[str, Any]]:
 
 
 def write_recipe(data: Path, base: Path, folder: Path, *, steps: int, beta: float = 0.03) -> Path:
-    """The three files of rows, and a recipe over them."""
+    """The files of rows, a kind each, and a recipe over them."""
     import yaml
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,19 +60,24 @@ def write_recipe(data: Path, base: Path, folder: Path, *, steps: int, beta: floa
     files = {
         "instruction": instruction[:-16],
         "scored": scored_rows(data, "train"),
-        "held_out": instruction[-16:] + scored_rows(data, "eval")[:48],
+        "held_out_instruction": instruction[-16:],
+        "held_out_scored": scored_rows(data, "eval")[:48],
     }
     for name, rows in files.items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+    def source(name: str) -> dict[str, str]:
+        return {"format": "jsonl", "path": str(folder / f"{name}.jsonl")}
+
     recipe = {
         "name": "real_data",
         "model": {"base": str(base), "dtype": "float32", "gradient_checkpointing": False},
         "lora": {"rank": 16, "alpha": 16.0},
         "data": {
             "max_length": 256,
-            "sources": [{"format": "jsonl", "path": str(folder / f"{n}.jsonl")} for n in ("instruction", "scored")],
-            "held_out": [{"format": "jsonl", "path": str(folder / "held_out.jsonl")}],
+            "sources": [source("instruction"), source("scored")],
+            "held_out": [source("held_out_instruction"), source("held_out_scored")],
         },
         "objective": {"loss": "mse", "beta": beta},
         "train": {

@@ -1,15 +1,24 @@
 """What the preview shows: exactly the mask, also where a long text is cut."""
 
+import io
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
+from sources import rules, write_rows
 from tiny import build_tiny_tokenizer
 from toy import toy_sequences
 
 from uft_ds.data.chat_tokenizer import ChatTokenizer
 from uft_ds.data.example import Example, Message, Sequence
+from uft_ds.data.mixture import Portion
+from uft_ds.data.prepare import PreparedSource, Source, Tolerance, prepare_source
 from uft_ds.data.tokenize import load_tokenizer, tokenize
-from uft_ds.preview import CLOSE, OPEN, PROMPT, SUPERVISED, rendered
+from uft_ds.prepare import PreparedData
+from uft_ds.preview import CLOSE, OPEN, PROMPT, SUPERVISED, rendered, show_data
 
 
 @pytest.fixture(scope="module")
@@ -49,3 +58,64 @@ def test_any_sequence_is_shown(chat: ChatTokenizer) -> None:
     """Tokens that are no text do not break it."""
     for sequence in toy_sequences(20):
         assert rendered(sequence, chat, full=False).plain.count(OPEN) == len(sequence.responses)
+
+
+@pytest.fixture
+def data(tmp_path: Path, chat: ChatTokenizer, monkeypatch: pytest.MonkeyPatch) -> PreparedData:
+    """Of twelve long answers one fits; of twenty scored ones three rows are bad."""
+    monkeypatch.chdir(tmp_path)
+    long = [{"prompt": "q", "response": "a" if i == 4 else "a" * 200} for i in range(12)]
+    scored = [{"prompt": f"q{i}", "response": "" if i in (2, 5, 8) else "a", "score": i / 20} for i in range(20)]
+
+    def prepared(name: str, rows: list[dict[str, Any]], portion: Portion) -> PreparedSource:
+        path = write_rows(Path(f"a-folder-with-a-long-name-for-a-narrow-terminal/{name}.jsonl"), rows)
+        source = Source(str(path), None, rules(max_length=100), portion=portion)
+        tolerance = Tolerance(quarantine=True, max_quarantined=0.5)
+        return prepare_source(source, chat, tmp_path / "cache", seed=0, tolerance=tolerance)
+
+    return PreparedData(
+        (prepared("long", long, Portion(passes=12)), prepared("scored", scored, Portion(passes=0.5))), ()
+    )
+
+
+def printed(data: PreparedData, width: int) -> str:
+    console = Console(file=io.StringIO(), width=width, markup=False, highlight=False)
+    show_data(data, console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_tables_say_what_is_taken_and_left_out(data: PreparedData) -> None:
+    """Counts, passes, places of the first rows, reasons of bad ones, where all of them are, and what stands out."""
+    shown = printed(data, width=400)
+    long, scored = (source.label for source in data.train)
+    rows = [line.split() for line in shown.split("\n")]
+    tokens = [str(source.selection.num_tokens) for source in data.train]
+    assert ["train", long, "instruction", "1", tokens[0], "12", "(12", "x)", "11"] in rows
+    assert ["train", scored, "score", "17", tokens[1], "8.5", "(0.5", "x)", "3"] in rows
+    assert f"{long}:1, {long}:2, {long}:3" in shown
+    assert f"{scored}:3: 'response' is empty" in shown
+    assert str(data.train[1].quarantine_file) in shown
+    assert f"note: {long}: 11 of 12 responses are left out" in shown
+    assert f"note: {long}: an epoch goes 12 times through its responses" in shown
+    assert f"note: {scored}" not in shown
+
+
+@pytest.mark.parametrize("width", [72, 80])
+def test_a_narrow_terminal_cuts_nothing(data: PreparedData, width: int) -> None:
+    """Words and places are folded: not a letter is missing, for the end of a place is the line's number."""
+    narrow, wide = (Counter(printed(data, columns)) for columns in (width, 400))
+    for layout in " \n─":
+        del narrow[layout], wide[layout]
+    assert narrow == wide
+
+
+def test_nothing_left_out_shows_no_table(tmp_path: Path, chat: ChatTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No empty table, no notes."""
+    monkeypatch.chdir(tmp_path)
+    path = write_rows(Path("rows.jsonl"), [{"prompt": "q", "response": "a"}])
+    source = prepare_source(Source(str(path), None, rules()), chat, tmp_path / "cache", seed=0, tolerance=Tolerance())
+    shown = printed(PreparedData((source,), (source,)), 100)
+    assert "left out, or changed" not in shown
+    assert "note" not in shown
+    assert [line.split()[0] for line in shown.split("\n") if ".jsonl" in line] == ["train", "held"]

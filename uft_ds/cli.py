@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import sys
 import textwrap
@@ -36,7 +35,10 @@ recipe_app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
 app.add_typer(recipe_app, name="recipe")
 data_app = typer.Typer(help="Look at data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-console = Console(markup=False, highlight=False)  # paths may hold brackets and numbers
+_UNLIMITED = 10_000  # columns: in files and pipes nothing is folded
+console = Console(  # no markup: paths may hold brackets and numbers
+    markup=False, highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _UNLIMITED
+)
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a shipped recipe, or path of a YAML file.")]
 Overrides = Annotated[
@@ -73,14 +75,14 @@ def _prepare_and_launch(
 ) -> tuple[Path, Status]:
     from uft_ds.launch import launch, master_port, number_of_ranks
     from uft_ds.prepare import prepare_run
-    from uft_ds.preview import data_table
+    from uft_ds.preview import show_data
 
     ranks = number_of_ranks(recipe.launch.ranks)
     master_port()  # a given port that is taken is told before the data is read
     with _preparation() as on_progress:
         folder, data, lock = prepare_run(recipe, overwrite=overwrite, on_progress=on_progress)
     with lock:
-        console.print(data_table(data))
+        show_data(data, console)
         console.print(f"{what} on {ranks} ranks; logs in {folder.path}")
         status = launch(folder, ranks=ranks, port=master_port(), options=options)
     if status.exit_code != 0:
@@ -183,7 +185,7 @@ def data_preview(
     """
     from uft_ds.data.tokenize import load_tokenizer
     from uft_ds.prepare import prepare_data, steps_of
-    from uft_ds.preview import data_table, left_out_table, legend, rendered_rows, steps_line
+    from uft_ds.preview import legend, rendered_rows, show_data, steps_line
     from uft_ds.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, tuple(overrides or ()))
@@ -192,25 +194,26 @@ def data_preview(
     with _preparation() as on_progress:
         data = prepare_data(loaded, chat, on_progress)
     sources = data.held_out if held_out else data.train
+    if not sources:
+        raise UserError("--held-out: the recipe has no data.held_out")
     if source is not None and source >= len(sources):
-        raise UserError(f"--source {source}: there are {len(sources)}, counted from 0")
+        raise UserError(f"--source {source}: there are {len(sources)}, numbered from 0")
     console.print(legend())
     for shown in sources if source is None else sources[source : source + 1]:
         for text in rendered_rows(shown, chat, count=rows, seed=seed, full=full):
             console.print(text)
-    console.print(data_table(data))
-    console.print(left_out_table(data))
+    show_data(data, console)
     console.print(steps_line(steps_of(loaded, data), loaded.train.examples_per_step))
 
 
 @data_app.command("formats")
 def data_formats() -> None:
     """Names of the source formats, those of installed plug-ins included."""
-    from uft_ds.data.formats import formats
+    from uft_ds.data.formats import described_formats
 
-    for name, make in formats().items():
+    for name, description in described_formats().items():
         console.print(name, style="bold")
-        console.print(textwrap.indent(inspect.cleandoc(make.__doc__ or ""), "    "))
+        console.print(textwrap.indent(description, "    "))
 
 
 @data_app.command("schema")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
-from rich.table import Table
+from rich import box
+from rich.console import Console
+from rich.table import Column, Table
 from rich.text import Text
 
 from uft_ds.data.chat_tokenizer import ChatTokenizer
@@ -19,7 +22,8 @@ OPEN, CLOSE = "⟦", "⟧"
 """Around supervised tokens, for terminals and files without colours."""
 
 _SHOWN_TOKENS = 200
-_LONGEST_LABEL = 40
+_MUCH_LEFT_OUT = 0.2
+_MANY_PASSES = 10
 
 
 def legend() -> Text:
@@ -54,8 +58,8 @@ def rendered(sequence: Sequence, chat: ChatTokenizer, *, full: bool) -> Text:
 
 
 def data_table(data: PreparedData) -> Table:
-    """What a run takes of each source."""
-    table = Table("data", "kind", "responses", "sequences", "tokens", "per epoch", "left out")
+    """What a run takes of each source; left out: responses, and rows that gave none."""
+    table = _table("", "data", "kind", "responses", "tokens", "per epoch", "left out")
     amounts = epoch_amounts([source.ingredient for source in data.train])
     for part, sources, per_epoch in (
         ("train", data.train, amounts),
@@ -63,45 +67,89 @@ def data_table(data: PreparedData) -> Table:
     ):
         for source, amount in zip(sources, per_epoch, strict=True):
             selection, account = source.selection, source.account
-            left_out = [f"{count} {reason}" for reason, count in account.dropped.items()]
-            left_out += [f"{account.quarantined} rows quarantined"] if account.quarantined else []
-            counts = (selection.num_responses, selection.num_sequences, selection.num_tokens)
             table.add_row(
-                Text(f"{part}: {_short(source.label)}"),
+                part,
+                Text(source.label),
                 Text(", ".join(sorted(selection.kinds))),
-                *(f"{count:,}" for count in counts),
-                "" if amount is None else f"{amount:,.1f}".removesuffix(".0"),
-                Text(", ".join(left_out) or "-"),
+                f"{selection.num_responses:,}",
+                f"{selection.num_tokens:,}",
+                "" if amount is None else _amount(amount, selection.num_responses),
+                f"{sum(account.dropped.values()) + account.quarantined:,}",
             )
     return table
 
 
-def left_out_table(data: PreparedData) -> Table:
-    """Each reason for which responses were left out or changed, with the first places."""
-    table = Table("source", "reason", "responses", "first places", title="left out, or changed", title_justify="left")
+def _amount(responses: float, of: int) -> str:
+    shown = f"{responses:,.1f}".removesuffix(".0")
+    passes = responses / of
+    return shown if passes == 1 else f"{shown} ({passes:.2g} x)"
+
+
+def show_data(data: PreparedData, console: Console) -> None:
+    """The tables, and what a user may not have meant."""
+    console.print(data_table(data))
+    left_out = left_out_table(data)
+    if left_out is not None:
+        console.print(left_out)
+    for note in notes(data):
+        console.print(note)
+
+
+def notes(data: PreparedData) -> Iterator[Text]:
+    """What a user may not have meant: most of a source left out, or its rows met very often."""
+    for source in data.all:
+        left_out, found = sum(source.account.dropped.values()), len(source.selection.store.responses)
+        if left_out > _MUCH_LEFT_OUT * (left_out + found):
+            yield Text(f"note: {source.label}: {left_out:,} of {left_out + found:,} responses are left out")
+    amounts = epoch_amounts([source.ingredient for source in data.train])
+    for source, amount in zip(data.train, amounts, strict=True):
+        passes = amount / source.selection.num_responses
+        if passes > _MANY_PASSES:
+            yield Text(f"note: {source.label}: an epoch goes {passes:.3g} times through its responses")
+
+
+def left_out_table(data: PreparedData) -> Table | None:
+    """Each reason for which responses were left out or changed, with the first places; None: nothing was."""
+    table = _table("source", "reason", "number", "first places", title="left out, or changed", title_justify="left")
     for source in data.all:
         account = source.account
         for counts in (account.dropped, account.changed):
             for reason, count in counts.items():
                 places = ", ".join(source.selection.store.places_of(reason))
-                table.add_row(Text(_short(source.label)), reason, f"{count:,}", Text(places))
+                table.add_row(Text(source.label), reason, f"{count:,}", Text(places))
         if account.skipped:
-            table.add_row(Text(_short(source.label)), "not selected by where", f"{account.skipped:,} rows", "")
+            table.add_row(Text(source.label), "not selected by where", f"{account.skipped:,} rows", "")
         if account.quarantined:
-            table.add_row(Text(_short(source.label)), "bad rows, quarantined", f"{account.quarantined:,} rows", "")
-    if not table.row_count:
-        table.add_row("-", "nothing", "0", "")
-    return table
+            first = [f"{place}: {reason}" for place, reason in source.first_bad_rows]
+            file = f"all, with reasons: {source.quarantine_file}"
+            reason = "bad rows, quarantined"
+            table.add_row(Text(source.label), reason, f"{account.quarantined:,} rows", Text("\n".join([*first, file])))
+    return table if table.row_count else None
 
 
 def steps_line(steps: Steps, examples_per_step: int) -> Text:
     """How long a run over it is."""
     first = steps[0]
     tokens = sum(sequence.num_tokens for sequence in first.sequences)
-    return Text(
-        f"{len(steps):,} steps of at least {examples_per_step} responses; the first has {len(first.responses)} "
-        f"in {len(first.sequences)} sequences, {tokens:,} tokens"
-    )
+    holds = f"{len(first.responses)} responses in {len(first.sequences)} sequences, {tokens:,} tokens"
+    if len(steps) == 1:
+        return Text(f"1 step: {holds}")
+    return Text(f"{len(steps):,} steps of at least {examples_per_step} responses; the first has {holds}")
+
+
+def _table(*headers: str, **options: Any) -> Table:
+    """Words and places are folded where a terminal is narrow, never cut: the end of a place is its line."""
+    numbers = {"responses", "tokens", "per epoch", "left out", "number"}
+    columns = [
+        Column(
+            header,
+            overflow="fold",
+            justify="right" if header in numbers else "left",
+            no_wrap=header in {*numbers, "", "kind"},
+        )
+        for header in headers
+    ]
+    return Table(*columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), **options)
 
 
 def _decoded(chat: ChatTokenizer, ids: list[int], full: bool, *, keep_start: bool) -> str:
@@ -111,7 +159,3 @@ def _decoded(chat: ChatTokenizer, ids: list[int], full: bool, *, keep_start: boo
     head = str(chat.tokenizer.decode(ids[:half])) if keep_start else ""
     cut = len(ids) - (2 * half if keep_start else half)
     return f"{head} [... {cut} tokens ...] {chat.tokenizer.decode(ids[-half:])}"
-
-
-def _short(label: str) -> str:
-    return label if len(label) <= _LONGEST_LABEL else "..." + label[3 - _LONGEST_LABEL :]

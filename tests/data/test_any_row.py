@@ -192,9 +192,12 @@ def test_any_row(
     assert len(responses) + sum(dropped.values()) == sum(item.num_responses for item in items)
     assert set(dropped) <= {LONG, CONTROL, EQUAL, "tie"}
     assert set(changed) <= ({TRIMMED} if rules.trim_prompt else set())
-    assert kind == ("pair" if isinstance(items[0], Pair) else items[0].kind)
+    if isinstance(items[0], Pair):
+        assert kind == ("pair with scores" if items[0].scored else "pair")
+    else:
+        assert kind == items[0].kind
     for unit, _ in units:
-        is_pair = kind == "pair" and not rules.split_pairs
+        is_pair = isinstance(items[0], Pair) and not rules.split_pairs
         assert len(unit) == (2 if is_pair else 1)
         for sequence in unit:
             assert sequence.num_tokens <= rules.max_length

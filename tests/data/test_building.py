@@ -186,7 +186,9 @@ def _die(examine: object) -> None:
         ),
         ([Example((Message("assistant", "a", 1.0),), "score")], "turns must alternate"),
         (["text"], "the format gave str"),
-        (None, "the format could not read it (TypeError"),
+        (None, "format theirs gives NoneType; expected a list of examples or pairs"),
+        (Example((Message("user", "q"), Message("assistant", "a", 1.0)), "score"), "format theirs gives Example;"),
+        ({"prompt": "q"}, "format theirs gives dict;"),
     ],
 )
 def test_what_a_plug_in_gives_is_checked(
@@ -202,6 +204,31 @@ def test_what_a_plug_in_gives_is_checked(
     found = refusal(path, chat, format="theirs")
     assert found.startswith(f"{path}:1: ")
     assert message in found
+
+
+def test_pairs_with_scores_and_without_do_not_mix(tmp_path: Path, chat: ChatTokenizer) -> None:
+    """A pair that lost its scores would be taken for one scored 1 and 0."""
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    path = write_rows(tmp_path / "pairs.jsonl", [pair | {"score_chosen": 0.9, "score_rejected": 0.2}, pair])
+    message = refusal(path, chat)
+    assert message.startswith(f"{path}:2: a row of kind 'pair' with keys")
+    assert f"{path}:1 is of kind 'pair with scores'" in message
+
+
+def test_where_names_a_column(tmp_path: Path, chat: ChatTokenizer) -> None:
+    """A misspelt column would select nothing; the message lists what there is."""
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "q", "completion": "a", "split": "train"}])
+    message = refusal(path, chat, format="trl", where=(("splti", "train"),))
+    assert message == f"{path}: `where` asks for 'splti', which no row has; columns: completion, prompt, split"
+
+
+def test_a_bad_row_of_an_array_on_one_line_is_named_by_its_byte(tmp_path: Path, chat: ChatTokenizer) -> None:
+    """Its line says nothing."""
+    path = tmp_path / "rows.json"
+    rows = [{"prompt": "q", "response": "a"}, {"prompt": "q", "response": ""}]
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    byte = json.dumps(rows).index(json.dumps(rows[1]))
+    assert refusal(path, chat).startswith(f"{path}:1 (byte {byte}): 'response' is empty")
 
 
 def test_null_members_of_tables_are_absent(tmp_path: Path) -> None:

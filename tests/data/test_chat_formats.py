@@ -45,7 +45,7 @@ def test_ultrachat_drops_a_question_that_nobody_answered() -> None:
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        (None, "expected a list of turns, found None"),
+        (None, "expected a list of turns, found null"),
         ([turn("user", "q")], "holds no assistant turn"),
         ([turn("system", "s")], "holds no assistant turn"),
         ([turn("user", "q"), turn("assistant", "a"), turn("assistant", "b")], "must alternate"),
@@ -183,7 +183,7 @@ def test_sharegpt_pair_of_equals_is_left_out() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"conversations": None}, "'conversations': expected a list of turns, found None"),
+        ({"conversations": None}, "'conversations': expected a list of turns, found null"),
         ({"conversations": [speech("bot", "a")]}, "turn 0': expected 'from' to be one of system, human"),
         ({"conversations": [speech("human", "")]}, "'conversations, turn 0': 'value' is empty"),
         ({"conversations": ASKED[:1]}, "holds no assistant turn"),

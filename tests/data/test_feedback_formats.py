@@ -96,10 +96,10 @@ def test_helpsteer2_a_marker_in_the_response_is_text() -> None:
     [
         ({"helpfulness": 5}, "'helpfulness': found 5, expected an integer from 0 to 4"),
         ({"correctness": -1}, "'correctness': found -1"),
-        ({"coherence": True}, "'coherence': found True"),
+        ({"coherence": True}, "'coherence': found true"),
         ({"coherence": 3.0}, "'coherence': found 3.0"),
         ({"coherence": "3"}, "'coherence': found '3'"),
-        ({"correctness": None}, "'correctness': found None"),
+        ({"correctness": None}, "'correctness': found null"),
         ({"response": ""}, "'response' is empty"),
         ({"prompt": None}, "'prompt': expected text, found nothing"),
         ({"prompt": "q\n<extra_id_1>Assistant\na"}, "must alternate"),
@@ -145,7 +145,7 @@ def test_helpsteer2_preference_prompts_are_parsed() -> None:
     [
         ({"preference_strength": 4}, "'preference_strength': found 4, expected an integer from -3 to 3"),
         ({"preference_strength": "1"}, "'preference_strength': found '1'"),
-        ({"preference_strength": False}, "'preference_strength': found False"),
+        ({"preference_strength": False}, "'preference_strength': found false"),
         ({"response_2": ""}, "'response_2' is empty"),
         ({"preference_strength": 0, "response_1": None}, "'response_1': expected text"),
     ],
@@ -179,12 +179,12 @@ def test_ultrafeedback_without_completions_is_left_out() -> None:
 @pytest.mark.parametrize(
     ("completion", "message"),
     [
-        ({"response": "b"}, "'completions', number 1: 'overall_score': found None, expected a number from 1 to 10"),
+        ({"response": "b"}, "'completions', number 1: 'overall_score': found null, expected a number from 1 to 10"),
         ({"response": "b", "overall_score": "7"}, "number 1: 'overall_score': found '7'"),
         ({"response": "b", "overall_score": 0}, "number 1: 'overall_score': found 0"),
         ({"response": "b", "overall_score": 10.5}, "number 1: 'overall_score': found 10.5"),
         ({"response": "b", "overall_score": float("nan")}, "number 1: 'overall_score': found nan"),
-        ({"response": "b", "overall_score": True}, "number 1: 'overall_score': found True"),
+        ({"response": "b", "overall_score": True}, "number 1: 'overall_score': found true"),
         ({"response": "", "overall_score": 7}, "number 1: 'response' is empty"),
         ("b", "number 1: expected an object, found 'b'"),
     ],
@@ -234,8 +234,8 @@ def test_ultrafeedback_binarized_without_a_better_side() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"score_rejected": None}, "'score_rejected': found None, expected a number from 1 to 10"),
-        ({"score_chosen": None}, "'score_chosen': found None"),
+        ({"score_rejected": None}, "'score_rejected': found null, expected a number from 1 to 10"),
+        ({"score_chosen": None}, "'score_chosen': found null"),
         ({"chosen-rating": 6, "rejected-rating": 2}, "'chosen-rating': found 6, expected a number from 1 to 5"),
         ({"score_chosen": 2}, "'chosen' (0.1111) is below that of 'rejected' (0.5)"),
         ({"rejected": ""}, "'rejected' is empty"),
@@ -340,7 +340,7 @@ def test_kto_earlier_answers_are_context() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"label": None}, "'label': found None, expected true or false"),
+        ({"label": None}, "'label': found null, expected true or false"),
         ({"label": 1}, "'label': found 1, expected true or false"),
         ({"label": "true"}, "'label': found 'true'"),
         ({"completion": ""}, "'completion' is empty"),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from uft_ds.data import formats as module
 from uft_ds.data.example import KINDS, Example, Pair
 from uft_ds.data.fields import LeftOut, checked_rating, checked_score
-from uft_ds.data.formats import FORMATS, GROUP, Item, Row, format_named, format_names, formats
+from uft_ds.data.formats import FORMATS, GROUP, Item, Row, described_formats, format_named, format_names
 from uft_ds.data.jsonl_format import KEYS as JSONL_KEYS
 from uft_ds.errors import UserError
 
@@ -31,7 +31,8 @@ def test_a_format_of_another_package_is_found(monkeypatch: pytest.MonkeyPatch) -
     points(monkeypatch, ("theirs", "uft_ds.data.chat_formats:ultrachat"))
     assert format_names() == (*FORMATS, "theirs")
     assert format_named("theirs") is FORMATS["ultrachat"]
-    assert formats() == {**FORMATS, "theirs": FORMATS["ultrachat"]}
+    described = described_formats()
+    assert described["theirs"] == described["ultrachat"]
 
 
 def test_a_built_in_format_needs_no_other_package(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,6 +40,7 @@ def test_a_built_in_format_needs_no_other_package(monkeypatch: pytest.MonkeyPatc
     points(monkeypatch, ("broken", "no_such_module:f"))
     assert format_named("jsonl") is FORMATS["jsonl"]
     assert "broken" in format_names()
+    assert "cannot be imported from no_such_module:f" in described_formats()["broken"]
 
 
 def test_names_import_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +61,7 @@ def test_names_import_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_taken_name_is_refused(monkeypatch: pytest.MonkeyPatch, named: list[Any], message: str) -> None:
     """Installing a package never changes what a recipe means; the message names both."""
     points(monkeypatch, *named)
-    for look in (format_names, formats):
+    for look in (format_names, described_formats):
         with pytest.raises(UserError, match=message):
             look()
 
@@ -75,9 +77,8 @@ def test_a_taken_name_is_refused(monkeypatch: pytest.MonkeyPatch, named: list[An
 def test_a_broken_format_of_another_package_is_named(monkeypatch: pytest.MonkeyPatch, value: str, message: str) -> None:
     """The user learns whose it is."""
     points(monkeypatch, ("x", value))
-    for look in (formats, lambda: format_named("x")):
-        with pytest.raises(UserError, match=message):
-            look()
+    with pytest.raises(UserError, match=message):
+        format_named("x")
 
 
 def test_an_unknown_format_is_refused_with_the_names() -> None:

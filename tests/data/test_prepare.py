@@ -209,6 +209,7 @@ def test_quarantine_is_accepted_up_to_a_share(pairs: Path, chat: ChatTokenizer) 
     assert message.startswith(
         f"{path}: 1 of 20 rows are bad, more than data.max_quarantined 0.01 allows; each is named"
     )
+    assert message.endswith(f"; the first:\n  {path}:1: 'response' is empty")
     assert refusal(path, chat).startswith(f"{path}:1: 'response' is empty (1 such rows in {path}, all in ")
 
 

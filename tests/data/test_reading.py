@@ -167,9 +167,9 @@ def test_any_rows_are_read_back(
         (b'{"a": "\xe9"}', "byte 7 is not UTF-8; convert the file to UTF-8"),
         (b'{"a": "\xed\xa0\x80"}', "byte 7 is not UTF-8"),
         ('{"a": 1}'.encode("utf-16"), "byte 0 is not UTF-8"),
-        (b'"text"', "expected a JSON object, found str"),
-        (b"[1]", "expected a JSON object, found list"),
-        (b"null", "expected a JSON object, found NoneType"),
+        (b'"text"', "expected a JSON object, found text"),
+        (b"[1]", "expected a JSON object, found an array"),
+        (b"null", "expected a JSON object, found null"),
         (b'{"a": ' + b"[" * 100 + b"]" * 100 + b"}", "nested more than 100 levels deep"),
         (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested more than 100 levels deep"),
     ],
@@ -260,8 +260,8 @@ def test_json_rows_carry_the_line_they_start_on(write: Write) -> None:
 @pytest.mark.parametrize(
     ("element", "message"),
     [
-        (b"2", "expected a JSON object, found int"),
-        (b"1.5e3", "expected a JSON object, found float"),
+        (b"2", "expected a JSON object, found a number"),
+        (b"1.5e3", "expected a JSON object, found a number"),
         (b'{"a": NaN}', "NaN is not a number"),
         (b'{"a": 1e999}', "beyond the range"),
         (b'{"a": ' + b"9" * 5000 + b"}", "beyond 64 bits"),
@@ -287,11 +287,12 @@ def test_a_bad_element_is_the_callers_to_leave_out(
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b'{"a": 1}', ": expected a JSON array of rows, found dict; one object a line is .jsonl"),
-        (b'{"a": 1}\n{"a": 2}\n', ": expected a JSON array of rows, found dict; one object a line is .jsonl"),
+        (b'{"a": 1}', ": expected a JSON array of rows, found an object; one object a line is .jsonl"),
+        (b'{"a": 1}\n{"a": 2}\n', ": expected a JSON array of rows, found an object; one object a line is .jsonl"),
         (b'{"data": [{"a": 1}]}', "rows under a key must be an array of their own"),
         (b'"text"', ":1: not valid JSON: Expecting a JSON array of rows at column 1"),
-        ('[{"a": 1}]'.encode("utf-16"), ":1: byte 0 is not UTF-8; convert the file to UTF-8"),
+        ('[{"a": 1}]'.encode("utf-16"), ":1: this is UTF-16; convert the file to UTF-8"),
+        ('[{"a": 1}]'.encode("utf-16-be"), ":1: this is UTF-16; convert the file to UTF-8"),
         (b'[{"a": 1},\n {"a": 2},\n {"a" 3}]', ":3: not valid JSON: Expecting ':' delimiter at column 7"),
         (b'[{"a": 1},\n {"a": 2}\n {"a": 3}]', ":3: not valid JSON: Expecting ',' delimiter at column 2"),
         (b'[{"a": 1},\n]', ":2: not valid JSON: Expecting value at column 1"),
@@ -307,6 +308,23 @@ def test_a_broken_array_is_refused(write: Write, data: bytes, message: str) -> N
     assert refusal(path).startswith(str(path))
     assert message in refusal(path)
     assert "has no end" not in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b'[\n  {"a": 1},\n  {"a": 2}\n]', ":1: an array of rows; in .jsonl every line is one object: rename"),
+        (b'\n[{"a": 1}]', ":2: an array of rows"),
+        (b'\xef\xbb\xbf{\n  "a": 1\n}\n', ":1: an object over several lines"),
+        ('{"a": 1}\n'.encode("utf-16"), ":1: this is UTF-16; convert the file to UTF-8 (iconv"),
+        ('{"a": 1}\n'.encode("utf-16-le"), ":1: this is UTF-16"),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_a_file_that_is_no_jsonl_is_named_for_what_it_is(write: Write, data: bytes, message: str) -> None:
+    """None of these is a file whose last line was cut off."""
+    path = write("a.jsonl", data)
+    assert refusal(path).startswith(f"{path}{message}")
 
 
 @pytest.mark.parametrize("end", range(40))

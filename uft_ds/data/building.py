@@ -5,12 +5,13 @@ The store does not depend on the number of processes: results are written in the
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import multiprocessing
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing
@@ -58,10 +59,13 @@ class RowRules:
 
 @dataclass(frozen=True)
 class Shape:
-    """What the first row of a file gave: the others must give the same."""
+    """What the first row of a file gave: the others must give the same.
+
+    gives: the kind of its items; pairs with scores and without are two.
+    """
 
     line: int
-    kind: Kind
+    gives: str
     keys: tuple[str, ...]
 
 
@@ -85,6 +89,8 @@ class _Result:
     changed: Counter[str] = field(default_factory=Counter)
     places: list[tuple[str, int, int]] = field(default_factory=list)
     bad: list[tuple[RawRow, str]] = field(default_factory=list)
+    keys: set[str] = field(default_factory=set)
+    """Of all rows that could be read, for sources with a `where`."""
 
 
 def build_store(
@@ -106,6 +112,7 @@ def build_store(
         UserError: names the file and line, what was found and what was expected.
     """
     total = Account(0, {}, {}, {}, 0, 0)
+    columns: set[str] = set()
     writer = StoreWriter(folder)
     with ExitStack() as stack:
         stack.callback(writer.close)
@@ -115,27 +122,30 @@ def build_store(
             for row, reason in result.bad:
                 if not quarantine:
                     raise UserError(
-                        f"{data.place(row.file, row.line)}: {reason} (format {rules.format}); mend the row, or set "
+                        f"{_exact_place(data, row)}: {reason} (format {rules.format}); mend the row, or set "
                         "data.on_bad_row: quarantine to leave such rows out"
                     )
                 rejected.write(_quarantined(data, row, reason))
             writer.add(result.columns)
             total = _added(total, result)
+            columns |= result.keys
+        _check_where(data, rules, columns)
         writer.finish(data.names, total)
 
 
 def examine_row(
     row: dict[str, Any], rules: RowRules, make: Format, chat: ChatTokenizer, *, file: int, line: int
-) -> tuple[Kind | None, list[tuple[Unit, Place]], Counter[str], Counter[str]]:
-    """One row's units: its kind (None where nothing is left of it), and what was dropped and changed.
+) -> tuple[str | None, list[tuple[Unit, Place]], Counter[str], Counter[str]]:
+    """One row's units: what it gives (None where nothing is left of it), and what was dropped and changed.
 
     Raises:
         ValueError: a bad row.
     """
     dropped: Counter[str] = Counter()
     changed: Counter[str] = Counter()
+    items: list[Example | Pair]
     try:
-        items = list(make(row, score=rules.score))
+        items = list(_made(make, row, rules))
     except LeftOut as left_out:
         dropped[left_out.reason] += left_out.num_responses
         return None, [], dropped, changed
@@ -145,9 +155,9 @@ def examine_row(
         raise ValueError(f"the format could not read it ({type(error).__name__}: {str(error)[:80]})") from error
     for item in items:
         check_item(item)
-    kinds = {_kind_of(item) for item in items}
-    if len(kinds) > 1:
-        raise ValueError(f"format {rules.format} gives items of several kinds: {', '.join(sorted(kinds))}")
+    given = {_described(item) for item in items}
+    if len(given) > 1:
+        raise ValueError(f"format {rules.format} gives items of several kinds: {', '.join(sorted(given))}")
     if rules.split_pairs:
         items = [side for item in items for side in _sides(item)]
     units: list[tuple[Unit, Place]] = []
@@ -160,7 +170,14 @@ def examine_row(
         changed.update(tokenized.changed)
         place = Place(file, line, number if len(items) > 1 else 0)
         units += [(unit, place) for unit in tokenized.units]
-    return next(iter(kinds), None), units, dropped, changed
+    return next(iter(given), None), units, dropped, changed
+
+
+def _made(make: Format, row: dict[str, Any], rules: RowRules) -> Iterable[Example | Pair]:
+    items = make(row, score=rules.score)
+    if not isinstance(items, Iterable) or isinstance(items, str | Mapping):
+        raise ValueError(f"format {rules.format} gives {type(items).__name__}; expected a list of examples or pairs")
+    return items
 
 
 def _results(
@@ -247,15 +264,17 @@ class _Examiner:
             try:
                 row = parse_row(raw.value)
                 keys = tuple(key for key, value in row.items() if value is not None)
+                if self._rules.where:
+                    result.keys.update(row)
                 if any(row.get(column) != value for column, value in self._rules.where):
                     result.num_skipped += 1
                     continue
-                kind, found, dropped, changed = examine_row(
+                given, found, dropped, changed = examine_row(
                     row, self._rules, make, self._chat, file=raw.file, line=raw.line
                 )
-                if kind is not None:
-                    result.shape = result.shape or Shape(raw.line, kind, keys)
-                    _check_shape(kind, keys, result.shape, chunk.place)
+                if given is not None:
+                    result.shape = result.shape or Shape(raw.line, given, keys)
+                    _check_shape(given, keys, result.shape, chunk.place)
             except _OtherKind as error:
                 result.bad.append((raw, str(error)))
                 continue
@@ -274,10 +293,10 @@ class _OtherKind(ValueError):
     """A row of another kind than the first one of its file."""
 
 
-def _check_shape(kind: Kind, keys: tuple[str, ...], first: Shape, file: str) -> None:
-    if kind != first.kind:
+def _check_shape(given: str, keys: tuple[str, ...], first: Shape, file: str) -> None:
+    if given != first.gives:
         raise _OtherKind(
-            f"a row of kind {kind!r} with keys {', '.join(keys)}; {file}:{first.line} is of kind {first.kind!r} with "
+            f"a row of kind {given!r} with keys {', '.join(keys)}; {file}:{first.line} is of kind {first.gives!r} with "
             f"keys {', '.join(first.keys)}: the rows of a file must be of one kind; put the others into another file"
         )
 
@@ -288,8 +307,18 @@ def _other_keys(keys: tuple[str, ...], first: Shape | None, file: str) -> str:
     return f" [keys here: {', '.join(sorted(keys))}; at {file}:{first.line}: {', '.join(sorted(first.keys))}]"
 
 
-def _kind_of(item: Example | Pair) -> Kind:
-    return "pair" if isinstance(item, Pair) else item.kind
+def _described(item: Example | Pair) -> str:
+    if isinstance(item, Pair):
+        return "pair with scores" if item.scored else "pair"
+    return item.kind
+
+
+def _check_where(data: DataFiles, rules: RowRules, columns: set[str]) -> None:
+    for column, value in rules.where:
+        if column not in columns and value is not None:
+            raise UserError(
+                f"{data.label}: `where` asks for {column!r}, which no row has; columns: {', '.join(sorted(columns))}"
+            )
 
 
 def _sides(item: Example | Pair) -> tuple[Example, ...]:
@@ -315,11 +344,17 @@ def _added(total: Account, result: _Result) -> Account:
     )
 
 
+def _exact_place(data: DataFiles, row: RawRow) -> str:
+    """With the byte for an array on one line, where the line says nothing."""
+    place = data.place(row.file, row.line)
+    return f"{place} (byte {row.byte})" if row.line == 1 and row.byte and row.byte > len(codecs.BOM_UTF8) else place
+
+
 def _quarantined(data: DataFiles, row: RawRow, reason: str) -> str:
     """A line of quarantine.jsonl: where the row is, why it was left out, and the row itself."""
     raw = row.value if isinstance(row.value, bytes) else repr(row.value).encode("utf-8", "backslashreplace")
     entry = {
-        "place": data.place(row.file, row.line),
+        "place": _exact_place(data, row),
         "byte": row.byte,
         "reason": reason,
         "sha256": hashlib.sha256(raw).hexdigest(),

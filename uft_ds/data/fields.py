@@ -117,4 +117,6 @@ def present(row: Row) -> set[str]:
 
 def shown(value: Any) -> str:
     """A value as a message quotes it: its beginning."""
-    return repr(value)[:40]
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else repr(value)[:40]

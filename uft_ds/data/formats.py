@@ -34,9 +34,9 @@ __all__ = [
     "Item",
     "LeftOut",
     "Row",
+    "described_formats",
     "format_named",
     "format_names",
-    "formats",
     "jsonl_schema",
 ]
 
@@ -60,13 +60,19 @@ GROUP = "uft_ds.formats"
 """Of the entry points by which other packages add formats."""
 
 
-def formats() -> dict[str, Format]:
-    """All formats by name, those of other packages included, which this imports.
+def described_formats() -> dict[str, str]:
+    """What a row of each format holds, or why a format of another package, which this imports, cannot be used.
 
     Raises:
-        UserError: a format of another package has a name that is taken, or cannot be imported.
+        UserError: a format of another package has a name that is taken.
     """
-    return FORMATS | {name: _load(point) for name, point in _plugins().items()}
+    described = {name: inspect.cleandoc(make.__doc__ or "") for name, make in FORMATS.items()}
+    for name, point in _plugins().items():
+        try:
+            described[name] = inspect.cleandoc(_load(point).__doc__ or f"(of {point.value}, without a description)")
+        except UserError as error:
+            described[name] = str(error)
+    return described
 
 
 def format_names() -> tuple[str, ...]:

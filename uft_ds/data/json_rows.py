@@ -41,7 +41,7 @@ def parse_object(text: bytes) -> dict[str, Any]:
     """
     value = parse_json(text)
     if not isinstance(value, dict):
-        raise ValueError(f"expected a JSON object, found {type(value).__name__}")
+        raise ValueError(f"expected a JSON object, found {_NAMES[type(value)]}")
     return value
 
 
@@ -87,17 +87,29 @@ def json_lines(stream: BinaryIO, name: str) -> Iterator[Located]:
     """The lines that are not blank. A bad one is the caller's; one that was cut off is refused.
 
     Raises:
-        UserError: a line too long, or a last line that has no newline and is not JSON.
+        UserError: a line too long, a file that is not one object a line, or a last line that has no newline and is
+            not JSON.
     """
     number = byte = 0
+    is_first = True
     while line := read_line(stream, name, number + 1):
         number += 1
         row = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
         if row.strip():
+            if is_first:
+                _refuse_other_layouts(row.strip(), f"{name}:{number}")
+                is_first = False
             if not row.endswith(b"\n"):
                 _refuse_cut_off(row, f"{name}:{number}")
             yield number, byte + len(line) - len(row), row.rstrip(b"\r\n")
         byte += len(line)
+
+
+def _refuse_other_layouts(first: bytes, place: str) -> None:
+    if first.startswith(b"["):
+        raise UserError(f"{place}: an array of rows; in .jsonl every line is one object: rename the file to .json")
+    if first == b"{":
+        raise UserError(f"{place}: an object over several lines; in .jsonl every line is one whole object")
 
 
 def _refuse_cut_off(line: bytes, place: str) -> None:
@@ -127,7 +139,7 @@ def json_array(stream: BinaryIO, name: str) -> Iterator[Located]:
     opening = text.next_letter()
     if opening == "{":
         raise UserError(
-            f"{name}: expected a JSON array of rows, found dict; one object a line is .jsonl, "
+            f"{name}: expected a JSON array of rows, found an object; one object a line is .jsonl, "
             "and rows under a key must be an array of their own"
         )
     if opening != "[":
@@ -276,6 +288,7 @@ def _depth(value: Any) -> int:
     return depth
 
 
+_NAMES = {list: "an array", str: "text", int: "a number", float: "a number", bool: "true or false", type(None): "null"}
 _TOO_DEEP = f"nested more than {MAX_DEPTH} levels deep"
 _STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_float=_float, parse_int=_integer)
 # Numbers are not read, only skipped, or an integer of 5000 digits would raise.

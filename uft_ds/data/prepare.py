@@ -6,11 +6,12 @@ import json
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from uft_ds.data.building import RowRules
+from uft_ds.data.building import PLACES_NAMED, RowRules
 from uft_ds.data.chat_tokenizer import ChatTokenizer
 from uft_ds.data.example import KINDS
 from uft_ds.data.mixture import ONE_PASS, Ingredient, Portion
@@ -76,6 +77,18 @@ class PreparedSource:
     @property
     def account(self) -> Account:
         return self.selection.store.account
+
+    @property
+    def quarantine_file(self) -> Path:
+        """Its bad rows, a JSON object a line."""
+        return quarantine_file(self.selection.store)
+
+    @property
+    def first_bad_rows(self) -> list[tuple[str, str]]:
+        """Place and reason of up to three quarantined rows."""
+        with self.quarantine_file.open(encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in islice(lines, PLACES_NAMED)]
+        return [(row["place"], row["reason"]) for row in rows]
 
     @property
     def ingredient(self) -> Ingredient:
@@ -144,16 +157,18 @@ def select(store: SequenceStore, examples: int | None, name: str, *, seed: int) 
 
 def _check_account(prepared: PreparedSource, tolerance: Tolerance) -> None:
     account = prepared.account
-    file = quarantine_file(prepared.selection.store)
     if account.quarantined and not tolerance.quarantine:
+        (place, reason), *_ = prepared.first_bad_rows
         raise UserError(
-            f"{_first_bad(file)} ({account.quarantined} such rows in {prepared.label}, all in {file}); mend them, "
-            "or set data.on_bad_row: quarantine to leave them out"
+            f"{place}: {reason} ({account.quarantined} such rows in {prepared.label}, all in "
+            f"{prepared.quarantine_file}); mend them, or set data.on_bad_row: quarantine to leave them out"
         )
     if account.quarantined > tolerance.max_quarantined * account.rows:
+        first = "\n".join(f"  {place}: {reason}" for place, reason in prepared.first_bad_rows)
         raise UserError(
             f"{prepared.label}: {account.quarantined} of {account.rows} rows are bad, more than data.max_quarantined "
-            f"{tolerance.max_quarantined:g} allows; each is named with its reason in {file}"
+            f"{tolerance.max_quarantined:g} allows; each is named with its reason in {prepared.quarantine_file}; "
+            f"the first:\n{first}"
         )
     if account.dropped.get(LONG) and not tolerance.long_responses:
         first, *_ = prepared.selection.store.places_of(LONG)
@@ -161,12 +176,6 @@ def _check_account(prepared: PreparedSource, tolerance: Tolerance) -> None:
             f"{first}: a response ends past data.max_length {prepared.source.rules.max_length} "
             f"({account.dropped[LONG]} do in {prepared.label}); raise it, or set data.too_long: drop or trim_prompt"
         )
-
-
-def _first_bad(file: Path) -> str:
-    with file.open(encoding="utf-8") as lines:
-        first = json.loads(next(lines))
-    return f"{first['place']}: {first['reason']}"
 
 
 def _check_found(prepared: PreparedSource) -> None:

@@ -9,6 +9,7 @@ makes the rest of a file doubtful is a UserError of `raw_rows`.
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import hashlib
 import io
@@ -258,11 +259,17 @@ def _text_rows(path: Path, name: str) -> Iterator[Located]:
         path.open("rb", buffering=0) as stored,
         _unpacked(stored, packed) as stream,
     ):
+        _refuse_utf16(stream.peek(2)[:2], name)
         rows = read(stream, name)
         for first in rows:
             done = stored.tell()
             for line, byte, value in chain([first], islice(rows, BATCH_ROWS - 1)):
                 yield done, line, byte, value
+
+
+def _refuse_utf16(start: bytes, name: str) -> None:
+    if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in start:
+        raise UserError(f"{name}:1: this is UTF-16; convert the file to UTF-8 (iconv -f UTF-16 -t UTF-8)")
 
 
 def _unpacked(stored: io.FileIO, packed: str) -> io.BufferedReader:
