@@ -177,7 +177,7 @@ def test_runs_share_what_uft_reference_has_filled(tiny_qwen2: Path, tmp_path: Pa
         subprocess.Popen(
             [sys.executable, "-m", "uft_ds", "reference", str(part)],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "1000"},
         )
         for part in parts
     ]  # fmt: skip

@@ -76,7 +76,7 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "1000", **environment},
     )
     try:
         out, err = process.communicate(timeout=TIMEOUT_SECONDS)
