@@ -46,6 +46,9 @@ TEXTS = (
     | st.builds(
         lambda thought, said: f"<think>\n{thought}\n</think>\n\n{said}", st.text(max_size=9), st.text(max_size=9)
     )
+    | st.builds(
+        "{}<think>{}</think>{}{}".format, *[st.sampled_from(["", " ", "\n", "\n\n", "\n\n\n"])] * 3, st.text(max_size=9)
+    )
     | st.integers(1, 120).map("word ".__mul__)
 )
 WORDS = st.text("abc ", min_size=1, max_size=9).map(lambda text: f"w{text}")  # mostly good rows, too
@@ -242,9 +245,10 @@ def written(answer: str, template: str) -> str:
     """What a model would have to write for this answer, by this template; an empty thought is prompt."""
     if template == "trims":
         answer = answer.strip()
-    if template == "opens thought":
-        answer = answer.removeprefix("<think>\n")
-    answer = re.sub(r"\A\s*<think>\s*</think>\s*", "", answer)
+    if template == "opens thought" and answer.startswith("<think>\n"):
+        answer = re.sub(r"\A\s*</think>\n{0,2}", "", answer.removeprefix("<think>\n"))
+    else:
+        answer = re.sub(r"\A\s*<think>\s*</think>\n{0,2}", "", answer)  # more white space is the answer's
     if template == "inst":  # it reads ASCII alone, and ▁ as a space
         return "".join(c for c in answer.replace("▁", " ") if c in "\n\t" or " " <= c <= "~").lstrip(" ")
     return answer
