@@ -7,23 +7,20 @@ import numpy as np
 import torch
 from tiny import VOCAB_SIZE, build_tiny_model
 
-from uft_ds.data.example import Kind, Response, Sequence
+from uft_ds.data.example import KINDS, Kind, Response, Sequence
 from uft_ds.data.mixture import Step
 from uft_ds.model.adapters import add_adapters, start_from_adapter
 from uft_ds.model.load import load_base
 from uft_ds.model.uft_model import ReferenceMode, UFTModel
-from uft_ds.objectives.objective import Objective
-
-UFT = Objective(
-    dict.fromkeys(("instruction", "score", "binary", "pair"), "mse"),
-    dict.fromkeys(("instruction", "score", "binary", "pair"), 1.0),
-    beta=0.1,
-)
+from uft_ds.objectives.objective import KindObjective, Objective
 
 
-def objective(loss: str = "mse", beta: float = 0.1) -> Objective:
+def objective(loss: str = "mse", beta: float = 0.1, **shared: Any) -> Objective:
     """One loss for all kinds."""
-    return Objective(dict.fromkeys(UFT.loss_of_kind, loss), UFT.weight_of_kind, beta)
+    return Objective(dict.fromkeys(KINDS, KindObjective({loss: 1.0}, beta=beta)), **shared)
+
+
+UFT = objective()
 
 
 def toy_sequences(count: int, *, seed: int = 0, longest: int = 40) -> tuple[Sequence, ...]:

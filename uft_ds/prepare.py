@@ -20,7 +20,6 @@ import numpy as np
 
 from uft_ds.checks import check_adapter_is_of_base, check_inputs_lie_outside, check_recipe
 from uft_ds.data.chat_tokenizer import ChatTokenizer
-from uft_ds.data.example import Kind
 from uft_ds.data.mixture import Steps, epoch_amounts, plan_steps
 from uft_ds.data.prepare import PreparedSource, open_source, prepare_source
 from uft_ds.data.store import write_sample
@@ -29,6 +28,7 @@ from uft_ds.data.tokenized import is_whole, quarantine_file
 from uft_ds.errors import UserError
 from uft_ds.files import write_atomically
 from uft_ds.model.identity import adapter_identity, base_identity
+from uft_ds.objectives.losses import NEEDS_PAIRS
 from uft_ds.recipe import Recipe, SourceSection
 from uft_ds.recipe_file import dump_recipe
 from uft_ds.resolve import (
@@ -153,13 +153,17 @@ def _check_no_source_twice(data: PreparedData) -> None:
 
 
 def _check_kinds(recipe: Recipe, data: PreparedData) -> None:
-    loss = recipe.objective.loss
-    if isinstance(loss, str):
-        return
-    kinds: set[Kind] = {kind for source in data.all for kind in source.selection.kinds}
-    unnamed = kinds - set(loss)
-    if unnamed:
-        raise UserError(f"objective.loss: no loss for kind {sorted(unnamed)[0]!r}, which the data holds")
+    for source in data.all:
+        for kind in sorted(source.selection.kinds):
+            losses = set(recipe.losses_of(kind))
+            if not losses:
+                raise UserError(f"objective.loss: no loss for kind {kind!r}, which {source.label} holds")
+            of_pairs = sorted(losses & NEEDS_PAIRS)
+            if of_pairs and kind != "pair":
+                raise UserError(
+                    f"objective.loss: {of_pairs[0]!r} needs pairs, {source.label} holds responses of kind {kind!r}: "
+                    f"give a loss for each kind, such as {{pair: {of_pairs[0]}, {kind}: mse}}"
+                )
 
 
 def _check_units_fit(recipe: Recipe, data: PreparedData) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -16,12 +17,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from uft_ds.data.example import KINDS, Kind
 from uft_ds.data.formats import format_names
+from uft_ds.objectives.losses import BETA_A_TOKEN, LOSSES, NEEDS_PAIRS, POINTWISE, PRESETS, expanded
+from uft_ds.objectives.reward_shift import ShiftName
 
-LossName = Literal["mse", "bce", "l1", "nll"]
-LOSS_NAMES: tuple[str, ...] = get_args(LossName)
-LATER_LOSSES = (
-    "raw", "dpo", "cdpo", "robust", "ipo", "hinge", "rpo_sq", "rpo_fwd", "rpo_bwd", "dpop", "simpo", "orpo", "cpo",
-)  # fmt: skip
+LOSS_NAMES = (*LOSSES, *PRESETS)
+DEFAULT_BETA = 0.01
+"""Per nat of the sum over a response's tokens: what the paper's sweep found best."""
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -124,14 +125,38 @@ class DataSection(Section):
 
 
 class ObjectiveSection(Section):
-    loss: str | dict[str, str] = "mse"
-    """mse (UFT), bce, l1 or nll (SFT): one name, or a map from kind."""
-    beta: PositiveFloat = 0.01
-    """Implicit reward per nat of log-ratio."""
-    reward_shift: Literal["none", "constant", "ema", "kl", "prompt_mean"] = "none"
-    """What is subtracted from the implicit reward before the sigmoid."""
+    loss: str | dict[str, str | dict[str, float]] = "mse"
+    """One name for all kinds, or a map from kind to a name, or to a map from names to weights: {pair: {dpo: 1, nll:
+    0.2}}. Pointwise: mse (UFT), bce, l1, raw. Of pairs: dpo, cdpo, robust, ipo, hinge, rpo_sq, rpo_fwd, rpo_bwd, dpop;
+    without reference simpo, orpo, cpo. Likelihood: nll (SFT), nll_sum."""
+    beta: PositiveFloat | dict[str, PositiveFloat] = DEFAULT_BETA
+    """Implicit reward per nat of log-ratio: one value, or a map from kind."""
+    beta_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How beta goes on over the run."""
+    beta_end: PositiveFloat = 1.0
+    """By what beta is multiplied at the last step, under a schedule."""
+    length_normalized: bool = False
+    """Log-ratios are means over a response's tokens, not sums; beta is then per nat a token, and must be given."""
+    reward_shift: ShiftName = "none"
+    """What is subtracted from the implicit rewards of pointwise losses. ema: their running mean (BCO). kl: what
+    mismatched prompts and responses are rewarded with (KTO), at the cost of a forward pass of both streams.
+    prompt_mean: the mean over the step's responses to the same prompt, at the cost of a forward pass."""
+    reward_shift_value: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    """The shift, of `reward_shift: constant`."""
+    reward_shift_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """How much of the running mean stays from step to step, of `reward_shift: ema`."""
     weights: float | dict[str, float] = 1.0
     """Weight of the losses: one value, or a map from kind; a kind that is not named has weight 1."""
+    undesirable_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """Weight of binary responses labelled false, against 1 for those labelled true (KTO)."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
+    """How likely a preference is the wrong way round; of cdpo and robust."""
+    rpo_scale: PositiveFloat = 1.0
+    """By what the difference of a pair's scores is multiplied; of rpo_sq, rpo_fwd and rpo_bwd."""
+    dpop_penalty: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 50.0
+    """Weight of a fall of the chosen response's likelihood; of dpop."""
+    simpo_margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5
+    """By how much the chosen reward must exceed the rejected one; of simpo."""
 
 
 class ReferenceSection(Section):
@@ -216,13 +241,18 @@ class Recipe(Section):
             raise ValueError("\n".join(problems))
         return self
 
-    def loss_of(self, kind: Kind) -> str:
-        """The loss of one kind of responses.
+    def losses_of(self, kind: Kind) -> Mapping[str, float]:
+        """The losses of one kind of responses, with their weights.
 
-        A map need not name kinds that the data does not hold (checked when it is prepared): any loss does for them.
+        A map need not name kinds that the data does not hold (checked when it is prepared): they have none.
         """
         loss = self.objective.loss
-        return loss if isinstance(loss, str) else loss.get(kind, next(iter(loss.values())))
+        return expanded(loss) if isinstance(loss, str) else expanded(loss.get(kind, {}))
+
+    def beta_of(self, kind: Kind) -> float:
+        """The beta of one kind; of one that a map does not name, the default."""
+        beta = self.objective.beta
+        return beta if isinstance(beta, float | int) else beta.get(kind, DEFAULT_BETA)
 
     def weight_of(self, kind: Kind) -> float:
         """The weight of one kind's loss."""
@@ -265,16 +295,7 @@ def _impossible(recipe: Recipe) -> list[tuple[str, str]]:
             if source.format not in format_names():
                 found.append((f"{prefix}.{index}.format", unknown_name(source.format, format_names())))
             found += [(f"{prefix}.{index}.{key}", problem) for key, problem in _impossible_portion(source, prefix)]
-    if isinstance(objective.loss, dict):
-        found += [("objective.loss", unknown_name(kind, KINDS)) for kind in objective.loss if kind not in KINDS]
-        if not objective.loss:
-            found.append(("objective.loss", "no loss for any kind"))
-    losses = objective.loss.values() if isinstance(objective.loss, dict) else [objective.loss]
-    for name in losses:
-        if name in LATER_LOSSES:
-            found.append(("objective.loss", f"{name!r} is not available in this version; use {', '.join(LOSS_NAMES)}"))
-        elif name not in LOSS_NAMES:
-            found.append(("objective.loss", unknown_name(name, LOSS_NAMES)))
+    found += [(f"objective.{key}", problem) for key, problem in _impossible_objective(objective)]
     weights = objective.weights if isinstance(objective.weights, dict) else {"instruction": objective.weights}
     for kind, weight in weights.items():
         if kind not in KINDS:
@@ -285,10 +306,47 @@ def _impossible(recipe: Recipe) -> list[tuple[str, str]]:
         (key, f"{'null' if given is None else repr(given)} is not available in this version; use {instead}")
         for key, given, unavailable, instead in (
             ("lora", recipe.lora, recipe.lora is None, "adapters: the reference is the base without them"),
-            ("objective.reward_shift", objective.reward_shift, objective.reward_shift != "none", "none"),
         )
         if unavailable
     ]
+
+
+def _impossible_objective(objective: ObjectiveSection) -> list[tuple[str, str]]:
+    """(key, problem) of losses that cannot be, or that do not go with the other keys."""
+    found: list[tuple[str, str]] = []
+    given = objective.loss if isinstance(objective.loss, dict) else {"pair": objective.loss}
+    if not given:
+        found.append(("loss", "no loss for any kind"))
+    found += [("loss", unknown_name(kind, KINDS)) for kind in given if kind not in KINDS]
+    used: set[str] = set()
+    for kind, loss in given.items():
+        names = [loss] if isinstance(loss, str) else list(loss)
+        known = LOSS_NAMES if isinstance(loss, str) else LOSSES
+        found += [("loss", unknown_name(name, known)) for name in names if name not in known]
+        if any(name not in known for name in names):
+            continue
+        weights = expanded(loss)
+        used.update(weights)
+        if not weights or not all(math.isfinite(weight) and weight > 0 for weight in weights.values()):
+            found.append((f"loss.{kind}", f"{dict(weights)} given, expected losses with weights above 0"))
+        if kind != "pair" and NEEDS_PAIRS & set(weights):
+            found.append((f"loss.{kind}", f"{sorted(NEEDS_PAIRS & set(weights))[0]!r} needs pairs"))
+    if isinstance(objective.beta, dict):
+        found += [("beta", unknown_name(kind, KINDS)) for kind in objective.beta if kind not in KINDS]
+    a_token = sorted(used & BETA_A_TOKEN) or (["length_normalized"] if objective.length_normalized else [])
+    if a_token and "beta" not in objective.model_fields_set:
+        found.append(
+            ("beta", f"not given: the default {DEFAULT_BETA} is per nat, and {a_token[0]} takes one per nat a token")
+        )
+    if objective.beta_end != 1.0 and objective.beta_schedule == "constant":
+        found.append(("beta_end", f"{objective.beta_end} given, but beta_schedule is constant; take linear or cosine"))
+    if objective.reward_shift != "none" and not used & set(POINTWISE):
+        found.append(
+            ("reward_shift", f"{objective.reward_shift!r} given, but no loss is pointwise ({', '.join(POINTWISE)})")
+        )
+    if objective.reward_shift == "constant" and "reward_shift_value" not in objective.model_fields_set:
+        found.append(("reward_shift_value", "not given; reward_shift: constant needs it"))
+    return found
 
 
 def _impossible_portion(source: SourceSection, prefix: str) -> list[tuple[str, str]]:

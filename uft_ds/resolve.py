@@ -14,7 +14,9 @@ from uft_ds.errors import UserError
 from uft_ds.files import user_cache
 from uft_ds.model.identity import local_folder
 from uft_ds.model.uft_model import ReferenceMode
-from uft_ds.objectives.objective import Objective
+from uft_ds.objectives.objective import KindObjective, Objective
+from uft_ds.objectives.pairwise import PairConstants
+from uft_ds.objectives.reward_shift import RewardShift
 from uft_ds.recipe import Recipe, SourceSection
 
 
@@ -47,11 +49,21 @@ def tolerance_of(recipe: Recipe) -> Tolerance:
 
 
 def objective_of(recipe: Recipe) -> Objective:
-    """The recipe's losses and weights, kind by kind."""
+    """The recipe's losses, weights and betas, kind by kind, and what they share."""
+    section = recipe.objective
     return Objective(
-        {kind: recipe.loss_of(kind) for kind in KINDS},
-        {kind: recipe.weight_of(kind) for kind in KINDS},
-        recipe.objective.beta,
+        {kind: KindObjective(recipe.losses_of(kind), recipe.weight_of(kind), recipe.beta_of(kind)) for kind in KINDS},
+        shift=RewardShift(section.reward_shift, section.reward_shift_value, section.reward_shift_decay),
+        length_normalized=section.length_normalized,
+        undesirable_weight=section.undesirable_weight,
+        beta_schedule=section.beta_schedule,
+        beta_end=section.beta_end,
+        constants=PairConstants(
+            label_smoothing=section.label_smoothing,
+            rpo_scale=section.rpo_scale,
+            dpop_penalty=section.dpop_penalty,
+            simpo_margin=section.simpo_margin,
+        ),
     )
 
 

@@ -109,9 +109,10 @@ def test_no_sequences_make_the_dummy() -> None:
     assert dummy.position_ids_T.tolist() == [0, 1]
     assert dummy.bounds_S.tolist() == [0, 2]
     assert (dummy.longest, dummy.responses) == (2, ())
-    for name in ("predictors_N", "targets_N", "response_of_N", "scores_R", "pairs_P2"):
-        assert getattr(dummy, name).shape == ((0, 2) if name == "pairs_P2" else (0,))
+    for name in ("predictors_N", "targets_N", "response_of_N", "scores_R"):
+        assert getattr(dummy, name).shape == (0,)
         assert getattr(dummy, name).dtype == getattr(real, name).dtype
+    assert dummy.pairs == ()
 
 
 def test_to_moves_every_tensor() -> None:
@@ -128,9 +129,8 @@ def test_pairs_are_found_by_their_id() -> None:
     """Chosen and rejected stand where their responses do, with other responses before and between them."""
     a, chosen, rejected, b, first, second = of_units([(4,), (5, 6), (3,), (7, 8)]).sequences
     batch = micro_batch([a, chosen, b, rejected, first, second])
-    assert batch.pairs_P2.tolist() == [[1, 3], [4, 5]]
-    assert batch.pairs_P2.dtype == torch.int64
-    assert [[batch.responses[i].origin for i in pair] for pair in batch.pairs_P2.tolist()] == [
+    assert batch.pairs == ((1, 3), (4, 5))
+    assert [[batch.responses[i].origin for i in pair] for pair in batch.pairs] == [
         ["1a", "1b"],
         ["3a", "3b"],
     ]
@@ -139,7 +139,7 @@ def test_pairs_are_found_by_their_id() -> None:
 def test_a_side_alone_is_no_pair() -> None:
     """To forward one side for its log-prob is allowed; a third of the same id is a mistake of ours."""
     _, rejected = of_units([(5, 6)]).sequences
-    assert micro_batch([rejected]).pairs_P2.shape == (0, 2)
+    assert micro_batch([rejected]).pairs == ()
     with pytest.raises(AssertionError, match="a pair_id names one pair"):
         micro_batch([rejected] * 3)
 
@@ -185,7 +185,7 @@ def test_any_step_is_divided(
 
 def _pairs_of(bin_: list[Sequence]) -> list[tuple[str, str]]:
     batch = micro_batch(bin_)
-    return [(batch.responses[i].origin, batch.responses[j].origin) for i, j in batch.pairs_P2.tolist()]
+    return [(batch.responses[i].origin, batch.responses[j].origin) for i, j in batch.pairs]
 
 
 @given(

@@ -24,7 +24,7 @@ from uft_ds.data.mixture import Step, in_order
 from uft_ds.model.identity import reference_identity
 from uft_ds.recipe_file import load_recipe
 from uft_ds.training.engine import Engine
-from uft_ds.training.loop import run_step
+from uft_ds.training.step import run_step
 from uft_ds.training.metrics import read_metrics
 from uft_ds.training.reference_cache import REFERENCE_TABLE, ReferenceCache, fill
 from uft_ds.training.reference_store import ReferenceStore, read_table

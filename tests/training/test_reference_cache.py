@@ -258,4 +258,4 @@ def test_known_pairs_are_checked_as_pairs() -> None:
     chosen = Step(0, known_sequences(cache, [Held(()), pool], 6))
     assert [len(unit) for unit in chosen.units] == [2, 2, 2]
     batches = rank_micro_batches(chosen, tokens_per_micro_batch=20, rank=0, world_size=1)
-    assert [batch.pairs_P2.tolist() for batch in batches] == [[[0, 1]]] * 3
+    assert [batch.pairs for batch in batches] == [((0, 1),)] * 3

@@ -26,10 +26,14 @@ from uft_ds.training.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class TrainerState:
-    """Where a run stands: all that a step depends on besides the weights."""
+    """Where a run stands: all that a step depends on besides the weights.
+
+    reward_shift: what the reward shift goes on with: its running mean, or the last step's value.
+    """
 
     step: int
     skipped_steps: int
+    reward_shift: float = 0.0
 
 
 def save_checkpoint(

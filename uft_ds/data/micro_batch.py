@@ -1,6 +1,6 @@
 """What one rank forwards at once: sequences side by side in one row of tokens, without padding.
 
-T packed tokens, N supervised tokens, R responses, P pairs, S sequences of one micro-batch.
+T packed tokens, N supervised tokens, R responses, S sequences of one micro-batch.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class MicroBatch:
     targets_N: [supervised tokens], the token predicted.
     response_of_N: [supervised tokens], index into the responses.
     scores_R: [responses], float32.
-    pairs_P2: [pairs, 2], int64, index of the chosen and of the rejected response.
     bounds_S: [sequences + 1], int32, cumulative lengths; longest: the longest sequence, in tokens.
     responses: for kinds and origins; empty in the dummy of a rank that has nothing left to do.
     response_keys: each response named by its content, as in `Sequence`.
+    pairs: where the chosen and the rejected response of each pair stand.
     """
 
     token_ids_T: Tensor
@@ -37,11 +37,11 @@ class MicroBatch:
     targets_N: Tensor
     response_of_N: Tensor
     scores_R: Tensor
-    pairs_P2: Tensor
     bounds_S: Tensor
     longest: int
     responses: tuple[Response, ...]
     response_keys: tuple[bytes, ...]
+    pairs: tuple[tuple[int, int], ...]
 
     @property
     def num_responses(self) -> int:
@@ -75,19 +75,19 @@ def micro_batch(sequences: Seq[Sequence]) -> MicroBatch:
         targets_N=torch.from_numpy(token_ids[supervised]),
         response_of_N=torch.repeat_interleave(torch.arange(len(spans)), torch.tensor(lengths, dtype=torch.int64)),
         scores_R=torch.tensor([r.score for _, r in responses], dtype=torch.float32),
-        pairs_P2=torch.tensor(_pairs([r for _, r in responses]), dtype=torch.int64).reshape(-1, 2),
         bounds_S=torch.from_numpy(offsets.astype(np.int32)),
         longest=max(s.num_tokens for s in sequences),
         responses=tuple(r for _, r in responses),
         response_keys=tuple(key for s in sequences for key in s.response_keys),
+        pairs=_pairs([r for _, r in responses]),
     )
 
 
-def _pairs(responses: Seq[Response]) -> list[list[int]]:
+def _pairs(responses: Seq[Response]) -> tuple[tuple[int, int], ...]:
     """Where the two sides of each pair stand; a side without its other one, forwarded for its log-prob, is no pair."""
     places: dict[int, list[int]] = {}
     for place, response in enumerate(responses):
         if response.pair_id is not None:
             places.setdefault(response.pair_id, []).append(place)
     assert all(len(sides) <= 2 for sides in places.values()), "a pair_id names one pair of a step"
-    return [sides for sides in places.values() if len(sides) == 2]
+    return tuple((sides[0], sides[1]) for sides in places.values() if len(sides) == 2)

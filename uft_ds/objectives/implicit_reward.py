@@ -19,11 +19,11 @@ def response_logps(token_logps_N: Tensor, response_of_N: Tensor, num_responses: 
     return zeros_R.index_add(0, response_of_N, token_logps_N.double())
 
 
-def implicit_reward(log_ratios_R: Tensor, beta: float) -> Tensor:
-    """r = beta (log pi(y|x) - log pi_ref(y|x)), UFT (arXiv 2410.21438) Eq. 5."""
+def implicit_reward(log_ratios_R: Tensor, beta: Tensor | float) -> Tensor:
+    """r = beta (log pi(y|x) - log pi_ref(y|x)), UFT (arXiv 2410.21438) Eq. 5; beta one for all, or [responses]."""
     return beta * log_ratios_R
 
 
-def implicit_score(log_ratios_R: Tensor, beta: float) -> Tensor:
-    """sigmoid(r), in [0, 1]: what is compared with the given score (UNA, arXiv 2408.15339 Eq. 8)."""
-    return torch.sigmoid(implicit_reward(log_ratios_R, beta))
+def implicit_score(rewards_R: Tensor) -> Tensor:
+    """sigmoid(r - shift), in [0, 1]: what is compared with the given score (UNA, arXiv 2408.15339 Eq. 8)."""
+    return torch.sigmoid(rewards_R)

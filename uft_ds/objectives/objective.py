@@ -1,72 +1,143 @@
-"""From the log-probs of a micro-batch to its share of the step's loss, and what is counted on the way.
+"""From the log-probs of a micro-batch to its share of the step's loss.
 
-A step's loss is the sum over the losses in use of: sum of weighted terms / number of that loss's terms in the
-whole step. Terms are responses (pointwise) or tokens (nll). The number is known on every rank before the first
-backward, so the gradient depends neither on the world size nor on how sequences were packed.
+A step's loss is the sum over the losses in use of: sum of weighted terms / number of that loss's terms in the whole
+step. Terms are responses, pairs or tokens. Their number is known on every rank before the first backward, so the
+gradient depends neither on the world size nor on how sequences were packed.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, field, replace
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
 from uft_ds.data.example import KINDS, Kind, Response
 from uft_ds.data.micro_batch import MicroBatch
-from uft_ds.objectives.implicit_reward import implicit_reward, implicit_score
-from uft_ds.objectives.likelihood import sequence_nll
-from uft_ds.objectives.pointwise import Distance, pointwise_loss
-
-LIKELIHOOD_LOSSES = ("nll",)
-
-SATURATED_BELOW = 0.01 * 0.25
-"""sigma(r) (1 - sigma(r)) under 1% of its maximum: the squared error has no gradient left."""
-
-FITTED_WITHIN = 0.1
-"""A saturated response whose implicit score is this near its score is fitted, otherwise stuck."""
-
-STATISTICS = (
-    "responses",
-    "tokens",
-    "loss",
-    "loss_terms",
-    "implicit_reward",
-    "implicit_score",
-    "log_ratio",
-    "saturated",
-    "saturated_stuck",
+from uft_ds.objectives.implicit_reward import implicit_reward
+from uft_ds.objectives.likelihood import is_imitated, is_undesirable, sequence_nll
+from uft_ds.objectives.losses import (
+    LIKELIHOOD,
+    LOSSES,
+    NEEDS_PAIRS,
+    NEEDS_REFERENCE,
+    POINTWISE,
+    TERMS,
+    Distance,
 )
-"""Columns of the statistics: sums over the responses of one kind."""
+from uft_ds.objectives.pairwise import PAIR_LOSSES, PairConstants, Pairs
+from uft_ds.objectives.pointwise import pointwise_loss
+from uft_ds.objectives.reward_shift import RewardShift
+
+Shape = Literal["constant", "linear", "cosine"]
+
+
+@dataclass(frozen=True)
+class KindObjective:
+    """What one kind of response is trained by: losses with their weights, a weight of all of them, and beta."""
+
+    losses: Mapping[str, float]
+    weight: float = 1.0
+    beta: float = 0.01
 
 
 @dataclass(frozen=True)
 class Objective:
-    """Which loss each kind of response has, its weight, and beta (per nat)."""
+    """The losses of each kind, and what they share.
 
-    loss_of_kind: Mapping[Kind, str]
-    weight_of_kind: Mapping[Kind, float]
-    beta: float
+    length_normalized: log-ratios are means over a response's tokens, not sums; beta is then per nat a token.
+    undesirable_weight: of binary responses labelled bad, against 1 for good ones.
+    beta_schedule, beta_end: how the betas go on from step to step, and by what they are multiplied at the last one.
+    """
+
+    of_kind: Mapping[Kind, KindObjective]
+    shift: RewardShift = field(default_factory=RewardShift)
+    length_normalized: bool = False
+    undesirable_weight: float = 1.0
+    beta_schedule: Shape = "constant"
+    beta_end: float = 1.0
+    constants: PairConstants = field(default_factory=PairConstants)
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """Names of all losses in use, in the order of the table."""
+        used = {name for of in self.of_kind.values() for name in of.losses}
+        return tuple(name for name in LOSSES if name in used)
 
     @property
     def needs_reference(self) -> bool:
-        """False for plain supervised fine-tuning: then no reference is computed at all."""
-        return any(loss not in LIKELIHOOD_LOSSES for loss in self.loss_of_kind.values())
+        """False where no loss compares with it: then no reference is computed at all."""
+        return any(name in NEEDS_REFERENCE for name in self.losses)
 
-    def terms_of(self, response: Response) -> int:
-        """How many terms of its loss one response contributes."""
-        return response.num_tokens if self.loss_of_kind[response.kind] in LIKELIHOOD_LOSSES else 1
+    def weight_of(self, response: Response, loss: str) -> float:
+        """What one response's term of a loss is multiplied by."""
+        of = self.of_kind[response.kind]
+        labelled = self.undesirable_weight if is_undesirable(response) else 1.0
+        return of.weight * of.losses[loss] * labelled
+
+    def has_pointwise(self, kind: Kind) -> bool:
+        """Whether the scores of this kind are met by implicit rewards, which the shift moves."""
+        return any(name in POINTWISE for name in self.of_kind[kind].losses)
+
+
+def objective_at(objective: Objective, progress: float) -> Objective:
+    """The objective of a step: its betas multiplied by 1 at progress 0 and by `beta_end` at progress 1."""
+    if objective.beta_schedule == "constant":
+        return objective
+    done = progress if objective.beta_schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
+    factor = 1.0 + (objective.beta_end - 1.0) * done
+    scaled = {kind: replace(of, beta=of.beta * factor) for kind, of in objective.of_kind.items()}
+    return replace(objective, of_kind=scaled)
 
 
 def count_terms(objective: Objective, responses: Iterable[Response]) -> dict[str, int]:
-    """Number of terms of each loss over the responses of a whole step."""
-    terms: Counter[str] = Counter()
+    """Number of terms of each loss over the responses of a whole step, in order: of a pair, the chosen one first."""
+    terms: Counter[str] = Counter(dict.fromkeys(objective.losses, 0))
+    seen: set[int] = set()
     for response in responses:
-        terms[objective.loss_of_kind[response.kind]] += objective.terms_of(response)
+        is_rejected = response.pair_id in seen
+        if response.pair_id is not None:
+            seen.add(response.pair_id)
+        for name in objective.of_kind[response.kind].losses:
+            terms[name] += _terms_of(name, response, is_rejected=is_rejected)
     return dict(terms)
+
+
+def _terms_of(loss: str, response: Response, *, is_rejected: bool) -> int:
+    if loss in NEEDS_PAIRS:
+        return int(is_rejected)  # once a pair
+    if loss in LIKELIHOOD and not is_imitated(response, is_rejected=is_rejected):
+        return 0
+    return response.num_tokens if TERMS[loss] == "token" else 1
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """What the objective makes of a micro-batch's log-probs; [responses] each, float32, with the policy's gradient.
+
+    log_ratios_R: nats, summed over tokens. rewards_R: beta * log-ratio (a token, if lengths are normalised).
+    """
+
+    log_ratios_R: Tensor
+    rewards_R: Tensor
+
+
+def rewards_of(objective: Objective, micro_batch: MicroBatch, logps_R: Tensor, reference_logps_R: Tensor) -> Rewards:
+    """Log-ratios and implicit rewards, before any shift.
+
+    Args:
+        logps_R, reference_logps_R: [responses], nats, summed over tokens, float64.
+    """
+    log_ratios_R = (logps_R - reference_logps_R).float()
+    betas_R = _of_kind(micro_batch, {kind: of.beta for kind, of in objective.of_kind.items()}, log_ratios_R.device)
+    compared_R = (
+        log_ratios_R / _tokens(micro_batch, log_ratios_R.device) if objective.length_normalized else log_ratios_R
+    )
+    return Rewards(log_ratios_R, implicit_reward(compared_R, betas_R))
 
 
 def micro_batch_loss(
@@ -75,61 +146,83 @@ def micro_batch_loss(
     num_terms: Mapping[str, int],
     logps_R: Tensor,
     reference_logps_R: Tensor | None,
+    shifts_R: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The micro-batch's share of the step's loss, and its statistics.
+    """The micro-batch's share of the step's loss, and the sums that it is made of.
 
     Args:
+        num_terms: of each loss in the whole step.
         logps_R: [responses], policy, nats, summed over tokens, float64, with gradient.
         reference_logps_R: [responses], float64, or None where the objective needs none.
+        shifts_R: [responses], float32, subtracted from the rewards of pointwise losses; None: 0.
     Returns:
-        a scalar with gradient, also for a micro-batch without responses; and [kinds, statistics], float64,
-        sums that ranks and micro-batches may add up.
+        a scalar with gradient, also for a micro-batch without responses; and [2, kinds, losses], float64: of each
+        loss's terms the sum, unweighted, and the number, which ranks and micro-batches may add up.
     """
-    log_ratios_R = None if reference_logps_R is None else (logps_R - reference_logps_R).float()
+    rewards = None if reference_logps_R is None else rewards_of(objective, micro_batch, logps_R, reference_logps_R)
     loss = logps_R.sum().float() * 0.0  # every rank needs a graph to walk back, whatever it holds
-    loss_sums_R = torch.zeros(len(micro_batch.responses), device=logps_R.device)
-    for name in sorted(set(objective.loss_of_kind.values())):
-        members = [i for i, r in enumerate(micro_batch.responses) if objective.loss_of_kind[r.kind] == name]
-        if not members:
+    sums = torch.zeros(2, len(KINDS), len(LOSSES), dtype=torch.float64, device=logps_R.device)
+    for name in objective.losses:
+        places_M, terms_M = _terms(name, objective, micro_batch, logps_R, rewards, shifts_R)
+        if not len(places_M):
             continue
-        index_M = torch.tensor(members, device=logps_R.device)
-        if name in LIKELIHOOD_LOSSES:
-            sums_M = sequence_nll(logps_R[index_M]).float()
-        else:
-            assert log_ratios_R is not None
-            scores_M = micro_batch.scores_R[index_M]
-            distance = cast(Distance, name)
-            sums_M = pointwise_loss(log_ratios_R[index_M], scores_M, beta=objective.beta, distance=distance)
-        weights = [objective.weight_of_kind[micro_batch.responses[i].kind] for i in members]
-        weights_M = torch.tensor(weights, dtype=torch.float32, device=sums_M.device)
-        loss = loss + (weights_M * sums_M).sum() / num_terms[name]
-        loss_sums_R = loss_sums_R.index_copy(0, index_M, sums_M.detach())
-    with torch.no_grad():
-        return loss, _statistics(objective, micro_batch, loss_sums_R, log_ratios_R)
+        responses = [micro_batch.responses[place] for place in places_M]
+        weights = [objective.weight_of(response, name) for response in responses]
+        weights_M = torch.tensor(weights, dtype=torch.float32, device=terms_M.device)
+        loss = loss + (weights_M * terms_M).sum() / num_terms[name]
+        rows_M = torch.tensor([KINDS.index(response.kind) for response in responses], device=terms_M.device)
+        numbers = [response.num_tokens if TERMS[name] == "token" else 1 for response in responses]
+        numbers_M = torch.tensor(numbers, dtype=torch.float64, device=terms_M.device)
+        sums[0, :, LOSSES.index(name)].index_add_(0, rows_M, terms_M.detach().double())
+        sums[1, :, LOSSES.index(name)].index_add_(0, rows_M, numbers_M)
+    return loss, sums
 
 
-def _statistics(objective: Objective, micro_batch: MicroBatch, loss_R: Tensor, log_ratios_R: Tensor | None) -> Tensor:
-    responses = micro_batch.responses
-    device = loss_R.device
-    columns = {
-        "responses": torch.ones_like(loss_R),
-        "tokens": torch.tensor([float(r.num_tokens) for r in responses], device=device),
-        "loss": loss_R,
-        "loss_terms": torch.tensor([float(objective.terms_of(r)) for r in responses], device=device),
-    }
-    if log_ratios_R is not None:
-        score_R = implicit_score(log_ratios_R, objective.beta)
-        saturated_R = score_R * (1 - score_R) < SATURATED_BELOW
-        far_R = (score_R - micro_batch.scores_R).abs() > FITTED_WITHIN
-        columns |= {
-            "implicit_reward": implicit_reward(log_ratios_R, objective.beta),
-            "implicit_score": score_R,
-            "log_ratio": log_ratios_R,
-            "saturated": saturated_R.float(),
-            "saturated_stuck": (saturated_R & far_R).float(),
-        }
-    sums = torch.zeros(len(KINDS), len(STATISTICS), dtype=torch.float64, device=device)
-    kind_of_R = torch.tensor([KINDS.index(r.kind) for r in responses], dtype=torch.int64, device=device)
-    for name, values_R in columns.items():
-        sums[:, STATISTICS.index(name)].index_add_(0, kind_of_R, values_R.double())
-    return sums
+def _terms(
+    name: str,
+    objective: Objective,
+    micro_batch: MicroBatch,
+    logps_R: Tensor,
+    rewards: Rewards | None,
+    shifts_R: Tensor | None,
+) -> tuple[list[int], Tensor]:
+    """The values of one loss, and the response that each belongs to: of a pair, the chosen one."""
+    device = logps_R.device
+    if name in NEEDS_PAIRS:
+        of_kind = [objective.of_kind[micro_batch.responses[chosen].kind] for chosen, _ in micro_batch.pairs]
+        kept = [pair for pair, of in zip(micro_batch.pairs, of_kind, strict=True) if name in of.losses]
+        if not kept:
+            return [], logps_R
+        index_P2 = torch.tensor(kept, dtype=torch.int64, device=device)
+        pairs = Pairs(
+            rewards_P2=None if rewards is None else rewards.rewards_R[index_P2],
+            log_ratios_P2=None if rewards is None else rewards.log_ratios_R[index_P2],
+            logps_P2=logps_R[index_P2],
+            tokens_P2=_tokens(micro_batch, device)[index_P2],
+            scores_P2=micro_batch.scores_R[index_P2],
+            beta=objective.of_kind["pair"].beta,
+        )
+        return [chosen for chosen, _ in kept], PAIR_LOSSES[name](pairs, objective.constants).float()
+    rejected = {rejected for _, rejected in micro_batch.pairs}
+    members = [
+        place
+        for place, response in enumerate(micro_batch.responses)
+        if name in objective.of_kind[response.kind].losses
+        and (name not in LIKELIHOOD or is_imitated(response, is_rejected=place in rejected))
+    ]
+    index_M = torch.tensor(members, dtype=torch.int64, device=device)
+    if name in LIKELIHOOD:
+        return members, sequence_nll(logps_R[index_M]).float()
+    assert rewards is not None
+    rewards_M = rewards.rewards_R[index_M]
+    if shifts_R is not None:
+        rewards_M = rewards_M - shifts_R[index_M]
+    return members, pointwise_loss(rewards_M, micro_batch.scores_R[index_M], cast(Distance, name))
+
+
+def _tokens(micro_batch: MicroBatch, device: torch.device) -> Tensor:
+    return torch.tensor([float(r.num_tokens) for r in micro_batch.responses], device=device)
+
+
+def _of_kind(micro_batch: MicroBatch, values: Mapping[Kind, float], device: torch.device) -> Tensor:
+    return torch.tensor([values[r.kind] for r in micro_batch.responses], dtype=torch.float32, device=device)

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from uft_ds.data.example import KINDS, Response, Sequence
+from uft_ds.data.example import KINDS, Sequence
 from uft_ds.data.micro_batch import micro_batch
 from uft_ds.data.mixture import Step
 from uft_ds.data.store import Pool
 from uft_ds.errors import CheckFailed
-from uft_ds.objectives.objective import STATISTICS, Objective, count_terms, micro_batch_loss
+from uft_ds.objectives.losses import LOSSES
+from uft_ds.objectives.objective import Objective, count_terms, micro_batch_loss
 from uft_ds.training.engine import Engine
 from uft_ds.training.metrics import step_metrics
 from uft_ds.training.reference_cache import ReferenceCache
+from uft_ds.training.step import forward, gathered_rows, shifts_of
 
 HUGGING_FACE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 """Nats a token. float32 paths differ by rounding (1e-5); bfloat16 logits are rounded to 3 digits by the model
@@ -133,21 +136,41 @@ def known_sequences(cache: ReferenceCache, pools: Seq[Pool], count: int) -> tupl
 
 
 def evaluate(
-    engine: Engine, objective: Objective, groups: Seq[Step], tokens_per_micro_batch: int, reference: ReferenceCache
-) -> dict[str, float]:
-    """The step's metrics over held-out data, named `held_out/...`; means over all its responses."""
-    responses: list[Response] = [response for group in groups for response in group.responses]
-    terms = count_terms(objective, responses)
+    engine: Engine,
+    objective: Objective,
+    groups: Seq[Step],
+    tokens_per_micro_batch: int,
+    reference: ReferenceCache,
+    shift: float = 0.0,
+) -> tuple[dict[str, float], np.ndarray]:
+    """The step's metrics over held-out data, named `held_out/...`, and the table of all its responses."""
+    # A pair's number is its own within a group only.
+    terms = sum((Counter(count_terms(objective, group.responses)) for group in groups), Counter())
     loss = torch.zeros((), dtype=torch.float64, device=engine.device)
-    sums = torch.zeros(len(KINDS), len(STATISTICS), dtype=torch.float64, device=engine.device)
+    sums = torch.zeros(2, len(KINDS), len(LOSSES), dtype=torch.float64, device=engine.device)
+    tables = []
     with engine.evaluating():
         for group in groups:
-            for batch, forward_reference in reference.micro_batches(engine, group, tokens_per_micro_batch):
-                logps_R, forwarded_R = engine(batch, with_reference=forward_reference)
-                reference_logps_R = reference.resolve(batch, forwarded_R)
-                share, statistics = micro_batch_loss(objective, batch, terms, logps_R, reference_logps_R)
+            micro_batches = reference.micro_batches(engine, group, tokens_per_micro_batch)
+            done = forward(engine, micro_batches, reference)
+            shifts = shifts_of(engine, objective, group, [part.batch for part in done], done, shift)
+            for part, shifts_R in zip(done, shifts, strict=True):
+                share, parts = micro_batch_loss(
+                    objective, part.batch, terms, part.logps_R, part.reference_logps_R, shifts_R
+                )
                 loss += share
-                sums += statistics
+                sums += parts
             reference.learn(engine, group)
-    metrics = step_metrics(objective, float(engine.sum_over_ranks(loss)), engine.sum_over_ranks(sums))
-    return {f"held_out/{name}": value for name, value in metrics.items()}
+            tables.append(gathered_rows(engine, objective, done, shifts))
+    rows = _with_distinct_pairs(tables)
+    metrics = step_metrics(objective, float(engine.sum_over_ranks(loss)), engine.sum_over_ranks(sums), rows)
+    return {f"held_out/{name}": value for name, value in metrics.items()}, rows
+
+
+def _with_distinct_pairs(tables: Seq[np.ndarray]) -> np.ndarray:
+    first = 0
+    for rows in tables:
+        paired = rows["pair"] >= 0
+        rows["pair"][paired] += first
+        first = max(first, rows["pair"].max(initial=-1) + 1)
+    return np.concatenate(tables)

@@ -1,31 +1,27 @@
-"""The training loop, read from top to bottom.
-
-forward both streams -> log-ratios -> objective -> backward -> step      UFT (arXiv 2410.21438) Eq. 5-7
-"""
+"""The training loop: steps, evaluations and checkpoints in their order."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 
-import torch
 from peft import PeftModel
 
 from uft_ds.checkpoint.save import TrainerState, save_checkpoint
-from uft_ds.data.example import KINDS
 from uft_ds.data.mixture import Step
 from uft_ds.errors import CheckFailed
-from uft_ds.objectives.objective import STATISTICS, Objective, count_terms, micro_batch_loss
+from uft_ds.objectives.objective import Objective, objective_at
 from uft_ds.recipe import TrainSection
-from uft_ds.training.engine import Engine, StepResult
+from uft_ds.training.engine import Engine
 from uft_ds.training.evaluate import evaluate
-from uft_ds.training.metrics import model_flops_utilization, peak_memory_gib, step_metrics
+from uft_ds.training.metrics import model_flops_utilization, peak_memory_gib
 from uft_ds.training.reference_cache import ReferenceCache
 from uft_ds.training.report import Reporter
 from uft_ds.training.run_folder import RunFolder
 from uft_ds.training.schedule import learning_rate
+from uft_ds.training.step import run_step
+from uft_ds.training.telemetry import write_rows
 
 START = TrainerState(step=0, skipped_steps=0)
 
@@ -47,15 +43,18 @@ def train(
     Raises:
         CheckFailed: more steps than allowed had a non-finite loss or gradient.
     """
-    _evaluate_and_report(engine, objective, held_out, settings, reporter, reference, step=state.step)
+    _evaluate_and_report(engine, objective, held_out, settings, folder, reporter, reference, state)
     for number in range(state.step, len(steps)):
         step = steps[number]
         started = time.perf_counter()
         rate = learning_rate(
             step.index, num_steps=len(steps), peak=settings.lr, warmup=settings.warmup, schedule=settings.schedule
         )
-        result, metrics = run_step(engine, objective, step, rate, settings.tokens_per_micro_batch, reference)
-        state = TrainerState(state.step + 1, state.skipped_steps + result.skipped)
+        current = objective_at(objective, step.index / max(1, len(steps) - 1))
+        result, metrics, shift = run_step(
+            engine, current, step, rate, settings.tokens_per_micro_batch, reference, state.reward_shift
+        )
+        state = TrainerState(state.step + 1, state.skipped_steps + result.skipped, shift)
         if result.skipped:
             _account_for_skip(state, step, settings.max_skipped_steps, reporter)
         seconds = time.perf_counter() - started
@@ -65,41 +64,9 @@ def train(
             save_checkpoint(engine, policy, folder, state, reference, keep=settings.keep_checkpoints)
             _store(reference, reporter)
         if due(state.step, settings.evaluate_every) or is_last:
-            _evaluate_and_report(engine, objective, held_out, settings, reporter, reference, step=state.step)
+            _evaluate_and_report(engine, current, held_out, settings, folder, reporter, reference, state)
     _store(reference, reporter)
     return state
-
-
-def run_step(
-    engine: Engine,
-    objective: Objective,
-    step: Step,
-    rate: float,
-    tokens_per_micro_batch: int,
-    reference: ReferenceCache,
-) -> tuple[StepResult, dict[str, float]]:
-    """One optimiser step over all ranks, and its metrics: means over the responses of the whole step."""
-    num_terms = count_terms(objective, step.responses)
-    micro_batches = reference.micro_batches(engine, step, tokens_per_micro_batch)
-    total_loss = torch.zeros((), dtype=torch.float64, device=engine.device)
-    sums = torch.zeros(len(KINDS), len(STATISTICS), dtype=torch.float64, device=engine.device)
-    for number, (micro_batch, forward_reference) in enumerate(micro_batches, start=1):
-        logps_R, forwarded_R = engine(micro_batch, with_reference=forward_reference)
-        reference_logps_R = reference.resolve(micro_batch, forwarded_R)
-        loss, statistics = micro_batch_loss(objective, micro_batch, num_terms, logps_R, reference_logps_R)
-        engine.backward(loss, is_last=number == len(micro_batches))
-        total_loss += loss.detach()
-        sums += statistics
-    computed = reference.learn(engine, step)
-    result = engine.step(rate)
-    mean_loss = float(engine.sum_over_ranks(total_loss))
-    if not math.isfinite(mean_loss) and not result.skipped:
-        raise CheckFailed(
-            f"step {step.index + 1}: the loss is {mean_loss}, yet its gradient was finite and was applied"
-        )
-    metrics = step_metrics(objective, mean_loss, engine.sum_over_ranks(sums))
-    counts = {"skipped": float(result.skipped), "reference/computed": float(computed)}
-    return result, metrics | {"grad_norm": result.grad_norm} | counts
 
 
 def due(step: int, every: int) -> bool:
@@ -112,14 +79,19 @@ def _evaluate_and_report(
     objective: Objective,
     held_out: Seq[Step],
     settings: TrainSection,
+    folder: RunFolder,
     reporter: Reporter,
     reference: ReferenceCache,
-    *,
-    step: int,
+    state: TrainerState,
 ) -> None:
-    if held_out:
-        metrics = evaluate(engine, objective, held_out, settings.tokens_per_micro_batch, reference)
-        reporter.held_out(step, metrics)
+    if not held_out:
+        return
+    metrics, rows = evaluate(
+        engine, objective, held_out, settings.tokens_per_micro_batch, reference, state.reward_shift
+    )
+    reporter.held_out(state.step, metrics)
+    if engine.rank == 0:
+        write_rows(folder.held_out_rows, rows)
 
 
 def _store(reference: ReferenceCache, reporter: Reporter) -> None:

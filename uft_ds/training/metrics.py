@@ -9,33 +9,38 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from uft_ds.data.example import KINDS
-from uft_ds.objectives.objective import STATISTICS, Objective
+from uft_ds.objectives.losses import LOSSES
+from uft_ds.objectives.objective import Objective
+from uft_ds.training.telemetry import health
 
-MEANS = ("implicit_reward", "implicit_score", "log_ratio", "saturated", "saturated_stuck")
 
-
-def step_metrics(objective: Objective, loss: float, sums: Tensor) -> dict[str, float]:
-    """Means over the responses of all ranks, by kind.
+def step_metrics(objective: Objective, loss: float, sums: Tensor, rows: np.ndarray) -> dict[str, float]:
+    """The objective's value, each kind's losses, and the health of its responses.
 
     Args:
         loss: the objective's value, summed over ranks and micro-batches.
-        sums: [kinds, statistics], summed over ranks and micro-batches.
+        sums: [2, kinds, losses], summed over ranks and micro-batches: of each loss's terms the sum, and the number.
+        rows: of all ranks' responses.
     """
     metrics = {"loss": loss}
-    for kind, row in zip(KINDS, sums.tolist(), strict=True):
-        values = dict(zip(STATISTICS, row, strict=True))
-        if not values["responses"]:
-            continue
-        metrics[f"loss/{kind}"] = values["loss"] / values["loss_terms"]
-        metrics[f"responses/{kind}"] = values["responses"]
-        metrics[f"response_tokens/{kind}"] = values["tokens"] / values["responses"]
-        if objective.needs_reference:
-            metrics |= {f"{name}/{kind}": values[name] / values["responses"] for name in MEANS}
-    return metrics
+    totals, numbers = sums.tolist()
+    for code, kind in enumerate(KINDS):
+        of = objective.of_kind[kind]
+        means = {
+            name: totals[code][column] / numbers[code][column]
+            for column, name in enumerate(LOSSES)
+            if numbers[code][column]
+        }
+        if means:
+            metrics[f"loss/{kind}"] = sum(of.losses[name] * mean for name, mean in means.items())
+        if len(means) > 1:
+            metrics |= {f"loss/{kind}/{name}": mean for name, mean in means.items()}
+    return metrics | health(rows)
 
 
 def peak_memory_gib() -> float:

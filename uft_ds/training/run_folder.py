@@ -16,7 +16,8 @@ from uft_ds.files import write_atomically
 
 _OF_A_RUN = (
     "recipe.yaml", "environment.json", "reference.json", "metrics.jsonl", "tensorboard", "wandb", "checkpoints",
-    "latest", "data", "status.json", "report.html", "curves.png", "launcher.log", "DONE", "quickstart.json",
+    "latest", "data", "status.json", "report.html", "curves.png", "health.png", "held_out.csv", "launcher.log", "DONE",
+    "quickstart.json",
 )  # fmt: skip
 
 
@@ -48,6 +49,15 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def held_out_rows(self) -> Path:
+        """Each held-out response as of the newest evaluation."""
+        return self.path / "held_out.csv"
+
+    @property
+    def health_picture(self) -> Path:
+        return self.path / "health.png"
 
     @property
     def checkpoints(self) -> Path:

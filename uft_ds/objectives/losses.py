@@ -1,0 +1,47 @@
+"""The table of losses: their names, and what one term of each is. The functions lie beside, where torch is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+Distance = Literal["mse", "bce", "l1", "raw"]
+Term = Literal["response", "token", "pair"]
+
+POINTWISE: tuple[Distance, ...] = get_args(Distance)
+"""One response's implicit reward against its score."""
+
+PAIRWISE = ("dpo", "cdpo", "robust", "ipo", "hinge", "rpo_sq", "rpo_fwd", "rpo_bwd", "dpop")
+"""The two responses of a pair, each against the reference."""
+
+REFERENCE_FREE = ("simpo", "contrast", "odds_ratio")
+"""The two responses of a pair, without a reference."""
+
+LIKELIHOOD = ("nll", "nll_sum")
+"""-log pi(y|x): divided by the step's tokens (nll), or by its responses (nll_sum, UFT Eq. 1)."""
+
+TERMS: Mapping[str, Term] = {
+    **dict.fromkeys(POINTWISE, "response"),
+    **dict.fromkeys((*PAIRWISE, *REFERENCE_FREE), "pair"),
+    "nll": "token",
+    "nll_sum": "response",
+}
+"""Every loss, and what its sum over a step is divided by the number of."""
+
+LOSSES = tuple(TERMS)
+
+PRESETS: Mapping[str, Mapping[str, float]] = {
+    "orpo": {"nll": 1.0, "odds_ratio": 0.1},
+    "cpo": {"nll": 1.0, "contrast": 1.0},
+}
+"""Losses that their papers define as sums, with the papers' weights."""
+
+NEEDS_REFERENCE = frozenset((*POINTWISE, *PAIRWISE))
+NEEDS_PAIRS = frozenset((*PAIRWISE, *REFERENCE_FREE))
+BETA_A_TOKEN = frozenset({"ipo", "simpo"})
+"""These compare means over tokens, whatever the objective's lengths."""
+
+
+def expanded(loss: str | Mapping[str, float]) -> Mapping[str, float]:
+    """A recipe's loss of one kind, as losses of the table with their weights."""
+    return PRESETS.get(loss, {loss: 1.0}) if isinstance(loss, str) else loss

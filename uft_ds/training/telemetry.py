@@ -1,0 +1,181 @@
+"""Whether a run is healthy: numbers over the responses of a step, or of the held-out data, kind by kind.
+
+Everything is computed from one table with a row a response, gathered from all ranks.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from uft_ds.data.example import KINDS
+from uft_ds.data.micro_batch import MicroBatch
+from uft_ds.files import write_atomically
+from uft_ds.objectives.objective import Objective, rewards_of
+
+ROW = np.dtype(
+    [
+        ("kind", "u1"), ("pair", "<i8"), ("score", "<f8"), ("tokens", "<f8"),
+        ("logp", "<f8"), ("log_ratio", "<f8"), ("reward", "<f8"), ("shift", "<f8"),
+    ]
+)  # fmt: skip
+"""kind: index into KINDS. pair: its number in the step, -1 for none; the chosen side comes first. logp, log_ratio:
+nats, summed over tokens. reward: before the shift. log_ratio and reward are NaN where there is no reference."""
+
+SATURATED_BELOW = 0.01 * 0.25
+"""s (1 - s) of the implicit score s under 1% of its maximum: the squared error has no gradient left."""
+
+FITTED_WITHIN = 0.1
+"""A saturated response whose implicit score is this near its score is fitted, otherwise stuck."""
+
+CALIBRATION_BINS = 10
+
+_FEWEST = 3
+"""Responses: of fewer, a correlation says nothing."""
+
+
+def response_rows(
+    objective: Objective,
+    batch: MicroBatch,
+    logps_R: Tensor,
+    reference_logps_R: Tensor | None,
+    shifts_R: Tensor | None,
+) -> np.ndarray:
+    """The table of one micro-batch: [responses] of ROW."""
+    rows = np.zeros(batch.num_responses, dtype=ROW)
+    rows["kind"] = [KINDS.index(response.kind) for response in batch.responses]
+    rows["pair"] = [-1 if response.pair_id is None else response.pair_id for response in batch.responses]
+    rows["score"] = [response.score for response in batch.responses]
+    rows["tokens"] = [response.num_tokens for response in batch.responses]
+    rows["logp"] = logps_R.cpu().numpy()
+    rows["log_ratio"] = rows["reward"] = np.nan
+    if reference_logps_R is not None:
+        rewards = rewards_of(objective, batch, logps_R, reference_logps_R)
+        rows["log_ratio"], rows["reward"] = rewards.log_ratios_R.cpu().numpy(), rewards.rewards_R.cpu().numpy()
+    if shifts_R is not None:
+        rows["shift"] = shifts_R.cpu().numpy()
+    return rows
+
+
+def implicit_scores(rows: np.ndarray) -> np.ndarray:
+    """sigmoid(reward - shift) of each row."""
+    return 0.5 * (1 + np.tanh((rows["reward"] - rows["shift"]) / 2))
+
+
+def write_rows(path: Path, rows: np.ndarray) -> None:
+    """The table as CSV, for whoever wants to look at single responses; names as in the metrics."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["kind", "pair", "score", "implicit_score", "implicit_reward", "log_ratio", "logp", "tokens"])
+    for row, implicit in zip(rows.tolist(), implicit_scores(rows).tolist(), strict=True):
+        value = dict(zip(ROW.names or (), row, strict=True))
+        pair = "" if value["pair"] < 0 else value["pair"]
+        numbers = (value["score"], implicit, value["reward"], value["log_ratio"], value["logp"])
+        shown = ("" if math.isnan(number) else f"{number:.9g}" for number in numbers)
+        writer.writerow([KINDS[value["kind"]], pair, *shown, int(value["tokens"])])
+    write_atomically(path, text.getvalue())
+
+
+def health(rows: np.ndarray) -> dict[str, float]:
+    """All numbers, named NAME/KIND; kinds without responses have none."""
+    metrics: dict[str, float] = {}
+    for code, kind in enumerate(KINDS):
+        of_kind = rows[rows["kind"] == code]
+        if len(of_kind):
+            values = _amounts(of_kind) | _against_reference(of_kind) | _pairs(of_kind)
+            metrics |= {f"{name}/{kind}": value for name, value in values.items()}
+    return metrics
+
+
+def _amounts(rows: np.ndarray) -> dict[str, float]:
+    return {"responses": float(len(rows)), "response_tokens": float(rows["tokens"].mean())}
+
+
+def _against_reference(rows: np.ndarray) -> dict[str, float]:
+    if np.isnan(rows["log_ratio"]).all():
+        return {}
+    scores, given = implicit_scores(rows), rows["score"]
+    saturated = scores * (1 - scores) < SATURATED_BELOW
+    stuck = saturated & (np.abs(scores - given) > FITTED_WITHIN)
+    values = {
+        "implicit_reward": rows["reward"].mean(),
+        "implicit_score": scores.mean(),
+        "log_ratio": rows["log_ratio"].mean(),
+        "log_ratio_per_token": (rows["log_ratio"] / rows["tokens"]).mean(),
+        "saturated": saturated.mean(),
+        "saturated_fitted": (saturated & ~stuck).mean(),
+        "saturated_stuck": stuck.mean(),
+        "score_error": np.abs(scores - given).mean(),
+        "calibration_error": calibration_error(scores, given),
+        "rank_correlation": rank_correlation(scores, given),
+        "length_correlation": rank_correlation(rows["log_ratio"], rows["tokens"]),
+    }
+    return {name: float(value) for name, value in values.items() if value is not None}
+
+
+def _pairs(rows: np.ndarray) -> dict[str, float]:
+    """What is said of pairs: of the reward where there is a reference, else of the log-prob a token."""
+    chosen, rejected = sides(rows)
+    if not len(chosen):
+        return {}
+    values = {"logp_chosen": chosen["logp"].mean(), "logp_rejected": rejected["logp"].mean()}
+    if np.isnan(rows["log_ratio"]).all():
+        margin = chosen["logp"] / chosen["tokens"] - rejected["logp"] / rejected["tokens"]
+    else:
+        margin = chosen["reward"] - rejected["reward"]
+        values |= {
+            "pair_margin": margin.mean(),
+            "implicit_reward_chosen": chosen["reward"].mean(),
+            "implicit_reward_rejected": rejected["reward"].mean(),
+        }
+    # Before the first step every margin is exactly 0: neither right nor wrong.
+    values["pair_accuracy"] = (np.sign(margin) / 2 + 0.5).mean()
+    return {name: float(value) for name, value in values.items()}
+
+
+def sides(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The chosen and the rejected rows of the pairs that are whole, in the same order."""
+    paired = rows[rows["pair"] >= 0]
+    order = np.argsort(paired["pair"], kind="stable")
+    paired = paired[order]
+    first = np.flatnonzero(paired["pair"][:-1] == paired["pair"][1:])
+    return paired[first], paired[first + 1]
+
+
+def calibration(scores: np.ndarray, given: np.ndarray) -> list[tuple[int, float, float]]:
+    """(number, mean implicit score, mean given score) of the responses in each bin of the implicit score."""
+    bins = np.minimum((scores * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    members = [bins == number for number in range(CALIBRATION_BINS)]
+    return [
+        (int(inside.sum()), float(scores[inside].mean()), float(given[inside].mean()))
+        for inside in members
+        if inside.any()
+    ]
+
+
+def calibration_error(scores: np.ndarray, given: np.ndarray) -> float:
+    """Expected calibration error: the mean over responses of their bin's |mean implicit - mean given score|."""
+    if not np.isfinite(scores).all():
+        return float("nan")
+    return sum(number * abs(implicit - true) for number, implicit, true in calibration(scores, given)) / len(scores)
+
+
+def rank_correlation(left: np.ndarray, right: np.ndarray) -> float | None:
+    """Spearman's, with mean ranks for equal values; None where one side is all equal, or of too few."""
+    if len(left) < _FEWEST or not np.isfinite(left).all():
+        return None
+    ranks, others = _mean_ranks(left), _mean_ranks(right)
+    if np.ptp(ranks) == 0 or np.ptp(others) == 0:
+        return None
+    return float(np.corrcoef(ranks, others)[0, 1])
+
+
+def _mean_ranks(values: np.ndarray) -> np.ndarray:
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    return np.asarray((ends - (counts - 1) / 2)[place])
