@@ -84,8 +84,8 @@ def run_ours(work: Workload, adapter: Path) -> Result:
     from uft_ds.model.load import decoder_layer_class, load_base
     from uft_ds.model.uft_model import UFTModel
     from uft_ds.training.engine import Engine, partitioned_loading
-    from uft_ds.training.step import run_step
     from uft_ds.training.reference_cache import ReferenceCache
+    from uft_ds.training.step import run_step
 
     def sequence(row: dict[str, Any], number: int) -> Sequence:
         tokens = np.array(row["prompt_ids"] + row["completion_ids"], dtype=np.int32)

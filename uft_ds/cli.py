@@ -6,20 +6,16 @@ import os
 import sys
 import textwrap
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
 from uft_ds import __version__
 from uft_ds.errors import EXIT_INTERRUPTED, CheckFailed, UserError
 
 if TYPE_CHECKING:
-    from uft_ds.prepare import OnProgress
     from uft_ds.recipe import Recipe
     from uft_ds.training.run_folder import Status
 
@@ -66,29 +62,51 @@ def train(
 
 def run_training(recipe: Recipe, *, overwrite: bool) -> None:
     """Prepare, launch, and end the process with the run's exit code unless it is done."""
-    folder, _ = _prepare_and_launch(recipe, "training", overwrite=overwrite)
+    folder, _ = _launched(recipe, "training", overwrite=overwrite)
     console.print(f"done: {folder}  (metrics.jsonl, curves.png, report.html, checkpoints/)")
 
 
-def _prepare_and_launch(
-    recipe: Recipe, what: str, *, overwrite: bool, options: tuple[str, ...] = ()
-) -> tuple[Path, Status]:
-    from uft_ds.launch import launch, master_port, number_of_ranks
-    from uft_ds.prepare import prepare_run
-    from uft_ds.preview import show_data
+def _launched(recipe: Recipe, what: str, *, overwrite: bool, options: tuple[str, ...] = ()) -> tuple[Path, Status]:
+    from uft_ds.run import run_recipe
 
-    ranks = number_of_ranks(recipe.launch.ranks)
-    master_port()  # a given port that is taken is told before the data is read
-    with _preparation() as on_progress:
-        folder, data, lock = prepare_run(recipe, overwrite=overwrite, on_progress=on_progress)
-    with lock:
-        show_data(data, console)
-        console.print(f"{what} on {ranks} ranks; logs in {folder.path}")
-        status = launch(folder, ranks=ranks, port=master_port(), options=options)
+    folder, status = run_recipe(recipe, what, console, overwrite=overwrite, options=options)
     if status.exit_code != 0:
-        print(f"error: {status.message}", file=sys.stderr)
         raise typer.Exit(status.exit_code)
-    return folder.path, status
+    return folder, status
+
+
+@app.command()
+def sweep(
+    what: Annotated[str, typer.Argument(metavar="SWEEP", help="A sweep's YAML file; with --grid, a recipe.")],
+    overrides: Overrides = None,
+    grid: Annotated[
+        Optional[list[str]],  # noqa: UP045 - typer reads it
+        typer.Option("--grid", help="key=[value, ...]: run the recipe with each value, or combination of values."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Run again what is done.")] = False,
+) -> None:
+    """Run recipes one after the other, and compare them in one table.
+
+    Overrides hold for every run. What is done is not run again: the same command goes on after an interruption.
+    Tokenised data and the reference's log-probs are shared through their caches.
+    """
+    from uft_ds.run import run_recipe
+    from uft_ds.sweep import run_sweep
+    from uft_ds.sweep_file import grid_of, load_sweep
+
+    given = tuple(overrides or ())
+    planned = grid_of(what, grid, given) if grid else load_sweep(what, given)
+    results = run_sweep(
+        planned,
+        console,
+        train=lambda recipe, again: run_recipe(recipe, "training", console, overwrite=again),
+        overwrite=overwrite,
+    )
+    if any(result.status == "interrupted" for result in results):
+        raise typer.Exit(EXIT_INTERRUPTED)
+    failed = [result.run.name for result in results if result.status != "done"]
+    if failed:
+        raise CheckFailed(f"{len(failed)} of {len(results)} runs are not done: {', '.join(failed)}")
 
 
 @app.command()
@@ -111,9 +129,7 @@ def reference(recipe: RecipeName, overrides: Overrides = None) -> None:
     work = Path(tempfile.mkdtemp(prefix="uft-reference-"))
     filling = loaded.model_copy(update={"output": str(work / "run")})
     try:
-        _, status = _prepare_and_launch(
-            filling, "computing the reference", overwrite=False, options=("--only-reference",)
-        )
+        _, status = _launched(filling, "computing the reference", overwrite=False, options=("--only-reference",))
     except typer.Exit as end:
         if end.exit_code == EXIT_INTERRUPTED:
             print("what has been stored is kept: the same command goes on from there", file=sys.stderr)
@@ -126,21 +142,6 @@ def reference(recipe: RecipeName, overrides: Overrides = None) -> None:
         raise
     shutil.rmtree(work)
     console.print(f"done: {status.message}")
-
-
-@contextmanager
-def _preparation() -> Iterator[OnProgress]:
-    """A bar for each thing that takes time, on a terminal."""
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=20), TaskProgressColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        tasks: dict[str, TaskID] = {}
-
-        def on_progress(label: str, done: int, total: int) -> None:
-            if label not in tasks:
-                tasks[label] = progress.add_task(label, total=total)
-            progress.update(tasks[label], completed=done)
-
-        yield on_progress
 
 
 @recipe_app.command("show")
@@ -187,11 +188,12 @@ def data_preview(
     from uft_ds.prepare import prepare_data, steps_of
     from uft_ds.preview import legend, rendered_rows, show_data, steps_line
     from uft_ds.recipe_file import load_recipe
+    from uft_ds.run import preparation
 
     loaded = load_recipe(recipe, tuple(overrides or ()))
     model = loaded.model
     chat = load_tokenizer(model.base, revision=model.revision, chat_template=model.chat_template)
-    with _preparation() as on_progress:
+    with preparation(console) as on_progress:
         data = prepare_data(loaded, chat, on_progress)
     sources = data.held_out if held_out else data.train
     if not sources:

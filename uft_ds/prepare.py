@@ -253,6 +253,7 @@ def data_report(data: PreparedData) -> dict[str, list[dict[str, object]]]:
         selection, account = source.selection, source.account
         return {
             "source": source.label,
+            "score_map": source.source.score_map,
             "responses": selection.num_responses,
             "sequences": selection.num_sequences,
             "tokens": selection.num_tokens,

@@ -82,7 +82,8 @@ class SourceSection(Section):
     format: str
     """How a row is read; `uft data formats` lists the names."""
     path: Location
-    """A local file or folder (jsonl, json, csv, each also .gz or .zst; parquet, arrow), or a hub name."""
+    """A local file or folder (jsonl, json, csv, each also .gz or .zst; parquet, arrow), or a hub name: owner/name, or
+    owner/name/folder for one folder of it."""
     split: str | None = None
     """Split of a hub data set, or of the files of a folder whose names begin with it."""
     where: dict[str, str | int | float | bool] = {}
@@ -96,6 +97,9 @@ class SourceSection(Section):
     progress through the run from 0 to 1, shares linear in between."""
     score: UnitInterval | None = None
     """The score of rows that have none; null: 1 for instruction data."""
+    score_map: Literal["quantile"] | Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    """What becomes of the source's scores: [scale, offset], which must stay within 0 and 1; or quantile, the share of
+    the source's responses that are scored lower (those scored alike count half)."""
     pairs: Literal["keep", "split"] = "keep"
     """keep: the two sides of a pair stay together, of kind `pair`. split: two responses with a score each (UNA)."""
     allow_one_score: bool = False

@@ -47,7 +47,12 @@ def _mapping_without_duplicates(loader: _RecipeLoader, node: yaml.MappingNode) -
 _RecipeLoader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
 
 
-def _load_yaml(text: str) -> Any:
+def load_yaml(text: str) -> Any:
+    """YAML of plain values, no key given twice.
+
+    Raises:
+        yaml.YAMLError: not YAML. UserError: a key twice.
+    """
     try:
         return yaml.load(text, Loader=_RecipeLoader)  # a SafeLoader
     except ValueError as error:  # it looks like a date or a number, but is none: 2024-02-30
@@ -79,7 +84,7 @@ def _apply_override(tree: Any, override: str) -> None:
     if not separator or not key:
         raise UserError(f"override {override!r}: expected key.path=value, such as train.lr=1e-5")
     try:
-        value = _load_yaml(text)
+        value = load_yaml(text)
     except yaml.YAMLError:
         raise UserError(f"override {override!r}: the value is not YAML") from None
     except UserError as error:
@@ -113,7 +118,7 @@ def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> Recipe:
     """
     label, text = _read_recipe(name_or_path)
     try:
-        tree = _load_yaml(text)
+        tree = load_yaml(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""

@@ -9,7 +9,7 @@ from uft_ds.checkpoint.save import latest_checkpoint
 from uft_ds.data.building import RowRules
 from uft_ds.data.example import KINDS
 from uft_ds.data.mixture import Portion
-from uft_ds.data.prepare import Source, Tolerance
+from uft_ds.data.prepare import ScoreMapping, Source, Tolerance
 from uft_ds.errors import UserError
 from uft_ds.files import user_cache
 from uft_ds.model.identity import local_folder
@@ -31,7 +31,23 @@ def source_of(recipe: Recipe, entry: SourceSection) -> Source:
         split_pairs=entry.pairs == "split",
         where=tuple(sorted(entry.where.items())),
     )
-    return Source(entry.path, entry.split, rules, entry.examples, portion_of(entry), entry.allow_one_score)
+    return Source(
+        entry.path,
+        entry.split,
+        rules,
+        entry.examples,
+        portion_of(entry),
+        entry.allow_one_score,
+        score_mapping_of(entry),
+    )
+
+
+def score_mapping_of(entry: SourceSection) -> ScoreMapping:
+    """What becomes of a source's scores."""
+    if not isinstance(entry.score_map, list):
+        return entry.score_map
+    scale, offset = entry.score_map
+    return scale, offset
 
 
 def portion_of(entry: SourceSection) -> Portion:

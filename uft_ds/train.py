@@ -30,9 +30,9 @@ from uft_ds.process import die_with_parent
 from uft_ds.recipe import Recipe
 from uft_ds.recipe_file import load_recipe
 from uft_ds.resolve import cache_dir, objective_of
-from uft_ds.training.curves import write_report
 from uft_ds.training.engine import Engine, init_distributed
 from uft_ds.training.evaluate import check_against_hugging_face, check_log_ratios_are_zero
+from uft_ds.training.html_report import write_report
 from uft_ds.training.loop import train
 from uft_ds.training.metrics import MetricsWriter
 from uft_ds.training.reference_cache import fill

@@ -585,9 +585,9 @@ def test_what_datasets_saves_is_read(tmp_path: Path) -> None:
     assert [row for _, row in contents(tmp_path / "saved")] == [{"a": 1}, {"a": 2}]
 
 
-def fake_hub(monkeypatch: pytest.MonkeyPatch, data: datasets.Dataset) -> None:
-    def load(name: str, *, split: str) -> datasets.Dataset:
-        assert (name, split) == ("who/what", "train")
+def fake_hub(monkeypatch: pytest.MonkeyPatch, data: datasets.Dataset, folder: str | None = None) -> None:
+    def load(name: str, *, data_dir: str | None, split: str) -> datasets.Dataset:
+        assert (name, data_dir, split) == ("who/what", folder, "train")
         return data
 
     monkeypatch.setattr(datasets, "load_dataset", load)
@@ -600,6 +600,12 @@ def test_rows_of_the_hub_carry_their_number(monkeypatch: pytest.MonkeyPatch) -> 
     found = contents("who/what")
     assert [row for _, row in found] == rows
     assert [place for place, _ in found] == [f"who/what[train]:{i}" for i in range(1, 2346)]
+
+
+def test_a_folder_of_a_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What follows owner and name is a folder of the repository: HelpSteer2's preferences lie in one."""
+    fake_hub(monkeypatch, datasets.Dataset.from_list([{"a": 1}]), "preference/more")
+    assert contents("who/what/preference/more") == [("who/what/preference/more[train]:1", {"a": 1})]
 
 
 def test_a_hub_data_set_is_known_by_its_content(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -24,11 +24,11 @@ from uft_ds.data.mixture import Step, in_order
 from uft_ds.model.identity import reference_identity
 from uft_ds.recipe_file import load_recipe
 from uft_ds.training.engine import Engine
-from uft_ds.training.step import run_step
 from uft_ds.training.metrics import read_metrics
 from uft_ds.training.reference_cache import REFERENCE_TABLE, ReferenceCache, fill
 from uft_ds.training.reference_store import ReferenceStore, read_table
 from uft_ds.training.run_folder import RunFolder
+from uft_ds.training.step import run_step
 
 IDENTITY = "d" * 64
 SEQUENCES = toy_sequences(10, seed=4)

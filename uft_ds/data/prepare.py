@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from uft_ds.data.chat_tokenizer import ChatTokenizer
 from uft_ds.data.example import KINDS
 from uft_ds.data.mixture import ONE_PASS, Ingredient, Portion
 from uft_ds.data.reading import find_data
+from uft_ds.data.score_map import ScoreMap, affine, quantiles
 from uft_ds.data.store import Account, Selection, SequenceStore
 from uft_ds.data.tokenize import LONG
 from uft_ds.data.tokenized import ensure_store, open_store, quarantine_file
@@ -23,6 +25,10 @@ from uft_ds.errors import UserError
 
 _ONE_SCORE_FROM = 20
 """Responses: fewer may have the same score by chance."""
+
+
+ScoreMapping = Literal["quantile"] | tuple[float, float] | None
+"""What becomes of a source's scores: their quantile, or scale and offset."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,7 @@ class Source:
     examples: int | None = None
     portion: Portion = ONE_PASS
     allow_one_score: bool = False
+    score_map: ScoreMapping = None
 
     @property
     def label(self) -> str:
@@ -130,7 +137,19 @@ def prepare_source(
 def open_source(source: Source, cache_dir: Path, key: str, names: tuple[str, ...], *, seed: int) -> PreparedSource:
     """What `prepare_source` found, from its key."""
     store = open_store(cache_dir, key, source.label, names)
-    return PreparedSource(source, key, select(store, source.examples, source.seed_name, seed=seed))
+    selection = select(store, source.examples, source.seed_name, seed=seed)
+    return PreparedSource(source, key, replace(selection, score_map=_score_map(source, selection)))
+
+
+def _score_map(source: Source, selection: Selection) -> ScoreMap | None:
+    if source.score_map is None or not len(selection):
+        return None
+    if source.score_map == "quantile":
+        return quantiles(selection.scores_R)
+    try:
+        return affine(selection.scores_R, *source.score_map)
+    except ValueError as error:
+        raise UserError(f"{source.label}: score_map {error}") from None
 
 
 def select(store: SequenceStore, examples: int | None, name: str, *, seed: int) -> Selection:

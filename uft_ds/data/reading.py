@@ -103,7 +103,7 @@ def find_data(path: str, split: str | None) -> DataFiles:
         if not path.endswith(SUFFIXES):
             raise UserError(f"{path}: unknown kind of file; expected one of {', '.join(SUFFIXES)}")
         return DataFiles(label, (path,), (local,))
-    if path.endswith((*SUFFIXES, *COMPRESSIONS)) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):
+    if path.endswith((*SUFFIXES, *COMPRESSIONS)) or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)+", path):
         raise UserError(f"{path}: no such file or folder")
     label = f"{path}[{split or 'train'}]"
     return DataFiles(label, (label,), hub=_load_from_hub(path, split))
@@ -128,15 +128,18 @@ def _files_of(folder: Path, split: str | None) -> tuple[Path, ...]:
     return files
 
 
-def _load_from_hub(name: str, split: str | None) -> datasets.Dataset:
+def _load_from_hub(path: str, split: str | None) -> datasets.Dataset:
+    """owner/name, or owner/name/folder of the data set's repository."""
     import datasets
 
+    owner, repository, *folders = path.split("/")
+    name, folder = f"{owner}/{repository}", "/".join(folders) or None
     try:
-        return datasets.load_dataset(name, split=split or "train")
+        return datasets.load_dataset(name, data_dir=folder, split=split or "train")
     except Exception as error:  # noqa: BLE001 - any failure of the hub is the user's to mend
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"{name}: neither a local file or folder, nor could it be had from the hub ({reason}); "
+            f"{path}: neither a local file or folder, nor could it be had from the hub ({reason}); "
             "give a local path, or check the name, the split and the network"
         ) from None
 

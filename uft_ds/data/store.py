@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from uft_ds.data.example import KEY_BYTES, KINDS, Kind, Response, Sequence, Unit, keep_first
+from uft_ds.data.score_map import ScoreMap
 from uft_ds.errors import UserError
 from uft_ds.files import sync, write_atomically
 
@@ -233,11 +234,13 @@ class Selection:
     """The units of a store that a run uses, in the order they were drawn.
 
     last: how many responses of the last one are kept, where not all: a conversation is cut so that the count is exact.
+    score_map: of the store's scores; None leaves them as they are.
     """
 
     store: SequenceStore
     units_U: np.ndarray
     last: int | None = None
+    score_map: ScoreMap | None = None
 
     def __len__(self) -> int:
         return len(self.units_U)
@@ -251,9 +254,9 @@ class Selection:
 
     def unit(self, index: int, pair_id: int = 0) -> Unit:
         unit = self.store.unit(int(self.units_U[index]), pair_id)
-        if self.last is None or index != len(self.units_U) - 1:
-            return unit
-        return (keep_first(unit[0], self.last),)
+        if self.last is not None and index == len(self.units_U) - 1:
+            unit = (keep_first(unit[0], self.last),)
+        return unit if self.score_map is None else tuple(_with_scores(sequence, self.score_map) for sequence in unit)
 
     def keys_of(self, index: int) -> tuple[bytes, ...]:
         keys = self.store.keys_of(int(self.units_U[index]))
@@ -261,10 +264,18 @@ class Selection:
 
     @property
     def keys_R(self) -> np.ndarray:
+        return np.ascontiguousarray(self.store.responses["key"][self._is_chosen_R]).view(f"S{KEY_BYTES}")
+
+    @property
+    def scores_R(self) -> np.ndarray:
+        """[responses]: the scores that the source gave, of all responses and maybe of some more."""
+        return np.asarray(self.store.responses["score"][self._is_chosen_R])
+
+    @property
+    def _is_chosen_R(self) -> np.ndarray:
         is_chosen_U = np.zeros(len(self.store), dtype=bool)
         is_chosen_U[self.units_U] = True
-        is_chosen_R = np.repeat(is_chosen_U, self.store.responses_U)
-        return np.ascontiguousarray(self.store.responses["key"][is_chosen_R]).view(f"S{KEY_BYTES}")
+        return np.repeat(is_chosen_U, self.store.responses_U)
 
     @property
     def num_responses(self) -> int:
@@ -282,6 +293,11 @@ class Selection:
     def kinds(self) -> set[Kind]:
         """Of all responses in the store."""
         return {_kind(code) for code in np.unique(self.store.responses["kind"])}
+
+
+def _with_scores(sequence: Sequence, score_map: ScoreMap) -> Sequence:
+    responses = tuple(replace(response, score=score_map(response.score)) for response in sequence.responses)
+    return Sequence(sequence.token_ids_T, responses, sequence.stored_keys)
 
 
 def write_sample(folder: Path, selections: Seq[Selection]) -> None:

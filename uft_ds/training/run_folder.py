@@ -56,6 +56,10 @@ class RunFolder:
         return self.path / "held_out.csv"
 
     @property
+    def curves_picture(self) -> Path:
+        return self.path / "curves.png"
+
+    @property
     def health_picture(self) -> Path:
         return self.path / "health.png"
 

@@ -35,6 +35,9 @@ FITTED_WITHIN = 0.1
 
 CALIBRATION_BINS = 10
 
+_CSV_COLUMNS = (
+    "kind", "pair", "score", "implicit_score", "implicit_reward", "reward_shift", "log_ratio", "logp", "tokens",
+)  # fmt: skip
 _FEWEST = 3
 """Responses: of fewer, a correlation says nothing."""
 
@@ -71,14 +74,32 @@ def write_rows(path: Path, rows: np.ndarray) -> None:
     """The table as CSV, for whoever wants to look at single responses; names as in the metrics."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["kind", "pair", "score", "implicit_score", "implicit_reward", "log_ratio", "logp", "tokens"])
+    writer.writerow(_CSV_COLUMNS)
     for row, implicit in zip(rows.tolist(), implicit_scores(rows).tolist(), strict=True):
         value = dict(zip(ROW.names or (), row, strict=True))
         pair = "" if value["pair"] < 0 else value["pair"]
-        numbers = (value["score"], implicit, value["reward"], value["log_ratio"], value["logp"])
+        numbers = [value["score"], implicit, *(value[name] for name in ("reward", "shift", "log_ratio", "logp"))]
         shown = ("" if math.isnan(number) else f"{number:.9g}" for number in numbers)
         writer.writerow([KINDS[value["kind"]], pair, *shown, int(value["tokens"])])
     write_atomically(path, text.getvalue())
+
+
+def read_rows(path: Path) -> np.ndarray:
+    """What `write_rows` wrote, to nine digits."""
+    with path.open(encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    rows = np.zeros(len(lines), dtype=ROW)
+
+    def number(text: str) -> float:
+        return float(text) if text else math.nan
+
+    rows["kind"] = [KINDS.index(line["kind"]) for line in lines]
+    rows["pair"] = [int(line["pair"] or -1) for line in lines]
+    for name in ("score", "tokens", "logp", "log_ratio"):
+        rows[name] = [number(line[name]) for line in lines]
+    rows["reward"] = [number(line["implicit_reward"]) for line in lines]
+    rows["shift"] = [number(line["reward_shift"]) for line in lines]
+    return rows
 
 
 def health(rows: np.ndarray) -> dict[str, float]:

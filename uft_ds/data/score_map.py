@@ -1,0 +1,47 @@
+"""From the scores that a source gives to those that are trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreMap:
+    """given_V, mapped_V: [distinct scores], float64, the first in rising order."""
+
+    given_V: np.ndarray
+    mapped_V: np.ndarray
+
+    def __call__(self, score: float) -> float:
+        """The score that stands for one that the source gave."""
+        return float(self.mapped_V[np.searchsorted(self.given_V, score)])
+
+
+def affine(scores_R: np.ndarray, scale: float, offset: float) -> ScoreMap:
+    """scale * score + offset.
+
+    Raises:
+        ValueError: it would leave [0, 1]; nothing is clipped.
+    """
+    given_V = np.unique(scores_R)
+    # Rounding may overstep the ends: 0.7 * 1 + 0.3 is above 1 for some pairs of floats.
+    mapped_V = np.round(scale * given_V + offset, 12)
+    outside = (mapped_V < 0) | (mapped_V > 1)
+    if outside.any():
+        worst = int(np.argmax(np.abs(mapped_V - 0.5)))
+        raise ValueError(
+            f"[{scale:g}, {offset:g}] makes {mapped_V[worst]:g} of score {given_V[worst]:g}; expected 0 to 1 for all "
+            f"scores from {given_V[0]:g} to {given_V[-1]:g}"
+        )
+    return ScoreMap(given_V, mapped_V)
+
+
+def quantiles(scores_R: np.ndarray) -> ScoreMap:
+    """The share of the source's responses below a score, those with the very same score counted half.
+
+    Whatever the scale of the scores: their mean becomes 0.5, a response without a preference.
+    """
+    given_V, counts_V = np.unique(scores_R, return_counts=True)
+    return ScoreMap(given_V, (np.cumsum(counts_V) - counts_V / 2) / len(scores_R))

@@ -1,0 +1,58 @@
+"""One run from its recipe to its end: prepared, launched, and how it ended."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
+
+from uft_ds.launch import launch, master_port, number_of_ranks
+from uft_ds.prepare import OnProgress, prepare_run
+from uft_ds.preview import show_data
+from uft_ds.recipe import Recipe
+from uft_ds.training.run_folder import Status
+
+
+def run_recipe(
+    recipe: Recipe, what: str, console: Console, *, overwrite: bool, options: tuple[str, ...] = ()
+) -> tuple[Path, Status]:
+    """Prepare, launch and wait.
+
+    Args:
+        what: is being done, for the user.
+        options: of the ranks' program.
+    Returns:
+        the run's folder, and how it ended.
+    Raises:
+        UserError: nothing has been launched.
+    """
+    ranks = number_of_ranks(recipe.launch.ranks)
+    master_port()  # a given port that is taken is told before the data is read
+    with preparation(console) as on_progress:
+        folder, data, lock = prepare_run(recipe, overwrite=overwrite, on_progress=on_progress)
+    with lock:
+        show_data(data, console)
+        console.print(f"{what} on {ranks} ranks; logs in {folder.path}")
+        status = launch(folder, ranks=ranks, port=master_port(), options=options)
+    if status.exit_code != 0:
+        print(f"error: {status.message}", file=sys.stderr)
+    return folder.path, status
+
+
+@contextmanager
+def preparation(console: Console) -> Iterator[OnProgress]:
+    """A bar for each thing that takes time, on a terminal."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=20), TaskProgressColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def on_progress(label: str, done: int, total: int) -> None:
+            if label not in tasks:
+                tasks[label] = progress.add_task(label, total=total)
+            progress.update(tasks[label], completed=done)
+
+        yield on_progress

@@ -1,0 +1,177 @@
+"""A sweep: runs that follow one another, each a recipe with overrides, times a grid of values."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from uft_ds.errors import UserError
+from uft_ds.recipe import Location, Recipe, Section
+from uft_ds.recipe_file import load_recipe, load_yaml, shipped_recipes
+
+DEFAULT_COLUMNS = (
+    "held_out/loss", "held_out/rank_correlation/*", "held_out/pair_accuracy/*", "held_out/calibration_error/*",
+)  # fmt: skip
+
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+
+
+class StageSection(Section):
+    name: Annotated[str, Field(pattern=f"^{NAME}$")]
+    """Names the run's folder."""
+    recipe: Location
+    """A shipped recipe's name, or the path of a YAML file."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Overrides of the recipe, by key."""
+    after: str | None = None
+    """The run that must be done before, and from whose adapter this one starts: its reference."""
+
+
+class SweepSection(Section):
+    name: str
+    """Name of the sweep."""
+    runs: Annotated[list[StageSection], Field(min_length=1)]
+    """In the order in which they are run."""
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
+    """Every run is repeated with each combination of these keys' values."""
+    columns: list[str] = Field(default_factory=lambda: list(DEFAULT_COLUMNS))
+    """Metrics of the table, by name or by pattern; the CSV file holds them all."""
+    output: Location
+    """The folder in which each run has its own."""
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """name: of the run's folder. values: of the grid's keys, by key. after: the name of the run before."""
+
+    name: str
+    stage: str
+    values: tuple[tuple[str, Any], ...]
+    recipe: str
+    overrides: tuple[str, ...]
+    after: str | None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    name: str
+    output: Path
+    columns: tuple[str, ...]
+    runs: tuple[PlannedRun, ...]
+
+
+def load_sweep(path: str, overrides: tuple[str, ...] = ()) -> Sweep:
+    """Read a sweep, a file or a shipped one, and check every recipe of it.
+
+    Args:
+        overrides: of every run, after its own.
+    Raises:
+        UserError: names the file and the key.
+    """
+    shipped = _shipped_sweeps()
+    try:
+        tree = load_yaml((shipped[path] if path in shipped else Path(path)).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = ", ".join(shipped)
+        raise UserError(
+            f"sweep {path}: no such file; shipped: {known}; for a recipe give --grid key=[value,value]"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"sweep {path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise UserError(f"sweep {path}{f':{mark.line + 1}' if mark else ''}: not valid YAML") from None
+    except UserError as error:
+        raise UserError(f"sweep {path}: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"sweep {path}: expected keys and values, found {type(tree).__name__}")
+    try:
+        section = SweepSection.model_validate(tree)
+    except ValidationError as error:
+        problems = (f"{'.'.join(map(str, p['loc']))}: {p['msg'][0].lower()}{p['msg'][1:]}" for p in error.errors())
+        raise UserError("\n".join(f"sweep {path}: {problem}" for problem in problems)) from None
+    return _planned(section, overrides, f"sweep {path}")
+
+
+def grid_of(recipe: str, grid: Iterable[str], overrides: tuple[str, ...]) -> Sweep:
+    """A sweep of one recipe over `key=[value, ...]`.
+
+    Raises:
+        UserError: names what cannot be read.
+    """
+    values: dict[str, list[Any]] = {}
+    for entry in grid:
+        key, separator, text = entry.partition("=")
+        try:
+            found = load_yaml(text) if separator else None
+        except yaml.YAMLError:
+            found = None
+        if not isinstance(found, list) or not found or key in values:
+            raise UserError(
+                f"--grid {entry!r}: expected each key once, as key=[value, value], such as train.lr=[1e-4,3e-5]"
+            )
+        values[key] = found
+    base = load_recipe(recipe, overrides)
+    stage = StageSection(name=base.name if re.fullmatch(NAME, base.name) else "run", recipe=recipe)
+    section = SweepSection(name=base.name, runs=[stage], grid=values, output=f"{base.output}-sweep")
+    return _planned(section, overrides, f"sweep of {recipe}")
+
+
+def recipe_of(sweep: Sweep, run: PlannedRun) -> Recipe:
+    """A run's recipe with everything filled in."""
+    located = {"name": run.name, "output": str(sweep.output / run.name)}
+    if run.after is not None:
+        located["reference.adapter"] = str(sweep.output / run.after)
+    return load_recipe(run.recipe, (*run.overrides, *(f"{key}={json.dumps(value)}" for key, value in located.items())))
+
+
+def _shipped_sweeps() -> dict[str, Traversable]:
+    folder = resources.files("uft_ds") / "sweeps"
+    return {item.name.removesuffix(".yaml"): item for item in folder.iterdir() if item.name.endswith(".yaml")}
+
+
+def _planned(section: SweepSection, overrides: tuple[str, ...], label: str) -> Sweep:
+    runs: list[PlannedRun] = []
+    known: set[str] = set()
+    for stage in section.runs:
+        if stage.name in known:
+            raise UserError(f"{label}: two runs are named {stage.name!r}")
+        if stage.after is not None and stage.after not in known:
+            raise UserError(f"{label}: {stage.name}: after: no run named {stage.after!r} stands before it")
+        known.add(stage.name)
+    for values in itertools.product(*section.grid.values()):
+        point = tuple(zip(section.grid, values, strict=True))
+        suffix = "".join(f"-{_short(key)}={_shown(value)}" for key, value in point)
+        for stage in section.runs:
+            own = tuple(f"{key}={json.dumps(value)}" for key, value in (*stage.set.items(), *point))
+            recipe = stage.recipe
+            if recipe not in shipped_recipes():
+                recipe = str(Path(recipe).absolute())
+            after = None if stage.after is None else stage.after + suffix
+            runs.append(PlannedRun(stage.name + suffix, stage.name, point, recipe, (*own, *overrides), after))
+    sweep = Sweep(section.name, Path(section.output), tuple(section.columns), tuple(runs))
+    for run in runs:
+        try:
+            recipe_of(sweep, run)
+        except UserError as error:
+            raise UserError(f"{label}: run {run.name}: {error}") from None
+    return sweep
+
+
+def _short(key: str) -> str:
+    return key.rsplit(".", 1)[-1]
+
+
+def _shown(value: Any) -> str:
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", text)
