@@ -1,5 +1,6 @@
 """The recipe: what loads, what overrides do, and that each refusal names the recipe and the key."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,12 @@ from hypothesis import strategies as st
 from uft_ds.data.example import KINDS
 from uft_ds.data.mixture import Portion
 from uft_ds.errors import UserError
-from uft_ds.recipe import Recipe, describe_keys
+from uft_ds.objectives.objective import KindObjective, Objective
+from uft_ds.objectives.pairwise import PairConstants
+from uft_ds.objectives.reward_shift import RewardShift
+from uft_ds.recipe import ObjectiveSection, Recipe, describe_keys
 from uft_ds.recipe_file import dump_recipe, load_recipe, shipped_recipes
-from uft_ds.resolve import portion_of
+from uft_ds.resolve import objective_of, portion_of
 
 MINIMAL = """\
 name: small
@@ -80,7 +84,7 @@ def test_any_text_and_number_survives_dump_and_load(name: str, lr: float, tmp_pa
 def test_defaults_are_the_papers(minimal: str) -> None:
     """UFT's choices: squared error, beta 0.01, no shift, LoRA rank 16 without dropout."""
     recipe = load_recipe(minimal)
-    assert [recipe.loss_of(kind) for kind in KINDS] == ["mse"] * 4
+    assert [recipe.losses_of(kind) for kind in KINDS] == [{"mse": 1.0}] * 4
     assert (recipe.objective.beta, recipe.objective.reward_shift) == (0.01, "none")
     assert recipe.lora is not None
     assert (recipe.lora.rank, recipe.lora.dropout) == (16, 0.0)
@@ -146,7 +150,7 @@ def test_home_is_expanded_in_locations_only(minimal: str, monkeypatch: pytest.Mo
         ),
         ("data.held_out=[{format: x, path: p}]", "data.held_out.0.format: unknown name 'x'; allowed: jsonl, trl,"),
         ("objective.loss=bse", "objective.loss: unknown name 'bse'; did you mean"),
-        ("objective.loss=zzz", "objective.loss: unknown name 'zzz'; allowed: mse, bce, l1, nll"),
+        ("objective.loss=zzz", "objective.loss: unknown name 'zzz'; allowed: mse, bce, l1, raw, dpo"),
     ],
 )
 def test_an_unknown_name_is_refused_with_the_nearest(minimal: str, override: str, message: str) -> None:
@@ -207,7 +211,7 @@ def test_all_problems_are_told_at_once(minimal: str) -> None:
     """Two wrong keys give two lines."""
     message = refusal(minimal, "train.lr=x", "train.seed=x")
     assert [line.split(": ")[1] for line in message.splitlines()] == ["train.lr", "train.seed"]
-    message = refusal(minimal, "lora.dropout=0.1", "objective.reward_shift=ema")
+    message = refusal(minimal, "lora.dropout=0.1", "objective.reward_shift=ema", "objective.loss=nll")
     assert [line.split(": ")[1] for line in message.splitlines()] == ["lora.dropout", "objective.reward_shift"]
 
 
@@ -252,17 +256,9 @@ def test_a_share_may_be_a_schedule(minimal: str) -> None:
     assert portion_of(load_recipe(minimal, ("data.sources.0.share=null",)).data.sources[0]) == Portion(passes=1.0)
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("objective.loss=dpo", "objective.loss: 'dpo' is not available in this version; use mse, bce, l1, nll"),
-        ("lora=null", "lora: null is not available in this version"),
-        ("objective.reward_shift=ema", "objective.reward_shift: 'ema' is not available in this version; use none"),
-    ],
-)
-def test_an_option_that_is_not_there_yet_is_refused(minimal: str, override: str, message: str) -> None:
+def test_an_option_that_is_not_there_yet_is_refused(minimal: str) -> None:
     """An option that the design names but this version lacks is never silently ignored."""
-    assert message in refusal(minimal, override)
+    assert "lora: null is not available in this version" in refusal(minimal, "lora=null")
 
 
 @pytest.mark.parametrize("dropout", ["0.05", "-0.1", ".nan", "1"])
@@ -282,9 +278,86 @@ def test_a_loss_for_each_kind(minimal: str) -> None:
     """A map gives each kind its own loss, and weights that are not named are 1."""
     overrides = ("objective.loss={instruction: nll, score: bce}", "objective.weights={score: 0.5}")
     recipe = load_recipe(minimal, overrides)
-    assert (recipe.loss_of("instruction"), recipe.loss_of("score")) == ("nll", "bce")
+    assert (recipe.losses_of("instruction"), recipe.losses_of("score")) == ({"nll": 1.0}, {"bce": 1.0})
+    assert recipe.losses_of("pair") == {}
     assert (recipe.weight_of("instruction"), recipe.weight_of("score")) == (1.0, 0.5)
     assert load_recipe(minimal, ("objective.weights=2",)).weight_of("pair") == 2
+
+
+def test_a_kind_may_have_several_losses(minimal: str) -> None:
+    """With weights; the papers' sums have names of their own."""
+    recipe = load_recipe(minimal, ("objective.loss={instruction: mse, pair: {dpo: 0.8, bce: 0.2, nll: 1}}",))
+    assert recipe.losses_of("pair") == {"dpo": 0.8, "bce": 0.2, "nll": 1.0}
+    assert load_recipe(minimal, ("objective.loss=orpo",)).losses_of("pair") == {"nll": 1.0, "odds_ratio": 0.1}
+
+
+def test_beta_for_each_kind(minimal: str) -> None:
+    """One for all, or a map; a kind that is not named has the default."""
+    recipe = load_recipe(minimal, ("objective.beta={pair: 0.1}",))
+    assert [recipe.beta_of(kind) for kind in KINDS] == [0.01, 0.01, 0.01, 0.1]
+    assert load_recipe(minimal, ("objective.beta=2",)).beta_of("score") == 2
+
+
+def test_the_objective_is_what_the_recipe_says(minimal: str) -> None:
+    """Every key of the section reaches the losses."""
+    overrides = (
+        "objective.loss={score: bce, pair: ipo}", "objective.beta={score: 0.2, pair: 0.3}",
+        "objective.weights={pair: 3}",
+        "objective.beta_schedule=cosine", "objective.beta_end=0.5", "objective.length_normalized=true",
+        "objective.reward_shift=constant", "objective.reward_shift_value=-0.5", "objective.reward_shift_decay=0.25",
+        "objective.undesirable_weight=0.75", "objective.label_smoothing=0.2", "objective.rpo_scale=2",
+        "objective.dpop_penalty=5", "objective.simpo_margin=1.5",
+    )  # fmt: skip
+    assert objective_of(load_recipe(minimal, overrides)) == Objective(
+        {
+            "instruction": KindObjective({}, 1.0, 0.01),
+            "score": KindObjective({"bce": 1.0}, 1.0, 0.2),
+            "binary": KindObjective({}, 1.0, 0.01),
+            "pair": KindObjective({"ipo": 1.0}, 3, 0.3),
+        },
+        RewardShift("constant", -0.5, 0.25),
+        length_normalized=True,
+        undesirable_weight=0.75,
+        beta_schedule="cosine",
+        beta_end=0.5,
+        constants=PairConstants(label_smoothing=0.2, rpo_scale=2, dpop_penalty=5, simpo_margin=1.5),
+    )
+    assert {key.partition("=")[0] for key in overrides} == {
+        f"objective.{name}" for name in ObjectiveSection.model_fields
+    }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("objective.loss={score: dpo}", "objective.loss.score: 'dpo' needs pairs"),
+        ("objective.loss={score: {mse: 1, simpo: 1}} objective.beta=2", "objective.loss.score: 'simpo' needs pairs"),
+        (
+            "objective.loss={pair: {dpo: 0}}",
+            "objective.loss.pair: {'dpo': 0.0} given, expected losses with weights above 0",
+        ),
+        ("objective.loss={pair: {}}", "objective.loss.pair: {} given"),
+        ("objective.loss={pair: {orpo: 1}}", "objective.loss: unknown name 'orpo'"),
+        (
+            "objective.loss=ipo",
+            "objective.beta: not given: the default 0.01 is per nat, and ipo takes one per nat a token",
+        ),
+        ("objective.loss=simpo", "objective.beta: not given"),
+        ("objective.length_normalized=true", "objective.beta: not given"),
+        ("objective.beta={paar: 1.0}", "objective.beta: unknown name 'paar'; did you mean 'pair'?"),
+        ("objective.beta_end=0.5", "objective.beta_end: 0.5 given, but beta_schedule is constant"),
+        ("objective.reward_shift=constant", "objective.reward_shift_value: not given"),
+        (
+            "objective.reward_shift=kl objective.loss=dpo",
+            "objective.reward_shift: 'kl' given, but no loss is pointwise",
+        ),
+        ("objective.label_smoothing=0.5", "objective.label_smoothing: 0.5 given"),
+        ("objective.reward_shift_decay=1", "objective.reward_shift_decay: 1 given"),
+    ],
+)
+def test_an_objective_that_cannot_be_is_refused(minimal: str, overrides: str, message: str) -> None:
+    """A key that would change nothing, or a default that would be far off, is no run."""
+    assert message in refusal(minimal, *re.split(r" (?=objective)", overrides))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import math
 import shutil
 import time
 from pathlib import Path
@@ -99,9 +100,16 @@ def write_every_kind(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_every_kind_trains_in_one_run(tiny_qwen2: Path, tmp_path: Path) -> None:
-    """Conversations, pairs, labels and scores, by shares, passes and a schedule, packed on two ranks with the cache."""
+    """Conversations, pairs, labels and scores, by shares, passes and a schedule, each by losses of its own."""
+    losses = {"instruction": "nll", "score": "mse", "binary": "l1", "pair": {"dpo": 1.0, "nll": 0.2}}
+    objective = {"loss": losses, "beta": {"pair": 0.2}, "reward_shift": "kl", "weights": {"pair": 2.0}}
     recipe = write_recipe(
-        tmp_path, tiny_qwen2, data__sources=write_every_kind(tmp_path), data__held_out=[], train__steps=6
+        tmp_path,
+        tiny_qwen2,
+        data__sources=write_every_kind(tmp_path),
+        data__held_out=[],
+        train__steps=6,
+        objective=objective,
     )
     result = uft("train", str(recipe))
     assert result.returncode == 0, result.stdout + result.stderr
@@ -112,6 +120,11 @@ def test_every_kind_trains_in_one_run(tiny_qwen2: Path, tmp_path: Path) -> None:
     }
     assert all(count > 0 for count in counts.values())
     assert counts["pair"] % 2 == 0
+    last = {name: value for line in lines for name, value in line.items()}
+    assert last["loss/pair"] == pytest.approx(last["loss/pair/dpo"] + 0.2 * last["loss/pair/nll"])
+    assert {"reward_shift", "pair_accuracy/pair", "logp_chosen/pair", "score_error/score"} <= set(last)
+    assert lines[0]["loss/pair/dpo"] == pytest.approx(math.log(2)), "margins are 0 before the first step"
+    assert lines[0]["loss/binary"] == pytest.approx(0.5)
     assert 0.2 < counts["pair"] / sum(counts.values()) < 0.4
     report = json.loads((tmp_path / "run" / "data" / "report.json").read_text())
     assert [row["responses"] for row in report["train"]] == [12, 12, 6, 6]
