@@ -175,7 +175,7 @@ def test_a_done_run_of_another_recipe_is_refused() -> None:
     run(sweep_of(grid=None), Trainer())
     trainer = Trainer()
     changed = [*SWEEP["runs"][:2], {"name": "uft", "recipe": "toy.yaml", "set": {"train.lr": 0.5}}]
-    with pytest.raises(UserError, match=r"uft: holds a run of another recipe \(lr: 0.5 now\)"):
+    with pytest.raises(UserError, match=r"uft: holds a run of another recipe \(train.lr: 0.5 now, 3e-05 then\)"):
         run(sweep_of(grid=None, runs=changed), trainer)
     assert not trainer.trained
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -18,7 +19,7 @@ from rich.text import Text
 from uft_ds.errors import EXIT_INTERRUPTED, UserError
 from uft_ds.files import write_atomically
 from uft_ds.recipe import Recipe
-from uft_ds.recipe_file import dump_recipe
+from uft_ds.recipe_file import load_recipe
 from uft_ds.resolve import with_absolute_paths
 from uft_ds.sweep_file import PlannedRun, Sweep, recipe_of
 from uft_ds.training.metrics import read_metrics
@@ -98,19 +99,30 @@ def _check_folder(sweep: Sweep, run: PlannedRun) -> None:
     folder = RunFolder(sweep.output / run.name)
     if not folder.done.exists():
         return
-    before = folder.recipe.read_text(encoding="utf-8")
     recipe = recipe_of(sweep, run)
     if run.after is not None and not (sweep.output / run.after).exists():
-        return  # its adapter cannot be found any more; the run that it starts from is made anew and says so
-    now = dump_recipe(with_absolute_paths(recipe))
-    changed = [line.strip() for line in now.splitlines() if line not in before.splitlines()]
-    # Preparing a run may fix a hub model's revision.
-    changed = [line for line in changed if not line.startswith("revision:")]
+        return  # the run that it starts from is made anew, and then its adapter is another one
+    before, now = load_recipe(str(folder.recipe)), with_absolute_paths(recipe)
+    changed = [key for key, value in _leaves(now).items() if _leaves(before).get(key) != value]
+    if recipe.model.revision is None and "model.revision" in changed:
+        changed.remove("model.revision")  # preparing a run fixes a hub model's
     if changed:
         raise UserError(
-            f"{folder.path}: holds a run of another recipe ({changed[0]} now); run the sweep with --overwrite, or give "
-            "another output"
+            f"{folder.path}: holds a run of another recipe ({changed[0]}: {_leaves(now)[changed[0]]} now, "
+            f"{_leaves(before).get(changed[0])} then); run the sweep with --overwrite, or give another output"
         )
+
+
+def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Every leaf of a recipe by its key."""
+    tree = value.model_dump(mode="json") if isinstance(value, Recipe) else value
+    if not isinstance(tree, dict | list):
+        return {prefix.removesuffix("."): tree}
+    items = enumerate(tree) if isinstance(tree, list) else tree.items()
+    leaves = {prefix.removesuffix("."): len(tree)} if isinstance(tree, list) else {}
+    for key, inner in items:
+        leaves |= _leaves(inner, f"{prefix}{key}.")
+    return leaves
 
 
 def last_values(folder: RunFolder) -> dict[str, float]:

@@ -6,6 +6,7 @@ import csv
 import json
 from pathlib import Path
 
+import pytest
 import yaml
 from test_training_run import uft, write_recipe
 
@@ -13,6 +14,7 @@ from uft_ds.training.metrics import read_metrics
 from uft_ds.training.telemetry import health, read_rows
 
 
+@pytest.mark.long
 def test_two_stages_and_one_in_a_sweep(tiny_qwen2: Path, tmp_path: Path) -> None:
     """SFT, KTO from its adapter, and UFT: all done, none done twice, each with its pictures and its table."""
     recipe = str(write_recipe(tmp_path, tiny_qwen2, train__steps=2, train__checkpoint_every=2))
@@ -54,4 +56,4 @@ def test_two_stages_and_one_in_a_sweep(tiny_qwen2: Path, tmp_path: Path) -> None
     assert "training on" not in again.stdout
     changed = uft("sweep", str(sweep), "objective.beta=0.3")
     assert changed.returncode == 2
-    assert "holds a run of another recipe (beta: 0.3 now)" in changed.stderr
+    assert "holds a run of another recipe (objective.beta: 0.3 now, 0.1 then)" in changed.stderr
