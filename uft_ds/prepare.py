@@ -239,7 +239,7 @@ def _write_prepared(
     write_atomically(folder.data_report(), json.dumps(data_report(data), indent=2) + "\n")
     if reference_content is not None:
         write_atomically(folder.reference_content, json.dumps(reference_content, indent=2) + "\n")
-    write_atomically(folder.environment, json.dumps(environment(), indent=2) + "\n")
+    write_atomically(folder.environment, json.dumps(environment(recipe), indent=2) + "\n")
     write_atomically(folder.recipe, dump_recipe(recipe))
 
 
@@ -275,8 +275,9 @@ def data_report(data: PreparedData) -> dict[str, list[dict[str, object]]]:
     }
 
 
-def environment() -> dict[str, object]:
-    """Versions and revision, for whoever wants to repeat the run."""
+def environment(recipe: Recipe) -> dict[str, object]:
+    """Versions, revision and what the run starts from, by content, for whoever wants to repeat it."""
+    adapter = recipe.reference.adapter
     packages = ("uft-ds", "torch", "deepspeed", "transformers", "peft", "datasets", "safetensors", "numpy")
     versions = {}
     for package in packages:
@@ -290,6 +291,7 @@ def environment() -> dict[str, object]:
         "platform": platform.platform(),
         "packages": versions,
         "git_revision": _git_revision(),
+        "reference_adapter": adapter_identity(Path(adapter)) if adapter else None,
     }
 
 

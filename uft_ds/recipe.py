@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from uft_ds.data.example import KINDS, Kind
 from uft_ds.data.formats import format_names
-from uft_ds.objectives.losses import BETA_A_TOKEN, LOSSES, NEEDS_PAIRS, POINTWISE, PRESETS, expanded
+from uft_ds.objectives.losses import A_TOKEN, LOSSES, NEEDS_PAIRS, POINTWISE, PRESETS, USES_BETA, expanded
 from uft_ds.objectives.reward_shift import ShiftName
 
 LOSS_NAMES = (*LOSSES, *PRESETS)
@@ -335,13 +335,7 @@ def _impossible_objective(objective: ObjectiveSection) -> list[tuple[str, str]]:
             found.append((f"loss.{kind}", f"{dict(weights)} given, expected losses with weights above 0"))
         if kind != "pair" and NEEDS_PAIRS & set(weights):
             found.append((f"loss.{kind}", f"{sorted(NEEDS_PAIRS & set(weights))[0]!r} needs pairs"))
-    if isinstance(objective.beta, dict):
-        found += [("beta", unknown_name(kind, KINDS)) for kind in objective.beta if kind not in KINDS]
-    a_token = sorted(used & BETA_A_TOKEN) or (["length_normalized"] if objective.length_normalized else [])
-    if a_token and "beta" not in objective.model_fields_set:
-        found.append(
-            ("beta", f"not given: the default {DEFAULT_BETA} is per nat, and {a_token[0]} takes one per nat a token")
-        )
+    found += [("beta", problem) for problem in _impossible_betas(objective, given)]
     if objective.beta_end != 1.0 and objective.beta_schedule == "constant":
         found.append(("beta_end", f"{objective.beta_end} given, but beta_schedule is constant; take linear or cosine"))
     if objective.reward_shift != "none" and not used & set(POINTWISE):
@@ -350,6 +344,49 @@ def _impossible_objective(objective: ObjectiveSection) -> list[tuple[str, str]]:
         )
     if objective.reward_shift == "constant" and "reward_shift_value" not in objective.model_fields_set:
         found.append(("reward_shift_value", "not given; reward_shift: constant needs it"))
+    for key, readers in _READ_BY.items():
+        value, default = getattr(objective, key), ObjectiveSection.model_fields[key].default
+        if value != default and not readers & (used | {objective.reward_shift}):
+            found.append((key, f"{value} given, but only {', '.join(sorted(readers))} would use it"))
+    if objective.length_normalized and "contrast" in used:
+        found.append(("length_normalized", "true given, but cpo compares sums over tokens; take simpo"))
+    return found
+
+
+_READ_BY: dict[str, set[str]] = {
+    "label_smoothing": {"cdpo", "robust"},
+    "rpo_scale": {"rpo_sq", "rpo_fwd", "rpo_bwd"},
+    "dpop_penalty": {"dpop"},
+    "simpo_margin": {"simpo"},
+    "reward_shift_value": {"constant"},
+    "reward_shift_decay": {"ema"},
+}
+"""Keys of the objective that a loss or a shift reads: given without it, they would change nothing."""
+
+
+def _impossible_betas(objective: ObjectiveSection, losses: Mapping[str, str | Mapping[str, float]]) -> list[str]:
+    """What is wrong with beta: its units depend on the losses."""
+    found = []
+    if isinstance(objective.beta, dict):
+        found += [unknown_name(kind, KINDS) for kind in objective.beta if kind not in KINDS]
+    is_given = "beta" in objective.model_fields_set
+    for kind, loss in losses.items():
+        names = {name for name in expanded(loss) if name in USES_BETA}
+        a_token = sorted(names & A_TOKEN)
+        if a_token and names - A_TOKEN and not objective.length_normalized:
+            found.append(
+                f"{a_token[0]} takes one per nat a token, {sorted(names - A_TOKEN)[0]} one per nat: not in one kind"
+            )
+        if isinstance(objective.beta, dict):
+            is_given = kind in objective.beta
+        if names and not is_given and (a_token or objective.length_normalized):
+            why = a_token[0] if a_token else "length_normalized"
+            of_kind = f" for {kind}" if isinstance(objective.beta, dict) else ""
+            found.append(f"not given{of_kind}: the default {DEFAULT_BETA} is per nat, {why} takes one per nat a token")
+    if is_given and not isinstance(objective.beta, dict) and objective.beta != DEFAULT_BETA:
+        used = {name for loss in losses.values() for name in expanded(loss)}
+        if "odds_ratio" in used and not used & USES_BETA:
+            found.append(f"{objective.beta} given, but orpo has none: its lambda is the weight of odds_ratio")
     return found
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import fnmatch
 import io
-import time
+import json
+import math
+import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,19 +21,24 @@ from rich.text import Text
 
 from uft_ds.errors import EXIT_INTERRUPTED, UserError
 from uft_ds.files import write_atomically
+from uft_ds.model.identity import adapter_identity
 from uft_ds.recipe import Recipe
 from uft_ds.recipe_file import load_recipe
-from uft_ds.resolve import with_absolute_paths
+from uft_ds.resolve import adapter_folder, with_absolute_paths
 from uft_ds.sweep_file import PlannedRun, Sweep, recipe_of
 from uft_ds.training.metrics import read_metrics
 from uft_ds.training.run_folder import RunFolder, Status
 
 TABLE = "table.csv"
+_ABSENT = "(absent)"
 
 
 @dataclass(frozen=True)
 class Result:
-    """status: done, failed, or skipped because the run before is not done. metrics: the last value of each."""
+    """status: done, failed, interrupted, or skipped because the run before is not done.
+
+    metrics: the last value of each. seconds: of its steps.
+    """
 
     run: PlannedRun
     status: str
@@ -79,38 +87,48 @@ def _result(
     if run.after is not None and results[run.after].status != "done":
         console.print(f"skipped: {run.after} is not done")
         return Result(run, "skipped", {}, 0.0)
-    started = time.monotonic()
-    if overwrite or not folder.done.exists():
-        try:
-            _, status = train(recipe_of(sweep, run), overwrite or folder.path.exists())
-        except UserError as error:
-            console.print(f"error: {error}", soft_wrap=True)
-            return Result(run, "failed", {}, time.monotonic() - started)
-        if status.exit_code != 0:
-            ended = "interrupted" if status.exit_code == EXIT_INTERRUPTED else "failed"
-            return Result(run, ended, {}, time.monotonic() - started)
-    else:
+    if not overwrite and folder.done.exists() and _starts_from_the_same(sweep, run):
         console.print("done before")
-    return Result(run, "done", last_values(folder), time.monotonic() - started)
+        return Result(run, "done", last_values(folder), _training_seconds(folder))
+    try:
+        _, status = train(recipe_of(sweep, run), overwrite or folder.path.exists())
+    except KeyboardInterrupt:
+        return Result(run, "interrupted", {}, 0.0)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return Result(run, "failed", {}, 0.0)
+    except Exception:  # noqa: BLE001 - of one run; the others may be fine
+        traceback.print_exc()
+        return Result(run, "failed", {}, 0.0)
+    if status.exit_code != 0:
+        return Result(run, "interrupted" if status.exit_code == EXIT_INTERRUPTED else "failed", {}, 0.0)
+    return Result(run, "done", last_values(folder), _training_seconds(folder))
 
 
 def _check_folder(sweep: Sweep, run: PlannedRun) -> None:
     """What is done counts only if it is what would be run."""
     folder = RunFolder(sweep.output / run.name)
-    if not folder.done.exists():
+    if not folder.done.exists() or (run.after is not None and not RunFolder(sweep.output / run.after).done.exists()):
         return
-    recipe = recipe_of(sweep, run)
-    if run.after is not None and not (sweep.output / run.after).exists():
-        return  # the run that it starts from is made anew, and then its adapter is another one
-    before, now = load_recipe(str(folder.recipe)), with_absolute_paths(recipe)
-    changed = [key for key, value in _leaves(now).items() if _leaves(before).get(key) != value]
-    if recipe.model.revision is None and "model.revision" in changed:
-        changed.remove("model.revision")  # preparing a run fixes a hub model's
+    before, now = _leaves(load_recipe(str(folder.recipe))), _leaves(with_absolute_paths(recipe_of(sweep, run)))
+    if now["model.revision"] is None:
+        before["model.revision"] = None  # preparing a run fixes a hub model's
+    changed = [key for key in (*now, *before) if now.get(key, _ABSENT) != before.get(key, _ABSENT)]
     if changed:
+        key = changed[0]
         raise UserError(
-            f"{folder.path}: holds a run of another recipe ({changed[0]}: {_leaves(now)[changed[0]]} now, "
-            f"{_leaves(before).get(changed[0])} then); run the sweep with --overwrite, or give another output"
+            f"{folder.path}: holds a run of another recipe ({key}: {now.get(key, _ABSENT)} now, "
+            f"{before.get(key, _ABSENT)} then); run the sweep with --overwrite, or give another output"
         )
+
+
+def _starts_from_the_same(sweep: Sweep, run: PlannedRun) -> bool:
+    """Whether a second stage that is done started from the adapter that the first stage has now."""
+    if run.after is None:
+        return True
+    stored = json.loads(RunFolder(sweep.output / run.name).environment.read_text(encoding="utf-8"))
+    here = adapter_identity(adapter_folder(str(sweep.output / run.after)))
+    return bool(stored.get("reference_adapter") == here)
 
 
 def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -118,18 +136,21 @@ def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
     tree = value.model_dump(mode="json") if isinstance(value, Recipe) else value
     if not isinstance(tree, dict | list):
         return {prefix.removesuffix("."): tree}
-    items = enumerate(tree) if isinstance(tree, list) else tree.items()
-    leaves = {prefix.removesuffix("."): len(tree)} if isinstance(tree, list) else {}
-    for key, inner in items:
+    leaves: dict[str, Any] = {}
+    for key, inner in enumerate(tree) if isinstance(tree, list) else tree.items():
         leaves |= _leaves(inner, f"{prefix}{key}.")
     return leaves
 
 
+def _training_seconds(folder: RunFolder) -> float:
+    return float(sum(line.get("seconds") or 0.0 for line in read_metrics(folder.metrics)))
+
+
 def last_values(folder: RunFolder) -> dict[str, float]:
-    """Each metric's last value."""
+    """Each metric's last value; NaN where it was not finite."""
     last: dict[str, float] = {}
     for line in read_metrics(folder.metrics):
-        last |= {name: value for name, value in line.items() if value is not None}
+        last |= {name: math.nan if value is None else value for name, value in line.items()}
     return last
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,6 +21,9 @@ from uft_ds.recipe_file import load_recipe, load_yaml, shipped_recipes
 DEFAULT_COLUMNS = (
     "held_out/loss", "held_out/rank_correlation/*", "held_out/pair_accuracy/*", "held_out/calibration_error/*",
 )  # fmt: skip
+
+_LONGEST_SUFFIX = 120
+"""Letters of a run's name that say the grid's values; of longer ones the point's number stands."""
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
@@ -42,6 +44,8 @@ class SweepSection(Section):
     """Name of the sweep."""
     runs: Annotated[list[StageSection], Field(min_length=1)]
     """In the order in which they are run."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Overrides of every run, before its own."""
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
     """Every run is repeated with each combination of these keys' values."""
     columns: list[str] = Field(default_factory=lambda: list(DEFAULT_COLUMNS))
@@ -123,7 +127,10 @@ def grid_of(recipe: str, grid: Iterable[str], overrides: tuple[str, ...]) -> Swe
         values[key] = found
     base = load_recipe(recipe, overrides)
     stage = StageSection(name=base.name if re.fullmatch(NAME, base.name) else "run", recipe=recipe)
-    section = SweepSection(name=base.name, runs=[stage], grid=values, output=f"{base.output}-sweep")
+    rest = tuple(override for override in overrides if not override.startswith("output="))
+    output = base.output if rest != overrides else f"{base.output}-sweep"
+    section = SweepSection(name=base.name, runs=[stage], grid=values, output=output)
+    overrides = rest
     return _planned(section, overrides, f"sweep of {recipe}")
 
 
@@ -132,7 +139,7 @@ def recipe_of(sweep: Sweep, run: PlannedRun) -> Recipe:
     located = {"name": run.name, "output": str(sweep.output / run.name)}
     if run.after is not None:
         located["reference.adapter"] = str(sweep.output / run.after)
-    return load_recipe(run.recipe, (*run.overrides, *(f"{key}={json.dumps(value)}" for key, value in located.items())))
+    return load_recipe(run.recipe, (*run.overrides, *(_override(*item) for item in located.items())))
 
 
 def _shipped_sweeps() -> dict[str, Traversable]:
@@ -143,23 +150,31 @@ def _shipped_sweeps() -> dict[str, Traversable]:
 def _planned(section: SweepSection, overrides: tuple[str, ...], label: str) -> Sweep:
     runs: list[PlannedRun] = []
     known: set[str] = set()
+    _check_keys(section, overrides, label)
     for stage in section.runs:
         if stage.name in known:
             raise UserError(f"{label}: two runs are named {stage.name!r}")
         if stage.after is not None and stage.after not in known:
             raise UserError(f"{label}: {stage.name}: after: no run named {stage.after!r} stands before it")
         known.add(stage.name)
-    for values in itertools.product(*section.grid.values()):
+    output, overrides = _output_of(section, overrides)
+    for number, values in enumerate(itertools.product(*section.grid.values()), start=1):
         point = tuple(zip(section.grid, values, strict=True))
-        suffix = "".join(f"-{_short(key)}={_shown(value)}" for key, value in point)
+        suffix = "".join(f"-{key.rsplit('.', 1)[-1]}={_shown(value)}" for key, value in point)
+        if len(suffix) > _LONGEST_SUFFIX:
+            suffix = f"-{number}"
         for stage in section.runs:
-            own = tuple(f"{key}={json.dumps(value)}" for key, value in (*stage.set.items(), *point))
+            own = tuple(_override(*item) for item in (*section.set.items(), *stage.set.items(), *point))
             recipe = stage.recipe
             if recipe not in shipped_recipes():
                 recipe = str(Path(recipe).absolute())
             after = None if stage.after is None else stage.after + suffix
             runs.append(PlannedRun(stage.name + suffix, stage.name, point, recipe, (*own, *overrides), after))
-    sweep = Sweep(section.name, Path(section.output), tuple(section.columns), tuple(runs))
+    names = [run.name for run in runs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{label}: grid: two of its points would both be named {twice}; is a value there twice?")
+    sweep = Sweep(section.name, output, tuple(section.columns), tuple(runs))
     for run in runs:
         try:
             recipe_of(sweep, run)
@@ -168,10 +183,40 @@ def _planned(section: SweepSection, overrides: tuple[str, ...], label: str) -> S
     return sweep
 
 
-def _short(key: str) -> str:
-    return key.rsplit(".", 1)[-1]
+def _check_keys(section: SweepSection, overrides: tuple[str, ...], label: str) -> None:
+    """Refuse values that the sweep itself decides, and overrides that would undo the grid."""
+    given = {
+        **{f"set: {key}": key for key in section.set},
+        **{f"runs: {stage.name}: set: {key}": key for stage in section.runs for key in stage.set},
+        **{f"grid: {key}": key for key in section.grid},
+        **{f"override {override!r}": override.partition("=")[0] for override in overrides if override[:7] != "output="},
+    }
+    chained = any(stage.after is not None for stage in section.runs)
+    owned = {"name", "output"} | ({"reference.adapter"} if chained else set())
+    for place, key in given.items():
+        if any(_overlap(key, of_sweep) for of_sweep in owned):
+            raise UserError(f"{label}: {place}: the sweep decides it, by each run's name and `after`")
+    for override in overrides:
+        key = override.partition("=")[0]
+        for of_grid in section.grid:
+            if _overlap(key, of_grid):
+                raise UserError(f"{label}: override {override!r}: the grid varies {of_grid}; change the grid")
+
+
+def _overlap(key: str, other: str) -> bool:
+    return key == other or key.startswith(f"{other}.") or other.startswith(f"{key}.")
+
+
+def _output_of(section: SweepSection, overrides: tuple[str, ...]) -> tuple[Path, tuple[str, ...]]:
+    """The sweep's folder, and the overrides of its runs: `output=` moves the sweep."""
+    given = [override.partition("=")[2] for override in overrides if override.startswith("output=")]
+    rest = tuple(override for override in overrides if not override.startswith("output="))
+    return Path(str(load_yaml(given[-1])) if given else section.output).expanduser(), rest
+
+
+def _override(key: str, value: Any) -> str:
+    return f"{key}={yaml.safe_dump(value, default_flow_style=True, width=10**9).removesuffix('...' + chr(10)).strip()}"
 
 
 def _shown(value: Any) -> str:
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", text)
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", str(value))

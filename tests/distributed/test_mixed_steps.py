@@ -38,7 +38,7 @@ BEFORE = 0.3
 
 def mixed_step() -> Step:
     """Three pairs, whose two sides share a prompt, and three responses of each other kind."""
-    rng = np.random.default_rng(7)
+    rng = np.random.default_rng(2)  # mismatched responses are rewarded here: the kl shift is not cut off at 0
     sequences: list[Sequence] = []
 
     def add(prompt: np.ndarray, length: int, kind: Kind, score: float, pair_id: int | None = None) -> None:
@@ -93,20 +93,23 @@ def definition(folder: Path, name: ShiftName) -> tuple[dict[str, torch.Tensor], 
 
     pointwise = [sequence for sequence in step.sequences if sequence.responses[0].kind != "instruction"]
     shifts = dict.fromkeys(map(id, step.sequences), 0.0)
-    if name == "constant":
-        shifts = dict.fromkeys(shifts, 0.25)
-    elif name == "ema":
-        shifts = dict.fromkeys(shifts, BEFORE)
-    elif name == "kl":
+    number = {"constant": 0.25, "ema": BEFORE}.get(name, 0.0)
+    if name == "kl":
         rewards = []
-        for own, other in zip(pointwise, (*pointwise[1:], pointwise[0]), strict=True):
+        for place, own in enumerate(pointwise):
+            # The two sides of a pair stand side by side: the chosen one's next is the rejected one, of the same prompt.
+            other = (pointwise * 2)[place + (2 if own.pair_id == (pointwise * 2)[place + 1].pair_id is not None else 1)]
             start, response = own.responses[0].start, other.responses[0]
             tokens = np.concatenate([own.token_ids_T[:start], other.token_ids_T[response.start :]])
-            rewards.append(reward(Sequence(tokens, (Response(start, len(tokens), 0.0, response.kind),))))
-        shifts = dict.fromkeys(shifts, max(0.0, sum(rewards) / len(rewards)))
-    elif name == "prompt_mean":
-        for number in range(3):
-            sides = [sequence for sequence in pointwise if sequence.pair_id == number]
+            if len(tokens) <= max(sequence.num_tokens for sequence in pointwise):
+                rewards.append(reward(Sequence(tokens, (Response(start, len(tokens), 0.0, response.kind),))))
+        assert len(rewards) > 6
+        number = max(0.0, sum(rewards) / len(rewards))
+    if number:
+        shifts |= {id(sequence): number for sequence in pointwise}
+    if name == "prompt_mean":
+        for pair_id in range(3):
+            sides = [sequence for sequence in pointwise if sequence.pair_id == pair_id]
             mean = sum(map(reward, sides)) / 2
             shifts |= {id(side): mean for side in sides}
     terms = count_terms(objective, step.responses)
@@ -118,7 +121,7 @@ def definition(folder: Path, name: ShiftName) -> tuple[dict[str, torch.Tensor], 
         loss.backward()
         total += float(loss.detach())
     grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
-    return grads, total, [shifts[id(sequence)] for sequence in step.sequences]
+    return grads, total, [shifts[id(sequence)] for sequence in pointwise]
 
 
 def steps(folder: Path, cases: list[tuple[ShiftName, int, str]]) -> Any:

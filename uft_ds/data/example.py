@@ -20,6 +20,9 @@ Role = Literal["system", "user", "assistant", "tool"]
 Kind = Literal["instruction", "score", "binary", "pair"]
 KINDS: tuple[Kind, ...] = ("instruction", "score", "binary", "pair")
 
+GOOD_FROM = 0.5
+"""Score from which a labelled response counts as good."""
+
 KEY_BYTES = 16
 """Of the name by which a response is known by its content."""
 

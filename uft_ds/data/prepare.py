@@ -14,7 +14,7 @@ import numpy as np
 
 from uft_ds.data.building import PLACES_NAMED, RowRules
 from uft_ds.data.chat_tokenizer import ChatTokenizer
-from uft_ds.data.example import KINDS
+from uft_ds.data.example import GOOD_FROM, KINDS
 from uft_ds.data.mixture import ONE_PASS, Ingredient, Portion
 from uft_ds.data.reading import find_data
 from uft_ds.data.score_map import ScoreMap, affine, quantiles
@@ -144,12 +144,16 @@ def open_source(source: Source, cache_dir: Path, key: str, names: tuple[str, ...
 def _score_map(source: Source, selection: Selection) -> ScoreMap | None:
     if source.score_map is None or not len(selection):
         return None
-    if source.score_map == "quantile":
-        return quantiles(selection.scores_R)
+    if source.score_map == "quantile" and "instruction" in selection.kinds:
+        raise UserError(f"{source.label}: score_map: quantile, but instruction data has one score: all would be 0.5")
     try:
-        return affine(selection.scores_R, *source.score_map)
+        found = quantiles(selection.scores_R) if source.score_map == "quantile" else None
+        found = found or affine(selection.scores_R, *source.score_map)
     except ValueError as error:
         raise UserError(f"{source.label}: score_map {error}") from None
+    if "binary" in selection.kinds and np.any((found.given_V < GOOD_FROM) != (found.mapped_V < GOOD_FROM)):
+        raise UserError(f"{source.label}: score_map must leave bad labels below {GOOD_FROM}, and no others")
+    return found
 
 
 def select(store: SequenceStore, examples: int | None, name: str, *, seed: int) -> Selection:

@@ -23,8 +23,10 @@ def affine(scores_R: np.ndarray, scale: float, offset: float) -> ScoreMap:
     """scale * score + offset.
 
     Raises:
-        ValueError: it would leave [0, 1]; nothing is clipped.
+        ValueError: it would leave [0, 1], where nothing is clipped, or not keep the order.
     """
+    if not scale > 0:
+        raise ValueError(f"[{scale:g}, {offset:g}] does not keep the order of the scores; expected a scale above 0")
     given_V = np.unique(scores_R)
     # Rounding may overstep the ends: 0.7 * 1 + 0.3 is above 1 for some pairs of floats.
     mapped_V = np.round(scale * given_V + offset, 12)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from uft_ds.data.example import Response
-
-LIKED_FROM = 0.5
-"""Score from which a labelled response counts as good."""
+from uft_ds.data.example import GOOD_FROM, Response
 
 
 def sequence_nll(logps_R: Tensor) -> Tensor:
@@ -17,7 +14,7 @@ def sequence_nll(logps_R: Tensor) -> Tensor:
 
 def is_undesirable(response: Response) -> bool:
     """Whether it was labelled bad."""
-    return response.kind == "binary" and response.score < LIKED_FROM
+    return response.kind == "binary" and response.score < GOOD_FROM
 
 
 def is_imitated(response: Response, *, is_rejected: bool) -> bool:

@@ -38,8 +38,9 @@ PRESETS: Mapping[str, Mapping[str, float]] = {
 
 NEEDS_REFERENCE = frozenset((*POINTWISE, *PAIRWISE))
 NEEDS_PAIRS = frozenset((*PAIRWISE, *REFERENCE_FREE))
-BETA_A_TOKEN = frozenset({"ipo", "simpo"})
-"""These compare means over tokens, whatever the objective's lengths."""
+A_TOKEN = frozenset({"ipo", "simpo"})
+"""These compare means over tokens, whatever the objective's lengths: their beta is per nat a token."""
+USES_BETA = frozenset((*POINTWISE, *PAIRWISE, "simpo", "contrast"))
 
 
 def expanded(loss: str | Mapping[str, float]) -> Mapping[str, float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from typing import Literal, cast
 
@@ -21,6 +22,7 @@ from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.objectives.implicit_reward import implicit_reward
 from uft_ds.objectives.likelihood import is_imitated, is_undesirable, sequence_nll
 from uft_ds.objectives.losses import (
+    A_TOKEN,
     LIKELIHOOD,
     LOSSES,
     NEEDS_PAIRS,
@@ -79,6 +81,11 @@ class Objective:
         labelled = self.undesirable_weight if is_undesirable(response) else 1.0
         return of.weight * of.losses[loss] * labelled
 
+    def length_of(self, response: Response) -> float:
+        """What a response's log-ratio is divided by: its tokens, where its losses compare means."""
+        a_token = self.length_normalized or A_TOKEN & self.of_kind[response.kind].losses.keys()
+        return float(response.num_tokens) if a_token else 1.0
+
     def has_pointwise(self, kind: Kind) -> bool:
         """Whether the scores of this kind are met by implicit rewards, which the shift moves."""
         return any(name in POINTWISE for name in self.of_kind[kind].losses)
@@ -127,17 +134,14 @@ class Rewards:
 
 
 def rewards_of(objective: Objective, micro_batch: MicroBatch, logps_R: Tensor, reference_logps_R: Tensor) -> Rewards:
-    """Log-ratios and implicit rewards, before any shift.
+    """Log-ratios and implicit rewards, before any shift; in the unit of the kind's losses.
 
     Args:
         logps_R, reference_logps_R: [responses], nats, summed over tokens, float64.
     """
     log_ratios_R = (logps_R - reference_logps_R).float()
-    betas_R = _of_kind(micro_batch, {kind: of.beta for kind, of in objective.of_kind.items()}, log_ratios_R.device)
-    compared_R = (
-        log_ratios_R / _tokens(micro_batch, log_ratios_R.device) if objective.length_normalized else log_ratios_R
-    )
-    return Rewards(log_ratios_R, implicit_reward(compared_R, betas_R))
+    factors = [objective.of_kind[r.kind].beta / objective.length_of(r) for r in micro_batch.responses]
+    return Rewards(log_ratios_R, implicit_reward(log_ratios_R, _on_device(factors, log_ratios_R.device)))
 
 
 def micro_batch_loss(
@@ -168,11 +172,11 @@ def micro_batch_loss(
             continue
         responses = [micro_batch.responses[place] for place in places_M]
         weights = [objective.weight_of(response, name) for response in responses]
-        weights_M = torch.tensor(weights, dtype=torch.float32, device=terms_M.device)
+        weights_M = _on_device(weights, terms_M.device)
         loss = loss + (weights_M * terms_M).sum() / num_terms[name]
-        rows_M = torch.tensor([KINDS.index(response.kind) for response in responses], device=terms_M.device)
+        rows_M = _indices([KINDS.index(response.kind) for response in responses], terms_M.device)
         numbers = [response.num_tokens if TERMS[name] == "token" else 1 for response in responses]
-        numbers_M = torch.tensor(numbers, dtype=torch.float64, device=terms_M.device)
+        numbers_M = _on_device(numbers, terms_M.device).double()
         sums[0, :, LOSSES.index(name)].index_add_(0, rows_M, terms_M.detach().double())
         sums[1, :, LOSSES.index(name)].index_add_(0, rows_M, numbers_M)
     return loss, sums
@@ -193,12 +197,12 @@ def _terms(
         kept = [pair for pair, of in zip(micro_batch.pairs, of_kind, strict=True) if name in of.losses]
         if not kept:
             return [], logps_R
-        index_P2 = torch.tensor(kept, dtype=torch.int64, device=device)
+        index_P2 = _indices(kept, device)
         pairs = Pairs(
             rewards_P2=None if rewards is None else rewards.rewards_R[index_P2],
             log_ratios_P2=None if rewards is None else rewards.log_ratios_R[index_P2],
             logps_P2=logps_R[index_P2],
-            tokens_P2=_tokens(micro_batch, device)[index_P2],
+            tokens_P2=_on_device([r.num_tokens for r in micro_batch.responses], device)[index_P2],
             scores_P2=micro_batch.scores_R[index_P2],
             beta=objective.of_kind["pair"].beta,
         )
@@ -210,7 +214,7 @@ def _terms(
         if name in objective.of_kind[response.kind].losses
         and (name not in LIKELIHOOD or is_imitated(response, is_rejected=place in rejected))
     ]
-    index_M = torch.tensor(members, dtype=torch.int64, device=device)
+    index_M = _indices(members, device)
     if name in LIKELIHOOD:
         return members, sequence_nll(logps_R[index_M]).float()
     assert rewards is not None
@@ -220,9 +224,10 @@ def _terms(
     return members, pointwise_loss(rewards_M, micro_batch.scores_R[index_M], cast(Distance, name))
 
 
-def _tokens(micro_batch: MicroBatch, device: torch.device) -> Tensor:
-    return torch.tensor([float(r.num_tokens) for r in micro_batch.responses], device=device)
+def _on_device(values: Seq[float], device: torch.device) -> Tensor:
+    """Made on the host and sent: `torch.tensor(..., device=...)` would make the host wait for the device."""
+    return torch.tensor(values, dtype=torch.float32).to(device, non_blocking=True)
 
 
-def _of_kind(micro_batch: MicroBatch, values: Mapping[Kind, float], device: torch.device) -> Tensor:
-    return torch.tensor([values[r.kind] for r in micro_batch.responses], dtype=torch.float32, device=device)
+def _indices(values: Seq[int] | Seq[tuple[int, int]], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)

@@ -40,23 +40,33 @@ def next_running_mean(before: float, step_mean: float, decay: float) -> float:
 
 
 def kl_shift(mismatched_rewards: Seq[float]) -> float:
-    """KTO's reference point z0; 0 where a step has nothing to mismatch."""
-    return max(0.0, float(np.mean(mismatched_rewards))) if len(mismatched_rewards) else 0.0
+    """KTO's reference point z0; 0 where a step has nothing to mismatch, and not a number where a reward is none."""
+    if not len(mismatched_rewards):
+        return 0.0
+    mean = float(np.mean(mismatched_rewards))
+    return 0.0 if mean < 0 else mean
 
 
-def mismatched(responses: Seq[tuple[Sequence, Response]], *, longest: int) -> tuple[Sequence, ...]:
-    """Each prompt with the response that follows the next one, in the order of the step: KTO's y' for each x.
+def mismatched(responses: Seq[tuple[Sequence, Response]]) -> tuple[Sequence, ...]:
+    """Each prompt with the next response of the step that answers another one: KTO's y' for each x.
 
-    Joined as tokens, which is exact: a prompt's tokens never depend on what follows it.
+    Joined as tokens, which is exact: a prompt's tokens never depend on what follows it. What would be longer than the
+    longest sequence given is left out, for no model need read more.
 
     Args:
         responses: each with the sequence that it is a span of.
-        longest: tokens; what would be longer is left out.
     """
-    if len(responses) < 2:
-        return ()
+    longest = max((sequence.num_tokens for sequence, _ in responses), default=0)
+    prompts = [prompt_of(sequence, response) for sequence, response in responses]
     joined = []
-    for (sequence, own), (other, response) in zip(responses, (*responses[1:], responses[0]), strict=True):
+    for place, (sequence, own) in enumerate(responses):
+        others = (*range(place + 1, len(responses)), *range(place))
+        # A later turn of one's own conversation answers this prompt, too.
+        strangers = (i for i in others if prompts[i] != prompts[place] and responses[i][0] is not sequence)
+        partner = next(strangers, None)
+        if partner is None:
+            continue
+        other, response = responses[partner]
         tokens = np.concatenate([sequence.token_ids_T[: own.start], other.token_ids_T[response.start : response.end]])
         if len(tokens) <= longest:
             span = Response(own.start, len(tokens), response.score, response.kind, response.origin)
@@ -69,13 +79,12 @@ def prompt_of(sequence: Sequence, response: Response) -> bytes:
     return hashlib.blake2b(sequence.token_ids_T[: response.start].tobytes(), digest_size=16).digest()
 
 
-def prompt_means(prompts: Seq[Hashable], rewards: Seq[float]) -> list[float]:
-    """The shift of each response: the mean over those of its prompt, or 0 where it is alone.
+def repeated_prompts(prompts: Seq[bytes], answers: Seq[Hashable]) -> set[bytes]:
+    """Those with two different answers or more: the mean over one answer would be its own reward.
 
-    Alone it would be its own shift, and be pushed for ever.
+    A response that is its own shift is pushed for ever.
     """
-    members: dict[Hashable, list[float]] = {}
-    for prompt, reward in zip(prompts, rewards, strict=True):
-        members.setdefault(prompt, []).append(reward)
-    means = {prompt: float(np.mean(found)) if len(found) > 1 else 0.0 for prompt, found in members.items()}
-    return [means[prompt] for prompt in prompts]
+    found: dict[bytes, set[Hashable]] = {}
+    for prompt, answer in zip(prompts, answers, strict=True):
+        found.setdefault(prompt, set()).add(answer)
+    return {prompt for prompt, of_prompt in found.items() if len(of_prompt) > 1}

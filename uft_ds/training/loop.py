@@ -43,7 +43,8 @@ def train(
     Raises:
         CheckFailed: more steps than allowed had a non-finite loss or gradient.
     """
-    _evaluate_and_report(engine, objective, held_out, settings, folder, reporter, reference, state)
+    current = objective_at(objective, state.step / max(1, len(steps) - 1))
+    _evaluate_and_report(engine, current, held_out, settings, folder, reporter, reference, state)
     for number in range(state.step, len(steps)):
         step = steps[number]
         started = time.perf_counter()

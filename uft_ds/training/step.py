@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uft_ds.data.example import KINDS, Response, Sequence
+from uft_ds.data.example import KINDS, Kind, Response, Sequence
 from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.data.mixture import Step
 from uft_ds.errors import CheckFailed
@@ -24,8 +24,8 @@ from uft_ds.objectives.reward_shift import (
     kl_shift,
     mismatched,
     next_running_mean,
-    prompt_means,
     prompt_of,
+    repeated_prompts,
 )
 from uft_ds.training.engine import Engine, StepResult
 from uft_ds.training.metrics import step_metrics
@@ -65,25 +65,22 @@ def run_step(
         shift: what the step before went on with.
     """
     num_terms = count_terms(objective, step.responses)
-    micro_batches = reference.micro_batches(engine, step, tokens_per_micro_batch)
-    ahead: list[Forwarded] | None = None
-    if objective.shift.name == "prompt_mean":
-        # A response's shift depends on rewards of the whole step, which its backward must not wait for.
-        with engine.evaluating():
-            ahead = forward(engine, micro_batches, reference)
-    elif objective.shift.name == "kl":
+    if objective.shift.name == "kl":
         shift = _kl_of(engine, objective, step, tokens_per_micro_batch)
+    ahead: list[Forwarded] = []
+    if objective.shift.name == "prompt_mean":
+        # A response's shift depends on rewards of the whole step, for which no backward can wait.
+        shared = _of_repeated_prompts(objective, step)
+        with engine.evaluating():
+            ahead = forward(engine, reference.micro_batches(engine, shared, tokens_per_micro_batch), reference)
+    micro_batches = reference.micro_batches(engine, step, tokens_per_micro_batch)
     shifts = shifts_of(engine, objective, step, [batch for batch, _ in micro_batches], ahead, shift)
     total_loss = torch.zeros((), dtype=torch.float64, device=engine.device)
     sums = torch.zeros(2, len(KINDS), len(LOSSES), dtype=torch.float64, device=engine.device)
     done: list[Forwarded] = []
     for number, ((batch, forward_reference), shifts_R) in enumerate(zip(micro_batches, shifts, strict=True), start=1):
-        if ahead is None:
-            logps_R, forwarded_R = engine(batch, with_reference=forward_reference)
-            reference_logps_R = reference.resolve(batch, forwarded_R)
-        else:
-            logps_R, _ = engine(batch, with_reference=False)
-            reference_logps_R = ahead[number - 1].reference_logps_R
+        logps_R, forwarded_R = engine(batch, with_reference=forward_reference)
+        reference_logps_R = reference.resolve(batch, forwarded_R)
         loss, parts = micro_batch_loss(objective, batch, num_terms, logps_R, reference_logps_R, shifts_R)
         engine.backward(loss, is_last=number == len(micro_batches))
         total_loss += loss.detach()
@@ -100,7 +97,7 @@ def run_step(
     metrics = step_metrics(objective, mean_loss, engine.sum_over_ranks(sums), rows)
     metrics |= {"grad_norm": result.grad_norm, "skipped": float(result.skipped), "reference/computed": float(computed)}
     if objective.shift.name != "none":
-        metrics["reward_shift"] = float(rows["shift"].mean())
+        metrics["reward_shift"] = float(rows["shift"][_is_pointwise(objective, rows)].mean())
     return StepOutcome(result, metrics, _next_shift(objective, rows, shift))
 
 
@@ -118,25 +115,30 @@ def shifts_of(
     objective: Objective,
     step: Step,
     batches: Seq[MicroBatch],
-    forwarded: Seq[Forwarded] | None,
+    forwarded: Seq[Forwarded],
     shift: float,
 ) -> list[Tensor | None]:
     """What is subtracted from the rewards of each micro-batch: [responses], float32; None: nothing.
 
     Args:
-        forwarded: the same micro-batches' log-probs, for `prompt_mean`.
+        forwarded: log-probs of the responses to repeated prompts at least, for `prompt_mean`.
         shift: the number of this step, for `ema` and `kl`.
     """
-    if objective.shift.name == "none":
+    name = objective.shift.name
+    if name == "none":
         return [None for _ in batches]
-    if objective.shift.name == "prompt_mean":
-        assert forwarded is not None
-        by_key = _prompt_shifts(engine, objective, step, forwarded)
-        values = [[by_key[key] for key in batch.response_keys] for batch in batches]
-    else:
-        number = objective.shift.value if objective.shift.name == "constant" else shift
-        values = [[number] * batch.num_responses for batch in batches]
-    return [torch.tensor(of_batch, dtype=torch.float32, device=engine.device) for of_batch in values]
+    number = objective.shift.value if name == "constant" else 0.0 if name == "prompt_mean" else shift
+    of_response = _prompt_means(engine, objective, step, forwarded) if name == "prompt_mean" else {}
+    return [
+        torch.tensor(
+            [
+                of_response.get((key, response.kind), number) if objective.has_pointwise(response.kind) else 0.0
+                for key, response in zip(batch.response_keys, batch.responses, strict=True)
+            ],
+            dtype=torch.float32,
+        ).to(engine.device, non_blocking=True)
+        for batch in batches
+    ]
 
 
 def gathered_rows(engine: Engine, objective: Objective, done: Seq[Forwarded], shifts: Seq[Tensor | None]) -> np.ndarray:
@@ -148,25 +150,48 @@ def gathered_rows(engine: Engine, objective: Objective, done: Seq[Forwarded], sh
     return np.concatenate(engine.gather_objects(np.concatenate(own)))
 
 
-def _prompt_shifts(engine: Engine, objective: Objective, step: Step, forwarded: Seq[Forwarded]) -> dict[bytes, float]:
-    """The shift of each response of the step, by its name."""
-    own: dict[bytes, float] = {}
-    for part in forwarded:
-        assert part.reference_logps_R is not None
-        rewards_R = rewards_of(objective, part.batch, part.logps_R, part.reference_logps_R).rewards_R
-        own |= dict(zip(part.batch.response_keys, rewards_R.tolist(), strict=True))
-    rewards = {key: reward for of_rank in engine.gather_objects(own) for key, reward in of_rank.items()}
-    spans = list(_pointwise_spans(objective, step))
-    names = [key for _, _, key in spans]
+def _of_repeated_prompts(objective: Objective, step: Step) -> Step:
+    """The units whose shift is not 0 under `prompt_mean`."""
+    repeated = _repeated(objective, step)
+    kept = (
+        unit
+        for unit in step.units
+        if any(prompt_of(sequence, response) in repeated for sequence in unit for response in sequence.responses)
+    )
+    return Step(step.index, tuple(sequence for unit in kept for sequence in unit))
+
+
+def _repeated(objective: Objective, step: Step) -> set[bytes]:
+    spans = _pointwise_spans(objective, step)
     prompts = [prompt_of(sequence, response) for sequence, response, _ in spans]
-    shifts = dict(zip(names, prompt_means(prompts, [rewards[name] for name in names]), strict=True))
-    return {key: shifts.get(key, 0.0) for sequence in step.sequences for key in sequence.response_keys}
+    return repeated_prompts(prompts, [key for *_, key in spans])
+
+
+def _prompt_means(
+    engine: Engine, objective: Objective, step: Step, forwarded: Seq[Forwarded]
+) -> dict[tuple[bytes, Kind], float]:
+    """The mean reward of the responses to each repeated prompt, by the response's name and kind."""
+    own: dict[tuple[bytes, Kind], float] = {}
+    for part in forwarded:
+        if part.reference_logps_R is not None:
+            rewards_R = rewards_of(objective, part.batch, part.logps_R, part.reference_logps_R).rewards_R
+            names = zip(part.batch.response_keys, (r.kind for r in part.batch.responses), strict=True)
+            own |= dict(zip(names, rewards_R.tolist(), strict=True))
+    rewards = {name: reward for of_rank in engine.gather_objects(own) for name, reward in of_rank.items()}
+    repeated = _repeated(objective, step)
+    members: dict[bytes, list[tuple[bytes, Kind]]] = {}
+    for sequence, response, key in _pointwise_spans(objective, step):
+        prompt = prompt_of(sequence, response)
+        if prompt in repeated:
+            members.setdefault(prompt, []).append((key, response.kind))
+    means = {prompt: float(np.mean([rewards[name] for name in names])) for prompt, names in members.items()}
+    return {name: means[prompt] for prompt, names in members.items() for name in names}
 
 
 def _kl_of(engine: Engine, objective: Objective, step: Step, tokens_per_micro_batch: int) -> float:
     """KTO's reference point: rewards of mismatched prompts and responses of this step, both streams, no gradient."""
     spans = [(sequence, response) for sequence, response, _ in _pointwise_spans(objective, step)]
-    joined = Step(step.index, mismatched(spans, longest=tokens_per_micro_batch))
+    joined = Step(step.index, mismatched(spans))
     if not joined.sequences:
         return 0.0
     own: list[float] = []
@@ -192,8 +217,11 @@ def _pointwise_spans(objective: Objective, step: Step) -> list[tuple[Sequence, R
 def _next_shift(objective: Objective, rows: np.ndarray, shift: float) -> float:
     if objective.shift.name != "ema":
         return shift
-    pointwise = [code for code, kind in enumerate(KINDS) if objective.has_pointwise(kind)]
-    rewards = np.sort(rows["reward"][np.isin(rows["kind"], pointwise)])
+    rewards = np.sort(rows["reward"][_is_pointwise(objective, rows)])
     if not len(rewards) or not np.isfinite(rewards).all():
         return shift
     return next_running_mean(shift, float(rewards.mean()), objective.shift.decay)
+
+
+def _is_pointwise(objective: Objective, rows: np.ndarray) -> np.ndarray:
+    return np.isin(rows["kind"], [code for code, kind in enumerate(KINDS) if objective.has_pointwise(kind)])
