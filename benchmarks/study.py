@@ -89,8 +89,10 @@ def write_sweep(folder: Path, seeds: list[int]) -> Path:
 
 
 def measured(run: Path, base: Path, data: Path) -> dict[str, float]:
-    """What a finished run's policy does on held-out data; remembered in its folder."""
-    stored = run / "study.json"
+    """What a finished run's policy does on held-out data; remembered beside the runs, under its adapter's hash."""
+    from uft_ds.model.identity import adapter_identity
+
+    stored = data.parent / "measured" / f"{run.name}-{adapter_identity(run / 'latest' / 'adapter')[:16]}.json"
     if stored.exists():
         found: dict[str, float] = json.loads(stored.read_text(encoding="utf-8"))
         return found
@@ -109,7 +111,7 @@ def measured(run: Path, base: Path, data: Path) -> dict[str, float]:
     rules = RowRules("jsonl", None, max_length=256, merge=True, trim_prompt=False)
     source = Source(str(data / "held_out_scored.jsonl"), None, rules)
     selection = prepare_source(
-        source, load_tokenizer(str(base)), run / "tokens", seed=0, tolerance=Tolerance()
+        source, load_tokenizer(str(base)), data.parent / "tokens", seed=0, tolerance=Tolerance()
     ).selection
     sequences = tuple(sequence for index in range(len(selection)) for sequence in selection.unit(index))
     ratios = hugging_face_logps(policy, sequences) - hugging_face_logps(policy, sequences, adapters=False)
@@ -126,6 +128,7 @@ def measured(run: Path, base: Path, data: Path) -> dict[str, float]:
         "rank correlation": rank_correlation(implicit, given) or 0.0,
         "calibration error": calibration_error(implicit, given),
     }
+    stored.parent.mkdir(exist_ok=True)
     stored.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return values
 

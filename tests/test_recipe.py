@@ -301,30 +301,36 @@ def test_beta_for_each_kind(minimal: str) -> None:
 def test_the_objective_is_what_the_recipe_says(minimal: str) -> None:
     """Every key of the section reaches the losses."""
     overrides = (
-        "objective.loss={score: bce, pair: ipo}", "objective.beta={score: 0.2, pair: 0.3}",
-        "objective.weights={pair: 3}",
+        "objective.loss={score: bce, pair: {dpop: 1, robust: 2, rpo_sq: 3, mse: 4}}",
+        "objective.beta={score: 0.2, pair: 0.3}", "objective.weights={pair: 3}",
         "objective.beta_schedule=cosine", "objective.beta_end=0.5", "objective.length_normalized=true",
-        "objective.reward_shift=constant", "objective.reward_shift_value=-0.5", "objective.reward_shift_decay=0.25",
+        "objective.reward_shift=constant", "objective.reward_shift_value=-0.5",
         "objective.undesirable_weight=0.75", "objective.label_smoothing=0.2", "objective.rpo_scale=2",
-        "objective.dpop_penalty=5", "objective.simpo_margin=1.5",
+        "objective.dpop_penalty=5",
     )  # fmt: skip
-    assert objective_of(load_recipe(minimal, overrides)) == Objective(
+    sums = {"dpop": 1.0, "robust": 2.0, "rpo_sq": 3.0, "mse": 4.0}
+    expected = Objective(
         {
             "instruction": KindObjective({}, 1.0, 0.01),
             "score": KindObjective({"bce": 1.0}, 1.0, 0.2),
             "binary": KindObjective({}, 1.0, 0.01),
-            "pair": KindObjective({"ipo": 1.0}, 3, 0.3),
+            "pair": KindObjective(sums, 3, 0.3),
         },
-        RewardShift("constant", -0.5, 0.25),
+        RewardShift("constant", -0.5),
         length_normalized=True,
         undesirable_weight=0.75,
         beta_schedule="cosine",
         beta_end=0.5,
-        constants=PairConstants(label_smoothing=0.2, rpo_scale=2, dpop_penalty=5, simpo_margin=1.5),
+        constants=PairConstants(label_smoothing=0.2, rpo_scale=2, dpop_penalty=5),
     )
-    assert {key.partition("=")[0] for key in overrides} == {
-        f"objective.{name}" for name in ObjectiveSection.model_fields
-    }
+    assert objective_of(load_recipe(minimal, overrides)) == expected
+    others = ("objective.loss={score: mse, pair: simpo}", "objective.beta={pair: 2}", "objective.simpo_margin=1.5")
+    shift = ("objective.reward_shift=ema", "objective.reward_shift_decay=0.25")
+    found = objective_of(load_recipe(minimal, (*others, *shift)))
+    assert found.constants.simpo_margin == 1.5
+    assert found.shift == RewardShift("ema", 0.0, 0.25)
+    tried = {key.partition("=")[0] for key in (*overrides, *others, *shift)}
+    assert tried == {f"objective.{name}" for name in ObjectiveSection.model_fields}
 
 
 @pytest.mark.parametrize(
@@ -340,7 +346,7 @@ def test_the_objective_is_what_the_recipe_says(minimal: str) -> None:
         ("objective.loss={pair: {orpo: 1}}", "objective.loss: unknown name 'orpo'"),
         (
             "objective.loss=ipo",
-            "objective.beta: not given: the default 0.01 is per nat, and ipo takes one per nat a token",
+            "objective.beta: not given: the default 0.01 is per nat, ipo takes one per nat a token",
         ),
         ("objective.loss=simpo", "objective.beta: not given"),
         ("objective.length_normalized=true", "objective.beta: not given"),
@@ -352,6 +358,23 @@ def test_the_objective_is_what_the_recipe_says(minimal: str) -> None:
             "objective.reward_shift: 'kl' given, but no loss is pointwise",
         ),
         ("objective.label_smoothing=0.5", "objective.label_smoothing: 0.5 given"),
+        ("objective.label_smoothing=0.1", "label_smoothing: 0.1 given, but only cdpo, robust would use it"),
+        ("objective.loss=cdpo", "objective.label_smoothing: not given; cdpo needs it"),
+        ("objective.rpo_scale=2", "objective.rpo_scale: 2.0 given, but only rpo_bwd, rpo_fwd, rpo_sq would use it"),
+        ("objective.reward_shift_decay=0.5", "objective.reward_shift_decay: 0.5 given, but only ema would use it"),
+        ("objective.loss=orpo objective.beta=0.5", "objective.beta: 0.5 given, but orpo has none"),
+        (
+            "objective.loss=cpo objective.length_normalized=true objective.beta=2",
+            "objective.length_normalized: true given",
+        ),
+        (
+            "objective.loss={pair: ipo, score: mse} objective.beta={score: 0.05}",
+            "objective.beta: not given for pair: the default 0.01 is per nat, ipo takes one per nat a token",
+        ),
+        (
+            "objective.loss={pair: {dpo: 1, ipo: 0.1}} objective.beta=1",
+            "objective.beta: ipo takes one per nat a token, dpo one per nat: not in one kind",
+        ),
         ("objective.reward_shift_decay=1", "objective.reward_shift_decay: 1 given"),
     ],
 )

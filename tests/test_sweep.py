@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,9 @@ def sweep_of(**changes: Any) -> Sweep:
     return load_sweep("sweep.yaml")
 
 
+_RAISED = {2: UserError("a bad row"), 3: OSError("no space left"), 4: KeyboardInterrupt()}
+
+
 class Trainer:
     """Stands for a launch: leaves what a run leaves, or fails where it is told to."""
 
@@ -61,11 +66,14 @@ class Trainer:
         folder = RunFolder(Path(recipe.output))
         self.trained.append(recipe.name)
         folder.path.mkdir(parents=True, exist_ok=True)
-        Path("latest").mkdir(exist_ok=True)
         write_atomically(folder.recipe, dump_recipe(with_absolute_paths(recipe)))
+        adapter = recipe.reference.adapter
+        identity = (Path(adapter) / "adapter").read_text() if adapter else None
+        folder.environment.write_text(json.dumps({"reference_adapter": identity}))
+        (folder.path / "adapter").write_text(f"{recipe.name} {len(self.trained)} {id(self)}")
         code = self.exit_codes.get(recipe.name.split("-")[0], 0)
-        if code == 2:
-            raise UserError("a bad row")
+        if code in _RAISED:
+            raise _RAISED[code]
         if code == 0:
             lines = [{"step": 1, "loss": 1.0, "held_out/loss": 0.5}, {"step": 2, "loss": recipe.train.lr, "x": None}]
             folder.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -79,8 +87,10 @@ def run(sweep: Sweep, trainer: Trainer, *, overwrite: bool = False) -> list[Resu
 
 @pytest.fixture
 def no_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stand-ins leave no adapter."""
-    monkeypatch.setattr("uft_ds.resolve.adapter_folder", Path)
+    """The stand-ins' adapters are one file of text, which is its content."""
+    for module in ("uft_ds.resolve", "uft_ds.sweep"):
+        monkeypatch.setattr(f"{module}.adapter_folder", Path)
+    monkeypatch.setattr("uft_ds.sweep.adapter_identity", lambda folder: (folder / "adapter").read_text())
 
 
 def test_a_grid_repeats_every_run_with_every_combination() -> None:
@@ -142,6 +152,53 @@ def test_a_bad_sweep_is_refused_before_anything_runs(changes: dict[str, Any], me
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "overrides", "message"),
+    [
+        ({"grid": {"train.lr": [1e-4, 1e-4]}}, (), "grid: two of its points would both be named sft-lr=0.0001"),
+        ({"grid": {"model.base": ["a/b", "a_b"]}}, (), "would both be named sft-base=a_b"),
+        ({}, ("train.seed=7",), "override 'train.seed=7': the grid varies train.seed"),
+        ({}, ("train={seed: 7}",), "the grid varies train.lr"),
+        ({}, ("name=x",), "override 'name=x': the sweep decides it"),
+        ({"grid": {"output": ["a", "b"]}}, (), "grid: output: the sweep decides it"),
+        ({"set": {"reference.adapter": "other"}}, (), "set: reference.adapter: the sweep decides it"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(changes: dict[str, Any], overrides: tuple[str, ...], message: str) -> None:
+    """No two runs share a folder, and no override undoes the grid or what the sweep decides."""
+    Path("sweep.yaml").write_text(yaml.safe_dump(SWEEP | changes))
+    with pytest.raises(UserError) as caught:
+        load_sweep("sweep.yaml", overrides)
+    assert message in str(caught.value)
+
+
+def test_nearby_values_have_names_of_their_own() -> None:
+    """1e-5 and 1.0000001e-5 are two runs; a value too long for a file's name is numbered."""
+    near = sweep_of(grid={"train.lr": [1e-5, 1.0000001e-5]}, runs=[{"name": "a", "recipe": "toy.yaml"}])
+    assert [planned.name for planned in near.runs] == ["a-lr=1e-05", "a-lr=1.0000001e-05"]
+    long = sweep_of(grid={"model.base": ["x" * 300, "y" * 300]}, runs=[{"name": "a", "recipe": "toy.yaml"}])
+    assert [planned.name for planned in long.runs] == ["a-1", "a-2"]
+    assert recipe_of(long, long.runs[1]).model.base == "y" * 300
+
+
+def test_output_moves_the_sweep() -> None:
+    """An override of it is the sweep's folder, not each run's."""
+    sweep_of(grid=None)
+    moved = load_sweep("sweep.yaml", ("output=elsewhere",))
+    assert [recipe_of(moved, planned).output for planned in moved.runs] == [
+        "elsewhere/sft", "elsewhere/una", "elsewhere/uft",
+    ]  # fmt: skip
+    assert grid_of("toy.yaml", ["train.seed=[1]"], ("output=x",)).output == Path("x")
+
+
+def test_values_of_all_runs() -> None:
+    """`set` of the sweep holds for every run, before its own."""
+    sweep = sweep_of(grid=None, set={"objective.loss": "bce", "train.steps": 9})
+    recipes = [recipe_of(sweep, planned) for planned in sweep.runs]
+    assert [recipe.objective.loss for recipe in recipes] == ["nll", "bce", "bce"]
+    assert {recipe.train.steps for recipe in recipes} == {9}
+
+
 def test_an_unknown_sweep_lists_the_shipped_ones() -> None:
     """And says how to sweep a recipe."""
     with pytest.raises(UserError, match=r"no such file; shipped: baselines_mistral7b; .*--grid"):
@@ -170,6 +227,27 @@ def test_what_is_done_is_not_done_again() -> None:
 
 
 @pytest.mark.usefixtures("no_adapters")
+def test_a_second_stage_follows_its_first() -> None:
+    """The first stage's folder is deleted: it is trained anew, and so is what started from the old adapter."""
+    sweep, trainer = sweep_of(grid=None), Trainer()
+    run(sweep, trainer)
+    shutil.rmtree("runs/both/sft")
+    run(sweep, trainer)
+    assert trainer.trained == ["sft", "una", "uft", "sft", "una"]
+
+
+@pytest.mark.parametrize("removed", ["where", "beta"])
+def test_a_key_that_is_gone_is_a_change_too(removed: str) -> None:
+    """A run whose recipe said more than it does now is another run."""
+    values = {"data.sources.0.where": {"split": "train"}, "objective.beta": {"score": 0.1, "pair": 0.2}}
+    runs = [{"name": "uft", "recipe": "toy.yaml", "set": values}]
+    run(sweep_of(grid=None, runs=runs), Trainer())
+    fewer = values | ({"data.sources.0.where": {}} if removed == "where" else {"objective.beta": {"score": 0.1}})
+    with pytest.raises(UserError, match=r"another recipe \(.*: \(absent\) now, (train|0.2) then\)"):
+        run(sweep_of(grid=None, runs=[runs[0] | {"set": fewer}]), Trainer())
+
+
+@pytest.mark.usefixtures("no_adapters")
 def test_a_done_run_of_another_recipe_is_refused() -> None:
     """Its numbers would stand in the table as those of this one."""
     run(sweep_of(grid=None), Trainer())
@@ -180,7 +258,7 @@ def test_a_done_run_of_another_recipe_is_refused() -> None:
     assert not trainer.trained
 
 
-@pytest.mark.parametrize("code", [1, 2, 3])
+@pytest.mark.parametrize("code", [1, 2, 3], ids=["exit code", "bad input", "any other error"])
 @pytest.mark.usefixtures("no_adapters")
 def test_a_failure_stops_those_that_start_from_it(code: int) -> None:
     """sft fails: una is skipped, uft runs; once sft is mended, una runs, too."""
@@ -193,9 +271,10 @@ def test_a_failure_stops_those_that_start_from_it(code: int) -> None:
 
 
 @pytest.mark.usefixtures("no_adapters")
-def test_an_interruption_ends_the_sweep() -> None:
+@pytest.mark.parametrize("code", [EXIT_INTERRUPTED, 4], ids=["of the ranks", "while preparing"])
+def test_an_interruption_ends_the_sweep(code: int) -> None:
     """Ctrl-C means all of it."""
-    trainer = Trainer(una=EXIT_INTERRUPTED)
+    trainer = Trainer(una=code)
     assert [result.status for result in run(sweep_of(grid=None), trainer)] == ["done", "interrupted"]
 
 
@@ -212,8 +291,10 @@ def test_the_table_holds_every_run_and_every_metric() -> None:
     assert [row["train.lr"] for row in rows] == ["0.0001"] * 3 + ["3e-05"] * 3
 
 
-def test_last_values_are_the_last_that_are_numbers(tmp_path: Path) -> None:
-    """A null does not hide what was before it."""
+def test_last_values_are_the_last(tmp_path: Path) -> None:
+    """A null is a value that was not finite, and what was before it is not the last."""
     folder = RunFolder(tmp_path)
     folder.metrics.write_text('{"step": 1, "a": 1.0, "b": 2.0}\n{"step": 2, "a": null, "b": 3.0}\n')
-    assert last_values(folder) == {"step": 2, "a": 1.0, "b": 3.0}
+    last = last_values(folder)
+    assert math.isnan(last.pop("a"))
+    assert last == {"step": 2, "b": 3.0}

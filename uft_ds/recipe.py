@@ -153,8 +153,8 @@ class ObjectiveSection(Section):
     """Weight of the losses: one value, or a map from kind; a kind that is not named has weight 1."""
     undesirable_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     """Weight of binary responses labelled false, against 1 for those labelled true (KTO)."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
-    """How likely a preference is the wrong way round; of cdpo and robust."""
+    label_smoothing: Annotated[float, Field(gt=0, lt=0.5)] | None = None
+    """How likely a preference is the wrong way round; cdpo and robust need it."""
     rpo_scale: PositiveFloat = 1.0
     """By what the difference of a pair's scores is multiplied; of rpo_sq, rpo_fwd and rpo_bwd."""
     dpop_penalty: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 50.0
@@ -344,6 +344,10 @@ def _impossible_objective(objective: ObjectiveSection) -> list[tuple[str, str]]:
         )
     if objective.reward_shift == "constant" and "reward_shift_value" not in objective.model_fields_set:
         found.append(("reward_shift_value", "not given; reward_shift: constant needs it"))
+    if objective.label_smoothing is None and _READ_BY["label_smoothing"] & used:
+        found.append(
+            ("label_smoothing", f"not given; {', '.join(sorted(_READ_BY['label_smoothing'] & used))} needs it")
+        )
     for key, readers in _READ_BY.items():
         value, default = getattr(objective, key), ObjectiveSection.model_fields[key].default
         if value != default and not readers & (used | {objective.reward_shift}):

@@ -75,7 +75,7 @@ def objective_of(recipe: Recipe) -> Objective:
         beta_schedule=section.beta_schedule,
         beta_end=section.beta_end,
         constants=PairConstants(
-            label_smoothing=section.label_smoothing,
+            label_smoothing=section.label_smoothing or 0.0,
             rpo_scale=section.rpo_scale,
             dpop_penalty=section.dpop_penalty,
             simpo_margin=section.simpo_margin,

@@ -42,7 +42,7 @@ class PairConstants:
     simpo_margin: gamma; simpo.
     """
 
-    label_smoothing: float = 0.1
+    label_smoothing: float = 0.0
     rpo_scale: float = 1.0
     dpop_penalty: float = 50.0
     simpo_margin: float = 0.5

@@ -37,16 +37,18 @@ def write_health(lines: Seq[dict[str, Any]], rows: np.ndarray, path: Path) -> No
         draw(saturation, lines, f"saturated_fitted/{kind}", label=f"{kind}: fitted", color=color, alpha=0.4)
         draw(saturation, lines, f"saturated_stuck/{kind}", label=f"{kind}: stuck", color=color)
     draw(ranks, lines, "held_out/pair_accuracy/pair", label="pair: accuracy", color="tab:red", linestyle="--")
+    is_rewarded = any("implicit_reward_chosen/pair" in line for line in lines)
     for side, style in (("chosen", "-"), ("rejected", ":")):
-        name = f"implicit_reward_{side}/pair"
-        draw(sides_over_time, lines, name, label=f"{side}", color="tab:red", linestyle=style)
+        # Without a reference there are no rewards.
+        name = f"implicit_reward_{side}/pair" if is_rewarded else f"logp_{side}/pair"
+        draw(sides_over_time, lines, name, label=side, color="tab:red", linestyle=style)
     for axes, title, x in (
         (reliability, "held out: given score at implicit score", "implicit score"),
         (length, "held out: log-ratio (nats) at length", "tokens"),
         (margins, "held out: margins of pairs", "implicit reward, chosen - rejected"),
         (ranks, "held out: order", "step"),
         (saturation, "training: share without gradient", "step"),
-        (sides_over_time, "training: implicit reward of pairs", "step"),
+        (sides_over_time, f"training: {'implicit reward' if is_rewarded else 'log-prob (nats)'} of pairs", "step"),
     ):
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(x)
