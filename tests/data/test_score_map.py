@@ -33,9 +33,16 @@ def test_affine_leaves_nothing_clipped() -> None:
         affine(np.array([0.0, 0.6]), 1.0, -0.1)
 
 
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan")])
+def test_affine_keeps_the_order(scale: float) -> None:
+    """A scale of 0 makes all alike, a negative one prefers the worse."""
+    with pytest.raises(ValueError, match="does not keep the order"):
+        affine(np.array([0.0, 1.0]), scale, 1.0)
+
+
 def test_affine_at_the_ends_is_not_refused_for_rounding() -> None:
     """0.7 x 1 + 0.3 is 1, whatever the floats add up to."""
-    for tenth in range(11):
+    for tenth in range(1, 11):
         assert affine(np.array([0.0, 1.0]), tenth / 10, 1 - tenth / 10)(1.0) == 1.0
 
 
@@ -98,3 +105,17 @@ def test_a_map_out_of_range_is_refused_by_its_source(tmp_path: Path, chat: ChatT
     rows = [{"prompt": "q", "response": "a", "score": 0.75}]
     with pytest.raises(UserError, match=r"rows.jsonl: score_map \[2, 0\] makes 1.5 of score 0.75"):
         prepared(tmp_path, chat, rows, score_map=(2.0, 0.0))
+
+
+def test_quantiles_of_one_score_are_refused(tmp_path: Path, chat: ChatTokenizer) -> None:
+    """Instruction data would become 0.5 throughout: nothing would be learned."""
+    with pytest.raises(UserError, match="quantile, but instruction data has one score"):
+        prepared(tmp_path, chat, [{"prompt": "q", "response": "a"}], score_map="quantile")
+
+
+def test_a_label_stays_good_or_bad(tmp_path: Path, chat: ChatTokenizer) -> None:
+    """0.9 s + 0.05 softens labels; 0.5 s + 0.5 would make bad ones count as good."""
+    rows = [{"prompt": f"q{i}", "response": "a", "label": bool(i % 2)} for i in range(4)]
+    assert sorted(scores(prepared(tmp_path, chat, rows, score_map=(0.9, 0.05)))) == [0.05, 0.05, 0.95, 0.95]
+    with pytest.raises(UserError, match="must leave bad labels below"):
+        prepared(tmp_path, chat, rows, score_map=(0.5, 0.5))

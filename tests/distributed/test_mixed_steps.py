@@ -19,6 +19,7 @@ from uft_ds.data.micro_batch import micro_batch
 from uft_ds.data.mixture import Step
 from uft_ds.objectives.objective import KindObjective, Objective, count_terms, micro_batch_loss
 from uft_ds.objectives.reward_shift import RewardShift, ShiftName
+from uft_ds.training.evaluate import evaluate
 from uft_ds.training.reference_cache import ReferenceCache
 from uft_ds.training.step import run_step
 
@@ -166,3 +167,27 @@ def assert_is_the_definition(
         assert following == pytest.approx(0.75 * BEFORE + 0.25 * mean, abs=1e-6)
     assert metrics["responses/pair"] == 6
     assert metrics["reference/computed"] == 15
+
+
+def evaluated(folder: Path, name: ShiftName, num_groups: int) -> Any:
+    """Metrics and table of the step's units as held-out data in so many groups."""
+    engine, units = engine_of(folder), list(mixed_step().units)
+    groups = [
+        Step(number, tuple(sequence for unit in units[number::num_groups] for sequence in unit))
+        for number in range(num_groups)
+    ]
+    return evaluate(engine, shifted(name), groups, 64, ReferenceCache("live"), BEFORE)
+
+
+def evaluated_both_ways(folder: Path) -> Any:
+    return [(evaluated(folder, name, 1), evaluated(folder, name, 5)) for name in ("kl", "prompt_mean")]
+
+
+def test_held_out_groups_play_no_part(tiny_qwen2: Path) -> None:
+    """In one group or in five, on two ranks: the same metrics, and every pair is its own."""
+    for results in run_on_ranks(evaluated_both_ways, 2, tiny_qwen2):
+        for (whole, table), (grouped, _) in results:
+            assert grouped == pytest.approx(whole, rel=1e-5, abs=1e-6)
+            assert whole["held_out/responses/pair"] == 6
+            assert len(np.unique(table["pair"][table["pair"] >= 0])) == 3
+        assert results[0][0][1]["shift"].max() == pytest.approx(BEFORE), "kl: the number of the step before"
