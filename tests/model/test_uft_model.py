@@ -402,7 +402,7 @@ def test_a_micro_batch_moves_whole(tiny_qwen2: Path) -> None:
     batch = micro_batch(toy_sequences(2))
     moved = batch.to("meta")
     tensors = [value for value in vars(moved).values() if isinstance(value, Tensor)]
-    assert len(tensors) == 8
+    assert len(tensors) == 7
     assert all(tensor.device.type == "meta" for tensor in tensors)
-    assert (moved.longest, moved.responses) == (batch.longest, batch.responses)
+    assert (moved.longest, moved.responses, moved.pairs) == (batch.longest, batch.responses, batch.pairs)
     assert isinstance(moved, MicroBatch)

@@ -8,7 +8,6 @@ from collections.abc import Sequence as Seq
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from uft_ds.data.example import KINDS, Kind, Response, Sequence
@@ -29,11 +28,11 @@ def log_logistic(x: float) -> float:
     return -math.log1p(math.exp(-x)) if x >= 0 else x - math.log1p(math.exp(x))
 
 
-def single(kind: Kind, score: float, num_tokens: int, *, pair_id: int | None = None) -> Sequence:
-    """A sequence with one response, after a prompt of three tokens."""
+def single(kind: Kind, score: float, num_tokens: int, *, pair_id: int | None = None, first: int = 0) -> Sequence:
+    """A sequence with one response, after a prompt of three tokens; all count up from the first one."""
     end = PROMPT_TOKENS + num_tokens
     response = Response(PROMPT_TOKENS, end, score, kind, f"{kind}:{num_tokens}", pair_id)
-    return Sequence(np.arange(end, dtype=np.int32), (response,))
+    return Sequence(np.arange(first, first + end, dtype=np.int32), (response,))
 
 
 def pair(number: int, tokens: tuple[int, int] = (2, 3), scores: tuple[float, float] = (1.0, 0.0)) -> list[Sequence]:
@@ -42,8 +41,8 @@ def pair(number: int, tokens: tuple[int, int] = (2, 3), scores: tuple[float, flo
 
 
 def of_kinds(losses: Mapping[Kind, Mapping[str, float]], *, beta: float = 0.1, **shared: Any) -> Objective:
-    """The losses of some kinds; mse for the others."""
-    return Objective({kind: KindObjective(losses.get(kind, {"mse": 1.0}), beta=beta) for kind in KINDS}, **shared)
+    """The losses of some kinds; nll for the others."""
+    return Objective({kind: KindObjective(losses.get(kind, {"nll": 1.0}), beta=beta) for kind in KINDS}, **shared)
 
 
 def responses_of(sequences: Seq[Sequence]) -> list[Response]:

@@ -133,7 +133,8 @@ def _against_reference(rows: np.ndarray) -> dict[str, float]:
         "saturated_stuck": stuck.mean(),
         "score_error": np.abs(scores - given).mean(),
         "calibration_error": calibration_error(scores, given),
-        "rank_correlation": rank_correlation(scores, given),
+        # Of rewards, for the scores of large ones are all 1.
+        "rank_correlation": rank_correlation(rows["reward"] - rows["shift"], given),
         "length_correlation": rank_correlation(rows["log_ratio"], rows["tokens"]),
     }
     return {name: float(value) for name, value in values.items() if value is not None}

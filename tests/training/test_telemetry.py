@@ -1,0 +1,496 @@
+"""Whether a run is healthy: every number by hand from a few rows, and the step's metrics by their names."""
+
+from __future__ import annotations
+
+import csv
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from toy import objective
+
+from uft_ds.data.example import KINDS, Kind, Response, Sequence
+from uft_ds.data.micro_batch import MicroBatch, micro_batch
+from uft_ds.objectives.losses import LOSSES
+from uft_ds.objectives.objective import KindObjective, Objective, count_terms, micro_batch_loss
+from uft_ds.training.metrics import step_metrics
+from uft_ds.training.telemetry import (
+    ROW,
+    calibration,
+    calibration_error,
+    health,
+    implicit_scores,
+    rank_correlation,
+    read_rows,
+    response_rows,
+    sides,
+    write_rows,
+)
+
+NAN = float("nan")
+OF_THE_REFERENCE = {
+    "implicit_reward", "implicit_score", "log_ratio", "log_ratio_per_token", "saturated", "saturated_fitted",
+    "saturated_stuck", "score_error", "calibration_error", "rank_correlation", "length_correlation",
+}  # fmt: skip
+OF_PAIRS = {
+    "logp_chosen", "logp_rejected", "pair_margin", "pair_accuracy", "implicit_reward_chosen",
+    "implicit_reward_rejected",
+}  # fmt: skip
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def row(kind: Kind, score: float, reward: float, **values: Any) -> tuple[Any, ...]:
+    """One response, of 4 tokens at beta 0.1 unless `values` say otherwise."""
+    named = {"pair": -1, "tokens": 4, "logp": -10.0, "log_ratio": reward / 0.1, "shift": 0.0} | values
+    named |= {"kind": KINDS.index(kind), "score": score, "reward": reward}
+    assert ROW.names is not None
+    assert set(named) == set(ROW.names)
+    return tuple(named[name] for name in ROW.names)
+
+
+def table(*rows: tuple[Any, ...]) -> np.ndarray:
+    return np.array(list(rows), dtype=ROW)
+
+
+# ---- the table
+
+
+def batch_of_three() -> MicroBatch:
+    """A scored response of 2 tokens, and a pair of 3 and 1."""
+    talk = Sequence(np.arange(9, dtype=np.int32), (Response(4, 6, 0.25, "score", "a"),))
+    chosen = Sequence(np.arange(9, dtype=np.int32), (Response(1, 4, 0.9, "pair", "b", pair_id=5),))
+    rejected = Sequence(np.arange(9, dtype=np.int32), (Response(1, 2, 0.1, "pair", "c", pair_id=5),))
+    return micro_batch([talk, chosen, rejected])
+
+
+def values(*numbers: float) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def test_a_row_a_response() -> None:
+    """Kind, pair, score, tokens; log-probs; log-ratio and reward at beta 0.1; the shift apart."""
+    shifts_R = torch.tensor([0.5, 0.5, 0.5])
+    rows = response_rows(objective(), batch_of_three(), values(-3, -4, -5), values(-13, -2, -5), shifts_R)
+    assert rows.dtype == ROW
+    assert rows["kind"].tolist() == [1, 3, 3]
+    assert rows["pair"].tolist() == [-1, 5, 5]
+    assert rows["score"].tolist() == [0.25, 0.9, 0.1]
+    assert rows["tokens"].tolist() == [2.0, 3.0, 1.0]
+    assert rows["logp"].tolist() == [-3.0, -4.0, -5.0]
+    assert rows["log_ratio"].tolist() == [10.0, -2.0, 0.0]
+    assert rows["reward"].tolist() == pytest.approx([1.0, -0.2, 0.0])
+    assert rows["shift"].tolist() == [0.5] * 3
+    assert implicit_scores(rows).tolist() == pytest.approx([sigmoid(0.5), sigmoid(-0.7), sigmoid(-0.5)])
+
+
+def test_rows_of_lengths_normalised_rewards() -> None:
+    """The reward is beta times the log-ratio a token, 0.1 x 10 / 2; the log-ratio stays the sum."""
+    uft = objective(length_normalized=True)
+    rows = response_rows(uft, batch_of_three(), values(-3, -4, -5), values(-13, -2, -5), None)
+    assert rows["reward"].tolist() == pytest.approx([0.5, -0.2 / 3, 0.0])
+    assert rows["log_ratio"].tolist() == [10.0, -2.0, 0.0]
+
+
+def test_rows_without_a_reference() -> None:
+    """Nothing is known of log-ratios: NaN, and no shift."""
+    rows = response_rows(objective("simpo"), batch_of_three(), values(-3, -4, -5), None, None)
+    assert np.isnan(rows["log_ratio"]).all()
+    assert np.isnan(rows["reward"]).all()
+    assert rows["shift"].tolist() == [0.0] * 3
+    assert rows["logp"].tolist() == [-3.0, -4.0, -5.0]
+
+
+def test_no_rows_of_an_empty_micro_batch() -> None:
+    """A rank with nothing left gives an empty table, which others' may be joined to; nothing is said of it."""
+    rows = response_rows(objective(), micro_batch([]), values(), values(), torch.zeros(0))
+    assert rows.shape == (0,)
+    assert len(np.concatenate([rows, table(row("score", 0.5, 1.0))])) == 1
+    assert health(rows) == {}
+
+
+@pytest.mark.parametrize("reward", [-800.0, -3.0, 0.0, 0.1, 800.0])
+def test_implicit_scores_by_the_formula(reward: float) -> None:
+    """1 / (1 + e^-(r - shift)), without overflow."""
+    found = implicit_scores(table(row("score", 0.5, reward, shift=0.25)))
+    assert found.tolist() == pytest.approx([sigmoid(reward - 0.25) if abs(reward) < 100 else float(reward > 0)])
+
+
+# ---- the table as CSV
+
+
+MIXED_TABLE = table(
+    row("instruction", 1.0, 1.2345678901234, shift=-0.5),
+    row("pair", 0.9, 0.25, pair=0, tokens=17, logp=-1234.5678901, log_ratio=2.5),
+    row("pair", 0.0, -1e-7, pair=0),
+    row("binary", 0.0, NAN, log_ratio=NAN, logp=-3.0),
+)
+
+
+def test_rows_as_csv_can_be_read_by_anyone(tmp_path: Path) -> None:
+    """Kinds by name, nine digits, no pair and no number as nothing; the columns are named as the metrics."""
+    write_rows(tmp_path / "rows.csv", MIXED_TABLE)
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert list(lines[0]) == [
+        "kind", "pair", "score", "implicit_score", "implicit_reward", "reward_shift", "log_ratio", "logp", "tokens",
+    ]  # fmt: skip
+    assert [line["kind"] for line in lines] == ["instruction", "pair", "pair", "binary"]
+    assert [line["pair"] for line in lines] == ["", "0", "0", ""]
+    assert [line["tokens"] for line in lines] == ["4", "17", "4", "4"]
+    assert lines[0]["implicit_reward"] == "1.23456789"
+    assert lines[0]["implicit_score"] == f"{sigmoid(1.2345678901234 + 0.5):.9g}"
+    assert lines[1]["logp"] == "-1234.56789"
+    assert [lines[3][name] for name in ("implicit_score", "implicit_reward", "log_ratio")] == ["", "", ""]
+    assert lines[3]["logp"] == "-3"
+
+
+def test_rows_come_back_from_csv(tmp_path: Path) -> None:
+    """To nine digits, with the numbers that there were none of; the health is the same."""
+    write_rows(tmp_path / "rows.csv", MIXED_TABLE)
+    found = read_rows(tmp_path / "rows.csv")
+    assert found.dtype == ROW
+    for name in ROW.names or ():
+        np.testing.assert_allclose(found[name], MIXED_TABLE[name], rtol=1e-8, err_msg=name)
+    assert health(found) == pytest.approx(health(MIXED_TABLE), rel=1e-7, nan_ok=True)
+    write_rows(tmp_path / "empty.csv", MIXED_TABLE[:0])
+    assert len(read_rows(tmp_path / "empty.csv")) == 0
+
+
+# ---- health of responses
+
+
+def test_health_by_hand() -> None:
+    """Four scored responses with rewards 2, 1, 0, -1, a shift of 1, and 8, 2, 4, 2 tokens.
+
+    Implicit scores sigmoid(1, 0, -1, -2); log-ratios 20, 10, 0, -10.
+    """
+    given_scores, tokens, rewards = [1.0, 0.5, 0.75, 0.0], [8, 2, 4, 2], [2.0, 1.0, 0.0, -1.0]
+    rows = table(
+        *(
+            row("score", s, r, tokens=t, shift=1.0, logp=-t)
+            for s, t, r in zip(given_scores, tokens, rewards, strict=True)
+        )
+    )
+    found = health(rows)
+    scores = [sigmoid(x) for x in (1, 0, -1, -2)]
+    assert found == {
+        "responses/score": 4.0,
+        "response_tokens/score": 4.0,
+        "implicit_reward/score": pytest.approx(0.5),
+        "implicit_score/score": pytest.approx(sum(scores) / 4),
+        "log_ratio/score": pytest.approx(5.0),
+        "log_ratio_per_token/score": pytest.approx((2.5 + 5 + 0 - 5) / 4),
+        "saturated/score": 0.0,
+        "saturated_fitted/score": 0.0,
+        "saturated_stuck/score": 0.0,
+        "score_error/score": pytest.approx(sum(abs(a - b) for a, b in zip(scores, given_scores, strict=True)) / 4),
+        # Each in a bin of its own: 7, 5, 2, 1.
+        "calibration_error/score": pytest.approx(
+            sum(abs(a - b) for a, b in zip(scores, given_scores, strict=True)) / 4
+        ),
+        # Ranks 4, 3, 2, 1 against 4, 2, 3, 1: 1 - 6 (1 + 1) / (4 (16 - 1)).
+        "rank_correlation/score": pytest.approx(0.8),
+        # Ranks 4, 3, 2, 1 against 4, 1.5, 3, 1.5: centred 1.5, 0.5, -0.5, -1.5 and 1.5, -1, 0.5, -1.
+        "length_correlation/score": pytest.approx((2.25 - 0.5 - 0.25 + 1.5) / math.sqrt(5 * 4.5)),
+    }
+
+
+def test_kinds_have_their_own_health() -> None:
+    """Each under its name; kinds without responses have no entry."""
+    found = health(table(row("instruction", 1.0, 3.0), row("binary", 0.0, -1.0), row("instruction", 1.0, 5.0)))
+    assert {name.split("/")[1] for name in found} == {"instruction", "binary"}
+    assert found["implicit_reward/instruction"] == 4.0
+    assert found["implicit_reward/binary"] == -1.0
+    assert found["responses/instruction"] == 2.0
+
+
+@pytest.mark.parametrize(("size", "saturated"), [(5.9, 0), (5.986, 0), (5.987, 1), (6.1, 1)])
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_saturated_means_under_one_percent_of_the_largest_slope(size: float, saturated: int, sign: float) -> None:
+    """s (1 - s) = 0.0025 at |r - shift| = 5.9864, whatever the reward itself is."""
+    assert sigmoid(5.9864) * sigmoid(-5.9864) == pytest.approx(0.0025, rel=1e-4)
+    for shift in (0.0, 2.0):
+        found = health(table(row("score", 0.5, sign * size + shift, shift=shift)))
+        assert found["saturated/score"] == saturated
+        assert found["saturated_stuck/score"] == saturated, "0.998 is far from 0.5"
+        assert found["saturated_fitted/score"] == 0
+
+
+def test_saturated_ones_are_fitted_or_stuck() -> None:
+    """Implicit scores of 0.99966 and 0.00034 against 1, 0.91, 0.89, 0 and 0.2: within 0.1 is fitted."""
+    rewards_and_scores = [(8.0, 1.0), (8.0, 0.91), (8.0, 0.89), (-8.0, 0.0), (-8.0, 0.2), (-8.0, 1.0), (0.0, 0.0)]
+    found = health(table(*(row("score", score, reward) for reward, score in rewards_and_scores)))
+    assert found["saturated/score"] == pytest.approx(6 / 7)
+    assert found["saturated_fitted/score"] == pytest.approx(3 / 7)
+    assert found["saturated_stuck/score"] == pytest.approx(3 / 7)
+
+
+def test_rows_without_a_reference_have_no_rewards() -> None:
+    """Supervised fine-tuning: how many responses of how many tokens, and no name that would be NaN."""
+    found = health(table(*(row("instruction", 1.0, NAN, log_ratio=NAN, tokens=tokens) for tokens in (2, 4))))
+    assert found == {"responses/instruction": 2.0, "response_tokens/instruction": 3.0}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_name_is_there(kind: Kind) -> None:
+    """Of four responses that differ, in two pairs, none is missing."""
+    rows = table(*(row(kind, s, s - 0.3, pair=n // 2, tokens=n + 1) for n, s in enumerate([1.0, 0.2, 0.7, 0.1])))
+    expected = {"responses", "response_tokens"} | OF_THE_REFERENCE | OF_PAIRS
+    assert set(health(rows)) == {f"{name}/{kind}" for name in expected}
+
+
+@pytest.mark.parametrize("broken", ["log_ratio", "reward", "shift", "logp", "all"])
+@pytest.mark.parametrize("number", [0, slice(None)], ids=["one row", "all rows"])
+def test_numbers_that_are_none_do_not_end_the_run(broken: str, number: int | slice) -> None:
+    """A run that went wrong must say so, not stop in its telemetry: NaN stays NaN, and nothing is raised or warned."""
+    rows = table(*(row("pair", s, s, pair=n // 2, tokens=n + 1) for n, s in enumerate([1.0, 0.2, 0.7, 0.1])))
+    for name in ("log_ratio", "reward", "shift", "logp") if broken == "all" else (broken,):
+        rows[name][number] = NAN
+    found = health(rows)
+    assert found["responses/pair"] == 4.0
+    if broken in ("reward", "all") and number == 0:
+        assert math.isnan(found["implicit_reward/pair"])
+        assert math.isnan(found["calibration_error/pair"])
+        assert math.isnan(found["pair_accuracy/pair"])
+        assert "rank_correlation/pair" not in found
+
+
+# ---- calibration
+
+
+def test_calibration_by_hand() -> None:
+    """Bins of a tenth: 0.05 and 0.08 against 0 and 1, 0.3 against 0.4, 0.95 and 1.0 against 0.9 and 1.
+
+    |0.065 - 0.5| = 0.435 for two, 0.1 for one, |0.975 - 0.95| = 0.025 for two: (0.87 + 0.1 + 0.05) / 5 = 0.204.
+    """
+    scores, given_scores = np.array([0.95, 0.05, 0.3, 0.08, 1.0]), np.array([0.9, 0.0, 0.4, 1.0, 1.0])
+    bins = calibration(scores, given_scores)
+    assert [number for number, _, _ in bins] == [2, 1, 2]
+    assert [(implicit, true) for _, implicit, true in bins] == [
+        pytest.approx(pair) for pair in ((0.065, 0.5), (0.3, 0.4), (0.975, 0.95))
+    ]
+    assert calibration_error(scores, given_scores) == pytest.approx(0.204)
+
+
+def test_calibration_is_about_means() -> None:
+    """Half of what is called 0.75 is good 3 times of 4: error 0, though no single score is met."""
+    assert calibration_error(np.full(8, 0.75), np.array([1.0, 1, 1, 0, 1, 0, 1, 1])) == 0.0
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=40))
+@settings(max_examples=50, deadline=None)
+def test_calibration_counts_every_response(pairs: list[tuple[float, float]]) -> None:
+    """Bins hold all responses, none is empty, and the error is at most the mean score error."""
+    scores, given_scores = np.array(pairs).T
+    bins = calibration(scores, given_scores)
+    assert sum(number for number, _, _ in bins) == len(pairs)
+    assert calibration_error(scores, given_scores) <= np.abs(scores - given_scores).mean() + 1e-12
+    assert len(bins) == len({min(int(score * 10), 9) for score in scores})
+
+
+# ---- rank correlation
+
+
+def ranks(numbers: list[float]) -> list[float]:
+    """By counting: those below, and the middle of those equal."""
+    return [sum(x < y for x in numbers) + (sum(x == y for x in numbers) + 1) / 2 for y in numbers]
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "expected"),
+    [
+        ([1, 2, 3], [10, 200, 3000], 1.0),
+        ([1, 2, 3], [3, 2, -5], -1.0),
+        ([1, 2, 3, 4], [1, 3, 2, 4], 0.8),  # 1 - 6 x 2 / (4 x 15)
+        ([1, 2, 2, 3], [1, 2, 3, 4], 4.5 / math.sqrt(4.5 * 5)),  # ranks 1, 2.5, 2.5, 4
+        ([0, 0, 1, 1], [0, 1, 0, 1], 0.0),
+    ],
+)
+def test_rank_correlation_by_hand(left: list[float], right: list[float], expected: float) -> None:
+    """Only the order counts; equal values share the mean of their ranks."""
+    assert rank_correlation(np.array(left), np.array(right)) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [([], []), ([1.0], [2.0]), ([1.0, 2.0], [1.0, 2.0]), ([1.0] * 5, [1.0, 2, 3, 4, 5]), ([1.0, 2, 3], [0.5] * 3)],
+)
+def test_what_has_no_rank_correlation(left: list[float], right: list[float]) -> None:
+    """Fewer than three responses, or all equal on one side: instruction data, whose scores are all 1."""
+    assert rank_correlation(np.array(left), np.array(right)) is None
+
+
+def test_what_has_no_order_has_no_rank_correlation() -> None:
+    """NaN and infinite values are no order."""
+    for bad in (NAN, math.inf):
+        assert rank_correlation(np.array([1.0, bad, 3.0]), np.arange(3.0)) is None
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=3, max_size=30))
+@settings(max_examples=100, deadline=None)
+def test_rank_correlation_is_pearsons_of_ranks(pairs: list[tuple[int, int]]) -> None:
+    """Against ranks by counting and the standard library's correlation; many equal values."""
+    left, right = ([float(x) for x in side] for side in zip(*pairs, strict=True))
+    found = rank_correlation(np.array(left), np.array(right))
+    if len(set(left)) == 1 or len(set(right)) == 1:
+        assert found is None
+    else:
+        assert found == pytest.approx(statistics.correlation(ranks(left), ranks(right)), abs=1e-12)
+
+
+# ---- pairs
+
+
+def two_sides(number: int, chosen: float, rejected: float, **options: Any) -> list[tuple[Any, ...]]:
+    return [row("pair", 1.0, chosen, pair=number, **options), row("pair", 0.0, rejected, pair=number, **options)]
+
+
+def test_pairs_by_hand() -> None:
+    """Margins 2, 0, -1 and 3: mean 1, right 1 + 1/2 + 0 + 1 of 4. A shift moves both sides: no part of a margin."""
+    rows = table(
+        *two_sides(0, 1.5, -0.5), *two_sides(1, 0.0, 0.0), *two_sides(2, -2.0, -1.0), *two_sides(3, 4.0, 1.0, shift=9.0)
+    )
+    rows["logp"] = [-1, -2, -3, -4, -5, -6, -7, -8]
+    found = health(rows)
+    assert found["pair_margin/pair"] == 1.0
+    assert found["pair_accuracy/pair"] == 0.625
+    assert found["implicit_reward_chosen/pair"] == pytest.approx((1.5 + 0 - 2 + 4) / 4)
+    assert found["implicit_reward_rejected/pair"] == pytest.approx((-0.5 + 0 - 1 + 1) / 4)
+    assert (found["logp_chosen/pair"], found["logp_rejected/pair"]) == (-4.0, -5.0)
+
+
+def test_before_the_first_step_half_the_pairs_are_right() -> None:
+    """Every margin is exactly 0: neither right nor wrong."""
+    assert health(table(*two_sides(0, 0.0, 0.0), *two_sides(1, 0.0, 0.0)))["pair_accuracy/pair"] == 0.5
+
+
+def test_pairs_without_a_reference() -> None:
+    """The log-prob a token decides: -4 nats on 4 tokens against -3 on 1; -9 on 3 against -4 on 4. No rewards."""
+    rows = table(*two_sides(0, NAN, NAN, log_ratio=NAN), *two_sides(1, NAN, NAN, log_ratio=NAN))
+    rows["logp"], rows["tokens"] = [-4, -3, -9, -4], [4, 1, 3, 4]
+    found = health(rows)
+    assert found == {
+        "responses/pair": 4.0,
+        "response_tokens/pair": 3.0,
+        "logp_chosen/pair": -6.5,
+        "logp_rejected/pair": -3.5,
+        "pair_accuracy/pair": 0.5,
+    }
+
+
+@given(order=st.permutations(range(7)), cut=st.integers(0, 7))
+@settings(max_examples=50, deadline=None)
+def test_sides_are_found_in_any_order(order: list[int], cut: int) -> None:
+    """Five pairs, a side that lost its other one, and a single response, in the tables of two ranks: five pairs."""
+    units = [table(*two_sides(3 * n, n + 0.5, -n)) for n in range(5)]
+    units += [table(row("pair", 1.0, 99.0, pair=100)), table(row("pair", 1.0, 98.0))]
+    ranks_of = [[units[i] for i in part] for part in (order[:cut], order[cut:])]
+    rows = np.concatenate([np.concatenate([units[0][:0], *part]) for part in ranks_of])
+    chosen, rejected = sides(rows)
+    assert chosen["pair"].tolist() == rejected["pair"].tolist() == [0, 3, 6, 9, 12]
+    assert chosen["reward"].tolist() == [0.5, 1.5, 2.5, 3.5, 4.5]
+    assert rejected["reward"].tolist() == [0.0, -1.0, -2.0, -3.0, -4.0]
+
+
+def test_no_pairs_no_sides() -> None:
+    """Empty tables and single responses: nothing, and no name of pairs."""
+    assert [len(side) for side in sides(table(row("score", 1.0, 1.0))[:0])] == [0, 0]
+    assert [len(side) for side in sides(table(row("score", 1.0, 1.0)))] == [0, 0]
+    assert not any(name.split("/")[0] in OF_PAIRS for name in health(table(row("pair", 1.0, 1.0))))
+
+
+# ---- the metrics of a step
+
+
+def single(kind: Kind, score: float, num_tokens: int, pair_id: int | None = None) -> Sequence:
+    response = Response(1, 1 + num_tokens, score, kind, kind, pair_id)
+    return Sequence(np.arange(1 + num_tokens, dtype=np.int32), (response,))
+
+
+def metrics_of(
+    uft: Objective, sequences: list[Sequence], logps: list[float], reference: list[float] | None
+) -> tuple[float, dict[str, float]]:
+    """The loss of a step that is one micro-batch, and its metrics."""
+    batch = micro_batch(sequences)
+    logps_R, reference_R = values(*logps), None if reference is None else values(*reference)
+    loss, sums = micro_batch_loss(uft, batch, count_terms(uft, batch.responses), logps_R, reference_R)
+    rows = response_rows(uft, batch, logps_R, reference_R, None)
+    return loss.item(), step_metrics(uft, loss.item(), sums, rows)
+
+
+def test_metrics_of_a_step_by_hand() -> None:
+    """One loss a kind: its mean over responses under `loss/KIND` alone; the step's loss is the mean over all three."""
+    sequences = [single("instruction", 1.0, 1), single("score", 0.5, 2), single("instruction", 1.0, 3)]
+    loss, metrics = metrics_of(objective("mse"), sequences, [80.0, 10.0, -70.0], [0.0, 0.0, 0.0])
+    assert metrics["loss"] == loss
+    of_instruction = [(sigmoid(8) - 1) ** 2, (sigmoid(-7) - 1) ** 2]
+    assert metrics["loss/instruction"] == pytest.approx(sum(of_instruction) / 2)
+    assert metrics["loss/score"] == pytest.approx((sigmoid(1.0) - 0.5) ** 2)
+    assert loss == pytest.approx((sum(of_instruction) + metrics["loss/score"]) / 3)
+    assert metrics["log_ratio/instruction"] == pytest.approx(5.0)
+    assert metrics["implicit_reward/score"] == pytest.approx(1.0)
+    assert metrics["implicit_score/score"] == pytest.approx(sigmoid(1.0))
+    assert metrics["response_tokens/instruction"] == 2.0
+    assert metrics["saturated_stuck/instruction"] == 0.5
+    assert not any(name.startswith("loss/") and name.count("/") > 1 for name in metrics)
+    assert not any("/binary" in name or "/pair" in name for name in metrics)
+
+
+def test_a_kinds_losses_are_summed_and_shown() -> None:
+    """Pairs under {dpo: 2, nll: 0.5}, with a kind's weight of 3 that stays out of it.
+
+    D = 0.1 (6 - 2) = 0.4; nll 8 nats on 4 tokens: 2 a token. loss/pair = 2 x dpo + 0.5 x 2.
+    """
+    of = KindObjective({"dpo": 2.0, "nll": 0.5}, weight=3.0, beta=0.1)
+    uft = Objective({**dict.fromkeys(KINDS, KindObjective({"mse": 1.0})), "pair": of})
+    sequences = [single("pair", 1.0, 4, pair_id=0), single("pair", 0.0, 2, pair_id=0)]
+    loss, metrics = metrics_of(uft, sequences, [-8.0, -3.0], [-14.0, -5.0])
+    dpo = math.log1p(math.exp(-0.4))
+    assert metrics["loss/pair/dpo"] == pytest.approx(dpo)
+    assert metrics["loss/pair/nll"] == pytest.approx(2.0)
+    assert metrics["loss/pair"] == pytest.approx(2 * dpo + 1.0)
+    assert loss == metrics["loss"] == pytest.approx(3 * (2 * dpo + 1.0))
+    assert metrics["pair_margin/pair"] == pytest.approx(0.4)
+    assert metrics["pair_accuracy/pair"] == 1.0
+
+
+def test_a_loss_without_terms_is_not_named() -> None:
+    """Bad labels alone under {bce, nll}: nothing is imitated, so the sum is bce's and stands alone."""
+    of = KindObjective({"bce": 1.0, "nll": 0.5}, beta=0.1)
+    uft = Objective(dict.fromkeys(KINDS, of))
+    _, metrics = metrics_of(uft, [single("binary", 0.0, 2)], [-3.0], [-3.0])
+    assert metrics["loss/binary"] == pytest.approx(math.log(2))
+    assert not any(name.startswith("loss/binary/") for name in metrics)
+
+
+def test_loss_of_nll_is_reported_as_a_mean_over_tokens() -> None:
+    """Instruction responses of 1 and 3 tokens with 1 and 9 nats: 10 / 4, not the mean of 1 and 9; no rewards."""
+    sequences = [single("instruction", 1.0, 1), single("instruction", 1.0, 3), single("score", 1.0, 2)]
+    loss, metrics = metrics_of(objective("nll"), sequences, [-1.0, -9.0, 0.0], None)
+    assert metrics["loss/instruction"] == pytest.approx(2.5)
+    assert loss == pytest.approx(10 / 6)
+    assert not any("log_ratio" in name or "implicit" in name or "saturated" in name for name in metrics)
+
+
+def test_sums_of_ranks_may_be_added() -> None:
+    """Two halves' sums give the whole's means: numbers are added, never means."""
+    uft, sequences = objective("l1"), [single("score", s, 1) for s in (0.1, 0.5, 0.8)]
+    parts = []
+    for part, logps in ((sequences[:2], values(4.0, -3.0)), (sequences[2:], values(1.0))):
+        _, sums = micro_batch_loss(uft, micro_batch(part), {"l1": 3}, logps, torch.zeros_like(logps))
+        assert sums.shape == (2, len(KINDS), len(LOSSES))
+        parts.append(sums)
+    _, whole = metrics_of(uft, sequences, [4.0, -3.0, 1.0], [0.0, 0.0, 0.0])
+    metrics = step_metrics(uft, whole["loss"], parts[0] + parts[1], table())
+    assert metrics["loss/score"] == pytest.approx(whole["loss/score"])
+    assert set(metrics) == {"loss", "loss/score"}
