@@ -75,7 +75,11 @@ class Trainer:
         if code in _RAISED:
             raise _RAISED[code]
         if code == 0:
-            lines = [{"step": 1, "loss": 1.0, "held_out/loss": 0.5}, {"step": 2, "loss": recipe.train.lr, "x": None}]
+            lines = [
+                {"step": 1, "loss": 1.0, "seconds": 4.0},
+                {"step": 2, "loss": recipe.train.lr, "seconds": 3.0},
+                {"step": 2, "held_out/loss": 0.5, "x": None},
+            ]
             folder.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
             folder.done.touch()
         return folder.path, Status(code, "")
@@ -288,6 +292,7 @@ def test_the_table_holds_every_run_and_every_metric() -> None:
     assert [row["status"] for row in rows] == ["failed", "skipped", "done"] * 2
     assert [row["loss"] for row in rows] == ["", "", "0.0001", "", "", "3e-05"]
     assert {row["held_out/loss"] for row in rows} == {"", "0.5"}
+    assert [row["seconds"] for row in rows] == ["0", "0", "7"] * 2, "of all steps"
     assert [row["train.lr"] for row in rows] == ["0.0001"] * 3 + ["3e-05"] * 3
 
 

@@ -157,7 +157,7 @@ def last_values(folder: RunFolder) -> dict[str, float]:
 def write_table(sweep: Sweep, results: list[Result]) -> None:
     """One row a run: the grid's values, how it ended, and every metric."""
     keys = [key for key, _ in sweep.runs[0].values]
-    names = sorted({name for result in results for name in result.metrics})
+    names = sorted({name for result in results for name in result.metrics} - {"step", "seconds"})
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["run", "stage", *keys, "status", "seconds", *names])
