@@ -343,7 +343,14 @@ def test_the_objective_is_what_the_recipe_says(minimal: str) -> None:
             "objective.loss.pair: {'dpo': 0.0} given, expected losses with weights above 0",
         ),
         ("objective.loss={pair: {}}", "objective.loss.pair: {} given"),
-        ("objective.loss={pair: {orpo: 1}}", "objective.loss: unknown name 'orpo'"),
+        ("objective.loss={pair: {orpo: 1}}", "unknown name 'orpo'; here it is {nll: 1, odds_ratio: 0.1} in a map"),
+        ("objective.loss=kto", "objective.loss: unknown name 'kto'; here it is l1 with reward_shift: kl"),
+        ("objective.loss=BCO", "objective.loss: unknown name 'BCO'; here it is bce with reward_shift: ema"),
+        ("objective.weights=0", "objective.weights: 0 given: nothing would be learned"),
+        (
+            "objective={beta: 0.3}",
+            "it would replace all of objective; give its keys one by one, such as objective.beta=",
+        ),
         (
             "objective.loss=ipo",
             "objective.beta: not given: the default 0.01 is per nat, ipo takes one per nat a token",
@@ -380,7 +387,7 @@ def test_the_objective_is_what_the_recipe_says(minimal: str) -> None:
 )
 def test_an_objective_that_cannot_be_is_refused(minimal: str, overrides: str, message: str) -> None:
     """A key that would change nothing, or a default that would be far off, is no run."""
-    assert message in refusal(minimal, *re.split(r" (?=objective)", overrides))
+    assert message in refusal(minimal, *re.split(r" (?=objective\b)", overrides))
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,11 @@ def test_a_bad_sweep_is_refused_before_anything_runs(changes: dict[str, Any], me
         ({}, ("train={seed: 7}",), "the grid varies train.lr"),
         ({}, ("name=x",), "override 'name=x': the sweep decides it"),
         ({"grid": {"output": ["a", "b"]}}, (), "grid: output: the sweep decides it"),
+        (
+            {"runs": [{"name": "a", "recipe": "toy.yaml", "set": {"train.lr": 1e-3}}]},
+            (),
+            "runs: a: set: train.lr: the grid varies train.lr for every run",
+        ),
         ({"set": {"reference.adapter": "other"}}, (), "set: reference.adapter: the sweep decides it"),
     ],
 )

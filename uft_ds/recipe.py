@@ -300,6 +300,8 @@ def _impossible(recipe: Recipe) -> list[tuple[str, str]]:
                 found.append((f"{prefix}.{index}.format", unknown_name(source.format, format_names())))
             found += [(f"{prefix}.{index}.{key}", problem) for key, problem in _impossible_portion(source, prefix)]
     found += [(f"objective.{key}", problem) for key, problem in _impossible_objective(objective)]
+    if objective.weights == 0:
+        found.append(("objective.weights", "0 given: nothing would be learned"))
     weights = objective.weights if isinstance(objective.weights, dict) else {"instruction": objective.weights}
     for kind, weight in weights.items():
         if kind not in KINDS:
@@ -326,7 +328,7 @@ def _impossible_objective(objective: ObjectiveSection) -> list[tuple[str, str]]:
     for kind, loss in given.items():
         names = [loss] if isinstance(loss, str) else list(loss)
         known = LOSS_NAMES if isinstance(loss, str) else LOSSES
-        found += [("loss", unknown_name(name, known)) for name in names if name not in known]
+        found += [("loss", _unknown_loss(name, known)) for name in names if name not in known]
         if any(name not in known for name in names):
             continue
         weights = expanded(loss)
@@ -356,6 +358,31 @@ def _impossible_objective(objective: ObjectiveSection) -> list[tuple[str, str]]:
         found.append(("length_normalized", "true given, but cpo compares sums over tokens; take simpo"))
     return found
 
+
+def _unknown_loss(name: str, known: tuple[str, ...]) -> str:
+    ours = _ELSEWHERE.get(name.lower())
+    return f"unknown name {name!r}; here it is {ours}" if ours else unknown_name(name, known)
+
+
+_ELSEWHERE = {
+    "kto": "l1 with reward_shift: kl",
+    "bco": "bce with reward_shift: ema",
+    "bco_pair": "bce, at twice the weight",
+    "apo_zero": "l1, at twice the weight",
+    "apo_zero_unpaired": "l1",
+    "sppo_hard": "raw",
+    "sppo": "raw",
+    "sigmoid": "dpo",
+    "sigmoid_norm": "dpo with length_normalized: true",
+    "sft": "nll",
+    "uft": "mse",
+    "una": "mse",
+    "slic": "hinge",
+    "rpo": "{dpo: 1, nll: 1} as TRL has it, or rpo_sq, rpo_fwd, rpo_bwd as NVIDIA has it",
+    "mpo": "{dpo: 0.8, bce: 0.4, nll: 1.0}",
+    **{name: f"{{{', '.join(f'{k}: {v:g}' for k, v in sums.items())}}} in a map" for name, sums in PRESETS.items()},
+}
+"""Names of other stacks and papers, and those that stand for sums."""
 
 _READ_BY: dict[str, set[str]] = {
     "label_smoothing": {"cdpo", "robust"},

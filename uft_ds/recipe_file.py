@@ -103,6 +103,12 @@ def _apply_override(tree: Any, override: str) -> None:
         else:
             raise UserError(f"override {override!r}: {where}: its parent is {node!r} and has no keys")
         if depth == len(parents):
+            if depth == 0 and isinstance(value, dict) and isinstance(node.get(index), dict):
+                given = next(iter(value), "key")
+                raise UserError(
+                    f"override {override!r}: it would replace all of {index}; give its keys one by one, such as "
+                    f"{index}.{given}=..."
+                )
             node[index] = value
         elif isinstance(node, dict):
             node = node.setdefault(index, {})

@@ -196,6 +196,10 @@ def _check_keys(section: SweepSection, overrides: tuple[str, ...], label: str) -
     for place, key in given.items():
         if any(_overlap(key, of_sweep) for of_sweep in owned):
             raise UserError(f"{label}: {place}: the sweep decides it, by each run's name and `after`")
+    for stage in section.runs:
+        for key, of_grid in itertools.product(stage.set, section.grid):
+            if _overlap(key, of_grid):
+                raise UserError(f"{label}: runs: {stage.name}: set: {key}: the grid varies {of_grid} for every run")
     for override in overrides:
         key = override.partition("=")[0]
         for of_grid in section.grid:
