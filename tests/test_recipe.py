@@ -348,8 +348,8 @@ def test_the_objective_is_what_the_recipe_says(minimal: str) -> None:
         ("objective.loss=BCO", "objective.loss: unknown name 'BCO'; here it is bce with reward_shift: ema"),
         ("objective.weights=0", "objective.weights: 0 given: nothing would be learned"),
         (
-            "objective={beta: 0.3}",
-            "it would replace all of objective; give its keys one by one, such as objective.beta=",
+            "data={max_length: 64}",
+            "it would replace all of data; give its keys one by one, such as data.max_length=",
         ),
         (
             "objective.loss=ipo",
