@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,7 +24,7 @@ from uft_ds.data.mixture import Steps, epoch_amounts, plan_steps
 from uft_ds.data.prepare import PreparedSource, open_source, prepare_source
 from uft_ds.data.store import write_sample
 from uft_ds.data.tokenize import load_tokenizer
-from uft_ds.data.tokenized import is_whole, quarantine_file
+from uft_ds.data.tokenized import is_whole
 from uft_ds.errors import UserError
 from uft_ds.files import write_atomically
 from uft_ds.model.identity import adapter_identity, base_identity
@@ -53,6 +53,15 @@ class PreparedData:
     @property
     def all(self) -> tuple[PreparedSource, ...]:
         return (*self.train, *self.held_out)
+
+    @cached_property
+    def epoch_amounts(self) -> list[float]:
+        """How many responses one epoch of the mixture takes of each training source, about.
+
+        Raises:
+            ValueError: the shares do not make a whole.
+        """
+        return epoch_amounts([source.ingredient for source in self.train])
 
 
 def prepare_data(
@@ -181,7 +190,7 @@ def _check_units_fit(recipe: Recipe, data: PreparedData) -> None:
 
 def _check_mixture(data: PreparedData) -> None:
     try:
-        epoch_amounts([source.ingredient for source in data.train])
+        _ = data.epoch_amounts
     except ValueError as error:
         raise UserError(f"data.sources: {error}") from None
 
@@ -234,7 +243,7 @@ def _write_prepared(
     write_sample(folder.sample_data(), [source.selection for source in (*data.held_out, *data.train)])
     if any(source.account.quarantined for source in data.all):
         with folder.quarantine().open("wb") as file:
-            for rejected in dict.fromkeys(quarantine_file(source.selection.store) for source in data.all):
+            for rejected in dict.fromkeys(source.quarantine_file for source in data.all):
                 file.write(rejected.read_bytes())
     write_atomically(folder.data_report(), json.dumps(data_report(data), indent=2) + "\n")
     if reference_content is not None:
@@ -268,9 +277,8 @@ def data_report(data: PreparedData) -> dict[str, list[dict[str, object]]]:
             "tokens_key": source.key,
         }
 
-    amounts = epoch_amounts([source.ingredient for source in data.train])
     return {
-        "train": [row(source, amount) for source, amount in zip(data.train, amounts, strict=True)],
+        "train": [row(source, amount) for source, amount in zip(data.train, data.epoch_amounts, strict=True)],
         "held_out": [row(source, source.selection.num_responses) for source in data.held_out],
     }
 

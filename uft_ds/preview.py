@@ -13,7 +13,7 @@ from rich.text import Text
 
 from uft_ds.data.chat_tokenizer import ChatTokenizer
 from uft_ds.data.example import Sequence
-from uft_ds.data.mixture import Steps, epoch_amounts
+from uft_ds.data.mixture import Steps
 from uft_ds.data.prepare import PreparedSource
 from uft_ds.prepare import PreparedData
 
@@ -60,9 +60,8 @@ def rendered(sequence: Sequence, chat: ChatTokenizer, *, full: bool) -> Text:
 def data_table(data: PreparedData) -> Table:
     """What a run takes of each source; left out: responses, and rows that gave none."""
     table = _table("", "data", "kind", "responses", "tokens", "per epoch", "left out")
-    amounts = epoch_amounts([source.ingredient for source in data.train])
     for part, sources, per_epoch in (
-        ("train", data.train, amounts),
+        ("train", data.train, data.epoch_amounts),
         ("held out", data.held_out, [None] * len(data.held_out)),
     ):
         for source, amount in zip(sources, per_epoch, strict=True):
@@ -101,8 +100,7 @@ def notes(data: PreparedData) -> Iterator[Text]:
         left_out, found = sum(source.account.dropped.values()), len(source.selection.store.responses)
         if left_out > _MUCH_LEFT_OUT * (left_out + found):
             yield Text(f"note: {source.label}: {left_out:,} of {left_out + found:,} responses are left out")
-    amounts = epoch_amounts([source.ingredient for source in data.train])
-    for source, amount in zip(data.train, amounts, strict=True):
+    for source, amount in zip(data.train, data.epoch_amounts, strict=True):
         passes = amount / source.selection.num_responses
         if passes > _MANY_PASSES:
             yield Text(f"note: {source.label}: an epoch goes {passes:.3g} times through its responses")
