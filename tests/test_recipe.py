@@ -141,6 +141,9 @@ def test_home_is_expanded_in_locations_only(minimal: str, monkeypatch: pytest.Mo
         ("train.sede=1", "train.sede: unknown key; did you mean 'seed'?"),
         ("lora.rnk=8", "lora.rnk: unknown key; did you mean 'rank'?"),
         ("data.sources.1.exmaples=8", "data.sources.1.exmaples: unknown key; did you mean 'examples'?"),
+        ("objective.gamma=2", "objective.gamma: unknown key; here it is objective.simpo_margin"),
+        ("train.learning_rate=1e-5", "train.learning_rate: unknown key; here it is train.lr"),
+        ("lora.foo=1", "lora.foo: unknown key; known here: rank, alpha, dropout, targets, dtype"),
         ("train.max-grad-norm=1", "train.max-grad-norm: unknown key; did you mean 'max_grad_norm'?"),
         ("my-key=1", "my-key: unknown key; known here: name, model,"),
         ("train.str=1", "train.str: unknown key; known here: examples_per_step,"),
@@ -180,7 +183,10 @@ def test_an_unknown_name_is_refused_with_the_nearest(minimal: str, override: str
         ("data.sources.0.score=2", "data.sources.0.score: 2 given"),
         ("data.sources=[]", "data.sources: [] given"),
         ("data.sources.0=x", "data.sources.0: 'x' given"),
-        ("launch.ranks=0", "launch.ranks: 0 given; input should be greater than 0"),
+        ("launch.ranks=0", "launch.ranks: 0 given; input should be 'auto', or greater than 0"),
+        ("data.sources.0.share=20%", "share: '20%' given; input should be a valid number, or a valid list"),
+        ("data.sources.0.share=[[0, 2], [1, 1]]", "data.sources.0.share.0.1: 2 given; input should be less"),
+        ("data.sources.0.score_map=[.nan, 0]", "data.sources.0.score_map.0: nan given; input should be a finite"),
         ("train.betas=[0.9]", "train.betas: [0.9] given"),
         ("train.betas=[0.9, 1.0]", "train.betas.1: 1.0 given"),
         ("lora.targets=[]", "lora.targets: [] given"),
@@ -343,6 +349,11 @@ def test_the_objective_is_what_the_recipe_says(minimal: str) -> None:
             "objective.loss.pair: {'dpo': 0.0} given, expected losses with weights above 0",
         ),
         ("objective.loss={pair: {}}", "objective.loss.pair: {} given"),
+        (
+            "objective.loss={dpo: 1, nll: 0.2}",
+            "objective.loss: {dpo: 1, nll: 0.2} given, without the kind that it is for; give it as {pair: {dpo: 1",
+        ),
+        ("objective.loss={instruction: cpo}", "objective.loss.instruction: 'cpo' needs pairs"),
         ("objective.loss={pair: {orpo: 1}}", "unknown name 'orpo'; here it is {nll: 1, odds_ratio: 0.1} in a map"),
         ("objective.loss=kto", "objective.loss: unknown name 'kto'; here it is l1 with reward_shift: kl"),
         ("objective.loss=BCO", "objective.loss: unknown name 'BCO'; here it is bce with reward_shift: ema"),
@@ -358,12 +369,17 @@ def test_the_objective_is_what_the_recipe_says(minimal: str) -> None:
         ("objective.loss=simpo", "objective.beta: not given"),
         ("objective.length_normalized=true", "objective.beta: not given"),
         ("objective.beta={paar: 1.0}", "objective.beta: unknown name 'paar'; did you mean 'pair'?"),
+        ("objective.beta={}", "objective.beta: {} given, expected a number or a map from kind"),
+        ("objective.beta_schedule=linear", "objective.beta_end: not given; beta_schedule: linear needs it"),
         ("objective.beta_end=0.5", "objective.beta_end: 0.5 given, but beta_schedule is constant"),
         ("objective.reward_shift=constant", "objective.reward_shift_value: not given"),
         (
             "objective.reward_shift=kl objective.loss=dpo",
             "objective.reward_shift: 'kl' given, but no loss is pointwise",
         ),
+        ("objective.reward_shift=kl train.examples_per_step=1", "objective.reward_shift: 'kl' compares the responses"),
+        ("objective.loss=cdpo objective.label_smoothing=0", "0 given, with which cdpo is dpo; take dpo"),
+        ("objective.loss=orpo objective.length_normalized=true", "objective.length_normalized: True given, but only"),
         ("objective.label_smoothing=0.5", "objective.label_smoothing: 0.5 given"),
         ("objective.label_smoothing=0.1", "label_smoothing: 0.1 given, but only cdpo, robust would use it"),
         ("objective.loss=cdpo", "objective.label_smoothing: not given; cdpo needs it"),
@@ -387,7 +403,7 @@ def test_the_objective_is_what_the_recipe_says(minimal: str) -> None:
 )
 def test_an_objective_that_cannot_be_is_refused(minimal: str, overrides: str, message: str) -> None:
     """A key that would change nothing, or a default that would be far off, is no run."""
-    assert message in refusal(minimal, *re.split(r" (?=objective\b)", overrides))
+    assert message in refusal(minimal, *re.split(r" (?=objective\b|train\b)", overrides))
 
 
 @pytest.mark.parametrize(
@@ -395,7 +411,10 @@ def test_an_objective_that_cannot_be_is_refused(minimal: str, overrides: str, me
     [
         ("objective.loss={}", "objective.loss: no loss for any kind"),
         ("objective.loss={instruction: nll, scor: mse}", "objective.loss: unknown name 'scor'; did you mean 'score'?"),
-        ("objective.loss={instruction: nll, score: msee}", "objective.loss: unknown name 'msee'; did you mean 'mse'?"),
+        (
+            "objective.loss={instruction: nll, score: msee}",
+            "objective.loss.score: unknown name 'msee'; did you mean 'mse'?",
+        ),
         ("objective.weights={scores: 1.0}", "objective.weights: unknown name 'scores'; did you mean 'score'?"),
         ("objective.weights={score: .nan}", "objective.weights: nan given, must be finite"),
         ("objective.weights=-1.0", "objective.weights: -1.0 given"),
@@ -487,3 +506,10 @@ def test_every_key_is_described() -> None:
     assert len(keys) == len(set(keys))
     undescribed = [key for key, _, meaning in rows if not meaning]
     assert undescribed == []
+
+
+def test_a_misspelt_kind_is_one_problem(minimal: str) -> None:
+    """Nothing is said of what would only follow from it."""
+    assert len(refusal(minimal, "objective.beta={paar: 1.0}", "objective.loss=ipo").splitlines()) == 1
+    assert len(refusal(minimal, "objective.loss={paar: mse, pair: ipo}").splitlines()) == 1
+    assert len(refusal(minimal, "data.sources.0.share=20%").splitlines()) == 1, "one line for a union's members"

@@ -162,17 +162,25 @@ def _check_no_source_twice(data: PreparedData) -> None:
 
 
 def _check_kinds(recipe: Recipe, data: PreparedData) -> None:
-    for source in data.all:
-        for kind in sorted(source.selection.kinds):
-            losses = set(recipe.losses_of(kind))
-            if not losses:
-                raise UserError(f"objective.loss: no loss for kind {kind!r}, which {source.label} holds")
-            of_pairs = sorted(losses & NEEDS_PAIRS)
-            if of_pairs and kind != "pair":
-                raise UserError(
-                    f"objective.loss: {of_pairs[0]!r} needs pairs, {source.label} holds responses of kind {kind!r}: "
-                    f"give a loss for each kind, such as {{pair: {of_pairs[0]}, {kind}: mse}}"
-                )
+    """Each kind of responses needs a loss, held-out ones too: they are evaluated with it."""
+    loss, problems = recipe.objective.loss, []
+    for part, sources in (("data.sources", data.train), ("data.held_out", data.held_out)):
+        for number, source in enumerate(sources):
+            holds = f"{part}.{number} {source.label} holds"
+            for kind in sorted(source.selection.kinds):
+                losses = recipe.losses_of(kind).keys()
+                of_pairs = [name for name in losses if name in NEEDS_PAIRS]
+                named = loss if isinstance(loss, str) else of_pairs[0] if of_pairs else ""
+                if not losses:
+                    needed = ", and evaluation needs one" if part == "data.held_out" else ""
+                    problems.append(f"no loss for kind {kind!r}, which {holds}{needed}")
+                elif of_pairs and kind != "pair":
+                    problems.append(
+                        f"{named!r} needs pairs, {holds} responses of kind {kind!r}: give a loss for each kind, as in "
+                        f"{{pair: {named}, {kind}: mse}}"
+                    )
+    if problems:
+        raise UserError("\n".join(f"objective.loss: {problem}" for problem in problems))
 
 
 def _check_units_fit(recipe: Recipe, data: PreparedData) -> None:

@@ -6,26 +6,23 @@ tree, and the loop its own section. `recipe_file.py` reads it from YAML.
 
 from __future__ import annotations
 
-import difflib
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from uft_ds.data.example import KINDS, Kind
+from uft_ds.data.example import Kind
 from uft_ds.data.formats import format_names
-from uft_ds.objectives.losses import A_TOKEN, LOSSES, NEEDS_PAIRS, POINTWISE, PRESETS, USES_BETA, expanded
+from uft_ds.names import unknown_name
+from uft_ds.objective_rules import DEFAULT_BETA, objective_problems, with_kinds
+from uft_ds.objectives.losses import expanded
 from uft_ds.objectives.reward_shift import ShiftName
-
-LOSS_NAMES = (*LOSSES, *PRESETS)
-DEFAULT_BETA = 0.01
-"""Per nat of the sum over a response's tokens: what the paper's sweep found best."""
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 UnitInterval = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
@@ -97,7 +94,7 @@ class SourceSection(Section):
     progress through the run from 0 to 1, shares linear in between."""
     score: UnitInterval | None = None
     """The score of rows that have none; null: 1 for instruction data."""
-    score_map: Literal["quantile"] | Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    score_map: Literal["quantile"] | Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)] | None = None
     """What becomes of the source's scores: [scale, offset], which must stay within 0 and 1; or quantile, the share of
     the source's responses that are scored lower (those scored alike count half)."""
     pairs: Literal["keep", "split"] = "keep"
@@ -129,12 +126,13 @@ class DataSection(Section):
 
 
 class ObjectiveSection(Section):
-    loss: str | dict[str, str | dict[str, float]] = "mse"
+    loss: Annotated[str | dict[str, str | dict[str, float]], BeforeValidator(with_kinds)] = "mse"
     """One name for all kinds, or a map from kind to a name, or to a map from names to weights: {pair: {dpo: 1, nll:
     0.2}}. Pointwise: mse (UFT), bce, l1, raw. Of pairs: dpo, cdpo, robust, ipo, hinge, rpo_sq, rpo_fwd, rpo_bwd, dpop;
     without reference simpo, orpo, cpo. Likelihood: nll (SFT), nll_sum."""
     beta: PositiveFloat | dict[str, PositiveFloat] = DEFAULT_BETA
-    """Implicit reward per nat of log-ratio: one value, or a map from kind."""
+    """Implicit reward per nat of log-ratio: one value, or a map from kind; a kind that it does not name has the
+    default."""
     beta_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How beta goes on over the run."""
     beta_end: PositiveFloat = 1.0
@@ -145,7 +143,7 @@ class ObjectiveSection(Section):
     """What is subtracted from the implicit rewards of pointwise losses. ema: their running mean (BCO). kl: what
     mismatched prompts and responses are rewarded with (KTO), at the cost of a forward pass of both streams.
     prompt_mean: the mean over the step's responses to the same prompt, at the cost of a forward pass."""
-    reward_shift_value: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    reward_shift_value: FiniteFloat = 0.0
     """The shift, of `reward_shift: constant`."""
     reward_shift_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """How much of the running mean stays from step to step, of `reward_shift: ema`."""
@@ -153,7 +151,7 @@ class ObjectiveSection(Section):
     """Weight of the losses: one value, or a map from kind; a kind that is not named has weight 1."""
     undesirable_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     """Weight of binary responses labelled false, against 1 for those labelled true (KTO)."""
-    label_smoothing: Annotated[float, Field(gt=0, lt=0.5)] | None = None
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] | None = None
     """How likely a preference is the wrong way round; cdpo and robust need it."""
     rpo_scale: PositiveFloat = 1.0
     """By what the difference of a pair's scores is multiplied; of rpo_sq, rpo_fwd and rpo_bwd."""
@@ -267,7 +265,7 @@ class Recipe(Section):
 def _impossible(recipe: Recipe) -> list[tuple[str, str]]:
     """(key, problem) of everything that no single field can know, unavailable options included."""
     found: list[tuple[str, str]] = []
-    data, train, objective = recipe.data, recipe.train, recipe.objective
+    data, train = recipe.data, recipe.train
     if data.max_length > train.tokens_per_micro_batch:
         found.append(
             (
@@ -299,15 +297,8 @@ def _impossible(recipe: Recipe) -> list[tuple[str, str]]:
             if source.format not in format_names():
                 found.append((f"{prefix}.{index}.format", unknown_name(source.format, format_names())))
             found += [(f"{prefix}.{index}.{key}", problem) for key, problem in _impossible_portion(source, prefix)]
-    found += [(f"objective.{key}", problem) for key, problem in _impossible_objective(objective)]
-    if objective.weights == 0:
-        found.append(("objective.weights", "0 given: nothing would be learned"))
-    weights = objective.weights if isinstance(objective.weights, dict) else {"instruction": objective.weights}
-    for kind, weight in weights.items():
-        if kind not in KINDS:
-            found.append(("objective.weights", unknown_name(kind, KINDS)))
-        if not (math.isfinite(weight) and weight >= 0):
-            found.append(("objective.weights", f"{weight} given, must be finite and >= 0"))
+    of_objective = objective_problems(recipe.objective, examples_per_step=train.examples_per_step)
+    found += [(f"objective.{key}", problem) for key, problem in of_objective]
     return found + [
         (key, f"{'null' if given is None else repr(given)} is not available in this version; use {instead}")
         for key, given, unavailable, instead in (
@@ -315,110 +306,6 @@ def _impossible(recipe: Recipe) -> list[tuple[str, str]]:
         )
         if unavailable
     ]
-
-
-def _impossible_objective(objective: ObjectiveSection) -> list[tuple[str, str]]:
-    """(key, problem) of losses that cannot be, or that do not go with the other keys."""
-    found: list[tuple[str, str]] = []
-    given = objective.loss if isinstance(objective.loss, dict) else {"pair": objective.loss}
-    if not given:
-        found.append(("loss", "no loss for any kind"))
-    found += [("loss", unknown_name(kind, KINDS)) for kind in given if kind not in KINDS]
-    used: set[str] = set()
-    for kind, loss in given.items():
-        names = [loss] if isinstance(loss, str) else list(loss)
-        known = LOSS_NAMES if isinstance(loss, str) else LOSSES
-        found += [("loss", _unknown_loss(name, known)) for name in names if name not in known]
-        if any(name not in known for name in names):
-            continue
-        weights = expanded(loss)
-        used.update(weights)
-        if not weights or not all(math.isfinite(weight) and weight > 0 for weight in weights.values()):
-            found.append((f"loss.{kind}", f"{dict(weights)} given, expected losses with weights above 0"))
-        if kind != "pair" and NEEDS_PAIRS & set(weights):
-            found.append((f"loss.{kind}", f"{sorted(NEEDS_PAIRS & set(weights))[0]!r} needs pairs"))
-    found += [("beta", problem) for problem in _impossible_betas(objective, given)]
-    if objective.beta_end != 1.0 and objective.beta_schedule == "constant":
-        found.append(("beta_end", f"{objective.beta_end} given, but beta_schedule is constant; take linear or cosine"))
-    if objective.reward_shift != "none" and not used & set(POINTWISE):
-        found.append(
-            ("reward_shift", f"{objective.reward_shift!r} given, but no loss is pointwise ({', '.join(POINTWISE)})")
-        )
-    if objective.reward_shift == "constant" and "reward_shift_value" not in objective.model_fields_set:
-        found.append(("reward_shift_value", "not given; reward_shift: constant needs it"))
-    if objective.label_smoothing is None and _READ_BY["label_smoothing"] & used:
-        found.append(
-            ("label_smoothing", f"not given; {', '.join(sorted(_READ_BY['label_smoothing'] & used))} needs it")
-        )
-    for key, readers in _READ_BY.items():
-        value, default = getattr(objective, key), ObjectiveSection.model_fields[key].default
-        if value != default and not readers & (used | {objective.reward_shift}):
-            found.append((key, f"{value} given, but only {', '.join(sorted(readers))} would use it"))
-    if objective.length_normalized and "contrast" in used:
-        found.append(("length_normalized", "true given, but cpo compares sums over tokens; take simpo"))
-    return found
-
-
-def _unknown_loss(name: str, known: tuple[str, ...]) -> str:
-    ours = _ELSEWHERE.get(name.lower())
-    return f"unknown name {name!r}; here it is {ours}" if ours else unknown_name(name, known)
-
-
-_ELSEWHERE = {
-    "kto": "l1 with reward_shift: kl",
-    "bco": "bce with reward_shift: ema",
-    "bco_pair": "bce, at twice the weight",
-    "apo_zero": "l1, at twice the weight",
-    "apo_zero_unpaired": "l1",
-    "sppo_hard": "raw",
-    "sppo": "raw",
-    "sigmoid": "dpo",
-    "sigmoid_norm": "dpo with length_normalized: true",
-    "sft": "nll",
-    "uft": "mse",
-    "una": "mse",
-    "slic": "hinge",
-    "rpo": "{dpo: 1, nll: 1} as TRL has it, or rpo_sq, rpo_fwd, rpo_bwd as NVIDIA has it",
-    "mpo": "{dpo: 0.8, bce: 0.4, nll: 1.0}",
-    **{name: f"{{{', '.join(f'{k}: {v:g}' for k, v in sums.items())}}} in a map" for name, sums in PRESETS.items()},
-}
-"""Names of other stacks and papers, and those that stand for sums."""
-
-_READ_BY: dict[str, set[str]] = {
-    "label_smoothing": {"cdpo", "robust"},
-    "rpo_scale": {"rpo_sq", "rpo_fwd", "rpo_bwd"},
-    "dpop_penalty": {"dpop"},
-    "simpo_margin": {"simpo"},
-    "reward_shift_value": {"constant"},
-    "reward_shift_decay": {"ema"},
-}
-"""Keys of the objective that a loss or a shift reads: given without it, they would change nothing."""
-
-
-def _impossible_betas(objective: ObjectiveSection, losses: Mapping[str, str | Mapping[str, float]]) -> list[str]:
-    """What is wrong with beta: its units depend on the losses."""
-    found = []
-    if isinstance(objective.beta, dict):
-        found += [unknown_name(kind, KINDS) for kind in objective.beta if kind not in KINDS]
-    is_given = "beta" in objective.model_fields_set
-    for kind, loss in losses.items():
-        names = {name for name in expanded(loss) if name in USES_BETA}
-        a_token = sorted(names & A_TOKEN)
-        if a_token and names - A_TOKEN and not objective.length_normalized:
-            found.append(
-                f"{a_token[0]} takes one per nat a token, {sorted(names - A_TOKEN)[0]} one per nat: not in one kind"
-            )
-        if isinstance(objective.beta, dict):
-            is_given = kind in objective.beta
-        if names and not is_given and (a_token or objective.length_normalized):
-            why = a_token[0] if a_token else "length_normalized"
-            of_kind = f" for {kind}" if isinstance(objective.beta, dict) else ""
-            found.append(f"not given{of_kind}: the default {DEFAULT_BETA} is per nat, {why} takes one per nat a token")
-    if is_given and not isinstance(objective.beta, dict) and objective.beta != DEFAULT_BETA:
-        used = {name for loss in losses.values() for name in expanded(loss)}
-        if "odds_ratio" in used and not used & USES_BETA:
-            found.append(f"{objective.beta} given, but orpo has none: its lambda is the weight of odds_ratio")
-    return found
 
 
 def _impossible_portion(source: SourceSection, prefix: str) -> list[tuple[str, str]]:
@@ -436,13 +323,6 @@ def _impossible_portion(source: SourceSection, prefix: str) -> list[tuple[str, s
     if source.share == 0.0:
         found.append(("share", "0 takes nothing; leave the source out"))
     return found
-
-
-def unknown_name(given: str, known: tuple[str, ...]) -> str:
-    """What to say of a name that is none of the known ones: the nearest, and all."""
-    near = difflib.get_close_matches(given, known, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"unknown name {given!r}; {hint}allowed: {', '.join(known)}"
 
 
 def section_of(annotation: Any) -> type[Section] | None:

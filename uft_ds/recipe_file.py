@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ import yaml
 from pydantic import ValidationError
 
 from uft_ds.errors import UserError
-from uft_ds.recipe import Recipe, section_of, unknown_name
+from uft_ds.names import unknown_key, unknown_name
+from uft_ds.recipe import Recipe, Section, section_of
 
 
 class _RecipeLoader(yaml.SafeLoader):
@@ -147,37 +147,53 @@ def recipe_from_tree(tree: dict[str, Any], label: str) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        problems = [line for problem in error.errors() for line in _explain(problem).splitlines()]
-        raise UserError("\n".join(f"recipe {label}: {problem}" for problem in problems)) from None
+        raise UserError("\n".join(f"recipe {label}: {line}" for line in explained(error, Recipe))) from None
 
 
-def _explain(problem: Any) -> str:
-    # Members of a union put their type's name into the location; only keys and indices name a place.
-    path = [
+def explained(error: ValidationError, root: type[Section]) -> Iterator[str]:
+    """What is wrong with a tree of `root`, a line a key."""
+    found: dict[tuple[str | int, ...], list[Any]] = {}
+    for problem in error.errors():
+        found.setdefault(_place(problem), []).append(problem)
+    for place, problems in found.items():
+        # Each member of a union says what is wrong: the one that got furthest is the one that was meant.
+        if not any(other != place and other[: len(place)] == place for other in found):
+            yield from _lines(place, problems, root)
+
+
+def _place(problem: Any) -> tuple[str | int, ...]:
+    """Keys and indices only: members of a union put their type's name into the location."""
+    words = tuple(
         part
         for part in problem["loc"]
         if not (isinstance(part, str) and re.search(r"[\[\]-]|^(str|int|float|dict)$", part))
-    ]
-    if problem["type"] == "extra_forbidden":
-        unknown = str(problem["loc"][-1])  # the user's own word, which may look like a type's name
-        path = [*path, unknown] if not path or path[-1] != unknown else path
-        near = difflib.get_close_matches(unknown, _known_keys(path[:-1]), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(_known_keys(path[:-1]))}"
-        return f"{'.'.join(str(part) for part in path)}: unknown key; {hint}"
-    key = ".".join(str(part) for part in path)
-    if problem["type"] == "missing":
-        return f"{key}: required, but not given"
-    if problem["type"] == "value_error":
-        return str(problem["ctx"]["error"])
-    return f"{key}: {problem['input']!r} given; {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    )
+    if problem["type"] != "extra_forbidden":
+        return words
+    unknown = str(problem["loc"][-1])  # the user's own word, which may look like a type's name
+    return words if words and words[-1] == unknown else (*words, unknown)
 
 
-def _known_keys(path: list[Any]) -> list[str]:
-    section: Any = Recipe
-    for part in path:
-        if isinstance(part, int):
-            continue
-        section = section_of(section.model_fields[part].annotation)
+def _lines(place: tuple[str | int, ...], problems: list[Any], root: type[Section]) -> Iterator[str]:
+    key, first = ".".join(map(str, place)), problems[0]
+    if first["type"] == "extra_forbidden":
+        yield f"{key}: {unknown_key(str(place[-1]), _known_keys(place[:-1], root))}"
+    elif first["type"] == "missing":
+        yield f"{key}: required, but not given"
+    elif first["type"] == "value_error":
+        yield from str(first["ctx"]["error"]).splitlines()
+    else:
+        expected = dict.fromkeys(problem["msg"][0].lower() + problem["msg"][1:] for problem in problems)
+        first_expected, *others = expected
+        either = [first_expected, *(other.removeprefix("input should be ") for other in others)]
+        yield f"{key}: {first['input']!r} given; {', or '.join(either)}"
+
+
+def _known_keys(place: tuple[str | int, ...], root: type[Section]) -> list[str]:
+    section: Any = root
+    for part in place:
+        if isinstance(part, str):
+            section = section_of(section.model_fields[part].annotation)
     return list(section.model_fields)
 
 

@@ -1,0 +1,86 @@
+"""What is said of a name that is none of ours: the nearest known one, or what another stack's name is called here."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+
+from uft_ds.objectives.losses import PRESETS
+
+_LOSSES_ELSEWHERE: Mapping[str, str] = {
+    "kto": "l1 with reward_shift: kl",
+    "bco": "bce with reward_shift: ema",
+    "bco_pair": "bce, at twice the weight",
+    "apo_zero": "l1, at twice the weight",
+    "apo_zero_unpaired": "l1",
+    "sppo_hard": "raw",
+    "sppo": "raw",
+    "sigmoid": "dpo",
+    "sigmoid_norm": "dpo with length_normalized: true",
+    "sft": "nll",
+    "uft": "mse",
+    "una": "mse",
+    "slic": "hinge",
+    "rpo": "{dpo: 1, nll: 1} as TRL has it, or rpo_sq, rpo_fwd, rpo_bwd as NVIDIA has it",
+    "mpo": "{dpo: 0.8, bce: 0.4, nll: 1.0}",
+    **{name: f"{{{', '.join(f'{k}: {v:g}' for k, v in sums.items())}}} in a map" for name, sums in PRESETS.items()},
+}
+"""Losses of other stacks and papers, and those that stand for sums."""
+
+_KEYS_ELSEWHERE: Mapping[str, str] = {
+    **dict.fromkeys(("gamma", "simpo_gamma", "gamma_beta_ratio"), "objective.simpo_margin"),
+    **dict.fromkeys(("loss_type", "loss_weights", "objective"), "objective.loss"),
+    **dict.fromkeys(("rpo_alpha", "cpo_alpha", "orpo_alpha", "nll_weight"), "a map, loss: {pair: {dpo: 1, nll: 0.2}}"),
+    **dict.fromkeys(("desirable_weight", "lambda_d", "lambda_u"), "objective.undesirable_weight, the other being 1"),
+    **dict.fromkeys(("learning_rate", "peak_lr"), "train.lr"),
+    **dict.fromkeys(("lr_scheduler_type", "lr_scheduler"), "train.schedule"),
+    **dict.fromkeys(("warmup_ratio", "warmup_steps"), "train.warmup, a share of all steps"),
+    **dict.fromkeys(("max_steps", "num_steps"), "train.steps"),
+    **dict.fromkeys(("num_train_epochs", "num_epochs"), "train.epochs"),
+    **dict.fromkeys(("save_steps", "checkpoint_steps"), "train.checkpoint_every"),
+    **dict.fromkeys(("save_total_limit",), "train.keep_checkpoints"),
+    **dict.fromkeys(("eval_steps",), "train.evaluate_every"),
+    **dict.fromkeys(
+        ("batch_size", "per_device_train_batch_size", "train_batch_size", "gradient_accumulation_steps"),
+        "train.examples_per_step, over all ranks, and train.tokens_per_micro_batch",
+    ),
+    **dict.fromkeys(("max_seq_length", "max_seq_len", "max_model_len", "cutoff_len"), "data.max_length"),
+    **dict.fromkeys(("r", "lora_r", "lora_rank"), "lora.rank"),
+    **dict.fromkeys(("lora_alpha",), "lora.alpha"),
+    **dict.fromkeys(("lora_dropout",), "lora.dropout"),
+    **dict.fromkeys(("target_modules", "lora_target"), "lora.targets"),
+    **dict.fromkeys(("model_name_or_path", "model_name"), "model.base"),
+    **dict.fromkeys(("attn_implementation",), "model.attention"),
+    **dict.fromkeys(("torch_dtype",), "model.dtype"),
+    **dict.fromkeys(("ref_model", "reference_model"), "model.base with reference.adapter"),
+    **dict.fromkeys(("precompute_ref_log_probs",), "reference.cache"),
+    **dict.fromkeys(("output_dir",), "output"),
+    **dict.fromkeys(("report_to",), "tracking"),
+    **dict.fromkeys(("dataset", "dataset_name", "dataset_path", "train_file"), "data.sources.0.path"),
+    **dict.fromkeys(("dataset_split",), "data.sources.0.split"),
+}
+"""Settings of other stacks, by their names there."""
+
+
+def unknown_name(given: str, known: Iterable[str]) -> str:
+    """The nearest known name, and all of them."""
+    known = tuple(known)
+    near = difflib.get_close_matches(given, known, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"unknown name {given!r}; {hint}allowed: {', '.join(known)}"
+
+
+def unknown_loss(given: str, known: Iterable[str]) -> str:
+    """What a loss is called here, if it has another name elsewhere."""
+    ours = _LOSSES_ELSEWHERE.get(given.lower())
+    return f"unknown name {given!r}; here it is {ours}" if ours else unknown_name(given, known)
+
+
+def unknown_key(given: str, known: Iterable[str]) -> str:
+    """The nearest known key, what it is called here, or all that are known at this place."""
+    known = tuple(known)
+    near = difflib.get_close_matches(given, known, n=1)
+    if near:
+        return f"unknown key; did you mean {near[0]!r}?"
+    ours = _KEYS_ELSEWHERE.get(given.lower())
+    return f"unknown key; here it is {ours}" if ours else f"unknown key; known here: {', '.join(known)}"
