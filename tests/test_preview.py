@@ -19,6 +19,8 @@ from uft_ds.data.prepare import PreparedSource, Source, Tolerance, prepare_sourc
 from uft_ds.data.tokenize import load_tokenizer, tokenize
 from uft_ds.prepare import PreparedData
 from uft_ds.preview import CLOSE, OPEN, PROMPT, SUPERVISED, rendered, show_data
+from uft_ds.recipe import Recipe
+from uft_ds.recipe_file import recipe_from_tree
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +80,18 @@ def data(tmp_path: Path, chat: ChatTokenizer, monkeypatch: pytest.MonkeyPatch) -
     )
 
 
+def recipe_of(data: PreparedData) -> Recipe:
+    train, held_out = (
+        [{"format": "jsonl", "path": f"{part}{number}"} for number in range(len(sources))]
+        for part, sources in (("train", data.train), ("held_out", data.held_out))
+    )
+    tree = {"name": "x", "model": {"base": "b"}, "data": {"sources": train, "held_out": held_out}, "output": "o"}
+    return recipe_from_tree(tree, "x")
+
+
 def printed(data: PreparedData, width: int) -> str:
     console = Console(file=io.StringIO(), width=width, markup=False, highlight=False)
-    show_data(data, console)
+    show_data(recipe_of(data), data, console)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 

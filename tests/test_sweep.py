@@ -86,7 +86,7 @@ class Trainer:
 
 
 def run(sweep: Sweep, trainer: Trainer, *, overwrite: bool = False) -> list[Result]:
-    return run_sweep(sweep, Console(file=io.StringIO()), train=trainer, overwrite=overwrite)
+    return run_sweep(sweep, Console(file=io.StringIO()), check=lambda recipe: None, train=trainer, overwrite=overwrite)
 
 
 @pytest.fixture
@@ -137,9 +137,15 @@ def test_a_bad_grid_is_refused(grid: list[str]) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"runs": []}, "sweep sweep.yaml: runs: list should have at least 1 item"),
-        ({"rnus": []}, "sweep sweep.yaml: rnus: "),
-        ({"runs": [{"name": "a/b", "recipe": "toy.yaml"}]}, "sweep sweep.yaml: runs.0.name: string should match"),
+        ({"runs": []}, "sweep sweep.yaml: runs: [] given; list should have at least 1 item"),
+        ({"rnus": []}, "sweep sweep.yaml: rnus: unknown key; did you mean 'runs'?"),
+        ({"runs": [{"name": "a", "recpe": "toy.yaml"}]}, "runs.0.recpe: unknown key; did you mean 'recipe'?"),
+        ({"runs": None} | RECIPE, "sweep sweep.yaml: this is a recipe; `uft train sweep.yaml` trains it once"),
+        (
+            {"runs": [SWEEP["runs"][0], SWEEP["runs"][1] | {"set": {"lora.rank": 8}}], "grid": None},
+            "run una: lora.rank: 8 given, but it starts from the adapter of sft, whose lora.rank is 16",
+        ),
+        ({"runs": [{"name": "a/b", "recipe": "toy.yaml"}]}, "runs.0.name: 'a/b' given; string should match"),
         ({"runs": [{"name": "a", "recipe": "toy.yaml"}] * 2}, "sweep sweep.yaml: two runs are named 'a'"),
         (
             {"runs": [{"name": "a", "recipe": "toy.yaml", "after": "b"}, {"name": "b", "recipe": "toy.yaml"}]},
@@ -159,6 +165,7 @@ def test_a_bad_sweep_is_refused_before_anything_runs(changes: dict[str, Any], me
 @pytest.mark.parametrize(
     ("changes", "overrides", "message"),
     [
+        ({"grid": {"objective.beta": [1, 1.0]}}, (), "grid: sft-beta=1 and sft-beta=1.0 are the same run"),
         ({"grid": {"train.lr": [1e-4, 1e-4]}}, (), "grid: two of its points would both be named sft-lr=0.0001"),
         ({"grid": {"model.base": ["a/b", "a_b"]}}, (), "would both be named sft-base=a_b"),
         ({}, ("train.seed=7",), "override 'train.seed=7': the grid varies train.seed"),
@@ -206,6 +213,38 @@ def test_values_of_all_runs() -> None:
     recipes = [recipe_of(sweep, planned) for planned in sweep.runs]
     assert [recipe.objective.loss for recipe in recipes] == ["nll", "bce", "bce"]
     assert {recipe.train.steps for recipe in recipes} == {9}
+
+
+def test_a_grid_of_a_sweep_is_refused() -> None:
+    """A shipped one's or a file's."""
+    sweep_of()
+    for name in ("sweep.yaml", "baselines_mistral7b"):
+        with pytest.raises(UserError, match=f"--grid: {name} is a sweep, not a recipe"):
+            grid_of(name, ["train.lr=[1e-4]"], ())
+
+
+@pytest.mark.usefixtures("no_adapters")
+def test_what_cannot_be_run_is_told_before_anything_is() -> None:
+    """Of the last run too, which starts from one that is yet to be trained; what is done is not checked again."""
+    sweep, checked, trainer = sweep_of(grid=None), list[tuple[str, str | None]](), Trainer()
+
+    def check(recipe: Recipe) -> None:
+        checked.append((recipe.name, recipe.reference.adapter))
+        if recipe.name == "uft":
+            raise UserError("data.sources.0: no such file\nmore")
+
+    def run_it(check: Any) -> list[Result]:
+        return run_sweep(sweep, Console(file=io.StringIO()), check=check, train=trainer, overwrite=False)
+
+    with pytest.raises(UserError, match=r"^run uft: data\.sources\.0: no such file\nrun uft: more$"):
+        run_it(check)
+    assert checked == [("sft", None), ("una", None), ("uft", None)]
+    assert not trainer.trained
+    assert not sweep.output.exists()
+    run_it(lambda recipe: None)
+    checked.clear()
+    run_it(check)
+    assert not checked
 
 
 def test_an_unknown_sweep_lists_the_shipped_ones() -> None:
@@ -299,6 +338,18 @@ def test_the_table_holds_every_run_and_every_metric() -> None:
     assert {row["held_out/loss"] for row in rows} == {"", "0.5"}
     assert [row["seconds"] for row in rows] == ["0", "0", "7"] * 2, "of all steps"
     assert [row["train.lr"] for row in rows] == ["0.0001"] * 3 + ["3e-05"] * 3
+    assert [row["objective.loss"] for row in rows] == ["nll", "mse", "mse"] * 2, "what the recipes differ in"
+    assert "train.seed" not in rows[0], "nor what they have in common"
+
+
+@pytest.mark.usefixtures("no_adapters")
+def test_a_column_that_is_no_metric_is_said() -> None:
+    """The table would lack it without a word."""
+    said = io.StringIO()
+    sweep = sweep_of(grid=None, columns=["loss", "held_out/los"])
+    run_sweep(sweep, Console(file=said), check=lambda recipe: None, train=Trainer(), overwrite=False)
+    assert said.getvalue().count("note: columns: no run has a metric 'held_out/los'") == 1
+    assert said.getvalue().count("note: columns") == 1
 
 
 def test_last_values_are_the_last(tmp_path: Path) -> None:

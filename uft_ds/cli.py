@@ -90,7 +90,7 @@ def sweep(
     Overrides hold for every run. What is done is not run again: the same command goes on after an interruption.
     Tokenised data and the reference's log-probs are shared through their caches.
     """
-    from uft_ds.run import run_recipe
+    from uft_ds.run import check_recipe_and_data, run_recipe
     from uft_ds.sweep import run_sweep
     from uft_ds.sweep_file import grid_of, load_sweep
 
@@ -99,6 +99,7 @@ def sweep(
     results = run_sweep(
         planned,
         console,
+        check=lambda recipe: check_recipe_and_data(recipe, console),
         train=lambda recipe, again: run_recipe(recipe, "training", console, overwrite=again),
         overwrite=overwrite,
     )
@@ -204,7 +205,7 @@ def data_preview(
     for shown in sources if source is None else sources[source : source + 1]:
         for text in rendered_rows(shown, chat, count=rows, seed=seed, full=full):
             console.print(text)
-    show_data(data, console)
+    show_data(loaded, data, console)
     console.print(steps_line(steps_of(loaded, data), loaded.train.examples_per_step))
 
 

@@ -216,12 +216,7 @@ def prepare_run(
     recipe = with_absolute_paths(recipe)
     folder = RunFolder(Path(recipe.output))
     check_claimable(folder, overwrite=overwrite)
-    check_inputs_lie_outside(recipe)
-    check_recipe(recipe)
-    if caches_reference(recipe):
-        recipe = with_fixed_revision(recipe)
-    chat = load_tokenizer(recipe.model.base, revision=recipe.model.revision, chat_template=recipe.model.chat_template)
-    data = prepare_data(recipe, chat, on_progress)
+    recipe, data = check_run(recipe, on_progress)
     if recipe.reference.adapter is not None:
         check_adapter_is_of_base(recipe, partial(on_progress, "hashing the adapter's base"))
     content = _reference_content(recipe, on_progress) if caches_reference(recipe) else None
@@ -234,6 +229,21 @@ def prepare_run(
             raise UserError(f"output: {folder.path} cannot be written ({error.strerror})") from None
         raise
     return folder, data, lock
+
+
+def check_run(recipe: Recipe, on_progress: OnProgress = lambda label, done, total: None) -> tuple[Recipe, PreparedData]:
+    """Check a recipe against its model and its data, which is tokenised by that; the run's folder plays no part.
+
+    Returns:
+        the recipe by content: paths absolute, a hub model's revision fixed where the reference is cached.
+    """
+    recipe = with_absolute_paths(recipe)
+    check_inputs_lie_outside(recipe)
+    check_recipe(recipe)
+    if caches_reference(recipe):
+        recipe = with_fixed_revision(recipe)
+    chat = load_tokenizer(recipe.model.base, revision=recipe.model.revision, chat_template=recipe.model.chat_template)
+    return recipe, prepare_data(recipe, chat, on_progress)
 
 
 def _reference_content(recipe: Recipe, on_progress: OnProgress) -> dict[str, object]:

@@ -16,6 +16,8 @@ from uft_ds.data.example import Sequence
 from uft_ds.data.mixture import Steps
 from uft_ds.data.prepare import PreparedSource
 from uft_ds.prepare import PreparedData
+from uft_ds.recipe import Recipe
+from uft_ds.unused import unused
 
 PROMPT, SUPERVISED, HEADER = "dim", "black on green", "bold"
 OPEN, CLOSE = "⟦", "⟧"
@@ -84,7 +86,7 @@ def _amount(responses: float, of: int) -> str:
     return shown if passes == 1 else f"{shown} ({passes:.2g} x)"
 
 
-def show_data(data: PreparedData, console: Console) -> None:
+def show_data(recipe: Recipe, data: PreparedData, console: Console) -> None:
     """The tables, and what a user may not have meant."""
     console.print(data_table(data))
     left_out = left_out_table(data)
@@ -92,6 +94,8 @@ def show_data(data: PreparedData, console: Console) -> None:
         console.print(left_out)
     for note in notes(data):
         console.print(note)
+    for text in unused(recipe, data):
+        console.print(Text(f"note: {text}"))
 
 
 def notes(data: PreparedData) -> Iterator[Text]:

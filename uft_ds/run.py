@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
 from uft_ds.launch import launch, master_port, number_of_ranks
-from uft_ds.prepare import OnProgress, prepare_run
+from uft_ds.prepare import OnProgress, check_run, prepare_run
 from uft_ds.preview import show_data
 from uft_ds.recipe import Recipe
 from uft_ds.training.run_folder import Status
@@ -35,12 +35,22 @@ def run_recipe(
     with preparation(console) as on_progress:
         folder, data, lock = prepare_run(recipe, overwrite=overwrite, on_progress=on_progress)
     with lock:
-        show_data(data, console)
+        show_data(recipe, data, console)
         console.print(f"{what} on {ranks} ranks; logs in {folder.path}")
         status = launch(folder, ranks=ranks, port=master_port(), options=options)
     if status.exit_code != 0:
         print(f"error: {status.message}", file=sys.stderr)
     return folder.path, status
+
+
+def check_recipe_and_data(recipe: Recipe, console: Console) -> None:
+    """Prepare, and launch nothing.
+
+    Raises:
+        UserError: nothing has been written but tokenised sources.
+    """
+    with preparation(console) as on_progress:
+        check_run(recipe, on_progress)
 
 
 @contextmanager

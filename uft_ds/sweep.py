@@ -25,7 +25,7 @@ from uft_ds.model.identity import adapter_identity
 from uft_ds.recipe import Recipe
 from uft_ds.recipe_file import load_recipe
 from uft_ds.resolve import adapter_folder, with_absolute_paths
-from uft_ds.sweep_file import PlannedRun, Sweep, recipe_of
+from uft_ds.sweep_file import DEFAULT_COLUMNS, PlannedRun, Sweep, recipe_of
 from uft_ds.training.metrics import read_metrics
 from uft_ds.training.run_folder import RunFolder, Status
 
@@ -47,19 +47,23 @@ class Result:
 
 
 def run_sweep(
-    sweep: Sweep, console: Console, *, train: Callable[[Recipe, bool], tuple[Path, Status]], overwrite: bool
+    sweep: Sweep,
+    console: Console,
+    *,
+    check: Callable[[Recipe], object],
+    train: Callable[[Recipe, bool], tuple[Path, Status]],
+    overwrite: bool,
 ) -> list[Result]:
     """Run what is not done yet; a run that fails stops those that start from it, and no others.
 
     Args:
+        check: what a run needs besides its recipe.
         train: (recipe, overwrite) -> folder and status.
         overwrite: run again what is done or did not finish.
     Raises:
-        UserError: a folder holds a run of another recipe.
+        UserError: a run cannot be as it is, or a folder holds one of another recipe; nothing has been run.
     """
-    for run in sweep.runs:
-        if not overwrite:
-            _check_folder(sweep, run)
+    _check_runs(sweep, console, check, overwrite=overwrite)
     results: dict[str, Result] = {}
     try:
         for number, run in enumerate(sweep.runs, start=1):
@@ -72,6 +76,13 @@ def run_sweep(
         if results:
             console.print(shown_table(sweep, list(results.values())))
             console.print(f"all metrics: {sweep.output / TABLE}")
+    if sweep.columns != DEFAULT_COLUMNS:
+        found = {name for result in results.values() for name in result.metrics}
+        for pattern in sweep.columns:
+            if found and not fnmatch.filter(found, pattern):
+                console.print(f"note: columns: no run has a metric {pattern!r}")
+    if any(result.status == "interrupted" for result in results.values()):
+        console.print("interrupted: what is done is kept, the same command goes on from there")
     return list(results.values())
 
 
@@ -103,6 +114,20 @@ def _result(
     if status.exit_code != 0:
         return Result(run, "interrupted" if status.exit_code == EXIT_INTERRUPTED else "failed", {}, 0.0)
     return Result(run, "done", last_values(folder), _training_seconds(folder))
+
+
+def _check_runs(sweep: Sweep, console: Console, check: Callable[[Recipe], object], *, overwrite: bool) -> None:
+    """The last run's mistake is told before the first one trains."""
+    if not overwrite:
+        for run in sweep.runs:
+            _check_folder(sweep, run)
+    ahead = [run for run in sweep.runs if overwrite or not RunFolder(sweep.output / run.name).done.exists()]
+    for number, run in enumerate(ahead, start=1):
+        console.print(f"checking run {number} of {len(ahead)}: {run.name}")
+        try:
+            check(recipe_of(sweep, run, after_its_first_stage=False))
+        except UserError as error:
+            raise UserError("\n".join(f"run {run.name}: {line}" for line in str(error).splitlines())) from None
 
 
 def _check_folder(sweep: Sweep, run: PlannedRun) -> None:
@@ -154,15 +179,32 @@ def last_values(folder: RunFolder) -> dict[str, float]:
     return last
 
 
+def settings_of(sweep: Sweep) -> dict[str, dict[str, Any]]:
+    """What the recipes differ in, by run and key: the grid's keys first; data, names and folders are left out."""
+    recipes = {run.name: _leaves(recipe_of(sweep, run, after_its_first_stage=False)) for run in sweep.runs}
+    grid = [key for key, _ in sweep.runs[0].values]
+    keys = [key for key in dict.fromkeys(key for leaves in recipes.values() for key in leaves) if key not in grid]
+    kept = [key for key in keys if key not in ("name", "output") and not key.startswith("data.")]
+    differing = [key for key in kept if len({repr(leaves.get(key, "")) for leaves in recipes.values()}) > 1]
+    return {
+        run.name: {**dict(run.values), **{key: recipes[run.name].get(key, "") for key in differing}}
+        for run in sweep.runs
+    }
+
+
 def write_table(sweep: Sweep, results: list[Result]) -> None:
-    """One row a run: the grid's values, how it ended, and every metric."""
-    keys = [key for key, _ in sweep.runs[0].values]
+    """One row a run: what it was run with that others were not, how it ended, and every metric.
+
+    seconds: of its training steps, without evaluation and start.
+    """
+    settings = settings_of(sweep)
+    keys = list(settings[sweep.runs[0].name])
     names = sorted({name for result in results for name in result.metrics} - {"step", "seconds"})
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["run", "stage", *keys, "status", "seconds", *names])
     for result in results:
-        values = dict(result.run.values)
+        values = settings[result.run.name]
         metrics = [f"{result.metrics[name]:.6g}" if name in result.metrics else "" for name in names]
         row = [result.run.name, result.run.stage, *(values[key] for key in keys), result.status]
         writer.writerow([*row, f"{result.seconds:.0f}", *metrics])

@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError
 
 from uft_ds.errors import UserError
 from uft_ds.recipe import Location, Recipe, Section
-from uft_ds.recipe_file import load_recipe, load_yaml, shipped_recipes
+from uft_ds.recipe_file import explained, load_recipe, load_yaml, shipped_recipes
 
 DEFAULT_COLUMNS = (
     "held_out/loss", "held_out/rank_correlation/*", "held_out/pair_accuracy/*", "held_out/calibration_error/*",
@@ -82,27 +82,15 @@ def load_sweep(path: str, overrides: tuple[str, ...] = ()) -> Sweep:
     Raises:
         UserError: names the file and the key.
     """
-    shipped = _shipped_sweeps()
-    try:
-        tree = load_yaml((shipped[path] if path in shipped else Path(path)).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        known = ", ".join(shipped)
+    tree = _read_tree(path)
+    if "runs" not in tree and {"model", "data"} & tree.keys():
         raise UserError(
-            f"sweep {path}: no such file; shipped: {known}; for a recipe give --grid key=[value,value]"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"sweep {path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise UserError(f"sweep {path}{f':{mark.line + 1}' if mark else ''}: not valid YAML") from None
-    except UserError as error:
-        raise UserError(f"sweep {path}: {error}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"sweep {path}: expected keys and values, found {type(tree).__name__}")
+            f"sweep {path}: this is a recipe; `uft train {path}` trains it once, --grid key=[value,value] sweeps it"
+        )
     try:
         section = SweepSection.model_validate(tree)
     except ValidationError as error:
-        problems = (f"{'.'.join(map(str, p['loc']))}: {p['msg'][0].lower()}{p['msg'][1:]}" for p in error.errors())
+        problems = explained(error, SweepSection)
         raise UserError("\n".join(f"sweep {path}: {problem}" for problem in problems)) from None
     return _planned(section, overrides, f"sweep {path}")
 
@@ -125,6 +113,8 @@ def grid_of(recipe: str, grid: Iterable[str], overrides: tuple[str, ...]) -> Swe
                 f"--grid {entry!r}: expected each key once, as key=[value, value], such as train.lr=[1e-4,3e-5]"
             )
         values[key] = found
+    if recipe in _shipped_sweeps() or (Path(recipe).is_file() and "runs" in _read_tree(recipe)):
+        raise UserError(f"--grid: {recipe} is a sweep, not a recipe; give its own `grid` the keys")
     base = load_recipe(recipe, overrides)
     stage = StageSection(name=base.name if re.fullmatch(NAME, base.name) else "run", recipe=recipe)
     rest = tuple(override for override in overrides if not override.startswith("output="))
@@ -134,12 +124,37 @@ def grid_of(recipe: str, grid: Iterable[str], overrides: tuple[str, ...]) -> Swe
     return _planned(section, overrides, f"sweep of {recipe}")
 
 
-def recipe_of(sweep: Sweep, run: PlannedRun) -> Recipe:
-    """A run's recipe with everything filled in."""
+def recipe_of(sweep: Sweep, run: PlannedRun, *, after_its_first_stage: bool = True) -> Recipe:
+    """A run's recipe with everything filled in.
+
+    Args:
+        after_its_first_stage: else without the adapter that it starts from, which is yet to be trained.
+    """
     located = {"name": run.name, "output": str(sweep.output / run.name)}
-    if run.after is not None:
+    if run.after is not None and after_its_first_stage:
         located["reference.adapter"] = str(sweep.output / run.after)
     return load_recipe(run.recipe, (*run.overrides, *(_override(*item) for item in located.items())))
+
+
+def _read_tree(path: str) -> dict[str, Any]:
+    shipped = _shipped_sweeps()
+    try:
+        tree = load_yaml((shipped[path] if path in shipped else Path(path)).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = ", ".join(shipped)
+        raise UserError(
+            f"sweep {path}: no such file; shipped: {known}; for a recipe give --grid key=[value,value]"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"sweep {path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise UserError(f"sweep {path}{f':{mark.line + 1}' if mark else ''}: not valid YAML") from None
+    except UserError as error:
+        raise UserError(f"sweep {path}: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"sweep {path}: expected keys and values, found {type(tree).__name__}")
+    return tree
 
 
 def _shipped_sweeps() -> dict[str, Traversable]:
@@ -175,12 +190,45 @@ def _planned(section: SweepSection, overrides: tuple[str, ...], label: str) -> S
     if twice is not None:
         raise UserError(f"{label}: grid: two of its points would both be named {twice}; is a value there twice?")
     sweep = Sweep(section.name, output, tuple(section.columns), tuple(runs))
+    recipes: dict[str, Recipe] = {}
     for run in runs:
         try:
-            recipe_of(sweep, run)
+            recipes[run.name] = recipe_of(sweep, run)
         except UserError as error:
             raise UserError(f"{label}: run {run.name}: {error}") from None
+    _check_stages_fit(runs, recipes, label)
+    _check_points_differ(runs, recipes, label)
     return sweep
+
+
+def _check_stages_fit(runs: list[PlannedRun], recipes: dict[str, Recipe], label: str) -> None:
+    """An adapter goes on top of the base that it was trained on, in its own shape."""
+    for run in runs:
+        if run.after is None:
+            continue
+        first, second = recipes[run.after], recipes[run.name]
+        for section, key in (
+            ("model", "base"),
+            ("model", "revision"),
+            *(("lora", k) for k in ("rank", "alpha", "targets")),
+        ):
+            before, now = (getattr(getattr(recipe, section), key) for recipe in (first, second))
+            if before != now:
+                raise UserError(
+                    f"{label}: run {run.name}: {section}.{key}: {now} given, but it starts from the adapter of "
+                    f"{run.after}, whose {section}.{key} is {before}"
+                )
+
+
+def _check_points_differ(runs: list[PlannedRun], recipes: dict[str, Recipe], label: str) -> None:
+    """1 and 1.0 are two words for one value."""
+    seen: dict[str, str] = {}
+    for run in runs:
+        recipe = recipes[run.name].model_copy(update={"name": "", "output": ""})
+        what = f"{run.stage} {run.after} {recipe.model_dump_json()}"
+        if what in seen:
+            raise UserError(f"{label}: grid: {seen[what]} and {run.name} are the same run")
+        seen[what] = run.name
 
 
 def _check_keys(section: SweepSection, overrides: tuple[str, ...], label: str) -> None:

@@ -40,6 +40,7 @@ NEEDS_REFERENCE = frozenset((*POINTWISE, *PAIRWISE))
 NEEDS_PAIRS = frozenset((*PAIRWISE, *REFERENCE_FREE))
 A_TOKEN = frozenset({"ipo", "simpo"})
 """These compare means over tokens, whatever the objective's lengths: their beta is per nat a token."""
+READS_SCORES = frozenset((*POINTWISE, "rpo_sq", "rpo_fwd", "rpo_bwd"))
 USES_BETA = frozenset((*POINTWISE, *PAIRWISE, "simpo", "contrast"))
 
 

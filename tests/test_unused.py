@@ -1,0 +1,117 @@
+"""What is said of settings that a run does not read; and that nothing is said of those that it does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sources import write_rows
+from tiny import build_tiny_tokenizer
+
+from uft_ds.data.chat_tokenizer import ChatTokenizer
+from uft_ds.data.tokenize import load_tokenizer
+from uft_ds.prepare import prepare_data
+from uft_ds.recipe_file import recipe_from_tree
+from uft_ds.unused import unused
+
+PROMPTS = [{"prompt": f"q{i}"} for i in range(4)]
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "instruction": [row | {"response": "a"} for row in PROMPTS],
+    "score": [row | {"response": "a", "score": 0.2 + i / 10} for i, row in enumerate(PROMPTS)],
+    "good": [row | {"response": "good", "score": 0.6 + i / 10} for i, row in enumerate(PROMPTS)],
+    "binary": [row | {"response": "a", "label": i % 2 == 0} for i, row in enumerate(PROMPTS)],
+    "pair": [row | {"chosen": "a", "rejected": "b"} for row in PROMPTS],
+}
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
+    return load_tokenizer(str(build_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))))
+
+
+def notes(chat: ChatTokenizer, folder: Path, objective: dict[str, Any], *names: str, **entry: Any) -> list[str]:
+    """Of a recipe with these sources; `entry` is of each."""
+    sources = [
+        {"format": "jsonl", "path": str(write_rows(folder / f"{name}.jsonl", ROWS[name])), **entry} for name in names
+    ]
+    data = {"sources": sources, "cache_dir": str(folder / "tokens"), "max_length": 64, "workers": 1}
+    tree = {"name": "x", "model": {"base": "b"}, "data": data, "objective": objective, "output": "o"}
+    recipe = recipe_from_tree(tree, "x")
+    return list(unused(recipe, prepare_data(recipe, chat)))
+
+
+@pytest.mark.parametrize(
+    ("objective", "names", "entry", "expected"),
+    [
+        (
+            {"loss": {"instruction": "nll", "pair": "dpo"}},
+            ["instruction"],
+            {},
+            ["objective.loss.pair: dpo given, but no source holds responses of kind 'pair'"],
+        ),
+        (
+            {"beta": {"score": 0.1, "binary": 0.2}, "weights": {"pair": 2.0}},
+            ["score"],
+            {},
+            [
+                "objective.beta.binary: 0.2 given, but no source holds responses of kind 'binary'",
+                "objective.weights.pair: 2.0 given, but no source holds responses of kind 'pair'",
+            ],
+        ),
+        ({"loss": "nll", "beta": 0.1}, ["instruction"], {}, ["objective.beta: 0.1 given, but nll has none"]),
+        (
+            {"loss": "l1", "undesirable_weight": 0.5},
+            ["score"],
+            {},
+            ["objective.undesirable_weight: 0.5 given, but no source holds responses of kind 'binary'"],
+        ),
+        (
+            {"loss": "l1", "reward_shift": "kl"},
+            ["good", "instruction"],
+            {},
+            ["objective.reward_shift: kl (KTO) given, but no response is undesirable (a score below 0.5)"],
+        ),
+        (
+            {},
+            ["score"],
+            {"score": 0.9},
+            ["data.sources.0.score: 0.9 given, but every row of FOLDER/score.jsonl has its own"],
+        ),
+        (
+            {"loss": "dpo"},
+            ["pair"],
+            {"score_map": [0.5, 0.25]},
+            ["data.sources.0.score_map: [0.5, 0.25] given, but dpo reads no scores"],
+        ),
+    ],
+)
+def test_what_plays_no_part_is_said(
+    chat: ChatTokenizer,
+    tmp_path: Path,
+    objective: dict[str, Any],
+    names: list[str],
+    entry: dict[str, Any],
+    expected: list[str],
+) -> None:
+    """The key, what it is, and what is missing."""
+    found = notes(chat, tmp_path, objective, *names, **entry)
+    assert [note.replace(str(tmp_path), "FOLDER") for note in found] == expected
+
+
+@pytest.mark.parametrize(
+    ("objective", "names", "entry"),
+    [
+        ({}, ["instruction", "score", "pair", "binary"], {}),
+        ({"loss": "mse", "beta": {"instruction": 0.1}}, ["instruction"], {"score": 0.9}),
+        ({"loss": "l1", "reward_shift": "kl", "undesirable_weight": 0.5}, ["binary"], {}),
+        ({"loss": "l1", "reward_shift": "kl"}, ["good", "score"], {}),
+        ({"loss": "rpo_sq"}, ["pair"], {"score_map": [0.5, 0.25]}),
+        ({"loss": "simpo", "beta": 2.0}, ["pair"], {}),
+    ],
+)
+def test_nothing_is_said_of_what_is_read(
+    chat: ChatTokenizer, tmp_path: Path, objective: dict[str, Any], names: list[str], entry: dict[str, Any]
+) -> None:
+    """A note that is there every time is read no more."""
+    assert not notes(chat, tmp_path, objective, *names, **entry)

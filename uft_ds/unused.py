@@ -1,0 +1,56 @@
+"""What a recipe says and its run does not read, given its data: said, not refused, for a sweep or a shared recipe may
+well hold more than one run needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from uft_ds.data.example import GOOD_FROM, Kind
+from uft_ds.data.prepare import PreparedSource
+from uft_ds.objectives.losses import POINTWISE, READS_SCORES, USES_BETA
+from uft_ds.prepare import PreparedData
+from uft_ds.recipe import Recipe, SourceSection
+
+
+def unused(recipe: Recipe, data: PreparedData) -> Iterator[str]:
+    """One sentence each, after the key that it is about."""
+    objective = recipe.objective
+    held = {kind for source in data.all for kind in source.selection.kinds}
+    used = {name for kind in held for name in recipe.losses_of(kind)}
+    for key in ("loss", "beta", "weights"):
+        given = getattr(objective, key)
+        for kind, value in given.items() if isinstance(given, dict) else ():
+            if kind not in held:
+                yield f"objective.{key}.{kind}: {value} given, but no source holds responses of kind {kind!r}"
+    if "beta" in objective.model_fields_set and not used & USES_BETA:
+        yield f"objective.beta: {objective.beta} given, but {', '.join(sorted(used))} has none"
+    if objective.undesirable_weight != 1.0 and "binary" not in held:
+        given = objective.undesirable_weight
+        yield f"objective.undesirable_weight: {given} given, but no source holds responses of kind 'binary'"
+    pointwise = [source for source in data.train if _losses(recipe, source) & set(POINTWISE)]
+    if objective.reward_shift == "kl" and all(_lowest_score(source) >= GOOD_FROM for source in pointwise):
+        yield f"objective.reward_shift: kl (KTO) given, but no response is undesirable (a score below {GOOD_FROM})"
+    for part, entries, sources in (
+        ("sources", recipe.data.sources, data.train),
+        ("held_out", recipe.data.held_out, data.held_out),
+    ):
+        for number, (entry, source) in enumerate(zip(entries, sources, strict=True)):
+            yield from (f"data.{part}.{number}.{text}" for text in _of_source(recipe, entry, source))
+
+
+def _of_source(recipe: Recipe, entry: SourceSection, source: PreparedSource) -> Iterator[str]:
+    if entry.score is not None and "instruction" not in source.selection.kinds:
+        yield f"score: {entry.score} given, but every row of {source.label} has its own"
+    losses = _losses(recipe, source)
+    if entry.score_map is not None and not losses & READS_SCORES:
+        yield f"score_map: {entry.score_map} given, but {', '.join(sorted(losses))} reads no scores"
+
+
+def _losses(recipe: Recipe, source: PreparedSource) -> set[str]:
+    kinds: set[Kind] = source.selection.kinds
+    return {name for kind in kinds for name in recipe.losses_of(kind)}
+
+
+def _lowest_score(source: PreparedSource) -> float:
+    lowest = float(source.selection.scores_R.min())
+    return lowest if source.selection.score_map is None else source.selection.score_map(lowest)
