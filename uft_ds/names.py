@@ -28,7 +28,8 @@ _LOSSES_ELSEWHERE: Mapping[str, str] = {
 """Losses of other stacks and papers, and those that stand for sums."""
 
 _KEYS_ELSEWHERE: Mapping[str, str] = {
-    **dict.fromkeys(("gamma", "simpo_gamma", "gamma_beta_ratio"), "objective.simpo_margin"),
+    **dict.fromkeys(("gamma", "simpo_gamma"), "objective.simpo_margin"),
+    "gamma_beta_ratio": "objective.simpo_margin, beta times as large",
     **dict.fromkeys(("loss_type", "loss_weights", "objective"), "objective.loss"),
     **dict.fromkeys(("rpo_alpha", "cpo_alpha", "orpo_alpha", "nll_weight"), "a map, loss: {pair: {dpo: 1, nll: 0.2}}"),
     **dict.fromkeys(("desirable_weight", "lambda_d", "lambda_u"), "objective.undesirable_weight, the other being 1"),
@@ -38,26 +39,26 @@ _KEYS_ELSEWHERE: Mapping[str, str] = {
     **dict.fromkeys(("max_steps", "num_steps"), "train.steps"),
     **dict.fromkeys(("num_train_epochs", "num_epochs"), "train.epochs"),
     **dict.fromkeys(("save_steps", "checkpoint_steps"), "train.checkpoint_every"),
-    **dict.fromkeys(("save_total_limit",), "train.keep_checkpoints"),
-    **dict.fromkeys(("eval_steps",), "train.evaluate_every"),
+    "save_total_limit": "train.keep_checkpoints",
+    "eval_steps": "train.evaluate_every",
     **dict.fromkeys(
         ("batch_size", "per_device_train_batch_size", "train_batch_size", "gradient_accumulation_steps"),
         "train.examples_per_step, over all ranks, and train.tokens_per_micro_batch",
     ),
     **dict.fromkeys(("max_seq_length", "max_seq_len", "max_model_len", "cutoff_len"), "data.max_length"),
     **dict.fromkeys(("r", "lora_r", "lora_rank"), "lora.rank"),
-    **dict.fromkeys(("lora_alpha",), "lora.alpha"),
-    **dict.fromkeys(("lora_dropout",), "lora.dropout"),
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
     **dict.fromkeys(("target_modules", "lora_target"), "lora.targets"),
     **dict.fromkeys(("model_name_or_path", "model_name"), "model.base"),
-    **dict.fromkeys(("attn_implementation",), "model.attention"),
-    **dict.fromkeys(("torch_dtype",), "model.dtype"),
+    "attn_implementation": "model.attention",
+    "torch_dtype": "model.dtype",
     **dict.fromkeys(("ref_model", "reference_model"), "model.base with reference.adapter"),
-    **dict.fromkeys(("precompute_ref_log_probs",), "reference.cache"),
-    **dict.fromkeys(("output_dir",), "output"),
-    **dict.fromkeys(("report_to",), "tracking"),
+    "precompute_ref_log_probs": "reference.cache",
+    "output_dir": "output",
+    "report_to": "tracking",
     **dict.fromkeys(("dataset", "dataset_name", "dataset_path", "train_file"), "data.sources.0.path"),
-    **dict.fromkeys(("dataset_split",), "data.sources.0.split"),
+    "dataset_split": "data.sources.0.split",
 }
 """Settings of other stacks, by their names there."""
 

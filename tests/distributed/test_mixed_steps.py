@@ -186,8 +186,9 @@ def evaluated_both_ways(folder: Path) -> Any:
 def test_held_out_groups_play_no_part(tiny_qwen2: Path) -> None:
     """In one group or in five, on two ranks: the same metrics, and every pair is its own."""
     for results in run_on_ranks(evaluated_both_ways, 2, tiny_qwen2):
-        for (whole, table), (grouped, _) in results:
+        for (whole, table, origins), (grouped, *_) in results:
             assert grouped == pytest.approx(whole, rel=1e-5, abs=1e-6)
             assert whole["held_out/responses/pair"] == 6
+            assert sorted(origins) == sorted(response.origin for response in mixed_step().responses)
             assert len(np.unique(table["pair"][table["pair"] >= 0])) == 3
         assert results[0][0][1]["shift"].max() == pytest.approx(BEFORE), "kl: the number of the step before"

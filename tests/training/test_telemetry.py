@@ -136,33 +136,38 @@ MIXED_TABLE = table(
 )
 
 
+ORIGINS = ["a.jsonl:1", "b, c.jsonl:2 chosen", "b, c.jsonl:2 rejected", "d.jsonl:4"]
+
+
 def test_rows_as_csv_can_be_read_by_anyone(tmp_path: Path) -> None:
     """Kinds by name, nine digits, no pair and no number as nothing; the columns are named as the metrics."""
-    write_rows(tmp_path / "rows.csv", MIXED_TABLE)
+    write_rows(tmp_path / "rows.csv", MIXED_TABLE, ORIGINS)
     with (tmp_path / "rows.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert list(lines[0]) == [
-        "kind", "pair", "score", "implicit_score", "implicit_reward", "reward_shift", "log_ratio", "logp", "tokens",
+        "origin", "kind", "pair", "score", "implicit_score", "implicit_reward", "reward_shift", "log_ratio", "logp",
+        "tokens",
     ]  # fmt: skip
+    assert [line["origin"] for line in lines] == ORIGINS
     assert [line["kind"] for line in lines] == ["instruction", "pair", "pair", "binary"]
     assert [line["pair"] for line in lines] == ["", "0", "0", ""]
     assert [line["tokens"] for line in lines] == ["4", "17", "4", "4"]
     assert lines[0]["implicit_reward"] == "1.23456789"
     assert lines[0]["implicit_score"] == f"{sigmoid(1.2345678901234 + 0.5):.9g}"
     assert lines[1]["logp"] == "-1234.56789"
-    assert [lines[3][name] for name in ("implicit_score", "implicit_reward", "log_ratio")] == ["", "", ""]
+    assert {lines[3][name] for name in ("implicit_score", "implicit_reward", "reward_shift", "log_ratio")} == {""}
     assert lines[3]["logp"] == "-3"
 
 
 def test_rows_come_back_from_csv(tmp_path: Path) -> None:
     """To nine digits, with the numbers that there were none of; the health is the same."""
-    write_rows(tmp_path / "rows.csv", MIXED_TABLE)
+    write_rows(tmp_path / "rows.csv", MIXED_TABLE, ORIGINS)
     found = read_rows(tmp_path / "rows.csv")
     assert found.dtype == ROW
     for name in ROW.names or ():
         np.testing.assert_allclose(found[name], MIXED_TABLE[name], rtol=1e-8, err_msg=name)
     assert health(found) == pytest.approx(health(MIXED_TABLE), rel=1e-7, nan_ok=True)
-    write_rows(tmp_path / "empty.csv", MIXED_TABLE[:0])
+    write_rows(tmp_path / "empty.csv", MIXED_TABLE[:0], [])
     assert len(read_rows(tmp_path / "empty.csv")) == 0
 
 

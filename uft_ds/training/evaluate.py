@@ -6,6 +6,8 @@ import math
 from collections import Counter
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -135,6 +137,14 @@ def known_sequences(cache: ReferenceCache, pools: Seq[Pool], count: int) -> tupl
     return tuple(found.values())[:count]
 
 
+class Evaluation(NamedTuple):
+    """metrics: named `held_out/...`. rows: the table of all held-out responses. origins: where each row is from."""
+
+    metrics: dict[str, float]
+    rows: np.ndarray
+    origins: list[str]
+
+
 def evaluate(
     engine: Engine,
     objective: Objective,
@@ -142,13 +152,14 @@ def evaluate(
     tokens_per_micro_batch: int,
     reference: ReferenceCache,
     shift: float = 0.0,
-) -> tuple[dict[str, float], np.ndarray]:
-    """The step's metrics over held-out data, named `held_out/...`, and the table of all its responses."""
+) -> Evaluation:
+    """A step's metrics, over held-out data."""
     # A pair's number is its own within a group only.
     terms = sum((Counter(count_terms(objective, group.responses)) for group in groups), Counter())
     loss = torch.zeros((), dtype=torch.float64, device=engine.device)
     sums = torch.zeros(2, len(KINDS), len(LOSSES), dtype=torch.float64, device=engine.device)
-    tables = []
+    tables: list[np.ndarray] = []
+    origins: list[str] = []
     with engine.evaluating():
         for group in groups:
             micro_batches = reference.micro_batches(engine, group, tokens_per_micro_batch)
@@ -162,9 +173,11 @@ def evaluate(
                 sums += parts
             reference.learn(engine, group)
             tables.append(gathered_rows(engine, objective, done, shifts))
+            own = [response.origin for part in done for response in part.batch.responses]
+            origins += chain.from_iterable(engine.gather_objects(own))
     rows = _with_distinct_pairs(tables)
     metrics = step_metrics(objective, float(engine.sum_over_ranks(loss)), engine.sum_over_ranks(sums), rows)
-    return {f"held_out/{name}": value for name, value in metrics.items()}, rows
+    return Evaluation({f"held_out/{name}": value for name, value in metrics.items()}, rows, origins)
 
 
 def _with_distinct_pairs(tables: Seq[np.ndarray]) -> np.ndarray:

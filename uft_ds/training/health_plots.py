@@ -42,16 +42,18 @@ def write_health(lines: Seq[dict[str, Any]], rows: np.ndarray, path: Path) -> No
         # Without a reference there are no rewards.
         name = f"implicit_reward_{side}/pair" if is_rewarded else f"logp_{side}/pair"
         draw(sides_over_time, lines, name, label=side, color="tab:red", linestyle=style)
-    for axes, title, x in (
-        (reliability, "held out: given score at implicit score", "implicit score"),
-        (length, "held out: log-ratio (nats) at length", "tokens"),
-        (margins, "held out: margins of pairs", "implicit reward, chosen - rejected"),
-        (ranks, "held out: order", "step"),
-        (saturation, "training: share without gradient", "step"),
-        (sides_over_time, f"training: {'implicit reward' if is_rewarded else 'log-prob (nats)'} of pairs", "step"),
+    of_sides = "implicit reward" if is_rewarded else "log-prob (nats)"
+    for axes, title, x, y in (
+        (reliability, "held out: calibration", "implicit score", "given score"),
+        (length, "held out: length bias", "tokens of the response", "log-ratio (nats)"),
+        (margins, "held out: margins of pairs", "implicit reward, chosen - rejected", "pairs"),
+        (ranks, "held out: order", "step", "rank correlation, accuracy"),
+        (saturation, "training: without gradient", "step", "share of responses"),
+        (sides_over_time, "training: the sides of pairs", "step", of_sides),
     ):
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(x)
+        axes.set_ylabel(y)
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7)

@@ -87,12 +87,10 @@ def _evaluate_and_report(
 ) -> None:
     if not held_out:
         return
-    metrics, rows = evaluate(
-        engine, objective, held_out, settings.tokens_per_micro_batch, reference, state.reward_shift
-    )
-    reporter.held_out(state.step, metrics)
+    found = evaluate(engine, objective, held_out, settings.tokens_per_micro_batch, reference, state.reward_shift)
+    reporter.held_out(state.step, found.metrics)
     if engine.rank == 0:
-        write_rows(folder.held_out_rows, rows)
+        write_rows(folder.held_out_rows, found.rows, found.origins)
 
 
 def _store(reference: ReferenceCache, reporter: Reporter) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections.abc import Sequence as Seq
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,8 @@ FITTED_WITHIN = 0.1
 CALIBRATION_BINS = 10
 
 _CSV_COLUMNS = (
-    "kind", "pair", "score", "implicit_score", "implicit_reward", "reward_shift", "log_ratio", "logp", "tokens",
+    "origin", "kind", "pair", "score", "implicit_score", "implicit_reward", "reward_shift", "log_ratio", "logp",
+    "tokens",
 )  # fmt: skip
 _FEWEST = 3
 """Responses: of fewer, a correlation says nothing."""
@@ -70,17 +72,22 @@ def implicit_scores(rows: np.ndarray) -> np.ndarray:
     return 0.5 * (1 + np.tanh((rows["reward"] - rows["shift"]) / 2))
 
 
-def write_rows(path: Path, rows: np.ndarray) -> None:
-    """The table as CSV, for whoever wants to look at single responses; names as in the metrics."""
+def write_rows(path: Path, rows: np.ndarray, origins: Seq[str]) -> None:
+    """The table as CSV, for whoever wants to look at single responses; names as in the metrics.
+
+    Args:
+        origins: `file:line` of each row.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_CSV_COLUMNS)
-    for row, implicit in zip(rows.tolist(), implicit_scores(rows).tolist(), strict=True):
+    for row, implicit, origin in zip(rows.tolist(), implicit_scores(rows).tolist(), origins, strict=True):
         value = dict(zip(ROW.names or (), row, strict=True))
         pair = "" if value["pair"] < 0 else value["pair"]
-        numbers = [value["score"], implicit, *(value[name] for name in ("reward", "shift", "log_ratio", "logp"))]
+        shift = math.nan if math.isnan(value["reward"]) else value["shift"]  # nothing that it could move
+        numbers = [value["score"], implicit, value["reward"], shift, value["log_ratio"], value["logp"]]
         shown = ("" if math.isnan(number) else f"{number:.9g}" for number in numbers)
-        writer.writerow([KINDS[value["kind"]], pair, *shown, int(value["tokens"])])
+        writer.writerow([origin, KINDS[value["kind"]], pair, *shown, int(value["tokens"])])
     write_atomically(path, text.getvalue())
 
 
@@ -98,7 +105,7 @@ def read_rows(path: Path) -> np.ndarray:
     for name in ("score", "tokens", "logp", "log_ratio"):
         rows[name] = [number(line[name]) for line in lines]
     rows["reward"] = [number(line["implicit_reward"]) for line in lines]
-    rows["shift"] = [number(line["reward_shift"]) for line in lines]
+    rows["shift"] = [number(line["reward_shift"] or "0") for line in lines]
     return rows
 
 
