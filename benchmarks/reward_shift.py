@@ -3,14 +3,16 @@
     python benchmarks/reward_shift.py [--steps 6] [--folder runs/reward_shift]
 
 The quickstart's model on pairs of answers to tasks: split for `ema` and `kl`, as their papers have it; kept together
-for `prompt_mean`, which else finds no two responses to a prompt; `none` both ways. With a live reference and with a
-cached one: `kl` forwards both streams whatever the cache knows. Times are sums over the steps after the first.
+for `prompt_mean`, which else finds no two responses to a prompt; `none` both ways. With a live reference and with one
+that a first, discarded run has cached: `kl` forwards both streams whatever the cache knows. Times are sums over the
+steps after the first. Everything is run anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +43,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/reward_shift"))
     options = parser.parse_args()
     folder = options.folder.absolute()
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     pairs = folder / "pairs.jsonl"
     write_pairs(pairs, 10 * options.steps)
     cases = [("split", shift) for shift in ("none", "ema", "kl")] + [("keep", "none"), ("keep", "prompt_mean")]
@@ -60,7 +63,12 @@ def main() -> None:
         for kept, shift in cases
         for cache in (True, False)
     ]
-    shared = {"model.base": str(quickstart_model(report=print)), "train.steps": options.steps}
+    runs.insert(0, runs[0] | {"name": "warm-up"})
+    shared = {
+        "model.base": str(quickstart_model(report=print)),
+        "train.steps": options.steps,
+        "reference.cache_dir": str(folder / "reference"),
+    }
     sweep = {"name": "reward_shift", "output": str(folder / "runs"), "set": shared, "runs": runs}
     path = folder / "sweep.json"
     path.write_text(json.dumps(sweep), encoding="utf-8")

@@ -10,7 +10,7 @@ import yaml
 
 from uft_ds.names import _KEYS_ELSEWHERE, _LOSSES_ELSEWHERE, unknown_key, unknown_loss
 from uft_ds.objectives.losses import LOSSES
-from uft_ds.recipe import describe_keys
+from uft_ds.recipe import Recipe, describe_keys
 from uft_ds.recipe_file import recipe_from_tree
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -19,8 +19,10 @@ KEYS = {key for key, _, _ in describe_keys()}
 
 @pytest.mark.parametrize("theirs", _KEYS_ELSEWHERE)
 def test_a_key_elsewhere_is_a_key_here(theirs: str) -> None:
-    """Each answer names keys of a recipe, and no key of ours is taken for a foreign one."""
-    answer = unknown_key(theirs, ())
+    """Each answer names keys of a recipe, also where one of ours is spelt nearly alike."""
+    leaves = {key.rpartition(".")[2] for key in KEYS} | set(Recipe.model_fields) - {"objective"}
+    assert theirs not in leaves
+    answer = unknown_key(theirs, leaves)
     assert answer.startswith("unknown key; here it is ")
     named = [word.rstrip(",") for word in re.findall(r"\b(?:[a-z_]+\.)+[a-z0-9_.]+,?", answer)]
     assert named or {"output", "tracking"} & set(answer.split()) or "loss: {pair:" in answer
@@ -35,8 +37,10 @@ def test_a_loss_elsewhere_is_a_loss_here(theirs: str) -> None:
     assert theirs not in LOSSES
 
 
-def test_the_nearest_key_comes_first() -> None:
-    """A slip of the finger is likelier than another stack."""
+def test_a_slip_is_answered_by_the_nearest() -> None:
+    """Or by all that are known."""
+    assert unknown_loss("Dpo", LOSSES) == "unknown name 'Dpo'; here it is dpo"
+    assert unknown_loss("dop", LOSSES).startswith("unknown name 'dop'; did you mean 'dpop'?")
     assert unknown_key("stepz", ("steps", "lr")) == "unknown key; did you mean 'steps'?"
     assert unknown_key("zzz", ("steps", "lr")) == "unknown key; known here: steps, lr"
 

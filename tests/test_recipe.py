@@ -186,6 +186,11 @@ def test_an_unknown_name_is_refused_with_the_nearest(minimal: str, override: str
         ("launch.ranks=0", "launch.ranks: 0 given; input should be 'auto', or greater than 0"),
         ("data.sources.0.share=20%", "share: '20%' given; input should be a valid number, or a valid list"),
         ("data.sources.0.share=[[0, 2], [1, 1]]", "data.sources.0.share.0.1: 2 given; input should be less"),
+        ("data.sources.0.where={dict: null}", "data.sources.0.where.dict: None given; input should be a valid string"),
+        ("data.sources.0.where={my-col: [1]}", "data.sources.0.where.my-col: [1] given"),
+        ("launch.collective_timeout_minutes=[1]", "launch.collective_timeout_minutes: [1] given"),
+        ("lora.targets=[q, 3]", "lora.targets.1: 3 given"),
+        ("lora=3", "lora: 3 given"),
         ("data.sources.0.score_map=[.nan, 0]", "data.sources.0.score_map.0: nan given; input should be a finite"),
         ("train.betas=[0.9]", "train.betas: [0.9] given"),
         ("train.betas=[0.9, 1.0]", "train.betas.1: 1.0 given"),
@@ -506,6 +511,14 @@ def test_every_key_is_described() -> None:
     assert len(keys) == len(set(keys))
     undescribed = [key for key, _, meaning in rows if not meaning]
     assert undescribed == []
+
+
+def test_a_beta_for_another_kind_is_no_beta_for_orpo(minimal: str) -> None:
+    """One number serves the kinds that read it; orpo's own would be a mistake."""
+    recipe = load_recipe(minimal, ("objective.loss={pair: orpo, score: mse}", "objective.beta=0.1"))
+    assert recipe.beta_of("score") == 0.1
+    own = refusal(minimal, "objective.loss={pair: orpo, score: mse}", "objective.beta={pair: 0.1}")
+    assert "objective.beta: 0.1 given, but orpo has none" in own
 
 
 def test_a_misspelt_kind_is_one_problem(minimal: str) -> None:

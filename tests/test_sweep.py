@@ -20,7 +20,7 @@ from uft_ds.recipe import Recipe
 from uft_ds.recipe_file import dump_recipe
 from uft_ds.resolve import with_absolute_paths
 from uft_ds.sweep import Result, last_values, run_sweep
-from uft_ds.sweep_file import Sweep, grid_of, load_sweep, recipe_of
+from uft_ds.sweep_file import Sweep, grid_of, load_sweep
 from uft_ds.training.run_folder import RunFolder, Status
 
 RECIPE: dict[str, Any] = {
@@ -104,27 +104,27 @@ def test_a_grid_repeats_every_run_with_every_combination() -> None:
         "sft-lr=0.0001-seed=1", "una-lr=0.0001-seed=1", "uft-lr=0.0001-seed=1", "sft-lr=0.0001-seed=2",
     ]  # fmt: skip
     assert len(sweep.runs) == len({planned.name for planned in sweep.runs}) == 12
-    recipe = recipe_of(sweep, sweep.runs[-2])
+    recipe = sweep.runs[-2].recipe
     assert (recipe.train.lr, recipe.train.seed, recipe.objective.loss) == (3e-5, 2, "mse")
     assert recipe.reference.adapter == "runs/both/sft-lr=3e-05-seed=2", "the first stage of the same point"
     assert recipe.output == "runs/both/una-lr=3e-05-seed=2"
-    assert recipe_of(sweep, sweep.runs[0]).objective.loss == "nll"
+    assert sweep.runs[0].recipe.objective.loss == "nll"
 
 
 def test_overrides_hold_for_every_run() -> None:
     """After a run's own."""
     sweep_of(grid=None)
     runs = load_sweep("sweep.yaml", ("objective.loss=bce", "train.steps=3"))
-    assert {recipe_of(runs, planned).objective.loss for planned in runs.runs} == {"bce"}
-    assert {recipe_of(runs, planned).train.steps for planned in runs.runs} == {3}
+    assert {planned.recipe.objective.loss for planned in runs.runs} == {"bce"}
+    assert {planned.recipe.train.steps for planned in runs.runs} == {3}
 
 
 def test_a_recipe_over_a_grid() -> None:
     """--grid makes a sweep of one recipe, beside its own output."""
     sweep = grid_of("toy.yaml", ["train.lr=[1e-4,3e-5]", "objective.beta=[0.01]"], ("train.steps=5",))
     assert [planned.name for planned in sweep.runs] == ["toy-lr=0.0001-beta=0.01", "toy-lr=3e-05-beta=0.01"]
-    assert recipe_of(sweep, sweep.runs[1]).output == "runs/toy-sweep/toy-lr=3e-05-beta=0.01"
-    assert recipe_of(sweep, sweep.runs[1]).train.steps == 5
+    assert sweep.runs[1].recipe.output == "runs/toy-sweep/toy-lr=3e-05-beta=0.01"
+    assert sweep.runs[1].recipe.train.steps == 5
 
 
 @pytest.mark.parametrize("grid", [["train.lr"], ["train.lr=3"], ["train.lr=[]"], ["train.lr=[1"], ["a=[1]", "a=[2]"]])
@@ -194,14 +194,14 @@ def test_nearby_values_have_names_of_their_own() -> None:
     assert [planned.name for planned in near.runs] == ["a-lr=1e-05", "a-lr=1.0000001e-05"]
     long = sweep_of(grid={"model.base": ["x" * 300, "y" * 300]}, runs=[{"name": "a", "recipe": "toy.yaml"}])
     assert [planned.name for planned in long.runs] == ["a-1", "a-2"]
-    assert recipe_of(long, long.runs[1]).model.base == "y" * 300
+    assert long.runs[1].recipe.model.base == "y" * 300
 
 
 def test_output_moves_the_sweep() -> None:
     """An override of it is the sweep's folder, not each run's."""
     sweep_of(grid=None)
     moved = load_sweep("sweep.yaml", ("output=elsewhere",))
-    assert [recipe_of(moved, planned).output for planned in moved.runs] == [
+    assert [planned.recipe.output for planned in moved.runs] == [
         "elsewhere/sft", "elsewhere/una", "elsewhere/uft",
     ]  # fmt: skip
     assert grid_of("toy.yaml", ["train.seed=[1]"], ("output=x",)).output == Path("x")
@@ -210,7 +210,7 @@ def test_output_moves_the_sweep() -> None:
 def test_values_of_all_runs() -> None:
     """`set` of the sweep holds for every run, before its own."""
     sweep = sweep_of(grid=None, set={"objective.loss": "bce", "train.steps": 9})
-    recipes = [recipe_of(sweep, planned) for planned in sweep.runs]
+    recipes = [planned.recipe for planned in sweep.runs]
     assert [recipe.objective.loss for recipe in recipes] == ["nll", "bce", "bce"]
     assert {recipe.train.steps for recipe in recipes} == {9}
 
@@ -245,6 +245,24 @@ def test_what_cannot_be_run_is_told_before_anything_is() -> None:
     checked.clear()
     run_it(check)
     assert not checked
+    shutil.rmtree("runs/both/sft")
+    run_it(lambda recipe: checked.append((recipe.name, None)))
+    assert [name for name, _ in checked] == ["sft", "una"], "the second stage is trained anew, too"
+
+
+def test_spelling_makes_no_other_base() -> None:
+    """Of a folder, or of the order of modules."""
+    Path("models/m").mkdir(parents=True)
+    stages = [
+        {"name": "a", "recipe": "toy.yaml", "set": {"model.base": "models/m", "lora.targets": ["q", "k"]}},
+        {
+            "name": "b",
+            "recipe": "toy.yaml",
+            "after": "a",
+            "set": {"model.base": "./models/m", "lora.targets": ["k", "q"]},
+        },
+    ]
+    assert len(sweep_of(runs=stages, grid=None).runs) == 2
 
 
 def test_an_unknown_sweep_lists_the_shipped_ones() -> None:
@@ -256,7 +274,7 @@ def test_an_unknown_sweep_lists_the_shipped_ones() -> None:
 def test_the_shipped_sweep_is_whole() -> None:
     """Six methods; the second stages start from the first."""
     sweep = load_sweep("baselines_mistral7b", ("model.chat_template=t.jinja",))
-    adapters = {planned.name: recipe_of(sweep, planned).reference.adapter for planned in sweep.runs}
+    adapters = {planned.name: planned.recipe.reference.adapter for planned in sweep.runs}
     first = "runs/baselines_mistral7b/sft"
     assert adapters == {"sft": None, "sft_dpo": first, "sft_kto": first, "sft_una": first, "una": None, "uft": None}
 
@@ -340,6 +358,30 @@ def test_the_table_holds_every_run_and_every_metric() -> None:
     assert [row["train.lr"] for row in rows] == ["0.0001"] * 3 + ["3e-05"] * 3
     assert [row["objective.loss"] for row in rows] == ["nll", "mse", "mse"] * 2, "what the recipes differ in"
     assert "train.seed" not in rows[0], "nor what they have in common"
+
+
+@pytest.mark.usefixtures("no_adapters")
+def test_a_map_of_the_grid_is_one_column() -> None:
+    """Not one more for each of its keys."""
+    losses = ["mse", {"pair": "dpo", "score": "mse"}]
+    run(sweep_of(grid={"objective.loss": losses}, runs=SWEEP["runs"][2:]), Trainer())
+    with Path("runs/both/table.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [name for name in rows[0] if name.startswith("objective")] == ["objective.loss"]
+
+
+@pytest.mark.usefixtures("no_adapters")
+def test_recipes_are_read_before_the_first_run() -> None:
+    """What somebody writes into their files while the runs train neither stops them nor relabels them."""
+
+    class Editor(Trainer):
+        def __call__(self, recipe: Recipe, overwrite: bool) -> tuple[Path, Status]:
+            Path("toy.yaml").write_text(yaml.safe_dump(RECIPE | {"train": {"lr": 9.0, "stpes": 3}}))
+            return super().__call__(recipe, overwrite)
+
+    results = run(sweep_of(grid=None), Editor())
+    assert [result.status for result in results] == ["done"] * 3
+    assert {result.metrics["loss"] for result in results} == {3e-5}
 
 
 @pytest.mark.usefixtures("no_adapters")

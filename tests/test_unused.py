@@ -11,6 +11,7 @@ from tiny import build_tiny_tokenizer
 
 from uft_ds.data.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokenize import load_tokenizer
+from uft_ds.errors import UserError
 from uft_ds.prepare import prepare_data
 from uft_ds.recipe_file import recipe_from_tree
 from uft_ds.unused import unused
@@ -61,6 +62,27 @@ def notes(chat: ChatTokenizer, folder: Path, objective: dict[str, Any], *names: 
         ),
         ({"loss": "nll", "beta": 0.1}, ["instruction"], {}, ["objective.beta: 0.1 given, but nll has none"]),
         (
+            {"loss": {"instruction": "nll", "pair": "dpo"}, "beta": {"instruction": 0.1}},
+            ["instruction", "pair"],
+            {},
+            ["objective.beta.instruction: 0.1 given, but nll has none"],
+        ),
+        (
+            {"loss": "nll", "beta_schedule": "linear", "beta_end": 2.0},
+            ["instruction"],
+            {},
+            ["objective.beta_schedule: linear given, but nll has no beta"],
+        ),
+        (
+            {"loss": {"pair": "dpo", "score": "mse"}, "reward_shift": "ema"},
+            ["pair"],
+            {},
+            [
+                "objective.loss.score: mse given, but no source holds responses of kind 'score'",
+                "objective.reward_shift: ema given, but no training source has a pointwise loss: it moves no other",
+            ],
+        ),
+        (
             {"loss": "l1", "undesirable_weight": 0.5},
             ["score"],
             {},
@@ -108,6 +130,10 @@ def test_what_plays_no_part_is_said(
         ({"loss": "l1", "reward_shift": "kl"}, ["good", "score"], {}),
         ({"loss": "rpo_sq"}, ["pair"], {"score_map": [0.5, 0.25]}),
         ({"loss": "simpo", "beta": 2.0}, ["pair"], {}),
+        ({"loss": "mse", "reward_shift": "kl"}, ["good"], {}),
+        ({"loss": "nll", "beta": 0.01}, ["instruction"], {}),
+        ({"loss": {"pair": "orpo", "score": "mse"}, "beta": 0.1}, ["pair", "score"], {}),
+        ({"loss": "mse", "length_normalized": True, "beta": {"instruction": 2.0}}, ["instruction"], {}),
     ],
 )
 def test_nothing_is_said_of_what_is_read(
@@ -115,3 +141,35 @@ def test_nothing_is_said_of_what_is_read(
 ) -> None:
     """A note that is there every time is read no more."""
     assert not notes(chat, tmp_path, objective, *names, **entry)
+
+
+@pytest.mark.parametrize(
+    ("objective", "names", "expected"),
+    [
+        (
+            {"loss": "mse", "length_normalized": True, "beta": {"pair": 2.0}},
+            ["instruction"],
+            "objective.beta: not given for instruction: the default 0.01 is per nat",
+        ),
+        (
+            {"loss": {"pair": "dpo"}},
+            ["pair", "score"],
+            "objective.loss: no loss for kind 'score', which data.sources.1 FOLDER/score.jsonl holds",
+        ),
+        ({"weights": {"pair": 0.0}}, ["pair"], "objective.weights: 0 for pair, which is all that is trained on"),
+        (
+            {"loss": "dpo"},
+            ["score", "pair", "instruction"],
+            "objective.loss: 'dpo' needs pairs, data.sources.0 FOLDER/score.jsonl holds responses of kind 'score': "
+            "give a loss for each kind, as in {pair: dpo, score: mse}\n"
+            "objective.loss: 'dpo' needs pairs, data.sources.2 FOLDER/instruction.jsonl holds",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_when_the_kinds_are_known(
+    chat: ChatTokenizer, tmp_path: Path, objective: dict[str, Any], names: list[str], expected: str
+) -> None:
+    """All of it at once."""
+    with pytest.raises(UserError) as caught:
+        notes(chat, tmp_path, objective, *names)
+    assert str(caught.value).replace(str(tmp_path), "FOLDER").startswith(expected)

@@ -13,8 +13,7 @@ _LOSSES_ELSEWHERE: Mapping[str, str] = {
     "bco_pair": "bce, at twice the weight",
     "apo_zero": "l1, at twice the weight",
     "apo_zero_unpaired": "l1",
-    "sppo_hard": "raw",
-    "sppo": "raw",
+    **dict.fromkeys(("sppo_hard", "sppo"), "raw, at 2 / beta^2 times the weight"),
     "sigmoid": "dpo",
     "sigmoid_norm": "dpo with length_normalized: true",
     "sft": "nll",
@@ -72,16 +71,17 @@ def unknown_name(given: str, known: Iterable[str]) -> str:
 
 
 def unknown_loss(given: str, known: Iterable[str]) -> str:
-    """What a loss is called here, if it has another name elsewhere."""
-    ours = _LOSSES_ELSEWHERE.get(given.lower())
+    """What a loss is called here, if it has another name elsewhere, whatever its case."""
+    known = tuple(known)
+    ours = _LOSSES_ELSEWHERE.get(given.lower(), given.lower() if given.lower() in known else None)
     return f"unknown name {given!r}; here it is {ours}" if ours else unknown_name(given, known)
 
 
 def unknown_key(given: str, known: Iterable[str]) -> str:
-    """The nearest known key, what it is called here, or all that are known at this place."""
+    """What it is called here, the nearest known key, or all that are known at this place."""
     known = tuple(known)
-    near = difflib.get_close_matches(given, known, n=1)
-    if near:
-        return f"unknown key; did you mean {near[0]!r}?"
     ours = _KEYS_ELSEWHERE.get(given.lower())
-    return f"unknown key; here it is {ours}" if ours else f"unknown key; known here: {', '.join(known)}"
+    if ours:
+        return f"unknown key; here it is {ours}"
+    near = difflib.get_close_matches(given, known, n=1)
+    return f"unknown key; did you mean {near[0]!r}?" if near else f"unknown key; known here: {', '.join(known)}"

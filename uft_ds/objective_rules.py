@@ -72,7 +72,12 @@ def objective_problems(objective: ObjectiveSection, *, examples_per_step: int) -
         if kind != "pair" and of_pairs:
             yield f"loss.{kind}", f"{loss if isinstance(loss, str) else of_pairs[0]!r} needs pairs"
     used = {name for loss in given.values() for name in expanded(loss)}
-    yield from (("beta", problem) for problem in _of_betas(objective, given))
+    if isinstance(objective.beta, dict) and not objective.beta:
+        yield "beta", "{} given, expected a number or a map from kind"
+    misspelt = [kind for kind in objective.beta if kind not in KINDS] if isinstance(objective.beta, dict) else []
+    yield from (("beta", unknown_name(kind, KINDS)) for kind in misspelt)
+    if not misspelt and not (isinstance(objective.loss, str) and isinstance(objective.beta, dict)):
+        yield from (("beta", problem) for problem in beta_problems(objective, given))  # else the data says which kinds
     yield from _of_shift(objective, used, examples_per_step)
     yield from _of_keys(objective, used)
 
@@ -126,21 +131,16 @@ def _of_keys(objective: ObjectiveSection, used: set[str]) -> Iterator[Problem]:
             yield key, f"{value} given, but only {', '.join(sorted(readers))} would use it"
 
 
-def _of_betas(objective: ObjectiveSection, losses: Mapping[str, str | Mapping[str, float]]) -> Iterator[str]:
-    """Beta's units depend on the losses."""
+def beta_problems(objective: ObjectiveSection, losses: Mapping[str, str | Mapping[str, float]]) -> Iterator[str]:
+    """Betas that do not go with the losses of these kinds: a beta's unit depends on the loss."""
     beta = objective.beta
-    if isinstance(beta, dict):
-        unknown = [kind for kind in beta if kind not in KINDS]
-        yield from (unknown_name(kind, KINDS) for kind in unknown)
-        if not beta:
-            yield "{} given, expected a number or a map from kind"
-        if unknown or not beta:  # else each would be said to miss its beta
-            return
+    used = {name for loss in losses.values() for name in expanded(loss)}
+    if not isinstance(beta, dict) and "odds_ratio" in used and not used & USES_BETA and beta != DEFAULT_BETA:
+        yield _NO_BETA_OF_ORPO.format(beta)
     for kind, loss in losses.items():
         names = USES_BETA & expanded(loss).keys()
-        own = beta.get(kind, DEFAULT_BETA) if isinstance(beta, dict) else beta
-        if "odds_ratio" in expanded(loss) and not names and own != DEFAULT_BETA:
-            yield f"{own} given, but orpo has none: its lambda is the weight of odds_ratio"
+        if isinstance(beta, dict) and "odds_ratio" in expanded(loss) and not names and kind in beta:
+            yield _NO_BETA_OF_ORPO.format(beta[kind])
         a_token = sorted(names & A_TOKEN)
         if a_token and names - A_TOKEN and not objective.length_normalized:
             yield f"{a_token[0]} takes one per nat a token, {sorted(names - A_TOKEN)[0]} one per nat: not in one kind"
@@ -149,6 +149,9 @@ def _of_betas(objective: ObjectiveSection, losses: Mapping[str, str | Mapping[st
             why = a_token[0] if a_token else "length_normalized"
             of_kind = f" for {kind}" if isinstance(beta, dict) else ""
             yield f"not given{of_kind}: the default {DEFAULT_BETA} is per nat, {why} takes one per nat a token"
+
+
+_NO_BETA_OF_ORPO = "{} given, but orpo has none: its lambda is the weight of odds_ratio"
 
 
 def _of_weights(weights: float | Mapping[str, float]) -> Iterator[Problem]:

@@ -28,6 +28,7 @@ from uft_ds.data.tokenized import is_whole
 from uft_ds.errors import UserError
 from uft_ds.files import write_atomically
 from uft_ds.model.identity import adapter_identity, base_identity
+from uft_ds.objective_rules import beta_problems
 from uft_ds.objectives.losses import NEEDS_PAIRS
 from uft_ds.recipe import Recipe, SourceSection
 from uft_ds.recipe_file import dump_recipe
@@ -163,24 +164,29 @@ def _check_no_source_twice(data: PreparedData) -> None:
 
 def _check_kinds(recipe: Recipe, data: PreparedData) -> None:
     """Each kind of responses needs a loss, held-out ones too: they are evaluated with it."""
-    loss, problems = recipe.objective.loss, []
+    objective, problems = recipe.objective, []
+    held: dict[str, str | dict[str, float]] = {}
     for part, sources in (("data.sources", data.train), ("data.held_out", data.held_out)):
         for number, source in enumerate(sources):
             holds = f"{part}.{number} {source.label} holds"
             for kind in sorted(source.selection.kinds):
-                losses = recipe.losses_of(kind).keys()
-                of_pairs = [name for name in losses if name in NEEDS_PAIRS]
-                named = loss if isinstance(loss, str) else of_pairs[0] if of_pairs else ""
+                losses = recipe.losses_of(kind)
+                held[kind] = dict(losses)
                 if not losses:
                     needed = ", and evaluation needs one" if part == "data.held_out" else ""
-                    problems.append(f"no loss for kind {kind!r}, which {holds}{needed}")
-                elif of_pairs and kind != "pair":
+                    problems.append(f"loss: no loss for kind {kind!r}, which {holds}{needed}")
+                elif kind != "pair" and NEEDS_PAIRS & losses.keys():
                     problems.append(
-                        f"{named!r} needs pairs, {holds} responses of kind {kind!r}: give a loss for each kind, as in "
-                        f"{{pair: {named}, {kind}: mse}}"
+                        f"loss: {objective.loss!r} needs pairs, {holds} responses of kind {kind!r}: give a loss "
+                        f"for each kind, as in {{pair: {objective.loss}, {kind}: mse}}"
                     )
+    if isinstance(objective.loss, str) and isinstance(objective.beta, dict):  # only now are the kinds known
+        problems += [f"beta: {problem}" for problem in beta_problems(objective, held)]
+    trained = {kind for source in data.train for kind in source.selection.kinds}
+    if not any(recipe.weight_of(kind) for kind in trained):
+        problems.append(f"weights: 0 for {', '.join(sorted(trained))}, which is all that is trained on")
     if problems:
-        raise UserError("\n".join(f"objective.loss: {problem}" for problem in problems))
+        raise UserError("\n".join(f"objective.{problem}" for problem in problems))
 
 
 def _check_units_fit(recipe: Recipe, data: PreparedData) -> None:
@@ -217,8 +223,6 @@ def prepare_run(
     folder = RunFolder(Path(recipe.output))
     check_claimable(folder, overwrite=overwrite)
     recipe, data = check_run(recipe, on_progress)
-    if recipe.reference.adapter is not None:
-        check_adapter_is_of_base(recipe, partial(on_progress, "hashing the adapter's base"))
     content = _reference_content(recipe, on_progress) if caches_reference(recipe) else None
     lock = claim(folder, overwrite=overwrite)
     try:
@@ -243,7 +247,10 @@ def check_run(recipe: Recipe, on_progress: OnProgress = lambda label, done, tota
     if caches_reference(recipe):
         recipe = with_fixed_revision(recipe)
     chat = load_tokenizer(recipe.model.base, revision=recipe.model.revision, chat_template=recipe.model.chat_template)
-    return recipe, prepare_data(recipe, chat, on_progress)
+    data = prepare_data(recipe, chat, on_progress)
+    if recipe.reference.adapter is not None:
+        check_adapter_is_of_base(recipe, partial(on_progress, "hashing the adapter's base"))
+    return recipe, data
 
 
 def _reference_content(recipe: Recipe, on_progress: OnProgress) -> dict[str, object]:

@@ -6,7 +6,8 @@ import re
 from collections.abc import Hashable, Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -35,7 +36,7 @@ for _class in (_RecipeLoader, _RecipeDumper):
 def _mapping_without_duplicates(loader: _RecipeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
+        key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, Hashable):
             raise UserError(f"line {key_node.start_mark.line + 1}: a key must be a word, found {key!r}")
         if key in seen:
@@ -154,24 +155,41 @@ def explained(error: ValidationError, root: type[Section]) -> Iterator[str]:
     """What is wrong with a tree of `root`, a line a key."""
     found: dict[tuple[str | int, ...], list[Any]] = {}
     for problem in error.errors():
-        found.setdefault(_place(problem), []).append(problem)
+        found.setdefault(_place(problem["loc"], root), []).append(problem)
     for place, problems in found.items():
         # Each member of a union says what is wrong: the one that got furthest is the one that was meant.
         if not any(other != place and other[: len(place)] == place for other in found):
             yield from _lines(place, problems, root)
 
 
-def _place(problem: Any) -> tuple[str | int, ...]:
-    """Keys and indices only: members of a union put their type's name into the location."""
-    words = tuple(
-        part
-        for part in problem["loc"]
-        if not (isinstance(part, str) and re.search(r"[\[\]-]|^(str|int|float|dict)$", part))
-    )
-    if problem["type"] != "extra_forbidden":
-        return words
-    unknown = str(problem["loc"][-1])  # the user's own word, which may look like a type's name
-    return words if words and words[-1] == unknown else (*words, unknown)
+def _place(location: tuple[str | int, ...], root: type[Section]) -> tuple[str | int, ...]:
+    """Keys and indices only: pydantic puts the name of a union's member into the location, too."""
+    place: list[str | int] = []
+    annotation: Any = root
+    for part in location:
+        annotation = _bare(annotation)
+        origin, members = get_origin(annotation), get_args(annotation)
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            place.append(part)
+            field = annotation.model_fields.get(str(part))
+            annotation = field.annotation if field else None
+        elif origin in (dict, list):
+            place.append(part)
+            annotation = members[-1]
+        elif origin in (Union, UnionType):  # the part names a member
+            kind = next((kind for kind in (dict, list) if str(part).startswith(kind.__name__)), None)
+            annotation = next((member for member in members if get_origin(_bare(member)) is kind), None)
+    return tuple(place)
+
+
+def _bare(annotation: Any) -> Any:
+    """Without metadata, and without the None of what may be left out."""
+    while get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    if get_origin(annotation) in (Union, UnionType):
+        members = [member for member in get_args(annotation) if member is not NoneType]
+        return _bare(members[0]) if len(members) == 1 else annotation
+    return annotation
 
 
 def _lines(place: tuple[str | int, ...], problems: list[Any], root: type[Section]) -> Iterator[str]:

@@ -25,7 +25,7 @@ from uft_ds.model.identity import adapter_identity
 from uft_ds.recipe import Recipe
 from uft_ds.recipe_file import load_recipe
 from uft_ds.resolve import adapter_folder, with_absolute_paths
-from uft_ds.sweep_file import DEFAULT_COLUMNS, PlannedRun, Sweep, recipe_of
+from uft_ds.sweep_file import DEFAULT_COLUMNS, PlannedRun, Sweep
 from uft_ds.training.metrics import read_metrics
 from uft_ds.training.run_folder import RunFolder, Status
 
@@ -64,12 +64,13 @@ def run_sweep(
         UserError: a run cannot be as it is, or a folder holds one of another recipe; nothing has been run.
     """
     _check_runs(sweep, console, check, overwrite=overwrite)
+    settings = settings_of(sweep)
     results: dict[str, Result] = {}
     try:
         for number, run in enumerate(sweep.runs, start=1):
             console.print(f"run {number} of {len(sweep.runs)}: {run.name}", style="bold")
             results[run.name] = _result(sweep, run, results, console, train, overwrite)
-            write_table(sweep, list(results.values()))
+            write_table(sweep.output / TABLE, list(results.values()), settings)
             if results[run.name].status == "interrupted":
                 break
     finally:
@@ -102,7 +103,7 @@ def _result(
         console.print("done before")
         return Result(run, "done", last_values(folder), _training_seconds(folder))
     try:
-        _, status = train(recipe_of(sweep, run), overwrite or folder.path.exists())
+        _, status = train(run.recipe, overwrite or folder.path.exists())
     except KeyboardInterrupt:
         return Result(run, "interrupted", {}, 0.0)
     except UserError as error:
@@ -121,11 +122,16 @@ def _check_runs(sweep: Sweep, console: Console, check: Callable[[Recipe], object
     if not overwrite:
         for run in sweep.runs:
             _check_folder(sweep, run)
-    ahead = [run for run in sweep.runs if overwrite or not RunFolder(sweep.output / run.name).done.exists()]
+    ahead: list[PlannedRun] = []
+    for run in sweep.runs:
+        done = not overwrite and RunFolder(sweep.output / run.name).done.exists()
+        is_stale = run.after in {other.name for other in ahead} or (done and not _starts_from_the_same(sweep, run))
+        if not done or is_stale:
+            ahead.append(run)
     for number, run in enumerate(ahead, start=1):
         console.print(f"checking run {number} of {len(ahead)}: {run.name}")
         try:
-            check(recipe_of(sweep, run, after_its_first_stage=False))
+            check(run.recipe_alone)
         except UserError as error:
             raise UserError("\n".join(f"run {run.name}: {line}" for line in str(error).splitlines())) from None
 
@@ -135,7 +141,7 @@ def _check_folder(sweep: Sweep, run: PlannedRun) -> None:
     folder = RunFolder(sweep.output / run.name)
     if not folder.done.exists() or (run.after is not None and not RunFolder(sweep.output / run.after).done.exists()):
         return
-    before, now = _leaves(load_recipe(str(folder.recipe))), _leaves(with_absolute_paths(recipe_of(sweep, run)))
+    before, now = _leaves(load_recipe(str(folder.recipe))), _leaves(with_absolute_paths(run.recipe))
     if now["model.revision"] is None:
         before["model.revision"] = None  # preparing a run fixes a hub model's
     changed = [key for key in (*now, *before) if now.get(key, _ABSENT) != before.get(key, _ABSENT)]
@@ -181,10 +187,11 @@ def last_values(folder: RunFolder) -> dict[str, float]:
 
 def settings_of(sweep: Sweep) -> dict[str, dict[str, Any]]:
     """What the recipes differ in, by run and key: the grid's keys first; data, names and folders are left out."""
-    recipes = {run.name: _leaves(recipe_of(sweep, run, after_its_first_stage=False)) for run in sweep.runs}
+    recipes = {run.name: _leaves(run.recipe_alone) for run in sweep.runs}
     grid = [key for key, _ in sweep.runs[0].values]
-    keys = [key for key in dict.fromkeys(key for leaves in recipes.values() for key in leaves) if key not in grid]
-    kept = [key for key in keys if key not in ("name", "output") and not key.startswith("data.")]
+    keys = dict.fromkeys(key for leaves in recipes.values() for key in leaves)
+    ignored = ("name", "output", "data", *grid)  # a map of the grid is one column
+    kept = [key for key in keys if not any(key == other or key.startswith(f"{other}.") for other in ignored)]
     differing = [key for key in kept if len({repr(leaves.get(key, "")) for leaves in recipes.values()}) > 1]
     return {
         run.name: {**dict(run.values), **{key: recipes[run.name].get(key, "") for key in differing}}
@@ -192,13 +199,15 @@ def settings_of(sweep: Sweep) -> dict[str, dict[str, Any]]:
     }
 
 
-def write_table(sweep: Sweep, results: list[Result]) -> None:
+def write_table(path: Path, results: list[Result], settings: dict[str, dict[str, Any]]) -> None:
     """One row a run: what it was run with that others were not, how it ended, and every metric.
 
     seconds: of its training steps, without evaluation and start.
+
+    Args:
+        settings: of each run, by key, the same keys for all.
     """
-    settings = settings_of(sweep)
-    keys = list(settings[sweep.runs[0].name])
+    keys = list(settings[results[0].run.name])
     names = sorted({name for result in results for name in result.metrics} - {"step", "seconds"})
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -208,8 +217,8 @@ def write_table(sweep: Sweep, results: list[Result]) -> None:
         metrics = [f"{result.metrics[name]:.6g}" if name in result.metrics else "" for name in names]
         row = [result.run.name, result.run.stage, *(values[key] for key in keys), result.status]
         writer.writerow([*row, f"{result.seconds:.0f}", *metrics])
-    sweep.output.mkdir(parents=True, exist_ok=True)
-    write_atomically(sweep.output / TABLE, text.getvalue())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text.getvalue())
 
 
 def shown_table(sweep: Sweep, results: list[Result]) -> Table:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ from pydantic import Field, ValidationError
 
 from uft_ds.errors import UserError
 from uft_ds.recipe import Location, Recipe, Section
-from uft_ds.recipe_file import explained, load_recipe, load_yaml, shipped_recipes
+from uft_ds.recipe_file import explained, load_recipe, load_yaml
 
 DEFAULT_COLUMNS = (
     "held_out/loss", "held_out/rank_correlation/*", "held_out/pair_accuracy/*", "held_out/calibration_error/*",
@@ -56,14 +57,23 @@ class SweepSection(Section):
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """name: of the run's folder. values: of the grid's keys, by key. after: the name of the run before."""
+    """stage: whose point of the grid it is. values: of the grid's keys, by key. after: the name of the run before.
+
+    recipe: as it was when the sweep was read; where there is a run before, its folder is the reference's adapter.
+    """
 
     name: str
     stage: str
     values: tuple[tuple[str, Any], ...]
-    recipe: str
-    overrides: tuple[str, ...]
+    recipe: Recipe
     after: str | None
+
+    @property
+    def recipe_alone(self) -> Recipe:
+        """Without the adapter that is yet to be trained."""
+        if self.after is None:
+            return self.recipe
+        return self.recipe.model_copy(update={"reference": self.recipe.reference.model_copy(update={"adapter": None})})
 
 
 @dataclass(frozen=True)
@@ -106,7 +116,7 @@ def grid_of(recipe: str, grid: Iterable[str], overrides: tuple[str, ...]) -> Swe
         key, separator, text = entry.partition("=")
         try:
             found = load_yaml(text) if separator else None
-        except yaml.YAMLError:
+        except (yaml.YAMLError, UserError):
             found = None
         if not isinstance(found, list) or not found or key in values:
             raise UserError(
@@ -122,18 +132,6 @@ def grid_of(recipe: str, grid: Iterable[str], overrides: tuple[str, ...]) -> Swe
     section = SweepSection(name=base.name, runs=[stage], grid=values, output=output)
     overrides = rest
     return _planned(section, overrides, f"sweep of {recipe}")
-
-
-def recipe_of(sweep: Sweep, run: PlannedRun, *, after_its_first_stage: bool = True) -> Recipe:
-    """A run's recipe with everything filled in.
-
-    Args:
-        after_its_first_stage: else without the adapter that it starts from, which is yet to be trained.
-    """
-    located = {"name": run.name, "output": str(sweep.output / run.name)}
-    if run.after is not None and after_its_first_stage:
-        located["reference.adapter"] = str(sweep.output / run.after)
-    return load_recipe(run.recipe, (*run.overrides, *(_override(*item) for item in located.items())))
 
 
 def _read_tree(path: str) -> dict[str, Any]:
@@ -180,51 +178,58 @@ def _planned(section: SweepSection, overrides: tuple[str, ...], label: str) -> S
             suffix = f"-{number}"
         for stage in section.runs:
             own = tuple(_override(*item) for item in (*section.set.items(), *stage.set.items(), *point))
-            recipe = stage.recipe
-            if recipe not in shipped_recipes():
-                recipe = str(Path(recipe).absolute())
-            after = None if stage.after is None else stage.after + suffix
-            runs.append(PlannedRun(stage.name + suffix, stage.name, point, recipe, (*own, *overrides), after))
+            try:
+                runs.append(_planned_run(stage, suffix, point, (*own, *overrides), output))
+            except UserError as error:
+                raise UserError(f"{label}: run {stage.name + suffix}: {error}") from None
     names = [run.name for run in runs]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise UserError(f"{label}: grid: two of its points would both be named {twice}; is a value there twice?")
-    sweep = Sweep(section.name, output, tuple(section.columns), tuple(runs))
-    recipes: dict[str, Recipe] = {}
-    for run in runs:
-        try:
-            recipes[run.name] = recipe_of(sweep, run)
-        except UserError as error:
-            raise UserError(f"{label}: run {run.name}: {error}") from None
-    _check_stages_fit(runs, recipes, label)
-    _check_points_differ(runs, recipes, label)
-    return sweep
+    _check_stages_fit(runs, label)
+    _check_points_differ(runs, label)
+    return Sweep(section.name, output, tuple(section.columns), tuple(runs))
 
 
-def _check_stages_fit(runs: list[PlannedRun], recipes: dict[str, Recipe], label: str) -> None:
+def _planned_run(
+    stage: StageSection, suffix: str, point: tuple[tuple[str, Any], ...], overrides: tuple[str, ...], output: Path
+) -> PlannedRun:
+    name, after = stage.name + suffix, None if stage.after is None else stage.after + suffix
+    located = {"name": name, "output": str(output / name)}
+    if after is not None:
+        located["reference.adapter"] = str(output / after)
+    recipe = load_recipe(stage.recipe, (*overrides, *(_override(*item) for item in located.items())))
+    return PlannedRun(name, stage.name, point, recipe, after)
+
+
+def _check_stages_fit(runs: list[PlannedRun], label: str) -> None:
     """An adapter goes on top of the base that it was trained on, in its own shape."""
+    recipes = {run.name: run.recipe for run in runs}
     for run in runs:
         if run.after is None:
             continue
-        first, second = recipes[run.after], recipes[run.name]
-        for section, key in (
-            ("model", "base"),
-            ("model", "revision"),
-            *(("lora", k) for k in ("rank", "alpha", "targets")),
-        ):
-            before, now = (getattr(getattr(recipe, section), key) for recipe in (first, second))
-            if before != now:
+        first, second = recipes[run.after], run.recipe
+        for key in ("model.base", "model.revision", "lora.rank", "lora.alpha", "lora.targets"):
+            before, now = map(attrgetter(key), (first, second))
+            if _meaning(before) != _meaning(now):
                 raise UserError(
-                    f"{label}: run {run.name}: {section}.{key}: {now} given, but it starts from the adapter of "
-                    f"{run.after}, whose {section}.{key} is {before}"
+                    f"{label}: run {run.name}: {key}: {now} given, but it starts from the adapter of {run.after}, "
+                    f"whose {key} is {before}"
                 )
 
 
-def _check_points_differ(runs: list[PlannedRun], recipes: dict[str, Recipe], label: str) -> None:
+def _meaning(value: Any) -> Any:
+    """The order of names, and how a folder is spelt, make no difference."""
+    if isinstance(value, list):
+        return sorted(set(value))
+    return str(Path(value).resolve()) if isinstance(value, str) and Path(value).exists() else value
+
+
+def _check_points_differ(runs: list[PlannedRun], label: str) -> None:
     """1 and 1.0 are two words for one value."""
     seen: dict[str, str] = {}
     for run in runs:
-        recipe = recipes[run.name].model_copy(update={"name": "", "output": ""})
+        recipe = run.recipe.model_copy(update={"name": "", "output": ""})
         what = f"{run.stage} {run.after} {recipe.model_dump_json()}"
         if what in seen:
             raise UserError(f"{label}: grid: {seen[what]} and {run.name} are the same run")

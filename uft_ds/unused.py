@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from uft_ds.data.example import GOOD_FROM, Kind
 from uft_ds.data.prepare import PreparedSource
+from uft_ds.objective_rules import DEFAULT_BETA
 from uft_ds.objectives.losses import POINTWISE, READS_SCORES, USES_BETA
 from uft_ds.prepare import PreparedData
 from uft_ds.recipe import Recipe, SourceSection
@@ -15,27 +16,45 @@ from uft_ds.recipe import Recipe, SourceSection
 def unused(recipe: Recipe, data: PreparedData) -> Iterator[str]:
     """One sentence each, after the key that it is about."""
     objective = recipe.objective
-    held = {kind for source in data.all for kind in source.selection.kinds}
+    held = sorted({kind for source in data.all for kind in source.selection.kinds})
     used = {name for kind in held for name in recipe.losses_of(kind)}
     for key in ("loss", "beta", "weights"):
         given = getattr(objective, key)
         for kind, value in given.items() if isinstance(given, dict) else ():
             if kind not in held:
                 yield f"objective.{key}.{kind}: {value} given, but no source holds responses of kind {kind!r}"
-    if "beta" in objective.model_fields_set and not used & USES_BETA:
+            elif key == "beta" and not USES_BETA & recipe.losses_of(kind).keys():
+                yield f"objective.beta.{kind}: {value} given, but {', '.join(sorted(recipe.losses_of(kind)))} has none"
+    reads_beta = used & USES_BETA
+    if not isinstance(objective.beta, dict) and objective.beta != DEFAULT_BETA and not reads_beta:
         yield f"objective.beta: {objective.beta} given, but {', '.join(sorted(used))} has none"
+    if objective.beta_schedule != "constant" and not reads_beta:
+        yield f"objective.beta_schedule: {objective.beta_schedule} given, but {', '.join(sorted(used))} has no beta"
     if objective.undesirable_weight != 1.0 and "binary" not in held:
         given = objective.undesirable_weight
         yield f"objective.undesirable_weight: {given} given, but no source holds responses of kind 'binary'"
-    pointwise = [source for source in data.train if _losses(recipe, source) & set(POINTWISE)]
-    if objective.reward_shift == "kl" and all(_lowest_score(source) >= GOOD_FROM for source in pointwise):
-        yield f"objective.reward_shift: kl (KTO) given, but no response is undesirable (a score below {GOOD_FROM})"
+    yield from _of_shift(recipe, data)
     for part, entries, sources in (
         ("sources", recipe.data.sources, data.train),
         ("held_out", recipe.data.held_out, data.held_out),
     ):
         for number, (entry, source) in enumerate(zip(entries, sources, strict=True)):
             yield from (f"data.{part}.{number}.{text}" for text in _of_source(recipe, entry, source))
+
+
+def _of_shift(recipe: Recipe, data: PreparedData) -> Iterator[str]:
+    shift = recipe.objective.reward_shift
+    if shift == "none":
+        return
+    pointwise = [source for source in data.train if _losses(recipe, source) & set(POINTWISE)]
+    if not pointwise:
+        yield f"objective.reward_shift: {shift} given, but no training source has a pointwise loss: it moves no other"
+    elif (
+        shift == "kl"
+        and all("l1" in _losses(recipe, source) for source in pointwise)
+        and all(_lowest_score(source) >= GOOD_FROM for source in pointwise)
+    ):
+        yield f"objective.reward_shift: kl (KTO) given, but no response is undesirable (a score below {GOOD_FROM})"
 
 
 def _of_source(recipe: Recipe, entry: SourceSection, source: PreparedSource) -> Iterator[str]:

@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -172,9 +171,9 @@ def evaluate(
                 loss += share
                 sums += parts
             reference.learn(engine, group)
-            tables.append(gathered_rows(engine, objective, done, shifts))
-            own = [response.origin for part in done for response in part.batch.responses]
-            origins += chain.from_iterable(engine.gather_objects(own))
+            rows, of_group = gathered_rows(engine, objective, done, shifts)
+            tables.append(rows)
+            origins += of_group
     rows = _with_distinct_pairs(tables)
     metrics = step_metrics(objective, float(engine.sum_over_ranks(loss)), engine.sum_over_ranks(sums), rows)
     return Evaluation({f"held_out/{name}": value for name, value in metrics.items()}, rows, origins)
