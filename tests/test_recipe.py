@@ -358,6 +358,15 @@ def test_the_objective_is_what_the_recipe_says(minimal: str) -> None:
             "objective.loss={dpo: 1, nll: 0.2}",
             "objective.loss: {dpo: 1, nll: 0.2} given, without the kind that it is for; give it as {pair: {dpo: 1",
         ),
+        ("objective.loss=[dpo, nll]", "objective.loss: ['dpo', 'nll'] given; a sum of losses is a map with weights"),
+        (
+            "objective.loss={pair: dpo, nll: 0.2}",
+            "objective.loss: 'nll' is a loss, and stands among kinds; a sum is {pair: {dpo: 1, nll: 0.2}}",
+        ),
+        (
+            "objective.loss={pair: simpo, score: mse} objective.beta=2",
+            "objective.beta: 2.0 for all kinds, but simpo takes one per nat a token, mse one per nat; give a map",
+        ),
         ("objective.loss={instruction: cpo}", "objective.loss.instruction: 'cpo' needs pairs"),
         ("objective.loss={pair: {orpo: 1}}", "unknown name 'orpo'; here it is {nll: 1, odds_ratio: 0.1} in a map"),
         ("objective.loss=kto", "objective.loss: unknown name 'kto'; here it is l1 with reward_shift: kl"),

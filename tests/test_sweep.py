@@ -113,7 +113,7 @@ def test_a_grid_repeats_every_run_with_every_combination() -> None:
 
 def test_overrides_hold_for_every_run() -> None:
     """After a run's own."""
-    sweep_of(grid=None)
+    sweep_of(grid=None, runs=SWEEP["runs"][:2])
     runs = load_sweep("sweep.yaml", ("objective.loss=bce", "train.steps=3"))
     assert {planned.recipe.objective.loss for planned in runs.runs} == {"bce"}
     assert {planned.recipe.train.steps for planned in runs.runs} == {3}
@@ -165,7 +165,12 @@ def test_a_bad_sweep_is_refused_before_anything_runs(changes: dict[str, Any], me
 @pytest.mark.parametrize(
     ("changes", "overrides", "message"),
     [
-        ({"grid": {"objective.beta": [1, 1.0]}}, (), "grid: sft-beta=1 and sft-beta=1.0 are the same run"),
+        ({"grid": {"objective.beta": [1, 1.0]}}, (), "sft-beta=1 and sft-beta=1.0 are the same run"),
+        (
+            {"runs": [{"name": name, "recipe": "toy.yaml"} for name in "ab"], "grid": {"train.seed": [1]}},
+            (),
+            "a-seed=1 and b-seed=1 are the same run",
+        ),
         ({"grid": {"train.lr": [1e-4, 1e-4]}}, (), "grid: two of its points would both be named sft-lr=0.0001"),
         ({"grid": {"model.base": ["a/b", "a_b"]}}, (), "would both be named sft-base=a_b"),
         ({}, ("train.seed=7",), "override 'train.seed=7': the grid varies train.seed"),

@@ -31,6 +31,12 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
     return load_tokenizer(str(build_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))))
 
 
+def test_split_pairs_are_told_how_to_stay(chat: ChatTokenizer, tmp_path: Path) -> None:
+    """The remedy is the source's, not another loss."""
+    with pytest.raises(UserError, match=r"'dpo' needs pairs, data\.sources\.0\.pairs: split .* take pairs: keep"):
+        notes(chat, tmp_path, {"loss": "dpo"}, "pair", pairs="split")
+
+
 def notes(chat: ChatTokenizer, folder: Path, objective: dict[str, Any], *names: str, **entry: Any) -> list[str]:
     """Of a recipe with these sources; `entry` is of each."""
     sources = [
@@ -65,7 +71,10 @@ def notes(chat: ChatTokenizer, folder: Path, objective: dict[str, Any], *names: 
             {"loss": {"instruction": "nll", "pair": "dpo"}, "beta": {"instruction": 0.1}},
             ["instruction", "pair"],
             {},
-            ["objective.beta.instruction: 0.1 given, but nll has none"],
+            [
+                "objective.beta.instruction: 0.1 given, but nll has none",
+                "objective.beta: not given for pair, which has the default 0.01",
+            ],
         ),
         (
             {"loss": "nll", "beta_schedule": "linear", "beta_end": 2.0},
@@ -74,7 +83,7 @@ def notes(chat: ChatTokenizer, folder: Path, objective: dict[str, Any], *names: 
             ["objective.beta_schedule: linear given, but nll has no beta"],
         ),
         (
-            {"loss": {"pair": "dpo", "score": "mse"}, "reward_shift": "ema"},
+            {"loss": {"pair": "dpo", "score": "mse"}, "reward_shift": "ema", "beta": 0.1},
             ["pair"],
             {},
             [
@@ -86,10 +95,25 @@ def notes(chat: ChatTokenizer, folder: Path, objective: dict[str, Any], *names: 
             {"loss": "l1", "undesirable_weight": 0.5},
             ["score"],
             {},
-            ["objective.undesirable_weight: 0.5 given, but no source holds responses of kind 'binary'"],
+            [
+                "objective.beta: not given; l1 has the default 0.01, which is UFT's own",
+                "objective.undesirable_weight: 0.5 given, but kind 'binary', which it is for, is held by no source",
+            ],
         ),
         (
-            {"loss": "l1", "reward_shift": "kl"},
+            {"loss": "nll", "undesirable_weight": 0.5},
+            ["binary"],
+            {},
+            ["objective.undesirable_weight: 0.5 given, but kind 'binary', which it is for, has no pointwise loss"],
+        ),
+        (
+            {"loss": {"instruction": "mse", "pair": "dpo"}, "beta": {"pair": 0.1}},
+            ["instruction", "pair"],
+            {},
+            ["objective.beta: not given for instruction, which has the default 0.01"],
+        ),
+        (
+            {"loss": "l1", "reward_shift": "kl", "beta": 0.1},
             ["good", "instruction"],
             {},
             ["objective.reward_shift: kl (KTO) given, but no response is undesirable (a score below 0.5)"],
@@ -98,10 +122,10 @@ def notes(chat: ChatTokenizer, folder: Path, objective: dict[str, Any], *names: 
             {},
             ["score"],
             {"score": 0.9},
-            ["data.sources.0.score: 0.9 given, but every row of FOLDER/score.jsonl has its own"],
+            ["data.sources.0.score: 0.9 given, which is for rows of kind 'instruction'; F/score.jsonl holds score"],
         ),
         (
-            {"loss": "dpo"},
+            {"loss": "dpo", "beta": 0.1},
             ["pair"],
             {"score_map": [0.5, 0.25]},
             ["data.sources.0.score_map: [0.5, 0.25] given, but dpo reads no scores"],
@@ -118,7 +142,7 @@ def test_what_plays_no_part_is_said(
 ) -> None:
     """The key, what it is, and what is missing."""
     found = notes(chat, tmp_path, objective, *names, **entry)
-    assert [note.replace(str(tmp_path), "FOLDER") for note in found] == expected
+    assert [note.replace(str(tmp_path), "F") for note in found] == expected
 
 
 @pytest.mark.parametrize(
@@ -126,9 +150,9 @@ def test_what_plays_no_part_is_said(
     [
         ({}, ["instruction", "score", "pair", "binary"], {}),
         ({"loss": "mse", "beta": {"instruction": 0.1}}, ["instruction"], {"score": 0.9}),
-        ({"loss": "l1", "reward_shift": "kl", "undesirable_weight": 0.5}, ["binary"], {}),
-        ({"loss": "l1", "reward_shift": "kl"}, ["good", "score"], {}),
-        ({"loss": "rpo_sq"}, ["pair"], {"score_map": [0.5, 0.25]}),
+        ({"loss": "l1", "reward_shift": "kl", "undesirable_weight": 0.5, "beta": 0.1}, ["binary"], {}),
+        ({"loss": "l1", "reward_shift": "kl", "beta": 0.1}, ["good", "score"], {}),
+        ({"loss": "rpo_sq", "beta": 0.1}, ["pair"], {"score_map": [0.5, 0.25]}),
         ({"loss": "simpo", "beta": 2.0}, ["pair"], {}),
         ({"loss": "mse", "reward_shift": "kl"}, ["good"], {}),
         ({"loss": "nll", "beta": 0.01}, ["instruction"], {}),

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from uft_ds.objectives.losses import PRESETS
 
 _LOSSES_ELSEWHERE: Mapping[str, str] = {
-    "kto": "l1 with reward_shift: kl",
+    **dict.fromkeys(("kto", "kto_pair"), "l1 with reward_shift: kl"),
     "bco": "bce with reward_shift: ema",
     "bco_pair": "bce, at twice the weight",
     "apo_zero": "l1, at twice the weight",
@@ -30,8 +30,10 @@ _KEYS_ELSEWHERE: Mapping[str, str] = {
     **dict.fromkeys(("gamma", "simpo_gamma"), "objective.simpo_margin"),
     "gamma_beta_ratio": "objective.simpo_margin, beta times as large",
     **dict.fromkeys(("loss_type", "loss_weights", "objective"), "objective.loss"),
-    **dict.fromkeys(("rpo_alpha", "cpo_alpha", "orpo_alpha", "nll_weight"), "a map, loss: {pair: {dpo: 1, nll: 0.2}}"),
-    **dict.fromkeys(("desirable_weight", "lambda_d", "lambda_u"), "objective.undesirable_weight, the other being 1"),
+    **dict.fromkeys(("rpo_alpha", "nll_weight"), "a weight in a map, loss: {pair: {dpo: 1, nll: 0.2}}"),
+    "cpo_alpha": "a weight in a map, loss: {pair: {contrast: 1, nll: 0.2}}",
+    **dict.fromkeys(("desirable_weight", "lambda_d"), "objective.weights.binary, which multiplies both sides"),
+    "lambda_u": "objective.undesirable_weight, against 1 for the desirable",
     **dict.fromkeys(("learning_rate", "peak_lr"), "train.lr"),
     **dict.fromkeys(("lr_scheduler_type", "lr_scheduler"), "train.schedule"),
     **dict.fromkeys(("warmup_ratio", "warmup_steps"), "train.warmup, a share of all steps"),

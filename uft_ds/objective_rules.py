@@ -48,12 +48,21 @@ def with_kinds(loss: Any) -> Any:
     Raises:
         ValueError: a map of losses where one of kinds belongs.
     """
-    if isinstance(loss, dict) and loss and all(name in LOSS_NAMES for name in loss):
+    if isinstance(loss, list):
+        raise ValueError(
+            f"objective.loss: {loss} given; a sum of losses is a map with weights: {{pair: {{dpo: 1, nll: 0.2}}}}"
+        )
+    if not isinstance(loss, dict) or not any(name in LOSS_NAMES for name in loss):
+        return loss
+    if all(name in LOSS_NAMES for name in loss):
         shown = ", ".join(f"{name}: {weight}" for name, weight in loss.items())
         raise ValueError(
             f"objective.loss: {{{shown}}} given, without the kind that it is for; give it as {{pair: {{{shown}}}}}"
         )
-    return loss
+    name = next(name for name in loss if name in LOSS_NAMES)
+    raise ValueError(
+        f"objective.loss: {name!r} is a loss, and stands among kinds; a sum is {{pair: {{dpo: 1, {name}: 0.2}}}}"
+    )
 
 
 def objective_problems(objective: ObjectiveSection, *, examples_per_step: int) -> Iterator[Problem]:
@@ -128,13 +137,20 @@ def _of_keys(objective: ObjectiveSection, used: set[str]) -> Iterator[Problem]:
     for key, readers in _READ_BY.items():
         value = getattr(objective, key)
         if value != fields[key].default and not readers & (used | {objective.reward_shift}):
-            yield key, f"{value} given, but only {', '.join(sorted(readers))} would use it"
+            yield key, f"{value} given, but only {', '.join(sorted(readers))} would use it; leave it out"
 
 
 def beta_problems(objective: ObjectiveSection, losses: Mapping[str, str | Mapping[str, float]]) -> Iterator[str]:
     """Betas that do not go with the losses of these kinds: a beta's unit depends on the loss."""
     beta = objective.beta
     used = {name for loss in losses.values() for name in expanded(loss)}
+    if not isinstance(beta, dict) and not objective.length_normalized:
+        a_token, a_nat = (sorted(USES_BETA & used & unit) for unit in (A_TOKEN, USES_BETA - A_TOKEN))
+        if a_token and a_nat and len(losses) > 1:
+            yield (
+                f"{beta} for all kinds, but {a_token[0]} takes one per nat a token, {a_nat[0]} one per nat; give a map "
+                "from kind"
+            )
     if not isinstance(beta, dict) and "odds_ratio" in used and not used & USES_BETA and beta != DEFAULT_BETA:
         yield _NO_BETA_OF_ORPO.format(beta)
     for kind, loss in losses.items():

@@ -168,13 +168,20 @@ def _check_kinds(recipe: Recipe, data: PreparedData) -> None:
     held: dict[str, str | dict[str, float]] = {}
     for part, sources in (("data.sources", data.train), ("data.held_out", data.held_out)):
         for number, source in enumerate(sources):
+            is_split = source.source.rules.split_pairs
             holds = f"{part}.{number} {source.label} holds"
             for kind in sorted(source.selection.kinds):
                 losses = recipe.losses_of(kind)
                 held[kind] = dict(losses)
                 if not losses:
                     needed = ", and evaluation needs one" if part == "data.held_out" else ""
-                    problems.append(f"loss: no loss for kind {kind!r}, which {holds}{needed}")
+                    split = " (its pairs: split makes single responses of pairs)" if is_split else ""
+                    problems.append(f"loss: no loss for kind {kind!r}, which {holds}{needed}{split}")
+                elif kind != "pair" and NEEDS_PAIRS & losses.keys() and is_split:
+                    problems.append(
+                        f"loss: {objective.loss!r} needs pairs, {part}.{number}.pairs: split makes single responses of "
+                        f"those of {source.label}; take pairs: keep"
+                    )
                 elif kind != "pair" and NEEDS_PAIRS & losses.keys():
                     problems.append(
                         f"loss: {objective.loss!r} needs pairs, {holds} responses of kind {kind!r}: give a loss "

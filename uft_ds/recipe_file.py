@@ -102,7 +102,11 @@ def _apply_override(tree: Any, override: str) -> None:
         elif isinstance(node, dict):
             index = part
         else:
-            raise UserError(f"override {override!r}: {where}: its parent is {node!r} and has no keys")
+            parent = ".".join(key.split(".")[:depth])
+            raise UserError(
+                f"override {override!r}: {where}: its parent is {node!r} and has no keys; give the whole of it, "
+                f"{parent}={{{part}: ...}}"
+            )
         if depth == len(parents):
             if depth == 0 and isinstance(value, dict) and isinstance(node.get(index), dict):
                 given = next(iter(value), "key")

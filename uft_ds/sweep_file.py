@@ -187,7 +187,7 @@ def _planned(section: SweepSection, overrides: tuple[str, ...], label: str) -> S
     if twice is not None:
         raise UserError(f"{label}: grid: two of its points would both be named {twice}; is a value there twice?")
     _check_stages_fit(runs, label)
-    _check_points_differ(runs, label)
+    _check_runs_differ(runs, label)
     return Sweep(section.name, output, tuple(section.columns), tuple(runs))
 
 
@@ -225,14 +225,14 @@ def _meaning(value: Any) -> Any:
     return str(Path(value).resolve()) if isinstance(value, str) and Path(value).exists() else value
 
 
-def _check_points_differ(runs: list[PlannedRun], label: str) -> None:
-    """1 and 1.0 are two words for one value."""
+def _check_runs_differ(runs: list[PlannedRun], label: str) -> None:
+    """1 and 1.0 are two words for one value; and so are a default and the same value given."""
     seen: dict[str, str] = {}
     for run in runs:
         recipe = run.recipe.model_copy(update={"name": "", "output": ""})
-        what = f"{run.stage} {run.after} {recipe.model_dump_json()}"
+        what = recipe.model_dump_json()
         if what in seen:
-            raise UserError(f"{label}: grid: {seen[what]} and {run.name} are the same run")
+            raise UserError(f"{label}: {seen[what]} and {run.name} are the same run")
         seen[what] = run.name
 
 

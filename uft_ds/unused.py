@@ -30,9 +30,13 @@ def unused(recipe: Recipe, data: PreparedData) -> Iterator[str]:
         yield f"objective.beta: {objective.beta} given, but {', '.join(sorted(used))} has none"
     if objective.beta_schedule != "constant" and not reads_beta:
         yield f"objective.beta_schedule: {objective.beta_schedule} given, but {', '.join(sorted(used))} has no beta"
-    if objective.undesirable_weight != 1.0 and "binary" not in held:
+    yield from _of_defaults(recipe, held)
+    if objective.undesirable_weight != 1.0 and not (
+        "binary" in held and set(POINTWISE) & recipe.losses_of("binary").keys()
+    ):
         given = objective.undesirable_weight
-        yield f"objective.undesirable_weight: {given} given, but no source holds responses of kind 'binary'"
+        why = "has no pointwise loss" if "binary" in held else "is held by no source"
+        yield f"objective.undesirable_weight: {given} given, but kind 'binary', which it is for, {why}"
     yield from _of_shift(recipe, data)
     for part, entries, sources in (
         ("sources", recipe.data.sources, data.train),
@@ -40,6 +44,23 @@ def unused(recipe: Recipe, data: PreparedData) -> Iterator[str]:
     ):
         for number, (entry, source) in enumerate(zip(entries, sources, strict=True)):
             yield from (f"data.{part}.{number}.{text}" for text in _of_source(recipe, entry, source))
+
+
+def _of_defaults(recipe: Recipe, held: list[Kind]) -> Iterator[str]:
+    """The default beta is UFT's own, for its squared error."""
+    objective = recipe.objective
+    if "beta" in objective.model_fields_set and not isinstance(objective.beta, dict):
+        return
+    for kind in held:
+        others = sorted(USES_BETA & recipe.losses_of(kind).keys() - {"mse"})
+        if (
+            isinstance(objective.beta, dict)
+            and kind not in objective.beta
+            and USES_BETA & recipe.losses_of(kind).keys()
+        ):
+            yield f"objective.beta: not given for {kind}, which has the default {DEFAULT_BETA}"
+        elif not isinstance(objective.beta, dict) and others:
+            yield f"objective.beta: not given; {others[0]} has the default {DEFAULT_BETA}, which is UFT's own"
 
 
 def _of_shift(recipe: Recipe, data: PreparedData) -> Iterator[str]:
@@ -59,7 +80,8 @@ def _of_shift(recipe: Recipe, data: PreparedData) -> Iterator[str]:
 
 def _of_source(recipe: Recipe, entry: SourceSection, source: PreparedSource) -> Iterator[str]:
     if entry.score is not None and "instruction" not in source.selection.kinds:
-        yield f"score: {entry.score} given, but every row of {source.label} has its own"
+        kinds = ", ".join(sorted(source.selection.kinds))
+        yield f"score: {entry.score} given, which is for rows of kind 'instruction'; {source.label} holds {kinds}"
     losses = _losses(recipe, source)
     if entry.score_map is not None and not losses & READS_SCORES:
         yield f"score_map: {entry.score_map} given, but {', '.join(sorted(losses))} reads no scores"

@@ -217,5 +217,5 @@ def test_a_copy_of_a_source_is_found(tiny_qwen2: Path, tmp_path: Path) -> None:
 def test_a_kind_without_a_loss_is_refused(tiny_qwen2: Path, tmp_path: Path) -> None:
     """A map of losses must name every kind that the data holds."""
     recipe = load_recipe(str(write_recipe(tmp_path, tiny_qwen2)), ("objective.loss={instruction: mse}",))
-    with pytest.raises(UserError, match=r"objective\.loss: no loss for kind 'score', which the data holds"):
+    with pytest.raises(UserError, match=r"objective\.loss: no loss for kind 'score', which data\.sources\.1"):
         prepare_run(recipe, overwrite=False)
