@@ -63,7 +63,7 @@ def main() -> None:
         for kept, shift in cases
         for cache in (True, False)
     ]
-    runs.insert(0, runs[0] | {"name": "warm-up"})
+    runs.insert(0, {**runs[0], "name": "warm-up", "set": {**runs[0]["set"], "objective.loss": "mse"}})
     shared = {
         "model.base": str(quickstart_model(report=print)),
         "train.steps": options.steps,
