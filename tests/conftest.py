@@ -11,6 +11,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from recipes import MINIMAL
 from tiny import build_tiny_model
 
 torch.set_num_threads(1)
@@ -34,3 +35,11 @@ def test_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; set UFT_TEST_DATA")
     return folder
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> str:
+    """A recipe with every default."""
+    path = tmp_path / "minimal.yaml"
+    path.write_text(MINIMAL)
+    return str(path)

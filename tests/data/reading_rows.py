@@ -56,13 +56,16 @@ TABLE = [
 
 
 def write_table(path: Path, rows: list[dict]) -> None:
-    table = pa.Table.from_pylist(rows)
+    write_arrow_table(path, pa.Table.from_pylist(rows))
+
+
+def write_arrow_table(path: Path, table: pa.Table) -> None:
     if path.suffix == ".parquet":
         pq.write_table(table, path)
     else:
         layout = pa.ipc.new_file if path.name.startswith("file") else pa.ipc.new_stream
         with layout(path, table.schema) as writer:
-            writer.write_table(table, max_chunksize=max(1, len(rows) // 3))
+            writer.write_table(table, max_chunksize=max(1, table.num_rows // 3))
 
 
 TABLE_NAMES = ["a.parquet", "file.arrow", "stream.arrow"]

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import datasets
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from reading_rows import TABLE, TABLE_NAMES, Write, contents, read, refusal, write_table
+from reading_rows import TABLE, TABLE_NAMES, Write, contents, read, refusal, write_arrow_table, write_table
 
 
 @pytest.mark.parametrize("name", TABLE_NAMES)
@@ -55,11 +54,7 @@ def test_text_that_is_not_utf8_in_a_table_is_refused(tmp_path: Path, name: str) 
     text = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xe9")])
     table = pa.table({"a": text})
     path = tmp_path / name
-    if name == "a.parquet":
-        pq.write_table(table, path)
-    else:
-        with (pa.ipc.new_file if name == "file.arrow" else pa.ipc.new_stream)(path, table.schema) as writer:
-            writer.write_table(table)
+    write_arrow_table(path, table)
     assert "not a readable" in refusal(path)
 
 
@@ -68,11 +63,7 @@ def test_a_column_given_twice_is_refused(tmp_path: Path, name: str) -> None:
     """One of the two would be lost in a row's dict."""
     table = pa.table([pa.array([1]), pa.array([2])], names=["a", "a"])
     path = tmp_path / name
-    if name == "a.parquet":
-        pq.write_table(table, path)
-    else:
-        with (pa.ipc.new_file if name == "file.arrow" else pa.ipc.new_stream)(path, table.schema) as writer:
-            writer.write_table(table)
+    write_arrow_table(path, table)
     assert refusal(path) == f"{path}: column 'a' is there twice"
 
 

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from uft_ds.objectives.objective import Objective, count_terms, micro_batch_loss
 from uft_ds.training.engine import Engine
 from uft_ds.training.metrics import step_metrics
 from uft_ds.training.reference_cache import ReferenceCache
-from uft_ds.training.step import forward, gathered_rows, shifts_of
+from uft_ds.training.step import forward, rows_of, shifts_of
 
 HUGGING_FACE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 """Nats a token. float32 paths differ by rounding (1e-5); bfloat16 logits are rounded to 3 digits by the model
@@ -171,9 +172,10 @@ def evaluate(
                 loss += share
                 sums += parts
             reference.learn(engine, group)
-            rows, of_group = gathered_rows(engine, objective, done, shifts)
-            tables.append(rows)
-            origins += of_group
+            own = [response.origin for part in done for response in part.batch.responses]
+            of_ranks, names = zip(*engine.gather_objects((rows_of(objective, done, shifts), own)), strict=True)
+            tables.append(np.concatenate(of_ranks))
+            origins += chain.from_iterable(names)
     rows = _with_distinct_pairs(tables)
     metrics = step_metrics(objective, float(engine.sum_over_ranks(loss)), engine.sum_over_ranks(sums), rows)
     return Evaluation({f"held_out/{name}": value for name, value in metrics.items()}, rows, origins)

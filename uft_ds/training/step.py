@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -94,7 +93,7 @@ def run_step(
         raise CheckFailed(
             f"step {step.index + 1}: the loss is {mean_loss}, yet its gradient was finite and was applied"
         )
-    rows, _ = gathered_rows(engine, objective, done, shifts)
+    rows = np.concatenate(engine.gather_objects(rows_of(objective, done, shifts)))
     metrics = step_metrics(objective, mean_loss, engine.sum_over_ranks(sums), rows)
     metrics |= {"grad_norm": result.grad_norm, "skipped": float(result.skipped), "reference/computed": float(computed)}
     moved = rows["shift"][_is_pointwise(objective, rows)]
@@ -143,17 +142,14 @@ def shifts_of(
     ]
 
 
-def gathered_rows(
-    engine: Engine, objective: Objective, done: Seq[Forwarded], shifts: Seq[Tensor | None]
-) -> tuple[np.ndarray, list[str]]:
-    """The table of all ranks' responses, and where each row is from."""
-    own = [
-        response_rows(objective, part.batch, part.logps_R, part.reference_logps_R, shifts_R)
-        for part, shifts_R in zip(done, shifts, strict=True)
-    ]
-    origins = [response.origin for part in done for response in part.batch.responses]
-    tables, names = zip(*engine.gather_objects((np.concatenate(own), origins)), strict=True)
-    return np.concatenate(tables), list(chain.from_iterable(names))
+def rows_of(objective: Objective, done: Seq[Forwarded], shifts: Seq[Tensor | None]) -> np.ndarray:
+    """The table of this rank's responses."""
+    return np.concatenate(
+        [
+            response_rows(objective, part.batch, part.logps_R, part.reference_logps_R, shifts_R)
+            for part, shifts_R in zip(done, shifts, strict=True)
+        ]
+    )
 
 
 def _of_repeated_prompts(objective: Objective, step: Step) -> Step:
