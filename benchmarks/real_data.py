@@ -101,7 +101,7 @@ def held_out_by_score(run: Path, base: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from uft_ds.checkpoint.convert import hugging_face_logps
+    from uft_ds.evaluation.log_probs import hugging_face_logps
     from uft_ds.prepare import open_data
     from uft_ds.recipe_file import load_recipe
     from uft_ds.training.run_folder import RunFolder

@@ -98,12 +98,12 @@ def measured(run: Path, base: Path, data: Path) -> dict[str, float]:
         return found
     from peft import PeftModel
 
-    from uft_ds.checkpoint.convert import hugging_face_logps
     from uft_ds.data.building import RowRules
     from uft_ds.data.prepare import Source, Tolerance, prepare_source
     from uft_ds.data.tokenize import load_tokenizer
     from uft_ds.data.verifiable import grade, is_correct, read_tasks
     from uft_ds.evaluation.generate import generate_responses, load_for_generation
+    from uft_ds.evaluation.log_probs import hugging_face_logps
     from uft_ds.training.telemetry import calibration_error, rank_correlation
 
     model, tokenizer = load_for_generation(base)

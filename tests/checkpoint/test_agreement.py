@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from uft_ds.checkpoint.convert import MAX_RELATIVE_ERROR, ROUNDING_NATS, agreement
+from uft_ds.checkpoint.agreement import MAX_RELATIVE_ERROR, ROUNDING_NATS, agreement
 
 ADAPTER = [3.0, -4.0]
 """Sum of squares 25."""

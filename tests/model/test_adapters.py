@@ -199,11 +199,11 @@ def test_an_adapter_of_another_form_is_refused(tiny_qwen2: Path, tmp_path: Path)
     assert "use_dora is True, expected None" in refusal(edited("dora", use_dora=True))
     assert "use_rslora is True" in refusal(edited("rslora", use_rslora=True))
     assert "modules_to_save is ['lm_head']" in refusal(edited("saved", modules_to_save=["lm_head"]))
-    assert "init_lora_weights is 'pissa', which changes the base's weights" in refusal(
+    assert "init_lora_weights: 'pissa' changes the base's weights" in refusal(
         edited("pissa", init_lora_weights="pissa")
     )
     assert "use_newer: not known to the installed PEFT" in refusal(edited("newer", use_newer=1))
-    assert "peft_type is 'IA3', expected 'LORA'" in refusal(edited("ia3", peft_type="IA3"))
+    assert "peft_type: 'IA3' found, expected 'LORA'" in refusal(edited("ia3", peft_type="IA3"))
     few = saved_adapter(tiny_qwen2, tmp_path / "few", targets=["q_proj"])
     assert "it is not in the file; lora.targets must name the same layers" in refusal(few)
     whole = saved_adapter(tiny_qwen2, tmp_path / "whole")

@@ -1,145 +1,242 @@
-"""From a run's checkpoint to a model that Hugging Face loads, checked against what was trained."""
+"""From what training leaves to what others load: an adapter in PEFT's format, or a whole model, checked.
+
+A source is a run, one of its checkpoints, an adapter in PEFT's format, or a folder that DeepSpeed's
+`engine.save_checkpoint` has written. Nothing is written at the target before it is whole.
+"""
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable
-from contextlib import nullcontext
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from peft import PeftModel
-from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig
+from safetensors.torch import save_file
+from transformers import GenerationConfig
 
-from uft_ds.checkpoint.save import latest_checkpoint
+from uft_ds.checkpoint.agreement import (
+    MAX_RELATIVE_ERROR,
+    Agreement,
+    compare,
+    sample_sequences,
+    sequences_of_run,
+)
+from uft_ds.checkpoint.deepspeed_files import is_deepspeed, read_trainable
+from uft_ds.checkpoint.folder import ADAPTER, latest_checkpoint
+from uft_ds.checkpoint.low_rank import read_adapter_config, read_low_rank
+from uft_ds.checkpoint.manifest import MANIFEST
+from uft_ds.checkpoint.merge import write_merged
+from uft_ds.checkpoint.model_card import model_card
+from uft_ds.checkpoint.universal import write_universal
+from uft_ds.checkpoint.weight_files import WeightFiles
 from uft_ds.data.chat_tokenizer import ChatTokenizer, save_tokenizer
 from uft_ds.data.example import Sequence
-from uft_ds.data.micro_batch import micro_batch
-from uft_ds.data.store import SequenceStore
 from uft_ds.data.tokenize import load_tokenizer
 from uft_ds.errors import CheckFailed, UserError
-from uft_ds.objectives.implicit_reward import response_logps
-from uft_ds.process import choose_accelerator
+from uft_ds.files import sync
+from uft_ds.model.identity import local_folder
+from uft_ds.model.load import check_base
 from uft_ds.recipe import Recipe
 from uft_ds.recipe_file import load_recipe
 from uft_ds.training.run_folder import RunFolder
 
-MAX_RELATIVE_ERROR = 0.1
-"""Root mean square error of the merged model's log-ratios, relative to their own root mean square."""
+Dtype = Literal["float32", "bfloat16", "float16"]
+Report = Callable[[str], None]
+OnProgress = Callable[[str, int, int], None]
+"""Called with what is being done, and how much of it is done, of how much."""
 
-ROUNDING_NATS = 1e-4
-"""An RMS error below this is float32's own rounding of log-probs, whatever was trained."""
+MAX_SHARD_BYTES = 5 * 10**9
 
-SEQUENCES_CHECKED = 16
+
+@dataclass(frozen=True)
+class Source:
+    """What is converted.
+
+    adapter: a folder in PEFT's format. base: a name or a folder. recipe, run: where the source is a run's.
+    """
+
+    path: Path
+    adapter: Path
+    base: str
+    revision: str | None
+    chat_template: str | None
+    recipe: Recipe | None = None
+    run: RunFolder | None = None
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was written, and how well it keeps what was trained.
-
-    share_kept: regression of the merged model's log-ratios on the adapter's: 1 is perfect.
-    relative_error: RMS error of the log-ratios over their RMS.
-    """
+    """agreement: None where nothing was compared."""
 
     folder: Path
-    checkpoint: Path
-    num_responses: int
-    share_kept: float
-    relative_error: float
+    source: Path
+    agreement: Agreement | None
 
 
 def convert_to_merged(
-    run: Path, out: Path, *, dtype: str | None = None, report: Callable[[str], None] = print
+    path: Path,
+    out: Path,
+    *,
+    base: str | None = None,
+    adapter_config: Path | None = None,
+    dtype: Dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    verify: bool = True,
+    report: Report = print,
+    on_progress: OnProgress = lambda label, done, total: None,
 ) -> Conversion:
-    """Write base + adapter as one Hugging Face model: safetensors, tokenizer, chat template, generation config.
+    """Write base + adapter as one Hugging Face model: safetensors, tokenizer, chat template, generation config, card.
 
-    The sum is formed in float32. Log-ratios to the base, not log-probs, are then compared on the run's own
-    sequences: rounding a small delta into bfloat16 weights can lose most of it, and log-probs would not show it.
+    Sums are formed in float32 and stored in the base's types, tensor by tensor.
 
     Args:
-        dtype: `float32` or `bfloat16`; None: the recipe's.
+        base, adapter_config: of a DeepSpeed folder, which says neither; of an adapter, instead of what it says.
+        dtype: of all weights, instead of the base's.
     Raises:
-        UserError: no valid checkpoint, or `out` holds something.
+        UserError: nothing to convert, an adapter that is no plain LoRA, or `out` holds something.
         CheckFailed: the merged model has lost what was trained; nothing is left at `out`.
     """
     out = out.absolute()
-    checkpoint, folder, recipe = _open_run(run)
     _check_free(out)
-    target_dtype = getattr(torch, dtype or recipe.model.dtype)
-    chat = load_tokenizer(recipe.model.base, revision=recipe.model.revision, chat_template=recipe.model.chat_template)
-    sequences = _sequences_to_check(folder, recipe)
-    report(f"merging {checkpoint} into {recipe.model.base}")
-    policy = PeftModel.from_pretrained(_load(recipe.model.base, recipe.model.revision), str(checkpoint / "adapter"))
-    base_R = hugging_face_logps(policy, sequences, adapters=False)
-    adapter_R = hugging_face_logps(policy, sequences) - base_R
-    merged: Any = policy.merge_and_unload()
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        _write_model(merged.to(target_dtype), chat, temporary)
-        del merged, policy
-        report("comparing the merged model with the adapter")
-        merged_R = hugging_face_logps(_load(str(temporary), None), sequences) - base_R
-        share_kept, relative_error = agreement(adapter_R, merged_R)
-        if not relative_error <= MAX_RELATIVE_ERROR:
-            raise CheckFailed(
-                f"the merged model keeps {share_kept:.1%} of the adapter's log-ratios with a relative error of "
-                f"{relative_error:.1%} (allowed {MAX_RELATIVE_ERROR:.0%}): {target_dtype} weights cannot hold so "
-                "small a change; convert with --dtype float32, or take the adapter by --to adapter"
+    with opened(path, base, adapter_config) as source:
+        deltas = read_low_rank(source.adapter)
+        folder = local_folder(source.base, source.revision)
+        chat = _tokenizer_of(source)
+        report(f"merging {source.path} into {source.base}")
+        with _whole_or_nothing(out) as temporary:
+            target = None if dtype is None else getattr(torch, dtype)
+            write_merged(
+                WeightFiles(folder),
+                deltas,
+                temporary,
+                dtype=target,
+                max_shard_bytes=max_shard_bytes,
+                on_bytes=partial(on_progress, "writing weights"),
             )
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return Conversion(out, checkpoint, len(adapter_R), share_kept, relative_error)
+            _write_configs(folder, temporary, chat, dtype)
+            found = None
+            if verify:
+                report("comparing the merged model with the adapter, layer by layer")
+                sequences = _sequences(source, chat)
+                found = compare(folder, source.adapter, temporary, sequences, partial(on_progress, "comparing layers"))
+                _check_faithful(found, dtype)
+            card = model_card(source.base, source.recipe, found, title=out.name)
+            (temporary / "README.md").write_text(card, encoding="utf-8")
+    return Conversion(out, source.path, found)
 
 
-def convert_to_adapter(run: Path, out: Path) -> Path:
-    """Copy the newest valid checkpoint's adapter, in PEFT's format, with the tokenizer.
+def convert_to_adapter(
+    path: Path, out: Path, *, base: str | None = None, adapter_config: Path | None = None
+) -> Conversion:
+    """Write the adapter in PEFT's format, with the tokenizer where the source has one.
 
     Raises:
-        UserError: no valid checkpoint, or `out` holds something.
+        UserError: nothing to convert, or `out` holds something.
     """
     out = out.absolute()
-    checkpoint, _, recipe = _open_run(run)
     _check_free(out)
-    chat = load_tokenizer(recipe.model.base, revision=recipe.model.revision, chat_template=recipe.model.chat_template)
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        shutil.copytree(checkpoint / "adapter", temporary)
-        save_tokenizer(chat, temporary)
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return out
+    with opened(path, base, adapter_config) as source, _whole_or_nothing(out) as temporary:
+        shutil.copytree(source.adapter, temporary, dirs_exist_ok=True)
+        if source.recipe is not None:
+            save_tokenizer(_tokenizer_of(source), temporary)
+            card = model_card(source.base, source.recipe, None, title=out.name)
+            (temporary / "README.md").write_text(card, encoding="utf-8")
+    return Conversion(out, source.path, None)
 
 
-def agreement(adapter_R: Tensor, merged_R: Tensor) -> tuple[float, float]:
-    """(share kept, relative error) of the merged model's log-ratios; (1, 0) where there is nothing to keep."""
-    power = adapter_R.square().sum()
-    if power == 0:
-        return (1.0, 0.0) if not merged_R.any() else (0.0, float("inf"))
-    share = (adapter_R * merged_R).sum() / power
-    error_R = merged_R - adapter_R
-    if error_R.square().mean().sqrt() < ROUNDING_NATS:
-        return float(share), 0.0
-    return float(share), float(error_R.square().sum().div(power).sqrt())
+def convert_to_universal(path: Path, out: Path) -> Conversion:
+    """Write a run's checkpoint as DeepSpeed's universal one: adapter and optimiser, for any number of ranks.
+
+    Raises:
+        UserError: no checkpoint of ours, or `out` holds something.
+    """
+    out = out.absolute()
+    _check_free(out)
+    if is_deepspeed(path):
+        raise UserError(f"{path}: DeepSpeed's own; `python -m deepspeed.checkpoint.ds_to_universal` converts it")
+    source = _of_run(path)
+    assert source.recipe is not None
+    with _whole_or_nothing(out) as temporary:
+        write_universal(source.path, source.recipe.train, temporary)
+    return Conversion(out, source.path, None)
 
 
-def _open_run(run: Path) -> tuple[Path, RunFolder, Recipe]:
-    if not run.is_dir():
-        raise UserError(f"{run}: no such folder; expected a run's folder or one of its checkpoints")
-    checkpoint = latest_checkpoint(run)
+@contextmanager
+def opened(path: Path, base: str | None, adapter_config: Path | None) -> Iterator[Source]:
+    """What a path holds.
+
+    Raises:
+        UserError: nothing that can be converted, or an option is missing or of no use.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; expected a run, a checkpoint, an adapter or a DeepSpeed checkpoint")
+    is_own = (path / MANIFEST).exists() or (path / "checkpoints").is_dir()
+    if is_deepspeed(path) and not is_own:
+        with tempfile.TemporaryDirectory() as folder:
+            yield _from_deepspeed(path, Path(folder), base, adapter_config)
+        return
+    if adapter_config is not None:
+        raise UserError("--adapter-config: only a DeepSpeed checkpoint needs it; this folder has its own")
+    if (path / "adapter_config.json").is_file():
+        said = read_adapter_config(path / "adapter_config.json").get("base_model_name_or_path")
+        if base is None and not said:
+            raise UserError(f"{path}: its adapter_config.json names no base model; give --base")
+        yield Source(path, path, base or str(said), None, None)
+        return
+    if base is not None:
+        raise UserError("--base: a run's recipe says it; leave it out")
+    yield _of_run(path)
+
+
+def _of_run(path: Path) -> Source:
+    checkpoint = latest_checkpoint(path)
     folder = RunFolder(checkpoint.parent.parent)
     if not folder.recipe.exists() or not folder.sample_data().exists():
         raise UserError(f"{folder.path}: no recipe.yaml or data/ beside {checkpoint.name}; a checkpoint needs its run")
-    return checkpoint, folder, load_recipe(str(folder.recipe))
+    recipe = load_recipe(str(folder.recipe))
+    model = recipe.model
+    return Source(checkpoint, checkpoint / ADAPTER, model.base, model.revision, model.chat_template, recipe, folder)
+
+
+def _from_deepspeed(path: Path, folder: Path, base: str | None, adapter_config: Path | None) -> Source:
+    if base is None or adapter_config is None:
+        missing = " and ".join(
+            option for option, given in (("--base", base), ("--adapter-config", adapter_config)) if given is None
+        )
+        raise UserError(f"{path}: a DeepSpeed checkpoint holds weights alone; give {missing}")
+    config = adapter_config / "adapter_config.json" if adapter_config.is_dir() else adapter_config
+    read_adapter_config(config)
+    tensors = {}
+    for name, tensor in read_trainable(path).items():
+        # PEFT's files leave out the adapter's name, and everything before PEFT's own prefix is another model's.
+        inner = name[name.find("base_model.model.") :] if "base_model.model." in name else name
+        tensors[inner.replace(".default.", ".")] = tensor.contiguous()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    shutil.copyfile(config, folder / "adapter_config.json")
+    return Source(path, folder, base, None, None)
+
+
+def _tokenizer_of(source: Source) -> ChatTokenizer:
+    return load_tokenizer(source.base, revision=source.revision, chat_template=source.chat_template)
+
+
+def _sequences(source: Source, chat: ChatTokenizer) -> tuple[Sequence, ...]:
+    return sample_sequences(chat) if source.run is None else sequences_of_run(source.run.sample_data())
+
+
+def _check_faithful(found: Agreement, dtype: Dtype | None) -> None:
+    if not found.is_faithful:
+        raise CheckFailed(
+            f"the merged model: {found.summary} (allowed {MAX_RELATIVE_ERROR:.0%}): weights of "
+            f"{dtype or 'the type of the base'} cannot hold so small a change; convert with --dtype float32, or take "
+            "the adapter by --to adapter"
+        )
 
 
 def _check_free(out: Path) -> None:
@@ -147,39 +244,38 @@ def _check_free(out: Path) -> None:
         raise UserError(f"{out}: already exists; delete it or give another folder")
 
 
-def _sequences_to_check(folder: RunFolder, recipe: Recipe) -> tuple[Sequence, ...]:
-    store = SequenceStore(folder.sample_data(), "data")
-    sequences = (sequence for index in range(len(store)) for sequence in store.unit(index))
-    return tuple(islice(sequences, SEQUENCES_CHECKED))
+@contextmanager
+def _whole_or_nothing(out: Path) -> Iterator[Path]:
+    """A folder that becomes `out` at the end of the block, or goes."""
+    temporary = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in temporary.rglob("*"):
+            sync(path)
+        if out.exists():
+            out.rmdir()
+        temporary.rename(out)
+        sync(out.parent)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _load(base: str, revision: str | None) -> Any:
-    # In host memory, where a model that needed many GPUs may still fit in float32.
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        base, revision=revision, dtype=torch.float32, trust_remote_code=False
-    )
-    return model.eval()
-
-
-@torch.no_grad()
-def hugging_face_logps(model: Any, sequences: tuple[Sequence, ...], *, adapters: bool = True) -> Tensor:
-    """log pi(y|x) by Hugging Face's own forward and log_softmax in float32: [responses]."""
-    sums = []
-    for sequence in sequences:
-        batch = micro_batch([sequence]).to(model.device)
-        with nullcontext() if adapters else model.disable_adapter():
-            logits_TV = model(input_ids=batch.token_ids_T[None], use_cache=False).logits[0].float()
-        logps_NV = logits_TV.index_select(0, batch.predictors_N).log_softmax(dim=-1)
-        token_logps_N = logps_NV.gather(1, batch.targets_N[:, None]).squeeze(1)
-        sums.append(response_logps(token_logps_N, batch.response_of_N, len(batch.responses)).cpu())
-    return torch.cat(sums)
-
-
-def _write_model(model: Any, chat: ChatTokenizer, folder: Path) -> None:
-    choose_accelerator()  # transformers imports DeepSpeed to save
-    model.generation_config = _ending_turns(model.generation_config, chat)
-    model.config.use_cache = True
-    model.save_pretrained(folder)
+def _write_configs(base: Path, folder: Path, chat: ChatTokenizer, dtype: Dtype | None) -> None:
+    config: dict[str, Any] = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    if dtype is not None:
+        config["dtype"] = dtype
+        config.pop("torch_dtype", None)  # the same key's older name
+    config["use_cache"] = True
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if (base / "generation_config.json").is_file():
+        generation = GenerationConfig.from_pretrained(base)
+    else:
+        generation = GenerationConfig.from_model_config(check_base(str(base), None))
+    _ending_turns(generation, chat).save_pretrained(folder)
     save_tokenizer(chat, folder)
 
 

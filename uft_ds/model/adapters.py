@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,19 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from uft_ds.errors import UserError
+from uft_ds.model.lora_config import WITHOUT_EFFECT, read_lora_config
 
 POLICY, REFERENCE = "default", "reference"
 """PEFT's names of the trainable adapter and of the frozen one beside it."""
-
-_NOT_NUMBERS = {
-    "auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules", "inference_mode", "init_lora_weights",
-    "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_config", "megatron_core", "peft_type",
-    "peft_version", "revision", "runtime_config", "target_modules", "task_type",
-}  # fmt: skip
-"""Fields of a LoRA's config that do not change what a frozen adapter computes, or that its tensors show."""
-
-_LEAVE_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
-"""Initial values that PEFT draws without changing the base's weights; PiSSA, OLoRA and others do change them."""
 
 
 def add_adapters(
@@ -129,28 +119,15 @@ def lora_form(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: not a LoRA's config, one with fields that this PEFT does not know, or one that changes the base.
     """
-    path = folder / "adapter_config.json"
     try:
-        form: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        kind, start = form["peft_type"], form.get("init_lora_weights", True)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"reference.adapter: {path}: cannot be read ({error})") from None
-    if kind != "LORA":
-        raise UserError(f"reference.adapter: {path}: peft_type is {kind!r}, expected 'LORA'")
-    unknown = sorted(set(form) - set(LoraConfig.__dataclass_fields__))
-    if unknown:
-        raise UserError(f"reference.adapter: {path}: {unknown[0]}: not known to the installed PEFT; update PEFT")
-    if start not in _LEAVE_THE_BASE:
-        raise UserError(
-            f"reference.adapter: {path}: init_lora_weights is {start!r}, which changes the base's weights too; convert "
-            "it to a plain LoRA first (PEFT's save_pretrained with path_initial_model_for_weight_conversion)"
-        )
-    return _numbers_of({**LoraConfig().to_dict(), **form})  # older versions wrote fewer fields
+        return _numbers_of(read_lora_config(folder / "adapter_config.json"))
+    except UserError as error:
+        raise UserError(f"reference.adapter: {error}") from None
 
 
 def _numbers_of(config: dict[str, Any]) -> dict[str, Any]:
     # An empty pattern is {} or null, as the version has it.
-    return {key: value or None for key, value in sorted(config.items()) if key not in _NOT_NUMBERS}
+    return {key: value or None for key, value in sorted(config.items()) if key not in WITHOUT_EFFECT}
 
 
 def _check_same_lora(folder: Path, ours: PeftConfig) -> None:

@@ -1,0 +1,114 @@
+"""`uft convert` and `uft checkpoint` as a user types them: options that do not fit, and what is printed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import whole_checkpoint
+from peft import LoraConfig, get_peft_model
+from tiny import build_tiny_model
+from transformers import AutoModelForCausalLM
+
+from uft_ds import cli
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp("base"), "qwen2", tied=False)
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As PEFT saves it, trained enough to be seen."""
+    folder = tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    policy = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.05)
+    policy.save_pretrained(str(folder))
+    return folder
+
+
+def uft(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
+) -> tuple[int, str, str]:
+    """(exit code, standard output, standard error) of the command, in this process."""
+    monkeypatch.setattr(sys, "argv", ["uft", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    printed = capsys.readouterr()
+    return int(end.value.code or 0), printed.out, printed.err
+
+
+def test_an_adapter_of_peft_is_merged_in_small_files(
+    base: Path,
+    adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """--base, --max-shard-size and --dtype; compared unless told not to."""
+    options = ("--base", base, "--max-shard-size", "40KB", "--dtype", "float32")
+    code, out, err = uft(monkeypatch, capsys, "convert", adapter, tmp_path / "merged", *options)
+    assert code == 0, err
+    assert "100.00% of the adapter's log-ratios kept" in out
+    files = sorted((tmp_path / "merged").glob("model-*.safetensors"))
+    assert len(files) > 3
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert loaded.dtype == torch.float32
+    code, out, _ = uft(monkeypatch, capsys, "convert", adapter, tmp_path / "blind", *options, "--no-verify")
+    assert code == 0
+    assert "not compared with the adapter" in out
+    assert [path.read_bytes() for path in files] == [
+        path.read_bytes() for path in sorted((tmp_path / "blind").glob("model-*.safetensors"))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--max-shard-size", "5 apples"), "--max-shard-size: '5 apples' given, expected a size such as 5GB or 500MB"),
+        (("--adapter-config", "here"), "--adapter-config: only a DeepSpeed checkpoint needs it"),
+        (("--to", "adapter", "--dtype", "float16"), "--dtype: --to adapter keeps what was trained as it is"),
+        (("--to", "adapter", "--max-shard-size", "1GB"), "--max-shard-size: of no use with --to adapter"),
+        (("--to", "universal"), "holds no checkpoint; expected a run's folder"),
+        (("--to", "universal", "--base", "b"), "--base: of no use with --to universal"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(
+    adapter: Path,
+    tmp_path: Path,
+    options: tuple[str, ...],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """By name, with exit code 2, and nothing is written."""
+    code, _, err = uft(monkeypatch, capsys, "convert", adapter, tmp_path / "out", *options)
+    assert code == 2
+    assert message in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["ls", "verify"])
+def test_a_checkpoint_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    """`ls` shows every one; `verify` ends with 3 and the file's name where one is damaged, and with 2 where none is."""
+    for step in (2, 4):
+        whole_checkpoint(tmp_path / "checkpoints" / f"step-{step:06d}")
+    code, out, _ = uft(monkeypatch, capsys, "checkpoint", command, tmp_path)
+    assert code == 0
+    assert "as they were written" in out or "as it was written" in out
+    (tmp_path / "checkpoints" / "step-000002" / "trainer.json").write_text("TRAINER.JSON\n")
+    code, out, err = uft(monkeypatch, capsys, "checkpoint", command, tmp_path)
+    assert code == (3 if command == "verify" else 0)
+    assert "step-000002/trainer.json: its content is not what was written" in out + err
+    code, _, err = uft(monkeypatch, capsys, "checkpoint", command, tmp_path / "nowhere")
+    assert code == 2
+    assert "no such folder" in err

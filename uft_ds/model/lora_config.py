@@ -1,0 +1,47 @@
+"""PEFT's adapter_config.json of a LoRA: what its numbers depend on, and what its tensors alone do not show."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+
+from uft_ds.errors import UserError
+
+WITHOUT_EFFECT = frozenset({
+    "auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules", "inference_mode", "init_lora_weights",
+    "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_config", "megatron_core", "peft_type",
+    "peft_version", "revision", "runtime_config", "target_modules", "task_type",
+})  # fmt: skip
+"""Fields that do not change what a frozen adapter computes, or that its tensors show."""
+
+_LEAVE_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
+"""Initial values that PEFT draws without changing the base's weights; PiSSA, OLoRA and others do change them."""
+
+
+def read_lora_config(path: Path) -> dict[str, Any]:
+    """All fields, with PEFT's defaults where an older version wrote fewer.
+
+    Raises:
+        UserError: not a LoRA's config, one with fields that this PEFT does not know, or one that changes the base.
+    """
+    try:
+        given: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        kind, start = given["peft_type"], given.get("init_lora_weights", True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read as an adapter's config ({type(error).__name__}: {error})") from None
+    if kind != "LORA":
+        raise UserError(f"{path}: peft_type: {kind!r} found, expected 'LORA'")
+    defaults = LoraConfig().to_dict()
+    unknown = sorted(set(given) - set(defaults))
+    if unknown:
+        raise UserError(f"{path}: {unknown[0]}: not known to the installed PEFT; update PEFT")
+    if start not in _LEAVE_THE_BASE:
+        raise UserError(
+            f"{path}: init_lora_weights: {start!r} changes the base's weights too: added to the base as it is, the "
+            "result would be wrong; convert it to a plain LoRA first (PEFT's save_pretrained with "
+            "path_initial_model_for_weight_conversion)"
+        )
+    return {**defaults, **given}
