@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence as Seq
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from uft_ds.checkpoint.load import stored_reference
 from uft_ds.data.example import KEY_BYTES
 from uft_ds.data.store import Pool
 from uft_ds.model.adapters import add_adapters, start_from_adapter
@@ -70,11 +72,20 @@ def build_engine(recipe: Recipe, reporter: Speaker) -> tuple[Engine, UFTModel]:
 
 
 def build_reference_cache(
-    recipe: Recipe, folder: RunFolder, engine: Engine, model: UFTModel, pools: Seq[Pool], reporter: Speaker
+    recipe: Recipe,
+    folder: RunFolder,
+    engine: Engine,
+    model: UFTModel,
+    pools: Seq[Pool],
+    reporter: Speaker,
+    checkpoint: Path | None = None,
 ) -> ReferenceCache:
     """What the store knows of the run's responses, checked against the reference itself.
 
     Rank 0 reads the store, once: the others might see what other runs have added since. Every rank must call it.
+
+    Args:
+        checkpoint: that the run goes on from: it knows what it knew then, whatever the store knows by now.
     """
     if not objective_of(recipe).needs_reference:
         return ReferenceCache("unneeded")
@@ -82,7 +93,7 @@ def build_reference_cache(
         return ReferenceCache("live")
     assert recipe.lora is not None
     identity = reference_identity(
-        json.loads(folder.reference_content.read_text(encoding="utf-8")),
+        _reference_content(folder),
         dtype=recipe.model.dtype,
         attention=model.attention,
         adapter_dtype=recipe.lora.dtype if recipe.reference.adapter else None,
@@ -91,7 +102,10 @@ def build_reference_cache(
     files: tuple[Path, ...] = ()
     if engine.rank == 0:
         store = ReferenceStore.below(cache_dir(recipe), identity)
-        snapshot[0], files = _read_snapshot(store, pools, reporter)
+        if checkpoint is None:
+            snapshot[0], files = _read_snapshot(store, pools, reporter)
+        else:
+            snapshot[0] = stored_reference(checkpoint, identity)
     torch.distributed.broadcast_object_list(snapshot, src=0)
     cache = ReferenceCache("remembered", snapshot[0], identity=identity, store=store)
     check = check_reference_cache(
@@ -115,6 +129,12 @@ def build_reference_cache(
         )
         cache.forget()
     return cache
+
+
+def _reference_content(folder: RunFolder) -> dict[str, Any]:
+    """What the reference's log-probs depend on besides the tokens and how it is computed."""
+    identity = json.loads(folder.identity.read_text(encoding="utf-8"))
+    return {**identity["base"], "adapter": identity["adapter"]}
 
 
 def _read_snapshot(store: ReferenceStore, pools: Seq[Pool], reporter: Speaker) -> tuple[LogpTable, tuple[Path, ...]]:

@@ -7,7 +7,7 @@ import sys
 import textwrap
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
 from rich.console import Console
@@ -31,6 +31,8 @@ recipe_app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
 app.add_typer(recipe_app, name="recipe")
 data_app = typer.Typer(help="Look at data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+checkpoint_app = typer.Typer(help="Look at a run's checkpoints, check and delete them.", no_args_is_help=True)
+app.add_typer(checkpoint_app, name="checkpoint")
 _UNLIMITED = 10_000  # columns: in files and pipes nothing is folded
 console = Console(  # no markup: paths may hold brackets and numbers
     markup=False, highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _UNLIMITED
@@ -48,28 +50,28 @@ def train(
     recipe: RecipeName,
     overrides: Overrides = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from a checkpoint: not available in this version.")
+        bool, typer.Option("--resume", help="Go on from the newest whole checkpoint of the run that the output holds.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run that the output holds.")] = False,
 ) -> None:
     """Check everything, then train on this machine's GPUs, or on two CPU processes."""
     from uft_ds.recipe_file import load_recipe
 
-    if resume:
-        raise UserError("--resume is not available in this version; start anew in another folder by output=PATH")
-    run_training(load_recipe(recipe, tuple(overrides or ())), overwrite=overwrite)
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite: the one goes on with a run, the other deletes it; give one of them")
+    run_training(load_recipe(recipe, tuple(overrides or ())), overwrite=overwrite, resume=resume)
 
 
-def run_training(recipe: Recipe, *, overwrite: bool) -> None:
+def run_training(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> None:
     """Prepare, launch, and end the process with the run's exit code unless it is done."""
-    folder, _ = _launched(recipe, "training", overwrite=overwrite)
+    folder, _ = _launched(recipe, "training", overwrite=overwrite, resume=resume)
     console.print(f"done: {folder}  (metrics.jsonl, curves.png, report.html, checkpoints/)")
 
 
-def _launched(recipe: Recipe, what: str, *, overwrite: bool, options: tuple[str, ...] = ()) -> tuple[Path, Status]:
+def _launched(recipe: Recipe, what: str, **how: Any) -> tuple[Path, Status]:
     from uft_ds.run import run_recipe
 
-    folder, status = run_recipe(recipe, what, console, overwrite=overwrite, options=options)
+    folder, status = run_recipe(recipe, what, console, **how)
     if status.exit_code != 0:
         raise typer.Exit(status.exit_code)
     return folder, status
@@ -130,7 +132,7 @@ def reference(recipe: RecipeName, overrides: Overrides = None) -> None:
     work = Path(tempfile.mkdtemp(prefix="uft-reference-"))
     filling = loaded.model_copy(update={"output": str(work / "run")})
     try:
-        _, status = _launched(filling, "computing the reference", overwrite=False, options=("--only-reference",))
+        _, status = _launched(filling, "computing the reference", options=("--only-reference",))
     except typer.Exit as end:
         if end.exit_code == EXIT_INTERRUPTED:
             print("what has been stored is kept: the same command goes on from there", file=sys.stderr)
@@ -231,29 +233,106 @@ def data_schema() -> None:
 
 @app.command()
 def convert(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or one of its checkpoints.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE", help="A run, one of its checkpoints, a PEFT adapter, or a folder of DeepSpeed's."
+        ),
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; it must not exist yet.")],
-    to: Annotated[Literal["merged", "adapter"], typer.Option(help="A whole model, or the adapter alone.")] = "merged",
-    dtype: Annotated[
-        Optional[Literal["float32", "bfloat16"]],  # noqa: UP045 - typer reads it
-        typer.Option(help="Type of the merged weights; the recipe's if not given."),
+    to: Annotated[
+        Literal["merged", "adapter", "universal"],
+        typer.Option(help="A whole model, the adapter alone, or DeepSpeed's universal checkpoint of a run's."),
+    ] = "merged",
+    base: Annotated[
+        Optional[str],  # noqa: UP045 - typer reads it
+        typer.Option(help="The base model, where the source does not say it: a folder or a hub name."),
     ] = None,
+    adapter_config: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="adapter_config.json, or its folder, for a folder of DeepSpeed's."),
+    ] = None,
+    dtype: Annotated[
+        Optional[Literal["float32", "bfloat16", "float16"]],  # noqa: UP045
+        typer.Option(help="Type of the merged weights; the base's if not given."),
+    ] = None,
+    max_shard_size: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Largest file of merged weights, such as 500MB; 5GB if not given."),
+    ] = None,
+    verify: Annotated[bool, typer.Option(help="Compare the merged model's log-ratios with the adapter's.")] = True,
 ) -> None:
-    """Write a trained run as a Hugging Face model, checked against what was trained."""
-    from uft_ds.checkpoint.convert import convert_to_adapter, convert_to_merged
+    """Write what was trained as a Hugging Face model or adapter, checked against what was trained."""
+    from uft_ds.checkpoint.convert import MAX_SHARD_BYTES, convert_to_adapter, convert_to_merged, convert_to_universal
+    from uft_ds.checkpoint.weight_files import bytes_of
+    from uft_ds.run import preparation
 
     _quiet_loading()
-    if to == "adapter":
-        if dtype is not None:
-            raise UserError("--dtype: an adapter is copied as it was trained; leave --dtype out, or take --to merged")
-        console.print(f"adapter: {convert_to_adapter(run, out)}")
+    if to != "merged" and dtype is not None:
+        raise UserError(f"--dtype: --to {to} keeps what was trained as it is; leave --dtype out, or take --to merged")
+    if to != "merged" and max_shard_size is not None:
+        raise UserError(f"--max-shard-size: of no use with --to {to}; leave it out")
+    if to == "universal":
+        given = [name for name, value in (("--base", base), ("--adapter-config", adapter_config)) if value is not None]
+        if given:
+            raise UserError(
+                f"{given[0]}: of no use with --to universal, which is of a run's own checkpoint; leave it out"
+            )
+        console.print(f"universal checkpoint: {convert_to_universal(source, out).folder}")
         return
-    result = convert_to_merged(run, out, dtype=dtype, report=lambda text: console.print(text))
-    console.print(
-        f"model: {result.folder}  (of {result.checkpoint.name}; {result.share_kept:.2%} of the adapter's log-ratios "
-        f"kept on {result.num_responses} responses, relative error {result.relative_error:.2%})",
-        highlight=False,
-    )
+    if to == "adapter":
+        result = convert_to_adapter(source, out, base=base, adapter_config=adapter_config)
+        console.print(f"adapter: {result.folder}  (of {result.source})")
+        return
+    with preparation(console) as on_progress:
+        result = convert_to_merged(
+            source,
+            out,
+            base=base,
+            adapter_config=adapter_config,
+            dtype=dtype,
+            max_shard_bytes=MAX_SHARD_BYTES if max_shard_size is None else bytes_of(max_shard_size),
+            verify=verify,
+            report=lambda text: console.print(text),
+            on_progress=on_progress,
+        )
+    found = result.agreement
+    checked = "not compared with the adapter" if found is None else found.summary
+    console.print(f"model: {result.folder}  (of {result.source.name}; {checked})")
+
+
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or one of its checkpoints.")]
+
+
+@checkpoint_app.command("ls")
+def checkpoint_ls(run: RunPath) -> None:
+    """List the checkpoints, the newest first: step, size, and whether the files are as they were written."""
+    from uft_ds.checkpoint.listing import listed
+
+    console.print(listed(run))
+
+
+@checkpoint_app.command("verify")
+def checkpoint_verify(run: RunPath) -> None:
+    """Read every file and compare it with the manifest; exit code 3 if one is not as it was written."""
+    from uft_ds.checkpoint.listing import problems_of
+
+    problems = problems_of(run)
+    if problems:
+        raise CheckFailed("\n".join(problems))
+    console.print("every file is as it was written")
+
+
+@checkpoint_app.command("rm")
+def checkpoint_rm(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    steps: Annotated[list[int], typer.Argument(metavar="STEP...", help="Steps of the checkpoints to delete.")],
+) -> None:
+    """Delete checkpoints, and repair the link to the newest one."""
+    from uft_ds.checkpoint.listing import delete
+
+    for checkpoint in delete(run, steps):
+        console.print(f"deleted: {checkpoint}")
 
 
 @app.command()

@@ -24,7 +24,7 @@ from uft_ds.data.mixture import Steps, epoch_amounts, plan_steps
 from uft_ds.data.prepare import PreparedSource, open_source, prepare_source
 from uft_ds.data.store import write_sample
 from uft_ds.data.tokenize import load_tokenizer
-from uft_ds.data.tokenized import is_whole
+from uft_ds.data.tokenized import is_whole, read_key_parts
 from uft_ds.errors import UserError
 from uft_ds.files import write_atomically
 from uft_ds.model.identity import adapter_identity, base_identity
@@ -33,7 +33,6 @@ from uft_ds.objectives.losses import NEEDS_PAIRS
 from uft_ds.recipe import Recipe, SourceSection
 from uft_ds.recipe_file import dump_recipe
 from uft_ds.resolve import (
-    caches_reference,
     source_of,
     tokenized_dir,
     tolerance_of,
@@ -230,10 +229,10 @@ def prepare_run(
     folder = RunFolder(Path(recipe.output))
     check_claimable(folder, overwrite=overwrite)
     recipe, data = check_run(recipe, on_progress)
-    content = _reference_content(recipe, on_progress) if caches_reference(recipe) else None
+    identity = run_identity(recipe, data, on_progress)
     lock = claim(folder, overwrite=overwrite)
     try:
-        _write_prepared(folder, recipe, data, content)
+        _write_prepared(folder, recipe, data, identity)
     except BaseException as error:
         release(folder, lock)
         if isinstance(error, OSError):
@@ -246,13 +245,12 @@ def check_run(recipe: Recipe, on_progress: OnProgress = lambda label, done, tota
     """Check a recipe against its model and its data, which is tokenised by that; the run's folder plays no part.
 
     Returns:
-        the recipe by content: paths absolute, a hub model's revision fixed where the reference is cached.
+        the recipe by content: paths absolute, a hub model's revision fixed.
     """
     recipe = with_absolute_paths(recipe)
     check_inputs_lie_outside(recipe)
     check_recipe(recipe)
-    if caches_reference(recipe):
-        recipe = with_fixed_revision(recipe)
+    recipe = with_fixed_revision(recipe)
     chat = load_tokenizer(recipe.model.base, revision=recipe.model.revision, chat_template=recipe.model.chat_template)
     data = prepare_data(recipe, chat, on_progress)
     if recipe.reference.adapter is not None:
@@ -260,17 +258,22 @@ def check_run(recipe: Recipe, on_progress: OnProgress = lambda label, done, tota
     return recipe, data
 
 
-def _reference_content(recipe: Recipe, on_progress: OnProgress) -> dict[str, object]:
-    """By content: all that the reference's log-probs depend on besides the tokens and how it is computed."""
-    base = recipe.model.base
-    content = base_identity(base, recipe.model.revision, partial(on_progress, f"hashing {base}"))
-    adapter = recipe.reference.adapter
-    return {**content, "adapter": adapter_identity(Path(adapter)) if adapter else None}
+def run_identity(recipe: Recipe, data: PreparedData, on_progress: OnProgress) -> dict[str, Any]:
+    """What a run is of, by content: base weights, adapter, and of each source rows, rules, tokenizer and template."""
+    base, adapter = recipe.model.base, recipe.reference.adapter
+    return {
+        "base": base_identity(base, recipe.model.revision, partial(on_progress, f"hashing {base}")),
+        "adapter": adapter_identity(Path(adapter)) if adapter else None,
+        "data": {
+            f"{part}.{number}": {key: parts[key] for key in ("content", "rules", "tokenizer", "chat_template")}
+            for part, sources in (("sources", data.train), ("held_out", data.held_out))
+            for number, source in enumerate(sources)
+            for parts in [read_key_parts(tokenized_dir(recipe), source.key)]
+        },
+    }
 
 
-def _write_prepared(
-    folder: RunFolder, recipe: Recipe, data: PreparedData, reference_content: dict[str, object] | None
-) -> None:
+def _write_prepared(folder: RunFolder, recipe: Recipe, data: PreparedData, identity: dict[str, Any]) -> None:
     folder.sample_data().mkdir(parents=True, exist_ok=True)
     write_sample(folder.sample_data(), [source.selection for source in (*data.held_out, *data.train)])
     if any(source.account.quarantined for source in data.all):
@@ -278,8 +281,7 @@ def _write_prepared(
             for rejected in dict.fromkeys(source.quarantine_file for source in data.all):
                 file.write(rejected.read_bytes())
     write_atomically(folder.data_report(), json.dumps(data_report(data), indent=2) + "\n")
-    if reference_content is not None:
-        write_atomically(folder.reference_content, json.dumps(reference_content, indent=2) + "\n")
+    write_atomically(folder.identity, json.dumps(identity, indent=2) + "\n")
     write_atomically(folder.environment, json.dumps(environment(recipe), indent=2) + "\n")
     write_atomically(folder.recipe, dump_recipe(recipe))
 

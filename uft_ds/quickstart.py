@@ -78,7 +78,8 @@ def run_quickstart(folder: Path, overrides: tuple[str, ...], *, console: Console
     train(recipe, overwrite=True)
     merged = run / "merged"
     shutil.rmtree(merged, ignore_errors=True)
-    conversion = convert_to_merged(run, merged, report=say)
+    agreement = convert_to_merged(run, merged, report=say).agreement
+    assert agreement is not None
     say(f"the trained model answers the same {len(tasks)} prompts")
     after = _answers(merged, tasks, console)
     seconds = time.monotonic() - started
@@ -88,7 +89,7 @@ def run_quickstart(folder: Path, overrides: tuple[str, ...], *, console: Console
         "correct_after": sum(answer.correct for answer in after),
         "mean_grade_before": sum(answer.grade for answer in before) / len(tasks),
         "mean_grade_after": sum(answer.grade for answer in after) / len(tasks),
-        "share_kept_by_merging": conversion.share_kept,
+        "share_kept_by_merging": agreement.share_kept,
         "seconds": round(seconds),
         "peak_memory_gib": _peak_gib(),
         "before": [asdict(answer) for answer in before],

@@ -208,6 +208,9 @@ class TrainSection(Section):
     """Steps between checkpoints; one is always written at the end."""
     keep_checkpoints: Positive = 3
     """How many checkpoints are kept, the newest first."""
+    keep_best: str | None = None
+    """A held-out metric, such as held_out/loss: the checkpoint at which it was best is kept, too. Of accuracies,
+    correlations and margins the highest is best, of all others the lowest."""
     evaluate_every: Positive = 100
     """Steps between evaluations of the held-out data; one always follows the last step."""
 

@@ -223,3 +223,14 @@ def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML that `load_recipe` reads back to an equal value."""
     tree = recipe.model_dump(mode="json")
     return yaml.dump(tree, Dumper=_RecipeDumper, sort_keys=False, allow_unicode=False, width=110)
+
+
+def leaves_of(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Every leaf of a recipe by its key."""
+    tree = value.model_dump(mode="json") if isinstance(value, Recipe) else value
+    if not isinstance(tree, dict | list):
+        return {prefix.removesuffix("."): tree}
+    leaves: dict[str, Any] = {}
+    for key, inner in enumerate(tree) if isinstance(tree, list) else tree.items():
+        leaves |= leaves_of(inner, f"{prefix}{key}.")
+    return leaves

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from uft_ds.checkpoint.folder import latest_checkpoint
 from uft_ds.checkpoint.manifest import MANIFEST
-from uft_ds.checkpoint.save import latest_checkpoint
 from uft_ds.data.building import RowRules
 from uft_ds.data.example import KINDS
 from uft_ds.data.mixture import Portion

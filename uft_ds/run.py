@@ -10,30 +10,45 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
+from uft_ds.errors import EXIT_DONE
 from uft_ds.launch import launch, master_port, number_of_ranks
 from uft_ds.prepare import OnProgress, check_run, prepare_run
 from uft_ds.preview import show_data
 from uft_ds.recipe import Recipe
+from uft_ds.resume import nothing_to_do, prepare_resume
 from uft_ds.training.run_folder import Status
 
 
 def run_recipe(
-    recipe: Recipe, what: str, console: Console, *, overwrite: bool, options: tuple[str, ...] = ()
+    recipe: Recipe,
+    what: str,
+    console: Console,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    options: tuple[str, ...] = (),
 ) -> tuple[Path, Status]:
     """Prepare, launch and wait.
 
     Args:
         what: is being done, for the user.
+        overwrite: delete the run that the output holds. resume: go on with it, unless it is done.
         options: of the ranks' program.
     Returns:
         the run's folder, and how it ended.
     Raises:
         UserError: nothing has been launched.
     """
+    if resume and (done := nothing_to_do(recipe)) is not None:
+        console.print(f"{done.path} is done: there is nothing to go on with")
+        return done.path, Status(EXIT_DONE, "done")
     ranks = number_of_ranks(recipe.launch.ranks)
     master_port()  # a given port that is taken is told before the data is read
     with preparation(console) as on_progress:
-        folder, data, lock = prepare_run(recipe, overwrite=overwrite, on_progress=on_progress)
+        if resume:
+            folder, data, lock = prepare_resume(recipe, say=console.print, on_progress=on_progress)
+        else:
+            folder, data, lock = prepare_run(recipe, overwrite=overwrite, on_progress=on_progress)
     with lock:
         show_data(recipe, data, console)
         console.print(f"{what} on {ranks} ranks; logs in {folder.path}")

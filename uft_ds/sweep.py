@@ -23,7 +23,7 @@ from uft_ds.errors import EXIT_INTERRUPTED, UserError
 from uft_ds.files import write_atomically
 from uft_ds.model.identity import adapter_identity
 from uft_ds.recipe import Recipe
-from uft_ds.recipe_file import load_recipe
+from uft_ds.recipe_file import leaves_of, load_recipe
 from uft_ds.resolve import adapter_folder, with_absolute_paths
 from uft_ds.sweep_file import DEFAULT_COLUMNS, PlannedRun, Sweep
 from uft_ds.training.metrics import read_metrics
@@ -141,7 +141,7 @@ def _check_folder(sweep: Sweep, run: PlannedRun) -> None:
     folder = RunFolder(sweep.output / run.name)
     if not folder.done.exists() or (run.after is not None and not RunFolder(sweep.output / run.after).done.exists()):
         return
-    before, now = _leaves(load_recipe(str(folder.recipe))), _leaves(with_absolute_paths(run.recipe))
+    before, now = leaves_of(load_recipe(str(folder.recipe))), leaves_of(with_absolute_paths(run.recipe))
     if now["model.revision"] is None:
         before["model.revision"] = None  # preparing a run fixes a hub model's
     changed = [key for key in (*now, *before) if now.get(key, _ABSENT) != before.get(key, _ABSENT)]
@@ -162,17 +162,6 @@ def _starts_from_the_same(sweep: Sweep, run: PlannedRun) -> bool:
     return bool(stored.get("reference_adapter") == here)
 
 
-def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Every leaf of a recipe by its key."""
-    tree = value.model_dump(mode="json") if isinstance(value, Recipe) else value
-    if not isinstance(tree, dict | list):
-        return {prefix.removesuffix("."): tree}
-    leaves: dict[str, Any] = {}
-    for key, inner in enumerate(tree) if isinstance(tree, list) else tree.items():
-        leaves |= _leaves(inner, f"{prefix}{key}.")
-    return leaves
-
-
 def _training_seconds(folder: RunFolder) -> float:
     return float(sum(line.get("seconds") or 0.0 for line in read_metrics(folder.metrics)))
 
@@ -187,7 +176,7 @@ def last_values(folder: RunFolder) -> dict[str, float]:
 
 def settings_of(sweep: Sweep) -> dict[str, dict[str, Any]]:
     """What the recipes differ in, by run and key: the grid's keys first; data, names and folders are left out."""
-    recipes = {run.name: _leaves(run.recipe_alone) for run in sweep.runs}
+    recipes = {run.name: leaves_of(run.recipe_alone) for run in sweep.runs}
     grid = [key for key, _ in sweep.runs[0].values]
     keys = dict.fromkeys(key for leaves in recipes.values() for key in leaves)
     ignored = ("name", "output", "data", *grid)  # a map of the grid is one column

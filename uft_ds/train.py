@@ -23,6 +23,9 @@ import torch
 from rich.console import Console
 
 from uft_ds.build import build_engine, build_reference_cache
+from uft_ds.checkpoint.load import restore_engine
+from uft_ds.checkpoint.save import CheckpointWriter
+from uft_ds.checkpoint.state import read_position
 from uft_ds.data.mixture import Step, in_order
 from uft_ds.errors import EXIT_CRASHED, EXIT_DONE, CheckFailed, UserError
 from uft_ds.prepare import ensure_data, open_data, prepare_run, steps_of
@@ -30,10 +33,11 @@ from uft_ds.process import die_with_parent
 from uft_ds.recipe import Recipe
 from uft_ds.recipe_file import load_recipe
 from uft_ds.resolve import cache_dir, objective_of
+from uft_ds.resume import nothing_to_do, prepare_resume, resumed_from
 from uft_ds.training.engine import Engine, init_distributed
 from uft_ds.training.evaluate import check_against_hugging_face, check_log_ratios_are_zero
 from uft_ds.training.html_report import write_report
-from uft_ds.training.loop import train
+from uft_ds.training.loop import START, train
 from uft_ds.training.metrics import MetricsWriter
 from uft_ds.training.reference_cache import fill
 from uft_ds.training.report import ConsoleReporter, FillReporter, Reporter, SilentReporter, Speaker
@@ -52,6 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("recipe", help="name of a shipped recipe, or a YAML file")
     parser.add_argument("overrides", nargs="*", help="key.path=value")
     parser.add_argument("--overwrite", action="store_true", help="delete the run that the output folder holds")
+    parser.add_argument("--resume", action="store_true", help="go on from the run's newest whole checkpoint")
     parser.add_argument("--only-reference", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--prepared", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # added by the deepspeed launcher
@@ -61,11 +66,16 @@ def main(arguments: list[str] | None = None) -> int:
     folder: RunFolder | None = None
     try:
         recipe = load_recipe(options.recipe, tuple(options.overrides))
+        # Each rank sees it for itself: nobody changes a run that is done.
+        if options.resume and (done := nothing_to_do(recipe)) is not None:
+            if rank == 0:
+                print(f"{done.path} is done: there is nothing to go on with")
+            return EXIT_DONE
         init_distributed(recipe.launch.collective_timeout_minutes)
         lock: IO[str] | None = None
         if not options.prepared:
             lock = while_others_wait(
-                "prepare", lambda: prepare_run(recipe, overwrite=options.overwrite)[2], works=rank == 0
+                "prepare", lambda: _prepared(recipe, options.resume, options.overwrite), works=rank == 0
             )
         folder = RunFolder(Path(recipe.output))  # ours only from here on
         recipe = load_recipe(str(folder.recipe))  # as prepared: paths, adapter and revision are fixed there
@@ -91,19 +101,33 @@ def main(arguments: list[str] | None = None) -> int:
         raise
 
 
+def _prepared(recipe: Recipe, resume: bool, overwrite: bool) -> IO[str]:
+    if resume:
+        return prepare_resume(recipe, say=print)[2]
+    return prepare_run(recipe, overwrite=overwrite)[2]
+
+
 def _run(recipe: Recipe, folder: RunFolder, console: Console) -> None:
     _make_deterministic(recipe.train.deterministic)
     data = open_data(recipe, folder)
     steps = steps_of(recipe, data)
     held_out = in_order([source.selection for source in data.held_out], recipe.train.examples_per_step)
     objective = objective_of(recipe)
-    with _reporter(recipe, folder, console, len(steps)) as reporter:
+    checkpoint = resumed_from(folder)
+    state = START if checkpoint is None else read_position(checkpoint).state
+    with _reporter(recipe, folder, console, len(steps), None if checkpoint is None else state.step) as reporter:
         engine, model = build_engine(recipe, reporter)
+        # With fresh adapters, whatever the checkpoint holds: it is policy and reference that are compared.
         _check_start(engine, recipe, steps[0], reporter)
-        reference = build_reference_cache(
-            recipe, folder, engine, model, [source.selection for source in data.all], reporter
+        pools = [source.selection for source in data.all]
+        reference = build_reference_cache(recipe, folder, engine, model, pools, reporter, checkpoint)
+        if checkpoint is not None:
+            restore_engine(engine, checkpoint, state, reporter)
+        writer = CheckpointWriter(
+            engine, model.policy, folder, reporter, keep=recipe.train.keep_checkpoints, best=recipe.train.keep_best
         )
-        train(engine, model.policy, steps, held_out, objective, recipe.train, folder, reporter, reference)
+        policy, settings = model.policy, recipe.train
+        train(engine, policy, steps, held_out, objective, settings, folder, reporter, reference, writer, state)
     if engine.rank == 0:
         folder.write_status(Status(EXIT_DONE, "done"))
         folder.done.touch()
@@ -152,11 +176,15 @@ def _fill_reference(recipe: Recipe, folder: RunFolder, console: Console) -> None
         folder.write_status(Status(EXIT_DONE, f"{found}, {computed}"))
 
 
-def _reporter(recipe: Recipe, folder: RunFolder, console: Console, num_steps: int) -> Reporter:
+def _reporter(recipe: Recipe, folder: RunFolder, console: Console, num_steps: int, after_step: int | None) -> Reporter:
     if torch.distributed.get_rank() != 0:
         return SilentReporter()
     writer = MetricsWriter(
-        folder.path, tuple(recipe.tracking), run_name=recipe.name, config=recipe.model_dump(mode="json")
+        folder.path,
+        tuple(recipe.tracking),
+        run_name=recipe.name,
+        config=recipe.model_dump(mode="json"),
+        after_step=after_step,
     )
     return ConsoleReporter(console, writer, num_steps)
 

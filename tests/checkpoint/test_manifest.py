@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from uft_ds.checkpoint.manifest import MANIFEST, manifest_problem, write_manifest
-from uft_ds.checkpoint.save import latest_checkpoint
-from uft_ds.errors import UserError
+from uft_ds.checkpoint.manifest import MANIFEST, files_below, manifest_problem, write_manifest
 from uft_ds.files import sha256
 
 
@@ -19,7 +17,7 @@ def checkpoint_at(folder: Path) -> Path:
     (folder / "adapter" / "weights").write_bytes(bytes(range(16)))
     (folder / "trainer.json").write_text('{"step": 2}\n')
     (folder / "empty").touch()
-    write_manifest(folder)
+    write_manifest(folder, files_below(folder))
     return folder
 
 
@@ -99,35 +97,3 @@ def test_a_garbled_manifest_is_named(checkpoint: Path, text: str) -> None:
     """Whatever stands in it instead: one line that names the manifest, no exception."""
     (checkpoint / MANIFEST).write_bytes(text.encode("latin-1"))
     assert manifest_problem(checkpoint) == f"{checkpoint / MANIFEST}: not a manifest"
-
-
-def test_the_newest_checkpoint_is_taken(tmp_path: Path) -> None:
-    """By step, from a run's folder, the checkpoint itself, or the link to the newest; not a half-written one."""
-    for step in (2, 10, 9):
-        checkpoint_at(tmp_path / "checkpoints" / f"step-{step:06d}")
-    (tmp_path / "checkpoints" / ".step-000012.tmp").mkdir()
-    newest = tmp_path / "checkpoints" / "step-000010"
-    assert latest_checkpoint(tmp_path) == newest
-    older = tmp_path / "checkpoints" / "step-000002"
-    assert latest_checkpoint(older) == older
-    (tmp_path / "latest").symlink_to(Path("checkpoints") / "step-000010")
-    assert latest_checkpoint(tmp_path / "latest") == newest, "a link leads to the run that it belongs to"
-
-
-def test_a_damaged_newest_checkpoint_is_refused_and_older_ones_are_named(tmp_path: Path) -> None:
-    """Going back without a word would change what is converted: the user is told what there is."""
-    for step in (1, 2):
-        checkpoint_at(tmp_path / "checkpoints" / f"step-{step:06d}")
-    (tmp_path / "checkpoints" / "step-000002" / "adapter" / "weights").write_bytes(bytes(16))
-    with pytest.raises(UserError) as caught:
-        latest_checkpoint(tmp_path)
-    message = str(caught.value)
-    assert "step-000002" in message
-    assert "weights: its content is not what was written" in message
-    assert message.endswith("older ones: step-000001")
-
-
-def test_a_run_without_checkpoints_is_refused(tmp_path: Path) -> None:
-    """The message says what was expected."""
-    with pytest.raises(UserError, match=r"holds no checkpoint; expected a run's folder or one of its checkpoints"):
-        latest_checkpoint(tmp_path)

@@ -26,7 +26,7 @@ from uft_ds.recipe_file import load_recipe
 from uft_ds.training.engine import Engine
 from uft_ds.training.metrics import read_metrics
 from uft_ds.training.reference_cache import REFERENCE_TABLE, ReferenceCache, fill
-from uft_ds.training.reference_store import ReferenceStore, read_table
+from uft_ds.training.reference_store import ReferenceStore, read_table, write_table
 from uft_ds.training.run_folder import RunFolder
 from uft_ds.training.step import run_step
 
@@ -83,7 +83,7 @@ def unbroken_and_restarted(folder: Path, work: Path) -> Any:
     before, _ = train(engine, cache, STEPS[:k])
     checkpoint = work / f"checkpoint-{engine.rank}"
     checkpoint.mkdir()
-    cache.save(checkpoint)
+    write_table(checkpoint / REFERENCE_TABLE, *cache.table())
     if engine.rank == 0:
         ReferenceStore.below(work, IDENTITY).write({key: -3.0 for s in SEQUENCES for key in s.response_keys})
     resumed = ReferenceCache("remembered", read_table(checkpoint / REFERENCE_TABLE, IDENTITY), identity=IDENTITY)
@@ -150,7 +150,8 @@ def test_wrong_values_are_found_said_and_not_used(
     Found on all ranks, said by one, and the file is renamed so that no run reads it again.
     """
     write_recipe(tmp_path, tiny_qwen2)
-    (tmp_path / "reference.json").write_text(json.dumps(CONTENT))
+    identity = {"base": {key: CONTENT[key] for key in ("weights", "config")}, "adapter": CONTENT["adapter"]}
+    (tmp_path / "identity.json").write_text(json.dumps(identity))
     first, second = run_on_ranks(open_cache, 2, tiny_qwen2, tmp_path, offset)
     assert (first[0] > 0) == (second[0] > 0) == known
     said = first[1] if known else first[2]

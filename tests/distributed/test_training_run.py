@@ -342,7 +342,7 @@ def test_a_merge_that_loses_what_was_trained_is_refused(finished: Path, tmp_path
 
     from safetensors.torch import load_file, save_file
 
-    from uft_ds.checkpoint.manifest import write_manifest
+    from uft_ds.checkpoint.manifest import files_below, write_manifest
 
     copy = tmp_path / "run"
     shutil.copytree(finished, copy, symlinks=True)
@@ -351,7 +351,7 @@ def test_a_merge_that_loses_what_was_trained_is_refused(finished: Path, tmp_path
     # Small enough to vanish beside weights of std 0.1, large enough that float32 keeps it.
     shrunk = {name: value * (0.003 if "lora_B" in name else 1.0) for name, value in load_file(adapter).items()}
     save_file(shrunk, adapter)
-    write_manifest(checkpoint)
+    write_manifest(checkpoint, files_below(checkpoint))
     result = uft("convert", str(copy), str(tmp_path / "out"), "--dtype", "bfloat16")
     assert result.returncode == 3, result.stdout + result.stderr
     assert "--dtype float32" in result.stderr

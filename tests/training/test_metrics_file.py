@@ -95,6 +95,21 @@ def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in events.Scalars("loss/score")] == [(5, 0.5)]
 
 
+def test_tensorboard_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+    """A run goes on after step 1: what was written of steps 2 and 3 is written again, once."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for after_step, values in ((None, {0: 0.5, 1: 0.4, 2: 0.3, 3: 0.2}), (1, {2: 0.31, 3: 0.21})):
+        writer = MetricsWriter(tmp_path, ("tensorboard",), run_name="test", config={}, after_step=after_step)
+        for step, value in values.items():
+            writer.write(step, {"loss": value})
+        writer.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    found = [(event.step, round(event.value, 2)) for event in events.Scalars("loss")]
+    assert found == [(0, 0.5), (1, 0.4), (2, 0.31), (3, 0.21)]
+
+
 def test_peak_memory_is_in_gib() -> None:
     """A process with torch in it holds between 50 MiB and 64 GiB: a wrong unit would be off by 1024."""
     assert 0.05 < peak_memory_gib() < 64

@@ -6,6 +6,8 @@ A flipped bit passes both `torch.load` and safetensors without a word; the manif
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from uft_ds.files import sha256, write_atomically
@@ -13,31 +15,56 @@ from uft_ds.files import sha256, write_atomically
 MANIFEST = "manifest.json"
 
 
-def write_manifest(folder: Path) -> None:
-    """Record every file below `folder`; the last thing that is written there."""
-    files = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+@dataclass(frozen=True)
+class Written:
+    """A file as it is on the disk. sha256: hex digest of what was read back."""
+
+    num_bytes: int
+    sha256: str
+
+
+def write_manifest(folder: Path, files: Mapping[str, Written]) -> None:
+    """Record files by their names below `folder`; the last thing that is written there."""
+    entries = {name: {"bytes": w.num_bytes, "sha256": w.sha256} for name, w in sorted(files.items())}
+    write_atomically(folder / MANIFEST, json.dumps({"files": entries}, indent=2) + "\n")
+
+
+def files_below(folder: Path) -> dict[str, Written]:
+    """Every file of a folder but a manifest, for one process that has written them all."""
+    return {
+        str(path.relative_to(folder)): Written(path.stat().st_size, sha256(path))
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }
-    write_atomically(folder / MANIFEST, json.dumps({"files": files}, indent=2) + "\n")
 
 
 def manifest_problem(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None."""
+    """What is wrong with a folder's files, or None."""
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        recorded = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+        recorded = recorded_files(folder)
     except OSError:
         return f"{folder / MANIFEST}: missing; the checkpoint was never finished"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except ValueError:
         return f"{folder / MANIFEST}: not a manifest"
-    for name, (num_bytes, digest) in recorded.items():
+    for name, written in recorded.items():
         path = folder / name
         if not path.is_file():
             return f"{path}: missing"
-        if path.stat().st_size != num_bytes:
-            return f"{path}: {path.stat().st_size} bytes, {num_bytes} recorded"
-        if sha256(path) != digest:
+        if path.stat().st_size != written.num_bytes:
+            return f"{path}: {path.stat().st_size} bytes, {written.num_bytes} recorded"
+        if sha256(path) != written.sha256:
             return f"{path}: its content is not what was written"
     return None
+
+
+def recorded_files(folder: Path) -> dict[str, Written]:
+    """What a manifest lists.
+
+    Raises:
+        OSError: there is none. ValueError: it is no manifest.
+    """
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        return {name: Written(entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(str(error)) from None

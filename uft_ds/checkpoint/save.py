@@ -1,136 +1,158 @@
-"""Writing checkpoints: the adapter in PEFT's format, and where the run stood.
+"""Checkpoints written beside the training: a step waits only for the copy to host memory.
 
-Only trainable parameters are gathered and written; the frozen base never is.
+    every rank:  copy -> thread: own files, synced, read back, hashed
+    all ranks, between two steps:  agree that all are written
+    rank 0:  manifest -> rename -> `latest` -> what is old goes
+
+A checkpoint is whole or absent. One that could not be written leaves the older ones as they were.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
-from dataclasses import asdict, dataclass
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
-from peft import PeftModel, get_peft_model_state_dict
-from safetensors import safe_open
-from safetensors.torch import save_file
+from peft import PeftModel
 
-from uft_ds.checkpoint.manifest import MANIFEST, manifest_problem, write_manifest
+from uft_ds.checkpoint.folder import checkpoints_of, name_of, point_latest, prune
+from uft_ds.checkpoint.manifest import Written, write_manifest
+from uft_ds.checkpoint.snapshot import Snapshot, adapter_config_of, take_snapshot, write_snapshot
+from uft_ds.checkpoint.state import Position
 from uft_ds.errors import CheckFailed, UserError
-from uft_ds.files import sync, write_atomically
+from uft_ds.files import sync
 from uft_ds.training.engine import Engine
 from uft_ds.training.reference_cache import ReferenceCache
+from uft_ds.training.report import Speaker
 from uft_ds.training.run_folder import RunFolder
 
+_SECONDS_FOR_OTHERS_FILES = 60.0
+"""Until a file that another machine has written is seen: some shared file systems take their time."""
 
-@dataclass(frozen=True)
-class TrainerState:
-    """Where a run stands: all that a step depends on besides the weights.
 
-    reward_shift: what the reward shift goes on with: its running mean, or the last step's value.
-    """
+@dataclass
+class _Writing:
+    """A checkpoint under way. The thread sets `files` or `problem`, then ends."""
 
     step: int
-    skipped_steps: int
-    reward_shift: float = 0.0
+    thread: threading.Thread
+    files: dict[str, Written] = field(default_factory=dict)
+    problem: str | None = None
 
 
-def save_checkpoint(
-    engine: Engine,
-    policy: PeftModel,
-    folder: RunFolder,
-    state: TrainerState,
-    reference: ReferenceCache,
-    *,
-    keep: int,
-) -> None:
-    """Write `checkpoints/step-N` whole or not at all, and keep the newest `keep`. Every rank must call it.
+class CheckpointWriter:
+    """Writes a run's checkpoints, one at a time. Every rank has one, and calls the same methods in the same order."""
 
-    Raises:
-        CheckFailed: what was read back is not what a trained adapter looks like.
-    """
-    with engine.gathered_trainable() as named:
-        if engine.rank == 0:
-            prefix = "policy."
-            tensors = {name.removeprefix(prefix): tensor for name, tensor in named.items()}
-            adapter = get_peft_model_state_dict(policy, state_dict=tensors)
-            adapter = {name: tensor.cpu().contiguous() for name, tensor in adapter.items()}
-    if engine.rank == 0:
-        target = folder.checkpoints / f"step-{state.step:06d}"
-        temporary = folder.checkpoints / f".step-{state.step:06d}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        (temporary / "adapter").mkdir(parents=True)
-        save_file(adapter, temporary / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
-        _write_adapter_config(policy, temporary / "adapter")
-        write_atomically(temporary / "trainer.json", json.dumps(asdict(state), indent=2) + "\n")
-        reference.save(temporary)
-        _check_adapter(
-            temporary / "adapter" / "adapter_model.safetensors", adapter, trained=state.step > state.skipped_steps
+    def __init__(
+        self, engine: Engine, policy: PeftModel, folder: RunFolder, reporter: Speaker, *, keep: int, best: str | None
+    ) -> None:
+        self._engine, self._policy, self._folder, self._reporter = engine, policy, folder, reporter
+        self._keep, self._best = keep, best
+        self._adapter_config = adapter_config_of(policy)
+        self._writing: _Writing | None = None
+
+    def start(self, position: Position, reference: ReferenceCache) -> float:
+        """Copy what is to be saved, and begin to write it.
+
+        Returns:
+            seconds that training waited, for the copy and for an older checkpoint that was still being written.
+        """
+        started = time.perf_counter()
+        self.poll(wait=True)
+        snapshot = take_snapshot(self._engine, self._policy, position, reference, self._adapter_config)
+        self._writing = _Writing(position.state.step, threading.Thread())
+        self._writing.thread = threading.Thread(
+            target=_write, args=(self._writing, snapshot, self._temporary(position.state.step)), daemon=True
         )
-        write_manifest(temporary)
-        _sync(temporary)
+        self._writing.thread.start()
+        return time.perf_counter() - started
+
+    def poll(self, *, wait: bool = False) -> str | None:
+        """Finish a checkpoint that all ranks have written; between two steps, on every rank.
+
+        Returns:
+            what went wrong, on every rank; it has been said.
+        """
+        writing = self._writing
+        if writing is None:
+            return None
+        if wait:
+            writing.thread.join()
+        everyone = self._engine.gather_objects((not writing.thread.is_alive(), writing.files, writing.problem))
+        if not all(is_done for is_done, _, _ in everyone):
+            return None
+        self._writing = None
+        problem = next((f"rank {rank}: {why}" for rank, (_, _, why) in enumerate(everyone) if why), None)
+        if problem is None and self._engine.rank == 0:
+            files = {name: written for _, of_rank, _ in everyone for name, written in of_rank.items()}
+            try:
+                self._commit(writing.step, files)
+            except OSError as error:
+                problem = f"rank 0: {error}"
+        problem = self._engine.gather_objects(problem)[0]
+        if problem is not None:
+            self._abandon(writing.step, problem)
+        return problem
+
+    def finish(self) -> None:
+        """Wait for the last checkpoint.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        problem = self.poll(wait=True)
+        if problem is not None:
+            raise UserError(f"the last checkpoint could not be written: {problem}")
+
+    def _temporary(self, step: int) -> Path:
+        return self._folder.checkpoints / f".{name_of(step)}.tmp"
+
+    def _commit(self, step: int, files: dict[str, Written]) -> None:
+        temporary, target = self._temporary(step), self._folder.checkpoints / name_of(step)
+        _await_files(temporary, files)
+        write_manifest(temporary, files)
+        sync(temporary)
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
-        _point_latest(folder, target)
-        _prune(folder, keep)
-    torch.distributed.barrier()
+        sync(self._folder.checkpoints)
+        try:
+            point_latest(self._folder)
+            prune(self._folder, keep=self._keep, best=self._best)
+        except OSError as error:  # the new one is whole
+            self._reporter.warn(f"older checkpoints than {target.name} could not be deleted ({error})")
+
+    def _abandon(self, step: int, problem: str) -> None:
+        if self._engine.rank == 0:
+            shutil.rmtree(self._temporary(step), ignore_errors=True)
+        last = next((path.name for path in checkpoints_of(self._folder.path)), None)
+        kept = f"the last one is {last}" if last else "there is none yet"
+        self._reporter.warn(f"checkpoint {name_of(step)} could not be written ({problem}); {kept}")
 
 
-def latest_checkpoint(run: Path) -> Path:
-    """The newest checkpoint of a run, or `run` itself where it is a checkpoint; its files are as they were written.
+def _write(writing: _Writing, snapshot: Snapshot, folder: Path) -> None:
+    try:
+        writing.files = write_snapshot(snapshot, folder)
+    except (OSError, CheckFailed) as error:
+        writing.problem = str(error)
+    except BaseException as error:  # noqa: BLE001 - said by the main thread, between two steps
+        writing.problem = f"{type(error).__name__}: {error}"
+
+
+def _await_files(folder: Path, files: dict[str, Written]) -> None:
+    """Files of other machines, where the folder is shared.
 
     Raises:
-        UserError: none, or a broken one; names the file.
+        OSError: one is not there.
     """
-    run = run.resolve()  # `latest` is a link
-    candidates = [run] if (run / MANIFEST).exists() else sorted((run / "checkpoints").glob("step-*"), reverse=True)
-    if not candidates:
-        raise UserError(f"{run}: holds no checkpoint; expected a run's folder or one of its checkpoints/step-N")
-    problem = manifest_problem(candidates[0])
-    if problem is not None:
-        others = f"; older ones: {', '.join(c.name for c in candidates[1:])}" if candidates[1:] else ""
-        raise UserError(f"checkpoint {candidates[0].name} is damaged: {problem}{others}")
-    return candidates[0]
-
-
-def _write_adapter_config(policy: PeftModel, folder: Path) -> None:
-    config: Any = policy.peft_config["default"]
-    inference_mode = config.inference_mode
-    config.inference_mode = True
-    try:
-        config.save_pretrained(str(folder))
-    finally:
-        config.inference_mode = inference_mode
-
-
-def _check_adapter(path: Path, written: dict[str, torch.Tensor], *, trained: bool) -> None:
-    with safe_open(path, framework="pt") as file:
-        if set(file.keys()) != set(written):
-            raise CheckFailed(f"{path}: {len(list(file.keys()))} tensors read back, {len(written)} written")
-        any_b = False
-        for name, tensor in written.items():
-            read = file.get_tensor(name)
-            if read.numel() == 0 or not torch.equal(read, tensor) or not torch.isfinite(read).all():
-                raise CheckFailed(f"{path}: {name} is empty, not finite, or not what was written")
-            any_b = any_b or ("lora_B" in name and bool(read.any()))
-    if trained and not any_b:
-        raise CheckFailed(f"{path}: every lora_B is zero after training: these adapters were never updated")
-
-
-def _sync(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        sync(path)
-
-
-def _point_latest(folder: RunFolder, target: Path) -> None:
-    link = folder.path / ".latest.tmp"
-    link.unlink(missing_ok=True)
-    link.symlink_to(target.relative_to(folder.path))
-    link.replace(folder.latest)
-
-
-def _prune(folder: RunFolder, keep: int) -> None:
-    for old in sorted(folder.checkpoints.glob("step-*"), reverse=True)[keep:]:
-        (old / MANIFEST).unlink(missing_ok=True)  # invalid first, then gone
-        shutil.rmtree(old)
+    deadline = time.monotonic() + _SECONDS_FOR_OTHERS_FILES
+    for name, written in files.items():
+        while True:
+            with suppress(FileNotFoundError):
+                if (folder / name).stat().st_size == written.num_bytes:
+                    break
+            if time.monotonic() > deadline:
+                raise OSError(f"{folder / name}: written by another machine, not seen here: is the output shared?")
+            time.sleep(0.1)

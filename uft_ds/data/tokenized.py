@@ -16,10 +16,11 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from uft_ds.data.building import QUARANTINE, RowRules, build_store
 from uft_ds.data.chat_tokenizer import ChatTokenizer
@@ -34,6 +35,7 @@ _OF_THE_FOLDER = (
     errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.ENAMETOOLONG, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS,
 )  # fmt: skip
 _PACKAGES = ("transformers", "tokenizers", "jinja2", "sentencepiece")
+KEY_PARTS = "key.json"
 _LATER_STAGES = (
     "bins.py", "micro_batch.py", "mixture.py", "packing.py", "prepare.py", "verifiable.py", "verifiable_tasks.py",
 )  # fmt: skip
@@ -42,15 +44,38 @@ _LATER_STAGES = (
 
 def store_key(data: DataFiles, rules: RowRules, chat: ChatTokenizer) -> str:
     """The name of a source's store, by content; hex."""
+    return _key_of(key_parts(data, rules, chat))
+
+
+def key_parts(data: DataFiles, rules: RowRules, chat: ChatTokenizer) -> dict[str, Any]:
+    """All that a source's tokens depend on, by content: plain values, which a store keeps to say what it is of."""
     ours = sorted(file for file in Path(__file__).parent.glob("*.py") if file.name not in _LATER_STAGES)
-    parts = {
+    return {
         "content": content_hash(data),
         "rules": asdict(rules),
+        "chat_template": _sha256(json.dumps(chat.tokenizer.chat_template, sort_keys=True)),
         "tokenizer": tokenizer_hash(chat),
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "code": [sha256(file) for file in (*ours, *_plugin_files(rules.format))],
     }
+
+
+def _key_of(parts: Mapping[str, Any]) -> str:
     return _sha256(json.dumps(parts, sort_keys=True))[:32]
+
+
+def read_key_parts(cache_dir: Path, key: str) -> dict[str, Any]:
+    """What a store is of.
+
+    Raises:
+        UserError: it does not say.
+    """
+    path = cache_dir / key / KEY_PARTS
+    try:
+        parts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); delete {path.parent}, it is made anew") from None
+    return parts
 
 
 def _plugin_files(name: str) -> list[Path]:
@@ -143,10 +168,12 @@ def _build_beside(
     temporary.mkdir()
     try:
         build_store(temporary, data, rules, chat, quarantine=quarantine, workers=workers, on_progress=on_progress)
-        if store_key(data, rules, chat) != folder.name:
+        parts = key_parts(data, rules, chat)
+        if _key_of(parts) != folder.name:
             raise UserError(
                 f"{data.label}: changed while it was read (or the tokenizer, or uft_ds itself); start again"
             )
+        (temporary / KEY_PARTS).write_text(json.dumps(parts, indent=2) + "\n", encoding="utf-8")
         if folder.exists() and not is_whole(folder):  # damaged
             folder.rename(temporary / "damaged")
         temporary.rename(folder)

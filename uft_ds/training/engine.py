@@ -98,6 +98,12 @@ def _check_zero_section(zero: Any, path: Path) -> None:
         raise UserError(
             f"deepspeed: {path}: zero_optimization: found {zero!r}, expected an object with stage 1, 2 or 3"
         )
+    offloaded = zero.get("offload_optimizer")
+    if isinstance(offloaded, dict) and offloaded.get("device") == "nvme":
+        raise UserError(
+            f"deepspeed: {path}: zero_optimization.offload_optimizer.device: 'nvme' found, expected 'cpu': checkpoints "
+            "read the optimiser's state in memory, and a LoRA's is small"
+        )
     try:
         DeepSpeedZeroConfig(**zero)
     except ValidationError as error:
@@ -212,6 +218,11 @@ class Engine:
         return self._engine.module
 
     @property
+    def deepspeed(self) -> Any:
+        """DeepSpeed's own engine, for `checkpoint/` alone."""
+        return self._engine
+
+    @property
     def device(self) -> torch.device:
         return self._engine.device
 
@@ -296,7 +307,9 @@ class Engine:
         import deepspeed
 
         # A forward without a backward leaves prefetched parameters in flight, which cannot be gathered again.
-        self._engine.empty_partition_cache()
+        # The optimiser's own, for the engine's also collects Python's garbage, which takes longer than all the rest.
+        if hasattr(self._engine.optimizer, "empty_partition_cache"):
+            self._engine.optimizer.empty_partition_cache()
         named = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         with deepspeed.zero.GatheredParameters(list(named.values())):
             yield {name: parameter.detach() for name, parameter in named.items()}

@@ -8,7 +8,8 @@ from collections.abc import Sequence as Seq
 
 from peft import PeftModel
 
-from uft_ds.checkpoint.save import TrainerState, save_checkpoint
+from uft_ds.checkpoint.save import CheckpointWriter
+from uft_ds.checkpoint.state import Position, TrainerState
 from uft_ds.data.mixture import Step
 from uft_ds.errors import CheckFailed
 from uft_ds.objectives.objective import Objective, objective_at
@@ -36,15 +37,23 @@ def train(
     folder: RunFolder,
     reporter: Reporter,
     reference: ReferenceCache,
+    checkpoints: CheckpointWriter,
     state: TrainerState = START,
 ) -> TrainerState:
     """Run the steps that `state` has not seen; evaluate and save on the way and at the end.
 
+    A step's checkpoint is copied before its evaluation: a run that goes on from it evaluates first.
+
     Raises:
         CheckFailed: more steps than allowed had a non-finite loss or gradient.
+        UserError: the last checkpoint could not be written.
     """
-    current = objective_at(objective, state.step / max(1, len(steps) - 1))
-    _evaluate_and_report(engine, current, held_out, settings, folder, reporter, reference, state)
+    if state.step == 0:
+        # What is known of the reference at the start is known to every restart; and a full disk shows at once.
+        _checkpoint(checkpoints, state, reference, reporter)
+    if state.step == 0 or due(state.step, settings.evaluate_every) or state.step == len(steps):
+        before = objective_at(objective, max(0, state.step - 1) / max(1, len(steps) - 1))
+        _evaluate_and_report(engine, before, held_out, settings, folder, reporter, reference, state)
     for number in range(state.step, len(steps)):
         step = steps[number]
         started = time.perf_counter()
@@ -60,12 +69,14 @@ def train(
             _account_for_skip(state, step, settings.max_skipped_steps, reporter)
         seconds = time.perf_counter() - started
         reporter.step(state.step, metrics | _speed(engine, policy, step, seconds, metrics) | {"lr": rate})
+        checkpoints.poll()
         is_last = state.step == len(steps)
         if due(state.step, settings.checkpoint_every) or is_last:
-            save_checkpoint(engine, policy, folder, state, reference, keep=settings.keep_checkpoints)
+            _checkpoint(checkpoints, state, reference, reporter)
             _store(reference, reporter)
         if due(state.step, settings.evaluate_every) or is_last:
             _evaluate_and_report(engine, current, held_out, settings, folder, reporter, reference, state)
+    checkpoints.finish()
     _store(reference, reporter)
     return state
 
@@ -91,6 +102,13 @@ def _evaluate_and_report(
     reporter.held_out(state.step, found.metrics)
     if engine.rank == 0:
         write_rows(folder.held_out_rows, found.rows, found.origins)
+
+
+def _checkpoint(
+    checkpoints: CheckpointWriter, state: TrainerState, reference: ReferenceCache, reporter: Reporter
+) -> None:
+    waited = checkpoints.start(Position(state, reporter.metrics_bytes), reference)
+    reporter.checkpoint(state.step, waited)
 
 
 def _store(reference: ReferenceCache, reporter: Reporter) -> None:

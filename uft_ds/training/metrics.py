@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from uft_ds.data.example import KINDS
+from uft_ds.files import write_atomically
 from uft_ds.objectives.losses import LOSSES
 from uft_ds.objectives.objective import Objective
 from uft_ds.training.telemetry import health
@@ -71,20 +73,40 @@ def model_flops_utilization(model: nn.Module, tokens_per_second: float, *, refer
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl and to the trackers; a line is whole or absent."""
+    """Appends to metrics.jsonl and to the trackers; a line is whole or absent.
 
-    def __init__(self, folder: Path, trackers: tuple[str, ...], *, run_name: str, config: Mapping[str, Any]) -> None:
+    Args:
+        after_step: what trackers hold of later steps is of a run that was cut off, and is written again.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        trackers: tuple[str, ...],
+        *,
+        run_name: str,
+        config: Mapping[str, Any],
+        after_step: int | None = None,
+    ) -> None:
         self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._tensorboard: Any = None
         self._wandb: Any = None
         if "tensorboard" in trackers:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"))
+            purge_step = None if after_step is None else after_step + 1
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
         if "wandb" in trackers:
             import wandb
 
-            self._wandb = wandb.init(project="uft_ds", name=run_name, dir=str(folder), config=dict(config))
+            self._wandb = wandb.init(
+                project="uft_ds",
+                name=run_name,
+                dir=str(folder),
+                config=dict(config),
+                id=_wandb_id(folder, wandb.util.generate_id),
+                resume="allow",
+            )
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line, flushed: whoever follows the file sees it at once. JSON knows no NaN: it becomes null."""
@@ -98,12 +120,26 @@ class MetricsWriter:
         if self._wandb is not None:
             self._wandb.log(dict(metrics), step=step)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of metrics.jsonl so far, all of which is on the disk now: a checkpoint counts on it."""
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
     def close(self) -> None:
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _wandb_id(folder: Path, generate: Callable[[], str]) -> str:
+    """The same for a run that goes on: one curve."""
+    path = folder / "wandb-id"
+    if not path.exists():
+        write_atomically(path, generate())
+    return path.read_text(encoding="utf-8")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

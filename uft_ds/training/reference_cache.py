@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -22,7 +21,7 @@ from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.data.mixture import Step
 from uft_ds.errors import UserError
 from uft_ds.training.engine import Engine
-from uft_ds.training.reference_store import LogpTable, ReferenceStore, write_table
+from uft_ds.training.reference_store import LogpTable, ReferenceStore
 
 REFERENCE_TABLE = "reference.safetensors"
 """In a checkpoint's folder."""
@@ -61,10 +60,9 @@ class ReferenceCache:
         """A response's log-prob under the reference, nats, float64."""
         return self._known[key]
 
-    def save(self, folder: Path) -> None:
-        """Write all that the run knows: with it, a restart goes on bit for bit."""
-        if self._known:
-            write_table(folder / REFERENCE_TABLE, self._known, self._identity)
+    def table(self) -> tuple[LogpTable, str]:
+        """All that the run knows, copied, and of which reference: with it, a restart goes on bit for bit."""
+        return dict(self._known), self._identity
 
     def has(self, key: bytes) -> bool:
         """Whether a response is known, by its name."""

@@ -29,6 +29,9 @@ class Reporter(Speaker, Protocol):
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
     def held_out(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def checkpoint(self, step: int, waited_seconds: float) -> None: ...
+    @property
+    def metrics_bytes(self) -> int: ...
     def __enter__(self) -> Reporter: ...
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -38,8 +41,11 @@ class Reporter(Speaker, Protocol):
 class SilentReporter:
     """For the ranks that only log."""
 
+    metrics_bytes = 0
+
     def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
     def held_out(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def checkpoint(self, step: int, waited_seconds: float) -> None: ...
     def say(self, text: str) -> None: ...
 
     def warn(self, text: str) -> None:
@@ -82,6 +88,14 @@ class ConsoleReporter:
     def held_out(self, step: int, metrics: Mapping[str, float]) -> None:
         self._writer.write(step, metrics)
         self.say(f"held out, step {step}:  {one_line({k.removeprefix('held_out/'): v for k, v in metrics.items()})}")
+
+    def checkpoint(self, step: int, waited_seconds: float) -> None:
+        self._writer.write(step, {"checkpoint/stall_seconds": waited_seconds})
+        logger.info("checkpoint of step %d: training waited %.3f s for its copy", step, waited_seconds)
+
+    @property
+    def metrics_bytes(self) -> int:
+        return self._writer.num_bytes
 
     def say(self, text: str) -> None:
         _say(self._console, text)

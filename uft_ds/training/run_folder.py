@@ -17,7 +17,7 @@ from uft_ds.files import write_atomically
 _OF_A_RUN = (
     "recipe.yaml", "environment.json", "reference.json", "metrics.jsonl", "tensorboard", "wandb", "checkpoints",
     "latest", "data", "status.json", "report.html", "curves.png", "health.png", "held_out.csv", "launcher.log", "DONE",
-    "quickstart.json",
+    "quickstart.json", "identity.json", "resumed.json", "wandb-id",
 )  # fmt: skip
 
 
@@ -42,9 +42,14 @@ class RunFolder:
         return self.path / "environment.json"
 
     @property
-    def reference_content(self) -> Path:
-        """What the reference's log-probs depend on, by content; there where they are cached."""
-        return self.path / "reference.json"
+    def identity(self) -> Path:
+        """What a run is of, by content: a restart must be of the same."""
+        return self.path / "identity.json"
+
+    @property
+    def resumed(self) -> Path:
+        """From which checkpoint the run goes on; absent in one that starts at step 0."""
+        return self.path / "resumed.json"
 
     @property
     def metrics(self) -> Path:
@@ -152,14 +157,32 @@ def claim(folder: RunFolder, *, overwrite: bool) -> IO[str]:
         lock = folder.lock.open("w", encoding="utf-8")
     except OSError as error:
         raise UserError(f"output: {folder.path} cannot be written ({error.strerror})") from None
+    _lock(folder, lock)
+    if overwrite:
+        _empty(folder.path)
+    return lock
+
+
+def claim_again(folder: RunFolder) -> IO[str]:
+    """Lock a run's folder as it is.
+
+    Raises:
+        UserError: another process owns it, or it cannot be written.
+    """
+    try:
+        lock = folder.lock.open("a", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"output: {folder.path} cannot be written ({error.strerror})") from None
+    _lock(folder, lock)
+    return lock
+
+
+def _lock(folder: RunFolder, lock: IO[str]) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         lock.close()
         raise UserError(f"output: {folder.path} is in use by another run that is still going") from None
-    if overwrite:
-        _empty(folder.path)
-    return lock
 
 
 def release(folder: RunFolder, lock: IO[str]) -> None:

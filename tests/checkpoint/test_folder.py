@@ -1,0 +1,87 @@
+"""A run's checkpoints: which one is the newest that is whole, and what is said of the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from checkpoints import whole_checkpoint
+
+from uft_ds.checkpoint.folder import checkpoint_problem, checkpoints_of, latest_checkpoint, newest_whole, set_aside
+from uft_ds.checkpoint.manifest import files_below, write_manifest
+from uft_ds.errors import UserError
+
+
+def test_the_newest_checkpoint_is_taken(tmp_path: Path) -> None:
+    """By step, from a run's folder, the checkpoint itself, or the link to the newest; not a half-written one."""
+    for step in (2, 10, 9):
+        whole_checkpoint(tmp_path / "checkpoints" / f"step-{step:06d}")
+    (tmp_path / "checkpoints" / ".step-000012.tmp").mkdir()
+    newest = tmp_path / "checkpoints" / "step-000010"
+    assert latest_checkpoint(tmp_path) == newest
+    older = tmp_path / "checkpoints" / "step-000002"
+    assert latest_checkpoint(older) == older
+    (tmp_path / "latest").symlink_to(Path("checkpoints") / "step-000010")
+    assert latest_checkpoint(tmp_path / "latest") == newest, "a link leads to the run that it belongs to"
+
+
+def test_a_damaged_newest_checkpoint_is_refused_and_older_ones_are_named(tmp_path: Path) -> None:
+    """Going back without a word would change what is converted: the user is told what there is."""
+    for step in (1, 2):
+        whole_checkpoint(tmp_path / "checkpoints" / f"step-{step:06d}")
+    (tmp_path / "checkpoints" / "step-000002" / "adapter" / "adapter_model.safetensors").write_bytes(bytes(34))
+    with pytest.raises(UserError) as caught:
+        latest_checkpoint(tmp_path)
+    message = str(caught.value)
+    assert "step-000002" in message
+    assert "adapter_model.safetensors: its content is not what was written" in message
+    assert message.endswith("older ones: step-000001")
+
+
+def test_a_run_without_checkpoints_is_refused(tmp_path: Path) -> None:
+    """The message says what was expected."""
+    with pytest.raises(UserError, match=r"holds no checkpoint; expected a run's folder or one of its checkpoints"):
+        latest_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("gone", "problem"),
+    [
+        ("trainer.json", "does not list trainer.json"),
+        ("adapter/adapter_model.safetensors", "does not list adapter/adapter_model.safetensors"),
+        ("optimizer/rank-00001-of-00002.safetensors", "does not list the files of all ranks"),
+        ("optimizer", "does not list the files of all ranks"),
+        ("", "does not list trainer.json"),
+    ],
+)
+def test_a_valid_manifest_of_too_few_files_is_none(tmp_path: Path, gone: str, problem: str) -> None:
+    """Hand-made or cut at a line's end: what it lists is there, yet it is no checkpoint."""
+    checkpoint = whole_checkpoint(tmp_path / "checkpoints" / "step-000001")
+    assert checkpoint_problem(checkpoint) is None
+    left = {name: written for name, written in files_below(checkpoint).items() if not name.startswith(gone)}
+    write_manifest(checkpoint, left)
+    found = checkpoint_problem(checkpoint)
+    assert found is not None
+    assert found.startswith(f"{checkpoint / 'manifest.json'}: {problem}")
+    assert newest_whole(tmp_path) == (None, [f"checkpoint step-000001 is damaged: {found}"])
+
+
+def test_an_empty_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    """As a killed deletion leaves it."""
+    whole = whole_checkpoint(tmp_path / "checkpoints" / "step-000001")
+    (tmp_path / "checkpoints" / "step-000002").mkdir()
+    newest, problems = newest_whole(tmp_path)
+    assert newest == whole
+    assert len(problems) == 1
+    assert "step-000002/manifest.json: missing; the checkpoint was never finished" in problems[0]
+
+
+def test_a_checkpoint_that_is_set_aside_counts_no_more(tmp_path: Path) -> None:
+    """It is renamed, not deleted; an older one of the same name makes room."""
+    for content in (b"first", b"second"):
+        checkpoint = whole_checkpoint(tmp_path / "checkpoints" / "step-000001")
+        (checkpoint / "mark").write_bytes(content)
+        aside = set_aside(checkpoint)
+        assert aside.name == "step-000001.damaged"
+        assert (aside / "mark").read_bytes() == content
+        assert not checkpoints_of(tmp_path)

@@ -1,0 +1,85 @@
+"""Checkpoints by hand: what is there, what is damaged, and what may be deleted."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+from pathlib import Path
+
+import pytest
+from checkpoints import whole_checkpoint
+from rich.console import Console
+
+from uft_ds.checkpoint.folder import set_aside
+from uft_ds.checkpoint.listing import delete, listed, problems_of
+from uft_ds.errors import UserError
+from uft_ds.training.run_folder import RunFolder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    """Three checkpoints, the newest of which `latest` leads to."""
+    folder = RunFolder(tmp_path / "run")
+    for step in (2, 10, 1_000_000):
+        whole_checkpoint(folder.checkpoints / f"step-{step:06d}")
+    folder.lock.touch()
+    folder.latest.symlink_to(Path("checkpoints") / "step-1000000")
+    return folder
+
+
+def shown(path: Path) -> str:
+    console = Console(file=io.StringIO(), width=300)
+    console.print(listed(path))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_the_list_says_step_and_state(run: RunFolder) -> None:
+    """The newest first, by number and not by name; a damaged one with its file."""
+    (run.checkpoints / "step-000002" / "trainer.json").write_text("{}")
+    rows = [line.split() for line in shown(run.path).splitlines() if line.strip()][2:]
+    assert [row[0] for row in rows] == ["1000000", "10", "2"]
+    assert rows[0][1] == "(latest)"
+    assert "recorded" in shown(run.path).splitlines()[-2]
+    assert problems_of(run.path) == [
+        f"step-000002: {run.checkpoints / 'step-000002' / 'trainer.json'}: 2 bytes, 13 recorded"
+    ]
+    assert not problems_of(run.checkpoints / "step-000010")
+
+
+def test_deleting_moves_latest(run: RunFolder) -> None:
+    """To the newest that is left; with the last one it goes."""
+    assert delete(run.path, [1_000_000, 2]) == [run.checkpoints / "step-1000000", run.checkpoints / "step-000002"]
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step-000010"]
+    assert run.latest.resolve().name == "step-000010"
+    delete(run.path, [10])
+    assert not run.latest.is_symlink()
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        listed(run.path)
+
+
+def test_what_is_set_aside_is_listed_and_may_be_deleted(run: RunFolder) -> None:
+    """Where its step has been written again, that one goes first."""
+    set_aside(run.checkpoints / "step-000010")
+    whole_checkpoint(run.checkpoints / "step-000010")
+    set_aside(run.checkpoints / "step-000002")
+    rows = [line.split() for line in shown(run.path).splitlines() if line.strip()][2:]
+    assert [row[0] for row in rows] == ["1000000", "10", "10", "2"]
+    assert "set aside as step-000002.damaged" in shown(run.path)
+    assert not problems_of(run.path), "they count no more"
+    assert [path.name for path in delete(run.path, [2, 10])] == ["step-000002.damaged", "step-000010"]
+    assert [path.name for path in delete(run.path, [10])] == ["step-000010.damaged"]
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step-1000000"]
+
+
+def test_nothing_is_deleted_that_was_not_meant(run: RunFolder, tmp_path: Path) -> None:
+    """A step that is not there, a run that is going on, a folder that is no run."""
+    with pytest.raises(UserError, match="no checkpoint of step 3; there are 1000000, 10, 2"):
+        delete(run.path, [10, 3])
+    with run.lock.open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="the run is going on"):
+            delete(run.path, [10])
+    with pytest.raises(UserError, match="no run's folder"):
+        delete(tmp_path, [10])
+    assert len(list(run.checkpoints.iterdir())) == 3

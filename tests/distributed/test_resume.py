@@ -1,0 +1,433 @@
+"""Invariant 4: a run that was killed and goes on is the run that was not, bit for bit."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from ranks import free_port
+from safetensors.torch import load_file
+from test_training_run import TIMEOUT_SECONDS, run, uft, write_recipe
+
+from uft_ds.checkpoint.folder import newest_whole, step_of
+from uft_ds.errors import UserError
+from uft_ds.recipe_file import load_recipe
+from uft_ds.resume import nothing_to_do, prepare_resume, resumed_from
+from uft_ds.training.metrics import read_metrics
+from uft_ds.training.run_folder import RunFolder
+
+STEPS = 6
+OF_TIME = ("seconds", "tokens_per_second", "examples_per_second", "memory/peak_gib", "checkpoint/stall_seconds")
+
+
+def recipe_in(folder: Path, base: Path, **changes: Any) -> Path:
+    """With a running reward shift: a checkpoint must hold that too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {
+        "train__steps": STEPS,
+        "train__checkpoint_every": 2,
+        "train__keep_checkpoints": 2,
+        "objective__reward_shift": "ema",
+    }
+    values |= changes
+    return write_recipe(folder, base, **values)
+
+
+def numbers(folder: Path) -> list[dict[str, Any]]:
+    """All lines of metrics.jsonl, without what depends on the clock."""
+    lines = [{k: v for k, v in line.items() if k not in OF_TIME} for line in read_metrics(folder / "metrics.jsonl")]
+    return [line for line in lines if len(line) > 1]
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "latest" / "adapter" / "adapter_model.safetensors")
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    assert numbers(found) == numbers(expected)
+    ours, theirs = adapter(found), adapter(expected)
+    assert set(ours) == set(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert json.loads((found / "latest" / "trainer.json").read_text())["step"] == STEPS
+    assert (found / "DONE").exists()
+
+
+def killed_at(recipe: Path, step: int, *, one_rank: bool = False) -> None:
+    """Train until a step's line is there, then SIGKILL the command and its ranks, or one rank alone."""
+    folder = recipe.parent / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "uft_ds", "train", str(recipe)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    try:
+        while not (folder / "metrics.jsonl").exists() or not any(
+            line["step"] >= step and "grad_norm" in line for line in read_metrics(folder / "metrics.jsonl")
+        ):
+            assert process.poll() is None, "it ended by itself"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        if one_rank:
+            os.kill(random.choice(ranks_of(folder)), signal.SIGKILL)
+            process.wait(timeout=TIMEOUT_SECONDS)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def ranks_of(folder: Path) -> list[int]:
+    """Processes that train in this folder."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = status.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if (
+            b"uft_ds.train" in words
+            and str(folder / "recipe.yaml").encode() in words
+            and b"torch.distributed.run" not in words
+        ):
+            found.append(int(status.parent.name))
+    return found
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unbroken")
+    result = uft("train", str(recipe_in(folder, tiny_qwen2)))
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder / "run"
+
+
+def test_a_killed_run_goes_on_bit_for_bit(unbroken: Path, tiny_qwen2: Path, tmp_path: Path) -> None:
+    """Metrics, adapter and DONE; with the reference cache, which another run has filled meanwhile."""
+    recipe = recipe_in(tmp_path, tiny_qwen2)
+    killed_at(recipe, 5)
+    assert not (tmp_path / "run" / "DONE").exists()
+    newest, _ = newest_whole(tmp_path / "run")
+    assert newest is not None
+    assert newest.name in ("step-000002", "step-000004"), "the last one may not have been whole yet"
+    result = uft("train", str(recipe), "--resume")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"going on from {newest.name}" in result.stdout
+    assert_same_run(tmp_path / "run", unbroken)
+
+
+def test_a_damaged_checkpoint_is_passed_over(unbroken: Path, tiny_qwen2: Path, tmp_path: Path) -> None:
+    """One flipped bit: the one before is used, and that is said; the other is set aside. A link that leads nowhere is
+    never trusted, and mended. Where none is left, nothing is changed and each is named."""
+    recipe = unfinished_copy(unbroken, tiny_qwen2, tmp_path / "copy")
+    run = tmp_path / "copy" / "run"
+    (run / "latest").unlink()
+    (run / "latest").symlink_to("checkpoints/step-000099")
+    shard = next((run / "checkpoints" / "step-000006" / "optimizer").glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 4
+    shard.write_bytes(content)
+    said = resumed(recipe)
+    damage = f"checkpoint step-000006 is damaged: {shard}: its content is not what was written"
+    assert said == [
+        f"warning: {damage}; step-000004 is used",
+        "going on from step-000004",
+    ]
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-000004", "step-000006.damaged"]
+    assert resumed_from(RunFolder(run)) == run / "checkpoints" / "step-000004" == (run / "latest").resolve()
+    assert {line["step"] for line in read_metrics(run / "metrics.jsonl")} == {0, 1, 2, 3, 4}
+    (run / "checkpoints" / "step-000004" / "trainer.json").unlink()
+    before = {path: path.lstat().st_mtime_ns for path in run.rglob("*")}
+    with pytest.raises(UserError, match="none of the run's checkpoints can be used\ncheckpoint step-000004 is damaged"):
+        resumed(recipe)
+    assert {path: path.lstat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("launcher", ["torch.distributed.run", "deepspeed.launcher.runner"])
+def test_every_launcher_goes_on(unbroken: Path, tiny_qwen2: Path, tmp_path: Path, launcher: str) -> None:
+    """With `--resume` behind the recipe, also where `latest` is gone; once more it says that nothing is left to do."""
+    recipe = recipe_in(tmp_path, tiny_qwen2)
+    killed_at(recipe, 3, one_rank=True)
+    (tmp_path / "run" / "latest").unlink()
+    if launcher.startswith("deepspeed"):
+        options = ["--num_gpus", "2", "--master_port", str(free_port()), "--module"]
+    else:
+        options = ["--nproc-per-node", "2", "--master-port", str(free_port()), "-m"]
+    command = (sys.executable, "-m", launcher, *options, "uft_ds.train", str(recipe), "--resume")
+    result = run(*command)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.search("going on from step-00000[024]", result.stdout)
+    assert_same_run(tmp_path / "run", unbroken)
+    again = run(*command)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"{tmp_path / 'run'} is done: there is nothing to go on with" in again.stdout
+    assert_same_run(tmp_path / "run", unbroken)
+
+
+def test_a_run_that_is_done_is_left_alone(unbroken: Path) -> None:
+    """Exit code 0 for whoever starts it again without looking; no file is touched."""
+    before = {path: path.lstat().st_mtime_ns for path in unbroken.rglob("*")}
+    result = uft("train", str(unbroken.parent / "recipe.yaml"), "--resume")
+    assert result.returncode == 0, result.stderr
+    assert f"{unbroken} is done: there is nothing to go on with" in result.stdout
+    assert {path: path.lstat().st_mtime_ns for path in unbroken.rglob("*")} == before
+
+
+def test_a_folder_that_cannot_be_written_is_named(unbroken: Path, tiny_qwen2: Path, tmp_path: Path) -> None:
+    """A read-only mount, for root may write everywhere else."""
+    folder = tmp_path / "read-only"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(folder)]
+    mounted = subprocess.run(mount, capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        shutil.copytree(unbroken, folder / "run", symlinks=True)
+        (folder / "run" / "DONE").unlink()
+        subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+        refused = uft("train", str(unbroken.parent / "recipe.yaml"), "--resume", f"output={folder / 'run'}")
+        assert refused.returncode == 2, refused.stdout
+        assert f"error: output: {folder / 'run'} cannot be written (Read-only file system)" in refused.stderr
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_without_a_run_or_a_checkpoint_it_starts_at_step_0(unbroken: Path, tiny_qwen2: Path, tmp_path: Path) -> None:
+    """And says so."""
+    recipe = recipe_in(tmp_path / "new", tiny_qwen2)
+    run = tmp_path / "new" / "run"
+    assert resumed(recipe) == [f"{run} holds no run: starting at step 0"]
+    assert resumed_from(RunFolder(run)) is None
+    recipe, run = unfinished_copy(unbroken, tiny_qwen2, tmp_path / "copy"), tmp_path / "copy" / "run"
+    shutil.rmtree(run / "checkpoints")
+    assert resumed(recipe) == [f"{run} holds no checkpoint: starting at step 0"]
+    assert not (run / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.lr=0.5", "train.lr: 0.5 now, 0.01 when the run began"),
+        ("objective.beta=0.3", "objective.beta: 0.3 now, 0.1 when the run began"),
+        ("data.sources.0.examples=8", "data.sources.0.examples: 8 now, None when the run began"),
+    ],
+)
+def test_another_recipe_is_refused(unbroken: Path, override: str, message: str) -> None:
+    """Key, both values, and what to do; also for a run that is done, and nothing is changed."""
+    recipe = unbroken.parent / "recipe.yaml"
+    with pytest.raises(UserError) as caught:
+        nothing_to_do(load_recipe(str(recipe), (override,)))
+    assert message in str(caught.value)
+    with pytest.raises(UserError) as caught:
+        resumed(recipe, override)
+    assert message in str(caught.value)
+    assert "give output=PATH for another run" in str(caught.value)
+    assert (unbroken / "DONE").exists()
+
+
+def resumed(recipe: Path, *overrides: str) -> list[str]:
+    """Prepare to go on, without launching anything; what was said."""
+    said: list[str] = []
+    *_, lock = prepare_resume(load_recipe(str(recipe), overrides), say=said.append)
+    lock.close()
+    return said
+
+
+def unfinished_copy(unbroken: Path, base: Path, folder: Path) -> Path:
+    """A run and its data in another place, by their own copy of the base; its recipe."""
+    shutil.copytree(unbroken.parent, folder, symlinks=True)
+    recipe = recipe_in(folder, base)
+    (folder / "run" / "DONE").unlink()
+    stored = folder / "run" / "recipe.yaml"
+    before = yaml.safe_load(stored.read_text())["model"]["base"]
+    stored.write_text(stored.read_text().replace(str(unbroken.parent), str(folder)).replace(before, str(base)))
+    return recipe
+
+
+def flip_a_weight(base: Path) -> None:
+    path = base / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def change_the_template(base: Path) -> None:
+    path = base / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    template = base / "chat_template.jinja"
+    if template.exists():
+        template.write_text(template.read_text() + "{# the same, in other words #}")
+    else:
+        config["chat_template"] += "{# the same, in other words #}"
+        path.write_text(json.dumps(config))
+
+
+def swap_two_tokens(base: Path) -> None:
+    path = base / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["x"], vocabulary["q"] = vocabulary["q"], vocabulary["x"]
+    path.write_text(json.dumps(tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        (flip_a_weight, "base.weights: "),
+        (change_the_template, "data.sources.0.chat_template: "),
+        (swap_two_tokens, "data.sources.0.tokenizer: "),
+        (None, "data.sources.1.content: "),
+    ],
+)
+def test_other_inputs_are_refused(
+    unbroken: Path, tiny_qwen2: Path, tmp_path: Path, change: Callable[[Path], None] | None, key: str
+) -> None:
+    """By content, naming both, under the same paths: weights, chat template, tokenizer, rows; nothing is changed."""
+    base, folder = tmp_path / "base", tmp_path / "copy"
+    shutil.copytree(tiny_qwen2, base)
+    recipe = unfinished_copy(unbroken, base, folder)
+    if change is not None:
+        change(base)
+    else:
+        with (folder / "scored.jsonl").open("a") as file:
+            file.write('{"prompt": "one", "response": "more", "score": 0.5}\n')
+    before = {path: path.lstat().st_mtime_ns for path in (folder / "run").rglob("*")}
+    with pytest.raises(UserError) as caught:
+        resumed(recipe)
+    (line,) = [line for line in str(caught.value).splitlines() if line.startswith(key)]
+    assert re.fullmatch(r".+: .+ now, .+ then", line)
+    assert {path: path.lstat().st_mtime_ns for path in (folder / "run").rglob("*")} == before
+
+
+def test_other_versions_and_lost_metrics_are_said(unbroken: Path, tiny_qwen2: Path, tmp_path: Path) -> None:
+    """The run goes on, for neither makes it wrong."""
+    recipe = unfinished_copy(unbroken, tiny_qwen2, tmp_path / "copy")
+    run = tmp_path / "copy" / "run"
+    environment = json.loads((run / "environment.json").read_text())
+    environment["packages"]["torch"] = "1.0"
+    (run / "environment.json").write_text(json.dumps(environment))
+    (run / "metrics.jsonl").write_text("")
+    versions, metrics, going_on = resumed(recipe)
+    now = importlib.metadata.version("torch")
+    assert (
+        versions
+        == f"warning: the run began with other versions, so it does not go on bit for bit: torch {now} now, 1.0 then"
+    )
+    assert metrics.startswith(f"warning: {run / 'metrics.jsonl'}: 0 bytes, ")
+    assert going_on == "going on from step-000006"
+
+
+def test_other_ranks_go_on(unbroken: Path, tiny_qwen2: Path, tmp_path: Path) -> None:
+    """On one rank, and at another ZeRO stage: the same data in the same order, losses equal to rounding."""
+    recipe = recipe_in(tmp_path, tiny_qwen2)
+    killed_at(recipe, 3)
+    result = uft("train", str(recipe), "--resume", "launch.ranks=1", "deepspeed=zero2")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "was saved by 2 ranks, now there are 1" in result.stdout
+    for ours, theirs in zip(numbers(tmp_path / "run"), numbers(unbroken), strict=True):
+        assert ours["step"] == theirs["step"]
+        for name, value in theirs.items():
+            assert ours[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+KILLS, STEPS_UNDER_FIRE = 20, 60
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("cached", [True, False], ids=["cached", "live"])
+def test_a_run_that_is_killed_again_and_again(tiny_qwen2: Path, tmp_path: Path, cached: bool) -> None:
+    """SIGKILL of everything or of one rank, at random moments: in a start's first seconds, between steps, while a
+    checkpoint is written. In the end it is the run that was never touched."""
+    changes = {"train__steps": STEPS_UNDER_FIRE, "train__checkpoint_every": 1, "reference__cache": cached}
+    straight = recipe_in(tmp_path / "straight", tiny_qwen2, **changes)
+    assert uft("train", str(straight)).returncode == 0
+    recipe = recipe_in(tmp_path / "killed", tiny_qwen2, **changes)
+    folder, rng = tmp_path / "killed" / "run", random.Random(f"kills {cached}")
+    went_on_from: list[int] = []
+    for _ in range(KILLS // 2):
+        newest, _ = newest_whole(folder)
+        went_on_from.append(0 if newest is None else step_of(newest))
+        if rng.random() < 0.3:
+            moment = after_seconds(rng.uniform(0.5, 10.0))
+        else:
+            moment = soon_after_step(folder, went_on_from[-1] + rng.randint(1, 8), rng.uniform(0.0, 0.3))
+        kill(recipe, moment, one_rank=rng.random() < 0.5)
+    assert len(set(went_on_from)) >= 4, f"the kills say little: the starts went on from steps {went_on_from}"
+    result = uft("train", str(recipe), "--resume")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert not ranks_of(folder), "no orphan"
+    found, expected = numbers(folder), numbers(straight.parent / "run")
+    assert found == expected
+    ours, theirs = adapter(folder), adapter(straight.parent / "run")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not [path for path in (folder / "checkpoints").iterdir() if path.name.startswith(".")]
+
+
+def after_seconds(seconds: float) -> Callable[[], bool]:
+    deadline = time.monotonic() + seconds
+    return lambda: time.monotonic() > deadline
+
+
+def soon_after_step(folder: Path, step: int, seconds: float) -> Callable[[], bool]:
+    """Once that step's line is in the metrics, and so much later."""
+
+    def is_now() -> bool:
+        path = folder / "metrics.jsonl"
+        if not path.exists() or not any(line["step"] >= step for line in read_metrics(path)):
+            return False
+        time.sleep(seconds)
+        return True
+
+    return is_now
+
+
+def kill(recipe: Path, is_now: Callable[[], bool], *, one_rank: bool) -> None:
+    """Start or go on, and SIGKILL when it is time; the run may have ended by then."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "uft_ds", "train", str(recipe), "--resume"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    try:
+        while not is_now() and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        ranks = ranks_of(recipe.parent / "run")
+        if one_rank and ranks:
+            with suppress(ProcessLookupError):
+                os.kill(random.choice(ranks), signal.SIGKILL)
+            process.wait(timeout=TIMEOUT_SECONDS)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        wait_for_the_end_of(recipe.parent / "run")
+
+
+def wait_for_the_end_of(folder: Path) -> None:
+    """Ranks die with their launcher, in a moment."""
+    deadline = time.monotonic() + 30
+    while ranks_of(folder):
+        assert time.monotonic() < deadline, "orphans"
+        time.sleep(0.05)

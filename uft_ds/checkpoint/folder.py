@@ -1,0 +1,133 @@
+"""A run's checkpoints on the disk: what lies where, which there are, which are whole, and which may go."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from uft_ds.checkpoint.manifest import MANIFEST, manifest_problem, recorded_files
+from uft_ds.checkpoint.shards import world_size_of
+from uft_ds.checkpoint.state import TRAINER
+from uft_ds.errors import UserError
+from uft_ds.training.metrics import read_metrics
+from uft_ds.training.run_folder import RunFolder
+
+ADAPTER, OPTIMIZER = "adapter", "optimizer"
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = f"{ADAPTER}/adapter_model.safetensors", f"{ADAPTER}/adapter_config.json"
+_PREFIX = "step-"
+_DAMAGED = ".damaged"
+HIGHER_IS_BETTER = ("accuracy", "correlation", "margin")
+"""Words in a metric's name; of others, less is better."""
+
+
+def name_of(step: int) -> str:
+    """Of a checkpoint's folder."""
+    return f"{_PREFIX}{step:06d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's folder is named after."""
+    return int(checkpoint.name.removeprefix(_PREFIX).removesuffix(_DAMAGED))
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """Of a run's folder, the newest first, whole or not."""
+    return _folders_of_steps(run, "")
+
+
+def set_aside_of(run: Path) -> list[Path]:
+    """Damaged checkpoints that `set_aside` has renamed, the newest first."""
+    return _folders_of_steps(run, _DAMAGED)
+
+
+def _folders_of_steps(run: Path, suffix: str) -> list[Path]:
+    pattern = re.compile(rf"{_PREFIX}\d+{re.escape(suffix)}")
+    found = (path for path in (run / "checkpoints").glob(f"{_PREFIX}*") if pattern.fullmatch(path.name))
+    return sorted(found, key=step_of, reverse=True)
+
+
+def checkpoint_problem(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None: all are there, as they were written."""
+    problem = manifest_problem(checkpoint)
+    if problem is not None:
+        return problem
+    listed = recorded_files(checkpoint)
+    missing = [name for name in (TRAINER, ADAPTER_WEIGHTS, ADAPTER_CONFIG) if name not in listed]
+    if missing:
+        return f"{checkpoint / MANIFEST}: does not list {missing[0]}"
+    shards = sorted(Path(name).name for name in listed if Path(name).parent == Path(OPTIMIZER))
+    if world_size_of(shards) is None:
+        return f"{checkpoint / MANIFEST}: does not list the files of all ranks below {OPTIMIZER}/, only {shards}"
+    return None
+
+
+def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint of a run whose files are as they were written, and what is wrong with newer ones."""
+    problems: list[str] = []
+    for checkpoint in checkpoints_of(run):
+        problem = checkpoint_problem(checkpoint)
+        if problem is None:
+            return checkpoint, problems
+        problems.append(f"checkpoint {checkpoint.name} is damaged: {problem}")
+    return None, problems
+
+
+def latest_checkpoint(run: Path) -> Path:
+    """The newest checkpoint of a run, or `run` itself where it is a checkpoint; its files are as they were written.
+
+    Raises:
+        UserError: none, or a broken one; names the file.
+    """
+    run = run.resolve()  # `latest` is a link
+    candidates = [run] if (run / MANIFEST).exists() else checkpoints_of(run)
+    if not candidates:
+        raise UserError(f"{run}: holds no checkpoint; expected a run's folder or one of its checkpoints/step-N")
+    problem = checkpoint_problem(candidates[0])
+    if problem is not None:
+        others = f"; older ones: {', '.join(c.name for c in candidates[1:])}" if candidates[1:] else ""
+        raise UserError(f"checkpoint {candidates[0].name} is damaged: {problem}{others}")
+    return candidates[0]
+
+
+def best_checkpoint(folder: RunFolder, metric: str) -> Path | None:
+    """Of the checkpoints that are there, the one at whose step the metric was best; the earliest of equals."""
+    sign = -1.0 if any(word in metric for word in HIGHER_IS_BETTER) else 1.0
+    values = {
+        line["step"]: sign * line[metric] for line in read_metrics(folder.metrics) if line.get(metric) is not None
+    }
+    known = [path for path in checkpoints_of(folder.path) if step_of(path) in values]
+    return min(known, key=lambda path: (values[step_of(path)], step_of(path)), default=None)
+
+
+def point_latest(folder: RunFolder) -> None:
+    """Let the link lead to the newest checkpoint, or go where there is none."""
+    newest = next(iter(checkpoints_of(folder.path)), None)
+    if newest is None:
+        folder.latest.unlink(missing_ok=True)
+        return
+    link = folder.path / ".latest.tmp"
+    link.unlink(missing_ok=True)
+    link.symlink_to(newest.relative_to(folder.path))
+    link.replace(folder.latest)
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint, so that nothing counts it any more; it is left for whoever wants to look."""
+    aside = checkpoint.with_name(checkpoint.name + _DAMAGED)
+    shutil.rmtree(aside, ignore_errors=True)
+    return checkpoint.rename(aside)
+
+
+def prune(folder: RunFolder, *, keep: int, best: str | None) -> None:
+    """Delete all but the newest, and the best one by a metric."""
+    kept = best_checkpoint(folder, best) if best else None
+    for old in checkpoints_of(folder.path)[keep:]:
+        if old != kept:
+            remove(old)
+
+
+def remove(checkpoint: Path) -> None:
+    """Invalid first, then gone: a deletion that is cut off leaves nothing that looks whole."""
+    (checkpoint / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)

@@ -1,0 +1,94 @@
+"""A run's checkpoints for the eye, and their deletion by hand."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from uft_ds.checkpoint.folder import (
+    checkpoint_problem,
+    checkpoints_of,
+    name_of,
+    point_latest,
+    remove,
+    set_aside_of,
+    step_of,
+)
+from uft_ds.checkpoint.manifest import MANIFEST
+from uft_ds.errors import UserError
+from uft_ds.training.run_folder import RunFolder
+
+
+def listed(run: Path) -> Table:
+    """One row a checkpoint.
+
+    Raises:
+        UserError: there is none.
+    """
+    table = Table("step", "MB", "ranks", "files", box=box.SIMPLE_HEAD)
+    for checkpoint in (*_found(run), *set_aside_of(run)):
+        with suppress(FileNotFoundError):  # deleted meanwhile, by a run that is going on
+            table.add_row(*_row(run, checkpoint))
+    return table
+
+
+def _row(run: Path, checkpoint: Path) -> tuple[str, str, str, Text]:
+    size = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()) / 1e6
+    ranks = len(list(checkpoint.glob("optimizer/rank-*")))
+    state = checkpoint_problem(checkpoint) or "as they were written"
+    if checkpoint.name != name_of(step_of(checkpoint)):
+        state = f"set aside as {checkpoint.name}: {state}"
+    latest = " (latest)" if (run / "latest").exists() and (run / "latest").resolve() == checkpoint.resolve() else ""
+    return f"{step_of(checkpoint)}{latest}", f"{size:.1f}", str(ranks), Text(state)
+
+
+def problems_of(run: Path) -> list[str]:
+    """What is wrong with the files of a run's checkpoints; a line each.
+
+    Raises:
+        UserError: there is no checkpoint.
+    """
+    found = ((checkpoint, checkpoint_problem(checkpoint)) for checkpoint in _found(run))
+    return [f"{checkpoint.name}: {problem}" for checkpoint, problem in found if problem is not None]
+
+
+def delete(run: Path, steps: Sequence[int]) -> list[Path]:
+    """Delete a run's checkpoints of these steps.
+
+    Raises:
+        UserError: there is none of a step, or the run is going on; nothing has been deleted.
+    """
+    folder = RunFolder(run)
+    if not folder.lock.exists():
+        raise UserError(f"{run}: no run's folder")
+    with folder.lock.open("a", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{run}: the run is going on; stop it first") from None
+        # One that is set aside has perhaps been written again.
+        there = {step_of(checkpoint): checkpoint for checkpoint in (*set_aside_of(run), *checkpoints_of(run))}
+        missing = [step for step in steps if step not in there]
+        if missing:
+            known = ", ".join(map(str, there)) or "none"
+            raise UserError(f"{run}: no checkpoint of step {missing[0]}; there are {known}")
+        chosen = [there[step] for step in dict.fromkeys(steps)]
+        for checkpoint in chosen:
+            remove(checkpoint)
+        point_latest(folder)
+    return chosen
+
+
+def _found(run: Path) -> list[Path]:
+    if not run.is_dir():
+        raise UserError(f"{run}: no such folder; expected a run's folder or one of its checkpoints")
+    found = [run] if (run / MANIFEST).exists() else checkpoints_of(run)
+    if not found:
+        raise UserError(f"{run}: holds no checkpoint")
+    return found

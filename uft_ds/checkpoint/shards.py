@@ -1,0 +1,124 @@
+"""A rank's part of a checkpoint as one safetensors file, and all ranks' parts read as if they were one."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from uft_ds.checkpoint.tensor_file import save_tensors
+from uft_ds.errors import UserError
+
+_PIECES = "pieces"
+"""Key of the file's metadata: [[parameter, shape, start, elements], ...]."""
+
+
+@dataclass(frozen=True)
+class HostPiece:
+    """A run of a flattened parameter, copied to host memory; `tensors` by key, [elements] each, float32."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    tensors: Mapping[str, Tensor]
+
+
+def shard_name(rank: int, world_size: int) -> str:
+    return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def world_size_of(names: Sequence[str]) -> int | None:
+    """Of how many ranks files are, by their names; None where one is missing or they are of several worlds."""
+    matches = [re.fullmatch(r"rank-(\d{5})-of-(\d{5})\.safetensors", name) for name in names]
+    sizes = {int(match[2]) for match in matches if match}
+    if len(sizes) != 1:
+        return None
+    (size,) = sizes
+    return size if sorted(names) == [shard_name(rank, size) for rank in range(size)] else None
+
+
+def write_shard(path: Path, pieces: Sequence[HostPiece], others: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Write a rank's pieces, and tensors that are its own alone, such as the states of its random generators.
+
+    Returns:
+        all tensors, by their names in the file.
+    Raises:
+        OSError: the file cannot be written.
+    """
+    layout = [(piece.name, piece.shape, piece.start, next(iter(piece.tensors.values())).numel()) for piece in pieces]
+    tensors = {f"{key}:{piece.name}": tensor for piece in pieces for key, tensor in piece.tensors.items()}
+    tensors |= others
+    save_tensors(path, tensors, {_PIECES: json.dumps(layout)})
+    return tensors
+
+
+class Shards:
+    """The pieces of all ranks' files, by parameter.
+
+    Raises:
+        UserError: a file cannot be read; names it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.files = sorted(folder.glob("*.safetensors"))
+        self._where: dict[str, list[tuple[int, int, Path]]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        names = [path.name for path in self.files]
+        if world_size_of(names) is None:
+            raise UserError(f"{folder}: expected the states of all ranks, such as {shard_name(0, 1)}; found {names}")
+        for path in self.files:
+            for name, shape, start, numel in self._layout(path):
+                self._where.setdefault(name, []).append((start, numel, path))
+                self.shapes[name] = tuple(shape)
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that wrote."""
+        return len(self.files)
+
+    def read(self, name: str, key: str, start: int, numel: int) -> Tensor:
+        """A run of a flattened parameter's state: [numel], float32, on the host.
+
+        Raises:
+            UserError: no file holds all of it.
+        """
+        found, covered = torch.empty(numel, dtype=torch.float32), 0
+        for at, length, path in sorted(self._where.get(name, []), key=lambda piece: piece[0]):
+            first, last = max(start + covered, at), min(start + numel, at + length)
+            if first == start + covered and last > first:
+                with _opened(path) as file:
+                    found[covered : last - start] = file.get_slice(f"{key}:{name}")[first - at : last - at]
+                covered = last - start
+        if covered < numel:
+            raise UserError(
+                f"{self._folder}: {key} of {name}: elements {start + covered} to {start + numel} are in no rank's file"
+            )
+        return found
+
+    def own(self, rank: int, names: Sequence[str]) -> dict[str, Tensor]:
+        """What a rank alone wrote, where as many ranks wrote."""
+        with _opened(self.files[rank]) as file:
+            return {name: file.get_tensor(name) for name in names if name in set(file.keys())}
+
+    def _layout(self, path: Path) -> list[tuple[str, list[int], int, int]]:
+        with _opened(path) as file:
+            try:
+                layout: list[tuple[str, list[int], int, int]] = json.loads((file.metadata() or {})[_PIECES])
+            except (KeyError, ValueError):
+                raise UserError(f"{path}: not a rank's state: it lacks the list of its pieces") from None
+        return layout
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None

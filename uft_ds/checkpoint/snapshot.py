@@ -1,0 +1,121 @@
+"""What a rank must write of a checkpoint: copied to host memory while training waits, written while it goes on."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, get_peft_model_state_dict
+from torch import Tensor
+
+from uft_ds.checkpoint.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, OPTIMIZER
+from uft_ds.checkpoint.generators import generator_states
+from uft_ds.checkpoint.manifest import Written
+from uft_ds.checkpoint.optimizer_state import pieces_of
+from uft_ds.checkpoint.shards import HostPiece, shard_name, write_shard
+from uft_ds.checkpoint.state import TRAINER, Position, write_position
+from uft_ds.checkpoint.tensor_file import check_same, save_tensors
+from uft_ds.errors import CheckFailed
+from uft_ds.files import sha256, sync
+from uft_ds.training.engine import Engine
+from uft_ds.training.reference_cache import REFERENCE_TABLE, ReferenceCache
+from uft_ds.training.reference_store import LogpTable, write_table
+
+
+@dataclass(frozen=True)
+class OfFirstRank:
+    """What rank 0 alone writes. adapter: by PEFT's names. reference: the table of log-probs and whose they are."""
+
+    adapter: Mapping[str, Tensor]
+    adapter_config: bytes
+    reference: tuple[LogpTable, str]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One rank's part of a checkpoint, in host memory; nothing in it changes as training goes on."""
+
+    position: Position
+    pieces: tuple[HostPiece, ...]
+    generators: Mapping[str, Tensor]
+    rank: int
+    world_size: int
+    first: OfFirstRank | None
+
+
+def take_snapshot(
+    engine: Engine, policy: PeftModel, position: Position, reference: ReferenceCache, adapter_config: bytes
+) -> Snapshot:
+    """Copy everything; every rank must call it. The adapter is gathered, the optimiser's state is not."""
+    first = None
+    with engine.gathered_trainable() as named:
+        if engine.rank == 0:
+            prefix = "policy."
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in named.items()}
+            adapter = {
+                name: tensor.to("cpu", copy=True).contiguous()
+                for name, tensor in get_peft_model_state_dict(policy, state_dict=tensors).items()
+            }
+            first = OfFirstRank(adapter, adapter_config, reference.table())
+    pieces = tuple(
+        HostPiece(piece.name, piece.shape, piece.start, {k: t.to("cpu", copy=True) for k, t in piece.tensors.items()})
+        for piece in pieces_of(engine.deepspeed)
+    )
+    return Snapshot(position, pieces, generator_states(), engine.rank, engine.world_size, first)
+
+
+def adapter_config_of(policy: PeftModel) -> bytes:
+    """PEFT's adapter_config.json, as it saves it."""
+    config: Any = policy.peft_config["default"]
+    inference_mode = config.inference_mode
+    config.inference_mode = True
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+            return (Path(folder) / Path(ADAPTER_CONFIG).name).read_bytes()
+    finally:
+        config.inference_mode = inference_mode
+
+
+def write_snapshot(snapshot: Snapshot, folder: Path) -> dict[str, Written]:
+    """Write a rank's files below `folder`, synced, and read them back.
+
+    Returns:
+        each file that was written, by its name below the folder.
+    Raises:
+        OSError: the folder cannot be written, or is full.
+        CheckFailed: what was read back is not what was to be written, or not what a trained adapter looks like.
+    """
+    (folder / OPTIMIZER).mkdir(parents=True, exist_ok=True)
+    shard = folder / OPTIMIZER / shard_name(snapshot.rank, snapshot.world_size)
+    own = write_shard(shard, snapshot.pieces, snapshot.generators)
+    check_same(shard, own)
+    files = [shard]
+    if snapshot.first is not None:
+        files += _write_first(snapshot.first, snapshot.position, folder)
+    for path in files:
+        sync(path)
+    for parent in {path.parent for path in files}:
+        sync(parent)
+    return {str(path.relative_to(folder)): Written(path.stat().st_size, sha256(path)) for path in files}
+
+
+def _write_first(first: OfFirstRank, position: Position, folder: Path) -> list[Path]:
+    weights, config = folder / ADAPTER_WEIGHTS, folder / ADAPTER_CONFIG
+    weights.parent.mkdir(exist_ok=True)
+    save_tensors(weights, first.adapter, {"format": "pt"})
+    check_same(weights, first.adapter)
+    is_b = {name: bool(tensor.any()) for name, tensor in first.adapter.items() if "lora_B" in name}
+    if position.state.updates > 0 and not any(is_b.values()):
+        raise CheckFailed(f"{weights}: every lora_B is zero after training: these adapters were never updated")
+    config.write_bytes(first.adapter_config)
+    write_position(folder, position)
+    files = [weights, config, folder / TRAINER]
+    table, identity = first.reference
+    if table:
+        write_table(folder / REFERENCE_TABLE, table, identity)
+        files.append(folder / REFERENCE_TABLE)
+    return files

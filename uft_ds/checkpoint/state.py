@@ -1,0 +1,58 @@
+"""Where a run stands, besides its weights and its optimiser: trainer.json of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from uft_ds.errors import UserError
+from uft_ds.files import write_atomically
+
+TRAINER = "trainer.json"
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """All that a step depends on besides weights, optimiser and the recipe: the data's order is the step's number.
+
+    reward_shift: what the reward shift goes on with: its running mean, or the last step's value.
+    """
+
+    step: int
+    skipped_steps: int
+    reward_shift: float = 0.0
+
+    @property
+    def updates(self) -> int:
+        """Steps that changed the weights."""
+        return self.step - self.skipped_steps
+
+
+@dataclass(frozen=True)
+class Position:
+    """A state, and how far the metrics file had been written: in bytes."""
+
+    state: TrainerState
+    metrics_bytes: int
+
+
+def write_position(folder: Path, position: Position) -> None:
+    """As trainer.json."""
+    content = {**asdict(position.state), "metrics_bytes": position.metrics_bytes}
+    write_atomically(folder / TRAINER, json.dumps(content, indent=2) + "\n")
+
+
+def read_position(checkpoint: Path) -> Position:
+    """What a checkpoint's trainer.json says.
+
+    Raises:
+        UserError: not such a file.
+    """
+    path = checkpoint / TRAINER
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        state = TrainerState(int(content["step"]), int(content["skipped_steps"]), float(content["reward_shift"]))
+        return Position(state, int(content["metrics_bytes"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not where a run stood ({type(error).__name__}: {error})") from None
