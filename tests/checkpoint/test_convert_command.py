@@ -9,6 +9,7 @@ import pytest
 import torch
 from checkpoints import whole_checkpoint
 from peft import LoraConfig, get_peft_model
+from rich.console import Console
 from tiny import build_tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -39,6 +40,7 @@ def uft(
 ) -> tuple[int, str, str]:
     """(exit code, standard output, standard error) of the command, in this process."""
     monkeypatch.setattr(sys, "argv", ["uft", *map(str, arguments)])
+    monkeypatch.setattr(cli, "console", Console(width=1000, markup=False, highlight=False))  # nothing is folded
     with pytest.raises(SystemExit) as end:
         cli.main()
     printed = capsys.readouterr()

@@ -340,9 +340,10 @@ def test_a_merge_that_loses_what_was_trained_is_refused(finished: Path, tmp_path
     """Invariant 7: a delta far below bfloat16's steps is lost by the merge: exit 3, nothing left at OUT."""
     import shutil
 
+    from checkpoints import files_below
     from safetensors.torch import load_file, save_file
 
-    from uft_ds.checkpoint.manifest import files_below, write_manifest
+    from uft_ds.checkpoint.manifest import write_manifest
 
     copy = tmp_path / "run"
     shutil.copytree(finished, copy, symlinks=True)

@@ -177,7 +177,9 @@ def opened(path: Path, base: str | None, adapter_config: Path | None) -> Iterato
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; expected a run, a checkpoint, an adapter or a DeepSpeed checkpoint")
     is_own = (path / MANIFEST).exists() or (path / "checkpoints").is_dir()
-    if is_deepspeed(path) and not is_own:
+    # A folder of transformers' Trainer holds both; whoever gives --adapter-config means DeepSpeed's.
+    is_adapter = (path / "adapter_config.json").is_file() and (path / "adapter_model.safetensors").is_file()
+    if is_deepspeed(path) and not is_own and (adapter_config is not None or not is_adapter):
         with tempfile.TemporaryDirectory() as folder:
             yield _from_deepspeed(path, Path(folder), base, adapter_config)
         return
@@ -219,6 +221,7 @@ def _from_deepspeed(path: Path, folder: Path, base: str | None, adapter_config: 
         tensors[inner.replace(".default.", ".")] = tensor.contiguous()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     shutil.copyfile(config, folder / "adapter_config.json")
+    read_low_rank(folder)  # whether the config fits the tensors
     return Source(path, folder, base, None, None)
 
 
@@ -259,6 +262,8 @@ def _whole_or_nothing(out: Path) -> Iterator[Path]:
         temporary.rename(out)
         sync(out.parent)
     except OSError as error:
+        if error.filename is not None and not Path(error.filename).is_relative_to(temporary.parent):
+            raise UserError(f"{error.filename}: {error.strerror}") from None
         raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -275,7 +280,8 @@ def _write_configs(base: Path, folder: Path, chat: ChatTokenizer, dtype: Dtype |
         generation = GenerationConfig.from_pretrained(base)
     else:
         generation = GenerationConfig.from_model_config(check_base(str(base), None))
-    _ending_turns(generation, chat).save_pretrained(folder)
+    # Not save_pretrained: it refuses configs of well-known models, such as a temperature without do_sample.
+    _ending_turns(generation, chat).to_json_file(folder / "generation_config.json")
     save_tokenizer(chat, folder)
 
 

@@ -54,12 +54,6 @@ def pieces_of(engine: Any) -> list[Piece]:
     ]
 
 
-def updates_of(engine: Any) -> int:
-    """How many updates AdamW has made: skipped steps are none."""
-    flats = {id(flat): flat for *_, flat, _, _ in _places(engine)}.values()
-    return max((int(_state_of(engine, flat)["step"]) for flat in flats), default=0)
-
-
 def shapes_of(engine: Any) -> dict[str, tuple[int, ...]]:
     """Of the trainable parameters, whole, by name."""
     return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in _trainable(engine)}

@@ -108,6 +108,8 @@ def _units(model: Any) -> list[tuple[str, nn.Module]]:
         is_layer = name.rpartition(".")[0] in lists
         is_inside = any(name.startswith(f"{layers}.") for layers in lists)
         has_weights = any(True for _ in module.parameters(recurse=False))
+        if ".lora_" in name:  # an adapter of a linear outside the layers stays in memory, as those inside do
+            continue
         if is_layer or (has_weights and not is_inside):
             units.append((f"{name}.", module))
     return units
