@@ -19,7 +19,7 @@ from uft_ds.files import write_atomically
 from uft_ds.recipe import Recipe
 from uft_ds.recipe_file import dump_recipe
 from uft_ds.resolve import with_absolute_paths
-from uft_ds.sweep import Result, last_values, run_sweep
+from uft_ds.sweep import How, Result, last_values, run_sweep
 from uft_ds.sweep_file import Sweep, grid_of, load_sweep
 from uft_ds.training.run_folder import RunFolder, Status
 
@@ -60,12 +60,14 @@ class Trainer:
     """Stands for a launch: leaves what a run leaves, or fails where it is told to."""
 
     def __init__(self, **exit_codes: int) -> None:
-        self.exit_codes, self.trained = exit_codes, list[str]()
+        self.exit_codes, self.trained, self.hows = exit_codes, list[str](), list[How]()
 
-    def __call__(self, recipe: Recipe, overwrite: bool) -> tuple[Path, Status]:
+    def __call__(self, recipe: Recipe, how: How) -> tuple[Path, Status]:
         folder = RunFolder(Path(recipe.output))
         self.trained.append(recipe.name)
+        self.hows.append(how)
         folder.path.mkdir(parents=True, exist_ok=True)
+        folder.lock.touch()
         write_atomically(folder.recipe, dump_recipe(with_absolute_paths(recipe)))
         adapter = recipe.reference.adapter
         identity = (Path(adapter) / "adapter").read_text() if adapter else None

@@ -1,10 +1,4 @@
-"""The entry that launchers start, one process a rank.
-
-    deepspeed --num_gpus 8 --module uft_ds.train RECIPE [key=value ...]
-    torchrun --nproc-per-node 8 -m uft_ds.train RECIPE [key=value ...]
-
-`uft train` starts it too, after having checked and prepared everything itself (`--prepared`).
-"""
+"""One rank of a run, from its arguments to its exit code."""
 
 from __future__ import annotations
 
@@ -27,7 +21,7 @@ from uft_ds.checkpoint.load import restore_engine
 from uft_ds.checkpoint.save import CheckpointWriter
 from uft_ds.checkpoint.state import read_position
 from uft_ds.data.mixture import Step, in_order
-from uft_ds.errors import EXIT_CRASHED, EXIT_DONE, CheckFailed, UserError
+from uft_ds.errors import EXIT_CRASHED, EXIT_DONE, CheckFailed, Stopped, UserError
 from uft_ds.prepare import ensure_data, open_data, prepare_run, steps_of
 from uft_ds.process import die_with_parent
 from uft_ds.recipe import Recipe
@@ -42,6 +36,7 @@ from uft_ds.training.metrics import MetricsWriter
 from uft_ds.training.reference_cache import fill
 from uft_ds.training.report import ConsoleReporter, FillReporter, Reporter, SilentReporter, Speaker
 from uft_ds.training.run_folder import RunFolder, Status
+from uft_ds.training.signals import Stop, StopRequest
 from uft_ds.waiting import while_others_wait
 
 GROUPS_BETWEEN_FLUSHES = 20
@@ -50,8 +45,12 @@ GROUPS_BETWEEN_FLUSHES = 20
 logger = logging.getLogger("uft_ds")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run one rank; returns the exit code."""
+def main(request: StopRequest, arguments: list[str] | None = None) -> int:
+    """Run one rank; returns the exit code.
+
+    Args:
+        request: what has been and will be heard of stopping.
+    """
     parser = argparse.ArgumentParser(prog="uft_ds.train", description="One rank of a training run.")
     parser.add_argument("recipe", help="name of a shipped recipe, or a YAML file")
     parser.add_argument("overrides", nargs="*", help="key.path=value")
@@ -83,11 +82,17 @@ def main(arguments: list[str] | None = None) -> int:
         while_others_wait("data", partial(ensure_data, recipe, folder), works=os.environ.get("LOCAL_RANK", "0") == "0")
         with _own_streams(folder, rank) as terminal:
             work = _fill_reference if options.only_reference else _run
-            work(recipe, folder, Console(file=terminal))
+            work(recipe, folder, Console(file=terminal), request)
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
         del lock
         return EXIT_DONE
+    except Stopped as stopped:
+        if folder is not None:
+            folder.write_first_status(Status(stopped.exit_code, str(stopped)))
+        if rank == 0 and (folder is None or not options.prepared):
+            print(stopped)
+        return stopped.exit_code
     except (UserError, CheckFailed) as error:
         if folder is not None:
             folder.write_first_status(Status(error.exit_code, str(error)))
@@ -107,7 +112,7 @@ def _prepared(recipe: Recipe, resume: bool, overwrite: bool) -> IO[str]:
     return prepare_run(recipe, overwrite=overwrite)[2]
 
 
-def _run(recipe: Recipe, folder: RunFolder, console: Console) -> None:
+def _run(recipe: Recipe, folder: RunFolder, console: Console, request: StopRequest) -> None:
     _make_deterministic(recipe.train.deterministic)
     data = open_data(recipe, folder)
     steps = steps_of(recipe, data)
@@ -126,8 +131,11 @@ def _run(recipe: Recipe, folder: RunFolder, console: Console) -> None:
         writer = CheckpointWriter(
             engine, model.policy, folder, reporter, keep=recipe.train.keep_checkpoints, best=recipe.train.keep_best
         )
-        policy, settings = model.policy, recipe.train
-        train(engine, policy, steps, held_out, objective, settings, folder, reporter, reference, writer, state)
+        policy, settings, stop = model.policy, recipe.train, Stop(request, engine.agree)
+        with request.noted(), _together():
+            train(
+                engine, policy, steps, held_out, objective, settings, folder, reporter, reference, writer, state, stop
+            )
     if engine.rank == 0:
         folder.write_status(Status(EXIT_DONE, "done"))
         folder.done.touch()
@@ -135,6 +143,16 @@ def _run(recipe: Recipe, folder: RunFolder, console: Console) -> None:
             write_report(folder, recipe.name)
         except Exception:  # the run is done and saved: a picture that fails must not undo that
             logger.exception("report.html could not be written")
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """All ranks leave the block at a stop before any of them ends: launchers kill the others when one has ended."""
+    try:
+        yield
+    except Stopped:
+        torch.distributed.barrier()
+        raise
 
 
 def _check_start(engine: Engine, recipe: Recipe, step: Step, reporter: Speaker) -> None:
@@ -151,7 +169,7 @@ def _check_start(engine: Engine, recipe: Recipe, step: Step, reporter: Speaker) 
     reporter.say(f"before the first step: every log-ratio is {largest} nats, {len(step.responses)} responses")
 
 
-def _fill_reference(recipe: Recipe, folder: RunFolder, console: Console) -> None:
+def _fill_reference(recipe: Recipe, folder: RunFolder, console: Console, request: StopRequest) -> None:
     """Compute the reference of all data, held-out data included, and store it for the runs to come."""
     _make_deterministic(recipe.train.deterministic)
     pools = [source.selection for source in open_data(recipe, folder).all]
@@ -162,14 +180,16 @@ def _fill_reference(recipe: Recipe, folder: RunFolder, console: Console) -> None
         _check_start(engine, recipe, groups[0], reporter)
         cache = build_reference_cache(recipe, folder, engine, model, pools, reporter)
         known_before = cache.num_known
-        fill(
-            engine,
-            cache,
-            groups,
-            recipe.train.tokens_per_micro_batch,
-            flush_every=GROUPS_BETWEEN_FLUSHES,
-            on_group=reporter.group,
-        )
+        with request.noted(), _together():
+            fill(
+                engine,
+                cache,
+                groups,
+                recipe.train.tokens_per_micro_batch,
+                flush_every=GROUPS_BETWEEN_FLUSHES,
+                on_group=reporter.group,
+                stop=Stop(request, engine.agree),
+            )
     if engine.rank == 0:
         found = f"{cache.num_known} distinct responses of {num_responses}: {known_before} were known"
         computed = f"{cache.num_known - known_before} computed and stored below {cache_dir(recipe)}"
@@ -222,12 +242,3 @@ def _make_deterministic(deterministic: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # read by transformers
         torch.use_deterministic_algorithms(True)
-
-
-if __name__ == "__main__":
-    exit_code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Everything is written and closed. The interpreter's own end may abort (gloo's threads: "terminate called without
-    # an active exception"), which a launcher would take for a failed run.
-    os._exit(exit_code)

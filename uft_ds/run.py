@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
-from uft_ds.errors import EXIT_DONE
+from uft_ds.errors import EXIT_DONE, EXIT_STOPPED
 from uft_ds.launch import launch, master_port, number_of_ranks
 from uft_ds.prepare import OnProgress, check_run, prepare_run
 from uft_ds.preview import show_data
@@ -52,8 +52,10 @@ def run_recipe(
     with lock:
         show_data(recipe, data, console)
         console.print(f"{what} on {ranks} ranks; logs in {folder.path}")
-        status = launch(folder, ranks=ranks, port=master_port(), options=options)
-    if status.exit_code != 0:
+        status = launch(folder, ranks=ranks, port=master_port(), options=options, say=console.print)
+    if status.exit_code == EXIT_STOPPED:
+        console.print(status.message)
+    elif status.exit_code != EXIT_DONE:
         print(f"error: {status.message}", file=sys.stderr)
     return folder.path, status
 

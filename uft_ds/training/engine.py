@@ -205,6 +205,8 @@ class Engine:
         dtypes = {parameter.dtype for parameter in trainable}
         optimizer = torch.optim.AdamW(trainable, lr=0.0, betas=betas, weight_decay=weight_decay)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        # For small facts of the hosts: over NCCL they would wait for the GPU's queue.
+        self._hosts = torch.distributed.new_group(backend="gloo")
         self._attention_parity = attention_parity
         if {parameter.dtype for parameter in trainable} != dtypes:
             raise UserError(
@@ -294,6 +296,12 @@ class Engine:
         largest = torch.tensor([float("inf") if math.isnan(value) else value], dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
         return float(largest)
+
+    def agree(self, value: int) -> int:
+        """The largest of a number over all ranks, by their hosts alone."""
+        largest = torch.tensor([value])
+        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=self._hosts)
+        return int(largest)
 
     def gather_objects(self, value: T) -> list[T]:
         """A small value of every rank, by rank, on every rank."""

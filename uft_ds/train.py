@@ -1,0 +1,32 @@
+"""The entry that launchers start, one process a rank.
+
+    deepspeed --num_gpus 8 --module uft_ds.train RECIPE [key=value ...]
+    torchrun --nproc-per-node 8 -m uft_ds.train RECIPE [key=value ...]
+
+`uft train` starts it too, after having checked and prepared everything itself (`--prepared`).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from uft_ds.training.signals import listen
+
+
+def run() -> int:
+    """Run one rank; returns the exit code."""
+    request = listen()
+    # Only now, for these imports take seconds, in which a signal would be fatal without a word.
+    from uft_ds.rank import main
+
+    return main(request)
+
+
+if __name__ == "__main__":
+    exit_code = run()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Everything is written and closed. The interpreter's own end may abort (gloo's threads: "terminate called without
+    # an active exception"), which a launcher would take for a failed run.
+    os._exit(exit_code)
