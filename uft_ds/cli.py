@@ -280,14 +280,14 @@ def convert(
             metavar="SOURCE", help="A run, one of its checkpoints, a PEFT adapter, or a folder of DeepSpeed's."
         ),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; it must not exist yet.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write: a new or an empty one.")],
     to: Annotated[
         Literal["merged", "adapter", "universal"],
         typer.Option(help="A whole model, the adapter alone, or DeepSpeed's universal checkpoint of a run's."),
     ] = "merged",
     base: Annotated[
         Optional[str],  # noqa: UP045 - typer reads it
-        typer.Option(help="The base model, where the source does not say it: a folder or a hub name."),
+        typer.Option(help="The base model, a folder or a hub name, where the source does not say it or it has moved."),
     ] = None,
     adapter_config: Annotated[
         Optional[Path],  # noqa: UP045
@@ -315,7 +315,7 @@ def convert(
         raise UserError(f"--max-shard-size: of no use with --to {to}; leave it out")
     if to == "universal":
         given = [name for name, value in (("--base", base), ("--adapter-config", adapter_config)) if value is not None]
-        if given:
+        if given and not (source / "adapter_config.json").exists():
             raise UserError(
                 f"{given[0]}: of no use with --to universal, which is of a run's own checkpoint; leave it out"
             )

@@ -123,6 +123,10 @@ def _check_same_recipe(folder: RunFolder, recipe: Recipe) -> None:
         for key in dict.fromkeys((*now, *before))
         if now.get(key, _ABSENT) != before.get(key, _ABSENT) and not _may_change(key)
     ]
+    for key, then in before.items():
+        # Only a path that exists is made absolute: a relative one now says that it is gone.
+        if isinstance(then, str) and now.get(key) not in (then, None) and then.endswith(f"/{now[key]}"):
+            raise UserError(f"{key}: {now[key]}: no such file or folder here; the run began with {then}")
     if changed:
         raise UserError(
             f"{folder.path}: --resume goes on with the same recipe; give output=PATH for another run\n"

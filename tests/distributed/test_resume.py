@@ -236,6 +236,15 @@ def test_a_run_is_never_deleted_for_its_checkpoints_are_gone(unbroken: Path, tin
     assert (run / "metrics.jsonl").read_bytes() == metrics
 
 
+def test_a_file_that_is_gone_is_named(unbroken: Path, tiny_qwen2: Path, tmp_path: Path) -> None:
+    """Not taken for another recipe; also where the recipe says it by a relative path."""
+    recipe = unfinished_copy(unbroken, tiny_qwen2, tmp_path / "copy")
+    (tmp_path / "copy" / "scored.jsonl").unlink()
+    recipe.write_text(recipe.read_text().replace(f"{tmp_path / 'copy' / 'scored.jsonl'}", "scored.jsonl"))
+    with pytest.raises(UserError, match=r"^data.sources.1.path: scored.jsonl: no such file or folder here; the run be"):
+        resumed(recipe)
+
+
 def test_a_torn_line_of_lost_metrics_is_cut_off(unbroken: Path, tiny_qwen2: Path, tmp_path: Path) -> None:
     """What is written next must be a line of its own."""
     recipe, run = unfinished_copy(unbroken, tiny_qwen2, tmp_path / "copy"), tmp_path / "copy" / "run"

@@ -136,9 +136,9 @@ def check_claimable(folder: RunFolder, *, overwrite: bool) -> None:
     if not folder.lock.exists():
         raise UserError(f"output: {path} holds files that are no run of ours; give another folder")
     if not overwrite:
-        state = "is done" if folder.done.exists() else "did not finish"
+        state = "is done;" if folder.done.exists() else "did not finish; go on with it by --resume,"
         raise UserError(
-            f"output: {path} already holds a run that {state}; delete it by --overwrite, "
+            f"output: {path} already holds a run that {state} delete it by --overwrite, "
             "or give another folder by output=PATH"
         )
 
