@@ -19,6 +19,7 @@ from uft_ds.model.uft_model import UFTModel
 from uft_ds.recipe import Recipe
 from uft_ds.resolve import adapter_folder, cache_dir, caches_reference, reference_mode
 from uft_ds.training.engine import read_deepspeed_file
+from uft_ds.training.zero_section import LOSSY_KEY, rounds_weights
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -27,7 +28,12 @@ def check_recipe(recipe: Recipe) -> None:
     Raises:
         UserError: names the recipe's key.
     """
-    read_deepspeed_file(recipe.deepspeed)
+    zero = read_deepspeed_file(recipe.deepspeed)["zero_optimization"]
+    if rounds_weights(zero) and caches_reference(recipe):
+        raise UserError(
+            f"reference.cache: {recipe.deepspeed} sets {LOSSY_KEY}, so that weights are rounded anew for every gather, "
+            "and the reference's log-probs are not the same twice; set reference.cache: false"
+        )
     assert recipe.lora is not None
     config = check_base(recipe.model.base, recipe.model.revision)
     with warnings.catch_warnings():
