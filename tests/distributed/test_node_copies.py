@@ -40,7 +40,7 @@ def loaded_engine(folder: Path, file: str, **model: Any) -> Engine:
 
 
 def steps(folder: Path, file: str, model: dict[str, Any]) -> Any:
-    """A step, (ranks, elements) of every gather of the next one's forwards and backwards, and what lies on this rank."""
+    """A step, (ranks, elements) of each gather of the next forwards and backwards, and what lies on this rank."""
     import deepspeed.comm.comm as comm
 
     engine = loaded_engine(folder, file, **model)
