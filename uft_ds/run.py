@@ -7,19 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
+from uft_ds.checks import check_sharding
 from uft_ds.errors import EXIT_DONE
 from uft_ds.launch import launch, master_port, number_of_ranks
 from uft_ds.prepare import OnProgress, check_run, prepare_run
 from uft_ds.preview import show_data
 from uft_ds.recipe import Recipe
 from uft_ds.resume import nothing_to_do, prepare_resume
-from uft_ds.training.engine import read_deepspeed_file
 from uft_ds.training.run_folder import Status
-from uft_ds.training.zero_section import check_ranks
 
 
 def run_recipe(
@@ -46,8 +44,7 @@ def run_recipe(
         console.print(f"{done.path} is done: there is nothing to go on with")
         return done.path, Status(EXIT_DONE, "done")
     ranks = number_of_ranks(recipe.launch.ranks)
-    zero = read_deepspeed_file(recipe.deepspeed)["zero_optimization"]
-    check_ranks(zero, recipe.deepspeed, ranks=ranks, ranks_per_node=ranks, has_gpus=torch.cuda.is_available())
+    check_sharding(recipe, ranks=ranks, ranks_per_node=ranks)
     master_port()  # a given port that is taken is told before the data is read
     with preparation(console) as on_progress:
         if resume:

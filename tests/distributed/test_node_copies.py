@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from ranks import run_on_ranks
 from test_gradient_scale import REAL_PARTITIONING, UNEVEN, accumulate, assert_same_step, single_process
 from test_optimizer_state import resumed_run, saved_run
+from test_resume import adapter, numbers, recipe_in
+from test_training_run import losses, uft
 from tiny import build_tiny_model
 from toy import UFT, toy_model, toy_step
 
@@ -89,6 +92,28 @@ def test_a_copy_in_every_group_gives_the_same_step(
         assert inside + across == sum(numel for _, numel in sizes)
         assert inside > 2 * frozen
         assert across == trained
+
+
+@pytest.mark.long
+def test_a_run_trains_and_goes_on(tmp_path: Path) -> None:
+    """`uft train` on 4 ranks has the losses of zero3_cpu, and repeats its second half from a checkpoint bit for bit."""
+    base = build_tiny_model(tmp_path / "base")
+    changes = {"train__steps": 4, "launch": {"ranks": RANKS}}
+    plain, copies = (recipe_in(tmp_path / name, base, **changes) for name in ("plain", "copies"))
+    run = tmp_path / "copies" / "run"
+    trained = uft("train", str(plain)), uft("train", str(copies), f"deepspeed={node_file(tmp_path)}")
+    for result in trained:
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert "every log-ratio is 0.0 nats" in result.stdout
+    assert losses(run) == pytest.approx(losses(tmp_path / "plain" / "run"), rel=1e-5)
+    expected, weights = numbers(run), adapter(run)
+    shutil.rmtree(run / "checkpoints" / "step-000004")
+    for name in ("DONE", "latest", "status.json"):
+        (run / name).unlink()
+    resumed = uft("train", str(copies), "--resume", f"deepspeed={node_file(tmp_path)}")
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert numbers(run) == expected
+    assert all(torch.equal(weights[name], tensor) for name, tensor in adapter(run).items())
 
 
 def test_a_fresh_engine_goes_on_bit_for_bit(tmp_path: Path) -> None:

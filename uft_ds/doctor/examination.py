@@ -72,10 +72,14 @@ def examine(output: Path, *, quick: bool, seconds: float, on_stage: OnStage) -> 
 def _prove(output: Path, seconds: float, on_stage: OnStage) -> Iterator[Finding]:
     deadline = time.monotonic() + seconds
     for name, prove in ((REDUCE, prove_all_reduce), (TRAIN, prove_training)):
+        left = deadline - time.monotonic()
+        if left <= 0:
+            yield Finding(name, "problem", "no time was left for it", "a longer --time-limit")
+            continue
         on_stage(name)
         try:
             with scratch(output) as folder:
-                finding = prove(folder, seconds=deadline - time.monotonic())
+                finding = prove(folder, seconds=left)
         except OSError as error:
             finding = Finding(
                 name, "problem", f"nothing can be written ({error.strerror})", "see the output folder's line"

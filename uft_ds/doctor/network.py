@@ -98,7 +98,7 @@ def check_store(*, many_nodes: bool, host: str | None = None, seconds: float = _
     return Finding("torch's store", "problem", f"{host}: {failure[0]}", remedy)
 
 
-def check_ports(environ: Mapping[str, str] = os.environ) -> Finding:
+def check_ports() -> Finding:
     """`uft train` takes MASTER_PORT, or any free port; launchers by hand take 29500."""
     try:
         port = master_port()
@@ -109,7 +109,7 @@ def check_ports(environ: Mapping[str, str] = os.environ) -> Finding:
     if not _is_free(USUAL_PORT):
         remedy = f"--master-port {port} with torchrun or deepspeed by hand; `uft train` needs nothing"
         return Finding("ports", "note", f"{USUAL_PORT}, the launchers' own, is in use; {port} is free", remedy)
-    return Finding("ports", "ok", f"{port} is free" + (" (MASTER_PORT)" if "MASTER_PORT" in environ else ""))
+    return Finding("ports", "ok", f"{port} is free" + (" (MASTER_PORT)" if "MASTER_PORT" in os.environ else ""))
 
 
 def check_shared_memory(has_gpus: bool, folder: Path = Path("/dev/shm"), free: int | None = None) -> Finding:

@@ -74,8 +74,9 @@ def prove_training(folder: Path, *, seconds: float) -> Finding:
         seconds: after which all processes are stopped.
     """
     recipe = write_toy(folder, has_gpus=torch.cuda.is_available())
-    # What a run remembers of files lies in the user's cache: this one is to leave nothing.
-    environ = dict(os.environ) | {"HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(folder / "cache")}
+    # Files remembered, kernels and fonts lie in the user's caches: this run is to leave nothing.
+    caches = ("XDG_CACHE_HOME", "TRITON_CACHE_DIR", "MPLCONFIGDIR")
+    environ = dict(os.environ) | dict.fromkeys(caches, str(folder / "cache")) | {"HF_HUB_OFFLINE": "1"}
     started = time.monotonic()
     code = _run([sys.executable, "-m", "uft_ds", "train", str(recipe)], environ, folder / "train.log", seconds)
     run = folder / "run"
@@ -104,7 +105,7 @@ def _run(command: Sequence[str], environ: Mapping[str, str], log: Path, seconds:
             preexec_fn=die_with_parent,
         )
         try:
-            return process.wait(max(seconds, 0))
+            return process.wait(seconds)
         except subprocess.TimeoutExpired:
             return None
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -25,16 +26,12 @@ def report_on(output: Path, console: Console, *, as_json: bool, quick: bool, sec
     Raises:
         CheckFailed: names the checks.
     """
-    is_live = console.is_terminal and not as_json
-    with console.status("") if is_live else nullcontext() as status:
-
-        def on_stage(name: str) -> None:
-            if status is not None:
-                status.update(Text(name))
-            elif not as_json:
-                console.print(f"looking at: {name}")
-
-        findings = list(examine(output, quick=quick, seconds=seconds, on_stage=on_stage))
+    # Stopped by SIGTERM, it ends its ranks and removes what it wrote, as by Ctrl-C.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        findings = _examined(output, console, as_json=as_json, quick=quick, seconds=seconds)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2, ensure_ascii=False))
     else:
@@ -45,6 +42,19 @@ def report_on(output: Path, console: Console, *, as_json: bool, quick: bool, sec
     if not as_json:
         notes = sum(finding.state == "note" for finding in findings)
         console.print(f"no problem in {len(findings)} checks, {notes} notes")
+
+
+def _examined(output: Path, console: Console, *, as_json: bool, quick: bool, seconds: float) -> list[Finding]:
+    is_live = console.is_terminal and not as_json
+    with console.status("") if is_live else nullcontext() as status:
+
+        def on_stage(name: str) -> None:
+            if status is not None:
+                status.update(Text(name))
+            elif not as_json:
+                console.print(f"looking at: {name}")
+
+        return list(examine(output, quick=quick, seconds=seconds, on_stage=on_stage))
 
 
 def _table(findings: Sequence[Finding]) -> Table:

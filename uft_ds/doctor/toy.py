@@ -31,8 +31,8 @@ def write_toy(folder: Path, *, has_gpus: bool) -> Path:
     _write_tokenizer(folder / "model")
     config = Qwen2Config(
         vocab_size=_VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=64,
+        intermediate_size=96,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
