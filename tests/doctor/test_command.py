@@ -41,7 +41,8 @@ def test_this_installation_is_proven_and_nothing_stays(tmp_path: Path) -> None:
     cwd, home, cache = (tmp_path / name for name in ("cwd", "home", "cache"))
     for folder in (cwd, home, cache):
         folder.mkdir()
-    result = doctor(cwd, "--json", HOME=str(home), XDG_CACHE_HOME=str(cache))
+    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    result = doctor(cwd, "--json", PATH=path, HOME=str(home), XDG_CACHE_HOME=str(cache))
     assert result.returncode == 0, result.stdout + result.stderr
     findings = {entry["name"]: entry for entry in json.loads(result.stdout)}
     assert findings["2-rank all-reduce"]["state"] == "ok"
