@@ -404,6 +404,19 @@ def quickstart(
     run_quickstart(folder, tuple(overrides or ()), console=console, train=run_training)
 
 
+@app.command()
+def doctor(
+    output: Annotated[Path, typer.Option(help="Where runs will be written; it need not exist.")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="For programs: a list of findings.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Without the proofs, which start two ranks each.")] = False,
+    time_limit: Annotated[float, typer.Option(min=1.0, help="Seconds for the proofs together.")] = 300.0,
+) -> None:
+    """Examine the installation and the machine, each finding with its remedy; exit code 3 if there is a problem."""
+    from uft_ds.doctor.report import report_on
+
+    report_on(output, console, as_json=as_json, quick=quick, seconds=time_limit)
+
+
 def _quiet_loading() -> None:
     """transformers' loading bar is for terminals; in a log it is noise."""
     from transformers.utils.logging import disable_progress_bar

@@ -20,6 +20,7 @@ from uft_ds.build import build_engine, build_reference_cache
 from uft_ds.checkpoint.load import restore_engine
 from uft_ds.checkpoint.save import CheckpointWriter
 from uft_ds.checkpoint.state import read_position
+from uft_ds.checks import check_sharding
 from uft_ds.data.mixture import Step, in_order
 from uft_ds.errors import EXIT_CRASHED, EXIT_DONE, CheckFailed, Stopped, UserError
 from uft_ds.prepare import ensure_data, open_data, prepare_run, steps_of
@@ -37,6 +38,7 @@ from uft_ds.training.reference_cache import fill
 from uft_ds.training.report import ConsoleReporter, FillReporter, Reporter, SilentReporter, Speaker
 from uft_ds.training.run_folder import RunFolder, Status
 from uft_ds.training.signals import Stop, StopRequest
+from uft_ds.training.zero_section import ranks_of_a_node
 from uft_ds.waiting import while_others_wait
 
 GROUPS_BETWEEN_FLUSHES = 20
@@ -107,6 +109,7 @@ def main(request: StopRequest, arguments: list[str] | None = None) -> int:
 
 
 def _prepared(recipe: Recipe, resume: bool, overwrite: bool) -> IO[str]:
+    check_sharding(recipe, ranks=int(os.environ["WORLD_SIZE"]), ranks_per_node=ranks_of_a_node())
     if resume:
         return prepare_resume(recipe, say=print)[2]
     return prepare_run(recipe, overwrite=overwrite)[2]

@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
+from uft_ds.checks import check_sharding
 from uft_ds.errors import EXIT_DONE, EXIT_STOPPED
 from uft_ds.launch import launch, master_port, number_of_ranks
 from uft_ds.prepare import OnProgress, check_run, prepare_run
@@ -43,6 +44,7 @@ def run_recipe(
         console.print(f"{done.path} is done: there is nothing to go on with")
         return done.path, Status(EXIT_DONE, "done")
     ranks = number_of_ranks(recipe.launch.ranks)
+    check_sharding(recipe, ranks=ranks, ranks_per_node=ranks)
     master_port()  # a given port that is taken is told before the data is read
     with preparation(console) as on_progress:
         if resume:

@@ -75,6 +75,7 @@ def restore(engine: Any, read: Read, *, updates: int) -> None:
         # As after a step: the shards that are forwarded are the masters in the adapters' own type.
         for group in range(len(optimizer.fp32_partitioned_groups_flat)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        optimizer.invalidate_secondary_tensor()  # hpZ's copies inside a node: of the weights before
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
     else:
