@@ -14,6 +14,7 @@
 #   UFT_MAX_RESTARTS     of a job, for whatever reason                         [50]
 #   UFT_MAX_CRASHES      in a row without a new checkpoint                     [3]
 #   UFT_OFFLINE          1: models and data come from local caches only        [1]
+#   UFT_SBATCH           options of sbatch, where `bash slurm/...` submits     []
 
 UFT_SLURM=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 if [ -f "$UFT_SLURM/site.env" ]; then
@@ -68,11 +69,12 @@ _check_nodes() {
     timeout 300 srun --ntasks-per-node=1 --kill-on-bad-exit=1 --label bash -c '
         bad() { echo "$SLURMD_NODENAME: $*"; exit 1; }
         if [ "$1" -gt 0 ]; then
-            command -v nvidia-smi >/dev/null || [ -n "${UFT_FAKE_GPUS:-}" ] || bad "no nvidia-smi"
-            [ -n "${UFT_FAKE_GPUS:-}" ] || [ "$(nvidia-smi -L | wc -l)" -ge "$1" ] || bad "fewer than $1 GPUs"
+            command -v nvidia-smi >/dev/null || bad "$1 GPUs are granted, and there is no nvidia-smi"
+            [ "$(nvidia-smi -L | wc -l)" -ge "$1" ] || bad "nvidia-smi sees fewer than the $1 GPUs that are granted"
         fi
         [ -d "$2" ] || bad "$2 is not there: is the file system shared?"
-        mkdir -p "$3" && touch "$3/.uft-probe" && rm "$3/.uft-probe" || bad "$3 cannot be written (UFT_NODE_TMP)"
+        probe=$3/.uft-$SLURM_JOB_ID-$SLURM_PROCID
+        mkdir -p "$3" && touch "$probe" && rm "$probe" || bad "$3 cannot be written (UFT_NODE_TMP)"
         ${UFT_EXEC:-} python -c "import uft_ds" || bad "uft_ds cannot be imported by $(command -v python) (UFT_VENV)"
     ' check "${SLURM_GPUS_ON_NODE:-0}" "$PWD" "${UFT_NODE_TMP:-${TMPDIR:-/tmp}}"
     local code=$?
@@ -122,12 +124,11 @@ train() {
     _step_of_job --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" --kill-on-bad-exit=1 --wait=60 --label \
         bash -c '
             trap "" USR1 TERM
-            export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT
             ranks=$1; shift
             mkdir -p "$UFT_NODE_CACHE"
             exec ${UFT_EXEC:-} python -m torch.distributed.run --nnodes="$SLURM_NNODES" --nproc-per-node="$ranks" \
                 --node-rank="$SLURM_NODEID" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" \
-                --max-restarts=0 -m uft_ds.train "$@" --resume
+                --max-restarts=0 --signals-to-handle=SIGINT,SIGHUP,SIGQUIT -m uft_ds.train "$@" --resume
         ' train "$ranks" "$recipe" "$@"
     code=$?
     srun --ntasks-per-node=1 --overlap bash -c 'rm -rf "$UFT_NODE_CACHE"' 2>/dev/null

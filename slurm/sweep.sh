@@ -19,9 +19,7 @@
 #   bash slurm/sweep.sh my.yaml --grid 'train.lr=[1e-5,3e-5]' --grid 'objective.beta=[0.01,0.03,0.1]'
 #
 # Tokens and the reference's log-probs are shared through the caches of the user's home. The same command again runs what
-# is not done. Settings besides those of launch.sh:
-#   UFT_SBATCH             options of sbatch, such as "--partition=h100 --gpus-per-node=4"     []
-#   UFT_SWEEP_PARALLEL     jobs at a time                                                       [4]
+# is not done. A setting besides those of launch.sh: UFT_SWEEP_PARALLEL, jobs at a time [4]
 set -uo pipefail
 
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then

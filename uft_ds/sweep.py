@@ -147,12 +147,21 @@ def write_recipes(sweep: Sweep, folder: Path) -> list[Path]:
         point = folder / str(number)
         point.mkdir(parents=True, exist_ok=True)
         for order, run in enumerate(stages):
-            write_atomically(point / f"{order}-{run.name}.yaml", dump_recipe(with_absolute_paths(run.recipe)))
+            write_atomically(point / f"{order}-{run.name}.yaml", dump_recipe(_for_a_job(run, sweep)))
         expected = {f"{order}-{run.name}.yaml" for order, run in enumerate(stages)}
         if {path.name for path in point.iterdir()} != expected:
             raise UserError(f"{point}: holds other files than this sweep's recipes; give a new folder")
         folders.append(point)
     return folders
+
+
+def _for_a_job(run: PlannedRun, sweep: Sweep) -> Recipe:
+    """Wherever it is read from; the adapter that it starts from need not be there yet."""
+    recipe = with_absolute_paths(run.recipe_alone)
+    if run.after is None:
+        return recipe
+    adapter = str((sweep.output / run.after).absolute())
+    return recipe.model_copy(update={"reference": recipe.reference.model_copy(update={"adapter": adapter})})
 
 
 def table_of(sweep: Sweep, console: Console) -> list[Result]:

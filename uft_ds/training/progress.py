@@ -28,11 +28,7 @@ def progress_of(run: Path) -> RunProgress:
     folder = RunFolder(run)
     if not folder.lock.exists():
         raise UserError(f"{run}: no run's folder")
-    steps = (
-        [line["step"] for line in read_metrics(folder.metrics) if "grad_norm" in line]
-        if folder.metrics.exists()
-        else []
-    )
+    steps = [line["step"] for line in read_metrics(folder.metrics) if "grad_norm" in line]
     newest = next(iter(checkpoints_of(run)), None)
     where = f"step {max(steps, default=0)}, newest checkpoint {'none' if newest is None else step_of(newest)}"
     status = folder.read_status()
