@@ -225,7 +225,7 @@ def test_values_of_all_runs() -> None:
 def test_a_grid_of_a_sweep_is_refused() -> None:
     """A shipped one's or a file's."""
     sweep_of()
-    for name in ("sweep.yaml", "baselines_mistral7b"):
+    for name in ("sweep.yaml", "baselines_mistral7b", "lr_beta_mistral7b"):
         with pytest.raises(UserError, match=f"--grid: {name} is a sweep, not a recipe"):
             grid_of(name, ["train.lr=[1e-4]"], ())
 
@@ -274,7 +274,7 @@ def test_spelling_makes_no_other_base() -> None:
 
 def test_an_unknown_sweep_lists_the_shipped_ones() -> None:
     """And says how to sweep a recipe."""
-    with pytest.raises(UserError, match=r"no such file; shipped: baselines_mistral7b; .*--grid"):
+    with pytest.raises(UserError, match=r"no such file; shipped: baselines_mistral7b, lr_beta_mistral7b; .*--grid"):
         load_sweep("toy")
 
 
