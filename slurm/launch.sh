@@ -28,6 +28,9 @@ if [ -n "${UFT_VENV:-}" ]; then
     export PATH="$UFT_VENV/bin:$PATH"
 fi
 
+# By its plain number the last job of an array is all of them.
+_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+_job=${_job:-$SLURM_JOB_ID}
 _step=-1            # number of the newest step of this job: each srun is one
 _asked=0            # 1 once the batch shell has got USR1
 trap '_asked=1; echo "=== USR1: the time limit is near $(date -Is)"' USR1
@@ -35,7 +38,7 @@ trap 'echo "=== TERM $(date -Is)"' TERM     # Slurm signals the steps itself; th
 
 _run() { ${UFT_EXEC:-} "$@"; }
 _uft() { _run python -m uft_ds "$@"; }
-_job_field() { scontrol show job -o "$SLURM_JOB_ID" | grep -oE "(^| )$1=[^ ]*" | head -n 1 | cut -d= -f2; }
+_job_field() { scontrol show job -o "$_job" | grep -oE "(^| )$1=[^ ]*" | head -n 1 | cut -d= -f2; }
 _newest_checkpoint() { find "$1/checkpoints" -maxdepth 1 -name 'step-*[0-9]' 2>/dev/null | sort | tail -n 1; }
 
 # Runs a step and waits for it, whatever signals this shell gets meanwhile. Once asked to stop it asks the step's
@@ -48,7 +51,7 @@ _step_of_job() {
     while :; do
         code=0
         if [ "$_asked" = 1 ]; then
-            scancel --signal=USR1 "$SLURM_JOB_ID.$_step" 2>/dev/null
+            scancel --signal=USR1 "$_job.$_step" 2>/dev/null
             sleep 10 &
             wait -n "$srun_pid" $! || code=$?
         else
@@ -162,7 +165,7 @@ _decide() {
         return "$outcome"
     fi
     echo "=== requeued"
-    scontrol requeue "$SLURM_JOB_ID" && sleep 600     # Slurm ends this shell
+    scontrol requeue "$_job" && sleep 600     # Slurm ends this shell
     return "$outcome"
 }
 

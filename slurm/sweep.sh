@@ -23,7 +23,7 @@
 set -uo pipefail
 
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
-    original=$(scontrol show job -o "$SLURM_JOB_ID" | grep -oE ' Command=[^ ]*' | cut -d= -f2)
+    original=$(scontrol show job -o "$SLURM_JOB_ID" | head -n 1 | grep -oE ' Command=[^ ]*' | cut -d= -f2)
     # shellcheck source=slurm/launch.sh
     . "$(dirname "$original")/launch.sh" || { echo "no launch.sh beside $original" >&2; exit 2; }
     for recipe in "$1/$SLURM_ARRAY_TASK_ID"/*.yaml; do

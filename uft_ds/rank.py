@@ -135,7 +135,8 @@ def _run(recipe: Recipe, folder: RunFolder, console: Console, request: StopReque
             engine, model.policy, folder, reporter, keep=recipe.train.keep_checkpoints, best=recipe.train.keep_best
         )
         policy, settings, stop = model.policy, recipe.train, Stop(request, engine.agree)
-        with request.noted(), _together():
+        request.only_note()
+        with _together():
             train(
                 engine, policy, steps, held_out, objective, settings, folder, reporter, reference, writer, state, stop
             )
@@ -183,7 +184,8 @@ def _fill_reference(recipe: Recipe, folder: RunFolder, console: Console, request
         _check_start(engine, recipe, groups[0], reporter)
         cache = build_reference_cache(recipe, folder, engine, model, pools, reporter)
         known_before = cache.num_known
-        with request.noted(), _together():
+        request.only_note()
+        with _together():
             fill(
                 engine,
                 cache,

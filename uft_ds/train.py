@@ -11,16 +11,21 @@ from __future__ import annotations
 import os
 import sys
 
+from uft_ds.errors import Stopped
 from uft_ds.training.signals import listen
 
 
 def run() -> int:
     """Run one rank; returns the exit code."""
     request = listen()
-    # Only now, for these imports take seconds, in which a signal would be fatal without a word.
-    from uft_ds.rank import main
+    try:
+        # Only now, for these imports take seconds, in which a signal would be fatal without a word.
+        from uft_ds.rank import main
 
-    return main(request)
+        return main(request)
+    except Stopped as stopped:
+        print(stopped)
+        return stopped.exit_code
 
 
 if __name__ == "__main__":

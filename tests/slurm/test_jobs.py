@@ -138,7 +138,8 @@ def test_a_job_trains_on_all_its_nodes(slurm: Cluster, unbroken: Path) -> None:
     assert "examples_per_step: 8" in said
     assert sorted(path.name for path in unbroken.glob("log-rank*.txt")) == [f"log-rank{i}.txt" for i in range(4)]
     assert {line["step"] for line in numbers(unbroken)} == set(range(1, STEPS + 1))
-    assert not list(Path(os.environ.get("TMPDIR", "/tmp")).glob("uft-*-0")), "built kernels are cleared away"
+    job = log.stem.removeprefix("uft-")
+    assert not (Path(os.environ.get("TMPDIR", "/tmp")) / f"uft-{job}-0").exists(), "built kernels are cleared away"
 
 
 def test_the_time_limit_ends_in_a_checkpoint_and_the_job_comes_back(
@@ -265,9 +266,12 @@ def test_a_run_that_crashes_again_and_again_is_given_up(slurm: Cluster, base: Pa
 
 
 def test_a_sweep_is_an_array_and_a_table(slurm: Cluster, base: Path, tmp_path: Path) -> None:
-    """Learning rate times beta; the last job writes one table of all; tokens and the reference are shared."""
-    recipe = write_recipe(tmp_path, base, steps=4)
-    slurm_options = {"UFT_SBATCH": "--gpus-per-node=0 --mem=2000 --time=10", "UFT_SWEEP_PARALLEL": "2"}
+    """Learning rate times beta; the last job writes one table of all; tokens and the reference are shared.
+
+    A member that is stopped comes back, and it alone: the last one, whose number is that of the whole array.
+    """
+    recipe = write_recipe(tmp_path, base)
+    slurm_options = {"UFT_SBATCH": "--gpus-per-node=0 --mem=2000", "UFT_SWEEP_PARALLEL": "2"}
     started = Cluster(slurm.state, {**slurm.environment, **slurm_options, "PWD": str(tmp_path)})
     done = subprocess.run(
         ["bash", SLURM / "sweep.sh", recipe, "--grid", "train.lr=[0.01,0.003]", "--grid", "objective.beta=[0.1,0.3]"],
@@ -276,6 +280,9 @@ def test_a_sweep_is_an_array_and_a_table(slurm: Cluster, base: Path, tmp_path: P
     assert done.returncode == 0, done.stderr
     found = re.search(r"4 jobs: array (\d+); then the table: job (\d+)", done.stdout)
     assert found is not None, done.stdout
+    member, run = f"{found[1]}_3", tmp_path / "run-sweep" / "tiny-lr=0.003-beta=0.3"
+    slurm.until(lambda: last_step(run) >= 4, log=tmp_path / f"uft-sweep-{member}.out", seconds=400)
+    slurm.run("scancel", "--batch", "--signal=USR1", member)
     log = tmp_path / f"uft-table-{found[2]}.out"
     assert slurm.wait(found[2], log=log, seconds=400) == "COMPLETED", log.read_text()
     table = (tmp_path / "run-sweep" / "table.csv").read_text().splitlines()
@@ -283,5 +290,6 @@ def test_a_sweep_is_an_array_and_a_table(slurm: Cluster, base: Path, tmp_path: P
         f"tiny-lr={lr}-beta={beta}" for lr in ("0.01", "0.003") for beta in ("0.1", "0.3")
     ]
     assert all(",done," in line for line in table[1:])
+    assert [restarts(slurm, f"{found[1]}_{number}") for number in range(4)] == [0, 0, 0, 1]
     assert len(list((tmp_path / "tokenized").glob("[0-9a-f]*"))) == 1
     assert "tiny-lr=0.01-beta=0.1" in log.read_text()

@@ -34,9 +34,9 @@ def test_before_the_first_step_a_signal_ends_the_rank(number: signal.Signals) ->
 def test_while_steps_are_run_it_is_noted() -> None:
     """The first one; until all ranks ask each other."""
     request = listen()
-    with request.noted():
-        os.kill(os.getpid(), signal.SIGUSR1)
-        os.kill(os.getpid(), signal.SIGTERM)
+    request.only_note()
+    os.kill(os.getpid(), signal.SIGUSR1)
+    os.kill(os.getpid(), signal.SIGTERM)
     assert request.number == signal.SIGUSR1
 
 
@@ -50,11 +50,11 @@ def test_what_one_rank_has_heard_stops_all() -> None:
 def test_helpers_never_get_sigusr1() -> None:
     """One that has just been started, without a handler, survives it; this process gets it at the end of the block."""
     request = listen()
-    with request.noted():
-        with helpers_without_usr1():
-            program = "import os, signal; os.kill(os.getpid(), signal.SIGUSR1); print('alive')"
-            helper = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-            os.kill(os.getpid(), signal.SIGUSR1)
-            assert request.number == 0
-        assert request.number == signal.SIGUSR1
+    request.only_note()
+    with helpers_without_usr1():
+        program = "import os, signal; os.kill(os.getpid(), signal.SIGUSR1); print('alive')"
+        helper = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert request.number == 0
+    assert request.number == signal.SIGUSR1
     assert helper.stdout == "alive\n"

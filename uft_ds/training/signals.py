@@ -11,8 +11,7 @@ for a rank that left by itself would leave the others in a collective.
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import FrameType
 
 from uft_ds.errors import Stopped
@@ -31,7 +30,7 @@ class StopRequest:
         """A signal's handler.
 
         Raises:
-            Stopped: at once, unless within `noted`. A second signal changes nothing: launchers send several.
+            Stopped: at once, until `only_note` is called. A second signal changes nothing: launchers send several.
         """
         if self.number:
             return
@@ -39,14 +38,9 @@ class StopRequest:
         if not self._is_noted_only:
             raise Stopped(f"stopped by {name_of(number)} before it trained; nothing is lost")
 
-    @contextmanager
-    def noted(self) -> Iterator[None]:
-        """Within the block a signal is noted, and nothing else."""
+    def only_note(self) -> None:
+        """From now on a signal is noted, and nothing else."""
         self._is_noted_only = True
-        try:
-            yield
-        finally:
-            self._is_noted_only = False
 
 
 class Stop:
