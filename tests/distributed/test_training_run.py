@@ -410,3 +410,35 @@ def _rank_process(folder: Path, *, rank: int) -> int:
         if b"RANK=%d" % rank in environment:
             return pid
     raise AssertionError(f"no process of rank {rank}")
+
+
+@pytest.mark.long
+def test_deepspeeds_launcher_with_a_hostfile(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """Two machines of one rank each, started by hand on each, train as one machine of two does."""
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    for folder in (alone, together):
+        folder.mkdir()
+    assert uft("train", str(write_recipe(alone, tiny_qwen2))).returncode == 0
+    (tmp_path / "hosts").write_text("first slots=1\nsecond slots=1\n")
+    recipe, port = write_recipe(together, tiny_qwen2), str(free_port())
+    launchers = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(tmp_path / "hosts"), "--no_ssh"),
+                *("--node_rank", str(node), "--master_addr", "127.0.0.1", "--master_port", port),
+                *("--module", "uft_ds.train", str(recipe)),
+            ],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        )
+        for node in range(2)
+    ]  # fmt: skip
+    try:
+        said = [launcher.communicate(timeout=TIMEOUT_SECONDS)[0] for launcher in launchers]
+    finally:
+        for launcher in launchers:
+            if launcher.poll() is None:
+                os.killpg(launcher.pid, signal.SIGKILL)
+    assert [launcher.returncode for launcher in launchers] == [0, 0], said
+    assert losses(together / "run") == losses(alone / "run")
+    assert (together / "run" / "log-rank1.txt").exists()
