@@ -133,11 +133,11 @@ def _without_memory(policy: nn.Module, dtype: torch.dtype) -> set[int]:
             made[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
         return made[id(tensor)]
 
-    for module in policy.modules():
+    for place, module in policy.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 # Adapters compute in their own type, which the structure's sample has.
-                module._parameters[name] = fake(parameter, parameter.dtype if parameter.requires_grad else dtype)
+                module._parameters[name] = fake(parameter, parameter.dtype if "lora_" in place else dtype)
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = fake(buffer, buffer.dtype)

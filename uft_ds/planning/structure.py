@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from uft_ds.model.adapters import add_adapters
+from uft_ds.model.adapters import POLICY, REFERENCE, add_adapters
 from uft_ds.model.load import empty_base
 from uft_ds.planning.gathers import Visit
 
@@ -33,6 +33,8 @@ class Lora:
     alpha: float
     targets: Literal["all-linear"] | list[str]
     dtype: str
+    has_reference: bool = False
+    """A frozen adapter of the same form beside it."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Structure:
 
     sizes: tuple[int, ...]
     is_trainable: tuple[bool, ...]
+    is_adapter: tuple[bool, ...]
     layers: tuple[tuple[int, ...], ...]
     """Parameters of each decoder layer, adapters included."""
     embedding: tuple[int, ...]
@@ -48,6 +51,7 @@ class Structure:
     head: tuple[int, ...]
     """The embedding's, where they are tied."""
     config: Any
+    lora: Lora
     sample: Any
     """The policy on the meta device, cut to a few layers where all are alike."""
 
@@ -57,20 +61,21 @@ class Structure:
 
     @property
     def num_base(self) -> int:
-        """Frozen parameters."""
-        return sum(size for size, trains in zip(self.sizes, self.is_trainable, strict=True) if not trains)
+        """Parameters of the base."""
+        return sum(size for size, adapts in zip(self.sizes, self.is_adapter, strict=True) if not adapts)
 
     @property
     def num_lora(self) -> int:
-        return sum(self.sizes) - self.num_base
+        """Trained parameters."""
+        return sum(size for size, trains in zip(self.sizes, self.is_trainable, strict=True) if trains)
 
-    def num_of(self, parameters: Sequence[int], *, trainable: bool | None = None) -> int:
-        """Numbers in some parameters."""
-        return sum(self.sizes[p] for p in parameters if trainable is None or self.is_trainable[p] is trainable)
+    def num_of(self, parameters: Sequence[int]) -> int:
+        """Numbers in some parameters of the base."""
+        return sum(self.sizes[p] for p in parameters if not self.is_adapter[p])
 
-    def item_bytes(self, dtype: str, lora_dtype: str) -> tuple[int, ...]:
-        """Bytes of one number of each parameter."""
-        return tuple(ITEM_BYTES[lora_dtype if trains else dtype] for trains in self.is_trainable)
+    def item_bytes(self, dtype: str) -> tuple[int, ...]:
+        """Bytes of one number of each parameter. dtype: of the base."""
+        return tuple(ITEM_BYTES[self.lora.dtype if adapts else dtype] for adapts in self.is_adapter)
 
     def forward(self, *, passes: int = 1) -> list[Visit]:
         """Modules in the order of a forward. passes: 2 for a reference in a forward of its own, before the policy's."""
@@ -114,8 +119,16 @@ def structure_of(config: Any, lora: Lora) -> Structure:
         policy = add_adapters(
             base, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dtype=getattr(torch, lora.dtype), seed=0
         )
+        if lora.has_reference:
+            policy.add_adapter(REFERENCE, policy.peft_config[POLICY], autocast_adapter_dtype=False)
+    for name, parameter in policy.named_parameters():
+        if "lora_" in name:
+            parameter.requires_grad = f".{POLICY}." in name
+            parameter.data = parameter.data.to(getattr(torch, lora.dtype))
+    adapters = {id(parameter) for name, parameter in policy.named_parameters() if "lora_" in name}
     sizes: list[int] = []
     is_trainable: list[bool] = []
+    is_adapter: list[bool] = []
     known: dict[int, int] = {}
 
     def noted(module: nn.Module) -> tuple[int, ...]:
@@ -125,6 +138,7 @@ def structure_of(config: Any, lora: Lora) -> Structure:
                 known[id(parameter)] = len(sizes)
                 sizes.append(parameter.numel())
                 is_trainable.append(parameter.requires_grad)
+                is_adapter.append(id(parameter) in adapters)
             places.append(known[id(parameter)])
         return tuple(places)
 
@@ -134,11 +148,21 @@ def structure_of(config: Any, lora: Lora) -> Structure:
         first = len(sizes)
         sizes += [sizes[p] for p in layers[-1]]
         is_trainable += [is_trainable[p] for p in layers[-1]]
+        is_adapter += [is_adapter[p] for p in layers[-1]]
         layers.append(tuple(range(first, len(sizes))))
     norm, head = noted(decoder.norm), noted(base.get_output_embeddings())
     noted(policy)  # whatever else there is
     return Structure(
-        tuple(sizes), tuple(is_trainable), tuple(layers), embedding, norm, head, config, policy
+        sizes=tuple(sizes),
+        is_trainable=tuple(is_trainable),
+        is_adapter=tuple(is_adapter),
+        layers=tuple(layers),
+        embedding=embedding,
+        norm=norm,
+        head=head,
+        config=config,
+        lora=lora,
+        sample=policy,
     )
 
 

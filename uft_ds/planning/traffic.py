@@ -1,0 +1,106 @@
+"""Bytes that an optimiser step sends over each kind of link.
+
+B returned by an all-gather on each of W ranks, N nodes of g GPUs:
+
+    received by a GPU        B (W - 1) / W
+    by a node, from others   B (N - 1) / N      each shard once, however the collective is laid
+    by a GPU, inside         B (g - 1) / g
+
+A reduce-scatter is the same the other way round; ZeRO-1 and 2 gather what they have updated besides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from uft_ds.planning import parts
+from uft_ds.planning.activations import Activations
+from uft_ds.planning.gathers import Gathers
+from uft_ds.planning.hardware import Cluster
+from uft_ds.planning.sharding import Sharding
+from uft_ds.planning.structure import Structure
+from uft_ds.planning.workload import Workload
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Of one optimiser step. The first two are what collectives return or take in on a rank; the others what comes in
+    over a link, in its busier direction."""
+
+    gathered_bytes: int
+    reduced_bytes: int
+    nvlink_bytes: int
+    """Of a GPU."""
+    network_bytes: int
+    """Of a node."""
+    pcie_bytes: int
+    """Of a GPU, to and from host memory."""
+
+
+@dataclass(frozen=True)
+class _Inside:
+    """Ranks that take part in a collective: how many nodes, how many GPUs of each."""
+
+    nodes: int
+    gpus: int
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.gpus
+
+    def nvlink(self, returned: float) -> float:
+        return returned * (self.gpus - 1) / self.gpus
+
+    def network(self, returned: float) -> float:
+        return returned * (self.nodes - 1) / self.nodes
+
+
+def traffic(
+    structure: Structure,
+    workload: Workload,
+    sharding: Sharding,
+    cluster: Cluster,
+    gathers: Gathers | None,
+    activations: Activations,
+) -> Traffic:
+    """gathers: of a micro-step under ZeRO-3, else None."""
+    item_bytes, ranks = structure.item_bytes(workload.dtype), cluster.ranks
+    micro_steps = workload.micro_steps(ranks)
+    everyone = _Inside(cluster.nodes, cluster.gpus)
+    nvlink = network = gathered = pcie = 0.0
+    if gathers is None:  # what the optimiser has updated, once a step
+        updated = parts.adapter_bytes(structure, item_bytes, ranks) * ranks if ranks > 1 else 0
+        gathered = updated
+        nvlink, network = everyone.nvlink(updated), everyone.network(updated)
+    else:
+        frozen = parts.gathered_bytes(structure, item_bytes, gathers, ranks, trainable=False)
+        adapters = parts.gathered_bytes(structure, item_bytes, gathers, ranks, trainable=True)
+        gathered = micro_steps * (frozen + adapters)
+        once = parts.adapter_bytes(structure, item_bytes, ranks) * ranks if ranks > 1 else 0
+        if sharding.secondary > 1:
+            # The copy inside the node is gathered; adapters' is made anew by the first gather after each update.
+            near = _near(sharding.secondary, cluster)
+            inside = micro_steps * (frozen + adapters) - once
+            nvlink = near.nvlink(inside) + everyone.nvlink(once)
+            network = near.network(inside) + everyone.network(once)
+        else:
+            nvlink, network = everyone.nvlink(gathered), everyone.network(gathered)
+        if sharding.weights_on != "gpu":
+            pcie += gathered / ranks if ranks > 1 else micro_steps * _once_more(structure, item_bytes, gathers)
+    reduced = micro_steps * parts.reduced_bytes(structure, ranks, workload.item_bytes) if ranks > 1 else 0
+    nvlink += everyone.nvlink(reduced)
+    network += everyone.network(reduced)
+    if sharding.optimizer_on != "gpu":
+        pcie += micro_steps * parts.gradient_bytes(structure, ranks)
+    if workload.activation_offload:
+        pcie += micro_steps * activations.saved_bytes
+    return Traffic(round(gathered), reduced, round(nvlink), round(network), round(pcie))
+
+
+def _near(secondary: int, cluster: Cluster) -> _Inside:
+    return _Inside(max(1, secondary // cluster.gpus), min(secondary, cluster.gpus))
+
+
+def _once_more(structure: Structure, item_bytes: tuple[int, ...], gathers: Gathers) -> int:
+    """On a single rank, what a gather copies from host memory."""
+    return sum(t * s * b for t, s, b in zip(gathers.times, structure.sizes, item_bytes, strict=True))
