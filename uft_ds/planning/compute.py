@@ -81,6 +81,12 @@ class Time:
         return max(on_gpu, links) if self.overlaps else on_gpu + links
 
     @property
+    def serial_seconds(self) -> float:
+        """With nothing beside anything else: what alternatives are ordered by, so that a link that hides counts."""
+        of_links = self.nvlink_seconds + self.network_seconds + self.pcie_seconds
+        return self.compute_seconds + self.hbm_seconds + of_links
+
+    @property
     def bounded_by(self) -> str:
         """What takes longest."""
         of = {key.removesuffix("_seconds"): value for key, value in asdict(self).items() if key.endswith("_seconds")}

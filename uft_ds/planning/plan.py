@@ -282,13 +282,19 @@ def _files(planner: Planner, setting: Setting) -> tuple[Alternative, ...]:
     return tuple(sorted(found, key=_by_worth))
 
 
-def _by_worth(alternative: Alternative) -> tuple[bool, float, int, int]:
+def _by_worth(alternative: Alternative) -> tuple[bool, float, float, int]:
     outcome = alternative.outcome
-    return (not outcome.fits, round(outcome.bound_seconds, 3), len(alternative.changes), -outcome.gpu_spare_bytes)
+    return (not outcome.fits, *_cost(outcome), -outcome.gpu_spare_bytes)
+
+
+def _cost(outcome: Outcome) -> tuple[float, float]:
+    """The least time of a step; of equal ones, how much has to hide behind it. In milliseconds: less is noise."""
+    time = outcome.by_mode[outcome.mode].time
+    return round(time.bound_seconds, 3), round(time.serial_seconds, 3)
 
 
 def _remedies(planner: Planner, outcome: Outcome, files: tuple[Alternative, ...]) -> list[Alternative]:
-    """Single changes that free memory where it is lacking; by what a step then takes, more GPUs last."""
+    """Single changes that free memory where it is lacking; by what a step then costs, more GPUs last."""
     setting = outcome.setting
     found = [
         Alternative(_difference(setting, changed), planner.plan(changed))
@@ -297,11 +303,7 @@ def _remedies(planner: Planner, outcome: Outcome, files: tuple[Alternative, ...]
     helping = [alternative for alternative in found if _helps(alternative.outcome, outcome)]
     return sorted(
         helping,
-        key=lambda a: (
-            a.outcome.setting.cluster.ranks,
-            round(a.outcome.bound_seconds, 3),
-            -a.outcome.gpu_spare_bytes,
-        ),
+        key=lambda a: (a.outcome.setting.cluster.ranks, *_cost(a.outcome), -a.outcome.gpu_spare_bytes),
     )
 
 
