@@ -7,6 +7,8 @@ under ZeRO-3 with bounds that make a tiny model gather as a large one has to. Me
 
     gathered, reduced     bytes of all-gathers (returned) and of reductions (taken in) at DeepSpeed's communication
                           backend, a micro-step, over whole steps after two that warm up
+    of all ranks          those of all-gathers in which every rank takes part: with a second copy inside a node
+                          (`zero_hpz_partition_size`, here 2 of 4 ranks), what crosses the slow link
     weights               the base's shards that the parameters hold
     adapter + optimiser   shards of the adapters, tensors of AdamW's state, master weights that are no adapter's storage
     gradients             the buffer of accumulated gradients, and the bucket in which they wait
@@ -76,9 +78,11 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Bytes:
-    """Of one rank; the first two a micro-step."""
+    """Of one rank; the first three a micro-step."""
 
     gathered: float
+    far: float
+    """Gathered by all ranks together."""
     reduced: float
     weights: int
     optimizer: int
@@ -103,15 +107,16 @@ def write_model(folder: Path, size: Size) -> Path:
     return folder
 
 
-def zero3(folder: Path) -> dict[str, Any]:
+def zero3(cell: Cell) -> dict[str, Any]:
     """`zero3_cpu` with bounds in proportion to a layer, as `zero3`'s are to one of 32B's."""
-    layer = sum(p.numel() for p in _one_layer(folder).parameters())
+    layer = sum(p.numel() for p in _one_layer(cell.folder).parameters())
     config = read_deepspeed_file("zero3_cpu")
     config["zero_optimization"] |= {
         "reduce_bucket_size": 1_000_000,
         "stage3_prefetch_bucket_size": int(1.1 * layer),
         "stage3_max_live_parameters": int(3.1 * layer),
         "stage3_max_reuse_distance": int(2.2 * layer),
+        "zero_hpz_partition_size": cell.secondary,
     }
     return config
 
@@ -128,6 +133,7 @@ def _one_layer(folder: Path) -> Any:
 @dataclass
 class Sent:
     gathered: int = 0
+    far: int = 0
     reduced: int = 0
 
 
@@ -136,7 +142,7 @@ def counting() -> Iterator[Sent]:
     """Count at DeepSpeed's communication backend: what all-gathers return, what reductions take in."""
     import deepspeed.comm.comm as comm
 
-    sent = Sent()
+    sent, world_size = Sent(), torch.distributed.get_world_size()
     backend: Any = comm.cdb
     originals = {name: getattr(backend, name) for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce")}
 
@@ -144,6 +150,9 @@ def counting() -> Iterator[Sent]:
         def call(*args: Any, **kwargs: Any) -> Any:
             tensor: Tensor = kwargs[argument] if argument in kwargs else args[place]
             setattr(sent, field, getattr(sent, field) + tensor.nbytes)
+            group = kwargs.get("group")
+            if field == "gathered" and (group is None or torch.distributed.get_world_size(group) == world_size):
+                sent.far += tensor.nbytes
             return originals[name](*args, **kwargs)
 
         return call
@@ -163,9 +172,9 @@ def whole_step() -> Step:
     return Step(0, toy_sequences(SEQUENCES_PER_RANK * torch.distributed.get_world_size(), seed=100, longest=120))
 
 
-def measure(cell: Cell) -> tuple[Bytes, MicroBatch]:
-    """On one of the ranks; and the micro-batch whose activations were measured."""
-    config = deepspeed_config(zero3(cell.folder), dtype=torch.float32, max_grad_norm=1e6)
+def measure(cell: Cell) -> tuple[Bytes, MicroBatch, int]:
+    """On one of the ranks; the micro-batch whose activations were measured; and how many a step has."""
+    config = deepspeed_config(zero3(cell), dtype=torch.float32, max_grad_norm=1e6)
     mode: Any = cell.mode
     model = toy_model(
         cell.folder, b_std=0.0, gradient_checkpointing=cell.gradient_checkpointing, reference_mode=mode
@@ -198,8 +207,15 @@ def measure(cell: Cell) -> tuple[Bytes, MicroBatch]:
         logps_R, _ = engine(batches[0])
     engine.backward(logps_R.sum(), is_last=True)
     return (
-        Bytes(sent.gathered / micro_steps, sent.reduced / micro_steps, *held, sum(saved.values())),
+        Bytes(
+            sent.gathered / micro_steps,
+            sent.far / micro_steps,
+            sent.reduced / micro_steps,
+            *held,
+            sum(saved.values()),
+        ),
         batches[0],
+        len(batches),
     )
 
 
@@ -207,7 +223,9 @@ def resident(engine: Engine) -> tuple[int, int, int]:
     """What DeepSpeed holds: base weights; adapters and optimiser; gradients. Each storage counted once."""
     zero: Any = engine.deepspeed.optimizer
     parameters = list(engine.module.parameters())
-    weights = _bytes(p.ds_tensor for p in parameters if not p.requires_grad)
+    frozen = [p for p in parameters if not p.requires_grad]
+    copies = [p.ds_secondary_tensor for p in frozen if p.ds_secondary_tensor is not None]
+    weights = _bytes([*(p.ds_tensor for p in frozen), *copies])
     state = [t for of in zero.optimizer.state.values() for t in of.values() if isinstance(t, Tensor)]
     adapters = [p.ds_tensor for p in parameters if p.requires_grad]
     optimizer = _bytes([*adapters, *zero.fp32_partitioned_groups_flat, *state])
@@ -234,21 +252,24 @@ def _saving(sizes: dict[int, int]) -> Iterator[None]:
 # ---- predicted
 
 
-def predict(cell: Cell, ranks: int, batch: MicroBatch) -> Bytes:
+def predict(cell: Cell, ranks: int, batch: MicroBatch, micro_steps: int) -> Bytes:
     """By the functions of `uft plan`; of the micro-batch only its numbers of tokens are read."""
     structure = structure_of(check_base(str(cell.folder), None), LORA)
     item_bytes = structure.item_bytes("float32")
-    sharding = sharding_of(zero3(cell.folder))
+    sharding = sharding_of(zero3(cell))
     in_lockstep = cell.mode == "lockstep"
     gathers = parts.micro_step_gathers(structure, item_bytes, sharding, passes=1 if in_lockstep else 2)
     activations = activations_of(
         structure, tokens=len(batch.token_ids_T), dtype="float32", gradient_checkpointing=cell.gradient_checkpointing,
         lockstep=in_lockstep, attention="sdpa",
     )  # fmt: skip
+    far, near = parts.step_gathered_bytes(structure, item_bytes, gathers, sharding, ranks, micro_steps)
+    second = parts.weights_bytes(structure, item_bytes, cell.secondary) if cell.secondary > 1 else 0
     return Bytes(
-        gathered=parts.gathered_bytes(structure, item_bytes, gathers, ranks),
+        gathered=(far + near) / micro_steps,
+        far=far / micro_steps,
         reduced=parts.reduced_bytes(structure, ranks, 4),
-        weights=parts.weights_bytes(structure, item_bytes, ranks),
+        weights=parts.weights_bytes(structure, item_bytes, ranks) + second,
         optimizer=parts.adapter_bytes(structure, item_bytes, ranks)
         + parts.optimizer_bytes(structure, ranks),
         gradients=parts.gradient_bytes(structure, ranks) + parts.bucket_bytes(sharding, 4),
@@ -260,7 +281,7 @@ def predict(cell: Cell, ranks: int, batch: MicroBatch) -> Bytes:
 # ---- the table and the bars
 
 FIELDS = {
-    "gathered": SENT_BAR, "reduced": SENT_BAR, "weights": HELD_BAR, "optimizer": HELD_BAR, "gradients": HELD_BAR,
+    "gathered": SENT_BAR, "far": SENT_BAR, "reduced": SENT_BAR, "weights": HELD_BAR, "optimizer": HELD_BAR, "gradients": HELD_BAR,
     "saved": HELD_BAR,
 }  # fmt: skip
 
@@ -287,22 +308,26 @@ class Cell:
     folder: Path
     gradient_checkpointing: bool
     mode: str = "lockstep"
+    secondary: int = 1
+    """`zero_hpz_partition_size`; DeepSpeed takes one of them a process."""
 
 
 def compare(cells: list[Cell], ranks: int) -> list[Row]:
     """All cells in one set of processes: a start takes longer than a cell."""
+    found = run_on_ranks(measure_all, ranks, cells, timeout_seconds=1800)
     return [
         Row(
             f"{cell.folder.name}, {ranks}, {'recomputed' if cell.gradient_checkpointing else 'kept'}"
-            + ("" if cell.mode == "lockstep" else f", {cell.mode}"),
+            + ("" if cell.mode == "lockstep" else f", {cell.mode}")
+            + ("" if cell.secondary == 1 else f", copies in {cell.secondary}"),
             measured,
-            predict(cell, ranks, batch),
+            predict(cell, ranks, batch, micro_steps),
         )
-        for cell, (measured, batch) in zip(cells, run_on_ranks(measure_all, ranks, cells)[0], strict=True)
+        for cell, (measured, batch, micro_steps) in zip(cells, found[0], strict=True)
     ]
 
 
-def measure_all(cells: list[Cell]) -> list[tuple[Bytes, MicroBatch]]:
+def measure_all(cells: list[Cell]) -> list[tuple[Bytes, MicroBatch, int]]:
     """On one of the ranks."""
     return [measure(cell) for cell in cells]
 
@@ -311,7 +336,7 @@ def table(rows: list[Row]) -> Table:
     shown = Table(title="measured MB, and predicted / measured")
     shown.add_column("model, ranks, activations")
     for field in FIELDS:
-        shown.add_column(field, justify="right")
+        shown.add_column({"far": "of all ranks"}.get(field, field), justify="right")
     for row in rows:
         shown.add_row(row.name, *(f"{getattr(row.measured, f) / 1e6:.3f}  {row.ratio(f):.4f}" for f in FIELDS))
     return shown
@@ -332,6 +357,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folders = [write_model(Path(name) / size, SIZES[size]) for size in options.sizes]
         rows = [row for ranks in options.ranks for row in compare(grid(folders, options.modes), ranks)]
+        if 4 in options.ranks:
+            rows += compare([Cell(folders[0], gradient_checkpointing=True, secondary=2)], 4)
     console.print(table(rows))
     missed = [f"{row.name}: {field} {row.ratio(field):.4f}" for row in rows for field in row.missed()]
     console.print("every bar holds" if not missed else "MISSED: " + "; ".join(missed))

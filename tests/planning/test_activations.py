@@ -71,7 +71,7 @@ def test_checkpointing_keeps_a_hidden_state_a_layer_and_flash_attention_no_squar
 
     one, two = of(4096, "flash_attention_2"), of(8192, "flash_attention_2")
     assert two.saved_bytes == pytest.approx(2 * one.saved_bytes, rel=0.001)
-    assert two.layer_bytes == pytest.approx(2 * one.layer_bytes, rel=0.001)
+    assert two.layer_bytes == pytest.approx(2 * one.layer_bytes, rel=0.01)
     hidden_1TD = 4096 * 3584 * 2
     assert 28 * hidden_1TD <= one.saved_bytes <= 33 * hidden_1TD
     assert of(8192, "sdpa").layer_bytes > two.layer_bytes + 8192**2

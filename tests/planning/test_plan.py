@@ -172,9 +172,9 @@ def test_links_of_flat_sharding_and_of_sharding_inside_a_node() -> None:
     assert moved.network_bytes == pytest.approx(0.75 * lora * (4 + 2), rel=1e-3)
     assert moved.gathered_bytes == flat.gathered_bytes
     assert near.gpu.secondary_shard_bytes == pytest.approx(2 * 32_763_876_352 / 8, rel=1e-3)
-    odd = outcome(on=cluster(nodes=1, gpus=6), zero={"zero_hpz_partition_size": 8})
+    odd = outcome(on=cluster(nodes=3, gpus=4), zero={"zero_hpz_partition_size": 8})
     assert not odd.fits
-    assert "does not divide 6 ranks" in odd.problems[0]
+    assert "does not divide 12 ranks" in odd.problems[0]
 
 
 def test_one_gpu_sends_nothing_and_offloading_costs_pcie() -> None:

@@ -105,7 +105,8 @@ def gpu_memory(
     on_gpu = sharding.weights_on == "gpu"
     weights_ranks = ranks if sharding.shards_weights else 1
     weights = parts.weights_bytes(structure, item_bytes, weights_ranks) if on_gpu else 0
-    secondary = parts.weights_bytes(structure, item_bytes, sharding.secondary) if sharding.secondary > 1 else 0
+    near = min(sharding.secondary, ranks)
+    secondary = parts.weights_bytes(structure, item_bytes, near) if sharding.secondary > 1 else 0
     adapters = parts.adapter_bytes(structure, item_bytes, weights_ranks) if on_gpu else 0
     # On a single GPU that holds the weights, a gathered parameter is its own shard.
     gathered = 0 if gathers is None or (ranks == 1 and on_gpu) else gathers.peak_bytes
@@ -168,7 +169,7 @@ def host_memory(
         shards = [parts.shard(size, ranks) * one for size, one in zip(structure.sizes, item_bytes, strict=True)]
         if sharding.secondary > 1:
             shards += [
-                parts.shard(size, sharding.secondary) * one
+                parts.shard(size, min(sharding.secondary, ranks)) * one
                 for size, one, trains in zip(structure.sizes, item_bytes, structure.is_trainable, strict=True)
                 if not trains
             ]

@@ -86,6 +86,30 @@ def gathered_bytes(
     )
 
 
+def step_gathered_bytes(
+    structure: Structure,
+    item_bytes: Sequence[int],
+    gathers: Gathers,
+    sharding: Sharding,
+    ranks: int,
+    micro_steps: int,
+) -> tuple[int, int]:
+    """What a step's all-gathers return on each rank: those of all ranks, and those of the ranks of a second copy.
+
+    With `zero_hpz_partition_size` the base is gathered from the second copy alone, which stays: it is frozen. That of the
+    adapters is dropped by each update, and made anew by their first gather, which is of all ranks.
+    """
+    whole = micro_steps * gathered_bytes(structure, item_bytes, gathers, ranks)
+    if sharding.secondary == 1 or ranks == 1:
+        return whole, 0
+    first = sum(
+        shard(size, ranks) * ranks * one
+        for size, one, trains in zip(structure.sizes, item_bytes, structure.is_trainable, strict=True)
+        if trains
+    )
+    return first, whole - first
+
+
 def reduced_bytes(structure: Structure, ranks: int, reduced_item_bytes: int) -> int:
     """What a micro-step's reduction of gradients takes in on each rank: the adapters', padding included."""
     return _shards(structure, ranks) * ranks * reduced_item_bytes

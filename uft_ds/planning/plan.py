@@ -198,7 +198,7 @@ def _problems(setting: Setting) -> Iterable[str]:
             f"{setting.deepspeed}: at ZeRO stage {sharding.stage} adapters are trained in the model's type: "
             f"lora.dtype={workload.dtype}"
         )
-    if sharding.secondary > 1 and cluster.ranks % sharding.secondary:
+    if cluster.ranks % min(sharding.secondary, cluster.ranks):
         yield (
             f"{setting.deepspeed}: zero_hpz_partition_size {sharding.secondary} does not divide {cluster.ranks} ranks"
         )

@@ -73,18 +73,11 @@ def traffic(
         gathered = updated
         nvlink, network = everyone.nvlink(updated), everyone.network(updated)
     else:
-        frozen = parts.gathered_bytes(structure, item_bytes, gathers, ranks, trainable=False)
-        adapters = parts.gathered_bytes(structure, item_bytes, gathers, ranks, trainable=True)
-        gathered = micro_steps * (frozen + adapters)
-        once = parts.adapter_bytes(structure, item_bytes, ranks) * ranks if ranks > 1 else 0
-        if sharding.secondary > 1:
-            # The copy inside the node is gathered; adapters' is made anew by the first gather after each update.
-            near = _near(sharding.secondary, cluster)
-            inside = micro_steps * (frozen + adapters) - once
-            nvlink = near.nvlink(inside) + everyone.nvlink(once)
-            network = near.network(inside) + everyone.network(once)
-        else:
-            nvlink, network = everyone.nvlink(gathered), everyone.network(gathered)
+        far, near = parts.step_gathered_bytes(structure, item_bytes, gathers, sharding, ranks, micro_steps)
+        inside = _near(sharding.secondary, cluster)
+        gathered = far + near
+        nvlink = everyone.nvlink(far) + inside.nvlink(near)
+        network = everyone.network(far) + inside.network(near)
         if sharding.weights_on != "gpu":
             pcie += gathered / ranks if ranks > 1 else micro_steps * _once_more(structure, item_bytes, gathers)
     reduced = micro_steps * parts.reduced_bytes(structure, ranks, workload.item_bytes) if ranks > 1 else 0
@@ -98,6 +91,8 @@ def traffic(
 
 
 def _near(secondary: int, cluster: Cluster) -> _Inside:
+    """Ranks that hold a second copy together."""
+    secondary = min(secondary, cluster.ranks)
     return _Inside(max(1, secondary // cluster.gpus), min(secondary, cluster.gpus))
 
 
