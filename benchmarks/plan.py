@@ -49,8 +49,8 @@ from uft_ds.planning import parts
 from uft_ds.planning.activations import activations_of
 from uft_ds.planning.memory import head_saved_bytes
 from uft_ds.planning.sharding import sharding_of
-from uft_ds.planning.structure import Lora, structure_of
-from uft_ds.training.engine import Engine, deepspeed_config, read_deepspeed_file
+from uft_ds.planning.structure import ITEM_BYTES, Lora, structure_of
+from uft_ds.training.engine import Engine, deepspeed_config, partitioned_loading, read_deepspeed_file
 
 SENT_BAR, HELD_BAR = 0.01, 0.10
 STEPS_BEFORE, STEPS = 2, 2
@@ -144,7 +144,9 @@ def counting() -> Iterator[Sent]:
 
     sent, world_size = Sent(), torch.distributed.get_world_size()
     backend: Any = comm.cdb
-    originals = {name: getattr(backend, name) for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce")}
+    originals = {
+        name: getattr(backend, name) for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce")
+    }
 
     def counted(name: str, argument: str, place: int, field: str) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -174,11 +176,17 @@ def whole_step() -> Step:
 
 def measure(cell: Cell) -> tuple[Bytes, MicroBatch, int]:
     """On one of the ranks; the micro-batch whose activations were measured; and how many a step has."""
-    config = deepspeed_config(zero3(cell), dtype=torch.float32, max_grad_norm=1e6)
+    dtype = getattr(torch, cell.dtype)
+    config = deepspeed_config(zero3(cell), dtype=dtype, max_grad_norm=1e6)
     mode: Any = cell.mode
-    model = toy_model(
-        cell.folder, b_std=0.0, gradient_checkpointing=cell.gradient_checkpointing, reference_mode=mode
-    )
+    with partitioned_loading(config):  # as a run loads; adapters then keep their own type
+        model = toy_model(
+            cell.folder,
+            dtype=dtype,
+            b_std=0.0,
+            gradient_checkpointing=cell.gradient_checkpointing,
+            reference_mode=mode,
+        )
     layer_class = decoder_layer_class(model.policy.get_base_model())
     engine = Engine(model, config, layer_class=layer_class, weight_decay=0.0)
     step = whole_step()
@@ -255,35 +263,41 @@ def _saving(sizes: dict[int, int]) -> Iterator[None]:
 def predict(cell: Cell, ranks: int, batch: MicroBatch, micro_steps: int) -> Bytes:
     """By the functions of `uft plan`; of the micro-batch only its numbers of tokens are read."""
     structure = structure_of(check_base(str(cell.folder), None), LORA)
-    item_bytes = structure.item_bytes("float32")
+    item_bytes = structure.item_bytes(cell.dtype)
     sharding = sharding_of(zero3(cell))
+    one = ITEM_BYTES[cell.dtype]
     in_lockstep = cell.mode == "lockstep"
     gathers = parts.micro_step_gathers(structure, item_bytes, sharding, passes=1 if in_lockstep else 2)
     activations = activations_of(
-        structure, tokens=len(batch.token_ids_T), dtype="float32", gradient_checkpointing=cell.gradient_checkpointing,
+        structure, tokens=len(batch.token_ids_T), dtype=cell.dtype, gradient_checkpointing=cell.gradient_checkpointing,
         lockstep=in_lockstep, attention="sdpa",
+        under_zero3=True,
     )  # fmt: skip
     far, near = parts.step_gathered_bytes(structure, item_bytes, gathers, sharding, ranks, micro_steps)
     second = parts.weights_bytes(structure, item_bytes, cell.secondary) if cell.secondary > 1 else 0
     return Bytes(
         gathered=(far + near) / micro_steps,
         far=far / micro_steps,
-        reduced=parts.reduced_bytes(structure, ranks, 4),
+        reduced=parts.reduced_bytes(structure, ranks, one),
         weights=parts.weights_bytes(structure, item_bytes, ranks) + second,
-        optimizer=parts.adapter_bytes(structure, item_bytes, ranks)
-        + parts.optimizer_bytes(structure, ranks),
-        gradients=parts.gradient_bytes(structure, ranks) + parts.bucket_bytes(sharding, 4),
+        optimizer=parts.adapter_bytes(structure, item_bytes, ranks) + parts.optimizer_bytes(structure, ranks),
+        gradients=parts.gradient_bytes(structure, ranks) + parts.bucket_bytes(sharding, one),
         saved=activations.saved_bytes
-        + head_saved_bytes(len(batch.targets_N), structure.config.hidden_size, item_bytes=4),
+        + head_saved_bytes(len(batch.targets_N), structure.config.hidden_size, item_bytes=one),
     )
 
 
 # ---- the table and the bars
 
 FIELDS = {
-    "gathered": SENT_BAR, "far": SENT_BAR, "reduced": SENT_BAR, "weights": HELD_BAR, "optimizer": HELD_BAR, "gradients": HELD_BAR,
+    "gathered": SENT_BAR,
+    "far": SENT_BAR,
+    "reduced": SENT_BAR,
+    "weights": HELD_BAR,
+    "optimizer": HELD_BAR,
+    "gradients": HELD_BAR,
     "saved": HELD_BAR,
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -310,6 +324,8 @@ class Cell:
     mode: str = "lockstep"
     secondary: int = 1
     """`zero_hpz_partition_size`; DeepSpeed takes one of them a process."""
+    dtype: str = "float32"
+    """Of base and activations; adapters are in float32."""
 
 
 def compare(cells: list[Cell], ranks: int) -> list[Row]:
@@ -319,6 +335,7 @@ def compare(cells: list[Cell], ranks: int) -> list[Row]:
         Row(
             f"{cell.folder.name}, {ranks}, {'recomputed' if cell.gradient_checkpointing else 'kept'}"
             + ("" if cell.mode == "lockstep" else f", {cell.mode}")
+            + ("" if cell.dtype == "float32" else f", {cell.dtype}")
             + ("" if cell.secondary == 1 else f", copies in {cell.secondary}"),
             measured,
             predict(cell, ranks, batch, micro_steps),
@@ -357,6 +374,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folders = [write_model(Path(name) / size, SIZES[size]) for size in options.sizes]
         rows = [row for ranks in options.ranks for row in compare(grid(folders, options.modes), ranks)]
+        if 2 in options.ranks:
+            rows += compare([Cell(folders[0], recompute, dtype="bfloat16") for recompute in (True, False)], 2)
         if 4 in options.ranks:
             rows += compare([Cell(folders[0], gradient_checkpointing=True, secondary=2)], 4)
     console.print(table(rows))

@@ -350,7 +350,9 @@ def plan(
         Optional[float],  # noqa: UP045
         typer.Option(min=0, help="GB of a machine; not limited if not given."),
     ] = None,
-    network_gbits: Annotated[float, typer.Option(min=0.001, help="Gbit/s into a machine, all adapters together.")] = 400,
+    network_gbits: Annotated[
+        float, typer.Option(min=0.001, help="Gbit/s into a machine, all adapters together.")
+    ] = 400,
     pcie_gbytes: Annotated[
         Optional[float],  # noqa: UP045
         typer.Option(min=0.001, help="GB/s between a GPU and host memory; the known GPU's if not given."),

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from tiny import build_tiny_model
-from toy import toy_model, toy_sequences
 from torch import Tensor
+from toy import toy_model, toy_sequences
 
 from uft_ds.data.micro_batch import micro_batch
 from uft_ds.model.load import check_base
@@ -55,6 +55,7 @@ def test_saved_bytes_are_those_of_a_real_forward(
         gradient_checkpointing=gradient_checkpointing,
         lockstep=mode == "lockstep",
         attention="sdpa",
+        under_zero3=False,
     )
     planned_bytes = planned.saved_bytes + head_saved_bytes(len(batch.targets_N), 64, item_bytes=4)
     assert planned_bytes == pytest.approx(measured, rel=0.02)
@@ -66,7 +67,13 @@ def test_checkpointing_keeps_a_hidden_state_a_layer_and_flash_attention_no_squar
 
     def of(tokens: int, attention: str) -> Any:
         return activations_of(
-            structure, tokens=tokens, dtype="bfloat16", gradient_checkpointing=True, lockstep=True, attention=attention
+            structure,
+            tokens=tokens,
+            dtype="bfloat16",
+            gradient_checkpointing=True,
+            lockstep=True,
+            attention=attention,
+            under_zero3=True,
         )
 
     one, two = of(4096, "flash_attention_2"), of(8192, "flash_attention_2")

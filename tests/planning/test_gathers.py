@@ -1,4 +1,4 @@
-"""The simulation of ZeRO-3's gathers, where its answer can be seen by hand; the rest is held against DeepSpeed itself."""
+"""The simulation of ZeRO-3's gathers where its answer can be seen by hand; the rest is held against DeepSpeed."""
 
 import pytest
 

@@ -9,7 +9,8 @@ import pytest
 from uft_ds.errors import UserError
 from uft_ds.planning import parts
 from uft_ds.planning.hardware import Cluster, cluster_of
-from uft_ds.planning.plan import Outcome, Plan, Planner, Setting, make_plan
+from uft_ds.planning.plan import Plan, make_plan
+from uft_ds.planning.planner import Outcome, Planner, Setting
 from uft_ds.planning.shapes import shipped_config
 from uft_ds.planning.sharding import sharding_of
 from uft_ds.planning.workload import workload_of
@@ -120,7 +121,7 @@ def test_parts_add_up_to_the_whole() -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 7, 64])
 def test_shards_sum_to_the_whole(ranks: int) -> None:
     """All ranks' shards are the model and at most a number of padding a parameter and rank."""
-    structure = planner().structure_for(outcome().setting.workload.lora)
+    structure = planner().structure(outcome().setting.workload.lora)
     item_bytes = structure.item_bytes("bfloat16")
     whole = parts.weights_bytes(structure, item_bytes, 1)
     shards = ranks * parts.weights_bytes(structure, item_bytes, ranks)
@@ -148,8 +149,8 @@ def test_lockstep_and_a_cached_reference_gather_what_sft_gathers() -> None:
 
 
 def test_operations_are_those_of_the_metric_mfu_and_what_it_leaves_out() -> None:
-    """4 a parameter and token, 2 more with a reference, 2 of recomputation: all but the embedding, which is looked up."""
-    found, structure = outcome(), planner().structure_for(outcome().setting.workload.lora)
+    """4 a parameter and token, 2 more with a reference, 2 of recomputation; the embedding is looked up."""
+    found, structure = outcome(), planner().structure(outcome().setting.workload.lora)
     flops, tokens = found.by_mode["lockstep"].flops, 64 * 2048
     linear = structure.num_base - 152_064 * 5120 - 5120  # without embedding and final norm
     assert flops.policy + flops.reference + flops.head == 6 * linear * tokens

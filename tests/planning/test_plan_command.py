@@ -106,7 +106,13 @@ def test_the_table_says_what_fits_and_what_to_take() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=wide)
     assert done.returncode == EXIT_DONE, done.stderr
     assert "32,763,876,352 parameters in 64 layers" in done.stdout
-    for words in ("base weights, this rank's shard", "network, into a node, GB", "Fits: ", "zero3_offload", "Assumed: "):
+    for words in (
+        "base weights, this rank's shard",
+        "network, into a node, GB",
+        "Fits: ",
+        "zero3_offload",
+        "Assumed: ",
+    ):
         assert words in done.stdout
 
 

@@ -9,10 +9,9 @@ T packed tokens, D hidden size.
 from __future__ import annotations
 
 import copy
-import gc
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,19 +51,23 @@ def activations_of(
     gradient_checkpointing: bool,
     lockstep: bool,
     attention: str,
+    under_zero3: bool,
 ) -> Activations:
     """Of a micro-batch of several packed sequences, `tokens` in all.
 
     Args:
+        under_zero3: DeepSpeed then puts a linear of its own in torch's place, which keeps its input even where the
+            weight is frozen.
         lockstep: the reference rides beside the policy.
         attention: `flash_attention_2`, `sdpa` or `eager`; but for the first, packed rows need a mask of T x T.
     """
-    options = {
+    options: dict[str, Any] = {
         "tokens": tokens,
         "dtype": dtype,
         "gradient_checkpointing": gradient_checkpointing,
         "lockstep": lockstep,
         "attention": FLASH if attention == "flash_attention_2" else attention,
+        "under_zero3": under_zero3,
     }
     two, one = _run(structure, layers=2, **options), _run(structure, layers=1, **options)
     saved = one.saved_bytes + (structure.num_layers - 1) * (two.saved_bytes - one.saved_bytes)
@@ -87,6 +90,7 @@ def _run(
     gradient_checkpointing: bool,
     lockstep: bool,
     attention: str,
+    under_zero3: bool,
 ) -> _Measured:
     policy = copy.deepcopy(structure.sample)
     base: Any = policy.get_base_model()
@@ -98,7 +102,8 @@ def _run(
     if lockstep:
         enable_lockstep(base)
     base.enable_input_require_grads()
-    with FakeTensorMode(allow_non_fake_inputs=True), _Live() as live:
+    linear = _linear_of_zero3() if under_zero3 else nullcontext()
+    with linear, FakeTensorMode(allow_non_fake_inputs=True), _Live() as live:
         weights = _without_memory(policy, getattr(torch, dtype))
         token_ids_1T = torch.zeros(1, tokens, dtype=torch.int64)
         positions_1T = torch.arange(tokens)[None]
@@ -117,8 +122,6 @@ def _run(
         # Adapters' gradients are counted elsewhere.
         gradients = sum(p.grad.nbytes for p in policy.parameters() if p.grad is not None)
         peak = live.peak - before
-    del policy, base, decoder, policy_1TD
-    gc.collect()  # autograd's cycles, while nothing else is being measured
     return _Measured(saved_bytes, max(saved_bytes, peak - gradients))
 
 
@@ -193,6 +196,35 @@ def _saved(weights: set[int]) -> Iterator[_Saved]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield saved
+
+
+class _Linear(Function):
+    """What `LinearFunctionForZeroStage3` of DeepSpeed keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        ctx.save_for_backward(rows, weight, bias)
+        output = rows.matmul(weight.t())
+        if bias is not None:
+            output += bias
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        rows, weight, _ = ctx.saved_tensors
+        (gradient,) = gradients
+        of_weight = gradient.flatten(0, -2).t().matmul(rows.flatten(0, -2)) if ctx.needs_input_grad[1] else None
+        return gradient.matmul(weight), of_weight, None
+
+
+@contextmanager
+def _linear_of_zero3() -> Iterator[None]:
+    original = nn.functional.linear
+    nn.functional.linear = _Linear.apply
+    try:
+        yield
+    finally:
+        nn.functional.linear = original
 
 
 class _Flash(Function):

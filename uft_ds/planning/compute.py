@@ -1,8 +1,8 @@
 """Floating-point operations of an optimiser step, and the least time that it can take.
 
-p parameters of linear layers, of T tokens a forward takes 2 p T; the backward through a frozen weight 2 p T more, and a
-trained one 2 p T on top. Causal attention over a sequence of length t, with q = query heads x head size numbers a token,
-takes 2 q t a token in the forward (QK^T and AV, half of the keys on average) and twice that in the backward.
+Of p parameters of linear layers and T tokens a forward takes 2 p T; the backward through a frozen weight 2 p T more,
+and a trained one 2 p T on top. Causal attention over a sequence of t tokens, with q = query heads x head size, takes
+2 q t a token in the forward (QK^T and AV, half of the keys on average) and twice that in the backward.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What ZeRO-3 gathers, parameter by parameter: DeepSpeed's coordinator, simulated on sizes alone.
 
-DeepSpeed records in which order modules are visited, fetches each one's parameters before it runs, prefetches what comes
-next, and releases what is not needed again soon (`runtime/zero/partitioned_param_coordinator.py`, 0.19.8). What is gathered
-twice, and how much is held at once, depends on its bounds and on its history; both are followed here, operation by
-operation, instead of being approximated by a formula.
+DeepSpeed records in which order modules are visited, fetches each one's parameters before it runs, prefetches what
+comes next, and releases what is not needed again soon (`runtime/zero/partitioned_param_coordinator.py`, 0.19.8). What
+is gathered twice, and how much is held at once, depends on its bounds and on its history; both are followed here, step
+by step, instead of being approximated by a formula.
 """
 
 from __future__ import annotations

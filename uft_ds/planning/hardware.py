@@ -68,7 +68,9 @@ def cluster_of(
     """
     known = known_gpus()
     if gpu not in known:
-        raise UserError(f"--gpu: {unknown_name(gpu, tuple(known))}; its memory and links can be given beside the nearest")
+        raise UserError(
+            f"--gpu: {unknown_name(gpu, tuple(known))}; its memory and links can be given beside the nearest"
+        )
     card = known[gpu]
     if pcie_gbytes is not None:
         card = Gpu(**{**card.__dict__, "pcie_bytes_per_second": pcie_gbytes * GB})

@@ -96,8 +96,8 @@ def step_gathered_bytes(
 ) -> tuple[int, int]:
     """What a step's all-gathers return on each rank: those of all ranks, and those of the ranks of a second copy.
 
-    With `zero_hpz_partition_size` the base is gathered from the second copy alone, which stays: it is frozen. That of the
-    adapters is dropped by each update, and made anew by their first gather, which is of all ranks.
+    With `zero_hpz_partition_size` the base is gathered from the second copy alone, which stays: it is frozen. That of
+    the adapters is dropped by each update, and made anew by their first gather, which is of all ranks.
     """
     whole = micro_steps * gathered_bytes(structure, item_bytes, gathers, ranks)
     if sharding.secondary == 1 or ranks == 1:

@@ -10,8 +10,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from uft_ds.planning.alternatives import Alternative
 from uft_ds.planning.hardware import GB
-from uft_ds.planning.plan import Alternative, Outcome, Plan
+from uft_ds.planning.plan import Plan
+from uft_ds.planning.planner import Outcome
 from uft_ds.planning.traffic import Traffic
 
 _GPU_ROWS = {
