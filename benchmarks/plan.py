@@ -67,11 +67,13 @@ class Size:
     hidden: int
     layers: int
     vocabulary: int
+    tied: bool = False
+    """The head is the embedding."""
 
 
 SIZES = {
     "small": Size("qwen2", 256, 4, 4096),
-    "middle": Size("llama", 384, 6, 3001),  # a vocabulary that no number of ranks divides
+    "middle": Size("llama", 384, 6, 3001, tied=True),  # a vocabulary that no number of ranks divides
     "large": Size("qwen2", 512, 8, 8192),
 }
 
@@ -101,7 +103,7 @@ def write_model(folder: Path, size: Size) -> Path:
     config = config_class(
         vocab_size=size.vocabulary, hidden_size=size.hidden, intermediate_size=3 * size.hidden,
         num_hidden_layers=size.layers, num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=4096,
-        tie_word_embeddings=False,
+        tie_word_embeddings=size.tied,
     )  # fmt: skip
     model_class(config).to(torch.float32).save_pretrained(folder)
     return folder

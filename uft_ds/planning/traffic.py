@@ -6,7 +6,7 @@ B returned by an all-gather on each of W ranks, N nodes of g GPUs:
     by a node, from others   B (N - 1) / N      each shard once, however the collective is laid
     by a GPU, inside         B (g - 1) / g
 
-A reduce-scatter is the same the other way round; ZeRO-1 and 2 gather what they have updated besides.
+A reduce-scatter is the same the other way round, an all-reduce both. ZeRO-1 and 2 also gather what they have updated.
 """
 
 from __future__ import annotations
@@ -79,10 +79,13 @@ def traffic(
         nvlink = everyone.nvlink(far) + inside.nvlink(near)
         network = everyone.network(far) + inside.network(near)
         if sharding.weights_on != "gpu":
-            pcie += gathered / ranks if ranks > 1 else micro_steps * _once_more(structure, item_bytes, gathers)
+            own = far / ranks + near / inside.ranks
+            pcie += own if ranks > 1 else micro_steps * _once_more(structure, item_bytes, gathers)
     reduced = micro_steps * parts.reduced_bytes(structure, ranks, workload.item_bytes) if ranks > 1 else 0
-    nvlink += everyone.nvlink(reduced)
-    network += everyone.network(reduced)
+    # Below stage 3 DeepSpeed all-reduces, which is a reduce-scatter and an all-gather; it keeps a share.
+    crossings = 1 if sharding.shards_weights else 2
+    nvlink += crossings * everyone.nvlink(reduced)
+    network += crossings * everyone.network(reduced)
     if sharding.optimizer_on != "gpu":
         pcie += micro_steps * parts.gradient_bytes(structure, ranks)
     if workload.activation_offload:
