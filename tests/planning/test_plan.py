@@ -72,6 +72,7 @@ def test_one_gpu_of_24_gb_needs_more_than_one_change() -> None:
     assert not any(remedy.outcome.fits for remedy in one_gpu)
     assert found.combination is not None
     assert found.combination.outcome.fits
+    assert found.combination.outcome.setting.cluster == found.outcome.setting.cluster
     overrides = [change for change in found.combination.changes if not change.startswith("--")]
     again = plan(*overrides, gpus=found.combination.outcome.setting.cluster.gpus, gpu_memory=24)
     assert again.outcome.gpu == found.combination.outcome.gpu

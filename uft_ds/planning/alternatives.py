@@ -53,25 +53,34 @@ def _cost(outcome: Outcome) -> tuple[float, float]:
 
 
 def remedies_for(planner: Planner, outcome: Outcome, files: tuple[Alternative, ...]) -> list[Alternative]:
-    """Single changes that free memory where it is lacking; by what a step then costs, more GPUs last."""
+    """Single changes that free memory where it is lacking; by what a step then costs, more GPUs last.
+
+    One that frees no more than a cheaper one is left out.
+    """
     setting = outcome.setting
     found = [
         Alternative(_difference(setting, changed), planner.plan(changed)) for changed in _changed_settings(setting)
     ] + [file for file in files if file.changes and not file.outcome.problems]
-    helping = [alternative for alternative in found if _helps(alternative.outcome, outcome)]
-    return sorted(
-        helping,
+    by_cost = sorted(
+        (alternative for alternative in found if not alternative.outcome.problems),
         key=lambda a: (a.outcome.setting.cluster.ranks, *_cost(a.outcome), -a.outcome.gpu_spare_bytes),
     )
+    kept: list[Alternative] = []
+    ranks, most = 0, (False, 0)
+    for alternative in by_cost:
+        if alternative.outcome.setting.cluster.ranks != ranks:
+            ranks, most = alternative.outcome.setting.cluster.ranks, _left(outcome, outcome)
+        left = _left(alternative.outcome, outcome)
+        if left > most:
+            most = left
+            kept.append(alternative)
+    return kept
 
 
-def _helps(changed: Outcome, before: Outcome) -> bool:
-    """Whether more is left of what was lacking."""
-    if changed.fits:
-        return True
-    if before.gpu_spare_bytes < 0 or before.problems:
-        return changed.gpu_spare_bytes > before.gpu_spare_bytes and not changed.problems
-    return (changed.host_spare_bytes or 0) > (before.host_spare_bytes or 0)
+def _left(changed: Outcome, before: Outcome) -> tuple[bool, int]:
+    """Whether a change is enough, and what it leaves of what was lacking."""
+    lacks_gpu = before.gpu_spare_bytes < 0 or before.problems
+    return changed.fits, changed.gpu_spare_bytes if lacks_gpu else changed.host_spare_bytes or 0
 
 
 _SMALL_LOGITS = 128 * 2**20
@@ -111,11 +120,13 @@ def _larger_clusters(setting: Setting) -> Iterable[Setting]:
 
 
 def combination_for(planner: Planner, outcome: Outcome, remedies: tuple[Alternative, ...]) -> Alternative | None:
-    """The cheapest changes one upon the other until all fits, on the given GPUs first, then on more."""
-    if any(remedy.outcome.fits for remedy in remedies):
-        return None
+    """The cheapest changes one upon the other until all fits: on the given GPUs, or on more where nothing else fits."""
     start = outcome.setting
-    for cluster in (start.cluster, *(larger.cluster for larger in _larger_clusters(start))):
+    fitting = [remedy.outcome.setting.cluster for remedy in remedies if remedy.outcome.fits]
+    if start.cluster in fitting:
+        return None
+    larger = () if fitting else (changed.cluster for changed in _larger_clusters(start))
+    for cluster in (start.cluster, *larger):
         for name in (start.deepspeed, *deepspeed_files()):
             try:
                 tried = replace(_with_file(start, name), cluster=cluster)
