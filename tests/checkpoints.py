@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from uft_ds.checkpoint.manifest import files_below, write_manifest
+from uft_ds.checkpoint.manifest import MANIFEST, Written, write_manifest
+from uft_ds.files import sha256
+
+
+def files_below(folder: Path) -> dict[str, Written]:
+    """Every file of a folder but a manifest."""
+    return {
+        str(path.relative_to(folder)): Written(path.stat().st_size, sha256(path))
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
 
 
 def whole_checkpoint(folder: Path) -> Path:

@@ -14,12 +14,12 @@ import pytest
 import yaml
 from rich.console import Console
 
-from uft_ds.errors import EXIT_INTERRUPTED, UserError
+from uft_ds.errors import EXIT_INTERRUPTED, EXIT_STOPPED, UserError
 from uft_ds.files import write_atomically
 from uft_ds.recipe import Recipe
-from uft_ds.recipe_file import dump_recipe
+from uft_ds.recipe_file import dump_recipe, load_recipe
 from uft_ds.resolve import with_absolute_paths
-from uft_ds.sweep import Result, last_values, run_sweep
+from uft_ds.sweep import How, Result, last_values, run_sweep, table_of, write_recipes
 from uft_ds.sweep_file import Sweep, grid_of, load_sweep
 from uft_ds.training.run_folder import RunFolder, Status
 
@@ -60,12 +60,14 @@ class Trainer:
     """Stands for a launch: leaves what a run leaves, or fails where it is told to."""
 
     def __init__(self, **exit_codes: int) -> None:
-        self.exit_codes, self.trained = exit_codes, list[str]()
+        self.exit_codes, self.trained, self.hows = exit_codes, list[str](), list[How]()
 
-    def __call__(self, recipe: Recipe, overwrite: bool) -> tuple[Path, Status]:
+    def __call__(self, recipe: Recipe, how: How) -> tuple[Path, Status]:
         folder = RunFolder(Path(recipe.output))
         self.trained.append(recipe.name)
+        self.hows.append(how)
         folder.path.mkdir(parents=True, exist_ok=True)
+        folder.lock.touch()
         write_atomically(folder.recipe, dump_recipe(with_absolute_paths(recipe)))
         adapter = recipe.reference.adapter
         identity = (Path(adapter) / "adapter").read_text() if adapter else None
@@ -223,7 +225,7 @@ def test_values_of_all_runs() -> None:
 def test_a_grid_of_a_sweep_is_refused() -> None:
     """A shipped one's or a file's."""
     sweep_of()
-    for name in ("sweep.yaml", "baselines_mistral7b"):
+    for name in ("sweep.yaml", "baselines_mistral7b", "lr_beta_mistral7b"):
         with pytest.raises(UserError, match=f"--grid: {name} is a sweep, not a recipe"):
             grid_of(name, ["train.lr=[1e-4]"], ())
 
@@ -272,7 +274,7 @@ def test_spelling_makes_no_other_base() -> None:
 
 def test_an_unknown_sweep_lists_the_shipped_ones() -> None:
     """And says how to sweep a recipe."""
-    with pytest.raises(UserError, match=r"no such file; shipped: baselines_mistral7b; .*--grid"):
+    with pytest.raises(UserError, match=r"no such file; shipped: baselines_mistral7b, lr_beta_mistral7b; .*--grid"):
         load_sweep("toy")
 
 
@@ -406,3 +408,48 @@ def test_last_values_are_the_last(tmp_path: Path) -> None:
     last = last_values(folder)
     assert math.isnan(last.pop("a"))
     assert last == {"step": 2, "b": 3.0}
+
+
+@pytest.mark.usefixtures("no_adapters")
+def test_a_run_that_was_stopped_goes_on() -> None:
+    """A folder of the same recipe is gone on with; one of another recipe, or from another first stage, begins anew."""
+    trainer = Trainer(sft=EXIT_STOPPED)
+    assert [result.status for result in run(sweep_of(grid=None), trainer)] == ["interrupted"]
+    assert trainer.hows == [How(overwrite=False, resume=False)]
+    trainer = Trainer(una=1)
+    run(sweep_of(grid=None), trainer)
+    assert trainer.hows[:2] == [How(overwrite=False, resume=True), How(overwrite=False, resume=False)]
+    changed = [*SWEEP["runs"][:1], {**SWEEP["runs"][1], "set": {"train.lr": 0.5}}, SWEEP["runs"][2]]
+    trainer = Trainer()
+    run(sweep_of(grid=None, runs=changed), trainer)
+    assert trainer.hows == [How(overwrite=True, resume=False)]
+
+
+def test_recipes_of_a_sweep_for_jobs_beside_each_other(tmp_path: Path) -> None:
+    """A folder a point of the grid, numbered, with its stages in their order; each is a recipe that trains that run."""
+    sweep = sweep_of(grid={"train.lr": [1e-4, 3e-5]})
+    folders = write_recipes(sweep, tmp_path / "jobs")
+    assert [folder.name for folder in folders] == ["0", "1"]
+    names = [sorted(path.name for path in folder.iterdir()) for folder in folders]
+    stages = list(enumerate(("sft", "una", "uft")))
+    assert names == [[f"{i}-{stage}-lr={lr}.yaml" for i, stage in stages] for lr in ("0.0001", "3e-05")]
+    second = load_recipe(str(folders[1] / "1-una-lr=3e-05.yaml"))
+    assert second.train.lr == 3e-5
+    assert second.reference.adapter == str((sweep.output / "sft-lr=3e-05").absolute()), "yet to be trained"
+    assert Path(second.output) == (sweep.output / "una-lr=3e-05").absolute()
+    write_recipes(sweep, tmp_path / "jobs")  # the same again
+    (tmp_path / "jobs" / "0" / "other.yaml").touch()
+    with pytest.raises(UserError, match="holds other files"):
+        write_recipes(sweep, tmp_path / "jobs")
+
+
+@pytest.mark.usefixtures("no_adapters")
+def test_a_table_of_what_has_been_run_elsewhere() -> None:
+    """Without running anything: done, how it ended, or not started."""
+    sweep = sweep_of(grid=None)
+    run(sweep, Trainer(sft=1, uft=0))
+    RunFolder(sweep.output / "sft").write_status(Status(1, "rank 1 was killed"))
+    results = table_of(sweep, Console(file=io.StringIO()))
+    assert [result.status for result in results] == ["ended: rank 1 was killed", "not started", "done"]
+    with (sweep.output / "table.csv").open(newline="") as file:
+        assert [row["status"] for row in csv.DictReader(file)] == [result.status for result in results]

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from uft_ds.checkpoint.load import stored_reference
+from uft_ds.checks import check_sharding
 from uft_ds.data.example import KEY_BYTES
 from uft_ds.data.store import Pool
 from uft_ds.model.adapters import add_adapters, start_from_adapter
@@ -25,12 +26,15 @@ from uft_ds.training.reference_cache import ReferenceCache
 from uft_ds.training.reference_store import LogpTable, ReferenceStore, set_aside
 from uft_ds.training.report import Speaker
 from uft_ds.training.run_folder import RunFolder
+from uft_ds.training.zero_section import ranks_of_a_node
 
 
 def build_engine(recipe: Recipe, reporter: Speaker) -> tuple[Engine, UFTModel]:
     """Load the base, shard by shard under ZeRO-3, add adapters and wrap both."""
     assert recipe.lora is not None
     dtype = getattr(torch, recipe.model.dtype)
+    for warning in check_sharding(recipe, ranks=torch.distributed.get_world_size(), ranks_per_node=ranks_of_a_node()):
+        reporter.warn(warning)
     config = deepspeed_config(
         read_deepspeed_file(recipe.deepspeed), dtype=dtype, max_grad_norm=recipe.train.max_grad_norm
     )

@@ -19,6 +19,7 @@ from uft_ds.model.uft_model import UFTModel
 from uft_ds.recipe import Recipe
 from uft_ds.resolve import adapter_folder, cache_dir, caches_reference, reference_mode
 from uft_ds.training.engine import read_deepspeed_file
+from uft_ds.training.zero_section import LOSSY_KEY, check_ranks, rounds_weights
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -27,7 +28,12 @@ def check_recipe(recipe: Recipe) -> None:
     Raises:
         UserError: names the recipe's key.
     """
-    read_deepspeed_file(recipe.deepspeed)
+    zero = read_deepspeed_file(recipe.deepspeed)["zero_optimization"]
+    if rounds_weights(zero) and caches_reference(recipe):
+        raise UserError(
+            f"reference.cache: {recipe.deepspeed} sets {LOSSY_KEY}, so that weights are rounded anew for every gather, "
+            "and the reference's log-probs are not the same twice; set reference.cache: false"
+        )
     assert recipe.lora is not None
     config = check_base(recipe.model.base, recipe.model.revision)
     with warnings.catch_warnings():
@@ -51,6 +57,22 @@ def check_recipe(recipe: Recipe) -> None:
         _check_writable(cache_dir(recipe))
     if "wandb" in recipe.tracking and importlib.util.find_spec("wandb") is None:
         raise UserError("tracking: wandb is not installed: pip install 'uft-ds[wandb]', or leave it out")
+
+
+def check_sharding(recipe: Recipe, *, ranks: int, ranks_per_node: int | None) -> list[str]:
+    """Refuse a number of ranks that the recipe's DeepSpeed file cannot be run on.
+
+    Args:
+        ranks_per_node: None where it is not known.
+    Returns:
+        what the user should read before the run.
+    Raises:
+        UserError: names the file and its key.
+    """
+    zero = read_deepspeed_file(recipe.deepspeed)["zero_optimization"]
+    return check_ranks(
+        zero, recipe.deepspeed, ranks=ranks, ranks_per_node=ranks_per_node, has_gpus=torch.cuda.is_available()
+    )
 
 
 def check_inputs_lie_outside(recipe: Recipe) -> None:

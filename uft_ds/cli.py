@@ -13,10 +13,11 @@ import typer
 from rich.console import Console
 
 from uft_ds import __version__
-from uft_ds.errors import EXIT_INTERRUPTED, CheckFailed, UserError
+from uft_ds.errors import EXIT_INTERRUPTED, EXIT_STOPPED, CheckFailed, UserError
 
 if TYPE_CHECKING:
     from uft_ds.recipe import Recipe
+    from uft_ds.sweep import Result
     from uft_ds.training.run_folder import Status
 
 # Commands import what they need when they run: `uft --help` should not wait for torch.
@@ -78,6 +79,16 @@ def _launched(recipe: Recipe, what: str, **how: Any) -> tuple[Path, Status]:
 
 
 @app.command()
+def status(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]) -> None:
+    """How far a run is, and how it ended; the exit code is the run's, 1 where it goes on or died without a word."""
+    from uft_ds.training.progress import progress_of
+
+    found = progress_of(run)
+    console.print(found.summary)
+    raise typer.Exit(found.exit_code)
+
+
+@app.command()
 def sweep(
     what: Annotated[str, typer.Argument(metavar="SWEEP", help="A sweep's YAML file; with --grid, a recipe.")],
     overrides: Overrides = None,
@@ -86,27 +97,45 @@ def sweep(
         typer.Option("--grid", help="key=[value, ...]: run the recipe with each value, or combination of values."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Run again what is done.")] = False,
+    recipes: Annotated[
+        Optional[Path],  # noqa: UP045 - typer reads it
+        typer.Option(help="Run nothing: write each run's recipe below this folder, for jobs of a cluster."),
+    ] = None,
+    table: Annotated[bool, typer.Option("--table", help="Run nothing: the table of what is done.")] = False,
 ) -> None:
     """Run recipes one after the other, and compare them in one table.
 
-    Overrides hold for every run. What is done is not run again: the same command goes on after an interruption.
-    Tokenised data and the reference's log-probs are shared through their caches.
+    Overrides hold for every run. What is done is not run again, and a run that was stopped goes on: the same command
+    goes on after an interruption. Tokenised data and the reference's log-probs are shared through their caches.
     """
     from uft_ds.run import check_recipe_and_data, run_recipe
-    from uft_ds.sweep import run_sweep
+    from uft_ds.sweep import run_sweep, table_of, write_recipes
     from uft_ds.sweep_file import grid_of, load_sweep
 
     given = tuple(overrides or ())
     planned = grid_of(what, grid, given) if grid else load_sweep(what, given)
+    if (recipes is not None) + table + overwrite > 1:
+        raise UserError("--recipes, --table, --overwrite: give one of them")
+    if recipes is not None:
+        for folder in write_recipes(planned, recipes):
+            print(folder)
+        return
+    if table:
+        _fail_unless_all_done(table_of(planned, console))
+        return
     results = run_sweep(
         planned,
         console,
         check=lambda recipe: check_recipe_and_data(recipe, console),
-        train=lambda recipe, again: run_recipe(recipe, "training", console, overwrite=again),
+        train=lambda recipe, how: run_recipe(recipe, "training", console, overwrite=how.overwrite, resume=how.resume),
         overwrite=overwrite,
     )
     if any(result.status == "interrupted" for result in results):
         raise typer.Exit(EXIT_INTERRUPTED)
+    _fail_unless_all_done(results)
+
+
+def _fail_unless_all_done(results: list[Result]) -> None:
     failed = [result.run.name for result in results if result.status != "done"]
     if failed:
         raise CheckFailed(f"{len(failed)} of {len(results)} runs are not done: {', '.join(failed)}")
@@ -134,7 +163,7 @@ def reference(recipe: RecipeName, overrides: Overrides = None) -> None:
     try:
         _, status = _launched(filling, "computing the reference", options=("--only-reference",))
     except typer.Exit as end:
-        if end.exit_code == EXIT_INTERRUPTED:
+        if end.exit_code in (EXIT_INTERRUPTED, EXIT_STOPPED):
             print("what has been stored is kept: the same command goes on from there", file=sys.stderr)
             shutil.rmtree(work)
         else:  # the ranks failed: their logs stay
@@ -148,11 +177,23 @@ def reference(recipe: RecipeName, overrides: Overrides = None) -> None:
 
 
 @recipe_app.command("show")
-def recipe_show(recipe: RecipeName, overrides: Overrides = None) -> None:
+def recipe_show(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    key: Annotated[Optional[str], typer.Option(help="Only this key's value, such as output.")] = None,  # noqa: UP045
+) -> None:
     """Print a recipe with all defaults and overrides filled in."""
-    from uft_ds.recipe_file import dump_recipe, load_recipe
+    from uft_ds.names import unknown_name
+    from uft_ds.recipe_file import dump_recipe, leaves_of, load_recipe
 
-    print(dump_recipe(load_recipe(recipe, tuple(overrides or ()))), end="")
+    loaded = load_recipe(recipe, tuple(overrides or ()))
+    if key is None:
+        print(dump_recipe(loaded), end="")
+        return
+    leaves = leaves_of(loaded)
+    if key not in leaves:
+        raise UserError(f"--key: {unknown_name(key, tuple(leaves))}")
+    print(leaves[key])
 
 
 @recipe_app.command("list")
@@ -239,14 +280,14 @@ def convert(
             metavar="SOURCE", help="A run, one of its checkpoints, a PEFT adapter, or a folder of DeepSpeed's."
         ),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; it must not exist yet.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write: a new or an empty one.")],
     to: Annotated[
         Literal["merged", "adapter", "universal"],
         typer.Option(help="A whole model, the adapter alone, or DeepSpeed's universal checkpoint of a run's."),
     ] = "merged",
     base: Annotated[
         Optional[str],  # noqa: UP045 - typer reads it
-        typer.Option(help="The base model, where the source does not say it: a folder or a hub name."),
+        typer.Option(help="The base model, a folder or a hub name, where the source does not say it or it has moved."),
     ] = None,
     adapter_config: Annotated[
         Optional[Path],  # noqa: UP045
@@ -274,7 +315,7 @@ def convert(
         raise UserError(f"--max-shard-size: of no use with --to {to}; leave it out")
     if to == "universal":
         given = [name for name, value in (("--base", base), ("--adapter-config", adapter_config)) if value is not None]
-        if given:
+        if given and not (source / "adapter_config.json").exists():
             raise UserError(
                 f"{given[0]}: of no use with --to universal, which is of a run's own checkpoint; leave it out"
             )
@@ -420,6 +461,19 @@ def quickstart(
     from uft_ds.quickstart import run_quickstart
 
     run_quickstart(folder, tuple(overrides or ()), console=console, train=run_training)
+
+
+@app.command()
+def doctor(
+    output: Annotated[Path, typer.Option(help="Where runs will be written; it need not exist.")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="For programs: a list of findings.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Without the proofs, which start two ranks each.")] = False,
+    time_limit: Annotated[float, typer.Option(min=1.0, help="Seconds for the proofs together.")] = 300.0,
+) -> None:
+    """Examine the installation and the machine, each finding with its remedy; exit code 3 if there is a problem."""
+    from uft_ds.doctor.report import report_on
+
+    report_on(output, console, as_json=as_json, quick=quick, seconds=time_limit)
 
 
 def _quiet_loading() -> None:

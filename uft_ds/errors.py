@@ -18,3 +18,9 @@ class CheckFailed(Exception):
     """A check of our own refused to go on: step-0 parity, non-finite steps, conversion mismatch."""
 
     exit_code = EXIT_CHECK_FAILED
+
+
+class Stopped(BaseException):
+    """The run was asked to stop, and did. Like KeyboardInterrupt it is no error, and no library may swallow it."""
+
+    exit_code = EXIT_STOPPED

@@ -8,17 +8,20 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
+import psutil
 import torch
 
-from uft_ds.errors import EXIT_CRASHED, EXIT_INTERRUPTED, UserError
+from uft_ds.errors import EXIT_CRASHED, EXIT_INTERRUPTED, EXIT_STOPPED, UserError
 from uft_ds.process import LAUNCHED_BY, die_with_parent
 from uft_ds.training.run_folder import RunFolder, Status
 
 _SECONDS_TO_STOP = 15
-_STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+_POLL_SECONDS = 0.5
+_STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+RANK_MODULE = "uft_ds.train"
 
 
 def number_of_ranks(asked: int | str) -> int:
@@ -53,49 +56,73 @@ def master_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def launch(folder: RunFolder, *, ranks: int, port: int, options: tuple[str, ...] = ()) -> Status:
+def launch(
+    folder: RunFolder, *, ranks: int, port: int, options: tuple[str, ...] = (), say: Callable[[str], None] = print
+) -> Status:
     """Run `uft_ds.train` on `ranks` processes until they end; the folder is prepared and locked by the caller.
 
-    The launcher's own output goes to launcher.log: it hides exit codes and prints tracebacks for all of them.
+    A signal that asks to stop is passed on to the ranks, which save first; a second Ctrl-C ends them at once. The
+    launcher's own output goes to launcher.log: it hides exit codes and prints tracebacks for all of them.
     """
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(ranks)),
         *("--master-addr", "127.0.0.1", "--master-port", str(port), "--max-restarts", "0"),
-        *("-m", "uft_ds.train", str(folder.recipe), "--prepared", *options),
+        *("-m", RANK_MODULE, str(folder.recipe), "--prepared", *options),
     ]
-    with folder.launcher_log.open("w", encoding="utf-8") as log, _stoppable():
-        # An interrupt during the fork would be raised in one of its hooks and lost: it waits until the child is there.
-        signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    heard: list[int] = []
+    with folder.launcher_log.open("w", encoding="utf-8") as log, _noting(heard):
         process = subprocess.Popen(
             command, stderr=log, env=rank_environment(ranks), start_new_session=True, preexec_fn=_as_child
         )
-        try:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
-            process.wait()
-        except KeyboardInterrupt:
-            _stop(process)
-            return Status(EXIT_INTERRUPTED, "interrupted")
+        has_said = False
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_POLL_SECONDS)
+                break
+            if heard.count(signal.SIGINT) > 1:
+                _stop(process)
+                return Status(EXIT_INTERRUPTED, "interrupted")
+            if heard:
+                if not has_said:
+                    say("stopping: the step that is running is finished and saved first (Ctrl-C again: at once)")
+                    has_said = True
+                _ask_to_stop(process)
     killed = _killed_ranks(folder)
     if killed:
         return Status(EXIT_CRASHED, f"{killed}: out of memory? See {folder.launcher_log} and the system's log")
-    ended_silently = Status(EXIT_CRASHED, f"the ranks ended without a word; see {folder.launcher_log}")
+    if heard:
+        ended_silently = Status(EXIT_STOPPED, "stopped before it trained; nothing is lost")
+    else:
+        ended_silently = Status(EXIT_CRASHED, f"the ranks ended without a word; see {folder.launcher_log}")
     return folder.read_status() or ended_silently
 
 
 @contextmanager
-def _stoppable() -> Iterator[None]:
-    """Within the block SIGTERM is what Ctrl-C is: the ranks are stopped before this process ends."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def _noting(heard: list[int]) -> Iterator[None]:
+    """Within the block a signal that asks to stop is noted, and nothing else."""
+    before = {number: signal.signal(number, lambda number, _: heard.append(number)) for number in _STOP_SIGNALS}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _as_child() -> None:
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)  # a blocked signal stays blocked through exec
+    """In the child before its program starts: the launcher must survive what is sent to its ranks."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # inherited by the ranks until they have a handler
     die_with_parent()
+
+
+def _ask_to_stop(launcher: subprocess.Popen[bytes]) -> None:
+    """Signal the ranks; again and again, for one that has just been started does not listen yet."""
+    with suppress(psutil.Error):
+        for child in psutil.Process(launcher.pid).children(recursive=True):
+            with suppress(psutil.Error):
+                if RANK_MODULE in child.cmdline():
+                    child.send_signal(signal.SIGUSR1)
 
 
 def rank_environment(ranks: int) -> dict[str, str]:

@@ -216,10 +216,16 @@ def _check_mixture(data: PreparedData) -> None:
 
 
 def prepare_run(
-    recipe: Recipe, *, overwrite: bool, on_progress: OnProgress = lambda label, done, total: None
+    recipe: Recipe,
+    *,
+    overwrite: bool,
+    on_progress: OnProgress = lambda label, done, total: None,
+    lock: IO[str] | None = None,
 ) -> tuple[RunFolder, PreparedData, IO[str]]:
     """Check everything, then claim the run's folder and write the tokenised data and the run's identity there.
 
+    Args:
+        lock: of the folder, where the caller has claimed it.
     Returns:
         the folder, what was prepared, and the folder's lock.
     Raises:
@@ -230,7 +236,7 @@ def prepare_run(
     check_claimable(folder, overwrite=overwrite)
     recipe, data = check_run(recipe, on_progress)
     identity = run_identity(recipe, data, on_progress)
-    lock = claim(folder, overwrite=overwrite)
+    lock = claim(folder, overwrite=overwrite, lock=lock)
     try:
         _write_prepared(folder, recipe, data, identity)
     except BaseException as error:

@@ -50,6 +50,20 @@ def _is_alive(process_id: str) -> bool:
 
 
 @contextmanager
+def helpers_without_usr1() -> Iterator[None]:
+    """Within the block, processes that are started never get SIGUSR1, and this one gets it at the end of the block.
+
+    Slurm sends the signal that asks a run to stop to every process of a step, and in a helper it would be fatal. A mask
+    is inherited, handlers are not.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
 def returning_freed_memory() -> Iterator[None]:
     """Within the block, glibc gives blocks of a mebibyte and more back to the system when they are freed.
 

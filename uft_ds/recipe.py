@@ -293,6 +293,7 @@ def _impossible(recipe: Recipe) -> list[tuple[str, str]]:
                     (f"{prefix}.{index}.path", f"{source.path!r} is a source already; no row may be used twice")
                 )
             seen.add(rows)
+    found += [("train.keep_best", problem) for problem in _impossible_best(recipe)]
     if recipe.lora is not None and recipe.lora.dropout != 0.0:
         found.append(("lora.dropout", f"{recipe.lora.dropout} given, must be 0: it would make log-ratios noise"))
     for prefix, sources in (("data.sources", data.sources), ("data.held_out", data.held_out)):
@@ -309,6 +310,23 @@ def _impossible(recipe: Recipe) -> list[tuple[str, str]]:
         )
         if unavailable
     ]
+
+
+def _impossible_best(recipe: Recipe) -> list[str]:
+    """Why no checkpoint could ever be the best one."""
+    train = recipe.train
+    if train.keep_best is None:
+        return []
+    if not train.keep_best.startswith("held_out/"):
+        return [f"{train.keep_best!r} is no held-out metric, such as held_out/loss"]
+    if not recipe.data.held_out:
+        return ["needs data.held_out, which is empty"]
+    if train.checkpoint_every % train.evaluate_every and train.evaluate_every % train.checkpoint_every:
+        return [
+            f"needs evaluations where checkpoints are: train.evaluate_every {train.evaluate_every} and "
+            f"train.checkpoint_every {train.checkpoint_every} must be multiples of each other"
+        ]
+    return []
 
 
 def _impossible_portion(source: SourceSection, prefix: str) -> list[tuple[str, str]]:

@@ -14,7 +14,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any
 
-from uft_ds.checkpoint.folder import checkpoints_of, newest_whole, point_latest, set_aside
+from uft_ds.checkpoint.folder import checkpoints_of, newest_whole, point_latest, set_aside, set_aside_of
 from uft_ds.checkpoint.state import read_position
 from uft_ds.data.tokenized import is_whole
 from uft_ds.errors import UserError
@@ -54,12 +54,13 @@ def prepare_resume(
     lock = claim_again(folder)
     try:
         checkpoint, problems = newest_whole(folder.path)
+        problems += [f"{path.name}: damaged, and set aside before" for path in set_aside_of(folder.path)]
         if checkpoint is None and problems:
             raise UserError("\n".join([f"{folder.path}: none of the run's checkpoints can be used", *problems]))
         if checkpoint is None:
-            lock.close()
+            _check_nothing_is_lost(folder, recipe)
             say(f"{folder.path} holds no checkpoint: starting at step 0")
-            return prepare_run(recipe, overwrite=True, on_progress=on_progress)
+            return prepare_run(recipe, overwrite=True, on_progress=on_progress, lock=lock)
         position = read_position(checkpoint)
         _check_same_recipe(folder, recipe)
         recipe, data = check_run(recipe, on_progress)
@@ -98,6 +99,21 @@ def resumed_from(folder: RunFolder) -> Path | None:
     return folder.checkpoints / str(json.loads(folder.resumed.read_text(encoding="utf-8"))["checkpoint"])
 
 
+def _check_nothing_is_lost(folder: RunFolder, recipe: Recipe) -> None:
+    """Refuse to start again at step 0 in the place of a run that has something to show.
+
+    Raises:
+        UserError: it is done, or has trained with another recipe.
+    """
+    if folder.done.exists():
+        raise UserError(
+            f"{folder.path}: the run is done, and its checkpoints are gone: there is nothing to go on with; "
+            "--overwrite trains it again"
+        )
+    if folder.metrics.exists() and folder.metrics.stat().st_size and folder.recipe.exists():
+        _check_same_recipe(folder, recipe)
+
+
 def _check_same_recipe(folder: RunFolder, recipe: Recipe) -> None:
     before, now = leaves_of(load_recipe(str(folder.recipe))), leaves_of(with_absolute_paths(recipe))
     if now["model.revision"] is None:
@@ -107,6 +123,10 @@ def _check_same_recipe(folder: RunFolder, recipe: Recipe) -> None:
         for key in dict.fromkeys((*now, *before))
         if now.get(key, _ABSENT) != before.get(key, _ABSENT) and not _may_change(key)
     ]
+    for key, then in before.items():
+        # Only a path that exists is made absolute: a relative one now says that it is gone.
+        if isinstance(then, str) and now.get(key) not in (then, None) and then.endswith(f"/{now[key]}"):
+            raise UserError(f"{key}: {now[key]}: no such file or folder here; the run began with {then}")
     if changed:
         raise UserError(
             f"{folder.path}: --resume goes on with the same recipe; give output=PATH for another run\n"
@@ -122,7 +142,7 @@ def _may_change(key: str) -> bool:
 
 
 def _check_same_content(folder: RunFolder, now: dict[str, Any]) -> None:
-    """By content: paths may have changed."""
+    """By content, whatever the paths of data are by now."""
     try:
         before = json.loads(folder.identity.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -202,8 +222,10 @@ def _go_back_to(checkpoint: Path, folder: RunFolder, recipe: Recipe, metrics_byt
         for newer in takewhile(lambda path: path != checkpoint, checkpoints_of(folder.path)):
             set_aside(newer)  # it would count as the newest one when old ones are deleted
         point_latest(folder)
-        if folder.metrics.exists() and folder.metrics.stat().st_size > metrics_bytes:
-            os.truncate(folder.metrics, metrics_bytes)
+        if folder.metrics.exists():
+            # Where lines are lost the last one may be torn.
+            kept = folder.metrics.read_bytes()[:metrics_bytes].rpartition(b"\n")
+            os.truncate(folder.metrics, len(kept[0] + kept[1]))
         write_atomically(folder.recipe, dump_recipe(recipe))
         write_atomically(folder.resumed, json.dumps({"checkpoint": checkpoint.name}) + "\n")
     except OSError as error:

@@ -10,7 +10,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
-from uft_ds.errors import EXIT_DONE
+from uft_ds.checks import check_sharding
+from uft_ds.errors import EXIT_DONE, EXIT_STOPPED
 from uft_ds.launch import launch, master_port, number_of_ranks
 from uft_ds.prepare import OnProgress, check_run, prepare_run
 from uft_ds.preview import show_data
@@ -43,6 +44,7 @@ def run_recipe(
         console.print(f"{done.path} is done: there is nothing to go on with")
         return done.path, Status(EXIT_DONE, "done")
     ranks = number_of_ranks(recipe.launch.ranks)
+    check_sharding(recipe, ranks=ranks, ranks_per_node=ranks)
     master_port()  # a given port that is taken is told before the data is read
     with preparation(console) as on_progress:
         if resume:
@@ -52,8 +54,10 @@ def run_recipe(
     with lock:
         show_data(recipe, data, console)
         console.print(f"{what} on {ranks} ranks; logs in {folder.path}")
-        status = launch(folder, ranks=ranks, port=master_port(), options=options)
-    if status.exit_code != 0:
+        status = launch(folder, ranks=ranks, port=master_port(), options=options, say=console.print)
+    if status.exit_code == EXIT_STOPPED:
+        console.print(status.message)
+    elif status.exit_code != EXIT_DONE:
         print(f"error: {status.message}", file=sys.stderr)
     return folder.path, status
 

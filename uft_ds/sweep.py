@@ -19,11 +19,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from uft_ds.errors import EXIT_INTERRUPTED, UserError
+from uft_ds.errors import EXIT_INTERRUPTED, EXIT_STOPPED, UserError
 from uft_ds.files import write_atomically
 from uft_ds.model.identity import adapter_identity
 from uft_ds.recipe import Recipe
-from uft_ds.recipe_file import leaves_of, load_recipe
+from uft_ds.recipe_file import dump_recipe, leaves_of, load_recipe
 from uft_ds.resolve import adapter_folder, with_absolute_paths
 from uft_ds.sweep_file import DEFAULT_COLUMNS, PlannedRun, Sweep
 from uft_ds.training.metrics import read_metrics
@@ -31,6 +31,14 @@ from uft_ds.training.run_folder import RunFolder, Status
 
 TABLE = "table.csv"
 _ABSENT = "(absent)"
+
+
+@dataclass(frozen=True)
+class How:
+    """A run begins anew, in the place of what its folder holds, or goes on with that."""
+
+    overwrite: bool
+    resume: bool
 
 
 @dataclass(frozen=True)
@@ -51,14 +59,14 @@ def run_sweep(
     console: Console,
     *,
     check: Callable[[Recipe], object],
-    train: Callable[[Recipe, bool], tuple[Path, Status]],
+    train: Callable[[Recipe, How], tuple[Path, Status]],
     overwrite: bool,
 ) -> list[Result]:
     """Run what is not done yet; a run that fails stops those that start from it, and no others.
 
     Args:
         check: what a run needs besides its recipe.
-        train: (recipe, overwrite) -> folder and status.
+        train: (recipe, how) -> folder and status.
         overwrite: run again what is done or did not finish.
     Raises:
         UserError: a run cannot be as it is, or a folder holds one of another recipe; nothing has been run.
@@ -92,18 +100,19 @@ def _result(
     run: PlannedRun,
     results: dict[str, Result],
     console: Console,
-    train: Callable[[Recipe, bool], tuple[Path, Status]],
+    train: Callable[[Recipe, How], tuple[Path, Status]],
     overwrite: bool,
 ) -> Result:
     folder = RunFolder(sweep.output / run.name)
     if run.after is not None and results[run.after].status != "done":
         console.print(f"skipped: {run.after} is not done")
         return Result(run, "skipped", {}, 0.0)
-    if not overwrite and folder.done.exists() and _starts_from_the_same(sweep, run):
+    is_kept = not overwrite and _goes_on(sweep, run, folder)
+    if is_kept and folder.done.exists():
         console.print("done before")
-        return Result(run, "done", last_values(folder), _training_seconds(folder))
+        return _done(run, folder)
     try:
-        _, status = train(run.recipe, overwrite or folder.path.exists())
+        _, status = train(run.recipe, How(overwrite=not is_kept and folder.path.exists(), resume=is_kept))
     except KeyboardInterrupt:
         return Result(run, "interrupted", {}, 0.0)
     except UserError as error:
@@ -113,8 +122,68 @@ def _result(
         traceback.print_exc()
         return Result(run, "failed", {}, 0.0)
     if status.exit_code != 0:
-        return Result(run, "interrupted" if status.exit_code == EXIT_INTERRUPTED else "failed", {}, 0.0)
+        was_stopped = status.exit_code in (EXIT_INTERRUPTED, EXIT_STOPPED)
+        return Result(run, "interrupted" if was_stopped else "failed", {}, 0.0)
+    return _done(run, folder)
+
+
+def _done(run: PlannedRun, folder: RunFolder) -> Result:
     return Result(run, "done", last_values(folder), _training_seconds(folder))
+
+
+def write_recipes(sweep: Sweep, folder: Path) -> list[Path]:
+    """The recipes of a sweep for jobs that run beside each other: a folder a point of the grid, its stages in order.
+
+    Returns:
+        the folders, numbered.
+    Raises:
+        UserError: the folder holds something else.
+    """
+    points: dict[str, list[PlannedRun]] = {}
+    for run in sweep.runs:
+        points.setdefault(repr(run.values), []).append(run)
+    folders = []
+    for number, stages in enumerate(points.values()):
+        point = folder / str(number)
+        point.mkdir(parents=True, exist_ok=True)
+        for order, run in enumerate(stages):
+            write_atomically(point / f"{order}-{run.name}.yaml", dump_recipe(_for_a_job(run, sweep)))
+        expected = {f"{order}-{run.name}.yaml" for order, run in enumerate(stages)}
+        if {path.name for path in point.iterdir()} != expected:
+            raise UserError(f"{point}: holds other files than this sweep's recipes; give a new folder")
+        folders.append(point)
+    return folders
+
+
+def _for_a_job(run: PlannedRun, sweep: Sweep) -> Recipe:
+    """Wherever it is read from; the adapter that it starts from need not be there yet."""
+    recipe = with_absolute_paths(run.recipe_alone)
+    if run.after is None:
+        return recipe
+    adapter = str((sweep.output / run.after).absolute())
+    return recipe.model_copy(update={"reference": recipe.reference.model_copy(update={"adapter": adapter})})
+
+
+def table_of(sweep: Sweep, console: Console) -> list[Result]:
+    """Write and show the table of what has been run, wherever that was; what is not done says how far it came.
+
+    Raises:
+        UserError: a run's folder holds one of another recipe.
+    """
+    results = []
+    for run in sweep.runs:
+        _check_folder(sweep, run)
+        folder = RunFolder(sweep.output / run.name)
+        ended = folder.read_status()
+        results.append(
+            _done(run, folder)
+            if folder.done.exists()
+            else Result(run, "not started" if ended is None else f"ended: {ended.message}", last_values(folder), 0.0)
+        )
+    write_table(sweep.output / TABLE, results, settings_of(sweep))
+    console.print(shown_table(sweep, results))
+    console.print(f"all metrics: {sweep.output / TABLE}")
+    return results
 
 
 def _check_runs(sweep: Sweep, console: Console, check: Callable[[Recipe], object], *, overwrite: bool) -> None:
@@ -141,16 +210,29 @@ def _check_folder(sweep: Sweep, run: PlannedRun) -> None:
     folder = RunFolder(sweep.output / run.name)
     if not folder.done.exists() or (run.after is not None and not RunFolder(sweep.output / run.after).done.exists()):
         return
+    changed = _first_change(folder, run)
+    if changed is not None:
+        raise UserError(
+            f"{folder.path}: holds a run of another recipe ({changed}); run the sweep with --overwrite, or give "
+            "another output"
+        )
+
+
+def _first_change(folder: RunFolder, run: PlannedRun) -> str | None:
+    """What a run's recipe says otherwise than when its folder was prepared."""
     before, now = leaves_of(load_recipe(str(folder.recipe))), leaves_of(with_absolute_paths(run.recipe))
     if now["model.revision"] is None:
         before["model.revision"] = None  # preparing a run fixes a hub model's
-    changed = [key for key in (*now, *before) if now.get(key, _ABSENT) != before.get(key, _ABSENT)]
-    if changed:
-        key = changed[0]
-        raise UserError(
-            f"{folder.path}: holds a run of another recipe ({key}: {now.get(key, _ABSENT)} now, "
-            f"{before.get(key, _ABSENT)} then); run the sweep with --overwrite, or give another output"
-        )
+    for key in (*now, *before):
+        if now.get(key, _ABSENT) != before.get(key, _ABSENT):
+            return f"{key}: {now.get(key, _ABSENT)} now, {before.get(key, _ABSENT)} then"
+    return None
+
+
+def _goes_on(sweep: Sweep, run: PlannedRun, folder: RunFolder) -> bool:
+    """Whether what a folder holds is this run, done or not."""
+    is_run = folder.lock.exists() and folder.recipe.exists() and folder.environment.exists()
+    return is_run and _first_change(folder, run) is None and _starts_from_the_same(sweep, run)
 
 
 def _starts_from_the_same(sweep: Sweep, run: PlannedRun) -> bool:

@@ -27,49 +27,57 @@ ADAPTER = [3.0, -4.0]
 def test_share_and_error_by_hand(merged: list[float], share: float, error: float) -> None:
     """Share: <adapter, merged> / <adapter, adapter>; error: |merged - adapter| / |adapter|."""
     found = agreement(torch.tensor(ADAPTER), torch.tensor(merged))
-    assert found == pytest.approx((share, error))
-    assert all(type(value) is float for value in found)
+    assert (found.share_kept, found.relative_error) == pytest.approx((share, error))
+    assert found.error_nats == pytest.approx(error * 5 / 2**0.5), "|adapter| is 5, of 2 responses"
+    assert found.is_faithful == (error <= MAX_RELATIVE_ERROR)
 
 
 def test_noise_cannot_hide_behind_a_perfect_share() -> None:
     """Noise at a right angle keeps the share at 1, and is far past the bound on the error."""
-    share, error = agreement(torch.tensor(ADAPTER), torch.tensor([7.0, -1.0]))
-    assert share == pytest.approx(1.0)
-    assert error > MAX_RELATIVE_ERROR
+    found = agreement(torch.tensor(ADAPTER), torch.tensor([7.0, -1.0]))
+    assert found.share_kept == pytest.approx(1.0)
+    assert not found.is_faithful
 
 
 def test_nothing_trained_and_nothing_merged_agree() -> None:
     """An untrained adapter: all log-ratios 0 on both sides is a perfect merge."""
-    assert agreement(torch.zeros(3), torch.zeros(3)) == (1.0, 0.0)
+    found = agreement(torch.zeros(3), torch.zeros(3))
+    assert (found.share_kept, found.relative_error, found.is_faithful) == (1.0, 0.0, True)
 
 
 def test_nothing_trained_but_something_merged_does_not_agree() -> None:
-    """Any log-ratio where there should be none is an infinite relative error, which no bound lets through."""
-    share, error = agreement(torch.zeros(3), torch.tensor([0.0, 1e-6, 0.0]))
-    assert share == 0.0
-    assert not error <= MAX_RELATIVE_ERROR
+    """Any log-ratio where there should be none is an infinite relative error; past rounding it is refused."""
+    found = agreement(torch.zeros(3), torch.tensor([0.0, 1e-3, 0.0]))
+    assert found.share_kept == 0.0
+    assert found.relative_error == float("inf")
+    assert not found.is_faithful
+    assert agreement(torch.zeros(3), torch.tensor([0.0, 1e-6, 0.0])).is_faithful
 
 
 def test_rounding_is_no_error_however_little_was_trained() -> None:
     """After one tiny step log-ratios are as small as float32's rounding of log-probs: a merge is not refused for it.
 
-    Just above the bound (1e-4 nats) an error counts in full: 1.1e-4 everywhere against 1e-4 everywhere is 110%.
+    The error is said as it is: 0.9e-4 everywhere against 1e-4 everywhere is 90%, and 1.1e-4, past the bound, 110%.
     """
     adapter_R = torch.full((4,), 1e-4)
-    assert agreement(adapter_R, adapter_R + 0.9 * ROUNDING_NATS)[1] == 0.0
-    assert agreement(adapter_R, adapter_R + 1.1 * ROUNDING_NATS)[1] == pytest.approx(1.1, rel=1e-4)
+    below, above = (agreement(adapter_R, adapter_R + factor * ROUNDING_NATS) for factor in (0.9, 1.1))
+    assert (below.relative_error, above.relative_error) == pytest.approx((0.9, 1.1), rel=1e-4)
+    assert below.is_faithful
+    assert "relative error 90.00% (of 9.0e-05 nats: what was trained is too little to be told" in below.summary
+    assert not above.is_faithful
+    assert "too little" not in above.summary
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_never_within_the_bound(bad: float) -> None:
     """A broken merged model fails the comparison that `convert` makes, `error <= bound`."""
-    _, error = agreement(torch.tensor(ADAPTER), torch.tensor([3.0, bad]))
-    assert not error <= MAX_RELATIVE_ERROR
+    assert not agreement(torch.tensor(ADAPTER), torch.tensor([3.0, bad])).is_faithful
 
 
 def test_agreement_does_not_depend_on_the_unit() -> None:
     """Log-ratios a thousand times as small give the same numbers."""
     merged = torch.tensor([2.5, -4.5])
-    assert agreement(torch.tensor(ADAPTER) / 1000, merged / 1000) == pytest.approx(
-        agreement(torch.tensor(ADAPTER), merged), rel=1e-5
-    )
+    small, large = agreement(torch.tensor(ADAPTER) / 1000, merged / 1000), agreement(torch.tensor(ADAPTER), merged)
+    assert small.share_kept == pytest.approx(large.share_kept, rel=1e-5)
+    assert small.relative_error == pytest.approx(large.relative_error, rel=1e-5)
+    assert small.error_nats == pytest.approx(large.error_nats / 1000, rel=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from checkpoints import whole_checkpoint
 from peft import LoraConfig, get_peft_model
+from rich.console import Console
 from tiny import build_tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -39,6 +41,7 @@ def uft(
 ) -> tuple[int, str, str]:
     """(exit code, standard output, standard error) of the command, in this process."""
     monkeypatch.setattr(sys, "argv", ["uft", *map(str, arguments)])
+    monkeypatch.setattr(cli, "console", Console(width=1000, markup=False, highlight=False))  # nothing is folded
     with pytest.raises(SystemExit) as end:
         cli.main()
     printed = capsys.readouterr()
@@ -76,8 +79,8 @@ def test_an_adapter_of_peft_is_merged_in_small_files(
         (("--adapter-config", "here"), "--adapter-config: only a DeepSpeed checkpoint needs it"),
         (("--to", "adapter", "--dtype", "float16"), "--dtype: --to adapter keeps what was trained as it is"),
         (("--to", "adapter", "--max-shard-size", "1GB"), "--max-shard-size: of no use with --to adapter"),
-        (("--to", "universal"), "holds no checkpoint; expected a run's folder"),
-        (("--to", "universal", "--base", "b"), "--base: of no use with --to universal"),
+        (("--to", "universal"), "an adapter alone; a universal checkpoint is of a run"),
+        (("--base", "nope/nope/nope"), "base: nope/nope/nope: no such folder; give --base"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(
@@ -93,6 +96,44 @@ def test_options_that_do_not_fit_are_refused(
     assert code == 2
     assert message in err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("nope", "nope: no such folder; expected a run, one of its checkpoints, an adapter in PEFT's format"),
+        ("base", "holds a whole model; expected a run"),
+        ("empty", "holds nothing of the kind; expected a run"),
+    ],
+)
+def test_what_is_no_source_is_refused(
+    base: Path,
+    tmp_path: Path,
+    what: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The message says what was expected."""
+    (tmp_path / "empty").mkdir()
+    source = base if what == "base" else tmp_path / what
+    code, _, err = uft(monkeypatch, capsys, "convert", source, tmp_path / "out")
+    assert code == 2
+    assert message in err
+
+
+def test_another_base_than_the_adapter_names_is_said(
+    base: Path,
+    adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It may be a copy, so it is taken."""
+    shutil.copytree(base, tmp_path / "copy")
+    code, out, _ = uft(monkeypatch, capsys, "convert", adapter, tmp_path / "out", "--base", tmp_path / "copy")
+    assert code == 0
+    assert f"warning: {adapter} says that its base is {base}; {tmp_path / 'copy'} is taken" in out
 
 
 @pytest.mark.parametrize("command", ["ls", "verify"])

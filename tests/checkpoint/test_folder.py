@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from checkpoints import whole_checkpoint
+from checkpoints import files_below, whole_checkpoint
 
 from uft_ds.checkpoint.folder import checkpoint_problem, checkpoints_of, latest_checkpoint, newest_whole, set_aside
-from uft_ds.checkpoint.manifest import files_below, write_manifest
+from uft_ds.checkpoint.manifest import write_manifest
 from uft_ds.errors import UserError
 
 
@@ -36,6 +36,14 @@ def test_a_damaged_newest_checkpoint_is_refused_and_older_ones_are_named(tmp_pat
     assert "step-000002" in message
     assert "adapter_model.safetensors: its content is not what was written" in message
     assert message.endswith("older ones: step-000001")
+
+
+def test_a_file_that_no_rank_wrote_is_damage(tmp_path: Path) -> None:
+    """The states of ranks are read from all files of their folder."""
+    checkpoint = whole_checkpoint(tmp_path / "checkpoints" / "step-000001")
+    extra = checkpoint / "optimizer" / "rank-00000-of-00001.safetensors"
+    extra.touch()
+    assert checkpoint_problem(checkpoint) == f"{extra}: not in the manifest"
 
 
 def test_a_run_without_checkpoints_is_refused(tmp_path: Path) -> None:

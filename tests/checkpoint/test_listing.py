@@ -47,6 +47,13 @@ def test_the_list_says_step_and_state(run: RunFolder) -> None:
     assert not problems_of(run.checkpoints / "step-000010")
 
 
+def test_one_checkpoint_is_listed_whatever_it_is_called(run: RunFolder, tmp_path: Path) -> None:
+    """By the link to the newest, or a copy under another name."""
+    assert [line.split()[0] for line in shown(run.latest).splitlines() if line.strip()][2:] == ["1000000"]
+    whole_checkpoint(tmp_path / "copy")
+    assert [line.split()[0] for line in shown(tmp_path / "copy").splitlines() if line.strip()][2:] == ["copy"]
+
+
 def test_deleting_moves_latest(run: RunFolder) -> None:
     """To the newest that is left; with the last one it goes."""
     assert delete(run.path, [1_000_000, 2]) == [run.checkpoints / "step-1000000", run.checkpoints / "step-000002"]
@@ -66,7 +73,9 @@ def test_what_is_set_aside_is_listed_and_may_be_deleted(run: RunFolder) -> None:
     rows = [line.split() for line in shown(run.path).splitlines() if line.strip()][2:]
     assert [row[0] for row in rows] == ["1000000", "10", "10", "2"]
     assert "set aside as step-000002.damaged" in shown(run.path)
-    assert not problems_of(run.path), "they count no more"
+    set_aside(run.checkpoints / "step-1000000")
+    assert not problems_of(run.path), "renamed, but whole"
+    (run.checkpoints / "step-1000000.damaged").rename(run.checkpoints / "step-1000000")
     assert [path.name for path in delete(run.path, [2, 10])] == ["step-000002.damaged", "step-000010"]
     assert [path.name for path in delete(run.path, [10])] == ["step-000010.damaged"]
     assert [path.name for path in run.checkpoints.iterdir()] == ["step-1000000"]

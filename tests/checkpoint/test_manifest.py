@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
 import pytest
+from checkpoints import files_below
 
-from uft_ds.checkpoint.manifest import MANIFEST, files_below, manifest_problem, write_manifest
+from uft_ds.checkpoint.manifest import MANIFEST, manifest_problem, write_manifest
 from uft_ds.files import sha256
 
 
@@ -96,4 +98,21 @@ def test_without_a_manifest_a_checkpoint_was_never_finished(checkpoint: Path, tm
 def test_a_garbled_manifest_is_named(checkpoint: Path, text: str) -> None:
     """Whatever stands in it instead: one line that names the manifest, no exception."""
     (checkpoint / MANIFEST).write_bytes(text.encode("latin-1"))
+    assert manifest_problem(checkpoint) == f"{checkpoint / MANIFEST}: not a manifest"
+
+
+def test_a_file_that_cannot_be_read_is_a_damaged_one(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fails under one checkpoint must not keep the others from being used."""
+
+    def fails(path: Path) -> str:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr("uft_ds.checkpoint.manifest.sha256", fails)
+    problem = manifest_problem(checkpoint)
+    assert problem == f"{checkpoint / 'adapter' / 'weights'}: cannot be read (Input/output error)"
+
+
+def test_a_manifest_without_end_is_none(checkpoint: Path) -> None:
+    """So deep that Python's reader gives up."""
+    (checkpoint / MANIFEST).write_text("[" * 100_000)
     assert manifest_problem(checkpoint) == f"{checkpoint / MANIFEST}: not a manifest"

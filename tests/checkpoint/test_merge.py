@@ -232,3 +232,28 @@ def test_an_adapter_is_copied(adapter: Path, tmp_path: Path) -> None:
         convert_to_adapter(adapter, tmp_path / "again", adapter_config=adapter)
     with pytest.raises(UserError, match="no such folder"):
         convert_to_adapter(tmp_path / "nowhere", tmp_path / "again")
+
+
+def test_an_adapter_of_the_head_is_compared(tmp_path: Path) -> None:
+    """A linear outside the layers keeps its adapter in memory from pass to pass, whether the head is tied or not."""
+    base = build_tiny_model(tmp_path / "base", "qwen2", tied=False)
+    adapter = tmp_path / "adapter"
+    policy = get_peft_model(loaded(base), LoraConfig(r=4, target_modules=["q_proj", "lm_head"]))
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.05)
+    policy.save_pretrained(str(adapter), save_embedding_layers=False)
+    result = convert_to_merged(adapter, tmp_path / "merged", base=str(base), report=lambda _: None)
+    assert result.agreement is not None
+    assert result.agreement.share_kept == pytest.approx(1.0, abs=1e-3)
+
+
+def test_a_generation_config_that_transformers_would_not_save_is_kept(tmp_path: Path) -> None:
+    """Well-known models have a temperature without do_sample."""
+    base = build_tiny_model(tmp_path / "base", "qwen2", tied=False)
+    (base / "generation_config.json").write_text('{"temperature": 0.9, "top_p": 0.6}')
+    adapter = saved_adapter(base, tmp_path / "adapter")
+    convert_to_merged(adapter, tmp_path / "merged", base=str(base), report=lambda _: None, verify=False)
+    found = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert (found["temperature"], found["top_p"]) == (0.9, 0.6)
+    assert isinstance(found["eos_token_id"], list)

@@ -3,10 +3,12 @@
 import json
 import shutil
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks import free_port
 from test_training_run import run, uft, write_recipe, write_rows
 from tiny import CHATML, VOCAB_SIZE, build_tiny_model
 from toy import saved_adapter
@@ -124,6 +126,24 @@ def test_an_adapter_of_another_base_is_refused(tiny_qwen2: Path, tmp_path: Path)
     prepare_run(load_recipe(str(write_recipe(tmp_path, tiny_qwen2)), (adapter,)), overwrite=False)[2].close()
     shutil.rmtree(one)
     assert f"was trained on {one}" in refused(write_recipe(tmp_path, other), adapter, f"output={tmp_path / 'again'}")
+
+
+def test_copies_in_nodes_that_are_no_nodes_are_refused(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """zero3_node is for nodes of 8 GPUs: `uft train` on 2 ranks, and ranks without it, end before the model is read."""
+    recipe = write_recipe(tmp_path, tiny_qwen2, deepspeed="zero3_node")
+    expected = "deepspeed: zero3_node: zero_optimization.zero_hpz_partition_size: 8 found, expected a divisor of the 2"
+    result = uft("train", str(recipe))
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert expected in result.stderr
+    assert not (tmp_path / "run").exists()
+    start = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()))
+    assert expected in run(sys.executable, *start, "-m", "uft_ds.train", str(recipe)).stderr
+
+
+def test_rounded_gathers_and_a_cached_reference_are_refused(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """Weights that are rounded anew for every gather give no reference that could be kept."""
+    recipe = write_recipe(tmp_path, tiny_qwen2, deepspeed="zero3_node_lossy")
+    assert "reference.cache: zero3_node_lossy sets zero_quantized_weights" in refused(recipe)
 
 
 def test_a_misspelt_deepspeed_key_is_refused(tiny_qwen2: Path, tmp_path: Path) -> None:

@@ -119,6 +119,44 @@ def test_a_checkpoint_holds_adapter_optimiser_generators_and_position(base: Path
     assert numbers == 4 * trainable, "weights, masters and two moments, once each over all ranks"
 
 
+def trains_on_meanwhile(base: Path, folder: Path) -> Any:
+    """A write that lasts until a step has been made."""
+    import threading
+
+    from uft_ds.checkpoint import save
+
+    engine, may_write = trained(base), threading.Event()
+    write = save.write_snapshot
+    save.write_snapshot = lambda *args: may_write.wait(60) and write(*args)
+    with engine.gathered_trainable() as named:
+        before = {name: tensor.clone() for name, tensor in named.items()}
+    writer = writer_of(engine, folder, Heard())
+    writer.start(at(1), ReferenceCache("live"))
+    assert writer.poll() is None
+    started_early = not list(folder.rglob("*.safetensors"))
+    batches = rank_micro_batches(toy_step(), tokens_per_micro_batch=64, rank=engine.rank, world_size=engine.world_size)
+    accumulate(engine, batches, UFT)
+    engine.step(1e-2)
+    with engine.gathered_trainable() as named:
+        moved = any(not torch.equal(before[name], tensor) for name, tensor in named.items())
+    may_write.set()
+    writer.finish()
+    return started_early, moved, before
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(base: Path, tmp_path: Path) -> None:
+    """`start` returns before anything is on the disk, and a step in between changes nothing of what is written."""
+    started_early, moved, before = run_on_ranks(trains_on_meanwhile, 2, base, tmp_path)[0]
+    assert started_early
+    assert moved
+    newest, _ = newest_whole(tmp_path)
+    assert newest is not None
+    adapter, shards = load_file(newest / "adapter" / "adapter_model.safetensors"), Shards(newest / "optimizer")
+    for name, tensor in before.items():
+        assert torch.equal(adapter[name.removeprefix("policy.").replace(".default", "")], tensor)
+        assert torch.equal(shards.read(name, "master", 0, tensor.numel()).view(tensor.shape), tensor)
+
+
 def a_write_that_fails(base: Path, folder: Path) -> Any:
     engine, heard = trained(base), Heard()
     writer = writer_of(engine, folder, heard)
@@ -142,8 +180,8 @@ def test_a_write_that_fails_leaves_the_older_checkpoint(base: Path, tmp_path: Pa
     """Every rank knows, it is said with the file's name, nothing is half-written, and the next one is whole."""
     results = run_on_ranks(a_write_that_fails, 2, base, tmp_path)
     for problem, _, said in results:
-        assert problem.startswith("rank 1: ")
-        assert "rank-00001-of-00002.safetensors" in problem
+        assert str(problem).startswith("rank 1: ")
+        assert "rank-00001-of-00002.safetensors" in str(problem)
         assert said == [f"checkpoint step-000002 could not be written ({problem}); the last one is step-000001"]
     assert results[0][1] == ["step-000001"]
     assert [path.name for path in checkpoints_of(tmp_path)] == ["step-000003", "step-000001"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -71,21 +72,25 @@ def test_a_deepspeed_folder_becomes_an_adapter_and_a_model(
     assert (ours - theirs).abs().max() < 1e-4
 
 
-def saved_by_a_plain_loop(base: Path, folder: Path, zero: dict[str, Any], bf16: bool) -> Any:
-    """PEFT and DeepSpeed as anyone uses them, nothing of ours: a step of cross-entropy, then save_checkpoint."""
+def saved_by_a_plain_loop(base: Path, folder: Path, zero: dict[str, Any], bf16: bool | None) -> Any:
+    """PEFT and DeepSpeed as anyone uses them, nothing of ours: a step of cross-entropy, then save_checkpoint.
+
+    bf16: None: with float32 gradients, for which DeepSpeed has another optimiser at stage 1.
+    """
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    dtype = torch.float32 if bf16 is False else torch.bfloat16
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-    policy = get_peft_model(model, LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", use_rslora=True))
+    policy = get_peft_model(model, LoraConfig(r=5, lora_alpha=6, target_modules="all-linear", use_rslora=True))
     trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     halves = [trainable[:5], trainable[5:]]  # two groups, as for another rate
     optimizer = torch.optim.AdamW([{"params": half, "lr": 1e-2} for half in halves])
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": zero,
-        "bf16": {"enabled": bf16},
+        "bf16": {"enabled": bf16 is not False},
+        **({"data_types": {"grad_accum_dtype": "fp32"}} if bf16 is None else {}),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
@@ -106,11 +111,13 @@ def saved_by_a_plain_loop(base: Path, folder: Path, zero: dict[str, Any], bf16: 
         ({"stage": 2}, True),
         ({"stage": 3}, True),
         ({"stage": 3, "offload_optimizer": {"device": "cpu"}}, False),
+        ({"stage": 2, "parameter_alignment": True}, False),
+        ({"stage": 1}, None),
     ],
-    ids=["zero1", "zero2", "zero3", "offloaded"],
+    ids=["zero1", "zero2", "zero3", "offloaded", "aligned", "BF16_Optimizer"],
 )
 def test_a_folder_that_others_have_written_becomes_an_adapter(
-    base: Path, tmp_path: Path, zero: dict[str, Any], bf16: bool
+    base: Path, tmp_path: Path, zero: dict[str, Any], bf16: bool | None
 ) -> None:
     """bfloat16 or not, with two groups of parameters and the base's weights in it: the float32 masters, bit for bit."""
     folder = tmp_path / "deepspeed"
@@ -169,8 +176,24 @@ def test_damage_is_named(saved: Path, tmp_path: Path) -> None:
         read_trainable(cut)
     lost = copy("lost")
     next((lost / "tag1").glob("*rank_0_*optim_states.pt")).unlink()
-    with pytest.raises(UserError, match="the optimiser's state of rank 0 is missing"):
+    with pytest.raises(UserError, match="2 ranks wrote it; the optimiser's state of rank 0 is missing"):
         read_trainable(lost)
+    last = copy("last")
+    next((last / "tag1").glob("*rank_1_*optim_states.pt")).unlink()
+    with pytest.raises(UserError, match="2 ranks wrote it; the optimiser's state of rank 1 is missing"):
+        read_trainable(last)
+    flipped = copy("flipped")
+    path = next((flipped / "tag1").glob("*rank_1_*optim_states.pt"))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{path}: damaged \(BadZipFile"):
+        read_trainable(flipped)
+    other = copy("other")
+    path = next((other / "tag1").glob("*rank_1_*optim_states.pt"))
+    torch.save({"optimizer_state_dict": {"zero_stage": 3}}, path)
+    with pytest.raises(UserError, match=rf"{path}: not a rank's optimiser state \(KeyError"):
+        read_trainable(other)
     nameless = copy("nameless")
     for states in (nameless / "tag1").glob("*model_states.pt"):
         states.unlink()
@@ -185,6 +208,24 @@ def test_damage_is_named(saved: Path, tmp_path: Path) -> None:
     assert find_tag(stale / "tag1") == stale / "tag1"
     with pytest.raises(UserError, match="holds no DeepSpeed checkpoint"):
         find_tag(tmp_path)
+
+
+def test_files_of_another_save_are_found(saved: Path, base: Path, tmp_path: Path) -> None:
+    """A tag that three ranks had written before two did: the third file belongs to other weights."""
+    folder = tmp_path / "twice"
+    run_on_ranks(saved_by_deepspeed, 3, base, folder, "zero3_cpu", True)
+    shutil.copytree(saved, folder, dirs_exist_ok=True)
+    with pytest.raises(UserError, match=r"its files are of several saves \(of 2, 3 ranks, there are 3 files\)"):
+        read_trainable(folder)
+
+
+def test_a_config_that_does_not_fit_is_refused(saved: Path, base: Path, tmp_path: Path) -> None:
+    """Also where only the adapter is written."""
+    config = json.loads((saved / "config" / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"r": 8}))
+    with pytest.raises(UserError, match="has rank 4, its config says 8"):
+        convert_to_adapter(saved, tmp_path / "out", base=str(base), adapter_config=tmp_path)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_missing_is_asked_for(saved: Path, base: Path, tmp_path: Path) -> None:

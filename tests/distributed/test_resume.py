@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -95,20 +96,15 @@ def killed_at(recipe: Path, step: int, *, one_rank: bool = False) -> None:
 
 
 def ranks_of(folder: Path) -> list[int]:
-    """Processes that train in this folder."""
+    """Processes that train in this folder, by `uft train` or by a launcher."""
     found = []
-    for status in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = status.read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if (
-            b"uft_ds.train" in words
-            and str(folder / "recipe.yaml").encode() in words
-            and b"torch.distributed.run" not in words
-        ):
-            found.append(int(status.parent.name))
-    return found
+    recipes = {str(folder / "recipe.yaml"), str(folder.parent / "recipe.yaml")}
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        is_launcher = any(word.startswith(("torch.distributed", "deepspeed")) or "launcher" in word for word in words)
+        if "uft_ds.train" in words and recipes & set(words) and not is_launcher:
+            found.append(process.pid)
+    return sorted(found)
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +216,43 @@ def test_without_a_run_or_a_checkpoint_it_starts_at_step_0(unbroken: Path, tiny_
     shutil.rmtree(run / "checkpoints")
     assert resumed(recipe) == [f"{run} holds no checkpoint: starting at step 0"]
     assert not (run / "metrics.jsonl").exists()
+
+
+def test_a_run_is_never_deleted_for_its_checkpoints_are_gone(unbroken: Path, tiny_qwen2: Path, tmp_path: Path) -> None:
+    """Only damaged ones left, or none of a run that is done, or none of a run by another recipe: refused."""
+    recipe, run = unfinished_copy(unbroken, tiny_qwen2, tmp_path / "copy"), tmp_path / "copy" / "run"
+    aside = run / "checkpoints" / "step-000004.damaged"
+    (run / "checkpoints" / "step-000004").rename(aside)
+    shutil.rmtree(run / "checkpoints" / "step-000006")
+    metrics = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="none of the run's checkpoints can be used\nstep-000004"):
+        resumed(recipe)
+    shutil.rmtree(aside)
+    with pytest.raises(UserError, match=r"train\.lr: 0\.5 now, 0\.01 when"):
+        resumed(recipe, "train.lr=0.5")
+    (run / "DONE").touch()
+    with pytest.raises(UserError, match=r"done, and its checkpoints are gone.* --overwrite trains it again"):
+        resumed(recipe)
+    assert (run / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_a_file_that_is_gone_is_named(unbroken: Path, tiny_qwen2: Path, tmp_path: Path) -> None:
+    """Not taken for another recipe; also where the recipe says it by a relative path."""
+    recipe = unfinished_copy(unbroken, tiny_qwen2, tmp_path / "copy")
+    (tmp_path / "copy" / "scored.jsonl").unlink()
+    recipe.write_text(recipe.read_text().replace(f"{tmp_path / 'copy' / 'scored.jsonl'}", "scored.jsonl"))
+    with pytest.raises(UserError, match=r"^data.sources.1.path: scored.jsonl: no such file or folder here; the run be"):
+        resumed(recipe)
+
+
+def test_a_torn_line_of_lost_metrics_is_cut_off(unbroken: Path, tiny_qwen2: Path, tmp_path: Path) -> None:
+    """What is written next must be a line of its own."""
+    recipe, run = unfinished_copy(unbroken, tiny_qwen2, tmp_path / "copy"), tmp_path / "copy" / "run"
+    metrics = (run / "metrics.jsonl").read_bytes()
+    first, second, *_ = metrics.splitlines(keepends=True)
+    (run / "metrics.jsonl").write_bytes(first + second[:-5])
+    resumed(recipe)
+    assert (run / "metrics.jsonl").read_bytes() == first
 
 
 @pytest.mark.parametrize(
@@ -369,7 +402,7 @@ def test_a_run_that_is_killed_again_and_again(tiny_qwen2: Path, tmp_path: Path, 
             moment = after_seconds(rng.uniform(0.5, 10.0))
         else:
             moment = soon_after_step(folder, went_on_from[-1] + rng.randint(1, 8), rng.uniform(0.0, 0.3))
-        kill(recipe, moment, one_rank=rng.random() < 0.5)
+        kill(recipe, moment, one_rank=rng.random() < 0.5, wait=rng.random() < 0.5)
     assert len(set(went_on_from)) >= 4, f"the kills say little: the starts went on from steps {went_on_from}"
     result = uft("train", str(recipe), "--resume")
     assert result.returncode == 0, result.stdout + result.stderr
@@ -399,8 +432,11 @@ def soon_after_step(folder: Path, step: int, seconds: float) -> Callable[[], boo
     return is_now
 
 
-def kill(recipe: Path, is_now: Callable[[], bool], *, one_rank: bool) -> None:
-    """Start or go on, and SIGKILL when it is time; the run may have ended by then."""
+def kill(recipe: Path, is_now: Callable[[], bool], *, one_rank: bool, wait: bool) -> None:
+    """Start or go on, and SIGKILL when it is time; the run may have ended by then.
+
+    wait: until no rank is left; otherwise the next start meets those that are about to die.
+    """
     process = subprocess.Popen(
         [sys.executable, "-m", "uft_ds", "train", str(recipe), "--resume"],
         stdout=subprocess.DEVNULL,
@@ -422,7 +458,8 @@ def kill(recipe: Path, is_now: Callable[[], bool], *, one_rank: bool) -> None:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        wait_for_the_end_of(recipe.parent / "run")
+        if wait:
+            wait_for_the_end_of(recipe.parent / "run")
 
 
 def wait_for_the_end_of(folder: Path) -> None:

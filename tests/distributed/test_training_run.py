@@ -336,13 +336,37 @@ def test_convert_follows_the_latest_link(finished: Path, tmp_path: Path) -> None
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
+def test_a_run_whose_base_has_moved_is_converted(finished: Path, tiny_qwen2: Path, tmp_path: Path) -> None:
+    """By --base, which must be the same by its content."""
+    import shutil
+
+    from uft_ds.checkpoint.convert import convert_to_adapter
+    from uft_ds.errors import UserError
+
+    copy, moved = tmp_path / "run", tmp_path / "moved"
+    shutil.copytree(finished, copy, symlinks=True)
+    shutil.copytree(tiny_qwen2, moved)
+    recipe = copy / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(tiny_qwen2), str(tmp_path / "gone")))
+    with pytest.raises(UserError, match="gone: no such folder; if the run's base has moved, give --base"):
+        convert_to_adapter(copy, tmp_path / "adapter")
+    convert_to_adapter(copy, tmp_path / "adapter", base=str(moved))
+    weights = moved / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match="is not the base that the run was trained on"):
+        convert_to_adapter(copy, tmp_path / "again", base=str(moved))
+
+
 def test_a_merge_that_loses_what_was_trained_is_refused(finished: Path, tmp_path: Path) -> None:
     """Invariant 7: a delta far below bfloat16's steps is lost by the merge: exit 3, nothing left at OUT."""
     import shutil
 
+    from checkpoints import files_below
     from safetensors.torch import load_file, save_file
 
-    from uft_ds.checkpoint.manifest import files_below, write_manifest
+    from uft_ds.checkpoint.manifest import write_manifest
 
     copy = tmp_path / "run"
     shutil.copytree(finished, copy, symlinks=True)

@@ -176,7 +176,18 @@ def test_links_of_flat_sharding_and_of_sharding_inside_a_node() -> None:
     assert near.gpu.secondary_shard_bytes == pytest.approx(2 * 32_763_876_352 / 8, rel=1e-3)
     odd = outcome(on=cluster(nodes=3, gpus=4), zero={"zero_hpz_partition_size": 8})
     assert not odd.fits
-    assert "does not divide 12 ranks" in odd.problems[0]
+    assert "does not divide a node's 4 GPUs" in odd.problems[0]
+
+
+def test_a_copy_in_every_node_is_taken_where_the_network_is_slow_and_a_lossy_file_never() -> None:
+    """On four nodes `zero3_node` hides best; rounding weights is left to those who ask for it."""
+    found = plan(nodes=4)
+    assert found.best_file is not None
+    assert found.best_file.outcome.setting.deepspeed == "zero3_node"
+    assert plan().best_file != found.best_file
+    lossy = next(file for file in found.files if file.outcome.setting.deepspeed == "zero3_node_lossy")
+    assert not lossy.outcome.fits
+    assert "zero_quantized_weights" in lossy.outcome.problems[0]
 
 
 def test_one_gpu_sends_nothing_and_offloading_costs_pcie() -> None:

@@ -18,7 +18,7 @@ from uft_ds.data.example import Response, Sequence
 from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.data.mixture import Step
 from uft_ds.data.packing import rank_micro_batches
-from uft_ds.errors import UserError
+from uft_ds.errors import Stopped, UserError
 from uft_ds.training.evaluate import known_sequences
 from uft_ds.training.reference_cache import REFERENCE_TABLE, ReferenceCache, fill
 from uft_ds.training.reference_store import ReferenceStore, read_table, write_table
@@ -260,3 +260,22 @@ def test_known_pairs_are_checked_as_pairs() -> None:
     assert [len(unit) for unit in chosen.units] == [2, 2, 2]
     batches = rank_micro_batches(chosen, tokens_per_micro_batch=20, rank=0, world_size=1)
     assert [batch.pairs for batch in batches] == [((0, 1),)] * 3
+
+
+def test_what_is_learnt_in_a_block_that_is_left_early_is_forgotten(engine: CountingEngine) -> None:
+    """Invariant 4: an evaluation that is broken off is done again as if nothing of it had been; the rest stays."""
+    cache = ReferenceCache("remembered", {SEQUENCES[0].response_keys[0]: -1.25}, identity=IDENTITY)
+    before = cache.table()
+
+    def stop() -> None:
+        with cache.all_or_nothing():
+            visit(engine, cache, STEP)
+            assert cache.num_known == len(STEP.responses)
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        stop()
+    assert cache.table() == before
+    with cache.all_or_nothing():
+        visit(engine, cache, STEP)
+    assert cache.num_known == len(STEP.responses)

@@ -92,7 +92,7 @@ def test_a_run_is_not_overwritten_unasked(tmp_path: Path) -> None:
     """The message offers both ways out, and the run stays as it was."""
     folder = finished_run(tmp_path / "run")
     before = contents(folder.path)
-    with pytest.raises(UserError, match=r"already holds a run.*; delete it by --overwrite, .* output=PATH"):
+    with pytest.raises(UserError, match=r"already holds a run.* delete it by --overwrite, .* output=PATH"):
         claim(folder, overwrite=False)
     assert contents(folder.path) == before
 

@@ -35,24 +35,34 @@ TOKENS_CHECKED = 2048
 class Agreement:
     """share_kept: regression of the merged model's log-ratios on the adapter's: 1 is perfect.
 
-    relative_error: RMS error of the log-ratios over their RMS. largest_nats: of the adapter's own log-ratios.
+    relative_error: RMS error of the log-ratios over their RMS. error_nats: that RMS error.
+    largest_nats: of the adapter's own log-ratios.
     """
 
     num_responses: int
     share_kept: float
     relative_error: float
+    error_nats: float
     largest_nats: float
 
     @property
     def summary(self) -> str:
-        return (
+        found = (
             f"{self.share_kept:.2%} of the adapter's log-ratios kept on {self.num_responses} responses, relative error "
             f"{self.relative_error:.2%}"
         )
+        if self.is_rounding:
+            found += f" (of {self.error_nats:.1e} nats: what was trained is too little to be told from rounding)"
+        return found
+
+    @property
+    def is_rounding(self) -> bool:
+        """Whether a relative error past the bound is as small as float32's own, and says nothing."""
+        return self.relative_error > MAX_RELATIVE_ERROR and self.error_nats < ROUNDING_NATS
 
     @property
     def is_faithful(self) -> bool:
-        return self.relative_error <= MAX_RELATIVE_ERROR
+        return self.relative_error <= MAX_RELATIVE_ERROR or self.is_rounding
 
 
 def compare(
@@ -80,20 +90,20 @@ def compare(
     adapter_R = streamed_logps(policy, weights, sequences, on_unit=count) - base_R
     of_merged = empty_model(check_base(str(merged), None))
     merged_R = streamed_logps(of_merged, WeightFiles(merged), sequences, on_unit=count) - base_R
-    share, error = agreement(adapter_R, merged_R)
-    return Agreement(len(adapter_R), share, error, float(adapter_R.abs().max()))
+    return agreement(adapter_R, merged_R)
 
 
-def agreement(adapter_R: Tensor, merged_R: Tensor) -> tuple[float, float]:
-    """(share kept, relative error) of the merged model's log-ratios; (1, 0) where there is nothing to keep."""
+def agreement(adapter_R: Tensor, merged_R: Tensor) -> Agreement:
+    """Of log-ratios, [responses] each, nats; perfect where there is nothing to keep."""
     power = adapter_R.square().sum()
-    if power == 0:
-        return (1.0, 0.0) if not merged_R.any() else (0.0, float("inf"))
-    share = (adapter_R * merged_R).sum() / power
     error_R = merged_R - adapter_R
-    if error_R.square().mean().sqrt() < ROUNDING_NATS:
-        return float(share), 0.0
-    return float(share), float(error_R.square().sum().div(power).sqrt())
+    if power == 0:
+        share, error = (1.0, 0.0) if not merged_R.any() else (0.0, float("inf"))
+    else:
+        share = float((adapter_R * merged_R).sum() / power)
+        error = float(error_R.square().sum().div(power).sqrt())
+    error_nats = float(error_R.square().mean().sqrt())
+    return Agreement(len(adapter_R), share, error, error_nats, float(adapter_R.abs().max()))
 
 
 def sequences_of_run(sample: Path) -> tuple[Sequence, ...]:

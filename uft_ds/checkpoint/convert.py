@@ -40,7 +40,7 @@ from uft_ds.data.example import Sequence
 from uft_ds.data.tokenize import load_tokenizer
 from uft_ds.errors import CheckFailed, UserError
 from uft_ds.files import sync
-from uft_ds.model.identity import local_folder
+from uft_ds.model.identity import base_identity, local_folder
 from uft_ds.model.load import check_base
 from uft_ds.recipe import Recipe
 from uft_ds.recipe_file import load_recipe
@@ -52,6 +52,7 @@ OnProgress = Callable[[str, int, int], None]
 """Called with what is being done, and how much of it is done, of how much."""
 
 MAX_SHARD_BYTES = 5 * 10**9
+_EXPECTED = "expected a run, one of its checkpoints, an adapter in PEFT's format, or a checkpoint of DeepSpeed's"
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def convert_to_merged(
     """
     out = out.absolute()
     _check_free(out)
-    with opened(path, base, adapter_config) as source:
+    with opened(path, base, adapter_config, report) as source:
         deltas = read_low_rank(source.adapter)
         folder = local_folder(source.base, source.revision)
         chat = _tokenizer_of(source)
@@ -160,6 +161,10 @@ def convert_to_universal(path: Path, out: Path) -> Conversion:
     _check_free(out)
     if is_deepspeed(path):
         raise UserError(f"{path}: DeepSpeed's own; `python -m deepspeed.checkpoint.ds_to_universal` converts it")
+    if (path / "adapter_config.json").is_file():
+        raise UserError(
+            f"{path}: an adapter alone; a universal checkpoint is of a run, which has the optimiser's state"
+        )
     source = _of_run(path)
     assert source.recipe is not None
     with _whole_or_nothing(out) as temporary:
@@ -168,16 +173,20 @@ def convert_to_universal(path: Path, out: Path) -> Conversion:
 
 
 @contextmanager
-def opened(path: Path, base: str | None, adapter_config: Path | None) -> Iterator[Source]:
+def opened(
+    path: Path, base: str | None, adapter_config: Path | None, report: Report = lambda text: None
+) -> Iterator[Source]:
     """What a path holds.
 
     Raises:
         UserError: nothing that can be converted, or an option is missing or of no use.
     """
     if not path.is_dir():
-        raise UserError(f"{path}: no such folder; expected a run, a checkpoint, an adapter or a DeepSpeed checkpoint")
+        raise UserError(f"{path}: no such folder; {_EXPECTED}")
     is_own = (path / MANIFEST).exists() or (path / "checkpoints").is_dir()
-    if is_deepspeed(path) and not is_own:
+    # A folder of transformers' Trainer holds both; whoever gives --adapter-config means DeepSpeed's.
+    is_adapter = (path / "adapter_config.json").is_file() and (path / "adapter_model.safetensors").is_file()
+    if is_deepspeed(path) and not is_own and (adapter_config is not None or not is_adapter):
         with tempfile.TemporaryDirectory() as folder:
             yield _from_deepspeed(path, Path(folder), base, adapter_config)
         return
@@ -187,21 +196,48 @@ def opened(path: Path, base: str | None, adapter_config: Path | None) -> Iterato
         said = read_adapter_config(path / "adapter_config.json").get("base_model_name_or_path")
         if base is None and not said:
             raise UserError(f"{path}: its adapter_config.json names no base model; give --base")
-        yield Source(path, path, base or str(said), None, None)
+        if base is not None and said and not _is_same_path(base, said):
+            report(f"warning: {path} says that its base is {said}; {base} is taken")
+        yield Source(path, path, _base_at(base or str(said)), None, None)
         return
-    if base is not None:
-        raise UserError("--base: a run's recipe says it; leave it out")
-    yield _of_run(path)
+    if not is_own:
+        what = "a whole model" if (path / "config.json").is_file() else "nothing of the kind"
+        raise UserError(f"{path}: holds {what}; {_EXPECTED}")
+    yield _of_run(path, base)
 
 
-def _of_run(path: Path) -> Source:
+def _is_same_path(base: str, said: str) -> bool:
+    return base == said or (Path(base).exists() and Path(base).resolve() == Path(said).resolve())
+
+
+def _base_at(base: str) -> str:
+    """A base that is there.
+
+    Raises:
+        UserError: it is not.
+    """
+    try:
+        check_base(base, None)
+    except UserError as error:
+        raise UserError(str(error).replace("model.base:", "base:", 1) + "; give --base") from None
+    return base
+
+
+def _of_run(path: Path, base: str | None = None) -> Source:
     checkpoint = latest_checkpoint(path)
     folder = RunFolder(checkpoint.parent.parent)
     if not folder.recipe.exists() or not folder.sample_data().exists():
         raise UserError(f"{folder.path}: no recipe.yaml or data/ beside {checkpoint.name}; a checkpoint needs its run")
     recipe = load_recipe(str(folder.recipe))
     model = recipe.model
-    return Source(checkpoint, checkpoint / ADAPTER, model.base, model.revision, model.chat_template, recipe, folder)
+    if base is None:
+        if Path(model.base).is_absolute() and not Path(model.base).exists():
+            raise UserError(f"{model.base}: no such folder; if the run's base has moved, give --base")
+        return Source(checkpoint, checkpoint / ADAPTER, model.base, model.revision, model.chat_template, recipe, folder)
+    expected = json.loads(folder.identity.read_text(encoding="utf-8"))["base"]
+    if base_identity(_base_at(base), None) != expected:
+        raise UserError(f"--base: {base} is not the base that the run was trained on ({model.base}), by its content")
+    return Source(checkpoint, checkpoint / ADAPTER, base, None, model.chat_template, recipe, folder)
 
 
 def _from_deepspeed(path: Path, folder: Path, base: str | None, adapter_config: Path | None) -> Source:
@@ -211,6 +247,8 @@ def _from_deepspeed(path: Path, folder: Path, base: str | None, adapter_config: 
         )
         raise UserError(f"{path}: a DeepSpeed checkpoint holds weights alone; give {missing}")
     config = adapter_config / "adapter_config.json" if adapter_config.is_dir() else adapter_config
+    if not config.is_file():
+        raise UserError(f"--adapter-config: {config}: no such file")
     read_adapter_config(config)
     tensors = {}
     for name, tensor in read_trainable(path).items():
@@ -219,7 +257,8 @@ def _from_deepspeed(path: Path, folder: Path, base: str | None, adapter_config: 
         tensors[inner.replace(".default.", ".")] = tensor.contiguous()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     shutil.copyfile(config, folder / "adapter_config.json")
-    return Source(path, folder, base, None, None)
+    read_low_rank(folder)  # whether the config fits the tensors
+    return Source(path, folder, _base_at(base), None, None)
 
 
 def _tokenizer_of(source: Source) -> ChatTokenizer:
@@ -259,6 +298,8 @@ def _whole_or_nothing(out: Path) -> Iterator[Path]:
         temporary.rename(out)
         sync(out.parent)
     except OSError as error:
+        if error.filename is not None and not Path(error.filename).is_relative_to(temporary.parent):
+            raise UserError(f"{error.filename}: {error.strerror}") from None
         raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -275,7 +316,8 @@ def _write_configs(base: Path, folder: Path, chat: ChatTokenizer, dtype: Dtype |
         generation = GenerationConfig.from_pretrained(base)
     else:
         generation = GenerationConfig.from_model_config(check_base(str(base), None))
-    _ending_turns(generation, chat).save_pretrained(folder)
+    # Not save_pretrained: it refuses configs of well-known models, such as a temperature without do_sample.
+    _ending_turns(generation, chat).to_json_file(folder / "generation_config.json")
     save_tokenizer(chat, folder)
 
 

@@ -6,8 +6,11 @@ TAG/[bf16_]zero_pp_rank_R_mp_rank_00_optim_states.pt                           f
 
 from __future__ import annotations
 
+import math
 import re
+import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -37,7 +40,7 @@ def find_tag(folder: Path) -> Path:
     tags = sorted(set(tags))
     latest = folder / "latest"
     if latest.is_file():
-        name = latest.read_text(encoding="utf-8").strip()
+        name = latest.read_text(encoding="utf-8", errors="replace").strip()
         named = folder / name
         if named in tags:
             return named
@@ -56,21 +59,45 @@ def read_trainable(folder: Path) -> dict[str, Tensor]:
     """The float32 master weights of all trainable parameters, whole, by name.
 
     Raises:
-        UserError: a file is missing or damaged, or holds more than tensors; names it.
+        UserError: a file is missing, left over or damaged, or holds more than tensors; names it.
     """
     tag = find_tag(folder)
-    shards = _shards(tag)
-    states = {rank: _load(path)["optimizer_state_dict"] for rank, path in shards.items()}
-    stage = int(states[0]["zero_stage"]) if "zero_stage" in states[0] else 0
-    shapes = _shapes(tag)
-    if stage == 3:
-        flats = {rank: state["fp32_flat_groups"] for rank, state in states.items()}
-        return _from_stage_3(tag, shapes, flats)
-    if stage in (1, 2):
-        key = "single_partition_of_fp32_groups"
-        flats = {rank: state[key] for rank, state in states.items()}
-        return _from_stage_2(tag, shapes, flats)
-    raise UserError(f"{tag}: zero_stage is {stage}, expected 1, 2 or 3")
+    paths = _shards(tag)
+    shards = {rank: _shard(path) for rank, path in paths.items()}
+    _check_complete(tag, paths, shards)
+    groups = _shapes(tag)
+    if shards[0].stage == 3:
+        return _from_stage_3(tag, groups, [shards[rank].flats for rank in sorted(shards)])
+    return _from_stage_2(tag, groups, [shards[rank].flats for rank in sorted(shards)], shards[0].paddings)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A rank's part. flats: a flat run of master weights for each group. num_ranks: that wrote; None: not said.
+
+    paddings: of each group, elements behind each parameter (stages 1 and 2 with `parameter_alignment`).
+    """
+
+    stage: int
+    flats: list[Tensor]
+    num_ranks: int | None
+    paddings: list[list[int]] | None
+
+
+def _shard(path: Path) -> _Shard:
+    content = _load(path)
+    try:
+        state = content["optimizer_state_dict"]
+        # BF16_Optimizer (stage 1 with float32 gradients) writes the masters alone.
+        stage = int(state.get("zero_stage", 1))
+        if stage not in (1, 2, 3):
+            raise UserError(f"{path}: zero_stage is {stage}, expected 1, 2 or 3")
+        flats = state["fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"]
+        counts = state.get("partition_count")
+        num_ranks = None if counts is None else int(max(counts) if isinstance(counts, list) else counts)
+        return _Shard(stage, [flat.reshape(-1) for flat in flats], num_ranks, state.get("param_alignment_paddings"))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: not a rank's optimiser state ({type(error).__name__}: {error})") from None
 
 
 def _shards(tag: Path) -> dict[int, Path]:
@@ -80,10 +107,21 @@ def _shards(tag: Path) -> dict[int, Path]:
         if match is None or match[2] != "00":
             raise UserError(f"{path}: of a model-parallel run, which cannot be converted")
         found[int(match[1])] = path
-    missing = sorted(set(range(max(found, default=0) + 1)) - set(found))
-    if missing:
-        raise UserError(f"{tag}: the optimiser's state of rank {missing[0]} is missing, there is one of {max(found)}")
     return found
+
+
+def _check_complete(tag: Path, paths: Mapping[int, Path], shards: Mapping[int, _Shard]) -> None:
+    """As many files as ranks wrote; more of them are left from a save by more ranks."""
+    said = {shard.num_ranks for shard in shards.values()}
+    expected = max((num for num in said if num is not None), default=max(paths) + 1)
+    missing = sorted(set(range(expected)) - set(paths))
+    if missing:
+        raise UserError(f"{tag}: {expected} ranks wrote it; the optimiser's state of rank {missing[0]} is missing")
+    if len(said) > 1 or len(paths) > expected or len({shard.stage for shard in shards.values()}) > 1:
+        raise UserError(
+            f"{tag}: its files are of several saves (of {', '.join(map(str, sorted(map(str, said))))} ranks, there are "
+            f"{len(paths)} files); delete those that do not belong to the last one"
+        )
 
 
 def _shapes(tag: Path) -> list[dict[str, tuple[int, ...]]]:
@@ -91,71 +129,104 @@ def _shapes(tag: Path) -> list[dict[str, tuple[int, ...]]]:
     paths = sorted(tag.glob("*mp_rank_00_model_states.pt"))
     if not paths:
         raise UserError(f"{tag}: holds no *_model_states.pt, which names the parameters")
-    content = _load(paths[0])
-    groups = content.get("param_shapes")
+    groups = _load(paths[0], whole=False).get("param_shapes")
     if not groups:
         raise UserError(f"{paths[0]}: names no parameters (param_shapes)")
     groups = groups if isinstance(groups, list) else [groups]
-    return [{name: tuple(shape) for name, shape in group.items()} for group in groups]
+    try:
+        return [{str(name): tuple(map(int, shape)) for name, shape in group.items()} for group in groups]
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{paths[0]}: param_shapes: not names and shapes ({error})") from None
 
 
-def _from_stage_3(
-    tag: Path, groups: list[dict[str, tuple[int, ...]]], flats: Mapping[int, list[Tensor]]
-) -> dict[str, Tensor]:
+def _from_stage_3(tag: Path, groups: list[dict[str, tuple[int, ...]]], ranks: list[list[Tensor]]) -> dict[str, Tensor]:
     """Each parameter is padded and cut into as many pieces as ranks; a rank's pieces follow one another."""
-    world = len(flats)
-    streams = [torch.cat([flat.reshape(-1) for flat in flats[rank]]) for rank in range(world)]
+    streams = [torch.cat(flats) for flats in ranks]
     found: dict[str, Tensor] = {}
     at = 0
     for name, shape in ((n, s) for group in groups for n, s in group.items()):
-        numel = _numel(shape)
-        piece = -(-numel // world)
-        if any(at + piece > len(stream) for stream in streams):
-            raise UserError(f"{tag}: {name}: the ranks' files end before it")
+        numel = math.prod(shape)
+        piece = -(-numel // len(ranks))
+        _check_inside(tag, name, at + piece, min(map(len, streams)))
         whole = torch.cat([stream[at : at + piece] for stream in streams])[:numel]
         found[name] = whole.reshape(shape).clone()
         at += piece
+    _check_consumed(tag, at, max(map(len, streams)), 0)
     return found
 
 
 def _from_stage_2(
-    tag: Path, groups: list[dict[str, tuple[int, ...]]], flats: Mapping[int, list[Tensor]]
+    tag: Path,
+    groups: list[dict[str, tuple[int, ...]]],
+    ranks: list[list[Tensor]],
+    paddings: list[list[int]] | None,
 ) -> dict[str, Tensor]:
     """The parameters of a group follow one another; ranks hold consecutive runs of that."""
     found: dict[str, Tensor] = {}
+    if any(len(flats) != len(groups) for flats in ranks):
+        raise UserError(f"{tag}: {len(groups)} groups of parameters are named, {len(ranks[0])} are stored")
     for number, group in enumerate(groups):
-        stream = torch.cat([flats[rank][number].reshape(-1) for rank in range(len(flats))])
+        stream = torch.cat([flats[number] for flats in ranks])
+        behind = [0] * len(group) if paddings is None else paddings[number]
         at = 0
-        for name, shape in group.items():
-            numel = _numel(shape)
-            if at + numel > len(stream):
-                raise UserError(f"{tag}: {name}: the ranks' files end before it")
+        for (name, shape), padding in zip(group.items(), behind, strict=True):
+            numel = math.prod(shape)
+            _check_inside(tag, name, at + numel, len(stream))
             found[name] = stream[at : at + numel].reshape(shape).clone()
-            at += numel
+            at += numel + padding
+        # Filled up to a multiple of 2 elements a rank, and that again after `parameter_alignment`.
+        _check_consumed(tag, at, len(stream), 4 * len(ranks))
     return found
 
 
-def _numel(shape: tuple[int, ...]) -> int:
-    numel = 1
-    for size in shape:
-        numel *= int(size)
-    return numel
+def _check_inside(tag: Path, name: str, end: int, length: int) -> None:
+    if end > length:
+        raise UserError(f"{tag}: {name}: the ranks' files end before it")
 
 
-def _load(path: Path) -> dict[str, Any]:
-    """A file of tensors, plain values and three of DeepSpeed's classes; anything else in it is refused, not run."""
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+def _check_consumed(tag: Path, used: int, length: int, filling: int) -> None:
+    """Elements that no name accounts for would mean that those before are not where they are looked for."""
+    if length - used > filling:
+        raise UserError(f"{tag}: {length - used} elements of the ranks' files belong to no named parameter")
+
+
+def _load(path: Path, *, whole: bool = True) -> dict[str, Any]:
+    """A file of tensors, plain values and four of DeepSpeed's classes; anything else in it is refused, not run.
+
+    Tensors are mapped, not read.
+
+    Args:
+        whole: whether tensors will be used; torch does not check their sums, this does.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
+    allowed = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
     try:
-        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
-            content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        _check_sums(path, whole=whole)
+        with torch.serialization.safe_globals(allowed):
+            content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UnpicklingError as error:
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), str(error))
         raise UserError(f"{path}: refused: it holds more than tensors ({reason.strip()[:200]})") from None
     except Exception as error:  # noqa: BLE001 - damaged files raise many types
-        raise UserError(f"{path}: damaged ({type(error).__name__}: {str(error).splitlines()[0][:120]})") from None
+        first_line = next(iter(str(error).splitlines()), "")
+        raise UserError(f"{path}: damaged ({type(error).__name__}: {first_line[:120]})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, expected a dictionary")
     return content
+
+
+def _check_sums(path: Path, *, whole: bool) -> None:
+    """Of the zip file that a .pt file is.
+
+    Raises:
+        zipfile.BadZipFile: a sum is wrong.
+    """
+    with zipfile.ZipFile(path) as archive:
+        names = [name for name in archive.namelist() if whole or name.endswith("data.pkl")]
+        for name in names:
+            with archive.open(name) as entry:  # it checks the sum at the end
+                while entry.read(2**20):
+                    pass

@@ -31,6 +31,11 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(_PREFIX).removesuffix(_DAMAGED))
 
 
+def is_named_by_step(checkpoint: Path) -> bool:
+    """Whether a folder has the name that a run gives its checkpoints; a copy may have another."""
+    return re.fullmatch(rf"{_PREFIX}\d+({re.escape(_DAMAGED)})?", checkpoint.name) is not None
+
+
 def checkpoints_of(run: Path) -> list[Path]:
     """Of a run's folder, the newest first, whole or not."""
     return _folders_of_steps(run, "")
@@ -59,6 +64,9 @@ def checkpoint_problem(checkpoint: Path) -> str | None:
     shards = sorted(Path(name).name for name in listed if Path(name).parent == Path(OPTIMIZER))
     if world_size_of(shards) is None:
         return f"{checkpoint / MANIFEST}: does not list the files of all ranks below {OPTIMIZER}/, only {shards}"
+    extra = {path.name for path in (checkpoint / OPTIMIZER).glob("*.safetensors")} - set(shards)
+    if extra:
+        return f"{checkpoint / OPTIMIZER / min(extra)}: not in the manifest"
     return None
 
 

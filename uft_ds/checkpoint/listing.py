@@ -14,7 +14,7 @@ from rich.text import Text
 from uft_ds.checkpoint.folder import (
     checkpoint_problem,
     checkpoints_of,
-    name_of,
+    is_named_by_step,
     point_latest,
     remove,
     set_aside_of,
@@ -32,7 +32,7 @@ def listed(run: Path) -> Table:
         UserError: there is none.
     """
     table = Table("step", "MB", "ranks", "files", box=box.SIMPLE_HEAD)
-    for checkpoint in (*_found(run), *set_aside_of(run)):
+    for checkpoint in _found(run):
         with suppress(FileNotFoundError):  # deleted meanwhile, by a run that is going on
             table.add_row(*_row(run, checkpoint))
     return table
@@ -42,10 +42,11 @@ def _row(run: Path, checkpoint: Path) -> tuple[str, str, str, Text]:
     size = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()) / 1e6
     ranks = len(list(checkpoint.glob("optimizer/rank-*")))
     state = checkpoint_problem(checkpoint) or "as they were written"
-    if checkpoint.name != name_of(step_of(checkpoint)):
+    if checkpoint in set_aside_of(run):
         state = f"set aside as {checkpoint.name}: {state}"
     latest = " (latest)" if (run / "latest").exists() and (run / "latest").resolve() == checkpoint.resolve() else ""
-    return f"{step_of(checkpoint)}{latest}", f"{size:.1f}", str(ranks), Text(state)
+    shown = str(step_of(checkpoint)) if is_named_by_step(checkpoint) else checkpoint.name
+    return f"{shown}{latest}", f"{size:.1f}", str(ranks), Text(state)
 
 
 def problems_of(run: Path) -> list[str]:
@@ -54,8 +55,9 @@ def problems_of(run: Path) -> list[str]:
     Raises:
         UserError: there is no checkpoint.
     """
-    found = ((checkpoint, checkpoint_problem(checkpoint)) for checkpoint in _found(run))
-    return [f"{checkpoint.name}: {problem}" for checkpoint, problem in found if problem is not None]
+    found = [(checkpoint, checkpoint_problem(checkpoint)) for checkpoint in _found(run)]
+    # A run that is going on deletes old ones meanwhile.
+    return [f"{path.name}: {problem}" for path, problem in found if problem is not None and path.exists()]
 
 
 def delete(run: Path, steps: Sequence[int]) -> list[Path]:
@@ -79,16 +81,20 @@ def delete(run: Path, steps: Sequence[int]) -> list[Path]:
             known = ", ".join(map(str, there)) or "none"
             raise UserError(f"{run}: no checkpoint of step {missing[0]}; there are {known}")
         chosen = [there[step] for step in dict.fromkeys(steps)]
-        for checkpoint in chosen:
-            remove(checkpoint)
-        point_latest(folder)
+        try:
+            for checkpoint in chosen:
+                remove(checkpoint)
+            point_latest(folder)
+        except OSError as error:
+            raise UserError(f"{error.filename or run}: cannot be deleted ({error.strerror})") from None
     return chosen
 
 
 def _found(run: Path) -> list[Path]:
     if not run.is_dir():
         raise UserError(f"{run}: no such folder; expected a run's folder or one of its checkpoints")
-    found = [run] if (run / MANIFEST).exists() else checkpoints_of(run)
+    run = run.resolve()  # `latest` is a link
+    found = [run] if (run / MANIFEST).exists() else [*checkpoints_of(run), *set_aside_of(run)]
     if not found:
         raise UserError(f"{run}: holds no checkpoint")
     return found

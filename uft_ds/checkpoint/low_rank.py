@@ -76,7 +76,9 @@ def low_rank_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], *, lab
     for name, tensor in tensors.items():
         match = _TENSOR.fullmatch(name)
         if match is None:
-            raise UserError(f"{label}: {name}: no part of a plain LoRA, it cannot be merged")
+            hint = "; PEFT has saved a layer of the base too: save with save_embedding_layers=False"
+            why = hint if ".base_layer." in name or "embed" in name else ""
+            raise UserError(f"{label}: {name}: no part of a plain LoRA, it cannot be merged{why}")
         # The model may stand inside another one: everything before PEFT's own prefix is that.
         sides.setdefault(match["module"].rpartition(_PREFIX)[2], {})[match["side"]] = tensor
     found: dict[str, LowRank] = {}

@@ -29,31 +29,30 @@ def write_manifest(folder: Path, files: Mapping[str, Written]) -> None:
     write_atomically(folder / MANIFEST, json.dumps({"files": entries}, indent=2) + "\n")
 
 
-def files_below(folder: Path) -> dict[str, Written]:
-    """Every file of a folder but a manifest, for one process that has written them all."""
-    return {
-        str(path.relative_to(folder)): Written(path.stat().st_size, sha256(path))
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
-    }
-
-
 def manifest_problem(folder: Path) -> str | None:
     """What is wrong with a folder's files, or None."""
     try:
         recorded = recorded_files(folder)
-    except OSError:
+    except FileNotFoundError:
         return f"{folder / MANIFEST}: missing; the checkpoint was never finished"
+    except OSError as error:
+        return f"{folder / MANIFEST}: cannot be read ({error.strerror})"
     except ValueError:
         return f"{folder / MANIFEST}: not a manifest"
-    for name, written in recorded.items():
-        path = folder / name
+    problems = (_file_problem(folder / name, written) for name, written in recorded.items())
+    return next((problem for problem in problems if problem is not None), None)
+
+
+def _file_problem(path: Path, written: Written) -> str | None:
+    try:
         if not path.is_file():
             return f"{path}: missing"
         if path.stat().st_size != written.num_bytes:
             return f"{path}: {path.stat().st_size} bytes, {written.num_bytes} recorded"
         if sha256(path) != written.sha256:
             return f"{path}: its content is not what was written"
+    except OSError as error:  # a disk that fails, or not ours to read
+        return f"{path}: cannot be read ({error.strerror})"
     return None
 
 
@@ -66,5 +65,5 @@ def recorded_files(folder: Path) -> dict[str, Written]:
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         return {name: Written(entry["bytes"], entry["sha256"]) for name, entry in files.items()}
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(str(error)) from None

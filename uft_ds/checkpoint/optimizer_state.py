@@ -54,12 +54,6 @@ def pieces_of(engine: Any) -> list[Piece]:
     ]
 
 
-def updates_of(engine: Any) -> int:
-    """How many updates AdamW has made: skipped steps are none."""
-    flats = {id(flat): flat for *_, flat, _, _ in _places(engine)}.values()
-    return max((int(_state_of(engine, flat)["step"]) for flat in flats), default=0)
-
-
 def shapes_of(engine: Any) -> dict[str, tuple[int, ...]]:
     """Of the trainable parameters, whole, by name."""
     return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in _trainable(engine)}
@@ -81,6 +75,7 @@ def restore(engine: Any, read: Read, *, updates: int) -> None:
         # As after a step: the shards that are forwarded are the masters in the adapters' own type.
         for group in range(len(optimizer.fp32_partitioned_groups_flat)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        optimizer.invalidate_secondary_tensor()  # hpZ's copies inside a node: of the weights before
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
     else:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from peft import PeftModel
 
-from uft_ds.checkpoint.folder import checkpoints_of, name_of, point_latest, prune
+from uft_ds.checkpoint.folder import checkpoints_of, name_of, point_latest, prune, remove
 from uft_ds.checkpoint.manifest import Written, write_manifest
 from uft_ds.checkpoint.snapshot import Snapshot, adapter_config_of, take_snapshot, write_snapshot
 from uft_ds.checkpoint.state import Position
@@ -38,9 +38,8 @@ class _Writing:
     """A checkpoint under way. The thread sets `files` or `problem`, then ends."""
 
     step: int
-    thread: threading.Thread
     files: dict[str, Written] = field(default_factory=dict)
-    problem: str | None = None
+    problem: Exception | None = None
 
 
 class CheckpointWriter:
@@ -53,59 +52,71 @@ class CheckpointWriter:
         self._keep, self._best = keep, best
         self._adapter_config = adapter_config_of(policy)
         self._writing: _Writing | None = None
+        self._thread = threading.Thread()
+        self._polled_seconds = 0.0
 
     def start(self, position: Position, reference: ReferenceCache) -> float:
         """Copy what is to be saved, and begin to write it.
 
         Returns:
-            seconds that training waited, for the copy and for an older checkpoint that was still being written.
+            seconds that training waited: for the copy, for an older checkpoint that was still being written, and
+            since the last call for `poll`.
         """
         started = time.perf_counter()
         self.poll(wait=True)
+        polled_seconds, self._polled_seconds = self._polled_seconds, 0.0
         snapshot = take_snapshot(self._engine, self._policy, position, reference, self._adapter_config)
-        self._writing = _Writing(position.state.step, threading.Thread())
-        self._writing.thread = threading.Thread(
-            target=_write, args=(self._writing, snapshot, self._temporary(position.state.step)), daemon=True
+        step = position.state.step
+        self._writing = _Writing(step)
+        self._thread = threading.Thread(
+            target=_write, args=(self._writing, snapshot, self._temporary(step)), daemon=True
         )
-        self._writing.thread.start()
-        return time.perf_counter() - started
+        self._thread.start()
+        return polled_seconds + time.perf_counter() - started
 
-    def poll(self, *, wait: bool = False) -> str | None:
+    def poll(self, *, wait: bool = False) -> Exception | None:
         """Finish a checkpoint that all ranks have written; between two steps, on every rank.
 
         Returns:
             what went wrong, on every rank; it has been said.
         """
-        writing = self._writing
-        if writing is None:
+        if self._writing is None:
             return None
-        if wait:
-            writing.thread.join()
-        everyone = self._engine.gather_objects((not writing.thread.is_alive(), writing.files, writing.problem))
-        if not all(is_done for is_done, _, _ in everyone):
-            return None
-        self._writing = None
-        problem = next((f"rank {rank}: {why}" for rank, (_, _, why) in enumerate(everyone) if why), None)
-        if problem is None and self._engine.rank == 0:
-            files = {name: written for _, of_rank, _ in everyone for name, written in of_rank.items()}
-            try:
-                self._commit(writing.step, files)
-            except OSError as error:
-                problem = f"rank 0: {error}"
-        problem = self._engine.gather_objects(problem)[0]
-        if problem is not None:
-            self._abandon(writing.step, problem)
+        started = time.perf_counter()
+        problem = self._finish(self._writing, wait)
+        self._polled_seconds += time.perf_counter() - started
         return problem
 
     def finish(self) -> None:
         """Wait for the last checkpoint.
 
         Raises:
-            UserError: it could not be written.
+            UserError: it could not be written. CheckFailed: what was read back is not what it should be.
         """
         problem = self.poll(wait=True)
+        if isinstance(problem, CheckFailed):
+            raise CheckFailed(f"the last checkpoint: {problem}")
         if problem is not None:
             raise UserError(f"the last checkpoint could not be written: {problem}")
+
+    def _finish(self, writing: _Writing, wait: bool) -> Exception | None:
+        if wait:
+            self._thread.join()
+        everyone = self._engine.gather_objects((not self._thread.is_alive(), writing.files, writing.problem))
+        if not all(is_done for is_done, _, _ in everyone):
+            return None
+        self._writing = None
+        problem = next((why for _, _, why in everyone if why is not None), None)
+        if problem is None and self._engine.rank == 0:
+            files = {name: written for _, of_rank, _ in everyone for name, written in of_rank.items()}
+            try:
+                self._commit(writing.step, files)
+            except Exception as error:  # noqa: BLE001 - the other ranks wait for it below
+                problem = _sayable(error, "rank 0")
+        problem = self._engine.gather_objects(problem)[0]
+        if problem is not None:
+            self._abandon(writing.step, problem)
+        return problem
 
     def _temporary(self, step: int) -> Path:
         return self._folder.checkpoints / f".{name_of(step)}.tmp"
@@ -115,7 +126,8 @@ class CheckpointWriter:
         _await_files(temporary, files)
         write_manifest(temporary, files)
         sync(temporary)
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():
+            remove(target)
         temporary.rename(target)
         sync(self._folder.checkpoints)
         try:
@@ -124,7 +136,7 @@ class CheckpointWriter:
         except OSError as error:  # the new one is whole
             self._reporter.warn(f"older checkpoints than {target.name} could not be deleted ({error})")
 
-    def _abandon(self, step: int, problem: str) -> None:
+    def _abandon(self, step: int, problem: Exception) -> None:
         if self._engine.rank == 0:
             shutil.rmtree(self._temporary(step), ignore_errors=True)
         last = next((path.name for path in checkpoints_of(self._folder.path)), None)
@@ -135,10 +147,16 @@ class CheckpointWriter:
 def _write(writing: _Writing, snapshot: Snapshot, folder: Path) -> None:
     try:
         writing.files = write_snapshot(snapshot, folder)
-    except (OSError, CheckFailed) as error:
-        writing.problem = str(error)
     except BaseException as error:  # noqa: BLE001 - said by the main thread, between two steps
-        writing.problem = f"{type(error).__name__}: {error}"
+        writing.problem = _sayable(error, f"rank {snapshot.rank}")
+
+
+def _sayable(error: BaseException, where: str) -> Exception:
+    """As something that can be sent to other ranks."""
+    if isinstance(error, CheckFailed):
+        return CheckFailed(f"{where}: {error}")
+    kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+    return RuntimeError(f"{where}: {kind}{error}")
 
 
 def _await_files(folder: Path, files: dict[str, Written]) -> None:

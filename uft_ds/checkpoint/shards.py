@@ -111,10 +111,18 @@ class Shards:
     def _layout(self, path: Path) -> list[tuple[str, list[int], int, int]]:
         with _opened(path) as file:
             try:
-                layout: list[tuple[str, list[int], int, int]] = json.loads((file.metadata() or {})[_PIECES])
-            except (KeyError, ValueError):
+                layout = json.loads((file.metadata() or {})[_PIECES])
+                pieces = [
+                    (str(name), [int(size) for size in shape], int(start), int(numel))
+                    for name, shape, start, numel in layout
+                ]
+            except (KeyError, ValueError, TypeError, RecursionError):
                 raise UserError(f"{path}: not a rank's state: it lacks the list of its pieces") from None
-        return layout
+        for name, *_ in pieces:
+            # Names become folders of a universal checkpoint.
+            if not re.fullmatch(r"\w[\w-]*(\.\w[\w-]*)*", name):
+                raise UserError(f"{path}: {name!r}: no name of a parameter")
+        return pieces
 
 
 def _opened(path: Path) -> Any:

@@ -23,7 +23,10 @@ from uft_ds.data.micro_batch import micro_batch
 from uft_ds.errors import UserError
 from uft_ds.model.adapters import POLICY
 from uft_ds.objectives.implicit_reward import response_logps
+from uft_ds.process import returning_freed_memory
 
+_ROWS = 128
+"""Of logits, whose logarithms are in memory at a time."""
 _PEFT_PREFIX, _PEFT_INFIX = "base_model.model.", "base_layer."
 
 
@@ -63,15 +66,23 @@ def streamed_logps(
         UserError: a weight is missing in the files.
     """
     batch = micro_batch(sequences)
-    with _streaming(model, weights, on_unit), nullcontext() if adapters else model.disable_adapter():
+    with (
+        returning_freed_memory(),
+        _streaming(model, weights, on_unit),
+        nullcontext() if adapters else model.disable_adapter(),
+    ):
         logits_NV = model(
             input_ids=batch.token_ids_T[None],
             position_ids=batch.position_ids_T[None],
             use_cache=False,
             logits_to_keep=batch.predictors_N,
         ).logits[0]
-    logps_NV = logits_NV.float().log_softmax(dim=-1)
-    token_logps_N = logps_NV.gather(1, batch.targets_N[:, None]).squeeze(1)
+    token_logps_N = torch.cat(
+        [
+            rows_CV.float().log_softmax(dim=-1).gather(1, targets_C[:, None]).squeeze(1)
+            for rows_CV, targets_C in zip(logits_NV.split(_ROWS), batch.targets_N.split(_ROWS), strict=True)
+        ]
+    )
     return response_logps(token_logps_N, batch.response_of_N, len(batch.responses))
 
 
@@ -108,6 +119,8 @@ def _units(model: Any) -> list[tuple[str, nn.Module]]:
         is_layer = name.rpartition(".")[0] in lists
         is_inside = any(name.startswith(f"{layers}.") for layers in lists)
         has_weights = any(True for _ in module.parameters(recurse=False))
+        if ".lora_" in name:  # an adapter of a linear outside the layers stays in memory, as those inside do
+            continue
         if is_layer or (has_weights and not is_inside):
             units.append((f"{name}.", module))
     return units

@@ -30,7 +30,7 @@ from uft_ds.data.store import Account, Place, StoreWriter, pack_units
 from uft_ds.data.tokenize import tokenize
 from uft_ds.data.turns import check_item
 from uft_ds.errors import UserError
-from uft_ds.process import die_with_parent
+from uft_ds.process import die_with_parent, helpers_without_usr1
 
 QUARANTINE = "quarantine.jsonl"
 PLACES_NAMED = 3
@@ -201,7 +201,10 @@ def _results(
 def _by_processes(chunks: Iterator[_Chunk], examine: _Examiner, workers: int, label: str) -> Iterator[_Result]:
     # Spawned, not forked: this process has threads (torch, tokenizers, a rank's own), whose locks a fork would copy.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(examine,)) as pool:
+    with (
+        helpers_without_usr1(),
+        ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(examine,)) as pool,
+    ):
         try:
             yield from _in_order(chunks, examine, pool, 4 * workers)
         except BrokenProcessPool:

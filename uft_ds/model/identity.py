@@ -68,7 +68,7 @@ def local_folder(base: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     # Not *.safetensors: some models carry a second copy of all weights in another layout.
-    patterns = ["config.json", "model.safetensors*", "model-*.safetensors"]
+    patterns = ["config.json", "generation_config.json", "model.safetensors*", "model-*.safetensors"]
     try:
         folder = Path(snapshot_download(base, revision=revision, allow_patterns=patterns))
         if not list(folder.glob("*.safetensors")):

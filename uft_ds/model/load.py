@@ -16,12 +16,24 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from uft_ds.errors import UserError
 
 
+def check_is_there(base: str) -> None:
+    """Refuse a path that leads nowhere, before the hub is asked for a model of that name.
+
+    Raises:
+        UserError: it looks like a path, and there is nothing.
+    """
+    looks_local = base.startswith(("/", ".", "~")) or base.count("/") > 1
+    if looks_local and not Path(base).exists():
+        raise UserError(f"model.base: {base}: no such folder")
+
+
 def check_base(base: str, revision: str | None) -> Any:
     """The base model's config, read without its weights.
 
     Raises:
         UserError: there is none, or it asks to run code of its own.
     """
+    check_is_there(base)
     folder = Path(base)
     if folder.exists() and not (folder / "config.json").is_file():
         raise UserError(f"model.base: {base} holds no config.json; expected a model folder in Hugging Face's layout")

@@ -52,7 +52,7 @@ class Outcome:
     mode: str
     """The recipe's own, in its first epoch; `cached` where no reference is needed."""
     problems: tuple[str, ...]
-    """Why it cannot run at all, whatever the memory."""
+    """Why it cannot run, or is not planned, whatever the memory."""
 
     @property
     def gpu_spare_bytes(self) -> int:
@@ -155,9 +155,12 @@ def _problems(setting: Setting) -> Iterable[str]:
             f"{setting.deepspeed}: at ZeRO stage {sharding.stage} adapters are trained in the model's type: "
             f"lora.dtype={workload.dtype}"
         )
-    if cluster.ranks % min(sharding.secondary, cluster.ranks):
+    if cluster.gpus % sharding.secondary:  # as `check_ranks` refuses it at the start
         yield (
-            f"{setting.deepspeed}: zero_hpz_partition_size {sharding.secondary} does not divide {cluster.ranks} ranks"
+            f"{setting.deepspeed}: zero_hpz_partition_size {sharding.secondary} does not divide a node's "
+            f"{cluster.gpus} GPUs"
         )
+    if sharding.is_lossy:
+        yield f"{setting.deepspeed}: zero_quantized_weights rounds weights for every gather, which is not planned"
     if sharding.weights_on == "nvme":
         yield f"{setting.deepspeed}: weights on NVMe are not planned"

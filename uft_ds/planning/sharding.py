@@ -36,6 +36,8 @@ class Sharding:
     secondary: int
     """`zero_hpz_partition_size`: ranks of a node among which a second copy is sharded, which is the one that is
     gathered; 1: there is none."""
+    is_lossy: bool
+    """Weights are rounded for every gather."""
 
     @property
     def shards_weights(self) -> bool:
@@ -60,6 +62,7 @@ def sharding_of(config: dict[str, Any]) -> Sharding:
         weights_on=_device(zero.get("offload_param")) if stage == 3 else "gpu",
         optimizer_on=_device(zero.get("offload_optimizer")),
         pinned=bool((zero.get("offload_param") or {}).get("pin_memory", False)),
+        is_lossy=bool(zero.get("zero_quantized_weights", False)),
         secondary=max(1, int(zero.get("zero_hpz_partition_size", 1))) if stage == 3 else 1,
     )
 

@@ -131,7 +131,7 @@ def _mode_name(outcome: Outcome, mode: str) -> str:
 
 def _verdict(plan: Plan) -> Text:
     outcome = plan.outcome
-    words = [f"cannot run: {problem}" for problem in outcome.problems]
+    words = [f"ruled out: {problem}" for problem in outcome.problems]
     if outcome.gpu_spare_bytes < 0:
         words.append(f"a GPU lacks {_gb(-outcome.gpu_spare_bytes)} GB")
     if (outcome.host_spare_bytes or 0) < 0:
@@ -175,7 +175,7 @@ def _alternatives(title: str, alternatives: Iterable[Alternative], *, name: Any)
         shown.add_column(column, justify="right")
     for alternative in alternatives:
         outcome = alternative.outcome
-        verdict = "fits" if outcome.fits else "cannot run" if outcome.problems else "does not fit"
+        verdict = "fits" if outcome.fits else "ruled out" if outcome.problems else "does not fit"
         shown.add_row(
             name(alternative),
             _gb(outcome.gpu.total_bytes),

@@ -26,6 +26,7 @@ from uft_ds.data.mixture import Step
 from uft_ds.data.packing import rank_micro_batches
 from uft_ds.errors import UserError
 from uft_ds.process import choose_accelerator, returning_freed_memory
+from uft_ds.training.zero_section import check_zero_section
 
 T = TypeVar("T")
 
@@ -79,39 +80,21 @@ def read_deepspeed_file(name_or_path: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"deepspeed: {path}: expected a JSON object, found {type(config).__name__}")
     for key, value in config.items():
-        if key in OWNED_KEYS and value != "auto":
+        if key in OWNED_KEYS and not _leaves_it_to_the_recipe(value):
             raise UserError(f'deepspeed: {path}: {key}: the recipe decides it; leave it out or give "auto"')
         if key not in OWNED_KEYS | FREE_KEYS:
             near = difflib.get_close_matches(key, FREE_KEYS | OWNED_KEYS, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(FREE_KEYS))}"
             raise UserError(f"deepspeed: {path}: unknown key {key!r}; {hint}")
-    _check_zero_section(config.get("zero_optimization"), path)
+    check_zero_section(config.get("zero_optimization"), path)
     return dict(config)
 
 
-def _check_zero_section(zero: Any, path: Path) -> None:
-    choose_accelerator()
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    from pydantic import ValidationError
-
-    if not isinstance(zero, dict) or type(zero.get("stage")) is not int or zero["stage"] not in (1, 2, 3):
-        raise UserError(
-            f"deepspeed: {path}: zero_optimization: found {zero!r}, expected an object with stage 1, 2 or 3"
-        )
-    offloaded = zero.get("offload_optimizer")
-    if isinstance(offloaded, dict) and offloaded.get("device") == "nvme":
-        raise UserError(
-            f"deepspeed: {path}: zero_optimization.offload_optimizer.device: 'nvme' found, expected 'cpu': checkpoints "
-            "read the optimiser's state in memory, and a LoRA's is small"
-        )
-    try:
-        DeepSpeedZeroConfig(**zero)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        near = difflib.get_close_matches(key, DeepSpeedZeroConfig.model_fields, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near and near[0] != key else ""
-        raise UserError(f"deepspeed: {path}: zero_optimization.{key}: {first['msg']}{hint}") from None
+def _leaves_it_to_the_recipe(value: Any) -> bool:
+    """`"auto"`, or a section of nothing else: Hugging Face's own programs fill `{"enabled": "auto"}`."""
+    if isinstance(value, dict):
+        return all(map(_leaves_it_to_the_recipe, value.values()))
+    return bool(value == "auto")
 
 
 def deepspeed_files() -> dict[str, Path]:
@@ -210,6 +193,8 @@ class Engine:
         dtypes = {parameter.dtype for parameter in trainable}
         optimizer = torch.optim.AdamW(trainable, lr=0.0, betas=betas, weight_decay=weight_decay)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        # For small facts of the hosts: over NCCL they would wait for the GPU's queue.
+        self._hosts = torch.distributed.new_group(backend="gloo")
         self._attention_parity = attention_parity
         if {parameter.dtype for parameter in trainable} != dtypes:
             raise UserError(
@@ -299,6 +284,12 @@ class Engine:
         largest = torch.tensor([float("inf") if math.isnan(value) else value], dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
         return float(largest)
+
+    def agree(self, value: int) -> int:
+        """The largest of a number over all ranks, by their hosts alone."""
+        largest = torch.tensor([value])
+        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=self._hosts)
+        return int(largest)
 
     def gather_objects(self, value: T) -> list[T]:
         """A small value of every rank, by rank, on every rank."""

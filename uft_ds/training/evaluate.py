@@ -22,6 +22,7 @@ from uft_ds.objectives.objective import Objective, count_terms, micro_batch_loss
 from uft_ds.training.engine import Engine
 from uft_ds.training.metrics import step_metrics
 from uft_ds.training.reference_cache import ReferenceCache
+from uft_ds.training.signals import NEVER, Stop
 from uft_ds.training.step import forward, rows_of, shifts_of
 
 HUGGING_FACE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
@@ -152,16 +153,22 @@ def evaluate(
     tokens_per_micro_batch: int,
     reference: ReferenceCache,
     shift: float = 0.0,
+    stop: Stop = NEVER,
 ) -> Evaluation:
-    """A step's metrics, over held-out data."""
+    """A step's metrics, over held-out data.
+
+    Raises:
+        Stopped: between two groups; nothing of it is kept.
+    """
     # A pair's number is its own within a group only.
     terms = sum((Counter(count_terms(objective, group.responses)) for group in groups), Counter())
     loss = torch.zeros((), dtype=torch.float64, device=engine.device)
     sums = torch.zeros(2, len(KINDS), len(LOSSES), dtype=torch.float64, device=engine.device)
     tables: list[np.ndarray] = []
     origins: list[str] = []
-    with engine.evaluating():
+    with engine.evaluating(), reference.all_or_nothing():
         for group in groups:
+            stop.check()
             micro_batches = reference.micro_batches(engine, group, tokens_per_micro_batch)
             done = forward(engine, micro_batches, reference)
             shifts = shifts_of(engine, objective, group, [part.batch for part in done], done, shift)

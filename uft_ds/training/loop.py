@@ -11,7 +11,8 @@ from peft import PeftModel
 from uft_ds.checkpoint.save import CheckpointWriter
 from uft_ds.checkpoint.state import Position, TrainerState
 from uft_ds.data.mixture import Step
-from uft_ds.errors import CheckFailed
+from uft_ds.errors import CheckFailed, Stopped, UserError
+from uft_ds.names import unknown_name
 from uft_ds.objectives.objective import Objective, objective_at
 from uft_ds.recipe import TrainSection
 from uft_ds.training.engine import Engine
@@ -21,6 +22,7 @@ from uft_ds.training.reference_cache import ReferenceCache
 from uft_ds.training.report import Reporter
 from uft_ds.training.run_folder import RunFolder
 from uft_ds.training.schedule import learning_rate
+from uft_ds.training.signals import NEVER, Stop
 from uft_ds.training.step import run_step
 from uft_ds.training.telemetry import write_rows
 
@@ -39,6 +41,7 @@ def train(
     reference: ReferenceCache,
     checkpoints: CheckpointWriter,
     state: TrainerState = START,
+    stop: Stop = NEVER,
 ) -> TrainerState:
     """Run the steps that `state` has not seen; evaluate and save on the way and at the end.
 
@@ -47,35 +50,45 @@ def train(
     Raises:
         CheckFailed: more steps than allowed had a non-finite loss or gradient.
         UserError: the last checkpoint could not be written.
+        Stopped: the run was asked to stop; its last finished step is saved.
     """
     if state.step == 0:
         # What is known of the reference at the start is known to every restart; and a full disk shows at once.
         _checkpoint(checkpoints, state, reference, reporter)
-    if state.step == 0 or due(state.step, settings.evaluate_every) or state.step == len(steps):
-        before = objective_at(objective, max(0, state.step - 1) / max(1, len(steps) - 1))
-        _evaluate_and_report(engine, before, held_out, settings, folder, reporter, reference, state)
-    for number in range(state.step, len(steps)):
-        step = steps[number]
-        started = time.perf_counter()
-        rate = learning_rate(
-            step.index, num_steps=len(steps), peak=settings.lr, warmup=settings.warmup, schedule=settings.schedule
-        )
-        current = objective_at(objective, step.index / max(1, len(steps) - 1))
-        result, metrics, shift = run_step(
-            engine, current, step, rate, settings.tokens_per_micro_batch, reference, state.reward_shift
-        )
-        state = TrainerState(state.step + 1, state.skipped_steps + result.skipped, shift)
-        if result.skipped:
-            _account_for_skip(state, step, settings.max_skipped_steps, reporter)
-        seconds = time.perf_counter() - started
-        reporter.step(state.step, metrics | _speed(engine, policy, step, seconds, metrics) | {"lr": rate})
-        checkpoints.poll()
-        is_last = state.step == len(steps)
-        if due(state.step, settings.checkpoint_every) or is_last:
+    saved = state.step
+    try:
+        if state.step == 0 or due(state.step, settings.evaluate_every) or state.step == len(steps):
+            before = objective_at(objective, max(0, state.step - 1) / max(1, len(steps) - 1))
+            _evaluate_and_report(engine, before, held_out, settings, folder, reporter, reference, state, stop)
+        for number in range(state.step, len(steps)):
+            step = steps[number]
+            started = time.perf_counter()
+            rate = learning_rate(
+                step.index, num_steps=len(steps), peak=settings.lr, warmup=settings.warmup, schedule=settings.schedule
+            )
+            current = objective_at(objective, step.index / max(1, len(steps) - 1))
+            result, metrics, shift = run_step(
+                engine, current, step, rate, settings.tokens_per_micro_batch, reference, state.reward_shift
+            )
+            state = TrainerState(state.step + 1, state.skipped_steps + result.skipped, shift)
+            seconds = time.perf_counter() - started
+            reporter.step(state.step, metrics | _speed(engine, policy, step, seconds, metrics) | {"lr": rate})
+            checkpoints.poll()
+            if result.skipped:
+                _account_for_skip(state, step, settings.max_skipped_steps, reporter, checkpoints)
+            stop.check()
+            is_last = state.step == len(steps)
+            if due(state.step, settings.checkpoint_every) or is_last:
+                saved = _checkpoint(checkpoints, state, reference, reporter)
+                _store(reference, reporter)
+            if due(state.step, settings.evaluate_every) or is_last:
+                _evaluate_and_report(engine, current, held_out, settings, folder, reporter, reference, state, stop)
+    except Stopped as asked:
+        if saved != state.step:
             _checkpoint(checkpoints, state, reference, reporter)
-            _store(reference, reporter)
-        if due(state.step, settings.evaluate_every) or is_last:
-            _evaluate_and_report(engine, current, held_out, settings, folder, reporter, reference, state)
+        checkpoints.finish()
+        _store(reference, reporter)
+        raise Stopped(f"{asked} after step {state.step} of {len(steps)}, which is saved: --resume goes on") from None
     checkpoints.finish()
     _store(reference, reporter)
     return state
@@ -95,10 +108,14 @@ def _evaluate_and_report(
     reporter: Reporter,
     reference: ReferenceCache,
     state: TrainerState,
+    stop: Stop,
 ) -> None:
     if not held_out:
         return
-    found = evaluate(engine, objective, held_out, settings.tokens_per_micro_batch, reference, state.reward_shift)
+    found = evaluate(engine, objective, held_out, settings.tokens_per_micro_batch, reference, state.reward_shift, stop)
+    if settings.keep_best is not None and settings.keep_best not in found.metrics:
+        known = tuple(found.metrics)
+        raise UserError(f"train.keep_best: {unknown_name(settings.keep_best, known)}")
     reporter.held_out(state.step, found.metrics)
     if engine.rank == 0:
         write_rows(folder.held_out_rows, found.rows, found.origins)
@@ -106,9 +123,13 @@ def _evaluate_and_report(
 
 def _checkpoint(
     checkpoints: CheckpointWriter, state: TrainerState, reference: ReferenceCache, reporter: Reporter
-) -> None:
-    waited = checkpoints.start(Position(state, reporter.metrics_bytes), reference)
-    reporter.checkpoint(state.step, waited)
+) -> int:
+    """Returns the step that is saved, once it is written."""
+    started = time.perf_counter()
+    position = Position(state, reporter.metrics_bytes)
+    of_metrics = time.perf_counter() - started
+    reporter.checkpoint(state.step, of_metrics + checkpoints.start(position, reference))
+    return state.step
 
 
 def _store(reference: ReferenceCache, reporter: Reporter) -> None:
@@ -117,10 +138,13 @@ def _store(reference: ReferenceCache, reporter: Reporter) -> None:
         reporter.warn(f"{problem}; the run goes on without storing for others")
 
 
-def _account_for_skip(state: TrainerState, step: Step, allowed: int, reporter: Reporter) -> None:
+def _account_for_skip(
+    state: TrainerState, step: Step, allowed: int, reporter: Reporter, checkpoints: CheckpointWriter
+) -> None:
     origins = ", ".join(response.origin for response in step.responses)
     reporter.warn(f"step {state.step} skipped: its gradient is not finite; its responses: {origins}")
     if state.skipped_steps > allowed:
+        checkpoints.poll(wait=True)  # what is being written is worth keeping
         raise CheckFailed(
             f"{state.skipped_steps} steps had a non-finite loss or gradient, train.max_skipped_steps allows {allowed}; "
             "the log names their responses"

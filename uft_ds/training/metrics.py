@@ -143,7 +143,9 @@ def _wandb_id(folder: Path, generate: Callable[[], str]) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; the last one of a run that was killed may be torn, and is left out."""
+    """The lines of a metrics file, none where there is no file; one that a killed run left torn is left out."""
+    if not path.exists():
+        return []
     *lines, torn = path.read_text(encoding="utf-8").split("\n")
     del torn  # what follows the last line break: nothing, in a whole file
     return [json.loads(line) for line in lines]

@@ -10,7 +10,8 @@ A value that was computed in another packing equals a fresh one to rounding, not
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -19,9 +20,10 @@ from torch import Tensor
 from uft_ds.data.example import Sequence
 from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.data.mixture import Step
-from uft_ds.errors import UserError
+from uft_ds.errors import Stopped, UserError
 from uft_ds.training.engine import Engine
 from uft_ds.training.reference_store import LogpTable, ReferenceStore
+from uft_ds.training.signals import NEVER, Stop
 
 REFERENCE_TABLE = "reference.safetensors"
 """In a checkpoint's folder."""
@@ -136,6 +138,18 @@ class ReferenceCache:
             self._unstored |= new
         return len(unknown.responses)
 
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """What is learnt within the block is forgotten where it is left early: whoever goes on does all of it again."""
+        before = len(self._known)
+        try:
+            yield
+        except BaseException:
+            self._forwarded.clear()
+            while len(self._known) > before:
+                self._known.popitem()
+            raise
+
     def flush(self) -> str | None:
         """Put what is new into the store. One that cannot be written is left alone from then on.
 
@@ -165,6 +179,7 @@ def fill(
     *,
     flush_every: int,
     on_group: Callable[[int, int], None] = lambda visited, computed: None,
+    stop: Stop = NEVER,
 ) -> None:
     """Forward the reference alone over everything that is not known yet; what is found is stored on the way.
 
@@ -172,6 +187,7 @@ def fill(
         on_group: called after each group with the number of its responses, and of those that had to be computed.
     Raises:
         UserError: the store cannot be written.
+        Stopped: between two groups; what has been found is stored.
     """
 
     def flush() -> None:
@@ -189,4 +205,9 @@ def fill(
             if number % flush_every == 0:
                 flush()
             on_group(len(group.responses), computed)
+            try:
+                stop.check()
+            except Stopped:
+                flush()
+                raise
     flush()

@@ -136,16 +136,18 @@ def check_claimable(folder: RunFolder, *, overwrite: bool) -> None:
     if not folder.lock.exists():
         raise UserError(f"output: {path} holds files that are no run of ours; give another folder")
     if not overwrite:
-        state = "is done" if folder.done.exists() else "did not finish"
+        state = "is done;" if folder.done.exists() else "did not finish; go on with it by --resume,"
         raise UserError(
-            f"output: {path} already holds a run that {state}; delete it by --overwrite, "
+            f"output: {path} already holds a run that {state} delete it by --overwrite, "
             "or give another folder by output=PATH"
         )
 
 
-def claim(folder: RunFolder, *, overwrite: bool) -> IO[str]:
+def claim(folder: RunFolder, *, overwrite: bool, lock: IO[str] | None = None) -> IO[str]:
     """Create the folder (emptied of an older run, if asked) and lock it.
 
+    Args:
+        lock: of the folder, where it is locked already.
     Returns:
         the open lock: the folder is ours until it is closed or the process ends.
     Raises:
@@ -154,13 +156,14 @@ def claim(folder: RunFolder, *, overwrite: bool) -> IO[str]:
     check_claimable(folder, overwrite=overwrite)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
-        lock = folder.lock.open("w", encoding="utf-8")
+        opened = lock or folder.lock.open("w", encoding="utf-8")
     except OSError as error:
         raise UserError(f"output: {folder.path} cannot be written ({error.strerror})") from None
-    _lock(folder, lock)
+    if lock is None:
+        _lock(folder, opened)
     if overwrite:
         _empty(folder.path)
-    return lock
+    return opened
 
 
 def claim_again(folder: RunFolder) -> IO[str]:
@@ -183,6 +186,16 @@ def _lock(folder: RunFolder, lock: IO[str]) -> None:
     except OSError:
         lock.close()
         raise UserError(f"output: {folder.path} is in use by another run that is still going") from None
+
+
+def is_owned(folder: RunFolder) -> bool:
+    """Whether a process holds the lock: the run goes on."""
+    with folder.lock.open("r", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
 
 
 def release(folder: RunFolder, lock: IO[str]) -> None:

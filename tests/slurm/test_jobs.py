@@ -1,0 +1,287 @@
+"""The batch scripts on a real Slurm of two nodes: training, and everything that ends a job on the way.
+
+Invariant 4 across jobs: whatever ended the first ones, the run in the end is the one that was never touched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import yaml
+from cluster import Cluster, cluster
+from safetensors.torch import load_file
+from tiny import build_tiny_model
+
+from uft_ds.checkpoint.folder import newest_whole, step_of
+from uft_ds.training.metrics import read_metrics
+
+pytestmark = pytest.mark.long
+
+SLURM = Path(__file__).parents[2] / "slurm"
+STEPS = 24
+OF_TIME = ("seconds", "tokens_per_second", "examples_per_second", "memory/peak_gib", "checkpoint/stall_seconds")
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[Cluster]:
+    folder = Path(tempfile.mkdtemp(prefix="sl-"))  # unix sockets lie below: a short path
+    folder.chmod(0o755)  # munged insists
+    with cluster(folder / "s", nodes=2, gpus=0) as up:
+        yield up
+    folder.rmdir()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp("base"), "qwen2", tied=True)
+
+
+def write_recipe(folder: Path, base: Path, **train: Any) -> Path:
+    """A run that lasts some seconds and saves every eighth step."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [{"prompt": f"Rate {i}", "response": "no " * (1 + i % 3), "score": i % 3 / 2} for i in range(48)]
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = {
+        "name": "tiny",
+        "model": {"base": str(base), "dtype": "float32"},
+        "lora": {"rank": 4, "alpha": 8.0},
+        "data": {
+            "max_length": 64,
+            "cache_dir": str(folder / "tokenized"),
+            "sources": [{"format": "jsonl", "path": str(data)}],
+        },
+        "objective": {"loss": "mse", "beta": 0.1},
+        "train": {
+            "examples_per_step": 8, "tokens_per_micro_batch": 64, "steps": STEPS, "lr": 1e-2,
+            "checkpoint_every": 8, "evaluate_every": 8,
+        } | train,
+        "reference": {"cache_dir": str(folder / "reference")},
+        "tracking": [],
+        "deepspeed": "zero3_cpu",
+        "output": str(folder / "run"),
+    }  # fmt: skip
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def submit(slurm: Cluster, recipe: Path, *overrides: str, options: tuple[str, ...] = ()) -> tuple[str, Path]:
+    """(job, its log): two nodes of two ranks each, at the scripts' own settings but for what a CPU has not."""
+    folder = recipe.parent
+    job = slurm.submit(
+        "--nodes=2", "--gpus-per-node=0", "--mem=2000", *options, SLURM / "uft_qwen32b.sh", recipe, *overrides,
+        cwd=folder,
+    )  # fmt: skip
+    return job, folder / f"uft-{job}.out"
+
+
+def last_step(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    lines = read_metrics(path) if path.exists() else []
+    return max((line["step"] for line in lines if "grad_norm" in line), default=0)
+
+
+def ranks_of(recipe: Path) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if "uft_ds.train" in words and str(recipe) in words and words[2:4] == ["-m", "uft_ds.train"]:
+            found.append(process)
+    return sorted(found, key=lambda process: process.pid)
+
+
+def numbers(run: Path) -> list[dict[str, Any]]:
+    lines = [{k: v for k, v in line.items() if k not in OF_TIME} for line in read_metrics(run / "metrics.jsonl")]
+    return [line for line in lines if len(line) > 1]
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    assert (found / "DONE").exists()
+    assert numbers(found) == numbers(expected)
+    ours, theirs = (load_file(run / "latest" / "adapter" / "adapter_model.safetensors") for run in (found, expected))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def restarts(slurm: Cluster, job: str) -> int:
+    return int(slurm.field(job, "Restarts"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(slurm: Cluster, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A job that nothing happened to."""
+    recipe = write_recipe(tmp_path_factory.mktemp("unbroken"), base)
+    job, log = submit(slurm, recipe)
+    assert slurm.wait(job, log=log) == "COMPLETED", log.read_text()
+    return recipe.parent / "run"
+
+
+def test_a_job_trains_on_all_its_nodes(slurm: Cluster, unbroken: Path) -> None:
+    """Four ranks on two nodes; the log says revision, environment and resolved recipe; the master has a host's name."""
+    (log,) = unbroken.parent.glob("uft-*.out")
+    said = log.read_text()
+    assert "every log-ratio is 0.0 nats" in said
+    assert re.search(r"=== master node1:\d+, 2 nodes x 2 ranks", said)
+    assert re.search(r"=== uft_ds \S+, git [0-9a-f]{40}", said)
+    assert "examples_per_step: 8" in said
+    assert sorted(path.name for path in unbroken.glob("log-rank*.txt")) == [f"log-rank{i}.txt" for i in range(4)]
+    assert {line["step"] for line in numbers(unbroken)} == set(range(1, STEPS + 1))
+    assert not list(Path(os.environ.get("TMPDIR", "/tmp")).glob("uft-*-0")), "built kernels are cleared away"
+
+
+def test_the_time_limit_ends_in_a_checkpoint_and_the_job_comes_back(
+    slurm: Cluster, unbroken: Path, base: Path, tmp_path: Path
+) -> None:
+    """USR1 as `--signal=B:USR1@600` sends it: saved at a step that no period falls on, requeued, and done."""
+    recipe = write_recipe(tmp_path, base)
+    job, log = submit(slurm, recipe)
+    slurm.until(lambda: last_step(tmp_path / "run") >= 10, log=log)
+    slurm.run("scancel", "--batch", "--signal=USR1", job)
+    assert slurm.wait(job, log=log) == "COMPLETED", log.read_text()
+    said = log.read_text()
+    assert restarts(slurm, job) == 1
+    stopped = re.search(r"stopped by SIGUSR1 after step (\d+) of", said)
+    assert stopped is not None
+    assert f"going on from step-{int(stopped[1]):06d}" in said
+    assert "=== outcome 85" in said
+    assert_same_run(tmp_path / "run", unbroken)
+
+
+def test_an_early_signal_kills_nothing(slurm: Cluster, unbroken: Path, base: Path, tmp_path: Path) -> None:
+    """USR1 while the launchers start, long before a rank listens: the job is requeued and done."""
+    recipe = write_recipe(tmp_path, base)
+    job, log = submit(slurm, recipe)
+    slurm.until(lambda: log.exists() and "=== recipe" in log.read_text(), log=log)
+    slurm.run("scancel", "--batch", "--signal=USR1", job)
+    assert slurm.wait(job, log=log) == "COMPLETED", log.read_text()
+    assert restarts(slurm, job) == 1
+    assert "User defined signal" not in log.read_text()
+    assert_same_run(tmp_path / "run", unbroken)
+
+
+def test_a_pre_empted_job_comes_back(slurm: Cluster, unbroken: Path, base: Path, tmp_path: Path) -> None:
+    """A more urgent job takes the nodes; SIGTERM, ten seconds of grace: saved within them."""
+    recipe = write_recipe(tmp_path, base)
+    job, log = submit(slurm, recipe)
+    slurm.until(lambda: last_step(tmp_path / "run") >= 10, log=log)
+    urgent = slurm.submit(
+        "--partition=urgent", "--nodes=2", "--exclusive", f"--output={tmp_path}/urgent.out", "--wrap", "sleep 1",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert slurm.wait(urgent, log=log) == "COMPLETED"
+    assert slurm.wait(job, log=log) == "COMPLETED", log.read_text()
+    said = log.read_text()
+    assert restarts(slurm, job) >= 1
+    assert "stopped by SIGTERM after step" in said
+    assert_same_run(tmp_path / "run", unbroken)
+
+
+def test_a_cancelled_job_stays_cancelled(slurm: Cluster, base: Path, tmp_path: Path) -> None:
+    """Saved on the way out, and not requeued; the same command goes on where it was."""
+    recipe = write_recipe(tmp_path, base, steps=4000)
+    job, log = submit(slurm, recipe)
+    slurm.until(lambda: last_step(tmp_path / "run") >= 10, log=log)
+    slurm.run("scancel", job)
+    assert slurm.wait(job, log=log) == "CANCELLED"
+    time.sleep(8)  # a requeued job would be back by now
+    assert slurm.field(job, "JobState") == "CANCELLED"
+    assert restarts(slurm, job) == 0
+    newest, _ = newest_whole(tmp_path / "run")
+    assert newest is not None
+    assert step_of(newest) == last_step(tmp_path / "run")
+    assert not ranks_of(recipe)
+
+
+def test_a_killed_rank_brings_the_job_back(slurm: Cluster, unbroken: Path, base: Path, tmp_path: Path) -> None:
+    """SIGKILL of one of four: the others are ended, the job is requeued and goes on from its newest checkpoint."""
+    recipe = write_recipe(tmp_path, base)
+    job, log = submit(slurm, recipe)
+    slurm.until(lambda: last_step(tmp_path / "run") >= 10, log=log)
+    ranks = ranks_of(recipe)
+    assert len(ranks) == 4
+    os.kill(ranks[2].pid, signal.SIGKILL)
+    assert slurm.wait(job, log=log) == "COMPLETED", log.read_text()
+    said = log.read_text()
+    assert restarts(slurm, job) == 1
+    assert "going on from step-000008" in said
+    assert "=== crash 1 without a new checkpoint" in said
+    assert_same_run(tmp_path / "run", unbroken)
+
+
+def test_a_lost_node_brings_the_job_back(slurm: Cluster, unbroken: Path, base: Path, tmp_path: Path) -> None:
+    """As if its power had gone: Slurm requeues the job, which goes on once the node is back."""
+    recipe = write_recipe(tmp_path, base)
+    job, log = submit(slurm, recipe)
+    slurm.until(lambda: last_step(tmp_path / "run") >= 10, log=log)
+    slurm.node("kill-node", "node2")
+    try:
+        slurm.until(lambda: restarts(slurm, job) >= 1, log=log)
+    finally:
+        slurm.node("start-node", "node2")
+    assert slurm.wait(job, log=log) == "COMPLETED", log.read_text()
+    assert_same_run(tmp_path / "run", unbroken)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("train.lr=-1", "train.lr: "), ("data.sources.0.path=nowhere.jsonl", "nowhere.jsonl")],
+    ids=["recipe", "data"],
+)
+def test_bad_input_is_never_started_again(
+    slurm: Cluster, base: Path, tmp_path: Path, override: str, message: str
+) -> None:
+    """Exit code 2, one message, no restart, no folder."""
+    recipe = write_recipe(tmp_path, base)
+    job, log = submit(slurm, recipe, override)
+    assert slurm.wait(job, log=log) == "FAILED"
+    assert restarts(slurm, job) == 0
+    assert message in log.read_text()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_crashes_again_and_again_is_given_up(slurm: Cluster, base: Path, tmp_path: Path) -> None:
+    """Bounded by crashes without a new checkpoint in between."""
+    recipe = write_recipe(tmp_path, base)
+    job, log = submit(slurm, recipe, options=("--export=ALL,UFT_MAX_CRASHES=2",))
+    for crash in (1, 2):
+        slurm.until(lambda: last_step(tmp_path / "run") in (2, 3, 4, 5) and len(ranks_of(recipe)) == 4, log=log)
+        os.kill(ranks_of(recipe)[0].pid, signal.SIGKILL)
+        slurm.until(lambda crash=crash: f"=== crash {crash} " in log.read_text(), log=log)
+        (tmp_path / "run" / "metrics.jsonl").write_text("")
+    assert slurm.wait(job, log=log) == "FAILED"
+    assert restarts(slurm, job) == 1
+
+
+def test_a_sweep_is_an_array_and_a_table(slurm: Cluster, base: Path, tmp_path: Path) -> None:
+    """Learning rate times beta; the last job writes one table of all; tokens and the reference are shared."""
+    recipe = write_recipe(tmp_path, base, steps=4)
+    slurm_options = {"UFT_SBATCH": "--gpus-per-node=0 --mem=2000 --time=10", "UFT_SWEEP_PARALLEL": "2"}
+    started = Cluster(slurm.state, {**slurm.environment, **slurm_options, "PWD": str(tmp_path)})
+    done = subprocess.run(
+        ["bash", SLURM / "sweep.sh", recipe, "--grid", "train.lr=[0.01,0.003]", "--grid", "objective.beta=[0.1,0.3]"],
+        capture_output=True, text=True, env=started.environment, cwd=tmp_path, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"4 jobs: array (\d+); then the table: job (\d+)", done.stdout)
+    assert found is not None, done.stdout
+    log = tmp_path / f"uft-table-{found[2]}.out"
+    assert slurm.wait(found[2], log=log, seconds=400) == "COMPLETED", log.read_text()
+    table = (tmp_path / "run-sweep" / "table.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in table[1:]] == [
+        f"tiny-lr={lr}-beta={beta}" for lr in ("0.01", "0.003") for beta in ("0.1", "0.3")
+    ]
+    assert all(",done," in line for line in table[1:])
+    assert len(list((tmp_path / "tokenized").glob("[0-9a-f]*"))) == 1
+    assert "tiny-lr=0.01-beta=0.1" in log.read_text()

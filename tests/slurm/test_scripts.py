@@ -1,0 +1,35 @@
+"""The batch scripts as they are: what any bash accepts, and what every job needs."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SLURM = Path(__file__).parents[2] / "slurm"
+BATCH = ("uft_qwen32b.sh", "sweep.sh")
+
+
+@pytest.mark.parametrize("script", [*BATCH, "launch.sh", "site.env.example"])
+def test_bash_can_read_it(script: str) -> None:
+    """Without running it."""
+    checked = subprocess.run(["bash", "-n", SLURM / script], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stderr
+
+
+@pytest.mark.parametrize("script", BATCH)
+def test_a_job_can_come_back(script: str) -> None:
+    """Requeued with its log kept, warned before its limit, one launcher a node; nothing of a site's own."""
+    text = (SLURM / script).read_text()
+    options = [line.split("#SBATCH ")[1].split()[0] for line in text.splitlines() if line.startswith("#SBATCH ")]
+    assert {"--requeue", "--open-mode=append", "--ntasks-per-node=1", "--signal=B:USR1@600"} <= set(options)
+    assert not [option for option in options if option.startswith(("--partition", "--account", "--qos"))]
+
+
+@pytest.mark.parametrize("script", BATCH)
+def test_settings_are_explained_where_they_are_read(script: str) -> None:
+    """Every UFT_ variable stands in a comment."""
+    lines = [*(SLURM / script).read_text().splitlines(), *(SLURM / "launch.sh").read_text().splitlines()]
+    explained = set(re.findall(r"UFT_[A-Z_]+", "\n".join(line for line in lines if line.startswith("#"))))
+    used = set(re.findall(r"UFT_[A-Z_]+", "\n".join(line for line in lines if not line.startswith("#"))))
+    assert used - explained == {"UFT_SLURM", "UFT_NODE_CACHE"}, "the scripts' own"

@@ -1,0 +1,52 @@
+"""What each rank of the first proof runs: `python -m uft_ds.doctor.all_reduce RESULT`, below a launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from uft_ds.process import die_with_parent
+
+ELEMENTS = 2**22
+"""16 MiB of float32."""
+_MINUTES = 2.0
+
+
+def main(result: Path) -> None:
+    """Sum a vector that says whose it is over the ranks, check every element, and write how long it took.
+
+    Raises:
+        RuntimeError: a sum is wrong.
+    """
+    die_with_parent()
+    import torch
+    from torch import distributed
+
+    from uft_ds.training.engine import init_distributed
+
+    init_distributed(_MINUTES)
+    rank, ranks = distributed.get_rank(), distributed.get_world_size()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+    mine = torch.arange(ELEMENTS, device=device, dtype=torch.float32).remainder(1024) + rank  # exact in float32
+    expected = ranks * (mine - rank) + ranks * (ranks - 1) / 2
+    distributed.all_reduce(mine.clone())  # the first one connects
+    distributed.barrier()
+    started = time.monotonic()
+    total = mine.clone()
+    distributed.all_reduce(total)
+    is_right = bool(torch.equal(total, expected))  # waits for the device
+    seconds = time.monotonic() - started
+    if not is_right:
+        raise RuntimeError(f"rank {rank}: the sum over {ranks} ranks is wrong")
+    if rank == 0:
+        found = {"ranks": ranks, "backend": distributed.get_backend(), "seconds": seconds, "bytes": 4 * ELEMENTS}
+        result.write_text(json.dumps(found), encoding="utf-8")
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,47 @@
+"""Where models, data and the reference's log-probs are kept between runs."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from uft_ds.doctor.disk import nearest
+from uft_ds.doctor.finding import Finding
+from uft_ds.errors import UserError
+from uft_ds.files import user_cache
+
+_TRUE = {"1", "ON", "YES", "TRUE"}
+
+
+def check_caches(environ: Mapping[str, str] = os.environ) -> list[Finding]:
+    """Ours and Hugging Face's can be written."""
+    try:
+        own = user_cache()
+    except UserError as error:
+        return [Finding("cache", "problem", str(error), "set XDG_CACHE_HOME")]
+    hub = Path(environ["HF_HOME"]) if "HF_HOME" in environ else own.parent / "huggingface"
+    return [
+        _writable("cache", own, "set XDG_CACHE_HOME, or reference.cache_dir and data.cache_dir in recipes"),
+        _writable("hub's cache", hub.expanduser(), "set HF_HOME to a folder that can be written"),
+    ]
+
+
+def check_hub(environ: Mapping[str, str] = os.environ) -> Finding:
+    """Offline, a name that is not in the cache is an error at once, instead of a wait for the network."""
+    if environ.get("HF_HUB_OFFLINE", "").upper() in _TRUE:
+        found = "HF_HUB_OFFLINE is set: nothing is fetched"
+        return Finding("hub", "note", found, "give models and data as folders, or unset it once to fetch them")
+    return Finding(
+        "hub", "ok", "names in recipes are fetched", "without a network set HF_HUB_OFFLINE=1: errors come at once"
+    )
+
+
+def _writable(name: str, folder: Path, remedy: str) -> Finding:
+    try:
+        with tempfile.TemporaryFile(dir=nearest(folder)):
+            pass
+    except OSError as error:
+        return Finding(name, "problem", f"{folder} cannot be written ({error.strerror})", remedy)
+    return Finding(name, "ok", str(folder))

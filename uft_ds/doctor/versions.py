@@ -1,0 +1,81 @@
+"""Python and packages against the ranges that the package itself declares; nothing is listed twice."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+from collections.abc import Callable, Iterable
+from importlib import metadata
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from uft_ds.doctor.finding import Finding
+
+PACKAGE = "uft-ds"
+
+
+def check_python(required: str | None = None, found: str | None = None) -> Finding:
+    """This interpreter against `requires-python`."""
+    found = found or platform.python_version()
+    required = required if required is not None else _declared_python()
+    if SpecifierSet(required).contains(found, prereleases=True):
+        return Finding("Python", "ok", found)
+    return Finding(
+        "Python",
+        "problem",
+        f"{found}, expected {required}",
+        "make a virtual environment with another Python: make install",
+    )
+
+
+def check_packages(
+    requirements: Iterable[str] | None = None, version_of: Callable[[str], str] = metadata.version
+) -> list[Finding]:
+    """Each dependency against its range: one line for all that fit, one for each that does not.
+
+    Args:
+        requirements: as in pyproject.toml; those of the installed package if not given.
+    """
+    if requirements is None:
+        try:
+            requirements = metadata.requires(PACKAGE) or []
+        except metadata.PackageNotFoundError:
+            found = f"{PACKAGE} is not installed, so nothing says which versions it needs"
+            return [Finding("packages", "problem", found, "pip install . in the checkout")]
+    wanted = [Requirement(text) for text in requirements]
+    wanted = [one for one in wanted if one.marker is None or one.marker.evaluate({"extra": ""})]
+    problems = [finding for one in wanted if (finding := _out_of_range(one, version_of)) is not None]
+    fitting = f"{len(wanted) - len(problems)} of {len(wanted)} as declared"
+    return [Finding("packages", "ok", fitting), *problems]
+
+
+def check_flash_attention(has_gpus: bool, *, is_installed: bool | None = None) -> Finding:
+    """Without it packed rows need a mask of tokens x tokens, which is slower and larger."""
+    if is_installed is None:
+        is_installed = importlib.util.find_spec("flash_attn") is not None
+    if not has_gpus:
+        return Finding("flash-attn", "ok", "not used on CPUs")
+    if not is_installed:
+        found = "not installed: packed rows take a mask of tokens x tokens"
+        return Finding("flash-attn", "note", found, f"pip install '{PACKAGE}[gpu]'")
+    return Finding("flash-attn", "ok", f"{metadata.version('flash-attn')}, used by model.attention: auto")
+
+
+def _out_of_range(wanted: Requirement, version_of: Callable[[str], str]) -> Finding | None:
+    remedy = f"pip install '{wanted.name}{wanted.specifier}'"
+    try:
+        version = version_of(wanted.name)
+    except metadata.PackageNotFoundError:
+        return Finding(wanted.name, "problem", "not installed", remedy)
+    # A local build, 2.13.0+cpu, is the version before the plus.
+    if wanted.specifier.contains(version.partition("+")[0], prereleases=True):
+        return None
+    return Finding(wanted.name, "problem", f"{version}, expected {wanted.specifier}", remedy)
+
+
+def _declared_python() -> str:
+    try:
+        return metadata.metadata(PACKAGE)["Requires-Python"] or ""
+    except (metadata.PackageNotFoundError, KeyError):
+        return ""

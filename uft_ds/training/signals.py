@@ -1,0 +1,87 @@
+"""Being asked to stop: each rank hears a signal by itself, all ranks agree on it between two steps.
+
+    SIGUSR1     the time limit is near (`sbatch --signal`), or `uft train` passes on what it was asked
+    SIGTERM     pre-emption, scancel, kill
+    SIGINT      Ctrl-C
+
+Before the first step there is nothing to save: a signal ends a rank where it is. While steps are run it is only noted,
+for a rank that left by itself would leave the others in a collective.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from uft_ds.errors import Stopped
+
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequest:
+    """What this process has been asked; `number` is the first signal that came, 0 for none."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._is_noted_only = False
+
+    def hear(self, number: int, frame: FrameType | None = None) -> None:
+        """A signal's handler.
+
+        Raises:
+            Stopped: at once, unless within `noted`. A second signal changes nothing: launchers send several.
+        """
+        if self.number:
+            return
+        self.number = number
+        if not self._is_noted_only:
+            raise Stopped(f"stopped by {name_of(number)} before it trained; nothing is lost")
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Within the block a signal is noted, and nothing else."""
+        self._is_noted_only = True
+        try:
+            yield
+        finally:
+            self._is_noted_only = False
+
+
+class Stop:
+    """Whether the run stops here: what any rank has heard, at the same place for all of them."""
+
+    def __init__(self, request: StopRequest, agree: Callable[[int], int]) -> None:
+        """
+        Args:
+            agree: the largest of a number over all ranks.
+        """
+        self._request, self._agree = request, agree
+
+    def check(self) -> None:
+        """Every rank must call it, between two forwards.
+
+        Raises:
+            Stopped: on every rank, if any rank has been asked to stop.
+        """
+        number = self._agree(self._request.number)
+        if number:
+            raise Stopped(f"stopped by {name_of(number)}")
+
+
+NEVER = Stop(StopRequest(), lambda number: 0)
+"""For work that nobody asks to stop."""
+
+
+def listen() -> StopRequest:
+    """Take over the signals that ask a rank to stop."""
+    request = StopRequest()
+    for number in STOP_SIGNALS:
+        signal.signal(number, request.hear)
+    return request
+
+
+def name_of(number: int) -> str:
+    """SIGTERM for 15."""
+    return signal.Signals(number).name
