@@ -97,16 +97,21 @@ def _leaves_it_to_the_recipe(value: Any) -> bool:
     return bool(value == "auto")
 
 
+def deepspeed_files() -> dict[str, Path]:
+    """The files of ds_configs/ by name."""
+    packaged = Path(str(resources.files("uft_ds"))) / "ds_configs"
+    folder = packaged if packaged.is_dir() else Path(__file__).parents[2] / "ds_configs"
+    return {file.stem: file for file in sorted(folder.glob("*.json"))}
+
+
 def _deepspeed_path(name_or_path: str) -> Path:
     if name_or_path.endswith(".json"):
         return Path(name_or_path).expanduser()
-    packaged = Path(str(resources.files("uft_ds"))) / "ds_configs"
-    folder = packaged if packaged.is_dir() else Path(__file__).parents[2] / "ds_configs"
-    path = folder / f"{name_or_path}.json"
-    if not path.is_file():
-        names = ", ".join(sorted(file.stem for file in folder.glob("*.json")))
+    files = deepspeed_files()
+    if name_or_path not in files:
+        names = ", ".join(files)
         raise UserError(f"deepspeed: no file named {name_or_path!r} in ds_configs; there are: {names}; or give a path")
-    return path
+    return files[name_or_path]
 
 
 def deepspeed_config(file: dict[str, Any], *, dtype: torch.dtype, max_grad_norm: float) -> dict[str, Any]:

@@ -1,0 +1,85 @@
+"""What a run on fake tensors says is saved, against what a real one saves."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import build_tiny_model
+from torch import Tensor
+from toy import toy_model, toy_sequences
+
+from uft_ds.data.micro_batch import micro_batch
+from uft_ds.model.load import check_base
+from uft_ds.planning.activations import activations_of
+from uft_ds.planning.memory import head_saved_bytes
+from uft_ds.planning.shapes import shipped_config
+from uft_ds.planning.structure import Lora, structure_of
+
+LORA = Lora(4, 8.0, "all-linear", "float32")  # as `toy_model` has it
+
+
+def really_saved(folder: Path, batch: Any, **options: Any) -> int:
+    """Bytes of the storages that autograd keeps of one forward in this process; weights left out."""
+    model = toy_model(folder, **options)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        logps_R, _ = model(batch)
+    del logps_R
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama", "mistral"])
+@pytest.mark.parametrize("gradient_checkpointing", [True, False])
+@pytest.mark.parametrize("mode", ["lockstep", "separate"])
+def test_saved_bytes_are_those_of_a_real_forward(
+    tmp_path: Path, architecture: Any, gradient_checkpointing: bool, mode: Any
+) -> None:
+    """Within 2%, for each architecture, checkpointed or not, in either mode of the reference."""
+    folder = build_tiny_model(tmp_path, architecture)
+    batch = micro_batch(toy_sequences(6, longest=120))
+    measured = really_saved(folder, batch, gradient_checkpointing=gradient_checkpointing, reference_mode=mode)
+    planned = activations_of(
+        structure_of(check_base(str(folder), None), LORA),
+        tokens=len(batch.token_ids_T),
+        dtype="float32",
+        gradient_checkpointing=gradient_checkpointing,
+        lockstep=mode == "lockstep",
+        attention="sdpa",
+        under_zero3=False,
+    )
+    planned_bytes = planned.saved_bytes + head_saved_bytes(len(batch.targets_N), 64, item_bytes=4)
+    assert planned_bytes == pytest.approx(measured, rel=0.02)
+
+
+def test_checkpointing_keeps_a_hidden_state_a_layer_and_flash_attention_no_square() -> None:
+    """Doubling the tokens doubles everything under flash-attention; sdpa's mask grows with their square."""
+    structure = structure_of(shipped_config("Qwen2.5-7B"), Lora(16, 16.0, "all-linear", "float32"))
+
+    def of(tokens: int, attention: str) -> Any:
+        return activations_of(
+            structure,
+            tokens=tokens,
+            dtype="bfloat16",
+            gradient_checkpointing=True,
+            lockstep=True,
+            attention=attention,
+            under_zero3=True,
+        )
+
+    one, two = of(4096, "flash_attention_2"), of(8192, "flash_attention_2")
+    assert two.saved_bytes == pytest.approx(2 * one.saved_bytes, rel=0.001)
+    assert two.layer_bytes == pytest.approx(2 * one.layer_bytes, rel=0.01)
+    hidden_1TD = 4096 * 3584 * 2
+    assert 28 * hidden_1TD <= one.saved_bytes <= 33 * hidden_1TD
+    assert of(8192, "sdpa").layer_bytes > two.layer_bytes + 8192**2
+    assert "flash_attn" not in sys.modules

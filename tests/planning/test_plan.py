@@ -1,0 +1,249 @@
+"""Plans: what they add up to, how they scale, and what they say of cases that are known."""
+
+from dataclasses import asdict, replace
+from functools import lru_cache
+from typing import Any
+
+import pytest
+
+from uft_ds.errors import UserError
+from uft_ds.planning import parts
+from uft_ds.planning.hardware import Cluster, cluster_of
+from uft_ds.planning.plan import Plan, make_plan
+from uft_ds.planning.planner import Outcome, Planner, Setting
+from uft_ds.planning.shapes import shipped_config
+from uft_ds.planning.sharding import sharding_of
+from uft_ds.planning.workload import workload_of
+from uft_ds.recipe_file import load_recipe
+from uft_ds.training.engine import read_deepspeed_file
+
+
+def cluster(nodes: int = 1, gpus: int = 8, **options: Any) -> Cluster:
+    given = {"gpu": "h100", "gpu_memory": 80, "host_memory": 1000, "network_gbits": 400, "pcie_gbytes": None}
+    return cluster_of(nodes=nodes, gpus=gpus, **(given | options))
+
+
+@lru_cache(maxsize=1)
+def planner() -> Planner:
+    """Of the 32B model; what plans share is computed once."""
+    return Planner(shipped_config("Qwen2.5-32B"))
+
+
+def outcome(*overrides: str, on: Cluster | None = None, zero: dict[str, Any] | None = None) -> Outcome:
+    """Of the 32B recipe. zero: changes to its DeepSpeed file."""
+    recipe = load_recipe("uft_qwen32b", overrides)
+    file = read_deepspeed_file(recipe.deepspeed)
+    file["zero_optimization"] |= zero or {}
+    workload = workload_of(recipe, tokens_per_response=None)
+    return planner().plan(Setting(workload, recipe.deepspeed, sharding_of(file), on or cluster()))
+
+
+@lru_cache
+def plan(*overrides: str, nodes: int = 1, gpus: int = 8, gpu_memory: float = 80, name: str = "uft_qwen32b") -> Plan:
+    return make_plan(load_recipe(name, overrides), cluster(nodes, gpus, gpu_memory=gpu_memory))
+
+
+def test_the_32b_recipe_fits_eight_gpus_of_80_gb() -> None:
+    """With the file that it has, and with room; LoRA runs of this model on 8 x 80 GB are published."""
+    found = plan()
+    assert found.outcome.fits
+    assert found.best_file is not None
+    assert found.best_file.outcome.setting.deepspeed == "zero3"
+    assert 20e9 < found.outcome.gpu_spare_bytes < 60e9
+    assert found.remedies == ()
+    assert found.combination is None
+
+
+def test_weights_whole_on_each_gpu_do_not_fit_there() -> None:
+    """65.5 GB of weights and 16,384 tokens: `zero2` is refused the 80 GB, and adapters would change their type."""
+    zero2 = next(file for file in plan().files if file.outcome.setting.deepspeed == "zero2")
+    assert not zero2.outcome.fits
+    assert zero2.outcome.gpu.weights_shard_bytes == 2 * 32_763_876_352
+    assert zero2.changes == ("deepspeed=zero2", "lora.dtype=bfloat16")
+
+
+def test_one_gpu_of_24_gb_needs_more_than_one_change() -> None:
+    """No single change suffices; the combination that is named fits, and its plan is its own."""
+    found = plan(gpus=1, gpu_memory=24)
+    assert not found.outcome.fits
+    assert found.best_file is None
+    one_gpu = [remedy for remedy in found.remedies if remedy.outcome.setting.cluster.ranks == 1]
+    assert one_gpu
+    assert not any(remedy.outcome.fits for remedy in one_gpu)
+    assert found.combination is not None
+    assert found.combination.outcome.fits
+    assert found.combination.outcome.setting.cluster == found.outcome.setting.cluster
+    overrides = [change for change in found.combination.changes if not change.startswith("--")]
+    again = plan(*overrides, gpus=found.combination.outcome.setting.cluster.gpus, gpu_memory=24)
+    assert again.outcome.gpu == found.combination.outcome.gpu
+
+
+def test_two_gpus_of_40_gb_are_told_to_offload() -> None:
+    """The weights' shard alone is 33 GB: the host has to hold it, and that fits."""
+    found = plan(gpus=2, gpu_memory=40)
+    assert not found.outcome.fits
+    assert found.best_file is not None
+    assert found.best_file.outcome.setting.deepspeed == "zero3_offload"
+    fitting = [remedy for remedy in found.remedies if remedy.outcome.fits]
+    assert ("deepspeed=zero3_offload",) in [remedy.changes for remedy in fitting]
+
+
+def test_every_remedy_is_a_plan_that_frees_memory() -> None:
+    """Its changes, given to the command, give its figures; the first are no dearer than those after them."""
+    found = plan(gpus=2, gpu_memory=40)
+    for remedy in found.remedies:
+        assert remedy.outcome.fits or remedy.outcome.gpu_spare_bytes > found.outcome.gpu_spare_bytes
+        overrides = [change for change in remedy.changes if not change.startswith("--")]
+        options = dict(change.removeprefix("--").split() for change in remedy.changes if change.startswith("--"))
+        given = {"gpus": 2, **{name: int(value) for name, value in options.items()}}
+        assert plan(*overrides, **given, gpu_memory=40).outcome.gpu == remedy.outcome.gpu
+    keys = [(r.outcome.setting.cluster.ranks, round(r.outcome.bound_seconds, 3)) for r in found.remedies]
+    assert keys == sorted(keys)
+
+
+def test_host_memory_is_a_limit_too() -> None:
+    """Weights that the GPUs do not hold must fit somewhere."""
+    small = make_plan(load_recipe("uft_qwen32b", ("deepspeed=zero3_offload",)), cluster(host_memory=64))
+    assert small.outcome.gpu_spare_bytes > 0
+    assert small.outcome.host_spare_bytes is not None
+    assert small.outcome.host_spare_bytes < 0
+    assert not small.outcome.fits
+    assert any(remedy.outcome.fits for remedy in small.remedies)
+
+
+def test_parts_add_up_to_the_whole() -> None:
+    """Of a layer at work and the head only the larger counts; all other parts do."""
+    gpu = outcome().gpu
+    either = max(gpu.layer_bytes, gpu.streams_bytes + gpu.head_tile_bytes)
+    others = sum(asdict(gpu).values()) - gpu.layer_bytes - gpu.streams_bytes - gpu.head_tile_bytes
+    assert gpu.total_bytes == others + either
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 7, 64])
+def test_shards_sum_to_the_whole(ranks: int) -> None:
+    """All ranks' shards are the model and at most a number of padding a parameter and rank."""
+    structure = planner().structure(outcome().setting.workload.lora)
+    item_bytes = structure.item_bytes("bfloat16")
+    whole = parts.weights_bytes(structure, item_bytes, 1)
+    shards = ranks * parts.weights_bytes(structure, item_bytes, ranks)
+    assert whole == 2 * structure.num_base
+    assert whole <= shards <= whole + 2 * ranks * len(structure.sizes)
+
+
+def test_twice_the_ranks_hold_half() -> None:
+    """Shards halve; what a micro-batch needs does not change."""
+    eight, sixteen = outcome(), outcome(on=cluster(nodes=2))
+    for part in ("weights_shard_bytes", "optimizer_bytes", "gradients_bytes", "adapters_bytes"):
+        assert getattr(sixteen.gpu, part) == pytest.approx(getattr(eight.gpu, part) / 2, rel=1e-3)
+    for part in ("saved_activations_bytes", "layer_bytes", "gathered_bytes", "head_tile_bytes"):
+        assert getattr(sixteen.gpu, part) == getattr(eight.gpu, part)
+
+
+def test_lockstep_and_a_cached_reference_gather_what_sft_gathers() -> None:
+    """To the byte; two forwards gather the layers three times instead of twice."""
+    by_mode, sft = outcome().by_mode, outcome("objective.loss=nll").by_mode["cached"]
+    assert by_mode["lockstep"].traffic == by_mode["cached"].traffic == sft.traffic
+    ratio = by_mode["separate"].traffic.gathered_bytes / sft.traffic.gathered_bytes
+    assert 1.4 < ratio < 1.5
+    saved = by_mode["lockstep"].flops.total - by_mode["cached"].flops.total
+    assert saved > by_mode["lockstep"].flops.reference > 0
+
+
+def test_operations_are_those_of_the_metric_mfu_and_what_it_leaves_out() -> None:
+    """4 a parameter and token, 2 more with a reference, 2 of recomputation; the embedding is looked up."""
+    found, structure = outcome(), planner().structure(outcome().setting.workload.lora)
+    flops, tokens = found.by_mode["lockstep"].flops, 64 * 2048
+    linear = structure.num_base - 152_064 * 5120 - 5120  # without embedding and final norm
+    assert flops.policy + flops.reference + flops.head == 6 * linear * tokens
+    assert flops.recomputation == 2 * (linear - 152_064 * 5120) * tokens
+    # Causal attention: QK^T and AV, half of 2,048 keys a token; forward, recomputed, reference, and twice backward.
+    assert flops.attention == (2 * 2 * 5120 * 1024 * 64) * tokens * 5
+
+
+def test_links_of_flat_sharding_and_of_sharding_inside_a_node() -> None:
+    """Flat, every node takes in the other nodes' share of all weights; inside a node only adapters cross."""
+    four = cluster(nodes=4)
+    flat = outcome("train.examples_per_step=256", on=four).by_mode["lockstep"].traffic
+    # 0.75 of what is gathered comes from three other nodes; inside, 7 of 8 GPUs are others.
+    expected = 0.75 * (flat.gathered_bytes + flat.reduced_bytes)
+    assert flat.network_bytes == pytest.approx(expected, rel=1e-6)
+    assert flat.nvlink_bytes == pytest.approx(7 / 8 * (flat.gathered_bytes + flat.reduced_bytes), rel=1e-6)
+    near = outcome("train.examples_per_step=256", on=four, zero={"zero_hpz_partition_size": 8})
+    moved, lora = near.by_mode["lockstep"].traffic, 134_217_728
+    # The adapters, once a step in float32, and their gradients, in bfloat16, each micro-step.
+    assert moved.network_bytes == pytest.approx(0.75 * lora * (4 + 2), rel=1e-3)
+    assert moved.gathered_bytes == flat.gathered_bytes
+    assert near.gpu.secondary_shard_bytes == pytest.approx(2 * 32_763_876_352 / 8, rel=1e-3)
+    odd = outcome(on=cluster(nodes=3, gpus=4), zero={"zero_hpz_partition_size": 8})
+    assert not odd.fits
+    assert "does not divide a node's 4 GPUs" in odd.problems[0]
+
+
+def test_a_copy_in_every_node_is_taken_where_the_network_is_slow_and_a_lossy_file_never() -> None:
+    """On four nodes `zero3_node` hides best; rounding weights is left to those who ask for it."""
+    found = plan(nodes=4)
+    assert found.best_file is not None
+    assert found.best_file.outcome.setting.deepspeed == "zero3_node"
+    assert plan().best_file != found.best_file
+    lossy = next(file for file in found.files if file.outcome.setting.deepspeed == "zero3_node_lossy")
+    assert not lossy.outcome.fits
+    assert "zero_quantized_weights" in lossy.outcome.problems[0]
+
+
+def test_one_gpu_sends_nothing_and_offloading_costs_pcie() -> None:
+    """Nothing to gather on a single rank; with weights on the host, they come over PCIe for each pass."""
+    alone = outcome(on=cluster(gpus=1)).by_mode["lockstep"].traffic
+    assert asdict(alone) == dict.fromkeys(asdict(alone), 0)
+    offloaded = outcome("deepspeed=zero3_offload", on=cluster(gpus=1))
+    moved = offloaded.by_mode["lockstep"].traffic
+    micro_steps = offloaded.setting.workload.micro_steps(1)
+    assert moved.pcie_bytes > micro_steps * 1.9 * 2 * 32_763_876_352
+    assert offloaded.gpu.weights_shard_bytes == offloaded.gpu.optimizer_bytes == 0
+    host = offloaded.host
+    assert host.weights_bytes > 2 * 32_763_876_352
+    assert 0 < host.page_locking_bytes < host.weights_bytes
+
+
+def test_a_bound_is_the_largest_part_or_the_sum_without_overlap() -> None:
+    """`overlap_comm: false` adds the slowest link to the compute."""
+    time = outcome().by_mode["lockstep"].time
+    assert time.bound_seconds == time.compute_seconds > time.nvlink_seconds
+    alone = outcome(zero={"overlap_comm": False}).by_mode["lockstep"].time
+    assert alone.bound_seconds == pytest.approx(time.compute_seconds + time.nvlink_seconds)
+    slow = outcome(on=cluster(nodes=4, network_gbits=1)).by_mode["lockstep"].time
+    assert slow.bounded_by == "network"
+    assert slow.bound_seconds == slow.network_seconds
+
+
+def test_fewer_tokens_at_once_hold_less_and_send_more() -> None:
+    """Half the tokens of a micro-batch: twice the micro-steps and their traffic."""
+    whole, half = outcome(), outcome("train.tokens_per_micro_batch=8192")
+    assert half.gpu.saved_activations_bytes == pytest.approx(whole.gpu.saved_activations_bytes / 2, rel=0.01)
+    assert (whole.setting.workload.micro_steps(8), half.setting.workload.micro_steps(8)) == (1, 2)
+    gathered = [o.by_mode["lockstep"].traffic.gathered_bytes for o in (whole, half)]
+    assert gathered[1] == 2 * gathered[0]
+
+
+def test_a_step_shorter_than_a_micro_batch_is_planned_as_it_is() -> None:
+    """Memory is for what a step can hold, not for what the recipe would allow."""
+    few = outcome("train.examples_per_step=2").setting.workload
+    assert few.largest_micro_batch == 2 * 2048
+    assert replace(few, examples_per_step=64).largest_micro_batch == 16384
+
+
+def test_bad_input_is_answered() -> None:
+    """A GPU that is not known, and lengths that the recipe does not allow."""
+    with pytest.raises(UserError, match=r"--gpu: .*h1000.*h100"):
+        cluster(gpu="h1000")
+    with pytest.raises(UserError, match=r"--tokens-per-response: 4096 given, at most data\.max_length 2048"):
+        make_plan(load_recipe("uft_qwen32b"), cluster(), tokens_per_response=4096)
+    with pytest.raises(UserError, match=r"model\.base: 'no/such'"):
+        make_plan(load_recipe("uft_qwen32b", ("model.base=no/such",)), cluster())
+
+
+@pytest.mark.parametrize("name", ["uft_mistral7b", "sft_mistral7b", "una_mistral7b"])
+def test_other_recipes_are_planned(name: str) -> None:
+    """7B on one GPU of 80 GB, with a reference and without."""
+    found = plan(name=name, gpus=1)
+    assert found.structure.num_base == 7_241_732_096
+    assert found.outcome.fits

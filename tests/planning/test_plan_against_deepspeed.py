@@ -1,0 +1,33 @@
+"""What is planned against what DeepSpeed allocates and sends on real ranks: the bars of `benchmarks/plan.py`."""
+
+from pathlib import Path
+
+import pytest
+from plan import RANKS, SIZES, Cell, compare, grid, write_model
+
+
+def test_two_ranks_hold_and_send_what_was_planned(tmp_path: Path) -> None:
+    """Bytes sent within 1%, held within 10%: layers recomputed in float32, and kept in bfloat16."""
+    folder = write_model(tmp_path / "small", SIZES["small"])
+    cells = [Cell(folder, gradient_checkpointing=True), Cell(folder, gradient_checkpointing=False, dtype="bfloat16")]
+    rows = compare(cells, 2)
+    assert all(row.measured.gathered > 0 for row in rows)
+    assert {row.name: row.missed() for row in rows if row.missed()} == {}
+
+
+def test_a_second_copy_inside_a_node_leaves_adapters_alone_to_cross(tmp_path: Path) -> None:
+    """`zero_hpz_partition_size` 2 on 4 ranks: of all ranks' gathers only the adapters', once a step."""
+    folder = write_model(tmp_path / "small", SIZES["small"])
+    (row,) = compare([Cell(folder, gradient_checkpointing=True, secondary=2)], 4)
+    assert 0 < row.measured.far < row.measured.gathered / 100
+    assert row.missed() == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ranks", RANKS)
+def test_the_grid(tmp_path: Path, ranks: int) -> None:
+    """Three sizes, checkpointed or not; of the smallest, by two forwards too."""
+    folders = [write_model(tmp_path / name, size) for name, size in SIZES.items()]
+    rows = compare([*grid(folders, ["lockstep"]), *grid(folders[:1], ["separate"])], ranks)
+    assert len(rows) == 8
+    assert {row.name: row.missed() for row in rows if row.missed()} == {}

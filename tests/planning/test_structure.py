@@ -1,0 +1,65 @@
+"""A model with adapters, without memory: counted, and cut into the modules that ZeRO-3 visits."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import build_tiny_model
+
+from uft_ds.model.adapters import add_adapters
+from uft_ds.model.load import check_base, empty_base
+from uft_ds.planning.shapes import shipped_config
+from uft_ds.planning.structure import Lora, structure_of
+
+LORA = Lora(4, 8.0, "all-linear", "float32")
+
+
+def whole_policy(config: object, lora: Lora = LORA) -> dict[str, torch.nn.Parameter]:
+    """All layers with adapters, by PEFT, on the meta device."""
+    policy = add_adapters(
+        empty_base(config), rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dtype=torch.float32, seed=0
+    )
+    return dict(policy.named_parameters())
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama", "mistral"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_it_is_the_policy_parameter_by_parameter(tmp_path: Path, architecture: str, tied: bool) -> None:
+    """Adapters on two layers, and the others taken to be alike, give the same sizes as PEFT on all."""
+    folder = build_tiny_model(tmp_path, architecture, tied=tied)  # type: ignore[arg-type]
+    structure = structure_of(check_base(str(folder), None), LORA)
+    policy = whole_policy(check_base(str(folder), None))
+    expected = sorted((p.numel(), p.requires_grad) for p in policy.values())
+    assert sorted(zip(structure.sizes, structure.is_trainable, strict=True)) == expected
+    assert (structure.head == structure.embedding) is tied
+    for number, layer in enumerate(structure.layers):
+        own = [p.numel() for name, p in policy.items() if f".layers.{number}." in name]
+        assert sorted(structure.sizes[p] for p in layer) == sorted(own)
+
+
+def test_a_target_may_name_one_layer(tmp_path: Path) -> None:
+    """Layers that then differ are not taken for alike."""
+    lora = Lora(4, 8.0, ["layers.2.self_attn.q_proj"], "float32")
+    structure = structure_of(check_base(str(build_tiny_model(tmp_path)), None), lora)
+    assert [sum(structure.is_trainable[p] for p in layer) for layer in structure.layers] == [0, 0, 2]
+
+
+def test_a_reference_adapter_is_frozen_and_of_the_adapters_type(tmp_path: Path) -> None:
+    """It doubles the adapters, none of it is trained, and it counts in the adapters' type."""
+    config = check_base(str(build_tiny_model(tmp_path)), None)
+    plain = structure_of(config, LORA)
+    doubled = structure_of(config, Lora(4, 8.0, "all-linear", "float32", has_reference=True))
+    assert doubled.num_lora == plain.num_lora
+    assert sum(doubled.sizes) == sum(plain.sizes) + plain.num_lora
+    assert doubled.num_base == plain.num_base
+    adapters = {b for b, adapts in zip(doubled.item_bytes("bfloat16"), doubled.is_adapter, strict=True) if adapts}
+    assert adapters == {4}
+
+
+@pytest.mark.long
+def test_adapters_of_a_large_model_are_pefts() -> None:
+    """The 32B model with all 64 layers given adapters by PEFT."""
+    config = shipped_config("Qwen2.5-32B")
+    lora = Lora(16, 16.0, "all-linear", "float32")
+    trained = sum(p.numel() for p in whole_policy(config, lora).values() if p.requires_grad)
+    assert structure_of(config, lora).num_lora == trained == 134_217_728

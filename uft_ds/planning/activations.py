@@ -1,0 +1,255 @@
+"""What a micro-batch keeps for its backward, and what it needs at its peak: measured on a run without memory.
+
+The model itself is forwarded and backwarded on fake tensors (torch's `FakeTensorMode`): each operation is dispatched,
+shapes and lifetimes are real, numbers are not. Two layers are run, and one; the others are like the second.
+
+T packed tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.function import Function
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import flash_attention_mask
+
+from uft_ds.model.lockstep import ReferenceLane, enable_lockstep
+from uft_ds.planning.structure import ITEM_BYTES, Structure
+
+FLASH = "uft_planned_flash"
+"""The stand-in for flash-attention, by its name among transformers' implementations."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Of one micro-batch, in bytes; no weights are in them."""
+
+    saved_bytes: int
+    """Kept between forward and backward of the decoder: all layers and the final norm."""
+    layer_bytes: int
+    """Most that is held besides: one layer's inner tensors and gradients, while it is computed or recomputed."""
+    stream_bytes: int
+    """Held of the reference when the head is reached: its hidden state before and after the final norm."""
+
+
+def activations_of(
+    structure: Structure,
+    *,
+    tokens: int,
+    dtype: str,
+    gradient_checkpointing: bool,
+    lockstep: bool,
+    attention: str,
+    under_zero3: bool,
+) -> Activations:
+    """Of a micro-batch of several packed sequences, `tokens` in all.
+
+    Args:
+        under_zero3: DeepSpeed then puts a linear of its own in torch's place, which keeps its input even where the
+            weight is frozen.
+        lockstep: the reference rides beside the policy.
+        attention: `flash_attention_2`, `sdpa` or `eager`; but for the first, packed rows need a mask of T x T.
+    """
+    options: dict[str, Any] = {
+        "tokens": tokens,
+        "dtype": dtype,
+        "gradient_checkpointing": gradient_checkpointing,
+        "lockstep": lockstep,
+        "attention": FLASH if attention == "flash_attention_2" else attention,
+        "under_zero3": under_zero3,
+    }
+    two, one = _run(structure, layers=2, **options), _run(structure, layers=1, **options)
+    saved = one.saved_bytes + (structure.num_layers - 1) * (two.saved_bytes - one.saved_bytes)
+    hidden_1TD = tokens * structure.config.hidden_size * ITEM_BYTES[dtype]
+    return Activations(saved, max(0, two.peak_bytes - two.saved_bytes), 2 * hidden_1TD if lockstep else 0)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    saved_bytes: int
+    peak_bytes: int
+
+
+def _run(
+    structure: Structure,
+    *,
+    layers: int,
+    tokens: int,
+    dtype: str,
+    gradient_checkpointing: bool,
+    lockstep: bool,
+    attention: str,
+    under_zero3: bool,
+) -> _Measured:
+    policy = copy.deepcopy(structure.sample)
+    base: Any = policy.get_base_model()
+    decoder = base.get_decoder()
+    decoder.layers = decoder.layers[:layers]
+    base.config._attn_implementation = attention
+    if gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if lockstep:
+        enable_lockstep(base)
+    base.enable_input_require_grads()
+    linear = _linear_of_zero3() if under_zero3 else nullcontext()
+    with linear, FakeTensorMode(allow_non_fake_inputs=True), _Live() as live:
+        weights = _without_memory(policy, getattr(torch, dtype))
+        token_ids_1T = torch.zeros(1, tokens, dtype=torch.int64)
+        positions_1T = torch.arange(tokens)[None]
+        before = live.now
+        lane = {"lane": ReferenceLane()} if lockstep else {}
+        with _saved(weights) as saved:
+            hidden: Any = decoder(
+                input_ids=token_ids_1T, position_ids=positions_1T, use_cache=False, **lane
+            ).last_hidden_state
+        saved_bytes = sum(saved.sizes.values())
+        lane.clear()
+        saved.held.clear()
+        policy_1TD: Tensor = hidden[0] if lockstep else hidden
+        del hidden  # the reference is done with before the backward
+        policy_1TD.backward(torch.empty_like(policy_1TD))
+        # Adapters' gradients are counted elsewhere.
+        gradients = sum(p.grad.nbytes for p in policy.parameters() if p.grad is not None)
+        peak = live.peak - before
+    return _Measured(saved_bytes, max(saved_bytes, peak - gradients))
+
+
+def _without_memory(policy: nn.Module, dtype: torch.dtype) -> set[int]:
+    """Put fake tensors in place of a model's meta tensors; returns the storages of its weights."""
+    made: dict[int, Any] = {}
+
+    def fake(tensor: Tensor, kind: torch.dtype) -> Any:
+        if id(tensor) not in made:
+            empty = torch.empty(tensor.shape, dtype=kind, device="cpu")
+            is_parameter = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
+        return made[id(tensor)]
+
+    for place, module in policy.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                # Adapters compute in their own type, which the structure's sample has.
+                module._parameters[name] = fake(parameter, parameter.dtype if "lora_" in place else dtype)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = fake(buffer, buffer.dtype)
+    return {tensor.untyped_storage()._cdata for tensor in made.values()}
+
+
+class _Live(TorchDispatchMode):
+    """Bytes of all storages that live, each counted once however many views it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._note(tensor.untyped_storage())
+        return result
+
+    def _note(self, storage: Any) -> None:
+        key = storage._cdata
+        if key in self._known:
+            return
+        self._known[key] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._gone, key)
+
+    def _gone(self, key: int) -> None:
+        self.now -= self._known.pop(key, 0)
+
+
+@dataclass
+class _Saved:
+    sizes: dict[int, int] = field(default_factory=dict)
+    held: list[Any] = field(default_factory=list)
+    """So that no storage's address is used again while they are told apart by it."""
+
+
+@contextmanager
+def _saved(weights: set[int]) -> Iterator[_Saved]:
+    """What autograd keeps within the block, by storage; views of weights are no activations."""
+    saved = _Saved()
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            saved.sizes[storage._cdata] = storage.nbytes()
+            saved.held.append(storage)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved
+
+
+class _Linear(Function):
+    """What `LinearFunctionForZeroStage3` of DeepSpeed keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        ctx.save_for_backward(rows, weight, bias)
+        output = rows.matmul(weight.t())
+        if bias is not None:
+            output += bias
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        rows, weight, _ = ctx.saved_tensors
+        (gradient,) = gradients
+        of_weight = gradient.flatten(0, -2).t().matmul(rows.flatten(0, -2)) if ctx.needs_input_grad[1] else None
+        return gradient.matmul(weight), of_weight, None
+
+
+@contextmanager
+def _linear_of_zero3() -> Iterator[None]:
+    original = nn.functional.linear
+    nn.functional.linear = _Linear.apply
+    try:
+        yield
+    finally:
+        nn.functional.linear = original
+
+
+class _Flash(Function):
+    """What flash-attention keeps: queries, keys, values, its output, and a float32 a head and token."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = torch.empty_like(query)
+        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, output, sums)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, _, _ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _flash(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """[1, heads, T, head size] in, [1, T, heads, head size] out, as transformers' implementations have it."""
+    output: Tensor = _Flash.apply(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    return output, None
+
+
+AttentionInterface.register(FLASH, _flash)
+AttentionMaskInterface.register(FLASH, flash_attention_mask)

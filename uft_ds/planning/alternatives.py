@@ -1,0 +1,175 @@
+"""Other settings than a recipe's: other DeepSpeed files, single changes, and changes together; each one planned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from uft_ds.errors import UserError
+from uft_ds.planning.planner import Outcome, Planner, Setting
+from uft_ds.planning.sharding import sharding_of
+from uft_ds.planning.workload import Workload
+from uft_ds.training.engine import deepspeed_files, read_deepspeed_file
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """Another setting, by what is to be given to have it."""
+
+    changes: tuple[str, ...]
+    outcome: Outcome
+
+
+def _with_file(setting: Setting, name: str) -> Setting:
+    """Another DeepSpeed file; below stage 3 with adapters in the model's type, as the engine asks."""
+    sharding = sharding_of(read_deepspeed_file(name))
+    workload = setting.workload
+    if sharding.stage < 3:
+        workload = replace(workload, lora=replace(workload.lora, dtype=workload.dtype))
+    return replace(setting, workload=workload, deepspeed=name, sharding=sharding)
+
+
+def shipped_files(planner: Planner, setting: Setting) -> tuple[Alternative, ...]:
+    """Every shipped file with the recipe as it is otherwise: those that fit first, the fastest of them first."""
+    found = []
+    for name in deepspeed_files():
+        try:
+            changed = _with_file(setting, name)
+        except UserError:  # a file that this DeepSpeed does not take
+            continue
+        found.append(Alternative(_difference(setting, changed), planner.plan(changed)))
+    return tuple(sorted(found, key=_by_worth))
+
+
+def _by_worth(alternative: Alternative) -> tuple[bool, float, float, int]:
+    outcome = alternative.outcome
+    return (not outcome.fits, *_cost(outcome), -outcome.gpu_spare_bytes)
+
+
+def _cost(outcome: Outcome) -> tuple[float, float]:
+    """The least time of a step; of equal ones, how much has to hide behind it. In milliseconds: less is noise."""
+    time = outcome.by_mode[outcome.mode].time
+    return round(time.bound_seconds, 3), round(time.serial_seconds, 3)
+
+
+def remedies_for(planner: Planner, outcome: Outcome, files: tuple[Alternative, ...]) -> list[Alternative]:
+    """Single changes that free memory where it is lacking; by what a step then costs, more GPUs last.
+
+    One that frees no more than a cheaper one is left out.
+    """
+    setting = outcome.setting
+    found = [
+        Alternative(_difference(setting, changed), planner.plan(changed)) for changed in _changed_settings(setting)
+    ] + [file for file in files if file.changes and not file.outcome.problems]
+    by_cost = sorted(
+        (alternative for alternative in found if not alternative.outcome.problems),
+        key=lambda a: (a.outcome.setting.cluster.ranks, *_cost(a.outcome), -a.outcome.gpu_spare_bytes),
+    )
+    kept: list[Alternative] = []
+    ranks, most = 0, (False, 0)
+    for alternative in by_cost:
+        if alternative.outcome.setting.cluster.ranks != ranks:
+            ranks, most = alternative.outcome.setting.cluster.ranks, _left(outcome, outcome)
+        left = _left(alternative.outcome, outcome)
+        if left > most:
+            most = left
+            kept.append(alternative)
+    return kept
+
+
+def _left(changed: Outcome, before: Outcome) -> tuple[bool, int]:
+    """Whether a change is enough, and what it leaves of what was lacking."""
+    lacks_gpu = before.gpu_spare_bytes < 0 or before.problems
+    return changed.fits, changed.gpu_spare_bytes if lacks_gpu else changed.host_spare_bytes or 0
+
+
+_SMALL_LOGITS = 128 * 2**20
+_MOST_NODES = 64
+
+
+def _changed_settings(setting: Setting) -> Iterable[Setting]:
+    """Each single change that a recipe or a cluster offers."""
+    workload = setting.workload
+    tokens = workload.tokens_per_micro_batch
+    while tokens // 2 >= workload.max_length:
+        tokens //= 2
+        yield replace(setting, workload=replace(workload, tokens_per_micro_batch=tokens))
+    if tokens > workload.max_length:
+        yield replace(setting, workload=replace(workload, tokens_per_micro_batch=workload.max_length))
+    if not workload.gradient_checkpointing:
+        yield replace(setting, workload=replace(workload, gradient_checkpointing=True))
+    elif not workload.activation_offload:
+        yield replace(setting, workload=replace(workload, activation_offload=True))
+    if workload.logits_bytes is None or workload.logits_bytes > _SMALL_LOGITS:
+        yield replace(setting, workload=replace(workload, logits_bytes=_SMALL_LOGITS))
+    if workload.lora.dtype == "float32" and workload.dtype != "float32":
+        yield replace(setting, workload=replace(workload, lora=replace(workload.lora, dtype=workload.dtype)))
+    yield from _larger_clusters(setting)
+
+
+def _larger_clusters(setting: Setting) -> Iterable[Setting]:
+    cluster = setting.cluster
+    gpus = cluster.gpus
+    while gpus * 2 <= 8:
+        gpus *= 2
+        yield replace(setting, cluster=replace(cluster, gpus=gpus))
+    nodes = cluster.nodes
+    while nodes * 2 <= _MOST_NODES:
+        nodes *= 2
+        yield replace(setting, cluster=replace(cluster, gpus=gpus, nodes=nodes))
+
+
+def combination_for(planner: Planner, outcome: Outcome, remedies: tuple[Alternative, ...]) -> Alternative | None:
+    """The cheapest changes one upon the other until all fits: on the given GPUs, or on more where nothing else fits."""
+    start = outcome.setting
+    fitting = [remedy.outcome.setting.cluster for remedy in remedies if remedy.outcome.fits]
+    if start.cluster in fitting:
+        return None
+    larger = () if fitting else (changed.cluster for changed in _larger_clusters(start))
+    for cluster in (start.cluster, *larger):
+        for name in (start.deepspeed, *deepspeed_files()):
+            try:
+                tried = replace(_with_file(start, name), cluster=cluster)
+            except UserError:
+                continue
+            for workload in _ever_smaller(tried.workload):
+                found = planner.plan(replace(tried, workload=workload))
+                if found.fits:
+                    return Alternative(_difference(start, found.setting), found)
+    return None
+
+
+def _ever_smaller(workload: Workload) -> Iterable[Workload]:
+    """The cheap changes first; each one keeps those before it."""
+    yield workload
+    workload = replace(workload, gradient_checkpointing=True)
+    yield workload
+    tokens = workload.tokens_per_micro_batch
+    while tokens > workload.max_length:
+        tokens = max(workload.max_length, tokens // 2)
+        workload = replace(workload, tokens_per_micro_batch=tokens)
+        yield workload
+    workload = replace(workload, logits_bytes=min(workload.logits_bytes or _SMALL_LOGITS, _SMALL_LOGITS))
+    yield workload
+    yield replace(workload, activation_offload=True)
+
+
+def _difference(before: Setting, after: Setting) -> tuple[str, ...]:
+    """What to give to come from one setting to another: overrides, then options."""
+    old, new = before.workload, after.workload
+    logits = None if new.logits_bytes is None else new.logits_bytes // 2**20
+    candidates = (
+        ("deepspeed", before.deepspeed, after.deepspeed),
+        ("lora.dtype", old.lora.dtype, new.lora.dtype),
+        ("train.tokens_per_micro_batch", old.tokens_per_micro_batch, new.tokens_per_micro_batch),
+        ("model.gradient_checkpointing", old.gradient_checkpointing, new.gradient_checkpointing),
+        ("model.activation_offload", old.activation_offload, new.activation_offload),
+        ("model.logits_mib", None if old.logits_bytes is None else old.logits_bytes // 2**20, logits),
+        ("--gpus ", before.cluster.gpus, after.cluster.gpus),
+        ("--nodes ", before.cluster.nodes, after.cluster.nodes),
+    )
+    return tuple(
+        f"{key}{'' if key.endswith(' ') else '='}{str(new_value).lower() if isinstance(new_value, bool) else new_value}"
+        for key, old_value, new_value in candidates
+        if old_value != new_value
+    )

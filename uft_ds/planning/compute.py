@@ -1,0 +1,117 @@
+"""Floating-point operations of an optimiser step, and the least time that it can take.
+
+Of p parameters of linear layers and T tokens a forward takes 2 p T; the backward through a frozen weight 2 p T more,
+and a trained one 2 p T on top. Causal attention over a sequence of t tokens, with q = query heads x head size, takes
+2 q t a token in the forward (QK^T and AV, half of the keys on average) and twice that in the backward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from uft_ds.planning.hardware import Cluster
+from uft_ds.planning.sharding import Sharding
+from uft_ds.planning.structure import Structure
+from uft_ds.planning.traffic import Traffic
+from uft_ds.planning.workload import Workload
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Of one optimiser step, over all ranks."""
+
+    policy: int
+    """Forward and backward through the frozen linear layers: 4 a parameter and token."""
+    reference: int
+    """2 a parameter and token."""
+    recomputation: int
+    """Of gradient checkpointing: 2 a parameter and token; no progress, so not in `mfu`."""
+    attention: int
+    """Of all of these."""
+    head: int
+    """Log-probs and their gradient, of every token: 4 a parameter and token, 2 more with a reference."""
+    adapters: int
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+
+def step_flops(structure: Structure, workload: Workload, *, with_reference: bool) -> Flops:
+    """Of a step of `examples_per_step` responses."""
+    config, tokens = structure.config, workload.tokens_per_step
+    layers = sum(structure.num_of(layer) for layer in structure.layers)
+    head = structure.num_of(structure.head)
+    recomputes = workload.gradient_checkpointing
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    query = config.num_attention_heads * head_dim
+    attention = 2 * query * workload.tokens_per_response * structure.num_layers * tokens
+    return Flops(
+        policy=4 * layers * tokens,
+        reference=2 * layers * tokens if with_reference else 0,
+        recomputation=2 * layers * tokens if recomputes else 0,
+        attention=attention * (3 + with_reference + recomputes),
+        head=(4 + 2 * with_reference) * head * tokens,
+        adapters=(6 + 2 * recomputes) * structure.num_lora * tokens,
+    )
+
+
+def mfu_flops(structure: Structure, workload: Workload, *, with_reference: bool) -> int:
+    """By the convention of the metric `mfu`: 4 a parameter and token, 2 more with the reference, nothing else."""
+    return (4 + 2 * with_reference) * sum(structure.sizes) * workload.tokens_per_step
+
+
+@dataclass(frozen=True)
+class Time:
+    """A lower bound of an optimiser step: each part at the hardware's full figure, and nothing between them."""
+
+    compute_seconds: float
+    hbm_seconds: float
+    """Reading each weight once for every pass over it."""
+    nvlink_seconds: float
+    network_seconds: float
+    pcie_seconds: float
+    overlaps: bool
+
+    @property
+    def bound_seconds(self) -> float:
+        """The largest part, where communication runs beside computation; else compute and the slowest link."""
+        on_gpu = max(self.compute_seconds, self.hbm_seconds)
+        links = max(self.nvlink_seconds, self.network_seconds, self.pcie_seconds)
+        return max(on_gpu, links) if self.overlaps else on_gpu + links
+
+    @property
+    def serial_seconds(self) -> float:
+        """With nothing beside anything else: what alternatives are ordered by, so that a link that hides counts."""
+        of_links = self.nvlink_seconds + self.network_seconds + self.pcie_seconds
+        return self.compute_seconds + self.hbm_seconds + of_links
+
+    @property
+    def bounded_by(self) -> str:
+        """What takes longest."""
+        of = {key.removesuffix("_seconds"): value for key, value in asdict(self).items() if key.endswith("_seconds")}
+        return max(of, key=lambda key: of[key])
+
+
+def least_time(
+    structure: Structure,
+    workload: Workload,
+    sharding: Sharding,
+    cluster: Cluster,
+    flops: Flops,
+    moved: Traffic,
+    *,
+    with_reference: bool,
+) -> Time:
+    """With sequences spread evenly over the ranks."""
+    passes = 2 + workload.gradient_checkpointing + with_reference
+    read = workload.micro_steps(cluster.ranks) * passes * structure.num_base * workload.item_bytes
+    gpu = cluster.gpu
+    return Time(
+        compute_seconds=flops.total / cluster.ranks / gpu.flops_per_second,
+        hbm_seconds=read / gpu.hbm_bytes_per_second,
+        nvlink_seconds=moved.nvlink_bytes / gpu.nvlink_bytes_per_second,
+        network_seconds=moved.network_bytes / cluster.network_bytes_per_second,
+        pcie_seconds=moved.pcie_bytes / gpu.pcie_bytes_per_second,
+        overlaps=sharding.overlaps,
+    )

@@ -1,0 +1,84 @@
+"""Known GPUs and their links, and what is planned for: a number of nodes, each with a number of GPUs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib import resources
+
+from uft_ds.errors import UserError
+from uft_ds.names import unknown_name
+
+GB = 10**9
+"""Bytes of a GB, everywhere in a plan."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """From the makers' data sheets (`gpus.json`); a link's figure is of one direction, of one GPU."""
+
+    name: str
+    memory_gb: float
+    flops_per_second: float
+    """Dense, bfloat16."""
+    hbm_bytes_per_second: float
+    nvlink_bytes_per_second: float
+    pcie_bytes_per_second: float
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What a run is planned for."""
+
+    nodes: int
+    gpus: int
+    """Of a node."""
+    gpu: Gpu
+    gpu_memory_bytes: int
+    host_memory_bytes: int | None
+    """Of a node; None: not known."""
+    network_bytes_per_second: float
+    """Of a node, in one direction, all its adapters together."""
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.gpus
+
+
+def known_gpus() -> dict[str, Gpu]:
+    """By the names that `--gpu` takes."""
+    text = (resources.files("uft_ds") / "planning" / "gpus.json").read_text(encoding="utf-8")
+    return {name: Gpu(**values) for name, values in json.loads(text).items() if not name.startswith("_")}
+
+
+def cluster_of(
+    *,
+    nodes: int,
+    gpus: int,
+    gpu: str,
+    gpu_memory: float | None,
+    host_memory: float | None,
+    network_gbits: float,
+    pcie_gbytes: float | None,
+) -> Cluster:
+    """From the command's options: GB, Gbit/s and GB/s.
+
+    Raises:
+        UserError: a GPU that is not known.
+    """
+    known = known_gpus()
+    if gpu not in known:
+        raise UserError(
+            f"--gpu: {unknown_name(gpu, tuple(known))}; its memory and links can be given beside the nearest"
+        )
+    card = known[gpu]
+    if pcie_gbytes is not None:
+        card = Gpu(**{**card.__dict__, "pcie_bytes_per_second": pcie_gbytes * GB})
+    return Cluster(
+        nodes=nodes,
+        gpus=gpus,
+        gpu=card,
+        gpu_memory_bytes=round((card.memory_gb if gpu_memory is None else gpu_memory) * GB),
+        host_memory_bytes=None if host_memory is None else round(host_memory * GB),
+        network_bytes_per_second=network_gbits * GB / 8,
+    )

@@ -1,0 +1,202 @@
+"""Bytes on a GPU, in a node's host memory and on disk, by what they are for."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+from uft_ds.kernels.tiles import tile_of
+from uft_ds.model.head import logit_transform_of
+from uft_ds.planning import parts
+from uft_ds.planning.activations import Activations
+from uft_ds.planning.gathers import Gathers
+from uft_ds.planning.hardware import GB, Cluster
+from uft_ds.planning.sharding import Sharding
+from uft_ds.planning.structure import Structure
+from uft_ds.planning.workload import Workload
+
+# Assumed, not measured: what CUDA, cuBLAS and NCCL take on a GPU, and what allocators lose between blocks.
+LIBRARIES_BYTES = 2 * GB
+FRAGMENTATION = 0.05
+PROCESS_BYTES = 4 * GB
+"""Of a rank, in host memory: Python, torch, CUDA; assumed."""
+
+REFERENCE_ENTRY_BYTES = 24
+"""Of a response in the reference cache."""
+
+
+@dataclass(frozen=True)
+class GpuMemory:
+    """Of one GPU, at the peak of a step."""
+
+    weights_shard_bytes: int
+    secondary_shard_bytes: int
+    """The copy of the base that is sharded inside a node (`zero_hpz_partition_size`)."""
+    gathered_bytes: int
+    """Most that ZeRO-3 holds gathered: the layer at work, what is prefetched, the buffers it arrives in."""
+    adapters_bytes: int
+    gradients_bytes: int
+    gradient_bucket_bytes: int
+    optimizer_bytes: int
+    saved_activations_bytes: int
+    """Between forward and backward, the head's gradient rows included."""
+    layer_bytes: int
+    """Inside the layer that is computed, or recomputed in the backward."""
+    streams_bytes: int
+    """Of the reference, when the head is reached."""
+    head_tile_bytes: int
+    """Logits at a time, and rows that go into them."""
+    reserve_bytes: int
+    """Libraries and fragmentation; assumed."""
+
+    @property
+    def transient_bytes(self) -> int:
+        """A layer is at work or the head is: the larger counts."""
+        return max(self.layer_bytes, self.streams_bytes + self.head_tile_bytes)
+
+    @property
+    def total_bytes(self) -> int:
+        either = self.layer_bytes + self.streams_bytes + self.head_tile_bytes
+        return sum(asdict(self).values()) - either + self.transient_bytes
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Of one node."""
+
+    processes_bytes: int
+    weights_bytes: int
+    page_locking_bytes: int
+    """torch rounds each page-locked block up to a power of two."""
+    optimizer_bytes: int
+    """With gradients and adapters, where they lie here."""
+    activations_bytes: int
+    checkpoint_bytes: int
+    """The copy that is written in the background."""
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class Disk:
+    base_bytes: int
+    checkpoint_bytes: int
+    """Of one."""
+    checkpoints_bytes: int
+    """Of all that are kept, and the one that is being written."""
+    merged_model_bytes: int
+    reference_cache_bytes: int | None
+    """None where the recipe does not say how many responses there are."""
+
+
+def gpu_memory(
+    structure: Structure,
+    workload: Workload,
+    sharding: Sharding,
+    cluster: Cluster,
+    activations: Activations,
+    gathers: Gathers | None,
+) -> GpuMemory:
+    """gathers: of ZeRO-3; None where weights are whole on each GPU."""
+    item_bytes, ranks = structure.item_bytes(workload.dtype), cluster.ranks
+    on_gpu = sharding.weights_on == "gpu"
+    weights_ranks = ranks if sharding.shards_weights else 1
+    weights = parts.weights_bytes(structure, item_bytes, weights_ranks) if on_gpu else 0
+    near = min(sharding.secondary, ranks)
+    secondary = parts.weights_bytes(structure, item_bytes, near) if sharding.secondary > 1 else 0
+    adapters = parts.adapter_bytes(structure, item_bytes, weights_ranks) if on_gpu else 0
+    # On a single GPU that holds the weights, a gathered parameter is its own shard.
+    gathered = 0 if gathers is None or (ranks == 1 and on_gpu) else gathers.peak_bytes
+    with_optimizer = sharding.optimizer_on == "gpu"
+    gradients = parts.gradient_bytes(structure, ranks) if with_optimizer else 0
+    if sharding.stage < 3:  # whole until they are reduced
+        gradients += parts.adapter_bytes(structure, item_bytes, 1)
+    hidden = structure.config.hidden_size
+    head_saved = head_saved_bytes(workload.largest_micro_batch, hidden, item_bytes=workload.item_bytes)
+    streams = activations.stream_bytes
+    held = {
+        "weights_shard_bytes": weights,
+        "secondary_shard_bytes": secondary if on_gpu else 0,
+        "gathered_bytes": gathered,
+        "adapters_bytes": adapters,
+        "gradients_bytes": gradients,
+        "gradient_bucket_bytes": parts.bucket_bytes(sharding, workload.item_bytes),
+        "optimizer_bytes": parts.optimizer_bytes(structure, ranks) if with_optimizer else 0,
+        "saved_activations_bytes": head_saved + (0 if workload.activation_offload else activations.saved_bytes),
+        "layer_bytes": activations.layer_bytes,
+        "streams_bytes": streams,
+        "head_tile_bytes": head_tile_bytes(structure, workload),
+    }
+    without_reserve = GpuMemory(**held, reserve_bytes=0).total_bytes
+    return GpuMemory(**held, reserve_bytes=LIBRARIES_BYTES + round(FRAGMENTATION * without_reserve))
+
+
+def head_saved_bytes(num_supervised: int, hidden_size: int, *, item_bytes: int) -> int:
+    """What the head keeps for the backward: a gradient row for each supervised token, and where its row stands."""
+    return num_supervised * (hidden_size * item_bytes + 2 * 8)
+
+
+def head_tile_bytes(structure: Structure, workload: Workload) -> int:
+    """Of `kernels/`, every token being supervised: logits, float32 rows of a chunk, and both streams' rows."""
+    config = structure.config
+    streams = 1 if workload.reference == "none" else 2
+    capped = logit_transform_of(config).softcap is not None
+    tokens, hidden, one = workload.largest_micro_batch, int(config.hidden_size), workload.item_bytes
+    per_logit = 4 * (1 + capped)
+    tile = tile_of(
+        tokens,
+        streams,
+        int(config.vocab_size),
+        torch.device("cuda"),
+        chunk_bytes=workload.logits_bytes,
+        bytes_per_logit=per_logit,
+    )
+    logits = streams * tile.rows * tile.width * per_logit
+    chunk = 3 * tile.rows * hidden * 4 + streams * tile.rows * hidden * one
+    return logits + chunk + streams * tokens * hidden * one
+
+
+def host_memory(
+    structure: Structure, workload: Workload, sharding: Sharding, cluster: Cluster, activations: Activations
+) -> HostMemory:
+    """Of one node. Files that are read are cached by the system, which is not counted: that memory can be had back."""
+    item_bytes, ranks, gpus = structure.item_bytes(workload.dtype), cluster.ranks, cluster.gpus
+    weights = locking = 0
+    if sharding.weights_on == "cpu":
+        shards = [parts.shard(size, ranks) * one for size, one in zip(structure.sizes, item_bytes, strict=True)]
+        if sharding.secondary > 1:
+            shards += [
+                parts.shard(size, min(sharding.secondary, ranks)) * one
+                for size, one, trains in zip(structure.sizes, item_bytes, structure.is_trainable, strict=True)
+                if not trains
+            ]
+        weights = gpus * sum(shards)
+        locking = gpus * sum(_power_of_two(b) - b for b in shards) if sharding.pinned else 0
+    offloaded = sharding.optimizer_on == "cpu"
+    optimizer = parts.optimizer_bytes(structure, ranks) + parts.gradient_bytes(structure, ranks) if offloaded else 0
+    activation_bytes = gpus * activations.saved_bytes if workload.activation_offload else 0
+    copy = gpus * parts.optimizer_bytes(structure, ranks) + parts.adapter_bytes(structure, item_bytes, 1)
+    return HostMemory(gpus * PROCESS_BYTES, weights, locking, gpus * optimizer, activation_bytes, copy)
+
+
+def _power_of_two(num_bytes: int) -> int:
+    return 1 << max(0, num_bytes - 1).bit_length()
+
+
+def disk(structure: Structure, workload: Workload) -> Disk:
+    """What a run writes, and the base that it reads."""
+    item_bytes = structure.item_bytes(workload.dtype)
+    adapter = parts.adapter_bytes(structure, item_bytes, 1)
+    checkpoint = adapter + parts.optimizer_bytes(structure, 1)
+    base = structure.num_base * workload.item_bytes
+    responses = workload.num_responses if workload.caches_reference else 0
+    return Disk(
+        base_bytes=base,
+        checkpoint_bytes=checkpoint,
+        checkpoints_bytes=checkpoint * (workload.kept_checkpoints + 1),
+        merged_model_bytes=base,
+        reference_cache_bytes=None if responses is None else responses * REFERENCE_ENTRY_BYTES,
+    )

@@ -1,0 +1,94 @@
+"""From a recipe and a cluster to a plan: what fits, what is moved, the least time, and what to change.
+
+Nothing is allocated, launched or downloaded. Every alternative that is named has been planned like the recipe itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from uft_ds.errors import UserError
+from uft_ds.planning.alternatives import Alternative, combination_for, remedies_for, shipped_files
+from uft_ds.planning.compute import mfu_flops
+from uft_ds.planning.hardware import Cluster
+from uft_ds.planning.memory import Disk, disk
+from uft_ds.planning.planner import Outcome, Planner, Setting
+from uft_ds.planning.shapes import model_config
+from uft_ds.planning.sharding import sharding_of
+from uft_ds.planning.structure import Structure
+from uft_ds.planning.workload import workload_of
+from uft_ds.recipe import Recipe
+from uft_ds.training.engine import read_deepspeed_file
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that `uft plan` says."""
+
+    recipe_name: str
+    structure: Structure
+    outcome: Outcome
+    disk: Disk
+    files: tuple[Alternative, ...]
+    """Every file of `ds_configs/`, the best one first."""
+    remedies: tuple[Alternative, ...]
+    """Changes one by one, the cheapest first; empty where the recipe fits."""
+    combination: Alternative | None
+    """Changes that fit together, where none of the remedies does alone."""
+    mfu_flops: int
+    assumptions: tuple[str, ...]
+
+    @property
+    def best_file(self) -> Alternative | None:
+        return next((file for file in self.files if file.outcome.fits), None)
+
+
+def make_plan(recipe: Recipe, cluster: Cluster, *, tokens_per_response: int | None = None) -> Plan:
+    """Plan a recipe.
+
+    Args:
+        tokens_per_response: mean, prompt included; None: `data.max_length`, the most there can be.
+    Raises:
+        UserError: the model's config is not to be had, or the recipe does not go with it.
+    """
+    config, source = model_config(recipe.model.base, recipe.model.revision)
+    if tokens_per_response is not None and tokens_per_response > recipe.data.max_length:
+        raise UserError(
+            f"--tokens-per-response: {tokens_per_response} given, at most data.max_length {recipe.data.max_length}"
+        )
+    workload = workload_of(recipe, tokens_per_response=tokens_per_response)
+    setting = Setting(workload, recipe.deepspeed, sharding_of(read_deepspeed_file(recipe.deepspeed)), cluster)
+    planner = Planner(config)
+    outcome = planner.plan(setting)
+    files = shipped_files(planner, setting)
+    remedies = () if outcome.fits else tuple(remedies_for(planner, outcome, files))
+    structure = planner.structure(workload.lora)
+    return Plan(
+        recipe_name=recipe.name,
+        structure=structure,
+        outcome=outcome,
+        disk=disk(structure, workload),
+        files=files,
+        remedies=remedies,
+        combination=None if outcome.fits else combination_for(planner, outcome, remedies),
+        mfu_flops=mfu_flops(structure, workload, with_reference=outcome.mode != "cached"),
+        assumptions=tuple(_assumptions(recipe, setting, source, tokens_per_response)),
+    )
+
+
+def _assumptions(recipe: Recipe, setting: Setting, source: str, given: int | None) -> Iterable[str]:
+    workload, cluster = setting.workload, setting.cluster
+    yield f"{recipe.model.base}: {source}"
+    length = f"{workload.tokens_per_response} tokens a response, " + (
+        "as given" if given is not None else "data.max_length (--tokens-per-response gives the mean)"
+    )
+    steps = workload.micro_steps(cluster.ranks)
+    yield (
+        f"{length}: {workload.tokens_per_step} tokens a step, {steps} micro-step{'s' * (steps > 1)} a rank; "
+        "every token supervised"
+    )
+    if recipe.model.attention == "auto":
+        yield "flash-attention 2 is installed on the GPUs (model.attention: auto takes sdpa otherwise)"
+    yield "2 GB of a GPU for CUDA and NCCL, 5% for fragmentation; 4 GB of host memory a rank"
+    yield "time: everything at the data sheet's figure, perfectly overlapped: a lower bound, not a forecast"

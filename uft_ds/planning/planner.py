@@ -1,0 +1,166 @@
+"""One setting (a workload, a DeepSpeed file, a cluster), and what it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from uft_ds.planning import parts
+from uft_ds.planning.activations import Activations, activations_of
+from uft_ds.planning.compute import Flops, Time, least_time, step_flops
+from uft_ds.planning.gathers import Gathers
+from uft_ds.planning.hardware import Cluster
+from uft_ds.planning.memory import GpuMemory, HostMemory, gpu_memory, host_memory
+from uft_ds.planning.sharding import Sharding
+from uft_ds.planning.structure import Lora, Structure, structure_of
+from uft_ds.planning.traffic import Traffic, traffic
+from uft_ds.planning.workload import Workload
+
+MODES = ("lockstep", "separate", "cached")
+"""Ways to have the reference: beside the policy, in a forward of its own, read from the cache."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one plan is of."""
+
+    workload: Workload
+    deepspeed: str
+    """A name of `ds_configs/`, or a path."""
+    sharding: Sharding
+    cluster: Cluster
+
+
+@dataclass(frozen=True)
+class Moved:
+    """One way to have the reference, in a step."""
+
+    traffic: Traffic
+    flops: Flops
+    time: Time
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a setting needs."""
+
+    setting: Setting
+    gpu: GpuMemory
+    host: HostMemory
+    by_mode: dict[str, Moved]
+    mode: str
+    """The recipe's own, in its first epoch; `cached` where no reference is needed."""
+    problems: tuple[str, ...]
+    """Why it cannot run, or is not planned, whatever the memory."""
+
+    @property
+    def gpu_spare_bytes(self) -> int:
+        """What is left of a GPU; negative: what is lacking."""
+        return self.setting.cluster.gpu_memory_bytes - self.gpu.total_bytes
+
+    @property
+    def host_spare_bytes(self) -> int | None:
+        """Of a node; None where its memory was not given."""
+        limit = self.setting.cluster.host_memory_bytes
+        return None if limit is None else limit - self.host.total_bytes
+
+    @property
+    def fits(self) -> bool:
+        host = self.host_spare_bytes
+        return not self.problems and self.gpu_spare_bytes >= 0 and (host is None or host >= 0)
+
+    @property
+    def bound_seconds(self) -> float:
+        """Of a step in the recipe's own mode."""
+        return self.by_mode[self.mode].time.bound_seconds
+
+
+class Planner:
+    """Plans settings of one model; what settings share is computed once."""
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+        self._structures: dict[Any, Structure] = {}
+        self._activations: dict[Any, Activations] = {}
+        self._gathers: dict[Any, Gathers] = {}
+
+    def structure(self, lora: Lora) -> Structure:
+        """Of the model with adapters."""
+        key = repr(lora)  # its targets may be a list
+        if key not in self._structures:
+            self._structures[key] = structure_of(self._config, lora)
+        return self._structures[key]
+
+    def activations(self, setting: Setting) -> Activations:
+        """Of the largest micro-batch."""
+        workload = setting.workload
+        options: dict[str, Any] = {
+            "tokens": workload.largest_micro_batch,
+            "dtype": workload.dtype,
+            "gradient_checkpointing": workload.gradient_checkpointing,
+            "lockstep": workload.reference == "lockstep",
+            "attention": workload.attention,
+            "under_zero3": setting.sharding.shards_weights,
+        }
+        key = (repr(workload.lora), *options.values())
+        if key not in self._activations:
+            self._activations[key] = activations_of(self.structure(workload.lora), **options)
+        return self._activations[key]
+
+    def gathers(self, setting: Setting, mode: str) -> Gathers | None:
+        """Of a micro-step under ZeRO-3; None below."""
+        workload, sharding = setting.workload, setting.sharding
+        if not sharding.shards_weights:
+            return None
+        passes = 2 if mode == "separate" else 1
+        key = (repr(workload.lora), workload.dtype, sharding.bounds, passes, workload.begins_with_forward)
+        if key not in self._gathers:
+            structure = self.structure(workload.lora)
+            self._gathers[key] = parts.micro_step_gathers(
+                structure,
+                structure.item_bytes(workload.dtype),
+                sharding,
+                passes=passes,
+                begins_with_forward=workload.begins_with_forward,
+            )
+        return self._gathers[key]
+
+    def plan(self, setting: Setting) -> Outcome:
+        """One setting: memory, traffic, operations, time."""
+        workload, sharding, cluster = setting.workload, setting.sharding, setting.cluster
+        structure, activations = self.structure(workload.lora), self.activations(setting)
+        own = "cached" if workload.reference == "none" else workload.reference
+        by_mode = {}
+        for mode in MODES if workload.reference != "none" else ("cached",):
+            moved = traffic(structure, workload, sharding, cluster, self.gathers(setting, mode), activations)
+            with_reference = mode != "cached"
+            flops = step_flops(structure, workload, with_reference=with_reference)
+            time = least_time(structure, workload, sharding, cluster, flops, moved, with_reference=with_reference)
+            by_mode[mode] = Moved(moved, flops, time)
+        return Outcome(
+            setting=setting,
+            gpu=gpu_memory(structure, workload, sharding, cluster, activations, self.gathers(setting, own)),
+            host=host_memory(structure, workload, sharding, cluster, activations),
+            by_mode=by_mode,
+            mode=own,
+            problems=tuple(_problems(setting)),
+        )
+
+
+def _problems(setting: Setting) -> Iterable[str]:
+    workload, sharding, cluster = setting.workload, setting.sharding, setting.cluster
+    if sharding.stage < 3 and workload.lora.dtype != workload.dtype:
+        yield (
+            f"{setting.deepspeed}: at ZeRO stage {sharding.stage} adapters are trained in the model's type: "
+            f"lora.dtype={workload.dtype}"
+        )
+    if cluster.gpus % sharding.secondary:  # as `check_ranks` refuses it at the start
+        yield (
+            f"{setting.deepspeed}: zero_hpz_partition_size {sharding.secondary} does not divide a node's "
+            f"{cluster.gpus} GPUs"
+        )
+    if sharding.is_lossy:
+        yield f"{setting.deepspeed}: zero_quantized_weights rounds weights for every gather, which is not planned"
+    if sharding.weights_on == "nvme":
+        yield f"{setting.deepspeed}: weights on NVMe are not planned"

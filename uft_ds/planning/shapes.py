@@ -1,0 +1,71 @@
+"""A base model's config: of a local folder, of a known name, or of the hub's cache. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from uft_ds.errors import UserError
+from uft_ds.model.load import check_base
+
+SHIPPED = {
+    "Qwen/Qwen1.5-32B": "Qwen1.5-32B",
+    "Qwen/Qwen1.5-32B-Chat": "Qwen1.5-32B",
+    "Qwen/Qwen2.5-7B": "Qwen2.5-7B",
+    "Qwen/Qwen2.5-7B-Instruct": "Qwen2.5-7B",
+    "Qwen/Qwen2.5-32B": "Qwen2.5-32B",
+    "Qwen/Qwen2.5-32B-Instruct": "Qwen2.5-32B",
+    "Qwen/Qwen2.5-72B": "Qwen2.5-72B",
+    "Qwen/Qwen2.5-72B-Instruct": "Qwen2.5-72B",
+    "Qwen/Qwen3-32B": "Qwen3-32B",
+    "mistralai/Mistral-7B-v0.1": "Mistral-7B-v0.1",
+    "mistralai/Mistral-7B-Instruct-v0.1": "Mistral-7B-v0.1",
+    "mistralai/Mistral-7B-v0.3": "Mistral-7B-v0.3",
+    "mistralai/Mistral-7B-Instruct-v0.3": "Mistral-7B-v0.3",
+    "meta-llama/Llama-3.1-8B": "Llama-3.1-8B",
+    "meta-llama/Llama-3.1-8B-Instruct": "Llama-3.1-8B",
+    "meta-llama/Llama-3.1-70B": "Llama-3.1-70B",
+    "meta-llama/Llama-3.1-70B-Instruct": "Llama-3.1-70B",
+}
+"""Hub names whose shape is known, and the file of `configs/`; those of one family differ in no size."""
+
+
+def model_config(base: str, revision: str | None = None) -> tuple[Any, str]:
+    """The config of a base model, and where it is from.
+
+    Raises:
+        UserError: neither a local folder, nor a known name, nor in the hub's cache; or code of its own would be needed.
+    """
+    if Path(base).exists():
+        return check_base(base, revision), str(Path(base) / "config.json")
+    cached = _in_hub_cache(base, revision)
+    if cached is not None:
+        return check_base(str(cached.parent), None), f"the hub's cache ({cached})"
+    if base in SHIPPED:
+        return shipped_config(SHIPPED[base]), f"the shipped config of {SHIPPED[base]}"
+    raise UserError(
+        f"model.base: {base!r} is no local folder, not in the hub's cache, and its shape is not shipped; expected a "
+        f"folder with a config.json (its weights are not needed), or one of {', '.join(SHIPPED)}"
+    )
+
+
+def shipped_config(name: str) -> Any:
+    """One of `configs/`, as transformers reads it."""
+    from transformers import AutoConfig
+
+    text = (resources.files("uft_ds") / "planning" / "configs" / f"{name}.json").read_text(encoding="utf-8")
+    values: dict[str, Any] = json.loads(text)
+    return AutoConfig.for_model(values.pop("model_type"), **values)
+
+
+def _in_hub_cache(base: str, revision: str | None) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(base, "config.json", revision=revision)
+    except HFValidationError:  # not a hub name at all
+        return None
+    return Path(found) if isinstance(found, str) else None

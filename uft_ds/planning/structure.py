@@ -1,0 +1,176 @@
+"""The model of a config on the meta device: which parameters there are, and in which order they are visited.
+
+No formula of any architecture: the model is built, by transformers and PEFT, without memory.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from uft_ds.model.adapters import POLICY, REFERENCE, add_adapters
+from uft_ds.model.load import empty_base
+from uft_ds.planning.gathers import Visit
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+"""Of the types that a recipe knows."""
+
+_KEPT = 2
+"""Layers of a uniform model that adapters are really added to: with 64, PEFT takes ten seconds."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """What adapters look like."""
+
+    rank: int
+    alpha: float
+    targets: Literal["all-linear"] | list[str]
+    dtype: str
+    has_reference: bool = False
+    """A frozen adapter of the same form beside it."""
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Sizes of a model with adapters; parameters are named by their place in these tuples."""
+
+    sizes: tuple[int, ...]
+    is_trainable: tuple[bool, ...]
+    is_adapter: tuple[bool, ...]
+    layers: tuple[tuple[int, ...], ...]
+    """Parameters of each decoder layer, adapters included."""
+    embedding: tuple[int, ...]
+    norm: tuple[int, ...]
+    head: tuple[int, ...]
+    """The embedding's, where they are tied."""
+    config: Any
+    lora: Lora
+    sample: Any
+    """The policy on the meta device, cut to a few layers where all are alike."""
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def num_base(self) -> int:
+        """Parameters of the base."""
+        return sum(size for size, adapts in zip(self.sizes, self.is_adapter, strict=True) if not adapts)
+
+    @property
+    def num_lora(self) -> int:
+        """Trained parameters."""
+        return sum(size for size, trains in zip(self.sizes, self.is_trainable, strict=True) if trains)
+
+    def num_of(self, parameters: Sequence[int]) -> int:
+        """Numbers in some parameters of the base."""
+        return sum(self.sizes[p] for p in parameters if not self.is_adapter[p])
+
+    def item_bytes(self, dtype: str) -> tuple[int, ...]:
+        """Bytes of one number of each parameter. dtype: of the base."""
+        return tuple(ITEM_BYTES[self.lora.dtype if adapts else dtype] for adapts in self.is_adapter)
+
+    def forward(self, *, passes: int = 1) -> list[Visit]:
+        """Modules in the order of a forward. passes: 2 for a reference in a forward of its own, before the policy's."""
+        everything = tuple(range(len(self.sizes)))
+        decoder = tuple(sorted({*self.embedding, *self.norm, *(p for layer in self.layers for p in layer)}))
+        layers = [_leaf(f"layer {i}", parameters) for i, parameters in enumerate(self.layers)]
+        one = [
+            Visit("decoder", (), decoder),
+            Visit("embedding", self.embedding, self.embedding),
+            Visit("rotary", (), ()),
+            *layers,
+            Visit("norm", self.norm, self.norm),
+        ]
+        return [Visit("root", (), everything), *one * passes, Visit("head", self.head, self.head)]
+
+    def backward(self) -> list[Visit]:
+        """Modules in the order of a backward: the frozen head is done with, the embedding is visited again."""
+        root, decoder, embedding, _, *layers, norm, _ = self.forward()
+        return [root, decoder, norm, *reversed(layers), embedding]
+
+
+def _leaf(name: str, parameters: tuple[int, ...]) -> Visit:
+    return Visit(name, parameters, parameters, is_leaf=True)
+
+
+def structure_of(config: Any, lora: Lora) -> Structure:
+    """Build the model without memory, add adapters, and note its sizes.
+
+    Raises:
+        UserError: no causal language model has such a config, or the adapters do not fit it.
+    """
+    base = empty_base(config)
+    base.train()
+    decoder = base.get_decoder()
+    before = [_shapes(layer) for layer in decoder.layers]
+    total = len(before)
+    if _is_uniform(before, lora.targets) and total > _KEPT:
+        decoder.layers = decoder.layers[:_KEPT]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT's, of a property of transformers
+        policy = add_adapters(
+            base, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dtype=getattr(torch, lora.dtype), seed=0
+        )
+        if lora.has_reference:
+            policy.add_adapter(REFERENCE, policy.peft_config[POLICY], autocast_adapter_dtype=False)
+    for name, parameter in policy.named_parameters():
+        if "lora_" in name:
+            parameter.requires_grad = f".{POLICY}." in name
+            parameter.data = parameter.data.to(getattr(torch, lora.dtype))
+    adapters = {id(parameter) for name, parameter in policy.named_parameters() if "lora_" in name}
+    sizes: list[int] = []
+    is_trainable: list[bool] = []
+    is_adapter: list[bool] = []
+    known: dict[int, int] = {}
+
+    def noted(module: nn.Module) -> tuple[int, ...]:
+        places = []
+        for parameter in module.parameters():
+            if id(parameter) not in known:
+                known[id(parameter)] = len(sizes)
+                sizes.append(parameter.numel())
+                is_trainable.append(parameter.requires_grad)
+                is_adapter.append(id(parameter) in adapters)
+            places.append(known[id(parameter)])
+        return tuple(places)
+
+    embedding = noted(base.get_input_embeddings())
+    layers = [noted(layer) for layer in decoder.layers]
+    while len(layers) < total:  # the others are like the last
+        first = len(sizes)
+        sizes += [sizes[p] for p in layers[-1]]
+        is_trainable += [is_trainable[p] for p in layers[-1]]
+        is_adapter += [is_adapter[p] for p in layers[-1]]
+        layers.append(tuple(range(first, len(sizes))))
+    norm, head = noted(decoder.norm), noted(base.get_output_embeddings())
+    noted(policy)  # whatever else there is
+    return Structure(
+        sizes=tuple(sizes),
+        is_trainable=tuple(is_trainable),
+        is_adapter=tuple(is_adapter),
+        layers=tuple(layers),
+        embedding=embedding,
+        norm=norm,
+        head=head,
+        config=config,
+        lora=lora,
+        sample=policy,
+    )
+
+
+def _shapes(layer: nn.Module) -> tuple[Any, ...]:
+    return tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters())
+
+
+def _is_uniform(layers: list[tuple[Any, ...]], targets: Literal["all-linear"] | list[str]) -> bool:
+    """Whether one layer stands for all: a target may name one by its number."""
+    names_a_layer = targets != "all-linear" and any(re.search(r"\.\d+\.", f".{target}.") for target in targets)
+    return len(set(layers)) == 1 and not names_a_layer

@@ -1,0 +1,104 @@
+"""Bytes that an optimiser step sends over each kind of link.
+
+B returned by an all-gather on each of W ranks, N nodes of g GPUs:
+
+    received by a GPU        B (W - 1) / W
+    by a node, from others   B (N - 1) / N      each shard once, however the collective is laid
+    by a GPU, inside         B (g - 1) / g
+
+A reduce-scatter is the same the other way round, an all-reduce both. ZeRO-1 and 2 also gather what they have updated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from uft_ds.planning import parts
+from uft_ds.planning.activations import Activations
+from uft_ds.planning.gathers import Gathers
+from uft_ds.planning.hardware import Cluster
+from uft_ds.planning.sharding import Sharding
+from uft_ds.planning.structure import Structure
+from uft_ds.planning.workload import Workload
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Of one optimiser step. The first two are what collectives return or take in on a rank; the others what comes in
+    over a link, in its busier direction."""
+
+    gathered_bytes: int
+    reduced_bytes: int
+    nvlink_bytes: int
+    """Of a GPU."""
+    network_bytes: int
+    """Of a node."""
+    pcie_bytes: int
+    """Of a GPU, to and from host memory."""
+
+
+@dataclass(frozen=True)
+class _Inside:
+    """Ranks that take part in a collective: how many nodes, how many GPUs of each."""
+
+    nodes: int
+    gpus: int
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.gpus
+
+    def nvlink(self, returned: float) -> float:
+        return returned * (self.gpus - 1) / self.gpus
+
+    def network(self, returned: float) -> float:
+        return returned * (self.nodes - 1) / self.nodes
+
+
+def traffic(
+    structure: Structure,
+    workload: Workload,
+    sharding: Sharding,
+    cluster: Cluster,
+    gathers: Gathers | None,
+    activations: Activations,
+) -> Traffic:
+    """gathers: of a micro-step under ZeRO-3, else None."""
+    item_bytes, ranks = structure.item_bytes(workload.dtype), cluster.ranks
+    micro_steps = workload.micro_steps(ranks)
+    everyone = _Inside(cluster.nodes, cluster.gpus)
+    nvlink = network = gathered = pcie = 0.0
+    if gathers is None:  # what the optimiser has updated, once a step
+        updated = parts.adapter_bytes(structure, item_bytes, ranks) * ranks if ranks > 1 else 0
+        gathered = updated
+        nvlink, network = everyone.nvlink(updated), everyone.network(updated)
+    else:
+        far, near = parts.step_gathered_bytes(structure, item_bytes, gathers, sharding, ranks, micro_steps)
+        inside = _near(sharding.secondary, cluster)
+        gathered = far + near
+        nvlink = everyone.nvlink(far) + inside.nvlink(near)
+        network = everyone.network(far) + inside.network(near)
+        if sharding.weights_on != "gpu":
+            own = far / ranks + near / inside.ranks
+            pcie += own if ranks > 1 else micro_steps * _once_more(structure, item_bytes, gathers)
+    reduced = micro_steps * parts.reduced_bytes(structure, ranks, workload.item_bytes) if ranks > 1 else 0
+    # Below stage 3 DeepSpeed all-reduces, which is a reduce-scatter and an all-gather; it keeps a share.
+    crossings = 1 if sharding.shards_weights else 2
+    nvlink += crossings * everyone.nvlink(reduced)
+    network += crossings * everyone.network(reduced)
+    if sharding.optimizer_on != "gpu":
+        pcie += micro_steps * parts.gradient_bytes(structure, ranks)
+    if workload.activation_offload:
+        pcie += micro_steps * activations.saved_bytes
+    return Traffic(round(gathered), reduced, round(nvlink), round(network), round(pcie))
+
+
+def _near(secondary: int, cluster: Cluster) -> _Inside:
+    """Ranks that hold a second copy together."""
+    secondary = min(secondary, cluster.ranks)
+    return _Inside(max(1, secondary // cluster.gpus), min(secondary, cluster.gpus))
+
+
+def _once_more(structure: Structure, item_bytes: tuple[int, ...], gathers: Gathers) -> int:
+    """On a single rank, what a gather copies from host memory."""
+    return sum(t * s * b for t, s, b in zip(gathers.times, structure.sizes, item_bytes, strict=True))

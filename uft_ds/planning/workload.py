@@ -1,0 +1,86 @@
+"""What a recipe asks of the hardware, as plain values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from uft_ds.planning.structure import ITEM_BYTES, Lora
+from uft_ds.recipe import Recipe
+from uft_ds.resolve import objective_of
+
+Reference = Literal["lockstep", "separate", "none"]
+"""How it is forwarded, where it is."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Of one run."""
+
+    lora: Lora
+    dtype: str
+    attention: str
+    gradient_checkpointing: bool
+    activation_offload: bool
+    logits_bytes: int | None
+    reference: Reference
+    caches_reference: bool
+    tokens_per_micro_batch: int
+    max_length: int
+    examples_per_step: int
+    tokens_per_response: int
+    """Mean, prompt included: what a response adds to the tokens of a step."""
+    kept_checkpoints: int
+    num_responses: int | None
+    """Of the whole data, where the recipe says it."""
+    begins_with_forward: bool
+    """Whether a forward without backward comes before the first step: checks of the reference, or an evaluation."""
+
+    @property
+    def item_bytes(self) -> int:
+        """Of one number of the base and of the activations."""
+        return ITEM_BYTES[self.dtype]
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.examples_per_step * self.tokens_per_response
+
+    def micro_steps(self, ranks: int) -> int:
+        """Forwards and backwards of a rank in a step: the fewest, which packing reaches or exceeds by one."""
+        return max(1, -(-self.tokens_per_step // (ranks * self.tokens_per_micro_batch)))
+
+    @property
+    def largest_micro_batch(self) -> int:
+        """Tokens: no more than the recipe allows, and than a step can hold."""
+        return min(self.tokens_per_micro_batch, max(self.max_length, self.examples_per_step * self.max_length))
+
+
+def workload_of(recipe: Recipe, *, tokens_per_response: int | None) -> Workload:
+    """Of a recipe; without a mean length, each response is taken for `data.max_length` tokens long."""
+    assert recipe.lora is not None
+    needs_reference = objective_of(recipe).needs_reference
+    examples = [source.examples for source in recipe.data.sources]
+    return Workload(
+        lora=Lora(
+            recipe.lora.rank,
+            recipe.lora.alpha,
+            recipe.lora.targets,
+            recipe.lora.dtype,
+            has_reference=recipe.reference.adapter is not None and needs_reference,
+        ),
+        dtype=recipe.model.dtype,
+        # On the GPUs that are planned for, whatever this machine has.
+        attention="flash_attention_2" if recipe.model.attention == "auto" else recipe.model.attention,
+        gradient_checkpointing=recipe.model.gradient_checkpointing,
+        activation_offload=recipe.model.activation_offload,
+        logits_bytes=None if recipe.model.logits_mib is None else recipe.model.logits_mib * 2**20,
+        reference=recipe.reference.mode if needs_reference else "none",
+        caches_reference=recipe.reference.cache and needs_reference,
+        tokens_per_micro_batch=recipe.train.tokens_per_micro_batch,
+        max_length=recipe.data.max_length,
+        examples_per_step=recipe.train.examples_per_step,
+        tokens_per_response=tokens_per_response or recipe.data.max_length,
+        kept_checkpoints=recipe.train.keep_checkpoints + (recipe.train.keep_best is not None),
+        num_responses=sum(n for n in examples if n) if all(examples) else None,
+        begins_with_forward=needs_reference or bool(recipe.data.held_out),
+    )
