@@ -280,7 +280,7 @@ def predict(cell: Cell, ranks: int, batch: MicroBatch, micro_steps: int) -> Byte
     return Bytes(
         gathered=(far + near) / micro_steps,
         far=far / micro_steps,
-        reduced=parts.reduced_bytes(structure, ranks, one),
+        reduced=parts.reduced_bytes(structure, ranks),
         weights=parts.weights_bytes(structure, item_bytes, ranks) + second,
         optimizer=parts.adapter_bytes(structure, item_bytes, ranks) + parts.optimizer_bytes(structure, ranks),
         gradients=parts.gradient_bytes(structure, ranks) + parts.bucket_bytes(sharding, one),

@@ -99,9 +99,10 @@ def ranks_of(folder: Path) -> list[int]:
     """Processes that train in this folder, by `uft train` or by a launcher."""
     found = []
     recipes = {str(folder / "recipe.yaml"), str(folder.parent / "recipe.yaml")}
+    launchers = {"torch.distributed.run", "deepspeed.launcher.runner", "deepspeed.launcher.launch"}
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
-        is_launcher = any(word.startswith(("torch.distributed", "deepspeed")) or "launcher" in word for word in words)
+        is_launcher = launchers & set(words)
         if "uft_ds.train" in words and recipes & set(words) and not is_launcher:
             found.append(process.pid)
     return sorted(found)

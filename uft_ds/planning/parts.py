@@ -43,9 +43,12 @@ def gradient_bytes(structure: Structure, ranks: int) -> int:
 
 
 def bucket_bytes(sharding: Sharding, compute_bytes: int) -> int:
-    """Buffers in which gradients wait to be reduced: one, or two that take turns at stage 1 and 2 with overlap."""
+    """Buffers in which gradients wait to be reduced: one, or two that take turns at stage 1 and 2 with overlap.
+
+    They are of the type that is reduced in, float32, but at stage 2, which gathers them in the model's own.
+    """
     buffers = 2 if sharding.stage < 3 and sharding.overlaps else 1
-    return buffers * sharding.reduce_bucket * compute_bytes
+    return buffers * sharding.reduce_bucket * (compute_bytes if sharding.stage == 2 else FLOAT32_BYTES)
 
 
 def micro_step_gathers(
@@ -110,9 +113,9 @@ def step_gathered_bytes(
     return first, whole - first
 
 
-def reduced_bytes(structure: Structure, ranks: int, reduced_item_bytes: int) -> int:
-    """What a micro-step's reduction of gradients takes in on each rank: the adapters', padding included."""
-    return _shards(structure, ranks) * ranks * reduced_item_bytes
+def reduced_bytes(structure: Structure, ranks: int) -> int:
+    """What a micro-step's reduction of gradients takes in on each rank: the adapters', float32, padding included."""
+    return _shards(structure, ranks) * ranks * FLOAT32_BYTES
 
 
 def _shards(structure: Structure, ranks: int) -> int:

@@ -81,7 +81,7 @@ def traffic(
         if sharding.weights_on != "gpu":
             own = far / ranks + near / inside.ranks
             pcie += own if ranks > 1 else micro_steps * _once_more(structure, item_bytes, gathers)
-    reduced = micro_steps * parts.reduced_bytes(structure, ranks, workload.item_bytes) if ranks > 1 else 0
+    reduced = micro_steps * parts.reduced_bytes(structure, ranks) if ranks > 1 else 0
     # Below stage 3 DeepSpeed all-reduces, which is a reduce-scatter and an all-gather; it keeps a share.
     crossings = 1 if sharding.shards_weights else 2
     nvlink += crossings * everyone.nvlink(reduced)

@@ -124,6 +124,9 @@ def deepspeed_config(file: dict[str, Any], *, dtype: torch.dtype, max_grad_norm:
         "gradient_clipping": max_grad_norm,
         "bf16": {"enabled": dtype == torch.bfloat16},
         "data_types": {"grad_accum_dtype": "fp32"},
+        # By itself DeepSpeed rounds the gradients of float32 adapters on a bfloat16 base before it adds them up.
+        "communication_data_type": "fp32",
+        # Left alone, gradients of float32 adapters on a bfloat16 base would be rounded before they are added up.
         # torch's AdamW also where the optimiser is offloaded: a LoRA's is small, and nothing is compiled.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
