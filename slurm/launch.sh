@@ -2,11 +2,11 @@
 #
 #   train RECIPE [key=value ...]     train on all nodes of this job, going on with what the output holds
 #
-# It returns 0 once the run is done (its folder holds DONE), 2 for a recipe or data that cannot be as they are, 3 where a
-# check refused to go on; those are never started again. A run that was asked to stop (time limit, pre-emption) and one
-# that crashed (a rank killed, a node lost) are: the job is requeued, and goes on from its newest checkpoint.
+# It returns 0 once the run is done, 2 for a recipe or data that cannot be as they are, 3 where a check refused to go on;
+# those are never started again. A run that was asked to stop (time limit, pre-emption) and one that crashed (a rank
+# killed, a node lost) are: the job is requeued, and goes on from its newest checkpoint.
 #
-# Settings, by environment or in site.env beside this file (site.env.example shows one):
+# Settings, by environment or in site.env beside this file (site.env.example shows one), which is read in each job too:
 #   UFT_VENV             virtual environment with uft_ds                       [the one that is active]
 #   UFT_EXEC             put before each command, such as a container's       []
 #   UFT_RANKS_PER_NODE   processes a node                                      [its GPUs; 2 without any]
@@ -29,17 +29,26 @@ if [ -n "${UFT_VENV:-}" ]; then
 fi
 
 # By its plain number the last job of an array is all of them.
-_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
-_job=${_job:-$SLURM_JOB_ID}
+_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}
+_job=${_job:-${SLURM_JOB_ID:-}}
 _step=-1            # number of the newest step of this job: each srun is one
 _asked=0            # 1 once the batch shell has got USR1
-trap '_asked=1; echo "=== USR1: the time limit is near $(date -Is)"' USR1
-trap 'echo "=== TERM $(date -Is)"' TERM     # Slurm signals the steps itself; this shell only outlives it
 
+# shellcheck disable=SC2086
 _run() { ${UFT_EXEC:-} "$@"; }
 _uft() { _run python -m uft_ds "$@"; }
-_job_field() { scontrol show job -o "$_job" | grep -oE "(^| )$1=[^ ]*" | head -n 1 | cut -d= -f2; }
 _newest_checkpoint() { find "$1/checkpoints" -maxdepth 1 -name 'step-*[0-9]' 2>/dev/null | sort | tail -n 1; }
+
+# A controller that is busy for a moment must not cost the job.
+_scontrol() {
+    local tries
+    for tries in 1 2 3 4 5 6; do
+        scontrol "$@" && return 0
+        [ "$tries" = 6 ] || sleep 10
+    done
+    return 1
+}
+_job_field() { _scontrol show job -o "$_job" | head -n 1 | grep -oE "(^| )$1=[^ ]*" | head -n 1 | sed 's/^[^=]*=//'; }
 
 # Runs a step and waits for it, whatever signals this shell gets meanwhile. Once asked to stop it asks the step's
 # processes, and again until they have ended: one that has just been started does not listen yet.
@@ -60,16 +69,13 @@ _step_of_job() {
         kill -0 "$srun_pid" 2>/dev/null || break
     done
     wait "$srun_pid" 2>/dev/null     # its own code, where a signal ended the wait before
-    code=$?
-    [ "$code" = 127 ] && code=0      # it has been waited for above
-    return "$code"
 }
 
 # Every node answers, sees its GPUs, the environment and the caller's folder, and can write to its own disk: in seconds,
 # before the minutes of a start.
 _check_nodes() {
     # shellcheck disable=SC2016
-    timeout 300 srun --ntasks-per-node=1 --kill-on-bad-exit=1 --label bash -c '
+    _step_of_job --ntasks-per-node=1 --kill-on-bad-exit=1 --label timeout 300 bash -c '
         bad() { echo "$SLURMD_NODENAME: $*"; exit 1; }
         if [ "$1" -gt 0 ]; then
             command -v nvidia-smi >/dev/null || bad "$1 GPUs are granted, and there is no nvidia-smi"
@@ -78,30 +84,39 @@ _check_nodes() {
         [ -d "$2" ] || bad "$2 is not there: is the file system shared?"
         probe=$3/.uft-$SLURM_JOB_ID-$SLURM_PROCID
         mkdir -p "$3" && touch "$probe" && rm "$probe" || bad "$3 cannot be written (UFT_NODE_TMP)"
-        ${UFT_EXEC:-} python -c "import uft_ds" || bad "uft_ds cannot be imported by $(command -v python) (UFT_VENV)"
+        ${UFT_EXEC:-} python -c "import sys, torch, uft_ds; sys.exit(torch.cuda.device_count() < $1)" ||
+            bad "uft_ds and torch cannot be imported by $(command -v python), or torch sees fewer than $1 GPUs (UFT_VENV)"
     ' check "${SLURM_GPUS_ON_NODE:-0}" "$PWD" "${UFT_NODE_TMP:-${TMPDIR:-/tmp}}"
-    local code=$?
-    _step=$((_step + 1))
-    return "$code"
 }
 
 _log_environment() {
-    echo "=== job $SLURM_JOB_ID restart ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST $(date -Is)"
+    echo "=== job $_job restart ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST $(date -Is)"
     echo "=== master $MASTER_ADDR:$MASTER_PORT, $SLURM_NNODES nodes x $1 ranks"
     echo "=== $(_uft --version), git $(git -C "$UFT_SLURM" describe --always --dirty --abbrev=40 2>/dev/null || echo none)"
     env | grep -E '^(SLURM_JOB|SLURM_NNODES|SLURM_GPUS|CUDA|NCCL|GLOO|TORCH|TRITON|HF_|TRANSFORMERS|OMP|UFT)' |
         grep -viE 'token|key|secret|password' | sort
 }
 
+_warn_of_a_short_limit() {
+    local end seconds
+    end=$(date -d "$(_job_field EndTime)" +%s 2>/dev/null) || return 0
+    seconds=$((end - $(date +%s)))
+    [ "$seconds" -ge 1200 ] ||
+        echo "=== warning: $seconds s to the time limit, and the signal to save comes 600 s before it (#SBATCH --signal)"
+}
+
 train() {
-    local recipe=$1 run ranks code outcome before
+    local recipe=$1 run ranks code before
     shift
-    run=$(_uft recipe show "$recipe" "$@" --key output) || return 2
+    trap '_asked=1; echo "=== USR1: the time limit is near $(date -Is)"' USR1
+    trap 'echo "=== TERM $(date -Is)"' TERM     # Slurm signals the steps itself; this shell only outlives it
+
+    run=$(_uft recipe show "$recipe" "$@" --key output) || return $?
     ranks=${UFT_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}}
     [ "$ranks" -gt 0 ] || ranks=2
 
     # Never localhost: each node would train by itself.
-    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    MASTER_ADDR=$(_scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     [ -n "$MASTER_ADDR" ] || { echo "no host name for $SLURM_JOB_NODELIST" >&2; return 1; }
     # This shell is on the first node, where the port must be free.
     MASTER_PORT=$(_run python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
@@ -114,60 +129,93 @@ train() {
     # start (pytorch#189245), and nodes that share a folder race for it.
     UFT_NODE_CACHE=${UFT_NODE_TMP:-${TMPDIR:-/tmp}}/uft-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
     export UFT_NODE_CACHE TORCH_EXTENSIONS_DIR=$UFT_NODE_CACHE/torch TRITON_CACHE_DIR=$UFT_NODE_CACHE/triton
+    # How this start ends: what lies in the run's folder may be of an earlier one.
+    UFT_OUTCOME=$PWD/.uft-outcome-$_job-${SLURM_RESTART_COUNT:-0}-$((_step + 1))
+    export UFT_OUTCOME
+    rm -f "$UFT_OUTCOME"
 
     _log_environment "$ranks"
     echo "=== recipe $recipe $*"
-    _uft recipe show "$recipe" "$@" || return 2
-    _check_nodes || { echo "=== a node is not fit (above); nothing was started" >&2; return 1; }
-
+    _uft recipe show "$recipe" "$@" || return $?
+    _warn_of_a_short_limit
     before=$(_newest_checkpoint "$run")
-    # Ignored until a rank listens, and by the launcher for good: it must outlive what Slurm sends to all processes, and
-    # not cut a pre-emption's grace to its own 30 seconds.
+    if ! _check_nodes; then
+        _is_asked_to_stop || [ "$(_job_field JobState)" != RUNNING ] || {
+            echo "=== a node is not fit (above); nothing was started" >&2
+            return 1
+        }
+        _come_back 85
+        return $?
+    fi
+
+    # Signals are ignored until a rank listens, and by the launcher for good: it must outlive what Slurm sends to all
+    # processes, and not cut a pre-emption's grace to its own 30 seconds.
     # shellcheck disable=SC2016
     _step_of_job --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" --kill-on-bad-exit=1 --wait=60 --label \
         bash -c '
             trap "" USR1 TERM
-            ranks=$1; shift
             mkdir -p "$UFT_NODE_CACHE"
-            exec ${UFT_EXEC:-} python -m torch.distributed.run --nnodes="$SLURM_NNODES" --nproc-per-node="$ranks" \
-                --node-rank="$SLURM_NODEID" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" \
-                --max-restarts=0 --signals-to-handle=SIGINT,SIGHUP,SIGQUIT -m uft_ds.train "$@" --resume
-        ' train "$ranks" "$recipe" "$@"
+            exec ${UFT_EXEC:-} bash -c '\''
+                trap "" USR1 TERM
+                ranks=$1; shift
+                exec python -m torch.distributed.run --nnodes="$SLURM_NNODES" --nproc-per-node="$ranks" \
+                    --node-rank="$SLURM_NODEID" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" \
+                    --max-restarts=0 --signals-to-handle=SIGINT,SIGHUP,SIGQUIT -m uft_ds.train "$@" --resume
+            '\'' "$@"
+        ' launch train "$ranks" "$recipe" "$@"
     code=$?
     srun --ntasks-per-node=1 --overlap bash -c 'rm -rf "$UFT_NODE_CACHE"' 2>/dev/null
     _step=$((_step + 1))
     _decide "$run" "$code" "$before"
 }
 
-# How the run ended decides, not srun: it has been seen to return 0 for a job that had lost a node, and launchers turn
-# all codes into 1.
+# What rank 0, or the first that failed, has left decides, and DONE: not srun, which has been seen to return 0 for a job
+# that had lost a node; and launchers turn all codes into 1.
 _decide() {
-    local run=$1 code=$2 before=$3 outcome state
-    if [ -e "$run/DONE" ]; then
-        echo "=== done: $run"
-        return 0
+    local run=$1 code=$2 before=$3 outcome=1
+    if [ -f "$UFT_OUTCOME" ]; then
+        outcome=$(sed -n 's/.*"exit_code": *\([0-9]*\).*/\1/p' "$UFT_OUTCOME")
+        echo "=== $(sed -n 's/.*"message": *//p' "$UFT_OUTCOME")"
+        rm -f "$UFT_OUTCOME"
     fi
-    outcome=1
-    if [ -d "$run" ]; then
-        _uft status "$run"
-        outcome=$?
+    echo "=== outcome ${outcome:=1}, srun $code $(date -Is)"
+    case $outcome in
+        2 | 3) return "$outcome" ;;
+        0)
+            if [ -e "$run/DONE" ]; then
+                echo "=== done: $run"
+                return 0
+            fi
+            outcome=1
+            ;;
+    esac
+    if [ "$(_newest_checkpoint "$run")" = "$before" ] && ! _is_preempted; then
+        _may_end_without_progress "$run" "$outcome" || return 1
+    elif [ -d "$run" ]; then
+        rm -f "$run/slurm-crashes"
     fi
+    _come_back "$outcome"
+}
+
+# Requeues the job, unless Slurm has decided what becomes of it: after scancel, a lost node or its own requeue it is
+# COMPLETING, and a requeue would undo a scancel.
+_come_back() {
+    local outcome=$1 state
     state=$(_job_field JobState)
-    echo "=== outcome $outcome, srun $code, job $state $(date -Is)"
-    case $outcome in 2 | 3) return "$outcome" ;; esac
-    # COMPLETING: Slurm has decided (scancel, a lost node, its own requeue). A requeue now would undo a scancel.
-    [ "$state" = RUNNING ] || return "$outcome"
-    if [ "$outcome" != 85 ] && [ "$_asked" = 0 ] && ! _is_preempted; then
-        _may_follow_a_crash "$run" "$before" || return 1
+    if [ -n "$state" ] && [ "$state" != RUNNING ]; then
+        echo "=== the job is $state"
+        return "$outcome"
     fi
     if [ "${SLURM_RESTART_COUNT:-0}" -ge "${UFT_MAX_RESTARTS:-50}" ]; then
         echo "=== restarted ${SLURM_RESTART_COUNT} times (UFT_MAX_RESTARTS): giving up; sbatch it again to go on"
         return "$outcome"
     fi
     echo "=== requeued"
-    scontrol requeue "$_job" && sleep 600     # Slurm ends this shell
+    _scontrol requeue "$_job" && sleep 600     # Slurm ends this shell
     return "$outcome"
 }
+
+_is_asked_to_stop() { [ "$_asked" = 1 ] || _is_preempted; }
 
 _is_preempted() {
     local preempted started
@@ -176,18 +224,18 @@ _is_preempted() {
     [ -n "$preempted" ] && [ "$preempted" != None ] && [[ ! $preempted < $started ]]
 }
 
-# A crash before there is a run folder is no accident of training: it is not repeated.
-_may_follow_a_crash() {
-    local run=$1 before=$2 crashes=0
+# Crashes and stops in a row of this job that have left no new checkpoint: one more than allowed ends it.
+_may_end_without_progress() {
+    local run=$1 outcome=$2 count=0 of_job=
     if [ ! -d "$run" ]; then
+        [ "$outcome" = 85 ] && return 0
         echo "=== it ended before the run began (see above): not started again"
         return 1
     fi
-    if [ "$(_newest_checkpoint "$run")" = "$before" ] && [ -f "$run/slurm-crashes" ]; then
-        crashes=$(cat "$run/slurm-crashes")
-    fi
-    crashes=$((crashes + 1))
-    echo "$crashes" >"$run/slurm-crashes"
-    echo "=== crash $crashes without a new checkpoint in between (UFT_MAX_CRASHES=${UFT_MAX_CRASHES:-3})"
-    [ "$crashes" -lt "${UFT_MAX_CRASHES:-3}" ]
+    [ ! -f "$run/slurm-crashes" ] || read -r of_job count <"$run/slurm-crashes"
+    [ "$of_job" = "$_job" ] || count=0
+    count=$((count + 1))
+    echo "$_job $count" >"$run/slurm-crashes" || return 1
+    echo "=== ended $count times without a new checkpoint (UFT_MAX_CRASHES=${UFT_MAX_CRASHES:-3})"
+    [ "$count" -lt "${UFT_MAX_CRASHES:-3}" ]
 }

@@ -21,20 +21,22 @@
 # Submit it from where relative paths of the recipe begin. The same command goes on with a run that has ended on the way.
 set -uo pipefail
 
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+if [ ! -f "$here/launch.sh" ]; then
+    # Slurm runs a copy of this file: the original is what the job was submitted with.
+    original=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\(.*\.sh\).*/\1/p' | head -n 1)
+    here=$(dirname "$original")
+fi
+# shellcheck source=slurm/launch.sh
+. "$here/launch.sh" || { echo "$here: no launch.sh; it must lie beside the script that is submitted" >&2; exit 2; }
 if [ -z "${SLURM_JOB_ID:-}" ]; then
-    here=$(cd "$(dirname "$0")" && pwd)
-    if [ -f "$here/site.env" ]; then set -a; . "$here/site.env"; set +a; fi
     # shellcheck disable=SC2086
     exec sbatch ${UFT_SBATCH:-} "$here/$(basename "$0")" "$@"
 fi
-# Slurm runs a copy of this file: the folder of the original is what the job was submitted with.
-original=$(scontrol show job -o "$SLURM_JOB_ID" | grep -oE ' Command=[^ ]*' | cut -d= -f2)
-# shellcheck source=slurm/launch.sh
-. "$(dirname "$original")/launch.sh" || { echo "no launch.sh beside $original" >&2; exit 2; }
 
 recipe=uft_qwen32b
-case ${1:-} in
-    '' | *=*) ;;
-    *) recipe=$1; shift ;;
-esac
+if [ -f "${1:-}" ] || { [ -n "${1:-}" ] && [[ $1 != *=* ]]; }; then
+    recipe=$1
+    shift
+fi
 train "$recipe" "$@"

@@ -414,7 +414,7 @@ def test_last_values_are_the_last(tmp_path: Path) -> None:
 def test_a_run_that_was_stopped_goes_on() -> None:
     """A folder of the same recipe is gone on with; one of another recipe, or from another first stage, begins anew."""
     trainer = Trainer(sft=EXIT_STOPPED)
-    assert [result.status for result in run(sweep_of(grid=None), trainer)] == ["interrupted"]
+    assert [result.status for result in run(sweep_of(grid=None), trainer)] == ["stopped"]
     assert trainer.hows == [How(overwrite=False, resume=False)]
     trainer = Trainer(una=1)
     run(sweep_of(grid=None), trainer)
@@ -450,6 +450,7 @@ def test_a_table_of_what_has_been_run_elsewhere() -> None:
     run(sweep, Trainer(sft=1, uft=0))
     RunFolder(sweep.output / "sft").write_status(Status(1, "rank 1 was killed"))
     results = table_of(sweep, Console(file=io.StringIO()))
-    assert [result.status for result in results] == ["ended: rank 1 was killed", "not started", "done"]
+    how_far = "step 0, newest checkpoint none: rank 1 was killed"
+    assert [result.status for result in results] == [how_far, "not started", "done"]
     with (sweep.output / "table.csv").open(newline="") as file:
         assert [row["status"] for row in csv.DictReader(file)] == [result.status for result in results]

@@ -71,6 +71,7 @@ def build_engine(recipe: Recipe, reporter: Speaker) -> tuple[Engine, UFTModel]:
         weight_decay=recipe.train.weight_decay,
         betas=(recipe.train.betas[0], recipe.train.betas[1]),
         attention_parity=attention_parity(base.config),
+        collective_timeout_minutes=recipe.launch.collective_timeout_minutes,
     )
     return engine, model
 

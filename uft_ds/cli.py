@@ -130,8 +130,9 @@ def sweep(
         train=lambda recipe, how: run_recipe(recipe, "training", console, overwrite=how.overwrite, resume=how.resume),
         overwrite=overwrite,
     )
-    if any(result.status == "interrupted" for result in results):
-        raise typer.Exit(EXIT_INTERRUPTED)
+    for status, code in (("interrupted", EXIT_INTERRUPTED), ("stopped", EXIT_STOPPED)):
+        if any(result.status == status for result in results):
+            raise typer.Exit(code)
     _fail_unless_all_done(results)
 
 

@@ -21,6 +21,13 @@ class CheckFailed(Exception):
 
 
 class Stopped(BaseException):
-    """The run was asked to stop, and did. Like KeyboardInterrupt it is no error, and no library may swallow it."""
+    """The run was asked to stop, and did. Like KeyboardInterrupt it is no error, and no library may swallow it.
+
+    by_all: raised on every rank, at the same place.
+    """
 
     exit_code = EXIT_STOPPED
+
+    def __init__(self, message: str = "", *, by_all: bool = False) -> None:
+        super().__init__(message)
+        self.by_all = by_all

@@ -87,10 +87,12 @@ def launch(
                     say("stopping: the step that is running is finished and saved first (Ctrl-C again: at once)")
                     has_said = True
                 _ask_to_stop(process)
-    killed = _killed_ranks(folder)
+    codes = _exit_codes(folder)
+    killed = [f"rank {rank} was killed (signal {-code})" for rank, code in codes.items() if code < 0]
     if killed:
-        return Status(EXIT_CRASHED, f"{killed}: out of memory? See {folder.launcher_log} and the system's log")
-    if heard:
+        why = f"{', '.join(killed)}: out of memory? See {folder.launcher_log} and the system's log"
+        return Status(EXIT_CRASHED, why)
+    if heard and EXIT_STOPPED in codes.values():
         ended_silently = Status(EXIT_STOPPED, "stopped before it trained; nothing is lost")
     else:
         ended_silently = Status(EXIT_CRASHED, f"the ranks ended without a word; see {folder.launcher_log}")
@@ -147,8 +149,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             continue
 
 
-def _killed_ranks(folder: RunFolder) -> str:
-    """Ranks that the system killed, by the launcher's log: they could say nothing themselves."""
+def _exit_codes(folder: RunFolder) -> dict[int, int]:
+    """Of the ranks that failed, by rank, as the launcher's log has them: one that is killed can say nothing itself."""
     log = folder.launcher_log.read_text(encoding="utf-8", errors="replace")
-    failures = re.findall(r"failed \(exitcode: -9\) local_rank: (\d+)", log)
-    return ", ".join(f"rank {rank} was killed (signal 9)" for rank in failures)
+    found = re.findall(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)", log)
+    return {int(rank): int(code) for code, rank in found}

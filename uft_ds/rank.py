@@ -36,7 +36,7 @@ from uft_ds.training.loop import START, train
 from uft_ds.training.metrics import MetricsWriter
 from uft_ds.training.reference_cache import fill
 from uft_ds.training.report import ConsoleReporter, FillReporter, Reporter, SilentReporter, Speaker
-from uft_ds.training.run_folder import RunFolder, Status
+from uft_ds.training.run_folder import RunFolder, Status, write_first
 from uft_ds.training.signals import Stop, StopRequest
 from uft_ds.training.zero_section import ranks_of_a_node
 from uft_ds.waiting import while_others_wait
@@ -47,12 +47,32 @@ GROUPS_BETWEEN_FLUSHES = 20
 logger = logging.getLogger("uft_ds")
 
 
+OUTCOME = "UFT_OUTCOME"
+"""Environment variable: a file for how this start ended, whether or not it came to a run's folder."""
+
+
 def main(request: StopRequest, arguments: list[str] | None = None) -> int:
     """Run one rank; returns the exit code.
 
     Args:
         request: what has been and will be heard of stopping.
     """
+    status = Status(EXIT_CRASHED, "it was ended")
+    try:
+        status = _main(request, arguments)
+        return status.exit_code
+    except Stopped as stopped:
+        status = Status(stopped.exit_code, str(stopped))
+        raise
+    except Exception as error:
+        status = _crash(error)
+        raise
+    finally:
+        if path := os.environ.get(OUTCOME):
+            write_first(Path(path), status)
+
+
+def _main(request: StopRequest, arguments: list[str] | None) -> Status:
     parser = argparse.ArgumentParser(prog="uft_ds.train", description="One rank of a training run.")
     parser.add_argument("recipe", help="name of a shipped recipe, or a YAML file")
     parser.add_argument("overrides", nargs="*", help="key.path=value")
@@ -71,7 +91,7 @@ def main(request: StopRequest, arguments: list[str] | None = None) -> int:
         if options.resume and (done := nothing_to_do(recipe)) is not None:
             if rank == 0:
                 print(f"{done.path} is done: there is nothing to go on with")
-            return EXIT_DONE
+            return Status(EXIT_DONE, "done")
         init_distributed(recipe.launch.collective_timeout_minutes)
         lock: IO[str] | None = None
         if not options.prepared:
@@ -88,24 +108,30 @@ def main(request: StopRequest, arguments: list[str] | None = None) -> int:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
         del lock
-        return EXIT_DONE
+        return Status(EXIT_DONE, "done")
     except Stopped as stopped:
+        status = Status(stopped.exit_code, str(stopped))
         if folder is not None:
-            folder.write_first_status(Status(stopped.exit_code, str(stopped)))
+            folder.write_first_status(status)
         if rank == 0 and (folder is None or not options.prepared):
             print(stopped)
-        return stopped.exit_code
+        return status
     except (UserError, CheckFailed) as error:
+        status = Status(error.exit_code, str(error))
         if folder is not None:
-            folder.write_first_status(Status(error.exit_code, str(error)))
+            folder.write_first_status(status)
         if rank == 0 and (folder is None or not options.prepared):
             print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return status
     except Exception as error:
         if folder is not None:
-            message = f"rank {rank} crashed: {type(error).__name__}: {str(error).strip()[:300]}"
-            folder.write_first_status(Status(EXIT_CRASHED, f"{message} (traceback in {folder.log(rank)})"))
+            folder.write_first_status(_crash(error, f" (traceback in {folder.log(rank)})"))
         raise
+
+
+def _crash(error: Exception, where: str = "") -> Status:
+    message = f"{type(error).__name__}: {str(error).strip()[:300]}"
+    return Status(EXIT_CRASHED, f"rank {os.environ.get('RANK', '0')} crashed: {message}{where}")
 
 
 def _prepared(recipe: Recipe, resume: bool, overwrite: bool) -> IO[str]:
@@ -123,7 +149,8 @@ def _run(recipe: Recipe, folder: RunFolder, console: Console, request: StopReque
     objective = objective_of(recipe)
     checkpoint = resumed_from(folder)
     state = START if checkpoint is None else read_position(checkpoint).state
-    with _reporter(recipe, folder, console, len(steps), None if checkpoint is None else state.step) as reporter:
+    after_step = None if checkpoint is None else state.step
+    with _together(), _reporter(recipe, folder, console, len(steps), after_step) as reporter:
         engine, model = build_engine(recipe, reporter)
         # With fresh adapters, whatever the checkpoint holds: it is policy and reference that are compared.
         _check_start(engine, recipe, steps[0], reporter)
@@ -136,10 +163,7 @@ def _run(recipe: Recipe, folder: RunFolder, console: Console, request: StopReque
         )
         policy, settings, stop = model.policy, recipe.train, Stop(request, engine.agree)
         request.only_note()
-        with _together():
-            train(
-                engine, policy, steps, held_out, objective, settings, folder, reporter, reference, writer, state, stop
-            )
+        train(engine, policy, steps, held_out, objective, settings, folder, reporter, reference, writer, state, stop)
     if engine.rank == 0:
         folder.write_status(Status(EXIT_DONE, "done"))
         folder.done.touch()
@@ -154,8 +178,9 @@ def _together() -> Iterator[None]:
     """All ranks leave the block at a stop before any of them ends: launchers kill the others when one has ended."""
     try:
         yield
-    except Stopped:
-        torch.distributed.barrier()
+    except Stopped as stopped:
+        if stopped.by_all:
+            torch.distributed.barrier()
         raise
 
 
@@ -179,22 +204,21 @@ def _fill_reference(recipe: Recipe, folder: RunFolder, console: Console, request
     pools = [source.selection for source in open_data(recipe, folder).all]
     groups = in_order(pools, recipe.train.examples_per_step)
     num_responses = sum(pool.num_responses for pool in pools)
-    with _fill_reporter(console, num_responses) as reporter:
+    with _together(), _fill_reporter(console, num_responses) as reporter:
         engine, model = build_engine(recipe, reporter)
         _check_start(engine, recipe, groups[0], reporter)
         cache = build_reference_cache(recipe, folder, engine, model, pools, reporter)
         known_before = cache.num_known
         request.only_note()
-        with _together():
-            fill(
-                engine,
-                cache,
-                groups,
-                recipe.train.tokens_per_micro_batch,
-                flush_every=GROUPS_BETWEEN_FLUSHES,
-                on_group=reporter.group,
-                stop=Stop(request, engine.agree),
-            )
+        fill(
+            engine,
+            cache,
+            groups,
+            recipe.train.tokens_per_micro_batch,
+            flush_every=GROUPS_BETWEEN_FLUSHES,
+            on_group=reporter.group,
+            stop=Stop(request, engine.agree),
+        )
     if engine.rank == 0:
         found = f"{cache.num_known} distinct responses of {num_responses}: {known_before} were known"
         computed = f"{cache.num_known - known_before} computed and stored below {cache_dir(recipe)}"

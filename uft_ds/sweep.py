@@ -27,6 +27,7 @@ from uft_ds.recipe_file import dump_recipe, leaves_of, load_recipe
 from uft_ds.resolve import adapter_folder, with_absolute_paths
 from uft_ds.sweep_file import DEFAULT_COLUMNS, PlannedRun, Sweep
 from uft_ds.training.metrics import read_metrics
+from uft_ds.training.progress import progress_of
 from uft_ds.training.run_folder import RunFolder, Status
 
 TABLE = "table.csv"
@@ -43,7 +44,7 @@ class How:
 
 @dataclass(frozen=True)
 class Result:
-    """status: done, failed, interrupted, or skipped because the run before is not done.
+    """status: done, failed, stopped (and saved), interrupted, or skipped because the run before is not done.
 
     metrics: the last value of each. seconds: of its steps.
     """
@@ -79,7 +80,7 @@ def run_sweep(
             console.print(f"run {number} of {len(sweep.runs)}: {run.name}", style="bold")
             results[run.name] = _result(sweep, run, results, console, train, overwrite)
             write_table(sweep.output / TABLE, list(results.values()), settings)
-            if results[run.name].status == "interrupted":
+            if results[run.name].status in ("interrupted", "stopped"):
                 break
     finally:
         if results:
@@ -90,7 +91,7 @@ def run_sweep(
         for pattern in sweep.columns:
             if found and not fnmatch.filter(found, pattern):
                 console.print(f"note: columns: no run has a metric {pattern!r}")
-    if any(result.status == "interrupted" for result in results.values()):
+    if any(result.status in ("interrupted", "stopped") for result in results.values()):
         console.print("interrupted: what is done is kept, the same command goes on from there")
     return list(results.values())
 
@@ -122,9 +123,13 @@ def _result(
         traceback.print_exc()
         return Result(run, "failed", {}, 0.0)
     if status.exit_code != 0:
-        was_stopped = status.exit_code in (EXIT_INTERRUPTED, EXIT_STOPPED)
-        return Result(run, "interrupted" if was_stopped else "failed", {}, 0.0)
+        ended = {EXIT_INTERRUPTED: "interrupted", EXIT_STOPPED: "stopped"}.get(status.exit_code, "failed")
+        return Result(run, ended, {}, 0.0)
     return _done(run, folder)
+
+
+def _how_far(folder: RunFolder) -> str:
+    return progress_of(folder.path).summary if folder.lock.exists() else "not started"
 
 
 def _done(run: PlannedRun, folder: RunFolder) -> Result:
@@ -142,16 +147,18 @@ def write_recipes(sweep: Sweep, folder: Path) -> list[Path]:
     points: dict[str, list[PlannedRun]] = {}
     for run in sweep.runs:
         points.setdefault(repr(run.values), []).append(run)
-    folders = []
-    for number, stages in enumerate(points.values()):
-        point = folder / str(number)
-        point.mkdir(parents=True, exist_ok=True)
-        for order, run in enumerate(stages):
-            write_atomically(point / f"{order}-{run.name}.yaml", dump_recipe(_for_a_job(run, sweep)))
-        expected = {f"{order}-{run.name}.yaml" for order, run in enumerate(stages)}
-        if {path.name for path in point.iterdir()} != expected:
-            raise UserError(f"{point}: holds other files than this sweep's recipes; give a new folder")
-        folders.append(point)
+    files = {
+        folder / str(number) / f"{order}-{run.name}.yaml": run
+        for number, stages in enumerate(points.values())
+        for order, run in enumerate(stages)
+    }
+    folders = list(dict.fromkeys(path.parent for path in files))
+    for path in (path for point in folders if point.exists() for path in point.iterdir()):
+        if path not in files:
+            raise UserError(f"{path.parent}: holds other files than this sweep's recipes; give a new folder")
+    for path, run in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, dump_recipe(_for_a_job(run, sweep)))
     return folders
 
 
@@ -174,11 +181,8 @@ def table_of(sweep: Sweep, console: Console) -> list[Result]:
     for run in sweep.runs:
         _check_folder(sweep, run)
         folder = RunFolder(sweep.output / run.name)
-        ended = folder.read_status()
         results.append(
-            _done(run, folder)
-            if folder.done.exists()
-            else Result(run, "not started" if ended is None else f"ended: {ended.message}", last_values(folder), 0.0)
+            _done(run, folder) if folder.done.exists() else Result(run, _how_far(folder), last_values(folder), 0.0)
         )
     write_table(sweep.output / TABLE, results, settings_of(sweep))
     console.print(shown_table(sweep, results))

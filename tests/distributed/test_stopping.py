@@ -10,17 +10,24 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
-from ranks import free_port
+from ranks import free_port, run_on_ranks
+from test_gradient_scale import engine_of
 from test_resume import adapter, numbers, ranks_of, recipe_in, wait_for_the_end_of
 from test_training_run import TIMEOUT_SECONDS, uft, write_rows
+from toy import UFT, toy_step
 
 from uft_ds.checkpoint.folder import newest_whole, step_of
-from uft_ds.errors import EXIT_INTERRUPTED, EXIT_STOPPED
+from uft_ds.data.mixture import Step
+from uft_ds.errors import EXIT_CRASHED, EXIT_INTERRUPTED, EXIT_STOPPED, Stopped
+from uft_ds.training.evaluate import evaluate
 from uft_ds.training.metrics import read_metrics
+from uft_ds.training.reference_cache import ReferenceCache, fill
+from uft_ds.training.signals import Stop, StopRequest
 
 STEPS = 30
 CHANGES = {"train__steps": STEPS, "train__checkpoint_every": 1000, "train__evaluate_every": 10}
@@ -127,15 +134,17 @@ def test_a_stop_during_an_evaluation_leaves_nothing_of_it(unbroken: Path, tiny_q
     process = start("uft_ds", "train", str(recipe))
 
     def ask() -> None:
+        ranks = ranks_of(folder)
         time.sleep(0.05)  # into the evaluation, which takes ten times as long
-        for rank in ranks_of(folder):
-            os.kill(rank, signal.SIGUSR1)
+        for number in (signal.SIGSTOP, signal.SIGUSR1, signal.SIGCONT):
+            for rank in ranks:
+                os.kill(rank, number)
 
     said = end(process, has_run(folder, 10), ask)
     assert process.returncode == EXIT_STOPPED, said
     evaluated = [line["step"] for line in read_metrics(folder / "metrics.jsonl") if "held_out/loss" in line]
-    if last_step(folder) == 10:  # a very fast machine may have gone on
-        assert evaluated == [0]
+    assert last_step(folder) == 10, "the next step was not begun"
+    assert evaluated == [0]
     assert_stopped_and_goes_on(folder, recipe, unbroken)
 
 
@@ -157,6 +166,29 @@ def test_a_second_interrupt_ends_it_at_once(tiny_qwen2: Path, tmp_path: Path) ->
     assert process.returncode == EXIT_INTERRUPTED, said
     wait_for_the_end_of(folder)
     assert newest_whole(folder)[0] is not None
+
+
+def test_a_rank_that_dies_while_it_stops_is_no_stop(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """SIGTERM, then SIGABRT of a rank, as NCCL's watchdog does: a crash, not "nothing is lost"."""
+    recipe, folder = (
+        recipe_in(tmp_path, tiny_qwen2, train__steps=100000, train__checkpoint_every=1000),
+        tmp_path / "run",
+    )
+    process = start("uft_ds", "train", str(recipe))
+
+    def ask() -> None:
+        ranks = ranks_of(folder)
+        for rank in ranks:
+            os.kill(rank, signal.SIGSTOP)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(1.0)
+        os.kill(ranks[1], signal.SIGABRT)
+        for rank in ranks:
+            os.kill(rank, signal.SIGCONT)
+
+    said = end(process, has_run(folder, 3), ask)
+    assert process.returncode == EXIT_CRASHED, said
+    assert "was killed (signal 6)" in said
 
 
 def test_a_fill_that_is_asked_to_stop_keeps_what_it_has(tiny_qwen2: Path, tmp_path: Path) -> None:
@@ -198,3 +230,43 @@ def test_under_every_launcher(
     said = end(process, has_run(folder, 4), ask)
     assert process.returncode != 0, said
     assert_stopped_and_goes_on(folder, recipe, unbroken)
+
+
+def an_evaluation_that_is_stopped(base: Path, at_group: int) -> Any:
+    """At its so-manieth check: how many groups were evaluated, and whether the cache knows what it knew."""
+    engine = engine_of(base)
+    cache, groups = ReferenceCache("remembered", identity="0" * 64), [toy_step(3, seed=seed) for seed in range(5)]
+    visit = engine.micro_batches
+    visited: list[int] = []
+
+    def counted(step: Step, tokens: int) -> Any:
+        visited.append(step.index)
+        return visit(step, tokens)
+
+    engine.micro_batches = counted  # type: ignore[method-assign]
+    checks = iter(range(len(groups)))
+    stop = Stop(StopRequest(), lambda own: signal.SIGTERM if next(checks) == at_group else 0)
+    with pytest.raises(Stopped, match="stopped by SIGTERM"):
+        evaluate(engine, UFT, groups, 64, cache, stop=stop)
+    return len(visited), cache.num_known
+
+
+def test_an_evaluation_stops_between_two_groups(tiny_qwen2: Path) -> None:
+    """Not at its end; and what had been learnt is forgotten."""
+    assert run_on_ranks(an_evaluation_that_is_stopped, 1, tiny_qwen2, 3)[0] == (3, 0)
+
+
+def a_fill_that_is_stopped(base: Path) -> Any:
+    engine = engine_of(base)
+    cache, groups = ReferenceCache("remembered", identity="0" * 64), [toy_step(3, seed=seed) for seed in range(5)]
+    checks = iter(range(len(groups)))
+    stop = Stop(StopRequest(), lambda own: signal.SIGTERM if next(checks) == 1 else 0)
+    with pytest.raises(Stopped, match="stopped by SIGTERM"):
+        fill(engine, cache, groups, 64, flush_every=100, stop=stop)
+    return cache.num_known, [len(group.responses) for group in groups]
+
+
+def test_a_fill_stops_between_two_groups(tiny_qwen2: Path) -> None:
+    """And keeps what it has found."""
+    known, sizes = run_on_ranks(a_fill_that_is_stopped, 1, tiny_qwen2)[0]
+    assert known == sum(sizes[:2])

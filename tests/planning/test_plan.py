@@ -170,8 +170,8 @@ def test_links_of_flat_sharding_and_of_sharding_inside_a_node() -> None:
     assert flat.nvlink_bytes == pytest.approx(7 / 8 * (flat.gathered_bytes + flat.reduced_bytes), rel=1e-6)
     near = outcome("train.examples_per_step=256", on=four, zero={"zero_hpz_partition_size": 8})
     moved, lora = near.by_mode["lockstep"].traffic, 134_217_728
-    # The adapters, once a step in float32, and their gradients, in bfloat16, each micro-step.
-    assert moved.network_bytes == pytest.approx(0.75 * lora * (4 + 2), rel=1e-3)
+    # The adapters, once a step in float32, and their gradients, in float32 too, each micro-step.
+    assert moved.network_bytes == pytest.approx(0.75 * lora * (4 + 4), rel=1e-3)
     assert moved.gathered_bytes == flat.gathered_bytes
     assert near.gpu.secondary_shard_bytes == pytest.approx(2 * 32_763_876_352 / 8, rel=1e-3)
     odd = outcome(on=cluster(nodes=3, gpus=4), zero={"zero_hpz_partition_size": 8})

@@ -217,7 +217,7 @@ def test_a_killed_rank_brings_the_job_back(slurm: Cluster, unbroken: Path, base:
     said = log.read_text()
     assert restarts(slurm, job) == 1
     assert "going on from step-000008" in said
-    assert "=== crash 1 without a new checkpoint" in said
+    assert "=== ended 1 times" not in said, "there was a new checkpoint"
     assert_same_run(tmp_path / "run", unbroken)
 
 
@@ -252,6 +252,25 @@ def test_bad_input_is_never_started_again(
     assert not (tmp_path / "run").exists()
 
 
+def test_another_recipe_is_refused_whatever_became_of_the_run(
+    slurm: Cluster, unbroken: Path, base: Path, tmp_path: Path
+) -> None:
+    """Of a run that was stopped, whose status says 85, and of one that is done: failed, and not started again."""
+    recipe = write_recipe(tmp_path, base, steps=4000)
+    job, log = submit(slurm, recipe)
+    slurm.until(lambda: last_step(tmp_path / "run") >= 2, log=log)
+    slurm.run("scancel", job)
+    assert slurm.wait(job, log=log) == "CANCELLED"
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["exit_code"] == 85
+    done = unbroken.parent / "recipe.yaml"
+    for changed in (recipe, done):
+        job, log = submit(slurm, changed, "train.lr=0.02")
+        assert slurm.wait(job, log=log) == "FAILED", log.read_text()
+        assert restarts(slurm, job) == 0
+        assert "train.lr: 0.02 now, 0.01 when the run began" in log.read_text()
+    assert not list(tmp_path.glob(".uft-outcome*"))
+
+
 def test_a_run_that_crashes_again_and_again_is_given_up(slurm: Cluster, base: Path, tmp_path: Path) -> None:
     """Bounded by crashes without a new checkpoint in between."""
     recipe = write_recipe(tmp_path, base)
@@ -259,7 +278,7 @@ def test_a_run_that_crashes_again_and_again_is_given_up(slurm: Cluster, base: Pa
     for crash in (1, 2):
         slurm.until(lambda: last_step(tmp_path / "run") in (2, 3, 4, 5) and len(ranks_of(recipe)) == 4, log=log)
         os.kill(ranks_of(recipe)[0].pid, signal.SIGKILL)
-        slurm.until(lambda crash=crash: f"=== crash {crash} " in log.read_text(), log=log)
+        slurm.until(lambda crash=crash: f"=== ended {crash} times without" in log.read_text(), log=log)
         (tmp_path / "run" / "metrics.jsonl").write_text("")
     assert slurm.wait(job, log=log) == "FAILED"
     assert restarts(slurm, job) == 1
@@ -293,3 +312,4 @@ def test_a_sweep_is_an_array_and_a_table(slurm: Cluster, base: Path, tmp_path: P
     assert [restarts(slurm, f"{found[1]}_{number}") for number in range(4)] == [0, 0, 0, 1]
     assert len(list((tmp_path / "tokenized").glob("[0-9a-f]*"))) == 1
     assert "tiny-lr=0.01-beta=0.1" in log.read_text()
+    assert not list(tmp_path.glob(".uft-*")), "nothing is left"

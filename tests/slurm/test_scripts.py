@@ -10,7 +10,7 @@ SLURM = Path(__file__).parents[2] / "slurm"
 BATCH = ("uft_qwen32b.sh", "sweep.sh")
 
 
-@pytest.mark.parametrize("script", [*BATCH, "launch.sh", "site.env.example"])
+@pytest.mark.parametrize("script", [*BATCH, "launch.sh", "table.sh", "site.env.example"])
 def test_bash_can_read_it(script: str) -> None:
     """Without running it."""
     checked = subprocess.run(["bash", "-n", SLURM / script], capture_output=True, text=True, check=False)
@@ -32,4 +32,4 @@ def test_settings_are_explained_where_they_are_read(script: str) -> None:
     lines = [*(SLURM / script).read_text().splitlines(), *(SLURM / "launch.sh").read_text().splitlines()]
     explained = set(re.findall(r"UFT_[A-Z_]+", "\n".join(line for line in lines if line.startswith("#"))))
     used = set(re.findall(r"UFT_[A-Z_]+", "\n".join(line for line in lines if not line.startswith("#"))))
-    assert used - explained == {"UFT_SLURM", "UFT_NODE_CACHE"}, "the scripts' own"
+    assert used - explained == {"UFT_SLURM", "UFT_NODE_CACHE", "UFT_OUTCOME"}, "the scripts' own"

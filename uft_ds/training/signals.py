@@ -61,7 +61,7 @@ class Stop:
         """
         number = self._agree(self._request.number)
         if number:
-            raise Stopped(f"stopped by {name_of(number)}")
+            raise Stopped(f"stopped by {name_of(number)}", by_all=True)
 
 
 NEVER = Stop(StopRequest(), lambda number: 0)
