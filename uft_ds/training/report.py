@@ -68,13 +68,13 @@ class ConsoleReporter:
 
     def __init__(self, console: Console, writer: MetricsWriter, num_steps: int) -> None:
         self._console, self._writer, self._num_steps = console, writer, num_steps
-        self._last_line, self._training_seconds = time.monotonic(), 0.0
+        self._last_line, self._training_seconds, self._steps_here = time.monotonic(), 0.0, 0
         self._progress = _progress(console)
         self._task = self._progress.add_task("training", total=num_steps, numbers="")
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         self._writer.write(step, metrics)
-        self._training_seconds += metrics["seconds"]
+        self._training_seconds, self._steps_here = self._training_seconds + metrics["seconds"], self._steps_here + 1
         line = one_line(metrics)
         logger.info("step %d %s", step, line)
         self._progress.update(self._task, completed=step, numbers=line)
@@ -82,7 +82,7 @@ class ConsoleReporter:
         waited = now - self._last_line >= SECONDS_BETWEEN_LINES
         if not self._console.is_terminal and (waited or step in (1, self._num_steps)):
             self._last_line = now
-            remaining = self._training_seconds / step * (self._num_steps - step)
+            remaining = self._training_seconds / self._steps_here * (self._num_steps - step)
             _print(self._console, f"step {step}/{self._num_steps}  {line}  ETA {_clock(remaining)}")
 
     def held_out(self, step: int, metrics: Mapping[str, float]) -> None:
