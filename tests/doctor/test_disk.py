@@ -2,6 +2,9 @@
 
 import errno
 import fcntl
+import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from uft_ds.doctor.caches import check_caches, check_hub
 from uft_ds.doctor.disk import check_lock, check_names, check_output, check_space, check_speed
 
 GIB = 2**30
+PYTHON = sys.executable
 
 
 def test_a_good_folder_is_left_as_it_was(tmp_path: Path) -> None:
@@ -56,6 +60,92 @@ def test_the_time_for_writing_is_bounded(tmp_path: Path, monkeypatch: pytest.Mon
     started = time.monotonic()
     check_speed(tmp_path, size=2**40, seconds=0.2)
     assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(("free", "most"), [(2 * GIB, 2 * GIB // 10), (100 * GIB, 256 * 2**20)])
+def test_at_most_a_tenth_of_what_is_free_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, most: int
+) -> None:
+    """Of 2 GiB 204 whole MiB, of 100 GiB the full sample: what lies there at the last fsync."""
+    sizes: list[int] = []
+    monkeypatch.setattr(disk.os, "fsync", lambda descriptor: sizes.append(disk.os.fstat(descriptor).st_size))
+    assert check_speed(tmp_path, lambda _: (200 * GIB, 0, free), seconds=60.0).state == "ok"
+    assert sizes[-1] == most // 2**20 * 2**20
+
+
+def test_a_nearly_full_disk_is_not_filled_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenth of 639 MiB is less than 64: no speed, and no file, but a line that says so."""
+    monkeypatch.setattr(Path, "open", None)
+    finding = check_speed(tmp_path, lambda _: (200 * GIB, 0, 639 * 2**20))
+    assert finding.state == "note"
+    assert "not measured: a tenth of what is free is 63 MiB" in finding.found
+
+
+def test_a_nearly_full_folder_gets_every_finding(tmp_path: Path) -> None:
+    """The amount that is free reaches the check of speed."""
+    findings = check_output(tmp_path, lambda _: (200 * GIB, 0, GIB // 2))
+    assert [finding.state for finding in findings] == ["problem", "note", "ok", "ok"]
+    assert "not measured" in findings[1].found
+
+
+def as_python(path: Path, *lines: str) -> str:
+    """A program that is called as python is, does the lines first, and runs the code it is given."""
+    run = ["*_, code, sys.argv[1:] = *sys.argv[:-1], sys.argv[-1:]", "exec(code)"]
+    path.write_text("\n".join([f"#!{PYTHON}", "import fcntl, sys", *lines, *run]))
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_locks_as_nfs_does_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """flock by byte ranges, for which a file must be open for writing: held it is refused, not held it is had."""
+    monkeypatch.setattr(sys, "executable", as_python(tmp_path / "python", "fcntl.flock = fcntl.lockf"))
+    monkeypatch.setattr(fcntl, "flock", fcntl.lockf)
+    held = check_lock(tmp_path)
+    assert (held.state, held.found) == ("ok", "hold between processes")
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+    assert "two processes hold one lock" in check_lock(tmp_path).found
+
+
+def test_a_failure_to_ask_is_no_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the lock's own refusal is: an error, a start that fails and a wait without end are told as they are."""
+    failing = as_python(tmp_path / "python", f"raise OSError({errno.EBADF}, 'Bad file descriptor')")
+    monkeypatch.setattr(sys, "executable", failing)
+    failed = check_lock(tmp_path)
+    assert failed.state == "problem"
+    assert "exit code 1, OSError: [Errno 9] Bad file descriptor" in failed.found
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "nowhere"))
+    assert "No such file" in check_lock(tmp_path).found
+    monkeypatch.setattr(disk, "_LOCK_SECONDS", 0.2)
+    monkeypatch.setattr(sys, "executable", as_python(tmp_path / "python", "import time; time.sleep(60)"))
+    late = check_lock(tmp_path)
+    assert late.state == "problem"
+    assert "no answer in 0.2 s" in late.found
+
+
+@pytest.mark.skipif(shutil.which("findmnt") is None, reason="util-linux says which mount a folder lies on")
+@pytest.mark.parametrize(
+    ("kind", "options", "named"),
+    [
+        ("nfs", "rw,vers=3,nolock,proto=tcp,local_lock=all,addr=192.0.2.1", "local_lock=all, nolock"),
+        ("nfs", "rw,vers=3,local_lock=flock", "local_lock=flock"),
+        ("nfs4", "rw,vers=4.2,local_lock=none", ""),
+        ("nfs", "rw,vers=3,local_lock=posix", ""),  # of fcntl alone
+        ("lustre", "rw,localflock,lazystatfs", "localflock"),
+        ("lustre", "rw,flock,lazystatfs", ""),
+    ],
+)
+def test_locks_that_hold_on_one_machine_only(tmp_path: Path, kind: str, options: str, named: str) -> None:
+    """By the options of the folder's own mount, whichever others there are; the option is named in the remedy."""
+    command = ["findmnt", "--noheadings", "--output", "ID", "--target", str(tmp_path)]
+    own = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
+    mounts = tmp_path / "mountinfo"
+    others = "7000001 1 0:99 / /elsewhere rw shared:1 - nfs host:/x rw,nolock\n"
+    mounts.write_text(f"{others}{own} 1 0:98 / {tmp_path} rw,relatime shared:2 master:3 - {kind} host:/y {options}\n")
+    finding = check_lock(tmp_path, mounts)
+    assert finding.state == ("note" if named else "ok")
+    if named:
+        assert f"on this machine only (mounted with {named})" in finding.found
+        assert f"without {named}" in finding.remedy
 
 
 def test_locks_that_fail_or_do_not_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,15 +40,19 @@ def test_torchs_build_and_the_driver(build: TorchBuild, driver: str | None, stat
 def test_each_gpu_is_described() -> None:
     """One idle, one in use by others, one with errors, one that allows no process, one without error counters."""
     rows = (
-        "0, NVIDIA H100 80GB HBM3, 81559, 4, 0, Default\n"
-        "1, NVIDIA H100 80GB HBM3, 81559, 40960, 0, Default\n"
-        "2, NVIDIA H100 80GB HBM3, 81559, 4, 3, Default\n"
-        "3, NVIDIA H100 80GB HBM3, 81559, 4, 0, Prohibited\n"
-        "4, NVIDIA GeForce RTX 4090, 24564, 4, [N/A], Default\n"
+        "0, GPU-0a, NVIDIA H100 80GB HBM3, 81559, 4, 0, Default\n"
+        "1, GPU-1a, NVIDIA H100 80GB HBM3, 81559, 40960, 0, Default\n"
+        "2, GPU-2a, NVIDIA H100 80GB HBM3, 81559, 4, 3, Default\n"
+        "3, GPU-3a, NVIDIA H100 80GB HBM3, 81559, 4, 0, Prohibited\n"
+        "4, GPU-4a, NVIDIA GeForce RTX 4090, 24564, 4, [N/A], Default\n"
     )
 
     def ask(command: Sequence[str]) -> str:
-        return rows if any("--query-gpu" in part for part in command) else "4711, 40900\n"
+        asked = command[1]
+        if asked.startswith("--query-gpu=index,gpu_uuid,name,"):
+            return rows
+        assert asked == "--query-compute-apps=gpu_uuid,pid"
+        return "GPU-1a, 4711\n"
 
     idle, used, erring, closed, plain = check_gpus(ask)
     assert [finding.state for finding in (idle, used, erring, closed, plain)] == [
@@ -63,6 +67,15 @@ def test_each_gpu_is_described() -> None:
     assert "3 uncorrected memory errors" in erring.found
     assert "nvidia-smi -i 3 -c DEFAULT" in closed.remedy
     assert check_gpus(lambda _: None) == []
+
+
+def test_a_process_is_told_with_its_own_gpu() -> None:
+    """Two GPUs in use: the first by one process, the second by two; a third's are not visible."""
+    rows = "".join(f"{i}, GPU-{i}a, NVIDIA A100-SXM4-40GB, 40960, 30000, 0, Default\n" for i in range(3))
+    apps = "GPU-1a, 12\nGPU-0a, 11\nGPU-1a, 13\n"
+    findings = check_gpus(lambda command: rows if "--query-gpu" in command[1] else apps)
+    told = [finding.found.partition("processes: ")[2] for finding in findings]
+    assert told == ["11)", "12, 13)", "not visible from here)"]
 
 
 def test_gpus_that_cannot_reach_each_other() -> None:

@@ -1,7 +1,11 @@
 """Interfaces, names, ports and limits."""
 
+import json
+import os
 import resource
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,8 +32,20 @@ NAMES = ["lo", "eth0", "ib0"]
         ("NCCL_SOCKET_IFNAME", "^lo,docker", "ok"),
         ("NCCL_SOCKET_IFNAME", "^lo,eth,ib", "problem"),  # none is left
         ("NCCL_SOCKET_IFNAME", "bond0", "problem"),
+        ("NCCL_SOCKET_IFNAME", "bond,eth", "ok"),  # it takes what it finds
+        ("NCCL_SOCKET_IFNAME", "=eth0,eth9", "ok"),
+        ("NCCL_SOCKET_IFNAME", "=eth,ib", "problem"),
+        ("NCCL_SOCKET_IFNAME", "^=lo,eth0", "ok"),
+        ("NCCL_SOCKET_IFNAME", "^=lo,eth0,ib0", "problem"),
+        ("NCCL_SOCKET_IFNAME", "^=lo,eth,ib", "ok"),
+        ("NCCL_SOCKET_IFNAME", "bond0, eth0", "problem"),  # the space belongs to the name
+        ("NCCL_SOCKET_IFNAME", "bond0,", "problem"),  # and nothing is no prefix
         ("GLOO_SOCKET_IFNAME", "eth0", "ok"),
         ("GLOO_SOCKET_IFNAME", "eth", "problem"),
+        ("GLOO_SOCKET_IFNAME", "eth0,ib0", "ok"),
+        ("GLOO_SOCKET_IFNAME", "eth0,eth9", "problem"),  # it opens every one
+        ("GLOO_SOCKET_IFNAME", "^lo", "problem"),
+        ("GLOO_SOCKET_IFNAME", "=eth0", "problem"),
     ],
 )
 def test_an_interface_that_is_asked_for_must_exist(variable: str, asked: str, state: str) -> None:
@@ -39,6 +55,43 @@ def test_an_interface_that_is_asked_for_must_exist(variable: str, asked: str, st
     if state == "problem":
         assert "lo, eth0, ib0" in finding.found
         assert variable in finding.remedy
+
+
+def test_a_list_says_which_is_missing() -> None:
+    """All that gloo would fail on."""
+    (finding,) = check_interfaces({"GLOO_SOCKET_IFNAME": "eth8,eth0,eth9"}, NAMES)
+    assert "no 'eth8', 'eth9'; there are" in finding.found
+
+
+GLOO = """
+import json, os, sys
+import torch.distributed as dist
+for asked in json.loads(sys.argv[1]):
+    os.environ["GLOO_SOCKET_IFNAME"] = asked
+    try:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.destroy_process_group()
+    except RuntimeError:
+        print("problem")
+    else:
+        print("ok")
+"""
+
+
+def test_gloo_agrees() -> None:
+    """For this machine's interfaces, those without an address among them, torch's own process group is the judge."""
+    there = [name for _, name in socket.if_nameindex()]
+    asked = [*there, "nowhere9", "lo,lo", "lo,nowhere9", "lo, lo", " lo", "lo,", ",lo", "lo,,lo", "^lo", "=lo", "", "x"]
+    said = subprocess.run(
+        [sys.executable, "-c", GLOO, json.dumps(asked)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=120,
+    ).stdout.split()
+    assert [check_interfaces({"GLOO_SOCKET_IFNAME": one})[0].state for one in asked] == said
+    assert {"ok", "problem"} == set(said)
 
 
 def test_interfaces_may_be_left_to_the_libraries() -> None:
@@ -91,25 +144,30 @@ def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_containers_shared_memory_is_too_small_for_nccl(tmp_path: Path) -> None:
-    """64 MiB, and none at all."""
-    assert check_shared_memory(True, free=64 * 2**20).state == "problem"
-    assert check_shared_memory(False, free=64 * 2**20).state == "note"
-    assert check_shared_memory(True, tmp_path / "nowhere").state == "problem"
-    assert check_shared_memory(True, free=2**33).state == "ok"
+    """64 MiB, and none at all, with two GPUs; a single one, or none, has nobody to send to."""
+    states = {gpus: check_shared_memory(gpus, free=64 * 2**20).state for gpus in (0, 1, 2, 8)}
+    assert states == {0: "ok", 1: "ok", 2: "problem", 8: "problem"}
+    assert check_shared_memory(2, tmp_path / "nowhere").state == "problem"
+    assert check_shared_memory(1, tmp_path / "nowhere").state == "note"
+    assert check_shared_memory(2, free=2**33).state == "ok"
 
 
 def test_limits_of_files_and_locked_memory(tmp_path: Path) -> None:
-    """256 files are too few; locked memory matters where there is InfiniBand."""
+    """256 files are too few; locked memory matters where there is InfiniBand, and between nodes alone."""
 
     def limits(which: int) -> tuple[int, int]:
         return {resource.RLIMIT_NOFILE: (256, 4096), resource.RLIMIT_MEMLOCK: (2**16, 2**16)}[which]
 
-    (files,) = check_limits(limits, tmp_path / "nowhere")
+    (files,) = check_limits(many_nodes=True, get=limits, fast_network=tmp_path / "nowhere")
     assert (files.state, files.remedy) == ("problem", "ulimit -n 4096")
     (tmp_path / "mlx5_0").mkdir()
-    assert [finding.state for finding in check_limits(limits, tmp_path)] == ["problem", "problem"]
+    for many_nodes, state in ((True, "problem"), (False, "note")):
+        _, locked = check_limits(many_nodes=many_nodes, get=limits, fast_network=tmp_path)
+        assert locked.state == state
+        assert "ulimit -l unlimited" in locked.remedy
     unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
-    assert [finding.state for finding in check_limits(lambda _: unlimited, tmp_path)] == ["ok", "ok"]
+    findings = check_limits(many_nodes=True, get=lambda _: unlimited, fast_network=tmp_path)
+    assert [finding.state for finding in findings] == ["ok", "ok"]
 
 
 def test_slurm_says_how_many_nodes_there_are() -> None:

@@ -21,7 +21,22 @@ LEAST_BYTES, FEW_BYTES = 2 * _GIB, 20 * _GIB
 """A run of a small model; a merged 7B model in bfloat16."""
 SLOW_BYTES_A_SECOND = 20 * _MIB
 _SAMPLE_BYTES, _SAMPLE_SECONDS = 256 * _MIB, 3.0
-_TRY_LOCK = "import fcntl, sys; fcntl.flock(open(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+_LEAST_SAMPLE_BYTES = 64 * _MIB
+"""Less is a disk's cache and no disk."""
+_LOCK_SECONDS = 20.0
+_REFUSED = 75
+"""The helper's exit code for a lock that another process holds: no failure of Python's ends in it."""
+# Open for writing: NFS does an exclusive flock as a byte-range lock, which a file open for reading cannot have (EBADF).
+_TRY_LOCK = f"""
+import fcntl, sys
+try:
+    fcntl.flock(open(sys.argv[1], "r+"), fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    sys.exit({_REFUSED})
+"""
+_LOCAL_LOCKS = {"nolock", "local_lock=flock", "local_lock=all", "localflock", "localflocks", "nobrl"}
+"""Mount options by which flock never leaves this machine: of NFS (three), Lustre, OCFS2 and GFS2, SMB."""
+_MOUNTS = Path("/proc/self/mountinfo")
 
 Used = Callable[[Path], tuple[int, int, int]]
 """folder -> (total, used, free) bytes."""
@@ -50,7 +65,7 @@ def check_output(output: Path, used: Used = shutil.disk_usage) -> list[Finding]:
         with scratch(output) as folder:
             return [
                 check_space(folder, output, used),
-                check_speed(folder),
+                check_speed(folder, used),
                 check_lock(folder),
                 check_names(folder),
             ]
@@ -75,13 +90,23 @@ def check_space(folder: Path, output: Path, used: Used = shutil.disk_usage) -> F
     return Finding("disk space", "ok", found)
 
 
-def check_speed(folder: Path, *, size: int = _SAMPLE_BYTES, seconds: float = _SAMPLE_SECONDS) -> Finding:
-    """256 MiB, or as much as goes in 3 seconds, until it is on the disk."""
-    path, block = folder / "speed", os.urandom(_MIB)
+def check_speed(
+    folder: Path,
+    used: Used = shutil.disk_usage,
+    *,
+    size: int = _SAMPLE_BYTES,
+    seconds: float = _SAMPLE_SECONDS,
+) -> Finding:
+    """256 MiB, or as much as goes in 3 seconds, until it is on the disk; never more than a tenth of what is free."""
+    most = used(folder)[2] // 10
+    if most < _LEAST_SAMPLE_BYTES:
+        found = f"not measured: a tenth of what is free is {most // _MIB} MiB, expected {_LEAST_SAMPLE_BYTES // _MIB}"
+        return Finding("write speed", "note", found, "make room: see disk space")
+    path, block, size = folder / "speed", os.urandom(_MIB), min(size, most)
     written, started = 0, time.monotonic()
     try:
         with path.open("wb") as file:
-            while written < size and time.monotonic() - started < seconds:
+            while written + len(block) <= size and time.monotonic() - started < seconds:
                 file.write(block)
                 written += len(block)
                 if written % (16 * _MIB) == 0:  # so that the time is the disk's, not the page cache's
@@ -90,6 +115,7 @@ def check_speed(folder: Path, *, size: int = _SAMPLE_BYTES, seconds: float = _SA
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
+        path.unlink(missing_ok=True)  # the checks that follow need a few bytes
         return Finding(
             "write speed", "problem", f"{written // _MIB} MiB, then {error.strerror}", "a quota? See quota -s"
         )
@@ -101,19 +127,21 @@ def check_speed(folder: Path, *, size: int = _SAMPLE_BYTES, seconds: float = _SA
     return Finding("write speed", "ok", found)
 
 
-def check_lock(folder: Path) -> Finding:
-    """A run's folder belongs to one process group: another process must be refused the lock."""
-    path = folder / "lock"
+def check_lock(folder: Path, mounts: Path = _MOUNTS) -> Finding:
+    """A run's folder belongs to one process group: another process must be refused the lock, on other nodes too."""
+    path, remedy = folder / "lock", "another folder, or mount NFS with locks (without nolock)"
     with path.open("w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            remedy = "another folder, or mount NFS with locks (without nolock)"
             return Finding("file locks", "problem", f"none on this file system ({error.strerror})", remedy)
-        other = subprocess.run([sys.executable, "-S", "-c", _TRY_LOCK, str(path)], capture_output=True, check=False)
-    if other.returncode == 0:
-        remedy = "another folder, or mount NFS with locks (without nolock)"
-        return Finding("file locks", "problem", "two processes hold one lock: runs could share a folder", remedy)
+        option = _local_locks(file.fileno(), mounts)
+        failure = _second_holder(path)
+    if failure:
+        return Finding("file locks", "problem", failure, remedy)
+    if option:
+        found = f"hold on this machine only (mounted with {option}): runs of two nodes could share a folder"
+        return Finding("file locks", "note", found, f"mount it without {option}, or give each run its own folder")
     return Finding("file locks", "ok", "hold between processes")
 
 
@@ -136,3 +164,38 @@ def check_names(folder: Path) -> Finding:
     if link.read_text() != "new":
         return Finding("file system", "problem", "a rename leaves the old content", "another folder")
     return Finding("file system", "ok", "renames, hard and symbolic links, fsync")
+
+
+def _second_holder(path: Path) -> str:
+    """What is wrong when another process asks for a lock that this one holds; empty where it is refused."""
+    command = [sys.executable, "-S", "-c", _TRY_LOCK, str(path)]
+    try:
+        other = subprocess.run(command, capture_output=True, text=True, timeout=_LOCK_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return f"another process asked for the lock and had no answer in {_LOCK_SECONDS:g} s"
+    except OSError as error:
+        return f"another process could not ask for the lock: {sys.executable}, {error.strerror}"
+    if other.returncode == _REFUSED:
+        return ""
+    if other.returncode == 0:
+        return "two processes hold one lock: runs could share a folder"
+    said = (other.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    return f"another process could not ask for the lock: exit code {other.returncode}, {said}"
+
+
+def _local_locks(descriptor: int, mounts: Path) -> str:
+    """The option by which the open file's mount keeps locks to this machine; empty without one.
+
+    mounts: as /proc/self/mountinfo, `id parent major:minor root point options [tags] - type source options` a line.
+    """
+    try:
+        about = Path(f"/proc/self/fdinfo/{descriptor}").read_text(encoding="utf-8")
+        lines = mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:  # no /proc, or an odd one
+        return ""
+    asked = next((line.split()[1] for line in about.splitlines() if line.startswith("mnt_id:")), None)
+    for fields in (line.split() for line in lines):
+        if fields and fields[0] == asked:
+            options = {*fields[5].split(","), *fields[-1].split(",")}
+            return ", ".join(sorted(options & _LOCAL_LOCKS))
+    return ""

@@ -13,7 +13,7 @@ from uft_ds.doctor.tools import output_of
 
 Ask = Callable[[Sequence[str]], str | None]
 _SMI = "nvidia-smi"
-_FIELDS = "index,name,memory.total,memory.used,ecc.errors.uncorrected.volatile.total,compute_mode"
+_FIELDS = "index,gpu_uuid,name,memory.total,memory.used,ecc.errors.uncorrected.volatile.total,compute_mode"
 _TAKEN_MIB = 1024
 """More than an idle driver's own."""
 
@@ -58,11 +58,14 @@ def check_gpus(ask: Ask = output_of) -> list[Finding]:
     rows = ask([_SMI, f"--query-gpu={_FIELDS}", "--format=csv,noheader,nounits"])
     if not rows:
         return []
-    users = ask([_SMI, "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]) or ""
-    pids = ", ".join(line.split(",")[0].strip() for line in users.splitlines() if line.strip())
-    return [
-        _state_of(*(part.strip() for part in row.rsplit(",", 4)), pids=pids) for row in rows.splitlines() if row.strip()
-    ]
+    users = ask([_SMI, "--query-compute-apps=gpu_uuid,pid", "--format=csv,noheader,nounits"]) or ""
+    apps = [tuple(part.strip() for part in line.split(",")) for line in users.splitlines()]
+    findings = []
+    for row in filter(str.strip, rows.splitlines()):
+        index, uuid, rest = (part.strip() for part in row.split(",", 2))
+        name, *state = (part.strip() for part in rest.rsplit(",", 4))
+        findings.append(_state_of(index, name, *state, pids=[app[1] for app in apps if app[0] == uuid]))
+    return findings
 
 
 def check_peers(
@@ -78,9 +81,8 @@ def check_peers(
     return [Finding("GPU links", "ok", "every GPU reaches every other")]
 
 
-def _state_of(head: str, total: str, used: str, errors: str, mode: str, *, pids: str) -> Finding:
-    index, _, name = head.partition(",")
-    label, memory = f"GPU {index}", f"{name.strip()}, {_gib(used)} of {_gib(total)} GiB taken"
+def _state_of(index: str, name: str, total: str, used: str, errors: str, mode: str, *, pids: list[str]) -> Finding:
+    label, memory = f"GPU {index}", f"{name}, {_gib(used)} of {_gib(total)} GiB taken"
     if errors.isdigit() and int(errors):
         found = f"{memory}; {errors} uncorrected memory errors since the driver started"
         return Finding(label, "problem", found, "do not trust results of it: reset it, or have the node drained")
@@ -88,7 +90,7 @@ def _state_of(head: str, total: str, used: str, errors: str, mode: str, *, pids:
         return Finding(label, "problem", f"{memory}; compute mode {mode}", f"nvidia-smi -i {index} -c DEFAULT, as root")
     if used.isdigit() and int(used) > _TAKEN_MIB:
         remedy = "choose others by CUDA_VISIBLE_DEVICES, or end what runs there"
-        return Finding(label, "note", f"{memory} (processes: {pids or 'not visible from here'})", remedy)
+        return Finding(label, "note", f"{memory} (processes: {', '.join(pids) or 'not visible from here'})", remedy)
     return Finding(label, "ok", memory)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,8 @@ from uft_ds.doctor.finding import Finding
 from uft_ds.doctor.tools import output_of
 
 MODULES = {"torchrun": "torch.distributed.run", "deepspeed": "deepspeed.launcher.runner"}
+_HEAD_BYTES = 8192
+"""Two lines, the second with a path of at most 4096."""
 
 
 def check_launcher(name: str, environ: Mapping[str, str] = os.environ, python: str = sys.executable) -> Finding:
@@ -24,7 +27,9 @@ def check_launcher(name: str, environ: Mapping[str, str] = os.environ, python: s
         )
     if not _starts(Path(found), python):
         remedy = f"activate this environment ({Path(python).parent}/activate), or {module}"
-        return Finding(name, "problem", f"{found} belongs to another Python than {python}", remedy)
+        return Finding(
+            name, "note", f"{found} belongs to another Python than {python}; `uft train` does without", remedy
+        )
     return Finding(name, "ok", found)
 
 
@@ -47,10 +52,27 @@ def _starts(script: Path, python: str) -> bool:
     """Whether a script of an environment starts that environment's Python: it lies beside it, or names it."""
     if script.parent == Path(python).parent:
         return True
+    # An environment's python is a link to the system's: what matters is the folder it is called by.
+    interpreter = _interpreter(script)
+    return interpreter is not None and interpreter.parent == Path(python).parent
+
+
+def _interpreter(script: Path) -> Path | None:
+    """What a script is run by: by its first line or, where that would be too long for the kernel, by its second.
+
+    Installers then write `#!/bin/sh` and, for both sh and Python, `'''exec' /a/long/python "$0" "$@"`.
+    """
     try:
         with script.open("rb") as file:
-            first = file.read(1024).split(b"\n", 1)[0].decode(errors="replace")
+            first, second, *_ = [*file.read(_HEAD_BYTES).decode(errors="replace").split("\n", 2), ""]
     except OSError:
-        return False
-    # An environment's python is a link to the system's: what matters is the folder it is called by.
-    return first.startswith("#!") and Path(first[2:].strip().split(" ")[0]).parent == Path(python).parent
+        return None
+    if not first.startswith("#!"):
+        return None
+    command = first[2:].split()
+    if command == ["/bin/sh"] and second.startswith("'''exec' "):
+        try:
+            command = shlex.split(second)[1:]
+        except ValueError:  # an open quote
+            return None
+    return Path(command[0]) if command else None

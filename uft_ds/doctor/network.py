@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
+
 from uft_ds.doctor.finding import Finding, State
 from uft_ds.errors import UserError
 from uft_ds.launch import master_port
 
-SOCKET_VARIABLES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 USUAL_PORT = 29500
 """torchrun's and deepspeed's, where none is given."""
 _GIB = 2**30
@@ -30,18 +31,19 @@ def is_on_many_nodes(environ: Mapping[str, str] = os.environ) -> bool:
 
 def check_interfaces(environ: Mapping[str, str] = os.environ, names: Sequence[str] | None = None) -> list[Finding]:
     """Interfaces that NCCL and gloo are told to use: one that does not exist ends every run at its first collective."""
-    names = [name for _, name in socket.if_nameindex()] if names is None else names
+    names = _interfaces() if names is None else names
     there = ", ".join(names) or "none"
     findings = []
-    for variable in SOCKET_VARIABLES:
-        asked = environ.get(variable)
-        if asked is None:
+    for variable, lack_of in (("NCCL_SOCKET_IFNAME", _nccl_lacks), ("GLOO_SOCKET_IFNAME", _gloo_lacks)):
+        asked = environ.get(variable, "")
+        if len(asked) < 2:  # both libraries pass over an empty value, and one of a single character
             continue
-        if _chosen(asked, names, by_prefix=variable.startswith("NCCL")):
+        lack = lack_of(asked, names)
+        if not lack:
             findings.append(Finding("network interface", "ok", f"{variable}={asked}"))
         else:
-            remedy = f"unset {variable}, or name one of these"
-            findings.append(Finding("network interface", "problem", f"{variable}={asked}; there are: {there}", remedy))
+            found, remedy = f"{variable}={asked}: {lack}; there are: {there}", f"unset {variable}, or name one of these"
+            findings.append(Finding("network interface", "problem", found, remedy))
     if not findings:
         remedy = "over many nodes set NCCL_SOCKET_IFNAME to the fast network's"
         return [Finding("network interface", "ok", f"left to NCCL and gloo; there are: {there}", remedy)]
@@ -112,27 +114,31 @@ def check_ports() -> Finding:
     return Finding("ports", "ok", f"{port} is free" + (" (MASTER_PORT)" if "MASTER_PORT" in os.environ else ""))
 
 
-def check_shared_memory(has_gpus: bool, folder: Path = Path("/dev/shm"), free: int | None = None) -> Finding:
-    """NCCL moves data between GPUs through it, where they cannot reach each other; containers give it 64 MiB."""
+def check_shared_memory(num_gpus: int, folder: Path = Path("/dev/shm"), free: int | None = None) -> Finding:
+    """NCCL moves data between GPUs through it, where they cannot reach each other; containers give it 64 MiB.
+
+    num_gpus: of this machine; with fewer than two there is nothing to move.
+    """
     if free is None:
         try:
             stat = os.statvfs(folder)
         except OSError:
-            return Finding(
-                "shared memory", "problem" if has_gpus else "note", f"no {folder}", f"mount tmpfs on {folder}"
-            )
+            bad: State = "problem" if num_gpus > 1 else "note"
+            return Finding("shared memory", bad, f"no {folder}", f"mount tmpfs on {folder}")
         free = stat.f_bavail * stat.f_frsize
     found = f"{free / _GIB:.2f} GiB free in {folder}"
-    if free < _GIB:
-        remedy = "docker run --shm-size=8g, or --ipc=host"
-        return Finding("shared memory", "problem" if has_gpus else "note", found, remedy)
+    if free < _GIB and num_gpus > 1:
+        return Finding("shared memory", "problem", found, "docker run --shm-size=8g, or --ipc=host")
     return Finding("shared memory", "ok", found)
 
 
 def check_limits(
-    get: Callable[[int], tuple[int, int]] = resource.getrlimit, fast_network: Path = Path("/sys/class/infiniband")
+    *,
+    many_nodes: bool,
+    get: Callable[[int], tuple[int, int]] = resource.getrlimit,
+    fast_network: Path = Path("/sys/class/infiniband"),
 ) -> list[Finding]:
-    """Open files, and locked memory where there is a network that reads memory itself."""
+    """Open files, and locked memory where there is a network that reads memory itself: InfiniBand, RoCE, EFA."""
     files, most = get(resource.RLIMIT_NOFILE)
     findings = [Finding("open files", "ok", f"at most {_said(files)}")]
     if files != resource.RLIM_INFINITY and files < 1024:
@@ -142,20 +148,39 @@ def check_limits(
         if locked == resource.RLIM_INFINITY:
             findings.append(Finding("locked memory", "ok", "unlimited"))
         else:
-            found = f"{locked / 2**20:.0f} MiB; NCCL over InfiniBand fails with 'ibv_reg_mr' errors"
+            bad: State = "problem" if many_nodes else "note"  # within a node nothing goes over that network
+            found = f"{locked / 2**20:.0f} MiB; NCCL between nodes fails with 'ibv_reg_mr' errors"
             remedy = "ulimit -l unlimited; under Slurm PropagateResourceLimitsExcept=MEMLOCK"
-            findings.append(Finding("locked memory", "problem", found, remedy))
+            findings.append(Finding("locked memory", bad, found, remedy))
     return findings
 
 
-def _chosen(asked: str, names: Sequence[str], *, by_prefix: bool) -> list[str]:
-    """NCCL: prefixes, all but some with `^`, exact names with `=`. gloo: exact names."""
-    is_excluded = by_prefix and asked.startswith("^")
-    asked = asked.removeprefix("^") if by_prefix else asked
-    is_exact = not by_prefix or asked.startswith("=")
-    wanted = [part.strip() for part in asked.removeprefix("=").split(",")]
-    matches = [name for name in names if any(name == one if is_exact else name.startswith(one) for one in wanted)]
-    return [name for name in names if name not in matches] if is_excluded else matches
+def _interfaces() -> list[str]:
+    """With an address: NCCL passes over the others, gloo fails on them."""
+    families = (socket.AF_INET, socket.AF_INET6)
+    return [name for name, found in psutil.net_if_addrs().items() if any(one.family in families for one in found)]
+
+
+def _nccl_lacks(asked: str, names: Sequence[str]) -> str:
+    """`[^][=]name,name`: prefixes, exact names with `=`, all others with `^`. It takes what it finds, and needs one."""
+    is_excluded = asked.startswith("^")
+    asked = asked.removeprefix("^")
+    is_exact = asked.startswith("=")
+    # A port may follow a name, as for NCCL_IB_HCA; it has no meaning here. Spaces belong to the name.
+    wanted = [part.partition(":")[0] for part in asked.removeprefix("=").split(",") if part]
+
+    def is_named(name: str) -> bool:
+        return any(name == one if is_exact else name.startswith(one) for one in wanted)
+
+    if any(is_named(name) != is_excluded for name in names):
+        return ""
+    return "none is left" if is_excluded else "none of that name" if is_exact else "none begins so"
+
+
+def _gloo_lacks(asked: str, names: Sequence[str]) -> str:
+    """`name,name`: exact names, spaces included. It opens every one; torch forgives a comma at the end alone."""
+    lacking = [part for part in asked.removesuffix(",").split(",") if part not in names]
+    return f"no {', '.join(map(repr, lacking))}" if lacking else ""
 
 
 def _addresses(name: str) -> list[str]:
