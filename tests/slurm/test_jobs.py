@@ -272,16 +272,18 @@ def test_another_recipe_is_refused_whatever_became_of_the_run(
 
 
 def test_a_run_that_crashes_again_and_again_is_given_up(slurm: Cluster, base: Path, tmp_path: Path) -> None:
-    """Bounded by crashes without a new checkpoint in between."""
-    recipe = write_recipe(tmp_path, base)
+    """Bounded by ends without a new checkpoint in between; the first start has made one, of step 0."""
+    recipe = write_recipe(tmp_path, base, steps=4000, checkpoint_every=4000)
     job, log = submit(slurm, recipe, options=("--export=ALL,UFT_MAX_CRASHES=2",))
-    for crash in (1, 2):
-        slurm.until(lambda: last_step(tmp_path / "run") in (2, 3, 4, 5) and len(ranks_of(recipe)) == 4, log=log)
+    for crash in range(3):
+        slurm.until(lambda: last_step(tmp_path / "run") >= 2 and len(ranks_of(recipe)) == 4, log=log)
         os.kill(ranks_of(recipe)[0].pid, signal.SIGKILL)
-        slurm.until(lambda crash=crash: f"=== ended {crash} times without" in log.read_text(), log=log)
-        (tmp_path / "run" / "metrics.jsonl").write_text("")
+        slurm.until(lambda crash=crash: log.read_text().count("=== outcome 1,") == crash + 1, log=log)
+        slurm.until(lambda: not ranks_of(recipe), log=log)
+        (tmp_path / "run" / "metrics.jsonl").write_text("")  # so that steps are those of the next start
     assert slurm.wait(job, log=log) == "FAILED"
-    assert restarts(slurm, job) == 1
+    assert restarts(slurm, job) == 2
+    assert re.findall(r"=== ended (\d) times without a new checkpoint", log.read_text()) == ["1", "2"]
 
 
 def test_a_sweep_is_an_array_and_a_table(slurm: Cluster, base: Path, tmp_path: Path) -> None:
