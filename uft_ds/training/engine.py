@@ -40,6 +40,7 @@ OWNED_KEYS = {
     "bf16",
     "fp16",
     "data_types",
+    "communication_data_type",
 }
 """Decided by the recipe; a DeepSpeed file may leave them out or say "auto"."""
 
@@ -126,7 +127,6 @@ def deepspeed_config(file: dict[str, Any], *, dtype: torch.dtype, max_grad_norm:
         "data_types": {"grad_accum_dtype": "fp32"},
         # By itself DeepSpeed rounds the gradients of float32 adapters on a bfloat16 base before it adds them up.
         "communication_data_type": "fp32",
-        # Left alone, gradients of float32 adapters on a bfloat16 base would be rounded before they are added up.
         # torch's AdamW also where the optimiser is offloaded: a LoRA's is small, and nothing is compiled.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
