@@ -108,7 +108,7 @@ _warn_of_a_short_limit() {
 train() {
     local recipe=$1 run ranks code before
     shift
-    trap '_asked=1; echo "=== USR1: the time limit is near $(date -Is)"' USR1
+    trap '_asked=1; echo "=== USR1: asked to stop, before the time limit or by hand $(date -Is)"' USR1
     trap 'echo "=== TERM $(date -Is)"' TERM     # Slurm signals the steps itself; this shell only outlives it
 
     run=$(_uft recipe show "$recipe" "$@" --key output) || return $?
@@ -175,7 +175,8 @@ _decide() {
     local run=$1 code=$2 before=$3 outcome=1
     if [ -f "$UFT_OUTCOME" ]; then
         outcome=$(sed -n 's/.*"exit_code": *\([0-9]*\).*/\1/p' "$UFT_OUTCOME")
-        echo "=== $(sed -n 's/.*"message": *//p' "$UFT_OUTCOME")"
+        [ "$outcome" = 0 ] || echo "=== what torchrun and srun print above is their way to report this end:"
+        _run python -c 'import json, sys; print(json.load(open(sys.argv[1]))["message"])' "$UFT_OUTCOME" | sed 's/^/=== /'
         rm -f "$UFT_OUTCOME"
     fi
     echo "=== outcome ${outcome:=1}, srun $code $(date -Is)"

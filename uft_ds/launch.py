@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import psutil
 import torch
@@ -93,10 +94,12 @@ def launch(
         why = f"{', '.join(killed)}: out of memory? See {folder.launcher_log} and the system's log"
         return Status(EXIT_CRASHED, why)
     if heard and EXIT_STOPPED in codes.values():
-        ended_silently = Status(EXIT_STOPPED, "stopped before it trained; nothing is lost")
-    else:
-        ended_silently = Status(EXIT_CRASHED, f"the ranks ended without a word; see {folder.launcher_log}")
-    return folder.read_status() or ended_silently
+        status = folder.read_status() or Status(EXIT_STOPPED, "stopped before it trained; nothing is lost")
+        # The ranks know only what they were sent.
+        status = replace(status, message=status.message.replace("SIGUSR1", signal.Signals(heard[0]).name))
+        folder.write_status(status)
+        return status
+    return folder.read_status() or Status(EXIT_CRASHED, f"the ranks ended without a word; see {folder.launcher_log}")
 
 
 @contextmanager

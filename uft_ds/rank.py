@@ -113,8 +113,8 @@ def _main(request: StopRequest, arguments: list[str] | None) -> Status:
         status = Status(stopped.exit_code, str(stopped))
         if folder is not None:
             folder.write_first_status(status)
-        if rank == 0 and (folder is None or not options.prepared):
-            print(stopped)
+        if rank == 0 and stopped.by_all and not options.prepared:
+            print(stopped)  # one that leaves alone is often ended by its launcher, for another rank's mistake
         return status
     except (UserError, CheckFailed) as error:
         status = Status(error.exit_code, str(error))

@@ -129,7 +129,7 @@ def _check_same_recipe(folder: RunFolder, recipe: Recipe) -> None:
             raise UserError(f"{key}: {now[key]}: no such file or folder here; the run began with {then}")
     if changed:
         raise UserError(
-            f"{folder.path}: --resume goes on with the same recipe; give output=PATH for another run\n"
+            f"{folder.path}: --resume goes on with the same recipe; give output=PATH for another run, or --overwrite\n"
             + "\n".join(changed)
         )
 

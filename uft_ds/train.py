@@ -24,7 +24,6 @@ def run() -> int:
 
         return main(request)
     except Stopped as stopped:
-        print(stopped)
         return stopped.exit_code
 
 

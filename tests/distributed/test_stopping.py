@@ -123,6 +123,7 @@ def test_a_run_that_is_asked_to_stop_goes_on_bit_for_bit(
     said = end(process, has_run(folder, 4), lambda: process.send_signal(number))
     assert process.returncode == EXIT_STOPPED, said
     assert "stopping: the step that is running is finished and saved first" in said
+    assert f"stopped by {number.name} after step" in said
     assert "Traceback" not in said
     assert_stopped_and_goes_on(folder, recipe, unbroken)
 
@@ -146,6 +147,19 @@ def test_a_stop_during_an_evaluation_leaves_nothing_of_it(unbroken: Path, tiny_q
     assert last_step(folder) == 10, "the next step was not begun"
     assert evaluated == [0]
     assert_stopped_and_goes_on(folder, recipe, unbroken)
+
+
+def test_a_stop_before_the_first_step_is_one(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """Ctrl-C while the ranks load: 85, said as what it was, also by `uft status`."""
+    recipe, folder = recipe_in(tmp_path, tiny_qwen2, train__steps=100000), tmp_path / "run"
+    process = start("uft_ds", "train", str(recipe))
+    said = end(process, lambda: len(ranks_of(folder)) == 2, lambda: process.send_signal(signal.SIGINT))
+    assert process.returncode == EXIT_STOPPED, said
+    assert "nothing is lost" in said
+    assert "SIGUSR1" not in said
+    asked = uft("status", str(folder))
+    assert asked.returncode == EXIT_STOPPED
+    assert "before it trained" in asked.stdout
 
 
 def test_a_second_interrupt_ends_it_at_once(tiny_qwen2: Path, tmp_path: Path) -> None:

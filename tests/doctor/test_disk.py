@@ -196,3 +196,11 @@ def test_offline_is_said() -> None:
     """A name that is not cached will be an error."""
     assert check_hub({"HF_HUB_OFFLINE": "1"}).state == "note"
     assert check_hub({"HF_HUB_OFFLINE": "0"}).state == "ok"
+
+
+def test_an_output_that_is_a_file_is_a_problem(tmp_path: Path) -> None:
+    """Not probed in the folder that it lies in."""
+    (tmp_path / "output").touch()
+    (finding,) = check_output(tmp_path / "output")
+    assert finding.state == "problem"
+    assert finding.found == f"{tmp_path / 'output'} is no folder"

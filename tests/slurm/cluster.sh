@@ -325,7 +325,7 @@ cmd_up() {
     done
     [ "$(client sinfo -h -N -p batch -t idle -o %N | wc -l)" = "$NODES" ]
     trap - ERR
-    say "up: $NODES nodes, $GPUS fake GPUs each, in $((SECONDS - t0)) s; eval \"\$($0 env)\""
+    say "up: $NODES nodes, $GPUS fake GPUs each, in $((SECONDS - t0)) s; eval \"\$($0 env --state $STATE)\""
 }
 
 cmd_down_quiet() {

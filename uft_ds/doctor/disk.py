@@ -61,6 +61,8 @@ def nearest(folder: Path) -> Path:
 
 def check_output(output: Path, used: Used = shutil.disk_usage) -> list[Finding]:
     """Everything about the output folder; a single finding where nothing can be written."""
+    if output.exists() and not output.is_dir():
+        return [Finding("output folder", "problem", f"{output} is no folder", "give another one: --output")]
     try:
         with scratch(output) as folder:
             return [

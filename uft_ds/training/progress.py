@@ -27,7 +27,8 @@ def progress_of(run: Path) -> RunProgress:
     """
     folder = RunFolder(run)
     if not folder.lock.exists():
-        raise UserError(f"{run}: no run's folder")
+        hint = "; `uft sweep ... --table` shows a sweep's runs" if (run / "table.csv").exists() else ""
+        raise UserError(f"{run}: no run's folder{hint}")
     steps = [line["step"] for line in read_metrics(folder.metrics) if "grad_norm" in line]
     newest = next(iter(checkpoints_of(run)), None)
     where = f"step {max(steps, default=0)}, newest checkpoint {'none' if newest is None else step_of(newest)}"
