@@ -59,6 +59,7 @@ SCHEMA = numbers(
     ),
     deepspeed={"type": "string"},
     best_deepspeed={"type": ["string", "null"]},
+    best_changes={"type": ["array", "null"], "items": {"type": "string"}},
     gpu_memory=numbers(
         "weights_shard_bytes", "secondary_shard_bytes", "gathered_bytes", "adapters_bytes", "gradients_bytes",
         "gradient_bucket_bytes", "optimizer_bytes", "saved_activations_bytes", "layer_bytes", "streams_bytes",

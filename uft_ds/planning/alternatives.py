@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from uft_ds.errors import UserError
@@ -10,6 +10,9 @@ from uft_ds.planning.planner import Outcome, Planner, Setting
 from uft_ds.planning.sharding import sharding_of
 from uft_ds.planning.workload import Workload
 from uft_ds.training.engine import deepspeed_files, read_deepspeed_file
+
+FOR_CPU = "zero3_cpu"
+"""The shipped file for ranks without a GPU: planned, so that it can be compared, but never advised."""
 
 
 @dataclass(frozen=True)
@@ -38,18 +41,33 @@ def shipped_files(planner: Planner, setting: Setting) -> tuple[Alternative, ...]
         except UserError:  # a file that this DeepSpeed does not take
             continue
         found.append(Alternative(_difference(setting, changed), planner.plan(changed)))
-    return tuple(sorted(found, key=_by_worth))
+    levels = _levels([file.outcome.bound_seconds for file in found])
+
+    def worth(file: Alternative) -> tuple[bool, bool, int, int, bool, float, int]:
+        """A recipe that changes least comes before one that is faster; what is sent decides between equals."""
+        outcome = file.outcome
+        return (
+            not outcome.fits,
+            outcome.setting.deepspeed == FOR_CPU,
+            len([change for change in file.changes if not change.startswith("deepspeed=")]),
+            levels[outcome.bound_seconds],
+            bool(file.changes),
+            outcome.by_mode[outcome.mode].time.links_seconds,
+            -outcome.gpu_spare_bytes,
+        )
+
+    return tuple(sorted(found, key=worth))
 
 
-def _by_worth(alternative: Alternative) -> tuple[bool, float, float, int]:
-    outcome = alternative.outcome
-    return (not outcome.fits, *_cost(outcome), -outcome.gpu_spare_bytes)
-
-
-def _cost(outcome: Outcome) -> tuple[float, float]:
-    """The least time of a step; of equal ones, how much has to hide behind it. In milliseconds: less is noise."""
-    time = outcome.by_mode[outcome.mode].time
-    return round(time.bound_seconds, 3), round(time.serial_seconds, 3)
+def _levels(seconds: Iterable[float]) -> dict[float, int]:
+    """A place in the order for each time; those within 1% of the least of them share it: less is noise."""
+    levels: dict[float, int] = {}
+    least, level = -1.0, -1
+    for one in sorted(set(seconds)):
+        if one > 1.01 * least or level < 0:
+            least, level = one, level + 1
+        levels[one] = level
+    return levels
 
 
 def remedies_for(planner: Planner, outcome: Outcome, files: tuple[Alternative, ...]) -> list[Alternative]:
@@ -60,11 +78,10 @@ def remedies_for(planner: Planner, outcome: Outcome, files: tuple[Alternative, .
     setting = outcome.setting
     found = [
         Alternative(_difference(setting, changed), planner.plan(changed)) for changed in _changed_settings(setting)
-    ] + [file for file in files if file.changes and not file.outcome.problems]
-    by_cost = sorted(
-        (alternative for alternative in found if not alternative.outcome.problems),
-        key=lambda a: (a.outcome.setting.cluster.ranks, *_cost(a.outcome), -a.outcome.gpu_spare_bytes),
-    )
+    ] + [file for file in files if file.changes and file.outcome.setting.deepspeed != FOR_CPU]
+    found = [alternative for alternative in found if not alternative.outcome.problems]
+    levels = _levels([alternative.outcome.bound_seconds for alternative in found])
+    by_cost = sorted(found, key=lambda a: (a.outcome.setting.cluster.ranks, *_cost(a, levels)))
     kept: list[Alternative] = []
     ranks, most = 0, (False, 0)
     for alternative in by_cost:
@@ -75,6 +92,13 @@ def remedies_for(planner: Planner, outcome: Outcome, files: tuple[Alternative, .
             most = left
             kept.append(alternative)
     return kept
+
+
+def _cost(alternative: Alternative, levels: Mapping[float, int]) -> tuple[int, float, int]:
+    """The least time of a step; of equal ones, how much has to hide behind it."""
+    outcome = alternative.outcome
+    serial = outcome.by_mode[outcome.mode].time.serial_seconds
+    return levels[outcome.bound_seconds], serial, -outcome.gpu_spare_bytes
 
 
 def _left(changed: Outcome, before: Outcome) -> tuple[bool, int]:
@@ -127,7 +151,7 @@ def combination_for(planner: Planner, outcome: Outcome, remedies: tuple[Alternat
         return None
     larger = () if fitting else (changed.cluster for changed in _larger_clusters(start))
     for cluster in (start.cluster, *larger):
-        for name in (start.deepspeed, *deepspeed_files()):
+        for name in (start.deepspeed, *(name for name in deepspeed_files() if name != FOR_CPU)):
             try:
                 tried = replace(_with_file(start, name), cluster=cluster)
             except UserError:

@@ -83,8 +83,12 @@ class Time:
     @property
     def serial_seconds(self) -> float:
         """With nothing beside anything else: what alternatives are ordered by, so that a link that hides counts."""
-        of_links = self.nvlink_seconds + self.network_seconds + self.pcie_seconds
-        return self.compute_seconds + self.hbm_seconds + of_links
+        return self.compute_seconds + self.hbm_seconds + self.links_seconds
+
+    @property
+    def links_seconds(self) -> float:
+        """Of all links, one after the other."""
+        return self.nvlink_seconds + self.network_seconds + self.pcie_seconds
 
     @property
     def bounded_by(self) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from uft_ds.errors import UserError
-from uft_ds.planning.alternatives import Alternative, combination_for, remedies_for, shipped_files
+from uft_ds.planning.alternatives import FOR_CPU, Alternative, combination_for, remedies_for, shipped_files
 from uft_ds.planning.compute import mfu_flops
 from uft_ds.planning.hardware import Cluster
 from uft_ds.planning.memory import Disk, disk
@@ -41,7 +41,9 @@ class Plan:
 
     @property
     def best_file(self) -> Alternative | None:
-        return next((file for file in self.files if file.outcome.fits), None)
+        """The one to take; None where none of those for GPUs fits."""
+        fitting = (file for file in self.files if file.outcome.fits)
+        return next((file for file in fitting if file.outcome.setting.deepspeed != FOR_CPU), None)
 
 
 def make_plan(recipe: Recipe, cluster: Cluster, *, tokens_per_response: int | None = None) -> Plan:

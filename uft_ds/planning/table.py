@@ -222,6 +222,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         },
         "deepspeed": outcome.setting.deepspeed,
         "best_deepspeed": None if best is None else best.outcome.setting.deepspeed,
+        "best_changes": None if best is None else list(best.changes),
         "gpu_memory": asdict(outcome.gpu)
         | {"total_bytes": outcome.gpu.total_bytes, "spare_bytes": outcome.gpu_spare_bytes},
         "host_memory": asdict(outcome.host)
