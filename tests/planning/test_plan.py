@@ -18,7 +18,7 @@ from uft_ds.planning.planner import Outcome, Planner, Setting
 from uft_ds.planning.shapes import shipped_config
 from uft_ds.planning.sharding import sharding_of
 from uft_ds.planning.workload import workload_of
-from uft_ds.recipe_file import load_recipe
+from uft_ds.recipe_file import load_recipe, shipped_recipes
 from uft_ds.training.engine import read_deepspeed_file
 
 
@@ -284,6 +284,36 @@ def test_bad_input_is_answered() -> None:
         make_plan(load_recipe("uft_qwen32b"), cluster(), tokens_per_response=4096)
     with pytest.raises(UserError, match=r"model\.base: 'no/such'"):
         make_plan(load_recipe("uft_qwen32b", ("model.base=no/such",)), cluster())
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_shipped_recipe_is_planned(name: str) -> None:
+    """On a model of some kilobytes, with the recipe's own objective, reference and DeepSpeed file."""
+    found = plan(f"model.base={tiny_folder()}", "data.max_length=64", gpus=2, name=name)
+    assert found.outcome.fits
+    assert found.best_file is not None
+
+
+def test_forwards_of_a_reward_shift_are_counted() -> None:
+    """`kl`: a forward of both streams more, cached or not; `prompt_mean`: with a cache of the policy alone."""
+    plain, kl, mean = (outcome(f"objective.reward_shift={name}") for name in ("none", "kl", "prompt_mean"))
+    structure = planner().structure(plain.setting.workload.lora)
+    layer = structure.layers[30][0]
+    for mode, of_plain, of_kl, of_mean in (("lockstep", 2, 3, 3), ("separate", 3, 5, 5), ("cached", 2, 3, 3)):
+        for found, times in ((plain, of_plain), (kl, of_kl), (mean, of_mean)):
+            gathers = planner().step_gathers(found.setting, mode)
+            assert gathers is not None
+            assert gathers.times[layer] == times
+            assert (found.by_mode[mode].traffic.gathered_bytes > plain.by_mode[mode].traffic.gathered_bytes) is (
+                found is not plain
+            )
+    flops = {mode: (kl.by_mode[mode].flops, mean.by_mode[mode].flops) for mode in kl.by_mode}
+    a_forward = flops["lockstep"][0].reference
+    assert a_forward * 2 < flops["cached"][0].reward_shift == flops["lockstep"][0].reward_shift < a_forward * 2.3
+    assert a_forward < flops["cached"][1].reward_shift < a_forward * 1.15
+    hbm = [found.by_mode["cached"].time.hbm_seconds for found in (plain, mean, kl)]
+    assert hbm[1] == pytest.approx(hbm[0] * 4 / 3)  # forward, recomputed, backward; one more
+    assert hbm[2] == pytest.approx(hbm[0] * 5 / 3)
 
 
 @pytest.mark.parametrize("name", ["uft_mistral7b", "sft_mistral7b", "una_mistral7b"])

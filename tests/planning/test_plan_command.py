@@ -42,7 +42,7 @@ def numbers(*names: str, **others: Any) -> dict[str, Any]:
 
 MODE = numbers(
     traffic=numbers("gathered_bytes", "reduced_bytes", "nvlink_bytes", "network_bytes", "pcie_bytes"),
-    flops=numbers("policy", "reference", "recomputation", "attention", "head", "adapters", "total"),
+    flops=numbers("policy", "reference", "recomputation", "attention", "head", "adapters", "reward_shift", "total"),
     time=numbers(
         "compute_seconds", "hbm_seconds", "nvlink_seconds", "network_seconds", "pcie_seconds", "bound_seconds",
         overlaps={"type": "boolean"}, bounded_by={"type": "string"},

@@ -31,14 +31,16 @@ class Flops:
     head: int
     """Log-probs and their gradient, of every token: 4 a parameter and token, 2 more with a reference."""
     adapters: int
+    reward_shift: int
+    """Forwards ahead of the step's own, all parts of them."""
 
     @property
     def total(self) -> int:
         return sum(asdict(self).values())
 
 
-def step_flops(structure: Structure, workload: Workload, *, with_reference: bool) -> Flops:
-    """Of a step of `examples_per_step` responses."""
+def step_flops(structure: Structure, workload: Workload, *, with_reference: bool, extra_streams: int = 0) -> Flops:
+    """Of a step of `examples_per_step` responses. extra_streams: forwards ahead of it, see `Workload`."""
     config, tokens = structure.config, workload.tokens_per_step
     layers = sum(structure.num_of(layer) for layer in structure.layers)
     head = structure.num_of(structure.head)
@@ -53,6 +55,8 @@ def step_flops(structure: Structure, workload: Workload, *, with_reference: bool
         attention=attention * (3 + with_reference + recomputes),
         head=(4 + 2 * with_reference) * head * tokens,
         adapters=(6 + 2 * recomputes) * structure.num_lora * tokens,
+        reward_shift=extra_streams * (2 * (layers + head) * tokens + attention)
+        + (2 * structure.num_lora * tokens if extra_streams else 0),
     )
 
 
@@ -106,9 +110,10 @@ def least_time(
     moved: Traffic,
     *,
     with_reference: bool,
+    extra_streams: int = 0,
 ) -> Time:
     """With sequences spread evenly over the ranks."""
-    passes = 2 + workload.gradient_checkpointing + with_reference
+    passes = 2 + workload.gradient_checkpointing + with_reference + extra_streams
     read = workload.micro_steps(cluster.ranks) * passes * structure.num_base * workload.item_bytes
     gpu = cluster.gpu
     return Time(

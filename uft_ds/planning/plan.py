@@ -90,6 +90,8 @@ def _assumptions(recipe: Recipe, setting: Setting, source: str, given: int | Non
         f"{length}: {workload.tokens_per_step} tokens a step, {steps} micro-step{'s' * (steps > 1)} a rank; "
         "every token supervised"
     )
+    if workload.extra_forwards != "none":
+        yield f"objective.reward_shift: {recipe.objective.reward_shift}: every response is forwarded ahead of its step"
     if recipe.model.attention == "auto":
         yield "flash-attention 2 is installed on the GPUs (model.attention: auto takes sdpa otherwise)"
     yield "2 GB of a GPU for CUDA and NCCL, 5% for fragmentation; 4 GB of host memory a rank"

@@ -5,12 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from uft_ds.data.example import KINDS
+from uft_ds.objectives.objective import Objective
 from uft_ds.planning.structure import ITEM_BYTES, Lora
 from uft_ds.recipe import Recipe
 from uft_ds.resolve import objective_of
 
 Reference = Literal["lockstep", "separate", "none"]
 """How it is forwarded, where it is."""
+
+ExtraForwards = Literal["none", "both_streams", "as_trained"]
+"""both_streams: `reward_shift: kl`, whatever is cached. as_trained: `prompt_mean`, the reference where not cached."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,8 @@ class Workload:
     kept_checkpoints: int
     num_responses: int | None
     """Of the whole data, where the recipe says it."""
+    extra_forwards: ExtraForwards
+    """What a reward shift forwards before each step, without a backward."""
     begins_with_forward: bool
     """Whether a forward without backward comes before the first step: checks of the reference, or an evaluation."""
 
@@ -44,6 +51,16 @@ class Workload:
     @property
     def tokens_per_step(self) -> int:
         return self.examples_per_step * self.tokens_per_response
+
+    def extra_streams(self, mode: str) -> int:
+        """Forwards ahead of a step's own for each response: of the policy, of both, or none.
+
+        Args:
+            mode: how the reference is had in the step itself: `cached`, or forwarded.
+        """
+        if self.extra_forwards == "none":
+            return 0
+        return 1 if self.extra_forwards == "as_trained" and mode == "cached" else 2
 
     def micro_steps(self, ranks: int) -> int:
         """Forwards and backwards of a rank in a step: the fewest, which packing reaches or exceeds by one."""
@@ -82,5 +99,13 @@ def workload_of(recipe: Recipe, *, tokens_per_response: int | None) -> Workload:
         tokens_per_response=tokens_per_response or recipe.data.max_length,
         kept_checkpoints=recipe.train.keep_checkpoints + (recipe.train.keep_best is not None),
         num_responses=sum(n for n in examples if n) if all(examples) else None,
+        extra_forwards=_extra_forwards(objective_of(recipe)),
         begins_with_forward=needs_reference or bool(recipe.data.held_out),
     )
+
+
+def _extra_forwards(objective: Objective) -> ExtraForwards:
+    """Of every response: a step may hold fewer that a shift moves, which a recipe alone does not say."""
+    if not any(objective.has_pointwise(kind) for kind in KINDS):
+        return "none"
+    return {"kl": "both_streams", "prompt_mean": "as_trained"}.get(objective.shift.name, "none")  # type: ignore[return-value]
