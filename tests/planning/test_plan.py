@@ -1,5 +1,6 @@
 """Plans: what they add up to, how they scale, and what they say of cases that are known."""
 
+import io
 import tempfile
 from dataclasses import asdict, replace
 from functools import lru_cache
@@ -8,15 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from tiny import build_tiny_model
 
+from uft_ds.data.bins import fewest_micro_steps
 from uft_ds.errors import UserError
 from uft_ds.planning import parts
+from uft_ds.planning.alternatives import larger_clusters
 from uft_ds.planning.hardware import Cluster, cluster_of
 from uft_ds.planning.plan import Plan, make_plan
 from uft_ds.planning.planner import Outcome, Planner, Setting
 from uft_ds.planning.shapes import shipped_config
 from uft_ds.planning.sharding import sharding_of
+from uft_ds.planning.table import rendered
 from uft_ds.planning.workload import workload_of
 from uft_ds.recipe_file import load_recipe, shipped_recipes
 from uft_ds.training.engine import read_deepspeed_file
@@ -274,6 +279,52 @@ def test_a_step_shorter_than_a_micro_batch_is_planned_as_it_is() -> None:
     few = outcome("train.examples_per_step=2").setting.workload
     assert few.largest_micro_batch == 2 * 2048
     assert replace(few, examples_per_step=64).largest_micro_batch == 16384
+
+
+@pytest.mark.parametrize("tokens", [2048, 4095, 4096, 6000])
+def test_micro_steps_are_those_of_the_packing(tokens: int) -> None:
+    """Of 64 responses of 2,048 tokens on 8 ranks, by the function that packs them: none is cut."""
+    workload = replace(outcome().setting.workload, tokens_per_micro_batch=tokens)
+    expected = {2048: 8, 4095: 8, 4096: 4, 6000: 4}[tokens]
+    assert workload.micro_steps(8) == fewest_micro_steps([2048] * 64, tokens, 8) == expected
+
+
+def test_the_sides_of_a_pair_stay_together() -> None:
+    """No micro-batch is advised that a pair does not go into, and ranks hold whole pairs."""
+    pairs = outcome("objective.loss=dpo").setting.workload
+    assert pairs.least_micro_batch == 2 * 2048
+    assert replace(pairs, examples_per_step=6).most_responses(4) == 2
+    assert replace(pairs, tokens_per_micro_batch=3 * 2048).micro_steps(8) == 4
+    found = plan("objective.loss=dpo", gpus=1, gpu_memory=24)
+    told = [c for remedy in found.remedies for c in remedy.changes if c.startswith("train.tokens_per_micro_batch=")]
+    assert told
+    assert min(int(change.partition("=")[2]) for change in told) >= 2 * 2048
+
+
+def test_more_ranks_than_responses_do_not_help() -> None:
+    """Whole responses go to ranks: 64 of them take 64 ranks and 128 as long, and 48 ranks as long as 32."""
+    seconds = {
+        nodes: outcome(on=cluster(nodes=nodes)).by_mode["lockstep"].time.compute_seconds for nodes in (4, 6, 8, 16)
+    }
+    assert seconds[4] == seconds[6] == pytest.approx(2 * seconds[8])
+    assert seconds[16] == seconds[8]
+
+
+def test_no_larger_cluster_is_offered_than_is_needed_or_has_work() -> None:
+    """The first that fits ends the list; ranks without a response are not offered at all."""
+    found = plan(gpus=1, gpu_memory=24)
+    clusters = [remedy.outcome for remedy in found.remedies if remedy.outcome.setting.cluster.ranks > 1]
+    assert [one.fits for one in clusters].count(True) <= 1
+    few = replace(found.outcome.setting, workload=replace(found.outcome.setting.workload, examples_per_step=6))
+    assert [one.ranks for one in larger_clusters(few)] == [2, 4]
+    assert larger_clusters(found.outcome.setting)[-1].ranks == 64
+
+
+def test_that_nothing_fits_is_said_of_the_largest_cluster_that_was_planned() -> None:
+    """64 responses a step: 8 nodes, not any number of them."""
+    shown = Console(width=200, file=io.StringIO(), record=True)
+    shown.print(rendered(tiny(gpu_memory=1)))
+    assert "Nothing that is known fits, on up to 8 x 8 GPUs." in shown.export_text()
 
 
 def test_bad_input_is_answered() -> None:

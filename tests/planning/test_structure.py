@@ -82,7 +82,7 @@ def test_a_config_that_gives_no_model_is_answered() -> None:
     no_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     with pytest.raises(UserError, match=r"model\.base: config\.json of .*gpt2.*`\.layers`"):
         structure_of(AutoConfig.for_model("gpt2", n_layer=2, n_embd=64, n_head=4, **no_dropout), LORA)
-    for key in ("hidden_size", "num_attention_heads"):
+    for key in ("hidden_size", "vocab_size"):
         with pytest.raises(UserError, match=rf"model\.base: config\.json of .*llama.*{key}: 0 found"):
             structure_of(AutoConfig.for_model("llama", **(SMALL | {key: 0})), LORA)
     with pytest.raises(UserError, match=r"config\.json of .*llama.*hidden_act|config\.json of .*llama.*'nonsense'"):

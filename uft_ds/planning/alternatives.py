@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from uft_ds.errors import UserError
+from uft_ds.planning.hardware import Cluster
 from uft_ds.planning.planner import Outcome, Planner, Setting
 from uft_ds.planning.sharding import sharding_of
 from uft_ds.planning.workload import Workload
@@ -78,7 +79,9 @@ def remedies_for(planner: Planner, outcome: Outcome, files: tuple[Alternative, .
     setting = outcome.setting
     found = [
         Alternative(_difference(setting, changed), planner.plan(changed)) for changed in _changed_settings(setting)
-    ] + [file for file in files if file.changes and file.outcome.setting.deepspeed != FOR_CPU]
+    ]
+    found += [*_enough_of_them(planner, setting)]
+    found += [file for file in files if file.changes and file.outcome.setting.deepspeed != FOR_CPU]
     found = [alternative for alternative in found if not alternative.outcome.problems]
     levels = _levels([alternative.outcome.bound_seconds for alternative in found])
     by_cost = sorted(found, key=lambda a: (a.outcome.setting.cluster.ranks, *_cost(a, levels)))
@@ -108,18 +111,18 @@ def _left(changed: Outcome, before: Outcome) -> tuple[bool, int]:
 
 
 _SMALL_LOGITS = 128 * 2**20
-_MOST_NODES = 64
+_MOST_GPUS, _MOST_NODES = 8, 64
 
 
 def _changed_settings(setting: Setting) -> Iterable[Setting]:
-    """Each single change that a recipe or a cluster offers."""
+    """Each single change that a recipe offers."""
     workload = setting.workload
     tokens = workload.tokens_per_micro_batch
-    while tokens // 2 >= workload.max_length:
+    while tokens // 2 >= workload.least_micro_batch:
         tokens //= 2
         yield replace(setting, workload=replace(workload, tokens_per_micro_batch=tokens))
-    if tokens > workload.max_length:
-        yield replace(setting, workload=replace(workload, tokens_per_micro_batch=workload.max_length))
+    if tokens > workload.least_micro_batch:
+        yield replace(setting, workload=replace(workload, tokens_per_micro_batch=workload.least_micro_batch))
     if not workload.gradient_checkpointing:
         yield replace(setting, workload=replace(workload, gradient_checkpointing=True))
     elif not workload.activation_offload:
@@ -128,19 +131,30 @@ def _changed_settings(setting: Setting) -> Iterable[Setting]:
         yield replace(setting, workload=replace(workload, logits_bytes=_SMALL_LOGITS))
     if workload.lora.dtype == "float32" and workload.dtype != "float32":
         yield replace(setting, workload=replace(workload, lora=replace(workload.lora, dtype=workload.dtype)))
-    yield from _larger_clusters(setting)
 
 
-def _larger_clusters(setting: Setting) -> Iterable[Setting]:
-    cluster = setting.cluster
-    gpus = cluster.gpus
-    while gpus * 2 <= 8:
-        gpus *= 2
-        yield replace(setting, cluster=replace(cluster, gpus=gpus))
-    nodes = cluster.nodes
-    while nodes * 2 <= _MOST_NODES:
-        nodes *= 2
-        yield replace(setting, cluster=replace(cluster, gpus=gpus, nodes=nodes))
+def larger_clusters(setting: Setting) -> tuple[Cluster, ...]:
+    """More GPUs a node, then more nodes; no more ranks than a step has units, for those would have nothing to do."""
+    cluster, workload = setting.cluster, setting.workload
+    useful = workload.examples_per_step // workload.unit
+    found = []
+    while cluster.gpus * 2 <= _MOST_GPUS and cluster.ranks * 2 <= useful:
+        cluster = replace(cluster, gpus=cluster.gpus * 2)
+        found.append(cluster)
+    while cluster.nodes * 2 <= _MOST_NODES and cluster.ranks * 2 <= useful:
+        cluster = replace(cluster, nodes=cluster.nodes * 2)
+        found.append(cluster)
+    return tuple(found)
+
+
+def _enough_of_them(planner: Planner, setting: Setting) -> Iterable[Alternative]:
+    """Larger clusters up to the first that fits."""
+    for cluster in larger_clusters(setting):
+        changed = replace(setting, cluster=cluster)
+        found = Alternative(_difference(setting, changed), planner.plan(changed))
+        yield found
+        if found.outcome.fits:
+            return
 
 
 def combination_for(planner: Planner, outcome: Outcome, remedies: tuple[Alternative, ...]) -> Alternative | None:
@@ -149,7 +163,7 @@ def combination_for(planner: Planner, outcome: Outcome, remedies: tuple[Alternat
     fitting = [remedy.outcome.setting.cluster for remedy in remedies if remedy.outcome.fits]
     if start.cluster in fitting:
         return None
-    larger = () if fitting else (changed.cluster for changed in _larger_clusters(start))
+    larger = () if fitting else larger_clusters(start)
     for cluster in (start.cluster, *larger):
         for name in (start.deepspeed, *(name for name in deepspeed_files() if name != FOR_CPU)):
             try:
@@ -169,8 +183,8 @@ def _ever_smaller(workload: Workload) -> Iterable[Workload]:
     workload = replace(workload, gradient_checkpointing=True)
     yield workload
     tokens = workload.tokens_per_micro_batch
-    while tokens > workload.max_length:
-        tokens = max(workload.max_length, tokens // 2)
+    while tokens > workload.least_micro_batch:
+        tokens = max(workload.least_micro_batch, tokens // 2)
         workload = replace(workload, tokens_per_micro_batch=tokens)
         yield workload
     workload = replace(workload, logits_bytes=min(workload.logits_bytes or _SMALL_LOGITS, _SMALL_LOGITS))

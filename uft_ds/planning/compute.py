@@ -112,12 +112,13 @@ def least_time(
     with_reference: bool,
     extra_streams: int = 0,
 ) -> Time:
-    """With sequences spread evenly over the ranks."""
+    """Of the rank that has most responses; where there are more ranks than responses, of one that has one."""
+    busiest = workload.most_responses(cluster.ranks) / workload.examples_per_step
     passes = 2 + workload.gradient_checkpointing + with_reference + extra_streams
     read = workload.micro_steps(cluster.ranks) * passes * structure.num_base * workload.item_bytes
     gpu = cluster.gpu
     return Time(
-        compute_seconds=flops.total / cluster.ranks / gpu.flops_per_second,
+        compute_seconds=flops.total * busiest / gpu.flops_per_second,
         hbm_seconds=read / gpu.hbm_bytes_per_second,
         nvlink_seconds=moved.nvlink_bytes / gpu.nvlink_bytes_per_second,
         network_seconds=moved.network_bytes / cluster.network_bytes_per_second,

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from uft_ds.planning.alternatives import Alternative
+from uft_ds.planning.alternatives import Alternative, larger_clusters
 from uft_ds.planning.hardware import GB
 from uft_ds.planning.plan import Plan
 from uft_ds.planning.planner import Outcome
@@ -165,7 +165,9 @@ def _changes(plan: Plan) -> Iterable[RenderableType]:
     if plan.combination is not None:
         yield _alternatives("together", (plan.combination,), name=lambda a: " ".join(a.changes))
     elif not plan.outcome.fits and not any(remedy.outcome.fits for remedy in plan.remedies):
-        yield Text("Nothing that is known fits, on up to 64 nodes.", style="bold red")
+        setting = plan.outcome.setting
+        most = max((setting.cluster, *larger_clusters(setting)), key=lambda cluster: cluster.ranks)
+        yield Text(f"Nothing that is known fits, on up to {most.nodes} x {most.gpus} GPUs.", style="bold red")
 
 
 def _alternatives(title: str, alternatives: Iterable[Alternative], *, name: Any) -> Table:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from uft_ds.data.example import KINDS
 from uft_ds.objectives.objective import Objective
+from uft_ds.objectives.pairwise import PAIR_LOSSES
 from uft_ds.planning.structure import ITEM_BYTES, Lora
 from uft_ds.recipe import Recipe
 from uft_ds.resolve import objective_of
@@ -38,6 +39,8 @@ class Workload:
     kept_checkpoints: int
     num_responses: int | None
     """Of the whole data, where the recipe says it."""
+    has_pairs: bool
+    """Whether losses of pairs are asked for, whose sides are kept together."""
     extra_forwards: ExtraForwards
     """What a reward shift forwards before each step, without a backward."""
     begins_with_forward: bool
@@ -63,13 +66,28 @@ class Workload:
         return 1 if self.extra_forwards == "as_trained" and mode == "cached" else 2
 
     def micro_steps(self, ranks: int) -> int:
-        """Forwards and backwards of a rank in a step: the fewest, which packing reaches or exceeds by one."""
-        return max(1, -(-self.tokens_per_step // (ranks * self.tokens_per_micro_batch)))
+        """Forwards and backwards of a rank in a step, of responses as long as the mean; none of them is cut."""
+        responses = max(self.unit, self.tokens_per_micro_batch // self.tokens_per_response // self.unit * self.unit)
+        return -(-self.most_responses(ranks) // responses)
+
+    def most_responses(self, ranks: int) -> int:
+        """Of a step, on the rank that has most of them."""
+        return -(-self.examples_per_step // self.unit // ranks) * self.unit
+
+    @property
+    def unit(self) -> int:
+        """Responses that stay together: the sides of a pair do."""
+        return 2 if self.has_pairs else 1
+
+    @property
+    def least_micro_batch(self) -> int:
+        """Tokens: the longest unit must go in."""
+        return self.unit * self.max_length
 
     @property
     def largest_micro_batch(self) -> int:
         """Tokens: no more than the recipe allows, and than a step can hold."""
-        return min(self.tokens_per_micro_batch, max(self.max_length, self.examples_per_step * self.max_length))
+        return min(self.tokens_per_micro_batch, max(self.unit, self.examples_per_step) * self.max_length)
 
 
 def workload_of(recipe: Recipe, *, tokens_per_response: int | None) -> Workload:
@@ -99,6 +117,8 @@ def workload_of(recipe: Recipe, *, tokens_per_response: int | None) -> Workload:
         tokens_per_response=tokens_per_response or recipe.data.max_length,
         kept_checkpoints=recipe.train.keep_checkpoints + (recipe.train.keep_best is not None),
         num_responses=sum(n for n in examples if n) if all(examples) else None,
+        has_pairs=any(loss in PAIR_LOSSES for loss in objective_of(recipe).losses)
+        and any(source.pairs == "keep" for source in recipe.data.sources),
         extra_forwards=_extra_forwards(objective_of(recipe)),
         begins_with_forward=needs_reference or bool(recipe.data.held_out),
     )
