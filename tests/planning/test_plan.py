@@ -327,6 +327,28 @@ def test_that_nothing_fits_is_said_of_the_largest_cluster_that_was_planned() -> 
     assert "Nothing that is known fits, on up to 8 x 8 GPUs." in shown.export_text()
 
 
+@pytest.mark.parametrize(
+    "option", ["gpu_memory", "host_memory", "network_gbits", "pcie_gbytes", "tflops", "nvlink_gbytes"]
+)
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_figures_are_finite(option: str, value: float) -> None:
+    """What is no number of bytes is refused by the option's name."""
+    with pytest.raises(UserError, match=f"--{option.replace('_', '-')}: {value} given"):
+        cluster(**{option: value})
+
+
+def test_a_card_that_is_not_known_is_planned_by_its_figures() -> None:
+    """Its operations and links take the place of the named one's; without NVLink its neighbours are behind PCIe."""
+    known, own = outcome(), outcome(on=cluster(tflops=98.9, nvlink_gbytes=90))
+    time, slower = known.by_mode["lockstep"].time, own.by_mode["lockstep"].time
+    assert slower.compute_seconds == pytest.approx(10 * time.compute_seconds)
+    assert slower.nvlink_seconds == pytest.approx(5 * time.nvlink_seconds)
+    on_pcie = outcome(on=cluster(nvlink_gbytes=0, pcie_gbytes=32)).by_mode["lockstep"]
+    assert on_pcie.time.nvlink_seconds == pytest.approx(on_pcie.traffic.nvlink_bytes / 32e9)
+    with pytest.raises(UserError, match=r"--gpu: .*--tflops"):
+        cluster(gpu="l40s")
+
+
 def test_bad_input_is_answered() -> None:
     """A GPU that is not known, and lengths that the recipe does not allow."""
     with pytest.raises(UserError, match=r"--gpu: .*h1000.*h100"):

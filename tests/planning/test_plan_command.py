@@ -112,6 +112,8 @@ def test_the_table_says_what_fits_and_what_to_take() -> None:
         "network, into a node, GB",
         "Fits: ",
         "zero3_offload",
+        "seconds at least, at 2048 tokens a response",
+        "for responses of this length a lower bound",
         "Assumed: ",
     ):
         assert words in done.stdout

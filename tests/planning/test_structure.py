@@ -85,7 +85,7 @@ def test_a_config_that_gives_no_model_is_answered() -> None:
     for key in ("hidden_size", "vocab_size"):
         with pytest.raises(UserError, match=rf"model\.base: config\.json of .*llama.*{key}: 0 found"):
             structure_of(AutoConfig.for_model("llama", **(SMALL | {key: 0})), LORA)
-    with pytest.raises(UserError, match=r"config\.json of .*llama.*hidden_act|config\.json of .*llama.*'nonsense'"):
+    with pytest.raises(UserError, match=r"'nonsense' \(config\.json of .*llama"):
         structure_of(AutoConfig.for_model("llama", **SMALL, hidden_act="nonsense"), LORA)
 
 

@@ -35,7 +35,8 @@ class Plan:
     remedies: tuple[Alternative, ...]
     """Changes one by one, the cheapest first; empty where the recipe fits."""
     combination: Alternative | None
-    """Changes that fit together, where none of the remedies does alone."""
+    """Changes that fit together, where no remedy does alone on the GPUs that were given; on more of them only where no
+    remedy fits at all."""
     mfu_flops: int
     assumptions: tuple[str, ...]
 
@@ -95,4 +96,7 @@ def _assumptions(recipe: Recipe, setting: Setting, source: str, given: int | Non
     if recipe.model.attention == "auto":
         yield "flash-attention 2 is installed on the GPUs (model.attention: auto takes sdpa otherwise)"
     yield "2 GB of a GPU for CUDA and NCCL, 5% for fragmentation; 4 GB of host memory a rank"
-    yield "time: everything at the data sheet's figure, perfectly overlapped: a lower bound, not a forecast"
+    yield (
+        "time: everything at the data sheet's figure, perfectly overlapped: for responses of this length a lower "
+        "bound, not a forecast"
+    )

@@ -39,25 +39,16 @@ def model_config(base: str, revision: str | None = None) -> tuple[Any, str]:
         UserError: neither a local folder, nor a known name, nor in the hub's cache; or code of its own would be needed.
     """
     if Path(base).exists():
-        return _local_config(Path(base), revision), str(Path(base) / "config.json")
+        return check_base(base, revision), str(Path(base) / "config.json")
     cached = _in_hub_cache(base, revision)
     if cached is not None:
-        return _local_config(cached.parent, None), f"the hub's cache ({cached})"
+        return check_base(str(cached.parent), None), f"the hub's cache ({cached})"
     if base in SHIPPED:
         return shipped_config(SHIPPED[base]), f"the shipped config of {SHIPPED[base]}"
     raise UserError(
         f"model.base: {base!r} is no local folder, not in the hub's cache, and its shape is not shipped; expected a "
         f"folder with a config.json (its weights are not needed), or one of {', '.join(SHIPPED)}"
     )
-
-
-def _local_config(folder: Path, revision: str | None) -> Any:
-    try:
-        return check_base(str(folder), revision)
-    except (ArithmeticError, AttributeError, TypeError) as error:  # what transformers makes of impossible sizes
-        raise UserError(
-            f"model.base: {folder / 'config.json'} cannot be read: {type(error).__name__}: {error}"
-        ) from None
 
 
 def shipped_config(name: str) -> Any:

@@ -115,11 +115,15 @@ def _moved(outcome: Outcome) -> Table:
         "seconds: NVLink / network / PCIe": lambda m: (
             f"{m.time.nvlink_seconds:.2f} / {m.time.network_seconds:.2f} / {m.time.pcie_seconds:.2f}"
         ),
-        "seconds at least": lambda m: f"{m.time.bound_seconds:.2f} ({m.time.bounded_by})",
+        _at_least(outcome): lambda m: f"{m.time.bound_seconds:.2f} ({m.time.bounded_by})",
     }
     for name, value in rows.items():
         shown.add_row(name, *(value(moved) for moved in outcome.by_mode.values()))
     return shown
+
+
+def _at_least(outcome: Outcome) -> str:
+    return f"seconds at least, at {outcome.setting.workload.tokens_per_response} tokens a response"
 
 
 def _mode_name(outcome: Outcome, mode: str) -> str:
