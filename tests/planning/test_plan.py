@@ -133,6 +133,26 @@ def test_host_memory_is_a_limit_too() -> None:
     assert any(remedy.outcome.fits for remedy in small.remedies)
 
 
+def test_a_short_host_is_told_to_keep_activations_on_the_gpu() -> None:
+    """Where they were sent there and the GPU has room for them."""
+    found = plan("model.activation_offload=true", host_memory=80)
+    assert found.outcome.gpu_spare_bytes > 0
+    assert not found.outcome.fits
+    told = {remedy.changes: remedy.outcome.fits for remedy in found.remedies}
+    assert told[("model.activation_offload=false",)]
+
+
+def test_no_remedy_breaks_the_limit_that_was_kept() -> None:
+    """A GPU that is short is not told to move to a host what does not go in there."""
+    found = plan(gpus=2, gpu_memory=40, host_memory=20)
+    assert not found.outcome.fits
+    assert (found.outcome.host_spare_bytes or 0) > 0
+    assert found.remedies
+    for remedy in found.remedies:
+        assert (remedy.outcome.host_spare_bytes or 0) >= 0
+    assert ("deepspeed=zero3_offload",) not in [remedy.changes for remedy in found.remedies]
+
+
 def test_parts_add_up_to_the_whole() -> None:
     """Of a layer at work and the head only the larger counts; all other parts do."""
     gpu = outcome().gpu
@@ -212,7 +232,7 @@ def test_links_of_flat_sharding_and_of_sharding_inside_a_node() -> None:
     assert near.gpu.secondary_shard_bytes == pytest.approx(2 * 32_763_876_352 / 8, rel=1e-3)
     odd = outcome(on=cluster(nodes=3, gpus=4), zero={"zero_hpz_partition_size": 8})
     assert not odd.fits
-    assert "does not divide a node's 4 GPUs" in odd.problems[0]
+    assert "does not divide a node's 4 GPUs: copy the file with zero_hpz_partition_size 4" in odd.problems[0]
 
 
 def test_a_copy_in_every_node_is_taken_where_the_network_is_slow_and_a_lossy_file_never() -> None:
@@ -238,6 +258,15 @@ def test_the_file_to_take_changes_nothing_for_nothing(overrides: tuple[str, ...]
         assert best.outcome.setting.deepspeed == "zero3"
         if not overrides:
             assert best.changes == ()
+
+
+def test_a_file_that_is_ruled_out_is_not_said_not_to_fit() -> None:
+    """It has the memory that it needs; that is not why it is refused."""
+    shown = Console(width=200, file=io.StringIO(), record=True)
+    shown.print(rendered(tiny("deepspeed=zero3_node_lossy", gpus=8)))
+    text = shown.export_text()
+    assert "Ruled out: zero3_node_lossy: zero_quantized_weights" in text
+    assert "Does not fit" not in text
 
 
 def test_one_gpu_sends_nothing_and_offloading_costs_pcie() -> None:

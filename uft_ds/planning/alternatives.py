@@ -82,7 +82,7 @@ def remedies_for(planner: Planner, outcome: Outcome, files: tuple[Alternative, .
     ]
     found += [*_enough_of_them(planner, setting)]
     found += [file for file in files if file.changes and file.outcome.setting.deepspeed != FOR_CPU]
-    found = [alternative for alternative in found if not alternative.outcome.problems]
+    found = [one for one in found if not one.outcome.problems and not _breaks_another(one.outcome, outcome)]
     levels = _levels([alternative.outcome.bound_seconds for alternative in found])
     by_cost = sorted(found, key=lambda a: (a.outcome.setting.cluster.ranks, *_cost(a, levels)))
     kept: list[Alternative] = []
@@ -102,6 +102,16 @@ def _cost(alternative: Alternative, levels: Mapping[float, int]) -> tuple[int, f
     outcome = alternative.outcome
     serial = outcome.by_mode[outcome.mode].time.serial_seconds
     return levels[outcome.bound_seconds], serial, -outcome.gpu_spare_bytes
+
+
+def _breaks_another(changed: Outcome, before: Outcome) -> bool:
+    """Whether a limit that was kept is not kept any more: the GPU's or the host's."""
+    spare = zip(_spare(before), _spare(changed), strict=True)
+    return any(was >= 0 > now for was, now in spare)
+
+
+def _spare(outcome: Outcome) -> tuple[int, int]:
+    return outcome.gpu_spare_bytes, outcome.host_spare_bytes or 0
 
 
 def _left(changed: Outcome, before: Outcome) -> tuple[bool, int]:
@@ -127,6 +137,8 @@ def _changed_settings(setting: Setting) -> Iterable[Setting]:
         yield replace(setting, workload=replace(workload, gradient_checkpointing=True))
     elif not workload.activation_offload:
         yield replace(setting, workload=replace(workload, activation_offload=True))
+    if workload.activation_offload:
+        yield replace(setting, workload=replace(workload, activation_offload=False))
     if workload.logits_bytes is None or workload.logits_bytes > _SMALL_LOGITS:
         yield replace(setting, workload=replace(workload, logits_bytes=_SMALL_LOGITS))
     if workload.lora.dtype == "float32" and workload.dtype != "float32":

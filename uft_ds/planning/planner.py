@@ -179,7 +179,7 @@ def _problems(setting: Setting) -> Iterable[str]:
     if cluster.gpus % sharding.secondary:  # as `check_ranks` refuses it at the start
         yield (
             f"{setting.deepspeed}: zero_hpz_partition_size {sharding.secondary} does not divide a node's "
-            f"{cluster.gpus} GPUs"
+            f"{cluster.gpus} GPUs: copy the file with zero_hpz_partition_size {cluster.gpus}, and give the copy's path"
         )
     if sharding.is_lossy:
         yield f"{setting.deepspeed}: zero_quantized_weights rounds weights for every gather, which is not planned"

@@ -135,13 +135,16 @@ def _mode_name(outcome: Outcome, mode: str) -> str:
 
 def _verdict(plan: Plan) -> Text:
     outcome = plan.outcome
-    words = [f"ruled out: {problem}" for problem in outcome.problems]
+    words = []
     if outcome.gpu_spare_bytes < 0:
         words.append(f"a GPU lacks {_gb(-outcome.gpu_spare_bytes)} GB")
     if (outcome.host_spare_bytes or 0) < 0:
         words.append(f"a node's host memory lacks {_gb(-(outcome.host_spare_bytes or 0))} GB")
+    verdicts = ["Ruled out: " + "; ".join(outcome.problems) + "."] if outcome.problems else []
     if words:
-        return Text("Does not fit: " + "; ".join(words) + ".", style="bold red")
+        verdicts.append("Does not fit: " + "; ".join(words) + ".")
+    if verdicts:
+        return Text(" ".join(verdicts), style="bold red")
     host = "" if outcome.host_spare_bytes is None else f", {_gb(outcome.host_spare_bytes)} GB of a node's host memory"
     return Text(f"Fits: {_gb(outcome.gpu_spare_bytes)} GB of each GPU to spare{host}.", style="bold green")
 
