@@ -216,6 +216,20 @@ def share_entering_a_node(nodes: int, gpus: int) -> float:
     return entered / ranks
 
 
+def test_attention_without_flash_attention_is_over_the_square_of_a_micro_batch() -> None:
+    """8 responses of 2,048 tokens: 16 times the operations of half a square each; and float32 has nothing else."""
+    flash, sdpa = (
+        outcome(f"model.attention={name}").by_mode["lockstep"].flops for name in ("flash_attention_2", "sdpa")
+    )
+    assert sdpa.attention == 16 * flash.attention
+    assert sdpa.policy == flash.policy
+    exact = tiny("model.attention=auto", "model.dtype=float32")
+    assert exact.outcome.setting.workload.attention == "sdpa"
+    assert any("float32" in line and "bfloat16" in line for line in exact.assumptions)
+    asked = tiny("model.attention=flash_attention_2", "model.dtype=float32").outcome
+    assert any("no float32" in problem for problem in asked.problems)
+
+
 def test_links_of_flat_sharding_and_of_sharding_inside_a_node() -> None:
     """Flat, every node takes in what a ring of all ranks brings; inside a node only adapters cross."""
     four = cluster(nodes=4)

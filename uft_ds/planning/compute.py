@@ -2,7 +2,8 @@
 
 Of p parameters of linear layers and T tokens a forward takes 2 p T; the backward through a frozen weight 2 p T more,
 and a trained one 2 p T on top. Causal attention over a sequence of t tokens, with q = query heads x head size, takes
-2 q t a token in the forward (QK^T and AV, half of the keys on average) and twice that in the backward.
+2 q t a token in the forward (QK^T and AV, half of the keys on average) and twice that in the backward. Without
+flash-attention every token meets every other one of its micro-batch: 4 q times the tokens of a micro-batch.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ class Flops:
         return sum(asdict(self).values())
 
 
-def step_flops(structure: Structure, workload: Workload, *, with_reference: bool, extra_streams: int = 0) -> Flops:
+def step_flops(
+    structure: Structure, workload: Workload, ranks: int, *, with_reference: bool, extra_streams: int = 0
+) -> Flops:
     """Of a step of `examples_per_step` responses. extra_streams: forwards ahead of it, see `Workload`."""
     config, tokens = structure.config, workload.tokens_per_step
     layers = sum(structure.num_of(layer) for layer in structure.layers)
@@ -47,7 +50,7 @@ def step_flops(structure: Structure, workload: Workload, *, with_reference: bool
     recomputes = workload.gradient_checkpointing
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     query = config.num_attention_heads * head_dim
-    attention = 2 * query * workload.tokens_per_response * structure.num_layers * tokens
+    attention = 2 * query * workload.attended_tokens(ranks) * structure.num_layers * tokens
     return Flops(
         policy=4 * layers * tokens,
         reference=2 * layers * tokens if with_reference else 0,

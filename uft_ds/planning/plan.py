@@ -93,7 +93,11 @@ def _assumptions(recipe: Recipe, setting: Setting, source: str, given: int | Non
     )
     if workload.extra_forwards != "none":
         yield f"objective.reward_shift: {recipe.objective.reward_shift}: every response is forwarded ahead of its step"
-    if recipe.model.attention == "auto":
+    if workload.dtype == "float32":
+        yield "float32: compute at the data sheet's bfloat16 figure unless --tflops says otherwise: it is far slower"
+    if workload.attention != "flash_attention_2":
+        yield f"{workload.attention}: every token of a micro-batch attends to all of it, which a mask then hides"
+    elif recipe.model.attention == "auto":
         yield "flash-attention 2 is installed on the GPUs (model.attention: auto takes sdpa otherwise)"
     yield "2 GB of a GPU for CUDA and NCCL, 5% for fragmentation; 4 GB of host memory a rank"
     yield (

@@ -156,7 +156,7 @@ class Planner:
                 "with_reference": mode != "cached",
                 "extra_streams": workload.extra_streams(mode),
             }
-            flops = step_flops(structure, workload, **streams)
+            flops = step_flops(structure, workload, cluster.ranks, **streams)
             time = least_time(structure, workload, sharding, cluster, flops, moved, **streams)
             by_mode[mode] = Moved(moved, flops, time)
         return Outcome(
@@ -181,6 +181,8 @@ def _problems(setting: Setting) -> Iterable[str]:
             f"{setting.deepspeed}: zero_hpz_partition_size {sharding.secondary} does not divide a node's "
             f"{cluster.gpus} GPUs: copy the file with zero_hpz_partition_size {cluster.gpus}, and give the copy's path"
         )
+    if workload.dtype == "float32" and workload.attention == "flash_attention_2":
+        yield "flash-attention has no float32: model.attention=sdpa, or model.dtype=bfloat16"
     if sharding.is_lossy:
         yield f"{setting.deepspeed}: zero_quantized_weights rounds weights for every gather, which is not planned"
     if sharding.weights_on == "nvme":

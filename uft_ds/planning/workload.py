@@ -67,8 +67,19 @@ class Workload:
 
     def micro_steps(self, ranks: int) -> int:
         """Forwards and backwards of a rank in a step, of responses as long as the mean; none of them is cut."""
-        responses = max(self.unit, self.tokens_per_micro_batch // self.tokens_per_response // self.unit * self.unit)
-        return -(-self.most_responses(ranks) // responses)
+        return -(-self.most_responses(ranks) // self._responses_at_once)
+
+    @property
+    def _responses_at_once(self) -> int:
+        return max(self.unit, self.tokens_per_micro_batch // self.tokens_per_response // self.unit * self.unit)
+
+    def attended_tokens(self, ranks: int) -> int:
+        """By how many keys a query is multiplied in QK^T and in AV, together: under flash-attention half of its own
+        sequence's each, else all of its micro-batch's."""
+        if self.attention == "flash_attention_2":
+            return self.tokens_per_response
+        at_once = min(self._responses_at_once, self.most_responses(ranks))
+        return 2 * at_once * self.tokens_per_response
 
     def most_responses(self, ranks: int) -> int:
         """Of a step, on the rank that has most of them."""
@@ -105,7 +116,7 @@ def workload_of(recipe: Recipe, *, tokens_per_response: int | None) -> Workload:
         ),
         dtype=recipe.model.dtype,
         # On the GPUs that are planned for, whatever this machine has.
-        attention="flash_attention_2" if recipe.model.attention == "auto" else recipe.model.attention,
+        attention=_attention(recipe),
         gradient_checkpointing=recipe.model.gradient_checkpointing,
         activation_offload=recipe.model.activation_offload,
         logits_bytes=None if recipe.model.logits_mib is None else recipe.model.logits_mib * 2**20,
@@ -129,3 +140,11 @@ def _extra_forwards(objective: Objective) -> ExtraForwards:
     if not any(objective.has_pointwise(kind) for kind in KINDS):
         return "none"
     return {"kl": "both_streams", "prompt_mean": "as_trained"}.get(objective.shift.name, "none")  # type: ignore[return-value]
+
+
+def _attention(recipe: Recipe) -> str:
+    """On GPUs, `auto` is flash-attention, which float32 does not have."""
+    given = recipe.model.attention
+    if given != "auto":
+        return given
+    return "sdpa" if recipe.model.dtype == "float32" else "flash_attention_2"
