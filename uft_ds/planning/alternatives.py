@@ -34,7 +34,7 @@ def _with_file(setting: Setting, name: str) -> Setting:
 
 
 def shipped_files(planner: Planner, setting: Setting) -> tuple[Alternative, ...]:
-    """Every shipped file with the recipe as it is otherwise: those that fit first, the fastest of them first."""
+    """Every shipped file with the recipe as it is otherwise: those that fit first, the one to take before others."""
     found = []
     for name in deepspeed_files():
         try:
