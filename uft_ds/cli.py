@@ -399,6 +399,14 @@ def plan(
         Optional[float],  # noqa: UP045
         typer.Option(min=0.001, help="GB/s between a GPU and host memory; the known GPU's if not given."),
     ] = None,
+    nvlink_gbytes: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(min=0, help="GB/s into a GPU from those of its machine; 0: they are on PCIe."),
+    ] = None,
+    tflops: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(min=0.001, help="Of a GPU, dense, of the model's type; the known one's if not given."),
+    ] = None,
     tokens_per_response: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(min=1, help="Mean, prompt included; data.max_length if not given."),
@@ -426,6 +434,8 @@ def plan(
         host_memory=host_memory,
         network_gbits=network_gbits,
         pcie_gbytes=pcie_gbytes,
+        tflops=tflops,
+        nvlink_gbytes=nvlink_gbytes,
     )
     made = make_plan(load_recipe(recipe, tuple(overrides or ())), cluster, tokens_per_response=tokens_per_response)
     if as_json:

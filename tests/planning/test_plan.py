@@ -1,20 +1,29 @@
 """Plans: what they add up to, how they scale, and what they say of cases that are known."""
 
+import io
+import tempfile
 from dataclasses import asdict, replace
 from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
+from tiny import build_tiny_model
 
+from uft_ds.data.bins import fewest_micro_steps
 from uft_ds.errors import UserError
 from uft_ds.planning import parts
+from uft_ds.planning.alternatives import larger_clusters
 from uft_ds.planning.hardware import Cluster, cluster_of
 from uft_ds.planning.plan import Plan, make_plan
 from uft_ds.planning.planner import Outcome, Planner, Setting
 from uft_ds.planning.shapes import shipped_config
 from uft_ds.planning.sharding import sharding_of
+from uft_ds.planning.table import rendered
 from uft_ds.planning.workload import workload_of
-from uft_ds.recipe_file import load_recipe
+from uft_ds.recipe_file import load_recipe, shipped_recipes
 from uft_ds.training.engine import read_deepspeed_file
 
 
@@ -39,8 +48,19 @@ def outcome(*overrides: str, on: Cluster | None = None, zero: dict[str, Any] | N
 
 
 @lru_cache
-def plan(*overrides: str, nodes: int = 1, gpus: int = 8, gpu_memory: float = 80, name: str = "uft_qwen32b") -> Plan:
-    return make_plan(load_recipe(name, overrides), cluster(nodes, gpus, gpu_memory=gpu_memory))
+def plan(*overrides: str, nodes: int = 1, gpus: int = 8, name: str = "uft_qwen32b", **options: Any) -> Plan:
+    return make_plan(load_recipe(name, overrides), cluster(nodes, gpus, **options))
+
+
+@lru_cache
+def tiny_folder(architecture: Any = "qwen2") -> Path:
+    return build_tiny_model(Path(tempfile.mkdtemp()), architecture)
+
+
+def tiny(*overrides: str, gpus: int = 1, **options: Any) -> Plan:
+    """A recipe of a model of some kilobytes, planned in a second."""
+    given = ("model.attention=sdpa", "data.max_length=64", "train.tokens_per_micro_batch=256", "lora.rank=4")
+    return plan(f"model.base={tiny_folder()}", *given, *overrides, gpus=gpus, name="uft_mistral7b", **options)
 
 
 def test_the_32b_recipe_fits_eight_gpus_of_80_gb() -> None:
@@ -97,8 +117,10 @@ def test_every_remedy_is_a_plan_that_frees_memory() -> None:
         options = dict(change.removeprefix("--").split() for change in remedy.changes if change.startswith("--"))
         given = {"gpus": 2, **{name: int(value) for name, value in options.items()}}
         assert plan(*overrides, **given, gpu_memory=40).outcome.gpu == remedy.outcome.gpu
-    keys = [(r.outcome.setting.cluster.ranks, round(r.outcome.bound_seconds, 3)) for r in found.remedies]
-    assert keys == sorted(keys)
+    keys = [(r.outcome.setting.cluster.ranks, r.outcome.bound_seconds) for r in found.remedies]
+    for (ranks, seconds), (next_ranks, next_seconds) in pairwise(keys):
+        assert ranks < next_ranks or (ranks == next_ranks and seconds <= 1.011 * next_seconds)
+    assert "zero3_cpu" not in {remedy.outcome.setting.deepspeed for remedy in found.remedies}
 
 
 def test_host_memory_is_a_limit_too() -> None:
@@ -109,6 +131,26 @@ def test_host_memory_is_a_limit_too() -> None:
     assert small.outcome.host_spare_bytes < 0
     assert not small.outcome.fits
     assert any(remedy.outcome.fits for remedy in small.remedies)
+
+
+def test_a_short_host_is_told_to_keep_activations_on_the_gpu() -> None:
+    """Where they were sent there and the GPU has room for them."""
+    found = plan("model.activation_offload=true", host_memory=80)
+    assert found.outcome.gpu_spare_bytes > 0
+    assert not found.outcome.fits
+    told = {remedy.changes: remedy.outcome.fits for remedy in found.remedies}
+    assert told[("model.activation_offload=false",)]
+
+
+def test_no_remedy_breaks_the_limit_that_was_kept() -> None:
+    """A GPU that is short is not told to move to a host what does not go in there."""
+    found = plan(gpus=2, gpu_memory=40, host_memory=20)
+    assert not found.outcome.fits
+    assert (found.outcome.host_spare_bytes or 0) > 0
+    assert found.remedies
+    for remedy in found.remedies:
+        assert (remedy.outcome.host_spare_bytes or 0) >= 0
+    assert ("deepspeed=zero3_offload",) not in [remedy.changes for remedy in found.remedies]
 
 
 def test_parts_add_up_to_the_whole() -> None:
@@ -160,34 +202,85 @@ def test_operations_are_those_of_the_metric_mfu_and_what_it_leaves_out() -> None
     assert flops.attention == (2 * 2 * 5120 * 1024 * 64) * tokens * 5
 
 
+def share_entering_a_node(nodes: int, gpus: int) -> float:
+    """Of what an all-gather returns, when every rank hands on to the next one what it has just been given."""
+    ranks = nodes * gpus
+    in_hand = list(range(ranks))  # whose shard each rank sends next
+    has = [{rank} for rank in range(ranks)]
+    entered = 0
+    while any(len(shards) < ranks for shards in has):
+        in_hand = [in_hand[rank - 1] for rank in range(ranks)]
+        for rank, shard in enumerate(in_hand):
+            has[rank].add(shard)
+            entered += rank // gpus == 1 and (rank - 1) // gpus != 1
+    return entered / ranks
+
+
+def test_attention_without_flash_attention_is_over_the_square_of_a_micro_batch() -> None:
+    """8 responses of 2,048 tokens: 16 times the operations of half a square each; and float32 has nothing else."""
+    flash, sdpa = (
+        outcome(f"model.attention={name}").by_mode["lockstep"].flops for name in ("flash_attention_2", "sdpa")
+    )
+    assert sdpa.attention == 16 * flash.attention
+    assert sdpa.policy == flash.policy
+    exact = tiny("model.attention=auto", "model.dtype=float32")
+    assert exact.outcome.setting.workload.attention == "sdpa"
+    assert any("float32" in line and "bfloat16" in line for line in exact.assumptions)
+    asked = tiny("model.attention=flash_attention_2", "model.dtype=float32").outcome
+    assert any("no float32" in problem for problem in asked.problems)
+
+
 def test_links_of_flat_sharding_and_of_sharding_inside_a_node() -> None:
-    """Flat, every node takes in the other nodes' share of all weights; inside a node only adapters cross."""
+    """Flat, every node takes in what a ring of all ranks brings; inside a node only adapters cross."""
     four = cluster(nodes=4)
     flat = outcome("train.examples_per_step=256", on=four).by_mode["lockstep"].traffic
-    # 0.75 of what is gathered comes from three other nodes; inside, 7 of 8 GPUs are others.
-    expected = 0.75 * (flat.gathered_bytes + flat.reduced_bytes)
+    # Inside a node, 7 of 8 GPUs are others.
+    expected = share_entering_a_node(4, 8) * (flat.gathered_bytes + flat.reduced_bytes)
     assert flat.network_bytes == pytest.approx(expected, rel=1e-6)
     assert flat.nvlink_bytes == pytest.approx(7 / 8 * (flat.gathered_bytes + flat.reduced_bytes), rel=1e-6)
     near = outcome("train.examples_per_step=256", on=four, zero={"zero_hpz_partition_size": 8})
     moved, lora = near.by_mode["lockstep"].traffic, 134_217_728
     # The adapters, once a step in float32, and their gradients, in float32 too, each micro-step.
-    assert moved.network_bytes == pytest.approx(0.75 * lora * (4 + 4), rel=1e-3)
+    assert moved.network_bytes == pytest.approx(31 / 32 * lora * (4 + 4), rel=1e-3)
     assert moved.gathered_bytes == flat.gathered_bytes
     assert near.gpu.secondary_shard_bytes == pytest.approx(2 * 32_763_876_352 / 8, rel=1e-3)
     odd = outcome(on=cluster(nodes=3, gpus=4), zero={"zero_hpz_partition_size": 8})
     assert not odd.fits
-    assert "does not divide a node's 4 GPUs" in odd.problems[0]
+    assert "does not divide a node's 4 GPUs: copy the file with zero_hpz_partition_size 4" in odd.problems[0]
 
 
 def test_a_copy_in_every_node_is_taken_where_the_network_is_slow_and_a_lossy_file_never() -> None:
-    """On four nodes `zero3_node` hides best; rounding weights is left to those who ask for it."""
-    found = plan(nodes=4)
+    """Behind 50 Gbit/s `zero3_node` is the fastest; rounding weights is left to those who ask for it."""
+    found = plan(nodes=4, network_gbits=50)
     assert found.best_file is not None
     assert found.best_file.outcome.setting.deepspeed == "zero3_node"
-    assert plan().best_file != found.best_file
+    fast = plan(nodes=4, network_gbits=3200).best_file
+    assert fast is not None
+    assert fast.changes == ()  # everything hides behind the compute, so nothing is to be changed
     lossy = next(file for file in found.files if file.outcome.setting.deepspeed == "zero3_node_lossy")
     assert not lossy.outcome.fits
     assert "zero_quantized_weights" in lossy.outcome.problems[0]
+
+
+@pytest.mark.parametrize("overrides", [(), ("deepspeed=zero3_offload",), ("deepspeed=zero3_cpu",)])
+def test_the_file_to_take_changes_nothing_for_nothing(overrides: tuple[str, ...]) -> None:
+    """Of files that are as fast the recipe's own; no other type of adapters, and none made for ranks without a GPU."""
+    for gpus in (1, 2):
+        best = tiny(*overrides, gpus=gpus, network_gbits=400).best_file
+        assert best is not None
+        assert not [change for change in best.changes if not change.startswith("deepspeed=")]
+        assert best.outcome.setting.deepspeed == "zero3"
+        if not overrides:
+            assert best.changes == ()
+
+
+def test_a_file_that_is_ruled_out_is_not_said_not_to_fit() -> None:
+    """It has the memory that it needs; that is not why it is refused."""
+    shown = Console(width=200, file=io.StringIO(), record=True)
+    shown.print(rendered(tiny("deepspeed=zero3_node_lossy", gpus=8)))
+    text = shown.export_text()
+    assert "Ruled out: zero3_node_lossy: zero_quantized_weights" in text
+    assert "Does not fit" not in text
 
 
 def test_one_gpu_sends_nothing_and_offloading_costs_pcie() -> None:
@@ -231,6 +324,74 @@ def test_a_step_shorter_than_a_micro_batch_is_planned_as_it_is() -> None:
     assert replace(few, examples_per_step=64).largest_micro_batch == 16384
 
 
+@pytest.mark.parametrize("tokens", [2048, 4095, 4096, 6000])
+def test_micro_steps_are_those_of_the_packing(tokens: int) -> None:
+    """Of 64 responses of 2,048 tokens on 8 ranks, by the function that packs them: none is cut."""
+    workload = replace(outcome().setting.workload, tokens_per_micro_batch=tokens)
+    expected = {2048: 8, 4095: 8, 4096: 4, 6000: 4}[tokens]
+    assert workload.micro_steps(8) == fewest_micro_steps([2048] * 64, tokens, 8) == expected
+
+
+def test_the_sides_of_a_pair_stay_together() -> None:
+    """No micro-batch is advised that a pair does not go into, and ranks hold whole pairs."""
+    pairs = outcome("objective.loss=dpo").setting.workload
+    assert pairs.least_micro_batch == 2 * 2048
+    assert replace(pairs, examples_per_step=6).most_responses(4) == 2
+    assert replace(pairs, tokens_per_micro_batch=3 * 2048).micro_steps(8) == 4
+    found = plan("objective.loss=dpo", gpus=1, gpu_memory=24)
+    told = [c for remedy in found.remedies for c in remedy.changes if c.startswith("train.tokens_per_micro_batch=")]
+    assert told
+    assert min(int(change.partition("=")[2]) for change in told) >= 2 * 2048
+
+
+def test_more_ranks_than_responses_do_not_help() -> None:
+    """Whole responses go to ranks: 64 of them take 64 ranks and 128 as long, and 48 ranks as long as 32."""
+    seconds = {
+        nodes: outcome(on=cluster(nodes=nodes)).by_mode["lockstep"].time.compute_seconds for nodes in (4, 6, 8, 16)
+    }
+    assert seconds[4] == seconds[6] == pytest.approx(2 * seconds[8])
+    assert seconds[16] == seconds[8]
+
+
+def test_no_larger_cluster_is_offered_than_is_needed_or_has_work() -> None:
+    """The first that fits ends the list; ranks without a response are not offered at all."""
+    found = plan(gpus=1, gpu_memory=24)
+    clusters = [remedy.outcome for remedy in found.remedies if remedy.outcome.setting.cluster.ranks > 1]
+    assert [one.fits for one in clusters].count(True) <= 1
+    few = replace(found.outcome.setting, workload=replace(found.outcome.setting.workload, examples_per_step=6))
+    assert [one.ranks for one in larger_clusters(few)] == [2, 4]
+    assert larger_clusters(found.outcome.setting)[-1].ranks == 64
+
+
+def test_that_nothing_fits_is_said_of_the_largest_cluster_that_was_planned() -> None:
+    """64 responses a step: 8 nodes, not any number of them."""
+    shown = Console(width=200, file=io.StringIO(), record=True)
+    shown.print(rendered(tiny(gpu_memory=1)))
+    assert "Nothing that is known fits, on up to 8 x 8 GPUs." in shown.export_text()
+
+
+@pytest.mark.parametrize(
+    "option", ["gpu_memory", "host_memory", "network_gbits", "pcie_gbytes", "tflops", "nvlink_gbytes"]
+)
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_figures_are_finite(option: str, value: float) -> None:
+    """What is no number of bytes is refused by the option's name."""
+    with pytest.raises(UserError, match=f"--{option.replace('_', '-')}: {value} given"):
+        cluster(**{option: value})
+
+
+def test_a_card_that_is_not_known_is_planned_by_its_figures() -> None:
+    """Its operations and links take the place of the named one's; without NVLink its neighbours are behind PCIe."""
+    known, own = outcome(), outcome(on=cluster(tflops=98.9, nvlink_gbytes=90))
+    time, slower = known.by_mode["lockstep"].time, own.by_mode["lockstep"].time
+    assert slower.compute_seconds == pytest.approx(10 * time.compute_seconds)
+    assert slower.nvlink_seconds == pytest.approx(5 * time.nvlink_seconds)
+    on_pcie = outcome(on=cluster(nvlink_gbytes=0, pcie_gbytes=32)).by_mode["lockstep"]
+    assert on_pcie.time.nvlink_seconds == pytest.approx(on_pcie.traffic.nvlink_bytes / 32e9)
+    with pytest.raises(UserError, match=r"--gpu: .*--tflops"):
+        cluster(gpu="l40s")
+
+
 def test_bad_input_is_answered() -> None:
     """A GPU that is not known, and lengths that the recipe does not allow."""
     with pytest.raises(UserError, match=r"--gpu: .*h1000.*h100"):
@@ -239,6 +400,36 @@ def test_bad_input_is_answered() -> None:
         make_plan(load_recipe("uft_qwen32b"), cluster(), tokens_per_response=4096)
     with pytest.raises(UserError, match=r"model\.base: 'no/such'"):
         make_plan(load_recipe("uft_qwen32b", ("model.base=no/such",)), cluster())
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_shipped_recipe_is_planned(name: str) -> None:
+    """On a model of some kilobytes, with the recipe's own objective, reference and DeepSpeed file."""
+    found = plan(f"model.base={tiny_folder()}", "data.max_length=64", gpus=2, name=name)
+    assert found.outcome.fits
+    assert found.best_file is not None
+
+
+def test_forwards_of_a_reward_shift_are_counted() -> None:
+    """`kl`: a forward of both streams more, cached or not; `prompt_mean`: with a cache of the policy alone."""
+    plain, kl, mean = (outcome(f"objective.reward_shift={name}") for name in ("none", "kl", "prompt_mean"))
+    structure = planner().structure(plain.setting.workload.lora)
+    layer = structure.layers[30][0]
+    for mode, of_plain, of_kl, of_mean in (("lockstep", 2, 3, 3), ("separate", 3, 5, 5), ("cached", 2, 3, 3)):
+        for found, times in ((plain, of_plain), (kl, of_kl), (mean, of_mean)):
+            gathers = planner().step_gathers(found.setting, mode)
+            assert gathers is not None
+            assert gathers.times[layer] == times
+            assert (found.by_mode[mode].traffic.gathered_bytes > plain.by_mode[mode].traffic.gathered_bytes) is (
+                found is not plain
+            )
+    flops = {mode: (kl.by_mode[mode].flops, mean.by_mode[mode].flops) for mode in kl.by_mode}
+    a_forward = flops["lockstep"][0].reference
+    assert a_forward * 2 < flops["cached"][0].reward_shift == flops["lockstep"][0].reward_shift < a_forward * 2.3
+    assert a_forward < flops["cached"][1].reward_shift < a_forward * 1.15
+    hbm = [found.by_mode["cached"].time.hbm_seconds for found in (plain, mean, kl)]
+    assert hbm[1] == pytest.approx(hbm[0] * 4 / 3)  # forward, recomputed, backward; one more
+    assert hbm[2] == pytest.approx(hbm[0] * 5 / 3)
 
 
 @pytest.mark.parametrize("name", ["uft_mistral7b", "sft_mistral7b", "una_mistral7b"])

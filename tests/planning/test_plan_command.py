@@ -42,7 +42,7 @@ def numbers(*names: str, **others: Any) -> dict[str, Any]:
 
 MODE = numbers(
     traffic=numbers("gathered_bytes", "reduced_bytes", "nvlink_bytes", "network_bytes", "pcie_bytes"),
-    flops=numbers("policy", "reference", "recomputation", "attention", "head", "adapters", "total"),
+    flops=numbers("policy", "reference", "recomputation", "attention", "head", "adapters", "reward_shift", "total"),
     time=numbers(
         "compute_seconds", "hbm_seconds", "nvlink_seconds", "network_seconds", "pcie_seconds", "bound_seconds",
         overlaps={"type": "boolean"}, bounded_by={"type": "string"},
@@ -59,6 +59,7 @@ SCHEMA = numbers(
     ),
     deepspeed={"type": "string"},
     best_deepspeed={"type": ["string", "null"]},
+    best_changes={"type": ["array", "null"], "items": {"type": "string"}},
     gpu_memory=numbers(
         "weights_shard_bytes", "secondary_shard_bytes", "gathered_bytes", "adapters_bytes", "gradients_bytes",
         "gradient_bucket_bytes", "optimizer_bytes", "saved_activations_bytes", "layer_bytes", "streams_bytes",
@@ -111,6 +112,8 @@ def test_the_table_says_what_fits_and_what_to_take() -> None:
         "network, into a node, GB",
         "Fits: ",
         "zero3_offload",
+        "seconds at least, at 2048 tokens a response",
+        "for responses of this length a lower bound",
         "Assumed: ",
     ):
         assert words in done.stdout

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import build_tiny_model
+from transformers import AutoConfig
 
+from uft_ds.errors import UserError
 from uft_ds.model.adapters import add_adapters
 from uft_ds.model.load import check_base, empty_base
 from uft_ds.planning.shapes import shipped_config
@@ -54,6 +56,37 @@ def test_a_reference_adapter_is_frozen_and_of_the_adapters_type(tmp_path: Path) 
     assert doubled.num_base == plain.num_base
     adapters = {b for b, adapts in zip(doubled.item_bytes("bfloat16"), doubled.is_adapter, strict=True) if adapts}
     assert adapters == {4}
+
+
+SMALL = {
+    "vocab_size": 100, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", ["phi", "gpt_neox", "llama"])
+def test_a_final_norm_is_found_under_any_name(model_type: str) -> None:
+    """With the layers, the embedding and the head it is the whole model, and all of it vectors of the hidden size."""
+    structure = structure_of(AutoConfig.for_model(model_type, **SMALL), LORA)
+    assert {structure.sizes[p] for p in structure.norm} == {64}
+    visited = {
+        *structure.norm,
+        *structure.head,
+        *structure.embedding,
+        *(p for layer in structure.layers for p in layer),
+    }
+    assert visited == set(range(len(structure.sizes)))
+
+
+def test_a_config_that_gives_no_model_is_answered() -> None:
+    """With its name, the key where there is one, and what was found."""
+    no_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    with pytest.raises(UserError, match=r"model\.base: config\.json of .*gpt2.*`\.layers`"):
+        structure_of(AutoConfig.for_model("gpt2", n_layer=2, n_embd=64, n_head=4, **no_dropout), LORA)
+    for key in ("hidden_size", "vocab_size"):
+        with pytest.raises(UserError, match=rf"model\.base: config\.json of .*llama.*{key}: 0 found"):
+            structure_of(AutoConfig.for_model("llama", **(SMALL | {key: 0})), LORA)
+    with pytest.raises(UserError, match=r"'nonsense' \(config\.json of .*llama"):
+        structure_of(AutoConfig.for_model("llama", **SMALL, hidden_act="nonsense"), LORA)
 
 
 @pytest.mark.long

@@ -2,7 +2,8 @@
 
 Of p parameters of linear layers and T tokens a forward takes 2 p T; the backward through a frozen weight 2 p T more,
 and a trained one 2 p T on top. Causal attention over a sequence of t tokens, with q = query heads x head size, takes
-2 q t a token in the forward (QK^T and AV, half of the keys on average) and twice that in the backward.
+2 q t a token in the forward (QK^T and AV, half of the keys on average) and twice that in the backward. Without
+flash-attention every token meets every other one of its micro-batch: 4 q times the tokens of a micro-batch.
 """
 
 from __future__ import annotations
@@ -31,21 +32,25 @@ class Flops:
     head: int
     """Log-probs and their gradient, of every token: 4 a parameter and token, 2 more with a reference."""
     adapters: int
+    reward_shift: int
+    """Forwards ahead of the step's own, all parts of them."""
 
     @property
     def total(self) -> int:
         return sum(asdict(self).values())
 
 
-def step_flops(structure: Structure, workload: Workload, *, with_reference: bool) -> Flops:
-    """Of a step of `examples_per_step` responses."""
+def step_flops(
+    structure: Structure, workload: Workload, ranks: int, *, with_reference: bool, extra_streams: int = 0
+) -> Flops:
+    """Of a step of `examples_per_step` responses. extra_streams: forwards ahead of it, see `Workload`."""
     config, tokens = structure.config, workload.tokens_per_step
     layers = sum(structure.num_of(layer) for layer in structure.layers)
     head = structure.num_of(structure.head)
     recomputes = workload.gradient_checkpointing
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     query = config.num_attention_heads * head_dim
-    attention = 2 * query * workload.tokens_per_response * structure.num_layers * tokens
+    attention = 2 * query * workload.attended_tokens(ranks) * structure.num_layers * tokens
     return Flops(
         policy=4 * layers * tokens,
         reference=2 * layers * tokens if with_reference else 0,
@@ -53,6 +58,8 @@ def step_flops(structure: Structure, workload: Workload, *, with_reference: bool
         attention=attention * (3 + with_reference + recomputes),
         head=(4 + 2 * with_reference) * head * tokens,
         adapters=(6 + 2 * recomputes) * structure.num_lora * tokens,
+        reward_shift=extra_streams * (2 * (layers + head) * tokens + attention)
+        + (2 * structure.num_lora * tokens if extra_streams else 0),
     )
 
 
@@ -83,8 +90,12 @@ class Time:
     @property
     def serial_seconds(self) -> float:
         """With nothing beside anything else: what alternatives are ordered by, so that a link that hides counts."""
-        of_links = self.nvlink_seconds + self.network_seconds + self.pcie_seconds
-        return self.compute_seconds + self.hbm_seconds + of_links
+        return self.compute_seconds + self.hbm_seconds + self.links_seconds
+
+    @property
+    def links_seconds(self) -> float:
+        """Of all links, one after the other."""
+        return self.nvlink_seconds + self.network_seconds + self.pcie_seconds
 
     @property
     def bounded_by(self) -> str:
@@ -102,13 +113,15 @@ def least_time(
     moved: Traffic,
     *,
     with_reference: bool,
+    extra_streams: int = 0,
 ) -> Time:
-    """With sequences spread evenly over the ranks."""
-    passes = 2 + workload.gradient_checkpointing + with_reference
+    """Of the rank that has most responses; where there are more ranks than responses, of one that has one."""
+    busiest = workload.most_responses(cluster.ranks) / workload.examples_per_step
+    passes = 2 + workload.gradient_checkpointing + with_reference + extra_streams
     read = workload.micro_steps(cluster.ranks) * passes * structure.num_base * workload.item_bytes
     gpu = cluster.gpu
     return Time(
-        compute_seconds=flops.total / cluster.ranks / gpu.flops_per_second,
+        compute_seconds=flops.total * busiest / gpu.flops_per_second,
         hbm_seconds=read / gpu.hbm_bytes_per_second,
         nvlink_seconds=moved.nvlink_bytes / gpu.nvlink_bytes_per_second,
         network_seconds=moved.network_bytes / cluster.network_bytes_per_second,

@@ -74,6 +74,16 @@ def steady_gathers(
     return result
 
 
+def forward_gathers(
+    sizes: Sequence[int], item_bytes: Sequence[int], forward: Sequence[Visit], bounds: Bounds
+) -> Gathers:
+    """A forward alone, with nothing gathered before it, once DeepSpeed has recorded the order."""
+    coordinator = _Coordinator(sizes, item_bytes, bounds)
+    coordinator.run(forward, (), order=forward)
+    coordinator.release_everything()
+    return coordinator.run(forward, (), order=forward)
+
+
 _MICRO_STEPS_TO_SETTLE = 3
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from importlib import resources
 
 from uft_ds.errors import UserError
@@ -60,20 +61,40 @@ def cluster_of(
     host_memory: float | None,
     network_gbits: float,
     pcie_gbytes: float | None,
+    tflops: float | None = None,
+    nvlink_gbytes: float | None = None,
 ) -> Cluster:
     """From the command's options: GB, Gbit/s and GB/s.
 
+    Args:
+        tflops: dense, of the model's type.
+        nvlink_gbytes: one direction; 0: GPUs of a node reach each other over PCIe.
     Raises:
-        UserError: a GPU that is not known.
+        UserError: a GPU that is not known, or a figure that is none.
     """
+    for option, value in {
+        "--gpu-memory": gpu_memory,
+        "--host-memory": host_memory,
+        "--network-gbits": network_gbits,
+        "--pcie-gbytes": pcie_gbytes,
+        "--tflops": tflops,
+        "--nvlink-gbytes": nvlink_gbytes,
+    }.items():
+        if value is not None and not math.isfinite(value):
+            raise UserError(f"{option}: {value} given, expected a finite number")
     known = known_gpus()
     if gpu not in known:
         raise UserError(
-            f"--gpu: {unknown_name(gpu, tuple(known))}; its memory and links can be given beside the nearest"
+            f"--gpu: {unknown_name(gpu, tuple(known))}; of another card, name the nearest and "
+            "give its own figures by --gpu-memory, --tflops, --nvlink-gbytes and --pcie-gbytes"
         )
     card = known[gpu]
     if pcie_gbytes is not None:
-        card = Gpu(**{**card.__dict__, "pcie_bytes_per_second": pcie_gbytes * GB})
+        card = replace(card, pcie_bytes_per_second=pcie_gbytes * GB)
+    if tflops is not None:
+        card = replace(card, flops_per_second=tflops * 1e12)
+    if nvlink_gbytes is not None:
+        card = replace(card, nvlink_bytes_per_second=nvlink_gbytes * GB or card.pcie_bytes_per_second)
     return Cluster(
         nodes=nodes,
         gpus=gpus,

@@ -70,7 +70,7 @@ class HostMemory:
     page_locking_bytes: int
     """torch rounds each page-locked block up to a power of two."""
     optimizer_bytes: int
-    """With gradients and adapters, where they lie here."""
+    """With gradients, where they lie here; adapters are among the weights."""
     activations_bytes: int
     checkpoint_bytes: int
     """The copy that is written in the background."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from uft_ds.errors import UserError
-from uft_ds.planning.alternatives import Alternative, combination_for, remedies_for, shipped_files
+from uft_ds.planning.alternatives import FOR_CPU, Alternative, combination_for, remedies_for, shipped_files
 from uft_ds.planning.compute import mfu_flops
 from uft_ds.planning.hardware import Cluster
 from uft_ds.planning.memory import Disk, disk
@@ -35,13 +35,16 @@ class Plan:
     remedies: tuple[Alternative, ...]
     """Changes one by one, the cheapest first; empty where the recipe fits."""
     combination: Alternative | None
-    """Changes that fit together, where none of the remedies does alone."""
+    """Changes that fit together, where no remedy does alone on the GPUs that were given; on more of them only where no
+    remedy fits at all."""
     mfu_flops: int
     assumptions: tuple[str, ...]
 
     @property
     def best_file(self) -> Alternative | None:
-        return next((file for file in self.files if file.outcome.fits), None)
+        """The one to take; None where none of those for GPUs fits."""
+        fitting = (file for file in self.files if file.outcome.fits)
+        return next((file for file in fitting if file.outcome.setting.deepspeed != FOR_CPU), None)
 
 
 def make_plan(recipe: Recipe, cluster: Cluster, *, tokens_per_response: int | None = None) -> Plan:
@@ -88,7 +91,16 @@ def _assumptions(recipe: Recipe, setting: Setting, source: str, given: int | Non
         f"{length}: {workload.tokens_per_step} tokens a step, {steps} micro-step{'s' * (steps > 1)} a rank; "
         "every token supervised"
     )
-    if recipe.model.attention == "auto":
+    if workload.extra_forwards != "none":
+        yield f"objective.reward_shift: {recipe.objective.reward_shift}: every response is forwarded ahead of its step"
+    if workload.dtype == "float32":
+        yield "float32: compute at the data sheet's bfloat16 figure unless --tflops says otherwise: it is far slower"
+    if workload.attention != "flash_attention_2":
+        yield f"{workload.attention}: every token of a micro-batch attends to all of it, which a mask then hides"
+    elif recipe.model.attention == "auto":
         yield "flash-attention 2 is installed on the GPUs (model.attention: auto takes sdpa otherwise)"
     yield "2 GB of a GPU for CUDA and NCCL, 5% for fragmentation; 4 GB of host memory a rank"
-    yield "time: everything at the data sheet's figure, perfectly overlapped: a lower bound, not a forecast"
+    yield (
+        "time: everything at the data sheet's figure, perfectly overlapped: for responses of this length a lower "
+        "bound, not a forecast"
+    )

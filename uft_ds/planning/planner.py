@@ -9,7 +9,7 @@ from typing import Any
 from uft_ds.planning import parts
 from uft_ds.planning.activations import Activations, activations_of
 from uft_ds.planning.compute import Flops, Time, least_time, step_flops
-from uft_ds.planning.gathers import Gathers
+from uft_ds.planning.gathers import Gathers, forward_gathers
 from uft_ds.planning.hardware import Cluster
 from uft_ds.planning.memory import GpuMemory, HostMemory, gpu_memory, host_memory
 from uft_ds.planning.sharding import Sharding
@@ -126,6 +126,24 @@ class Planner:
             )
         return self._gathers[key]
 
+    def step_gathers(self, setting: Setting, mode: str) -> Gathers | None:
+        """Of a micro-step, with those of the forward that a reward shift makes for it."""
+        gathers, streams = self.gathers(setting, mode), setting.workload.extra_streams(mode)
+        if gathers is None or streams == 0:
+            return gathers
+        workload, bounds = setting.workload, setting.sharding.bounds
+        apart = "separate" in (mode, workload.reference if mode == "cached" else mode)
+        passes = 2 if streams == 2 and apart else 1
+        key = ("forward", repr(workload.lora), workload.dtype, bounds, passes)
+        if key not in self._gathers:
+            structure = self.structure(workload.lora)
+            self._gathers[key] = forward_gathers(
+                structure.sizes, structure.item_bytes(workload.dtype), structure.forward(passes=passes), bounds
+            )
+        ahead = self._gathers[key]
+        times = tuple(map(sum, zip(gathers.times, ahead.times, strict=True)))
+        return Gathers(times, max(gathers.peak_bytes, ahead.peak_bytes))
+
     def plan(self, setting: Setting) -> Outcome:
         """One setting: memory, traffic, operations, time."""
         workload, sharding, cluster = setting.workload, setting.sharding, setting.cluster
@@ -133,14 +151,17 @@ class Planner:
         own = "cached" if workload.reference == "none" else workload.reference
         by_mode = {}
         for mode in MODES if workload.reference != "none" else ("cached",):
-            moved = traffic(structure, workload, sharding, cluster, self.gathers(setting, mode), activations)
-            with_reference = mode != "cached"
-            flops = step_flops(structure, workload, with_reference=with_reference)
-            time = least_time(structure, workload, sharding, cluster, flops, moved, with_reference=with_reference)
+            moved = traffic(structure, workload, sharding, cluster, self.step_gathers(setting, mode), activations)
+            streams: dict[str, Any] = {
+                "with_reference": mode != "cached",
+                "extra_streams": workload.extra_streams(mode),
+            }
+            flops = step_flops(structure, workload, cluster.ranks, **streams)
+            time = least_time(structure, workload, sharding, cluster, flops, moved, **streams)
             by_mode[mode] = Moved(moved, flops, time)
         return Outcome(
             setting=setting,
-            gpu=gpu_memory(structure, workload, sharding, cluster, activations, self.gathers(setting, own)),
+            gpu=gpu_memory(structure, workload, sharding, cluster, activations, self.step_gathers(setting, own)),
             host=host_memory(structure, workload, sharding, cluster, activations),
             by_mode=by_mode,
             mode=own,
@@ -158,8 +179,10 @@ def _problems(setting: Setting) -> Iterable[str]:
     if cluster.gpus % sharding.secondary:  # as `check_ranks` refuses it at the start
         yield (
             f"{setting.deepspeed}: zero_hpz_partition_size {sharding.secondary} does not divide a node's "
-            f"{cluster.gpus} GPUs"
+            f"{cluster.gpus} GPUs: copy the file with zero_hpz_partition_size {cluster.gpus}, and give the copy's path"
         )
+    if workload.dtype == "float32" and workload.attention == "flash_attention_2":
+        yield "flash-attention has no float32: model.attention=sdpa, or model.dtype=bfloat16"
     if sharding.is_lossy:
         yield f"{setting.deepspeed}: zero_quantized_weights rounds weights for every gather, which is not planned"
     if sharding.weights_on == "nvme":

@@ -6,17 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from uft_ds.planning.gathers import Bounds
+from uft_ds.training.zero_section import parsed_zero_section
 
 Device = Literal["gpu", "cpu", "nvme"]
-
-_DEFAULTS = {
-    "reduce_bucket_size": 500_000_000,
-    "stage3_prefetch_bucket_size": 50_000_000,
-    "stage3_max_live_parameters": 1_000_000_000,
-    "stage3_max_reuse_distance": 1_000_000_000,
-    "stage3_param_persistence_threshold": 100_000,
-}
-"""DeepSpeed's, 0.19.8."""
 
 
 @dataclass(frozen=True)
@@ -45,28 +37,28 @@ class Sharding:
 
 
 def sharding_of(config: dict[str, Any]) -> Sharding:
-    """Of a DeepSpeed file that `read_deepspeed_file` has accepted."""
-    zero = config["zero_optimization"]
-    number = {key: int(zero.get(key, default)) for key, default in _DEFAULTS.items()}
-    stage = int(zero["stage"])
+    """Of a DeepSpeed file that `read_deepspeed_file` has accepted; DeepSpeed itself says what its keys mean."""
+    zero = parsed_zero_section(config["zero_optimization"])
+    stage = int(zero.stage)
     return Sharding(
         stage=stage,
         bounds=Bounds(
-            prefetch=number["stage3_prefetch_bucket_size"],
-            max_live=number["stage3_max_live_parameters"],
-            max_reuse=number["stage3_max_reuse_distance"],
-            persistence=number["stage3_param_persistence_threshold"],
+            prefetch=zero.prefetch_bucket_size,
+            max_live=zero.max_live_parameters,
+            max_reuse=zero.max_reuse_distance,
+            persistence=zero.param_persistence_threshold,
         ),
-        reduce_bucket=number["reduce_bucket_size"],
-        overlaps=bool(zero.get("overlap_comm", stage == 3)),
-        weights_on=_device(zero.get("offload_param")) if stage == 3 else "gpu",
-        optimizer_on=_device(zero.get("offload_optimizer")),
-        pinned=bool((zero.get("offload_param") or {}).get("pin_memory", False)),
-        is_lossy=bool(zero.get("zero_quantized_weights", False)),
-        secondary=max(1, int(zero.get("zero_hpz_partition_size", 1))) if stage == 3 else 1,
+        reduce_bucket=zero.reduce_bucket_size,
+        overlaps=zero.overlap_comm,
+        weights_on=_device(zero.offload_param) if stage == 3 else "gpu",
+        optimizer_on=_device(zero.offload_optimizer),
+        pinned=zero.offload_param is not None and zero.offload_param.pin_memory,
+        is_lossy=zero.zero_quantized_weights,
+        secondary=max(1, zero.zero_hpz_partition_size) if stage == 3 else 1,
     )
 
 
-def _device(section: Any) -> Device:
-    device = (section or {}).get("device", "none")
-    return {"cpu": "cpu", "nvme": "nvme"}.get(str(device), "gpu")  # type: ignore[return-value]
+def _device(offload: Any) -> Device:
+    if offload is None or offload.device == "none":
+        return "gpu"
+    return "nvme" if offload.device == "nvme" else "cpu"

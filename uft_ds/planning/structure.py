@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from uft_ds.errors import UserError
 from uft_ds.model.adapters import POLICY, REFERENCE, add_adapters
 from uft_ds.model.load import empty_base
 from uft_ds.planning.gathers import Visit
@@ -107,9 +108,14 @@ def structure_of(config: Any, lora: Lora) -> Structure:
     Raises:
         UserError: no causal language model has such a config, or the adapters do not fit it.
     """
-    base = empty_base(config)
+    base = _empty_base(config)
     base.train()
     decoder = base.get_decoder()
+    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
+        raise UserError(
+            f"model.base: {_name(config)}: {type(base).__name__} keeps its decoder layers elsewhere than in `.layers`, "
+            "where ZeRO-3 and a plan look for them; take a model of another architecture"
+        )
     before = [_shapes(layer) for layer in decoder.layers]
     total = len(before)
     if _is_uniform(before, lora.targets) and total > _KEPT:
@@ -150,7 +156,8 @@ def structure_of(config: Any, lora: Lora) -> Structure:
         is_trainable += [is_trainable[p] for p in layers[-1]]
         is_adapter += [is_adapter[p] for p in layers[-1]]
         layers.append(tuple(range(first, len(sizes))))
-    norm, head = noted(decoder.norm), noted(base.get_output_embeddings())
+    norm = tuple(p for module in _final_norms(decoder) for p in noted(module))
+    head = noted(base.get_output_embeddings())
     noted(policy)  # whatever else there is
     return Structure(
         sizes=tuple(sizes),
@@ -164,6 +171,37 @@ def structure_of(config: Any, lora: Lora) -> Structure:
         lora=lora,
         sample=policy,
     )
+
+
+def _empty_base(config: Any) -> Any:
+    """Any fault of the config is the user's, whatever transformers makes of it."""
+    for key in ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"):
+        value = getattr(config, key, None)
+        if type(value) is not int or value < 1:
+            raise UserError(f"model.base: {_name(config)}: {key}: {value!r} found, expected a whole number from 1 on")
+    try:
+        return empty_base(config)
+    except UserError as error:
+        raise UserError(f"{error} ({_name(config)})") from None
+    except (ArithmeticError, AttributeError, RuntimeError, TypeError) as error:
+        raise UserError(
+            f"model.base: {_name(config)}: no model can be built of its config: {type(error).__name__}: {error}"
+        ) from None
+
+
+def _name(config: Any) -> str:
+    """Where a config is from, and what it says it is of."""
+    return f"config.json of {getattr(config, 'name_or_path', '') or 'a known model'} ({config.model_type})"
+
+
+def _final_norms(decoder: nn.Module) -> list[nn.Module]:
+    """Whatever architectures call it: what stands beside the layers and has nothing but vectors."""
+    beside = (module for name, module in decoder.named_children() if name != "layers")
+    return [
+        module
+        for module in beside
+        if (parameters := list(module.parameters())) and all(parameter.dim() == 1 for parameter in parameters)
+    ]
 
 
 def _shapes(layer: nn.Module) -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from uft_ds.planning.alternatives import Alternative
+from uft_ds.planning.alternatives import Alternative, larger_clusters
 from uft_ds.planning.hardware import GB
 from uft_ds.planning.plan import Plan
 from uft_ds.planning.planner import Outcome
@@ -115,11 +115,15 @@ def _moved(outcome: Outcome) -> Table:
         "seconds: NVLink / network / PCIe": lambda m: (
             f"{m.time.nvlink_seconds:.2f} / {m.time.network_seconds:.2f} / {m.time.pcie_seconds:.2f}"
         ),
-        "seconds at least": lambda m: f"{m.time.bound_seconds:.2f} ({m.time.bounded_by})",
+        _at_least(outcome): lambda m: f"{m.time.bound_seconds:.2f} ({m.time.bounded_by})",
     }
     for name, value in rows.items():
         shown.add_row(name, *(value(moved) for moved in outcome.by_mode.values()))
     return shown
+
+
+def _at_least(outcome: Outcome) -> str:
+    return f"seconds at least, at {outcome.setting.workload.tokens_per_response} tokens a response"
 
 
 def _mode_name(outcome: Outcome, mode: str) -> str:
@@ -131,13 +135,16 @@ def _mode_name(outcome: Outcome, mode: str) -> str:
 
 def _verdict(plan: Plan) -> Text:
     outcome = plan.outcome
-    words = [f"ruled out: {problem}" for problem in outcome.problems]
+    words = []
     if outcome.gpu_spare_bytes < 0:
         words.append(f"a GPU lacks {_gb(-outcome.gpu_spare_bytes)} GB")
     if (outcome.host_spare_bytes or 0) < 0:
         words.append(f"a node's host memory lacks {_gb(-(outcome.host_spare_bytes or 0))} GB")
+    verdicts = ["Ruled out: " + "; ".join(outcome.problems) + "."] if outcome.problems else []
     if words:
-        return Text("Does not fit: " + "; ".join(words) + ".", style="bold red")
+        verdicts.append("Does not fit: " + "; ".join(words) + ".")
+    if verdicts:
+        return Text(" ".join(verdicts), style="bold red")
     host = "" if outcome.host_spare_bytes is None else f", {_gb(outcome.host_spare_bytes)} GB of a node's host memory"
     return Text(f"Fits: {_gb(outcome.gpu_spare_bytes)} GB of each GPU to spare{host}.", style="bold green")
 
@@ -165,7 +172,9 @@ def _changes(plan: Plan) -> Iterable[RenderableType]:
     if plan.combination is not None:
         yield _alternatives("together", (plan.combination,), name=lambda a: " ".join(a.changes))
     elif not plan.outcome.fits and not any(remedy.outcome.fits for remedy in plan.remedies):
-        yield Text("Nothing that is known fits, on up to 64 nodes.", style="bold red")
+        setting = plan.outcome.setting
+        most = max((setting.cluster, *larger_clusters(setting)), key=lambda cluster: cluster.ranks)
+        yield Text(f"Nothing that is known fits, on up to {most.nodes} x {most.gpus} GPUs.", style="bold red")
 
 
 def _alternatives(title: str, alternatives: Iterable[Alternative], *, name: Any) -> Table:
@@ -222,6 +231,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         },
         "deepspeed": outcome.setting.deepspeed,
         "best_deepspeed": None if best is None else best.outcome.setting.deepspeed,
+        "best_changes": None if best is None else list(best.changes),
         "gpu_memory": asdict(outcome.gpu)
         | {"total_bytes": outcome.gpu.total_bytes, "spare_bytes": outcome.gpu_spare_bytes},
         "host_memory": asdict(outcome.host)

@@ -3,8 +3,11 @@
 B returned by an all-gather on each of W ranks, N nodes of g GPUs:
 
     received by a GPU        B (W - 1) / W
-    by a node, from others   B (N - 1) / N      each shard once, however the collective is laid
+    by a node, from others   B (W - 1) / W      where N > 1
     by a GPU, inside         B (g - 1) / g
+
+A node takes in more than the B (N - 1) / N that it lacks: NCCL gathers round one ring of all ranks, and a node's own
+shards leave it and come back in on the way to those of its ranks that stand before them.
 
 A reduce-scatter is the same the other way round, an all-reduce both. ZeRO-1 and 2 also gather what they have updated.
 """
@@ -52,7 +55,7 @@ class _Inside:
         return returned * (self.gpus - 1) / self.gpus
 
     def network(self, returned: float) -> float:
-        return returned * (self.nodes - 1) / self.nodes
+        return returned * (self.ranks - 1) / self.ranks if self.nodes > 1 else 0.0
 
 
 def traffic(

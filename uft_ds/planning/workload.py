@@ -5,12 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from uft_ds.data.example import KINDS
+from uft_ds.objectives.objective import Objective
+from uft_ds.objectives.pairwise import PAIR_LOSSES
 from uft_ds.planning.structure import ITEM_BYTES, Lora
 from uft_ds.recipe import Recipe
 from uft_ds.resolve import objective_of
 
 Reference = Literal["lockstep", "separate", "none"]
 """How it is forwarded, where it is."""
+
+ExtraForwards = Literal["none", "both_streams", "as_trained"]
+"""both_streams: `reward_shift: kl`, whatever is cached. as_trained: `prompt_mean`, the reference where not cached."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,10 @@ class Workload:
     kept_checkpoints: int
     num_responses: int | None
     """Of the whole data, where the recipe says it."""
+    has_pairs: bool
+    """Whether losses of pairs are asked for, whose sides are kept together."""
+    extra_forwards: ExtraForwards
+    """What a reward shift forwards before each step, without a backward."""
     begins_with_forward: bool
     """Whether a forward without backward comes before the first step: checks of the reference, or an evaluation."""
 
@@ -45,14 +55,50 @@ class Workload:
     def tokens_per_step(self) -> int:
         return self.examples_per_step * self.tokens_per_response
 
+    def extra_streams(self, mode: str) -> int:
+        """Forwards ahead of a step's own for each response: of the policy, of both, or none.
+
+        Args:
+            mode: how the reference is had in the step itself: `cached`, or forwarded.
+        """
+        if self.extra_forwards == "none":
+            return 0
+        return 1 if self.extra_forwards == "as_trained" and mode == "cached" else 2
+
     def micro_steps(self, ranks: int) -> int:
-        """Forwards and backwards of a rank in a step: the fewest, which packing reaches or exceeds by one."""
-        return max(1, -(-self.tokens_per_step // (ranks * self.tokens_per_micro_batch)))
+        """Forwards and backwards of a rank in a step, of responses as long as the mean; none of them is cut."""
+        return -(-self.most_responses(ranks) // self._responses_at_once)
+
+    @property
+    def _responses_at_once(self) -> int:
+        return max(self.unit, self.tokens_per_micro_batch // self.tokens_per_response // self.unit * self.unit)
+
+    def attended_tokens(self, ranks: int) -> int:
+        """By how many keys a query is multiplied in QK^T and in AV, together: under flash-attention half of its own
+        sequence's each, else all of its micro-batch's."""
+        if self.attention == "flash_attention_2":
+            return self.tokens_per_response
+        at_once = min(self._responses_at_once, self.most_responses(ranks))
+        return 2 * at_once * self.tokens_per_response
+
+    def most_responses(self, ranks: int) -> int:
+        """Of a step, on the rank that has most of them."""
+        return -(-self.examples_per_step // self.unit // ranks) * self.unit
+
+    @property
+    def unit(self) -> int:
+        """Responses that stay together: the sides of a pair do."""
+        return 2 if self.has_pairs else 1
+
+    @property
+    def least_micro_batch(self) -> int:
+        """Tokens: the longest unit must go in."""
+        return self.unit * self.max_length
 
     @property
     def largest_micro_batch(self) -> int:
         """Tokens: no more than the recipe allows, and than a step can hold."""
-        return min(self.tokens_per_micro_batch, max(self.max_length, self.examples_per_step * self.max_length))
+        return min(self.tokens_per_micro_batch, max(self.unit, self.examples_per_step) * self.max_length)
 
 
 def workload_of(recipe: Recipe, *, tokens_per_response: int | None) -> Workload:
@@ -70,7 +116,7 @@ def workload_of(recipe: Recipe, *, tokens_per_response: int | None) -> Workload:
         ),
         dtype=recipe.model.dtype,
         # On the GPUs that are planned for, whatever this machine has.
-        attention="flash_attention_2" if recipe.model.attention == "auto" else recipe.model.attention,
+        attention=_attention(recipe),
         gradient_checkpointing=recipe.model.gradient_checkpointing,
         activation_offload=recipe.model.activation_offload,
         logits_bytes=None if recipe.model.logits_mib is None else recipe.model.logits_mib * 2**20,
@@ -82,5 +128,23 @@ def workload_of(recipe: Recipe, *, tokens_per_response: int | None) -> Workload:
         tokens_per_response=tokens_per_response or recipe.data.max_length,
         kept_checkpoints=recipe.train.keep_checkpoints + (recipe.train.keep_best is not None),
         num_responses=sum(n for n in examples if n) if all(examples) else None,
+        has_pairs=any(loss in PAIR_LOSSES for loss in objective_of(recipe).losses)
+        and any(source.pairs == "keep" for source in recipe.data.sources),
+        extra_forwards=_extra_forwards(objective_of(recipe)),
         begins_with_forward=needs_reference or bool(recipe.data.held_out),
     )
+
+
+def _extra_forwards(objective: Objective) -> ExtraForwards:
+    """Of every response: a step may hold fewer that a shift moves, which a recipe alone does not say."""
+    if not any(objective.has_pointwise(kind) for kind in KINDS):
+        return "none"
+    return {"kl": "both_streams", "prompt_mean": "as_trained"}.get(objective.shift.name, "none")  # type: ignore[return-value]
+
+
+def _attention(recipe: Recipe) -> str:
+    """On GPUs, `auto` is flash-attention, which float32 does not have."""
+    given = recipe.model.attention
+    if given != "auto":
+        return given
+    return "sdpa" if recipe.model.dtype == "float32" else "flash_attention_2"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,7 +52,7 @@ def check_zero_section(zero: Any, path: Path) -> None:
             "in memory, and a LoRA's is small"
         )
     try:
-        parsed = _parsed(zero)
+        parsed = parsed_zero_section(zero)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
@@ -68,14 +69,23 @@ def check_zero_section(zero: Any, path: Path) -> None:
 
 def rounds_weights(zero: Mapping[str, Any]) -> bool:
     """Whether a section that `check_zero_section` has seen asks for rounded gathers."""
-    return bool(_parsed(zero).zero_quantized_weights)
+    return bool(parsed_zero_section(zero).zero_quantized_weights)
 
 
-def _parsed(zero: Mapping[str, Any]) -> Any:
+def parsed_zero_section(zero: Mapping[str, Any]) -> Any:
+    """A section that `check_zero_section` has seen, as DeepSpeed reads it: its defaults, its older names of keys, and
+    "auto", which to it is a key that was left out."""
     choose_accelerator()
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.utils import logger
 
-    return DeepSpeedZeroConfig(**zero)
+    # It warns of older names on stdout, where JSON may be expected; the engine's own reading says it again.
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        return DeepSpeedZeroConfig(**zero)
+    finally:
+        logger.setLevel(before)
 
 
 def _names() -> list[str]:
@@ -106,7 +116,7 @@ def check_ranks(
     """
     where = f"deepspeed: {file}: zero_optimization"
     warnings = []
-    group = int(_parsed(zero).zero_hpz_partition_size)
+    group = int(parsed_zero_section(zero).zero_hpz_partition_size)
     if group > 1:
         if ranks % group:
             raise UserError(
