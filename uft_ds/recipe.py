@@ -51,7 +51,7 @@ class ModelSection(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the frozen base weights and of the activations."""
     attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
-    """`auto`: flash_attention_2 where it is installed and a GPU is present, sdpa elsewhere."""
+    """`auto`: flash_attention_2 where it is installed, a GPU is present and dtype is bfloat16, sdpa elsewhere."""
     chat_template: str | None = None
     """Path of a Jinja chat template, for a tokenizer that has none or another one than wanted."""
     gradient_checkpointing: bool = True
@@ -277,6 +277,8 @@ def _impossible(recipe: Recipe) -> list[tuple[str, str]]:
                 "a sequence would not fit; raise it or lower data.max_length",
             )
         )
+    if recipe.model.attention == "flash_attention_2" and recipe.model.dtype == "float32":
+        found.append(("model.attention", "flash_attention_2 has no float32; take model.dtype: bfloat16, or auto"))
     if recipe.model.activation_offload and not recipe.model.gradient_checkpointing:
         found.append(
             (

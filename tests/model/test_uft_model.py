@@ -361,11 +361,19 @@ def test_a_step_lowers_the_loss(folder: Path) -> None:
     assert before - after == pytest.approx(rate * squared, rel=0.02)
 
 
+def test_auto_attention_on_a_gpu_is_flash_where_the_type_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """flash-attention has no float32."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert attention_implementation("auto", torch.bfloat16) == "flash_attention_2"
+    assert attention_implementation("auto", torch.float32) == "sdpa"
+
+
 def test_auto_attention_on_a_cpu_is_sdpa(tiny_qwen2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU `auto` is sdpa, also where flash-attn is installed; other names are taken as they are."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert attention_implementation("auto") == "sdpa"
-    assert attention_implementation("eager") == "eager"
+    assert attention_implementation("auto", torch.bfloat16) == "sdpa"
+    assert attention_implementation("eager", torch.bfloat16) == "eager"
     base = load_base(str(tiny_qwen2), revision=None, dtype=torch.float32, attention="auto", gradient_checkpointing=True)
     assert base.config._attn_implementation == "sdpa"
     assert base.is_gradient_checkpointing

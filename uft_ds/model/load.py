@@ -87,7 +87,7 @@ def load_base(
             base,
             revision=revision,
             dtype=dtype,
-            attn_implementation=attention_implementation(attention),
+            attn_implementation=attention_implementation(attention, dtype),
             trust_remote_code=False,
         )
     except (OSError, ValueError, ImportError, UnpicklingError) as error:
@@ -110,12 +110,12 @@ def _check_dropout(model: nn.Module) -> None:
             )
 
 
-def attention_implementation(asked: str) -> str:
-    """`auto` becomes flash_attention_2 where it is installed and a GPU is present, sdpa elsewhere."""
+def attention_implementation(asked: str, dtype: torch.dtype) -> str:
+    """`auto` becomes flash_attention_2 where it is installed, a GPU is present and the type is not one it lacks."""
     if asked != "auto":
         return asked
     has_flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
-    return "flash_attention_2" if has_flash else "sdpa"
+    return "flash_attention_2" if has_flash and dtype != torch.float32 else "sdpa"
 
 
 def decoder_layer_class(model: Any) -> type:
