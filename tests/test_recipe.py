@@ -335,3 +335,32 @@ def test_every_key_is_described() -> None:
     assert len(keys) == len(set(keys))
     undescribed = [key for key, _, meaning in rows if not meaning]
     assert undescribed == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("train.keep_best=loss",), "train.keep_best: 'loss' is no held-out metric, such as held_out/loss"),
+        (("train.keep_best=held_out/loss",), "train.keep_best: needs data.held_out, which is empty"),
+        (
+            ("model.attention=flash_attention_2", "model.dtype=float32"),
+            "model.attention: flash_attention_2 has no float32; take model.dtype: bfloat16, or auto",
+        ),
+    ],
+)
+def test_what_could_never_be_is_refused(minimal: str, overrides: tuple[str, ...], message: str) -> None:
+    """Before anything is read: the best of what is not evaluated; a kernel for a type that it lacks."""
+    assert message in refusal(minimal, *overrides)
+
+
+def test_the_best_checkpoint_needs_evaluations_where_checkpoints_are(minimal: str) -> None:
+    """Every 70 and every 100 steps meet at 700 alone."""
+    held_out = "data.held_out=[{format: jsonl, path: held_out.jsonl}]"
+    message = refusal(
+        minimal, held_out, "train.keep_best=held_out/loss", "train.evaluate_every=70", "train.checkpoint_every=100"
+    )
+    assert "train.keep_best: needs evaluations where checkpoints are" in message
+    load_recipe(
+        str(minimal),
+        (held_out, "train.keep_best=held_out/loss", "train.evaluate_every=50", "train.checkpoint_every=100"),
+    )
