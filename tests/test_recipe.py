@@ -361,6 +361,6 @@ def test_the_best_checkpoint_needs_evaluations_where_checkpoints_are(minimal: st
     )
     assert "train.keep_best: needs evaluations where checkpoints are" in message
     load_recipe(
-        str(minimal),
+        minimal,
         (held_out, "train.keep_best=held_out/loss", "train.evaluate_every=50", "train.checkpoint_every=100"),
     )
