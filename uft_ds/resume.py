@@ -115,18 +115,14 @@ def _check_nothing_is_lost(folder: RunFolder, recipe: Recipe) -> None:
 
 
 def _check_same_recipe(folder: RunFolder, recipe: Recipe) -> None:
-    before, now = leaves_of(load_recipe(str(folder.recipe))), leaves_of(with_absolute_paths(recipe))
-    if now["model.revision"] is None:
-        before["model.revision"] = None  # preparing a run fixes a hub model's
+    changes = recipe_changes(folder, recipe)
     changed = [
-        f"{key}: {now.get(key, 'absent')} now, {before.get(key, 'absent')} when the run began"
-        for key in dict.fromkeys((*now, *before))
-        if now.get(key, _ABSENT) != before.get(key, _ABSENT) and not _may_change(key)
+        f"{key}: {now} now, {then} when the run began" for key, (then, now) in changes.items() if not _may_change(key)
     ]
-    for key, then in before.items():
+    for key, (then, now) in changes.items():
         # Only a path that exists is made absolute: a relative one now says that it is gone.
-        if isinstance(then, str) and now.get(key) not in (then, None) and then.endswith(f"/{now[key]}"):
-            raise UserError(f"{key}: {now[key]}: no such file or folder here; the run began with {then}")
+        if isinstance(then, str) and now is not None and then.endswith(f"/{now}"):
+            raise UserError(f"{key}: {now}: no such file or folder here; the run began with {then}")
     if changed:
         raise UserError(
             f"{folder.path}: --resume goes on with the same recipe; give output=PATH for another run, or --overwrite\n"
@@ -134,7 +130,17 @@ def _check_same_recipe(folder: RunFolder, recipe: Recipe) -> None:
         )
 
 
-_ABSENT = object()
+ABSENT = "(absent)"
+"""What stands for a key that one of two recipes lacks."""
+
+
+def recipe_changes(folder: RunFolder, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
+    """(then, now) by key, of what a recipe says otherwise than when the folder's run was prepared."""
+    then, now = leaves_of(load_recipe(str(folder.recipe))), leaves_of(with_absolute_paths(recipe))
+    if now["model.revision"] is None:
+        then["model.revision"] = None  # preparing a run fixes a hub model's
+    both = {key: (then.get(key, ABSENT), now.get(key, ABSENT)) for key in dict.fromkeys((*now, *then))}
+    return {key: (before, after) for key, (before, after) in both.items() if before != after}
 
 
 def _may_change(key: str) -> bool:

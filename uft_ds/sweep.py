@@ -23,15 +23,15 @@ from uft_ds.errors import EXIT_INTERRUPTED, EXIT_STOPPED, UserError
 from uft_ds.files import write_atomically
 from uft_ds.model.identity import adapter_identity
 from uft_ds.recipe import Recipe
-from uft_ds.recipe_file import dump_recipe, leaves_of, load_recipe
+from uft_ds.recipe_file import dump_recipe, leaves_of
 from uft_ds.resolve import adapter_folder, with_absolute_paths
+from uft_ds.resume import recipe_changes
 from uft_ds.sweep_file import DEFAULT_COLUMNS, PlannedRun, Sweep
 from uft_ds.training.metrics import read_metrics
 from uft_ds.training.progress import progress_of
 from uft_ds.training.run_folder import RunFolder, Status
 
 TABLE = "table.csv"
-_ABSENT = "(absent)"
 
 
 @dataclass(frozen=True)
@@ -224,13 +224,8 @@ def _check_folder(sweep: Sweep, run: PlannedRun) -> None:
 
 def _first_change(folder: RunFolder, run: PlannedRun) -> str | None:
     """What a run's recipe says otherwise than when its folder was prepared."""
-    before, now = leaves_of(load_recipe(str(folder.recipe))), leaves_of(with_absolute_paths(run.recipe))
-    if now["model.revision"] is None:
-        before["model.revision"] = None  # preparing a run fixes a hub model's
-    for key in (*now, *before):
-        if now.get(key, _ABSENT) != before.get(key, _ABSENT):
-            return f"{key}: {now.get(key, _ABSENT)} now, {before.get(key, _ABSENT)} then"
-    return None
+    changes = recipe_changes(folder, run.recipe)
+    return next((f"{key}: {now} now, {then} then" for key, (then, now) in changes.items()), None)
 
 
 def _goes_on(sweep: Sweep, run: PlannedRun, folder: RunFolder) -> bool:

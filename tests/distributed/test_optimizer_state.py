@@ -12,8 +12,8 @@ from test_gradient_scale import accumulate, engine_of
 from tiny import build_tiny_model
 from toy import UFT, toy_step
 
-from uft_ds.checkpoint.optimizer_state import pieces_of, restore
-from uft_ds.checkpoint.shards import HostPiece, Shards, shard_name, write_shard
+from uft_ds.checkpoint.optimizer_state import Piece, pieces_of, restore
+from uft_ds.checkpoint.shards import Shards, shard_name, write_shard
 from uft_ds.data.packing import rank_micro_batches
 from uft_ds.training.engine import Engine
 
@@ -46,7 +46,7 @@ def saved_run(base: Path, folder: Path, file: str, model: dict[str, Any]) -> Any
     engine = engine_of(base, file=file, max_grad_norm=0.5, **model)
     train(engine, 0, BEFORE)
     pieces = [
-        HostPiece(p.name, p.shape, p.start, {k: t.cpu().clone() for k, t in p.tensors.items()})
+        Piece(p.name, p.shape, p.start, {k: t.cpu().clone() for k, t in p.tensors.items()})
         for p in pieces_of(engine._engine)
     ]
     assert updates_of(engine) == {BEFORE}

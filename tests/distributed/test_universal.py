@@ -12,7 +12,8 @@ from test_checkpoints import Heard, at, trained, writer_of
 from tiny import build_tiny_model
 from toy import toy_policy
 
-from uft_ds.checkpoint.shards import HostPiece, Shards, shard_name, write_shard
+from uft_ds.checkpoint.optimizer_state import Piece
+from uft_ds.checkpoint.shards import Shards, shard_name, write_shard
 from uft_ds.checkpoint.universal import write_universal
 from uft_ds.errors import UserError
 from uft_ds.recipe import TrainSection
@@ -85,7 +86,7 @@ def test_names_are_no_paths(tmp_path: Path) -> None:
     """A file that would write elsewhere is refused."""
     (tmp_path / "checkpoint" / "optimizer").mkdir(parents=True)
     for name in ("policy.../../out", "/out", "a/b", "..", "a..b"):
-        piece = HostPiece(name, (2,), 0, {key: torch.zeros(2) for key in ("master", "exp_avg", "exp_avg_sq")})
+        piece = Piece(name, (2,), 0, {key: torch.zeros(2) for key in ("master", "exp_avg", "exp_avg_sq")})
         write_shard(tmp_path / "checkpoint" / "optimizer" / shard_name(0, 1), [piece], {})
         with pytest.raises(UserError, match="no name of a parameter"):
             Shards(tmp_path / "checkpoint" / "optimizer")

@@ -26,8 +26,8 @@ Read = Callable[[str, str, int, int], Tensor]
 class Piece:
     """A run of a flattened parameter, as this rank holds it.
 
-    shape: of the whole parameter. start: of the run within it. tensors: by key, [elements] each, float32, views of the
-    live state.
+    shape: of the whole parameter. start: of the run within it. tensors: by key, [elements] each, float32: views of the
+    live state, or copies in host memory.
     """
 
     name: str
@@ -41,11 +41,7 @@ class Piece:
 
 
 def pieces_of(engine: Any) -> list[Piece]:
-    """What this rank holds of a DeepSpeed engine's trainable parameters.
-
-    Raises:
-        NotImplementedError: the state is swapped to NVMe.
-    """
+    """What this rank holds of a DeepSpeed engine's trainable parameters."""
     return [
         Piece(
             name, shape, start, {MASTER: flat.detach().narrow(0, offset, numel)} | _moments(engine, flat, offset, numel)
@@ -98,8 +94,7 @@ def _places(engine: Any) -> Iterator[tuple[str, tuple[int, ...], int, Tensor, in
     for name, parameter in _trainable(engine):
         p: Any = parameter
         if _is_stage_3(engine):
-            if optimizer.swap_optimizer:
-                raise NotImplementedError("the optimiser's state lies on NVMe")
+            assert not optimizer.swap_optimizer, "state on NVMe: `check_zero_section` refuses it"
             group, offset, padded = optimizer.grad_position[optimizer.get_param_id(p)]
             start = optimizer._get_param_partition_rank(p) * padded
             numel = min(padded, p.ds_numel - start)

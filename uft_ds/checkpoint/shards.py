@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +12,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from uft_ds.checkpoint.optimizer_state import Piece
 from uft_ds.checkpoint.tensor_file import save_tensors
 from uft_ds.errors import UserError
 
 _PIECES = "pieces"
 """Key of the file's metadata: [[parameter, shape, start, elements], ...]."""
-
-
-@dataclass(frozen=True)
-class HostPiece:
-    """A run of a flattened parameter, copied to host memory; `tensors` by key, [elements] each, float32."""
-
-    name: str
-    shape: tuple[int, ...]
-    start: int
-    tensors: Mapping[str, Tensor]
 
 
 def shard_name(rank: int, world_size: int) -> str:
@@ -44,7 +34,7 @@ def world_size_of(names: Sequence[str]) -> int | None:
     return size if sorted(names) == [shard_name(rank, size) for rank in range(size)] else None
 
 
-def write_shard(path: Path, pieces: Sequence[HostPiece], others: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def write_shard(path: Path, pieces: Sequence[Piece], others: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Write a rank's pieces, and tensors that are its own alone, such as the states of its random generators.
 
     Returns:
@@ -52,7 +42,7 @@ def write_shard(path: Path, pieces: Sequence[HostPiece], others: Mapping[str, Te
     Raises:
         OSError: the file cannot be written.
     """
-    layout = [(piece.name, piece.shape, piece.start, next(iter(piece.tensors.values())).numel()) for piece in pieces]
+    layout = [(piece.name, piece.shape, piece.start, piece.numel) for piece in pieces]
     tensors = {f"{key}:{piece.name}": tensor for piece in pieces for key, tensor in piece.tensors.items()}
     tensors |= others
     save_tensors(path, tensors, {_PIECES: json.dumps(layout)})

@@ -14,8 +14,8 @@ from torch import Tensor
 from uft_ds.checkpoint.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, OPTIMIZER
 from uft_ds.checkpoint.generators import generator_states
 from uft_ds.checkpoint.manifest import Written
-from uft_ds.checkpoint.optimizer_state import pieces_of
-from uft_ds.checkpoint.shards import HostPiece, shard_name, write_shard
+from uft_ds.checkpoint.optimizer_state import Piece, pieces_of
+from uft_ds.checkpoint.shards import shard_name, write_shard
 from uft_ds.checkpoint.state import TRAINER, Position, write_position
 from uft_ds.checkpoint.tensor_file import check_same, save_tensors
 from uft_ds.errors import CheckFailed
@@ -39,7 +39,7 @@ class Snapshot:
     """One rank's part of a checkpoint, in host memory; nothing in it changes as training goes on."""
 
     position: Position
-    pieces: tuple[HostPiece, ...]
+    pieces: tuple[Piece, ...]
     generators: Mapping[str, Tensor]
     rank: int
     world_size: int
@@ -61,7 +61,7 @@ def take_snapshot(
             }
             first = OfFirstRank(adapter, adapter_config, reference.table())
     pieces = tuple(
-        HostPiece(piece.name, piece.shape, piece.start, {k: t.to("cpu", copy=True) for k, t in piece.tensors.items()})
+        Piece(piece.name, piece.shape, piece.start, {k: t.to("cpu", copy=True) for k, t in piece.tensors.items()})
         for piece in pieces_of(engine.deepspeed)
     )
     return Snapshot(position, pieces, generator_states(), engine.rank, engine.world_size, first)
