@@ -51,10 +51,10 @@ def _is_alive(process_id: str) -> bool:
 
 @contextmanager
 def helpers_without_usr1() -> Iterator[None]:
-    """Within the block, processes that are started never get SIGUSR1, and this one gets it at the end of the block.
+    """Within the block, processes that this thread starts never get SIGUSR1, and it gets its own at the block's end.
 
     Slurm sends the signal that asks a run to stop to every process of a step, and in a helper it would be fatal. A mask
-    is inherited, handlers are not.
+    is inherited, handlers are not. Sent to the whole process, it may reach another thread, and so the handler, at once.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     try:
