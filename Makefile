@@ -26,8 +26,8 @@ quickstart: install ## Train a small real model on two CPU ranks and talk to it 
 	$(BIN)/uft quickstart
 
 test: install ## Fast tests (under 10 minutes)
-	@# By file: fixtures that train a model serve all tests of theirs.
-	$(BIN)/python -m pytest -m "not long" -n logical --maxprocesses 4 --dist loadfile
+	@# By file: fixtures that train a model serve all tests of theirs. In the order of tests/conftest.py, the slow first.
+	$(BIN)/python -m pytest -m "not long" -n 3 --dist loadfile --no-loadscope-reorder
 
 test-long: install ## Tests on the real small model and real data
 	$(BIN)/python -m pytest -m long

@@ -23,6 +23,11 @@ hypothesis.settings.register_profile("search", derandomize=False)
 hypothesis.settings.load_profile("fixed")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Runs on several ranks first: of files that take minutes, none should be the last one that a worker is given."""
+    items.sort(key=lambda item: "distributed" not in item.path.parts)
+
+
 @pytest.fixture(scope="session")
 def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random 3-layer Qwen2 with a byte-level ChatML tokenizer, in Hugging Face's layout."""

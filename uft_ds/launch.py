@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ import psutil
 import torch
 
 from uft_ds.errors import EXIT_CRASHED, EXIT_INTERRUPTED, EXIT_STOPPED, UserError
+from uft_ds.ports import free_port, is_free
 from uft_ds.process import LAUNCHED_BY, die_with_parent
 from uft_ds.training.run_folder import RunFolder, Status
 
@@ -48,13 +48,11 @@ def master_port() -> int:
     given = os.environ.get("MASTER_PORT")
     if given is not None and not (given.isdigit() and 0 < int(given) < 65536):
         raise UserError(f"MASTER_PORT: found {given!r}, expected a port number")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", int(given or 0)))
-        except OSError:
-            raise UserError(f"port {given} is in use; unset MASTER_PORT, or give a free one") from None
-        return int(probe.getsockname()[1])
+    if given is None:
+        return free_port()
+    if not is_free(int(given)):
+        raise UserError(f"port {given} is in use; unset MASTER_PORT, or give a free one")
+    return int(given)
 
 
 def launch(

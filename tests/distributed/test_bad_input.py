@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import free_port
 from test_training_run import run, uft, write_recipe, write_rows
 from tiny import CHATML, VOCAB_SIZE, build_tiny_model
 from toy import saved_adapter
 
 from uft_ds.errors import UserError
+from uft_ds.ports import free_port
 from uft_ds.prepare import prepare_run
 from uft_ds.recipe_file import load_recipe
 

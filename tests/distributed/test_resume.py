@@ -21,12 +21,12 @@ import psutil
 import pytest
 import torch
 import yaml
-from ranks import free_port
 from safetensors.torch import load_file
 from test_training_run import TIMEOUT_SECONDS, run, uft, write_recipe
 
 from uft_ds.checkpoint.folder import newest_whole, step_of
 from uft_ds.errors import UserError
+from uft_ds.ports import free_port
 from uft_ds.recipe_file import load_recipe
 from uft_ds.resume import nothing_to_do, prepare_resume, resumed_from
 from uft_ds.training.metrics import read_metrics
@@ -369,6 +369,7 @@ def test_other_versions_and_lost_metrics_are_said(unbroken: Path, tiny_qwen2: Pa
     assert going_on == "going on from step-000006"
 
 
+@pytest.mark.long
 def test_other_ranks_go_on(unbroken: Path, tiny_qwen2: Path, tmp_path: Path) -> None:
     """On one rank, and at another ZeRO stage: the same data in the same order, losses equal to rounding."""
     recipe = recipe_in(tmp_path, tiny_qwen2)

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from ranks import free_port, run_on_ranks
+from ranks import run_on_ranks
 from test_gradient_scale import engine_of
 from test_resume import adapter, numbers, ranks_of, recipe_in, wait_for_the_end_of
 from test_training_run import TIMEOUT_SECONDS, uft, write_rows
@@ -24,6 +24,7 @@ from toy import UFT, toy_step
 from uft_ds.checkpoint.folder import newest_whole, step_of
 from uft_ds.data.mixture import Step
 from uft_ds.errors import EXIT_CRASHED, EXIT_INTERRUPTED, EXIT_STOPPED, Stopped
+from uft_ds.ports import free_port
 from uft_ds.training.evaluate import evaluate
 from uft_ds.training.metrics import read_metrics
 from uft_ds.training.reference_cache import ReferenceCache, fill
@@ -113,7 +114,7 @@ def assert_stopped_and_goes_on(folder: Path, recipe: Path, expected: Path) -> No
     assert uft("status", str(folder)).stdout.strip() == f"step {STEPS}, newest checkpoint {STEPS}: done"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
 def test_a_run_that_is_asked_to_stop_goes_on_bit_for_bit(
     unbroken: Path, tiny_qwen2: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -128,6 +129,7 @@ def test_a_run_that_is_asked_to_stop_goes_on_bit_for_bit(
     assert_stopped_and_goes_on(folder, recipe, unbroken)
 
 
+@pytest.mark.long
 def test_a_stop_during_an_evaluation_leaves_nothing_of_it(unbroken: Path, tiny_qwen2: Path, tmp_path: Path) -> None:
     """The signal comes once the step before an evaluation is reported; what had been learnt of the reference by then is
     forgotten, so that the evaluation after the restart gives the same bits."""
@@ -162,6 +164,7 @@ def test_a_stop_before_the_first_step_is_one(tiny_qwen2: Path, tmp_path: Path) -
     assert "before it trained" in asked.stdout
 
 
+@pytest.mark.long
 def test_a_second_interrupt_ends_it_at_once(tiny_qwen2: Path, tmp_path: Path) -> None:
     """Exit code 130, no orphan, and the older checkpoint is still whole."""
     recipe, folder = recipe_in(tmp_path, tiny_qwen2, train__steps=100000, train__checkpoint_every=2), tmp_path / "run"
@@ -205,6 +208,7 @@ def test_a_rank_that_dies_while_it_stops_is_no_stop(tiny_qwen2: Path, tmp_path: 
     assert "was killed (signal 6)" in said
 
 
+@pytest.mark.long
 def test_a_fill_that_is_asked_to_stop_keeps_what_it_has(tiny_qwen2: Path, tmp_path: Path) -> None:
     """`uft reference`, again: it computes only the rest."""
     recipe = recipe_in(tmp_path, tiny_qwen2)

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from ranks import free_port
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from uft_ds.ports import free_port
 from uft_ds.recipe_file import load_recipe
 from uft_ds.training.metrics import read_metrics
 

@@ -48,7 +48,7 @@ def test_what_one_rank_has_heard_stops_all() -> None:
 
 
 def test_helpers_never_get_sigusr1() -> None:
-    """One that has just been started, without a handler, survives it; this thread gets its own at the end of the block."""
+    """One that has just been started, without a handler, survives it; this thread gets its own once the block ends."""
     request = listen()
     request.only_note()
     with helpers_without_usr1():

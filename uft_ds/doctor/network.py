@@ -16,6 +16,7 @@ import psutil
 from uft_ds.doctor.finding import Finding, State
 from uft_ds.errors import UserError
 from uft_ds.launch import master_port
+from uft_ds.ports import is_free
 
 USUAL_PORT = 29500
 """torchrun's and deepspeed's, where none is given."""
@@ -108,7 +109,7 @@ def check_ports() -> Finding:
         return Finding("ports", "problem", str(error), "unset MASTER_PORT, or give a free one")
     except OSError as error:
         return Finding("ports", "problem", f"no port is free ({error.strerror})", "see net.ipv4.ip_local_port_range")
-    if not _is_free(USUAL_PORT):
+    if not is_free(USUAL_PORT):
         remedy = f"--master-port {port} with torchrun or deepspeed by hand; `uft train` needs nothing"
         return Finding("ports", "note", f"{USUAL_PORT}, the launchers' own, is in use; {port} is free", remedy)
     return Finding("ports", "ok", f"{port} is free" + (" (MASTER_PORT)" if "MASTER_PORT" in os.environ else ""))
@@ -192,16 +193,6 @@ def _can_listen(address: str) -> bool:
     with socket.socket(family) as probe:
         try:
             probe.bind((address, 0))
-        except OSError:
-            return False
-    return True
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
         except OSError:
             return False
     return True
