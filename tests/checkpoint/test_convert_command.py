@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import sys
 from pathlib import Path
@@ -10,11 +11,11 @@ import pytest
 import torch
 from checkpoints import whole_checkpoint
 from peft import LoraConfig, get_peft_model
-from rich.console import Console
 from tiny import build_tiny_model
 from transformers import AutoModelForCausalLM
 
 from uft_ds import cli
+from uft_ds.commands.shared import console
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def uft(
 ) -> tuple[int, str, str]:
     """(exit code, standard output, standard error) of the command, in this process."""
     monkeypatch.setattr(sys, "argv", ["uft", *map(str, arguments)])
-    monkeypatch.setattr(cli, "console", Console(width=1000, markup=False, highlight=False))  # nothing is folded
+    monkeypatch.setattr(console, "width", 1000)  # nothing is folded
     with pytest.raises(SystemExit) as end:
         cli.main()
     printed = capsys.readouterr()
@@ -70,6 +71,28 @@ def test_an_adapter_of_peft_is_merged_in_small_files(
     assert [path.read_bytes() for path in files] == [
         path.read_bytes() for path in sorted((tmp_path / "blind").glob("model-*.safetensors"))
     ]
+
+
+def test_two_conversions_never_write_one_folder(
+    base: Path,
+    adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The second one is refused and harms nothing; what a killed one has left is no hindrance, and goes."""
+    out, left = tmp_path / "merged", tmp_path / ".merged.tmp"
+    left.mkdir()
+    (left / "model.safetensors").write_text("half")
+    with (tmp_path / ".merged.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, _, err = uft(monkeypatch, capsys, "convert", adapter, out, "--base", base)
+        assert code == 2
+        assert f"{out}: another conversion is writing it" in err
+        assert (left / "model.safetensors").read_text() == "half"
+    code, _, err = uft(monkeypatch, capsys, "convert", adapter, out, "--base", base)
+    assert code == 0, err
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,9 @@ A source is a run, one of its checkpoints, an adapter in PEFT's format, or a fol
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -172,24 +174,49 @@ def _check_free(out: Path) -> None:
 
 @contextmanager
 def _whole_or_nothing(out: Path) -> Iterator[Path]:
-    """A folder that becomes `out` at the end of the block, or goes."""
+    """A folder that becomes `out` at the end of the block, or goes; what a killed conversion left of it goes first."""
     temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for path in temporary.rglob("*"):
-            sync(path)
-        if out.exists():
-            out.rmdir()
-        temporary.rename(out)
-        sync(out.parent)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with _only_writer(out):
+            shutil.rmtree(temporary, ignore_errors=True)
+            try:
+                temporary.mkdir()
+                yield temporary
+                for path in temporary.rglob("*"):
+                    sync(path)
+                if out.exists():
+                    out.rmdir()
+                temporary.rename(out)
+                sync(out.parent)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         if error.filename is not None and not Path(error.filename).is_relative_to(temporary.parent):
             raise UserError(f"{error.filename}: {error.strerror}") from None
         raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _only_writer(out: Path) -> Iterator[None]:
+    """Within the block no other conversion writes `out`.
+
+    Raises:
+        UserError: one does.
+    """
+    path = out.with_name(f".{out.name}.lock")
+    busy = UserError(f"{out}: another conversion is writing it; wait for its end, or give another folder")
+    with path.open("a") as lock:  # for writing: NFS refuses an exclusive lock otherwise
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise busy from None
+        if os.fstat(lock.fileno()).st_nlink == 0:  # its last holder has just deleted it
+            raise busy
+        try:
+            yield
+        finally:
+            path.unlink()
 
 
 def _write_configs(base: Path, folder: Path, chat: ChatTokenizer, dtype: Dtype | None) -> None:

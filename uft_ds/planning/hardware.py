@@ -1,30 +1,16 @@
-"""Known GPUs and their links, and what is planned for: a number of nodes, each with a number of GPUs."""
+"""What is planned for: a number of nodes, each with a number of GPUs, and their links."""
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, replace
-from importlib import resources
 
 from uft_ds.errors import UserError
+from uft_ds.gpus import Gpu, known_gpus
 from uft_ds.names import unknown_name
 
 GB = 10**9
 """Bytes of a GB, everywhere in a plan."""
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """From the makers' data sheets (`gpus.json`); a link's figure is of one direction, of one GPU."""
-
-    name: str
-    memory_gb: float
-    flops_per_second: float
-    """Dense, bfloat16."""
-    hbm_bytes_per_second: float
-    nvlink_bytes_per_second: float
-    pcie_bytes_per_second: float
 
 
 @dataclass(frozen=True)
@@ -44,12 +30,6 @@ class Cluster:
     @property
     def ranks(self) -> int:
         return self.nodes * self.gpus
-
-
-def known_gpus() -> dict[str, Gpu]:
-    """By the names that `--gpu` takes."""
-    text = (resources.files("uft_ds") / "planning" / "gpus.json").read_text(encoding="utf-8")
-    return {name: Gpu(**values) for name, values in json.loads(text).items() if not name.startswith("_")}
 
 
 def cluster_of(

@@ -135,18 +135,24 @@ def _mode_name(outcome: Outcome, mode: str) -> str:
 
 def _verdict(plan: Plan) -> Text:
     outcome = plan.outcome
-    words = []
-    if outcome.gpu_spare_bytes < 0:
-        words.append(f"a GPU lacks {_gb(-outcome.gpu_spare_bytes)} GB")
-    if (outcome.host_spare_bytes or 0) < 0:
-        words.append(f"a node's host memory lacks {_gb(-(outcome.host_spare_bytes or 0))} GB")
     verdicts = ["Ruled out: " + "; ".join(outcome.problems) + "."] if outcome.problems else []
-    if words:
-        verdicts.append("Does not fit: " + "; ".join(words) + ".")
+    lacking = _lacking(outcome)
+    if lacking:
+        verdicts.append("Does not fit: " + "; ".join(lacking) + ".")
     if verdicts:
         return Text(" ".join(verdicts), style="bold red")
     host = "" if outcome.host_spare_bytes is None else f", {_gb(outcome.host_spare_bytes)} GB of a node's host memory"
     return Text(f"Fits: {_gb(outcome.gpu_spare_bytes)} GB of each GPU to spare{host}.", style="bold green")
+
+
+def _lacking(outcome: Outcome) -> list[str]:
+    """Which memory is too small, and by how much."""
+    found = []
+    if outcome.gpu_spare_bytes < 0:
+        found.append(f"a GPU lacks {_gb(-outcome.gpu_spare_bytes)} GB")
+    if (outcome.host_spare_bytes or 0) < 0:
+        found.append(f"a node's host memory lacks {_gb(-(outcome.host_spare_bytes or 0))} GB")
+    return found
 
 
 def _files(plan: Plan) -> Group:
@@ -211,7 +217,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     return {
         "recipe": plan.recipe_name,
         "fits": outcome.fits,
-        "problems": list(outcome.problems),
+        "problems": [*outcome.problems, *_lacking(outcome)],
         "parameters": {
             "base": structure.num_base,
             "lora": structure.num_lora,
@@ -271,7 +277,7 @@ def _alternative(alternative: Alternative) -> dict[str, Any]:
         "changes": list(alternative.changes),
         "deepspeed": outcome.setting.deepspeed,
         "fits": outcome.fits,
-        "problems": list(outcome.problems),
+        "problems": [*outcome.problems, *_lacking(outcome)],
         "gpu_bytes": outcome.gpu.total_bytes,
         "gpu_spare_bytes": outcome.gpu_spare_bytes,
         "host_bytes": outcome.host.total_bytes,

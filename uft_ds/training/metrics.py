@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from uft_ds.data.example import KINDS
 from uft_ds.files import write_atomically
+from uft_ds.gpus import peak_flops
 from uft_ds.objectives.losses import LOSSES
 from uft_ds.objectives.objective import Objective
 from uft_ds.training.telemetry import health
@@ -52,10 +53,6 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12}
-"""Dense bf16 FLOP/s from the makers' data sheets, by a word of the device's name."""
-
-
 def model_flops_utilization(model: nn.Module, tokens_per_second: float, *, reference_share: float) -> float | None:
     """Model FLOPs over the GPU's peak; None without a GPU whose peak is known.
 
@@ -64,8 +61,7 @@ def model_flops_utilization(model: nn.Module, tokens_per_second: float, *, refer
     """
     if not torch.cuda.is_available():
         return None
-    name = torch.cuda.get_device_name()
-    peak = next((flops for word, flops in PEAK_FLOPS.items() if word in name), None)
+    peak = peak_flops(torch.cuda.get_device_name())
     if peak is None:
         return None
     num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())

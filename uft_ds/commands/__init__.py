@@ -1,0 +1,1 @@
+"""The subcommands of `uft`: they parse, call and print."""

@@ -1,0 +1,71 @@
+"""`uft data`: look at data."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Annotated, Optional
+
+import typer
+
+from uft_ds.commands.shared import Overrides, RecipeName, console
+from uft_ds.errors import UserError
+
+app = typer.Typer(help="Look at data.", no_args_is_help=True)
+
+
+@app.command("preview")
+def data_preview(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=0, help="Sampled rows of each source.")] = 2,
+    source: Annotated[Optional[int], typer.Option(min=0, help="Only this one of data.sources.")] = None,  # noqa: UP045
+    held_out: Annotated[bool, typer.Option("--held-out", help="The held-out sources instead.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
+    full: Annotated[bool, typer.Option("--full", help="Whole rows; long ones are cut otherwise.")] = False,
+) -> None:
+    """Show what a recipe trains on: sampled rows with their masks and scores, and what is left out and why.
+
+    Nothing is launched and no weights are loaded.
+    """
+    from uft_ds.data.tokenize import load_tokenizer
+    from uft_ds.prepare import prepare_data, steps_of
+    from uft_ds.preview import legend, rendered_rows, show_data, steps_line
+    from uft_ds.recipe_file import load_recipe
+    from uft_ds.run import preparation
+
+    loaded = load_recipe(recipe, tuple(overrides or ()))
+    model = loaded.model
+    chat = load_tokenizer(model.base, revision=model.revision, chat_template=model.chat_template)
+    with preparation(console) as on_progress:
+        data = prepare_data(loaded, chat, on_progress)
+    sources = data.held_out if held_out else data.train
+    if not sources:
+        raise UserError("--held-out: the recipe has no data.held_out")
+    if source is not None and source >= len(sources):
+        raise UserError(f"--source {source}: there are {len(sources)}, numbered from 0")
+    console.print(legend())
+    for shown in sources if source is None else sources[source : source + 1]:
+        for text in rendered_rows(shown, chat, count=rows, seed=seed, full=full):
+            console.print(text)
+    show_data(loaded, data, console)
+    console.print(steps_line(steps_of(loaded, data), loaded.train.examples_per_step))
+
+
+@app.command("formats")
+def data_formats() -> None:
+    """Names of the source formats, those of installed plug-ins included."""
+    from uft_ds.data.formats import described_formats
+
+    for name, description in described_formats().items():
+        console.print(name, style="bold")
+        console.print(textwrap.indent(description, "    "))
+
+
+@app.command("schema")
+def data_schema() -> None:
+    """Print the JSON Schema of one row of our own format, jsonl."""
+    import json
+
+    from uft_ds.data.formats import jsonl_schema
+
+    print(json.dumps(jsonl_schema(), indent=2))

@@ -1,0 +1,93 @@
+"""`uft plan` and `uft doctor`: what a recipe needs, and what this machine has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from uft_ds.commands.shared import Overrides, RecipeName, console, quiet_loading
+from uft_ds.errors import CheckFailed
+
+
+def plan(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of a machine.")] = 8,
+    gpu: Annotated[
+        str, typer.Option(help="a100, a100-40, h100, h200, b200 or l40s: the data sheet's figures.")
+    ] = "h100",
+    gpu_memory: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(min=0, help="GB of a GPU; the known one's if not given."),
+    ] = None,
+    host_memory: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(min=0, help="GB of a machine; not limited if not given."),
+    ] = None,
+    network_gbits: Annotated[
+        float, typer.Option(min=0.001, help="Gbit/s into a machine, all adapters together.")
+    ] = 400,
+    pcie_gbytes: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(min=0.001, help="GB/s between a GPU and host memory; the known GPU's if not given."),
+    ] = None,
+    nvlink_gbytes: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(min=0, help="GB/s into a GPU from those of its machine; 0: they are on PCIe."),
+    ] = None,
+    tflops: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(min=0.001, help="Of a GPU, dense, of the model's type; the known one's if not given."),
+    ] = None,
+    tokens_per_response: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Mean, prompt included; data.max_length if not given."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Plain values, the names ending in their units.")] = False,
+) -> None:
+    """Say from the model's config alone what a recipe needs on some hardware, and what to change if it does not fit.
+
+    Nothing is allocated, launched or downloaded. Exit code 3 if the recipe as it is does not fit.
+    """
+    import json
+
+    from uft_ds.planning.hardware import cluster_of
+    from uft_ds.planning.plan import make_plan
+    from uft_ds.planning.table import as_json as plan_as_json
+    from uft_ds.planning.table import rendered
+    from uft_ds.recipe_file import load_recipe
+
+    quiet_loading()
+    cluster = cluster_of(
+        nodes=nodes,
+        gpus=gpus,
+        gpu=gpu,
+        gpu_memory=gpu_memory,
+        host_memory=host_memory,
+        network_gbits=network_gbits,
+        pcie_gbytes=pcie_gbytes,
+        tflops=tflops,
+        nvlink_gbytes=nvlink_gbytes,
+    )
+    made = make_plan(load_recipe(recipe, tuple(overrides or ())), cluster, tokens_per_response=tokens_per_response)
+    if as_json:
+        print(json.dumps(plan_as_json(made), indent=2))
+    else:
+        console.print(rendered(made))
+    if not made.outcome.fits:
+        raise typer.Exit(CheckFailed.exit_code)
+
+
+def doctor(
+    output: Annotated[Path, typer.Option(help="Where runs will be written; it need not exist.")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="For programs: a list of findings.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Without the proofs, which start two ranks each.")] = False,
+    time_limit: Annotated[float, typer.Option(min=1.0, help="Seconds for the proofs together.")] = 300.0,
+) -> None:
+    """Examine the installation and the machine, each finding with its remedy; exit code 3 if there is a problem."""
+    from uft_ds.doctor.report import report_on
+
+    report_on(output, console, as_json=as_json, quick=quick, seconds=time_limit)

@@ -1,0 +1,50 @@
+"""`uft recipe`: look at recipes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Optional
+
+import typer
+
+from uft_ds.commands.shared import Overrides, RecipeName, console
+from uft_ds.errors import UserError
+
+app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
+
+
+@app.command("show")
+def recipe_show(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    key: Annotated[Optional[str], typer.Option(help="Only this key's value, such as output.")] = None,  # noqa: UP045
+) -> None:
+    """Print a recipe with all defaults and overrides filled in."""
+    from uft_ds.names import unknown_name
+    from uft_ds.recipe_file import dump_recipe, leaves_of, load_recipe
+
+    loaded = load_recipe(recipe, tuple(overrides or ()))
+    if key is None:
+        print(dump_recipe(loaded), end="")
+        return
+    leaves = leaves_of(loaded)
+    if key not in leaves:
+        raise UserError(f"--key: {unknown_name(key, tuple(leaves))}")
+    print(leaves[key])
+
+
+@app.command("list")
+def recipe_list() -> None:
+    """Names of the recipes that come with the package."""
+    from uft_ds.recipe_file import shipped_recipes
+
+    print("\n".join(shipped_recipes()))
+
+
+@app.command("keys")
+def recipe_keys() -> None:
+    """Every key of a recipe, its default and its meaning."""
+    from uft_ds.recipe import describe_keys
+
+    for key, default, meaning in describe_keys():
+        console.print(f"{key} = {default}", style="bold")
+        console.print(f"    {meaning}")

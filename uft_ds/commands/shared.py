@@ -1,0 +1,29 @@
+"""What several commands take and print to."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+
+_UNLIMITED = 10_000  # columns: in files and pipes nothing is folded
+console = Console(  # no markup: paths may hold brackets and numbers
+    markup=False, highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _UNLIMITED
+)
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a shipped recipe, or path of a YAML file.")]
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045 - typer reads it
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as train.lr=1e-5."),
+]
+
+
+def quiet_loading() -> None:
+    """transformers' loading bar is for terminals; in a log it is noise."""
+    from transformers.utils.logging import disable_progress_bar
+
+    if not sys.stderr.isatty():
+        disable_progress_bar()

@@ -1,0 +1,154 @@
+"""`uft train`, `status`, `sweep`, `reference`, `quickstart`: what starts ranks, and how far they are."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from uft_ds.commands.shared import Overrides, RecipeName, console
+from uft_ds.errors import EXIT_INTERRUPTED, EXIT_STOPPED, CheckFailed, UserError
+
+if TYPE_CHECKING:
+    from uft_ds.recipe import Recipe
+    from uft_ds.sweep import Result
+    from uft_ds.training.run_folder import Status
+
+
+def train(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest whole checkpoint of the run that the output holds.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run that the output holds.")] = False,
+) -> None:
+    """Check everything, then train on this machine's GPUs, or on two CPU processes."""
+    from uft_ds.recipe_file import load_recipe
+
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite: the one goes on with a run, the other deletes it; give one of them")
+    run_training(load_recipe(recipe, tuple(overrides or ())), overwrite=overwrite, resume=resume)
+
+
+def run_training(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> None:
+    """Prepare, launch, and end the process with the run's exit code unless it is done."""
+    folder, _ = _launched(recipe, "training", overwrite=overwrite, resume=resume)
+    console.print(f"done: {folder}  (metrics.jsonl, curves.png, report.html, checkpoints/)")
+
+
+def _launched(recipe: Recipe, what: str, **how: Any) -> tuple[Path, Status]:
+    from uft_ds.run import run_recipe
+
+    folder, status = run_recipe(recipe, what, console, **how)
+    if status.exit_code != 0:
+        raise typer.Exit(status.exit_code)
+    return folder, status
+
+
+def status(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]) -> None:
+    """How far a run is, and how it ended; the exit code is the run's, 1 where it goes on or died without a word."""
+    from uft_ds.training.progress import progress_of
+
+    found = progress_of(run)
+    console.print(found.summary)
+    raise typer.Exit(found.exit_code)
+
+
+def sweep(
+    what: Annotated[str, typer.Argument(metavar="SWEEP", help="A sweep's YAML file; with --grid, a recipe.")],
+    overrides: Overrides = None,
+    grid: Annotated[
+        Optional[list[str]],  # noqa: UP045 - typer reads it
+        typer.Option("--grid", help="key=[value, ...]: run the recipe with each value, or combination of values."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Run again what is done.")] = False,
+    recipes: Annotated[
+        Optional[Path],  # noqa: UP045 - typer reads it
+        typer.Option(help="Run nothing: write each run's recipe below this folder, for jobs of a cluster."),
+    ] = None,
+    table: Annotated[bool, typer.Option("--table", help="Run nothing: the table of what is done.")] = False,
+) -> None:
+    """Run recipes one after the other, and compare them in one table.
+
+    Overrides hold for every run. What is done is not run again, and a run that was stopped goes on: the same command
+    goes on after an interruption. Tokenised data and the reference's log-probs are shared through their caches.
+    """
+    from uft_ds.run import check_recipe_and_data, run_recipe
+    from uft_ds.sweep import run_sweep, table_of, write_recipes
+    from uft_ds.sweep_file import grid_of, load_sweep
+
+    given = tuple(overrides or ())
+    planned = grid_of(what, grid, given) if grid else load_sweep(what, given)
+    if (recipes is not None) + table + overwrite > 1:
+        raise UserError("--recipes, --table, --overwrite: give one of them")
+    if recipes is not None:
+        for folder in write_recipes(planned, recipes):
+            print(folder)
+        return
+    if table:
+        _fail_unless_all_done(table_of(planned, console))
+        return
+    results = run_sweep(
+        planned,
+        console,
+        check=lambda recipe: check_recipe_and_data(recipe, console),
+        train=lambda recipe, how: run_recipe(recipe, "training", console, overwrite=how.overwrite, resume=how.resume),
+        overwrite=overwrite,
+    )
+    for status, code in (("interrupted", EXIT_INTERRUPTED), ("stopped", EXIT_STOPPED)):
+        if any(result.status == status for result in results):
+            raise typer.Exit(code)
+    _fail_unless_all_done(results)
+
+
+def _fail_unless_all_done(results: list[Result]) -> None:
+    failed = [result.run.name for result in results if result.status != "done"]
+    if failed:
+        raise CheckFailed(f"{len(failed)} of {len(results)} runs are not done: {', '.join(failed)}")
+
+
+def reference(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Compute the reference of a recipe's data ahead, for all runs that share it.
+
+    What is stored already is not computed again; a fill that was stopped goes on where it was. The recipe's output is
+    not touched.
+    """
+    import shutil
+    import tempfile
+
+    from uft_ds.recipe_file import load_recipe
+    from uft_ds.resolve import caches_reference
+
+    loaded = load_recipe(recipe, tuple(overrides or ()))
+    if not caches_reference(loaded):
+        why = "objective.loss needs no reference" if loaded.reference.cache else "reference.cache is false"
+        raise UserError(f"there is nothing to fill: {why}")
+    work = Path(tempfile.mkdtemp(prefix="uft-reference-"))
+    filling = loaded.model_copy(update={"output": str(work / "run")})
+    try:
+        _, status = _launched(filling, "computing the reference", options=("--only-reference",))
+    except typer.Exit as end:
+        if end.exit_code in (EXIT_INTERRUPTED, EXIT_STOPPED):
+            print("what has been stored is kept: the same command goes on from there", file=sys.stderr)
+            shutil.rmtree(work)
+        else:  # the ranks failed: their logs stay
+            shutil.rmtree(work / "run" / "data", ignore_errors=True)
+        raise
+    except BaseException:
+        shutil.rmtree(work)
+        raise
+    shutil.rmtree(work)
+    console.print(f"done: {status.message}")
+
+
+def quickstart(
+    overrides: Overrides = None,
+    folder: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("runs"),
+) -> None:
+    """Train a small real model from the package index on verifiable tasks; about ten minutes on two cores."""
+    from uft_ds.quickstart import run_quickstart
+
+    run_quickstart(folder, tuple(overrides or ()), console=console, train=run_training)
