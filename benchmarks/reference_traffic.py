@@ -211,7 +211,7 @@ def whole_step() -> Step:
     return Step(0, toy_sequences(count, seed=100, longest=120))
 
 
-def measure(folder: Path, name: str, gradient_checkpointing: bool) -> Measurement:
+def measure(folder: Path, name: str, gradient_checkpointing: bool, steps: int = STEPS) -> Measurement:
     """On one of the ranks: a few steps, counted; then log-probs and gradients at fixed weights."""
     from deepspeed.utils import safe_get_full_grad
 
@@ -226,7 +226,7 @@ def measure(folder: Path, name: str, gradient_checkpointing: bool) -> Measuremen
         case.step()
     seconds, micro_steps = [], 0
     with counting() as counters:
-        for _ in range(STEPS):
+        for _ in range(steps):
             started = time.perf_counter()
             micro_steps += case.step()
             seconds.append(time.perf_counter() - started)

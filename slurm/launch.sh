@@ -172,7 +172,7 @@ train() {
 # What rank 0, or the first that failed, has left decides, and DONE: not srun, which has been seen to return 0 for a job
 # that had lost a node; and launchers turn all codes into 1.
 _decide() {
-    local run=$1 code=$2 before=$3 outcome=1
+    local run=$1 code=$2 before=$3 outcome=1 ends=$PWD/.uft-ends-$_job
     if [ -f "$UFT_OUTCOME" ]; then
         outcome=$(sed -n 's/.*"exit_code": *\([0-9]*\).*/\1/p' "$UFT_OUTCOME")
         [ "$outcome" = 0 ] || echo "=== what torchrun and srun print above is their way to report this end:"
@@ -181,9 +181,13 @@ _decide() {
     fi
     echo "=== outcome ${outcome:=1}, srun $code $(date -Is)"
     case $outcome in
-        2 | 3) return "$outcome" ;;
+        2 | 3)
+            rm -f "$ends"
+            return "$outcome"
+            ;;
         0)
             if [ -e "$run/DONE" ]; then
+                rm -f "$ends"
                 echo "=== done: $run"
                 return 0
             fi
@@ -191,9 +195,9 @@ _decide() {
             ;;
     esac
     if [ "$(_newest_checkpoint "$run")" = "$before" ] && ! _is_preempted; then
-        _may_end_without_progress "$run" "$outcome" || return 1
-    elif [ -d "$run" ]; then
-        rm -f "$run/slurm-crashes"
+        _may_end_without_progress "$ends" || return 1
+    else
+        rm -f "$ends"
     fi
     _come_back "$outcome"
 }
@@ -225,18 +229,16 @@ _is_preempted() {
     [ -n "$preempted" ] && [ "$preempted" != None ] && [[ ! $preempted < $started ]]
 }
 
-# Crashes and stops in a row of this job that have left no new checkpoint: one more than allowed ends it.
+# Crashes and stops in a row that have left no new checkpoint, also before the run has a folder: one more than allowed
+# ends the job.
 _may_end_without_progress() {
-    local run=$1 outcome=$2 count=0 of_job=
-    if [ ! -d "$run" ]; then
-        [ "$outcome" = 85 ] && return 0
-        echo "=== it ended before the run began (see above): not started again"
+    local ends=$1 count=0
+    [ ! -f "$ends" ] || read -r count <"$ends"
+    count=$((count + 1))
+    echo "=== ended $count times without a new checkpoint (UFT_MAX_CRASHES=${UFT_MAX_CRASHES:-3})"
+    if [ "$count" -ge "${UFT_MAX_CRASHES:-3}" ]; then
+        rm -f "$ends"
         return 1
     fi
-    [ ! -f "$run/slurm-crashes" ] || read -r of_job count <"$run/slurm-crashes"
-    [ "$of_job" = "$_job" ] || count=0
-    count=$((count + 1))
-    echo "$_job $count" >"$run/slurm-crashes" || return 1
-    echo "=== ended $count times without a new checkpoint (UFT_MAX_CRASHES=${UFT_MAX_CRASHES:-3})"
-    [ "$count" -lt "${UFT_MAX_CRASHES:-3}" ]
+    echo "$count" >"$ends"
 }

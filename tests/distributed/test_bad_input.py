@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_training_run import run, uft, write_recipe, write_rows
+from runs import run, uft, write_recipe, write_rows
 from tiny import CHATML, VOCAB_SIZE, build_tiny_model
 from toy import saved_adapter
 

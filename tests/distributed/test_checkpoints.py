@@ -12,57 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from engines import Heard, accumulate, at, trained, writer_of
 from ranks import run_on_ranks
 from safetensors.torch import load_file
-from test_gradient_scale import accumulate, engine_of
 from tiny import build_tiny_model
 from toy import UFT, toy_step
 
 from uft_ds.checkpoint.folder import checkpoints_of, newest_whole
 from uft_ds.checkpoint.generators import NAMES, generator_states, restore_generators
 from uft_ds.checkpoint.manifest import manifest_problem
-from uft_ds.checkpoint.save import CheckpointWriter
 from uft_ds.checkpoint.shards import Shards
-from uft_ds.checkpoint.state import Position, TrainerState, read_position
+from uft_ds.checkpoint.state import read_position
 from uft_ds.data.packing import rank_micro_batches
 from uft_ds.errors import UserError
-from uft_ds.training.engine import Engine
 from uft_ds.training.reference_cache import ReferenceCache
-from uft_ds.training.run_folder import RunFolder
-
-
-class Heard:
-    """A reporter that remembers."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
-
-    warn = say
-
-
-def trained(base: Path, steps: int = 1) -> Engine:
-    engine = engine_of(base)
-    for _ in range(steps):
-        batches = rank_micro_batches(
-            toy_step(), tokens_per_micro_batch=64, rank=engine.rank, world_size=engine.world_size
-        )
-        accumulate(engine, batches, UFT)
-        engine.step(1e-2)
-    return engine
-
-
-def writer_of(
-    engine: Engine, folder: Path, heard: Heard, *, keep: int = 2, best: str | None = None
-) -> CheckpointWriter:
-    policy: Any = engine.module.policy
-    return CheckpointWriter(engine, policy, RunFolder(folder), heard, keep=keep, best=best)
-
-
-def at(step: int) -> Position:
-    return Position(TrainerState(step, 0, 0.5), 100 * step)
 
 
 @pytest.fixture(scope="module")

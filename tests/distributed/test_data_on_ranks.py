@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_on_ranks
+from runs import uft, write_recipe
 from sources import write_rows
-from test_training_run import uft, write_recipe
 
 from uft_ds.errors import UserError
 from uft_ds.prepare import ensure_data, open_data, prepare_run

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from engines import accumulate, engine_of
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from ranks import run_on_ranks
 from safetensors.torch import load_file
-from test_gradient_scale import accumulate, engine_of
 from tiny import build_tiny_model
 from toy import UFT, toy_step
 from transformers import AutoModelForCausalLM
@@ -107,10 +107,10 @@ def saved_by_a_plain_loop(base: Path, folder: Path, zero: dict[str, Any], bf16: 
 @pytest.mark.parametrize(
     ("zero", "bf16"),
     [
-        ({"stage": 1}, True),
+        pytest.param({"stage": 1}, True, marks=pytest.mark.long),
         ({"stage": 2}, True),
         ({"stage": 3}, True),
-        ({"stage": 3, "offload_optimizer": {"device": "cpu"}}, False),
+        pytest.param({"stage": 3, "offload_optimizer": {"device": "cpu"}}, False, marks=pytest.mark.long),
         ({"stage": 2, "parameter_alignment": True}, False),
         ({"stage": 1}, None),
     ],

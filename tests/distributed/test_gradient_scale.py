@@ -4,47 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from engines import REAL_PARTITIONING, UNEVEN, accumulate, assert_same_step, engine_of, single_process
 from ranks import run_on_ranks
 from toy import UFT, build, objective, toy_model, toy_step
 
-from uft_ds.data.micro_batch import MicroBatch, micro_batch
+from uft_ds.data.micro_batch import micro_batch
 from uft_ds.data.packing import rank_micro_batches
 from uft_ds.model.load import decoder_layer_class
-from uft_ds.objectives.objective import Objective, count_terms, micro_batch_loss
+from uft_ds.objectives.objective import count_terms, micro_batch_loss
 from uft_ds.training.engine import Engine, deepspeed_config, partitioned_loading, read_deepspeed_file
-
-# Low enough that a tiny model is really partitioned and gathered again.
-REAL_PARTITIONING = {
-    "stage3_prefetch_bucket_size": 20000,
-    "stage3_max_live_parameters": 40000,
-    "stage3_max_reuse_distance": 100,
-    "stage3_param_persistence_threshold": 0,
-}
-
-
-def engine_of(folder: Path, *, file: str = "zero3_cpu", max_grad_norm: float = 1e6, **model: object) -> Engine:
-    config = read_deepspeed_file(file)
-    if file != "zero2":
-        config["zero_optimization"] |= REAL_PARTITIONING
-    uft_model = toy_model(folder, **model)  # type: ignore[arg-type]
-    layer = decoder_layer_class(uft_model.policy.get_base_model())
-    dtype = next(uft_model.policy.get_base_model().parameters()).dtype
-    filled = deepspeed_config(config, dtype=dtype, max_grad_norm=max_grad_norm)
-    return Engine(uft_model, filled, layer_class=layer, weight_decay=0.0)
-
-
-def accumulate(engine: Engine, batches: list[MicroBatch], uft: Objective) -> tuple[dict[str, torch.Tensor], float]:
-    """Gradients by name after the last micro-batch, and the step's loss over all ranks."""
-    from deepspeed.utils import safe_get_full_grad
-
-    terms = count_terms(uft, toy_step().responses)
-    total = torch.zeros(())
-    for number, batch in enumerate(batches):
-        loss, _ = micro_batch_loss(uft, batch, terms, *engine(batch))
-        engine.backward(loss, is_last=number == len(batches) - 1)
-        total += loss.detach()
-    grads = {n: safe_get_full_grad(p).clone() for n, p in engine.module.named_parameters() if p.requires_grad}
-    return grads, float(engine.sum_over_ranks(total))
 
 
 def sharded_step(folder: Path, loss: str, tokens: int, assignment: list[list[list[int]]] | None, file: str) -> object:
@@ -60,40 +28,6 @@ def sharded_step(folder: Path, loss: str, tokens: int, assignment: list[list[lis
     result = engine.step(1e-3)
     assert not result.skipped
     return grads, total, result.grad_norm, [len(batch.responses) for batch in batches]
-
-
-def single_process(folder: Path, loss: str, **options: object) -> tuple[dict[str, torch.Tensor], float, float]:
-    """The definition: one process, no DeepSpeed, every sequence forwarded alone."""
-    model = toy_model(folder, **options)  # type: ignore[arg-type]
-    step, uft = toy_step(), objective(loss)
-    terms = count_terms(uft, step.responses)
-    total = 0.0
-    for sequence in step.sequences:
-        batch = micro_batch([sequence])
-        share, _ = micro_batch_loss(uft, batch, terms, *model(batch))
-        share.backward()
-        total += float(share.detach())
-    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    norm = torch.stack([grad.norm() for grad in grads.values()]).norm()
-    return grads, total, float(norm)
-
-
-def assert_same_step(sharded: tuple, definition: tuple) -> None:
-    grads, total, norm, _ = sharded
-    expected, expected_total, expected_norm = definition
-    assert set(grads) == set(expected)
-    for name, grad in expected.items():
-        assert (grads[name] - grad).abs().max() <= 1e-5 * grad.abs().max(), name
-    assert total == pytest.approx(expected_total, rel=1e-6)
-    assert norm == pytest.approx(expected_norm, rel=1e-5)
-
-
-# Seven sequences by hand: different numbers of micro-batches' responses, and empty ones first, last and in a row.
-UNEVEN = {
-    1: [[[0], [1, 2, 3], [], [4, 5, 6]]],
-    2: [[[0, 1, 2, 3], [], [4]], [[], [5, 6], []]],
-    4: [[[0, 1, 2], [3]], [[], [4]], [[5], []], [[], [6]]],
-}
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])

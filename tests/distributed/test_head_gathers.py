@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from engines import engine_of
 from ranks import run_on_ranks
-from test_gradient_scale import engine_of
 from tiny import build_tiny_model
 from toy import toy_model, toy_step
 

@@ -9,11 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from engines import REAL_PARTITIONING, UNEVEN, accumulate, assert_same_step, resumed_run, saved_run, single_process
 from ranks import run_on_ranks
-from test_gradient_scale import REAL_PARTITIONING, UNEVEN, accumulate, assert_same_step, single_process
-from test_optimizer_state import resumed_run, saved_run
-from test_resume import adapter, numbers, recipe_in
-from test_training_run import losses, uft
+from runs import adapter, losses, numbers, recipe_in, uft
 from tiny import build_tiny_model
 from toy import UFT, toy_model, toy_step
 

@@ -7,61 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from engines import resumed_run, saved_run
 from ranks import run_on_ranks
-from test_gradient_scale import accumulate, engine_of
 from tiny import build_tiny_model
-from toy import UFT, toy_step
-
-from uft_ds.checkpoint.optimizer_state import Piece, pieces_of, restore
-from uft_ds.checkpoint.shards import Shards, shard_name, write_shard
-from uft_ds.data.packing import rank_micro_batches
-from uft_ds.training.engine import Engine
-
-BEFORE, AFTER = 2, 2
-
-
-def train(engine: Engine, first: int, count: int) -> list[float]:
-    losses = []
-    for number in range(first, first + count):
-        batches = rank_micro_batches(
-            toy_step(), tokens_per_micro_batch=64, rank=engine.rank, world_size=engine.world_size
-        )
-        _, loss = accumulate(engine, batches, UFT)
-        assert not engine.step(1e-2 / (number + 1)).skipped
-        losses.append(loss)
-    return losses
-
-
-def updates_of(engine: Engine) -> set[int]:
-    """AdamW's own count."""
-    return {int(state["step"]) for state in engine.deepspeed.optimizer.optimizer.state.values()}
-
-
-def weights(engine: Engine) -> dict[str, torch.Tensor]:
-    with engine.gathered_trainable() as named:
-        return {name: tensor.clone() for name, tensor in named.items()}
-
-
-def saved_run(base: Path, folder: Path, file: str, model: dict[str, Any]) -> Any:
-    engine = engine_of(base, file=file, max_grad_norm=0.5, **model)
-    train(engine, 0, BEFORE)
-    pieces = [
-        Piece(p.name, p.shape, p.start, {k: t.cpu().clone() for k, t in p.tensors.items()})
-        for p in pieces_of(engine._engine)
-    ]
-    assert updates_of(engine) == {BEFORE}
-    write_shard(folder / shard_name(engine.rank, engine.world_size), pieces, {})
-    return train(engine, BEFORE, AFTER), weights(engine)
-
-
-def resumed_run(base: Path, folder: Path, file: str, model: dict[str, Any]) -> Any:
-    # Other initial adapters: all of them must come from the files.
-    engine = engine_of(base, file=file, max_grad_norm=0.5, **(model | {"b_std": 0.3}))
-    shards = Shards(folder)
-    restore(engine._engine, shards.read, updates=BEFORE)
-    assert updates_of(engine) == {BEFORE}
-    return train(engine, BEFORE, AFTER), weights(engine)
-
 
 BF16 = {"dtype": torch.bfloat16, "lora_dtype": torch.bfloat16}
 
@@ -72,7 +20,7 @@ BF16 = {"dtype": torch.bfloat16, "lora_dtype": torch.bfloat16}
         ("zero3_cpu", 2, {}),
         pytest.param("zero3_cpu", 3, {"gradient_checkpointing": True}, marks=pytest.mark.long),
         pytest.param("zero3_cpu", 2, BF16, marks=pytest.mark.long),
-        ("zero3_offload", 2, {}),
+        pytest.param("zero3_offload", 2, {}, marks=pytest.mark.long),
         ("zero2", 2, {}),
         pytest.param("zero2", 3, BF16, marks=pytest.mark.long),
     ],

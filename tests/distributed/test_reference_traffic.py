@@ -15,7 +15,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_lockstep_gathers_and_keeps_what_sft_does(folder: Path) -> None:
     """With a reference: the same bytes and collectives, the same saved activations, no lost prefetch trace."""
-    lockstep, sft = (run_on_ranks(measure, 2, folder, name, True)[0] for name in ("lockstep", "SFT"))
+    lockstep, sft = (run_on_ranks(measure, 2, folder, name, True, 1)[0] for name in ("lockstep", "SFT"))
     assert lockstep.gathered_bytes == sft.gathered_bytes > 0
     assert lockstep.gathers == sft.gathers <= 12  # 4 layers forward and backward, embedding, norm, head
     assert lockstep.invalidations == sft.invalidations == 0

@@ -15,14 +15,22 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
-from test_training_run import TIMEOUT_SECONDS, run, uft, write_recipe
+from runs import (
+    TIMEOUT_SECONDS,
+    adapter,
+    assert_same_run,
+    killed_at,
+    numbers,
+    ranks_of,
+    recipe_in,
+    run,
+    uft,
+    wait_for_the_end_of,
+)
 
 from uft_ds.checkpoint.folder import newest_whole, step_of
 from uft_ds.errors import UserError
@@ -31,81 +39,6 @@ from uft_ds.recipe_file import load_recipe
 from uft_ds.resume import nothing_to_do, prepare_resume, resumed_from
 from uft_ds.training.metrics import read_metrics
 from uft_ds.training.run_folder import RunFolder
-
-STEPS = 6
-OF_TIME = ("seconds", "tokens_per_second", "examples_per_second", "memory/peak_gib", "checkpoint/stall_seconds")
-
-
-def recipe_in(folder: Path, base: Path, **changes: Any) -> Path:
-    """With a running reward shift: a checkpoint must hold that too."""
-    folder.mkdir(parents=True, exist_ok=True)
-    values = {
-        "train__steps": STEPS,
-        "train__checkpoint_every": 2,
-        "train__keep_checkpoints": 2,
-        "objective__reward_shift": "ema",
-    }
-    values |= changes
-    return write_recipe(folder, base, **values)
-
-
-def numbers(folder: Path) -> list[dict[str, Any]]:
-    """All lines of metrics.jsonl, without what depends on the clock."""
-    lines = [{k: v for k, v in line.items() if k not in OF_TIME} for line in read_metrics(folder / "metrics.jsonl")]
-    return [line for line in lines if len(line) > 1]
-
-
-def adapter(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "latest" / "adapter" / "adapter_model.safetensors")
-
-
-def assert_same_run(found: Path, expected: Path) -> None:
-    assert numbers(found) == numbers(expected)
-    ours, theirs = adapter(found), adapter(expected)
-    assert set(ours) == set(theirs)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert json.loads((found / "latest" / "trainer.json").read_text())["step"] == STEPS
-    assert (found / "DONE").exists()
-
-
-def killed_at(recipe: Path, step: int, *, one_rank: bool = False) -> None:
-    """Train until a step's line is there, then SIGKILL the command and its ranks, or one rank alone."""
-    folder = recipe.parent / "run"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "uft_ds", "train", str(recipe)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    try:
-        while not (folder / "metrics.jsonl").exists() or not any(
-            line["step"] >= step and "grad_norm" in line for line in read_metrics(folder / "metrics.jsonl")
-        ):
-            assert process.poll() is None, "it ended by itself"
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        if one_rank:
-            os.kill(random.choice(ranks_of(folder)), signal.SIGKILL)
-            process.wait(timeout=TIMEOUT_SECONDS)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def ranks_of(folder: Path) -> list[int]:
-    """Processes that train in this folder, by `uft train` or by a launcher."""
-    found = []
-    recipes = {str(folder / "recipe.yaml"), str(folder.parent / "recipe.yaml")}
-    launchers = {"torch.distributed.run", "deepspeed.launcher.runner", "deepspeed.launcher.launch"}
-    for process in psutil.process_iter(["cmdline"]):
-        words = process.info["cmdline"] or []
-        is_launcher = launchers & set(words)
-        if "uft_ds.train" in words and recipes & set(words) and not is_launcher:
-            found.append(process.pid)
-    return sorted(found)
 
 
 @pytest.fixture(scope="module")
@@ -462,11 +395,3 @@ def kill(recipe: Path, is_now: Callable[[], bool], *, one_rank: bool, wait: bool
         process.wait()
         if wait:
             wait_for_the_end_of(recipe.parent / "run")
-
-
-def wait_for_the_end_of(folder: Path) -> None:
-    """Ranks die with their launcher, in a moment."""
-    deadline = time.monotonic() + 30
-    while ranks_of(folder):
-        assert time.monotonic() < deadline, "orphans"
-        time.sleep(0.05)

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from engines import engine_of
 from pools import Held, plan
 from ranks import run_on_ranks
+from runs import TIMEOUT_SECONDS, run, uft, write_recipe
 from safetensors.torch import load_file
-from test_gradient_scale import engine_of
-from test_training_run import TIMEOUT_SECONDS, run, uft, write_recipe
 from toy import UFT, toy_sequences
 
 from uft_ds.build import build_reference_cache

@@ -15,10 +15,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from engines import engine_of
 from ranks import run_on_ranks
-from test_gradient_scale import engine_of
-from test_resume import adapter, numbers, ranks_of, recipe_in, wait_for_the_end_of
-from test_training_run import TIMEOUT_SECONDS, uft, write_rows
+from runs import TIMEOUT_SECONDS, adapter, numbers, ranks_of, recipe_in, uft, wait_for_the_end_of, write_rows
 from toy import UFT, toy_step
 
 from uft_ds.checkpoint.folder import newest_whole, step_of
@@ -39,7 +38,7 @@ DEEPSPEED = ("deepspeed.launcher.runner", "--num_gpus", "2", "--module")
 def long_recipe(folder: Path, base: Path) -> Path:
     """No checkpoint falls on any step but the last; an evaluation takes many forwards."""
     recipe = recipe_in(folder, base, **CHANGES)
-    rows = [{"prompt": f"Rate {i} again", "response": "no " * (1 + i % 3), "score": i % 3 / 2} for i in range(160)]
+    rows = [{"prompt": f"Rate {i} again", "response": "no " * (1 + i % 3), "score": i % 3 / 2} for i in range(80)]
     write_rows(folder / "held_out.jsonl", rows)
     return recipe
 
@@ -185,6 +184,7 @@ def test_a_second_interrupt_ends_it_at_once(tiny_qwen2: Path, tmp_path: Path) ->
     assert newest_whole(folder)[0] is not None
 
 
+@pytest.mark.long
 def test_a_rank_that_dies_while_it_stops_is_no_stop(tiny_qwen2: Path, tmp_path: Path) -> None:
     """SIGTERM, then SIGABRT of a rank, as NCCL's watchdog does: a crash, not "nothing is lost"."""
     recipe, folder = (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_training_run import uft, write_recipe
+from runs import uft, write_recipe
 
 from uft_ds.training.metrics import read_metrics
 from uft_ds.training.telemetry import health, read_rows

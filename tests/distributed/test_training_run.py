@@ -7,92 +7,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import yaml
+from runs import TIMEOUT_SECONDS, losses, run, uft, write_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from uft_ds.ports import free_port
 from uft_ds.recipe_file import load_recipe
 from uft_ds.training.metrics import read_metrics
-
-TIMEOUT_SECONDS = 280
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def write_recipe(folder: Path, base: Path, **changes: Any) -> Path:
-    """A recipe of four steps on a tiny model, with instruction and scored rows of uneven length."""
-    instruction = [{"prompt": f"Say {i}", "response": "yes " * (1 + i % 5)} for i in range(16)]
-    scored = [{"prompt": f"Rate {i}", "response": "no " * (1 + i % 3), "score": i % 3 / 2} for i in range(16)]
-    tree: dict[str, Any] = {
-        "name": "tiny",
-        "model": {"base": str(base), "dtype": "float32"},
-        "lora": {"rank": 4, "alpha": 8.0},
-        "data": {
-            "max_length": 64,
-            "cache_dir": str(folder / "tokenized"),
-            "sources": [
-                {"format": "jsonl", "path": str(write_rows(folder / "instruction.jsonl", instruction))},
-                {"format": "jsonl", "path": str(write_rows(folder / "scored.jsonl", scored))},
-            ],
-            "held_out": [{"format": "jsonl", "path": str(write_rows(folder / "held_out.jsonl", scored[:5]))}],
-        },
-        "objective": {"loss": "mse", "beta": 0.1},
-        "train": {
-            "examples_per_step": 8,
-            "tokens_per_micro_batch": 64,
-            "steps": 4,
-            "lr": 1e-2,
-            "evaluate_every": 2,
-            "checkpoint_every": 2,
-            "keep_checkpoints": 1,
-        },
-        "reference": {"cache_dir": str(folder / "reference")},
-        "deepspeed": "zero3_cpu",
-        "output": str(folder / "run"),
-    }
-    for key, value in changes.items():
-        node = tree
-        *parents, leaf = key.split("__")
-        for parent in parents:
-            node = node[parent]
-        node[leaf] = value
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
-    return path
-
-
-def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A command in its own process group, killed as a whole when it takes too long."""
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "1000", **environment},
-    )
-    try:
-        out, err = process.communicate(timeout=TIMEOUT_SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        out, err = process.communicate()
-        raise AssertionError(f"still running after {TIMEOUT_SECONDS} s\n{out}\n{err}") from None
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
-
-
-def uft(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return run(sys.executable, "-m", "uft_ds", *arguments, **environment)
-
-
-def losses(folder: Path) -> list[float]:
-    return [line["loss"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +113,7 @@ def test_a_run_is_not_overwritten_unasked(finished: Path) -> None:
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+@pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.long)])
 def test_every_launcher_trains_the_same(finished: Path, tiny_qwen2: Path, tmp_path: Path, launcher: str) -> None:
     """`deepspeed --module` and torchrun give the losses of `uft train`, bit for bit."""
     recipe = write_recipe(tmp_path, tiny_qwen2)

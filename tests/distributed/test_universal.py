@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from engines import Heard, at, trained, writer_of
 from ranks import run_on_ranks
-from test_checkpoints import Heard, at, trained, writer_of
 from tiny import build_tiny_model
 from toy import toy_policy
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from engines import UNEVEN, accumulate, assert_same_step, engine_of, single_process
 from ranks import run_on_ranks
-from test_gradient_scale import UNEVEN, accumulate, assert_same_step, engine_of, single_process
 from tiny import build_tiny_model
 from toy import UFT, saved_adapter, toy_step
 

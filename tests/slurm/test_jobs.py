@@ -21,7 +21,7 @@ import pytest
 import torch
 import yaml
 from cluster import Cluster, cluster
-from safetensors.torch import load_file
+from runs import adapter, numbers
 from tiny import build_tiny_model
 
 from uft_ds.checkpoint.folder import newest_whole, step_of
@@ -31,7 +31,6 @@ pytestmark = pytest.mark.long
 
 SLURM = Path(__file__).parents[2] / "slurm"
 STEPS = 24
-OF_TIME = ("seconds", "tokens_per_second", "examples_per_second", "memory/peak_gib", "checkpoint/stall_seconds")
 
 
 @pytest.fixture(scope="module")
@@ -103,15 +102,10 @@ def ranks_of(recipe: Path) -> list[psutil.Process]:
     return sorted(found, key=lambda process: process.pid)
 
 
-def numbers(run: Path) -> list[dict[str, Any]]:
-    lines = [{k: v for k, v in line.items() if k not in OF_TIME} for line in read_metrics(run / "metrics.jsonl")]
-    return [line for line in lines if len(line) > 1]
-
-
 def assert_same_run(found: Path, expected: Path) -> None:
     assert (found / "DONE").exists()
     assert numbers(found) == numbers(expected)
-    ours, theirs = (load_file(run / "latest" / "adapter" / "adapter_model.safetensors") for run in (found, expected))
+    ours, theirs = adapter(found), adapter(expected)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
@@ -272,18 +266,24 @@ def test_another_recipe_is_refused_whatever_became_of_the_run(
 
 
 def test_a_run_that_crashes_again_and_again_is_given_up(slurm: Cluster, base: Path, tmp_path: Path) -> None:
-    """Bounded by ends without a new checkpoint in between; the first start has made one, of step 0."""
+    """Bounded by ends without a new checkpoint in between: one before the run has a folder, one that has made the
+    checkpoint of step 0, two that have made none."""
     recipe = write_recipe(tmp_path, base, steps=4000, checkpoint_every=4000)
     job, log = submit(slurm, recipe, options=("--export=ALL,UFT_MAX_CRASHES=2",))
-    for crash in range(3):
-        slurm.until(lambda: last_step(tmp_path / "run") >= 2 and len(ranks_of(recipe)) == 4, log=log)
+    for crash in range(4):
+        slurm.until(
+            lambda crash=crash: (crash == 0 or last_step(tmp_path / "run") >= 2) and len(ranks_of(recipe)) == 4, log=log
+        )
+        assert (tmp_path / "run").exists() == (crash > 0)
         os.kill(ranks_of(recipe)[0].pid, signal.SIGKILL)
         slurm.until(lambda crash=crash: log.read_text().count("=== outcome 1,") == crash + 1, log=log)
         slurm.until(lambda: not ranks_of(recipe), log=log)
-        (tmp_path / "run" / "metrics.jsonl").write_text("")  # so that steps are those of the next start
+        if crash > 0:
+            (tmp_path / "run" / "metrics.jsonl").write_text("")  # so that steps are those of the next start
     assert slurm.wait(job, log=log) == "FAILED"
-    assert restarts(slurm, job) == 2
-    assert re.findall(r"=== ended (\d) times without a new checkpoint", log.read_text()) == ["1", "2"]
+    assert restarts(slurm, job) == 3
+    assert re.findall(r"=== ended (\d) times without a new checkpoint", log.read_text()) == ["1", "1", "2"]
+    assert not list(tmp_path.glob(".uft-*"))
 
 
 def test_a_sweep_is_an_array_and_a_table(slurm: Cluster, base: Path, tmp_path: Path) -> None:

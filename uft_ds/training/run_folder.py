@@ -18,7 +18,7 @@ from uft_ds.files import write_atomically
 _OF_A_RUN = (
     "recipe.yaml", "environment.json", "reference.json", "metrics.jsonl", "tensorboard", "wandb", "checkpoints",
     "latest", "data", "status.json", "report.html", "curves.png", "health.png", "held_out.csv", "launcher.log", "DONE",
-    "quickstart.json", "identity.json", "resumed.json", "wandb-id", "slurm-crashes",
+    "quickstart.json", "identity.json", "resumed.json", "wandb-id",
 )  # fmt: skip
 
 

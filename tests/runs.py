@@ -1,0 +1,178 @@
+"""Runs of a tiny model by the command, and what they leave: shared by tests of whole runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from uft_ds.training.metrics import read_metrics
+
+TIMEOUT_SECONDS = 280
+STEPS = 6
+OF_TIME = ("seconds", "tokens_per_second", "examples_per_second", "memory/peak_gib", "checkpoint/stall_seconds")
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_recipe(folder: Path, base: Path, **changes: Any) -> Path:
+    """A recipe of four steps on a tiny model, with instruction and scored rows of uneven length."""
+    instruction = [{"prompt": f"Say {i}", "response": "yes " * (1 + i % 5)} for i in range(16)]
+    scored = [{"prompt": f"Rate {i}", "response": "no " * (1 + i % 3), "score": i % 3 / 2} for i in range(16)]
+    tree: dict[str, Any] = {
+        "name": "tiny",
+        "model": {"base": str(base), "dtype": "float32"},
+        "lora": {"rank": 4, "alpha": 8.0},
+        "data": {
+            "max_length": 64,
+            "cache_dir": str(folder / "tokenized"),
+            "sources": [
+                {"format": "jsonl", "path": str(write_rows(folder / "instruction.jsonl", instruction))},
+                {"format": "jsonl", "path": str(write_rows(folder / "scored.jsonl", scored))},
+            ],
+            "held_out": [{"format": "jsonl", "path": str(write_rows(folder / "held_out.jsonl", scored[:5]))}],
+        },
+        "objective": {"loss": "mse", "beta": 0.1},
+        "train": {
+            "examples_per_step": 8,
+            "tokens_per_micro_batch": 64,
+            "steps": 4,
+            "lr": 1e-2,
+            "evaluate_every": 2,
+            "checkpoint_every": 2,
+            "keep_checkpoints": 1,
+        },
+        "reference": {"cache_dir": str(folder / "reference")},
+        "deepspeed": "zero3_cpu",
+        "output": str(folder / "run"),
+    }
+    for key, value in changes.items():
+        node = tree
+        *parents, leaf = key.split("__")
+        for parent in parents:
+            node = node[parent]
+        node[leaf] = value
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return path
+
+
+def recipe_in(folder: Path, base: Path, **changes: Any) -> Path:
+    """With a running reward shift: a checkpoint must hold that too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {
+        "train__steps": STEPS,
+        "train__checkpoint_every": 2,
+        "train__keep_checkpoints": 2,
+        "objective__reward_shift": "ema",
+    }
+    values |= changes
+    return write_recipe(folder, base, **values)
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command in its own process group, killed as a whole when it takes too long."""
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "1000", **environment},
+    )
+    try:
+        out, err = process.communicate(timeout=TIMEOUT_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        raise AssertionError(f"still running after {TIMEOUT_SECONDS} s\n{out}\n{err}") from None
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def uft(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, "-m", "uft_ds", *arguments, **environment)
+
+
+def killed_at(recipe: Path, step: int, *, one_rank: bool = False) -> None:
+    """Train until a step's line is there, then SIGKILL the command and its ranks, or one rank alone."""
+    folder = recipe.parent / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "uft_ds", "train", str(recipe)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    try:
+        while not (folder / "metrics.jsonl").exists() or not any(
+            line["step"] >= step and "grad_norm" in line for line in read_metrics(folder / "metrics.jsonl")
+        ):
+            assert process.poll() is None, "it ended by itself"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        if one_rank:
+            os.kill(random.choice(ranks_of(folder)), signal.SIGKILL)
+            process.wait(timeout=TIMEOUT_SECONDS)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def ranks_of(folder: Path) -> list[int]:
+    """Processes that train in this folder, by `uft train` or by a launcher."""
+    found = []
+    recipes = {str(folder / "recipe.yaml"), str(folder.parent / "recipe.yaml")}
+    launchers = {"torch.distributed.run", "deepspeed.launcher.runner", "deepspeed.launcher.launch"}
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        is_launcher = launchers & set(words)
+        if "uft_ds.train" in words and recipes & set(words) and not is_launcher:
+            found.append(process.pid)
+    return sorted(found)
+
+
+def wait_for_the_end_of(folder: Path) -> None:
+    """Ranks die with their launcher, in a moment."""
+    deadline = time.monotonic() + 30
+    while ranks_of(folder):
+        assert time.monotonic() < deadline, "orphans"
+        time.sleep(0.05)
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
+
+
+def numbers(folder: Path) -> list[dict[str, Any]]:
+    """All lines of metrics.jsonl, without what depends on the clock."""
+    lines = [{k: v for k, v in line.items() if k not in OF_TIME} for line in read_metrics(folder / "metrics.jsonl")]
+    return [line for line in lines if len(line) > 1]
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "latest" / "adapter" / "adapter_model.safetensors")
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    assert numbers(found) == numbers(expected)
+    ours, theirs = adapter(found), adapter(expected)
+    assert set(ours) == set(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert json.loads((found / "latest" / "trainer.json").read_text())["step"] == STEPS
+    assert (found / "DONE").exists()
