@@ -111,6 +111,10 @@ train() {
     trap '_asked=1; echo "=== USR1: asked to stop, before the time limit or by hand $(date -Is)"' USR1
     trap 'echo "=== TERM $(date -Is)"' TERM     # Slurm signals the steps itself; this shell only outlives it
 
+    # How often this job has ended in a row without a new checkpoint: kept from one start to the next, no longer.
+    _ends=$PWD/.uft-ends-$_job _ended=0
+    [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || [ ! -f "$_ends" ] || read -r _ended <"$_ends"
+    rm -f "$_ends"
     run=$(_uft recipe show "$recipe" "$@" --key output) || return $?
     ranks=${UFT_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}}
     [ "$ranks" -gt 0 ] || ranks=2
@@ -172,7 +176,7 @@ train() {
 # What rank 0, or the first that failed, has left decides, and DONE: not srun, which has been seen to return 0 for a job
 # that had lost a node; and launchers turn all codes into 1.
 _decide() {
-    local run=$1 code=$2 before=$3 outcome=1 ends=$PWD/.uft-ends-$_job
+    local run=$1 code=$2 before=$3 outcome=1
     if [ -f "$UFT_OUTCOME" ]; then
         outcome=$(sed -n 's/.*"exit_code": *\([0-9]*\).*/\1/p' "$UFT_OUTCOME")
         [ "$outcome" = 0 ] || echo "=== what torchrun and srun print above is their way to report this end:"
@@ -181,13 +185,9 @@ _decide() {
     fi
     echo "=== outcome ${outcome:=1}, srun $code $(date -Is)"
     case $outcome in
-        2 | 3)
-            rm -f "$ends"
-            return "$outcome"
-            ;;
+        2 | 3) return "$outcome" ;;
         0)
             if [ -e "$run/DONE" ]; then
-                rm -f "$ends"
                 echo "=== done: $run"
                 return 0
             fi
@@ -195,9 +195,9 @@ _decide() {
             ;;
     esac
     if [ "$(_newest_checkpoint "$run")" = "$before" ] && ! _is_preempted; then
-        _may_end_without_progress "$ends" || return 1
+        _may_end_without_progress || return 1
     else
-        rm -f "$ends"
+        _ended=0
     fi
     _come_back "$outcome"
 }
@@ -216,7 +216,9 @@ _come_back() {
         return "$outcome"
     fi
     echo "=== requeued"
+    [ "$_ended" = 0 ] || echo "$_ended" >"$_ends"
     _scontrol requeue "$_job" && sleep 600     # Slurm ends this shell
+    rm -f "$_ends"
     return "$outcome"
 }
 
@@ -229,16 +231,9 @@ _is_preempted() {
     [ -n "$preempted" ] && [ "$preempted" != None ] && [[ ! $preempted < $started ]]
 }
 
-# Crashes and stops in a row that have left no new checkpoint, also before the run has a folder: one more than allowed
-# ends the job.
+# Counts crashes and stops in a row that have left no new checkpoint, also before the run has a folder.
 _may_end_without_progress() {
-    local ends=$1 count=0
-    [ ! -f "$ends" ] || read -r count <"$ends"
-    count=$((count + 1))
-    echo "=== ended $count times without a new checkpoint (UFT_MAX_CRASHES=${UFT_MAX_CRASHES:-3})"
-    if [ "$count" -ge "${UFT_MAX_CRASHES:-3}" ]; then
-        rm -f "$ends"
-        return 1
-    fi
-    echo "$count" >"$ends"
+    _ended=$((_ended + 1))
+    echo "=== ended $_ended times without a new checkpoint (UFT_MAX_CRASHES=${UFT_MAX_CRASHES:-3})"
+    [ "$_ended" -lt "${UFT_MAX_CRASHES:-3}" ]
 }

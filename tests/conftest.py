@@ -15,6 +15,7 @@ import torch
 from recipes import MINIMAL
 from tiny import build_tiny_model
 
+pytest.register_assert_rewrite("engines", "runs")  # they assert too, and a difference should be shown
 torch.set_num_threads(1)
 
 # The same examples each time, so that a red run is red again; others by --hypothesis-profile=search.

@@ -13,8 +13,6 @@ from uft_ds import __version__
 from uft_ds.commands import checkpoint, data, machine, model, recipe, training
 from uft_ds.errors import CheckFailed, UserError
 
-# Commands import what they need when they run: `uft --help` should not wait for torch.
-
 app = typer.Typer(
     help="One-stage fine-tuning (UFT) of large language models on DeepSpeed ZeRO-3.",
     no_args_is_help=True,

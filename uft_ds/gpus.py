@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
 from importlib import resources
@@ -17,11 +18,13 @@ class Gpu:
     """Dense, bfloat16."""
     hbm_bytes_per_second: float
     nvlink_bytes_per_second: float
+    """0: it has none."""
     pcie_bytes_per_second: float
     torch_names: tuple[str, ...]
     """What torch calls those that reach `flops_per_second`: an H100 on PCIe, or a part of one, does not."""
 
 
+@functools.cache
 def known_gpus() -> dict[str, Gpu]:
     """By the names that `uft plan --gpu` takes."""
     text = (resources.files("uft_ds") / "gpus.json").read_text(encoding="utf-8")

@@ -133,11 +133,11 @@ def steps(folder: Path, cases: list[tuple[ShiftName, int, str]]) -> Any:
 CASES: dict[int, list[tuple[ShiftName, int, str]]] = {
     1: [("prompt_mean", 512, "live"), ("kl", 512, "remembered")],
     2: [(name, 64, "live") for name in SHIFTS],
-    4: [("kl", 64, "live"), ("prompt_mean", 64, "remembered")],
+    4: [("kl", 64, "live"), ("prompt_mean", 64, "remembered"), ("ema", 64, "live"), ("constant", 64, "live")],
 }
 
 
-@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.long), 4])
+@pytest.mark.parametrize("world_size", [pytest.param(n, marks=pytest.mark.long) if n == 2 else n for n in CASES])
 def test_a_mixed_step_does_not_depend_on_who_holds_what(tiny_qwen2: Path, world_size: int) -> None:
     """Gradients and loss on 1, 2 and 4 ZeRO-3 ranks in few or many micro-batches are one process's, to 1e-5."""
     for outcomes in run_on_ranks(steps, world_size, tiny_qwen2, CASES[world_size]):

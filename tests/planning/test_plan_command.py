@@ -16,7 +16,8 @@ from uft_ds.errors import EXIT_CHECK_FAILED, EXIT_DONE
 ALTERNATIVE = {
     "type": "object",
     "required": [
-        "changes", "deepspeed", "fits", "problems", "gpu_bytes", "gpu_spare_bytes", "host_bytes", "bound_seconds",
+        "changes", "deepspeed", "fits", "problems", "lacking", "gpu_bytes", "gpu_spare_bytes", "host_bytes",
+        "bound_seconds",
     ],
     "additionalProperties": False,
     "properties": {
@@ -24,6 +25,7 @@ ALTERNATIVE = {
         "deepspeed": {"type": "string"},
         "fits": {"type": "boolean"},
         "problems": {"type": "array", "items": {"type": "string"}},
+        "lacking": {"type": "array", "items": {"type": "string"}},
         "gpu_bytes": {"type": "integer"},
         "gpu_spare_bytes": {"type": "integer"},
         "host_bytes": {"type": "integer"},
@@ -52,6 +54,7 @@ SCHEMA = numbers(
     recipe={"type": "string"},
     fits={"type": "boolean"},
     problems={"type": "array"},
+    lacking={"type": "array"},
     parameters=numbers("base", "lora", "layers"),
     cluster=numbers(
         "nodes", "gpus_per_node", "gpu_memory_bytes", "host_memory_bytes", "flops_per_second", "hbm_bytes_per_second",
@@ -85,17 +88,26 @@ SCHEMA = numbers(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "fits"),
-    [(["uft_qwen32b"], True), (["uft_qwen32b", "--gpus", "1", "--gpu-memory", "24"], False), (["sft_mistral7b"], True)],
+    ("arguments", "lacking"),
+    [
+        (["uft_qwen32b"], []),
+        (["uft_qwen32b", "--gpus", "1", "--gpu-memory", "24"], ["a GPU lacks"]),
+        (["uft_qwen32b", "--host-memory", "8"], ["a node's host memory lacks"]),
+        (["sft_mistral7b"], []),
+    ],
+    ids=["fits", "GPU", "host", "7B"],
 )
-def test_json_has_its_keys_and_the_exit_code_says_whether_it_fits(arguments: list[str], fits: bool) -> None:
+def test_json_has_its_keys_and_the_exit_code_says_whether_it_fits(arguments: list[str], lacking: list[str]) -> None:
     """Nothing but JSON on stdout, of exactly the keys in the schema."""
     result = CliRunner().invoke(app, ["plan", *arguments, "--json"])
     found = json.loads(result.stdout)
     jsonschema.validate(found, SCHEMA)
-    assert found["fits"] is fits is (not found["problems"])
-    assert result.exit_code == (EXIT_DONE if fits else EXIT_CHECK_FAILED)
-    assert (found["gpu_memory"]["spare_bytes"] >= 0) is fits
+    assert [text.rsplit(" ", 2)[0] for text in found["lacking"]] == lacking
+    assert found["problems"] == []
+    assert result.exit_code == (EXIT_CHECK_FAILED if lacking else EXIT_DONE)
+    assert (found["gpu_memory"]["spare_bytes"] >= 0) is ("a GPU lacks" not in lacking)
+    for one in (found, *found["deepspeed_files"], *found["remedies"]):
+        assert one["fits"] is (one["problems"] == one["lacking"] == [])
 
 
 def test_the_table_says_what_fits_and_what_to_take() -> None:

@@ -262,7 +262,7 @@ def test_another_recipe_is_refused_whatever_became_of_the_run(
         assert slurm.wait(job, log=log) == "FAILED", log.read_text()
         assert restarts(slurm, job) == 0
         assert "train.lr: 0.02 now, 0.01 when the run began" in log.read_text()
-    assert not list(tmp_path.glob(".uft-outcome*"))
+    assert not list(tmp_path.glob(".uft-*"))
 
 
 def test_a_run_that_crashes_again_and_again_is_given_up(slurm: Cluster, base: Path, tmp_path: Path) -> None:

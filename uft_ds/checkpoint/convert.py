@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import torch
 from transformers import GenerationConfig
@@ -38,7 +38,7 @@ from uft_ds.data.chat_tokenizer import ChatTokenizer, save_tokenizer
 from uft_ds.data.example import Sequence
 from uft_ds.data.tokenize import load_tokenizer
 from uft_ds.errors import CheckFailed, UserError
-from uft_ds.files import sync
+from uft_ds.files import NO_LOCKS, sync
 from uft_ds.model.identity import local_folder
 from uft_ds.model.load import check_base
 
@@ -179,6 +179,7 @@ def _whole_or_nothing(out: Path) -> Iterator[Path]:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with _only_writer(out):
+            _check_free(out)  # again: another conversion may have ended in the meantime
             shutil.rmtree(temporary, ignore_errors=True)
             try:
                 temporary.mkdir()
@@ -199,24 +200,35 @@ def _whole_or_nothing(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def _only_writer(out: Path) -> Iterator[None]:
-    """Within the block no other conversion writes `out`.
+    """Within the block no other conversion writes `out`, as far as the file system's locks reach.
 
     Raises:
         UserError: one does.
     """
     path = out.with_name(f".{out.name}.lock")
-    busy = UserError(f"{out}: another conversion is writing it; wait for its end, or give another folder")
-    with path.open("a") as lock:  # for writing: NFS refuses an exclusive lock otherwise
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise busy from None
-        if os.fstat(lock.fileno()).st_nlink == 0:  # its last holder has just deleted it
-            raise busy
+    with _locked(path, out):
         try:
             yield
         finally:
-            path.unlink()
+            path.unlink(missing_ok=True)
+
+
+def _locked(path: Path, out: Path) -> IO[str]:
+    while True:
+        lock = path.open("a")  # for writing: NFS refuses an exclusive lock otherwise
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            message = f"{out}: another conversion is writing it; wait for its end, or give another folder"
+            raise UserError(message) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                lock.close()
+                raise
+        if os.fstat(lock.fileno()).st_nlink > 0:
+            return lock
+        lock.close()  # its last holder has just deleted it
 
 
 def _write_configs(base: Path, folder: Path, chat: ChatTokenizer, dtype: Dtype | None) -> None:

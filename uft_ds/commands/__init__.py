@@ -1,1 +1,4 @@
-"""The subcommands of `uft`: they parse, call and print."""
+"""The subcommands of `uft`: they parse, call and print.
+
+They import what they need when they run: `uft --help` should not wait for torch.
+"""

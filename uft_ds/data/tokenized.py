@@ -28,7 +28,7 @@ from uft_ds.data.formats import FORMATS, format_named
 from uft_ds.data.reading import DataFiles, content_hash
 from uft_ds.data.store import INDEX, SequenceStore
 from uft_ds.errors import UserError
-from uft_ds.files import sha256
+from uft_ds.files import NO_LOCKS, sha256
 
 _SECONDS_OF_A_DAY = 86_400
 _OF_THE_FOLDER = (
@@ -203,7 +203,7 @@ def _locked(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            if error.errno not in NO_LOCKS:
                 raise
         yield
 

@@ -6,9 +6,9 @@ import ipaddress
 import os
 import resource
 import socket
-import threading
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
 from pathlib import Path
 
 import psutil
@@ -22,6 +22,21 @@ USUAL_PORT = 29500
 """torchrun's and deepspeed's, where none is given."""
 _GIB = 2**30
 _STORE_SECONDS = 10
+_IMPORT_SECONDS = 60  # of torch, from a slow file system
+# In a process of its own: a store that waits for an address aborts the process that would end meanwhile.
+_MEET = """
+import os, sys
+from datetime import timedelta
+from torch.distributed import TCPStore
+
+try:
+    store = TCPStore(sys.argv[1], 0, None, True, timedelta(seconds=float(sys.argv[2])), wait_for_workers=False)
+    store.set("uft", "doctor")
+    print("ok" if store.get("uft") == b"doctor" else "another answer than was stored", flush=True)
+except Exception as error:
+    print(str(error).strip().splitlines()[0], flush=True)
+os._exit(0)
+"""
 
 
 def is_on_many_nodes(environ: Mapping[str, str] = os.environ) -> bool:
@@ -80,25 +95,18 @@ def check_store(*, many_nodes: bool, host: str | None = None, seconds: float = _
     It looks names up in its own way: one without an IPv6 line has been seen to fail where others resolve it.
     """
     host = host or (socket.gethostname() if many_nodes else "127.0.0.1")
-    failure: list[str] = ["no answer"]
-
-    def meet() -> None:
-        from torch.distributed import TCPStore
-
-        try:
-            store = TCPStore(host, 0, None, True, timedelta(seconds=seconds), wait_for_workers=False)
-            store.set("uft", "doctor")
-            failure[0] = "" if store.get("uft") == b"doctor" else "another answer than was stored"
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is what was found
-            failure[0] = str(error).strip().splitlines()[0]
-
-    thread = threading.Thread(target=meet, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not failure[0]:
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _MEET, host, str(seconds)],
+            capture_output=True, text=True, timeout=seconds + _IMPORT_SECONDS, check=False,
+        )  # fmt: skip
+        failure = done.stdout.strip() or f"ended with exit code {done.returncode}"
+    except subprocess.TimeoutExpired:
+        failure = "no answer"
+    if failure == "ok":
         return Finding("torch's store", "ok", f"answers on {host}")
     remedy = f"IPv4 and ::ffff: lines for {host} in /etc/hosts" if many_nodes else "let processes connect on 127.0.0.1"
-    return Finding("torch's store", "problem", f"{host}: {failure[0]}", remedy)
+    return Finding("torch's store", "problem", f"{host}: {failure}", remedy)
 
 
 def check_ports() -> Finding:
@@ -106,9 +114,7 @@ def check_ports() -> Finding:
     try:
         port = master_port()
     except UserError as error:
-        return Finding("ports", "problem", str(error), "unset MASTER_PORT, or give a free one")
-    except OSError as error:
-        return Finding("ports", "problem", f"no port is free ({error.strerror})", "see net.ipv4.ip_local_port_range")
+        return Finding("ports", "problem", str(error), "unset MASTER_PORT, or free one")
     if not is_free(USUAL_PORT):
         remedy = f"--master-port {port} with torchrun or deepspeed by hand; `uft train` needs nothing"
         return Finding("ports", "note", f"{USUAL_PORT}, the launchers' own, is in use; {port} is free", remedy)

@@ -73,8 +73,8 @@ def cluster_of(
         card = replace(card, pcie_bytes_per_second=pcie_gbytes * GB)
     if tflops is not None:
         card = replace(card, flops_per_second=tflops * 1e12)
-    if nvlink_gbytes is not None:
-        card = replace(card, nvlink_bytes_per_second=nvlink_gbytes * GB or card.pcie_bytes_per_second)
+    nvlink = card.nvlink_bytes_per_second if nvlink_gbytes is None else nvlink_gbytes * GB
+    card = replace(card, nvlink_bytes_per_second=nvlink or card.pcie_bytes_per_second)
     return Cluster(
         nodes=nodes,
         gpus=gpus,

@@ -217,7 +217,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
     return {
         "recipe": plan.recipe_name,
         "fits": outcome.fits,
-        "problems": [*outcome.problems, *_lacking(outcome)],
+        "problems": list(outcome.problems),
+        "lacking": _lacking(outcome),
         "parameters": {
             "base": structure.num_base,
             "lora": structure.num_lora,
@@ -277,7 +278,8 @@ def _alternative(alternative: Alternative) -> dict[str, Any]:
         "changes": list(alternative.changes),
         "deepspeed": outcome.setting.deepspeed,
         "fits": outcome.fits,
-        "problems": [*outcome.problems, *_lacking(outcome)],
+        "problems": list(outcome.problems),
+        "lacking": _lacking(outcome),
         "gpu_bytes": outcome.gpu.total_bytes,
         "gpu_spare_bytes": outcome.gpu_spare_bytes,
         "host_bytes": outcome.host.total_bytes,
