@@ -30,7 +30,14 @@ STEPS, FIRST_STAGE = 25, 12
 LR, SECOND_LR = 1e-3, 3e-4
 HELD_OUT = 100
 MAX_NEW_TOKENS = 32
-METHODS = {"sft": "SFT", "sft_dpo": "SFT -> DPO", "sft_kto": "SFT -> KTO", "una": "UNA, scores", "uft": "UFT"}
+METHODS = {
+    "sft": "SFT",
+    "sft_dpo": "SFT -> DPO",
+    "sft_kto": "SFT -> KTO",
+    "sft_una": "SFT -> UNA",
+    "una": "UNA, scores",
+    "uft": "UFT",
+}
 COLUMNS = ("exactly right", "mean grade", "answer tokens", "rank correlation", "calibration error")
 
 
@@ -55,7 +62,7 @@ def write_data(folder: Path) -> None:
 
 
 def write_sweep(folder: Path, seeds: list[int]) -> Path:
-    """Six runs a seed; the first stage serves both second ones."""
+    """Seven runs a seed; the first stage serves all second ones."""
 
     def source(name: str, **more: Any) -> dict[str, Any]:
         return {"format": "jsonl", "path": str(folder / "data" / f"{name}.jsonl"), **more}
@@ -78,6 +85,7 @@ def write_sweep(folder: Path, seeds: list[int]) -> Path:
             # The held-out responses are scored ones: they need a loss, too.
             run("sft_dpo", [pairs], {"pair": "dpo", "score": "mse"}, second, SECOND_LR, after="first"),
             run("sft_kto", [split], "l1", second, SECOND_LR, after="first", shift="kl"),
+            run("sft_una", [scored], "mse", second, SECOND_LR, after="first"),
             run("una", [scored], "mse", STEPS),
             run("uft", [instruction | {"share": 0.5}, scored | {"share": 0.5}], "mse", STEPS),
         ],
@@ -125,7 +133,7 @@ def measured(run: Path, base: Path, data: Path) -> dict[str, float]:
         "exactly right": sum(map(is_correct, tasks, answers)) / len(tasks),
         "mean grade": sum(map(grade, tasks, answers)) / len(tasks),
         "answer tokens": statistics.fmean(len(tokenizer.encode(answer)) for answer in answers),
-        "rank correlation": rank_correlation(implicit, given) or 0.0,
+        "rank correlation": float(np.nan_to_num(rank_correlation(implicit, given))),
         "calibration error": calibration_error(implicit, given),
     }
     stored.parent.mkdir(exist_ok=True)

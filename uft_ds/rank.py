@@ -59,6 +59,7 @@ def main(request: StopRequest, arguments: list[str] | None = None) -> int:
     """
     status = Status(EXIT_CRASHED, "it was ended")
     try:
+        request.heed()
         status = _main(request, arguments)
         return status.exit_code
     except Stopped as stopped:

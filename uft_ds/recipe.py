@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from uft_ds.checkpoint.best import best_problem
 from uft_ds.data.example import Kind
 from uft_ds.data.formats import format_names
 from uft_ds.names import unknown_name
@@ -209,8 +210,9 @@ class TrainSection(Section):
     keep_checkpoints: Positive = 3
     """How many checkpoints are kept, the newest first."""
     keep_best: str | None = None
-    """A held-out metric, such as held_out/loss: the checkpoint at which it was best is kept, too. Of accuracies,
-    correlations and margins the highest is best, of all others the lowest."""
+    """A held-out metric, such as held_out/loss: the checkpoint at which it was best is kept, too. The lowest is best of
+    losses, errors, saturated and saturated_stuck; the highest of pair_accuracy, pair_margin, rank_correlation,
+    logp_chosen, implicit_reward_chosen and saturated_fitted; the nearest to 0 of length_correlation."""
     evaluate_every: Positive = 100
     """Steps between evaluations of the held-out data; one always follows the last step."""
 
@@ -319,8 +321,9 @@ def _impossible_best(recipe: Recipe) -> list[str]:
     train = recipe.train
     if train.keep_best is None:
         return []
-    if not train.keep_best.startswith("held_out/"):
-        return [f"{train.keep_best!r} is no held-out metric, such as held_out/loss"]
+    problem = best_problem(train.keep_best)
+    if problem is not None:
+        return [problem]
     if not recipe.data.held_out:
         return ["needs data.held_out, which is empty"]
     if train.checkpoint_every % train.evaluate_every and train.evaluate_every % train.checkpoint_every:

@@ -19,7 +19,7 @@ def run() -> int:
     """Run one rank; returns the exit code."""
     request = listen()
     try:
-        # Only now, for these imports take seconds, in which a signal would be fatal without a word.
+        # Only now, for these imports take seconds, in which a signal would be fatal without a word; it is noted.
         from uft_ds.rank import main
 
         return main(request)

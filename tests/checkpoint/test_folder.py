@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from checkpoints import files_below, whole_checkpoint
 
-from uft_ds.checkpoint.folder import checkpoint_problem, checkpoints_of, latest_checkpoint, newest_whole, set_aside
+from uft_ds.checkpoint.folder import (
+    best_checkpoint,
+    checkpoint_problem,
+    checkpoints_of,
+    latest_checkpoint,
+    newest_whole,
+    set_aside,
+    step_of,
+)
 from uft_ds.checkpoint.manifest import write_manifest
 from uft_ds.errors import UserError
+from uft_ds.training.run_folder import RunFolder
 
 
 def test_the_newest_checkpoint_is_taken(tmp_path: Path) -> None:
@@ -93,3 +103,27 @@ def test_a_checkpoint_that_is_set_aside_counts_no_more(tmp_path: Path) -> None:
         assert aside.name == "step-000001.damaged"
         assert (aside / "mark").read_bytes() == content
         assert not checkpoints_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "best"),
+    [
+        ("held_out/loss", [0.3, 0.2, 0.2], 2),
+        ("held_out/rank_correlation/score", [None, 0.1, 0.3], 3),
+        ("held_out/logp_chosen/pair", [-10.0, -5.0, -20.0], 2),
+        ("held_out/implicit_reward_chosen/pair", [0.0, -1.0, None], 1),
+        ("held_out/length_correlation/score", [-0.5, 0.4, -0.3], 3),
+        ("held_out/rank_correlation/score", [None, None, None], None),
+    ],
+)
+def test_the_best_checkpoint_by_a_metric(
+    tmp_path: Path, metric: str, values: list[float | None], best: int | None
+) -> None:
+    """By the metric's own direction; the earliest of equals, and never one at which it is undefined."""
+    folder = RunFolder(tmp_path)
+    with folder.metrics.open("w") as file:
+        for step, value in enumerate(values, start=1):
+            whole_checkpoint(tmp_path / "checkpoints" / f"step-{step:06d}")
+            file.write(json.dumps({"step": step, metric: value}) + "\n")
+    found = best_checkpoint(folder, metric)
+    assert (None if found is None else step_of(found)) == best

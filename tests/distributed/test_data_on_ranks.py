@@ -127,7 +127,8 @@ def test_every_kind_trains_in_one_run(tiny_qwen2: Path, tmp_path: Path) -> None:
     assert lines[0]["loss/pair/dpo"] == pytest.approx(math.log(2)), "margins are 0 before the first step"
     assert lines[0]["loss/binary"] == pytest.approx(0.5)
     state = json.loads((tmp_path / "run" / "latest" / "trainer.json").read_text())
-    assert state["reward_shift"] == pytest.approx(last["reward_shift"], rel=1e-6), "the shift is in the checkpoint"
+    shift = 0.01 * state["log_ratio_shift"]  # of scores and labels, whose beta is the default
+    assert shift == pytest.approx(last["reward_shift"], rel=1e-6), "the shift is in the checkpoint"
     assert 0.2 < counts["pair"] / sum(counts.values()) < 0.4
     report = json.loads((tmp_path / "run" / "data" / "report.json").read_text())
     assert [row["responses"] for row in report["train"]] == [12, 12, 6, 6]

@@ -13,6 +13,7 @@ import torch
 from runs import TIMEOUT_SECONDS, losses, run, uft, write_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from uft_ds.errors import EXIT_STOPPED
 from uft_ds.ports import free_port
 from uft_ds.recipe_file import load_recipe
 from uft_ds.training.metrics import read_metrics
@@ -215,7 +216,7 @@ def test_a_run_stopped_while_its_ranks_start_leaves_none(tiny_qwen2: Path, tmp_p
         said += process.communicate(timeout=60)[0]
     finally:
         process.kill()
-    assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130), said
+    assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else EXIT_STOPPED), said
     assert "Traceback" not in said
     deadline = time.monotonic() + 60
     while _processes_naming(str(tmp_path)) and time.monotonic() < deadline:

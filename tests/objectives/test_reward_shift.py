@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -172,16 +173,17 @@ class OneRank:
 
 
 def shifts_by(
-    name: ShiftName, sequences: Seq[Sequence], rewards: Seq[float], number: float = 7.0, pair: str = "mse"
+    name: ShiftName, sequences: Seq[Sequence], rewards: Seq[float], nats: float = 70.0, pair: str = "mse"
 ) -> list[float] | None:
-    """The shift of each response, at beta 0.1, of a step that is one micro-batch."""
+    """The shift of each response of a step that is one micro-batch, at beta 0.1, of pairs 0.4. rewards: at beta 0.1."""
     uft = of_kinds(
         {"instruction": {"nll": 1.0}, "score": {"mse": 1.0}, "pair": {pair: 1.0}}, shift=RewardShift(name, value=0.25)
     )
+    uft = replace(uft, of_kind={**uft.of_kind, "pair": replace(uft.of_kind["pair"], beta=0.4)})
     batch, reference_R = micro_batch(sequences), torch.full((len(rewards),), -3.0).double()
     done = Forwarded(batch, reference_R + 10 * torch.tensor(rewards).double(), reference_R)
     engine: Any = OneRank()
-    shifts_R = shifts_of(engine, uft, Step(0, tuple(sequences)), [batch], [done], number)[0]
+    shifts_R = shifts_of(engine, uft, Step(0, tuple(sequences)), [batch], [done], nats)[0]
     return None if shifts_R is None else shifts_R.tolist()
 
 
@@ -193,11 +195,17 @@ def test_no_shift_is_none() -> None:
     assert shifts_by("none", SINGLES, [1.0, 2.0, 3.0]) is None
 
 
-@pytest.mark.parametrize(("name", "number"), [("constant", 0.25), ("ema", 7.0), ("kl", 7.0)])
-def test_one_number_for_all_that_meet_their_scores(name: ShiftName, number: float) -> None:
-    """The recipe's value, or what the step before went on with; 0 for kinds under a likelihood or a loss of pairs."""
-    assert shifts_by(name, SINGLES, [1.0, 2.0, 3.0]) == [number, 0.0, number]
-    assert shifts_by(name, SINGLES, [1.0, 2.0, 3.0], pair="dpo") == [number, 0.0, 0.0]
+def test_a_constant_is_a_reward() -> None:
+    """The recipe's value, whatever beta; 0 for kinds under a likelihood or a loss of pairs."""
+    assert shifts_by("constant", SINGLES, [1.0, 2.0, 3.0]) == [0.25, 0.0, 0.25]
+    assert shifts_by("constant", SINGLES, [1.0, 2.0, 3.0], pair="dpo") == [0.25, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("name", ["ema", "kl"])
+def test_each_kind_is_shifted_by_its_own_beta(name: ShiftName) -> None:
+    """As if it were trained alone: 70 nats are a reward of 7 at beta 0.1, and of 28 at 0.4."""
+    assert shifts_by(name, SINGLES, [1.0, 2.0, 3.0]) == pytest.approx([7.0, 0.0, 28.0])
+    assert shifts_by(name, SINGLES, [1.0, 2.0, 3.0], pair="dpo") == pytest.approx([7.0, 0.0, 0.0])
 
 
 def test_means_of_prompts_by_hand() -> None:
@@ -215,4 +223,4 @@ def test_means_of_prompts_leave_out_what_meets_no_score() -> None:
     one_prompt = [single("score", 0.5, 2), single("instruction", 1.0, 3), single("score", 0.1, 4)]
     assert shifts_by("prompt_mean", one_prompt, [1.0, 9.0, 3.0]) == pytest.approx([2.0, 0.0, 2.0])
     assert shifts_by("prompt_mean", one_prompt[:2], [1.0, 9.0]) == [0.0, 0.0]
-    assert shifts_by("prompt_mean", pair(0, (2, 3)), [1.0, -2.0]) == pytest.approx([-0.5, -0.5])
+    assert shifts_by("prompt_mean", pair(0, (2, 3)), [1.0, -2.0]) == pytest.approx([-2.0, -2.0]), "at beta 0.4"

@@ -25,15 +25,26 @@ def handlers() -> Iterator[None]:
 def test_before_the_first_step_a_signal_ends_the_rank(number: signal.Signals) -> None:
     """Wherever it is; a second one does not disturb the leaving."""
     request = listen()
+    request.heed()
     with pytest.raises(Stopped, match=f"stopped by {number.name} before it trained"):
         os.kill(os.getpid(), number)
     os.kill(os.getpid(), signal.SIGTERM)
     assert request.number == number
 
 
+def test_while_modules_are_imported_it_is_noted() -> None:
+    """The first one; it ends the rank afterwards."""
+    request = listen()
+    os.kill(os.getpid(), signal.SIGUSR1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Stopped, match="stopped by SIGUSR1 before it trained"):
+        request.heed()
+
+
 def test_while_steps_are_run_it_is_noted() -> None:
     """The first one; until all ranks ask each other."""
     request = listen()
+    request.heed()
     request.only_note()
     os.kill(os.getpid(), signal.SIGUSR1)
     os.kill(os.getpid(), signal.SIGTERM)

@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+from uft_ds.checkpoint.best import badness
 from uft_ds.checkpoint.manifest import MANIFEST, manifest_problem, recorded_files
 from uft_ds.checkpoint.shards import world_size_of
 from uft_ds.checkpoint.state import TRAINER
@@ -17,8 +18,6 @@ ADAPTER, OPTIMIZER = "adapter", "optimizer"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = f"{ADAPTER}/adapter_model.safetensors", f"{ADAPTER}/adapter_config.json"
 _PREFIX = "step-"
 _DAMAGED = ".damaged"
-HIGHER_IS_BETTER = ("accuracy", "correlation", "margin")
-"""Words in a metric's name; of others, less is better."""
 
 
 def name_of(step: int) -> str:
@@ -100,9 +99,10 @@ def latest_checkpoint(run: Path) -> Path:
 
 def best_checkpoint(folder: RunFolder, metric: str) -> Path | None:
     """Of the checkpoints that are there, the one at whose step the metric was best; the earliest of equals."""
-    sign = -1.0 if any(word in metric for word in HIGHER_IS_BETTER) else 1.0
     values = {
-        line["step"]: sign * line[metric] for line in read_metrics(folder.metrics) if line.get(metric) is not None
+        line["step"]: badness(metric, line[metric])
+        for line in read_metrics(folder.metrics)
+        if line.get(metric) is not None
     }
     known = [path for path in checkpoints_of(folder.path) if step_of(path) in values]
     return min(known, key=lambda path: (values[step_of(path)], step_of(path)), default=None)

@@ -16,12 +16,12 @@ TRAINER = "trainer.json"
 class TrainerState:
     """All that a step depends on besides weights, optimiser and the recipe: the data's order is the step's number.
 
-    reward_shift: what the reward shift goes on with: its running mean, or the last step's value.
+    log_ratio_shift: what the reward shift goes on with, nats: its running mean, or the last step's value.
     """
 
     step: int
     skipped_steps: int
-    reward_shift: float = 0.0
+    log_ratio_shift: float = 0.0
 
     @property
     def updates(self) -> int:
@@ -52,7 +52,7 @@ def read_position(checkpoint: Path) -> Position:
     path = checkpoint / TRAINER
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        state = TrainerState(int(content["step"]), int(content["skipped_steps"]), float(content["reward_shift"]))
+        state = TrainerState(int(content["step"]), int(content["skipped_steps"]), float(content["log_ratio_shift"]))
         return Position(state, int(content["metrics_bytes"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not where a run stood ({type(error).__name__}: {error})") from None

@@ -144,6 +144,12 @@ def rewards_of(objective: Objective, micro_batch: MicroBatch, logps_R: Tensor, r
     return Rewards(log_ratios_R, implicit_reward(log_ratios_R, _on_device(factors, log_ratios_R.device)))
 
 
+def log_ratios_of(objective: Objective, micro_batch: MicroBatch, logps_R: Tensor, reference_logps_R: Tensor) -> Tensor:
+    """What betas multiply: [responses], float32, nats, a token where the kind's losses compare means."""
+    lengths = [objective.length_of(response) for response in micro_batch.responses]
+    return (logps_R - reference_logps_R).float() / _on_device(lengths, logps_R.device)
+
+
 def micro_batch_loss(
     objective: Objective,
     micro_batch: MicroBatch,

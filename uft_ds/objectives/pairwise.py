@@ -122,9 +122,14 @@ def odds_ratio(pairs: Pairs, constants: PairConstants) -> Tensor:
 
     The preference part of ORPO (2403.07691) Eq. 7. No reference, no beta.
     """
+    return -F.logsigmoid(_difference(log_odds(pairs.logps_P2 / pairs.tokens_P2)))
+
+
+def log_odds(logps: Tensor) -> Tensor:
+    """log p - log(1 - p) of log-probs, nats: of any shape, floating point."""
     # At probability 1 the odds are infinite and their slope is not a number.
-    logps_P2 = (pairs.logps_P2 / pairs.tokens_P2).clamp(max=-_LEAST_NATS)
-    return -F.logsigmoid(_difference(logps_P2 - _log1mexp(logps_P2)))
+    logps = logps.clamp(max=-_LEAST_NATS)
+    return logps - _log1mexp(logps)
 
 
 PAIR_LOSSES: dict[str, PairLoss] = {

@@ -1,13 +1,16 @@
 """What is subtracted from the implicit rewards before they meet the scores: an estimate of c or f(x) of UNA's Eq. 6.
 
-It is a number, without gradient. Where several responses are needed for it, they are those of the whole step: neither
-the packing nor the world size plays a part.
+It is without gradient. Where several responses are needed for it, they are those of the whole step: neither the packing
+nor the world size plays a part.
 
     none         r = beta * log_ratio: the paper's choice
-    constant     a given number
-    ema          the running mean of the rewards of the steps before this one: BCO (arXiv 2404.04656), exponentially
-    kl           max(0, mean reward of mismatched prompts and responses), of this step: KTO (2402.01306)
-    prompt_mean  the mean reward of this step's responses to the same prompt, where there are two or more
+    constant     a given number, of rewards
+    ema          the running mean of the log-ratios of the steps before this one: BCO (arXiv 2404.04656), exponentially
+    kl           max(0, mean log-ratio of mismatched prompts and responses), of this step: KTO (2402.01306)
+    prompt_mean  the mean log-ratio of this step's responses to the same prompt, where there are two or more
+
+The last three are in nats (a token, where lengths are normalised), and each response's own beta makes a reward of them:
+kinds with other betas share one estimate, each in its own unit, and a beta that changes over the run is no error in it.
 """
 
 from __future__ import annotations
@@ -35,15 +38,15 @@ class RewardShift:
 
 
 def next_running_mean(before: float, step_mean: float, decay: float) -> float:
-    """The shift of the step after the one whose rewards have this mean."""
+    """The shift of the step after the one whose log-ratios have this mean, nats."""
     return decay * before + (1 - decay) * step_mean
 
 
-def kl_shift(mismatched_rewards: Seq[float]) -> float:
-    """KTO's reference point z0; 0 where a step has nothing to mismatch, and not a number where a reward is none."""
-    if not len(mismatched_rewards):
+def kl_shift(mismatched_log_ratios: Seq[float]) -> float:
+    """KTO's reference point, z0 / beta; 0 where a step has nothing to mismatch, and not a number where one is none."""
+    if not len(mismatched_log_ratios):
         return 0.0
-    mean = float(np.mean(mismatched_rewards))
+    mean = float(np.mean(mismatched_log_ratios))
     return 0.0 if mean < 0 else mean
 
 

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +23,7 @@ from uft_ds.training.engine import Engine
 from uft_ds.training.metrics import step_metrics
 from uft_ds.training.reference_cache import ReferenceCache
 from uft_ds.training.signals import NEVER, Stop
-from uft_ds.training.step import forward, rows_of, shifts_of
+from uft_ds.training.step import Forwarded, forward, rows_of, shifts_of
 
 HUGGING_FACE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 """Nats a token. float32 paths differ by rounding (1e-5); bfloat16 logits are rounded to 3 digits by the model
@@ -155,37 +155,40 @@ def evaluate(
     shift: float = 0.0,
     stop: Stop = NEVER,
 ) -> Evaluation:
-    """A step's metrics, over held-out data.
+    """A step's metrics, over held-out data: as if it were one step, whatever the groups.
 
     Raises:
         Stopped: between two groups; nothing of it is kept.
     """
     # A pair's number is its own within a group only.
     terms = sum((Counter(count_terms(objective, group.responses)) for group in groups), Counter())
-    loss = torch.zeros((), dtype=torch.float64, device=engine.device)
-    sums = torch.zeros(2, len(KINDS), len(LOSSES), dtype=torch.float64, device=engine.device)
-    tables: list[np.ndarray] = []
-    origins: list[str] = []
+    done: list[list[Forwarded]] = []
     with engine.evaluating(), reference.all_or_nothing():
         for group in groups:
             stop.check()
-            micro_batches = reference.micro_batches(engine, group, tokens_per_micro_batch)
-            done = forward(engine, micro_batches, reference)
-            shifts = shifts_of(engine, objective, group, [part.batch for part in done], done, shift)
-            for part, shifts_R in zip(done, shifts, strict=True):
-                share, parts = micro_batch_loss(
-                    objective, part.batch, terms, part.logps_R, part.reference_logps_R, shifts_R
-                )
-                loss += share
-                sums += parts
+            done.append(forward(engine, reference.micro_batches(engine, group, tokens_per_micro_batch), reference))
             reference.learn(engine, group)
-            own = [response.origin for part in done for response in part.batch.responses]
-            of_ranks, names = zip(*engine.gather_objects((rows_of(objective, done, shifts), own)), strict=True)
-            tables.append(np.concatenate(of_ranks))
-            origins += chain.from_iterable(names)
-    rows = _with_distinct_pairs(tables)
-    metrics = step_metrics(objective, float(engine.sum_over_ranks(loss)), engine.sum_over_ranks(sums), rows)
-    return Evaluation({f"held_out/{name}": value for name, value in metrics.items()}, rows, origins)
+    whole = Step(0, tuple(sequence for group in groups for sequence in group.sequences))
+    parts = list(chain.from_iterable(done))
+    shifts = shifts_of(engine, objective, whole, [part.batch for part in parts], parts, shift)
+    loss = torch.zeros((), dtype=torch.float64, device=engine.device)
+    sums = torch.zeros(2, len(KINDS), len(LOSSES), dtype=torch.float64, device=engine.device)
+    for part, shifts_R in zip(parts, shifts, strict=True):
+        share, own_sums = micro_batch_loss(objective, part.batch, terms, part.logps_R, part.reference_logps_R, shifts_R)
+        loss += share
+        sums += own_sums
+    tables: list[np.ndarray] = []
+    origins: list[str] = []
+    shift_of_part = iter(shifts)
+    for of_group in done:
+        own = [response.origin for part in of_group for response in part.batch.responses]
+        rows = rows_of(objective, of_group, list(islice(shift_of_part, len(of_group))))
+        of_ranks, names = zip(*engine.gather_objects((rows, own)), strict=True)
+        tables.append(np.concatenate(of_ranks))
+        origins += chain.from_iterable(names)
+    table = _with_distinct_pairs(tables)
+    metrics = step_metrics(objective, float(engine.sum_over_ranks(loss)), engine.sum_over_ranks(sums), table)
+    return Evaluation({f"held_out/{name}": value for name, value in metrics.items()}, table, origins)
 
 
 def _with_distinct_pairs(tables: Seq[np.ndarray]) -> np.ndarray:

@@ -68,7 +68,7 @@ def train(
             )
             current = objective_at(objective, step.index / max(1, len(steps) - 1))
             result, metrics, shift = run_step(
-                engine, current, step, rate, settings.tokens_per_micro_batch, reference, state.reward_shift
+                engine, current, step, rate, settings.tokens_per_micro_batch, reference, state.log_ratio_shift
             )
             state = TrainerState(state.step + 1, state.skipped_steps + result.skipped, shift)
             seconds = time.perf_counter() - started
@@ -113,7 +113,8 @@ def _evaluate_and_report(
 ) -> None:
     if not held_out:
         return
-    found = evaluate(engine, objective, held_out, settings.tokens_per_micro_batch, reference, state.reward_shift, stop)
+    shift, tokens = state.log_ratio_shift, settings.tokens_per_micro_batch
+    found = evaluate(engine, objective, held_out, tokens, reference, shift, stop)
     if settings.keep_best is not None and settings.keep_best not in found.metrics:
         known = tuple(found.metrics)
         raise UserError(f"train.keep_best: {unknown_name(settings.keep_best, known)}")

@@ -43,7 +43,7 @@ def step_metrics(objective: Objective, loss: float, sums: Tensor, rows: np.ndarr
             metrics[f"loss/{kind}"] = sum(of.losses[name] * mean for name, mean in means.items())
         if len(means) > 1:
             metrics |= {f"loss/{kind}/{name}": mean for name, mean in means.items()}
-    return metrics | health(rows)
+    return metrics | health(rows, objective)
 
 
 def peak_memory_gib() -> float:

@@ -4,8 +4,9 @@
     SIGTERM     pre-emption, scancel, kill
     SIGINT      Ctrl-C
 
-Before the first step there is nothing to save: a signal ends a rank where it is. While steps are run it is only noted,
-for a rank that left by itself would leave the others in a collective.
+Before the first step there is nothing to save: a signal ends a rank where it is. It is only noted while modules are
+imported, for an import that is broken off may be swallowed and leave a library half there; and while steps are run, for
+a rank that left by itself would leave the others in a collective.
 """
 
 from __future__ import annotations
@@ -24,23 +25,36 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.number = 0
-        self._is_noted_only = False
+        self._is_heeded = False
 
     def hear(self, number: int, frame: FrameType | None = None) -> None:
         """A signal's handler.
 
         Raises:
-            Stopped: at once, until `only_note` is called. A second signal changes nothing: launchers send several.
+            Stopped: at once, between `heed` and `only_note`. A second signal changes nothing: launchers send several.
         """
         if self.number:
             return
         self.number = number
-        if not self._is_noted_only:
-            raise Stopped(f"stopped by {name_of(number)} before it trained; nothing is lost")
+        if self._is_heeded:
+            self._leave()
+
+    def heed(self) -> None:
+        """From now on a signal ends this rank.
+
+        Raises:
+            Stopped: one has come already.
+        """
+        self._is_heeded = True
+        if self.number:
+            self._leave()
 
     def only_note(self) -> None:
-        """From now on a signal is noted, and nothing else."""
-        self._is_noted_only = True
+        """From now on a signal is noted, and nothing else, as it is at first."""
+        self._is_heeded = False
+
+    def _leave(self) -> None:
+        raise Stopped(f"stopped by {name_of(self.number)} before it trained; nothing is lost")
 
 
 class Stop:

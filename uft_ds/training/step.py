@@ -19,7 +19,7 @@ from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.data.mixture import Step
 from uft_ds.errors import CheckFailed
 from uft_ds.objectives.losses import LOSSES
-from uft_ds.objectives.objective import Objective, count_terms, micro_batch_loss, rewards_of
+from uft_ds.objectives.objective import Objective, count_terms, log_ratios_of, micro_batch_loss
 from uft_ds.objectives.reward_shift import (
     kl_shift,
     mismatched,
@@ -43,7 +43,7 @@ class Forwarded:
 
 
 class StepOutcome(NamedTuple):
-    """shift: the number that the reward shift goes on with: the running mean, or the last step's."""
+    """shift: what the reward shift goes on with, nats: the running mean, or the last step's."""
 
     result: StepResult
     metrics: dict[str, float]
@@ -62,14 +62,15 @@ def run_step(
     """One optimiser step, and its metrics: over the responses of the whole step.
 
     Args:
-        shift: what the step before went on with.
+        shift: what the step before went on with, nats.
     """
     num_terms = count_terms(objective, step.responses)
+    before = shift
     if objective.shift.name == "kl":
         shift = _kl_of(engine, objective, step, tokens_per_micro_batch)
     ahead: list[Forwarded] = []
     if objective.shift.name == "prompt_mean":
-        # A response's shift depends on rewards of the whole step, for which no backward can wait.
+        # A response's shift depends on log-ratios of the whole step, for which no backward can wait.
         shared = _of_repeated_prompts(objective, step)
         with engine.evaluating():
             ahead = forward(engine, reference.micro_batches(engine, shared, tokens_per_micro_batch), reference)
@@ -99,7 +100,7 @@ def run_step(
     moved = rows["shift"][_is_pointwise(objective, rows)]
     if objective.shift.name != "none" and len(moved):
         metrics["reward_shift"] = float(moved.mean())
-    return StepOutcome(result, metrics, _next_shift(objective, rows, shift))
+    return StepOutcome(result, metrics, _next_shift(objective, rows, before, shift))
 
 
 def forward(engine: Engine, micro_batches: Seq[tuple[MicroBatch, bool]], reference: ReferenceCache) -> list[Forwarded]:
@@ -123,21 +124,25 @@ def shifts_of(
 
     Args:
         forwarded: log-probs of the responses to repeated prompts at least, for `prompt_mean`.
-        shift: the number of this step, for `ema` and `kl`.
+        shift: this step's, nats, for `ema` and `kl`.
     """
     name = objective.shift.name
     if name == "none":
         return [None for _ in batches]
-    number = objective.shift.value if name == "constant" else 0.0 if name == "prompt_mean" else shift
-    of_response = _prompt_means(engine, objective, step, forwarded) if name == "prompt_mean" else {}
+    means = _prompt_means(engine, objective, step, forwarded) if name == "prompt_mean" else {}
+
+    def shift_of(key: bytes, response: Response) -> float:
+        if not objective.has_pointwise(response.kind):
+            return 0.0
+        if name == "constant":
+            return objective.shift.value
+        nats = means.get((key, response.kind), 0.0) if name == "prompt_mean" else shift
+        return objective.of_kind[response.kind].beta * nats
+
     return [
-        torch.tensor(
-            [
-                of_response.get((key, response.kind), number) if objective.has_pointwise(response.kind) else 0.0
-                for key, response in zip(batch.response_keys, batch.responses, strict=True)
-            ],
-            dtype=torch.float32,
-        ).to(engine.device, non_blocking=True)
+        torch.tensor(list(map(shift_of, batch.response_keys, batch.responses)), dtype=torch.float32).to(
+            engine.device, non_blocking=True
+        )
         for batch in batches
     ]
 
@@ -172,26 +177,26 @@ def _repeated(objective: Objective, step: Step) -> set[bytes]:
 def _prompt_means(
     engine: Engine, objective: Objective, step: Step, forwarded: Seq[Forwarded]
 ) -> dict[tuple[bytes, Kind], float]:
-    """The mean reward of the responses to each repeated prompt, by the response's name and kind."""
+    """The mean log-ratio of the responses to each repeated prompt, by the response's name and kind, nats."""
     own: dict[tuple[bytes, Kind], float] = {}
     for part in forwarded:
         if part.reference_logps_R is not None:
-            rewards_R = rewards_of(objective, part.batch, part.logps_R, part.reference_logps_R).rewards_R
+            log_ratios_R = log_ratios_of(objective, part.batch, part.logps_R, part.reference_logps_R)
             names = zip(part.batch.response_keys, (r.kind for r in part.batch.responses), strict=True)
-            own |= dict(zip(names, rewards_R.tolist(), strict=True))
-    rewards = {name: reward for of_rank in engine.gather_objects(own) for name, reward in of_rank.items()}
+            own |= dict(zip(names, log_ratios_R.tolist(), strict=True))
+    log_ratios = {name: ratio for of_rank in engine.gather_objects(own) for name, ratio in of_rank.items()}
     repeated = _repeated(objective, step)
     members: dict[bytes, list[tuple[bytes, Kind]]] = {}
     for sequence, response, key in _pointwise_spans(objective, step):
         prompt = prompt_of(sequence, response)
         if prompt in repeated:
             members.setdefault(prompt, []).append((key, response.kind))
-    means = {prompt: float(np.mean([rewards[name] for name in names])) for prompt, names in members.items()}
+    means = {prompt: float(np.mean([log_ratios[name] for name in names])) for prompt, names in members.items()}
     return {name: means[prompt] for prompt, names in members.items() for name in names}
 
 
 def _kl_of(engine: Engine, objective: Objective, step: Step, tokens_per_micro_batch: int) -> float:
-    """KTO's reference point: rewards of mismatched prompts and responses of this step, both streams, no gradient."""
+    """KTO's reference point, of mismatched prompts and responses of this step: both streams, no gradient; nats."""
     spans = [(sequence, response) for sequence, response, _ in _pointwise_spans(objective, step)]
     joined = Step(step.index, mismatched(spans))
     if not joined.sequences:
@@ -201,9 +206,9 @@ def _kl_of(engine: Engine, objective: Objective, step: Step, tokens_per_micro_ba
         for batch in engine.micro_batches(joined, tokens_per_micro_batch):
             logps_R, reference_logps_R = engine(batch)
             assert reference_logps_R is not None
-            own += rewards_of(objective, batch, logps_R, reference_logps_R).rewards_R.tolist()
+            own += log_ratios_of(objective, batch, logps_R, reference_logps_R).tolist()
     # Sorted, so that the sum does not depend on which rank held what.
-    return kl_shift(sorted(reward for of_rank in engine.gather_objects(own) for reward in of_rank))
+    return kl_shift(sorted(ratio for of_rank in engine.gather_objects(own) for ratio in of_rank))
 
 
 def _pointwise_spans(objective: Objective, step: Step) -> list[tuple[Sequence, Response, bytes]]:
@@ -216,13 +221,16 @@ def _pointwise_spans(objective: Objective, step: Step) -> list[tuple[Sequence, R
     ]
 
 
-def _next_shift(objective: Objective, rows: np.ndarray, shift: float) -> float:
+def _next_shift(objective: Objective, rows: np.ndarray, before: float, shift: float) -> float:
+    """Of a step that went wrong, nothing is kept: neither in the running mean nor for the held-out data."""
     if objective.shift.name != "ema":
+        return shift if math.isfinite(shift) else before
+    pointwise = rows[_is_pointwise(objective, rows)]
+    betas = np.array([objective.of_kind[kind].beta for kind in KINDS])
+    log_ratios = np.sort(pointwise["reward"] / betas[pointwise["kind"]])
+    if not len(log_ratios) or not np.isfinite(log_ratios).all():
         return shift
-    rewards = np.sort(rows["reward"][_is_pointwise(objective, rows)])
-    if not len(rewards) or not np.isfinite(rewards).all():
-        return shift
-    return next_running_mean(shift, float(rewards.mean()), objective.shift.decay)
+    return next_running_mean(shift, float(log_ratios.mean()), objective.shift.decay)
 
 
 def _is_pointwise(objective: Objective, rows: np.ndarray) -> np.ndarray:

@@ -1,0 +1,49 @@
+"""Which of two values of a held-out metric is the better one: what `train.keep_best` goes by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from uft_ds.data.example import KINDS
+from uft_ds.objectives.losses import LOSSES
+
+Best = Literal["lowest", "highest", "nearest to 0"]
+
+BEST: Mapping[str, Best] = {
+    **dict.fromkeys(("loss", "score_error", "calibration_error", "saturated", "saturated_stuck"), "lowest"),
+    **dict.fromkeys(
+        (
+            "pair_accuracy", "pair_margin", "rank_correlation", "logp_chosen", "implicit_reward_chosen",
+            "saturated_fitted",
+        ),
+        "highest",
+    ),
+    "length_correlation": "nearest to 0",
+}  # fmt: skip
+"""By a metric's name between `held_out/` and its kind; of any other, no value is better than another."""
+
+
+def best_problem(metric: str) -> str | None:
+    """Why no checkpoint can be the best one by this metric, or None."""
+    prefix, *parts = metric.split("/")
+    if prefix != "held_out" or not parts:
+        return f"{metric!r} is no held-out metric, such as held_out/loss"
+    base, *of = parts
+    if base not in BEST:
+        return f"{metric!r} given, of which no value is the best; take {_known()}"
+    is_whole = base == "loss" and (not of or (len(of) == 2 and of[1] in LOSSES))
+    if (of and of[0] not in KINDS) or not (is_whole or len(of) == 1):
+        return f"{metric!r} given, which is never measured; take {_known()}"
+    return None
+
+
+def badness(metric: str, value: float) -> float:
+    """Less is better."""
+    best = BEST[metric.split("/")[1]]
+    return value if best == "lowest" else -value if best == "highest" else abs(value)
+
+
+def _known() -> str:
+    names = ", ".join(name for name in BEST if name != "loss")
+    return f"held_out/loss, held_out/loss/KIND, or held_out/NAME/KIND; NAME: {names}; KIND: {', '.join(KINDS)}"
