@@ -33,6 +33,10 @@ _job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}
 _job=${_job:-${SLURM_JOB_ID:-}}
 _step=-1            # number of the newest step of this job: each srun is one
 _asked=0            # 1 once the batch shell has got USR1
+_ended=0            # how often the job has ended in a row without a new checkpoint: kept from one start to the next
+_ends=$PWD/.uft-ends-$_job
+[ "${SLURM_RESTART_COUNT:-0}" = 0 ] || [ ! -f "$_ends" ] || read -r _ended <"$_ends"
+[ -z "$_job" ] || rm -f "$_ends"
 
 # shellcheck disable=SC2086
 _run() { ${UFT_EXEC:-} "$@"; }
@@ -111,10 +115,6 @@ train() {
     trap '_asked=1; echo "=== USR1: asked to stop, before the time limit or by hand $(date -Is)"' USR1
     trap 'echo "=== TERM $(date -Is)"' TERM     # Slurm signals the steps itself; this shell only outlives it
 
-    # How often this job has ended in a row without a new checkpoint: kept from one start to the next, no longer.
-    _ends=$PWD/.uft-ends-$_job _ended=0
-    [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || [ ! -f "$_ends" ] || read -r _ended <"$_ends"
-    rm -f "$_ends"
     run=$(_uft recipe show "$recipe" "$@" --key output) || return $?
     ranks=${UFT_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}}
     [ "$ranks" -gt 0 ] || ranks=2
@@ -188,6 +188,7 @@ _decide() {
         2 | 3) return "$outcome" ;;
         0)
             if [ -e "$run/DONE" ]; then
+                [ "$(_newest_checkpoint "$run")" = "$before" ] || _ended=0    # a stage that was done before is no progress
                 echo "=== done: $run"
                 return 0
             fi
@@ -217,8 +218,11 @@ _come_back() {
     fi
     echo "=== requeued"
     [ "$_ended" = 0 ] || echo "$_ended" >"$_ends"
-    _scontrol requeue "$_job" && sleep 600     # Slurm ends this shell
-    rm -f "$_ends"
+    if _scontrol requeue "$_job"; then
+        sleep 600     # Slurm ends it, and then this shell
+    else
+        rm -f "$_ends"
+    fi
     return "$outcome"
 }
 

@@ -211,8 +211,8 @@ class TrainSection(Section):
     """How many checkpoints are kept, the newest first."""
     keep_best: str | None = None
     """A held-out metric, such as held_out/loss: the checkpoint at which it was best is kept, too. The lowest is best of
-    losses, errors, saturated and saturated_stuck; the highest of pair_accuracy, pair_margin, rank_correlation,
-    logp_chosen, implicit_reward_chosen and saturated_fitted; the nearest to 0 of length_correlation."""
+    losses and errors; the highest of pair_accuracy, pair_margin, rank_correlation, logp_chosen and
+    implicit_reward_chosen; the nearest to 0 of length_correlation."""
     evaluate_every: Positive = 100
     """Steps between evaluations of the held-out data; one always follows the last step."""
 

@@ -18,9 +18,6 @@ from uft_ds.training.telemetry import ROW, health
         ("held_out/loss/pair/dpo", [0.5, 2.0]),
         ("held_out/score_error/score", [0.1, 0.2]),
         ("held_out/calibration_error/score", [0.1, 0.2]),
-        ("held_out/saturated/score", [0.0, 0.5]),
-        ("held_out/saturated_stuck/score", [0.0, 0.5]),
-        ("held_out/saturated_fitted/score", [0.5, 0.0]),
         ("held_out/pair_accuracy/pair", [0.9, 0.5]),
         ("held_out/pair_margin/pair", [3.0, -1.0]),
         ("held_out/rank_correlation/binary", [0.9, -1.0]),
@@ -41,11 +38,15 @@ def test_the_best_value_by_its_metric(metric: str, best_first: list[float]) -> N
     [
         ("loss", "is no held-out metric, such as held_out/loss"),
         ("held_out", "is no held-out metric"),
-        *((f"held_out/{name}/score", "of which no value is the best") for name in ("responses", "implicit_score")),
+        *(
+            (f"held_out/{name}/score", "of which no value is the best")
+            for name in ("responses", "implicit_score", "saturated")
+        ),
         ("held_out/log_ratio/pair", "of which no value is the best"),
         ("held_out/implicit_reward_rejected/pair", "of which no value is the best"),
         ("held_out/los", "of which no value is the best"),
         ("held_out/", "of which no value is the best"),
+        ("held_out/pair_accuracy/score", "which is never measured"),
         ("held_out/rank_correlation", "which is never measured"),
         ("held_out/rank_correlation/pairs", "which is never measured"),
         ("held_out/rank_correlation/pair/dpo", "which is never measured"),

@@ -120,7 +120,9 @@ def test_a_name_that_means_another_machine(many_nodes: bool, state: str) -> None
 def test_torchs_store_answers_here_and_not_at_an_unknown_name() -> None:
     """On 127.0.0.1; a name that cannot exist is a problem within the seconds given."""
     assert check_store(many_nodes=False).state == "ok"
-    assert check_store(many_nodes=True, host="nowhere.invalid", seconds=2.0).state == "problem"
+    unknown = check_store(many_nodes=True, host="nowhere.invalid", seconds=2.0)
+    assert unknown.state == "problem"
+    assert "timed out" in unknown.found
 
 
 def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

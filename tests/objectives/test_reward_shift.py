@@ -203,7 +203,7 @@ def test_a_constant_is_a_reward() -> None:
 
 @pytest.mark.parametrize("name", ["ema", "kl"])
 def test_each_kind_is_shifted_by_its_own_beta(name: ShiftName) -> None:
-    """As if it were trained alone: 70 nats are a reward of 7 at beta 0.1, and of 28 at 0.4."""
+    """One estimate in nats: 70 of them are a reward of 7 at beta 0.1, and of 28 at 0.4."""
     assert shifts_by(name, SINGLES, [1.0, 2.0, 3.0]) == pytest.approx([7.0, 0.0, 28.0])
     assert shifts_by(name, SINGLES, [1.0, 2.0, 3.0], pair="dpo") == pytest.approx([7.0, 0.0, 0.0])
 

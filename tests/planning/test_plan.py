@@ -389,7 +389,7 @@ def test_a_card_that_is_not_known_is_planned_by_its_figures() -> None:
     on_pcie = outcome(on=cluster(nvlink_gbytes=0, pcie_gbytes=32)).by_mode["lockstep"]
     assert on_pcie.time.nvlink_seconds == pytest.approx(on_pcie.traffic.nvlink_bytes / 32e9)
     with pytest.raises(UserError, match=r"--gpu: .*--tflops"):
-        cluster(gpu="l40s")
+        cluster(gpu="l4")
 
 
 def test_bad_input_is_answered() -> None:

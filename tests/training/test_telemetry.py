@@ -391,6 +391,7 @@ def test_numbers_that_are_none_do_not_end_the_run(broken: str, number: int | sli
     if broken in ("reward", "all") and number == 0:
         assert math.isnan(found["implicit_reward/pair"])
         assert math.isnan(found["calibration_error/pair"])
+        assert math.isnan(found["saturated/pair"])
         assert math.isnan(found["pair_accuracy/pair"])
         assert math.isnan(found["rank_correlation/pair"])
 

@@ -11,17 +11,18 @@ from uft_ds.objectives.losses import LOSSES
 Best = Literal["lowest", "highest", "nearest to 0"]
 
 BEST: Mapping[str, Best] = {
-    **dict.fromkeys(("loss", "score_error", "calibration_error", "saturated", "saturated_stuck"), "lowest"),
+    **dict.fromkeys(("loss", "score_error", "calibration_error"), "lowest"),
     **dict.fromkeys(
         (
             "pair_accuracy", "pair_margin", "rank_correlation", "logp_chosen", "implicit_reward_chosen",
-            "saturated_fitted",
         ),
         "highest",
     ),
     "length_correlation": "nearest to 0",
 }  # fmt: skip
 """By a metric's name between `held_out/` and its kind; of any other, no value is better than another."""
+
+_OF_PAIRS = ("pair_accuracy", "pair_margin", "logp_chosen", "implicit_reward_chosen")
 
 
 def best_problem(metric: str) -> str | None:
@@ -33,7 +34,7 @@ def best_problem(metric: str) -> str | None:
     if base not in BEST:
         return f"{metric!r} given, of which no value is the best; take {_known()}"
     is_whole = base == "loss" and (not of or (len(of) == 2 and of[1] in LOSSES))
-    if (of and of[0] not in KINDS) or not (is_whole or len(of) == 1):
+    if (of and of[0] not in KINDS) or not (is_whole or len(of) == 1) or (base in _OF_PAIRS and of[0] != "pair"):
         return f"{metric!r} given, which is never measured; take {_known()}"
     return None
 

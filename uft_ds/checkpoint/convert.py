@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -226,8 +226,9 @@ def _locked(path: Path, out: Path) -> IO[str]:
             if error.errno not in NO_LOCKS:
                 lock.close()
                 raise
-        if os.fstat(lock.fileno()).st_nlink > 0:
-            return lock
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                return lock
         lock.close()  # its last holder has just deleted it
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from uft_ds.data.example import KINDS, Sequence
-from uft_ds.data.micro_batch import micro_batch
+from uft_ds.data.micro_batch import MicroBatch, micro_batch
 from uft_ds.data.mixture import Step
 from uft_ds.data.store import Pool
 from uft_ds.errors import CheckFailed
@@ -166,9 +166,11 @@ def evaluate(
     with engine.evaluating(), reference.all_or_nothing():
         for group in groups:
             stop.check()
-            done.append(forward(engine, reference.micro_batches(engine, group, tokens_per_micro_batch), reference))
+            forwarded = forward(engine, reference.micro_batches(engine, group, tokens_per_micro_batch), reference)
+            done.append([replace(part, batch=_without_tokens(part.batch)) for part in forwarded])
             reference.learn(engine, group)
-    whole = Step(0, tuple(sequence for group in groups for sequence in group.sequences))
+    of_all = groups if objective.shift.name == "prompt_mean" else ()
+    whole = Step(0, tuple(sequence for group in of_all for sequence in group.sequences))
     parts = list(chain.from_iterable(done))
     shifts = shifts_of(engine, objective, whole, [part.batch for part in parts], parts, shift)
     loss = torch.zeros((), dtype=torch.float64, device=engine.device)
@@ -189,6 +191,12 @@ def evaluate(
     table = _with_distinct_pairs(tables)
     metrics = step_metrics(objective, float(engine.sum_over_ranks(loss)), engine.sum_over_ranks(sums), table)
     return Evaluation({f"held_out/{name}": value for name, value in metrics.items()}, table, origins)
+
+
+def _without_tokens(batch: MicroBatch) -> MicroBatch:
+    """What losses and metrics read of it: they wait for all groups, while tokens need not stay on the device."""
+    none = batch.token_ids_T[:0].clone()
+    return replace(batch, token_ids_T=none, position_ids_T=none, predictors_N=none, targets_N=none, response_of_N=none)
 
 
 def _with_distinct_pairs(tables: Seq[np.ndarray]) -> np.ndarray:

@@ -100,7 +100,7 @@ def run_step(
     moved = rows["shift"][_is_pointwise(objective, rows)]
     if objective.shift.name != "none" and len(moved):
         metrics["reward_shift"] = float(moved.mean())
-    return StepOutcome(result, metrics, _next_shift(objective, rows, before, shift))
+    return StepOutcome(result, metrics, before if result.skipped else _next_shift(objective, rows, before, shift))
 
 
 def forward(engine: Engine, micro_batches: Seq[tuple[MicroBatch, bool]], reference: ReferenceCache) -> list[Forwarded]:
@@ -222,7 +222,7 @@ def _pointwise_spans(objective: Objective, step: Step) -> list[tuple[Sequence, R
 
 
 def _next_shift(objective: Objective, rows: np.ndarray, before: float, shift: float) -> float:
-    """Of a step that went wrong, nothing is kept: neither in the running mean nor for the held-out data."""
+    """What is not finite is not kept: neither in the running mean nor for the held-out data."""
     if objective.shift.name != "ema":
         return shift if math.isfinite(shift) else before
     pointwise = rows[_is_pointwise(objective, rows)]

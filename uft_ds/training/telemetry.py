@@ -183,6 +183,8 @@ def _against_reference(rows: np.ndarray) -> dict[str, float]:
 
 def _saturation(rows: np.ndarray) -> dict[str, float]:
     scores = rows["implicit_score"]
+    if not np.isfinite(scores).all():
+        return dict.fromkeys(("saturated", "saturated_fitted", "saturated_stuck"), float("nan"))
     saturated = scores * (1 - scores) < SATURATED_BELOW
     stuck = saturated & (np.abs(scores - rows["score"]) > FITTED_WITHIN)
     return {
