@@ -132,8 +132,6 @@ def test_every_kind_trains_in_one_run(tiny_qwen2: Path, tmp_path: Path) -> None:
     assert 0.2 < counts["pair"] / sum(counts.values()) < 0.4
     report = json.loads((tmp_path / "run" / "data" / "report.json").read_text())
     assert [row["responses"] for row in report["train"]] == [12, 12, 6, 6]
-    merged = uft("convert", str(tmp_path / "run"), str(tmp_path / "merged"))
-    assert merged.returncode == 0, merged.stdout + merged.stderr
 
 
 def test_preview_shows_masks_and_what_is_left_out(tiny_qwen2: Path, tmp_path: Path) -> None:

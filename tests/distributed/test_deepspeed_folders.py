@@ -108,7 +108,7 @@ def saved_by_a_plain_loop(base: Path, folder: Path, zero: dict[str, Any], bf16: 
     ("zero", "bf16"),
     [
         pytest.param({"stage": 1}, True, marks=pytest.mark.long),
-        ({"stage": 2}, True),
+        pytest.param({"stage": 2}, True, marks=pytest.mark.long),
         ({"stage": 3}, True),
         pytest.param({"stage": 3, "offload_optimizer": {"device": "cpu"}}, False, marks=pytest.mark.long),
         ({"stage": 2, "parameter_alignment": True}, False),

@@ -70,7 +70,10 @@ def steps(folder: Path, file: str, model: dict[str, Any]) -> Any:
 
 @pytest.mark.parametrize(
     ("architecture", "tied", "model"),
-    [("qwen2", False, {}), ("llama", True, {"gradient_checkpointing": True})],
+    [
+        pytest.param("qwen2", False, {}, marks=pytest.mark.long),
+        ("llama", True, {"gradient_checkpointing": True}),
+    ],
 )
 def test_a_copy_in_every_group_gives_the_same_step(
     tmp_path: Path, architecture: Any, tied: bool, model: dict[str, Any]

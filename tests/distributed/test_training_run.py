@@ -114,7 +114,8 @@ def test_a_run_is_not_overwritten_unasked(finished: Path) -> None:
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_every_launcher_trains_the_same(finished: Path, tiny_qwen2: Path, tmp_path: Path, launcher: str) -> None:
     """`deepspeed --module` and torchrun give the losses of `uft train`, bit for bit."""
     recipe = write_recipe(tmp_path, tiny_qwen2)
@@ -132,7 +133,10 @@ def test_every_launcher_trains_the_same(finished: Path, tiny_qwen2: Path, tmp_pa
 
 @pytest.mark.parametrize(
     ("dtype", "lora_dtype", "deepspeed", "loss"),
-    [("bfloat16", "float32", "zero3_cpu", "mse"), ("bfloat16", "bfloat16", "zero2", "nll")],
+    [
+        pytest.param("bfloat16", "float32", "zero3_cpu", "mse", marks=pytest.mark.long),
+        ("bfloat16", "bfloat16", "zero2", "nll"),
+    ],
 )
 def test_other_types_stages_and_losses_train(
     tiny_qwen2: Path, tmp_path: Path, dtype: str, lora_dtype: str, deepspeed: str, loss: str

@@ -36,6 +36,7 @@ def doctor(cwd: Path, *options: str, **environ: str) -> subprocess.CompletedProc
     )
 
 
+@pytest.mark.long
 def test_this_installation_is_proven_and_nothing_stays(tmp_path: Path) -> None:
     """Real ranks sum, a toy is trained: exit 0, JSON alone on stdout, folder, cache and home as they were."""
     cwd, home, cache = (tmp_path / name for name in ("cwd", "home", "cache"))

@@ -15,6 +15,7 @@ def test_two_ranks_hold_and_send_what_was_planned(tmp_path: Path) -> None:
     assert {row.name: row.missed() for row in rows if row.missed()} == {}
 
 
+@pytest.mark.long
 def test_a_second_copy_inside_a_node_leaves_adapters_alone_to_cross(tmp_path: Path) -> None:
     """`zero_hpz_partition_size` 2 on 4 ranks: of all ranks' gathers only the adapters', once a step."""
     folder = write_model(tmp_path / "small", SIZES["small"])
