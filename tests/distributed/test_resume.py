@@ -313,7 +313,8 @@ def test_other_ranks_go_on(unbroken: Path, tiny_qwen2: Path, tmp_path: Path) -> 
     for ours, theirs in zip(numbers(tmp_path / "run"), numbers(unbroken), strict=True):
         assert ours["step"] == theirs["step"]
         for name, value in theirs.items():
-            assert ours[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+            undefined = value is None  # a correlation of responses that are all equal
+            assert ours[name] == (None if undefined else pytest.approx(value, rel=1e-4, abs=1e-5)), name
 
 
 KILLS, STEPS_UNDER_FIRE = 20, 60
