@@ -276,7 +276,7 @@ def test_a_run_that_crashes_again_and_again_is_given_up(slurm: Cluster, base: Pa
         )
         assert (tmp_path / "run").exists() == (crash > 0)
         os.kill(ranks_of(recipe)[0].pid, signal.SIGKILL)
-        # Of the first one the outcome may be 85: before it trains, a rank that its launcher ends has been asked to stop.
+        # Of the first one it may be 85: before it trains, a rank that its launcher ends has been asked to stop.
         slurm.until(lambda crash=crash: log.read_text().count("=== outcome ") == crash + 1, log=log)
         slurm.until(lambda: not ranks_of(recipe), log=log)
         if crash > 0:
