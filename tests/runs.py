@@ -107,16 +107,21 @@ def uft(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     return run(sys.executable, "-m", "uft_ds", *arguments, **environment)
 
 
-def killed_at(recipe: Path, step: int, *, one_rank: bool = False) -> None:
-    """Train until a step's line is there, then SIGKILL the command and its ranks, or one rank alone."""
-    folder = recipe.parent / "run"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "uft_ds", "train", str(recipe)],
+def started(recipe: Path, *options: str) -> subprocess.Popen[bytes]:
+    """`uft train`, silent, in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "uft_ds", "train", str(recipe), *options],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+
+
+def killed_at(recipe: Path, step: int, *, one_rank: bool = False) -> None:
+    """Train until a step's line is there, then SIGKILL the command and its ranks, or one rank alone."""
+    folder = recipe.parent / "run"
+    process = started(recipe)
     deadline = time.monotonic() + TIMEOUT_SECONDS
     try:
         while not (folder / "metrics.jsonl").exists() or not any(

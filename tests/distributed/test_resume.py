@@ -28,6 +28,7 @@ from runs import (
     ranks_of,
     recipe_in,
     run,
+    started,
     uft,
     wait_for_the_end_of,
 )
@@ -373,13 +374,7 @@ def kill(recipe: Path, is_now: Callable[[], bool], *, one_rank: bool, wait: bool
 
     wait: until no rank is left; otherwise the next start meets those that are about to die.
     """
-    process = subprocess.Popen(
-        [sys.executable, "-m", "uft_ds", "train", str(recipe), "--resume"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    process = started(recipe, "--resume")
     deadline = time.monotonic() + TIMEOUT_SECONDS
     try:
         while not is_now() and process.poll() is None:

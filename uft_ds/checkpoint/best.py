@@ -13,13 +13,10 @@ Best = Literal["lowest", "highest", "nearest to 0"]
 BEST: Mapping[str, Best] = {
     **dict.fromkeys(("loss", "score_error", "calibration_error"), "lowest"),
     **dict.fromkeys(
-        (
-            "pair_accuracy", "pair_margin", "rank_correlation", "logp_chosen", "implicit_reward_chosen",
-        ),
-        "highest",
+        ("pair_accuracy", "pair_margin", "rank_correlation", "logp_chosen", "implicit_reward_chosen"), "highest"
     ),
     "length_correlation": "nearest to 0",
-}  # fmt: skip
+}
 """By a metric's name between `held_out/` and its kind; of any other, no value is better than another."""
 
 _OF_PAIRS = ("pair_accuracy", "pair_margin", "logp_chosen", "implicit_reward_chosen")

@@ -114,7 +114,7 @@ def check_ports() -> Finding:
     try:
         port = master_port()
     except UserError as error:
-        return Finding("ports", "problem", str(error), "unset MASTER_PORT, or free one")
+        return Finding("ports", "problem", str(error), "unset MASTER_PORT, or give a free one")
     if not is_free(USUAL_PORT):
         remedy = f"--master-port {port} with torchrun or deepspeed by hand; `uft train` needs nothing"
         return Finding("ports", "note", f"{USUAL_PORT}, the launchers' own, is in use; {port} is free", remedy)
