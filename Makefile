@@ -32,7 +32,7 @@ test: install ## Fast tests (under 10 minutes)
 test-long: install ## Tests on the real small model and real data
 	$(BIN)/python -m pytest -m long
 	@# These run in `make test` too, without the real tokenizer where nothing has fetched it yet.
-	$(BIN)/python -m pytest tests/data/test_tokenize.py
+	$(BIN)/python -m pytest tests/data/tokens/test_tokenize.py
 
 lint: install ## Formatting, lint and types
 	$(BIN)/ruff format --check --quiet .

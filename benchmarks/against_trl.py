@@ -65,7 +65,7 @@ class Result:
 
 
 def deepspeed_file(zero: dict[str, int]) -> dict[str, Any]:
-    from uft_ds.training.engine import deepspeed_config, read_deepspeed_file
+    from uft_ds.engine.engine import deepspeed_config, read_deepspeed_file
 
     file = read_deepspeed_file("zero3_cpu")
     file["zero_optimization"] |= zero
@@ -80,11 +80,11 @@ def run_ours(work: Workload, adapter: Path) -> Result:
 
     from uft_ds.data.example import Response, Sequence
     from uft_ds.data.mixture import Step
-    from uft_ds.model.adapters import add_adapters
-    from uft_ds.model.load import decoder_layer_class, load_base
-    from uft_ds.model.uft_model import UFTModel
-    from uft_ds.training.engine import Engine, partitioned_loading
-    from uft_ds.training.reference_cache import ReferenceCache
+    from uft_ds.engine.engine import Engine, partitioned_loading
+    from uft_ds.known.cache import ReferenceCache
+    from uft_ds.streams.adapters import add_adapters
+    from uft_ds.streams.load import decoder_layer_class, load_base
+    from uft_ds.streams.model import UFTModel
     from uft_ds.training.step import run_step
 
     def sequence(row: dict[str, Any], number: int) -> Sequence:
@@ -127,7 +127,7 @@ def run_trl(work: Workload, adapter: Path, leaf: bool) -> Result:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import KTOConfig, KTOTrainer
 
-    from uft_ds.process import returning_freed_memory
+    from uft_ds.host.process import returning_freed_memory
 
     losses: list[float] = []
     seconds: list[float] = []
@@ -207,8 +207,8 @@ def start_from(policy: Any, adapter: Path) -> None:
 def write_adapter(base: Path, adapter: Path) -> None:
     from safetensors.torch import save_file
 
-    from uft_ds.model.adapters import add_adapters
-    from uft_ds.model.load import load_base
+    from uft_ds.streams.adapters import add_adapters
+    from uft_ds.streams.load import load_base
 
     model = load_base(str(base), revision=None, dtype=torch.float32, attention="sdpa", gradient_checkpointing=False)
     policy = add_adapters(model, rank=LORA_RANK, alpha=ALPHA, targets="all-linear", dtype=torch.float32, seed=1)
@@ -326,7 +326,7 @@ def compare(console: Console, model: Path | None) -> list[Any]:
 
 
 def real_model() -> Path | None:
-    from uft_ds.model.smollm2 import NAME, default_cache_dir, is_complete
+    from uft_ds.examples.smollm2 import NAME, default_cache_dir, is_complete
 
     folder = default_cache_dir() / NAME
     return folder if is_complete(folder) else None

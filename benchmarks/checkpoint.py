@@ -53,8 +53,8 @@ def build_base(folder: Path, gigabytes: float) -> Path:
     """A model written shard by shard."""
     from transformers import Qwen2Config
 
-    from uft_ds.checkpoint.streamed_logps import empty_model
-    from uft_ds.checkpoint.weight_files import TensorInfo, write_model
+    from uft_ds.export.streamed_logps import empty_model
+    from uft_ds.export.weight_files import TensorInfo, write_model
 
     shares = 2 + 2 * KEY_VALUE_HEADS / HEADS
     layer_bytes = 2 * (shares * HIDDEN * HIDDEN + 3 * HIDDEN * MLP)
@@ -97,11 +97,11 @@ def trained_engine(base: str) -> tuple[Any, Any]:
     from toy import UFT, toy_step
 
     from uft_ds.data.packing import rank_micro_batches
-    from uft_ds.model.adapters import add_adapters
-    from uft_ds.model.load import decoder_layer_class, load_base
-    from uft_ds.model.uft_model import UFTModel
+    from uft_ds.engine.engine import Engine, deepspeed_config, partitioned_loading, read_deepspeed_file
     from uft_ds.objectives.objective import count_terms, micro_batch_loss
-    from uft_ds.training.engine import Engine, deepspeed_config, partitioned_loading, read_deepspeed_file
+    from uft_ds.streams.adapters import add_adapters
+    from uft_ds.streams.load import decoder_layer_class, load_base
+    from uft_ds.streams.model import UFTModel
 
     file = read_deepspeed_file("zero3_cpu")
     file["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
@@ -124,11 +124,11 @@ def save_by(way: str, base: str, folder: str) -> dict[str, float]:
     """On each rank: what a save of a freshly trained engine takes."""
     from torch import distributed
 
-    from uft_ds.checkpoint.save import CheckpointWriter
     from uft_ds.checkpoint.state import Position, TrainerState
-    from uft_ds.training.reference_cache import ReferenceCache
-    from uft_ds.training.report import SilentReporter
-    from uft_ds.training.run_folder import RunFolder
+    from uft_ds.checkpoint.writer import CheckpointWriter
+    from uft_ds.known.cache import ReferenceCache
+    from uft_ds.record.report import SilentReporter
+    from uft_ds.record.run_folder import RunFolder
 
     engine, policy = trained_engine(base)
     deepspeed = engine.deepspeed
@@ -160,13 +160,13 @@ def save_by(way: str, base: str, folder: str) -> dict[str, float]:
 
 def imports_alone(base: Path, adapter: Path, out: Path) -> None:
     """What any of these programs needs before it has done anything."""
-    import uft_ds.checkpoint.merge  # noqa: F401
+    import uft_ds.export.merge  # noqa: F401
 
 
 def merge_ours(base: Path, adapter: Path, out: Path) -> None:
-    from uft_ds.checkpoint.low_rank import read_low_rank
-    from uft_ds.checkpoint.merge import write_merged
-    from uft_ds.checkpoint.weight_files import WeightFiles
+    from uft_ds.export.low_rank import read_low_rank
+    from uft_ds.export.merge import write_merged
+    from uft_ds.export.weight_files import WeightFiles
 
     out.mkdir()
     shutil.copyfile(base / "config.json", out / "config.json")
@@ -195,8 +195,8 @@ def copy_files(base: Path, adapter: Path, out: Path) -> None:
 
 def check_ours(base: Path, adapter: Path, out: Path) -> None:
     """`out`: the merged model."""
-    from uft_ds.checkpoint.agreement import compare, sample_sequences
-    from uft_ds.data.tokenize import load_tokenizer
+    from uft_ds.data.tokens.tokenize import load_tokenizer
+    from uft_ds.export.agreement import compare, sample_sequences
 
     found = compare(base, adapter, out, sample_sequences(load_tokenizer(str(base))))
     print(f"merged model: {found.summary}, the largest log-ratio is {found.largest_nats:.2g} nats")

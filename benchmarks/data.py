@@ -50,13 +50,13 @@ from sources import rules, write_rows
 
 from uft_ds.data import building, chat_template
 from uft_ds.data.bins import fewest_micro_steps
-from uft_ds.data.chat_tokenizer import ChatTokenizer
 from uft_ds.data.mixture import Ingredient, plan_steps
 from uft_ds.data.packing import imbalance, pack
-from uft_ds.data.prepare import PreparedSource, Source, Tolerance, prepare_source
-from uft_ds.data.store import Selection, SequenceStore
-from uft_ds.data.tokenize import load_tokenizer
-from uft_ds.model.smollm2 import NAME, default_cache_dir
+from uft_ds.data.sources import PreparedSource, Source, Tolerance, prepare_source
+from uft_ds.data.store.sequences import Selection, SequenceStore
+from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
+from uft_ds.data.tokens.tokenize import load_tokenizer
+from uft_ds.examples.smollm2 import NAME, default_cache_dir
 
 MAX_LENGTH = 2048
 ROWS_PADDED_TOGETHER = 8

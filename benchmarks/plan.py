@@ -43,14 +43,14 @@ from toy import UFT, toy_model, toy_sequences
 
 from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.data.mixture import Step
-from uft_ds.model.load import check_base, decoder_layer_class
+from uft_ds.engine.engine import Engine, deepspeed_config, partitioned_loading, read_deepspeed_file
 from uft_ds.objectives.objective import count_terms, micro_batch_loss
 from uft_ds.planning import parts
 from uft_ds.planning.activations import activations_of
 from uft_ds.planning.memory import head_saved_bytes
 from uft_ds.planning.sharding import sharding_of
 from uft_ds.planning.structure import ITEM_BYTES, Lora, structure_of
-from uft_ds.training.engine import Engine, deepspeed_config, partitioned_loading, read_deepspeed_file
+from uft_ds.streams.load import check_base, decoder_layer_class
 
 SENT_BAR, HELD_BAR = 0.01, 0.10
 STEPS_BEFORE, STEPS = 2, 2
@@ -124,7 +124,7 @@ def zero3(cell: Cell) -> dict[str, Any]:
 
 
 def _one_layer(folder: Path) -> Any:
-    from uft_ds.model.load import empty_base
+    from uft_ds.streams.load import empty_base
 
     return empty_base(check_base(str(folder), None)).get_decoder().layers[0]
 

@@ -102,9 +102,9 @@ def held_out_by_score(run: Path, base: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from uft_ds.evaluation.log_probs import hugging_face_logps
-    from uft_ds.prepare import open_data
-    from uft_ds.recipe_file import load_recipe
-    from uft_ds.training.run_folder import RunFolder
+    from uft_ds.recipe.file import load_recipe
+    from uft_ds.record.run_folder import RunFolder
+    from uft_ds.run.prepare import open_data
 
     recipe = load_recipe(str(run / "recipe.yaml"))
     held_out = [source.selection for source in open_data(recipe, RunFolder(run)).held_out]
@@ -127,7 +127,7 @@ def held_out_by_score(run: Path, base: Path) -> None:
 
 
 def print_curve(run: Path) -> None:
-    from uft_ds.training.metrics import read_metrics
+    from uft_ds.record.metrics import read_metrics
 
     lines = [line for line in read_metrics(run / "metrics.jsonl") if "grad_norm" in line]
     quarter = max(1, len(lines) // 4)
@@ -158,7 +158,7 @@ def main() -> None:
     data = Path(os.environ.get("UFT_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
     if not data.is_dir():
         sys.exit(f"no real data at {data}; set UFT_TEST_DATA")
-    from uft_ds.model.smollm2 import quickstart_model
+    from uft_ds.examples.smollm2 import quickstart_model
 
     base = quickstart_model()
     recipe = write_recipe(data, base, options.folder, steps=options.steps)

@@ -46,10 +46,10 @@ from toy import UFT, toy_model, toy_sequences
 
 from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.data.mixture import Step
-from uft_ds.model.load import decoder_layer_class
+from uft_ds.engine.engine import Engine, deepspeed_config, read_deepspeed_file
+from uft_ds.known.cache import ReferenceCache, fill
 from uft_ds.objectives.objective import count_terms, micro_batch_loss
-from uft_ds.training.engine import Engine, deepspeed_config, read_deepspeed_file
-from uft_ds.training.reference_cache import ReferenceCache, fill
+from uft_ds.streams.load import decoder_layer_class
 
 HIDDEN, LAYERS, VOCABULARY = 256, 4, 4096
 WARM_UP_STEPS, STEPS = 2, 4

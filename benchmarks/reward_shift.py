@@ -19,7 +19,7 @@ from pathlib import Path
 
 
 def write_pairs(path: Path, count: int) -> None:
-    from uft_ds.data.verifiable import write
+    from uft_ds.examples.verifiable import write
 
     data = write(path.parent / "rows", num_prompts=4 * count, num_held_out=1)
     pairs = [
@@ -36,7 +36,7 @@ def seconds_after_the_first(run: Path) -> float:
 
 
 def main() -> None:
-    from uft_ds.model.smollm2 import quickstart_model
+    from uft_ds.examples.smollm2 import quickstart_model
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=6)

@@ -43,7 +43,7 @@ COLUMNS = ("exactly right", "mean grade", "answer tokens", "rank correlation", "
 
 def write_data(folder: Path) -> None:
     """The same prompts three ways: right answers; a response with its score; a right and a flawed answer as a pair."""
-    from uft_ds.data.verifiable import flawed_response, generate, grade, write
+    from uft_ds.examples.verifiable import flawed_response, generate, grade, write
 
     data = write(folder, num_prompts=1200, num_held_out=HELD_OUT)
     rng = random.Random("study")
@@ -98,7 +98,7 @@ def write_sweep(folder: Path, seeds: list[int]) -> Path:
 
 def measured(run: Path, base: Path, data: Path) -> dict[str, float]:
     """What a finished run's policy does on held-out data; remembered beside the runs, under its adapter's hash."""
-    from uft_ds.model.identity import adapter_identity
+    from uft_ds.streams.identity import adapter_identity
 
     stored = data.parent / "measured" / f"{run.name}-{adapter_identity(run / 'latest' / 'adapter')[:16]}.json"
     if stored.exists():
@@ -106,13 +106,13 @@ def measured(run: Path, base: Path, data: Path) -> dict[str, float]:
         return found
     from peft import PeftModel
 
-    from uft_ds.data.building import RowRules
-    from uft_ds.data.prepare import Source, Tolerance, prepare_source
-    from uft_ds.data.tokenize import load_tokenizer
-    from uft_ds.data.verifiable import grade, is_correct, read_tasks
+    from uft_ds.data.sources import Source, Tolerance, prepare_source
+    from uft_ds.data.store.building import RowRules
+    from uft_ds.data.tokens.tokenize import load_tokenizer
     from uft_ds.evaluation.generate import generate_responses, load_for_generation
     from uft_ds.evaluation.log_probs import hugging_face_logps
-    from uft_ds.training.telemetry import calibration_error, rank_correlation
+    from uft_ds.examples.verifiable import grade, is_correct, read_tasks
+    from uft_ds.record.telemetry import calibration_error, rank_correlation
 
     model, tokenizer = load_for_generation(base)
     policy: Any = PeftModel.from_pretrained(model, str(run / "latest" / "adapter"))
@@ -142,7 +142,7 @@ def measured(run: Path, base: Path, data: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    from uft_ds.model.smollm2 import quickstart_model
+    from uft_ds.examples.smollm2 import quickstart_model
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="1,2,3")

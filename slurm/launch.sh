@@ -123,7 +123,7 @@ train() {
     MASTER_ADDR=$(_scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     [ -n "$MASTER_ADDR" ] || { echo "no host name for $SLURM_JOB_NODELIST" >&2; return 1; }
     # This shell is on the first node, where the port must be free.
-    MASTER_PORT=$(_run python -c 'from uft_ds.ports import free_port; print(free_port())')
+    MASTER_PORT=$(_run python -c 'from uft_ds.host.ports import free_port; print(free_port())')
     export MASTER_ADDR MASTER_PORT
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((${SLURM_CPUS_ON_NODE:-1} > ranks ? SLURM_CPUS_ON_NODE / ranks : 1))}
     export NCCL_DEBUG=${NCCL_DEBUG:-WARN} TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}

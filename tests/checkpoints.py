@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from uft_ds.checkpoint.manifest import MANIFEST, Written, write_manifest
-from uft_ds.files import sha256
+from uft_ds.host.files import sha256
 
 
 def files_below(folder: Path) -> dict[str, Written]:

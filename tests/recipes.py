@@ -3,7 +3,7 @@
 import pytest
 
 from uft_ds.errors import UserError
-from uft_ds.recipe_file import load_recipe
+from uft_ds.recipe.file import load_recipe
 
 MINIMAL = """\
 name: small

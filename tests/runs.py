@@ -17,7 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from uft_ds.training.metrics import read_metrics
+from uft_ds.record.metrics import read_metrics
 
 TIMEOUT_SECONDS = 280
 STEPS = 6

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from uft_ds.data.building import RowRules
 from uft_ds.data.example import Example, Response
-from uft_ds.data.store import SequenceStore
+from uft_ds.data.store.building import RowRules
+from uft_ds.data.store.sequences import SequenceStore
 
 TURNS = [
     {"role": "system", "content": "Be brief."},

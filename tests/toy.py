@@ -9,10 +9,10 @@ from tiny import VOCAB_SIZE, build_tiny_model
 
 from uft_ds.data.example import KINDS, Kind, Response, Sequence
 from uft_ds.data.mixture import Step
-from uft_ds.model.adapters import add_adapters, start_from_adapter
-from uft_ds.model.load import load_base
-from uft_ds.model.uft_model import ReferenceMode, UFTModel
 from uft_ds.objectives.objective import KindObjective, Objective
+from uft_ds.streams.adapters import add_adapters, start_from_adapter
+from uft_ds.streams.load import load_base
+from uft_ds.streams.model import ReferenceMode, UFTModel
 
 
 def objective(loss: str = "mse", beta: float = 0.1, **shared: Any) -> Objective:

@@ -12,7 +12,7 @@ import os
 import sys
 
 from uft_ds.errors import Stopped
-from uft_ds.training.signals import listen
+from uft_ds.host.signals import listen
 
 
 def run() -> int:
@@ -20,7 +20,7 @@ def run() -> int:
     request = listen()
     try:
         # Only now, for these imports take seconds, in which a signal would be fatal without a word; it is noted.
-        from uft_ds.rank import main
+        from uft_ds.run.rank import main
 
         return main(request)
     except Stopped as stopped:

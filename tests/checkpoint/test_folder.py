@@ -19,7 +19,7 @@ from uft_ds.checkpoint.folder import (
 )
 from uft_ds.checkpoint.manifest import write_manifest
 from uft_ds.errors import UserError
-from uft_ds.training.run_folder import RunFolder
+from uft_ds.record.run_folder import RunFolder
 
 
 def test_the_newest_checkpoint_is_taken(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from uft_ds.checkpoint.folder import set_aside
 from uft_ds.checkpoint.listing import delete, listed, problems_of
 from uft_ds.errors import UserError
-from uft_ds.training.run_folder import RunFolder
+from uft_ds.record.run_folder import RunFolder
 
 
 @pytest.fixture

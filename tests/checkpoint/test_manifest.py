@@ -10,7 +10,7 @@ import pytest
 from checkpoints import files_below
 
 from uft_ds.checkpoint.manifest import MANIFEST, manifest_problem, write_manifest
-from uft_ds.files import sha256
+from uft_ds.host.files import sha256
 
 
 def checkpoint_at(folder: Path) -> Path:

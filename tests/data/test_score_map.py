@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from sources import rules, write_rows
 from tiny import build_tiny_tokenizer
 
-from uft_ds.data.chat_tokenizer import ChatTokenizer
-from uft_ds.data.prepare import PreparedSource, Source, Tolerance, prepare_source
 from uft_ds.data.score_map import affine, quantiles
-from uft_ds.data.tokenize import load_tokenizer
+from uft_ds.data.sources import PreparedSource, Source, Tolerance, prepare_source
+from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
+from uft_ds.data.tokens.tokenize import load_tokenizer
 from uft_ds.errors import UserError
 
 

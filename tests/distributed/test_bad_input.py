@@ -13,9 +13,9 @@ from tiny import CHATML, VOCAB_SIZE, build_tiny_model
 from toy import saved_adapter
 
 from uft_ds.errors import UserError
-from uft_ds.ports import free_port
-from uft_ds.prepare import prepare_run
-from uft_ds.recipe_file import load_recipe
+from uft_ds.host.ports import free_port
+from uft_ds.recipe.file import load_recipe
+from uft_ds.run.prepare import prepare_run
 
 ROW = {"prompt": "a", "response": "b"}
 
@@ -228,7 +228,7 @@ def test_code_in_pickled_base_weights_is_never_run(tiny_qwen2: Path, tmp_path: P
 
     import torch
 
-    from uft_ds.model.load import load_base
+    from uft_ds.streams.load import load_base
 
     base = tmp_path / "base"
     shutil.copytree(tiny_qwen2, base)

@@ -25,7 +25,7 @@ from uft_ds.checkpoint.shards import Shards
 from uft_ds.checkpoint.state import read_position
 from uft_ds.data.packing import rank_micro_batches
 from uft_ds.errors import UserError
-from uft_ds.training.reference_cache import ReferenceCache
+from uft_ds.known.cache import ReferenceCache
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def trains_on_meanwhile(base: Path, folder: Path) -> Any:
     """A write that lasts until a step has been made."""
     import threading
 
-    from uft_ds.checkpoint import save
+    from uft_ds.checkpoint import writer as save
 
     engine, may_write = trained(base), threading.Event()
     write = save.write_snapshot

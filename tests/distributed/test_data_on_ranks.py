@@ -16,10 +16,10 @@ from runs import uft, write_recipe
 from sources import write_rows
 
 from uft_ds.errors import UserError
-from uft_ds.prepare import ensure_data, open_data, prepare_run
-from uft_ds.recipe_file import load_recipe
-from uft_ds.training.metrics import read_metrics
-from uft_ds.waiting import while_others_wait
+from uft_ds.recipe.file import load_recipe
+from uft_ds.record.metrics import read_metrics
+from uft_ds.run.prepare import ensure_data, open_data, prepare_run
+from uft_ds.run.waiting import while_others_wait
 
 COLLECTIVE_SECONDS = 3.0
 PREPARING_SECONDS = 6.0

@@ -18,10 +18,10 @@ from tiny import build_tiny_model
 from toy import UFT, toy_step
 from transformers import AutoModelForCausalLM
 
-from uft_ds.checkpoint.convert import convert_to_adapter, convert_to_merged
-from uft_ds.checkpoint.deepspeed_files import find_tag, read_trainable
 from uft_ds.data.packing import rank_micro_batches
 from uft_ds.errors import UserError
+from uft_ds.export.convert import convert_to_adapter, convert_to_merged
+from uft_ds.export.deepspeed_files import find_tag, read_trainable
 
 
 def saved_by_deepspeed(base: Path, folder: Path, file: str, exclude_frozen: bool) -> Any:

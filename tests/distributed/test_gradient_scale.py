@@ -10,9 +10,9 @@ from toy import UFT, build, objective, toy_model, toy_step
 
 from uft_ds.data.micro_batch import micro_batch
 from uft_ds.data.packing import rank_micro_batches
-from uft_ds.model.load import decoder_layer_class
+from uft_ds.engine.engine import Engine, deepspeed_config, partitioned_loading, read_deepspeed_file
 from uft_ds.objectives.objective import count_terms, micro_batch_loss
-from uft_ds.training.engine import Engine, deepspeed_config, partitioned_loading, read_deepspeed_file
+from uft_ds.streams.load import decoder_layer_class
 
 
 def sharded_step(folder: Path, loss: str, tokens: int, assignment: list[list[list[int]]] | None, file: str) -> object:

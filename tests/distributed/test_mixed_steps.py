@@ -17,11 +17,11 @@ from toy import toy_model
 from uft_ds.data.example import Kind, Response, Sequence
 from uft_ds.data.micro_batch import MicroBatch, micro_batch
 from uft_ds.data.mixture import Step
+from uft_ds.engine.engine import Engine
+from uft_ds.known.cache import Mode, ReferenceCache
 from uft_ds.objectives.objective import KindObjective, Objective, count_terms, micro_batch_loss
 from uft_ds.objectives.reward_shift import RewardShift, ShiftName
-from uft_ds.training.engine import Engine
 from uft_ds.training.evaluate import evaluate
-from uft_ds.training.reference_cache import Mode, ReferenceCache
 from uft_ds.training.step import run_step
 
 OBJECTIVE = Objective(

@@ -35,11 +35,11 @@ from runs import (
 
 from uft_ds.checkpoint.folder import newest_whole, step_of
 from uft_ds.errors import UserError
-from uft_ds.ports import free_port
-from uft_ds.recipe_file import load_recipe
-from uft_ds.resume import nothing_to_do, prepare_resume, resumed_from
-from uft_ds.training.metrics import read_metrics
-from uft_ds.training.run_folder import RunFolder
+from uft_ds.host.ports import free_port
+from uft_ds.recipe.file import load_recipe
+from uft_ds.record.metrics import read_metrics
+from uft_ds.record.run_folder import RunFolder
+from uft_ds.run.resume import nothing_to_do, prepare_resume, resumed_from
 
 
 @pytest.fixture(scope="module")

@@ -19,15 +19,15 @@ from runs import TIMEOUT_SECONDS, run, uft, write_recipe
 from safetensors.torch import load_file
 from toy import UFT, toy_sequences
 
-from uft_ds.build import build_reference_cache
 from uft_ds.data.mixture import Step, in_order
-from uft_ds.model.identity import reference_identity
-from uft_ds.recipe_file import load_recipe
-from uft_ds.training.engine import Engine
-from uft_ds.training.metrics import read_metrics
-from uft_ds.training.reference_cache import REFERENCE_TABLE, ReferenceCache, fill
-from uft_ds.training.reference_store import ReferenceStore, read_table, write_table
-from uft_ds.training.run_folder import RunFolder
+from uft_ds.engine.engine import Engine
+from uft_ds.known.cache import REFERENCE_TABLE, ReferenceCache, fill
+from uft_ds.known.store import ReferenceStore, read_table, write_table
+from uft_ds.recipe.file import load_recipe
+from uft_ds.record.metrics import read_metrics
+from uft_ds.record.run_folder import RunFolder
+from uft_ds.run.build import build_reference_cache
+from uft_ds.streams.identity import reference_identity
 from uft_ds.training.step import run_step
 
 IDENTITY = "d" * 64

@@ -23,11 +23,11 @@ from toy import UFT, toy_step
 from uft_ds.checkpoint.folder import newest_whole, step_of
 from uft_ds.data.mixture import Step
 from uft_ds.errors import EXIT_CRASHED, EXIT_INTERRUPTED, EXIT_STOPPED, Stopped
-from uft_ds.ports import free_port
+from uft_ds.host.ports import free_port
+from uft_ds.host.signals import Stop, StopRequest
+from uft_ds.known.cache import ReferenceCache, fill
+from uft_ds.record.metrics import read_metrics
 from uft_ds.training.evaluate import evaluate
-from uft_ds.training.metrics import read_metrics
-from uft_ds.training.reference_cache import ReferenceCache, fill
-from uft_ds.training.signals import Stop, StopRequest
 
 STEPS = 30
 CHANGES = {"train__steps": STEPS, "train__checkpoint_every": 1000, "train__evaluate_every": 10}

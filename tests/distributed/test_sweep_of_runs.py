@@ -11,8 +11,8 @@ import yaml
 from runs import uft, write_recipe
 from toy import objective
 
-from uft_ds.training.metrics import read_metrics
-from uft_ds.training.telemetry import health, read_rows
+from uft_ds.record.metrics import read_metrics
+from uft_ds.record.telemetry import health, read_rows
 
 
 @pytest.mark.long

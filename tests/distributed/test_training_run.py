@@ -14,9 +14,9 @@ from runs import TIMEOUT_SECONDS, losses, run, uft, write_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from uft_ds.errors import EXIT_STOPPED
-from uft_ds.ports import free_port
-from uft_ds.recipe_file import load_recipe
-from uft_ds.training.metrics import read_metrics
+from uft_ds.host.ports import free_port
+from uft_ds.recipe.file import load_recipe
+from uft_ds.record.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -268,8 +268,8 @@ def test_a_run_whose_base_has_moved_is_converted(finished: Path, tiny_qwen2: Pat
     """By --base, which must be the same by its content."""
     import shutil
 
-    from uft_ds.checkpoint.convert import convert_to_adapter
     from uft_ds.errors import UserError
+    from uft_ds.export.convert import convert_to_adapter
 
     copy, moved = tmp_path / "run", tmp_path / "moved"
     shutil.copytree(finished, copy, symlinks=True)

@@ -12,12 +12,12 @@ from ranks import run_on_ranks
 from tiny import build_tiny_model
 from toy import toy_policy
 
-from uft_ds.checkpoint.optimizer_state import Piece
 from uft_ds.checkpoint.shards import Shards, shard_name, write_shard
-from uft_ds.checkpoint.universal import write_universal
+from uft_ds.engine.optimizer_state import Piece
 from uft_ds.errors import UserError
-from uft_ds.recipe import TrainSection
-from uft_ds.training.reference_cache import ReferenceCache
+from uft_ds.export.universal import write_universal
+from uft_ds.known.cache import ReferenceCache
+from uft_ds.recipe.schema import TrainSection
 
 NAMES = ("fp32", "exp_avg", "exp_avg_sq")
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from toy import toy_model, toy_sequences
 
 from uft_ds.data.micro_batch import micro_batch
-from uft_ds.model.load import check_base
 from uft_ds.planning.activations import activations_of
 from uft_ds.planning.memory import head_saved_bytes
 from uft_ds.planning.shapes import shipped_config
 from uft_ds.planning.structure import Lora, structure_of
+from uft_ds.streams.load import check_base
 
 LORA = Lora(4, 8.0, "all-linear", "float32")  # as `toy_model` has it
 

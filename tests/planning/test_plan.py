@@ -13,6 +13,7 @@ from rich.console import Console
 from tiny import build_tiny_model
 
 from uft_ds.data.bins import fewest_micro_steps
+from uft_ds.engine.engine import read_deepspeed_file
 from uft_ds.errors import UserError
 from uft_ds.planning import parts
 from uft_ds.planning.alternatives import larger_clusters
@@ -23,8 +24,7 @@ from uft_ds.planning.shapes import shipped_config
 from uft_ds.planning.sharding import sharding_of
 from uft_ds.planning.table import rendered
 from uft_ds.planning.workload import workload_of
-from uft_ds.recipe_file import load_recipe, shipped_recipes
-from uft_ds.training.engine import read_deepspeed_file
+from uft_ds.recipe.file import load_recipe, shipped_recipes
 
 
 def cluster(nodes: int = 1, gpus: int = 8, **options: Any) -> Cluster:

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from uft_ds.engine.engine import read_deepspeed_file
 from uft_ds.planning.gathers import Bounds
 from uft_ds.planning.sharding import Sharding, sharding_of
-from uft_ds.training.engine import read_deepspeed_file
 
 
 def sharding(tmp_path: Path, **zero: Any) -> Sharding:

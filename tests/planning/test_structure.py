@@ -8,10 +8,10 @@ from tiny import build_tiny_model
 from transformers import AutoConfig
 
 from uft_ds.errors import UserError
-from uft_ds.model.adapters import add_adapters
-from uft_ds.model.load import check_base, empty_base
 from uft_ds.planning.shapes import shipped_config
 from uft_ds.planning.structure import Lora, structure_of
+from uft_ds.streams.adapters import add_adapters
+from uft_ds.streams.load import check_base, empty_base
 
 LORA = Lora(4, 8.0, "all-linear", "float32")
 

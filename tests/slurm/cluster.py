@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from uft_ds.files import user_cache
+from uft_ds.host.files import user_cache
 
 SCRIPT = Path(__file__).with_name("cluster.sh")
 ENDED = {

@@ -6,13 +6,13 @@ import re
 import shutil
 from pathlib import Path
 
-from uft_ds.checkpoint.best import badness
 from uft_ds.checkpoint.manifest import MANIFEST, manifest_problem, recorded_files
 from uft_ds.checkpoint.shards import world_size_of
 from uft_ds.checkpoint.state import TRAINER
 from uft_ds.errors import UserError
-from uft_ds.training.metrics import read_metrics
-from uft_ds.training.run_folder import RunFolder
+from uft_ds.recipe.best import badness
+from uft_ds.record.metrics import read_metrics
+from uft_ds.record.run_folder import RunFolder
 
 ADAPTER, OPTIMIZER = "adapter", "optimizer"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = f"{ADAPTER}/adapter_model.safetensors", f"{ADAPTER}/adapter_config.json"

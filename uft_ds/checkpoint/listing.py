@@ -22,7 +22,7 @@ from uft_ds.checkpoint.folder import (
 )
 from uft_ds.checkpoint.manifest import MANIFEST
 from uft_ds.errors import UserError
-from uft_ds.training.run_folder import RunFolder
+from uft_ds.record.run_folder import RunFolder
 
 
 def listed(run: Path) -> Table:

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from uft_ds.checkpoint.folder import OPTIMIZER
 from uft_ds.checkpoint.generators import NAMES, restore_generators
-from uft_ds.checkpoint.optimizer_state import restore, shapes_of
 from uft_ds.checkpoint.shards import Shards
 from uft_ds.checkpoint.state import TrainerState
+from uft_ds.engine.engine import Engine
+from uft_ds.engine.optimizer_state import restore, shapes_of
 from uft_ds.errors import UserError
-from uft_ds.training.engine import Engine
-from uft_ds.training.reference_cache import REFERENCE_TABLE
-from uft_ds.training.reference_store import LogpTable, read_table
-from uft_ds.training.report import Speaker
+from uft_ds.known.cache import REFERENCE_TABLE
+from uft_ds.known.store import LogpTable, read_table
+from uft_ds.record.report import Speaker
 
 
 def restore_engine(engine: Engine, checkpoint: Path, state: TrainerState, reporter: Speaker) -> None:

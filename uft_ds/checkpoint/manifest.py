@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from uft_ds.files import sha256, write_atomically
+from uft_ds.host.files import sha256, write_atomically
 
 MANIFEST = "manifest.json"
 

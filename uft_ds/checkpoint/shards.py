@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from uft_ds.checkpoint.optimizer_state import Piece
 from uft_ds.checkpoint.tensor_file import save_tensors
+from uft_ds.engine.optimizer_state import Piece
 from uft_ds.errors import UserError
 
 _PIECES = "pieces"

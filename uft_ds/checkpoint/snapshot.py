@@ -14,15 +14,15 @@ from torch import Tensor
 from uft_ds.checkpoint.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, OPTIMIZER
 from uft_ds.checkpoint.generators import generator_states
 from uft_ds.checkpoint.manifest import Written
-from uft_ds.checkpoint.optimizer_state import Piece, pieces_of
 from uft_ds.checkpoint.shards import shard_name, write_shard
 from uft_ds.checkpoint.state import TRAINER, Position, write_position
 from uft_ds.checkpoint.tensor_file import check_same, save_tensors
+from uft_ds.engine.engine import Engine
+from uft_ds.engine.optimizer_state import Piece, pieces_of
 from uft_ds.errors import CheckFailed
-from uft_ds.files import sha256, sync
-from uft_ds.training.engine import Engine
-from uft_ds.training.reference_cache import REFERENCE_TABLE, ReferenceCache
-from uft_ds.training.reference_store import LogpTable, write_table
+from uft_ds.host.files import sha256, sync
+from uft_ds.known.cache import REFERENCE_TABLE, ReferenceCache
+from uft_ds.known.store import LogpTable, write_table
 
 
 @dataclass(frozen=True)

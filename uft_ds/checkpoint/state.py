@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from uft_ds.errors import UserError
-from uft_ds.files import write_atomically
+from uft_ds.host.files import write_atomically
 
 TRAINER = "trainer.json"
 

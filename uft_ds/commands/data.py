@@ -27,11 +27,11 @@ def data_preview(
 
     Nothing is launched and no weights are loaded.
     """
-    from uft_ds.data.tokenize import load_tokenizer
-    from uft_ds.prepare import prepare_data, steps_of
-    from uft_ds.preview import legend, rendered_rows, show_data, steps_line
-    from uft_ds.recipe_file import load_recipe
-    from uft_ds.run import preparation
+    from uft_ds.data.tokens.tokenize import load_tokenizer
+    from uft_ds.recipe.file import load_recipe
+    from uft_ds.run.prepare import prepare_data, steps_of
+    from uft_ds.run.preview import legend, rendered_rows, show_data, steps_line
+    from uft_ds.run.start import preparation
 
     loaded = load_recipe(recipe, tuple(overrides or ()))
     model = loaded.model
@@ -54,7 +54,7 @@ def data_preview(
 @app.command("formats")
 def data_formats() -> None:
     """Names of the source formats, those of installed plug-ins included."""
-    from uft_ds.data.formats import described_formats
+    from uft_ds.data.formats.table import described_formats
 
     for name, description in described_formats().items():
         console.print(name, style="bold")
@@ -66,6 +66,6 @@ def data_schema() -> None:
     """Print the JSON Schema of one row of our own format, jsonl."""
     import json
 
-    from uft_ds.data.formats import jsonl_schema
+    from uft_ds.data.formats.table import jsonl_schema
 
     print(json.dumps(jsonl_schema(), indent=2))

@@ -58,7 +58,7 @@ def plan(
     from uft_ds.planning.plan import make_plan
     from uft_ds.planning.table import as_json as plan_as_json
     from uft_ds.planning.table import rendered
-    from uft_ds.recipe_file import load_recipe
+    from uft_ds.recipe.file import load_recipe
 
     quiet_loading()
     cluster = cluster_of(

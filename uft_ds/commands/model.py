@@ -42,9 +42,9 @@ def convert(
     verify: Annotated[bool, typer.Option(help="Compare the merged model's log-ratios with the adapter's.")] = True,
 ) -> None:
     """Write what was trained as a Hugging Face model or adapter, checked against what was trained."""
-    from uft_ds.checkpoint.convert import MAX_SHARD_BYTES, convert_to_adapter, convert_to_merged, convert_to_universal
-    from uft_ds.checkpoint.weight_files import bytes_of
-    from uft_ds.run import preparation
+    from uft_ds.export.convert import MAX_SHARD_BYTES, convert_to_adapter, convert_to_merged, convert_to_universal
+    from uft_ds.export.weight_files import bytes_of
+    from uft_ds.run.start import preparation
 
     quiet_loading()
     if to != "merged" and dtype is not None:

@@ -19,8 +19,8 @@ def recipe_show(
     key: Annotated[Optional[str], typer.Option(help="Only this key's value, such as output.")] = None,  # noqa: UP045
 ) -> None:
     """Print a recipe with all defaults and overrides filled in."""
-    from uft_ds.names import unknown_name
-    from uft_ds.recipe_file import dump_recipe, leaves_of, load_recipe
+    from uft_ds.recipe.file import dump_recipe, leaves_of, load_recipe
+    from uft_ds.recipe.names import unknown_name
 
     loaded = load_recipe(recipe, tuple(overrides or ()))
     if key is None:
@@ -35,7 +35,7 @@ def recipe_show(
 @app.command("list")
 def recipe_list() -> None:
     """Names of the recipes that come with the package."""
-    from uft_ds.recipe_file import shipped_recipes
+    from uft_ds.recipe.file import shipped_recipes
 
     print("\n".join(shipped_recipes()))
 
@@ -43,7 +43,7 @@ def recipe_list() -> None:
 @app.command("keys")
 def recipe_keys() -> None:
     """Every key of a recipe, its default and its meaning."""
-    from uft_ds.recipe import describe_keys
+    from uft_ds.recipe.schema import describe_keys
 
     for key, default, meaning in describe_keys():
         console.print(f"{key} = {default}", style="bold")

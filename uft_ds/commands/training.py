@@ -12,9 +12,9 @@ from uft_ds.commands.shared import Overrides, RecipeName, console
 from uft_ds.errors import EXIT_INTERRUPTED, EXIT_STOPPED, CheckFailed, UserError
 
 if TYPE_CHECKING:
-    from uft_ds.recipe import Recipe
-    from uft_ds.sweep import Result
-    from uft_ds.training.run_folder import Status
+    from uft_ds.recipe.schema import Recipe
+    from uft_ds.record.run_folder import Status
+    from uft_ds.sweep.run import Result
 
 
 def train(
@@ -26,7 +26,7 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run that the output holds.")] = False,
 ) -> None:
     """Check everything, then train on this machine's GPUs, or on two CPU processes."""
-    from uft_ds.recipe_file import load_recipe
+    from uft_ds.recipe.file import load_recipe
 
     if resume and overwrite:
         raise UserError("--resume and --overwrite: the one goes on with a run, the other deletes it; give one of them")
@@ -40,7 +40,7 @@ def run_training(recipe: Recipe, *, overwrite: bool = False, resume: bool = Fals
 
 
 def _launched(recipe: Recipe, what: str, **how: Any) -> tuple[Path, Status]:
-    from uft_ds.run import run_recipe
+    from uft_ds.run.start import run_recipe
 
     folder, status = run_recipe(recipe, what, console, **how)
     if status.exit_code != 0:
@@ -50,7 +50,7 @@ def _launched(recipe: Recipe, what: str, **how: Any) -> tuple[Path, Status]:
 
 def status(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]) -> None:
     """How far a run is, and how it ended; the exit code is the run's, 1 where it goes on or died without a word."""
-    from uft_ds.training.progress import progress_of
+    from uft_ds.run.progress import progress_of
 
     found = progress_of(run)
     console.print(found.summary)
@@ -76,9 +76,9 @@ def sweep(
     Overrides hold for every run. What is done is not run again, and a run that was stopped goes on: the same command
     goes on after an interruption. Tokenised data and the reference's log-probs are shared through their caches.
     """
-    from uft_ds.run import check_recipe_and_data, run_recipe
-    from uft_ds.sweep import run_sweep, table_of, write_recipes
-    from uft_ds.sweep_file import grid_of, load_sweep
+    from uft_ds.run.start import check_recipe_and_data, run_recipe
+    from uft_ds.sweep.file import grid_of, load_sweep
+    from uft_ds.sweep.run import run_sweep, table_of, write_recipes
 
     given = tuple(overrides or ())
     planned = grid_of(what, grid, given) if grid else load_sweep(what, given)
@@ -119,8 +119,8 @@ def reference(recipe: RecipeName, overrides: Overrides = None) -> None:
     import shutil
     import tempfile
 
-    from uft_ds.recipe_file import load_recipe
-    from uft_ds.resolve import caches_reference
+    from uft_ds.recipe.file import load_recipe
+    from uft_ds.run.resolve import caches_reference
 
     loaded = load_recipe(recipe, tuple(overrides or ()))
     if not caches_reference(loaded):
@@ -149,6 +149,6 @@ def quickstart(
     folder: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("runs"),
 ) -> None:
     """Train a small real model from the package index on verifiable tasks; about ten minutes on two cores."""
-    from uft_ds.quickstart import run_quickstart
+    from uft_ds.examples.quickstart import run_quickstart
 
     run_quickstart(folder, tuple(overrides or ()), console=console, train=run_training)

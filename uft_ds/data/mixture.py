@@ -18,7 +18,7 @@ from typing import overload
 import numpy as np
 
 from uft_ds.data.example import Response, Sequence, Unit
-from uft_ds.data.store import Pool
+from uft_ds.data.store.sequences import Pool
 
 Knots = tuple[tuple[float, float], ...]
 """A piecewise linear function of the run's progress: (progress, value), progress rising from 0 to 1."""

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from uft_ds.process import die_with_parent
+from uft_ds.host.process import die_with_parent
 
 ELEMENTS = 2**22
 """16 MiB of float32."""
@@ -25,7 +25,7 @@ def main(result: Path) -> None:
     import torch
     from torch import distributed
 
-    from uft_ds.training.engine import init_distributed
+    from uft_ds.engine.engine import init_distributed
 
     init_distributed(_MINUTES)
     rank, ranks = distributed.get_rank(), distributed.get_world_size()

@@ -10,7 +10,7 @@ from pathlib import Path
 from uft_ds.doctor.disk import nearest
 from uft_ds.doctor.finding import Finding
 from uft_ds.errors import UserError
-from uft_ds.files import user_cache
+from uft_ds.host.files import user_cache
 
 _TRUE = {"1", "ON", "YES", "TRUE"}
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from uft_ds.doctor.finding import Finding
-from uft_ds.files import sync
+from uft_ds.host.files import sync
 
 _GIB, _MIB = 2**30, 2**20
 LEAST_BYTES, FEW_BYTES = 2 * _GIB, 20 * _GIB

@@ -15,8 +15,8 @@ import psutil
 
 from uft_ds.doctor.finding import Finding, State
 from uft_ds.errors import UserError
-from uft_ds.launch import master_port
-from uft_ds.ports import is_free
+from uft_ds.host.ports import is_free
+from uft_ds.run.launch import master_port
 
 USUAL_PORT = 29500
 """torchrun's and deepspeed's, where none is given."""

@@ -18,7 +18,7 @@ from transformers import (
     TextStreamer,
 )
 
-from uft_ds.data.chat_template import end_of_turn_id, render
+from uft_ds.data.tokens.chat_template import end_of_turn_id, render
 from uft_ds.errors import UserError
 
 Messages = list[dict[str, str]]

@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
-from uft_ds.model.lockstep import ReferenceLane, enable_lockstep
 from uft_ds.planning.structure import ITEM_BYTES, Structure
+from uft_ds.streams.lanes import ReferenceLane, enable_lockstep
 
 FLASH = "uft_planned_flash"
 """The stand-in for flash-attention, by its name among transformers' implementations."""

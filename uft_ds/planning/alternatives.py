@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from uft_ds.engine.engine import deepspeed_files, read_deepspeed_file
 from uft_ds.errors import UserError
 from uft_ds.planning.hardware import Cluster
 from uft_ds.planning.planner import Outcome, Planner, Setting
 from uft_ds.planning.sharding import sharding_of
 from uft_ds.planning.workload import Workload
-from uft_ds.training.engine import deepspeed_files, read_deepspeed_file
 
 FOR_CPU = "zero3_cpu"
 """The shipped file for ranks without a GPU: planned, so that it can be compared, but never advised."""

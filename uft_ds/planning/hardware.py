@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass, replace
 
 from uft_ds.errors import UserError
-from uft_ds.gpus import Gpu, known_gpus
-from uft_ds.names import unknown_name
+from uft_ds.host.gpus import Gpu, known_gpus
+from uft_ds.recipe.names import unknown_name
 
 GB = 10**9
 """Bytes of a GB, everywhere in a plan."""

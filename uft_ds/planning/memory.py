@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 import torch
 
 from uft_ds.kernels.tiles import tile_of
-from uft_ds.model.head import logit_transform_of
 from uft_ds.planning import parts
 from uft_ds.planning.activations import Activations
 from uft_ds.planning.gathers import Gathers
@@ -15,6 +14,7 @@ from uft_ds.planning.hardware import GB, Cluster
 from uft_ds.planning.sharding import Sharding
 from uft_ds.planning.structure import Structure
 from uft_ds.planning.workload import Workload
+from uft_ds.streams.heads import logit_transform_of
 
 # Assumed, not measured: what CUDA, cuBLAS and NCCL take on a GPU, and what allocators lose between blocks.
 LIBRARIES_BYTES = 2 * GB

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from uft_ds.engine.engine import read_deepspeed_file
 from uft_ds.errors import UserError
 from uft_ds.planning.alternatives import FOR_CPU, Alternative, combination_for, remedies_for, shipped_files
 from uft_ds.planning.compute import mfu_flops
@@ -18,8 +19,7 @@ from uft_ds.planning.shapes import model_config
 from uft_ds.planning.sharding import sharding_of
 from uft_ds.planning.structure import Structure
 from uft_ds.planning.workload import workload_of
-from uft_ds.recipe import Recipe
-from uft_ds.training.engine import read_deepspeed_file
+from uft_ds.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)

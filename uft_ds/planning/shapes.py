@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from uft_ds.errors import UserError
-from uft_ds.model.load import check_base
+from uft_ds.streams.load import check_base
 
 SHIPPED = {
     "Qwen/Qwen1.5-32B": "Qwen1.5-32B",

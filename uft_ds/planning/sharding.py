@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from uft_ds.engine.zero_section import parsed_zero_section
 from uft_ds.planning.gathers import Bounds
-from uft_ds.training.zero_section import parsed_zero_section
 
 Device = Literal["gpu", "cpu", "nvme"]
 

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from uft_ds.errors import UserError
-from uft_ds.model.adapters import POLICY, REFERENCE, add_adapters
-from uft_ds.model.load import empty_base
 from uft_ds.planning.gathers import Visit
+from uft_ds.streams.adapters import POLICY, REFERENCE, add_adapters
+from uft_ds.streams.load import empty_base
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 """Of the types that a recipe knows."""

@@ -9,8 +9,8 @@ from uft_ds.data.example import KINDS
 from uft_ds.objectives.objective import Objective
 from uft_ds.objectives.pairwise import PAIR_LOSSES
 from uft_ds.planning.structure import ITEM_BYTES, Lora
-from uft_ds.recipe import Recipe
-from uft_ds.resolve import objective_of
+from uft_ds.recipe.schema import Recipe
+from uft_ds.run.resolve import objective_of
 
 Reference = Literal["lockstep", "separate", "none"]
 """How it is forwarded, where it is."""

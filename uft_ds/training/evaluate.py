@@ -15,14 +15,14 @@ import torch
 from uft_ds.data.example import KINDS, Sequence
 from uft_ds.data.micro_batch import MicroBatch, micro_batch
 from uft_ds.data.mixture import Step
-from uft_ds.data.store import Pool
+from uft_ds.data.store.sequences import Pool
+from uft_ds.engine.engine import Engine
 from uft_ds.errors import CheckFailed
+from uft_ds.host.signals import NEVER, Stop
+from uft_ds.known.cache import ReferenceCache
 from uft_ds.objectives.losses import LOSSES
 from uft_ds.objectives.objective import Objective, count_terms, micro_batch_loss
-from uft_ds.training.engine import Engine
-from uft_ds.training.metrics import step_metrics
-from uft_ds.training.reference_cache import ReferenceCache
-from uft_ds.training.signals import NEVER, Stop
+from uft_ds.record.metrics import step_metrics
 from uft_ds.training.step import Forwarded, forward, rows_of, shifts_of
 
 HUGGING_FACE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}

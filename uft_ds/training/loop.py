@@ -8,23 +8,23 @@ from collections.abc import Sequence as Seq
 
 from peft import PeftModel
 
-from uft_ds.checkpoint.save import CheckpointWriter
 from uft_ds.checkpoint.state import Position, TrainerState
+from uft_ds.checkpoint.writer import CheckpointWriter
 from uft_ds.data.mixture import Step
+from uft_ds.engine.engine import Engine
 from uft_ds.errors import CheckFailed, Stopped, UserError
-from uft_ds.names import unknown_name
+from uft_ds.host.signals import NEVER, Stop
+from uft_ds.known.cache import ReferenceCache
 from uft_ds.objectives.objective import Objective, objective_at
-from uft_ds.recipe import TrainSection
-from uft_ds.training.engine import Engine
+from uft_ds.recipe.names import unknown_name
+from uft_ds.recipe.schema import TrainSection
+from uft_ds.record.metrics import model_flops_utilization, peak_memory_gib
+from uft_ds.record.report import Reporter
+from uft_ds.record.run_folder import RunFolder
+from uft_ds.record.telemetry import write_rows
 from uft_ds.training.evaluate import evaluate
-from uft_ds.training.metrics import model_flops_utilization, peak_memory_gib
-from uft_ds.training.reference_cache import ReferenceCache
-from uft_ds.training.report import Reporter
-from uft_ds.training.run_folder import RunFolder
 from uft_ds.training.schedule import learning_rate
-from uft_ds.training.signals import NEVER, Stop
 from uft_ds.training.step import run_step
-from uft_ds.training.telemetry import write_rows
 
 START = TrainerState(step=0, skipped_steps=0)
 

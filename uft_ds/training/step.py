@@ -17,7 +17,9 @@ from torch import Tensor
 from uft_ds.data.example import KINDS, Kind, Response, Sequence
 from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.data.mixture import Step
+from uft_ds.engine.engine import Engine, StepResult
 from uft_ds.errors import CheckFailed
+from uft_ds.known.cache import ReferenceCache
 from uft_ds.objectives.losses import LOSSES
 from uft_ds.objectives.objective import Objective, count_terms, log_ratios_of, micro_batch_loss
 from uft_ds.objectives.reward_shift import (
@@ -27,10 +29,8 @@ from uft_ds.objectives.reward_shift import (
     prompt_of,
     repeated_prompts,
 )
-from uft_ds.training.engine import Engine, StepResult
-from uft_ds.training.metrics import step_metrics
-from uft_ds.training.reference_cache import ReferenceCache
-from uft_ds.training.telemetry import response_rows
+from uft_ds.record.metrics import step_metrics
+from uft_ds.record.telemetry import response_rows
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,251 @@
+"""Rows to a store: the same whatever the number of processes, one kind a file, bad rows refused or set aside."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from sources import read, rules, write_rows
+from tiny import build_tiny_tokenizer
+
+from uft_ds.data.example import Example, Message
+from uft_ds.data.formats.fields import Row
+from uft_ds.data.formats.table import FORMATS
+from uft_ds.data.rows.reading import find_data, parse_row, raw_rows
+from uft_ds.data.store import building
+from uft_ds.data.store.building import QUARANTINE, build_store
+from uft_ds.data.store.sequences import SequenceStore
+from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
+from uft_ds.data.tokens.tokenize import load_tokenizer
+from uft_ds.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
+    return load_tokenizer(str(build_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))))
+
+
+def build(
+    path: Path, chat: ChatTokenizer, *, quarantine: bool = False, workers: int = 1, **changes: Any
+) -> SequenceStore:
+    folder = path.parent / f"store-{path.name}-{workers}"
+    folder.mkdir()
+    build_store(folder, find_data(str(path), None), rules(**changes), chat, quarantine=quarantine, workers=workers)
+    return SequenceStore(folder, str(path))
+
+
+def refusal(path: Path, chat: ChatTokenizer, **changes: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        build(path, chat, **changes)
+    return str(caught.value)
+
+
+def test_any_number_of_processes_builds_the_same_store(
+    tmp_path: Path, chat: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three processes write byte for byte what one does, bad rows, drops and places included."""
+    monkeypatch.setattr(building, "_CHUNK_ROWS", 7)
+    rows: list[dict[str, Any]] = [{"prompt": f"q{i}", "response": f"a{i} " * (i % 9 + 1)} for i in range(200)]
+    rows[50] |= {"response": ""}
+    rows[120] |= {"response": "x<|im_end|>y"}
+    rows[150] |= {"prompt": "long " * 200}
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    one, three = (build(path, chat, quarantine=True, workers=workers, max_length=256) for workers in (1, 3))
+    for name in ("tokens.bin", "sequences.bin", "units.bin", "responses.bin", "index.json", QUARANTINE):
+        assert (one.folder / name).read_bytes() == (three.folder / name).read_bytes()
+    assert one.account.rows == 200
+    assert one.account.quarantined == 1
+    assert one.account.dropped == {"special token in the text": 1, "longer than max_length": 1}
+    assert one.places_of("longer than max_length") == (f"{path}:151",)
+    assert len(one) == 197
+
+
+def test_a_bad_row_refuses_the_source_by_its_place(tmp_path: Path, chat: ChatTokenizer) -> None:
+    """The first bad row in the order of the file, whichever process found it; file, line, reason, format."""
+    rows = [{"prompt": "q", "response": "a"}, {"prompt": "q", "scroe": 1}] * 2
+    path = write_rows(tmp_path / "bad.jsonl", rows)
+    message = refusal(path, chat)
+    assert message.startswith(f"{path}:2: unknown key 'scroe'")
+    assert "(format jsonl)" in message
+    assert "data.on_bad_row: quarantine" in message
+
+
+def test_a_bad_row_may_be_set_aside(tmp_path: Path, chat: ChatTokenizer) -> None:
+    """Quarantine keeps the good rows, and writes each bad one with place, byte, reason and hash."""
+    path = tmp_path / "bad.jsonl"
+    good = b'{"prompt": "q", "response": "a"}\n'
+    path.write_bytes(good + b'{"prompt": "q", "response": ""}\n' + b'{"prompt": "\xff"}\n' + b"{nonsense\n" + good)
+    store = build(path, chat, quarantine=True)
+    assert (len(store), store.account.rows, store.account.quarantined) == (2, 5, 3)
+    lines = [json.loads(line) for line in (store.folder / QUARANTINE).read_text().splitlines()]
+    assert [line["place"] for line in lines] == [f"{path}:{n}" for n in (2, 3, 4)]
+    assert [line["byte"] for line in lines] == [33, 65, 81]
+    assert "'response' is empty" in lines[0]["reason"]
+    assert "UTF-8" in lines[1]["reason"]
+    assert "JSON" in lines[2]["reason"]
+    assert all(len(line["sha256"]) == 64 for line in lines)
+    assert lines[2]["row"] == "{nonsense"
+
+
+def test_rows_of_different_kinds_are_refused_with_both_lines(tmp_path: Path, chat: ChatTokenizer) -> None:
+    """A row without score in a scored file would silently become the best answer: both lines and keys are named."""
+    rows = [{"prompt": "q", "response": "a", "score": 0.1}] * 3 + [{"prompt": "q", "response": "a"}]
+    path = write_rows(tmp_path / "mixed.jsonl", rows)
+    message = refusal(path, chat)
+    assert message.startswith(f"{path}:4: a row of kind 'instruction' with keys prompt, response; {path}:1 is of kind")
+    assert "'score' with keys prompt, response, score: the rows of a file must be of one kind" in message
+    assert "[keys here" not in message
+
+
+def test_a_row_of_another_schema_is_refused_with_both_lines(tmp_path: Path, chat: ChatTokenizer) -> None:
+    """A preference row among instruction rows: what the format misses, and both rows' keys."""
+    rows = [{"prompt": "q", "completion": "a"}, {"question": "q", "answer": "b"}]
+    path = write_rows(tmp_path / "mixed.jsonl", rows)
+    message = refusal(path, chat, format="trl")
+    assert message.startswith(f"{path}:2: ")
+    assert f"[keys here: answer, question; at {path}:1: completion, prompt]" in message
+
+
+def test_files_of_one_folder_may_differ_in_kind(tmp_path: Path, chat: ChatTokenizer) -> None:
+    """The rule is for each file."""
+    write_rows(tmp_path / "data" / "a.jsonl", [{"prompt": "q", "response": "a"}])
+    write_rows(tmp_path / "data" / "b.jsonl", [{"prompt": "q", "response": "a", "score": 0.5}])
+    store = build(tmp_path / "data", chat)
+    assert [store.unit(i)[0].responses[0].kind for i in range(2)] == ["instruction", "score"]
+
+
+def test_where_selects_rows(tmp_path: Path, chat: ChatTokenizer) -> None:
+    """Rows whose columns have other values are counted, and not looked at."""
+    rows = [{"prompt": f"q{i}", "completion": "a", "split": ("train", "val")[i % 2]} for i in range(6)]
+    rows[1]["completion"] = ""  # bad, but not selected
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    store = build(path, chat, format="trl", where=(("split", "train"),))
+    assert (len(store), store.account.skipped, store.account.rows) == (3, 3, 6)
+
+
+PAIRS = [
+    {"prompt": "q", "chosen": "good", "rejected": "bad", "score_chosen": 0.9, "score_rejected": 0.2},
+    {"prompt": "q", "chosen": "one", "rejected": "other", "score_chosen": 0.5, "score_rejected": 0.5},
+]
+
+
+def test_a_pair_stays_one_unit(tmp_path: Path, chat: ChatTokenizer) -> None:
+    """The better side first, kind pair, with the scores of the data; a tie is no preference, dropped and counted."""
+    store = build(write_rows(tmp_path / "pairs.jsonl", PAIRS), chat)
+    assert len(store) == 1
+    assert [(s.responses[0].kind, s.responses[0].score) for s in store.unit(0)] == [("pair", 0.9), ("pair", 0.2)]
+    assert store.account.dropped == {"tie": 2}
+
+
+def test_a_pair_may_become_two_scored_responses(tmp_path: Path, chat: ChatTokenizer) -> None:
+    """Split, both sides of both rows are scored responses, the tie's too; without scores in the data, labels."""
+    store = build(write_rows(tmp_path / "pairs.jsonl", PAIRS), chat, split_pairs=True)
+    found = [(r.kind, r.score) for i in range(len(store)) for s in store.unit(i) for r in s.responses]
+    assert found == [("score", 0.9), ("score", 0.2), ("score", 0.5), ("score", 0.5)]
+    assert store.account.dropped == {}
+    bare = write_rows(tmp_path / "bare.jsonl", [{"prompt": "q", "chosen": "good", "rejected": "bad"}])
+    store = build(bare, chat, split_pairs=True)
+    found = [(r.kind, r.score) for i in range(len(store)) for s in store.unit(i) for r in s.responses]
+    assert found == [("binary", 1.0), ("binary", 0.0)]
+
+
+def test_items_of_a_row_are_numbered(tmp_path: Path, chat: ChatTokenizer) -> None:
+    """Four completions of one row: four units, each with the row's line and its own number."""
+    completions = [{"response": f"r{i}", "overall_score": 1 + 3 * i} for i in range(4)]
+    path = write_rows(tmp_path / "uf.jsonl", [{"instruction": "q", "completions": completions}])
+    store = build(path, chat, format="ultrafeedback")
+    assert [read(store, i).origin for i in range(4)] == [f"{path}:1, item {i + 1}" for i in range(4)]
+    assert [read(store, i).score for i in range(4)] == [0.0, 1 / 3, 2 / 3, 1.0]
+
+
+def test_a_killed_process_is_said(tmp_path: Path, chat: ChatTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenising process that the system kills ends the build with a message, not a hang."""
+    monkeypatch.setattr(building, "_CHUNK_ROWS", 2)
+    monkeypatch.setattr(building, "_start_worker", _die)
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "q", "response": "a"}] * 50)
+    assert "was killed; out of memory? Set data.workers lower" in refusal(path, chat, workers=2)
+
+
+def _die(examine: object) -> None:
+    import os
+    import signal
+
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ([Example((Message("user", "q"), Message("assistant", "a", 12.25)), "score")], "score of turn 1': found 12.25"),
+        ([Example((Message("user", "q"), Message("assistant", "a")), "score")], "scored turns [], expected one"),
+        (
+            [Example((Message("user", "q", 1.0), Message("assistant", "a")), "score")],
+            "turn 0, which is the user's",
+        ),
+        ([Example((Message("assistant", "a", 1.0),), "score")], "turns must alternate"),
+        (["text"], "the format gave str"),
+        (None, "format theirs gives NoneType; expected a list of examples or pairs"),
+        (Example((Message("user", "q"), Message("assistant", "a", 1.0)), "score"), "format theirs gives Example;"),
+        ({"prompt": "q"}, "format theirs gives dict;"),
+    ],
+)
+def test_what_a_plug_in_gives_is_checked(
+    tmp_path: Path, chat: ChatTokenizer, monkeypatch: pytest.MonkeyPatch, items: Any, message: str
+) -> None:
+    """Another package's format cannot bring a wrong score or a conversation out of order into a run, or crash it."""
+
+    def theirs(row: Row, *, score: float | None) -> Any:
+        return items
+
+    monkeypatch.setitem(FORMATS, "theirs", theirs)
+    path = write_rows(tmp_path / "rows.jsonl", [{"a": 1}])
+    found = refusal(path, chat, format="theirs")
+    assert found.startswith(f"{path}:1: ")
+    assert message in found
+
+
+def test_pairs_with_scores_and_without_do_not_mix(tmp_path: Path, chat: ChatTokenizer) -> None:
+    """A pair that lost its scores would be taken for one scored 1 and 0."""
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    path = write_rows(tmp_path / "pairs.jsonl", [pair | {"score_chosen": 0.9, "score_rejected": 0.2}, pair])
+    message = refusal(path, chat)
+    assert message.startswith(f"{path}:2: a row of kind 'pair' with keys")
+    assert f"{path}:1 is of kind 'pair with scores'" in message
+
+
+def test_where_names_a_column(tmp_path: Path, chat: ChatTokenizer) -> None:
+    """A misspelt column would select nothing; the message lists what there is."""
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "q", "completion": "a", "split": "train"}])
+    message = refusal(path, chat, format="trl", where=(("splti", "train"),))
+    assert message == f"{path}: `where` asks for 'splti', which no row has; columns: completion, prompt, split"
+
+
+def test_a_bad_row_of_an_array_on_one_line_is_named_by_its_byte(tmp_path: Path, chat: ChatTokenizer) -> None:
+    """Its line says nothing."""
+    path = tmp_path / "rows.json"
+    rows = [{"prompt": "q", "response": "a"}, {"prompt": "q", "response": ""}]
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    byte = json.dumps(rows).index(json.dumps(rows[1]))
+    assert refusal(path, chat).startswith(f"{path}:1 (byte {byte}): 'response' is empty")
+
+
+def test_null_members_of_tables_are_absent(tmp_path: Path) -> None:
+    """Arrow gives every struct the keys of all others: a call must not be learned with arguments that it lacks."""
+    rows = [
+        {"messages": [{"role": "user", "content": "q", "extra": {"a": 1}}]},
+        {"messages": [{"role": "user", "content": "q", "extra": {"b": 2}}]},
+    ]
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    found = [parse_row(raw.value) for raw in raw_rows(find_data(str(path), None))]
+    assert found == rows
+
+
+def test_hidden_files_are_not_read(tmp_path: Path) -> None:
+    """What editors and notebooks leave in a folder would double its rows."""
+    write_rows(tmp_path / "data" / "a.jsonl", [{"prompt": "q", "response": "a"}])
+    write_rows(tmp_path / "data" / ".ipynb_checkpoints" / "a-checkpoint.jsonl", [{"prompt": "q", "response": "a"}])
+    write_rows(tmp_path / "data" / ".a.jsonl", [{"prompt": "q", "response": "a"}])
+    assert find_data(str(tmp_path / "data"), None).names == (f"{tmp_path}/data/a.jsonl",)

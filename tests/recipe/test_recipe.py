@@ -1,0 +1,370 @@
+"""The recipe: what loads, what overrides do, and that each refusal names the recipe and the key."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from recipes import MINIMAL, refusal
+
+from uft_ds.data.example import KINDS
+from uft_ds.data.mixture import Portion
+from uft_ds.errors import UserError
+from uft_ds.recipe.file import dump_recipe, load_recipe, shipped_recipes
+from uft_ds.recipe.schema import Recipe, describe_keys
+from uft_ds.run.resolve import portion_of
+
+
+def test_recipes_are_shipped() -> None:
+    """The three recipes of the first version are found without a path."""
+    assert {"quickstart", "uft_qwen32b", "uft_mistral7b"} <= set(shipped_recipes())
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_shipped_recipe_loads_under_its_own_name(name: str) -> None:
+    """Each shipped file is valid and calls itself by its file's name."""
+    assert load_recipe(name).name == name
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_what_is_dumped_loads_to_an_equal_recipe(name: str, tmp_path: Path) -> None:
+    """The resolved recipe beside a run is the run's recipe."""
+    recipe = load_recipe(name, ("train.lr=1.5e-7", "objective.loss={instruction: nll, score: bce}"))
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    assert load_recipe(str(tmp_path / "recipe.yaml")) == recipe
+
+
+@given(
+    name=st.text(min_size=1, max_size=8, alphabet="0123456789eE+-._: #'\"\\nul~yä\u2028\t\n")
+    | st.from_regex(r"[0-9]+e[0-9]+", fullmatch=True),
+    lr=st.floats(min_value=1e-12, max_value=1e12),
+)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_text_and_number_survives_dump_and_load(name: str, lr: float, tmp_path: Path) -> None:
+    """Text that looks like a number, such as the commit `7e12345`, stays text, and no digit of a number is lost."""
+    tree = yaml.safe_load(MINIMAL)
+    tree["name"], tree["model"]["revision"], tree["train"] = name, name, {"lr": lr}
+    recipe = Recipe.model_validate(tree)
+    path = tmp_path / "dumped.yaml"
+    path.write_text(dump_recipe(recipe), encoding="utf-8", newline="")
+    assert load_recipe(str(path)) == recipe
+
+
+def test_defaults_are_the_papers(minimal: str) -> None:
+    """UFT's choices: squared error, beta 0.01, no shift, LoRA rank 16 without dropout."""
+    recipe = load_recipe(minimal)
+    assert [recipe.losses_of(kind) for kind in KINDS] == [{"mse": 1.0}] * 4
+    assert (recipe.objective.beta, recipe.objective.reward_shift) == (0.01, "none")
+    assert recipe.lora is not None
+    assert (recipe.lora.rank, recipe.lora.dropout) == (16, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("train.lr=1e-5", "train.lr", 1e-5),
+        ("train.lr=1E-5", "train.lr", 1e-5),
+        ("train.lr=.5e-3", "train.lr", 5e-4),
+        ("train.lr=1", "train.lr", 1.0),
+        ("train.steps=null", "train.steps", None),
+        ("data.sources.1.examples=7", "data.sources.1.examples", 7),
+        ("data.sources.0.score=0.25", "data.sources.0.score", 0.25),
+        ("lora.targets=[q_proj, v_proj]", "lora.targets", ["q_proj", "v_proj"]),
+        ("tracking=[]", "tracking", []),
+        ("model.revision='7e12345'", "model.revision", "7e12345"),
+        ("name=a=b", "name", "a=b"),
+    ],
+)
+def test_overrides_reach_every_leaf(minimal: str, override: str, key: str, value: object) -> None:
+    """A leaf is replaced by a YAML value: exponents without a dot, list items by index, null, whole lists."""
+    node: object = load_recipe(minimal, (override,)).model_dump()
+    for part in key.split("."):
+        node = node[int(part)] if isinstance(node, list) else node[part]  # type: ignore[index]
+    assert node == value
+    assert type(node) is type(value)
+
+
+def test_an_override_of_a_list_item_leaves_the_rest(minimal: str) -> None:
+    """Only the named leaf of the second source changes."""
+    before, after = load_recipe(minimal), load_recipe(minimal, ("data.sources.1.path=c.jsonl",))
+    assert after.data.sources[0] == before.data.sources[0]
+    assert after.data.sources[1].model_dump() == before.data.sources[1].model_dump() | {"path": "c.jsonl"}
+
+
+def test_the_last_override_wins(minimal: str) -> None:
+    """Overrides apply in the order of the command line."""
+    assert load_recipe(minimal, ("train.lr=1", "train.lr=2")).train.lr == 2
+
+
+def test_home_is_expanded_in_locations_only(minimal: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`~/x` is a path in the home folder where a path is meant; a user who does not exist is no crash."""
+    monkeypatch.setenv("HOME", "/somewhere")
+    recipe = load_recipe(minimal, ("output=~/runs", "name=~/runs", "model.base=~no-such-user/model"))
+    assert (recipe.output, recipe.name, recipe.model.base) == ("/somewhere/runs", "~/runs", "~no-such-user/model")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trian.lr=1", "trian: unknown key; did you mean 'train'?"),
+        ("train.sede=1", "train.sede: unknown key; did you mean 'seed'?"),
+        ("lora.rnk=8", "lora.rnk: unknown key; did you mean 'rank'?"),
+        ("data.sources.1.exmaples=8", "data.sources.1.exmaples: unknown key; did you mean 'examples'?"),
+        ("objective.gamma=2", "objective.gamma: unknown key; here it is objective.simpo_margin"),
+        ("train.learning_rate=1e-5", "train.learning_rate: unknown key; here it is train.lr"),
+        ("lora.foo=1", "lora.foo: unknown key; known here: rank, alpha, dropout, targets, dtype"),
+        ("train.max-grad-norm=1", "train.max-grad-norm: unknown key; did you mean 'max_grad_norm'?"),
+        ("my-key=1", "my-key: unknown key; known here: name, model,"),
+        ("train.str=1", "train.str: unknown key; known here: examples_per_step,"),
+        (
+            "data.sources.0.format=helpstear2",
+            "data.sources.0.format: unknown name 'helpstear2'; did you mean 'helpsteer2'",
+        ),
+        ("data.held_out=[{format: x, path: p}]", "data.held_out.0.format: unknown name 'x'; allowed: jsonl, trl,"),
+        ("objective.loss=bse", "objective.loss: unknown name 'bse'; did you mean"),
+        ("objective.loss=zzz", "objective.loss: unknown name 'zzz'; allowed: mse, bce, l1, raw, dpo"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_the_nearest(minimal: str, override: str, message: str) -> None:
+    """A misspelt key or name is refused by its place, with the nearest known one or all of them."""
+    assert message in refusal(minimal, override)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.steps=3.5", "train.steps: 3.5 given"),
+        ("train.steps=3.0", "train.steps: 3.0 given"),
+        ("train.steps='3'", "train.steps: '3' given"),
+        ("train.steps=true", "train.steps: True given"),
+        ("train.examples_per_step=0", "train.examples_per_step: 0 given"),
+        ("train.deterministic=1", "train.deterministic: 1 given"),
+        ("train.schedule=step", "train.schedule: 'step' given; input should be 'cosine', 'linear' or 'constant'"),
+        ("train.lr=abc", "train.lr: 'abc' given"),
+        ("train.lr=.nan", "train.lr: nan given"),
+        ("train.lr=.inf", "train.lr: inf given"),
+        ("train.lr=1e999", "train.lr: inf given"),
+        ("train.lr=-1e-5", "train.lr: -1e-05 given"),
+        ("train.lr=null", "train.lr: None given"),
+        ("train.warmup=1.5", "train.warmup: 1.5 given"),
+        ("name=2024-01-31", "name: datetime.date(2024, 1, 31) given"),
+        ("name=7e12345", "name: inf given"),
+        ("data.sources.0.score=2", "data.sources.0.score: 2 given"),
+        ("data.sources=[]", "data.sources: [] given"),
+        ("data.sources.0=x", "data.sources.0: 'x' given"),
+        ("launch.ranks=0", "launch.ranks: 0 given; input should be 'auto', or greater than 0"),
+        ("data.sources.0.share=20%", "share: '20%' given; input should be a valid number, or a valid list"),
+        ("data.sources.0.share=[[0, 2], [1, 1]]", "data.sources.0.share.0.1: 2 given; input should be less"),
+        ("data.sources.0.where={dict: null}", "data.sources.0.where.dict: None given; input should be a valid string"),
+        ("data.sources.0.where={my-col: [1]}", "data.sources.0.where.my-col: [1] given"),
+        ("launch.collective_timeout_minutes=[1]", "launch.collective_timeout_minutes: [1] given"),
+        ("lora.targets=[q, 3]", "lora.targets.1: 3 given"),
+        ("lora=3", "lora: 3 given"),
+        ("data.sources.0.score_map=[.nan, 0]", "data.sources.0.score_map.0: nan given; input should be a finite"),
+        ("train.betas=[0.9]", "train.betas: [0.9] given"),
+        ("train.betas=[0.9, 1.0]", "train.betas.1: 1.0 given"),
+        ("lora.targets=[]", "lora.targets: [] given"),
+        ("output=''", "output: '' given"),
+        ("tracking=[mlflow]", "tracking.0: 'mlflow' given"),
+        ("objective.loss.instruction=3", "objective.loss.instruction: 3 given"),
+        ("objective.beta=0", "objective.beta: 0 given"),
+        ("train=3", "train: 3 given"),
+    ],
+)
+def test_a_wrong_value_is_refused(minimal: str, override: str, message: str) -> None:
+    """Types are not converted, ranges are checked, and NaN is no number; the message gives key and value."""
+    setup = ("objective.loss={instruction: mse, score: mse}",) if override.startswith("objective.loss") else ()
+    assert message in refusal(minimal, *setup, override)
+
+
+@pytest.mark.parametrize("key", ["name", "model", "data", "output"])
+def test_what_is_missing_is_named(key: str, tmp_path: Path) -> None:
+    """A key without a default must be given."""
+    tree = yaml.safe_load(MINIMAL)
+    del tree[key]
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    assert refusal(str(path)) == f"recipe {path}: {key}: required, but not given"
+
+
+def test_all_problems_are_told_at_once(minimal: str) -> None:
+    """Two wrong keys give two lines."""
+    message = refusal(minimal, "train.lr=x", "train.seed=x")
+    assert [line.split(": ")[1] for line in message.splitlines()] == ["train.lr", "train.seed"]
+    message = refusal(minimal, "lora.dropout=0.1", "objective.reward_shift=ema", "objective.loss=nll")
+    assert [line.split(": ")[1] for line in message.splitlines()] == ["lora.dropout", "objective.reward_shift"]
+
+
+@pytest.mark.parametrize("key", ["data.sources.1.path=a.jsonl", "data.held_out=[{format: jsonl, path: b.jsonl}]"])
+def test_a_source_given_twice_is_refused(minimal: str, key: str) -> None:
+    """No row is trained on twice in an epoch, nor held out and trained on; another split, or `where`, is another."""
+    place = "data.held_out.0" if "held_out" in key else "data.sources.1"
+    assert f"{place}.path: " in refusal(minimal, key)
+    assert "is a source already" in refusal(minimal, key)
+    load_recipe(minimal, (key, f"{place}.split=test"))
+    load_recipe(minimal, (key, f"{place}.where={{part: test}}"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.sources.0={format: jsonl, path: a, epochs: 2.0, share: 0.5}", "share: given beside `epochs`"),
+        ("data.sources.0.share=0", "share: 0 takes nothing"),
+        ("data.sources.0.share=[[0, 0.5]]", "share: a schedule's progress must rise from 0 to 1, found [0.0]"),
+        ("data.sources.0.share=[[0, 0.5], [0.5, 0], [0.5, 1], [1, 1]]", "must rise from 0 to 1, found [0.0, 0.5, 0.5,"),
+        ("data.sources.0.share=[[0, 0.5, 1]]", "share"),
+        ("data.sources.0.share=1.5", "share"),
+        ("data.sources.0.epochs=0", "epochs"),
+        (
+            "data.held_out=[{format: jsonl, path: p, share: 0.5}]",
+            "held_out.0.share: held-out data is gone through once",
+        ),
+    ],
+)
+def test_a_portion_that_means_nothing_is_refused(minimal: str, override: str, message: str) -> None:
+    """How much of a source is taken is said once, and makes sense."""
+    assert message in refusal(minimal, override)
+
+
+def test_a_share_may_be_a_schedule(minimal: str) -> None:
+    """Points of the run's progress with their shares; written down and read again, they are the same."""
+    recipe = load_recipe(minimal, ("data.sources.0.share=[[0, 0.9], [0.5, 0.9], [1, 0.1]]",))
+    Path(minimal).write_text(dump_recipe(recipe))
+    assert load_recipe(minimal) == recipe
+    assert portion_of(recipe.data.sources[0]).share == ((0.0, 0.9), (0.5, 0.9), (1.0, 0.1))
+    assert portion_of(load_recipe(minimal, ("data.sources.0.share=0.25",)).data.sources[0]).share == ((0.0, 0.25),)
+    assert portion_of(load_recipe(minimal, ("data.sources.0.share=null",)).data.sources[0]) == Portion(passes=1.0)
+
+
+def test_an_option_that_is_not_there_yet_is_refused(minimal: str) -> None:
+    """An option that the design names but this version lacks is never silently ignored."""
+    assert "lora: null is not available in this version" in refusal(minimal, "lora=null")
+
+
+@pytest.mark.parametrize("dropout", ["0.05", "-0.1", ".nan", "1"])
+def test_dropout_is_refused(minimal: str, dropout: str) -> None:
+    """Adapter dropout must be exactly 0."""
+    assert "lora.dropout: " in refusal(minimal, f"lora.dropout={dropout}")
+
+
+def test_a_sequence_must_fit_a_micro_batch(minimal: str) -> None:
+    """max_length may equal tokens_per_micro_batch, not exceed it."""
+    assert load_recipe(minimal, ("data.max_length=100", "train.tokens_per_micro_batch=100")).data.max_length == 100
+    message = refusal(minimal, "data.max_length=101", "train.tokens_per_micro_batch=100")
+    assert "train.tokens_per_micro_batch: 100 is less than data.max_length 101" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.sources.2.path=x", "data.sources.2: expected an index from 0 to 1"),
+        ("data.sources.-1.path=x", "data.sources.-1: expected an index from 0 to 1"),
+        ("data.sources.first.path=x", "data.sources.first: expected an index from 0 to 1"),
+        ("data.sources.².path=x", "data.sources.²: expected an index from 0 to 1"),
+        ("name.x=1", "name.x: its parent is 'small' and has no keys"),
+        ("train.lr", "expected key.path=value"),
+        ("=3", "expected key.path=value"),
+        ("name=[1", "the value is not YAML"),
+        ("name=2024-13-45", "the value is not YAML"),
+        ("name={a: 1, a: 2}", "key 'a' is given twice"),
+        ("name={[a]: 1}", "a key must be a word"),
+    ],
+)
+def test_a_bad_override_is_refused(minimal: str, override: str, message: str) -> None:
+    """An override that leads nowhere, or has no value, is quoted in the message."""
+    refused = refusal(minimal, override)
+    assert message in refused
+    assert f"override {override!r}" in refused
+
+
+def test_no_index_into_an_empty_list(tmp_path: Path) -> None:
+    """There is no first item to override."""
+    path = tmp_path / "r.yaml"
+    path.write_text(MINIMAL.replace("data:\n", "data:\n  held_out: []\n"))
+    assert "data.held_out.0: the list is empty" in refusal(str(path), "data.held_out.0.path=x")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (MINIMAL + "name: again\n", ": line 8: key 'name' is given twice"),
+        (MINIMAL + "train:\n  lr: 1\n  seed: 1\n  lr: 2\n", ": line 11: key 'lr' is given twice"),
+        (MINIMAL + "train: {lr: [1\n", ":9: not valid YAML"),
+        (MINIMAL + "tracking: 2024-02-30\n", ": not valid YAML: day is out of range for month"),
+        (MINIMAL + "a: \x07\n", ": not valid YAML: unacceptable character #x0007"),
+        (MINIMAL + "? [a]\n: 1\n", ": line 8: a key must be a word"),
+        (MINIMAL + "tracking: !!python/name:os.system\n", ":8: not valid YAML"),
+        ("- 1\n", ": expected keys and values, found list"),
+        ("", ": expected keys and values, found NoneType"),
+        (MINIMAL + "1: 2\n", ": 1: "),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    """Duplicated keys, broken YAML and tags that would run code are refused, with the line where one is known."""
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    assert f"recipe {path}{message}" in refusal(str(path))
+
+
+def test_an_unknown_recipe_gives_the_nearest_shipped_name() -> None:
+    """A misspelt shipped name is neither a crash nor read as a path."""
+    with pytest.raises(UserError, match=r"recipe: unknown name 'quickstrat'; did you mean 'quickstart'\?"):
+        load_recipe("quickstrat")
+
+
+def test_an_unreadable_file_is_refused(tmp_path: Path) -> None:
+    """A missing file, a folder and bytes that are not UTF-8 are the user's to mend."""
+    (tmp_path / "latin.yaml").write_bytes(b"name: \xe9\n")
+    for path in (tmp_path / "missing.yaml", tmp_path, tmp_path / "latin.yaml"):
+        assert "cannot be read" in refusal(str(path))
+
+
+def test_a_recipe_cannot_be_changed(minimal: str) -> None:
+    """What was validated is what runs."""
+    recipe = load_recipe(minimal)
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.train.lr = 1.0
+
+
+def test_every_key_is_described() -> None:
+    """`uft recipe keys` has a meaning for each leaf, sources' and sections' among them."""
+    rows = describe_keys()
+    keys = [key for key, _, _ in rows]
+    assert {"train.lr", "data.sources.0.path", "data.held_out.0.score", "lora.rank", "output"} <= set(keys)
+    assert len(keys) == len(set(keys))
+    undescribed = [key for key, _, meaning in rows if not meaning]
+    assert undescribed == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("train.keep_best=loss",), "train.keep_best: 'loss' is no held-out metric, such as held_out/loss"),
+        (
+            ("train.keep_best=held_out/responses/score",),
+            "train.keep_best: 'held_out/responses/score' given, of which no value is the best; take held_out/loss, ",
+        ),
+        (("train.keep_best=held_out/loss",), "train.keep_best: needs data.held_out, which is empty"),
+        (
+            ("model.attention=flash_attention_2", "model.dtype=float32"),
+            "model.attention: flash_attention_2 has no float32; take model.dtype: bfloat16, or auto",
+        ),
+    ],
+)
+def test_what_could_never_be_is_refused(minimal: str, overrides: tuple[str, ...], message: str) -> None:
+    """Before anything is read: the best of what is not evaluated; a kernel for a type that it lacks."""
+    assert message in refusal(minimal, *overrides)
+
+
+def test_the_best_checkpoint_needs_evaluations_where_checkpoints_are(minimal: str) -> None:
+    """Every 70 and every 100 steps meet at 700 alone."""
+    held_out = "data.held_out=[{format: jsonl, path: held_out.jsonl}]"
+    message = refusal(
+        minimal, held_out, "train.keep_best=held_out/loss", "train.evaluate_every=70", "train.checkpoint_every=100"
+    )
+    assert "train.keep_best: needs evaluations where checkpoints are" in message
+    load_recipe(
+        minimal,
+        (held_out, "train.keep_best=held_out/loss", "train.evaluate_every=50", "train.checkpoint_every=100"),
+    )

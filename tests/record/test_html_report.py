@@ -1,0 +1,71 @@
+"""A finished run in one file."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from uft_ds.record.html_report import write_report
+from uft_ds.record.run_folder import RunFolder
+
+METRICS: list[dict[str, Any]] = [
+    {"step": 1, "loss": 0.25, "grad_norm": 1.5},
+    {"step": 3, "loss": 0.125, "grad_norm": None},
+    {"step": 3, "held_out/loss": 0.2},
+]
+
+
+SOURCE: dict[str, Any] = {
+    "source": "rows.jsonl", "responses": 1234, "tokens": 56789, "responses_per_epoch": 617.0,
+    "left_out": {"too long": 3, "empty": 4}, "rows_quarantined": 2,
+}  # fmt: skip
+
+
+def run_with(tmp_path: Path, lines: list[dict[str, Any]], *, recipe: str = "name: toy\n") -> RunFolder:
+    folder = RunFolder(tmp_path)
+    folder.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    folder.recipe.write_text(recipe)
+    folder.data_report().parent.mkdir()
+    folder.data_report().write_text(json.dumps({"train": [SOURCE], "held_out": []}))
+    return folder
+
+
+@pytest.mark.parametrize("lines", [[], [{"step": 1, "loss": None}]], ids=["none", "null"])
+def test_a_run_without_numbers_still_gets_a_report(tmp_path: Path, lines: list[dict[str, Any]]) -> None:
+    """Nothing to draw is no error (and no warning): the run itself may be fine."""
+    write_report(run_with(tmp_path, lines), "toy")
+    assert (tmp_path / "report.html").stat().st_size > 1000
+
+
+def test_the_report_holds_picture_numbers_and_recipe(tmp_path: Path) -> None:
+    """One file: both pictures are inside, byte for byte; the table has each metric's last value; no link leads out."""
+    write_report(run_with(tmp_path, METRICS), "toy run")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    embedded = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
+    pictures = [(tmp_path / name).read_bytes() for name in ("curves.png", "health.png")]
+    assert [base64.b64decode(picture) for picture in embedded] == pictures
+    rows = dict(re.findall(r"<tr><td>([^<]*)</td><td>([^<]*)</td></tr>", text))
+    assert rows["loss"] == "0.125"
+    assert rows["held_out/loss"] == "0.2"
+    assert rows["step"] == "3"
+    source = "".join(f"<td>{cell}</td>" for cell in ("train", "rows.jsonl", "1,234", "56,789", "617", "7", "2"))
+    assert f"<tr>{source}</tr>" in text
+    assert "<pre>name: toy\n</pre>" in text
+    assert "<h1>toy run</h1>" in text
+    assert not re.search(r"https?://|<link|<script", text)
+
+
+def test_the_report_escapes_what_users_write(tmp_path: Path) -> None:
+    """A run's name, a recipe, a data report and a metric's name are text, never markup."""
+    attack = "</pre></title><script>alert('&')</script>"
+    folder = run_with(tmp_path, [{"step": 1, "loss": 0.5, attack: 1.0}], recipe=f"name: {attack}\n")
+    folder.data_report().write_text(json.dumps({"train": [SOURCE | {"source": attack}]}))
+    write_report(folder, attack)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert text.count("&lt;script&gt;alert(&#x27;&amp;&#x27;)") == 6, "title, heading, table, data twice, recipe"

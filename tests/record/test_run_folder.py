@@ -1,0 +1,204 @@
+"""Who owns a run's folder, what may be deleted in it, and how its end is told."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from uft_ds.errors import UserError
+from uft_ds.host.files import write_atomically
+from uft_ds.record.run_folder import RunFolder, Status, check_claimable, claim, release
+
+HOLD_THE_LOCK = """
+import sys
+from pathlib import Path
+from uft_ds.record.run_folder import RunFolder, claim
+lock = claim(RunFolder(Path(sys.argv[1])), overwrite=False)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def finished_run(path: Path) -> RunFolder:
+    """A folder with everything that a run leaves, a half-written file too, and three files of the user's own."""
+    folder = RunFolder(path)
+    claim(folder, overwrite=False).close()
+    for name in ("recipe.yaml", "environment.json", "metrics.jsonl", "log-rank0.txt", "log-rank11.txt", "report.html",
+                 "curves.png", "launcher.log", "DONE", "status.json"):  # fmt: skip
+        (path / name).write_text("old")
+    for name in ("checkpoints/step-000002/adapter", "tensorboard", "data"):
+        (path / name).mkdir(parents=True)
+        (path / name / "file").write_text("old")
+    folder.latest.symlink_to("checkpoints/step-000002")
+    (path / ".recipe.yaml.tmp").write_text("half")
+    (path / "notes.md").write_text("mine")
+    (path / "thesis.tmp").write_text("mine")
+    (path / "plots").mkdir()
+    (path / "plots" / "data").write_text("mine")
+    return folder
+
+
+def contents(path: Path) -> set[str]:
+    return {str(entry.relative_to(path)) for entry in path.rglob("*")}
+
+
+@contextmanager
+def another_process_owning(path: Path) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", HOLD_THE_LOCK, str(path)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate(timeout=10)
+
+
+def test_a_fresh_folder_is_made(tmp_path: Path) -> None:
+    """Parents too, and it holds nothing but the lock; an empty folder is as good."""
+    with claim(RunFolder(tmp_path / "a" / "b"), overwrite=False):
+        assert contents(tmp_path / "a" / "b") == {".uft-run"}
+    (tmp_path / "empty").mkdir()
+    claim(RunFolder(tmp_path / "empty"), overwrite=False).close()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["thesis.tex", "recipe.yaml", "data", "DONE"])
+def test_a_foreign_folder_is_refused(tmp_path: Path, name: str, overwrite: bool) -> None:
+    """--overwrite or not, nothing in it changes: a recipe.yaml or data of the user's own does not make it a run."""
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=r"^output: .* holds files that are no run of ours"):
+        claim(RunFolder(tmp_path), overwrite=overwrite)
+    assert contents(tmp_path) == {name}
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_file_is_refused(tmp_path: Path) -> None:
+    """An output that is a file, or lies below one."""
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"is a file, expected a folder"):
+        claim(RunFolder(tmp_path / "file"), overwrite=True)
+    with pytest.raises(UserError, match=r"^output: .* cannot be written \(Not a directory\)"):
+        claim(RunFolder(tmp_path / "file" / "below"), overwrite=True)
+
+
+def test_a_run_is_not_overwritten_unasked(tmp_path: Path) -> None:
+    """The message offers both ways out, and the run stays as it was."""
+    folder = finished_run(tmp_path / "run")
+    before = contents(folder.path)
+    with pytest.raises(UserError, match=r"already holds a run.* delete it by --overwrite, .* output=PATH"):
+        claim(folder, overwrite=False)
+    assert contents(folder.path) == before
+
+
+def test_overwrite_deletes_the_run_and_nothing_else(tmp_path: Path) -> None:
+    """What a run writes is gone, files of the user's own stay; the folder is locked meanwhile."""
+    folder = finished_run(tmp_path / "run")
+    with claim(folder, overwrite=True):
+        assert contents(folder.path) == {".uft-run", "notes.md", "plots", "plots/data", "thesis.tmp"}
+
+
+def test_overwrite_does_not_follow_links(tmp_path: Path) -> None:
+    """Checkpoints that lie on another disk, behind a link: the link goes, what it points to stays."""
+    folder = finished_run(tmp_path / "run")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "weights").write_text("mine")
+    (folder.path / "wandb").symlink_to(tmp_path / "disk")
+    claim(folder, overwrite=True).close()
+    assert not (folder.path / "wandb").is_symlink()
+    assert (tmp_path / "disk" / "weights").read_text() == "mine"
+
+
+def test_a_run_that_died_before_its_recipe_was_written_can_be_overwritten(tmp_path: Path) -> None:
+    """A full disk while the data is written leaves a lock and half a file: ours to delete, not a foreign folder."""
+    folder = RunFolder(tmp_path / "run")
+    claim(folder, overwrite=False).close()
+    (folder.path / "data").mkdir()
+    folder.quarantine().write_text("half")
+    with pytest.raises(UserError, match="--overwrite"):
+        check_claimable(folder, overwrite=False)
+    with claim(folder, overwrite=True):
+        assert contents(folder.path) == {".uft-run"}
+
+
+def test_a_folder_in_use_by_another_process_is_refused(tmp_path: Path) -> None:
+    """Also with --overwrite, and nothing is deleted; free again once the owner was killed."""
+    folder = RunFolder(tmp_path / "run")
+    with another_process_owning(folder.path):
+        (folder.path / "metrics.jsonl").write_text("growing")
+        with pytest.raises(UserError, match=r"is in use by another run that is still going"):
+            claim(folder, overwrite=True)
+        assert folder.metrics.read_text() == "growing"
+    claim(folder, overwrite=True).close()
+    assert not folder.metrics.exists()
+
+
+def test_closing_the_lock_frees_the_folder(tmp_path: Path) -> None:
+    """One process may hold it at a time, and the next one after it was closed."""
+    folder = RunFolder(tmp_path / "run")
+    with claim(folder, overwrite=False), pytest.raises(UserError, match="in use"):
+        claim(folder, overwrite=True)
+    claim(folder, overwrite=True).close()
+
+
+def test_release_leaves_nothing_of_a_run_that_never_began(tmp_path: Path) -> None:
+    """The folder itself goes too, unless it holds something of the user's; then it can be claimed again."""
+    folder = RunFolder(tmp_path / "run")
+    lock = claim(folder, overwrite=False)
+    folder.recipe.write_text("half")
+    release(folder, lock)
+    assert lock.closed
+    assert not folder.path.exists()
+
+    folder = finished_run(tmp_path / "mixed")
+    release(folder, claim(folder, overwrite=True))
+    assert contents(folder.path) == {"notes.md", "plots", "plots/data", "thesis.tmp"}
+
+
+def test_the_first_status_stays(tmp_path: Path) -> None:
+    """The first rank that fails knows why, the others only see its connections close; nothing else is left behind."""
+    folder = RunFolder(tmp_path)
+    folder.write_first_status(Status(3, "rank 1: the loss is NaN"))
+    folder.write_first_status(Status(1, "rank 0: connection closed by peer"))
+    assert folder.read_status() == Status(3, "rank 1: the loss is NaN")
+    assert contents(tmp_path) == {"status.json"}
+
+
+def test_a_status_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    """Exit code and message, with every character of the message."""
+    folder = RunFolder(tmp_path)
+    assert folder.read_status() is None
+    for status in (Status(3, 'rank 1: "NaN"\nβ = 0.1'), Status(0, "done")):
+        folder.write_status(status)
+        assert folder.read_status() == status
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"exit_code": 0}', '{"code": 0, "message": ""}', "\xff"])
+def test_a_garbled_status_is_none(tmp_path: Path, text: str) -> None:
+    """A run that left half a status died without a word."""
+    (tmp_path / "status.json").write_bytes(text.encode("latin-1"))
+    assert RunFolder(tmp_path).read_status() is None
+
+
+def test_write_atomically_replaces_the_whole_text(tmp_path: Path) -> None:
+    """Shorter than before leaves no tail, and no temporary file stays beside."""
+    path = tmp_path / "file.json"
+    for text in ("a long first text\n", "β\n"):
+        write_atomically(path, text)
+        assert path.read_text(encoding="utf-8") == text
+    assert contents(tmp_path) == {"file.json"}
+
+
+def test_a_failed_write_leaves_the_old_text(tmp_path: Path) -> None:
+    """The text is replaced only once the new one is whole: here it cannot be encoded."""
+    path = tmp_path / "file.json"
+    write_atomically(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(path, "new \ud800")
+    assert path.read_text() == "old"

@@ -1,0 +1,132 @@
+"""What the preview shows: exactly the mask, also where a long text is cut."""
+
+import io
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from sources import rules, write_rows
+from tiny import build_tiny_tokenizer
+from toy import toy_sequences
+
+from uft_ds.data.example import Example, Message, Sequence
+from uft_ds.data.mixture import Portion
+from uft_ds.data.sources import PreparedSource, Source, Tolerance, prepare_source
+from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
+from uft_ds.data.tokens.tokenize import load_tokenizer, tokenize
+from uft_ds.recipe.file import recipe_from_tree
+from uft_ds.recipe.schema import Recipe
+from uft_ds.run.prepare import PreparedData
+from uft_ds.run.preview import CLOSE, OPEN, PROMPT, SUPERVISED, rendered, show_data
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
+    return load_tokenizer(str(build_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))))
+
+
+def conversation(chat: ChatTokenizer, *contents: str) -> Sequence:
+    turns = (Message("assistant", c, 0.5) if i % 2 else Message("user", c) for i, c in enumerate(contents))
+    (sequence,) = tokenize(Example(tuple(turns), "score"), chat, max_length=100_000, merge=True).sequences
+    return replace(sequence, responses=tuple(replace(r, origin="f.jsonl:3") for r in sequence.responses))
+
+
+def test_marks_and_colours_are_the_mask(chat: ChatTokenizer) -> None:
+    """What stands between the marks, and what is green, is what is supervised: text and end of turn, of every turn."""
+    text = rendered(conversation(chat, "q1", "a1", "q2", "a2"), chat, full=True)
+    shown = text.plain
+    assert shown.startswith("f.jsonl:3: ")
+    assert "supervised; score 0.5, score 0.5" in shown
+    marked = [part.split(CLOSE)[0] for part in shown.split(OPEN)[1:]]
+    assert marked == ["a1<|im_end|>", "a2<|im_end|>"]
+    green = [shown[span.start : span.end] for span in text.spans if span.style == SUPERVISED]
+    assert green == [f"{OPEN}{part}{CLOSE}" for part in marked]
+    dim = [shown[span.start : span.end] for span in text.spans if span.style == PROMPT]
+    assert dim[0] == "<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_long_text_is_cut_and_says_so(chat: ChatTokenizer) -> None:
+    """Of a long answer both ends are shown, with the number of tokens between; --full shows all of it."""
+    sequence = conversation(chat, "q", "x" * 1000 + "end")
+    assert "[... 804 tokens ...]" in rendered(sequence, chat, full=False).plain
+    assert "xend<|im_end|>" + CLOSE in rendered(sequence, chat, full=False).plain
+    assert "x" * 1000 in rendered(sequence, chat, full=True).plain
+
+
+def test_any_sequence_is_shown(chat: ChatTokenizer) -> None:
+    """Tokens that are no text do not break it."""
+    for sequence in toy_sequences(20):
+        assert rendered(sequence, chat, full=False).plain.count(OPEN) == len(sequence.responses)
+
+
+@pytest.fixture
+def data(tmp_path: Path, chat: ChatTokenizer, monkeypatch: pytest.MonkeyPatch) -> PreparedData:
+    """Of twelve long answers one fits; of twenty scored ones three rows are bad."""
+    monkeypatch.chdir(tmp_path)
+    long = [{"prompt": "q", "response": "a" if i == 4 else "a" * 200} for i in range(12)]
+    scored = [{"prompt": f"q{i}", "response": "" if i in (2, 5, 8) else "a", "score": i / 20} for i in range(20)]
+
+    def prepared(name: str, rows: list[dict[str, Any]], portion: Portion) -> PreparedSource:
+        path = write_rows(Path(f"a-folder-with-a-long-name-for-a-narrow-terminal/{name}.jsonl"), rows)
+        source = Source(str(path), None, rules(max_length=100), portion=portion)
+        tolerance = Tolerance(quarantine=True, max_quarantined=0.5)
+        return prepare_source(source, chat, tmp_path / "cache", seed=0, tolerance=tolerance)
+
+    return PreparedData(
+        (prepared("long", long, Portion(passes=12)), prepared("scored", scored, Portion(passes=0.5))), ()
+    )
+
+
+def recipe_of(data: PreparedData) -> Recipe:
+    train, held_out = (
+        [{"format": "jsonl", "path": f"{part}{number}"} for number in range(len(sources))]
+        for part, sources in (("train", data.train), ("held_out", data.held_out))
+    )
+    tree = {"name": "x", "model": {"base": "b"}, "data": {"sources": train, "held_out": held_out}, "output": "o"}
+    return recipe_from_tree(tree, "x")
+
+
+def printed(data: PreparedData, width: int) -> str:
+    console = Console(file=io.StringIO(), width=width, markup=False, highlight=False)
+    show_data(recipe_of(data), data, console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_tables_say_what_is_taken_and_left_out(data: PreparedData) -> None:
+    """Counts, passes, places of the first rows, reasons of bad ones, where all of them are, and what stands out."""
+    shown = printed(data, width=400)
+    long, scored = (source.label for source in data.train)
+    rows = [line.split() for line in shown.split("\n")]
+    tokens = [str(source.selection.num_tokens) for source in data.train]
+    assert ["train", long, "instruction", "1", tokens[0], "12", "(12", "x)", "11"] in rows
+    assert ["train", scored, "score", "17", tokens[1], "8.5", "(0.5", "x)", "3"] in rows
+    assert f"{long}:1, {long}:2, {long}:3" in shown
+    assert f"{scored}:3: 'response' is empty" in shown
+    assert str(data.train[1].quarantine_file) in shown
+    assert f"note: {long}: 11 of 12 responses are left out" in shown
+    assert f"note: {long}: an epoch goes 12 times through its responses" in shown
+    assert f"note: {scored}" not in shown
+
+
+@pytest.mark.parametrize("width", [72, 80])
+def test_a_narrow_terminal_cuts_nothing(data: PreparedData, width: int) -> None:
+    """Words and places are folded: not a letter is missing, for the end of a place is the line's number."""
+    narrow, wide = (Counter(printed(data, columns)) for columns in (width, 400))
+    for layout in " \n─":
+        del narrow[layout], wide[layout]
+    assert narrow == wide
+
+
+def test_nothing_left_out_shows_no_table(tmp_path: Path, chat: ChatTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No empty table, no notes."""
+    monkeypatch.chdir(tmp_path)
+    path = write_rows(Path("rows.jsonl"), [{"prompt": "q", "response": "a"}])
+    source = prepare_source(Source(str(path), None, rules()), chat, tmp_path / "cache", seed=0, tolerance=Tolerance())
+    shown = printed(PreparedData((source,), (source,)), 100)
+    assert "left out, or changed" not in shown
+    assert "note" not in shown
+    assert [line.split()[0] for line in shown.split("\n") if ".jsonl" in line] == ["train", "held"]

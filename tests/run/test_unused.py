@@ -1,0 +1,199 @@
+"""What is said of settings that a run does not read; and that nothing is said of those that it does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sources import write_rows
+from tiny import build_tiny_tokenizer
+
+from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
+from uft_ds.data.tokens.tokenize import load_tokenizer
+from uft_ds.errors import UserError
+from uft_ds.recipe.file import recipe_from_tree
+from uft_ds.run.prepare import prepare_data
+from uft_ds.run.unused import unused
+
+PROMPTS = [{"prompt": f"q{i}"} for i in range(4)]
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "instruction": [row | {"response": "a"} for row in PROMPTS],
+    "score": [row | {"response": "a", "score": 0.2 + i / 10} for i, row in enumerate(PROMPTS)],
+    "good": [row | {"response": "good", "score": 0.6 + i / 10} for i, row in enumerate(PROMPTS)],
+    "binary": [row | {"response": "a", "label": i % 2 == 0} for i, row in enumerate(PROMPTS)],
+    "pair": [row | {"chosen": "a", "rejected": "b"} for row in PROMPTS],
+}
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
+    return load_tokenizer(str(build_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))))
+
+
+def test_split_pairs_are_told_how_to_stay(chat: ChatTokenizer, tmp_path: Path) -> None:
+    """The remedy is the source's, not another loss."""
+    with pytest.raises(UserError, match=r"'dpo' needs pairs, data\.sources\.0\.pairs: split .* take pairs: keep"):
+        notes(chat, tmp_path, {"loss": "dpo"}, "pair", pairs="split")
+
+
+def notes(chat: ChatTokenizer, folder: Path, objective: dict[str, Any], *names: str, **entry: Any) -> list[str]:
+    """Of a recipe with these sources; `entry` is of each."""
+    sources = [
+        {"format": "jsonl", "path": str(write_rows(folder / f"{name}.jsonl", ROWS[name])), **entry} for name in names
+    ]
+    data = {"sources": sources, "cache_dir": str(folder / "tokens"), "max_length": 64, "workers": 1}
+    tree = {"name": "x", "model": {"base": "b"}, "data": data, "objective": objective, "output": "o"}
+    recipe = recipe_from_tree(tree, "x")
+    return list(unused(recipe, prepare_data(recipe, chat)))
+
+
+@pytest.mark.parametrize(
+    ("objective", "names", "entry", "expected"),
+    [
+        (
+            {"loss": {"instruction": "nll", "pair": "dpo"}},
+            ["instruction"],
+            {},
+            ["objective.loss.pair: dpo given, but no source holds responses of kind 'pair'"],
+        ),
+        (
+            {"beta": {"score": 0.1, "binary": 0.2}, "weights": {"pair": 2.0}},
+            ["score"],
+            {},
+            [
+                "objective.beta.binary: 0.2 given, but no source holds responses of kind 'binary'",
+                "objective.weights.pair: 2.0 given, but no source holds responses of kind 'pair'",
+            ],
+        ),
+        ({"loss": "nll", "beta": 0.1}, ["instruction"], {}, ["objective.beta: 0.1 given, but nll has none"]),
+        (
+            {"loss": {"instruction": "nll", "pair": "dpo"}, "beta": {"instruction": 0.1}},
+            ["instruction", "pair"],
+            {},
+            [
+                "objective.beta.instruction: 0.1 given, but nll has none",
+                "objective.beta: not given for pair, which has the default 0.01",
+            ],
+        ),
+        (
+            {"loss": "nll", "beta_schedule": "linear", "beta_end": 2.0},
+            ["instruction"],
+            {},
+            ["objective.beta_schedule: linear given, but nll has no beta"],
+        ),
+        (
+            {"loss": {"pair": "dpo", "score": "mse"}, "reward_shift": "ema", "beta": 0.1},
+            ["pair"],
+            {},
+            [
+                "objective.loss.score: mse given, but no source holds responses of kind 'score'",
+                "objective.reward_shift: ema given, but no training source has a pointwise loss: it moves no other",
+            ],
+        ),
+        (
+            {"loss": "l1", "undesirable_weight": 0.5},
+            ["score"],
+            {},
+            [
+                "objective.beta: not given; l1 has the default 0.01, which is UFT's own",
+                "objective.undesirable_weight: 0.5 given, but kind 'binary', which it is for, is held by no source",
+            ],
+        ),
+        (
+            {"loss": "nll", "undesirable_weight": 0.5},
+            ["binary"],
+            {},
+            ["objective.undesirable_weight: 0.5 given, but kind 'binary', which it is for, has no pointwise loss"],
+        ),
+        (
+            {"loss": {"instruction": "mse", "pair": "dpo"}, "beta": {"pair": 0.1}},
+            ["instruction", "pair"],
+            {},
+            ["objective.beta: not given for instruction, which has the default 0.01"],
+        ),
+        (
+            {"loss": "l1", "reward_shift": "kl", "beta": 0.1},
+            ["good", "instruction"],
+            {},
+            ["objective.reward_shift: kl (KTO) given, but no response is undesirable (a score below 0.5)"],
+        ),
+        (
+            {},
+            ["score"],
+            {"score": 0.9},
+            ["data.sources.0.score: 0.9 given, which is for rows of kind 'instruction'; F/score.jsonl holds score"],
+        ),
+        (
+            {"loss": "dpo", "beta": 0.1},
+            ["pair"],
+            {"score_map": [0.5, 0.25]},
+            ["data.sources.0.score_map: [0.5, 0.25] given, but dpo reads no scores"],
+        ),
+    ],
+)
+def test_what_plays_no_part_is_said(
+    chat: ChatTokenizer,
+    tmp_path: Path,
+    objective: dict[str, Any],
+    names: list[str],
+    entry: dict[str, Any],
+    expected: list[str],
+) -> None:
+    """The key, what it is, and what is missing."""
+    found = notes(chat, tmp_path, objective, *names, **entry)
+    assert [note.replace(str(tmp_path), "F") for note in found] == expected
+
+
+@pytest.mark.parametrize(
+    ("objective", "names", "entry"),
+    [
+        ({}, ["instruction", "score", "pair", "binary"], {}),
+        ({"loss": "mse", "beta": {"instruction": 0.1}}, ["instruction"], {"score": 0.9}),
+        ({"loss": "l1", "reward_shift": "kl", "undesirable_weight": 0.5, "beta": 0.1}, ["binary"], {}),
+        ({"loss": "l1", "reward_shift": "kl", "beta": 0.1}, ["good", "score"], {}),
+        ({"loss": "rpo_sq", "beta": 0.1}, ["pair"], {"score_map": [0.5, 0.25]}),
+        ({"loss": "simpo", "beta": 2.0}, ["pair"], {}),
+        ({"loss": "mse", "reward_shift": "kl"}, ["good"], {}),
+        ({"loss": "nll", "beta": 0.01}, ["instruction"], {}),
+        ({"loss": {"pair": "orpo", "score": "mse"}, "beta": 0.1}, ["pair", "score"], {}),
+        ({"loss": "mse", "length_normalized": True, "beta": {"instruction": 2.0}}, ["instruction"], {}),
+    ],
+)
+def test_nothing_is_said_of_what_is_read(
+    chat: ChatTokenizer, tmp_path: Path, objective: dict[str, Any], names: list[str], entry: dict[str, Any]
+) -> None:
+    """A note that is there every time is read no more."""
+    assert not notes(chat, tmp_path, objective, *names, **entry)
+
+
+@pytest.mark.parametrize(
+    ("objective", "names", "expected"),
+    [
+        (
+            {"loss": "mse", "length_normalized": True, "beta": {"pair": 2.0}},
+            ["instruction"],
+            "objective.beta: not given for instruction: the default 0.01 is per nat",
+        ),
+        (
+            {"loss": {"pair": "dpo"}},
+            ["pair", "score"],
+            "objective.loss: no loss for kind 'score', which data.sources.1 FOLDER/score.jsonl holds",
+        ),
+        ({"weights": {"pair": 0.0}}, ["pair"], "objective.weights: 0 for pair, which is all that is trained on"),
+        (
+            {"loss": "dpo"},
+            ["score", "pair", "instruction"],
+            "objective.loss: 'dpo' needs pairs, data.sources.0 FOLDER/score.jsonl holds responses of kind 'score': "
+            "give a loss for each kind, as in {pair: dpo, score: mse}\n"
+            "objective.loss: 'dpo' needs pairs, data.sources.2 FOLDER/instruction.jsonl holds",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_when_the_kinds_are_known(
+    chat: ChatTokenizer, tmp_path: Path, objective: dict[str, Any], names: list[str], expected: str
+) -> None:
+    """All of it at once."""
+    with pytest.raises(UserError) as caught:
+        notes(chat, tmp_path, objective, *names)
+    assert str(caught.value).replace(str(tmp_path), "FOLDER").startswith(expected)

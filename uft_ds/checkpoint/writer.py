@@ -1,0 +1,176 @@
+"""Checkpoints written beside the training: a step waits only for the copy to host memory.
+
+    every rank:  copy -> thread: own files, synced, read back, hashed
+    all ranks, between two steps:  agree that all are written
+    rank 0:  manifest -> rename -> `latest` -> what is old goes
+
+A checkpoint is whole or absent. One that could not be written leaves the older ones as they were.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from peft import PeftModel
+
+from uft_ds.checkpoint.folder import checkpoints_of, name_of, point_latest, prune, remove
+from uft_ds.checkpoint.manifest import Written, write_manifest
+from uft_ds.checkpoint.snapshot import Snapshot, adapter_config_of, take_snapshot, write_snapshot
+from uft_ds.checkpoint.state import Position
+from uft_ds.engine.engine import Engine
+from uft_ds.errors import CheckFailed, UserError
+from uft_ds.host.files import sync
+from uft_ds.known.cache import ReferenceCache
+from uft_ds.record.report import Speaker
+from uft_ds.record.run_folder import RunFolder
+
+_SECONDS_FOR_OTHERS_FILES = 60.0
+"""Until a file that another machine has written is seen: some shared file systems take their time."""
+
+
+@dataclass
+class _Writing:
+    """A checkpoint under way. The thread sets `files` or `problem`, then ends."""
+
+    step: int
+    files: dict[str, Written] = field(default_factory=dict)
+    problem: Exception | None = None
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints, one at a time. Every rank has one, and calls the same methods in the same order."""
+
+    def __init__(
+        self, engine: Engine, policy: PeftModel, folder: RunFolder, reporter: Speaker, *, keep: int, best: str | None
+    ) -> None:
+        self._engine, self._policy, self._folder, self._reporter = engine, policy, folder, reporter
+        self._keep, self._best = keep, best
+        self._adapter_config = adapter_config_of(policy)
+        self._writing: _Writing | None = None
+        self._thread = threading.Thread()
+        self._polled_seconds = 0.0
+
+    def start(self, position: Position, reference: ReferenceCache) -> float:
+        """Copy what is to be saved, and begin to write it.
+
+        Returns:
+            seconds that training waited: for the copy, for an older checkpoint that was still being written, and
+            since the last call for `poll`.
+        """
+        started = time.perf_counter()
+        self.poll(wait=True)
+        polled_seconds, self._polled_seconds = self._polled_seconds, 0.0
+        snapshot = take_snapshot(self._engine, self._policy, position, reference, self._adapter_config)
+        step = position.state.step
+        self._writing = _Writing(step)
+        self._thread = threading.Thread(
+            target=_write, args=(self._writing, snapshot, self._temporary(step)), daemon=True
+        )
+        self._thread.start()
+        return polled_seconds + time.perf_counter() - started
+
+    def poll(self, *, wait: bool = False) -> Exception | None:
+        """Finish a checkpoint that all ranks have written; between two steps, on every rank.
+
+        Returns:
+            what went wrong, on every rank; it has been said.
+        """
+        if self._writing is None:
+            return None
+        started = time.perf_counter()
+        problem = self._finish(self._writing, wait)
+        self._polled_seconds += time.perf_counter() - started
+        return problem
+
+    def finish(self) -> None:
+        """Wait for the last checkpoint.
+
+        Raises:
+            UserError: it could not be written. CheckFailed: what was read back is not what it should be.
+        """
+        problem = self.poll(wait=True)
+        if isinstance(problem, CheckFailed):
+            raise CheckFailed(f"the last checkpoint: {problem}")
+        if problem is not None:
+            raise UserError(f"the last checkpoint could not be written: {problem}")
+
+    def _finish(self, writing: _Writing, wait: bool) -> Exception | None:
+        if wait:
+            self._thread.join()
+        everyone = self._engine.gather_objects((not self._thread.is_alive(), writing.files, writing.problem))
+        if not all(is_done for is_done, _, _ in everyone):
+            return None
+        self._writing = None
+        problem = next((why for _, _, why in everyone if why is not None), None)
+        if problem is None and self._engine.rank == 0:
+            files = {name: written for _, of_rank, _ in everyone for name, written in of_rank.items()}
+            try:
+                self._commit(writing.step, files)
+            except Exception as error:  # noqa: BLE001 - the other ranks wait for it below
+                problem = _sayable(error, "rank 0")
+        problem = self._engine.gather_objects(problem)[0]
+        if problem is not None:
+            self._abandon(writing.step, problem)
+        return problem
+
+    def _temporary(self, step: int) -> Path:
+        return self._folder.checkpoints / f".{name_of(step)}.tmp"
+
+    def _commit(self, step: int, files: dict[str, Written]) -> None:
+        temporary, target = self._temporary(step), self._folder.checkpoints / name_of(step)
+        _await_files(temporary, files)
+        write_manifest(temporary, files)
+        sync(temporary)
+        if target.exists():
+            remove(target)
+        temporary.rename(target)
+        sync(self._folder.checkpoints)
+        try:
+            point_latest(self._folder)
+            prune(self._folder, keep=self._keep, best=self._best)
+        except OSError as error:  # the new one is whole
+            self._reporter.warn(f"older checkpoints than {target.name} could not be deleted ({error})")
+
+    def _abandon(self, step: int, problem: Exception) -> None:
+        if self._engine.rank == 0:
+            shutil.rmtree(self._temporary(step), ignore_errors=True)
+        last = next((path.name for path in checkpoints_of(self._folder.path)), None)
+        kept = f"the last one is {last}" if last else "there is none yet"
+        self._reporter.warn(f"checkpoint {name_of(step)} could not be written ({problem}); {kept}")
+
+
+def _write(writing: _Writing, snapshot: Snapshot, folder: Path) -> None:
+    try:
+        writing.files = write_snapshot(snapshot, folder)
+    except BaseException as error:  # noqa: BLE001 - said by the main thread, between two steps
+        writing.problem = _sayable(error, f"rank {snapshot.rank}")
+
+
+def _sayable(error: BaseException, where: str) -> Exception:
+    """As something that can be sent to other ranks."""
+    if isinstance(error, CheckFailed):
+        return CheckFailed(f"{where}: {error}")
+    kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+    return RuntimeError(f"{where}: {kind}{error}")
+
+
+def _await_files(folder: Path, files: dict[str, Written]) -> None:
+    """Files of other machines, where the folder is shared.
+
+    Raises:
+        OSError: one is not there.
+    """
+    deadline = time.monotonic() + _SECONDS_FOR_OTHERS_FILES
+    for name, written in files.items():
+        while True:
+            with suppress(FileNotFoundError):
+                if (folder / name).stat().st_size == written.num_bytes:
+                    break
+            if time.monotonic() > deadline:
+                raise OSError(f"{folder / name}: written by another machine, not seen here: is the output shared?")
+            time.sleep(0.1)

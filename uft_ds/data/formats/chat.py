@@ -1,0 +1,121 @@
+"""Instruction data in the layouts of others: conversations, and instructions with an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from uft_ds.data.example import Message
+from uft_ds.data.formats.fields import (
+    Row,
+    checked_text,
+    content,
+    default_score,
+    from_json,
+    label_score,
+    optional_text,
+    shown,
+    text,
+)
+from uft_ds.data.formats.turns import (
+    Item,
+    Tools,
+    Turns,
+    all_supervised,
+    answered,
+    check_turns,
+    conversation,
+    one_answer,
+    pair,
+    row_tools,
+    tool_calls,
+)
+
+
+def ultrachat(row: Row, *, score: float | None) -> list[Item]:
+    """HuggingFaceH4/ultrachat_200k: `messages` of alternating turns; every assistant turn is supervised."""
+    return [all_supervised(conversation(row.get("messages")), default_score(score))]
+
+
+def alpaca(row: Row, *, score: float | None) -> list[Item]:
+    """tatsu-lab/alpaca: `instruction`, `input` (may be absent or empty), `output`; optional `system`, `history`.
+
+    The user's turn is the instruction and the input with a newline between them, as LLaMA-Factory has it; the
+    chat template does what Alpaca's own ("Below is an instruction ...", "### Response:") did for models without one.
+    `history` holds earlier turns `[[question, answer], ...]`, which are context.
+    """
+    system = optional_text(row, "system")
+    turns = [Message("system", system)] if system is not None else []
+    for index, exchange in enumerate(_history(row.get("history"))):
+        for role, said in zip(("user", "assistant"), exchange, strict=True):
+            turns.append(Message(role, checked_text(said, f"history {index}")))  # type: ignore[arg-type]
+    asked = (text(row, "instruction"), optional_text(row, "input"))
+    turns.append(Message("user", "\n".join(part for part in asked if part is not None)))
+    return [answered(tuple(turns), Message("assistant", text(row, "output")), default_score(score), "instruction")]
+
+
+def _history(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(e, list | tuple) and len(e) == 2 for e in value):
+        raise ValueError(f"'history': expected a list of [question, answer], found {shown(value)}")
+    return value
+
+
+SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "tool": "tool",
+}
+
+
+def sharegpt(row: Row, *, score: float | None) -> list[Item]:
+    """ShareGPT, as LLaMA-Factory has it: `conversations` of turns `{from, value}`; optional `system`, `tools`.
+
+    Every gpt turn is supervised, and so is a `function_call`, whose value is JSON: `{name, arguments}` or a list of
+    them. Turns after the last of these are dropped. With `label` (true or false) the last turn alone is supervised,
+    as binary feedback. With `chosen` and `rejected` (a turn each) the row is a pair, and `conversations` its prompt.
+    """
+    turns = _sharegpt_turns(row)
+    tools = row_tools(row)
+    if row.get("chosen") is not None or row.get("rejected") is not None:
+        chosen, rejected = (one_answer((_sharegpt_turn(row.get(side), side),), side) for side in ("chosen", "rejected"))
+        return [pair(turns, chosen, rejected, tools=tools)]
+    if row.get("label") is not None:
+        return [answered(turns[:-1], one_answer(turns[-1:], "conversations"), label_score(row), "binary", tools)]
+    return [all_supervised(turns, default_score(score), tools)]
+
+
+def _sharegpt_turns(row: Row) -> Turns:
+    value = row.get("conversations")
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"'conversations': expected a list of turns, found {shown(value)}")
+    turns = [_sharegpt_turn(turn, f"conversations, turn {index}") for index, turn in enumerate(value)]
+    system = optional_text(row, "system")
+    if system is not None:
+        turns.insert(0, Message("system", system))
+    check_turns(turns)
+    return tuple(turns)
+
+
+def _sharegpt_turn(turn: Any, name: str) -> Message:
+    speaker = turn.get("from") if isinstance(turn, Mapping) else None
+    if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
+        raise ValueError(f"{name!r}: expected 'from' to be one of {', '.join(SHAREGPT_ROLES)}, found {shown(speaker)}")
+    try:
+        if speaker == "function_call":
+            return Message("assistant", "", tool_calls=_function_call(turn.get("value")))
+        return Message(SHAREGPT_ROLES[speaker], content(turn.get("value"), "value"))  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ValueError(f"{name!r}: {error}") from None
+
+
+def _function_call(value: Any) -> Tools:
+    calls = from_json(value, "value")
+    return tool_calls(calls if isinstance(calls, list) else [calls])

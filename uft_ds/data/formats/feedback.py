@@ -1,0 +1,169 @@
+"""Feedback data in the layouts of others: scores, binary labels and pairs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from uft_ds.data.example import Message
+from uft_ds.data.formats.fields import LeftOut, Row, checked_rating, label_score, shown, text
+from uft_ds.data.formats.turns import (
+    Item,
+    Turns,
+    answer_turns,
+    answered,
+    check_turns,
+    conversation,
+    dialogue_pair,
+    one_answer,
+    pair,
+    prompt_turns,
+    row_tools,
+)
+
+# In twentieths, for the sum is then exact: in floats, all 4 would give 1.0000000000000002.
+HELPSTEER2_WEIGHTS = {"helpfulness": 13, "correctness": 16, "coherence": 9}
+_HELPSTEER2_TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
+
+
+def helpsteer2(row: Row, *, score: float | None) -> list[Item]:
+    """nvidia/HelpSteer2: score = (0.65 helpfulness + 0.8 correctness + 0.45 coherence) / 7.6.
+
+    The attributes are 0 to 4, so the score is in [0, 1] (UNA, arXiv 2408.15339 section 4). About 29% of the
+    prompts hold a whole conversation, its turns marked by `<extra_id_1>`.
+    """
+    total = sum(weight * _integer(row, name, 0, 4) for name, weight in HELPSTEER2_WEIGHTS.items())
+    answer = Message("assistant", text(row, "response"))
+    return [answered(_helpsteer2_prompt(row), answer, total / (20 * 7.6), "score")]
+
+
+def helpsteer2_preference(row: Row, *, score: float | None) -> list[Item]:
+    """nvidia/HelpSteer2, `preference`: two responses and `preference_strength`, -3 to 3, negative for the first.
+
+    Its size is not used: a pair says which one is better. The hub's one split holds train and validation; rows are
+    told apart by their column `split`.
+    """
+    strength = _integer(row, "preference_strength", -3, 3)
+    first, second = (Message("assistant", text(row, key)) for key in ("response_1", "response_2"))
+    item = pair(_helpsteer2_prompt(row), *((first, second) if strength < 0 else (second, first)))
+    if strength == 0:
+        raise LeftOut("tie", 2)
+    return [item]
+
+
+def _helpsteer2_prompt(row: Row) -> Turns:
+    first, *rest = _HELPSTEER2_TURN.split(text(row, "prompt"))
+    turns = [Message("user", first)]
+    for role, said in zip(rest[::2], rest[1::2], strict=True):
+        turns.append(Message("user" if role == "User" else "assistant", said))
+    return tuple(turns)
+
+
+def _integer(row: Row, name: str, low: int, high: int) -> int:
+    value = row.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"{name!r}: found {shown(value)}, expected an integer from {low} to {high}")
+    return value
+
+
+def ultrafeedback(row: Row, *, score: float | None) -> list[Item]:
+    """openbmb/UltraFeedback: one example per completion of an instruction, score = (overall_score - 1) / 9.
+
+    Use a revision after December 2023: before, 2,628 completions that deserved a 1 had a 10.
+    """
+    prompt = (Message("user", text(row, "instruction")),)
+    completions = row.get("completions")
+    if not isinstance(completions, list):
+        raise ValueError(f"'completions': expected a list, found {shown(completions)}")
+    if not completions:
+        raise LeftOut("no completions", 0)
+    return [_completion(prompt, completion, index) for index, completion in enumerate(completions)]
+
+
+def _completion(prompt: Turns, completion: Any, index: int) -> Item:
+    if not isinstance(completion, Mapping):
+        raise ValueError(f"'completions', number {index}: expected an object, found {shown(completion)}")
+    try:
+        answer = Message("assistant", text(completion, "response"))
+        return answered(
+            prompt, answer, checked_rating(completion.get("overall_score"), "overall_score", best=10), "score"
+        )
+    except ValueError as error:
+        raise ValueError(f"'completions', number {index}: {error}") from None
+
+
+def ultrafeedback_binarized(row: Row, *, score: float | None) -> list[Item]:
+    """UltraFeedback as scored pairs: `prompt`, `chosen`, `rejected`, each side text or turns, the prompt included.
+
+    Scores are, in HuggingFaceH4/ultrafeedback_binarized, `score_chosen` and `score_rejected` from 1 to 10 (also
+    inside `metadata`), so (s - 1) / 9; in argilla/ultrafeedback-binarized-preferences-cleaned, `chosen-rating` and
+    `rejected-rating`, means of ratings from 1 to 5, so (s - 1) / 4. About a tenth of the former's pairs are ties.
+    """
+    scores = _binarized_scores(row)
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        return [dialogue_pair(_binarized_turns(row, "chosen"), _binarized_turns(row, "rejected"), scores)]
+    better, worse = (Message("assistant", text(row, side)) for side in ("chosen", "rejected"))
+    return [pair((Message("user", text(row, "prompt")),), better, worse, scores)]
+
+
+def _binarized_turns(row: Row, side: str) -> Turns:
+    """A whole conversation, or the answer alone after `prompt`."""
+    answer = answer_turns(row[side], side)
+    turns = answer if answer[0].role != "assistant" else (*prompt_turns(row.get("prompt"), "prompt"), *answer)
+    check_turns(turns)
+    return turns
+
+
+def _binarized_scores(row: Row) -> tuple[float, float]:
+    fields, names, best = row, ("score_chosen", "score_rejected"), 10
+    if row.get("chosen-rating") is not None:
+        names, best = ("chosen-rating", "rejected-rating"), 5
+    elif row.get("score_chosen") is None and isinstance(row.get("metadata"), Mapping):
+        fields = row["metadata"]
+    better, worse = (checked_rating(fields.get(name), name, best=best) for name in names)
+    return better, worse
+
+
+_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+
+
+def hh_rlhf(row: Row, *, score: float | None) -> list[Item]:
+    """Anthropic/hh-rlhf: `chosen` and `rejected` are dialogues `\\n\\nHuman: ...\\n\\nAssistant: ...`.
+
+    White space around a turn is layout. The two may differ in their last turn alone; a few rows of the real data part
+    earlier, end with nothing said or have one speaker twice in a row, and are refused.
+    """
+    return [dialogue_pair(_hh_turns(row, "chosen"), _hh_turns(row, "rejected"))]
+
+
+def _hh_turns(row: Row, side: str) -> Turns:
+    before, *rest = _HH_TURN.split(text(row, side))
+    if before.strip() or not rest:
+        raise ValueError(f"{side!r}: expected '\\n\\nHuman: ' at the start, found {shown(row[side])}")
+    turns = tuple(
+        Message("user" if speaker == "Human" else "assistant", said.strip())
+        for speaker, said in zip(rest[::2], rest[1::2], strict=True)
+    )
+    try:
+        check_turns(turns)
+    except ValueError as error:
+        raise ValueError(f"{side!r}: {error}") from None
+    return turns
+
+
+def kto(row: Row, *, score: float | None) -> list[Item]:
+    """Binary feedback: `prompt` and `completion`, each text or turns, and `label` true or false.
+
+    Also LLaMA-Factory's `messages` and `label`, where the last turn is the completion.
+    """
+    value = label_score(row)
+    tools = row_tools(row)
+    if row.get("messages") is not None:
+        if row.get("completion") is not None:
+            raise ValueError("expected 'completion' or 'messages', found both")
+        turns = conversation(row["messages"])
+        return [answered(turns[:-1], one_answer(turns[-1:], "messages"), value, "binary", tools)]
+    completion = one_answer(answer_turns(row.get("completion"), "completion"), "completion")
+    return [answered(prompt_turns(row.get("prompt"), "prompt"), completion, value, "binary", tools)]

@@ -1,0 +1,110 @@
+"""Our own format, and its JSON Schema."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from importlib import resources
+from typing import Any
+
+from uft_ds.data.example import Message
+from uft_ds.data.formats.fields import Row, checked_score, default_score, label_score, present, shown, text
+from uft_ds.data.formats.turns import (
+    Item,
+    Tools,
+    Turns,
+    all_supervised,
+    answered,
+    conversation,
+    pair,
+    question_turns,
+    tool_schemas,
+)
+
+KEYS = (
+    "prompt",
+    "messages",
+    "tools",
+    "response",
+    "score",
+    "label",
+    "chosen",
+    "rejected",
+    "score_chosen",
+    "score_rejected",
+    "meta",
+)
+_OF_ONE = {"response", "score", "label"}
+_OF_TWO = {"chosen", "rejected", "score_chosen", "score_rejected"}
+
+
+def jsonl(row: Row, *, score: float | None) -> list[Item]:
+    """Our own format: a prompt, and what was answered to it.
+
+        `prompt` (text) or `messages` (turns up to the response), and one of
+            `response`                               instruction, the source's score or 1
+            `response`, `score` from 0 to 1          score
+            `response`, `label` true or false        binary
+            `chosen`, `rejected`, and optionally `score_chosen`, `score_rejected` from 0 to 1     pair
+        `messages` that end with an assistant turn, alone: instruction, every assistant turn supervised
+
+    With `messages`, `tools` may list JSON schemas. Null is absent. `meta` may hold anything and is ignored; any other
+    key is refused, for a misspelt `score` would silently become 1.
+    """
+    _check_keys(row)
+    given = present(row)
+    if ("prompt" in given) == ("messages" in given):
+        found = "both" if "prompt" in given else "neither"
+        raise ValueError(f"expected either 'prompt' or 'messages', found {found}")
+    if "tools" in given and "prompt" in given:
+        raise ValueError("'tools' goes with 'messages', not with 'prompt'")
+    tools = tool_schemas(row.get("tools"))
+    if "messages" in given and not given & (_OF_ONE | _OF_TWO):
+        return [_conversation(row, score, tools)]
+    in_turns = "messages" in given
+    prompt = question_turns(row["messages"], "messages") if in_turns else (Message("user", text(row, "prompt")),)
+    return [_two(row, prompt, tools) if given & _OF_TWO else _one(row, score, prompt, tools)]
+
+
+def jsonl_schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of one row. What it cannot say is in its description."""
+    return json.loads(resources.files("uft_ds.data.formats").joinpath("jsonl.schema.json").read_text(encoding="utf-8"))
+
+
+def _conversation(row: Row, score: float | None, tools: Tools) -> Item:
+    turns = conversation(row["messages"])
+    if turns[-1].role != "assistant":
+        raise ValueError("'messages' must end with an assistant turn, or the row hold 'response'; found neither")
+    return all_supervised(turns, default_score(score), tools)
+
+
+def _one(row: Row, score: float | None, prompt: Turns, tools: Tools) -> Item:
+    given = present(row)
+    answer = Message("assistant", text(row, "response"))
+    if {"score", "label"} <= given:
+        raise ValueError("expected either 'score' or 'label', found both")
+    if "label" in given:
+        return answered(prompt, answer, label_score(row), "binary", tools)
+    if "score" in given:
+        return answered(prompt, answer, checked_score(row["score"]), "score", tools)
+    return answered(prompt, answer, default_score(score), "instruction", tools)
+
+
+def _two(row: Row, prompt: Turns, tools: Tools) -> Item:
+    given = present(row)
+    if given & _OF_ONE:
+        raise ValueError(f"{min(given & _OF_ONE)!r} does not go with {min(given & _OF_TWO)!r}")
+    chosen, rejected = (Message("assistant", text(row, side)) for side in ("chosen", "rejected"))
+    scores = None
+    if given & {"score_chosen", "score_rejected"}:
+        better, worse = (checked_score(row.get(key), key) for key in ("score_chosen", "score_rejected"))
+        scores = better, worse
+    return pair(prompt, chosen, rejected, scores, tools)
+
+
+def _check_keys(row: Row) -> None:
+    for key in row:
+        if key not in KEYS:
+            near = difflib.get_close_matches(key, KEYS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "put extra fields under 'meta'"
+            raise ValueError(f"unknown key {shown(key)}; {hint}")

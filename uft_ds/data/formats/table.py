@@ -1,0 +1,120 @@
+"""Source formats: each turns one row of a data set into examples or pairs.
+
+A format is a function `(row, *, score) -> items`; `score` is the source's constant for rows without one. It raises
+ValueError with what was found and what was expected, or `LeftOut` for a good row with nothing to train on; the caller
+adds the file and line. FORMATS maps its name to it. Other packages add theirs by an entry point of GROUP.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from importlib.metadata import EntryPoint, entry_points
+from typing import cast
+
+from uft_ds.data.formats.chat import alpaca, sharegpt, ultrachat
+from uft_ds.data.formats.feedback import (
+    helpsteer2,
+    helpsteer2_preference,
+    hh_rlhf,
+    kto,
+    ultrafeedback,
+    ultrafeedback_binarized,
+)
+from uft_ds.data.formats.fields import LeftOut, Row
+from uft_ds.data.formats.jsonl import jsonl, jsonl_schema
+from uft_ds.data.formats.trl import trl
+from uft_ds.data.formats.turns import Item
+from uft_ds.errors import UserError
+
+__all__ = [
+    "FORMATS",
+    "GROUP",
+    "Format",
+    "Item",
+    "LeftOut",
+    "Row",
+    "described_formats",
+    "format_named",
+    "format_names",
+    "jsonl_schema",
+]
+
+Format = Callable[..., Iterable[Item]]
+
+FORMATS: dict[str, Format] = {
+    "jsonl": jsonl,
+    "trl": trl,
+    "ultrachat": ultrachat,
+    "alpaca": alpaca,
+    "sharegpt": sharegpt,
+    "helpsteer2": helpsteer2,
+    "helpsteer2_preference": helpsteer2_preference,
+    "ultrafeedback": ultrafeedback,
+    "ultrafeedback_binarized": ultrafeedback_binarized,
+    "hh_rlhf": hh_rlhf,
+    "kto": kto,
+}
+
+GROUP = "uft_ds.formats"
+"""Of the entry points by which other packages add formats."""
+
+
+def described_formats() -> dict[str, str]:
+    """What a row of each format holds, or why a format of another package, which this imports, cannot be used.
+
+    Raises:
+        UserError: a format of another package has a name that is taken.
+    """
+    described = {name: inspect.cleandoc(make.__doc__ or "") for name, make in FORMATS.items()}
+    for name, point in _plugins().items():
+        try:
+            described[name] = inspect.cleandoc(_load(point).__doc__ or f"(of {point.value}, without a description)")
+        except UserError as error:
+            described[name] = str(error)
+    return described
+
+
+def format_names() -> tuple[str, ...]:
+    """Names of all formats; imports none."""
+    return (*FORMATS, *_plugins())
+
+
+def format_named(name: str) -> Format:
+    """One format; imports no others.
+
+    Raises:
+        UserError: there is none of this name, or it cannot be imported.
+    """
+    if name in FORMATS:
+        return FORMATS[name]
+    plugins = _plugins()
+    if name not in plugins:
+        raise UserError(f"no format {name!r}; there are {', '.join((*FORMATS, *plugins))}")
+    return _load(plugins[name])
+
+
+def _plugins() -> dict[str, EntryPoint]:
+    found: dict[str, EntryPoint] = {}
+    for point in entry_points(group=GROUP):
+        other = f"the built-in {point.name!r}" if point.name in FORMATS else None
+        if point.name in found and found[point.name].value != point.value:
+            other = found[point.name].value
+        if other is not None:
+            raise UserError(
+                f"the format {point.name!r} of {point.value} has the name of {other}; rename it, or uninstall"
+            )
+        found[point.name] = point
+    return found
+
+
+def _load(point: EntryPoint) -> Format:
+    try:
+        loaded = point.load()
+    except Exception as error:
+        raise UserError(
+            f"the format {point.name!r} cannot be imported from {point.value} ({type(error).__name__}: {error})"
+        ) from error
+    if not inspect.isfunction(loaded):
+        raise UserError(f"the format {point.name!r} of {point.value} is no function")
+    return cast(Format, loaded)

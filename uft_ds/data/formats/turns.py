@@ -1,0 +1,213 @@
+"""Turns of a conversation: how a row writes them, in what order they may come, and which are supervised."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from uft_ds.data.example import Example, Kind, Message, Pair
+from uft_ds.data.formats.fields import LeftOut, Row, checked_score, content, from_json, mapping, shown, text
+
+Item = Example | Pair
+Turns = tuple[Message, ...]
+Tools = tuple[Mapping[str, Any], ...]
+
+_EXTRAS = ("reasoning_content", "name", "tool_call_id")
+ROLES = ("system", "user", "assistant", "tool")
+
+
+def conversation(value: Any, name: str = "messages") -> Turns:
+    """Turns `[{role, content}, ...]`: an optional system turn, then user and assistant in alternation.
+
+    An assistant turn with `tool_calls` may be empty, and tool turns may stand between it and the next one.
+    """
+    turns = messages(value, name)
+    check_turns(turns)
+    return turns
+
+
+def messages(value: Any, name: str) -> Turns:
+    """Turns in any order, such as a part of a conversation."""
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{name!r}: expected a list of turns, found {shown(value)}")
+    turns = []
+    for index, turn in enumerate(value):
+        try:
+            turns.append(_message(turn))
+        except ValueError as error:
+            raise ValueError(f"{name!r}, turn {index}: {error}") from None
+    return tuple(turns)
+
+
+def _message(turn: Any) -> Message:
+    if not isinstance(turn, Mapping) or turn.get("role") not in ROLES:
+        raise ValueError("expected a role of system, user, assistant or tool")
+    role, calls = turn["role"], turn.get("tool_calls")
+    if turn.get("weight") not in (None, 1):
+        raise ValueError("'weight': turns that are not to be learned go into a prompt; leave the key out")
+    extras = tuple((key, text(turn, key)) for key in _EXTRAS if turn.get(key) not in (None, ""))
+    if calls in (None, []):
+        return Message(role, content(turn.get("content")), extras=extras)
+    if role != "assistant":
+        raise ValueError(f"'tool_calls' in a {role} turn; only the assistant calls tools")
+    said = turn.get("content")
+    return Message(
+        role, "" if said is None else content(said, may_be_empty=True), tool_calls=tool_calls(calls), extras=extras
+    )
+
+
+def tool_calls(value: Any) -> Tools:
+    """Calls `[{name, arguments}, ...]`, bare or in OpenAI's `{type, function}`, which is what they become.
+
+    Arguments as JSON text are decoded: chat templates write them as JSON, and would quote the text once more.
+    """
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"'tool_calls': expected a list of calls, found {shown(value)}")
+    return tuple(_tool_call(mapping(call, "tool_calls")) for call in value)
+
+
+def _tool_call(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    function = call if call.get("function") is None else mapping(call["function"], "function")
+    arguments = mapping(from_json(function.get("arguments"), "arguments"), "arguments")
+    named = {"id": text(call, "id")} if call.get("id") is not None else {}
+    return {**named, "type": "function", "function": {"name": text(function, "name"), "arguments": arguments}}
+
+
+def tool_schemas(value: Any) -> Tools:
+    """Tools `[{name, parameters, ...}, ...]`, bare or in OpenAI's `{type, function}`, which is what they become."""
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise ValueError(f"'tools': expected a list of JSON schemas, found {shown(value)}")
+    return tuple(_tool_schema(mapping(tool, "tools")) for tool in value)
+
+
+def row_tools(row: Row) -> Tools:
+    """The tools of a row in a layout that allows JSON text for them, empty where there are none."""
+    value = row.get("tools")
+    return tool_schemas(None if value == "" else from_json(value, "tools"))
+
+
+def _tool_schema(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    function = tool if tool.get("function") is None else mapping(tool["function"], "function")
+    text(function, "name")
+    return {"type": "function", "function": function} if function is tool else tool
+
+
+def check_item(item: Item) -> None:
+    """What every format must give, another package's too: a conversation in order, with scores from 0 to 1."""
+    for example in (item.chosen, item.rejected) if isinstance(item, Pair) else (item,):
+        if not isinstance(example, Example):
+            raise ValueError(f"the format gave {type(example).__name__}, expected Example or Pair")
+        check_turns(example.messages)
+        scored = [index for index, turn in enumerate(example.messages) if turn.score is not None]
+        if not scored or (isinstance(item, Pair) and scored != [len(example.messages) - 1]):
+            raise ValueError(
+                f"the format scored turns {scored}, expected {'the last' if isinstance(item, Pair) else 'one'}"
+            )
+        for index in scored:
+            turn = example.messages[index]
+            if turn.role != "assistant":
+                raise ValueError(f"the format scored turn {index}, which is the {turn.role}'s")
+            checked_score(turn.score, f"score of turn {index}")
+
+
+def check_turns(turns: Sequence[Message]) -> None:
+    """The order that chat templates are made for; content in every turn that calls no tool."""
+    before = None
+    for index, turn in enumerate(turns):
+        if turn.role == "tool" and not _may_have_result(before):
+            raise ValueError(f"turn {index}: a tool turn must follow an assistant turn with tool_calls")
+        if not (turn.role == "system" and index == 0) and not _may_follow(before, turn):
+            raise ValueError(
+                f"turn {index} ({turn.role}): turns must alternate user, assistant, after at most one system turn "
+                "at the start"
+            )
+        if not turn.content.strip() and not turn.tool_calls:
+            raise ValueError(f"an empty {turn.role} turn")
+        before = turn
+
+
+def _may_have_result(before: Message | None) -> bool:
+    return before is not None and (before.role == "tool" or bool(before.tool_calls))
+
+
+def _may_follow(before: Message | None, turn: Message) -> bool:
+    if before is None or before.role == "system":
+        return turn.role == "user"
+    if before.role == "assistant":
+        return turn.role in ("user", "tool")
+    return turn.role == "assistant" or (before.role == turn.role == "tool")
+
+
+def prompt_turns(value: Any, name: str) -> Turns:
+    """What an answer answers: text (one user turn), or turns that end with the user's or a tool's."""
+    return question_turns(value, name) if isinstance(value, list) else (Message("user", content(value, name)),)
+
+
+def question_turns(value: Any, name: str) -> Turns:
+    """A conversation up to an answer: its last turn is the user's or a tool's."""
+    turns = conversation(value, name)
+    if turns[-1].role not in ("user", "tool"):
+        raise ValueError(f"{name!r} must end with the user's turn (or a tool's) that the response answers")
+    return turns
+
+
+def answer_turns(value: Any, name: str) -> Turns:
+    """What follows a prompt: text (one assistant turn), or turns."""
+    return messages(value, name) if isinstance(value, list) else (Message("assistant", content(value, name)),)
+
+
+def one_answer(turns: Turns, name: str) -> Message:
+    """Of an answer whose feedback is on it as a whole: its single turn."""
+    if len(turns) != 1 or turns[0].role != "assistant":
+        raise ValueError(f"{name!r}: expected one assistant turn, found {', '.join(turn.role for turn in turns)}")
+    return turns[0]
+
+
+def answered(prompt: Turns, answer: Message, score: float, kind: Kind, tools: Tools = ()) -> Example:
+    """A prompt and its answer, the only supervised turn."""
+    turns = (*prompt, replace(answer, score=score))
+    check_turns(turns)
+    return Example(turns, kind, tools)
+
+
+def all_supervised(turns: Turns, score: float, tools: Tools = (), *, context: int = 0) -> Example:
+    """Instruction data: every assistant turn after the first `context` turns is supervised.
+
+    Turns after the last assistant's are dropped, for they cannot influence any response.
+    """
+    end = max((index for index, turn in enumerate(turns, start=1) if turn.role == "assistant"), default=0)
+    if end <= context:
+        raise ValueError("the conversation holds no assistant turn")
+    supervised = (replace(turn, score=score) if turn.role == "assistant" else turn for turn in turns[context:end])
+    return Example((*turns[:context], *supervised), "instruction", tools)
+
+
+def pair(
+    prompt: Turns, chosen: Message, rejected: Message, scores: tuple[float, float] | None = None, tools: Tools = ()
+) -> Pair:
+    """Two answers to one prompt, with the scores of the data if it has them; equal ones make a tie.
+
+    Raises:
+        LeftOut: the answers are equal.
+        ValueError: the scores say that the rejected one is better.
+    """
+    better, worse = (1.0, 0.0) if scores is None else scores
+    first, second = answered(prompt, chosen, better, "pair", tools), answered(prompt, rejected, worse, "pair", tools)
+    if chosen == rejected:
+        raise LeftOut("chosen equals rejected", 2)
+    if better < worse:
+        raise ValueError(f"the score of 'chosen' ({better:.4g}) is below that of 'rejected' ({worse:.4g})")
+    return Pair(first, second, scored=scores is not None)
+
+
+def dialogue_pair(chosen: Turns, rejected: Turns, scores: tuple[float, float] | None = None, tools: Tools = ()) -> Pair:
+    """Two whole conversations that differ in their last turn alone."""
+    if chosen[:-1] != rejected[:-1]:
+        same = (a == b for a, b in zip(chosen, rejected, strict=False))
+        where = next((index for index, equal in enumerate(same) if not equal), min(len(chosen), len(rejected)))
+        raise ValueError(f"'chosen' and 'rejected' part at turn {where}; expected one prompt and a last turn each")
+    answers = one_answer(chosen[-1:], "chosen"), one_answer(rejected[-1:], "rejected")
+    return pair(chosen[:-1], *answers, scores, tools)

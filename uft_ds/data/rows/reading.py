@@ -1,0 +1,298 @@
+"""Rows from files and from the hub, one after another, each with the place it came from.
+
+Own readers for json, jsonl and csv: the readers of `datasets` accept NaN, turn "0.7" into 0.7, unite different
+schemas, make dates of text, and name no line of the file. Nothing here holds more of a file than a few rows.
+
+What is wrong with one row is a ValueError of `parse_row`, so that the caller may leave that row out. What
+makes the rest of a file doubtful is a UserError of `raw_rows`.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import hashlib
+import io
+import os
+import re
+import zlib
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from uft_ds.data.rows.arrow_rows import BATCH_ROWS, arrow_rows, parquet_rows, without_nulls
+from uft_ds.data.rows.csv_rows import BadRow, csv_rows
+from uft_ds.data.rows.json_rows import json_array, json_lines, parse_object
+from uft_ds.errors import UserError
+from uft_ds.host.files import sha256
+
+if TYPE_CHECKING:
+    import datasets
+
+TEXT_READERS: dict[str, Callable[[Any, str], Iterator[tuple[int, int, Any]]]] = {
+    ".jsonl": json_lines,
+    ".json": json_array,
+    ".csv": csv_rows,
+}
+TABLE_READERS = {".parquet": parquet_rows, ".arrow": arrow_rows}
+COMPRESSIONS = (".gz", ".zst")
+SUFFIXES = (*(kind + packed for packed in ("", *COMPRESSIONS) for kind in TEXT_READERS), *TABLE_READERS)
+
+_DATASETS_OWN = ("dataset_info.json", "state.json")
+_BUFFER_BYTES = 256 * 1024
+
+Value = bytes | dict[str, Any] | BadRow
+
+
+@dataclass(frozen=True, slots=True)
+class RawRow:
+    """One row, not parsed yet.
+
+    file: index into the source's names.
+    line: of the file, from 1, where the row starts; the row's number where there are no lines.
+    byte: offset of the row's first byte in the file, uncompressed; None where there are no lines.
+    value: the row's JSON text, or its values.
+    """
+
+    file: int
+    line: int
+    byte: int | None
+    value: Value
+
+
+@dataclass(frozen=True)
+class DataFiles:
+    """One source: local files, or a data set of the hub.
+
+    label: what the user gave, path[split].
+    names: what each file is called in messages: the path as the user gave it, and the file's name below it.
+    paths: of the same files; empty for the hub.
+    """
+
+    label: str
+    names: tuple[str, ...]
+    paths: tuple[Path, ...] = ()
+    hub: datasets.Dataset | None = None
+
+    def place(self, file: int, line: int) -> str:
+        """`file:line`, or `name[split]:row` for the hub."""
+        return f"{self.names[file]}:{line}"
+
+
+def find_data(path: str, split: str | None) -> DataFiles:
+    """A local file, a folder of files, or a data set of the hub; nothing is read yet.
+
+    Raises:
+        UserError: names what was looked for, what was found and what was expected.
+    """
+    local = Path(path)
+    label = f"{path}[{split}]" if split else path
+    try:
+        if local.is_dir():
+            files = _files_of(local, split)
+            names = tuple(f"{path.rstrip('/')}/{file.relative_to(local).as_posix()}" for file in files)
+            return DataFiles(label, names, files)
+        is_local = local.exists()
+    except OSError as error:
+        shown = path if len(path) <= 80 else f"{path[:80]}..."
+        raise UserError(f"{shown}: no such file or folder ({error.strerror})") from None
+    if is_local:
+        if not path.endswith(SUFFIXES):
+            raise UserError(f"{path}: unknown kind of file; expected one of {', '.join(SUFFIXES)}")
+        return DataFiles(label, (path,), (local,))
+    if path.endswith((*SUFFIXES, *COMPRESSIONS)) or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)+", path):
+        raise UserError(f"{path}: no such file or folder")
+    label = f"{path}[{split or 'train'}]"
+    return DataFiles(label, (label,), hub=_load_from_hub(path, split))
+
+
+def _files_of(folder: Path, split: str | None) -> tuple[Path, ...]:
+    candidates = sorted(
+        file
+        for file in folder.rglob("*")
+        if file.name.endswith(SUFFIXES)
+        and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )
+    if any(file.suffix == ".arrow" for file in candidates):
+        # What Dataset.save_to_disk writes beside the rows.
+        candidates = [file for file in candidates if file.name not in _DATASETS_OWN]
+    files = tuple(file for file in candidates if split is None or file.name.startswith(split))
+    if not files:
+        names = ", ".join(file.name for file in candidates[:5]) or "none"
+        begins = f" whose name begins with {split!r}" if split else ""
+        raise UserError(f"{folder}: no data file ({', '.join(SUFFIXES)}){begins}; data files found: {names}")
+    return files
+
+
+def _load_from_hub(path: str, split: str | None) -> datasets.Dataset:
+    """owner/name, or owner/name/folder of the data set's repository."""
+    import datasets
+
+    owner, repository, *folders = path.split("/")
+    name, folder = f"{owner}/{repository}", "/".join(folders) or None
+    try:
+        return datasets.load_dataset(name, data_dir=folder, split=split or "train")
+    except Exception as error:  # noqa: BLE001 - any failure of the hub is the user's to mend
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{path}: neither a local file or folder, nor could it be had from the hub ({reason}); "
+            "give a local path, or check the name, the split and the network"
+        ) from None
+
+
+def content_hash(data: DataFiles) -> str:
+    """Equal only if the same rows come in the same order; moving the files, or renaming them, does not change it.
+
+    Their suffixes are part of it, for they say how rows are read.
+    """
+    digest = hashlib.sha256()
+    for name, path in _stored_files(data):
+        with _readable(name):
+            suffix = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
+            digest.update(f"{suffix} {sha256(path)} ".encode())
+    if data.hub is not None:
+        # The stored files of `train[:10%]` are those of `train`.
+        digest.update(str(data.hub.split if data.hub.cache_files else data.hub._fingerprint).encode())
+    return digest.hexdigest()
+
+
+def data_size(data: DataFiles) -> int:
+    """Bytes of all files, as they are stored."""
+    return sum(_sizes(data))
+
+
+def _sizes(data: DataFiles) -> list[int]:
+    sizes = []
+    for name, path in _stored_files(data):
+        with _readable(name):
+            sizes.append(path.stat().st_size)
+    if data.hub is not None:
+        return [sum(sizes) or data.hub.data.nbytes]
+    return sizes
+
+
+def _stored_files(data: DataFiles) -> list[tuple[str, Path]]:
+    if data.hub is None:
+        return list(zip(data.names, data.paths, strict=True))
+    return [(data.label, Path(file["filename"])) for file in data.hub.cache_files]
+
+
+def raw_rows(
+    data: DataFiles, on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> Generator[RawRow, None, None]:
+    """All rows in order, streamed.
+
+    Args:
+        on_progress: called about every 1000 rows, and after each file, with the bytes of the stored files that
+            were read, and of all.
+
+    Raises:
+        UserError: a file that cannot be read to its end, or no rows at all. Rows before the bad place have
+            been given by then.
+    """
+    sizes = _sizes(data)
+    total, before, count = sum(sizes), 0, 0
+    for file, size in enumerate(sizes):
+        for done, line, byte, value in _rows_of(data, file, size):
+            yield RawRow(file, line, byte, value)
+            count += 1
+            if count % BATCH_ROWS == 0:
+                on_progress(before + min(int(done), size), total)
+        before += size
+        on_progress(before, total)
+    if not count:
+        raise UserError(f"{data.label}: no rows; the file is empty")
+
+
+def parse_row(value: Value) -> dict[str, Any]:
+    """The values of one row. It needs nothing but its argument, and may run in any process.
+
+    Raises:
+        ValueError: why this row cannot be used.
+    """
+    if isinstance(value, bytes):
+        return parse_object(value)
+    if isinstance(value, BadRow):
+        raise ValueError(value.reason)
+    return value
+
+
+Located = tuple[float, int, int | None, Value]
+"""Bytes of the stored file that were read by then, line, byte, value."""
+
+
+def _rows_of(data: DataFiles, file: int, size: int) -> Iterator[Located]:
+    if data.hub is not None:
+        return _table_rows(_hub_rows(data.hub), size)
+    path, name = data.paths[file], data.names[file]
+    if path.suffix in TABLE_READERS:
+        return _table_rows(TABLE_READERS[path.suffix](path, name), size)
+    return _text_rows(path, name)
+
+
+def _table_rows(batches: Iterator[tuple[float, list[dict[str, Any]]]], size: int) -> Iterator[Located]:
+    number = 0
+    for share, rows in batches:
+        for row in rows:
+            number += 1
+            yield share * size, number, None, row
+
+
+def _hub_rows(hub: datasets.Dataset) -> Iterator[tuple[float, list[dict[str, Any]]]]:
+    done = 0
+    for columns in hub.iter(batch_size=BATCH_ROWS):
+        rows = [
+            dict(zip(columns, map(without_nulls, values), strict=True))
+            for values in zip(*columns.values(), strict=True)
+        ]
+        done += len(rows)
+        yield done / len(hub), rows
+
+
+def _text_rows(path: Path, name: str) -> Iterator[Located]:
+    packed = path.suffix if path.suffix in COMPRESSIONS else ""
+    read = TEXT_READERS[Path(path.name.removesuffix(packed)).suffix]
+    line = 0
+    with (
+        _readable(name, lambda: f" after line {line}" if line else ""),
+        path.open("rb", buffering=0) as stored,
+        _unpacked(stored, packed) as stream,
+    ):
+        _refuse_utf16(stream.peek(2)[:2], name)
+        rows = read(stream, name)
+        for first in rows:
+            done = stored.tell()
+            for line, byte, value in chain([first], islice(rows, BATCH_ROWS - 1)):
+                yield done, line, byte, value
+
+
+def _refuse_utf16(start: bytes, name: str) -> None:
+    if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in start:
+        raise UserError(f"{name}:1: this is UTF-16; convert the file to UTF-8 (iconv -f UTF-16 -t UTF-8)")
+
+
+def _unpacked(stored: io.FileIO, packed: str) -> io.BufferedReader:
+    raw: Any = stored
+    if packed and not os.fstat(stored.fileno()).st_size:
+        raise OSError("the archive is empty")
+    if packed == ".gz":
+        raw = gzip.GzipFile(fileobj=stored, mode="rb")
+    elif packed == ".zst":
+        import pyarrow as pa
+
+        raw = pa.CompressedInputStream(pa.PythonFile(stored, mode="r"), "zstd")
+    return io.BufferedReader(raw, _BUFFER_BYTES)
+
+
+@contextmanager
+def _readable(name: str, where: Callable[[], str] = lambda: "") -> Iterator[None]:
+    try:
+        yield
+    except (OSError, EOFError, zlib.error) as error:
+        of_system = error.strerror if isinstance(error, OSError) else None
+        hint = "" if of_system else "; is the copy complete?"
+        raise UserError(f"{name}: cannot be read{where()} ({of_system or error}){hint}") from None

@@ -1,0 +1,232 @@
+"""From a recipe's sources to what a run uses of them, with an account of everything that was left out."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from uft_ds.data.example import GOOD_FROM, KINDS
+from uft_ds.data.mixture import ONE_PASS, Ingredient, Portion
+from uft_ds.data.rows.reading import find_data
+from uft_ds.data.score_map import ScoreMap, affine, quantiles
+from uft_ds.data.store.building import PLACES_NAMED, RowRules
+from uft_ds.data.store.sequences import Account, Selection, SequenceStore
+from uft_ds.data.store.tokenized import ensure_store, open_store, quarantine_file
+from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
+from uft_ds.data.tokens.tokenize import LONG
+from uft_ds.errors import UserError
+
+_ONE_SCORE_FROM = 20
+"""Responses: fewer may have the same score by chance."""
+
+
+ScoreMapping = Literal["quantile"] | tuple[float, float] | None
+"""What becomes of a source's scores: their quantile, or scale and offset."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What to read: the recipe's entry as plain values."""
+
+    path: str
+    split: str | None
+    rules: RowRules
+    examples: int | None = None
+    portion: Portion = ONE_PASS
+    allow_one_score: bool = False
+    score_map: ScoreMapping = None
+
+    @property
+    def label(self) -> str:
+        return self.path + (f"[{self.split}]" if self.split else "")
+
+    @property
+    def seed_name(self) -> str:
+        """What its order is drawn from, besides the seed: the label without folders, so that data may move."""
+        return Path(self.label).name
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What a source may lack. max_quarantined: share of its rows; long_responses: whether they may be left out."""
+
+    quarantine: bool = False
+    max_quarantined: float = 0.01
+    long_responses: bool = True
+
+
+@dataclass(frozen=True)
+class PreparedSource:
+    """What a run uses of one source.
+
+    key: of its tokens, by content; names: of its files.
+    """
+
+    source: Source
+    key: str
+    selection: Selection
+
+    @property
+    def label(self) -> str:
+        return self.source.label
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.selection.store.names
+
+    @property
+    def account(self) -> Account:
+        return self.selection.store.account
+
+    @property
+    def quarantine_file(self) -> Path:
+        """Its bad rows, a JSON object a line."""
+        return quarantine_file(self.selection.store)
+
+    @property
+    def first_bad_rows(self) -> list[tuple[str, str]]:
+        """Place and reason of up to three quarantined rows."""
+        with self.quarantine_file.open(encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in islice(lines, PLACES_NAMED)]
+        return [(row["place"], row["reason"]) for row in rows]
+
+    @property
+    def ingredient(self) -> Ingredient:
+        return Ingredient(self.source.seed_name, self.selection, self.source.portion)
+
+
+def prepare_source(
+    source: Source,
+    chat: ChatTokenizer,
+    cache_dir: Path,
+    *,
+    seed: int,
+    tolerance: Tolerance,
+    workers: int | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> PreparedSource:
+    """Read, check and tokenise one source, unless that has been done, and draw the examples that are asked for.
+
+    Raises:
+        UserError: a bad row (file:line), nothing usable, or fewer responses than asked for.
+    """
+    data = find_data(source.path, source.split)
+    key = ensure_store(
+        data,
+        source.rules,
+        chat,
+        cache_dir,
+        quarantine=tolerance.quarantine,
+        workers=workers,
+        on_progress=on_progress,
+    )
+    prepared = open_source(source, cache_dir, key, data.names, seed=seed)
+    _check_account(prepared, tolerance)
+    _check_found(prepared)
+    _check_scores(prepared)
+    return prepared
+
+
+def open_source(source: Source, cache_dir: Path, key: str, names: tuple[str, ...], *, seed: int) -> PreparedSource:
+    """What `prepare_source` found, from its key."""
+    store = open_store(cache_dir, key, source.label, names)
+    selection = select(store, source.examples, source.seed_name, seed=seed)
+    return PreparedSource(source, key, replace(selection, score_map=_score_map(source, selection)))
+
+
+def _score_map(source: Source, selection: Selection) -> ScoreMap | None:
+    if source.score_map is None or not len(selection):
+        return None
+    if source.score_map == "quantile" and "instruction" in selection.kinds:
+        raise UserError(f"{source.label}: score_map: quantile, but instruction data has one score: all would be 0.5")
+    try:
+        found = quantiles(selection.scores_R) if source.score_map == "quantile" else None
+        found = found or affine(selection.scores_R, *source.score_map)
+    except ValueError as error:
+        raise UserError(f"{source.label}: score_map {error}") from None
+    if "binary" in selection.kinds and np.any((found.given_V < GOOD_FROM) != (found.mapped_V < GOOD_FROM)):
+        raise UserError(f"{source.label}: score_map must leave bad labels below {GOOD_FROM}, and no others")
+    return found
+
+
+def select(store: SequenceStore, examples: int | None, name: str, *, seed: int) -> Selection:
+    """All units of a store, or as many as hold `examples` responses, rows in an order drawn from (seed, name).
+
+    What is drawn for a smaller number is the beginning of what is drawn for a larger one; and it is the same, whether
+    conversations are merged or not.
+    """
+    if examples is None:
+        return Selection(store, np.arange(len(store)))
+    rows_U = store.rows_U
+    shuffled = np.random.default_rng([seed, zlib.crc32(name.encode())]).permutation(
+        rows_U[-1] + 1 if len(rows_U) else 0
+    )
+    drawn_U = np.argsort(shuffled[rows_U], kind="stable")
+    sums = store.responses_U[drawn_U].cumsum()
+    count = int(np.searchsorted(sums, examples)) + 1
+    if count > len(drawn_U):
+        return Selection(store, drawn_U)
+    before = int(sums[count - 2]) if count > 1 else 0
+    last = None if store.is_pair(int(drawn_U[count - 1])) else examples - before
+    return Selection(store, drawn_U[:count], last)
+
+
+def _check_account(prepared: PreparedSource, tolerance: Tolerance) -> None:
+    account = prepared.account
+    if account.quarantined and not tolerance.quarantine:
+        (place, reason), *_ = prepared.first_bad_rows
+        raise UserError(
+            f"{place}: {reason} ({account.quarantined} such rows in {prepared.label}, all in "
+            f"{prepared.quarantine_file}); mend them, or set data.on_bad_row: quarantine to leave them out"
+        )
+    if account.quarantined > tolerance.max_quarantined * account.rows:
+        first = "\n".join(f"  {place}: {reason}" for place, reason in prepared.first_bad_rows)
+        raise UserError(
+            f"{prepared.label}: {account.quarantined} of {account.rows} rows are bad, more than data.max_quarantined "
+            f"{tolerance.max_quarantined:g} allows; each is named with its reason in {prepared.quarantine_file}; "
+            f"the first:\n{first}"
+        )
+    if account.dropped.get(LONG) and not tolerance.long_responses:
+        first, *_ = prepared.selection.store.places_of(LONG)
+        raise UserError(
+            f"{first}: a response ends past data.max_length {prepared.source.rules.max_length} "
+            f"({account.dropped[LONG]} do in {prepared.label}); raise it, or set data.too_long: drop or trim_prompt"
+        )
+
+
+def _check_found(prepared: PreparedSource) -> None:
+    source, account, store = prepared.source, prepared.account, prepared.selection.store
+    reasons = "; ".join(
+        f"{count} {reason} (first: {', '.join(store.places_of(reason))})" for reason, count in account.dropped.items()
+    )
+    where = f"; {account.skipped} rows that `where` does not select" if account.skipped else ""
+    left_out = f"; left out: {reasons}" if reasons else ""
+    found = prepared.selection.num_responses
+    if not found:
+        raise UserError(f"{source.label}: none of {account.rows} rows gives a usable response{left_out}{where}")
+    if source.examples is not None and found < source.examples:
+        raise UserError(
+            f"{source.label}: {source.examples} examples asked for, but its {account.rows} rows give only {found} "
+            f"responses{left_out}{where}; lower `examples`, or leave it out to take all"
+        )
+
+
+def _check_scores(prepared: PreparedSource) -> None:
+    """Feedback that says the same of every response teaches nothing: most often a column was misread."""
+    responses = prepared.selection.store.responses
+    is_feedback_R = np.isin(responses["kind"], [KINDS.index("score"), KINDS.index("binary")])
+    scores = responses["score"][is_feedback_R]
+    if prepared.source.allow_one_score or len(scores) < _ONE_SCORE_FROM:
+        return
+    if np.all(scores == scores[0]):
+        raise UserError(
+            f"{prepared.label}: all {len(scores)} responses have the score {scores[0]:g}; if that is meant, set this "
+            "source's allow_one_score: true"
+        )

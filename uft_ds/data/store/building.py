@@ -1,0 +1,380 @@
+"""Rows to a store of tokenised sequences, by several processes, a chunk of rows at a time.
+
+The store does not depend on the number of processes: results are written in the order of the rows.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import multiprocessing
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from uft_ds.data.example import Example, Kind, Pair, Unit
+from uft_ds.data.formats.fields import LeftOut
+from uft_ds.data.formats.table import Format, format_named
+from uft_ds.data.formats.turns import check_item
+from uft_ds.data.rows.reading import DataFiles, RawRow, data_size, parse_row, raw_rows
+from uft_ds.data.store.sequences import Account, Place, StoreWriter, pack_units
+from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
+from uft_ds.data.tokens.tokenize import tokenize
+from uft_ds.errors import UserError
+from uft_ds.host.process import die_with_parent, helpers_without_usr1
+
+QUARANTINE = "quarantine.jsonl"
+PLACES_NAMED = 3
+"""Of each reason for leaving something out."""
+
+_CHUNK_ROWS, _CHUNK_BYTES = 256, 2**20
+_PARALLEL_FROM_BYTES = 16 * 2**20
+"""Starting a process takes seconds: a small source is read in this one."""
+
+
+@dataclass(frozen=True)
+class RowRules:
+    """How a row becomes units; a store is known by all of it.
+
+    where: only rows whose columns have these values. split_pairs: pairs become two scored responses (UNA).
+    """
+
+    format: str
+    score: float | None
+    max_length: int
+    merge: bool
+    trim_prompt: bool
+    split_pairs: bool = False
+    where: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the first row of a file gave: the others must give the same.
+
+    gives: the kind of its items; pairs with scores and without are two.
+    """
+
+    line: int
+    gives: str
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    rows: tuple[RawRow, ...]
+    place: str
+    """The file's name."""
+    shape: Shape | None
+
+
+@dataclass
+class _Result:
+    """What one chunk of rows gave."""
+
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
+    shape: Shape | None = None
+    num_rows: int = 0
+    num_skipped: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    changed: Counter[str] = field(default_factory=Counter)
+    places: list[tuple[str, int, int]] = field(default_factory=list)
+    bad: list[tuple[RawRow, str]] = field(default_factory=list)
+    keys: set[str] = field(default_factory=set)
+    """Of all rows that could be read, for sources with a `where`."""
+
+
+def build_store(
+    folder: Path,
+    data: DataFiles,
+    rules: RowRules,
+    chat: ChatTokenizer,
+    *,
+    quarantine: bool,
+    workers: int | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Read, check and tokenise all rows of a source into an empty folder.
+
+    Args:
+        quarantine: write bad rows to quarantine.jsonl instead of refusing the source.
+        workers: processes; None: one a core, and none for a small source.
+    Raises:
+        UserError: names the file and line, what was found and what was expected.
+    """
+    total = Account(0, {}, {}, {}, 0, 0)
+    columns: set[str] = set()
+    writer = StoreWriter(folder)
+    with ExitStack() as stack:
+        stack.callback(writer.close)
+        rejected = stack.enter_context((folder / QUARANTINE).open("w", encoding="utf-8"))
+        results = stack.enter_context(closing(_results(data, rules, chat, workers, on_progress)))
+        for result in results:
+            for row, reason in result.bad:
+                if not quarantine:
+                    raise UserError(
+                        f"{_exact_place(data, row)}: {reason} (format {rules.format}); mend the row, or set "
+                        "data.on_bad_row: quarantine to leave such rows out"
+                    )
+                rejected.write(_quarantined(data, row, reason))
+            writer.add(result.columns)
+            total = _added(total, result)
+            columns |= result.keys
+        _check_where(data, rules, columns)
+        writer.finish(data.names, total)
+
+
+def examine_row(
+    row: dict[str, Any], rules: RowRules, make: Format, chat: ChatTokenizer, *, file: int, line: int
+) -> tuple[str | None, list[tuple[Unit, Place]], Counter[str], Counter[str]]:
+    """One row's units: what it gives (None where nothing is left of it), and what was dropped and changed.
+
+    Raises:
+        ValueError: a bad row.
+    """
+    dropped: Counter[str] = Counter()
+    changed: Counter[str] = Counter()
+    items: list[Example | Pair]
+    try:
+        items = list(_made(make, row, rules))
+    except LeftOut as left_out:
+        dropped[left_out.reason] += left_out.num_responses
+        return None, [], dropped, changed
+    except ValueError:
+        raise
+    except Exception as error:  # of another package's format
+        raise ValueError(f"the format could not read it ({type(error).__name__}: {str(error)[:80]})") from error
+    for item in items:
+        check_item(item)
+    given = {_described(item) for item in items}
+    if len(given) > 1:
+        raise ValueError(f"format {rules.format} gives items of several kinds: {', '.join(sorted(given))}")
+    if rules.split_pairs:
+        items = [side for item in items for side in _sides(item)]
+    units: list[tuple[Unit, Place]] = []
+    for number, item in enumerate(items, start=1):
+        if isinstance(item, Pair) and item.is_tie:
+            dropped["tie"] += 2
+            continue
+        tokenized = tokenize(item, chat, max_length=rules.max_length, merge=rules.merge, trim_prompt=rules.trim_prompt)
+        dropped.update(tokenized.dropped)
+        changed.update(tokenized.changed)
+        place = Place(file, line, number if len(items) > 1 else 0)
+        units += [(unit, place) for unit in tokenized.units]
+    return next(iter(given), None), units, dropped, changed
+
+
+def _made(make: Format, row: dict[str, Any], rules: RowRules) -> Iterable[Example | Pair]:
+    items = make(row, score=rules.score)
+    if not isinstance(items, Iterable) or isinstance(items, str | Mapping):
+        raise ValueError(f"format {rules.format} gives {type(items).__name__}; expected a list of examples or pairs")
+    return items
+
+
+def _results(
+    data: DataFiles,
+    rules: RowRules,
+    chat: ChatTokenizer,
+    workers: int | None,
+    on_progress: Callable[[int, int], None],
+) -> Generator[_Result, None, None]:
+    if workers is None:
+        workers = len(os.sched_getaffinity(0)) if data_size(data) >= _PARALLEL_FROM_BYTES else 1
+    examine = _Examiner(rules, chat)
+    with closing(raw_rows(data, on_progress)) as rows:
+        chunks = _chunks(rows, data)
+        if workers == 1:
+            yield from _in_order(chunks, examine, None, 0)
+        else:
+            yield from _by_processes(chunks, examine, workers, data.label)
+
+
+def _by_processes(chunks: Iterator[_Chunk], examine: _Examiner, workers: int, label: str) -> Iterator[_Result]:
+    # Spawned, not forked: this process has threads (torch, tokenizers, a rank's own), whose locks a fork would copy.
+    context = multiprocessing.get_context("spawn")
+    with (
+        helpers_without_usr1(),
+        ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(examine,)) as pool,
+    ):
+        try:
+            yield from _in_order(chunks, examine, pool, 4 * workers)
+        except BrokenProcessPool:
+            raise UserError(
+                f"{label}: a process that tokenised it was killed; out of memory? Set data.workers lower"
+            ) from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _in_order(
+    chunks: Iterator[_Chunk], examine: _Examiner, pool: ProcessPoolExecutor | None, waiting: int
+) -> Iterator[_Result]:
+    """Each chunk's result. A file's first rows are examined here: they say what the others must be like."""
+    shapes: dict[int, Shape] = {}
+    pending: deque[Future[_Result]] = deque()
+    for chunk in chunks:
+        file = chunk.rows[0].file
+        if pool is not None and file in shapes:
+            pending.append(pool.submit(_work, replace(chunk, shape=shapes[file])))
+        else:
+            while pending:
+                yield pending.popleft().result()
+            result = examine(replace(chunk, shape=shapes.get(file)))
+            if result.shape is not None:
+                shapes[file] = result.shape
+            yield result
+        while len(pending) > waiting:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+def _chunks(rows: Iterator[RawRow], data: DataFiles) -> Iterator[_Chunk]:
+    held: list[RawRow] = []
+    size = 0
+    for row in rows:
+        if held and (row.file != held[0].file or len(held) == _CHUNK_ROWS or size >= _CHUNK_BYTES):
+            yield _Chunk(tuple(held), data.names[held[0].file], None)
+            held, size = [], 0
+        held.append(row)
+        size += len(row.value) if isinstance(row.value, bytes) else _CHUNK_BYTES // _CHUNK_ROWS
+    if held:
+        yield _Chunk(tuple(held), data.names[held[0].file], None)
+
+
+class _Examiner:
+    """What a process needs to examine rows; sent to each once."""
+
+    def __init__(self, rules: RowRules, chat: ChatTokenizer) -> None:
+        self._rules, self._chat = rules, chat
+
+    def __call__(self, chunk: _Chunk) -> _Result:
+        make = format_named(self._rules.format)
+        result = _Result(shape=chunk.shape)
+        units: list[tuple[Unit, Place]] = []
+        for raw in chunk.rows:
+            result.num_rows += 1
+            keys: tuple[str, ...] = ()
+            try:
+                row = parse_row(raw.value)
+                keys = tuple(key for key, value in row.items() if value is not None)
+                if self._rules.where:
+                    result.keys.update(row)
+                if any(row.get(column) != value for column, value in self._rules.where):
+                    result.num_skipped += 1
+                    continue
+                given, found, dropped, changed = examine_row(
+                    row, self._rules, make, self._chat, file=raw.file, line=raw.line
+                )
+                if given is not None:
+                    result.shape = result.shape or Shape(raw.line, given, keys)
+                    _check_shape(given, keys, result.shape, chunk.place)
+            except _OtherKind as error:
+                result.bad.append((raw, str(error)))
+                continue
+            except ValueError as error:
+                result.bad.append((raw, f"{error}{_other_keys(keys, result.shape, chunk.place)}"))
+                continue
+            units += found
+            result.dropped.update(dropped)
+            result.changed.update(changed)
+            result.places += [(reason, raw.file, raw.line) for reason in (*dropped, *changed)]
+        result.columns = pack_units(units)
+        return result
+
+
+class _OtherKind(ValueError):
+    """A row of another kind than the first one of its file."""
+
+
+def _check_shape(given: str, keys: tuple[str, ...], first: Shape, file: str) -> None:
+    if given != first.gives:
+        raise _OtherKind(
+            f"a row of kind {given!r} with keys {', '.join(keys)}; {file}:{first.line} is of kind {first.gives!r} with "
+            f"keys {', '.join(first.keys)}: the rows of a file must be of one kind; put the others into another file"
+        )
+
+
+def _other_keys(keys: tuple[str, ...], first: Shape | None, file: str) -> str:
+    if first is None or not keys or set(keys) == set(first.keys):
+        return ""
+    return f" [keys here: {', '.join(sorted(keys))}; at {file}:{first.line}: {', '.join(sorted(first.keys))}]"
+
+
+def _described(item: Example | Pair) -> str:
+    if isinstance(item, Pair):
+        return "pair with scores" if item.scored else "pair"
+    return item.kind
+
+
+def _check_where(data: DataFiles, rules: RowRules, columns: set[str]) -> None:
+    for column, value in rules.where:
+        if column not in columns and value is not None:
+            raise UserError(
+                f"{data.label}: `where` asks for {column!r}, which no row has; columns: {', '.join(sorted(columns))}"
+            )
+
+
+def _sides(item: Example | Pair) -> tuple[Example, ...]:
+    """A pair as two responses with a score each (UNA, arXiv 2408.15339 Eq. 11 and 13)."""
+    if isinstance(item, Example):
+        return (item,)
+    kind: Kind = "score" if item.scored else "binary"
+    return (replace(item.chosen, kind=kind), replace(item.rejected, kind=kind))
+
+
+def _added(total: Account, result: _Result) -> Account:
+    places = dict(total.places)
+    for reason, file, line in result.places:
+        if len(places.get(reason, ())) < PLACES_NAMED:
+            places[reason] = (*places.get(reason, ()), (file, line))
+    return Account(
+        total.rows + result.num_rows,
+        dict(Counter(total.dropped) + result.dropped),
+        dict(Counter(total.changed) + result.changed),
+        places,
+        total.quarantined + len(result.bad),
+        total.skipped + result.num_skipped,
+    )
+
+
+def _exact_place(data: DataFiles, row: RawRow) -> str:
+    """With the byte for an array on one line, where the line says nothing."""
+    place = data.place(row.file, row.line)
+    return f"{place} (byte {row.byte})" if row.line == 1 and row.byte and row.byte > len(codecs.BOM_UTF8) else place
+
+
+def _quarantined(data: DataFiles, row: RawRow, reason: str) -> str:
+    """A line of quarantine.jsonl: where the row is, why it was left out, and the row itself."""
+    raw = row.value if isinstance(row.value, bytes) else repr(row.value).encode("utf-8", "backslashreplace")
+    entry = {
+        "place": _exact_place(data, row),
+        "byte": row.byte,
+        "reason": reason,
+        "sha256": hashlib.sha256(raw).hexdigest(),
+        "row": raw.decode("utf-8", "backslashreplace"),
+    }
+    return json.dumps(entry) + "\n"
+
+
+# Of a worker process: what it was given when it started.
+_examiner: list[Callable[[_Chunk], _Result]] = []
+
+
+def _start_worker(examine: Callable[[_Chunk], _Result]) -> None:
+    die_with_parent()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _examiner.append(examine)
+
+
+def _work(chunk: _Chunk) -> _Result:
+    return _examiner[0](chunk)

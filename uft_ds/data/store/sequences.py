@@ -1,0 +1,326 @@
+"""Tokenised sequences in flat files that are mapped into memory: a million of them take no RAM.
+
+A store is a folder. Its index is written last, so a folder with an index is whole.
+
+    tokens     int32 a token
+    sequences  where each sequence's tokens and responses end, after a first row of zeros
+    units      where each unit's sequences end, and the row that it came from, after a first row of zeros
+    responses  span, score, kind, and the name by which a response is known by its content
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence as Seq
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from uft_ds.data.example import KEY_BYTES, KINDS, Kind, Response, Sequence, Unit, keep_first
+from uft_ds.data.score_map import ScoreMap
+from uft_ds.errors import UserError
+from uft_ds.host.files import sync, write_atomically
+
+INDEX = "index.json"
+_ZERO_FIRST = ("sequences", "units")
+_SAMPLE_UNITS = 64
+DTYPES = {
+    "tokens": np.dtype("<i4"),
+    "sequences": np.dtype([("tokens", "<i8"), ("responses", "<i8")]),
+    "units": np.dtype([("sequences", "<i8"), ("file", "<i4"), ("line", "<i8"), ("item", "<i4")]),
+    "responses": np.dtype(
+        [("start", "<i4"), ("end", "<i4"), ("score", "<f8"), ("kind", "u1"), ("key", f"V{KEY_BYTES}")]
+    ),
+}
+
+
+class Pool(Protocol):
+    """Units by index, with what planning needs to know of them without reading their tokens."""
+
+    def __len__(self) -> int:
+        """How many units there are."""
+
+    @property
+    def responses_U(self) -> np.ndarray:
+        """[units], int64: how many responses each has."""
+
+    def unit(self, index: int, pair_id: int = 0) -> Unit:
+        """The sequences of one unit; the responses of a pair carry `pair_id`."""
+
+    def keys_of(self, index: int) -> tuple[bytes, ...]:
+        """The names of one unit's responses."""
+
+    @property
+    def keys_R(self) -> np.ndarray:
+        """[responses], 16 bytes each (dtype S16): the names of all, and maybe of some more."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """The row that a unit came from: file by number, line (or row), and which of the row's items."""
+
+    file: int
+    line: int
+    item: int
+
+
+@dataclass(frozen=True)
+class Account:
+    """What became of a source's rows.
+
+    dropped, changed: responses by reason; places: (file, line) of the first rows, for each reason.
+    skipped: rows that `where` does not select.
+    """
+
+    rows: int
+    dropped: dict[str, int]
+    changed: dict[str, int]
+    places: dict[str, tuple[tuple[int, int], ...]]
+    quarantined: int
+    skipped: int
+
+
+class StoreWriter:
+    """Appends units to the files of a new store."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files = {name: (folder / f"{name}.bin").open("wb") for name in DTYPES}
+        self._counts = dict.fromkeys(DTYPES, 0)
+        for name in _ZERO_FIRST:
+            self._files[name].write(np.zeros(1, DTYPES[name]).tobytes())
+
+    def add(self, columns: dict[str, np.ndarray]) -> None:
+        """Append what `pack_units` made; its ends count from its own first token, sequence and response."""
+        shifted = {name: array.copy() for name, array in columns.items()}
+        shifted["sequences"]["tokens"] += self._counts["tokens"]
+        shifted["sequences"]["responses"] += self._counts["responses"]
+        shifted["units"]["sequences"] += self._counts["sequences"]
+        for name, array in shifted.items():
+            self._files[name].write(array.tobytes())
+            self._counts[name] += len(array)
+
+    def finish(self, names: Seq[str], account: Account) -> None:
+        """Close the files, then write the index: from now on the store is there."""
+        for name, file in self._files.items():
+            file.close()
+            sync(self._folder / f"{name}.bin")
+        index = {"counts": self._counts, "names": list(names), "account": asdict(account)}
+        write_atomically(self._folder / INDEX, json.dumps(index, indent=2) + "\n")
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+
+def pack_units(units: Seq[tuple[Unit, Place]]) -> dict[str, np.ndarray]:
+    """Units as the arrays of a store, ends counted from the first of them."""
+    sequences = [sequence for unit, _ in units for sequence in unit]
+    responses = [
+        (r.start, r.end, r.score, KINDS.index(r.kind), key)
+        for s in sequences
+        for r, key in zip(s.responses, s.response_keys, strict=True)
+    ]
+    lengths = np.array([[s.num_tokens, len(s.responses)] for s in sequences], dtype=np.int64).reshape(-1, 2)
+    sequence_rows = np.zeros(len(sequences), dtype=DTYPES["sequences"])
+    sequence_rows["tokens"], sequence_rows["responses"] = lengths.cumsum(axis=0).T
+    unit_rows = np.zeros(len(units), dtype=DTYPES["units"])
+    unit_rows["sequences"] = np.cumsum([len(unit) for unit, _ in units])
+    for field in ("file", "line", "item"):
+        unit_rows[field] = [getattr(place, field) for _, place in units]
+    tokens = [s.token_ids_T for s in sequences]
+    return {
+        "tokens": np.concatenate(tokens).astype(DTYPES["tokens"]) if tokens else np.zeros(0, DTYPES["tokens"]),
+        "sequences": sequence_rows,
+        "units": unit_rows,
+        "responses": np.array(responses, dtype=DTYPES["responses"]),
+    }
+
+
+class SequenceStore:
+    """A store that was written, read through the page cache; forked and spawned processes share it."""
+
+    def __init__(self, folder: Path, label: str, names: Seq[str] | None = None) -> None:
+        """
+        Args:
+            label, names: how the source and its files are called now; data may have moved since it was written.
+        Raises:
+            UserError: files are missing or cut.
+        """
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        self.folder, self.label = folder, label
+        self.names: tuple[str, ...] = tuple(names if names is not None else index["names"])
+        self.account = Account(**index["account"])
+        arrays = {
+            name: _mapped(folder / f"{name}.bin", dtype, index["counts"][name] + (name in _ZERO_FIRST))
+            for name, dtype in DTYPES.items()
+        }
+        self._tokens, self.responses = arrays["tokens"], arrays["responses"]
+        self._token_ends_S = arrays["sequences"]["tokens"]
+        self._response_ends_S = arrays["sequences"]["responses"]
+        self._sequence_ends_U = arrays["units"]["sequences"]
+        self._units = arrays["units"][1:]
+
+    def __len__(self) -> int:
+        return len(self._units)
+
+    @property
+    def responses_U(self) -> np.ndarray:
+        return np.diff(self._response_ends_S[self._sequence_ends_U])
+
+    @property
+    def tokens_U(self) -> np.ndarray:
+        """[units], int64."""
+        return np.diff(self._token_ends_S[self._sequence_ends_U])
+
+    @property
+    def sequences_U(self) -> np.ndarray:
+        """[units], int64: 1, or 2 for a pair."""
+        return np.diff(self._sequence_ends_U)
+
+    @property
+    def rows_U(self) -> np.ndarray:
+        """[units], int64: the number of the row that each came from, among the rows that gave any."""
+        changes_U = np.zeros(len(self), dtype=np.int64)
+        for field in ("file", "line"):
+            changes_U[1:] |= np.diff(self._units[field]) != 0
+        return changes_U.cumsum()
+
+    def is_pair(self, index: int) -> bool:
+        """Whether a unit is two sequences."""
+        return bool(self._sequence_ends_U[index + 1] - self._sequence_ends_U[index] == 2)
+
+    def place(self, index: int) -> Place:
+        """The row that a unit came from."""
+        row = self._units[index]
+        return Place(int(row["file"]), int(row["line"]), int(row["item"]))
+
+    def places_of(self, reason: str) -> tuple[str, ...]:
+        """`file:line` of the first rows of which something was left out or changed for this reason."""
+        return tuple(f"{self.names[file]}:{line}" for file, line in self.account.places.get(reason, ()))
+
+    def origin(self, index: int) -> str:
+        """Where a unit came from, for messages."""
+        place = self.place(index)
+        return f"{self.names[place.file]}:{place.line}" + (f", item {place.item}" if place.item else "")
+
+    def unit(self, index: int, pair_id: int = 0) -> Unit:
+        first, last = self._sequence_ends_U[index], self._sequence_ends_U[index + 1]
+        sides = (" (chosen)", " (rejected)") if last - first == 2 else ("",)
+        return tuple(
+            self._sequence(int(s), self.origin(index) + side, pair_id if len(sides) == 2 else None)
+            for s, side in zip(range(first, last), sides, strict=True)
+        )
+
+    def keys_of(self, index: int) -> tuple[bytes, ...]:
+        """The names of one unit's responses."""
+        first, last = self._sequence_ends_U[index], self._sequence_ends_U[index + 1]
+        rows = self.responses["key"][self._response_ends_S[first] : self._response_ends_S[last]]
+        return tuple(key.tobytes() for key in rows)
+
+    def _sequence(self, index: int, origin: str, pair_id: int | None) -> Sequence:
+        rows = self.responses[self._response_ends_S[index] : self._response_ends_S[index + 1]]
+        responses = tuple(
+            Response(int(r["start"]), int(r["end"]), float(r["score"]), _kind(r["kind"]), origin, pair_id) for r in rows
+        )
+        tokens = self._tokens[self._token_ends_S[index] : self._token_ends_S[index + 1]]
+        return Sequence(np.asarray(tokens), responses, tuple(row.tobytes() for row in rows["key"]))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The units of a store that a run uses, in the order they were drawn.
+
+    last: how many responses of the last one are kept, where not all: a conversation is cut so that the count is exact.
+    score_map: of the store's scores; None leaves them as they are.
+    """
+
+    store: SequenceStore
+    units_U: np.ndarray
+    last: int | None = None
+    score_map: ScoreMap | None = None
+
+    def __len__(self) -> int:
+        return len(self.units_U)
+
+    @property
+    def responses_U(self) -> np.ndarray:
+        counts = self.store.responses_U[self.units_U]
+        if self.last is not None and len(counts):
+            counts[-1] = self.last
+        return counts
+
+    def unit(self, index: int, pair_id: int = 0) -> Unit:
+        unit = self.store.unit(int(self.units_U[index]), pair_id)
+        if self.last is not None and index == len(self.units_U) - 1:
+            unit = (keep_first(unit[0], self.last),)
+        return unit if self.score_map is None else tuple(_with_scores(sequence, self.score_map) for sequence in unit)
+
+    def keys_of(self, index: int) -> tuple[bytes, ...]:
+        keys = self.store.keys_of(int(self.units_U[index]))
+        return keys[: self.last] if self.last is not None and index == len(self) - 1 else keys
+
+    @property
+    def keys_R(self) -> np.ndarray:
+        return np.ascontiguousarray(self.store.responses["key"][self._is_chosen_R]).view(f"S{KEY_BYTES}")
+
+    @property
+    def scores_R(self) -> np.ndarray:
+        """[responses]: the scores that the source gave, of all responses and maybe of some more."""
+        return np.asarray(self.store.responses["score"][self._is_chosen_R])
+
+    @property
+    def _is_chosen_R(self) -> np.ndarray:
+        is_chosen_U = np.zeros(len(self.store), dtype=bool)
+        is_chosen_U[self.units_U] = True
+        return np.repeat(is_chosen_U, self.store.responses_U)
+
+    @property
+    def num_responses(self) -> int:
+        return int(self.responses_U.sum())
+
+    @property
+    def num_sequences(self) -> int:
+        return int(self.store.sequences_U[self.units_U].sum())
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.store.tokens_U[self.units_U].sum())
+
+    @property
+    def kinds(self) -> set[Kind]:
+        """Of all responses in the store."""
+        return {_kind(code) for code in np.unique(self.store.responses["kind"])}
+
+
+def _with_scores(sequence: Sequence, score_map: ScoreMap) -> Sequence:
+    responses = tuple(replace(response, score=score_map(response.score)) for response in sequence.responses)
+    return Sequence(sequence.token_ids_T, responses, sequence.stored_keys)
+
+
+def write_sample(folder: Path, selections: Seq[Selection]) -> None:
+    """A small store of the first units of the first selection that holds any."""
+    chosen = next(selection for selection in selections if len(selection))
+    store = chosen.store
+    indices = [int(index) for index in chosen.units_U[:_SAMPLE_UNITS]]
+    writer = StoreWriter(folder)
+    try:
+        writer.add(pack_units([(store.unit(index), store.place(index)) for index in indices]))
+        writer.finish(store.names, Account(len(indices), {}, {}, {}, 0, 0))
+    finally:
+        writer.close()
+
+
+def _kind(code: Any) -> Kind:
+    return KINDS[int(code)]
+
+
+def _mapped(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
+    size = path.stat().st_size if path.exists() else -1
+    if size != count * dtype.itemsize:
+        raise UserError(
+            f"{path}: {max(size, 0)} bytes, expected {count * dtype.itemsize}; delete {path.parent}, it is made anew"
+        )
+    return np.memmap(path, dtype=dtype, mode="r") if count else np.zeros(0, dtype)

@@ -1,0 +1,126 @@
+"""A tokenizer with its chat template: opened, asked, and written so that it reads the same again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+from transformers import AutoTokenizer
+
+from uft_ds.data.example import Message
+from uft_ds.data.tokens.chat_template import (
+    end_of_turn_id,
+    marks_generation,
+    render,
+    render_marked,
+    special_tokens,
+    template_of,
+)
+from uft_ds.errors import UserError
+
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ChatTokenizer:
+    """A tokenizer with a chat template that is known to close the assistant's turn with one token.
+
+    marked: the template says by `{% generation %}` blocks what the assistant writes.
+    revision: of a hub model.
+    """
+
+    tokenizer: Any
+    end_of_turn_id: int
+    control_tokens: tuple[str, ...]
+    marked: bool = False
+    revision: str | None = None
+
+    @property
+    def end_of_turn(self) -> str:
+        return str(self.tokenizer.convert_ids_to_tokens(self.end_of_turn_id))
+
+    def render(self, messages: Seq[Message], *, tools: Seq[Any] = (), for_generation: bool = False) -> str:
+        return render(self.tokenizer, _turns(messages), tools=tools, add_generation_prompt=for_generation)
+
+    def render_marked(self, messages: Seq[Message], tools: Seq[Any]) -> tuple[str, list[tuple[int, int]]]:
+        return render_marked(self.tokenizer, _turns(messages), tools=tools)
+
+    def encode(self, text: str) -> list[int]:
+        # The template has written every special token already: adding them again would double the BOS.
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def encode_continued(self, text: str) -> list[int]:
+        """The tokens of text that follows other text, no token straddling the two.
+
+        SentencePiece puts a space before every text: there it is read after a newline, which merges with nothing.
+        """
+        if self._puts_a_space_first:
+            before, both = self.encode("\n"), self.encode("\n" + text)
+            if both[: len(before)] == before:
+                return both[len(before) :]
+        return self.encode(text)
+
+    @cached_property
+    def _puts_a_space_first(self) -> bool:
+        return str(self.tokenizer.convert_ids_to_tokens(self.encode("a")[:1])[0]).startswith("▁")
+
+    def holds_control_token(self, messages: Seq[Message], tools: Seq[Any]) -> bool:
+        """Whether text of the data reads as a token that only the template may write."""
+        texts = [text for message in messages for text in (message.content, *(value for _, value in message.extras))]
+        texts += [json.dumps(call, ensure_ascii=False) for message in messages for call in message.tool_calls]
+        texts += [json.dumps(tool, ensure_ascii=False) for tool in tools]
+        return any(token in text for text in texts for token in self.control_tokens)
+
+
+def open_tokenizer(base: str, *, revision: str | None = None, chat_template: str | None = None) -> ChatTokenizer:
+    """The base model's tokenizer, with its own chat template or the given one.
+
+    Raises:
+        UserError: no tokenizer, no chat template, or one that does not close the assistant's turn.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base, revision=revision, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001 - transformers raises many types here
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"model.base: no tokenizer could be loaded from {base!r} ({reason})") from None
+    if chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"model.chat_template: {chat_template} cannot be read ({error})") from None
+    end = end_of_turn_id(tokenizer)
+    control = tuple(sorted(token for token in special_tokens(tokenizer) if token))
+    return ChatTokenizer(tokenizer, end, control, marks_generation(tokenizer), revision)
+
+
+def save_tokenizer(chat: ChatTokenizer, folder: Path) -> None:
+    """Write a tokenizer and its chat template so that it reads texts as it does now.
+
+    Loading and saving is not enough: transformers 5.23 forgets LlamaTokenizer's `legacy`, and Mistral's would read
+    `<s>[INST]` as other tokens. The files that it was loaded from stand for what they say.
+    """
+    chat.tokenizer.save_pretrained(folder)
+    source = chat.tokenizer.name_or_path
+    for name in _TOKENIZER_FILES:
+        cached = None if Path(source).exists() else try_to_load_from_cache(source, name, revision=chat.revision)
+        original = Path(cached) if isinstance(cached, str) else Path(source) / name
+        if original.is_file():
+            shutil.copyfile(original, folder / name)
+    (folder / "chat_template.jinja").write_text(template_of(chat.tokenizer), encoding="utf-8")
+
+
+def _turns(messages: Seq[Message]) -> list[dict[str, Any]]:
+    return [
+        {"role": m.role, "content": m.content, **dict(m.extras)}
+        | ({"tool_calls": list(m.tool_calls)} if m.tool_calls else {})
+        for m in messages
+    ]

@@ -1,0 +1,248 @@
+"""Examples to sequences: the tokenizer's chat template, with exact spans of the supervised tokens.
+
+A response's span begins where the template's `{% generation %}` block begins, where it has them, and otherwise where
+the prompt ends as it is written for generation. Either way the tokens before it are those of that text alone, so a
+response's log-probability is that of the tokens the model would have to produce, the end-of-turn token included.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from uft_ds.data.example import Example, Message, Pair, Response, Sequence, Unit, keep_first
+from uft_ds.data.tokens.chat_template import PROBE, REMEDY
+from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer, open_tokenizer
+from uft_ds.data.tokens.trimming import common_prompt, fitting_prompt
+from uft_ds.errors import UserError
+
+LONG = "longer than max_length"
+CONTROL = "special token in the text"
+EQUAL = "chosen equals rejected"
+TRIMMED = "prompt trimmed to max_length"
+
+# Only as much white space after it as templates write: the rest is the answer's.
+_EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>\n{0,2}")
+_EMPTY_REST_OF_THOUGHT = re.compile(r"\s*</think>\n{0,2}")
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """The units of one example; how many of its responses were dropped, and how many were changed, for which reason."""
+
+    units: tuple[Unit, ...]
+    dropped: dict[str, int]
+    changed: dict[str, int]
+
+    @property
+    def sequences(self) -> tuple[Sequence, ...]:
+        return tuple(sequence for unit in self.units for sequence in unit)
+
+
+def load_tokenizer(base: str, *, revision: str | None = None, chat_template: str | None = None) -> ChatTokenizer:
+    """The base model's tokenizer, with its own chat template or the given one, from which spans can be told.
+
+    Raises:
+        UserError: no tokenizer, no chat template, or one from which the assistant's tokens cannot be told.
+    """
+    chat = open_tokenizer(base, revision=revision, chat_template=chat_template)
+    _check_spans_are_exact(chat)
+    return chat
+
+
+def tokenize(
+    item: Example | Pair,
+    chat: ChatTokenizer,
+    *,
+    max_length: int,
+    merge: bool,
+    trim_prompt: bool = False,
+) -> Tokenized:
+    """An example's units: one sequence with all its responses, or one a response; or the two sides of a pair.
+
+    Merging is right only where each prefix of the conversation is a prefix of the whole, in text and in
+    tokens; some templates rewrite earlier turns (they remove their reasoning), and then it is unfolded.
+
+    Args:
+        trim_prompt: give the end of the prompt to a response that would end past max_length, instead of dropping it.
+    Raises:
+        ValueError: in this conversation the response's tokens cannot be told from the prompt's.
+    """
+    examples = (item.chosen, item.rejected) if isinstance(item, Pair) else (item,)
+    if any(chat.holds_control_token(example.messages, example.tools) for example in examples):
+        return Tokenized((), {CONTROL: item.num_responses}, {})
+    try:
+        for example in examples:
+            _check_tools_are_written(example, chat)
+        if isinstance(item, Pair):
+            return _pair(item, chat, max_length, trim_prompt)
+        return _conversation(item, chat, max_length, merge, trim_prompt)
+    except UserError as error:  # of the template, about this conversation
+        raise ValueError(str(error)) from None
+
+
+def _conversation(example: Example, chat: ChatTokenizer, max_length: int, merge: bool, trim_prompt: bool) -> Tokenized:
+    turns = [index for index, message in enumerate(example.messages) if message.score is not None]
+    whole = _merged(example, turns, chat) if merge and len(turns) > 1 else None
+    unfolded = [whole] if whole is not None else [_single(example, turn, chat) for turn in turns]
+    fitting = [keep_first(s, sum(response.end <= max_length for response in s.responses)) for s in unfolded]
+    sequences = [sequence for sequence in fitting if sequence.responses]
+    # Not always the last ones: a template that removes earlier thoughts makes later sequences shorter.
+    ends = [response.end for sequence in unfolded for response in sequence.responses]
+    long_turns = [turn for turn, end in zip(turns, ends, strict=True) if end > max_length]
+    changed: Counter[str] = Counter()
+    if trim_prompt:
+        trimmed = [_trimmed(_upto(example, turn), chat, max_length) for turn in long_turns]
+        found = [sequence for sequence in trimmed if sequence is not None]
+        sequences += found
+        changed[TRIMMED] = len(found)
+    num_dropped = len(turns) - sum(len(sequence.responses) for sequence in sequences)
+    return Tokenized(tuple((sequence,) for sequence in sequences), dict(+Counter({LONG: num_dropped})), dict(+changed))
+
+
+def _pair(pair: Pair, chat: ChatTokenizer, max_length: int, trim_prompt: bool) -> Tokenized:
+    examples = (pair.chosen, pair.rejected)
+    sides = tuple(_single(side, len(side.messages) - 1, chat) for side in examples)
+    changed = {}
+    if max(side.num_tokens for side in sides) > max_length:
+        shared = common_prompt(pair) if trim_prompt else ()
+        fitting = fitting_prompt(
+            shared,
+            lambda prompt: all(
+                _single(_with_prompt(side, len(shared), prompt), -1, chat).num_tokens <= max_length for side in examples
+            ),
+        )
+        if fitting is None:
+            return Tokenized((), {LONG: 2}, {})
+        cut = tuple(_with_prompt(side, len(shared), fitting) for side in examples)
+        sides = tuple(_single(side, -1, chat) for side in cut)
+        changed = {TRIMMED: 2}
+    if np.array_equal(sides[0].token_ids_T, sides[1].token_ids_T):
+        return Tokenized((), {EQUAL: 2}, {})
+    unit = tuple(replace(side, responses=(replace(side.responses[0], pair_id=0),)) for side in sides)
+    return Tokenized((unit,), {}, changed)
+
+
+def _merged(example: Example, turns: list[int], chat: ChatTokenizer) -> Sequence | None:
+    text = chat.render(example.messages[: turns[-1] + 1], tools=example.tools)
+    ids = chat.encode(text)
+    responses = []
+    for turn in turns:
+        prompt, alone = _prompt_and_text(example, turn, chat)
+        prompt_ids = chat.encode(prompt)
+        start = len(prompt_ids)
+        if ids[:start] != prompt_ids or not text.startswith(alone.rstrip()):
+            return None
+        responses.append(_response(example, turn, ids, start, chat))
+    return Sequence(np.asarray(ids[: responses[-1].end], dtype=np.int32), tuple(responses))
+
+
+def _single(example: Example, turn: int, chat: ChatTokenizer) -> Sequence:
+    turn %= len(example.messages)
+    prompt, text = _prompt_and_text(example, turn, chat)
+    prompt_ids, ids = chat.encode(prompt), chat.encode(text)
+    if ids[: len(prompt_ids)] != prompt_ids:
+        # No token may straddle the boundary, for at generation the prompt stands alone.
+        ids = prompt_ids + chat.encode_continued(text[len(prompt) :])
+    response = _response(example, turn, ids, len(prompt_ids), chat)
+    return Sequence(np.asarray(ids[: response.end], dtype=np.int32), (response,))
+
+
+def _prompt_and_text(example: Example, turn: int, chat: ChatTokenizer) -> tuple[str, str]:
+    """What stands before the response of a turn, and the conversation up to the end of that turn, as text."""
+    upto = example.messages[: turn + 1]
+    if chat.marked:
+        text, spans = chat.render_marked(upto, example.tools)
+        # Those of this turn come after those of the earlier ones. Some templates mark no turn that calls tools.
+        own = spans[len(chat.render_marked(example.messages[:turn], example.tools)[1]) :]
+        if not own:
+            raise ValueError(f"the chat template's `{{% generation %}}` blocks leave out this turn; {REMEDY}")
+        prompt = text[: own[0][0]]
+    else:
+        text = chat.render(upto, tools=example.tools)
+        prompt = chat.render(example.messages[:turn], tools=example.tools, for_generation=True)
+        if not text.startswith(prompt):
+            raise ValueError(
+                "the chat template's generation prompt is not a prefix of the finished turn, so the response's tokens "
+                f"cannot be told from the prompt's; {REMEDY}"
+            )
+    if chat.end_of_turn not in text[len(prompt) :]:
+        raise ValueError(
+            f"the chat template ends this turn by another token than {chat.end_of_turn!r}, which closes answers"
+        )
+    # Templates of reasoning models write it before an answer without thoughts, and into the prompt where thinking is
+    # switched off: nothing that should be learned.
+    thought = _EMPTY_REST_OF_THOUGHT if prompt.rstrip().endswith("<think>") else _EMPTY_THOUGHT
+    empty = thought.match(text, len(prompt))
+    return (text[: empty.end()] if empty else prompt), text
+
+
+def _response(example: Example, turn: int, ids: list[int], start: int, chat: ChatTokenizer) -> Response:
+    try:
+        end = ids.index(chat.end_of_turn_id, start) + 1
+    except ValueError:
+        raise ValueError("the rendered turn does not end in the end-of-turn token") from None
+    score = example.messages[turn].score
+    assert score is not None
+    return Response(start, end, score, example.kind)
+
+
+def _check_tools_are_written(example: Example, chat: ChatTokenizer) -> None:
+    """Refuse what the template leaves out: a call that is not written would teach the model to answer nothing."""
+    messages, tools = example.messages, example.tools
+    if not tools and not any(message.tool_calls for message in messages):
+        return
+    text = chat.render(messages, tools=tools)
+    if tools and chat.render(messages) == text:
+        raise ValueError(f"the chat template does not write the tools of a conversation; {REMEDY}")
+    for index, message in enumerate(messages):
+        if message.tool_calls:
+            silent = (*messages[:index], replace(message, tool_calls=()), *messages[index + 1 :])
+            if chat.render(silent, tools=tools) == text:
+                raise ValueError(f"the chat template does not write the tool calls of turn {index}; {REMEDY}")
+
+
+def _trimmed(example: Example, chat: ChatTokenizer, max_length: int) -> Sequence | None:
+    prompt = example.messages[:-1]
+
+    def fits(shorter: tuple[Message, ...]) -> bool:
+        return _single(_with_prompt(example, len(prompt), shorter), -1, chat).num_tokens <= max_length
+
+    fitting = fitting_prompt(prompt, fits)
+    return None if fitting is None else _single(_with_prompt(example, len(prompt), fitting), -1, chat)
+
+
+def _upto(example: Example, turn: int) -> Example:
+    """The conversation up to one response, the earlier ones being context."""
+    context = tuple(replace(message, score=None) for message in example.messages[:turn])
+    return replace(example, messages=(*context, example.messages[turn]))
+
+
+def _with_prompt(example: Example, length: int, prompt: tuple[Message, ...]) -> Example:
+    return replace(example, messages=(*prompt, *example.messages[length:]))
+
+
+def _check_spans_are_exact(chat: ChatTokenizer) -> None:
+    """Refuse a template that tells the response from the prompt in no way; else each conversation is checked."""
+    question, answer = PROBE[0]["content"], PROBE[1]["content"]
+    problems = []
+    for content in (answer, f"<think>\nA thought\n</think>\n\n{answer}"):
+        probe = Example((Message("user", question), Message("assistant", content, 1.0)), "instruction")
+        try:
+            sequence = _single(probe, 1, chat)
+        except (ValueError, UserError) as error:
+            problems.append(str(error))
+            continue
+        _check_bos_is_single(chat, sequence)
+        return
+    name = chat.tokenizer.name_or_path
+    raise UserError(f"The chat template of `{name}` cannot be learned from: {problems[0]}.")
+
+
+def _check_bos_is_single(chat: ChatTokenizer, sequence: Sequence) -> None:
+    bos = chat.tokenizer.bos_token_id
+    if bos is not None and bos != chat.end_of_turn_id and sequence.token_ids_T[:2].tolist() == [bos, bos]:
+        raise UserError(f"The chat template of `{chat.tokenizer.name_or_path}` begins with two BOS tokens: {REMEDY}.")

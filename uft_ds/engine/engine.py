@@ -1,0 +1,325 @@
+"""The only module, with `checkpoint/`, that knows DeepSpeed.
+
+It turns the recipe's plain values into a DeepSpeed config, shards the model, and keeps the scale of the gradient
+exact: a step's gradient is that of sum(terms) / number of terms, whatever the ranks and micro-batches.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from uft_ds.data.micro_batch import MicroBatch
+from uft_ds.data.mixture import Step
+from uft_ds.data.packing import rank_micro_batches
+from uft_ds.engine.zero_section import check_zero_section
+from uft_ds.errors import UserError
+from uft_ds.host.process import choose_accelerator, returning_freed_memory
+
+T = TypeVar("T")
+
+OWNED_KEYS = {
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "scheduler",
+    "bf16",
+    "fp16",
+    "data_types",
+    "communication_data_type",
+}
+"""Decided by the recipe; a DeepSpeed file may leave them out or say "auto"."""
+
+FREE_KEYS = {
+    "zero_optimization",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "comms_logger",
+    "flops_profiler",
+    "memory_breakdown",
+    "aio",
+}
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What became of an optimiser step: the gradient's norm before clipping, and whether it was skipped."""
+
+    grad_norm: float
+    skipped: bool
+
+
+def read_deepspeed_file(name_or_path: str) -> dict[str, Any]:
+    """A file of ds_configs/ by name, or a DeepSpeed JSON by path.
+
+    DeepSpeed ignores a misspelt key at the top level, so the keys are checked here.
+
+    Raises:
+        UserError: no such file, not JSON, an unknown key, or one that the recipe decides.
+    """
+    path = _deepspeed_path(name_or_path)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"deepspeed: {path}: not a readable JSON file ({error})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"deepspeed: {path}: expected a JSON object, found {type(config).__name__}")
+    for key, value in config.items():
+        if key in OWNED_KEYS and not _leaves_it_to_the_recipe(value):
+            raise UserError(f'deepspeed: {path}: {key}: the recipe decides it; leave it out or give "auto"')
+        if key not in OWNED_KEYS | FREE_KEYS:
+            near = difflib.get_close_matches(key, FREE_KEYS | OWNED_KEYS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(FREE_KEYS))}"
+            raise UserError(f"deepspeed: {path}: unknown key {key!r}; {hint}")
+    check_zero_section(config.get("zero_optimization"), path)
+    return dict(config)
+
+
+def _leaves_it_to_the_recipe(value: Any) -> bool:
+    """`"auto"`, or a section of nothing else: Hugging Face's own programs fill `{"enabled": "auto"}`."""
+    if isinstance(value, dict):
+        return all(map(_leaves_it_to_the_recipe, value.values()))
+    return bool(value == "auto")
+
+
+def deepspeed_files() -> dict[str, Path]:
+    """The files of ds_configs/ by name."""
+    packaged = Path(str(resources.files("uft_ds"))) / "ds_configs"
+    folder = packaged if packaged.is_dir() else Path(__file__).parents[2] / "ds_configs"
+    return {file.stem: file for file in sorted(folder.glob("*.json"))}
+
+
+def _deepspeed_path(name_or_path: str) -> Path:
+    if name_or_path.endswith(".json"):
+        return Path(name_or_path).expanduser()
+    files = deepspeed_files()
+    if name_or_path not in files:
+        names = ", ".join(files)
+        raise UserError(f"deepspeed: no file named {name_or_path!r} in ds_configs; there are: {names}; or give a path")
+    return files[name_or_path]
+
+
+def deepspeed_config(file: dict[str, Any], *, dtype: torch.dtype, max_grad_norm: float) -> dict[str, Any]:
+    """A DeepSpeed file with everything filled in that the recipe decides."""
+    return {
+        **{key: value for key, value in file.items() if key not in OWNED_KEYS},
+        # One packed row a forward; steps hold a varying number of them, so accumulation is driven by hand.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": max_grad_norm,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        # By itself DeepSpeed rounds the gradients of float32 adapters on a bfloat16 base before it adds them up.
+        "communication_data_type": "fp32",
+        # torch's AdamW also where the optimiser is offloaded: a LoRA's is small, and nothing is compiled.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": file.get("steps_per_print", 2**31),
+    }
+
+
+def init_distributed(timeout_minutes: float) -> None:
+    """Join the process group that the launcher described in the environment.
+
+    Raises:
+        UserError: the launcher's variables are missing, or its port is taken.
+    """
+    missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UserError(f"{', '.join(missing)} not set: start this module with `uft train`, `deepspeed` or `torchrun`")
+    choose_accelerator()
+    import deepspeed
+    import deepspeed.ops
+    from torch.distributed import DistNetworkError
+
+    # On a CPU this op would be compiled at every first start, only to serve inference.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    try:
+        deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
+    except DistNetworkError as error:
+        port = os.environ["MASTER_PORT"]
+        raise UserError(
+            f"port {port} of {os.environ.get('MASTER_ADDR', 'this machine')} cannot be used "
+            f"({str(error).splitlines()[0]}); give another one by --master_port or MASTER_PORT"
+        ) from None
+
+
+@contextmanager
+def partitioned_loading(config: dict[str, Any]) -> Iterator[None]:
+    """Within the block, transformers hands each rank its shard of the weights only, under ZeRO-3."""
+    from transformers.integrations import HfDeepSpeedConfig
+
+    keep_alive = HfDeepSpeedConfig(config)
+    with returning_freed_memory():
+        yield
+    del keep_alive
+
+
+class Engine:
+    """A sharded model, its optimiser, and the exact scale of the gradient."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: dict[str, Any],
+        *,
+        layer_class: type | None,
+        weight_decay: float,
+        betas: tuple[float, float] = (0.9, 0.95),
+        attention_parity: float = math.inf,
+        collective_timeout_minutes: float = 30.0,
+    ) -> None:
+        import deepspeed
+        from deepspeed.utils import set_z3_leaf_modules
+
+        if config["zero_optimization"]["stage"] == 3 and layer_class is not None:
+            # A leaf is gathered whole, adapters included: one collective a layer, the same with adapters off.
+            set_z3_leaf_modules(model, [layer_class])
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        dtypes = {parameter.dtype for parameter in trainable}
+        optimizer = torch.optim.AdamW(trainable, lr=0.0, betas=betas, weight_decay=weight_decay)
+        self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        # For small facts of the hosts: over NCCL they would wait for the GPU's queue.
+        self._hosts = torch.distributed.new_group(backend="gloo", timeout=timedelta(minutes=collective_timeout_minutes))
+        self._attention_parity = attention_parity
+        if {parameter.dtype for parameter in trainable} != dtypes:
+            raise UserError(
+                "lora.dtype: DeepSpeed would train the adapters in the model's dtype at this ZeRO stage; "
+                "take ZeRO-3 or lora.dtype: bfloat16"
+            )
+
+    @property
+    def module(self) -> nn.Module:
+        """The model inside."""
+        return self._engine.module
+
+    @property
+    def deepspeed(self) -> Any:
+        """DeepSpeed's own engine, for `checkpoint/` alone."""
+        return self._engine
+
+    @property
+    def device(self) -> torch.device:
+        return self._engine.device
+
+    @property
+    def rank(self) -> int:
+        return torch.distributed.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        return torch.distributed.get_world_size()
+
+    def __call__(
+        self, micro_batch: MicroBatch, *, with_reference: bool = True, through_logits: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Forward one micro-batch: log-probs of its responses under policy and reference.
+
+        Every rank must call it the same number of times, with the same options.
+
+        Returns:
+            [responses] each, nats, float64; the reference without gradient, or None.
+        """
+        streams = "both" if with_reference else "policy"
+        output: tuple[Tensor, Tensor | None] = self._engine(micro_batch, streams=streams, through_logits=through_logits)
+        return output
+
+    def reference_logps(self, micro_batch: MicroBatch) -> Tensor:
+        """Forward the reference alone: [responses], nats, float64. Every rank must call it the same number of times."""
+        _, reference_logps_R = self._engine(micro_batch, streams="reference")
+        logps: Tensor = reference_logps_R
+        return logps
+
+    def micro_batches(self, step: Step, tokens_per_micro_batch: int) -> list[MicroBatch]:
+        """This rank's part of a step, on its device; the same number on every rank."""
+        batches = rank_micro_batches(
+            step,
+            tokens_per_micro_batch=tokens_per_micro_batch,
+            rank=self.rank,
+            world_size=self.world_size,
+            attention_parity=self._attention_parity,
+        )
+        return [batch.to(self.device) for batch in batches]
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """Accumulate the gradient of one micro-batch's share of the step's loss, exactly.
+
+        DeepSpeed averages over ranks, so the share is multiplied by their number; gradients are reduced as they
+        come, and the last micro-batch of the step says so before its backward.
+        """
+        self._engine.set_gradient_accumulation_boundary(is_last)
+        self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> StepResult:
+        """Clip and update; with a non-finite gradient on any rank nothing moves on any of them."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+        norm = float(self._engine.get_global_grad_norm())
+        return StepResult(norm, skipped=not math.isfinite(norm))
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """The element-wise sum of a tensor over all ranks."""
+        total = values.detach().clone().to(self.device)
+        torch.distributed.all_reduce(total)
+        return total
+
+    def max_over_ranks(self, value: float) -> float:
+        """The largest of a number over all ranks; infinite where one is NaN."""
+        # MAX drops a NaN, where it should win.
+        largest = torch.tensor([float("inf") if math.isnan(value) else value], dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+        return float(largest)
+
+    def agree(self, value: int) -> int:
+        """The largest of a number over all ranks, by their hosts alone."""
+        largest = torch.tensor([value])
+        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=self._hosts)
+        return int(largest)
+
+    def gather_objects(self, value: T) -> list[T]:
+        """A small value of every rank, by rank, on every rank."""
+        gathered: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(gathered, value)
+        return gathered
+
+    @contextmanager
+    def gathered_trainable(self) -> Iterator[dict[str, Tensor]]:
+        """The trainable parameters, whole, by name; frozen ones are never gathered."""
+        import deepspeed
+
+        # A forward without a backward leaves prefetched parameters in flight, which cannot be gathered again.
+        # The optimiser's own, for the engine's also collects Python's garbage, which takes longer than all the rest.
+        if hasattr(self._engine.optimizer, "empty_partition_cache"):
+            self._engine.optimizer.empty_partition_cache()
+        named = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        with deepspeed.zero.GatheredParameters(list(named.values())):
+            yield {name: parameter.detach() for name, parameter in named.items()}
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Without gradients, in evaluation mode."""
+        self._engine.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._engine.train()

@@ -1,0 +1,143 @@
+"""The `zero_optimization` section of a DeepSpeed file: what is refused in it, and on which ranks it can run."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from uft_ds.errors import UserError
+from uft_ds.host.process import choose_accelerator
+
+NODE_KEY = "zero_hpz_partition_size"
+"""Ranks that share one whole copy of the base, the GPUs of a node: hpZ of ZeRO++ (arXiv 2306.10209)."""
+
+LOSSY_KEY = "zero_quantized_weights"
+"""Weights are rounded to 8 bits for every gather: qwZ of ZeRO++."""
+
+UNUSABLE = {
+    "zero_quantized_gradients": "it rounds gradients, which are exact here",
+    "zero_quantized_nontrainable_weights": (
+        "DeepSpeed rounds what is frozen before it is sharded, and of float16 alone: here it would do nothing"
+    ),
+    "mics_shard_size": f"DeepSpeed has removed MiCS; {NODE_KEY} keeps a copy of the base in every node",
+    "mics_hierarchical_params_gather": f"DeepSpeed has removed MiCS; {NODE_KEY} keeps a copy of the base in every node",
+}
+"""Keys that may not be set, and why."""
+
+
+def check_zero_section(zero: Any, path: Path) -> None:
+    """Refuse what DeepSpeed would not take, and what would change numbers or break checkpoints.
+
+    Args:
+        zero: the section as it was read. path: of its file, for the message.
+    Raises:
+        UserError: names the file and the key.
+    """
+    where = f"deepspeed: {path}: zero_optimization"
+    if not isinstance(zero, dict) or type(zero.get("stage")) is not int or zero["stage"] not in (1, 2, 3):
+        raise UserError(f"{where}: found {zero!r}, expected an object with stage 1, 2 or 3")
+    for key, why in UNUSABLE.items():
+        if zero.get(key):
+            raise UserError(f"{where}.{key}: {why}; leave it out")
+    offloaded = zero.get("offload_optimizer")
+    if isinstance(offloaded, dict) and offloaded.get("device") == "nvme":
+        raise UserError(
+            f"{where}.offload_optimizer.device: 'nvme' found, expected 'cpu': checkpoints read the optimiser's state "
+            "in memory, and a LoRA's is small"
+        )
+    try:
+        parsed = parsed_zero_section(zero)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        near = difflib.get_close_matches(key, _names(), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near and near[0] != key else ""
+        raise UserError(f"{where}.{key}: {first['msg']}{hint}") from None
+    in_nodes = parsed.zero_hpz_partition_size > 1
+    for key, is_set in ((NODE_KEY, in_nodes), (LOSSY_KEY, parsed.zero_quantized_weights)):
+        if is_set and zero["stage"] != 3:
+            raise UserError(f"{where}.{key}: only stage 3 gathers weights, found stage {zero['stage']}; leave it out")
+    if in_nodes and parsed.offload_param is not None and parsed.offload_param.device == "nvme":
+        raise UserError(f"{where}.offload_param.device: 'nvme' found, expected 'cpu' or 'none' with {NODE_KEY}")
+
+
+def rounds_weights(zero: Mapping[str, Any]) -> bool:
+    """Whether a section that `check_zero_section` has seen asks for rounded gathers."""
+    return bool(parsed_zero_section(zero).zero_quantized_weights)
+
+
+def parsed_zero_section(zero: Mapping[str, Any]) -> Any:
+    """A section that `check_zero_section` has seen, as DeepSpeed reads it: its defaults, its older names of keys, and
+    "auto", which to it is a key that was left out."""
+    choose_accelerator()
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.utils import logger
+
+    # It warns of older names on stdout, where JSON may be expected; the engine's own reading says it again.
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        return DeepSpeedZeroConfig(**zero)
+    finally:
+        logger.setLevel(before)
+
+
+def _names() -> list[str]:
+    """As a file spells them: `stage3_prefetch_bucket_size`, not DeepSpeed's own name of the field."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    return [field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()]
+
+
+def ranks_of_a_node() -> int | None:
+    """As the launcher says: torchrun in LOCAL_WORLD_SIZE, DeepSpeed's in LOCAL_SIZE; None where none does."""
+    said = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    return int(said) if said else None
+
+
+def check_ranks(
+    zero: Mapping[str, Any], file: str, *, ranks: int, ranks_per_node: int | None, has_gpus: bool
+) -> list[str]:
+    """Refuse ranks that the section cannot run on.
+
+    Args:
+        zero: a section that `check_zero_section` has seen. file: its name or path, for the message.
+        ranks_per_node: None where the launcher does not say.
+    Returns:
+        sentences that the user should read before the run.
+    Raises:
+        UserError: names the file and the key.
+    """
+    where = f"deepspeed: {file}: zero_optimization"
+    warnings = []
+    group = int(parsed_zero_section(zero).zero_hpz_partition_size)
+    if group > 1:
+        if ranks % group:
+            raise UserError(
+                f"{where}.{NODE_KEY}: {group} found, expected a divisor of the {ranks} ranks, such as the number of "
+                "GPUs of a node; copy the file, change the number, and give the copy's path (on one node: zero3)"
+            )
+        if ranks_per_node is not None and ranks_per_node % group:
+            raise UserError(
+                f"{where}.{NODE_KEY}: {group} found, but a node has {ranks_per_node} ranks: what is gathered would "
+                f"cross nodes; copy the file, give {ranks_per_node}, and name the copy's path"
+            )
+        if ranks == group:
+            warnings.append(
+                f"{where}.{NODE_KEY}: all {ranks} ranks share one copy of the base, which is sharded over them "
+                "already: the second one only takes memory; zero3 does the same without"
+            )
+    if rounds_weights(zero):
+        if not has_gpus:
+            raise UserError(f"{where}.{LOSSY_KEY}: DeepSpeed's rounding runs on GPUs only; leave it out")
+        warnings.append(
+            f"{where}.{LOSSY_KEY}: LOSSY: weights, the adapters' too, are rounded to 8 bits for every gather; what is "
+            "trained is not the model that is saved"
+        )
+    return warnings

@@ -1,0 +1,159 @@
+"""The main job on an embedded default: a small real model, verifiable data, two ranks, a model to talk to."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+from transformers.utils.logging import disable_progress_bar
+
+from uft_ds.errors import CheckFailed
+from uft_ds.evaluation.generate import generate_responses, load_for_generation
+from uft_ds.examples.smollm2 import quickstart_model
+from uft_ds.examples.verifiable import Task, grade, is_correct, read_tasks, write
+from uft_ds.export.convert import convert_to_merged
+from uft_ds.host.files import write_atomically
+from uft_ds.recipe.file import load_recipe
+from uft_ds.recipe.schema import Recipe
+
+MAX_NEW_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A model's response to a held-out task, graded by the rule that gave the training scores."""
+
+    kind: str
+    prompt: str
+    expected: str
+    response: str
+    grade: float
+    correct: bool
+
+
+def run_quickstart(folder: Path, overrides: tuple[str, ...], *, console: Console, train: Callable[..., None]) -> None:
+    """Fetch, generate, measure, train, convert, measure again.
+
+    Args:
+        train: `(recipe, overwrite=...)`, what `uft train` runs.
+    Raises:
+        CheckFailed: the held-out score did not rise.
+    """
+    started = time.monotonic()
+
+    def say(text: str) -> None:
+        console.print(f"[{time.monotonic() - started:4.0f} s] {text}", highlight=False, markup=False)
+
+    disable_progress_bar()  # transformers' own, one a load; ours say what matters
+    base = quickstart_model(report=say)
+    data = folder / "quickstart-data"
+    write(data)
+    say(f"model in {base}; data in {data}")
+    located = {
+        "model.base": base,
+        "data.sources.0.path": data / "instruction.jsonl",
+        "data.sources.1.path": data / "scored.jsonl",
+        "data.held_out.0.path": data / "held_out.jsonl",
+        "output": folder / "quickstart",
+    }
+    # JSON's strings are YAML's: a path may hold a colon or a hash.
+    recipe: Recipe = load_recipe(
+        "quickstart", (*(f"{key}={json.dumps(str(path))}" for key, path in located.items()), *overrides)
+    )
+    base, run = Path(recipe.model.base), Path(recipe.output)
+    tasks = read_tasks(data / "held_out.jsonl")
+    say(f"the base model answers {len(tasks)} held-out prompts")
+    before = _answers(base, tasks, console)
+    say(f"training {recipe.train.steps} steps")
+    train(recipe, overwrite=True)
+    merged = run / "merged"
+    shutil.rmtree(merged, ignore_errors=True)
+    agreement = convert_to_merged(run, merged, report=say).agreement
+    assert agreement is not None
+    say(f"the trained model answers the same {len(tasks)} prompts")
+    after = _answers(merged, tasks, console)
+    seconds = time.monotonic() - started
+    result: dict[str, Any] = {
+        "held_out_prompts": len(tasks),
+        "correct_before": sum(answer.correct for answer in before),
+        "correct_after": sum(answer.correct for answer in after),
+        "mean_grade_before": sum(answer.grade for answer in before) / len(tasks),
+        "mean_grade_after": sum(answer.grade for answer in after) / len(tasks),
+        "share_kept_by_merging": agreement.share_kept,
+        "seconds": round(seconds),
+        "peak_memory_gib": _peak_gib(),
+        "before": [asdict(answer) for answer in before],
+        "after": [asdict(answer) for answer in after],
+    }
+    write_atomically(run / "quickstart.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    _show(console, before, after, result, run)
+    if not result["mean_grade_after"] > result["mean_grade_before"]:
+        raise CheckFailed(f"the verified held-out score did not rise; see {run / 'quickstart.json'}")
+
+
+def _answers(model_folder: Path, tasks: tuple[Task, ...], console: Console) -> list[Answer]:
+    model, tokenizer = load_for_generation(model_folder)
+    prompts = [[{"role": "user", "content": task.prompt}] for task in tasks]
+    columns = (TextColumn("answering"), BarColumn(bar_width=20), MofNCompleteColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("answering", total=len(prompts))
+
+        def answered(count: int) -> None:
+            progress.advance(bar, count)
+            if not console.is_terminal:
+                console.print(f"  {int(progress.tasks[bar].completed)}/{len(prompts)} answered")
+
+        responses = generate_responses(model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS, on_batch=answered)
+    return [
+        Answer(task.kind, task.prompt, task.answer, response, grade(task, response), is_correct(task, response))
+        for task, response in zip(tasks, responses, strict=True)
+    ]
+
+
+def _peak_gib() -> dict[str, float]:
+    """The largest process: this one, and its largest child (a rank)."""
+    usage = {"this_process": resource.RUSAGE_SELF, "largest_rank": resource.RUSAGE_CHILDREN}
+    return {name: round(resource.getrusage(who).ru_maxrss / 2**20, 2) for name, who in usage.items()}
+
+
+def _show(console: Console, before: list[Answer], after: list[Answer], result: dict[str, Any], run: Path) -> None:
+    samples = Table("prompt", "before", "after", title="samples, never trained on", show_lines=True)
+    shown: set[str] = set()
+    for old, new in zip(before, after, strict=True):
+        if new.kind not in shown and len(shown) < 5:
+            shown.add(new.kind)
+            samples.add_row(Text(old.prompt), Text(old.response), Text(new.response))
+    console.print(samples)
+    kinds = Table("kind", "before", "after", title="verified answers on held-out prompts")
+    for kind in sorted({answer.kind for answer in before}):
+        counts = [[a.correct for a in answers if a.kind == kind] for answers in (before, after)]
+        kinds.add_row(kind, *(f"{sum(c)}/{len(c)}" for c in counts))
+    total = result["held_out_prompts"]
+    kinds.add_row("all", f"{result['correct_before']}/{total}", f"{result['correct_after']}/{total}", style="bold")
+    grades = (f"{result['mean_grade_before']:.2f}", f"{result['mean_grade_after']:.2f}")
+    kinds.add_row("mean grade", *grades, style="bold")
+    console.print(kinds)
+    minutes, rest = divmod(result["seconds"], 60)
+    memory = result["peak_memory_gib"]
+    made = Table.grid(padding=(0, 2))
+    for name, path in (
+        ("the run", run),
+        ("curves", run / "curves.png"),
+        ("report", run / "report.html"),
+        ("the merged model", run / "merged"),
+        ("all answers", run / "quickstart.json"),
+    ):
+        made.add_row(name, str(path))
+    made.add_row("time", f"{minutes} min {rest} s; peak memory of a rank {memory['largest_rank']} GiB")
+    console.print(made)
+    console.print(f'Talk to it:  uft chat {run / "merged"} --prompt "..."', highlight=False)

@@ -1,0 +1,130 @@
+"""How much of what was trained a merged model keeps: by its log-ratios to the base, not its log-probs.
+
+Rounding a small delta into bfloat16 weights can lose most of it, and log-probs would not show it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from uft_ds.data.example import Response, Sequence
+from uft_ds.data.store.sequences import SequenceStore
+from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
+from uft_ds.export.streamed_logps import empty_model, num_units, streamed_logps, with_adapter
+from uft_ds.export.weight_files import WeightFiles
+from uft_ds.streams.load import check_base
+
+MAX_RELATIVE_ERROR = 0.1
+"""Root mean square error of the merged model's log-ratios, relative to their own root mean square."""
+
+ROUNDING_NATS = 1e-4
+"""An RMS error below this is float32's own rounding of log-probs, whatever was trained."""
+
+SEQUENCES_CHECKED = 16
+TOKENS_CHECKED = 2048
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """share_kept: regression of the merged model's log-ratios on the adapter's: 1 is perfect.
+
+    relative_error: RMS error of the log-ratios over their RMS. error_nats: that RMS error.
+    largest_nats: of the adapter's own log-ratios.
+    """
+
+    num_responses: int
+    share_kept: float
+    relative_error: float
+    error_nats: float
+    largest_nats: float
+
+    @property
+    def summary(self) -> str:
+        found = (
+            f"{self.share_kept:.2%} of the adapter's log-ratios kept on {self.num_responses} responses, relative error "
+            f"{self.relative_error:.2%}"
+        )
+        if self.is_rounding:
+            found += f" (of {self.error_nats:.1e} nats: what was trained is too little to be told from rounding)"
+        return found
+
+    @property
+    def is_rounding(self) -> bool:
+        """Whether a relative error past the bound is as small as float32's own, and says nothing."""
+        return self.relative_error > MAX_RELATIVE_ERROR and self.error_nats < ROUNDING_NATS
+
+    @property
+    def is_faithful(self) -> bool:
+        return self.relative_error <= MAX_RELATIVE_ERROR or self.is_rounding
+
+
+def compare(
+    base: Path,
+    adapter: Path,
+    merged: Path,
+    sequences: tuple[Sequence, ...],
+    on_unit: Callable[[int, int], None] = lambda done, total: None,
+) -> Agreement:
+    """Log-ratios of base + adapter, by PEFT, and of the merged model, both to the base, in float32; layer by layer.
+
+    Args:
+        on_unit: called with how many layers and other parts have been forwarded, of how many.
+    """
+    weights = WeightFiles(base)
+    policy = with_adapter(empty_model(check_base(str(base), None)), adapter)
+    total, done = 3 * num_units(policy), 0
+
+    def count() -> None:
+        nonlocal done
+        done += 1
+        on_unit(done, total)
+
+    base_R = streamed_logps(policy, weights, sequences, adapters=False, on_unit=count)
+    adapter_R = streamed_logps(policy, weights, sequences, on_unit=count) - base_R
+    of_merged = empty_model(check_base(str(merged), None))
+    merged_R = streamed_logps(of_merged, WeightFiles(merged), sequences, on_unit=count) - base_R
+    return agreement(adapter_R, merged_R)
+
+
+def agreement(adapter_R: Tensor, merged_R: Tensor) -> Agreement:
+    """Of log-ratios, [responses] each, nats; perfect where there is nothing to keep."""
+    power = adapter_R.square().sum()
+    error_R = merged_R - adapter_R
+    if power == 0:
+        share, error = (1.0, 0.0) if not merged_R.any() else (0.0, float("inf"))
+    else:
+        share = float((adapter_R * merged_R).sum() / power)
+        error = float(error_R.square().sum().div(power).sqrt())
+    error_nats = float(error_R.square().mean().sqrt())
+    return Agreement(len(adapter_R), share, error, error_nats, float(adapter_R.abs().max()))
+
+
+def sequences_of_run(sample: Path) -> tuple[Sequence, ...]:
+    """Some of a run's own, as tokens: of the held-out ones, where there are any."""
+    store = SequenceStore(sample, "data")
+    sequences = (sequence for index in range(len(store)) for sequence in store.unit(index))
+    chosen: list[Sequence] = []
+    tokens = 0
+    for sequence in islice(sequences, SEQUENCES_CHECKED):
+        tokens += sequence.num_tokens
+        if chosen and tokens > TOKENS_CHECKED:
+            break
+        chosen.append(sequence)
+    return tuple(chosen)
+
+
+def sample_sequences(chat: ChatTokenizer) -> tuple[Sequence, ...]:
+    """Prose, a calculation and code, for an adapter whose own data are not known: all but the first token of each."""
+    text = (resources.files("uft_ds") / "export" / "sample.txt").read_text(encoding="utf-8")
+    sequences = []
+    for line in text.splitlines():
+        ids = np.array(chat.tokenizer.encode(line.replace("\\n", "\n")), dtype=np.int32)
+        sequences.append(Sequence(ids, (Response(1, len(ids), 1.0, "instruction", "sample"),)))
+    return tuple(sequences)

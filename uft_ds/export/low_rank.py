@@ -1,0 +1,111 @@
+"""An adapter as what it adds to each weight; adapters that are more than that are refused by name."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from uft_ds.errors import UserError
+from uft_ds.streams.lora_config import WITHOUT_EFFECT, read_lora_config
+
+_PREFIX = "base_model.model."
+_TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
+_MERGED = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
+"""What a delta is computed from."""
+_OF_THE_START = {"loftq_config", "corda_config", "ensure_weight_tying"}
+"""What says how an adapter was made, besides the kinds of start that `read_lora_config` refuses."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """scale * B A, for one weight. a: [rank, in], b: [out, rank]."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    def delta(self) -> Tensor:
+        """[out, in], float32."""
+        return (self.b.float() @ self.a.float()).mul_(self.scale)
+
+
+def read_low_rank(folder: Path) -> dict[str, LowRank]:
+    """What a PEFT adapter adds, by the name of the weight it is added to.
+
+    Raises:
+        UserError: it is no plain LoRA: names the field or the tensor that is more.
+    """
+    config = read_adapter_config(folder / "adapter_config.json")
+    path = folder / "adapter_model.safetensors"
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); expected a LoRA's tensors in safetensors") from None
+    return low_rank_of(tensors, config, label=str(path))
+
+
+def read_adapter_config(path: Path) -> dict[str, Any]:
+    """A plain LoRA's config, with PEFT's defaults filled in.
+
+    Raises:
+        UserError: not such a config; names the field.
+    """
+    config, defaults = read_lora_config(path), LoraConfig().to_dict()
+    for key in sorted(set(defaults) - _MERGED - WITHOUT_EFFECT - _OF_THE_START):
+        if (config[key] or None) != (defaults[key] or None):
+            raise UserError(
+                f"{path}: {key}: {config[key]!r} found, expected {defaults[key]!r}: only a plain LoRA can be merged "
+                "faithfully"
+            )
+    return config
+
+
+def low_rank_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], *, label: str) -> dict[str, LowRank]:
+    """Pairs of A and B with their scales, by the name of the weight."""
+    sides: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        match = _TENSOR.fullmatch(name)
+        if match is None:
+            hint = "; PEFT has saved a layer of the base too: save with save_embedding_layers=False"
+            why = hint if ".base_layer." in name or "embed" in name else ""
+            raise UserError(f"{label}: {name}: no part of a plain LoRA, it cannot be merged{why}")
+        # The model may stand inside another one: everything before PEFT's own prefix is that.
+        sides.setdefault(match["module"].rpartition(_PREFIX)[2], {})[match["side"]] = tensor
+    found: dict[str, LowRank] = {}
+    for module, pair in sides.items():
+        if set(pair) != {"A", "B"} or pair["A"].dim() != 2 or pair["A"].shape[0] != pair["B"].shape[1]:
+            shapes = {side: list(tensor.shape) for side, tensor in sorted(pair.items())}
+            raise UserError(f"{label}: {module}: found {shapes}, expected A of [rank, in] and B of [out, rank]")
+        rank = pair["A"].shape[0]
+        asked = _of_pattern(config["rank_pattern"], module, config["r"])
+        if rank != asked:
+            raise UserError(f"{label}: {module} has rank {rank}, its config says {asked}")
+        alpha = _of_pattern(config["alpha_pattern"], module, config["lora_alpha"])
+        scale = alpha / math.sqrt(rank) if config["use_rslora"] else alpha / rank
+        for side, tensor in pair.items():
+            if not torch.isfinite(tensor).all():
+                raise UserError(f"{label}: {module}.lora_{side}: not finite")
+        found[f"{module}.weight"] = LowRank(pair["A"], pair["B"], scale)
+    if not found:
+        raise UserError(f"{label}: holds no adapter")
+    if not any(low_rank.b.any() for low_rank in found.values()):
+        raise UserError(f"{label}: every B is zero: this adapter was never trained")
+    return found
+
+
+def _of_pattern(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """As PEFT matches: a key is the end of a module's name, or a regular expression of it."""
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default

@@ -1,0 +1,78 @@
+"""Base + adapter as one model, tensor by tensor: the memory needed does not depend on the model's size."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from uft_ds.errors import UserError
+from uft_ds.export.low_rank import LowRank
+from uft_ds.export.weight_files import TensorInfo, WeightFiles, write_model
+
+
+def write_merged(
+    base: WeightFiles,
+    deltas: Mapping[str, LowRank],
+    folder: Path,
+    *,
+    dtype: torch.dtype | None,
+    max_shard_bytes: int,
+    on_bytes: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Write the weights of the merged model; sums are formed in float32.
+
+    Args:
+        dtype: of all floating-point tensors; None: each keeps the base's.
+        on_bytes: called with how much has been computed, of how much.
+    Raises:
+        UserError: the adapter is of another model, a weight does not fit its type, or there is no room.
+    """
+    for name, delta in deltas.items():
+        expected = (delta.b.shape[0], delta.a.shape[1])
+        if name not in base.infos:
+            raise UserError(f"{base.folder}: holds no {name}, which the adapter changes; it is of another model")
+        if base.infos[name].shape != expected:
+            raise UserError(
+                f"{base.folder}: {name} has shape {list(base.infos[name].shape)}, the adapter is for {list(expected)}"
+            )
+        if not base.infos[name].dtype.is_floating_point:
+            raise UserError(f"{base.folder}: {name} is of type {base.infos[name].dtype}: it cannot be merged into")
+
+    infos = [_stored(info, dtype) for info in base.infos.values()]
+    total, done = sum(info.num_bytes for info in infos), 0
+    _check_room(folder, total)
+
+    def produce(info: TensorInfo) -> Tensor:
+        nonlocal done
+        on_bytes(done, total)
+        done += info.num_bytes
+        tensor = base.read(info.name)
+        if info.name in deltas:
+            tensor = deltas[info.name].delta().add_(tensor.float())
+        stored = tensor.to(info.dtype)
+        if stored.is_floating_point() and stored.numel() and not _is_finite(stored):
+            raise UserError(f"{base.folder}: {info.name}: not finite as {info.dtype}; take another --dtype")
+        return stored
+
+    write_model(folder, infos, produce, max_shard_bytes=max_shard_bytes)
+    on_bytes(total, total)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Its least and its greatest say so, for either is NaN where any is; isfinite of each takes 40 times as long."""
+    return all(bool(torch.isfinite(value)) for value in torch.aminmax(tensor))
+
+
+def _stored(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
+    return replace(info, dtype=dtype) if dtype is not None and info.dtype.is_floating_point else info
+
+
+def _check_room(folder: Path, num_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise UserError(f"{folder.parent}: {num_bytes / 1e9:.3g} GB needed for the weights, {free / 1e9:.3g} GB free")

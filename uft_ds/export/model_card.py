@@ -1,0 +1,41 @@
+"""The README of a converted model: what it is of, how it was trained, and how well it was merged."""
+
+from __future__ import annotations
+
+import yaml
+
+from uft_ds import __version__
+from uft_ds.export.agreement import Agreement
+from uft_ds.recipe.file import dump_recipe
+from uft_ds.recipe.schema import Recipe
+
+
+def model_card(base: str, recipe: Recipe | None, found: Agreement | None, *, title: str) -> str:
+    """Markdown with the hub's fields in front; what only its owner knows is left to be filled in."""
+    fields = {
+        "base_model": base,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["uft", "lora", "uft_ds"],
+        "datasets": sorted({source.path for source in recipe.data.sources}) if recipe else None,
+        "license": "other",
+        "license_name": "see-base-model-and-data",
+    }
+    front = yaml.safe_dump({k: v for k, v in fields.items() if v is not None}, sort_keys=False).strip()
+    parts = [f"---\n{front}\n---", f"# {title}", f"LoRA fine-tuning of `{base}`, made with uft_ds {__version__}."]
+    parts.append(
+        "**License**: not chosen yet. It must agree with those of the base model and of the data; replace the two "
+        "fields above."
+    )
+    if recipe is not None:
+        rows = "\n".join(f"- `{source.path}` ({source.format})" for source in recipe.data.sources)
+        parts += ["## Data", rows]
+    if found is not None:
+        parts += [
+            "## The merge",
+            "Log-ratios to the base, of base + adapter by PEFT and of this model, both in float32: "
+            f"{found.summary}; the largest is {found.largest_nats:.3g} nats.",
+        ]
+    if recipe is not None:
+        parts += ["## Recipe", f"```yaml\n{dump_recipe(recipe)}```"]
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,132 @@
+"""What is converted: a run, one of its checkpoints, an adapter in PEFT's format, or a folder of DeepSpeed's."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from uft_ds.checkpoint.folder import ADAPTER, latest_checkpoint
+from uft_ds.checkpoint.manifest import MANIFEST
+from uft_ds.errors import UserError
+from uft_ds.export.deepspeed_files import is_deepspeed, read_trainable
+from uft_ds.export.low_rank import read_adapter_config, read_low_rank
+from uft_ds.recipe.file import load_recipe
+from uft_ds.recipe.schema import Recipe
+from uft_ds.record.run_folder import RunFolder
+from uft_ds.streams.identity import base_identity
+from uft_ds.streams.load import check_base
+
+Report = Callable[[str], None]
+_EXPECTED = "expected a run, one of its checkpoints, an adapter in PEFT's format, or a checkpoint of DeepSpeed's"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is converted.
+
+    adapter: a folder in PEFT's format. base: a name or a folder. recipe, run: where the source is a run's.
+    """
+
+    path: Path
+    adapter: Path
+    base: str
+    revision: str | None
+    chat_template: str | None
+    recipe: Recipe | None = None
+    run: RunFolder | None = None
+
+
+@contextmanager
+def opened(
+    path: Path, base: str | None, adapter_config: Path | None, report: Report = lambda text: None
+) -> Iterator[Source]:
+    """What a path holds.
+
+    Raises:
+        UserError: nothing that can be converted, or an option is missing or of no use.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; {_EXPECTED}")
+    is_own = (path / MANIFEST).exists() or (path / "checkpoints").is_dir()
+    # A folder of transformers' Trainer holds both; whoever gives --adapter-config means DeepSpeed's.
+    is_adapter = (path / "adapter_config.json").is_file() and (path / "adapter_model.safetensors").is_file()
+    if is_deepspeed(path) and not is_own and (adapter_config is not None or not is_adapter):
+        with tempfile.TemporaryDirectory() as folder:
+            yield _from_deepspeed(path, Path(folder), base, adapter_config)
+        return
+    if adapter_config is not None:
+        raise UserError("--adapter-config: only a DeepSpeed checkpoint needs it; this folder has its own")
+    if (path / "adapter_config.json").is_file():
+        said = read_adapter_config(path / "adapter_config.json").get("base_model_name_or_path")
+        if base is None and not said:
+            raise UserError(f"{path}: its adapter_config.json names no base model; give --base")
+        if base is not None and said and not _is_same_path(base, said):
+            report(f"warning: {path} says that its base is {said}; {base} is taken")
+        yield Source(path, path, _base_at(base or str(said)), None, None)
+        return
+    if not is_own:
+        what = "a whole model" if (path / "config.json").is_file() else "nothing of the kind"
+        raise UserError(f"{path}: holds {what}; {_EXPECTED}")
+    yield of_run(path, base)
+
+
+def _is_same_path(base: str, said: str) -> bool:
+    return base == said or (Path(base).exists() and Path(base).resolve() == Path(said).resolve())
+
+
+def _base_at(base: str) -> str:
+    """A base that is there.
+
+    Raises:
+        UserError: it is not.
+    """
+    try:
+        check_base(base, None)
+    except UserError as error:
+        raise UserError(str(error).replace("model.base:", "base:", 1) + "; give --base") from None
+    return base
+
+
+def of_run(path: Path, base: str | None = None) -> Source:
+    checkpoint = latest_checkpoint(path)
+    folder = RunFolder(checkpoint.parent.parent)
+    if not folder.recipe.exists() or not folder.sample_data().exists():
+        raise UserError(f"{folder.path}: no recipe.yaml or data/ beside {checkpoint.name}; a checkpoint needs its run")
+    recipe = load_recipe(str(folder.recipe))
+    model = recipe.model
+    if base is None:
+        if Path(model.base).is_absolute() and not Path(model.base).exists():
+            raise UserError(f"{model.base}: no such folder; if the run's base has moved, give --base")
+        return Source(checkpoint, checkpoint / ADAPTER, model.base, model.revision, model.chat_template, recipe, folder)
+    expected = json.loads(folder.identity.read_text(encoding="utf-8"))["base"]
+    if base_identity(_base_at(base), None) != expected:
+        raise UserError(f"--base: {base} is not the base that the run was trained on ({model.base}), by its content")
+    return Source(checkpoint, checkpoint / ADAPTER, base, None, model.chat_template, recipe, folder)
+
+
+def _from_deepspeed(path: Path, folder: Path, base: str | None, adapter_config: Path | None) -> Source:
+    if base is None or adapter_config is None:
+        missing = " and ".join(
+            option for option, given in (("--base", base), ("--adapter-config", adapter_config)) if given is None
+        )
+        raise UserError(f"{path}: a DeepSpeed checkpoint holds weights alone; give {missing}")
+    config = adapter_config / "adapter_config.json" if adapter_config.is_dir() else adapter_config
+    if not config.is_file():
+        raise UserError(f"--adapter-config: {config}: no such file")
+    read_adapter_config(config)
+    tensors = {}
+    for name, tensor in read_trainable(path).items():
+        # PEFT's files leave out the adapter's name, and everything before PEFT's own prefix is another model's.
+        inner = name[name.find("base_model.model.") :] if "base_model.model." in name else name
+        tensors[inner.replace(".default.", ".")] = tensor.contiguous()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    shutil.copyfile(config, folder / "adapter_config.json")
+    read_low_rank(folder)  # whether the config fits the tensors
+    return Source(path, folder, _base_at(base), None, None)

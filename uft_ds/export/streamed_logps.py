@@ -1,0 +1,158 @@
+"""Log-probs by Hugging Face's own forward with one layer's weights in memory at a time.
+
+So a merged 32B model can be compared with its adapter on a machine that could not hold either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from uft_ds.data.example import Sequence
+from uft_ds.data.micro_batch import micro_batch
+from uft_ds.errors import UserError
+from uft_ds.export.weight_files import WeightFiles
+from uft_ds.host.process import returning_freed_memory
+from uft_ds.objectives.implicit_reward import response_logps
+from uft_ds.streams.adapters import POLICY
+
+_ROWS = 128
+"""Of logits, whose logarithms are in memory at a time."""
+_PEFT_PREFIX, _PEFT_INFIX = "base_model.model.", "base_layer."
+
+
+def empty_model(config: Any) -> Any:
+    """A model without weights; its buffers, such as rotary frequencies, are there."""
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def with_adapter(model: Any, adapter: Path) -> PeftModel:
+    """PEFT's own view of an empty model with an adapter, whose weights are in memory."""
+    policy: PeftModel = PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True)
+    for name, tensor in load_file(adapter / "adapter_model.safetensors").items():
+        # PEFT has moved them to where the base's weights are, which is nowhere.
+        linear = policy.get_submodule(f"{name.removesuffix('.weight')}.{POLICY}")
+        linear.weight = nn.Parameter(tensor.float(), requires_grad=False)
+    return policy.eval()
+
+
+@torch.no_grad()
+def streamed_logps(
+    model: Any,
+    weights: WeightFiles,
+    sequences: tuple[Sequence, ...],
+    *,
+    adapters: bool = True,
+    on_unit: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """log pi(y|x) in float32: [responses], nats, float64.
+
+    Args:
+        model: empty, with or without an adapter; it is empty again afterwards.
+        on_unit: called after each of the model's `num_units`.
+    Raises:
+        UserError: a weight is missing in the files.
+    """
+    batch = micro_batch(sequences)
+    with (
+        returning_freed_memory(),
+        _streaming(model, weights, on_unit),
+        nullcontext() if adapters else model.disable_adapter(),
+    ):
+        logits_NV = model(
+            input_ids=batch.token_ids_T[None],
+            position_ids=batch.position_ids_T[None],
+            use_cache=False,
+            logits_to_keep=batch.predictors_N,
+        ).logits[0]
+    token_logps_N = torch.cat(
+        [
+            rows_CV.float().log_softmax(dim=-1).gather(1, targets_C[:, None]).squeeze(1)
+            for rows_CV, targets_C in zip(logits_NV.split(_ROWS), batch.targets_N.split(_ROWS), strict=True)
+        ]
+    )
+    return response_logps(token_logps_N, batch.response_of_N, len(batch.responses))
+
+
+def num_units(model: Any) -> int:
+    """How many parts of a model are in memory one after the other."""
+    return len(_units(model))
+
+
+@contextmanager
+def _streaming(model: Any, weights: WeightFiles, on_unit: Callable[[], None]) -> Iterator[None]:
+    """Within the block each unit of the model has its weights while it runs, and at no other time."""
+    tied = {"lm_head.weight": "model.embed_tokens.weight"} if model.config.tie_word_embeddings else {}
+    handles = []
+    for prefix, unit in _units(model):
+        place = _Weights(weights, prefix, tied)
+        handles.append(unit.register_forward_pre_hook(place.fill))
+        handles.append(unit.register_forward_hook(place.empty))
+        handles.append(unit.register_forward_hook(lambda *_: on_unit()))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for prefix, unit in _units(model):
+            _Weights(weights, prefix, tied).empty(unit)
+
+
+def _units(model: Any) -> list[tuple[str, nn.Module]]:
+    """(prefix of its weights' names, module) of each decoder layer and each other module with weights of its own."""
+    named = dict(model.named_modules())
+    lists = {name for name, module in named.items() if isinstance(module, nn.ModuleList) and name.endswith("layers")}
+    units = []
+    for name, module in named.items():
+        is_layer = name.rpartition(".")[0] in lists
+        is_inside = any(name.startswith(f"{layers}.") for layers in lists)
+        has_weights = any(True for _ in module.parameters(recurse=False))
+        if ".lora_" in name:  # an adapter of a linear outside the layers stays in memory, as those inside do
+            continue
+        if is_layer or (has_weights and not is_inside):
+            units.append((f"{name}.", module))
+    return units
+
+
+class _Weights:
+    """Of one unit."""
+
+    def __init__(self, weights: WeightFiles, prefix: str, tied: dict[str, str]) -> None:
+        self._weights, self._prefix, self._tied = weights, prefix, tied
+
+    def fill(self, unit: nn.Module, *_inputs: Any) -> None:
+        for name, owner, attribute in list(_empty_parameters(unit)):
+            stored = (self._prefix + name).removeprefix(_PEFT_PREFIX).replace(_PEFT_INFIX, "")
+            if stored not in self._weights.infos:
+                stored = self._tied.get(stored, stored)
+            if stored not in self._weights.infos:
+                raise UserError(f"{self._weights.folder}: holds no {stored}, which its config.json asks for")
+            tensor = self._weights.read(stored).float()
+            setattr(owner, attribute, nn.Parameter(tensor, requires_grad=False))
+
+    def empty(self, unit: nn.Module, *_inputs_and_output: Any) -> None:
+        for name, parameter in list(unit.named_parameters()):
+            if not parameter.is_meta and "lora_" not in name:
+                owner_name, _, attribute = name.rpartition(".")
+                empty = nn.Parameter(parameter.to("meta"), requires_grad=False)
+                setattr(unit.get_submodule(owner_name), attribute, empty)
+
+
+def _empty_parameters(unit: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """(name in the unit, owner, attribute) of what must be read."""
+    for name, parameter in unit.named_parameters():
+        if parameter.is_meta:
+            owner_name, _, attribute = name.rpartition(".")
+            yield name, unit.get_submodule(owner_name), attribute

@@ -1,0 +1,163 @@
+"""A model's weights on the disk, tensor by tensor: read where they lie, written as they come."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from uft_ds.errors import UserError
+from uft_ds.streams.identity import weight_files
+
+_CODES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+"""The format's names of types (github.com/huggingface/safetensors, README)."""
+_TYPES = {code: dtype for dtype, code in _CODES.items()}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a file's header says of a tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        numel = 1
+        for size in self.shape:
+            numel *= size
+        return numel * self.dtype.itemsize
+
+
+class WeightFiles:
+    """The tensors of a model folder, without loading any of them.
+
+    Raises:
+        UserError: no weights, or files that cannot be read; names them.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.infos: dict[str, TensorInfo] = {}
+        self._file_of: dict[str, Path] = {}
+        for path in weight_files(folder):
+            for info in _header(path):
+                self.infos[info.name] = info
+                self._file_of[info.name] = path
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, as it is stored; it may be a view of the file."""
+        path = self._file_of[name]
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="pt") as file:
+                    tensor: Tensor = file.get_tensor(name)
+                    return tensor
+            return _pickled(path)[name]
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: {name} cannot be read ({error})") from None
+
+
+def _header(path: Path) -> list[TensorInfo]:
+    if path.suffix != ".safetensors":
+        return [TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in _pickled(path).items()]
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            return [TensorInfo(name, tuple(s.get_shape()), _TYPES[s.get_dtype()]) for name, s in slices.items()]
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    except KeyError as error:
+        raise UserError(f"{path}: holds tensors of type {error}, which cannot be merged into") from None
+
+
+@lru_cache(maxsize=1)
+def _pickled(path: Path) -> Mapping[str, Tensor]:
+    """A .bin file, mapped; nothing in it is run."""
+    try:
+        content: Mapping[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, UnpicklingError, EOFError, KeyError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
+    return content
+
+
+def shards_of(infos: Iterable[TensorInfo], max_bytes: int) -> list[list[TensorInfo]]:
+    """Tensors in their order, in as many files as needed; one that is larger than a file has one of its own."""
+    shards: list[list[TensorInfo]] = []
+    size = 0
+    for info in infos:
+        if not shards or size + info.num_bytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(info)
+        size += info.num_bytes
+    return shards
+
+
+def write_tensors(path: Path, infos: Iterable[TensorInfo], produce: Callable[[TensorInfo], Tensor]) -> None:
+    """A safetensors file, one tensor in memory at a time.
+
+    The library's own writer needs all of them at once; what it reads back is the test of this one.
+    """
+    ordered = sorted(infos, key=lambda info: -info.dtype.itemsize)  # so that each is aligned
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for info in ordered:
+        begin, end = end, end + info.num_bytes
+        header[info.name] = {"dtype": _CODES[info.dtype], "shape": list(info.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for info in ordered:
+            tensor = produce(info)
+            assert tuple(tensor.shape) == info.shape
+            assert tensor.dtype == info.dtype
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def write_model(
+    folder: Path, infos: Iterable[TensorInfo], produce: Callable[[TensorInfo], Tensor], *, max_shard_bytes: int
+) -> None:
+    """A model's weights in Hugging Face's layout: one file, or several and their index."""
+    shards = shards_of(infos, max_shard_bytes)
+    if len(shards) == 1:
+        write_tensors(folder / "model.safetensors", shards[0], produce)
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_tensors(folder / name, shard, produce)
+        weight_map |= {info.name: name for info in shard}
+    total = sum(info.num_bytes for shard in shards for info in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def bytes_of(text: str) -> int:
+    """A size as people write it: 5GB, 500MB, 2GiB.
+
+    Raises:
+        UserError: not such a size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(K|M|G|T)(i?)B", text.strip(), re.IGNORECASE)
+    size = 0.0
+    if match is not None:
+        step = 1024 if match[3] else 1000
+        size = float(match[1]) * step ** (1 + "KMGT".index(match[2].upper()))
+    if size < 1:
+        raise UserError(f"--max-shard-size: {text!r} given, expected a size such as 5GB or 500MB")
+    return int(size)

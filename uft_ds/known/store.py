@@ -1,0 +1,148 @@
+"""Reference log-probs on disk, shared between runs: one folder for each reference, files that are never changed.
+
+A file is named by the SHA-256 of its content, so writers need no lock and a damaged file shows itself. Its metadata
+names the reference it belongs to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save_file
+
+from uft_ds.data.example import KEY_BYTES
+from uft_ds.host.files import sha256, sync
+
+LogpTable = dict[bytes, float]
+"""From a response's key to its log-prob under the reference: nats, summed over tokens, float64."""
+
+_SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a store held at one moment.
+
+    files: those that the table came from. problems: of files that were not read, a sentence each.
+    """
+
+    table: LogpTable
+    files: tuple[Path, ...]
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ReferenceStore:
+    """What all runs with the same reference have computed.
+
+    folder: holds this reference's files and no other's.
+    identity: 64 hex digits, of `model.identity.reference_identity`.
+    """
+
+    folder: Path
+    identity: str
+
+    @classmethod
+    def below(cls, root: Path, identity: str) -> ReferenceStore:
+        """The reference's own folder below a root that many share."""
+        return cls(root / identity[:32], identity)
+
+    def read(self) -> Stored:
+        """Everything stored. Files that are damaged or another reference's are set aside."""
+        table: LogpTable = {}
+        files, problems = [], []
+        for path in sorted(self.folder.glob(f"[0-9a-f]*{_SUFFIX}"), reverse=True):
+            try:
+                content = path.read_bytes()
+            except FileNotFoundError:  # set aside by another run, this moment
+                continue
+            except OSError as error:
+                problems.append(f"{path}: cannot be read ({error.strerror})")
+                continue
+            try:
+                if hashlib.sha256(content).hexdigest() != path.stem:
+                    raise ValueError("its content is not what was written")
+                table |= _parse(content, self.identity)
+                files.append(path)
+            except ValueError as error:
+                renamed = f"; renamed to {path.name}.rejected" if set_aside((path,)) else ""
+                problems.append(f"{path}: {error}{renamed}")
+        return Stored(table, tuple(files), tuple(problems))
+
+    def write(self, table: Mapping[bytes, float]) -> None:
+        """Add a file, whole or not at all. Others may write at the same time: nothing is lost.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        if not table:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=self.folder)
+        os.close(descriptor)
+        temporary = Path(name)
+        try:
+            write_table(temporary, table, self.identity)
+            temporary.rename(self.folder / f"{sha256(temporary)}{_SUFFIX}")
+            sync(self.folder)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_table(path: Path, table: Mapping[bytes, float], identity: str) -> None:
+    """One file of keys and log-probs, synced."""
+    keys = np.frombuffer(b"".join(table), dtype=np.uint8).reshape(len(table), KEY_BYTES)
+    logps = np.fromiter(table.values(), dtype=np.float64, count=len(table))
+    try:
+        save_file({"keys": keys, "logps": logps}, path, metadata={"reference": identity})
+    except SafetensorError as error:  # it wraps the system's errors
+        raise OSError(f"{path}: {error}") from None
+    path.chmod(0o644)  # safetensors writes 0600 whatever the umask: others share this folder
+    sync(path)
+
+
+def read_table(path: Path, identity: str) -> LogpTable:
+    """What `write_table` wrote.
+
+    Raises:
+        ValueError: not such a file, another reference's, or not finite.
+    """
+    try:
+        return _parse(path.read_bytes(), identity)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def set_aside(files: Iterable[Path]) -> int:
+    """Rename files so that nobody reads them again; how many could be."""
+    renamed = 0
+    for path in files:
+        with suppress(OSError):  # another run was first, or the folder is read-only
+            path.rename(path.with_name(f"{path.name}.rejected"))
+            renamed += 1
+    return renamed
+
+
+def _parse(content: bytes, identity: str) -> LogpTable:
+    try:
+        tensors = load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        owner, keys, logps = header["__metadata__"]["reference"], tensors["keys"], tensors["logps"]
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"not a table of reference log-probs ({error})") from None
+    if owner != identity:
+        raise ValueError(f"belongs to another reference ({str(owner)[:16]}, expected {identity[:16]})")
+    if keys.dtype != np.uint8 or keys.shape != (len(logps), KEY_BYTES) or logps.dtype != np.float64:
+        raise ValueError(f"found {keys.dtype}{list(keys.shape)} and {logps.dtype}{list(logps.shape)}")
+    if not np.isfinite(logps).all():
+        raise ValueError("holds a log-prob that is not finite")
+    return dict(zip((key.tobytes() for key in keys), logps.tolist(), strict=True))

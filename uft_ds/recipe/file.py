@@ -1,0 +1,236 @@
+"""Recipes from files: YAML, overrides `key.path=value`, and errors in the user's words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Iterator
+from importlib import resources
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import ValidationError
+
+from uft_ds.errors import UserError
+from uft_ds.recipe.names import unknown_key, unknown_name
+from uft_ds.recipe.schema import Recipe, Section, section_of
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML without two traps: `1e-5` is a number, and a key given twice is an error."""
+
+
+class _RecipeDumper(yaml.SafeDumper):
+    """Quotes the texts that `_RecipeLoader` would take for numbers."""
+
+
+for _class in (_RecipeLoader, _RecipeDumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)$"),
+        list("-+0123456789."),
+    )
+
+
+def _mapping_without_duplicates(loader: _RecipeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, Hashable):
+            raise UserError(f"line {key_node.start_mark.line + 1}: a key must be a word, found {key!r}")
+        if key in seen:
+            raise UserError(f"line {key_node.start_mark.line + 1}: key {key!r} is given twice")
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_RecipeLoader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
+
+
+def load_yaml(text: str) -> Any:
+    """YAML of plain values, no key given twice.
+
+    Raises:
+        yaml.YAMLError: not YAML. UserError: a key twice.
+    """
+    try:
+        return yaml.load(text, Loader=_RecipeLoader)  # a SafeLoader
+    except ValueError as error:  # it looks like a date or a number, but is none: 2024-02-30
+        raise yaml.YAMLError(str(error)) from None
+
+
+def shipped_recipes() -> tuple[str, ...]:
+    """Names of the recipes that come with the package."""
+    folder = resources.files("uft_ds") / "recipe" / "shipped"
+    return tuple(sorted(Path(item.name).stem for item in folder.iterdir() if item.name.endswith(".yaml")))
+
+
+def _read_recipe(name_or_path: str) -> tuple[str, str]:
+    """(label, text) of a shipped recipe or a file."""
+    if name_or_path in shipped_recipes():
+        file = resources.files("uft_ds") / "recipe" / "shipped" / f"{name_or_path}.yaml"
+        return name_or_path, file.read_text(encoding="utf-8")
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml") and not path.exists():
+        raise UserError(f"recipe: {unknown_name(name_or_path, shipped_recipes())}, or a path to a YAML file")
+    try:
+        return name_or_path, path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {name_or_path}: cannot be read ({error})") from None
+
+
+def _apply_override(tree: Any, override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"override {override!r}: expected key.path=value, such as train.lr=1e-5")
+    try:
+        value = load_yaml(text)
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: the value is not YAML") from None
+    except UserError as error:
+        raise UserError(f"override {override!r}: {error}") from None
+    *parents, leaf = key.split(".")
+    node = tree
+    for depth, part in enumerate([*parents, leaf]):
+        where = ".".join(key.split(".")[: depth + 1])
+        if isinstance(node, list):
+            if not part.isdecimal() or int(part) >= len(node):
+                known = f"expected an index from 0 to {len(node) - 1}" if node else "the list is empty"
+                raise UserError(f"override {override!r}: {where}: {known}")
+            index: Any = int(part)
+        elif isinstance(node, dict):
+            index = part
+        else:
+            parent = ".".join(key.split(".")[:depth])
+            raise UserError(
+                f"override {override!r}: {where}: its parent is {node!r} and has no keys; give the whole of it, "
+                f"{parent}={{{part}: ...}}"
+            )
+        if depth == len(parents):
+            if depth == 0 and isinstance(value, dict) and isinstance(node.get(index), dict):
+                given = next(iter(value), "key")
+                raise UserError(
+                    f"override {override!r}: it would replace all of {index}; give its keys one by one, such as "
+                    f"{index}.{given}=..."
+                )
+            node[index] = value
+        elif isinstance(node, dict):
+            node = node.setdefault(index, {})
+        else:
+            node = node[index]
+
+
+def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> Recipe:
+    """Read, override and validate a recipe.
+
+    Raises:
+        UserError: names the recipe and the key, what was given, what is allowed and the nearest known name.
+    """
+    label, text = _read_recipe(name_or_path)
+    try:
+        tree = load_yaml(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"recipe {label}{line}: not valid YAML: {problem}") from None
+    except UserError as error:
+        raise UserError(f"recipe {label}: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"recipe {label}: expected keys and values, found {type(tree).__name__}")
+    try:
+        for override in overrides:
+            _apply_override(tree, override)
+    except UserError as error:
+        raise UserError(f"recipe {label}: {error}") from None
+    return recipe_from_tree(tree, label)
+
+
+def recipe_from_tree(tree: dict[str, Any], label: str) -> Recipe:
+    """Validate a recipe that is already a tree of plain values."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise UserError("\n".join(f"recipe {label}: {line}" for line in explained(error, Recipe))) from None
+
+
+def explained(error: ValidationError, root: type[Section]) -> Iterator[str]:
+    """What is wrong with a tree of `root`, a line a key."""
+    found: dict[tuple[str | int, ...], list[Any]] = {}
+    for problem in error.errors():
+        found.setdefault(_place(problem["loc"], root), []).append(problem)
+    for place, problems in found.items():
+        # Each member of a union says what is wrong: the one that got furthest is the one that was meant.
+        if not any(other != place and other[: len(place)] == place for other in found):
+            yield from _lines(place, problems, root)
+
+
+def _place(location: tuple[str | int, ...], root: type[Section]) -> tuple[str | int, ...]:
+    """Keys and indices only: pydantic puts the name of a union's member into the location, too."""
+    place: list[str | int] = []
+    annotation: Any = root
+    for part in location:
+        annotation = _bare(annotation)
+        origin, members = get_origin(annotation), get_args(annotation)
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            place.append(part)
+            field = annotation.model_fields.get(str(part))
+            annotation = field.annotation if field else None
+        elif origin in (dict, list):
+            place.append(part)
+            annotation = members[-1]
+        elif origin in (Union, UnionType):  # the part names a member
+            kind = next((kind for kind in (dict, list) if str(part).startswith(kind.__name__)), None)
+            annotation = next((member for member in members if get_origin(_bare(member)) is kind), None)
+    return tuple(place)
+
+
+def _bare(annotation: Any) -> Any:
+    """Without metadata, and without the None of what may be left out."""
+    while get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    if get_origin(annotation) in (Union, UnionType):
+        members = [member for member in get_args(annotation) if member is not NoneType]
+        return _bare(members[0]) if len(members) == 1 else annotation
+    return annotation
+
+
+def _lines(place: tuple[str | int, ...], problems: list[Any], root: type[Section]) -> Iterator[str]:
+    key, first = ".".join(map(str, place)), problems[0]
+    if first["type"] == "extra_forbidden":
+        yield f"{key}: {unknown_key(str(place[-1]), _known_keys(place[:-1], root))}"
+    elif first["type"] == "missing":
+        yield f"{key}: required, but not given"
+    elif first["type"] == "value_error":
+        yield from str(first["ctx"]["error"]).splitlines()
+    else:
+        expected = dict.fromkeys(problem["msg"][0].lower() + problem["msg"][1:] for problem in problems)
+        first_expected, *others = expected
+        either = [first_expected, *(other.removeprefix("input should be ") for other in others)]
+        yield f"{key}: {first['input']!r} given; {', or '.join(either)}"
+
+
+def _known_keys(place: tuple[str | int, ...], root: type[Section]) -> list[str]:
+    section: Any = root
+    for part in place:
+        if isinstance(part, str):
+            section = section_of(section.model_fields[part].annotation)
+    return list(section.model_fields)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that `load_recipe` reads back to an equal value."""
+    tree = recipe.model_dump(mode="json")
+    return yaml.dump(tree, Dumper=_RecipeDumper, sort_keys=False, allow_unicode=False, width=110)
+
+
+def leaves_of(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Every leaf of a recipe by its key."""
+    tree = value.model_dump(mode="json") if isinstance(value, Recipe) else value
+    if not isinstance(tree, dict | list):
+        return {prefix.removesuffix("."): tree}
+    leaves: dict[str, Any] = {}
+    for key, inner in enumerate(tree) if isinstance(tree, list) else tree.items():
+        leaves |= leaves_of(inner, f"{prefix}{key}.")
+    return leaves

@@ -1,0 +1,182 @@
+"""What a recipe's objective cannot be: losses that do not go together, and keys that none of them reads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from uft_ds.data.example import KINDS
+from uft_ds.objectives.losses import (
+    A_TOKEN,
+    LOSSES,
+    NEEDS_PAIRS,
+    PAIRWISE,
+    POINTWISE,
+    PRESETS,
+    USES_BETA,
+    expanded,
+)
+from uft_ds.recipe.names import unknown_loss, unknown_name
+
+if TYPE_CHECKING:
+    from uft_ds.recipe.schema import ObjectiveSection
+
+DEFAULT_BETA = 0.01
+"""Per nat of the sum over a response's tokens: what UFT's sweep found best for its squared error."""
+
+LOSS_NAMES = (*LOSSES, *PRESETS)
+
+Problem = tuple[str, str]
+"""(key of the objective, what is wrong with it)"""
+
+_READ_BY: Mapping[str, frozenset[str]] = {
+    "label_smoothing": frozenset({"cdpo", "robust"}),
+    "rpo_scale": frozenset({"rpo_sq", "rpo_fwd", "rpo_bwd"}),
+    "dpop_penalty": frozenset({"dpop"}),
+    "simpo_margin": frozenset({"simpo"}),
+    "reward_shift_value": frozenset({"constant"}),
+    "reward_shift_decay": frozenset({"ema"}),
+    "length_normalized": frozenset((*POINTWISE, *PAIRWISE)) - A_TOKEN,
+}
+"""Keys that a loss or a shift reads: given without it, they would change nothing."""
+
+
+def with_kinds(loss: Any) -> Any:
+    """The loss as a recipe gives it, before its types are checked.
+
+    Raises:
+        ValueError: a map of losses where one of kinds belongs.
+    """
+    if isinstance(loss, list):
+        raise ValueError(
+            f"objective.loss: {loss} given; a sum of losses is a map with weights: {{pair: {{dpo: 1, nll: 0.2}}}}"
+        )
+    if not isinstance(loss, dict) or not any(name in LOSS_NAMES for name in loss):
+        return loss
+    if all(name in LOSS_NAMES for name in loss):
+        shown = ", ".join(f"{name}: {weight}" for name, weight in loss.items())
+        raise ValueError(
+            f"objective.loss: {{{shown}}} given, without the kind that it is for; give it as {{pair: {{{shown}}}}}"
+        )
+    name = next(name for name in loss if name in LOSS_NAMES)
+    raise ValueError(
+        f"objective.loss: {name!r} is a loss, and stands among kinds; a sum is {{pair: {{dpo: 1, {name}: 0.2}}}}"
+    )
+
+
+def objective_problems(objective: ObjectiveSection, *, examples_per_step: int) -> Iterator[Problem]:
+    """Losses that cannot be, or that do not go with the other keys."""
+    yield from _of_weights(objective.weights)
+    given = objective.loss if isinstance(objective.loss, dict) else {"pair": objective.loss}
+    unknown = list(_unknown_losses(objective.loss))
+    if unknown:  # the rest would speak of the same again
+        yield from unknown
+        return
+    for kind, loss in given.items():
+        weights = expanded(loss)
+        if not weights or not all(math.isfinite(weight) and weight > 0 for weight in weights.values()):
+            yield f"loss.{kind}", f"{dict(weights)} given, expected losses with weights above 0"
+        of_pairs = sorted(NEEDS_PAIRS & set(weights))
+        if kind != "pair" and of_pairs:
+            yield f"loss.{kind}", f"{loss if isinstance(loss, str) else of_pairs[0]!r} needs pairs"
+    used = {name for loss in given.values() for name in expanded(loss)}
+    if isinstance(objective.beta, dict) and not objective.beta:
+        yield "beta", "{} given, expected a number or a map from kind"
+    misspelt = [kind for kind in objective.beta if kind not in KINDS] if isinstance(objective.beta, dict) else []
+    yield from (("beta", unknown_name(kind, KINDS)) for kind in misspelt)
+    if not misspelt and not (isinstance(objective.loss, str) and isinstance(objective.beta, dict)):
+        yield from (("beta", problem) for problem in beta_problems(objective, given))  # else the data says which kinds
+    yield from _of_shift(objective, used, examples_per_step)
+    yield from _of_keys(objective, used)
+
+
+def _unknown_losses(loss: str | Mapping[str, str | Mapping[str, float]]) -> Iterator[Problem]:
+    if isinstance(loss, str):
+        if loss not in LOSS_NAMES:
+            yield "loss", unknown_loss(loss, LOSS_NAMES)
+        return
+    if not loss:
+        yield "loss", "no loss for any kind"
+    for kind, of_kind in loss.items():
+        if kind not in KINDS:
+            yield "loss", unknown_name(kind, KINDS)
+        known = LOSS_NAMES if isinstance(of_kind, str) else LOSSES
+        for name in [of_kind] if isinstance(of_kind, str) else of_kind:
+            if name not in known:
+                yield f"loss.{kind}", unknown_loss(name, known)
+
+
+def _of_shift(objective: ObjectiveSection, used: set[str], examples_per_step: int) -> Iterator[Problem]:
+    shift = objective.reward_shift
+    if shift != "none" and not used & set(POINTWISE):
+        yield "reward_shift", f"{shift!r} given, but no loss is pointwise ({', '.join(POINTWISE)})"
+    if shift == "constant" and "reward_shift_value" not in objective.model_fields_set:
+        yield "reward_shift_value", "not given; reward_shift: constant needs it"
+    if shift in ("kl", "prompt_mean") and examples_per_step == 1:
+        yield (
+            "reward_shift",
+            f"{shift!r} compares the responses of a step with each other, train.examples_per_step is 1",
+        )
+
+
+def _of_keys(objective: ObjectiveSection, used: set[str]) -> Iterator[Problem]:
+    if objective.beta_end != 1.0 and objective.beta_schedule == "constant":
+        yield "beta_end", f"{objective.beta_end} given, but beta_schedule is constant; take linear or cosine"
+    if objective.beta_schedule != "constant" and objective.beta_end == 1.0:
+        yield "beta_end", f"not given; beta_schedule: {objective.beta_schedule} needs it: beta's factor at the end"
+    smoothed = sorted(_READ_BY["label_smoothing"] & used)
+    if smoothed and objective.label_smoothing is None:
+        yield "label_smoothing", f"not given; {', '.join(smoothed)} needs it"
+    if smoothed and objective.label_smoothing == 0:
+        yield "label_smoothing", f"0 given, with which {smoothed[0]} is dpo; take dpo"
+    if objective.length_normalized and "contrast" in used:
+        yield "length_normalized", "true given, but cpo compares sums over tokens; take simpo"
+        return
+    fields = type(objective).model_fields
+    for key, readers in _READ_BY.items():
+        value = getattr(objective, key)
+        if value != fields[key].default and not readers & (used | {objective.reward_shift}):
+            yield key, f"{value} given, but only {', '.join(sorted(readers))} would use it; leave it out"
+
+
+def beta_problems(objective: ObjectiveSection, losses: Mapping[str, str | Mapping[str, float]]) -> Iterator[str]:
+    """Betas that do not go with the losses of these kinds: a beta's unit depends on the loss."""
+    beta = objective.beta
+    used = {name for loss in losses.values() for name in expanded(loss)}
+    if not isinstance(beta, dict) and not objective.length_normalized:
+        a_token, a_nat = (sorted(USES_BETA & used & unit) for unit in (A_TOKEN, USES_BETA - A_TOKEN))
+        if a_token and a_nat and len(losses) > 1:
+            yield (
+                f"{beta} for all kinds, but {a_token[0]} takes one per nat a token, {a_nat[0]} one per nat; give a map "
+                "from kind"
+            )
+    if not isinstance(beta, dict) and "odds_ratio" in used and not used & USES_BETA and beta != DEFAULT_BETA:
+        yield _NO_BETA_OF_ORPO.format(beta)
+    for kind, loss in losses.items():
+        names = USES_BETA & expanded(loss).keys()
+        if isinstance(beta, dict) and "odds_ratio" in expanded(loss) and not names and kind in beta:
+            yield _NO_BETA_OF_ORPO.format(beta[kind])
+        a_token = sorted(names & A_TOKEN)
+        if a_token and names - A_TOKEN and not objective.length_normalized:
+            yield f"{a_token[0]} takes one per nat a token, {sorted(names - A_TOKEN)[0]} one per nat: not in one kind"
+        is_given = kind in beta if isinstance(beta, dict) else "beta" in objective.model_fields_set
+        if names and not is_given and (a_token or objective.length_normalized):
+            why = a_token[0] if a_token else "length_normalized"
+            of_kind = f" for {kind}" if isinstance(beta, dict) else ""
+            yield f"not given{of_kind}: the default {DEFAULT_BETA} is per nat, {why} takes one per nat a token"
+
+
+_NO_BETA_OF_ORPO = "{} given, but orpo has none: its lambda is the weight of odds_ratio"
+
+
+def _of_weights(weights: float | Mapping[str, float]) -> Iterator[Problem]:
+    if not isinstance(weights, Mapping):
+        weights = {"instruction": weights}  # for each kind alike
+        if weights["instruction"] == 0:
+            yield "weights", "0 given: nothing would be learned"
+    for kind, weight in weights.items():
+        if kind not in KINDS:
+            yield "weights", unknown_name(kind, KINDS)
+        if not (math.isfinite(weight) and weight >= 0):
+            yield "weights", f"{weight} given, must be finite and >= 0"

@@ -1,0 +1,372 @@
+"""The recipe: one strict, typed tree that holds everything that defines a run.
+
+Inner code takes plain arguments; only the builders (`train.py`, `prepare.py`, `quickstart.py`, `convert.py`) read this
+tree, and the loop its own section. `recipe/file.py` reads it from YAML.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from uft_ds.data.example import Kind
+from uft_ds.data.formats.table import format_names
+from uft_ds.objectives.losses import expanded
+from uft_ds.objectives.reward_shift import ShiftName
+from uft_ds.recipe.best import best_problem
+from uft_ds.recipe.names import unknown_name
+from uft_ds.recipe.rules import DEFAULT_BETA, objective_problems, with_kinds
+
+Positive = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
+UnitInterval = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A part of the recipe: immutable, unknown keys refused, no silent conversion of types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+def _expand_home(path: str) -> str:
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError:  # no such user; whoever reads the path says that it is not there
+        return path
+
+
+Location = Annotated[str, AfterValidator(_expand_home)]
+"""A local path, where `~` is the home folder, or a hub name."""
+
+
+class ModelSection(Section):
+    base: Location
+    """The base model: a local folder in Hugging Face's layout, or a hub name."""
+    revision: str | None = None
+    """Commit or tag of a hub model."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of the frozen base weights and of the activations."""
+    attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
+    """`auto`: flash_attention_2 where it is installed, a GPU is present and dtype is bfloat16, sdpa elsewhere."""
+    chat_template: str | None = None
+    """Path of a Jinja chat template, for a tokenizer that has none or another one than wanted."""
+    gradient_checkpointing: bool = True
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+    activation_offload: bool = False
+    """Keep the inputs saved by gradient checkpointing in host memory."""
+    logits_mib: Positive | None = None
+    """Memory for logits at a time, in MiB, both streams; null: what suits the device (8 on CPU, 512 on a GPU)."""
+
+
+class LoraSection(Section):
+    rank: Positive = 16
+    """Rank of every adapter pair."""
+    alpha: PositiveFloat = 16.0
+    """Adapters are scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Must be 0: with dropout the log-ratio is noise, and B = 0 hides it at the start."""
+    targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    """Which linear layers get an adapter: all but the head, or a list of module names."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the trainable adapter weights."""
+
+
+class SourceSection(Section):
+    format: str
+    """How a row is read; `uft data formats` lists the names."""
+    path: Location
+    """A local file or folder (jsonl, json, csv, each also .gz or .zst; parquet, arrow), or a hub name: owner/name, or
+    owner/name/folder for one folder of it."""
+    split: str | None = None
+    """Split of a hub data set, or of the files of a folder whose names begin with it."""
+    where: dict[str, str | int | float | bool] = {}
+    """Only rows whose columns have these values."""
+    examples: Positive | None = None
+    """How many responses to take, drawn by the seed; null: all."""
+    epochs: PositiveFloat | None = None
+    """How often one epoch of the mixture goes through the source; null: once."""
+    share: UnitInterval | list[Annotated[list[UnitInterval], Field(min_length=2, max_length=2)]] | None = None
+    """Share of the mixture's responses, the source being repeated as needed; or a schedule [[progress, share], ...]:
+    progress through the run from 0 to 1, shares linear in between."""
+    score: UnitInterval | None = None
+    """The score of rows that have none; null: 1 for instruction data."""
+    score_map: Literal["quantile"] | Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)] | None = None
+    """What becomes of the source's scores: [scale, offset], which must stay within 0 and 1; or quantile, the share of
+    the source's responses that are scored lower (those scored alike count half)."""
+    pairs: Literal["keep", "split"] = "keep"
+    """keep: the two sides of a pair stay together, of kind `pair`. split: two responses with a score each (UNA)."""
+    allow_one_score: bool = False
+    """Accept feedback of which every response has the same score."""
+
+
+class DataSection(Section):
+    max_length: Annotated[int, Field(ge=8)] = 2048
+    """Longest sequence, in tokens."""
+    too_long: Literal["drop", "trim_prompt", "refuse"] = "drop"
+    """What happens to a response that ends past max_length: it is left out; it gets only the end of its prompt (whole
+    turns, then the end of the question); or the source is refused. A response is never cut."""
+    on_bad_row: Literal["refuse", "quarantine"] = "refuse"
+    """What happens to a row that cannot be read: the source is refused, or the row is left out, into a file."""
+    max_quarantined: UnitInterval = 0.01
+    """Largest share of a source's rows that may be quarantined."""
+    merge_conversations: bool = True
+    """Keep a conversation of k assistant turns as one sequence with k responses (same loss, one forward)."""
+    workers: Positive | None = None
+    """Processes that tokenise; null: one a core."""
+    cache_dir: Location | None = None
+    """Where runs share tokenised sources; null: uft_ds/tokenized under the user's cache folder."""
+    sources: Annotated[list[SourceSection], Field(min_length=1)]
+    """The training mixture."""
+    held_out: list[SourceSection] = []
+    """Evaluated during and after training, never trained on."""
+
+
+class ObjectiveSection(Section):
+    loss: Annotated[str | dict[str, str | dict[str, float]], BeforeValidator(with_kinds)] = "mse"
+    """One name for all kinds, or a map from kind to a name, or to a map from names to weights: {pair: {dpo: 1, nll:
+    0.2}}. Pointwise: mse (UFT), bce, l1, raw. Of pairs: dpo, cdpo, robust, ipo, hinge, rpo_sq, rpo_fwd, rpo_bwd, dpop;
+    without reference simpo, orpo, cpo. Likelihood: nll (SFT), nll_sum."""
+    beta: PositiveFloat | dict[str, PositiveFloat] = DEFAULT_BETA
+    """Implicit reward per nat of log-ratio: one value, or a map from kind; a kind that it does not name has the
+    default."""
+    beta_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How beta goes on over the run."""
+    beta_end: PositiveFloat = 1.0
+    """By what beta is multiplied at the last step, under a schedule."""
+    length_normalized: bool = False
+    """Log-ratios are means over a response's tokens, not sums; beta is then per nat a token, and must be given."""
+    reward_shift: ShiftName = "none"
+    """What is subtracted from the implicit rewards of pointwise losses. ema: their running mean (BCO). kl: what
+    mismatched prompts and responses are rewarded with (KTO), at the cost of a forward pass of both streams.
+    prompt_mean: the mean over the step's responses to the same prompt, at the cost of a forward pass."""
+    reward_shift_value: FiniteFloat = 0.0
+    """The shift, of `reward_shift: constant`."""
+    reward_shift_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """How much of the running mean stays from step to step, of `reward_shift: ema`."""
+    weights: float | dict[str, float] = 1.0
+    """Weight of the losses: one value, or a map from kind; a kind that is not named has weight 1."""
+    undesirable_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """Weight of binary responses labelled false, against 1 for those labelled true (KTO)."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] | None = None
+    """How likely a preference is the wrong way round; cdpo and robust need it."""
+    rpo_scale: PositiveFloat = 1.0
+    """By what the difference of a pair's scores is multiplied; of rpo_sq, rpo_fwd and rpo_bwd."""
+    dpop_penalty: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 50.0
+    """Weight of a fall of the chosen response's likelihood; of dpop."""
+    simpo_margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5
+    """By how much the chosen reward must exceed the rejected one; of simpo."""
+
+
+class ReferenceSection(Section):
+    mode: Literal["lockstep", "separate"] = "lockstep"
+    """lockstep: one visit of each layer serves policy and reference (Llama, Mistral, Qwen2, Qwen3). separate: a second
+    forward with the adapters off, inside the same root call; for other models."""
+    cache: bool = True
+    """Keep the reference's log-probs of each response and never compute them twice, in this run or another."""
+    cache_dir: Location | None = None
+    """Where runs share them; null: uft_ds/reference under the user's cache folder."""
+    adapter: Location | None = None
+    """A frozen adapter that, on top of the base, is the reference, and from which the policy starts: an adapter's
+    folder, a checkpoint, or a run. Its rank, alpha and targets must be those of lora."""
+    step_zero_tolerance: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Largest log-ratio, in nats, that is accepted before the first step. It is exactly 0 by design; GPU
+    kernels that choose another algorithm without gradients may need more."""
+
+
+class TrainSection(Section):
+    examples_per_step: Positive = 64
+    """Responses of an optimiser step, over all ranks and micro-batches."""
+    tokens_per_micro_batch: Annotated[int, Field(ge=8)] = 16384
+    """Most tokens that a rank forwards at once."""
+    epochs: Positive = 1
+    """Passes over the mixture; ignored when steps is given."""
+    steps: Positive | None = None
+    """Optimiser steps; the mixture is repeated as often as needed."""
+    lr: PositiveFloat = 3.0e-5
+    """Peak learning rate of AdamW."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the learning rate after warm-up; cosine and linear end at 0."""
+    warmup: UnitInterval = 0.1
+    """Share of all steps over which the learning rate rises linearly from 0."""
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
+    """AdamW's decay rates of the two moments. 0.95 for the second suits runs of few steps; the paper states none."""
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are clipped to this norm."""
+    max_skipped_steps: Annotated[int, Field(ge=0)] = 5
+    """Steps with a non-finite loss or gradient are skipped; one more than this ends the run."""
+    seed: Annotated[int, Field(ge=0)] = 42
+    """Seed of the data order and of the adapters' initial values."""
+    deterministic: bool = True
+    """Use deterministic kernels only."""
+    checkpoint_every: Positive = 200
+    """Steps between checkpoints; one is always written at the end."""
+    keep_checkpoints: Positive = 3
+    """How many checkpoints are kept, the newest first."""
+    keep_best: str | None = None
+    """A held-out metric, such as held_out/loss: the checkpoint at which it was best is kept, too. The lowest is best of
+    losses and errors; the highest of pair_accuracy, pair_margin, rank_correlation, logp_chosen and
+    implicit_reward_chosen; the nearest to 0 of length_correlation."""
+    evaluate_every: Positive = 100
+    """Steps between evaluations of the held-out data; one always follows the last step."""
+
+
+class LaunchSection(Section):
+    ranks: Literal["auto"] | Positive = "auto"
+    """Processes on this machine; auto: one a GPU, two on a CPU."""
+    collective_timeout_minutes: PositiveFloat = 30.0
+    """A rank that waits longer than this for the others ends the run."""
+
+
+class Recipe(Section):
+    name: str
+    """Name of the run."""
+    model: ModelSection
+    lora: LoraSection | None = LoraSection()
+    data: DataSection
+    objective: ObjectiveSection = ObjectiveSection()
+    reference: ReferenceSection = ReferenceSection()
+    train: TrainSection = TrainSection()
+    launch: LaunchSection = LaunchSection()
+    tracking: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
+    """Where metrics go besides metrics.jsonl."""
+    deepspeed: str = "zero3"
+    """A file of ds_configs/ by name, or a path to a DeepSpeed JSON."""
+    output: Annotated[Location, Field(min_length=1)]
+    """The run's folder."""
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Recipe:
+        problems = [f"{key}: {problem}" for key, problem in _impossible(self)]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def losses_of(self, kind: Kind) -> Mapping[str, float]:
+        """The losses of one kind of responses, with their weights.
+
+        A map need not name kinds that the data does not hold (checked when it is prepared): they have none.
+        """
+        loss = self.objective.loss
+        return expanded(loss) if isinstance(loss, str) else expanded(loss.get(kind, {}))
+
+    def beta_of(self, kind: Kind) -> float:
+        """The beta of one kind; of one that a map does not name, the default."""
+        beta = self.objective.beta
+        return beta if isinstance(beta, float | int) else beta.get(kind, DEFAULT_BETA)
+
+    def weight_of(self, kind: Kind) -> float:
+        """The weight of one kind's loss."""
+        weights = self.objective.weights
+        return weights if isinstance(weights, float | int) else weights.get(kind, 1.0)
+
+
+def _impossible(recipe: Recipe) -> list[tuple[str, str]]:
+    """(key, problem) of everything that no single field can know, unavailable options included."""
+    found: list[tuple[str, str]] = []
+    data, train = recipe.data, recipe.train
+    if data.max_length > train.tokens_per_micro_batch:
+        found.append(
+            (
+                "train.tokens_per_micro_batch",
+                f"{train.tokens_per_micro_batch} is less than data.max_length {data.max_length}: "
+                "a sequence would not fit; raise it or lower data.max_length",
+            )
+        )
+    if recipe.model.attention == "flash_attention_2" and recipe.model.dtype == "float32":
+        found.append(("model.attention", "flash_attention_2 has no float32; take model.dtype: bfloat16, or auto"))
+    if recipe.model.activation_offload and not recipe.model.gradient_checkpointing:
+        found.append(
+            (
+                "model.activation_offload",
+                "true needs model.gradient_checkpointing: true; without it all activations would cross to the host",
+            )
+        )
+    seen: set[tuple[Any, ...]] = set()
+    for prefix, sources in (("data.sources", data.sources), ("data.held_out", data.held_out)):
+        for index, source in enumerate(sources):
+            rows = (source.path, source.split, tuple(sorted(source.where.items())))
+            if rows in seen:
+                found.append(
+                    (f"{prefix}.{index}.path", f"{source.path!r} is a source already; no row may be used twice")
+                )
+            seen.add(rows)
+    found += [("train.keep_best", problem) for problem in _impossible_best(recipe)]
+    if recipe.lora is not None and recipe.lora.dropout != 0.0:
+        found.append(("lora.dropout", f"{recipe.lora.dropout} given, must be 0: it would make log-ratios noise"))
+    for prefix, sources in (("data.sources", data.sources), ("data.held_out", data.held_out)):
+        for index, source in enumerate(sources):
+            if source.format not in format_names():
+                found.append((f"{prefix}.{index}.format", unknown_name(source.format, format_names())))
+            found += [(f"{prefix}.{index}.{key}", problem) for key, problem in _impossible_portion(source, prefix)]
+    of_objective = objective_problems(recipe.objective, examples_per_step=train.examples_per_step)
+    found += [(f"objective.{key}", problem) for key, problem in of_objective]
+    return found + [
+        (key, f"{'null' if given is None else repr(given)} is not available in this version; use {instead}")
+        for key, given, unavailable, instead in (
+            ("lora", recipe.lora, recipe.lora is None, "adapters: the reference is the base without them"),
+        )
+        if unavailable
+    ]
+
+
+def _impossible_best(recipe: Recipe) -> list[str]:
+    """Why no checkpoint could ever be the best one."""
+    train = recipe.train
+    if train.keep_best is None:
+        return []
+    problem = best_problem(train.keep_best)
+    if problem is not None:
+        return [problem]
+    if not recipe.data.held_out:
+        return ["needs data.held_out, which is empty"]
+    if train.checkpoint_every % train.evaluate_every and train.evaluate_every % train.checkpoint_every:
+        return [
+            f"needs evaluations where checkpoints are: train.evaluate_every {train.evaluate_every} and "
+            f"train.checkpoint_every {train.checkpoint_every} must be multiples of each other"
+        ]
+    return []
+
+
+def _impossible_portion(source: SourceSection, prefix: str) -> list[tuple[str, str]]:
+    """(key, problem) of how much is taken of a source."""
+    found = []
+    given = [key for key in ("examples", "epochs", "share") if getattr(source, key) is not None]
+    if prefix == "data.held_out":
+        found += [(key, "held-out data is gone through once; use `examples`") for key in given if key != "examples"]
+    elif "epochs" in given and "share" in given:
+        found.append(("share", "given beside `epochs`; how often a source is repeated follows from its share"))
+    if isinstance(source.share, list):
+        points = [progress for progress, _ in source.share]
+        if points != sorted(set(points)) or not points or (points[0], points[-1]) != (0.0, 1.0):
+            found.append(("share", f"a schedule's progress must rise from 0 to 1, found {points}"))
+    if source.share == 0.0:
+        found.append(("share", "0 takes nothing; leave the source out"))
+    return found
+
+
+def section_of(annotation: Any) -> type[Section] | None:
+    """The section inside a field's type: itself, or a member of its union or list."""
+    nested = [a for arg in get_args(annotation) for a in get_args(arg)]
+    candidates = (annotation, *get_args(annotation), *nested)
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
+
+
+def describe_keys(section: type[Section] = Recipe, prefix: str = "") -> list[tuple[str, str, str]]:
+    """(key, default, meaning) of every leaf, in the order of a recipe; sources' keys stand under index 0."""
+    rows: list[tuple[str, str, str]] = []
+    for name, field in section.model_fields.items():
+        inner = section_of(field.annotation)
+        if inner is not None:
+            is_list = get_origin(field.annotation) is list
+            rows += describe_keys(inner, f"{prefix}{name}.{'0.' if is_list else ''}")
+        else:
+            default = "(required)" if field.is_required() else yaml.safe_dump(field.default).split("\n...")[0].strip()
+            rows.append((prefix + name, default, " ".join((field.description or "").split())))
+    return rows

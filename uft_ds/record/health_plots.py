@@ -1,0 +1,142 @@
+"""health.png: whether the implicit scores mean what they should, from the metrics and the newest held-out table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from uft_ds.data.example import KINDS, Kind
+from uft_ds.record.curves import KIND_COLORS, draw
+from uft_ds.record.telemetry import calibration, sides
+
+_MOST_POINTS = 2000
+
+Lines = Seq[dict[str, Any]]
+Labels = tuple[str, str, str]
+"""Title, and what is on the axes."""
+
+
+def write_health(lines: Lines, rows: np.ndarray, path: Path) -> None:
+    """Nine pictures as one PNG; where nothing is held out, of the responses that were trained on.
+
+    Args:
+        lines: of metrics.jsonl.
+        rows: the table of the held-out responses; empty where nothing is held out.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 10), layout="constrained")
+    FigureCanvasAgg(figure)
+    pictures = (
+        _draw_reliability, _draw_calibration_error, _draw_order,
+        _draw_length, _draw_log_ratio_per_token, _draw_saturation,
+        _draw_margins, _draw_rewards_of_sides, _draw_logps_of_sides,
+    )  # fmt: skip
+    for axes, picture in zip(figure.subplots(3, 3).flat, pictures, strict=True):
+        title, x, y = picture(axes, lines, rows)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=7)
+        else:
+            axes.text(0.5, 0.5, "nothing to show", ha="center", va="center", transform=axes.transAxes, color="gray")
+    figure.savefig(path, dpi=110)
+
+
+def _draw_reliability(axes: Any, lines: Lines, rows: np.ndarray) -> Labels:
+    """A calibrated policy lies on the diagonal; the area of a point is its number of responses."""
+    if not len(rows):
+        return _draw_over_steps(axes, lines, "score_error", "score error", "mean |implicit - given score|")
+    axes.plot([0, 1], [0, 1], color="gray", linewidth=0.8)
+    for kind, of_kind in _of_kinds(rows[np.isfinite(rows["implicit_score"])]):
+        bins = calibration(of_kind["implicit_score"], of_kind["score"])
+        areas = [20 + 200 * number / len(of_kind) for number, _, _ in bins]
+        axes.scatter(*zip(*[pair for _, *pair in bins], strict=True), s=areas, color=KIND_COLORS[kind], label=kind)
+    return "held out: reliability", "implicit score", "given score"
+
+
+def _draw_calibration_error(axes: Any, lines: Lines, rows: np.ndarray) -> Labels:
+    return _draw_over_steps(axes, lines, "calibration_error", "calibration", "calibration error")
+
+
+def _draw_order(axes: Any, lines: Lines, rows: np.ndarray) -> Labels:
+    part, prefix, style = _part(lines)
+    for kind, color in KIND_COLORS.items():
+        draw(axes, lines, f"{prefix}rank_correlation/{kind}", label=f"{kind}: rank", color=color, **style)
+    accuracy = f"{prefix}pair_accuracy/pair"
+    draw(axes, lines, accuracy, label="pair: accuracy", color="tab:red", linestyle="--", **style)
+    return f"{part}: order", "step", "rank correlation, accuracy"
+
+
+def _draw_length(axes: Any, lines: Lines, rows: np.ndarray) -> Labels:
+    if not len(rows):
+        return _draw_over_steps(axes, lines, "length_correlation", "length bias", "rank correlation with length")
+    for kind, of_kind in _of_kinds(rows[np.isfinite(rows["log_ratio"])]):
+        some = of_kind[:: max(1, len(of_kind) // _MOST_POINTS)]
+        axes.scatter(some["tokens"], some["log_ratio"], s=8, alpha=0.5, color=KIND_COLORS[kind], label=kind)
+    return "held out: length bias", "tokens of the response", "log-ratio (nats)"
+
+
+def _draw_log_ratio_per_token(axes: Any, lines: Lines, rows: np.ndarray) -> Labels:
+    return _draw_over_steps(
+        axes, lines, "log_ratio_per_token", "distance from the reference", "log-ratio a token (nats)"
+    )
+
+
+def _draw_saturation(axes: Any, lines: Lines, rows: np.ndarray) -> Labels:
+    for kind, color in KIND_COLORS.items():
+        draw(axes, lines, f"saturated_fitted/{kind}", label=f"{kind}: fitted", color=color, alpha=0.4)
+        draw(axes, lines, f"saturated_stuck/{kind}", label=f"{kind}: stuck", color=color)
+    return "training: without gradient (mse, l1)", "step", "share of responses"
+
+
+def _draw_margins(axes: Any, lines: Lines, rows: np.ndarray) -> Labels:
+    if not len(rows):
+        return _draw_over_steps(axes, lines, "pair_margin", "margins of pairs", "the loss's reward, chosen - rejected")
+    chosen, rejected = sides(rows)
+    margins = chosen["pair_reward"] - rejected["pair_reward"]
+    margins = margins[np.isfinite(margins)]
+    if len(margins):
+        axes.hist(margins, bins=30, color="tab:red", alpha=0.7, label=f"{np.mean(margins > 0):.0%} above 0")
+        axes.axvline(0, color="black", linewidth=0.8)
+    return "held out: margins of pairs", "the loss's reward, chosen - rejected", "pairs"
+
+
+def _draw_rewards_of_sides(axes: Any, lines: Lines, rows: np.ndarray) -> Labels:
+    return _draw_sides(axes, lines, "implicit_reward", "rewards", "the loss's reward")
+
+
+def _draw_logps_of_sides(axes: Any, lines: Lines, rows: np.ndarray) -> Labels:
+    return _draw_sides(axes, lines, "logp", "log-probs", "log-prob (nats)")
+
+
+def _draw_sides(axes: Any, lines: Lines, name: str, title: str, y: str) -> Labels:
+    for side, style in (("chosen", "-"), ("rejected", ":")):
+        draw(axes, lines, f"{name}_{side}/pair", label=side, color="tab:red", linestyle=style)
+    return f"training: {title} of the pairs' sides", "step", y
+
+
+def _draw_over_steps(axes: Any, lines: Lines, name: str, title: str, y: str) -> Labels:
+    """One metric of each kind."""
+    part, prefix, style = _part(lines)
+    for kind, color in KIND_COLORS.items():
+        draw(axes, lines, f"{prefix}{name}/{kind}", label=kind, color=color, **style)
+    return f"{part}: {title}", "step", y
+
+
+def _part(lines: Lines) -> tuple[str, str, dict[str, Any]]:
+    """What the metrics over steps are of, their names' prefix, and how they are drawn."""
+    if any("held_out/loss" in line for line in lines):
+        return "held out", "held_out/", {"marker": "o"}
+    return "training", "", {"alpha": 0.7}
+
+
+def _of_kinds(rows: np.ndarray) -> list[tuple[Kind, np.ndarray]]:
+    found = [(kind, rows[rows["kind"] == code]) for code, kind in enumerate(KINDS)]
+    return [(kind, of_kind) for kind, of_kind in found if len(of_kind)]

@@ -1,0 +1,195 @@
+"""What a user sees of a run while it goes on: a progress line with ETA, warnings, metrics in their files."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from uft_ds.data.example import KINDS
+from uft_ds.record.metrics import MetricsWriter
+
+logger = logging.getLogger("uft_ds")
+
+
+class Speaker(Protocol):
+    """Where sentences go; all ranks call it, one of them speaks."""
+
+    def say(self, text: str) -> None: ...
+    def warn(self, text: str) -> None: ...
+
+
+class Reporter(Speaker, Protocol):
+    """Where the loop sends what happened."""
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def held_out(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def checkpoint(self, step: int, waited_seconds: float) -> None: ...
+    @property
+    def metrics_bytes(self) -> int: ...
+    def __enter__(self) -> Reporter: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class SilentReporter:
+    """For the ranks that only log."""
+
+    metrics_bytes = 0
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def held_out(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def checkpoint(self, step: int, waited_seconds: float) -> None: ...
+    def say(self, text: str) -> None: ...
+
+    def warn(self, text: str) -> None:
+        logger.warning(text)
+
+    def __enter__(self) -> SilentReporter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+SECONDS_BETWEEN_LINES = 5.0
+"""Off a terminal."""
+
+
+class ConsoleReporter:
+    """A live bar on a terminal; elsewhere a line every few seconds, for a log that is read later."""
+
+    def __init__(self, console: Console, writer: MetricsWriter, num_steps: int) -> None:
+        self._console, self._writer, self._num_steps = console, writer, num_steps
+        self._last_line, self._training_seconds, self._steps_here = time.monotonic(), 0.0, 0
+        self._progress = _progress(console)
+        self._task = self._progress.add_task("training", total=num_steps, numbers="")
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._writer.write(step, metrics)
+        self._training_seconds, self._steps_here = self._training_seconds + metrics["seconds"], self._steps_here + 1
+        line = one_line(metrics)
+        logger.info("step %d %s", step, line)
+        self._progress.update(self._task, completed=step, numbers=line)
+        now = time.monotonic()
+        waited = now - self._last_line >= SECONDS_BETWEEN_LINES
+        if not self._console.is_terminal and (waited or step in (1, self._num_steps)):
+            self._last_line = now
+            remaining = self._training_seconds / self._steps_here * (self._num_steps - step)
+            _print(self._console, f"step {step}/{self._num_steps}  {line}  ETA {_clock(remaining)}")
+
+    def held_out(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._writer.write(step, metrics)
+        self.say(f"held out, step {step}:  {one_line({k.removeprefix('held_out/'): v for k, v in metrics.items()})}")
+
+    def checkpoint(self, step: int, waited_seconds: float) -> None:
+        self._writer.write(step, {"checkpoint/stall_seconds": waited_seconds})
+        logger.info("checkpoint of step %d: training waited %.3f s for its copy", step, waited_seconds)
+
+    @property
+    def metrics_bytes(self) -> int:
+        return self._writer.num_bytes
+
+    def say(self, text: str) -> None:
+        _say(self._console, text)
+
+    def warn(self, text: str) -> None:
+        _warn(self._console, text)
+
+    def __enter__(self) -> ConsoleReporter:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+        self._writer.close()
+
+
+class FillReporter:
+    """Progress of filling the reference cache, in responses; without a console it only logs."""
+
+    def __init__(self, console: Console | None, num_responses: int) -> None:
+        self._console, self._total, self._done, self._computed = console, num_responses, 0, 0
+        self._started = self._last_line = time.monotonic()
+        self._progress = _progress(console)
+        self._task = self._progress.add_task("reference", total=num_responses, numbers="")
+
+    def group(self, visited: int, computed: int) -> None:
+        """So many responses more are done, of which so many had to be computed."""
+        self._done, self._computed = self._done + visited, self._computed + computed
+        line = f"{self._computed} computed"
+        self._progress.update(self._task, completed=self._done, numbers=line)
+        now = time.monotonic()
+        is_due = now - self._last_line >= SECONDS_BETWEEN_LINES or self._done == self._total
+        if self._console is not None and not self._console.is_terminal and is_due:
+            self._last_line = now
+            remaining = (now - self._started) / self._done * (self._total - self._done)
+            self.say(f"reference: {self._done}/{self._total} responses, {line}  ETA {_clock(remaining)}")
+
+    def say(self, text: str) -> None:
+        _say(self._console, text)
+
+    def warn(self, text: str) -> None:
+        _warn(self._console, text)
+
+    def __enter__(self) -> FillReporter:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+
+def _progress(console: Console | None) -> Progress:
+    columns = (
+        TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(),
+        TextColumn("{task.fields[numbers]}"), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
+    )  # fmt: skip
+    is_live = console is not None and console.is_terminal
+    # Redirected streams would carry what libraries print from the rank's log to the terminal.
+    return Progress(*columns, console=console, disable=not is_live, redirect_stdout=False, redirect_stderr=False)
+
+
+def one_line(metrics: Mapping[str, float]) -> str:
+    """The few numbers that tell whether a step is healthy."""
+    parts = [f"loss {metrics['loss']:.4f}"]
+    rewards = {kind: metrics.get(f"implicit_reward/{kind}") for kind in KINDS}
+    shown = [f"{kind} {round(reward, 3) + 0.0:+.3f}" for kind, reward in rewards.items() if reward is not None]
+    if shown:
+        parts.append("reward " + ", ".join(shown))
+    if "tokens_per_second" in metrics:
+        parts.append(f"{metrics['tokens_per_second']:.0f} tokens/s")
+    return "  ".join(parts)
+
+
+def _say(console: Console | None, text: str) -> None:
+    logger.info(text)
+    if console is not None:
+        _print(console, text)
+
+
+def _warn(console: Console | None, text: str) -> None:
+    logger.warning(text)
+    if console is not None:
+        _print(console, f"warning: {text}", style="yellow")
+
+
+def _print(console: Console, text: str, style: str | None = None) -> None:
+    console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

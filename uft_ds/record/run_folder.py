@@ -1,0 +1,233 @@
+"""A run's folder: who owns it, what lies where, how it ended."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import time
+import uuid
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO
+
+from uft_ds.errors import UserError
+from uft_ds.host.files import write_atomically
+
+_OF_A_RUN = (
+    "recipe.yaml", "environment.json", "reference.json", "metrics.jsonl", "tensorboard", "wandb", "checkpoints",
+    "latest", "data", "status.json", "report.html", "curves.png", "health.png", "held_out.csv", "launcher.log", "DONE",
+    "quickstart.json", "identity.json", "resumed.json", "wandb-id",
+)  # fmt: skip
+
+
+_SECONDS_OF_A_LOOK = 1.0
+"""`is_owned` holds the lock for a moment."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a run ended, for the process that started it: launchers hide their workers' exit codes."""
+
+    exit_code: int
+    message: str
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def identity(self) -> Path:
+        """What a run is of, by content: a restart must be of the same."""
+        return self.path / "identity.json"
+
+    @property
+    def resumed(self) -> Path:
+        """From which checkpoint the run goes on; absent in one that starts at step 0."""
+        return self.path / "resumed.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def held_out_rows(self) -> Path:
+        """Each held-out response as of the newest evaluation."""
+        return self.path / "held_out.csv"
+
+    @property
+    def curves_picture(self) -> Path:
+        return self.path / "curves.png"
+
+    @property
+    def health_picture(self) -> Path:
+        return self.path / "health.png"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def latest(self) -> Path:
+        return self.path / "latest"
+
+    @property
+    def launcher_log(self) -> Path:
+        return self.path / "launcher.log"
+
+    @property
+    def done(self) -> Path:
+        return self.path / "DONE"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / ".uft-run"
+
+    def sample_data(self) -> Path:
+        """A few of the run's sequences, held-out ones where there are any: enough to check what was trained."""
+        return self.path / "data" / "sample"
+
+    def quarantine(self) -> Path:
+        """The rows that were left out because they cannot be read, and why."""
+        return self.path / "data" / "quarantine.jsonl"
+
+    def data_report(self) -> Path:
+        return self.path / "data" / "report.json"
+
+    def log(self, rank: int) -> Path:
+        return self.path / f"log-rank{rank}.txt"
+
+    def write_status(self, status: Status) -> None:
+        write_atomically(self.path / "status.json", json.dumps(asdict(status), indent=2) + "\n")
+
+    def write_first_status(self, status: Status) -> None:
+        """The first rank that fails knows why; the others only see its connections close. The first one stays."""
+        write_first(self.path / "status.json", status)
+
+    def read_status(self) -> Status | None:
+        """None while the run goes on, or where it died without a word."""
+        try:
+            return Status(**json.loads((self.path / "status.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+
+
+def write_first(path: Path, status: Status) -> None:
+    """Write a status unless there is one: whole or not at all, also beside ranks of other machines."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary.write_text(json.dumps(asdict(status), indent=2) + "\n", encoding="utf-8")
+    with suppress(FileExistsError):
+        path.hardlink_to(temporary)
+    temporary.unlink()
+
+
+def check_claimable(folder: RunFolder, *, overwrite: bool) -> None:
+    """Refuse a folder that holds a run, or anything else, before work is spent on the data.
+
+    Raises:
+        UserError: says what is there and what to do.
+    """
+    path = folder.path
+    if path.exists() and not path.is_dir():
+        raise UserError(f"output: {path} is a file, expected a folder")
+    if not path.exists() or not any(path.iterdir()):
+        return
+    # The lock is there from the first moment on; a recipe.yaml beside other data may be the user's own.
+    if not folder.lock.exists():
+        raise UserError(f"output: {path} holds files that are no run of ours; give another folder")
+    if not overwrite:
+        state = "is done;" if folder.done.exists() else "did not finish; go on with it by --resume,"
+        raise UserError(
+            f"output: {path} already holds a run that {state} delete it by --overwrite, "
+            "or give another folder by output=PATH"
+        )
+
+
+def claim(folder: RunFolder, *, overwrite: bool, lock: IO[str] | None = None) -> IO[str]:
+    """Create the folder (emptied of an older run, if asked) and lock it.
+
+    Args:
+        lock: of the folder, where it is locked already.
+    Returns:
+        the open lock: the folder is ours until it is closed or the process ends.
+    Raises:
+        UserError: it holds a run, another process owns it, or it cannot be written.
+    """
+    check_claimable(folder, overwrite=overwrite)
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        opened = lock or folder.lock.open("w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"output: {folder.path} cannot be written ({error.strerror})") from None
+    if lock is None:
+        _lock(folder, opened)
+    if overwrite:
+        _empty(folder.path)
+    return opened
+
+
+def claim_again(folder: RunFolder) -> IO[str]:
+    """Lock a run's folder as it is.
+
+    Raises:
+        UserError: another process owns it, or it cannot be written.
+    """
+    try:
+        lock = folder.lock.open("a", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"output: {folder.path} cannot be written ({error.strerror})") from None
+    _lock(folder, lock)
+    return lock
+
+
+def _lock(folder: RunFolder, lock: IO[str]) -> None:
+    deadline = time.monotonic() + _SECONDS_OF_A_LOOK
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                lock.close()
+                raise UserError(f"output: {folder.path} is in use by another run that is still going") from None
+        time.sleep(0.05)
+
+
+def is_owned(folder: RunFolder) -> bool:
+    """Whether a process holds the lock: the run goes on."""
+    with folder.lock.open("r", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
+def release(folder: RunFolder, lock: IO[str]) -> None:
+    """Undo `claim` after a failure: nothing is left of a run that never began."""
+    _empty(folder.path)
+    folder.lock.unlink(missing_ok=True)
+    lock.close()
+    with suppress(OSError):  # holds something of the user's
+        folder.path.rmdir()
+
+
+def _empty(path: Path) -> None:
+    for entry in path.iterdir():
+        is_temporary = entry.name.startswith(".") and entry.name.endswith(".tmp")
+        if not (entry.name in _OF_A_RUN or entry.name.startswith("log-rank") or is_temporary):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()

@@ -1,0 +1,256 @@
+"""Whether a run is healthy: numbers over the responses of a step, or of the held-out data, kind by kind.
+
+Everything is computed from one table with a row a response, gathered from all ranks.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence as Seq
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from uft_ds.data.example import KINDS, Kind
+from uft_ds.data.micro_batch import MicroBatch
+from uft_ds.host.files import write_atomically
+from uft_ds.objectives.losses import NEEDS_REFERENCE, PAIRWISE, POINTWISE, REFERENCE_FREE
+from uft_ds.objectives.objective import KindObjective, Objective, rewards_of
+from uft_ds.objectives.pairwise import log_odds
+
+ROW = np.dtype(
+    [
+        ("kind", "u1"), ("pair", "<i8"), ("score", "<f8"), ("tokens", "<f8"),
+        ("logp", "<f8"), ("log_ratio", "<f8"), ("reward", "<f8"), ("shift", "<f8"), ("implicit_score", "<f8"),
+        ("pair_reward", "<f8"),
+    ]
+)  # fmt: skip
+"""kind: index into KINDS. pair: its number in the step, -1 for none; the chosen side comes first. logp, log_ratio:
+nats, summed over tokens. reward: before the shift. log_ratio, reward and implicit_score are NaN where there is no
+reference. pair_reward: what the pair's loss takes the difference of; NaN where there is no pair."""
+
+SATURATED_BELOW = 0.01 * 0.25
+"""s (1 - s) of the implicit score s under 1% of its maximum: mse and l1 have no gradient left."""
+
+_CAN_SATURATE = frozenset({"mse", "l1"})
+"""Of the other pointwise losses, bce's slope in the reward is s - score, and raw's does not know the sigmoid."""
+
+FITTED_WITHIN = 0.1
+"""A saturated response whose implicit score is this near its score is fitted, otherwise stuck."""
+
+CALIBRATION_BINS = 10
+
+_CSV_COLUMNS = (
+    "origin", "kind", "pair", "score", "implicit_score", "implicit_reward", "reward_shift", "log_ratio", "logp",
+    "tokens", "pair_reward",
+)  # fmt: skip
+_FEWEST = 3
+"""Responses: of fewer, a correlation says nothing."""
+
+
+def response_rows(
+    objective: Objective,
+    batch: MicroBatch,
+    logps_R: Tensor,
+    reference_logps_R: Tensor | None,
+    shifts_R: Tensor | None,
+) -> np.ndarray:
+    """The table of one micro-batch: [responses] of ROW."""
+    rows = np.zeros(batch.num_responses, dtype=ROW)
+    rows["kind"] = [KINDS.index(response.kind) for response in batch.responses]
+    rows["pair"] = [-1 if response.pair_id is None else response.pair_id for response in batch.responses]
+    rows["score"] = [response.score for response in batch.responses]
+    rows["tokens"] = [response.num_tokens for response in batch.responses]
+    rows["logp"] = logps_R.cpu().numpy()
+    rows["log_ratio"] = rows["reward"] = np.nan
+    if reference_logps_R is not None:
+        rewards = rewards_of(objective, batch, logps_R, reference_logps_R)
+        rows["log_ratio"], rows["reward"] = rewards.log_ratios_R.cpu().numpy(), rewards.rewards_R.cpu().numpy()
+    if shifts_R is not None:
+        rows["shift"] = shifts_R.cpu().numpy()
+    rows["implicit_score"] = implicit_scores(objective, rows)
+    rows["pair_reward"] = np.where(rows["pair"] >= 0, pair_rewards(objective.of_kind["pair"], rows), np.nan)
+    return rows
+
+
+def implicit_scores(objective: Objective, rows: np.ndarray) -> np.ndarray:
+    """What each row's loss compares with the score: sigmoid(r), r = reward - shift; under `raw` alone r + 1/2."""
+    rewards = rows["reward"] - rows["shift"]
+    raw = [code for code, kind in enumerate(KINDS) if objective.of_kind[kind].losses.keys() & set(POINTWISE) == {"raw"}]
+    return np.asarray(np.where(np.isin(rows["kind"], raw), rewards + 0.5, 0.5 * (1 + np.tanh(rewards / 2))))
+
+
+def pair_rewards(of: KindObjective, rows: np.ndarray) -> np.ndarray:
+    """What the kind's pair loss takes the difference of: of several, the first with a reference, else the first.
+
+        with a reference  beta * log_ratio, as `reward`       odds_ratio  log odds of the mean token probability
+        simpo             beta * log pi a token               no loss     log pi a token
+        contrast          beta * log pi
+
+    Without a pair loss, losses with a reference (pointwise ones) mean the reward, too.
+    """
+    loss = next((name for name in (*PAIRWISE, *REFERENCE_FREE) if name in of.losses), None)
+    a_token = rows["logp"] / rows["tokens"]
+    if loss == "simpo":
+        return np.asarray(of.beta * a_token)
+    if loss == "contrast":
+        return np.asarray(of.beta * rows["logp"])
+    if loss == "odds_ratio":
+        return log_odds(torch.from_numpy(a_token)).numpy()
+    return np.asarray(rows["reward"] if NEEDS_REFERENCE & of.losses.keys() else a_token)
+
+
+def write_rows(path: Path, rows: np.ndarray, origins: Seq[str]) -> None:
+    """The table as CSV, for whoever wants to look at single responses; names as in the metrics.
+
+    Args:
+        origins: `file:line` of each row.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_CSV_COLUMNS)
+    for row, origin in zip(rows.tolist(), origins, strict=True):
+        value = dict(zip(ROW.names or (), row, strict=True))
+        pair = "" if value["pair"] < 0 else value["pair"]
+        shift = math.nan if math.isnan(value["reward"]) else value["shift"]  # nothing that it could move
+        numbers = [value["score"], value["implicit_score"], value["reward"], shift, value["log_ratio"], value["logp"]]
+        *shown, of_pair = ("" if math.isnan(x) else f"{x:.9g}" for x in (*numbers, value["pair_reward"]))
+        writer.writerow([origin, KINDS[value["kind"]], pair, *shown, int(value["tokens"]), of_pair])
+    write_atomically(path, text.getvalue())
+
+
+def read_rows(path: Path) -> np.ndarray:
+    """What `write_rows` wrote, to nine digits."""
+    with path.open(encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    rows = np.zeros(len(lines), dtype=ROW)
+
+    def number(text: str) -> float:
+        return float(text) if text else math.nan
+
+    rows["kind"] = [KINDS.index(line["kind"]) for line in lines]
+    rows["pair"] = [int(line["pair"] or -1) for line in lines]
+    for name in ("score", "tokens", "logp", "log_ratio", "implicit_score", "pair_reward"):
+        rows[name] = [number(line[name]) for line in lines]
+    rows["reward"] = [number(line["implicit_reward"]) for line in lines]
+    rows["shift"] = [number(line["reward_shift"] or "0") for line in lines]
+    return rows
+
+
+def health(rows: np.ndarray, objective: Objective) -> dict[str, float]:
+    """All numbers, named NAME/KIND; kinds without responses have none. What is undefined is NaN: names do not come and
+    go with the values."""
+    metrics: dict[str, float] = {}
+    for code, kind in enumerate(KINDS):
+        of_kind = rows[rows["kind"] == code]
+        if len(of_kind):
+            values = _amounts(of_kind) | _pairs(of_kind)
+            if objective.needs_reference:
+                values |= _against_reference(of_kind)
+            if can_saturate(objective, kind):
+                values |= _saturation(of_kind)
+            metrics |= {f"{name}/{kind}": float(value) for name, value in values.items()}
+    return metrics
+
+
+def can_saturate(objective: Objective, kind: Kind) -> bool:
+    """Whether a saturated sigmoid leaves the kind's loss without gradient."""
+    return bool(_CAN_SATURATE & objective.of_kind[kind].losses.keys())
+
+
+def _amounts(rows: np.ndarray) -> dict[str, float]:
+    return {"responses": len(rows), "response_tokens": rows["tokens"].mean()}
+
+
+def _against_reference(rows: np.ndarray) -> dict[str, float]:
+    scores, given = rows["implicit_score"], rows["score"]
+    return {
+        "implicit_reward": rows["reward"].mean(),
+        "implicit_score": scores.mean(),
+        "log_ratio": rows["log_ratio"].mean(),
+        "log_ratio_per_token": (rows["log_ratio"] / rows["tokens"]).mean(),
+        "score_error": np.abs(scores - given).mean(),
+        "calibration_error": calibration_error(scores, given),
+        # Of rewards, for the scores of large ones are all 1.
+        "rank_correlation": rank_correlation(rows["reward"] - rows["shift"], given),
+        "length_correlation": rank_correlation(rows["log_ratio"], rows["tokens"]),
+    }
+
+
+def _saturation(rows: np.ndarray) -> dict[str, float]:
+    scores = rows["implicit_score"]
+    if not np.isfinite(scores).all():
+        return dict.fromkeys(("saturated", "saturated_fitted", "saturated_stuck"), float("nan"))
+    saturated = scores * (1 - scores) < SATURATED_BELOW
+    stuck = saturated & (np.abs(scores - rows["score"]) > FITTED_WITHIN)
+    return {
+        "saturated": saturated.mean(),
+        "saturated_fitted": (saturated & ~stuck).mean(),
+        "saturated_stuck": stuck.mean(),
+    }
+
+
+def _pairs(rows: np.ndarray) -> dict[str, float]:
+    chosen, rejected = sides(rows)
+    if not len(chosen):
+        return {}
+    margins = chosen["pair_reward"] - rejected["pair_reward"]
+    return {
+        "logp_chosen": chosen["logp"].mean(),
+        "logp_rejected": rejected["logp"].mean(),
+        "implicit_reward_chosen": chosen["pair_reward"].mean(),
+        "implicit_reward_rejected": rejected["pair_reward"].mean(),
+        "pair_margin": margins.mean(),
+        # Before the first step every margin is exactly 0: neither right nor wrong.
+        "pair_accuracy": (np.sign(margins) / 2 + 0.5).mean(),
+    }
+
+
+def sides(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The chosen and the rejected rows of the pairs that are whole, in the same order."""
+    paired = rows[rows["pair"] >= 0]
+    order = np.argsort(paired["pair"], kind="stable")
+    paired = paired[order]
+    first = np.flatnonzero(paired["pair"][:-1] == paired["pair"][1:])
+    return paired[first], paired[first + 1]
+
+
+def calibration(scores: np.ndarray, given: np.ndarray) -> list[tuple[int, float, float]]:
+    """(number, mean implicit score, mean given score) of the responses in each bin of the implicit score.
+
+    Scores outside [0, 1], as `raw` may give them, are in the outermost bins.
+    """
+    bins = np.clip(scores * CALIBRATION_BINS, 0, CALIBRATION_BINS - 1).astype(int)
+    members = [bins == number for number in range(CALIBRATION_BINS)]
+    return [
+        (int(inside.sum()), float(scores[inside].mean()), float(given[inside].mean()))
+        for inside in members
+        if inside.any()
+    ]
+
+
+def calibration_error(scores: np.ndarray, given: np.ndarray) -> float:
+    """Expected calibration error: the mean over responses of their bin's |mean implicit - mean given score|."""
+    if not np.isfinite(scores).all():
+        return math.nan
+    return sum(number * abs(implicit - true) for number, implicit, true in calibration(scores, given)) / len(scores)
+
+
+def rank_correlation(left: np.ndarray, right: np.ndarray) -> float:
+    """Spearman's, with mean ranks for equal values; NaN where one side is all equal, or of too few."""
+    if len(left) < _FEWEST or not np.isfinite(left).all():
+        return math.nan
+    ranks, others = _mean_ranks(left), _mean_ranks(right)
+    if np.ptp(ranks) == 0 or np.ptp(others) == 0:
+        return math.nan
+    return float(np.corrcoef(ranks, others)[0, 1])
+
+
+def _mean_ranks(values: np.ndarray) -> np.ndarray:
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    return np.asarray((ends - (counts - 1) / 2)[place])

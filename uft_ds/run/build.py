@@ -1,0 +1,154 @@
+"""From a recipe to what a rank works with: the engine around its model, and the reference cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from uft_ds.checkpoint.load import stored_reference
+from uft_ds.data.example import KEY_BYTES
+from uft_ds.data.store.sequences import Pool
+from uft_ds.engine.engine import Engine, deepspeed_config, partitioned_loading, read_deepspeed_file
+from uft_ds.engine.zero_section import ranks_of_a_node
+from uft_ds.known.cache import ReferenceCache
+from uft_ds.known.store import LogpTable, ReferenceStore, set_aside
+from uft_ds.recipe.schema import Recipe
+from uft_ds.record.report import Speaker
+from uft_ds.record.run_folder import RunFolder
+from uft_ds.run.checks import check_sharding
+from uft_ds.run.resolve import cache_dir, objective_of, reference_mode
+from uft_ds.streams.adapters import add_adapters, start_from_adapter
+from uft_ds.streams.identity import reference_identity
+from uft_ds.streams.load import attention_parity, decoder_layer_class, load_base
+from uft_ds.streams.model import UFTModel
+from uft_ds.training.evaluate import check_reference_cache
+
+
+def build_engine(recipe: Recipe, reporter: Speaker) -> tuple[Engine, UFTModel]:
+    """Load the base, shard by shard under ZeRO-3, add adapters and wrap both."""
+    assert recipe.lora is not None
+    dtype = getattr(torch, recipe.model.dtype)
+    for warning in check_sharding(recipe, ranks=torch.distributed.get_world_size(), ranks_per_node=ranks_of_a_node()):
+        reporter.warn(warning)
+    config = deepspeed_config(
+        read_deepspeed_file(recipe.deepspeed), dtype=dtype, max_grad_norm=recipe.train.max_grad_norm
+    )
+    reporter.say(f"loading {recipe.model.base}")
+    with partitioned_loading(config):
+        base = load_base(
+            recipe.model.base,
+            revision=recipe.model.revision,
+            dtype=dtype,
+            attention=recipe.model.attention,
+            gradient_checkpointing=recipe.model.gradient_checkpointing,
+        )
+    policy = add_adapters(
+        base,
+        rank=recipe.lora.rank,
+        alpha=recipe.lora.alpha,
+        targets=recipe.lora.targets,
+        dtype=getattr(torch, recipe.lora.dtype),
+        seed=recipe.train.seed,
+    )
+    if recipe.reference.adapter is not None:
+        start_from_adapter(policy, Path(recipe.reference.adapter))
+    model = UFTModel(
+        policy,
+        reference_mode=reference_mode(recipe),
+        activation_offload=recipe.model.activation_offload,
+        chunk_bytes=None if recipe.model.logits_mib is None else recipe.model.logits_mib * 2**20,
+    )
+    layer_class = decoder_layer_class(base)
+    engine = Engine(
+        model,
+        config,
+        layer_class=layer_class,
+        weight_decay=recipe.train.weight_decay,
+        betas=(recipe.train.betas[0], recipe.train.betas[1]),
+        attention_parity=attention_parity(base.config),
+        collective_timeout_minutes=recipe.launch.collective_timeout_minutes,
+    )
+    return engine, model
+
+
+def build_reference_cache(
+    recipe: Recipe,
+    folder: RunFolder,
+    engine: Engine,
+    model: UFTModel,
+    pools: Seq[Pool],
+    reporter: Speaker,
+    checkpoint: Path | None = None,
+) -> ReferenceCache:
+    """What the store knows of the run's responses, checked against the reference itself.
+
+    Rank 0 reads the store, once: the others might see what other runs have added since. Every rank must call it.
+
+    Args:
+        checkpoint: that the run goes on from: it knows what it knew then, whatever the store knows by now.
+    """
+    if not objective_of(recipe).needs_reference:
+        return ReferenceCache("unneeded")
+    if not recipe.reference.cache:
+        return ReferenceCache("live")
+    assert recipe.lora is not None
+    identity = reference_identity(
+        _reference_content(folder),
+        dtype=recipe.model.dtype,
+        attention=model.attention,
+        adapter_dtype=recipe.lora.dtype if recipe.reference.adapter else None,
+    )
+    store, snapshot = None, [LogpTable()]
+    files: tuple[Path, ...] = ()
+    if engine.rank == 0:
+        store = ReferenceStore.below(cache_dir(recipe), identity)
+        if checkpoint is None:
+            snapshot[0], files = _read_snapshot(store, pools, reporter)
+        else:
+            snapshot[0] = stored_reference(checkpoint, identity)
+    torch.distributed.broadcast_object_list(snapshot, src=0)
+    cache = ReferenceCache("remembered", snapshot[0], identity=identity, store=store)
+    check = check_reference_cache(
+        engine,
+        cache,
+        pools,
+        tokens_per_micro_batch=recipe.train.tokens_per_micro_batch,
+        dtype=getattr(torch, recipe.model.dtype),
+    )
+    if check is not None and check.agrees:
+        reporter.say(
+            f"reference cache: {cache.num_known} responses known; {check.num_responses} compared with the reference "
+            f"itself, at most {check.difference:.2g} nats apart"
+        )
+    elif check is not None:
+        renamed = set_aside(files)
+        reporter.warn(
+            f"reference cache: {check.origin} is {check.difference:.3g} nats from the reference itself, more than "
+            f"rounding: none of {cache.num_known} stored values is used; {renamed} of {len(files)} files in "
+            f"{cache_dir(recipe)} renamed, so that no other run reads them"
+        )
+        cache.forget()
+    return cache
+
+
+def _reference_content(folder: RunFolder) -> dict[str, Any]:
+    """What the reference's log-probs depend on besides the tokens and how it is computed."""
+    identity = json.loads(folder.identity.read_text(encoding="utf-8"))
+    return {**identity["base"], "adapter": identity["adapter"]}
+
+
+def _read_snapshot(store: ReferenceStore, pools: Seq[Pool], reporter: Speaker) -> tuple[LogpTable, tuple[Path, ...]]:
+    stored = store.read()
+    for problem in stored.problems:
+        reporter.warn(f"reference cache: {problem}; its responses are computed again")
+    if not stored.table:
+        return {}, stored.files
+    names = np.array(list(stored.table), dtype=f"V{KEY_BYTES}").view(f"S{KEY_BYTES}")
+    is_wanted = np.isin(names, np.concatenate([pool.keys_R for pool in pools]))
+    kept = zip(stored.table.items(), is_wanted.tolist(), strict=True)
+    return {key: logp for (key, logp), wanted in kept if wanted}, stored.files

@@ -1,0 +1,157 @@
+"""Starting the ranks of a run on this machine, and learning how it ended."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+
+import psutil
+import torch
+
+from uft_ds.errors import EXIT_CRASHED, EXIT_INTERRUPTED, EXIT_STOPPED, UserError
+from uft_ds.host.ports import free_port, is_free
+from uft_ds.host.process import LAUNCHED_BY, die_with_parent
+from uft_ds.record.run_folder import RunFolder, Status
+
+_SECONDS_TO_STOP = 15
+_POLL_SECONDS = 0.5
+_STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+RANK_MODULE = "uft_ds.train"
+
+
+def number_of_ranks(asked: int | str) -> int:
+    """`auto`: one a GPU, two on a CPU.
+
+    Raises:
+        UserError: more ranks than GPUs.
+    """
+    gpus = torch.cuda.device_count()
+    if asked == "auto":
+        return gpus or 2
+    if gpus and int(asked) > gpus:
+        raise UserError(f"launch.ranks: {asked} asked for, but this machine has {gpus} GPUs")
+    return int(asked)
+
+
+def master_port() -> int:
+    """MASTER_PORT where it is set, a free port otherwise.
+
+    Raises:
+        UserError: the given port is taken.
+    """
+    given = os.environ.get("MASTER_PORT")
+    if given is not None and not (given.isdigit() and 0 < int(given) < 65536):
+        raise UserError(f"MASTER_PORT: found {given!r}, expected a port number")
+    if given is None:
+        return free_port()
+    if not is_free(int(given)):
+        raise UserError(f"port {given} is in use; unset MASTER_PORT, or give a free one")
+    return int(given)
+
+
+def launch(
+    folder: RunFolder, *, ranks: int, port: int, options: tuple[str, ...] = (), say: Callable[[str], None] = print
+) -> Status:
+    """Run `uft_ds.train` on `ranks` processes until they end; the folder is prepared and locked by the caller.
+
+    A signal that asks to stop is passed on to the ranks, which save first; a second Ctrl-C ends them at once. The
+    launcher's own output goes to launcher.log: it hides exit codes and prints tracebacks for all of them.
+    """
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(ranks)),
+        *("--master-addr", "127.0.0.1", "--master-port", str(port), "--max-restarts", "0"),
+        *("-m", RANK_MODULE, str(folder.recipe), "--prepared", *options),
+    ]
+    heard: list[int] = []
+    with folder.launcher_log.open("w", encoding="utf-8") as log, _noting(heard):
+        process = subprocess.Popen(
+            command, stderr=log, env=rank_environment(ranks), start_new_session=True, preexec_fn=_as_child
+        )
+        has_said = False
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_POLL_SECONDS)
+                break
+            if heard.count(signal.SIGINT) > 1:
+                _stop(process)
+                return Status(EXIT_INTERRUPTED, "interrupted")
+            if heard:
+                if not has_said:
+                    say("stopping: the step that is running is finished and saved first (Ctrl-C again: at once)")
+                    has_said = True
+                _ask_to_stop(process)
+    codes = _exit_codes(folder)
+    killed = [f"rank {rank} was killed (signal {-code})" for rank, code in codes.items() if code < 0]
+    if killed:
+        why = f"{', '.join(killed)}: out of memory? See {folder.launcher_log} and the system's log"
+        return Status(EXIT_CRASHED, why)
+    if heard and EXIT_STOPPED in codes.values():
+        status = folder.read_status() or Status(EXIT_STOPPED, "stopped before it trained; nothing is lost")
+        # The ranks know only what they were sent.
+        status = replace(status, message=status.message.replace("SIGUSR1", signal.Signals(heard[0]).name))
+        folder.write_status(status)
+        return status
+    return folder.read_status() or Status(EXIT_CRASHED, f"the ranks ended without a word; see {folder.launcher_log}")
+
+
+@contextmanager
+def _noting(heard: list[int]) -> Iterator[None]:
+    """Within the block a signal that asks to stop is noted, and nothing else."""
+    before = {number: signal.signal(number, lambda number, _: heard.append(number)) for number in _STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _as_child() -> None:
+    """In the child before its program starts: the launcher must survive what is sent to its ranks."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # inherited by the ranks until they have a handler
+    die_with_parent()
+
+
+def _ask_to_stop(launcher: subprocess.Popen[bytes]) -> None:
+    """Signal the ranks; again and again, for one that has just been started does not listen yet."""
+    with suppress(psutil.Error):
+        for child in psutil.Process(launcher.pid).children(recursive=True):
+            with suppress(psutil.Error):
+                if RANK_MODULE in child.cmdline():
+                    child.send_signal(signal.SIGUSR1)
+
+
+def rank_environment(ranks: int) -> dict[str, str]:
+    """What the ranks inherit, with defaults for whatever the user has not set."""
+    defaults = {
+        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks)),
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+    }
+    return defaults | dict(os.environ) | {LAUNCHED_BY: str(os.getpid())}
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(timeout=_SECONDS_TO_STOP)
+            return
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _exit_codes(folder: RunFolder) -> dict[int, int]:
+    """Of the ranks that failed, by rank, as the launcher's log has them: one that is killed can say nothing itself."""
+    log = folder.launcher_log.read_text(encoding="utf-8", errors="replace")
+    found = re.findall(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)", log)
+    return {int(rank): int(code) for code, rank in found}

@@ -1,0 +1,163 @@
+"""What a recipe trains on, for the eye: rows with their masks, and tables of what is taken and what is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from uft_ds.data.example import Sequence
+from uft_ds.data.mixture import Steps
+from uft_ds.data.sources import PreparedSource
+from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
+from uft_ds.recipe.schema import Recipe
+from uft_ds.run.prepare import PreparedData
+from uft_ds.run.unused import unused
+
+PROMPT, SUPERVISED, HEADER = "dim", "black on green", "bold"
+OPEN, CLOSE = "⟦", "⟧"
+"""Around supervised tokens, for terminals and files without colours."""
+
+_SHOWN_TOKENS = 200
+_MUCH_LEFT_OUT = 0.2
+_MANY_PASSES = 10
+
+
+def legend() -> Text:
+    return Text.assemble("tokens: ", ("context", PROMPT), "  ", (f"{OPEN}supervised{CLOSE}", SUPERVISED))
+
+
+def rendered_rows(source: PreparedSource, chat: ChatTokenizer, *, count: int, seed: int, full: bool) -> Iterator[Text]:
+    """Sampled units of a source: where they come from, counts, scores, and their tokens with the mask."""
+    selection = source.selection
+    sample = np.random.default_rng(seed).permutation(len(selection))[:count]
+    for index in sorted(int(index) for index in sample):
+        for sequence in selection.unit(index):
+            yield rendered(sequence, chat, full=full)
+
+
+def rendered(sequence: Sequence, chat: ChatTokenizer, *, full: bool) -> Text:
+    """One sequence: a line of numbers, then its text as the model reads it, control tokens included."""
+    responses = sequence.responses
+    supervised = sum(response.num_tokens for response in responses)
+    scores = ", ".join(f"{response.kind} {response.score:.3g}" for response in responses)
+    head = f"{responses[0].origin}: {sequence.num_tokens} tokens, {supervised} supervised; {scores}\n"
+    ids = sequence.token_ids_T.tolist()
+    text = Text.assemble((head, HEADER))
+    at = 0
+    for response in responses:
+        text.append(_decoded(chat, ids[at : response.start], full, keep_start=at == 0), PROMPT)
+        text.append(
+            OPEN + _decoded(chat, ids[response.start : response.end], full, keep_start=True) + CLOSE, SUPERVISED
+        )
+        at = response.end
+    return text.append("\n")
+
+
+def data_table(data: PreparedData) -> Table:
+    """What a run takes of each source; left out: responses, and rows that gave none."""
+    table = _table("", "data", "kind", "responses", "tokens", "per epoch", "left out")
+    for part, sources, per_epoch in (
+        ("train", data.train, data.epoch_amounts),
+        ("held out", data.held_out, [None] * len(data.held_out)),
+    ):
+        for source, amount in zip(sources, per_epoch, strict=True):
+            selection, account = source.selection, source.account
+            table.add_row(
+                part,
+                Text(source.label),
+                Text(", ".join(sorted(selection.kinds))),
+                f"{selection.num_responses:,}",
+                f"{selection.num_tokens:,}",
+                "" if amount is None else _amount(amount, selection.num_responses),
+                f"{sum(account.dropped.values()) + account.quarantined:,}",
+            )
+    return table
+
+
+def _amount(responses: float, of: int) -> str:
+    shown = f"{responses:,.1f}".removesuffix(".0")
+    passes = responses / of
+    return shown if passes == 1 else f"{shown} ({passes:.2g} x)"
+
+
+def show_data(recipe: Recipe, data: PreparedData, console: Console) -> None:
+    """The tables, and what a user may not have meant."""
+    console.print(data_table(data))
+    left_out = left_out_table(data)
+    if left_out is not None:
+        console.print(left_out)
+    for note in notes(data):
+        console.print(note)
+    for text in unused(recipe, data):
+        console.print(Text(f"note: {text}"))
+
+
+def notes(data: PreparedData) -> Iterator[Text]:
+    """What a user may not have meant: most of a source left out, or its rows met very often."""
+    for source in data.all:
+        left_out, found = sum(source.account.dropped.values()), len(source.selection.store.responses)
+        if left_out > _MUCH_LEFT_OUT * (left_out + found):
+            yield Text(f"note: {source.label}: {left_out:,} of {left_out + found:,} responses are left out")
+    for source, amount in zip(data.train, data.epoch_amounts, strict=True):
+        passes = amount / source.selection.num_responses
+        if passes > _MANY_PASSES:
+            yield Text(f"note: {source.label}: an epoch goes {passes:.3g} times through its responses")
+
+
+def left_out_table(data: PreparedData) -> Table | None:
+    """Each reason for which responses were left out or changed, with the first places; None: nothing was."""
+    table = _table("source", "reason", "number", "first places", title="left out, or changed", title_justify="left")
+    for source in data.all:
+        account = source.account
+        for counts in (account.dropped, account.changed):
+            for reason, count in counts.items():
+                places = ", ".join(source.selection.store.places_of(reason))
+                table.add_row(Text(source.label), reason, f"{count:,}", Text(places))
+        if account.skipped:
+            table.add_row(Text(source.label), "not selected by where", f"{account.skipped:,} rows", "")
+        if account.quarantined:
+            first = [f"{place}: {reason}" for place, reason in source.first_bad_rows]
+            file = f"all, with reasons: {source.quarantine_file}"
+            reason = "bad rows, quarantined"
+            table.add_row(Text(source.label), reason, f"{account.quarantined:,} rows", Text("\n".join([*first, file])))
+    return table if table.row_count else None
+
+
+def steps_line(steps: Steps, examples_per_step: int) -> Text:
+    """How long a run over it is."""
+    first = steps[0]
+    tokens = sum(sequence.num_tokens for sequence in first.sequences)
+    holds = f"{len(first.responses)} responses in {len(first.sequences)} sequences, {tokens:,} tokens"
+    if len(steps) == 1:
+        return Text(f"1 step: {holds}")
+    return Text(f"{len(steps):,} steps of at least {examples_per_step} responses; the first has {holds}")
+
+
+def _table(*headers: str, **options: Any) -> Table:
+    """Words and places are folded where a terminal is narrow, never cut: the end of a place is its line."""
+    numbers = {"responses", "tokens", "per epoch", "left out", "number"}
+    columns = [
+        Column(
+            header,
+            overflow="fold",
+            justify="right" if header in numbers else "left",
+            no_wrap=header in {*numbers, "", "kind"},
+        )
+        for header in headers
+    ]
+    return Table(*columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), **options)
+
+
+def _decoded(chat: ChatTokenizer, ids: list[int], full: bool, *, keep_start: bool) -> str:
+    if full or len(ids) <= _SHOWN_TOKENS:
+        return str(chat.tokenizer.decode(ids))
+    half = _SHOWN_TOKENS // 2
+    head = str(chat.tokenizer.decode(ids[:half])) if keep_start else ""
+    cut = len(ids) - (2 * half if keep_start else half)
+    return f"{head} [... {cut} tokens ...] {chat.tokenizer.decode(ids[-half:])}"

@@ -1,0 +1,274 @@
+"""One rank of a run, from its arguments to its exit code."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import IO, TextIO
+
+import torch
+from rich.console import Console
+
+from uft_ds.checkpoint.load import restore_engine
+from uft_ds.checkpoint.state import read_position
+from uft_ds.checkpoint.writer import CheckpointWriter
+from uft_ds.data.mixture import Step, in_order
+from uft_ds.engine.engine import Engine, init_distributed
+from uft_ds.engine.zero_section import ranks_of_a_node
+from uft_ds.errors import EXIT_CRASHED, EXIT_DONE, CheckFailed, Stopped, UserError
+from uft_ds.host.process import die_with_parent
+from uft_ds.host.signals import Stop, StopRequest
+from uft_ds.known.cache import fill
+from uft_ds.recipe.file import load_recipe
+from uft_ds.recipe.schema import Recipe
+from uft_ds.record.html_report import write_report
+from uft_ds.record.metrics import MetricsWriter
+from uft_ds.record.report import ConsoleReporter, FillReporter, Reporter, SilentReporter, Speaker
+from uft_ds.record.run_folder import RunFolder, Status, write_first
+from uft_ds.run.build import build_engine, build_reference_cache
+from uft_ds.run.checks import check_sharding
+from uft_ds.run.prepare import ensure_data, open_data, prepare_run, steps_of
+from uft_ds.run.resolve import cache_dir, objective_of
+from uft_ds.run.resume import nothing_to_do, prepare_resume, resumed_from
+from uft_ds.run.waiting import while_others_wait
+from uft_ds.training.evaluate import check_against_hugging_face, check_log_ratios_are_zero
+from uft_ds.training.loop import START, train
+
+GROUPS_BETWEEN_FLUSHES = 20
+"""Of a fill: what is lost at most when it is killed, in steps' worth of responses."""
+
+logger = logging.getLogger("uft_ds")
+
+
+OUTCOME = "UFT_OUTCOME"
+"""Environment variable: a file for how this start ended, whether or not it came to a run's folder."""
+
+
+def main(request: StopRequest, arguments: list[str] | None = None) -> int:
+    """Run one rank; returns the exit code.
+
+    Args:
+        request: what has been and will be heard of stopping.
+    """
+    status = Status(EXIT_CRASHED, "it was ended")
+    try:
+        request.heed()
+        status = _main(request, arguments)
+        return status.exit_code
+    except Stopped as stopped:
+        status = Status(stopped.exit_code, str(stopped))
+        raise
+    except Exception as error:
+        status = _crash(error)
+        raise
+    finally:
+        if path := os.environ.get(OUTCOME):
+            write_first(Path(path), status)
+
+
+def _main(request: StopRequest, arguments: list[str] | None) -> Status:
+    parser = argparse.ArgumentParser(prog="uft_ds.train", description="One rank of a training run.")
+    parser.add_argument("recipe", help="name of a shipped recipe, or a YAML file")
+    parser.add_argument("overrides", nargs="*", help="key.path=value")
+    parser.add_argument("--overwrite", action="store_true", help="delete the run that the output folder holds")
+    parser.add_argument("--resume", action="store_true", help="go on from the run's newest whole checkpoint")
+    parser.add_argument("--only-reference", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--prepared", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # added by the deepspeed launcher
+    options = parser.parse_args(arguments)
+    die_with_parent()
+    rank = int(os.environ.get("RANK", "0"))
+    folder: RunFolder | None = None
+    try:
+        recipe = load_recipe(options.recipe, tuple(options.overrides))
+        # Each rank sees it for itself: nobody changes a run that is done.
+        if options.resume and (done := nothing_to_do(recipe)) is not None:
+            if rank == 0:
+                print(f"{done.path} is done: there is nothing to go on with")
+            return Status(EXIT_DONE, "done")
+        init_distributed(recipe.launch.collective_timeout_minutes)
+        lock: IO[str] | None = None
+        if not options.prepared:
+            lock = while_others_wait(
+                "prepare", lambda: _prepared(recipe, options.resume, options.overwrite), works=rank == 0
+            )
+        folder = RunFolder(Path(recipe.output))  # ours only from here on
+        recipe = load_recipe(str(folder.recipe))  # as prepared: paths, adapter and revision are fixed there
+        # On each machine the first rank; those of the others wait too: they would meet them in a collective.
+        while_others_wait("data", partial(ensure_data, recipe, folder), works=os.environ.get("LOCAL_RANK", "0") == "0")
+        with _own_streams(folder, rank) as terminal:
+            work = _fill_reference if options.only_reference else _run
+            work(recipe, folder, Console(file=terminal), request)
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+        del lock
+        return Status(EXIT_DONE, "done")
+    except Stopped as stopped:
+        status = Status(stopped.exit_code, str(stopped))
+        if folder is not None:
+            folder.write_first_status(status)
+        if rank == 0 and stopped.by_all and not options.prepared:
+            print(stopped)  # one that leaves alone is often ended by its launcher, for another rank's mistake
+        return status
+    except (UserError, CheckFailed) as error:
+        status = Status(error.exit_code, str(error))
+        if folder is not None:
+            folder.write_first_status(status)
+        if rank == 0 and (folder is None or not options.prepared):
+            print(f"error: {error}", file=sys.stderr)
+        return status
+    except Exception as error:
+        if folder is not None:
+            folder.write_first_status(_crash(error, f" (traceback in {folder.log(rank)})"))
+        raise
+
+
+def _crash(error: Exception, where: str = "") -> Status:
+    message = f"{type(error).__name__}: {str(error).strip()[:300]}"
+    return Status(EXIT_CRASHED, f"rank {os.environ.get('RANK', '0')} crashed: {message}{where}")
+
+
+def _prepared(recipe: Recipe, resume: bool, overwrite: bool) -> IO[str]:
+    check_sharding(recipe, ranks=int(os.environ["WORLD_SIZE"]), ranks_per_node=ranks_of_a_node())
+    if resume:
+        return prepare_resume(recipe, say=print)[2]
+    return prepare_run(recipe, overwrite=overwrite)[2]
+
+
+def _run(recipe: Recipe, folder: RunFolder, console: Console, request: StopRequest) -> None:
+    _make_deterministic(recipe.train.deterministic)
+    data = open_data(recipe, folder)
+    steps = steps_of(recipe, data)
+    held_out = in_order([source.selection for source in data.held_out], recipe.train.examples_per_step)
+    objective = objective_of(recipe)
+    checkpoint = resumed_from(folder)
+    state = START if checkpoint is None else read_position(checkpoint).state
+    after_step = None if checkpoint is None else state.step
+    with _together(), _reporter(recipe, folder, console, len(steps), after_step) as reporter:
+        engine, model = build_engine(recipe, reporter)
+        # With fresh adapters, whatever the checkpoint holds: it is policy and reference that are compared.
+        _check_start(engine, recipe, steps[0], reporter)
+        pools = [source.selection for source in data.all]
+        reference = build_reference_cache(recipe, folder, engine, model, pools, reporter, checkpoint)
+        if checkpoint is not None:
+            restore_engine(engine, checkpoint, state, reporter)
+        writer = CheckpointWriter(
+            engine, model.policy, folder, reporter, keep=recipe.train.keep_checkpoints, best=recipe.train.keep_best
+        )
+        policy, settings, stop = model.policy, recipe.train, Stop(request, engine.agree)
+        request.only_note()
+        train(engine, policy, steps, held_out, objective, settings, folder, reporter, reference, writer, state, stop)
+    if engine.rank == 0:
+        folder.write_status(Status(EXIT_DONE, "done"))
+        folder.done.touch()
+        try:
+            write_report(folder, recipe.name)
+        except Exception:  # the run is done and saved: a picture that fails must not undo that
+            logger.exception("report.html could not be written")
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """All ranks leave the block at a stop before any of them ends: launchers kill the others when one has ended."""
+    try:
+        yield
+    except Stopped as stopped:
+        if stopped.by_all:
+            torch.distributed.barrier()
+        raise
+
+
+def _check_start(engine: Engine, recipe: Recipe, step: Step, reporter: Speaker) -> None:
+    shortest = min(step.sequences, key=lambda sequence: sequence.num_tokens)
+    check_against_hugging_face(engine, shortest, dtype=getattr(torch, recipe.model.dtype))
+    if not objective_of(recipe).needs_reference:
+        return
+    largest = check_log_ratios_are_zero(
+        engine,
+        step,
+        tokens_per_micro_batch=recipe.train.tokens_per_micro_batch,
+        tolerance=recipe.reference.step_zero_tolerance,
+    )
+    reporter.say(f"before the first step: every log-ratio is {largest} nats, {len(step.responses)} responses")
+
+
+def _fill_reference(recipe: Recipe, folder: RunFolder, console: Console, request: StopRequest) -> None:
+    """Compute the reference of all data, held-out data included, and store it for the runs to come."""
+    _make_deterministic(recipe.train.deterministic)
+    pools = [source.selection for source in open_data(recipe, folder).all]
+    groups = in_order(pools, recipe.train.examples_per_step)
+    num_responses = sum(pool.num_responses for pool in pools)
+    with _together(), _fill_reporter(console, num_responses) as reporter:
+        engine, model = build_engine(recipe, reporter)
+        _check_start(engine, recipe, groups[0], reporter)
+        cache = build_reference_cache(recipe, folder, engine, model, pools, reporter)
+        known_before = cache.num_known
+        request.only_note()
+        fill(
+            engine,
+            cache,
+            groups,
+            recipe.train.tokens_per_micro_batch,
+            flush_every=GROUPS_BETWEEN_FLUSHES,
+            on_group=reporter.group,
+            stop=Stop(request, engine.agree),
+        )
+    if engine.rank == 0:
+        found = f"{cache.num_known} distinct responses of {num_responses}: {known_before} were known"
+        computed = f"{cache.num_known - known_before} computed and stored below {cache_dir(recipe)}"
+        folder.write_status(Status(EXIT_DONE, f"{found}, {computed}"))
+
+
+def _reporter(recipe: Recipe, folder: RunFolder, console: Console, num_steps: int, after_step: int | None) -> Reporter:
+    if torch.distributed.get_rank() != 0:
+        return SilentReporter()
+    writer = MetricsWriter(
+        folder.path,
+        tuple(recipe.tracking),
+        run_name=recipe.name,
+        config=recipe.model_dump(mode="json"),
+        after_step=after_step,
+    )
+    return ConsoleReporter(console, writer, num_steps)
+
+
+def _fill_reporter(console: Console, num_responses: int) -> FillReporter:
+    return FillReporter(console if torch.distributed.get_rank() == 0 else None, num_responses)
+
+
+@contextmanager
+def _own_streams(folder: RunFolder, rank: int) -> Iterator[TextIO]:
+    """Send everything that libraries print to the rank's log; hand out the terminal for our own words."""
+    terminal = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
+    saved = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
+    # torch warns of deprecated collectives at each of DeepSpeed's calls: once is enough for a log.
+    warnings.simplefilter("once", FutureWarning)
+    with folder.log(rank).open("a", buffering=1, encoding="utf-8") as log:
+        logging.basicConfig(stream=log, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        try:
+            for descriptor in saved:
+                os.dup2(log.fileno(), descriptor)
+            yield terminal
+        except Exception as error:
+            if not isinstance(error, UserError | CheckFailed):
+                logger.exception("unexpected error")
+            raise
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for descriptor, original in saved.items():
+                os.dup2(original, descriptor)
+
+
+def _make_deterministic(deterministic: bool) -> None:
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # read by transformers
+        torch.use_deterministic_algorithms(True)

@@ -1,0 +1,238 @@
+"""Going on with a run: from which checkpoint, and whether it is still the same run.
+
+Nothing is changed before everything has been found to be the same; then what was written after the checkpoint goes.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from itertools import takewhile
+from pathlib import Path
+from typing import IO, Any
+
+from uft_ds.checkpoint.folder import checkpoints_of, newest_whole, point_latest, set_aside, set_aside_of
+from uft_ds.checkpoint.state import read_position
+from uft_ds.data.store.tokenized import is_whole
+from uft_ds.errors import UserError
+from uft_ds.host.files import write_atomically
+from uft_ds.recipe.file import dump_recipe, leaves_of, load_recipe
+from uft_ds.recipe.schema import Recipe
+from uft_ds.record.run_folder import RunFolder, claim_again
+from uft_ds.run.prepare import OnProgress, PreparedData, check_run, environment, open_data, prepare_run, run_identity
+from uft_ds.run.resolve import tokenized_dir, with_absolute_paths
+
+MAY_CHANGE = (
+    "name", "output", "launch.*", "tracking*", "deepspeed", "data.workers", "*.cache_dir", "train.checkpoint_every",
+    "train.keep_checkpoints", "train.keep_best", "train.evaluate_every", "train.max_skipped_steps",
+    "train.tokens_per_micro_batch", "model.gradient_checkpointing", "model.activation_offload", "model.logits_mib",
+)  # fmt: skip
+"""Keys by pattern that decide how a run is computed, not what: with another value losses agree to rounding."""
+
+Say = Callable[[str], None]
+
+
+def prepare_resume(
+    recipe: Recipe, *, say: Say, on_progress: OnProgress = lambda label, done, total: None
+) -> tuple[RunFolder, PreparedData, IO[str]]:
+    """Choose the checkpoint that a run goes on from, and check that recipe, base, tokenizer and data are the same.
+
+    A run without any checkpoint starts at step 0.
+
+    Returns:
+        the folder, the data, and the folder's lock.
+    Raises:
+        UserError: the run is another one, or has checkpoints of which none is whole; nothing has been changed.
+    """
+    folder = RunFolder(Path(recipe.output).absolute())
+    if not folder.lock.exists():
+        say(f"{folder.path} holds no run: starting at step 0")
+        return prepare_run(recipe, overwrite=False, on_progress=on_progress)
+    lock = claim_again(folder)
+    try:
+        checkpoint, problems = newest_whole(folder.path)
+        problems += [f"{path.name}: damaged, and set aside before" for path in set_aside_of(folder.path)]
+        if checkpoint is None and problems:
+            raise UserError("\n".join([f"{folder.path}: none of the run's checkpoints can be used", *problems]))
+        if checkpoint is None:
+            _check_nothing_is_lost(folder, recipe)
+            say(f"{folder.path} holds no checkpoint: starting at step 0")
+            return prepare_run(recipe, overwrite=True, on_progress=on_progress, lock=lock)
+        position = read_position(checkpoint)
+        _check_same_recipe(folder, recipe)
+        recipe, data = check_run(recipe, on_progress)
+        _check_same_content(folder, run_identity(recipe, data, on_progress))
+        data = _as_tokenized_then(recipe, folder, data)
+        for problem in problems:
+            say(f"warning: {problem}; {checkpoint.name} is used")
+        for warning in (*_other_versions(folder, environment(recipe)), *_lost_metrics(folder, position.metrics_bytes)):
+            say(f"warning: {warning}")
+        _go_back_to(checkpoint, folder, recipe, position.metrics_bytes)
+    except BaseException:
+        lock.close()
+        raise
+    say(f"going on from {checkpoint.name}")
+    return folder, data, lock
+
+
+def nothing_to_do(recipe: Recipe) -> RunFolder | None:
+    """The run that `recipe` would go on with, where it is done and its last checkpoint is whole.
+
+    Raises:
+        UserError: the run is of another recipe.
+    """
+    folder = RunFolder(Path(recipe.output).absolute())
+    if not folder.done.exists():
+        return None
+    _check_same_recipe(folder, recipe)
+    checkpoint, problems = newest_whole(folder.path)
+    return None if checkpoint is None or problems else folder
+
+
+def resumed_from(folder: RunFolder) -> Path | None:
+    """The checkpoint that `prepare_resume` chose; None for a run that starts at step 0."""
+    if not folder.resumed.exists():
+        return None
+    return folder.checkpoints / str(json.loads(folder.resumed.read_text(encoding="utf-8"))["checkpoint"])
+
+
+def _check_nothing_is_lost(folder: RunFolder, recipe: Recipe) -> None:
+    """Refuse to start again at step 0 in the place of a run that has something to show.
+
+    Raises:
+        UserError: it is done, or has trained with another recipe.
+    """
+    if folder.done.exists():
+        raise UserError(
+            f"{folder.path}: the run is done, and its checkpoints are gone: there is nothing to go on with; "
+            "--overwrite trains it again"
+        )
+    if folder.metrics.exists() and folder.metrics.stat().st_size and folder.recipe.exists():
+        _check_same_recipe(folder, recipe)
+
+
+def _check_same_recipe(folder: RunFolder, recipe: Recipe) -> None:
+    changes = recipe_changes(folder, recipe)
+    changed = [
+        f"{key}: {now} now, {then} when the run began" for key, (then, now) in changes.items() if not _may_change(key)
+    ]
+    for key, (then, now) in changes.items():
+        # Only a path that exists is made absolute: a relative one now says that it is gone.
+        if isinstance(then, str) and now is not None and then.endswith(f"/{now}"):
+            raise UserError(f"{key}: {now}: no such file or folder here; the run began with {then}")
+    if changed:
+        raise UserError(
+            f"{folder.path}: --resume goes on with the same recipe; give output=PATH for another run, or --overwrite\n"
+            + "\n".join(changed)
+        )
+
+
+ABSENT = "(absent)"
+"""What stands for a key that one of two recipes lacks."""
+
+
+def recipe_changes(folder: RunFolder, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
+    """(then, now) by key, of what a recipe says otherwise than when the folder's run was prepared."""
+    then, now = leaves_of(load_recipe(str(folder.recipe))), leaves_of(with_absolute_paths(recipe))
+    if now["model.revision"] is None:
+        then["model.revision"] = None  # preparing a run fixes a hub model's
+    both = {key: (then.get(key, ABSENT), now.get(key, ABSENT)) for key in dict.fromkeys((*now, *then))}
+    return {key: (before, after) for key, (before, after) in both.items() if before != after}
+
+
+def _may_change(key: str) -> bool:
+    return any(fnmatch.fnmatch(key, pattern) for pattern in MAY_CHANGE)
+
+
+def _check_same_content(folder: RunFolder, now: dict[str, Any]) -> None:
+    """By content, whatever the paths of data are by now."""
+    try:
+        before = json.loads(folder.identity.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder.identity}: cannot be read ({error}); it says what the run is of") from None
+    differences = list(_differences(before, now))
+    if differences:
+        raise UserError(
+            f"{folder.path}: the run cannot go on, for something it depends on has changed since it began\n"
+            + "\n".join(f"{key}: {found} now, {expected} then" for key, expected, found in differences)
+        )
+
+
+def _other_versions(folder: RunFolder, now: dict[str, Any]) -> Iterator[str]:
+    """Of packages, since the run began."""
+    try:
+        then = json.loads(folder.environment.read_text(encoding="utf-8"))
+        changed = list(_differences(then["packages"], now["packages"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        yield f"{folder.environment} cannot be read: whether versions are those of then is not known"
+        return
+    if changed:
+        versions = ", ".join(f"{name} {found} now, {before} then" for name, before, found in changed)
+        yield f"the run began with other versions, so it does not go on bit for bit: {versions}"
+
+
+def _lost_metrics(folder: RunFolder, expected_bytes: int) -> Iterator[str]:
+    found = folder.metrics.stat().st_size if folder.metrics.exists() else 0
+    if found < expected_bytes:
+        yield f"{folder.metrics}: {found} bytes, {expected_bytes} when the checkpoint was written: lines are lost"
+
+
+def _as_tokenized_then(recipe: Recipe, folder: RunFolder, now: PreparedData) -> PreparedData:
+    """The tokens that the run began with, also where versions have changed since that might make others of the rows.
+
+    Raises:
+        UserError: they are no longer in the cache.
+    """
+    report = json.loads(folder.data_report().read_text(encoding="utf-8"))
+    then = [row["tokens_key"] for part in ("train", "held_out") for row in report[part]]
+    if then == [source.key for source in now.all]:
+        return now
+    if not all(is_whole(tokenized_dir(recipe) / key) for key in then):
+        raise UserError(
+            f"{folder.path}: its data was tokenised by other versions (see environment.json), and those tokens are no "
+            f"longer in {tokenized_dir(recipe)}; install the versions of then"
+        )
+    return open_data(recipe, folder)
+
+
+def _differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in dict.fromkeys((*before, *now)):
+            yield from _differences(before.get(name), now.get(name), f"{key}.{name}".removeprefix("."))
+    elif before != now:
+        yield key, _short(before), _short(now)
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _go_back_to(checkpoint: Path, folder: RunFolder, recipe: Recipe, metrics_bytes: int) -> None:
+    """What was written after the checkpoint is written again.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    try:
+        for name in ("status.json", "DONE", "report.html", "curves.png", "health.png"):
+            (folder.path / name).unlink(missing_ok=True)
+        for left in (*folder.path.glob(".*.tmp"), *folder.checkpoints.glob(".*.tmp")):
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left)
+            else:
+                left.unlink(missing_ok=True)
+        for newer in takewhile(lambda path: path != checkpoint, checkpoints_of(folder.path)):
+            set_aside(newer)  # it would count as the newest one when old ones are deleted
+        point_latest(folder)
+        if folder.metrics.exists():
+            # Where lines are lost the last one may be torn.
+            kept = folder.metrics.read_bytes()[:metrics_bytes].rpartition(b"\n")
+            os.truncate(folder.metrics, len(kept[0] + kept[1]))
+        write_atomically(folder.recipe, dump_recipe(recipe))
+        write_atomically(folder.resumed, json.dumps({"checkpoint": checkpoint.name}) + "\n")
+    except OSError as error:
+        raise UserError(f"output: {folder.path} cannot be written ({error.strerror or error})") from None

@@ -1,0 +1,87 @@
+"""One run from its recipe to its end: prepared, launched, and how it ended."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
+
+from uft_ds.errors import EXIT_DONE, EXIT_STOPPED
+from uft_ds.recipe.schema import Recipe
+from uft_ds.record.run_folder import Status
+from uft_ds.run.checks import check_sharding
+from uft_ds.run.launch import launch, master_port, number_of_ranks
+from uft_ds.run.prepare import OnProgress, check_run, prepare_run
+from uft_ds.run.preview import show_data
+from uft_ds.run.resume import nothing_to_do, prepare_resume
+
+
+def run_recipe(
+    recipe: Recipe,
+    what: str,
+    console: Console,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    options: tuple[str, ...] = (),
+) -> tuple[Path, Status]:
+    """Prepare, launch and wait.
+
+    Args:
+        what: is being done, for the user.
+        overwrite: delete the run that the output holds. resume: go on with it, unless it is done.
+        options: of the ranks' program.
+    Returns:
+        the run's folder, and how it ended.
+    Raises:
+        UserError: nothing has been launched.
+    """
+    if resume and (done := nothing_to_do(recipe)) is not None:
+        console.print(f"{done.path} is done: there is nothing to go on with")
+        return done.path, Status(EXIT_DONE, "done")
+    ranks = number_of_ranks(recipe.launch.ranks)
+    check_sharding(recipe, ranks=ranks, ranks_per_node=ranks)
+    master_port()  # a given port that is taken is told before the data is read
+    with preparation(console) as on_progress:
+        if resume:
+            folder, data, lock = prepare_resume(recipe, say=console.print, on_progress=on_progress)
+        else:
+            folder, data, lock = prepare_run(recipe, overwrite=overwrite, on_progress=on_progress)
+    with lock:
+        show_data(recipe, data, console)
+        console.print(f"{what} on {ranks} ranks; logs in {folder.path}")
+        status = launch(folder, ranks=ranks, port=master_port(), options=options, say=console.print)
+    if status.exit_code == EXIT_STOPPED:
+        console.print(status.message)
+    elif status.exit_code != EXIT_DONE:
+        print(f"error: {status.message}", file=sys.stderr)
+    return folder.path, status
+
+
+def check_recipe_and_data(recipe: Recipe, console: Console) -> None:
+    """Prepare, and launch nothing.
+
+    Raises:
+        UserError: nothing has been written but tokenised sources.
+    """
+    with preparation(console) as on_progress:
+        check_run(recipe, on_progress)
+
+
+@contextmanager
+def preparation(console: Console) -> Iterator[OnProgress]:
+    """A bar for each thing that takes time, on a terminal."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=20), TaskProgressColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def on_progress(label: str, done: int, total: int) -> None:
+            if label not in tasks:
+                tasks[label] = progress.add_task(label, total=total)
+            progress.update(tasks[label], completed=done)
+
+        yield on_progress

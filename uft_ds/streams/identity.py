@@ -1,0 +1,134 @@
+"""What a reference's numbers depend on, by content: weights, config and adapter, never by their path."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from uft_ds.errors import UserError
+from uft_ds.host.files import sha256, user_cache, write_atomically
+from uft_ds.streams.adapters import lora_form
+
+OnFile = Callable[[int, int], None]
+"""Called with files hashed and files in all."""
+
+_NOT_NUMBERS = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+"""Keys of a config.json that change no log-prob; the type that is computed in is the recipe's."""
+
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_THREADS = 8
+
+
+def base_identity(base: str, revision: str | None, on_file: OnFile = lambda done, total: None) -> dict[str, Any]:
+    """SHA-256 of every file of weights, and of what matters in config.json.
+
+    65 GB take about a minute; hashes are remembered by a file's inode, size and times.
+
+    Raises:
+        UserError: no weights.
+    """
+    folder = local_folder(base, revision)
+    config: dict[str, Any] = json.loads(
+        (folder / "config.json").read_text(encoding="utf-8")
+    )  # `check_base` has read it
+    return {
+        "weights": sorted(_hash_files(weight_files(folder), on_file)),
+        "config": _digest({key: value for key, value in config.items() if key not in _NOT_NUMBERS}),
+    }
+
+
+def adapter_identity(folder: Path) -> str:
+    """SHA-256 of an adapter's tensors and of what else its numbers depend on, such as alpha."""
+    return _digest([sha256(folder / "adapter_model.safetensors"), lora_form(folder)])
+
+
+def reference_identity(content: dict[str, Any], *, dtype: str, attention: str, adapter_dtype: str | None) -> str:
+    """One name, 64 hex digits, for everything that a reference's log-probs depend on besides the tokens.
+
+    Args:
+        content: of `base_identity`, and the adapter's under `adapter`.
+        attention: the implementation in use; they round differently.
+    """
+    return _digest({**content, "dtype": dtype, "attention": attention, "adapter_dtype": adapter_dtype, "version": 1})
+
+
+def local_folder(base: str, revision: str | None) -> Path:
+    """Where the files of a base model lie; a hub model's are fetched first, into the hub's own cache.
+
+    Raises:
+        UserError: they cannot be had.
+    """
+    if Path(base).exists():
+        return Path(base)
+    from huggingface_hub import snapshot_download
+
+    # Not *.safetensors: some models carry a second copy of all weights in another layout.
+    patterns = ["config.json", "generation_config.json", "model.safetensors*", "model-*.safetensors"]
+    try:
+        folder = Path(snapshot_download(base, revision=revision, allow_patterns=patterns))
+        if not list(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(base, revision=revision, allow_patterns=["pytorch_model*.bin*"]))
+    except Exception as error:  # noqa: BLE001 - the hub's client raises many types
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"model.base: the files of {base!r} cannot be had from the hub ({reason})") from None
+    return folder
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers would load: one, or those that an index names.
+
+    Raises:
+        UserError: there are none, or the index cannot be read.
+    """
+    for name in _WEIGHTS:
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return [folder / name]
+        if index.is_file():
+            try:
+                shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+                return [folder / shard for shard in sorted(shards)]
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                raise UserError(f"model.base: {index}: expected an index of weight files with a weight_map") from None
+    raise UserError(f"model.base: {folder} holds no weights; expected {' or '.join(_WEIGHTS)}, or their index")
+
+
+def _hash_files(paths: Iterable[Path], on_file: OnFile) -> list[str]:
+    paths = [path.resolve() for path in paths]  # the hub's cache links to its blobs
+    digests: list[str] = []
+    try:
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for digest in pool.map(_remembered_sha256, paths):
+                digests.append(digest)
+                on_file(len(digests), len(paths))
+    except OSError as error:
+        raise UserError(f"model.base: {error.filename}: cannot be read ({error.strerror})") from None
+    return digests
+
+
+def _remembered_sha256(path: Path) -> str:
+    memory = user_cache() / "sha256" / _digest(_unchanged_name(path))
+    with suppress(OSError):
+        remembered = memory.read_text(encoding="utf-8")
+        if len(remembered) == 64:
+            return remembered
+    digest = sha256(path)
+    with suppress(OSError):  # only remembered for the next time
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(memory, digest)
+    return digest
+
+
+def _unchanged_name(path: Path) -> str:
+    """A name that changes whenever the content may have: ctime cannot be set back."""
+    stat = path.stat()
+    return f"{path}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

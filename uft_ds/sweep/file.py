@@ -1,0 +1,279 @@
+"""A sweep: runs that follow one another, each a recipe with overrides, times a grid of values."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import resources
+from importlib.resources.abc import Traversable
+from operator import attrgetter
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from uft_ds.errors import UserError
+from uft_ds.recipe.file import explained, load_recipe, load_yaml
+from uft_ds.recipe.schema import Location, Recipe, Section
+
+DEFAULT_COLUMNS = (
+    "held_out/loss", "held_out/rank_correlation/*", "held_out/pair_accuracy/*", "held_out/calibration_error/*",
+)  # fmt: skip
+
+_LONGEST_SUFFIX = 120
+"""Letters of a run's name that say the grid's values; of longer ones the point's number stands."""
+
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+
+
+class StageSection(Section):
+    name: Annotated[str, Field(pattern=f"^{NAME}$")]
+    """Names the run's folder."""
+    recipe: Location
+    """A shipped recipe's name, or the path of a YAML file."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Overrides of the recipe, by key."""
+    after: str | None = None
+    """The run that must be done before, and from whose adapter this one starts: its reference."""
+
+
+class SweepSection(Section):
+    name: str
+    """Name of the sweep."""
+    runs: Annotated[list[StageSection], Field(min_length=1)]
+    """In the order in which they are run."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Overrides of every run, before its own."""
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
+    """Every run is repeated with each combination of these keys' values."""
+    columns: list[str] = Field(default_factory=lambda: list(DEFAULT_COLUMNS))
+    """Metrics of the table, by name or by pattern; the CSV file holds them all."""
+    output: Location
+    """The folder in which each run has its own."""
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """stage: whose point of the grid it is. values: of the grid's keys, by key. after: the name of the run before.
+
+    recipe: as it was when the sweep was read; where there is a run before, its folder is the reference's adapter.
+    """
+
+    name: str
+    stage: str
+    values: tuple[tuple[str, Any], ...]
+    recipe: Recipe
+    after: str | None
+
+    @property
+    def recipe_alone(self) -> Recipe:
+        """Without the adapter that is yet to be trained."""
+        if self.after is None:
+            return self.recipe
+        return self.recipe.model_copy(update={"reference": self.recipe.reference.model_copy(update={"adapter": None})})
+
+
+@dataclass(frozen=True)
+class Sweep:
+    name: str
+    output: Path
+    columns: tuple[str, ...]
+    runs: tuple[PlannedRun, ...]
+
+
+def load_sweep(path: str, overrides: tuple[str, ...] = ()) -> Sweep:
+    """Read a sweep, a file or a shipped one, and check every recipe of it.
+
+    Args:
+        overrides: of every run, after its own.
+    Raises:
+        UserError: names the file and the key.
+    """
+    tree = _read_tree(path)
+    if "runs" not in tree and {"model", "data"} & tree.keys():
+        raise UserError(
+            f"sweep {path}: this is a recipe; `uft train {path}` trains it once, --grid key=[value,value] sweeps it"
+        )
+    try:
+        section = SweepSection.model_validate(tree)
+    except ValidationError as error:
+        problems = explained(error, SweepSection)
+        raise UserError("\n".join(f"sweep {path}: {problem}" for problem in problems)) from None
+    return _planned(section, overrides, f"sweep {path}")
+
+
+def grid_of(recipe: str, grid: Iterable[str], overrides: tuple[str, ...]) -> Sweep:
+    """A sweep of one recipe over `key=[value, ...]`.
+
+    Raises:
+        UserError: names what cannot be read.
+    """
+    values: dict[str, list[Any]] = {}
+    for entry in grid:
+        key, separator, text = entry.partition("=")
+        try:
+            found = load_yaml(text) if separator else None
+        except (yaml.YAMLError, UserError):
+            found = None
+        if not isinstance(found, list) or not found or key in values:
+            raise UserError(
+                f"--grid {entry!r}: expected each key once, as key=[value, value], such as train.lr=[1e-4,3e-5]"
+            )
+        values[key] = found
+    if recipe in _shipped_sweeps() or (Path(recipe).is_file() and "runs" in _read_tree(recipe)):
+        raise UserError(f"--grid: {recipe} is a sweep, not a recipe; give its own `grid` the keys")
+    base = load_recipe(recipe, overrides)
+    stage = StageSection(name=base.name if re.fullmatch(NAME, base.name) else "run", recipe=recipe)
+    rest = tuple(override for override in overrides if not override.startswith("output="))
+    output = base.output if rest != overrides else f"{base.output}-sweep"
+    section = SweepSection(name=base.name, runs=[stage], grid=values, output=output)
+    overrides = rest
+    return _planned(section, overrides, f"sweep of {recipe}")
+
+
+def _read_tree(path: str) -> dict[str, Any]:
+    shipped = _shipped_sweeps()
+    try:
+        tree = load_yaml((shipped[path] if path in shipped else Path(path)).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = ", ".join(shipped)
+        raise UserError(
+            f"sweep {path}: no such file; shipped: {known}; for a recipe give --grid key=[value,value]"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"sweep {path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise UserError(f"sweep {path}{f':{mark.line + 1}' if mark else ''}: not valid YAML") from None
+    except UserError as error:
+        raise UserError(f"sweep {path}: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"sweep {path}: expected keys and values, found {type(tree).__name__}")
+    return tree
+
+
+def _shipped_sweeps() -> dict[str, Traversable]:
+    folder = resources.files("uft_ds") / "sweep" / "shipped"
+    return {item.name.removesuffix(".yaml"): item for item in folder.iterdir() if item.name.endswith(".yaml")}
+
+
+def _planned(section: SweepSection, overrides: tuple[str, ...], label: str) -> Sweep:
+    runs: list[PlannedRun] = []
+    known: set[str] = set()
+    _check_keys(section, overrides, label)
+    for stage in section.runs:
+        if stage.name in known:
+            raise UserError(f"{label}: two runs are named {stage.name!r}")
+        if stage.after is not None and stage.after not in known:
+            raise UserError(f"{label}: {stage.name}: after: no run named {stage.after!r} stands before it")
+        known.add(stage.name)
+    output, overrides = _output_of(section, overrides)
+    for number, values in enumerate(itertools.product(*section.grid.values()), start=1):
+        point = tuple(zip(section.grid, values, strict=True))
+        suffix = "".join(f"-{key.rsplit('.', 1)[-1]}={_shown(value)}" for key, value in point)
+        if len(suffix) > _LONGEST_SUFFIX:
+            suffix = f"-{number}"
+        for stage in section.runs:
+            own = tuple(_override(*item) for item in (*section.set.items(), *stage.set.items(), *point))
+            try:
+                runs.append(_planned_run(stage, suffix, point, (*own, *overrides), output))
+            except UserError as error:
+                raise UserError(f"{label}: run {stage.name + suffix}: {error}") from None
+    names = [run.name for run in runs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{label}: grid: two of its points would both be named {twice}; is a value there twice?")
+    _check_stages_fit(runs, label)
+    _check_runs_differ(runs, label)
+    return Sweep(section.name, output, tuple(section.columns), tuple(runs))
+
+
+def _planned_run(
+    stage: StageSection, suffix: str, point: tuple[tuple[str, Any], ...], overrides: tuple[str, ...], output: Path
+) -> PlannedRun:
+    name, after = stage.name + suffix, None if stage.after is None else stage.after + suffix
+    located = {"name": name, "output": str(output / name)}
+    if after is not None:
+        located["reference.adapter"] = str(output / after)
+    recipe = load_recipe(stage.recipe, (*overrides, *(_override(*item) for item in located.items())))
+    return PlannedRun(name, stage.name, point, recipe, after)
+
+
+def _check_stages_fit(runs: list[PlannedRun], label: str) -> None:
+    """An adapter goes on top of the base that it was trained on, in its own shape."""
+    recipes = {run.name: run.recipe for run in runs}
+    for run in runs:
+        if run.after is None:
+            continue
+        first, second = recipes[run.after], run.recipe
+        for key in ("model.base", "model.revision", "lora.rank", "lora.alpha", "lora.targets"):
+            before, now = map(attrgetter(key), (first, second))
+            if _meaning(before) != _meaning(now):
+                raise UserError(
+                    f"{label}: run {run.name}: {key}: {now} given, but it starts from the adapter of {run.after}, "
+                    f"whose {key} is {before}"
+                )
+
+
+def _meaning(value: Any) -> Any:
+    """The order of names, and how a folder is spelt, make no difference."""
+    if isinstance(value, list):
+        return sorted(set(value))
+    return str(Path(value).resolve()) if isinstance(value, str) and Path(value).exists() else value
+
+
+def _check_runs_differ(runs: list[PlannedRun], label: str) -> None:
+    """1 and 1.0 are two words for one value; and so are a default and the same value given."""
+    seen: dict[str, str] = {}
+    for run in runs:
+        recipe = run.recipe.model_copy(update={"name": "", "output": ""})
+        what = recipe.model_dump_json()
+        if what in seen:
+            raise UserError(f"{label}: {seen[what]} and {run.name} are the same run")
+        seen[what] = run.name
+
+
+def _check_keys(section: SweepSection, overrides: tuple[str, ...], label: str) -> None:
+    """Refuse values that the sweep itself decides, and overrides that would undo the grid."""
+    given = {
+        **{f"set: {key}": key for key in section.set},
+        **{f"runs: {stage.name}: set: {key}": key for stage in section.runs for key in stage.set},
+        **{f"grid: {key}": key for key in section.grid},
+        **{f"override {override!r}": override.partition("=")[0] for override in overrides if override[:7] != "output="},
+    }
+    chained = any(stage.after is not None for stage in section.runs)
+    owned = {"name", "output"} | ({"reference.adapter"} if chained else set())
+    for place, key in given.items():
+        if any(_overlap(key, of_sweep) for of_sweep in owned):
+            raise UserError(f"{label}: {place}: the sweep decides it, by each run's name and `after`")
+    for stage in section.runs:
+        for key, of_grid in itertools.product(stage.set, section.grid):
+            if _overlap(key, of_grid):
+                raise UserError(f"{label}: runs: {stage.name}: set: {key}: the grid varies {of_grid} for every run")
+    for override in overrides:
+        key = override.partition("=")[0]
+        for of_grid in section.grid:
+            if _overlap(key, of_grid):
+                raise UserError(f"{label}: override {override!r}: the grid varies {of_grid}; change the grid")
+
+
+def _overlap(key: str, other: str) -> bool:
+    return key == other or key.startswith(f"{other}.") or other.startswith(f"{key}.")
+
+
+def _output_of(section: SweepSection, overrides: tuple[str, ...]) -> tuple[Path, tuple[str, ...]]:
+    """The sweep's folder, and the overrides of its runs: `output=` moves the sweep."""
+    given = [override.partition("=")[2] for override in overrides if override.startswith("output=")]
+    rest = tuple(override for override in overrides if not override.startswith("output="))
+    return Path(str(load_yaml(given[-1])) if given else section.output).expanduser(), rest
+
+
+def _override(key: str, value: Any) -> str:
+    return f"{key}={yaml.safe_dump(value, default_flow_style=True, width=10**9).removesuffix('...' + chr(10)).strip()}"
+
+
+def _shown(value: Any) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", str(value))

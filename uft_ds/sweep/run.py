@@ -1,0 +1,303 @@
+"""Running a sweep: one run after the other, what is done is not done again, and one table of all."""
+
+from __future__ import annotations
+
+import csv
+import fnmatch
+import io
+import json
+import math
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from uft_ds.errors import EXIT_INTERRUPTED, EXIT_STOPPED, UserError
+from uft_ds.host.files import write_atomically
+from uft_ds.recipe.file import dump_recipe, leaves_of
+from uft_ds.recipe.schema import Recipe
+from uft_ds.record.metrics import read_metrics
+from uft_ds.record.run_folder import RunFolder, Status
+from uft_ds.run.progress import progress_of
+from uft_ds.run.resolve import adapter_folder, with_absolute_paths
+from uft_ds.run.resume import recipe_changes
+from uft_ds.streams.identity import adapter_identity
+from uft_ds.sweep.file import DEFAULT_COLUMNS, PlannedRun, Sweep
+
+TABLE = "table.csv"
+
+
+@dataclass(frozen=True)
+class How:
+    """A run begins anew, in the place of what its folder holds, or goes on with that."""
+
+    overwrite: bool
+    resume: bool
+
+
+@dataclass(frozen=True)
+class Result:
+    """status: done, failed, stopped (and saved), interrupted, or skipped because the run before is not done.
+
+    metrics: the last value of each. seconds: of its steps.
+    """
+
+    run: PlannedRun
+    status: str
+    metrics: dict[str, float]
+    seconds: float
+
+
+def run_sweep(
+    sweep: Sweep,
+    console: Console,
+    *,
+    check: Callable[[Recipe], object],
+    train: Callable[[Recipe, How], tuple[Path, Status]],
+    overwrite: bool,
+) -> list[Result]:
+    """Run what is not done yet; a run that fails stops those that start from it, and no others.
+
+    Args:
+        check: what a run needs besides its recipe.
+        train: (recipe, how) -> folder and status.
+        overwrite: run again what is done or did not finish.
+    Raises:
+        UserError: a run cannot be as it is, or a folder holds one of another recipe; nothing has been run.
+    """
+    _check_runs(sweep, console, check, overwrite=overwrite)
+    settings = settings_of(sweep)
+    results: dict[str, Result] = {}
+    try:
+        for number, run in enumerate(sweep.runs, start=1):
+            console.print(f"run {number} of {len(sweep.runs)}: {run.name}", style="bold")
+            results[run.name] = _result(sweep, run, results, console, train, overwrite)
+            write_table(sweep.output / TABLE, list(results.values()), settings)
+            if results[run.name].status in ("interrupted", "stopped"):
+                break
+    finally:
+        if results:
+            console.print(shown_table(sweep, list(results.values())))
+            console.print(f"all metrics: {sweep.output / TABLE}")
+    if sweep.columns != DEFAULT_COLUMNS:
+        found = {name for result in results.values() for name in result.metrics}
+        for pattern in sweep.columns:
+            if found and not fnmatch.filter(found, pattern):
+                console.print(f"note: columns: no run has a metric {pattern!r}")
+    if any(result.status in ("interrupted", "stopped") for result in results.values()):
+        console.print("interrupted: what is done is kept, the same command goes on from there")
+    return list(results.values())
+
+
+def _result(
+    sweep: Sweep,
+    run: PlannedRun,
+    results: dict[str, Result],
+    console: Console,
+    train: Callable[[Recipe, How], tuple[Path, Status]],
+    overwrite: bool,
+) -> Result:
+    folder = RunFolder(sweep.output / run.name)
+    if run.after is not None and results[run.after].status != "done":
+        console.print(f"skipped: {run.after} is not done")
+        return Result(run, "skipped", {}, 0.0)
+    is_kept = not overwrite and _goes_on(sweep, run, folder)
+    if is_kept and folder.done.exists():
+        console.print("done before")
+        return _done(run, folder)
+    try:
+        _, status = train(run.recipe, How(overwrite=not is_kept and folder.path.exists(), resume=is_kept))
+    except KeyboardInterrupt:
+        return Result(run, "interrupted", {}, 0.0)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return Result(run, "failed", {}, 0.0)
+    except Exception:  # noqa: BLE001 - of one run; the others may be fine
+        traceback.print_exc()
+        return Result(run, "failed", {}, 0.0)
+    if status.exit_code != 0:
+        ended = {EXIT_INTERRUPTED: "interrupted", EXIT_STOPPED: "stopped"}.get(status.exit_code, "failed")
+        return Result(run, ended, {}, 0.0)
+    return _done(run, folder)
+
+
+def _how_far(folder: RunFolder) -> str:
+    return progress_of(folder.path).summary if folder.lock.exists() else "not started"
+
+
+def _done(run: PlannedRun, folder: RunFolder) -> Result:
+    return Result(run, "done", last_values(folder), _training_seconds(folder))
+
+
+def write_recipes(sweep: Sweep, folder: Path) -> list[Path]:
+    """The recipes of a sweep for jobs that run beside each other: a folder a point of the grid, its stages in order.
+
+    Returns:
+        the folders, numbered.
+    Raises:
+        UserError: the folder holds something else.
+    """
+    points: dict[str, list[PlannedRun]] = {}
+    for run in sweep.runs:
+        points.setdefault(repr(run.values), []).append(run)
+    files = {
+        folder / str(number) / f"{order}-{run.name}.yaml": run
+        for number, stages in enumerate(points.values())
+        for order, run in enumerate(stages)
+    }
+    folders = list(dict.fromkeys(path.parent for path in files))
+    for path in (path for point in folders if point.exists() for path in point.iterdir()):
+        if path not in files:
+            raise UserError(f"{path.parent}: holds other files than this sweep's recipes; give a new folder")
+    for path, run in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, dump_recipe(_for_a_job(run, sweep)))
+    return folders
+
+
+def _for_a_job(run: PlannedRun, sweep: Sweep) -> Recipe:
+    """Wherever it is read from; the adapter that it starts from need not be there yet."""
+    recipe = with_absolute_paths(run.recipe_alone)
+    if run.after is None:
+        return recipe
+    adapter = str((sweep.output / run.after).absolute())
+    return recipe.model_copy(update={"reference": recipe.reference.model_copy(update={"adapter": adapter})})
+
+
+def table_of(sweep: Sweep, console: Console) -> list[Result]:
+    """Write and show the table of what has been run, wherever that was; what is not done says how far it came.
+
+    Raises:
+        UserError: a run's folder holds one of another recipe.
+    """
+    results = []
+    for run in sweep.runs:
+        _check_folder(sweep, run)
+        folder = RunFolder(sweep.output / run.name)
+        results.append(
+            _done(run, folder) if folder.done.exists() else Result(run, _how_far(folder), last_values(folder), 0.0)
+        )
+    write_table(sweep.output / TABLE, results, settings_of(sweep))
+    console.print(shown_table(sweep, results))
+    console.print(f"all metrics: {sweep.output / TABLE}")
+    return results
+
+
+def _check_runs(sweep: Sweep, console: Console, check: Callable[[Recipe], object], *, overwrite: bool) -> None:
+    """The last run's mistake is told before the first one trains."""
+    if not overwrite:
+        for run in sweep.runs:
+            _check_folder(sweep, run)
+    ahead: list[PlannedRun] = []
+    for run in sweep.runs:
+        done = not overwrite and RunFolder(sweep.output / run.name).done.exists()
+        is_stale = run.after in {other.name for other in ahead} or (done and not _starts_from_the_same(sweep, run))
+        if not done or is_stale:
+            ahead.append(run)
+    for number, run in enumerate(ahead, start=1):
+        console.print(f"checking run {number} of {len(ahead)}: {run.name}")
+        try:
+            check(run.recipe_alone)
+        except UserError as error:
+            raise UserError("\n".join(f"run {run.name}: {line}" for line in str(error).splitlines())) from None
+
+
+def _check_folder(sweep: Sweep, run: PlannedRun) -> None:
+    """What is done counts only if it is what would be run."""
+    folder = RunFolder(sweep.output / run.name)
+    if not folder.done.exists() or (run.after is not None and not RunFolder(sweep.output / run.after).done.exists()):
+        return
+    changed = _first_change(folder, run)
+    if changed is not None:
+        raise UserError(
+            f"{folder.path}: holds a run of another recipe ({changed}); run the sweep with --overwrite, or give "
+            "another output"
+        )
+
+
+def _first_change(folder: RunFolder, run: PlannedRun) -> str | None:
+    """What a run's recipe says otherwise than when its folder was prepared."""
+    changes = recipe_changes(folder, run.recipe)
+    return next((f"{key}: {now} now, {then} then" for key, (then, now) in changes.items()), None)
+
+
+def _goes_on(sweep: Sweep, run: PlannedRun, folder: RunFolder) -> bool:
+    """Whether what a folder holds is this run, done or not."""
+    is_run = folder.lock.exists() and folder.recipe.exists() and folder.environment.exists()
+    return is_run and _first_change(folder, run) is None and _starts_from_the_same(sweep, run)
+
+
+def _starts_from_the_same(sweep: Sweep, run: PlannedRun) -> bool:
+    """Whether a second stage that is done started from the adapter that the first stage has now."""
+    if run.after is None:
+        return True
+    stored = json.loads(RunFolder(sweep.output / run.name).environment.read_text(encoding="utf-8"))
+    here = adapter_identity(adapter_folder(str(sweep.output / run.after)))
+    return bool(stored.get("reference_adapter") == here)
+
+
+def _training_seconds(folder: RunFolder) -> float:
+    return float(sum(line.get("seconds") or 0.0 for line in read_metrics(folder.metrics)))
+
+
+def last_values(folder: RunFolder) -> dict[str, float]:
+    """Each metric's last value; NaN where it was not finite."""
+    last: dict[str, float] = {}
+    for line in read_metrics(folder.metrics):
+        last |= {name: math.nan if value is None else value for name, value in line.items()}
+    return last
+
+
+def settings_of(sweep: Sweep) -> dict[str, dict[str, Any]]:
+    """What the recipes differ in, by run and key: the grid's keys first; data, names and folders are left out."""
+    recipes = {run.name: leaves_of(run.recipe_alone) for run in sweep.runs}
+    grid = [key for key, _ in sweep.runs[0].values]
+    keys = dict.fromkeys(key for leaves in recipes.values() for key in leaves)
+    ignored = ("name", "output", "data", *grid)  # a map of the grid is one column
+    kept = [key for key in keys if not any(key == other or key.startswith(f"{other}.") for other in ignored)]
+    differing = [key for key in kept if len({repr(leaves.get(key, "")) for leaves in recipes.values()}) > 1]
+    return {
+        run.name: {**dict(run.values), **{key: recipes[run.name].get(key, "") for key in differing}}
+        for run in sweep.runs
+    }
+
+
+def write_table(path: Path, results: list[Result], settings: dict[str, dict[str, Any]]) -> None:
+    """One row a run: what it was run with that others were not, how it ended, and every metric.
+
+    seconds: of its training steps, without evaluation and start.
+
+    Args:
+        settings: of each run, by key, the same keys for all.
+    """
+    keys = list(settings[results[0].run.name])
+    names = sorted({name for result in results for name in result.metrics} - {"step", "seconds"})
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["run", "stage", *keys, "status", "seconds", *names])
+    for result in results:
+        values = settings[result.run.name]
+        metrics = [f"{result.metrics[name]:.6g}" if name in result.metrics else "" for name in names]
+        row = [result.run.name, result.run.stage, *(values[key] for key in keys), result.status]
+        writer.writerow([*row, f"{result.seconds:.0f}", *metrics])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text.getvalue())
+
+
+def shown_table(sweep: Sweep, results: list[Result]) -> Table:
+    """The chosen metrics, for the terminal."""
+    found = sorted({name for result in results for name in result.metrics})
+    names = list(dict.fromkeys(name for pattern in sweep.columns for name in fnmatch.filter(found, pattern)))
+    names = names or [name for name in ("loss",) if name in found]
+    table = Table("run", "status", *names, box=box.SIMPLE_HEAD, title=sweep.name, title_justify="left")
+    for result in results:
+        metrics = [f"{result.metrics[name]:.4g}" if name in result.metrics else "" for name in names]
+        table.add_row(Text(result.run.name), result.status, *metrics)
+    return table
