@@ -73,10 +73,10 @@ def one_step(folder: Path, name: ShiftName, tokens: int, mode: Mode, objective: 
     grads: dict[str, torch.Tensor] = {}
     update = engine.step
 
-    def recording(rate: float) -> Any:
+    def recording(rate: float, loss: torch.Tensor) -> Any:
         named = engine.module.named_parameters()
         grads.update({n: safe_get_full_grad(p).clone() for n, p in named if p.requires_grad})
-        return update(rate)
+        return update(rate, loss)
 
     engine.step = recording  # type: ignore[method-assign]
     outcome = run_step(engine, objective or shifted(name), mixed_step(), 1e-3, tokens, ReferenceCache(mode), BEFORE)

@@ -27,6 +27,7 @@ from uft_ds.data.packing import rank_micro_batches
 from uft_ds.engine.zero_section import check_zero_section
 from uft_ds.errors import UserError
 from uft_ds.host.process import choose_accelerator, returning_freed_memory
+from uft_ds.training import gradients
 
 T = TypeVar("T")
 
@@ -59,10 +60,14 @@ FREE_KEYS = {
 
 @dataclass(frozen=True)
 class StepResult:
-    """What became of an optimiser step: the gradient's norm before clipping, and whether it was skipped."""
+    """What became of an optimiser step.
+
+    grad_norm: before clipping; not finite where the gradient is not. loss: summed over ranks and micro-batches.
+    """
 
     grad_norm: float
     skipped: bool
+    loss: float
 
 
 def read_deepspeed_file(name_or_path: str) -> dict[str, Any]:
@@ -268,13 +273,28 @@ class Engine:
         self._engine.set_gradient_accumulation_boundary(is_last)
         self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
 
-    def step(self, learning_rate: float) -> StepResult:
-        """Clip and update; with a non-finite gradient on any rank nothing moves on any of them."""
-        for group in self._engine.optimizer.param_groups:
+    def step(self, learning_rate: float, loss: Tensor | None = None) -> StepResult:
+        """Clip and update; with a non-finite loss or gradient on any rank nothing moves on any of them.
+
+        The ranks agree on it before DeepSpeed's step: some of its releases apply a gradient that is NaN (0.19.5 to
+        0.19.7 under ZeRO-3), and none of them sees the loss.
+
+        Args:
+            loss: this rank's share of the step's loss, summed over its micro-batches, on its device.
+        """
+        optimizer = self._engine.optimizer
+        own_loss = torch.zeros((), device=self.device) if loss is None else loss.detach()
+        # A sum is not finite as soon as one of its terms is not. Reading it is the step's one wait for the device.
+        own = torch.stack([own_loss.double(), gradients.squared_norm(optimizer).to(self.device)])
+        total_loss, squared_norm = self.sum_over_ranks(own).tolist()
+        if not math.isfinite(total_loss) or not math.isfinite(squared_norm):
+            gradients.drop(optimizer)
+            return StepResult(math.sqrt(squared_norm), skipped=True, loss=total_loss)
+        for group in optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm())
-        return StepResult(norm, skipped=not math.isfinite(norm))
+        return StepResult(norm, skipped=not math.isfinite(norm), loss=total_loss)
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """The element-wise sum of a tensor over all ranks."""

@@ -144,7 +144,7 @@ def _account_for_skip(
     state: TrainerState, step: Step, allowed: int, reporter: Reporter, checkpoints: CheckpointWriter
 ) -> None:
     origins = ", ".join(response.origin for response in step.responses)
-    reporter.warn(f"step {state.step} skipped: its gradient is not finite; its responses: {origins}")
+    reporter.warn(f"step {state.step} skipped: its loss or gradient is not finite; its responses: {origins}")
     if state.skipped_steps > allowed:
         checkpoints.poll(wait=True)  # what is being written is worth keeping
         raise CheckFailed(

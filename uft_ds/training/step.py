@@ -18,7 +18,6 @@ from uft_ds.data.example import KINDS, Kind, Response, Sequence
 from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.data.mixture import Step
 from uft_ds.engine.engine import Engine, StepResult
-from uft_ds.errors import CheckFailed
 from uft_ds.known.cache import ReferenceCache
 from uft_ds.objectives.losses import LOSSES
 from uft_ds.objectives.objective import Objective, count_terms, log_ratios_of, micro_batch_loss
@@ -88,14 +87,9 @@ def run_step(
         sums += parts
         done.append(Forwarded(batch, logps_R.detach(), reference_logps_R))
     computed = reference.learn(engine, step)
-    result = engine.step(rate)
-    mean_loss = float(engine.sum_over_ranks(total_loss))
-    if not math.isfinite(mean_loss) and not result.skipped:
-        raise CheckFailed(
-            f"step {step.index + 1}: the loss is {mean_loss}, yet its gradient was finite and was applied"
-        )
+    result = engine.step(rate, total_loss)
     rows = np.concatenate(engine.gather_objects(rows_of(objective, done, shifts)))
-    metrics = step_metrics(objective, mean_loss, engine.sum_over_ranks(sums), rows)
+    metrics = step_metrics(objective, result.loss, engine.sum_over_ranks(sums), rows)
     metrics |= {"grad_norm": result.grad_norm, "skipped": float(result.skipped), "reference/computed": float(computed)}
     moved = rows["shift"][_is_pointwise(objective, rows)]
     if objective.shift.name != "none" and len(moved):
