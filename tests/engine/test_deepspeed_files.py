@@ -114,7 +114,10 @@ def test_each_file_is_explained_and_the_lossy_one_is_marked() -> None:
         ({"stage": 3, "zero_quantized_nontrainable_weights": True}, "of float16 alone"),
         ({"stage": 3, "mics_shard_size": 8}, "DeepSpeed has removed MiCS; zero_hpz_partition_size keeps"),
         ({"stage": 2, "zero_hpz_partition_size": 8}, "zero_hpz_partition_size: only stage 3 gathers weights"),
-        ({"stage": 1, "zero_quantized_weights": True}, "zero_quantized_weights: only stage 3 gathers weights"),
+        ({"stage": 1}, "file.json: zero_optimization.stage: 1 found, expected 2 or 3: with bfloat16"),
+        ({"stage": 0}, "file.json: zero_optimization.stage: 0 found, expected 2 or 3"),
+        ({"stage": True}, "zero_optimization.stage: "),
+        ({"overlap_comm": True}, "file.json: zero_optimization.stage: None found, expected 2 or 3"),
         (
             {"stage": 3, "zero_hpz_partition_size": 8, "offload_param": {"device": "nvme", "nvme_path": "/x"}},
             "offload_param.device: 'nvme' found",

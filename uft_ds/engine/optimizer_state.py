@@ -1,6 +1,6 @@
 """The optimiser's state as pieces of named parameters, whatever ZeRO's stage and the number of ranks.
 
-A rank holds a run of each flattened trainable parameter (stage 3), or of some of them (stages 1 and 2): its float32
+A rank holds a run of each flattened trainable parameter (stage 3), or of some of them (stage 2): its float32
 master weights and AdamW's two moments. Nothing is gathered to save them, and what one set of ranks has written another
 may read: a piece says which part of which parameter it is.
 """

@@ -40,8 +40,16 @@ def check_zero_section(zero: Any, path: Path) -> None:
         UserError: names the file and the key.
     """
     where = f"deepspeed: {path}: zero_optimization"
-    if not isinstance(zero, dict) or type(zero.get("stage")) is not int or zero["stage"] not in (1, 2, 3):
-        raise UserError(f"{where}: found {zero!r}, expected an object with stage 1, 2 or 3")
+    if not isinstance(zero, dict):
+        raise UserError(f"{where}: found {zero!r}, expected an object with stage 2 or 3")
+    stage = zero.get("stage")
+    if type(stage) is int and stage == 1:
+        raise UserError(
+            f"{where}.stage: 1 found, expected 2 or 3: with bfloat16 DeepSpeed trains stage 1 by another optimiser, in "
+            "which neither exact gradients nor resumes are tested; stage 2 shards the gradients as well"
+        )
+    if type(stage) is not int or stage not in (2, 3):
+        raise UserError(f"{where}.stage: {stage!r} found, expected 2 or 3")
     for key, why in UNUSABLE.items():
         if zero.get(key):
             raise UserError(f"{where}.{key}: {why}; leave it out")

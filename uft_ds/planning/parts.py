@@ -43,7 +43,7 @@ def gradient_bytes(structure: Structure, ranks: int) -> int:
 
 
 def bucket_bytes(sharding: Sharding, compute_bytes: int) -> int:
-    """Buffers in which gradients wait to be reduced: one, or two that take turns at stage 1 and 2 with overlap.
+    """Buffers in which gradients wait to be reduced: one, or two that take turns at stage 2 with overlap.
 
     They are of the type that is reduced in, float32, but at stage 2, which gathers them in the model's own.
     """
