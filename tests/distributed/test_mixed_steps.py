@@ -233,6 +233,30 @@ def without_reference(folder: Path) -> Any:
     return *one_step(folder, "none", 64, mode, REFERENCE_FREE)[:2], asked
 
 
+def references_of_two_steps(folder: Path) -> Any:
+    """Responses whose reference is forwarded in the first of two steps on the same data, in both, and in the metrics."""
+    engine, cache = engine_of(folder), ReferenceCache("remembered")
+    forwarded = 0
+
+    def counting(batch: MicroBatch, streams: str = "both", **options: Any) -> Any:
+        nonlocal forwarded
+        forwarded += len(batch.responses) if streams != "policy" else 0
+        return call(batch, streams=streams, **options)
+
+    call, engine.deepspeed.forward = engine.deepspeed.forward, counting
+    found = []
+    for _ in range(2):
+        metrics = run_step(engine, shifted("prompt_mean"), mixed_step(), 1e-3, 64, cache).metrics
+        found.append((sum(engine.gather_objects(forwarded)), metrics["reference/computed"]))
+    return found
+
+
+def test_the_shift_and_the_step_share_one_forward_of_the_reference(tiny_qwen2: Path) -> None:
+    """Under `prompt_mean` what is forwarded ahead for the shift is known to the step itself."""
+    for found in run_on_ranks(references_of_two_steps, 2, tiny_qwen2):
+        assert found == [(15, 15.0), (15, 0.0)]
+
+
 def test_no_reference_is_forwarded_where_no_loss_compares_with_it(tiny_qwen2: Path) -> None:
     """SimPO, CPO's and ORPO's losses and likelihoods on two ranks: one process's gradients, from the policy alone."""
     model, step = toy_model(tiny_qwen2), mixed_step()

@@ -67,12 +67,14 @@ def run_step(
     before = shift
     if objective.shift.name == "kl":
         shift = _kl_of(engine, objective, step, tokens_per_micro_batch)
+    computed = len(reference.unknown(step).responses)
     ahead: list[Forwarded] = []
     if objective.shift.name == "prompt_mean":
         # A response's shift depends on log-ratios of the whole step, for which no backward can wait.
         shared = _of_repeated_prompts(objective, step)
         with engine.evaluating():
             ahead = forward(engine, reference.micro_batches(engine, shared, tokens_per_micro_batch), reference)
+        reference.learn(engine, shared)  # before the step's micro-batches ask what is known
     micro_batches = reference.micro_batches(engine, step, tokens_per_micro_batch)
     shifts = shifts_of(engine, objective, step, [batch for batch, _ in micro_batches], ahead, shift)
     total_loss = torch.zeros((), dtype=torch.float64, device=engine.device)
@@ -86,7 +88,7 @@ def run_step(
         total_loss += loss.detach()
         sums += parts
         done.append(Forwarded(batch, logps_R.detach(), reference_logps_R))
-    computed = reference.learn(engine, step)
+    reference.learn(engine, step)
     result = engine.step(rate, total_loss)
     rows = np.concatenate(engine.gather_objects(rows_of(objective, done, shifts)))
     metrics = step_metrics(objective, result.loss, engine.sum_over_ranks(sums), rows)
