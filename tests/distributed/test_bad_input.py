@@ -140,12 +140,6 @@ def test_copies_in_nodes_that_are_no_nodes_are_refused(tiny_qwen2: Path, tmp_pat
     assert expected in run(sys.executable, *start, "-m", "uft_ds.train", str(recipe)).stderr
 
 
-def test_rounded_gathers_and_a_cached_reference_are_refused(tiny_qwen2: Path, tmp_path: Path) -> None:
-    """Weights that are rounded anew for every gather give no reference that could be kept."""
-    recipe = write_recipe(tmp_path, tiny_qwen2, deepspeed="zero3_node_lossy")
-    assert "reference.cache: zero3_node_lossy sets zero_quantized_weights" in refused(recipe)
-
-
 def test_a_misspelt_deepspeed_key_is_refused(tiny_qwen2: Path, tmp_path: Path) -> None:
     """DeepSpeed itself ignores it without a word."""
     file = tmp_path / "ds.json"

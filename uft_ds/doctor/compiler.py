@@ -45,7 +45,7 @@ def check_ops(installed: Mapping[str, bool] | None = None) -> Finding:
     return Finding(
         "DeepSpeed ops",
         "ok",
-        f"pre-built: {', '.join(built) or 'none'}; none is needed (zero3_node_lossy alone compiles one, quantizer)",
+        f"pre-built: {', '.join(built) or 'none'}; none is needed",
     )
 
 

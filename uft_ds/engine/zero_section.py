@@ -17,10 +17,10 @@ from uft_ds.host.process import choose_accelerator
 NODE_KEY = "zero_hpz_partition_size"
 """Ranks that share one whole copy of the base, the GPUs of a node: hpZ of ZeRO++ (arXiv 2306.10209)."""
 
-LOSSY_KEY = "zero_quantized_weights"
-"""Weights are rounded to 8 bits for every gather: qwZ of ZeRO++."""
-
 UNUSABLE = {
+    "zero_quantized_weights": (
+        "it rounds weights, the adapters' too, to 8 bits for every gather: what is trained is not the model that is saved"
+    ),
     "zero_quantized_gradients": "it rounds gradients, which are exact here",
     "zero_quantized_nontrainable_weights": (
         "DeepSpeed rounds what is frozen before it is sharded, and of float16 alone: here it would do nothing"
@@ -68,16 +68,10 @@ def check_zero_section(zero: Any, path: Path) -> None:
         hint = f"; did you mean {near[0]!r}?" if near and near[0] != key else ""
         raise UserError(f"{where}.{key}: {first['msg']}{hint}") from None
     in_nodes = parsed.zero_hpz_partition_size > 1
-    for key, is_set in ((NODE_KEY, in_nodes), (LOSSY_KEY, parsed.zero_quantized_weights)):
-        if is_set and zero["stage"] != 3:
-            raise UserError(f"{where}.{key}: only stage 3 gathers weights, found stage {zero['stage']}; leave it out")
+    if in_nodes and stage != 3:
+        raise UserError(f"{where}.{NODE_KEY}: only stage 3 gathers weights, found stage {stage}; leave it out")
     if in_nodes and parsed.offload_param is not None and parsed.offload_param.device == "nvme":
         raise UserError(f"{where}.offload_param.device: 'nvme' found, expected 'cpu' or 'none' with {NODE_KEY}")
-
-
-def rounds_weights(zero: Mapping[str, Any]) -> bool:
-    """Whether a section that `check_zero_section` has seen asks for rounded gathers."""
-    return bool(parsed_zero_section(zero).zero_quantized_weights)
 
 
 def parsed_zero_section(zero: Mapping[str, Any]) -> Any:
@@ -109,9 +103,7 @@ def ranks_of_a_node() -> int | None:
     return int(said) if said else None
 
 
-def check_ranks(
-    zero: Mapping[str, Any], file: str, *, ranks: int, ranks_per_node: int | None, has_gpus: bool
-) -> list[str]:
+def check_ranks(zero: Mapping[str, Any], file: str, *, ranks: int, ranks_per_node: int | None) -> list[str]:
     """Refuse ranks that the section cannot run on.
 
     Args:
@@ -141,11 +133,4 @@ def check_ranks(
                 f"{where}.{NODE_KEY}: all {ranks} ranks share one copy of the base, which is sharded over them "
                 "already: the second one only takes memory; zero3 does the same without"
             )
-    if rounds_weights(zero):
-        if not has_gpus:
-            raise UserError(f"{where}.{LOSSY_KEY}: DeepSpeed's rounding runs on GPUs only; leave it out")
-        warnings.append(
-            f"{where}.{LOSSY_KEY}: LOSSY: weights, the adapters' too, are rounded to 8 bits for every gather; what is "
-            "trained is not the model that is saved"
-        )
     return warnings

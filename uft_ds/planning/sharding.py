@@ -28,8 +28,6 @@ class Sharding:
     secondary: int
     """`zero_hpz_partition_size`: ranks of a node among which a second copy is sharded, which is the one that is
     gathered; 1: there is none."""
-    is_lossy: bool
-    """Weights are rounded for every gather."""
 
     @property
     def shards_weights(self) -> bool:
@@ -53,7 +51,6 @@ def sharding_of(config: dict[str, Any]) -> Sharding:
         weights_on=_device(zero.offload_param) if stage == 3 else "gpu",
         optimizer_on=_device(zero.offload_optimizer),
         pinned=zero.offload_param is not None and zero.offload_param.pin_memory,
-        is_lossy=zero.zero_quantized_weights,
         secondary=max(1, zero.zero_hpz_partition_size) if stage == 3 else 1,
     )
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from uft_ds.engine.engine import read_deepspeed_file
-from uft_ds.engine.zero_section import LOSSY_KEY, check_ranks, rounds_weights
+from uft_ds.engine.zero_section import check_ranks
 from uft_ds.errors import UserError
 from uft_ds.recipe.schema import Recipe
 from uft_ds.run.resolve import adapter_folder, cache_dir, caches_reference, reference_mode
@@ -28,12 +28,7 @@ def check_recipe(recipe: Recipe) -> None:
     Raises:
         UserError: names the recipe's key.
     """
-    zero = read_deepspeed_file(recipe.deepspeed)["zero_optimization"]
-    if rounds_weights(zero) and caches_reference(recipe):
-        raise UserError(
-            f"reference.cache: {recipe.deepspeed} sets {LOSSY_KEY}, so that weights are rounded anew for every gather, "
-            "and the reference's log-probs are not the same twice; set reference.cache: false"
-        )
+    read_deepspeed_file(recipe.deepspeed)
     assert recipe.lora is not None
     config = check_base(recipe.model.base, recipe.model.revision)
     with warnings.catch_warnings():
@@ -70,9 +65,7 @@ def check_sharding(recipe: Recipe, *, ranks: int, ranks_per_node: int | None) ->
         UserError: names the file and its key.
     """
     zero = read_deepspeed_file(recipe.deepspeed)["zero_optimization"]
-    return check_ranks(
-        zero, recipe.deepspeed, ranks=ranks, ranks_per_node=ranks_per_node, has_gpus=torch.cuda.is_available()
-    )
+    return check_ranks(zero, recipe.deepspeed, ranks=ranks, ranks_per_node=ranks_per_node)
 
 
 def check_inputs_lie_outside(recipe: Recipe) -> None:
