@@ -18,6 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
 SCORE_BANDS = ((0.0, 0.35), (0.35, 0.65), (0.65, 1.01))
 QUESTIONS = ("Why is the sky blue?", "Give three tips for better sleep.", "Who wrote Hamlet?")
 
@@ -98,10 +100,10 @@ def write_recipe(data: Path, base: Path, folder: Path, *, steps: int, beta: floa
 
 def held_out_by_score(run: Path, base: Path) -> None:
     """Implicit rewards of held-out responses, by kind and score, through Hugging Face's own forward."""
+    from log_probs import hugging_face_logps
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from uft_ds.evaluation.log_probs import hugging_face_logps
     from uft_ds.recipe.file import load_recipe
     from uft_ds.record.run_folder import RunFolder
     from uft_ds.run.prepare import open_data

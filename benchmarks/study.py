@@ -24,6 +24,8 @@ from typing import Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
 BETA = 0.1
 RESPONSES_A_STEP = 20
 STEPS, FIRST_STAGE = 25, 12
@@ -104,13 +106,13 @@ def measured(run: Path, base: Path, data: Path) -> dict[str, float]:
     if stored.exists():
         found: dict[str, float] = json.loads(stored.read_text(encoding="utf-8"))
         return found
+    from log_probs import hugging_face_logps
     from peft import PeftModel
 
     from uft_ds.data.sources import Source, Tolerance, prepare_source
     from uft_ds.data.store.building import RowRules
     from uft_ds.data.tokens.tokenize import load_tokenizer
     from uft_ds.evaluation.generate import generate_responses, load_for_generation
-    from uft_ds.evaluation.log_probs import hugging_face_logps
     from uft_ds.examples.verifiable import grade, is_correct, read_tasks
     from uft_ds.record.telemetry import calibration_error, rank_correlation
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from log_probs import hugging_face_logps
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import build_tiny_model
@@ -16,7 +17,6 @@ from toy import saved_adapter, toy_sequences
 from transformers import AutoModelForCausalLM
 
 from uft_ds.errors import CheckFailed, UserError
-from uft_ds.evaluation.log_probs import hugging_face_logps
 from uft_ds.export.agreement import compare
 from uft_ds.export.convert import convert_to_adapter, convert_to_merged
 from uft_ds.export.low_rank import read_low_rank

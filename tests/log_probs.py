@@ -1,4 +1,4 @@
-"""Log-probs of responses by Hugging Face's own forward, the whole model in memory."""
+"""Log-probs of responses by Hugging Face's own forward, the whole model in memory: what tests compare with."""
 
 from __future__ import annotations
 
