@@ -234,7 +234,7 @@ def without_reference(folder: Path) -> Any:
 
 
 def references_of_two_steps(folder: Path) -> Any:
-    """Responses whose reference is forwarded in the first of two steps on the same data, in both, and in the metrics."""
+    """Of two steps on the same data: responses whose reference was forwarded so far, and what the metrics say."""
     engine, cache = engine_of(folder), ReferenceCache("remembered")
     forwarded = 0
 

@@ -19,7 +19,8 @@ NODE_KEY = "zero_hpz_partition_size"
 
 UNUSABLE = {
     "zero_quantized_weights": (
-        "it rounds weights, the adapters' too, to 8 bits for every gather: what is trained is not the model that is saved"
+        "it rounds weights to 8 bits for every gather, the adapters' too: what is trained is not the model that is "
+        "saved"
     ),
     "zero_quantized_gradients": "it rounds gradients, which are exact here",
     "zero_quantized_nontrainable_weights": (
