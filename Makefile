@@ -48,6 +48,7 @@ bench: install ## Side-by-side measurements, a table each (about an hour and a h
 	$(BIN)/python benchmarks/loading_memory.py
 	$(BIN)/python benchmarks/reference_traffic.py
 	$(BIN)/python benchmarks/plan.py
+	$(BIN)/python benchmarks/determinism.py
 	$(BIN)/python benchmarks/checkpoint.py
 	$(BIN)/python benchmarks/token_logps.py
 	$(BIN)/python benchmarks/data.py

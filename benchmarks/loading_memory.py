@@ -46,7 +46,9 @@ def load_on_this_rank(folder: str, result: str, partitioned: bool) -> None:
 
     from uft_ds.engine.engine import deepspeed_config, init_distributed, partitioned_loading, read_deepspeed_file
     from uft_ds.streams.load import load_base
+    from uft_ds.training.determinism import make_deterministic
 
+    make_deterministic()
     init_distributed(10.0)
     config = deepspeed_config(read_deepspeed_file("zero3_cpu"), dtype=torch.float32, max_grad_norm=1.0)
     before = peak = private_bytes()

@@ -142,8 +142,16 @@ def measuring_saved(sizes: dict[int, int]) -> Iterator[None]:
 class Case:
     """One way to get the reference: an engine, and how a step's micro-batches are forwarded."""
 
-    def __init__(self, folder: Path, name: str, gradient_checkpointing: bool, file: str = "zero3_cpu") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        gradient_checkpointing: bool,
+        file: str = "zero3_cpu",
+        sequences_per_rank: int = SEQUENCES_PER_RANK,
+    ) -> None:
         self._how = CASES[name]
+        self._sequences_per_rank = sequences_per_rank
         config = read_deepspeed_file(file)
         config["zero_optimization"] |= SETTINGS
         model = toy_model(
@@ -172,7 +180,7 @@ class Case:
 
     def step(self) -> int:
         """All micro-batches and an update that changes nothing, so that every step computes the same; their number."""
-        step = whole_step()
+        step = whole_step(self._sequences_per_rank)
         terms = count_terms(UFT, step.responses)
         batches = self.cache.micro_batches(self.engine, step, TOKENS_PER_MICRO_BATCH)
         for number, (batch, forward_reference) in enumerate(batches, start=1):
@@ -205,9 +213,9 @@ class Case:
                 safe_set_full_fp32_param(parameter, value)
 
 
-def whole_step() -> Step:
+def whole_step(sequences_per_rank: int = SEQUENCES_PER_RANK) -> Step:
     """Uneven sequences with one to three responses each, for all ranks together."""
-    count = SEQUENCES_PER_RANK * torch.distributed.get_world_size()
+    count = sequences_per_rank * torch.distributed.get_world_size()
     return Step(0, toy_sequences(count, seed=100, longest=120))
 
 

@@ -88,8 +88,10 @@ def _one_rank(
         import torch
 
         from uft_ds.engine.engine import init_distributed
+        from uft_ds.training.determinism import make_deterministic
 
         torch.set_num_threads(1)
+        make_deterministic()  # as runs do by default
         init_distributed(collective_seconds / 60)
         result = function(*args)
         (folder / f"result{rank}").write_bytes(pickle.dumps(result))

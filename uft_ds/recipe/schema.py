@@ -204,7 +204,7 @@ class TrainSection(Section):
     seed: Annotated[int, Field(ge=0)] = 42
     """Seed of the data order and of the adapters' initial values."""
     deterministic: bool = True
-    """Use deterministic kernels only."""
+    """Use deterministic kernels only, and refuse an operation that has none."""
     checkpoint_every: Positive = 200
     """Steps between checkpoints; one is always written at the end."""
     keep_checkpoints: Positive = 3

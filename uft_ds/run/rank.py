@@ -38,6 +38,7 @@ from uft_ds.run.prepare import ensure_data, open_data, prepare_run, steps_of
 from uft_ds.run.resolve import cache_dir, objective_of
 from uft_ds.run.resume import nothing_to_do, prepare_resume, resumed_from
 from uft_ds.run.waiting import while_others_wait
+from uft_ds.training.determinism import make_deterministic
 from uft_ds.training.evaluate import check_against_hugging_face, check_log_ratios_are_zero
 from uft_ds.training.loop import START, train
 
@@ -143,7 +144,8 @@ def _prepared(recipe: Recipe, resume: bool, overwrite: bool) -> IO[str]:
 
 
 def _run(recipe: Recipe, folder: RunFolder, console: Console, request: StopRequest) -> None:
-    _make_deterministic(recipe.train.deterministic)
+    if recipe.train.deterministic:
+        make_deterministic()
     data = open_data(recipe, folder)
     steps = steps_of(recipe, data)
     held_out = in_order([source.selection for source in data.held_out], recipe.train.examples_per_step)
@@ -201,7 +203,8 @@ def _check_start(engine: Engine, recipe: Recipe, step: Step, reporter: Speaker) 
 
 def _fill_reference(recipe: Recipe, folder: RunFolder, console: Console, request: StopRequest) -> None:
     """Compute the reference of all data, held-out data included, and store it for the runs to come."""
-    _make_deterministic(recipe.train.deterministic)
+    if recipe.train.deterministic:
+        make_deterministic()
     pools = [source.selection for source in open_data(recipe, folder).all]
     groups = in_order(pools, recipe.train.examples_per_step)
     num_responses = sum(pool.num_responses for pool in pools)
@@ -265,10 +268,3 @@ def _own_streams(folder: RunFolder, rank: int) -> Iterator[TextIO]:
             sys.stderr.flush()
             for descriptor, original in saved.items():
                 os.dup2(original, descriptor)
-
-
-def _make_deterministic(deterministic: bool) -> None:
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # read by transformers
-        torch.use_deterministic_algorithms(True)
