@@ -31,6 +31,7 @@ from runs import (
     started,
     uft,
     wait_for_the_end_of,
+    write_rows,
 )
 
 from uft_ds.checkpoint.folder import newest_whole, step_of
@@ -89,6 +90,29 @@ def test_a_damaged_checkpoint_is_passed_over(unbroken: Path, tiny_qwen2: Path, t
     with pytest.raises(UserError, match="none of the run's checkpoints can be used\ncheckpoint step-000004 is damaged"):
         resumed(recipe)
     assert {path: path.lstat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("shift", ["kl", "prompt_mean", "schedule"])
+def test_other_shifts_and_a_beta_schedule_go_on_bit_for_bit(tiny_qwen2: Path, tmp_path: Path, shift: str) -> None:
+    """What is not `ema` with a constant beta: `kl`, which held-out data take from the step before, `prompt_mean`, whose
+    forward ahead of a step fills the cache, and a beta that depends on the step."""
+    changes: dict[str, object] = {"objective__reward_shift": shift}
+    if shift == "schedule":
+        changes = {"objective__beta_schedule": "cosine", "objective__beta_end": 3.0}
+    if shift == "prompt_mean":
+        rows = [{"prompt": "Rate it", "response": f"no {i}", "score": i % 3 / 2} for i in range(24)]
+        changes["data__sources"] = [{"format": "jsonl", "path": str(write_rows(tmp_path / "same_prompt.jsonl", rows))}]
+    straight = recipe_in(tmp_path / "straight", tiny_qwen2, **changes)
+    result = uft("train", str(straight))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert any(line.get("reward_shift") for line in numbers(tmp_path / "straight" / "run")), "nothing was shifted"
+    recipe = recipe_in(tmp_path / "killed", tiny_qwen2, **changes)
+    killed_at(recipe, 5)
+    result = uft("train", str(recipe), "--resume")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.search("going on from step-00000[24]", result.stdout)
+    assert_same_run(tmp_path / "killed" / "run", tmp_path / "straight" / "run")
 
 
 @pytest.mark.long
