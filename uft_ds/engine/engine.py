@@ -284,7 +284,8 @@ class Engine:
         """
         optimizer = self._engine.optimizer
         own_loss = torch.zeros((), device=self.device) if loss is None else loss.detach()
-        # A sum is not finite as soon as one of its terms is not. Reading it is the step's one wait for the device.
+        # A sum is not finite as soon as one of its terms is not. Reading it waits for the device, once a step and where
+        # DeepSpeed's step would wait for its own norm next.
         own = torch.stack([own_loss.double(), gradients.squared_norm(optimizer).to(self.device)])
         total_loss, squared_norm = self.sum_over_ranks(own).tolist()
         if not math.isfinite(total_loss) or not math.isfinite(squared_norm):
