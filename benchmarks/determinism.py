@@ -8,8 +8,9 @@ Seconds of the fastest step on rank 0, of a random Qwen2-shaped model with froze
     filled    deterministic kernels, and torch fills what it allocates with NaN: torch's own default
     ours      deterministic kernels, nothing is filled: `make_deterministic`, as every run has it
 
-The settings take turns within one process, so that all of them meet the same load of the machine. Then the time of
-`torch.empty` for 64 MiB, filled or not.
+The settings take turns within one process, so that all of them meet the same load of the machine. Then, in one process,
+the time of `torch.empty` for 64 MiB, alone and with what a gather does next, a copy into it. `--ranks 0` leaves out the
+steps.
 """
 
 from __future__ import annotations
@@ -54,15 +55,18 @@ def measure(folder: Path, rounds: int) -> dict[str, float]:
     return {setting: min(of_setting) for setting, of_setting in seconds.items()}
 
 
-def allocation(setting: str, rounds: int = 5) -> float:
-    """Seconds of the fastest allocation of 64 MiB."""
+def allocation(setting: str, source: torch.Tensor | None = None, rounds: int = 7) -> float:
+    """Milliseconds of the fastest allocation of 64 MiB, and of a copy of `source` into it."""
     take(setting)
     seconds = []
     for _ in range(rounds):
         started = time.perf_counter()
-        torch.empty(2**24)
+        allocated = torch.empty(2**24)
+        if source is not None:
+            allocated.copy_(source)
         seconds.append(time.perf_counter() - started)
-    return min(seconds)
+        del allocated
+    return 1000 * min(seconds)
 
 
 def main() -> None:
@@ -70,14 +74,16 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = write_model(Path(name), hidden=HIDDEN, layers=LAYERS)
-        seconds = run_on_ranks(measure, options.ranks, folder, options.rounds, timeout_seconds=900)[0]
+    if options.ranks:
+        with tempfile.TemporaryDirectory() as name:
+            folder = write_model(Path(name), hidden=HIDDEN, layers=LAYERS)
+            seconds = run_on_ranks(measure, options.ranks, folder, options.rounds, timeout_seconds=900)[0]
+        for setting in SETTINGS:
+            print(f"{setting:<8} {seconds[setting]:.3f} s a step ({seconds[setting] / seconds['off']:.2f} x off)")
+    source = torch.ones(2**24)
     for setting in SETTINGS:
-        print(
-            f"{setting:<8} {seconds[setting]:.3f} s a step ({seconds[setting] / seconds['off']:.2f} x off), "
-            f"torch.empty(64 MiB) {1000 * allocation(setting):.2f} ms"
-        )
+        alone, copied = allocation(setting), allocation(setting, source)
+        print(f"{setting:<8} torch.empty(64 MiB) {alone:.2f} ms, with a copy into it {copied:.2f} ms")
 
 
 if __name__ == "__main__":
