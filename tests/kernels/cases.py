@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from definition import naive_token_logps
 from torch import Tensor
 
+from uft_ds.kernels.naive import naive_token_logps
 from uft_ds.kernels.token_logps import token_logps
 
 SHAPES = [(1, 1, 2), (1, 16, 31), (7, 13, 97), (64, 32, 128), (127, 61, 1009), (3, 96, 2053)]

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from definition import naive_token_logps
 from torch import Tensor
 
 from uft_ds.kernels import chunks, rows_torch, rows_triton
 from uft_ds.kernels.logits import UNCHANGED, LogitTransform
+from uft_ds.kernels.naive import naive_token_logps
 from uft_ds.kernels.rows import RowSums, no_columns_yet, sweeps_for, values_of
 from uft_ds.kernels.token_logps import token_logps, token_logps_and_statistics
 

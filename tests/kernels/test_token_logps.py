@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from cases import DTYPES, EPSILON, SHAPES, SLACK, TILED, TRANSFORMS, WHOLE, Case, chunk_of, make_case, naive, ours
-from definition import naive_logits, naive_token_logps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from uft_ds.kernels.frozen_head import attach
+from uft_ds.kernels.naive import naive_logits, naive_token_logps
 from uft_ds.kernels.token_logps import IGNORED, token_logps, token_logps_and_statistics
 
 

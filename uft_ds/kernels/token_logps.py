@@ -7,7 +7,7 @@ N tokens, D hidden size, V vocabulary. The modules, from the outside in:
     forward                        all tokens: chunk after chunk
     chunks, tiles                  one chunk: over the vocabulary, tile after tile; how large they are
     rows, rows_torch, rows_triton  one tile of logits: what is kept of it; the two implementations of the sweep
-    logits                         scaling and exact matmuls
+    logits, naive                  scaling and exact matmuls; the definition
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def token_logps(
     temperature: float = 1.0,
     chunk_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """log softmax(logits)[target] for the policy, with gradient, and for the reference, without.
+    """`naive_token_logps` for the policy, with gradient, and for the reference, without.
 
     Gradients flow to `hidden_ND`, and to `weight_VD` and `bias` where they require them: a frozen head is one that
     does not require a gradient. First derivatives only. All inputs have one dtype (but for `bias`) and one device.
