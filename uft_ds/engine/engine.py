@@ -178,6 +178,17 @@ def partitioned_loading(config: dict[str, Any]) -> Iterator[None]:
     del keep_alive
 
 
+def own_values(parameter: nn.Parameter) -> Tensor:
+    """This rank's shard of a parameter, flat, without the padding of the last rank, which is never written; the whole
+    parameter where it is not sharded."""
+    shard = getattr(parameter, "ds_tensor", None)
+    if shard is None:
+        return parameter.detach()
+    partitioned: Any = parameter  # what DeepSpeed adds to it
+    left = partitioned.ds_numel - partitioned.ds_zero_partition_rank * shard.ds_numel
+    return shard.detach().flatten()[: max(0, left)]
+
+
 class Engine:
     """A sharded model, its optimiser, and the exact scale of the gradient."""
 

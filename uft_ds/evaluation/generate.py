@@ -10,7 +10,6 @@ from typing import cast
 import torch
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
@@ -18,8 +17,10 @@ from transformers import (
     TextStreamer,
 )
 
+from uft_ds.architectures.weights import check_weights
 from uft_ds.data.tokens.chat_template import end_of_turn_id, render
 from uft_ds.errors import UserError
+from uft_ds.streams.load import config_of_folder, load_weights, meta_model
 
 Messages = list[dict[str, str]]
 
@@ -33,9 +34,14 @@ def load_for_generation(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenize
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
+        model = meta_model(config_of_folder(path))
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         end_of_turn_id(tokenizer)  # before the weights: a missing template is told at once
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, trust_remote_code=False)
+        check_weights(path, model)
+        model = load_weights(str(path), dtype=dtype, local_files_only=True)
+    except UserError as error:
+        reason = str(error).removeprefix("model.base: ")
+        raise UserError(f"`{path}` cannot be loaded as a model: {reason}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"`{path}` cannot be loaded as a model: {error}") from error
     torch.nn.Module.to(model, device)  # in place; transformers' own `to` is untyped for a device

@@ -20,6 +20,7 @@ from typing import IO, Any, Literal
 import torch
 from transformers import GenerationConfig
 
+from uft_ds.architectures.weights import check_weights
 from uft_ds.data.example import Sequence
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer, save_tokenizer
 from uft_ds.data.tokens.tokenize import load_tokenizer
@@ -40,7 +41,7 @@ from uft_ds.export.universal import write_universal
 from uft_ds.export.weight_files import WeightFiles
 from uft_ds.host.files import NO_LOCKS, sync
 from uft_ds.streams.identity import local_folder
-from uft_ds.streams.load import check_base
+from uft_ds.streams.load import check_base, config_of_folder, meta_model
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 OnProgress = Callable[[str, int, int], None]
@@ -86,6 +87,7 @@ def convert_to_merged(
     with opened(path, base, adapter_config, report) as source:
         deltas = read_low_rank(source.adapter)
         folder = local_folder(source.base, source.revision)
+        check_weights(folder, meta_model(config_of_folder(folder)))
         chat = _tokenizer_of(source)
         report(f"merging {source.path} into {source.base}")
         with _whole_or_nothing(out) as temporary:

@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +25,8 @@ _CODES = {
 }  # fmt: skip
 """The format's names of types (github.com/huggingface/safetensors, README)."""
 _TYPES = {code: dtype for dtype, code in _CODES.items()}
+_POINTER = b"version https://git-lfs"
+"""How a pointer starts that git-lfs leaves in place of a file that was not fetched."""
 
 
 @dataclass(frozen=True)
@@ -72,25 +75,85 @@ class WeightFiles:
 
 
 def _header(path: Path) -> list[TensorInfo]:
-    if path.suffix != ".safetensors":
-        return [TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in _pickled(path).items()]
     try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            return [TensorInfo(name, tuple(s.get_shape()), _TYPES[s.get_dtype()]) for name, s in slices.items()]
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+        return [TensorInfo(tensor.name, tensor.shape, _TYPES[tensor.code]) for tensor in stored_tensors(path)]
     except KeyError as error:
         raise UserError(f"{path}: holds tensors of type {error}, which cannot be merged into") from None
 
 
+@dataclass(frozen=True)
+class StoredTensor:
+    """What a weight file says of a tensor; the type by the name that safetensors gives it."""
+
+    name: str
+    shape: tuple[int, ...]
+    code: str
+
+    def empty(self) -> Tensor:
+        """Of the same shape and type, without values; float32 stands for types that torch has no common name of."""
+        return torch.empty(self.shape, dtype=_TYPES.get(self.code, torch.float32), device="meta")
+
+
+def stored_tensors(path: Path) -> list[StoredTensor]:
+    """Names, shapes and types of a weight file's tensors; no tensor is read.
+
+    Raises:
+        UserError: no file, or cut, empty, a pointer in place of the file, not of its format. Names it.
+    """
+    _check_is_weights(path)
+    if path.suffix != ".safetensors":
+        named = _unpickled(path, torch.device("meta"))
+        return [
+            StoredTensor(name, tuple(tensor.shape), _CODES.get(tensor.dtype, str(tensor.dtype)))
+            for name, tensor in named.items()
+        ]
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            return [StoredTensor(name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()]
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"model.base: {path}: cannot be read, it is cut or damaged ({error}); fetch or copy it again"
+        ) from None
+
+
+def _check_is_weights(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_POINTER))
+    except OSError as error:
+        raise UserError(f"model.base: {path}: cannot be read ({error.strerror})") from None
+    if not start:
+        raise UserError(f"model.base: {path}: cannot be read, it is empty; fetch or copy it again")
+    if start == _POINTER:
+        raise UserError(
+            f"model.base: {path}: cannot be read, it is a pointer of git-lfs in place of the weights; "
+            "run `git lfs pull` in its folder"
+        )
+
+
 @lru_cache(maxsize=1)
 def _pickled(path: Path) -> Mapping[str, Tensor]:
-    """A .bin file, mapped; nothing in it is run."""
+    """A .bin file, mapped where its format allows it; nothing in it is run."""
+    return _unpickled(path, torch.device("cpu"))
+
+
+def _unpickled(path: Path, device: torch.device) -> Mapping[str, Tensor]:
+    can_map = device.type == "cpu" and is_zipfile(path)  # files of torch before 1.6 are no zip archives
     try:
-        content: Mapping[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, UnpicklingError, EOFError, KeyError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
+        content = torch.load(path, map_location=device, weights_only=True, mmap=can_map)
+    except UnpicklingError:
+        raise UserError(
+            f"model.base: {path}: cannot be read: it is damaged, or holds other objects than tensors, which are never "
+            "loaded; expected a file that torch.load(weights_only=True) can read, or safetensors"
+        ) from None
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"model.base: {path}: cannot be read, it is cut or damaged ({reason}); fetch or copy it again"
+        ) from None
+    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        raise UserError(f"model.base: {path}: expected tensors by their names alone, found other values")
     return content
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from uft_ds.architectures.weights import check_weights
 from uft_ds.engine.engine import read_deepspeed_file
 from uft_ds.engine.zero_section import check_ranks
 from uft_ds.errors import UserError
@@ -31,11 +32,14 @@ def check_recipe(recipe: Recipe) -> None:
     read_deepspeed_file(recipe.deepspeed)
     assert recipe.lora is not None
     config = check_base(recipe.model.base, recipe.model.revision)
+    base = empty_base(config)
+    if Path(recipe.model.base).exists():  # a hub model's weights are fetched later: `prepare.run_identity`
+        check_weights(Path(recipe.model.base), base)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT's, of a property of transformers
         # Without weights: what would be refused after the launch is refused before it.
         policy = add_adapters(
-            empty_base(config),
+            base,
             rank=recipe.lora.rank,
             alpha=recipe.lora.alpha,
             targets=recipe.lora.targets,

@@ -18,6 +18,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from uft_ds.architectures.weights import check_weights
 from uft_ds.data.mixture import Steps, epoch_amounts, plan_steps
 from uft_ds.data.sources import PreparedSource, open_source, prepare_source
 from uft_ds.data.store.sequences import write_sample
@@ -39,7 +40,8 @@ from uft_ds.run.resolve import (
     with_absolute_paths,
     with_fixed_revision,
 )
-from uft_ds.streams.identity import adapter_identity, base_identity
+from uft_ds.streams.identity import adapter_identity, base_identity, local_folder
+from uft_ds.streams.load import check_base, meta_model
 
 OnProgress = Callable[[str, int, int], None]
 """Called with what is being done, and how much of it is done: bytes or files, of how many."""
@@ -267,8 +269,11 @@ def check_run(recipe: Recipe, on_progress: OnProgress = lambda label, done, tota
 def run_identity(recipe: Recipe, data: PreparedData, on_progress: OnProgress) -> dict[str, Any]:
     """What a run is of, by content: base weights, adapter, and of each source rows, rules, tokenizer and template."""
     base, adapter = recipe.model.base, recipe.reference.adapter
+    content = base_identity(base, recipe.model.revision, partial(on_progress, f"hashing {base}"))
+    if not Path(base).exists():  # a local folder's have been checked before any data was read
+        check_weights(local_folder(base, recipe.model.revision), meta_model(check_base(base, recipe.model.revision)))
     return {
-        "base": base_identity(base, recipe.model.revision, partial(on_progress, f"hashing {base}")),
+        "base": content,
         "adapter": adapter_identity(Path(adapter)) if adapter else None,
         "data": {
             f"{part}.{number}": {key: parts[key] for key in ("content", "rules", "tokenizer", "chat_template")}

@@ -83,18 +83,38 @@ def weight_files(folder: Path) -> list[Path]:
     """The files that transformers would load: one, or those that an index names.
 
     Raises:
-        UserError: there are none, or the index cannot be read.
+        UserError: there are none, the index cannot be read, or it names a file that is not in the folder.
+    """
+    found = index_file(folder)
+    if found.name in _WEIGHTS:
+        return [found]
+    try:
+        shards = set(json.loads(found.read_text(encoding="utf-8"))["weight_map"].values())
+        if not shards or not all(isinstance(shard, str) and shard for shard in shards):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"model.base: {found}: expected an index of weight files with a weight_map") from None
+    for shard in sorted(shards):
+        if Path(shard).is_absolute() or ".." in Path(shard).parts:
+            raise UserError(f"model.base: {found}: names {shard!r}, expected files of the model's own folder alone")
+        if not (folder / shard).is_file():
+            raise UserError(
+                f"model.base: {folder / shard}: cannot be read: {found.name} names it, and it is not there; fetch or "
+                "copy it again"
+            )
+    return [folder / shard for shard in sorted(shards)]
+
+
+def index_file(folder: Path) -> Path:
+    """The file of all weights, or the index of several: the one that transformers would take.
+
+    Raises:
+        UserError: neither is there.
     """
     for name in _WEIGHTS:
-        index = folder / f"{name}.index.json"
-        if (folder / name).is_file():
-            return [folder / name]
-        if index.is_file():
-            try:
-                shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-                return [folder / shard for shard in sorted(shards)]
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
-                raise UserError(f"model.base: {index}: expected an index of weight files with a weight_map") from None
+        for path in (folder / name, folder / f"{name}.index.json"):
+            if path.is_file():
+                return path
     raise UserError(f"model.base: {folder} holds no weights; expected {' or '.join(_WEIGHTS)}, or their index")
 
 

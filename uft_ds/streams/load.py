@@ -10,9 +10,12 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from uft_ds.architectures.weights import first_non_finite, loading_of, problem_of
+from uft_ds.engine.engine import own_values
 from uft_ds.errors import UserError
 
 
@@ -38,35 +41,69 @@ def check_base(base: str, revision: str | None) -> Any:
     if folder.exists() and not (folder / "config.json").is_file():
         raise UserError(f"model.base: {base} holds no config.json; expected a model folder in Hugging Face's layout")
     if folder.exists():
-        try:
-            raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"model.base: {folder / 'config.json'}: not valid JSON ({error})") from None
-        if "auto_map" in raw:
+        if "auto_map" in _raw_config(folder / "config.json"):
             raise UserError(f"model.base: {base} needs code of its own (auto_map in config.json), which is never run")
+        return config_of_folder(folder)
     try:
         return AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 - transformers raises many types here
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"model.base: {base!r} is neither a local model folder nor to be had from the hub ({reason})"
+            f"model.base: {base!r} is neither a local model folder nor to be had from the hub ({_one_line(error)})"
         ) from None
 
 
+def config_of_folder(folder: Path) -> Any:
+    """A local model's config, as transformers reads it; code of its own is neither run nor refused.
+
+    Raises:
+        UserError: config.json is broken, or transformers knows no such model.
+    """
+    path = folder / "config.json"
+    _raw_config(path)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001 - transformers raises many types here
+        raise UserError(
+            f"model.base: {path}: no config of a model that transformers knows ({_one_line(error)}); correct it, or "
+            "fetch the model again"
+        ) from None
+
+
+def _raw_config(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"model.base: {path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"model.base: {path}: not valid JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"model.base: {path}: {json.dumps(raw)[:40]} found, expected an object; fetch the model again")
+    return raw
+
+
 def empty_base(config: Any) -> Any:
-    """The model of a config on the meta device: its structure, without weights or memory.
+    """The base of a config on the meta device: its structure, without weights or memory.
+
+    Raises:
+        UserError: no causal language model has such a config, or it has a dropout.
+    """
+    model = meta_model(config)
+    _check_dropout(model)
+    model.requires_grad_(False)
+    return model
+
+
+def meta_model(config: Any) -> Any:
+    """The model of a config on the meta device, whatever its dropout.
 
     Raises:
         UserError: no causal language model has such a config.
     """
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (ValueError, KeyError) as error:
         raise UserError(f"model.base: no causal language model: {str(error).splitlines()[0]}") from None
-    _check_dropout(model)
-    model.requires_grad_(False)
-    return model
 
 
 def load_base(
@@ -82,22 +119,69 @@ def load_base(
     Under `training.engine.partitioned_loading` each rank keeps only its shard: transformers reads the files
     once, maps them, and hands every parameter out as it goes.
     """
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            base,
-            revision=revision,
-            dtype=dtype,
-            attn_implementation=attention_implementation(attention, dtype),
-            trust_remote_code=False,
-        )
-    except (OSError, ValueError, ImportError, UnpicklingError) as error:
-        raise UserError(f"model.base: {base!r} could not be loaded ({str(error).splitlines()[0]})") from None
+    model = load_weights(
+        base, revision=revision, dtype=dtype, attn_implementation=attention_implementation(attention, dtype)
+    )
     _check_dropout(model)
     model.requires_grad_(False)
     model.train()
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def load_weights(base: str, **options: Any) -> Any:
+    """`AutoModelForCausalLM.from_pretrained` that refuses a base whose files do not hold the whole model.
+
+    transformers would draw at random what is missing. Under ZeRO-3 the ranks see different things: each lists what is
+    missing, rank 0 alone meets other shapes, and NaN lies in one rank's shard. So they exchange what they found, in one
+    collective, and all refuse.
+
+    Raises:
+        UserError: on every rank.
+    """
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            base,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported, then refused here
+            **options,
+        )
+    except (OSError, ValueError, ImportError, UnpicklingError, SafetensorError, KeyError) as error:
+        # Not the ranks' common affair: the others may be in the middle of loading, and are ended with this one.
+        raise UserError(f"model.base: {base!r} could not be loaded ({_one_line(error)})") from None
+    except RuntimeError as error:
+        if not str(error).startswith(_REPORTED):
+            raise
+        reason = _one_line(error).partition(" You may consider")[0]  # advice on transformers' own arguments
+        problem: str | None = f"could not be loaded ({reason})"
+    else:
+        problem = problem_of(loading_of(report), model)
+        own = ((name, own_values(parameter)) for name, parameter in model.named_parameters())
+        if problem is None and (name := first_non_finite(own)) is not None:
+            problem = f"{name} holds NaN or infinity; the weights are damaged: fetch them again, or take another base"
+    for found in _of_all_ranks(problem):
+        if found is not None:
+            raise UserError(f"model.base: {base!r}: {found}")
+    return model
+
+
+_REPORTED = ("Error(s) in loading state_dict", "We encountered some issues", "Failed to apply weight conversion")
+"""How messages of transformers start that are raised where every rank has done its part of loading."""
+
+
+def _one_line(error: BaseException) -> str:
+    """The whole message: the reason is often not in its first line."""
+    return " ".join(str(error).split())[:500] or type(error).__name__
+
+
+def _of_all_ranks(value: str | None) -> list[str | None]:
+    if not torch.distributed.is_initialized():
+        return [value]
+    values: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def _check_dropout(model: nn.Module) -> None:
