@@ -54,7 +54,7 @@ def build_base(folder: Path, gigabytes: float) -> Path:
     from transformers import Qwen2Config
 
     from uft_ds.export.streamed_logps import empty_model
-    from uft_ds.export.weight_files import TensorInfo, write_model
+    from uft_ds.streams.weight_files import TensorInfo, write_model
 
     shares = 2 + 2 * KEY_VALUE_HEADS / HEADS
     layer_bytes = 2 * (shares * HIDDEN * HIDDEN + 3 * HIDDEN * MLP)
@@ -166,7 +166,7 @@ def imports_alone(base: Path, adapter: Path, out: Path) -> None:
 def merge_ours(base: Path, adapter: Path, out: Path) -> None:
     from uft_ds.export.low_rank import read_low_rank
     from uft_ds.export.merge import write_merged
-    from uft_ds.export.weight_files import WeightFiles
+    from uft_ds.streams.weight_files import WeightFiles
 
     out.mkdir()
     shutil.copyfile(base / "config.json", out / "config.json")

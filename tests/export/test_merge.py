@@ -22,8 +22,8 @@ from uft_ds.export.convert import convert_to_adapter, convert_to_merged
 from uft_ds.export.low_rank import read_low_rank
 from uft_ds.export.merge import write_merged
 from uft_ds.export.streamed_logps import empty_model, streamed_logps, with_adapter
-from uft_ds.export.weight_files import WeightFiles, bytes_of
 from uft_ds.streams.load import check_base
+from uft_ds.streams.weight_files import WeightFiles, bytes_of
 
 SMALL = 40_000
 """Bytes: a tiny model has several files then."""

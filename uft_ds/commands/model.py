@@ -43,8 +43,8 @@ def convert(
 ) -> None:
     """Write what was trained as a Hugging Face model or adapter, checked against what was trained."""
     from uft_ds.export.convert import MAX_SHARD_BYTES, convert_to_adapter, convert_to_merged, convert_to_universal
-    from uft_ds.export.weight_files import bytes_of
     from uft_ds.run.start import preparation
+    from uft_ds.streams.weight_files import bytes_of
 
     quiet_loading()
     if to != "merged" and dtype is not None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from uft_ds.doctor.finding import Finding
-from uft_ds.host.process import choose_accelerator
+from uft_ds.engine.accelerator import choose_accelerator
 
 _DEEPEST = 3  # EXTENSIONS/py311_cu128/OP/lock
 

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.data.mixture import Step
 from uft_ds.data.packing import rank_micro_batches
+from uft_ds.engine.accelerator import choose_accelerator
 from uft_ds.engine.zero_section import check_zero_section
 from uft_ds.errors import UserError
-from uft_ds.host.process import choose_accelerator, returning_freed_memory
+from uft_ds.host.process import returning_freed_memory
 from uft_ds.training import gradients
 
 T = TypeVar("T")
@@ -176,17 +177,6 @@ def partitioned_loading(config: dict[str, Any]) -> Iterator[None]:
     with returning_freed_memory():
         yield
     del keep_alive
-
-
-def own_values(parameter: nn.Parameter) -> Tensor:
-    """This rank's shard of a parameter, flat, without the padding of the last rank, which is never written; the whole
-    parameter where it is not sharded."""
-    shard = getattr(parameter, "ds_tensor", None)
-    if shard is None:
-        return parameter.detach()
-    partitioned: Any = parameter  # what DeepSpeed adds to it
-    left = partitioned.ds_numel - partitioned.ds_zero_partition_rank * shard.ds_numel
-    return shard.detach().flatten()[: max(0, left)]
 
 
 class Engine:

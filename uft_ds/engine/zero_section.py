@@ -11,8 +11,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from uft_ds.engine.accelerator import choose_accelerator
 from uft_ds.errors import UserError
-from uft_ds.host.process import choose_accelerator
 
 NODE_KEY = "zero_hpz_partition_size"
 """Ranks that share one whole copy of the base, the GPUs of a node: hpZ of ZeRO++ (arXiv 2306.10209)."""

@@ -17,10 +17,10 @@ from transformers import (
     TextStreamer,
 )
 
-from uft_ds.architectures.weights import check_weights
 from uft_ds.data.tokens.chat_template import end_of_turn_id, render
 from uft_ds.errors import UserError
 from uft_ds.streams.load import config_of_folder, load_weights, meta_model
+from uft_ds.streams.weights import check_weights
 
 Messages = list[dict[str, str]]
 

@@ -18,8 +18,8 @@ from uft_ds.data.example import Response, Sequence
 from uft_ds.data.store.sequences import SequenceStore
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.export.streamed_logps import empty_model, num_units, streamed_logps, with_adapter
-from uft_ds.export.weight_files import WeightFiles
 from uft_ds.streams.load import check_base
+from uft_ds.streams.weight_files import WeightFiles
 
 MAX_RELATIVE_ERROR = 0.1
 """Root mean square error of the merged model's log-ratios, relative to their own root mean square."""

@@ -20,7 +20,6 @@ from typing import IO, Any, Literal
 import torch
 from transformers import GenerationConfig
 
-from uft_ds.architectures.weights import check_weights
 from uft_ds.data.example import Sequence
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer, save_tokenizer
 from uft_ds.data.tokens.tokenize import load_tokenizer
@@ -38,10 +37,11 @@ from uft_ds.export.merge import write_merged
 from uft_ds.export.model_card import model_card
 from uft_ds.export.source import Report, Source, of_run, opened
 from uft_ds.export.universal import write_universal
-from uft_ds.export.weight_files import WeightFiles
 from uft_ds.host.files import NO_LOCKS, sync
 from uft_ds.streams.identity import local_folder
 from uft_ds.streams.load import check_base, config_of_folder, meta_model
+from uft_ds.streams.weight_files import WeightFiles
+from uft_ds.streams.weights import check_weights
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 OnProgress = Callable[[str, int, int], None]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from uft_ds.errors import UserError
 from uft_ds.export.low_rank import LowRank
-from uft_ds.export.weight_files import TensorInfo, WeightFiles, write_model
+from uft_ds.streams.weight_files import TensorInfo, WeightFiles, write_model
 
 
 def write_merged(

@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM
 from uft_ds.data.example import Sequence
 from uft_ds.data.micro_batch import micro_batch
 from uft_ds.errors import UserError
-from uft_ds.export.weight_files import WeightFiles
 from uft_ds.host.process import returning_freed_memory
 from uft_ds.objectives.implicit_reward import response_logps
 from uft_ds.streams.adapters import POLICY
+from uft_ds.streams.weight_files import WeightFiles
 
 _ROWS = 128
 """Of logits, whose logarithms are in memory at a time."""

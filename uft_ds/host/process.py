@@ -12,15 +12,6 @@ from pathlib import Path
 
 from uft_ds.errors import EXIT_INTERRUPTED
 
-
-def choose_accelerator() -> None:
-    """Tell DeepSpeed, before it is first imported, that there is no GPU: left to find out, it warns of it."""
-    import torch  # here, for processes that only tokenise need it not
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-
 LAUNCHED_BY = "UFT_LAUNCHED_BY"
 """Environment variable: the process id of the `uft` command that a rank belongs to."""
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from uft_ds.architectures.weights import check_weights
 from uft_ds.engine.engine import read_deepspeed_file
 from uft_ds.engine.zero_section import check_ranks
 from uft_ds.errors import UserError
@@ -21,6 +20,7 @@ from uft_ds.streams.adapters import add_adapters, start_from_adapter
 from uft_ds.streams.identity import OnFile, base_identity
 from uft_ds.streams.load import check_base, empty_base
 from uft_ds.streams.model import UFTModel
+from uft_ds.streams.weights import check_weights
 
 
 def check_recipe(recipe: Recipe) -> None:

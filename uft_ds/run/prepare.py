@@ -18,7 +18,6 @@ from typing import IO, Any
 
 import numpy as np
 
-from uft_ds.architectures.weights import check_weights
 from uft_ds.data.mixture import Steps, epoch_amounts, plan_steps
 from uft_ds.data.sources import PreparedSource, open_source, prepare_source
 from uft_ds.data.store.sequences import write_sample
@@ -42,6 +41,7 @@ from uft_ds.run.resolve import (
 )
 from uft_ds.streams.identity import adapter_identity, base_identity, local_folder
 from uft_ds.streams.load import check_base, meta_model
+from uft_ds.streams.weights import check_weights
 
 OnProgress = Callable[[str, int, int], None]
 """Called with what is being done, and how much of it is done: bytes or files, of how many."""

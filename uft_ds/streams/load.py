@@ -14,9 +14,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from uft_ds.architectures.weights import first_non_finite, loading_of, problem_of
-from uft_ds.engine.engine import own_values
 from uft_ds.errors import UserError
+from uft_ds.streams.weights import first_non_finite, loading_of, own_values, problem_of
 
 
 def check_is_there(base: str) -> None:
@@ -116,7 +115,7 @@ def load_base(
 ) -> Any:
     """The base model, frozen and in training mode.
 
-    Under `training.engine.partitioned_loading` each rank keeps only its shard: transformers reads the files
+    Under `engine.engine.partitioned_loading` each rank keeps only its shard: transformers reads the files
     once, maps them, and hands every parameter out as it goes.
     """
     model = load_weights(

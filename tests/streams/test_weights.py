@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import AutoConfig
 from transformers.utils import logging
 
-from uft_ds.architectures.weights import check_weights, first_non_finite
 from uft_ds.errors import UserError
 from uft_ds.streams.load import load_weights, meta_model
+from uft_ds.streams.weights import check_weights, first_non_finite
 
 SIZES = {
     "vocab_size": 96,

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as transformers_logging
 
 from uft_ds.errors import UserError
-from uft_ds.export.weight_files import stored_tensors
 from uft_ds.streams.identity import index_file, weight_files
+from uft_ds.streams.weight_files import stored_tensors
 
 _REMEDY = (
     "the folder is incomplete or mixed up: fetch or copy the model again, config.json and all weight files together"
@@ -58,7 +58,7 @@ def check_weights(folder: Path, model: Any) -> None:
     alone, as transformers leaves them: they change none of the model's outputs.
 
     Args:
-        model: of the folder's config.json, on the meta device (`model.load.empty_base`); it is not changed.
+        model: of the folder's config.json, on the meta device (`streams.load.empty_base`); it is not changed.
     Raises:
         UserError: a file is missing, cut or no weight file; a tensor is missing, has another shape, or has no place in
             the model. Names file and tensor.
@@ -112,6 +112,17 @@ def first_non_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:
             if not (torch.isfinite(least) and torch.isfinite(greatest)):
                 return name
     return None
+
+
+def own_values(parameter: nn.Parameter) -> Tensor:
+    """This rank's shard of a parameter, flat, without the padding of the last rank, which is never written; the whole
+    parameter where it is not sharded."""
+    shard = getattr(parameter, "ds_tensor", None)
+    if shard is None:
+        return parameter.detach()
+    partitioned: Any = parameter  # what DeepSpeed adds to it
+    left = partitioned.ds_numel - partitioned.ds_zero_partition_rank * shard.ds_numel
+    return shard.detach().flatten()[: max(0, left)]
 
 
 def _load_empty(model: Any, empty: dict[str, Tensor]) -> Loading:
