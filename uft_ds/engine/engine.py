@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.data.mixture import Step
 from uft_ds.data.packing import rank_micro_batches
+from uft_ds.engine import gradients
 from uft_ds.engine.accelerator import choose_accelerator
 from uft_ds.engine.zero_section import check_zero_section
 from uft_ds.errors import UserError
 from uft_ds.host.process import returning_freed_memory
-from uft_ds.training import gradients
 
 T = TypeVar("T")
 
