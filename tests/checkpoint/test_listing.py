@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 from pathlib import Path
@@ -91,4 +92,16 @@ def test_nothing_is_deleted_that_was_not_meant(run: RunFolder, tmp_path: Path) -
             delete(run.path, [10])
     with pytest.raises(UserError, match="no run's folder"):
         delete(tmp_path, [10])
+    assert len(list(run.checkpoints.iterdir())) == 3
+
+
+def test_without_locks_nothing_is_deleted(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the run goes on is not known then: it is not called going on, and the way out is said."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(UserError, match=r"cannot be locked .*No locks available.*is not known.*checkpoints yourself"):
+        delete(run.path, [10])
     assert len(list(run.checkpoints.iterdir())) == 3

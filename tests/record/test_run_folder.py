@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +15,7 @@ import pytest
 
 from uft_ds.errors import UserError
 from uft_ds.host.files import write_atomically
-from uft_ds.record.run_folder import RunFolder, Status, check_claimable, claim, release
+from uft_ds.record.run_folder import RunFolder, Status, check_claimable, claim, claim_again, is_owned, release
 
 HOLD_THE_LOCK = """
 import sys
@@ -137,6 +140,49 @@ def test_a_folder_in_use_by_another_process_is_refused(tmp_path: Path) -> None:
         assert folder.metrics.read_text() == "growing"
     claim(folder, overwrite=True).close()
     assert not folder.metrics.exists()
+
+
+def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+def test_a_file_system_without_locks_is_not_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message says what is missing and what to do, and a folder that was made for the run is not called in use."""
+    without_locks(monkeypatch)
+    folder = RunFolder(tmp_path / "run")
+    for take in (lambda: claim(folder, overwrite=False), lambda: claim_again(folder)):
+        with pytest.raises(UserError, match=r"^output: .*/run cannot be locked .*No locks available.*output=PATH"):
+            take()
+    assert is_owned(folder) is None
+
+
+def test_a_lock_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    """--overwrite deletes no link's target and empties none either: whoever may write the folder chose the link."""
+    folder = finished_run(tmp_path / "run")
+    (tmp_path / "outside.txt").write_text("mine")
+    folder.lock.unlink()
+    folder.lock.symlink_to(tmp_path / "outside.txt")
+    with pytest.raises(UserError, match=r"^output: .*/run cannot be written \(\.uft-run is a link"):
+        claim(folder, overwrite=True)
+    with pytest.raises(UserError, match=r"\.uft-run is a link"):
+        is_owned(folder)
+    assert (tmp_path / "outside.txt").read_text() == "mine"
+    assert folder.metrics.read_text() == "old"
+
+
+def test_a_released_lock_is_not_shared(tmp_path: Path) -> None:
+    """Whoever waited for a run that never began locks the folder anew, and a third one is kept out."""
+    folder = RunFolder(tmp_path / "run")
+    first = claim(folder, overwrite=False)
+    (folder.path / "notes.md").write_text("mine")  # so that the folder stays
+    releasing = threading.Timer(0.3, release, (folder, first))
+    releasing.start()
+    with claim_again(folder), pytest.raises(UserError, match="in use"):
+        claim_again(folder)
+    releasing.join()
 
 
 def test_closing_the_lock_frees_the_folder(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """How far a run is and how it ended, as its folder tells; the exit code is for scripts."""
 
+import errno
 import fcntl
 import json
 from pathlib import Path
@@ -49,3 +50,15 @@ def test_a_run_without_a_word_was_killed_or_goes_on(run: RunFolder, tmp_path: Pa
     assert progress_of(new.path).summary.startswith("step 0, newest checkpoint none: ")
     with pytest.raises(UserError, match="no run's folder"):
         progress_of(tmp_path / "nowhere")
+
+
+def test_without_locks_it_is_not_said_to_go_on(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How it ended is said where the run has left that; otherwise that nobody can know."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert "going on, or was killed: its file system has no locks" in progress_of(run.path).summary
+    run.write_status(Status(EXIT_STOPPED, "for a reason"))
+    assert progress_of(run.path) == RunProgress(EXIT_STOPPED, "step 2, newest checkpoint 1: for a reason")

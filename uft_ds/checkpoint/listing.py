@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +21,8 @@ from uft_ds.checkpoint.folder import (
 )
 from uft_ds.checkpoint.manifest import MANIFEST
 from uft_ds.errors import UserError
-from uft_ds.record.run_folder import RunFolder
+from uft_ds.host.locks import Held, Lock, NoLocks, acquire
+from uft_ds.record.run_folder import SECONDS_OF_A_LOOK, RunFolder
 
 
 def listed(run: Path) -> Table:
@@ -64,16 +64,12 @@ def delete(run: Path, steps: Sequence[int]) -> list[Path]:
     """Delete a run's checkpoints of these steps.
 
     Raises:
-        UserError: there is none of a step, or the run is going on; nothing has been deleted.
+        UserError: there is none of a step, or the run is going on, or may be; nothing has been deleted.
     """
     folder = RunFolder(run)
     if not folder.lock.exists():
         raise UserError(f"{run}: no run's folder")
-    with folder.lock.open("a", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{run}: the run is going on; stop it first") from None
+    with _locked(folder):
         # One that is set aside has perhaps been written again.
         there = {step_of(checkpoint): checkpoint for checkpoint in (*set_aside_of(run), *checkpoints_of(run))}
         missing = [step for step in steps if step not in there]
@@ -88,6 +84,20 @@ def delete(run: Path, steps: Sequence[int]) -> list[Path]:
         except OSError as error:
             raise UserError(f"{error.filename or run}: cannot be deleted ({error.strerror})") from None
     return chosen
+
+
+def _locked(folder: RunFolder) -> Lock:
+    try:
+        return acquire(folder.lock, wait_seconds=SECONDS_OF_A_LOOK)
+    except Held:
+        raise UserError(f"{folder.path}: the run is going on; stop it first") from None
+    except NoLocks as error:
+        raise UserError(
+            f"{folder.path}: cannot be locked ({error.strerror}), so whether the run is going on is not known; if it "
+            f"is not, delete the folders in {folder.checkpoints} yourself"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{folder.path}: cannot be written ({error.strerror})") from None
 
 
 def _found(run: Path) -> list[Path]:

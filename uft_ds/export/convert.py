@@ -6,16 +6,14 @@ A source is a run, one of its checkpoints, an adapter in PEFT's format, or a fol
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import torch
 from transformers import GenerationConfig
@@ -37,7 +35,8 @@ from uft_ds.export.merge import write_merged
 from uft_ds.export.model_card import model_card
 from uft_ds.export.source import Report, Source, of_run, opened
 from uft_ds.export.universal import write_universal
-from uft_ds.host.files import NO_LOCKS, sync
+from uft_ds.host.files import sync
+from uft_ds.host.locks import Held, acquire
 from uft_ds.streams.identity import local_folder
 from uft_ds.streams.load import check_base, config_of_folder, meta_model
 from uft_ds.streams.weight_files import WeightFiles
@@ -207,31 +206,15 @@ def _only_writer(out: Path) -> Iterator[None]:
     Raises:
         UserError: one does.
     """
-    path = out.with_name(f".{out.name}.lock")
-    with _locked(path, out):
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def _locked(path: Path, out: Path) -> IO[str]:
-    while True:
-        lock = path.open("a")  # for writing: NFS refuses an exclusive lock otherwise
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            message = f"{out}: another conversion is writing it; wait for its end, or give another folder"
-            raise UserError(message) from None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                lock.close()
-                raise
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-                return lock
-        lock.close()  # its last holder has just deleted it
+    try:
+        lock = acquire(out.with_name(f".{out.name}.lock"), needs_locks=False)
+    except Held:
+        message = f"{out}: another conversion is writing it; wait for its end, or give another folder"
+        raise UserError(message) from None
+    try:
+        yield
+    finally:
+        lock.delete()
 
 
 def _write_configs(base: Path, folder: Path, chat: ChatTokenizer, dtype: Dtype | None) -> None:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import uuid
 from pathlib import Path
 
 from uft_ds.errors import UserError
-
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
-"""What `flock` fails with on a file system that has no locks."""
 
 
 def write_atomically(path: Path, text: str) -> None:

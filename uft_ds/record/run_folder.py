@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
-import time
 import uuid
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
 
 from uft_ds.errors import UserError
 from uft_ds.host.files import write_atomically
+from uft_ds.host.locks import Held, Lock, NoLocks, acquire, is_held
 
 _OF_A_RUN = (
     "recipe.yaml", "environment.json", "reference.json", "metrics.jsonl", "tensorboard", "wandb", "checkpoints",
@@ -22,8 +20,12 @@ _OF_A_RUN = (
 )  # fmt: skip
 
 
-_SECONDS_OF_A_LOOK = 1.0
+SECONDS_OF_A_LOOK = 1.0
 """`is_owned` holds the lock for a moment."""
+_LOCK_REMEDY = (
+    "give a folder on another file system by output=PATH, or mount this one with locks (NFS: without nolock; Lustre: "
+    "with flock)"
+)
 
 
 @dataclass(frozen=True)
@@ -153,71 +155,65 @@ def check_claimable(folder: RunFolder, *, overwrite: bool) -> None:
         )
 
 
-def claim(folder: RunFolder, *, overwrite: bool, lock: IO[str] | None = None) -> IO[str]:
+def claim(folder: RunFolder, *, overwrite: bool, lock: Lock | None = None) -> Lock:
     """Create the folder (emptied of an older run, if asked) and lock it.
 
     Args:
         lock: of the folder, where it is locked already.
     Returns:
-        the open lock: the folder is ours until it is closed or the process ends.
+        the lock: the folder is ours until it is closed or the process ends.
     Raises:
-        UserError: it holds a run, another process owns it, or it cannot be written.
+        UserError: it holds a run, another process owns it, it cannot be written, or its file system has no locks.
     """
     check_claimable(folder, overwrite=overwrite)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
-        opened = lock or folder.lock.open("w", encoding="utf-8")
     except OSError as error:
         raise UserError(f"output: {folder.path} cannot be written ({error.strerror})") from None
-    if lock is None:
-        _lock(folder, opened)
+    lock = lock or claim_again(folder)
     if overwrite:
         _empty(folder.path)
-    return opened
-
-
-def claim_again(folder: RunFolder) -> IO[str]:
-    """Lock a run's folder as it is.
-
-    Raises:
-        UserError: another process owns it, or it cannot be written.
-    """
-    try:
-        lock = folder.lock.open("a", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"output: {folder.path} cannot be written ({error.strerror})") from None
-    _lock(folder, lock)
     return lock
 
 
-def _lock(folder: RunFolder, lock: IO[str]) -> None:
-    deadline = time.monotonic() + _SECONDS_OF_A_LOOK
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except OSError:
-            if time.monotonic() > deadline:
-                lock.close()
-                raise UserError(f"output: {folder.path} is in use by another run that is still going") from None
-        time.sleep(0.05)
+def claim_again(folder: RunFolder) -> Lock:
+    """Lock a run's folder as it is.
+
+    Raises:
+        UserError: another process owns it, it cannot be written, or its file system has no locks.
+    """
+    try:
+        return acquire(folder.lock, wait_seconds=SECONDS_OF_A_LOOK)
+    except Held:
+        raise UserError(f"output: {folder.path} is in use by another run that is still going") from None
+    except NoLocks as error:
+        # Without a lock a restart could write beside the run that it replaces.
+        raise UserError(
+            f"output: {folder.path} cannot be locked ({error.strerror}), so two runs could write it at once; "
+            f"{_LOCK_REMEDY}"
+        ) from None
+    except OSError as error:
+        raise UserError(f"output: {folder.path} cannot be written ({error.strerror})") from None
 
 
-def is_owned(folder: RunFolder) -> bool:
-    """Whether a process holds the lock: the run goes on."""
-    with folder.lock.open("r", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return True
-    return False
+def is_owned(folder: RunFolder) -> bool | None:
+    """Whether a process holds the lock: the run goes on. None: not known, for the file system has no locks.
+
+    Raises:
+        UserError: the lock file cannot be opened.
+    """
+    try:
+        return is_held(folder.lock)
+    except NoLocks:
+        return None
+    except OSError as error:
+        raise UserError(f"{folder.lock}: cannot be read ({error.strerror})") from None
 
 
-def release(folder: RunFolder, lock: IO[str]) -> None:
+def release(folder: RunFolder, lock: Lock) -> None:
     """Undo `claim` after a failure: nothing is left of a run that never began."""
     _empty(folder.path)
-    folder.lock.unlink(missing_ok=True)
-    lock.close()
+    lock.delete()
     with suppress(OSError):  # holds something of the user's
         folder.path.rmdir()
 

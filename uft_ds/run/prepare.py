@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.tokenize import load_tokenizer
 from uft_ds.errors import UserError
 from uft_ds.host.files import write_atomically
+from uft_ds.host.locks import Lock
 from uft_ds.objectives.losses import NEEDS_PAIRS
 from uft_ds.recipe.file import dump_recipe
 from uft_ds.recipe.rules import beta_problems
@@ -222,8 +223,8 @@ def prepare_run(
     *,
     overwrite: bool,
     on_progress: OnProgress = lambda label, done, total: None,
-    lock: IO[str] | None = None,
-) -> tuple[RunFolder, PreparedData, IO[str]]:
+    lock: Lock | None = None,
+) -> tuple[RunFolder, PreparedData, Lock]:
     """Check everything, then claim the run's folder and write the tokenised data and the run's identity there.
 
     Args:

@@ -35,8 +35,12 @@ def progress_of(run: Path) -> RunProgress:
     status = folder.read_status()
     if folder.done.exists():
         return RunProgress(EXIT_DONE, f"{where}: done")
-    if is_owned(folder):
+    owned = is_owned(folder)
+    if owned:
         return RunProgress(EXIT_CRASHED, f"{where}: going on")
+    if status is None and owned is None:
+        unknown = "it is going on, or was killed: its file system has no locks, so that is not known"
+        return RunProgress(EXIT_CRASHED, f"{where}: {unknown}")
     if status is None:
         return RunProgress(EXIT_CRASHED, f"{where}: it died without a word, as when it is killed")
     return RunProgress(status.exit_code, f"{where}: {status.message}")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import IO, TextIO
+from typing import TextIO
 
 import torch
 from rich.console import Console
@@ -23,6 +23,7 @@ from uft_ds.data.mixture import Step, in_order
 from uft_ds.engine.engine import Engine, init_distributed
 from uft_ds.engine.zero_section import ranks_of_a_node
 from uft_ds.errors import EXIT_CRASHED, EXIT_DONE, CheckFailed, Stopped, UserError
+from uft_ds.host.locks import Lock
 from uft_ds.host.process import die_with_parent
 from uft_ds.host.signals import Stop, StopRequest
 from uft_ds.known.cache import fill
@@ -95,7 +96,7 @@ def _main(request: StopRequest, arguments: list[str] | None) -> Status:
                 print(f"{done.path} is done: there is nothing to go on with")
             return Status(EXIT_DONE, "done")
         init_distributed(recipe.launch.collective_timeout_minutes)
-        lock: IO[str] | None = None
+        lock: Lock | None = None
         if not options.prepared:
             lock = while_others_wait(
                 "prepare", lambda: _prepared(recipe, options.resume, options.overwrite), works=rank == 0
@@ -136,7 +137,7 @@ def _crash(error: Exception, where: str = "") -> Status:
     return Status(EXIT_CRASHED, f"rank {os.environ.get('RANK', '0')} crashed: {message}{where}")
 
 
-def _prepared(recipe: Recipe, resume: bool, overwrite: bool) -> IO[str]:
+def _prepared(recipe: Recipe, resume: bool, overwrite: bool) -> Lock:
     check_sharding(recipe, ranks=int(os.environ["WORLD_SIZE"]), ranks_per_node=ranks_of_a_node())
     if resume:
         return prepare_resume(recipe, say=print)[2]

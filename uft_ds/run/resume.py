@@ -12,13 +12,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from itertools import takewhile
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from uft_ds.checkpoint.folder import checkpoints_of, newest_whole, point_latest, set_aside, set_aside_of
 from uft_ds.checkpoint.state import read_position
 from uft_ds.data.store.tokenized import is_whole
 from uft_ds.errors import UserError
 from uft_ds.host.files import write_atomically
+from uft_ds.host.locks import Lock
 from uft_ds.recipe.file import dump_recipe, leaves_of, load_recipe
 from uft_ds.recipe.schema import Recipe
 from uft_ds.record.run_folder import RunFolder, claim_again
@@ -37,7 +38,7 @@ Say = Callable[[str], None]
 
 def prepare_resume(
     recipe: Recipe, *, say: Say, on_progress: OnProgress = lambda label, done, total: None
-) -> tuple[RunFolder, PreparedData, IO[str]]:
+) -> tuple[RunFolder, PreparedData, Lock]:
     """Choose the checkpoint that a run goes on from, and check that recipe, base, tokenizer and data are the same.
 
     A run without any checkpoint starts at step 0.

@@ -7,7 +7,6 @@ rules, the versions and our own code. So nothing is ever out of date, and everyt
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -16,8 +15,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,11 +26,13 @@ from uft_ds.data.store.building import QUARANTINE, RowRules, build_store
 from uft_ds.data.store.sequences import INDEX, SequenceStore
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.errors import UserError
-from uft_ds.host.files import NO_LOCKS, sha256
+from uft_ds.host.files import sha256
+from uft_ds.host.locks import acquire
 
 _SECONDS_OF_A_DAY = 86_400
 _OF_THE_FOLDER = (
-    errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.ENAMETOOLONG, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS,
+    errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOSPC, errno.ENOTDIR, errno.EPERM,
+    errno.EROFS,
 )  # fmt: skip
 _PACKAGES = ("transformers", "tokenizers", "jinja2", "sentencepiece")
 KEY_PARTS = "key.json"
@@ -118,7 +118,8 @@ def ensure_store(
         return key
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with _locked(cache_dir / f".{key}.lock"):
+        # Where the file system has no locks, two processes do the same work, and the first to end is taken.
+        with acquire(cache_dir / f".{key}.lock", wait_seconds=None, needs_locks=False):
             if not is_whole(folder):
                 _build_beside(folder, data, rules, chat, quarantine, workers, on_progress)
     except OSError as error:
@@ -193,18 +194,6 @@ def _clear_away(folder: Path) -> None:
         is_old = time.time() - left.stat().st_mtime > _SECONDS_OF_A_DAY
         if (is_here and not Path(f"/proc/{process_id}").exists()) or is_old:
             shutil.rmtree(left, ignore_errors=True)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Alone with a key, as far as the file system's locks reach; the lock ends with the process that holds it."""
-    with path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-        yield
 
 
 def _sha256(text: str) -> str:
