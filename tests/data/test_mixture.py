@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 from pools import Held, plan
 
 from uft_ds.data.example import Response, Sequence
-from uft_ds.data.mixture import Ingredient, Portion, Step, Steps, epoch_amounts, in_order, mixed_order, plan_steps
+from uft_ds.data.mixture import (
+    Ingredient,
+    Portion,
+    Step,
+    Steps,
+    epoch_amounts,
+    in_order,
+    mixed_order,
+    plan_steps,
+    units_of_epochs,
+)
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=4)
 
@@ -301,3 +311,15 @@ def test_a_schedule_ends_where_the_run_ends() -> None:
     assert shares[0] == pytest.approx(0.86, abs=0.05)
     assert shares[-1] == pytest.approx(0.14, abs=0.05)
     assert all(later < earlier + 0.05 for earlier, later in pairwise(shares))
+
+
+@given(
+    sizes=SIZES,
+    passes=st.lists(st.floats(1e-4, 2.0), min_size=5, max_size=5),
+    epochs=st.integers(1, 4),
+)
+def test_a_run_has_a_step_unless_its_epochs_take_nothing(sizes: list[int], passes: list[float], epochs: int) -> None:
+    """The units that are counted ahead are those that the steps hold."""
+    ingredients = portions(*((size, Portion(p)) for size, p in zip(sizes, passes, strict=False)))
+    steps = plan_steps(ingredients, seed=0, examples_per_step=3, epochs=epochs, steps=None)
+    assert units_of_epochs(ingredients, epochs) == sum(len(step.sequences) for step in steps)

@@ -232,6 +232,16 @@ def epoch_amounts(ingredients: Seq[Ingredient]) -> list[float]:
     ]
 
 
+def units_of_epochs(ingredients: Seq[Ingredient], epochs: int) -> int:
+    """How many units the first epochs of the mixture take in all: 0 where each source's part rounds to nothing.
+
+    Raises:
+        ValueError: the portions do not make a mixture.
+    """
+    sources = _sources(ingredients, epoch_amounts(ingredients))
+    return sum((2 * epochs * taken + whole) // (2 * whole) for taken, whole in (source.taken for source in sources))
+
+
 def value_at(knots: Knots, progress: float) -> float:
     """A piecewise linear function at one point."""
     return float(np.interp(progress, [at for at, _ in knots], [value for _, value in knots]))

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from uft_ds.data.mixture import Steps, epoch_amounts, plan_steps
+from uft_ds.data.mixture import Steps, epoch_amounts, plan_steps, units_of_epochs
 from uft_ds.data.sources import PreparedSource, open_source, prepare_source
 from uft_ds.data.store.sequences import write_sample
 from uft_ds.data.store.tokenized import is_whole, read_key_parts
@@ -91,7 +91,7 @@ def prepare_data(
     _check_no_source_twice(data)
     _check_kinds(recipe, data)
     _check_units_fit(recipe, data)
-    _check_mixture(data)
+    _check_mixture(recipe, data)
     return data
 
 
@@ -211,11 +211,29 @@ def _check_units_fit(recipe: Recipe, data: PreparedData) -> None:
             )
 
 
-def _check_mixture(data: PreparedData) -> None:
+def _check_mixture(recipe: Recipe, data: PreparedData) -> None:
+    """The portions make a whole, of which a step can be made."""
+    # Repeated until it has filled train.steps, a mixture must hold something at each pass, or that takes for ever.
+    epochs = 1 if recipe.train.steps is not None else recipe.train.epochs
     try:
-        _ = data.epoch_amounts
+        is_empty = units_of_epochs([source.ingredient for source in data.train], epochs) == 0
     except ValueError as error:
         raise UserError(f"data.sources: {error}") from None
+    if not is_empty:
+        return
+    lines = []
+    for number, (entry, amount) in enumerate(zip(recipe.data.sources, data.epoch_amounts, strict=True)):
+        key = "epochs" if entry.share is None else "share"
+        found = data.train[number].selection.num_responses
+        lines.append(
+            f"data.sources.{number}.{key}: {getattr(entry, key)} given, which takes {amount:.3g} of {found} responses"
+        )
+    total = f"{sum(data.epoch_amounts):.3g} responses{'' if epochs == 1 else f' an epoch, of {epochs}'}"
+    raise UserError(
+        "\n".join(lines) + f"\nthe mixture holds {total}: less than half a row of each source, so no step can be made; "
+        f"a step takes {recipe.train.examples_per_step} (train.examples_per_step), the last one at least 1; raise "
+        "the number above"
+    )
 
 
 def prepare_run(
