@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
 import subprocess
 import sys
 import threading
@@ -214,6 +215,42 @@ def test_the_first_status_stays(tmp_path: Path) -> None:
     folder.write_first_status(Status(1, "rank 0: connection closed by peer"))
     assert folder.read_status() == Status(3, "rank 1: the loss is NaN")
     assert contents(tmp_path) == {"status.json"}
+
+
+def test_the_first_status_stays_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on FAT, where the system refuses them: the reason of a failure is not lost, and no other file is left."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    folder = RunFolder(tmp_path)
+    folder.write_first_status(Status(3, "rank 1: the loss is NaN"))
+    folder.write_first_status(Status(1, "rank 0: connection closed by peer"))
+    assert folder.read_status() == Status(3, "rank 1: the loss is NaN")
+    assert contents(tmp_path) == {"status.json"}
+
+
+def test_a_status_that_cannot_be_written_hides_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The folder is gone: nothing is raised in the place of the error that is being handled, and both are printed."""
+    RunFolder(tmp_path / "gone").write_first_status(Status(1, "rank 0 crashed: division by zero"))
+    said = capsys.readouterr().err
+    assert "status.json cannot be written (No such file or directory): rank 0 crashed: division by zero" in said
+
+
+def test_half_a_status_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk: the next rank that can write one still may."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        patch.setattr(os, "fsync", full)
+        RunFolder(tmp_path).write_first_status(Status(1, "lost"))
+    assert contents(tmp_path) == set()
+    RunFolder(tmp_path).write_first_status(Status(1, "kept"))
+    assert RunFolder(tmp_path).read_status() == Status(1, "kept")
 
 
 def test_a_status_comes_back_as_it_was_written(tmp_path: Path) -> None:

@@ -148,13 +148,12 @@ def check_lock(folder: Path, mounts: Path = _MOUNTS) -> Finding:
 
 
 def check_names(folder: Path) -> Finding:
-    """Files appear whole by a rename; a run's first status by a hard link; `latest` is a symbolic link."""
-    one, two, link, latest = (folder / name for name in ("one", "two", "link", "latest"))
+    """Files appear whole by a rename; `latest` is a symbolic link."""
+    one, two, latest = (folder / name for name in ("one", "two", "latest"))
     one.write_text("new")
     two.write_text("old")
     for operation, work in (
         ("rename over a file", lambda: one.replace(two)),
-        ("hard link", lambda: link.hardlink_to(two)),
         ("symbolic link", lambda: latest.symlink_to("two")),
         ("fsync of a folder", lambda: sync(folder)),
     ):
@@ -163,9 +162,9 @@ def check_names(folder: Path) -> Finding:
         except OSError as error:
             remedy = "another folder: FAT and some network and FUSE file systems lack it"
             return Finding("file system", "problem", f"no {operation} ({error.strerror})", remedy)
-    if link.read_text() != "new":
+    if two.read_text() != "new":
         return Finding("file system", "problem", "a rename leaves the old content", "another folder")
-    return Finding("file system", "ok", "renames, hard and symbolic links, fsync")
+    return Finding("file system", "ok", "renames, symbolic links, fsync")
 
 
 def _second_holder(path: Path) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 import uuid
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -125,12 +127,41 @@ class RunFolder:
 
 
 def write_first(path: Path, status: Status) -> None:
-    """Write a status unless there is one: whole or not at all, also beside ranks of other machines."""
+    """Write a status unless there is one, also beside ranks of other machines. A failure is printed, never raised.
+
+    Whole or not at all, by a hard link; on a file system without hard links (FAT, some FUSE and network file systems)
+    the file is created exclusively, and whoever reads it in that moment finds no status yet.
+    """
+    text = json.dumps(asdict(status), indent=2) + "\n"
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    temporary.write_text(json.dumps(asdict(status), indent=2) + "\n", encoding="utf-8")
-    with suppress(FileExistsError):
-        path.hardlink_to(temporary)
-    temporary.unlink()
+    try:
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            path.hardlink_to(temporary)
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+    except FileExistsError:
+        return
+    except OSError:
+        _create_exclusively(path, text, status)
+
+
+def _create_exclusively(path: Path, text: str, status: Status) -> None:
+    try:
+        with path.open("x", encoding="utf-8") as file:  # O_CREAT | O_EXCL
+            try:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                path.unlink()  # half a status would keep others from writing theirs
+                raise
+    except FileExistsError:
+        return
+    except OSError as error:
+        # Callers are ending for the reason in `status`: an error raised here would take its place.
+        print(f"warning: {path} cannot be written ({error.strerror}): {status.message}", file=sys.stderr)
 
 
 def check_claimable(folder: RunFolder, *, overwrite: bool) -> None:
