@@ -1,0 +1,65 @@
+"""What the package imports is what pyproject.toml declares."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+DISTRIBUTION_OF = {"yaml": "pyyaml"}
+"""Where a module's name is not its distribution's."""
+USED_BY_OTHERS = {
+    "flash-attn": "transformers imports it for model.attention: flash_attention_2",
+    "gguf": "transformers reads the quickstart's model by it",
+    "protobuf": "transformers converts tokenizers that are stored as sentencepiece models by it",
+    "sentencepiece": "transformers reads such tokenizers by it",
+    "tensorboard": "torch.utils.tensorboard imports it",
+}
+"""Declared, and imported by another library for us."""
+OF_OTHER_EXTRAS = {"bench", "dev"}
+"""Extras for benchmarks and tests, which the package does without."""
+GIVEN_BY_OTHERS = {"triton": "it comes with torch's builds for GPUs; without it the kernels in plain torch are taken"}
+"""Imported where it is there, and not declared for users."""
+
+
+def imported() -> dict[str, str]:
+    """Distribution of each third-party module that the package imports anywhere, and a file that does."""
+    found: dict[str, str] = {}
+    for file in sorted((ROOT / "uft_ds").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            modules: list[str] = []
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                modules = [node.module]
+            for module in modules:
+                top = module.partition(".")[0]
+                if top not in sys.stdlib_module_names and top != "uft_ds":
+                    found[normalized(DISTRIBUTION_OF.get(top, top))] = str(file.relative_to(ROOT))
+    return found
+
+
+def declared() -> set[str]:
+    """Of the package itself and of the extras that its users install."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = [lines for name, lines in project["optional-dependencies"].items() if name not in OF_OTHER_EXTRAS]
+    lines = [*project["dependencies"], *(line for extra in extras for line in extra)]
+    return {normalized(re.split(r"[<>=!~;\[ ]", line, maxsplit=1)[0]) for line in lines}
+
+
+def normalized(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_every_import_is_declared() -> None:
+    """A library that is there only because another one needs it may be gone with that one's next version."""
+    missing = {name: file for name, file in imported().items() if name not in declared() | GIVEN_BY_OTHERS.keys()}
+    assert not missing
+
+
+def test_every_declared_library_is_used() -> None:
+    """By an import of ours, or by another library for a reason that is written down; no reason outlives its line."""
+    assert declared() - imported().keys() == USED_BY_OTHERS.keys()
