@@ -69,9 +69,11 @@ def prepare_resume(
         data = _as_tokenized_then(recipe, folder, data)
         for problem in problems:
             say(f"warning: {problem}; {checkpoint.name} is used")
-        for warning in (*_other_versions(folder, environment(recipe)), *_lost_metrics(folder, position.metrics_bytes)):
+        now, step = environment(recipe), position.state.step
+        for warning in (*_other_versions(folder, now, step), *_lost_metrics(folder, position.metrics_bytes)):
             say(f"warning: {warning}")
         _go_back_to(checkpoint, folder, recipe, position.metrics_bytes)
+        _record_resume(folder, now, step)
     except BaseException:
         lock.close()
         raise
@@ -162,17 +164,40 @@ def _check_same_content(folder: RunFolder, now: dict[str, Any]) -> None:
         )
 
 
-def _other_versions(folder: RunFolder, now: dict[str, Any]) -> Iterator[str]:
-    """Of packages, since the run began."""
+def _other_versions(folder: RunFolder, now: dict[str, Any], step: int) -> Iterator[str]:
+    """Of packages: those that the run began with, and those of its resumes that have made steps before this one."""
     try:
-        then = json.loads(folder.environment.read_text(encoding="utf-8"))
-        changed = list(_differences(then["packages"], now["packages"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        start = json.loads(folder.environment.read_text(encoding="utf-8"))
+        stages = [("began", start), *((f"went on at step {r['step']}", r) for r in start.get("resumes", []))]
+        changes = [
+            (what, list(_differences(then["packages"], now["packages"])))
+            for what, then in stages
+            if then.get("step", -1) < step  # what a later one did is taken back
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         yield f"{folder.environment} cannot be read: whether versions are those of then is not known"
         return
-    if changed:
-        versions = ", ".join(f"{name} {found} now, {before} then" for name, before, found in changed)
-        yield f"the run began with other versions, so it does not go on bit for bit: {versions}"
+    for what, changed in changes:
+        if changed:
+            versions = ", ".join(f"{name} {found} now, {before} then" for name, before, found in changed)
+            yield f"the run {what} with other versions, so it does not go on bit for bit: {versions}"
+
+
+def _record_resume(folder: RunFolder, now: dict[str, Any], step: int) -> None:
+    """Add this environment to those of environment.json, which stays that of the start.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    try:
+        stored = json.loads(folder.environment.read_text(encoding="utf-8"))
+        stored["resumes"] = [*stored.get("resumes", []), {"step": step, **now}]
+    except (OSError, ValueError, TypeError, AttributeError):
+        stored = {"resumes": [{"step": step, **now}]}  # what the run began with is lost
+    try:
+        write_atomically(folder.environment, json.dumps(stored, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"output: {folder.path} cannot be written ({error.strerror or error})") from None
 
 
 def _lost_metrics(folder: RunFolder, expected_bytes: int) -> Iterator[str]:
