@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from uft_ds.checkpoint.manifest import MANIFEST, manifest_problem, recorded_files
@@ -70,9 +71,15 @@ def checkpoint_problem(checkpoint: Path) -> str | None:
 
 
 def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint of a run whose files are as they were written, and what is wrong with newer ones."""
+    """The newest checkpoint of a run whose files are as they were written, and what is wrong with newer ones.
+
+    Raises:
+        UserError: one is of another format: that is no damage, and no reason to go on from an older one.
+    """
     problems: list[str] = []
     for checkpoint in checkpoints_of(run):
+        with suppress(OSError, ValueError):
+            recorded_files(checkpoint)
         problem = checkpoint_problem(checkpoint)
         if problem is None:
             return checkpoint, problems

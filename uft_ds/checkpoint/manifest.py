@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from uft_ds.host.files import sha256, write_atomically
+from uft_ds.host.formats import KEY, UnknownFormat, check_format
 
 MANIFEST = "manifest.json"
+FORMAT = 1
+"""Of the whole checkpoint: which files there are, and what the manifest says of them."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Written:
 def write_manifest(folder: Path, files: Mapping[str, Written]) -> None:
     """Record files by their names below `folder`; the last thing that is written there."""
     entries = {name: {"bytes": w.num_bytes, "sha256": w.sha256} for name, w in sorted(files.items())}
-    write_atomically(folder / MANIFEST, json.dumps({"files": entries}, indent=2) + "\n")
+    write_atomically(folder / MANIFEST, json.dumps({KEY: FORMAT, "files": entries}, indent=2) + "\n")
 
 
 def manifest_problem(folder: Path) -> str | None:
@@ -39,6 +42,8 @@ def manifest_problem(folder: Path) -> str | None:
         return f"{folder / MANIFEST}: cannot be read ({error.strerror})"
     except ValueError:
         return f"{folder / MANIFEST}: not a manifest"
+    except UnknownFormat as error:
+        return str(error)
     problems = (_file_problem(folder / name, written) for name, written in recorded.items())
     return next((problem for problem in problems if problem is not None), None)
 
@@ -60,10 +65,12 @@ def recorded_files(folder: Path) -> dict[str, Written]:
     """What a manifest lists.
 
     Raises:
-        OSError: there is none. ValueError: it is no manifest.
+        OSError: there is none. ValueError: it is no manifest. UnknownFormat: it is of another version.
     """
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        check_format(folder / MANIFEST, content[KEY], FORMAT, "start the run anew")
+        files = content["files"]
         return {name: Written(entry["bytes"], entry["sha256"]) for name, entry in files.items()}
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(str(error)) from None

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from uft_ds.errors import UserError
 from uft_ds.host.files import write_atomically
+from uft_ds.host.formats import KEY, check_format
 
 TRAINER = "trainer.json"
+FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Position:
 
 def write_position(folder: Path, position: Position) -> None:
     """As trainer.json."""
-    content = {**asdict(position.state), "metrics_bytes": position.metrics_bytes}
+    content = {KEY: FORMAT, **asdict(position.state), "metrics_bytes": position.metrics_bytes}
     write_atomically(folder / TRAINER, json.dumps(content, indent=2) + "\n")
 
 
@@ -47,12 +49,13 @@ def read_position(checkpoint: Path) -> Position:
     """What a checkpoint's trainer.json says.
 
     Raises:
-        UserError: not such a file.
+        UserError: not such a file, or of another format.
     """
     path = checkpoint / TRAINER
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        check_format(path, content.get(KEY), FORMAT, "start the run anew")
         state = TrainerState(int(content["step"]), int(content["skipped_steps"]), float(content["log_ratio_shift"]))
         return Position(state, int(content["metrics_bytes"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not where a run stood ({type(error).__name__}: {error})") from None

@@ -21,11 +21,13 @@ from safetensors.numpy import load, save_file
 
 from uft_ds.data.example import KEY_BYTES
 from uft_ds.host.files import sha256, sync
+from uft_ds.host.formats import KEY, UnknownFormat, check_format
 
 LogpTable = dict[bytes, float]
 """From a response's key to its log-prob under the reference: nats, summed over tokens, float64."""
 
 _SUFFIX = ".safetensors"
+FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,10 @@ class ReferenceStore:
         return cls(root / identity[:32], identity)
 
     def read(self) -> Stored:
-        """Everything stored. Files that are damaged or another reference's are set aside."""
+        """Everything stored. Files that are damaged or another reference's are set aside.
+
+        Those of another format are left to the runs that read it.
+        """
         table: LogpTable = {}
         files, problems = [], []
         for path in sorted(self.folder.glob(f"[0-9a-f]*{_SUFFIX}"), reverse=True):
@@ -71,8 +76,10 @@ class ReferenceStore:
             try:
                 if hashlib.sha256(content).hexdigest() != path.stem:
                     raise ValueError("its content is not what was written")
-                table |= _parse(content, self.identity)
+                table |= _parse(path, content, self.identity)
                 files.append(path)
+            except UnknownFormat as error:
+                problems.append(f"{error}; it is not used")
             except ValueError as error:
                 renamed = f"; renamed to {path.name}.rejected" if set_aside((path,)) else ""
                 problems.append(f"{path}: {error}{renamed}")
@@ -103,7 +110,10 @@ def write_table(path: Path, table: Mapping[bytes, float], identity: str) -> None
     keys = np.frombuffer(b"".join(table), dtype=np.uint8).reshape(len(table), KEY_BYTES)
     logps = np.fromiter(table.values(), dtype=np.float64, count=len(table))
     try:
-        save_file({"keys": keys, "logps": logps}, path, metadata={"reference": identity})
+        # One key only: safetensors writes several in an order that changes from file to file (0.8), and a table's name
+        # is the hash of its bytes: the same content must have the same name.
+        owner = json.dumps({KEY: FORMAT, "identity": identity})
+        save_file({"keys": keys, "logps": logps}, path, metadata={"reference": owner})
     except SafetensorError as error:  # it wraps the system's errors
         raise OSError(f"{path}: {error}") from None
     path.chmod(0o644)  # safetensors writes 0600 whatever the umask: others share this folder
@@ -114,10 +124,10 @@ def read_table(path: Path, identity: str) -> LogpTable:
     """What `write_table` wrote.
 
     Raises:
-        ValueError: not such a file, another reference's, or not finite.
+        ValueError: not such a file, another reference's, or not finite. UserError: of another format.
     """
     try:
-        return _parse(path.read_bytes(), identity)
+        return _parse(path, path.read_bytes(), identity)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -132,12 +142,15 @@ def set_aside(files: Iterable[Path]) -> int:
     return renamed
 
 
-def _parse(content: bytes, identity: str) -> LogpTable:
+def _parse(path: Path, content: bytes, identity: str) -> LogpTable:
     try:
         tensors = load(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        owner, keys, logps = header["__metadata__"]["reference"], tensors["keys"], tensors["logps"]
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        said = header["__metadata__"]["reference"]
+        about = json.loads(said) if said.startswith("{") else {"identity": said}  # the first files: the identity alone
+        check_format(path, about.get(KEY), FORMAT, "delete it, and its log-probs are computed anew")
+        owner, keys, logps = about["identity"], tensors["keys"], tensors["logps"]
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a table of reference log-probs ({error})") from None
     if owner != identity:
         raise ValueError(f"belongs to another reference ({str(owner)[:16]}, expected {identity[:16]})")

@@ -13,8 +13,12 @@ import yaml
 from pydantic import ValidationError
 
 from uft_ds.errors import UserError
+from uft_ds.host.formats import check_format
 from uft_ds.recipe.names import unknown_key, unknown_name
 from uft_ds.recipe.schema import Recipe, Section, section_of
+
+FORMAT_KEY, FORMAT = "recipe_format", 1
+"""Of the recipe that a run keeps in its folder. It is no key of a recipe: users need not write it."""
 
 
 class _RecipeLoader(yaml.SafeLoader):
@@ -139,6 +143,8 @@ def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> Recipe:
         raise UserError(f"recipe {label}: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"recipe {label}: expected keys and values, found {type(tree).__name__}")
+    remedy = f"start from the recipe that you wrote, which needs no {FORMAT_KEY}"
+    check_format(f"recipe {label}", tree.pop(FORMAT_KEY, None), FORMAT, remedy)
     try:
         for override in overrides:
             _apply_override(tree, override)
@@ -223,6 +229,11 @@ def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML that `load_recipe` reads back to an equal value."""
     tree = recipe.model_dump(mode="json")
     return yaml.dump(tree, Dumper=_RecipeDumper, sort_keys=False, allow_unicode=False, width=110)
+
+
+def stored_recipe(recipe: Recipe) -> str:
+    """What a run keeps of its recipe: `dump_recipe` below the format's version."""
+    return f"{FORMAT_KEY}: {FORMAT}\n{dump_recipe(recipe)}"
 
 
 def leaves_of(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -28,7 +28,7 @@ from uft_ds.errors import UserError
 from uft_ds.host.files import write_atomically
 from uft_ds.host.locks import Lock
 from uft_ds.objectives.losses import NEEDS_PAIRS
-from uft_ds.recipe.file import dump_recipe
+from uft_ds.recipe.file import stored_recipe
 from uft_ds.recipe.rules import beta_problems
 from uft_ds.recipe.schema import Recipe, SourceSection
 from uft_ds.record.run_folder import RunFolder, check_claimable, claim, release
@@ -313,7 +313,7 @@ def _write_prepared(folder: RunFolder, recipe: Recipe, data: PreparedData, ident
     write_atomically(folder.data_report(), json.dumps(data_report(data), indent=2) + "\n")
     write_atomically(folder.identity, json.dumps(identity, indent=2) + "\n")
     write_atomically(folder.environment, json.dumps(environment(recipe), indent=2) + "\n")
-    write_atomically(folder.recipe, dump_recipe(recipe))
+    write_atomically(folder.recipe, stored_recipe(recipe))
 
 
 def data_report(data: PreparedData) -> dict[str, list[dict[str, object]]]:

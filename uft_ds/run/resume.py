@@ -20,7 +20,7 @@ from uft_ds.data.store.tokenized import is_whole
 from uft_ds.errors import UserError
 from uft_ds.host.files import write_atomically
 from uft_ds.host.locks import Lock
-from uft_ds.recipe.file import dump_recipe, leaves_of, load_recipe
+from uft_ds.recipe.file import leaves_of, load_recipe, stored_recipe
 from uft_ds.recipe.schema import Recipe
 from uft_ds.record.run_folder import RunFolder, claim_again
 from uft_ds.run.prepare import OnProgress, PreparedData, check_run, environment, open_data, prepare_run, run_identity
@@ -258,7 +258,7 @@ def _go_back_to(checkpoint: Path, folder: RunFolder, recipe: Recipe, metrics_byt
             # Where lines are lost the last one may be torn.
             kept = folder.metrics.read_bytes()[:metrics_bytes].rpartition(b"\n")
             os.truncate(folder.metrics, len(kept[0] + kept[1]))
-        write_atomically(folder.recipe, dump_recipe(recipe))
+        write_atomically(folder.recipe, stored_recipe(recipe))
         write_atomically(folder.resumed, json.dumps({"checkpoint": checkpoint.name}) + "\n")
     except OSError as error:
         raise UserError(f"output: {folder.path} cannot be written ({error.strerror or error})") from None

@@ -22,9 +22,12 @@ from uft_ds.data.example import KEY_BYTES, KINDS, Kind, Response, Sequence, Unit
 from uft_ds.data.score_map import ScoreMap
 from uft_ds.errors import UserError
 from uft_ds.host.files import sync, write_atomically
+from uft_ds.host.formats import KEY, check_format
 
 INDEX = "index.json"
+FORMAT = 1
 _ZERO_FIRST = ("sequences", "units")
+_REMEDY = "delete its folder and prepare the data anew: start the run again"
 _SAMPLE_UNITS = 64
 DTYPES = {
     "tokens": np.dtype("<i4"),
@@ -107,7 +110,7 @@ class StoreWriter:
         for name, file in self._files.items():
             file.close()
             sync(self._folder / f"{name}.bin")
-        index = {"counts": self._counts, "names": list(names), "account": asdict(account)}
+        index = {KEY: FORMAT, "counts": self._counts, "names": list(names), "account": asdict(account)}
         write_atomically(self._folder / INDEX, json.dumps(index, indent=2) + "\n")
 
     def close(self) -> None:
@@ -147,16 +150,17 @@ class SequenceStore:
         Args:
             label, names: how the source and its files are called now; data may have moved since it was written.
         Raises:
-            UserError: files are missing or cut.
+            UserError: files are missing or cut, or of another format.
         """
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index = _read_index(folder)
         self.folder, self.label = folder, label
-        self.names: tuple[str, ...] = tuple(names if names is not None else index["names"])
-        self.account = Account(**index["account"])
-        arrays = {
-            name: _mapped(folder / f"{name}.bin", dtype, index["counts"][name] + (name in _ZERO_FIRST))
-            for name, dtype in DTYPES.items()
-        }
+        try:
+            self.names: tuple[str, ...] = tuple(names if names is not None else index["names"])
+            self.account = Account(**index["account"])
+            sizes = {name: int(index["counts"][name]) + (name in _ZERO_FIRST) for name in DTYPES}
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{folder / INDEX}: no index of a token store ({error!r}); {_REMEDY}") from None
+        arrays = {name: _mapped(folder / f"{name}.bin", dtype, sizes[name]) for name, dtype in DTYPES.items()}
         self._tokens, self.responses = arrays["tokens"], arrays["responses"]
         self._token_ends_S = arrays["sequences"]["tokens"]
         self._response_ends_S = arrays["sequences"]["responses"]
@@ -315,6 +319,17 @@ def write_sample(folder: Path, selections: Seq[Selection]) -> None:
 
 def _kind(code: Any) -> Kind:
     return KINDS[int(code)]
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    path = folder / INDEX
+    try:
+        index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found = index.get(KEY)
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); {_REMEDY}") from None
+    check_format(path, found, FORMAT, _REMEDY)
+    return index
 
 
 def _mapped(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
