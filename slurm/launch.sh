@@ -41,7 +41,10 @@ _ends=$PWD/.uft-ends-$_job
 # shellcheck disable=SC2086
 _run() { ${UFT_EXEC:-} "$@"; }
 _uft() { _run python -m uft_ds "$@"; }
-_newest_checkpoint() { find "$1/checkpoints" -maxdepth 1 -name 'step-*[0-9]' 2>/dev/null | sort | tail -n 1; }
+# With its time: a damaged one that is set aside, and whose step is then written again, is a new one.
+_newest_checkpoint() {
+    find "$1/checkpoints" -maxdepth 1 -name 'step-*[0-9]' -printf '%p %T@\n' 2>/dev/null | sort | tail -n 1
+}
 
 # A controller that is busy for a moment must not cost the job.
 _scontrol() {

@@ -33,3 +33,24 @@ def test_settings_are_explained_where_they_are_read(script: str) -> None:
     explained = set(re.findall(r"UFT_[A-Z_]+", "\n".join(line for line in lines if line.startswith("#"))))
     used = set(re.findall(r"UFT_[A-Z_]+", "\n".join(line for line in lines if not line.startswith("#"))))
     assert used - explained == {"UFT_SLURM", "UFT_NODE_CACHE", "UFT_OUTCOME"}, "the scripts' own"
+
+
+def test_a_checkpoint_that_is_written_again_is_a_new_one(tmp_path: Path) -> None:
+    """A damaged step-000400 is set aside and its step written again: the job has made progress."""
+
+    def newest() -> str:
+        command = ["bash", "-c", '. "$1" && _newest_checkpoint "$2"', "bash", SLURM / "launch.sh", tmp_path / "run"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+
+    assert newest() == ""
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for name in ("step-000200", "step-000400"):
+        (checkpoints / name).mkdir(parents=True)
+    before = newest()
+    assert "step-000400" in before
+    assert newest() == before
+    (checkpoints / "step-000400").rename(checkpoints / "step-000400.damaged")
+    assert "step-000200" in newest()
+    (checkpoints / "step-000400").mkdir()
+    assert "step-000400" in newest()
+    assert newest() != before
