@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+import types
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -132,3 +134,49 @@ def test_utilization_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     assert model_flops_utilization(model, 989e9, reference_share=0.0) == pytest.approx(0.4)
     assert model_flops_utilization(model, 989e9, reference_share=1.0) == pytest.approx(0.6)
+
+
+class WandbStandIn:
+    """What Weights & Biases does with steps: its own only rises, and a line of a lower one is dropped.
+
+    A metric that has another one as its step metric is drawn over that one's values.
+    """
+
+    def __init__(self) -> None:
+        self.util = types.SimpleNamespace(generate_id=lambda: "an-id")
+        self.ids: list[str] = []
+        self.lines: list[dict[str, Any]] = []
+        self.axis: dict[str, str | None] = {}
+        self._highest = -1
+
+    def init(self, *, id: str, resume: str, **_: Any) -> WandbStandIn:  # noqa: A002 - as wandb names it
+        assert resume == "allow"
+        self.ids.append(id)
+        return self
+
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        self.axis[name] = step_metric
+
+    def log(self, data: dict[str, Any], step: int | None = None) -> None:
+        if step is not None and step < self._highest:
+            return
+        self._highest = max(self._highest, self._highest + 1 if step is None else step)
+        self.lines.append(data)
+
+    def finish(self) -> None:
+        pass
+
+
+def test_wandb_keeps_the_steps_that_a_resume_makes_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that went to step 3 and goes on after step 1 sends steps 2 and 3 again, to the same run, over `step`."""
+    wandb = WandbStandIn()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for steps in ((1, 2, 3), (2, 3)):
+        writer = writer_in(tmp_path, "wandb")
+        for step in steps:
+            writer.write(step, {"loss": float(step)})
+        writer.close()
+    assert [line["step"] for line in wandb.lines] == [1, 2, 3, 2, 3]
+    assert wandb.lines[-1] == {"step": 3, "loss": 3.0}
+    assert wandb.axis["*"] == "step"
+    assert wandb.ids == ["an-id", "an-id"]

@@ -103,6 +103,9 @@ class MetricsWriter:
                 id=_wandb_id(folder, wandb.util.generate_id),
                 resume="allow",
             )
+            # Its own step only rises, and it drops lines of steps that it has seen: those that a resume makes again.
+            self._wandb.define_metric("step")
+            self._wandb.define_metric("*", step_metric="step")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line, flushed: whoever follows the file sees it at once. JSON knows no NaN: it becomes null."""
@@ -114,7 +117,7 @@ class MetricsWriter:
                 self._tensorboard.add_scalar(name, value, step)
             self._tensorboard.flush()
         if self._wandb is not None:
-            self._wandb.log(dict(metrics), step=step)
+            self._wandb.log({"step": step, **metrics})
 
     @property
     def num_bytes(self) -> int:
