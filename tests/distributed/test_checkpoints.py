@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import resource
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
+import needs
 import numpy as np
 import pytest
 import torch
@@ -170,20 +170,13 @@ def on_a_full_disk(base: Path, folder: Path) -> Any:
 
 def test_a_full_disk_leaves_the_older_checkpoint(base: Path, tmp_path: Path) -> None:
     """A real one: a small tmpfs. The last checkpoint that cannot be written ends the run with the file's name."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(folder)], capture_output=True)
-    if mounted.returncode != 0:
-        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.decode().strip()}")
-    try:
+    with needs.tmpfs(tmp_path / "small", "4m") as folder:
         for problem, said in run_on_ranks(on_a_full_disk, 2, base, folder):
             assert problem.startswith("the last checkpoint could not be written: rank ")
             assert "No space left on device" in problem or "os error 28" in problem
             assert said[-1].endswith("the last one is step-000001")
         assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000001"]
         assert manifest_problem(folder / "checkpoints" / "step-000001") is None
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 def kept(base: Path, folder: Path, best: str | None) -> list[str]:

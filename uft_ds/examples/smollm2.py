@@ -187,3 +187,16 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if had_bars:
             logging.enable_progress_bar()
+
+
+def main() -> None:
+    """`python -m uft_ds.examples.smollm2`: fetch the model alone, as `make fetch` does."""
+    try:
+        quickstart_model()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

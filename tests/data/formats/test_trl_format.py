@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import needs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -92,7 +93,7 @@ def test_trl_prompt_of_two_texts(chosen: str, rejected: str, parts: tuple[str, s
 @pytest.fixture(scope="module")
 def extract_prompt() -> Callable[[Row], Row]:
     """TRL's own, where TRL is installed."""
-    return pytest.importorskip("trl.data_utils").maybe_extract_prompt
+    return needs.package("trl.data_utils").maybe_extract_prompt
 
 
 @settings(deadline=None)

@@ -8,6 +8,7 @@ import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import needs
 import pytest
 from real_tokenizers import (
     QWEN_PATTERN,
@@ -24,7 +25,6 @@ from uft_ds.data.example import Example, Message, Pair, Sequence
 from uft_ds.data.formats.table import format_named
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer, save_tokenizer
 from uft_ds.data.tokens.tokenize import CONTROL, load_tokenizer, tokenize
-from uft_ds.examples.smollm2 import NAME, default_cache_dir, is_complete
 
 log = logging.getLogger(__name__)
 
@@ -41,14 +41,7 @@ class Real:
     marked: ChatTokenizer
 
 
-def smollm2_folder() -> Path:
-    folder = default_cache_dir() / NAME
-    if not is_complete(folder):
-        pytest.skip(f"no {NAME} in {folder}; `uft quickstart` fetches it")
-    return folder
-
-
-FOLDERS = {"qwen2.5": qwen25_tokenizer, "mistral-v0.1": mistral_tokenizer, "smollm2": smollm2_folder}
+FOLDERS = {"qwen2.5": qwen25_tokenizer, "mistral-v0.1": mistral_tokenizer, "smollm2": needs.smollm2}
 
 
 @pytest.fixture(scope="module", params=list(FOLDERS))
@@ -465,7 +458,7 @@ def texts_of(examples: list[Example]) -> list[str]:
 
 def test_qwen_against_tiktoken(qwen25: ChatTokenizer, examples: list[Example]) -> None:
     """The merges rebuilt from the ranks read real texts as tiktoken does, by which Qwen's tokenizer was made."""
-    tiktoken = pytest.importorskip("tiktoken")
+    tiktoken = needs.package("tiktoken")
     ranks = qwen_ranks()
     theirs = tiktoken.Encoding("qwen", pat_str=QWEN_PATTERN, mergeable_ranks=ranks, special_tokens={})
     texts = texts_of(examples)

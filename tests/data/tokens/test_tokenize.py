@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import needs
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -15,7 +16,7 @@ from uft_ds.data.example import Example, Message, Pair, Sequence, keep_first
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.tokenize import CONTROL, EQUAL, LONG, Tokenized, load_tokenizer, tokenize
 from uft_ds.errors import UserError
-from uft_ds.examples.smollm2 import NAME, default_cache_dir, is_complete
+from uft_ds.examples.smollm2 import NAME
 
 OPEN = "{{ '<|im_start|>' + m['role'] + '\\n' }}"
 CLOSE = "{{ '<|im_end|>' + '\\n' }}"
@@ -89,14 +90,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
 
 @pytest.fixture(scope="module", params=["tiny", "merging", "sentencepiece-like", NAME])
 def chat(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
-    """Four tokenizers; the last is real and only there once `uft quickstart` has run."""
+    """Four tokenizers; the last is real."""
     builders = {"tiny": build_tiny_tokenizer, "merging": build_merging, "sentencepiece-like": build_sentencepiece_like}
     if request.param in builders:
         return load_tokenizer(str(builders[request.param](tmp_path_factory.mktemp("tokenizer"))))
-    folder = default_cache_dir() / NAME
-    if not is_complete(folder):
-        pytest.skip(f"no {NAME} in {folder}; `uft quickstart` fetches it")
-    return load_tokenizer(str(folder))
+    return load_tokenizer(str(needs.smollm2()))
 
 
 @pytest.fixture
