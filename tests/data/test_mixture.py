@@ -1,6 +1,5 @@
 """The order of the mixture: everything once an epoch, evenly spread, from data and seed alone."""
 
-import inspect
 import time
 from collections import Counter
 from itertools import pairwise
@@ -23,6 +22,7 @@ from uft_ds.data.mixture import (
     plan_steps,
     units_of_epochs,
 )
+from uft_ds.data.packing import pack
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=4)
 
@@ -62,6 +62,13 @@ def portions(*given: tuple[int, Portion]) -> list[Ingredient]:
 def counts_of(steps: Steps) -> Counter[str]:
     """How often each source was drawn from."""
     return Counter(name.split(":")[0] for step in steps for name in names(step))
+
+
+def trained_on(step: Step, world_size: int) -> list[str]:
+    """Origins of all sequences that the ranks are given, each as often as it is."""
+    ranks = pack(step, tokens_per_micro_batch=16, world_size=world_size)
+    assert len(ranks) == world_size
+    return sorted(s.responses[0].origin for rank in ranks for micro_step in rank for s in micro_step)
 
 
 @given(sizes=SIZES, seed=st.integers(0, 2**32), epoch=st.integers(0, 5))
@@ -119,12 +126,19 @@ def test_a_source_is_shuffled_within() -> None:
 
 
 def test_responses_of_step_n_depend_on_recipe_data_seed_and_n_only() -> None:
-    """Invariant 3: a plan knows no rank and no restart, and step n is the same however far the plan goes."""
-    parameters = set(inspect.signature(plan_steps).parameters)
-    assert parameters == {"ingredients", "seed", "examples_per_step", "epochs", "steps"}
+    """Invariant 3: of each step the ranks together train on the same responses, each once, whether 1, 2 or 3 ranks
+    divide it, whether a fresh process (a restart) asks for it first or after others, and however far the plan goes."""
     sources = [source("a", [1, 2, 3] * 5), source("b", [1] * 20)]
     longest = plan(*sources, steps=40)
-    assert [names(step) for step in plan(*sources, steps=40)] == [names(step) for step in longest]
+    expected = [sorted(names(step)) for step in longest]
+    assert len({tuple(of_step) for of_step in expected}) > 30  # else equal steps would show nothing
+    for world_size in (1, 2, 3):
+        in_order_asked = plan(*sources, steps=40)
+        assert [trained_on(step, world_size) for step in in_order_asked] == expected
+        for first in (39, 17, 3):
+            restarted = plan(*sources, steps=40)
+            assert [trained_on(restarted[n], world_size) for n in range(first, 40)] == expected[first:]
+            assert trained_on(restarted[0], world_size) == expected[0]
     for steps in (1, 3, 17):
         assert [names(step) for step in plan(*sources, steps=steps)] == [names(step) for step in longest[:steps]]
     one_epoch = plan(*sources, epochs=1)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from uft_ds.data.micro_batch import micro_batch
 from uft_ds.errors import UserError
-from uft_ds.streams.adapters import as_reference, start_from_adapter
+from uft_ds.streams.adapters import POLICY, REFERENCE, as_reference, start_from_adapter
 from uft_ds.streams.load import load_base
 from uft_ds.streams.model import UFTModel
 
@@ -177,7 +177,14 @@ def test_an_adapter_of_an_older_peft_is_accepted(tiny_qwen2: Path, tmp_path: Pat
     config = json.loads(path.read_text())
     old = ("peft_type", "r", "lora_alpha", "target_modules", "bias", "task_type", "base_model_name_or_path")
     path.write_text(json.dumps({key: config[key] for key in old}))
-    start_from_adapter(toy_policy(tiny_qwen2), folder)
+    policy = toy_policy(tiny_qwen2)
+    start_from_adapter(policy, folder)
+    saved = load_file(folder / "adapter_model.safetensors")
+    assert any(weight.abs().max() > 0 for name, weight in saved.items() if "lora_B" in name)
+    for adapter in (POLICY, REFERENCE):
+        loaded = get_peft_model_state_dict(policy, adapter_name=adapter)
+        assert loaded.keys() == saved.keys()
+        assert all(torch.equal(loaded[name], weight) for name, weight in saved.items())
 
 
 def test_an_adapter_of_another_form_is_refused(tiny_qwen2: Path, tmp_path: Path) -> None:
