@@ -5,9 +5,21 @@ BIN := $(VENV)/bin
 # The version that everything is tested with. Which build comes (CPU, or CUDA with its gigabytes) is the index's choice;
 # TORCH= leaves the version to pip too.
 TORCH ?= torch==2.13.0
+# The oldest versions that pyproject.toml allows. torch 2.10 has no CPU build on the package index, its CUDA one takes
+# 7 GB: `make test-lowest LOWEST_TORCH=torch==2.10.0` where that is no hindrance.
+LOWEST_VENV ?= $(VENV)-lowest
+LOWEST_TORCH ?= $(TORCH)
+# The main job once: recipes, kernels against the naive ones, gradients, train, kill and resume, convert.
+SPINE := tests/recipe/test_recipe.py tests/kernels/test_token_logps.py $(addprefix tests/distributed/,\
+	test_training_run.py::test_a_run_leaves_everything_that_belongs_to_it \
+	test_training_run.py::test_metrics_have_the_documented_names_and_sane_values \
+	test_training_run.py::test_the_merged_model_is_the_adapter_on_the_base \
+	test_gradient_scale.py::test_gradient_does_not_depend_on_world_size \
+	test_gradient_scale.py::test_a_nan_on_one_rank_skips_the_step_on_all \
+	test_resume.py::test_a_killed_run_goes_on_bit_for_bit)
 
 .DEFAULT_GOAL := help
-.PHONY: help install fetch quickstart test test-long lint format bench clean
+.PHONY: help install fetch quickstart test test-long test-lowest install-lowest lint format bench clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -35,6 +47,19 @@ test: install ## Fast tests (under 10 minutes)
 test-long: install ## Tests on the real small model and real data
 	$(BIN)/python -m pytest -m long
 
+$(LOWEST_VENV)/.installed: pyproject.toml scripts/lowest_versions.py
+	$(PYTHON) -m venv $(LOWEST_VENV)
+	$(LOWEST_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(if $(LOWEST_TORCH),$(LOWEST_VENV)/bin/python -m pip install --quiet "$(LOWEST_TORCH)")
+	$(PYTHON) scripts/lowest_versions.py >$(LOWEST_VENV)/lowest.txt
+	$(LOWEST_VENV)/bin/python -m pip install --quiet --constraint $(LOWEST_VENV)/lowest.txt --editable . pytest hypothesis
+	@touch $@
+
+install-lowest: $(LOWEST_VENV)/.installed
+
+test-lowest: install-lowest ## The main job with the oldest versions that pyproject.toml allows
+	$(LOWEST_VENV)/bin/python -m pytest -m "not long" $(SPINE)
+
 lint: install ## Formatting, lint and types
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check --quiet .
@@ -55,4 +80,4 @@ bench: install ## Side-by-side measurements, a table each (about an hour and a h
 	$(BIN)/python benchmarks/data.py
 
 clean: ## Remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
