@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 from transformers.integrations import deepspeed as hugging_face
 
 from uft_ds.engine.engine import deepspeed_config, read_deepspeed_file
-from uft_ds.engine.zero_section import check_ranks, ranks_of_a_node
+from uft_ds.engine.zero_section import check_ranks
 from uft_ds.errors import UserError
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
@@ -163,14 +163,3 @@ def test_rounded_gathers_are_said_aloud_and_need_gpus() -> None:
     assert "LOSSY" in warning
     with pytest.raises(UserError, match="zero_quantized_weights: DeepSpeed's rounding runs on GPUs only"):
         check_ranks(zero, "zero3_node_lossy", ranks=16, ranks_per_node=8, has_gpus=False)
-
-
-def test_the_launcher_says_how_many_ranks_a_node_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun's variable before DeepSpeed's; neither: unknown."""
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    monkeypatch.delenv("LOCAL_SIZE", raising=False)
-    assert ranks_of_a_node() is None
-    monkeypatch.setenv("LOCAL_SIZE", "4")
-    assert ranks_of_a_node() == 4
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert ranks_of_a_node() == 8

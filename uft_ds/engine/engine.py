@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,9 +23,10 @@ from torch import Tensor, nn
 from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.data.mixture import Step
 from uft_ds.data.packing import rank_micro_batches
+from uft_ds.engine.ranks import Ranks, current_ranks
 from uft_ds.engine.zero_section import check_zero_section
 from uft_ds.errors import UserError
-from uft_ds.host.process import choose_accelerator, returning_freed_memory
+from uft_ds.host.process import returning_freed_memory
 
 T = TypeVar("T")
 
@@ -134,34 +134,6 @@ def deepspeed_config(file: dict[str, Any], *, dtype: torch.dtype, max_grad_norm:
     }
 
 
-def init_distributed(timeout_minutes: float) -> None:
-    """Join the process group that the launcher described in the environment.
-
-    Raises:
-        UserError: the launcher's variables are missing, or its port is taken.
-    """
-    missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        raise UserError(f"{', '.join(missing)} not set: start this module with `uft train`, `deepspeed` or `torchrun`")
-    choose_accelerator()
-    import deepspeed
-    import deepspeed.ops
-    from torch.distributed import DistNetworkError
-
-    # On a CPU this op would be compiled at every first start, only to serve inference.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    try:
-        deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
-    except DistNetworkError as error:
-        port = os.environ["MASTER_PORT"]
-        raise UserError(
-            f"port {port} of {os.environ.get('MASTER_ADDR', 'this machine')} cannot be used "
-            f"({str(error).splitlines()[0]}); give another one by --master_port or MASTER_PORT"
-        ) from None
-
-
 @contextmanager
 def partitioned_loading(config: dict[str, Any]) -> Iterator[None]:
     """Within the block, transformers hands each rank its shard of the weights only, under ZeRO-3."""
@@ -200,6 +172,7 @@ class Engine:
         # For small facts of the hosts: over NCCL they would wait for the GPU's queue.
         self._hosts = torch.distributed.new_group(backend="gloo", timeout=timedelta(minutes=collective_timeout_minutes))
         self._attention_parity = attention_parity
+        self._ranks = current_ranks()
         if {parameter.dtype for parameter in trainable} != dtypes:
             raise UserError(
                 "lora.dtype: DeepSpeed would train the adapters in the model's dtype at this ZeRO stage; "
@@ -221,12 +194,19 @@ class Engine:
         return self._engine.device
 
     @property
+    def ranks(self) -> Ranks:
+        """This rank's place by role."""
+        return self._ranks
+
+    @property
     def rank(self) -> int:
-        return torch.distributed.get_rank()
+        """Among all ranks."""
+        return self._ranks.rank
 
     @property
     def world_size(self) -> int:
-        return torch.distributed.get_world_size()
+        """All ranks, whatever their role."""
+        return self._ranks.world_size
 
     def __call__(
         self, micro_batch: MicroBatch, *, with_reference: bool = True, through_logits: bool = False
@@ -253,8 +233,8 @@ class Engine:
         batches = rank_micro_batches(
             step,
             tokens_per_micro_batch=tokens_per_micro_batch,
-            rank=self.rank,
-            world_size=self.world_size,
+            rank=self._ranks.data_rank,
+            world_size=self._ranks.data_size,
             attention_parity=self._attention_parity,
         )
         return [batch.to(self.device) for batch in batches]
@@ -262,11 +242,11 @@ class Engine:
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
         """Accumulate the gradient of one micro-batch's share of the step's loss, exactly.
 
-        DeepSpeed averages over ranks, so the share is multiplied by their number; gradients are reduced as they
+        DeepSpeed averages over data ranks, so the share is multiplied by their number; gradients are reduced as they
         come, and the last micro-batch of the step says so before its backward.
         """
         self._engine.set_gradient_accumulation_boundary(is_last)
-        self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
+        self._engine.backward(loss * self._ranks.loss_factor, scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> StepResult:
         """Clip and update; with a non-finite gradient on any rank nothing moves on any of them."""
@@ -277,8 +257,10 @@ class Engine:
         return StepResult(norm, skipped=not math.isfinite(norm))
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """The element-wise sum of a tensor over all ranks."""
+        """The element-wise sum of a tensor over data ranks, on every rank."""
         total = values.detach().clone().to(self.device)
+        if not self._ranks.counts:
+            total.zero_()
         torch.distributed.all_reduce(total)
         return total
 
@@ -300,6 +282,10 @@ class Engine:
         gathered: list[Any] = [None] * self.world_size
         torch.distributed.all_gather_object(gathered, value)
         return gathered
+
+    def gather_over_data(self, value: T) -> list[T]:
+        """A small value of every data rank, by data rank, on every rank."""
+        return self.gather_objects(value)[:: self._ranks.sequence_size]
 
     @contextmanager
     def gathered_trainable(self) -> Iterator[dict[str, Tensor]]:

@@ -14,7 +14,8 @@ from uft_ds.checkpoint.load import stored_reference
 from uft_ds.data.example import KEY_BYTES
 from uft_ds.data.store.sequences import Pool
 from uft_ds.engine.engine import Engine, deepspeed_config, partitioned_loading, read_deepspeed_file
-from uft_ds.engine.zero_section import ranks_of_a_node
+from uft_ds.engine.ranks import current_ranks
+from uft_ds.host.world import launcher_environment
 from uft_ds.known.cache import ReferenceCache
 from uft_ds.known.store import LogpTable, ReferenceStore, set_aside
 from uft_ds.recipe.schema import Recipe
@@ -33,7 +34,9 @@ def build_engine(recipe: Recipe, reporter: Speaker) -> tuple[Engine, UFTModel]:
     """Load the base, shard by shard under ZeRO-3, add adapters and wrap both."""
     assert recipe.lora is not None
     dtype = getattr(torch, recipe.model.dtype)
-    for warning in check_sharding(recipe, ranks=torch.distributed.get_world_size(), ranks_per_node=ranks_of_a_node()):
+    for warning in check_sharding(
+        recipe, ranks=current_ranks().world_size, ranks_per_node=launcher_environment().ranks_per_node
+    ):
         reporter.warn(warning)
     config = deepspeed_config(
         read_deepspeed_file(recipe.deepspeed), dtype=dtype, max_grad_norm=recipe.train.max_grad_norm

@@ -107,7 +107,7 @@ def check_reference_cache(
     Returns:
         the same on every rank; None where nothing is known.
     """
-    chosen = Step(0, known_sequences(cache, pools, SPOT_CHECKED_PER_RANK * engine.world_size))
+    chosen = Step(0, known_sequences(cache, pools, SPOT_CHECKED_PER_RANK * engine.ranks.data_size))
     if not chosen.sequences:
         return None
     worst = (0.0, 0.0, "")
@@ -185,7 +185,7 @@ def evaluate(
     for of_group in done:
         own = [response.origin for part in of_group for response in part.batch.responses]
         rows = rows_of(objective, of_group, list(islice(shift_of_part, len(of_group))))
-        of_ranks, names = zip(*engine.gather_objects((rows, own)), strict=True)
+        of_ranks, names = zip(*engine.gather_over_data((rows, own)), strict=True)
         tables.append(np.concatenate(of_ranks))
         origins += chain.from_iterable(names)
     table = _with_distinct_pairs(tables)

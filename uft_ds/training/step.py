@@ -94,7 +94,7 @@ def run_step(
         raise CheckFailed(
             f"step {step.index + 1}: the loss is {mean_loss}, yet its gradient was finite and was applied"
         )
-    rows = np.concatenate(engine.gather_objects(rows_of(objective, done, shifts)))
+    rows = np.concatenate(engine.gather_over_data(rows_of(objective, done, shifts)))
     metrics = step_metrics(objective, mean_loss, engine.sum_over_ranks(sums), rows)
     metrics |= {"grad_norm": result.grad_norm, "skipped": float(result.skipped), "reference/computed": float(computed)}
     moved = rows["shift"][_is_pointwise(objective, rows)]
@@ -184,7 +184,7 @@ def _prompt_means(
             log_ratios_R = log_ratios_of(objective, part.batch, part.logps_R, part.reference_logps_R)
             names = zip(part.batch.response_keys, (r.kind for r in part.batch.responses), strict=True)
             own |= dict(zip(names, log_ratios_R.tolist(), strict=True))
-    log_ratios = {name: ratio for of_rank in engine.gather_objects(own) for name, ratio in of_rank.items()}
+    log_ratios = {name: ratio for of_rank in engine.gather_over_data(own) for name, ratio in of_rank.items()}
     repeated = _repeated(objective, step)
     members: dict[bytes, list[tuple[bytes, Kind]]] = {}
     for sequence, response, key in _pointwise_spans(objective, step):
@@ -208,7 +208,7 @@ def _kl_of(engine: Engine, objective: Objective, step: Step, tokens_per_micro_ba
             assert reference_logps_R is not None
             own += log_ratios_of(objective, batch, logps_R, reference_logps_R).tolist()
     # Sorted, so that the sum does not depend on which rank held what.
-    return kl_shift(sorted(ratio for of_rank in engine.gather_objects(own) for ratio in of_rank))
+    return kl_shift(sorted(ratio for of_rank in engine.gather_over_data(own) for ratio in of_rank))
 
 
 def _pointwise_spans(objective: Objective, step: Step) -> list[tuple[Sequence, Response, bytes]]:
