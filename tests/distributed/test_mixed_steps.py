@@ -22,6 +22,7 @@ from uft_ds.known.cache import Mode, ReferenceCache
 from uft_ds.objectives.objective import KindObjective, Objective, count_terms, micro_batch_loss
 from uft_ds.objectives.reward_shift import RewardShift, ShiftName
 from uft_ds.training.evaluate import evaluate
+from uft_ds.training.forwarding import Method
 from uft_ds.training.step import run_step
 
 OBJECTIVE = Objective(
@@ -79,7 +80,8 @@ def one_step(folder: Path, name: ShiftName, tokens: int, mode: Mode, objective: 
         return update(rate)
 
     engine.step = recording  # type: ignore[method-assign]
-    outcome = run_step(engine, objective or shifted(name), mixed_step(), 1e-3, tokens, ReferenceCache(mode), BEFORE)
+    method = Method(engine, objective or shifted(name), ReferenceCache(mode), tokens)
+    outcome = run_step(method, mixed_step(), 1e-3, BEFORE)
     return grads, outcome.metrics, outcome.shift
 
 
@@ -187,7 +189,7 @@ def evaluated(folder: Path, name: ShiftName, num_groups: int) -> Any:
         Step(number, tuple(sequence for unit in units[number::num_groups] for sequence in unit))
         for number in range(num_groups)
     ]
-    return evaluate(engine, shifted(name), groups, 64, ReferenceCache("live"), BEFORE)
+    return evaluate(Method(engine, shifted(name), ReferenceCache("live"), 64), groups, BEFORE)
 
 
 def evaluated_both_ways(folder: Path) -> Any:

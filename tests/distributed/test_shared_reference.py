@@ -28,6 +28,7 @@ from uft_ds.record.metrics import read_metrics
 from uft_ds.record.run_folder import RunFolder
 from uft_ds.run.build import build_reference_cache
 from uft_ds.streams.identity import reference_identity
+from uft_ds.training.forwarding import Method
 from uft_ds.training.step import run_step
 
 IDENTITY = "d" * 64
@@ -40,7 +41,7 @@ RATE = 3e-3
 
 def train(engine: Engine, cache: ReferenceCache, steps: tuple[Step, ...]) -> tuple[list[float], list[float]]:
     """The loss of each step, and how many references it computed."""
-    metrics = [run_step(engine, UFT, step, RATE, 64, cache)[1] for step in steps]
+    metrics = [run_step(Method(engine, UFT, cache, 64), step, RATE)[1] for step in steps]
     return [m["loss"] for m in metrics], [m["reference/computed"] for m in metrics]
 
 

@@ -28,6 +28,7 @@ from uft_ds.host.signals import Stop, StopRequest
 from uft_ds.known.cache import ReferenceCache, fill
 from uft_ds.record.metrics import read_metrics
 from uft_ds.training.evaluate import evaluate
+from uft_ds.training.forwarding import Method
 
 STEPS = 30
 CHANGES = {"train__steps": STEPS, "train__checkpoint_every": 1000, "train__evaluate_every": 10}
@@ -265,7 +266,7 @@ def an_evaluation_that_is_stopped(base: Path, at_group: int) -> Any:
     checks = iter(range(len(groups)))
     stop = Stop(StopRequest(), lambda own: signal.SIGTERM if next(checks) == at_group else 0)
     with pytest.raises(Stopped, match="stopped by SIGTERM"):
-        evaluate(engine, UFT, groups, 64, cache, stop=stop)
+        evaluate(Method(engine, UFT, cache, 64), groups, stop=stop)
     return len(visited), cache.num_known
 
 

@@ -40,7 +40,8 @@ from uft_ds.run.resolve import cache_dir, objective_of
 from uft_ds.run.resume import nothing_to_do, prepare_resume, resumed_from
 from uft_ds.run.waiting import while_others_wait
 from uft_ds.training.evaluate import check_against_hugging_face, check_log_ratios_are_zero
-from uft_ds.training.loop import START, train
+from uft_ds.training.forwarding import Method
+from uft_ds.training.loop import START, Session, train
 
 GROUPS_BETWEEN_FLUSHES = 20
 """Of a fill: what is lost at most when it is killed, in steps' worth of responses."""
@@ -165,9 +166,10 @@ def _run(recipe: Recipe, folder: RunFolder, console: Console, request: StopReque
         writer = CheckpointWriter(
             engine, model.policy, folder, reporter, keep=recipe.train.keep_checkpoints, best=recipe.train.keep_best
         )
-        policy, settings, stop = model.policy, recipe.train, Stop(request, engine.agree)
+        method = Method(engine, objective, reference, recipe.train.tokens_per_micro_batch)
+        stop = Stop(request, engine.agree)
         request.only_note()
-        train(engine, policy, steps, held_out, objective, settings, folder, reporter, reference, writer, state, stop)
+        train(Session(method, model.policy, recipe.train, folder, reporter, writer, stop), steps, held_out, state)
     if engine.rank == 0:
         folder.write_status(Status(EXIT_DONE, "done"))
         folder.done.touch()
