@@ -20,6 +20,7 @@ from uft_ds.checkpoint.load import restore_engine
 from uft_ds.checkpoint.state import read_position
 from uft_ds.checkpoint.writer import CheckpointWriter
 from uft_ds.data.mixture import Step, in_order
+from uft_ds.data.source import StepSource
 from uft_ds.engine.engine import Engine
 from uft_ds.engine.ranks import current_ranks, init_distributed
 from uft_ds.errors import EXIT_CRASHED, EXIT_DONE, CheckFailed, Stopped, UserError
@@ -149,16 +150,17 @@ def _prepared(recipe: Recipe, resume: bool, overwrite: bool) -> IO[str]:
 def _run(recipe: Recipe, folder: RunFolder, console: Console, request: StopRequest) -> None:
     _make_deterministic(recipe.train.deterministic)
     data = open_data(recipe, folder)
-    steps = steps_of(recipe, data)
+    steps: StepSource = steps_of(recipe, data)
     held_out = in_order([source.selection for source in data.held_out], recipe.train.examples_per_step)
     objective = objective_of(recipe)
     checkpoint = resumed_from(folder)
     state = START if checkpoint is None else read_position(checkpoint).state
+    steps.restore(state.source)
     after_step = None if checkpoint is None else state.step
     with _together(), _reporter(recipe, folder, console, len(steps), after_step) as reporter:
         engine, model = build_engine(recipe, reporter)
         # With fresh adapters, whatever the checkpoint holds: it is policy and reference that are compared.
-        _check_start(engine, recipe, steps[0], reporter)
+        _check_start(engine, recipe, steps.step(0), reporter)
         pools = [source.selection for source in data.all]
         reference = build_reference_cache(recipe, folder, engine, model, pools, reporter, checkpoint)
         if checkpoint is not None:

@@ -12,6 +12,7 @@ from peft import PeftModel
 from uft_ds.checkpoint.state import Position, TrainerState
 from uft_ds.checkpoint.writer import CheckpointWriter
 from uft_ds.data.mixture import Step
+from uft_ds.data.source import StepSource
 from uft_ds.errors import CheckFailed, Stopped, UserError
 from uft_ds.host.signals import NEVER, Stop
 from uft_ds.objectives.objective import objective_at
@@ -49,10 +50,13 @@ class Session:
         return replace(self.method, objective=objective_at(self.method.objective, progress))
 
 
-def train(session: Session, steps: Seq[Step], held_out: Seq[Step], state: TrainerState = START) -> TrainerState:
+def train(session: Session, steps: StepSource, held_out: Seq[Step], state: TrainerState = START) -> TrainerState:
     """Run the steps that `state` has not seen; evaluate and save on the way and at the end.
 
     A step's checkpoint is copied before its evaluation: a run that goes on from it evaluates first.
+
+    Args:
+        steps: restored to `state.source`.
 
     Raises:
         CheckFailed: more steps than allowed had a non-finite loss or gradient.
@@ -69,14 +73,14 @@ def train(session: Session, steps: Seq[Step], held_out: Seq[Step], state: Traine
             before = session.method_at(max(0, state.step - 1) / max(1, len(steps) - 1))
             _evaluate_and_report(session, before, held_out, state)
         for number in range(state.step, len(steps)):
-            step = steps[number]
+            step = steps.step(number)
             started = time.perf_counter()
             rate = learning_rate(
                 step.index, num_steps=len(steps), peak=settings.lr, warmup=settings.warmup, schedule=settings.schedule
             )
             current = session.method_at(step.index / max(1, len(steps) - 1))
             result, metrics, shift = run_step(current, step, rate, state.log_ratio_shift)
-            state = TrainerState(state.step + 1, state.skipped_steps + result.skipped, shift)
+            state = TrainerState(state.step + 1, state.skipped_steps + result.skipped, shift, steps.state())
             seconds = time.perf_counter() - started
             session.reporter.step(state.step, metrics | _speed(session, step, seconds, metrics) | {"lr": rate})
             checkpoints.poll()
