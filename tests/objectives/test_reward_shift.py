@@ -95,6 +95,14 @@ def test_mismatched_sequences_can_be_forwarded() -> None:
     assert batch.pairs == ()
 
 
+def test_a_mismatched_response_keeps_its_facts() -> None:
+    """What a response carries besides its score goes with it."""
+    scored = Response(1, 2, 0.3, "score", "b:1", other_facts={"advantage": 2.0})
+    left, right = sequence([1, 10], (1, 2)), Sequence(np.array([5, 6], dtype=np.int32), (scored,))
+    found = mismatched([(left, left.responses[0]), (right, scored)])
+    assert found[0].responses[0].facts == {"score": 0.3, "advantage": 2.0}
+
+
 def test_an_answer_to_the_same_prompt_is_no_mismatch() -> None:
     """Both sides of a pair meet the response of the next prompt, and it the first of theirs."""
     chosen, rejected, other = sequence([1, 10], (1, 2)), sequence([1, 11], (1, 2)), sequence([2, 20], (1, 2))
