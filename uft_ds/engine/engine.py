@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.data.mixture import Step
 from uft_ds.data.packing import rank_micro_batches
+from uft_ds.engine.groups import ParameterGroup, check_groups, one_group, optimizer_groups, rates_of
 from uft_ds.engine.ranks import Ranks, current_ranks
 from uft_ds.engine.zero_section import check_zero_section
 from uft_ds.errors import UserError
@@ -158,16 +160,25 @@ class Engine:
         betas: tuple[float, float] = (0.9, 0.95),
         attention_parity: float = math.inf,
         collective_timeout_minutes: float = 30.0,
+        groups: Seq[ParameterGroup] | None = None,
     ) -> None:
+        """
+        Args:
+            groups: that divide what is trained, each with a learning rate of its own; None: one group of all.
+        Raises:
+            ValueError: groups that do not. UserError: DeepSpeed would train in another dtype.
+        """
         import deepspeed
         from deepspeed.utils import set_z3_leaf_modules
 
         if config["zero_optimization"]["stage"] == 3 and layer_class is not None:
             # A leaf is gathered whole, adapters included: one collective a layer, the same with adapters off.
             set_z3_leaf_modules(model, [layer_class])
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._groups = one_group(model) if groups is None else tuple(groups)
+        check_groups(self._groups, model)
+        trainable = [parameter for group in self._groups for parameter in group.parameters]
         dtypes = {parameter.dtype for parameter in trainable}
-        optimizer = torch.optim.AdamW(trainable, lr=0.0, betas=betas, weight_decay=weight_decay)
+        optimizer = torch.optim.AdamW(optimizer_groups(self._groups), lr=0.0, betas=betas, weight_decay=weight_decay)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         # For small facts of the hosts: over NCCL they would wait for the GPU's queue.
         self._hosts = torch.distributed.new_group(backend="gloo", timeout=timedelta(minutes=collective_timeout_minutes))
@@ -248,10 +259,19 @@ class Engine:
         self._engine.set_gradient_accumulation_boundary(is_last)
         self._engine.backward(loss * self._ranks.loss_factor, scale_wrt_gas=False)
 
-    def step(self, learning_rate: float) -> StepResult:
-        """Clip and update; with a non-finite gradient on any rank nothing moves on any of them."""
+    def step(self, rates: float | Mapping[str, float]) -> StepResult:
+        """Clip and update; with a non-finite gradient on any rank nothing moves on any of them.
+
+        Gradients are clipped by the norm over all groups.
+
+        Args:
+            rates: the run's learning rate, which each group of parameters scales, or each group's own by name.
+        Raises:
+            ValueError: a group without a rate, or a rate without a group.
+        """
+        rate_of = rates_of(self._groups, rates)
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = rate_of[group["name"]]
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm())
         return StepResult(norm, skipped=not math.isfinite(norm))
