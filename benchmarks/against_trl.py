@@ -81,7 +81,7 @@ def run_ours(work: Workload, adapter: Path) -> Result:
     from uft_ds.data.example import Response, Sequence
     from uft_ds.data.mixture import Step
     from uft_ds.engine.engine import Engine, partitioned_loading
-    from uft_ds.known.cache import ReferenceCache
+    from uft_ds.known.cache import Known
     from uft_ds.streams.adapters import add_adapters
     from uft_ds.streams.load import decoder_layer_class, load_base
     from uft_ds.streams.model import UFTModel
@@ -103,7 +103,7 @@ def run_ours(work: Workload, adapter: Path) -> Result:
     engine = Engine(
         UFTModel(policy), config, layer_class=decoder_layer_class(base), weight_decay=0.0, betas=(0.9, 0.999)
     )
-    method = Method(engine, objective("l1", BETA), ReferenceCache("live"), 1 << 20)
+    method = Method(engine, objective("l1", BETA), Known.of_reference("lockstep"), 1 << 20)
     losses, seconds, base_bytes = [], [], reset_peak()
     rows_per_step = RANKS * work.rows_per_rank
     for index in range(work.steps):

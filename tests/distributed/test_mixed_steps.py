@@ -18,7 +18,8 @@ from uft_ds.data.example import Kind, Response, Sequence
 from uft_ds.data.micro_batch import MicroBatch, micro_batch
 from uft_ds.data.mixture import Step
 from uft_ds.engine.engine import Engine
-from uft_ds.known.cache import Mode, ReferenceCache
+from uft_ds.known.cache import Known
+from uft_ds.known.how import HowReference
 from uft_ds.objectives.objective import KindObjective, Objective, count_terms, micro_batch_loss
 from uft_ds.objectives.reward_shift import RewardShift, ShiftName
 from uft_ds.training.evaluate import evaluate
@@ -66,7 +67,7 @@ def shifted(name: ShiftName) -> Objective:
     return replace(OBJECTIVE, shift=RewardShift(name, value=0.25, decay=0.75))
 
 
-def one_step(folder: Path, name: ShiftName, tokens: int, mode: Mode, objective: Objective | None = None) -> Any:
+def one_step(folder: Path, name: ShiftName, tokens: int, mode: HowReference, objective: Objective | None = None) -> Any:
     """Gradients, metrics and the next shift of one step through the real engine."""
     from deepspeed.utils import safe_get_full_grad
 
@@ -80,7 +81,7 @@ def one_step(folder: Path, name: ShiftName, tokens: int, mode: Mode, objective: 
         return update(rate)
 
     engine.step = recording  # type: ignore[method-assign]
-    method = Method(engine, objective or shifted(name), ReferenceCache(mode), tokens)
+    method = Method(engine, objective or shifted(name), Known.of_reference(mode), tokens)
     outcome = run_step(method, mixed_step(), 1e-3, BEFORE)
     return grads, outcome.metrics, outcome.shift
 
@@ -129,15 +130,15 @@ def definition(folder: Path, name: ShiftName) -> tuple[dict[str, torch.Tensor], 
     return grads, total, [shifts[id(sequence)] for sequence in pointwise]
 
 
-def steps(folder: Path, cases: list[tuple[ShiftName, int, Mode]]) -> Any:
+def steps(folder: Path, cases: list[tuple[ShiftName, int, HowReference]]) -> Any:
     """Starting processes takes most of the time: each runs all cases."""
     return [one_step(folder, *case) for case in cases]
 
 
-CASES: dict[int, list[tuple[ShiftName, int, Mode]]] = {
-    1: [("prompt_mean", 512, "live"), ("kl", 512, "remembered")],
-    2: [(name, 64, "live") for name in SHIFTS],
-    4: [("kl", 64, "live"), ("prompt_mean", 64, "remembered"), ("ema", 64, "live"), ("constant", 64, "live")],
+CASES: dict[int, list[tuple[ShiftName, int, HowReference]]] = {
+    1: [("prompt_mean", 512, "lockstep"), ("kl", 512, "cached")],
+    2: [(name, 64, "lockstep") for name in SHIFTS],
+    4: [("kl", 64, "lockstep"), ("prompt_mean", 64, "cached"), ("ema", 64, "lockstep"), ("constant", 64, "lockstep")],
 }
 
 
@@ -189,7 +190,7 @@ def evaluated(folder: Path, name: ShiftName, num_groups: int) -> Any:
         Step(number, tuple(sequence for unit in units[number::num_groups] for sequence in unit))
         for number in range(num_groups)
     ]
-    return evaluate(Method(engine, shifted(name), ReferenceCache("live"), 64), groups, BEFORE)
+    return evaluate(Method(engine, shifted(name), Known.of_reference("lockstep"), 64), groups, BEFORE)
 
 
 def evaluated_both_ways(folder: Path) -> Any:
@@ -231,7 +232,7 @@ def without_reference(folder: Path) -> Any:
         return call(engine, batch, **options)
 
     Engine.__call__ = recording  # type: ignore[method-assign]
-    mode: Mode = "live" if REFERENCE_FREE.needs_reference else "unneeded"  # as a run chooses it
+    mode: HowReference = "lockstep" if REFERENCE_FREE.needs_reference else "none"  # as a run chooses it
     return *one_step(folder, "none", 64, mode, REFERENCE_FREE)[:2], asked
 
 

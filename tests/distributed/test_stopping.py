@@ -25,7 +25,7 @@ from uft_ds.data.mixture import Step
 from uft_ds.errors import EXIT_CRASHED, EXIT_INTERRUPTED, EXIT_STOPPED, Stopped
 from uft_ds.host.ports import free_port
 from uft_ds.host.signals import Stop, StopRequest
-from uft_ds.known.cache import ReferenceCache, fill
+from uft_ds.known.cache import Known, fill
 from uft_ds.record.metrics import read_metrics
 from uft_ds.training.evaluate import evaluate
 from uft_ds.training.forwarding import Method
@@ -254,7 +254,7 @@ def test_under_every_launcher(
 def an_evaluation_that_is_stopped(base: Path, at_group: int) -> Any:
     """At its so-manieth check: how many groups were evaluated, and whether the cache knows what it knew."""
     engine = engine_of(base)
-    cache, groups = ReferenceCache("remembered", identity="0" * 64), [toy_step(3, seed=seed) for seed in range(5)]
+    cache, groups = Known.of_reference("cached", identity="0" * 64), [toy_step(3, seed=seed) for seed in range(5)]
     visit = engine.micro_batches
     visited: list[int] = []
 
@@ -277,7 +277,7 @@ def test_an_evaluation_stops_between_two_groups(tiny_qwen2: Path) -> None:
 
 def a_fill_that_is_stopped(base: Path) -> Any:
     engine = engine_of(base)
-    cache, groups = ReferenceCache("remembered", identity="0" * 64), [toy_step(3, seed=seed) for seed in range(5)]
+    cache, groups = Known.of_reference("cached", identity="0" * 64), [toy_step(3, seed=seed) for seed in range(5)]
     checks = iter(range(len(groups)))
     stop = Stop(StopRequest(), lambda own: signal.SIGTERM if next(checks) == 1 else 0)
     with pytest.raises(Stopped, match="stopped by SIGTERM"):

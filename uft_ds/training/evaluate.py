@@ -19,7 +19,7 @@ from uft_ds.data.store.sequences import Pool
 from uft_ds.engine.engine import Engine
 from uft_ds.errors import CheckFailed
 from uft_ds.host.signals import NEVER, Stop
-from uft_ds.known.cache import ReferenceCache
+from uft_ds.known.cache import Known
 from uft_ds.objectives.losses import LOSSES
 from uft_ds.objectives.objective import count_terms, micro_batch_loss
 from uft_ds.objectives.shifts import StepShift
@@ -98,7 +98,7 @@ def check_against_hugging_face(engine: Engine, sequence: Sequence, *, dtype: tor
 
 def check_reference_cache(
     engine: Engine,
-    cache: ReferenceCache,
+    cache: Known,
     pools: Seq[Pool],
     *,
     tokens_per_micro_batch: int,
@@ -124,7 +124,7 @@ def check_reference_cache(
     return SpotCheck(len(chosen.responses), difference, origin, agrees=share <= 1.0)
 
 
-def known_sequences(cache: ReferenceCache, pools: Seq[Pool], count: int) -> tuple[Sequence, ...]:
+def known_sequences(cache: Known, pools: Seq[Pool], count: int) -> tuple[Sequence, ...]:
     """So many different ones from all over the data, the same on every rank."""
     if not cache.num_known:
         return ()

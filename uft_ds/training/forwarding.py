@@ -11,7 +11,7 @@ from torch import Tensor
 from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.data.mixture import Step
 from uft_ds.engine.engine import Engine
-from uft_ds.known.cache import ReferenceCache
+from uft_ds.known.cache import Known
 from uft_ds.objectives.objective import Objective
 from uft_ds.record.telemetry import response_rows
 
@@ -22,7 +22,7 @@ class Method:
 
     engine: Engine
     objective: Objective
-    known: ReferenceCache
+    known: Known
     tokens_per_micro_batch: int
 
     def micro_batches(self, step: Step) -> list[tuple[MicroBatch, bool]]:
