@@ -81,10 +81,11 @@ def run_ours(work: Workload, adapter: Path) -> Result:
     from uft_ds.data.example import Response, Sequence
     from uft_ds.data.mixture import Step
     from uft_ds.engine.engine import Engine, partitioned_loading
-    from uft_ds.known.cache import ReferenceCache
+    from uft_ds.known.cache import Known
     from uft_ds.streams.adapters import add_adapters
     from uft_ds.streams.load import decoder_layer_class, load_base
     from uft_ds.streams.model import UFTModel
+    from uft_ds.training.forwarding import Method
     from uft_ds.training.step import run_step
 
     def sequence(row: dict[str, Any], number: int) -> Sequence:
@@ -102,13 +103,14 @@ def run_ours(work: Workload, adapter: Path) -> Result:
     engine = Engine(
         UFTModel(policy), config, layer_class=decoder_layer_class(base), weight_decay=0.0, betas=(0.9, 0.999)
     )
+    method = Method(engine, objective("l1", BETA), Known.of_reference("lockstep"), 1 << 20)
     losses, seconds, base_bytes = [], [], reset_peak()
     rows_per_step = RANKS * work.rows_per_rank
     for index in range(work.steps):
         rows = work.rows[index * rows_per_step : (index + 1) * rows_per_step]
         step = Step(index, tuple(sequence(row, number) for number, row in enumerate(rows)))
         started = time.perf_counter()
-        _, metrics = run_step(engine, objective("l1", BETA), step, work.learning_rate, 1 << 20, ReferenceCache("live"))
+        metrics = run_step(method, step, work.learning_rate).metrics
         seconds.append(time.perf_counter() - started)
         losses.append(metrics["loss"])
     return Result(losses, seconds, peak_rss() - base_bytes)

@@ -126,7 +126,7 @@ def save_by(way: str, base: str, folder: str) -> dict[str, float]:
 
     from uft_ds.checkpoint.state import Position, TrainerState
     from uft_ds.checkpoint.writer import CheckpointWriter
-    from uft_ds.known.cache import ReferenceCache
+    from uft_ds.known.cache import Known
     from uft_ds.record.report import SilentReporter
     from uft_ds.record.run_folder import RunFolder
 
@@ -140,7 +140,7 @@ def save_by(way: str, base: str, folder: str) -> dict[str, float]:
     with CountingCollectives() as collectives:
         if way == "ours":
             writer = CheckpointWriter(engine, policy, RunFolder(out), SilentReporter(), keep=1, best=None)
-            waited = writer.start(Position(TrainerState(1, 0), 0), ReferenceCache("live"))
+            waited = writer.start(Position(TrainerState(1, 0), 0), Known.of_reference("lockstep"))
             writer.finish()
         else:
             if way == "transformers":

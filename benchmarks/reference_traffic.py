@@ -47,7 +47,7 @@ from toy import UFT, toy_model, toy_sequences
 from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.data.mixture import Step
 from uft_ds.engine.engine import Engine, deepspeed_config, read_deepspeed_file
-from uft_ds.known.cache import ReferenceCache, fill
+from uft_ds.known.cache import Known, fill
 from uft_ds.objectives.objective import count_terms, micro_batch_loss
 from uft_ds.streams.load import decoder_layer_class
 
@@ -63,12 +63,12 @@ SETTINGS = {
 }
 
 CASES: dict[str, dict[str, Any]] = {
-    "lockstep": {"mode": "lockstep", "leaf": True, "calls": 1, "cache": "live"},
-    "two, one root": {"mode": "separate", "leaf": True, "calls": 1, "cache": "live"},
-    "two calls": {"mode": "separate", "leaf": False, "calls": 2, "cache": "live"},
-    "two calls, leaf": {"mode": "separate", "leaf": True, "calls": 2, "cache": "live"},
-    "cached": {"mode": "lockstep", "leaf": True, "calls": 1, "cache": "remembered"},
-    "SFT": {"mode": "separate", "leaf": True, "calls": 1, "cache": "unneeded"},
+    "lockstep": {"mode": "lockstep", "leaf": True, "calls": 1, "cache": "lockstep"},
+    "two, one root": {"mode": "separate", "leaf": True, "calls": 1, "cache": "lockstep"},
+    "two calls": {"mode": "separate", "leaf": False, "calls": 2, "cache": "lockstep"},
+    "two calls, leaf": {"mode": "separate", "leaf": True, "calls": 2, "cache": "lockstep"},
+    "cached": {"mode": "lockstep", "leaf": True, "calls": 1, "cache": "cached"},
+    "SFT": {"mode": "separate", "leaf": True, "calls": 1, "cache": "none"},
 }
 
 
@@ -165,12 +165,12 @@ class Case:
             layer_class=leaf,
             weight_decay=0.0,
         )
-        self.cache = ReferenceCache(self._how["cache"])
-        if self._how["cache"] == "remembered":
+        self.cache = Known.of_reference(self._how["cache"])
+        if self._how["cache"] == "cached":
             fill(self.engine, self.cache, [whole_step()], TOKENS_PER_MICRO_BATCH, flush_every=1)
 
     def forward(self, batch: MicroBatch, forward_reference: bool) -> tuple[Tensor, Tensor | None]:
-        if self._how["cache"] == "live" and self._how["calls"] == 2:
+        if self._how["cache"] == "lockstep" and self._how["calls"] == 2:
             logps_R, _ = self.engine(batch, with_reference=False)
             with torch.no_grad(), self.policy.disable_adapter():
                 reference_R, _ = self.engine(batch, with_reference=False)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from toy import UFT, objective, toy_model, toy_step
 
 from uft_ds.checkpoint.shards import Shards, shard_name, write_shard
@@ -15,6 +17,7 @@ from uft_ds.checkpoint.writer import CheckpointWriter
 from uft_ds.data.micro_batch import MicroBatch, micro_batch
 from uft_ds.data.packing import rank_micro_batches
 from uft_ds.engine.engine import Engine, deepspeed_config, read_deepspeed_file
+from uft_ds.engine.groups import ParameterGroup, one_group
 from uft_ds.engine.optimizer_state import Piece, pieces_of, restore
 from uft_ds.objectives.objective import Objective, count_terms, micro_batch_loss
 from uft_ds.record.run_folder import RunFolder
@@ -38,7 +41,14 @@ UNEVEN = {
 BEFORE, AFTER = 2, 2  # steps of a run before it is saved, and after
 
 
-def engine_of(folder: Path, *, file: str = "zero3_cpu", max_grad_norm: float = 1e6, **model: object) -> Engine:
+def engine_of(
+    folder: Path,
+    *,
+    file: str = "zero3_cpu",
+    max_grad_norm: float = 1e6,
+    groups_of: Callable[[nn.Module], tuple[ParameterGroup, ...]] = one_group,
+    **model: object,
+) -> Engine:
     config = read_deepspeed_file(file)
     if file != "zero2":
         config["zero_optimization"] |= REAL_PARTITIONING
@@ -46,7 +56,7 @@ def engine_of(folder: Path, *, file: str = "zero3_cpu", max_grad_norm: float = 1
     layer = decoder_layer_class(uft_model.policy.get_base_model())
     dtype = next(uft_model.policy.get_base_model().parameters()).dtype
     filled = deepspeed_config(config, dtype=dtype, max_grad_norm=max_grad_norm)
-    return Engine(uft_model, filled, layer_class=layer, weight_decay=0.0)
+    return Engine(uft_model, filled, layer_class=layer, weight_decay=0.0, groups=groups_of(uft_model))
 
 
 def accumulate(engine: Engine, batches: list[MicroBatch], uft: Objective) -> tuple[dict[str, torch.Tensor], float]:

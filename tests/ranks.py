@@ -87,7 +87,7 @@ def _one_rank(
     try:
         import torch
 
-        from uft_ds.engine.engine import init_distributed
+        from uft_ds.engine.ranks import init_distributed
         from uft_ds.training.determinism import make_deterministic
 
         torch.set_num_threads(1)

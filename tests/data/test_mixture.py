@@ -23,6 +23,8 @@ from uft_ds.data.mixture import (
     units_of_epochs,
 )
 from uft_ds.data.packing import pack
+from uft_ds.data.source import StepSource
+from uft_ds.errors import UserError
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=4)
 
@@ -143,6 +145,21 @@ def test_responses_of_step_n_depend_on_recipe_data_seed_and_n_only() -> None:
         assert [names(step) for step in plan(*sources, steps=steps)] == [names(step) for step in longest[:steps]]
     one_epoch = plan(*sources, epochs=1)
     assert [names(step) for step in one_epoch[:-1]] == [names(step) for step in longest[: len(one_epoch) - 1]]
+
+
+def test_fixed_data_is_a_source_of_steps_without_a_state() -> None:
+    """Step n by its number is the n-th of the sequence, and a restart needs nothing else."""
+    steps: StepSource = plan(source("a", [1, 2, 3] * 5), steps=4)
+    asked_last_first = [names(steps.step(n)) for n in reversed(range(len(steps)))]
+    assert asked_last_first[::-1] == [names(step) for step in plan(source("a", [1, 2, 3] * 5), steps=4)]
+    assert steps.state() == {}
+    steps.restore(steps.state())
+
+
+def test_fixed_data_refuses_the_state_of_another_source() -> None:
+    """A checkpoint of generated steps cannot be gone on from with fixed data: the message names what was found."""
+    with pytest.raises(UserError, match="state of another source of steps \\(record\\)"):
+        plan(source("a", [1])).restore({"record": "rollouts.jsonl"})
 
 
 @given(

@@ -77,6 +77,30 @@ def test_layout_by_hand() -> None:
     assert (batch.scores_R.dtype, batch.bounds_S.dtype) == (torch.float32, torch.int32)
 
 
+def test_facts_are_columns_by_name() -> None:
+    """A fact that one response lacks is no number there; one that none carries is no number anywhere."""
+    responses = (Response(1, 2, 0.25, "score", other_facts={"advantage": -1.5}), Response(3, 5, 1.0, "instruction"))
+    batch = micro_batch([Sequence(np.arange(5, dtype=np.int32), responses)])
+    assert responses[0].facts == {"score": 0.25, "advantage": -1.5}
+    assert {name: column.dtype for name, column in batch.facts.items()} == dict.fromkeys(
+        ("score", "advantage"), torch.float32
+    )
+    assert batch.fact("score") is batch.scores_R
+    assert batch.fact("advantage")[0] == -1.5
+    assert batch.fact("advantage").isnan().tolist() == [False, True]
+    assert batch.fact("value").isnan().tolist() == [True, True]
+    assert micro_batch([]).fact("advantage").shape == (0,), "the dummy of a rank without responses has every column"
+    moved = batch.to("meta")
+    assert {column.device.type for column in moved.facts.values()} == {"meta"}
+    assert set(moved.facts) == set(batch.facts)
+
+
+def test_a_score_given_twice_is_refused() -> None:
+    """Which of two scores counts is not guessed."""
+    with pytest.raises(ValueError, match=r"score is given twice: 0\.25 and 0\.5"):
+        Response(1, 2, 0.25, "score", other_facts={"score": 0.5})
+
+
 @given(count=st.integers(1, 9), seed=st.integers(0, 999))
 @settings(deadline=None)
 def test_layout_of_any_sequences(count: int, seed: int) -> None:

@@ -25,7 +25,7 @@ from uft_ds.checkpoint.shards import Shards
 from uft_ds.checkpoint.state import read_position
 from uft_ds.data.packing import rank_micro_batches
 from uft_ds.errors import UserError
-from uft_ds.known.cache import ReferenceCache
+from uft_ds.known.cache import Known
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def saved_twice(base: Path, folder: Path) -> Any:
     engine, heard = trained(base), Heard()
     trainable = sum(p.ds_numel for p in engine.module.parameters() if p.requires_grad)
     writer = writer_of(engine, folder, heard)
-    known = ReferenceCache("remembered", {bytes([i]) * 16: float(-i) for i in range(3)}, identity="0" * 64)
+    known = Known.of_reference("cached", {bytes([i]) * 16: float(-i) for i in range(3)}, identity="0" * 64)
     waited = [writer.start(at(step), known) for step in (1, 2)]
     before = [path.name for path in checkpoints_of(folder)]
     writer.finish()
@@ -94,7 +94,7 @@ def trains_on_meanwhile(base: Path, folder: Path) -> Any:
     with engine.gathered_trainable() as named:
         before = {name: tensor.clone() for name, tensor in named.items()}
     writer = writer_of(engine, folder, Heard())
-    writer.start(at(1), ReferenceCache("live"))
+    writer.start(at(1), Known.of_reference("lockstep"))
     assert writer.poll() is None
     started_early = not list(folder.rglob("*.safetensors"))
     batches = rank_micro_batches(toy_step(), tokens_per_micro_batch=64, rank=engine.rank, world_size=engine.world_size)
@@ -123,7 +123,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(base: Path, tmp_path: Pa
 def a_write_that_fails(base: Path, folder: Path) -> Any:
     engine, heard = trained(base), Heard()
     writer = writer_of(engine, folder, heard)
-    none = ReferenceCache("live")
+    none = Known.of_reference("lockstep")
     writer.start(at(1), none)
     writer.finish()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -153,7 +153,7 @@ def test_a_write_that_fails_leaves_the_older_checkpoint(base: Path, tmp_path: Pa
 
 def on_a_full_disk(base: Path, folder: Path) -> Any:
     engine, heard = trained(base), Heard()
-    writer, none = writer_of(engine, folder, heard), ReferenceCache("live")
+    writer, none = writer_of(engine, folder, heard), Known.of_reference("lockstep")
     writer.start(at(1), none)
     writer.finish()
     if engine.rank == 0:
@@ -181,7 +181,7 @@ def test_a_full_disk_leaves_the_older_checkpoint(base: Path, tmp_path: Path) -> 
 
 def kept(base: Path, folder: Path, best: str | None) -> list[str]:
     engine, heard = trained(base), Heard()
-    writer, none = writer_of(engine, folder, heard, keep=1, best=best), ReferenceCache("live")
+    writer, none = writer_of(engine, folder, heard, keep=1, best=best), Known.of_reference("lockstep")
     values = {1: 0.5, 2: 0.3, 3: 0.4, 4: None, 5: 0.6}
     for step, value in values.items():
         writer.start(at(step), none)

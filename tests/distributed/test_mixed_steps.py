@@ -18,10 +18,12 @@ from uft_ds.data.example import Kind, Response, Sequence
 from uft_ds.data.micro_batch import MicroBatch, micro_batch
 from uft_ds.data.mixture import Step
 from uft_ds.engine.engine import Engine
-from uft_ds.known.cache import Mode, ReferenceCache
+from uft_ds.known.cache import Known
+from uft_ds.known.how import HowReference
 from uft_ds.objectives.objective import KindObjective, Objective, count_terms, micro_batch_loss
 from uft_ds.objectives.reward_shift import RewardShift, ShiftName
 from uft_ds.training.evaluate import evaluate
+from uft_ds.training.forwarding import Method
 from uft_ds.training.step import run_step
 
 OBJECTIVE = Objective(
@@ -65,7 +67,7 @@ def shifted(name: ShiftName) -> Objective:
     return replace(OBJECTIVE, shift=RewardShift(name, value=0.25, decay=0.75))
 
 
-def one_step(folder: Path, name: ShiftName, tokens: int, mode: Mode, objective: Objective | None = None) -> Any:
+def one_step(folder: Path, name: ShiftName, tokens: int, mode: HowReference, objective: Objective | None = None) -> Any:
     """Gradients, metrics and the next shift of one step through the real engine."""
     from deepspeed.utils import safe_get_full_grad
 
@@ -79,7 +81,8 @@ def one_step(folder: Path, name: ShiftName, tokens: int, mode: Mode, objective: 
         return update(rate, loss)
 
     engine.step = recording  # type: ignore[method-assign]
-    outcome = run_step(engine, objective or shifted(name), mixed_step(), 1e-3, tokens, ReferenceCache(mode), BEFORE)
+    method = Method(engine, objective or shifted(name), Known.of_reference(mode), tokens)
+    outcome = run_step(method, mixed_step(), 1e-3, BEFORE)
     return grads, outcome.metrics, outcome.shift
 
 
@@ -127,15 +130,15 @@ def definition(folder: Path, name: ShiftName) -> tuple[dict[str, torch.Tensor], 
     return grads, total, [shifts[id(sequence)] for sequence in pointwise]
 
 
-def steps(folder: Path, cases: list[tuple[ShiftName, int, Mode]]) -> Any:
+def steps(folder: Path, cases: list[tuple[ShiftName, int, HowReference]]) -> Any:
     """Starting processes takes most of the time: each runs all cases."""
     return [one_step(folder, *case) for case in cases]
 
 
-CASES: dict[int, list[tuple[ShiftName, int, Mode]]] = {
-    1: [("prompt_mean", 512, "live"), ("kl", 512, "remembered")],
-    2: [(name, 64, "live") for name in SHIFTS],
-    4: [("kl", 64, "live"), ("prompt_mean", 64, "remembered"), ("ema", 64, "live"), ("constant", 64, "live")],
+CASES: dict[int, list[tuple[ShiftName, int, HowReference]]] = {
+    1: [("prompt_mean", 512, "lockstep"), ("kl", 512, "cached")],
+    2: [(name, 64, "lockstep") for name in SHIFTS],
+    4: [("kl", 64, "lockstep"), ("prompt_mean", 64, "cached"), ("ema", 64, "lockstep"), ("constant", 64, "lockstep")],
 }
 
 
@@ -187,7 +190,7 @@ def evaluated(folder: Path, name: ShiftName, num_groups: int) -> Any:
         Step(number, tuple(sequence for unit in units[number::num_groups] for sequence in unit))
         for number in range(num_groups)
     ]
-    return evaluate(engine, shifted(name), groups, 64, ReferenceCache("live"), BEFORE)
+    return evaluate(Method(engine, shifted(name), Known.of_reference("lockstep"), 64), groups, BEFORE)
 
 
 def evaluated_both_ways(folder: Path) -> Any:
@@ -229,13 +232,14 @@ def without_reference(folder: Path) -> Any:
         return call(engine, batch, **options)
 
     Engine.__call__ = recording  # type: ignore[method-assign]
-    mode: Mode = "live" if REFERENCE_FREE.needs_reference else "unneeded"  # as a run chooses it
+    mode: HowReference = "lockstep" if REFERENCE_FREE.needs_reference else "none"  # as a run chooses it
     return *one_step(folder, "none", 64, mode, REFERENCE_FREE)[:2], asked
 
 
 def references_of_two_steps(folder: Path) -> Any:
     """Of two steps on the same data: responses whose reference was forwarded so far, and what the metrics say."""
-    engine, cache = engine_of(folder), ReferenceCache("remembered")
+    engine = engine_of(folder)
+    method = Method(engine, shifted("prompt_mean"), Known.of_reference("cached"), 64)
     forwarded = 0
 
     def counting(batch: MicroBatch, streams: str = "both", **options: Any) -> Any:
@@ -246,7 +250,7 @@ def references_of_two_steps(folder: Path) -> Any:
     call, engine.deepspeed.forward = engine.deepspeed.forward, counting
     found = []
     for _ in range(2):
-        metrics = run_step(engine, shifted("prompt_mean"), mixed_step(), 1e-3, 64, cache).metrics
+        metrics = run_step(method, mixed_step(), 1e-3).metrics
         found.append((sum(engine.gather_objects(forwarded)), metrics["reference/computed"]))
     return found
 

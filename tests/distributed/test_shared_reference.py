@@ -21,13 +21,14 @@ from toy import UFT, toy_sequences
 
 from uft_ds.data.mixture import Step, in_order
 from uft_ds.engine.engine import Engine
-from uft_ds.known.cache import REFERENCE_TABLE, ReferenceCache, fill
+from uft_ds.known.cache import REFERENCE_TABLE, Known, fill
 from uft_ds.known.store import ReferenceStore, read_table, write_table
 from uft_ds.recipe.file import load_recipe
 from uft_ds.record.metrics import read_metrics
 from uft_ds.record.run_folder import RunFolder
 from uft_ds.run.build import build_reference_cache
 from uft_ds.streams.identity import reference_identity
+from uft_ds.training.forwarding import Method
 from uft_ds.training.step import run_step
 
 IDENTITY = "d" * 64
@@ -38,15 +39,15 @@ STEPS: tuple[Step, ...] = tuple(plan(SEQUENCES, seed=1, examples_per_step=9, epo
 RATE = 3e-3
 
 
-def train(engine: Engine, cache: ReferenceCache, steps: tuple[Step, ...]) -> tuple[list[float], list[float]]:
+def train(engine: Engine, cache: Known, steps: tuple[Step, ...]) -> tuple[list[float], list[float]]:
     """The loss of each step, and how many references it computed."""
-    metrics = [run_step(engine, UFT, step, RATE, 64, cache)[1] for step in steps]
+    metrics = [run_step(Method(engine, UFT, cache, 64), step, RATE)[1] for step in steps]
     return [m["loss"] for m in metrics], [m["reference/computed"] for m in metrics]
 
 
 def cached_and_live(folder: Path, mode: str) -> Any:
-    live = train(engine_of(folder, reference_mode=mode), ReferenceCache("live"), STEPS)
-    cached = train(engine_of(folder, reference_mode=mode), ReferenceCache("remembered"), STEPS)
+    live = train(engine_of(folder, reference_mode=mode), Known.of_reference("lockstep"), STEPS)
+    cached = train(engine_of(folder, reference_mode=mode), Known.of_reference("cached"), STEPS)
     return live, cached
 
 
@@ -71,9 +72,9 @@ def unbroken_and_restarted(folder: Path, work: Path) -> Any:
     k = 3
     snapshot = {SEQUENCES[3].response_keys[0]: -20.0 - 1e-3}  # not what would be computed: it must be kept
 
-    def new_cache() -> ReferenceCache:
+    def new_cache() -> Known:
         store = ReferenceStore.below(work, IDENTITY) if engine.rank == 0 else None
-        return ReferenceCache("remembered", snapshot, identity=IDENTITY, store=store)
+        return Known.of_reference("cached", snapshot, identity=IDENTITY, store=store)
 
     engine = engine_of(folder)
     unbroken, _ = train(engine, new_cache(), STEPS)
@@ -86,7 +87,7 @@ def unbroken_and_restarted(folder: Path, work: Path) -> Any:
     write_table(checkpoint / REFERENCE_TABLE, *cache.table())
     if engine.rank == 0:
         ReferenceStore.below(work, IDENTITY).write({key: -3.0 for s in SEQUENCES for key in s.response_keys})
-    resumed = ReferenceCache("remembered", read_table(checkpoint / REFERENCE_TABLE, IDENTITY), identity=IDENTITY)
+    resumed = Known.of_reference("cached", read_table(checkpoint / REFERENCE_TABLE, IDENTITY), identity=IDENTITY)
     after, _ = train(engine, resumed, STEPS[k:])
     return unbroken, before + after
 
@@ -122,7 +123,7 @@ def open_cache(base: Path, work: Path, store_values: float | None) -> Any:
     identity = reference_identity(CONTENT, dtype="float32", attention="sdpa", adapter_dtype=None)
     pools = [Held(SEQUENCES)]
     groups = in_order(pools, 4)
-    right = ReferenceCache("remembered")
+    right = Known.of_reference("cached")
     fill(engine, right, groups, 64, flush_every=9)
     if engine.rank == 0:
         offset = math.nan if store_values is None else store_values

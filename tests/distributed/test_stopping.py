@@ -25,9 +25,10 @@ from uft_ds.data.mixture import Step
 from uft_ds.errors import EXIT_CRASHED, EXIT_INTERRUPTED, EXIT_STOPPED, Stopped
 from uft_ds.host.ports import free_port
 from uft_ds.host.signals import Stop, StopRequest
-from uft_ds.known.cache import ReferenceCache, fill
+from uft_ds.known.cache import Known, fill
 from uft_ds.record.metrics import read_metrics
 from uft_ds.training.evaluate import evaluate
+from uft_ds.training.forwarding import Method
 
 STEPS = 30
 CHANGES = {"train__steps": STEPS, "train__checkpoint_every": 1000, "train__evaluate_every": 10}
@@ -253,7 +254,7 @@ def test_under_every_launcher(
 def an_evaluation_that_is_stopped(base: Path, at_group: int) -> Any:
     """At its so-manieth check: how many groups were evaluated, and whether the cache knows what it knew."""
     engine = engine_of(base)
-    cache, groups = ReferenceCache("remembered", identity="0" * 64), [toy_step(3, seed=seed) for seed in range(5)]
+    cache, groups = Known.of_reference("cached", identity="0" * 64), [toy_step(3, seed=seed) for seed in range(5)]
     visit = engine.micro_batches
     visited: list[int] = []
 
@@ -265,7 +266,7 @@ def an_evaluation_that_is_stopped(base: Path, at_group: int) -> Any:
     checks = iter(range(len(groups)))
     stop = Stop(StopRequest(), lambda own: signal.SIGTERM if next(checks) == at_group else 0)
     with pytest.raises(Stopped, match="stopped by SIGTERM"):
-        evaluate(engine, UFT, groups, 64, cache, stop=stop)
+        evaluate(Method(engine, UFT, cache, 64), groups, stop=stop)
     return len(visited), cache.num_known
 
 
@@ -276,7 +277,7 @@ def test_an_evaluation_stops_between_two_groups(tiny_qwen2: Path) -> None:
 
 def a_fill_that_is_stopped(base: Path) -> Any:
     engine = engine_of(base)
-    cache, groups = ReferenceCache("remembered", identity="0" * 64), [toy_step(3, seed=seed) for seed in range(5)]
+    cache, groups = Known.of_reference("cached", identity="0" * 64), [toy_step(3, seed=seed) for seed in range(5)]
     checks = iter(range(len(groups)))
     stop = Stop(StopRequest(), lambda own: signal.SIGTERM if next(checks) == 1 else 0)
     with pytest.raises(Stopped, match="stopped by SIGTERM"):

@@ -16,7 +16,7 @@ from uft_ds.checkpoint.shards import Shards, shard_name, write_shard
 from uft_ds.engine.optimizer_state import Piece
 from uft_ds.errors import UserError
 from uft_ds.export.universal import write_universal
-from uft_ds.known.cache import ReferenceCache
+from uft_ds.known.cache import Known
 from uft_ds.recipe.schema import TrainSection
 
 NAMES = ("fp32", "exp_avg", "exp_avg_sq")
@@ -38,7 +38,7 @@ def state_of(module: Any) -> dict[str, list[torch.Tensor]]:
 def saved(base: Path, folder: Path) -> Any:
     engine = trained(base, steps=2)
     writer = writer_of(engine, folder, Heard())
-    writer.start(at(2), ReferenceCache("live"))
+    writer.start(at(2), Known.of_reference("lockstep"))
     writer.finish()
     return state_of(engine.module)
 

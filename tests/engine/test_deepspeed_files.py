@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 from transformers.integrations import deepspeed as hugging_face
 
 from uft_ds.engine.engine import deepspeed_config, read_deepspeed_file
-from uft_ds.engine.zero_section import check_ranks, ranks_of_a_node
+from uft_ds.engine.zero_section import check_ranks
 from uft_ds.errors import UserError
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
@@ -155,14 +155,3 @@ def test_a_node_must_hold_whole_copies(ranks: int, per_node: int | None, expecte
     else:
         (warning,) = check_ranks(zero, "zero3_node", **options)
         assert expected in warning
-
-
-def test_the_launcher_says_how_many_ranks_a_node_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun's variable before DeepSpeed's; neither: unknown."""
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    monkeypatch.delenv("LOCAL_SIZE", raising=False)
-    assert ranks_of_a_node() is None
-    monkeypatch.setenv("LOCAL_SIZE", "4")
-    assert ranks_of_a_node() == 4
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert ranks_of_a_node() == 8

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from uft_ds.errors import CheckFailed, UserError
 from uft_ds.export.agreement import compare
-from uft_ds.export.convert import convert_to_adapter, convert_to_merged
+from uft_ds.export.convert import StoredAs, convert_to_adapter, convert_to_merged
 from uft_ds.export.low_rank import read_low_rank
 from uft_ds.export.merge import write_merged
 from uft_ds.export.streamed_logps import empty_model, streamed_logps, with_adapter
@@ -102,7 +102,7 @@ def test_an_adapter_becomes_a_model(base: Path, adapter: Path, tmp_path: Path) -
         adapter,
         tmp_path / "merged",
         base=str(base),
-        max_shard_bytes=SMALL,
+        stored=StoredAs(max_shard_bytes=SMALL),
         report=lambda _: None,
         on_progress=lambda label, done, total: seen.setdefault(label, []).append((done, total)),
     )
@@ -129,7 +129,9 @@ def test_a_weight_that_does_not_fit_its_type_is_refused(base: Path, adapter: Pat
     tensors[name][0, 0] = 1e5
     save_file(tensors, large / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=rf"{name}: not finite as torch.float16; take another --dtype"):
-        convert_to_merged(adapter, tmp_path / "out", base=str(large), dtype="float16", verify=False, report=print)
+        convert_to_merged(
+            adapter, tmp_path / "out", base=str(large), stored=StoredAs("float16"), verify=False, report=print
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["large"]
 
 
@@ -150,7 +152,7 @@ def test_a_delta_too_small_for_the_type_is_refused(base: Path, tmp_path: Path) -
     tensors = load_file(small / "adapter_model.safetensors")
     save_file({n: t * (1e-4 if "lora_B" in n else 1) for n, t in tensors.items()}, small / "adapter_model.safetensors")
     with pytest.raises(CheckFailed, match="convert with --dtype float32, or take the adapter"):
-        convert_to_merged(small, tmp_path / "out", base=str(base), dtype="bfloat16", report=lambda _: None)
+        convert_to_merged(small, tmp_path / "out", base=str(base), stored=StoredAs("bfloat16"), report=lambda _: None)
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
 
 

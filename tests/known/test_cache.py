@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,11 +16,11 @@ from torch import Tensor
 from toy import toy_sequences
 
 from uft_ds.data.example import Response, Sequence
-from uft_ds.data.micro_batch import MicroBatch
+from uft_ds.data.micro_batch import MicroBatch, micro_batch
 from uft_ds.data.mixture import Step
 from uft_ds.data.packing import rank_micro_batches
 from uft_ds.errors import Stopped, UserError
-from uft_ds.known.cache import REFERENCE_TABLE, ReferenceCache, fill
+from uft_ds.known.cache import REFERENCE, REFERENCE_TABLE, Known, StreamValues, fill
 from uft_ds.known.store import ReferenceStore, read_table, write_table
 from uft_ds.training.evaluate import known_sequences
 
@@ -50,7 +51,7 @@ class CountingEngine:
         yield
 
 
-def visit(engine: CountingEngine, cache: ReferenceCache, step: Step) -> tuple[dict[str, float], int]:
+def visit(engine: CountingEngine, cache: Known, step: Step) -> tuple[dict[str, float], int]:
     """One step as the loop runs it: the reference by origin, and how many responses were forwarded."""
     found: dict[str, float] = {}
     for batch, forward in cache.micro_batches(engine, step, TOKENS):  # type: ignore[arg-type]
@@ -76,7 +77,7 @@ STEP = Step(0, SEQUENCES)
 
 def test_each_response_is_forwarded_once(engine: CountingEngine) -> None:
     """The second visit forwards nothing and hands out the very same values."""
-    cache = ReferenceCache("remembered")
+    cache = Known.of_reference("cached")
     first, computed = visit(engine, cache, STEP)
     assert first == expected(STEP)
     assert computed == len(STEP.responses) == len(engine.forwarded)
@@ -88,7 +89,7 @@ def test_each_response_is_forwarded_once(engine: CountingEngine) -> None:
 
 def test_a_mixed_step_forwards_only_what_is_new(engine: CountingEngine) -> None:
     """Four of six sequences known: the other two ride apart, and every response has its value."""
-    cache = ReferenceCache("remembered")
+    cache = Known.of_reference("cached")
     visit(engine, cache, Step(0, SEQUENCES[:4]))
     engine.forwarded.clear()
     found, computed = visit(engine, cache, STEP)
@@ -122,7 +123,7 @@ def test_the_same_content_twice_in_a_step(engine: CountingEngine) -> None:
     twin = Sequence(SEQUENCES[0].token_ids_T, tuple(Response(r.start, r.end, 0.1, "score", "twin") for r in
                                                     SEQUENCES[0].responses))  # fmt: skip
     step = Step(0, (SEQUENCES[0], twin))
-    cache = ReferenceCache("remembered")
+    cache = Known.of_reference("cached")
     _, computed = visit(engine, cache, step)
     assert computed == 2 * len(twin.responses)
     assert cache.num_known == len(twin.responses)
@@ -132,7 +133,7 @@ def test_the_same_content_twice_in_a_step(engine: CountingEngine) -> None:
 
 def test_a_value_that_is_not_finite_is_never_known(engine: CountingEngine) -> None:
     """A NaN of one bad step must not outlive it."""
-    cache = ReferenceCache("remembered")
+    cache = Known.of_reference("cached")
     engine.noise = math.nan
     visit(engine, cache, STEP)
     assert cache.num_known == 0
@@ -144,7 +145,7 @@ def test_the_first_value_stays(engine: CountingEngine) -> None:
     """A known response that is forwarded again beside an unknown one keeps its value: restarts depend on it."""
     sequence = next(s for s in toy_sequences(20) if len(s.responses) > 1)
     part = Sequence(sequence.token_ids_T, sequence.responses[:1])
-    cache = ReferenceCache("remembered")
+    cache = Known.of_reference("cached")
     visit(engine, cache, Step(0, (part,)))
     before = cache.known(part.response_keys[0])
     engine.noise = 0.5
@@ -155,10 +156,10 @@ def test_the_first_value_stays(engine: CountingEngine) -> None:
 
 def test_without_memory_each_visit_forwards(engine: CountingEngine) -> None:
     """`live` forwards always, `unneeded` never; neither keeps anything."""
-    live = ReferenceCache("live")
+    live = Known.of_reference("lockstep")
     assert visit(engine, live, STEP) == visit(engine, live, STEP) == (expected(STEP), len(STEP.responses))
     assert live.num_known == 0
-    unneeded = ReferenceCache("unneeded")
+    unneeded = Known.of_reference("none")
     for batch, forward in unneeded.micro_batches(engine, STEP, TOKENS):  # type: ignore[arg-type]
         assert not forward
         assert unneeded.resolve(batch, None) is None
@@ -170,7 +171,7 @@ def test_a_sweep_computes_the_reference_once(engine: CountingEngine, tmp_path: P
     computed = []
     for _ in range(4):
         store = ReferenceStore.below(tmp_path, IDENTITY)
-        cache = ReferenceCache("remembered", store.read().table, identity=IDENTITY, store=store)
+        cache = Known.of_reference("cached", store.read().table, identity=IDENTITY, store=store)
         computed.append(visit(engine, cache, STEP)[1])
         cache.flush()
     assert computed == [len(STEP.responses), 0, 0, 0]
@@ -179,7 +180,7 @@ def test_a_sweep_computes_the_reference_once(engine: CountingEngine, tmp_path: P
 def test_a_table_in_a_checkpoint_is_all_that_is_known(engine: CountingEngine, tmp_path: Path) -> None:
     """Invariant 4: snapshot and found values come back bit for bit; what is learnt later is not in the copy."""
     snapshot = {SEQUENCES[0].response_keys[0]: -1.25}
-    cache = ReferenceCache("remembered", snapshot, identity=IDENTITY)
+    cache = Known.of_reference("cached", snapshot, identity=IDENTITY)
     visit(engine, cache, STEP)
     known, identity = cache.table()
     write_table(tmp_path / REFERENCE_TABLE, known, identity)
@@ -194,7 +195,7 @@ def test_a_store_that_fails_is_said_once_and_left_alone(engine: CountingEngine, 
     """A full disk must not end a run: the values stay in its memory and its checkpoints. A fill has nothing else."""
     (tmp_path / IDENTITY[:32]).write_text("a file where the folder should be")
     store = ReferenceStore.below(tmp_path, IDENTITY)
-    cache = ReferenceCache("remembered", identity=IDENTITY, store=store)
+    cache = Known.of_reference("cached", identity=IDENTITY, store=store)
     said = []
     for sequences in (SEQUENCES[:3], SEQUENCES[3:]):
         visit(engine, cache, Step(0, sequences))
@@ -203,7 +204,7 @@ def test_a_store_that_fails_is_said_once_and_left_alone(engine: CountingEngine, 
     assert "cannot be written" in said[0]
     assert said[1] is None
     assert cache.num_known == len(STEP.responses)
-    filling = ReferenceCache("remembered", identity=IDENTITY, store=store)
+    filling = Known.of_reference("cached", identity=IDENTITY, store=store)
     with pytest.raises(UserError, match=r"reference\.cache_dir: .*cannot be written"):
         fill(engine, filling, [STEP], TOKENS, flush_every=1)  # type: ignore[arg-type]
 
@@ -211,7 +212,7 @@ def test_a_store_that_fails_is_said_once_and_left_alone(engine: CountingEngine, 
 def test_what_is_forgotten_is_computed_again(engine: CountingEngine) -> None:
     """Values that failed the check against the reference itself are not used."""
     wrong = {key: -7.0 for sequence in SEQUENCES for key in sequence.response_keys}
-    cache = ReferenceCache("remembered", wrong)
+    cache = Known.of_reference("cached", wrong)
     assert visit(engine, cache, STEP)[1] == 0
     cache.forget()
     assert visit(engine, cache, STEP) == (expected(STEP), len(STEP.responses))
@@ -233,10 +234,10 @@ def test_fill_stores_on_the_way_and_goes_on_where_it_was(engine: CountingEngine,
         if len(seen) == 2:
             raise KilledError
 
-    cache = ReferenceCache("remembered", identity=IDENTITY, store=store)
+    cache = Known.of_reference("cached", identity=IDENTITY, store=store)
     with pytest.raises(KilledError):
         fill(engine, cache, groups, TOKENS, flush_every=1, on_group=die_after_two)  # type: ignore[arg-type]
-    again = ReferenceCache("remembered", store.read().table, identity=IDENTITY, store=store)
+    again = Known.of_reference("cached", store.read().table, identity=IDENTITY, store=store)
     engine.forwarded.clear()
     fill(engine, again, groups, TOKENS, flush_every=1)  # type: ignore[arg-type]
     assert len(engine.forwarded) == len(groups[2].responses)
@@ -255,7 +256,7 @@ def test_known_pairs_are_checked_as_pairs() -> None:
     ]
     pool = Held(tuple(sides))
     assert len(pool) == 4
-    cache = ReferenceCache("remembered", {key: 0.0 for side in sides for key in side.response_keys})
+    cache = Known.of_reference("cached", {key: 0.0 for side in sides for key in side.response_keys})
     chosen = Step(0, known_sequences(cache, [Held(()), pool], 6))
     assert [len(unit) for unit in chosen.units] == [2, 2, 2]
     batches = rank_micro_batches(chosen, tokens_per_micro_batch=20, rank=0, world_size=1)
@@ -264,7 +265,7 @@ def test_known_pairs_are_checked_as_pairs() -> None:
 
 def test_what_is_learnt_in_a_block_that_is_left_early_is_forgotten(engine: CountingEngine) -> None:
     """Invariant 4: an evaluation that is broken off is done again as if nothing of it had been; the rest stays."""
-    cache = ReferenceCache("remembered", {SEQUENCES[0].response_keys[0]: -1.25}, identity=IDENTITY)
+    cache = Known.of_reference("cached", {SEQUENCES[0].response_keys[0]: -1.25}, identity=IDENTITY)
     before = cache.table()
 
     def stop() -> None:
@@ -279,3 +280,38 @@ def test_what_is_learnt_in_a_block_that_is_left_early_is_forgotten(engine: Count
     with cache.all_or_nothing():
         visit(engine, cache, STEP)
     assert cache.num_known == len(STEP.responses)
+
+
+def test_streams_are_known_apart() -> None:
+    """Each stream has its own table, identity and store: what one learns, the other does not know."""
+    engine: Any = CountingEngine()
+    known = Known(
+        {
+            REFERENCE: StreamValues("cached", identity=IDENTITY),
+            "reward": StreamValues("cached", dict.fromkeys(SEQUENCES[0].response_keys, 0.5), identity="d" * 64),
+        }
+    )
+    assert known.unknown(Step(0, SEQUENCES[:1]), "reward").sequences == ()
+    assert known.unknown(Step(0, SEQUENCES[:1])).sequences == SEQUENCES[:1]
+    with pytest.raises(KeyError):
+        known.values(micro_batch(SEQUENCES[:1]))
+    for batch, _ in known.micro_batches(engine, STEP, TOKENS):
+        known.resolve(batch, engine.reference_logps(batch))
+        is_new = torch.tensor([not known.has(key, "reward") for key in batch.response_keys])
+        known.resolve(batch, torch.where(is_new, 0.25, 0.5).double(), "reward")
+    assert known.learn(engine, STEP) == len(STEP.responses)
+    batch = micro_batch(SEQUENCES)
+    logps = dict(zip((r.origin for r in batch.responses), known.values(batch).tolist(), strict=True))
+    assert logps == expected(STEP)
+    first = len(SEQUENCES[0].responses)
+    assert known.values(batch, "reward").tolist() == [0.5] * first + [0.25] * (batch.num_responses - first)
+    assert [known.table(name)[1] for name in (REFERENCE, "reward")] == [IDENTITY, "d" * 64]
+    known.forget("reward")
+    assert known.table("reward")[0] == {}
+    assert known.num_known == batch.num_responses
+
+
+def test_what_is_known_includes_the_reference() -> None:
+    """A run without a reference says so by its name, not by leaving it out."""
+    with pytest.raises(ValueError, match="expected 'reference' among them"):
+        Known({"reward": StreamValues("cached")})

@@ -17,7 +17,7 @@ from uft_ds.engine.engine import read_deepspeed_file
 from uft_ds.errors import UserError
 from uft_ds.planning import parts
 from uft_ds.planning.alternatives import larger_clusters
-from uft_ds.planning.hardware import Cluster, cluster_of
+from uft_ds.planning.hardware import Cluster, Figures, cluster_of
 from uft_ds.planning.plan import Plan, make_plan
 from uft_ds.planning.planner import Outcome, Planner, Setting
 from uft_ds.planning.shapes import shipped_config
@@ -28,8 +28,9 @@ from uft_ds.recipe.file import load_recipe, shipped_recipes
 
 
 def cluster(nodes: int = 1, gpus: int = 8, **options: Any) -> Cluster:
-    given = {"gpu": "h100", "gpu_memory": 80, "host_memory": 1000, "network_gbits": 400, "pcie_gbytes": None}
-    return cluster_of(nodes=nodes, gpus=gpus, **(given | options))
+    gpu = options.pop("gpu", "h100")
+    figures = Figures(**({"gpu_memory": 80, "host_memory": 1000, "network_gbits": 400} | options))
+    return cluster_of(nodes=nodes, gpus=gpus, gpu=gpu, figures=figures)
 
 
 @lru_cache(maxsize=1)

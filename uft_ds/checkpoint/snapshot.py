@@ -21,7 +21,7 @@ from uft_ds.engine.engine import Engine
 from uft_ds.engine.optimizer_state import Piece, pieces_of
 from uft_ds.errors import CheckFailed
 from uft_ds.host.files import sha256, sync
-from uft_ds.known.cache import REFERENCE_TABLE, ReferenceCache
+from uft_ds.known.cache import REFERENCE_TABLE, Known
 from uft_ds.known.store import LogpTable, write_table
 
 
@@ -47,7 +47,7 @@ class Snapshot:
 
 
 def take_snapshot(
-    engine: Engine, policy: PeftModel, position: Position, reference: ReferenceCache, adapter_config: bytes
+    engine: Engine, policy: PeftModel, position: Position, reference: Known, adapter_config: bytes
 ) -> Snapshot:
     """Copy everything; every rank must call it. The adapter is gathered, the optimiser's state is not."""
     first = None

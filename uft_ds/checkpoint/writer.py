@@ -25,7 +25,7 @@ from uft_ds.checkpoint.state import Position
 from uft_ds.engine.engine import Engine
 from uft_ds.errors import CheckFailed, UserError
 from uft_ds.host.files import sync
-from uft_ds.known.cache import ReferenceCache
+from uft_ds.known.cache import Known
 from uft_ds.record.report import Speaker
 from uft_ds.record.run_folder import RunFolder
 
@@ -55,7 +55,7 @@ class CheckpointWriter:
         self._thread = threading.Thread()
         self._polled_seconds = 0.0
 
-    def start(self, position: Position, reference: ReferenceCache) -> float:
+    def start(self, position: Position, reference: Known) -> float:
         """Copy what is to be saved, and begin to write it.
 
         Returns:

@@ -54,24 +54,22 @@ def plan(
     """
     import json
 
-    from uft_ds.planning.hardware import cluster_of
+    from uft_ds.planning.hardware import Figures, cluster_of
     from uft_ds.planning.plan import make_plan
     from uft_ds.planning.table import as_json as plan_as_json
     from uft_ds.planning.table import rendered
     from uft_ds.recipe.file import load_recipe
 
     quiet_loading()
-    cluster = cluster_of(
-        nodes=nodes,
-        gpus=gpus,
-        gpu=gpu,
+    figures = Figures(
+        network_gbits=network_gbits,
         gpu_memory=gpu_memory,
         host_memory=host_memory,
-        network_gbits=network_gbits,
         pcie_gbytes=pcie_gbytes,
         tflops=tflops,
         nvlink_gbytes=nvlink_gbytes,
     )
+    cluster = cluster_of(nodes=nodes, gpus=gpus, gpu=gpu, figures=figures)
     made = make_plan(load_recipe(recipe, tuple(overrides or ())), cluster, tokens_per_response=tokens_per_response)
     if as_json:
         print(json.dumps(plan_as_json(made), indent=2))

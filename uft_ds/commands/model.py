@@ -42,7 +42,13 @@ def convert(
     verify: Annotated[bool, typer.Option(help="Compare the merged model's log-ratios with the adapter's.")] = True,
 ) -> None:
     """Write what was trained as a Hugging Face model or adapter, checked against what was trained."""
-    from uft_ds.export.convert import MAX_SHARD_BYTES, convert_to_adapter, convert_to_merged, convert_to_universal
+    from uft_ds.export.convert import (
+        MAX_SHARD_BYTES,
+        StoredAs,
+        convert_to_adapter,
+        convert_to_merged,
+        convert_to_universal,
+    )
     from uft_ds.run.start import preparation
     from uft_ds.streams.weight_files import bytes_of
 
@@ -69,8 +75,7 @@ def convert(
             out,
             base=base,
             adapter_config=adapter_config,
-            dtype=dtype,
-            max_shard_bytes=MAX_SHARD_BYTES if max_shard_size is None else bytes_of(max_shard_size),
+            stored=StoredAs(dtype, MAX_SHARD_BYTES if max_shard_size is None else bytes_of(max_shard_size)),
             verify=verify,
             report=lambda text: console.print(text),
             on_progress=on_progress,

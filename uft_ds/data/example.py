@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
 from typing import Any, Literal
@@ -81,14 +81,22 @@ class Pair:
         return 2
 
 
+SCORE = "score"
+"""Name of the fact that every response has."""
+
+
 @dataclass(frozen=True)
 class Response:
     """A supervised span of a sequence: tokens [start, end), the end-of-turn token included.
 
     `start` is at least 1: the token before predicts the span's first token.
 
+    score: the fact that every response has, in [0, 1].
     origin: `file:line` (or `name:row`), for messages to the user; known to whoever stores it.
     pair_id: the same for the two sides of a pair, and for no others of a step; the chosen side comes first.
+    other_facts: numbers by name that an objective may read besides the score, such as an advantage.
+    Raises:
+        ValueError: `other_facts` names the score again.
     """
 
     start: int
@@ -97,6 +105,16 @@ class Response:
     kind: Kind
     origin: str = ""
     pair_id: int | None = None
+    other_facts: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        if SCORE in self.other_facts:
+            raise ValueError(f"a response's {SCORE} is given twice: {self.score} and {self.other_facts[SCORE]}")
+
+    @property
+    def facts(self) -> Mapping[str, float]:
+        """All numbers that this response carries, by name: the score first."""
+        return {SCORE: self.score, **self.other_facts}
 
     @property
     def num_tokens(self) -> int:

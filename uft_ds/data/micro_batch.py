@@ -5,6 +5,8 @@ T packed tokens, N supervised tokens, R responses, S sequences of one micro-batc
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -13,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uft_ds.data.example import Response, Sequence
+from uft_ds.data.example import SCORE, Response, Sequence
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class MicroBatch:
     predictors_N: [supervised tokens], index of the position whose output predicts the token.
     targets_N: [supervised tokens], the token predicted.
     response_of_N: [supervised tokens], index into the responses.
-    scores_R: [responses], float32.
+    facts: by name, [responses] each, float32: the score, and what else one of the responses carries; `fact` reads it.
     bounds_S: [sequences + 1], int32, cumulative lengths; longest: the longest sequence, in tokens.
     responses: for kinds and origins; empty in the dummy of a rank that has nothing left to do.
     response_keys: each response named by its content, as in `Sequence`.
@@ -36,7 +38,7 @@ class MicroBatch:
     predictors_N: Tensor
     targets_N: Tensor
     response_of_N: Tensor
-    scores_R: Tensor
+    facts: Mapping[str, Tensor]
     bounds_S: Tensor
     longest: int
     responses: tuple[Response, ...]
@@ -47,10 +49,20 @@ class MicroBatch:
     def num_responses(self) -> int:
         return len(self.responses)
 
+    @property
+    def scores_R(self) -> Tensor:
+        """[responses], float32."""
+        return self.facts[SCORE]
+
+    def fact(self, name: str) -> Tensor:
+        """A fact of each response: [responses], float32; NaN where a response does not carry it."""
+        return self.facts[name] if name in self.facts else torch.full_like(self.scores_R, math.nan)
+
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same micro-batch on another device."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in values.items() if isinstance(v, Tensor)}
+        moved["facts"] = {name: column.to(device, non_blocking=True) for name, column in self.facts.items()}
         return replace(self, **moved)
 
 
@@ -74,13 +86,20 @@ def micro_batch(sequences: Seq[Sequence]) -> MicroBatch:
         predictors_N=torch.from_numpy(supervised - 1),
         targets_N=torch.from_numpy(token_ids[supervised]),
         response_of_N=torch.repeat_interleave(torch.arange(len(spans)), torch.tensor(lengths, dtype=torch.int64)),
-        scores_R=torch.tensor([r.score for _, r in responses], dtype=torch.float32),
+        facts=_columns([r for _, r in responses]),
         bounds_S=torch.from_numpy(offsets.astype(np.int32)),
         longest=max(s.num_tokens for s in sequences),
         responses=tuple(r for _, r in responses),
         response_keys=tuple(key for s in sequences for key in s.response_keys),
         pairs=_pairs([r for _, r in responses]),
     )
+
+
+def _columns(responses: Seq[Response]) -> dict[str, Tensor]:
+    """Each fact of the responses: [responses] by name, float32; NaN where one does not carry it."""
+    facts = [response.facts for response in responses]
+    names = dict.fromkeys((SCORE, *(name for of in facts for name in of)))
+    return {name: torch.tensor([of.get(name, math.nan) for of in facts], dtype=torch.float32) for name in names}
 
 
 def _pairs(responses: Seq[Response]) -> tuple[tuple[int, int], ...]:

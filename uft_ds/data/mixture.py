@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 
 from uft_ds.data.example import Response, Sequence, Unit
 from uft_ds.data.store.sequences import Pool
+from uft_ds.errors import UserError
 
 Knots = tuple[tuple[float, float], ...]
 """A piecewise linear function of the run's progress: (progress, value), progress rising from 0 to 1."""
@@ -85,7 +86,7 @@ class _Source:
 
 
 class Steps(Seq[Step]):
-    """All steps of a run, each made when it is asked for, at once: no earlier one is gone through."""
+    """All steps of a run over fixed data, a `StepSource`: each is made when it is asked for, without earlier ones."""
 
     def __init__(
         self,
@@ -118,6 +119,26 @@ class Steps(Seq[Step]):
             for number, position in enumerate(range(self._step_starts[index], self._step_starts[index + 1]))
         )
         return Step(index, tuple(sequence for unit in units for sequence in unit))
+
+    def step(self, n: int) -> Step:
+        """Step n, counted from 0."""
+        return self[n]
+
+    def state(self) -> Mapping[str, Any]:
+        """Nothing: the number of the step says it all."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Accept the state of fixed data, which is empty.
+
+        Raises:
+            UserError: it is of another kind of source.
+        """
+        if state:
+            raise UserError(
+                f"the checkpoint holds the state of another source of steps ({', '.join(state)}), where fixed data has "
+                "none: go on with the recipe that the run began with"
+            )
 
     def _unit(self, position: int, number: int) -> Unit:
         block = bisect_right(self._block_starts, position) - 1

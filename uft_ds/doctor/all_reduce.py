@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -25,11 +24,11 @@ def main(result: Path) -> None:
     import torch
     from torch import distributed
 
-    from uft_ds.engine.engine import init_distributed
+    from uft_ds.engine.ranks import current_ranks, init_distributed, local_device
 
     init_distributed(_MINUTES)
-    rank, ranks = distributed.get_rank(), distributed.get_world_size()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+    place, device = current_ranks(), local_device()
+    rank, ranks = place.rank, place.world_size
     mine = torch.arange(ELEMENTS, device=device, dtype=torch.float32).remainder(1024) + rank  # exact in float32
     expected = ranks * (mine - rank) + ranks * (ranks - 1) / 2
     distributed.all_reduce(mine.clone())  # the first one connects

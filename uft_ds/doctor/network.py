@@ -16,6 +16,7 @@ import psutil
 from uft_ds.doctor.finding import Finding, State
 from uft_ds.errors import UserError
 from uft_ds.host.ports import is_free
+from uft_ds.host.world import given_port
 from uft_ds.run.launch import master_port
 
 USUAL_PORT = 29500
@@ -118,7 +119,7 @@ def check_ports() -> Finding:
     if not is_free(USUAL_PORT):
         remedy = f"--master-port {port} with torchrun or deepspeed by hand; `uft train` needs nothing"
         return Finding("ports", "note", f"{USUAL_PORT}, the launchers' own, is in use; {port} is free", remedy)
-    return Finding("ports", "ok", f"{port} is free" + (" (MASTER_PORT)" if "MASTER_PORT" in os.environ else ""))
+    return Finding("ports", "ok", f"{port} is free" + ("" if given_port() is None else " (MASTER_PORT)"))
 
 
 def check_shared_memory(num_gpus: int, folder: Path = Path("/dev/shm"), free: int | None = None) -> Finding:

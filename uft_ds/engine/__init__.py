@@ -1,0 +1,1 @@
+"""The sharded engine, and the ranks that it runs on."""

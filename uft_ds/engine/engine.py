@@ -9,8 +9,8 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,7 +25,8 @@ from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.data.mixture import Step
 from uft_ds.data.packing import rank_micro_batches
 from uft_ds.engine import gradients
-from uft_ds.engine.accelerator import choose_accelerator
+from uft_ds.engine.groups import ParameterGroup, check_groups, one_group, optimizer_groups, rates_of
+from uft_ds.engine.ranks import Ranks, current_ranks
 from uft_ds.engine.zero_section import check_zero_section
 from uft_ds.errors import UserError
 from uft_ds.host.process import returning_freed_memory
@@ -140,34 +141,6 @@ def deepspeed_config(file: dict[str, Any], *, dtype: torch.dtype, max_grad_norm:
     }
 
 
-def init_distributed(timeout_minutes: float) -> None:
-    """Join the process group that the launcher described in the environment.
-
-    Raises:
-        UserError: the launcher's variables are missing, or its port is taken.
-    """
-    missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        raise UserError(f"{', '.join(missing)} not set: start this module with `uft train`, `deepspeed` or `torchrun`")
-    choose_accelerator()
-    import deepspeed
-    import deepspeed.ops
-    from torch.distributed import DistNetworkError
-
-    # On a CPU this op would be compiled at every first start, only to serve inference.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    try:
-        deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
-    except DistNetworkError as error:
-        port = os.environ["MASTER_PORT"]
-        raise UserError(
-            f"port {port} of {os.environ.get('MASTER_ADDR', 'this machine')} cannot be used "
-            f"({str(error).splitlines()[0]}); give another one by --master_port or MASTER_PORT"
-        ) from None
-
-
 @contextmanager
 def partitioned_loading(config: dict[str, Any]) -> Iterator[None]:
     """Within the block, transformers hands each rank its shard of the weights only, under ZeRO-3."""
@@ -192,20 +165,30 @@ class Engine:
         betas: tuple[float, float] = (0.9, 0.95),
         attention_parity: float = math.inf,
         collective_timeout_minutes: float = 30.0,
+        groups: Seq[ParameterGroup] | None = None,
     ) -> None:
+        """
+        Args:
+            groups: that divide what is trained, each with a learning rate of its own; None: one group of all.
+        Raises:
+            ValueError: groups that do not. UserError: DeepSpeed would train in another dtype.
+        """
         import deepspeed
         from deepspeed.utils import set_z3_leaf_modules
 
         if config["zero_optimization"]["stage"] == 3 and layer_class is not None:
             # A leaf is gathered whole, adapters included: one collective a layer, the same with adapters off.
             set_z3_leaf_modules(model, [layer_class])
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._groups = one_group(model) if groups is None else tuple(groups)
+        check_groups(self._groups, model)
+        trainable = [parameter for group in self._groups for parameter in group.parameters]
         dtypes = {parameter.dtype for parameter in trainable}
-        optimizer = torch.optim.AdamW(trainable, lr=0.0, betas=betas, weight_decay=weight_decay)
+        optimizer = torch.optim.AdamW(optimizer_groups(self._groups), lr=0.0, betas=betas, weight_decay=weight_decay)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         # For small facts of the hosts: over NCCL they would wait for the GPU's queue.
         self._hosts = torch.distributed.new_group(backend="gloo", timeout=timedelta(minutes=collective_timeout_minutes))
         self._attention_parity = attention_parity
+        self._ranks = current_ranks()
         if {parameter.dtype for parameter in trainable} != dtypes:
             raise UserError(
                 "lora.dtype: DeepSpeed would train the adapters in the model's dtype at this ZeRO stage; "
@@ -227,12 +210,19 @@ class Engine:
         return self._engine.device
 
     @property
+    def ranks(self) -> Ranks:
+        """This rank's place by role."""
+        return self._ranks
+
+    @property
     def rank(self) -> int:
-        return torch.distributed.get_rank()
+        """Among all ranks."""
+        return self._ranks.rank
 
     @property
     def world_size(self) -> int:
-        return torch.distributed.get_world_size()
+        """All ranks, whatever their role."""
+        return self._ranks.world_size
 
     def __call__(
         self, micro_batch: MicroBatch, *, with_reference: bool = True, through_logits: bool = False
@@ -259,8 +249,8 @@ class Engine:
         batches = rank_micro_batches(
             step,
             tokens_per_micro_batch=tokens_per_micro_batch,
-            rank=self.rank,
-            world_size=self.world_size,
+            rank=self._ranks.data_rank,
+            world_size=self._ranks.data_size,
             attention_parity=self._attention_parity,
         )
         return [batch.to(self.device) for batch in batches]
@@ -268,39 +258,49 @@ class Engine:
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
         """Accumulate the gradient of one micro-batch's share of the step's loss, exactly.
 
-        DeepSpeed averages over ranks, so the share is multiplied by their number; gradients are reduced as they
+        DeepSpeed averages over data ranks, so the share is multiplied by their number; gradients are reduced as they
         come, and the last micro-batch of the step says so before its backward.
         """
         self._engine.set_gradient_accumulation_boundary(is_last)
-        self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
+        self._engine.backward(loss * self._ranks.loss_factor, scale_wrt_gas=False)
 
-    def step(self, learning_rate: float, loss: Tensor | None = None) -> StepResult:
+    def step(self, rates: float | Mapping[str, float], loss: Tensor | None = None) -> StepResult:
         """Clip and update; with a non-finite loss or gradient on any rank nothing moves on any of them.
 
-        The ranks agree on it before DeepSpeed's step: some of its releases apply a gradient that is NaN (0.19.5 to
-        0.19.7 under ZeRO-3), and none of them sees the loss.
+        Gradients are clipped by the norm over all groups. The ranks agree on what is finite before DeepSpeed's step:
+        some of its releases apply a gradient that is NaN (0.19.5 to 0.19.7 under ZeRO-3), and none of them sees the
+        loss.
 
         Args:
+            rates: the run's learning rate, which each group of parameters scales, or each group's own by name.
             loss: this rank's share of the step's loss, summed over its micro-batches, on its device.
+        Raises:
+            ValueError: a group without a rate, or a rate without a group.
         """
+        rate_of = rates_of(self._groups, rates)
         optimizer = self._engine.optimizer
         own_loss = torch.zeros((), device=self.device) if loss is None else loss.detach()
-        # A sum is not finite as soon as one of its terms is not. Reading it waits for the device, once a step and where
-        # DeepSpeed's step would wait for its own norm next.
-        own = torch.stack([own_loss.double(), gradients.squared_norm(optimizer).to(self.device)])
-        total_loss, squared_norm = self.sum_over_ranks(own).tolist()
+        # A sum is not finite as soon as one of its terms is not, and a NaN times 0 is NaN: every rank has its say, each
+        # data rank's loss is counted once. Reading it waits for the device, once a step and where DeepSpeed's step
+        # would wait for its own norm next.
+        counted_loss = own_loss.double() * float(self._ranks.counts)
+        sums = torch.stack([counted_loss, gradients.squared_norm(optimizer).to(self.device)])
+        torch.distributed.all_reduce(sums)
+        total_loss, squared_norm = sums.tolist()
         if not math.isfinite(total_loss) or not math.isfinite(squared_norm):
             gradients.drop(optimizer)
             return StepResult(math.sqrt(squared_norm), skipped=True, loss=total_loss)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = rate_of[group["name"]]
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm())
         return StepResult(norm, skipped=not math.isfinite(norm), loss=total_loss)
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """The element-wise sum of a tensor over all ranks."""
+        """The element-wise sum of a tensor over data ranks, on every rank."""
         total = values.detach().clone().to(self.device)
+        if not self._ranks.counts:
+            total.zero_()
         torch.distributed.all_reduce(total)
         return total
 
@@ -322,6 +322,10 @@ class Engine:
         gathered: list[Any] = [None] * self.world_size
         torch.distributed.all_gather_object(gathered, value)
         return gathered
+
+    def gather_over_data(self, value: T) -> list[T]:
+        """A small value of every data rank, by data rank, on every rank."""
+        return self.gather_objects(value)[:: self._ranks.sequence_size]
 
     @contextmanager
     def gathered_trainable(self) -> Iterator[dict[str, Tensor]]:

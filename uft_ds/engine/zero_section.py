@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -96,12 +95,6 @@ def _names() -> list[str]:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     return [field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()]
-
-
-def ranks_of_a_node() -> int | None:
-    """As the launcher says: torchrun in LOCAL_WORLD_SIZE, DeepSpeed's in LOCAL_SIZE; None where none does."""
-    said = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
-    return int(said) if said else None
 
 
 def check_ranks(zero: Mapping[str, Any], file: str, *, ranks: int, ranks_per_node: int | None) -> list[str]:

@@ -58,14 +58,27 @@ class Conversion:
     agreement: Agreement | None
 
 
+@dataclass(frozen=True)
+class StoredAs:
+    """How merged weights are stored.
+
+    dtype: of all weights; None: each in the type that the base stores it in. max_shard_bytes: of one file, at most.
+    """
+
+    dtype: Dtype | None = None
+    max_shard_bytes: int = MAX_SHARD_BYTES
+
+
+AS_THE_BASE = StoredAs()
+
+
 def convert_to_merged(
     path: Path,
     out: Path,
     *,
     base: str | None = None,
     adapter_config: Path | None = None,
-    dtype: Dtype | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    stored: StoredAs = AS_THE_BASE,
     verify: bool = True,
     report: Report = print,
     on_progress: OnProgress = lambda label, done, total: None,
@@ -76,7 +89,7 @@ def convert_to_merged(
 
     Args:
         base, adapter_config: of a DeepSpeed folder, which says neither; of an adapter, instead of what it says.
-        dtype: of all weights, instead of the base's.
+        stored: type and files of the merged weights.
     Raises:
         UserError: nothing to convert, an adapter that is no plain LoRA, or `out` holds something.
         CheckFailed: the merged model has lost what was trained; nothing is left at `out`.
@@ -90,22 +103,22 @@ def convert_to_merged(
         chat = _tokenizer_of(source)
         report(f"merging {source.path} into {source.base}")
         with _whole_or_nothing(out) as temporary:
-            target = None if dtype is None else getattr(torch, dtype)
+            target = None if stored.dtype is None else getattr(torch, stored.dtype)
             write_merged(
                 WeightFiles(folder),
                 deltas,
                 temporary,
                 dtype=target,
-                max_shard_bytes=max_shard_bytes,
+                max_shard_bytes=stored.max_shard_bytes,
                 on_bytes=partial(on_progress, "writing weights"),
             )
-            _write_configs(folder, temporary, chat, dtype)
+            _write_configs(folder, temporary, chat, stored.dtype)
             found = None
             if verify:
                 report("comparing the merged model with the adapter, layer by layer")
                 sequences = _sequences(source, chat)
                 found = compare(folder, source.adapter, temporary, sequences, partial(on_progress, "comparing layers"))
-                _check_faithful(found, dtype)
+                _check_faithful(found, stored.dtype)
             card = model_card(source.base, source.recipe, found, title=out.name)
             (temporary / "README.md").write_text(card, encoding="utf-8")
     return Conversion(out, source.path, found)

@@ -1,0 +1,1 @@
+"""What the machine and its launchers give to a process, read without torch."""

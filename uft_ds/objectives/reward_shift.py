@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Hashable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -72,7 +72,7 @@ def mismatched(responses: Seq[tuple[Sequence, Response]]) -> tuple[Sequence, ...
         other, response = responses[partner]
         tokens = np.concatenate([sequence.token_ids_T[: own.start], other.token_ids_T[response.start : response.end]])
         if len(tokens) <= longest:
-            span = Response(own.start, len(tokens), response.score, response.kind, response.origin)
+            span = replace(response, start=own.start, end=len(tokens), pair_id=None)
             joined.append(Sequence(tokens, (span,)))
     return tuple(joined)
 

@@ -32,33 +32,39 @@ class Cluster:
         return self.nodes * self.gpus
 
 
-def cluster_of(
-    *,
-    nodes: int,
-    gpus: int,
-    gpu: str,
-    gpu_memory: float | None,
-    host_memory: float | None,
-    network_gbits: float,
-    pcie_gbytes: float | None,
-    tflops: float | None = None,
-    nvlink_gbytes: float | None = None,
-) -> Cluster:
-    """From the command's options: GB, Gbit/s and GB/s.
+@dataclass(frozen=True)
+class Figures:
+    """What a user says of the hardware, by the command's options; None: as the GPU's own table has it.
+
+    network_gbits: Gbit/s of a node. gpu_memory, host_memory: GB, of a GPU and of a node.
+    pcie_gbytes: GB/s, one direction.
+    tflops: dense, of the model's type.
+    nvlink_gbytes: GB/s, one direction; 0: GPUs of a node reach each other over PCIe.
+    """
+
+    network_gbits: float
+    gpu_memory: float | None = None
+    host_memory: float | None = None
+    pcie_gbytes: float | None = None
+    tflops: float | None = None
+    nvlink_gbytes: float | None = None
+
+
+def cluster_of(*, nodes: int, gpus: int, gpu: str, figures: Figures) -> Cluster:
+    """From the command's options.
 
     Args:
-        tflops: dense, of the model's type.
-        nvlink_gbytes: one direction; 0: GPUs of a node reach each other over PCIe.
+        gpus: of a node.
     Raises:
         UserError: a GPU that is not known, or a figure that is none.
     """
     for option, value in {
-        "--gpu-memory": gpu_memory,
-        "--host-memory": host_memory,
-        "--network-gbits": network_gbits,
-        "--pcie-gbytes": pcie_gbytes,
-        "--tflops": tflops,
-        "--nvlink-gbytes": nvlink_gbytes,
+        "--gpu-memory": figures.gpu_memory,
+        "--host-memory": figures.host_memory,
+        "--network-gbits": figures.network_gbits,
+        "--pcie-gbytes": figures.pcie_gbytes,
+        "--tflops": figures.tflops,
+        "--nvlink-gbytes": figures.nvlink_gbytes,
     }.items():
         if value is not None and not math.isfinite(value):
             raise UserError(f"{option}: {value} given, expected a finite number")
@@ -69,17 +75,17 @@ def cluster_of(
             "give its own figures by --gpu-memory, --tflops, --nvlink-gbytes and --pcie-gbytes"
         )
     card = known[gpu]
-    if pcie_gbytes is not None:
-        card = replace(card, pcie_bytes_per_second=pcie_gbytes * GB)
-    if tflops is not None:
-        card = replace(card, flops_per_second=tflops * 1e12)
-    nvlink = card.nvlink_bytes_per_second if nvlink_gbytes is None else nvlink_gbytes * GB
+    if figures.pcie_gbytes is not None:
+        card = replace(card, pcie_bytes_per_second=figures.pcie_gbytes * GB)
+    if figures.tflops is not None:
+        card = replace(card, flops_per_second=figures.tflops * 1e12)
+    nvlink = card.nvlink_bytes_per_second if figures.nvlink_gbytes is None else figures.nvlink_gbytes * GB
     card = replace(card, nvlink_bytes_per_second=nvlink or card.pcie_bytes_per_second)
     return Cluster(
         nodes=nodes,
         gpus=gpus,
         gpu=card,
-        gpu_memory_bytes=round((card.memory_gb if gpu_memory is None else gpu_memory) * GB),
-        host_memory_bytes=None if host_memory is None else round(host_memory * GB),
-        network_bytes_per_second=network_gbits * GB / 8,
+        gpu_memory_bytes=round((card.memory_gb if figures.gpu_memory is None else figures.gpu_memory) * GB),
+        host_memory_bytes=None if figures.host_memory is None else round(figures.host_memory * GB),
+        network_bytes_per_second=figures.network_gbits * GB / 8,
     )

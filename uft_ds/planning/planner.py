@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from uft_ds.known.how import HowReference
 from uft_ds.planning import parts
 from uft_ds.planning.activations import Activations, activations_of
 from uft_ds.planning.compute import Flops, Time, least_time, step_flops
@@ -17,7 +18,7 @@ from uft_ds.planning.structure import Lora, Structure, structure_of
 from uft_ds.planning.traffic import Traffic, traffic
 from uft_ds.planning.workload import Workload
 
-MODES = ("lockstep", "separate", "cached")
+MODES: tuple[HowReference, ...] = ("lockstep", "separate", "cached")
 """Ways to have the reference: beside the policy, in a forward of its own, read from the cache."""
 
 
@@ -48,8 +49,8 @@ class Outcome:
     setting: Setting
     gpu: GpuMemory
     host: HostMemory
-    by_mode: dict[str, Moved]
-    mode: str
+    by_mode: dict[HowReference, Moved]
+    mode: HowReference
     """The recipe's own, in its first epoch; `cached` where no reference is needed."""
     problems: tuple[str, ...]
     """Why it cannot run, or is not planned, whatever the memory."""
@@ -108,7 +109,7 @@ class Planner:
             self._activations[key] = activations_of(self.structure(workload.lora), **options)
         return self._activations[key]
 
-    def gathers(self, setting: Setting, mode: str) -> Gathers | None:
+    def gathers(self, setting: Setting, mode: HowReference) -> Gathers | None:
         """Of a micro-step under ZeRO-3; None below."""
         workload, sharding = setting.workload, setting.sharding
         if not sharding.shards_weights:
@@ -126,7 +127,7 @@ class Planner:
             )
         return self._gathers[key]
 
-    def step_gathers(self, setting: Setting, mode: str) -> Gathers | None:
+    def step_gathers(self, setting: Setting, mode: HowReference) -> Gathers | None:
         """Of a micro-step, with those of the forward that a reward shift makes for it."""
         gathers, streams = self.gathers(setting, mode), setting.workload.extra_streams(mode)
         if gathers is None or streams == 0:
@@ -148,7 +149,7 @@ class Planner:
         """One setting: memory, traffic, operations, time."""
         workload, sharding, cluster = setting.workload, setting.sharding, setting.cluster
         structure, activations = self.structure(workload.lora), self.activations(setting)
-        own = "cached" if workload.reference == "none" else workload.reference
+        own: HowReference = "cached" if workload.reference == "none" else workload.reference
         by_mode = {}
         for mode in MODES if workload.reference != "none" else ("cached",):
             moved = traffic(structure, workload, sharding, cluster, self.step_gathers(setting, mode), activations)

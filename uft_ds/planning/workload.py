@@ -6,14 +6,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from uft_ds.data.example import KINDS
+from uft_ds.known.how import HowReference
 from uft_ds.objectives.objective import Objective
 from uft_ds.objectives.pairwise import PAIR_LOSSES
 from uft_ds.planning.structure import ITEM_BYTES, Lora
 from uft_ds.recipe.schema import Recipe
 from uft_ds.run.resolve import objective_of
-
-Reference = Literal["lockstep", "separate", "none"]
-"""How it is forwarded, where it is."""
 
 ExtraForwards = Literal["none", "both_streams", "as_trained"]
 """both_streams: `reward_shift: kl`, whatever is cached. as_trained: `prompt_mean`, the reference where not cached."""
@@ -29,7 +27,7 @@ class Workload:
     gradient_checkpointing: bool
     activation_offload: bool
     logits_bytes: int | None
-    reference: Reference
+    reference: HowReference
     caches_reference: bool
     tokens_per_micro_batch: int
     max_length: int

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from uft_ds.data.example import Kind
 from uft_ds.data.formats.table import format_names
+from uft_ds.known.how import HowForwarded
 from uft_ds.objectives.losses import expanded
 from uft_ds.objectives.reward_shift import ShiftName
 from uft_ds.recipe.best import best_problem
@@ -163,7 +164,7 @@ class ObjectiveSection(Section):
 
 
 class ReferenceSection(Section):
-    mode: Literal["lockstep", "separate"] = "lockstep"
+    mode: HowForwarded = "lockstep"
     """lockstep: one visit of each layer serves policy and reference (Llama, Mistral, Qwen2, Qwen3). separate: a second
     forward with the adapters off, inside the same root call; for other models."""
     cache: bool = True

@@ -14,8 +14,10 @@ from uft_ds.checkpoint.load import stored_reference
 from uft_ds.data.example import KEY_BYTES
 from uft_ds.data.store.sequences import Pool
 from uft_ds.engine.engine import Engine, deepspeed_config, partitioned_loading, read_deepspeed_file
-from uft_ds.engine.zero_section import ranks_of_a_node
-from uft_ds.known.cache import ReferenceCache
+from uft_ds.engine.ranks import current_ranks
+from uft_ds.host.world import launcher_environment
+from uft_ds.known.cache import Known
+from uft_ds.known.how import how_known
 from uft_ds.known.store import LogpTable, ReferenceStore, set_aside
 from uft_ds.recipe.schema import Recipe
 from uft_ds.record.report import Speaker
@@ -33,7 +35,9 @@ def build_engine(recipe: Recipe, reporter: Speaker) -> tuple[Engine, UFTModel]:
     """Load the base, shard by shard under ZeRO-3, add adapters and wrap both."""
     assert recipe.lora is not None
     dtype = getattr(torch, recipe.model.dtype)
-    for warning in check_sharding(recipe, ranks=torch.distributed.get_world_size(), ranks_per_node=ranks_of_a_node()):
+    for warning in check_sharding(
+        recipe, ranks=current_ranks().world_size, ranks_per_node=launcher_environment().ranks_per_node
+    ):
         reporter.warn(warning)
     config = deepspeed_config(
         read_deepspeed_file(recipe.deepspeed), dtype=dtype, max_grad_norm=recipe.train.max_grad_norm
@@ -84,7 +88,7 @@ def build_reference_cache(
     pools: Seq[Pool],
     reporter: Speaker,
     checkpoint: Path | None = None,
-) -> ReferenceCache:
+) -> Known:
     """What the store knows of the run's responses, checked against the reference itself.
 
     Rank 0 reads the store, once: the others might see what other runs have added since. Every rank must call it.
@@ -92,10 +96,11 @@ def build_reference_cache(
     Args:
         checkpoint: that the run goes on from: it knows what it knew then, whatever the store knows by now.
     """
-    if not objective_of(recipe).needs_reference:
-        return ReferenceCache("unneeded")
-    if not recipe.reference.cache:
-        return ReferenceCache("live")
+    how = how_known(
+        needed=objective_of(recipe).needs_reference, cached=recipe.reference.cache, forwarded=recipe.reference.mode
+    )
+    if how != "cached":
+        return Known.of_reference(how)
     assert recipe.lora is not None
     identity = reference_identity(
         _reference_content(folder),
@@ -112,7 +117,7 @@ def build_reference_cache(
         else:
             snapshot[0] = stored_reference(checkpoint, identity)
     torch.distributed.broadcast_object_list(snapshot, src=0)
-    cache = ReferenceCache("remembered", snapshot[0], identity=identity, store=store)
+    cache = Known.of_reference(how, snapshot[0], identity=identity, store=store)
     check = check_reference_cache(
         engine,
         cache,

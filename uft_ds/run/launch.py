@@ -17,6 +17,7 @@ import torch
 from uft_ds.errors import EXIT_CRASHED, EXIT_INTERRUPTED, EXIT_STOPPED, UserError
 from uft_ds.host.ports import free_port, is_free
 from uft_ds.host.process import LAUNCHED_BY, die_with_parent
+from uft_ds.host.world import given_port
 from uft_ds.record.run_folder import RunFolder, Status
 
 _SECONDS_TO_STOP = 15
@@ -43,16 +44,14 @@ def master_port() -> int:
     """MASTER_PORT where it is set, a free port otherwise.
 
     Raises:
-        UserError: the given port is taken.
+        UserError: the given port is none, or is taken.
     """
-    given = os.environ.get("MASTER_PORT")
-    if given is not None and not (given.isdigit() and 0 < int(given) < 65536):
-        raise UserError(f"MASTER_PORT: found {given!r}, expected a port number")
+    given = given_port()
     if given is None:
         return free_port()
-    if not is_free(int(given)):
+    if not is_free(given):
         raise UserError(f"port {given} is in use; unset MASTER_PORT, or give a free one")
-    return int(given)
+    return given
 
 
 def launch(

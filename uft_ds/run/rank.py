@@ -20,12 +20,14 @@ from uft_ds.checkpoint.load import restore_engine
 from uft_ds.checkpoint.state import read_position
 from uft_ds.checkpoint.writer import CheckpointWriter
 from uft_ds.data.mixture import Step, in_order
-from uft_ds.engine.engine import Engine, init_distributed
-from uft_ds.engine.zero_section import ranks_of_a_node
+from uft_ds.data.source import StepSource
+from uft_ds.engine.engine import Engine
+from uft_ds.engine.ranks import current_ranks, init_distributed
 from uft_ds.errors import EXIT_CRASHED, EXIT_DONE, CheckFailed, Stopped, UserError
 from uft_ds.host.locks import Lock
 from uft_ds.host.process import die_with_parent
 from uft_ds.host.signals import Stop, StopRequest
+from uft_ds.host.world import LauncherEnvironment, launcher_environment
 from uft_ds.known.cache import fill
 from uft_ds.recipe.file import load_recipe
 from uft_ds.recipe.schema import Recipe
@@ -41,7 +43,8 @@ from uft_ds.run.resume import nothing_to_do, prepare_resume, resumed_from
 from uft_ds.run.waiting import while_others_wait
 from uft_ds.training.determinism import make_deterministic
 from uft_ds.training.evaluate import check_against_hugging_face, check_log_ratios_are_zero
-from uft_ds.training.loop import START, train
+from uft_ds.training.forwarding import Method
+from uft_ds.training.loop import START, Session, train
 
 GROUPS_BETWEEN_FLUSHES = 20
 """Of a fill: what is lost at most when it is killed, in steps' worth of responses."""
@@ -86,26 +89,27 @@ def _main(request: StopRequest, arguments: list[str] | None) -> Status:
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # added by the deepspeed launcher
     options = parser.parse_args(arguments)
     die_with_parent()
-    rank = int(os.environ.get("RANK", "0"))
+    launched = LauncherEnvironment()
     folder: RunFolder | None = None
     try:
+        launched = launcher_environment()
         recipe = load_recipe(options.recipe, tuple(options.overrides))
         # Each rank sees it for itself: nobody changes a run that is done.
         if options.resume and (done := nothing_to_do(recipe)) is not None:
-            if rank == 0:
+            if launched.rank == 0:
                 print(f"{done.path} is done: there is nothing to go on with")
             return Status(EXIT_DONE, "done")
         init_distributed(recipe.launch.collective_timeout_minutes)
         lock: Lock | None = None
         if not options.prepared:
             lock = while_others_wait(
-                "prepare", lambda: _prepared(recipe, options.resume, options.overwrite), works=rank == 0
+                "prepare", lambda: _prepared(recipe, options.resume, options.overwrite), works=launched.rank == 0
             )
         folder = RunFolder(Path(recipe.output))  # ours only from here on
         recipe = load_recipe(str(folder.recipe))  # as prepared: paths, adapter and revision are fixed there
         # On each machine the first rank; those of the others wait too: they would meet them in a collective.
-        while_others_wait("data", partial(ensure_data, recipe, folder), works=os.environ.get("LOCAL_RANK", "0") == "0")
-        with _own_streams(folder, rank) as terminal:
+        while_others_wait("data", partial(ensure_data, recipe, folder), works=launched.local_rank == 0)
+        with _own_streams(folder, launched.rank) as terminal:
             work = _fill_reference if options.only_reference else _run
             work(recipe, folder, Console(file=terminal), request)
         torch.distributed.barrier()
@@ -116,29 +120,30 @@ def _main(request: StopRequest, arguments: list[str] | None) -> Status:
         status = Status(stopped.exit_code, str(stopped))
         if folder is not None:
             folder.write_first_status(status)
-        if rank == 0 and stopped.by_all and not options.prepared:
+        if launched.rank == 0 and stopped.by_all and not options.prepared:
             print(stopped)  # one that leaves alone is often ended by its launcher, for another rank's mistake
         return status
     except (UserError, CheckFailed) as error:
         status = Status(error.exit_code, str(error))
         if folder is not None:
             folder.write_first_status(status)
-        if rank == 0 and (folder is None or not options.prepared):
+        if launched.rank == 0 and (folder is None or not options.prepared):
             print(f"error: {error}", file=sys.stderr)
         return status
     except Exception as error:
         if folder is not None:
-            folder.write_first_status(_crash(error, f" (traceback in {folder.log(rank)})"))
+            folder.write_first_status(_crash(error, f" (traceback in {folder.log(launched.rank)})"))
         raise
 
 
 def _crash(error: Exception, where: str = "") -> Status:
     message = f"{type(error).__name__}: {str(error).strip()[:300]}"
-    return Status(EXIT_CRASHED, f"rank {os.environ.get('RANK', '0')} crashed: {message}{where}")
+    return Status(EXIT_CRASHED, f"rank {launcher_environment().rank} crashed: {message}{where}")
 
 
 def _prepared(recipe: Recipe, resume: bool, overwrite: bool) -> Lock:
-    check_sharding(recipe, ranks=int(os.environ["WORLD_SIZE"]), ranks_per_node=ranks_of_a_node())
+    launched = launcher_environment()
+    check_sharding(recipe, ranks=launched.world_size, ranks_per_node=launched.ranks_per_node)
     if resume:
         return prepare_resume(recipe, say=print)[2]
     return prepare_run(recipe, overwrite=overwrite)[2]
@@ -148,16 +153,17 @@ def _run(recipe: Recipe, folder: RunFolder, console: Console, request: StopReque
     if recipe.train.deterministic:
         make_deterministic()
     data = open_data(recipe, folder)
-    steps = steps_of(recipe, data)
+    steps: StepSource = steps_of(recipe, data)
     held_out = in_order([source.selection for source in data.held_out], recipe.train.examples_per_step)
     objective = objective_of(recipe)
     checkpoint = resumed_from(folder)
     state = START if checkpoint is None else read_position(checkpoint).state
+    steps.restore(state.source)
     after_step = None if checkpoint is None else state.step
     with _together(), _reporter(recipe, folder, console, len(steps), after_step) as reporter:
         engine, model = build_engine(recipe, reporter)
         # With fresh adapters, whatever the checkpoint holds: it is policy and reference that are compared.
-        _check_start(engine, recipe, steps[0], reporter)
+        _check_start(engine, recipe, steps.step(0), reporter)
         pools = [source.selection for source in data.all]
         reference = build_reference_cache(recipe, folder, engine, model, pools, reporter, checkpoint)
         if checkpoint is not None:
@@ -165,9 +171,10 @@ def _run(recipe: Recipe, folder: RunFolder, console: Console, request: StopReque
         writer = CheckpointWriter(
             engine, model.policy, folder, reporter, keep=recipe.train.keep_checkpoints, best=recipe.train.keep_best
         )
-        policy, settings, stop = model.policy, recipe.train, Stop(request, engine.agree)
+        method = Method(engine, objective, reference, recipe.train.tokens_per_micro_batch)
+        stop = Stop(request, engine.agree)
         request.only_note()
-        train(engine, policy, steps, held_out, objective, settings, folder, reporter, reference, writer, state, stop)
+        train(Session(method, model.policy, recipe.train, folder, reporter, writer, stop), steps, held_out, state)
     if engine.rank == 0:
         folder.write_status(Status(EXIT_DONE, "done"))
         folder.done.touch()
@@ -231,7 +238,7 @@ def _fill_reference(recipe: Recipe, folder: RunFolder, console: Console, request
 
 
 def _reporter(recipe: Recipe, folder: RunFolder, console: Console, num_steps: int, after_step: int | None) -> Reporter:
-    if torch.distributed.get_rank() != 0:
+    if not current_ranks().is_first:
         return SilentReporter()
     writer = MetricsWriter(
         folder.path,
@@ -244,7 +251,7 @@ def _reporter(recipe: Recipe, folder: RunFolder, console: Console, num_steps: in
 
 
 def _fill_reporter(console: Console, num_responses: int) -> FillReporter:
-    return FillReporter(console if torch.distributed.get_rank() == 0 else None, num_responses)
+    return FillReporter(console if current_ranks().is_first else None, num_responses)
 
 
 @contextmanager

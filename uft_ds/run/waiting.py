@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -13,6 +12,7 @@ from typing import TypeVar
 from torch.distributed import TCPStore
 
 from uft_ds.errors import UserError
+from uft_ds.host.world import launcher_environment
 
 T = TypeVar("T")
 _POLL_SECONDS = 0.2
@@ -44,7 +44,7 @@ def while_others_wait(name: str, work: Callable[[], T], *, works: bool) -> T | N
             store.set(_key(_FAILED), json.dumps([is_users, message]))
             raise
     store.add(_key(name), 1)
-    while store.add(_key(name), 0) < int(os.environ["WORLD_SIZE"]):
+    while store.add(_key(name), 0) < launcher_environment().world_size:
         if store.check([_key(_FAILED)]):
             is_users, message = json.loads(store.get(_key(_FAILED)))
             raise UserError(message) if is_users else RuntimeError(message)
@@ -54,14 +54,11 @@ def while_others_wait(name: str, work: Callable[[], T], *, works: bool) -> T | N
 
 def _key(name: str) -> str:
     # torchrun keeps one store for all its restarts.
-    return f"uft_ds/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}"
+    return f"uft_ds/{launcher_environment().restart_count}/{name}"
 
 
 def _launchers_store() -> TCPStore:
     """The store by which the ranks found each other."""
-    return TCPStore(
-        os.environ.get("MASTER_ADDR", "127.0.0.1"),
-        int(os.environ["MASTER_PORT"]),
-        is_master=False,
-        timeout=timedelta(minutes=5),
-    )
+    launched = launcher_environment()
+    assert launched.master_port is not None, "`init_distributed` has checked that it is set"
+    return TCPStore(launched.master_address, launched.master_port, is_master=False, timeout=timedelta(minutes=5))

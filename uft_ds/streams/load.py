@@ -140,7 +140,7 @@ def load_weights(base: str, **options: Any) -> Any:
         UserError: on every rank.
     """
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             base,
             trust_remote_code=False,
             output_loading_info=True,
@@ -156,6 +156,7 @@ def load_weights(base: str, **options: Any) -> Any:
         reason = _one_line(error).partition(" You may consider")[0]  # advice on transformers' own arguments
         problem: str | None = f"could not be loaded ({reason})"
     else:
+        model, report = loaded
         problem = problem_of(loading_of(report), model)
         own = ((name, own_values(parameter)) for name, parameter in model.named_parameters())
         if problem is None and (name := first_non_finite(own)) is not None:

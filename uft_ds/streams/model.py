@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from uft_ds.data.micro_batch import MicroBatch
+from uft_ds.known.how import HowForwarded
 from uft_ds.objectives.implicit_reward import response_logps
 from uft_ds.streams.adapters import as_reference
 from uft_ds.streams.heads import head_logps, is_trainable, make_logp_head
@@ -22,7 +23,7 @@ from uft_ds.streams.offload import activations_on_host
 Streams = Literal["both", "policy", "reference"]
 """Which of the two are forwarded."""
 
-ReferenceMode = Literal["lockstep", "separate"]
+ReferenceMode = HowForwarded
 """One visit of the weights for both streams, or a second forward with the adapters off."""
 
 

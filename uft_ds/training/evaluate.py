@@ -19,11 +19,13 @@ from uft_ds.data.store.sequences import Pool
 from uft_ds.engine.engine import Engine
 from uft_ds.errors import CheckFailed
 from uft_ds.host.signals import NEVER, Stop
-from uft_ds.known.cache import ReferenceCache
+from uft_ds.known.cache import Known
 from uft_ds.objectives.losses import LOSSES
-from uft_ds.objectives.objective import Objective, count_terms, micro_batch_loss
+from uft_ds.objectives.objective import count_terms, micro_batch_loss
+from uft_ds.objectives.shifts import StepShift
 from uft_ds.record.metrics import step_metrics
-from uft_ds.training.step import Forwarded, forward, rows_of, shifts_of
+from uft_ds.training.forwarding import Forwarded, Method, forward, rows_of
+from uft_ds.training.shifts import means_of, shifts_on_device
 
 HUGGING_FACE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 """Nats a token. float32 paths differ by rounding (1e-5); bfloat16 logits are rounded to 3 digits by the model
@@ -96,7 +98,7 @@ def check_against_hugging_face(engine: Engine, sequence: Sequence, *, dtype: tor
 
 def check_reference_cache(
     engine: Engine,
-    cache: ReferenceCache,
+    cache: Known,
     pools: Seq[Pool],
     *,
     tokens_per_micro_batch: int,
@@ -107,7 +109,7 @@ def check_reference_cache(
     Returns:
         the same on every rank; None where nothing is known.
     """
-    chosen = Step(0, known_sequences(cache, pools, SPOT_CHECKED_PER_RANK * engine.world_size))
+    chosen = Step(0, known_sequences(cache, pools, SPOT_CHECKED_PER_RANK * engine.ranks.data_size))
     if not chosen.sequences:
         return None
     worst = (0.0, 0.0, "")
@@ -122,7 +124,7 @@ def check_reference_cache(
     return SpotCheck(len(chosen.responses), difference, origin, agrees=share <= 1.0)
 
 
-def known_sequences(cache: ReferenceCache, pools: Seq[Pool], count: int) -> tuple[Sequence, ...]:
+def known_sequences(cache: Known, pools: Seq[Pool], count: int) -> tuple[Sequence, ...]:
     """So many different ones from all over the data, the same on every rank."""
     if not cache.num_known:
         return ()
@@ -146,33 +148,28 @@ class Evaluation(NamedTuple):
     origins: list[str]
 
 
-def evaluate(
-    engine: Engine,
-    objective: Objective,
-    groups: Seq[Step],
-    tokens_per_micro_batch: int,
-    reference: ReferenceCache,
-    shift: float = 0.0,
-    stop: Stop = NEVER,
-) -> Evaluation:
+def evaluate(method: Method, groups: Seq[Step], shift: float = 0.0, stop: Stop = NEVER) -> Evaluation:
     """A step's metrics, over held-out data: as if it were one step, whatever the groups.
 
+    Args:
+        shift: what the last step handed on, nats.
     Raises:
         Stopped: between two groups; nothing of it is kept.
     """
+    engine, objective, known = method.engine, method.objective, method.known
     # A pair's number is its own within a group only.
     terms = sum((Counter(count_terms(objective, group.responses)) for group in groups), Counter())
     done: list[list[Forwarded]] = []
-    with engine.evaluating(), reference.all_or_nothing():
+    with engine.evaluating(), known.all_or_nothing():
         for group in groups:
             stop.check()
-            forwarded = forward(engine, reference.micro_batches(engine, group, tokens_per_micro_batch), reference)
-            done.append([replace(part, batch=_without_tokens(part.batch)) for part in forwarded])
-            reference.learn(engine, group)
+            done.append([replace(part, batch=_without_tokens(part.batch)) for part in forward(method, group)])
+            known.learn(engine, group)
     of_all = groups if objective.shift.name == "prompt_mean" else ()
     whole = Step(0, tuple(sequence for group in of_all for sequence in group.sequences))
     parts = list(chain.from_iterable(done))
-    shifts = shifts_of(engine, objective, whole, [part.batch for part in parts], parts, shift)
+    of_step = StepShift(shift, means_of(method, whole, parts))
+    shifts = shifts_on_device(method, of_step, [part.batch for part in parts])
     loss = torch.zeros((), dtype=torch.float64, device=engine.device)
     sums = torch.zeros(2, len(KINDS), len(LOSSES), dtype=torch.float64, device=engine.device)
     for part, shifts_R in zip(parts, shifts, strict=True):
@@ -185,7 +182,7 @@ def evaluate(
     for of_group in done:
         own = [response.origin for part in of_group for response in part.batch.responses]
         rows = rows_of(objective, of_group, list(islice(shift_of_part, len(of_group))))
-        of_ranks, names = zip(*engine.gather_objects((rows, own)), strict=True)
+        of_ranks, names = zip(*engine.gather_over_data((rows, own)), strict=True)
         tables.append(np.concatenate(of_ranks))
         origins += chain.from_iterable(names)
     table = _with_distinct_pairs(tables)

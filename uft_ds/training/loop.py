@@ -5,17 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
 
 from peft import PeftModel
 
 from uft_ds.checkpoint.state import Position, TrainerState
 from uft_ds.checkpoint.writer import CheckpointWriter
 from uft_ds.data.mixture import Step
-from uft_ds.engine.engine import Engine
+from uft_ds.data.source import StepSource
 from uft_ds.errors import CheckFailed, Stopped, UserError
 from uft_ds.host.signals import NEVER, Stop
-from uft_ds.known.cache import ReferenceCache
-from uft_ds.objectives.objective import Objective, objective_at
+from uft_ds.objectives.objective import objective_at
 from uft_ds.recipe.names import unknown_name
 from uft_ds.recipe.schema import TrainSection
 from uft_ds.record.metrics import model_flops_utilization, peak_memory_gib
@@ -23,75 +23,85 @@ from uft_ds.record.report import Reporter
 from uft_ds.record.run_folder import RunFolder
 from uft_ds.record.telemetry import write_rows
 from uft_ds.training.evaluate import evaluate
+from uft_ds.training.forwarding import Method
 from uft_ds.training.schedule import learning_rate
 from uft_ds.training.step import run_step
 
 START = TrainerState(step=0, skipped_steps=0)
 
 
-def train(
-    engine: Engine,
-    policy: PeftModel,
-    steps: Seq[Step],
-    held_out: Seq[Step],
-    objective: Objective,
-    settings: TrainSection,
-    folder: RunFolder,
-    reporter: Reporter,
-    reference: ReferenceCache,
-    checkpoints: CheckpointWriter,
-    state: TrainerState = START,
-    stop: Stop = NEVER,
-) -> TrainerState:
+@dataclass(frozen=True)
+class Session:
+    """What a run is trained with: made once, the same for all of its steps.
+
+    method: with the recipe's objective, as it is before any schedule of beta.
+    """
+
+    method: Method
+    policy: PeftModel
+    settings: TrainSection
+    folder: RunFolder
+    reporter: Reporter
+    checkpoints: CheckpointWriter
+    stop: Stop = NEVER
+
+    def method_at(self, progress: float) -> Method:
+        """With the objective of that point of the run: 0 at its first step, 1 at its last."""
+        return replace(self.method, objective=objective_at(self.method.objective, progress))
+
+
+def train(session: Session, steps: StepSource, held_out: Seq[Step], state: TrainerState = START) -> TrainerState:
     """Run the steps that `state` has not seen; evaluate and save on the way and at the end.
 
     A step's checkpoint is copied before its evaluation: a run that goes on from it evaluates first.
+
+    Args:
+        steps: restored to `state.source`.
 
     Raises:
         CheckFailed: more steps than allowed had a non-finite loss or gradient.
         UserError: the last checkpoint could not be written.
         Stopped: the run was asked to stop; its last finished step is saved.
     """
+    settings, checkpoints = session.settings, session.checkpoints
     if state.step == 0:
         # What is known of the reference at the start is known to every restart; and a full disk shows at once.
-        _checkpoint(checkpoints, state, reference, reporter)
+        _checkpoint(session, state)
     saved = state.step
     try:
         if state.step == 0 or due(state.step, settings.evaluate_every) or state.step == len(steps):
-            before = objective_at(objective, max(0, state.step - 1) / max(1, len(steps) - 1))
-            _evaluate_and_report(engine, before, held_out, settings, folder, reporter, reference, state, stop)
+            before = session.method_at(max(0, state.step - 1) / max(1, len(steps) - 1))
+            _evaluate_and_report(session, before, held_out, state)
         for number in range(state.step, len(steps)):
-            step = steps[number]
+            step = steps.step(number)
             started = time.perf_counter()
             rate = learning_rate(
                 step.index, num_steps=len(steps), peak=settings.lr, warmup=settings.warmup, schedule=settings.schedule
             )
-            current = objective_at(objective, step.index / max(1, len(steps) - 1))
-            result, metrics, shift = run_step(
-                engine, current, step, rate, settings.tokens_per_micro_batch, reference, state.log_ratio_shift
-            )
-            state = TrainerState(state.step + 1, state.skipped_steps + result.skipped, shift)
+            current = session.method_at(step.index / max(1, len(steps) - 1))
+            result, metrics, shift = run_step(current, step, rate, state.log_ratio_shift)
+            state = TrainerState(state.step + 1, state.skipped_steps + result.skipped, shift, steps.state())
             seconds = time.perf_counter() - started
-            reporter.step(state.step, metrics | _speed(engine, policy, step, seconds, metrics) | {"lr": rate})
+            session.reporter.step(state.step, metrics | _speed(session, step, seconds, metrics) | {"lr": rate})
             checkpoints.poll()
             if result.skipped:
-                _account_for_skip(state, step, settings.max_skipped_steps, reporter, checkpoints)
-            stop.check()
+                _account_for_skip(session, state, step)
+            session.stop.check()
             is_last = state.step == len(steps)
             if due(state.step, settings.checkpoint_every) or is_last:
-                saved = _checkpoint(checkpoints, state, reference, reporter)
-                _store(reference, reporter)
+                saved = _checkpoint(session, state)
+                _store(session)
             if due(state.step, settings.evaluate_every) or is_last:
-                _evaluate_and_report(engine, current, held_out, settings, folder, reporter, reference, state, stop)
+                _evaluate_and_report(session, current, held_out, state)
     except Stopped as asked:
         if saved != state.step:
-            _checkpoint(checkpoints, state, reference, reporter)
+            _checkpoint(session, state)
         checkpoints.finish()
-        _store(reference, reporter)
+        _store(session)
         message = f"{asked} after step {state.step} of {len(steps)}, which is saved: --resume goes on"
         raise Stopped(message, by_all=True) from None
     checkpoints.finish()
-    _store(reference, reporter)
+    _store(session)
     return state
 
 
@@ -100,62 +110,48 @@ def due(step: int, every: int) -> bool:
     return step % every == 0
 
 
-def _evaluate_and_report(
-    engine: Engine,
-    objective: Objective,
-    held_out: Seq[Step],
-    settings: TrainSection,
-    folder: RunFolder,
-    reporter: Reporter,
-    reference: ReferenceCache,
-    state: TrainerState,
-    stop: Stop,
-) -> None:
+def _evaluate_and_report(session: Session, method: Method, held_out: Seq[Step], state: TrainerState) -> None:
     if not held_out:
         return
-    shift, tokens = state.log_ratio_shift, settings.tokens_per_micro_batch
-    found = evaluate(engine, objective, held_out, tokens, reference, shift, stop)
-    if settings.keep_best is not None and settings.keep_best not in found.metrics:
+    found = evaluate(method, held_out, state.log_ratio_shift, session.stop)
+    wanted = session.settings.keep_best
+    if wanted is not None and wanted not in found.metrics:
         known = tuple(found.metrics)
-        raise UserError(f"train.keep_best: {unknown_name(settings.keep_best, known)}")
-    reporter.held_out(state.step, found.metrics)
-    if engine.rank == 0:
-        write_rows(folder.held_out_rows, found.rows, found.origins)
+        raise UserError(f"train.keep_best: {unknown_name(wanted, known)}")
+    session.reporter.held_out(state.step, found.metrics)
+    if method.engine.rank == 0:
+        write_rows(session.folder.held_out_rows, found.rows, found.origins)
 
 
-def _checkpoint(
-    checkpoints: CheckpointWriter, state: TrainerState, reference: ReferenceCache, reporter: Reporter
-) -> int:
+def _checkpoint(session: Session, state: TrainerState) -> int:
     """Returns the step that is saved, once it is written."""
     started = time.perf_counter()
-    position = Position(state, reporter.metrics_bytes)
+    position = Position(state, session.reporter.metrics_bytes)
     of_metrics = time.perf_counter() - started
-    reporter.checkpoint(state.step, of_metrics + checkpoints.start(position, reference))
+    session.reporter.checkpoint(state.step, of_metrics + session.checkpoints.start(position, session.method.known))
     return state.step
 
 
-def _store(reference: ReferenceCache, reporter: Reporter) -> None:
-    problem = reference.flush()
+def _store(session: Session) -> None:
+    problem = session.method.known.flush()
     if problem is not None:
-        reporter.warn(f"{problem}; the run goes on without storing for others")
+        session.reporter.warn(f"{problem}; the run goes on without storing for others")
 
 
-def _account_for_skip(
-    state: TrainerState, step: Step, allowed: int, reporter: Reporter, checkpoints: CheckpointWriter
-) -> None:
+def _account_for_skip(session: Session, state: TrainerState, step: Step) -> None:
+    allowed = session.settings.max_skipped_steps
     origins = ", ".join(response.origin for response in step.responses)
-    reporter.warn(f"step {state.step} skipped: its loss or gradient is not finite; its responses: {origins}")
+    session.reporter.warn(f"step {state.step} skipped: its loss or gradient is not finite; its responses: {origins}")
     if state.skipped_steps > allowed:
-        checkpoints.poll(wait=True)  # what is being written is worth keeping
+        session.checkpoints.poll(wait=True)  # what is being written is worth keeping
         raise CheckFailed(
             f"{state.skipped_steps} steps had a non-finite loss or gradient, train.max_skipped_steps allows {allowed}; "
             "the log names their responses"
         )
 
 
-def _speed(
-    engine: Engine, policy: PeftModel, step: Step, seconds: float, metrics: Mapping[str, float]
-) -> dict[str, float]:
+def _speed(session: Session, step: Step, seconds: float, metrics: Mapping[str, float]) -> dict[str, float]:
+    engine = session.method.engine
     num_tokens = sum(sequence.num_tokens for sequence in step.sequences)
     speed = {
         "seconds": seconds,
@@ -164,7 +160,7 @@ def _speed(
         "memory/peak_gib": engine.max_over_ranks(peak_memory_gib()),
     }
     utilization = model_flops_utilization(
-        policy,
+        session.policy,
         num_tokens / seconds / engine.world_size,
         reference_share=metrics["reference/computed"] / len(step.responses),
     )

@@ -42,6 +42,14 @@ def singles(count: int, file: int = 0) -> list[tuple[Unit, Place]]:
     return [((sequence,), Place(file, i + 1, 0)) for i, sequence in enumerate(toy_sequences(count))]
 
 
+def test_a_fact_that_a_store_cannot_hold_is_refused() -> None:
+    """Nothing but scores is stored: another fact is not lost without an error."""
+    response = Response(1, 2, 0.5, "score", other_facts={"advantage": 1.0})
+    unit = (Sequence(np.arange(2, dtype=np.int32), (response,)),)
+    with pytest.raises(ValueError, match="advantage would be lost"):
+        pack_units([(unit, Place(0, 1, 0))])
+
+
 def test_what_was_written_comes_back(tmp_path: Path) -> None:
     """Tokens, spans, scores to the last bit, kinds, keys and places survive, over several chunks."""
     odd = Sequence(np.array([5, 2**31 - 1, 0], dtype=np.int32), (Response(1, 3, 1 / 3, "binary", ""),))

@@ -119,8 +119,15 @@ class StoreWriter:
 
 
 def pack_units(units: Seq[tuple[Unit, Place]]) -> dict[str, np.ndarray]:
-    """Units as the arrays of a store, ends counted from the first of them."""
+    """Units as the arrays of a store, ends counted from the first of them.
+
+    Raises:
+        ValueError: a response carries another fact than its score.
+    """
     sequences = [sequence for unit, _ in units for sequence in unit]
+    others = next((r.other_facts for s in sequences for r in s.responses if r.other_facts), None)
+    if others is not None:
+        raise ValueError(f"a store holds scores alone: {', '.join(others)} would be lost")
     responses = [
         (r.start, r.end, r.score, KINDS.index(r.kind), key)
         for s in sequences

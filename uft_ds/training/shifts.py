@@ -1,0 +1,79 @@
+"""Forwards that a step's reward shift needs before its own: of mismatched pairs (`kl`) or repeated prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+from torch import Tensor
+
+from uft_ds.data.micro_batch import MicroBatch
+from uft_ds.data.mixture import Step
+from uft_ds.objectives.objective import log_ratios_of
+from uft_ds.objectives.reward_shift import kl_shift
+from uft_ds.objectives.shifts import (
+    ResponseName,
+    StepShift,
+    mismatched_step,
+    of_repeated_prompts,
+    prompt_means,
+    shifts_of,
+)
+from uft_ds.training.forwarding import Forwarded, Method, forward
+
+
+def shift_of_step(method: Method, step: Step, before: float) -> StepShift:
+    """The step's shift, by forwards of both streams without gradient where it takes some. Every rank must call it.
+
+    Args:
+        before: what the step before handed on, nats.
+    """
+    name = method.objective.shift.name
+    if name == "kl":
+        return StepShift(_kl_of(method, step))
+    if name == "prompt_mean":
+        # A response's shift depends on log-ratios of the whole step, for which no backward can wait.
+        repeated = of_repeated_prompts(method.objective, step)
+        with method.engine.evaluating():
+            ahead = forward(method, repeated)
+        method.known.learn(method.engine, repeated)  # before the step's micro-batches ask what is known
+        return StepShift(before, means_of(method, step, ahead))
+    return StepShift(before)
+
+
+def shifts_on_device(method: Method, shift: StepShift, batches: Seq[MicroBatch]) -> list[Tensor | None]:
+    """`shifts_of`, where the rewards are."""
+    on_host = shifts_of(method.objective, shift, batches)
+    return [None if shifts is None else shifts.to(method.engine.device, non_blocking=True) for shifts in on_host]
+
+
+def means_of(method: Method, step: Step, forwarded: Seq[Forwarded]) -> dict[ResponseName, float]:
+    """For `prompt_mean`, the mean log-ratio by response, nats, over all ranks; for other shifts nothing.
+
+    Args:
+        forwarded: this rank's, of the responses to repeated prompts at least.
+    """
+    if method.objective.shift.name != "prompt_mean":
+        return {}
+    own: dict[ResponseName, float] = {}
+    for part in forwarded:
+        if part.reference_logps_R is not None:
+            log_ratios_R = log_ratios_of(method.objective, part.batch, part.logps_R, part.reference_logps_R)
+            names = zip(part.batch.response_keys, (r.kind for r in part.batch.responses), strict=True)
+            own |= dict(zip(names, log_ratios_R.tolist(), strict=True))
+    everyones = method.engine.gather_over_data(own)
+    return prompt_means(method.objective, step, {name: ratio for of in everyones for name, ratio in of.items()})
+
+
+def _kl_of(method: Method, step: Step) -> float:
+    """KTO's reference point, of mismatched prompts and responses of this step, nats."""
+    joined = mismatched_step(method.objective, step)
+    if not joined.sequences:
+        return 0.0
+    own: list[float] = []
+    with method.engine.evaluating():
+        for batch in method.engine.micro_batches(joined, method.tokens_per_micro_batch):
+            logps_R, reference_logps_R = method.engine(batch)
+            assert reference_logps_R is not None
+            own += log_ratios_of(method.objective, batch, logps_R, reference_logps_R).tolist()
+    # Sorted, so that the sum does not depend on which rank held what.
+    return kl_shift(sorted(ratio for of_rank in method.engine.gather_over_data(own) for ratio in of_rank))
