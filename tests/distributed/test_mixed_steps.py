@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from engines import engine_of
 from ranks import run_on_ranks
 from tiny import VOCAB_SIZE
-from toy import toy_model
+from toy import both, logps_by_name, toy_model
 
 from uft_ds.data.example import Kind, Response, Sequence
 from uft_ds.data.micro_batch import MicroBatch, micro_batch
@@ -21,6 +22,7 @@ from uft_ds.engine.engine import Engine
 from uft_ds.known.cache import Mode, ReferenceCache
 from uft_ds.objectives.objective import KindObjective, Objective, count_terms, micro_batch_loss
 from uft_ds.objectives.reward_shift import RewardShift, ShiftName
+from uft_ds.streams.stream import Stream
 from uft_ds.training.evaluate import evaluate
 from uft_ds.training.step import run_step
 
@@ -89,7 +91,7 @@ def definition(folder: Path, name: ShiftName) -> tuple[dict[str, torch.Tensor], 
 
     def log_ratio(sequence: Sequence) -> float:
         with torch.no_grad():
-            policy_R, reference_R = model(micro_batch([replace(sequence)]))
+            policy_R, reference_R = both(model, micro_batch([replace(sequence)]))
         return float(policy_R - reference_R)
 
     def beta(sequence: Sequence) -> float:
@@ -120,7 +122,7 @@ def definition(folder: Path, name: ShiftName) -> tuple[dict[str, torch.Tensor], 
     for unit in step.units:
         batch = micro_batch(unit)
         shifts_R = torch.tensor([shifts[id(sequence)] for sequence in unit])
-        loss, _ = micro_batch_loss(objective, batch, terms, *model(batch), shifts_R)
+        loss, _ = micro_batch_loss(objective, batch, terms, logps_by_name(model, batch), shifts_R)
         loss.backward()
         total += float(loss.detach())
     grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
@@ -224,9 +226,9 @@ def without_reference(folder: Path) -> Any:
     asked: list[bool] = []
     call = Engine.__call__
 
-    def recording(engine: Engine, batch: MicroBatch, **options: Any) -> Any:
-        asked.append(options.get("with_reference", True))
-        return call(engine, batch, **options)
+    def recording(engine: Engine, batch: MicroBatch, streams: Seq[Stream], **options: Any) -> Any:
+        asked.append(any(stream.name == "reference" for stream in streams))
+        return call(engine, batch, streams, **options)
 
     Engine.__call__ = recording  # type: ignore[method-assign]
     mode: Mode = "live" if REFERENCE_FREE.needs_reference else "unneeded"  # as a run chooses it
@@ -239,7 +241,7 @@ def test_no_reference_is_forwarded_where_no_loss_compares_with_it(tiny_qwen2: Pa
     terms, total = count_terms(REFERENCE_FREE, step.responses), 0.0
     for unit in step.units:
         batch = micro_batch(unit)
-        loss, _ = micro_batch_loss(REFERENCE_FREE, batch, terms, model(batch)[0], None)
+        loss, _ = micro_batch_loss(REFERENCE_FREE, batch, terms, logps_by_name(model, batch, "policy"))
         loss.backward()
         total += float(loss.detach())
     expected = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}

@@ -181,7 +181,7 @@ def shifts_by(
     )
     uft = replace(uft, of_kind={**uft.of_kind, "pair": replace(uft.of_kind["pair"], beta=0.4)})
     batch, reference_R = micro_batch(sequences), torch.full((len(rewards),), -3.0).double()
-    done = Forwarded(batch, reference_R + 10 * torch.tensor(rewards).double(), reference_R)
+    done = Forwarded(batch, {"policy": reference_R + 10 * torch.tensor(rewards).double(), "reference": reference_R})
     engine: Any = OneRank()
     shifts_R = shifts_of(engine, uft, Step(0, tuple(sequences)), [batch], [done], nats)[0]
     return None if shifts_R is None else shifts_R.tolist()

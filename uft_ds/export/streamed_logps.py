@@ -23,7 +23,7 @@ from uft_ds.errors import UserError
 from uft_ds.export.weight_files import WeightFiles
 from uft_ds.host.process import returning_freed_memory
 from uft_ds.objectives.implicit_reward import response_logps
-from uft_ds.streams.adapters import POLICY
+from uft_ds.streams.stream import POLICY_ADAPTER
 
 _ROWS = 128
 """Of logits, whose logarithms are in memory at a time."""
@@ -43,7 +43,7 @@ def with_adapter(model: Any, adapter: Path) -> PeftModel:
     policy: PeftModel = PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True)
     for name, tensor in load_file(adapter / "adapter_model.safetensors").items():
         # PEFT has moved them to where the base's weights are, which is nowhere.
-        linear = policy.get_submodule(f"{name.removesuffix('.weight')}.{POLICY}")
+        linear = policy.get_submodule(f"{name.removesuffix('.weight')}.{POLICY_ADAPTER}")
         linear.weight = nn.Parameter(tensor.float(), requires_grad=False)
     return policy.eval()
 

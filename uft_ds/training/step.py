@@ -6,6 +6,7 @@ forward both streams -> log-ratios -> objective -> backward -> step      UFT (ar
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from uft_ds.data.mixture import Step
 from uft_ds.engine.engine import Engine, StepResult
 from uft_ds.errors import CheckFailed
 from uft_ds.known.cache import ReferenceCache
+from uft_ds.objectives.implicit_reward import logps_of, response_sums
 from uft_ds.objectives.losses import LOSSES
 from uft_ds.objectives.objective import Objective, count_terms, log_ratios_of, micro_batch_loss
 from uft_ds.objectives.reward_shift import (
@@ -31,15 +33,31 @@ from uft_ds.objectives.reward_shift import (
 )
 from uft_ds.record.metrics import step_metrics
 from uft_ds.record.telemetry import response_rows
+from uft_ds.streams.stream import Output, Stream
 
 
 @dataclass(frozen=True)
 class Forwarded:
-    """The log-probs of a micro-batch without its graph: [responses] each, nats, float64."""
+    """What is kept of a micro-batch, without its graph: [responses] each, float64, summed over tokens.
+
+    logps: by stream, nats. entropy_R: of the policy, nats. top1_R: tokens that are the policy's most probable ones.
+    """
 
     batch: MicroBatch
-    logps_R: Tensor
-    reference_logps_R: Tensor | None
+    logps: Mapping[str, Tensor]
+    entropy_R: Tensor | None = None
+    top1_R: Tensor | None = None
+
+    @classmethod
+    def of(cls, batch: MicroBatch, logps: Mapping[str, Tensor], policy: Output) -> Forwarded:
+        """Args: logps: by stream, with or without a graph. policy: of the same forward."""
+        assert policy.entropy_N is not None
+        assert policy.is_top1_N is not None
+        return cls(
+            batch,
+            {name: logps_R.detach() for name, logps_R in logps.items()},
+            *(response_sums(of_N, batch) for of_N in (policy.entropy_N, policy.is_top1_N)),
+        )
 
 
 class StepOutcome(NamedTuple):
@@ -80,13 +98,13 @@ def run_step(
     sums = torch.zeros(2, len(KINDS), len(LOSSES), dtype=torch.float64, device=engine.device)
     done: list[Forwarded] = []
     for number, ((batch, forward_reference), shifts_R) in enumerate(zip(micro_batches, shifts, strict=True), start=1):
-        logps_R, forwarded_R = engine(batch, with_reference=forward_reference)
-        reference_logps_R = reference.resolve(batch, forwarded_R)
-        loss, parts = micro_batch_loss(objective, batch, num_terms, logps_R, reference_logps_R, shifts_R)
+        outputs = engine(batch, streams_of(engine, with_reference=forward_reference))
+        logps = _with_known(reference, batch, logps_of(outputs, batch))
+        loss, parts = micro_batch_loss(objective, batch, num_terms, logps, shifts_R)
         engine.backward(loss, is_last=number == len(micro_batches))
         total_loss += loss.detach()
         sums += parts
-        done.append(Forwarded(batch, logps_R.detach(), reference_logps_R))
+        done.append(Forwarded.of(batch, logps, outputs["policy"]))
     computed = reference.learn(engine, step)
     result = engine.step(rate)
     mean_loss = float(engine.sum_over_ranks(total_loss))
@@ -103,12 +121,25 @@ def run_step(
     return StepOutcome(result, metrics, before if result.skipped else _next_shift(objective, rows, before, shift))
 
 
+def streams_of(engine: Engine, *, with_reference: bool) -> tuple[Stream, ...]:
+    """What a training step forwards."""
+    names = ("policy", "reference") if with_reference else ("policy",)
+    return tuple(engine.streams[name] for name in names)
+
+
+def _with_known(reference: ReferenceCache, batch: MicroBatch, logps: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The log-probs as forwarded, and the reference's as known where it was not."""
+    reference_logps_R = reference.resolve(batch, logps.get("reference"))
+    return logps if reference_logps_R is None else logps | {"reference": reference_logps_R}
+
+
 def forward(engine: Engine, micro_batches: Seq[tuple[MicroBatch, bool]], reference: ReferenceCache) -> list[Forwarded]:
     """Log-probs of micro-batches, within `engine.evaluating()`."""
     done = []
     for batch, forward_reference in micro_batches:
-        logps_R, forwarded_R = engine(batch, with_reference=forward_reference)
-        done.append(Forwarded(batch, logps_R, reference.resolve(batch, forwarded_R)))
+        outputs = engine(batch, streams_of(engine, with_reference=forward_reference))
+        logps = _with_known(reference, batch, logps_of(outputs, batch))
+        done.append(Forwarded.of(batch, logps, outputs["policy"]))
     return done
 
 
@@ -151,7 +182,15 @@ def rows_of(objective: Objective, done: Seq[Forwarded], shifts: Seq[Tensor | Non
     """The table of this rank's responses."""
     return np.concatenate(
         [
-            response_rows(objective, part.batch, part.logps_R, part.reference_logps_R, shifts_R)
+            response_rows(
+                objective,
+                part.batch,
+                part.logps["policy"],
+                part.logps.get("reference"),
+                shifts_R,
+                entropy_R=part.entropy_R,
+                top1_R=part.top1_R,
+            )
             for part, shifts_R in zip(done, shifts, strict=True)
         ]
     )
@@ -180,8 +219,8 @@ def _prompt_means(
     """The mean log-ratio of the responses to each repeated prompt, by the response's name and kind, nats."""
     own: dict[tuple[bytes, Kind], float] = {}
     for part in forwarded:
-        if part.reference_logps_R is not None:
-            log_ratios_R = log_ratios_of(objective, part.batch, part.logps_R, part.reference_logps_R)
+        if "reference" in part.logps:
+            log_ratios_R = log_ratios_of(objective, part.batch, part.logps["policy"], part.logps["reference"])
             names = zip(part.batch.response_keys, (r.kind for r in part.batch.responses), strict=True)
             own |= dict(zip(names, log_ratios_R.tolist(), strict=True))
     log_ratios = {name: ratio for of_rank in engine.gather_objects(own) for name, ratio in of_rank.items()}
@@ -204,9 +243,8 @@ def _kl_of(engine: Engine, objective: Objective, step: Step, tokens_per_micro_ba
     own: list[float] = []
     with engine.evaluating():
         for batch in engine.micro_batches(joined, tokens_per_micro_batch):
-            logps_R, reference_logps_R = engine(batch)
-            assert reference_logps_R is not None
-            own += log_ratios_of(objective, batch, logps_R, reference_logps_R).tolist()
+            logps = logps_of(engine(batch, streams_of(engine, with_reference=True)), batch)
+            own += log_ratios_of(objective, batch, logps["policy"], logps["reference"]).tolist()
     # Sorted, so that the sum does not depend on which rank held what.
     return kl_shift(sorted(ratio for of_rank in engine.gather_objects(own) for ratio in of_rank))
 
