@@ -290,6 +290,9 @@ def test_health_by_hand() -> None:
     assert found == {
         "responses/score": 4.0,
         "response_tokens/score": 4.0,
+        # 6 nats and 3 top-1 tokens of each of the four, over 16 tokens.
+        "entropy/score": 1.5,
+        "top1/score": 0.75,
         "implicit_reward/score": pytest.approx(0.5),
         "implicit_score/score": pytest.approx(sum(scores) / 4),
         "log_ratio/score": pytest.approx(5.0),
@@ -546,6 +549,8 @@ def test_pairs_without_a_reference() -> None:
     assert health(rows, uft) == {
         "responses/pair": 4.0,
         "response_tokens/pair": 3.0,
+        "entropy/pair": 24 / 12,
+        "top1/pair": 12 / 12,
         "logp_chosen/pair": -6.5,
         "logp_rejected/pair": -3.5,
         "implicit_reward_chosen/pair": -0.5,
