@@ -94,7 +94,7 @@ class CountingCollectives(TorchDispatchMode):
 
 def trained_engine(base: str) -> tuple[Any, Any]:
     """(engine, policy) after a step of our own on two ranks."""
-    from toy import UFT, toy_step
+    from toy import UFT, forwarded, toy_step
 
     from uft_ds.data.packing import rank_micro_batches
     from uft_ds.engine.engine import Engine, deepspeed_config, partitioned_loading, read_deepspeed_file
@@ -114,7 +114,7 @@ def trained_engine(base: str) -> tuple[Any, Any]:
     terms = count_terms(UFT, step.responses)
     batches = rank_micro_batches(step, tokens_per_micro_batch=512, rank=engine.rank, world_size=engine.world_size)
     for number, batch in enumerate(batches):
-        loss, _ = micro_batch_loss(UFT, batch, terms, *engine(batch))
+        loss, _ = micro_batch_loss(UFT, batch, terms, forwarded(engine, batch))
         engine.backward(loss, is_last=number == len(batches) - 1)
     engine.step(1e-2)
     return engine, policy

@@ -39,7 +39,7 @@ from ranks import run_on_ranks
 from rich.console import Console
 from rich.table import Table
 from tiny import VOCAB_SIZE
-from toy import UFT, toy_model, toy_sequences
+from toy import UFT, forwarded, toy_model, toy_sequences
 
 from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.data.mixture import Step
@@ -197,14 +197,13 @@ def measure(cell: Cell) -> tuple[Bytes, MicroBatch, int]:
 
     def train() -> None:
         for number, batch in enumerate(batches, start=1):
-            logps_R, reference_logps_R = engine(batch)
-            loss, _ = micro_batch_loss(UFT, batch, terms, logps_R, reference_logps_R)
+            loss, _ = micro_batch_loss(UFT, batch, terms, forwarded(engine, batch))
             engine.backward(loss, is_last=number == len(batches))
         engine.step(1e-3)
 
     with engine.evaluating():
         for batch in batches[:2]:
-            engine(batch)
+            forwarded(engine, batch)
     for _ in range(STEPS_BEFORE):
         train()
     with counting() as sent:
@@ -214,7 +213,7 @@ def measure(cell: Cell) -> tuple[Bytes, MicroBatch, int]:
     held = resident(engine)
     saved: dict[int, int] = {}
     with _saving(saved):
-        logps_R, _ = engine(batches[0])
+        logps_R = forwarded(engine, batches[0])["policy"]
     engine.backward(logps_R.sum(), is_last=True)
     return (
         Bytes(

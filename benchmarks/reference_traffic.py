@@ -2,7 +2,7 @@
 
     python benchmarks/reference_traffic.py [--ranks 2 4] [--no-trl] [--model FOLDER]
 
-Five ways to get a LoRA reference under ZeRO-3, on the same random Qwen2-shaped model and the same packed rows:
+Ways to get a LoRA reference under ZeRO-3, on the same random Qwen2-shaped model and the same packed rows:
 
     lockstep           uft_ds: one visit of each layer for both streams, layers are ZeRO-3 leaf modules
     two, one root      both forwards inside one call of the root module, leaf modules
@@ -10,6 +10,9 @@ Five ways to get a LoRA reference under ZeRO-3, on the same random Qwen2-shaped 
     two calls, leaf    the same with leaf modules
     cached             uft_ds from the second epoch on: every reference is read from the run's cache
     SFT                the policy alone, no reference at all
+    three streams      lockstep, and a frozen adapter beside the bare base and the policy
+    policy and value   two trained adapters in one visit, the second under a scalar head
+    SFT, same adapters the policy alone, in a model that holds the third adapter too
 
 Counted on rank 0 over four steps after two that warm up: all-gathers and the bytes they return, a micro-step;
 invalidations of ZeRO's prefetch trace, in all; bytes of activations saved for the backward of one micro-step; seconds
@@ -42,14 +45,17 @@ from ranks import run_on_ranks
 from rich.console import Console
 from rich.table import Table
 from tiny import VOCAB_SIZE, build_tiny_tokenizer
-from toy import UFT, toy_model, toy_sequences
+from toy import UFT, forwarded, toy_model, toy_sequences
 
 from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.data.mixture import Step
 from uft_ds.engine.engine import Engine, deepspeed_config, read_deepspeed_file
 from uft_ds.known.cache import Known, fill
+from uft_ds.objectives.implicit_reward import logps_of
 from uft_ds.objectives.objective import count_terms, micro_batch_loss
 from uft_ds.streams.load import decoder_layer_class
+from uft_ds.streams.stream import Stream
+from uft_ds.training.step import streams_of
 
 HIDDEN, LAYERS, VOCABULARY = 256, 4, 4096
 WARM_UP_STEPS, STEPS = 2, 4
@@ -62,6 +68,9 @@ SETTINGS = {
     "stage3_max_reuse_distance": 100,
 }
 
+THIRD = Stream("third", "third")
+VALUE = Stream("value", "value", trained=True, head="scalar")
+
 CASES: dict[str, dict[str, Any]] = {
     "lockstep": {"mode": "lockstep", "leaf": True, "calls": 1, "cache": "lockstep"},
     "two, one root": {"mode": "separate", "leaf": True, "calls": 1, "cache": "lockstep"},
@@ -69,7 +78,11 @@ CASES: dict[str, dict[str, Any]] = {
     "two calls, leaf": {"mode": "separate", "leaf": True, "calls": 2, "cache": "lockstep"},
     "cached": {"mode": "lockstep", "leaf": True, "calls": 1, "cache": "cached"},
     "SFT": {"mode": "separate", "leaf": True, "calls": 1, "cache": "none"},
+    "three streams": {"mode": "lockstep", "leaf": True, "calls": 1, "cache": "lockstep", "beside": THIRD},
+    "policy and value": {"mode": "lockstep", "leaf": True, "calls": 1, "cache": "none", "beside": VALUE},
+    "SFT, same adapters": {"mode": "lockstep", "leaf": True, "calls": 1, "cache": "none", "idle": THIRD},
 }
+"""beside: a stream more, in the same visit. idle: one whose adapter is there, and is gathered with its layer."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +168,11 @@ class Case:
         config = read_deepspeed_file(file)
         config["zero_optimization"] |= SETTINGS
         model = toy_model(
-            folder, b_std=0.0, gradient_checkpointing=gradient_checkpointing, reference_mode=self._how["mode"]
+            folder,
+            b_std=0.0,
+            gradient_checkpointing=gradient_checkpointing,
+            reference_mode=self._how["mode"],
+            further=[self._how[key] for key in ("beside", "idle") if key in self._how],
         )
         self.policy = model.policy
         leaf = decoder_layer_class(model.policy.get_base_model()) if self._how["leaf"] else None
@@ -171,12 +188,16 @@ class Case:
 
     def forward(self, batch: MicroBatch, forward_reference: bool) -> tuple[Tensor, Tensor | None]:
         if self._how["cache"] == "lockstep" and self._how["calls"] == 2:
-            logps_R, _ = self.engine(batch, with_reference=False)
+            logps_R = forwarded(self.engine, batch, with_reference=False)["policy"]
             with torch.no_grad(), self.policy.disable_adapter():
-                reference_R, _ = self.engine(batch, with_reference=False)
-            return logps_R, reference_R
-        logps_R, forwarded_R = self.engine(batch, with_reference=forward_reference)
-        return logps_R, self.cache.resolve(batch, forwarded_R)
+                outputs = self.engine(batch, [self.engine.streams["reference"]])
+            return logps_R, logps_of(outputs, batch)["reference"]
+        streams = streams_of(self.engine, with_reference=forward_reference)
+        outputs = self.engine(batch, [*streams, *([self._how["beside"]] if "beside" in self._how else [])])
+        logps = logps_of(outputs, batch)
+        if "value" in outputs:  # no term of the loss depends on it, but its gradient is computed as one that is 0
+            logps["policy"] = logps["policy"] + 0.0 * outputs["value"].values_R
+        return logps["policy"], self.cache.resolve(batch, logps.get("reference"))
 
     def step(self) -> int:
         """All micro-batches and an update that changes nothing, so that every step computes the same; their number."""
@@ -188,7 +209,7 @@ class Case:
             if reference_R is None:
                 loss = -logps_R.sum() / 1000
             else:
-                loss, _ = micro_batch_loss(UFT, batch, terms, logps_R, reference_R)
+                loss, _ = micro_batch_loss(UFT, batch, terms, {"policy": logps_R, "reference": reference_R})
             self.engine.backward(loss, is_last=number == len(batches))
         self.cache.learn(self.engine, step)
         self.engine.step(0.0)
@@ -208,7 +229,7 @@ class Case:
 
         generator = torch.Generator().manual_seed(3)
         for name, parameter in self.engine.module.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name and ".default." in name:
                 value = torch.randn(parameter.ds_shape, generator=generator) * 0.05
                 safe_set_full_fp32_param(parameter, value)
 
@@ -226,7 +247,8 @@ def measure(folder: Path, name: str, gradient_checkpointing: bool, steps: int = 
     case = Case(folder, name, gradient_checkpointing)
     # As every run starts, with a forward in evaluation mode: DeepSpeed's later gathers depend on it, by one layer.
     with case.engine.evaluating():
-        case.engine(case.engine.micro_batches(whole_step(), TOKENS_PER_MICRO_BATCH)[0], with_reference=False)
+        batch = case.engine.micro_batches(whole_step(), TOKENS_PER_MICRO_BATCH)[0]
+        forwarded(case.engine, batch, with_reference=False)
     base = reset_peak()
     ratio = case.largest_initial_ratio()
     case.set_adapters()
@@ -318,6 +340,14 @@ def bars(results: dict[str, list[Measurement]]) -> list[Bar]:
         at_most("lockstep: collectives / two calls", ours.gathers / usual.gathers, 1 / 20),
         at_most("lockstep: invalidations", ours.invalidations, 0),
         at_most("lockstep: saved activations / SFT", ours.saved_bytes / sft.saved_bytes, 1.05),
+        at_most("three streams: bytes / SFT with the same adapters",
+                first["three streams"].gathered_bytes / first["SFT, same adapters"].gathered_bytes, 1.0),
+        at_most("three streams: collectives / SFT", first["three streams"].gathers / sft.gathers, 1.0),
+        at_most("three streams: saved activations / SFT", first["three streams"].saved_bytes / sft.saved_bytes, 1.05),
+        at_most("policy and value: bytes / SFT with the same adapters",
+                first["policy and value"].gathered_bytes / first["SFT, same adapters"].gathered_bytes, 1.01),
+        at_most("streams: invalidations",
+                sum(first[name].invalidations for name in ("three streams", "policy and value")), 0),
         at_most("cached: |bytes / SFT - 1|", abs(cached.gathered_bytes / sft.gathered_bytes - 1), 0.0),
         at_most("cached: |collectives / SFT - 1|", abs(cached.gathers / sft.gathers - 1), 0.0),
         at_most("cached: saved activations / SFT", cached.saved_bytes / sft.saved_bytes, 1.0),

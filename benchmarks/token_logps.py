@@ -166,12 +166,11 @@ def step(case: Case, name: str, pair: bool) -> Tensor:
     """Forward and backward once; the log-probs of supervised tokens."""
     case.hidden_ND.grad = None
     if name in OURS:
-        reference_ND = case.reference_ND if pair else None
-        logps_N, _ = token_logps(
+        logps_N, *_ = token_logps(
             case.hidden_ND,
             case.weight_VD,
             case.targets_N,
-            reference_hidden_ND=reference_ND,
+            others_ND=[case.reference_ND] if pair else [],
             chunk_bytes=OURS[name][case.hidden_ND.device.type],
         )
         logps_N.backward(case.upstream_N)

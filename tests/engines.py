@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from toy import UFT, objective, toy_model, toy_step
+from toy import UFT, forwarded, logps_by_name, objective, toy_model, toy_step
 
 from uft_ds.checkpoint.shards import Shards, shard_name, write_shard
 from uft_ds.checkpoint.state import Position, TrainerState
@@ -66,7 +66,7 @@ def accumulate(engine: Engine, batches: list[MicroBatch], uft: Objective) -> tup
     terms = count_terms(uft, toy_step().responses)
     total = torch.zeros(())
     for number, batch in enumerate(batches):
-        loss, _ = micro_batch_loss(uft, batch, terms, *engine(batch))
+        loss, _ = micro_batch_loss(uft, batch, terms, forwarded(engine, batch))
         engine.backward(loss, is_last=number == len(batches) - 1)
         total += loss.detach()
     grads = {n: safe_get_full_grad(p).clone() for n, p in engine.module.named_parameters() if p.requires_grad}
@@ -81,7 +81,7 @@ def single_process(folder: Path, loss: str, **options: object) -> tuple[dict[str
     total = 0.0
     for sequence in step.sequences:
         batch = micro_batch([sequence])
-        share, _ = micro_batch_loss(uft, batch, terms, *model(batch))
+        share, _ = micro_batch_loss(uft, batch, terms, logps_by_name(model, batch))
         share.backward()
         total += float(share.detach())
     grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}

@@ -1,18 +1,24 @@
 """Toy sequences, a policy whose adapters are not zero, and the step they make: shared by many tests."""
 
+from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from tiny import VOCAB_SIZE, build_tiny_model
+from torch import Tensor
 
 from uft_ds.data.example import KINDS, Kind, Response, Sequence
+from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.data.mixture import Step
+from uft_ds.engine.engine import Engine
+from uft_ds.objectives.implicit_reward import logps_of
 from uft_ds.objectives.objective import KindObjective, Objective
 from uft_ds.streams.adapters import add_adapters, start_from_adapter
 from uft_ds.streams.load import load_base
 from uft_ds.streams.model import ReferenceMode, UFTModel
+from uft_ds.streams.stream import Stream
 
 
 def objective(loss: str = "mse", beta: float = 0.1, **shared: Any) -> Objective:
@@ -58,8 +64,12 @@ def toy_model(
     reference_adapter: Path | None = None,
     trains_head: bool = False,
     chunk_bytes: int | None = None,
+    further: Seq[Stream] = (),
 ) -> UFTModel:
-    """The model in `folder` with adapters; B drawn with `b_std`, so that log-ratios are of order 1."""
+    """The model in `folder` with adapters; B drawn with `b_std`, so that log-ratios are of order 1.
+
+    further: streams beside policy and reference, each with an adapter of its own, drawn from its name.
+    """
     base = load_base(
         str(folder), revision=None, dtype=dtype, attention=attention, gradient_checkpointing=gradient_checkpointing
     )
@@ -71,10 +81,63 @@ def toy_model(
                 parameter.data = (torch.randn(parameter.shape, generator=generator) * b_std).to(lora_dtype)
     if reference_adapter is not None:
         start_from_adapter(policy, reference_adapter)
+    for stream in further:
+        add_drawn_adapter(policy, stream)
     base.get_output_embeddings().weight.requires_grad_(trains_head)
     return UFTModel(
-        policy, reference_mode=reference_mode, activation_offload=activation_offload, chunk_bytes=chunk_bytes
+        policy,
+        further=further,
+        reference_mode=reference_mode,
+        activation_offload=activation_offload,
+        chunk_bytes=chunk_bytes,
     )
+
+
+def add_drawn_adapter(policy: Any, stream: Stream) -> None:
+    """An adapter for the stream, trained or frozen as it is; all else keeps its `requires_grad`."""
+    assert stream.adapter is not None
+    requires_grad = {name: parameter.requires_grad for name, parameter in policy.named_parameters()}
+    policy.add_adapter(stream.adapter, policy.peft_config["default"], autocast_adapter_dtype=False)
+    generator = torch.Generator().manual_seed(sum(stream.adapter.encode()))
+    for name, parameter in policy.named_parameters():
+        if f".{stream.adapter}." in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+            parameter.requires_grad = stream.trained
+        else:
+            parameter.requires_grad = requires_grad[name]
+
+
+def streams_of(model: UFTModel, *names: str) -> tuple[Stream, ...]:
+    """By default policy and reference."""
+    return tuple(model.streams[name] for name in names or ("policy", "reference"))
+
+
+def token_logps(model: UFTModel, batch: MicroBatch, *names: str) -> tuple[Tensor, ...]:
+    """Log-probs of tokens, by default of policy and reference: [supervised tokens] each."""
+    outputs = model(batch, streams_of(model, *names))
+    return tuple(outputs[stream.name].token_logps_N for stream in streams_of(model, *names))
+
+
+def logps_through_logits(model: UFTModel, batch: MicroBatch) -> Tensor:
+    """Log-probs of tokens under the policy, by Hugging Face's own logits."""
+    return model(batch, streams_of(model, "policy"), through_logits=True)["policy"].token_logps_N
+
+
+def logps_by_name(model: UFTModel, batch: MicroBatch, *names: str) -> dict[str, Tensor]:
+    """Sums over each response's tokens, by default of policy and reference, as `micro_batch_loss` takes them."""
+    return logps_of(model(batch, streams_of(model, *names)), batch)
+
+
+def both(model: UFTModel, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    """Sums over each response's tokens, policy and reference."""
+    logps = logps_by_name(model, batch)
+    return logps["policy"], logps["reference"]
+
+
+def forwarded(engine: Engine, batch: MicroBatch, *, with_reference: bool = True) -> dict[str, Tensor]:
+    """What an engine's streams say of each response, as `micro_batch_loss` takes it."""
+    names = ("policy", "reference") if with_reference else ("policy",)
+    return logps_of(engine(batch, [engine.streams[name] for name in names]), batch)
 
 
 def toy_policy(folder: Path, *, targets: Any = "all-linear", seed: int = 1, dtype: torch.dtype = torch.float32) -> Any:

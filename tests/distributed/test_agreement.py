@@ -11,7 +11,7 @@ import torch
 from engines import REAL_PARTITIONING
 from ranks import run_on_ranks
 from tiny import build_tiny_model
-from toy import UFT, toy_model, toy_step
+from toy import UFT, forwarded, toy_model, toy_step
 
 from uft_ds.data.packing import rank_micro_batches
 from uft_ds.engine.engine import Engine, StepResult, deepspeed_config, partitioned_loading, read_deepspeed_file
@@ -59,10 +59,10 @@ def one_step(engine: Engine, poison: Poison) -> StepResult:
     total = torch.zeros((), dtype=torch.float64)
     for number, batch in enumerate(batches):
         is_poisoned = engine.rank == 1 and number == 0
-        logps_R, reference_logps_R = engine(batch)
+        logps = forwarded(engine, batch)
         if poison == "gradient" and is_poisoned:
-            logps_R.register_hook(infinite_in_one_place)
-        loss, _ = micro_batch_loss(UFT, batch, terms, logps_R, reference_logps_R)
+            logps["policy"].register_hook(infinite_in_one_place)
+        loss, _ = micro_batch_loss(UFT, batch, terms, logps)
         if poison == "loss" and is_poisoned:
             loss = loss * float("nan")
         engine.backward(loss, is_last=number == len(batches) - 1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from engines import REAL_PARTITIONING, UNEVEN, accumulate, assert_same_step, engine_of, single_process
 from ranks import run_on_ranks
-from toy import UFT, build, objective, toy_model, toy_step
+from toy import UFT, build, forwarded, objective, toy_model, toy_step
 
 from uft_ds.data.micro_batch import micro_batch
 from uft_ds.data.packing import rank_micro_batches
@@ -57,7 +57,7 @@ def poisoned_steps(folder: Path) -> object:
     batch = rank_micro_batches(step, tokens_per_micro_batch=512, rank=engine.rank, world_size=2)[0]
     outcomes, weights = [], []
     for poison in (False, True, False):
-        loss, _ = micro_batch_loss(UFT, batch, terms, *engine(batch))
+        loss, _ = micro_batch_loss(UFT, batch, terms, forwarded(engine, batch))
         engine.backward(loss * (float("nan") if poison and engine.rank == 1 else 1.0), is_last=True)
         outcomes.append(engine.step(1e-2))
         with engine.gathered_trainable() as named:
@@ -71,11 +71,11 @@ def clean_steps(folder: Path) -> object:
     terms = count_terms(UFT, toy_step().responses)
     batch = rank_micro_batches(toy_step(), tokens_per_micro_batch=512, rank=engine.rank, world_size=2)[0]
     for _ in range(2):
-        loss, _ = micro_batch_loss(UFT, batch, terms, *engine(batch))
+        loss, _ = micro_batch_loss(UFT, batch, terms, forwarded(engine, batch))
         engine.backward(loss, is_last=True)
         engine.step(1e-2)
         with engine.evaluating():
-            engine(batch)  # leaves prefetched parameters in flight
+            forwarded(engine, batch)  # leaves prefetched parameters in flight
         with engine.gathered_trainable() as named:
             assert all(value.numel() > 0 for value in named.values())
     with engine.gathered_trainable() as named:

@@ -10,7 +10,7 @@ import torch
 from engines import engine_of
 from ranks import run_on_ranks
 from tiny import build_tiny_model
-from toy import toy_model, toy_step
+from toy import forwarded, logps_through_logits, toy_model, toy_step
 
 from uft_ds.data.micro_batch import micro_batch
 
@@ -33,7 +33,8 @@ def gathers_of_the_head(folder: Path, trains_head: bool) -> list[int]:
     counts: list[int] = []
     for _ in range(3):
         fetched.clear()
-        logps_R, _ = engine(micro_batch(sequences[engine.rank :: engine.world_size]), with_reference=not trains_head)
+        batch = micro_batch(sequences[engine.rank :: engine.world_size])
+        logps_R = forwarded(engine, batch, with_reference=not trains_head)["policy"]
         counts = [sum(module is head for module in fetched)]
         engine.backward(logps_R.sum(), is_last=True)
         counts.append(sum(module is head for module in fetched))
@@ -54,7 +55,8 @@ def head_gradient(folder: Path) -> dict[str, torch.Tensor]:
 
     engine = engine_of(folder, trains_head=True)
     sequences = toy_step().sequences
-    logps_R, _ = engine(micro_batch(sequences[engine.rank :: engine.world_size]), with_reference=False)
+    batch = micro_batch(sequences[engine.rank :: engine.world_size])
+    logps_R = forwarded(engine, batch, with_reference=False)["policy"]
     engine.backward(logps_R.sum(), is_last=True)
     return {name: safe_get_full_grad(p).clone() for name, p in engine.module.named_parameters() if p.requires_grad}
 
@@ -66,7 +68,7 @@ def test_a_trainable_head_is_sharded(tmp_path: Path, tied: bool, ranks: int) -> 
     build_tiny_model(tmp_path, "llama", tied=tied)
     model = toy_model(tmp_path, trains_head=True)
     for sequence in toy_step().sequences:
-        model.token_logps_through_logits(micro_batch([sequence])).sum().backward()
+        logps_through_logits(model, micro_batch([sequence])).sum().backward()
     expected = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     for grads in run_on_ranks(head_gradient, ranks, tmp_path):
         assert set(grads) == set(expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,17 @@ import torch
 from engines import engine_of
 from ranks import run_on_ranks
 from tiny import VOCAB_SIZE
-from toy import toy_model
+from toy import both, logps_by_name, toy_model
 
 from uft_ds.data.example import Kind, Response, Sequence
 from uft_ds.data.micro_batch import MicroBatch, micro_batch
 from uft_ds.data.mixture import Step
 from uft_ds.engine.engine import Engine
 from uft_ds.known.cache import Known
-from uft_ds.known.how import HowReference
 from uft_ds.objectives.objective import KindObjective, Objective, count_terms, micro_batch_loss
+from uft_ds.objectives.reference import HowReference
 from uft_ds.objectives.reward_shift import RewardShift, ShiftName
+from uft_ds.streams.stream import Stream
 from uft_ds.training.evaluate import evaluate
 from uft_ds.training.forwarding import Method
 from uft_ds.training.step import run_step
@@ -92,7 +94,7 @@ def definition(folder: Path, name: ShiftName) -> tuple[dict[str, torch.Tensor], 
 
     def log_ratio(sequence: Sequence) -> float:
         with torch.no_grad():
-            policy_R, reference_R = model(micro_batch([replace(sequence)]))
+            policy_R, reference_R = both(model, micro_batch([replace(sequence)]))
         return float(policy_R - reference_R)
 
     def beta(sequence: Sequence) -> float:
@@ -123,7 +125,7 @@ def definition(folder: Path, name: ShiftName) -> tuple[dict[str, torch.Tensor], 
     for unit in step.units:
         batch = micro_batch(unit)
         shifts_R = torch.tensor([shifts[id(sequence)] for sequence in unit])
-        loss, _ = micro_batch_loss(objective, batch, terms, *model(batch), shifts_R)
+        loss, _ = micro_batch_loss(objective, batch, terms, logps_by_name(model, batch), shifts_R)
         loss.backward()
         total += float(loss.detach())
     grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
@@ -227,9 +229,9 @@ def without_reference(folder: Path) -> Any:
     asked: list[bool] = []
     call = Engine.__call__
 
-    def recording(engine: Engine, batch: MicroBatch, **options: Any) -> Any:
-        asked.append(options.get("with_reference", True))
-        return call(engine, batch, **options)
+    def recording(engine: Engine, batch: MicroBatch, streams: Seq[Stream], **options: Any) -> Any:
+        asked.append(any(stream.name == "reference" for stream in streams))
+        return call(engine, batch, streams, **options)
 
     Engine.__call__ = recording  # type: ignore[method-assign]
     mode: HowReference = "lockstep" if REFERENCE_FREE.needs_reference else "none"  # as a run chooses it
@@ -242,10 +244,10 @@ def references_of_two_steps(folder: Path) -> Any:
     method = Method(engine, shifted("prompt_mean"), Known.of_reference("cached"), 64)
     forwarded = 0
 
-    def counting(batch: MicroBatch, streams: str = "both", **options: Any) -> Any:
+    def counting(batch: MicroBatch, streams: Seq[Stream], **options: Any) -> Any:
         nonlocal forwarded
-        forwarded += len(batch.responses) if streams != "policy" else 0
-        return call(batch, streams=streams, **options)
+        forwarded += len(batch.responses) if any(stream.name == "reference" for stream in streams) else 0
+        return call(batch, streams, **options)
 
     call, engine.deepspeed.forward = engine.deepspeed.forward, counting
     found = []
@@ -267,7 +269,7 @@ def test_no_reference_is_forwarded_where_no_loss_compares_with_it(tiny_qwen2: Pa
     terms, total = count_terms(REFERENCE_FREE, step.responses), 0.0
     for unit in step.units:
         batch = micro_batch(unit)
-        loss, _ = micro_batch_loss(REFERENCE_FREE, batch, terms, model(batch)[0], None)
+        loss, _ = micro_batch_loss(REFERENCE_FREE, batch, terms, logps_by_name(model, batch, "policy"))
         loss.backward()
         total += float(loss.detach())
     expected = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}

@@ -23,6 +23,25 @@ def test_lockstep_gathers_and_keeps_what_sft_does(folder: Path) -> None:
     assert lockstep.largest_initial_ratio == 0.0
 
 
+def test_invariant_9_gathered_bytes_and_saved_activations_of_three_streams_are_those_of_sft(folder: Path) -> None:
+    """Policy, bare base and a frozen adapter in one visit: the bytes of SFT with the same adapters, no lost trace."""
+    three, sft = (
+        run_on_ranks(measure, 2, folder, name, True, 1)[0] for name in ("three streams", "SFT, same adapters")
+    )
+    assert three.gathered_bytes == sft.gathered_bytes > 0
+    assert three.gathers == sft.gathers <= 12
+    assert three.invalidations == 0
+    assert three.saved_bytes == sft.saved_bytes > 0
+
+
+@pytest.mark.long
+def test_two_trained_streams_gather_what_one_does(folder: Path) -> None:
+    """Policy and value in one visit: but for the value's head of 256 weights, the bytes of SFT with two adapters."""
+    both, sft = (run_on_ranks(measure, 2, folder, n, True, 1)[0] for n in ("policy and value", "SFT, same adapters"))
+    assert sft.gathered_bytes <= both.gathered_bytes <= 1.01 * sft.gathered_bytes
+    assert both.invalidations == 0
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("gradient_checkpointing", [True, False], ids=["checkpointed", "plain"])
 def test_every_bar_holds(folder: Path, gradient_checkpointing: bool) -> None:

@@ -70,7 +70,7 @@ def naive(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def ours(case: Case, **options: Any) -> tuple[Tensor, Tensor]:
     hidden_ND = case.hidden_ND.clone().requires_grad_()
-    logps_N, _ = token_logps(hidden_ND, case.weight_VD, case.targets_N, bias=case.bias_V, **options)
+    (logps_N,) = token_logps(hidden_ND, case.weight_VD, case.targets_N, bias=case.bias_V, **options)
     logps_N.backward(case.upstream_N)
     assert hidden_ND.grad is not None
     return logps_N.detach(), hidden_ND.grad

@@ -14,7 +14,7 @@ from torch import Tensor
 from uft_ds.kernels import chunks, rows_torch, rows_triton
 from uft_ds.kernels.logits import UNCHANGED, LogitTransform
 from uft_ds.kernels.naive import naive_token_logps
-from uft_ds.kernels.rows import RowSums, no_columns_yet, sweeps_for, values_of
+from uft_ds.kernels.rows import RowSums, UpstreamRows, no_columns_yet, sweeps_for, values_of
 from uft_ds.kernels.token_logps import token_logps, token_logps_and_statistics
 
 CAPPED = LogitTransform(scale=0.5, softcap=5.0, temperature=1.3)
@@ -45,11 +45,9 @@ def sweep(
             tile_RW.clone(), targets_R, first, sums, transform, bias_W=bias_W, kept_rows=4, **options
         )
         left.append(out.clone())
-    others_R = sums.others_R / 1e3  # as large as the rest of its row
+    rows = UpstreamRows(sums.highest_R, sums.others_R / 1e3, scales_R)  # the others as large as the rest of its row
     for first, tile_RW, bias_W in tiles:
-        out = module.residuals(
-            tile_RW.clone(), targets_R, first, sums.highest_R, others_R, scales_R, transform, bias_W=bias_W, **options
-        )
+        out = module.residuals(tile_RW.clone(), targets_R, first, rows, transform, bias_W=bias_W, **options)
         left.append(out.clone())
     return sums, left
 
@@ -112,10 +110,10 @@ def test_log_probs_and_gradients(
         hidden_ND,
         weight_VD,
         targets_N,
-        reference_hidden_ND=hidden_ND.detach(),
+        others_ND=[hidden_ND.detach()],
         bias=bias_V,
+        transform=LogitTransform(**options),
         chunk_bytes=chunk_bytes,
-        **options,
     )
     assert torch.equal(logps_N, reference_N)
     inputs = [hidden_ND, weight_VD, bias_V] if trainable else [hidden_ND]
@@ -135,11 +133,12 @@ def test_extreme_logits_stay_finite() -> None:
     weight_VD = torch.tensor([[8192.0], [0.0], [-8192.0], [1.0]])
     hidden_ND = torch.ones(3, 1).requires_grad_()
     bias_V = torch.tensor([0.0, 0.0, 0.0, float("-inf")])
-    logps_N, _, statistics = token_logps_and_statistics(hidden_ND, weight_VD, torch.tensor([0, 1, 2]), bias=bias_V)
+    targets_N = torch.tensor([0, 1, 2])
+    (logps_N,), (statistics,) = token_logps_and_statistics(hidden_ND, weight_VD, targets_N, bias=bias_V)
     assert logps_N.tolist() == [0.0, -8192.0, -16384.0]
     assert statistics.entropy_N.tolist() == [0.0] * 3
     assert statistics.is_top1_N.tolist() == [True, False, False]
-    _, _, impossible = token_logps_and_statistics(hidden_ND, weight_VD, torch.tensor([3, 3, 3]), bias=bias_V)
+    _, (impossible,) = token_logps_and_statistics(hidden_ND, weight_VD, torch.tensor([3, 3, 3]), bias=bias_V)
     assert impossible.entropy_N.tolist() == [0.0] * 3
     (grad_ND,) = torch.autograd.grad(logps_N.sum(), hidden_ND)
     assert grad_ND.tolist() == [[0.0], [-8192.0], [-16384.0]]
@@ -154,7 +153,7 @@ def test_strided_inputs(trainable: bool) -> None:
     bias_V = torch.randn(97, 2, generator=generator)[:, 0]
     weight_VD = torch.randn(97, 8, generator=generator).requires_grad_(trainable)
     hidden_ND = torch.randn(8, 16, generator=generator).T.requires_grad_()
-    logps_N, _ = token_logps(hidden_ND, weight_VD, targets_N, bias=bias_V)
+    (logps_N,) = token_logps(hidden_ND, weight_VD, targets_N, bias=bias_V)
     true_N = naive_token_logps(hidden_ND, weight_VD, targets_N, bias_V)
     torch.testing.assert_close(logps_N, true_N, rtol=0, atol=1e-5)
     (grad_ND,) = torch.autograd.grad(logps_N.sum(), hidden_ND)

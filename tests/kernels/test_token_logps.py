@@ -11,7 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from uft_ds.kernels.frozen_head import attach
+from uft_ds.kernels.chunks import Head
+from uft_ds.kernels.forward import HeadOutput
+from uft_ds.kernels.frozen_head import attached, logps_and_gradients
+from uft_ds.kernels.logits import LogitTransform
 from uft_ds.kernels.naive import naive_logits, naive_token_logps
 from uft_ds.kernels.token_logps import IGNORED, token_logps, token_logps_and_statistics
 
@@ -73,14 +76,14 @@ def test_float64_is_the_definition_to_float64(
     if trainable:
         inputs += [tensor.requires_grad_() for tensor in (case.weight_VD, case.bias_V) if tensor is not None]
     true_N = naive_token_logps(case.hidden_ND, case.weight_VD, case.targets_N, case.bias_V, **options)
-    logps_N, reference_N, statistics = token_logps_and_statistics(
+    (logps_N, reference_N), (statistics, of_reference) = token_logps_and_statistics(
         case.hidden_ND,
         case.weight_VD,
         case.targets_N,
-        reference_hidden_ND=other.hidden_ND,
+        others_ND=[other.hidden_ND],
         bias=case.bias_V,
+        transform=LogitTransform(**options),
         chunk_bytes=chunk_bytes,
-        **options,
     )
     exactly: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
     torch.testing.assert_close(logps_N, true_N, **exactly)
@@ -90,11 +93,12 @@ def test_float64_is_the_definition_to_float64(
     true_grads = torch.autograd.grad(true_N, inputs, upstream_N)
     for grad, true_grad in zip(torch.autograd.grad(logps_N, inputs, upstream_N), true_grads, strict=True):
         torch.testing.assert_close(grad, true_grad, **exactly)
-    logits_NV = naive_logits(case.hidden_ND, case.weight_VD, case.bias_V, **options)
-    true_entropy_N = torch.distributions.Categorical(logits=logits_NV).entropy()
-    torch.testing.assert_close(statistics.entropy_N, true_entropy_N, **exactly)
-    assert torch.equal(statistics.is_top1_N, logits_NV.argmax(1) == case.targets_N)
-    assert not statistics.entropy_N.requires_grad
+    for hidden_ND, found in ((case.hidden_ND, statistics), (other.hidden_ND, of_reference)):
+        logits_NV = naive_logits(hidden_ND, case.weight_VD, case.bias_V, **options)
+        true_entropy_N = torch.distributions.Categorical(logits=logits_NV).entropy()
+        torch.testing.assert_close(found.entropy_N, true_entropy_N, **exactly)
+        assert torch.equal(found.is_top1_N, logits_NV.argmax(1) == case.targets_N)
+        assert not found.entropy_N.requires_grad
 
 
 @pytest.mark.parametrize("chunk_bytes", [WHOLE, TILED])
@@ -107,7 +111,10 @@ def test_gradcheck(trainable: bool, options: dict[str, float], chunk_bytes: int)
     hidden_ND, weight_VD, bias_V = (tensor.requires_grad_(trainable) for tensor in tensors if tensor is not None)
 
     def logps(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor) -> Tensor:
-        return token_logps(hidden_ND, weight_VD, case.targets_N, bias=bias_V, chunk_bytes=chunk_bytes, **options)[0]
+        transform = LogitTransform(**options)
+        return token_logps(
+            hidden_ND, weight_VD, case.targets_N, bias=bias_V, transform=transform, chunk_bytes=chunk_bytes
+        )[0]
 
     assert torch.autograd.gradcheck(logps, (hidden_ND.requires_grad_(), weight_VD, bias_V))
 
@@ -139,7 +146,7 @@ def test_any_shape(
     targets_N = torch.where(is_asked_N, case.targets_N, IGNORED)
     hidden_ND, weight_VD = case.hidden_ND.clone().requires_grad_(), case.weight_VD.clone().requires_grad_(trainable)
     logps_N, reference_N = token_logps(
-        hidden_ND, weight_VD, targets_N, reference_hidden_ND=case.hidden_ND, chunk_bytes=chunk_bytes
+        hidden_ND, weight_VD, targets_N, others_ND=[case.hidden_ND], chunk_bytes=chunk_bytes
     )
     assert torch.equal(logps_N, reference_N)
     (logps_N * case.upstream_N).sum().backward()
@@ -210,7 +217,7 @@ def test_the_same_call_gives_the_same_bits(trainable: bool, chunk_bytes: int) ->
         inputs = [case.hidden_ND.requires_grad_()]
         if trainable:
             inputs.append(case.weight_VD.requires_grad_())
-        logps_N, _ = token_logps(
+        (logps_N,) = token_logps(
             case.hidden_ND, case.weight_VD, case.targets_N, bias=case.bias_V, chunk_bytes=chunk_bytes
         )
         results.append([logps_N, *torch.autograd.grad(logps_N, inputs, case.upstream_N)])
@@ -227,24 +234,73 @@ def test_equal_reference_rows_give_exactly_equal_log_probs(rows: int, dtype: tor
         case.hidden_ND.clone().requires_grad_(),
         case.weight_VD,
         case.targets_N,
-        reference_hidden_ND=case.hidden_ND.clone(),
+        others_ND=[case.hidden_ND.clone()],
         chunk_bytes=chunk_of(rows, 1009),
     )
-    assert reference_logps_N is not None
     assert torch.equal(logps_N, reference_logps_N)
     assert logps_N.requires_grad
     assert not reference_logps_N.requires_grad
+
+
+@pytest.mark.parametrize("rows", [1, 64, 1000])
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_more_streams_change_no_bit_of_any(dtype: torch.dtype, trainable: bool, rows: int) -> None:
+    """Invariant 9 rests on it: a stream's log-probs, statistics and gradients are those of one or two streams."""
+    cases = [make_case((127, 61, 1009), dtype, seed=seed) for seed in range(4)]
+    first, weight_VD = cases[0].hidden_ND.requires_grad_(), cases[0].weight_VD.requires_grad_(trainable)
+    inputs = [first, weight_VD] if trainable else [first]
+
+    def results(count: int) -> list[list[Tensor]]:
+        logps, statistics = token_logps_and_statistics(
+            first,
+            weight_VD,
+            cases[0].targets_N,
+            others_ND=[case.hidden_ND for case in cases[1:count]],
+            chunk_bytes=chunk_of(rows, 1009),
+        )
+        gradients = torch.autograd.grad(logps[0], inputs, cases[0].upstream_N)
+        return [
+            [logps[0], *statistics[0], *gradients],
+            *([a, *b] for a, b in zip(logps[1:], statistics[1:], strict=True)),
+        ]
+
+    expected = results(2)
+    for count in (1, 3, 4):
+        for found, alone in zip(results(count), expected, strict=False):
+            assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, alone, strict=True))
+
+
+@pytest.mark.parametrize("chunk_bytes", [None, TILED])
+def test_statistics_change_no_bit_of_the_log_probs(chunk_bytes: int | None) -> None:
+    """A run that logs the entropy trains as one that does not, on a vocabulary that is cut too."""
+    case = make_case((200, 16, 20_011), torch.float32)
+    options: dict[str, Any] = {"others_ND": [case.hidden_ND], "chunk_bytes": chunk_bytes}
+    plain = token_logps(case.hidden_ND, case.weight_VD, case.targets_N, **options)
+    logps, _ = token_logps_and_statistics(case.hidden_ND, case.weight_VD, case.targets_N, **options)
+    assert all(torch.equal(a, b) for a, b in zip(plain, logps, strict=True))
+
+
+@pytest.mark.parametrize("rows", [1, 64, 1000])
+def test_two_streams_may_carry_gradients(rows: int) -> None:
+    """Their row gradients are bit for bit those of a call in which each is the first; a third stream has none."""
+    cases = [make_case((127, 61, 1009), torch.float32, seed=seed) for seed in range(3)]
+    hidden_states, head = [case.hidden_ND for case in cases], Head(cases[0].weight_VD, chunk_bytes=chunk_of(rows, 1009))
+    output = logps_and_gradients(hidden_states, head, cases[0].targets_N, with_gradients=2)
+    assert len(output.gradients) == 2
+    for number in range(2):
+        alone = logps_and_gradients([hidden_states[number]], head, cases[0].targets_N, with_gradients=1)
+        assert torch.equal(output.logps[number], alone.logps[0])
+        assert torch.equal(output.gradients[number], alone.gradients[0])
 
 
 def test_the_reference_is_computed_from_its_own_rows() -> None:
     """Each stream's log-probs are what a call with that stream alone gives, to the rounding of a larger matmul."""
     case, other = (make_case((29, 17, 101), torch.float32, seed=seed) for seed in (0, 1))
     policy_N, reference_N = token_logps(
-        case.hidden_ND, case.weight_VD, case.targets_N, reference_hidden_ND=other.hidden_ND, bias=case.bias_V
+        case.hidden_ND, case.weight_VD, case.targets_N, others_ND=[other.hidden_ND], bias=case.bias_V
     )
-    alone_N, nothing = token_logps(other.hidden_ND, case.weight_VD, case.targets_N)
-    assert nothing is None
-    assert reference_N is not None
+    (alone_N,) = token_logps(other.hidden_ND, case.weight_VD, case.targets_N)
     rounding: dict[str, Any] = {"rtol": 0, "atol": 64 * EPSILON[torch.float32]}
     torch.testing.assert_close(reference_N, alone_N, **rounding)
     torch.testing.assert_close(policy_N, token_logps(case.hidden_ND, case.weight_VD, case.targets_N)[0], **rounding)
@@ -258,10 +314,9 @@ def test_no_tokens_give_no_log_probs_and_a_zero_gradient(dtype: torch.dtype) -> 
     hidden_TD = case.hidden_ND.clone().requires_grad_()
     none_N = torch.zeros(0, dtype=torch.int64)
     logps_N, reference_logps_N = token_logps(
-        hidden_TD[none_N], case.weight_VD, none_N, reference_hidden_ND=case.hidden_ND[none_N], bias=case.bias_V
+        hidden_TD[none_N], case.weight_VD, none_N, others_ND=[case.hidden_ND[none_N]], bias=case.bias_V
     )
     assert logps_N.shape == (0,)
-    assert reference_logps_N is not None
     assert reference_logps_N.shape == (0,)
     (logps_N.sum() * 0.0).backward()
     assert hidden_TD.grad is not None
@@ -277,7 +332,7 @@ def test_extreme_logits_stay_finite(dtype: torch.dtype) -> None:
     big = 8192.0
     weight_VD = torch.tensor([[big, 0.0], [0.0, 1.0], [-big, 0.0]]).to(dtype)
     hidden_ND = torch.tensor([[1.0, 0.0]] * 3).to(dtype).requires_grad_()
-    logps_N, _ = token_logps(hidden_ND, weight_VD, torch.tensor([0, 1, 2]))
+    (logps_N,) = token_logps(hidden_ND, weight_VD, torch.tensor([0, 1, 2]))
     assert torch.equal(logps_N, torch.tensor([0.0, -big, -2 * big]))
     logps_N.sum().backward()
     assert hidden_ND.grad is not None
@@ -287,7 +342,7 @@ def test_extreme_logits_stay_finite(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("scale", [1e4, -1e4])
 def test_equal_extreme_logits_share_the_probability(scale: float) -> None:
     """Four logits of 1e4 (or -1e4) are four probabilities of 1/4: -log 4, to float32 rounding at 1e4 (1e-3)."""
-    logps_N, _ = token_logps(torch.ones(1, 1), torch.full((4, 1), scale), torch.tensor([2]))
+    (logps_N,) = token_logps(torch.ones(1, 1), torch.full((4, 1), scale), torch.tensor([2]))
     assert float(logps_N) == pytest.approx(-1.3862943611, abs=1e-3)
 
 
@@ -298,7 +353,7 @@ def test_backward_twice_gives_twice_the_gradient(trainable: bool) -> None:
     inputs = [case.hidden_ND.requires_grad_()]
     if trainable:
         inputs.append(case.weight_VD.requires_grad_())
-    logps_N, _ = token_logps(case.hidden_ND, case.weight_VD, case.targets_N, bias=case.bias_V)
+    (logps_N,) = token_logps(case.hidden_ND, case.weight_VD, case.targets_N, bias=case.bias_V)
     once = torch.autograd.grad(logps_N, inputs, case.upstream_N, retain_graph=True)
     logps_N.backward(case.upstream_N, retain_graph=True)
     logps_N.backward(case.upstream_N)
@@ -313,7 +368,7 @@ def test_a_second_derivative_is_refused(trainable: bool) -> None:
     case = make_case((7, 13, 97), torch.float32)
     hidden_ND = case.hidden_ND.clone().requires_grad_()
     weight_VD = case.weight_VD.requires_grad_(trainable)
-    logps_N, _ = token_logps(hidden_ND, weight_VD, case.targets_N)
+    (logps_N,) = token_logps(hidden_ND, weight_VD, case.targets_N)
     (grad_ND,) = torch.autograd.grad(logps_N.square().sum(), hidden_ND, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad_ND.sum().backward()
@@ -325,17 +380,20 @@ def test_inputs_are_left_as_they_were_and_a_frozen_head_gets_no_gradient() -> No
     before = make_case((7, 13, 97), torch.float32, with_bias=True)
     weight_VD = case.weight_VD
     hidden_ND = case.hidden_ND.requires_grad_()
-    logps_N, _ = token_logps(hidden_ND, weight_VD, case.targets_N, bias=case.bias_V, reference_hidden_ND=hidden_ND)
+    logps_N, _ = token_logps(hidden_ND, weight_VD, case.targets_N, bias=case.bias_V, others_ND=[hidden_ND])
     logps_N.sum().backward()
     assert weight_VD.grad is None
     for name in ("hidden_ND", "weight_VD", "targets_N", "bias_V"):
         assert torch.equal(getattr(case, name), getattr(before, name)), name
 
 
-def test_attach_scales_rows_by_the_gradient_from_above() -> None:
+def test_attached_scales_rows_by_the_gradient_from_above() -> None:
     """By hand: rows (1, 2) and (3, 4), upstream 10 and -1: gradients (10, 20) and (-3, -4)."""
     hidden_ND = torch.zeros(2, 2, requires_grad=True)
-    logps_N = attach(hidden_ND, torch.tensor([-0.5, -0.25]), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    logps = (torch.tensor([-0.5, -0.25]), torch.tensor([-1.0, -2.0]))
+    output = HeadOutput(logps, (torch.tensor([[1.0, 2.0], [3.0, 4.0]]),), ())
+    logps_N, other_N = attached([hidden_ND, torch.ones(2, 2)], output)
+    assert other_N is logps[1], "a stream without row gradients stays outside the graph"
     assert logps_N.tolist() == [-0.5, -0.25]
     logps_N.backward(torch.tensor([10.0, -1.0]))
     assert hidden_ND.grad is not None
@@ -365,17 +423,16 @@ def test_ignored_rows_are_not_computed() -> None:
     asked_N = torch.arange(40) % 5 < 2
     hidden_ND = torch.where(asked_N[:, None], case.hidden_ND, torch.nan).requires_grad_()
     targets_N = torch.where(asked_N, case.targets_N, IGNORED)
-    logps_N, reference_N, statistics = token_logps_and_statistics(
-        hidden_ND, case.weight_VD, targets_N, reference_hidden_ND=hidden_ND.detach()
+    (logps_N, reference_N), (statistics, of_reference) = token_logps_and_statistics(
+        hidden_ND, case.weight_VD, targets_N, others_ND=[hidden_ND.detach()]
     )
     logps_N.sum().backward()
-    alone_N, _, alone = token_logps_and_statistics(case.hidden_ND[asked_N], case.weight_VD, case.targets_N[asked_N])
+    (alone_N,), (alone,) = token_logps_and_statistics(case.hidden_ND[asked_N], case.weight_VD, case.targets_N[asked_N])
     torch.testing.assert_close(logps_N[asked_N], alone_N, rtol=0, atol=2e-6)
     torch.testing.assert_close(statistics.entropy_N[asked_N], alone.entropy_N, rtol=0, atol=2e-6)
     assert hidden_ND.grad is not None
     assert hidden_ND.grad.isfinite().all()
-    for values in (logps_N, reference_N, *statistics, hidden_ND.grad):
-        assert values is not None
+    for values in (logps_N, reference_N, *statistics, *of_reference, hidden_ND.grad):
         assert not values[~asked_N].any()
 
 
@@ -395,7 +452,7 @@ def test_autocast_changes_nothing(trainable: bool) -> None:
         case = make_case((20, 16, 97), torch.float32)
         inputs = [case.hidden_ND.requires_grad_(), case.weight_VD.requires_grad_(trainable)][: 1 + trainable]
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            logps_N, _ = token_logps(case.hidden_ND, case.weight_VD, case.targets_N, chunk_bytes=TILED)
+            (logps_N,) = token_logps(case.hidden_ND, case.weight_VD, case.targets_N, chunk_bytes=TILED)
             results.append([logps_N, *torch.autograd.grad(logps_N, inputs, case.upstream_N)])
     for plain, under_autocast in zip(*results, strict=True):
         assert torch.equal(plain, under_autocast)
@@ -405,7 +462,7 @@ def test_an_impossible_target_has_no_part_in_the_entropy() -> None:
     """A bias of -inf, as for padding entries of a vocabulary: log-prob -inf, entropy that of the others."""
     bias_V = torch.tensor([0.0, 0.0, float("-inf")])
     for chunk_bytes in (WHOLE, TILED):
-        logps_N, _, statistics = token_logps_and_statistics(
+        (logps_N,), (statistics,) = token_logps_and_statistics(
             torch.zeros(2, 4), torch.zeros(3, 4), torch.tensor([2, 0]), bias=bias_V, chunk_bytes=chunk_bytes
         )
         torch.testing.assert_close(logps_N, torch.tensor([float("-inf"), -0.6931472]))

@@ -11,26 +11,26 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from uft_ds.kernels.logits import LogitTransform
 from uft_ds.kernels.token_logps import IGNORED, token_logps, token_logps_and_statistics
 
 
 @pytest.mark.parametrize("chunk_bytes", [WHOLE, TILED])
 @pytest.mark.parametrize(
-    ("pair", "trainable", "asked", "matmuls"),
-    [(False, False, 80, 2), (True, False, 80, 3), (False, True, 80, 4), (False, False, 32, 2), (True, False, 32, 3)],
+    ("others", "trainable", "asked", "matmuls"),
+    [(0, False, 80, 2), (1, False, 80, 3), (0, True, 80, 4), (0, False, 32, 2), (1, False, 32, 3), (3, False, 32, 5)],
 )
-def test_the_number_of_matmuls(pair: bool, trainable: bool, asked: int, matmuls: int, chunk_bytes: int) -> None:
+def test_the_number_of_matmuls(others: int, trainable: bool, asked: int, matmuls: int, chunk_bytes: int) -> None:
     """Forward and backward, in units of asked rows x D x V, by torch's own count: nothing is computed twice."""
     case = make_case((80, 24, 512), torch.float32)
     targets_N = torch.where(torch.arange(80) % 5 < asked // 16, case.targets_N, IGNORED)
     hidden_ND = case.hidden_ND.clone().requires_grad_()
-    reference_ND = case.hidden_ND if pair else None
     with FlopCounterMode(display=False) as flops:
-        logps_N, _ = token_logps(
+        logps_N, *_ = token_logps(
             hidden_ND,
             case.weight_VD.requires_grad_(trainable),
             targets_N,
-            reference_hidden_ND=reference_ND,
+            others_ND=[case.hidden_ND] * others,
             chunk_bytes=chunk_bytes,
         )
         logps_N.sum().backward()
@@ -57,23 +57,24 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", [{}, {"softcap": 5.0}], ids=str)
 @pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
+@pytest.mark.parametrize("streams", [2, 3])
 def test_no_tensor_is_larger_than_it_may_be(
-    trainable: bool, options: dict[str, float], dtype: torch.dtype, chunk_bytes: int
+    streams: int, trainable: bool, options: dict[str, float], dtype: torch.dtype, chunk_bytes: int
 ) -> None:
     """All logits of a stream would be 1 MB: nothing larger than `chunk_bytes` or the results comes into being."""
     case = make_case((64, 96, 4096), dtype)
     hidden_ND, weight_VD = case.hidden_ND.requires_grad_(), case.weight_VD.requires_grad_(trainable)
     with LargestTensor(hidden_ND, weight_VD) as largest:
-        logps_N, _, _ = token_logps_and_statistics(
+        logps, _ = token_logps_and_statistics(
             hidden_ND,
             weight_VD,
             case.targets_N,
-            reference_hidden_ND=hidden_ND.detach(),
+            others_ND=[hidden_ND.detach()] * (streams - 1),
+            transform=LogitTransform(**options),
             chunk_bytes=chunk_bytes,
-            **options,
         )
-        logps_N.sum().backward()
-    own = weight_VD.numel() * weight_VD.element_size() if trainable else 2 * 64 * 96 * 4
+        logps[0].sum().backward()
+    own = weight_VD.numel() * weight_VD.element_size() if trainable else streams * 64 * 96 * 4
     assert largest.size <= max(chunk_bytes, own)
 
 

@@ -10,7 +10,7 @@ from cases import make_case, ours
 from torch import Tensor
 
 from uft_ds.kernels.chunks import Head, chunks_of, sweep_vocabulary
-from uft_ds.kernels.logits import UNCHANGED, LogitTransform
+from uft_ds.kernels.logits import LogitTransform
 from uft_ds.kernels.token_logps import IGNORED, token_logps
 
 
@@ -29,8 +29,8 @@ def test_shapes_that_do_not_belong_together_are_refused() -> None:
     hidden_ND, weight_VD, targets_N = case.hidden_ND, case.weight_VD, case.targets_N
     with pytest.raises(ValueError, match=r"^hidden: shape \[6, 8\], expected \[5, 8\] to go with 5 targets"):
         token_logps(hidden_ND, weight_VD, targets_N[:5])
-    with pytest.raises(ValueError, match=r"^reference_hidden: shape \[5, 8\], expected \[6, 8\]"):
-        token_logps(hidden_ND, weight_VD, targets_N, reference_hidden_ND=hidden_ND[:5])
+    with pytest.raises(ValueError, match=r"^others\[0\]: shape \[5, 8\], expected \[6, 8\]"):
+        token_logps(hidden_ND, weight_VD, targets_N, others_ND=[hidden_ND[:5]])
     with pytest.raises(ValueError, match=r"^bias: shape \[30\], expected \[31\]"):
         token_logps(hidden_ND, weight_VD, targets_N, bias=torch.zeros(30))
     with pytest.raises(ValueError, match=r"^hidden: shape \[6, 7\], expected \[6, 8\]"):
@@ -45,8 +45,8 @@ def test_types_that_do_not_belong_together_are_refused() -> None:
     """A reference in float32 beside a policy in bfloat16 would be rounded without a word."""
     case = make_case((6, 8, 31), torch.bfloat16)
     hidden_ND, weight_VD, targets_N = case.hidden_ND, case.weight_VD, case.targets_N
-    with pytest.raises(ValueError, match=r"^reference_hidden: torch.float32 on cpu, expected torch.bfloat16 on cpu"):
-        token_logps(hidden_ND, weight_VD, targets_N, reference_hidden_ND=hidden_ND.float())
+    with pytest.raises(ValueError, match=r"^others\[0\]: torch.float32 on cpu, expected torch.bfloat16 on cpu"):
+        token_logps(hidden_ND, weight_VD, targets_N, others_ND=[hidden_ND.float()])
     with pytest.raises(ValueError, match=r"^hidden: torch.float32 on cpu, expected torch.bfloat16 on cpu"):
         token_logps(hidden_ND.float(), weight_VD, targets_N)
     with pytest.raises(ValueError, match=r"^bias: torch.int64 on cpu, expected torch.bfloat16 on cpu"):
@@ -80,9 +80,8 @@ def test_a_target_that_no_tile_holds_gives_nan_where_targets_are_not_looked_at()
     """On a GPU a target outside the vocabulary is found by its NaN, in value and gradient; here, below the check."""
     case = make_case((3, 8, 31), torch.float32)
     targets_N = torch.tensor([5, 31, -7])
-    head = Head(case.weight_VD, None, UNCHANGED)
-    (chunk,) = chunks_of(case.hidden_ND, targets_N, None, 16)
-    values, gradients_CD = sweep_vocabulary(chunk, head, 16, with_gradients=True, with_entropy=False)
+    (chunk,) = chunks_of([case.hidden_ND], targets_N, 16)
+    values, gradients_CD = sweep_vocabulary(chunk, Head(case.weight_VD), 16, with_gradients=1, with_entropy=False)
     assert gradients_CD is not None
     assert values.logps_R[:3].isnan().tolist() == [False, True, True]
     assert gradients_CD.isnan().all(dim=1).tolist() == [False, True, True]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from uft_ds.data.packing import rank_micro_batches
 from uft_ds.errors import Stopped, UserError
 from uft_ds.known.cache import REFERENCE, REFERENCE_TABLE, Known, StreamValues, fill
 from uft_ds.known.store import ReferenceStore, read_table, write_table
+from uft_ds.objectives.implicit_reward import logps_of
+from uft_ds.streams.stream import BARE_BASE, Output, Stream
 from uft_ds.training.evaluate import known_sequences
 
 IDENTITY = "c" * 64
@@ -34,14 +37,18 @@ class CountingEngine:
     def __init__(self) -> None:
         self.forwarded: list[str] = []
         self.noise = 0.0
+        self.streams = {"reference": BARE_BASE}
 
     def micro_batches(self, step: Step, tokens: int) -> list[MicroBatch]:
         return rank_micro_batches(step, tokens_per_micro_batch=tokens, rank=0, world_size=1)
 
-    def reference_logps(self, batch: MicroBatch) -> Tensor:
+    def __call__(self, batch: MicroBatch, streams: Seq[Stream]) -> dict[str, Output]:
+        assert streams == [BARE_BASE]
         self.forwarded += [response.origin for response in batch.responses]
-        sums = torch.zeros(batch.num_responses, dtype=torch.float64)
-        return -sums.index_add(0, batch.response_of_N, batch.targets_N.double()) + self.noise
+        return {"reference": Output(-batch.targets_N.double())}
+
+    def reference_logps(self, batch: MicroBatch) -> Tensor:
+        return logps_of(self(batch, [BARE_BASE]), batch)["reference"] + self.noise
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         return values

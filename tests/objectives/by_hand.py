@@ -12,8 +12,9 @@ from torch import Tensor
 
 from uft_ds.data.example import KINDS, Kind, Response, Sequence
 from uft_ds.data.micro_batch import MicroBatch, micro_batch
-from uft_ds.objectives.implicit_reward import response_logps
+from uft_ds.objectives.implicit_reward import logps_of
 from uft_ds.objectives.objective import KindObjective, Objective, count_terms, micro_batch_loss
+from uft_ds.streams.stream import Output
 
 PROMPT_TOKENS = 3
 
@@ -59,11 +60,10 @@ def share(
     shifts_R: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`micro_batch_loss` from log-probs of tokens."""
-    policy_R = response_logps(logps_N, batch.response_of_N, batch.num_responses)
-    reference_R = None
+    outputs = {"policy": Output(logps_N)}
     if reference_N is not None:
-        reference_R = response_logps(reference_N, batch.response_of_N, batch.num_responses)
-    return micro_batch_loss(objective, batch, terms, policy_R, reference_R, shifts_R)
+        outputs["reference"] = Output(reference_N)
+    return micro_batch_loss(objective, batch, terms, logps_of(outputs, batch), shifts_R)
 
 
 def step_loss(

@@ -31,12 +31,13 @@ def single(kind: Kind, score: float, num_tokens: int, pair_id: int | None = None
 
 
 def metrics_of(
-    uft: Objective, sequences: list[Sequence], logps: list[float], reference: list[float] | None
+    uft: Objective, sequences: list[Sequence], policy: list[float], reference: list[float] | None
 ) -> tuple[float, dict[str, float]]:
     """The loss of a step that is one micro-batch, and its metrics."""
     batch = micro_batch(sequences)
-    logps_R, reference_R = values(*logps), None if reference is None else values(*reference)
-    loss, sums = micro_batch_loss(uft, batch, count_terms(uft, batch.responses), logps_R, reference_R)
+    logps_R, reference_R = values(*policy), None if reference is None else values(*reference)
+    logps = {"policy": logps_R} if reference_R is None else {"policy": logps_R, "reference": reference_R}
+    loss, sums = micro_batch_loss(uft, batch, count_terms(uft, batch.responses), logps)
     rows = response_rows(uft, batch, logps_R, reference_R, None)
     return loss.item(), step_metrics(uft, loss.item(), sums, rows)
 
@@ -100,7 +101,9 @@ def test_sums_of_ranks_may_be_added() -> None:
     uft, sequences = objective("l1"), [single("score", s, 1) for s in (0.1, 0.5, 0.8)]
     parts = []
     for part, logps in ((sequences[:2], values(4.0, -3.0)), (sequences[2:], values(1.0))):
-        _, sums = micro_batch_loss(uft, micro_batch(part), {"l1": 3}, logps, torch.zeros_like(logps))
+        _, sums = micro_batch_loss(
+            uft, micro_batch(part), {"l1": 3}, {"policy": logps, "reference": torch.zeros_like(logps)}
+        )
         assert sums.shape == (2, len(KINDS), len(LOSSES))
         parts.append(sums)
     _, whole = metrics_of(uft, sequences, [4.0, -3.0, 1.0], [0.0, 0.0, 0.0])

@@ -52,7 +52,8 @@ def sigmoid(x: float) -> float:
 
 def row(kind: Kind, score: float, reward: float, **values: Any) -> tuple[Any, ...]:
     """One response, of 4 tokens at beta 0.1 unless `values` say otherwise."""
-    named = {"pair": -1, "tokens": 4, "logp": -10.0, "log_ratio": reward / 0.1, "shift": 0.0} | values
+    named = {"pair": -1, "tokens": 4, "logp": -10.0, "log_ratio": reward / 0.1, "shift": 0.0}
+    named |= {"entropy": 6.0, "top1": 3.0} | values
     named = {"implicit_score": sigmoid(reward - named["shift"]), "pair_reward": reward} | named
     named |= {"kind": KINDS.index(kind), "score": score, "reward": reward}
     assert ROW.names is not None
@@ -195,7 +196,8 @@ def test_the_loss_is_a_function_of_the_pairs_margin(loss: str, numbers: list[tup
     ]
     batch, logps_R = micro_batch(sides_of), values(*(logp for logp, _ in numbers))
     reference_R = values(-20.0, -30.0) if uft.needs_reference else None
-    terms, _ = micro_batch_loss(uft, batch, {loss: 1}, logps_R, reference_R)
+    logps = {"policy": logps_R} if reference_R is None else {"policy": logps_R, "reference": reference_R}
+    terms, _ = micro_batch_loss(uft, batch, {loss: 1}, logps)
     margin = health(response_rows(uft, batch, logps_R, reference_R, None), uft)["pair_margin/pair"]
     gamma = 0.25 if loss == "simpo" else 0.0
     assert float(terms) == pytest.approx(float(-torch.nn.functional.logsigmoid(torch.tensor(margin - gamma))), 1e-4)
@@ -213,7 +215,19 @@ def test_odds_at_probability_one_are_large_and_finite() -> None:
 
 MIXED_TABLE = table(
     row("instruction", 1.0, 1.2345678901234, shift=-0.5, pair_reward=NAN),
-    row("pair", 0.9, 0.25, pair=0, tokens=17, logp=-1234.5678901, log_ratio=2.5, implicit_score=1.75, pair_reward=-9.5),
+    row(
+        "pair",
+        0.9,
+        0.25,
+        pair=0,
+        tokens=17,
+        logp=-1234.5678901,
+        log_ratio=2.5,
+        implicit_score=1.75,
+        pair_reward=-9.5,
+        entropy=11.25,
+        top1=16.0,
+    ),
     row("pair", 0.0, -1e-7, pair=0),
     row("binary", 0.0, NAN, log_ratio=NAN, logp=-3.0),
 )
@@ -229,7 +243,7 @@ def test_rows_as_csv_can_be_read_by_anyone(tmp_path: Path) -> None:
         lines = list(csv.DictReader(file))
     assert list(lines[0]) == [
         "origin", "kind", "pair", "score", "implicit_score", "implicit_reward", "reward_shift", "log_ratio", "logp",
-        "tokens", "pair_reward",
+        "tokens", "pair_reward", "entropy", "top1",
     ]  # fmt: skip
     assert [line["origin"] for line in lines] == ORIGINS
     assert [line["kind"] for line in lines] == ["instruction", "pair", "pair", "binary"]
@@ -276,6 +290,9 @@ def test_health_by_hand() -> None:
     assert found == {
         "responses/score": 4.0,
         "response_tokens/score": 4.0,
+        # 6 nats and 3 top-1 tokens of each of the four, over 16 tokens.
+        "entropy/score": 1.5,
+        "top1/score": 0.75,
         "implicit_reward/score": pytest.approx(0.5),
         "implicit_score/score": pytest.approx(sum(scores) / 4),
         "log_ratio/score": pytest.approx(5.0),
@@ -330,14 +347,33 @@ def test_rows_without_a_reference_have_no_rewards() -> None:
     found = health(
         table(*(row("instruction", 1.0, NAN, log_ratio=NAN, tokens=tokens) for tokens in (2, 4))), objective("nll")
     )
-    assert found == {"responses/instruction": 2.0, "response_tokens/instruction": 3.0}
+    assert found == {
+        "responses/instruction": 2.0,
+        "response_tokens/instruction": 3.0,
+        "entropy/instruction": pytest.approx(12 / 6),
+        "top1/instruction": pytest.approx(6 / 6),
+    }
+
+
+def test_entropy_and_top1_are_means_over_tokens_of_a_kind() -> None:
+    """Sums of 6 and 1 nats over 4 + 1 tokens: 7 / 5, not the mean of 1.5 and 1; top-1 of 3 + 0 tokens: 3 / 5. Another
+    kind plays no part; of rows that do not know them, as without a forward of ours, both are NaN."""
+    rows = table(
+        row("score", 1.0, 0.1),
+        row("score", 0.0, 0.1, tokens=1, entropy=1.0, top1=0.0),
+        row("instruction", 1.0, 0.1, entropy=NAN, top1=NAN),
+    )
+    found = health(rows, UFT)
+    assert (found["entropy/score"], found["top1/score"]) == pytest.approx((7 / 5, 3 / 5))
+    assert math.isnan(found["entropy/instruction"])
+    assert math.isnan(found["top1/instruction"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_name_is_there(kind: Kind) -> None:
     """Of four responses that differ, in two pairs, none is missing."""
     rows = table(*(row(kind, s, s - 0.3, pair=n // 2, tokens=n + 1) for n, s in enumerate([1.0, 0.2, 0.7, 0.1])))
-    expected = {"responses", "response_tokens"} | OF_THE_REFERENCE | OF_PAIRS
+    expected = {"responses", "response_tokens", "entropy", "top1"} | OF_THE_REFERENCE | OF_PAIRS
     assert set(health(rows, UFT)) == {f"{name}/{kind}" for name in expected}
 
 
@@ -513,6 +549,8 @@ def test_pairs_without_a_reference() -> None:
     assert health(rows, uft) == {
         "responses/pair": 4.0,
         "response_tokens/pair": 3.0,
+        "entropy/pair": 24 / 12,
+        "top1/pair": 12 / 12,
         "logp_chosen/pair": -6.5,
         "logp_rejected/pair": -3.5,
         "implicit_reward_chosen/pair": -0.5,

@@ -12,17 +12,18 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tiny import build_tiny_model
 from torch import Tensor
-from toy import saved_adapter, toy_model, toy_policy, toy_sequences
+from toy import both, logps_by_name, saved_adapter, token_logps, toy_model, toy_policy, toy_sequences
 from transformers import AutoModelForCausalLM
 
 from uft_ds.data.micro_batch import micro_batch
 from uft_ds.errors import UserError
-from uft_ds.streams.adapters import POLICY, REFERENCE, as_reference, start_from_adapter
+from uft_ds.streams.adapters import as_stream, start_from_adapter
 from uft_ds.streams.load import load_base
 from uft_ds.streams.model import UFTModel
+from uft_ds.streams.stream import BARE_BASE, POLICY_ADAPTER, REFERENCE_ADAPTER, Stream
 
 
-def test_as_reference_computes_the_base_and_comes_back_after_an_exception(tiny_qwen2: Path) -> None:
+def test_as_stream_computes_the_base_and_comes_back_after_an_exception(tiny_qwen2: Path) -> None:
     """Within the block: bit for bit the bare base; afterwards: the policy again, whatever happened inside."""
     policy: Any = toy_model(tiny_qwen2).policy
     bare = load_base(
@@ -39,7 +40,7 @@ def test_as_reference_computes_the_base_and_comes_back_after_an_exception(tiny_q
     within: list[Tensor] = []
 
     def interrupted() -> None:
-        with as_reference(policy):
+        with as_stream(policy, BARE_BASE):
             within.append(logits())
             assert {name: parameter.requires_grad for name, parameter in policy.named_parameters()} == requires_grad
             raise KeyError
@@ -52,14 +53,19 @@ def test_as_reference_computes_the_base_and_comes_back_after_an_exception(tiny_q
     assert not torch.equal(before, within[0])
 
 
-def test_as_reference_nests(tiny_qwen2: Path) -> None:
-    """Leaving an inner block leaves the outer one off: the flag that was there comes back, not `on`."""
+def test_as_stream_nests(tiny_qwen2: Path) -> None:
+    """Leaving an inner block leaves the outer one as it was: what was there comes back, not `on`."""
     policy: Any = toy_model(tiny_qwen2).policy
     layer = policy.get_base_model().model.layers[0].self_attn.q_proj
-    with as_reference(policy):
-        with as_reference(policy):
+    with as_stream(policy, BARE_BASE):
+        with as_stream(policy, BARE_BASE):
             assert layer.disable_adapters
         assert layer.disable_adapters
+        with as_stream(policy, Stream("third", "third")):
+            assert not layer.disable_adapters
+            assert layer.active_adapters == ["third"]
+        assert layer.disable_adapters
+        assert layer.active_adapters == ["default"]
     assert not layer.disable_adapters
 
 
@@ -138,9 +144,9 @@ def test_log_ratio_is_exactly_zero_from_a_reference_adapter(
     policy = toy_policy(tiny_qwen2, dtype=dtype, seed=9)
     start_from_adapter(policy, folder)
     batch = micro_batch(toy_sequences(3))
-    logps_R, reference_logps_R = UFTModel(policy, reference_mode=mode)(batch)
+    logps_R, reference_logps_R = both(UFTModel(policy, reference_mode=mode), batch)
     assert (logps_R - reference_logps_R).tolist() == [0.0] * len(batch.responses)
-    base_R, _ = toy_model(tiny_qwen2, b_std=0.0)(batch, streams="policy")
+    base_R = logps_by_name(toy_model(tiny_qwen2, b_std=0.0), batch, "policy")["policy"]
     assert (logps_R - base_R).abs().max() > 0.1
 
 
@@ -155,10 +161,10 @@ def test_the_reference_adapter_stays_while_the_policy_moves(tiny_qwen2: Path, tm
     assert trainable
     assert all(".default." in name for name in trainable)
     batch = micro_batch(toy_sequences(3))
-    model(batch)[0].sum().backward()
+    both(model, batch)[0].sum().backward()
     torch.optim.SGD(trainable.values(), lr=1e-2).step()
     assert {name for name, p in model.named_parameters() if p.requires_grad} == set(trainable)
-    logps_N, reference_logps_N = model.token_logps(batch)
+    logps_N, reference_logps_N = token_logps(model, batch)
     assert not torch.allclose(logps_N, reference_logps_N, atol=1e-2)
     plain: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_qwen2), folder).eval()
     with torch.no_grad():
@@ -181,7 +187,7 @@ def test_an_adapter_of_an_older_peft_is_accepted(tiny_qwen2: Path, tmp_path: Pat
     start_from_adapter(policy, folder)
     saved = load_file(folder / "adapter_model.safetensors")
     assert any(weight.abs().max() > 0 for name, weight in saved.items() if "lora_B" in name)
-    for adapter in (POLICY, REFERENCE):
+    for adapter in (POLICY_ADAPTER, REFERENCE_ADAPTER):
         loaded = get_peft_model_state_dict(policy, adapter_name=adapter)
         assert loaded.keys() == saved.keys()
         assert all(torch.equal(loaded[name], weight) for name, weight in saved.items())

@@ -14,7 +14,7 @@ import transformers.modeling_flash_attention_utils as hf_flash
 from flash_attn_stand_in import Call, flash_attn_varlen_func
 from tiny import build_tiny_model
 from torch import Tensor
-from toy import UFT, toy_model, toy_sequences
+from toy import UFT, both, logps_by_name, streams_of, toy_model, toy_sequences
 
 from uft_ds.data.micro_batch import micro_batch
 from uft_ds.objectives.objective import count_terms, micro_batch_loss
@@ -34,9 +34,10 @@ def calls() -> Iterator[list[Call]]:
 
 def step(model: UFTModel) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Log-ratios of the packed batch, reference log-probs, and the adapters' gradients of UFT's loss."""
-    logps_R, reference_logps_R = model(BATCH)
-    loss, _ = micro_batch_loss(UFT, BATCH, count_terms(UFT, BATCH.responses), logps_R, reference_logps_R)
+    logps = logps_by_name(model, BATCH)
+    loss, _ = micro_batch_loss(UFT, BATCH, count_terms(UFT, BATCH.responses), logps)
     loss.backward()
+    logps_R, reference_logps_R = logps["policy"], logps["reference"]
     gradients = {name: p.grad for name, p in model.named_parameters() if "lora_" in name and p.grad is not None}
     return (logps_R - reference_logps_R).detach(), reference_logps_R, gradients
 
@@ -110,7 +111,7 @@ def test_every_layer_gets_the_very_bounds(folder: Path, calls: list[Call], refer
     transformers' own derivations raise here.
     """
     model = toy_model(folder, attention="flash_attention_2", reference_mode=reference_mode)
-    model(BATCH)
+    both(model, BATCH)
     assert len(calls) == 2 * NUM_LAYERS
     assert [call.records_gradient for call in calls].count(True) == NUM_LAYERS
     for call in calls:
@@ -130,8 +131,8 @@ def test_one_stream_and_the_check_through_logits(tiny_qwen2: Path, calls: list[C
     """Policy alone, reference alone and Hugging Face's own forward: a call a layer each, the same bounds."""
     model = toy_model(tiny_qwen2, attention="flash_attention_2")
     with torch.no_grad():
-        for number, options in enumerate(({"streams": "policy"}, {"streams": "reference"}, {"through_logits": True})):
-            model(BATCH, **options)
+        for number, (name, through_logits) in enumerate((("policy", False), ("reference", False), ("policy", True))):
+            model(BATCH, streams_of(model, name), through_logits=through_logits)
             assert len(calls) == (number + 1) * NUM_LAYERS
     assert all(call.bounds_q is call.bounds_k is BATCH.bounds_S for call in calls)
 
@@ -140,7 +141,7 @@ def test_one_stream_and_the_check_through_logits(tiny_qwen2: Path, calls: list[C
 def test_a_single_sequence_takes_the_same_path(tiny_qwen2: Path, calls: list[Call], sequences: int) -> None:
     """Nothing is packed, yet the same kernel runs, with bounds of one sequence."""
     batch = micro_batch(toy_sequences(sequences))
-    toy_model(tiny_qwen2, attention="flash_attention_2")(batch)
+    both(toy_model(tiny_qwen2, attention="flash_attention_2"), batch)
     assert len(calls) == 2 * NUM_LAYERS
     assert all(call.bounds_q is batch.bounds_S and len(call.bounds_q) == 2 for call in calls)
 
@@ -150,7 +151,7 @@ def test_a_window_counts_the_query_itself(tmp_path: Path, calls: list[Call]) -> 
     for architecture, window, expected in (("mistral", WINDOW, (7, 7)), ("llama", None, (-1, -1))):
         calls.clear()
         folder = build_tiny_model(tmp_path / architecture, architecture, sliding_window=window)
-        toy_model(folder, attention="flash_attention_2")(BATCH)
+        both(toy_model(folder, attention="flash_attention_2"), BATCH)
         assert {call.window for call in calls} == {expected}
 
 
@@ -160,6 +161,6 @@ def test_a_bfloat16_base_reaches_flash_attn_in_bfloat16(
 ) -> None:
     """The real kernel takes half precision alone: adapters in float32 must not lift queries, keys or values."""
     model = toy_model(folder, dtype=torch.bfloat16, lora_dtype=lora_dtype, attention="flash_attention_2")
-    model(BATCH)
+    both(model, BATCH)
     assert len(calls) == 2 * NUM_LAYERS
     assert {call.dtype for call in calls} == {torch.bfloat16}

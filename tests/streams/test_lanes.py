@@ -15,7 +15,7 @@ import torch
 from peft import get_peft_model_state_dict
 from tiny import VOCAB_SIZE
 from torch import Tensor, nn
-from toy import UFT, toy_model, toy_sequences
+from toy import UFT, both, logps_by_name, toy_model, toy_sequences
 from transformers import AutoConfig, Qwen2MoeConfig
 
 from uft_ds.data.micro_batch import micro_batch
@@ -23,24 +23,22 @@ from uft_ds.errors import UserError
 from uft_ds.objectives.objective import count_terms, micro_batch_loss
 from uft_ds.streams import offload as activation_offload
 from uft_ds.streams.adapters import add_adapters
-from uft_ds.streams.lanes import ReferenceLane
+from uft_ds.streams.lanes import Lanes
 from uft_ds.streams.load import empty_base
 from uft_ds.streams.model import UFTModel
+from uft_ds.streams.stream import BARE_BASE, POLICY
 
 BATCH = micro_batch(toy_sequences(4))
 
 
-def step(model: UFTModel, **options: Any) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-    """Log-probs of both streams, and the adapters' gradients: of the UFT loss, or of the policy alone."""
+def step(model: UFTModel) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Log-probs of both streams, and the adapters' gradients of the UFT loss."""
     model.zero_grad()
-    logps_R, reference_logps_R = model(BATCH, **options)
-    if reference_logps_R is None:
-        logps_R.sum().backward()
-    else:
-        loss, _ = micro_batch_loss(UFT, BATCH, count_terms(UFT, BATCH.responses), logps_R, reference_logps_R)
-        loss.backward()
+    logps = logps_by_name(model, BATCH)
+    loss, _ = micro_batch_loss(UFT, BATCH, count_terms(UFT, BATCH.responses), logps)
+    loss.backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return logps_R.detach(), reference_logps_R, grads
+    return logps["policy"].detach(), logps["reference"], grads
 
 
 @contextmanager
@@ -75,23 +73,23 @@ def test_lockstep_equals_two_separate_forwards(folder: Path, gradient_checkpoint
 def test_each_stream_alone_equals_its_part_of_both(tiny_qwen2: Path) -> None:
     """Cached reference (policy alone) and cache filling (reference alone) change no bit of what is computed."""
     model = toy_model(tiny_qwen2)
-    both_R, reference_R = (value.detach() for value in model(BATCH))
-    policy_R, nothing = model(BATCH, streams="policy")
-    assert nothing is None
-    assert torch.equal(policy_R, both_R)
-    nothing, alone_R = model(BATCH, streams="reference")
-    assert nothing is None
-    assert torch.equal(alone_R, reference_R)
-    assert not alone_R.requires_grad
+    policy_R, reference_R = (value.detach() for value in both(model, BATCH))
+    alone = logps_by_name(model, BATCH, "policy")
+    assert list(alone) == ["policy"]
+    assert torch.equal(alone["policy"], policy_R)
+    alone = logps_by_name(model, BATCH, "reference")
+    assert list(alone) == ["reference"]
+    assert torch.equal(alone["reference"], reference_R)
+    assert not alone["reference"].requires_grad
 
 
 def test_evaluation_gives_the_same_log_probs(tiny_qwen2: Path) -> None:
     """Without gradients, in evaluation mode, nothing is stored for a backward and no bit changes."""
     model = toy_model(tiny_qwen2, gradient_checkpointing=True)
-    trained = [value.detach() for value in model(BATCH)]
+    trained = [value.detach() for value in both(model, BATCH)]
     model.eval()
     with torch.no_grad():
-        evaluated = model(BATCH)
+        evaluated = both(model, BATCH)
     assert all(torch.equal(a, b) for a, b in zip(trained, evaluated, strict=True))
 
 
@@ -113,7 +111,7 @@ def test_every_base_weight_is_visited_once(folder: Path, gradient_checkpointing:
     projections = {f"projection {i}": layer.self_attn.q_proj for i, layer in enumerate(decoder.layers)}
     calls: list[str] = []
     with watching(visited | projections, lambda name, _: calls.append(name)):
-        logps_R, _ = model(BATCH)
+        logps_R, _ = both(model, BATCH)
         forward = [name for name in calls if "projection" not in name]
         assert forward == ["embedding", *(f"layer {i}" for i in range(len(decoder.layers))), "norm", "head"]
         assert all(Counter(calls)[name] == 2 for name in projections)
@@ -125,7 +123,7 @@ def test_every_base_weight_is_visited_once(folder: Path, gradient_checkpointing:
 # ---- nothing of the reference is kept for the backward
 
 
-def saved_bytes(model: UFTModel, streams: Any) -> int:
+def saved_bytes(model: UFTModel, *names: str) -> int:
     """Bytes of activations that autograd holds between forward and backward, weights left out."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     sizes: dict[int, int] = {}
@@ -137,22 +135,22 @@ def saved_bytes(model: UFTModel, streams: Any) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        logps_R, _ = model(BATCH, streams=streams)
-    logps_R.sum().backward()
+        logps = logps_by_name(model, BATCH, *names)
+    logps["policy"].sum().backward()
     return sum(sizes.values())
 
 
-def live_hidden_states(model: UFTModel, streams: Any) -> int:
+def live_hidden_states(model: UFTModel, *names: str) -> int:
     """Hidden states, alone or stacked, in Python-visible tensors between forward and backward: what a closure keeps."""
     size = BATCH.token_ids_T.numel() * 64
     gc.freeze()  # what there is already: it is much, and other tests' objects may raise on a look
     try:
-        logps_R, _ = model(BATCH, streams=streams)
+        logps = logps_by_name(model, BATCH, *names)
         gc.collect()
         live = sum(o.numel() // size for o in gc.get_objects() if type(o) is Tensor and o.numel() % size == 0)
     finally:
         gc.unfreeze()
-    logps_R.sum().backward()
+    logps["policy"].sum().backward()
     return live
 
 
@@ -160,8 +158,8 @@ def live_hidden_states(model: UFTModel, streams: Any) -> int:
 def test_no_reference_state_is_kept_for_the_backward(folder: Path, gradient_checkpointing: bool) -> None:
     """Lockstep saves as many bytes of activations as the policy alone (SFT), and no tensor outlives its layer."""
     model = toy_model(folder, gradient_checkpointing=gradient_checkpointing)
-    assert saved_bytes(model, "both") == saved_bytes(model, "policy") > 0
-    assert live_hidden_states(model, "both") == live_hidden_states(model, "policy")
+    assert saved_bytes(model, "policy", "reference") == saved_bytes(model, "policy") > 0
+    assert live_hidden_states(model, "policy", "reference") == live_hidden_states(model, "policy")
 
 
 def test_activation_offload_keeps_numbers_and_leaves_weights(tiny_qwen2: Path, monkeypatch: Any) -> None:
@@ -208,7 +206,7 @@ def test_no_adapter_state_leaks_and_no_flag_flips(tiny_qwen2: Path) -> None:
 
     with watching({"down": layer.mlp.down_proj}, look):
         with pytest.raises(KeyError):
-            model(BATCH)
+            both(model, BATCH)
         assert not layer.mlp.down_proj.disable_adapters
         again = step(model)
     assert disabled == [True, True, False, False], "reference (raises), reference, policy, policy recomputed"
@@ -225,7 +223,7 @@ def test_names_are_those_of_the_plain_model(tiny_qwen2: Path) -> None:
     with torch.no_grad():
         for parameter in lockstep.parameters():
             parameter.zero_()
-    assert torch.equal(twin(BATCH)[0], separate(BATCH)[0]), "the copy must not run the original's weights"
+    assert torch.equal(both(twin, BATCH)[0], both(separate, BATCH)[0]), "the copy must not run the original's weights"
     prompt = {"input_ids": torch.arange(3, 20)[None], "max_new_tokens": 5, "do_sample": False}
     tokens = [m.policy.eval().generate(**prompt).tolist() for m in (twin, separate)]
     assert tokens[0] == tokens[1]
@@ -239,8 +237,8 @@ def test_a_cache_is_not_made_by_mistake(tiny_qwen2: Path) -> None:
     decoder.layers[0].register_forward_pre_hook(
         lambda _, args, kwargs: seen.append((kwargs["past_key_values"], kwargs["use_cache"])), with_kwargs=True
     )
-    for streams in ("both", "policy", "reference"):
-        model(BATCH, streams=streams)
+    for names in (("policy", "reference"), ("policy",), ("reference",)):
+        logps_by_name(model, BATCH, *names)
     assert seen == [(None, False)] * 3
 
 
@@ -261,9 +259,9 @@ def test_layers_not_shown_to_work_are_refused() -> None:
 def test_a_lane_carries_only_the_newest_state(tiny_qwen2: Path) -> None:
     """After the forward the lane holds the last layer's output, [1, tokens, hidden], without gradient."""
     model = toy_model(tiny_qwen2)
-    lane = ReferenceLane()
+    lanes = Lanes((POLICY, BARE_BASE))
     config = AutoConfig.from_pretrained(tiny_qwen2)
-    model._decode(model.policy.get_base_model(), BATCH, lane=lane)
-    assert lane.hidden_1TD is not None
-    assert lane.hidden_1TD.shape == (1, BATCH.token_ids_T.numel(), config.hidden_size)
-    assert not lane.hidden_1TD.requires_grad
+    model._decode(model.policy.get_base_model(), BATCH, lanes=lanes)
+    assert list(lanes.hidden) == ["reference"]
+    assert lanes.hidden["reference"].shape == (1, BATCH.token_ids_T.numel(), config.hidden_size)
+    assert not lanes.hidden["reference"].requires_grad

@@ -13,7 +13,17 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
-from toy import UFT, objective, toy_model, toy_policy, toy_sequences
+from toy import (
+    UFT,
+    logps_by_name,
+    logps_through_logits,
+    objective,
+    streams_of,
+    token_logps,
+    toy_model,
+    toy_policy,
+    toy_sequences,
+)
 from transformers import AutoModelForCausalLM
 
 from uft_ds.data.example import Response, Sequence
@@ -63,7 +73,7 @@ def loss_and_gradients(
     total = 0.0
     for group in groups or [range(len(sequences))]:
         batch = micro_batch([sequences[i] for i in group])
-        loss, _ = micro_batch_loss(uft, batch, terms, *model(batch))
+        loss, _ = micro_batch_loss(uft, batch, terms, logps_by_name(model, batch))
         loss.backward()
         total += loss.item()
     return total, adapter_gradients(model)
@@ -97,7 +107,7 @@ def test_packed_sequences_never_attend_to_each_other(
     """
     model = toy_model(folder, gradient_checkpointing=gradient_checkpointing, attention=attention)
     sequences = toy_sequences(4)
-    packed_N, packed_reference_N = model.token_logps(micro_batch(sequences))
+    packed_N, packed_reference_N = token_logps(model, micro_batch(sequences))
     policy = plain_policy(folder, model, torch.float32)
     with torch.no_grad():
         alone_N = torch.cat([alone(policy, sequence) for sequence in sequences])
@@ -108,8 +118,8 @@ def test_packed_sequences_never_attend_to_each_other(
 
     changed = 1
     mutant = Sequence((sequences[changed].token_ids_T + 17) % 250 + 3, sequences[changed].responses)
-    mutant_N, mutant_reference_N = model.token_logps(
-        micro_batch([*sequences[:changed], mutant, *sequences[changed + 1 :]])
+    mutant_N, mutant_reference_N = token_logps(
+        model, micro_batch([*sequences[:changed], mutant, *sequences[changed + 1 :]])
     )
     sizes = [sum(response.num_tokens for response in sequence.responses) for sequence in sequences]
     for before_N, after_N in ((packed_N, mutant_N), (packed_reference_N, mutant_reference_N)):
@@ -125,8 +135,8 @@ def test_order_in_the_micro_batch_does_not_matter(folder: Path) -> None:
     model, sequences = toy_model(folder), toy_sequences(4)
     sizes = [sum(response.num_tokens for response in sequence.responses) for sequence in sequences]
     with torch.no_grad():
-        forward = model.token_logps(micro_batch(sequences))[0].split(sizes)
-        backward = model.token_logps(micro_batch(sequences[::-1]))[0].split(sizes[::-1])
+        forward = token_logps(model, micro_batch(sequences))[0].split(sizes)
+        backward = token_logps(model, micro_batch(sequences[::-1]))[0].split(sizes[::-1])
     for one, other in zip(forward, backward[::-1], strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
@@ -148,12 +158,12 @@ def test_log_ratio_is_exactly_zero_before_the_first_step(
     """
     model = toy_model(folder, dtype=dtype, lora_dtype=lora_dtype, b_std=0.0, gradient_checkpointing=True)
     batch = micro_batch(toy_sequences(5))
-    logps_N, reference_logps_N = model.token_logps(batch)
+    logps_N, reference_logps_N = token_logps(model, batch)
     assert logps_N.dtype == reference_logps_N.dtype == torch.float32
     assert torch.equal(logps_N, reference_logps_N)
-    logps_R, reference_logps_R = model(batch)
-    assert (logps_R - reference_logps_R).tolist() == [0.0] * len(batch.responses)
-    loss, _ = micro_batch_loss(UFT, batch, count_terms(UFT, batch.responses), logps_R, reference_logps_R)
+    logps = logps_by_name(model, batch)
+    assert (logps["policy"] - logps["reference"]).tolist() == [0.0] * len(batch.responses)
+    loss, _ = micro_batch_loss(UFT, batch, count_terms(UFT, batch.responses), logps)
     assert loss.item() == pytest.approx(float((0.5 - batch.scores_R).square().mean()), rel=1e-6)
 
 
@@ -231,9 +241,8 @@ def test_own_path_equals_the_path_through_logits(folder: Path) -> None:
     """The check at the start compares these two: for a supported model they agree to 1e-5 nats."""
     model, batch = toy_model(folder), micro_batch(toy_sequences(3))
     with torch.no_grad():
-        own_N, nothing = model.token_logps(batch, streams="policy")
-        theirs_N = model.token_logps_through_logits(batch)
-    assert nothing is None
+        (own_N,) = token_logps(model, batch, "policy")
+        theirs_N = logps_through_logits(model, batch)
     torch.testing.assert_close(own_N, theirs_N, rtol=0, atol=1e-5)
 
 
@@ -247,17 +256,16 @@ def test_scaled_logits_are_seen_by_the_path_through_logits(tiny_qwen2: Path) -> 
         lambda module, inputs, output: output.__class__(logits=torch.tanh(output.logits))
     )
     with torch.no_grad():
-        difference_N = model.token_logps(batch, streams="policy")[0] - model.token_logps_through_logits(batch)
+        difference_N = token_logps(model, batch, "policy")[0] - logps_through_logits(model, batch)
     assert difference_N.abs().max() > 0.1
 
 
 def test_the_policy_is_not_changed_by_leaving_the_reference_out(tiny_qwen2: Path) -> None:
     """Supervised fine-tuning runs one stream; its log-probs are bit for bit those with both."""
     model, batch = toy_model(tiny_qwen2), micro_batch(toy_sequences(3))
-    both_N, reference_N = model.token_logps(batch)
-    only_N, nothing = model.token_logps(batch, streams="policy")
+    both_N, reference_N = token_logps(model, batch)
+    (only_N,) = token_logps(model, batch, "policy")
     assert torch.equal(both_N, only_N)
-    assert nothing is None
     assert not reference_N.requires_grad
 
 
@@ -266,7 +274,7 @@ def test_the_first_layer_sees_an_input_that_requires_grad(tiny_qwen2: Path) -> N
     model, seen = toy_model(tiny_qwen2), []
     first_layer = model.policy.get_base_model().get_decoder().layers[0]  # type: ignore[operator]
     first_layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].requires_grad))
-    model(micro_batch(toy_sequences(2)), streams="policy")
+    model(micro_batch(toy_sequences(2)), streams_of(model, "policy"))
     assert seen == [True]
 
 
@@ -277,7 +285,7 @@ def test_an_empty_micro_batch_gives_every_adapter_a_zero_gradient(
     """A rank with nothing left walks the whole graph back: zeros, not None, or ZeRO would wait for ever."""
     model = toy_model(tiny_qwen2, gradient_checkpointing=gradient_checkpointing)
     batch = micro_batch([])
-    loss, _ = micro_batch_loss(UFT, batch, {}, *model(batch))
+    loss, _ = micro_batch_loss(UFT, batch, {}, logps_by_name(model, batch))
     assert loss.item() == 0.0
     loss.backward()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -327,10 +335,10 @@ def test_a_head_with_a_bias_is_supported(tiny_qwen2: Path) -> None:
     head = nn.Linear(64, 259).requires_grad_(False)
     model, batch = UFTModel(with_head(tiny_qwen2, head)), micro_batch(toy_sequences(2))
     with torch.no_grad():
-        own_N = model.token_logps(batch, streams="policy")[0]
-        torch.testing.assert_close(own_N, model.token_logps_through_logits(batch), rtol=0, atol=1e-5)
+        own_N = token_logps(model, batch, "policy")[0]
+        torch.testing.assert_close(own_N, logps_through_logits(model, batch), rtol=0, atol=1e-5)
         head.bias.zero_()
-        assert not torch.allclose(own_N, model.token_logps(batch, streams="policy")[0])
+        assert not torch.allclose(own_N, token_logps(model, batch, "policy")[0])
 
 
 # ---- adapters and loading
@@ -410,7 +418,7 @@ def test_a_micro_batch_moves_whole(tiny_qwen2: Path) -> None:
     batch = micro_batch(toy_sequences(2))
     moved = batch.to("meta")
     tensors = [value for value in vars(moved).values() if isinstance(value, Tensor)]
-    assert len(tensors) == 7
+    assert len(tensors) == 8
     assert all(tensor.device.type == "meta" for tensor in tensors)
     assert (moved.longest, moved.responses, moved.pairs) == (batch.longest, batch.responses, batch.pairs)
     assert isinstance(moved, MicroBatch)

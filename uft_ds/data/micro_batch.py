@@ -26,6 +26,7 @@ class MicroBatch:
     predictors_N: [supervised tokens], index of the position whose output predicts the token.
     targets_N: [supervised tokens], the token predicted.
     response_of_N: [supervised tokens], index into the responses.
+    last_R: [responses], index of the position of each response's last token.
     facts: by name, [responses] each, float32: the score, and what else one of the responses carries; `fact` reads it.
     bounds_S: [sequences + 1], int32, cumulative lengths; longest: the longest sequence, in tokens.
     responses: for kinds and origins; empty in the dummy of a rank that has nothing left to do.
@@ -38,6 +39,7 @@ class MicroBatch:
     predictors_N: Tensor
     targets_N: Tensor
     response_of_N: Tensor
+    last_R: Tensor
     facts: Mapping[str, Tensor]
     bounds_S: Tensor
     longest: int
@@ -86,6 +88,7 @@ def micro_batch(sequences: Seq[Sequence]) -> MicroBatch:
         predictors_N=torch.from_numpy(supervised - 1),
         targets_N=torch.from_numpy(token_ids[supervised]),
         response_of_N=torch.repeat_interleave(torch.arange(len(spans)), torch.tensor(lengths, dtype=torch.int64)),
+        last_R=torch.tensor([offset + r.end - 1 for offset, r in responses], dtype=torch.int64),
         facts=_columns([r for _, r in responses]),
         bounds_S=torch.from_numpy(offsets.astype(np.int32)),
         longest=max(s.num_tokens for s in sequences),

@@ -30,6 +30,8 @@ from uft_ds.engine.ranks import Ranks, current_ranks
 from uft_ds.engine.zero_section import check_zero_section
 from uft_ds.errors import UserError
 from uft_ds.host.process import returning_freed_memory
+from uft_ds.streams.model import UFTModel
+from uft_ds.streams.stream import Output, Stream
 
 T = TypeVar("T")
 
@@ -157,7 +159,7 @@ class Engine:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: UFTModel,
         config: dict[str, Any],
         *,
         layer_class: type | None,
@@ -184,6 +186,8 @@ class Engine:
         trainable = [parameter for group in self._groups for parameter in group.parameters]
         dtypes = {parameter.dtype for parameter in trainable}
         optimizer = torch.optim.AdamW(optimizer_groups(self._groups), lr=0.0, betas=betas, weight_decay=weight_decay)
+        self.streams: Mapping[str, Stream] = model.streams
+        """What this model can forward, by name."""
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         # For small facts of the hosts: over NCCL they would wait for the GPU's queue.
         self._hosts = torch.distributed.new_group(backend="gloo", timeout=timedelta(minutes=collective_timeout_minutes))
@@ -225,24 +229,18 @@ class Engine:
         return self._ranks.world_size
 
     def __call__(
-        self, micro_batch: MicroBatch, *, with_reference: bool = True, through_logits: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """Forward one micro-batch: log-probs of its responses under policy and reference.
+        self, micro_batch: MicroBatch, streams: Seq[Stream], *, through_logits: bool = False
+    ) -> dict[str, Output]:
+        """Forward one micro-batch, in one visit of the weights: what each stream makes of it, by the stream's name.
 
-        Every rank must call it the same number of times, with the same options.
+        Every rank must call it the same number of times, with the same streams and options.
 
-        Returns:
-            [responses] each, nats, float64; the reference without gradient, or None.
+        Args:
+            streams: of `self.streams`.
+            through_logits: one stream by Hugging Face's own forward; for the check at the start.
         """
-        streams = "both" if with_reference else "policy"
-        output: tuple[Tensor, Tensor | None] = self._engine(micro_batch, streams=streams, through_logits=through_logits)
-        return output
-
-    def reference_logps(self, micro_batch: MicroBatch) -> Tensor:
-        """Forward the reference alone: [responses], nats, float64. Every rank must call it the same number of times."""
-        _, reference_logps_R = self._engine(micro_batch, streams="reference")
-        logps: Tensor = reference_logps_R
-        return logps
+        outputs: dict[str, Output] = self._engine(micro_batch, streams, through_logits=through_logits)
+        return outputs
 
     def micro_batches(self, step: Step, tokens_per_micro_batch: int) -> list[MicroBatch]:
         """This rank's part of a step, on its device; the same number on every rank."""

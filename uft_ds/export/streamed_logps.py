@@ -22,7 +22,7 @@ from uft_ds.data.micro_batch import micro_batch
 from uft_ds.errors import UserError
 from uft_ds.host.process import returning_freed_memory
 from uft_ds.objectives.implicit_reward import response_logps
-from uft_ds.streams.adapters import POLICY
+from uft_ds.streams.stream import POLICY_ADAPTER
 from uft_ds.streams.weight_files import WeightFiles
 
 _ROWS = 128
@@ -43,7 +43,7 @@ def with_adapter(model: Any, adapter: Path) -> PeftModel:
     policy: PeftModel = PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True)
     for name, tensor in load_file(adapter / "adapter_model.safetensors").items():
         # PEFT has moved them to where the base's weights are, which is nowhere.
-        linear = policy.get_submodule(f"{name.removesuffix('.weight')}.{POLICY}")
+        linear = policy.get_submodule(f"{name.removesuffix('.weight')}.{POLICY_ADAPTER}")
         linear.weight = nn.Parameter(tensor.float(), requires_grad=False)
     return policy.eval()
 

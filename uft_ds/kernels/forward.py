@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from uft_ds.kernels.rows import RowValues, joined, no_columns_yet, values_of
 
 
 class TokenStatistics(NamedTuple):
-    """By-products of the policy's log-probs, without gradient. [N] each."""
+    """By-products of a stream's log-probs, without gradient. [N] each."""
 
     entropy_N: Tensor
     """Of the distribution over the vocabulary, float32, nats."""
@@ -22,75 +23,60 @@ class TokenStatistics(NamedTuple):
 
 
 class HeadOutput(NamedTuple):
-    """What a head makes of hidden states."""
+    """What a head makes of hidden states, stream by stream in the order of the call."""
 
-    logps_N: Tensor
-    """Policy, float32, nats."""
-    gradients_ND: Tensor | None
-    """d logp / d hidden of the policy, in the hidden states' dtype; None where not asked for."""
-    reference_logps_N: Tensor | None
-    statistics: TokenStatistics | None
+    logps: tuple[Tensor, ...]
+    """[N] each, float32, nats."""
+    gradients: tuple[Tensor, ...]
+    """d logp / d hidden of the first streams, as many as were asked for: [N, D] each, in the hidden states' dtype."""
+    statistics: tuple[TokenStatistics, ...]
+    """Of each stream; empty where not asked for."""
 
 
 @torch.no_grad()
 def forward_pass(
-    hidden_ND: Tensor,
-    head: Head,
-    targets_N: Tensor,
-    reference_hidden_ND: Tensor | None,
-    *,
-    with_gradients: bool,
-    with_statistics: bool,
-    chunk_bytes: int | None,
-) -> tuple[HeadOutput, RowValues]:
-    """All tokens, chunk by chunk, linked to nothing; the second result is the policy's.
+    hidden_states: Seq[Tensor], head: Head, targets_N: Tensor, *, with_gradients: int, with_statistics: bool
+) -> tuple[HeadOutput, list[RowValues]]:
+    """All tokens, chunk by chunk, linked to nothing; the second result is each stream's.
 
+    Args:
+        hidden_states: of each stream, [N, D]; at least one.
+        with_gradients: of so many streams, from the first on.
     Raises:
         ValueError: shapes, types or devices that do not belong together.
         IndexError: a target outside the vocabulary, on CPU. On a GPU, which would have to be waited for, its log-prob
             becomes NaN.
     """
-    check_inputs(hidden_ND, head, targets_N, reference_hidden_ND, chunk_bytes)
+    check_inputs(hidden_states, head, targets_N)
     _check_targets(targets_N, len(head.weight_VD))
-    dtype, device = accumulation_dtype(hidden_ND.dtype), hidden_ND.device
-    gradients_ND = torch.empty_like(hidden_ND) if with_gradients else None
-    policy_parts = [values_of(no_columns_yet(0, dtype, device, with_entropy=with_statistics))]
-    reference_parts = [*policy_parts]
-    streams = 1 if reference_hidden_ND is None else 2
-    tile = head.tile(len(targets_N), streams, chunk_bytes, with_entropy=with_statistics)
-    for chunk in chunks_of(hidden_ND, targets_N, reference_hidden_ND, tile.rows):
+    like_ND = hidden_states[0]
+    dtype, device = accumulation_dtype(like_ND.dtype), like_ND.device
+    gradients = tuple(torch.empty_like(hidden_ND) for hidden_ND in hidden_states[:with_gradients])
+    none = values_of(no_columns_yet(0, dtype, device, with_entropy=with_statistics))
+    parts: list[list[RowValues]] = [[none] for _ in hidden_states]
+    tile = head.tile(len(targets_N), len(hidden_states))
+    for chunk in chunks_of(hidden_states, targets_N, tile.rows):
         with without_autocast(device):
-            values, gradients_CD = sweep_vocabulary(
+            values, gradients_KD = sweep_vocabulary(
                 chunk, head, tile.width, with_gradients=with_gradients, with_entropy=with_statistics
             )
-        policy_parts.append(values.at(chunk.policy_rows))
-        if reference_hidden_ND is not None:
-            reference_parts.append(values.at(chunk.reference_rows))
-        if gradients_ND is not None and gradients_CD is not None:
-            gradients_ND[chunk.tokens] = gradients_CD
-    policy = joined(policy_parts)
-    output = HeadOutput(
-        policy.logps_R,
-        gradients_ND,
-        None if reference_hidden_ND is None else joined(reference_parts).logps_R,
-        None if policy.entropy_R is None else TokenStatistics(policy.entropy_R, policy.is_top1_R),
-    )
-    return output, policy
+        for number, of_stream in enumerate(parts):
+            of_stream.append(values.at(chunk.rows_of(number)))
+        if gradients_KD is not None:
+            for number, gradients_ND in enumerate(gradients):
+                gradients_ND[chunk.tokens] = gradients_KD[chunk.rows_of(number)]
+    streams = [joined(of_stream) for of_stream in parts]
+    statistics = tuple(TokenStatistics(s.entropy_R, s.is_top1_R) for s in streams if s.entropy_R is not None)
+    return HeadOutput(tuple(stream.logps_R for stream in streams), gradients, statistics), streams
 
 
-def check_inputs(
-    hidden_ND: Tensor,
-    head: Head,
-    targets_N: Tensor,
-    reference_hidden_ND: Tensor | None,
-    chunk_bytes: int | None,
-) -> None:
-    """Refuse what torch would broadcast, round, truncate or take for a mask without a word.
+def check_inputs(hidden_states: Seq[Tensor], head: Head, targets_N: Tensor) -> None:
+    """Refuse what torch would silently broadcast, round, truncate or take for a mask.
 
     Raises:
         ValueError: naming the argument, what it is and what it should be.
     """
-    weight_VD = head.weight_VD
+    weight_VD, chunk_bytes = head.weight_VD, head.chunk_bytes
     if weight_VD.ndim != 2 or len(weight_VD) == 0 or not weight_VD.is_floating_point():
         raise ValueError(
             f"weight: {weight_VD.dtype} of shape {list(weight_VD.shape)}, expected numbers of [vocabulary, hidden size]"
@@ -104,9 +90,10 @@ def check_inputs(
         raise ValueError(f"chunk_bytes: {chunk_bytes!r}, expected a positive whole number of bytes, or None")
     vocabulary, dim = weight_VD.shape
     tokens = len(targets_N)
-    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {"hidden": (hidden_ND, (tokens, dim))}
-    if reference_hidden_ND is not None:
-        expected["reference_hidden"] = (reference_hidden_ND, (tokens, dim))
+    names = ["hidden", *(f"others[{number}]" for number in range(len(hidden_states) - 1))]
+    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
+        name: (hidden_ND, (tokens, dim)) for name, hidden_ND in zip(names, hidden_states, strict=True)
+    }
     if head.bias_V is not None:
         expected["bias"] = (head.bias_V, (vocabulary,))
     for name, (tensor, shape) in expected.items():

@@ -4,12 +4,13 @@
 
 depends on the gradient from above by one factor per row. So it is computed where the logits are: two matmuls instead
 of three, and the backward needs neither weights nor logits. Two halves, because of ZeRO-3: `logps_and_gradients` runs
-without a graph inside the head's own forward, so that the head's weight is free again before the backward; `attach`
+without a graph inside the head's own forward, so that the head's weight is free again before the backward; `attached`
 links its results to the hidden states outside.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from typing import Any
 
 from torch import Tensor
@@ -17,42 +18,38 @@ from torch.autograd.function import Function, once_differentiable
 
 from uft_ds.kernels.chunks import Head
 from uft_ds.kernels.forward import HeadOutput, forward_pass
-from uft_ds.kernels.logits import UNCHANGED, LogitTransform
 
 
 def logps_and_gradients(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
+    hidden_states: Seq[Tensor],
+    head: Head,
     targets_N: Tensor,
     *,
-    reference_hidden_ND: Tensor | None = None,
-    bias_V: Tensor | None = None,
-    transform: LogitTransform = UNCHANGED,
-    with_gradients: bool = True,
+    with_gradients: int,
     with_statistics: bool = False,
-    chunk_bytes: int | None = None,
 ) -> HeadOutput:
-    """Log-probs of both streams, row by row with the policy's gradient; nothing is linked to the hidden states.
+    """Log-probs of all streams, row by row with the gradient of the first ones; nothing is linked to the hidden states.
 
-    Peak memory over inputs and results: `chunk_bytes` for a tile, and of a chunk of C tokens up to 3 C D numbers in
-    float32 for its gradients and a padded copy of its hidden states, of both streams.
+    Peak memory over inputs and results: `head.chunk_bytes` for a tile, and of a chunk of C tokens up to C D numbers in
+    float32 for the gradients of each stream that has them and a padded copy of all streams' hidden states.
+
+    Args:
+        hidden_states: of each stream, [N, D].
+        with_gradients: of so many streams, from the first on.
     """
     output, _ = forward_pass(
-        hidden_ND,
-        Head(weight_VD, bias_V, transform),
-        targets_N,
-        reference_hidden_ND,
-        with_gradients=with_gradients,
-        with_statistics=with_statistics,
-        chunk_bytes=chunk_bytes,
+        hidden_states, head, targets_N, with_gradients=with_gradients, with_statistics=with_statistics
     )
     return output
 
 
-def attach(hidden_ND: Tensor, logps_N: Tensor, gradients_ND: Tensor) -> Tensor:
-    """`logps_N` as a function of `hidden_ND` whose derivative, row by row, is `gradients_ND`."""
-    attached: Tensor = _Attach.apply(hidden_ND, logps_N, gradients_ND)
-    return attached
+def attached(hidden_states: Seq[Tensor], output: HeadOutput) -> tuple[Tensor, ...]:
+    """Each stream's log-probs, [N]: where the output has gradients, as a function of the stream's hidden states."""
+    linked = tuple(
+        _Attach.apply(hidden_ND, logps_N, gradients_ND)
+        for hidden_ND, logps_N, gradients_ND in zip(hidden_states, output.logps, output.gradients, strict=False)
+    )
+    return linked + output.logps[len(linked) :]
 
 
 class _Attach(Function):

@@ -37,11 +37,6 @@ class LogitTransform:
         if self.softcap is not None and (not _is_finite(self.softcap) or self.softcap <= 0):
             raise ValueError(f"softcap: {self.softcap!r}, expected a positive number, or None for no cap")
 
-    @classmethod
-    def of(cls, *, softcap: float | None, scale: float | None, temperature: float) -> LogitTransform:
-        """With None for a scale of 1."""
-        return cls(1.0 if scale is None else scale, softcap, temperature)
-
     @property
     def factor(self) -> float:
         """What multiplies the product where it is not capped, and its slope at 0 where it is."""

@@ -1,6 +1,6 @@
 """What one sweep over rows of logits leaves behind, tile of columns by tile of columns.
 
-R rows (tokens of the policy, then those of the reference), W columns of the tile (entries of the vocabulary).
+R rows (the tokens of each stream, stream after stream), W columns of the tile (entries of the vocabulary).
 Two implementations of the sweeps, `rows_torch` and `rows_triton`, keep these sums.
 """
 
@@ -35,7 +35,8 @@ class RowSums:
     target_R: Tensor
     """The target's logit; NaN until its column has been swept, so that a target outside the vocabulary is seen."""
     rescale_R: Tensor
-    """exp(highest before the last tile - highest now): what older sums over exp(logit - highest) are to be times."""
+    """exp(highest before the last tile - highest now): the factor by which earlier partial sums must be multiplied, as
+    in an online softmax."""
     weighted_R: Tensor | None
     """sum over the tokens but the target of exp(logit - highest) * (logit - highest); for the entropy."""
 
@@ -57,6 +58,19 @@ class RowValues(NamedTuple):
 
     def at(self, rows: slice) -> RowValues:
         return RowValues._make(None if values_R is None else values_R[rows] for values_R in self)
+
+
+class UpstreamRows(NamedTuple):
+    """What a backward must know of each row, once the sums over all columns are known: [rows], float32 each."""
+
+    highest_R: Tensor
+    others_R: Tensor
+    """As in `RowSums`."""
+    scales_R: Tensor
+    """Gradient from above / sum over all tokens of exp(logit - highest)."""
+
+    def at(self, rows: slice) -> UpstreamRows:
+        return UpstreamRows(self.highest_R[rows], self.others_R[rows], self.scales_R[rows])
 
 
 def no_columns_yet(num_rows: int, dtype: torch.dtype, device: torch.device, *, with_entropy: bool = False) -> RowSums:

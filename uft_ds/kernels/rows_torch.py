@@ -1,6 +1,6 @@
 """Sweeps over rows of logits in plain torch: the reference for `rows_triton`, and what CPUs run.
 
-R rows, W columns of a tile, K rows of the policy, which come first.
+R rows, W columns of a tile, K rows whose gradient is wanted, which come first.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from uft_ds.kernels.logits import LogitTransform
-from uft_ds.kernels.rows import RowSums
+from uft_ds.kernels.rows import RowSums, UpstreamRows
 
 
 def absorb_tile(
@@ -41,13 +41,20 @@ def absorb_tile(
     shift_R = sums.highest_R - highest_R
     sums.rescale_R.copy_(shift_R.exp())
     sums.highest_R.copy_(highest_R)
-    centred_RW = logits_RW.sub_(highest_R[:, None])
-    terms_RW = None if sums.weighted_R is None else centred_RW.clone()
-    exps_RW = centred_RW.exp_()
-    exps_RW[rows_R, columns_R] = torch.where(inside_R, 0.0, exps_RW[rows_R, columns_R])
-    if sums.weighted_R is not None and terms_RW is not None:
-        terms_RW.mul_(exps_RW).masked_fill_(exps_RW == 0, 0.0)  # 0 * -inf is NaN
-        sums.weighted_R.add_(shift_R * sums.others_R).mul_(sums.rescale_R).add_(terms_RW.sum(dim=1))
+    exps_RW = logits_RW.sub_(highest_R[:, None])
+    here_R = None if sums.weighted_R is None else torch.empty_like(highest_R)
+    # In blocks: the copy that the entropy needs is then an eighth of a tile, and stays in the cache.
+    block_rows = max(16, len(targets_R) // 8) if here_R is not None else len(targets_R)
+    for first in range(0, len(targets_R), block_rows):
+        block = slice(first, first + block_rows)
+        centred_BW = None if here_R is None else exps_RW[block].clone()
+        exps_BW = exps_RW[block].exp_()
+        places_B = rows_R[: len(exps_BW)], columns_R[block]
+        exps_BW[places_B] = torch.where(inside_R[block], 0.0, exps_BW[places_B])
+        if here_R is not None and centred_BW is not None:
+            here_R[block] = centred_BW.mul_(exps_BW).masked_fill_(exps_BW == 0, 0.0).sum(dim=1)  # 0 * -inf is NaN
+    if sums.weighted_R is not None and here_R is not None:
+        sums.weighted_R.add_(shift_R * sums.others_R).mul_(sums.rescale_R).add_(here_R)
     sums.others_R.mul_(sums.rescale_R).add_(exps_RW.sum(dim=1))
 
     kept_KW = exps_RW[:kept_rows]
@@ -60,9 +67,7 @@ def residuals(
     products_RW: Tensor,
     targets_R: Tensor,
     first_token: int,
-    highest_R: Tensor,
-    others_R: Tensor,
-    scales_R: Tensor,
+    rows: UpstreamRows,
     transform: LogitTransform,
     *,
     bias_W: Tensor | None,
@@ -72,17 +77,15 @@ def residuals(
 
     Args:
         products_RW: as for `absorb_tile`; overwritten.
-        highest_R, others_R: as in `RowSums`.
-        scales_R: gradient from above / sum over all tokens of exp(logit - highest).
         dtype: of the result.
     """
     logits_RW = transform.apply_(products_RW, bias_W)
     rows_R = torch.arange(len(targets_R), device=targets_R.device)
     inside_R, columns_R = _columns_of(targets_R, first_token, logits_RW.shape[1])
     slopes_RW = transform.slope(logits_RW)
-    residuals_RW = logits_RW.sub_(highest_R[:, None]).exp_().neg_()
-    residuals_RW[rows_R, columns_R] = torch.where(inside_R, others_R, residuals_RW[rows_R, columns_R])
-    return residuals_RW.mul_(scales_R[:, None]).mul_(slopes_RW).to(dtype)
+    residuals_RW = logits_RW.sub_(rows.highest_R[:, None]).exp_().neg_()
+    residuals_RW[rows_R, columns_R] = torch.where(inside_R, rows.others_R, residuals_RW[rows_R, columns_R])
+    return residuals_RW.mul_(rows.scales_R[:, None]).mul_(slopes_RW).to(dtype)
 
 
 def _columns_of(targets_R: Tensor, first_token: int, width: int) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from uft_ds.kernels.logits import LogitTransform
-from uft_ds.kernels.rows import RowSums
+from uft_ds.kernels.rows import RowSums, UpstreamRows
 
 MOST_COLUMNS = 4096
 """Per iteration: 16 values a thread. The kernel is bound by memory; larger blocks only cost registers."""
@@ -206,9 +206,7 @@ def residuals(
     products_RW: Tensor,
     targets_R: Tensor,
     first_token: int,
-    highest_R: Tensor,
-    others_R: Tensor,
-    scales_R: Tensor,
+    rows: UpstreamRows,
     transform: LogitTransform,
     *,
     bias_W: Tensor | None,
@@ -222,9 +220,7 @@ def residuals(
             products_RW if bias_W is None else bias_W,
             residuals_RW,
             targets_R,
-            highest_R,
-            others_R,
-            scales_R,
+            *rows,
             first_token,
             products_RW.shape[1],
             products_RW.stride(0),

@@ -9,8 +9,8 @@ import torch
 ROW_MULTIPLE = 16
 """Rows of a stream in a matmul are padded to this, because a row's place in a matmul must not change its bits.
 
-A BLAS computes rows in blocks, and the last rows of a matrix by other code. Policy and reference stand one below
-the other; padded, row i of both stands at the same place of a block (docs/findings.md, "equal rows").
+A BLAS computes rows in blocks, and the last rows of a matrix by other code. Streams stand one below the other;
+padded, row i of each stands at the same place of a block (docs/findings.md, "equal rows").
 """
 
 
@@ -31,9 +31,9 @@ class Budget:
     chunk_bytes: int
     """For everything that grows with a tile."""
     least_whole_rows: int
-    """Where fewer whole rows than this fit, policy's and reference's together, columns are cut too."""
+    """Where fewer whole rows than this fit, those of two streams together, columns are cut too."""
     most_cut_rows: int
-    """Rows of each stream where columns are cut."""
+    """Rows of each of two streams where columns are cut."""
 
 
 # CPU: tiles that fit a cache beat whole rows (benchmarks/token_logps.py on an AMD EPYC, November 2026). GPU: from the
@@ -52,10 +52,11 @@ def tile_of(
     bytes_per_logit: int = 4,
     bytes_per_column: int = 0,
 ) -> Tile:
-    """The tile for `num_tokens` rows of 1 or 2 streams that takes `chunk_bytes`, or 16 columns if that is too little.
+    """The tile for `num_tokens` rows of each stream that takes `chunk_bytes`, or 16 columns or rows if that is too
+    little.
 
-    Whether columns are cut, and how wide, does not depend on the number of streams: the policy's sums run in the
-    same order with the reference beside it and without.
+    Whether columns are cut, and how wide, does not depend on the number of streams: the sums of a stream run in the
+    same order with others beside it and without. From the third stream on there are fewer rows instead.
 
     Args:
         chunk_bytes: None for what suits the device.
@@ -69,6 +70,8 @@ def tile_of(
         return Tile(_balanced(num_tokens, whole_rows // streams), vocabulary)
     rows = _balanced(num_tokens, budget.most_cut_rows)
     width = budget_bytes // (bytes_per_logit * 2 * rows + bytes_per_column) // ROW_MULTIPLE * ROW_MULTIPLE
+    if streams > 2:
+        rows = _balanced(num_tokens, 2 * rows // streams)
     return Tile(rows, min(vocabulary, max(ROW_MULTIPLE, width)))
 
 

@@ -1,4 +1,4 @@
-"""Per-token log-probabilities of policy and reference from hidden states, without ever holding all logits.
+"""Per-token log-probabilities of one or more streams from hidden states, without ever holding all logits.
 
 N tokens, D hidden size, V vocabulary. The modules, from the outside in:
 
@@ -12,13 +12,15 @@ N tokens, D hidden size, V vocabulary. The modules, from the outside in:
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
+
 import torch
 from torch import Tensor
 
 from uft_ds.kernels.chunks import Head
 from uft_ds.kernels.forward import HeadOutput, TokenStatistics, check_inputs
-from uft_ds.kernels.frozen_head import attach, logps_and_gradients
-from uft_ds.kernels.logits import LogitTransform
+from uft_ds.kernels.frozen_head import attached, logps_and_gradients
+from uft_ds.kernels.logits import UNCHANGED, LogitTransform
 from uft_ds.kernels.trainable_head import differentiable_logps
 
 IGNORED = -100
@@ -30,41 +32,32 @@ def token_logps(
     weight_VD: Tensor,
     targets_N: Tensor,
     *,
-    reference_hidden_ND: Tensor | None = None,
+    others_ND: Seq[Tensor] = (),
     bias: Tensor | None = None,
-    softcap: float | None = None,
-    scale: float | None = None,
-    temperature: float = 1.0,
+    transform: LogitTransform = UNCHANGED,
     chunk_bytes: int | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """`naive_token_logps` for the policy, with gradient, and for the reference, without.
+) -> tuple[Tensor, ...]:
+    """`naive_token_logps` of several streams by one matmul a chunk: the first with gradient, the others without.
 
     Gradients flow to `hidden_ND`, and to `weight_VD` and `bias` where they require them: a frozen head is one that
     does not require a gradient. First derivatives only. All inputs have one dtype (but for `bias`) and one device.
+    Equal rows of two streams give equal bits.
 
     Args:
         targets_N: token ids, int64; a row with `IGNORED` is not computed: its log-prob and gradient are 0. (To find
-            such rows a GPU is waited for; not by `logps_and_gradients` and `attach`, which take asked rows only.)
-        bias: [V]. softcap, scale, temperature: see `LogitTransform`.
+            such rows a GPU is waited for; not by `logps_and_gradients` and `attached`, which take asked rows only.)
+        others_ND: hidden states of further streams, [N, D] each, without gradient.
+        bias: [V]. transform: what the model does to its logits.
         chunk_bytes: memory for logits. Enough of it for some hundred rows of the whole vocabulary, and whole rows are
             taken; less, and the vocabulary is cut into tiles too. None for what suits the device.
     Returns:
-        policy and reference log-probs, [N] each, nats; float32 whatever the inputs (float64 for float64).
+        a stream: [N], nats; float32 whatever the inputs (float64 for float64).
     Raises:
-        ValueError: shapes, types or devices that do not belong together, or a factor that makes no sense.
+        ValueError: shapes, types or devices that do not belong together.
         IndexError: a target outside the vocabulary, on CPU; on a GPU its log-prob and gradient are NaN.
     """
-    output = _head_output(
-        hidden_ND,
-        weight_VD,
-        targets_N,
-        reference_hidden_ND,
-        bias,
-        LogitTransform.of(softcap=softcap, scale=scale, temperature=temperature),
-        with_statistics=False,
-        chunk_bytes=chunk_bytes,
-    )
-    return output.logps_N, output.reference_logps_N
+    head = Head(weight_VD, bias, transform, chunk_bytes)
+    return _head_output([hidden_ND, *others_ND], head, targets_N, with_statistics=False).logps
 
 
 def token_logps_and_statistics(
@@ -72,91 +65,39 @@ def token_logps_and_statistics(
     weight_VD: Tensor,
     targets_N: Tensor,
     *,
-    reference_hidden_ND: Tensor | None = None,
+    others_ND: Seq[Tensor] = (),
     bias: Tensor | None = None,
-    softcap: float | None = None,
-    scale: float | None = None,
-    temperature: float = 1.0,
+    transform: LogitTransform = UNCHANGED,
     chunk_bytes: int | None = None,
-) -> tuple[Tensor, Tensor | None, TokenStatistics]:
-    """`token_logps`, and by the same sweep `TokenStatistics(entropy_N, is_top1_N)` of the policy; 0 where `IGNORED`."""
-    output = _head_output(
-        hidden_ND,
-        weight_VD,
-        targets_N,
-        reference_hidden_ND,
-        bias,
-        LogitTransform.of(softcap=softcap, scale=scale, temperature=temperature),
-        with_statistics=True,
-        chunk_bytes=chunk_bytes,
-    )
-    assert output.statistics is not None
-    return output.logps_N, output.reference_logps_N, output.statistics
+) -> tuple[tuple[Tensor, ...], tuple[TokenStatistics, ...]]:
+    """`token_logps`, and by the same sweep each stream's `TokenStatistics(entropy_N, is_top1_N)`; 0 where `IGNORED`."""
+    head = Head(weight_VD, bias, transform, chunk_bytes)
+    output = _head_output([hidden_ND, *others_ND], head, targets_N, with_statistics=True)
+    return output.logps, output.statistics
 
 
-def _head_output(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    targets_N: Tensor,
-    reference_hidden_ND: Tensor | None,
-    bias_V: Tensor | None,
-    transform: LogitTransform,
-    *,
-    with_statistics: bool,
-    chunk_bytes: int | None,
-) -> HeadOutput:
+def _head_output(hidden_states: Seq[Tensor], head: Head, targets_N: Tensor, *, with_statistics: bool) -> HeadOutput:
     """Of the rows that are asked for, spread over all rows again."""
-    check_inputs(hidden_ND, Head(weight_VD, bias_V, transform), targets_N, reference_hidden_ND, chunk_bytes)
+    check_inputs(hidden_states, head, targets_N)
     asked_N = targets_N != IGNORED
     if not asked_N.all():
         (rows_M,) = asked_N.nonzero(as_tuple=True)
-        output = _head_output(
-            hidden_ND.index_select(0, rows_M),
-            weight_VD,
-            targets_N[rows_M],
-            None if reference_hidden_ND is None else reference_hidden_ND.index_select(0, rows_M),
-            bias_V,
-            transform,
-            with_statistics=with_statistics,
-            chunk_bytes=chunk_bytes,
+        asked = [hidden_ND.index_select(0, rows_M) for hidden_ND in hidden_states]
+        return _spread(
+            _head_output(asked, head, targets_N[rows_M], with_statistics=with_statistics), rows_M, len(targets_N)
         )
-        return _spread(output, rows_M, len(targets_N))
-    trains_head = weight_VD.requires_grad or (bias_V is not None and bias_V.requires_grad)
-    if torch.is_grad_enabled() and trains_head:
-        return differentiable_logps(
-            hidden_ND,
-            weight_VD,
-            targets_N,
-            reference_hidden_ND=reference_hidden_ND,
-            bias_V=bias_V,
-            transform=transform,
-            with_statistics=with_statistics,
-            chunk_bytes=chunk_bytes,
-        )
+    if torch.is_grad_enabled() and head.is_trained:
+        return differentiable_logps(hidden_states, head, targets_N, with_gradients=1, with_statistics=with_statistics)
+    with_gradients = int(torch.is_grad_enabled() and hidden_states[0].requires_grad)
     output = logps_and_gradients(
-        hidden_ND,
-        weight_VD,
-        targets_N,
-        reference_hidden_ND=reference_hidden_ND,
-        bias_V=bias_V,
-        transform=transform,
-        with_gradients=torch.is_grad_enabled() and hidden_ND.requires_grad,
-        with_statistics=with_statistics,
-        chunk_bytes=chunk_bytes,
+        hidden_states, head, targets_N, with_gradients=with_gradients, with_statistics=with_statistics
     )
-    if output.gradients_ND is None:
-        return output
-    return output._replace(logps_N=attach(hidden_ND, output.logps_N, output.gradients_ND), gradients_ND=None)
+    return output._replace(logps=attached(hidden_states, output), gradients=())
 
 
 def _spread(output: HeadOutput, rows_M: Tensor, num_tokens: int) -> HeadOutput:
     def spread(values_M: Tensor) -> Tensor:
         return values_M.new_zeros(num_tokens).index_copy(0, rows_M, values_M)
 
-    logps_N, _, reference_logps_N, statistics = output
-    return HeadOutput(
-        spread(logps_N),
-        None,
-        None if reference_logps_N is None else spread(reference_logps_N),
-        None if statistics is None else TokenStatistics(*map(spread, statistics)),
-    )
+    statistics = tuple(TokenStatistics(*map(spread, of_stream)) for of_stream in output.statistics)
+    return HeadOutput(tuple(map(spread, output.logps)), (), statistics)

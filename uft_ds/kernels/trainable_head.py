@@ -6,6 +6,7 @@ known. Four matmuls: logits, logits again, the gradient of the hidden states, th
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -15,41 +16,37 @@ from torch.autograd.function import Function, once_differentiable
 
 from uft_ds.kernels.chunks import Chunk, Head, VocabularyTile, chunks_of
 from uft_ds.kernels.forward import HeadOutput, forward_pass
-from uft_ds.kernels.logits import UNCHANGED, LogitTransform, accumulation_dtype, mm_float32, without_autocast
-from uft_ds.kernels.rows import sweeps_for
+from uft_ds.kernels.logits import LogitTransform, accumulation_dtype, mm_float32, without_autocast
+from uft_ds.kernels.rows import RowValues, UpstreamRows, sweeps_for
 
 
 def differentiable_logps(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    targets_N: Tensor,
-    *,
-    reference_hidden_ND: Tensor | None = None,
-    bias_V: Tensor | None = None,
-    transform: LogitTransform = UNCHANGED,
-    with_statistics: bool = False,
-    chunk_bytes: int | None = None,
+    hidden_states: Seq[Tensor], head: Head, targets_N: Tensor, *, with_gradients: int, with_statistics: bool = False
 ) -> HeadOutput:
-    """Log-probs of both streams, the policy's as a function of hidden states, weight and bias.
+    """Log-probs of all streams, those of the first ones as a function of hidden states, weight and bias.
 
-    The reference's rows go through the weight as it is now: a reference with a head of its own needs a call of its
+    The other streams' rows go through the weight as it is now: a reference with a head of its own needs a call of its
     own. Under ZeRO-3 this must be called inside the module that owns the weight, with the parameter itself.
 
     Saved for the backward: hidden states, weight, bias and four numbers a token. Peak memory over inputs and results:
-    `chunk_bytes` for a tile, the weight's share of it among them, and the hidden states' gradient in float32.
+    `head.chunk_bytes` for a tile, the weight's share of it among them, and the hidden states' gradient in float32.
+
+    Args:
+        hidden_states: of each stream, [N, D].
+        with_gradients: so many streams carry a gradient, from the first on.
     """
-    output, policy = forward_pass(
-        hidden_ND.detach(),
-        Head(weight_VD.detach(), None if bias_V is None else bias_V.detach(), transform),
+    output, streams = forward_pass(
+        [hidden_ND.detach() for hidden_ND in hidden_states],
+        head.detached(),
         targets_N,
-        reference_hidden_ND,
-        with_gradients=False,
+        with_gradients=0,
         with_statistics=with_statistics,
-        chunk_bytes=chunk_bytes,
     )
-    sums = (policy.logps_R, policy.highest_R, policy.others_R, policy.total_R)
-    logps_N = _Recomputed.apply(hidden_ND, weight_VD, bias_V, targets_N, *sums, transform, chunk_bytes)
-    return output._replace(logps_N=logps_N)
+    linked = tuple(
+        _Recomputed.apply(hidden_ND, head.weight_VD, head.bias_V, targets_N, values, head.transform, head.chunk_bytes)
+        for hidden_ND, values in zip(hidden_states[:with_gradients], streams, strict=False)
+    )
+    return output._replace(logps=linked + output.logps[with_gradients:])
 
 
 class _Recomputed(Function):
@@ -62,29 +59,28 @@ class _Recomputed(Function):
         weight_VD: Tensor,
         bias_V: Tensor | None,
         targets_N: Tensor,
-        logps_N: Tensor,
-        highest_N: Tensor,
-        others_N: Tensor,
-        total_N: Tensor,
+        values: RowValues,
         transform: LogitTransform,
         chunk_bytes: int | None,
     ) -> Tensor:
         # The parameters themselves: ZeRO-3 frees their data after this and gathers it again before the backward.
-        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N, highest_N, others_N, total_N)
+        ctx.save_for_backward(
+            hidden_ND, weight_VD, bias_V, targets_N, values.highest_R, values.others_R, values.total_R
+        )
         ctx.transform, ctx.chunk_bytes = transform, chunk_bytes
-        return logps_N.clone()
+        return values.logps_R.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream_N: Tensor) -> tuple[Tensor | None, ...]:
         hidden_ND, weight_VD, bias_V, targets_N, highest_N, others_N, total_N = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        head = Head(weight_VD, bias_V, ctx.transform)
-        tile = head.tile(len(targets_N), 1, ctx.chunk_bytes, trains_weight=wants_weight)
-        chunks = list(chunks_of(hidden_ND, targets_N, None, tile.rows))
+        head = Head(weight_VD, bias_V, ctx.transform, ctx.chunk_bytes)
+        tile = head.tile(len(targets_N), 1, trains_weight=wants_weight)
+        chunks = list(chunks_of([hidden_ND], targets_N, tile.rows))
         dtype = accumulation_dtype(hidden_ND.dtype)
         sweeps = sweeps_for(hidden_ND.device, dtype)
-        rows = _Rows(highest_N, others_N, upstream_N / total_N)
+        rows = UpstreamRows(highest_N, others_N, upstream_N / total_N)
         grads = _Gradients(
             torch.zeros_like(hidden_ND, dtype=dtype) if wants_hidden else None,
             torch.empty_like(weight_VD) if wants_weight else None,
@@ -94,15 +90,7 @@ class _Recomputed(Function):
             for part in head.vocabulary_tiles(tile.width):
                 _add_tile(part, chunks, rows, grads, ctx.transform, sweeps)
         grad_hidden_ND = None if grads.hidden_ND is None else grads.hidden_ND.to(hidden_ND.dtype)
-        return grad_hidden_ND, grads.weight_VD, grads.bias_V, *[None] * 7
-
-
-class _Rows(NamedTuple):
-    """Of each token: `RowSums`, and the gradient from above over the sum of all exponentials."""
-
-    highest_N: Tensor
-    others_N: Tensor
-    scales_N: Tensor
+        return grad_hidden_ND, grads.weight_VD, grads.bias_V, *[None] * 4
 
 
 class _Gradients(NamedTuple):
@@ -115,7 +103,7 @@ class _Gradients(NamedTuple):
 def _add_tile(
     part: VocabularyTile,
     chunks: list[Chunk],
-    rows: _Rows,
+    rows: UpstreamRows,
     grads: _Gradients,
     transform: LogitTransform,
     sweeps: ModuleType,
@@ -131,9 +119,7 @@ def _add_tile(
             mm_float32(chunk.hidden_RD, part.weight_WD.T)[:num_tokens],
             chunk.targets_R[:num_tokens],
             part.first_token,
-            rows.highest_N[tokens],
-            rows.others_N[tokens],
-            rows.scales_N[tokens],
+            rows.at(tokens),
             transform,
             bias_W=part.bias_W,
             dtype=part.weight_WD.dtype,

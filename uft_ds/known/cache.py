@@ -23,8 +23,9 @@ from uft_ds.data.mixture import Step
 from uft_ds.engine.engine import Engine
 from uft_ds.errors import Stopped, UserError
 from uft_ds.host.signals import NEVER, Stop
-from uft_ds.known.how import HowReference, is_forwarded_each_time
 from uft_ds.known.store import LogpTable, ReferenceStore
+from uft_ds.objectives.implicit_reward import logps_of
+from uft_ds.objectives.reference import HowReference, is_forwarded_each_time
 
 REFERENCE_TABLE = "reference.safetensors"
 """In a checkpoint's folder."""
@@ -258,7 +259,8 @@ def fill(
             unknown = cache.unknown(group)
             if unknown.sequences:
                 for batch in engine.micro_batches(unknown, tokens_per_micro_batch):
-                    cache.resolve(batch, engine.reference_logps(batch))
+                    outputs = engine(batch, [engine.streams["reference"]])
+                    cache.resolve(batch, logps_of(outputs, batch)["reference"])
             computed = cache.learn(engine, group)
             if number % flush_every == 0:
                 flush()

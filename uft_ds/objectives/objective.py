@@ -154,22 +154,22 @@ def micro_batch_loss(
     objective: Objective,
     micro_batch: MicroBatch,
     num_terms: Mapping[str, int],
-    logps_R: Tensor,
-    reference_logps_R: Tensor | None,
+    logps: Mapping[str, Tensor],
     shifts_R: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The micro-batch's share of the step's loss, and the sums that it is made of.
 
     Args:
         num_terms: of each loss in the whole step.
-        logps_R: [responses], policy, nats, summed over tokens, float64, with gradient.
-        reference_logps_R: [responses], float64, or None where the objective needs none.
+        logps: by stream, [responses], nats, summed over tokens, float64: of "policy", with gradient, and of
+            "reference" where the objective needs one.
         shifts_R: [responses], float32, subtracted from the rewards of pointwise losses; None: 0.
     Returns:
         a scalar with gradient, also for a micro-batch without responses; and [2, kinds, losses], float64: of each
         loss's terms the sum, unweighted, and the number, which ranks and micro-batches may add up.
     """
-    rewards = None if reference_logps_R is None else rewards_of(objective, micro_batch, logps_R, reference_logps_R)
+    logps_R = logps["policy"]
+    rewards = rewards_of(objective, micro_batch, logps_R, logps["reference"]) if "reference" in logps else None
     loss = logps_R.sum().float() * 0.0  # every rank needs a graph to walk back, whatever it holds
     sums = torch.zeros(2, len(KINDS), len(LOSSES), dtype=torch.float64, device=logps_R.device)
     for name in objective.losses:

@@ -25,7 +25,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
 from uft_ds.planning.structure import ITEM_BYTES, Structure
-from uft_ds.streams.lanes import ReferenceLane, enable_lockstep
+from uft_ds.streams.lanes import Lanes, enable_lockstep
+from uft_ds.streams.stream import BARE_BASE, POLICY
 
 FLASH = "uft_planned_flash"
 """The stand-in for flash-attention, by its name among transformers' implementations."""
@@ -108,13 +109,13 @@ def _run(
         token_ids_1T = torch.zeros(1, tokens, dtype=torch.int64)
         positions_1T = torch.arange(tokens)[None]
         before = live.now
-        lane = {"lane": ReferenceLane()} if lockstep else {}
+        lanes = {"lanes": Lanes((POLICY, BARE_BASE))} if lockstep else {}
         with _saved(weights) as saved:
             hidden: Any = decoder(
-                input_ids=token_ids_1T, position_ids=positions_1T, use_cache=False, **lane
+                input_ids=token_ids_1T, position_ids=positions_1T, use_cache=False, **lanes
             ).last_hidden_state
         saved_bytes = sum(saved.sizes.values())
-        lane.clear()
+        lanes.clear()
         saved.held.clear()
         policy_1TD: Tensor = hidden[0] if lockstep else hidden
         del hidden  # the reference is done with before the backward

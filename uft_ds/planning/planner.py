@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from uft_ds.known.how import HowReference
+from uft_ds.objectives.reference import HowReference
 from uft_ds.planning import parts
 from uft_ds.planning.activations import Activations, activations_of
 from uft_ds.planning.compute import Flops, Time, least_time, step_flops

@@ -16,8 +16,9 @@ from torch import nn
 
 from uft_ds.errors import UserError
 from uft_ds.planning.gathers import Visit
-from uft_ds.streams.adapters import POLICY, REFERENCE, add_adapters
+from uft_ds.streams.adapters import add_adapters
 from uft_ds.streams.load import empty_base
+from uft_ds.streams.stream import POLICY_ADAPTER, REFERENCE_ADAPTER
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 """Of the types that a recipe knows."""
@@ -126,10 +127,10 @@ def structure_of(config: Any, lora: Lora) -> Structure:
             base, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dtype=getattr(torch, lora.dtype), seed=0
         )
         if lora.has_reference:
-            policy.add_adapter(REFERENCE, policy.peft_config[POLICY], autocast_adapter_dtype=False)
+            policy.add_adapter(REFERENCE_ADAPTER, policy.peft_config[POLICY_ADAPTER], autocast_adapter_dtype=False)
     for name, parameter in policy.named_parameters():
         if "lora_" in name:
-            parameter.requires_grad = f".{POLICY}." in name
+            parameter.requires_grad = f".{POLICY_ADAPTER}." in name
             parameter.data = parameter.data.to(getattr(torch, lora.dtype))
     adapters = {id(parameter) for name, parameter in policy.named_parameters() if "lora_" in name}
     sizes: list[int] = []

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from uft_ds.data.example import KINDS
-from uft_ds.known.how import HowReference
 from uft_ds.objectives.objective import Objective
 from uft_ds.objectives.pairwise import PAIR_LOSSES
+from uft_ds.objectives.reference import HowReference
 from uft_ds.planning.structure import ITEM_BYTES, Lora
 from uft_ds.recipe.schema import Recipe
 from uft_ds.run.resolve import objective_of

@@ -15,8 +15,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from uft_ds.data.example import Kind
 from uft_ds.data.formats.table import format_names
-from uft_ds.known.how import HowForwarded
 from uft_ds.objectives.losses import expanded
+from uft_ds.objectives.reference import HowForwarded
 from uft_ds.objectives.reward_shift import ShiftName
 from uft_ds.recipe.best import best_problem
 from uft_ds.recipe.names import unknown_name

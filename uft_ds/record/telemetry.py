@@ -26,12 +26,13 @@ ROW = np.dtype(
     [
         ("kind", "u1"), ("pair", "<i8"), ("score", "<f8"), ("tokens", "<f8"),
         ("logp", "<f8"), ("log_ratio", "<f8"), ("reward", "<f8"), ("shift", "<f8"), ("implicit_score", "<f8"),
-        ("pair_reward", "<f8"),
+        ("pair_reward", "<f8"), ("entropy", "<f8"), ("top1", "<f8"),
     ]
 )  # fmt: skip
 """kind: index into KINDS. pair: its number in the step, -1 for none; the chosen side comes first. logp, log_ratio:
 nats, summed over tokens. reward: before the shift. log_ratio, reward and implicit_score are NaN where there is no
-reference. pair_reward: what the pair's loss takes the difference of; NaN where there is no pair."""
+reference. pair_reward: what the pair's loss takes the difference of; NaN where there is no pair. entropy: of the
+policy, nats, summed over tokens. top1: tokens that are the policy's most probable ones."""
 
 SATURATED_BELOW = 0.01 * 0.25
 """s (1 - s) of the implicit score s under 1% of its maximum: mse and l1 have no gradient left."""
@@ -46,7 +47,7 @@ CALIBRATION_BINS = 10
 
 _CSV_COLUMNS = (
     "origin", "kind", "pair", "score", "implicit_score", "implicit_reward", "reward_shift", "log_ratio", "logp",
-    "tokens", "pair_reward",
+    "tokens", "pair_reward", "entropy", "top1",
 )  # fmt: skip
 _FEWEST = 3
 """Responses: of fewer, a correlation says nothing."""
@@ -58,8 +59,11 @@ def response_rows(
     logps_R: Tensor,
     reference_logps_R: Tensor | None,
     shifts_R: Tensor | None,
+    *,
+    entropy_R: Tensor | None = None,
+    top1_R: Tensor | None = None,
 ) -> np.ndarray:
-    """The table of one micro-batch: [responses] of ROW."""
+    """The table of one micro-batch: [responses] of ROW; NaN for what is None."""
     rows = np.zeros(batch.num_responses, dtype=ROW)
     rows["kind"] = [KINDS.index(response.kind) for response in batch.responses]
     rows["pair"] = [-1 if response.pair_id is None else response.pair_id for response in batch.responses]
@@ -67,6 +71,8 @@ def response_rows(
     rows["tokens"] = [response.num_tokens for response in batch.responses]
     rows["logp"] = logps_R.cpu().numpy()
     rows["log_ratio"] = rows["reward"] = np.nan
+    rows["entropy"] = np.nan if entropy_R is None else entropy_R.cpu().numpy()
+    rows["top1"] = np.nan if top1_R is None else top1_R.cpu().numpy()
     if reference_logps_R is not None:
         rewards = rewards_of(objective, batch, logps_R, reference_logps_R)
         rows["log_ratio"], rows["reward"] = rewards.log_ratios_R.cpu().numpy(), rewards.rewards_R.cpu().numpy()
@@ -118,8 +124,9 @@ def write_rows(path: Path, rows: np.ndarray, origins: Seq[str]) -> None:
         pair = "" if value["pair"] < 0 else value["pair"]
         shift = math.nan if math.isnan(value["reward"]) else value["shift"]  # nothing that it could move
         numbers = [value["score"], value["implicit_score"], value["reward"], shift, value["log_ratio"], value["logp"]]
-        *shown, of_pair = ("" if math.isnan(x) else f"{x:.9g}" for x in (*numbers, value["pair_reward"]))
-        writer.writerow([origin, KINDS[value["kind"]], pair, *shown, int(value["tokens"]), of_pair])
+        numbers += [value["pair_reward"], value["entropy"], value["top1"]]
+        *shown, of_pair, entropy, top1 = ("" if math.isnan(x) else f"{x:.9g}" for x in numbers)
+        writer.writerow([origin, KINDS[value["kind"]], pair, *shown, int(value["tokens"]), of_pair, entropy, top1])
     write_atomically(path, text.getvalue())
 
 
@@ -138,6 +145,8 @@ def read_rows(path: Path) -> np.ndarray:
         rows[name] = [number(line[name]) for line in lines]
     rows["reward"] = [number(line["implicit_reward"]) for line in lines]
     rows["shift"] = [number(line["reward_shift"] or "0") for line in lines]
+    for name in ("entropy", "top1"):
+        rows[name] = [number(line.get(name) or "") for line in lines]
     return rows
 
 
@@ -163,7 +172,13 @@ def can_saturate(objective: Objective, kind: Kind) -> bool:
 
 
 def _amounts(rows: np.ndarray) -> dict[str, float]:
-    return {"responses": len(rows), "response_tokens": rows["tokens"].mean()}
+    tokens = rows["tokens"].sum()
+    return {
+        "responses": len(rows),
+        "response_tokens": rows["tokens"].mean(),
+        "entropy": rows["entropy"].sum() / tokens,
+        "top1": rows["top1"].sum() / tokens,
+    }
 
 
 def _against_reference(rows: np.ndarray) -> dict[str, float]:

@@ -17,8 +17,8 @@ from uft_ds.engine.engine import Engine, deepspeed_config, partitioned_loading, 
 from uft_ds.engine.ranks import current_ranks
 from uft_ds.host.world import launcher_environment
 from uft_ds.known.cache import Known
-from uft_ds.known.how import how_known
 from uft_ds.known.store import LogpTable, ReferenceStore, set_aside
+from uft_ds.objectives.reference import how_known
 from uft_ds.recipe.schema import Recipe
 from uft_ds.record.report import Speaker
 from uft_ds.record.run_folder import RunFolder

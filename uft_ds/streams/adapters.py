@@ -1,4 +1,4 @@
-"""LoRA adapters on the frozen base: adding them, and looking past them at the reference."""
+"""LoRA adapters on the frozen base: adding them, and choosing the one that a stream goes through."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from torch import Tensor, nn
 
 from uft_ds.errors import UserError
 from uft_ds.streams.lora_config import WITHOUT_EFFECT, read_lora_config
-
-POLICY, REFERENCE = "default", "reference"
-"""PEFT's names of the trainable adapter and of the frozen one beside it."""
+from uft_ds.streams.stream import BARE_BASE, POLICY_ADAPTER, REFERENCE_ADAPTER, Stream
 
 
 def add_adapters(
@@ -82,9 +80,9 @@ def start_from_adapter(policy: PeftModel, folder: Path) -> None:
         UserError: not a LoRA that a plain one of the recipe's rank, alpha and targets can take up.
     """
     tensors = _read_adapter(folder)
-    ours: Any = policy.peft_config[POLICY]
+    ours: Any = policy.peft_config[POLICY_ADAPTER]
     _check_same_lora(folder, ours)
-    expected = get_peft_model_state_dict(policy, adapter_name=POLICY)
+    expected = get_peft_model_state_dict(policy, adapter_name=POLICY_ADAPTER)
     for name in sorted(set(expected) ^ set(tensors)):
         where = "the policy has no adapter there" if name in tensors else "it is not in the file"
         raise UserError(f"reference.adapter: {folder}: {name}: {where}; lora.targets must name the same layers")
@@ -94,13 +92,13 @@ def start_from_adapter(policy: PeftModel, folder: Path) -> None:
                 f"reference.adapter: {folder}: {name} has shape {list(tensor.shape)}, "
                 f"expected {list(expected[name].shape)}: it was trained on another model"
             )
-    policy.add_adapter(REFERENCE, ours, autocast_adapter_dtype=False)
+    policy.add_adapter(REFERENCE_ADAPTER, ours, autocast_adapter_dtype=False)
     parameters = dict(policy.named_parameters())
     for name, tensor in tensors.items():
-        for adapter in (POLICY, REFERENCE):
+        for adapter in (POLICY_ADAPTER, REFERENCE_ADAPTER):
             parameter = parameters[name.removesuffix(".weight") + f".{adapter}.weight"]
             parameter.data = tensor.to(parameter.device, expected[name].dtype, copy=True)  # one each
-            parameter.requires_grad = adapter == POLICY
+            parameter.requires_grad = adapter == POLICY_ADAPTER
 
 
 def _read_adapter(folder: Path) -> dict[str, Tensor]:
@@ -141,11 +139,17 @@ def _check_same_lora(folder: Path, ours: PeftConfig) -> None:
             )
 
 
-@contextmanager
-def as_reference(module: nn.Module) -> Iterator[None]:
-    """Within the block, `module` computes what the reference computes.
+def reference_of(policy: PeftModel) -> Stream:
+    """The reference: the frozen adapter that `start_from_adapter` has put beside the policy's, else the bare base."""
+    if REFERENCE_ADAPTER in policy.peft_config:
+        return Stream(BARE_BASE.name, REFERENCE_ADAPTER)
+    return BARE_BASE
 
-    That is the bare base, or the base with the frozen adapter that `start_from_adapter` has put beside the policy's.
+
+@contextmanager
+def as_stream(module: nn.Module, stream: Stream) -> Iterator[None]:
+    """Within the block, `module` computes what the stream computes: the base with its adapter, or the bare base.
+
     PEFT's own `disable_adapter` and `set_adapter` also flip `requires_grad` of every adapter, which under ZeRO would
     reach its hooks; here only the two attributes that the layers' forward reads are set, and they come back after an
     exception too.
@@ -153,10 +157,9 @@ def as_reference(module: nn.Module) -> Iterator[None]:
     layers = [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
     before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
     for layer in layers:
-        if REFERENCE in layer.lora_A:
-            layer._active_adapter = [REFERENCE]
-        else:
-            layer._disable_adapters = True
+        layer._disable_adapters = stream.adapter is None
+        if stream.adapter is not None:
+            layer._active_adapter = [stream.adapter]  # a layer that does not have it computes the base
     try:
         yield
     finally:

@@ -1,51 +1,64 @@
-"""The model's own head as the engine calls it: hidden states in, log-probs out.
+"""The heads of streams: the model's own, from hidden states to log-probs, and one that gives a number.
 
-N supervised tokens, D hidden size.
+N supervised tokens, R responses, D hidden size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from uft_ds.errors import UserError
+from uft_ds.kernels.chunks import Head
 from uft_ds.kernels.forward import HeadOutput
-from uft_ds.kernels.frozen_head import attach, logps_and_gradients
+from uft_ds.kernels.frozen_head import attached, logps_and_gradients
 from uft_ds.kernels.logits import UNCHANGED, LogitTransform
 from uft_ds.kernels.trainable_head import differentiable_logps
+from uft_ds.streams.stream import Output
 
 
 class LogpHead(nn.Linear):
     """A linear head that also turns hidden states into log-probs.
 
     Under ZeRO-3 only the head's own forward may touch its weight: reading it anywhere else registers it with the
-    reader and adds gathers. One call serves policy and reference, and with a frozen weight the backward too.
+    reader and adds gathers. One call serves all streams, and with a frozen weight the backward too.
     """
 
     transform: LogitTransform = UNCHANGED
     chunk_bytes: int | None = None
 
     def forward(  # type: ignore[override] # a superset of nn.Linear's
-        self,
-        hidden: Tensor,
-        targets_N: Tensor | None = None,
-        reference_hidden_ND: Tensor | None = None,
-        with_gradients: bool = False,
+        self, hidden: Tensor | tuple[Tensor, ...], targets_N: Tensor | None = None, with_gradients: int = 0
     ) -> Tensor | HeadOutput:
-        """What nn.Linear gives; or, with targets, log-probs, linked to the hidden states by `head_logps`."""
+        """What nn.Linear gives; or, of a tuple of streams, log-probs, linked to the hidden states by `head_outputs`.
+
+        Args:
+            hidden: with targets: of each stream, [N, D].
+            with_gradients: so many streams carry a gradient, from the first on.
+        """
         if targets_N is None:
+            assert isinstance(hidden, Tensor)
             return super().forward(hidden)
-        options: dict[str, Any] = {
-            "reference_hidden_ND": reference_hidden_ND,
-            "bias_V": self.bias,
-            "transform": self.transform,
-            "chunk_bytes": self.chunk_bytes,
-        }
-        if is_trainable(self) and torch.is_grad_enabled():
-            return differentiable_logps(hidden, self.weight, targets_N, **options)
-        return logps_and_gradients(hidden, self.weight, targets_N, with_gradients=with_gradients, **options)
+        head = Head(self.weight, self.bias, self.transform, self.chunk_bytes)
+        logps = differentiable_logps if is_trainable(self) and torch.is_grad_enabled() else logps_and_gradients
+        return logps(tuple(hidden), head, targets_N, with_gradients=with_gradients, with_statistics=True)
+
+
+class ScalarHead(nn.Linear):
+    """One number from a hidden state, float32: `score` of Hugging Face's sequence classifiers, without a bias."""
+
+    def __init__(self, hidden_size: int, *, std: float) -> None:
+        """Weights drawn with `std`, equal on every rank."""
+        super().__init__(hidden_size, 1, bias=False, dtype=torch.float32)
+        with torch.no_grad():
+            self.weight.normal_(std=std, generator=torch.Generator(self.weight.device).manual_seed(0))
+
+    def forward(self, hidden_RD: Tensor) -> Tensor:
+        """[R]."""
+        return super().forward(hidden_RD.float()).squeeze(-1)
 
 
 def make_logp_head(model: nn.Module, *, chunk_bytes: int | None = None) -> LogpHead:
@@ -82,18 +95,25 @@ def logit_transform_of(config: Any) -> LogitTransform:
     return LogitTransform(scale, getattr(config, "final_logit_softcapping", None) or None)  # Gemma 2
 
 
-def head_logps(
-    head: LogpHead, hidden_ND: Tensor, targets_N: Tensor, reference_hidden_ND: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probs of the targets under policy, with gradient, and reference, without: [N] each, float32, nats."""
+def head_outputs(head: LogpHead, hidden_states: Seq[Tensor], targets_N: Tensor, *, trained: int) -> list[Output]:
+    """Log-probs of the targets and their statistics, stream by stream.
+
+    Args:
+        hidden_states: of each stream, [N, D].
+        trained: so many streams carry a gradient, from the first on.
+    """
+    with_gradients = trained if torch.is_grad_enabled() else 0
     if is_trainable(head):
-        output: HeadOutput = head(hidden_ND, targets_N, reference_hidden_ND)
-        return output.logps_N, output.reference_logps_N
-    with_gradients = torch.is_grad_enabled() and hidden_ND.requires_grad
-    output = head(hidden_ND.detach(), targets_N, reference_hidden_ND, with_gradients)
-    if output.gradients_ND is None:
-        return output.logps_N, output.reference_logps_N
-    return attach(hidden_ND, output.logps_N, output.gradients_ND), output.reference_logps_N
+        output: HeadOutput = head(tuple(hidden_states), targets_N, with_gradients)
+        logps = output.logps
+    else:
+        with_gradients = with_gradients if all(h.requires_grad for h in hidden_states[:trained]) else 0
+        output = head(tuple(hidden_ND.detach() for hidden_ND in hidden_states), targets_N, with_gradients)
+        logps = attached(hidden_states, output)
+    return [
+        Output(logps_N, of_stream.entropy_N, of_stream.is_top1_N)
+        for logps_N, of_stream in zip(logps, output.statistics, strict=True)
+    ]
 
 
 def is_trainable(head: nn.Linear) -> bool:

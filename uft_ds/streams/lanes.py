@@ -1,8 +1,8 @@
-"""One visit of each base weight serves both streams: the policy's, with adapters and gradient, and the reference's.
+"""One visit of each base weight serves all streams: the trained ones with a gradient, the others without.
 
-The policy's row goes through Hugging Face's own `forward`; the reference rides beside it in a `ReferenceLane`, a
-keyword that reaches every decoder layer unchanged. Under ZeRO-3 a layer is then gathered once for both streams, where
-two forwards gather it twice.
+Trained streams travel as a layer's arguments and results, so that autograd's and ZeRO's hooks see them: one tensor, or
+a tuple of several. Streams without gradient ride beside them in `Lanes`, a keyword that reaches every decoder layer
+unchanged. Under ZeRO-3 a layer is then gathered once for all streams, where separate forwards gather it again.
 
 Layers and the final norm get a dynamic subclass as their class. Names and state dicts stay what they are; a wrapping
 module would rename every adapter, and a patched `forward` would survive a `deepcopy` bound to the original.
@@ -10,7 +10,7 @@ module would rename every adapter, and a patched `forward` would survive a `deep
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,29 +18,40 @@ import torch
 from torch import Tensor, nn
 
 from uft_ds.errors import UserError
-from uft_ds.streams.adapters import as_reference
+from uft_ds.streams.adapters import as_stream
+from uft_ds.streams.stream import Stream
 
 SHOWN_TO_WORK = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
-"""Decoder layers that the tests hold against two separate forwards and Hugging Face's own."""
+"""Decoder layers that the tests hold against separate forwards and Hugging Face's own."""
 
-BothStreams = tuple[Tensor, Tensor]
-"""Policy and reference, [1, tokens, hidden] each; the second without gradient."""
+Hidden = Tensor | tuple[Tensor, ...]
+"""[1, tokens, hidden]: what passes from layer to layer."""
 
 
 @dataclass
-class ReferenceLane:
-    """The reference's hidden state on its way through the layers; None before the first.
+class Lanes:
+    """The streams of one visit, and the hidden states of those without gradient on their way through the layers.
 
-    hidden_1TD: [1, tokens, hidden]. Only the newest is held: nothing of the reference waits for the backward.
+    streams: trained ones first, as `trained_first` orders them.
+    hidden: by name, [1, tokens, hidden]. Only the newest is held: nothing of these streams waits for the backward.
     """
 
-    hidden_1TD: Tensor | None = None
+    streams: tuple[Stream, ...]
+    hidden: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> tuple[Stream, ...]:
+        return tuple(stream for stream in self.streams if stream.trained)
+
+    @property
+    def frozen(self) -> tuple[Stream, ...]:
+        return tuple(stream for stream in self.streams if not stream.trained)
 
 
 def enable_lockstep(base: Any) -> None:
-    """Let `base.get_decoder()(..., lane=ReferenceLane())` return both streams as its `last_hidden_state`.
+    """Let `base.get_decoder()(..., lanes=Lanes(streams))` return all streams as its `last_hidden_state`, a tuple.
 
-    Without `lane` the model computes what it computed before.
+    Without `lanes` the model computes what it computed before.
 
     Raises:
         UserError: layers of a class that this has not been shown to work with.
@@ -56,43 +67,68 @@ def enable_lockstep(base: Any) -> None:
     lockstep_layer = _lockstep_layer(layer_classes.pop())
     for layer in decoder.layers:
         layer.__class__ = lockstep_layer
-    # A layer cannot know its place, and the last one has to hand the reference on.
-    decoder.layers[-1].hands_reference_on = True
+    # A layer cannot know its place, and the last one has to hand on the streams without gradient too.
+    decoder.layers[-1].hands_all_on = True
     decoder.norm.__class__ = _lockstep_norm(type(decoder.norm))
 
 
 def _lockstep_layer(layer_class: Any) -> type[nn.Module]:
-    def forward(
-        self: Any, hidden_1TD: Tensor, *args: Any, lane: ReferenceLane | None = None, **kwargs: Any
-    ) -> Tensor | BothStreams:
-        run = partial(layer_class.forward, self, **kwargs)
-        if lane is not None:
-            with torch.no_grad(), as_reference(self):
-                lane.hidden_1TD = run(hidden_1TD if lane.hidden_1TD is None else lane.hidden_1TD, *args)
-        if self.gradient_checkpointing and self.training:
-            # Only the policy is saved and recomputed: its adapters are on again when the backward comes.
-            hidden_1TD = self._gradient_checkpointing_func(run, hidden_1TD, *args)
-        else:
-            hidden_1TD = run(hidden_1TD, *args)
-        if lane is None or not self.hands_reference_on:
-            return hidden_1TD
-        assert lane.hidden_1TD is not None
-        return hidden_1TD, lane.hidden_1TD
+    def call(self: Any, hidden: Hidden, *args: Any, **kwargs: Any) -> Hidden:
+        # Hooks look for tensors among the arguments, not inside of them: in a tuple, a leaf module's gradients would be
+        # reduced before they exist.
+        spread = (hidden,) if isinstance(hidden, Tensor) else hidden
+        result: Hidden = layer_class.__call__(self, *spread, *args, **kwargs)
+        return result
 
-    lockstep: Any = type(f"Lockstep{layer_class.__name__}", (layer_class,), {"hands_reference_on": False})
-    # Not in the class body: transformers wraps what it finds there, and would checkpoint both streams.
+    def forward(self: Any, *args: Any, lanes: Lanes | None = None, **kwargs: Any) -> Hidden:
+        if lanes is None:
+            return _checkpointed(self, partial(layer_class.forward, self, **kwargs), *args)
+
+        def run(stream: Stream, hidden_1TD: Tensor) -> Tensor:
+            # In here, so that a recomputation in the backward finds the stream's own adapter again.
+            with as_stream(self, stream):
+                hidden: Tensor = layer_class.forward(self, hidden_1TD, **kwargs)
+            return hidden
+
+        for stream in lanes.frozen:
+            with torch.no_grad():
+                lanes.hidden[stream.name] = run(stream, lanes.hidden.get(stream.name, args[0]))
+        trained = lanes.trained
+        # The embedding is the same for all; no layer changes what travels where no stream is trained.
+        arrived = args if len(args) == len(trained) else args[:1] * len(trained)
+        left = tuple(
+            _checkpointed(self, partial(run, stream), hidden_1TD)
+            for stream, hidden_1TD in zip(trained, arrived, strict=True)
+        )
+        if self.hands_all_on:
+            return left + tuple(lanes.hidden[stream.name] for stream in lanes.frozen)
+        if not left:
+            return args[0]
+        return left if len(left) > 1 else left[0]
+
+    lockstep: Any = type(f"Lockstep{layer_class.__name__}", (layer_class,), {"hands_all_on": False, "__call__": call})
+    # Not in the class body: transformers wraps what it finds there, and would checkpoint all streams together.
     lockstep.forward = forward
     return lockstep
 
 
+def _checkpointed(layer: Any, run: Any, *args: Any) -> Tensor:
+    """Only trained streams are saved and recomputed, each by itself."""
+    checkpoints = layer.gradient_checkpointing and layer.training
+    hidden: Tensor = layer._gradient_checkpointing_func(run, *args) if checkpoints else run(*args)
+    return hidden
+
+
 def _lockstep_norm(norm_class: Any) -> type[nn.Module]:
-    def forward(self: Any, hidden: Tensor | BothStreams) -> Tensor | BothStreams:
+    def forward(self: Any, hidden: Hidden) -> Hidden:
         if isinstance(hidden, Tensor):
             normed: Tensor = norm_class.forward(self, hidden)
             return normed
-        policy_1TD, reference_1TD = hidden
-        with torch.no_grad():
-            reference_1TD = norm_class.forward(self, reference_1TD)
-        return norm_class.forward(self, policy_1TD), reference_1TD
+        return tuple(_normed(self, hidden_1TD) for hidden_1TD in hidden)
+
+    def _normed(self: Any, hidden_1TD: Tensor) -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and hidden_1TD.requires_grad):
+            normed: Tensor = norm_class.forward(self, hidden_1TD)
+        return normed
 
     return type(f"Lockstep{norm_class.__name__}", (norm_class,), {"forward": forward})

@@ -1,36 +1,34 @@
-"""The module that the engine shards: one forward gives the log-probs of policy and reference.
+"""The module that the engine shards: one forward gives what each stream makes of a micro-batch.
 
-T packed tokens, N supervised tokens, D hidden size, V vocabulary.
+T packed tokens, N supervised tokens, R responses, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
 from uft_ds.data.micro_batch import MicroBatch
-from uft_ds.known.how import HowForwarded
-from uft_ds.objectives.implicit_reward import response_logps
-from uft_ds.streams.adapters import as_reference
-from uft_ds.streams.heads import head_logps, is_trainable, make_logp_head
-from uft_ds.streams.lanes import ReferenceLane, enable_lockstep
+from uft_ds.objectives.reference import HowForwarded
+from uft_ds.streams.adapters import as_stream, reference_of
+from uft_ds.streams.heads import ScalarHead, head_outputs, is_trainable, make_logp_head
+from uft_ds.streams.lanes import Lanes, enable_lockstep
 from uft_ds.streams.offload import activations_on_host
-
-Streams = Literal["both", "policy", "reference"]
-"""Which of the two are forwarded."""
+from uft_ds.streams.stream import POLICY, Output, Stream, trained_first
 
 ReferenceMode = HowForwarded
-"""One visit of the weights for both streams, or a second forward with the adapters off."""
+"""One visit of the weights for all streams, or a forward for each."""
 
 
 class UFTModel(nn.Module):
-    """Policy (adapters on) and reference (adapters off) over one set of frozen base weights.
+    """Streams over one set of frozen base weights: the policy, the reference, and whatever else a run wants.
 
-    Both streams lie inside one call of the root module: with two calls, ZeRO-3 throws its prefetch trace away
+    All streams lie inside one call of the root module: with two calls, ZeRO-3 throws its prefetch trace away
     on every step.
     """
 
@@ -38,15 +36,31 @@ class UFTModel(nn.Module):
         self,
         policy: PeftModel,
         *,
+        further: Seq[Stream] = (),
         reference_mode: ReferenceMode = "lockstep",
         activation_offload: bool = False,
         chunk_bytes: int | None = None,
     ) -> None:
+        """
+        Args:
+            further: streams beside policy and reference; their adapters are there already.
+            chunk_bytes: memory for logits at a time; None for what suits the device.
+        Raises:
+            ValueError: a stream whose adapter is missing, or trained where it should be frozen, or the reverse.
+            UserError: layers or a head that the mode has not been shown to work with.
+        """
         super().__init__()
         self.policy = policy
+        self.streams = {stream.name: stream for stream in (POLICY, reference_of(policy), *further)}
+        assert len(self.streams) == 2 + len(further), "streams have distinct names"
+        self._in_lockstep = reference_mode == "lockstep"
+        for stream in self.streams.values():
+            self._check_adapter(stream)
         base: Any = policy.get_base_model()
         make_logp_head(base, chunk_bytes=chunk_bytes)
-        self._in_lockstep = reference_mode == "lockstep"
+        scalar = [stream for stream in further if stream.head == "scalar"]
+        if scalar:
+            self.scores = nn.ModuleDict({stream.name: _scalar_head(base.config, stream) for stream in scalar})
         if self._in_lockstep:
             enable_lockstep(base)
         self._activation_offload = activation_offload
@@ -54,77 +68,97 @@ class UFTModel(nn.Module):
         # Without an input that requires grad, the first leaf layer's gradients would be reduced before they exist.
         base.enable_input_require_grads()
 
+    def _check_adapter(self, stream: Stream) -> None:
+        if stream.adapter is None:
+            return
+        if stream.adapter not in self.policy.peft_config:
+            raise ValueError(f"stream {stream.name!r}: there is no adapter {stream.adapter!r}")
+        of_adapter = [p for name, p in self.policy.named_parameters() if f".{stream.adapter}." in name]
+        if {parameter.requires_grad for parameter in of_adapter} != {stream.trained}:
+            state = "trained" if stream.trained else "frozen"
+            raise ValueError(f"stream {stream.name!r} is {state}, which its adapter {stream.adapter!r} is not")
+        if stream.trained and stream != POLICY and not self._in_lockstep:
+            # A forward's recomputation in the backward would find the policy's adapter.
+            raise ValueError(f"stream {stream.name!r}: beside the policy, a stream is trained in lockstep only")
+
     def forward(
-        self, micro_batch: MicroBatch, *, streams: Streams = "both", through_logits: bool = False
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Log-probs of the responses under the policy and under the reference.
+        self, micro_batch: MicroBatch, streams: Seq[Stream], *, through_logits: bool = False
+    ) -> dict[str, Output]:
+        """What each stream makes of a micro-batch, by its name.
 
         Args:
-            streams: what is forwarded; the log-probs of the other are None.
-            through_logits: by the definition, Hugging Face's own forward and log_softmax, policy alone; for the check
+            streams: of `self.streams`, those that are forwarded.
+            through_logits: by the definition, Hugging Face's own forward and log_softmax, of one stream; for the check
                 at the start, which finds models that scale or cap their logits.
-        Returns:
-            [responses] each, nats, summed over tokens in float64; the reference without gradient.
-        """
-        if through_logits:
-            return _per_response(self.token_logps_through_logits(micro_batch), micro_batch), None
-        logps_N, reference_logps_N = self.token_logps(micro_batch, streams=streams)
-        return (
-            None if logps_N is None else _per_response(logps_N, micro_batch),
-            None if reference_logps_N is None else _per_response(reference_logps_N, micro_batch),
-        )
-
-    def token_logps(self, micro_batch: MicroBatch, *, streams: Streams = "both") -> tuple[Tensor | None, Tensor | None]:
-        """Log-probs of the supervised tokens, policy and reference: [supervised tokens] each, float32, nats.
-
         Raises:
-            RuntimeError: a reference asked of a model whose head is trained: it goes through the head as it is now.
+            ValueError: a stream that is not of this model, or two that cannot be forwarded together.
+            RuntimeError: a stream without gradient asked of a model whose head is trained: it would go through the head
+                as it is now.
         """
-        base: Any = self.policy.get_base_model()
-        head, targets_N = base.get_output_embeddings(), micro_batch.targets_N
-        if streams != "policy" and is_trainable(head):
-            raise RuntimeError("The reference shares the head with the policy: a head that is trained has none.")
-        if streams == "reference":
-            with torch.no_grad(), as_reference(base):
-                logps_N, _ = head_logps(head, self._hidden(base, micro_batch), targets_N)
-            return None, logps_N
-        hidden_ND, reference_hidden_ND = self._hidden_of_streams(base, micro_batch, streams)
-        return head_logps(head, hidden_ND, targets_N, reference_hidden_ND)
+        ordered = trained_first(streams)
+        for stream in ordered:
+            if self.streams.get(stream.name) != stream:
+                raise ValueError(f"{stream} is not of this model, which has {list(self.streams.values())}")
+        if through_logits:
+            (stream,) = ordered
+            return {stream.name: Output(self._token_logps_through_logits(micro_batch, stream))}
+        hidden_states = dict(zip(ordered, self._hidden_states(micro_batch, ordered), strict=True))
+        outputs = self._token_outputs(hidden_states, micro_batch) | self._values(hidden_states, micro_batch)
+        return {stream.name: outputs[stream] for stream in streams}
 
-    def _hidden_of_streams(self, base: Any, micro_batch: MicroBatch, streams: Streams) -> tuple[Tensor, Tensor | None]:
+    def _token_outputs(self, hidden_states: dict[Stream, Tensor], micro_batch: MicroBatch) -> dict[Stream, Output]:
+        streams = [stream for stream in hidden_states if stream.head == "tokens"]
+        if not streams:
+            return {}
+        base: Any = self.policy.get_base_model()
+        head = base.get_output_embeddings()
+        if is_trainable(head) and not all(stream.trained for stream in streams):
+            raise RuntimeError("All streams share one head: one that is trained has no stream without gradient.")
+        hidden = [hidden_states[stream][0].index_select(0, micro_batch.predictors_N) for stream in streams]
+        trained = sum(stream.trained for stream in streams)
+        return dict(zip(streams, head_outputs(head, hidden, micro_batch.targets_N, trained=trained), strict=True))
+
+    def _values(self, hidden_states: dict[Stream, Tensor], micro_batch: MicroBatch) -> dict[Stream, Output]:
+        return {
+            stream: Output(values_R=self.scores[stream.name](hidden_1TD[0].index_select(0, micro_batch.last_R)))
+            for stream, hidden_1TD in hidden_states.items()
+            if stream.head == "scalar"
+        }
+
+    def _hidden_states(self, micro_batch: MicroBatch, streams: tuple[Stream, ...]) -> tuple[Tensor, ...]:
+        """Final hidden states, [1, tokens, hidden] each, in the order of the streams: trained ones first."""
+        base: Any = self.policy.get_base_model()
         keeping = activations_on_host() if self._activation_offload and torch.is_grad_enabled() else nullcontext()
         with keeping:
-            if streams == "policy":
-                return self._hidden(base, micro_batch), None
             if self._in_lockstep:
-                hidden_1TD, reference_1TD = self._decode(base, micro_batch, ReferenceLane())
-                return _predictors(hidden_1TD, micro_batch), _predictors(reference_1TD, micro_batch)
-            with torch.no_grad(), as_reference(base):
-                reference_hidden_ND = self._hidden(base, micro_batch)
-            return self._hidden(base, micro_batch), reference_hidden_ND
+                in_lockstep: tuple[Tensor, ...] = self._decode(base, micro_batch, lanes=Lanes(streams))
+                return in_lockstep
+            found: dict[Stream, Tensor] = {}
+            for stream in reversed(streams):  # first those that keep nothing for the backward
+                with nullcontext() if stream.trained else torch.no_grad(), as_stream(base, stream):
+                    found[stream] = self._decode(base, micro_batch)
+            return tuple(found[stream] for stream in streams)
 
-    def _hidden(self, base: Any, micro_batch: MicroBatch) -> Tensor:
-        return _predictors(self._decode(base, micro_batch), micro_batch)
-
-    def _decode(self, base: Any, micro_batch: MicroBatch, lane: ReferenceLane | None = None) -> Any:
-        """Final hidden states, [1, tokens, hidden]; with a lane, those of policy and reference."""
+    def _decode(self, base: Any, micro_batch: MicroBatch, **lanes: Lanes) -> Any:
+        """Final hidden states, [1, tokens, hidden]; with lanes, those of all streams."""
         # use_cache=False is not a detail: with a cache the mask that keeps packed sequences apart is not built.
         return base.get_decoder()(
             input_ids=micro_batch.token_ids_T[None],
             position_ids=micro_batch.position_ids_T[None],
             use_cache=False,
             **self._sequence_bounds(micro_batch),
-            **({} if lane is None else {"lane": lane}),
+            **lanes,
         ).last_hidden_state
 
-    def token_logps_through_logits(self, micro_batch: MicroBatch) -> Tensor:
-        """The policy's by Hugging Face's own forward and log_softmax: [supervised tokens], float32, nats."""
-        logits_1TV = self.policy(
-            input_ids=micro_batch.token_ids_T[None],
-            position_ids=micro_batch.position_ids_T[None],
-            use_cache=False,
-            **self._sequence_bounds(micro_batch),
-        ).logits
+    def _token_logps_through_logits(self, micro_batch: MicroBatch, stream: Stream) -> Tensor:
+        """By Hugging Face's own forward and log_softmax: [supervised tokens], float32, nats."""
+        with as_stream(self.policy, stream):
+            logits_1TV = self.policy(
+                input_ids=micro_batch.token_ids_T[None],
+                position_ids=micro_batch.position_ids_T[None],
+                use_cache=False,
+                **self._sequence_bounds(micro_batch),
+            ).logits
         logps_NV = logits_1TV[0].index_select(0, micro_batch.predictors_N).float().log_softmax(dim=-1)
         return logps_NV.gather(1, micro_batch.targets_N[:, None]).squeeze(1)
 
@@ -141,10 +175,7 @@ class UFTModel(nn.Module):
         }
 
 
-def _predictors(hidden_1TD: Tensor, micro_batch: MicroBatch) -> Tensor:
-    """The positions that predict a supervised token: [supervised tokens, hidden]."""
-    return hidden_1TD[0].index_select(0, micro_batch.predictors_N)
-
-
-def _per_response(token_logps_N: Tensor, micro_batch: MicroBatch) -> Tensor:
-    return response_logps(token_logps_N, micro_batch.response_of_N, micro_batch.num_responses)
+def _scalar_head(config: Any, stream: Stream) -> ScalarHead:
+    head = ScalarHead(config.get_text_config().hidden_size, std=config.get_text_config().initializer_range)
+    head.requires_grad_(stream.trained)
+    return head

@@ -20,11 +20,12 @@ from uft_ds.engine.engine import Engine
 from uft_ds.errors import CheckFailed
 from uft_ds.host.signals import NEVER, Stop
 from uft_ds.known.cache import Known
+from uft_ds.objectives.implicit_reward import logps_of
 from uft_ds.objectives.losses import LOSSES
 from uft_ds.objectives.objective import count_terms, micro_batch_loss
 from uft_ds.objectives.shifts import StepShift
 from uft_ds.record.metrics import step_metrics
-from uft_ds.training.forwarding import Forwarded, Method, forward, rows_of
+from uft_ds.training.forwarding import Forwarded, Method, forward, rows_of, streams_of
 from uft_ds.training.shifts import means_of, shifts_on_device
 
 HUGGING_FACE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
@@ -59,10 +60,9 @@ def check_log_ratios_are_zero(engine: Engine, step: Step, *, tokens_per_micro_ba
     """
     worst = (0.0, "")
     for batch in engine.micro_batches(step, tokens_per_micro_batch):
-        logps_R, reference_logps_R = engine(batch)
-        assert reference_logps_R is not None
-        ratios = (logps_R.detach() - reference_logps_R).abs().nan_to_num(nan=float("inf")).tolist()
-        del logps_R  # and with it the graph, before the next forward builds its own
+        logps = logps_of(engine(batch, streams_of(engine, with_reference=True)), batch)
+        ratios = (logps["policy"].detach() - logps["reference"]).abs().nan_to_num(nan=float("inf")).tolist()
+        del logps  # and with it the graph, before the next forward builds its own
         origins = (response.origin for response in batch.responses)
         worst = max([worst, *zip(ratios, origins, strict=True)])
     largest, origin = max(engine.gather_objects(worst))
@@ -84,8 +84,9 @@ def check_against_hugging_face(engine: Engine, sequence: Sequence, *, dtype: tor
     """
     batch = micro_batch([sequence]).to(engine.device)
     with engine.evaluating():
-        ours_R, _ = engine(batch, with_reference=False)
-        theirs_R, _ = engine(batch, through_logits=True)
+        policy = streams_of(engine, with_reference=False)
+        ours_R = logps_of(engine(batch, policy), batch)["policy"]
+        theirs_R = logps_of(engine(batch, policy, through_logits=True), batch)["policy"]
     lengths_R = torch.tensor([response.num_tokens for response in batch.responses], device=engine.device)
     difference = engine.max_over_ranks(float(((ours_R - theirs_R).abs() / lengths_R).max()))
     if not difference <= HUGGING_FACE_TOLERANCE[dtype]:
@@ -115,7 +116,7 @@ def check_reference_cache(
     worst = (0.0, 0.0, "")
     with engine.evaluating():
         for batch in engine.micro_batches(chosen, tokens_per_micro_batch):
-            live = engine.reference_logps(batch).tolist()
+            live = logps_of(engine(batch, [engine.streams["reference"]]), batch)["reference"].tolist()
             for key, value, response in zip(batch.response_keys, live, batch.responses, strict=True):
                 difference = abs(value - cache.known(key)) if math.isfinite(value) else math.inf
                 allowed = SPOT_CHECK_NATS[dtype] * response.num_tokens**0.5
@@ -173,7 +174,7 @@ def evaluate(method: Method, groups: Seq[Step], shift: float = 0.0, stop: Stop =
     loss = torch.zeros((), dtype=torch.float64, device=engine.device)
     sums = torch.zeros(2, len(KINDS), len(LOSSES), dtype=torch.float64, device=engine.device)
     for part, shifts_R in zip(parts, shifts, strict=True):
-        share, own_sums = micro_batch_loss(objective, part.batch, terms, part.logps_R, part.reference_logps_R, shifts_R)
+        share, own_sums = micro_batch_loss(objective, part.batch, terms, part.logps, shifts_R)
         loss += share
         sums += own_sums
     tables: list[np.ndarray] = []

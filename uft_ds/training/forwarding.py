@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -12,8 +13,10 @@ from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.data.mixture import Step
 from uft_ds.engine.engine import Engine
 from uft_ds.known.cache import Known
+from uft_ds.objectives.implicit_reward import logps_of, response_sums
 from uft_ds.objectives.objective import Objective
 from uft_ds.record.telemetry import response_rows
+from uft_ds.streams.stream import Output, Stream
 
 
 @dataclass(frozen=True)
@@ -32,19 +35,47 @@ class Method:
 
 @dataclass(frozen=True)
 class Forwarded:
-    """The log-probs of a micro-batch without its graph: [responses] each, nats, float64."""
+    """What is kept of a micro-batch, without its graph: [responses] each, float64, summed over tokens.
+
+    logps: by stream, nats. entropy_R: of the policy, nats. top1_R: tokens that are the policy's most probable ones.
+    """
 
     batch: MicroBatch
-    logps_R: Tensor
-    reference_logps_R: Tensor | None
+    logps: Mapping[str, Tensor]
+    entropy_R: Tensor | None = None
+    top1_R: Tensor | None = None
+
+    @classmethod
+    def of(cls, batch: MicroBatch, logps: Mapping[str, Tensor], policy: Output) -> Forwarded:
+        """Args: logps: by stream, with or without a graph. policy: of the same forward."""
+        assert policy.entropy_N is not None
+        assert policy.is_top1_N is not None
+        return cls(
+            batch,
+            {name: logps_R.detach() for name, logps_R in logps.items()},
+            *(response_sums(of_N, batch) for of_N in (policy.entropy_N, policy.is_top1_N)),
+        )
+
+
+def streams_of(engine: Engine, *, with_reference: bool) -> tuple[Stream, ...]:
+    """What a training step forwards."""
+    names = ("policy", "reference") if with_reference else ("policy",)
+    return tuple(engine.streams[name] for name in names)
+
+
+def with_known(known: Known, batch: MicroBatch, logps: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The log-probs as forwarded, and the reference's as known where it was not: [responses] each, nats, float64."""
+    reference_logps_R = known.resolve(batch, logps.get("reference"))
+    return logps if reference_logps_R is None else logps | {"reference": reference_logps_R}
 
 
 def forward(method: Method, step: Step) -> list[Forwarded]:
     """Log-probs of this rank's part of a step, within `engine.evaluating()`."""
-    done = []
+    engine, done = method.engine, []
     for batch, forward_reference in method.micro_batches(step):
-        logps_R, forwarded_R = method.engine(batch, with_reference=forward_reference)
-        done.append(Forwarded(batch, logps_R, method.known.resolve(batch, forwarded_R)))
+        outputs = engine(batch, streams_of(engine, with_reference=forward_reference))
+        logps = with_known(method.known, batch, logps_of(outputs, batch))
+        done.append(Forwarded.of(batch, logps, outputs["policy"]))
     return done
 
 
@@ -52,7 +83,15 @@ def rows_of(objective: Objective, done: Seq[Forwarded], shifts: Seq[Tensor | Non
     """The table of this rank's responses."""
     return np.concatenate(
         [
-            response_rows(objective, part.batch, part.logps_R, part.reference_logps_R, shifts_R)
+            response_rows(
+                objective,
+                part.batch,
+                part.logps["policy"],
+                part.logps.get("reference"),
+                shifts_R,
+                entropy_R=part.entropy_R,
+                top1_R=part.top1_R,
+            )
             for part, shifts_R in zip(done, shifts, strict=True)
         ]
     )

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.data.mixture import Step
+from uft_ds.objectives.implicit_reward import logps_of
 from uft_ds.objectives.objective import log_ratios_of
 from uft_ds.objectives.reward_shift import kl_shift
 from uft_ds.objectives.shifts import (
@@ -18,7 +19,7 @@ from uft_ds.objectives.shifts import (
     prompt_means,
     shifts_of,
 )
-from uft_ds.training.forwarding import Forwarded, Method, forward
+from uft_ds.training.forwarding import Forwarded, Method, forward, streams_of
 
 
 def shift_of_step(method: Method, step: Step, before: float) -> StepShift:
@@ -56,8 +57,8 @@ def means_of(method: Method, step: Step, forwarded: Seq[Forwarded]) -> dict[Resp
         return {}
     own: dict[ResponseName, float] = {}
     for part in forwarded:
-        if part.reference_logps_R is not None:
-            log_ratios_R = log_ratios_of(method.objective, part.batch, part.logps_R, part.reference_logps_R)
+        if "reference" in part.logps:
+            log_ratios_R = log_ratios_of(method.objective, part.batch, part.logps["policy"], part.logps["reference"])
             names = zip(part.batch.response_keys, (r.kind for r in part.batch.responses), strict=True)
             own |= dict(zip(names, log_ratios_R.tolist(), strict=True))
     everyones = method.engine.gather_over_data(own)
@@ -72,8 +73,7 @@ def _kl_of(method: Method, step: Step) -> float:
     own: list[float] = []
     with method.engine.evaluating():
         for batch in method.engine.micro_batches(joined, method.tokens_per_micro_batch):
-            logps_R, reference_logps_R = method.engine(batch)
-            assert reference_logps_R is not None
-            own += log_ratios_of(method.objective, batch, logps_R, reference_logps_R).tolist()
+            logps = logps_of(method.engine(batch, streams_of(method.engine, with_reference=True)), batch)
+            own += log_ratios_of(method.objective, batch, logps["policy"], logps["reference"]).tolist()
     # Sorted, so that the sum does not depend on which rank held what.
     return kl_shift(sorted(ratio for of_rank in method.engine.gather_over_data(own) for ratio in of_rank))

@@ -13,11 +13,12 @@ import torch
 from uft_ds.data.example import KINDS
 from uft_ds.data.mixture import Step
 from uft_ds.engine.engine import StepResult
+from uft_ds.objectives.implicit_reward import logps_of
 from uft_ds.objectives.losses import LOSSES
 from uft_ds.objectives.objective import count_terms, micro_batch_loss
 from uft_ds.objectives.shifts import is_pointwise, next_shift
 from uft_ds.record.metrics import step_metrics
-from uft_ds.training.forwarding import Forwarded, Method, rows_of
+from uft_ds.training.forwarding import Forwarded, Method, rows_of, streams_of, with_known
 from uft_ds.training.shifts import shift_of_step, shifts_on_device
 
 
@@ -45,13 +46,13 @@ def run_step(method: Method, step: Step, rate: float, before: float = 0.0) -> St
     sums = torch.zeros(2, len(KINDS), len(LOSSES), dtype=torch.float64, device=engine.device)
     done: list[Forwarded] = []
     for number, ((batch, forward_reference), shifts_R) in enumerate(zip(micro_batches, shifts, strict=True), start=1):
-        logps_R, forwarded_R = engine(batch, with_reference=forward_reference)
-        reference_logps_R = known.resolve(batch, forwarded_R)
-        loss, parts = micro_batch_loss(objective, batch, num_terms, logps_R, reference_logps_R, shifts_R)
+        outputs = engine(batch, streams_of(engine, with_reference=forward_reference))
+        logps = with_known(known, batch, logps_of(outputs, batch))
+        loss, parts = micro_batch_loss(objective, batch, num_terms, logps, shifts_R)
         engine.backward(loss, is_last=number == len(micro_batches))
         total_loss += loss.detach()
         sums += parts
-        done.append(Forwarded(batch, logps_R.detach(), reference_logps_R))
+        done.append(Forwarded.of(batch, logps, outputs["policy"]))
     known.learn(engine, step)
     result = engine.step(rate, total_loss)
     rows = np.concatenate(engine.gather_over_data(rows_of(objective, done, shifts)))

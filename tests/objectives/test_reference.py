@@ -2,7 +2,7 @@
 
 import pytest
 
-from uft_ds.known.how import HowReference, how_known, is_forwarded_each_time
+from uft_ds.objectives.reference import HowReference, how_known, is_forwarded_each_time
 
 
 @pytest.mark.parametrize("cached", [True, False])
