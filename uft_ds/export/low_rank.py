@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,17 @@ def read_low_rank(folder: Path) -> dict[str, LowRank]:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read ({error}); expected a LoRA's tensors in safetensors") from None
     return low_rank_of(tensors, config, label=str(path))
+
+
+def is_plain_lora(name: str, shape: Seq[int], rank: int) -> bool:
+    """Whether a trained parameter is half of what `low_rank_of` reads back: A of [rank, in], or B of [out, rank].
+
+    PEFT names the adapters of an expert's second parameter after `base_layer`, with another rank than the config's.
+    """
+    match = _TENSOR.fullmatch(name)
+    if match is None or ".base_layer" in match["module"] or len(shape) != 2:
+        return False
+    return shape[0 if match["side"] == "A" else 1] == rank
 
 
 def read_adapter_config(path: Path) -> dict[str, Any]:

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from uft_ds.architectures.facts import shown_in_lockstep
 from uft_ds.errors import UserError
 from uft_ds.streams.adapters import as_reference
 
-SHOWN_TO_WORK = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+SHOWN_TO_WORK = shown_in_lockstep()
 """Decoder layers that the tests hold against two separate forwards and Hugging Face's own."""
 
 BothStreams = tuple[Tensor, Tensor]
