@@ -63,7 +63,7 @@ SMALL = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("model_type", ["phi", "gpt_neox", "llama"])
+@pytest.mark.parametrize("model_type", ["phi", "gpt_neox", "llama", "gptj"])
 def test_a_final_norm_is_found_under_any_name(model_type: str) -> None:
     """With the layers, the embedding and the head it is the whole model, and all of it vectors of the hidden size."""
     structure = structure_of(AutoConfig.for_model(model_type, **SMALL), LORA)

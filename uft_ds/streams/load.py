@@ -120,7 +120,8 @@ def _dropout_rates(module: nn.Module) -> Iterator[tuple[str, float]]:
     if isinstance(module, _DropoutNd):
         yield "", module.p
     for key, value in vars(module).items():
-        if re.search("dropout|pdrop|layerdrop", key) and isinstance(value, int | float):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and re.search("dropout|pdrop|layerdrop", key):
             yield f".{key}", value
 
 
