@@ -24,7 +24,7 @@ def remembering(_: Any, __: Any, hidden_1TD: Tensor) -> Tensor:
 
 
 def checked(folder: Path, leaks: bool) -> Differences | str:
-    engine = engine_of(folder, reference_mode="separate", dtype=torch.bfloat16)
+    engine = engine_of(folder, reference_mode="separate", dtype=torch.bfloat16, lora_dtype=torch.bfloat16)
     base: Any = engine.module.policy.get_base_model()  # type: ignore[union-attr, operator]
     if leaks:
         base.get_decoder().layers[1].register_forward_hook(remembering)
