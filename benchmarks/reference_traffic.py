@@ -51,10 +51,9 @@ from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.data.mixture import Step
 from uft_ds.engine.engine import Engine, deepspeed_config, read_deepspeed_file
 from uft_ds.known.cache import Known, fill
-from uft_ds.objectives.implicit_reward import logps_of
 from uft_ds.objectives.objective import count_terms, micro_batch_loss
 from uft_ds.streams.load import decoder_layer_class
-from uft_ds.streams.stream import Stream
+from uft_ds.streams.stream import Stream, logps_of
 from uft_ds.training.step import streams_of
 
 HIDDEN, LAYERS, VOCABULARY = 256, 4, 4096

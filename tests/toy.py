@@ -13,12 +13,11 @@ from uft_ds.data.example import KINDS, Kind, Response, Sequence
 from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.data.mixture import Step
 from uft_ds.engine.engine import Engine
-from uft_ds.objectives.implicit_reward import logps_of
 from uft_ds.objectives.objective import KindObjective, Objective
 from uft_ds.streams.adapters import add_adapters, start_from_adapter
 from uft_ds.streams.load import load_base
 from uft_ds.streams.model import ReferenceMode, UFTModel
-from uft_ds.streams.stream import Stream
+from uft_ds.streams.stream import Stream, logps_of
 
 
 def objective(loss: str = "mse", beta: float = 0.1, **shared: Any) -> Objective:

@@ -23,8 +23,7 @@ from uft_ds.data.packing import rank_micro_batches
 from uft_ds.errors import Stopped, UserError
 from uft_ds.known.cache import REFERENCE, REFERENCE_TABLE, Known, StreamValues, fill
 from uft_ds.known.store import ReferenceStore, read_table, write_table
-from uft_ds.objectives.implicit_reward import logps_of
-from uft_ds.streams.stream import BARE_BASE, Output, Stream
+from uft_ds.streams.stream import BARE_BASE, Output, Stream, logps_of
 from uft_ds.training.evaluate import known_sequences
 
 IDENTITY = "c" * 64

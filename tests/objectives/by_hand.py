@@ -12,9 +12,8 @@ from torch import Tensor
 
 from uft_ds.data.example import KINDS, Kind, Response, Sequence
 from uft_ds.data.micro_batch import MicroBatch, micro_batch
-from uft_ds.objectives.implicit_reward import logps_of
 from uft_ds.objectives.objective import KindObjective, Objective, count_terms, micro_batch_loss
-from uft_ds.streams.stream import Output
+from uft_ds.streams.stream import Output, logps_of
 
 PROMPT_TOKENS = 3
 

@@ -9,7 +9,8 @@ import pytest
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
-from uft_ds.streams.load import attention_parity, empty_base
+from uft_ds.architectures.facts import attention_parity
+from uft_ds.streams.load import empty_base
 
 
 def test_parity_is_a_layers_weights_over_its_queries(folder: Path) -> None:

@@ -127,14 +127,25 @@ def test_a_backward_recomputes_the_policy_with_the_same_bounds(tiny_qwen2: Path,
     assert all(call.bounds_q is BATCH.bounds_S and call.longest_q == BATCH.longest for call in calls)
 
 
-def test_one_stream_and_the_check_through_logits(tiny_qwen2: Path, calls: list[Call]) -> None:
-    """Policy alone, reference alone and Hugging Face's own forward: a call a layer each, the same bounds."""
+def test_one_stream_gets_the_same_bounds(tiny_qwen2: Path, calls: list[Call]) -> None:
+    """Policy alone, reference alone: a call a layer each."""
     model = toy_model(tiny_qwen2, attention="flash_attention_2")
     with torch.no_grad():
-        for number, (name, through_logits) in enumerate((("policy", False), ("reference", False), ("policy", True))):
-            model(BATCH, streams_of(model, name), through_logits=through_logits)
+        for number, name in enumerate(("policy", "reference")):
+            model(BATCH, streams_of(model, name))
             assert len(calls) == (number + 1) * NUM_LAYERS
     assert all(call.bounds_q is call.bounds_k is BATCH.bounds_S for call in calls)
+
+
+def test_the_check_through_logits_forwards_each_sequence_alone(tiny_qwen2: Path, calls: list[Call]) -> None:
+    """By Hugging Face's own forward: a call a layer and sequence, with the bounds of that one."""
+    with torch.no_grad():
+        toy_model(tiny_qwen2, attention="flash_attention_2")(BATCH, through_logits=True)
+    lengths = BATCH.bounds_S.diff().tolist()
+    assert len(lengths) == 4
+    expected = [[0, length] for length in lengths for _ in range(NUM_LAYERS)]
+    assert [call.bounds_q.tolist() for call in calls] == expected
+    assert all(call.bounds_k is call.bounds_q for call in calls)
 
 
 @pytest.mark.parametrize("sequences", [0, 1], ids=["the dummy", "one sequence"])

@@ -24,7 +24,7 @@ from toy import (
     toy_policy,
     toy_sequences,
 )
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma2Config, Qwen2Config
 
 from uft_ds.data.example import Response, Sequence
 from uft_ds.data.micro_batch import MicroBatch, micro_batch
@@ -34,6 +34,8 @@ from uft_ds.streams.adapters import add_adapters
 from uft_ds.streams.heads import LogpHead
 from uft_ds.streams.load import attention_implementation, decoder_layer_class, load_base
 from uft_ds.streams.model import UFTModel
+
+QWEN2 = Qwen2Config()
 
 
 def adapter_gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -373,20 +375,27 @@ def test_auto_attention_on_a_gpu_is_flash_where_the_type_allows(monkeypatch: pyt
     """flash-attention has no float32."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    assert attention_implementation("auto", torch.bfloat16) == "flash_attention_2"
-    assert attention_implementation("auto", torch.float32) == "sdpa"
+    assert attention_implementation("auto", torch.bfloat16, QWEN2) == "flash_attention_2"
+    assert attention_implementation("auto", torch.float32, QWEN2) == "sdpa"
 
 
 def test_auto_attention_on_a_cpu_is_sdpa(tiny_qwen2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU `auto` is sdpa, also where flash-attn is installed; other names are taken as they are."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert attention_implementation("auto", torch.bfloat16) == "sdpa"
-    assert attention_implementation("eager", torch.bfloat16) == "eager"
+    assert attention_implementation("auto", torch.bfloat16, QWEN2) == "sdpa"
+    assert attention_implementation("eager", torch.bfloat16, QWEN2) == "eager"
     base = load_base(str(tiny_qwen2), revision=None, dtype=torch.float32, attention="auto", gradient_checkpointing=True)
     assert base.config._attn_implementation == "sdpa"
     assert base.is_gradient_checkpointing
     assert base.training
     assert not any(parameter.requires_grad for parameter in base.parameters())
+
+
+def test_auto_attention_is_what_the_model_has() -> None:
+    """Gemma 2 has no sdpa: `auto` is eager, and asking for sdpa names the key."""
+    assert attention_implementation("auto", torch.float32, Gemma2Config()) == "eager"
+    with pytest.raises(UserError, match=r"model\.attention: transformers has no sdpa for Gemma2.*expected auto, eager"):
+        attention_implementation("sdpa", torch.float32, Gemma2Config())
 
 
 def test_decoder_layers_are_found(folder: Path) -> None:

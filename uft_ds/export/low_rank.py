@@ -16,10 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from uft_ds.errors import UserError
-from uft_ds.streams.lora_config import WITHOUT_EFFECT, read_lora_config
+from uft_ds.streams.lora_config import LORA_TENSOR, WITHOUT_EFFECT, read_lora_config
 
 _PREFIX = "base_model.model."
-_TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
 _MERGED = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
 """What a delta is computed from."""
 _OF_THE_START = {"loftq_config", "corda_config", "ensure_weight_tying"}
@@ -74,7 +73,7 @@ def low_rank_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], *, lab
     """Pairs of A and B with their scales, by the name of the weight."""
     sides: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        match = _TENSOR.fullmatch(name)
+        match = LORA_TENSOR.fullmatch(name)
         if match is None:
             hint = "; PEFT has saved a layer of the base too: save with save_embedding_layers=False"
             why = hint if ".base_layer." in name or "embed" in name else ""

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from uft_ds.architectures.facts import decoder_layers, tied_names
 from uft_ds.data.example import Sequence
 from uft_ds.data.micro_batch import micro_batch
 from uft_ds.errors import UserError
@@ -94,7 +95,7 @@ def num_units(model: Any) -> int:
 @contextmanager
 def _streaming(model: Any, weights: WeightFiles, on_unit: Callable[[], None]) -> Iterator[None]:
     """Within the block each unit of the model has its weights while it runs, and at no other time."""
-    tied = {"lm_head.weight": "model.embed_tokens.weight"} if model.config.tie_word_embeddings else {}
+    tied = tied_names(model)
     handles = []
     for prefix, unit in _units(model):
         place = _Weights(weights, prefix, tied)
@@ -113,7 +114,8 @@ def _streaming(model: Any, weights: WeightFiles, on_unit: Callable[[], None]) ->
 def _units(model: Any) -> list[tuple[str, nn.Module]]:
     """(prefix of its weights' names, module) of each decoder layer and each other module with weights of its own."""
     named = dict(model.named_modules())
-    lists = {name for name, module in named.items() if isinstance(module, nn.ModuleList) and name.endswith("layers")}
+    of_decoder = decoder_layers(model.get_decoder())
+    lists = {name for name, module in named.items() if module is of_decoder}
     units = []
     for name, module in named.items():
         is_layer = name.rpartition(".")[0] in lists

@@ -24,8 +24,8 @@ from uft_ds.engine.engine import Engine
 from uft_ds.errors import Stopped, UserError
 from uft_ds.host.signals import NEVER, Stop
 from uft_ds.known.store import LogpTable, ReferenceStore
-from uft_ds.objectives.implicit_reward import logps_of
 from uft_ds.objectives.reference import HowReference, is_forwarded_each_time
+from uft_ds.streams.stream import logps_of
 
 REFERENCE_TABLE = "reference.safetensors"
 """In a checkpoint's folder."""

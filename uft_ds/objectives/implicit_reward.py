@@ -5,13 +5,10 @@ N supervised tokens, R responses.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from uft_ds.data.micro_batch import MicroBatch
-from uft_ds.streams.stream import Output
 
 
 def response_logps(token_logps_N: Tensor, response_of_N: Tensor, num_responses: int) -> Tensor:
@@ -27,15 +24,6 @@ def response_logps(token_logps_N: Tensor, response_of_N: Tensor, num_responses: 
 def response_sums(of_N: Tensor, micro_batch: MicroBatch) -> Tensor:
     """`response_logps` of anything that each supervised token has."""
     return response_logps(of_N, micro_batch.response_of_N, micro_batch.num_responses)
-
-
-def logps_of(outputs: Mapping[str, Output], micro_batch: MicroBatch) -> dict[str, Tensor]:
-    """log pi(y|x) of each response, by the name of the stream: [responses], nats, float64."""
-    return {
-        name: response_sums(output.token_logps_N, micro_batch)
-        for name, output in outputs.items()
-        if output.token_logps_N is not None
-    }
 
 
 def implicit_reward(log_ratios_R: Tensor, beta: Tensor | float) -> Tensor:

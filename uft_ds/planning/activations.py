@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
+from uft_ds.architectures.facts import keep_layers
 from uft_ds.planning.structure import ITEM_BYTES, Structure
 from uft_ds.streams.lanes import Lanes, enable_lockstep
 from uft_ds.streams.stream import BARE_BASE, POLICY
@@ -96,7 +97,7 @@ def _run(
     policy = copy.deepcopy(structure.sample)
     base: Any = policy.get_base_model()
     decoder = base.get_decoder()
-    decoder.layers = decoder.layers[:layers]
+    keep_layers(decoder, layers)
     base.config._attn_implementation = attention
     if gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

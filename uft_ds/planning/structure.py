@@ -14,9 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from uft_ds.architectures.facts import decoder_layers, keep_layers
 from uft_ds.errors import UserError
 from uft_ds.planning.gathers import Visit
-from uft_ds.streams.adapters import add_adapters
+from uft_ds.streams.accept import accepted_policy, check_base_model
 from uft_ds.streams.load import empty_base
 from uft_ds.streams.stream import POLICY_ADAPTER, REFERENCE_ADAPTER
 
@@ -112,21 +113,17 @@ def structure_of(config: Any, lora: Lora) -> Structure:
     base = _empty_base(config)
     base.train()
     decoder = base.get_decoder()
-    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
-        raise UserError(
-            f"model.base: {_name(config)}: {type(base).__name__} keeps its decoder layers elsewhere than in `.layers`, "
-            "where ZeRO-3 and a plan look for them; take a model of another architecture"
-        )
-    before = [_shapes(layer) for layer in decoder.layers]
+    check_base_model(base)
+    before = [_shapes(layer) for layer in decoder_layers(decoder)]
     total = len(before)
     if _is_uniform(before, lora.targets) and total > _KEPT:
-        decoder.layers = decoder.layers[:_KEPT]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT's, of a property of transformers
-        policy = add_adapters(
-            base, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dtype=getattr(torch, lora.dtype), seed=0
-        )
-        if lora.has_reference:
+        keep_layers(decoder, _KEPT)
+    policy = accepted_policy(
+        base, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dtype=getattr(torch, lora.dtype)
+    )
+    if lora.has_reference:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT's, of a property of transformers
             policy.add_adapter(REFERENCE_ADAPTER, policy.peft_config[POLICY_ADAPTER], autocast_adapter_dtype=False)
     for name, parameter in policy.named_parameters():
         if "lora_" in name:
@@ -150,7 +147,7 @@ def structure_of(config: Any, lora: Lora) -> Structure:
         return tuple(places)
 
     embedding = noted(base.get_input_embeddings())
-    layers = [noted(layer) for layer in decoder.layers]
+    layers = [noted(layer) for layer in decoder_layers(decoder)]
     while len(layers) < total:  # the others are like the last
         first = len(sizes)
         sizes += [sizes[p] for p in layers[-1]]
@@ -197,7 +194,8 @@ def _name(config: Any) -> str:
 
 def _final_norms(decoder: nn.Module) -> list[nn.Module]:
     """Whatever architectures call it: what stands beside the layers and has nothing but vectors."""
-    beside = (module for name, module in decoder.named_children() if name != "layers")
+    layers = decoder_layers(decoder)
+    beside = (module for module in decoder.children() if module is not layers)
     return [
         module
         for module in beside

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from uft_ds.architectures.facts import attention_parity
 from uft_ds.checkpoint.load import stored_reference
 from uft_ds.data.example import KEY_BYTES
 from uft_ds.data.store.sequences import Pool
@@ -26,7 +27,7 @@ from uft_ds.run.checks import check_sharding
 from uft_ds.run.resolve import cache_dir, objective_of, reference_mode
 from uft_ds.streams.adapters import add_adapters, start_from_adapter
 from uft_ds.streams.identity import reference_identity
-from uft_ds.streams.load import attention_parity, decoder_layer_class, load_base
+from uft_ds.streams.load import decoder_layer_class, load_base
 from uft_ds.streams.model import UFTModel
 from uft_ds.training.evaluate import check_reference_cache
 

@@ -11,14 +11,16 @@ from typing import Any
 
 import torch
 
+from uft_ds.architectures.facts import positions_limit
 from uft_ds.engine.engine import read_deepspeed_file
 from uft_ds.engine.zero_section import check_ranks
 from uft_ds.errors import UserError
 from uft_ds.recipe.schema import Recipe
 from uft_ds.run.resolve import adapter_folder, cache_dir, caches_reference, reference_mode
-from uft_ds.streams.adapters import add_adapters, start_from_adapter
+from uft_ds.streams.accept import accepted_policy
+from uft_ds.streams.adapters import start_from_adapter
 from uft_ds.streams.identity import OnFile, base_identity
-from uft_ds.streams.load import check_base, empty_base
+from uft_ds.streams.load import attention_implementation, check_base, empty_base
 from uft_ds.streams.model import UFTModel
 from uft_ds.streams.weights import check_weights
 
@@ -32,20 +34,14 @@ def check_recipe(recipe: Recipe) -> None:
     read_deepspeed_file(recipe.deepspeed)
     assert recipe.lora is not None
     config = check_base(recipe.model.base, recipe.model.revision)
-    base = empty_base(config)
+    attention_implementation(recipe.model.attention, getattr(torch, recipe.model.dtype), config)
+    # Without weights: what would be refused after the launch is refused before it.
+    base, lora = empty_base(config), recipe.lora
     if Path(recipe.model.base).exists():  # a hub model's weights are fetched later: `prepare.run_identity`
         check_weights(Path(recipe.model.base), base)
+    policy = accepted_policy(base, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dtype=torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT's, of a property of transformers
-        # Without weights: what would be refused after the launch is refused before it.
-        policy = add_adapters(
-            base,
-            rank=recipe.lora.rank,
-            alpha=recipe.lora.alpha,
-            targets=recipe.lora.targets,
-            dtype=torch.float32,
-            seed=0,
-        )
         if recipe.reference.adapter is not None:
             start_from_adapter(policy, adapter_folder(recipe.reference.adapter))
         UFTModel(policy, reference_mode=reference_mode(recipe))
@@ -115,13 +111,11 @@ def check_adapter_is_of_base(recipe: Recipe, on_file: OnFile) -> None:
 def _check_positions(config: Any, max_length: int) -> None:
     """Some rotary embeddings change all positions with the longest one: then sequences packed together, and the turns
     of one conversation, would not be what they are alone."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
-    limit = rope.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", None)
-    found = kinds & {"dynamic", "longrope"}
-    if found and limit is not None and max_length > limit:
+    found = positions_limit(config)
+    if found is not None and max_length > found[1]:
+        kind, limit = found
         raise UserError(
-            f"data.max_length: {max_length} is past the {limit} positions of this model, whose {found.pop()!r} rotary "
+            f"data.max_length: {max_length} is past the {limit} positions of this model, whose {kind!r} rotary "
             f"embeddings then change with the longest sequence of a micro-batch; expected at most {limit}"
         )
 

@@ -42,9 +42,10 @@ from uft_ds.run.resolve import cache_dir, objective_of
 from uft_ds.run.resume import nothing_to_do, prepare_resume, resumed_from
 from uft_ds.run.waiting import while_others_wait
 from uft_ds.training.determinism import make_deterministic
-from uft_ds.training.evaluate import check_against_hugging_face, check_log_ratios_are_zero
+from uft_ds.training.evaluate import check_log_ratios_are_zero
 from uft_ds.training.forwarding import Method
 from uft_ds.training.loop import START, Session, train
+from uft_ds.training.model_check import check_model
 
 GROUPS_BETWEEN_FLUSHES = 20
 """Of a fill: what is lost at most when it is killed, in steps' worth of responses."""
@@ -196,8 +197,7 @@ def _together() -> Iterator[None]:
 
 
 def _check_start(engine: Engine, recipe: Recipe, step: Step, reporter: Speaker) -> None:
-    shortest = min(step.sequences, key=lambda sequence: sequence.num_tokens)
-    check_against_hugging_face(engine, shortest, dtype=getattr(torch, recipe.model.dtype))
+    check_model(engine, step, dtype=getattr(torch, recipe.model.dtype))
     if not objective_of(recipe).needs_reference:
         return
     largest = check_log_ratios_are_zero(

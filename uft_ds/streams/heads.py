@@ -5,17 +5,20 @@ N supervised tokens, R responses, D hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from uft_ds.architectures.facts import logit_scale_and_cap
 from uft_ds.errors import UserError
 from uft_ds.kernels.chunks import Head
 from uft_ds.kernels.forward import HeadOutput
 from uft_ds.kernels.frozen_head import attached, logps_and_gradients
-from uft_ds.kernels.logits import UNCHANGED, LogitTransform
+from uft_ds.kernels.logits import UNCHANGED, LogitTransform, mm_float32
 from uft_ds.kernels.trainable_head import differentiable_logps
 from uft_ds.streams.stream import Output
 
@@ -29,6 +32,8 @@ class LogpHead(nn.Linear):
 
     transform: LogitTransform = UNCHANGED
     chunk_bytes: int | None = None
+    in_float32: bool = False
+    """Whether plain calls give logits in float32: a model's own forward then rounds none, whatever its dtype."""
 
     def forward(  # type: ignore[override] # a superset of nn.Linear's
         self, hidden: Tensor | tuple[Tensor, ...], targets_N: Tensor | None = None, with_gradients: int = 0
@@ -41,10 +46,16 @@ class LogpHead(nn.Linear):
         """
         if targets_N is None:
             assert isinstance(hidden, Tensor)
-            return super().forward(hidden)
+            return self._float32_logits(hidden) if self.in_float32 else super().forward(hidden)
         head = Head(self.weight, self.bias, self.transform, self.chunk_bytes)
         logps = differentiable_logps if is_trainable(self) and torch.is_grad_enabled() else logps_and_gradients
         return logps(tuple(hidden), head, targets_N, with_gradients=with_gradients, with_statistics=True)
+
+    def _float32_logits(self, hidden: Tensor) -> Tensor:
+        logits_TV = mm_float32(hidden.flatten(0, -2), self.weight.t())
+        if self.bias is not None:
+            logits_TV = logits_TV + self.bias.float()
+        return logits_TV.view(*hidden.shape[:-1], -1)
 
 
 class ScalarHead(nn.Linear):
@@ -61,6 +72,19 @@ class ScalarHead(nn.Linear):
         return super().forward(hidden_RD.float()).squeeze(-1)
 
 
+@contextmanager
+def logits_in_float32(head: LogpHead) -> Iterator[None]:
+    """Within the block, what the model's own forward does after the head is done to float32 logits.
+
+    A logit between 16 and 32 rounded to bfloat16 is off by up to 0.06: more than a wrong factor of 1.02 does to many.
+    """
+    head.in_float32 = True
+    try:
+        yield
+    finally:
+        head.in_float32 = False
+
+
 def make_logp_head(model: nn.Module, *, chunk_bytes: int | None = None) -> LogpHead:
     """Teach the model's own output layer to give log-probs; its name, its weight and what it does to logits stay.
 
@@ -69,30 +93,29 @@ def make_logp_head(model: nn.Module, *, chunk_bytes: int | None = None) -> LogpH
     Raises:
         UserError: an output layer that is not a plain nn.Linear, one with adapters for example.
     """
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    head_class = type(head)
-    if head_class is not nn.Linear:
-        raise UserError(f"model.base: {type(model).__name__} has a head of type {head_class.__name__}, not Linear")
+    head = plain_head(model)
     head.__class__ = LogpHead
     head.transform, head.chunk_bytes = logit_transform_of(model.config), chunk_bytes
     assert isinstance(head, LogpHead)
     return head
 
 
-MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
-"""Names of it in configurations: Cohere's, Muse's, Falcon-H1's."""
+def plain_head(model: nn.Module) -> Any:
+    """The model's output layer.
+
+    Raises:
+        UserError: not a plain nn.Linear: what a subclass does in its forward would be lost.
+    """
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    if type(head) is not nn.Linear:
+        raise UserError(f"model.base: {type(model).__name__} has a head of type {type(head).__name__}, not Linear")
+    return head
 
 
 def logit_transform_of(config: Any) -> LogitTransform:
-    """What a Hugging Face model does to its logits after the head, by the names its configuration uses for it.
-
-    Other models do more, or under other names: the check at the start compares with the model's own logits.
-    """
-    scale = next((float(found) for name in MULTIPLIERS if (found := getattr(config, name, None))), 1.0)
-    divisor = getattr(config, "logits_scaling", None)  # Granite, MiniCPM3; HyperCLOVA X multiplies by it
-    if divisor:
-        scale = scale * divisor if config.model_type == "hyperclovax" else scale / divisor
-    return LogitTransform(scale, getattr(config, "final_logit_softcapping", None) or None)  # Gemma 2
+    """What a Hugging Face model does to its logits after the head."""
+    scale, softcap = logit_scale_and_cap(config)
+    return LogitTransform(scale, softcap)
 
 
 def head_outputs(head: LogpHead, hidden_states: Seq[Tensor], targets_N: Tensor, *, trained: int) -> list[Output]:

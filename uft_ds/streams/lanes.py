@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from uft_ds.architectures.facts import shown_in_lockstep
 from uft_ds.errors import UserError
 from uft_ds.streams.adapters import as_stream
 from uft_ds.streams.stream import Stream
 
-SHOWN_TO_WORK = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+SHOWN_TO_WORK = shown_in_lockstep()
 """Decoder layers that the tests hold against separate forwards and Hugging Face's own."""
 
 Hidden = Tensor | tuple[Tensor, ...]

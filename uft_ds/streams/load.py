@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -12,8 +13,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch.nn.modules.dropout import _DropoutNd
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
+from uft_ds.architectures.facts import decoder_layers
 from uft_ds.errors import UserError
 from uft_ds.streams.weights import first_non_finite, loading_of, own_values, problem_of
 
@@ -118,9 +121,8 @@ def load_base(
     Under `engine.engine.partitioned_loading` each rank keeps only its shard: transformers reads the files
     once, maps them, and hands every parameter out as it goes.
     """
-    model = load_weights(
-        base, revision=revision, dtype=dtype, attn_implementation=attention_implementation(attention, dtype)
-    )
+    chosen = attention_implementation(attention, dtype, check_base(base, revision))
+    model = load_weights(base, revision=revision, dtype=dtype, attn_implementation=chosen)
     _check_dropout(model)
     model.requires_grad_(False)
     model.train()
@@ -185,46 +187,59 @@ def _of_all_ranks(value: str | None) -> list[str | None]:
 
 
 def _check_dropout(model: nn.Module) -> None:
-    """Attention keeps its rate as a plain number, not as a layer."""
+    """Dropout is a layer, or a number by which a layer calls the function; a rate of 0 is none, as either."""
     for name, module in model.named_modules():
-        rate = module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0.0)
-        if rate:
-            raise UserError(
-                f"model.base: {name} has a dropout of {rate}, expected 0 (log-ratios would be noise); see config.json"
-            )
+        for where, rate in _dropout_rates(module):
+            if rate:
+                raise UserError(
+                    f"model.base: {name}{where} has a dropout of {rate}, expected 0 (log-ratios would be noise); see "
+                    "config.json"
+                )
 
 
-def attention_implementation(asked: str, dtype: torch.dtype) -> str:
-    """`auto` becomes flash_attention_2 where it is installed, a GPU is present and the type is not one it lacks."""
-    if asked != "auto":
-        return asked
-    has_flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
-    return "flash_attention_2" if has_flash and dtype != torch.float32 else "sdpa"
+def _dropout_rates(module: nn.Module) -> Iterator[tuple[str, float]]:
+    """(attribute, rate) of a module itself: attention, BLOOM's blocks and others keep plain numbers."""
+    if isinstance(module, _DropoutNd):
+        yield "", module.p
+    for key, value in vars(module).items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and re.search("dropout|pdrop|layerdrop", key):
+            yield f".{key}", value
+
+
+def attention_implementation(asked: str, dtype: torch.dtype, config: Any) -> str:
+    """What `model.attention` means for a model of this config.
+
+    `auto` becomes flash_attention_2 where it is installed, a GPU is present, and neither the type nor the model lacks
+    it; else sdpa, or eager for a model without sdpa (Gemma 2's capped scores, GPT-J).
+
+    Raises:
+        UserError: a named implementation that transformers does not have for this model.
+    """
+    model_class = _causal_class(config)
+    has = {
+        "flash_attention_2": getattr(model_class, "_supports_flash_attn", True),
+        "sdpa": getattr(model_class, "_supports_sdpa", True),
+    }
+    if asked == "auto":
+        has_flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+        if has_flash and dtype != torch.float32 and has["flash_attention_2"]:
+            return "flash_attention_2"
+        return "sdpa" if has["sdpa"] else "eager"
+    if not has.get(asked, True):
+        there = [name for name, is_there in has.items() if is_there]
+        raise UserError(
+            f"model.attention: transformers has no {asked} for {getattr(model_class, '__name__', 'this model')}; "
+            f"expected auto, eager{''.join(f', {name}' for name in there)}"
+        )
+    return asked
+
+
+def _causal_class(config: Any) -> Any:
+    """The class that `AutoModelForCausalLM` takes for a config; None where it knows none."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
 
 
 def decoder_layer_class(model: Any) -> type:
     """The class of the model's decoder layers, which ZeRO-3 gathers as a whole."""
-    layers = model.get_decoder().layers
-    return type(layers[0])
-
-
-def attention_parity(config: Any) -> float:
-    """Tokens at which a sequence's attention takes as many FLOPs as the rest of the model's layers; inf if unknown.
-
-        d hidden size, f width of the MLP, q = query heads x head_dim, k = key-value heads x head_dim
-        parameters = 2 d q + 2 d k + 3 d f      query and output, key and value, gate, up and down projections
-        the rest, of a token and a layer        2 x parameters
-        attention, of T tokens, causal          2 q T     T / 2 keys on average: 2 q for QK^T and 2 q for AV, each
-        equal at                                T = parameters / q
-
-    Forward and backward stand in the same proportion. A sliding window is not counted: beyond it, attention is taken
-    for more than it is.
-    """
-    names = ("hidden_size", "intermediate_size", "num_attention_heads")
-    if not all(getattr(config, name, None) for name in names):
-        return math.inf
-    hidden, mlp, heads = (int(getattr(config, name)) for name in names)
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
-    query = heads * head_dim
-    key_value = (getattr(config, "num_key_value_heads", None) or heads) * head_dim
-    return float((2 * hidden * query + 2 * hidden * key_value + 3 * hidden * mlp) / query)
+    return type(decoder_layers(model.get_decoder())[0])

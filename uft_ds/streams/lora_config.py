@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,20 @@ WITHOUT_EFFECT = frozenset({
 
 _LEAVE_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 """Initial values that PEFT draws without changing the base's weights; PiSSA, OLoRA and others do change them."""
+
+
+LORA_TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
+
+
+def is_plain_lora(name: str, shape: Seq[int], rank: int) -> bool:
+    """Whether a trained parameter is half of what `uft convert` reads back: A of [rank, in], or B of [out, rank].
+
+    PEFT names the adapters of an expert's second parameter after `base_layer`, with another rank than the config's.
+    """
+    match = LORA_TENSOR.fullmatch(name)
+    if match is None or ".base_layer" in match["module"] or len(shape) != 2:
+        return False
+    return shape[0 if match["side"] == "A" else 1] == rank
 
 
 def read_lora_config(path: Path) -> dict[str, Any]:

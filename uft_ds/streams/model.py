@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from contextlib import nullcontext
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.objectives.reference import HowForwarded
 from uft_ds.streams.adapters import as_stream, reference_of
-from uft_ds.streams.heads import ScalarHead, head_outputs, is_trainable, make_logp_head
+from uft_ds.streams.heads import ScalarHead, head_outputs, is_trainable, logits_in_float32, make_logp_head
 from uft_ds.streams.lanes import Lanes, enable_lockstep
 from uft_ds.streams.offload import activations_on_host
 from uft_ds.streams.stream import POLICY, Output, Stream, trained_first
@@ -88,8 +89,7 @@ class UFTModel(nn.Module):
 
         Args:
             streams: of `self.streams`, those that are forwarded.
-            through_logits: by the definition, Hugging Face's own forward and log_softmax, of one stream; for the check
-                at the start, which finds models that scale or cap their logits.
+            through_logits: by the definition, `_token_logps_through_logits`, of one stream; for the check at the start.
         Raises:
             ValueError: a stream that is not of this model, or two that cannot be forwarded together.
             RuntimeError: a stream without gradient asked of a model whose head is trained: it would go through the head
@@ -151,22 +151,34 @@ class UFTModel(nn.Module):
         ).last_hidden_state
 
     def _token_logps_through_logits(self, micro_batch: MicroBatch, stream: Stream) -> Tensor:
-        """By Hugging Face's own forward and log_softmax: [supervised tokens], float32, nats."""
-        with as_stream(self.policy, stream):
-            logits_1TV = self.policy(
-                input_ids=micro_batch.token_ids_T[None],
-                position_ids=micro_batch.position_ids_T[None],
-                use_cache=False,
-                **self._sequence_bounds(micro_batch),
-            ).logits
-        logps_NV = logits_1TV[0].index_select(0, micro_batch.predictors_N).float().log_softmax(dim=-1)
+        """By the definition: [supervised tokens], float32, nats.
+
+        Hugging Face's own forward of each sequence alone, given nothing but its tokens, and log_softmax. Only the
+        logits are not rounded to the model's dtype, so that in bfloat16 too the difference is not rounding.
+        """
+        base: Any = self.policy.get_base_model()
+        bounds_S = micro_batch.bounds_S.tolist()
+        with as_stream(self.policy, stream), logits_in_float32(base.get_output_embeddings()):
+            logits_TV = torch.cat(
+                [
+                    self.policy(
+                        input_ids=micro_batch.token_ids_T[None, start:end],
+                        use_cache=False,
+                        **self._bounds(micro_batch.bounds_S.new_tensor([0, end - start]), end - start),
+                    ).logits[0]
+                    for start, end in pairwise(bounds_S)
+                ]
+            )
+        logps_NV = logits_TV.index_select(0, micro_batch.predictors_N).float().log_softmax(dim=-1)
         return logps_NV.gather(1, micro_batch.targets_N[:, None]).squeeze(1)
 
     def _sequence_bounds(self, micro_batch: MicroBatch) -> dict[str, Any]:
         """What flash-attention needs to keep sequences apart; left to itself it finds out once a layer."""
+        return self._bounds(micro_batch.bounds_S, micro_batch.longest)
+
+    def _bounds(self, bounds: Tensor, longest: int) -> dict[str, Any]:
         if "flash" not in self.attention:
             return {}
-        bounds, longest = micro_batch.bounds_S, micro_batch.longest
         return {
             "cu_seq_lens_q": bounds,
             "cu_seq_lens_k": bounds,

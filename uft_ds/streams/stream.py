@@ -5,11 +5,14 @@ N supervised tokens, R responses of a micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from torch import Tensor
+
+from uft_ds.data.micro_batch import MicroBatch
+from uft_ds.objectives.implicit_reward import response_sums
 
 
 @dataclass(frozen=True)
@@ -72,3 +75,12 @@ def trained_first(streams: Iterable[Stream]) -> tuple[Stream, ...]:
     if len(set(adapters)) != len(adapters):
         raise ValueError(f"streams {names}: two trained streams have one adapter; each needs its own")
     return ordered
+
+
+def logps_of(outputs: Mapping[str, Output], micro_batch: MicroBatch) -> dict[str, Tensor]:
+    """log pi(y|x) of each response, by the name of the stream: [responses], nats, float64."""
+    return {
+        name: response_sums(output.token_logps_N, micro_batch)
+        for name, output in outputs.items()
+        if output.token_logps_N is not None
+    }

@@ -13,24 +13,20 @@ import numpy as np
 import torch
 
 from uft_ds.data.example import KINDS, Sequence
-from uft_ds.data.micro_batch import MicroBatch, micro_batch
+from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.data.mixture import Step
 from uft_ds.data.store.sequences import Pool
 from uft_ds.engine.engine import Engine
 from uft_ds.errors import CheckFailed
 from uft_ds.host.signals import NEVER, Stop
 from uft_ds.known.cache import Known
-from uft_ds.objectives.implicit_reward import logps_of
 from uft_ds.objectives.losses import LOSSES
 from uft_ds.objectives.objective import count_terms, micro_batch_loss
 from uft_ds.objectives.shifts import StepShift
 from uft_ds.record.metrics import step_metrics
+from uft_ds.streams.stream import logps_of
 from uft_ds.training.forwarding import Forwarded, Method, forward, rows_of, streams_of
 from uft_ds.training.shifts import means_of, shifts_on_device
-
-HUGGING_FACE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
-"""Nats a token. float32 paths differ by rounding (1e-5); bfloat16 logits are rounded to 3 digits by the model
-itself. A soft cap or a scale on the logits, which this check is for, shifts log-probs by whole nats."""
 
 SPOT_CHECK_NATS = {torch.float32: 1e-4, torch.bfloat16: 0.5}
 """Nats, times the square root of a response's tokens: what another packing may change by rounding. Measured on a 135M
@@ -72,29 +68,6 @@ def check_log_ratios_are_zero(engine: Engine, step: Step, *, tokens_per_micro_ba
             "reference do not compute the same thing (reference.step_zero_tolerance may allow for a GPU's rounding)"
         )
     return largest
-
-
-def check_against_hugging_face(engine: Engine, sequence: Sequence, *, dtype: torch.dtype) -> float:
-    """Refuse a model whose log-probs are not log_softmax(head(hidden)): soft-capped or scaled logits.
-
-    Returns:
-        the largest difference to Hugging Face's own forward, nats a token, averaged over a response.
-    Raises:
-        CheckFailed: on every rank.
-    """
-    batch = micro_batch([sequence]).to(engine.device)
-    with engine.evaluating():
-        policy = streams_of(engine, with_reference=False)
-        ours_R = logps_of(engine(batch, policy), batch)["policy"]
-        theirs_R = logps_of(engine(batch, policy, through_logits=True), batch)["policy"]
-    lengths_R = torch.tensor([response.num_tokens for response in batch.responses], device=engine.device)
-    difference = engine.max_over_ranks(float(((ours_R - theirs_R).abs() / lengths_R).max()))
-    if not difference <= HUGGING_FACE_TOLERANCE[dtype]:
-        raise CheckFailed(
-            f"log-probs differ by {difference:.3g} nats a token from this model's own forward (allowed "
-            f"{HUGGING_FACE_TOLERANCE[dtype]}): it does something to its logits that is not supported"
-        )
-    return difference
 
 
 def check_reference_cache(

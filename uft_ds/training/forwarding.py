@@ -13,10 +13,10 @@ from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.data.mixture import Step
 from uft_ds.engine.engine import Engine
 from uft_ds.known.cache import Known
-from uft_ds.objectives.implicit_reward import logps_of, response_sums
+from uft_ds.objectives.implicit_reward import response_sums
 from uft_ds.objectives.objective import Objective
 from uft_ds.record.telemetry import response_rows
-from uft_ds.streams.stream import Output, Stream
+from uft_ds.streams.stream import Output, Stream, logps_of
 
 
 @dataclass(frozen=True)

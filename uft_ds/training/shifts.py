@@ -8,7 +8,6 @@ from torch import Tensor
 
 from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.data.mixture import Step
-from uft_ds.objectives.implicit_reward import logps_of
 from uft_ds.objectives.objective import log_ratios_of
 from uft_ds.objectives.reward_shift import kl_shift
 from uft_ds.objectives.shifts import (
@@ -19,6 +18,7 @@ from uft_ds.objectives.shifts import (
     prompt_means,
     shifts_of,
 )
+from uft_ds.streams.stream import logps_of
 from uft_ds.training.forwarding import Forwarded, Method, forward, streams_of
 
 

@@ -13,11 +13,11 @@ import torch
 from uft_ds.data.example import KINDS
 from uft_ds.data.mixture import Step
 from uft_ds.engine.engine import StepResult
-from uft_ds.objectives.implicit_reward import logps_of
 from uft_ds.objectives.losses import LOSSES
 from uft_ds.objectives.objective import count_terms, micro_batch_loss
 from uft_ds.objectives.shifts import is_pointwise, next_shift
 from uft_ds.record.metrics import step_metrics
+from uft_ds.streams.stream import logps_of
 from uft_ds.training.forwarding import Forwarded, Method, rows_of, streams_of, with_known
 from uft_ds.training.shifts import shift_of_step, shifts_on_device
 

@@ -1,0 +1,98 @@
+"""What is refused before a launch: from the model without weights, in words that say what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from models import EXPERTS, GPT2, LEAKS, PACKED, SIZES
+from transformers import BloomConfig, MixtralConfig, PretrainedConfig, Qwen3MoeConfig
+
+from uft_ds.architectures.facts import FAMILIES, decoder_layers, family_of, reason_of_leak, shown_in_lockstep
+from uft_ds.errors import UserError
+from uft_ds.planning.structure import Lora, structure_of
+from uft_ds.streams.accept import accepted_policy
+from uft_ds.streams.load import empty_base
+
+MIXTURES = {
+    "qwen3_moe": Qwen3MoeConfig(**SIZES, **EXPERTS, head_dim=16),
+    "mixtral": MixtralConfig(**SIZES, num_local_experts=4),
+}
+
+
+def policy_of(config: Any, targets: Any = "all-linear") -> Any:
+    """Without weights, as `check_recipe` builds it."""
+    return accepted_policy(empty_base(config), rank=4, alpha=8.0, targets=targets, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_facts_are_those_of_the_model(name: str) -> None:
+    """The layers, their class and the final norm are where the table says."""
+    base, family = empty_base(PACKED[name]), FAMILIES[name]
+    decoder = base.get_decoder()
+    assert decoder_layers(decoder) is getattr(decoder, family.layers)
+    assert {type(layer).__name__ for layer in decoder_layers(decoder)} == {family.layer_class}
+    assert getattr(decoder, family.norm).weight.shape == (64,)
+    assert not family.leaks
+    assert policy_of(PACKED[name]).peft_config
+
+
+@pytest.mark.parametrize("name", LEAKS)
+def test_a_family_that_leaks_is_refused_by_name(name: str) -> None:
+    """By a run and by a plan, with the same words."""
+    config = LEAKS[name]
+    with pytest.raises(
+        UserError, match=r"model\.base: .* cannot be trained on packed rows: .*another architecture"
+    ) as a:
+        policy_of(config)
+    with pytest.raises(UserError) as b:
+        structure_of(config, Lora(4, 8.0, "all-linear", "float32"))
+    assert str(a.value) == str(b.value)
+    assert type(empty_base(config)).__name__ in str(a.value)
+
+
+def test_an_unknown_layer_with_a_state_is_known_by_its_class() -> None:
+    """A convolution along the row, or a name that says so; attention and MLP are neither."""
+    unknown = PretrainedConfig()
+
+    class SomeMambaMixer:
+        pass
+
+    assert family_of(unknown).layer_class == ""
+    assert "SomeMambaMixer" in str(reason_of_leak(unknown, [torch.nn.Linear, SomeMambaMixer]))
+    assert "Conv1d" in str(reason_of_leak(unknown, [torch.nn.Conv1d]))
+    assert reason_of_leak(unknown, [torch.nn.Linear, torch.nn.LayerNorm]) is None
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_adapters_on_experts_are_refused_with_targets_that_work(name: str) -> None:
+    """PEFT adapts experts and router as parameters, which no merge reads back: the targets named are accepted."""
+    with pytest.raises(UserError, match=r"lora\.targets: .*layers\.\*\.mlp\.experts.*uft convert") as refused:
+        policy_of(MIXTURES[name])
+    targets = str(refused.value).rpartition("lora.targets=[")[2].removesuffix("]").split(",")
+    assert targets == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    trained = [name for name, p in policy_of(MIXTURES[name], targets).named_parameters() if p.requires_grad]
+    assert len(trained) == 2 * 4 * 2
+
+
+def test_a_model_without_linear_layers_is_refused() -> None:
+    """GPT-2 stores its layers transposed: a merge would add to the wrong entries."""
+    with pytest.raises(UserError, match=r"lora\.targets: GPT2LMHeadModel has no linear layer that can be adapted"):
+        policy_of(GPT2)
+
+
+def test_a_dropout_of_zero_is_none() -> None:
+    """BLOOM keeps one as a layer, another as a number: each is refused by its name only where it drops something."""
+    sizes = {"vocab_size": 259, "hidden_size": 64, "n_layer": 1, "n_head": 4}
+    assert empty_base(BloomConfig(**sizes)) is not None
+    for key, where in (("attention_dropout", r"attention_dropout"), ("hidden_dropout", r"hidden_dropout")):
+        with pytest.raises(UserError, match=rf"model\.base: .*{where} has a dropout of 0\.1, expected 0"):
+            empty_base(BloomConfig(**sizes, **{key: 0.1}))
+
+
+def test_lockstep_is_shown_for_four_families() -> None:
+    """Those that `tests/streams/test_lanes.py` runs."""
+    assert shown_in_lockstep() == (
+        "LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer",
+    )  # fmt: skip

@@ -1,0 +1,210 @@
+"""One table of what is known of each model family, by `config.model_type`.
+
+Everything that depends on the architecture asks here: loading, lockstep, the head, the planner and the checks. A new
+family is one entry of `FAMILIES` and one line in `tests/architectures/models.py`; a family without an entry works as
+far as its structure shows where its layers are, and the checks at the start of a run measure the rest. No torch here:
+the planner and the checks of a recipe read these facts without it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+STATE = "its layers carry a state along the row"
+POSITIONS = "its learned positions do not restart with each sequence of a row"
+MASK = "its attention mask does not read position_ids"
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is known of one architecture.
+
+    layer_class: the decoder layer, which ZeRO-3 gathers as a whole.
+    layers, norm: the decoder's attributes with the list of layers and with the final norm.
+    leaks: why the sequences of a packed row change each other; empty where the tests show that they do not.
+    lockstep: whether the tests hold the lockstep reference against two separate forwards.
+    """
+
+    layer_class: str
+    layers: str = "layers"
+    norm: str = "norm"
+    leaks: str = ""
+    lockstep: bool = False
+
+
+FAMILIES = {
+    "llama": Family("LlamaDecoderLayer", lockstep=True),
+    "mistral": Family("MistralDecoderLayer", lockstep=True),
+    "qwen2": Family("Qwen2DecoderLayer", lockstep=True),
+    "qwen3": Family("Qwen3DecoderLayer", lockstep=True),
+    "qwen2_moe": Family("Qwen2MoeDecoderLayer"),
+    "qwen3_moe": Family("Qwen3MoeDecoderLayer"),
+    "mixtral": Family("MixtralDecoderLayer"),
+    "phi": Family("PhiDecoderLayer", norm="final_layernorm"),
+    "phi3": Family("Phi3DecoderLayer"),
+    "gemma": Family("GemmaDecoderLayer"),
+    "gemma2": Family("Gemma2DecoderLayer"),
+    "gemma3_text": Family("Gemma3DecoderLayer"),
+    "granite": Family("GraniteDecoderLayer"),
+    "cohere": Family("CohereDecoderLayer"),
+    "cohere2": Family("Cohere2DecoderLayer"),
+    "olmo2": Family("Olmo2DecoderLayer"),
+    "gpt_neox": Family("GPTNeoXLayer", norm="final_layer_norm"),
+    "gptj": Family("GPTJBlock", layers="h", norm="ln_f"),
+    "codegen": Family("CodeGenBlock", layers="h", norm="ln_f"),
+    "gpt2": Family("GPT2Block", layers="h", norm="ln_f"),
+    # The sequences of a packed row change each other in these: measured, see docs/reference.md.
+    "bloom": Family("BloomBlock", layers="h", norm="ln_f", leaks=MASK),
+    "falcon": Family("FalconDecoderLayer", layers="h", norm="ln_f", leaks=MASK),
+    "gpt_oss": Family("GptOssDecoderLayer", leaks=MASK),
+    "opt": Family("OPTDecoderLayer", norm="final_layer_norm", leaks=POSITIONS),
+    "bamba": Family("BambaDecoderLayer", norm="final_layernorm", leaks=STATE),
+    "granitemoehybrid": Family("GraniteMoeHybridDecoderLayer", leaks=STATE),
+    "lfm2": Family("Lfm2DecoderLayer", norm="embedding_norm", leaks=STATE),
+    "mamba": Family("MambaBlock", norm="norm_f", leaks=STATE),
+    "qwen3_next": Family("Qwen3NextDecoderLayer", leaks=STATE),
+    "recurrent_gemma": Family("RecurrentGemmaDecoderLayer", norm="final_norm", leaks=STATE),
+}
+"""Families that tests cover."""
+
+_ALSO_LEAK = {
+    **dict.fromkeys(("afmoe", "mpt", "openai-gpt"), MASK),
+    **dict.fromkeys(("bart", "biogpt", "marian", "mbart", "pegasus", "trocr", "xglm"), POSITIONS),
+    "deepseek_v4": "its attention compresses blocks of tokens along the row",
+}
+"""Measured once, with transformers 5.23, and known to leak; other layers with a state are known by their classes."""
+
+_UNKNOWN = Family("")
+_LAYERS = ("layers", "h", "blocks")
+"""Where decoders keep their layers."""
+_STATEFUL = re.compile(
+    r"mamba|ssm|ssd|shortconv|deltanet|deltaattention|recurrent|rglru|rwkv|lstm|gru|retention|lightning|linearattention",
+    re.IGNORECASE,
+)
+"""In the class name of a layer that carries a state along the row, whatever the family."""
+
+
+def family_of(config: Any) -> Family:
+    """The entry of a config's model type; for an unknown one an entry without facts."""
+    return FAMILIES.get(getattr(config, "model_type", ""), _UNKNOWN)
+
+
+def shown_in_lockstep() -> tuple[str, ...]:
+    """The decoder layer classes that the tests hold against two separate forwards and Hugging Face's own."""
+    return tuple(sorted(family.layer_class for family in FAMILIES.values() if family.lockstep))
+
+
+# ---- where things are
+
+
+def layers_attribute(decoder: Any) -> str | None:
+    """The attribute of a decoder that holds its list of layers; None if there is none."""
+    names = (family_of(getattr(decoder, "config", None)).layers, *_LAYERS)
+    return next((name for name in names if _is_list(getattr(decoder, name, None))), None)
+
+
+def decoder_layers(decoder: Any) -> Any:
+    """The decoder's layers, an `nn.ModuleList`.
+
+    Raises:
+        AttributeError: it keeps them elsewhere; `accept.check_base_model` refuses such a model before a launch.
+    """
+    name = layers_attribute(decoder)
+    if name is None:
+        raise AttributeError(f"{type(decoder).__name__} keeps no list of layers in {', '.join(_LAYERS)}")
+    return getattr(decoder, name)
+
+
+def keep_layers(decoder: Any, count: int) -> None:
+    """Cut a decoder to its first layers."""
+    name = layers_attribute(decoder)
+    assert name is not None
+    setattr(decoder, name, getattr(decoder, name)[:count])
+
+
+def tied_names(model: Any) -> dict[str, str]:
+    """Names of parameters that no weight file need hold, and the parameters that they share."""
+    keys = getattr(model, "_tied_weights_keys", None)
+    return dict(keys) if model.config.tie_word_embeddings and isinstance(keys, dict) else {}
+
+
+def _is_list(value: Any) -> bool:
+    return hasattr(value, "__len__") and hasattr(value, "named_parameters") and len(value) > 0
+
+
+# ---- whether rows may be packed
+
+
+def reason_of_leak(config: Any, module_classes: Iterable[type]) -> str | None:
+    """Why the sequences of a packed row would change each other; None if nothing shows it.
+
+    Args:
+        module_classes: of all modules inside the decoder layers, for families without an entry.
+    """
+    family = family_of(config)
+    if family is not _UNKNOWN:
+        return family.leaks or None
+    if (known := _ALSO_LEAK.get(getattr(config, "model_type", ""))) is not None:
+        return known
+    stateful = sorted({kind.__name__ for kind in module_classes if _STATEFUL.search(kind.__name__)})
+    # A convolution along the row mixes neighbouring tokens, wherever one sequence ends.
+    convolutions = sorted({kind.__name__ for kind in module_classes if kind.__name__ == "Conv1d"})
+    found = stateful or convolutions
+    return f"{STATE} ({', '.join(found)})" if found else None
+
+
+def positions_limit(config: Any) -> tuple[str, int] | None:
+    """The kind of rotary embeddings that change all positions with the longest one, and up to where they do not."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {str(part.get("rope_type")) for part in (rope, *rope.values()) if isinstance(part, dict)}
+    limit = rope.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", None)
+    found = sorted(kinds & {"dynamic", "longrope"})
+    return (found[0], int(limit)) if found and limit is not None else None
+
+
+# ---- logits
+
+
+_MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+"""Keys of a factor on the logits: Cohere's, Muse's, Falcon-H1's."""
+
+
+def logit_scale_and_cap(config: Any) -> tuple[float, float | None]:
+    """The factor on the logits and their soft cap, by the keys that configurations use for them.
+
+    Other models do more, or under other keys: the check at the start compares with the model's own logits.
+    """
+    scale = next((float(found) for name in _MULTIPLIERS if (found := getattr(config, name, None))), 1.0)
+    divisor = getattr(config, "logits_scaling", None)  # Granite, MiniCPM3; HyperCLOVA X multiplies by it
+    if divisor:
+        scale = scale * divisor if config.model_type == "hyperclovax" else scale / divisor
+    return scale, getattr(config, "final_logit_softcapping", None) or None  # Gemma 2
+
+
+# ---- cost
+
+
+def attention_parity(config: Any) -> float:
+    """Tokens at which a sequence's attention takes as many FLOPs as the rest of the model's layers; inf if unknown.
+
+        d hidden size, f width of the MLP, q = query heads x head_dim, k = key-value heads x head_dim
+        parameters = 2 d q + 2 d k + 3 d f      query and output, key and value, gate, up and down projections
+        the rest, of a token and a layer        2 x parameters
+        attention, of T tokens, causal          2 q T     T / 2 keys on average: 2 q for QK^T and 2 q for AV, each
+        equal at                                T = parameters / q
+
+    Forward and backward stand in the same proportion. A sliding window is not counted: beyond it, attention is taken
+    for more than it is.
+    """
+    names = ("hidden_size", "intermediate_size", "num_attention_heads")
+    if not all(getattr(config, name, None) for name in names):
+        return math.inf
+    hidden, mlp, heads = (int(getattr(config, name)) for name in names)
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    query = heads * head_dim
+    key_value = (getattr(config, "num_key_value_heads", None) or heads) * head_dim
+    return float((2 * hidden * query + 2 * hidden * key_value + 3 * hidden * mlp) / query)

@@ -1,0 +1,120 @@
+"""Which models a run accepts: one decision, made from the model without weights, before anything is launched.
+
+`uft train` and `uft plan` ask it alike, and what it accepts `uft convert` can read back.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from uft_ds.architectures.facts import decoder_layers, layers_attribute, reason_of_leak
+from uft_ds.errors import UserError
+from uft_ds.streams.adapters import add_adapters
+from uft_ds.streams.heads import plain_head
+from uft_ds.streams.lora_config import is_plain_lora
+from uft_ds.streams.stream import POLICY_ADAPTER
+
+
+def accepted_policy(
+    base: Any, *, rank: int, alpha: float, targets: Literal["all-linear"] | list[str], dtype: torch.dtype
+) -> PeftModel:
+    """The policy of a run, without weights: a base that may be trained, with adapters that `uft convert` reads back.
+
+    Args:
+        base: on the meta device.
+    Raises:
+        UserError: `model.base` or `lora.targets` cannot be trained; says why, and what to do.
+    """
+    check_base_model(base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT's, of a property of transformers
+        # PEFT's, where it sets fan_in_fan_out for transposed layers, which `check_adapters` refuses.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out", category=UserWarning)
+        # And of experts, which are refused too.
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern", category=RuntimeWarning)
+        policy = add_adapters(base, rank=rank, alpha=alpha, targets=targets, dtype=dtype, seed=0)
+    check_adapters(policy)
+    return policy
+
+
+def check_base_model(base: Any) -> None:
+    """Refuse a base whose layers cannot be found, or whose packed sequences would change each other.
+
+    Raises:
+        UserError: names `model.base` and the model's class.
+    """
+    decoder, name = base.get_decoder(), type(base).__name__
+    if layers_attribute(decoder) is None:
+        raise UserError(
+            f"model.base: {name} keeps its decoder layers where neither ZeRO-3 nor a plan finds them "
+            f"(expected a list `layers` or `h` in {type(decoder).__name__}); take a model of another architecture"
+        )
+    plain_head(base)
+    layers = decoder_layers(decoder)
+    reason = reason_of_leak(decoder.config, {type(module) for module in layers.modules()})
+    if reason is not None:
+        raise UserError(
+            f"model.base: {name} cannot be trained on packed rows: {reason}, so sequences that share a row would "
+            "change each other's log-probs; take a model of another architecture"
+        )
+
+
+def check_adapters(policy: PeftModel) -> None:
+    """Refuse adapters that `uft convert` could not merge: everything trained must be a plain LoRA of a linear layer.
+
+    With `all-linear` PEFT also adapts the experts and the router of a mixture of experts, as parameters of three
+    dimensions (`target_parameters`).
+
+    Raises:
+        UserError: names `lora.targets`, the layers, and targets that work.
+    """
+    refused = sorted(set(_not_plain(policy)))
+    if not refused:
+        return
+    names = _plain_targets(policy)
+    what = f"{', '.join(refused[:3])}{f' and {len(refused) - 3} more' if len(refused) > 3 else ''}"
+    model = type(policy.get_base_model()).__name__
+    if not names:
+        raise UserError(
+            f"lora.targets: {model} has no linear layer that can be adapted: adapters of {what} cannot be merged by "
+            "`uft convert`; take a model of another architecture"
+        )
+    raise UserError(
+        f"lora.targets: in {model} it adapts {what}, which is no plain LoRA of a linear layer and cannot be merged by "
+        f"`uft convert`; set lora.targets=[{','.join(names)}]"
+    )
+
+
+def _not_plain(policy: PeftModel) -> Iterator[str]:
+    """Modules with trained parameters that are no plain LoRA of an `nn.Linear`."""
+    config: Any = policy.peft_config[POLICY_ADAPTER]
+    for name, module in policy.named_modules():
+        if isinstance(module, LoraLayer) and not isinstance(module.get_base_layer(), nn.Linear):
+            yield _shown(name)
+    for name, parameter in policy.named_parameters():
+        if parameter.requires_grad and not is_plain_lora(name, parameter.shape, config.r):
+            yield _shown(name.partition(".lora_")[0])
+
+
+def _shown(name: str) -> str:
+    """Without PEFT's prefix, and one name for all layers."""
+    parts = name.removeprefix("base_model.model.").removesuffix(".base_layer").split(".")
+    return ".".join("*" if part.isdigit() else part for part in parts)
+
+
+def _plain_targets(policy: PeftModel) -> list[str]:
+    """The last names of all linear layers inside the decoder layers of which no other module has the name."""
+    base: Any = policy.get_base_model()
+    plain: set[str] = set()
+    other: set[str] = set()
+    for name, module in decoder_layers(base.get_decoder()).named_modules():
+        own = module.get_base_layer() if isinstance(module, LoraLayer) else module
+        (plain if isinstance(own, nn.Linear) else other).add(name.rpartition(".")[2])
+    return sorted(plain - other - {"base_layer", "default"})

@@ -1,0 +1,175 @@
+"""The check of a model before the first step: packed sequences stay apart, and log-probs are the model's own.
+
+Two short sequences A and B of the run's data, every token of them supervised, in rows that differ in one thing each:
+
+    own       A and B alone, against the model's own forward of each: its logits, positions and masks
+    packed    the second sequence of the row A B, and of B A, against itself alone: positions that do not restart;
+              the first one of a causal model cannot change but by rounding
+    before    B behind A, against B behind other tokens than A's: what leaks through masks or through a state;
+    after     A before B, against A before other tokens than B's: cannot change but by rounding
+
+Rows of the same shape are computed alike, so that in bfloat16 too a sequence keeps every bit unless something leaks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from uft_ds.data.example import Response, Sequence
+from uft_ds.data.micro_batch import MicroBatch, micro_batch
+from uft_ds.data.mixture import Step
+from uft_ds.engine.engine import Engine
+from uft_ds.errors import CheckFailed
+from uft_ds.streams.stream import logps_of
+from uft_ds.training.forwarding import streams_of
+
+LONGEST = 256
+"""Tokens of a sequence that are compared: its first ones. Logits of all of them are held, in float32."""
+
+Forward = Callable[[MicroBatch, bool], Tensor]
+"""(row, by the model's own forward) -> log-probs of its supervised tokens, nats."""
+
+
+class Differences(NamedTuple):
+    """Nats a token, as at the top of this module: the largest, and of `packed` the root of the mean square."""
+
+    own: float
+    packed: float
+    packed_rounding: float
+    before: float
+    after: float
+
+
+class _Allowed(NamedTuple):
+    """Nats a token."""
+
+    own: float
+    packed: float
+    before: float
+
+
+ALLOWED = {
+    torch.float32: _Allowed(own=1e-3, packed=1e-4, before=1e-5),
+    torch.bfloat16: _Allowed(own=1e-3, packed=0.05, before=1e-5),
+}
+"""Measured on tiny models of 11 families: own 1e-6 in both types, for no logit is rounded; packed 4e-6 and 0.007;
+before exactly 0. SmolLM2-135M and real text, bfloat16: own 3e-5, packed 0.022 (its rounding 0.009), before 0. LFM2,
+which leaks least, is at 3e-4 and 2e-3 behind other tokens, OPT's positions at 0.1."""
+
+ROUNDING = 10
+"""How often the rounding seen where nothing can leak is allowed where something might, if that is more: kernels may
+compute rows of other shapes otherwise, and experts get other numbers of tokens."""
+
+
+def check_model(engine: Engine, step: Step, *, dtype: torch.dtype) -> Differences:
+    """Refuse a model whose log-probs are not its own forward's, or whose packed sequences change each other.
+
+    Every rank must call it, with the same step.
+
+    Returns:
+        what was measured, the largest over all ranks.
+    Raises:
+        CheckFailed: on every rank; names the model's class, what was found, and what to do.
+    """
+    name = type(engine.module.policy.get_base_model()).__name__  # type: ignore[union-attr, operator]
+
+    def forward(row: MicroBatch, own: bool) -> Tensor:
+        batch = row.to(engine.device)
+        outputs = engine(batch, streams_of(engine, with_reference=False), through_logits=own)
+        return logps_of(outputs, batch)["policy"]
+
+    with engine.evaluating():
+        found = differences(forward, *chosen_of(step))
+    found = Differences(*map(engine.max_over_ranks, found))
+    problem = problem_of(found, dtype)
+    if problem is not None:
+        raise CheckFailed(f"model.base: {name}: before the first step {problem}")
+    return found
+
+
+def problem_of(found: Differences, dtype: torch.dtype) -> str | None:
+    """What is wrong with a model, in words; None if nothing is."""
+    allowed = ALLOWED[dtype]
+    if not found.after <= ROUNDING * allowed.packed:
+        return (
+            f"a sequence's log-probs change by {found.after:.2g} nats a token with the tokens of the sequence behind "
+            "it: the model is not causal; take one that is"
+        )
+    may_leak = max(allowed.before, ROUNDING * found.after)
+    may_round = max(allowed.packed, ROUNDING * found.packed_rounding)
+    if not found.before <= may_leak:
+        return (
+            f"a sequence's log-probs change by {found.before:.2g} nats a token (allowed {may_leak:.2g}) with the "
+            "tokens of the sequence before it in the same row: packed sequences leak into each other, and the gradient "
+            "would depend on the packing; take a model of another architecture"
+        )
+    if not found.packed <= may_round:
+        return (
+            f"a sequence's log-probs differ by {found.packed:.2g} nats a token (allowed {may_round:.2g}) between a row "
+            "of its own and a row that it shares: its positions do not restart with each sequence; take a model of "
+            "another architecture"
+        )
+    if not found.own <= allowed.own:
+        return (
+            f"log-probs differ by {found.own:.2g} nats a token (allowed {allowed.own:.2g}) from the model's own "
+            "forward: it does something to its logits or positions that is not supported; take a model of another "
+            "architecture"
+        )
+    return None
+
+
+def chosen_of(step: Step) -> tuple[Sequence, Sequence]:
+    """The two shortest sequences of a step, cut to `LONGEST`, each token a response; a single one stands for both."""
+    shortest = sorted(step.sequences, key=lambda sequence: sequence.num_tokens)
+    second = shortest[min(1, len(shortest) - 1)]
+    return token_by_token(shortest[0].token_ids_T), token_by_token(second.token_ids_T)
+
+
+def differences(forward: Forward, first: Sequence, second: Sequence) -> Differences:
+    """Seven forwards of one row or two, by the model at hand."""
+
+    def logps(*sequences: Sequence, own: bool = False) -> list[Tensor]:
+        logps_N = forward(micro_batch(sequences), own)
+        return list(logps_N.split([len(sequence.responses) for sequence in sequences]))
+
+    own = logps(first, second, own=True)
+    alone = [*logps(first), *logps(second)]
+    packed, turned = logps(first, second), logps(second, first)
+    before = logps(_with_other_tokens(first, second), second)
+    after = logps(first, _with_other_tokens(second, first))
+    return Differences(
+        own=max(_largest(a, b) for a, b in zip(alone, own, strict=True)),
+        packed=max(_typical(packed[1], alone[1]), _typical(turned[1], alone[0])),
+        packed_rounding=max(_typical(packed[0], alone[0]), _typical(turned[0], alone[1])),
+        before=_largest(before[1], packed[1]),
+        after=_largest(after[0], packed[0]),
+    )
+
+
+def token_by_token(token_ids_T: np.ndarray) -> Sequence:
+    """The first tokens of a sequence, each one but the first a response."""
+    tokens = token_ids_T[:LONGEST]
+    responses = tuple(Response(place, place + 1, 1.0, "instruction") for place in range(1, len(tokens)))
+    return Sequence(tokens, responses)
+
+
+def _with_other_tokens(sequence: Sequence, neighbour: Sequence) -> Sequence:
+    """As long, with another token at every place: the next one of those that the two sequences have."""
+    known = np.unique(np.concatenate([sequence.token_ids_T, neighbour.token_ids_T]))
+    places = np.searchsorted(known, sequence.token_ids_T)
+    return token_by_token(known[(places + 1) % len(known)])
+
+
+def _largest(one_N: Tensor, other_N: Tensor) -> float:
+    """Of the absolute differences; infinite where one is NaN."""
+    return float((one_N - other_N).abs().nan_to_num(nan=float("inf")).max())
+
+
+def _typical(one_N: Tensor, other_N: Tensor) -> float:
+    """The root of the mean square of the differences; infinite where one is NaN."""
+    return float((one_N - other_N).double().square().nan_to_num(nan=float("inf")).mean().sqrt())
