@@ -13,7 +13,7 @@ from uft_ds.data.mixture import Portion
 from uft_ds.errors import UserError
 from uft_ds.recipe.file import dump_recipe, load_recipe, shipped_recipes
 from uft_ds.recipe.schema import Recipe, describe_keys
-from uft_ds.run.resolve import portion_of
+from uft_ds.recipe.settings import portion_of
 
 
 def test_recipes_are_shipped() -> None:

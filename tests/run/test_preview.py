@@ -14,12 +14,11 @@ from toy import toy_sequences
 
 from uft_ds.data.example import Example, Message, Sequence
 from uft_ds.data.mixture import Portion
-from uft_ds.data.sources import PreparedSource, Source, Tolerance, prepare_source
+from uft_ds.data.sources import PreparedData, PreparedSource, Source, Tolerance, prepare_source
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.tokenize import load_tokenizer, tokenize
 from uft_ds.recipe.file import recipe_from_tree
-from uft_ds.recipe.schema import Recipe
-from uft_ds.run.prepare import PreparedData
+from uft_ds.recipe.settings import Settings, settings_of
 from uft_ds.run.preview import CLOSE, OPEN, PROMPT, SUPERVISED, rendered, show_data
 
 
@@ -80,18 +79,18 @@ def data(tmp_path: Path, chat: ChatTokenizer, monkeypatch: pytest.MonkeyPatch) -
     )
 
 
-def recipe_of(data: PreparedData) -> Recipe:
+def settings_for(data: PreparedData) -> Settings:
     train, held_out = (
         [{"format": "jsonl", "path": f"{part}{number}"} for number in range(len(sources))]
         for part, sources in (("train", data.train), ("held_out", data.held_out))
     )
     tree = {"name": "x", "model": {"base": "b"}, "data": {"sources": train, "held_out": held_out}, "output": "o"}
-    return recipe_from_tree(tree, "x")
+    return settings_of(recipe_from_tree(tree, "x"))
 
 
 def printed(data: PreparedData, width: int) -> str:
     console = Console(file=io.StringIO(), width=width, markup=False, highlight=False)
-    show_data(recipe_of(data), data, console)
+    show_data(settings_for(data), data, console)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 

@@ -6,6 +6,7 @@ import json
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -13,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from uft_ds.data.example import GOOD_FROM, KINDS
-from uft_ds.data.mixture import ONE_PASS, Ingredient, Portion
+from uft_ds.data.mixture import ONE_PASS, Ingredient, Portion, epoch_amounts
 from uft_ds.data.rows.reading import find_data
 from uft_ds.data.score_map import ScoreMap, affine, quantiles
 from uft_ds.data.store.building import PLACES_NAMED, RowRules
@@ -100,6 +101,27 @@ class PreparedSource:
     @property
     def ingredient(self) -> Ingredient:
         return Ingredient(self.source.seed_name, self.selection, self.source.portion)
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """All that a run uses of its data."""
+
+    train: tuple[PreparedSource, ...]
+    held_out: tuple[PreparedSource, ...]
+
+    @property
+    def all(self) -> tuple[PreparedSource, ...]:
+        return (*self.train, *self.held_out)
+
+    @cached_property
+    def epoch_amounts(self) -> list[float]:
+        """How many responses one epoch of the mixture takes of each training source, about.
+
+        Raises:
+            ValueError: the shares do not make a whole.
+        """
+        return epoch_amounts([source.ingredient for source in self.train])
 
 
 def prepare_source(
@@ -230,3 +252,30 @@ def _check_scores(prepared: PreparedSource) -> None:
             f"{prepared.label}: all {len(scores)} responses have the score {scores[0]:g}; if that is meant, set this "
             "source's allow_one_score: true"
         )
+
+
+def check_no_source_twice(data: PreparedData) -> None:
+    """The recipe's own check compares names: a copy, a link or another spelling of the path is found by its content."""
+    seen: dict[str, str] = {}
+    for source in data.all:
+        if source.key in seen:
+            raise UserError(f"{source.label}: holds the rows of {seen[source.key]}; no row may be used twice")
+        seen[source.key] = source.label
+
+
+def check_units_fit(data: PreparedData, limit: int, *, max_length: int) -> None:
+    """A pair is forwarded at once, and may be longer than one sequence may be.
+
+    Args:
+        limit: `train.tokens_per_micro_batch`.
+    Raises:
+        UserError: names the pair.
+    """
+    for source in data.all:
+        store, units_U = source.selection.store, source.selection.units_U
+        longest = int(units_U[np.argmax(store.tokens_U[units_U])])
+        if store.tokens_U[longest] > limit:
+            raise UserError(
+                f"train.tokens_per_micro_batch: {limit} given, but the pair of {store.origin(longest)} has "
+                f"{store.tokens_U[longest]} tokens; raise it, or lower data.max_length {max_length}"
+            )

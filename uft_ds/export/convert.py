@@ -105,7 +105,7 @@ def convert_to_merged(
                 sequences = _sequences(source, chat)
                 found = compare(folder, source.adapter, temporary, sequences, partial(on_progress, "comparing layers"))
                 _check_faithful(found, dtype)
-            card = model_card(source.base, source.recipe, found, title=out.name)
+            card = model_card(source.base, source.settings, found, title=out.name)
             (temporary / "README.md").write_text(card, encoding="utf-8")
     return Conversion(out, source.path, found)
 
@@ -122,9 +122,9 @@ def convert_to_adapter(
     _check_free(out)
     with opened(path, base, adapter_config) as source, _whole_or_nothing(out) as temporary:
         shutil.copytree(source.adapter, temporary, dirs_exist_ok=True)
-        if source.recipe is not None:
+        if source.settings is not None:
             save_tokenizer(_tokenizer_of(source), temporary)
-            card = model_card(source.base, source.recipe, None, title=out.name)
+            card = model_card(source.base, source.settings, None, title=out.name)
             (temporary / "README.md").write_text(card, encoding="utf-8")
     return Conversion(out, source.path, None)
 
@@ -144,9 +144,9 @@ def convert_to_universal(path: Path, out: Path) -> Conversion:
             f"{path}: an adapter alone; a universal checkpoint is of a run, which has the optimiser's state"
         )
     source = of_run(path)
-    assert source.recipe is not None
+    assert source.settings is not None
     with _whole_or_nothing(out) as temporary:
-        write_universal(source.path, source.recipe.train, temporary)
+        write_universal(source.path, source.settings.train, temporary)
     return Conversion(out, source.path, None)
 
 

@@ -17,8 +17,7 @@ from uft_ds.checkpoint.manifest import MANIFEST
 from uft_ds.errors import UserError
 from uft_ds.export.deepspeed_files import is_deepspeed, read_trainable
 from uft_ds.export.low_rank import read_adapter_config, read_low_rank
-from uft_ds.recipe.file import load_recipe
-from uft_ds.recipe.schema import Recipe
+from uft_ds.recipe.settings import Settings, load_settings
 from uft_ds.record.run_folder import RunFolder
 from uft_ds.streams.identity import base_identity
 from uft_ds.streams.load import check_base
@@ -31,7 +30,7 @@ _EXPECTED = "expected a run, one of its checkpoints, an adapter in PEFT's format
 class Source:
     """What is converted.
 
-    adapter: a folder in PEFT's format. base: a name or a folder. recipe, run: where the source is a run's.
+    adapter: a folder in PEFT's format. base: a name or a folder. settings, run: where the source is a run's.
     """
 
     path: Path
@@ -39,7 +38,7 @@ class Source:
     base: str
     revision: str | None
     chat_template: str | None
-    recipe: Recipe | None = None
+    settings: Settings | None = None
     run: RunFolder | None = None
 
 
@@ -99,16 +98,18 @@ def of_run(path: Path, base: str | None = None) -> Source:
     folder = RunFolder(checkpoint.parent.parent)
     if not folder.recipe.exists() or not folder.sample_data().exists():
         raise UserError(f"{folder.path}: no recipe.yaml or data/ beside {checkpoint.name}; a checkpoint needs its run")
-    recipe = load_recipe(str(folder.recipe))
-    model = recipe.model
+    settings = load_settings(str(folder.recipe))
+    model = settings.model
     if base is None:
         if Path(model.base).is_absolute() and not Path(model.base).exists():
             raise UserError(f"{model.base}: no such folder; if the run's base has moved, give --base")
-        return Source(checkpoint, checkpoint / ADAPTER, model.base, model.revision, model.chat_template, recipe, folder)
+        return Source(
+            checkpoint, checkpoint / ADAPTER, model.base, model.revision, model.chat_template, settings, folder
+        )
     expected = json.loads(folder.identity.read_text(encoding="utf-8"))["base"]
     if base_identity(_base_at(base), None) != expected:
         raise UserError(f"--base: {base} is not the base that the run was trained on ({model.base}), by its content")
-    return Source(checkpoint, checkpoint / ADAPTER, base, None, model.chat_template, recipe, folder)
+    return Source(checkpoint, checkpoint / ADAPTER, base, None, model.chat_template, settings, folder)
 
 
 def _from_deepspeed(path: Path, folder: Path, base: str | None, adapter_config: Path | None) -> Source:

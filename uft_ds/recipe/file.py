@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from types import NoneType, UnionType
@@ -219,16 +219,25 @@ def _known_keys(place: tuple[str | int, ...], root: type[Section]) -> list[str]:
     return list(section.model_fields)
 
 
-def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML that `load_recipe` reads back to an equal value."""
-    tree = recipe.model_dump(mode="json")
+def stored_recipe(path: Path) -> dict[str, Any]:
+    """What `dump_recipe` wrote, as plain values, defaults of keys that are newer filled in.
+
+    Raises:
+        UserError: it cannot be read, or is none of this version.
+    """
+    return load_recipe(str(path)).model_dump(mode="json")
+
+
+def dump_recipe(recipe: Recipe | Mapping[str, Any]) -> str:
+    """A recipe, or the tree of one, as YAML that `load_recipe` reads back to an equal value."""
+    tree = recipe.model_dump(mode="json") if isinstance(recipe, Recipe) else dict(recipe)
     return yaml.dump(tree, Dumper=_RecipeDumper, sort_keys=False, allow_unicode=False, width=110)
 
 
 def leaves_of(value: Any, prefix: str = "") -> dict[str, Any]:
     """Every leaf of a recipe by its key."""
     tree = value.model_dump(mode="json") if isinstance(value, Recipe) else value
-    if not isinstance(tree, dict | list):
+    if not isinstance(tree, Mapping | list):
         return {prefix.removesuffix("."): tree}
     leaves: dict[str, Any] = {}
     for key, inner in enumerate(tree) if isinstance(tree, list) else tree.items():

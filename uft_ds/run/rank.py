@@ -26,8 +26,7 @@ from uft_ds.errors import EXIT_CRASHED, EXIT_DONE, CheckFailed, Stopped, UserErr
 from uft_ds.host.process import die_with_parent
 from uft_ds.host.signals import Stop, StopRequest
 from uft_ds.known.cache import fill
-from uft_ds.recipe.file import load_recipe
-from uft_ds.recipe.schema import Recipe
+from uft_ds.recipe.settings import Settings, load_settings
 from uft_ds.record.html_report import write_report
 from uft_ds.record.metrics import MetricsWriter
 from uft_ds.record.report import ConsoleReporter, FillReporter, Reporter, SilentReporter, Speaker
@@ -35,8 +34,8 @@ from uft_ds.record.run_folder import RunFolder, Status, write_first
 from uft_ds.run.build import build_engine, build_reference_cache
 from uft_ds.run.checks import check_sharding
 from uft_ds.run.prepare import ensure_data, open_data, prepare_run, steps_of
-from uft_ds.run.resolve import cache_dir, objective_of
 from uft_ds.run.resume import nothing_to_do, prepare_resume, resumed_from
+from uft_ds.run.settings import located, with_deepspeed_file
 from uft_ds.run.waiting import while_others_wait
 from uft_ds.training.evaluate import check_against_hugging_face, check_log_ratios_are_zero
 from uft_ds.training.loop import START, train
@@ -87,25 +86,30 @@ def _main(request: StopRequest, arguments: list[str] | None) -> Status:
     rank = int(os.environ.get("RANK", "0"))
     folder: RunFolder | None = None
     try:
-        recipe = load_recipe(options.recipe, tuple(options.overrides))
+        settings = load_settings(options.recipe, tuple(options.overrides))
+        if not options.prepared:
+            settings = located(settings)
         # Each rank sees it for itself: nobody changes a run that is done.
-        if options.resume and (done := nothing_to_do(recipe)) is not None:
+        if options.resume and (done := nothing_to_do(settings)) is not None:
             if rank == 0:
                 print(f"{done.path} is done: there is nothing to go on with")
             return Status(EXIT_DONE, "done")
-        init_distributed(recipe.launch.collective_timeout_minutes)
+        init_distributed(settings.launch.collective_timeout_minutes)
         lock: IO[str] | None = None
         if not options.prepared:
             lock = while_others_wait(
-                "prepare", lambda: _prepared(recipe, options.resume, options.overwrite), works=rank == 0
+                "prepare", lambda: _prepared(settings, options.resume, options.overwrite), works=rank == 0
             )
-        folder = RunFolder(Path(recipe.output))  # ours only from here on
-        recipe = load_recipe(str(folder.recipe))  # as prepared: paths, adapter and revision are fixed there
+        folder = RunFolder(settings.output)  # ours only from here on
+        settings = load_settings(str(folder.recipe))  # as prepared: paths, adapter and revision are fixed there
+        settings = with_deepspeed_file(settings)
         # On each machine the first rank; those of the others wait too: they would meet them in a collective.
-        while_others_wait("data", partial(ensure_data, recipe, folder), works=os.environ.get("LOCAL_RANK", "0") == "0")
+        while_others_wait(
+            "data", partial(ensure_data, settings, folder), works=os.environ.get("LOCAL_RANK", "0") == "0"
+        )
         with _own_streams(folder, rank) as terminal:
             work = _fill_reference if options.only_reference else _run
-            work(recipe, folder, Console(file=terminal), request)
+            work(settings, folder, Console(file=terminal), request)
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
         del lock
@@ -135,41 +139,54 @@ def _crash(error: Exception, where: str = "") -> Status:
     return Status(EXIT_CRASHED, f"rank {os.environ.get('RANK', '0')} crashed: {message}{where}")
 
 
-def _prepared(recipe: Recipe, resume: bool, overwrite: bool) -> IO[str]:
-    check_sharding(recipe, ranks=int(os.environ["WORLD_SIZE"]), ranks_per_node=ranks_of_a_node())
+def _prepared(settings: Settings, resume: bool, overwrite: bool) -> IO[str]:
+    settings = with_deepspeed_file(settings)
+    check_sharding(settings, ranks=int(os.environ["WORLD_SIZE"]), ranks_per_node=ranks_of_a_node())
     if resume:
-        return prepare_resume(recipe, say=print)[2]
-    return prepare_run(recipe, overwrite=overwrite)[2]
+        return prepare_resume(settings, say=print)[2]
+    return prepare_run(settings, overwrite=overwrite)[2]
 
 
-def _run(recipe: Recipe, folder: RunFolder, console: Console, request: StopRequest) -> None:
-    _make_deterministic(recipe.train.deterministic)
-    data = open_data(recipe, folder)
-    steps = steps_of(recipe, data)
-    held_out = in_order([source.selection for source in data.held_out], recipe.train.examples_per_step)
-    objective = objective_of(recipe)
+def _run(settings: Settings, folder: RunFolder, console: Console, request: StopRequest) -> None:
+    _make_deterministic(settings.train.deterministic)
+    data = open_data(settings, folder)
+    steps = steps_of(settings, data)
+    held_out = in_order([source.selection for source in data.held_out], settings.train.examples_per_step)
     checkpoint = resumed_from(folder)
     state = START if checkpoint is None else read_position(checkpoint).state
     after_step = None if checkpoint is None else state.step
-    with _together(), _reporter(recipe, folder, console, len(steps), after_step) as reporter:
-        engine, model = build_engine(recipe, reporter)
+    with _together(), _reporter(settings, folder, console, len(steps), after_step) as reporter:
+        engine, model = build_engine(settings, reporter)
         # With fresh adapters, whatever the checkpoint holds: it is policy and reference that are compared.
-        _check_start(engine, recipe, steps[0], reporter)
+        _check_start(engine, settings, steps[0], reporter)
         pools = [source.selection for source in data.all]
-        reference = build_reference_cache(recipe, folder, engine, model, pools, reporter, checkpoint)
+        reference = build_reference_cache(settings, folder, engine, model, pools, reporter, checkpoint)
         if checkpoint is not None:
             restore_engine(engine, checkpoint, state, reporter)
         writer = CheckpointWriter(
-            engine, model.policy, folder, reporter, keep=recipe.train.keep_checkpoints, best=recipe.train.keep_best
+            engine, model.policy, folder, reporter, keep=settings.train.keep_checkpoints, best=settings.train.keep_best
         )
-        policy, settings, stop = model.policy, recipe.train, Stop(request, engine.agree)
+        policy, stop = model.policy, Stop(request, engine.agree)
         request.only_note()
-        train(engine, policy, steps, held_out, objective, settings, folder, reporter, reference, writer, state, stop)
+        train(
+            engine,
+            policy,
+            steps,
+            held_out,
+            settings.objective,
+            settings.train,
+            folder,
+            reporter,
+            reference,
+            writer,
+            state,
+            stop,
+        )
     if engine.rank == 0:
         folder.write_status(Status(EXIT_DONE, "done"))
         folder.done.touch()
         try:
-            write_report(folder, recipe.name)
+            write_report(folder, settings.name)
         except Exception:  # the run is done and saved: a picture that fails must not undo that
             logger.exception("report.html could not be written")
 
@@ -185,55 +202,57 @@ def _together() -> Iterator[None]:
         raise
 
 
-def _check_start(engine: Engine, recipe: Recipe, step: Step, reporter: Speaker) -> None:
+def _check_start(engine: Engine, settings: Settings, step: Step, reporter: Speaker) -> None:
     shortest = min(step.sequences, key=lambda sequence: sequence.num_tokens)
-    check_against_hugging_face(engine, shortest, dtype=getattr(torch, recipe.model.dtype))
-    if not objective_of(recipe).needs_reference:
+    check_against_hugging_face(engine, shortest, dtype=getattr(torch, settings.model.dtype))
+    if not settings.reference.is_needed:
         return
     largest = check_log_ratios_are_zero(
         engine,
         step,
-        tokens_per_micro_batch=recipe.train.tokens_per_micro_batch,
-        tolerance=recipe.reference.step_zero_tolerance,
+        tokens_per_micro_batch=settings.train.tokens_per_micro_batch,
+        tolerance=settings.reference.step_zero_tolerance,
     )
     reporter.say(f"before the first step: every log-ratio is {largest} nats, {len(step.responses)} responses")
 
 
-def _fill_reference(recipe: Recipe, folder: RunFolder, console: Console, request: StopRequest) -> None:
+def _fill_reference(settings: Settings, folder: RunFolder, console: Console, request: StopRequest) -> None:
     """Compute the reference of all data, held-out data included, and store it for the runs to come."""
-    _make_deterministic(recipe.train.deterministic)
-    pools = [source.selection for source in open_data(recipe, folder).all]
-    groups = in_order(pools, recipe.train.examples_per_step)
+    _make_deterministic(settings.train.deterministic)
+    pools = [source.selection for source in open_data(settings, folder).all]
+    groups = in_order(pools, settings.train.examples_per_step)
     num_responses = sum(pool.num_responses for pool in pools)
     with _together(), _fill_reporter(console, num_responses) as reporter:
-        engine, model = build_engine(recipe, reporter)
-        _check_start(engine, recipe, groups[0], reporter)
-        cache = build_reference_cache(recipe, folder, engine, model, pools, reporter)
+        engine, model = build_engine(settings, reporter)
+        _check_start(engine, settings, groups[0], reporter)
+        cache = build_reference_cache(settings, folder, engine, model, pools, reporter)
         known_before = cache.num_known
         request.only_note()
         fill(
             engine,
             cache,
             groups,
-            recipe.train.tokens_per_micro_batch,
+            settings.train.tokens_per_micro_batch,
             flush_every=GROUPS_BETWEEN_FLUSHES,
             on_group=reporter.group,
             stop=Stop(request, engine.agree),
         )
     if engine.rank == 0:
         found = f"{cache.num_known} distinct responses of {num_responses}: {known_before} were known"
-        computed = f"{cache.num_known - known_before} computed and stored below {cache_dir(recipe)}"
+        computed = f"{cache.num_known - known_before} computed and stored below {settings.reference.cache_dir}"
         folder.write_status(Status(EXIT_DONE, f"{found}, {computed}"))
 
 
-def _reporter(recipe: Recipe, folder: RunFolder, console: Console, num_steps: int, after_step: int | None) -> Reporter:
+def _reporter(
+    settings: Settings, folder: RunFolder, console: Console, num_steps: int, after_step: int | None
+) -> Reporter:
     if torch.distributed.get_rank() != 0:
         return SilentReporter()
     writer = MetricsWriter(
         folder.path,
-        tuple(recipe.tracking),
-        run_name=recipe.name,
-        config=recipe.model_dump(mode="json"),
+        settings.tracking,
+        run_name=settings.name,
+        config=dict(settings.stored),
         after_step=after_step,
     )
     return ConsoleReporter(console, writer, num_steps)

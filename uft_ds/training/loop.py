@@ -17,7 +17,7 @@ from uft_ds.host.signals import NEVER, Stop
 from uft_ds.known.cache import ReferenceCache
 from uft_ds.objectives.objective import Objective, objective_at
 from uft_ds.recipe.names import unknown_name
-from uft_ds.recipe.schema import TrainSection
+from uft_ds.recipe.settings import TrainSettings
 from uft_ds.record.metrics import model_flops_utilization, peak_memory_gib
 from uft_ds.record.report import Reporter
 from uft_ds.record.run_folder import RunFolder
@@ -35,7 +35,7 @@ def train(
     steps: Seq[Step],
     held_out: Seq[Step],
     objective: Objective,
-    settings: TrainSection,
+    settings: TrainSettings,
     folder: RunFolder,
     reporter: Reporter,
     reference: ReferenceCache,
@@ -104,7 +104,7 @@ def _evaluate_and_report(
     engine: Engine,
     objective: Objective,
     held_out: Seq[Step],
-    settings: TrainSection,
+    settings: TrainSettings,
     folder: RunFolder,
     reporter: Reporter,
     reference: ReferenceCache,
