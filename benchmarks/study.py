@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/study"))
     options = parser.parse_args()
     folder, seeds = options.folder.absolute(), [int(seed) for seed in options.seeds.split(",")]
-    base = quickstart_model(report=print)
+    base = quickstart_model(say=print)
     write_data(folder / "data")
     held_out = [{"format": "jsonl", "path": str(folder / "data" / "held_out_scored.jsonl")}]
     overrides = {

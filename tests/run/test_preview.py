@@ -14,7 +14,7 @@ from toy import toy_sequences
 
 from uft_ds.data.example import Example, Message, Sequence
 from uft_ds.data.mixture import Portion
-from uft_ds.data.sources import PreparedData, PreparedSource, Source, Tolerance, prepare_source
+from uft_ds.data.sources import PreparedData, PreparedSource, SourceSettings, Tolerance, prepare_source
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.tokenize import load_tokenizer, tokenize
 from uft_ds.recipe.file import recipe_from_tree
@@ -70,7 +70,7 @@ def data(tmp_path: Path, chat: ChatTokenizer, monkeypatch: pytest.MonkeyPatch) -
 
     def prepared(name: str, rows: list[dict[str, Any]], portion: Portion) -> PreparedSource:
         path = write_rows(Path(f"a-folder-with-a-long-name-for-a-narrow-terminal/{name}.jsonl"), rows)
-        source = Source(str(path), None, rules(max_length=100), portion=portion)
+        source = SourceSettings(str(path), None, rules(max_length=100), portion=portion)
         tolerance = Tolerance(quarantine=True, max_quarantined=0.5)
         return prepare_source(source, chat, tmp_path / "cache", seed=0, tolerance=tolerance)
 
@@ -124,7 +124,9 @@ def test_nothing_left_out_shows_no_table(tmp_path: Path, chat: ChatTokenizer, mo
     """No empty table, no notes."""
     monkeypatch.chdir(tmp_path)
     path = write_rows(Path("rows.jsonl"), [{"prompt": "q", "response": "a"}])
-    source = prepare_source(Source(str(path), None, rules()), chat, tmp_path / "cache", seed=0, tolerance=Tolerance())
+    source = prepare_source(
+        SourceSettings(str(path), None, rules()), chat, tmp_path / "cache", seed=0, tolerance=Tolerance()
+    )
     shown = printed(PreparedData((source,), (source,)), 100)
     assert "left out, or changed" not in shown
     assert "note" not in shown

@@ -72,7 +72,7 @@ def convert(
             dtype=dtype,
             max_shard_bytes=MAX_SHARD_BYTES if max_shard_size is None else bytes_of(max_shard_size),
             verify=verify,
-            report=lambda text: console.print(text),
+            say=lambda text: console.print(text),
             on_progress=on_progress,
         )
     found = result.agreement

@@ -54,7 +54,7 @@ def run_quickstart(folder: Path, overrides: tuple[str, ...], *, console: Console
         console.print(f"[{time.monotonic() - started:4.0f} s] {text}", highlight=False, markup=False)
 
     disable_progress_bar()  # transformers' own, one a load; ours say what matters
-    base = quickstart_model(report=say)
+    base = quickstart_model(say=say)
     data = folder / "quickstart-data"
     write(data)
     say(f"model in {base}; data in {data}")
@@ -77,7 +77,7 @@ def run_quickstart(folder: Path, overrides: tuple[str, ...], *, console: Console
     train(settings, overwrite=True)
     merged = run / "merged"
     shutil.rmtree(merged, ignore_errors=True)
-    agreement = convert_to_merged(run, merged, report=say).agreement
+    agreement = convert_to_merged(run, merged, say=say).agreement
     assert agreement is not None
     say(f"the trained model answers the same {len(tasks)} prompts")
     after = _answers(merged, tasks, console)

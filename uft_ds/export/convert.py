@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -35,17 +35,15 @@ from uft_ds.export.deepspeed_files import is_deepspeed
 from uft_ds.export.low_rank import read_low_rank
 from uft_ds.export.merge import write_merged
 from uft_ds.export.model_card import model_card
-from uft_ds.export.source import Report, Source, of_run, opened
+from uft_ds.export.source import Convertible, of_run, opened
 from uft_ds.export.universal import write_universal
 from uft_ds.export.weight_files import WeightFiles
+from uft_ds.host.callbacks import OnProgress, Say
 from uft_ds.host.files import NO_LOCKS, sync
 from uft_ds.streams.identity import local_folder
 from uft_ds.streams.load import check_base
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-OnProgress = Callable[[str, int, int], None]
-"""Called with what is being done, and how much of it is done, of how much."""
-
 MAX_SHARD_BYTES = 5 * 10**9
 
 
@@ -67,7 +65,7 @@ def convert_to_merged(
     dtype: Dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     verify: bool = True,
-    report: Report = print,
+    say: Say = print,
     on_progress: OnProgress = lambda label, done, total: None,
 ) -> Conversion:
     """Write base + adapter as one Hugging Face model: safetensors, tokenizer, chat template, generation config, card.
@@ -83,11 +81,11 @@ def convert_to_merged(
     """
     out = out.absolute()
     _check_free(out)
-    with opened(path, base, adapter_config, report) as source:
+    with opened(path, base, adapter_config, say) as source:
         deltas = read_low_rank(source.adapter)
         folder = local_folder(source.base, source.revision)
         chat = _tokenizer_of(source)
-        report(f"merging {source.path} into {source.base}")
+        say(f"merging {source.path} into {source.base}")
         with _whole_or_nothing(out) as temporary:
             target = None if dtype is None else getattr(torch, dtype)
             write_merged(
@@ -101,7 +99,7 @@ def convert_to_merged(
             _write_configs(folder, temporary, chat, dtype)
             found = None
             if verify:
-                report("comparing the merged model with the adapter, layer by layer")
+                say("comparing the merged model with the adapter, layer by layer")
                 sequences = _sequences(source, chat)
                 found = compare(folder, source.adapter, temporary, sequences, partial(on_progress, "comparing layers"))
                 _check_faithful(found, dtype)
@@ -150,11 +148,11 @@ def convert_to_universal(path: Path, out: Path) -> Conversion:
     return Conversion(out, source.path, None)
 
 
-def _tokenizer_of(source: Source) -> ChatTokenizer:
+def _tokenizer_of(source: Convertible) -> ChatTokenizer:
     return load_tokenizer(source.base, revision=source.revision, chat_template=source.chat_template)
 
 
-def _sequences(source: Source, chat: ChatTokenizer) -> tuple[Sequence, ...]:
+def _sequences(source: Convertible, chat: ChatTokenizer) -> tuple[Sequence, ...]:
     return sample_sequences(chat) if source.run is None else sequences_of_run(source.run.sample_data())
 
 

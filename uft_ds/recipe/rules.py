@@ -242,7 +242,7 @@ def kind_problems(objective: GivenObjective, data: PreparedData) -> Iterator[Pro
 
 def _of_source(objective: GivenObjective, source: PreparedSource, place: str) -> Iterator[str]:
     """Args: place: the source's key in the recipe."""
-    is_split = source.source.rules.split_pairs
+    is_split = source.settings.rules.split_pairs
     holds = f"{place} {source.label} holds"
     for kind in sorted(source.selection.kinds):
         losses = objective.losses_of(kind)

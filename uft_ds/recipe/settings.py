@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from uft_ds.data.example import KINDS
 from uft_ds.data.mixture import Portion
-from uft_ds.data.sources import ScoreMapping, Source, Tolerance
+from uft_ds.data.sources import ScoreMapping, SourceSettings, Tolerance
 from uft_ds.data.store.building import RowRules
 from uft_ds.host.files import user_cache
 from uft_ds.objectives.objective import KindObjective, Objective
@@ -57,8 +57,8 @@ class DataSettings:
     tolerance: Tolerance
     workers: int | None
     given_cache_dir: str | None
-    sources: tuple[Source, ...]
-    held_out: tuple[Source, ...]
+    sources: tuple[SourceSettings, ...]
+    held_out: tuple[SourceSettings, ...]
 
     @property
     def cache_dir(self) -> Path:
@@ -254,7 +254,7 @@ def objective_of(given: GivenObjective) -> Objective:
     )
 
 
-def source_of(entry: SourceSection, data: DataSection) -> Source:
+def source_of(entry: SourceSection, data: DataSection) -> SourceSettings:
     """One source, with the rules that it shares with the others."""
     rules = RowRules(
         entry.format,
@@ -265,7 +265,7 @@ def source_of(entry: SourceSection, data: DataSection) -> Source:
         split_pairs=entry.pairs == "split",
         where=tuple(sorted(entry.where.items())),
     )
-    return Source(
+    return SourceSettings(
         entry.path,
         entry.split,
         rules,

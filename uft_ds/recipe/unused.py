@@ -73,7 +73,7 @@ def _of_shift(objective: GivenObjective, data: PreparedData) -> Iterator[str]:
 
 
 def _of_source(objective: GivenObjective, source: PreparedSource) -> Iterator[str]:
-    score, score_map = source.source.rules.score, source.source.score_map
+    score, score_map = source.settings.rules.score, source.settings.score_map
     if score is not None and "instruction" not in source.selection.kinds:
         kinds = ", ".join(sorted(source.selection.kinds))
         yield f"score: {score} given, which is for rows of kind 'instruction'; {source.label} holds {kinds}"

@@ -14,7 +14,7 @@ from uft_ds.data.mixture import Steps, plan_steps
 from uft_ds.data.sources import (
     PreparedData,
     PreparedSource,
-    Source,
+    SourceSettings,
     check_no_source_twice,
     check_units_fit,
     open_source,
@@ -41,7 +41,7 @@ def prepare_data(
 ) -> PreparedData:
     """Read, check and tokenise all sources; of those that have been tokenised before, only the content is hashed."""
 
-    def prepare(source: Source) -> PreparedSource:
+    def prepare(source: SourceSettings) -> PreparedSource:
         return prepare_source(
             source,
             chat,
@@ -69,7 +69,7 @@ def open_data(settings: Settings, folder: RunFolder) -> PreparedData:
     """What was prepared for a run, as its folder says."""
     report = _read_report(folder)
 
-    def opened(part: str, sources: tuple[Source, ...]) -> tuple[PreparedSource, ...]:
+    def opened(part: str, sources: tuple[SourceSettings, ...]) -> tuple[PreparedSource, ...]:
         folder, seed = settings.data.cache_dir, settings.train.seed
         return tuple(
             open_source(source, folder, row["tokens_key"], tuple(row["files"]), seed=seed)
@@ -105,7 +105,7 @@ def ensure_data(settings: Settings, folder: RunFolder) -> None:
 def steps_of(settings: Settings, data: PreparedData) -> Steps:
     """All steps of a run."""
     return plan_steps(
-        [source.ingredient for source in data.train],
+        data.train,
         seed=settings.train.seed,
         examples_per_step=settings.train.examples_per_step,
         epochs=settings.train.epochs,
@@ -204,7 +204,7 @@ def data_report(data: PreparedData) -> dict[str, list[dict[str, object]]]:
         selection, account = source.selection, source.account
         return {
             "source": source.label,
-            "score_map": source.source.score_map,
+            "score_map": source.settings.score_map,
             "responses": selection.num_responses,
             "sequences": selection.num_sequences,
             "tokens": selection.num_tokens,

@@ -9,20 +9,23 @@ import fnmatch
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any
 
 from uft_ds.checkpoint.folder import checkpoints_of, newest_whole, point_latest, set_aside, set_aside_of
 from uft_ds.checkpoint.state import read_position
+from uft_ds.data.sources import PreparedData
 from uft_ds.data.store.tokenized import is_whole
 from uft_ds.errors import UserError
+from uft_ds.host.callbacks import OnProgress, Say
 from uft_ds.host.files import write_atomically
 from uft_ds.recipe.file import dump_recipe, leaves_of, stored_recipe
 from uft_ds.recipe.settings import Settings
 from uft_ds.record.run_folder import RunFolder, claim_again
-from uft_ds.run.prepare import OnProgress, PreparedData, check_run, environment, open_data, prepare_run, run_identity
+from uft_ds.run.identity import environment, run_identity
+from uft_ds.run.prepare import check_run, open_data, prepare_run
 
 MAY_CHANGE = (
     "name", "output", "launch.*", "tracking*", "deepspeed", "data.workers", "*.cache_dir", "train.checkpoint_every",
@@ -30,8 +33,6 @@ MAY_CHANGE = (
     "train.tokens_per_micro_batch", "model.gradient_checkpointing", "model.activation_offload", "model.logits_mib",
 )  # fmt: skip
 """Keys by pattern that decide how a run is computed, not what: with another value losses agree to rounding."""
-
-Say = Callable[[str], None]
 
 
 def prepare_resume(

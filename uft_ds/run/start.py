@@ -11,11 +11,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
 from uft_ds.errors import EXIT_DONE, EXIT_STOPPED
+from uft_ds.host.callbacks import OnProgress
 from uft_ds.recipe.settings import Settings
 from uft_ds.record.run_folder import Status
 from uft_ds.run.checks import check_sharding
 from uft_ds.run.launch import launch, master_port, number_of_ranks
-from uft_ds.run.prepare import OnProgress, check_run, prepare_run
+from uft_ds.run.prepare import check_run, prepare_run
 from uft_ds.run.preview import show_data
 from uft_ds.run.resume import nothing_to_do, prepare_resume
 from uft_ds.run.settings import located, with_deepspeed_file
