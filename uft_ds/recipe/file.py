@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from uft_ds.errors import UserError
 from uft_ds.recipe.names import unknown_key, unknown_name
-from uft_ds.recipe.schema import Recipe, Section, section_of
+from uft_ds.recipe.schema import COMBINATIONS_CHECKED, Recipe, Section, section_of
 
 
 class _RecipeLoader(yaml.SafeLoader):
@@ -147,10 +147,10 @@ def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> Recipe:
     return recipe_from_tree(tree, label)
 
 
-def recipe_from_tree(tree: dict[str, Any], label: str) -> Recipe:
-    """Validate a recipe that is already a tree of plain values."""
+def recipe_from_tree(tree: dict[str, Any], label: str, *, checks_combinations: bool = True) -> Recipe:
+    """Validate a recipe that is already a tree of plain values; `checks_combinations`: of keys with each other, too."""
     try:
-        return Recipe.model_validate(tree)
+        return Recipe.model_validate(tree, context=None if checks_combinations else COMBINATIONS_CHECKED)
     except ValidationError as error:
         raise UserError("\n".join(f"recipe {label}: {line}" for line in explained(error, Recipe))) from None
 

@@ -45,7 +45,7 @@ class LoraSettings:
 
     rank: int
     alpha: float
-    targets: str | list[str]
+    targets: Literal["all-linear"] | list[str]
     dtype: Literal["float32", "bfloat16"]
 
 
@@ -217,7 +217,10 @@ def settings_of(recipe: Recipe) -> Settings:
 
 
 def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
-    """The settings of the same recipe with other values at these keys; what it names itself stays what it was."""
+    """The settings of the same recipe with other values at these keys; what it names itself stays what it was.
+
+    Two spellings of one path may become the same: that is told when the data is read, by its content.
+    """
     tree: Any = deepcopy(dict(settings.stored))
     for key, value in changes.items():
         *parents, leaf = key.split(".")
@@ -225,7 +228,7 @@ def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
         for part in parents:
             node = node[int(part)] if isinstance(node, list) else node[part]
         node[leaf] = value
-    made = settings_of(recipe_from_tree(tree, settings.name))
+    made = settings_of(recipe_from_tree(tree, settings.name, checks_combinations=False))
     is_same_file = made.deepspeed.name == settings.deepspeed.name
     return replace(made, given=settings.given, deepspeed=settings.deepspeed if is_same_file else made.deepspeed)
 
