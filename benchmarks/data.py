@@ -49,12 +49,13 @@ from rich.console import Console
 from rich.table import Table
 from sources import rules, write_rows
 
-from uft_ds.data import building, chat_template
 from uft_ds.data.bins import fewest_micro_steps
 from uft_ds.data.mixture import plan_steps
 from uft_ds.data.packing import imbalance, pack
 from uft_ds.data.sources import PreparedSource, SourceSettings, Tolerance, prepare_source
+from uft_ds.data.store import building
 from uft_ds.data.store.sequences import Selection, TokenStore
+from uft_ds.data.tokens import chat_template
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.tokenize import load_tokenizer
 from uft_ds.examples.smollm2 import NAME, default_cache_dir
