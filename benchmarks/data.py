@@ -43,17 +43,19 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import numpy as np
 import pytest
+from pools import Mixed
 from real_tokenizers import qwen25_tokenizer
 from rich.console import Console
 from rich.table import Table
 from sources import rules, write_rows
 
-from uft_ds.data import building, chat_template
 from uft_ds.data.bins import fewest_micro_steps
-from uft_ds.data.mixture import Ingredient, plan_steps
+from uft_ds.data.mixture import plan_steps
 from uft_ds.data.packing import imbalance, pack
-from uft_ds.data.sources import PreparedSource, Source, Tolerance, prepare_source
-from uft_ds.data.store.sequences import Selection, SequenceStore
+from uft_ds.data.sources import PreparedSource, SourceSettings, Tolerance, prepare_source
+from uft_ds.data.store import building
+from uft_ds.data.store.sequences import Selection, TokenStore
+from uft_ds.data.tokens import chat_template
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.tokenize import load_tokenizer
 from uft_ds.examples.smollm2 import NAME, default_cache_dir
@@ -137,7 +139,7 @@ def repeated(rows: Seq[Row], count: int) -> list[Row]:
 
 def prepared(path: Path, chat: ChatTokenizer, cache: Path, *, workers: int = 1, **changes: Any) -> PreparedSource:
     return prepare_source(
-        Source(str(path), None, rules(**{"format": "trl", "max_length": MAX_LENGTH} | changes)),
+        SourceSettings(str(path), None, rules(**{"format": "trl", "max_length": MAX_LENGTH} | changes)),
         chat,
         cache,
         seed=0,
@@ -356,7 +358,7 @@ def pack_steps(
     source: str, pools: Seq[Selection], *, capacity: int, ranks: int, per_rank: int, parity: float, num_steps: int
 ) -> list[PackedStep]:
     """Steps of a mixture, packed for all ranks."""
-    ingredients = [Ingredient(str(i), fitting(pool, capacity)) for i, pool in enumerate(pools)]
+    ingredients = [Mixed(str(i), fitting(pool, capacity)) for i, pool in enumerate(pools)]
     steps = plan_steps(ingredients, seed=0, examples_per_step=per_rank * ranks, epochs=1, steps=num_steps)
     found = []
     for step in steps:
@@ -447,7 +449,7 @@ def padded_tokens(lengths: Iterable[int], rows: int) -> int:
     return sum(len(group) * max(group) for group in groups)
 
 
-def unit_lengths(store: SequenceStore) -> list[list[int]]:
+def unit_lengths(store: TokenStore) -> list[list[int]]:
     """Tokens of each unit's sequences."""
     return [[sequence.num_tokens for sequence in store.unit(i)] for i in range(len(store))]
 
@@ -603,7 +605,7 @@ def long_source(data: Path, num_rows: int) -> dict[str, Any]:
         path = folder / "rows.jsonl"
         write_short_rows(data, path, num_rows)
         result["source_bytes"] = path.stat().st_size
-        source = Source(str(path), None, rules())
+        source = SourceSettings(str(path), None, rules())
         with sampling() as whole:
 
             def stage(label: str, run: Callable[[], Any]) -> Any:
@@ -623,9 +625,9 @@ def long_source(data: Path, num_rows: int) -> dict[str, Any]:
             store = stage("prepare", lambda: prepare(2)).selection.store
             result["store_bytes"] = sum(file.stat().st_size for file in store.folder.iterdir())
             result["tokens"] = int(store.tokens_U.sum())
-            found = stage("open with a warm cache", lambda: SequenceStore(store.folder, "rows"))
+            found = stage("open with a warm cache", lambda: TokenStore(store.folder, "rows"))
             pool = Selection(found, np.arange(len(found)))
-            ingredients = [Ingredient("rows", pool)]
+            ingredients = [Mixed("rows", pool)]
             steps = stage(
                 "plan 3 epochs",
                 lambda: plan_steps(ingredients, seed=0, examples_per_step=512, epochs=3, steps=None),

@@ -104,14 +104,14 @@ def held_out_by_score(run: Path, base: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from uft_ds.recipe.file import load_recipe
+    from uft_ds.recipe.settings import load_settings
     from uft_ds.record.run_folder import RunFolder
     from uft_ds.run.prepare import open_data
 
-    recipe = load_recipe(str(run / "recipe.yaml"))
-    held_out = [source.selection for source in open_data(recipe, RunFolder(run)).held_out]
+    settings = load_settings(str(run / "recipe.yaml"))
+    held_out = [source.selection for source in open_data(settings, RunFolder(run)).held_out]
     sequences = tuple(s for selection in held_out for index in range(len(selection)) for s in selection.unit(index))
-    beta = recipe.objective.beta
+    beta = settings.given.beta
     policy = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(run / "latest" / "adapter"))
     ratios = hugging_face_logps(policy, sequences) - hugging_face_logps(policy, sequences, adapters=False)
     responses = [response for sequence in sequences for response in sequence.responses]

@@ -65,7 +65,7 @@ def main() -> None:
     ]
     runs.insert(0, {**runs[0], "name": "warm-up", "set": {**runs[0]["set"], "objective.loss": "mse"}})
     shared = {
-        "model.base": str(quickstart_model(report=print)),
+        "model.base": str(quickstart_model(say=print)),
         "train.steps": options.steps,
         "reference.cache_dir": str(folder / "reference"),
     }

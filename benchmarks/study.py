@@ -109,7 +109,7 @@ def measured(run: Path, base: Path, data: Path) -> dict[str, float]:
     from log_probs import hugging_face_logps
     from peft import PeftModel
 
-    from uft_ds.data.sources import Source, Tolerance, prepare_source
+    from uft_ds.data.sources import SourceSettings, Tolerance, prepare_source
     from uft_ds.data.store.building import RowRules
     from uft_ds.data.tokens.tokenize import load_tokenizer
     from uft_ds.evaluation.generate import generate_responses, load_for_generation
@@ -119,7 +119,7 @@ def measured(run: Path, base: Path, data: Path) -> dict[str, float]:
     model, tokenizer = load_for_generation(base)
     policy: Any = PeftModel.from_pretrained(model, str(run / "latest" / "adapter"))
     rules = RowRules("jsonl", None, max_length=256, merge=True, trim_prompt=False)
-    source = Source(str(data / "held_out_scored.jsonl"), None, rules)
+    source = SourceSettings(str(data / "held_out_scored.jsonl"), None, rules)
     selection = prepare_source(
         source, load_tokenizer(str(base)), data.parent / "tokens", seed=0, tolerance=Tolerance()
     ).selection
@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/study"))
     options = parser.parse_args()
     folder, seeds = options.folder.absolute(), [int(seed) for seed in options.seeds.split(",")]
-    base = quickstart_model(report=print)
+    base = quickstart_model(say=print)
     write_data(folder / "data")
     held_out = [{"format": "jsonl", "path": str(folder / "data" / "held_out_scored.jsonl")}]
     overrides = {

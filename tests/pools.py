@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from uft_ds.data.example import KEY_BYTES, Sequence, Unit
-from uft_ds.data.mixture import Ingredient, Steps, plan_steps
+from uft_ds.data.mixture import ONE_PASS, Portion, Steps, plan_steps
+from uft_ds.data.store.sequences import Pool
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,16 @@ class Held:
         return np.array(keys, dtype=f"V{KEY_BYTES}").view(f"S{KEY_BYTES}")
 
 
+@dataclass(frozen=True)
+class Mixed:
+    """What the mixture takes of a source, without any data beside its units."""
+
+    seed_name: str
+    selection: Pool
+    portion: Portion = ONE_PASS
+
+
 def plan(*sources: tuple[Sequence, ...], **changes: Any) -> Steps:
     """Steps of eight responses over whole sources, one epoch."""
-    ingredients = [Ingredient(f"source {i}", Held(source)) for i, source in enumerate(sources)]
-    return plan_steps(ingredients, **{"seed": 0, "examples_per_step": 8, "epochs": 1, "steps": None} | changes)
+    mixed = [Mixed(f"source {i}", Held(source)) for i, source in enumerate(sources)]
+    return plan_steps(mixed, **{"seed": 0, "examples_per_step": 8, "epochs": 1, "steps": None} | changes)

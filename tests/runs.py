@@ -17,7 +17,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from uft_ds.recipe.settings import Settings, load_settings
 from uft_ds.record.metrics import read_metrics
+from uft_ds.run.settings import located
 
 TIMEOUT_SECONDS = 280
 STEPS = 6
@@ -82,6 +84,11 @@ def recipe_in(folder: Path, base: Path, **changes: Any) -> Path:
     }
     values |= changes
     return write_recipe(folder, base, **values)
+
+
+def settings_of_run(recipe: Path, *overrides: str) -> Settings:
+    """As a run begins with them."""
+    return located(load_settings(str(recipe), overrides))
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from uft_ds.data.example import Example, Response
 from uft_ds.data.store.building import RowRules
-from uft_ds.data.store.sequences import SequenceStore
+from uft_ds.data.store.sequences import TokenStore
 
 TURNS = [
     {"role": "system", "content": "Be brief."},
@@ -36,6 +36,6 @@ def rules(**changes: Any) -> RowRules:
     return RowRules(**defaults | changes)
 
 
-def read(store: SequenceStore, index: int) -> Response:
+def read(store: TokenStore, index: int) -> Response:
     """The first response of a unit."""
     return store.unit(index)[0].responses[0]

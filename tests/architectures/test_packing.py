@@ -9,13 +9,14 @@ import pytest
 import torch
 from models import GPT2, LEAKS, PACKED, sequences, tiny_model
 from torch import Tensor
-from toy import UFT
+from toy import UFT, logps_by_name, streams_of
 
 from uft_ds.data.micro_batch import MicroBatch, micro_batch
 from uft_ds.data.mixture import Step
 from uft_ds.kernels.logits import LogitTransform
 from uft_ds.objectives.objective import count_terms, micro_batch_loss
 from uft_ds.streams.model import UFTModel
+from uft_ds.streams.stream import logps_of
 from uft_ds.training.model_check import Differences, chosen_of, differences, problem_of
 
 ROWS = sequences(37, 32, 30)
@@ -29,10 +30,10 @@ def step_of(model: UFTModel, groups: list[list[int]]) -> tuple[Tensor, dict[str,
     logps = []
     for group in groups:
         batch = micro_batch([ROWS[place] for place in group])
-        logps_R, reference_logps_R = model(batch)
-        loss, _ = micro_batch_loss(UFT, batch, terms, logps_R, reference_logps_R)
+        of_streams = logps_by_name(model, batch)
+        loss, _ = micro_batch_loss(UFT, batch, terms, of_streams)
         loss.backward()
-        logps.append(logps_R.detach())
+        logps.append(of_streams["policy"].detach())
     return torch.cat(logps), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -41,7 +42,7 @@ def measured(model: UFTModel, count: int = 3) -> Differences:
     model.eval()
 
     def forward(row: MicroBatch, own: bool) -> Any:
-        return model(row, streams="policy", through_logits=own)[0]
+        return logps_of(model(row, streams_of(model, "policy"), through_logits=own), row)["policy"]
 
     with torch.no_grad():
         return differences(forward, *chosen_of(Step(0, tuple(ROWS[:count]))))

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pools import Held, plan
+from pools import Held, Mixed, plan
 
 from uft_ds.data.example import Response, Sequence
 from uft_ds.data.mixture import (
-    Ingredient,
     Portion,
     Step,
     Steps,
@@ -48,17 +47,17 @@ def order_of(
     sizes: list[int] | tuple[int, ...], labels: list[str], seed: int = 0, epoch: int = 0
 ) -> list[tuple[int, int]]:
     """(source, unit) of an epoch that takes each source once; units of one response."""
-    ingredients = [Ingredient(label, Held(source(label, [1] * n))) for label, n in zip(labels, sizes, strict=True)]
-    return pairs_of(mixed_order(ingredients, [float(size) for size in sizes], seed=seed, epoch=epoch))
+    mixed = [Mixed(label, Held(source(label, [1] * n))) for label, n in zip(labels, sizes, strict=True)]
+    return pairs_of(mixed_order(mixed, [float(size) for size in sizes], seed=seed, epoch=epoch))
 
 
 def pairs_of(order: tuple[np.ndarray, np.ndarray]) -> list[tuple[int, int]]:
     return list(zip(order[0].tolist(), order[1].tolist(), strict=True))
 
 
-def portions(*given: tuple[int, Portion]) -> list[Ingredient]:
+def portions(*given: tuple[int, Portion]) -> list[Mixed]:
     """Sources of so many responses, with their portions."""
-    return [Ingredient(f"s{i}", Held(source(f"s{i}", [1] * n)), portion) for i, (n, portion) in enumerate(given)]
+    return [Mixed(f"s{i}", Held(source(f"s{i}", [1] * n)), portion) for i, (n, portion) in enumerate(given)]
 
 
 def counts_of(steps: Steps) -> Counter[str]:
@@ -228,9 +227,9 @@ def test_a_step_is_made_without_its_predecessors() -> None:
 
 def test_a_source_taken_two_and_a_half_times() -> None:
     """Twenty responses at 2.5 passes beside ten: 50 of 60 an epoch, none more than once more often than another."""
-    ingredients = portions((20, Portion(passes=2.5)), (10, Portion()))
-    assert epoch_amounts(ingredients) == [50.0, 10.0]
-    steps = plan_steps(ingredients, seed=0, examples_per_step=10, epochs=2, steps=None)
+    mixed = portions((20, Portion(passes=2.5)), (10, Portion()))
+    assert epoch_amounts(mixed) == [50.0, 10.0]
+    steps = plan_steps(mixed, seed=0, examples_per_step=10, epochs=2, steps=None)
     assert counts_of(steps) == {"s0": 100, "s1": 20}
     drawn = Counter(name for step in steps[:6] for name in names(step) if name.startswith("s0"))
     assert sum(drawn.values()) == 50
@@ -241,9 +240,9 @@ def test_a_source_taken_two_and_a_half_times() -> None:
 def test_a_share_is_of_the_whole() -> None:
     """A share of 0.25 beside 300 responses makes an epoch of 400, whatever the source has."""
     for size in (20, 100, 5000):
-        ingredients = portions((300, Portion()), (size, Portion(share=((0.0, 0.25),))))
-        assert epoch_amounts(ingredients) == [300.0, 100.0]
-        assert counts_of(plan_steps(ingredients, seed=0, examples_per_step=16, epochs=1, steps=None)) == {
+        mixed = portions((300, Portion()), (size, Portion(share=((0.0, 0.25),))))
+        assert epoch_amounts(mixed) == [300.0, 100.0]
+        assert counts_of(plan_steps(mixed, seed=0, examples_per_step=16, epochs=1, steps=None)) == {
             "s0": 300,
             "s1": 100,
         }
@@ -251,8 +250,8 @@ def test_a_share_is_of_the_whole() -> None:
 
 def test_shares_alone_end_with_the_first_source() -> None:
     """Shares of 0.8 and 0.2 over 100 and 100: when the first is through, 25 of the other have been taken."""
-    ingredients = portions((100, Portion(share=((0.0, 0.8),))), (100, Portion(share=((0.0, 0.2),))))
-    assert epoch_amounts(ingredients) == [100.0, 25.0]
+    mixed = portions((100, Portion(share=((0.0, 0.8),))), (100, Portion(share=((0.0, 0.2),))))
+    assert epoch_amounts(mixed) == [100.0, 25.0]
 
 
 @pytest.mark.parametrize(
@@ -264,17 +263,17 @@ def test_shares_alone_end_with_the_first_source() -> None:
 )
 def test_shares_that_make_no_whole_are_refused(given: list[tuple[int, float | None]], message: str) -> None:
     """All shares must add up to 1; beside sources without one they must leave something."""
-    ingredients = portions(*((n, Portion(share=None if s is None else ((0.0, s),))) for n, s in given))
+    mixed = portions(*((n, Portion(share=None if s is None else ((0.0, s),))) for n, s in given))
     with pytest.raises(ValueError, match=message):
-        epoch_amounts(ingredients)
+        epoch_amounts(mixed)
 
 
 @pytest.mark.parametrize("steps", [None, 120])
 def test_a_share_may_follow_a_schedule(steps: int | None) -> None:
     """From 0.9 to 0.1 over the run: about 0.8 in the first quarter, 0.6, 0.4 and 0.2 in the last; half of the whole."""
     falling = Portion(share=((0.0, 0.9), (1.0, 0.1)))
-    ingredients = portions((2000, falling), (2000, Portion()))
-    plan = plan_steps(ingredients, seed=0, examples_per_step=20, epochs=1, steps=steps)
+    mixed = portions((2000, falling), (2000, Portion()))
+    plan = plan_steps(mixed, seed=0, examples_per_step=20, epochs=1, steps=steps)
     if steps is None:
         assert counts_of(plan) == {"s0": 2000, "s1": 2000}
     quarter = len(plan) // 4
@@ -297,8 +296,8 @@ def test_another_sources_share_keeps_the_order_within() -> None:
     """When one source's share changes, the others' rows come in the same order, only closer or farther apart."""
     streams = []
     for share in (0.1, 0.4):
-        ingredients = portions((200, Portion()), (500, Portion(share=((0.0, share),))))
-        plan = plan_steps(ingredients, seed=0, examples_per_step=16, epochs=1, steps=None)
+        mixed = portions((200, Portion()), (500, Portion(share=((0.0, share),))))
+        plan = plan_steps(mixed, seed=0, examples_per_step=16, epochs=1, steps=None)
         streams.append([name for step in plan for name in names(step) if name.startswith("s0")])
     assert streams[0] == streams[1]
 
@@ -319,7 +318,7 @@ def test_a_million_units_are_planned_at_once() -> None:
             return ()
 
     started = time.perf_counter()
-    steps = plan_steps([Ingredient("a", Numbers())], seed=0, examples_per_step=64, epochs=3, steps=None)
+    steps = plan_steps([Mixed("a", Numbers())], seed=0, examples_per_step=64, epochs=3, steps=None)
     assert len(steps) == 3_000_000 // 64
     assert len(steps[-1].responses) == 64
     assert time.perf_counter() - started < 20
@@ -329,8 +328,8 @@ def test_a_schedule_ends_where_the_run_ends() -> None:
     """With long conversations in one source, whose number in a step nobody knows before: the last steps have the last
     share, and the schedule never begins again."""
     falling = Portion(share=((0.0, 0.9), (1.0, 0.1)))
-    single = Ingredient("a", Held(source("a", [1] * 4000)), falling)
-    talks = Ingredient("b", Held(source("b", [12] * 60)), Portion(share=((0.0, 0.1), (1.0, 0.9))))
+    single = Mixed("a", Held(source("a", [1] * 4000)), falling)
+    talks = Mixed("b", Held(source("b", [12] * 60)), Portion(share=((0.0, 0.1), (1.0, 0.9))))
     plan = plan_steps([single, talks], seed=0, examples_per_step=16, epochs=1, steps=300)
     assert len(plan) == 300
 

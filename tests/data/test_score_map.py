@@ -13,7 +13,7 @@ from sources import rules, write_rows
 from tiny import build_tiny_tokenizer
 
 from uft_ds.data.score_map import affine, quantiles
-from uft_ds.data.sources import PreparedSource, Source, Tolerance, prepare_source
+from uft_ds.data.sources import PreparedSource, SourceSettings, Tolerance, prepare_source
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.tokenize import load_tokenizer
 from uft_ds.errors import UserError
@@ -71,7 +71,7 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
 
 
 def prepared(tmp_path: Path, chat: ChatTokenizer, rows: list[dict[str, Any]], **more: Any) -> PreparedSource:
-    source = Source(str(write_rows(tmp_path / "rows.jsonl", rows)), None, rules(), **more)
+    source = SourceSettings(str(write_rows(tmp_path / "rows.jsonl", rows)), None, rules(), **more)
     return prepare_source(source, chat, tmp_path / "cache", seed=0, tolerance=Tolerance())
 
 

@@ -9,7 +9,7 @@ from sources import rules, write_rows
 from tiny import build_tiny_tokenizer
 
 from uft_ds.data.example import Sequence
-from uft_ds.data.sources import PreparedSource, Source, Tolerance, prepare_source
+from uft_ds.data.sources import PreparedSource, SourceSettings, Tolerance, prepare_source
 from uft_ds.data.store.building import RowRules
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.tokenize import load_tokenizer
@@ -51,7 +51,7 @@ def prepare(path: Path | str, chat: ChatTokenizer, format: str = "jsonl", **chan
     keys = {f.name for f in fields(RowRules)}
     own = rules(format=format, **{key: changes.pop(key) for key in list(changes) if key in keys})
     draw = {key: changes.pop(key) for key in ("examples", "portion", "allow_one_score") if key in changes}
-    source = Source(str(path), changes.pop("split", None), own, **draw)
+    source = SourceSettings(str(path), changes.pop("split", None), own, **draw)
     seed = changes.pop("seed", 0)
     return prepare_source(source, chat, CACHE[0], seed=seed, tolerance=Tolerance(**changes))
 

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import run, uft, write_recipe, write_rows
+from runs import run, settings_of_run, uft, write_recipe, write_rows
 from tiny import CHATML, VOCAB_SIZE, build_tiny_model
 from toy import saved_adapter
 
 from uft_ds.errors import UserError
 from uft_ds.host.ports import free_port
-from uft_ds.recipe.file import load_recipe
 from uft_ds.run.prepare import prepare_run
 
 ROW = {"prompt": "a", "response": "b"}
@@ -33,7 +32,7 @@ FILES: dict[str, tuple[bytes, str]] = {
 
 def refused(recipe: Path, *overrides: str) -> str:
     with pytest.raises(UserError) as caught:
-        prepare_run(load_recipe(str(recipe), overrides), overwrite=False)
+        prepare_run(settings_of_run(recipe, *overrides), overwrite=False)
     return str(caught.value)
 
 
@@ -94,7 +93,7 @@ def test_positions_that_change_with_the_longest_sequence_are_refused(
     (base / "config.json").write_text(json.dumps(config))
     recipe = write_recipe(tmp_path, base)
     assert f"data.max_length: 64 is past the 60 positions of this model, whose '{kind}'" in refused(recipe)
-    prepare_run(load_recipe(str(recipe), ("data.max_length=60",)), overwrite=False)[2].close()
+    prepare_run(settings_of_run(recipe, "data.max_length=60"), overwrite=False)[2].close()
 
 
 def test_a_mixture_of_experts_is_refused_by_its_layers(tiny_qwen2: Path, tmp_path: Path) -> None:
@@ -112,7 +111,7 @@ def test_a_mixture_of_experts_is_refused_by_its_layers(tiny_qwen2: Path, tmp_pat
     message = refused(recipe)
     assert "reference.mode: lockstep has not been shown to work with Qwen2MoeForCausalLM" in message
     assert "Qwen2MoeDecoderLayer" in message
-    prepare_run(load_recipe(str(recipe), ("reference.mode=separate",)), overwrite=False)[2].close()
+    prepare_run(settings_of_run(recipe, "reference.mode=separate"), overwrite=False)[2].close()
 
 
 def test_an_adapter_of_another_base_is_refused(tiny_qwen2: Path, tmp_path: Path) -> None:
@@ -123,7 +122,7 @@ def test_an_adapter_of_another_base_is_refused(tiny_qwen2: Path, tmp_path: Path)
     adapter = f"reference.adapter={saved_adapter(one, tmp_path / 'adapter')}"
     message = refused(write_recipe(tmp_path, other), adapter)
     assert f"was trained on {one}, model.base is {other}" in message
-    prepare_run(load_recipe(str(write_recipe(tmp_path, tiny_qwen2)), (adapter,)), overwrite=False)[2].close()
+    prepare_run(settings_of_run(write_recipe(tmp_path, tiny_qwen2), adapter), overwrite=False)[2].close()
     shutil.rmtree(one)
     assert f"was trained on {one}" in refused(write_recipe(tmp_path, other), adapter, f"output={tmp_path / 'again'}")
 
@@ -155,7 +154,7 @@ def test_a_tokenizer_without_chat_template_says_how_to_give_one(tiny_qwen2: Path
     recipe = write_recipe(tmp_path, base)
     assert "model.chat_template" in refused(recipe)
     (tmp_path / "chat.jinja").write_text(CHATML)
-    given = load_recipe(str(recipe), (f"model.chat_template={tmp_path / 'chat.jinja'}",))
+    given = settings_of_run(recipe, f"model.chat_template={tmp_path / 'chat.jinja'}")
     prepare_run(given, overwrite=False)[2].close()
 
 
@@ -197,7 +196,7 @@ def test_a_response_that_does_not_fit_is_counted(tiny_qwen2: Path, tmp_path: Pat
     rows: list[dict[str, Any]] = [ROW, {"prompt": "a", "response": "b" * 200}]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     overrides = (f"data.sources.0.path={path}",)
-    _, data, lock = prepare_run(load_recipe(str(recipe), overrides), overwrite=False)
+    _, data, lock = prepare_run(settings_of_run(recipe, *overrides), overwrite=False)
     lock.close()
     selection = data.train[0].selection
     assert selection.num_responses == 1

@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_on_ranks
-from runs import uft, write_recipe
+from runs import settings_of_run, uft, write_recipe
 from sources import write_rows
 
 from uft_ds.errors import UserError
-from uft_ds.recipe.file import load_recipe
 from uft_ds.record.metrics import read_metrics
 from uft_ds.run.prepare import ensure_data, open_data, prepare_run
 from uft_ds.run.waiting import while_others_wait
@@ -159,8 +158,8 @@ def test_bad_rows_of_a_run_lie_in_its_folder(tiny_qwen2: Path, tmp_path: Path) -
     rows = [{"prompt": f"ask {i}", "response": "answer" if i else ""} for i in range(8)]
     sources = [{"format": "jsonl", "path": str(write_rows(tmp_path / "rows.jsonl", rows))}]
     path = write_recipe(tmp_path, tiny_qwen2, data__sources=sources)
-    recipe = load_recipe(str(path), ("data.on_bad_row=quarantine", "data.max_quarantined=0.2"))
-    folder, data, lock = prepare_run(recipe, overwrite=False)
+    settings = settings_of_run(path, "data.on_bad_row=quarantine", "data.max_quarantined=0.2")
+    folder, data, lock = prepare_run(settings, overwrite=False)
     lock.close()
     (line,) = folder.quarantine().read_text().splitlines()
     assert json.loads(line)["place"] == f"{tmp_path / 'rows.jsonl'}:1"
@@ -169,40 +168,40 @@ def test_bad_rows_of_a_run_lie_in_its_folder(tiny_qwen2: Path, tmp_path: Path) -
 
 def test_a_machine_without_the_tokens_makes_its_own(tiny_qwen2: Path, tmp_path: Path) -> None:
     """Prepared on one machine, opened on another: tokenised again where the cache is not shared, equal by content."""
-    recipe = load_recipe(str(write_recipe(tmp_path, tiny_qwen2)))
-    folder, _, lock = prepare_run(recipe, overwrite=False)
+    settings = settings_of_run(write_recipe(tmp_path, tiny_qwen2))
+    folder, _, lock = prepare_run(settings, overwrite=False)
     lock.close()
-    recipe = load_recipe(str(folder.recipe))
-    before = [source.selection.num_tokens for source in open_data(recipe, folder).all]
+    settings = settings_of_run(folder.recipe)
+    before = [source.selection.num_tokens for source in open_data(settings, folder).all]
     shutil.rmtree(tmp_path / "tokenized")
     with pytest.raises(UserError, match="its tokens are not in"):
-        open_data(recipe, folder)
-    ensure_data(recipe, folder)
-    assert [source.selection.num_tokens for source in open_data(recipe, folder).all] == before
+        open_data(settings, folder)
+    ensure_data(settings, folder)
+    assert [source.selection.num_tokens for source in open_data(settings, folder).all] == before
     shutil.rmtree(tmp_path / "tokenized")
     write_rows(tmp_path / "scored.jsonl", [{"prompt": "other", "response": "row", "score": 0.1}] * 9)
     with pytest.raises(UserError, match=r"scored\.jsonl: on .* its content, the tokenizer"):
-        ensure_data(recipe, folder)
+        ensure_data(settings, folder)
 
 
 def test_a_pair_longer_than_a_micro_batch_is_refused(tiny_qwen2: Path, tmp_path: Path) -> None:
     """Its sides fit one by one, not both: said before anything is launched, with the key to change."""
     rows = [{"prompt": "p" * 20, "chosen": "good", "rejected": "bad"}]
     sources = [{"format": "jsonl", "path": str(write_rows(tmp_path / "pairs.jsonl", rows))}]
-    recipe = load_recipe(str(write_recipe(tmp_path, tiny_qwen2, data__sources=sources)))
+    settings = settings_of_run(write_recipe(tmp_path, tiny_qwen2, data__sources=sources))
     with pytest.raises(
         UserError, match=r"train\.tokens_per_micro_batch: 64 given, but the pair of .*pairs\.jsonl:1 has"
     ):
-        prepare_run(recipe, overwrite=False)
+        prepare_run(settings, overwrite=False)
 
 
 def test_shares_that_make_no_whole_are_refused_by_key(tiny_qwen2: Path, tmp_path: Path) -> None:
     """What only the data can tell about a mixture is told before the launch."""
-    recipe = load_recipe(str(write_recipe(tmp_path, tiny_qwen2)))
+    settings = settings_of_run(write_recipe(tmp_path, tiny_qwen2))
     shares = ("data.sources.0.share=0.5", "data.sources.1.share=0.4")
-    recipe = load_recipe(str(tmp_path / "recipe.yaml"), shares)
+    settings = settings_of_run(tmp_path / "recipe.yaml", *shares)
     with pytest.raises(UserError, match=r"data\.sources: the shares of all sources add up to 0\.9"):
-        prepare_run(recipe, overwrite=False)
+        prepare_run(settings, overwrite=False)
 
 
 def test_a_copy_of_a_source_is_found(tiny_qwen2: Path, tmp_path: Path) -> None:
@@ -211,11 +210,11 @@ def test_a_copy_of_a_source_is_found(tiny_qwen2: Path, tmp_path: Path) -> None:
     shutil.copy(tmp_path / "scored.jsonl", tmp_path / "other.jsonl")
     override = f"data.held_out.0.path={tmp_path / 'other.jsonl'}"
     with pytest.raises(UserError, match=r"other\.jsonl: holds the rows of .*scored\.jsonl; no row may be used twice"):
-        prepare_run(load_recipe(str(recipe), (override,)), overwrite=False)
+        prepare_run(settings_of_run(recipe, override), overwrite=False)
 
 
 def test_a_kind_without_a_loss_is_refused(tiny_qwen2: Path, tmp_path: Path) -> None:
     """A map of losses must name every kind that the data holds."""
-    recipe = load_recipe(str(write_recipe(tmp_path, tiny_qwen2)), ("objective.loss={instruction: mse}",))
+    settings = settings_of_run(write_recipe(tmp_path, tiny_qwen2), "objective.loss={instruction: mse}")
     with pytest.raises(UserError, match=r"objective\.loss: no loss for kind 'score', which data\.sources\.1"):
-        prepare_run(recipe, overwrite=False)
+        prepare_run(settings, overwrite=False)

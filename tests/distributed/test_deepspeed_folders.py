@@ -60,9 +60,7 @@ def test_a_deepspeed_folder_becomes_an_adapter_and_a_model(
     found = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert set(found) == set(expected)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    result = convert_to_merged(
-        folder, tmp_path / "merged", base=str(base), adapter_config=config, report=lambda _: None
-    )
+    result = convert_to_merged(folder, tmp_path / "merged", base=str(base), adapter_config=config, say=lambda _: None)
     assert result.agreement is not None
     assert result.agreement.share_kept == pytest.approx(1.0, abs=1e-3)
     ids = torch.arange(3, 20)[None]
@@ -127,7 +125,7 @@ def test_a_folder_that_others_have_written_becomes_an_adapter(
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert any(tensor.any() for name, tensor in found.items() if "lora_B" in name)
     result = convert_to_merged(
-        folder, tmp_path / "merged", base=str(base), adapter_config=folder / "config", report=lambda _: None
+        folder, tmp_path / "merged", base=str(base), adapter_config=folder / "config", say=lambda _: None
     )
     assert result.agreement is not None
     assert result.agreement.is_faithful

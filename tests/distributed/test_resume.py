@@ -29,6 +29,7 @@ from runs import (
     ranks_of,
     recipe_in,
     run,
+    settings_of_run,
     started,
     uft,
     wait_for_the_end_of,
@@ -38,7 +39,6 @@ from runs import (
 from uft_ds.checkpoint.folder import newest_whole, step_of
 from uft_ds.errors import UserError
 from uft_ds.host.ports import free_port
-from uft_ds.recipe.file import load_recipe
 from uft_ds.record.metrics import read_metrics
 from uft_ds.record.run_folder import RunFolder
 from uft_ds.run.resume import nothing_to_do, prepare_resume, resumed_from
@@ -219,7 +219,7 @@ def test_another_recipe_is_refused(unbroken: Path, override: str, message: str) 
     """Key, both values, and what to do; also for a run that is done, and nothing is changed."""
     recipe = unbroken.parent / "recipe.yaml"
     with pytest.raises(UserError) as caught:
-        nothing_to_do(load_recipe(str(recipe), (override,)))
+        nothing_to_do(settings_of_run(recipe, override))
     assert message in str(caught.value)
     with pytest.raises(UserError) as caught:
         resumed(recipe, override)
@@ -231,7 +231,7 @@ def test_another_recipe_is_refused(unbroken: Path, override: str, message: str) 
 def resumed(recipe: Path, *overrides: str) -> list[str]:
     """Prepare to go on, without launching anything; what was said."""
     said: list[str] = []
-    *_, lock = prepare_resume(load_recipe(str(recipe), overrides), say=said.append)
+    *_, lock = prepare_resume(settings_of_run(recipe, *overrides), say=said.append)
     lock.close()
     return said
 

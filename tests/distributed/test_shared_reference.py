@@ -23,7 +23,7 @@ from uft_ds.data.mixture import Step, in_order
 from uft_ds.engine.engine import Engine
 from uft_ds.known.cache import REFERENCE_TABLE, Known, fill
 from uft_ds.known.store import ReferenceStore, read_table, write_table
-from uft_ds.recipe.file import load_recipe
+from uft_ds.recipe.settings import load_settings
 from uft_ds.record.metrics import read_metrics
 from uft_ds.record.run_folder import RunFolder
 from uft_ds.run.build import build_reference_cache
@@ -118,7 +118,7 @@ CONTENT = {"weights": ["0" * 64], "config": "1" * 64, "adapter": None}
 
 def open_cache(base: Path, work: Path, store_values: float | None) -> Any:
     """What a run makes of a store that holds the right values plus `store_values` (None: not a number)."""
-    recipe = load_recipe(str(work / "recipe.yaml"))
+    settings = load_settings(str(work / "recipe.yaml"))
     engine = engine_of(base)
     identity = reference_identity(CONTENT, dtype="float32", attention="sdpa", adapter_dtype=None)
     pools = [Held(SEQUENCES)]
@@ -131,7 +131,7 @@ def open_cache(base: Path, work: Path, store_values: float | None) -> Any:
         ReferenceStore.below(work / "reference", identity).write({key: right.known(key) + offset for key in keys})
     torch.distributed.barrier()
     recorder = Recorder()
-    cache = build_reference_cache(recipe, RunFolder(work), engine, engine.module, pools, recorder)  # type: ignore[arg-type]
+    cache = build_reference_cache(settings, RunFolder(work), engine, engine.module, pools, recorder)  # type: ignore[arg-type]
     return cache.num_known, recorder.said, recorder.warned
 
 
@@ -216,7 +216,7 @@ def test_a_run_starts_from_another_runs_adapter(tiny_qwen2: Path, tmp_path: Path
     assert second.returncode == 0, second.stdout + second.stderr
     assert "every log-ratio is 0.0 nats" in second.stdout
     adapter = tmp_path / "run" / "checkpoints" / "step-000002" / "adapter"
-    assert load_recipe(str(tmp_path / "second" / "recipe.yaml")).reference.adapter == str(adapter)
+    assert load_settings(str(tmp_path / "second" / "recipe.yaml")).reference.adapter == str(adapter)
     before, after = (load_file(a / "adapter_model.safetensors") for a in (adapter, tmp_path / "second/latest/adapter"))
     assert set(before) == set(after)
     assert all(0 < (after[name] - before[name]).abs().max() < 0.02 for name in before), "four small steps from it"

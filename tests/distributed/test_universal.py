@@ -18,6 +18,7 @@ from uft_ds.errors import UserError
 from uft_ds.export.universal import write_universal
 from uft_ds.known.cache import Known
 from uft_ds.recipe.schema import TrainSection
+from uft_ds.recipe.settings import train_settings
 
 NAMES = ("fp32", "exp_avg", "exp_avg_sq")
 
@@ -69,7 +70,9 @@ def test_deepspeed_loads_it(tmp_path: Path, stage: int, ranks: int) -> None:
     """Weights, moments and counts, at another number of ranks and another stage."""
     base = build_tiny_model(tmp_path / "base", "qwen2", tied=False)
     expected = run_on_ranks(saved, 2, base, tmp_path / "run")[0]
-    write_universal(tmp_path / "run" / "checkpoints" / "step-000002", TrainSection(), tmp_path / "universal")
+    write_universal(
+        tmp_path / "run" / "checkpoints" / "step-000002", train_settings(TrainSection()), tmp_path / "universal"
+    )
     for path, found, steps, global_steps in run_on_ranks(
         loaded_by_deepspeed, ranks, base, tmp_path / "universal", stage
     ):

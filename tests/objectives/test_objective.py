@@ -27,7 +27,7 @@ from uft_ds.objectives.losses import (
     TERMS,
     expanded,
 )
-from uft_ds.objectives.objective import KindObjective, Objective, Shape, count_terms, objective_at, rewards_of
+from uft_ds.objectives.objective import BetaSchedule, KindObjective, Objective, count_terms, objective_at, rewards_of
 from uft_ds.objectives.pairwise import PairConstants
 
 BETA = 0.1
@@ -424,7 +424,7 @@ def test_the_shift_moves_scores_and_nothing_else(loss: str) -> None:
         ("cosine", 1.0, 0.2),
     ],
 )  # fmt: skip
-def test_betas_move_to_their_end(shape: Shape, progress: float, factor: float) -> None:
+def test_betas_move_to_their_end(shape: BetaSchedule, progress: float, factor: float) -> None:
     """beta_end 0.2: all kinds' betas times 1 at the start, 0.6 half way, 0.2 at the last step; nothing else moves."""
     before = mixed({"dpo": 1.0})
     uft = Objective(before.of_kind, undesirable_weight=0.7, beta_schedule=shape, beta_end=0.2)

@@ -24,7 +24,8 @@ from uft_ds.planning.shapes import shipped_config
 from uft_ds.planning.sharding import sharding_of
 from uft_ds.planning.table import rendered
 from uft_ds.planning.workload import workload_of
-from uft_ds.recipe.file import load_recipe, shipped_recipes
+from uft_ds.recipe.file import shipped_recipes
+from uft_ds.recipe.settings import load_settings
 
 
 def cluster(nodes: int = 1, gpus: int = 8, **options: Any) -> Cluster:
@@ -41,16 +42,16 @@ def planner() -> Planner:
 
 def outcome(*overrides: str, on: Cluster | None = None, zero: dict[str, Any] | None = None) -> Outcome:
     """Of the 32B recipe. zero: changes to its DeepSpeed file."""
-    recipe = load_recipe("uft_qwen32b", overrides)
-    file = read_deepspeed_file(recipe.deepspeed)
+    settings = load_settings("uft_qwen32b", overrides)
+    file = read_deepspeed_file(settings.deepspeed.name)
     file["zero_optimization"] |= zero or {}
-    workload = workload_of(recipe, tokens_per_response=None)
-    return planner().plan(Setting(workload, recipe.deepspeed, sharding_of(file), on or cluster()))
+    workload = workload_of(settings, tokens_per_response=None)
+    return planner().plan(Setting(workload, settings.deepspeed.name, sharding_of(file), on or cluster()))
 
 
 @lru_cache
 def plan(*overrides: str, nodes: int = 1, gpus: int = 8, name: str = "uft_qwen32b", **options: Any) -> Plan:
-    return make_plan(load_recipe(name, overrides), cluster(nodes, gpus, **options))
+    return make_plan(load_settings(name, overrides), cluster(nodes, gpus, **options))
 
 
 @lru_cache
@@ -126,7 +127,7 @@ def test_every_remedy_is_a_plan_that_frees_memory() -> None:
 
 def test_host_memory_is_a_limit_too() -> None:
     """Weights that the GPUs do not hold must fit somewhere."""
-    small = make_plan(load_recipe("uft_qwen32b", ("deepspeed=zero3_offload",)), cluster(host_memory=64))
+    small = make_plan(load_settings("uft_qwen32b", ("deepspeed=zero3_offload",)), cluster(host_memory=64))
     assert small.outcome.gpu_spare_bytes > 0
     assert small.outcome.host_spare_bytes is not None
     assert small.outcome.host_spare_bytes < 0
@@ -395,9 +396,9 @@ def test_bad_input_is_answered() -> None:
     with pytest.raises(UserError, match=r"--gpu: .*h1000.*h100"):
         cluster(gpu="h1000")
     with pytest.raises(UserError, match=r"--tokens-per-response: 4096 given, at most data\.max_length 2048"):
-        make_plan(load_recipe("uft_qwen32b"), cluster(), tokens_per_response=4096)
+        make_plan(load_settings("uft_qwen32b"), cluster(), tokens_per_response=4096)
     with pytest.raises(UserError, match=r"model\.base: 'no/such'"):
-        make_plan(load_recipe("uft_qwen32b", ("model.base=no/such",)), cluster())
+        make_plan(load_settings("uft_qwen32b", ("model.base=no/such",)), cluster())
 
 
 @pytest.mark.parametrize("name", shipped_recipes())

@@ -13,7 +13,7 @@ from uft_ds.data.mixture import Portion
 from uft_ds.errors import UserError
 from uft_ds.recipe.file import dump_recipe, load_recipe, shipped_recipes
 from uft_ds.recipe.schema import Recipe, describe_keys
-from uft_ds.run.resolve import portion_of
+from uft_ds.recipe.settings import portion_of
 
 
 def test_recipes_are_shipped() -> None:
@@ -54,7 +54,7 @@ def test_any_text_and_number_survives_dump_and_load(name: str, lr: float, tmp_pa
 def test_defaults_are_the_papers(minimal: str) -> None:
     """UFT's choices: squared error, beta 0.01, no shift, LoRA rank 16 without dropout."""
     recipe = load_recipe(minimal)
-    assert [recipe.losses_of(kind) for kind in KINDS] == [{"mse": 1.0}] * 4
+    assert [recipe.objective.given.losses_of(kind) for kind in KINDS] == [{"mse": 1.0}] * 4
     assert (recipe.objective.beta, recipe.objective.reward_shift) == (0.01, "none")
     assert recipe.lora is not None
     assert (recipe.lora.rank, recipe.lora.dropout) == (16, 0.0)

@@ -9,33 +9,32 @@ from uft_ds.data.example import KINDS
 from uft_ds.objectives.objective import KindObjective, Objective
 from uft_ds.objectives.pairwise import PairConstants
 from uft_ds.objectives.reward_shift import RewardShift
-from uft_ds.recipe.file import load_recipe
 from uft_ds.recipe.schema import ObjectiveSection
-from uft_ds.run.resolve import objective_of
+from uft_ds.recipe.settings import load_settings
 
 
 def test_a_loss_for_each_kind(minimal: str) -> None:
     """A map gives each kind its own loss, and weights that are not named are 1."""
     overrides = ("objective.loss={instruction: nll, score: bce}", "objective.weights={score: 0.5}")
-    recipe = load_recipe(minimal, overrides)
-    assert (recipe.losses_of("instruction"), recipe.losses_of("score")) == ({"nll": 1.0}, {"bce": 1.0})
-    assert recipe.losses_of("pair") == {}
-    assert (recipe.weight_of("instruction"), recipe.weight_of("score")) == (1.0, 0.5)
-    assert load_recipe(minimal, ("objective.weights=2",)).weight_of("pair") == 2
+    given = load_settings(minimal, overrides).given
+    assert (given.losses_of("instruction"), given.losses_of("score")) == ({"nll": 1.0}, {"bce": 1.0})
+    assert given.losses_of("pair") == {}
+    assert (given.weight_of("instruction"), given.weight_of("score")) == (1.0, 0.5)
+    assert load_settings(minimal, ("objective.weights=2",)).given.weight_of("pair") == 2
 
 
 def test_a_kind_may_have_several_losses(minimal: str) -> None:
     """With weights; the papers' sums have names of their own."""
-    recipe = load_recipe(minimal, ("objective.loss={instruction: mse, pair: {dpo: 0.8, bce: 0.2, nll: 1}}",))
-    assert recipe.losses_of("pair") == {"dpo": 0.8, "bce": 0.2, "nll": 1.0}
-    assert load_recipe(minimal, ("objective.loss=orpo",)).losses_of("pair") == {"nll": 1.0, "odds_ratio": 0.1}
+    given = load_settings(minimal, ("objective.loss={instruction: mse, pair: {dpo: 0.8, bce: 0.2, nll: 1}}",)).given
+    assert given.losses_of("pair") == {"dpo": 0.8, "bce": 0.2, "nll": 1.0}
+    assert load_settings(minimal, ("objective.loss=orpo",)).given.losses_of("pair") == {"nll": 1.0, "odds_ratio": 0.1}
 
 
 def test_beta_for_each_kind(minimal: str) -> None:
     """One for all, or a map; a kind that is not named has the default."""
-    recipe = load_recipe(minimal, ("objective.beta={pair: 0.1}",))
-    assert [recipe.beta_of(kind) for kind in KINDS] == [0.01, 0.01, 0.01, 0.1]
-    assert load_recipe(minimal, ("objective.beta=2",)).beta_of("score") == 2
+    given = load_settings(minimal, ("objective.beta={pair: 0.1}",)).given
+    assert [given.beta_of(kind) for kind in KINDS] == [0.01, 0.01, 0.01, 0.1]
+    assert load_settings(minimal, ("objective.beta=2",)).given.beta_of("score") == 2
 
 
 def test_the_objective_is_what_the_recipe_says(minimal: str) -> None:
@@ -63,10 +62,10 @@ def test_the_objective_is_what_the_recipe_says(minimal: str) -> None:
         beta_end=0.5,
         constants=PairConstants(label_smoothing=0.2, rpo_scale=2, dpop_penalty=5),
     )
-    assert objective_of(load_recipe(minimal, overrides)) == expected
+    assert load_settings(minimal, overrides).objective == expected
     others = ("objective.loss={score: mse, pair: simpo}", "objective.beta={pair: 2}", "objective.simpo_margin=1.5")
     shift = ("objective.reward_shift=ema", "objective.reward_shift_decay=0.25")
-    found = objective_of(load_recipe(minimal, (*others, *shift)))
+    found = load_settings(minimal, (*others, *shift)).objective
     assert found.constants.simpo_margin == 1.5
     assert found.shift == RewardShift("ema", 0.0, 0.25)
     tried = {key.partition("=")[0] for key in (*overrides, *others, *shift)}
@@ -171,8 +170,8 @@ def test_a_bad_map_of_kinds_is_refused(minimal: str, override: str, message: str
 
 def test_a_beta_for_another_kind_is_no_beta_for_orpo(minimal: str) -> None:
     """One number serves the kinds that read it; orpo's own would be a mistake."""
-    recipe = load_recipe(minimal, ("objective.loss={pair: orpo, score: mse}", "objective.beta=0.1"))
-    assert recipe.beta_of("score") == 0.1
+    given = load_settings(minimal, ("objective.loss={pair: orpo, score: mse}", "objective.beta=0.1")).given
+    assert given.beta_of("score") == 0.1
     own = refusal(minimal, "objective.loss={pair: orpo, score: mse}", "objective.beta={pair: 0.1}")
     assert "objective.beta: 0.1 given, but orpo has none" in own
 

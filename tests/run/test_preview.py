@@ -14,12 +14,11 @@ from toy import toy_sequences
 
 from uft_ds.data.example import Example, Message, Sequence
 from uft_ds.data.mixture import Portion
-from uft_ds.data.sources import PreparedSource, Source, Tolerance, prepare_source
+from uft_ds.data.sources import PreparedData, PreparedSource, SourceSettings, Tolerance, prepare_source
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.tokenize import load_tokenizer, tokenize
 from uft_ds.recipe.file import recipe_from_tree
-from uft_ds.recipe.schema import Recipe
-from uft_ds.run.prepare import PreparedData
+from uft_ds.recipe.settings import Settings, settings_of
 from uft_ds.run.preview import CLOSE, OPEN, PROMPT, SUPERVISED, rendered, show_data
 
 
@@ -71,7 +70,7 @@ def data(tmp_path: Path, chat: ChatTokenizer, monkeypatch: pytest.MonkeyPatch) -
 
     def prepared(name: str, rows: list[dict[str, Any]], portion: Portion) -> PreparedSource:
         path = write_rows(Path(f"a-folder-with-a-long-name-for-a-narrow-terminal/{name}.jsonl"), rows)
-        source = Source(str(path), None, rules(max_length=100), portion=portion)
+        source = SourceSettings(str(path), None, rules(max_length=100), portion=portion)
         tolerance = Tolerance(quarantine=True, max_quarantined=0.5)
         return prepare_source(source, chat, tmp_path / "cache", seed=0, tolerance=tolerance)
 
@@ -80,18 +79,18 @@ def data(tmp_path: Path, chat: ChatTokenizer, monkeypatch: pytest.MonkeyPatch) -
     )
 
 
-def recipe_of(data: PreparedData) -> Recipe:
+def settings_for(data: PreparedData) -> Settings:
     train, held_out = (
         [{"format": "jsonl", "path": f"{part}{number}"} for number in range(len(sources))]
         for part, sources in (("train", data.train), ("held_out", data.held_out))
     )
     tree = {"name": "x", "model": {"base": "b"}, "data": {"sources": train, "held_out": held_out}, "output": "o"}
-    return recipe_from_tree(tree, "x")
+    return settings_of(recipe_from_tree(tree, "x"))
 
 
 def printed(data: PreparedData, width: int) -> str:
     console = Console(file=io.StringIO(), width=width, markup=False, highlight=False)
-    show_data(recipe_of(data), data, console)
+    show_data(settings_for(data), data, console)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -125,7 +124,9 @@ def test_nothing_left_out_shows_no_table(tmp_path: Path, chat: ChatTokenizer, mo
     """No empty table, no notes."""
     monkeypatch.chdir(tmp_path)
     path = write_rows(Path("rows.jsonl"), [{"prompt": "q", "response": "a"}])
-    source = prepare_source(Source(str(path), None, rules()), chat, tmp_path / "cache", seed=0, tolerance=Tolerance())
+    source = prepare_source(
+        SourceSettings(str(path), None, rules()), chat, tmp_path / "cache", seed=0, tolerance=Tolerance()
+    )
     shown = printed(PreparedData((source,), (source,)), 100)
     assert "left out, or changed" not in shown
     assert "note" not in shown

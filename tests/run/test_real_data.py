@@ -14,7 +14,7 @@ from uft_ds.record.metrics import read_metrics
 @pytest.mark.long
 def test_a_few_real_steps_lower_the_loss(test_data: Path, tmp_path: Path) -> None:
     """Six steps on Dolly and UltraFeedback rows: exact start, falling held-out loss, rising instruction reward."""
-    base = quickstart_model(report=lambda text: None)
+    base = quickstart_model(say=lambda text: None)
     recipe = write_recipe(test_data, base, tmp_path, steps=6)
     command = [
         sys.executable,

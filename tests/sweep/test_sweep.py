@@ -17,9 +17,9 @@ from rich.console import Console
 from uft_ds.errors import EXIT_INTERRUPTED, EXIT_STOPPED, UserError
 from uft_ds.host.files import write_atomically
 from uft_ds.recipe.file import dump_recipe, load_recipe
-from uft_ds.recipe.schema import Recipe
+from uft_ds.recipe.settings import Settings
 from uft_ds.record.run_folder import RunFolder, Status
-from uft_ds.run.resolve import with_absolute_paths
+from uft_ds.run.settings import located
 from uft_ds.sweep.file import Sweep, grid_of, load_sweep
 from uft_ds.sweep.run import How, Result, last_values, run_sweep, table_of, write_recipes
 
@@ -62,24 +62,24 @@ class Trainer:
     def __init__(self, **exit_codes: int) -> None:
         self.exit_codes, self.trained, self.hows = exit_codes, list[str](), list[How]()
 
-    def __call__(self, recipe: Recipe, how: How) -> tuple[Path, Status]:
-        folder = RunFolder(Path(recipe.output))
-        self.trained.append(recipe.name)
+    def __call__(self, settings: Settings, how: How) -> tuple[Path, Status]:
+        folder = RunFolder(settings.output)
+        self.trained.append(settings.name)
         self.hows.append(how)
         folder.path.mkdir(parents=True, exist_ok=True)
         folder.lock.touch()
-        write_atomically(folder.recipe, dump_recipe(with_absolute_paths(recipe)))
-        adapter = recipe.reference.adapter
+        write_atomically(folder.recipe, dump_recipe(located(settings).stored))
+        adapter = settings.reference.adapter
         identity = (Path(adapter) / "adapter").read_text() if adapter else None
         folder.environment.write_text(json.dumps({"reference_adapter": identity}))
-        (folder.path / "adapter").write_text(f"{recipe.name} {len(self.trained)} {id(self)}")
-        code = self.exit_codes.get(recipe.name.split("-")[0], 0)
+        (folder.path / "adapter").write_text(f"{settings.name} {len(self.trained)} {id(self)}")
+        code = self.exit_codes.get(settings.name.split("-")[0], 0)
         if code in _RAISED:
             raise _RAISED[code]
         if code == 0:
             lines = [
                 {"step": 1, "loss": 1.0, "seconds": 4.0},
-                {"step": 2, "loss": recipe.train.lr, "seconds": 3.0},
+                {"step": 2, "loss": settings.train.lr, "seconds": 3.0},
                 {"step": 2, "held_out/loss": 0.5, "x": None},
             ]
             folder.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -94,7 +94,7 @@ def run(sweep: Sweep, trainer: Trainer, *, overwrite: bool = False) -> list[Resu
 @pytest.fixture
 def no_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stand-ins' adapters are one file of text, which is its content."""
-    for module in ("uft_ds.run.resolve", "uft_ds.sweep.run"):
+    for module in ("uft_ds.run.settings", "uft_ds.sweep.run"):
         monkeypatch.setattr(f"{module}.adapter_folder", Path)
     monkeypatch.setattr("uft_ds.sweep.run.adapter_identity", lambda folder: (folder / "adapter").read_text())
 
@@ -106,27 +106,27 @@ def test_a_grid_repeats_every_run_with_every_combination() -> None:
         "sft-lr=0.0001-seed=1", "una-lr=0.0001-seed=1", "uft-lr=0.0001-seed=1", "sft-lr=0.0001-seed=2",
     ]  # fmt: skip
     assert len(sweep.runs) == len({planned.name for planned in sweep.runs}) == 12
-    recipe = sweep.runs[-2].recipe
-    assert (recipe.train.lr, recipe.train.seed, recipe.objective.loss) == (3e-5, 2, "mse")
-    assert recipe.reference.adapter == "runs/both/sft-lr=3e-05-seed=2", "the first stage of the same point"
-    assert recipe.output == "runs/both/una-lr=3e-05-seed=2"
-    assert sweep.runs[0].recipe.objective.loss == "nll"
+    settings = sweep.runs[-2].settings
+    assert (settings.train.lr, settings.train.seed, settings.given.loss) == (3e-5, 2, "mse")
+    assert settings.reference.adapter == "runs/both/sft-lr=3e-05-seed=2", "the first stage of the same point"
+    assert str(settings.output) == "runs/both/una-lr=3e-05-seed=2"
+    assert sweep.runs[0].settings.given.loss == "nll"
 
 
 def test_overrides_hold_for_every_run() -> None:
     """After a run's own."""
     sweep_of(grid=None, runs=SWEEP["runs"][:2])
     runs = load_sweep("sweep.yaml", ("objective.loss=bce", "train.steps=3"))
-    assert {planned.recipe.objective.loss for planned in runs.runs} == {"bce"}
-    assert {planned.recipe.train.steps for planned in runs.runs} == {3}
+    assert {planned.settings.given.loss for planned in runs.runs} == {"bce"}
+    assert {planned.settings.train.steps for planned in runs.runs} == {3}
 
 
 def test_a_recipe_over_a_grid() -> None:
     """--grid makes a sweep of one recipe, beside its own output."""
     sweep = grid_of("toy.yaml", ["train.lr=[1e-4,3e-5]", "objective.beta=[0.01]"], ("train.steps=5",))
     assert [planned.name for planned in sweep.runs] == ["toy-lr=0.0001-beta=0.01", "toy-lr=3e-05-beta=0.01"]
-    assert sweep.runs[1].recipe.output == "runs/toy-sweep/toy-lr=3e-05-beta=0.01"
-    assert sweep.runs[1].recipe.train.steps == 5
+    assert str(sweep.runs[1].settings.output) == "runs/toy-sweep/toy-lr=3e-05-beta=0.01"
+    assert sweep.runs[1].settings.train.steps == 5
 
 
 @pytest.mark.parametrize("grid", [["train.lr"], ["train.lr=3"], ["train.lr=[]"], ["train.lr=[1"], ["a=[1]", "a=[2]"]])
@@ -201,14 +201,14 @@ def test_nearby_values_have_names_of_their_own() -> None:
     assert [planned.name for planned in near.runs] == ["a-lr=1e-05", "a-lr=1.0000001e-05"]
     long = sweep_of(grid={"model.base": ["x" * 300, "y" * 300]}, runs=[{"name": "a", "recipe": "toy.yaml"}])
     assert [planned.name for planned in long.runs] == ["a-1", "a-2"]
-    assert long.runs[1].recipe.model.base == "y" * 300
+    assert long.runs[1].settings.model.base == "y" * 300
 
 
 def test_output_moves_the_sweep() -> None:
     """An override of it is the sweep's folder, not each run's."""
     sweep_of(grid=None)
     moved = load_sweep("sweep.yaml", ("output=elsewhere",))
-    assert [planned.recipe.output for planned in moved.runs] == [
+    assert [str(planned.settings.output) for planned in moved.runs] == [
         "elsewhere/sft", "elsewhere/una", "elsewhere/uft",
     ]  # fmt: skip
     assert grid_of("toy.yaml", ["train.seed=[1]"], ("output=x",)).output == Path("x")
@@ -217,9 +217,9 @@ def test_output_moves_the_sweep() -> None:
 def test_values_of_all_runs() -> None:
     """`set` of the sweep holds for every run, before its own."""
     sweep = sweep_of(grid=None, set={"objective.loss": "bce", "train.steps": 9})
-    recipes = [planned.recipe for planned in sweep.runs]
-    assert [recipe.objective.loss for recipe in recipes] == ["nll", "bce", "bce"]
-    assert {recipe.train.steps for recipe in recipes} == {9}
+    found = [planned.settings for planned in sweep.runs]
+    assert [settings.given.loss for settings in found] == ["nll", "bce", "bce"]
+    assert {settings.train.steps for settings in found} == {9}
 
 
 def test_a_grid_of_a_sweep_is_refused() -> None:
@@ -235,9 +235,9 @@ def test_what_cannot_be_run_is_told_before_anything_is() -> None:
     """Of the last run too, which starts from one that is yet to be trained; what is done is not checked again."""
     sweep, checked, trainer = sweep_of(grid=None), list[tuple[str, str | None]](), Trainer()
 
-    def check(recipe: Recipe) -> None:
-        checked.append((recipe.name, recipe.reference.adapter))
-        if recipe.name == "uft":
+    def check(settings: Settings) -> None:
+        checked.append((settings.name, settings.reference.adapter))
+        if settings.name == "uft":
             raise UserError("data.sources.0: no such file\nmore")
 
     def run_it(check: Any) -> list[Result]:
@@ -253,7 +253,7 @@ def test_what_cannot_be_run_is_told_before_anything_is() -> None:
     run_it(check)
     assert not checked
     shutil.rmtree("runs/both/sft")
-    run_it(lambda recipe: checked.append((recipe.name, None)))
+    run_it(lambda settings: checked.append((settings.name, None)))
     assert [name for name, _ in checked] == ["sft", "una"], "the second stage is trained anew, too"
 
 
@@ -281,7 +281,7 @@ def test_an_unknown_sweep_lists_the_shipped_ones() -> None:
 def test_the_shipped_sweep_is_whole() -> None:
     """Six methods; the second stages start from the first."""
     sweep = load_sweep("baselines_mistral7b", ("model.chat_template=t.jinja",))
-    adapters = {planned.name: planned.recipe.reference.adapter for planned in sweep.runs}
+    adapters = {planned.name: planned.settings.reference.adapter for planned in sweep.runs}
     first = "runs/baselines_mistral7b/sft"
     assert adapters == {"sft": None, "sft_dpo": first, "sft_kto": first, "sft_una": first, "una": None, "uft": None}
 
@@ -382,9 +382,9 @@ def test_recipes_are_read_before_the_first_run() -> None:
     """What somebody writes into their files while the runs train neither stops them nor relabels them."""
 
     class Editor(Trainer):
-        def __call__(self, recipe: Recipe, overwrite: bool) -> tuple[Path, Status]:
+        def __call__(self, settings: Settings, overwrite: bool) -> tuple[Path, Status]:
             Path("toy.yaml").write_text(yaml.safe_dump(RECIPE | {"train": {"lr": 9.0, "stpes": 3}}))
-            return super().__call__(recipe, overwrite)
+            return super().__call__(settings, overwrite)
 
     results = run(sweep_of(grid=None), Editor())
     assert [result.status for result in results] == ["done"] * 3

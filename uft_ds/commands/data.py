@@ -28,16 +28,16 @@ def data_preview(
     Nothing is launched and no weights are loaded.
     """
     from uft_ds.data.tokens.tokenize import load_tokenizer
-    from uft_ds.recipe.file import load_recipe
+    from uft_ds.recipe.settings import load_settings
     from uft_ds.run.prepare import prepare_data, steps_of
     from uft_ds.run.preview import legend, rendered_rows, show_data, steps_line
     from uft_ds.run.start import preparation
 
-    loaded = load_recipe(recipe, tuple(overrides or ()))
-    model = loaded.model
+    settings = load_settings(recipe, tuple(overrides or ()))
+    model = settings.model
     chat = load_tokenizer(model.base, revision=model.revision, chat_template=model.chat_template)
     with preparation(console) as on_progress:
-        data = prepare_data(loaded, chat, on_progress)
+        data = prepare_data(settings, chat, on_progress)
     sources = data.held_out if held_out else data.train
     if not sources:
         raise UserError("--held-out: the recipe has no data.held_out")
@@ -47,8 +47,8 @@ def data_preview(
     for shown in sources if source is None else sources[source : source + 1]:
         for text in rendered_rows(shown, chat, count=rows, seed=seed, full=full):
             console.print(text)
-    show_data(loaded, data, console)
-    console.print(steps_line(steps_of(loaded, data), loaded.train.examples_per_step))
+    show_data(settings, data, console)
+    console.print(steps_line(steps_of(settings, data), settings.train.examples_per_step))
 
 
 @app.command("formats")

@@ -58,7 +58,7 @@ def plan(
     from uft_ds.planning.plan import make_plan
     from uft_ds.planning.table import as_json as plan_as_json
     from uft_ds.planning.table import rendered
-    from uft_ds.recipe.file import load_recipe
+    from uft_ds.recipe.settings import load_settings
 
     quiet_loading()
     figures = Figures(
@@ -70,7 +70,7 @@ def plan(
         nvlink_gbytes=nvlink_gbytes,
     )
     cluster = cluster_of(nodes=nodes, gpus=gpus, gpu=gpu, figures=figures)
-    made = make_plan(load_recipe(recipe, tuple(overrides or ())), cluster, tokens_per_response=tokens_per_response)
+    made = make_plan(load_settings(recipe, tuple(overrides or ())), cluster, tokens_per_response=tokens_per_response)
     if as_json:
         print(json.dumps(plan_as_json(made), indent=2))
     else:

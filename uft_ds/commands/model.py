@@ -77,7 +77,7 @@ def convert(
             adapter_config=adapter_config,
             stored=StoredAs(dtype, MAX_SHARD_BYTES if max_shard_size is None else bytes_of(max_shard_size)),
             verify=verify,
-            report=lambda text: console.print(text),
+            say=lambda text: console.print(text),
             on_progress=on_progress,
         )
     found = result.agreement

@@ -12,7 +12,7 @@ from uft_ds.commands.shared import Overrides, RecipeName, console
 from uft_ds.errors import EXIT_INTERRUPTED, EXIT_STOPPED, CheckFailed, UserError
 
 if TYPE_CHECKING:
-    from uft_ds.recipe.schema import Recipe
+    from uft_ds.recipe.settings import Settings
     from uft_ds.record.run_folder import Status
     from uft_ds.sweep.run import Result
 
@@ -26,23 +26,23 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run that the output holds.")] = False,
 ) -> None:
     """Check everything, then train on this machine's GPUs, or on two CPU processes."""
-    from uft_ds.recipe.file import load_recipe
+    from uft_ds.recipe.settings import load_settings
 
     if resume and overwrite:
         raise UserError("--resume and --overwrite: the one goes on with a run, the other deletes it; give one of them")
-    run_training(load_recipe(recipe, tuple(overrides or ())), overwrite=overwrite, resume=resume)
+    run_training(load_settings(recipe, tuple(overrides or ())), overwrite=overwrite, resume=resume)
 
 
-def run_training(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> None:
+def run_training(settings: Settings, *, overwrite: bool = False, resume: bool = False) -> None:
     """Prepare, launch, and end the process with the run's exit code unless it is done."""
-    folder, _ = _launched(recipe, "training", overwrite=overwrite, resume=resume)
+    folder, _ = _launched(settings, "training", overwrite=overwrite, resume=resume)
     console.print(f"done: {folder}  (metrics.jsonl, curves.png, report.html, checkpoints/)")
 
 
-def _launched(recipe: Recipe, what: str, **how: Any) -> tuple[Path, Status]:
-    from uft_ds.run.start import run_recipe
+def _launched(settings: Settings, what: str, **how: Any) -> tuple[Path, Status]:
+    from uft_ds.run.start import run_settings
 
-    folder, status = run_recipe(recipe, what, console, **how)
+    folder, status = run_settings(settings, what, console, **how)
     if status.exit_code != 0:
         raise typer.Exit(status.exit_code)
     return folder, status
@@ -76,7 +76,7 @@ def sweep(
     Overrides hold for every run. What is done is not run again, and a run that was stopped goes on: the same command
     goes on after an interruption. Tokenised data and the reference's log-probs are shared through their caches.
     """
-    from uft_ds.run.start import check_recipe_and_data, run_recipe
+    from uft_ds.run.start import check_settings_and_data, run_settings
     from uft_ds.sweep.file import grid_of, load_sweep
     from uft_ds.sweep.run import run_sweep, table_of, write_recipes
 
@@ -94,8 +94,10 @@ def sweep(
     results = run_sweep(
         planned,
         console,
-        check=lambda recipe: check_recipe_and_data(recipe, console),
-        train=lambda recipe, how: run_recipe(recipe, "training", console, overwrite=how.overwrite, resume=how.resume),
+        check=lambda settings: check_settings_and_data(settings, console),
+        train=lambda settings, how: run_settings(
+            settings, "training", console, overwrite=how.overwrite, resume=how.resume
+        ),
         overwrite=overwrite,
     )
     for status, code in (("interrupted", EXIT_INTERRUPTED), ("stopped", EXIT_STOPPED)):
@@ -119,15 +121,14 @@ def reference(recipe: RecipeName, overrides: Overrides = None) -> None:
     import shutil
     import tempfile
 
-    from uft_ds.recipe.file import load_recipe
-    from uft_ds.run.resolve import caches_reference
+    from uft_ds.recipe.settings import changed, load_settings
 
-    loaded = load_recipe(recipe, tuple(overrides or ()))
-    if not caches_reference(loaded):
-        why = "objective.loss needs no reference" if loaded.reference.cache else "reference.cache is false"
+    settings = load_settings(recipe, tuple(overrides or ()))
+    if not settings.reference.caches:
+        why = "objective.loss needs no reference" if settings.reference.given_cache else "reference.cache is false"
         raise UserError(f"there is nothing to fill: {why}")
     work = Path(tempfile.mkdtemp(prefix="uft-reference-"))
-    filling = loaded.model_copy(update={"output": str(work / "run")})
+    filling = changed(settings, {"output": str(work / "run")})
     try:
         _, status = _launched(filling, "computing the reference", options=("--only-reference",))
     except typer.Exit as end:

@@ -13,7 +13,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
-from typing import Any, overload
+from typing import Any, Protocol, overload
 
 import numpy as np
 
@@ -63,21 +63,20 @@ class Portion:
 ONE_PASS = Portion()
 
 
+class MixedSource(Protocol):
+    """What the mixture knows of a prepared source: its order is drawn from the seed and `seed_name`."""
+
+    @property
+    def seed_name(self) -> str: ...
+    @property
+    def selection(self) -> Pool: ...
+    @property
+    def portion(self) -> Portion: ...
+
+
 @dataclass(frozen=True)
-class Ingredient:
-    """A source of the mixture.
-
-    name: what its order is drawn from, besides the seed.
-    """
-
-    name: str
-    pool: Pool
-    portion: Portion = ONE_PASS
-
-
-@dataclass(frozen=True)
-class _Source:
-    """A source as numbers: how many units an epoch takes (a ratio of integers), and how densely along it."""
+class _Draw:
+    """How a source is drawn from: how many units an epoch takes (a ratio of integers), and how densely along it."""
 
     seeds: tuple[int, int]
     num_units: int
@@ -148,7 +147,7 @@ class Steps(Seq[Step]):
 
 
 def plan_steps(
-    ingredients: Seq[Ingredient], *, seed: int, examples_per_step: int, epochs: int, steps: int | None
+    sources: Seq[MixedSource], *, seed: int, examples_per_step: int, epochs: int, steps: int | None
 ) -> Steps:
     """All steps of a run: whole units in mixed order until a step holds `examples_per_step` responses.
 
@@ -158,17 +157,17 @@ def plan_steps(
     Raises:
         ValueError: the portions do not make a mixture.
     """
-    pools = [ingredient.pool for ingredient in ingredients]
-    amounts, is_scheduled = epoch_amounts(ingredients), any(len(i.portion.share or ()) > 1 for i in ingredients)
+    pools = [source.selection for source in sources]
+    amounts, is_scheduled = epoch_amounts(sources), any(len(i.portion.share or ()) > 1 for i in sources)
     responses = [pool.responses_U for pool in pools]
     if is_scheduled:  # a schedule goes over the whole run: it is one long epoch
         stretch = float(epochs)
         if steps is not None:
-            stretch = _stretch_to(steps, examples_per_step, ingredients, amounts, responses, seed)
+            stretch = _stretch_to(steps, examples_per_step, sources, amounts, responses, seed)
         amounts, epochs = [amount * stretch for amount in amounts], 1
 
     def order(block: int) -> tuple[np.ndarray, np.ndarray]:
-        return mixed_order(ingredients, amounts, seed=seed, epoch=block)
+        return mixed_order(sources, amounts, seed=seed, epoch=block)
 
     block_starts, step_starts, carried = [0], [0], np.zeros(0, dtype=np.int64)
     block = 0
@@ -197,7 +196,7 @@ def in_order(pools: Seq[Pool], examples_per_step: int) -> Steps:
 
 
 def mixed_order(
-    ingredients: Seq[Ingredient], amounts: Seq[float], *, seed: int, epoch: int
+    sources: Seq[MixedSource], amounts: Seq[float], *, seed: int, epoch: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """(source, unit) of every unit in one epoch, [units] each: each source shuffled, all spread evenly.
 
@@ -209,22 +208,22 @@ def mixed_order(
         amounts: responses that an epoch takes from each source.
     """
     places, numbers, units = [], [], []
-    for number, source in enumerate(_sources(ingredients, amounts)):
-        numerator, denominator = source.taken
+    for number, draw in enumerate(_draws(sources, amounts)):
+        numerator, denominator = draw.taken
         first, last = ((2 * e * numerator + denominator) // (2 * denominator) for e in (epoch, epoch + 1))
         wanted_K = np.arange(first, last)
-        passes = [_one_pass(source, seed, p) for p in range(first // source.num_units, -(-last // source.num_units))]
-        offset_K = wanted_K - first // source.num_units * source.num_units
+        passes = [_one_pass(draw, seed, p) for p in range(first // draw.num_units, -(-last // draw.num_units))]
+        offset_K = wanted_K - first // draw.num_units * draw.num_units
         shuffled, jitter = (np.concatenate([one[i] for one in passes] or [np.zeros(0)]) for i in (0, 1))
         place_K = (wanted_K - first + jitter[offset_K]) / max(1, len(wanted_K))
-        places.append(place_K if source.density is None else _along(source.density, place_K))
+        places.append(place_K if draw.density is None else _along(draw.density, place_K))
         numbers.append(np.full(len(wanted_K), number, dtype=np.int16))
         units.append(shuffled[offset_K].astype(np.int32))
     order = np.lexsort((np.concatenate(units), np.concatenate(numbers), np.concatenate(places)))
     return np.concatenate(numbers)[order], np.concatenate(units)[order]
 
 
-def epoch_amounts(ingredients: Seq[Ingredient]) -> list[float]:
+def epoch_amounts(sources: Seq[MixedSource]) -> list[float]:
     """How many responses one epoch of the mixture takes from each source.
 
     A source with a share gets that share of the whole, beside those that are taken by passes; where all have shares,
@@ -233,8 +232,8 @@ def epoch_amounts(ingredients: Seq[Ingredient]) -> list[float]:
     Raises:
         ValueError: shares that leave nothing for the others, or do not add up to 1.
     """
-    sizes = [int(ingredient.pool.responses_U.sum()) for ingredient in ingredients]
-    shares = [ingredient.portion.share for ingredient in ingredients]
+    sizes = [int(source.selection.responses_U.sum()) for source in sources]
+    shares = [source.portion.share for source in sources]
     sums = [sum(value_at(share, at) for share in shares if share) for at in _knots_of(shares)]
     all_shared = all(share is not None for share in shares)
     if all_shared and any(abs(total - 1) > 1e-6 for total in sums):
@@ -245,22 +244,22 @@ def epoch_amounts(ingredients: Seq[Ingredient]) -> list[float]:
     if all_shared:
         whole = min(size / mean for size, mean in zip(sizes, means, strict=True) if mean > 0)
     else:
-        counted = [i.portion.passes * n for i, n in zip(ingredients, sizes, strict=True) if i.portion.share is None]
+        counted = [i.portion.passes * n for i, n in zip(sources, sizes, strict=True) if i.portion.share is None]
         whole = sum(counted) / (1 - sum(means))
     return [
         i.portion.passes * size if i.portion.share is None else mean * whole
-        for i, size, mean in zip(ingredients, sizes, means, strict=True)
+        for i, size, mean in zip(sources, sizes, means, strict=True)
     ]
 
 
-def units_of_epochs(ingredients: Seq[Ingredient], epochs: int) -> int:
+def units_of_epochs(sources: Seq[MixedSource], epochs: int) -> int:
     """How many units the first epochs of the mixture take in all: 0 where each source's part rounds to nothing.
 
     Raises:
         ValueError: the portions do not make a mixture.
     """
-    sources = _sources(ingredients, epoch_amounts(ingredients))
-    return sum((2 * epochs * taken + whole) // (2 * whole) for taken, whole in (source.taken for source in sources))
+    draws = _draws(sources, epoch_amounts(sources))
+    return sum((2 * epochs * taken + whole) // (2 * whole) for taken, whole in (draw.taken for draw in draws))
 
 
 def value_at(knots: Knots, progress: float) -> float:
@@ -268,31 +267,31 @@ def value_at(knots: Knots, progress: float) -> float:
     return float(np.interp(progress, [at for at, _ in knots], [value for _, value in knots]))
 
 
-def _sources(ingredients: Seq[Ingredient], amounts: Seq[float]) -> list[_Source]:
-    shares = [i.portion.share for i in ingredients]
+def _draws(sources: Seq[MixedSource], amounts: Seq[float]) -> list[_Draw]:
+    shares = [i.portion.share for i in sources]
     scheduled = any(len(share or ()) > 1 for share in shares)
     rest = tuple((at, 1 - sum(value_at(s, at) for s in shares if s)) for at in _knots_of(shares))
     found = []
-    for number, (ingredient, amount) in enumerate(zip(ingredients, amounts, strict=True)):
-        repeated = [other.name for other in ingredients[:number]].count(ingredient.name)
-        responses_U = ingredient.pool.responses_U
+    for number, (source, amount) in enumerate(zip(sources, amounts, strict=True)):
+        repeated = [other.seed_name for other in sources[:number]].count(source.seed_name)
+        responses_U = source.selection.responses_U
         ratio = (amount / float(responses_U.sum())).as_integer_ratio()
-        share = ingredient.portion.share
+        share = source.portion.share
         density = None if not scheduled else rest if share is None else share
-        seeds = (zlib.crc32(ingredient.name.encode()), repeated)
-        found.append(_Source(seeds, len(responses_U), (ratio[0] * len(responses_U), ratio[1]), density))
+        seeds = (zlib.crc32(source.seed_name.encode()), repeated)
+        found.append(_Draw(seeds, len(responses_U), (ratio[0] * len(responses_U), ratio[1]), density))
     return found
 
 
-def _one_pass(source: _Source, seed: int, number: int) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng([seed, number, *source.seeds])
-    return rng.permutation(source.num_units), rng.random(source.num_units)
+def _one_pass(draw: _Draw, seed: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng([seed, number, *draw.seeds])
+    return rng.permutation(draw.num_units), rng.random(draw.num_units)
 
 
 def _stretch_to(
     steps: int,
     examples_per_step: int,
-    ingredients: Seq[Ingredient],
+    sources: Seq[MixedSource],
     amounts: Seq[float],
     responses: Seq[np.ndarray],
     seed: int,
@@ -304,7 +303,7 @@ def _stretch_to(
     """
     stretch = steps * examples_per_step / sum(amounts)
     for _ in range(_TRIES):
-        counts = _counts(mixed_order(ingredients, [a * stretch for a in amounts], seed=seed, epoch=0), responses)
+        counts = _counts(mixed_order(sources, [a * stretch for a in amounts], seed=seed, epoch=0), responses)
         found = len(_step_ends(counts, examples_per_step))
         if found == steps:
             return stretch

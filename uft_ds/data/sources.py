@@ -6,6 +6,7 @@ import json
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -13,11 +14,11 @@ from typing import Literal
 import numpy as np
 
 from uft_ds.data.example import GOOD_FROM, KINDS
-from uft_ds.data.mixture import ONE_PASS, Ingredient, Portion
+from uft_ds.data.mixture import ONE_PASS, Portion, epoch_amounts
 from uft_ds.data.rows.reading import find_data
 from uft_ds.data.score_map import ScoreMap, affine, quantiles
 from uft_ds.data.store.building import PLACES_NAMED, RowRules
-from uft_ds.data.store.sequences import Account, Selection, SequenceStore
+from uft_ds.data.store.sequences import Account, Selection, TokenStore
 from uft_ds.data.store.tokenized import ensure_store, open_store, quarantine_file
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.tokenize import LONG
@@ -32,8 +33,11 @@ ScoreMapping = Literal["quantile"] | tuple[float, float] | None
 
 
 @dataclass(frozen=True)
-class Source:
-    """What to read: the recipe's entry as plain values."""
+class SourceSettings:
+    """What to read of one source, and how: the recipe's entry as plain values.
+
+    A source is SourceSettings, then the SourceFiles that are found, their TokenStore, and a PreparedSource.
+    """
 
     path: str
     split: str | None
@@ -69,13 +73,13 @@ class PreparedSource:
     key: of its tokens, by content; names: of its files.
     """
 
-    source: Source
+    settings: SourceSettings
     key: str
     selection: Selection
 
     @property
     def label(self) -> str:
-        return self.source.label
+        return self.settings.label
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -98,12 +102,37 @@ class PreparedSource:
         return [(row["place"], row["reason"]) for row in rows]
 
     @property
-    def ingredient(self) -> Ingredient:
-        return Ingredient(self.source.seed_name, self.selection, self.source.portion)
+    def seed_name(self) -> str:
+        return self.settings.seed_name
+
+    @property
+    def portion(self) -> Portion:
+        return self.settings.portion
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """All that a run uses of its data."""
+
+    train: tuple[PreparedSource, ...]
+    held_out: tuple[PreparedSource, ...]
+
+    @property
+    def all(self) -> tuple[PreparedSource, ...]:
+        return (*self.train, *self.held_out)
+
+    @cached_property
+    def epoch_amounts(self) -> list[float]:
+        """How many responses one epoch of the mixture takes of each training source, about.
+
+        Raises:
+            ValueError: the shares do not make a whole.
+        """
+        return epoch_amounts(self.train)
 
 
 def prepare_source(
-    source: Source,
+    source: SourceSettings,
     chat: ChatTokenizer,
     cache_dir: Path,
     *,
@@ -134,14 +163,16 @@ def prepare_source(
     return prepared
 
 
-def open_source(source: Source, cache_dir: Path, key: str, names: tuple[str, ...], *, seed: int) -> PreparedSource:
+def open_source(
+    source: SourceSettings, cache_dir: Path, key: str, names: tuple[str, ...], *, seed: int
+) -> PreparedSource:
     """What `prepare_source` found, from its key."""
     store = open_store(cache_dir, key, source.label, names)
     selection = select(store, source.examples, source.seed_name, seed=seed)
     return PreparedSource(source, key, replace(selection, score_map=_score_map(source, selection)))
 
 
-def _score_map(source: Source, selection: Selection) -> ScoreMap | None:
+def _score_map(source: SourceSettings, selection: Selection) -> ScoreMap | None:
     if source.score_map is None or not len(selection):
         return None
     if source.score_map == "quantile" and "instruction" in selection.kinds:
@@ -156,7 +187,7 @@ def _score_map(source: Source, selection: Selection) -> ScoreMap | None:
     return found
 
 
-def select(store: SequenceStore, examples: int | None, name: str, *, seed: int) -> Selection:
+def select(store: TokenStore, examples: int | None, name: str, *, seed: int) -> Selection:
     """All units of a store, or as many as hold `examples` responses, rows in an order drawn from (seed, name).
 
     What is drawn for a smaller number is the beginning of what is drawn for a larger one; and it is the same, whether
@@ -196,13 +227,13 @@ def _check_account(prepared: PreparedSource, tolerance: Tolerance) -> None:
     if account.dropped.get(LONG) and not tolerance.long_responses:
         first, *_ = prepared.selection.store.places_of(LONG)
         raise UserError(
-            f"{first}: a response ends past data.max_length {prepared.source.rules.max_length} "
+            f"{first}: a response ends past data.max_length {prepared.settings.rules.max_length} "
             f"({account.dropped[LONG]} do in {prepared.label}); raise it, or set data.too_long: drop or trim_prompt"
         )
 
 
 def _check_found(prepared: PreparedSource) -> None:
-    source, account, store = prepared.source, prepared.account, prepared.selection.store
+    source, account, store = prepared.settings, prepared.account, prepared.selection.store
     reasons = "; ".join(
         f"{count} {reason} (first: {', '.join(store.places_of(reason))})" for reason, count in account.dropped.items()
     )
@@ -223,10 +254,37 @@ def _check_scores(prepared: PreparedSource) -> None:
     responses = prepared.selection.store.responses
     is_feedback_R = np.isin(responses["kind"], [KINDS.index("score"), KINDS.index("binary")])
     scores = responses["score"][is_feedback_R]
-    if prepared.source.allow_one_score or len(scores) < _ONE_SCORE_FROM:
+    if prepared.settings.allow_one_score or len(scores) < _ONE_SCORE_FROM:
         return
     if np.all(scores == scores[0]):
         raise UserError(
             f"{prepared.label}: all {len(scores)} responses have the score {scores[0]:g}; if that is meant, set this "
             "source's allow_one_score: true"
         )
+
+
+def check_no_source_twice(data: PreparedData) -> None:
+    """The recipe's own check compares names: a copy, a link or another spelling of the path is found by its content."""
+    seen: dict[str, str] = {}
+    for source in data.all:
+        if source.key in seen:
+            raise UserError(f"{source.label}: holds the rows of {seen[source.key]}; no row may be used twice")
+        seen[source.key] = source.label
+
+
+def check_units_fit(data: PreparedData, limit: int, *, max_length: int) -> None:
+    """A pair is forwarded at once, and may be longer than one sequence may be.
+
+    Args:
+        limit: `train.tokens_per_micro_batch`.
+    Raises:
+        UserError: names the pair.
+    """
+    for source in data.all:
+        store, units_U = source.selection.store, source.selection.units_U
+        longest = int(units_U[np.argmax(store.tokens_U[units_U])])
+        if store.tokens_U[longest] > limit:
+            raise UserError(
+                f"train.tokens_per_micro_batch: {limit} given, but the pair of {store.origin(longest)} has "
+                f"{store.tokens_U[longest]} tokens; raise it, or lower data.max_length {max_length}"
+            )

@@ -23,8 +23,7 @@ from uft_ds.examples.smollm2 import quickstart_model
 from uft_ds.examples.verifiable import Task, grade, is_correct, read_tasks, write
 from uft_ds.export.convert import convert_to_merged
 from uft_ds.host.files import write_atomically
-from uft_ds.recipe.file import load_recipe
-from uft_ds.recipe.schema import Recipe
+from uft_ds.recipe.settings import load_settings
 
 MAX_NEW_TOKENS = 32
 
@@ -45,7 +44,7 @@ def run_quickstart(folder: Path, overrides: tuple[str, ...], *, console: Console
     """Fetch, generate, measure, train, convert, measure again.
 
     Args:
-        train: `(recipe, overwrite=...)`, what `uft train` runs.
+        train: `(settings, overwrite=...)`, what `uft train` runs.
     Raises:
         CheckFailed: the held-out score did not rise.
     """
@@ -55,7 +54,7 @@ def run_quickstart(folder: Path, overrides: tuple[str, ...], *, console: Console
         console.print(f"[{time.monotonic() - started:4.0f} s] {text}", highlight=False, markup=False)
 
     disable_progress_bar()  # transformers' own, one a load; ours say what matters
-    base = quickstart_model(report=say)
+    base = quickstart_model(say=say)
     data = folder / "quickstart-data"
     write(data)
     say(f"model in {base}; data in {data}")
@@ -67,18 +66,18 @@ def run_quickstart(folder: Path, overrides: tuple[str, ...], *, console: Console
         "output": folder / "quickstart",
     }
     # JSON's strings are YAML's: a path may hold a colon or a hash.
-    recipe: Recipe = load_recipe(
+    settings = load_settings(
         "quickstart", (*(f"{key}={json.dumps(str(path))}" for key, path in located.items()), *overrides)
     )
-    base, run = Path(recipe.model.base), Path(recipe.output)
+    base, run = Path(settings.model.base), settings.output
     tasks = read_tasks(data / "held_out.jsonl")
     say(f"the base model answers {len(tasks)} held-out prompts")
     before = _answers(base, tasks, console)
-    say(f"training {recipe.train.steps} steps")
-    train(recipe, overwrite=True)
+    say(f"training {settings.train.steps} steps")
+    train(settings, overwrite=True)
     merged = run / "merged"
     shutil.rmtree(merged, ignore_errors=True)
-    agreement = convert_to_merged(run, merged, report=say).agreement
+    agreement = convert_to_merged(run, merged, say=say).agreement
     assert agreement is not None
     say(f"the trained model answers the same {len(tasks)} prompts")
     after = _answers(merged, tasks, console)

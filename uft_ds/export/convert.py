@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -33,8 +33,9 @@ from uft_ds.export.deepspeed_files import is_deepspeed
 from uft_ds.export.low_rank import read_low_rank
 from uft_ds.export.merge import write_merged
 from uft_ds.export.model_card import model_card
-from uft_ds.export.source import Report, Source, of_run, opened
+from uft_ds.export.source import Convertible, of_run, opened
 from uft_ds.export.universal import write_universal
+from uft_ds.host.callbacks import OnProgress, Say
 from uft_ds.host.files import sync
 from uft_ds.host.locks import Held, acquire
 from uft_ds.streams.identity import local_folder
@@ -43,9 +44,6 @@ from uft_ds.streams.weight_files import WeightFiles
 from uft_ds.streams.weights import check_weights
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-OnProgress = Callable[[str, int, int], None]
-"""Called with what is being done, and how much of it is done, of how much."""
-
 MAX_SHARD_BYTES = 5 * 10**9
 
 
@@ -80,7 +78,7 @@ def convert_to_merged(
     adapter_config: Path | None = None,
     stored: StoredAs = AS_THE_BASE,
     verify: bool = True,
-    report: Report = print,
+    say: Say = print,
     on_progress: OnProgress = lambda label, done, total: None,
 ) -> Conversion:
     """Write base + adapter as one Hugging Face model: safetensors, tokenizer, chat template, generation config, card.
@@ -96,12 +94,12 @@ def convert_to_merged(
     """
     out = out.absolute()
     _check_free(out)
-    with opened(path, base, adapter_config, report) as source:
+    with opened(path, base, adapter_config, say) as source:
         deltas = read_low_rank(source.adapter)
         folder = local_folder(source.base, source.revision)
         check_weights(folder, meta_model(config_of_folder(folder)))
         chat = _tokenizer_of(source)
-        report(f"merging {source.path} into {source.base}")
+        say(f"merging {source.path} into {source.base}")
         with _whole_or_nothing(out) as temporary:
             target = None if stored.dtype is None else getattr(torch, stored.dtype)
             write_merged(
@@ -115,11 +113,11 @@ def convert_to_merged(
             _write_configs(folder, temporary, chat, stored.dtype)
             found = None
             if verify:
-                report("comparing the merged model with the adapter, layer by layer")
+                say("comparing the merged model with the adapter, layer by layer")
                 sequences = _sequences(source, chat)
                 found = compare(folder, source.adapter, temporary, sequences, partial(on_progress, "comparing layers"))
                 _check_faithful(found, stored.dtype)
-            card = model_card(source.base, source.recipe, found, title=out.name)
+            card = model_card(source.base, source.settings, found, title=out.name)
             (temporary / "README.md").write_text(card, encoding="utf-8")
     return Conversion(out, source.path, found)
 
@@ -136,9 +134,9 @@ def convert_to_adapter(
     _check_free(out)
     with opened(path, base, adapter_config) as source, _whole_or_nothing(out) as temporary:
         shutil.copytree(source.adapter, temporary, dirs_exist_ok=True)
-        if source.recipe is not None:
+        if source.settings is not None:
             save_tokenizer(_tokenizer_of(source), temporary)
-            card = model_card(source.base, source.recipe, None, title=out.name)
+            card = model_card(source.base, source.settings, None, title=out.name)
             (temporary / "README.md").write_text(card, encoding="utf-8")
     return Conversion(out, source.path, None)
 
@@ -158,17 +156,17 @@ def convert_to_universal(path: Path, out: Path) -> Conversion:
             f"{path}: an adapter alone; a universal checkpoint is of a run, which has the optimiser's state"
         )
     source = of_run(path)
-    assert source.recipe is not None
+    assert source.settings is not None
     with _whole_or_nothing(out) as temporary:
-        write_universal(source.path, source.recipe.train, temporary)
+        write_universal(source.path, source.settings.train, temporary)
     return Conversion(out, source.path, None)
 
 
-def _tokenizer_of(source: Source) -> ChatTokenizer:
+def _tokenizer_of(source: Convertible) -> ChatTokenizer:
     return load_tokenizer(source.base, revision=source.revision, chat_template=source.chat_template)
 
 
-def _sequences(source: Source, chat: ChatTokenizer) -> tuple[Sequence, ...]:
+def _sequences(source: Convertible, chat: ChatTokenizer) -> tuple[Sequence, ...]:
     return sample_sequences(chat) if source.run is None else sequences_of_run(source.run.sample_data())
 
 

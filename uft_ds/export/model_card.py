@@ -7,17 +7,17 @@ import yaml
 from uft_ds import __version__
 from uft_ds.export.agreement import Agreement
 from uft_ds.recipe.file import dump_recipe
-from uft_ds.recipe.schema import Recipe
+from uft_ds.recipe.settings import Settings
 
 
-def model_card(base: str, recipe: Recipe | None, found: Agreement | None, *, title: str) -> str:
+def model_card(base: str, settings: Settings | None, found: Agreement | None, *, title: str) -> str:
     """Markdown with the hub's fields in front; what only its owner knows is left to be filled in."""
     fields = {
         "base_model": base,
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["uft", "lora", "uft_ds"],
-        "datasets": sorted({source.path for source in recipe.data.sources}) if recipe else None,
+        "datasets": sorted({source.path for source in settings.data.sources}) if settings else None,
         "license": "other",
         "license_name": "see-base-model-and-data",
     }
@@ -27,8 +27,8 @@ def model_card(base: str, recipe: Recipe | None, found: Agreement | None, *, tit
         "**License**: not chosen yet. It must agree with those of the base model and of the data; replace the two "
         "fields above."
     )
-    if recipe is not None:
-        rows = "\n".join(f"- `{source.path}` ({source.format})" for source in recipe.data.sources)
+    if settings is not None:
+        rows = "\n".join(f"- `{source.path}` ({source.rules.format})" for source in settings.data.sources)
         parts += ["## Data", rows]
     if found is not None:
         parts += [
@@ -36,6 +36,6 @@ def model_card(base: str, recipe: Recipe | None, found: Agreement | None, *, tit
             "Log-ratios to the base, of base + adapter by PEFT and of this model, both in float32: "
             f"{found.summary}; the largest is {found.largest_nats:.3g} nats.",
         ]
-    if recipe is not None:
-        parts += ["## Recipe", f"```yaml\n{dump_recipe(recipe)}```"]
+    if settings is not None:
+        parts += ["## Recipe", f"```yaml\n{dump_recipe(settings.stored)}```"]
     return "\n\n".join(parts) + "\n"

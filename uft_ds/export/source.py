@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,21 +17,20 @@ from uft_ds.checkpoint.manifest import MANIFEST
 from uft_ds.errors import UserError
 from uft_ds.export.deepspeed_files import is_deepspeed, read_trainable
 from uft_ds.export.low_rank import read_adapter_config, read_low_rank
-from uft_ds.recipe.file import load_recipe
-from uft_ds.recipe.schema import Recipe
+from uft_ds.host.callbacks import Say
+from uft_ds.recipe.settings import Settings, load_settings
 from uft_ds.record.run_folder import RunFolder
 from uft_ds.streams.identity import base_identity
 from uft_ds.streams.load import check_base
 
-Report = Callable[[str], None]
 _EXPECTED = "expected a run, one of its checkpoints, an adapter in PEFT's format, or a checkpoint of DeepSpeed's"
 
 
 @dataclass(frozen=True)
-class Source:
+class Convertible:
     """What is converted.
 
-    adapter: a folder in PEFT's format. base: a name or a folder. recipe, run: where the source is a run's.
+    adapter: a folder in PEFT's format. base: a name or a folder. settings, run: where the source is a run's.
     """
 
     path: Path
@@ -39,14 +38,14 @@ class Source:
     base: str
     revision: str | None
     chat_template: str | None
-    recipe: Recipe | None = None
+    settings: Settings | None = None
     run: RunFolder | None = None
 
 
 @contextmanager
 def opened(
-    path: Path, base: str | None, adapter_config: Path | None, report: Report = lambda text: None
-) -> Iterator[Source]:
+    path: Path, base: str | None, adapter_config: Path | None, say: Say = lambda text: None
+) -> Iterator[Convertible]:
     """What a path holds.
 
     Raises:
@@ -68,8 +67,8 @@ def opened(
         if base is None and not said:
             raise UserError(f"{path}: its adapter_config.json names no base model; give --base")
         if base is not None and said and not _is_same_path(base, said):
-            report(f"warning: {path} says that its base is {said}; {base} is taken")
-        yield Source(path, path, _base_at(base or str(said)), None, None)
+            say(f"warning: {path} says that its base is {said}; {base} is taken")
+        yield Convertible(path, path, _base_at(base or str(said)), None, None)
         return
     if not is_own:
         what = "a whole model" if (path / "config.json").is_file() else "nothing of the kind"
@@ -94,24 +93,26 @@ def _base_at(base: str) -> str:
     return base
 
 
-def of_run(path: Path, base: str | None = None) -> Source:
+def of_run(path: Path, base: str | None = None) -> Convertible:
     checkpoint = latest_checkpoint(path)
     folder = RunFolder(checkpoint.parent.parent)
     if not folder.recipe.exists() or not folder.sample_data().exists():
         raise UserError(f"{folder.path}: no recipe.yaml or data/ beside {checkpoint.name}; a checkpoint needs its run")
-    recipe = load_recipe(str(folder.recipe))
-    model = recipe.model
+    settings = load_settings(str(folder.recipe))
+    model = settings.model
     if base is None:
         if Path(model.base).is_absolute() and not Path(model.base).exists():
             raise UserError(f"{model.base}: no such folder; if the run's base has moved, give --base")
-        return Source(checkpoint, checkpoint / ADAPTER, model.base, model.revision, model.chat_template, recipe, folder)
+        return Convertible(
+            checkpoint, checkpoint / ADAPTER, model.base, model.revision, model.chat_template, settings, folder
+        )
     expected = json.loads(folder.identity.read_text(encoding="utf-8"))["base"]
     if base_identity(_base_at(base), None) != expected:
         raise UserError(f"--base: {base} is not the base that the run was trained on ({model.base}), by its content")
-    return Source(checkpoint, checkpoint / ADAPTER, base, None, model.chat_template, recipe, folder)
+    return Convertible(checkpoint, checkpoint / ADAPTER, base, None, model.chat_template, settings, folder)
 
 
-def _from_deepspeed(path: Path, folder: Path, base: str | None, adapter_config: Path | None) -> Source:
+def _from_deepspeed(path: Path, folder: Path, base: str | None, adapter_config: Path | None) -> Convertible:
     if base is None or adapter_config is None:
         missing = " and ".join(
             option for option, given in (("--base", base), ("--adapter-config", adapter_config)) if given is None
@@ -129,4 +130,4 @@ def _from_deepspeed(path: Path, folder: Path, base: str | None, adapter_config: 
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     shutil.copyfile(config, folder / "adapter_config.json")
     read_low_rank(folder)  # whether the config fits the tensors
-    return Source(path, folder, _base_at(base), None, None)
+    return Convertible(path, folder, _base_at(base), None, None)

@@ -22,7 +22,7 @@ from uft_ds.checkpoint.folder import OPTIMIZER, name_of
 from uft_ds.checkpoint.shards import Shards
 from uft_ds.checkpoint.state import read_position
 from uft_ds.engine.optimizer_state import MASTER, MOMENTS
-from uft_ds.recipe.schema import TrainSection
+from uft_ds.recipe.settings import TrainSettings
 
 _PREFIX = "policy."
 """Of our own module around the PEFT model."""
@@ -30,7 +30,7 @@ _VERSION = 0.2
 """universal_checkpoint_version of DeepSpeed 0.19."""
 
 
-def write_universal(checkpoint: Path, settings: TrainSection, out: Path) -> None:
+def write_universal(checkpoint: Path, settings: TrainSettings, out: Path) -> None:
     """Write below `out`, one parameter in memory at a time.
 
     Raises:
@@ -54,10 +54,10 @@ def write_universal(checkpoint: Path, settings: TrainSection, out: Path) -> None
         (out / file).write_text(folder.name, encoding="utf-8")
 
 
-def _optimizer_state(settings: TrainSection, step: torch.Tensor) -> dict[str, Any]:
+def _optimizer_state(settings: TrainSettings, step: torch.Tensor) -> dict[str, Any]:
     group = {
         "lr": settings.lr,
-        "betas": tuple(settings.betas),
+        "betas": settings.betas,
         "eps": 1e-8,
         "weight_decay": settings.weight_decay,
         "params": [0],
@@ -72,7 +72,7 @@ def _optimizer_state(settings: TrainSection, step: torch.Tensor) -> dict[str, An
     }
 
 
-def _counts(step: int, skipped: int, settings: TrainSection, world_size: int) -> dict[str, Any]:
+def _counts(step: int, skipped: int, settings: TrainSettings, world_size: int) -> dict[str, Any]:
     return {
         "module": {},
         "global_steps": step,

@@ -35,7 +35,7 @@ from uft_ds.objectives.pairwise import PAIR_LOSSES, PairConstants, Pairs
 from uft_ds.objectives.pointwise import pointwise_loss
 from uft_ds.objectives.reward_shift import RewardShift
 
-Shape = Literal["constant", "linear", "cosine"]
+BetaSchedule = Literal["constant", "linear", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Objective:
     shift: RewardShift = field(default_factory=RewardShift)
     length_normalized: bool = False
     undesirable_weight: float = 1.0
-    beta_schedule: Shape = "constant"
+    beta_schedule: BetaSchedule = "constant"
     beta_end: float = 1.0
     constants: PairConstants = field(default_factory=PairConstants)
 

@@ -19,7 +19,7 @@ from uft_ds.planning.shapes import model_config
 from uft_ds.planning.sharding import sharding_of
 from uft_ds.planning.structure import Structure
 from uft_ds.planning.workload import workload_of
-from uft_ds.recipe.schema import Recipe
+from uft_ds.recipe.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -47,28 +47,29 @@ class Plan:
         return next((file for file in fitting if file.outcome.setting.deepspeed != FOR_CPU), None)
 
 
-def make_plan(recipe: Recipe, cluster: Cluster, *, tokens_per_response: int | None = None) -> Plan:
-    """Plan a recipe.
+def make_plan(settings: Settings, cluster: Cluster, *, tokens_per_response: int | None = None) -> Plan:
+    """Plan a run.
 
     Args:
         tokens_per_response: mean, prompt included; None: `data.max_length`, the most there can be.
     Raises:
         UserError: the model's config is not to be had, or the recipe does not go with it.
     """
-    config, source = model_config(recipe.model.base, recipe.model.revision)
-    if tokens_per_response is not None and tokens_per_response > recipe.data.max_length:
+    config, source = model_config(settings.model.base, settings.model.revision)
+    if tokens_per_response is not None and tokens_per_response > settings.data.max_length:
         raise UserError(
-            f"--tokens-per-response: {tokens_per_response} given, at most data.max_length {recipe.data.max_length}"
+            f"--tokens-per-response: {tokens_per_response} given, at most data.max_length {settings.data.max_length}"
         )
-    workload = workload_of(recipe, tokens_per_response=tokens_per_response)
-    setting = Setting(workload, recipe.deepspeed, sharding_of(read_deepspeed_file(recipe.deepspeed)), cluster)
+    workload = workload_of(settings, tokens_per_response=tokens_per_response)
+    name = settings.deepspeed.name
+    setting = Setting(workload, name, sharding_of(read_deepspeed_file(name)), cluster)
     planner = Planner(config)
     outcome = planner.plan(setting)
     files = shipped_files(planner, setting)
     remedies = () if outcome.fits else tuple(remedies_for(planner, outcome, files))
     structure = planner.structure(workload.lora)
     return Plan(
-        recipe_name=recipe.name,
+        recipe_name=settings.name,
         structure=structure,
         outcome=outcome,
         disk=disk(structure, workload),
@@ -76,13 +77,13 @@ def make_plan(recipe: Recipe, cluster: Cluster, *, tokens_per_response: int | No
         remedies=remedies,
         combination=None if outcome.fits else combination_for(planner, outcome, remedies),
         mfu_flops=mfu_flops(structure, workload, with_reference=outcome.mode != "cached"),
-        assumptions=tuple(_assumptions(recipe, setting, source, tokens_per_response)),
+        assumptions=tuple(_assumptions(settings, setting, source, tokens_per_response)),
     )
 
 
-def _assumptions(recipe: Recipe, setting: Setting, source: str, given: int | None) -> Iterable[str]:
+def _assumptions(settings: Settings, setting: Setting, source: str, given: int | None) -> Iterable[str]:
     workload, cluster = setting.workload, setting.cluster
-    yield f"{recipe.model.base}: {source}"
+    yield f"{settings.model.base}: {source}"
     length = f"{workload.tokens_per_response} tokens a response, " + (
         "as given" if given is not None else "data.max_length (--tokens-per-response gives the mean)"
     )
@@ -92,12 +93,12 @@ def _assumptions(recipe: Recipe, setting: Setting, source: str, given: int | Non
         "every token supervised"
     )
     if workload.extra_forwards != "none":
-        yield f"objective.reward_shift: {recipe.objective.reward_shift}: every response is forwarded ahead of its step"
+        yield f"objective.reward_shift: {settings.objective.shift.name}: every response is forwarded ahead of its step"
     if workload.dtype == "float32":
         yield "float32: compute at the data sheet's bfloat16 figure unless --tflops says otherwise: it is far slower"
     if workload.attention != "flash_attention_2":
         yield f"{workload.attention}: every token of a micro-batch attends to all of it, which a mask then hides"
-    elif recipe.model.attention == "auto":
+    elif settings.model.attention == "auto":
         yield "flash-attention 2 is installed on the GPUs (model.attention: auto takes sdpa otherwise)"
     yield "2 GB of a GPU for CUDA and NCCL, 5% for fragmentation; 4 GB of host memory a rank"
     yield (

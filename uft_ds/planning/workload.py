@@ -10,8 +10,7 @@ from uft_ds.objectives.objective import Objective
 from uft_ds.objectives.pairwise import PAIR_LOSSES
 from uft_ds.objectives.reference import HowReference
 from uft_ds.planning.structure import ITEM_BYTES, Lora
-from uft_ds.recipe.schema import Recipe
-from uft_ds.run.resolve import objective_of
+from uft_ds.recipe.settings import ModelSettings, Settings
 
 ExtraForwards = Literal["none", "both_streams", "as_trained"]
 """both_streams: `reward_shift: kl`, whatever is cached. as_trained: `prompt_mean`, the reference where not cached."""
@@ -99,37 +98,36 @@ class Workload:
         return min(self.tokens_per_micro_batch, max(self.unit, self.examples_per_step) * self.max_length)
 
 
-def workload_of(recipe: Recipe, *, tokens_per_response: int | None) -> Workload:
-    """Of a recipe; without a mean length, each response is taken for `data.max_length` tokens long."""
-    assert recipe.lora is not None
-    needs_reference = objective_of(recipe).needs_reference
-    examples = [source.examples for source in recipe.data.sources]
+def workload_of(settings: Settings, *, tokens_per_response: int | None) -> Workload:
+    """Of a run; without a mean length, each response is taken for `data.max_length` tokens long."""
+    reference, objective, sources = settings.reference, settings.objective, settings.data.sources
+    examples = [source.examples for source in sources]
     return Workload(
         lora=Lora(
-            recipe.lora.rank,
-            recipe.lora.alpha,
-            recipe.lora.targets,
-            recipe.lora.dtype,
-            has_reference=recipe.reference.adapter is not None and needs_reference,
+            settings.lora.rank,
+            settings.lora.alpha,
+            settings.lora.targets,
+            settings.lora.dtype,
+            has_reference=reference.adapter is not None and reference.is_needed,
         ),
-        dtype=recipe.model.dtype,
+        dtype=settings.model.dtype,
         # On the GPUs that are planned for, whatever this machine has.
-        attention=_attention(recipe),
-        gradient_checkpointing=recipe.model.gradient_checkpointing,
-        activation_offload=recipe.model.activation_offload,
-        logits_bytes=None if recipe.model.logits_mib is None else recipe.model.logits_mib * 2**20,
-        reference=recipe.reference.mode if needs_reference else "none",
-        caches_reference=recipe.reference.cache and needs_reference,
-        tokens_per_micro_batch=recipe.train.tokens_per_micro_batch,
-        max_length=recipe.data.max_length,
-        examples_per_step=recipe.train.examples_per_step,
-        tokens_per_response=tokens_per_response or recipe.data.max_length,
-        kept_checkpoints=recipe.train.keep_checkpoints + (recipe.train.keep_best is not None),
+        attention=_attention(settings.model),
+        gradient_checkpointing=settings.model.gradient_checkpointing,
+        activation_offload=settings.model.activation_offload,
+        logits_bytes=settings.model.logits_bytes,
+        reference=reference.mode if reference.is_needed else "none",
+        caches_reference=reference.caches,
+        tokens_per_micro_batch=settings.train.tokens_per_micro_batch,
+        max_length=settings.data.max_length,
+        examples_per_step=settings.train.examples_per_step,
+        tokens_per_response=tokens_per_response or settings.data.max_length,
+        kept_checkpoints=settings.train.keep_checkpoints + (settings.train.keep_best is not None),
         num_responses=sum(n for n in examples if n) if all(examples) else None,
-        has_pairs=any(loss in PAIR_LOSSES for loss in objective_of(recipe).losses)
-        and any(source.pairs == "keep" for source in recipe.data.sources),
-        extra_forwards=_extra_forwards(objective_of(recipe)),
-        begins_with_forward=needs_reference or bool(recipe.data.held_out),
+        has_pairs=any(loss in PAIR_LOSSES for loss in objective.losses)
+        and any(not source.rules.split_pairs for source in sources),
+        extra_forwards=_extra_forwards(objective),
+        begins_with_forward=reference.is_needed or bool(settings.data.held_out),
     )
 
 
@@ -140,9 +138,9 @@ def _extra_forwards(objective: Objective) -> ExtraForwards:
     return {"kl": "both_streams", "prompt_mean": "as_trained"}.get(objective.shift.name, "none")  # type: ignore[return-value]
 
 
-def _attention(recipe: Recipe) -> str:
+def _attention(model: ModelSettings) -> str:
     """On GPUs, `auto` is flash-attention, which float32 does not have."""
-    given = recipe.model.attention
+    given = model.attention
     if given != "auto":
         return given
-    return "sdpa" if recipe.model.dtype == "float32" else "flash_attention_2"
+    return "sdpa" if model.dtype == "float32" else "flash_attention_2"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from types import NoneType, UnionType
@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from uft_ds.errors import UserError
 from uft_ds.host.formats import check_format
 from uft_ds.recipe.names import unknown_key, unknown_name
-from uft_ds.recipe.schema import Recipe, Section, section_of
+from uft_ds.recipe.schema import COMBINATIONS_CHECKED, Recipe, Section, section_of
 
 FORMAT_KEY, FORMAT = "recipe_format", 1
 """Of the recipe that a run keeps in its folder. It is no key of a recipe: users need not write it."""
@@ -153,10 +153,10 @@ def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> Recipe:
     return recipe_from_tree(tree, label)
 
 
-def recipe_from_tree(tree: dict[str, Any], label: str) -> Recipe:
-    """Validate a recipe that is already a tree of plain values."""
+def recipe_from_tree(tree: dict[str, Any], label: str, *, checks_combinations: bool = True) -> Recipe:
+    """Validate a recipe that is already a tree of plain values; `checks_combinations`: of keys with each other, too."""
     try:
-        return Recipe.model_validate(tree)
+        return Recipe.model_validate(tree, context=None if checks_combinations else COMBINATIONS_CHECKED)
     except ValidationError as error:
         raise UserError("\n".join(f"recipe {label}: {line}" for line in explained(error, Recipe))) from None
 
@@ -225,13 +225,22 @@ def _known_keys(place: tuple[str | int, ...], root: type[Section]) -> list[str]:
     return list(section.model_fields)
 
 
-def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML that `load_recipe` reads back to an equal value."""
-    tree = recipe.model_dump(mode="json")
+def read_stored_recipe(path: Path) -> dict[str, Any]:
+    """What `stored_recipe` wrote, as plain values, defaults of keys that are newer filled in.
+
+    Raises:
+        UserError: it cannot be read, or is none of this version.
+    """
+    return load_recipe(str(path)).model_dump(mode="json")
+
+
+def dump_recipe(recipe: Recipe | Mapping[str, Any]) -> str:
+    """A recipe, or the tree of one, as YAML that `load_recipe` reads back to an equal value."""
+    tree = recipe.model_dump(mode="json") if isinstance(recipe, Recipe) else dict(recipe)
     return yaml.dump(tree, Dumper=_RecipeDumper, sort_keys=False, allow_unicode=False, width=110)
 
 
-def stored_recipe(recipe: Recipe) -> str:
+def stored_recipe(recipe: Recipe | Mapping[str, Any]) -> str:
     """What a run keeps of its recipe: `dump_recipe` below the format's version."""
     return f"{FORMAT_KEY}: {FORMAT}\n{dump_recipe(recipe)}"
 
@@ -239,7 +248,7 @@ def stored_recipe(recipe: Recipe) -> str:
 def leaves_of(value: Any, prefix: str = "") -> dict[str, Any]:
     """Every leaf of a recipe by its key."""
     tree = value.model_dump(mode="json") if isinstance(value, Recipe) else value
-    if not isinstance(tree, dict | list):
+    if not isinstance(tree, Mapping | list):
         return {prefix.removesuffix("."): tree}
     leaves: dict[str, Any] = {}
     for key, inner in enumerate(tree) if isinstance(tree, list) else tree.items():

@@ -1,12 +1,14 @@
-"""What a recipe's objective cannot be: losses that do not go together, and keys that none of them reads."""
+"""What a recipe's objective cannot be, by itself and with its data: losses that do not go together or are missing, and
+keys that none of them reads."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
-from uft_ds.data.example import KINDS
+from uft_ds.data.example import KINDS, Kind
 from uft_ds.objectives.losses import (
     A_TOKEN,
     LOSSES,
@@ -17,10 +19,11 @@ from uft_ds.objectives.losses import (
     USES_BETA,
     expanded,
 )
+from uft_ds.objectives.reward_shift import ShiftName
 from uft_ds.recipe.names import unknown_loss, unknown_name
 
-if TYPE_CHECKING:
-    from uft_ds.recipe.schema import ObjectiveSection
+if TYPE_CHECKING:  # at run time it would load the tokenizers, of which a recipe needs none
+    from uft_ds.data.sources import PreparedData, PreparedSource
 
 DEFAULT_BETA = 0.01
 """Per nat of the sum over a response's tokens: what UFT's sweep found best for its squared error."""
@@ -40,6 +43,46 @@ _READ_BY: Mapping[str, frozenset[str]] = {
     "length_normalized": frozenset((*POINTWISE, *PAIRWISE)) - A_TOKEN,
 }
 """Keys that a loss or a shift reads: given without it, they would change nothing."""
+
+
+@dataclass(frozen=True)
+class GivenObjective:
+    """An objective in the recipe's own words, which refusals and notes quote; `settings.objective_of` reads it.
+
+    named: the keys that the recipe gives. changed: those whose value is not the default.
+    """
+
+    loss: str | Mapping[str, str | Mapping[str, float]]
+    beta: float | Mapping[str, float]
+    beta_schedule: Literal["constant", "linear", "cosine"]
+    beta_end: float
+    length_normalized: bool
+    reward_shift: ShiftName
+    reward_shift_value: float
+    reward_shift_decay: float
+    weights: float | Mapping[str, float]
+    undesirable_weight: float
+    label_smoothing: float | None
+    rpo_scale: float
+    dpop_penalty: float
+    simpo_margin: float
+    named: frozenset[str] = frozenset()
+    changed: frozenset[str] = frozenset()
+
+    def losses_of(self, kind: Kind) -> Mapping[str, float]:
+        """The losses of one kind of responses, with their weights.
+
+        A map need not name kinds that the data does not hold (checked when it is prepared): they have none.
+        """
+        return expanded(self.loss) if isinstance(self.loss, str) else expanded(self.loss.get(kind, {}))
+
+    def beta_of(self, kind: Kind) -> float:
+        """The beta of one kind; of one that a map does not name, the default."""
+        return self.beta.get(kind, DEFAULT_BETA) if isinstance(self.beta, Mapping) else self.beta
+
+    def weight_of(self, kind: Kind) -> float:
+        """The weight of one kind's loss."""
+        return self.weights.get(kind, 1.0) if isinstance(self.weights, Mapping) else self.weights
 
 
 def with_kinds(loss: Any) -> Any:
@@ -65,10 +108,10 @@ def with_kinds(loss: Any) -> Any:
     )
 
 
-def objective_problems(objective: ObjectiveSection, *, examples_per_step: int) -> Iterator[Problem]:
+def objective_problems(objective: GivenObjective, *, examples_per_step: int) -> Iterator[Problem]:
     """Losses that cannot be, or that do not go with the other keys."""
     yield from _of_weights(objective.weights)
-    given = objective.loss if isinstance(objective.loss, dict) else {"pair": objective.loss}
+    given = objective.loss if isinstance(objective.loss, Mapping) else {"pair": objective.loss}
     unknown = list(_unknown_losses(objective.loss))
     if unknown:  # the rest would speak of the same again
         yield from unknown
@@ -81,11 +124,11 @@ def objective_problems(objective: ObjectiveSection, *, examples_per_step: int) -
         if kind != "pair" and of_pairs:
             yield f"loss.{kind}", f"{loss if isinstance(loss, str) else of_pairs[0]!r} needs pairs"
     used = {name for loss in given.values() for name in expanded(loss)}
-    if isinstance(objective.beta, dict) and not objective.beta:
+    if isinstance(objective.beta, Mapping) and not objective.beta:
         yield "beta", "{} given, expected a number or a map from kind"
-    misspelt = [kind for kind in objective.beta if kind not in KINDS] if isinstance(objective.beta, dict) else []
+    misspelt = [kind for kind in objective.beta if kind not in KINDS] if isinstance(objective.beta, Mapping) else []
     yield from (("beta", unknown_name(kind, KINDS)) for kind in misspelt)
-    if not misspelt and not (isinstance(objective.loss, str) and isinstance(objective.beta, dict)):
+    if not misspelt and not (isinstance(objective.loss, str) and isinstance(objective.beta, Mapping)):
         yield from (("beta", problem) for problem in beta_problems(objective, given))  # else the data says which kinds
     yield from _of_shift(objective, used, examples_per_step)
     yield from _of_keys(objective, used)
@@ -107,11 +150,11 @@ def _unknown_losses(loss: str | Mapping[str, str | Mapping[str, float]]) -> Iter
                 yield f"loss.{kind}", unknown_loss(name, known)
 
 
-def _of_shift(objective: ObjectiveSection, used: set[str], examples_per_step: int) -> Iterator[Problem]:
+def _of_shift(objective: GivenObjective, used: set[str], examples_per_step: int) -> Iterator[Problem]:
     shift = objective.reward_shift
     if shift != "none" and not used & set(POINTWISE):
         yield "reward_shift", f"{shift!r} given, but no loss is pointwise ({', '.join(POINTWISE)})"
-    if shift == "constant" and "reward_shift_value" not in objective.model_fields_set:
+    if shift == "constant" and "reward_shift_value" not in objective.named:
         yield "reward_shift_value", "not given; reward_shift: constant needs it"
     if shift in ("kl", "prompt_mean") and examples_per_step == 1:
         yield (
@@ -120,7 +163,7 @@ def _of_shift(objective: ObjectiveSection, used: set[str], examples_per_step: in
         )
 
 
-def _of_keys(objective: ObjectiveSection, used: set[str]) -> Iterator[Problem]:
+def _of_keys(objective: GivenObjective, used: set[str]) -> Iterator[Problem]:
     if objective.beta_end != 1.0 and objective.beta_schedule == "constant":
         yield "beta_end", f"{objective.beta_end} given, but beta_schedule is constant; take linear or cosine"
     if objective.beta_schedule != "constant" and objective.beta_end == 1.0:
@@ -133,37 +176,38 @@ def _of_keys(objective: ObjectiveSection, used: set[str]) -> Iterator[Problem]:
     if objective.length_normalized and "contrast" in used:
         yield "length_normalized", "true given, but cpo compares sums over tokens; take simpo"
         return
-    fields = type(objective).model_fields
     for key, readers in _READ_BY.items():
-        value = getattr(objective, key)
-        if value != fields[key].default and not readers & (used | {objective.reward_shift}):
-            yield key, f"{value} given, but only {', '.join(sorted(readers))} would use it; leave it out"
+        if key in objective.changed and not readers & (used | {objective.reward_shift}):
+            yield (
+                key,
+                f"{getattr(objective, key)} given, but only {', '.join(sorted(readers))} would use it; leave it out",
+            )
 
 
-def beta_problems(objective: ObjectiveSection, losses: Mapping[str, str | Mapping[str, float]]) -> Iterator[str]:
+def beta_problems(objective: GivenObjective, losses: Mapping[str, str | Mapping[str, float]]) -> Iterator[str]:
     """Betas that do not go with the losses of these kinds: a beta's unit depends on the loss."""
     beta = objective.beta
     used = {name for loss in losses.values() for name in expanded(loss)}
-    if not isinstance(beta, dict) and not objective.length_normalized:
+    if not isinstance(beta, Mapping) and not objective.length_normalized:
         a_token, a_nat = (sorted(USES_BETA & used & unit) for unit in (A_TOKEN, USES_BETA - A_TOKEN))
         if a_token and a_nat and len(losses) > 1:
             yield (
                 f"{beta} for all kinds, but {a_token[0]} takes one per nat a token, {a_nat[0]} one per nat; give a map "
                 "from kind"
             )
-    if not isinstance(beta, dict) and "odds_ratio" in used and not used & USES_BETA and beta != DEFAULT_BETA:
+    if not isinstance(beta, Mapping) and "odds_ratio" in used and not used & USES_BETA and beta != DEFAULT_BETA:
         yield _NO_BETA_OF_ORPO.format(beta)
     for kind, loss in losses.items():
         names = USES_BETA & expanded(loss).keys()
-        if isinstance(beta, dict) and "odds_ratio" in expanded(loss) and not names and kind in beta:
+        if isinstance(beta, Mapping) and "odds_ratio" in expanded(loss) and not names and kind in beta:
             yield _NO_BETA_OF_ORPO.format(beta[kind])
         a_token = sorted(names & A_TOKEN)
         if a_token and names - A_TOKEN and not objective.length_normalized:
             yield f"{a_token[0]} takes one per nat a token, {sorted(names - A_TOKEN)[0]} one per nat: not in one kind"
-        is_given = kind in beta if isinstance(beta, dict) else "beta" in objective.model_fields_set
+        is_given = kind in beta if isinstance(beta, Mapping) else "beta" in objective.named
         if names and not is_given and (a_token or objective.length_normalized):
             why = a_token[0] if a_token else "length_normalized"
-            of_kind = f" for {kind}" if isinstance(beta, dict) else ""
+            of_kind = f" for {kind}" if isinstance(beta, Mapping) else ""
             yield f"not given{of_kind}: the default {DEFAULT_BETA} is per nat, {why} takes one per nat a token"
 
 
@@ -180,3 +224,39 @@ def _of_weights(weights: float | Mapping[str, float]) -> Iterator[Problem]:
             yield "weights", unknown_name(kind, KINDS)
         if not (math.isfinite(weight) and weight >= 0):
             yield "weights", f"{weight} given, must be finite and >= 0"
+
+
+def kind_problems(objective: GivenObjective, data: PreparedData) -> Iterator[Problem]:
+    """What only the data can show: each kind of responses needs a loss, held-out ones too: it evaluates them."""
+    held: dict[str, str | Mapping[str, float]] = {}
+    for part, sources in (("data.sources", data.train), ("data.held_out", data.held_out)):
+        for number, source in enumerate(sources):
+            held |= {kind: objective.losses_of(kind) for kind in sorted(source.selection.kinds)}
+            yield from (("loss", problem) for problem in _of_source(objective, source, f"{part}.{number}"))
+    if isinstance(objective.loss, str) and isinstance(objective.beta, Mapping):  # only now are the kinds known
+        yield from (("beta", problem) for problem in beta_problems(objective, held))
+    trained = {kind for source in data.train for kind in source.selection.kinds}
+    if not any(objective.weight_of(kind) for kind in trained):
+        yield "weights", f"0 for {', '.join(sorted(trained))}, which is all that is trained on"
+
+
+def _of_source(objective: GivenObjective, source: PreparedSource, place: str) -> Iterator[str]:
+    """Args: place: the source's key in the recipe."""
+    is_split = source.settings.rules.split_pairs
+    holds = f"{place} {source.label} holds"
+    for kind in sorted(source.selection.kinds):
+        losses = objective.losses_of(kind)
+        if not losses:
+            needed = ", and evaluation needs one" if place.startswith("data.held_out") else ""
+            split = " (its pairs: split makes single responses of pairs)" if is_split else ""
+            yield f"no loss for kind {kind!r}, which {holds}{needed}{split}"
+        elif kind != "pair" and NEEDS_PAIRS & losses.keys() and is_split:
+            yield (
+                f"{objective.loss!r} needs pairs, {place}.pairs: split makes single responses of those of "
+                f"{source.label}; take pairs: keep"
+            )
+        elif kind != "pair" and NEEDS_PAIRS & losses.keys():
+            yield (
+                f"{objective.loss!r} needs pairs, {holds} responses of kind {kind!r}: give a loss for each kind, as in "
+                f"{{pair: {objective.loss}, {kind}: mse}}"
+            )

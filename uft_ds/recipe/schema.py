@@ -1,26 +1,23 @@
 """The recipe: one strict, typed tree that holds everything that defines a run.
 
-Inner code takes plain arguments; only the builders (`train.py`, `prepare.py`, `quickstart.py`, `convert.py`) read this
-tree, and the loop its own section. `recipe/file.py` reads it from YAML.
+`recipe/file.py` reads it from YAML, `recipe/settings.py` turns it into the plain values that a run is made of: nothing
+below reads this tree.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 
-from uft_ds.data.example import Kind
 from uft_ds.data.formats.table import format_names
-from uft_ds.objectives.losses import expanded
 from uft_ds.objectives.reference import HowForwarded
 from uft_ds.objectives.reward_shift import ShiftName
 from uft_ds.recipe.best import best_problem
 from uft_ds.recipe.names import unknown_name
-from uft_ds.recipe.rules import DEFAULT_BETA, objective_problems, with_kinds
+from uft_ds.recipe.rules import DEFAULT_BETA, GivenObjective, objective_problems, with_kinds
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -162,6 +159,14 @@ class ObjectiveSection(Section):
     simpo_margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5
     """By how much the chosen reward must exceed the rejected one; of simpo."""
 
+    @property
+    def given(self) -> GivenObjective:
+        """The same as plain values, and which of them the recipe names."""
+        fields = type(self).model_fields
+        values = {key: getattr(self, key) for key in fields}
+        changed = frozenset(key for key, value in values.items() if value != fields[key].default)
+        return GivenObjective(**values, named=frozenset(self.model_fields_set), changed=changed)
+
 
 class ReferenceSection(Section):
     mode: HowForwarded = "lockstep"
@@ -225,6 +230,10 @@ class LaunchSection(Section):
     """A rank that waits longer than this for the others ends the run."""
 
 
+COMBINATIONS_CHECKED = {"combinations": "checked"}
+"""Validation context of a recipe whose keys have been found to go together: a spelling of a path changes nothing."""
+
+
 class Recipe(Section):
     name: str
     """Name of the run."""
@@ -243,29 +252,13 @@ class Recipe(Section):
     """The run's folder."""
 
     @model_validator(mode="after")
-    def _combinations(self) -> Recipe:
+    def _combinations(self, info: ValidationInfo) -> Recipe:
+        if info.context == COMBINATIONS_CHECKED:
+            return self
         problems = [f"{key}: {problem}" for key, problem in _impossible(self)]
         if problems:
             raise ValueError("\n".join(problems))
         return self
-
-    def losses_of(self, kind: Kind) -> Mapping[str, float]:
-        """The losses of one kind of responses, with their weights.
-
-        A map need not name kinds that the data does not hold (checked when it is prepared): they have none.
-        """
-        loss = self.objective.loss
-        return expanded(loss) if isinstance(loss, str) else expanded(loss.get(kind, {}))
-
-    def beta_of(self, kind: Kind) -> float:
-        """The beta of one kind; of one that a map does not name, the default."""
-        beta = self.objective.beta
-        return beta if isinstance(beta, float | int) else beta.get(kind, DEFAULT_BETA)
-
-    def weight_of(self, kind: Kind) -> float:
-        """The weight of one kind's loss."""
-        weights = self.objective.weights
-        return weights if isinstance(weights, float | int) else weights.get(kind, 1.0)
 
 
 def _impossible(recipe: Recipe) -> list[tuple[str, str]]:
@@ -306,7 +299,7 @@ def _impossible(recipe: Recipe) -> list[tuple[str, str]]:
             if source.format not in format_names():
                 found.append((f"{prefix}.{index}.format", unknown_name(source.format, format_names())))
             found += [(f"{prefix}.{index}.{key}", problem) for key, problem in _impossible_portion(source, prefix)]
-    of_objective = objective_problems(recipe.objective, examples_per_step=train.examples_per_step)
+    of_objective = objective_problems(recipe.objective.given, examples_per_step=train.examples_per_step)
     found += [(f"objective.{key}", problem) for key, problem in of_objective]
     return found + [
         (key, f"{'null' if given is None else repr(given)} is not available in this version; use {instead}")

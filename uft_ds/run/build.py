@@ -1,4 +1,4 @@
-"""From a recipe to what a rank works with: the engine around its model, and the reference cache."""
+"""From a run's settings to what a rank works with: the engine around its model, and the reference cache."""
 
 from __future__ import annotations
 
@@ -14,17 +14,15 @@ from uft_ds.architectures.facts import attention_parity
 from uft_ds.checkpoint.load import stored_reference
 from uft_ds.data.example import KEY_BYTES
 from uft_ds.data.store.sequences import Pool
-from uft_ds.engine.engine import Engine, deepspeed_config, partitioned_loading, read_deepspeed_file
+from uft_ds.engine.engine import Engine, deepspeed_config, partitioned_loading
 from uft_ds.engine.ranks import current_ranks
 from uft_ds.host.world import launcher_environment
 from uft_ds.known.cache import Known
 from uft_ds.known.store import LogpTable, ReferenceStore, set_aside
-from uft_ds.objectives.reference import how_known
-from uft_ds.recipe.schema import Recipe
+from uft_ds.recipe.settings import Settings
 from uft_ds.record.report import Speaker
 from uft_ds.record.run_folder import RunFolder
 from uft_ds.run.checks import check_sharding
-from uft_ds.run.resolve import cache_dir, objective_of, reference_mode
 from uft_ds.streams.adapters import add_adapters, start_from_adapter
 from uft_ds.streams.identity import reference_identity
 from uft_ds.streams.load import decoder_layer_class, load_base
@@ -32,57 +30,53 @@ from uft_ds.streams.model import UFTModel
 from uft_ds.training.evaluate import check_reference_cache
 
 
-def build_engine(recipe: Recipe, reporter: Speaker) -> tuple[Engine, UFTModel]:
+def build_engine(settings: Settings, reporter: Speaker) -> tuple[Engine, UFTModel]:
     """Load the base, shard by shard under ZeRO-3, add adapters and wrap both."""
-    assert recipe.lora is not None
-    dtype = getattr(torch, recipe.model.dtype)
-    for warning in check_sharding(
-        recipe, ranks=current_ranks().world_size, ranks_per_node=launcher_environment().ranks_per_node
-    ):
+    dtype = getattr(torch, settings.model.dtype)
+    ranks, ranks_per_node = current_ranks().world_size, launcher_environment().ranks_per_node
+    for warning in check_sharding(settings, ranks=ranks, ranks_per_node=ranks_per_node):
         reporter.warn(warning)
-    config = deepspeed_config(
-        read_deepspeed_file(recipe.deepspeed), dtype=dtype, max_grad_norm=recipe.train.max_grad_norm
-    )
-    reporter.say(f"loading {recipe.model.base}")
+    config = deepspeed_config(settings.deepspeed.checked, dtype=dtype, max_grad_norm=settings.train.max_grad_norm)
+    reporter.say(f"loading {settings.model.base}")
     with partitioned_loading(config):
         base = load_base(
-            recipe.model.base,
-            revision=recipe.model.revision,
+            settings.model.base,
+            revision=settings.model.revision,
             dtype=dtype,
-            attention=recipe.model.attention,
-            gradient_checkpointing=recipe.model.gradient_checkpointing,
+            attention=settings.model.attention,
+            gradient_checkpointing=settings.model.gradient_checkpointing,
         )
     policy = add_adapters(
         base,
-        rank=recipe.lora.rank,
-        alpha=recipe.lora.alpha,
-        targets=recipe.lora.targets,
-        dtype=getattr(torch, recipe.lora.dtype),
-        seed=recipe.train.seed,
+        rank=settings.lora.rank,
+        alpha=settings.lora.alpha,
+        targets=settings.lora.targets,
+        dtype=getattr(torch, settings.lora.dtype),
+        seed=settings.train.seed,
     )
-    if recipe.reference.adapter is not None:
-        start_from_adapter(policy, Path(recipe.reference.adapter))
+    if settings.reference.adapter is not None:
+        start_from_adapter(policy, Path(settings.reference.adapter))
     model = UFTModel(
         policy,
-        reference_mode=reference_mode(recipe),
-        activation_offload=recipe.model.activation_offload,
-        chunk_bytes=None if recipe.model.logits_mib is None else recipe.model.logits_mib * 2**20,
+        reference_mode=settings.reference.mode,
+        activation_offload=settings.model.activation_offload,
+        chunk_bytes=settings.model.logits_bytes,
     )
     layer_class = decoder_layer_class(base)
     engine = Engine(
         model,
         config,
         layer_class=layer_class,
-        weight_decay=recipe.train.weight_decay,
-        betas=(recipe.train.betas[0], recipe.train.betas[1]),
+        weight_decay=settings.train.weight_decay,
+        betas=settings.train.betas,
         attention_parity=attention_parity(base.config),
-        collective_timeout_minutes=recipe.launch.collective_timeout_minutes,
+        collective_timeout_minutes=settings.launch.collective_timeout_minutes,
     )
     return engine, model
 
 
 def build_reference_cache(
-    recipe: Recipe,
+    settings: Settings,
     folder: RunFolder,
     engine: Engine,
     model: UFTModel,
@@ -97,34 +91,30 @@ def build_reference_cache(
     Args:
         checkpoint: that the run goes on from: it knows what it knew then, whatever the store knows by now.
     """
-    how = how_known(
-        needed=objective_of(recipe).needs_reference, cached=recipe.reference.cache, forwarded=recipe.reference.mode
-    )
-    if how != "cached":
-        return Known.of_reference(how)
-    assert recipe.lora is not None
+    if settings.reference.how != "cached":
+        return Known.of_reference(settings.reference.how)
     identity = reference_identity(
         _reference_content(folder),
-        dtype=recipe.model.dtype,
+        dtype=settings.model.dtype,
         attention=model.attention,
-        adapter_dtype=recipe.lora.dtype if recipe.reference.adapter else None,
+        adapter_dtype=settings.lora.dtype if settings.reference.adapter else None,
     )
     store, snapshot = None, [LogpTable()]
     files: tuple[Path, ...] = ()
     if engine.rank == 0:
-        store = ReferenceStore.below(cache_dir(recipe), identity)
+        store = ReferenceStore.below(settings.reference.cache_dir, identity)
         if checkpoint is None:
             snapshot[0], files = _read_snapshot(store, pools, reporter)
         else:
             snapshot[0] = stored_reference(checkpoint, identity)
     torch.distributed.broadcast_object_list(snapshot, src=0)
-    cache = Known.of_reference(how, snapshot[0], identity=identity, store=store)
+    cache = Known.of_reference(settings.reference.how, snapshot[0], identity=identity, store=store)
     check = check_reference_cache(
         engine,
         cache,
         pools,
-        tokens_per_micro_batch=recipe.train.tokens_per_micro_batch,
-        dtype=getattr(torch, recipe.model.dtype),
+        tokens_per_micro_batch=settings.train.tokens_per_micro_batch,
+        dtype=getattr(torch, settings.model.dtype),
     )
     if check is not None and check.agrees:
         reporter.say(
@@ -136,7 +126,7 @@ def build_reference_cache(
         reporter.warn(
             f"reference cache: {check.origin} is {check.difference:.3g} nats from the reference itself, more than "
             f"rounding: none of {cache.num_known} stored values is used; {renamed} of {len(files)} files in "
-            f"{cache_dir(recipe)} renamed, so that no other run reads them"
+            f"{settings.reference.cache_dir} renamed, so that no other run reads them"
         )
         cache.forget()
     return cache

@@ -12,11 +12,9 @@ from typing import Any
 import torch
 
 from uft_ds.architectures.facts import positions_limit
-from uft_ds.engine.engine import read_deepspeed_file
 from uft_ds.engine.zero_section import check_ranks
 from uft_ds.errors import UserError
-from uft_ds.recipe.schema import Recipe
-from uft_ds.run.resolve import adapter_folder, cache_dir, caches_reference, reference_mode
+from uft_ds.recipe.settings import Settings
 from uft_ds.streams.accept import accepted_policy
 from uft_ds.streams.adapters import start_from_adapter
 from uft_ds.streams.identity import OnFile, base_identity
@@ -25,37 +23,35 @@ from uft_ds.streams.model import UFTModel
 from uft_ds.streams.weights import check_weights
 
 
-def check_recipe(recipe: Recipe) -> None:
+def check_recipe(settings: Settings) -> None:
     """Refuse what would fail after the launch; nothing is written.
 
     Raises:
         UserError: names the recipe's key.
     """
-    read_deepspeed_file(recipe.deepspeed)
-    assert recipe.lora is not None
-    config = check_base(recipe.model.base, recipe.model.revision)
-    attention_implementation(recipe.model.attention, getattr(torch, recipe.model.dtype), config)
+    config = check_base(settings.model.base, settings.model.revision)
+    attention_implementation(settings.model.attention, getattr(torch, settings.model.dtype), config)
     # Without weights: what would be refused after the launch is refused before it.
-    base, lora = empty_base(config), recipe.lora
-    if Path(recipe.model.base).exists():  # a hub model's weights are fetched later: `prepare.run_identity`
-        check_weights(Path(recipe.model.base), base)
+    base, lora = empty_base(config), settings.lora
+    if Path(settings.model.base).exists():  # a hub model's weights are fetched later: `identity.run_identity`
+        check_weights(Path(settings.model.base), base)
     policy = accepted_policy(base, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dtype=torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT's, of a property of transformers
-        if recipe.reference.adapter is not None:
-            start_from_adapter(policy, adapter_folder(recipe.reference.adapter))
-        UFTModel(policy, reference_mode=reference_mode(recipe))
-    _check_positions(config, recipe.data.max_length)
-    if recipe.model.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        if settings.reference.adapter is not None:
+            start_from_adapter(policy, Path(settings.reference.adapter))
+        UFTModel(policy, reference_mode=settings.reference.mode)
+    _check_positions(config, settings.data.max_length)
+    if settings.model.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         raise UserError("model.attention: flash_attention_2 needs flash-attn: pip install 'uft-ds[gpu]', or take auto")
-    if caches_reference(recipe):
-        _check_writable(cache_dir(recipe))
-    if "wandb" in recipe.tracking and importlib.util.find_spec("wandb") is None:
+    if settings.reference.caches:
+        _check_writable(settings.reference.cache_dir)
+    if "wandb" in settings.tracking and importlib.util.find_spec("wandb") is None:
         raise UserError("tracking: wandb is not installed: pip install 'uft-ds[wandb]', or leave it out")
 
 
-def check_sharding(recipe: Recipe, *, ranks: int, ranks_per_node: int | None) -> list[str]:
-    """Refuse a number of ranks that the recipe's DeepSpeed file cannot be run on.
+def check_sharding(settings: Settings, *, ranks: int, ranks_per_node: int | None) -> list[str]:
+    """Refuse a number of ranks that the run's DeepSpeed file cannot be run on.
 
     Args:
         ranks_per_node: None where it is not known.
@@ -64,42 +60,42 @@ def check_sharding(recipe: Recipe, *, ranks: int, ranks_per_node: int | None) ->
     Raises:
         UserError: names the file and its key.
     """
-    zero = read_deepspeed_file(recipe.deepspeed)["zero_optimization"]
-    return check_ranks(zero, recipe.deepspeed, ranks=ranks, ranks_per_node=ranks_per_node)
+    zero = settings.deepspeed.checked["zero_optimization"]
+    return check_ranks(zero, settings.deepspeed.name, ranks=ranks, ranks_per_node=ranks_per_node)
 
 
-def check_inputs_lie_outside(recipe: Recipe) -> None:
+def check_inputs_lie_outside(settings: Settings) -> None:
     """A run's folder may be emptied: nothing that the run reads may lie in it."""
     paths = {
-        "model.base": recipe.model.base,
-        "model.chat_template": recipe.model.chat_template,
-        "deepspeed": recipe.deepspeed,
-        "reference.adapter": recipe.reference.adapter,
-        "reference.cache_dir": recipe.reference.cache_dir,
-        "data.cache_dir": recipe.data.cache_dir,
-        **{f"data.sources.{i}.path": entry.path for i, entry in enumerate(recipe.data.sources)},
-        **{f"data.held_out.{i}.path": entry.path for i, entry in enumerate(recipe.data.held_out)},
+        "model.base": settings.model.base,
+        "model.chat_template": settings.model.chat_template,
+        "deepspeed": settings.deepspeed.name,
+        "reference.adapter": settings.reference.adapter,
+        "reference.cache_dir": settings.reference.given_cache_dir,
+        "data.cache_dir": settings.data.given_cache_dir,
+        **{f"data.sources.{i}.path": source.path for i, source in enumerate(settings.data.sources)},
+        **{f"data.held_out.{i}.path": source.path for i, source in enumerate(settings.data.held_out)},
     }
     for key, path in paths.items():
-        if path is not None and Path(path).is_relative_to(recipe.output):
+        if path is not None and Path(path).is_relative_to(settings.output):
             raise UserError(
-                f"output: {key} {path} lies inside {recipe.output}, which a run may empty; "
+                f"output: {key} {path} lies inside {settings.output}, which a run may empty; "
                 "give another folder for the run"
             )
 
 
-def check_adapter_is_of_base(recipe: Recipe, on_file: OnFile) -> None:
+def check_adapter_is_of_base(settings: Settings, on_file: OnFile) -> None:
     """Refuse a reference adapter that was trained on another base: of the same shape, it would load without a word.
 
     Raises:
         UserError: names both.
     """
-    assert recipe.reference.adapter is not None
-    folder, base = Path(recipe.reference.adapter), recipe.model.base
+    assert settings.reference.adapter is not None
+    folder, base = Path(settings.reference.adapter), settings.model.base
     theirs = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
     if theirs is None or theirs == base or (not Path(theirs).is_dir() and Path(theirs).name == Path(base).name):
         return
-    ours = base_identity(base, recipe.model.revision, on_file)
+    ours = base_identity(base, settings.model.revision, on_file)
     if Path(theirs).is_dir() and base_identity(theirs, None, on_file) == ours:
         return
     raise UserError(

@@ -1,4 +1,4 @@
-"""What a recipe trains on, for the eye: rows with their masks, and tables of what is taken and what is left out."""
+"""What a run trains on, for the eye: rows with their masks, and tables of what is taken and what is left out."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from rich.text import Text
 
 from uft_ds.data.example import Sequence
 from uft_ds.data.mixture import Steps
-from uft_ds.data.sources import PreparedSource
+from uft_ds.data.sources import PreparedData, PreparedSource
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
-from uft_ds.recipe.schema import Recipe
-from uft_ds.run.prepare import PreparedData
-from uft_ds.run.unused import unused
+from uft_ds.recipe.settings import Settings
+from uft_ds.recipe.unused import unused
 
 PROMPT, SUPERVISED, HEADER = "dim", "black on green", "bold"
 OPEN, CLOSE = "⟦", "⟧"
@@ -86,7 +85,7 @@ def _amount(responses: float, of: int) -> str:
     return shown if passes == 1 else f"{shown} ({passes:.2g} x)"
 
 
-def show_data(recipe: Recipe, data: PreparedData, console: Console) -> None:
+def show_data(settings: Settings, data: PreparedData, console: Console) -> None:
     """The tables, and what a user may not have meant."""
     console.print(data_table(data))
     left_out = left_out_table(data)
@@ -94,7 +93,7 @@ def show_data(recipe: Recipe, data: PreparedData, console: Console) -> None:
         console.print(left_out)
     for note in notes(data):
         console.print(note)
-    for text in unused(recipe, data):
+    for text in unused(settings.given, data):
         console.print(Text(f"note: {text}"))
 
 

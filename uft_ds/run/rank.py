@@ -29,8 +29,7 @@ from uft_ds.host.process import die_with_parent
 from uft_ds.host.signals import Stop, StopRequest
 from uft_ds.host.world import LauncherEnvironment, launcher_environment
 from uft_ds.known.cache import fill
-from uft_ds.recipe.file import load_recipe
-from uft_ds.recipe.schema import Recipe
+from uft_ds.recipe.settings import Settings, load_settings
 from uft_ds.record.html_report import write_report
 from uft_ds.record.metrics import MetricsWriter
 from uft_ds.record.report import ConsoleReporter, FillReporter, Reporter, SilentReporter, Speaker
@@ -38,8 +37,8 @@ from uft_ds.record.run_folder import RunFolder, Status, write_first
 from uft_ds.run.build import build_engine, build_reference_cache
 from uft_ds.run.checks import check_sharding
 from uft_ds.run.prepare import ensure_data, open_data, prepare_run, steps_of
-from uft_ds.run.resolve import cache_dir, objective_of
 from uft_ds.run.resume import nothing_to_do, prepare_resume, resumed_from
+from uft_ds.run.settings import located, with_deepspeed_file
 from uft_ds.run.waiting import while_others_wait
 from uft_ds.training.determinism import make_deterministic
 from uft_ds.training.evaluate import check_log_ratios_are_zero
@@ -94,25 +93,28 @@ def _main(request: StopRequest, arguments: list[str] | None) -> Status:
     folder: RunFolder | None = None
     try:
         launched = launcher_environment()
-        recipe = load_recipe(options.recipe, tuple(options.overrides))
+        settings = load_settings(options.recipe, tuple(options.overrides))
+        if not options.prepared:
+            settings = located(settings)
         # Each rank sees it for itself: nobody changes a run that is done.
-        if options.resume and (done := nothing_to_do(recipe)) is not None:
+        if options.resume and (done := nothing_to_do(settings)) is not None:
             if launched.rank == 0:
                 print(f"{done.path} is done: there is nothing to go on with")
             return Status(EXIT_DONE, "done")
-        init_distributed(recipe.launch.collective_timeout_minutes)
+        init_distributed(settings.launch.collective_timeout_minutes)
         lock: Lock | None = None
         if not options.prepared:
             lock = while_others_wait(
-                "prepare", lambda: _prepared(recipe, options.resume, options.overwrite), works=launched.rank == 0
+                "prepare", lambda: _prepared(settings, options.resume, options.overwrite), works=launched.rank == 0
             )
-        folder = RunFolder(Path(recipe.output))  # ours only from here on
-        recipe = load_recipe(str(folder.recipe))  # as prepared: paths, adapter and revision are fixed there
+        folder = RunFolder(settings.output)  # ours only from here on
+        settings = load_settings(str(folder.recipe))  # as prepared: paths, adapter and revision are fixed there
+        settings = with_deepspeed_file(settings)
         # On each machine the first rank; those of the others wait too: they would meet them in a collective.
-        while_others_wait("data", partial(ensure_data, recipe, folder), works=launched.local_rank == 0)
+        while_others_wait("data", partial(ensure_data, settings, folder), works=launched.local_rank == 0)
         with _own_streams(folder, launched.rank) as terminal:
             work = _fill_reference if options.only_reference else _run
-            work(recipe, folder, Console(file=terminal), request)
+            work(settings, folder, Console(file=terminal), request)
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
         del lock
@@ -142,45 +144,44 @@ def _crash(error: Exception, where: str = "") -> Status:
     return Status(EXIT_CRASHED, f"rank {launcher_environment().rank} crashed: {message}{where}")
 
 
-def _prepared(recipe: Recipe, resume: bool, overwrite: bool) -> Lock:
-    launched = launcher_environment()
-    check_sharding(recipe, ranks=launched.world_size, ranks_per_node=launched.ranks_per_node)
+def _prepared(settings: Settings, resume: bool, overwrite: bool) -> Lock:
+    settings, launched = with_deepspeed_file(settings), launcher_environment()
+    check_sharding(settings, ranks=launched.world_size, ranks_per_node=launched.ranks_per_node)
     if resume:
-        return prepare_resume(recipe, say=print)[2]
-    return prepare_run(recipe, overwrite=overwrite)[2]
+        return prepare_resume(settings, say=print)[2]
+    return prepare_run(settings, overwrite=overwrite)[2]
 
 
-def _run(recipe: Recipe, folder: RunFolder, console: Console, request: StopRequest) -> None:
-    if recipe.train.deterministic:
+def _run(settings: Settings, folder: RunFolder, console: Console, request: StopRequest) -> None:
+    if settings.train.deterministic:
         make_deterministic()
-    data = open_data(recipe, folder)
-    steps: StepSource = steps_of(recipe, data)
-    held_out = in_order([source.selection for source in data.held_out], recipe.train.examples_per_step)
-    objective = objective_of(recipe)
+    data = open_data(settings, folder)
+    steps: StepSource = steps_of(settings, data)
+    held_out = in_order([source.selection for source in data.held_out], settings.train.examples_per_step)
     checkpoint = resumed_from(folder)
     state = START if checkpoint is None else read_position(checkpoint).state
     steps.restore(state.source)
     after_step = None if checkpoint is None else state.step
-    with _together(), _reporter(recipe, folder, console, len(steps), after_step) as reporter:
-        engine, model = build_engine(recipe, reporter)
+    with _together(), _reporter(settings, folder, console, len(steps), after_step) as reporter:
+        engine, model = build_engine(settings, reporter)
         # With fresh adapters, whatever the checkpoint holds: it is policy and reference that are compared.
-        _check_start(engine, recipe, steps.step(0), reporter)
+        _check_start(engine, settings, steps.step(0), reporter)
         pools = [source.selection for source in data.all]
-        reference = build_reference_cache(recipe, folder, engine, model, pools, reporter, checkpoint)
+        reference = build_reference_cache(settings, folder, engine, model, pools, reporter, checkpoint)
         if checkpoint is not None:
             restore_engine(engine, checkpoint, state, reporter)
         writer = CheckpointWriter(
-            engine, model.policy, folder, reporter, keep=recipe.train.keep_checkpoints, best=recipe.train.keep_best
+            engine, model.policy, folder, reporter, keep=settings.train.keep_checkpoints, best=settings.train.keep_best
         )
-        method = Method(engine, objective, reference, recipe.train.tokens_per_micro_batch)
+        method = Method(engine, settings.objective, reference, settings.train.tokens_per_micro_batch)
         stop = Stop(request, engine.agree)
         request.only_note()
-        train(Session(method, model.policy, recipe.train, folder, reporter, writer, stop), steps, held_out, state)
+        train(Session(method, model.policy, settings.train, folder, reporter, writer, stop), steps, held_out, state)
     if engine.rank == 0:
         folder.write_status(Status(EXIT_DONE, "done"))
         folder.done.touch()
         try:
-            write_report(folder, recipe.name)
+            write_report(folder, settings.name)
         except Exception:  # the run is done and saved: a picture that fails must not undo that
             logger.exception("report.html could not be written")
 
@@ -196,55 +197,57 @@ def _together() -> Iterator[None]:
         raise
 
 
-def _check_start(engine: Engine, recipe: Recipe, step: Step, reporter: Speaker) -> None:
-    check_model(engine, step, dtype=getattr(torch, recipe.model.dtype))
-    if not objective_of(recipe).needs_reference:
+def _check_start(engine: Engine, settings: Settings, step: Step, reporter: Speaker) -> None:
+    check_model(engine, step, dtype=getattr(torch, settings.model.dtype))
+    if not settings.reference.is_needed:
         return
     largest = check_log_ratios_are_zero(
         engine,
         step,
-        tokens_per_micro_batch=recipe.train.tokens_per_micro_batch,
-        tolerance=recipe.reference.step_zero_tolerance,
+        tokens_per_micro_batch=settings.train.tokens_per_micro_batch,
+        tolerance=settings.reference.step_zero_tolerance,
     )
     reporter.say(f"before the first step: every log-ratio is {largest} nats, {len(step.responses)} responses")
 
 
-def _fill_reference(recipe: Recipe, folder: RunFolder, console: Console, request: StopRequest) -> None:
+def _fill_reference(settings: Settings, folder: RunFolder, console: Console, request: StopRequest) -> None:
     """Compute the reference of all data, held-out data included, and store it for the runs to come."""
-    if recipe.train.deterministic:
+    if settings.train.deterministic:
         make_deterministic()
-    pools = [source.selection for source in open_data(recipe, folder).all]
-    groups = in_order(pools, recipe.train.examples_per_step)
+    pools = [source.selection for source in open_data(settings, folder).all]
+    groups = in_order(pools, settings.train.examples_per_step)
     num_responses = sum(pool.num_responses for pool in pools)
     with _together(), _fill_reporter(console, num_responses) as reporter:
-        engine, model = build_engine(recipe, reporter)
-        _check_start(engine, recipe, groups[0], reporter)
-        cache = build_reference_cache(recipe, folder, engine, model, pools, reporter)
+        engine, model = build_engine(settings, reporter)
+        _check_start(engine, settings, groups[0], reporter)
+        cache = build_reference_cache(settings, folder, engine, model, pools, reporter)
         known_before = cache.num_known
         request.only_note()
         fill(
             engine,
             cache,
             groups,
-            recipe.train.tokens_per_micro_batch,
+            settings.train.tokens_per_micro_batch,
             flush_every=GROUPS_BETWEEN_FLUSHES,
             on_group=reporter.group,
             stop=Stop(request, engine.agree),
         )
     if engine.rank == 0:
         found = f"{cache.num_known} distinct responses of {num_responses}: {known_before} were known"
-        computed = f"{cache.num_known - known_before} computed and stored below {cache_dir(recipe)}"
+        computed = f"{cache.num_known - known_before} computed and stored below {settings.reference.cache_dir}"
         folder.write_status(Status(EXIT_DONE, f"{found}, {computed}"))
 
 
-def _reporter(recipe: Recipe, folder: RunFolder, console: Console, num_steps: int, after_step: int | None) -> Reporter:
+def _reporter(
+    settings: Settings, folder: RunFolder, console: Console, num_steps: int, after_step: int | None
+) -> Reporter:
     if not current_ranks().is_first:
         return SilentReporter()
     writer = MetricsWriter(
         folder.path,
-        tuple(recipe.tracking),
-        run_name=recipe.name,
-        config=recipe.model_dump(mode="json"),
+        settings.tracking,
+        run_name=settings.name,
+        config=dict(settings.stored),
         after_step=after_step,
     )
     return ConsoleReporter(console, writer, num_steps)

@@ -9,22 +9,24 @@ import fnmatch
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from uft_ds.checkpoint.folder import checkpoints_of, newest_whole, point_latest, set_aside, set_aside_of
 from uft_ds.checkpoint.state import read_position
+from uft_ds.data.sources import PreparedData
 from uft_ds.data.store.tokenized import is_whole
 from uft_ds.errors import UserError
+from uft_ds.host.callbacks import OnProgress, Say
 from uft_ds.host.files import write_atomically
 from uft_ds.host.locks import Lock
-from uft_ds.recipe.file import leaves_of, load_recipe, stored_recipe
-from uft_ds.recipe.schema import Recipe
+from uft_ds.recipe.file import leaves_of, read_stored_recipe, stored_recipe
+from uft_ds.recipe.settings import Settings
 from uft_ds.record.run_folder import RunFolder, claim_again
-from uft_ds.run.prepare import OnProgress, PreparedData, check_run, environment, open_data, prepare_run, run_identity
-from uft_ds.run.resolve import tokenized_dir, with_absolute_paths
+from uft_ds.run.identity import environment, run_identity
+from uft_ds.run.prepare import check_run, open_data, prepare_run
 
 MAY_CHANGE = (
     "name", "output", "launch.*", "tracking*", "deepspeed", "data.workers", "*.cache_dir", "train.checkpoint_every",
@@ -33,11 +35,9 @@ MAY_CHANGE = (
 )  # fmt: skip
 """Keys by pattern that decide how a run is computed, not what: with another value losses agree to rounding."""
 
-Say = Callable[[str], None]
-
 
 def prepare_resume(
-    recipe: Recipe, *, say: Say, on_progress: OnProgress = lambda label, done, total: None
+    settings: Settings, *, say: Say, on_progress: OnProgress = lambda label, done, total: None
 ) -> tuple[RunFolder, PreparedData, Lock]:
     """Choose the checkpoint that a run goes on from, and check that recipe, base, tokenizer and data are the same.
 
@@ -48,10 +48,10 @@ def prepare_resume(
     Raises:
         UserError: the run is another one, or has checkpoints of which none is whole; nothing has been changed.
     """
-    folder = RunFolder(Path(recipe.output).absolute())
+    folder = RunFolder(settings.output)
     if not folder.lock.exists():
         say(f"{folder.path} holds no run: starting at step 0")
-        return prepare_run(recipe, overwrite=False, on_progress=on_progress)
+        return prepare_run(settings, overwrite=False, on_progress=on_progress)
     lock = claim_again(folder)
     try:
         checkpoint, problems = newest_whole(folder.path)
@@ -59,20 +59,20 @@ def prepare_resume(
         if checkpoint is None and problems:
             raise UserError("\n".join([f"{folder.path}: none of the run's checkpoints can be used", *problems]))
         if checkpoint is None:
-            _check_nothing_is_lost(folder, recipe)
+            _check_nothing_is_lost(folder, settings)
             say(f"{folder.path} holds no checkpoint: starting at step 0")
-            return prepare_run(recipe, overwrite=True, on_progress=on_progress, lock=lock)
+            return prepare_run(settings, overwrite=True, on_progress=on_progress, lock=lock)
         position = read_position(checkpoint)
-        _check_same_recipe(folder, recipe)
-        recipe, data = check_run(recipe, on_progress)
-        _check_same_content(folder, run_identity(recipe, data, on_progress))
-        data = _as_tokenized_then(recipe, folder, data)
+        _check_same_recipe(folder, settings)
+        settings, data = check_run(settings, on_progress)
+        _check_same_content(folder, run_identity(settings, data, on_progress))
+        data = _as_tokenized_then(settings, folder, data)
         for problem in problems:
             say(f"warning: {problem}; {checkpoint.name} is used")
-        now, step = environment(recipe), position.state.step
+        now, step = environment(settings), position.state.step
         for warning in (*_other_versions(folder, now, step), *_lost_metrics(folder, position.metrics_bytes)):
             say(f"warning: {warning}")
-        _go_back_to(checkpoint, folder, recipe, position.metrics_bytes)
+        _go_back_to(checkpoint, folder, settings, position.metrics_bytes)
         _record_resume(folder, now, step)
     except BaseException:
         lock.close()
@@ -81,16 +81,16 @@ def prepare_resume(
     return folder, data, lock
 
 
-def nothing_to_do(recipe: Recipe) -> RunFolder | None:
-    """The run that `recipe` would go on with, where it is done and its last checkpoint is whole.
+def nothing_to_do(settings: Settings) -> RunFolder | None:
+    """The run that these settings would go on with, where it is done and its last checkpoint is whole.
 
     Raises:
         UserError: the run is of another recipe.
     """
-    folder = RunFolder(Path(recipe.output).absolute())
+    folder = RunFolder(settings.output)
     if not folder.done.exists():
         return None
-    _check_same_recipe(folder, recipe)
+    _check_same_recipe(folder, settings)
     checkpoint, problems = newest_whole(folder.path)
     return None if checkpoint is None or problems else folder
 
@@ -102,7 +102,7 @@ def resumed_from(folder: RunFolder) -> Path | None:
     return folder.checkpoints / str(json.loads(folder.resumed.read_text(encoding="utf-8"))["checkpoint"])
 
 
-def _check_nothing_is_lost(folder: RunFolder, recipe: Recipe) -> None:
+def _check_nothing_is_lost(folder: RunFolder, settings: Settings) -> None:
     """Refuse to start again at step 0 in the place of a run that has something to show.
 
     Raises:
@@ -114,11 +114,11 @@ def _check_nothing_is_lost(folder: RunFolder, recipe: Recipe) -> None:
             "--overwrite trains it again"
         )
     if folder.metrics.exists() and folder.metrics.stat().st_size and folder.recipe.exists():
-        _check_same_recipe(folder, recipe)
+        _check_same_recipe(folder, settings)
 
 
-def _check_same_recipe(folder: RunFolder, recipe: Recipe) -> None:
-    changes = recipe_changes(folder, recipe)
+def _check_same_recipe(folder: RunFolder, settings: Settings) -> None:
+    changes = recipe_changes(folder, settings)
     changed = [
         f"{key}: {now} now, {then} when the run began" for key, (then, now) in changes.items() if not _may_change(key)
     ]
@@ -137,9 +137,9 @@ ABSENT = "(absent)"
 """What stands for a key that one of two recipes lacks."""
 
 
-def recipe_changes(folder: RunFolder, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
+def recipe_changes(folder: RunFolder, settings: Settings) -> dict[str, tuple[Any, Any]]:
     """(then, now) by key, of what a recipe says otherwise than when the folder's run was prepared."""
-    then, now = leaves_of(load_recipe(str(folder.recipe))), leaves_of(with_absolute_paths(recipe))
+    then, now = leaves_of(read_stored_recipe(folder.recipe)), leaves_of(settings.stored)
     if now["model.revision"] is None:
         then["model.revision"] = None  # preparing a run fixes a hub model's
     both = {key: (then.get(key, ABSENT), now.get(key, ABSENT)) for key in dict.fromkeys((*now, *then))}
@@ -206,7 +206,7 @@ def _lost_metrics(folder: RunFolder, expected_bytes: int) -> Iterator[str]:
         yield f"{folder.metrics}: {found} bytes, {expected_bytes} when the checkpoint was written: lines are lost"
 
 
-def _as_tokenized_then(recipe: Recipe, folder: RunFolder, now: PreparedData) -> PreparedData:
+def _as_tokenized_then(settings: Settings, folder: RunFolder, now: PreparedData) -> PreparedData:
     """The tokens that the run began with, also where versions have changed since that might make others of the rows.
 
     Raises:
@@ -216,12 +216,12 @@ def _as_tokenized_then(recipe: Recipe, folder: RunFolder, now: PreparedData) -> 
     then = [row["tokens_key"] for part in ("train", "held_out") for row in report[part]]
     if then == [source.key for source in now.all]:
         return now
-    if not all(is_whole(tokenized_dir(recipe) / key) for key in then):
+    if not all(is_whole(settings.data.cache_dir / key) for key in then):
         raise UserError(
             f"{folder.path}: its data was tokenised by other versions (see environment.json), and those tokens are no "
-            f"longer in {tokenized_dir(recipe)}; install the versions of then"
+            f"longer in {settings.data.cache_dir}; install the versions of then"
         )
-    return open_data(recipe, folder)
+    return open_data(settings, folder)
 
 
 def _differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -237,7 +237,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _go_back_to(checkpoint: Path, folder: RunFolder, recipe: Recipe, metrics_bytes: int) -> None:
+def _go_back_to(checkpoint: Path, folder: RunFolder, settings: Settings, metrics_bytes: int) -> None:
     """What was written after the checkpoint is written again.
 
     Raises:
@@ -258,7 +258,7 @@ def _go_back_to(checkpoint: Path, folder: RunFolder, recipe: Recipe, metrics_byt
             # Where lines are lost the last one may be torn.
             kept = folder.metrics.read_bytes()[:metrics_bytes].rpartition(b"\n")
             os.truncate(folder.metrics, len(kept[0] + kept[1]))
-        write_atomically(folder.recipe, stored_recipe(recipe))
+        write_atomically(folder.recipe, stored_recipe(settings.stored))
         write_atomically(folder.resumed, json.dumps({"checkpoint": checkpoint.name}) + "\n")
     except OSError as error:
         raise UserError(f"output: {folder.path} cannot be written ({error.strerror or error})") from None

@@ -1,4 +1,4 @@
-"""One run from its recipe to its end: prepared, launched, and how it ended."""
+"""One run from its settings to its end: prepared, launched, and how it ended."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
 from uft_ds.errors import EXIT_DONE, EXIT_STOPPED
-from uft_ds.recipe.schema import Recipe
+from uft_ds.host.callbacks import OnProgress
+from uft_ds.recipe.settings import Settings
 from uft_ds.record.run_folder import Status
 from uft_ds.run.checks import check_sharding
 from uft_ds.run.launch import launch, master_port, number_of_ranks
-from uft_ds.run.prepare import OnProgress, check_run, prepare_run
+from uft_ds.run.prepare import check_run, prepare_run
 from uft_ds.run.preview import show_data
 from uft_ds.run.resume import nothing_to_do, prepare_resume
+from uft_ds.run.settings import located, with_deepspeed_file
 
 
-def run_recipe(
-    recipe: Recipe,
+def run_settings(
+    settings: Settings,
     what: str,
     console: Console,
     *,
@@ -40,19 +42,21 @@ def run_recipe(
     Raises:
         UserError: nothing has been launched.
     """
-    if resume and (done := nothing_to_do(recipe)) is not None:
+    settings = located(settings)
+    if resume and (done := nothing_to_do(settings)) is not None:
         console.print(f"{done.path} is done: there is nothing to go on with")
         return done.path, Status(EXIT_DONE, "done")
-    ranks = number_of_ranks(recipe.launch.ranks)
-    check_sharding(recipe, ranks=ranks, ranks_per_node=ranks)
+    settings = with_deepspeed_file(settings)
+    ranks = number_of_ranks(settings.launch.ranks)
+    check_sharding(settings, ranks=ranks, ranks_per_node=ranks)
     master_port()  # a given port that is taken is told before the data is read
     with preparation(console) as on_progress:
         if resume:
-            folder, data, lock = prepare_resume(recipe, say=console.print, on_progress=on_progress)
+            folder, data, lock = prepare_resume(settings, say=console.print, on_progress=on_progress)
         else:
-            folder, data, lock = prepare_run(recipe, overwrite=overwrite, on_progress=on_progress)
+            folder, data, lock = prepare_run(settings, overwrite=overwrite, on_progress=on_progress)
     with lock:
-        show_data(recipe, data, console)
+        show_data(settings, data, console)
         console.print(f"{what} on {ranks} ranks; logs in {folder.path}")
         status = launch(folder, ranks=ranks, port=master_port(), options=options, say=console.print)
     if status.exit_code == EXIT_STOPPED:
@@ -62,14 +66,14 @@ def run_recipe(
     return folder.path, status
 
 
-def check_recipe_and_data(recipe: Recipe, console: Console) -> None:
+def check_settings_and_data(settings: Settings, console: Console) -> None:
     """Prepare, and launch nothing.
 
     Raises:
         UserError: nothing has been written but tokenised sources.
     """
     with preparation(console) as on_progress:
-        check_run(recipe, on_progress)
+        check_run(with_deepspeed_file(located(settings)), on_progress)
 
 
 @contextmanager

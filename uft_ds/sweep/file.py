@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
-from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +17,8 @@ from pydantic import Field, ValidationError
 
 from uft_ds.errors import UserError
 from uft_ds.recipe.file import explained, load_recipe, load_yaml
-from uft_ds.recipe.schema import Location, Recipe, Section
+from uft_ds.recipe.schema import Location, Section
+from uft_ds.recipe.settings import Settings, changed, settings_of
 
 DEFAULT_COLUMNS = (
     "held_out/loss", "held_out/rank_correlation/*", "held_out/pair_accuracy/*", "held_out/calibration_error/*",
@@ -59,21 +60,19 @@ class SweepSection(Section):
 class PlannedRun:
     """stage: whose point of the grid it is. values: of the grid's keys, by key. after: the name of the run before.
 
-    recipe: as it was when the sweep was read; where there is a run before, its folder is the reference's adapter.
+    settings: as they were when the sweep was read; where there is a run before, its folder is the reference's adapter.
     """
 
     name: str
     stage: str
     values: tuple[tuple[str, Any], ...]
-    recipe: Recipe
+    settings: Settings
     after: str | None
 
     @property
-    def recipe_alone(self) -> Recipe:
+    def settings_alone(self) -> Settings:
         """Without the adapter that is yet to be trained."""
-        if self.after is None:
-            return self.recipe
-        return self.recipe.model_copy(update={"reference": self.recipe.reference.model_copy(update={"adapter": None})})
+        return self.settings if self.after is None else changed(self.settings, {"reference.adapter": None})
 
 
 @dataclass(frozen=True)
@@ -199,18 +198,19 @@ def _planned_run(
     if after is not None:
         located["reference.adapter"] = str(output / after)
     recipe = load_recipe(stage.recipe, (*overrides, *(_override(*item) for item in located.items())))
-    return PlannedRun(name, stage.name, point, recipe, after)
+    return PlannedRun(name, stage.name, point, settings_of(recipe), after)
 
 
 def _check_stages_fit(runs: list[PlannedRun], label: str) -> None:
     """An adapter goes on top of the base that it was trained on, in its own shape."""
-    recipes = {run.name: run.recipe for run in runs}
+    trees = {run.name: run.settings.stored for run in runs}
     for run in runs:
         if run.after is None:
             continue
-        first, second = recipes[run.after], run.recipe
+        first, second = trees[run.after], run.settings.stored
         for key in ("model.base", "model.revision", "lora.rank", "lora.alpha", "lora.targets"):
-            before, now = map(attrgetter(key), (first, second))
+            section, name = key.split(".")
+            before, now = first[section][name], second[section][name]
             if _meaning(before) != _meaning(now):
                 raise UserError(
                     f"{label}: run {run.name}: {key}: {now} given, but it starts from the adapter of {run.after}, "
@@ -229,8 +229,7 @@ def _check_runs_differ(runs: list[PlannedRun], label: str) -> None:
     """1 and 1.0 are two words for one value; and so are a default and the same value given."""
     seen: dict[str, str] = {}
     for run in runs:
-        recipe = run.recipe.model_copy(update={"name": "", "output": ""})
-        what = recipe.model_dump_json()
+        what = json.dumps({**run.settings.stored, "name": "", "output": ""})
         if what in seen:
             raise UserError(f"{label}: {seen[what]} and {run.name} are the same run")
         seen[what] = run.name

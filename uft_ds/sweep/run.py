@@ -22,12 +22,12 @@ from rich.text import Text
 from uft_ds.errors import EXIT_INTERRUPTED, EXIT_STOPPED, UserError
 from uft_ds.host.files import write_atomically
 from uft_ds.recipe.file import dump_recipe, leaves_of
-from uft_ds.recipe.schema import Recipe
+from uft_ds.recipe.settings import Settings, changed
 from uft_ds.record.metrics import read_metrics
 from uft_ds.record.run_folder import RunFolder, Status
 from uft_ds.run.progress import progress_of
-from uft_ds.run.resolve import adapter_folder, with_absolute_paths
 from uft_ds.run.resume import recipe_changes
+from uft_ds.run.settings import adapter_folder, located
 from uft_ds.streams.identity import adapter_identity
 from uft_ds.sweep.file import DEFAULT_COLUMNS, PlannedRun, Sweep
 
@@ -59,27 +59,27 @@ def run_sweep(
     sweep: Sweep,
     console: Console,
     *,
-    check: Callable[[Recipe], object],
-    train: Callable[[Recipe, How], tuple[Path, Status]],
+    check: Callable[[Settings], object],
+    train: Callable[[Settings, How], tuple[Path, Status]],
     overwrite: bool,
 ) -> list[Result]:
     """Run what is not done yet; a run that fails stops those that start from it, and no others.
 
     Args:
-        check: what a run needs besides its recipe.
-        train: (recipe, how) -> folder and status.
+        check: what a run needs besides its settings.
+        train: (settings, how) -> folder and status.
         overwrite: run again what is done or did not finish.
     Raises:
         UserError: a run cannot be as it is, or a folder holds one of another recipe; nothing has been run.
     """
     _check_runs(sweep, console, check, overwrite=overwrite)
-    settings = settings_of(sweep)
+    values = differing_values(sweep)
     results: dict[str, Result] = {}
     try:
         for number, run in enumerate(sweep.runs, start=1):
             console.print(f"run {number} of {len(sweep.runs)}: {run.name}", style="bold")
             results[run.name] = _result(sweep, run, results, console, train, overwrite)
-            write_table(sweep.output / TABLE, list(results.values()), settings)
+            write_table(sweep.output / TABLE, list(results.values()), values)
             if results[run.name].status in ("interrupted", "stopped"):
                 break
     finally:
@@ -101,7 +101,7 @@ def _result(
     run: PlannedRun,
     results: dict[str, Result],
     console: Console,
-    train: Callable[[Recipe, How], tuple[Path, Status]],
+    train: Callable[[Settings, How], tuple[Path, Status]],
     overwrite: bool,
 ) -> Result:
     folder = RunFolder(sweep.output / run.name)
@@ -113,7 +113,7 @@ def _result(
         console.print("done before")
         return _done(run, folder)
     try:
-        _, status = train(run.recipe, How(overwrite=not is_kept and folder.path.exists(), resume=is_kept))
+        _, status = train(run.settings, How(overwrite=not is_kept and folder.path.exists(), resume=is_kept))
     except KeyboardInterrupt:
         return Result(run, "interrupted", {}, 0.0)
     except UserError as error:
@@ -158,17 +158,16 @@ def write_recipes(sweep: Sweep, folder: Path) -> list[Path]:
             raise UserError(f"{path.parent}: holds other files than this sweep's recipes; give a new folder")
     for path, run in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, dump_recipe(_for_a_job(run, sweep)))
+        write_atomically(path, dump_recipe(_for_a_job(run, sweep).stored))
     return folders
 
 
-def _for_a_job(run: PlannedRun, sweep: Sweep) -> Recipe:
+def _for_a_job(run: PlannedRun, sweep: Sweep) -> Settings:
     """Wherever it is read from; the adapter that it starts from need not be there yet."""
-    recipe = with_absolute_paths(run.recipe_alone)
+    settings = located(run.settings_alone)
     if run.after is None:
-        return recipe
-    adapter = str((sweep.output / run.after).absolute())
-    return recipe.model_copy(update={"reference": recipe.reference.model_copy(update={"adapter": adapter})})
+        return settings
+    return changed(settings, {"reference.adapter": str((sweep.output / run.after).absolute())})
 
 
 def table_of(sweep: Sweep, console: Console) -> list[Result]:
@@ -184,13 +183,13 @@ def table_of(sweep: Sweep, console: Console) -> list[Result]:
         results.append(
             _done(run, folder) if folder.done.exists() else Result(run, _how_far(folder), last_values(folder), 0.0)
         )
-    write_table(sweep.output / TABLE, results, settings_of(sweep))
+    write_table(sweep.output / TABLE, results, differing_values(sweep))
     console.print(shown_table(sweep, results))
     console.print(f"all metrics: {sweep.output / TABLE}")
     return results
 
 
-def _check_runs(sweep: Sweep, console: Console, check: Callable[[Recipe], object], *, overwrite: bool) -> None:
+def _check_runs(sweep: Sweep, console: Console, check: Callable[[Settings], object], *, overwrite: bool) -> None:
     """The last run's mistake is told before the first one trains."""
     if not overwrite:
         for run in sweep.runs:
@@ -204,7 +203,7 @@ def _check_runs(sweep: Sweep, console: Console, check: Callable[[Recipe], object
     for number, run in enumerate(ahead, start=1):
         console.print(f"checking run {number} of {len(ahead)}: {run.name}")
         try:
-            check(run.recipe_alone)
+            check(run.settings_alone)
         except UserError as error:
             raise UserError("\n".join(f"run {run.name}: {line}" for line in str(error).splitlines())) from None
 
@@ -224,7 +223,7 @@ def _check_folder(sweep: Sweep, run: PlannedRun) -> None:
 
 def _first_change(folder: RunFolder, run: PlannedRun) -> str | None:
     """What a run's recipe says otherwise than when its folder was prepared."""
-    changes = recipe_changes(folder, run.recipe)
+    changes = recipe_changes(folder, located(run.settings))
     return next((f"{key}: {now} now, {then} then" for key, (then, now) in changes.items()), None)
 
 
@@ -255,9 +254,9 @@ def last_values(folder: RunFolder) -> dict[str, float]:
     return last
 
 
-def settings_of(sweep: Sweep) -> dict[str, dict[str, Any]]:
+def differing_values(sweep: Sweep) -> dict[str, dict[str, Any]]:
     """What the recipes differ in, by run and key: the grid's keys first; data, names and folders are left out."""
-    recipes = {run.name: leaves_of(run.recipe_alone) for run in sweep.runs}
+    recipes = {run.name: leaves_of(run.settings_alone.stored) for run in sweep.runs}
     grid = [key for key, _ in sweep.runs[0].values]
     keys = dict.fromkeys(key for leaves in recipes.values() for key in leaves)
     ignored = ("name", "output", "data", *grid)  # a map of the grid is one column

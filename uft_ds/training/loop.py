@@ -17,7 +17,7 @@ from uft_ds.errors import CheckFailed, Stopped, UserError
 from uft_ds.host.signals import NEVER, Stop
 from uft_ds.objectives.objective import objective_at
 from uft_ds.recipe.names import unknown_name
-from uft_ds.recipe.schema import TrainSection
+from uft_ds.recipe.settings import TrainSettings
 from uft_ds.record.metrics import model_flops_utilization, peak_memory_gib
 from uft_ds.record.report import Reporter
 from uft_ds.record.run_folder import RunFolder
@@ -39,7 +39,7 @@ class Session:
 
     method: Method
     policy: PeftModel
-    settings: TrainSection
+    settings: TrainSettings
     folder: RunFolder
     reporter: Reporter
     checkpoints: CheckpointWriter

@@ -15,8 +15,8 @@ from reading_rows import PACK, TABLE_NAMES, Write, contents, refusal, write_tabl
 
 from uft_ds.data.rows.reading import (
     SUFFIXES,
-    DataFiles,
     RawRow,
+    SourceFiles,
     content_hash,
     data_size,
     find_data,
@@ -317,5 +317,5 @@ def test_a_stored_conversation_set_is_read(test_data: Path) -> None:
 
 def test_data_files_can_be_made_by_hand(write: Write) -> None:
     """Names are only for messages."""
-    data = DataFiles("mine", ("one",), (write("a.jsonl", b"{}"),))
+    data = SourceFiles("mine", ("one",), (write("a.jsonl", b"{}"),))
     assert [data.place(row.file, row.line) for row in raw_rows(data)] == ["one:1"]

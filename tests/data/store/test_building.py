@@ -16,7 +16,7 @@ from uft_ds.data.formats.table import FORMATS
 from uft_ds.data.rows.reading import find_data, parse_row, raw_rows
 from uft_ds.data.store import building
 from uft_ds.data.store.building import QUARANTINE, build_store
-from uft_ds.data.store.sequences import SequenceStore
+from uft_ds.data.store.sequences import TokenStore
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.tokenize import load_tokenizer
 from uft_ds.errors import UserError
@@ -27,13 +27,11 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
     return load_tokenizer(str(build_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))))
 
 
-def build(
-    path: Path, chat: ChatTokenizer, *, quarantine: bool = False, workers: int = 1, **changes: Any
-) -> SequenceStore:
+def build(path: Path, chat: ChatTokenizer, *, quarantine: bool = False, workers: int = 1, **changes: Any) -> TokenStore:
     folder = path.parent / f"store-{path.name}-{workers}"
     folder.mkdir()
     build_store(folder, find_data(str(path), None), rules(**changes), chat, quarantine=quarantine, workers=workers)
-    return SequenceStore(folder, str(path))
+    return TokenStore(folder, str(path))
 
 
 def refusal(path: Path, chat: ChatTokenizer, **changes: Any) -> str:

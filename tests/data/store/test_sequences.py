@@ -12,8 +12,8 @@ from uft_ds.data.store.sequences import (
     Account,
     Place,
     Selection,
-    SequenceStore,
     StoreWriter,
+    TokenStore,
     pack_units,
     write_sample,
 )
@@ -29,13 +29,13 @@ def pair(number: int) -> Unit:
     )
 
 
-def write(folder: Path, *chunks: list[tuple[Unit, Place]]) -> SequenceStore:
+def write(folder: Path, *chunks: list[tuple[Unit, Place]]) -> TokenStore:
     folder.mkdir(parents=True, exist_ok=True)
     writer = StoreWriter(folder)
     for chunk in chunks:
         writer.add(pack_units(chunk))
     writer.finish(("a.jsonl", "b.jsonl"), ACCOUNT)
-    return SequenceStore(folder, "label")
+    return TokenStore(folder, "label")
 
 
 def singles(count: int, file: int = 0) -> list[tuple[Unit, Place]]:
@@ -108,7 +108,7 @@ def test_rows_are_told_apart_by_file_and_line(tmp_path: Path) -> None:
 def test_moved_data_is_named_as_it_is_called_now(tmp_path: Path) -> None:
     """A store made from one place serves the same content elsewhere."""
     write(tmp_path / "s", singles(1))
-    assert SequenceStore(tmp_path / "s", "label", ("x.jsonl", "y.jsonl")).origin(0) == "x.jsonl:1"
+    assert TokenStore(tmp_path / "s", "label", ("x.jsonl", "y.jsonl")).origin(0) == "x.jsonl:1"
 
 
 def test_an_empty_store(tmp_path: Path) -> None:
@@ -124,10 +124,10 @@ def test_a_cut_file_is_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / "s" / f"{name}.bin"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match=rf"{name}\.bin: \d+ bytes, expected \d+; delete .*made anew"):
-        SequenceStore(tmp_path / "s", "label")
+        TokenStore(tmp_path / "s", "label")
     path.unlink()
     with pytest.raises(UserError, match=rf"{name}\.bin: 0 bytes, expected"):
-        SequenceStore(tmp_path / "s", "label")
+        TokenStore(tmp_path / "s", "label")
 
 
 def test_the_index_is_written_last(tmp_path: Path) -> None:
@@ -159,6 +159,6 @@ def test_a_sample_stands_alone(tmp_path: Path) -> None:
     expected = [full.unit(i)[0].token_ids_T.tolist() for i in range(5)]
     for file in (tmp_path / "full").iterdir():
         file.unlink()
-    sample = SequenceStore(tmp_path / "sample", "data")
+    sample = TokenStore(tmp_path / "sample", "data")
     assert [sample.unit(i)[0].token_ids_T.tolist() for i in range(len(sample))] == expected
     assert sample.origin(4) == "a.jsonl:5"

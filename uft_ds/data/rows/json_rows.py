@@ -28,7 +28,7 @@ _ESCAPE_LETTERS = 16
 
 _BLANK = re.compile(r"[ \t\n\r]*")
 
-Located = tuple[int, int, bytes]
+LocatedJson = tuple[int, int, bytes]
 """Line, offset of the row's first byte, the row's text."""
 
 
@@ -83,7 +83,7 @@ def too_long(name: str, line: int) -> UserError:
     return UserError(f"{name}:{line}: a row of more than {MAX_ROW_BYTES >> 20} MiB; split it, or check its quotes")
 
 
-def json_lines(stream: BinaryIO, name: str) -> Iterator[Located]:
+def json_lines(stream: BinaryIO, name: str) -> Iterator[LocatedJson]:
     """The lines that are not blank. A bad one is the caller's; one that was cut off is refused.
 
     Raises:
@@ -126,7 +126,7 @@ def _refuse_cut_off(line: bytes, place: str) -> None:
     raise UserError(f"{place}: the last line is cut off ({reason}): {INTERRUPTED}")
 
 
-def json_array(stream: BinaryIO, name: str) -> Iterator[Located]:
+def json_array(stream: BinaryIO, name: str) -> Iterator[LocatedJson]:
     """The elements of the one array that a file holds, each with the line it starts on.
 
     Raises:
@@ -206,7 +206,7 @@ class _ArrayText:
             if not self.grow():
                 return ""
 
-    def element(self) -> Located:
+    def element(self) -> LocatedJson:
         """The value that starts here."""
         line, byte = self.line, self.byte
         data = self.take(self._element_letters())

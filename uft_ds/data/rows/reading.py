@@ -64,7 +64,7 @@ class RawRow:
 
 
 @dataclass(frozen=True)
-class DataFiles:
+class SourceFiles:
     """One source: local files, or a data set of the hub.
 
     label: what the user gave, path[split].
@@ -82,7 +82,7 @@ class DataFiles:
         return f"{self.names[file]}:{line}"
 
 
-def find_data(path: str, split: str | None) -> DataFiles:
+def find_data(path: str, split: str | None) -> SourceFiles:
     """A local file, a folder of files, or a data set of the hub; nothing is read yet.
 
     Raises:
@@ -94,7 +94,7 @@ def find_data(path: str, split: str | None) -> DataFiles:
         if local.is_dir():
             files = _files_of(local, split)
             names = tuple(f"{path.rstrip('/')}/{file.relative_to(local).as_posix()}" for file in files)
-            return DataFiles(label, names, files)
+            return SourceFiles(label, names, files)
         is_local = local.exists()
     except OSError as error:
         shown = path if len(path) <= 80 else f"{path[:80]}..."
@@ -102,11 +102,11 @@ def find_data(path: str, split: str | None) -> DataFiles:
     if is_local:
         if not path.endswith(SUFFIXES):
             raise UserError(f"{path}: unknown kind of file; expected one of {', '.join(SUFFIXES)}")
-        return DataFiles(label, (path,), (local,))
+        return SourceFiles(label, (path,), (local,))
     if path.endswith((*SUFFIXES, *COMPRESSIONS)) or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)+", path):
         raise UserError(f"{path}: no such file or folder")
     label = f"{path}[{split or 'train'}]"
-    return DataFiles(label, (label,), hub=_load_from_hub(path, split))
+    return SourceFiles(label, (label,), hub=_load_from_hub(path, split))
 
 
 def _files_of(folder: Path, split: str | None) -> tuple[Path, ...]:
@@ -144,7 +144,7 @@ def _load_from_hub(path: str, split: str | None) -> datasets.Dataset:
         ) from None
 
 
-def content_hash(data: DataFiles) -> str:
+def content_hash(data: SourceFiles) -> str:
     """Equal only if the same rows come in the same order; moving the files, or renaming them, does not change it.
 
     Their suffixes are part of it, for they say how rows are read.
@@ -160,12 +160,12 @@ def content_hash(data: DataFiles) -> str:
     return digest.hexdigest()
 
 
-def data_size(data: DataFiles) -> int:
+def data_size(data: SourceFiles) -> int:
     """Bytes of all files, as they are stored."""
     return sum(_sizes(data))
 
 
-def _sizes(data: DataFiles) -> list[int]:
+def _sizes(data: SourceFiles) -> list[int]:
     sizes = []
     for name, path in _stored_files(data):
         with _readable(name):
@@ -175,14 +175,14 @@ def _sizes(data: DataFiles) -> list[int]:
     return sizes
 
 
-def _stored_files(data: DataFiles) -> list[tuple[str, Path]]:
+def _stored_files(data: SourceFiles) -> list[tuple[str, Path]]:
     if data.hub is None:
         return list(zip(data.names, data.paths, strict=True))
     return [(data.label, Path(file["filename"])) for file in data.hub.cache_files]
 
 
 def raw_rows(
-    data: DataFiles, on_progress: Callable[[int, int], None] = lambda done, total: None
+    data: SourceFiles, on_progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Generator[RawRow, None, None]:
     """All rows in order, streamed.
 
@@ -221,11 +221,11 @@ def parse_row(value: Value) -> dict[str, Any]:
     return value
 
 
-Located = tuple[float, int, int | None, Value]
+LocatedRow = tuple[float, int, int | None, Value]
 """Bytes of the stored file that were read by then, line, byte, value."""
 
 
-def _rows_of(data: DataFiles, file: int, size: int) -> Iterator[Located]:
+def _rows_of(data: SourceFiles, file: int, size: int) -> Iterator[LocatedRow]:
     if data.hub is not None:
         return _table_rows(_hub_rows(data.hub), size)
     path, name = data.paths[file], data.names[file]
@@ -234,7 +234,7 @@ def _rows_of(data: DataFiles, file: int, size: int) -> Iterator[Located]:
     return _text_rows(path, name)
 
 
-def _table_rows(batches: Iterator[tuple[float, list[dict[str, Any]]]], size: int) -> Iterator[Located]:
+def _table_rows(batches: Iterator[tuple[float, list[dict[str, Any]]]], size: int) -> Iterator[LocatedRow]:
     number = 0
     for share, rows in batches:
         for row in rows:
@@ -253,7 +253,7 @@ def _hub_rows(hub: datasets.Dataset) -> Iterator[tuple[float, list[dict[str, Any
         yield done / len(hub), rows
 
 
-def _text_rows(path: Path, name: str) -> Iterator[Located]:
+def _text_rows(path: Path, name: str) -> Iterator[LocatedRow]:
     packed = path.suffix if path.suffix in COMPRESSIONS else ""
     read = TEXT_READERS[Path(path.name.removesuffix(packed)).suffix]
     line = 0

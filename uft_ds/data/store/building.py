@@ -25,7 +25,7 @@ from uft_ds.data.example import Example, Kind, Pair, Unit
 from uft_ds.data.formats.fields import LeftOut
 from uft_ds.data.formats.table import Format, format_named
 from uft_ds.data.formats.turns import check_item
-from uft_ds.data.rows.reading import DataFiles, RawRow, data_size, parse_row, raw_rows
+from uft_ds.data.rows.reading import RawRow, SourceFiles, data_size, parse_row, raw_rows
 from uft_ds.data.store.sequences import Account, Place, StoreWriter, pack_units
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.tokenize import tokenize
@@ -58,7 +58,7 @@ class RowRules:
 
 
 @dataclass(frozen=True)
-class Shape:
+class RowShape:
     """What the first row of a file gave: the others must give the same.
 
     gives: the kind of its items; pairs with scores and without are two.
@@ -74,7 +74,7 @@ class _Chunk:
     rows: tuple[RawRow, ...]
     place: str
     """The file's name."""
-    shape: Shape | None
+    shape: RowShape | None
 
 
 @dataclass
@@ -82,7 +82,7 @@ class _Result:
     """What one chunk of rows gave."""
 
     columns: dict[str, np.ndarray] = field(default_factory=dict)
-    shape: Shape | None = None
+    shape: RowShape | None = None
     num_rows: int = 0
     num_skipped: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
@@ -95,7 +95,7 @@ class _Result:
 
 def build_store(
     folder: Path,
-    data: DataFiles,
+    data: SourceFiles,
     rules: RowRules,
     chat: ChatTokenizer,
     *,
@@ -181,7 +181,7 @@ def _made(make: Format, row: dict[str, Any], rules: RowRules) -> Iterable[Exampl
 
 
 def _results(
-    data: DataFiles,
+    data: SourceFiles,
     rules: RowRules,
     chat: ChatTokenizer,
     workers: int | None,
@@ -219,7 +219,7 @@ def _in_order(
     chunks: Iterator[_Chunk], examine: _Examiner, pool: ProcessPoolExecutor | None, waiting: int
 ) -> Iterator[_Result]:
     """Each chunk's result. A file's first rows are examined here: they say what the others must be like."""
-    shapes: dict[int, Shape] = {}
+    shapes: dict[int, RowShape] = {}
     pending: deque[Future[_Result]] = deque()
     for chunk in chunks:
         file = chunk.rows[0].file
@@ -238,7 +238,7 @@ def _in_order(
         yield pending.popleft().result()
 
 
-def _chunks(rows: Iterator[RawRow], data: DataFiles) -> Iterator[_Chunk]:
+def _chunks(rows: Iterator[RawRow], data: SourceFiles) -> Iterator[_Chunk]:
     held: list[RawRow] = []
     size = 0
     for row in rows:
@@ -276,7 +276,7 @@ class _Examiner:
                     row, self._rules, make, self._chat, file=raw.file, line=raw.line
                 )
                 if given is not None:
-                    result.shape = result.shape or Shape(raw.line, given, keys)
+                    result.shape = result.shape or RowShape(raw.line, given, keys)
                     _check_shape(given, keys, result.shape, chunk.place)
             except _OtherKind as error:
                 result.bad.append((raw, str(error)))
@@ -296,7 +296,7 @@ class _OtherKind(ValueError):
     """A row of another kind than the first one of its file."""
 
 
-def _check_shape(given: str, keys: tuple[str, ...], first: Shape, file: str) -> None:
+def _check_shape(given: str, keys: tuple[str, ...], first: RowShape, file: str) -> None:
     if given != first.gives:
         raise _OtherKind(
             f"a row of kind {given!r} with keys {', '.join(keys)}; {file}:{first.line} is of kind {first.gives!r} with "
@@ -304,7 +304,7 @@ def _check_shape(given: str, keys: tuple[str, ...], first: Shape, file: str) -> 
         )
 
 
-def _other_keys(keys: tuple[str, ...], first: Shape | None, file: str) -> str:
+def _other_keys(keys: tuple[str, ...], first: RowShape | None, file: str) -> str:
     if first is None or not keys or set(keys) == set(first.keys):
         return ""
     return f" [keys here: {', '.join(sorted(keys))}; at {file}:{first.line}: {', '.join(sorted(first.keys))}]"
@@ -316,7 +316,7 @@ def _described(item: Example | Pair) -> str:
     return item.kind
 
 
-def _check_where(data: DataFiles, rules: RowRules, columns: set[str]) -> None:
+def _check_where(data: SourceFiles, rules: RowRules, columns: set[str]) -> None:
     for column, value in rules.where:
         if column not in columns and value is not None:
             raise UserError(
@@ -347,13 +347,13 @@ def _added(total: Account, result: _Result) -> Account:
     )
 
 
-def _exact_place(data: DataFiles, row: RawRow) -> str:
+def _exact_place(data: SourceFiles, row: RawRow) -> str:
     """With the byte for an array on one line, where the line says nothing."""
     place = data.place(row.file, row.line)
     return f"{place} (byte {row.byte})" if row.line == 1 and row.byte and row.byte > len(codecs.BOM_UTF8) else place
 
 
-def _quarantined(data: DataFiles, row: RawRow, reason: str) -> str:
+def _quarantined(data: SourceFiles, row: RawRow, reason: str) -> str:
     """A line of quarantine.jsonl: where the row is, why it was left out, and the row itself."""
     raw = row.value if isinstance(row.value, bytes) else repr(row.value).encode("utf-8", "backslashreplace")
     entry = {

@@ -149,7 +149,7 @@ def pack_units(units: Seq[tuple[Unit, Place]]) -> dict[str, np.ndarray]:
     }
 
 
-class SequenceStore:
+class TokenStore:
     """A store that was written, read through the page cache; forked and spawned processes share it."""
 
     def __init__(self, folder: Path, label: str, names: Seq[str] | None = None) -> None:
@@ -248,7 +248,7 @@ class Selection:
     score_map: of the store's scores; None leaves them as they are.
     """
 
-    store: SequenceStore
+    store: TokenStore
     units_U: np.ndarray
     last: int | None = None
     score_map: ScoreMap | None = None

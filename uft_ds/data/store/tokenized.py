@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from uft_ds.data.formats.table import FORMATS, format_named
-from uft_ds.data.rows.reading import DataFiles, content_hash
+from uft_ds.data.rows.reading import SourceFiles, content_hash
 from uft_ds.data.store.building import QUARANTINE, RowRules, build_store
-from uft_ds.data.store.sequences import INDEX, SequenceStore
+from uft_ds.data.store.sequences import INDEX, TokenStore
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.errors import UserError
 from uft_ds.host.files import sha256
@@ -41,12 +41,12 @@ _FROM_ROW_TO_TOKENS = ("formats/*.py", "rows/*.py", "tokens/*.py", "store/*.py",
 """Our modules that decide what a row's tokens are."""
 
 
-def store_key(data: DataFiles, rules: RowRules, chat: ChatTokenizer) -> str:
+def store_key(data: SourceFiles, rules: RowRules, chat: ChatTokenizer) -> str:
     """The name of a source's store, by content; hex."""
     return _key_of(key_parts(data, rules, chat))
 
 
-def key_parts(data: DataFiles, rules: RowRules, chat: ChatTokenizer) -> dict[str, Any]:
+def key_parts(data: SourceFiles, rules: RowRules, chat: ChatTokenizer) -> dict[str, Any]:
     """All that a source's tokens depend on, by content: plain values, which a store keeps to say what it is of."""
     ours = sorted(file for pattern in _FROM_ROW_TO_TOKENS for file in _DATA.glob(pattern))
     return {
@@ -96,7 +96,7 @@ def tokenizer_hash(chat: ChatTokenizer) -> str:
 
 
 def ensure_store(
-    data: DataFiles,
+    data: SourceFiles,
     rules: RowRules,
     chat: ChatTokenizer,
     cache_dir: Path,
@@ -132,7 +132,7 @@ def ensure_store(
     return key
 
 
-def open_store(cache_dir: Path, key: str, label: str, names: tuple[str, ...] | None = None) -> SequenceStore:
+def open_store(cache_dir: Path, key: str, label: str, names: tuple[str, ...] | None = None) -> TokenStore:
     """A store by its key.
 
     Raises:
@@ -141,7 +141,7 @@ def open_store(cache_dir: Path, key: str, label: str, names: tuple[str, ...] | N
     folder = cache_dir / key
     if not is_whole(folder):
         raise UserError(f"{label}: its tokens are not in {cache_dir} any more ({key}); start the run anew")
-    return SequenceStore(folder, label, names)
+    return TokenStore(folder, label, names)
 
 
 def is_whole(folder: Path) -> bool:
@@ -149,14 +149,14 @@ def is_whole(folder: Path) -> bool:
     return (folder / INDEX).is_file()
 
 
-def quarantine_file(store: SequenceStore) -> Path:
+def quarantine_file(store: TokenStore) -> Path:
     """The rows that were left out of a store, and why."""
     return store.folder / QUARANTINE
 
 
 def _build_beside(
     folder: Path,
-    data: DataFiles,
+    data: SourceFiles,
     rules: RowRules,
     chat: ChatTokenizer,
     quarantine: bool,

@@ -13,8 +13,9 @@ from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.tokenize import load_tokenizer
 from uft_ds.errors import UserError
 from uft_ds.recipe.file import recipe_from_tree
+from uft_ds.recipe.settings import settings_of
+from uft_ds.recipe.unused import unused
 from uft_ds.run.prepare import prepare_data
-from uft_ds.run.unused import unused
 
 PROMPTS = [{"prompt": f"q{i}"} for i in range(4)]
 ROWS: dict[str, list[dict[str, Any]]] = {
@@ -44,8 +45,8 @@ def notes(chat: ChatTokenizer, folder: Path, objective: dict[str, Any], *names: 
     ]
     data = {"sources": sources, "cache_dir": str(folder / "tokens"), "max_length": 64, "workers": 1}
     tree = {"name": "x", "model": {"base": "b"}, "data": data, "objective": objective, "output": "o"}
-    recipe = recipe_from_tree(tree, "x")
-    return list(unused(recipe, prepare_data(recipe, chat)))
+    settings = settings_of(recipe_from_tree(tree, "x"))
+    return list(unused(settings.given, prepare_data(settings, chat)))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,300 @@
+"""The recipe as frozen plain values: what everything below `run/` is given instead of it.
+
+`settings_of` reads no disk. What needs one (absolute paths, an adapter's folder, a hub model's commit, the DeepSpeed
+file) is filled in by `run/settings.py`, before anything else uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from uft_ds.data.example import KINDS
+from uft_ds.data.mixture import Portion
+from uft_ds.data.sources import ScoreMapping, SourceSettings, Tolerance
+from uft_ds.data.store.building import RowRules
+from uft_ds.host.files import user_cache
+from uft_ds.objectives.objective import KindObjective, Objective
+from uft_ds.objectives.pairwise import PairConstants
+from uft_ds.objectives.reference import HowForwarded, HowReference, how_known
+from uft_ds.objectives.reward_shift import RewardShift
+from uft_ds.recipe.file import load_recipe, recipe_from_tree
+from uft_ds.recipe.rules import GivenObjective
+from uft_ds.recipe.schema import DataSection, Recipe, SourceSection, TrainSection
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The frozen base and how it is forwarded; logits_bytes: of both streams at a time, None: what suits the device."""
+
+    base: str
+    revision: str | None
+    dtype: Literal["float32", "bfloat16"]
+    attention: str
+    chat_template: str | None
+    gradient_checkpointing: bool
+    activation_offload: bool
+    logits_bytes: int | None
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """targets: names of modules, or "all-linear"."""
+
+    rank: int
+    alpha: float
+    targets: Literal["all-linear"] | list[str]
+    dtype: Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """given_cache_dir: as the recipe has it, None where it leaves that open."""
+
+    max_length: int
+    tolerance: Tolerance
+    workers: int | None
+    given_cache_dir: str | None
+    sources: tuple[SourceSettings, ...]
+    held_out: tuple[SourceSettings, ...]
+
+    @property
+    def cache_dir(self) -> Path:
+        """Where runs share tokenised sources."""
+        return Path(self.given_cache_dir) if self.given_cache_dir else user_cache() / "tokenized"
+
+
+@dataclass(frozen=True)
+class ReferenceSettings:
+    """is_needed: whether any loss compares with it. mode: how it is forwarded, "separate" where it is not needed, so
+    that the model is left as it is. caches: whether it is needed and remembered. given_mode, given_cache,
+    given_cache_dir: as the recipe has them, needed or not.
+    """
+
+    is_needed: bool
+    given_mode: HowForwarded
+    given_cache: bool
+    given_cache_dir: str | None
+    adapter: str | None
+    step_zero_tolerance: float
+
+    @property
+    def mode(self) -> HowForwarded:
+        return self.given_mode if self.is_needed else "separate"
+
+    @property
+    def caches(self) -> bool:
+        return self.how == "cached"
+
+    @property
+    def how(self) -> HowReference:
+        """How the run has the reference's log-probs."""
+        return how_known(needed=self.is_needed, cached=self.given_cache, forwarded=self.given_mode)
+
+    @property
+    def cache_dir(self) -> Path:
+        """Where runs share what they compute of the reference."""
+        return Path(self.given_cache_dir) if self.given_cache_dir else user_cache() / "reference"
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """The recipe's `train`, key by key."""
+
+    examples_per_step: int
+    tokens_per_micro_batch: int
+    epochs: int
+    steps: int | None
+    lr: float
+    schedule: Literal["cosine", "linear", "constant"]
+    warmup: float
+    betas: tuple[float, float]
+    weight_decay: float
+    max_grad_norm: float
+    max_skipped_steps: int
+    seed: int
+    deterministic: bool
+    checkpoint_every: int
+    keep_checkpoints: int
+    keep_best: str | None
+    evaluate_every: int
+
+
+@dataclass(frozen=True)
+class LaunchSettings:
+    """ranks: of this machine, or "auto"."""
+
+    ranks: Literal["auto"] | int
+    collective_timeout_minutes: float
+
+
+@dataclass(frozen=True)
+class DeepSpeedSettings:
+    """name: of a file of ds_configs/, or a path. config: its content, once it has been read and checked."""
+
+    name: str
+    config: Mapping[str, Any] | None = None
+
+    @property
+    def checked(self) -> dict[str, Any]:
+        assert self.config is not None, "run/settings.py reads it first"
+        return dict(self.config)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that defines a run.
+
+    given: the objective in the recipe's own words. stored: the recipe as a tree of plain values, which a run's
+    recipe.yaml holds and a later start is compared with.
+    """
+
+    name: str
+    output: Path
+    model: ModelSettings
+    lora: LoraSettings
+    data: DataSettings
+    objective: Objective
+    given: GivenObjective
+    reference: ReferenceSettings
+    train: TrainSettings
+    launch: LaunchSettings
+    tracking: tuple[str, ...]
+    deepspeed: DeepSpeedSettings
+    stored: Mapping[str, Any]
+
+
+def load_settings(name_or_path: str, overrides: tuple[str, ...] = ()) -> Settings:
+    """Of a shipped recipe or a file.
+
+    Raises:
+        UserError: names the recipe and the key, what was given, what is allowed and the nearest known name.
+    """
+    return settings_of(load_recipe(name_or_path, overrides))
+
+
+def settings_of(recipe: Recipe) -> Settings:
+    """Everything that a recipe means."""
+    assert recipe.lora is not None
+    model, reference, data = recipe.model, recipe.reference, recipe.data
+    given = recipe.objective.given
+    objective = objective_of(given)
+    return Settings(
+        name=recipe.name,
+        output=Path(recipe.output),
+        model=ModelSettings(
+            base=model.base,
+            revision=model.revision,
+            dtype=model.dtype,
+            attention=model.attention,
+            chat_template=model.chat_template,
+            gradient_checkpointing=model.gradient_checkpointing,
+            activation_offload=model.activation_offload,
+            logits_bytes=None if model.logits_mib is None else model.logits_mib * 2**20,
+        ),
+        lora=LoraSettings(recipe.lora.rank, recipe.lora.alpha, recipe.lora.targets, recipe.lora.dtype),
+        data=DataSettings(
+            max_length=data.max_length,
+            tolerance=Tolerance(data.on_bad_row == "quarantine", data.max_quarantined, data.too_long != "refuse"),
+            workers=data.workers,
+            given_cache_dir=data.cache_dir,
+            sources=tuple(source_of(entry, data) for entry in data.sources),
+            held_out=tuple(source_of(entry, data) for entry in data.held_out),
+        ),
+        objective=objective,
+        given=given,
+        reference=ReferenceSettings(
+            is_needed=objective.needs_reference,
+            given_mode=reference.mode,
+            given_cache=reference.cache,
+            given_cache_dir=reference.cache_dir,
+            adapter=reference.adapter,
+            step_zero_tolerance=reference.step_zero_tolerance,
+        ),
+        train=train_settings(recipe.train),
+        launch=LaunchSettings(**recipe.launch.model_dump()),
+        tracking=tuple(recipe.tracking),
+        deepspeed=DeepSpeedSettings(recipe.deepspeed),
+        stored=recipe.model_dump(mode="json"),
+    )
+
+
+def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
+    """The settings of the same recipe with other values at these keys; what it names itself stays what it was.
+
+    Two spellings of one path may become the same: that is told when the data is read, by its content.
+    """
+    tree: Any = deepcopy(dict(settings.stored))
+    for key, value in changes.items():
+        *parents, leaf = key.split(".")
+        node = tree
+        for part in parents:
+            node = node[int(part)] if isinstance(node, list) else node[part]
+        node[leaf] = value
+    made = settings_of(recipe_from_tree(tree, settings.name, checks_combinations=False))
+    is_same_file = made.deepspeed.name == settings.deepspeed.name
+    return replace(made, given=settings.given, deepspeed=settings.deepspeed if is_same_file else made.deepspeed)
+
+
+def train_settings(section: TrainSection) -> TrainSettings:
+    """The same values, key by key."""
+    first, second = section.betas
+    return TrainSettings(**section.model_dump() | {"betas": (first, second)})
+
+
+def objective_of(given: GivenObjective) -> Objective:
+    """Losses, weights and betas, kind by kind, and what they share."""
+    return Objective(
+        {kind: KindObjective(given.losses_of(kind), given.weight_of(kind), given.beta_of(kind)) for kind in KINDS},
+        shift=RewardShift(given.reward_shift, given.reward_shift_value, given.reward_shift_decay),
+        length_normalized=given.length_normalized,
+        undesirable_weight=given.undesirable_weight,
+        beta_schedule=given.beta_schedule,
+        beta_end=given.beta_end,
+        constants=PairConstants(
+            label_smoothing=given.label_smoothing or 0.0,
+            rpo_scale=given.rpo_scale,
+            dpop_penalty=given.dpop_penalty,
+            simpo_margin=given.simpo_margin,
+        ),
+    )
+
+
+def source_of(entry: SourceSection, data: DataSection) -> SourceSettings:
+    """One source, with the rules that it shares with the others."""
+    rules = RowRules(
+        entry.format,
+        entry.score,
+        max_length=data.max_length,
+        merge=data.merge_conversations,
+        trim_prompt=data.too_long == "trim_prompt",
+        split_pairs=entry.pairs == "split",
+        where=tuple(sorted(entry.where.items())),
+    )
+    return SourceSettings(
+        entry.path,
+        entry.split,
+        rules,
+        entry.examples,
+        portion_of(entry),
+        entry.allow_one_score,
+        _score_mapping(entry),
+    )
+
+
+def portion_of(entry: SourceSection) -> Portion:
+    """How much of a source an epoch of the mixture takes."""
+    if entry.share is None:
+        return Portion(entry.epochs or 1.0)
+    schedule = entry.share if isinstance(entry.share, list) else [[0.0, entry.share]]
+    return Portion(share=tuple((progress, share) for progress, share in schedule))
+
+
+def _score_mapping(entry: SourceSection) -> ScoreMapping:
+    if not isinstance(entry.score_map, list):
+        return entry.score_map
+    scale, offset = entry.score_map
+    return scale, offset

@@ -1,0 +1,70 @@
+"""What a run is of, by content, and what it was started with: what a restart compares, and a repetition needs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from uft_ds.data.sources import PreparedData
+from uft_ds.data.store.tokenized import read_key_parts
+from uft_ds.host.callbacks import OnProgress
+from uft_ds.recipe.settings import Settings
+from uft_ds.streams.identity import adapter_identity, base_identity, local_folder
+from uft_ds.streams.load import check_base, meta_model
+from uft_ds.streams.weights import check_weights
+
+
+def run_identity(settings: Settings, data: PreparedData, on_progress: OnProgress) -> dict[str, Any]:
+    """What a run is of, by content: base weights, adapter, and of each source rows, rules, tokenizer and template."""
+    base, adapter = settings.model.base, settings.reference.adapter
+    revision = settings.model.revision
+    content = base_identity(base, revision, partial(on_progress, f"hashing {base}"))
+    if not Path(base).exists():  # a local folder's have been checked before any data was read
+        check_weights(local_folder(base, revision), meta_model(check_base(base, revision)))
+    return {
+        "base": content,
+        "adapter": adapter_identity(Path(adapter)) if adapter else None,
+        "data": {
+            f"{part}.{number}": {key: parts[key] for key in ("content", "rules", "tokenizer", "chat_template")}
+            for part, sources in (("sources", data.train), ("held_out", data.held_out))
+            for number, source in enumerate(sources)
+            for parts in [read_key_parts(settings.data.cache_dir, source.key)]
+        },
+    }
+
+
+def environment(settings: Settings) -> dict[str, object]:
+    """Versions, revision and what the run starts from, by content, for whoever wants to repeat it."""
+    adapter = settings.reference.adapter
+    packages = ("uft-ds", "torch", "deepspeed", "transformers", "peft", "datasets", "safetensors", "numpy")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": versions,
+        "git_revision": _git_revision(),
+        "reference_adapter": adapter_identity(Path(adapter)) if adapter else None,
+    }
+
+
+def _git_revision() -> str | None:
+    checkout = Path(__file__).parents[2]
+    if not (checkout / ".git").exists():  # installed: a repository further up would be somebody else's
+        return None
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None

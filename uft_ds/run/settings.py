@@ -1,0 +1,84 @@
+"""What settings need the disk or the hub for, filled in once, before anything else uses them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from uft_ds.checkpoint.folder import latest_checkpoint
+from uft_ds.checkpoint.manifest import MANIFEST
+from uft_ds.engine.engine import read_deepspeed_file
+from uft_ds.errors import UserError
+from uft_ds.recipe.settings import Settings, changed
+from uft_ds.streams.identity import local_folder
+
+
+def located(settings: Settings) -> Settings:
+    """The same wherever it is read from: local paths made absolute, hub and shipped names left alone.
+
+    A run's newest checkpoint changes: the adapter that is meant now is written down.
+
+    Raises:
+        UserError: there is no such adapter.
+    """
+
+    def absolute(path: str) -> str:
+        return str(Path(path).absolute()) if Path(path).exists() else path
+
+    model, reference, name = settings.model, settings.reference, settings.deepspeed.name
+    changes: dict[str, Any] = {
+        "model.base": absolute(model.base),
+        "model.chat_template": absolute(model.chat_template) if model.chat_template else None,
+        "reference.adapter": str(adapter_folder(reference.adapter).absolute()) if reference.adapter else None,
+        "deepspeed": absolute(name) if name.endswith(".json") else name,
+        "output": str(settings.output.absolute()),
+    }
+    for key, given in (
+        ("data.cache_dir", settings.data.given_cache_dir),
+        ("reference.cache_dir", reference.given_cache_dir),
+    ):
+        changes[key] = str(Path(given).absolute()) if given else None
+    for part, sources in (("sources", settings.data.sources), ("held_out", settings.data.held_out)):
+        changes |= {f"data.{part}.{number}.path": absolute(source.path) for number, source in enumerate(sources)}
+    return changed(settings, changes)
+
+
+def with_deepspeed_file(settings: Settings) -> Settings:
+    """With what the DeepSpeed file holds.
+
+    Raises:
+        UserError: it cannot be read, or DeepSpeed or the recipe does not allow it.
+    """
+    deepspeed = settings.deepspeed
+    if deepspeed.config is not None:
+        return settings
+    return replace(settings, deepspeed=replace(deepspeed, config=read_deepspeed_file(deepspeed.name)))
+
+
+def with_fixed_revision(settings: Settings) -> Settings:
+    """A hub model by its commit: what is hashed here must be what the ranks load."""
+    model = settings.model
+    if Path(model.base).exists():
+        return settings
+    return changed(settings, {"model.revision": local_folder(model.base, model.revision).name})
+
+
+def adapter_folder(path: str) -> Path:
+    """The folder of an adapter in PEFT's format: itself, or the one that a checkpoint or a run's newest one holds.
+
+    Raises:
+        UserError: there is none, or the checkpoint is damaged.
+    """
+    folder = Path(path)
+    if (folder / "adapter_config.json").is_file():
+        return folder
+    expected = "expected an adapter's folder (with adapter_config.json), a checkpoint or a run"
+    if not folder.is_dir():
+        raise UserError(f"reference.adapter: {path}: {'not a' if folder.exists() else 'no such'} folder; {expected}")
+    if not (folder / MANIFEST).exists() and not (folder / "checkpoints").is_dir():
+        raise UserError(f"reference.adapter: {path}: holds no adapter; {expected}")
+    try:
+        return latest_checkpoint(folder) / "adapter"
+    except UserError as error:
+        raise UserError(f"reference.adapter: {error}") from None
