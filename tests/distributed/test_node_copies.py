@@ -13,7 +13,7 @@ from engines import REAL_PARTITIONING, UNEVEN, accumulate, assert_same_step, res
 from ranks import run_on_ranks
 from runs import adapter, losses, numbers, recipe_in, uft
 from tiny import build_tiny_model
-from toy import UFT, toy_model, toy_step
+from toy import UFT, forwarded, toy_model, toy_step
 
 from uft_ds.data.micro_batch import micro_batch
 from uft_ds.engine.engine import Engine, deepspeed_config, partitioned_loading, read_deepspeed_file
@@ -59,8 +59,7 @@ def steps(folder: Path, file: str, model: dict[str, Any]) -> Any:
 
     backend.all_gather_into_tensor = counted
     for number, batch in enumerate(batches):
-        logps_R, _ = engine(batch)
-        engine.backward(logps_R.sum(), is_last=number == len(batches) - 1)
+        engine.backward(forwarded(engine, batch)["policy"].sum(), is_last=number == len(batches) - 1)
     backend.all_gather_into_tensor = gather
     frozen: list[Any] = [p for p in engine.module.parameters() if not p.requires_grad]
     trainable: list[Any] = [p for p in engine.module.parameters() if p.requires_grad]

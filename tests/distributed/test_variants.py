@@ -9,7 +9,7 @@ import torch
 from engines import UNEVEN, accumulate, assert_same_step, engine_of, single_process
 from ranks import run_on_ranks
 from tiny import build_tiny_model
-from toy import UFT, saved_adapter, toy_step
+from toy import UFT, forwarded, saved_adapter, toy_step
 
 from uft_ds.data.micro_batch import micro_batch
 
@@ -49,7 +49,8 @@ def weights_around_a_step(folder: Path) -> Any:
     engine = engine_of(folder / "base", reference_adapter=folder / "adapter", b_std=0.0)
     sequences = toy_step().sequences
     batch = micro_batch(sequences[engine.rank :: engine.world_size])
-    logps_R, reference_R = (value.detach() for value in engine(batch))
+    logps = forwarded(engine, batch)
+    logps_R, reference_R = logps["policy"].detach(), logps["reference"]
     states = []
     for _ in range(2):
         named = {name: p for name, p in engine.module.named_parameters() if "lora_B" in name}

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from uft_ds.checkpoint.folder import newest_whole
 from uft_ds.checkpoint.manifest import MANIFEST, manifest_problem
 from uft_ds.checkpoint.state import TRAINER, Position, TrainerState, read_position, write_position
-from uft_ds.data.store.sequences import INDEX, Account, SequenceStore, StoreWriter
+from uft_ds.data.store.sequences import INDEX, Account, StoreWriter, TokenStore
 from uft_ds.errors import UserError
 from uft_ds.host.files import sha256
 from uft_ds.host.formats import UnknownFormat, check_format
@@ -64,14 +64,14 @@ def test_a_token_store_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     """Its index is read before anything else, and one that lacks keys is an error of the user's, too."""
     writer = StoreWriter(tmp_path)
     writer.finish(["rows.jsonl"], Account(0, {}, {}, {}, 0, 0))
-    assert len(SequenceStore(tmp_path, "rows")) == 0
+    assert len(TokenStore(tmp_path, "rows")) == 0
     (tmp_path / INDEX).write_text('{"format": 2}')
     with pytest.raises(UserError, match=r"index\.json: format 2 found.*prepare the data anew"):
-        SequenceStore(tmp_path, "rows")
+        TokenStore(tmp_path, "rows")
     for text in ('{"format": 1}', "[]", "{"):
         (tmp_path / INDEX).write_text(text)
         with pytest.raises(UserError, match=r"index\.json: .*prepare the data anew"):
-            SequenceStore(tmp_path, "rows")
+            TokenStore(tmp_path, "rows")
 
 
 def test_a_reference_table_of_a_newer_version_stays_where_it_is(tmp_path: Path) -> None:

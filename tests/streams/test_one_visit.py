@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_lockstep import live_hidden_states, saved_bytes, watching
+from test_lanes import live_hidden_states, saved_bytes, watching
 from torch import Tensor
 from toy import logps_by_name, streams_of, toy_model, toy_sequences
 from transformers import AutoModelForCausalLM

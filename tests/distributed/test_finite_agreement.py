@@ -137,7 +137,7 @@ def finite_gradient_of_a_bad_loss(base: Path) -> Any:
     one_step(engine, "no")
     before = state_of(engine)
     batch = rank_micro_batches(toy_step(), tokens_per_micro_batch=512, rank=engine.rank, world_size=2)[0]
-    loss, _ = micro_batch_loss(UFT, batch, count_terms(UFT, toy_step().responses), *engine(batch))
+    loss, _ = micro_batch_loss(UFT, batch, count_terms(UFT, toy_step().responses), forwarded(engine, batch))
     engine.backward(loss, is_last=True)
     result = engine.step(1e-2, loss + (float("inf") if engine.rank == 1 else 0.0))
     return result, same_bits(before, state_of(engine))
@@ -158,7 +158,7 @@ def without_agreement(base: Path, file: str) -> tuple[bool, float]:
     one_step(engine, "no")
     step = toy_step()
     batch = rank_micro_batches(step, tokens_per_micro_batch=512, rank=engine.rank, world_size=2)[0]
-    loss, _ = micro_batch_loss(UFT, batch, count_terms(UFT, step.responses), *engine(batch))
+    loss, _ = micro_batch_loss(UFT, batch, count_terms(UFT, step.responses), forwarded(engine, batch))
     engine.backward(loss * (float("nan") if engine.rank == 1 else 1.0), is_last=True)
     engine.deepspeed.step()
     norm = float(engine.deepspeed.get_global_grad_norm())
