@@ -60,10 +60,12 @@ install-lowest: $(LOWEST_VENV)/.installed
 test-lowest: install-lowest ## The main job with the oldest versions that pyproject.toml allows
 	$(LOWEST_VENV)/bin/python -m pytest -m "not long" $(SPINE)
 
-lint: install ## Formatting, lint and types
+lint: install ## Formatting, lint, types, and the package's structure
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy --no-error-summary
+	$(BIN)/lint-imports --no-cache > $(VENV)/imports.log || { cat $(VENV)/imports.log; exit 1; }
+	$(BIN)/python scripts/structure.py --check
 
 format: install ## Rewrite the code as the formatter wants it
 	$(BIN)/ruff format .

@@ -14,7 +14,8 @@ from torch import Tensor
 from uft_ds.kernels import chunks, rows_torch, rows_triton
 from uft_ds.kernels.logits import UNCHANGED, LogitTransform
 from uft_ds.kernels.naive import naive_token_logps
-from uft_ds.kernels.rows import RowSums, UpstreamRows, no_columns_yet, sweeps_for, values_of
+from uft_ds.kernels.rows import RowSums, UpstreamRows, no_columns_yet, values_of
+from uft_ds.kernels.sweeps import sweeps_for
 from uft_ds.kernels.token_logps import token_logps, token_logps_and_statistics
 
 CAPPED = LogitTransform(scale=0.5, softcap=5.0, temperature=1.3)

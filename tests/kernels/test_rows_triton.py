@@ -19,7 +19,7 @@ import needs
 import pytest
 import torch
 
-from uft_ds.kernels import rows, rows_torch
+from uft_ds.kernels import rows_torch, sweeps
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes a block may have: CUDA C++ programming guide, compute capabilities."""
@@ -86,16 +86,16 @@ def test_without_triton_plain_torch_is_taken_and_said(
 ) -> None:
     """Once, not at every call."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    rows._sweeps.cache_clear()
+    sweeps._sweeps.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            assert rows.sweeps_for(torch.device("cuda"), torch.float32) is rows_torch
+            assert sweeps.sweeps_for(torch.device("cuda"), torch.float32) is rows_torch
     assert [record.message for record in caplog.records] == [
         "Triton is not installed: rows of logits are swept by plain torch, in about six passes instead of two"
     ]
-    rows._sweeps.cache_clear()
+    sweeps._sweeps.cache_clear()
 
 
 def test_processors_take_plain_torch() -> None:
     """Triton has no back end for them."""
-    assert rows.sweeps_for(torch.device("cpu"), torch.float32) is rows_torch
+    assert sweeps.sweeps_for(torch.device("cpu"), torch.float32) is rows_torch

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 
 from uft_ds.checkpoint.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, OPTIMIZER
@@ -23,6 +20,7 @@ from uft_ds.errors import CheckFailed
 from uft_ds.host.files import sha256, sync
 from uft_ds.known.cache import REFERENCE_TABLE, Known
 from uft_ds.known.store import LogpTable, write_table
+from uft_ds.streams.adapters import Policy, adapter_tensors
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Snapshot:
 
 
 def take_snapshot(
-    engine: Engine, policy: PeftModel, position: Position, reference: Known, adapter_config: bytes
+    engine: Engine, policy: Policy, position: Position, reference: Known, adapter_config: bytes
 ) -> Snapshot:
     """Copy everything; every rank must call it. The adapter is gathered, the optimiser's state is not."""
     first = None
@@ -57,7 +55,7 @@ def take_snapshot(
             tensors = {name.removeprefix(prefix): tensor for name, tensor in named.items()}
             adapter = {
                 name: tensor.to("cpu", copy=True).contiguous()
-                for name, tensor in get_peft_model_state_dict(policy, state_dict=tensors).items()
+                for name, tensor in adapter_tensors(policy, tensors).items()
             }
             first = OfFirstRank(adapter, adapter_config, reference.table())
     pieces = tuple(
@@ -65,19 +63,6 @@ def take_snapshot(
         for piece in pieces_of(engine.deepspeed)
     )
     return Snapshot(position, pieces, generator_states(), engine.rank, engine.world_size, first)
-
-
-def adapter_config_of(policy: PeftModel) -> bytes:
-    """PEFT's adapter_config.json, as it saves it."""
-    config: Any = policy.peft_config["default"]
-    inference_mode = config.inference_mode
-    config.inference_mode = True
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            config.save_pretrained(folder)
-            return (Path(folder) / Path(ADAPTER_CONFIG).name).read_bytes()
-    finally:
-        config.inference_mode = inference_mode
 
 
 def write_snapshot(snapshot: Snapshot, folder: Path) -> dict[str, Written]:

@@ -16,11 +16,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from peft import PeftModel
-
 from uft_ds.checkpoint.folder import checkpoints_of, name_of, point_latest, prune, remove
 from uft_ds.checkpoint.manifest import Written, write_manifest
-from uft_ds.checkpoint.snapshot import Snapshot, adapter_config_of, take_snapshot, write_snapshot
+from uft_ds.checkpoint.snapshot import Snapshot, take_snapshot, write_snapshot
 from uft_ds.checkpoint.state import Position
 from uft_ds.engine.engine import Engine
 from uft_ds.errors import CheckFailed, UserError
@@ -28,6 +26,7 @@ from uft_ds.host.files import sync
 from uft_ds.known.cache import Known
 from uft_ds.record.report import Speaker
 from uft_ds.record.run_folder import RunFolder
+from uft_ds.streams.adapters import Policy, adapter_config_of
 
 _SECONDS_FOR_OTHERS_FILES = 60.0
 """Until a file that another machine has written is seen: some shared file systems take their time."""
@@ -46,7 +45,7 @@ class CheckpointWriter:
     """Writes a run's checkpoints, one at a time. Every rank has one, and calls the same methods in the same order."""
 
     def __init__(
-        self, engine: Engine, policy: PeftModel, folder: RunFolder, reporter: Speaker, *, keep: int, best: str | None
+        self, engine: Engine, policy: Policy, folder: RunFolder, reporter: Speaker, *, keep: int, best: str | None
     ) -> None:
         self._engine, self._policy, self._folder, self._reporter = engine, policy, folder, reporter
         self._keep, self._best = keep, best

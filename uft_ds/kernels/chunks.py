@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from uft_ds.kernels.logits import UNCHANGED, LogitTransform, accumulation_dtype, mm_float32, must_be_cast
-from uft_ds.kernels.rows import RowValues, no_columns_yet, sweeps_for, values_of
+from uft_ds.kernels.rows import RowValues, no_columns_yet, values_of
+from uft_ds.kernels.sweeps import sweeps_for
 from uft_ds.kernels.tiles import Tile, tile_of
 
 

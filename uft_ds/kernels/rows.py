@@ -6,18 +6,11 @@ Two implementations of the sweeps, `rows_torch` and `rows_triton`, keep these su
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import logging
-import os
 from dataclasses import dataclass
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -103,24 +96,3 @@ def values_of(sums: RowSums) -> RowValues:
 def joined(parts: list[RowValues]) -> RowValues:
     """The rows of all parts, in their order; at least one part."""
     return RowValues._make(None if field[0] is None else torch.cat(field) for field in zip(*parts, strict=True))
-
-
-def sweeps_for(device: torch.device, dtype: torch.dtype) -> ModuleType:
-    """`rows_triton` on GPUs (and under Triton's interpreter); `rows_torch` elsewhere, for float64 or without Triton."""
-    on_gpu = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-    return _sweeps(on_gpu and dtype == torch.float32)
-
-
-@functools.cache
-def _sweeps(for_gpu: bool) -> ModuleType:
-    if for_gpu:
-        if importlib.util.find_spec("triton") is not None:
-            from uft_ds.kernels import rows_triton
-
-            return rows_triton
-        logger.warning(
-            "Triton is not installed: rows of logits are swept by plain torch, in about six passes instead of two"
-        )
-    from uft_ds.kernels import rows_torch
-
-    return rows_torch

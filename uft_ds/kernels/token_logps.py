@@ -6,7 +6,8 @@ N tokens, D hidden size, V vocabulary. The modules, from the outside in:
     frozen_head, trainable_head    how log-probs are linked to what they were computed from
     forward                        all tokens: chunk after chunk
     chunks, tiles                  one chunk: over the vocabulary, tile after tile; how large they are
-    rows, rows_torch, rows_triton  one tile of logits: what is kept of it; the two implementations of the sweep
+    rows                           one tile of logits: what is kept of it
+    sweeps, rows_torch, rows_triton  which implementation sweeps over a tile; the two of them
     logits, naive                  scaling and exact matmuls; the definition
 """
 

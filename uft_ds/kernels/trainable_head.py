@@ -17,7 +17,8 @@ from torch.autograd.function import Function, once_differentiable
 from uft_ds.kernels.chunks import Chunk, Head, VocabularyTile, chunks_of
 from uft_ds.kernels.forward import HeadOutput, forward_pass
 from uft_ds.kernels.logits import LogitTransform, accumulation_dtype, mm_float32, without_autocast
-from uft_ds.kernels.rows import RowValues, UpstreamRows, sweeps_for
+from uft_ds.kernels.rows import RowValues, UpstreamRows
+from uft_ds.kernels.sweeps import sweeps_for
 
 
 def differentiable_logps(

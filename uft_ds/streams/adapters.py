@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 from uft_ds.errors import UserError
 from uft_ds.streams.lora_config import WITHOUT_EFFECT, read_lora_config
 from uft_ds.streams.stream import BARE_BASE, POLICY_ADAPTER, REFERENCE_ADAPTER, Stream
+
+Policy = PeftModel
+"""The base with the policy's adapter, and others beside it: what checkpoints and training pass on."""
 
 
 def add_adapters(
@@ -165,3 +169,22 @@ def as_stream(module: nn.Module, stream: Stream) -> Iterator[None]:
     finally:
         for layer, (disabled, active) in zip(layers, before, strict=True):
             layer._disable_adapters, layer._active_adapter = disabled, active
+
+
+def adapter_tensors(policy: Policy, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The policy's adapter by PEFT's names, of its parameters by their own names."""
+    named: dict[str, Tensor] = get_peft_model_state_dict(policy, state_dict=dict(tensors), adapter_name=POLICY_ADAPTER)
+    return named
+
+
+def adapter_config_of(policy: Policy) -> bytes:
+    """PEFT's adapter_config.json, as it saves it."""
+    config: Any = policy.peft_config[POLICY_ADAPTER]
+    inference_mode = config.inference_mode
+    config.inference_mode = True
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+            return (Path(folder) / "adapter_config.json").read_bytes()
+    finally:
+        config.inference_mode = inference_mode

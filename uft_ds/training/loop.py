@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
-from peft import PeftModel
-
 from uft_ds.checkpoint.state import Position, TrainerState
 from uft_ds.checkpoint.writer import CheckpointWriter
 from uft_ds.data.mixture import Step
@@ -22,6 +20,7 @@ from uft_ds.record.metrics import model_flops_utilization, peak_memory_gib
 from uft_ds.record.report import Reporter
 from uft_ds.record.run_folder import RunFolder
 from uft_ds.record.telemetry import write_rows
+from uft_ds.streams.adapters import Policy
 from uft_ds.training.evaluate import evaluate
 from uft_ds.training.forwarding import Method
 from uft_ds.training.schedule import learning_rate
@@ -38,7 +37,7 @@ class Session:
     """
 
     method: Method
-    policy: PeftModel
+    policy: Policy
     settings: TrainSettings
     folder: RunFolder
     reporter: Reporter
