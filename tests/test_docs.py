@@ -1,4 +1,4 @@
-"""README.md and docs/architecture.md name modules and files of the project: they exist."""
+"""README.md and docs/architecture.md name modules and files of the project, and all documents link: these exist."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "uft_ds"
 DOCUMENTS = ("README.md", "docs/architecture.md")
+ALL_DOCUMENTS = ("README.md", "ds_configs/README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 PATH = re.compile(r"(?<![\w./~:-])(?:\./)?((?:[\w.-]+/)+[\w-]+\.(?:py|md|sh|png|json|toml))(?![\w/])")
 NAMED = re.compile(r"`([\w/]+\.py)`: ((?:`[\w.]+`(?:, | and )?)+)")
 
@@ -55,3 +56,21 @@ def test_the_tree_lists_every_package() -> None:
     listed = set(re.findall(r"^ {6}([\w]+)/", tree, re.MULTILINE))
     there = {init.parent.name for init in PACKAGE.glob("*/__init__.py")}
     assert listed == there
+
+
+def anchors_of(path: Path) -> set[str]:
+    """Headings as GitHub makes anchors of them."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", ALL_DOCUMENTS)
+def test_every_link_leads_somewhere(document: str) -> None:
+    """Each relative link leads to a file that is there, and to a heading of it where it names one."""
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text_of(document)):
+        name, _, anchor = link.partition("#")
+        path = (ROOT / document).parent / name if name else ROOT / document
+        if not link.startswith("http") and (not path.exists() or (anchor and anchor not in anchors_of(path))):
+            broken.append(link)
+    assert broken == []
