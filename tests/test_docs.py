@@ -1,0 +1,76 @@
+"""README.md and docs/architecture.md name modules and files of the project, and all documents link: these exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "uft_ds"
+DOCUMENTS = ("README.md", "docs/architecture.md")
+ALL_DOCUMENTS = ("README.md", "ds_configs/README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+PATH = re.compile(r"(?<![\w./~:-])(?:\./)?((?:[\w.-]+/)+[\w-]+\.(?:py|md|sh|png|json|toml))(?![\w/])")
+NAMED = re.compile(r"`([\w/]+\.py)`: ((?:`[\w.]+`(?:, | and )?)+)")
+
+
+def text_of(document: str) -> str:
+    return (ROOT / document).read_text(encoding="utf-8")
+
+
+def exists(path: str, document: str) -> bool:
+    """Below the package, the project's root or the document's own folder."""
+    return any((folder / path).exists() for folder in (PACKAGE, ROOT, (ROOT / document).parent))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_path_exists(document: str) -> None:
+    """Every path to a module, a script or another document is there; paths of a user's own have no folder."""
+    paths = set(PATH.findall(text_of(document)))
+    assert len(paths) > 10
+    assert sorted(path for path in paths if not exists(path, document)) == []
+
+
+def test_every_name_is_in_the_module_that_it_is_said_to_be_in() -> None:
+    """docs/architecture.md writes `module.py`: `name`, and the module defines or holds each such name."""
+    named = [
+        (module, name)
+        for module, names in NAMED.findall(text_of("docs/architecture.md"))
+        for name in re.findall(r"`([\w.]+)`", names)
+        if not name.endswith(".py")
+    ]
+    assert len(named) > 25
+    missing = []
+    for module, name in named:
+        code = (PACKAGE / module).read_text(encoding="utf-8")
+        for part in name.split("."):
+            if not re.search(rf"^\s*(?:(?:def|class) {part}\b|{part}\b.*[:=])", code, re.MULTILINE):
+                missing.append(f"{module}: {name}")
+    assert missing == []
+
+
+def test_the_tree_lists_every_package() -> None:
+    """Each folder of the package stands in the README's tree, and each folder of the tree is there."""
+    tree = text_of("README.md").partition("    uft_ds/\n")[2].partition("\n    ds_configs/")[0]
+    listed = set(re.findall(r"^ {6}([\w]+)/", tree, re.MULTILINE))
+    there = {init.parent.name for init in PACKAGE.glob("*/__init__.py")}
+    assert listed == there
+
+
+def anchors_of(path: Path) -> set[str]:
+    """Headings as GitHub makes anchors of them."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", ALL_DOCUMENTS)
+def test_every_link_leads_somewhere(document: str) -> None:
+    """Each relative link leads to a file that is there, and to a heading of it where it names one."""
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text_of(document)):
+        name, _, anchor = link.partition("#")
+        path = (ROOT / document).parent / name if name else ROOT / document
+        if not link.startswith("http") and (not path.exists() or (anchor and anchor not in anchors_of(path))):
+            broken.append(link)
+    assert broken == []
