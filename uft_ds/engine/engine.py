@@ -210,7 +210,7 @@ class Engine:
         if {parameter.dtype for parameter in trainable} != dtypes:
             raise UserError(
                 "lora.dtype: DeepSpeed would train the adapters in the model's dtype at this ZeRO stage; "
-                "take ZeRO-3 or lora.dtype: bfloat16"
+                "use ZeRO-3, or set lora.dtype: bfloat16"
             )
 
     @property

@@ -29,7 +29,7 @@ def squared_norm(optimizer: Any) -> Tensor:
 
 
 def drop(optimizer: Any) -> None:
-    """Discard the gradient. The optimiser is then in the state that follows a step, and the next gradient is unaffected.
+    """Discard the gradient. The optimiser is then in the same state as after a step; the next step is not affected.
 
     Args:
         optimizer: as in `squared_norm`.

@@ -18,12 +18,12 @@ NODE_KEY = "zero_hpz_partition_size"
 
 UNUSABLE = {
     "zero_quantized_weights": (
-        "it rounds weights to 8 bits for every gather, the adapters' too: what is trained is not the model that is "
-        "saved"
+        "it rounds weights to 8 bits for every gather, the adapters' too: the trained model would not be the saved one"
     ),
     "zero_quantized_gradients": "it rounds gradients, which are exact here",
     "zero_quantized_nontrainable_weights": (
-        "DeepSpeed rounds what is frozen before it is sharded, and of float16 alone: here it would do nothing"
+        "DeepSpeed rounds only float16 weights, and only those frozen before the adapters are added: it would do "
+        "nothing here"
     ),
     "mics_shard_size": f"DeepSpeed has removed MiCS; {NODE_KEY} keeps a copy of the base in every node",
     "mics_hierarchical_params_gather": f"DeepSpeed has removed MiCS; {NODE_KEY} keeps a copy of the base in every node",
@@ -121,16 +121,16 @@ def check_ranks(zero: Mapping[str, Any], file: str, *, ranks: int, ranks_per_nod
         if ranks % group:
             raise UserError(
                 f"{where}.{NODE_KEY}: {group} found, expected a divisor of the {ranks} ranks, such as the number of "
-                "GPUs of a node; copy the file, change the number, and give the copy's path (on one node: zero3)"
+                "GPUs of a node; copy the file, change the number, and give the copy's path (on one node: use zero3)"
             )
         if ranks_per_node is not None and ranks_per_node % group:
             raise UserError(
-                f"{where}.{NODE_KEY}: {group} found, but a node has {ranks_per_node} ranks: what is gathered would "
-                f"cross nodes; copy the file, give {ranks_per_node}, and name the copy's path"
+                f"{where}.{NODE_KEY}: {group} found, but a node has {ranks_per_node} ranks: gathers would cross nodes; "
+                f"copy the file, set {ranks_per_node}, and give the copy's path"
             )
         if ranks == group:
             warnings.append(
                 f"{where}.{NODE_KEY}: all {ranks} ranks share one copy of the base, which is sharded over them "
-                "already: the second one only takes memory; zero3 does the same without"
+                "already: the second copy only takes memory; zero3 does the same without it"
             )
     return warnings
