@@ -75,7 +75,7 @@ def tile_of(
 
 
 def _balanced(num_tokens: int, most: int) -> int:
-    """Rows of a chunk, for chunks of nearly equal size: 513 tokens with at most 512 rows are two halves, not 512 + 1."""
+    """Rows of a chunk, for chunks of nearly equal size: 513 tokens in at most 512 rows are two halves, not 512 + 1."""
     chunks = max(1, -(-num_tokens // max(ROW_MULTIPLE, most // ROW_MULTIPLE * ROW_MULTIPLE)))
     return _round_up(-(-num_tokens // chunks))
 
