@@ -112,7 +112,7 @@ def count_terms(objective: Objective, responses: Iterable[Response]) -> dict[str
     for response in responses:
         is_rejected = response.pair_id in seen
         if response.pair_id is not None:
-            seen.add(response.pair_id)
+            seen.add(response.pair_id)  # the next response with this number is the rejected one
         for name in objective.of_kind[response.kind].losses:
             terms[name] += _terms_of(name, response, is_rejected=is_rejected)
     return dict(terms)
@@ -143,6 +143,7 @@ def rewards_of(objective: Objective, micro_batch: MicroBatch, logps_R: Tensor, r
     Args:
         logps_R, reference_logps_R: [responses], nats, summed over tokens, float64.
     """
+    # Subtracted in float64, then rounded: the difference is small compared with both sums.
     log_ratios_R = (logps_R - reference_logps_R).float()
     factors = [objective.of_kind[r.kind].beta / objective.length_of(r) for r in micro_batch.responses]
     return Rewards(log_ratios_R, implicit_reward(log_ratios_R, _on_device(factors, log_ratios_R.device)))
@@ -180,7 +181,7 @@ def micro_batch_loss(
     for name in objective.losses:
         places_M, terms_M = _terms(name, objective, micro_batch, logps_R, rewards, shifts_R)
         if not len(places_M):
-            continue
+            continue  # the whole step may have no such term, and `num_terms` may then be 0
         responses = [micro_batch.responses[place] for place in places_M]
         weights = [objective.weight_of(response, name) for response in responses]
         weights_M = _on_device(weights, terms_M.device)

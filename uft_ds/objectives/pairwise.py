@@ -173,6 +173,7 @@ def _difference(values_P2: Tensor) -> Tensor:
 
 def _bernoulli_kl(logits_p: Tensor, logits_q: Tensor) -> Tensor:
     """KL(Bernoulli(sigmoid(p)) || Bernoulli(sigmoid(q))), nats."""
+    # logsigmoid instead of log(sigmoid) and log(1 - sigmoid), which are infinite for large logits.
     of_one = F.logsigmoid(logits_p) - F.logsigmoid(logits_q)
     of_zero = F.logsigmoid(-logits_p) - F.logsigmoid(-logits_q)
     return torch.sigmoid(logits_p) * of_one + torch.sigmoid(-logits_p) * of_zero

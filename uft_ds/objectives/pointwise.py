@@ -25,6 +25,7 @@ def pointwise_loss(rewards_R: Tensor, scores_R: Tensor, distance: Distance) -> T
         [responses], float32; finite for any reward up to 1e19.
     """
     if distance == "bce":
+        # From the reward itself: the logarithm of a rounded sigmoid would be infinite for large rewards.
         return F.binary_cross_entropy_with_logits(rewards_R, scores_R, reduction="none")
     if distance == "raw":
         return (rewards_R - (scores_R - 0.5)).square()

@@ -47,7 +47,7 @@ def kl_shift(mismatched_log_ratios: Seq[float]) -> float:
     if not len(mismatched_log_ratios):
         return 0.0
     mean = float(np.mean(mismatched_log_ratios))
-    return 0.0 if mean < 0 else mean
+    return 0.0 if mean < 0 else mean  # unlike max(0, mean), this keeps a NaN
 
 
 def mismatched(responses: Seq[tuple[Sequence, Response]]) -> tuple[Sequence, ...]:
@@ -63,7 +63,7 @@ def mismatched(responses: Seq[tuple[Sequence, Response]]) -> tuple[Sequence, ...
     prompts = [prompt_of(sequence, response) for sequence, response in responses]
     joined = []
     for place, (sequence, own) in enumerate(responses):
-        others = (*range(place + 1, len(responses)), *range(place))
+        others = (*range(place + 1, len(responses)), *range(place))  # cyclic: after the last response comes the first
         # Responses of the same conversation are excluded: a later turn of it answers this prompt, too.
         strangers = (i for i in others if prompts[i] != prompts[place] and responses[i][0] is not sequence)
         partner = next(strangers, None)

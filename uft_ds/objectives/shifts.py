@@ -47,6 +47,7 @@ def shifts_of(objective: Objective, shift: StepShift, batches: Iterable[MicroBat
             return 0.0
         if name == "constant":
             return objective.shift.value
+        # Unlike `constant`, these estimates are in nats; the response's beta converts them to the unit of rewards.
         nats = shift.means.get((key, response.kind), 0.0) if name == "prompt_mean" else shift.nats
         return objective.of_kind[response.kind].beta * nats
 
