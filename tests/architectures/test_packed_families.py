@@ -98,7 +98,7 @@ def test_a_wrong_factor_and_a_missing_cap_are_refused(dtype: torch.dtype) -> Non
     for name, wrong in (("qwen2", LogitTransform(scale=1.02)), ("gemma2", LogitTransform())):
         model = tiny_model(PACKED[name], dtype=dtype)
         model.policy.get_base_model().get_output_embeddings().transform = wrong  # type: ignore[operator]
-        assert "does something to its logits" in str(problem_of(measured(model), dtype)), name
+        assert "changes its logits" in str(problem_of(measured(model), dtype)), name
 
 
 def gpt2_with(hook: Any, *, on: str, dtype: torch.dtype) -> Differences:

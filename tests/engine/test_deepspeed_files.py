@@ -107,9 +107,9 @@ def test_each_file_is_explained() -> None:
 @pytest.mark.parametrize(
     ("section", "expected"),
     [
-        ({"stage": 3, "zero_quantized_weights": True}, "what is trained is not the model that is saved; leave it out"),
+        ({"stage": 3, "zero_quantized_weights": True}, "the trained model would not be the saved one; leave it out"),
         ({"stage": 3, "zero_quantized_gradients": True}, "zero_quantized_gradients: it rounds gradients"),
-        ({"stage": 3, "zero_quantized_nontrainable_weights": True}, "of float16 alone"),
+        ({"stage": 3, "zero_quantized_nontrainable_weights": True}, "rounds only float16 weights"),
         ({"stage": 3, "mics_shard_size": 8}, "DeepSpeed has removed MiCS; zero_hpz_partition_size keeps"),
         ({"stage": 2, "zero_hpz_partition_size": 8}, "zero_hpz_partition_size: only stage 3 gathers weights"),
         ({"stage": 1}, "file.json: zero_optimization.stage: 1 found, expected 2 or 3: with bfloat16"),
@@ -136,7 +136,7 @@ def test_what_would_go_wrong_is_refused_by_key(tmp_path: Path, section: dict[str
     [
         (16, 8, None),
         (16, None, None),
-        (8, 8, "the second one only takes memory"),
+        (8, 8, "the second copy only takes memory"),
         (4, 4, "8 found, expected a divisor of the 4 ranks"),
         (12, 6, "8 found, expected a divisor of the 12 ranks"),
         (16, 4, "8 found, but a node has 4 ranks"),

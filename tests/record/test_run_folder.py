@@ -77,7 +77,7 @@ def test_a_fresh_folder_is_made(tmp_path: Path) -> None:
 def test_a_foreign_folder_is_refused(tmp_path: Path, name: str, overwrite: bool) -> None:
     """--overwrite or not, nothing in it changes: a recipe.yaml or data of the user's own does not make it a run."""
     (tmp_path / name).write_text("mine")
-    with pytest.raises(UserError, match=r"^output: .* holds files that are no run of ours"):
+    with pytest.raises(UserError, match=r"^output: .* holds files that are not from a run of uft"):
         claim(RunFolder(tmp_path), overwrite=overwrite)
     assert contents(tmp_path) == {name}
     assert (tmp_path / name).read_text() == "mine"
@@ -96,7 +96,7 @@ def test_a_run_is_not_overwritten_unasked(tmp_path: Path) -> None:
     """The message offers both ways out, and the run stays as it was."""
     folder = finished_run(tmp_path / "run")
     before = contents(folder.path)
-    with pytest.raises(UserError, match=r"already holds a run.* delete it by --overwrite, .* output=PATH"):
+    with pytest.raises(UserError, match=r"already holds a run.* delete it with --overwrite, .* output=PATH"):
         claim(folder, overwrite=False)
     assert contents(folder.path) == before
 
@@ -136,7 +136,7 @@ def test_a_folder_in_use_by_another_process_is_refused(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     with another_process_owning(folder.path):
         (folder.path / "metrics.jsonl").write_text("growing")
-        with pytest.raises(UserError, match=r"is in use by another run that is still going"):
+        with pytest.raises(UserError, match=r"is in use by another run that is still running"):
             claim(folder, overwrite=True)
         assert folder.metrics.read_text() == "growing"
     claim(folder, overwrite=True).close()

@@ -76,7 +76,7 @@ def test_as_stream_nests(tiny_qwen2: Path) -> None:
         (["lm_head"], "the head cannot have an adapter"),
         (["q_proj", "lm_head"], "the head cannot have an adapter"),
         (["embed_tokens"], "'embed_tokens' is a Embedding, expected linear layers"),
-        (["nope"], "no layer is called 'nope'; expected of down_proj, gate_proj, k_proj, o_proj, q_proj"),
+        (["nope"], "no layer is called 'nope'; expected one of down_proj, gate_proj, k_proj, o_proj, q_proj"),
         (["q_proj", "vproj"], "no layer is called 'vproj'"),
         (["proj"], "no layer is called 'proj'"),
         (["mlp"], "'mlp' is a Qwen2MLP, expected linear layers"),

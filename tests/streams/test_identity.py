@@ -133,5 +133,5 @@ def test_a_hub_model_is_found_in_the_hubs_cache(tmp_path: Path, monkeypatch: pyt
     (refs / "main").write_text("a" * 40)
     assert local_folder("some/model", None) == snapshot
     assert local_folder("some/model", "a" * 40) == snapshot
-    with pytest.raises(UserError, match=r"model\.base: the files of 'other/model' cannot be had from the hub"):
+    with pytest.raises(UserError, match=r"model\.base: the files of 'other/model' cannot be downloaded from the hub"):
         local_folder("other/model", None)

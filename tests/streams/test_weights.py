@@ -197,7 +197,7 @@ def test_an_index_names_files_of_its_own_folder(tmp_path: Path) -> None:
     shutil.copy(shard, tmp_path / shard.name)
     for elsewhere in (f"../{shard.name}", str(tmp_path / shard.name)):
         index.write_text(content.replace(shard.name, elsewhere))
-        assert "files of the model's own folder alone" in refused(folder)
+        assert "expected only files in the model's own folder" in refused(folder)
     index.write_text(content)
     check(folder)
     shard.unlink()

@@ -1,1 +1,1 @@
-"""The sharded engine, and the ranks that it runs on."""
+"""The sharded engine (DeepSpeed) and the ranks that it runs on."""

@@ -1,4 +1,4 @@
-"""Which kind of device DeepSpeed is told to use."""
+"""Choose the kind of device that DeepSpeed uses."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import os
 
 
 def choose_accelerator() -> None:
-    """Tell DeepSpeed, before it is first imported, that there is no GPU: left to find out, it warns of it."""
-    import torch  # here, for processes that only tokenise need it not
+    """Tell DeepSpeed, before its first import, that there is no GPU. Otherwise it searches for one and warns."""
+    import torch  # imported here, because processes that only tokenise do not need it
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -1,7 +1,7 @@
 """The only module, with `checkpoint/`, that knows DeepSpeed.
 
 It turns the recipe's plain values into a DeepSpeed config, shards the model, and keeps the scale of the gradient
-exact: a step's gradient is that of sum(terms) / number of terms, whatever the ranks and micro-batches.
+exact: a step's gradient is that of sum(terms) / number of terms, for any number of ranks and micro-batches.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ OWNED_KEYS = {
     "data_types",
     "communication_data_type",
 }
-"""Decided by the recipe; a DeepSpeed file may leave them out or say "auto"."""
+"""Keys that the recipe decides. A DeepSpeed file may omit them or set them to "auto"."""
 
 FREE_KEYS = {
     "zero_optimization",
@@ -60,13 +60,16 @@ FREE_KEYS = {
     "memory_breakdown",
     "aio",
 }
+"""Keys that a DeepSpeed file may set; they are passed on unchanged."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What became of an optimiser step.
+    """The outcome of an optimiser step.
 
-    grad_norm: before clipping; not finite where the gradient is not. loss: summed over ranks and micro-batches.
+    grad_norm: before clipping; not finite if the gradient is not finite.
+    skipped: whether the weights were left unchanged.
+    loss: summed over ranks and micro-batches.
     """
 
     grad_norm: float
@@ -75,12 +78,12 @@ class StepResult:
 
 
 def read_deepspeed_file(name_or_path: str) -> dict[str, Any]:
-    """A file of ds_configs/ by name, or a DeepSpeed JSON by path.
+    """Read a file of ds_configs/ by its name, or a DeepSpeed JSON file by its path.
 
     DeepSpeed ignores a misspelt key at the top level, so the keys are checked here.
 
     Raises:
-        UserError: no such file, not JSON, an unknown key, or one that the recipe decides.
+        UserError: the file does not exist or is not JSON, or it sets an unknown key or one that the recipe decides.
     """
     path = _deepspeed_path(name_or_path)
     try:
@@ -101,14 +104,15 @@ def read_deepspeed_file(name_or_path: str) -> dict[str, Any]:
 
 
 def _leaves_it_to_the_recipe(value: Any) -> bool:
-    """`"auto"`, or a section of nothing else: Hugging Face's own programs fill `{"enabled": "auto"}`."""
+    """Whether a value is `"auto"`, or a section of only such values: Hugging Face's files say `{"enabled": "auto"}`."""
     if isinstance(value, dict):
         return all(map(_leaves_it_to_the_recipe, value.values()))
     return bool(value == "auto")
 
 
 def deepspeed_files() -> dict[str, Path]:
-    """The files of ds_configs/ by name."""
+    """The paths of the files of ds_configs/, by name."""
+    # An installed package holds the folder; in a source checkout it lies beside the package.
     packaged = Path(str(resources.files("uft_ds"))) / "ds_configs"
     folder = packaged if packaged.is_dir() else Path(__file__).parents[2] / "ds_configs"
     return {file.stem: file for file in sorted(folder.glob("*.json"))}
@@ -125,30 +129,33 @@ def _deepspeed_path(name_or_path: str) -> Path:
 
 
 def deepspeed_config(file: dict[str, Any], *, dtype: torch.dtype, max_grad_norm: float) -> dict[str, Any]:
-    """A DeepSpeed file with everything filled in that the recipe decides."""
+    """A complete DeepSpeed config: the file's values, and the values that the recipe decides."""
     return {
         **{key: value for key, value in file.items() if key not in OWNED_KEYS},
-        # One packed row a forward; steps hold a varying number of them, so accumulation is driven by hand.
+        # A forward takes one packed row. The number of rows varies by step, so `Engine.backward` sets the accumulation
+        # boundary itself, and DeepSpeed must not divide by a fixed number of micro-steps.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": max_grad_norm,
         "bf16": {"enabled": dtype == torch.bfloat16},
         "data_types": {"grad_accum_dtype": "fp32"},
-        # By itself DeepSpeed rounds the gradients of float32 adapters on a bfloat16 base before it adds them up.
+        # By default DeepSpeed reduces the gradients of float32 adapters on a bfloat16 base in bfloat16, which changes
+        # them by 0.2% (docs/findings.md).
         "communication_data_type": "fp32",
-        # torch's AdamW also where the optimiser is offloaded: a LoRA's is small, and nothing is compiled.
+        # torch's AdamW is kept even if the optimiser is offloaded: its state is small with LoRA, and DeepSpeed's own
+        # CPU optimiser would have to be compiled.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": file.get("steps_per_print", 2**31),
+        "steps_per_print": file.get("steps_per_print", 2**31),  # by default never: the run prints its own lines
     }
 
 
 @contextmanager
 def partitioned_loading(config: dict[str, Any]) -> Iterator[None]:
-    """Within the block, transformers hands each rank its shard of the weights only, under ZeRO-3."""
+    """Within the block and under ZeRO-3, transformers gives each rank only its own shard of the weights."""
     from transformers.integrations import HfDeepSpeedConfig
 
-    keep_alive = HfDeepSpeedConfig(config)
+    keep_alive = HfDeepSpeedConfig(config)  # transformers holds only a weak reference to it
     with returning_freed_memory():
         yield
     del keep_alive
@@ -171,79 +178,88 @@ class Engine:
     ) -> None:
         """
         Args:
-            groups: that divide what is trained, each with a learning rate of its own; None: one group of all.
+            layer_class: class of the decoder layers; under ZeRO-3 each is gathered as a whole.
+            attention_parity: passed on to `rank_micro_batches`.
+            collective_timeout_minutes: for the collectives among hosts (gloo).
+            groups: groups that together hold each trained parameter once, each with its own learning rate.
+                None: one group of all.
         Raises:
-            ValueError: groups that do not. UserError: DeepSpeed would train in another dtype.
+            ValueError: the groups do not hold each trained parameter exactly once.
+            UserError: DeepSpeed would train in another dtype than the adapters'.
         """
         import deepspeed
         from deepspeed.utils import set_z3_leaf_modules
 
         if config["zero_optimization"]["stage"] == 3 and layer_class is not None:
-            # A leaf is gathered whole, adapters included: one collective a layer, the same with adapters off.
+            # A leaf module is gathered as a whole, adapters included: one collective for each layer, and the same one
+            # for streams with and without adapters.
             set_z3_leaf_modules(model, [layer_class])
         self._groups = one_group(model) if groups is None else tuple(groups)
         check_groups(self._groups, model)
         trainable = [parameter for group in self._groups for parameter in group.parameters]
         dtypes = {parameter.dtype for parameter in trainable}
+        # `step` sets the learning rate of each group anew, so the initial one is never used.
         optimizer = torch.optim.AdamW(optimizer_groups(self._groups), lr=0.0, betas=betas, weight_decay=weight_decay)
         self.streams: Mapping[str, Stream] = model.streams
-        """What this model can forward, by name."""
+        """The streams that this model can forward, by name."""
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-        # For small facts of the hosts: over NCCL they would wait for the GPU's queue.
+        # For small values on the hosts: over NCCL they would have to wait for the GPU's queue.
         self._hosts = torch.distributed.new_group(backend="gloo", timeout=timedelta(minutes=collective_timeout_minutes))
         self._attention_parity = attention_parity
         self._ranks = current_ranks()
         if {parameter.dtype for parameter in trainable} != dtypes:
             raise UserError(
                 "lora.dtype: DeepSpeed would train the adapters in the model's dtype at this ZeRO stage; "
-                "take ZeRO-3 or lora.dtype: bfloat16"
+                "use ZeRO-3, or set lora.dtype: bfloat16"
             )
 
     @property
     def module(self) -> nn.Module:
-        """The model inside."""
+        """The model that the engine shards."""
         return self._engine.module
 
     @property
     def deepspeed(self) -> Any:
-        """DeepSpeed's own engine, for `checkpoint/` alone."""
+        """DeepSpeed's own engine; only `checkpoint/` may use it."""
         return self._engine
 
     @property
     def device(self) -> torch.device:
+        """The device that this rank computes on."""
         return self._engine.device
 
     @property
     def ranks(self) -> Ranks:
-        """This rank's place by role."""
+        """The place of this rank: its data rank and its sequence rank."""
         return self._ranks
 
     @property
     def rank(self) -> int:
-        """Among all ranks."""
+        """The global rank."""
         return self._ranks.rank
 
     @property
     def world_size(self) -> int:
-        """All ranks, whatever their role."""
+        """The number of all ranks."""
         return self._ranks.world_size
 
     def __call__(
         self, micro_batch: MicroBatch, streams: Seq[Stream], *, through_logits: bool = False
     ) -> dict[str, Output]:
-        """Forward one micro-batch, in one visit of the weights: what each stream makes of it, by the stream's name.
+        """Forward one micro-batch through the given streams in one pass over the weights; outputs by stream name.
 
-        Every rank must call it the same number of times, with the same streams and options.
+        Every rank must call it the same number of times, with the same streams and options: under ZeRO-3 each forward
+        contains collectives.
 
         Args:
-            streams: of `self.streams`.
-            through_logits: one stream by Hugging Face's own forward; for the check at the start.
+            streams: some of `self.streams`.
+            through_logits: forward one stream by Hugging Face's own forward, for the check before the first step.
         """
         outputs: dict[str, Output] = self._engine(micro_batch, streams, through_logits=through_logits)
         return outputs
 
     def micro_batches(self, step: Step, tokens_per_micro_batch: int) -> list[MicroBatch]:
-        """This rank's part of a step, on its device; the same number on every rank."""
+        """This rank's micro-batches of a step, on its device. Every rank gets the same number."""
         batches = rank_micro_batches(
             step,
             tokens_per_micro_batch=tokens_per_micro_batch,
@@ -256,31 +272,36 @@ class Engine:
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
         """Accumulate the gradient of one micro-batch's share of the step's loss, exactly.
 
-        DeepSpeed averages over data ranks, so the share is multiplied by their number; gradients are reduced as they
-        come, and the last micro-batch of the step says so before its backward.
+        DeepSpeed averages over data ranks, so the share is multiplied by their number.
+
+        Args:
+            loss: a scalar with a graph.
+            is_last: whether this is the last micro-batch of the step.
         """
+        # DeepSpeed reduces gradients while the backward runs, so it must know the boundary before.
         self._engine.set_gradient_accumulation_boundary(is_last)
         self._engine.backward(loss * self._ranks.loss_factor, scale_wrt_gas=False)
 
     def step(self, rates: float | Mapping[str, float], loss: Tensor | None = None) -> StepResult:
-        """Clip and update; with a non-finite loss or gradient on any rank nothing moves on any of them.
+        """Clip the gradient and update the weights. If any rank has a non-finite loss or gradient, no rank updates.
 
-        Gradients are clipped by the norm over all groups. The ranks agree on what is finite before DeepSpeed's step:
-        some of its releases apply a gradient that is NaN (0.19.5 to 0.19.7 under ZeRO-3), and none of them sees the
-        loss.
+        Gradients are clipped by the norm over all groups. The ranks agree on whether everything is finite before
+        DeepSpeed's step: some of its releases apply a gradient that is NaN (0.19.5 to 0.19.7 under ZeRO-3), and none of
+        them sees the loss.
 
         Args:
-            rates: the run's learning rate, which each group of parameters scales, or each group's own by name.
+            rates: the run's learning rate, which each group multiplies by its scale; or the rate of each group, by
+                name.
             loss: this rank's share of the step's loss, summed over its micro-batches, on its device.
         Raises:
-            ValueError: a group without a rate, or a rate without a group.
+            ValueError: a group has no rate, or a rate has no group.
         """
         rate_of = rates_of(self._groups, rates)
         optimizer = self._engine.optimizer
         own_loss = torch.zeros((), device=self.device) if loss is None else loss.detach()
-        # A sum is not finite as soon as one of its terms is not, and a NaN times 0 is NaN: every rank has its say, each
-        # data rank's loss is counted once. Reading it waits for the device, once a step and where DeepSpeed's step
-        # would wait for its own norm next.
+        # A sum is not finite if one of its terms is not, and NaN * 0 is NaN. So a non-finite loss on any rank shows in
+        # the sum, while each data rank's loss is counted once. Reading the sum waits for the device, but only once a
+        # step, just before DeepSpeed's step would wait for its own norm.
         counted_loss = own_loss.double() * float(self._ranks.counts)
         sums = torch.stack([counted_loss, gradients.squared_norm(optimizer).to(self.device)])
         torch.distributed.all_reduce(sums)
@@ -295,43 +316,47 @@ class Engine:
         return StepResult(norm, skipped=not math.isfinite(norm), loss=total_loss)
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """The element-wise sum of a tensor over data ranks, on every rank."""
+        """The element-wise sum of a tensor over data ranks, on every rank. Every rank must call it."""
         total = values.detach().clone().to(self.device)
         if not self._ranks.counts:
-            total.zero_()
+            total.zero_()  # another rank of the same data rank holds the same values and contributes them
         torch.distributed.all_reduce(total)
         return total
 
     def max_over_ranks(self, value: float) -> float:
-        """The largest of a number over all ranks; infinite where one is NaN."""
-        # MAX drops a NaN, where it should win.
+        """The maximum of a number over all ranks; infinite if any of them is NaN. Every rank must call it."""
+        # ReduceOp.MAX ignores a NaN, but here a NaN must not be lost.
         largest = torch.tensor([float("inf") if math.isnan(value) else value], dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
         return float(largest)
 
     def agree(self, value: int) -> int:
-        """The largest of a number over all ranks, by their hosts alone."""
+        """The maximum of a number over all ranks, exchanged between hosts without the GPU. Every rank must call it."""
         largest = torch.tensor([value])
         torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=self._hosts)
         return int(largest)
 
     def gather_objects(self, value: T) -> list[T]:
-        """A small value of every rank, by rank, on every rank."""
+        """A list of one small value from each rank, in the order of ranks, on every rank. Every rank must call it."""
         gathered: list[Any] = [None] * self.world_size
         torch.distributed.all_gather_object(gathered, value)
         return gathered
 
     def gather_over_data(self, value: T) -> list[T]:
-        """A small value of every data rank, by data rank, on every rank."""
+        """A list of one small value from each data rank, in their order, on every rank. Every rank must call it."""
         return self.gather_objects(value)[:: self._ranks.sequence_size]
 
     @contextmanager
     def gathered_trainable(self) -> Iterator[dict[str, Tensor]]:
-        """The trainable parameters, whole, by name; frozen ones are never gathered."""
+        """Within the block, the whole trainable parameters by name. Frozen parameters are never gathered.
+
+        Every rank must enter it.
+        """
         import deepspeed
 
-        # A forward without a backward leaves prefetched parameters in flight, which cannot be gathered again.
-        # The optimiser's own, for the engine's also collects Python's garbage, which takes longer than all the rest.
+        # A forward without a backward leaves prefetched parameters in flight, which cannot be gathered again. The
+        # optimiser's method is called, because the engine's also runs Python's garbage collector, which takes longer
+        # than everything else here.
         if hasattr(self._engine.optimizer, "empty_partition_cache"):
             self._engine.optimizer.empty_partition_cache()
         named = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
@@ -340,7 +365,7 @@ class Engine:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Without gradients, in evaluation mode."""
+        """Within the block, the model is in evaluation mode and computes no gradients."""
         self._engine.eval()
         try:
             with torch.no_grad():

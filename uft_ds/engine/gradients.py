@@ -1,7 +1,7 @@
-"""This rank's reduced gradient, where DeepSpeed's ZeRO optimisers keep it between the last backward and the step.
+"""Access to this rank's reduced gradient, which DeepSpeed's ZeRO optimisers keep from the last backward to the step.
 
-Only this module knows where that is: it reads private attributes of deepspeed 0.19.8, and `tests/distributed/
-test_agreement.py` fails where a release keeps the gradient elsewhere.
+Only this module knows where it is kept. It reads private attributes of deepspeed 0.19.8, and `tests/distributed/
+test_agreement.py` fails if another release keeps the gradient elsewhere.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from torch import Tensor
 
 
 def squared_norm(optimizer: Any) -> Tensor:
-    """The sum of squares of this rank's part of the gradient, float64, a scalar on the device that holds the gradient.
+    """The sum of squares of this rank's part of the gradient: a float64 scalar on the device that holds the gradient.
 
-    The parts of all ranks make up the whole gradient, each number once. The sum is not finite if any number of the part
-    is not, or if a float32 sum of squares overflows: then a clipped step would be wrong, too.
+    The parts of all ranks together are the whole gradient, with each number once. The sum is not finite if a number of
+    the part is not finite, or if a float32 sum of squares overflows; a clipped step would be wrong then, too.
 
     Args:
         optimizer: DeepSpeed's, at ZeRO stage 2 or 3, after the last backward of a step.
@@ -24,25 +24,25 @@ def squared_norm(optimizer: Any) -> Tensor:
     parts = _parts(optimizer)
     if not parts:
         return torch.zeros((), dtype=torch.float64)
-    # Of a list at once: on a GPU a few kernels, where a model has hundreds of adapters.
+    # One call for the whole list: on a GPU a few kernels instead of one for each of hundreds of adapters.
     return torch.stack(torch._foreach_norm(parts)).double().square().sum()
 
 
 def drop(optimizer: Any) -> None:
-    """Forget the gradient: the optimiser stands as after a step, and nothing of this gradient is in the next one.
+    """Discard the gradient. The optimiser is then in the same state as after a step; the next step is not affected.
 
     Args:
         optimizer: as in `squared_norm`.
     """
-    # DeepSpeed copies the next step's first gradient over these buffers. They are cleared as well, so that a parameter
-    # without a gradient in that step keeps no NaN of this one.
+    # DeepSpeed copies the next step's first gradient over these buffers. They are zeroed as well, because a parameter
+    # without a gradient in that step would otherwise keep a NaN of this one.
     for part in _parts(optimizer):
         part.zero_()
     optimizer.zero_grad(set_to_none=True)
     if _is_offloaded(optimizer):
         optimizer.reset_cpu_buffers()
     if _is_stage_3(optimizer):
-        return  # its `zero_grad` counts micro-steps from zero again
+        return  # at stage 3 `zero_grad` has also reset the count of micro-steps
     optimizer.micro_step_id = -1
     if _is_offloaded(optimizer):
         optimizer._offload_accumulated_param_ids = set()

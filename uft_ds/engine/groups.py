@@ -1,4 +1,4 @@
-"""Groups of parameters with learning rates of their own: adapters of several streams, a scalar head."""
+"""Groups of parameters, each with its own learning rate: for example the adapters of several streams, a scalar head."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 from torch import nn
 
 ADAPTERS = "adapters"
-"""The one group where nobody asks for others."""
+"""Name of the only group if no groups are given."""
 
 
 @dataclass(frozen=True)
 class ParameterGroup:
     """Parameters that share a learning rate.
 
-    rate_scale: what the run's learning rate is multiplied by, where the group is not given a rate of its own.
+    rate_scale: factor of the run's learning rate, used if the group has no rate of its own.
     """
 
     name: str
@@ -26,15 +26,16 @@ class ParameterGroup:
 
 
 def one_group(model: nn.Module) -> tuple[ParameterGroup, ...]:
-    """All that is trained of a model, in its own order."""
+    """One group of all trainable parameters, in the model's order."""
     return (ParameterGroup(ADAPTERS, tuple(p for p in model.parameters() if p.requires_grad)),)
 
 
 def check_groups(groups: Seq[ParameterGroup], model: nn.Module) -> None:
-    """Refuse groups that do not divide what is trained.
+    """Check that the groups hold each trainable parameter exactly once, and nothing else.
 
     Raises:
-        ValueError: a name stands twice, a group is empty, or a parameter is frozen, in two groups or in none.
+        ValueError: two groups have one name, a group is empty, a frozen parameter is in a group, or a trainable one is
+            in two groups or in none.
     """
     names = [group.name for group in groups]
     if len(set(names)) < len(names):
@@ -50,17 +51,18 @@ def check_groups(groups: Seq[ParameterGroup], model: nn.Module) -> None:
 
 
 def optimizer_groups(groups: Iterable[ParameterGroup]) -> list[dict[str, Any]]:
-    """As torch's optimisers take them, in the same order."""
+    """The groups in the form that torch's optimisers take, in the same order."""
     return [{"params": list(group.parameters), "name": group.name} for group in groups]
 
 
 def rates_of(groups: Iterable[ParameterGroup], rates: float | Mapping[str, float]) -> dict[str, float]:
-    """The learning rate of each group.
+    """The learning rate of each group, by name.
 
     Args:
-        rates: the run's, which each group scales; or each group's own by name, taken as it is.
+        rates: the run's rate, which is multiplied by each group's `rate_scale`; or the final rate of each group, by
+            name.
     Raises:
-        ValueError: a group without a rate, or a rate without a group.
+        ValueError: a group has no rate, or a rate has no group.
     """
     scales = {group.name: group.rate_scale for group in groups}
     if not isinstance(rates, Mapping):

@@ -1,10 +1,10 @@
-"""The ranks of a run by their role: the only module that asks torch for the size of the world.
+"""The roles of the ranks of a run. This is the only module that asks torch for the world size.
 
     global rank = data_rank * sequence_size + sequence_rank
 
-Ranks that share sequences are neighbours, so that they lie in one node. All ranks of a data rank hold the same
-micro-batches, and after the forward the same log-probs for each response: whoever counts terms, losses or rows over the
-run counts each data rank once.
+Ranks that share sequences have neighbouring numbers, so that they are in one node. All ranks of a data rank hold the
+same micro-batches and, after the forward, the same log-probs of each response. A sum of terms, losses or rows over the
+run must therefore count each data rank once.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from uft_ds.host.world import check_launched, launcher_environment
 
 @dataclass(frozen=True)
 class Ranks:
-    """This rank's place. data: which part of a step it packs. sequence: which part of each sequence it computes.
+    """The roles of one rank.
+
+    data_rank: which part of a step this rank packs. sequence_rank: which part of each sequence it computes.
 
     Raises:
-        ValueError: a rank lies outside of its size.
+        ValueError: a rank is outside 0 .. size - 1.
     """
 
     data_rank: int = 0
@@ -42,38 +44,39 @@ class Ranks:
 
     @property
     def rank(self) -> int:
-        """Among all ranks of the run."""
+        """The global rank."""
         return self.data_rank * self.sequence_size + self.sequence_rank
 
     @property
     def world_size(self) -> int:
+        """The number of all ranks of the run."""
         return self.data_size * self.sequence_size
 
     @property
     def is_first(self) -> bool:
-        """Whether it is the one rank that writes the run's files."""
+        """Whether this is the one rank that writes the run's files."""
         return self.rank == 0
 
     @property
     def counts(self) -> bool:
-        """Whether it speaks for its data rank where values are added up over the run."""
+        """Whether this rank contributes its data rank's values to sums over the run."""
         return self.sequence_rank == 0
 
     @property
     def loss_factor(self) -> int:
-        """What a loss is multiplied by before DeepSpeed's backward, so that the gradient is the sum over data ranks.
+        """The factor of a loss before DeepSpeed's backward, which makes the gradient the sum over data ranks.
 
-        DeepSpeed divides by the data ranks alone: ZeRO divides the sum over all ranks by world size / sequence size
+        It is the number of data ranks, because ZeRO divides the sum over all ranks by world size / sequence size
         (0.19.8, zero/stage3.py:1878 and zero/stage_1_and_2.py:1688).
         """
         return self.data_size
 
 
 def ranks_of(rank: int, world_size: int, *, sequence_size: int = 1) -> Ranks:
-    """The place of a global rank.
+    """The roles of a global rank.
 
     Raises:
-        ValueError: the world is not a multiple of `sequence_size`.
+        ValueError: the world size is not a multiple of `sequence_size`.
     """
     if world_size % sequence_size:
         raise ValueError(f"{world_size} ranks cannot be divided into groups of {sequence_size} that share sequences")
@@ -82,15 +85,17 @@ def ranks_of(rank: int, world_size: int, *, sequence_size: int = 1) -> Ranks:
 
 
 def current_ranks(sequence_size: int = 1) -> Ranks:
-    """This process's place, once `init_distributed` has joined the process group."""
+    """The roles of this process. `init_distributed` must have joined the process group before."""
     return ranks_of(torch.distributed.get_rank(), torch.distributed.get_world_size(), sequence_size=sequence_size)
 
 
 def init_distributed(timeout_minutes: float) -> None:
-    """Join the process group that the launcher described in the environment.
+    """Join the process group that the launcher describes in environment variables.
 
+    Args:
+        timeout_minutes: of each collective.
     Raises:
-        UserError: the launcher's variables are missing, or its port is taken.
+        UserError: the launcher's variables are missing, or its port cannot be used.
     """
     check_launched()
     launched = launcher_environment()
@@ -99,7 +104,7 @@ def init_distributed(timeout_minutes: float) -> None:
     import deepspeed.ops
     from torch.distributed import DistNetworkError
 
-    # On a CPU this op would be compiled at every first start, only to serve inference.
+    # On a CPU this op would be compiled at the first start, although only inference uses it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if torch.cuda.is_available():
         torch.cuda.set_device(launched.local_rank)
@@ -113,7 +118,7 @@ def init_distributed(timeout_minutes: float) -> None:
 
 
 def local_device() -> torch.device:
-    """This rank's GPU, or the CPU where there is none."""
+    """This rank's GPU, or the CPU if there is no GPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", launcher_environment().local_rank)

@@ -1,4 +1,4 @@
-"""The `zero_optimization` section of a DeepSpeed file: what is refused in it, and on which ranks it can run."""
+"""Checks of the `zero_optimization` section of a DeepSpeed file: refused settings, and the ranks that it can run on."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ from uft_ds.engine.accelerator import choose_accelerator
 from uft_ds.errors import UserError
 
 NODE_KEY = "zero_hpz_partition_size"
-"""Ranks that share one whole copy of the base, the GPUs of a node: hpZ of ZeRO++ (arXiv 2306.10209)."""
+"""Number of ranks that share one whole copy of the base, such as the GPUs of a node: hpZ of ZeRO++ (2306.10209)."""
 
 UNUSABLE = {
     "zero_quantized_weights": (
-        "it rounds weights to 8 bits for every gather, the adapters' too: what is trained is not the model that is "
-        "saved"
+        "it rounds weights to 8 bits for every gather, the adapters' too: the trained model would not be the saved one"
     ),
     "zero_quantized_gradients": "it rounds gradients, which are exact here",
     "zero_quantized_nontrainable_weights": (
-        "DeepSpeed rounds what is frozen before it is sharded, and of float16 alone: here it would do nothing"
+        "DeepSpeed rounds only float16 weights, and only those frozen before the adapters are added: it would do "
+        "nothing here"
     ),
     "mics_shard_size": f"DeepSpeed has removed MiCS; {NODE_KEY} keeps a copy of the base in every node",
     "mics_hierarchical_params_gather": f"DeepSpeed has removed MiCS; {NODE_KEY} keeps a copy of the base in every node",
 }
-"""Keys that may not be set, and why."""
+"""Keys that must not be set, each with the reason."""
 
 
 def check_zero_section(zero: Any, path: Path) -> None:
-    """Refuse what DeepSpeed would not take, and what would change numbers or break checkpoints.
+    """Refuse settings that DeepSpeed does not accept, that change numbers, or that break checkpoints.
 
     Args:
-        zero: the section as it was read. path: of its file, for the message.
+        zero: the section as it was read from the file.
+        path: the file's, for the message.
     Raises:
         UserError: names the file and the key.
     """
@@ -75,13 +76,17 @@ def check_zero_section(zero: Any, path: Path) -> None:
 
 
 def parsed_zero_section(zero: Mapping[str, Any]) -> Any:
-    """A section that `check_zero_section` has seen, as DeepSpeed reads it: its defaults, its older names of keys, and
-    "auto", which to it is a key that was left out."""
+    """A section as DeepSpeed parses it: with its defaults, its older key names, and "auto" treated as an absent key.
+
+    Args:
+        zero: a section that `check_zero_section` has accepted.
+    """
     choose_accelerator()
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from deepspeed.utils import logger
 
-    # It warns of older names on stdout, where JSON may be expected; the engine's own reading says it again.
+    # DeepSpeed warns of older key names on stdout, where a command may print JSON. The engine parses the section again
+    # and repeats the warning.
     before = logger.level
     logger.setLevel(logging.ERROR)
     try:
@@ -91,20 +96,21 @@ def parsed_zero_section(zero: Mapping[str, Any]) -> Any:
 
 
 def _names() -> list[str]:
-    """As a file spells them: `stage3_prefetch_bucket_size`, not DeepSpeed's own name of the field."""
+    """The keys as a file spells them: `stage3_prefetch_bucket_size`, not the name of DeepSpeed's field."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     return [field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()]
 
 
 def check_ranks(zero: Mapping[str, Any], file: str, *, ranks: int, ranks_per_node: int | None) -> list[str]:
-    """Refuse ranks that the section cannot run on.
+    """Refuse numbers of ranks that the section cannot run on.
 
     Args:
-        zero: a section that `check_zero_section` has seen. file: its name or path, for the message.
-        ranks_per_node: None where the launcher does not say.
+        zero: a section that `check_zero_section` has accepted.
+        file: the file's name or path, for the message.
+        ranks_per_node: None if the launcher does not tell it.
     Returns:
-        sentences that the user should read before the run.
+        warnings that the user should read before the run.
     Raises:
         UserError: names the file and the key.
     """
@@ -115,16 +121,16 @@ def check_ranks(zero: Mapping[str, Any], file: str, *, ranks: int, ranks_per_nod
         if ranks % group:
             raise UserError(
                 f"{where}.{NODE_KEY}: {group} found, expected a divisor of the {ranks} ranks, such as the number of "
-                "GPUs of a node; copy the file, change the number, and give the copy's path (on one node: zero3)"
+                "GPUs of a node; copy the file, change the number, and give the copy's path (on one node: use zero3)"
             )
         if ranks_per_node is not None and ranks_per_node % group:
             raise UserError(
-                f"{where}.{NODE_KEY}: {group} found, but a node has {ranks_per_node} ranks: what is gathered would "
-                f"cross nodes; copy the file, give {ranks_per_node}, and name the copy's path"
+                f"{where}.{NODE_KEY}: {group} found, but a node has {ranks_per_node} ranks: gathers would cross nodes; "
+                f"copy the file, set {ranks_per_node}, and give the copy's path"
             )
         if ranks == group:
             warnings.append(
                 f"{where}.{NODE_KEY}: all {ranks} ranks share one copy of the base, which is sharded over them "
-                "already: the second one only takes memory; zero3 does the same without"
+                "already: the second copy only takes memory; zero3 does the same without it"
             )
     return warnings

@@ -1,7 +1,7 @@
-"""The loops over chunks of tokens and tiles of the vocabulary that frozen and trainable heads share.
+"""The loops over chunks of tokens and tiles of the vocabulary, shared by frozen and trainable heads.
 
-N tokens of the call, C of a chunk, R rows of a matmul (the chunk's tokens once for each stream, in blocks of equal
-size), K of them that carry a gradient, D hidden size, V vocabulary, W entries of a tile.
+N tokens of the call, C tokens of a chunk, R rows of a matmul (the chunk's tokens once for each stream, in blocks of
+equal size), K rows that carry a gradient, D hidden size, V vocabulary, W entries of a tile.
 """
 
 from __future__ import annotations
@@ -21,23 +21,24 @@ from uft_ds.kernels.tiles import Tile, tile_of
 
 @dataclass(frozen=True)
 class VocabularyTile:
-    """Some consecutive rows of the head's weight."""
+    """Consecutive rows of the head's weight: a range of the vocabulary."""
 
     first_token: int
     weight_WD: Tensor
-    """As matmuls take it: cast to float32 where the device has no other way to accumulate in it."""
+    """The weight in the dtype of the matmul: cast to float32 if `must_be_cast`."""
     bias_W: Tensor | None
 
     @property
     def tokens(self) -> slice:
+        """The tile's range of token ids."""
         return slice(self.first_token, self.first_token + len(self.weight_WD))
 
 
 @dataclass(frozen=True)
 class Head:
-    """What turns hidden states into logits, and the memory for them.
+    """The weight, bias and transform that turn hidden states into logits, and the memory limit for logits.
 
-    chunk_bytes: memory for logits at a time; None for what suits the device.
+    chunk_bytes: memory for the logits that are held at once; None: a default for the device.
     """
 
     weight_VD: Tensor
@@ -47,16 +48,21 @@ class Head:
 
     @property
     def is_trained(self) -> bool:
+        """Whether the weight or the bias requires a gradient."""
         return self.weight_VD.requires_grad or (self.bias_V is not None and self.bias_V.requires_grad)
 
     def detached(self) -> Head:
-        """The same numbers, outside any graph."""
+        """The same head, detached from autograd's graph."""
         bias_V = None if self.bias_V is None else self.bias_V.detach()
         return replace(self, weight_VD=self.weight_VD.detach(), bias_V=bias_V)
 
     def tile(self, num_tokens: int, streams: int, *, trains_weight: bool = False) -> Tile:
-        """`tile_of` by what the sweeps hold: the logits, slopes under a cap; a weight's cast copy, its gradient and
-        what is added to that. The entropy's copy of some rows is left out: asking for it must not change a log-prob."""
+        """The `tile_of` this head, from the memory that the sweeps need.
+
+        Each logit takes 4 bytes, and 4 more for its slope if logits are capped. Each column takes the cast copy of its
+        weight, and if the weight is trained, its gradient and the share that is added to it.
+        """
+        # The entropy's copy of some rows is not counted: asking for the entropy must not change any bit of a log-prob.
         vocabulary, dim = self.weight_VD.shape
         return tile_of(
             num_tokens,
@@ -69,6 +75,7 @@ class Head:
         )
 
     def vocabulary_tiles(self, width: int) -> Iterator[VocabularyTile]:
+        """The tiles of `width` columns, in order; the last one may be narrower."""
         cast = must_be_cast(self.weight_VD)
         bias_V = None if self.bias_V is None else self.bias_V.contiguous()
         for first in range(0, self.weight_VD.shape[0], width):
@@ -79,39 +86,39 @@ class Head:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows that go through each matmul together: a block of `block_rows` for each stream, padded at its end."""
+    """Rows that go through each matmul together: one block of `block_rows` for each stream, padded at its end."""
 
     tokens: slice
-    """Of the call's N."""
+    """The chunk's range of the call's N tokens."""
     num_tokens: int
     block_rows: int
     hidden_RD: Tensor
     targets_R: Tensor
 
     def rows_of(self, stream: int) -> slice:
-        """Where the tokens of the stream of this number stand."""
+        """The rows of one stream's tokens, without the padding."""
         first = stream * self.block_rows
         return slice(first, first + self.num_tokens)
 
     def first_rows(self, streams: int) -> int:
-        """How many rows the first streams take, from the first row to their last token."""
+        """The number of rows from the first row to the last token of the first `streams` streams."""
         return self.rows_of(streams - 1).stop if streams else 0
 
 
 def chunks_of(hidden_states: Seq[Tensor], targets_N: Tensor, rows: int) -> Iterator[Chunk]:
-    """Chunks of `rows` tokens, a shorter last one padded with zeros; what the sweeps read is contiguous.
+    """Chunks of `rows` tokens; a shorter last one is padded with zeros. All tensors of a chunk are contiguous.
 
     Args:
         hidden_states: of each stream, [N, D].
     """
-    targets_N = targets_N.contiguous()
+    targets_N = targets_N.contiguous()  # the Triton kernels do not look at strides of targets
     like_ND = hidden_states[0]
     for first in range(0, len(targets_N), rows):
         tokens = slice(first, min(first + rows, len(targets_N)))
         targets_C = targets_N[tokens]
         num_tokens = len(targets_C)
         if len(hidden_states) == 1 and num_tokens == rows:
-            hidden_RD, targets_R = like_ND[tokens], targets_C
+            hidden_RD, targets_R = like_ND[tokens], targets_C  # one full block needs no copy
         else:
             hidden_RD = like_ND.new_zeros(len(hidden_states) * rows, like_ND.shape[1])
             targets_R = targets_N.new_zeros(len(hidden_states) * rows)
@@ -124,17 +131,18 @@ def chunks_of(hidden_states: Seq[Tensor], targets_N: Tensor, rows: int) -> Itera
 def sweep_vocabulary(
     chunk: Chunk, head: Head, width: int, *, with_gradients: int, with_entropy: bool
 ) -> tuple[RowValues, Tensor | None]:
-    """The values of all rows over the whole vocabulary, and d logp / d hidden of the first `with_gradients` streams.
+    """Compute the values of all rows over the vocabulary, and d logp / d hidden of the first `with_gradients` streams.
 
         d logp / d hidden = (others * weight[target] - sum_{v != target} e_v weight[v]) / total
         e_v = exp(z_v - highest)
 
-    where `others` is the sum of the same e_v. Both sums grow tile by tile and shrink whenever a larger logit turns up
-    (as in arXiv 2205.14135, section 3.1). If logits are capped or scaled, each weight is multiplied by
-    d logit / d product.
+    where `others` is the sum of the same e_v. Both sums are accumulated tile by tile and rescaled whenever a larger
+    logit is found (online softmax, arXiv 2205.14135, section 3.1). If logits are capped or scaled, each weight is
+    multiplied by d logit / d product.
 
     Returns:
-        values of all rows; [K, D], `chunk.first_rows(with_gradients)` rows, or None without gradients.
+        the values of all rows; and the gradients, [K, D] with K = `chunk.first_rows(with_gradients)`, or None if no
+        stream has one.
     """
     dtype = accumulation_dtype(chunk.hidden_RD.dtype)
     device = chunk.hidden_RD.device
@@ -158,6 +166,7 @@ def sweep_vocabulary(
         if others_KD is None:
             others_KD = mm_float32(exps_KW, tile.weight_WD)
         else:
+            # Earlier tiles were computed relative to an older highest logit.
             others_KD.mul_(sums.rescale_R[:kept_rows, None])
             if exps_KW.dtype == others_KD.dtype:
                 torch.addmm(others_KD, exps_KW, tile.weight_WD, out=others_KD)
@@ -166,7 +175,8 @@ def sweep_vocabulary(
     values = values_of(sums)
     if others_KD is None:
         return values, None
-    # A target outside the vocabulary has made its row NaN; looking its weight up would end a GPU's context.
+    # The row of a target outside the vocabulary is already NaN. The index is clamped because on a GPU an index out of
+    # range would destroy the CUDA context.
     inside_K = chunk.targets_R[:kept_rows].clamp(0, len(head.weight_VD) - 1)
     target_weight_KD = head.weight_VD.index_select(0, inside_K).to(dtype)
     rest_K = sums.others_R[:kept_rows] * head.transform.slope(sums.target_R[:kept_rows])

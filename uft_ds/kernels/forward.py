@@ -1,4 +1,4 @@
-"""The forward that frozen and trainable heads share. N tokens, D hidden size."""
+"""The forward pass over all tokens, shared by frozen and trainable heads. N tokens, D hidden size."""
 
 from __future__ import annotations
 
@@ -17,41 +17,44 @@ class TokenStatistics(NamedTuple):
     """By-products of a stream's log-probs, without gradient. [N] each."""
 
     entropy_N: Tensor
-    """Of the distribution over the vocabulary, float32, nats."""
+    """Entropy of the distribution over the vocabulary, float32, nats."""
     is_top1_N: Tensor
-    """No token of the vocabulary has a larger logit than the target."""
+    """Whether no token of the vocabulary has a larger logit than the target."""
 
 
 class HeadOutput(NamedTuple):
-    """What a head makes of hidden states, stream by stream in the order of the call."""
+    """The outputs of a head, one entry for each stream, in the order of the call."""
 
     logps: tuple[Tensor, ...]
     """[N] each, float32, nats."""
     gradients: tuple[Tensor, ...]
-    """d logp / d hidden of the first streams, as many as were asked for: [N, D] each, in the hidden states' dtype."""
+    """d logp / d hidden of the first `with_gradients` streams: [N, D] each, in the hidden states' dtype."""
     statistics: tuple[TokenStatistics, ...]
-    """Of each stream; empty where not asked for."""
+    """One entry for each stream; empty if statistics were not requested."""
 
 
 @torch.no_grad()
 def forward_pass(
     hidden_states: Seq[Tensor], head: Head, targets_N: Tensor, *, with_gradients: int, with_statistics: bool
 ) -> tuple[HeadOutput, list[RowValues]]:
-    """All tokens, chunk by chunk, linked to nothing; the second result is each stream's.
+    """Compute all tokens, chunk by chunk, without a graph.
 
     Args:
-        hidden_states: of each stream, [N, D]; at least one.
-        with_gradients: of so many streams, from the first on.
+        hidden_states: of each stream, [N, D]; at least one stream.
+        with_gradients: the number of streams whose gradients are computed; they come first.
+    Returns:
+        the output, and each stream's `RowValues`.
     Raises:
-        ValueError: shapes, types or devices that do not belong together.
-        IndexError: a target outside the vocabulary, on CPU. On a GPU, which would have to be waited for, its log-prob
-            becomes NaN.
+        ValueError: shapes, dtypes or devices do not match.
+        IndexError: a target is outside the vocabulary, on a CPU. On a GPU the check would have to wait for the device;
+            there the token's log-prob becomes NaN.
     """
     check_inputs(hidden_states, head, targets_N)
     _check_targets(targets_N, len(head.weight_VD))
     like_ND = hidden_states[0]
     dtype, device = accumulation_dtype(like_ND.dtype), like_ND.device
     gradients = tuple(torch.empty_like(hidden_ND) for hidden_ND in hidden_states[:with_gradients])
+    # A part without rows makes `joined` work for a call without tokens.
     none = values_of(no_columns_yet(0, dtype, device, with_entropy=with_statistics))
     parts: list[list[RowValues]] = [[none] for _ in hidden_states]
     tile = head.tile(len(targets_N), len(hidden_states))
@@ -71,10 +74,10 @@ def forward_pass(
 
 
 def check_inputs(hidden_states: Seq[Tensor], head: Head, targets_N: Tensor) -> None:
-    """Refuse what torch would silently broadcast, round, truncate or take for a mask.
+    """Refuse inputs that torch would silently broadcast, round, truncate or interpret as a mask.
 
     Raises:
-        ValueError: naming the argument, what it is and what it should be.
+        ValueError: the message names the argument, what was found and what is expected.
     """
     weight_VD, chunk_bytes = head.weight_VD, head.chunk_bytes
     if weight_VD.ndim != 2 or len(weight_VD) == 0 or not weight_VD.is_floating_point():
@@ -112,7 +115,7 @@ def check_inputs(hidden_states: Seq[Tensor], head: Head, targets_N: Tensor) -> N
 
 def _check_targets(targets_N: Tensor, vocabulary: int) -> None:
     if targets_N.device.type != "cpu":
-        return
+        return  # reading the result would wait for the GPU
     (outside,) = ((targets_N < 0) | (targets_N >= vocabulary)).nonzero(as_tuple=True)
     if len(outside):
         first = int(outside[0])

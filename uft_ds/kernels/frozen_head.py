@@ -1,11 +1,11 @@
-"""Log-probs of a head that is not trained: the hidden states' gradient is computed in the forward.
+"""Log-probs of a head that is not trained: the gradient of the hidden states is computed in the forward pass.
 
     d logp_n / d hidden_n = weight[target_n] - sum_v p_nv weight[v]
 
-depends on the gradient from above by one factor per row. So it is computed where the logits are: two matmuls instead
-of three, and the backward needs neither weights nor logits. Two halves, because of ZeRO-3: `logps_and_gradients` runs
-without a graph inside the head's own forward, so that the head's weight is free again before the backward; `attached`
-links its results to the hidden states outside.
+The upstream gradient only multiplies each row by one number. So this is computed as soon as the logits exist: two
+matmuls instead of three, and the backward needs neither weights nor logits. There are two functions because of ZeRO-3:
+`logps_and_gradients` runs without a graph inside the head's own forward, so the head's gathered weight is released
+before the backward; `attached` links its results to the hidden states outside the head.
 """
 
 from __future__ import annotations
@@ -28,14 +28,16 @@ def logps_and_gradients(
     with_gradients: int,
     with_statistics: bool = False,
 ) -> HeadOutput:
-    """Log-probs of all streams, row by row with the gradient of the first ones; nothing is linked to the hidden states.
+    """Log-probs of all streams and the gradients of the first ones, without a graph.
 
-    Peak memory over inputs and results: `head.chunk_bytes` for a tile, and of a chunk of C tokens up to C D numbers in
-    float32 for the gradients of each stream that has them and a padded copy of all streams' hidden states.
+    Peak memory beyond inputs and results: `head.chunk_bytes` for a tile; and for a chunk of C tokens, C * D float32
+    numbers for each stream with gradients and a padded copy of all streams' hidden states.
 
     Args:
         hidden_states: of each stream, [N, D].
-        with_gradients: of so many streams, from the first on.
+        with_gradients: the number of streams whose gradients are computed; they come first.
+    Raises:
+        ValueError, IndexError: as `forward_pass`.
     """
     output, _ = forward_pass(
         hidden_states, head, targets_N, with_gradients=with_gradients, with_statistics=with_statistics
@@ -44,7 +46,7 @@ def logps_and_gradients(
 
 
 def attached(hidden_states: Seq[Tensor], output: HeadOutput) -> tuple[Tensor, ...]:
-    """Each stream's log-probs, [N]: where the output has gradients, as a function of the stream's hidden states."""
+    """Each stream's log-probs, [N]; those with gradients in the output are linked to the stream's hidden states."""
     linked = tuple(
         _Attach.apply(hidden_ND, logps_N, gradients_ND)
         for hidden_ND, logps_N, gradients_ND in zip(hidden_states, output.logps, output.gradients, strict=False)
@@ -53,6 +55,8 @@ def attached(hidden_states: Seq[Tensor], output: HeadOutput) -> tuple[Tensor, ..
 
 
 class _Attach(Function):
+    """Log-probs with a known gradient, as a function of the hidden states."""
+
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, logps_N: Tensor, gradients_ND: Tensor) -> Tensor:
         ctx.save_for_backward(gradients_ND)

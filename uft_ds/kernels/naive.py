@@ -1,4 +1,4 @@
-"""The definition that the kernels are tested against."""
+"""The plain definition of logits and token log-probs, against which the kernels are tested."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def naive_logits(
     scale: float | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
-    """[N, V], in the inputs' dtype."""
+    """The logits of all tokens: [N, V], in the inputs' dtype."""
     logits_NV = torch.nn.functional.linear(hidden_ND, weight_VD, bias_V)
     if scale is not None:
         logits_NV = scale * logits_NV
@@ -34,6 +34,6 @@ def naive_token_logps(
     scale: float | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
-    """log softmax(logits)[target], with all logits in memory at once."""
+    """log softmax(logits)[target] of each token: [N], nats, with all logits in memory at once."""
     logits_NV = naive_logits(hidden_ND, weight_VD, bias_V, softcap=softcap, scale=scale, temperature=temperature)
     return logits_NV.log_softmax(dim=-1).gather(1, targets_N[:, None]).squeeze(1)

@@ -1,14 +1,13 @@
-"""Sweeps over rows of logits in Triton: two reads and a write of a tile (one read where no gradient is wanted), where
-plain torch makes about six passes.
+"""Sweeps over rows of logits in Triton: two reads and one write of a tile (one read for rows without gradient).
 
-Same functions and results as `rows_torch`. One program sweeps one row, so that nothing depends on how rows are
-grouped, and no two programs touch the same memory: no atomics, and the same bits every time. Matrix products stay with
-cuBLAS.
+Plain torch makes about six passes. The functions and results are those of `rows_torch`. One program sweeps one row, so
+results do not depend on how rows are grouped. No two programs touch the same memory, so there are no atomics and the
+bits are the same every time. Matrix products stay with cuBLAS.
 
-The result is written into the tile's own memory, in a narrower type from the start of the same row: while columns
-j .. j + BLOCK are written (2 bytes each), the float32 columns they cover, j/2 .. j/2 + BLOCK/2, have been read by the
-same block of threads before, in this pass or an earlier iteration; the barrier between load and store makes that true
-of all its warps.
+The result is written into the tile's own memory, in a narrower dtype from the start of the same row. When columns
+j .. j + BLOCK are written (2 bytes each), the float32 columns that they cover, j/2 .. j/2 + BLOCK/2, have already been
+read by the same block of threads, in this iteration or an earlier one. The barrier between load and store makes sure
+that this holds for all its warps.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from uft_ds.kernels.logits import LogitTransform
 from uft_ds.kernels.rows import RowSums, UpstreamRows
 
 MOST_COLUMNS = 4096
-"""Per iteration: 16 values a thread. The kernel is bound by memory; larger blocks only cost registers."""
+"""Columns per iteration, 16 values for each thread. The kernel is memory-bound; larger blocks only cost registers."""
 
 
 @triton.jit
 def _tanh(x):
-    """In float32. The quotient alone loses digits near 0: there, the series, to 1e-8 of the value."""
+    """tanh in float32. Near 0 the quotient loses digits, so a series is used there, with relative error 1e-8."""
     square = x * x
     series = x * (1.0 + square * (-1.0 / 3 + square * (2.0 / 15 + square * (-17.0 / 315 + square * (62.0 / 2835)))))
     quotient = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
@@ -39,7 +38,7 @@ def _tanh(x):
 def _load_logits(
     products_ptr, bias_ptr, columns, width, factor, inner, bound, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr
 ):
-    """Logits of some columns of a row as `LogitTransform.apply_` makes them; -inf beyond the width."""
+    """Logits of some columns of a row, as `LogitTransform.apply_` computes them; -inf beyond the width."""
     mask = columns < width
     products = tl.load(products_ptr + columns, mask=mask, other=0.0)
     if HAS_BIAS:
@@ -82,7 +81,7 @@ def absorb_kernel(
     WITH_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)  # a row's offset passes 2^31 at 14k rows of 152k logits
+    row = tl.program_id(0).to(tl.int64)  # a row's offset exceeds 2^31 at 14k rows of 152k logits
     products_ptr += row * products_stride
     out_ptr += row * out_stride
     target_column = tl.load(targets_ptr + row) - first_token
@@ -124,7 +123,7 @@ def absorb_kernel(
             logits = _load_logits(products_ptr, bias_ptr, columns, width, factor, inner, bound, HAS_BIAS, CAPPED)
             exps = tl.where(columns == target_column, 0.0, tl.exp(logits - highest))
             exps *= _slope(logits, factor, bound, CAPPED)
-            tl.debug_barrier()
+            tl.debug_barrier()  # all warps have loaded before any of them overwrites; see the module's docstring
             tl.store(out_ptr + columns, exps.to(out_ptr.dtype.element_ty), mask=columns < width)
 
 
@@ -160,7 +159,7 @@ def residuals_kernel(
         logits = _load_logits(products_ptr, bias_ptr, columns, width, factor, inner, bound, HAS_BIAS, CAPPED)
         residuals = tl.where(columns == target_column, others, -tl.exp(logits - highest)) * scale
         residuals *= _slope(logits, factor, bound, CAPPED)
-        tl.debug_barrier()
+        tl.debug_barrier()  # all warps have loaded before any of them overwrites; see the module's docstring
         tl.store(out_ptr + columns, residuals.to(out_ptr.dtype.element_ty), mask=columns < width)
 
 
@@ -177,7 +176,7 @@ def absorb_tile(
 ) -> Tensor:
     """See `rows_torch.absorb_tile`."""
     exps_RW = _narrowed(products_RW, dtype)
-    with torch.cuda.device_of(products_RW):  # not always the current one
+    with torch.cuda.device_of(products_RW):  # Triton launches on the current device, which may be another one
         absorb_kernel[(len(targets_R),)](
             products_RW,
             products_RW if bias_W is None else bias_W,
@@ -234,7 +233,7 @@ def residuals(
 
 
 def launch_options(width: int) -> dict[str, int]:
-    """Fixed by shape: a memory-bound sweep has nothing to tune but a block that fits the row."""
+    """Launch options, fixed by the shape: for a memory-bound sweep the block only has to fit the row."""
     block = min(MOST_COLUMNS, max(128, triton.next_power_of_2(width)))
     return {"BLOCK": block, "num_warps": max(1, min(8, block // 512))}
 
@@ -246,7 +245,7 @@ def _factors(transform: LogitTransform) -> tuple[float, float, float]:
 
 
 def _narrowed(products_RW: Tensor, dtype: torch.dtype) -> Tensor:
-    """A view of `dtype` of the same shape, each row at the start of the memory of its row."""
+    """A view of the same shape with another dtype; each row starts where the row of products starts."""
     if products_RW.dtype != torch.float32 or products_RW.stride(1) != 1 or dtype.itemsize > 4:
         raise TypeError(f"logits: {products_RW.dtype}, strides {products_RW.stride()}, expected rows of float32")
     return products_RW.view(dtype)[:, : products_RW.shape[1]]

@@ -14,7 +14,10 @@ logger = logging.getLogger(__name__)
 
 
 def sweeps_for(device: torch.device, dtype: torch.dtype) -> ModuleType:
-    """`rows_triton` on GPUs (and under Triton's interpreter); `rows_torch` elsewhere, for float64 or without Triton."""
+    """The implementation: `rows_triton` on GPUs and under Triton's interpreter, else `rows_torch`.
+
+    `rows_torch` also serves float64 and machines without Triton.
+    """
     on_gpu = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
     return _sweeps(on_gpu and dtype == torch.float32)
 

@@ -1,4 +1,4 @@
-"""How the [tokens, vocabulary] of logits is cut: by rows, and by columns too where memory is short."""
+"""How the [tokens, vocabulary] matrix of logits is cut: into rows, and also into columns if memory is short."""
 
 from __future__ import annotations
 
@@ -7,37 +7,37 @@ from dataclasses import dataclass
 import torch
 
 ROW_MULTIPLE = 16
-"""Rows of a stream in a matmul are padded to this, because a row's place in a matmul must not change its bits.
+"""The rows of each stream in a matmul are padded to a multiple of this, so that equal rows give equal bits.
 
-A BLAS computes rows in blocks, and the last rows of a matrix by other code. Streams stand one below the other;
-padded, row i of each stands at the same place of a block (docs/findings.md, "equal rows").
+A BLAS computes rows in blocks, and uses other code for the last rows of a matrix. The streams are stacked; with
+padding, row i of each stream is at the same place in a block (docs/findings.md, "Equal rows, unequal bits").
 """
 
 
 @dataclass(frozen=True)
 class Tile:
-    """The logits that are in memory at once, of each stream."""
+    """The part of the logits that is in memory at once, for each stream."""
 
     rows: int
     """Tokens, a multiple of `ROW_MULTIPLE`."""
     width: int
-    """Entries of the vocabulary."""
+    """Columns: entries of the vocabulary."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a device wants of a tile: many rows, because a tile's weights are read from memory once for all of them."""
+    """A device's limits for a tile. Many rows are better, because a tile's weights are read once for all its rows."""
 
     chunk_bytes: int
-    """For everything that grows with a tile."""
+    """Memory for everything that grows with a tile."""
     least_whole_rows: int
-    """Where fewer whole rows than this fit, those of two streams together, columns are cut too."""
+    """If fewer whole rows than this fit (rows of two streams together), columns are cut too."""
     most_cut_rows: int
-    """Rows of each of two streams where columns are cut."""
+    """If columns are cut: the most rows of each of two streams."""
 
 
-# CPU: tiles that fit a cache beat whole rows (benchmarks/token_logps.py on an AMD EPYC, November 2026). GPU: from the
-# roofline, not measured: from 1024 rows on, reading the weights hides behind the arithmetic.
+# CPU: tiles that fit a cache are faster than whole rows (benchmarks/token_logps.py on an AMD EPYC, November 2026).
+# GPU: by the roofline model, not measured: from 1024 rows on, reading the weights takes less time than the arithmetic.
 CPU = Budget(chunk_bytes=8 * 2**20, least_whole_rows=192, most_cut_rows=512)
 GPU = Budget(chunk_bytes=512 * 2**20, least_whole_rows=1024, most_cut_rows=2048)
 
@@ -52,16 +52,15 @@ def tile_of(
     bytes_per_logit: int = 4,
     bytes_per_column: int = 0,
 ) -> Tile:
-    """The tile for `num_tokens` rows of each stream that takes `chunk_bytes`, or 16 columns or rows if that is too
-    little.
+    """The tile for `num_tokens` rows of each stream that fits `chunk_bytes`, with at least 16 rows and columns.
 
-    Whether columns are cut, and how wide, does not depend on the number of streams: the sums of a stream run in the
-    same order with others beside it and without. From the third stream on there are fewer rows instead.
+    Whether columns are cut, and their width, does not depend on the number of streams. So the sums of one stream run in
+    the same order with and without other streams. More than two streams get fewer rows instead.
 
     Args:
-        chunk_bytes: None for what suits the device.
-        bytes_per_logit: of everything of a tile's size that is held at once.
-        bytes_per_column: of what is held for each entry of the vocabulary, whatever the rows.
+        chunk_bytes: None: the device's default.
+        bytes_per_logit: for all buffers of a tile's size that are held at once.
+        bytes_per_column: for all buffers with one entry or row per column, independent of the rows.
     """
     budget = CPU if device.type == "cpu" else GPU
     budget_bytes = budget.chunk_bytes if chunk_bytes is None else chunk_bytes
@@ -76,10 +75,11 @@ def tile_of(
 
 
 def _balanced(num_tokens: int, most: int) -> int:
-    """Chunks of nearly equal rows: 513 tokens of at most 512 are two halves, not 512 and 1."""
+    """Rows of a chunk, for chunks of nearly equal size: 513 tokens in at most 512 rows are two halves, not 512 + 1."""
     chunks = max(1, -(-num_tokens // max(ROW_MULTIPLE, most // ROW_MULTIPLE * ROW_MULTIPLE)))
     return _round_up(-(-num_tokens // chunks))
 
 
 def _round_up(rows: int) -> int:
+    """To a multiple of `ROW_MULTIPLE`, at least one."""
     return max(1, -(-rows // ROW_MULTIPLE)) * ROW_MULTIPLE

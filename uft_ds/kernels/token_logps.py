@@ -1,14 +1,14 @@
-"""Per-token log-probabilities of one or more streams from hidden states, without ever holding all logits.
+"""Per-token log-probs of one or more streams from hidden states, without ever holding all logits.
 
-N tokens, D hidden size, V vocabulary. The modules, from the outside in:
+N tokens, D hidden size, V vocabulary. The modules of this package, from the outside in:
 
     token_logps                    the functions to call
-    frozen_head, trainable_head    how log-probs are linked to what they were computed from
-    forward                        all tokens: chunk after chunk
-    chunks, tiles                  one chunk: over the vocabulary, tile after tile; how large they are
-    rows                           one tile of logits: what is kept of it
-    sweeps, rows_torch, rows_triton  which implementation sweeps over a tile; the two of them
-    logits, naive                  scaling and exact matmuls; the definition
+    frozen_head, trainable_head    the link of log-probs to their inputs in autograd's graph
+    forward                        all tokens, chunk by chunk
+    chunks, tiles                  one chunk over the vocabulary, tile by tile; the sizes of both
+    rows                           one tile of logits: its running sums
+    sweeps                         which implementation sweeps over a tile: rows_torch or rows_triton
+    logits, naive                  scaling and exact matmuls; the plain definition
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from uft_ds.kernels.logits import UNCHANGED, LogitTransform
 from uft_ds.kernels.trainable_head import differentiable_logps
 
 IGNORED = -100
-"""The target of a token whose log-prob is not asked for, as in torch's cross_entropy."""
+"""The target of a token whose log-prob is not computed, as in torch's cross_entropy."""
 
 
 def token_logps(
@@ -38,24 +38,26 @@ def token_logps(
     transform: LogitTransform = UNCHANGED,
     chunk_bytes: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """`naive_token_logps` of several streams by one matmul a chunk: the first with gradient, the others without.
+    """`naive_token_logps` of several streams with one matmul per chunk: the first with gradient, the others without.
 
-    Gradients flow to `hidden_ND`, and to `weight_VD` and `bias` where they require them: a frozen head is one that
-    does not require a gradient. First derivatives only. All inputs have one dtype (but for `bias`) and one device.
+    Gradients flow to `hidden_ND`, and to `weight_VD` and `bias` if these require them; a head is frozen if it requires
+    no gradient. Only first derivatives are supported. All inputs are on one device and have one dtype, except `bias`.
     Equal rows of two streams give equal bits.
 
     Args:
-        targets_N: token ids, int64; a row with `IGNORED` is not computed: its log-prob and gradient are 0. (To find
-            such rows a GPU is waited for; not by `logps_and_gradients` and `attached`, which take asked rows only.)
+        targets_N: token ids, int64. A row with `IGNORED` is not computed; its log-prob and gradient are 0. (On a GPU
+            the search for such rows waits for the device. `logps_and_gradients` and `attached` take no such rows and do
+            not wait.)
         others_ND: hidden states of further streams, [N, D] each, without gradient.
-        bias: [V]. transform: what the model does to its logits.
-        chunk_bytes: memory for logits. Enough of it for some hundred rows of the whole vocabulary, and whole rows are
-            taken; less, and the vocabulary is cut into tiles too. None for what suits the device.
+        bias: [V].
+        transform: the model's scaling and capping of logits.
+        chunk_bytes: memory for logits. If it suffices for some hundred rows of the whole vocabulary, tiles are whole
+            rows; else the vocabulary is cut too. None: a default for the device.
     Returns:
-        a stream: [N], nats; float32 whatever the inputs (float64 for float64).
+        for each stream [N], nats, float32 (float64 for float64 inputs).
     Raises:
-        ValueError: shapes, types or devices that do not belong together.
-        IndexError: a target outside the vocabulary, on CPU; on a GPU its log-prob and gradient are NaN.
+        ValueError: shapes, dtypes or devices do not match.
+        IndexError: a target is outside the vocabulary, on a CPU. On a GPU its log-prob and gradient are NaN.
     """
     head = Head(weight_VD, bias, transform, chunk_bytes)
     return _head_output([hidden_ND, *others_ND], head, targets_N, with_statistics=False).logps
@@ -71,14 +73,14 @@ def token_logps_and_statistics(
     transform: LogitTransform = UNCHANGED,
     chunk_bytes: int | None = None,
 ) -> tuple[tuple[Tensor, ...], tuple[TokenStatistics, ...]]:
-    """`token_logps`, and by the same sweep each stream's `TokenStatistics(entropy_N, is_top1_N)`; 0 where `IGNORED`."""
+    """`token_logps`, and from the same sweep each stream's `TokenStatistics`, which are 0 for `IGNORED` rows."""
     head = Head(weight_VD, bias, transform, chunk_bytes)
     output = _head_output([hidden_ND, *others_ND], head, targets_N, with_statistics=True)
     return output.logps, output.statistics
 
 
 def _head_output(hidden_states: Seq[Tensor], head: Head, targets_N: Tensor, *, with_statistics: bool) -> HeadOutput:
-    """Of the rows that are asked for, spread over all rows again."""
+    """The output of all rows: rows that are not `IGNORED` are computed, the others are 0."""
     check_inputs(hidden_states, head, targets_N)
     asked_N = targets_N != IGNORED
     if not asked_N.all():
@@ -97,6 +99,8 @@ def _head_output(hidden_states: Seq[Tensor], head: Head, targets_N: Tensor, *, w
 
 
 def _spread(output: HeadOutput, rows_M: Tensor, num_tokens: int) -> HeadOutput:
+    """Put the values of the computed rows at their places among `num_tokens` rows of zeros."""
+
     def spread(values_M: Tensor) -> Tensor:
         return values_M.new_zeros(num_tokens).index_copy(0, rows_M, values_M)
 

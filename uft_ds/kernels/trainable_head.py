@@ -1,7 +1,7 @@
-"""Log-probs of a head that is trained too: its backward computes the logits again.
+"""Log-probs of a head that is trained too: the backward computes the logits again.
 
-A weight's gradient sums over tokens, each times its gradient from above, so none of it can be computed before that is
-known. Four matmuls: logits, logits again, the gradient of the hidden states, the gradient of the weight.
+The weight's gradient is a sum over tokens, each multiplied by its upstream gradient, so it cannot be computed in the
+forward. This takes four matmuls: logits, logits again, the gradient of the hidden states, the gradient of the weight.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ from uft_ds.kernels.sweeps import sweeps_for
 def differentiable_logps(
     hidden_states: Seq[Tensor], head: Head, targets_N: Tensor, *, with_gradients: int, with_statistics: bool = False
 ) -> HeadOutput:
-    """Log-probs of all streams, those of the first ones as a function of hidden states, weight and bias.
+    """Log-probs of all streams; those of the first ones are linked to hidden states, weight and bias.
 
-    The other streams' rows go through the weight as it is now: a reference with a head of its own needs a call of its
-    own. Under ZeRO-3 this must be called inside the module that owns the weight, with the parameter itself.
+    The other streams use the weight's current values, so a reference with a different head needs a separate call. Under
+    ZeRO-3 this must be called inside the module that owns the weight, with the parameter itself.
 
-    Saved for the backward: hidden states, weight, bias and four numbers a token. Peak memory over inputs and results:
-    `head.chunk_bytes` for a tile, the weight's share of it among them, and the hidden states' gradient in float32.
+    Saved for the backward: hidden states, weight, bias and four numbers per token. Peak memory beyond inputs and
+    results: `head.chunk_bytes` for a tile, which includes the tile's share of the weight, and the hidden states'
+    gradient in float32.
 
     Args:
         hidden_states: of each stream, [N, D].
-        with_gradients: so many streams carry a gradient, from the first on.
+        with_gradients: the number of streams that carry a gradient; they come first.
     """
     output, streams = forward_pass(
         [hidden_ND.detach() for hidden_ND in hidden_states],
@@ -51,7 +52,7 @@ def differentiable_logps(
 
 
 class _Recomputed(Function):
-    """Links log-probs that are known already to what they were computed from."""
+    """Links log-probs that are already computed to hidden states, weight and bias."""
 
     @staticmethod
     def forward(
@@ -64,7 +65,8 @@ class _Recomputed(Function):
         transform: LogitTransform,
         chunk_bytes: int | None,
     ) -> Tensor:
-        # The parameters themselves: ZeRO-3 frees their data after this and gathers it again before the backward.
+        # The parameters themselves are saved: ZeRO-3 frees their data after the forward and gathers it again before the
+        # backward.
         ctx.save_for_backward(
             hidden_ND, weight_VD, bias_V, targets_N, values.highest_R, values.others_R, values.total_R
         )
@@ -95,8 +97,10 @@ class _Recomputed(Function):
 
 
 class _Gradients(NamedTuple):
+    """The gradients that a backward computes; None for an input that needs none."""
+
     hidden_ND: Tensor | None
-    """float32, a sum that grows."""
+    """float32, accumulated over tiles."""
     weight_VD: Tensor | None
     bias_V: Tensor | None
 
@@ -109,9 +113,10 @@ def _add_tile(
     transform: LogitTransform,
     sweeps: ModuleType,
 ) -> None:
-    """Add a tile's share to the hidden states' gradient, and write its rows of the weight's and the bias's.
+    """Add a tile's share to the hidden states' gradient, and write its rows of the weight's and bias's gradients.
 
-    All tokens pass one tile before the next, so that the weight's gradient is summed in float32, a tile at a time.
+    All tokens pass through one tile before the next tile, so that the weight's gradient is summed in float32 and only
+    one tile of that sum is in memory.
     """
     grad_weight_WD, grad_bias_W = None, None
     for chunk in chunks:

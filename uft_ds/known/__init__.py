@@ -1,1 +1,1 @@
-"""Values of frozen streams, computed once for each (identity of the stream, response)."""
+"""The cache of frozen streams' values: each is computed once for each (identity of the stream, response)."""

@@ -1,10 +1,10 @@
-"""Values of frozen streams that a run knows, so that none is computed twice: the reference's log-probs.
+"""The values of frozen streams that a run knows, such as the reference's log-probs, so that none is computed twice.
 
-With fixed data the reference never changes. What is known at a step is decided by the steps before it and by a snapshot
-of the store, taken when the run first starts; never by what other runs add meanwhile. So a restart that is given the
-table of a checkpoint as what it knows goes on bit for bit.
+With fixed data the reference never changes. The values known at a step depend only on the steps before it and on a
+snapshot of the store, taken when the run first starts; values that other runs add later are not read. So a run that is
+resumed with a checkpoint's table continues bit for bit.
 
-A value that was computed in another packing equals a fresh one to rounding, not bit for bit.
+A value that was computed in another packing equals a fresh one up to rounding, not bit for bit.
 """
 
 from __future__ import annotations
@@ -28,20 +28,22 @@ from uft_ds.objectives.reference import HowReference, is_forwarded_each_time
 from uft_ds.streams.stream import logps_of
 
 REFERENCE_TABLE = "reference.safetensors"
-"""In a checkpoint's folder."""
+"""Name of the table's file in a checkpoint's folder."""
 
 REFERENCE = "reference"
-"""Name of the stream that log-ratios compare the policy with."""
+"""Name of the stream with which log-ratios compare the policy."""
 
 
 @dataclass
 class StreamValues:
-    """What a run knows of one frozen stream: one number for each response.
+    """The known values of one frozen stream: one number for each response.
 
-    how: `none` where nobody asks for it; `cached` where it is forwarded once for each response.
-    table: the snapshot, or the table of the checkpoint that is gone on from.
-    identity: of the stream, for the store and for the table that checkpoints hold.
-    store: where new values go; None on all ranks but one.
+    how: `none` if no loss needs the stream; `cached` if it is forwarded once for each response.
+    table: the known values; at the start the store's snapshot, or the table of the checkpoint that a run resumes from.
+    identity: the stream's identity, recorded in the store and in checkpoints.
+    store: receives new values; None on all ranks but one.
+    unstored: new values that are not in the store yet.
+    forwarded: this rank's values since the last `learn`: (response keys, [responses]).
     """
 
     how: HowReference
@@ -68,9 +70,10 @@ class StreamValues:
         if self.how != "cached" or not unknown.sequences:
             self.forwarded.clear()
             return len(unknown.responses)
-        # The same content may stand in a step twice: the mean of both.
+        # The same content may occur twice in a step; its value is then the mean of both.
         place = {key: i for i, key in enumerate(dict.fromkeys(k for s in unknown.sequences for k in s.response_keys))}
-        # Another stream may have asked for forwards of what this one knows: the last column, which is not read.
+        # Another stream may have required a forward of responses that are known here. They go to the last column, which
+        # is not read.
         sums = torch.zeros(2, len(place) + 1, dtype=torch.float64)
         for keys, values_R in self.forwarded:
             index_R = torch.tensor([place.get(key, len(place)) for key in keys], dtype=torch.int64)
@@ -79,7 +82,7 @@ class StreamValues:
         self.forwarded.clear()
         totals, counts = engine.sum_over_ranks(sums).tolist()
         found = {key: totals[i] / counts[i] for key, i in place.items()}
-        # What is known stays; what is not finite is computed again where it is met again.
+        # Known values never change. A value that is not finite is not kept, so it is computed again when needed.
         new = {key: value for key, value in found.items() if math.isfinite(value) and key not in self.table}
         self.table |= new
         if self.store is not None:
@@ -87,7 +90,7 @@ class StreamValues:
         return len(unknown.responses)
 
     def flush(self) -> str | None:
-        """Put what is new into the store; see `Known.flush`."""
+        """Write new values to the store; see `Known.flush`."""
         if self.store is None:
             return None
         store, table, self.unstored = self.store, self.unstored, {}
@@ -100,7 +103,7 @@ class StreamValues:
 
 
 class Known:
-    """Values of frozen streams by (identity of the stream, response): says which must be forwarded, and hands them out.
+    """The known values of all frozen streams: decides which responses must be forwarded, and returns known values.
 
     Each stream has one table, by its name; a stream of another identity has another store. All ranks hold the same
     tables and call the same methods in the same order.
@@ -109,9 +112,9 @@ class Known:
     def __init__(self, streams: Mapping[str, StreamValues]) -> None:
         """
         Args:
-            streams: by name; the reference's among them.
+            streams: by name; the reference must be among them.
         Raises:
-            ValueError: it is not.
+            ValueError: the reference is not among them.
         """
         if REFERENCE not in streams:
             raise ValueError(f"known streams {sorted(streams)}: expected {REFERENCE!r} among them")
@@ -127,20 +130,20 @@ class Known:
         identity: str = "",
         store: ReferenceStore | None = None,
     ) -> Known:
-        """The reference alone; see `StreamValues`."""
+        """An instance that holds only the reference; for the arguments see `StreamValues`."""
         return cls({REFERENCE: StreamValues(how, dict(known or {}), identity, store)})
 
     @property
     def num_known(self) -> int:
-        """Responses whose reference is known."""
+        """The number of responses whose reference is known."""
         return len(self._reference.table)
 
     def known(self, key: bytes, stream: str = REFERENCE) -> float:
-        """A response's value: of the reference its log-prob, nats, float64."""
+        """A response's value, float64; for the reference its log-prob in nats."""
         return self._streams[stream].table[key]
 
     def values(self, batch: MicroBatch, stream: str = REFERENCE) -> Tensor:
-        """What is known of each response of a micro-batch: [responses], float64, on its device.
+        """The known value of each response of a micro-batch: [responses], float64, on the micro-batch's device.
 
         Raises:
             KeyError: a response is not known.
@@ -150,12 +153,12 @@ class Known:
         return torch.tensor(values, dtype=torch.float64, device=batch.scores_R.device)
 
     def table(self, stream: str = REFERENCE) -> tuple[LogpTable, str]:
-        """All that the run knows of a stream, copied, and its identity: with it, a restart goes on bit for bit."""
+        """A copy of a stream's table, and the stream's identity. A run resumed with both continues bit for bit."""
         of = self._streams[stream]
         return dict(of.table), of.identity
 
     def has(self, key: bytes, stream: str = REFERENCE) -> bool:
-        """Whether a response is known, by its name."""
+        """Whether a response is known, by its key."""
         return key in self._streams[stream].table
 
     def knows(self, sequence: Sequence, stream: str = REFERENCE) -> bool:
@@ -169,8 +172,8 @@ class Known:
     def micro_batches(self, engine: Engine, step: Step, tokens_per_micro_batch: int) -> list[tuple[MicroBatch, bool]]:
         """This rank's part of a step, and for each micro-batch whether the reference must be forwarded.
 
-        Sequences that are wholly known are packed apart from the others, so every rank forwards the reference in the
-        same micro-steps.
+        Fully known units are packed separately from the others, so that every rank forwards the reference in the same
+        micro-steps. Under ZeRO-3 a forward contains collectives.
         """
         unknown = self.unknown(step)
         chosen = {id(sequence) for sequence in unknown.sequences}
@@ -183,10 +186,10 @@ class Known:
         ]
 
     def resolve(self, batch: MicroBatch, forwarded_R: Tensor | None, stream: str = REFERENCE) -> Tensor | None:
-        """A stream's values of a micro-batch: as forwarded, which is noted for `learn`, else as known.
+        """A stream's values for a micro-batch: the forwarded ones, which are noted for `learn`, or else the known ones.
 
         Returns:
-            [responses], of the reference nats, float64; None where nobody needs them.
+            [responses], float64, for the reference in nats; None if no loss needs them.
         """
         of = self._streams[stream]
         if forwarded_R is not None:
@@ -196,16 +199,20 @@ class Known:
         return None if of.how == "none" else self.values(batch, stream)
 
     def learn(self, engine: Engine, step: Step) -> int:
-        """Share what the ranks have forwarded since the last call: part of `step`. Every rank must call it.
+        """Exchange the values that the ranks have forwarded since the last call, and add them to the tables.
 
+        Every rank must call it.
+
+        Args:
+            step: the step that the forwarded responses belong to.
         Returns:
-            responses of the step whose reference was forwarded, over all ranks.
+            the number of the step's responses whose reference was forwarded, over all ranks.
         """
         return {name: of.learn(engine, step) for name, of in self._streams.items()}[REFERENCE]
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
-        """If the block raises, entries that were added inside it are removed: a resumed run learns them again."""
+        """If the block raises, entries added inside it are removed; a resumed run computes them again identically."""
         before = {name: len(of.table) for name, of in self._streams.items()}
         try:
             yield
@@ -213,20 +220,20 @@ class Known:
             for name, of in self._streams.items():
                 of.forwarded.clear()
                 while len(of.table) > before[name]:
-                    of.table.popitem()
+                    of.table.popitem()  # a dict removes its newest entry
             raise
 
     def flush(self) -> str | None:
-        """Put what is new into the stores. One that cannot be written is left alone from then on.
+        """Write new values to the stores. A store that cannot be written is not tried again.
 
         Returns:
-            what went wrong, once, on the rank that has the stores.
+            what went wrong, on the rank that has the stores and only once for each store; else None.
         """
         problems = [problem for of in self._streams.values() if (problem := of.flush()) is not None]
         return "; ".join(problems) or None
 
     def forget(self, stream: str = REFERENCE) -> None:
-        """Drop a stream's snapshot: it did not stand a check against the stream itself."""
+        """Discard a stream's snapshot, because a check against the stream's own forward failed."""
         self._streams[stream].table = {}
 
 
@@ -240,13 +247,16 @@ def fill(
     on_group: Callable[[int, int], None] = lambda visited, computed: None,
     stop: Stop = NEVER,
 ) -> None:
-    """Forward the reference alone over everything that is not known yet; what is found is stored on the way.
+    """Forward only the reference over all responses that are not known yet, and store the values along the way.
+
+    Every rank must call it, with the same groups.
 
     Args:
-        on_group: called after each group with the number of its responses, and of those that had to be computed.
+        flush_every: the number of groups after which new values are written to the store.
+        on_group: called after each group with the number of its responses, and of those that were computed.
     Raises:
         UserError: the store cannot be written.
-        Stopped: between two groups; what has been found is stored.
+        Stopped: between two groups; the values found so far are stored.
     """
 
     def flush() -> None:

@@ -1,7 +1,7 @@
-"""Reference log-probs on disk, shared between runs: one folder for each reference, files that are never changed.
+"""Reference log-probs on disk, shared between runs: one folder for each reference, with files that are never changed.
 
-A file is named by the SHA-256 of its content, so writers need no lock and a damaged file shows itself. Its metadata
-names the reference it belongs to.
+A file is named by the SHA-256 of its content, so writers need no lock and a damaged file is recognised. Its metadata
+names the reference that it belongs to.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Stored:
-    """What a store held at one moment.
+    """The content of a store at one moment.
 
-    files: those that the table came from. problems: of files that were not read, a sentence each.
+    table: all entries. files: the files that the entries come from. problems: one sentence for each file that was not
+    read.
     """
 
     table: LogpTable
@@ -44,10 +45,10 @@ class Stored:
 
 @dataclass(frozen=True)
 class ReferenceStore:
-    """What all runs with the same reference have computed.
+    """The store of the log-probs that all runs with the same reference have computed.
 
-    folder: holds this reference's files and no other's.
-    identity: 64 hex digits, of `model.identity.reference_identity`.
+    folder: holds only this reference's files.
+    identity: 64 hex digits, from `streams.identity.reference_identity`.
     """
 
     folder: Path
@@ -55,20 +56,20 @@ class ReferenceStore:
 
     @classmethod
     def below(cls, root: Path, identity: str) -> ReferenceStore:
-        """The reference's own folder below a root that many share."""
+        """The store in the reference's own folder below a shared root."""
         return cls(root / identity[:32], identity)
 
     def read(self) -> Stored:
-        """Everything stored. Files that are damaged or another reference's are set aside.
+        """Read everything in the store. Files that are damaged or belong to another reference are renamed.
 
-        Those of another format are left to the runs that read it.
+        Files of another format are left as they are, for the versions that can read them.
         """
         table: LogpTable = {}
         files, problems = [], []
         for path in sorted(self.folder.glob(f"[0-9a-f]*{_SUFFIX}"), reverse=True):
             try:
                 content = path.read_bytes()
-            except FileNotFoundError:  # set aside by another run, this moment
+            except FileNotFoundError:  # another run has just renamed it
                 continue
             except OSError as error:
                 problems.append(f"{path}: cannot be read ({error.strerror})")
@@ -86,7 +87,7 @@ class ReferenceStore:
         return Stored(table, tuple(files), tuple(problems))
 
     def write(self, table: Mapping[bytes, float]) -> None:
-        """Add a file, whole or not at all. Others may write at the same time: nothing is lost.
+        """Add one file atomically. Other runs may write at the same time; nothing is lost.
 
         Raises:
             OSError: the folder cannot be written.
@@ -106,25 +107,30 @@ class ReferenceStore:
 
 
 def write_table(path: Path, table: Mapping[bytes, float], identity: str) -> None:
-    """One file of keys and log-probs, synced."""
+    """Write one file of keys and log-probs, and sync it to the disk.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     keys = np.frombuffer(b"".join(table), dtype=np.uint8).reshape(len(table), KEY_BYTES)
     logps = np.fromiter(table.values(), dtype=np.float64, count=len(table))
     try:
-        # One key only: safetensors writes several in an order that changes from file to file (0.8), and a table's name
-        # is the hash of its bytes: the same content must have the same name.
+        # Only one metadata key, because safetensors 0.8 writes several keys in varying order. A table's name is the
+        # hash of its bytes, so the same content must give the same bytes.
         owner = json.dumps({KEY: FORMAT, "identity": identity})
         save_file({"keys": keys, "logps": logps}, path, metadata={"reference": owner})
-    except SafetensorError as error:  # it wraps the system's errors
+    except SafetensorError as error:  # safetensors wraps the system's errors
         raise OSError(f"{path}: {error}") from None
-    path.chmod(0o644)  # safetensors writes 0600 whatever the umask: others share this folder
+    path.chmod(0o644)  # safetensors writes mode 0600 for any umask, but other users share this folder
     sync(path)
 
 
 def read_table(path: Path, identity: str) -> LogpTable:
-    """What `write_table` wrote.
+    """Read a file that `write_table` wrote.
 
     Raises:
-        ValueError: not such a file, another reference's, or not finite. UserError: of another format.
+        ValueError: the file cannot be read, is not a table, belongs to another reference, or holds non-finite values.
+        UserError: the table has another format.
     """
     try:
         return _parse(path, path.read_bytes(), identity)
@@ -133,10 +139,10 @@ def read_table(path: Path, identity: str) -> LogpTable:
 
 
 def set_aside(files: Iterable[Path]) -> int:
-    """Rename files so that nobody reads them again; how many could be."""
+    """Rename files so that no run reads them again; returns the number of renamed files."""
     renamed = 0
     for path in files:
-        with suppress(OSError):  # another run was first, or the folder is read-only
+        with suppress(OSError):  # another run has renamed it already, or the folder is read-only
             path.rename(path.with_name(f"{path.name}.rejected"))
             renamed += 1
     return renamed
@@ -147,7 +153,7 @@ def _parse(path: Path, content: bytes, identity: str) -> LogpTable:
         tensors = load(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         said = header["__metadata__"]["reference"]
-        about = json.loads(said) if said.startswith("{") else {"identity": said}  # the first files: the identity alone
+        about = json.loads(said) if said.startswith("{") else {"identity": said}  # an older format: only the identity
         check_format(path, about.get(KEY), FORMAT, "delete it, and its log-probs are computed anew")
         owner, keys, logps = about["identity"], tensors["keys"], tensors["logps"]
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:

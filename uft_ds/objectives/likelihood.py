@@ -13,10 +13,10 @@ def sequence_nll(logps_R: Tensor) -> Tensor:
 
 
 def is_undesirable(response: Response) -> bool:
-    """Whether it was labelled bad."""
+    """Whether a binary response was labelled bad."""
     return response.kind == "binary" and response.score < GOOD_FROM
 
 
 def is_imitated(response: Response, *, is_rejected: bool) -> bool:
-    """Whether a likelihood loss takes it: never the rejected side of a pair, nor what was labelled bad."""
+    """Whether a likelihood loss trains on the response: not if it is rejected in a pair or was labelled bad."""
     return not is_rejected and not is_undesirable(response)

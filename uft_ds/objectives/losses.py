@@ -1,4 +1,7 @@
-"""The table of losses: their names, and what one term of each is. The functions lie beside, where torch is."""
+"""The table of losses: their names and the term of each.
+
+This module does not import torch; the functions are in `pointwise`, `pairwise` and `likelihood`.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,16 @@ Distance = Literal["mse", "bce", "l1", "raw"]
 Term = Literal["response", "token", "pair"]
 
 POINTWISE: tuple[Distance, ...] = get_args(Distance)
-"""One response's implicit reward against its score."""
+"""Losses of one response's implicit reward against its score."""
 
 PAIRWISE = ("dpo", "cdpo", "robust", "ipo", "hinge", "rpo_sq", "rpo_fwd", "rpo_bwd", "dpop")
-"""The two responses of a pair, each against the reference."""
+"""Losses of the two responses of a pair, each relative to the reference."""
 
 REFERENCE_FREE = ("simpo", "contrast", "odds_ratio")
-"""The two responses of a pair, without a reference."""
+"""Losses of the two responses of a pair, without a reference."""
 
 LIKELIHOOD = ("nll", "nll_sum")
-"""-log pi(y|x): divided by the step's tokens (nll), or by its responses (nll_sum, UFT Eq. 1)."""
+"""-log pi(y|x), divided by the number of the step's tokens (nll) or of its responses (nll_sum, UFT Eq. 1)."""
 
 TERMS: Mapping[str, Term] = {
     **dict.fromkeys(POINTWISE, "response"),
@@ -26,7 +29,7 @@ TERMS: Mapping[str, Term] = {
     "nll": "token",
     "nll_sum": "response",
 }
-"""Every loss, and what its sum over a step is divided by the number of."""
+"""The term of every loss: the sum over a step is divided by the number of these terms."""
 
 LOSSES = tuple(TERMS)
 
@@ -39,11 +42,12 @@ PRESETS: Mapping[str, Mapping[str, float]] = {
 NEEDS_REFERENCE = frozenset((*POINTWISE, *PAIRWISE))
 NEEDS_PAIRS = frozenset((*PAIRWISE, *REFERENCE_FREE))
 A_TOKEN = frozenset({"ipo", "simpo"})
-"""These compare means over tokens, whatever the objective's lengths: their beta is per nat a token."""
+"""These losses always compare means over tokens, so their beta is per nat per token, also without
+`length_normalized`."""
 READS_SCORES = frozenset((*POINTWISE, "rpo_sq", "rpo_fwd", "rpo_bwd"))
 USES_BETA = frozenset((*POINTWISE, *PAIRWISE, "simpo", "contrast"))
 
 
 def expanded(loss: str | Mapping[str, float]) -> Mapping[str, float]:
-    """A recipe's loss of one kind, as losses of the table with their weights."""
+    """The losses of the table, with their weights, that a recipe's loss of one kind stands for."""
     return PRESETS.get(loss, {loss: 1.0}) if isinstance(loss, str) else loss

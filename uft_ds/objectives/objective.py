@@ -1,8 +1,8 @@
 """From the log-probs of a micro-batch to its share of the step's loss.
 
-A step's loss is the sum over the losses in use of: sum of weighted terms / number of that loss's terms in the whole
-step. Terms are responses, pairs or tokens. Their number is known on every rank before the first backward, so the
-gradient depends neither on the world size nor on how sequences were packed.
+A step's loss is a sum over the losses in use. Each contributes (sum of its weighted terms) / (number of its terms in
+the whole step). Terms are responses, pairs or tokens. Their number is known on every rank before the first backward, so
+the gradient does not depend on the world size or the packing.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ BetaSchedule = Literal["constant", "linear", "cosine"]
 
 @dataclass(frozen=True)
 class KindObjective:
-    """What one kind of response is trained by: losses with their weights, a weight of all of them, and beta."""
+    """The objective of one kind of response: losses with their weights, a weight for all of them, and beta."""
 
     losses: Mapping[str, float]
     weight: float = 1.0
@@ -51,9 +51,9 @@ class KindObjective:
 class Objective:
     """The losses of each kind, and what they share.
 
-    length_normalized: log-ratios are means over a response's tokens, not sums; beta is then per nat a token.
-    undesirable_weight: of binary responses labelled bad, against 1 for good ones.
-    beta_schedule, beta_end: how the betas go on from step to step, and by what they are multiplied at the last one.
+    length_normalized: log-ratios are means over a response's tokens, not sums; beta is then per nat per token.
+    undesirable_weight: weight of binary responses labelled bad; good ones have weight 1.
+    beta_schedule: how the factor of all betas changes over the steps. beta_end: the factor at the last step.
     """
 
     of_kind: Mapping[Kind, KindObjective]
@@ -72,27 +72,27 @@ class Objective:
 
     @property
     def needs_reference(self) -> bool:
-        """False where no loss compares with it: then no reference is computed at all."""
+        """Whether a loss in use compares with the reference; if not, no reference is computed."""
         return any(name in NEEDS_REFERENCE for name in self.losses)
 
     def weight_of(self, response: Response, loss: str) -> float:
-        """What one response's term of a loss is multiplied by."""
+        """The weight of one response's term of a loss."""
         of = self.of_kind[response.kind]
         labelled = self.undesirable_weight if is_undesirable(response) else 1.0
         return of.weight * of.losses[loss] * labelled
 
     def length_of(self, response: Response) -> float:
-        """What a response's log-ratio is divided by: its tokens, where its losses compare means."""
+        """The divisor of a response's log-ratio: its number of tokens if its losses compare means, else 1."""
         a_token = self.length_normalized or A_TOKEN & self.of_kind[response.kind].losses.keys()
         return float(response.num_tokens) if a_token else 1.0
 
     def has_pointwise(self, kind: Kind) -> bool:
-        """Whether the scores of this kind are met by implicit rewards, which the shift moves."""
+        """Whether this kind has a pointwise loss, whose implicit rewards are shifted."""
         return any(name in POINTWISE for name in self.of_kind[kind].losses)
 
 
 def objective_at(objective: Objective, progress: float) -> Objective:
-    """The objective of a step: its betas multiplied by 1 at progress 0 and by `beta_end` at progress 1."""
+    """The objective at a point of the run: betas are multiplied by 1 at progress 0 and by `beta_end` at progress 1."""
     if objective.beta_schedule == "constant":
         return objective
     done = progress if objective.beta_schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
@@ -102,13 +102,17 @@ def objective_at(objective: Objective, progress: float) -> Objective:
 
 
 def count_terms(objective: Objective, responses: Iterable[Response]) -> dict[str, int]:
-    """Number of terms of each loss over the responses of a whole step, in order: of a pair, the chosen one first."""
+    """The number of terms of each loss in a whole step.
+
+    Args:
+        responses: in the step's order; the chosen response of a pair comes before the rejected one.
+    """
     terms: Counter[str] = Counter(dict.fromkeys(objective.losses, 0))
     seen: set[int] = set()
     for response in responses:
         is_rejected = response.pair_id in seen
         if response.pair_id is not None:
-            seen.add(response.pair_id)
+            seen.add(response.pair_id)  # the next response with this number is the rejected one
         for name in objective.of_kind[response.kind].losses:
             terms[name] += _terms_of(name, response, is_rejected=is_rejected)
     return dict(terms)
@@ -116,7 +120,7 @@ def count_terms(objective: Objective, responses: Iterable[Response]) -> dict[str
 
 def _terms_of(loss: str, response: Response, *, is_rejected: bool) -> int:
     if loss in NEEDS_PAIRS:
-        return int(is_rejected)  # once a pair
+        return int(is_rejected)  # counts each pair once
     if loss in LIKELIHOOD and not is_imitated(response, is_rejected=is_rejected):
         return 0
     return response.num_tokens if TERMS[loss] == "token" else 1
@@ -124,9 +128,9 @@ def _terms_of(loss: str, response: Response, *, is_rejected: bool) -> int:
 
 @dataclass(frozen=True)
 class Rewards:
-    """What the objective makes of a micro-batch's log-probs; [responses] each, float32, with the policy's gradient.
+    """Log-ratios and implicit rewards of a micro-batch: [responses] each, float32, with the policy's gradient.
 
-    log_ratios_R: nats, summed over tokens. rewards_R: beta * log-ratio (a token, if lengths are normalised).
+    log_ratios_R: nats, summed over tokens. rewards_R: beta * log-ratio (per token, if lengths are normalised).
     """
 
     log_ratios_R: Tensor
@@ -134,18 +138,19 @@ class Rewards:
 
 
 def rewards_of(objective: Objective, micro_batch: MicroBatch, logps_R: Tensor, reference_logps_R: Tensor) -> Rewards:
-    """Log-ratios and implicit rewards, before any shift; in the unit of the kind's losses.
+    """Log-ratios and implicit rewards before any shift; rewards are in the unit of the kind's losses.
 
     Args:
         logps_R, reference_logps_R: [responses], nats, summed over tokens, float64.
     """
+    # Subtracted in float64, then rounded: the difference is small compared with both sums.
     log_ratios_R = (logps_R - reference_logps_R).float()
     factors = [objective.of_kind[r.kind].beta / objective.length_of(r) for r in micro_batch.responses]
     return Rewards(log_ratios_R, implicit_reward(log_ratios_R, _on_device(factors, log_ratios_R.device)))
 
 
 def log_ratios_of(objective: Objective, micro_batch: MicroBatch, logps_R: Tensor, reference_logps_R: Tensor) -> Tensor:
-    """What betas multiply: [responses], float32, nats, a token where the kind's losses compare means."""
+    """The log-ratios that betas multiply: [responses], float32, nats (per token if the kind's losses compare means)."""
     lengths = [objective.length_of(response) for response in micro_batch.responses]
     return (logps_R - reference_logps_R).float() / _on_device(lengths, logps_R.device)
 
@@ -157,25 +162,26 @@ def micro_batch_loss(
     logps: Mapping[str, Tensor],
     shifts_R: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The micro-batch's share of the step's loss, and the sums that it is made of.
+    """The micro-batch's share of the step's loss, and the sums of each loss's terms for the metrics.
 
     Args:
-        num_terms: of each loss in the whole step.
-        logps: by stream, [responses], nats, summed over tokens, float64: of "policy", with gradient, and of
-            "reference" where the objective needs one.
+        num_terms: the number of each loss's terms in the whole step.
+        logps: by stream, [responses], nats, summed over tokens, float64: "policy" with gradient, and "reference" if the
+            objective needs one.
         shifts_R: [responses], float32, subtracted from the rewards of pointwise losses; None: 0.
     Returns:
-        a scalar with gradient, also for a micro-batch without responses; and [2, kinds, losses], float64: of each
-        loss's terms the sum, unweighted, and the number, which ranks and micro-batches may add up.
+        a scalar with gradient, also for a micro-batch without responses; and [2, kinds, losses], float64: the
+        unweighted sum and the number of each loss's terms, which can be added over ranks and micro-batches.
     """
     logps_R = logps["policy"]
     rewards = rewards_of(objective, micro_batch, logps_R, logps["reference"]) if "reference" in logps else None
-    loss = logps_R.sum().float() * 0.0  # every rank needs a graph to walk back, whatever it holds
+    # Every rank must run a backward through the model, also if it has no term: the backward contains collectives.
+    loss = logps_R.sum().float() * 0.0
     sums = torch.zeros(2, len(KINDS), len(LOSSES), dtype=torch.float64, device=logps_R.device)
     for name in objective.losses:
         places_M, terms_M = _terms(name, objective, micro_batch, logps_R, rewards, shifts_R)
         if not len(places_M):
-            continue
+            continue  # the whole step may have no such term, and `num_terms` may then be 0
         responses = [micro_batch.responses[place] for place in places_M]
         weights = [objective.weight_of(response, name) for response in responses]
         weights_M = _on_device(weights, terms_M.device)
@@ -196,7 +202,7 @@ def _terms(
     rewards: Rewards | None,
     shifts_R: Tensor | None,
 ) -> tuple[list[int], Tensor]:
-    """The values of one loss, and the response that each belongs to: of a pair, the chosen one."""
+    """The terms of one loss, and the index of the response that each belongs to (for a pair, the chosen one)."""
     device = logps_R.device
     if name in NEEDS_PAIRS:
         of_kind = [objective.of_kind[micro_batch.responses[chosen].kind] for chosen, _ in micro_batch.pairs]
@@ -231,7 +237,7 @@ def _terms(
 
 
 def _on_device(values: Seq[float], device: torch.device) -> Tensor:
-    """Made on the host and sent: `torch.tensor(..., device=...)` would make the host wait for the device."""
+    """A float32 tensor, made on the host and copied: `torch.tensor(..., device=...)` would wait for the device."""
     return torch.tensor(values, dtype=torch.float32).to(device, non_blocking=True)
 
 

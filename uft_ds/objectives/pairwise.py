@@ -1,6 +1,6 @@
-"""Pairwise losses: the chosen response against the rejected one, by their difference. One value a pair.
+"""Pairwise losses, functions of the difference between the chosen and the rejected response. One value per pair.
 
-D is the difference of rewards, r_chosen - r_rejected with r = beta * log_ratio: what a prompt adds to both cancels.
+D = r_chosen - r_rejected, with r = beta * log_ratio. A term that depends only on the prompt cancels in it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor
 class Pairs:
     """Both sides of each pair, the chosen one in column 0.
 
-    rewards_P2: [pairs, 2], beta * log_ratio (a token where lengths are normalised); None without a reference.
+    rewards_P2: [pairs, 2], beta * log_ratio (per token if lengths are normalised); None without a reference.
     log_ratios_P2: [pairs, 2], nats, summed over tokens; None without a reference.
     logps_P2: [pairs, 2], log pi(y|x), nats, summed over tokens, float64.
     tokens_P2, scores_P2: [pairs, 2], float32.
-    beta: per nat, or per nat a token.
+    beta: per nat, or per nat per token.
     """
 
     rewards_P2: Tensor | None
@@ -34,12 +34,12 @@ class Pairs:
 
 @dataclass(frozen=True)
 class PairConstants:
-    """What some of the losses take besides.
+    """Constants that some of the losses use.
 
-    label_smoothing: how likely a preference is the wrong way round; cdpo, robust.
-    rpo_scale: eta, by which the difference of the scores is multiplied; rpo_*.
-    dpop_penalty: lambda; dpop.
-    simpo_margin: gamma; simpo.
+    label_smoothing: assumed probability that a preference is reversed; for cdpo and robust.
+    rpo_scale: eta, the factor of the difference of scores; for rpo_*.
+    dpop_penalty: lambda; for dpop.
+    simpo_margin: gamma; for simpo.
     """
 
     label_smoothing: float = 0.0
@@ -57,7 +57,7 @@ def dpo(pairs: Pairs, constants: PairConstants) -> Tensor:
 
 
 def cdpo(pairs: Pairs, constants: PairConstants) -> Tensor:
-    """-(1 - e) log sigmoid(D) - e log sigmoid(-D): conservative DPO (Mitchell 2023), e the label smoothing."""
+    """-(1 - e) log sigmoid(D) - e log sigmoid(-D): conservative DPO (Mitchell 2023); e is the label smoothing."""
     return smoothed(_margins(pairs), constants.label_smoothing)
 
 
@@ -67,32 +67,35 @@ def smoothed(margins_P: Tensor, smoothing: float) -> Tensor:
 
 
 def robust(pairs: Pairs, constants: PairConstants) -> Tensor:
-    """(-(1 - e) log sigmoid(D) + e log sigmoid(-D)) / (1 - 2 e): unbiased under flipped labels (2403.00409)."""
+    """(-(1 - e) log sigmoid(D) + e log sigmoid(-D)) / (1 - 2 e): unbiased if labels are flipped (2403.00409)."""
     margins_P, e = _margins(pairs), constants.label_smoothing
     return (-(1 - e) * F.logsigmoid(margins_P) + e * F.logsigmoid(-margins_P)) / (1 - 2 * e)
 
 
 def ipo(pairs: Pairs, constants: PairConstants) -> Tensor:
-    """(d - 1 / (2 beta))^2, d the difference of log-ratios a token: IPO (2310.12036) Eq. 17.
+    """(d - 1 / (2 beta))^2, where d is the difference of log-ratios per token: IPO (2310.12036) Eq. 17.
 
-    A token, as its authors computed it; the paper's formula is silent on lengths.
+    The authors' code computes it per token; the paper's formula does not mention lengths.
     """
     assert pairs.log_ratios_P2 is not None
     return (_difference(pairs.log_ratios_P2 / pairs.tokens_P2) - 1 / (2 * pairs.beta)).square()
 
 
 def hinge(pairs: Pairs, constants: PairConstants) -> Tensor:
-    """max(0, 1 - D): SLiC-HF (2305.10425) with the reference's normalisation of RSO (2309.06657)."""
+    """max(0, 1 - D): SLiC-HF (2305.10425), relative to the reference as in RSO (2309.06657)."""
     return torch.relu(1 - _margins(pairs))
 
 
 def rpo_sq(pairs: Pairs, constants: PairConstants) -> Tensor:
-    """(D - eta d)^2, d the difference of the given scores: NVIDIA's reward-aware preference optimisation 2502.00203."""
+    """(D - eta d)^2, where d is the difference of given scores: NVIDIA's reward-aware preference optimisation.
+
+    arXiv 2502.00203.
+    """
     return (_margins(pairs) - _score_margins(pairs, constants)).square()
 
 
 def rpo_bwd(pairs: Pairs, constants: PairConstants) -> Tensor:
-    """KL from Bernoulli(sigmoid(eta d)) to Bernoulli(sigmoid(D)): 2502.00203; DPO where eta d is large."""
+    """KL from Bernoulli(sigmoid(eta d)) to Bernoulli(sigmoid(D)): 2502.00203; equal to DPO for large eta d."""
     return _bernoulli_kl(_score_margins(pairs, constants), _margins(pairs))
 
 
@@ -102,32 +105,35 @@ def rpo_fwd(pairs: Pairs, constants: PairConstants) -> Tensor:
 
 
 def dpop(pairs: Pairs, constants: PairConstants) -> Tensor:
-    """-log sigmoid(D - lambda max(0, -r_chosen)): DPO-Positive (2402.13228), the chosen likelihood may not fall."""
+    """-log sigmoid(D - lambda max(0, -r_chosen)): DPO-Positive (2402.13228) penalises a falling chosen likelihood."""
     assert pairs.rewards_P2 is not None
     return -F.logsigmoid(_margins(pairs) - constants.dpop_penalty * torch.relu(-pairs.rewards_P2[:, 0]))
 
 
 def simpo(pairs: Pairs, constants: PairConstants) -> Tensor:
-    """-log sigmoid(beta d - gamma), d the difference of log pi a token: SimPO (2405.14734). No reference."""
+    """-log sigmoid(beta d - gamma), where d is the difference of log pi per token: SimPO (2405.14734). No reference."""
     return -F.logsigmoid(pairs.beta * _difference(pairs.logps_P2 / pairs.tokens_P2) - constants.simpo_margin)
 
 
 def contrast(pairs: Pairs, constants: PairConstants) -> Tensor:
-    """-log sigmoid(beta d), d the difference of log pi: the preference part of CPO (2401.08417) Eq. 3. No reference."""
+    """-log sigmoid(beta d), where d is the difference of log pi: preference part of CPO (2401.08417) Eq. 3.
+
+    No reference.
+    """
     return -F.logsigmoid(pairs.beta * _difference(pairs.logps_P2))
 
 
 def odds_ratio(pairs: Pairs, constants: PairConstants) -> Tensor:
-    """-log sigmoid(log odds_chosen - log odds_rejected), odds p / (1 - p), log p = log pi a token.
+    """-log sigmoid(log odds_chosen - log odds_rejected), where odds = p / (1 - p) and log p is log pi per token.
 
-    The preference part of ORPO (2403.07691) Eq. 7. No reference, no beta.
+    This is the preference part of ORPO (2403.07691) Eq. 7. It has no reference and no beta.
     """
     return -F.logsigmoid(_difference(log_odds(pairs.logps_P2 / pairs.tokens_P2)))
 
 
 def log_odds(logps: Tensor) -> Tensor:
-    """log p - log(1 - p) of log-probs, nats: of any shape, floating point."""
-    # At probability 1 the odds are infinite and their slope is not a number.
+    """log p - log(1 - p) from log p in nats; the tensor has any shape and a floating-point dtype."""
+    # At probability 1 the odds would be infinite and their gradient NaN.
     logps = logps.clamp(max=-_LEAST_NATS)
     return logps - _log1mexp(logps)
 
@@ -146,9 +152,10 @@ PAIR_LOSSES: dict[str, PairLoss] = {
     "contrast": contrast,
     "odds_ratio": odds_ratio,
 }
-"""By name, those of `losses.py`."""
+"""The functions of the pairwise losses of `losses.py`, by name."""
 
 _LEAST_NATS = 1e-6
+"""Smallest -log p from which odds are computed."""
 
 
 def _margins(pairs: Pairs) -> Tensor:
@@ -166,11 +173,12 @@ def _difference(values_P2: Tensor) -> Tensor:
 
 def _bernoulli_kl(logits_p: Tensor, logits_q: Tensor) -> Tensor:
     """KL(Bernoulli(sigmoid(p)) || Bernoulli(sigmoid(q))), nats."""
+    # logsigmoid instead of log(sigmoid) and log(1 - sigmoid), which are infinite for large logits.
     of_one = F.logsigmoid(logits_p) - F.logsigmoid(logits_q)
     of_zero = F.logsigmoid(-logits_p) - F.logsigmoid(-logits_q)
     return torch.sigmoid(logits_p) * of_one + torch.sigmoid(-logits_p) * of_zero
 
 
 def _log1mexp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x < 0, in the stable one of its two forms."""
+    """log(1 - exp(x)) for x < 0, by the numerically stable one of two formulas; they meet at x = -log 2."""
     return torch.where(x > -0.6931, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))

@@ -1,16 +1,16 @@
-"""What is subtracted from the implicit rewards before they meet the scores: an estimate of c or f(x) of UNA's Eq. 6.
+"""The reward shift, subtracted from implicit rewards before they are compared with scores.
 
-It is without gradient. Where several responses are needed for it, they are those of the whole step: neither the packing
-nor the world size plays a part.
+It estimates c or f(x) of UNA's (arXiv 2408.15339) Eq. 6 and carries no gradient. If the estimate needs several
+responses, they are those of the whole step, so it does not depend on the packing or the world size.
 
     none         r = beta * log_ratio: the paper's choice
-    constant     a given number, of rewards
-    ema          the running mean of the log-ratios of the steps before this one: BCO (arXiv 2404.04656), exponentially
-    kl           max(0, mean log-ratio of mismatched prompts and responses), of this step: KTO (2402.01306)
-    prompt_mean  the mean log-ratio of this step's responses to the same prompt, where there are two or more
+    constant     a given number, in the unit of rewards
+    ema          the exponential moving average of the log-ratios of earlier steps: BCO (arXiv 2404.04656)
+    kl           max(0, mean log-ratio of mismatched prompts and responses) of this step: KTO (2402.01306)
+    prompt_mean  the mean log-ratio of this step's responses to the same prompt, if there are two or more
 
-The last three are in nats (a token, where lengths are normalised), and each response's own beta makes a reward of them:
-kinds with other betas share one estimate, each in its own unit, and a beta that changes over the run is no error in it.
+The last three are in nats (per token if lengths are normalised). All kinds share one estimate in nats; each response
+multiplies it by its own beta. So kinds may have different betas, and a beta may change over the run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ShiftName = Literal["none", "constant", "ema", "kl", "prompt_mean"]
 
 @dataclass(frozen=True)
 class RewardShift:
-    """value: of `constant`. decay: of `ema`, the weight of what was before."""
+    """value: the shift of `constant`. decay: for `ema`, the weight of the earlier mean."""
 
     name: ShiftName = "none"
     value: float = 0.0
@@ -38,33 +38,33 @@ class RewardShift:
 
 
 def next_running_mean(before: float, step_mean: float, decay: float) -> float:
-    """The shift of the step after the one whose log-ratios have this mean, nats."""
+    """The shift of the next step, nats, from this step's shift and its mean log-ratio."""
     return decay * before + (1 - decay) * step_mean
 
 
 def kl_shift(mismatched_log_ratios: Seq[float]) -> float:
-    """KTO's reference point, z0 / beta; 0 where a step has nothing to mismatch, and not a number where one is none."""
+    """KTO's reference point, z0 / beta, nats: 0 without mismatched pairs, NaN if a log-ratio is NaN."""
     if not len(mismatched_log_ratios):
         return 0.0
     mean = float(np.mean(mismatched_log_ratios))
-    return 0.0 if mean < 0 else mean
+    return 0.0 if mean < 0 else mean  # unlike max(0, mean), this keeps a NaN
 
 
 def mismatched(responses: Seq[tuple[Sequence, Response]]) -> tuple[Sequence, ...]:
-    """Each prompt with the next response of the step that answers another one: KTO's y' for each x.
+    """Join each prompt with the next response of the step that answers another prompt: KTO's y' for each x.
 
-    Joined as tokens, which is exact: a prompt's tokens never depend on what follows it. What would be longer than the
-    longest sequence given is left out, for no model need read more.
+    Tokens are concatenated, which is exact because a prompt's tokens never depend on the text after it. A result that
+    is longer than the longest given sequence is left out, so that the model never reads a longer one than before.
 
     Args:
-        responses: each with the sequence that it is a span of.
+        responses: each with the sequence that contains it.
     """
     longest = max((sequence.num_tokens for sequence, _ in responses), default=0)
     prompts = [prompt_of(sequence, response) for sequence, response in responses]
     joined = []
     for place, (sequence, own) in enumerate(responses):
-        others = (*range(place + 1, len(responses)), *range(place))
-        # A later turn of one's own conversation answers this prompt, too.
+        others = (*range(place + 1, len(responses)), *range(place))  # cyclic: after the last response comes the first
+        # Responses of the same conversation are excluded: a later turn of it answers this prompt, too.
         strangers = (i for i in others if prompts[i] != prompts[place] and responses[i][0] is not sequence)
         partner = next(strangers, None)
         if partner is None:
@@ -78,14 +78,15 @@ def mismatched(responses: Seq[tuple[Sequence, Response]]) -> tuple[Sequence, ...
 
 
 def prompt_of(sequence: Sequence, response: Response) -> bytes:
-    """A prompt by its content: all tokens before the response."""
+    """A hash of the prompt's content: all tokens before the response."""
     return hashlib.blake2b(sequence.token_ids_T[: response.start].tobytes(), digest_size=16).digest()
 
 
 def repeated_prompts(prompts: Seq[bytes], answers: Seq[Hashable]) -> set[bytes]:
-    """Those with two different answers or more: the mean over one answer would be its own reward.
+    """The prompts that have at least two different answers.
 
-    A response that is its own shift is pushed for ever.
+    The mean over a single answer would be the answer's own reward. Its shifted reward would always be 0, so its loss
+    would push it without end.
     """
     found: dict[bytes, set[Hashable]] = {}
     for prompt, answer in zip(prompts, answers, strict=True):

@@ -1,6 +1,6 @@
-"""The reward shift of each response of a step, once its log-ratios are known; nothing is forwarded here.
+"""The reward shift of each response of a step, computed from known log-ratios; nothing is forwarded here.
 
-`reward_shift.py` says what the shifts are, `training/shifts.py` forwards what they need.
+`reward_shift.py` defines the shifts, and `training/shifts.py` forwards the responses that they need.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from uft_ds.objectives.objective import Objective
 from uft_ds.objectives.reward_shift import mismatched, next_running_mean, prompt_of, repeated_prompts
 
 ResponseName = tuple[bytes, Kind]
-"""A response by its content and its kind: of two kinds, one content may have two betas."""
+"""A response by its content and its kind. The same content may occur in two kinds, which may have different betas."""
 
 
 @dataclass(frozen=True)
 class StepShift:
-    """What the rewards of one step are moved by.
+    """The shift estimate of one step.
 
-    nats: one estimate for all pointwise responses, for `ema` and `kl`.
-    means: nats by response, for `prompt_mean`; a response that is absent is not moved.
+    nats: for `ema` and `kl`, one estimate for all pointwise responses.
+    means: for `prompt_mean`, nats by response; a response that is absent is not shifted.
     """
 
     nats: float = 0.0
@@ -37,7 +37,7 @@ class StepShift:
 
 
 def shifts_of(objective: Objective, shift: StepShift, batches: Iterable[MicroBatch]) -> list[Tensor | None]:
-    """What is subtracted from the rewards of each micro-batch: [responses], float32, on the host; None: nothing."""
+    """The shifts of each micro-batch's rewards: [responses], float32, on the host; None if there is no shift."""
     name = objective.shift.name
     if name == "none":
         return [None for _ in batches]
@@ -47,6 +47,7 @@ def shifts_of(objective: Objective, shift: StepShift, batches: Iterable[MicroBat
             return 0.0
         if name == "constant":
             return objective.shift.value
+        # Unlike `constant`, these estimates are in nats; the response's beta converts them to the unit of rewards.
         nats = shift.means.get((key, response.kind), 0.0) if name == "prompt_mean" else shift.nats
         return objective.of_kind[response.kind].beta * nats
 
@@ -57,12 +58,12 @@ def shifts_of(objective: Objective, shift: StepShift, batches: Iterable[MicroBat
 
 
 def mismatched_step(objective: Objective, step: Step) -> Step:
-    """The step's prompts with other prompts' responses, for `kl`; maybe without any."""
+    """The step's prompts joined with responses to other prompts, for `kl`; it may be empty."""
     return Step(step.index, mismatched([(sequence, response) for sequence, response, _ in _spans(objective, step)]))
 
 
 def of_repeated_prompts(objective: Objective, step: Step) -> Step:
-    """The units whose shift is not 0 under `prompt_mean`."""
+    """The units of a step that have a response to a repeated prompt, whose shift under `prompt_mean` is not 0."""
     repeated = _repeated(objective, step)
     kept = (
         unit
@@ -78,7 +79,7 @@ def prompt_means(
     """The mean log-ratio of the responses to each repeated prompt, by response, nats.
 
     Args:
-        log_ratios: of the responses to repeated prompts at least.
+        log_ratios: must contain the responses to repeated prompts.
     """
     repeated = _repeated(objective, step)
     members: dict[bytes, list[ResponseName]] = {}
@@ -91,14 +92,15 @@ def prompt_means(
 
 
 def next_shift(objective: Objective, rows: np.ndarray, before: float, shift: StepShift) -> float:
-    """What the next step starts from, nats: the running mean, or this step's estimate.
+    """The shift state for the next step, nats: the running mean, or this step's estimate.
 
-    A number that is not finite is not kept: neither in the running mean nor for the held-out data.
+    A value that is not finite is not kept, neither in the running mean nor for the held-out data.
     """
     if objective.shift.name != "ema":
         return shift.nats if math.isfinite(shift.nats) else before
     pointwise = rows[is_pointwise(objective, rows)]
     betas = np.array([objective.of_kind[kind].beta for kind in KINDS])
+    # Sorted, so that the mean does not depend on which rank held which response.
     log_ratios = np.sort(pointwise["reward"] / betas[pointwise["kind"]])
     if not len(log_ratios) or not np.isfinite(log_ratios).all():
         return shift.nats
@@ -106,7 +108,7 @@ def next_shift(objective: Objective, rows: np.ndarray, before: float, shift: Ste
 
 
 def is_pointwise(objective: Objective, rows: np.ndarray) -> np.ndarray:
-    """Of a table of responses, those whose rewards the shift moves: [rows], bool."""
+    """Whether the shift applies to each row of a table of responses: [rows], bool."""
     return np.isin(rows["kind"], [code for code, kind in enumerate(KINDS) if objective.has_pointwise(kind)])
 
 
@@ -117,7 +119,7 @@ def _repeated(objective: Objective, step: Step) -> set[bytes]:
 
 
 def _spans(objective: Objective, step: Step) -> Seq[tuple[Sequence, Response, bytes]]:
-    """Each response that meets its score, with its sequence and its name, in the order of the step."""
+    """Each response with a pointwise loss, with its sequence and its key, in the order of the step."""
     return [
         (sequence, response, key)
         for sequence in step.sequences

@@ -1,4 +1,4 @@
-"""curves.png: the course of a run."""
+"""curves.png: loss, implicit reward and gradient norm over the steps of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ KIND_COLORS = dict(zip(KINDS, ("tab:blue", "tab:orange", "tab:green", "tab:red")
 
 
 def write_curves(lines: Seq[dict[str, Any]], path: Path) -> None:
-    """Loss, implicit reward by kind, and gradient norm over the steps, as PNG."""
+    """Write a PNG with loss, implicit reward by kind, and gradient norm over the steps.
+
+    Args:
+        lines: of metrics.jsonl.
+    """
+    # matplotlib is slow to import; the canvas without a window system works on a compute node.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -35,7 +40,7 @@ def write_curves(lines: Seq[dict[str, Any]], path: Path) -> None:
 
 
 def draw(axes: Any, lines: Seq[dict[str, Any]], name: str, **style: Any) -> None:
-    """One metric over the steps; nothing where no line has it."""
+    """Draw one metric over the steps; draw nothing if no line has it."""
     points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
     if points:
         axes.plot(*zip(*points, strict=True), **style)

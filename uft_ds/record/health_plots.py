@@ -1,4 +1,4 @@
-"""health.png: whether the implicit scores mean what they should, from the metrics and the newest held-out table."""
+"""health.png: pictures that show whether implicit scores are meaningful, from metrics and the newest held-out table."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from uft_ds.record.curves import KIND_COLORS, draw
 from uft_ds.record.telemetry import calibration, sides
 
 _MOST_POINTS = 2000
+"""The most points of a scatter plot for one kind, approximately."""
 
 Lines = Seq[dict[str, Any]]
 Labels = tuple[str, str, str]
-"""Title, and what is on the axes."""
+"""The title and the labels of the x and y axes."""
 
 
 def write_health(lines: Lines, rows: np.ndarray, path: Path) -> None:
-    """Nine pictures as one PNG; where nothing is held out, of the responses that were trained on.
+    """Write nine pictures as one PNG. Without held-out data they show the responses that were trained on.
 
     Args:
         lines: of metrics.jsonl.
-        rows: the table of the held-out responses; empty where nothing is held out.
+        rows: the table of the held-out responses; empty without held-out data.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -50,7 +51,7 @@ def write_health(lines: Lines, rows: np.ndarray, path: Path) -> None:
 
 
 def _draw_reliability(axes: Any, lines: Lines, rows: np.ndarray) -> Labels:
-    """A calibrated policy lies on the diagonal; the area of a point is its number of responses."""
+    """The points of a calibrated policy lie on the diagonal; a point's area grows with its number of responses."""
     if not len(rows):
         return _draw_over_steps(axes, lines, "score_error", "score error", "mean |implicit - given score|")
     axes.plot([0, 1], [0, 1], color="gray", linewidth=0.8)
@@ -123,7 +124,7 @@ def _draw_sides(axes: Any, lines: Lines, name: str, title: str, y: str) -> Label
 
 
 def _draw_over_steps(axes: Any, lines: Lines, name: str, title: str, y: str) -> Labels:
-    """One metric of each kind."""
+    """Draw one metric of each kind over the steps."""
     part, prefix, style = _part(lines)
     for kind, color in KIND_COLORS.items():
         draw(axes, lines, f"{prefix}{name}/{kind}", label=kind, color=color, **style)
@@ -131,7 +132,7 @@ def _draw_over_steps(axes: Any, lines: Lines, name: str, title: str, y: str) -> 
 
 
 def _part(lines: Lines) -> tuple[str, str, dict[str, Any]]:
-    """What the metrics over steps are of, their names' prefix, and how they are drawn."""
+    """Which data the metrics over steps describe, the prefix of their names, and the style of their lines."""
     if any("held_out/loss" in line for line in lines):
         return "held out", "held_out/", {"marker": "o"}
     return "training", "", {"alpha": 0.7}

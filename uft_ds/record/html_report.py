@@ -1,4 +1,4 @@
-"""A finished run in one file: report.html holds the pictures, the last numbers, data and recipe."""
+"""report.html: a finished run in one file, with pictures, last metrics, data report and recipe."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ from uft_ds.record.telemetry import ROW, read_rows
 
 
 def write_report(folder: RunFolder, name: str) -> None:
-    """curves.png, health.png and a report.html that needs no other file."""
+    """Write curves.png, health.png, and a report.html that needs no other file.
+
+    Args:
+        name: the run's name, used as title.
+    """
     lines = read_metrics(folder.metrics)
     write_curves(lines, folder.curves_picture)
     table = read_rows(folder.held_out_rows) if folder.held_out_rows.exists() else np.zeros(0, dtype=ROW)

@@ -1,4 +1,4 @@
-"""From summed statistics to the metrics of a step, and their file."""
+"""The metrics of a step, computed from summed statistics, and the file and trackers that they are written to."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from uft_ds.record.telemetry import health
 
 
 def step_metrics(objective: Objective, loss: float, sums: Tensor, rows: np.ndarray) -> dict[str, float]:
-    """The objective's value, each kind's losses, and the health of its responses.
+    """The value of the objective, each kind's losses, and the health metrics of its responses.
 
     Args:
-        loss: the objective's value, summed over ranks and micro-batches.
-        sums: [2, kinds, losses], summed over ranks and micro-batches: of each loss's terms the sum, and the number.
-        rows: of all ranks' responses.
+        loss: the value of the objective, summed over ranks and micro-batches.
+        sums: [2, kinds, losses], summed over ranks and micro-batches: the sum and the number of each loss's terms.
+        rows: the table of all ranks' responses.
     """
     metrics = {"loss": loss}
     totals, numbers = sums.tolist()
@@ -47,32 +47,37 @@ def step_metrics(objective: Objective, loss: float, sums: Tensor, rows: np.ndarr
 
 
 def peak_memory_gib() -> float:
-    """Peak memory of this process, GiB: of the GPU where there is one, else resident."""
+    """Peak memory of this process, GiB: GPU memory if there is a GPU, else resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # in KiB on Linux
 
 
 def model_flops_utilization(model: nn.Module, tokens_per_second: float, *, reference_share: float) -> float | None:
-    """Model FLOPs over the GPU's peak; None without a GPU whose peak is known.
+    """Model FLOPs per second divided by the GPU's peak; None without a GPU whose peak is known.
 
-    Counted: 4 FLOPs a frozen parameter and token (forward, gradient of the activations) and 2 for the share of
-    responses whose reference was forwarded; not counted: attention, the recomputation of checkpointed layers.
+    Each parameter and token counts 4 FLOPs (forward, and gradient of the activations), and 2 more for the share of
+    responses whose reference was forwarded. Attention and the recomputation of checkpointed layers are not counted.
+
+    Args:
+        tokens_per_second: of one GPU.
     """
     if not torch.cuda.is_available():
         return None
     peak = peak_flops(torch.cuda.get_device_name())
     if peak is None:
         return None
+    # Under ZeRO-3 a partitioned parameter is empty; DeepSpeed keeps its whole size in `ds_numel`.
     num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     return (4 + 2 * reference_share) * num_parameters * tokens_per_second / peak
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl and to the trackers; a line is whole or absent.
+    """Appends to metrics.jsonl and to the trackers. A line is written completely or not at all.
 
     Args:
-        after_step: what trackers hold of later steps is of a run that was cut off, and is written again.
+        after_step: the step that a run resumes from. Trackers may hold later steps of the interrupted run; these are
+            written again.
     """
 
     def __init__(
@@ -103,12 +108,16 @@ class MetricsWriter:
                 id=_wandb_id(folder, wandb.util.generate_id),
                 resume="allow",
             )
-            # Its own step only rises, and it drops lines of steps that it has seen: those that a resume makes again.
+            # wandb's own step can only increase, and it drops lines of earlier steps, such as those that a resumed run
+            # repeats. So the step is logged as a metric.
             self._wandb.define_metric("step")
             self._wandb.define_metric("*", step_metric="step")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line, flushed: whoever follows the file sees it at once. JSON knows no NaN: it becomes null."""
+        """Write one line and flush it, so that a reader of the file sees it at once.
+
+        A number that is not finite becomes null, because JSON has no NaN.
+        """
         line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
@@ -121,11 +130,12 @@ class MetricsWriter:
 
     @property
     def num_bytes(self) -> int:
-        """Of metrics.jsonl so far, all of which is on the disk now: a checkpoint counts on it."""
+        """The current size of metrics.jsonl, after syncing it to the disk: a checkpoint records this size."""
         os.fsync(self._file.fileno())
         return self._file.tell()
 
     def close(self) -> None:
+        """Close the file and the trackers."""
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
@@ -134,7 +144,7 @@ class MetricsWriter:
 
 
 def _wandb_id(folder: Path, generate: Callable[[], str]) -> str:
-    """The same for a run that goes on: one curve."""
+    """The run's id in wandb, kept in the run's folder so that a resumed run continues the same curve."""
     path = folder / "wandb-id"
     if not path.exists():
         write_atomically(path, generate())
@@ -142,9 +152,9 @@ def _wandb_id(folder: Path, generate: Callable[[], str]) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file, none where there is no file; one that a killed run left torn is left out."""
+    """The lines of a metrics file; none if there is no file. An incomplete last line of a killed run is left out."""
     if not path.exists():
         return []
     *lines, torn = path.read_text(encoding="utf-8").split("\n")
-    del torn  # what follows the last line break: nothing, in a whole file
+    del torn  # the text after the last line break, which is empty unless the last line is incomplete
     return [json.loads(line) for line in lines]

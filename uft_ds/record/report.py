@@ -1,4 +1,4 @@
-"""What a user sees of a run while it goes on: a progress line with ETA, warnings, metrics in their files."""
+"""Reports of a running run to the user: a progress line with ETA, warnings, and metrics in their files."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ logger = logging.getLogger("uft_ds")
 
 
 class Speaker(Protocol):
-    """Where sentences go; all ranks call it, one of them speaks."""
+    """Receives sentences for the user. All ranks call it; one of them shows the sentences."""
 
     def say(self, text: str) -> None: ...
     def warn(self, text: str) -> None: ...
 
 
 class Reporter(Speaker, Protocol):
-    """Where the loop sends what happened."""
+    """Receives the events of the training loop."""
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
     def held_out(self, step: int, metrics: Mapping[str, float]) -> None: ...
@@ -39,7 +39,7 @@ class Reporter(Speaker, Protocol):
 
 
 class SilentReporter:
-    """For the ranks that only log."""
+    """The reporter of ranks that only write to their log."""
 
     metrics_bytes = 0
 
@@ -60,11 +60,11 @@ class SilentReporter:
 
 
 SECONDS_BETWEEN_LINES = 5.0
-"""Off a terminal."""
+"""Time between progress lines if the output is not a terminal."""
 
 
 class ConsoleReporter:
-    """A live bar on a terminal; elsewhere a line every few seconds, for a log that is read later."""
+    """Shows a live progress bar on a terminal; elsewhere it prints a line every few seconds."""
 
     def __init__(self, console: Console, writer: MetricsWriter, num_steps: int) -> None:
         self._console, self._writer, self._num_steps = console, writer, num_steps
@@ -115,7 +115,7 @@ class ConsoleReporter:
 
 
 class FillReporter:
-    """Progress of filling the reference cache, in responses; without a console it only logs."""
+    """Shows the progress of filling the reference cache, in responses; without a console it only logs."""
 
     def __init__(self, console: Console | None, num_responses: int) -> None:
         self._console, self._total, self._done, self._computed = console, num_responses, 0, 0
@@ -124,7 +124,7 @@ class FillReporter:
         self._task = self._progress.add_task("reference", total=num_responses, numbers="")
 
     def group(self, visited: int, computed: int) -> None:
-        """So many responses more are done, of which so many had to be computed."""
+        """Record that `visited` more responses are done, of which `computed` had to be forwarded."""
         self._done, self._computed = self._done + visited, self._computed + computed
         line = f"{self._computed} computed"
         self._progress.update(self._task, completed=self._done, numbers=line)
@@ -157,14 +157,15 @@ def _progress(console: Console | None) -> Progress:
         TextColumn("{task.fields[numbers]}"), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
     )  # fmt: skip
     is_live = console is not None and console.is_terminal
-    # Redirected streams would carry what libraries print from the rank's log to the terminal.
+    # If rich redirected the streams, the output of libraries would go to the terminal and not to the rank's log.
     return Progress(*columns, console=console, disable=not is_live, redirect_stdout=False, redirect_stderr=False)
 
 
 def one_line(metrics: Mapping[str, float]) -> str:
-    """The few numbers that tell whether a step is healthy."""
+    """The few most important numbers of a step in one line: loss, reward of each kind, speed."""
     parts = [f"loss {metrics['loss']:.4f}"]
     rewards = {kind: metrics.get(f"implicit_reward/{kind}") for kind in KINDS}
+    # "+ 0.0" turns -0.0 into 0.0.
     shown = [f"{kind} {round(reward, 3) + 0.0:+.3f}" for kind, reward in rewards.items() if reward is not None]
     if shown:
         parts.append("reward " + ", ".join(shown))

@@ -1,4 +1,4 @@
-"""A run's folder: who owns it, what lies where, how it ended."""
+"""A run's folder: the names of its files, its owner (a lock), and the status with which the run ended."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _OF_A_RUN = (
     "latest", "data", "status.json", "report.html", "curves.png", "health.png", "held_out.csv", "launcher.log", "DONE",
     "quickstart.json", "identity.json", "resumed.json", "wandb-id",
 )  # fmt: skip
-
+"""Files and folders that a run creates. `--overwrite` deletes only these, logs of ranks and temporary files."""
 
 SECONDS_OF_A_LOOK = 1.0
-"""`is_owned` holds the lock for a moment."""
+"""How long to wait for the lock, because `is_owned` in another process holds it for a moment."""
 _LOCK_REMEDY = (
     "give a folder on another file system by output=PATH, or mount this one with locks (NFS: without nolock; Lustre: "
     "with flock)"
@@ -32,7 +32,7 @@ _LOCK_REMEDY = (
 
 @dataclass(frozen=True)
 class Status:
-    """How a run ended, for the process that started it: launchers hide their workers' exit codes."""
+    """How a run ended. The process that started it reads this, because launchers hide their workers' exit codes."""
 
     exit_code: int
     message: str
@@ -40,6 +40,8 @@ class Status:
 
 @dataclass(frozen=True)
 class RunFolder:
+    """The paths of a run's files."""
+
     path: Path
 
     @property
@@ -52,12 +54,12 @@ class RunFolder:
 
     @property
     def identity(self) -> Path:
-        """What a run is of, by content: a restart must be of the same."""
+        """Hashes of the run's inputs; a restart must have the same ones."""
         return self.path / "identity.json"
 
     @property
     def resumed(self) -> Path:
-        """From which checkpoint the run goes on; absent in one that starts at step 0."""
+        """The checkpoint that the run resumes from; absent in a run that starts at step 0."""
         return self.path / "resumed.json"
 
     @property
@@ -66,7 +68,7 @@ class RunFolder:
 
     @property
     def held_out_rows(self) -> Path:
-        """Each held-out response as of the newest evaluation."""
+        """The table of all held-out responses from the newest evaluation."""
         return self.path / "held_out.csv"
 
     @property
@@ -98,11 +100,11 @@ class RunFolder:
         return self.path / ".uft-run"
 
     def sample_data(self) -> Path:
-        """A few of the run's sequences, held-out ones where there are any: enough to check what was trained."""
+        """A few of the run's sequences (held-out ones if there are any), with which a trained model can be checked."""
         return self.path / "data" / "sample"
 
     def quarantine(self) -> Path:
-        """The rows that were left out because they cannot be read, and why."""
+        """The rows that were left out because they cannot be read, each with the reason."""
         return self.path / "data" / "quarantine.jsonl"
 
     def data_report(self) -> Path:
@@ -115,11 +117,14 @@ class RunFolder:
         write_atomically(self.path / "status.json", json.dumps(asdict(status), indent=2) + "\n")
 
     def write_first_status(self, status: Status) -> None:
-        """The first rank that fails knows why; the others only see its connections close. The first one stays."""
+        """Write a status unless one exists already.
+
+        The first rank that fails knows the reason; the others only see its connections close.
+        """
         write_first(self.path / "status.json", status)
 
     def read_status(self) -> Status | None:
-        """None while the run goes on, or where it died without a word."""
+        """The run's status; None while it is running, or if it was killed before it could write one."""
         try:
             return Status(**json.loads((self.path / "status.json").read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
@@ -127,10 +132,10 @@ class RunFolder:
 
 
 def write_first(path: Path, status: Status) -> None:
-    """Write a status unless there is one, also beside ranks of other machines. A failure is printed, never raised.
+    """Write a status unless one exists; ranks of other machines may write at once. A failure is printed, not raised.
 
-    Whole or not at all, by a hard link; on a file system without hard links (FAT, some FUSE and network file systems)
-    the file is created exclusively, and whoever reads it in that moment finds no status yet.
+    A hard link makes the write atomic. On a file system without hard links (FAT, some FUSE and network file systems)
+    the file is created exclusively, and a reader may find it incomplete for a moment, which counts as no status.
     """
     text = json.dumps(asdict(status), indent=2) + "\n"
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
@@ -155,46 +160,47 @@ def _create_exclusively(path: Path, text: str, status: Status) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             except OSError:
-                path.unlink()  # half a status would keep others from writing theirs
+                path.unlink()  # an incomplete status would keep other ranks from writing theirs
                 raise
     except FileExistsError:
         return
     except OSError as error:
-        # Callers are ending for the reason in `status`: an error raised here would take its place.
+        # The process is ending for the reason in `status`; an error raised here would hide it.
         print(f"warning: {path} cannot be written ({error.strerror}): {status.message}", file=sys.stderr)
 
 
 def check_claimable(folder: RunFolder, *, overwrite: bool) -> None:
-    """Refuse a folder that holds a run, or anything else, before work is spent on the data.
+    """Refuse a folder that holds a run or other files, before time is spent on preparing data.
 
     Raises:
-        UserError: says what is there and what to do.
+        UserError: the message says what the folder holds and what to do.
     """
     path = folder.path
     if path.exists() and not path.is_dir():
         raise UserError(f"output: {path} is a file, expected a folder")
     if not path.exists() or not any(path.iterdir()):
         return
-    # The lock is there from the first moment on; a recipe.yaml beside other data may be the user's own.
+    # Every run creates the lock first. A recipe.yaml is no evidence of a run; it may be the user's own file.
     if not folder.lock.exists():
-        raise UserError(f"output: {path} holds files that are no run of ours; give another folder")
+        raise UserError(f"output: {path} holds files that are not from a run of uft; give another folder")
     if not overwrite:
-        state = "is done;" if folder.done.exists() else "did not finish; go on with it by --resume,"
+        state = "is done;" if folder.done.exists() else "did not finish; continue it with --resume,"
         raise UserError(
-            f"output: {path} already holds a run that {state} delete it by --overwrite, "
+            f"output: {path} already holds a run that {state} delete it with --overwrite, "
             "or give another folder by output=PATH"
         )
 
 
 def claim(folder: RunFolder, *, overwrite: bool, lock: Lock | None = None) -> Lock:
-    """Create the folder (emptied of an older run, if asked) and lock it.
+    """Create the folder and lock it; with `overwrite`, delete an older run in it.
 
     Args:
-        lock: of the folder, where it is locked already.
+        lock: the folder's lock, if it is locked already.
     Returns:
-        the lock: the folder is ours until it is closed or the process ends.
+        the lock; this process owns the folder until the lock is closed or the process ends.
     Raises:
-        UserError: it holds a run, another process owns it, it cannot be written, or its file system has no locks.
+        UserError: the folder holds a run, another process owns it, it cannot be written, or its file system has no
+            locks.
     """
     check_claimable(folder, overwrite=overwrite)
     try:
@@ -208,19 +214,19 @@ def claim(folder: RunFolder, *, overwrite: bool, lock: Lock | None = None) -> Lo
 
 
 def claim_again(folder: RunFolder) -> Lock:
-    """Lock a run's folder as it is.
+    """Lock a run's folder without changing its files.
 
     Raises:
-        UserError: another process owns it, it cannot be written, or its file system has no locks.
+        UserError: another process owns the folder, it cannot be written, or its file system has no locks.
     """
     try:
         return acquire(folder.lock, wait_seconds=SECONDS_OF_A_LOOK)
     except Held:
-        raise UserError(f"output: {folder.path} is in use by another run that is still going") from None
+        raise UserError(f"output: {folder.path} is in use by another run that is still running") from None
     except NoLocks as error:
-        # Without a lock a restart could write beside the run that it replaces.
+        # Without a lock a restart could write at the same time as the run that it replaces.
         raise UserError(
-            f"output: {folder.path} cannot be locked ({error.strerror}), so two runs could write it at once; "
+            f"output: {folder.path} cannot be locked ({error.strerror}), so two runs could write to it at once; "
             f"{_LOCK_REMEDY}"
         ) from None
     except OSError as error:
@@ -228,7 +234,7 @@ def claim_again(folder: RunFolder) -> Lock:
 
 
 def is_owned(folder: RunFolder) -> bool | None:
-    """Whether a process holds the lock: the run goes on. None: not known, for the file system has no locks.
+    """Whether a process holds the lock, which means that the run is running. None: the file system has no locks.
 
     Raises:
         UserError: the lock file cannot be opened.
@@ -242,10 +248,10 @@ def is_owned(folder: RunFolder) -> bool | None:
 
 
 def release(folder: RunFolder, lock: Lock) -> None:
-    """Undo `claim` after a failure: nothing is left of a run that never began."""
+    """Undo `claim` after a failure, so that nothing is left of a run that never began."""
     _empty(folder.path)
     lock.delete()
-    with suppress(OSError):  # holds something of the user's
+    with suppress(OSError):  # the folder holds files of the user
         folder.path.rmdir()
 
 

@@ -1,6 +1,6 @@
-"""Whether a run is healthy: numbers over the responses of a step, or of the held-out data, kind by kind.
+"""Health metrics of a run, for each kind: numbers over the responses of a step or of the held-out data.
 
-Everything is computed from one table with a row a response, gathered from all ranks.
+All of them are computed from one table with one row per response, gathered from all ranks.
 """
 
 from __future__ import annotations
@@ -29,28 +29,30 @@ ROW = np.dtype(
         ("pair_reward", "<f8"), ("entropy", "<f8"), ("top1", "<f8"),
     ]
 )  # fmt: skip
-"""kind: index into KINDS. pair: its number in the step, -1 for none; the chosen side comes first. logp, log_ratio:
-nats, summed over tokens. reward: before the shift. log_ratio, reward and implicit_score are NaN where there is no
-reference. pair_reward: what the pair's loss takes the difference of; NaN where there is no pair. entropy: of the
-policy, nats, summed over tokens. top1: tokens that are the policy's most probable ones."""
+"""A row of the table. kind: index into KINDS. pair: the pair's number in the step, -1 for none; the chosen response
+comes first. logp, log_ratio: nats, summed over tokens. reward: before the shift. log_ratio, reward and implicit_score
+are NaN without a reference. pair_reward: the quantity whose difference the pair's loss uses; NaN without a pair.
+entropy: the policy's, nats, summed over tokens. top1: number of tokens that are the policy's most probable ones."""
 
 SATURATED_BELOW = 0.01 * 0.25
-"""s (1 - s) of the implicit score s under 1% of its maximum: mse and l1 have no gradient left."""
+"""A response is saturated if s (1 - s) of its implicit score s is below 1% of the maximum; mse and l1 then have almost
+no gradient."""
 
 _CAN_SATURATE = frozenset({"mse", "l1"})
-"""Of the other pointwise losses, bce's slope in the reward is s - score, and raw's does not know the sigmoid."""
+"""The gradients of the other pointwise losses do not vanish: bce's is s - score, and raw has no sigmoid."""
 
 FITTED_WITHIN = 0.1
-"""A saturated response whose implicit score is this near its score is fitted, otherwise stuck."""
+"""A saturated response is fitted if its implicit score differs from its score by at most this; else it is stuck."""
 
 CALIBRATION_BINS = 10
+"""Number of equal bins of the implicit score."""
 
 _CSV_COLUMNS = (
     "origin", "kind", "pair", "score", "implicit_score", "implicit_reward", "reward_shift", "log_ratio", "logp",
     "tokens", "pair_reward", "entropy", "top1",
 )  # fmt: skip
 _FEWEST = 3
-"""Responses: of fewer, a correlation says nothing."""
+"""The fewest responses for which a correlation is computed; with fewer it means nothing."""
 
 
 def response_rows(
@@ -63,7 +65,7 @@ def response_rows(
     entropy_R: Tensor | None = None,
     top1_R: Tensor | None = None,
 ) -> np.ndarray:
-    """The table of one micro-batch: [responses] of ROW; NaN for what is None."""
+    """The table of one micro-batch: [responses] of ROW. Columns of arguments that are None hold NaN (shift: 0)."""
     rows = np.zeros(batch.num_responses, dtype=ROW)
     rows["kind"] = [KINDS.index(response.kind) for response in batch.responses]
     rows["pair"] = [-1 if response.pair_id is None else response.pair_id for response in batch.responses]
@@ -84,20 +86,23 @@ def response_rows(
 
 
 def implicit_scores(objective: Objective, rows: np.ndarray) -> np.ndarray:
-    """What each row's loss compares with the score: sigmoid(r), r = reward - shift; under `raw` alone r + 1/2."""
+    """The value that each row's loss compares with its score: sigmoid(r), r = reward - shift; for `raw` r + 1/2.
+
+    A kind with `raw` and another pointwise loss has sigmoid(r).
+    """
     rewards = rows["reward"] - rows["shift"]
     raw = [code for code, kind in enumerate(KINDS) if objective.of_kind[kind].losses.keys() & set(POINTWISE) == {"raw"}]
     return np.asarray(np.where(np.isin(rows["kind"], raw), rewards + 0.5, 0.5 * (1 + np.tanh(rewards / 2))))
 
 
 def pair_rewards(of: KindObjective, rows: np.ndarray) -> np.ndarray:
-    """What the kind's pair loss takes the difference of: of several, the first with a reference, else the first.
+    """The quantity whose difference the kind's pair loss uses; of several, the first with a reference, else the first.
 
         with a reference  beta * log_ratio, as `reward`       odds_ratio  log odds of the mean token probability
-        simpo             beta * log pi a token               no loss     log pi a token
+        simpo             beta * log pi per token             no loss     log pi per token
         contrast          beta * log pi
 
-    Without a pair loss, losses with a reference (pointwise ones) mean the reward, too.
+    A kind without a pair loss but with a pointwise loss, which has a reference, uses `reward`, too.
     """
     loss = next((name for name in (*PAIRWISE, *REFERENCE_FREE) if name in of.losses), None)
     a_token = rows["logp"] / rows["tokens"]
@@ -111,7 +116,7 @@ def pair_rewards(of: KindObjective, rows: np.ndarray) -> np.ndarray:
 
 
 def write_rows(path: Path, rows: np.ndarray, origins: Seq[str]) -> None:
-    """The table as CSV, for whoever wants to look at single responses; names as in the metrics.
+    """Write the table as CSV, for a look at single responses; the columns are named as in the metrics.
 
     Args:
         origins: `file:line` of each row.
@@ -122,7 +127,7 @@ def write_rows(path: Path, rows: np.ndarray, origins: Seq[str]) -> None:
     for row, origin in zip(rows.tolist(), origins, strict=True):
         value = dict(zip(ROW.names or (), row, strict=True))
         pair = "" if value["pair"] < 0 else value["pair"]
-        shift = math.nan if math.isnan(value["reward"]) else value["shift"]  # nothing that it could move
+        shift = math.nan if math.isnan(value["reward"]) else value["shift"]  # without a reward there is no shift
         numbers = [value["score"], value["implicit_score"], value["reward"], shift, value["log_ratio"], value["logp"]]
         numbers += [value["pair_reward"], value["entropy"], value["top1"]]
         *shown, of_pair, entropy, top1 = ("" if math.isnan(x) else f"{x:.9g}" for x in numbers)
@@ -131,7 +136,7 @@ def write_rows(path: Path, rows: np.ndarray, origins: Seq[str]) -> None:
 
 
 def read_rows(path: Path) -> np.ndarray:
-    """What `write_rows` wrote, to nine digits."""
+    """Read the table that `write_rows` wrote; numbers have nine digits."""
     with path.open(encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file))
     rows = np.zeros(len(lines), dtype=ROW)
@@ -151,8 +156,10 @@ def read_rows(path: Path) -> np.ndarray:
 
 
 def health(rows: np.ndarray, objective: Objective) -> dict[str, float]:
-    """All numbers, named NAME/KIND; kinds without responses have none. What is undefined is NaN: names do not come and
-    go with the values."""
+    """All health metrics, named NAME/KIND; a kind without responses has none.
+
+    An undefined number is NaN and not left out, so that the names do not depend on the values.
+    """
     metrics: dict[str, float] = {}
     for code, kind in enumerate(KINDS):
         of_kind = rows[rows["kind"] == code]
@@ -167,7 +174,7 @@ def health(rows: np.ndarray, objective: Objective) -> dict[str, float]:
 
 
 def can_saturate(objective: Objective, kind: Kind) -> bool:
-    """Whether a saturated sigmoid leaves the kind's loss without gradient."""
+    """Whether the kind has a loss that loses its gradient when the sigmoid saturates."""
     return bool(_CAN_SATURATE & objective.of_kind[kind].losses.keys())
 
 
@@ -190,7 +197,7 @@ def _against_reference(rows: np.ndarray) -> dict[str, float]:
         "log_ratio_per_token": (rows["log_ratio"] / rows["tokens"]).mean(),
         "score_error": np.abs(scores - given).mean(),
         "calibration_error": calibration_error(scores, given),
-        # Of rewards, for the scores of large ones are all 1.
+        # From rewards, not from implicit scores: the scores of large rewards are all 1 and cannot be ranked.
         "rank_correlation": rank_correlation(rows["reward"] - rows["shift"], given),
         "length_correlation": rank_correlation(rows["log_ratio"], rows["tokens"]),
     }
@@ -220,24 +227,24 @@ def _pairs(rows: np.ndarray) -> dict[str, float]:
         "implicit_reward_chosen": chosen["pair_reward"].mean(),
         "implicit_reward_rejected": rejected["pair_reward"].mean(),
         "pair_margin": margins.mean(),
-        # Before the first step every margin is exactly 0: neither right nor wrong.
+        # Before the first step every margin is exactly 0, which counts as half right.
         "pair_accuracy": (np.sign(margins) / 2 + 0.5).mean(),
     }
 
 
 def sides(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The chosen and the rejected rows of the pairs that are whole, in the same order."""
+    """The chosen and the rejected rows of complete pairs, in the same order."""
     paired = rows[rows["pair"] >= 0]
-    order = np.argsort(paired["pair"], kind="stable")
+    order = np.argsort(paired["pair"], kind="stable")  # keeps the chosen response before the rejected one
     paired = paired[order]
     first = np.flatnonzero(paired["pair"][:-1] == paired["pair"][1:])
     return paired[first], paired[first + 1]
 
 
 def calibration(scores: np.ndarray, given: np.ndarray) -> list[tuple[int, float, float]]:
-    """(number, mean implicit score, mean given score) of the responses in each bin of the implicit score.
+    """(number of responses, mean implicit score, mean given score) for each bin of the implicit score with responses.
 
-    Scores outside [0, 1], as `raw` may give them, are in the outermost bins.
+    Implicit scores outside [0, 1], which `raw` allows, are in the outermost bins.
     """
     bins = np.clip(scores * CALIBRATION_BINS, 0, CALIBRATION_BINS - 1).astype(int)
     members = [bins == number for number in range(CALIBRATION_BINS)]
@@ -249,14 +256,17 @@ def calibration(scores: np.ndarray, given: np.ndarray) -> list[tuple[int, float,
 
 
 def calibration_error(scores: np.ndarray, given: np.ndarray) -> float:
-    """Expected calibration error: the mean over responses of their bin's |mean implicit - mean given score|."""
+    """Expected calibration error: the mean over responses of |mean implicit - mean given score| of their bin."""
     if not np.isfinite(scores).all():
         return math.nan
     return sum(number * abs(implicit - true) for number, implicit, true in calibration(scores, given)) / len(scores)
 
 
 def rank_correlation(left: np.ndarray, right: np.ndarray) -> float:
-    """Spearman's, with mean ranks for equal values; NaN where one side is all equal, or of too few."""
+    """Spearman's rank correlation, with mean ranks for equal values.
+
+    NaN if all values of one side are equal, or for fewer than three responses.
+    """
     if len(left) < _FEWEST or not np.isfinite(left).all():
         return math.nan
     ranks, others = _mean_ranks(left), _mean_ranks(right)

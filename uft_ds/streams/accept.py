@@ -1,6 +1,6 @@
-"""Which models a run accepts: one decision, made from the model without weights, before anything is launched.
+"""Decide which models a run accepts, from the model without weights, before anything is launched.
 
-`uft train` and `uft plan` ask it alike, and what it accepts `uft convert` can read back.
+`uft train` and `uft plan` both use this decision, and `uft convert` can read back whatever it accepts.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from uft_ds.streams.stream import POLICY_ADAPTER
 def accepted_policy(
     base: Any, *, rank: int, alpha: float, targets: Literal["all-linear"] | list[str], dtype: torch.dtype
 ) -> PeftModel:
-    """The policy of a run, without weights: a base that may be trained, with adapters that `uft convert` reads back.
+    """The policy of a run without weights: a base that can be trained, and adapters that `uft convert` can read back.
 
     Args:
-        base: on the meta device.
+        base: the base model on the meta device.
     Raises:
-        UserError: `model.base` or `lora.targets` cannot be trained; says why, and what to do.
+        UserError: `model.base` or `lora.targets` cannot be trained; the message says why, and what to do.
     """
     check_base_model(base)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT's, of a property of transformers
-        # PEFT's, where it sets fan_in_fan_out for transposed layers, which `check_adapters` refuses.
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT uses a property that transformers deprecates
+        # PEFT warns when it sets fan_in_fan_out for transposed layers, which `check_adapters` refuses.
         warnings.filterwarnings("ignore", message="fan_in_fan_out", category=UserWarning)
-        # And of experts, which are refused too.
+        # PEFT warns of adapters on experts, which are refused too.
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern", category=RuntimeWarning)
         policy = add_adapters(base, rank=rank, alpha=alpha, targets=targets, dtype=dtype, seed=0)
     check_adapters(policy)
@@ -45,10 +45,10 @@ def accepted_policy(
 
 
 def check_base_model(base: Any) -> None:
-    """Refuse a base whose layers cannot be found, or whose packed sequences would change each other.
+    """Refuse a base whose layers cannot be found, or whose packed sequences would affect each other.
 
     Raises:
-        UserError: names `model.base` and the model's class.
+        UserError: the message names `model.base` and the model's class.
     """
     decoder, name = base.get_decoder(), type(base).__name__
     if layers_attribute(decoder) is None:
@@ -67,13 +67,13 @@ def check_base_model(base: Any) -> None:
 
 
 def check_adapters(policy: PeftModel) -> None:
-    """Refuse adapters that `uft convert` could not merge: everything trained must be a plain LoRA of a linear layer.
+    """Refuse adapters that `uft convert` cannot merge: every trained parameter must be a plain LoRA of a linear layer.
 
-    With `all-linear` PEFT also adapts the experts and the router of a mixture of experts, as parameters of three
-    dimensions (`target_parameters`).
+    With `all-linear` PEFT also adapts the experts and the router of a mixture of experts, as three-dimensional
+    parameters (`target_parameters`).
 
     Raises:
-        UserError: names `lora.targets`, the layers, and targets that work.
+        UserError: the message names `lora.targets`, the layers, and targets that work.
     """
     refused = sorted(set(_not_plain(policy)))
     if not refused:
@@ -87,13 +87,13 @@ def check_adapters(policy: PeftModel) -> None:
             "`uft convert`; take a model of another architecture"
         )
     raise UserError(
-        f"lora.targets: in {model} it adapts {what}, which is no plain LoRA of a linear layer and cannot be merged by "
-        f"`uft convert`; set lora.targets=[{','.join(names)}]"
+        f"lora.targets: in {model} it adapts {what}, which is not a plain LoRA of a linear layer and cannot be "
+        f"merged by `uft convert`; set lora.targets=[{','.join(names)}]"
     )
 
 
 def _not_plain(policy: PeftModel) -> Iterator[str]:
-    """Modules with trained parameters that are no plain LoRA of an `nn.Linear`."""
+    """Names of modules with trained parameters that are not a plain LoRA of an `nn.Linear`."""
     config: Any = policy.peft_config[POLICY_ADAPTER]
     for name, module in policy.named_modules():
         if isinstance(module, LoraLayer) and not isinstance(module.get_base_layer(), nn.Linear):
@@ -104,13 +104,13 @@ def _not_plain(policy: PeftModel) -> Iterator[str]:
 
 
 def _shown(name: str) -> str:
-    """Without PEFT's prefix, and one name for all layers."""
+    """A module's name for messages: without PEFT's prefix, with `*` for the layer's number."""
     parts = name.removeprefix("base_model.model.").removesuffix(".base_layer").split(".")
     return ".".join("*" if part.isdigit() else part for part in parts)
 
 
 def _plain_targets(policy: PeftModel) -> list[str]:
-    """The last names of all linear layers inside the decoder layers of which no other module has the name."""
+    """Last name components of the decoder layers' linear modules, except those that other modules also have."""
     base: Any = policy.get_base_model()
     plain: set[str] = set()
     other: set[str] = set()

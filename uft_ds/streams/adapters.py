@@ -1,4 +1,4 @@
-"""LoRA adapters on the frozen base: adding them, and choosing the one that a stream goes through."""
+"""LoRA adapters on the frozen base: add them, start from a given one, and select the one that a stream uses."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def add_adapters(
     dtype: torch.dtype,
     seed: int,
 ) -> PeftModel:
-    """Freeze the base and add LoRA adapters, equal on every rank: A drawn from `seed`, B zero.
+    """Freeze the base and add LoRA adapters, equal on every rank: A is drawn from `seed`, B is zero.
 
     Raises:
-        UserError: the head would get an adapter, or a target is no linear layer of the model.
+        UserError: the head would get an adapter, or a target is not a linear layer of the model.
     """
     if targets != "all-linear":
         _check_targets(base, targets)
@@ -49,7 +49,7 @@ def add_adapters(
         task_type="CAUSAL_LM",
     )
     try:
-        policy = get_peft_model(base, config, autocast_adapter_dtype=False)
+        policy = get_peft_model(base, config, autocast_adapter_dtype=False)  # `dtype` is set below
     except ValueError as error:
         raise UserError(f"lora.targets: {str(error).splitlines()[0]}") from None
     for parameter in policy.parameters():
@@ -60,7 +60,7 @@ def add_adapters(
 
 
 def _check_targets(base: Any, targets: list[str]) -> None:
-    """PEFT passes over a misspelt name if another one matches, and takes embeddings too."""
+    """Check each target: PEFT ignores a misspelt name if another one matches, and it accepts embeddings too."""
     named, head = list(base.named_modules()), base.get_output_embeddings()
     linear = {name.split(".")[-1] for name, module in named if isinstance(module, nn.Linear) and module is not head}
     for target in targets:
@@ -70,18 +70,18 @@ def _check_targets(base: Any, targets: list[str]) -> None:
                 "lora.targets: the head cannot have an adapter; its log-probs are computed from the frozen weight"
             )
         if not matches:
-            raise UserError(f"lora.targets: no layer is called {target!r}; expected of {', '.join(sorted(linear))}")
+            raise UserError(f"lora.targets: no layer is called {target!r}; expected one of {', '.join(sorted(linear))}")
         if not all(isinstance(module, nn.Linear) for module in matches):
             raise UserError(f"lora.targets: {target!r} is a {type(matches[0]).__name__}, expected linear layers")
 
 
 def start_from_adapter(policy: PeftModel, folder: Path) -> None:
-    """Put the adapter in `folder` beside the policy's as the frozen reference, and start the policy from it.
+    """Load the adapter in `folder` twice: as the frozen reference, and as the policy's start.
 
-    Both then compute the same, operation by operation: log-ratios are exactly 0 before the first step.
+    Both then run the same operations on equal numbers, so log-ratios are exactly 0 before the first step.
 
     Raises:
-        UserError: not a LoRA that a plain one of the recipe's rank, alpha and targets can take up.
+        UserError: the adapter does not have the form of a plain LoRA with the recipe's rank, alpha and targets.
     """
     tensors = _read_adapter(folder)
     ours: Any = policy.peft_config[POLICY_ADAPTER]
@@ -101,7 +101,9 @@ def start_from_adapter(policy: PeftModel, folder: Path) -> None:
     for name, tensor in tensors.items():
         for adapter in (POLICY_ADAPTER, REFERENCE_ADAPTER):
             parameter = parameters[name.removesuffix(".weight") + f".{adapter}.weight"]
-            parameter.data = tensor.to(parameter.device, expected[name].dtype, copy=True)  # one each
+            # Without copy=True, `to` may return the same storage for both adapters, and training the policy would
+            # change the reference.
+            parameter.data = tensor.to(parameter.device, expected[name].dtype, copy=True)
             parameter.requires_grad = adapter == POLICY_ADAPTER
 
 
@@ -116,10 +118,10 @@ def _read_adapter(folder: Path) -> dict[str, Tensor]:
 
 
 def lora_form(folder: Path) -> dict[str, Any]:
-    """Of an adapter's config, what its numbers depend on besides its tensors.
+    """The fields of an adapter's config that its output depends on, besides its tensors.
 
     Raises:
-        UserError: not a LoRA's config, one with fields that this PEFT does not know, or one that changes the base.
+        UserError: the config is not a LoRA's, has fields that the installed PEFT does not know, or changes the base.
     """
     try:
         return _numbers_of(read_lora_config(folder / "adapter_config.json"))
@@ -128,7 +130,7 @@ def lora_form(folder: Path) -> dict[str, Any]:
 
 
 def _numbers_of(config: dict[str, Any]) -> dict[str, Any]:
-    # An empty pattern is {} or null, as the version has it.
+    # PEFT writes an empty pattern as {} or as null, depending on its version.
     return {key: value or None for key, value in sorted(config.items()) if key not in WITHOUT_EFFECT}
 
 
@@ -144,7 +146,7 @@ def _check_same_lora(folder: Path, ours: PeftConfig) -> None:
 
 
 def reference_of(policy: PeftModel) -> Stream:
-    """The reference: the frozen adapter that `start_from_adapter` has put beside the policy's, else the bare base."""
+    """The reference stream: the frozen adapter that `start_from_adapter` has loaded, or else the bare base."""
     if REFERENCE_ADAPTER in policy.peft_config:
         return Stream(BARE_BASE.name, REFERENCE_ADAPTER)
     return BARE_BASE
@@ -154,16 +156,16 @@ def reference_of(policy: PeftModel) -> Stream:
 def as_stream(module: nn.Module, stream: Stream) -> Iterator[None]:
     """Within the block, `module` computes what the stream computes: the base with its adapter, or the bare base.
 
-    PEFT's own `disable_adapter` and `set_adapter` also flip `requires_grad` of every adapter, which under ZeRO would
-    reach its hooks; here only the two attributes that the layers' forward reads are set, and they come back after an
-    exception too.
+    PEFT's own `disable_adapter` and `set_adapter` also change `requires_grad` of every adapter, which would affect
+    ZeRO's hooks. Here only the two attributes that the layers' forward reads are set. They are restored after the
+    block, also after an exception.
     """
     layers = [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
     before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
     for layer in layers:
         layer._disable_adapters = stream.adapter is None
         if stream.adapter is not None:
-            layer._active_adapter = [stream.adapter]  # a layer that does not have it computes the base
+            layer._active_adapter = [stream.adapter]  # a layer without this adapter computes the base
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""The heads of streams: the model's own, from hidden states to log-probs, and one that gives a number.
+"""The heads of streams: the model's own head, which returns log-probs, and a scalar head.
 
 N supervised tokens, R responses, D hidden size.
 """
@@ -26,23 +26,26 @@ from uft_ds.streams.stream import Output
 class LogpHead(nn.Linear):
     """A linear head that also turns hidden states into log-probs.
 
-    Under ZeRO-3 only the head's own forward may touch its weight: reading it anywhere else registers it with the
-    reader and adds gathers. One call serves all streams, and with a frozen weight the backward too.
+    Under ZeRO-3 only the head's own forward may read its weight: a read by another module registers the weight with
+    that module and adds gathers. One call serves all streams. If the weight is frozen, the call also computes the
+    hidden states' gradients, so the backward does not need the weight.
     """
 
     transform: LogitTransform = UNCHANGED
     chunk_bytes: int | None = None
     in_float32: bool = False
-    """Whether plain calls give logits in float32: a model's own forward then rounds none, whatever its dtype."""
+    """Whether plain calls return float32 logits, so that the model's own forward rounds no logit to its dtype."""
 
     def forward(  # type: ignore[override] # a superset of nn.Linear's
         self, hidden: Tensor | tuple[Tensor, ...], targets_N: Tensor | None = None, with_gradients: int = 0
     ) -> Tensor | HeadOutput:
-        """What nn.Linear gives; or, of a tuple of streams, log-probs, linked to the hidden states by `head_outputs`.
+        """The output of nn.Linear; or, given targets, the log-probs of several streams.
+
+        `head_outputs` links the log-probs of a frozen head to the hidden states.
 
         Args:
-            hidden: with targets: of each stream, [N, D].
-            with_gradients: so many streams carry a gradient, from the first on.
+            hidden: if targets are given, the hidden states of each stream, [N, D]; else those of a plain call.
+            with_gradients: the number of streams that carry a gradient; they come first.
         """
         if targets_N is None:
             assert isinstance(hidden, Tensor)
@@ -59,24 +62,25 @@ class LogpHead(nn.Linear):
 
 
 class ScalarHead(nn.Linear):
-    """One number from a hidden state, float32: `score` of Hugging Face's sequence classifiers, without a bias."""
+    """One float32 number from a hidden state, like `score` of Hugging Face's sequence classifiers, without a bias."""
 
     def __init__(self, hidden_size: int, *, std: float) -> None:
-        """Weights drawn with `std`, equal on every rank."""
+        """Draw the weights with standard deviation `std`, equal on every rank."""
         super().__init__(hidden_size, 1, bias=False, dtype=torch.float32)
         with torch.no_grad():
             self.weight.normal_(std=std, generator=torch.Generator(self.weight.device).manual_seed(0))
 
     def forward(self, hidden_RD: Tensor) -> Tensor:
-        """[R]."""
+        """One value for each row of hidden states: [R], float32."""
         return super().forward(hidden_RD.float()).squeeze(-1)
 
 
 @contextmanager
 def logits_in_float32(head: LogpHead) -> Iterator[None]:
-    """Within the block, what the model's own forward does after the head is done to float32 logits.
+    """Within the block, the head returns float32 logits, so the model's own forward continues in float32.
 
-    A logit between 16 and 32 rounded to bfloat16 is off by up to 0.06: more than a wrong factor of 1.02 does to many.
+    Rounding a logit between 16 and 32 to bfloat16 changes it by up to 0.06, which is more than a wrong factor of 1.02
+    changes many logits.
     """
     head.in_float32 = True
     try:
@@ -86,14 +90,15 @@ def logits_in_float32(head: LogpHead) -> Iterator[None]:
 
 
 def make_logp_head(model: nn.Module, *, chunk_bytes: int | None = None) -> LogpHead:
-    """Teach the model's own output layer to give log-probs; its name, its weight and what it does to logits stay.
+    """Turn the model's output layer into a `LogpHead` in place; its name, weight and logit transform stay the same.
 
     Args:
-        chunk_bytes: memory for logits at a time; None for what suits the device.
+        chunk_bytes: memory for the logits that are held at once; None: a default for the device.
     Raises:
-        UserError: an output layer that is not a plain nn.Linear, one with adapters for example.
+        UserError: the output layer is not a plain nn.Linear, for example because it has an adapter.
     """
     head = plain_head(model)
+    # Changing the class keeps the module, its name and its parameter, which ZeRO-3 may have partitioned already.
     head.__class__ = LogpHead
     head.transform, head.chunk_bytes = logit_transform_of(model.config), chunk_bytes
     assert isinstance(head, LogpHead)
@@ -104,7 +109,7 @@ def plain_head(model: nn.Module) -> Any:
     """The model's output layer.
 
     Raises:
-        UserError: not a plain nn.Linear: what a subclass does in its forward would be lost.
+        UserError: it is not a plain nn.Linear. The extra work that a subclass does in its forward would be lost.
     """
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     if type(head) is not nn.Linear:
@@ -113,7 +118,7 @@ def plain_head(model: nn.Module) -> Any:
 
 
 def logit_transform_of(config: Any) -> LogitTransform:
-    """What a Hugging Face model does to its logits after the head."""
+    """The scaling and capping that a Hugging Face model applies to its logits after the head."""
     scale, softcap = logit_scale_and_cap(config)
     return LogitTransform(scale, softcap)
 
@@ -123,7 +128,7 @@ def head_outputs(head: LogpHead, hidden_states: Seq[Tensor], targets_N: Tensor, 
 
     Args:
         hidden_states: of each stream, [N, D].
-        trained: so many streams carry a gradient, from the first on.
+        trained: the number of trained streams; they come first.
     """
     with_gradients = trained if torch.is_grad_enabled() else 0
     if is_trainable(head):
@@ -140,5 +145,6 @@ def head_outputs(head: LogpHead, hidden_states: Seq[Tensor], targets_N: Tensor, 
 
 
 def is_trainable(head: nn.Linear) -> bool:
-    """Asked through `parameters()`: ZeRO-3 notices who reads `head.weight` and gathers it for the reader ever after."""
+    """Whether a parameter of the head is trained."""
+    # `head.weight` is not read: ZeRO-3 would record the module that reads it and gather the weight for it from then on.
     return any(parameter.requires_grad for parameter in head.parameters())

@@ -1,4 +1,7 @@
-"""What a reference's numbers depend on, by content: weights, config and adapter, never by their path."""
+"""Identity of a reference by content: hashes of the weights, config and adapter that its log-probs depend on.
+
+Paths are no part of it, so a copied or moved model has the same identity.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +18,22 @@ from uft_ds.host.files import sha256, user_cache, write_atomically
 from uft_ds.streams.adapters import lora_form
 
 OnFile = Callable[[int, int], None]
-"""Called with files hashed and files in all."""
+"""Called with the number of files hashed so far and the number of all files."""
 
 _NOT_NUMBERS = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
-"""Keys of a config.json that change no log-prob; the type that is computed in is the recipe's."""
+"""Keys of a config.json that change no log-prob. The dtype of the computation is set by the recipe, not here."""
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _THREADS = 8
 
 
 def base_identity(base: str, revision: str | None, on_file: OnFile = lambda done, total: None) -> dict[str, Any]:
-    """SHA-256 of every file of weights, and of what matters in config.json.
+    """SHA-256 of every weight file and of the relevant keys of config.json.
 
-    65 GB take about a minute; hashes are remembered by a file's inode, size and times.
+    65 GB take about a minute. Hashes are cached by a file's path, inode, size and times.
 
     Raises:
-        UserError: no weights.
+        UserError: the folder holds no weights, or a file cannot be read.
     """
     folder = local_folder(base, revision)
     config: dict[str, Any] = json.loads(
@@ -43,31 +46,31 @@ def base_identity(base: str, revision: str | None, on_file: OnFile = lambda done
 
 
 def adapter_identity(folder: Path) -> str:
-    """SHA-256 of an adapter's tensors and of what else its numbers depend on, such as alpha."""
+    """SHA-256 of an adapter's tensors and of the config fields that its output depends on, such as alpha."""
     return _digest([sha256(folder / "adapter_model.safetensors"), lora_form(folder)])
 
 
 def reference_identity(content: dict[str, Any], *, dtype: str, attention: str, adapter_dtype: str | None) -> str:
-    """One name, 64 hex digits, for everything that a reference's log-probs depend on besides the tokens.
+    """One name, 64 hex digits, for everything that a reference's log-probs depend on except the tokens.
 
     Args:
-        content: of `base_identity`, and the adapter's under `adapter`.
-        attention: the implementation in use; they round differently.
+        content: the result of `base_identity`, with the adapter's identity under `adapter`.
+        attention: the implementation in use; implementations round differently.
     """
     return _digest({**content, "dtype": dtype, "attention": attention, "adapter_dtype": adapter_dtype, "version": 1})
 
 
 def local_folder(base: str, revision: str | None) -> Path:
-    """Where the files of a base model lie; a hub model's are fetched first, into the hub's own cache.
+    """The folder of a base model's files. A hub model is downloaded into the hub's cache first.
 
     Raises:
-        UserError: they cannot be had.
+        UserError: the files cannot be downloaded.
     """
     if Path(base).exists():
         return Path(base)
     from huggingface_hub import snapshot_download
 
-    # Not *.safetensors: some models carry a second copy of all weights in another layout.
+    # Not *.safetensors: some models contain a second copy of all weights in another layout.
     patterns = ["config.json", "generation_config.json", "model.safetensors*", "model-*.safetensors"]
     try:
         folder = Path(snapshot_download(base, revision=revision, allow_patterns=patterns))
@@ -75,12 +78,12 @@ def local_folder(base: str, revision: str | None) -> Path:
             folder = Path(snapshot_download(base, revision=revision, allow_patterns=["pytorch_model*.bin*"]))
     except Exception as error:  # noqa: BLE001 - the hub's client raises many types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"model.base: the files of {base!r} cannot be had from the hub ({reason})") from None
+        raise UserError(f"model.base: the files of {base!r} cannot be downloaded from the hub ({reason})") from None
     return folder
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers would load: one, or those that an index names.
+    """The weight files that transformers would load: a single one, or those that an index names.
 
     Raises:
         UserError: there are none, the index cannot be read, or it names a file that is not in the folder.
@@ -96,20 +99,20 @@ def weight_files(folder: Path) -> list[Path]:
         raise UserError(f"model.base: {found}: expected an index of weight files with a weight_map") from None
     for shard in sorted(shards):
         if Path(shard).is_absolute() or ".." in Path(shard).parts:
-            raise UserError(f"model.base: {found}: names {shard!r}, expected files of the model's own folder alone")
+            raise UserError(f"model.base: {found}: names {shard!r}, expected only files in the model's own folder")
         if not (folder / shard).is_file():
             raise UserError(
-                f"model.base: {folder / shard}: cannot be read: {found.name} names it, and it is not there; fetch or "
+                f"model.base: {folder / shard}: cannot be read: {found.name} names it, but it does not exist; fetch or "
                 "copy it again"
             )
     return [folder / shard for shard in sorted(shards)]
 
 
 def index_file(folder: Path) -> Path:
-    """The file of all weights, or the index of several: the one that transformers would take.
+    """The single weight file, or the index of several: the one that transformers would choose.
 
     Raises:
-        UserError: neither is there.
+        UserError: neither exists.
     """
     for name in _WEIGHTS:
         for path in (folder / name, folder / f"{name}.index.json"):
@@ -138,14 +141,14 @@ def _remembered_sha256(path: Path) -> str:
         if len(remembered) == 64:
             return remembered
     digest = sha256(path)
-    with suppress(OSError):  # only remembered for the next time
+    with suppress(OSError):  # if the cache cannot be written, the next run hashes again
         memory.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(memory, digest)
     return digest
 
 
 def _unchanged_name(path: Path) -> str:
-    """A name that changes whenever the content may have: ctime cannot be set back."""
+    """A name that changes whenever the content may have changed. It includes ctime, which cannot be set back."""
     stat = path.stat()
     return f"{path}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
 

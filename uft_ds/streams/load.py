@@ -1,4 +1,4 @@
-"""Base weights, attention and adapters from a recipe's plain values."""
+"""Load the base model of a recipe: config, attention implementation and weights, with the checks of each."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from uft_ds.streams.weights import first_non_finite, loading_of, own_values, pro
 
 
 def check_is_there(base: str) -> None:
-    """Refuse a path that leads nowhere, before the hub is asked for a model of that name.
+    """Refuse a path that does not exist, before the hub is asked for a model of that name.
 
     Raises:
-        UserError: it looks like a path, and there is nothing.
+        UserError: `base` looks like a path and does not exist.
     """
     looks_local = base.startswith(("/", ".", "~")) or base.count("/") > 1
     if looks_local and not Path(base).exists():
@@ -36,7 +36,7 @@ def check_base(base: str, revision: str | None) -> Any:
     """The base model's config, read without its weights.
 
     Raises:
-        UserError: there is none, or it asks to run code of its own.
+        UserError: there is no config, or the model needs to run its own code.
     """
     check_is_there(base)
     folder = Path(base)
@@ -50,15 +50,15 @@ def check_base(base: str, revision: str | None) -> Any:
         return AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 - transformers raises many types here
         raise UserError(
-            f"model.base: {base!r} is neither a local model folder nor to be had from the hub ({_one_line(error)})"
+            f"model.base: {base!r} is neither a local model folder nor available from the hub ({_one_line(error)})"
         ) from None
 
 
 def config_of_folder(folder: Path) -> Any:
-    """A local model's config, as transformers reads it; code of its own is neither run nor refused.
+    """A local model's config, as transformers reads it. The model's own code is neither run nor refused.
 
     Raises:
-        UserError: config.json is broken, or transformers knows no such model.
+        UserError: config.json is broken, or transformers does not know the model.
     """
     path = folder / "config.json"
     _raw_config(path)
@@ -84,10 +84,10 @@ def _raw_config(path: Path) -> dict[str, Any]:
 
 
 def empty_base(config: Any) -> Any:
-    """The base of a config on the meta device: its structure, without weights or memory.
+    """The base model of a config on the meta device: its structure, without values.
 
     Raises:
-        UserError: no causal language model has such a config, or it has a dropout.
+        UserError: no causal language model has such a config, or it has dropout.
     """
     model = meta_model(config)
     _check_dropout(model)
@@ -96,7 +96,7 @@ def empty_base(config: Any) -> Any:
 
 
 def meta_model(config: Any) -> Any:
-    """The model of a config on the meta device, whatever its dropout.
+    """The model of a config on the meta device; dropout is not refused.
 
     Raises:
         UserError: no causal language model has such a config.
@@ -118,8 +118,11 @@ def load_base(
 ) -> Any:
     """The base model, frozen and in training mode.
 
-    Under `engine.engine.partitioned_loading` each rank keeps only its shard: transformers reads the files
-    once, maps them, and hands every parameter out as it goes.
+    Within `engine.engine.partitioned_loading` each rank keeps only its shard: transformers maps the files, reads them
+    once, and distributes each parameter as it is read.
+
+    Raises:
+        UserError: the base cannot be loaded or trained; see `check_base` and `load_weights`.
     """
     chosen = attention_implementation(attention, dtype, check_base(base, revision))
     model = load_weights(base, revision=revision, dtype=dtype, attn_implementation=chosen)
@@ -134,9 +137,9 @@ def load_base(
 def load_weights(base: str, **options: Any) -> Any:
     """`AutoModelForCausalLM.from_pretrained` that refuses a base whose files do not hold the whole model.
 
-    transformers would draw at random what is missing. Under ZeRO-3 the ranks see different things: each lists what is
-    missing, rank 0 alone meets other shapes, and NaN lies in one rank's shard. So they exchange what they found, in one
-    collective, and all refuse.
+    transformers would initialise missing tensors at random. Under ZeRO-3 the ranks see different problems: all of them
+    list missing tensors, only rank 0 sees wrong shapes, and a NaN is in one rank's shard. So the ranks exchange what
+    they found in one collective, and all refuse. Every rank must call it.
 
     Raises:
         UserError: on every rank.
@@ -150,7 +153,8 @@ def load_weights(base: str, **options: Any) -> Any:
             **options,
         )
     except (OSError, ValueError, ImportError, UnpicklingError, SafetensorError, KeyError) as error:
-        # Not the ranks' common affair: the others may be in the middle of loading, and are ended with this one.
+        # Raised without the collective: the other ranks may be in the middle of loading and would never reach it. The
+        # launcher ends them together with this one.
         raise UserError(f"model.base: {base!r} could not be loaded ({_one_line(error)})") from None
     except RuntimeError as error:
         if not str(error).startswith(_REPORTED):
@@ -170,11 +174,11 @@ def load_weights(base: str, **options: Any) -> Any:
 
 
 _REPORTED = ("Error(s) in loading state_dict", "We encountered some issues", "Failed to apply weight conversion")
-"""How messages of transformers start that are raised where every rank has done its part of loading."""
+"""Starts of transformers' messages that are raised after every rank has done its part of loading."""
 
 
 def _one_line(error: BaseException) -> str:
-    """The whole message: the reason is often not in its first line."""
+    """The whole message in one line, because the reason is often not in its first line."""
     return " ".join(str(error).split())[:500] or type(error).__name__
 
 
@@ -187,7 +191,7 @@ def _of_all_ranks(value: str | None) -> list[str | None]:
 
 
 def _check_dropout(model: nn.Module) -> None:
-    """Dropout is a layer, or a number by which a layer calls the function; a rate of 0 is none, as either."""
+    """Refuse dropout with a rate above 0, whether it is a layer or a number that a layer passes to the function."""
     for name, module in model.named_modules():
         for where, rate in _dropout_rates(module):
             if rate:
@@ -198,7 +202,7 @@ def _check_dropout(model: nn.Module) -> None:
 
 
 def _dropout_rates(module: nn.Module) -> Iterator[tuple[str, float]]:
-    """(attribute, rate) of a module itself: attention, BLOOM's blocks and others keep plain numbers."""
+    """Dropout rates of one module: (attribute, rate). Attention, BLOOM's blocks and others keep them as numbers."""
     if isinstance(module, _DropoutNd):
         yield "", module.p
     for key, value in vars(module).items():
@@ -208,13 +212,13 @@ def _dropout_rates(module: nn.Module) -> Iterator[tuple[str, float]]:
 
 
 def attention_implementation(asked: str, dtype: torch.dtype, config: Any) -> str:
-    """What `model.attention` means for a model of this config.
+    """The attention implementation that `model.attention` selects for a model of this config.
 
-    `auto` becomes flash_attention_2 where it is installed, a GPU is present, and neither the type nor the model lacks
-    it; else sdpa, or eager for a model without sdpa (Gemma 2's capped scores, GPT-J).
+    `auto` selects flash_attention_2 if it is installed, a GPU is present, and both the dtype and the model support it;
+    else sdpa, or eager for a model without sdpa (Gemma 2's capped scores, GPT-J).
 
     Raises:
-        UserError: a named implementation that transformers does not have for this model.
+        UserError: transformers does not have the named implementation for this model.
     """
     model_class = _causal_class(config)
     has = {
@@ -236,7 +240,7 @@ def attention_implementation(asked: str, dtype: torch.dtype, config: Any) -> str
 
 
 def _causal_class(config: Any) -> Any:
-    """The class that `AutoModelForCausalLM` takes for a config; None where it knows none."""
+    """The class that `AutoModelForCausalLM` uses for a config; None if it knows none."""
     return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
 
 

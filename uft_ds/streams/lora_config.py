@@ -1,4 +1,4 @@
-"""PEFT's adapter_config.json of a LoRA: what its numbers depend on, and what its tensors alone do not show."""
+"""Read PEFT's adapter_config.json of a LoRA, and tell which of its fields and tensors `uft convert` understands."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ WITHOUT_EFFECT = frozenset({
     "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_config", "megatron_core", "peft_type",
     "peft_version", "revision", "runtime_config", "target_modules", "task_type",
 })  # fmt: skip
-"""Fields that do not change what a frozen adapter computes, or that its tensors show."""
+"""Fields that do not change what a frozen adapter computes, or whose effect its tensors already show."""
 
 _LEAVE_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
-"""Initial values that PEFT draws without changing the base's weights; PiSSA, OLoRA and others do change them."""
-
+"""Values of `init_lora_weights` that leave the base's weights unchanged; PiSSA, OLoRA and others change them."""
 
 LORA_TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
+"""Name of a LoRA tensor, in a model or in a file of PEFT's."""
 
 
 def is_plain_lora(name: str, shape: Seq[int], rank: int) -> bool:
-    """Whether a trained parameter is half of what `uft convert` reads back: A of [rank, in], or B of [out, rank].
+    """Whether a trained parameter is one that `uft convert` reads back: A of [rank, in], or B of [out, rank].
 
-    PEFT names the adapters of an expert's second parameter after `base_layer`, with another rank than the config's.
+    PEFT puts `base_layer` into the names of the adapters of an expert's second parameter, and their rank is not the
+    config's.
     """
     match = LORA_TENSOR.fullmatch(name)
     if match is None or ".base_layer" in match["module"] or len(shape) != 2:
@@ -38,10 +39,10 @@ def is_plain_lora(name: str, shape: Seq[int], rank: int) -> bool:
 
 
 def read_lora_config(path: Path) -> dict[str, Any]:
-    """All fields, with PEFT's defaults where an older version wrote fewer.
+    """All fields of an adapter's config; fields that an older version did not write have PEFT's defaults.
 
     Raises:
-        UserError: not a LoRA's config, one with fields that this PEFT does not know, or one that changes the base.
+        UserError: the config is not a LoRA's, has fields that the installed PEFT does not know, or changes the base.
     """
     try:
         given: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The module that the engine shards: one forward gives what each stream makes of a micro-batch.
+"""The module that the engine shards: one forward computes the outputs of all streams for a micro-batch.
 
 T packed tokens, N supervised tokens, R responses, D hidden size, V vocabulary.
 """
@@ -23,14 +23,14 @@ from uft_ds.streams.offload import activations_on_host
 from uft_ds.streams.stream import POLICY, Output, Stream, trained_first
 
 ReferenceMode = HowForwarded
-"""One visit of the weights for all streams, or a forward for each."""
+"""lockstep: one pass over the weights for all streams. separate: a forward for each stream."""
 
 
 class UFTModel(nn.Module):
-    """Streams over one set of frozen base weights: the policy, the reference, and whatever else a run wants.
+    """Streams over one set of frozen base weights: the policy, the reference, and further streams of a run.
 
-    All streams lie inside one call of the root module: with two calls, ZeRO-3 throws its prefetch trace away
-    on every step.
+    All streams are computed inside one call of the root module: with two calls, ZeRO-3 would discard its prefetch trace
+    in every step.
     """
 
     def __init__(
@@ -44,11 +44,13 @@ class UFTModel(nn.Module):
     ) -> None:
         """
         Args:
-            further: streams beside policy and reference; their adapters are there already.
-            chunk_bytes: memory for logits at a time; None for what suits the device.
+            policy: the base with its adapters.
+            further: streams besides policy and reference; their adapters must exist already.
+            activation_offload: keep saved activations in host memory.
+            chunk_bytes: memory for the logits that are held at once; None: a default for the device.
         Raises:
-            ValueError: a stream whose adapter is missing, or trained where it should be frozen, or the reverse.
-            UserError: layers or a head that the mode has not been shown to work with.
+            ValueError: a stream's adapter is missing, or it is trained and the stream frozen, or the reverse.
+            UserError: the model's layers or head are not known to work with the mode.
         """
         super().__init__()
         self.policy = policy
@@ -66,7 +68,8 @@ class UFTModel(nn.Module):
             enable_lockstep(base)
         self._activation_offload = activation_offload
         self.attention = str(base.config._attn_implementation)
-        # Without an input that requires grad, the first leaf layer's gradients would be reduced before they exist.
+        # DeepSpeed reduces a leaf layer's gradients in a backward hook of its inputs. If no input required grad, the
+        # first layer's gradients would be reduced before they exist.
         base.enable_input_require_grads()
 
     def _check_adapter(self, stream: Stream) -> None:
@@ -79,21 +82,23 @@ class UFTModel(nn.Module):
             state = "trained" if stream.trained else "frozen"
             raise ValueError(f"stream {stream.name!r} is {state}, which its adapter {stream.adapter!r} is not")
         if stream.trained and stream != POLICY and not self._in_lockstep:
-            # A forward's recomputation in the backward would find the policy's adapter.
+            # With separate forwards, the recomputation of this stream's layers in the backward would use the adapter
+            # that is active then, the policy's.
             raise ValueError(f"stream {stream.name!r}: beside the policy, a stream is trained in lockstep only")
 
     def forward(
         self, micro_batch: MicroBatch, streams: Seq[Stream], *, through_logits: bool = False
     ) -> dict[str, Output]:
-        """What each stream makes of a micro-batch, by its name.
+        """The output of each stream for a micro-batch, by the stream's name.
 
         Args:
-            streams: of `self.streams`, those that are forwarded.
-            through_logits: by the definition, `_token_logps_through_logits`, of one stream; for the check at the start.
+            streams: those of `self.streams` that are forwarded.
+            through_logits: forward one stream by the definition, `_token_logps_through_logits`; for the check before
+                the first step.
         Raises:
-            ValueError: a stream that is not of this model, or two that cannot be forwarded together.
-            RuntimeError: a stream without gradient asked of a model whose head is trained: it would go through the head
-                as it is now.
+            ValueError: a stream is not of this model, or two streams cannot be forwarded together.
+            RuntimeError: the head is trained and a stream without gradient is asked for, which would use the head's
+                current weights.
         """
         ordered = trained_first(streams)
         for stream in ordered:
@@ -113,7 +118,7 @@ class UFTModel(nn.Module):
         base: Any = self.policy.get_base_model()
         head = base.get_output_embeddings()
         if is_trainable(head) and not all(stream.trained for stream in streams):
-            raise RuntimeError("All streams share one head: one that is trained has no stream without gradient.")
+            raise RuntimeError("All streams share one head: if the head is trained, no stream can be without gradient.")
         hidden = [hidden_states[stream][0].index_select(0, micro_batch.predictors_N) for stream in streams]
         trained = sum(stream.trained for stream in streams)
         return dict(zip(streams, head_outputs(head, hidden, micro_batch.targets_N, trained=trained), strict=True))
@@ -134,14 +139,15 @@ class UFTModel(nn.Module):
                 in_lockstep: tuple[Tensor, ...] = self._decode(base, micro_batch, lanes=Lanes(streams))
                 return in_lockstep
             found: dict[Stream, Tensor] = {}
-            for stream in reversed(streams):  # first those that keep nothing for the backward
+            for stream in reversed(streams):  # untrained streams first, before activations are kept for the backward
                 with nullcontext() if stream.trained else torch.no_grad(), as_stream(base, stream):
                     found[stream] = self._decode(base, micro_batch)
             return tuple(found[stream] for stream in streams)
 
     def _decode(self, base: Any, micro_batch: MicroBatch, **lanes: Lanes) -> Any:
-        """Final hidden states, [1, tokens, hidden]; with lanes, those of all streams."""
-        # use_cache=False is not a detail: with a cache the mask that keeps packed sequences apart is not built.
+        """Final hidden states, [1, tokens, hidden]; with lanes, a tuple of those of all streams."""
+        # use_cache=False is required: with a cache, transformers does not build the mask that separates packed
+        # sequences.
         return base.get_decoder()(
             input_ids=micro_batch.token_ids_T[None],
             position_ids=micro_batch.position_ids_T[None],
@@ -151,10 +157,10 @@ class UFTModel(nn.Module):
         ).last_hidden_state
 
     def _token_logps_through_logits(self, micro_batch: MicroBatch, stream: Stream) -> Tensor:
-        """By the definition: [supervised tokens], float32, nats.
+        """Token log-probs by the definition: [supervised tokens], float32, nats.
 
-        Hugging Face's own forward of each sequence alone, given nothing but its tokens, and log_softmax. Only the
-        logits are not rounded to the model's dtype, so that in bfloat16 too the difference is not rounding.
+        They come from Hugging Face's own forward of each sequence alone, given only its tokens, and log_softmax. The
+        logits are not rounded to the model's dtype, so that a difference in bfloat16 is not just rounding.
         """
         base: Any = self.policy.get_base_model()
         bounds_S = micro_batch.bounds_S.tolist()
@@ -173,7 +179,7 @@ class UFTModel(nn.Module):
         return logps_NV.gather(1, micro_batch.targets_N[:, None]).squeeze(1)
 
     def _sequence_bounds(self, micro_batch: MicroBatch) -> dict[str, Any]:
-        """What flash-attention needs to keep sequences apart; left to itself it finds out once a layer."""
+        """The sequence bounds for flash-attention. Without them, transformers would compute them in every layer."""
         return self._bounds(micro_batch.bounds_S, micro_batch.longest)
 
     def _bounds(self, bounds: Tensor, longest: int) -> dict[str, Any]:

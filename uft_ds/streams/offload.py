@@ -1,4 +1,4 @@
-"""Activations that wait for the backward pass, in host memory instead of the GPU's."""
+"""Offload of saved activations: they wait for the backward pass in host memory instead of GPU memory."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 Packed = tuple[torch.device, Tensor] | Tensor
+"""An offloaded tensor with its original device, or a tensor that was left where it is."""
 
 
 def activations_on_host() -> AbstractContextManager[None]:
-    """Within the block, what autograd saves goes to host memory, and comes back when the backward asks for it.
+    """Within the block, tensors that autograd saves are copied to host memory, and back when the backward needs them.
 
-    With gradient checkpointing these are the layers' inputs, [1, tokens, hidden] each. Weights stay where they are:
-    under ZeRO-3 the hooks see them gathered, and would keep the whole model.
+    With gradient checkpointing these are the layers' inputs, [1, tokens, hidden] each. Weights are left where they are:
+    under ZeRO-3 the hooks see the gathered weights, and would keep the whole model in host memory.
     """
     return torch.autograd.graph.saved_tensors_hooks(_to_host, _to_device)
 
@@ -22,7 +23,8 @@ def activations_on_host() -> AbstractContextManager[None]:
 def _to_host(tensor: Tensor) -> Packed:
     if isinstance(tensor, nn.Parameter) or hasattr(tensor, "ds_id") or not tensor.is_floating_point():
         return tensor
-    # In the computation's own stream: in order with the tensor's reuse, but the kernels after it wait for the copy.
+    # The copy runs in the stream of the computation, so it is ordered before any reuse of the tensor's memory. The
+    # price is that later kernels wait for it.
     host = torch.empty(tensor.size(), dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     host.copy_(tensor, non_blocking=True)
     return tensor.device, host

@@ -1,4 +1,4 @@
-"""A stream: one way through the shared frozen weights, and what comes out at its end.
+"""Streams (one pass through the shared frozen weights with a given adapter and head) and their outputs.
 
 N supervised tokens, R responses of a micro-batch.
 """
@@ -17,11 +17,11 @@ from uft_ds.objectives.implicit_reward import response_sums
 
 @dataclass(frozen=True)
 class Stream:
-    """One way through the shared weights: the base, an adapter or none, and a head.
+    """One path through the shared weights: the base, an adapter or none, and a head.
 
     name: "policy", "reference", "reward", ...
-    adapter: PEFT's name of it; None: the bare base.
-    trained: whether it carries a gradient. Never one adapter for two trained streams.
+    adapter: PEFT's name of the adapter; None: the bare base.
+    trained: whether the stream carries a gradient. Two trained streams must not share an adapter.
     head: "tokens": log-probs of the supervised tokens; "scalar": one value at each response's last token.
     """
 
@@ -36,36 +36,37 @@ class Stream:
 
 
 POLICY_ADAPTER, REFERENCE_ADAPTER = "default", "reference"
-"""PEFT's names of the policy's adapter, which PEFT chose, and of a reference's frozen one beside it."""
+"""PEFT's names of the policy's adapter (PEFT's default) and of the frozen adapter of a reference."""
 
 POLICY = Stream("policy", POLICY_ADAPTER, trained=True)
-"""What every run trains."""
+"""The stream that every run trains."""
 
 BARE_BASE = Stream("reference", None)
 """The reference of a run that starts from fresh adapters."""
 
 
 class Output(NamedTuple):
-    """What one stream makes of a micro-batch; of a tokens head all but `values_R`, of a scalar head that alone.
+    """The output of one stream for a micro-batch.
 
-    A trained stream's log-probs or values carry the gradient.
+    A tokens head fills all fields except `values_R`; a scalar head fills only `values_R`. The log-probs or values of a
+    trained stream carry the gradient.
     """
 
     token_logps_N: Tensor | None = None
     """Log-probs of the supervised tokens, float32, nats."""
     entropy_N: Tensor | None = None
-    """Of the distribution that predicts the token, over the vocabulary, float32, nats; without gradient."""
+    """Entropy of the distribution over the vocabulary that predicts the token, float32, nats; without gradient."""
     is_top1_N: Tensor | None = None
-    """No token of the vocabulary is more probable than the target."""
+    """Whether no token of the vocabulary is more probable than the target."""
     values_R: Tensor | None = None
-    """A number for each response, float32."""
+    """One number for each response, float32."""
 
 
 def trained_first(streams: Iterable[Stream]) -> tuple[Stream, ...]:
-    """The order in which streams stand in a visit and in a matmul.
+    """The order of streams in a forward and in a matmul: trained ones first.
 
     Raises:
-        ValueError: no stream, two of one name, or two trained ones with one adapter.
+        ValueError: there is no stream, two have one name, or two trained ones share an adapter.
     """
     ordered = tuple(sorted(streams, key=lambda stream: not stream.trained))
     names = [stream.name for stream in ordered]

@@ -1,4 +1,4 @@
-"""A model's weights on the disk, tensor by tensor: read where they lie, written as they come."""
+"""Read and write a model's weight files tensor by tensor, without holding the whole model in memory."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _CODES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-"""The format's names of types (github.com/huggingface/safetensors, README)."""
+"""Names of dtypes in the safetensors format (github.com/huggingface/safetensors, README)."""
 _TYPES = {code: dtype for dtype, code in _CODES.items()}
 _POINTER = b"version https://git-lfs"
-"""How a pointer starts that git-lfs leaves in place of a file that was not fetched."""
+"""First bytes of the pointer that git-lfs leaves in place of a file that was not fetched."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a file's header says of a tensor."""
+    """Name, shape and dtype of a tensor, from a file's header."""
 
     name: str
     shape: tuple[int, ...]
@@ -46,10 +46,10 @@ class TensorInfo:
 
 
 class WeightFiles:
-    """The tensors of a model folder, without loading any of them.
+    """The tensors of a model folder. Only headers are read; `read` loads one tensor.
 
     Raises:
-        UserError: no weights, or files that cannot be read; names them.
+        UserError: there are no weights, or a file cannot be read; the message names it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -62,7 +62,7 @@ class WeightFiles:
                 self._file_of[info.name] = path
 
     def read(self, name: str) -> Tensor:
-        """One tensor, as it is stored; it may be a view of the file."""
+        """One tensor, as it is stored; it may be a view of the mapped file."""
         path = self._file_of[name]
         try:
             if path.suffix == ".safetensors":
@@ -83,22 +83,23 @@ def _header(path: Path) -> list[TensorInfo]:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What a weight file says of a tensor; the type by the name that safetensors gives it."""
+    """Name, shape and dtype of a stored tensor; `code` is the dtype's name in the safetensors format."""
 
     name: str
     shape: tuple[int, ...]
     code: str
 
     def empty(self) -> Tensor:
-        """Of the same shape and type, without values; float32 stands for types that torch has no common name of."""
+        """A meta tensor of the same shape and dtype; float32 if the dtype is not in the table of codes."""
         return torch.empty(self.shape, dtype=_TYPES.get(self.code, torch.float32), device="meta")
 
 
 def stored_tensors(path: Path) -> list[StoredTensor]:
-    """Names, shapes and types of a weight file's tensors; no tensor is read.
+    """Names, shapes and dtypes of a weight file's tensors; no tensor is read.
 
     Raises:
-        UserError: no file, or cut, empty, a pointer in place of the file, not of its format. Names it.
+        UserError: the file does not exist, is cut or empty, has another format, or is a pointer of git-lfs. The message
+            names it.
     """
     _check_is_weights(path)
     if path.suffix != ".safetensors":
@@ -134,12 +135,12 @@ def _check_is_weights(path: Path) -> None:
 
 @lru_cache(maxsize=1)
 def _pickled(path: Path) -> Mapping[str, Tensor]:
-    """A .bin file, mapped where its format allows it; nothing in it is run."""
+    """The tensors of a .bin file, mapped if its format allows it. Code in the file is never run."""
     return _unpickled(path, torch.device("cpu"))
 
 
 def _unpickled(path: Path, device: torch.device) -> Mapping[str, Tensor]:
-    can_map = device.type == "cpu" and is_zipfile(path)  # files of torch before 1.6 are no zip archives
+    can_map = device.type == "cpu" and is_zipfile(path)  # before torch 1.6, files were not zip archives
     try:
         content = torch.load(path, map_location=device, weights_only=True, mmap=can_map)
     except UnpicklingError:
@@ -153,12 +154,12 @@ def _unpickled(path: Path, device: torch.device) -> Mapping[str, Tensor]:
             f"model.base: {path}: cannot be read, it is cut or damaged ({reason}); fetch or copy it again"
         ) from None
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-        raise UserError(f"model.base: {path}: expected tensors by their names alone, found other values")
+        raise UserError(f"model.base: {path}: expected a dictionary of tensors by name, found other values")
     return content
 
 
 def shards_of(infos: Iterable[TensorInfo], max_bytes: int) -> list[list[TensorInfo]]:
-    """Tensors in their order, in as many files as needed; one that is larger than a file has one of its own."""
+    """Divide tensors, in their order, into files of at most `max_bytes`; a larger tensor gets its own file."""
     shards: list[list[TensorInfo]] = []
     size = 0
     for info in infos:
@@ -171,11 +172,11 @@ def shards_of(infos: Iterable[TensorInfo], max_bytes: int) -> list[list[TensorIn
 
 
 def write_tensors(path: Path, infos: Iterable[TensorInfo], produce: Callable[[TensorInfo], Tensor]) -> None:
-    """A safetensors file, one tensor in memory at a time.
+    """Write a safetensors file with only one tensor in memory at a time.
 
-    The library's own writer needs all of them at once; what it reads back is the test of this one.
+    The library's own writer needs all tensors at once. The tests read the file back with the library.
     """
-    ordered = sorted(infos, key=lambda info: -info.dtype.itemsize)  # so that each is aligned
+    ordered = sorted(infos, key=lambda info: -info.dtype.itemsize)  # so that each tensor is aligned to its item size
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for info in ordered:
@@ -195,7 +196,7 @@ def write_tensors(path: Path, infos: Iterable[TensorInfo], produce: Callable[[Te
 def write_model(
     folder: Path, infos: Iterable[TensorInfo], produce: Callable[[TensorInfo], Tensor], *, max_shard_bytes: int
 ) -> None:
-    """A model's weights in Hugging Face's layout: one file, or several and their index."""
+    """Write a model's weights in Hugging Face's layout: one file, or several files and their index."""
     shards = shards_of(infos, max_shard_bytes)
     if len(shards) == 1:
         write_tensors(folder / "model.safetensors", shards[0], produce)
@@ -211,10 +212,10 @@ def write_model(
 
 
 def bytes_of(text: str) -> int:
-    """A size as people write it: 5GB, 500MB, 2GiB.
+    """The number of bytes of a size such as 5GB, 500MB or 2GiB.
 
     Raises:
-        UserError: not such a size.
+        UserError: the text is not such a size.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(K|M|G|T)(i?)B", text.strip(), re.IGNORECASE)
     size = 0.0

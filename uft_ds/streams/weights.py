@@ -1,8 +1,8 @@
-"""Whether a model's weight files hold the model of its config.json, by their headers: no tensor is read.
+"""Check, from headers alone, that a model's weight files hold the model of its config.json.
 
-transformers draws a tensor that the files lack at random, and trains on. Which name on the disk is which parameter is
-transformers' own rule (prefixes, older names, experts fused into one parameter, tied weights), so transformers itself
-is asked: it "loads" tensors of the meta device, which have a shape and no values.
+transformers initialises tensors that the files lack at random, and training would continue. Only transformers knows
+which stored name belongs to which parameter (prefixes, older names, experts fused into one parameter, tied weights). So
+transformers itself "loads" tensors of the meta device, which have a shape but no values, and reports what is wrong.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _REMEDY = (
 
 @dataclass(frozen=True)
 class Loading:
-    """What transformers reports of loading weights into a model; names are the model's, not those on the disk.
+    """The report of transformers on loading weights into a model. Names are the model's, not those in the files.
 
-    mismatched: name, shape in the files, shape in the model.
+    mismatched: (name, shape in the files, shape in the model).
     """
 
     missing: tuple[str, ...] = ()
@@ -42,7 +42,7 @@ class Loading:
 
 
 def loading_of(report: Mapping[str, Any]) -> Loading:
-    """From the dictionary that `from_pretrained(..., output_loading_info=True)` returns."""
+    """A `Loading` from the dictionary that `from_pretrained(..., output_loading_info=True)` returns."""
     return Loading(
         missing=tuple(sorted(report["missing_keys"])),
         unexpected=tuple(sorted(report["unexpected_keys"])),
@@ -54,30 +54,30 @@ def loading_of(report: Mapping[str, Any]) -> Loading:
 def check_weights(folder: Path, model: Any) -> None:
     """Refuse weight files that do not hold exactly the tensors of a model.
 
-    Tensors of modules that the model does not have at all (a value head, the vision part of a text model) are left
-    alone, as transformers leaves them: they change none of the model's outputs.
+    Tensors of modules that the model does not have at all (a value head, the vision part of a text model) are ignored,
+    as transformers ignores them: they do not affect the model's outputs.
 
     Args:
-        model: of the folder's config.json, on the meta device (`streams.load.empty_base`); it is not changed.
+        model: the model of the folder's config.json on the meta device (`streams.load.empty_base`); not changed.
     Raises:
-        UserError: a file is missing, cut or no weight file; a tensor is missing, has another shape, or has no place in
-            the model. Names file and tensor.
+        UserError: a file is missing, cut or not a weight file; or a tensor is missing, has another shape, or has no
+            place in the model. The message names the file and the tensor.
     """
     stored = {tensor.name: (path, tensor) for path in weight_files(folder) for tensor in stored_tensors(path)}
     if getattr(model.config, "quantization_config", None) is not None:
-        return  # the files hold other tensors than the model, by a rule of each method of quantization
+        return  # quantized files hold other tensors than the model; each method of quantization has its own rule
     where = index_file(folder)
     empty = {name: tensor.empty() for name, (_, tensor) in stored.items()}
     try:
         loading = _load_empty(model, empty)
-    except RuntimeError:  # of transformers: tensors that it puts together do not fit each other
+    except RuntimeError:  # transformers fuses several tensors into one parameter, and their shapes do not match
         lacking = _lacking(model, stored)
         detail = f"lacks {_some(lacking)}" if lacking else "holds tensors that cannot be put together"
         raise UserError(f"model.base: {where}: {detail}; {folder / 'config.json'} asks for more: {_REMEDY}") from None
     problem = problem_of(loading, model)
     if problem is None:
         return
-    # By the names on the disk; also one of many experts, without which the fused parameter has another shape.
+    # Name the stored tensors. A missing expert also shows as a mismatch: the fused parameter then has another shape.
     if (loading.missing or loading.mismatched) and (lacking := _lacking(model, stored)):
         problem = f"lacks {_some(lacking)}, which its config.json asks for"
     named = next((path for name, (path, _) in stored.items() if not loading.missing and name in problem), where)
@@ -85,7 +85,7 @@ def check_weights(folder: Path, model: Any) -> None:
 
 
 def problem_of(loading: Loading, model: Any) -> str | None:
-    """One clause about the first tensor that is wrong and the number of others; None if the model is whole."""
+    """One clause that names the first wrong tensor and the number of others; None if the model is complete."""
     if loading.missing:
         return f"lacks {_some(loading.missing)}, which its config.json asks for"
     if loading.mismatched:
@@ -101,10 +101,10 @@ def problem_of(loading: Loading, model: Any) -> str | None:
 
 
 def first_non_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:
-    """The name of the first tensor that holds NaN or infinity.
+    """The name of the first tensor that holds NaN or infinity; None if all are finite.
 
-    Its least and its greatest value say so, for either is NaN where any value is; isfinite of each takes 40 times as
-    long.
+    Checking the minimum and the maximum is enough, because both are NaN if any value is NaN. Checking every value with
+    isfinite takes 40 times as long.
     """
     for name, values in named:
         if values.is_floating_point() and values.numel() and not values.is_meta:
@@ -115,12 +115,14 @@ def first_non_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:
 
 
 def own_values(parameter: nn.Parameter) -> Tensor:
-    """This rank's shard of a parameter, flat, without the padding of the last rank, which is never written; the whole
-    parameter where it is not sharded."""
+    """This rank's shard of a parameter, flat, or the whole parameter if it is not sharded.
+
+    The padding of the last rank's shard is left out, because nothing ever initialises it.
+    """
     shard = getattr(parameter, "ds_tensor", None)
     if shard is None:
         return parameter.detach()
-    partitioned: Any = parameter  # what DeepSpeed adds to it
+    partitioned: Any = parameter  # DeepSpeed adds the attributes below
     left = partitioned.ds_numel - partitioned.ds_zero_partition_rank * shard.ds_numel
     return shard.detach().flatten()[: max(0, left)]
 
@@ -132,14 +134,17 @@ def _load_empty(model: Any, empty: dict[str, Tensor]) -> Loading:
             config=model.config,
             state_dict=empty,
             device_map={"": "meta"},
-            ignore_mismatched_sizes=True,  # reported, not raised
+            ignore_mismatched_sizes=True,  # transformers then reports them instead of raising
             output_loading_info=True,
         )
     return loading_of(report)
 
 
 def _lacking(model: Any, stored: Collection[str]) -> list[str]:
-    """Names on the disk that the model would be saved under and that are not there; none if most are not."""
+    """Names under which the model would be saved and that the files lack; empty if the files lack at least half.
+
+    If so much is absent, the files probably use other names, and a list of single tensors would mislead.
+    """
     saved = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
     names = list(revert_weight_conversion(model, saved))
     lacking = [name for name in names if name not in stored]
@@ -147,7 +152,7 @@ def _lacking(model: Any, stored: Collection[str]) -> list[str]:
 
 
 def _lies_inside(name: str, model: Any) -> bool:
-    """Whether a tensor without a place belongs to a module that the model has."""
+    """Whether a tensor that has no place in the model belongs to a module that the model has."""
     prefix = model.base_model_prefix
     first = name.removeprefix(f"{prefix}.").partition(".")[0]
     backbone = getattr(model, prefix, model)
@@ -164,7 +169,7 @@ def _others(count: int) -> str:
 
 @contextmanager
 def _silent_transformers() -> Iterator[None]:
-    """Within the block transformers prints neither its report, which becomes one message here, nor a loading bar."""
+    """Within the block, transformers prints neither its loading report (it becomes one message) nor a progress bar."""
     verbosity, has_bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.CRITICAL)
     transformers_logging.disable_progress_bar()

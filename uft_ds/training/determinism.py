@@ -1,4 +1,4 @@
-"""The same numbers from the same start, run after run: settings of the process, before its first forward."""
+"""Settings that make runs from the same start give the same numbers; they must be made before the first forward."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import torch.utils.deterministic
 
 
 def make_deterministic() -> None:
-    """Let torch take deterministic kernels only, and refuse an operation that has none.
+    """Make torch use only deterministic kernels and raise an error for an operation that has none.
 
-    torch would also fill every tensor that it allocates with NaN, to show reads of memory that nothing was written to.
-    Under ZeRO-3 this writes each layer once more whenever it is gathered, so it is off: `benchmarks/determinism.py`.
+    In this mode torch also fills each newly allocated tensor with NaN, to reveal reads of uninitialised memory. Under
+    ZeRO-3 this writes each layer once more whenever it is gathered, so it is turned off (`benchmarks/determinism.py`).
     """
+    # Without it torch refuses matmuls on a GPU in deterministic mode.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # read by transformers
     torch.use_deterministic_algorithms(True)

@@ -1,4 +1,4 @@
-"""Forward passes without an update: the checks before the first step, and the held-out data."""
+"""Forward passes without an update: the checks before the first step, and the evaluation on held-out data."""
 
 from __future__ import annotations
 
@@ -29,16 +29,21 @@ from uft_ds.training.forwarding import Forwarded, Method, forward, rows_of, stre
 from uft_ds.training.shifts import means_of, shifts_on_device
 
 SPOT_CHECK_NATS = {torch.float32: 1e-4, torch.bfloat16: 0.5}
-"""Nats, times the square root of a response's tokens: what another packing may change by rounding. Measured on a 135M
-model and real rows: 7e-6 in float32, 0.12 in bfloat16; another model's log-probs are off by half a nat a token."""
+"""Allowed change of a response's log-prob by rounding in another packing, in nats; to be multiplied by the square root
+of its tokens. Measured on a 135M model and real rows: 7e-6 in float32, 0.12 in bfloat16. The log-probs of another model
+differ by half a nat per token."""
 
 SPOT_CHECKED_PER_RANK = 8
-"""Sequences."""
+"""Number of sequences that are checked for each data rank."""
 
 
 @dataclass(frozen=True)
 class SpotCheck:
-    """Stored log-probs against live ones: of the response that is furthest off for its length, nats."""
+    """Result of comparing stored log-probs with live ones.
+
+    difference: nats, of the response that differs most relative to what its length allows. origin: that response's.
+    agrees: whether all differences are allowed.
+    """
 
     num_responses: int
     difference: float
@@ -47,18 +52,20 @@ class SpotCheck:
 
 
 def check_log_ratios_are_zero(engine: Engine, step: Step, *, tokens_per_micro_batch: int, tolerance: float) -> float:
-    """Refuse to start unless policy and reference agree exactly on every response of a step.
+    """Refuse to start unless policy and reference agree on every response of a step. Every rank must call it.
 
+    Args:
+        tolerance: the largest allowed |log-ratio|, nats; 0 for exact agreement.
     Returns:
-        the largest |log-ratio| over all ranks, nats: 0.0 unless a tolerance was given.
+        the largest |log-ratio| over all ranks, nats.
     Raises:
-        CheckFailed: on every rank; names the response that differs most.
+        CheckFailed: on every rank; the message names the response that differs most.
     """
     worst = (0.0, "")
     for batch in engine.micro_batches(step, tokens_per_micro_batch):
         logps = logps_of(engine(batch, streams_of(engine, with_reference=True)), batch)
         ratios = (logps["policy"].detach() - logps["reference"]).abs().nan_to_num(nan=float("inf")).tolist()
-        del logps  # and with it the graph, before the next forward builds its own
+        del logps  # frees the graph before the next forward builds its own
         origins = (response.origin for response in batch.responses)
         worst = max([worst, *zip(ratios, origins, strict=True)])
     largest, origin = max(engine.gather_objects(worst))
@@ -78,10 +85,12 @@ def check_reference_cache(
     tokens_per_micro_batch: int,
     dtype: torch.dtype,
 ) -> SpotCheck | None:
-    """Compare what was read from the store with the reference itself, on known responses from all over the data.
+    """Compare stored log-probs with the reference's own forward, on known responses drawn from all data.
+
+    Every rank must call it.
 
     Returns:
-        the same on every rank; None where nothing is known.
+        the same result on every rank; None if nothing is known.
     """
     chosen = Step(0, known_sequences(cache, pools, SPOT_CHECKED_PER_RANK * engine.ranks.data_size))
     if not chosen.sequences:
@@ -91,6 +100,7 @@ def check_reference_cache(
         for batch in engine.micro_batches(chosen, tokens_per_micro_batch):
             live = logps_of(engine(batch, [engine.streams["reference"]]), batch)["reference"].tolist()
             for key, value, response in zip(batch.response_keys, live, batch.responses, strict=True):
+                # `max` would drop a NaN that is not first.
                 difference = abs(value - cache.known(key)) if math.isfinite(value) else math.inf
                 allowed = SPOT_CHECK_NATS[dtype] * response.num_tokens**0.5
                 worst = max(worst, (difference / allowed, difference, response.origin))
@@ -99,11 +109,12 @@ def check_reference_cache(
 
 
 def known_sequences(cache: Known, pools: Seq[Pool], count: int) -> tuple[Sequence, ...]:
-    """So many different ones from all over the data, the same on every rank."""
+    """At most `count` different fully known sequences, drawn at random from all data, the same on every rank."""
     if not cache.num_known:
         return ()
     ends = np.cumsum([len(pool) for pool in pools])
     found: dict[tuple[bytes, ...], Sequence] = {}
+    # A fixed seed: every rank must draw the same sequences.
     for place in np.random.default_rng(0).permutation(int(ends[-1])).tolist():
         number = int(np.searchsorted(ends, place, side="right"))
         pool, index = pools[number], place - int(ends[number]) + len(pools[number])
@@ -115,7 +126,7 @@ def known_sequences(cache: Known, pools: Seq[Pool], count: int) -> tuple[Sequenc
 
 
 class Evaluation(NamedTuple):
-    """metrics: named `held_out/...`. rows: the table of all held-out responses. origins: where each row is from."""
+    """metrics: named `held_out/...`. rows: the table of all held-out responses. origins: `file:line` of each row."""
 
     metrics: dict[str, float]
     rows: np.ndarray
@@ -123,15 +134,16 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(method: Method, groups: Seq[Step], shift: float = 0.0, stop: Stop = NEVER) -> Evaluation:
-    """A step's metrics, over held-out data: as if it were one step, whatever the groups.
+    """The metrics of held-out data, computed as if all groups were one step. Every rank must call it.
 
     Args:
-        shift: what the last step handed on, nats.
+        groups: the held-out data, divided into parts that are forwarded one after another.
+        shift: the shift state that the last step returned, nats.
     Raises:
-        Stopped: between two groups; nothing of it is kept.
+        Stopped: between two groups; no result is kept.
     """
     engine, objective, known = method.engine, method.objective, method.known
-    # A pair's number is its own within a group only.
+    # Terms are counted group by group, because a pair's number is unique only within a group.
     terms = sum((Counter(count_terms(objective, group.responses)) for group in groups), Counter())
     done: list[list[Forwarded]] = []
     with engine.evaluating(), known.all_or_nothing():
@@ -139,6 +151,7 @@ def evaluate(method: Method, groups: Seq[Step], shift: float = 0.0, stop: Stop =
             stop.check()
             done.append([replace(part, batch=_without_tokens(part.batch)) for part in forward(method, group)])
             known.learn(engine, group)
+    # `prompt_mean` compares responses of all groups, so it is computed after all of them are forwarded.
     of_all = groups if objective.shift.name == "prompt_mean" else ()
     whole = Step(0, tuple(sequence for group in of_all for sequence in group.sequences))
     parts = list(chain.from_iterable(done))
@@ -165,12 +178,16 @@ def evaluate(method: Method, groups: Seq[Step], shift: float = 0.0, stop: Stop =
 
 
 def _without_tokens(batch: MicroBatch) -> MicroBatch:
-    """What losses and metrics read of it: they wait for all groups, while tokens need not stay on the device."""
+    """A micro-batch without its tokens, which losses and metrics do not read.
+
+    The micro-batches of all groups are kept until the end, and their tokens need not stay on the device.
+    """
     none = batch.token_ids_T[:0].clone()
     return replace(batch, token_ids_T=none, position_ids_T=none, predictors_N=none, targets_N=none, response_of_N=none)
 
 
 def _with_distinct_pairs(tables: Seq[np.ndarray]) -> np.ndarray:
+    """Join the tables of all groups; pairs are renumbered, because their numbers are unique only within a group."""
     first = 0
     for rows in tables:
         paired = rows["pair"] >= 0

@@ -1,4 +1,4 @@
-"""What every forward of a step needs, and forwards without a graph."""
+"""The method (engine, objective, cache) that every forward of a step uses, and forwards without a graph."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from uft_ds.streams.stream import Output, Stream, logps_of
 
 @dataclass(frozen=True)
 class Method:
-    """How a step is computed: by which engine, for which objective, with what is known, in how large micro-batches."""
+    """How a step is computed: the engine, the objective, the known reference values and the micro-batches' size."""
 
     engine: Engine
     objective: Objective
@@ -35,9 +35,10 @@ class Method:
 
 @dataclass(frozen=True)
 class Forwarded:
-    """What is kept of a micro-batch, without its graph: [responses] each, float64, summed over tokens.
+    """The results of a forwarded micro-batch, without its graph: [responses] each, float64, summed over tokens.
 
-    logps: by stream, nats. entropy_R: of the policy, nats. top1_R: tokens that are the policy's most probable ones.
+    logps: by stream, nats. entropy_R: the policy's entropy, nats. top1_R: the number of tokens that are the policy's
+    most probable ones.
     """
 
     batch: MicroBatch
@@ -47,7 +48,12 @@ class Forwarded:
 
     @classmethod
     def of(cls, batch: MicroBatch, logps: Mapping[str, Tensor], policy: Output) -> Forwarded:
-        """Args: logps: by stream, with or without a graph. policy: of the same forward."""
+        """Keep the results of one forward.
+
+        Args:
+            logps: by stream, with or without a graph.
+            policy: the policy's output in the same forward.
+        """
         assert policy.entropy_N is not None
         assert policy.is_top1_N is not None
         return cls(
@@ -58,19 +64,19 @@ class Forwarded:
 
 
 def streams_of(engine: Engine, *, with_reference: bool) -> tuple[Stream, ...]:
-    """What a training step forwards."""
+    """The streams that a training step forwards."""
     names = ("policy", "reference") if with_reference else ("policy",)
     return tuple(engine.streams[name] for name in names)
 
 
 def with_known(known: Known, batch: MicroBatch, logps: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The log-probs as forwarded, and the reference's as known where it was not: [responses] each, nats, float64."""
+    """The forwarded log-probs, completed by the reference's known ones: [responses] each, nats, float64."""
     reference_logps_R = known.resolve(batch, logps.get("reference"))
     return logps if reference_logps_R is None else logps | {"reference": reference_logps_R}
 
 
 def forward(method: Method, step: Step) -> list[Forwarded]:
-    """Log-probs of this rank's part of a step, within `engine.evaluating()`."""
+    """Forward this rank's part of a step; the caller must be within `engine.evaluating()`."""
     engine, done = method.engine, []
     for batch, forward_reference in method.micro_batches(step):
         outputs = engine(batch, streams_of(engine, with_reference=forward_reference))
@@ -80,7 +86,7 @@ def forward(method: Method, step: Step) -> list[Forwarded]:
 
 
 def rows_of(objective: Objective, done: Seq[Forwarded], shifts: Seq[Tensor | None]) -> np.ndarray:
-    """The table of this rank's responses."""
+    """The table of this rank's responses, with one row per response; see `record.telemetry.ROW`."""
     return np.concatenate(
         [
             response_rows(

@@ -1,4 +1,4 @@
-"""The training loop: steps, evaluations and checkpoints in their order."""
+"""The training loop: the order of steps, evaluations and checkpoints."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ from uft_ds.training.schedule import learning_rate
 from uft_ds.training.step import run_step
 
 START = TrainerState(step=0, skipped_steps=0)
+"""The state of a run before its first step."""
 
 
 @dataclass(frozen=True)
 class Session:
-    """What a run is trained with: made once, the same for all of its steps.
+    """Everything that a run trains with; created once, and the same for all steps.
 
-    method: with the recipe's objective, as it is before any schedule of beta.
+    method: with the recipe's objective, before any schedule of beta.
     """
 
     method: Method
@@ -45,18 +46,21 @@ class Session:
     stop: Stop = NEVER
 
     def method_at(self, progress: float) -> Method:
-        """With the objective of that point of the run: 0 at its first step, 1 at its last."""
+        """The method with the objective at a point of the run: 0 at the first step, 1 at the last."""
         return replace(self.method, objective=objective_at(self.method.objective, progress))
 
 
 def train(session: Session, steps: StepSource, held_out: Seq[Step], state: TrainerState = START) -> TrainerState:
-    """Run the steps that `state` has not seen; evaluate and save on the way and at the end.
+    """Run the steps after `state`; evaluate and save checkpoints periodically and at the end.
 
-    A step's checkpoint is copied before its evaluation: a run that goes on from it evaluates first.
+    The state is copied for a step's checkpoint before the step's evaluation, so a run that resumes from it evaluates
+    first.
 
     Args:
-        steps: restored to `state.source`.
-
+        steps: a source that is restored to `state.source`.
+        held_out: the groups of held-out data; may be empty.
+    Returns:
+        the state after the last step.
     Raises:
         CheckFailed: more steps than allowed had a non-finite loss or gradient.
         UserError: the last checkpoint could not be written.
@@ -64,11 +68,13 @@ def train(session: Session, steps: StepSource, held_out: Seq[Step], state: Train
     """
     settings, checkpoints = session.settings, session.checkpoints
     if state.step == 0:
-        # What is known of the reference at the start is known to every restart; and a full disk shows at once.
+        # This checkpoint records the reference log-probs known at the start, so that every restart knows the same. It
+        # also reveals a full disk at once.
         _checkpoint(session, state)
     saved = state.step
     try:
         if state.step == 0 or due(state.step, settings.evaluate_every) or state.step == len(steps):
+            # The evaluation after step n uses the beta of step n, also in a resumed run.
             before = session.method_at(max(0, state.step - 1) / max(1, len(steps) - 1))
             _evaluate_and_report(session, before, held_out, state)
         for number in range(state.step, len(steps)):
@@ -85,6 +91,7 @@ def train(session: Session, steps: StepSource, held_out: Seq[Step], state: Train
             checkpoints.poll()
             if result.skipped:
                 _account_for_skip(session, state, step)
+            # A stop takes effect only after a finished step, which the handler below saves.
             session.stop.check()
             is_last = state.step == len(steps)
             if due(state.step, settings.checkpoint_every) or is_last:
@@ -97,7 +104,7 @@ def train(session: Session, steps: StepSource, held_out: Seq[Step], state: Train
             _checkpoint(session, state)
         checkpoints.finish()
         _store(session)
-        message = f"{asked} after step {state.step} of {len(steps)}, which is saved: --resume goes on"
+        message = f"{asked} after step {state.step} of {len(steps)}, which is saved: continue with --resume"
         raise Stopped(message, by_all=True) from None
     checkpoints.finish()
     _store(session)
@@ -105,7 +112,7 @@ def train(session: Session, steps: StepSource, held_out: Seq[Step], state: Train
 
 
 def due(step: int, every: int) -> bool:
-    """Whether periodic work falls on this step."""
+    """Whether work that is done every `every` steps is due after this step."""
     return step % every == 0
 
 
@@ -123,7 +130,7 @@ def _evaluate_and_report(session: Session, method: Method, held_out: Seq[Step], 
 
 
 def _checkpoint(session: Session, state: TrainerState) -> int:
-    """Returns the step that is saved, once it is written."""
+    """Start a checkpoint of `state`; returns the step that is saved once its files are written."""
     started = time.perf_counter()
     position = Position(state, session.reporter.metrics_bytes)
     of_metrics = time.perf_counter() - started
@@ -134,7 +141,7 @@ def _checkpoint(session: Session, state: TrainerState) -> int:
 def _store(session: Session) -> None:
     problem = session.method.known.flush()
     if problem is not None:
-        session.reporter.warn(f"{problem}; the run goes on without storing for others")
+        session.reporter.warn(f"{problem}; the run continues without storing log-probs for other runs")
 
 
 def _account_for_skip(session: Session, state: TrainerState, step: Step) -> None:
@@ -142,7 +149,7 @@ def _account_for_skip(session: Session, state: TrainerState, step: Step) -> None
     origins = ", ".join(response.origin for response in step.responses)
     session.reporter.warn(f"step {state.step} skipped: its loss or gradient is not finite; its responses: {origins}")
     if state.skipped_steps > allowed:
-        session.checkpoints.poll(wait=True)  # what is being written is worth keeping
+        session.checkpoints.poll(wait=True)  # let a checkpoint that is being written finish before the run ends
         raise CheckFailed(
             f"{state.skipped_steps} steps had a non-finite loss or gradient, train.max_skipped_steps allows {allowed}; "
             "the log names their responses"

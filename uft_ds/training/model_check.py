@@ -1,14 +1,16 @@
-"""The check of a model before the first step: packed sequences stay apart, and log-probs are the model's own.
+"""The model check before the first step: packed sequences do not affect each other, and log-probs are the model's own.
 
-Two short sequences A and B of the run's data, every token of them supervised, in rows that differ in one thing each:
+It takes two short sequences A and B of the run's data, supervises every token, and compares rows that differ in one
+respect:
 
-    own       A and B alone, against the model's own forward of each: its logits, positions and masks
-    packed    the second sequence of the row A B, and of B A, against itself alone: positions that do not restart;
-              the first one of a causal model cannot change but by rounding
-    before    B behind A, against B behind other tokens than A's: what leaks through masks or through a state;
-    after     A before B, against A before other tokens than B's: cannot change but by rounding
+    own       A and B alone, with the model's own forward of each: finds differences in logits, positions and masks
+    packed    the second sequence of the rows A B and B A, with the same sequence alone: finds positions that do not
+              restart. In a causal model the first sequence can change only by rounding
+    before    B after A, with B after other tokens: finds leaks through masks or through a recurrent state
+    after     A before B, with A before other tokens: in a causal model it can change only by rounding
 
-Rows of the same shape are computed alike, so that in bfloat16 too a sequence keeps every bit unless something leaks.
+Rows of the same shape are computed in the same way, so even in bfloat16 a sequence keeps every bit unless there is a
+leak.
 """
 
 from __future__ import annotations
@@ -29,14 +31,17 @@ from uft_ds.streams.stream import logps_of
 from uft_ds.training.forwarding import streams_of
 
 LONGEST = 256
-"""Tokens of a sequence that are compared: its first ones. Logits of all of them are held, in float32."""
+"""Number of a sequence's first tokens that are compared. Their logits are all held in memory, in float32."""
 
 Forward = Callable[[MicroBatch, bool], Tensor]
-"""(row, by the model's own forward) -> log-probs of its supervised tokens, nats."""
+"""(row, whether to use the model's own forward) -> log-probs of the row's supervised tokens, nats."""
 
 
 class Differences(NamedTuple):
-    """Nats a token, as at the top of this module: the largest, and of `packed` the root of the mean square."""
+    """Differences in nats per token, as defined in the module's docstring.
+
+    They are maxima over tokens; `packed` and `packed_rounding` are root mean squares.
+    """
 
     own: float
     packed: float
@@ -46,7 +51,7 @@ class Differences(NamedTuple):
 
 
 class _Allowed(NamedTuple):
-    """Nats a token."""
+    """The largest allowed differences, nats per token."""
 
     own: float
     packed: float
@@ -57,24 +62,25 @@ ALLOWED = {
     torch.float32: _Allowed(own=1e-3, packed=1e-4, before=1e-5),
     torch.bfloat16: _Allowed(own=1e-3, packed=0.05, before=1e-5),
 }
-"""Measured on tiny models of 11 families: own 1e-6 in both types, for no logit is rounded; packed 4e-6 and 0.007;
-before exactly 0. SmolLM2-135M and real text, bfloat16: own 3e-5, packed 0.022 (its rounding 0.009), before 0. LFM2,
-which leaks least, is at 3e-4 and 2e-3 behind other tokens, OPT's positions at 0.1."""
+"""Measured on tiny models of 11 families, float32 and bfloat16: own 1e-6 in both, because no logit is rounded; packed
+4e-6 and 0.007; before exactly 0. Measured on SmolLM2-135M with real text in bfloat16: own 3e-5, packed 0.022 (its
+rounding 0.009), before 0. Of the models with a fault, LFM2, which leaks least, has `before` at 3e-4 and 2e-3, and OPT's
+positions give 0.1."""
 
 ROUNDING = 10
-"""How often the rounding seen where nothing can leak is allowed where something might, if that is more: kernels may
-compute rows of other shapes otherwise, and experts get other numbers of tokens."""
+"""A larger difference is allowed up to this multiple of the rounding that is measured where nothing can leak. Kernels
+may compute rows of another shape differently, and experts may get other numbers of tokens."""
 
 
 def check_model(engine: Engine, step: Step, *, dtype: torch.dtype) -> Differences:
-    """Refuse a model whose log-probs are not its own forward's, or whose packed sequences change each other.
+    """Refuse a model whose log-probs differ from its own forward's, or whose packed sequences affect each other.
 
     Every rank must call it, with the same step.
 
     Returns:
-        what was measured, the largest over all ranks.
+        the measured differences, the maxima over all ranks.
     Raises:
-        CheckFailed: on every rank; names the model's class, what was found, and what to do.
+        CheckFailed: on every rank; the message names the model's class, what was found, and what to do.
     """
     name = type(engine.module.policy.get_base_model()).__name__  # type: ignore[union-attr, operator]
 
@@ -85,7 +91,7 @@ def check_model(engine: Engine, step: Step, *, dtype: torch.dtype) -> Difference
 
     with engine.evaluating():
         found = differences(forward, *chosen_of(step))
-    found = Differences(*map(engine.max_over_ranks, found))
+    found = Differences(*map(engine.max_over_ranks, found))  # so all ranks raise, or none
     problem = problem_of(found, dtype)
     if problem is not None:
         raise CheckFailed(f"model.base: {name}: before the first step {problem}")
@@ -93,11 +99,12 @@ def check_model(engine: Engine, step: Step, *, dtype: torch.dtype) -> Difference
 
 
 def problem_of(found: Differences, dtype: torch.dtype) -> str | None:
-    """What is wrong with a model, in words; None if nothing is."""
+    """A sentence about what is wrong with a model; None if nothing is wrong."""
     allowed = ALLOWED[dtype]
+    # `not a <= b` instead of `a > b`: it also refuses a NaN.
     if not found.after <= ROUNDING * allowed.packed:
         return (
-            f"a sequence's log-probs change by {found.after:.2g} nats a token with the tokens of the sequence behind "
+            f"a sequence's log-probs change by {found.after:.2g} nats a token with the tokens of the sequence after "
             "it: the model is not causal; take one that is"
         )
     may_leak = max(allowed.before, ROUNDING * found.after)
@@ -117,21 +124,21 @@ def problem_of(found: Differences, dtype: torch.dtype) -> str | None:
     if not found.own <= allowed.own:
         return (
             f"log-probs differ by {found.own:.2g} nats a token (allowed {allowed.own:.2g}) from the model's own "
-            "forward: it does something to its logits or positions that is not supported; take a model of another "
+            "forward: it changes its logits or positions in a way that is not supported; take a model of another "
             "architecture"
         )
     return None
 
 
 def chosen_of(step: Step) -> tuple[Sequence, Sequence]:
-    """The two shortest sequences of a step, cut to `LONGEST`, each token a response; a single one stands for both."""
+    """The two shortest sequences of a step, cut to `LONGEST` tokens; a single sequence is used twice."""
     shortest = sorted(step.sequences, key=lambda sequence: sequence.num_tokens)
     second = shortest[min(1, len(shortest) - 1)]
     return token_by_token(shortest[0].token_ids_T), token_by_token(second.token_ids_T)
 
 
 def differences(forward: Forward, first: Sequence, second: Sequence) -> Differences:
-    """Seven forwards of one row or two, by the model at hand."""
+    """Measure all differences between two sequences, by seven forwards of rows with one or two sequences."""
 
     def logps(*sequences: Sequence, own: bool = False) -> list[Tensor]:
         logps_N = forward(micro_batch(sequences), own)
@@ -152,24 +159,24 @@ def differences(forward: Forward, first: Sequence, second: Sequence) -> Differen
 
 
 def token_by_token(token_ids_T: np.ndarray) -> Sequence:
-    """The first tokens of a sequence, each one but the first a response."""
+    """The first `LONGEST` tokens of a sequence; each token except the first is a response."""
     tokens = token_ids_T[:LONGEST]
     responses = tuple(Response(place, place + 1, 1.0, "instruction") for place in range(1, len(tokens)))
     return Sequence(tokens, responses)
 
 
 def _with_other_tokens(sequence: Sequence, neighbour: Sequence) -> Sequence:
-    """As long, with another token at every place: the next one of those that the two sequences have."""
+    """A sequence of the same length with another token at every place, taken from the tokens of the two sequences."""
     known = np.unique(np.concatenate([sequence.token_ids_T, neighbour.token_ids_T]))
     places = np.searchsorted(known, sequence.token_ids_T)
     return token_by_token(known[(places + 1) % len(known)])
 
 
 def _largest(one_N: Tensor, other_N: Tensor) -> float:
-    """Of the absolute differences; infinite where one is NaN."""
+    """The largest absolute difference; infinite if any is NaN."""
     return float((one_N - other_N).abs().nan_to_num(nan=float("inf")).max())
 
 
 def _typical(one_N: Tensor, other_N: Tensor) -> float:
-    """The root of the mean square of the differences; infinite where one is NaN."""
+    """The root mean square of the differences; infinite if any is NaN."""
     return float((one_N - other_N).double().square().nan_to_num(nan=float("inf")).mean().sqrt())

@@ -9,10 +9,13 @@ from typing import Literal
 def learning_rate(
     step: int, *, num_steps: int, peak: float, warmup: float, schedule: Literal["cosine", "linear", "constant"]
 ) -> float:
-    """The rate of step 0 .. num_steps - 1: a linear rise over `warmup` of the steps, then the schedule.
+    """The learning rate of a step from 0 to num_steps - 1: a linear warm-up, then the schedule.
 
-    The first step of a warm-up of w steps runs at peak / w, its last at peak; cosine and linear would reach 0 one
-    step past the end.
+    A warm-up of w steps starts at peak / w and ends at peak. The cosine and linear schedules would reach 0 one step
+    after the last one.
+
+    Args:
+        warmup: share of the steps, in [0, 1].
     """
     warmup_steps = round(warmup * num_steps)
     if step < warmup_steps:

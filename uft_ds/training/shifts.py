@@ -1,4 +1,7 @@
-"""Forwards that a step's reward shift needs before its own: of mismatched pairs (`kl`) or repeated prompts."""
+"""Forwards that a step's reward shift needs before the step itself: of mismatched pairs (`kl`) or repeated prompts.
+
+`objectives/shifts.py` computes the shifts from their results.
+"""
 
 from __future__ import annotations
 
@@ -23,16 +26,17 @@ from uft_ds.training.forwarding import Forwarded, Method, forward, streams_of
 
 
 def shift_of_step(method: Method, step: Step, before: float) -> StepShift:
-    """The step's shift, by forwards of both streams without gradient where it takes some. Every rank must call it.
+    """The step's shift. If it needs log-ratios, both streams are forwarded without gradient. Every rank must call it.
 
     Args:
-        before: what the step before handed on, nats.
+        before: the shift state that the previous step returned, nats.
     """
     name = method.objective.shift.name
     if name == "kl":
         return StepShift(_kl_of(method, step))
     if name == "prompt_mean":
-        # A response's shift depends on log-ratios of the whole step, for which no backward can wait.
+        # A response's shift depends on log-ratios of the whole step, but a micro-batch's backward cannot wait for later
+        # micro-batches. So the responses are forwarded ahead.
         repeated = of_repeated_prompts(method.objective, step)
         with method.engine.evaluating():
             ahead = forward(method, repeated)
@@ -42,16 +46,16 @@ def shift_of_step(method: Method, step: Step, before: float) -> StepShift:
 
 
 def shifts_on_device(method: Method, shift: StepShift, batches: Seq[MicroBatch]) -> list[Tensor | None]:
-    """`shifts_of`, where the rewards are."""
+    """The shifts of each micro-batch on the engine's device: [responses], float32; None if there is no shift."""
     on_host = shifts_of(method.objective, shift, batches)
     return [None if shifts is None else shifts.to(method.engine.device, non_blocking=True) for shifts in on_host]
 
 
 def means_of(method: Method, step: Step, forwarded: Seq[Forwarded]) -> dict[ResponseName, float]:
-    """For `prompt_mean`, the mean log-ratio by response, nats, over all ranks; for other shifts nothing.
+    """For `prompt_mean`, the mean log-ratio by response over all ranks, nats; for other shifts an empty dictionary.
 
     Args:
-        forwarded: this rank's, of the responses to repeated prompts at least.
+        forwarded: this rank's results; they must contain the responses to repeated prompts.
     """
     if method.objective.shift.name != "prompt_mean":
         return {}
@@ -66,7 +70,7 @@ def means_of(method: Method, step: Step, forwarded: Seq[Forwarded]) -> dict[Resp
 
 
 def _kl_of(method: Method, step: Step) -> float:
-    """KTO's reference point, of mismatched prompts and responses of this step, nats."""
+    """KTO's reference point from mismatched prompts and responses of this step, nats."""
     joined = mismatched_step(method.objective, step)
     if not joined.sequences:
         return 0.0
@@ -75,5 +79,5 @@ def _kl_of(method: Method, step: Step) -> float:
         for batch in method.engine.micro_batches(joined, method.tokens_per_micro_batch):
             logps = logps_of(method.engine(batch, streams_of(method.engine, with_reference=True)), batch)
             own += log_ratios_of(method.objective, batch, logps["policy"], logps["reference"]).tolist()
-    # Sorted, so that the sum does not depend on which rank held what.
+    # Sorted, so that the rounding of the sum does not depend on which rank held which response.
     return kl_shift(sorted(ratio for of_rank in method.engine.gather_over_data(own) for ratio in of_rank))

@@ -23,7 +23,10 @@ from uft_ds.training.shifts import shift_of_step, shifts_on_device
 
 
 class StepOutcome(NamedTuple):
-    """shift: what the next step's reward shift starts from, nats: the running mean, or this step's estimate."""
+    """The outcome of a step.
+
+    shift: state carried to the next step's reward shift, nats: the running mean, or this step's estimate.
+    """
 
     result: StepResult
     metrics: dict[str, float]
@@ -31,13 +34,15 @@ class StepOutcome(NamedTuple):
 
 
 def run_step(method: Method, step: Step, rate: float, before: float = 0.0) -> StepOutcome:
-    """One optimiser step, and its metrics: over the responses of the whole step.
+    """Run one optimiser step and compute its metrics over the responses of the whole step. Every rank must call it.
 
     Args:
-        before: the shift that the step before handed on, nats.
+        rate: the learning rate.
+        before: the shift state that the previous step returned, nats.
     """
     engine, objective, known = method.engine, method.objective, method.known
     num_terms = count_terms(objective, step.responses)
+    # Counted here, because the shift's forwards may add values.
     computed = len(known.unknown(step).responses)
     shift = shift_of_step(method, step, before)
     micro_batches = method.micro_batches(step)
@@ -53,7 +58,7 @@ def run_step(method: Method, step: Step, rate: float, before: float = 0.0) -> St
         total_loss += loss.detach()
         sums += parts
         done.append(Forwarded.of(batch, logps, outputs["policy"]))
-    known.learn(engine, step)
+    known.learn(engine, step)  # a collective, so every rank calls it at the same place
     result = engine.step(rate, total_loss)
     rows = np.concatenate(engine.gather_over_data(rows_of(objective, done, shifts)))
     metrics = step_metrics(objective, result.loss, engine.sum_over_ranks(sums), rows)
