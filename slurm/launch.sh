@@ -1,20 +1,20 @@
-# What the batch scripts beside this one share; sourced, not run.
+# Functions that the batch scripts in this folder share; sourced, not run.
 #
-#   train RECIPE [key=value ...]     train on all nodes of this job, going on with what the output holds
+#   train RECIPE [key=value ...]     train on all nodes of this job, or resume the run in the output folder
 #
-# It returns 0 once the run is done, 2 for a recipe or data that cannot be as they are, 3 where a check refused to go on;
-# those are never started again. A run that was asked to stop (time limit, pre-emption) and one that crashed (a rank
-# killed, a node lost) are: the job is requeued, and goes on from its newest checkpoint.
+# It returns 0 if the run is done, 2 for an invalid recipe or invalid data, 3 if a check failed; such jobs are not started
+# again. After a request to stop (time limit, pre-emption) or a crash (a rank killed, a node lost), the job is requeued and
+# resumes from its newest checkpoint.
 #
-# Settings, by environment or in site.env beside this file (site.env.example shows one), which is read in each job too:
-#   UFT_VENV             virtual environment with uft_ds                       [the one that is active]
-#   UFT_EXEC             put before each command, such as a container's       []
-#   UFT_RANKS_PER_NODE   processes a node                                      [its GPUs; 2 without any]
-#   UFT_NODE_TMP         folder on each node's own disk, for built kernels    [$TMPDIR, or /tmp]
-#   UFT_MAX_RESTARTS     of a job, for whatever reason                         [50]
-#   UFT_MAX_CRASHES      in a row without a new checkpoint                     [3]
+# Settings, in the environment or in site.env in this folder (site.env.example shows one), which each job also reads:
+#   UFT_VENV             virtual environment with uft_ds                       [the active one]
+#   UFT_EXEC             prefix of each command, such as a container's run     []
+#   UFT_RANKS_PER_NODE   processes per node                                    [number of GPUs; 2 without GPUs]
+#   UFT_NODE_TMP         folder on each node's own disk, for built kernels     [$TMPDIR, or /tmp]
+#   UFT_MAX_RESTARTS     most restarts of a job, for any reason                [50]
+#   UFT_MAX_CRASHES      most ends in a row without a new checkpoint           [3]
 #   UFT_OFFLINE          1: models and data come from local caches only        [1]
-#   UFT_SBATCH           options of sbatch, where `bash slurm/...` submits     []
+#   UFT_SBATCH           options of sbatch when `bash slurm/...` submits       []
 
 UFT_SLURM=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 if [ -f "$UFT_SLURM/site.env" ]; then
@@ -28,12 +28,12 @@ if [ -n "${UFT_VENV:-}" ]; then
     export PATH="$UFT_VENV/bin:$PATH"
 fi
 
-# By its plain number the last job of an array is all of them.
+# SLURM_JOB_ID of the last array task equals the array's own ID, which means all tasks: use the ARRAY_TASK form instead.
 _job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}
 _job=${_job:-${SLURM_JOB_ID:-}}
-_step=-1            # number of the newest step of this job: each srun is one
-_asked=0            # 1 once the batch shell has got USR1
-_ended=0            # how often the job has ended in a row without a new checkpoint: kept from one start to the next
+_step=-1            # number of the newest job step: each srun is one
+_asked=0            # 1 once the batch shell has received USR1
+_ended=0            # ends in a row without a new checkpoint; kept in a file from one start to the next
 _ends=$PWD/.uft-ends-$_job
 [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || [ ! -f "$_ends" ] || read -r _ended <"$_ends"
 [ -z "$_job" ] || rm -f "$_ends"
@@ -41,12 +41,12 @@ _ends=$PWD/.uft-ends-$_job
 # shellcheck disable=SC2086
 _run() { ${UFT_EXEC:-} "$@"; }
 _uft() { _run python -m uft_ds "$@"; }
-# With its time: a damaged one that is set aside, and whose step is then written again, is a new one.
+# Path and modification time: if a damaged checkpoint is set aside and its step is written again, that is progress.
 _newest_checkpoint() {
     find "$1/checkpoints" -maxdepth 1 -name 'step-*[0-9]' -printf '%p %T@\n' 2>/dev/null | sort | tail -n 1
 }
 
-# A controller that is busy for a moment must not cost the job.
+# Retry: the job must not fail because the controller is busy for a moment.
 _scontrol() {
     local tries
     for tries in 1 2 3 4 5 6; do
@@ -57,8 +57,8 @@ _scontrol() {
 }
 _job_field() { _scontrol show job -o "$_job" | head -n 1 | grep -oE "(^| )$1=[^ ]*" | head -n 1 | sed 's/^[^=]*=//'; }
 
-# Runs a step and waits for it, whatever signals this shell gets meanwhile. Once asked to stop it asks the step's
-# processes, and again until they have ended: one that has just been started does not listen yet.
+# Run a job step and wait for it, even if this shell receives signals in the meantime. After a request to stop, signal
+# the step's processes repeatedly until they have ended: a process that has just started does not handle signals yet.
 _step_of_job() {
     local code
     _step=$((_step + 1))
@@ -75,11 +75,11 @@ _step_of_job() {
         fi
         kill -0 "$srun_pid" 2>/dev/null || break
     done
-    wait "$srun_pid" 2>/dev/null     # its own code, where a signal ended the wait before
+    wait "$srun_pid" 2>/dev/null     # srun's own exit code: a signal may have ended the wait above
 }
 
-# Every node answers, sees its GPUs, the environment and the caller's folder, and can write to its own disk: in seconds,
-# before the minutes of a start.
+# Check that every node answers, sees its GPUs, the environment and the working folder, and can write to its own disk.
+# It takes seconds; a start takes minutes.
 _check_nodes() {
     # shellcheck disable=SC2016
     _step_of_job --ntasks-per-node=1 --kill-on-bad-exit=1 --label timeout 300 bash -c '
@@ -116,13 +116,13 @@ train() {
     local recipe=$1 run ranks code before
     shift
     trap '_asked=1; echo "=== USR1: asked to stop, before the time limit or by hand $(date -Is)"' USR1
-    trap 'echo "=== TERM $(date -Is)"' TERM     # Slurm signals the steps itself; this shell only outlives it
+    trap 'echo "=== TERM $(date -Is)"' TERM     # Slurm signals the steps itself; this shell must only survive TERM
 
     run=$(_uft recipe show "$recipe" "$@" --key output) || return $?
     ranks=${UFT_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}}
     [ "$ranks" -gt 0 ] || ranks=2
 
-    # Never localhost: each node would train by itself.
+    # Never localhost: then each node would train alone.
     MASTER_ADDR=$(_scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     [ -n "$MASTER_ADDR" ] || { echo "no host name for $SLURM_JOB_NODELIST" >&2; return 1; }
     # This shell is on the first node, where the port must be free.
@@ -132,11 +132,11 @@ train() {
     export NCCL_DEBUG=${NCCL_DEBUG:-WARN} TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
     export PYTHONFAULTHANDLER=1 PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
     if [ "${UFT_OFFLINE:-1}" = 1 ]; then export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1; fi
-    # New at each start, on the node's own disk: a build that is killed half-way leaves a lock that hangs every later
-    # start (pytorch#189245), and nodes that share a folder race for it.
+    # A new folder at each start, on the node's own disk: a build that was killed leaves a lock at which every later start
+    # hangs (pytorch#189245), and nodes that share a folder race for that lock.
     UFT_NODE_CACHE=${UFT_NODE_TMP:-${TMPDIR:-/tmp}}/uft-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
     export UFT_NODE_CACHE TORCH_EXTENSIONS_DIR=$UFT_NODE_CACHE/torch TRITON_CACHE_DIR=$UFT_NODE_CACHE/triton
-    # How this start ends: what lies in the run's folder may be of an earlier one.
+    # A file for the outcome of this start: the status in the run's folder may be from an earlier start.
     UFT_OUTCOME=$PWD/.uft-outcome-$_job-${SLURM_RESTART_COUNT:-0}-$((_step + 1))
     export UFT_OUTCOME
     rm -f "$UFT_OUTCOME"
@@ -155,8 +155,8 @@ train() {
         return $?
     fi
 
-    # Signals are ignored until a rank listens, and by the launcher for good: it must outlive what Slurm sends to all
-    # processes, and not cut a pre-emption's grace to its own 30 seconds.
+    # Signals are ignored until a rank has installed its handler, and torchrun ignores them always: Slurm signals all
+    # processes, and torchrun must survive that and must not shorten a pre-emption's grace time to its own 30 seconds.
     # shellcheck disable=SC2016
     _step_of_job --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" --kill-on-bad-exit=1 --wait=60 --label \
         bash -c '
@@ -176,8 +176,8 @@ train() {
     _decide "$run" "$code" "$before"
 }
 
-# What rank 0, or the first that failed, has left decides, and DONE: not srun, which has been seen to return 0 for a job
-# that had lost a node; and launchers turn all codes into 1.
+# Decide by the outcome file (of rank 0, or of the first rank that failed) and by DONE, not by exit codes: srun has been
+# seen to return 0 for a job that had lost a node, and launchers turn all codes into 1.
 _decide() {
     local run=$1 code=$2 before=$3 outcome=1
     if [ -f "$UFT_OUTCOME" ]; then
@@ -191,7 +191,7 @@ _decide() {
         2 | 3) return "$outcome" ;;
         0)
             if [ -e "$run/DONE" ]; then
-                [ "$(_newest_checkpoint "$run")" = "$before" ] || _ended=0    # a stage that was done before is no progress
+                [ "$(_newest_checkpoint "$run")" = "$before" ] || _ended=0    # not for a stage that was done already
                 echo "=== done: $run"
                 return 0
             fi
@@ -206,7 +206,7 @@ _decide() {
     _come_back "$outcome"
 }
 
-# Requeues the job, unless Slurm has decided what becomes of it: after scancel, a lost node or its own requeue it is
+# Requeue the job, unless Slurm has already decided: after scancel, a lost node or Slurm's own requeue the job's state is
 # COMPLETING, and a requeue would undo a scancel.
 _come_back() {
     local outcome=$1 state
@@ -216,13 +216,13 @@ _come_back() {
         return "$outcome"
     fi
     if [ "${SLURM_RESTART_COUNT:-0}" -ge "${UFT_MAX_RESTARTS:-50}" ]; then
-        echo "=== restarted ${SLURM_RESTART_COUNT} times (UFT_MAX_RESTARTS): giving up; sbatch it again to go on"
+        echo "=== restarted ${SLURM_RESTART_COUNT} times (UFT_MAX_RESTARTS): giving up; sbatch it again to continue"
         return "$outcome"
     fi
     echo "=== requeued"
     [ "$_ended" = 0 ] || echo "$_ended" >"$_ends"
     if _scontrol requeue "$_job"; then
-        sleep 600     # Slurm ends it, and then this shell
+        sleep 600     # Slurm now ends the job and this shell
     else
         rm -f "$_ends"
     fi
@@ -238,7 +238,7 @@ _is_preempted() {
     [ -n "$preempted" ] && [ "$preempted" != None ] && [[ ! $preempted < $started ]]
 }
 
-# Counts crashes and stops in a row that have left no new checkpoint, also before the run has a folder.
+# Count crashes and stops in a row without a new checkpoint, also if the run has no folder yet.
 _may_end_without_progress() {
     _ended=$((_ended + 1))
     echo "=== ended $_ended times without a new checkpoint (UFT_MAX_CRASHES=${UFT_MAX_CRASHES:-3})"

@@ -12,14 +12,14 @@
 #SBATCH --wait-all-nodes=1
 #SBATCH --output=%x-%A_%a.out
 #
-# A sweep as an array of jobs, a point of the grid each, its stages one after the other; and a last job, table.sh, that
-# writes the table, whatever became of the others:
+# Run a sweep as a job array: one job per point of the grid, which runs its stages one after the other. A last job,
+# table.sh, writes the table, even if other jobs failed:
 #
 #   bash slurm/sweep.sh SWEEP [key=value ...]                          a sweep's file, or the name of a shipped one
 #   bash slurm/sweep.sh my.yaml --grid 'train.lr=[1e-5,3e-5]' --grid 'objective.beta=[0.01,0.03,0.1]'
 #
-# Tokens and the reference's log-probs are shared through the caches of the user's home. The same command again runs what
-# is not done. Settings besides those of launch.sh:
+# Tokens and reference log-probs are shared through the caches in the user's home. The same command again runs only what
+# is not done. Settings in addition to those of launch.sh:
 #   UFT_SWEEP_PARALLEL   jobs at a time                                        [4]
 #   UFT_TABLE_SBATCH     options of sbatch for the table's job                 [UFT_SBATCH, without GPUs, 15 minutes]
 set -uo pipefail

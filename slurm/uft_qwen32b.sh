@@ -1,29 +1,29 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=uft
 #SBATCH --nodes=1                    # any number
-#SBATCH --ntasks-per-node=1          # one launcher a node, which starts a process a GPU
+#SBATCH --ntasks-per-node=1          # one launcher per node, which starts one process per GPU
 #SBATCH --gpus-per-node=8            # nodes without GPUs: sbatch --gpus-per-node=0
 #SBATCH --exclusive
 #SBATCH --mem=0
 #SBATCH --time=24:00:00
-#SBATCH --signal=B:USR1@600          # ten minutes before the limit: checkpoint, requeue, go on
+#SBATCH --signal=B:USR1@600          # ten minutes before the limit: checkpoint, requeue, resume
 #SBATCH --requeue
 #SBATCH --open-mode=append           # a requeued job keeps its log
 #SBATCH --wait-all-nodes=1
 #SBATCH --output=%x-%j.out
 #
-# Fine-tune Qwen2.5-32B as the recipe uft_qwen32b says, or by any other recipe:
+# Fine-tune Qwen2.5-32B by the recipe uft_qwen32b, or any model by another recipe:
 #
 #   sbatch slurm/uft_qwen32b.sh [RECIPE] [key=value ...]
 #   sbatch --nodes=4 --partition=h100 --account=me --time=12:00:00 slurm/uft_qwen32b.sh my.yaml train.lr=1e-5
 #   bash slurm/uft_qwen32b.sh my.yaml        submits itself, with the SBATCH_* of site.env
 #
-# Submit it from where relative paths of the recipe begin. The same command goes on with a run that has ended on the way.
+# Submit it from the folder to which the recipe's relative paths refer. The same command resumes a run that has ended early.
 set -uo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 if [ ! -f "$here/launch.sh" ]; then
-    # Slurm runs a copy of this file: the original is what the job was submitted with.
+    # Slurm runs a copy of this file from its spool folder: find the original, which the job was submitted with.
     original=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\(.*\.sh\).*/\1/p' | head -n 1)
     here=$(dirname "$original")
 fi

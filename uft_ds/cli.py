@@ -1,4 +1,4 @@
-"""The `uft` command."""
+"""The `uft` command: collects the subcommands of `commands/` and turns errors into exit codes."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def _options(
 
 
 def main() -> None:
-    """Run the command and end the process with its exit code; no traceback for what a user can mend."""
+    """Run the command and end the process with its exit code; errors of the user's input show no traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.simplefilter("ignore", FutureWarning)  # between the libraries below us; nothing a user can mend
+    warnings.simplefilter("ignore", FutureWarning)  # between the libraries that we use; a user cannot fix them
     try:
         app()
     except (UserError, CheckFailed) as error:

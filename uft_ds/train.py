@@ -1,4 +1,4 @@
-"""The entry that launchers start, one process a rank.
+"""The entry point that launchers start, one process per rank.
 
     deepspeed --num_gpus 8 --module uft_ds.train RECIPE [key=value ...]
     torchrun --nproc-per-node 8 -m uft_ds.train RECIPE [key=value ...]
@@ -19,7 +19,7 @@ def run() -> int:
     """Run one rank; returns the exit code."""
     request = listen()
     try:
-        # Only now, for these imports take seconds, in which a signal would be fatal without a word; it is noted.
+        # Imported after `listen`: these imports take seconds, in which a signal would silently end the process.
         from uft_ds.run.rank import main
 
         return main(request)
@@ -31,6 +31,6 @@ if __name__ == "__main__":
     exit_code = run()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Everything is written and closed. The interpreter's own end may abort (gloo's threads: "terminate called without
-    # an active exception"), which a launcher would take for a failed run.
+    # Everything is written and closed. The interpreter's own shutdown may abort (gloo's threads: "terminate called
+    # without an active exception"), and a launcher would report that as a failed run.
     os._exit(exit_code)

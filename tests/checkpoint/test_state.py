@@ -31,5 +31,5 @@ def test_a_source_that_is_no_object_is_refused(tmp_path: Path, source: object) -
     write_position(tmp_path, Position(TrainerState(7, 1), 0))
     content = json.loads((tmp_path / "trainer.json").read_text())
     (tmp_path / "trainer.json").write_text(json.dumps(content | {"source": source}))
-    with pytest.raises(UserError, match=r"trainer\.json: not where a run stood"):
+    with pytest.raises(UserError, match=r"trainer\.json: not the state of a trainer"):
         read_position(tmp_path)

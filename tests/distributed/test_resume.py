@@ -62,7 +62,7 @@ def test_a_killed_run_goes_on_bit_for_bit(unbroken: Path, tiny_qwen2: Path, tmp_
     assert newest.name in ("step-000002", "step-000004"), "the last one may not have been whole yet"
     result = uft("train", str(recipe), "--resume")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert f"going on from {newest.name}" in result.stdout
+    assert f"resuming from {newest.name}" in result.stdout
     assert_same_run(tmp_path / "run", unbroken)
 
 
@@ -81,7 +81,7 @@ def test_a_damaged_checkpoint_is_passed_over(unbroken: Path, tiny_qwen2: Path, t
     damage = f"checkpoint step-000006 is damaged: {shard}: its content is not what was written"
     assert said == [
         f"warning: {damage}; step-000004 is used",
-        "going on from step-000004",
+        "resuming from step-000004",
     ]
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-000004", "step-000006.damaged"]
     assert resumed_from(RunFolder(run)) == run / "checkpoints" / "step-000004" == (run / "latest").resolve()
@@ -112,7 +112,7 @@ def test_other_shifts_and_a_beta_schedule_go_on_bit_for_bit(tiny_qwen2: Path, tm
     killed_at(recipe, 5)
     result = uft("train", str(recipe), "--resume")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert re.search("going on from step-00000[24]", result.stdout)
+    assert re.search("resuming from step-00000[24]", result.stdout)
     assert_same_run(tmp_path / "killed" / "run", tmp_path / "straight" / "run")
 
 
@@ -130,11 +130,11 @@ def test_every_launcher_goes_on(unbroken: Path, tiny_qwen2: Path, tmp_path: Path
     command = (sys.executable, "-m", launcher, *options, "uft_ds.train", str(recipe), "--resume")
     result = run(*command)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert re.search("going on from step-00000[024]", result.stdout)
+    assert re.search("resuming from step-00000[024]", result.stdout)
     assert_same_run(tmp_path / "run", unbroken)
     again = run(*command)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert f"{tmp_path / 'run'} is done: there is nothing to go on with" in again.stdout
+    assert f"{tmp_path / 'run'} is done: there is nothing to resume" in again.stdout
     assert_same_run(tmp_path / "run", unbroken)
 
 
@@ -143,7 +143,7 @@ def test_a_run_that_is_done_is_left_alone(unbroken: Path) -> None:
     before = {path: path.lstat().st_mtime_ns for path in unbroken.rglob("*")}
     result = uft("train", str(unbroken.parent / "recipe.yaml"), "--resume")
     assert result.returncode == 0, result.stderr
-    assert f"{unbroken} is done: there is nothing to go on with" in result.stdout
+    assert f"{unbroken} is done: there is nothing to resume" in result.stdout
     assert {path: path.lstat().st_mtime_ns for path in unbroken.rglob("*")} == before
 
 
@@ -314,10 +314,10 @@ def test_other_versions_and_lost_metrics_are_said(unbroken: Path, tiny_qwen2: Pa
     now = importlib.metadata.version("torch")
     assert (
         versions
-        == f"warning: the run began with other versions, so it does not go on bit for bit: torch {now} now, 1.0 then"
+        == f"warning: the run began with other versions, so it is not resumed bit for bit: torch {now} now, 1.0 then"
     )
     assert metrics.startswith(f"warning: {run / 'metrics.jsonl'}: 0 bytes, ")
-    assert going_on == "going on from step-000006"
+    assert going_on == "resuming from step-000006"
 
 
 @pytest.mark.long

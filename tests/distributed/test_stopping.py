@@ -219,7 +219,7 @@ def test_a_fill_that_is_asked_to_stop_keeps_what_it_has(tiny_qwen2: Path, tmp_pa
     stored = tmp_path / "reference"
     said = end(process, lambda: any(stored.rglob("*.safetensors")), lambda: process.send_signal(signal.SIGINT))
     assert process.returncode == EXIT_STOPPED, said
-    assert "the same command goes on from there" in said
+    assert "the same command continues from there" in said
     again = uft("reference", str(recipe))
     assert again.returncode == 0, again.stderr
     known = int(again.stdout.rsplit(" distinct responses of ", 1)[1].split(": ")[1].split()[0])

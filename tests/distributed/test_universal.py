@@ -91,5 +91,5 @@ def test_names_are_no_paths(tmp_path: Path) -> None:
     for name in ("policy.../../out", "/out", "a/b", "..", "a..b"):
         piece = Piece(name, (2,), 0, {key: torch.zeros(2) for key in ("master", "exp_avg", "exp_avg_sq")})
         write_shard(tmp_path / "checkpoint" / "optimizer" / shard_name(0, 1), [piece], {})
-        with pytest.raises(UserError, match="no name of a parameter"):
+        with pytest.raises(UserError, match="not the name of a parameter"):
             Shards(tmp_path / "checkpoint" / "optimizer")

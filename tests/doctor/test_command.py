@@ -78,7 +78,7 @@ def test_an_interruption_leaves_nothing(tmp_path: Path, number: int) -> None:
     assert process.stdout is not None
     try:
         said = ""
-        while "looking at: 2-rank all-reduce" not in said:
+        while "checking: 2-rank all-reduce" not in said:
             line = process.stdout.readline()
             assert line, said
             said += line

@@ -207,4 +207,4 @@ def test_an_output_that_is_a_file_is_a_problem(tmp_path: Path) -> None:
     (tmp_path / "output").touch()
     (finding,) = check_output(tmp_path / "output")
     assert finding.state == "problem"
-    assert finding.found == f"{tmp_path / 'output'} is no folder"
+    assert finding.found == f"{tmp_path / 'output'} is not a folder"

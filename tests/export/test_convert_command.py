@@ -100,7 +100,7 @@ def test_two_conversions_never_write_one_folder(
     [
         (("--max-shard-size", "5 apples"), "--max-shard-size: '5 apples' given, expected a size such as 5GB or 500MB"),
         (("--adapter-config", "here"), "--adapter-config: only a DeepSpeed checkpoint needs it"),
-        (("--to", "adapter", "--dtype", "float16"), "--dtype: --to adapter keeps what was trained as it is"),
+        (("--to", "adapter", "--dtype", "float16"), "--dtype: --to adapter keeps the trained types"),
         (("--to", "adapter", "--max-shard-size", "1GB"), "--max-shard-size: of no use with --to adapter"),
         (("--to", "universal"), "an adapter alone; a universal checkpoint is of a run"),
         (("--base", "nope/nope/nope"), "base: nope/nope/nope: no such folder; give --base"),
@@ -156,7 +156,7 @@ def test_another_base_than_the_adapter_names_is_said(
     shutil.copytree(base, tmp_path / "copy")
     code, out, _ = uft(monkeypatch, capsys, "convert", adapter, tmp_path / "out", "--base", tmp_path / "copy")
     assert code == 0
-    assert f"warning: {adapter} says that its base is {base}; {tmp_path / 'copy'} is taken" in out
+    assert f"warning: {adapter} says that its base is {base}; {tmp_path / 'copy'} is used" in out
 
 
 @pytest.mark.parametrize("command", ["ls", "verify"])

@@ -40,15 +40,15 @@ def test_done_counts_whatever_else_is_said(run: RunFolder) -> None:
 
 def test_a_run_without_a_word_was_killed_or_goes_on(run: RunFolder, tmp_path: Path) -> None:
     """Which of them, its lock tells; a run that has not made a step yet is one, too."""
-    assert progress_of(run.path).summary.endswith(": it died without a word, as when it is killed")
+    assert progress_of(run.path).summary.endswith(": ended without writing a status, as when it is killed")
     with run.lock.open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert progress_of(run.path) == RunProgress(EXIT_CRASHED, "step 2, newest checkpoint 1: going on")
+        assert progress_of(run.path) == RunProgress(EXIT_CRASHED, "step 2, newest checkpoint 1: running")
     (tmp_path / "new").mkdir()
     new = RunFolder(tmp_path / "new")
     new.lock.touch()
     assert progress_of(new.path).summary.startswith("step 0, newest checkpoint none: ")
-    with pytest.raises(UserError, match="no run's folder"):
+    with pytest.raises(UserError, match="not the folder of a run"):
         progress_of(tmp_path / "nowhere")
 
 
@@ -59,6 +59,6 @@ def test_without_locks_it_is_not_said_to_go_on(run: RunFolder, monkeypatch: pyte
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    assert "going on, or was killed: its file system has no locks" in progress_of(run.path).summary
+    assert "running, or killed: its file system has no locks" in progress_of(run.path).summary
     run.write_status(Status(EXIT_STOPPED, "for a reason"))
     assert progress_of(run.path) == RunProgress(EXIT_STOPPED, "step 2, newest checkpoint 1: for a reason")

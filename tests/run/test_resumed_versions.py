@@ -37,7 +37,7 @@ def test_steps_made_with_other_versions_are_told(folder: RunFolder) -> None:
     assert list(_other_versions(folder, environment("2.10"), 200)) == []
     _record_resume(folder, environment("2.11"), 200)
     (warning,) = _other_versions(folder, environment("2.10"), 400)
-    assert "went on at step 200 with other versions" in warning
+    assert "was resumed at step 200 with other versions" in warning
     assert "torch 2.10 now, 2.11 then" in warning
     assert list(_other_versions(folder, environment("2.10"), 200)) == []
     (warning,) = _other_versions(folder, environment("2.11"), 400)

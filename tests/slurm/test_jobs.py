@@ -149,7 +149,7 @@ def test_the_time_limit_ends_in_a_checkpoint_and_the_job_comes_back(
     assert restarts(slurm, job) == 1
     stopped = re.search(r"stopped by SIGUSR1 after step (\d+) of", said)
     assert stopped is not None
-    assert f"going on from step-{int(stopped[1]):06d}" in said
+    assert f"resuming from step-{int(stopped[1]):06d}" in said
     assert "=== outcome 85" in said
     assert_same_run(tmp_path / "run", unbroken)
 
@@ -210,7 +210,7 @@ def test_a_killed_rank_brings_the_job_back(slurm: Cluster, unbroken: Path, base:
     assert slurm.wait(job, log=log) == "COMPLETED", log.read_text()
     said = log.read_text()
     assert restarts(slurm, job) == 1
-    assert "going on from step-000008" in said
+    assert "resuming from step-000008" in said
     assert "=== ended 1 times" not in said, "there was a new checkpoint"
     assert_same_run(tmp_path / "run", unbroken)
 

@@ -151,7 +151,7 @@ def test_a_bad_grid_is_refused(grid: list[str]) -> None:
         ({"runs": [{"name": "a", "recipe": "toy.yaml"}] * 2}, "sweep sweep.yaml: two runs are named 'a'"),
         (
             {"runs": [{"name": "a", "recipe": "toy.yaml", "after": "b"}, {"name": "b", "recipe": "toy.yaml"}]},
-            "sweep sweep.yaml: a: after: no run named 'b' stands before it",
+            "sweep sweep.yaml: a: after: no earlier run is named 'b'",
         ),
         ({"grid": {"train.sed": [1]}}, "toy.yaml: train.sed: unknown key; did you mean 'seed'?"),
         ({"runs": [{"name": "a", "recipe": "nothing"}]}, "run a-lr=0.0001-seed=1: recipe: "),

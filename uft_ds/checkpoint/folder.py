@@ -1,4 +1,7 @@
-"""A run's checkpoints on the disk: what lies where, which there are, which are whole, and which may go."""
+"""The layout of a run's checkpoint folders, and functions to list, verify, rename and delete them.
+
+`manifest.py` verifies the files of one checkpoint; `writer.py` creates checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ _DAMAGED = ".damaged"
 
 
 def name_of(step: int) -> str:
-    """Of a checkpoint's folder."""
+    """The folder name of a step's checkpoint."""
     return f"{_PREFIX}{step:06d}"
 
 
@@ -37,7 +40,7 @@ def is_named_by_step(checkpoint: Path) -> bool:
 
 
 def checkpoints_of(run: Path) -> list[Path]:
-    """Of a run's folder, the newest first, whole or not."""
+    """All checkpoints in a run's folder, the newest first, complete or not."""
     return _folders_of_steps(run, "")
 
 
@@ -53,7 +56,7 @@ def _folders_of_steps(run: Path, suffix: str) -> list[Path]:
 
 
 def checkpoint_problem(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None: all are there, as they were written."""
+    """A description of what is wrong with a checkpoint's files; None if all exist and match the manifest."""
     problem = manifest_problem(checkpoint)
     if problem is not None:
         return problem
@@ -71,13 +74,14 @@ def checkpoint_problem(checkpoint: Path) -> str | None:
 
 
 def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint of a run whose files are as they were written, and what is wrong with newer ones.
+    """The newest intact checkpoint of a run (None if there is none), and the problems of the newer ones.
 
     Raises:
-        UserError: one is of another format: that is no damage, and no reason to go on from an older one.
+        UserError: a checkpoint has another format version. It is not damaged, so an older one must not replace it.
     """
     problems: list[str] = []
     for checkpoint in checkpoints_of(run):
+        # Only UnknownFormat leaves this block: `checkpoint_problem` would report it as damage.
         with suppress(OSError, ValueError):
             recorded_files(checkpoint)
         problem = checkpoint_problem(checkpoint)
@@ -88,10 +92,10 @@ def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
 
 
 def latest_checkpoint(run: Path) -> Path:
-    """The newest checkpoint of a run, or `run` itself where it is a checkpoint; its files are as they were written.
+    """The newest checkpoint of a run, or `run` itself if it is a checkpoint; its files have been verified.
 
     Raises:
-        UserError: none, or a broken one; names the file.
+        UserError: there is no checkpoint, or it is damaged; names the file.
     """
     run = run.resolve()  # `latest` is a link
     candidates = [run] if (run / MANIFEST).exists() else checkpoints_of(run)
@@ -105,7 +109,7 @@ def latest_checkpoint(run: Path) -> Path:
 
 
 def best_checkpoint(folder: RunFolder, metric: str) -> Path | None:
-    """Of the checkpoints that are there, the one at whose step the metric was best; the earliest of equals."""
+    """The existing checkpoint at whose step the metric was best; the earliest one if several are equal."""
     values = {
         line["step"]: badness(metric, line[metric])
         for line in read_metrics(folder.metrics)
@@ -116,7 +120,7 @@ def best_checkpoint(folder: RunFolder, metric: str) -> Path | None:
 
 
 def point_latest(folder: RunFolder) -> None:
-    """Let the link lead to the newest checkpoint, or go where there is none."""
+    """Point the link `latest` at the newest checkpoint, or delete it if there is none."""
     newest = next(iter(checkpoints_of(folder.path)), None)
     if newest is None:
         folder.latest.unlink(missing_ok=True)
@@ -124,18 +128,18 @@ def point_latest(folder: RunFolder) -> None:
     link = folder.path / ".latest.tmp"
     link.unlink(missing_ok=True)
     link.symlink_to(newest.relative_to(folder.path))
-    link.replace(folder.latest)
+    link.replace(folder.latest)  # atomic: a reader sees the old link or the new one, never none
 
 
 def set_aside(checkpoint: Path) -> Path:
-    """Rename a damaged checkpoint, so that nothing counts it any more; it is left for whoever wants to look."""
+    """Rename a damaged checkpoint so that it is no longer listed; it is kept for inspection."""
     aside = checkpoint.with_name(checkpoint.name + _DAMAGED)
     shutil.rmtree(aside, ignore_errors=True)
     return checkpoint.rename(aside)
 
 
 def prune(folder: RunFolder, *, keep: int, best: str | None) -> None:
-    """Delete all but the newest, and the best one by a metric."""
+    """Delete all checkpoints except the newest `keep`, and the best one by the metric `best`."""
     kept = best_checkpoint(folder, best) if best else None
     for old in checkpoints_of(folder.path)[keep:]:
         if old != kept:
@@ -143,6 +147,6 @@ def prune(folder: RunFolder, *, keep: int, best: str | None) -> None:
 
 
 def remove(checkpoint: Path) -> None:
-    """Invalid first, then gone: a deletion that is cut off leaves nothing that looks whole."""
+    """Delete a checkpoint, its manifest first, so that an interrupted deletion leaves nothing that looks complete."""
     (checkpoint / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(checkpoint)

@@ -1,4 +1,4 @@
-"""The states of a process's random generators as tensors, to be kept with a checkpoint."""
+"""The states of a process's random number generators as tensors, to be stored in a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAMES = (TORCH, CUDA, OTHERS)
 
 
 def generator_states() -> dict[str, Tensor]:
-    """Of torch on the host and on this process's GPU, of numpy and of Python: uint8, by name."""
+    """The generator states of torch (host and this process's GPU), numpy and Python: uint8 tensors by name."""
     numpy_state: Any = np.random.get_state(legacy=False)
     numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
     others = json.dumps({"python": random.getstate(), "numpy": numpy_state}).encode()
@@ -27,7 +27,7 @@ def generator_states() -> dict[str, Tensor]:
 
 
 def restore_generators(states: Mapping[str, Tensor]) -> None:
-    """Put back what is there of them."""
+    """Restore the generators whose states are given; the others stay unchanged."""
     if TORCH in states:
         torch.set_rng_state(states[TORCH])
     if CUDA in states and torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""A run's checkpoints for the eye, and their deletion by hand."""
+"""`uft checkpoint`: list, verify and delete a run's checkpoints."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from uft_ds.record.run_folder import SECONDS_OF_A_LOOK, RunFolder
 
 
 def listed(run: Path) -> Table:
-    """One row a checkpoint.
+    """A table with one row per checkpoint.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no checkpoint.
     """
     table = Table("step", "MB", "ranks", "files", box=box.SIMPLE_HEAD)
     for checkpoint in _found(run):
-        with suppress(FileNotFoundError):  # deleted meanwhile, by a run that is going on
+        with suppress(FileNotFoundError):  # a running run may delete it in the meantime
             table.add_row(*_row(run, checkpoint))
     return table
 
@@ -50,13 +50,13 @@ def _row(run: Path, checkpoint: Path) -> tuple[str, str, str, Text]:
 
 
 def problems_of(run: Path) -> list[str]:
-    """What is wrong with the files of a run's checkpoints; a line each.
+    """The problems of the files of a run's checkpoints; one line per damaged checkpoint.
 
     Raises:
         UserError: there is no checkpoint.
     """
     found = [(checkpoint, checkpoint_problem(checkpoint)) for checkpoint in _found(run)]
-    # A run that is going on deletes old ones meanwhile.
+    # A running run may delete old checkpoints in the meantime.
     return [f"{path.name}: {problem}" for path, problem in found if problem is not None and path.exists()]
 
 
@@ -64,13 +64,13 @@ def delete(run: Path, steps: Sequence[int]) -> list[Path]:
     """Delete a run's checkpoints of these steps.
 
     Raises:
-        UserError: there is none of a step, or the run is going on, or may be; nothing has been deleted.
+        UserError: a step has no checkpoint, or the run is, or may be, still running; nothing has been deleted.
     """
     folder = RunFolder(run)
     if not folder.lock.exists():
-        raise UserError(f"{run}: no run's folder")
+        raise UserError(f"{run}: not the folder of a run")
     with _locked(folder):
-        # One that is set aside has perhaps been written again.
+        # The later entry wins: a step that was set aside may have been written again since.
         there = {step_of(checkpoint): checkpoint for checkpoint in (*set_aside_of(run), *checkpoints_of(run))}
         missing = [step for step in steps if step not in there]
         if missing:
@@ -90,11 +90,11 @@ def _locked(folder: RunFolder) -> Lock:
     try:
         return acquire(folder.lock, wait_seconds=SECONDS_OF_A_LOOK)
     except Held:
-        raise UserError(f"{folder.path}: the run is going on; stop it first") from None
+        raise UserError(f"{folder.path}: the run is still running; stop it first") from None
     except NoLocks as error:
         raise UserError(
-            f"{folder.path}: cannot be locked ({error.strerror}), so whether the run is going on is not known; if it "
-            f"is not, delete the folders in {folder.checkpoints} yourself"
+            f"{folder.path}: cannot be locked ({error.strerror}), so whether the run is still running is not known; "
+            f"if it is not running, delete the folders in {folder.checkpoints} yourself"
         ) from None
     except OSError as error:
         raise UserError(f"{folder.path}: cannot be written ({error.strerror})") from None

@@ -1,4 +1,4 @@
-"""Putting a fresh engine where a checkpoint's stood."""
+"""Restore a new engine from a checkpoint that `writer.py` wrote."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from uft_ds.record.report import Speaker
 
 
 def restore_engine(engine: Engine, checkpoint: Path, state: TrainerState, reporter: Speaker) -> None:
-    """Weights, optimiser, and where as many ranks saved as there are now, their random generators.
+    """Restore weights and optimiser state; also the random generators if the number of ranks is the same.
 
-    Every rank must call it; each reads its own part.
+    Every rank must call it; each rank reads its own part.
 
     Raises:
-        UserError: the checkpoint is of other parameters; names one.
+        UserError: the checkpoint has other parameters than the engine; names one.
     """
     shards = Shards(checkpoint / OPTIMIZER)
     _check_same_parameters(checkpoint, shards.shapes, shapes_of(engine.deepspeed))
@@ -32,16 +32,16 @@ def restore_engine(engine: Engine, checkpoint: Path, state: TrainerState, report
         restore_generators(shards.own(engine.rank, NAMES))
     else:
         reporter.say(
-            f"{checkpoint.name} was saved by {shards.world_size} ranks, now there are {engine.world_size}: the same "
-            "data in the same order, losses equal to rounding"
+            f"{checkpoint.name} was saved by {shards.world_size} ranks, now there are {engine.world_size}: data and "
+            "order are the same, losses agree to rounding"
         )
 
 
 def stored_reference(checkpoint: Path, identity: str) -> LogpTable:
-    """What the run knew of the reference.
+    """The reference log-probs that the run had stored in its checkpoint; empty if it had none.
 
     Raises:
-        UserError: it is of another reference, or cannot be read.
+        UserError: they belong to another reference, or cannot be read.
     """
     path = checkpoint / REFERENCE_TABLE
     if not path.exists():

@@ -1,6 +1,6 @@
-"""The list of a checkpoint's files with their sizes and SHA-256: a checkpoint counts only with a valid one.
+"""The manifest lists a checkpoint's files with their sizes and SHA-256; a checkpoint without a valid one is not used.
 
-A flipped bit passes both `torch.load` and safetensors without a word; the manifest is what finds it.
+Neither `torch.load` nor safetensors detects a flipped bit; the manifest does.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from uft_ds.host.formats import KEY, UnknownFormat, check_format
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-"""Of the whole checkpoint: which files there are, and what the manifest says of them."""
+"""Version of the checkpoint's layout: which files it has, and what the manifest records of each."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """A file as it is on the disk. sha256: hex digest of what was read back."""
+    """Size and checksum of a file on the disk. sha256: hex digest of the content that was read back."""
 
     num_bytes: int
     sha256: str
 
 
 def write_manifest(folder: Path, files: Mapping[str, Written]) -> None:
-    """Record files by their names below `folder`; the last thing that is written there."""
+    """Record files by their names below `folder`. Written last, so that its existence means a complete checkpoint."""
     entries = {name: {"bytes": w.num_bytes, "sha256": w.sha256} for name, w in sorted(files.items())}
     write_atomically(folder / MANIFEST, json.dumps({KEY: FORMAT, "files": entries}, indent=2) + "\n")
 
 
 def manifest_problem(folder: Path) -> str | None:
-    """What is wrong with a folder's files, or None."""
+    """A description of the first problem of a folder's files, or None."""
     try:
         recorded = recorded_files(folder)
     except FileNotFoundError:
@@ -56,16 +56,16 @@ def _file_problem(path: Path, written: Written) -> str | None:
             return f"{path}: {path.stat().st_size} bytes, {written.num_bytes} recorded"
         if sha256(path) != written.sha256:
             return f"{path}: its content is not what was written"
-    except OSError as error:  # a disk that fails, or not ours to read
+    except OSError as error:  # the disk fails, or we have no permission to read
         return f"{path}: cannot be read ({error.strerror})"
     return None
 
 
 def recorded_files(folder: Path) -> dict[str, Written]:
-    """What a manifest lists.
+    """The files that a folder's manifest lists, by name.
 
     Raises:
-        OSError: there is none. ValueError: it is no manifest. UnknownFormat: it is of another version.
+        OSError: the manifest cannot be read. ValueError: the file is not a manifest. UnknownFormat: other version.
     """
     try:
         content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))

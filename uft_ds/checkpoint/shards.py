@@ -1,4 +1,7 @@
-"""A rank's part of a checkpoint as one safetensors file, and all ranks' parts read as if they were one."""
+"""Optimiser-state shards: each rank writes one safetensors file; `Shards` reads all of them by parameter.
+
+Because pieces are addressed by parameter and position, a checkpoint can be read by another number of ranks.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ def shard_name(rank: int, world_size: int) -> str:
 
 
 def world_size_of(names: Sequence[str]) -> int | None:
-    """Of how many ranks files are, by their names; None where one is missing or they are of several worlds."""
+    """The number of ranks that wrote these files, by their names; None if one is missing or the numbers differ."""
     matches = [re.fullmatch(r"rank-(\d{5})-of-(\d{5})\.safetensors", name) for name in names]
     sizes = {int(match[2]) for match in matches if match}
     if len(sizes) != 1:
@@ -35,10 +38,10 @@ def world_size_of(names: Sequence[str]) -> int | None:
 
 
 def write_shard(path: Path, pieces: Sequence[Piece], others: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Write a rank's pieces, and tensors that are its own alone, such as the states of its random generators.
+    """Write a rank's pieces and its private tensors (`others`), such as the states of its random generators.
 
     Returns:
-        all tensors, by their names in the file.
+        All tensors, by their names in the file.
     Raises:
         OSError: the file cannot be written.
     """
@@ -50,10 +53,10 @@ def write_shard(path: Path, pieces: Sequence[Piece], others: Mapping[str, Tensor
 
 
 class Shards:
-    """The pieces of all ranks' files, by parameter.
+    """The pieces in all ranks' files, indexed by parameter.
 
     Raises:
-        UserError: a file cannot be read; names it.
+        UserError: a file is missing or cannot be read; names it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -71,16 +74,17 @@ class Shards:
 
     @property
     def world_size(self) -> int:
-        """Ranks that wrote."""
+        """The number of ranks that wrote the checkpoint."""
         return len(self.files)
 
     def read(self, name: str, key: str, start: int, numel: int) -> Tensor:
-        """A run of a flattened parameter's state: [numel], float32, on the host.
+        """`numel` consecutive elements of a flattened parameter's state: [numel], float32, on the host.
 
         Raises:
-            UserError: no file holds all of it.
+            UserError: some of the elements are in no file.
         """
         found, covered = torch.empty(numel, dtype=torch.float32), 0
+        # Visited by position: a piece that begins behind the covered range leaves a gap, reported below.
         for at, length, path in sorted(self._where.get(name, []), key=lambda piece: piece[0]):
             first, last = max(start + covered, at), min(start + numel, at + length)
             if first == start + covered and last > first:
@@ -94,7 +98,7 @@ class Shards:
         return found
 
     def own(self, rank: int, names: Sequence[str]) -> dict[str, Tensor]:
-        """What a rank alone wrote, where as many ranks wrote."""
+        """A rank's private tensors. Only meaningful if the number of ranks has not changed."""
         with _opened(self.files[rank]) as file:
             return {name: file.get_tensor(name) for name in names if name in set(file.keys())}
 
@@ -109,9 +113,9 @@ class Shards:
             except (KeyError, ValueError, TypeError, RecursionError):
                 raise UserError(f"{path}: not a rank's state: it lacks the list of its pieces") from None
         for name, *_ in pieces:
-            # Names become folders of a universal checkpoint.
+            # Names become folders of a universal checkpoint, so a name must not be able to leave its folder.
             if not re.fullmatch(r"\w[\w-]*(\.\w[\w-]*)*", name):
-                raise UserError(f"{path}: {name!r}: no name of a parameter")
+                raise UserError(f"{path}: {name!r}: not the name of a parameter")
         return pieces
 
 

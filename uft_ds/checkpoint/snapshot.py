@@ -1,4 +1,7 @@
-"""What a rank must write of a checkpoint: copied to host memory while training waits, written while it goes on."""
+"""One rank's part of a checkpoint: copied to host memory while training waits, written while training continues.
+
+`writer.py` calls both and agrees with the other ranks when a checkpoint is complete.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,10 @@ from uft_ds.streams.adapters import Policy, adapter_tensors
 
 @dataclass(frozen=True)
 class OfFirstRank:
-    """What rank 0 alone writes. adapter: by PEFT's names. reference: the table of log-probs and whose they are."""
+    """The files that only rank 0 writes.
+
+    adapter: tensors by PEFT's names. reference: the table of log-probs, and the identity of its reference.
+    """
 
     adapter: Mapping[str, Tensor]
     adapter_config: bytes
@@ -34,7 +40,7 @@ class OfFirstRank:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One rank's part of a checkpoint, in host memory; nothing in it changes as training goes on."""
+    """One rank's part of a checkpoint in host memory; training does not change it afterwards."""
 
     position: Position
     pieces: tuple[Piece, ...]
@@ -47,8 +53,9 @@ class Snapshot:
 def take_snapshot(
     engine: Engine, policy: Policy, position: Position, reference: Known, adapter_config: bytes
 ) -> Snapshot:
-    """Copy everything; every rank must call it. The adapter is gathered, the optimiser's state is not."""
+    """Copy everything to host memory. Every rank must call it: the adapter is gathered, the optimiser state is not."""
     first = None
+    # The gather is a collective, so ranks other than 0 enter the block too although they keep nothing.
     with engine.gathered_trainable() as named:
         if engine.rank == 0:
             prefix = "policy."
@@ -66,13 +73,13 @@ def take_snapshot(
 
 
 def write_snapshot(snapshot: Snapshot, folder: Path) -> dict[str, Written]:
-    """Write a rank's files below `folder`, synced, and read them back.
+    """Write a rank's files below `folder`, read them back and sync them to the disk.
 
     Returns:
-        each file that was written, by its name below the folder.
+        Each file that was written, by its name below the folder.
     Raises:
-        OSError: the folder cannot be written, or is full.
-        CheckFailed: what was read back is not what was to be written, or not what a trained adapter looks like.
+        OSError: the folder cannot be written, or the disk is full.
+        CheckFailed: the tensors read back differ from those in memory, or every lora_B is still zero after training.
     """
     (folder / OPTIMIZER).mkdir(parents=True, exist_ok=True)
     shard = folder / OPTIMIZER / shard_name(snapshot.rank, snapshot.world_size)
@@ -83,7 +90,7 @@ def write_snapshot(snapshot: Snapshot, folder: Path) -> dict[str, Written]:
         files += _write_first(snapshot.first, snapshot.position, folder)
     for path in files:
         sync(path)
-    for parent in {path.parent for path in files}:
+    for parent in {path.parent for path in files}:  # a new file's directory entry needs its own sync
         sync(parent)
     return {str(path.relative_to(folder)): Written(path.stat().st_size, sha256(path)) for path in files}
 

@@ -1,4 +1,4 @@
-"""Where a run stands, besides its weights and its optimiser: trainer.json of a checkpoint."""
+"""The trainer state of a checkpoint (trainer.json): all that a resume needs besides weights and optimiser state."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ FORMAT = 1
 class TrainerState:
     """All that a step depends on besides weights, optimiser and the recipe.
 
-    log_ratio_shift: what the reward shift goes on with, nats: its running mean, or the last step's value.
-    source: the state of the source of steps; empty for fixed data, whose order is the step's number.
+    log_ratio_shift: state of the reward shift, in nats: the running mean, or the last step's value.
+    source: the state of the source of steps; empty for fixed data, whose order depends on the step number alone.
     """
 
     step: int
@@ -36,23 +36,23 @@ class TrainerState:
 
 @dataclass(frozen=True)
 class Position:
-    """A state, and how far the metrics file had been written: in bytes."""
+    """The trainer state, and the size in bytes of the metrics file at that step."""
 
     state: TrainerState
     metrics_bytes: int
 
 
 def write_position(folder: Path, position: Position) -> None:
-    """As trainer.json."""
+    """Write trainer.json below `folder`."""
     content = {KEY: FORMAT, **asdict(position.state), "metrics_bytes": position.metrics_bytes}
     write_atomically(folder / TRAINER, json.dumps(content, indent=2) + "\n")
 
 
 def read_position(checkpoint: Path) -> Position:
-    """What a checkpoint's trainer.json says.
+    """Read a checkpoint's trainer.json.
 
     Raises:
-        UserError: not such a file, or of another format.
+        UserError: the file cannot be read, or has another format.
     """
     path = checkpoint / TRAINER
     try:
@@ -66,4 +66,4 @@ def read_position(checkpoint: Path) -> Position:
         )
         return Position(state, int(content["metrics_bytes"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not where a run stood ({type(error).__name__}: {error})") from None
+        raise UserError(f"{path}: not the state of a trainer ({type(error).__name__}: {error})") from None

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files, with the errors of a file system."""
+"""Write and verify safetensors files; file-system errors are raised as OSError, not as SafetensorError."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from uft_ds.errors import CheckFailed
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write one file.
+    """Write one safetensors file.
 
     Raises:
-        OSError: it cannot be written; names it.
+        OSError: the file cannot be written; names it.
     """
     try:
         save_file(dict(tensors), path, metadata=metadata)
-    except SafetensorError as error:  # it wraps the system's errors
+    except SafetensorError as error:  # safetensors wraps the errors of the operating system
         raise OSError(f"{path}: {error}") from None
     path.chmod(0o644)  # safetensors writes 0600 whatever the umask
 
 
 def check_same(path: Path, written: Mapping[str, Tensor]) -> None:
-    """Read a file back.
+    """Read a file back and compare it bit for bit with the tensors in memory.
 
     Raises:
-        CheckFailed: a tensor is missing, empty, not finite or not what was written.
+        CheckFailed: a tensor is missing, empty, not finite or differs from what was written.
     """
     with safe_open(path, framework="pt") as file:
         names = set(file.keys())

@@ -1,10 +1,10 @@
-"""Checkpoints written beside the training: a step waits only for the copy to host memory.
+"""Asynchronous checkpoints: training waits only for the copy to host memory, a thread writes the files.
 
-    every rank:  copy -> thread: own files, synced, read back, hashed
-    all ranks, between two steps:  agree that all are written
-    rank 0:  manifest -> rename -> `latest` -> what is old goes
+    every rank:  copy to host memory -> thread: write own files, read back, sync, hash
+    all ranks, between two steps:  agree that all files are written
+    rank 0:  write manifest -> rename -> update `latest` -> delete old checkpoints
 
-A checkpoint is whole or absent. One that could not be written leaves the older ones as they were.
+A checkpoint is complete or absent. If one cannot be written, the older ones stay unchanged.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from uft_ds.record.run_folder import RunFolder
 from uft_ds.streams.adapters import Policy, adapter_config_of
 
 _SECONDS_FOR_OTHERS_FILES = 60.0
-"""Until a file that another machine has written is seen: some shared file systems take their time."""
+"""Longest wait for a file of another machine to become visible: some shared file systems show it with a delay."""
 
 
 @dataclass
 class _Writing:
-    """A checkpoint under way. The thread sets `files` or `problem`, then ends."""
+    """A checkpoint that is being written. The thread sets `files` or `problem`, then ends."""
 
     step: int
     files: dict[str, Written] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class _Writing:
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints, one at a time. Every rank has one, and calls the same methods in the same order."""
+    """Writes a run's checkpoints, one at a time. Every rank has one and calls the same methods in the same order."""
 
     def __init__(
         self, engine: Engine, policy: Policy, folder: RunFolder, reporter: Speaker, *, keep: int, best: str | None
@@ -55,11 +55,11 @@ class CheckpointWriter:
         self._polled_seconds = 0.0
 
     def start(self, position: Position, reference: Known) -> float:
-        """Copy what is to be saved, and begin to write it.
+        """Copy the state to host memory and start to write it.
 
         Returns:
-            seconds that training waited: for the copy, for an older checkpoint that was still being written, and
-            since the last call for `poll`.
+            Seconds that training waited: for the copy, for an older checkpoint that was still being written, and in
+            calls of `poll` since the last `start`.
         """
         started = time.perf_counter()
         self.poll(wait=True)
@@ -74,10 +74,10 @@ class CheckpointWriter:
         return polled_seconds + time.perf_counter() - started
 
     def poll(self, *, wait: bool = False) -> Exception | None:
-        """Finish a checkpoint that all ranks have written; between two steps, on every rank.
+        """Complete a checkpoint that all ranks have written. Every rank must call it, between two steps.
 
         Returns:
-            what went wrong, on every rank; it has been said.
+            The error, the same on every rank, or None. It has already been reported as a warning.
         """
         if self._writing is None:
             return None
@@ -90,7 +90,7 @@ class CheckpointWriter:
         """Wait for the last checkpoint.
 
         Raises:
-            UserError: it could not be written. CheckFailed: what was read back is not what it should be.
+            UserError: it could not be written. CheckFailed: its files failed the check after writing.
         """
         problem = self.poll(wait=True)
         if isinstance(problem, CheckFailed):
@@ -101,6 +101,7 @@ class CheckpointWriter:
     def _finish(self, writing: _Writing, wait: bool) -> Exception | None:
         if wait:
             self._thread.join()
+        # Every rank decides from the same gathered list, so all commit, or all wait, in the same call.
         everyone = self._engine.gather_objects((not self._thread.is_alive(), writing.files, writing.problem))
         if not all(is_done for is_done, _, _ in everyone):
             return None
@@ -125,6 +126,7 @@ class CheckpointWriter:
         _await_files(temporary, files)
         write_manifest(temporary, files)
         sync(temporary)
+        # The rename makes the checkpoint visible, so everything in it must be on the disk before.
         if target.exists():
             remove(target)
         temporary.rename(target)
@@ -132,7 +134,7 @@ class CheckpointWriter:
         try:
             point_latest(self._folder)
             prune(self._folder, keep=self._keep, best=self._best)
-        except OSError as error:  # the new one is whole
+        except OSError as error:  # the new checkpoint is complete all the same
             self._reporter.warn(f"older checkpoints than {target.name} could not be deleted ({error})")
 
     def _abandon(self, step: int, problem: Exception) -> None:
@@ -146,12 +148,12 @@ class CheckpointWriter:
 def _write(writing: _Writing, snapshot: Snapshot, folder: Path) -> None:
     try:
         writing.files = write_snapshot(snapshot, folder)
-    except BaseException as error:  # noqa: BLE001 - said by the main thread, between two steps
+    except BaseException as error:  # noqa: BLE001 - the main thread reports it, between two steps
         writing.problem = _sayable(error, f"rank {snapshot.rank}")
 
 
 def _sayable(error: BaseException, where: str) -> Exception:
-    """As something that can be sent to other ranks."""
+    """The error in a form that can be pickled and sent to the other ranks."""
     if isinstance(error, CheckFailed):
         return CheckFailed(f"{where}: {error}")
     kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
@@ -159,10 +161,10 @@ def _sayable(error: BaseException, where: str) -> Exception:
 
 
 def _await_files(folder: Path, files: dict[str, Written]) -> None:
-    """Files of other machines, where the folder is shared.
+    """Wait until the files of all machines are visible in the shared folder.
 
     Raises:
-        OSError: one is not there.
+        OSError: a file did not appear in time.
     """
     deadline = time.monotonic() + _SECONDS_FOR_OTHERS_FILES
     for name, written in files.items():

@@ -1,4 +1,4 @@
 """The subcommands of `uft`: they parse, call and print.
 
-They import what they need when they run: `uft --help` should not wait for torch.
+Each command imports what it needs when it runs, so that `uft --help` does not wait for torch.
 """

@@ -1,4 +1,4 @@
-"""`uft checkpoint`: look at a run's checkpoints."""
+"""`uft checkpoint`: list, verify and delete a run's checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`uft data`: look at data."""
+"""`uft data`: show data as training uses it, and the source formats."""
 
 from __future__ import annotations
 

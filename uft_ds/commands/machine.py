@@ -1,4 +1,4 @@
-"""`uft plan` and `uft doctor`: what a recipe needs, and what this machine has."""
+"""`uft plan` computes what a recipe needs; `uft doctor` examines this machine and its installation."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def plan(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Plain values, the names ending in their units.")] = False,
 ) -> None:
-    """Say from the model's config alone what a recipe needs on some hardware, and what to change if it does not fit.
+    """Compute from the model's config what a recipe needs on given hardware, and what to change if it does not fit.
 
-    Nothing is allocated, launched or downloaded. Exit code 3 if the recipe as it is does not fit.
+    Nothing is allocated, launched or downloaded. Exit code 3 if the recipe does not fit unchanged.
     """
     import json
 

@@ -1,4 +1,4 @@
-"""`uft convert` and `uft chat`: what was trained, as a model."""
+"""`uft convert` writes a trained model or adapter; `uft chat` talks to a model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def convert(
     ] = None,
     verify: Annotated[bool, typer.Option(help="Compare the merged model's log-ratios with the adapter's.")] = True,
 ) -> None:
-    """Write what was trained as a Hugging Face model or adapter, checked against what was trained."""
+    """Write a run's result as a Hugging Face model or adapter; a merged model is compared with the adapter."""
     from uft_ds.export.convert import (
         MAX_SHARD_BYTES,
         StoredAs,
@@ -54,14 +54,14 @@ def convert(
 
     quiet_loading()
     if to != "merged" and dtype is not None:
-        raise UserError(f"--dtype: --to {to} keeps what was trained as it is; leave --dtype out, or take --to merged")
+        raise UserError(f"--dtype: --to {to} keeps the trained types; leave --dtype out, or take --to merged")
     if to != "merged" and max_shard_size is not None:
         raise UserError(f"--max-shard-size: of no use with --to {to}; leave it out")
     if to == "universal":
         given = [name for name, value in (("--base", base), ("--adapter-config", adapter_config)) if value is not None]
         if given and not (source / "adapter_config.json").exists():
             raise UserError(
-                f"{given[0]}: of no use with --to universal, which is of a run's own checkpoint; leave it out"
+                f"{given[0]}: of no use with --to universal, which converts a run's own checkpoint; leave it out"
             )
         console.print(f"universal checkpoint: {convert_to_universal(source, out).folder}")
         return

@@ -1,4 +1,4 @@
-"""`uft recipe`: look at recipes."""
+"""`uft recipe`: show and list recipes and their keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What several commands take and print to."""
+"""Arguments and the console that several commands share."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Annotated, Optional
 import typer
 from rich.console import Console
 
-_UNLIMITED = 10_000  # columns: in files and pipes nothing is folded
-console = Console(  # no markup: paths may hold brackets and numbers
+_UNLIMITED = 10_000  # columns: in files and pipes no line is wrapped
+console = Console(  # no markup: paths may contain brackets
     markup=False, highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _UNLIMITED
 )
 
@@ -22,7 +22,7 @@ Overrides = Annotated[
 
 
 def quiet_loading() -> None:
-    """transformers' loading bar is for terminals; in a log it is noise."""
+    """Disable transformers' progress bar unless the output is a terminal."""
     from transformers.utils.logging import disable_progress_bar
 
     if not sys.stderr.isatty():

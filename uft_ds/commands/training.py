@@ -1,4 +1,4 @@
-"""`uft train`, `status`, `sweep`, `reference`, `quickstart`: what starts ranks, and how far they are."""
+"""`uft train`, `sweep`, `reference` and `quickstart` start ranks; `uft status` shows the progress of a run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def train(
     recipe: RecipeName,
     overrides: Overrides = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest whole checkpoint of the run that the output holds.")
+        bool, typer.Option("--resume", help="Resume from the newest intact checkpoint of the run in the output folder.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run that the output holds.")] = False,
 ) -> None:
@@ -29,12 +29,12 @@ def train(
     from uft_ds.recipe.settings import load_settings
 
     if resume and overwrite:
-        raise UserError("--resume and --overwrite: the one goes on with a run, the other deletes it; give one of them")
+        raise UserError("--resume and --overwrite: the one continues a run, the other deletes it; give one of them")
     run_training(load_settings(recipe, tuple(overrides or ())), overwrite=overwrite, resume=resume)
 
 
 def run_training(settings: Settings, *, overwrite: bool = False, resume: bool = False) -> None:
-    """Prepare, launch, and end the process with the run's exit code unless it is done."""
+    """Prepare and launch a run; unless it is done, end the process with the run's exit code."""
     folder, _ = _launched(settings, "training", overwrite=overwrite, resume=resume)
     console.print(f"done: {folder}  (metrics.jsonl, curves.png, report.html, checkpoints/)")
 
@@ -49,7 +49,7 @@ def _launched(settings: Settings, what: str, **how: Any) -> tuple[Path, Status]:
 
 
 def status(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]) -> None:
-    """How far a run is, and how it ended; the exit code is the run's, 1 where it goes on or died without a word."""
+    """Show a run's progress and outcome. The exit code is the run's; 1 if it is running or ended without a status."""
     from uft_ds.run.progress import progress_of
 
     found = progress_of(run)
@@ -73,8 +73,8 @@ def sweep(
 ) -> None:
     """Run recipes one after the other, and compare them in one table.
 
-    Overrides hold for every run. What is done is not run again, and a run that was stopped goes on: the same command
-    goes on after an interruption. Tokenised data and the reference's log-probs are shared through their caches.
+    Overrides hold for every run. Finished runs are not repeated and a stopped run is resumed, so the same command
+    continues after an interruption. Tokenised data and reference log-probs are shared through their caches.
     """
     from uft_ds.run.start import check_settings_and_data, run_settings
     from uft_ds.sweep.file import grid_of, load_sweep
@@ -113,9 +113,9 @@ def _fail_unless_all_done(results: list[Result]) -> None:
 
 
 def reference(recipe: RecipeName, overrides: Overrides = None) -> None:
-    """Compute the reference of a recipe's data ahead, for all runs that share it.
+    """Compute the reference log-probs of a recipe's data in advance, for all runs that share them.
 
-    What is stored already is not computed again; a fill that was stopped goes on where it was. The recipe's output is
+    Stored values are not computed again, so a fill that was stopped continues where it was. The recipe's output is
     not touched.
     """
     import shutil
@@ -133,9 +133,9 @@ def reference(recipe: RecipeName, overrides: Overrides = None) -> None:
         _, status = _launched(filling, "computing the reference", options=("--only-reference",))
     except typer.Exit as end:
         if end.exit_code in (EXIT_INTERRUPTED, EXIT_STOPPED):
-            print("what has been stored is kept: the same command goes on from there", file=sys.stderr)
+            print("stored values are kept: the same command continues from there", file=sys.stderr)
             shutil.rmtree(work)
-        else:  # the ranks failed: their logs stay
+        else:  # the ranks failed: keep their logs
             shutil.rmtree(work / "run" / "data", ignore_errors=True)
         raise
     except BaseException:

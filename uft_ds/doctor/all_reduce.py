@@ -1,4 +1,4 @@
-"""What each rank of the first proof runs: `python -m uft_ds.doctor.all_reduce RESULT`, below a launcher."""
+"""The program of each rank in the all-reduce proof: `python -m uft_ds.doctor.all_reduce RESULT`, under a launcher."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MINUTES = 2.0
 
 
 def main(result: Path) -> None:
-    """Sum a vector that says whose it is over the ranks, check every element, and write how long it took.
+    """Sum a vector that depends on the rank over all ranks, check every element, and write the duration to `result`.
 
     Raises:
         RuntimeError: a sum is wrong.
@@ -31,12 +31,12 @@ def main(result: Path) -> None:
     rank, ranks = place.rank, place.world_size
     mine = torch.arange(ELEMENTS, device=device, dtype=torch.float32).remainder(1024) + rank  # exact in float32
     expected = ranks * (mine - rank) + ranks * (ranks - 1) / 2
-    distributed.all_reduce(mine.clone())  # the first one connects
+    distributed.all_reduce(mine.clone())  # the first collective sets up the connections; it is not timed
     distributed.barrier()
     started = time.monotonic()
     total = mine.clone()
     distributed.all_reduce(total)
-    is_right = bool(torch.equal(total, expected))  # waits for the device
+    is_right = bool(torch.equal(total, expected))  # synchronises with the device, so the time is complete
     seconds = time.monotonic() - started
     if not is_right:
         raise RuntimeError(f"rank {rank}: the sum over {ranks} ranks is wrong")

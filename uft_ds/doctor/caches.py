@@ -1,4 +1,4 @@
-"""Where models, data and the reference's log-probs are kept between runs."""
+"""Check the caches of models, data and reference log-probs, which are kept between runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TRUE = {"1", "ON", "YES", "TRUE"}
 
 
 def check_caches(environ: Mapping[str, str] = os.environ) -> list[Finding]:
-    """Ours and Hugging Face's can be written."""
+    """Check that our cache and Hugging Face's cache can be written."""
     try:
         own = user_cache()
     except UserError as error:
@@ -29,7 +29,7 @@ def check_caches(environ: Mapping[str, str] = os.environ) -> list[Finding]:
 
 
 def check_hub(environ: Mapping[str, str] = os.environ) -> Finding:
-    """Offline, a name that is not in the cache is an error at once, instead of a wait for the network."""
+    """Report whether HF_HUB_OFFLINE is set: then a name that is not cached is an error at once, without a wait."""
     if environ.get("HF_HUB_OFFLINE", "").upper() in _TRUE:
         found = "HF_HUB_OFFLINE is set: nothing is fetched"
         return Finding("hub", "note", found, "give models and data as folders, or unset it once to fetch them")

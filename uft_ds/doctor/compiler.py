@@ -1,4 +1,4 @@
-"""What is compiled, whether it can be, and what a build that was killed has left."""
+"""Check the C compiler, DeepSpeed's compiled ops, and lock files that killed builds have left."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DEEPEST = 3  # EXTENSIONS/py311_cu128/OP/lock
 
 
 def check_compiler(has_gpus: bool, environ: Mapping[str, str] = os.environ) -> Finding:
-    """Triton compiles a small C program at a kernel's first use on a GPU; on CPUs nothing is compiled."""
+    """Check for a C compiler: Triton compiles a small C program at a kernel's first use on a GPU, none on CPUs."""
     found = next(
         (path for name in (environ.get("CC"), "gcc", "clang", "cc") if name and (path := _which(name, environ))), None
     )
@@ -34,7 +34,7 @@ def check_compiler(has_gpus: bool, environ: Mapping[str, str] = os.environ) -> F
 
 
 def check_ops(installed: Mapping[str, bool] | None = None) -> Finding:
-    """DeepSpeed's own compiled parts: a run needs none, whatever is there."""
+    """List DeepSpeed's pre-built ops; a run needs none of them."""
     if installed is None:
         choose_accelerator()
         from deepspeed.git_version_info import installed_ops
@@ -50,9 +50,9 @@ def check_ops(installed: Mapping[str, bool] | None = None) -> Finding:
 
 
 def check_build_locks(environ: Mapping[str, str] = os.environ, processes: Path = Path("/proc")) -> list[Finding]:
-    """A build that was killed leaves its `lock`, and whoever needs that op waits for it for ever, without a word.
+    """Find `lock` files of killed builds: a process that needs such an op waits forever and silently.
 
-    torch's FileBaton has no time-out. Whoever builds has the file open, which can be seen of this machine's processes.
+    torch's FileBaton has no time-out. A process that is building has the file open, which /proc shows for this machine.
     """
     folder = _extensions(environ)
     locks = [path for depth in range(1, _DEEPEST + 1) for path in sorted(folder.glob("*/" * (depth - 1) + "lock"))]
@@ -64,7 +64,7 @@ def check_build_locks(environ: Mapping[str, str] = os.environ, processes: Path =
         if holder is not None:
             findings.append(Finding("build locks", "note", f"{lock}: process {holder} is building", "wait for it"))
         else:
-            found = f"{lock}: no process here is building; every later build of it waits for ever"
+            found = f"{lock}: no process here is building; every later build of it waits forever"
             findings.append(Finding("build locks", "problem", found, f"rm {shlex.quote(str(lock))}"))
     return findings
 
@@ -93,7 +93,7 @@ def _process_with(path: Path, processes: Path) -> int | None:
     for descriptor in processes.glob("[0-9]*/fd/*"):
         try:
             found = descriptor.stat()
-        except OSError:  # ended, or another user's
+        except OSError:  # the process has ended, or belongs to another user
             continue
         if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
             return int(descriptor.parts[-3])

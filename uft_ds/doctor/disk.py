@@ -1,4 +1,4 @@
-"""The folder that runs are written to: space, speed, and what a run's folder asks of its file system."""
+"""Check the output folder: space, write speed, and the file-system features that a run's folder needs."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from uft_ds.host.files import sync
 
 _GIB, _MIB = 2**30, 2**20
 LEAST_BYTES, FEW_BYTES = 2 * _GIB, 20 * _GIB
-"""A run of a small model; a merged 7B model in bfloat16."""
+"""Enough for a run of a small model; enough for a merged 7B model in bfloat16."""
 SLOW_BYTES_A_SECOND = 20 * _MIB
 _SAMPLE_BYTES, _SAMPLE_SECONDS = 256 * _MIB, 3.0
 _LEAST_SAMPLE_BYTES = 64 * _MIB
-"""Less is a disk's cache and no disk."""
+"""A smaller sample would measure the disk's cache, not the disk."""
 _LOCK_SECONDS = 20.0
 _REFUSED = 75
-"""The helper's exit code for a lock that another process holds: no failure of Python's ends in it."""
-# Open for writing: NFS does an exclusive flock as a byte-range lock, which a file open for reading cannot have (EBADF).
+"""The helper's exit code for a lock that another process holds; Python's own failures never use it."""
+# Opened for writing: NFS implements an exclusive flock as a byte-range lock, which needs a writable file (else EBADF).
 _TRY_LOCK = f"""
 import fcntl, sys
 try:
@@ -35,7 +35,7 @@ except BlockingIOError:
     sys.exit({_REFUSED})
 """
 _LOCAL_LOCKS = {"nolock", "local_lock=flock", "local_lock=all", "localflock", "localflocks", "nobrl"}
-"""Mount options by which flock never leaves this machine: of NFS (three), Lustre, OCFS2 and GFS2, SMB."""
+"""Mount options that restrict flock to this machine: three of NFS, then Lustre, OCFS2 and GFS2, SMB."""
 _MOUNTS = Path("/proc/self/mountinfo")
 
 Used = Callable[[Path], tuple[int, int, int]]
@@ -54,15 +54,15 @@ def scratch(output: Path) -> Iterator[Path]:
 
 
 def nearest(folder: Path) -> Path:
-    """The folder, or the closest one above that exists."""
+    """The folder, or its closest existing parent."""
     folder = folder.absolute()
     return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 
 def check_output(output: Path, used: Used = shutil.disk_usage) -> list[Finding]:
-    """Everything about the output folder; a single finding where nothing can be written."""
+    """All findings about the output folder; a single one if nothing can be written there."""
     if output.exists() and not output.is_dir():
-        return [Finding("output folder", "problem", f"{output} is no folder", "give another one: --output")]
+        return [Finding("output folder", "problem", f"{output} is not a folder", "give another one: --output")]
     try:
         with scratch(output) as folder:
             return [
@@ -77,7 +77,7 @@ def check_output(output: Path, used: Used = shutil.disk_usage) -> list[Finding]:
 
 
 def check_space(folder: Path, output: Path, used: Used = shutil.disk_usage) -> Finding:
-    """Checkpoints are small; merged models and hub caches are not."""
+    """Check free bytes and inodes: checkpoints are small, merged models and hub caches are not."""
     free = used(folder)[2]
     found = f"{free / _GIB:.1f} GiB free for {output}"
     inodes = os.statvfs(folder)
@@ -99,7 +99,7 @@ def check_speed(
     size: int = _SAMPLE_BYTES,
     seconds: float = _SAMPLE_SECONDS,
 ) -> Finding:
-    """256 MiB, or as much as goes in 3 seconds, until it is on the disk; never more than a tenth of what is free."""
+    """Measure the write speed including fsync: 256 MiB, at most 3 seconds, and at most a tenth of the free space."""
     most = used(folder)[2] // 10
     if most < _LEAST_SAMPLE_BYTES:
         found = f"not measured: a tenth of what is free is {most // _MIB} MiB, expected {_LEAST_SAMPLE_BYTES // _MIB}"
@@ -111,13 +111,13 @@ def check_speed(
             while written + len(block) <= size and time.monotonic() - started < seconds:
                 file.write(block)
                 written += len(block)
-                if written % (16 * _MIB) == 0:  # so that the time is the disk's, not the page cache's
+                if written % (16 * _MIB) == 0:  # so that the disk is measured, not the page cache
                     file.flush()
                     os.fsync(file.fileno())
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        path.unlink(missing_ok=True)  # the checks that follow need a few bytes
+        path.unlink(missing_ok=True)  # the next checks need a few free bytes
         return Finding(
             "write speed", "problem", f"{written // _MIB} MiB, then {error.strerror}", "a quota? See quota -s"
         )
@@ -125,12 +125,12 @@ def check_speed(
     path.unlink()
     found = f"{rate / _MIB:.0f} MiB/s with fsync"
     if rate < SLOW_BYTES_A_SECOND:
-        return Finding("write speed", "note", found, "checkpoints are written beside training; raise checkpoint_every")
+        return Finding("write speed", "note", found, "checkpoints are written during training; raise checkpoint_every")
     return Finding("write speed", "ok", found)
 
 
 def check_lock(folder: Path, mounts: Path = _MOUNTS) -> Finding:
-    """A run's folder belongs to one process group: another process must be refused the lock, on other nodes too."""
+    """Check file locks, by which a run owns its folder: a second process must not get the lock, also on other nodes."""
     path, remedy = folder / "lock", "another folder, or mount NFS with locks (without nolock)"
     with path.open("w", encoding="utf-8") as file:
         try:
@@ -148,7 +148,7 @@ def check_lock(folder: Path, mounts: Path = _MOUNTS) -> Finding:
 
 
 def check_names(folder: Path) -> Finding:
-    """Files appear whole by a rename; `latest` is a symbolic link."""
+    """Check renames (files are written under a temporary name first), symbolic links (`latest`) and fsync."""
     one, two, latest = (folder / name for name in ("one", "two", "latest"))
     one.write_text("new")
     two.write_text("old")
@@ -168,7 +168,7 @@ def check_names(folder: Path) -> Finding:
 
 
 def _second_holder(path: Path) -> str:
-    """What is wrong when another process asks for a lock that this one holds; empty where it is refused."""
+    """What is wrong if another process requests the lock that this one holds; empty if it is refused, as it must be."""
     command = [sys.executable, "-S", "-c", _TRY_LOCK, str(path)]
     try:
         other = subprocess.run(command, capture_output=True, text=True, timeout=_LOCK_SECONDS, check=False)
@@ -180,19 +180,20 @@ def _second_holder(path: Path) -> str:
         return ""
     if other.returncode == 0:
         return "two processes hold one lock: runs could share a folder"
-    said = (other.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    said = (other.stderr.strip().splitlines() or ["it printed nothing"])[-1]
     return f"another process could not ask for the lock: exit code {other.returncode}, {said}"
 
 
 def _local_locks(descriptor: int, mounts: Path) -> str:
-    """The option by which the open file's mount keeps locks to this machine; empty without one.
+    """The mount options that restrict the open file's locks to this machine, comma-separated; empty if there are none.
 
-    mounts: as /proc/self/mountinfo, `id parent major:minor root point options [tags] - type source options` a line.
+    mounts: a file like /proc/self/mountinfo: `id parent major:minor root point options [tags] - type source options`
+        in each line.
     """
     try:
         about = Path(f"/proc/self/fdinfo/{descriptor}").read_text(encoding="utf-8")
         lines = mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError:  # no /proc, or an odd one
+    except OSError:  # there is no /proc, or it lacks these files
         return ""
     asked = next((line.split()[1] for line in about.splitlines() if line.startswith("mnt_id:")), None)
     for fields in (line.split() for line in lines):

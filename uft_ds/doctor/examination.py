@@ -1,4 +1,4 @@
-"""All checks in their order."""
+"""All checks of `uft doctor`, in their order."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ OnStage = Callable[[str], None]
 
 
 def examine(output: Path, *, quick: bool, seconds: float, on_stage: OnStage) -> Iterator[Finding]:
-    """Findings as they come.
+    """Run all checks and yield their findings one by one.
 
     Args:
         output: where runs will be written; it need not exist.
-        quick: leave out the proofs, which start processes.
-        seconds: for both proofs together.
-        on_stage: told what begins.
+        quick: leave out the two proofs, which start ranks.
+        seconds: time limit for both proofs together.
+        on_stage: called with the name of each stage when it begins.
     """
     build, many_nodes = TorchBuild.here(), is_on_many_nodes()
     has_gpus = build.devices > 0

@@ -1,4 +1,4 @@
-"""What a check of an installation says."""
+"""The result of one check of `uft doctor`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 State = Literal["ok", "note", "problem"]
-"""ok: as it should be. note: works, but know it. problem: something that the package does will fail or hang."""
+"""ok: nothing to do. note: works, with a drawback. problem: something that the package does will fail or hang."""
 
 
 @dataclass(frozen=True)
 class Finding:
     """One line of the report.
 
-    remedy: a command or an action; empty where there is nothing to do.
+    remedy: a command or an action; empty if there is nothing to do.
     """
 
     name: str

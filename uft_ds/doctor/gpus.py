@@ -1,4 +1,4 @@
-"""GPUs, their driver and torch's build: who uses them, whether they err, whether they reach each other."""
+"""Check torch's build against the driver, and each GPU's memory, errors, compute mode and peer access."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Ask = Callable[[Sequence[str]], str | None]
 _SMI = "nvidia-smi"
 _FIELDS = "index,gpu_uuid,name,memory.total,memory.used,ecc.errors.uncorrected.volatile.total,compute_mode"
 _TAKEN_MIB = 1024
-"""More than an idle driver's own."""
+"""An idle driver takes less memory than this."""
 
 
 @dataclass(frozen=True)
 class TorchBuild:
-    """What torch can do here. cuda: the version it is built for, None for a CPU build."""
+    """The installed torch. cuda: the CUDA version it is built for, None for a CPU build. devices: visible GPUs."""
 
     version: str
     cuda: str | None
@@ -32,7 +32,7 @@ class TorchBuild:
 
 
 def check_torch(build: TorchBuild, ask: Ask = output_of) -> Finding:
-    """torch's build against the driver; without a driver there is no GPU, which is no fault."""
+    """Compare torch's build with the driver. A machine without a driver has no GPU, which is not a problem."""
     summary = ask([_SMI])
     said = f"torch {build.version}"
     if summary is None:
@@ -54,7 +54,7 @@ def check_torch(build: TorchBuild, ask: Ask = output_of) -> Finding:
 
 
 def check_gpus(ask: Ask = output_of) -> list[Finding]:
-    """Each GPU: memory taken, uncorrected errors, and a mode in which processes may use it."""
+    """Check each GPU: memory in use, uncorrected errors, and a compute mode that admits processes."""
     rows = ask([_SMI, f"--query-gpu={_FIELDS}", "--format=csv,noheader,nounits"])
     if not rows:
         return []
@@ -71,7 +71,7 @@ def check_gpus(ask: Ask = output_of) -> list[Finding]:
 def check_peers(
     devices: int, can_reach: Callable[[int, int], bool] = torch.cuda.can_device_access_peer
 ) -> list[Finding]:
-    """Whether GPUs read each other's memory; without, what is gathered goes through the host's."""
+    """Check that GPUs can access each other's memory; otherwise gathers go through host memory."""
     if devices < 2:
         return []
     apart = [f"{i}-{j}" for i in range(devices) for j in range(i + 1, devices) if not can_reach(i, j)]

@@ -1,4 +1,4 @@
-"""The programs that start ranks, and whether they would start them with this Python."""
+"""Check the programs that start ranks, and whether they belong to this Python environment."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from uft_ds.doctor.tools import output_of
 
 MODULES = {"torchrun": "torch.distributed.run", "deepspeed": "deepspeed.launcher.runner"}
 _HEAD_BYTES = 8192
-"""Two lines, the second with a path of at most 4096."""
+"""Enough for a script's first two lines; a path in the second has at most 4096 bytes."""
 
 
 def check_launcher(name: str, environ: Mapping[str, str] = os.environ, python: str = sys.executable) -> Finding:
-    """`torchrun` or `deepspeed` by hand; `uft train` needs neither on the PATH."""
+    """Check `torchrun` or `deepspeed` for use by hand; `uft train` needs neither on the PATH."""
     module = f"{python} -m {MODULES[name]}"
     found = shutil.which(name, path=environ.get("PATH", os.defpath))
     if found is None:
         return Finding(
-            name, "note", "not on the PATH; `uft train` does without", f"activate the environment, or {module}"
+            name, "note", "not on the PATH; `uft train` does not need it", f"activate the environment, or {module}"
         )
     if not _starts(Path(found), python):
         remedy = f"activate this environment ({Path(python).parent}/activate), or {module}"
         return Finding(
-            name, "note", f"{found} belongs to another Python than {python}; `uft train` does without", remedy
+            name, "note", f"{found} belongs to another Python than {python}; `uft train` does not need it", remedy
         )
     return Finding(name, "ok", found)
 
@@ -36,7 +36,7 @@ def check_launcher(name: str, environ: Mapping[str, str] = os.environ, python: s
 def check_slurm(
     environ: Mapping[str, str] = os.environ, ask: Callable[[Sequence[str]], str | None] = output_of
 ) -> Finding:
-    """srun, for more nodes than one."""
+    """Check srun, which runs on several nodes need."""
     found = shutil.which("srun", path=environ.get("PATH", os.defpath))
     if found is None:
         return Finding("Slurm", "ok", "no srun; one machine needs none")
@@ -49,18 +49,18 @@ def check_slurm(
 
 
 def _starts(script: Path, python: str) -> bool:
-    """Whether a script of an environment starts that environment's Python: it lies beside it, or names it."""
+    """Whether a script belongs to this Python's environment: it is in the same folder, or names its interpreter."""
     if script.parent == Path(python).parent:
         return True
-    # An environment's python is a link to the system's: what matters is the folder it is called by.
+    # An environment's python is a link to the system's, so compare folders of the unresolved paths.
     interpreter = _interpreter(script)
     return interpreter is not None and interpreter.parent == Path(python).parent
 
 
 def _interpreter(script: Path) -> Path | None:
-    """What a script is run by: by its first line or, where that would be too long for the kernel, by its second.
+    """The interpreter of a script, from its first line, or from its second if the path is too long for the kernel.
 
-    Installers then write `#!/bin/sh` and, for both sh and Python, `'''exec' /a/long/python "$0" "$@"`.
+    For long paths installers write `#!/bin/sh` and then `'''exec' /a/long/python "$0" "$@"`, valid in sh and Python.
     """
     try:
         with script.open("rb") as file:
@@ -73,6 +73,6 @@ def _interpreter(script: Path) -> Path | None:
     if command == ["/bin/sh"] and second.startswith("'''exec' "):
         try:
             command = shlex.split(second)[1:]
-        except ValueError:  # an open quote
+        except ValueError:  # an unbalanced quote
             return None
     return Path(command[0]) if command else None

@@ -1,4 +1,4 @@
-"""What ranks need to find and reach each other: interfaces, a name, ports, and the limits of this process."""
+"""Check what ranks need to connect to each other: interfaces, host name, ports, shared memory and process limits."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from uft_ds.host.world import given_port
 from uft_ds.run.launch import master_port
 
 USUAL_PORT = 29500
-"""torchrun's and deepspeed's, where none is given."""
+"""The default port of torchrun and deepspeed."""
 _GIB = 2**30
 _STORE_SECONDS = 10
-_IMPORT_SECONDS = 60  # of torch, from a slow file system
-# In a process of its own: a store that waits for an address aborts the process that would end meanwhile.
+_IMPORT_SECONDS = 60  # time to import torch from a slow file system
+# Run in a separate process: a store that waits for an address aborts its process when that ends in the meantime.
 _MEET = """
 import os, sys
 from datetime import timedelta
@@ -41,19 +41,19 @@ os._exit(0)
 
 
 def is_on_many_nodes(environ: Mapping[str, str] = os.environ) -> bool:
-    """Within a job of Slurm's over more nodes than one."""
+    """Whether this process is in a Slurm job on several nodes."""
     nodes = environ.get("SLURM_JOB_NUM_NODES") or environ.get("SLURM_NNODES") or "1"
     return nodes.isdigit() and int(nodes) > 1
 
 
 def check_interfaces(environ: Mapping[str, str] = os.environ, names: Sequence[str] | None = None) -> list[Finding]:
-    """Interfaces that NCCL and gloo are told to use: one that does not exist ends every run at its first collective."""
+    """Check the interfaces set for NCCL and gloo: with a missing one, every run fails at its first collective."""
     names = _interfaces() if names is None else names
     there = ", ".join(names) or "none"
     findings = []
     for variable, lack_of in (("NCCL_SOCKET_IFNAME", _nccl_lacks), ("GLOO_SOCKET_IFNAME", _gloo_lacks)):
         asked = environ.get(variable, "")
-        if len(asked) < 2:  # both libraries pass over an empty value, and one of a single character
+        if len(asked) < 2:  # both libraries ignore an empty value, and a value of a single character
             continue
         lack = lack_of(asked, names)
         if not lack:
@@ -74,7 +74,7 @@ def check_hostname(
     resolve: Callable[[str], list[str]] | None = None,
     is_local: Callable[[str], bool] | None = None,
 ) -> Finding:
-    """Ranks of other nodes reach this one by its name: it must mean an address of this machine."""
+    """Check that the host name resolves to an address of this machine: ranks of other nodes connect by this name."""
     name = name or socket.gethostname()
     resolve, is_local = resolve or _addresses, is_local or _can_listen
     bad: State = "problem" if many_nodes else "note"  # on one machine ranks meet on 127.0.0.1
@@ -91,9 +91,9 @@ def check_hostname(
 
 
 def check_store(*, many_nodes: bool, host: str | None = None, seconds: float = _STORE_SECONDS) -> Finding:
-    """torch's store, by which ranks meet, on a free port: by this machine's name over many nodes, else on 127.0.0.1.
+    """Check torch's rendezvous store on a free port: at the host name for many nodes, otherwise at 127.0.0.1.
 
-    It looks names up in its own way: one without an IPv6 line has been seen to fail where others resolve it.
+    The store resolves names in its own way: a name without an IPv6 line has been seen to fail where others resolve it.
     """
     host = host or (socket.gethostname() if many_nodes else "127.0.0.1")
     try:
@@ -111,7 +111,7 @@ def check_store(*, many_nodes: bool, host: str | None = None, seconds: float = _
 
 
 def check_ports() -> Finding:
-    """`uft train` takes MASTER_PORT, or any free port; launchers by hand take 29500."""
+    """Check the ports: `uft train` uses MASTER_PORT or any free port; launchers started by hand use 29500."""
     try:
         port = master_port()
     except UserError as error:
@@ -123,9 +123,9 @@ def check_ports() -> Finding:
 
 
 def check_shared_memory(num_gpus: int, folder: Path = Path("/dev/shm"), free: int | None = None) -> Finding:
-    """NCCL moves data between GPUs through it, where they cannot reach each other; containers give it 64 MiB.
+    """Check /dev/shm, through which NCCL moves data between GPUs without peer access; containers give it 64 MiB.
 
-    num_gpus: of this machine; with fewer than two there is nothing to move.
+    num_gpus: number of GPUs of this machine; with fewer than two there is nothing to move.
     """
     if free is None:
         try:
@@ -146,7 +146,7 @@ def check_limits(
     get: Callable[[int], tuple[int, int]] = resource.getrlimit,
     fast_network: Path = Path("/sys/class/infiniband"),
 ) -> list[Finding]:
-    """Open files, and locked memory where there is a network that reads memory itself: InfiniBand, RoCE, EFA."""
+    """Check the limits of open files and, if there is an RDMA network (InfiniBand, RoCE, EFA), of locked memory."""
     files, most = get(resource.RLIMIT_NOFILE)
     findings = [Finding("open files", "ok", f"at most {_said(files)}")]
     if files != resource.RLIM_INFINITY and files < 1024:
@@ -156,7 +156,7 @@ def check_limits(
         if locked == resource.RLIM_INFINITY:
             findings.append(Finding("locked memory", "ok", "unlimited"))
         else:
-            bad: State = "problem" if many_nodes else "note"  # within a node nothing goes over that network
+            bad: State = "problem" if many_nodes else "note"  # a single node does not use that network
             found = f"{locked / 2**20:.0f} MiB; NCCL between nodes fails with 'ibv_reg_mr' errors"
             remedy = "ulimit -l unlimited; under Slurm PropagateResourceLimitsExcept=MEMLOCK"
             findings.append(Finding("locked memory", bad, found, remedy))
@@ -164,17 +164,20 @@ def check_limits(
 
 
 def _interfaces() -> list[str]:
-    """With an address: NCCL passes over the others, gloo fails on them."""
+    """Names of the interfaces with an address: NCCL ignores the others, gloo fails on them."""
     families = (socket.AF_INET, socket.AF_INET6)
     return [name for name, found in psutil.net_if_addrs().items() if any(one.family in families for one in found)]
 
 
 def _nccl_lacks(asked: str, names: Sequence[str]) -> str:
-    """`[^][=]name,name`: prefixes, exact names with `=`, all others with `^`. It takes what it finds, and needs one."""
+    """Why NCCL finds no interface for `asked`; empty if it finds one.
+
+    Syntax `[^][=]name,name`: prefixes; with `=` exact names; with `^` all other interfaces. NCCL needs at least one.
+    """
     is_excluded = asked.startswith("^")
     asked = asked.removeprefix("^")
     is_exact = asked.startswith("=")
-    # A port may follow a name, as for NCCL_IB_HCA; it has no meaning here. Spaces belong to the name.
+    # A port may follow a name, as in NCCL_IB_HCA; it is ignored here. Spaces are part of the name.
     wanted = [part.partition(":")[0] for part in asked.removeprefix("=").split(",") if part]
 
     def is_named(name: str) -> bool:
@@ -182,11 +185,14 @@ def _nccl_lacks(asked: str, names: Sequence[str]) -> str:
 
     if any(is_named(name) != is_excluded for name in names):
         return ""
-    return "none is left" if is_excluded else "none of that name" if is_exact else "none begins so"
+    return "none is left" if is_excluded else "none has that name" if is_exact else "none begins with that"
 
 
 def _gloo_lacks(asked: str, names: Sequence[str]) -> str:
-    """`name,name`: exact names, spaces included. It opens every one; torch forgives a comma at the end alone."""
+    """Which interfaces of `asked` gloo lacks; empty if it lacks none.
+
+    Syntax `name,name`: exact names, including spaces. gloo opens every one; torch accepts one trailing comma.
+    """
     lacking = [part for part in asked.removesuffix(",").split(",") if part not in names]
     return f"no {', '.join(map(repr, lacking))}" if lacking else ""
 

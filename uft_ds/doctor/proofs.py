@@ -1,4 +1,4 @@
-"""The installation does what it is for: two ranks sum a vector, and a toy is trained for a step by `uft train`."""
+"""Two end-to-end tests of the installation: two ranks sum a vector, and `uft train` trains a toy model for one step."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ REDUCE = "2-rank all-reduce"
 TRAIN = "1-step training"
 _SECONDS_TO_STOP = 20  # torchrun passes SIGTERM on and waits for its ranks
 _LINES = 12
-_INSTRUCTION_LOSS = 0.25  # (sigmoid(0) - 1)^2: before the first update policy and reference are one
+_INSTRUCTION_LOSS = 0.25  # (sigmoid(0) - 1)^2: before the first update policy and reference are equal
 
 
 def prove_all_reduce(
     folder: Path, *, seconds: float, program: Sequence[str] = ("-m", "uft_ds.doctor.all_reduce")
 ) -> Finding:
-    """Start two ranks as `uft train` does, over nccl with two GPUs and more, over gloo otherwise.
+    """Start two ranks as `uft train` does: with nccl on two or more GPUs, otherwise with gloo.
 
     Args:
-        folder: empty; what the ranks write lies below it.
-        seconds: after which all of them are stopped.
-        program: what each rank runs, given the path of its result.
+        folder: an empty folder for everything that the ranks write.
+        seconds: time limit, after which all ranks are stopped.
+        program: the program of each rank; it gets the path of the result as its last argument.
     """
     try:
         port = master_port()
@@ -67,14 +67,14 @@ def prove_all_reduce(
 
 
 def prove_training(folder: Path, *, seconds: float) -> Finding:
-    """`uft train` of a toy for one step, its files, and the loss that arithmetic gives.
+    """Train a toy model for one step with `uft train`, and check its files and its loss, which is known exactly.
 
     Args:
-        folder: empty; model, data, caches and run lie below it.
-        seconds: after which all processes are stopped.
+        folder: an empty folder for model, data, caches and run.
+        seconds: time limit, after which all processes are stopped.
     """
     recipe = write_toy(folder, has_gpus=torch.cuda.is_available())
-    # Files remembered, kernels and fonts lie in the user's caches: this run is to leave nothing.
+    # Hashes, kernels and fonts would go to the user's caches: redirect these, so that this run leaves nothing.
     caches = ("XDG_CACHE_HOME", "TRITON_CACHE_DIR", "MPLCONFIGDIR")
     environ = dict(os.environ) | dict.fromkeys(caches, str(folder / "cache")) | {"HF_HUB_OFFLINE": "1"}
     started = time.monotonic()
@@ -82,7 +82,7 @@ def prove_training(folder: Path, *, seconds: float) -> Finding:
     run = folder / "run"
     if code != 0 or not (run / "DONE").is_file():
         said = _end_of([*sorted(run.glob("log-rank*.txt")), run / "launcher.log", folder / "train.log"])
-        return Finding(TRAIN, "problem", f"{_ended(code, seconds)}\n{said}", "mend what the lines above name")
+        return Finding(TRAIN, "problem", f"{_ended(code, seconds)}\n{said}", "fix what the lines above name")
     (step,) = (line for line in read_metrics(run / "metrics.jsonl") if "grad_norm" in line)
     loss, norm = step["loss/instruction"], step["grad_norm"]
     took = f"{time.monotonic() - started:.0f} s with the start"
@@ -93,7 +93,7 @@ def prove_training(folder: Path, *, seconds: float) -> Finding:
 
 
 def _run(command: Sequence[str], environ: Mapping[str, str], log: Path, seconds: float) -> int | None:
-    """The exit code; None where time was up. Nothing of it runs on afterwards, whatever happens here."""
+    """Run a command and return its exit code, or None after a time-out. No process is left behind in any case."""
     with log.open("wb") as file:
         process = subprocess.Popen(
             command,
@@ -113,7 +113,7 @@ def _run(command: Sequence[str], environ: Mapping[str, str], log: Path, seconds:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """The launcher stops its ranks, which have sessions of their own; they die with it if it cannot."""
+    """Stop the launcher, which stops its ranks. These have their own sessions, and die with it if it is killed."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         if process.poll() is not None:
             return
@@ -129,7 +129,7 @@ def _ended(code: int | None, seconds: float) -> str:
 
 
 def _end_of(logs: Sequence[Path]) -> str:
-    """The last lines of each log that says anything."""
+    """The last lines of each log that is not empty."""
     parts = []
     for log in logs:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []

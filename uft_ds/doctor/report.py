@@ -1,4 +1,4 @@
-"""What `uft doctor` prints: progress while it looks, then a table, or JSON."""
+"""The output of `uft doctor`: progress during the checks, then a table or JSON."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _COLOURS = {"ok": "green", "note": "yellow", "problem": "bold red"}
 
 
 def report_on(output: Path, console: Console, *, as_json: bool, quick: bool, seconds: float) -> None:
-    """Examine, print, and refuse to call it good where there is a problem.
+    """Run the checks and print the findings.
 
     Raises:
-        CheckFailed: names the checks.
+        CheckFailed: there is a problem; names the checks.
     """
-    # Stopped by SIGTERM, it ends its ranks and removes what it wrote, as by Ctrl-C.
+    # Handle SIGTERM like Ctrl-C, so that ranks are ended and temporary files removed.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         findings = _examined(output, console, as_json=as_json, quick=quick, seconds=seconds)
@@ -52,7 +52,7 @@ def _examined(output: Path, console: Console, *, as_json: bool, quick: bool, sec
             if status is not None:
                 status.update(Text(name))
             elif not as_json:
-                console.print(f"looking at: {name}")
+                console.print(f"checking: {name}")
 
         return list(examine(output, quick=quick, seconds=seconds, on_stage=on_stage))
 

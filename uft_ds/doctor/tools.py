@@ -1,4 +1,4 @@
-"""Asking another program, which may be missing, broken or slow."""
+"""Run another program that may be missing, broken or slow."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _SECONDS = 20
 
 
 def output_of(command: Sequence[str]) -> str | None:
-    """What a command prints; None where there is none such, where it fails, or where it takes longer than 20 s."""
+    """The standard output of a command; None if it does not exist, fails, or takes longer than 20 s."""
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""A model of a few thousand random weights, its tokenizer, data and recipe: enough to run everything a run runs."""
+"""Write a toy model with random weights, its tokenizer, data and recipe, for a complete run within seconds."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _MAX_LENGTH = 128
 
 
 def write_toy(folder: Path, *, has_gpus: bool) -> Path:
-    """Write all of it into an empty folder.
+    """Write model, data and recipe into an empty folder.
 
     Returns:
-        the recipe: one step of UFT on instruction and scored rows; everything that it writes lies in the folder.
+        Path of the recipe: one step of UFT on instruction and scored rows. The run writes only into the folder.
     """
     _write_tokenizer(folder / "model")
     config = Qwen2Config(
@@ -74,7 +74,7 @@ def _write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """Two special tokens, then the 256 bytes, no merges."""
+    """Write a byte-level tokenizer: two special tokens, then the 256 bytes, without merges."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*_SPECIAL, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

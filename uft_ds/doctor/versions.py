@@ -1,4 +1,4 @@
-"""Python and packages against the ranges that the package itself declares; nothing is listed twice."""
+"""Compare Python and the dependencies with the version ranges that the package's own metadata declares."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGE = "uft-ds"
 
 
 def check_python(required: str | None = None, found: str | None = None) -> Finding:
-    """This interpreter against `requires-python`."""
+    """Compare this interpreter with `requires-python`."""
     found = found or platform.python_version()
     required = required if required is not None else _declared_python()
     if SpecifierSet(required).contains(found, prereleases=True):
@@ -32,10 +32,10 @@ def check_python(required: str | None = None, found: str | None = None) -> Findi
 def check_packages(
     requirements: Iterable[str] | None = None, version_of: Callable[[str], str] = metadata.version
 ) -> list[Finding]:
-    """Each dependency against its range: one line for all that fit, one for each that does not.
+    """Compare each dependency with its range: one finding for all that fit, and one for each that does not.
 
     Args:
-        requirements: as in pyproject.toml; those of the installed package if not given.
+        requirements: requirement strings as in pyproject.toml; by default those of the installed package.
     """
     if requirements is None:
         try:
@@ -51,7 +51,7 @@ def check_packages(
 
 
 def check_flash_attention(has_gpus: bool, *, is_installed: bool | None = None) -> Finding:
-    """Without it packed rows need a mask of tokens x tokens, which is slower and larger."""
+    """Check flash-attention: without it packed rows need a mask of tokens x tokens, which is slower and larger."""
     if is_installed is None:
         is_installed = importlib.util.find_spec("flash_attn") is not None
     if not has_gpus:
@@ -68,7 +68,7 @@ def _out_of_range(wanted: Requirement, version_of: Callable[[str], str]) -> Find
         version = version_of(wanted.name)
     except metadata.PackageNotFoundError:
         return Finding(wanted.name, "problem", "not installed", remedy)
-    # A local build, 2.13.0+cpu, is the version before the plus.
+    # A local build such as 2.13.0+cpu counts as the version before the plus.
     if wanted.specifier.contains(version.partition("+")[0], prereleases=True):
         return None
     return Finding(wanted.name, "problem", f"{version}, expected {wanted.specifier}", remedy)

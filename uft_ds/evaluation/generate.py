@@ -1,4 +1,4 @@
-"""Answers of a model: in batches for evaluation, streamed for a chat in the terminal."""
+"""Generate answers of a model: in batches for evaluation, or streamed for a chat in the terminal."""
 
 from __future__ import annotations
 
@@ -26,9 +26,12 @@ Messages = list[dict[str, str]]
 
 
 def load_for_generation(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A Hugging Face model folder, ready to answer: bfloat16 on a GPU, float32 on the CPU if there is none.
+    """Load a Hugging Face model folder for generation: bfloat16 on a GPU, float32 on the CPU if there is none.
 
     float32 because bfloat16 is many times slower on CPUs without native support for it.
+
+    Raises:
+        UserError: the folder holds no complete model with a chat template.
     """
     check_model_folder(path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -36,7 +39,7 @@ def load_for_generation(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenize
     try:
         model = meta_model(config_of_folder(path))
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        end_of_turn_id(tokenizer)  # before the weights: a missing template is told at once
+        end_of_turn_id(tokenizer)  # before the weights, so that a missing template is reported at once
         check_weights(path, model)
         model = load_weights(str(path), dtype=dtype, local_files_only=True)
     except UserError as error:
@@ -71,7 +74,7 @@ def generate_responses(
 ) -> list[str]:
     """The answers to `prompts`, in their order, without special tokens.
 
-    Prompts run sorted by length, the longest first: little padding, and too little memory shows at once.
+    Batches are formed by length, the longest first: this needs little padding, and a lack of memory shows at once.
 
     Args:
         prompts: conversations that end before the assistant's turn.
@@ -106,7 +109,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[i
 
 
 def check_length(model: PreTrainedModel, ids: list[int], max_new_tokens: int, *, name: str) -> None:
-    """Refuse what the model's positions can't hold: the answer would quietly degrade."""
+    """Refuse prompts that leave too few positions: beyond the model's limit answers degrade silently."""
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and len(ids) + max_new_tokens > limit:
         raise UserError(
@@ -116,7 +119,7 @@ def check_length(model: PreTrainedModel, ids: list[int], max_new_tokens: int, *,
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Where an answer ends: the template's end of turn first, then the end tokens of tokenizer and model."""
+    """Tokens that end an answer: the template's end of turn first, then the end tokens of tokenizer and model."""
     of_model = model.generation_config.eos_token_id if model.generation_config is not None else None
     declared = of_model if isinstance(of_model, list) else [of_model]
     candidates = [end_of_turn_id(tokenizer), tokenizer.eos_token_id, *declared]
@@ -135,8 +138,8 @@ def generation_config(stop_ids: list[int], pad_id: int, *, max_new_tokens: int, 
 def generating(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
     """Evaluation mode, no gradients, and `config` in place of the checkpoint's own; restored afterwards.
 
-    `generate(generation_config=...)` would fill what `config` leaves open from the checkpoint's file: for
-    Qwen2.5 a repetition penalty of 1.05, and sampling flags, with a warning.
+    `generate(generation_config=...)` would take unset values from the checkpoint's file: for Qwen2.5 a repetition
+    penalty of 1.05 and sampling flags, with a warning.
     """
     was_training, own_config = model.training, model.generation_config
     model.eval()
@@ -152,7 +155,7 @@ def generating(model: PreTrainedModel, config: GenerationConfig) -> Iterator[Non
 def continuations(
     model: PreTrainedModel, rows: Sequence[list[int]], pad_id: int, streamer: TextStreamer | None = None
 ) -> list[list[int]]:
-    """The ids that the model appends to each row; inside `generating`."""
+    """The ids that the model appends to each row. Must be called inside `generating`."""
     prompt_BT, mask_BT = left_pad(rows, pad_id)
     generate = cast(Callable[..., Tensor], model.generate)
     output_BT = generate(prompt_BT.to(model.device), attention_mask=mask_BT.to(model.device), streamer=streamer)
@@ -160,10 +163,10 @@ def continuations(
 
 
 def left_pad(rows: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Rows aligned at their ends, with the mask of what is real.
+    """Rows aligned at their ends, and the attention mask: [batch, tokens] each.
 
-    The mask comes from the lengths, never from `ids == pad_id`: where eos is also pad, that would hide the
-    ends of earlier turns.
+    The mask comes from the lengths, never from `ids == pad_id`: if eos is also pad, that would mask the ends of
+    earlier turns.
     """
     width = max(len(row) for row in rows)
     ids_BT = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows])
@@ -222,7 +225,7 @@ def chat(
     temperature: float,
     system: str | None,
 ) -> None:
-    """Answer `prompt` on standard output, or hold a conversation where `prompt` is None."""
+    """Answer `prompt` on standard output, or hold a conversation if `prompt` is None."""
     opening = [] if system is None else [{"role": "system", "content": system}]
 
     def reply(messages: Messages, printer: Printer) -> None:
@@ -253,7 +256,7 @@ def read_line() -> str | None:
 
 
 def converse(messages: Messages, line: str, printer: Printer, reply: Callable[[Messages, Printer], None]) -> Messages:
-    """The conversation with the user's line and its answer; as it was if there is no answer."""
+    """The conversation with the user's line and its answer appended; unchanged if there is no answer."""
     asked = [*messages, {"role": "user", "content": line}]
     try:
         reply(asked, printer)

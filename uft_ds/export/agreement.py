@@ -1,6 +1,6 @@
-"""How much of what was trained a merged model keeps: by its log-ratios to the base, not its log-probs.
+"""Measure how much of the training a merged model keeps, by its log-ratios to the base.
 
-Rounding a small delta into bfloat16 weights can lose most of it, and log-probs would not show it.
+Rounding a small delta into bfloat16 weights can lose most of it. Log-probs hide this loss, log-ratios show it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAX_RELATIVE_ERROR = 0.1
 """Root mean square error of the merged model's log-ratios, relative to their own root mean square."""
 
 ROUNDING_NATS = 1e-4
-"""An RMS error below this is float32's own rounding of log-probs, whatever was trained."""
+"""An RMS error below this is the float32 rounding error of log-probs, independent of the training."""
 
 SEQUENCES_CHECKED = 16
 TOKENS_CHECKED = 2048
@@ -33,10 +33,11 @@ TOKENS_CHECKED = 2048
 
 @dataclass(frozen=True)
 class Agreement:
-    """share_kept: regression of the merged model's log-ratios on the adapter's: 1 is perfect.
+    """Comparison of the merged model's log-ratios with those of base + adapter.
 
-    relative_error: RMS error of the log-ratios over their RMS. error_nats: that RMS error.
-    largest_nats: of the adapter's own log-ratios.
+    share_kept: slope of the regression of the merged model's log-ratios on the adapter's; 1 is perfect.
+    relative_error: RMS error of the log-ratios divided by the adapter's RMS. error_nats: that RMS error.
+    largest_nats: largest absolute log-ratio of the adapter.
     """
 
     num_responses: int
@@ -52,12 +53,12 @@ class Agreement:
             f"{self.relative_error:.2%}"
         )
         if self.is_rounding:
-            found += f" (of {self.error_nats:.1e} nats: what was trained is too little to be told from rounding)"
+            found += f" (of {self.error_nats:.1e} nats: the training changed too little to distinguish from rounding)"
         return found
 
     @property
     def is_rounding(self) -> bool:
-        """Whether a relative error past the bound is as small as float32's own, and says nothing."""
+        """Whether the relative error exceeds the bound only because the log-ratios are of the size of rounding."""
         return self.relative_error > MAX_RELATIVE_ERROR and self.error_nats < ROUNDING_NATS
 
     @property
@@ -72,10 +73,10 @@ def compare(
     sequences: tuple[Sequence, ...],
     on_unit: Callable[[int, int], None] = lambda done, total: None,
 ) -> Agreement:
-    """Log-ratios of base + adapter, by PEFT, and of the merged model, both to the base, in float32; layer by layer.
+    """Compare base + adapter (by PEFT) with the merged model: log-ratios to the base, in float32, layer by layer.
 
     Args:
-        on_unit: called with how many layers and other parts have been forwarded, of how many.
+        on_unit: called with the number of layers and other parts that have been forwarded, and their total.
     """
     weights = WeightFiles(base)
     policy = with_adapter(empty_model(check_base(str(base), None)), adapter)
@@ -94,7 +95,7 @@ def compare(
 
 
 def agreement(adapter_R: Tensor, merged_R: Tensor) -> Agreement:
-    """Of log-ratios, [responses] each, nats; perfect where there is nothing to keep."""
+    """Agreement of two vectors of log-ratios, [responses] each, nats; perfect if both are zero."""
     power = adapter_R.square().sum()
     error_R = merged_R - adapter_R
     if power == 0:
@@ -107,7 +108,7 @@ def agreement(adapter_R: Tensor, merged_R: Tensor) -> Agreement:
 
 
 def sequences_of_run(sample: Path) -> tuple[Sequence, ...]:
-    """Some of a run's own, as tokens: of the held-out ones, where there are any."""
+    """A few tokenised sequences of a run's data sample; held-out ones come first, if the run has any."""
     store = TokenStore(sample, "data")
     sequences = (sequence for index in range(len(store)) for sequence in store.unit(index))
     chosen: list[Sequence] = []
@@ -121,7 +122,7 @@ def sequences_of_run(sample: Path) -> tuple[Sequence, ...]:
 
 
 def sample_sequences(chat: ChatTokenizer) -> tuple[Sequence, ...]:
-    """Prose, a calculation and code, for an adapter whose own data are not known: all but the first token of each."""
+    """Built-in prose, a calculation and code, for an adapter without known data; the first token is context only."""
     text = (resources.files("uft_ds") / "export" / "sample.txt").read_text(encoding="utf-8")
     sequences = []
     for line in text.splitlines():

@@ -1,7 +1,7 @@
-"""From what training leaves to what others load: an adapter in PEFT's format, or a whole model, checked.
+"""`uft convert`: write a trained adapter, a merged model or a universal checkpoint, and verify a merge.
 
 A source is a run, one of its checkpoints, an adapter in PEFT's format, or a folder that DeepSpeed's
-`engine.save_checkpoint` has written. Nothing is written at the target before it is whole.
+`engine.save_checkpoint` has written (see `source.py`). The target appears only when it is complete.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 @dataclass(frozen=True)
 class Conversion:
-    """agreement: None where nothing was compared."""
+    """The result of a conversion. agreement: None if nothing was compared."""
 
     folder: Path
     source: Path
@@ -60,7 +60,8 @@ class Conversion:
 class StoredAs:
     """How merged weights are stored.
 
-    dtype: of all weights; None: each in the type that the base stores it in. max_shard_bytes: of one file, at most.
+    dtype: type of all weights; None: each keeps the type that the base stores it in.
+    max_shard_bytes: largest size of one file.
     """
 
     dtype: Dtype | None = None
@@ -86,10 +87,11 @@ def convert_to_merged(
     Sums are formed in float32 and stored in the base's types, tensor by tensor.
 
     Args:
-        base, adapter_config: of a DeepSpeed folder, which says neither; of an adapter, instead of what it says.
-        stored: type and files of the merged weights.
+        base, adapter_config: needed for a DeepSpeed folder, which names neither; `base` also replaces the base that
+            an adapter's config names.
+        stored: type and file size of the merged weights.
     Raises:
-        UserError: nothing to convert, an adapter that is no plain LoRA, or `out` holds something.
+        UserError: there is nothing to convert, the adapter is not a plain LoRA, or `out` is not empty.
         CheckFailed: the merged model has lost what was trained; nothing is left at `out`.
     """
     out = out.absolute()
@@ -125,10 +127,10 @@ def convert_to_merged(
 def convert_to_adapter(
     path: Path, out: Path, *, base: str | None = None, adapter_config: Path | None = None
 ) -> Conversion:
-    """Write the adapter in PEFT's format, with the tokenizer where the source has one.
+    """Write the adapter in PEFT's format, with tokenizer and model card if the source is a run.
 
     Raises:
-        UserError: nothing to convert, or `out` holds something.
+        UserError: there is nothing to convert, or `out` is not empty.
     """
     out = out.absolute()
     _check_free(out)
@@ -142,10 +144,10 @@ def convert_to_adapter(
 
 
 def convert_to_universal(path: Path, out: Path) -> Conversion:
-    """Write a run's checkpoint as DeepSpeed's universal one: adapter and optimiser, for any number of ranks.
+    """Write a run's checkpoint as a universal checkpoint of DeepSpeed: adapter and optimiser, for any number of ranks.
 
     Raises:
-        UserError: no checkpoint of ours, or `out` holds something.
+        UserError: the path holds no checkpoint of a run, or `out` is not empty.
     """
     out = out.absolute()
     _check_free(out)
@@ -186,7 +188,10 @@ def _check_free(out: Path) -> None:
 
 @contextmanager
 def _whole_or_nothing(out: Path) -> Iterator[Path]:
-    """A folder that becomes `out` at the end of the block, or goes; what a killed conversion left of it goes first."""
+    """A temporary folder that is renamed to `out` if the block succeeds, and deleted otherwise.
+
+    Remains of an earlier conversion that was killed are deleted first.
+    """
     temporary = out.with_name(f".{out.name}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -215,7 +220,7 @@ def _only_writer(out: Path) -> Iterator[None]:
     """Within the block no other conversion writes `out`, as far as the file system's locks reach.
 
     Raises:
-        UserError: one does.
+        UserError: another conversion is writing it.
     """
     try:
         lock = acquire(out.with_name(f".{out.name}.lock"), needs_locks=False)
@@ -232,7 +237,7 @@ def _write_configs(base: Path, folder: Path, chat: ChatTokenizer, dtype: Dtype |
     config: dict[str, Any] = json.loads((base / "config.json").read_text(encoding="utf-8"))
     if dtype is not None:
         config["dtype"] = dtype
-        config.pop("torch_dtype", None)  # the same key's older name
+        config.pop("torch_dtype", None)  # the older name of the same key
     config["use_cache"] = True
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if (base / "generation_config.json").is_file():
@@ -245,7 +250,7 @@ def _write_configs(base: Path, folder: Path, chat: ChatTokenizer, dtype: Dtype |
 
 
 def _ending_turns(config: GenerationConfig, chat: ChatTokenizer) -> GenerationConfig:
-    """Base models stop at the end of a text only; a chat must stop at the end of a turn."""
+    """The config with the template's end of turn as the first end token: base models stop at the end of a text only."""
     own = config.eos_token_id
     others = [] if own is None else own if isinstance(own, list) else [own]
     config.eos_token_id = [chat.end_of_turn_id, *(token for token in others if token != chat.end_of_turn_id)]

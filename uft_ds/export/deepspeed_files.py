@@ -1,4 +1,4 @@
-"""Adapters in DeepSpeed's own checkpoints, which `engine.save_checkpoint` has written: read without running any code.
+"""Read adapters from DeepSpeed's own checkpoints (`engine.save_checkpoint`) without running any code in them.
 
 TAG/mp_rank_00_model_states.pt, zero_pp_rank_R_mp_rank_00_model_states.pt      names and shapes
 TAG/[bf16_]zero_pp_rank_R_mp_rank_00_optim_states.pt                           float32 master weights, in shards
@@ -24,7 +24,7 @@ _RANK = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt
 
 
 def is_deepspeed(folder: Path) -> bool:
-    """Whether it looks like a folder of DeepSpeed's, or one of its checkpoints."""
+    """Whether the folder looks like one that DeepSpeed wrote, or like one of its checkpoints."""
     return any(folder.glob("*_optim_states.pt")) or any(folder.glob("*/*_optim_states.pt"))
 
 
@@ -32,7 +32,7 @@ def find_tag(folder: Path) -> Path:
     """The folder of one checkpoint: the given one, or the one that `latest` names.
 
     Raises:
-        UserError: there is none, or several and no `latest`.
+        UserError: there is no checkpoint, or there are several and no `latest`.
     """
     if any(_RANK.fullmatch(path.name) for path in folder.glob("*.pt")):
         return folder
@@ -56,7 +56,7 @@ def find_tag(folder: Path) -> Path:
 
 
 def read_trainable(folder: Path) -> dict[str, Tensor]:
-    """The float32 master weights of all trainable parameters, whole, by name.
+    """The complete float32 master weights of all trainable parameters, by name.
 
     Raises:
         UserError: a file is missing, left over or damaged, or holds more than tensors; names it.
@@ -73,9 +73,10 @@ def read_trainable(folder: Path) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class _Shard:
-    """A rank's part. flats: a flat run of master weights for each group. num_ranks: that wrote; None: not said.
+    """One rank's optimiser state.
 
-    paddings: of each group, elements behind each parameter (stages 1 and 2 with `parameter_alignment`).
+    flats: flattened master weights, one tensor per parameter group. num_ranks: ranks that saved; None if not recorded.
+    paddings: per group, padding elements behind each parameter (stages 1 and 2 with `parameter_alignment`).
     """
 
     stage: int
@@ -88,7 +89,7 @@ def _shard(path: Path) -> _Shard:
     content = _load(path)
     try:
         state = content["optimizer_state_dict"]
-        # BF16_Optimizer (stage 1 with float32 gradients) writes the masters alone.
+        # BF16_Optimizer (stage 1 with float32 gradients) writes the master weights without `zero_stage`.
         stage = int(state.get("zero_stage", 1))
         if stage not in (1, 2, 3):
             raise UserError(f"{path}: zero_stage is {stage}, expected 1, 2 or 3")
@@ -105,13 +106,13 @@ def _shards(tag: Path) -> dict[int, Path]:
     for path in tag.glob("*_optim_states.pt"):
         match = _RANK.fullmatch(path.name)
         if match is None or match[2] != "00":
-            raise UserError(f"{path}: of a model-parallel run, which cannot be converted")
+            raise UserError(f"{path}: written by a model-parallel run, which cannot be converted")
         found[int(match[1])] = path
     return found
 
 
 def _check_complete(tag: Path, paths: Mapping[int, Path], shards: Mapping[int, _Shard]) -> None:
-    """As many files as ranks wrote; more of them are left from a save by more ranks."""
+    """Check that there is one file per rank of one save; surplus files are left over from a save by more ranks."""
     said = {shard.num_ranks for shard in shards.values()}
     expected = max((num for num in said if num is not None), default=max(paths) + 1)
     missing = sorted(set(range(expected)) - set(paths))
@@ -125,7 +126,7 @@ def _check_complete(tag: Path, paths: Mapping[int, Path], shards: Mapping[int, _
 
 
 def _shapes(tag: Path) -> list[dict[str, tuple[int, ...]]]:
-    """Names and shapes of the trainable parameters, a mapping for each group of the optimiser."""
+    """Names and shapes of the trainable parameters, one mapping per parameter group of the optimiser."""
     paths = sorted(tag.glob("*mp_rank_00_model_states.pt"))
     if not paths:
         raise UserError(f"{tag}: holds no *_model_states.pt, which names the parameters")
@@ -140,13 +141,13 @@ def _shapes(tag: Path) -> list[dict[str, tuple[int, ...]]]:
 
 
 def _from_stage_3(tag: Path, groups: list[dict[str, tuple[int, ...]]], ranks: list[list[Tensor]]) -> dict[str, Tensor]:
-    """Each parameter is padded and cut into as many pieces as ranks; a rank's pieces follow one another."""
+    """Stage 3: each parameter is padded and split over all ranks; a rank stores its pieces one after the other."""
     streams = [torch.cat(flats) for flats in ranks]
     found: dict[str, Tensor] = {}
     at = 0
     for name, shape in ((n, s) for group in groups for n, s in group.items()):
         numel = math.prod(shape)
-        piece = -(-numel // len(ranks))
+        piece = -(-numel // len(ranks))  # rounded up: the last rank's piece ends with padding
         _check_inside(tag, name, at + piece, min(map(len, streams)))
         whole = torch.cat([stream[at : at + piece] for stream in streams])[:numel]
         found[name] = whole.reshape(shape).clone()
@@ -161,7 +162,7 @@ def _from_stage_2(
     ranks: list[list[Tensor]],
     paddings: list[list[int]] | None,
 ) -> dict[str, Tensor]:
-    """The parameters of a group follow one another; ranks hold consecutive runs of that."""
+    """Stages 1 and 2: the parameters of a group are concatenated, and each rank holds a consecutive part of that."""
     found: dict[str, Tensor] = {}
     if any(len(flats) != len(groups) for flats in ranks):
         raise UserError(f"{tag}: {len(groups)} groups of parameters are named, {len(ranks[0])} are stored")
@@ -174,7 +175,7 @@ def _from_stage_2(
             _check_inside(tag, name, at + numel, len(stream))
             found[name] = stream[at : at + numel].reshape(shape).clone()
             at += numel + padding
-        # Filled up to a multiple of 2 elements a rank, and that again after `parameter_alignment`.
+        # DeepSpeed pads a group to a multiple of 2 elements per rank, and once more after `parameter_alignment`.
         _check_consumed(tag, at, len(stream), 4 * len(ranks))
     return found
 
@@ -185,18 +186,18 @@ def _check_inside(tag: Path, name: str, end: int, length: int) -> None:
 
 
 def _check_consumed(tag: Path, used: int, length: int, filling: int) -> None:
-    """Elements that no name accounts for would mean that those before are not where they are looked for."""
+    """Refuse surplus elements: they would mean that parameters were read from wrong positions."""
     if length - used > filling:
         raise UserError(f"{tag}: {length - used} elements of the ranks' files belong to no named parameter")
 
 
 def _load(path: Path, *, whole: bool = True) -> dict[str, Any]:
-    """A file of tensors, plain values and four of DeepSpeed's classes; anything else in it is refused, not run.
+    """Load a file of tensors, plain values and four of DeepSpeed's classes; anything else is refused, not run.
 
-    Tensors are mapped, not read.
+    Tensors are memory-mapped, not read.
 
     Args:
-        whole: whether tensors will be used; torch does not check their sums, this does.
+        whole: whether the tensors will be used: then their checksums are verified, which torch does not do.
     """
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -219,14 +220,14 @@ def _load(path: Path, *, whole: bool = True) -> dict[str, Any]:
 
 
 def _check_sums(path: Path, *, whole: bool) -> None:
-    """Of the zip file that a .pt file is.
+    """Verify the checksums of a .pt file, which is a zip file.
 
     Raises:
-        zipfile.BadZipFile: a sum is wrong.
+        zipfile.BadZipFile: a checksum is wrong.
     """
     with zipfile.ZipFile(path) as archive:
         names = [name for name in archive.namelist() if whole or name.endswith("data.pkl")]
         for name in names:
-            with archive.open(name) as entry:  # it checks the sum at the end
+            with archive.open(name) as entry:  # zipfile compares the CRC when the end is read
                 while entry.read(2**20):
                     pass

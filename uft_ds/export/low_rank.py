@@ -1,4 +1,4 @@
-"""An adapter as what it adds to each weight; adapters that are more than that are refused by name."""
+"""Read a plain LoRA adapter as one low-rank delta per weight; adapters with other features are refused."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from uft_ds.streams.lora_config import LORA_TENSOR, WITHOUT_EFFECT, read_lora_co
 
 _PREFIX = "base_model.model."
 _MERGED = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
-"""What a delta is computed from."""
+"""Config fields from which a delta is computed."""
 _OF_THE_START = {"loftq_config", "corda_config", "ensure_weight_tying"}
-"""What says how an adapter was made, besides the kinds of start that `read_lora_config` refuses."""
+"""Config fields that only record how an adapter was made. `read_lora_config` refuses starts that change the base."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class LowRank:
 
 
 def read_low_rank(folder: Path) -> dict[str, LowRank]:
-    """What a PEFT adapter adds, by the name of the weight it is added to.
+    """The deltas of a PEFT adapter, by the name of the weight to which each is added.
 
     Raises:
-        UserError: it is no plain LoRA: names the field or the tensor that is more.
+        UserError: the adapter is not a plain LoRA; names the field or the tensor.
     """
     config = read_adapter_config(folder / "adapter_config.json")
     path = folder / "adapter_model.safetensors"
@@ -57,7 +57,7 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
     """A plain LoRA's config, with PEFT's defaults filled in.
 
     Raises:
-        UserError: not such a config; names the field.
+        UserError: the file is not the config of a plain LoRA; names the field.
     """
     config, defaults = read_lora_config(path), LoraConfig().to_dict()
     for key in sorted(set(defaults) - _MERGED - WITHOUT_EFFECT - _OF_THE_START):
@@ -70,15 +70,19 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
 
 
 def low_rank_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], *, label: str) -> dict[str, LowRank]:
-    """Pairs of A and B with their scales, by the name of the weight."""
+    """Pairs of A and B with their scales, by the name of the weight.
+
+    Raises:
+        UserError: a tensor is missing, has another shape than the config says, or is not finite; or all B are zero.
+    """
     sides: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         match = LORA_TENSOR.fullmatch(name)
         if match is None:
             hint = "; PEFT has saved a layer of the base too: save with save_embedding_layers=False"
             why = hint if ".base_layer." in name or "embed" in name else ""
-            raise UserError(f"{label}: {name}: no part of a plain LoRA, it cannot be merged{why}")
-        # The model may stand inside another one: everything before PEFT's own prefix is that.
+            raise UserError(f"{label}: {name}: not part of a plain LoRA; it cannot be merged{why}")
+        # The PEFT model may be a submodule of another one: drop everything up to PEFT's own prefix.
         sides.setdefault(match["module"].rpartition(_PREFIX)[2], {})[match["side"]] = tensor
     found: dict[str, LowRank] = {}
     for module, pair in sides.items():
@@ -103,7 +107,7 @@ def low_rank_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], *, lab
 
 
 def _of_pattern(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """As PEFT matches: a key is the end of a module's name, or a regular expression of it."""
+    """A module's value, matched as PEFT does: a key is the end of a module's name, or a regular expression for it."""
     for key, value in (pattern or {}).items():
         if re.match(rf"(.*\.)?({key})$", module):
             return value

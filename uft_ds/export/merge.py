@@ -1,4 +1,4 @@
-"""Base + adapter as one model, tensor by tensor: the memory needed does not depend on the model's size."""
+"""Merge base and adapter tensor by tensor, so that the memory needed does not depend on the model's size."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def write_merged(
     """Write the weights of the merged model; sums are formed in float32.
 
     Args:
-        dtype: of all floating-point tensors; None: each keeps the base's.
-        on_bytes: called with how much has been computed, of how much.
+        dtype: type of all floating-point tensors; None: each keeps the base's type.
+        on_bytes: called with the bytes computed so far and their total.
     Raises:
-        UserError: the adapter is of another model, a weight does not fit its type, or there is no room.
+        UserError: the adapter belongs to another model, a sum is not finite in its type, or the disk is too full.
     """
     for name, delta in deltas.items():
         expected = (delta.b.shape[0], delta.a.shape[1])
@@ -64,7 +64,10 @@ def write_merged(
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Its least and its greatest say so, for either is NaN where any is; isfinite of each takes 40 times as long."""
+    """Whether all elements are finite, by their minimum and maximum: both are NaN if any element is.
+
+    `isfinite` of every element takes 40 times as long.
+    """
     return all(bool(torch.isfinite(value)) for value in torch.aminmax(tensor))
 
 

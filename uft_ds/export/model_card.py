@@ -1,4 +1,4 @@
-"""The README of a converted model: what it is of, how it was trained, and how well it was merged."""
+"""The README of a converted model: its base, its data and recipe, and the accuracy of the merge."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from uft_ds.recipe.settings import Settings
 
 
 def model_card(base: str, settings: Settings | None, found: Agreement | None, *, title: str) -> str:
-    """Markdown with the hub's fields in front; what only its owner knows is left to be filled in."""
+    """Markdown with the hub's front matter; the owner of the model must still fill in the licence."""
     fields = {
         "base_model": base,
         "library_name": "transformers",

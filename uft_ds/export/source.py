@@ -1,4 +1,7 @@
-"""What is converted: a run, one of its checkpoints, an adapter in PEFT's format, or a folder of DeepSpeed's."""
+"""Find what a path holds: a run, one of its checkpoints, an adapter in PEFT's format, or a DeepSpeed checkpoint.
+
+`convert.py` receives all four in one form, `Convertible`.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +31,9 @@ _EXPECTED = "expected a run, one of its checkpoints, an adapter in PEFT's format
 
 @dataclass(frozen=True)
 class Convertible:
-    """What is converted.
+    """A source of a conversion.
 
-    adapter: a folder in PEFT's format. base: a name or a folder. settings, run: where the source is a run's.
+    adapter: a folder in PEFT's format. base: a name or a folder. settings, run: None unless the source is a run's.
     """
 
     path: Path
@@ -46,15 +49,15 @@ class Convertible:
 def opened(
     path: Path, base: str | None, adapter_config: Path | None, say: Say = lambda text: None
 ) -> Iterator[Convertible]:
-    """What a path holds.
+    """The source at `path`. For a DeepSpeed checkpoint its adapter exists only within the block.
 
     Raises:
-        UserError: nothing that can be converted, or an option is missing or of no use.
+        UserError: the path holds nothing that can be converted, or an option is missing or has no effect.
     """
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; {_EXPECTED}")
     is_own = (path / MANIFEST).exists() or (path / "checkpoints").is_dir()
-    # A folder of transformers' Trainer holds both; whoever gives --adapter-config means DeepSpeed's.
+    # A folder of transformers' Trainer holds both kinds; --adapter-config selects the DeepSpeed checkpoint.
     is_adapter = (path / "adapter_config.json").is_file() and (path / "adapter_model.safetensors").is_file()
     if is_deepspeed(path) and not is_own and (adapter_config is not None or not is_adapter):
         with tempfile.TemporaryDirectory() as folder:
@@ -67,7 +70,7 @@ def opened(
         if base is None and not said:
             raise UserError(f"{path}: its adapter_config.json names no base model; give --base")
         if base is not None and said and not _is_same_path(base, said):
-            say(f"warning: {path} says that its base is {said}; {base} is taken")
+            say(f"warning: {path} says that its base is {said}; {base} is used")
         yield Convertible(path, path, _base_at(base or str(said)), None, None)
         return
     if not is_own:
@@ -81,10 +84,10 @@ def _is_same_path(base: str, said: str) -> bool:
 
 
 def _base_at(base: str) -> str:
-    """A base that is there.
+    """The base, after a check that it exists.
 
     Raises:
-        UserError: it is not.
+        UserError: it does not exist.
     """
     try:
         check_base(base, None)
@@ -124,10 +127,10 @@ def _from_deepspeed(path: Path, folder: Path, base: str | None, adapter_config: 
     read_adapter_config(config)
     tensors = {}
     for name, tensor in read_trainable(path).items():
-        # PEFT's files leave out the adapter's name, and everything before PEFT's own prefix is another model's.
+        # PEFT's files omit the adapter's name ("default"). Names before PEFT's own prefix belong to an outer module.
         inner = name[name.find("base_model.model.") :] if "base_model.model." in name else name
         tensors[inner.replace(".default.", ".")] = tensor.contiguous()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     shutil.copyfile(config, folder / "adapter_config.json")
-    read_low_rank(folder)  # whether the config fits the tensors
+    read_low_rank(folder)  # raises if the config does not fit the tensors
     return Convertible(path, folder, _base_at(base), None, None)

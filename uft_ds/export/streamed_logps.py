@@ -1,6 +1,6 @@
-"""Log-probs by Hugging Face's own forward with one layer's weights in memory at a time.
+"""Log-probs by Hugging Face's own forward, with one layer's weights in memory at a time.
 
-So a merged 32B model can be compared with its adapter on a machine that could not hold either.
+This makes it possible to compare a merged 32B model with its adapter on a machine that could hold neither.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from uft_ds.streams.stream import POLICY_ADAPTER
 from uft_ds.streams.weight_files import WeightFiles
 
 _ROWS = 128
-"""Of logits, whose logarithms are in memory at a time."""
+"""Rows of logits whose float32 log-softmax is in memory at a time."""
 _PEFT_PREFIX, _PEFT_INFIX = "base_model.model.", "base_layer."
 
 
 def empty_model(config: Any) -> Any:
-    """A model without weights; its buffers, such as rotary frequencies, are there."""
+    """A model without weights (on the meta device); its buffers, such as rotary frequencies, are allocated."""
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     model.requires_grad_(False)
@@ -40,10 +40,10 @@ def empty_model(config: Any) -> Any:
 
 
 def with_adapter(model: Any, adapter: Path) -> PeftModel:
-    """PEFT's own view of an empty model with an adapter, whose weights are in memory."""
+    """PEFT's model of an empty base with an adapter; the adapter's weights are in memory, in float32."""
     policy: PeftModel = PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True)
     for name, tensor in load_file(adapter / "adapter_model.safetensors").items():
-        # PEFT has moved them to where the base's weights are, which is nowhere.
+        # PEFT moved the adapter to the device of the base's weights, which is meta: load it again.
         linear = policy.get_submodule(f"{name.removesuffix('.weight')}.{POLICY_ADAPTER}")
         linear.weight = nn.Parameter(tensor.float(), requires_grad=False)
     return policy.eval()
@@ -58,13 +58,13 @@ def streamed_logps(
     adapters: bool = True,
     on_unit: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """log pi(y|x) in float32: [responses], nats, float64.
+    """log pi(y|x), computed in float32: [responses], nats, float64.
 
     Args:
-        model: empty, with or without an adapter; it is empty again afterwards.
-        on_unit: called after each of the model's `num_units`.
+        model: an empty model, with or without an adapter; it is empty again afterwards.
+        on_unit: called after each of the model's `num_units` parts.
     Raises:
-        UserError: a weight is missing in the files.
+        UserError: the files lack a weight.
     """
     batch = micro_batch(sequences)
     with (
@@ -88,13 +88,13 @@ def streamed_logps(
 
 
 def num_units(model: Any) -> int:
-    """How many parts of a model are in memory one after the other."""
+    """The number of parts of a model that are loaded one after the other."""
     return len(_units(model))
 
 
 @contextmanager
 def _streaming(model: Any, weights: WeightFiles, on_unit: Callable[[], None]) -> Iterator[None]:
-    """Within the block each unit of the model has its weights while it runs, and at no other time."""
+    """Within the block, forward hooks load each unit's weights before it runs and drop them afterwards."""
     tied = tied_names(model)
     handles = []
     for prefix, unit in _units(model):
@@ -121,7 +121,7 @@ def _units(model: Any) -> list[tuple[str, nn.Module]]:
         is_layer = name.rpartition(".")[0] in lists
         is_inside = any(name.startswith(f"{layers}.") for layers in lists)
         has_weights = any(True for _ in module.parameters(recurse=False))
-        if ".lora_" in name:  # an adapter of a linear outside the layers stays in memory, as those inside do
+        if ".lora_" in name:  # adapters stay in memory, also those of a linear outside the layers
             continue
         if is_layer or (has_weights and not is_inside):
             units.append((f"{name}.", module))
@@ -129,7 +129,7 @@ def _units(model: Any) -> list[tuple[str, nn.Module]]:
 
 
 class _Weights:
-    """Of one unit."""
+    """Loads and drops the base weights of one unit; used as its forward hooks."""
 
     def __init__(self, weights: WeightFiles, prefix: str, tied: dict[str, str]) -> None:
         self._weights, self._prefix, self._tied = weights, prefix, tied
@@ -153,7 +153,7 @@ class _Weights:
 
 
 def _empty_parameters(unit: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """(name in the unit, owner, attribute) of what must be read."""
+    """(name in the unit, owning module, attribute) of each parameter that must be read."""
     for name, parameter in unit.named_parameters():
         if parameter.is_meta:
             owner_name, _, attribute = name.rpartition(".")

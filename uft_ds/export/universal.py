@@ -1,11 +1,12 @@
-"""A checkpoint of ours as DeepSpeed's universal checkpoint: for whoever trains on with DeepSpeed alone.
+"""Write a run's checkpoint as a universal checkpoint of DeepSpeed, to continue training with DeepSpeed alone.
 
     TAG/zero/PARAMETER/{fp32,exp_avg,exp_avg_sq,step}.pt     whole tensors, by the names of a plain PEFT model
-    TAG/zero/optimizer_state.pt                              what all parameters share
+    TAG/zero/optimizer_state.pt                              the state that all parameters share
     TAG/[zero_pp_rank_0_]mp_rank_00_model_states.pt          counts; no weights
     latest, latest_universal
 
-As `deepspeed.checkpoint.ds_to_universal` (0.19.8) writes it; load it with `{"checkpoint": {"load_universal": true}}`
+The layout is that of `deepspeed.checkpoint.ds_to_universal` (0.19.8); load it with
+`{"checkpoint": {"load_universal": true}}`
 and `load_module_strict=False`.
 """
 
@@ -25,13 +26,13 @@ from uft_ds.engine.optimizer_state import MASTER, MOMENTS
 from uft_ds.recipe.settings import TrainSettings
 
 _PREFIX = "policy."
-"""Of our own module around the PEFT model."""
+"""Name prefix of `UFTModel`, the module around the PEFT model."""
 _VERSION = 0.2
 """universal_checkpoint_version of DeepSpeed 0.19."""
 
 
 def write_universal(checkpoint: Path, settings: TrainSettings, out: Path) -> None:
-    """Write below `out`, one parameter in memory at a time.
+    """Write the universal checkpoint below `out`, with one parameter in memory at a time.
 
     Raises:
         UserError: the checkpoint's optimiser state cannot be read.

@@ -1,4 +1,4 @@
-"""From a run's settings to what a rank works with: the engine around its model, and the reference cache."""
+"""Build a rank's engine, model and reference cache from the run's settings; `rank.py` calls it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ from uft_ds.training.evaluate import check_reference_cache
 
 
 def build_engine(settings: Settings, reporter: Speaker) -> tuple[Engine, UFTModel]:
-    """Load the base, shard by shard under ZeRO-3, add adapters and wrap both."""
+    """Load the base model (shard by shard under ZeRO-3), add the adapters and wrap both in the engine.
+
+    Every rank must call it. Warnings about the sharding go to `reporter`.
+    """
     dtype = getattr(torch, settings.model.dtype)
     ranks, ranks_per_node = current_ranks().world_size, launcher_environment().ranks_per_node
     for warning in check_sharding(settings, ranks=ranks, ranks_per_node=ranks_per_node):
@@ -84,12 +87,14 @@ def build_reference_cache(
     reporter: Speaker,
     checkpoint: Path | None = None,
 ) -> Known:
-    """What the store knows of the run's responses, checked against the reference itself.
+    """The stored reference log-probs of the run's responses, compared with the reference itself on a sample.
 
-    Rank 0 reads the store, once: the others might see what other runs have added since. Every rank must call it.
+    Only rank 0 reads the store, and broadcasts what it read: another run may add entries at any time, and all ranks
+    must know the same ones. Every rank must call it.
 
     Args:
-        checkpoint: that the run goes on from: it knows what it knew then, whatever the store knows by now.
+        checkpoint: the checkpoint that the run resumes from. Its own table is used instead of the store, so that the
+            resumed run computes what the unbroken run would have computed.
     """
     if settings.reference.how != "cached":
         return Known.of_reference(settings.reference.how)
@@ -133,7 +138,7 @@ def build_reference_cache(
 
 
 def _reference_content(folder: RunFolder) -> dict[str, Any]:
-    """What the reference's log-probs depend on besides the tokens and how it is computed."""
+    """The weights that the reference's log-probs depend on: the identities of base and reference adapter."""
     identity = json.loads(folder.identity.read_text(encoding="utf-8"))
     return {**identity["base"], "adapter": identity["adapter"]}
 

@@ -1,4 +1,4 @@
-"""What is refused before any data is read: checks that need more than the recipe itself."""
+"""Checks of a recipe against its model, files and installed packages, before any data is read."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from uft_ds.streams.weights import check_weights
 
 
 def check_recipe(settings: Settings) -> None:
-    """Refuse what would fail after the launch; nothing is written.
+    """Refuse settings that would fail after the launch; nothing is written.
 
     Raises:
         UserError: names the recipe's key.
     """
     config = check_base(settings.model.base, settings.model.revision)
     attention_implementation(settings.model.attention, getattr(torch, settings.model.dtype), config)
-    # Without weights: what would be refused after the launch is refused before it.
+    # The same construction as after the launch, but without weights, so that errors appear now.
     base, lora = empty_base(config), settings.lora
-    if Path(settings.model.base).exists():  # a hub model's weights are fetched later: `identity.run_identity`
+    if Path(settings.model.base).exists():  # a hub model's weights are downloaded later: `identity.run_identity`
         check_weights(Path(settings.model.base), base)
     policy = accepted_policy(base, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dtype=torch.float32)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT's, of a property of transformers
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a deprecated property of transformers
         if settings.reference.adapter is not None:
             start_from_adapter(policy, Path(settings.reference.adapter))
         UFTModel(policy, reference_mode=settings.reference.mode)
@@ -51,12 +51,12 @@ def check_recipe(settings: Settings) -> None:
 
 
 def check_sharding(settings: Settings, *, ranks: int, ranks_per_node: int | None) -> list[str]:
-    """Refuse a number of ranks that the run's DeepSpeed file cannot be run on.
+    """Refuse a number of ranks that does not fit the run's DeepSpeed file.
 
     Args:
-        ranks_per_node: None where it is not known.
+        ranks_per_node: None if it is not known.
     Returns:
-        what the user should read before the run.
+        Warnings that the user should read before the run.
     Raises:
         UserError: names the file and its key.
     """
@@ -65,7 +65,7 @@ def check_sharding(settings: Settings, *, ranks: int, ranks_per_node: int | None
 
 
 def check_inputs_lie_outside(settings: Settings) -> None:
-    """A run's folder may be emptied: nothing that the run reads may lie in it."""
+    """Refuse inputs inside the run's folder, because a run may empty that folder."""
     paths = {
         "model.base": settings.model.base,
         "model.chat_template": settings.model.chat_template,
@@ -85,7 +85,7 @@ def check_inputs_lie_outside(settings: Settings) -> None:
 
 
 def check_adapter_is_of_base(settings: Settings, on_file: OnFile) -> None:
-    """Refuse a reference adapter that was trained on another base: of the same shape, it would load without a word.
+    """Refuse a reference adapter that was trained on another base: if the shapes agree, it would load silently.
 
     Raises:
         UserError: names both.
@@ -100,13 +100,16 @@ def check_adapter_is_of_base(settings: Settings, on_file: OnFile) -> None:
         return
     raise UserError(
         f"reference.adapter: {folder} was trained on {theirs}, model.base is {base}: the same adapter on other weights "
-        "is another model (if the weights are the same, mend base_model_name_or_path in its adapter_config.json)"
+        "is another model (if the weights are the same, correct base_model_name_or_path in its adapter_config.json)"
     )
 
 
 def _check_positions(config: Any, max_length: int) -> None:
-    """Some rotary embeddings change all positions with the longest one: then sequences packed together, and the turns
-    of one conversation, would not be what they are alone."""
+    """Refuse lengths past the limit of dynamic and LongRoPE rotary embeddings.
+
+    Beyond it they scale their frequencies by the longest sequence in the batch, so packing would change every
+    sequence's result, and so would the number of turns of a conversation.
+    """
     found = positions_limit(config)
     if found is not None and max_length > found[1]:
         kind, limit = found

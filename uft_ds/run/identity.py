@@ -1,4 +1,4 @@
-"""What a run is of, by content, and what it was started with: what a restart compares, and a repetition needs."""
+"""A run's identity (content hashes, compared on resume) and its environment (versions, needed to reproduce it)."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from uft_ds.streams.weights import check_weights
 
 
 def run_identity(settings: Settings, data: PreparedData, on_progress: OnProgress) -> dict[str, Any]:
-    """What a run is of, by content: base weights, adapter, and of each source rows, rules, tokenizer and template."""
+    """Content hashes of base weights, reference adapter, and each source's rows, rules, tokenizer and template."""
     base, adapter = settings.model.base, settings.reference.adapter
     revision = settings.model.revision
     content = base_identity(base, revision, partial(on_progress, f"hashing {base}"))
-    if not Path(base).exists():  # a local folder's have been checked before any data was read
+    if not Path(base).exists():  # a local folder's weights were checked before any data was read
         check_weights(local_folder(base, revision), meta_model(check_base(base, revision)))
     return {
         "base": content,
@@ -39,7 +39,7 @@ def run_identity(settings: Settings, data: PreparedData, on_progress: OnProgress
 
 
 def environment(settings: Settings) -> dict[str, object]:
-    """Versions, revision and what the run starts from, by content, for whoever wants to repeat it."""
+    """Command, versions, git revision and the identity of the initial adapter, for reproducing the run."""
     adapter = settings.reference.adapter
     packages = ("uft-ds", "torch", "deepspeed", "transformers", "peft", "datasets", "safetensors", "numpy")
     versions = {}
@@ -60,7 +60,7 @@ def environment(settings: Settings) -> dict[str, object]:
 
 def _git_revision() -> str | None:
     checkout = Path(__file__).parents[2]
-    if not (checkout / ".git").exists():  # installed: a repository further up would be somebody else's
+    if not (checkout / ".git").exists():  # installed as a package: a repository further up is not ours
         return None
     command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40"]
     try:

@@ -1,4 +1,4 @@
-"""Starting the ranks of a run on this machine, and learning how it ended."""
+"""Start the ranks of a run on this machine with torchrun, pass on stop signals, and find out how the run ended."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ RANK_MODULE = "uft_ds.train"
 
 
 def number_of_ranks(asked: int | str) -> int:
-    """`auto`: one a GPU, two on a CPU.
+    """The number of ranks to launch. `auto`: one per GPU, or two on a machine without GPUs.
 
     Raises:
-        UserError: more ranks than GPUs.
+        UserError: more ranks than GPUs are requested.
     """
     gpus = torch.cuda.device_count()
     if asked == "auto":
@@ -41,10 +41,10 @@ def number_of_ranks(asked: int | str) -> int:
 
 
 def master_port() -> int:
-    """MASTER_PORT where it is set, a free port otherwise.
+    """MASTER_PORT if it is set, otherwise a free port.
 
     Raises:
-        UserError: the given port is none, or is taken.
+        UserError: MASTER_PORT is not a port number, or the port is in use.
     """
     given = given_port()
     if given is None:
@@ -57,10 +57,10 @@ def master_port() -> int:
 def launch(
     folder: RunFolder, *, ranks: int, port: int, options: tuple[str, ...] = (), say: Callable[[str], None] = print
 ) -> Status:
-    """Run `uft_ds.train` on `ranks` processes until they end; the folder is prepared and locked by the caller.
+    """Run `uft_ds.train` on `ranks` processes until they end; the caller has prepared and locked the folder.
 
-    A signal that asks to stop is passed on to the ranks, which save first; a second Ctrl-C ends them at once. The
-    launcher's own output goes to launcher.log: it hides exit codes and prints tracebacks for all of them.
+    A signal that asks to stop is passed on to the ranks, which save a checkpoint first; a second Ctrl-C ends them at
+    once. torchrun's own output goes to launcher.log, because it replaces exit codes and prints a traceback for each.
     """
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(ranks)),
@@ -85,6 +85,7 @@ def launch(
                     say("stopping: the step that is running is finished and saved first (Ctrl-C again: at once)")
                     has_said = True
                 _ask_to_stop(process)
+    # A killed rank leaves no status file; the status that another rank left would name a mere consequence.
     codes = _exit_codes(folder)
     killed = [f"rank {rank} was killed (signal {-code})" for rank, code in codes.items() if code < 0]
     if killed:
@@ -92,16 +93,16 @@ def launch(
         return Status(EXIT_CRASHED, why)
     if heard and EXIT_STOPPED in codes.values():
         status = folder.read_status() or Status(EXIT_STOPPED, "stopped before it trained; nothing is lost")
-        # The ranks know only what they were sent.
+        # The ranks received SIGUSR1, whichever signal the user sent to this process.
         status = replace(status, message=status.message.replace("SIGUSR1", signal.Signals(heard[0]).name))
         folder.write_status(status)
         return status
-    return folder.read_status() or Status(EXIT_CRASHED, f"the ranks ended without a word; see {folder.launcher_log}")
+    return folder.read_status() or Status(EXIT_CRASHED, f"the ranks ended without a status; see {folder.launcher_log}")
 
 
 @contextmanager
 def _noting(heard: list[int]) -> Iterator[None]:
-    """Within the block a signal that asks to stop is noted, and nothing else."""
+    """Within the block, a signal that asks to stop is only recorded in `heard`."""
     before = {number: signal.signal(number, lambda number, _: heard.append(number)) for number in _STOP_SIGNALS}
     try:
         yield
@@ -111,15 +112,15 @@ def _noting(heard: list[int]) -> Iterator[None]:
 
 
 def _as_child() -> None:
-    """In the child before its program starts: the launcher must survive what is sent to its ranks."""
+    """Set up signals in the child process before its program starts."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # inherited by the ranks until they have a handler
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the ranks inherit this until they install their handler
     die_with_parent()
 
 
 def _ask_to_stop(launcher: subprocess.Popen[bytes]) -> None:
-    """Signal the ranks; again and again, for one that has just been started does not listen yet."""
+    """Signal the ranks. The caller repeats it, because a rank that has just started ignores the signal."""
     with suppress(psutil.Error):
         for child in psutil.Process(launcher.pid).children(recursive=True):
             with suppress(psutil.Error):
@@ -128,7 +129,7 @@ def _ask_to_stop(launcher: subprocess.Popen[bytes]) -> None:
 
 
 def rank_environment(ranks: int) -> dict[str, str]:
-    """What the ranks inherit, with defaults for whatever the user has not set."""
+    """The environment of the ranks: this process's, with defaults for variables that the user has not set."""
     defaults = {
         "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks)),
         "TOKENIZERS_PARALLELISM": "false",
@@ -150,7 +151,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def _exit_codes(folder: RunFolder) -> dict[int, int]:
-    """Of the ranks that failed, by rank, as the launcher's log has them: one that is killed can say nothing itself."""
+    """Exit codes of the failed ranks, by rank, read from torchrun's log: a killed rank cannot write its own status."""
     log = folder.launcher_log.read_text(encoding="utf-8", errors="replace")
     found = re.findall(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)", log)
     return {int(rank): int(code) for code, rank in found}

@@ -1,6 +1,6 @@
-"""Everything that can be checked or computed before processes are launched, for `uft train` and for rank 0.
+"""Check a run and tokenise its data before any process is launched; used by `uft train` and by rank 0.
 
-The order matters: nothing is written before everything has been found good.
+The order matters: the run's folder is written only after every check has passed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,11 @@ from uft_ds.run.settings import with_deepspeed_file, with_fixed_revision
 def prepare_data(
     settings: Settings, chat: ChatTokenizer, on_progress: OnProgress = lambda label, done, total: None
 ) -> PreparedData:
-    """Read, check and tokenise all sources; of those that have been tokenised before, only the content is hashed."""
+    """Read, check and tokenise all sources. A source whose tokens are in the cache is only hashed.
+
+    Raises:
+        UserError: a source cannot be read, does not fit the objective or the micro-batch, or the mixture is empty.
+    """
 
     def prepare(source: SourceSettings) -> PreparedSource:
         return prepare_source(
@@ -67,7 +71,7 @@ def prepare_data(
 
 
 def open_data(settings: Settings, folder: RunFolder) -> PreparedData:
-    """What was prepared for a run, as its folder says."""
+    """Open the data that `prepare_run` recorded in the run's folder."""
     report = _read_report(folder)
 
     def opened(part: str, sources: tuple[SourceSettings, ...]) -> tuple[PreparedSource, ...]:
@@ -81,10 +85,10 @@ def open_data(settings: Settings, folder: RunFolder) -> PreparedData:
 
 
 def ensure_data(settings: Settings, folder: RunFolder) -> None:
-    """Tokenise, on this machine, what was prepared on another one and is not here.
+    """Tokenise on this machine the sources that another machine prepared and this machine's cache lacks.
 
     Raises:
-        UserError: the data is not the same here.
+        UserError: the data, the tokenizer or the installed versions differ from those of the preparing machine.
     """
     report = _read_report(folder)
     keys = {row["tokens_key"] for part in ("train", "held_out") for row in report[part]}
@@ -123,8 +127,8 @@ def _read_report(folder: RunFolder) -> dict[str, Any]:
 
 
 def _check_mixture(settings: Settings, data: PreparedData) -> None:
-    """The portions make a whole, of which a step can be made."""
-    # Repeated until it has filled train.steps, a mixture must hold something at each pass, or that takes for ever.
+    """Refuse a mixture from which no step can be made."""
+    # With train.steps the mixture is repeated until it fills them: an empty pass would loop forever.
     epochs = 1 if settings.train.steps is not None else settings.train.epochs
     try:
         is_empty = units_of_epochs(data.train, epochs) == 0
@@ -153,15 +157,15 @@ def prepare_run(
     on_progress: OnProgress = lambda label, done, total: None,
     lock: Lock | None = None,
 ) -> tuple[RunFolder, PreparedData, Lock]:
-    """Check everything, then claim the run's folder and write the tokenised data and the run's identity there.
+    """Check everything, then claim the run's folder and write the data report and the run's identity there.
 
     Args:
-        settings: `located`, as for everything here that is stored.
-        lock: of the folder, where the caller has claimed it.
+        settings: as returned by `located`, because they are stored with the run.
+        lock: the folder's lock if the caller has already claimed the folder.
     Returns:
-        the folder, what was prepared, and the folder's lock.
+        The folder, the prepared data, and the folder's lock.
     Raises:
-        UserError: nothing has been written.
+        UserError: a check failed; nothing has been written to the folder.
     """
     folder = RunFolder(settings.output)
     check_claimable(folder, overwrite=overwrite)
@@ -181,10 +185,10 @@ def prepare_run(
 def check_run(
     settings: Settings, on_progress: OnProgress = lambda label, done, total: None
 ) -> tuple[Settings, PreparedData]:
-    """Check settings against their model and their data, which is tokenised by that; the run's folder plays no part.
+    """Check settings against their model and data, and tokenise the data; the run's folder is not touched.
 
     Returns:
-        the settings with the DeepSpeed file's content and a hub model's commit.
+        The settings, completed with the DeepSpeed file's content and a hub model's commit, and the data.
     """
     check_inputs_lie_outside(settings)
     settings = with_deepspeed_file(settings)
@@ -213,9 +217,9 @@ def _write_prepared(folder: RunFolder, settings: Settings, data: PreparedData, i
 
 
 def data_report(data: PreparedData) -> dict[str, list[dict[str, object]]]:
-    """What each source gives, what was left out, and where its tokens are, as plain values.
+    """Per source: its counts, its drop statistics and its tokens' key, as plain values for JSON.
 
-    left_out, changed: responses of the whole source by reason, with up to three places for each.
+    left_out, changed: number of responses of the whole source by reason; places: up to three for each reason.
     """
 
     def row(source: PreparedSource, per_epoch: float) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""What a run trains on, for the eye: rows with their masks, and tables of what is taken and what is left out."""
+"""Terminal views of a run's data: rows with their loss masks, and tables of what is used and what is left out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from uft_ds.recipe.unused import unused
 
 PROMPT, SUPERVISED, HEADER = "dim", "black on green", "bold"
 OPEN, CLOSE = "⟦", "⟧"
-"""Around supervised tokens, for terminals and files without colours."""
+"""Brackets around supervised tokens, for terminals and files without colours."""
 
 _SHOWN_TOKENS = 200
 _MUCH_LEFT_OUT = 0.2
@@ -32,7 +32,7 @@ def legend() -> Text:
 
 
 def rendered_rows(source: PreparedSource, chat: ChatTokenizer, *, count: int, seed: int, full: bool) -> Iterator[Text]:
-    """Sampled units of a source: where they come from, counts, scores, and their tokens with the mask."""
+    """Sampled units of a source: origin, token counts, scores, and the text with its loss mask."""
     selection = source.selection
     sample = np.random.default_rng(seed).permutation(len(selection))[:count]
     for index in sorted(int(index) for index in sample):
@@ -41,7 +41,7 @@ def rendered_rows(source: PreparedSource, chat: ChatTokenizer, *, count: int, se
 
 
 def rendered(sequence: Sequence, chat: ChatTokenizer, *, full: bool) -> Text:
-    """One sequence: a line of numbers, then its text as the model reads it, control tokens included."""
+    """One sequence: a line of counts and scores, then its text as the model reads it, with control tokens."""
     responses = sequence.responses
     supervised = sum(response.num_tokens for response in responses)
     scores = ", ".join(f"{response.kind} {response.score:.3g}" for response in responses)
@@ -59,7 +59,7 @@ def rendered(sequence: Sequence, chat: ChatTokenizer, *, full: bool) -> Text:
 
 
 def data_table(data: PreparedData) -> Table:
-    """What a run takes of each source; left out: responses, and rows that gave none."""
+    """What a run uses of each source. Column "left out": dropped responses plus quarantined rows."""
     table = _table("", "data", "kind", "responses", "tokens", "per epoch", "left out")
     for part, sources, per_epoch in (
         ("train", data.train, data.epoch_amounts),
@@ -86,7 +86,7 @@ def _amount(responses: float, of: int) -> str:
 
 
 def show_data(settings: Settings, data: PreparedData, console: Console) -> None:
-    """The tables, and what a user may not have meant."""
+    """Print the tables, then notes on settings that may be unintended."""
     console.print(data_table(data))
     left_out = left_out_table(data)
     if left_out is not None:
@@ -98,7 +98,7 @@ def show_data(settings: Settings, data: PreparedData, console: Console) -> None:
 
 
 def notes(data: PreparedData) -> Iterator[Text]:
-    """What a user may not have meant: most of a source left out, or its rows met very often."""
+    """Notes on data use that may be unintended: much of a source left out, or its rows repeated very often."""
     for source in data.all:
         left_out, found = sum(source.account.dropped.values()), len(source.selection.store.responses)
         if left_out > _MUCH_LEFT_OUT * (left_out + found):
@@ -110,7 +110,7 @@ def notes(data: PreparedData) -> Iterator[Text]:
 
 
 def left_out_table(data: PreparedData) -> Table | None:
-    """Each reason for which responses were left out or changed, with the first places; None: nothing was."""
+    """Drop statistics: each reason for which responses were left out or changed, with the first places, or None."""
     table = _table("source", "reason", "number", "first places", title="left out, or changed", title_justify="left")
     for source in data.all:
         account = source.account
@@ -129,7 +129,7 @@ def left_out_table(data: PreparedData) -> Table | None:
 
 
 def steps_line(steps: Steps, examples_per_step: int) -> Text:
-    """How long a run over it is."""
+    """A line with the number of steps and the size of the first one."""
     first = steps[0]
     tokens = sum(sequence.num_tokens for sequence in first.sequences)
     holds = f"{len(first.responses)} responses in {len(first.sequences)} sequences, {tokens:,} tokens"
@@ -139,7 +139,7 @@ def steps_line(steps: Steps, examples_per_step: int) -> Text:
 
 
 def _table(*headers: str, **options: Any) -> Table:
-    """Words and places are folded where a terminal is narrow, never cut: the end of a place is its line."""
+    """A table whose text columns wrap in a narrow terminal and are never cut: a place ends with its line number."""
     numbers = {"responses", "tokens", "per epoch", "left out", "number"}
     columns = [
         Column(

@@ -1,4 +1,4 @@
-"""How far a run is and how it ended, by its folder alone: for people, and for scripts that start it again."""
+"""A run's progress and outcome, read from its folder alone: for people, and for scripts that restart runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from uft_ds.record.run_folder import RunFolder, is_owned
 
 @dataclass(frozen=True)
 class RunProgress:
-    """exit_code: the run's; 1 where it goes on, or died without a word."""
+    """exit_code: that of the run; 1 if it is still running, or ended without writing a status."""
 
     exit_code: int
     summary: str
@@ -23,12 +23,12 @@ def progress_of(run: Path) -> RunProgress:
     """Read a run's folder.
 
     Raises:
-        UserError: it is none.
+        UserError: it is not the folder of a run.
     """
     folder = RunFolder(run)
     if not folder.lock.exists():
         hint = "; `uft sweep ... --table` shows a sweep's runs" if (run / "table.csv").exists() else ""
-        raise UserError(f"{run}: no run's folder{hint}")
+        raise UserError(f"{run}: not the folder of a run{hint}")
     steps = [line["step"] for line in read_metrics(folder.metrics) if "grad_norm" in line]
     newest = next(iter(checkpoints_of(run)), None)
     where = f"step {max(steps, default=0)}, newest checkpoint {'none' if newest is None else step_of(newest)}"
@@ -37,10 +37,10 @@ def progress_of(run: Path) -> RunProgress:
         return RunProgress(EXIT_DONE, f"{where}: done")
     owned = is_owned(folder)
     if owned:
-        return RunProgress(EXIT_CRASHED, f"{where}: going on")
+        return RunProgress(EXIT_CRASHED, f"{where}: running")
     if status is None and owned is None:
-        unknown = "it is going on, or was killed: its file system has no locks, so that is not known"
+        unknown = "running, or killed: its file system has no locks, so which of them is not known"
         return RunProgress(EXIT_CRASHED, f"{where}: {unknown}")
     if status is None:
-        return RunProgress(EXIT_CRASHED, f"{where}: it died without a word, as when it is killed")
+        return RunProgress(EXIT_CRASHED, f"{where}: ended without writing a status, as when it is killed")
     return RunProgress(status.exit_code, f"{where}: {status.message}")

@@ -1,4 +1,4 @@
-"""One rank of a run, from its arguments to its exit code."""
+"""One rank of a run: parse the arguments, prepare or open the run, train, and return the exit code."""
 
 from __future__ import annotations
 
@@ -47,20 +47,19 @@ from uft_ds.training.loop import START, Session, train
 from uft_ds.training.model_check import check_model
 
 GROUPS_BETWEEN_FLUSHES = 20
-"""Of a fill: what is lost at most when it is killed, in steps' worth of responses."""
+"""Groups (of `examples_per_step` responses) between two writes of the reference cache; a kill loses at most these."""
 
 logger = logging.getLogger("uft_ds")
 
-
 OUTCOME = "UFT_OUTCOME"
-"""Environment variable: a file for how this start ended, whether or not it came to a run's folder."""
+"""Environment variable: path of a file for this process's outcome, written even if there is no run's folder yet."""
 
 
 def main(request: StopRequest, arguments: list[str] | None = None) -> int:
     """Run one rank; returns the exit code.
 
     Args:
-        request: what has been and will be heard of stopping.
+        request: records the signals that asked to stop, also those received before this call.
     """
     status = Status(EXIT_CRASHED, "it was ended")
     try:
@@ -83,7 +82,7 @@ def _main(request: StopRequest, arguments: list[str] | None) -> Status:
     parser.add_argument("recipe", help="name of a shipped recipe, or a YAML file")
     parser.add_argument("overrides", nargs="*", help="key.path=value")
     parser.add_argument("--overwrite", action="store_true", help="delete the run that the output folder holds")
-    parser.add_argument("--resume", action="store_true", help="go on from the run's newest whole checkpoint")
+    parser.add_argument("--resume", action="store_true", help="resume from the run's newest intact checkpoint")
     parser.add_argument("--only-reference", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--prepared", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # added by the deepspeed launcher
@@ -96,10 +95,10 @@ def _main(request: StopRequest, arguments: list[str] | None) -> Status:
         settings = load_settings(options.recipe, tuple(options.overrides))
         if not options.prepared:
             settings = located(settings)
-        # Each rank sees it for itself: nobody changes a run that is done.
+        # Each rank decides this alone, without a collective: nothing changes a run that is done.
         if options.resume and (done := nothing_to_do(settings)) is not None:
             if launched.rank == 0:
-                print(f"{done.path} is done: there is nothing to go on with")
+                print(f"{done.path} is done: there is nothing to resume")
             return Status(EXIT_DONE, "done")
         init_distributed(settings.launch.collective_timeout_minutes)
         lock: Lock | None = None
@@ -107,10 +106,11 @@ def _main(request: StopRequest, arguments: list[str] | None) -> Status:
             lock = while_others_wait(
                 "prepare", lambda: _prepared(settings, options.resume, options.overwrite), works=launched.rank == 0
             )
-        folder = RunFolder(settings.output)  # ours only from here on
+        folder = RunFolder(settings.output)  # claimed by this run only from here on: errors may be written there now
         settings = load_settings(str(folder.recipe))  # as prepared: paths, adapter and revision are fixed there
         settings = with_deepspeed_file(settings)
-        # On each machine the first rank; those of the others wait too: they would meet them in a collective.
+        # The first rank of each machine works. All ranks of all machines wait, because the next thing they do is a
+        # collective, which would time out.
         while_others_wait("data", partial(ensure_data, settings, folder), works=launched.local_rank == 0)
         with _own_streams(folder, launched.rank) as terminal:
             work = _fill_reference if options.only_reference else _run
@@ -124,7 +124,7 @@ def _main(request: StopRequest, arguments: list[str] | None) -> Status:
         if folder is not None:
             folder.write_first_status(status)
         if launched.rank == 0 and stopped.by_all and not options.prepared:
-            print(stopped)  # one that leaves alone is often ended by its launcher, for another rank's mistake
+            print(stopped)  # a rank that stops alone was often ended by its launcher after another rank's error
         return status
     except (UserError, CheckFailed) as error:
         status = Status(error.exit_code, str(error))
@@ -164,7 +164,7 @@ def _run(settings: Settings, folder: RunFolder, console: Console, request: StopR
     after_step = None if checkpoint is None else state.step
     with _together(), _reporter(settings, folder, console, len(steps), after_step) as reporter:
         engine, model = build_engine(settings, reporter)
-        # With fresh adapters, whatever the checkpoint holds: it is policy and reference that are compared.
+        # Before the checkpoint is restored: only with fresh adapters must policy and reference be equal.
         _check_start(engine, settings, steps.step(0), reporter)
         pools = [source.selection for source in data.all]
         reference = build_reference_cache(settings, folder, engine, model, pools, reporter, checkpoint)
@@ -182,13 +182,13 @@ def _run(settings: Settings, folder: RunFolder, console: Console, request: StopR
         folder.done.touch()
         try:
             write_report(folder, settings.name)
-        except Exception:  # the run is done and saved: a picture that fails must not undo that
+        except Exception:  # the run is done and saved: a report that fails must not turn it into a failure
             logger.exception("report.html could not be written")
 
 
 @contextmanager
 def _together() -> Iterator[None]:
-    """All ranks leave the block at a stop before any of them ends: launchers kill the others when one has ended."""
+    """At a stop, all ranks wait for each other here: a launcher kills the remaining ranks once one has ended."""
     try:
         yield
     except Stopped as stopped:
@@ -211,7 +211,7 @@ def _check_start(engine: Engine, settings: Settings, step: Step, reporter: Speak
 
 
 def _fill_reference(settings: Settings, folder: RunFolder, console: Console, request: StopRequest) -> None:
-    """Compute the reference of all data, held-out data included, and store it for the runs to come."""
+    """Compute the reference log-probs of all data, held-out data included, and store them for later runs."""
     if settings.train.deterministic:
         make_deterministic()
     pools = [source.selection for source in open_data(settings, folder).all]
@@ -259,11 +259,12 @@ def _fill_reporter(console: Console, num_responses: int) -> FillReporter:
 
 @contextmanager
 def _own_streams(folder: RunFolder, rank: int) -> Iterator[TextIO]:
-    """Send everything that libraries print to the rank's log; hand out the terminal for our own words."""
+    """Send all output of libraries to the rank's log; yield the terminal for our own messages."""
     terminal = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     saved = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
     # torch warns of deprecated collectives at each of DeepSpeed's calls: once is enough for a log.
     warnings.simplefilter("once", FutureWarning)
+    # Redirected at the level of file descriptors, because NCCL and other C++ code do not write to sys.stdout.
     with folder.log(rank).open("a", buffering=1, encoding="utf-8") as log:
         logging.basicConfig(stream=log, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         try:

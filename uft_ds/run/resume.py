@@ -1,6 +1,6 @@
-"""Going on with a run: from which checkpoint, and whether it is still the same run.
+"""Resume a run: choose the checkpoint, and check that recipe, base, tokenizer and data are still the same.
 
-Nothing is changed before everything has been found to be the same; then what was written after the checkpoint goes.
+The folder is changed only after every check has passed; then everything written after the checkpoint is removed.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ MAY_CHANGE = (
     "train.keep_checkpoints", "train.keep_best", "train.evaluate_every", "train.max_skipped_steps",
     "train.tokens_per_micro_batch", "model.gradient_checkpointing", "model.activation_offload", "model.logits_mib",
 )  # fmt: skip
-"""Keys by pattern that decide how a run is computed, not what: with another value losses agree to rounding."""
+"""Keys (patterns) that may change on resume: they decide how a run is computed, not what. Losses agree to rounding."""
 
 
 def prepare_resume(
     settings: Settings, *, say: Say, on_progress: OnProgress = lambda label, done, total: None
 ) -> tuple[RunFolder, PreparedData, Lock]:
-    """Choose the checkpoint that a run goes on from, and check that recipe, base, tokenizer and data are the same.
+    """Choose the checkpoint to resume from, and check that recipe, base, tokenizer and data are the same.
 
     A run without any checkpoint starts at step 0.
 
     Returns:
-        the folder, the data, and the folder's lock.
+        The folder, the data, and the folder's lock.
     Raises:
-        UserError: the run is another one, or has checkpoints of which none is whole; nothing has been changed.
+        UserError: the run is another one, or all its checkpoints are damaged; nothing has been changed.
     """
     folder = RunFolder(settings.output)
     if not folder.lock.exists():
@@ -77,15 +77,15 @@ def prepare_resume(
     except BaseException:
         lock.close()
         raise
-    say(f"going on from {checkpoint.name}")
+    say(f"resuming from {checkpoint.name}")
     return folder, data, lock
 
 
 def nothing_to_do(settings: Settings) -> RunFolder | None:
-    """The run that these settings would go on with, where it is done and its last checkpoint is whole.
+    """The run that these settings would resume, if it is done and its last checkpoint is intact; otherwise None.
 
     Raises:
-        UserError: the run is of another recipe.
+        UserError: the folder holds a run of another recipe.
     """
     folder = RunFolder(settings.output)
     if not folder.done.exists():
@@ -103,14 +103,14 @@ def resumed_from(folder: RunFolder) -> Path | None:
 
 
 def _check_nothing_is_lost(folder: RunFolder, settings: Settings) -> None:
-    """Refuse to start again at step 0 in the place of a run that has something to show.
+    """Refuse to start at step 0 in a folder whose results would be lost.
 
     Raises:
-        UserError: it is done, or has trained with another recipe.
+        UserError: its run is done, or has trained with another recipe.
     """
     if folder.done.exists():
         raise UserError(
-            f"{folder.path}: the run is done, and its checkpoints are gone: there is nothing to go on with; "
+            f"{folder.path}: the run is done, and its checkpoints are gone: there is nothing to resume; "
             "--overwrite trains it again"
         )
     if folder.metrics.exists() and folder.metrics.stat().st_size and folder.recipe.exists():
@@ -123,25 +123,25 @@ def _check_same_recipe(folder: RunFolder, settings: Settings) -> None:
         f"{key}: {now} now, {then} when the run began" for key, (then, now) in changes.items() if not _may_change(key)
     ]
     for key, (then, now) in changes.items():
-        # Only a path that exists is made absolute: a relative one now says that it is gone.
+        # `located` makes only existing paths absolute, so a relative path here means that it no longer exists.
         if isinstance(then, str) and now is not None and then.endswith(f"/{now}"):
             raise UserError(f"{key}: {now}: no such file or folder here; the run began with {then}")
     if changed:
         raise UserError(
-            f"{folder.path}: --resume goes on with the same recipe; give output=PATH for another run, or --overwrite\n"
+            f"{folder.path}: --resume needs the same recipe; give output=PATH for another run, or --overwrite\n"
             + "\n".join(changed)
         )
 
 
 ABSENT = "(absent)"
-"""What stands for a key that one of two recipes lacks."""
+"""Placeholder value of a key that one of two recipes lacks."""
 
 
 def recipe_changes(folder: RunFolder, settings: Settings) -> dict[str, tuple[Any, Any]]:
-    """(then, now) by key, of what a recipe says otherwise than when the folder's run was prepared."""
+    """(value then, value now) of each key that has changed since the folder's run was prepared."""
     then, now = leaves_of(read_stored_recipe(folder.recipe)), leaves_of(settings.stored)
     if now["model.revision"] is None:
-        then["model.revision"] = None  # preparing a run fixes a hub model's
+        then["model.revision"] = None  # preparing a run fixes a hub model's revision, which the user did not give
     both = {key: (then.get(key, ABSENT), now.get(key, ABSENT)) for key in dict.fromkeys((*now, *then))}
     return {key: (before, after) for key, (before, after) in both.items() if before != after}
 
@@ -151,40 +151,40 @@ def _may_change(key: str) -> bool:
 
 
 def _check_same_content(folder: RunFolder, now: dict[str, Any]) -> None:
-    """By content, whatever the paths of data are by now."""
+    """Compare content hashes, so that moved files are accepted and changed files are refused."""
     try:
         before = json.loads(folder.identity.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder.identity}: cannot be read ({error}); it says what the run is of") from None
+        raise UserError(f"{folder.identity}: cannot be read ({error}); it identifies the run's base and data") from None
     differences = list(_differences(before, now))
     if differences:
         raise UserError(
-            f"{folder.path}: the run cannot go on, for something it depends on has changed since it began\n"
+            f"{folder.path}: the run cannot be resumed: something it depends on has changed since it began\n"
             + "\n".join(f"{key}: {found} now, {expected} then" for key, expected, found in differences)
         )
 
 
 def _other_versions(folder: RunFolder, now: dict[str, Any], step: int) -> Iterator[str]:
-    """Of packages: those that the run began with, and those of its resumes that have made steps before this one."""
+    """Warnings about package versions that differ from the run's start, or from resumes that made earlier steps."""
     try:
         start = json.loads(folder.environment.read_text(encoding="utf-8"))
-        stages = [("began", start), *((f"went on at step {r['step']}", r) for r in start.get("resumes", []))]
+        stages = [("began", start), *((f"was resumed at step {r['step']}", r) for r in start.get("resumes", []))]
         changes = [
             (what, list(_differences(then["packages"], now["packages"])))
             for what, then in stages
-            if then.get("step", -1) < step  # what a later one did is taken back
+            if then.get("step", -1) < step  # the steps of a later resume are removed now
         ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        yield f"{folder.environment} cannot be read: whether versions are those of then is not known"
+        yield f"{folder.environment} cannot be read: whether versions have changed since the start is not known"
         return
     for what, changed in changes:
         if changed:
             versions = ", ".join(f"{name} {found} now, {before} then" for name, before, found in changed)
-            yield f"the run {what} with other versions, so it does not go on bit for bit: {versions}"
+            yield f"the run {what} with other versions, so it is not resumed bit for bit: {versions}"
 
 
 def _record_resume(folder: RunFolder, now: dict[str, Any], step: int) -> None:
-    """Add this environment to those of environment.json, which stays that of the start.
+    """Append this environment to `resumes` of environment.json; the environment of the start stays unchanged.
 
     Raises:
         UserError: the folder cannot be written.
@@ -193,7 +193,7 @@ def _record_resume(folder: RunFolder, now: dict[str, Any], step: int) -> None:
         stored = json.loads(folder.environment.read_text(encoding="utf-8"))
         stored["resumes"] = [*stored.get("resumes", []), {"step": step, **now}]
     except (OSError, ValueError, TypeError, AttributeError):
-        stored = {"resumes": [{"step": step, **now}]}  # what the run began with is lost
+        stored = {"resumes": [{"step": step, **now}]}  # the file was unreadable: the start's environment is lost
     try:
         write_atomically(folder.environment, json.dumps(stored, indent=2) + "\n")
     except OSError as error:
@@ -207,10 +207,10 @@ def _lost_metrics(folder: RunFolder, expected_bytes: int) -> Iterator[str]:
 
 
 def _as_tokenized_then(settings: Settings, folder: RunFolder, now: PreparedData) -> PreparedData:
-    """The tokens that the run began with, also where versions have changed since that might make others of the rows.
+    """The tokens that the run began with, even if newer versions of the libraries would tokenise differently.
 
     Raises:
-        UserError: they are no longer in the cache.
+        UserError: those tokens are no longer in the cache.
     """
     report = json.loads(folder.data_report().read_text(encoding="utf-8"))
     then = [row["tokens_key"] for part in ("train", "held_out") for row in report[part]]
@@ -219,7 +219,7 @@ def _as_tokenized_then(settings: Settings, folder: RunFolder, now: PreparedData)
     if not all(is_whole(settings.data.cache_dir / key) for key in then):
         raise UserError(
             f"{folder.path}: its data was tokenised by other versions (see environment.json), and those tokens are no "
-            f"longer in {settings.data.cache_dir}; install the versions of then"
+            f"longer in {settings.data.cache_dir}; install those versions"
         )
     return open_data(settings, folder)
 
@@ -238,7 +238,7 @@ def _short(value: Any) -> str:
 
 
 def _go_back_to(checkpoint: Path, folder: RunFolder, settings: Settings, metrics_bytes: int) -> None:
-    """What was written after the checkpoint is written again.
+    """Remove everything that was written after the checkpoint; the resumed run writes it again.
 
     Raises:
         UserError: the folder cannot be written.
@@ -252,10 +252,10 @@ def _go_back_to(checkpoint: Path, folder: RunFolder, settings: Settings, metrics
             else:
                 left.unlink(missing_ok=True)
         for newer in takewhile(lambda path: path != checkpoint, checkpoints_of(folder.path)):
-            set_aside(newer)  # it would count as the newest one when old ones are deleted
+            set_aside(newer)  # damaged: otherwise pruning would count it among the newest ones
         point_latest(folder)
         if folder.metrics.exists():
-            # Where lines are lost the last one may be torn.
+            # If the file is shorter than recorded, its last line may be incomplete: cut after the last line end.
             kept = folder.metrics.read_bytes()[:metrics_bytes].rpartition(b"\n")
             os.truncate(folder.metrics, len(kept[0] + kept[1]))
         write_atomically(folder.recipe, stored_recipe(settings.stored))

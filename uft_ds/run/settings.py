@@ -1,4 +1,4 @@
-"""What settings need the disk or the hub for, filled in once, before anything else uses them."""
+"""Complete settings with what needs the disk or the hub: absolute paths, the DeepSpeed file, a hub model's commit."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from uft_ds.streams.identity import local_folder
 
 
 def located(settings: Settings) -> Settings:
-    """The same wherever it is read from: local paths made absolute, hub and shipped names left alone.
+    """Settings with absolute local paths, independent of the working directory; hub and shipped names stay unchanged.
 
-    A run's newest checkpoint changes: the adapter that is meant now is written down.
+    A run given as `reference.adapter` is replaced by its present newest checkpoint, because that may change later.
 
     Raises:
-        UserError: there is no such adapter.
+        UserError: the adapter does not exist.
     """
 
     def absolute(path: str) -> str:
@@ -45,10 +45,10 @@ def located(settings: Settings) -> Settings:
 
 
 def with_deepspeed_file(settings: Settings) -> Settings:
-    """With what the DeepSpeed file holds.
+    """Settings with the content of the DeepSpeed file.
 
     Raises:
-        UserError: it cannot be read, or DeepSpeed or the recipe does not allow it.
+        UserError: the file cannot be read, or DeepSpeed or the recipe does not allow its content.
     """
     deepspeed = settings.deepspeed
     if deepspeed.config is not None:
@@ -57,7 +57,7 @@ def with_deepspeed_file(settings: Settings) -> Settings:
 
 
 def with_fixed_revision(settings: Settings) -> Settings:
-    """A hub model by its commit: what is hashed here must be what the ranks load."""
+    """Settings with a hub model's commit as its revision, so that the ranks load the files that are hashed here."""
     model = settings.model
     if Path(model.base).exists():
         return settings
@@ -65,10 +65,10 @@ def with_fixed_revision(settings: Settings) -> Settings:
 
 
 def adapter_folder(path: str) -> Path:
-    """The folder of an adapter in PEFT's format: itself, or the one that a checkpoint or a run's newest one holds.
+    """The folder of an adapter in PEFT's format: `path` itself, or that of a checkpoint or of a run's newest one.
 
     Raises:
-        UserError: there is none, or the checkpoint is damaged.
+        UserError: there is no adapter, or the checkpoint is damaged.
     """
     folder = Path(path)
     if (folder / "adapter_config.json").is_file():

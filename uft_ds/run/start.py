@@ -1,4 +1,4 @@
-"""One run from its settings to its end: prepared, launched, and how it ended."""
+"""Prepare and launch one run from the command line, and report how it ended."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ def run_settings(
     resume: bool = False,
     options: tuple[str, ...] = (),
 ) -> tuple[Path, Status]:
-    """Prepare, launch and wait.
+    """Prepare the run, launch it and wait for its end.
 
     Args:
-        what: is being done, for the user.
-        overwrite: delete the run that the output holds. resume: go on with it, unless it is done.
-        options: of the ranks' program.
+        what: name of the work, shown to the user, such as "training".
+        overwrite: delete the run that the output holds. resume: resume it, unless it is done.
+        options: extra command-line options of the ranks' program.
     Returns:
-        the run's folder, and how it ended.
+        The run's folder, and how the run ended.
     Raises:
-        UserError: nothing has been launched.
+        UserError: a check failed; nothing has been launched.
     """
     settings = located(settings)
     if resume and (done := nothing_to_do(settings)) is not None:
-        console.print(f"{done.path} is done: there is nothing to go on with")
+        console.print(f"{done.path} is done: there is nothing to resume")
         return done.path, Status(EXIT_DONE, "done")
     settings = with_deepspeed_file(settings)
     ranks = number_of_ranks(settings.launch.ranks)
     check_sharding(settings, ranks=ranks, ranks_per_node=ranks)
-    master_port()  # a given port that is taken is told before the data is read
+    master_port()  # called twice: a given port that is in use is reported before the data is read
     with preparation(console) as on_progress:
         if resume:
             folder, data, lock = prepare_resume(settings, say=console.print, on_progress=on_progress)
@@ -67,10 +67,10 @@ def run_settings(
 
 
 def check_settings_and_data(settings: Settings, console: Console) -> None:
-    """Prepare, and launch nothing.
+    """Check settings and data without a launch.
 
     Raises:
-        UserError: nothing has been written but tokenised sources.
+        UserError: a check failed. Nothing has been written, except tokenised sources in the cache.
     """
     with preparation(console) as on_progress:
         check_run(with_deepspeed_file(located(settings)), on_progress)
@@ -78,7 +78,7 @@ def check_settings_and_data(settings: Settings, console: Console) -> None:
 
 @contextmanager
 def preparation(console: Console) -> Iterator[OnProgress]:
-    """A bar for each thing that takes time, on a terminal."""
+    """Show a progress bar for each slow operation, if the output is a terminal."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=20), TaskProgressColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         tasks: dict[str, TaskID] = {}

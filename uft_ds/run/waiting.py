@@ -1,4 +1,4 @@
-"""One rank works, the others wait: as long as it takes, where a collective would time out."""
+"""Let some ranks work while the others wait without a time limit, where a collective would time out."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ logger = logging.getLogger("uft_ds")
 
 
 def while_others_wait(name: str, work: Callable[[], T], *, works: bool) -> T | None:
-    """Run `work` on the ranks that `works`; all return when all of these are done, or raise what one of them raised.
+    """Run `work` on the ranks where `works` is true; every rank returns once all of them have finished.
 
-    Whoever waits only asks the launcher's store; if a worker dies, the launcher ends them all. Every rank must call it.
+    The waiting ranks poll the launcher's store; if a working rank dies, the launcher ends all ranks. Every rank must
+    call it.
 
     Args:
-        name: of this occasion, never used twice.
+        name: identifies this call in the store; never used twice.
+    Returns:
+        The result of `work`; None on the waiting ranks.
     Raises:
-        UserError: as `work` raised it; any other exception is a RuntimeError on the other ranks.
+        UserError: raised on all ranks if `work` raised it; any other exception is a RuntimeError on the other ranks.
     """
     store = _launchers_store()
     result: T | None = None
@@ -43,6 +46,7 @@ def while_others_wait(name: str, work: Callable[[], T], *, works: bool) -> T | N
             message = str(error) if is_users else f"{type(error).__name__}: {error}"
             store.set(_key(_FAILED), json.dumps([is_users, message]))
             raise
+    # Every rank counts itself when it has arrived, so the count reaches the world size only after all work is done.
     store.add(_key(name), 1)
     while store.add(_key(name), 0) < launcher_environment().world_size:
         if store.check([_key(_FAILED)]):
@@ -53,12 +57,12 @@ def while_others_wait(name: str, work: Callable[[], T], *, works: bool) -> T | N
 
 
 def _key(name: str) -> str:
-    # torchrun keeps one store for all its restarts.
+    # torchrun keeps one store for all its restarts, so keys of an earlier start would still be there.
     return f"uft_ds/{launcher_environment().restart_count}/{name}"
 
 
 def _launchers_store() -> TCPStore:
-    """The store by which the ranks found each other."""
+    """A client of the launcher's store, which the ranks used for their rendezvous."""
     launched = launcher_environment()
     assert launched.master_port is not None, "`init_distributed` has checked that it is set"
     return TCPStore(launched.master_address, launched.master_port, is_master=False, timeout=timedelta(minutes=5))

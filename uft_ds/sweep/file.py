@@ -1,4 +1,4 @@
-"""A sweep: runs that follow one another, each a recipe with overrides, times a grid of values."""
+"""Read a sweep: a list of runs, each a recipe with overrides, repeated for every point of a grid of values."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ DEFAULT_COLUMNS = (
 )  # fmt: skip
 
 _LONGEST_SUFFIX = 120
-"""Letters of a run's name that say the grid's values; of longer ones the point's number stands."""
+"""Longest part of a run's name that lists the grid's values, in letters; longer ones are replaced by a number."""
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
 
 class StageSection(Section):
     name: Annotated[str, Field(pattern=f"^{NAME}$")]
-    """Names the run's folder."""
+    """Name of the run and of its folder."""
     recipe: Location
-    """A shipped recipe's name, or the path of a YAML file."""
+    """Name of a shipped recipe, or path of a YAML file."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Overrides of the recipe, by key."""
     after: str | None = None
-    """The run that must be done before, and from whose adapter this one starts: its reference."""
+    """Name of an earlier run that must be done first; its adapter is this run's start and reference."""
 
 
 class SweepSection(Section):
@@ -47,20 +47,21 @@ class SweepSection(Section):
     runs: Annotated[list[StageSection], Field(min_length=1)]
     """In the order in which they are run."""
     set: dict[str, Any] = Field(default_factory=dict)
-    """Overrides of every run, before its own."""
+    """Overrides of every run; a run's own overrides take precedence."""
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
     """Every run is repeated with each combination of these keys' values."""
     columns: list[str] = Field(default_factory=lambda: list(DEFAULT_COLUMNS))
-    """Metrics of the table, by name or by pattern; the CSV file holds them all."""
+    """Metrics shown in the table, by name or pattern; the CSV file holds all metrics."""
     output: Location
-    """The folder in which each run has its own."""
+    """The folder that contains the runs' folders."""
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """stage: whose point of the grid it is. values: of the grid's keys, by key. after: the name of the run before.
+    """One run of a sweep.
 
-    settings: as they were when the sweep was read; where there is a run before, its folder is the reference's adapter.
+    stage: name of its entry in `runs`. values: (key, value) of its point of the grid. after: name of the previous run.
+    settings: with the sweep's overrides; if there is a previous run, its folder is `reference.adapter`.
     """
 
     name: str
@@ -71,7 +72,7 @@ class PlannedRun:
 
     @property
     def settings_alone(self) -> Settings:
-        """Without the adapter that is yet to be trained."""
+        """The settings without the adapter of the previous run, which may not exist yet."""
         return self.settings if self.after is None else changed(self.settings, {"reference.adapter": None})
 
 
@@ -84,10 +85,10 @@ class Sweep:
 
 
 def load_sweep(path: str, overrides: tuple[str, ...] = ()) -> Sweep:
-    """Read a sweep, a file or a shipped one, and check every recipe of it.
+    """Read a sweep (a file, or a shipped one by its name) and check each of its recipes.
 
     Args:
-        overrides: of every run, after its own.
+        overrides: for every run; they take precedence over the run's own.
     Raises:
         UserError: names the file and the key.
     """
@@ -167,7 +168,7 @@ def _planned(section: SweepSection, overrides: tuple[str, ...], label: str) -> S
         if stage.name in known:
             raise UserError(f"{label}: two runs are named {stage.name!r}")
         if stage.after is not None and stage.after not in known:
-            raise UserError(f"{label}: {stage.name}: after: no run named {stage.after!r} stands before it")
+            raise UserError(f"{label}: {stage.name}: after: no earlier run is named {stage.after!r}")
         known.add(stage.name)
     output, overrides = _output_of(section, overrides)
     for number, values in enumerate(itertools.product(*section.grid.values()), start=1):
@@ -202,7 +203,7 @@ def _planned_run(
 
 
 def _check_stages_fit(runs: list[PlannedRun], label: str) -> None:
-    """An adapter goes on top of the base that it was trained on, in its own shape."""
+    """Refuse a run whose base or LoRA settings differ from those of the run whose adapter it starts from."""
     trees = {run.name: run.settings.stored for run in runs}
     for run in runs:
         if run.after is None:
@@ -219,14 +220,14 @@ def _check_stages_fit(runs: list[PlannedRun], label: str) -> None:
 
 
 def _meaning(value: Any) -> Any:
-    """The order of names, and how a folder is spelt, make no difference."""
+    """A value in a form that compares equal if only the order of names or the spelling of a path differs."""
     if isinstance(value, list):
         return sorted(set(value))
     return str(Path(value).resolve()) if isinstance(value, str) and Path(value).exists() else value
 
 
 def _check_runs_differ(runs: list[PlannedRun], label: str) -> None:
-    """1 and 1.0 are two words for one value; and so are a default and the same value given."""
+    """Refuse two equal runs, for example if the grid lists 1 and 1.0, or a default value explicitly."""
     seen: dict[str, str] = {}
     for run in runs:
         what = json.dumps({**run.settings.stored, "name": "", "output": ""})
@@ -236,7 +237,7 @@ def _check_runs_differ(runs: list[PlannedRun], label: str) -> None:
 
 
 def _check_keys(section: SweepSection, overrides: tuple[str, ...], label: str) -> None:
-    """Refuse values that the sweep itself decides, and overrides that would undo the grid."""
+    """Refuse keys that the sweep itself sets, and overrides of keys that the grid varies."""
     given = {
         **{f"set: {key}": key for key in section.set},
         **{f"runs: {stage.name}: set: {key}": key for stage in section.runs for key in stage.set},
@@ -264,7 +265,7 @@ def _overlap(key: str, other: str) -> bool:
 
 
 def _output_of(section: SweepSection, overrides: tuple[str, ...]) -> tuple[Path, tuple[str, ...]]:
-    """The sweep's folder, and the overrides of its runs: `output=` moves the sweep."""
+    """The sweep's folder, and the overrides of its runs: `output=` changes the folder of the whole sweep."""
     given = [override.partition("=")[2] for override in overrides if override.startswith("output=")]
     rest = tuple(override for override in overrides if not override.startswith("output="))
     return Path(str(load_yaml(given[-1])) if given else section.output).expanduser(), rest

@@ -1,4 +1,4 @@
-"""Running a sweep: one run after the other, what is done is not done again, and one table of all."""
+"""Run a sweep one run after the other, skip the runs that are done, and write one table of all results."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TABLE = "table.csv"
 
 @dataclass(frozen=True)
 class How:
-    """A run begins anew, in the place of what its folder holds, or goes on with that."""
+    """How a run starts. overwrite: replace what its folder holds. resume: continue the run that its folder holds."""
 
     overwrite: bool
     resume: bool
@@ -44,9 +44,10 @@ class How:
 
 @dataclass(frozen=True)
 class Result:
-    """status: done, failed, stopped (and saved), interrupted, or skipped because the run before is not done.
+    """The outcome of one run.
 
-    metrics: the last value of each. seconds: of its steps.
+    status: done, failed, stopped (and saved), interrupted, or skipped because the previous run is not done.
+    metrics: the last value of each metric. seconds: duration of all its steps.
     """
 
     run: PlannedRun
@@ -63,14 +64,16 @@ def run_sweep(
     train: Callable[[Settings, How], tuple[Path, Status]],
     overwrite: bool,
 ) -> list[Result]:
-    """Run what is not done yet; a run that fails stops those that start from it, and no others.
+    """Run all runs that are not done; after a failure, only the runs that start from the failed one are skipped.
 
     Args:
-        check: what a run needs besides its settings.
+        check: checks a run's settings and data before the first run starts.
         train: (settings, how) -> folder and status.
-        overwrite: run again what is done or did not finish.
+        overwrite: run everything again, done or not.
+    Returns:
+        One result per run, up to an interruption.
     Raises:
-        UserError: a run cannot be as it is, or a folder holds one of another recipe; nothing has been run.
+        UserError: a run's check failed, or a folder holds a run of another recipe; nothing has been run.
     """
     _check_runs(sweep, console, check, overwrite=overwrite)
     values = differing_values(sweep)
@@ -92,7 +95,7 @@ def run_sweep(
             if found and not fnmatch.filter(found, pattern):
                 console.print(f"note: columns: no run has a metric {pattern!r}")
     if any(result.status in ("interrupted", "stopped") for result in results.values()):
-        console.print("interrupted: what is done is kept, the same command goes on from there")
+        console.print("interrupted: finished work is kept, the same command continues from there")
     return list(results.values())
 
 
@@ -119,7 +122,7 @@ def _result(
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return Result(run, "failed", {}, 0.0)
-    except Exception:  # noqa: BLE001 - of one run; the others may be fine
+    except Exception:  # noqa: BLE001 - one run failed; the others can still succeed
         traceback.print_exc()
         return Result(run, "failed", {}, 0.0)
     if status.exit_code != 0:
@@ -137,12 +140,12 @@ def _done(run: PlannedRun, folder: RunFolder) -> Result:
 
 
 def write_recipes(sweep: Sweep, folder: Path) -> list[Path]:
-    """The recipes of a sweep for jobs that run beside each other: a folder a point of the grid, its stages in order.
+    """Write the recipes of a sweep for parallel jobs: one folder per point of the grid, with its stages in order.
 
     Returns:
-        the folders, numbered.
+        The folders, named by number.
     Raises:
-        UserError: the folder holds something else.
+        UserError: the folder holds other files.
     """
     points: dict[str, list[PlannedRun]] = {}
     for run in sweep.runs:
@@ -163,7 +166,7 @@ def write_recipes(sweep: Sweep, folder: Path) -> list[Path]:
 
 
 def _for_a_job(run: PlannedRun, sweep: Sweep) -> Settings:
-    """Wherever it is read from; the adapter that it starts from need not be there yet."""
+    """Settings with absolute paths; the adapter that the run starts from need not exist yet."""
     settings = located(run.settings_alone)
     if run.after is None:
         return settings
@@ -171,10 +174,10 @@ def _for_a_job(run: PlannedRun, sweep: Sweep) -> Settings:
 
 
 def table_of(sweep: Sweep, console: Console) -> list[Result]:
-    """Write and show the table of what has been run, wherever that was; what is not done says how far it came.
+    """Write and show the table of all runs, including runs of other jobs; unfinished runs show their progress.
 
     Raises:
-        UserError: a run's folder holds one of another recipe.
+        UserError: a run's folder holds a run of another recipe.
     """
     results = []
     for run in sweep.runs:
@@ -190,7 +193,7 @@ def table_of(sweep: Sweep, console: Console) -> list[Result]:
 
 
 def _check_runs(sweep: Sweep, console: Console, check: Callable[[Settings], object], *, overwrite: bool) -> None:
-    """The last run's mistake is told before the first one trains."""
+    """Check all runs before the first one trains, so that an error in the last one is reported at once."""
     if not overwrite:
         for run in sweep.runs:
             _check_folder(sweep, run)
@@ -209,7 +212,7 @@ def _check_runs(sweep: Sweep, console: Console, check: Callable[[Settings], obje
 
 
 def _check_folder(sweep: Sweep, run: PlannedRun) -> None:
-    """What is done counts only if it is what would be run."""
+    """Refuse a finished run in the folder whose recipe differs from the run that is planned there."""
     folder = RunFolder(sweep.output / run.name)
     if not folder.done.exists() or (run.after is not None and not RunFolder(sweep.output / run.after).done.exists()):
         return
@@ -222,19 +225,19 @@ def _check_folder(sweep: Sweep, run: PlannedRun) -> None:
 
 
 def _first_change(folder: RunFolder, run: PlannedRun) -> str | None:
-    """What a run's recipe says otherwise than when its folder was prepared."""
+    """The first key of a run's recipe that differs from the recipe of its folder, with both values, or None."""
     changes = recipe_changes(folder, located(run.settings))
     return next((f"{key}: {now} now, {then} then" for key, (then, now) in changes.items()), None)
 
 
 def _goes_on(sweep: Sweep, run: PlannedRun, folder: RunFolder) -> bool:
-    """Whether what a folder holds is this run, done or not."""
+    """Whether the folder holds this run, finished or not, so that it can be kept or resumed."""
     is_run = folder.lock.exists() and folder.recipe.exists() and folder.environment.exists()
     return is_run and _first_change(folder, run) is None and _starts_from_the_same(sweep, run)
 
 
 def _starts_from_the_same(sweep: Sweep, run: PlannedRun) -> bool:
-    """Whether a second stage that is done started from the adapter that the first stage has now."""
+    """Whether a run started from the adapter that its previous run has now (true if it has none)."""
     if run.after is None:
         return True
     stored = json.loads(RunFolder(sweep.output / run.name).environment.read_text(encoding="utf-8"))
@@ -247,7 +250,7 @@ def _training_seconds(folder: RunFolder) -> float:
 
 
 def last_values(folder: RunFolder) -> dict[str, float]:
-    """Each metric's last value; NaN where it was not finite."""
+    """Each metric's last value; NaN if it was not finite."""
     last: dict[str, float] = {}
     for line in read_metrics(folder.metrics):
         last |= {name: math.nan if value is None else value for name, value in line.items()}
@@ -255,7 +258,7 @@ def last_values(folder: RunFolder) -> dict[str, float]:
 
 
 def differing_values(sweep: Sweep) -> dict[str, dict[str, Any]]:
-    """What the recipes differ in, by run and key: the grid's keys first; data, names and folders are left out."""
+    """Values of the keys in which the recipes differ, by run and key: the grid's keys first, without data and names."""
     recipes = {run.name: leaves_of(run.settings_alone.stored) for run in sweep.runs}
     grid = [key for key, _ in sweep.runs[0].values]
     keys = dict.fromkeys(key for leaves in recipes.values() for key in leaves)
@@ -269,12 +272,12 @@ def differing_values(sweep: Sweep) -> dict[str, dict[str, Any]]:
 
 
 def write_table(path: Path, results: list[Result], settings: dict[str, dict[str, Any]]) -> None:
-    """One row a run: what it was run with that others were not, how it ended, and every metric.
+    """Write the CSV file: one row per run with its differing settings, its status and every metric.
 
-    seconds: of its training steps, without evaluation and start.
+    Column `seconds`: training steps only, without evaluation and start.
 
     Args:
-        settings: of each run, by key, the same keys for all.
+        settings: values by run and key; all runs have the same keys.
     """
     keys = list(settings[results[0].run.name])
     names = sorted({name for result in results for name in result.metrics} - {"step", "seconds"})
@@ -291,7 +294,7 @@ def write_table(path: Path, results: list[Result], settings: dict[str, dict[str,
 
 
 def shown_table(sweep: Sweep, results: list[Result]) -> Table:
-    """The chosen metrics, for the terminal."""
+    """A terminal table of the sweep's `columns`."""
     found = sorted({name for result in results for name in result.metrics})
     names = list(dict.fromkeys(name for pattern in sweep.columns for name in fnmatch.filter(found, pattern)))
     names = names or [name for name in ("loss",) if name in found]
