@@ -135,7 +135,7 @@ def gpu_memory(
 
 
 def head_saved_bytes(num_supervised: int, hidden_size: int, *, item_bytes: int) -> int:
-    """Bytes that the head saves for the backward: per supervised token a gradient row, and 16 bytes for its position."""
+    """Bytes that the head saves for the backward: a gradient row and 16 bytes of position per supervised token."""
     return num_supervised * (hidden_size * item_bytes + 2 * 8)
 
 
