@@ -216,7 +216,7 @@ _come_back() {
         return "$outcome"
     fi
     if [ "${SLURM_RESTART_COUNT:-0}" -ge "${UFT_MAX_RESTARTS:-50}" ]; then
-        echo "=== restarted ${SLURM_RESTART_COUNT} times (UFT_MAX_RESTARTS): giving up; sbatch it again to go on"
+        echo "=== restarted ${SLURM_RESTART_COUNT} times (UFT_MAX_RESTARTS): giving up; sbatch it again to continue"
         return "$outcome"
     fi
     echo "=== requeued"

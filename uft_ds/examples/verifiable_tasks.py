@@ -1,8 +1,8 @@
-"""Short tasks whose answer code can check, and the one definition of what a response to them is worth.
+"""Short tasks with answers that code can check, and `grade`, the only definition of a response's score.
 
 Every prompt reads `<instruction>: <payload>`, and no instruction contains `: `, so a task needs no field for
-its payload. The kinds are ones a small model can do but, untuned, answers in the wrong form (chatty, the
-question restated): what training moves is visible within tens of steps.
+its payload. A small model can solve the kinds but, before training, answers in the wrong form (with chatter, or with
+the question restated), so the effect of training is visible within tens of steps.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ NUMBER_WORDS = {"one": "1", "two": "2", "three": "3", "four": "4", "five": "5"}
 
 @dataclass(frozen=True)
 class Task:
-    """A prompt and the one text that answers it in full; `grade` says what other texts are worth."""
+    """A prompt and its one complete answer; `grade` scores any other text."""
 
     kind: str
     prompt: str
@@ -72,7 +72,7 @@ class Task:
 
 
 def payload(task: Task) -> str:
-    """The part of the prompt to work on: all after the first `: `."""
+    """The part of the prompt to work on: everything after the first `: `."""
     return task.prompt.partition(": ")[2]
 
 
@@ -202,15 +202,15 @@ _SECOND_ANSWER = {
     "bold": r"<b>",
     "initials": r"\b[A-Z]\.",
 }
-"""What, left over beside the answer, shows that the answer went on or another was given."""
+"""By kind, a pattern that shows in the rest of the text that there is a second answer, or a longer one."""
 
 
 def grade(task: Task, response: str) -> float:
-    """What a response is worth: one of `SCORE_MEANINGS`. Pure; the only place that decides it."""
+    """The score of a response, one of `SCORE_MEANINGS`; a pure function and the only place that decides it."""
     text = _with_canonical_json(task, response.rstrip())
     if text == task.answer:
         return EXACT
-    # The payload of a picking task contains the answer: repeating it must not count as giving it.
+    # The payload of a picking task contains the answer: repeating the payload must not count as an answer.
     own_text = _without_echo(task, text) if task.kind in PICKING_KINDS else text.replace(task.prompt, " ")
     rest = _without_answer(task, own_text)
     if rest is not None and not re.search(_second_answer(task), rest):
@@ -223,7 +223,7 @@ def is_correct(task: Task, response: str) -> bool:
 
 
 def _grade_content(task: Task, text: str) -> float:
-    """The grade of a response in which the answer does not stand as asked."""
+    """The score of a response that does not contain the answer in the requested form."""
     own_text = _without_echo(task, text)
     hedged = task.kind in PICKING_KINDS and re.search(_second_answer(task), own_text, re.IGNORECASE)
     wanted, own_words = _content_words(task, task.answer), _content_words(task, own_text)
@@ -235,7 +235,7 @@ def _grade_content(task: Task, text: str) -> float:
 
 
 def _with_canonical_json(task: Task, text: str) -> str:
-    """`text` with each JSON object of the answer's value (any spacing or key order) spelt like it."""
+    """`text` in which each JSON object equal to the answer (in any spacing or key order) is written like the answer."""
     if task.kind != "json_fields":
         return text
     wanted = _json_fields_of(task.answer)
@@ -255,15 +255,15 @@ def _json_fields_of(text: str) -> list[tuple[str, str]] | None:
 
 
 def _without_answer(task: Task, text: str) -> str | None:
-    """`text` less the answer; None where that does not stand in it exactly once: a loop is no answer."""
+    """`text` without the answer; None if the answer does not occur exactly once: a repetition is not an answer."""
     parts = re.split(rf"(?<!\w){re.escape(task.answer)}(?!\w)", text)
     return "".join(parts) if len(parts) == 2 else None
 
 
 def _without_echo(task: Task, text: str) -> str:
-    """`text` less restatements of the prompt and the payload.
+    """`text` without restatements of the prompt and the payload.
 
-    Unless the task is picking, a payload inside quotes, stars or tags stays: it is an attempt at a form.
+    Except for picking tasks, a payload inside quotes, stars or tags stays, because it is an attempt at a form.
     """
     text = text.replace(task.prompt, " ")
     if task.kind in PICKING_KINDS:
@@ -272,7 +272,7 @@ def _without_echo(task: Task, text: str) -> str:
 
 
 def _second_answer(task: Task) -> str:
-    """A pattern for anything that would make a given answer one of several; `(?!)` matches nothing."""
+    """A pattern for a second answer in the rest of the text; `(?!)` matches nothing."""
     if task.kind == "count_word":
         others = [r"\d+", *NUMBER_WORDS]
         own = {word for word, digit in NUMBER_WORDS.items() if digit == task.answer}
@@ -283,14 +283,14 @@ def _second_answer(task: Task) -> str:
 
 
 def _content_words(task: Task, text: str) -> list[str]:
-    """Words and numbers in lower case, without tags and list numbers: what is left when form is ignored."""
+    """Words and numbers in lower case, without tags and list numbers: the content without its form."""
     bare = re.sub(r"</?\w+>|^\s*\d+[.)]\s(?=\s*[A-Za-z])", " ", text, flags=re.MULTILINE)
     words = re.findall(r"[^\W_]+", bare.casefold())
     return [NUMBER_WORDS.get(word, word) for word in words] if task.kind == "count_word" else words
 
 
 def _spells(words: list[str], wanted: str) -> bool:
-    """Whether some run of neighbouring words, joined, is `wanted` ("M S" and "MS" are both M.S.)."""
+    """Whether some consecutive words, joined, are `wanted` ("M S" and "MS" both match M.S.)."""
     for start in range(len(words)):
         run = ""
         for word in words[start:]:

@@ -1,7 +1,7 @@
-"""What a micro-batch keeps for its backward, and what it needs at its peak: measured on a run without memory.
+"""Activation memory of a micro-batch, saved and at its peak, measured with fake tensors that need no memory.
 
-The model itself is forwarded and backwarded on fake tensors (torch's `FakeTensorMode`): each operation is dispatched,
-shapes and lifetimes are real, numbers are not. Two layers are run, and one; the others are like the second.
+The real model runs forward and backward under torch's `FakeTensorMode`: every operation is dispatched with real shapes
+and lifetimes, but without values. It runs once with two layers and once with one; all others are like the second.
 
 T packed tokens, D hidden size.
 """
@@ -30,19 +30,19 @@ from uft_ds.streams.lanes import Lanes, enable_lockstep
 from uft_ds.streams.stream import BARE_BASE, POLICY
 
 FLASH = "uft_planned_flash"
-"""The stand-in for flash-attention, by its name among transformers' implementations."""
+"""Name under which the substitute for flash-attention is registered in transformers."""
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Of one micro-batch, in bytes; no weights are in them."""
+    """Activation memory of one micro-batch in bytes, without weights."""
 
     saved_bytes: int
-    """Kept between forward and backward of the decoder: all layers and the final norm."""
+    """Saved between forward and backward of the decoder: all layers and the final norm."""
     layer_bytes: int
-    """Most that is held besides: one layer's inner tensors and gradients, while it is computed or recomputed."""
+    """Peak in addition to that: one layer's inner tensors and gradients, while it is computed or recomputed."""
     stream_bytes: int
-    """Held of the reference when the head is reached: its hidden state before and after the final norm."""
+    """The reference's hidden state before and after the final norm, which is held when the head is reached."""
 
 
 def activations_of(
@@ -55,13 +55,12 @@ def activations_of(
     attention: str,
     under_zero3: bool,
 ) -> Activations:
-    """Of a micro-batch of several packed sequences, `tokens` in all.
+    """Activation memory of a micro-batch of several packed sequences with `tokens` tokens in total.
 
     Args:
-        under_zero3: DeepSpeed then puts a linear of its own in torch's place, which keeps its input even where the
-            weight is frozen.
-        lockstep: the reference rides beside the policy.
-        attention: `flash_attention_2`, `sdpa` or `eager`; but for the first, packed rows need a mask of T x T.
+        under_zero3: use DeepSpeed's own linear function, which saves its input even if the weight is frozen.
+        lockstep: the reference is computed together with the policy, layer by layer.
+        attention: `flash_attention_2`, `sdpa` or `eager`; the last two need a mask of T x T for packed rows.
     """
     options: dict[str, Any] = {
         "tokens": tokens,
@@ -119,16 +118,16 @@ def _run(
         lanes.clear()
         saved.held.clear()
         policy_1TD: Tensor = hidden[0] if lockstep else hidden
-        del hidden  # the reference is done with before the backward
+        del hidden  # the reference is freed before the backward
         policy_1TD.backward(torch.empty_like(policy_1TD))
-        # Adapters' gradients are counted elsewhere.
+        # `memory.py` counts the adapters' gradients.
         gradients = sum(p.grad.nbytes for p in policy.parameters() if p.grad is not None)
         peak = live.peak - before
     return _Measured(saved_bytes, max(saved_bytes, peak - gradients))
 
 
 def _without_memory(policy: nn.Module, dtype: torch.dtype) -> set[int]:
-    """Put fake tensors in place of a model's meta tensors; returns the storages of its weights."""
+    """Replace a model's meta tensors by fake tensors; returns the storages of its weights."""
     made: dict[int, Any] = {}
 
     def fake(tensor: Tensor, kind: torch.dtype) -> Any:
@@ -141,7 +140,7 @@ def _without_memory(policy: nn.Module, dtype: torch.dtype) -> set[int]:
     for place, module in policy.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                # Adapters compute in their own type, which the structure's sample has.
+                # Adapters compute in their own dtype, which the structure's sample already has.
                 module._parameters[name] = fake(parameter, parameter.dtype if "lora_" in place else dtype)
         for name, buffer in module._buffers.items():
             if buffer is not None:
@@ -150,7 +149,7 @@ def _without_memory(policy: nn.Module, dtype: torch.dtype) -> set[int]:
 
 
 class _Live(TorchDispatchMode):
-    """Bytes of all storages that live, each counted once however many views it has."""
+    """Counts the bytes of all live storages, each once even if it has several views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -181,12 +180,12 @@ class _Live(TorchDispatchMode):
 class _Saved:
     sizes: dict[int, int] = field(default_factory=dict)
     held: list[Any] = field(default_factory=list)
-    """So that no storage's address is used again while they are told apart by it."""
+    """Keeps the storages alive: they are identified by address, which must not be reused meanwhile."""
 
 
 @contextmanager
 def _saved(weights: set[int]) -> Iterator[_Saved]:
-    """What autograd keeps within the block, by storage; views of weights are no activations."""
+    """Record what autograd saves within the block, by storage; views of weights are not activations."""
     saved = _Saved()
 
     def pack(tensor: Tensor) -> Tensor:
@@ -201,7 +200,7 @@ def _saved(weights: set[int]) -> Iterator[_Saved]:
 
 
 class _Linear(Function):
-    """What `LinearFunctionForZeroStage3` of DeepSpeed keeps."""
+    """Saves the same tensors as DeepSpeed's `LinearFunctionForZeroStage3`."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -230,7 +229,7 @@ def _linear_of_zero3() -> Iterator[None]:
 
 
 class _Flash(Function):
-    """What flash-attention keeps: queries, keys, values, its output, and a float32 a head and token."""
+    """Saves the same tensors as flash-attention: queries, keys, values, output, and one float32 per head and token."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -248,7 +247,7 @@ class _Flash(Function):
 def _flash(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """[1, heads, T, head size] in, [1, T, heads, head size] out, as transformers' implementations have it."""
+    """Attention with transformers' interface: [1, heads, T, head size] to [1, T, heads, head size]."""
     output: Tensor = _Flash.apply(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
     return output, None
 

@@ -1,4 +1,4 @@
-"""Other settings than a recipe's: other DeepSpeed files, single changes, and changes together; each one planned."""
+"""Alternatives to a recipe's setting: other DeepSpeed files, single changes, and combinations, each fully planned."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from uft_ds.planning.sharding import sharding_of
 from uft_ds.planning.workload import Workload
 
 FOR_CPU = "zero3_cpu"
-"""The shipped file for ranks without a GPU: planned, so that it can be compared, but never advised."""
+"""The shipped file for ranks without a GPU: planned for comparison, but never recommended."""
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """Another setting, by what is to be given to have it."""
+    """Another setting, described by the overrides and options that select it."""
 
     changes: tuple[str, ...]
     outcome: Outcome
 
 
 def _with_file(setting: Setting, name: str) -> Setting:
-    """Another DeepSpeed file; below stage 3 with adapters in the model's type, as the engine asks."""
+    """The setting with another DeepSpeed file; below stage 3 adapters get the model's dtype, as the engine needs."""
     sharding = sharding_of(read_deepspeed_file(name))
     workload = setting.workload
     if sharding.stage < 3:
@@ -34,18 +34,18 @@ def _with_file(setting: Setting, name: str) -> Setting:
 
 
 def shipped_files(planner: Planner, setting: Setting) -> tuple[Alternative, ...]:
-    """Every shipped file with the recipe as it is otherwise: those that fit first, the one to take before others."""
+    """Every shipped DeepSpeed file with an otherwise unchanged recipe; files that fit first, the best one first."""
     found = []
     for name in deepspeed_files():
         try:
             changed = _with_file(setting, name)
-        except UserError:  # a file that this DeepSpeed does not take
+        except UserError:  # a file that the installed DeepSpeed refuses
             continue
         found.append(Alternative(_difference(setting, changed), planner.plan(changed)))
     levels = _levels([file.outcome.bound_seconds for file in found])
 
     def worth(file: Alternative) -> tuple[bool, bool, int, int, bool, float, int]:
-        """A recipe that changes least comes before one that is faster; what is sent decides between equals."""
+        """Sort key: fewer changes to the recipe count more than speed; equal times are ordered by traffic."""
         outcome = file.outcome
         return (
             not outcome.fits,
@@ -61,7 +61,7 @@ def shipped_files(planner: Planner, setting: Setting) -> tuple[Alternative, ...]
 
 
 def _levels(seconds: Iterable[float]) -> dict[float, int]:
-    """A place in the order for each time; those within 1% of the least of them share it: less is noise."""
+    """A level for each time. Times within 1% of the smallest of a level share it: smaller differences are noise."""
     levels: dict[float, int] = {}
     least, level = -1.0, -1
     for one in sorted(set(seconds)):
@@ -72,9 +72,9 @@ def _levels(seconds: Iterable[float]) -> dict[float, int]:
 
 
 def remedies_for(planner: Planner, outcome: Outcome, files: tuple[Alternative, ...]) -> list[Alternative]:
-    """Single changes that free memory where it is lacking; by what a step then costs, more GPUs last.
+    """Single changes that free the memory that is lacking, ordered by the cost of a step; more GPUs come last.
 
-    One that frees no more than a cheaper one is left out.
+    A change that frees no more than a cheaper one is left out.
     """
     setting = outcome.setting
     found = [
@@ -98,14 +98,14 @@ def remedies_for(planner: Planner, outcome: Outcome, files: tuple[Alternative, .
 
 
 def _cost(alternative: Alternative, levels: Mapping[float, int]) -> tuple[int, float, int]:
-    """The least time of a step; of equal ones, how much has to hide behind it."""
+    """Sort key: the least time of a step, then the time without any overlap, then the spare memory."""
     outcome = alternative.outcome
     serial = outcome.by_mode[outcome.mode].time.serial_seconds
     return levels[outcome.bound_seconds], serial, -outcome.gpu_spare_bytes
 
 
 def _breaks_another(changed: Outcome, before: Outcome) -> bool:
-    """Whether a limit that was kept is not kept any more: the GPU's or the host's."""
+    """Whether a change exceeds a limit (the GPU's or the host's memory) that was kept before."""
     spare = zip(_spare(before), _spare(changed), strict=True)
     return any(was >= 0 > now for was, now in spare)
 
@@ -115,7 +115,7 @@ def _spare(outcome: Outcome) -> tuple[int, int]:
 
 
 def _left(changed: Outcome, before: Outcome) -> tuple[bool, int]:
-    """Whether a change is enough, and what it leaves of what was lacking."""
+    """Whether a change is sufficient, and the spare bytes of the memory that was lacking before."""
     lacks_gpu = before.gpu_spare_bytes < 0 or before.problems
     return changed.fits, changed.gpu_spare_bytes if lacks_gpu else changed.host_spare_bytes or 0
 
@@ -125,7 +125,7 @@ _MOST_GPUS, _MOST_NODES = 8, 64
 
 
 def _changed_settings(setting: Setting) -> Iterable[Setting]:
-    """Each single change that a recipe offers."""
+    """Each single change of the recipe that can save memory."""
     workload = setting.workload
     tokens = workload.tokens_per_micro_batch
     while tokens // 2 >= workload.least_micro_batch:
@@ -146,7 +146,7 @@ def _changed_settings(setting: Setting) -> Iterable[Setting]:
 
 
 def larger_clusters(setting: Setting) -> tuple[Cluster, ...]:
-    """More GPUs a node, then more nodes; no more ranks than a step has units, for those would have nothing to do."""
+    """Clusters with more GPUs per node, then more nodes; at most one rank per unit of a step, so that none is idle."""
     cluster, workload = setting.cluster, setting.workload
     useful = workload.examples_per_step // workload.unit
     found = []
@@ -160,7 +160,7 @@ def larger_clusters(setting: Setting) -> tuple[Cluster, ...]:
 
 
 def _enough_of_them(planner: Planner, setting: Setting) -> Iterable[Alternative]:
-    """Larger clusters up to the first that fits."""
+    """Plans on larger clusters, up to and including the first that fits."""
     for cluster in larger_clusters(setting):
         changed = replace(setting, cluster=cluster)
         found = Alternative(_difference(setting, changed), planner.plan(changed))
@@ -170,7 +170,10 @@ def _enough_of_them(planner: Planner, setting: Setting) -> Iterable[Alternative]
 
 
 def combination_for(planner: Planner, outcome: Outcome, remedies: tuple[Alternative, ...]) -> Alternative | None:
-    """The cheapest changes one upon the other until all fits: on the given GPUs, or on more where nothing else fits."""
+    """Add changes, the cheapest first, until everything fits: on the given GPUs, or on more if nothing else fits.
+
+    Returns None if a single remedy already fits on the given GPUs, or if no combination fits.
+    """
     start = outcome.setting
     fitting = [remedy.outcome.setting.cluster for remedy in remedies if remedy.outcome.fits]
     if start.cluster in fitting:
@@ -190,7 +193,7 @@ def combination_for(planner: Planner, outcome: Outcome, remedies: tuple[Alternat
 
 
 def _ever_smaller(workload: Workload) -> Iterable[Workload]:
-    """The cheap changes first; each one keeps those before it."""
+    """Workloads that need less and less memory; cheap changes come first, and each keeps those before it."""
     yield workload
     workload = replace(workload, gradient_checkpointing=True)
     yield workload
@@ -205,7 +208,7 @@ def _ever_smaller(workload: Workload) -> Iterable[Workload]:
 
 
 def _difference(before: Setting, after: Setting) -> tuple[str, ...]:
-    """What to give to come from one setting to another: overrides, then options."""
+    """The overrides and command options that lead from one setting to another."""
     old, new = before.workload, after.workload
     logits = None if new.logits_bytes is None else new.logits_bytes // 2**20
     candidates = (

@@ -1,9 +1,9 @@
 """Floating-point operations of an optimiser step, and the least time that it can take.
 
-Of p parameters of linear layers and T tokens a forward takes 2 p T; the backward through a frozen weight 2 p T more,
-and a trained one 2 p T on top. Causal attention over a sequence of t tokens, with q = query heads x head size, takes
-2 q t a token in the forward (QK^T and AV, half of the keys on average) and twice that in the backward. Without
-flash-attention every token meets every other one of its micro-batch: 4 q times the tokens of a micro-batch.
+For p parameters in linear layers and T tokens, a forward takes 2 p T; the backward takes 2 p T more through a frozen
+weight, and another 2 p T for a trained one. Causal attention over a sequence of t tokens, with q = query heads x head
+size, takes 2 q t per token in the forward (QK^T and AV, half of the keys on average) and twice that in the backward.
+Without flash-attention every token attends to its whole micro-batch: 4 q times the tokens of a micro-batch.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from uft_ds.planning.workload import Workload
 
 @dataclass(frozen=True)
 class Flops:
-    """Of one optimiser step, over all ranks."""
+    """Floating-point operations of one optimiser step, over all ranks."""
 
     policy: int
-    """Forward and backward through the frozen linear layers: 4 a parameter and token."""
+    """Forward and backward through the frozen linear layers: 4 per parameter and token."""
     reference: int
-    """2 a parameter and token."""
+    """Forward through the linear layers: 2 per parameter and token."""
     recomputation: int
-    """Of gradient checkpointing: 2 a parameter and token; no progress, so not in `mfu`."""
+    """By gradient checkpointing: 2 per parameter and token; not counted in `mfu`."""
     attention: int
-    """Of all of these."""
+    """In policy, reference and recomputation together."""
     head: int
-    """Log-probs and their gradient, of every token: 4 a parameter and token, 2 more with a reference."""
+    """Log-probs and their gradient for every token: 4 per parameter and token, 2 more with a reference."""
     adapters: int
     reward_shift: int
-    """Forwards ahead of the step's own, all parts of them."""
+    """The additional forwards before the step, with all their parts."""
 
     @property
     def total(self) -> int:
@@ -43,7 +43,7 @@ class Flops:
 def step_flops(
     structure: Structure, workload: Workload, ranks: int, *, with_reference: bool, extra_streams: int = 0
 ) -> Flops:
-    """Of a step of `examples_per_step` responses. extra_streams: forwards ahead of it, see `Workload`."""
+    """Operations of a step of `examples_per_step` responses. extra_streams: forwards before it, see `Workload`."""
     config, tokens = structure.config, workload.tokens_per_step
     layers = sum(structure.num_of(layer) for layer in structure.layers)
     head = structure.num_of(structure.head)
@@ -64,17 +64,17 @@ def step_flops(
 
 
 def mfu_flops(structure: Structure, workload: Workload, *, with_reference: bool) -> int:
-    """By the convention of the metric `mfu`: 4 a parameter and token, 2 more with the reference, nothing else."""
+    """Operations counted by the metric `mfu`: 4 per parameter and token, 2 more with the reference, nothing else."""
     return (4 + 2 * with_reference) * sum(structure.sizes) * workload.tokens_per_step
 
 
 @dataclass(frozen=True)
 class Time:
-    """A lower bound of an optimiser step: each part at the hardware's full figure, and nothing between them."""
+    """Lower bounds for an optimiser step: each part runs at the hardware's full speed, without gaps."""
 
     compute_seconds: float
     hbm_seconds: float
-    """Reading each weight once for every pass over it."""
+    """Time to read each weight once per pass."""
     nvlink_seconds: float
     network_seconds: float
     pcie_seconds: float
@@ -82,24 +82,24 @@ class Time:
 
     @property
     def bound_seconds(self) -> float:
-        """The largest part, where communication runs beside computation; else compute and the slowest link."""
+        """The largest part if communication overlaps computation; otherwise computation plus the slowest link."""
         on_gpu = max(self.compute_seconds, self.hbm_seconds)
         links = max(self.nvlink_seconds, self.network_seconds, self.pcie_seconds)
         return max(on_gpu, links) if self.overlaps else on_gpu + links
 
     @property
     def serial_seconds(self) -> float:
-        """With nothing beside anything else: what alternatives are ordered by, so that a link that hides counts."""
+        """The sum of all parts, without overlap. Alternatives are ordered by it, so that hidden traffic counts too."""
         return self.compute_seconds + self.hbm_seconds + self.links_seconds
 
     @property
     def links_seconds(self) -> float:
-        """Of all links, one after the other."""
+        """The sum over all links."""
         return self.nvlink_seconds + self.network_seconds + self.pcie_seconds
 
     @property
     def bounded_by(self) -> str:
-        """What takes longest."""
+        """Name of the part that takes longest."""
         of = {key.removesuffix("_seconds"): value for key, value in asdict(self).items() if key.endswith("_seconds")}
         return max(of, key=lambda key: of[key])
 
@@ -115,7 +115,7 @@ def least_time(
     with_reference: bool,
     extra_streams: int = 0,
 ) -> Time:
-    """Of the rank that has most responses; where there are more ranks than responses, of one that has one."""
+    """Time of the rank with the most responses: at least one, even if there are more ranks than responses."""
     busiest = workload.most_responses(cluster.ranks) / workload.examples_per_step
     passes = 2 + workload.gradient_checkpointing + with_reference + extra_streams
     read = workload.micro_steps(cluster.ranks) * passes * structure.num_base * workload.item_bytes

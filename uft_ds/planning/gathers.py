@@ -1,9 +1,9 @@
-"""What ZeRO-3 gathers, parameter by parameter: DeepSpeed's coordinator, simulated on sizes alone.
+"""A simulation of DeepSpeed's ZeRO-3 coordinator on parameter sizes: what is gathered, how often, and the peak.
 
-DeepSpeed records in which order modules are visited, fetches each one's parameters before it runs, prefetches what
-comes next, and releases what is not needed again soon (`runtime/zero/partitioned_param_coordinator.py`, 0.19.8). What
-is gathered twice, and how much is held at once, depends on its bounds and on its history; both are followed here, step
-by step, instead of being approximated by a formula.
+DeepSpeed records in which order modules are visited, fetches each module's parameters before it runs, prefetches the
+next ones, and releases those that are not needed again soon (`runtime/zero/partitioned_param_coordinator.py`, 0.19.8).
+Which parameters are gathered twice, and how much is held at once, depends on its bounds and on its history. Both are
+simulated here step by step instead of being approximated by a formula.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Visit:
-    """One module's turn. own: parameters fetched for it, by index. below: with those of the modules inside it."""
+    """One execution of a module.
+
+    own: indices of the parameters fetched for it. below: these and the parameters of the modules inside it.
+    """
 
     module: str
     own: tuple[int, ...]
@@ -26,7 +29,7 @@ class Visit:
 
 @dataclass(frozen=True)
 class Bounds:
-    """DeepSpeed's, in parameters: `stage3_prefetch_bucket_size`, `stage3_max_live_parameters`,
+    """DeepSpeed's limits, in number of elements: `stage3_prefetch_bucket_size`, `stage3_max_live_parameters`,
     `stage3_max_reuse_distance`, `stage3_param_persistence_threshold`."""
 
     prefetch: int
@@ -37,12 +40,12 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Gathers:
-    """Of one micro-step."""
+    """The gathers of one micro-step."""
 
     times: tuple[int, ...]
-    """How often each parameter is gathered."""
+    """Number of gathers of each parameter."""
     peak_bytes: int
-    """Most that is held gathered at once, the buffers that collectives arrive in included."""
+    """Largest amount of gathered parameters at one time, including the receive buffers of collectives."""
 
 
 def steady_gathers(
@@ -54,14 +57,14 @@ def steady_gathers(
     *,
     begins_with_forward: bool = True,
 ) -> Gathers:
-    """A micro-step, once DeepSpeed has recorded the order.
+    """Gathers of a micro-step after DeepSpeed has recorded the order of modules.
 
     Args:
-        sizes: of each parameter, in numbers.
-        item_bytes: of one number of each parameter.
-        begins_with_forward: whether the first recorded order was a forward alone, as the checks before the first step
-            and evaluations make it. DeepSpeed remembers what it decided to release then, for good: no layer stays
-            gathered from the forward to the backward.
+        sizes: number of elements of each parameter.
+        item_bytes: bytes per element of each parameter.
+        begins_with_forward: whether the first recorded order was a forward alone, as in the checks before the first
+            step and in evaluations. DeepSpeed keeps the release decisions that it made then: no layer stays gathered
+            from the forward to the backward.
     """
     coordinator = _Coordinator(sizes, item_bytes, bounds)
     if begins_with_forward:
@@ -77,7 +80,7 @@ def steady_gathers(
 def forward_gathers(
     sizes: Sequence[int], item_bytes: Sequence[int], forward: Sequence[Visit], bounds: Bounds
 ) -> Gathers:
-    """A forward alone, with nothing gathered before it, once DeepSpeed has recorded the order."""
+    """Gathers of a forward alone, after DeepSpeed has recorded the order and with nothing gathered before it."""
     coordinator = _Coordinator(sizes, item_bytes, bounds)
     coordinator.run(forward, (), order=forward)
     coordinator.release_everything()
@@ -94,13 +97,13 @@ class _Coordinator:
     bounds: Bounds
     available: set[int] = field(default_factory=set)
     in_flight: dict[int, int] = field(default_factory=dict)
-    """Parameter to the collective that brings it."""
+    """From each parameter in flight to the number of the collective that gathers it."""
     released_after: dict[tuple[str, int], frozenset[int]] = field(default_factory=dict)
-    """By module and place in the order; never forgotten, as DeepSpeed's (an lru_cache) is not."""
+    """Parameters to release, by module and place in the order; kept forever, like DeepSpeed's lru_cache."""
     collectives: int = 0
 
     def run(self, forward: Sequence[Visit], backward: Sequence[Visit], *, order: Sequence[Visit]) -> Gathers:
-        """One micro-step with a recorded order that may go on where this one ends."""
+        """Simulate one micro-step. The recorded `order` may be longer than the modules that run now."""
         self.times = [0] * len(self.sizes)
         self.peak = 0
         self._land(list(self.in_flight))
@@ -134,7 +137,7 @@ class _Coordinator:
         self.peak = max(self.peak, held + arriving_bytes)
 
     def _land(self, parameters: Sequence[int]) -> None:
-        """Waited for; a reset of the order releases what was still under way."""
+        """Wait for gathers in flight; DeepSpeed releases these when it resets the recorded order."""
         for p in parameters:
             del self.in_flight[p]
 
@@ -142,7 +145,7 @@ class _Coordinator:
         missing = [p for p in visit.own if p not in self.available and p not in self.in_flight]
         if missing:
             self._gather(missing)
-        # A collective of several parameters arrives in one buffer, out of which each is copied.
+        # A collective of several parameters arrives in one buffer, from which each is copied: both exist for a moment.
         brought = {self.in_flight[p] for p in visit.own if p in self.in_flight}
         arriving = [p for p, collective in self.in_flight.items() if collective in brought]
         if len(arriving) > 1:
@@ -184,7 +187,7 @@ class _Coordinator:
         for later in order[place:]:
             if passed >= self.bounds.max_reuse:
                 break
-            # DeepSpeed looks into the modules below a later one only if the present one is a leaf.
+            # DeepSpeed considers the submodules of a later module only if the current module is a leaf.
             for p in later.below if visit.is_leaf else later.own if not later.is_leaf else ():
                 leaving.discard(p)
                 passed += self.sizes[p]

@@ -1,4 +1,4 @@
-"""What is planned for: a number of nodes, each with a number of GPUs, and their links."""
+"""The hardware of a plan: nodes, GPUs per node, their memory and their links, from the command's options."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from uft_ds.host.gpus import Gpu, known_gpus
 from uft_ds.recipe.names import unknown_name
 
 GB = 10**9
-"""Bytes of a GB, everywhere in a plan."""
+"""Bytes per GB, in all of a plan."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What a run is planned for."""
+    """The hardware that a run is planned for."""
 
     nodes: int
     gpus: int
-    """Of a node."""
+    """Per node."""
     gpu: Gpu
     gpu_memory_bytes: int
     host_memory_bytes: int | None
-    """Of a node; None: not known."""
+    """Per node; None: not known."""
     network_bytes_per_second: float
-    """Of a node, in one direction, all its adapters together."""
+    """Per node, in one direction, all its network adapters together."""
 
     @property
     def ranks(self) -> int:
@@ -34,11 +34,11 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Figures:
-    """What a user says of the hardware, by the command's options; None: as the GPU's own table has it.
+    """Hardware figures from the command's options; None: the value in the table of known GPUs.
 
-    network_gbits: Gbit/s of a node. gpu_memory, host_memory: GB, of a GPU and of a node.
+    network_gbits: Gbit/s per node. gpu_memory: GB per GPU. host_memory: GB per node; None: no limit.
     pcie_gbytes: GB/s, one direction.
-    tflops: dense, of the model's type.
+    tflops: dense, in the model's dtype.
     nvlink_gbytes: GB/s, one direction; 0: GPUs of a node reach each other over PCIe.
     """
 
@@ -51,12 +51,12 @@ class Figures:
 
 
 def cluster_of(*, nodes: int, gpus: int, gpu: str, figures: Figures) -> Cluster:
-    """From the command's options.
+    """The cluster described by the command's options.
 
     Args:
-        gpus: of a node.
+        gpus: number of GPUs per node.
     Raises:
-        UserError: a GPU that is not known, or a figure that is none.
+        UserError: the GPU is unknown, or a figure is not a finite number.
     """
     for option, value in {
         "--gpu-memory": figures.gpu_memory,
@@ -71,7 +71,7 @@ def cluster_of(*, nodes: int, gpus: int, gpu: str, figures: Figures) -> Cluster:
     known = known_gpus()
     if gpu not in known:
         raise UserError(
-            f"--gpu: {unknown_name(gpu, tuple(known))}; of another card, name the nearest and "
+            f"--gpu: {unknown_name(gpu, tuple(known))}; for another card, name the nearest and "
             "give its own figures by --gpu-memory, --tflops, --nvlink-gbytes and --pcie-gbytes"
         )
     card = known[gpu]

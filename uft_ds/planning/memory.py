@@ -1,4 +1,4 @@
-"""Bytes on a GPU, in a node's host memory and on disk, by what they are for."""
+"""Memory of a GPU, of a node's host and of the disk, in bytes by purpose."""
 
 from __future__ import annotations
 
@@ -16,43 +16,43 @@ from uft_ds.planning.structure import Structure
 from uft_ds.planning.workload import Workload
 from uft_ds.streams.heads import logit_transform_of
 
-# Assumed, not measured: what CUDA, cuBLAS and NCCL take on a GPU, and what allocators lose between blocks.
+# Assumed, not measured: memory of CUDA, cuBLAS and NCCL on a GPU, and the share that allocators lose between blocks.
 LIBRARIES_BYTES = 2 * GB
 FRAGMENTATION = 0.05
 PROCESS_BYTES = 4 * GB
-"""Of a rank, in host memory: Python, torch, CUDA; assumed."""
+"""Host memory per rank for Python, torch and CUDA; assumed."""
 
 REFERENCE_ENTRY_BYTES = 24
-"""Of a response in the reference cache."""
+"""Bytes per response in the reference cache."""
 
 
 @dataclass(frozen=True)
 class GpuMemory:
-    """Of one GPU, at the peak of a step."""
+    """Memory of one GPU at the peak of a step."""
 
     weights_shard_bytes: int
     secondary_shard_bytes: int
     """The copy of the base that is sharded inside a node (`zero_hpz_partition_size`)."""
     gathered_bytes: int
-    """Most that ZeRO-3 holds gathered: the layer at work, what is prefetched, the buffers it arrives in."""
+    """Largest amount that ZeRO-3 holds gathered: the current layer, prefetched layers, and receive buffers."""
     adapters_bytes: int
     gradients_bytes: int
     gradient_bucket_bytes: int
     optimizer_bytes: int
     saved_activations_bytes: int
-    """Between forward and backward, the head's gradient rows included."""
+    """Saved between forward and backward, including the head's gradient rows."""
     layer_bytes: int
-    """Inside the layer that is computed, or recomputed in the backward."""
+    """Inner tensors of the layer that is computed, or recomputed in the backward."""
     streams_bytes: int
-    """Of the reference, when the head is reached."""
+    """Hidden states of the reference when the head is reached."""
     head_tile_bytes: int
-    """Logits at a time, and rows that go into them."""
+    """One tile of logits, and the rows from which it is computed."""
     reserve_bytes: int
     """Libraries and fragmentation; assumed."""
 
     @property
     def transient_bytes(self) -> int:
-        """A layer is at work or the head is: the larger counts."""
+        """The larger of layer and head memory: they are never in use at the same time."""
         return max(self.layer_bytes, self.streams_bytes + self.head_tile_bytes)
 
     @property
@@ -63,17 +63,17 @@ class GpuMemory:
 
 @dataclass(frozen=True)
 class HostMemory:
-    """Of one node."""
+    """Host memory of one node."""
 
     processes_bytes: int
     weights_bytes: int
     page_locking_bytes: int
     """torch rounds each page-locked block up to a power of two."""
     optimizer_bytes: int
-    """With gradients, where they lie here; adapters are among the weights."""
+    """Optimiser state and gradients, if offloaded to the host; adapters are counted in the weights."""
     activations_bytes: int
     checkpoint_bytes: int
-    """The copy that is written in the background."""
+    """The copy of the state that is written in the background."""
 
     @property
     def total_bytes(self) -> int:
@@ -84,12 +84,12 @@ class HostMemory:
 class Disk:
     base_bytes: int
     checkpoint_bytes: int
-    """Of one."""
+    """Size of one checkpoint."""
     checkpoints_bytes: int
-    """Of all that are kept, and the one that is being written."""
+    """Size of all kept checkpoints and the one that is being written."""
     merged_model_bytes: int
     reference_cache_bytes: int | None
-    """None where the recipe does not say how many responses there are."""
+    """None if the recipe does not state the number of responses."""
 
 
 def gpu_memory(
@@ -100,7 +100,7 @@ def gpu_memory(
     activations: Activations,
     gathers: Gathers | None,
 ) -> GpuMemory:
-    """gathers: of ZeRO-3; None where weights are whole on each GPU."""
+    """Memory of one GPU. gathers: of a micro-step under ZeRO-3; None if each GPU holds all weights."""
     item_bytes, ranks = structure.item_bytes(workload.dtype), cluster.ranks
     on_gpu = sharding.weights_on == "gpu"
     weights_ranks = ranks if sharding.shards_weights else 1
@@ -112,7 +112,7 @@ def gpu_memory(
     gathered = 0 if gathers is None or (ranks == 1 and on_gpu) else gathers.peak_bytes
     with_optimizer = sharding.optimizer_on == "gpu"
     gradients = parts.gradient_bytes(structure, ranks) if with_optimizer else 0
-    if sharding.stage < 3:  # whole until they are reduced
+    if sharding.stage < 3:  # each rank holds complete gradients until they are reduced
         gradients += parts.adapter_bytes(structure, item_bytes, 1)
     hidden = structure.config.hidden_size
     head_saved = head_saved_bytes(workload.largest_micro_batch, hidden, item_bytes=workload.item_bytes)
@@ -135,12 +135,12 @@ def gpu_memory(
 
 
 def head_saved_bytes(num_supervised: int, hidden_size: int, *, item_bytes: int) -> int:
-    """What the head keeps for the backward: a gradient row for each supervised token, and where its row stands."""
+    """Bytes that the head saves for the backward: per supervised token a gradient row and 16 bytes for its position."""
     return num_supervised * (hidden_size * item_bytes + 2 * 8)
 
 
 def head_tile_bytes(structure: Structure, workload: Workload) -> int:
-    """Of `kernels/`, every token being supervised: logits, float32 rows of a chunk, and both streams' rows."""
+    """Memory of `kernels/` if every token is supervised: logits, float32 rows of a chunk, and both streams' rows."""
     config = structure.config
     streams = 1 if workload.reference == "none" else 2
     capped = logit_transform_of(config).softcap is not None
@@ -162,7 +162,7 @@ def head_tile_bytes(structure: Structure, workload: Workload) -> int:
 def host_memory(
     structure: Structure, workload: Workload, sharding: Sharding, cluster: Cluster, activations: Activations
 ) -> HostMemory:
-    """Of one node. Files that are read are cached by the system, which is not counted: that memory can be had back."""
+    """Host memory of one node. The system's page cache is not counted, because it can be reclaimed."""
     item_bytes, ranks, gpus = structure.item_bytes(workload.dtype), cluster.ranks, cluster.gpus
     weights = locking = 0
     if sharding.weights_on == "cpu":
@@ -187,7 +187,7 @@ def _power_of_two(num_bytes: int) -> int:
 
 
 def disk(structure: Structure, workload: Workload) -> Disk:
-    """What a run writes, and the base that it reads."""
+    """Disk space of everything that a run writes, and of the base that it reads."""
     item_bytes = structure.item_bytes(workload.dtype)
     adapter = parts.adapter_bytes(structure, item_bytes, 1)
     checkpoint = adapter + parts.optimizer_bytes(structure, 1)

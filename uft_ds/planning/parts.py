@@ -1,6 +1,6 @@
-"""Bytes that stay on a rank for the whole run, and bytes that a micro-step moves: each a function of sizes alone.
+"""Bytes that a rank holds for the whole run, and bytes that a micro-step moves, computed from parameter sizes.
 
-`benchmarks/plan.py` holds these against what DeepSpeed allocates and sends.
+`benchmarks/plan.py` compares these with what DeepSpeed allocates and sends.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ FLOAT32_BYTES = 4
 
 
 def shard(size: int, ranks: int) -> int:
-    """Numbers of a parameter that each rank holds; the last ones are padded."""
+    """Elements of a parameter that each rank holds; the last rank's part is padded."""
     return -(-size // ranks)
 
 
@@ -25,14 +25,14 @@ def weights_bytes(structure: Structure, item_bytes: Sequence[int], ranks: int) -
 
 
 def adapter_bytes(structure: Structure, item_bytes: Sequence[int], ranks: int) -> int:
-    """A rank's shard of the adapters, in their own type."""
+    """A rank's shard of the adapters, in their own dtype."""
     return _sum(structure, item_bytes, ranks, trainable=True)
 
 
 def optimizer_bytes(structure: Structure, ranks: int) -> int:
     """A rank's shard of AdamW's two moments and of the master weights, float32.
 
-    Measured: adapters in float32 have master weights of their own, too (0.19.8 compares a device with its name).
+    Measured: float32 adapters have separate master weights too (DeepSpeed 0.19.8 compares a device with its name).
     """
     return 3 * FLOAT32_BYTES * _shards(structure, ranks)
 
@@ -43,9 +43,9 @@ def gradient_bytes(structure: Structure, ranks: int) -> int:
 
 
 def bucket_bytes(sharding: Sharding, compute_bytes: int) -> int:
-    """Buffers in which gradients wait to be reduced: one, or two that take turns at stage 2 with overlap.
+    """Buffers of gradients before their reduction: one, or two alternating ones below stage 3 with overlap.
 
-    They are of the type that is reduced in, float32, but at stage 2, which gathers them in the model's own.
+    Their dtype is that of the reduction, float32, except at stage 2, which uses the model's dtype.
     """
     buffers = 2 if sharding.stage < 3 and sharding.overlaps else 1
     return buffers * sharding.reduce_bucket * (compute_bytes if sharding.stage == 2 else FLOAT32_BYTES)
@@ -59,7 +59,7 @@ def micro_step_gathers(
     passes: int = 1,
     begins_with_forward: bool = True,
 ) -> Gathers:
-    """What ZeRO-3 gathers in a micro-step. passes: 2 where the reference has a forward of its own."""
+    """Gathers of a micro-step under ZeRO-3. passes: 2 if the reference has a separate forward."""
     return steady_gathers(
         structure.sizes,
         item_bytes,
@@ -73,10 +73,10 @@ def micro_step_gathers(
 def gathered_bytes(
     structure: Structure, item_bytes: Sequence[int], gathers: Gathers, ranks: int, *, trainable: bool | None = None
 ) -> int:
-    """What all-gathers return on each rank, padding included; none on a single rank.
+    """Bytes that a micro-step's all-gathers return on each rank, including padding; 0 on a single rank.
 
     Args:
-        trainable: of adapters alone, or of the base alone.
+        trainable: True: only adapters; False: only the base; None: both.
     """
     if ranks == 1:
         return 0
@@ -97,10 +97,10 @@ def step_gathered_bytes(
     ranks: int,
     micro_steps: int,
 ) -> tuple[int, int]:
-    """What a step's all-gathers return on each rank: those of all ranks, and those of the ranks of a second copy.
+    """Bytes that a step's all-gathers return on each rank: (over all ranks, over the ranks of a secondary copy).
 
-    With `zero_hpz_partition_size` the base is gathered from the second copy alone, which stays: it is frozen. That of
-    the adapters is dropped by each update, and made anew by their first gather, which is of all ranks.
+    With `zero_hpz_partition_size` the base is gathered only from the secondary copy, which stays valid because the
+    base is frozen. Each update invalidates the adapters' secondary copy; their next gather, over all ranks, renews it.
     """
     whole = micro_steps * gathered_bytes(structure, item_bytes, gathers, ranks)
     if sharding.secondary == 1 or ranks == 1:
@@ -114,7 +114,7 @@ def step_gathered_bytes(
 
 
 def reduced_bytes(structure: Structure, ranks: int) -> int:
-    """What a micro-step's reduction of gradients takes in on each rank: the adapters', float32, padding included."""
+    """Input bytes of a micro-step's gradient reduction on each rank: the adapters' gradients, float32, with padding."""
     return _shards(structure, ranks) * ranks * FLOAT32_BYTES
 
 

@@ -1,6 +1,6 @@
-"""From a recipe and a cluster to a plan: what fits, what is moved, the least time, and what to change.
+"""Make a plan from a recipe and a cluster: memory, traffic, the least time of a step, and alternatives.
 
-Nothing is allocated, launched or downloaded. Every alternative that is named has been planned like the recipe itself.
+Nothing is allocated, launched or downloaded. Every alternative is planned in the same way as the recipe itself.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from uft_ds.recipe.settings import Settings
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that `uft plan` says."""
+    """Everything that `uft plan` reports."""
 
     recipe_name: str
     structure: Structure
@@ -33,16 +33,16 @@ class Plan:
     files: tuple[Alternative, ...]
     """Every file of `ds_configs/`, the best one first."""
     remedies: tuple[Alternative, ...]
-    """Changes one by one, the cheapest first; empty where the recipe fits."""
+    """Single changes, the cheapest first; empty if the recipe fits."""
     combination: Alternative | None
-    """Changes that fit together, where no remedy does alone on the GPUs that were given; on more of them only where no
-    remedy fits at all."""
+    """Several changes that fit together, if no single remedy fits on the given GPUs; with more GPUs only if no remedy
+    fits at all."""
     mfu_flops: int
     assumptions: tuple[str, ...]
 
     @property
     def best_file(self) -> Alternative | None:
-        """The one to take; None where none of those for GPUs fits."""
+        """The recommended file; None if no file for GPUs fits."""
         fitting = (file for file in self.files if file.outcome.fits)
         return next((file for file in fitting if file.outcome.setting.deepspeed != FOR_CPU), None)
 
@@ -51,9 +51,9 @@ def make_plan(settings: Settings, cluster: Cluster, *, tokens_per_response: int 
     """Plan a run.
 
     Args:
-        tokens_per_response: mean, prompt included; None: `data.max_length`, the most there can be.
+        tokens_per_response: mean, prompt included; None: `data.max_length`, the largest possible value.
     Raises:
-        UserError: the model's config is not to be had, or the recipe does not go with it.
+        UserError: the model's config is not available, or the recipe does not fit it.
     """
     config, source = model_config(settings.model.base, settings.model.revision)
     if tokens_per_response is not None and tokens_per_response > settings.data.max_length:

@@ -1,4 +1,4 @@
-"""One setting (a workload, a DeepSpeed file, a cluster), and what it needs."""
+"""Plan one setting (a workload, a DeepSpeed file, a cluster): memory, traffic, operations and time."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from uft_ds.planning.traffic import Traffic, traffic
 from uft_ds.planning.workload import Workload
 
 MODES: tuple[HowReference, ...] = ("lockstep", "separate", "cached")
-"""Ways to have the reference: beside the policy, in a forward of its own, read from the cache."""
+"""Ways to get the reference: in lockstep with the policy, in a separate forward, or from the cache."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What one plan is of."""
+    """The input of one plan."""
 
     workload: Workload
     deepspeed: str
@@ -35,7 +35,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Moved:
-    """One way to have the reference, in a step."""
+    """Traffic, operations and time of a step, for one way to get the reference."""
 
     traffic: Traffic
     flops: Flops
@@ -44,25 +44,25 @@ class Moved:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a setting needs."""
+    """The result of planning one setting."""
 
     setting: Setting
     gpu: GpuMemory
     host: HostMemory
     by_mode: dict[HowReference, Moved]
     mode: HowReference
-    """The recipe's own, in its first epoch; `cached` where no reference is needed."""
+    """The recipe's own mode in its first epoch; `cached` if no reference is needed."""
     problems: tuple[str, ...]
-    """Why it cannot run, or is not planned, whatever the memory."""
+    """Reasons other than memory why the setting cannot run, or cannot be planned."""
 
     @property
     def gpu_spare_bytes(self) -> int:
-        """What is left of a GPU; negative: what is lacking."""
+        """Free memory of a GPU; negative: the amount that is lacking."""
         return self.setting.cluster.gpu_memory_bytes - self.gpu.total_bytes
 
     @property
     def host_spare_bytes(self) -> int | None:
-        """Of a node; None where its memory was not given."""
+        """Free host memory of a node; None if its size was not given."""
         limit = self.setting.cluster.host_memory_bytes
         return None if limit is None else limit - self.host.total_bytes
 
@@ -73,12 +73,12 @@ class Outcome:
 
     @property
     def bound_seconds(self) -> float:
-        """Of a step in the recipe's own mode."""
+        """Least time of a step in the recipe's own mode."""
         return self.by_mode[self.mode].time.bound_seconds
 
 
 class Planner:
-    """Plans settings of one model; what settings share is computed once."""
+    """Plans settings of one model; results that several settings share are computed once."""
 
     def __init__(self, config: Any) -> None:
         self._config = config
@@ -87,14 +87,14 @@ class Planner:
         self._gathers: dict[Any, Gathers] = {}
 
     def structure(self, lora: Lora) -> Structure:
-        """Of the model with adapters."""
-        key = repr(lora)  # its targets may be a list
+        """The structure of the model with adapters."""
+        key = repr(lora)  # not hashable: its targets may be a list
         if key not in self._structures:
             self._structures[key] = structure_of(self._config, lora)
         return self._structures[key]
 
     def activations(self, setting: Setting) -> Activations:
-        """Of the largest micro-batch."""
+        """Activation memory of the largest micro-batch."""
         workload = setting.workload
         options: dict[str, Any] = {
             "tokens": workload.largest_micro_batch,
@@ -110,7 +110,7 @@ class Planner:
         return self._activations[key]
 
     def gathers(self, setting: Setting, mode: HowReference) -> Gathers | None:
-        """Of a micro-step under ZeRO-3; None below."""
+        """Gathers of a micro-step under ZeRO-3; None below stage 3."""
         workload, sharding = setting.workload, setting.sharding
         if not sharding.shards_weights:
             return None
@@ -128,7 +128,7 @@ class Planner:
         return self._gathers[key]
 
     def step_gathers(self, setting: Setting, mode: HowReference) -> Gathers | None:
-        """Of a micro-step, with those of the forward that a reward shift makes for it."""
+        """Gathers of a micro-step, plus those of the additional forward for a reward shift."""
         gathers, streams = self.gathers(setting, mode), setting.workload.extra_streams(mode)
         if gathers is None or streams == 0:
             return gathers
@@ -146,7 +146,7 @@ class Planner:
         return Gathers(times, max(gathers.peak_bytes, ahead.peak_bytes))
 
     def plan(self, setting: Setting) -> Outcome:
-        """One setting: memory, traffic, operations, time."""
+        """Plan one setting: memory, traffic, operations and time."""
         workload, sharding, cluster = setting.workload, setting.sharding, setting.cluster
         structure, activations = self.structure(workload.lora), self.activations(setting)
         own: HowReference = "cached" if workload.reference == "none" else workload.reference

@@ -1,4 +1,4 @@
-"""A base model's config: of a local folder, of a known name, or of the hub's cache. Nothing is downloaded."""
+"""Find a base model's config in a local folder, in the hub's cache or among the shipped ones, without a download."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ SHIPPED = {
     "meta-llama/Llama-3.1-70B": "Llama-3.1-70B",
     "meta-llama/Llama-3.1-70B-Instruct": "Llama-3.1-70B",
 }
-"""Hub names whose shape is known, and the file of `configs/`; those of one family differ in no size."""
+"""From known hub names to a file of `configs/`; base and chat variants of a model have the same sizes."""
 
 
 def model_config(base: str, revision: str | None = None) -> tuple[Any, str]:
-    """The config of a base model, and where it is from.
+    """The config of a base model, and a description of its origin.
 
     Raises:
-        UserError: neither a local folder, nor a known name, nor in the hub's cache; or code of its own would be needed.
+        UserError: the config is in none of the three places, or the model would need code of its own.
     """
     if Path(base).exists():
         return check_base(base, revision), str(Path(base) / "config.json")
@@ -46,13 +46,13 @@ def model_config(base: str, revision: str | None = None) -> tuple[Any, str]:
     if base in SHIPPED:
         return shipped_config(SHIPPED[base]), f"the shipped config of {SHIPPED[base]}"
     raise UserError(
-        f"model.base: {base!r} is no local folder, not in the hub's cache, and its shape is not shipped; expected a "
-        f"folder with a config.json (its weights are not needed), or one of {', '.join(SHIPPED)}"
+        f"model.base: {base!r} is not a local folder, not in the hub's cache, and its config is not shipped; expected "
+        f"a folder with a config.json (its weights are not needed), or one of {', '.join(SHIPPED)}"
     )
 
 
 def shipped_config(name: str) -> Any:
-    """One of `configs/`, as transformers reads it."""
+    """A config of `configs/`, read by transformers."""
     from transformers import AutoConfig
 
     text = (resources.files("uft_ds") / "planning" / "configs" / f"{name}.json").read_text(encoding="utf-8")

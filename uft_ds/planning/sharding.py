@@ -1,4 +1,4 @@
-"""What a DeepSpeed file means for memory and traffic."""
+"""The settings of a DeepSpeed file that decide memory and traffic."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ Device = Literal["gpu", "cpu", "nvme"]
 
 @dataclass(frozen=True)
 class Sharding:
-    """A DeepSpeed file, by what it does."""
+    """The effect of a DeepSpeed file."""
 
     stage: int
     bounds: Bounds
     reduce_bucket: int
-    """In numbers."""
+    """In number of elements."""
     overlaps: bool
-    """Whether communication runs beside computation."""
+    """Whether communication overlaps computation."""
     weights_on: Device
     optimizer_on: Device
     pinned: bool
-    """Weights on the host lie in page-locked memory."""
+    """Whether weights on the host are in page-locked memory."""
     secondary: int
-    """`zero_hpz_partition_size`: ranks of a node among which a second copy is sharded, which is the one that is
-    gathered; 1: there is none."""
+    """`zero_hpz_partition_size`: number of ranks over which a secondary copy is sharded; gathers read this copy.
+    1: there is no secondary copy."""
 
     @property
     def shards_weights(self) -> bool:
@@ -35,7 +35,7 @@ class Sharding:
 
 
 def sharding_of(config: dict[str, Any]) -> Sharding:
-    """Of a DeepSpeed file that `read_deepspeed_file` has accepted; DeepSpeed itself says what its keys mean."""
+    """The sharding of a file that `read_deepspeed_file` has accepted; DeepSpeed itself parses it and sets defaults."""
     zero = parsed_zero_section(config["zero_optimization"])
     stage = int(zero.stage)
     return Sharding(

@@ -1,6 +1,6 @@
-"""The model of a config on the meta device: which parameters there are, and in which order they are visited.
+"""The parameters of a model and the order in which its modules run, from the model built on the meta device.
 
-No formula of any architecture: the model is built, by transformers and PEFT, without memory.
+There is no formula per architecture: transformers and PEFT build the real model without allocating memory.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from uft_ds.streams.load import empty_base
 from uft_ds.streams.stream import POLICY_ADAPTER, REFERENCE_ADAPTER
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
-"""Of the types that a recipe knows."""
+"""Bytes per element of the dtypes that a recipe accepts."""
 
 _KEPT = 2
-"""Layers of a uniform model that adapters are really added to: with 64, PEFT takes ten seconds."""
+"""Layers of a uniform model to which adapters are really added: for 64 layers PEFT takes ten seconds."""
 
 
 @dataclass(frozen=True)
 class Lora:
-    """What adapters look like."""
+    """The form of the adapters."""
 
     rank: int
     alpha: float
     targets: Literal["all-linear"] | list[str]
     dtype: str
     has_reference: bool = False
-    """A frozen adapter of the same form beside it."""
+    """Whether there is also a frozen reference adapter of the same form."""
 
 
 @dataclass(frozen=True)
 class Structure:
-    """Sizes of a model with adapters; parameters are named by their place in these tuples."""
+    """Sizes of a model with adapters; a parameter is identified by its index in these tuples."""
 
     sizes: tuple[int, ...]
     is_trainable: tuple[bool, ...]
@@ -52,11 +52,11 @@ class Structure:
     embedding: tuple[int, ...]
     norm: tuple[int, ...]
     head: tuple[int, ...]
-    """The embedding's, where they are tied."""
+    """The embedding's parameters if they are tied."""
     config: Any
     lora: Lora
     sample: Any
-    """The policy on the meta device, cut to a few layers where all are alike."""
+    """The policy on the meta device, cut to a few layers if all are alike."""
 
     @property
     def num_layers(self) -> int:
@@ -64,24 +64,24 @@ class Structure:
 
     @property
     def num_base(self) -> int:
-        """Parameters of the base."""
+        """Number of parameters of the base."""
         return sum(size for size, adapts in zip(self.sizes, self.is_adapter, strict=True) if not adapts)
 
     @property
     def num_lora(self) -> int:
-        """Trained parameters."""
+        """Number of trained parameters."""
         return sum(size for size, trains in zip(self.sizes, self.is_trainable, strict=True) if trains)
 
     def num_of(self, parameters: Sequence[int]) -> int:
-        """Numbers in some parameters of the base."""
+        """Number of elements of the given parameters, without adapters."""
         return sum(self.sizes[p] for p in parameters if not self.is_adapter[p])
 
     def item_bytes(self, dtype: str) -> tuple[int, ...]:
-        """Bytes of one number of each parameter. dtype: of the base."""
+        """Bytes per element of each parameter. dtype: that of the base."""
         return tuple(ITEM_BYTES[self.lora.dtype if adapts else dtype] for adapts in self.is_adapter)
 
     def forward(self, *, passes: int = 1) -> list[Visit]:
-        """Modules in the order of a forward. passes: 2 for a reference in a forward of its own, before the policy's."""
+        """Modules in the order of a forward. passes: 2 if a separate forward of the reference precedes the policy's."""
         everything = tuple(range(len(self.sizes)))
         decoder = tuple(sorted({*self.embedding, *self.norm, *(p for layer in self.layers for p in layer)}))
         layers = [_leaf(f"layer {i}", parameters) for i, parameters in enumerate(self.layers)]
@@ -95,7 +95,7 @@ class Structure:
         return [Visit("root", (), everything), *one * passes, Visit("head", self.head, self.head)]
 
     def backward(self) -> list[Visit]:
-        """Modules in the order of a backward: the frozen head is done with, the embedding is visited again."""
+        """Modules in the order of a backward: the frozen head is not needed, the embedding is visited again."""
         root, decoder, embedding, _, *layers, norm, _ = self.forward()
         return [root, decoder, norm, *reversed(layers), embedding]
 
@@ -105,10 +105,10 @@ def _leaf(name: str, parameters: tuple[int, ...]) -> Visit:
 
 
 def structure_of(config: Any, lora: Lora) -> Structure:
-    """Build the model without memory, add adapters, and note its sizes.
+    """Build the model on the meta device, add adapters, and record its sizes.
 
     Raises:
-        UserError: no causal language model has such a config, or the adapters do not fit it.
+        UserError: no causal language model can be built from the config, or the adapters do not fit it.
     """
     base = _empty_base(config)
     base.train()
@@ -123,7 +123,7 @@ def structure_of(config: Any, lora: Lora) -> Structure:
     )
     if lora.has_reference:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # PEFT's, of a property of transformers
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a deprecated property of transformers
             policy.add_adapter(REFERENCE_ADAPTER, policy.peft_config[POLICY_ADAPTER], autocast_adapter_dtype=False)
     for name, parameter in policy.named_parameters():
         if "lora_" in name:
@@ -148,7 +148,7 @@ def structure_of(config: Any, lora: Lora) -> Structure:
 
     embedding = noted(base.get_input_embeddings())
     layers = [noted(layer) for layer in decoder_layers(decoder)]
-    while len(layers) < total:  # the others are like the last
+    while len(layers) < total:  # the layers that were cut are copies of the last one
         first = len(sizes)
         sizes += [sizes[p] for p in layers[-1]]
         is_trainable += [is_trainable[p] for p in layers[-1]]
@@ -156,7 +156,7 @@ def structure_of(config: Any, lora: Lora) -> Structure:
         layers.append(tuple(range(first, len(sizes))))
     norm = tuple(p for module in _final_norms(decoder) for p in noted(module))
     head = noted(base.get_output_embeddings())
-    noted(policy)  # whatever else there is
+    noted(policy)  # all remaining parameters
     return Structure(
         sizes=tuple(sizes),
         is_trainable=tuple(is_trainable),
@@ -172,7 +172,7 @@ def structure_of(config: Any, lora: Lora) -> Structure:
 
 
 def _empty_base(config: Any) -> Any:
-    """Any fault of the config is the user's, whatever transformers makes of it."""
+    """The model without weights; any error of transformers becomes a UserError, because the config causes it."""
     for key in ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"):
         value = getattr(config, key, None)
         if type(value) is not int or value < 1:
@@ -183,17 +183,17 @@ def _empty_base(config: Any) -> Any:
         raise UserError(f"{error} ({_name(config)})") from None
     except (ArithmeticError, AttributeError, RuntimeError, TypeError) as error:
         raise UserError(
-            f"model.base: {_name(config)}: no model can be built of its config: {type(error).__name__}: {error}"
+            f"model.base: {_name(config)}: no model can be built from its config: {type(error).__name__}: {error}"
         ) from None
 
 
 def _name(config: Any) -> str:
-    """Where a config is from, and what it says it is of."""
+    """A config's origin and model type, for messages."""
     return f"config.json of {getattr(config, 'name_or_path', '') or 'a known model'} ({config.model_type})"
 
 
 def _final_norms(decoder: nn.Module) -> list[nn.Module]:
-    """Whatever architectures call it: what stands beside the layers and has nothing but vectors."""
+    """The decoder's modules next to the layers that have only vectors as parameters; their name varies."""
     layers = decoder_layers(decoder)
     beside = (module for module in decoder.children() if module is not layers)
     return [
@@ -208,6 +208,6 @@ def _shapes(layer: nn.Module) -> tuple[Any, ...]:
 
 
 def _is_uniform(layers: list[tuple[Any, ...]], targets: Literal["all-linear"] | list[str]) -> bool:
-    """Whether one layer stands for all: a target may name one by its number."""
+    """Whether one layer represents all: equal shapes, and no target that names a layer by its number."""
     names_a_layer = targets != "all-linear" and any(re.search(r"\.\d+\.", f".{target}.") for target in targets)
     return len(set(layers)) == 1 and not names_a_layer

@@ -1,4 +1,4 @@
-"""A plan as tables for a terminal, and as JSON for programs."""
+"""Show a plan as tables in a terminal, or as JSON for programs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _DISK_ROWS = {
 
 
 def rendered(plan: Plan) -> RenderableType:
-    """Everything, a screen or so."""
+    """All tables of a plan; about one screen."""
     outcome = plan.outcome
     return Group(
         _heading(plan),
@@ -146,7 +146,7 @@ def _verdict(plan: Plan) -> Text:
 
 
 def _lacking(outcome: Outcome) -> list[str]:
-    """Which memory is too small, and by how much."""
+    """Which memory is too small, and the amount that is lacking."""
     found = []
     if outcome.gpu_spare_bytes < 0:
         found.append(f"a GPU lacks {_gb(-outcome.gpu_spare_bytes)} GB")
@@ -159,7 +159,7 @@ def _files(plan: Plan) -> Group:
     shown = _alternatives("ds_configs/", plan.files, name=lambda a: _file_name(plan, a))
     best = plan.best_file
     if best is None:
-        advice = "No file of ds_configs/ fits with the recipe as it is otherwise."
+        advice = "No file of ds_configs/ fits if the recipe is otherwise unchanged."
     elif best.changes:
         advice = f"Take {' '.join(best.changes)}."
     else:
@@ -210,7 +210,7 @@ def _gb(num_bytes: int) -> str:
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """Plain values; names of keys end in their unit and stay what they are from version to version."""
+    """The plan as plain values; keys end in their unit and are stable between versions."""
     outcome, structure = plan.outcome, plan.structure
     workload, cluster = outcome.setting.workload, outcome.setting.cluster
     best = plan.best_file

@@ -1,15 +1,16 @@
 """Bytes that an optimiser step sends over each kind of link.
 
-B returned by an all-gather on each of W ranks, N nodes of g GPUs:
+An all-gather returns B bytes on each of W ranks, on N nodes of g GPUs:
 
-    received by a GPU        B (W - 1) / W
-    by a node, from others   B (W - 1) / W      where N > 1
-    by a GPU, inside         B (g - 1) / g
+    received by a GPU                      B (W - 1) / W
+    received by a node from other nodes    B (W - 1) / W      if N > 1
+    received by a GPU inside its node      B (g - 1) / g
 
-A node takes in more than the B (N - 1) / N that it lacks: NCCL gathers round one ring of all ranks, and a node's own
-shards leave it and come back in on the way to those of its ranks that stand before them.
+A node receives more than the B (N - 1) / N that it lacks: NCCL gathers in one ring over all ranks, so a node's own
+shards leave the node and come back on their way to the ranks that precede them in the ring.
 
-A reduce-scatter is the same the other way round, an all-reduce both. ZeRO-1 and 2 also gather what they have updated.
+A reduce-scatter moves the same in the opposite direction, an all-reduce both. ZeRO-1 and 2 also gather the updated
+parameters.
 """
 
 from __future__ import annotations
@@ -27,22 +28,25 @@ from uft_ds.planning.workload import Workload
 
 @dataclass(frozen=True)
 class Traffic:
-    """Of one optimiser step. The first two are what collectives return or take in on a rank; the others what comes in
-    over a link, in its busier direction."""
+    """Traffic of one optimiser step.
+
+    The first two fields are the output of gathers and the input of reductions on a rank; the others are the bytes
+    received over a link, in its busier direction.
+    """
 
     gathered_bytes: int
     reduced_bytes: int
     nvlink_bytes: int
-    """Of a GPU."""
+    """Per GPU."""
     network_bytes: int
-    """Of a node."""
+    """Per node."""
     pcie_bytes: int
-    """Of a GPU, to and from host memory."""
+    """Per GPU, to and from host memory."""
 
 
 @dataclass(frozen=True)
 class _Inside:
-    """Ranks that take part in a collective: how many nodes, how many GPUs of each."""
+    """The ranks of a collective: number of nodes, and GPUs per node."""
 
     nodes: int
     gpus: int
@@ -66,12 +70,12 @@ def traffic(
     gathers: Gathers | None,
     activations: Activations,
 ) -> Traffic:
-    """gathers: of a micro-step under ZeRO-3, else None."""
+    """Traffic of one optimiser step. gathers: those of a micro-step under ZeRO-3, None below stage 3."""
     item_bytes, ranks = structure.item_bytes(workload.dtype), cluster.ranks
     micro_steps = workload.micro_steps(ranks)
     everyone = _Inside(cluster.nodes, cluster.gpus)
     nvlink = network = gathered = pcie = 0.0
-    if gathers is None:  # what the optimiser has updated, once a step
+    if gathers is None:  # below stage 3 the updated adapters are gathered once per step
         updated = parts.adapter_bytes(structure, item_bytes, ranks) * ranks if ranks > 1 else 0
         gathered = updated
         nvlink, network = everyone.nvlink(updated), everyone.network(updated)
@@ -85,7 +89,7 @@ def traffic(
             own = far / ranks + near / inside.ranks
             pcie += own if ranks > 1 else micro_steps * _once_more(structure, item_bytes, gathers)
     reduced = micro_steps * parts.reduced_bytes(structure, ranks) if ranks > 1 else 0
-    # Below stage 3 DeepSpeed all-reduces, which is a reduce-scatter and an all-gather; it keeps a share.
+    # Below stage 3 DeepSpeed all-reduces (a reduce-scatter plus an all-gather), although each rank keeps only a part.
     crossings = 1 if sharding.shards_weights else 2
     nvlink += crossings * everyone.nvlink(reduced)
     network += crossings * everyone.network(reduced)
@@ -97,11 +101,11 @@ def traffic(
 
 
 def _near(secondary: int, cluster: Cluster) -> _Inside:
-    """Ranks that hold a second copy together."""
+    """The ranks over which a secondary copy is sharded."""
     secondary = min(secondary, cluster.ranks)
     return _Inside(max(1, secondary // cluster.gpus), min(secondary, cluster.gpus))
 
 
 def _once_more(structure: Structure, item_bytes: tuple[int, ...], gathers: Gathers) -> int:
-    """On a single rank, what a gather copies from host memory."""
+    """Bytes that a single rank copies from host memory in a micro-step."""
     return sum(t * s * b for t, s, b in zip(gathers.times, structure.sizes, item_bytes, strict=True))

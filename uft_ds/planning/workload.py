@@ -1,4 +1,4 @@
-"""What a recipe asks of the hardware, as plain values."""
+"""The part of a recipe that decides its hardware needs, as plain values."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ from uft_ds.planning.structure import ITEM_BYTES, Lora
 from uft_ds.recipe.settings import ModelSettings, Settings
 
 ExtraForwards = Literal["none", "both_streams", "as_trained"]
-"""both_streams: `reward_shift: kl`, whatever is cached. as_trained: `prompt_mean`, the reference where not cached."""
+"""Additional forwards of a reward shift.
+
+both_streams: `kl` forwards policy and reference, even if the reference is cached. as_trained: `prompt_mean` forwards
+the policy, and the reference only if it is not cached.
+"""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Of one run."""
+    """The workload of one run."""
 
     lora: Lora
     dtype: str
@@ -32,20 +36,20 @@ class Workload:
     max_length: int
     examples_per_step: int
     tokens_per_response: int
-    """Mean, prompt included: what a response adds to the tokens of a step."""
+    """Mean number of tokens that a response adds to a step, prompt included."""
     kept_checkpoints: int
     num_responses: int | None
-    """Of the whole data, where the recipe says it."""
+    """Responses in all training data, if the recipe states their number."""
     has_pairs: bool
-    """Whether losses of pairs are asked for, whose sides are kept together."""
+    """Whether a pairwise loss is used, so that both responses of a pair stay together."""
     extra_forwards: ExtraForwards
-    """What a reward shift forwards before each step, without a backward."""
+    """Forwards of a reward shift before each step, without a backward."""
     begins_with_forward: bool
     """Whether a forward without backward comes before the first step: checks of the reference, or an evaluation."""
 
     @property
     def item_bytes(self) -> int:
-        """Of one number of the base and of the activations."""
+        """Bytes per element of the base and of the activations."""
         return ITEM_BYTES[self.dtype]
 
     @property
@@ -53,17 +57,17 @@ class Workload:
         return self.examples_per_step * self.tokens_per_response
 
     def extra_streams(self, mode: str) -> int:
-        """Forwards ahead of a step's own for each response: of the policy, of both, or none.
+        """Additional forwards of each response before the step: 0, 1 (policy) or 2 (policy and reference).
 
         Args:
-            mode: how the reference is had in the step itself: `cached`, or forwarded.
+            mode: how the step itself gets the reference.
         """
         if self.extra_forwards == "none":
             return 0
         return 1 if self.extra_forwards == "as_trained" and mode == "cached" else 2
 
     def micro_steps(self, ranks: int) -> int:
-        """Forwards and backwards of a rank in a step, of responses as long as the mean; none of them is cut."""
+        """Micro-steps of a rank in a step, if all responses have the mean length; a response is never split."""
         return -(-self.most_responses(ranks) // self._responses_at_once)
 
     @property
@@ -71,35 +75,37 @@ class Workload:
         return max(self.unit, self.tokens_per_micro_batch // self.tokens_per_response // self.unit * self.unit)
 
     def attended_tokens(self, ranks: int) -> int:
-        """By how many keys a query is multiplied in QK^T and in AV, together: under flash-attention half of its own
-        sequence's each, else all of its micro-batch's."""
+        """Keys per query, QK^T and AV together.
+
+        Flash-attention: half of the own sequence for each. Otherwise: the whole micro-batch for each.
+        """
         if self.attention == "flash_attention_2":
             return self.tokens_per_response
         at_once = min(self._responses_at_once, self.most_responses(ranks))
         return 2 * at_once * self.tokens_per_response
 
     def most_responses(self, ranks: int) -> int:
-        """Of a step, on the rank that has most of them."""
+        """Responses of a step on the rank with the most responses."""
         return -(-self.examples_per_step // self.unit // ranks) * self.unit
 
     @property
     def unit(self) -> int:
-        """Responses that stay together: the sides of a pair do."""
+        """Number of responses that stay together: 2 for pairs."""
         return 2 if self.has_pairs else 1
 
     @property
     def least_micro_batch(self) -> int:
-        """Tokens: the longest unit must go in."""
+        """Smallest possible micro-batch in tokens: it must hold the longest unit."""
         return self.unit * self.max_length
 
     @property
     def largest_micro_batch(self) -> int:
-        """Tokens: no more than the recipe allows, and than a step can hold."""
+        """Largest micro-batch in tokens: limited by the recipe and by the size of a step."""
         return min(self.tokens_per_micro_batch, max(self.unit, self.examples_per_step) * self.max_length)
 
 
 def workload_of(settings: Settings, *, tokens_per_response: int | None) -> Workload:
-    """Of a run; without a mean length, each response is taken for `data.max_length` tokens long."""
+    """The workload of a run. Without a mean length, each response counts as `data.max_length` tokens."""
     reference, objective, sources = settings.reference, settings.objective, settings.data.sources
     examples = [source.examples for source in sources]
     return Workload(
@@ -111,7 +117,7 @@ def workload_of(settings: Settings, *, tokens_per_response: int | None) -> Workl
             has_reference=reference.adapter is not None and reference.is_needed,
         ),
         dtype=settings.model.dtype,
-        # On the GPUs that are planned for, whatever this machine has.
+        # For the GPUs of the plan, not for this machine.
         attention=_attention(settings.model),
         gradient_checkpointing=settings.model.gradient_checkpointing,
         activation_offload=settings.model.activation_offload,
@@ -132,14 +138,14 @@ def workload_of(settings: Settings, *, tokens_per_response: int | None) -> Workl
 
 
 def _extra_forwards(objective: Objective) -> ExtraForwards:
-    """Of every response: a step may hold fewer that a shift moves, which a recipe alone does not say."""
+    """Additional forwards, counted for every response: the recipe does not tell how many responses a shift affects."""
     if not any(objective.has_pointwise(kind) for kind in KINDS):
         return "none"
     return {"kl": "both_streams", "prompt_mean": "as_trained"}.get(objective.shift.name, "none")  # type: ignore[return-value]
 
 
 def _attention(model: ModelSettings) -> str:
-    """On GPUs, `auto` is flash-attention, which float32 does not have."""
+    """The attention on GPUs: `auto` means flash-attention, except for float32, which it does not support."""
     given = model.attention
     if given != "auto":
         return given
