@@ -62,7 +62,7 @@ def read_position(checkpoint: Path) -> Position:
             int(content["step"]),
             int(content["skipped_steps"]),
             float(content["log_ratio_shift"]),
-            dict(content["source"]),
+            dict(content.get("source", {})),  # absent where a run began before sources had a state
         )
         return Position(state, int(content["metrics_bytes"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
