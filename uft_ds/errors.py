@@ -1,4 +1,4 @@
-"""The ways a command may end, and their exit codes."""
+"""The exceptions that end a command, and the exit codes."""
 
 EXIT_DONE = 0
 EXIT_CRASHED = 1
@@ -15,15 +15,17 @@ class UserError(Exception):
 
 
 class CheckFailed(Exception):
-    """A check of our own refused to go on: step-0 parity, non-finite steps, conversion mismatch."""
+    """One of our own checks failed: step-0 parity, too many non-finite steps, conversion mismatch."""
 
     exit_code = EXIT_CHECK_FAILED
 
 
 class Stopped(BaseException):
-    """The run was asked to stop, and did. Like KeyboardInterrupt it is no error, and no library may swallow it.
+    """The run stopped on request.
 
-    by_all: raised on every rank, at the same place.
+    It is not an error. Like KeyboardInterrupt it is a BaseException, so that no library catches it with `Exception`.
+
+    by_all: whether it is raised on every rank at the same place.
     """
 
     exit_code = EXIT_STOPPED

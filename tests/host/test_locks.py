@@ -96,7 +96,7 @@ def test_what_a_lock_file_holds_stays(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError):
         acquire(tmp_path / "folder")
     subprocess.run(["mkfifo", str(tmp_path / "pipe")], check=True)
-    with pytest.raises(OSError, match="pipe is no regular file"):
+    with pytest.raises(OSError, match="pipe is not a regular file"):
         acquire(tmp_path / "pipe")
 
 

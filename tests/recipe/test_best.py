@@ -36,16 +36,16 @@ def test_the_best_value_by_its_metric(metric: str, best_first: list[float]) -> N
 @pytest.mark.parametrize(
     ("metric", "problem"),
     [
-        ("loss", "is no held-out metric, such as held_out/loss"),
-        ("held_out", "is no held-out metric"),
+        ("loss", "is not a held-out metric, such as held_out/loss"),
+        ("held_out", "is not a held-out metric"),
         *(
-            (f"held_out/{name}/score", "of which no value is the best")
+            (f"held_out/{name}/score", "which has no best value")
             for name in ("responses", "implicit_score", "saturated")
         ),
-        ("held_out/log_ratio/pair", "of which no value is the best"),
-        ("held_out/implicit_reward_rejected/pair", "of which no value is the best"),
-        ("held_out/los", "of which no value is the best"),
-        ("held_out/", "of which no value is the best"),
+        ("held_out/log_ratio/pair", "which has no best value"),
+        ("held_out/implicit_reward_rejected/pair", "which has no best value"),
+        ("held_out/los", "which has no best value"),
+        ("held_out/", "which has no best value"),
         ("held_out/pair_accuracy/score", "which is never measured"),
         ("held_out/rank_correlation", "which is never measured"),
         ("held_out/rank_correlation/pairs", "which is never measured"),

@@ -340,10 +340,10 @@ def test_every_key_is_described() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("train.keep_best=loss",), "train.keep_best: 'loss' is no held-out metric, such as held_out/loss"),
+        (("train.keep_best=loss",), "train.keep_best: 'loss' is not a held-out metric, such as held_out/loss"),
         (
             ("train.keep_best=held_out/responses/score",),
-            "train.keep_best: 'held_out/responses/score' given, of which no value is the best; take held_out/loss, ",
+            "train.keep_best: 'held_out/responses/score' given, which has no best value; take held_out/loss, ",
         ),
         (("train.keep_best=held_out/loss",), "train.keep_best: needs data.held_out, which is empty"),
         (

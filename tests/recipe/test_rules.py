@@ -89,11 +89,11 @@ def test_the_objective_is_what_the_recipe_says(minimal: str) -> None:
         ("objective.loss=[dpo, nll]", "objective.loss: ['dpo', 'nll'] given; a sum of losses is a map with weights"),
         (
             "objective.loss={pair: dpo, nll: 0.2}",
-            "objective.loss: 'nll' is a loss, and stands among kinds; a sum is {pair: {dpo: 1, nll: 0.2}}",
+            "objective.loss: 'nll' is a loss, but the other keys are kinds; a sum is {pair: {dpo: 1, nll: 0.2}}",
         ),
         (
             "objective.loss={pair: simpo, score: mse} objective.beta=2",
-            "objective.beta: 2.0 for all kinds, but simpo takes one per nat a token, mse one per nat; give a map",
+            "objective.beta: 2.0 for all kinds, but simpo takes one per nat per token, mse one per nat; give a map",
         ),
         ("objective.loss={instruction: cpo}", "objective.loss.instruction: 'cpo' needs pairs"),
         ("objective.loss={pair: {orpo: 1}}", "unknown name 'orpo'; here it is {nll: 1, odds_ratio: 0.1} in a map"),
@@ -106,7 +106,7 @@ def test_the_objective_is_what_the_recipe_says(minimal: str) -> None:
         ),
         (
             "objective.loss=ipo",
-            "objective.beta: not given: the default 0.01 is per nat, ipo takes one per nat a token",
+            "objective.beta: not given: the default 0.01 is per nat, ipo takes one per nat per token",
         ),
         ("objective.loss=simpo", "objective.beta: not given"),
         ("objective.length_normalized=true", "objective.beta: not given"),
@@ -127,18 +127,18 @@ def test_the_objective_is_what_the_recipe_says(minimal: str) -> None:
         ("objective.loss=cdpo", "objective.label_smoothing: not given; cdpo needs it"),
         ("objective.rpo_scale=2", "objective.rpo_scale: 2.0 given, but only rpo_bwd, rpo_fwd, rpo_sq would use it"),
         ("objective.reward_shift_decay=0.5", "objective.reward_shift_decay: 0.5 given, but only ema would use it"),
-        ("objective.loss=orpo objective.beta=0.5", "objective.beta: 0.5 given, but orpo has none"),
+        ("objective.loss=orpo objective.beta=0.5", "objective.beta: 0.5 given, but orpo has no beta"),
         (
             "objective.loss=cpo objective.length_normalized=true objective.beta=2",
             "objective.length_normalized: true given",
         ),
         (
             "objective.loss={pair: ipo, score: mse} objective.beta={score: 0.05}",
-            "objective.beta: not given for pair: the default 0.01 is per nat, ipo takes one per nat a token",
+            "objective.beta: not given for pair: the default 0.01 is per nat, ipo takes one per nat per token",
         ),
         (
             "objective.loss={pair: {dpo: 1, ipo: 0.1}} objective.beta=1",
-            "objective.beta: ipo takes one per nat a token, dpo one per nat: not in one kind",
+            "objective.beta: ipo takes one per nat per token, dpo one per nat: they cannot be summed",
         ),
         ("objective.reward_shift_decay=1", "objective.reward_shift_decay: 1 given"),
     ],
@@ -173,7 +173,7 @@ def test_a_beta_for_another_kind_is_no_beta_for_orpo(minimal: str) -> None:
     given = load_settings(minimal, ("objective.loss={pair: orpo, score: mse}", "objective.beta=0.1")).given
     assert given.beta_of("score") == 0.1
     own = refusal(minimal, "objective.loss={pair: orpo, score: mse}", "objective.beta={pair: 0.1}")
-    assert "objective.beta: 0.1 given, but orpo has none" in own
+    assert "objective.beta: 0.1 given, but orpo has no beta" in own
 
 
 def test_a_misspelt_kind_is_one_problem(minimal: str) -> None:

@@ -67,13 +67,13 @@ def notes(chat: ChatTokenizer, folder: Path, objective: dict[str, Any], *names: 
                 "objective.weights.pair: 2.0 given, but no source holds responses of kind 'pair'",
             ],
         ),
-        ({"loss": "nll", "beta": 0.1}, ["instruction"], {}, ["objective.beta: 0.1 given, but nll has none"]),
+        ({"loss": "nll", "beta": 0.1}, ["instruction"], {}, ["objective.beta: 0.1 given, but nll has no beta"]),
         (
             {"loss": {"instruction": "nll", "pair": "dpo"}, "beta": {"instruction": 0.1}},
             ["instruction", "pair"],
             {},
             [
-                "objective.beta.instruction: 0.1 given, but nll has none",
+                "objective.beta.instruction: 0.1 given, but nll has no beta",
                 "objective.beta: not given for pair, which has the default 0.01",
             ],
         ),
@@ -89,7 +89,7 @@ def notes(chat: ChatTokenizer, folder: Path, objective: dict[str, Any], *names: 
             {},
             [
                 "objective.loss.score: mse given, but no source holds responses of kind 'score'",
-                "objective.reward_shift: ema given, but no training source has a pointwise loss: it moves no other",
+                "objective.reward_shift: ema given, but no training source has a pointwise loss; others ignore it",
             ],
         ),
         (

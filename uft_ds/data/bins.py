@@ -1,7 +1,7 @@
-"""Which unit goes into which bin: as few bins as can be had, then bins that cost alike.
+"""Bin packing for `packing`: assign units to as few bins as possible, then make the bins' costs equal.
 
-U units, whose tokens and costs are known; B bins of one capacity, one for each rank and micro-step. Nothing here is
-left to chance or to the order of a sum: every rank computes the same.
+There are U units with known tokens and costs, and B bins of one capacity, one bin for each rank and micro-step. The
+result is deterministic (fixed seeds, whole-number sums), so every rank computes the same assignment by itself.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ from dataclasses import dataclass
 import numpy as np
 
 Assignment = np.ndarray
-"""[units], the bin of each."""
+"""[units], int64: the bin of each unit."""
 
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """What is not divided over micro-batches.
+    """The units of a step: a unit is never divided over micro-batches.
 
-    members: indices of the unit's sequences. tokens_U: [units]; costs_U: [units], whole numbers: their sums do not
-    depend on the order of addition, so ranks on different processors agree.
+    members: indices of each unit's sequences.
+    tokens_U: [units], int64.
+    costs_U: [units], whole numbers. Their sums do not depend on the order of addition, so ranks on different
+        processors agree.
     """
 
     members: list[list[int]]
@@ -29,11 +31,13 @@ class Units:
 
 
 def fewest_micro_steps(lengths_of_units: Seq[int], tokens_per_micro_batch: int, world_size: int) -> int:
-    """A number of micro-steps below which no division exists; 1 at least.
+    """A lower bound on the number of micro-steps; at least 1.
 
-    Bounds on the number of bins, the largest counts: all tokens over the capacity C; L2 (Martello and Toth 1990):
-    units above C/2 need a bin each, and those of at least a, small, go beside the units of at most C - a or into new
-    bins; for k = 2, 3, ...: of units longer than C/(k + 1) a bin holds k at most (Fekete and Schepers 2001, u^(k)).
+    It is the largest of these lower bounds on the number of bins of capacity C, divided by the ranks:
+
+        L2      Martello and Toth 1990. Each unit above C/2 needs its own bin. Small units of at least a tokens share a
+                bin with a unit of at most C - a tokens, or need new bins. With a = 0: all tokens / C.
+        u^(k)   Fekete and Schepers 2001, for k = 2 to 8. A bin holds at most k units longer than C/(k + 1).
     """
     lengths_U = np.sort(np.asarray(lengths_of_units, dtype=np.int64))
     capacity = tokens_per_micro_batch
@@ -42,10 +46,11 @@ def fewest_micro_steps(lengths_of_units: Seq[int], tokens_per_micro_batch: int, 
 
 
 def _l2_bound(lengths_U: np.ndarray, capacity: int) -> int:
-    """Lengths ascending."""
+    """The bound L2, in bins. lengths_U: [units], in ascending order."""
     up_to_U1 = np.concatenate([[0], lengths_U.cumsum()])
     half = int(np.searchsorted(lengths_U, capacity // 2, side="right"))
     num_large = len(lengths_U) - half
+    # Only lengths that occur can be the best threshold a; 0 gives the bound by the total of the tokens.
     smallest_A = np.unique(np.concatenate([[0], lengths_U[:half]]))
     small_A = up_to_U1[half] - up_to_U1[np.searchsorted(lengths_U, smallest_A, side="left")]
     end_A = np.maximum(np.searchsorted(lengths_U, capacity - smallest_A, side="right"), half)
@@ -54,7 +59,10 @@ def _l2_bound(lengths_U: np.ndarray, capacity: int) -> int:
 
 
 def _share_bound(lengths_U: np.ndarray, capacity: int, k: int) -> int:
-    """A length counts as floor((k + 1) length / C) / k bins; as itself where that division has no remainder."""
+    """The bound u^(k), in bins.
+
+    A length counts as floor((k + 1) length / C) / k bins; where the division has no remainder, as length / C bins.
+    """
     parts_U, rest_U = np.divmod((k + 1) * lengths_U, capacity)
     return _ceil_div(int(np.where(rest_U == 0, k * lengths_U, parts_U * capacity).sum()), k * capacity)
 
@@ -64,28 +72,31 @@ def _ceil_div(a: int, b: int) -> int:
 
 
 def sums(values_U: np.ndarray, bin_of_U: Assignment, num_bins: int) -> np.ndarray:
+    """[bins], int64: the sum of the values in each bin."""
     sums_B = np.zeros(num_bins, dtype=np.int64)
     np.add.at(sums_B, bin_of_U, values_U)
     return sums_B
 
 
-# ---- first, all of it into the bins
+# ---- first, find an assignment that fits
 
 
 _RESTARTS = 4
-"""Of the last means, each from another order: of 3000 steps of real lengths, it spared 29 a micro-step at once and
-3 by a restart, and 4 got the one above the bound. Where even that fails, restarts are what takes time."""
+"""Random restarts of the last heuristic. On 3,000 steps with real lengths, its first try saved 29 steps a micro-step
+and a restart saved 3 more; 4 steps kept one micro-step more than the lower bound. Where the heuristic fails, the
+restarts take most of the time."""
 
 
 def assign(units: Units, num_bins: int, capacity: int) -> Assignment | None:
-    """An assignment within the capacity, by means of growing effort; None where none was found."""
+    """An assignment within the capacity, or None if none was found. Cheap heuristics are tried first."""
     tokens_U, costs_U = units.tokens_U, units.costs_U
     assigned = _one_by_one(tokens_U, costs_U, num_bins, capacity, to_the_lightest=True)
     if assigned is None:
         assigned = _one_by_one(tokens_U, tokens_U, num_bins, capacity, to_the_lightest=False)
     if assigned is None:
-        rng = np.random.default_rng(0)
+        rng = np.random.default_rng(0)  # one seed for all ranks: they must find the same assignment
         for restart in range(_RESTARTS):
+            # The first try keeps the true order; restarts order by lengths changed by up to 5, 10 and 15 percent.
             changed_U = tokens_U * rng.integers(100 - 5 * restart, 101 + 5 * restart, size=len(tokens_U))
             assigned = _bin_by_bin(tokens_U, np.argsort(-changed_U, kind="stable"), num_bins, capacity)
             if assigned is not None:
@@ -96,7 +107,10 @@ def assign(units: Units, num_bins: int, capacity: int) -> Assignment | None:
 def _one_by_one(
     tokens_U: np.ndarray, weights_U: np.ndarray, num_bins: int, capacity: int, *, to_the_lightest: bool
 ) -> Assignment | None:
-    """The heaviest unit first, to the lightest bin that has room (it ends even) or to the heaviest (it fits more)."""
+    """Place the heaviest unit first, into the lightest or the heaviest bin that has room.
+
+    The lightest bin gives equal bins (worst fit); the heaviest bin fits more units (best fit).
+    """
     bin_of_U = np.zeros(len(tokens_U), dtype=np.int64)
     room_B = np.full(num_bins, capacity)
     key_B = np.zeros(num_bins, dtype=np.int64)
@@ -113,7 +127,10 @@ def _one_by_one(
 
 
 def _bin_by_bin(tokens_U: np.ndarray, order_U: np.ndarray, num_bins: int, capacity: int) -> Assignment | None:
-    """Each bin gets the first unit left, and beside it others that fill at least the bin's share of what is left."""
+    """Fill one bin at a time: the first remaining unit, then a subset of the others.
+
+    The subset brings the bin to at least its share of the remaining tokens.
+    """
     bin_of_U = np.zeros(len(tokens_U), dtype=np.int64)
     left = order_U.tolist()
     lengths = tokens_U.tolist()
@@ -132,37 +149,43 @@ def _bin_by_bin(tokens_U: np.ndarray, order_U: np.ndarray, num_bins: int, capaci
 
 
 def _subset(lengths: Seq[int], least: int, most: int) -> list[int]:
-    """Indices whose lengths sum to `least`..`most`, early ones preferred; else to as much below as there is."""
+    """Indices of lengths that sum to `least`..`most`, early ones preferred; else to the largest sum below `least`.
+
+    Subset sum by dynamic programming; the bits of one integer are the sums that can be reached.
+    """
     within = (1 << (most + 1)) - 1
-    reached = [1]  # bit s of the i-th: the first i lengths have a subset of sum s
+    reached = [1]  # bit s of reached[i]: a subset of the first i lengths has the sum s
     for length in lengths:
         if least <= 0 or reached[-1] >> least:
             break
         reached.append((reached[-1] | reached[-1] << length) & within)
     enough = reached[-1] >> max(least, 0)
+    # The smallest sum that is enough (its lowest bit), or the largest of all (the highest bit).
     total = max(least, 0) + (enough & -enough).bit_length() - 1 if enough else reached[-1].bit_length() - 1
     chosen = []
-    for i in range(len(reached) - 2, -1, -1):
+    for i in range(len(reached) - 2, -1, -1):  # back through the table: length i was needed if the sum was not there
         if not reached[i] >> total & 1:
             chosen.append(i)
             total -= lengths[i]
     return chosen
 
 
-# ---- then evenly
+# ---- then make the bins' costs equal
 
 
 _EVEN_ENOUGH = 1e-3
-"""Of a bin's cost: smaller differences are not worth a search."""
+"""Share of a bin's cost: smaller differences are not worth a search."""
 
 _PARTNERS = 64
-"""Bins that one is compared with, at most; for 64 ranks. All of them: a third slower, to wait 0.02% less."""
+"""Bins that are tried for a swap with one bin, at most. On 64 ranks, trying all of them is 33% slower and reduces the
+waiting time by 0.02%."""
 
 
 class _Bins:
-    """An assignment that changes by swaps; the last B of the X things stand for nothing, one in each bin.
+    """An assignment that is changed by swaps.
 
-    To swap with a nothing is to move.
+    There are X = U + B items: the units, then one empty item in each bin, of no tokens and no cost. A swap with an
+    empty item moves a unit.
     """
 
     def __init__(self, units: Units, bin_of_U: Assignment, num_bins: int, capacity: int) -> None:
@@ -175,7 +198,12 @@ class _Bins:
         self.cost_B = sums(self.costs_X, self.bin_of_X, num_bins)
 
     def swaps(self, number: int, partners: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Things of a bin, things of its partners, [own, theirs] the cost that a swap takes away, and if both fit."""
+        """All swaps of an item of bin `number` with an item of a partner bin.
+
+        Returns:
+            own, theirs: the items of the bin and of its partners. Then, for each swap, [own, theirs]: the cost by
+            which it lowers the bin, and whether both bins stay within the capacity.
+        """
         is_partner_B = np.zeros(len(self.cost_B), dtype=bool)
         is_partner_B[partners] = True
         (own,) = np.nonzero(self.bin_of_X == number)
@@ -186,7 +214,7 @@ class _Bins:
         return own, theirs, self.costs_X[own][:, None] - self.costs_X[theirs], fits
 
     def swap(self, one: int, other: int) -> None:
-        """Exchange two things; a nothing stays where it is."""
+        """Exchange two items; an empty item stays in its bin."""
         bins = self.bin_of_X[[one, other]]
         for thing, (source, target) in ((one, bins), (other, bins[::-1])):
             if thing < self.num_units:
@@ -197,15 +225,17 @@ class _Bins:
 
 
 def even_out(units: Units, bin_of_U: Assignment, micro_steps: int, world_size: int, capacity: int) -> Assignment:
-    """Bins of one cost as far as can be, otherwise of one cost within each micro-step.
+    """Make all bins cost the same where possible; otherwise the bins of each micro-step.
 
-    A unit that costs more than the mean bin keeps all ranks waiting unless the bins beside it are filled as high.
+    A unit that costs more than the mean bin makes all other ranks wait, unless the other bins of its micro-step are
+    filled to the same cost.
     """
     bins = _Bins(units, bin_of_U, micro_steps * world_size, capacity)
     left = np.arange(micro_steps * world_size)
     while len(left):
         _lower_the_costliest(bins, left)
-        # Not the costliest bins: a large unit is in nobody's way where the level is high.
+        # Bins are taken by their largest unit, not by their cost: large units that meet in one micro-step raise one
+        # level instead of several.
         largest_B = np.zeros(len(bins.cost_B), dtype=np.int64)
         np.maximum.at(largest_B, bins.bin_of_X, bins.costs_X)
         left = left[np.lexsort((-bins.cost_B[left], -largest_B[left]))]
@@ -217,7 +247,7 @@ def even_out(units: Units, bin_of_U: Assignment, micro_steps: int, world_size: i
 
 
 def _lower_the_costliest(bins: _Bins, among: np.ndarray) -> None:
-    """Swap between the costliest bin and others until no swap lowers it; then the next costliest.
+    """Swap items between the costliest bin and others until no swap lowers it; then take the next costliest.
 
     The best swap leaves the costlier of its two bins as cheap as possible.
     """
@@ -225,11 +255,12 @@ def _lower_the_costliest(bins: _Bins, among: np.ndarray) -> None:
     for _ in range(8 * len(among)):
         left = left[np.argsort(-cost_B[left], kind="stable")]
         top, others = int(left[0]), left[1:]
+        # No swap can lower the costliest bin below the mean.
         if cost_B[top] <= (1 + _EVEN_ENOUGH) * cost_B[left].mean():
             return
         own, theirs, taken, fits = bins.swaps(top, others[-_PARTNERS:])
         costlier = np.maximum(cost_B[top] - taken, cost_B[bins.bin_of_X[theirs]] + taken)
-        costlier[~fits] = cost_B[top]
+        costlier[~fits] = cost_B[top]  # never below the present cost, so never chosen
         i, j = divmod(int(costlier.argmin()), len(theirs))
         if costlier[i, j] < cost_B[top]:
             bins.swap(int(own[i]), int(theirs[j]))
@@ -238,7 +269,7 @@ def _lower_the_costliest(bins: _Bins, among: np.ndarray) -> None:
 
 
 def _raise_to(bins: _Bins, number: int, level: int, from_bins: np.ndarray) -> None:
-    """The largest swaps with other bins that leave this one at most at `level`."""
+    """Raise a bin's cost towards `level`, never above it, by the largest swaps with other bins."""
     while len(from_bins) and (gap := level - int(bins.cost_B[number])) > _EVEN_ENOUGH * level:
         own, theirs, taken, fits = bins.swaps(number, from_bins[:_PARTNERS])
         gained = np.where(fits & (taken < 0) & (-taken <= gap), bins.costs_X[theirs] - taken, 0)
@@ -249,14 +280,14 @@ def _raise_to(bins: _Bins, number: int, level: int, from_bins: np.ndarray) -> No
 
 
 def schedule(cost_B: np.ndarray, world_size: int) -> np.ndarray:
-    """[micro-steps, ranks], the bin of each.
+    """[micro-steps, ranks]: the bin of each rank in each micro-step.
 
-    Bins of similar cost meet in a micro-step, the costliest first: what runs out of memory does so at once. In each
-    micro-step the rank with the least of all others gets the costliest.
+    Bins of similar cost share a micro-step, the costliest first, so that a lack of memory shows at once. In each
+    micro-step, the rank with the lowest cost over all other micro-steps gets the costliest bin.
     """
     bin_MW = np.argsort(-cost_B, kind="stable").reshape(-1, world_size)
     totals_W = cost_B[bin_MW].sum(0)
-    for _ in range(4):
+    for _ in range(4):  # each pass uses the totals of the one before; stop when nothing changes
         before = totals_W.copy()
         for bins_W in bin_MW:
             bins_by_cost_W = bins_W[np.argsort(-cost_B[bins_W], kind="stable")]

@@ -2,7 +2,7 @@
 
     source row -> Example or Pair -> Sequence -> Step -> MicroBatch
 
-Each is immutable and knows nothing about the stage after it.
+Each value is immutable and knows nothing about the stages after it.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ Kind = Literal["instruction", "score", "binary", "pair"]
 KINDS: tuple[Kind, ...] = ("instruction", "score", "binary", "pair")
 
 GOOD_FROM = 0.5
-"""Score from which a labelled response counts as good."""
+"""A response with at least this score counts as good."""
 
 KEY_BYTES = 16
-"""Of the name by which a response is known by its content."""
+"""Size of a response key, the hash that names a response by its content."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Message:
     """One turn of a conversation. An assistant turn with a score is supervised; without one it is context.
 
     tool_calls: of an assistant turn, as the chat template takes them (OpenAI's layout).
-    extras: what else the chat template may want of a turn, by name: reasoning_content, name, tool_call_id.
+    extras: other fields that a chat template may use, by name: reasoning_content, name, tool_call_id.
     """
 
     role: Role
@@ -44,7 +44,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Example:
-    """What a data set gives: a conversation with one or more supervised assistant turns.
+    """An item of a data set: a conversation with one or more supervised assistant turns.
 
     A single (prompt, response, score) is a conversation whose last turn alone carries a score.
 
@@ -57,14 +57,15 @@ class Example:
 
     @property
     def num_responses(self) -> int:
+        """The number of supervised turns."""
         return sum(message.score is not None for message in self.messages)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to one prompt, the better one first: each side a conversation of which the last turn is scored.
+    """Two answers to one prompt, the better one first. Each side is a conversation with a score on its last turn alone.
 
-    scored: whether the scores come from the data; otherwise they are 1 and 0, and say only which one is better.
+    scored: whether the scores come from the data. If not, they are 1 and 0 and only say which side is better.
     """
 
     chosen: Example
@@ -82,21 +83,21 @@ class Pair:
 
 
 SCORE = "score"
-"""Name of the fact that every response has."""
+"""Name of the fact (a number about a response) that every response has."""
 
 
 @dataclass(frozen=True)
 class Response:
     """A supervised span of a sequence: tokens [start, end), the end-of-turn token included.
 
-    `start` is at least 1: the token before predicts the span's first token.
+    `start` is at least 1, because the token before the span predicts its first token.
 
-    score: the fact that every response has, in [0, 1].
-    origin: `file:line` (or `name:row`), for messages to the user; known to whoever stores it.
-    pair_id: the same for the two sides of a pair, and for no others of a step; the chosen side comes first.
+    score: in [0, 1].
+    origin: `file:line` (or `name:row`), for messages to the user; filled in by the store.
+    pair_id: shared by the two sides of a pair and unique within a step; the chosen side comes first.
     other_facts: numbers by name that an objective may read besides the score, such as an advantage.
     Raises:
-        ValueError: `other_facts` names the score again.
+        ValueError: `other_facts` contains the score again.
     """
 
     start: int
@@ -126,7 +127,7 @@ class Sequence:
     """One run of tokens with its responses, in order and disjoint.
 
     token_ids_T: [tokens], int32.
-    stored_keys: `response_keys` where they have been computed before.
+    stored_keys: `response_keys`, if they have been computed before.
     """
 
     token_ids_T: np.ndarray
@@ -139,18 +140,19 @@ class Sequence:
 
     @property
     def pair_id(self) -> int | None:
-        """Of the pair that it is a side of."""
+        """The id of its pair; None if it is not a side of one."""
         return self.responses[0].pair_id if self.responses else None
 
     @cached_property
     def response_keys(self) -> tuple[bytes, ...]:
-        """Each response named by its content: the tokens up to its end, and where it starts.
+        """A hash of each response's content: the tokens up to its end, its start and its end.
 
-        In a causal model a response's log-prob depends on nothing else, whatever follows it or stands beside it.
+        In a causal model a response's log-prob depends on nothing else: not on later tokens, and not on the other
+        sequences of the micro-batch.
         """
         if self.stored_keys is not None:
             return self.stored_keys
-        tokens = self.token_ids_T.astype("<i4", copy=False)
+        tokens = self.token_ids_T.astype("<i4", copy=False)  # one byte order, so that keys are the same everywhere
         digest, hashed, keys = blake2b(digest_size=KEY_BYTES), 0, []
         for response in self.responses:
             digest.update(tokens[hashed : response.end].tobytes())
@@ -162,11 +164,11 @@ class Sequence:
 
 
 Unit = tuple[Sequence, ...]
-"""What is never divided: one sequence, or the two of a pair, the chosen one first."""
+"""One sequence, or the two of a pair with the chosen one first; never divided over micro-batches."""
 
 
 def keep_first(sequence: Sequence, num_responses: int) -> Sequence:
-    """The sequence up to its `num_responses`-th response; what follows cannot influence what is kept."""
+    """The sequence up to the end of its `num_responses`-th response; later tokens cannot influence earlier ones."""
     responses = sequence.responses[:num_responses]
     keys = sequence.stored_keys
     return Sequence(

@@ -1,4 +1,4 @@
-"""What one rank forwards at once: sequences side by side in one row of tokens, without padding.
+"""The tensors that one rank forwards at once: sequences packed into one row of tokens, without padding.
 
 T packed tokens, N supervised tokens, R responses, S sequences of one micro-batch.
 """
@@ -20,18 +20,19 @@ from uft_ds.data.example import SCORE, Response, Sequence
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one rank forwards at once.
+    """The sequences that one rank forwards at once, as tensors.
 
     token_ids_T, position_ids_T: [tokens]; positions restart at 0 with each sequence.
     predictors_N: [supervised tokens], index of the position whose output predicts the token.
     targets_N: [supervised tokens], the token predicted.
     response_of_N: [supervised tokens], index into the responses.
     last_R: [responses], index of the position of each response's last token.
-    facts: by name, [responses] each, float32: the score, and what else one of the responses carries; `fact` reads it.
-    bounds_S: [sequences + 1], int32, cumulative lengths; longest: the longest sequence, in tokens.
-    responses: for kinds and origins; empty in the dummy of a rank that has nothing left to do.
-    response_keys: each response named by its content, as in `Sequence`.
-    pairs: where the chosen and the rejected response of each pair stand.
+    facts: by name, [responses] each, float32: the score, and other facts that any of the responses carries.
+    bounds_S: [sequences + 1], int32, cumulative lengths.
+    longest: length of the longest sequence, in tokens.
+    responses: for kinds and origins; empty in the dummy micro-batch of a rank that has no sequences left.
+    response_keys: the content hash of each response, as in `Sequence`.
+    pairs: indices of the chosen and the rejected response of each pair.
     """
 
     token_ids_T: Tensor
@@ -57,7 +58,7 @@ class MicroBatch:
         return self.facts[SCORE]
 
     def fact(self, name: str) -> Tensor:
-        """A fact of each response: [responses], float32; NaN where a response does not carry it."""
+        """One fact of each response: [responses], float32; NaN for a response that does not carry it."""
         return self.facts[name] if name in self.facts else torch.full_like(self.scores_R, math.nan)
 
     def to(self, device: torch.device | str) -> MicroBatch:
@@ -68,18 +69,19 @@ class MicroBatch:
         return replace(self, **moved)
 
 
-# Two tokens, no response: every rank must run the same number of forwards, or ZeRO's gathers hang.
+# Two tokens and no response. Every rank must run the same number of forwards, or ZeRO's gathers hang.
 _DUMMY = Sequence(np.zeros(2, dtype=np.int32), ())
 
 
 def micro_batch(sequences: Seq[Sequence]) -> MicroBatch:
-    """Lay sequences side by side; without any, the dummy."""
+    """Pack sequences into one micro-batch; without sequences, the dummy micro-batch."""
     sequences = sequences or [_DUMMY]
     offsets = np.cumsum([0, *(s.num_tokens for s in sequences)])
     token_ids = np.concatenate([s.token_ids_T for s in sequences]).astype(np.int64)
     positions = np.concatenate([np.arange(s.num_tokens) for s in sequences])
     responses = [(offset, r) for offset, s in zip(offsets, sequences, strict=False) for r in s.responses]
     spans = [np.arange(offset + r.start, offset + r.end) for offset, r in responses]
+    # All tokens of all responses. The token at position p is predicted by the output at p - 1.
     supervised = np.concatenate(spans) if spans else np.zeros(0, dtype=np.int64)
     lengths = [len(span) for span in spans]
     return MicroBatch(
@@ -99,14 +101,14 @@ def micro_batch(sequences: Seq[Sequence]) -> MicroBatch:
 
 
 def _columns(responses: Seq[Response]) -> dict[str, Tensor]:
-    """Each fact of the responses: [responses] by name, float32; NaN where one does not carry it."""
+    """Facts by name: [responses] each, float32; NaN for a response that does not carry the fact."""
     facts = [response.facts for response in responses]
     names = dict.fromkeys((SCORE, *(name for of in facts for name in of)))
     return {name: torch.tensor([of.get(name, math.nan) for of in facts], dtype=torch.float32) for name in names}
 
 
 def _pairs(responses: Seq[Response]) -> tuple[tuple[int, int], ...]:
-    """Where the two sides of each pair stand; a side without its other one, forwarded for its log-prob, is no pair."""
+    """Indices of the two sides of each pair. A single side, forwarded only for its log-prob, is not a pair."""
     places: dict[int, list[int]] = {}
     for place, response in enumerate(responses):
         if response.pair_id is not None:

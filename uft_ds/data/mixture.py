@@ -1,7 +1,7 @@
-"""The order of the mixture: which units make up step n.
+"""The order of the data mixture: which units make up step n.
 
-It depends on (sources, seed, n) only: not on the number of ranks, a restart, or what was skipped. So a checkpoint
-needs no more of it than the number of the step.
+It depends on (sources, seed, n) only, not on the number of ranks, a restart or skipped steps. A checkpoint therefore
+stores only the number of the step.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ Knots = tuple[tuple[float, float], ...]
 """A piecewise linear function of the run's progress: (progress, value), progress rising from 0 to 1."""
 
 _GRID = 4096
-"""Points at which a schedule's share is summed up."""
+"""Number of grid points at which a schedule's share is integrated."""
 
 _TRIES = 8
-"""At the length of a scheduled run; one or two are enough where units are alike."""
+"""Iterations of the search for the epoch length that gives the requested number of steps. One or two are enough if
+all units have equally many responses."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """The sequences of one optimiser step, over all ranks and micro-batches; the two of a pair side by side."""
+    """The sequences of one optimiser step over all ranks and micro-batches. The two of a pair are adjacent."""
 
     index: int
     sequences: tuple[Sequence, ...]
@@ -44,7 +45,7 @@ class Step:
 
     @property
     def units(self) -> tuple[Unit, ...]:
-        """What is never divided over micro-batches: single sequences, and the two of a pair."""
+        """Single sequences and pairs, which are never divided over micro-batches."""
         numbered = enumerate(self.sequences)
         by_pair = groupby(
             numbered, key=lambda item: ("single", item[0]) if item[1].pair_id is None else item[1].pair_id
@@ -54,7 +55,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Portion:
-    """How much of a source one epoch of the mixture takes: so many passes over it, or a share of all responses."""
+    """How much of a source one epoch of the mixture takes: a number of passes, or a share of all responses."""
 
     passes: float = 1.0
     share: Knots | None = None
@@ -64,7 +65,7 @@ ONE_PASS = Portion()
 
 
 class MixedSource(Protocol):
-    """What the mixture knows of a prepared source: its order is drawn from the seed and `seed_name`."""
+    """What the mixture reads of a prepared source. The order is drawn from the seed and `seed_name`."""
 
     @property
     def seed_name(self) -> str: ...
@@ -76,7 +77,11 @@ class MixedSource(Protocol):
 
 @dataclass(frozen=True)
 class _Draw:
-    """How a source is drawn from: how many units an epoch takes (a ratio of integers), and how densely along it."""
+    """How an epoch draws units from a source.
+
+    num_units: units of the source. taken: units that an epoch takes, as a ratio of integers (numerator, denominator).
+    density: the relative number of units along the epoch; None is constant.
+    """
 
     seeds: tuple[int, int]
     num_units: int
@@ -85,7 +90,7 @@ class _Draw:
 
 
 class Steps(Seq[Step]):
-    """All steps of a run over fixed data, a `StepSource`: each is made when it is asked for, without earlier ones."""
+    """All steps of a run over fixed data, as a `StepSource`. A step is built on request, without earlier steps."""
 
     def __init__(
         self,
@@ -96,9 +101,11 @@ class Steps(Seq[Step]):
     ) -> None:
         """
         Args:
-            order: (source, unit) of each unit of a block, [units] each.
-            block_starts: how many units there are before each block; step_starts: before each step, and in all.
+            order: returns (source, unit) of each unit of a block, [units] each. A block is an epoch.
+            block_starts: the number of units before each block.
+            step_starts: [steps + 1], the number of units before each step, then the total.
         """
+        # Two blocks: a step may begin in one epoch and end in the next.
         self._pools, self._order = pools, lru_cache(maxsize=2)(order)
         self._block_starts, self._step_starts = block_starts, step_starts
 
@@ -124,19 +131,19 @@ class Steps(Seq[Step]):
         return self[n]
 
     def state(self) -> Mapping[str, Any]:
-        """Nothing: the number of the step says it all."""
+        """Empty: the number of the step is all that a restart needs."""
         return {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Accept the state of fixed data, which is empty.
 
         Raises:
-            UserError: it is of another kind of source.
+            UserError: the state is from another kind of source.
         """
         if state:
             raise UserError(
                 f"the checkpoint holds the state of another source of steps ({', '.join(state)}), where fixed data has "
-                "none: go on with the recipe that the run began with"
+                "none: resume with the recipe that the run began with"
             )
 
     def _unit(self, position: int, number: int) -> Unit:
@@ -149,10 +156,10 @@ class Steps(Seq[Step]):
 def plan_steps(
     sources: Seq[MixedSource], *, seed: int, examples_per_step: int, epochs: int, steps: int | None
 ) -> Steps:
-    """All steps of a run: whole units in mixed order until a step holds `examples_per_step` responses.
+    """All steps of a run. A step takes whole units in mixed order until it holds `examples_per_step` responses or more.
 
-    With `steps`, epochs follow one another as often as needed; otherwise `epochs` of them are run and the last
-    step holds what is left.
+    With `steps`, epochs are repeated as often as needed. Otherwise the run has `epochs` epochs, and the last step
+    holds the remaining units.
 
     Raises:
         ValueError: the portions do not make a mixture.
@@ -160,7 +167,7 @@ def plan_steps(
     pools = [source.selection for source in sources]
     amounts, is_scheduled = epoch_amounts(sources), any(len(i.portion.share or ()) > 1 for i in sources)
     responses = [pool.responses_U for pool in pools]
-    if is_scheduled:  # a schedule goes over the whole run: it is one long epoch
+    if is_scheduled:  # a schedule covers the whole run, so the run is one long epoch
         stretch = float(epochs)
         if steps is not None:
             stretch = _stretch_to(steps, examples_per_step, sources, amounts, responses, seed)
@@ -169,8 +176,10 @@ def plan_steps(
     def order(block: int) -> tuple[np.ndarray, np.ndarray]:
         return mixed_order(sources, amounts, seed=seed, epoch=block)
 
+    # Only the counts of responses are read here, not the tokens: planning a run stays cheap.
     block_starts, step_starts, carried = [0], [0], np.zeros(0, dtype=np.int64)
     block = 0
+    # `carried`: responses of the units at an epoch's end that do not fill a step; the next epoch continues that step.
     while (block < epochs) if steps is None else (len(step_starts) <= steps):
         counts = _counts(order(block), responses)
         block_starts.append(block_starts[-1] + len(counts))
@@ -186,7 +195,7 @@ def plan_steps(
 
 
 def in_order(pools: Seq[Pool], examples_per_step: int) -> Steps:
-    """Held-out units in groups of the training step's size, in their own order."""
+    """Held-out units in the order of their sources, in groups of the size of a training step."""
     counts = [pool.responses_U for pool in pools]
     source_K = np.repeat(np.arange(len(pools)), [len(c) for c in counts])
     unit_K = np.concatenate([np.arange(len(c)) for c in counts] or [np.zeros(0, dtype=np.int64)])
@@ -198,11 +207,11 @@ def in_order(pools: Seq[Pool], examples_per_step: int) -> Steps:
 def mixed_order(
     sources: Seq[MixedSource], amounts: Seq[float], *, seed: int, epoch: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(source, unit) of every unit in one epoch, [units] each: each source shuffled, all spread evenly.
+    """(source, unit) of every unit in one epoch, [units] each. Each source is shuffled and spread over the epoch.
 
-    The k-th unit of the n that an epoch takes of a shuffled source stands at (k + u) / n, u uniform in [0, 1): every
-    stretch of the epoch holds about the same shares (or those of its schedule), and changing one source leaves the
-    others' order as it is. A source that is taken more often than once is shuffled anew each time.
+    If an epoch takes n units of a shuffled source, the k-th one is placed at (k + u) / n, with u uniform in [0, 1).
+    So every part of the epoch holds about the same shares (or those of the schedule), and a change of one source does
+    not change the order of the others. A source that is repeated is shuffled again for each pass.
 
     Args:
         amounts: responses that an epoch takes from each source.
@@ -210,6 +219,7 @@ def mixed_order(
     places, numbers, units = [], [], []
     for number, draw in enumerate(_draws(sources, amounts)):
         numerator, denominator = draw.taken
+        # The total of all epochs so far is rounded, so that the rounding errors of epochs do not add up.
         first, last = ((2 * e * numerator + denominator) // (2 * denominator) for e in (epoch, epoch + 1))
         wanted_K = np.arange(first, last)
         passes = [_one_pass(draw, seed, p) for p in range(first // draw.num_units, -(-last // draw.num_units))]
@@ -219,6 +229,7 @@ def mixed_order(
         places.append(place_K if draw.density is None else _along(draw.density, place_K))
         numbers.append(np.full(len(wanted_K), number, dtype=np.int16))
         units.append(shuffled[offset_K].astype(np.int32))
+    # Ties of places are broken by source and unit, so that the order is the same on every machine.
     order = np.lexsort((np.concatenate(units), np.concatenate(numbers), np.concatenate(places)))
     return np.concatenate(numbers)[order], np.concatenate(units)[order]
 
@@ -226,11 +237,11 @@ def mixed_order(
 def epoch_amounts(sources: Seq[MixedSource]) -> list[float]:
     """How many responses one epoch of the mixture takes from each source.
 
-    A source with a share gets that share of the whole, beside those that are taken by passes; where all have shares,
-    the epoch ends when the first of them has been gone through once.
+    A source with a share gets that share of the total; the other sources are taken by passes. If all sources have
+    shares, the epoch ends when the first of them has been used once completely.
 
     Raises:
-        ValueError: shares that leave nothing for the others, or do not add up to 1.
+        ValueError: the shares leave nothing for the other sources, or do not add up to 1.
     """
     sizes = [int(source.selection.responses_U.sum()) for source in sources]
     shares = [source.portion.share for source in sources]
@@ -253,7 +264,7 @@ def epoch_amounts(sources: Seq[MixedSource]) -> list[float]:
 
 
 def units_of_epochs(sources: Seq[MixedSource], epochs: int) -> int:
-    """How many units the first epochs of the mixture take in all: 0 where each source's part rounds to nothing.
+    """The number of units that the first `epochs` epochs take in total; 0 if every source's part is rounded to 0.
 
     Raises:
         ValueError: the portions do not make a mixture.
@@ -263,7 +274,7 @@ def units_of_epochs(sources: Seq[MixedSource], epochs: int) -> int:
 
 
 def value_at(knots: Knots, progress: float) -> float:
-    """A piecewise linear function at one point."""
+    """The value of a piecewise linear function at one point."""
     return float(np.interp(progress, [at for at, _ in knots], [value for _, value in knots]))
 
 
@@ -273,6 +284,7 @@ def _draws(sources: Seq[MixedSource], amounts: Seq[float]) -> list[_Draw]:
     rest = tuple((at, 1 - sum(value_at(s, at) for s in shares if s)) for at in _knots_of(shares))
     found = []
     for number, (source, amount) in enumerate(zip(sources, amounts, strict=True)):
+        # Two sources may share a name (files in two folders, two selections of one file): the count separates them.
         repeated = [other.seed_name for other in sources[:number]].count(source.seed_name)
         responses_U = source.selection.responses_U
         ratio = (amount / float(responses_U.sum())).as_integer_ratio()
@@ -296,10 +308,10 @@ def _stretch_to(
     responses: Seq[np.ndarray],
     seed: int,
 ) -> float:
-    """By how much an epoch's amounts are multiplied so that it holds `steps` steps, and next to nothing more.
+    """The factor for an epoch's amounts so that the epoch holds `steps` steps and hardly more.
 
-    How many responses steps hold is not known before they are made: the last unit of each brings more than are
-    missing, the more so in stretches of long conversations. So it is tried, each time from what came out before.
+    The number of responses in the steps is not known in advance: the last unit of a step may bring more responses than
+    are missing, especially among long conversations. So the factor is found by iteration.
     """
     stretch = steps * examples_per_step / sum(amounts)
     for _ in range(_TRIES):
@@ -308,12 +320,12 @@ def _stretch_to(
         if found == steps:
             return stretch
         stretch *= (steps + 0.5) / (found + 0.5)
-    # Close, but not met: rather end a little before the schedule does than begin it again.
+    # Close, but not exact: it is better to stop a little before the schedule's end than to begin the schedule again.
     return stretch * (1 + 2 / steps)
 
 
 def _counts(order: tuple[np.ndarray, np.ndarray], responses: Seq[np.ndarray]) -> np.ndarray:
-    """Responses of each unit in an order."""
+    """[units]: the number of responses of each unit in an order."""
     source_K, unit_K = order
     counts_K = np.zeros(len(source_K), dtype=np.int64)
     for number, responses_U in enumerate(responses):
@@ -322,7 +334,7 @@ def _counts(order: tuple[np.ndarray, np.ndarray], responses: Seq[np.ndarray]) ->
 
 
 def _step_ends(counts: np.ndarray, examples_per_step: int) -> np.ndarray:
-    """After which unit each full step ends."""
+    """[full steps]: the number of units up to the end of each full step."""
     sums = np.cumsum(counts)
     ends: list[int] = []
     held = 0
@@ -333,10 +345,12 @@ def _step_ends(counts: np.ndarray, examples_per_step: int) -> np.ndarray:
 
 
 def _along(density: Knots, place_K: np.ndarray) -> np.ndarray:
-    """Places that are spread evenly over [0, 1), spread by a density instead."""
+    """Map places that are uniform over [0, 1) to places with the given density (by the inverse of its integral)."""
+    # The knots are added to the grid, so that the trapezoids follow the density exactly.
     grid = np.union1d(np.linspace(0, 1, _GRID), [at for at, _ in density])
     values = np.interp(grid, [at for at, _ in density], [value for _, value in density])
     summed = np.concatenate([[0.0], np.cumsum(np.diff(grid) * (values[1:] + values[:-1]) / 2)])
+    # The inverse is not unique where the density is 0: those grid points are left out.
     rising = np.concatenate([[True], np.diff(summed) > 0])
     return np.interp(place_K, summed[rising] / summed[-1], grid[rising])
 

@@ -1,6 +1,7 @@
-"""A step's sequences over ranks and micro-steps: in few micro-steps, with ranks that wait little for each other.
+"""Divide a step's sequences over ranks and micro-steps by bin packing (`bins`).
 
-U units (a sequence, or the two sides of a pair) of a step; B bins, one for each rank and micro-step.
+The result has few micro-steps, and the ranks wait little for each other. There are U units (a sequence, or the two
+sides of a pair) and B bins, one for each rank and micro-step.
 """
 
 from __future__ import annotations
@@ -21,20 +22,22 @@ def pack(
 ) -> list[list[list[Sequence]]]:
     """Divide a step's sequences: result[rank][micro_step] is a list of sequences, maybe empty.
 
-    As few micro-steps as can be had, the same number on every rank; then ranks that wait little for each other, in
-    every micro-step and over the step. The sides of a pair stay together. Each rank computes the same result.
+    Every rank gets the same, small number of micro-steps. Costs are then made equal in each micro-step and over the
+    step. The sides of a pair stay together. Every rank computes the same result.
 
     Args:
-        attention_parity: tokens at which a sequence's attention costs as much as all the rest: a sequence of T tokens
-            costs T + T^2 / attention_parity.
+        attention_parity: length in tokens at which a sequence's attention costs as much as the rest of the model. A
+            sequence of T tokens costs T + T^2 / attention_parity.
     Raises:
         ValueError: a sequence or a pair is longer than `tokens_per_micro_batch`.
     """
     units = _units(step.sequences, attention_parity)
     _check_fits(units, tokens_per_micro_batch)
     micro_steps = fewest_micro_steps(units.tokens_U.tolist(), tokens_per_micro_batch, world_size)
+    # The bound may be too low, and the heuristics may fail where a packing exists: then one micro-step more is tried.
     while (bin_of_U := assign(units, micro_steps * world_size, tokens_per_micro_batch)) is None:
         micro_steps += 1
+    # The number of micro-steps is fixed now; only the balance changes from here on.
     bin_of_U = even_out(units, bin_of_U, micro_steps, world_size, tokens_per_micro_batch)
     bins: list[list[Sequence]] = [[] for _ in range(micro_steps * world_size)]
     for members, number in zip(units.members, bin_of_U.tolist(), strict=True):
@@ -57,12 +60,13 @@ def rank_micro_batches(
 
 
 def imbalance(packed: Seq[Seq[Seq[Sequence]]], attention_parity: float = math.inf) -> tuple[float, float]:
-    """How uneven a packing is: (ranks' totals, waiting), each 0 at best.
+    """How uneven a packing is, as (ranks' totals, waiting); 0 is best for both.
 
         ranks' totals   max over ranks of the rank's cost / their mean - 1
         waiting         sum over micro-steps of the costliest rank's cost / the mean of the ranks' totals - 1
 
-    Ranks meet in every micro-step, so `waiting` is the time lost; it is at least the totals' imbalance.
+    Ranks wait for each other in every micro-step, so `waiting` is the share of time lost. It is never less than the
+    imbalance of the totals.
     """
     cost_WM = np.array(
         [[sum(_cost(s.num_tokens, attention_parity) for s in sequences) for sequences in rank] for rank in packed],
@@ -75,7 +79,7 @@ def imbalance(packed: Seq[Seq[Seq[Sequence]]], attention_parity: float = math.in
 
 
 _COST_OF_A_TOKEN = 256
-"""In whole numbers, so that attention's share is not lost by rounding."""
+"""The cost of one token without attention. Costs are rounded to whole numbers; this scale keeps the rounding small."""
 
 
 def _cost(num_tokens: int, attention_parity: float) -> int:
@@ -84,6 +88,7 @@ def _cost(num_tokens: int, attention_parity: float) -> int:
 
 def _units(sequences: Seq[Sequence], attention_parity: float) -> Units:
     members: dict[tuple[str, int], list[int]] = {}
+    # Two namespaces: the index of a single sequence may equal the id of a pair.
     for i, sequence in enumerate(sequences):
         pair_id = sequence.pair_id
         members.setdefault(("alone", i) if pair_id is None else ("pair", pair_id), []).append(i)

@@ -1,4 +1,4 @@
-"""From the scores that a source gives to those that are trained on."""
+"""Map the scores that a source gives to the scores that are trained on (the recipe's `score_map`)."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class ScoreMap:
-    """given_V, mapped_V: [distinct scores], float64, the first in rising order."""
+    """A table from given scores to mapped scores: [distinct scores] each, float64, `given_V` in ascending order."""
 
     given_V: np.ndarray
     mapped_V: np.ndarray
 
     def __call__(self, score: float) -> float:
-        """The score that stands for one that the source gave."""
+        """The mapped score of a score that the source gave."""
         return float(self.mapped_V[np.searchsorted(self.given_V, score)])
 
 
 def affine(scores_R: np.ndarray, scale: float, offset: float) -> ScoreMap:
-    """scale * score + offset.
+    """The map scale * score + offset.
 
     Raises:
-        ValueError: it would leave [0, 1], where nothing is clipped, or not keep the order.
+        ValueError: a mapped score would be outside [0, 1] (nothing is clipped), or the order would not be kept.
     """
     if not scale > 0:
         raise ValueError(f"[{scale:g}, {offset:g}] does not keep the order of the scores; expected a scale above 0")
@@ -41,9 +41,9 @@ def affine(scores_R: np.ndarray, scale: float, offset: float) -> ScoreMap:
 
 
 def quantiles(scores_R: np.ndarray) -> ScoreMap:
-    """The share of the source's responses below a score, those with the very same score counted half.
+    """Map each score to the share of the source's responses with a lower score; equal scores count half.
 
-    Whatever the scale of the scores: their mean becomes 0.5, a response without a preference.
+    The mean of the mapped scores is always 0.5, which stands for no preference.
     """
     given_V, counts_V = np.unique(scores_R, return_counts=True)
     return ScoreMap(given_V, (np.cumsum(counts_V) - counts_V / 2) / len(scores_R))

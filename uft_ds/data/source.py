@@ -1,4 +1,4 @@
-"""Where a run's steps come from: fixed data is one source, and whatever gives a step by its number another."""
+"""The interface of a source of steps. Fixed data (`mixture.Steps`) is one implementation."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any, Protocol
 from uft_ds.data.mixture import Step
 
 SourceState = Mapping[str, Any]
-"""What a restart needs of a source besides the recipe, the data and the seed: JSON values."""
+"""JSON values that a source needs to resume, besides the recipe, the data and the seed."""
 
 
 class StepSource(Protocol):
-    """The steps of a run, by number: every rank has one, and asks it for the same steps in the same order.
+    """The steps of a run, by number. Every rank has a source and asks it for the same steps in the same order.
 
-    The content of step n depends on (recipe, data, seed, n) alone: not on the number of ranks, a restart, or what was
-    skipped. A source that makes its steps while the run goes on keeps a record of them and names it in `state`.
+    The content of step n depends on (recipe, data, seed, n) alone, not on the number of ranks, on a restart or on
+    skipped steps. A source that creates its steps during the run keeps a record of them and names it in `state`.
     """
 
     def __len__(self) -> int:
@@ -27,13 +27,13 @@ class StepSource(Protocol):
         ...
 
     def state(self) -> SourceState:
-        """What a checkpoint keeps of it, after the last step that was asked for; empty for fixed data."""
+        """The state that a checkpoint keeps, after the last requested step; empty for fixed data."""
         ...
 
     def restore(self, state: SourceState) -> None:
-        """Go to where `state` was taken.
+        """Return to the position at which `state` was taken.
 
         Raises:
-            UserError: it is not a state of such a source.
+            UserError: `state` is not from this kind of source.
         """
         ...

@@ -1,4 +1,7 @@
-"""From a recipe's sources to what a run uses of them, with an account of everything that was left out."""
+"""Prepare a recipe's sources: find, tokenise and check them, and select what a run uses.
+
+The rows are read by `rows/`, tokenised by `store/` and mixed by `mixture`; drop statistics are checked here.
+"""
 
 from __future__ import annotations
 
@@ -25,18 +28,18 @@ from uft_ds.data.tokens.tokenize import LONG
 from uft_ds.errors import UserError
 
 _ONE_SCORE_FROM = 20
-"""Responses: fewer may have the same score by chance."""
+"""Number of responses from which one score for all is refused; fewer may have the same score by chance."""
 
 
 ScoreMapping = Literal["quantile"] | tuple[float, float] | None
-"""What becomes of a source's scores: their quantile, or scale and offset."""
+"""The map of a source's scores: to their quantiles, or by (scale, offset); None leaves them unchanged."""
 
 
 @dataclass(frozen=True)
 class SourceSettings:
-    """What to read of one source, and how: the recipe's entry as plain values.
+    """What to read from one source, and how: the recipe's entry as plain values.
 
-    A source is SourceSettings, then the SourceFiles that are found, their TokenStore, and a PreparedSource.
+    The stages of a source are SourceSettings, SourceFiles (found), TokenStore (tokenised) and PreparedSource.
     """
 
     path: str
@@ -53,13 +56,17 @@ class SourceSettings:
 
     @property
     def seed_name(self) -> str:
-        """What its order is drawn from, besides the seed: the label without folders, so that data may move."""
+        """The name from which, with the seed, the order is drawn: the label without folders, so that data may move."""
         return Path(self.label).name
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What a source may lack. max_quarantined: share of its rows; long_responses: whether they may be left out."""
+    """Which faults of a source are accepted.
+
+    quarantine: leave bad rows out instead of refusing the source. max_quarantined: largest share of bad rows.
+    long_responses: whether responses longer than max_length may be dropped.
+    """
 
     quarantine: bool = False
     max_quarantined: float = 0.01
@@ -68,9 +75,9 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class PreparedSource:
-    """What a run uses of one source.
+    """The part of one source that a run uses.
 
-    key: of its tokens, by content; names: of its files.
+    key: the content hash that names its token store.
     """
 
     settings: SourceSettings
@@ -91,12 +98,12 @@ class PreparedSource:
 
     @property
     def quarantine_file(self) -> Path:
-        """Its bad rows, a JSON object a line."""
+        """The file of its bad rows, one JSON object per line."""
         return quarantine_file(self.selection.store)
 
     @property
     def first_bad_rows(self) -> list[tuple[str, str]]:
-        """Place and reason of up to three quarantined rows."""
+        """(place, reason) of up to three quarantined rows."""
         with self.quarantine_file.open(encoding="utf-8") as lines:
             rows = [json.loads(line) for line in islice(lines, PLACES_NAMED)]
         return [(row["place"], row["reason"]) for row in rows]
@@ -112,7 +119,7 @@ class PreparedSource:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """All that a run uses of its data."""
+    """All data that a run uses."""
 
     train: tuple[PreparedSource, ...]
     held_out: tuple[PreparedSource, ...]
@@ -123,10 +130,10 @@ class PreparedData:
 
     @cached_property
     def epoch_amounts(self) -> list[float]:
-        """How many responses one epoch of the mixture takes of each training source, about.
+        """About how many responses one epoch of the mixture takes from each training source.
 
         Raises:
-            ValueError: the shares do not make a whole.
+            ValueError: the shares leave nothing for the other sources, or do not add up to 1.
         """
         return epoch_amounts(self.train)
 
@@ -141,10 +148,10 @@ def prepare_source(
     workers: int | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> PreparedSource:
-    """Read, check and tokenise one source, unless that has been done, and draw the examples that are asked for.
+    """Tokenise one source, or reuse its store; check it and draw the requested examples.
 
     Raises:
-        UserError: a bad row (file:line), nothing usable, or fewer responses than asked for.
+        UserError: a bad row (file:line), no usable response, or fewer responses than requested.
     """
     data = find_data(source.path, source.split)
     key = ensure_store(
@@ -166,7 +173,7 @@ def prepare_source(
 def open_source(
     source: SourceSettings, cache_dir: Path, key: str, names: tuple[str, ...], *, seed: int
 ) -> PreparedSource:
-    """What `prepare_source` found, from its key."""
+    """The source that `prepare_source` prepared, opened by its key."""
     store = open_store(cache_dir, key, source.label, names)
     selection = select(store, source.examples, source.seed_name, seed=seed)
     return PreparedSource(source, key, replace(selection, score_map=_score_map(source, selection)))
@@ -188,13 +195,14 @@ def _score_map(source: SourceSettings, selection: Selection) -> ScoreMap | None:
 
 
 def select(store: TokenStore, examples: int | None, name: str, *, seed: int) -> Selection:
-    """All units of a store, or as many as hold `examples` responses, rows in an order drawn from (seed, name).
+    """All units of a store, or the units of random rows that together hold `examples` responses.
 
-    What is drawn for a smaller number is the beginning of what is drawn for a larger one; and it is the same, whether
-    conversations are merged or not.
+    The order of the rows is drawn from (seed, name). The selection for a smaller number is the beginning of the
+    selection for a larger one, and it does not depend on whether conversations are merged.
     """
     if examples is None:
         return Selection(store, np.arange(len(store)))
+    # Rows are shuffled, not units: a merged conversation is one unit, an unfolded one is several units of one row.
     rows_U = store.rows_U
     shuffled = np.random.default_rng([seed, zlib.crc32(name.encode())]).permutation(
         rows_U[-1] + 1 if len(rows_U) else 0
@@ -204,6 +212,7 @@ def select(store: TokenStore, examples: int | None, name: str, *, seed: int) -> 
     count = int(np.searchsorted(sums, examples)) + 1
     if count > len(drawn_U):
         return Selection(store, drawn_U)
+    # The last conversation is cut after the response that completes the number; a pair is never cut.
     before = int(sums[count - 2]) if count > 1 else 0
     last = None if store.is_pair(int(drawn_U[count - 1])) else examples - before
     return Selection(store, drawn_U[:count], last)
@@ -215,7 +224,7 @@ def _check_account(prepared: PreparedSource, tolerance: Tolerance) -> None:
         (place, reason), *_ = prepared.first_bad_rows
         raise UserError(
             f"{place}: {reason} ({account.quarantined} such rows in {prepared.label}, all in "
-            f"{prepared.quarantine_file}); mend them, or set data.on_bad_row: quarantine to leave them out"
+            f"{prepared.quarantine_file}); correct them, or set data.on_bad_row: quarantine to leave them out"
         )
     if account.quarantined > tolerance.max_quarantined * account.rows:
         first = "\n".join(f"  {place}: {reason}" for place, reason in prepared.first_bad_rows)
@@ -250,7 +259,7 @@ def _check_found(prepared: PreparedSource) -> None:
 
 
 def _check_scores(prepared: PreparedSource) -> None:
-    """Feedback that says the same of every response teaches nothing: most often a column was misread."""
+    """Refuse feedback with one score for all responses: it teaches nothing, and most often a column was misread."""
     responses = prepared.selection.store.responses
     is_feedback_R = np.isin(responses["kind"], [KINDS.index("score"), KINDS.index("binary")])
     scores = responses["score"][is_feedback_R]
@@ -264,7 +273,13 @@ def _check_scores(prepared: PreparedSource) -> None:
 
 
 def check_no_source_twice(data: PreparedData) -> None:
-    """The recipe's own check compares names: a copy, a link or another spelling of the path is found by its content."""
+    """Refuse two sources of equal content: a copy, a link or another spelling of a path.
+
+    The check of the recipe itself compares paths only.
+
+    Raises:
+        UserError: names the two sources.
+    """
     seen: dict[str, str] = {}
     for source in data.all:
         if source.key in seen:
@@ -273,7 +288,9 @@ def check_no_source_twice(data: PreparedData) -> None:
 
 
 def check_units_fit(data: PreparedData, limit: int, *, max_length: int) -> None:
-    """A pair is forwarded at once, and may be longer than one sequence may be.
+    """Refuse a pair that does not fit into a micro-batch.
+
+    The two sides are forwarded together, so a pair may be longer than max_length.
 
     Args:
         limit: `train.tokens_per_micro_batch`.

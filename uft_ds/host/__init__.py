@@ -1,1 +1,1 @@
-"""What the machine and its launchers give to a process, read without torch."""
+"""Services of the machine and its launchers, used without torch: files, locks, signals, ports, environment."""

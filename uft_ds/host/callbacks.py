@@ -1,4 +1,4 @@
-"""How long work tells whoever waits for it what it does, and how far it is."""
+"""Types of the callbacks by which long work reports its progress."""
 
 from __future__ import annotations
 
@@ -8,4 +8,4 @@ Say = Callable[[str], None]
 """Called with a line of text for the user."""
 
 OnProgress = Callable[[str, int, int], None]
-"""Called with what is being done, and how much of it is done (bytes, files, layers), of how much."""
+"""Called with (the name of the work, the amount done, the total amount), in bytes, files or layers."""

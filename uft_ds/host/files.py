@@ -1,4 +1,4 @@
-"""Files that are whole or absent, their hashes, and where caches live."""
+"""Atomic writes, hashes of files, and the folder of caches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from uft_ds.errors import UserError
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """The whole text or nothing, also beside other writers: written beside, synced, renamed."""
+    """Write a text so that a reader finds the old file or the new one, never a part, also with several writers.
+
+    The text is written to a temporary file in the same folder, synced and renamed.
+    """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -24,7 +27,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """A file, or the names in a folder, on the disk."""
+    """Flush a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -33,16 +36,16 @@ def sync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file's content."""
+    """The SHA-256 of a file's content, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def user_cache() -> Path:
-    """`uft_ds` under the user's cache folder: XDG_CACHE_HOME, or ~/.cache.
+    """The folder `uft_ds` in the user's cache folder: XDG_CACHE_HOME, or ~/.cache.
 
     Raises:
-        UserError: neither is set, as in a container without a home.
+        UserError: XDG_CACHE_HOME is not set and there is no home folder, as in some containers.
     """
     base = os.environ.get("XDG_CACHE_HOME")
     try:

@@ -1,6 +1,6 @@
-"""Versions of the files that another version of uft_ds may read: one message where it cannot.
+"""Format versions of files that other versions of uft_ds may read.
 
-A file's version is an integer that rises when older code would misread the file, not when something is added.
+A file's version is an integer. It is raised when older code would misread the file, not when something is added.
 """
 
 from __future__ import annotations
@@ -10,21 +10,21 @@ from pathlib import Path
 from uft_ds.errors import UserError
 
 KEY = "format"
-"""The version's key in a JSON file."""
+"""The key of the version in a JSON file."""
 
 
 class UnknownFormat(UserError):
-    """A file of a version that this code does not read."""
+    """The file has a format version that this code does not read."""
 
 
 def check_format(path: Path | str, found: object, known: int, remedy: str) -> None:
-    """Refuse a file of another version than `known`.
+    """Refuse a file whose format version is not `known`.
 
     Args:
-        found: what the file says; None, where it says nothing, is version 1: the first files had no number.
-        remedy: what to do besides updating uft_ds.
+        found: the version in the file; None means version 1, because the first files had no version.
+        remedy: what the user can do instead of updating uft_ds.
     Raises:
-        UnknownFormat: it is another version, or no version at all.
+        UnknownFormat: the version is another one, or is not a whole number.
     """
     version = 1 if found is None else found
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:

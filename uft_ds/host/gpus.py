@@ -1,4 +1,4 @@
-"""GPUs whose data sheets are known."""
+"""The table of known GPUs (`gpus.json`), for planning and for the share of peak FLOP/s."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from importlib import resources
 
 @dataclass(frozen=True)
 class Gpu:
-    """From the makers' data sheets (`gpus.json`); a link's figure is of one direction, of one GPU."""
+    """Figures of the makers' data sheets. Those of links are per GPU, in one direction."""
 
     name: str
     memory_gb: float
     flops_per_second: float
-    """Dense, bfloat16."""
+    """Dense bfloat16."""
     hbm_bytes_per_second: float
     nvlink_bytes_per_second: float
-    """0: it has none."""
+    """0 if it has no NVLink."""
     pcie_bytes_per_second: float
     torch_names: tuple[str, ...]
-    """What torch calls those that reach `flops_per_second`: an H100 on PCIe, or a part of one, does not."""
+    """torch's names of the GPUs that reach `flops_per_second`. An H100 on PCIe, or a part of one, does not."""
 
 
 @functools.cache
 def known_gpus() -> dict[str, Gpu]:
-    """By the names that `uft plan --gpu` takes."""
+    """The known GPUs by the names that `uft plan --gpu` accepts."""
     text = (resources.files("uft_ds") / "host" / "gpus.json").read_text(encoding="utf-8")
     return {
         name: Gpu(**values | {"torch_names": tuple(values["torch_names"])})
@@ -36,5 +36,5 @@ def known_gpus() -> dict[str, Gpu]:
 
 
 def peak_flops(torch_name: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a GPU by torch's name for it; None where they are not known."""
+    """The dense bfloat16 FLOP/s of a GPU, given torch's name of it; None if they are not known."""
     return next((gpu.flops_per_second for gpu in known_gpus().values() if torch_name in gpu.torch_names), None)

@@ -1,7 +1,7 @@
-"""Locks between processes: a file each, locked by `flock`, which ends with the process that holds it.
+"""Locks between processes. A lock is a file locked by `flock`; it is released when the process that holds it ends.
 
-Own code, and not the `filelock` package: that one cannot tell a lock that is held from a file system that has no
-locks, and deletes nothing safely.
+We do not use the `filelock` package: it cannot distinguish a held lock from a file system without locks, and it does
+not delete lock files safely.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class NoLocks(OSError):
 
 
 class Lock:
-    """A lock file that this process has locked, until it is closed or the process ends."""
+    """A lock file that this process holds, until it closes the lock or ends."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self._path, self._file = path, file
@@ -39,13 +39,13 @@ class Lock:
         return self._file.closed
 
     def close(self) -> None:
-        """Give the lock back, and leave the file: the next holder uses it again."""
+        """Release the lock and keep the file, which the next holder uses again."""
         self._file.close()
 
     def delete(self) -> None:
-        """Delete the file and give the lock back. A process that has the file open finds that out in `acquire`."""
+        """Delete the file and release the lock. A process that has the file open notices this in `acquire`."""
         try:
-            self._path.unlink(missing_ok=True)  # while it is held: afterwards it may be another holder's
+            self._path.unlink(missing_ok=True)  # before the release: after it, the file may belong to another holder
         finally:
             self.close()
 
@@ -59,20 +59,20 @@ class Lock:
 
 
 def acquire(path: Path, *, wait_seconds: float | None = 0.0, needs_locks: bool = True) -> Lock:
-    """Lock a file, which is created where there is none. Its content is never read nor changed.
+    """Lock a file, which is created if it does not exist. Its content is neither read nor changed.
 
     Args:
-        path: a regular file, never a link: in a folder that others may write, a link would lead anywhere.
-        wait_seconds: for a process that holds it; None waits as long as it does.
-        needs_locks: refuse a file system without locks. False: there, nobody else is kept out.
+        path: a regular file, never a link: in a folder that others may write to, a link could lead anywhere.
+        wait_seconds: how long to wait for another holder; None: without limit.
+        needs_locks: refuse a file system without locks. If False, the lock excludes nobody on such a file system.
     Raises:
-        Held: another process holds it, and has not given it back in that time.
+        Held: another process held the lock during all this time.
         NoLocks: the file system has no locks.
-        OSError: the file cannot be opened or locked; `strerror` is for the user.
+        OSError: the file cannot be opened or locked; `strerror` is meant for the user.
     """
     deadline = None if wait_seconds is None else time.monotonic() + wait_seconds
     while True:
-        # For writing: NFS does an exclusive flock as a byte-range lock, and refuses one on a file open for reading.
+        # NFS implements an exclusive flock as a byte-range lock, which needs a file that is open for writing.
         file = _opened(path, os.O_RDWR | os.O_CREAT)
         try:
             if not _is_locked(file, deadline):
@@ -85,25 +85,28 @@ def acquire(path: Path, *, wait_seconds: float | None = 0.0, needs_locks: bool =
         except BaseException:
             file.close()
             raise
+        # The holder that this process waited for may have deleted the file; a lock on a deleted file excludes nobody.
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat(follow_symlinks=False)):
                 return Lock(path, file)
-        file.close()  # its last holder has deleted it meanwhile
+        file.close()  # the last holder has deleted this file meanwhile: try again with the new one
 
 
 def is_held(path: Path) -> bool:
-    """Whether a process holds a lock; `path` is left as it is, and reading is enough.
+    """Whether a process holds a lock. The file is not changed, and permission to read it is enough.
 
-    The look itself holds the lock for a moment, shared with other looks: who acquires it must wait that long.
+    The check holds a shared lock for a moment, so a process that acquires the lock must wait that long.
 
     Raises:
-        NoLocks: the file system has no locks. OSError: the file cannot be opened or locked.
+        NoLocks: the file system has no locks.
+        OSError: the file cannot be opened or locked.
     """
     with _opened(path, os.O_RDONLY) as file:
         return not _try(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
 def _opened(path: Path, flags: int) -> BinaryIO:
+    # O_NONBLOCK: opening a pipe must not wait for its other end.
     try:
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as error:
@@ -113,7 +116,7 @@ def _opened(path: Path, flags: int) -> BinaryIO:
     file = os.fdopen(descriptor, "rb", buffering=0)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         file.close()
-        raise OSError(errno.EINVAL, f"{path.name} is no regular file; delete it")
+        raise OSError(errno.EINVAL, f"{path.name} is not a regular file; delete it")
     return file
 
 

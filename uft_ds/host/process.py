@@ -1,4 +1,4 @@
-"""What a process tells its surroundings before it starts to work."""
+"""Settings of a process towards the system: its parent, its signals and its freed memory."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ LAUNCHED_BY = "UFT_LAUNCHED_BY"
 
 
 def die_with_parent() -> None:
-    """Linux: be killed when the parent dies, so that no orphan writes beside a restart.
+    """On Linux: have this process killed when its parent dies, so that no orphan writes while a restarted run does.
 
-    The parent may be gone before this is called, a rank's imports taking seconds: then the command that started them is
-    gone too.
+    The parent may have died before this call, because a rank's imports take seconds. So it is also checked whether
+    the `uft` command that started the rank is alive; if not, this process ends.
     """
     if sys.platform != "linux":
         return
@@ -32,7 +32,7 @@ def die_with_parent() -> None:
 
 
 def _is_alive(process_id: str) -> bool:
-    """Not so for a zombie: whoever waits for it may be waiting for our output to end."""
+    """Whether a process runs. A zombie does not: its parent may be waiting for our output to end."""
     try:
         state = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
@@ -42,10 +42,11 @@ def _is_alive(process_id: str) -> bool:
 
 @contextmanager
 def helpers_without_usr1() -> Iterator[None]:
-    """Within the block, processes that this thread starts never get SIGUSR1, and it gets its own at the block's end.
+    """Within the block, processes that this thread starts are protected from SIGUSR1.
 
-    Slurm sends the signal that asks a run to stop to every process of a step, and in a helper it would be fatal. A mask
-    is inherited, handlers are not. Sent to the whole process, it may reach another thread, and so the handler, at once.
+    Slurm sends the signal that stops a run to every process of a job step, and it would kill a helper process. A
+    signal mask is inherited, handlers are not, so the signal is blocked here. This thread receives its own SIGUSR1 at
+    the end of the block; another thread may receive it, and call the handler, at once.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     try:
@@ -56,11 +57,11 @@ def helpers_without_usr1() -> Iterator[None]:
 
 @contextmanager
 def returning_freed_memory() -> Iterator[None]:
-    """Within the block, glibc gives blocks of a mebibyte and more back to the system when they are freed.
+    """Within the block, glibc returns freed blocks of 1 MiB and more to the system.
 
-    Otherwise it keeps them, up to 32 MiB each: while a model is loaded, every parameter is gathered whole for a moment
-    between two shards that stay, and the holes add up. Measured on two ranks, 1.4 GiB of weights: 1.43 times the
-    model's size on rank 1 without this, 0.58 with it (benchmarks/loading_memory.py).
+    By default it keeps blocks of up to 32 MiB. While a model is loaded, each parameter is gathered whole for a moment
+    between two shards that stay, and the holes add up. Measured on two ranks with 1.4 GiB of weights: rank 1 needs
+    1.43 times the model's size without this and 0.58 times with it (benchmarks/loading_memory.py).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     m_mmap_threshold, while_loading, glibc_maximum = -3, 2**20, 2**25

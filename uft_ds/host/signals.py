@@ -1,12 +1,12 @@
-"""Being asked to stop: each rank hears a signal by itself, all ranks agree on it between two steps.
+"""Requests to stop: each rank receives signals by itself, and all ranks agree on them between two steps.
 
-    SIGUSR1     the time limit is near (`sbatch --signal`), or `uft train` passes on what it was asked
+    SIGUSR1     the time limit is near (`sbatch --signal`), or `uft train` forwards a request
     SIGTERM     pre-emption, scancel, kill
     SIGINT      Ctrl-C
 
-Before the first step there is nothing to save: a signal ends a rank where it is. It is only noted while modules are
-imported, for an import that is broken off may be swallowed and leave a library half there; and while steps are run, for
-a rank that left by itself would leave the others in a collective.
+Before the first step there is nothing to save, so a signal ends a rank at once, with two exceptions in which it is only
+noted: while modules are imported, because a library may catch the exception and stay half imported; and while steps are
+run, because a rank that left alone would leave the others waiting in a collective.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """What this process has been asked; `number` is the first signal that came, 0 for none."""
+    """The request to stop that this process has received; `number` is the first signal, 0 for none."""
 
     def __init__(self) -> None:
         self.number = 0
         self._is_heeded = False
 
     def hear(self, number: int, frame: FrameType | None = None) -> None:
-        """A signal's handler.
+        """The signal handler. A second signal changes nothing, because launchers send several.
 
         Raises:
-            Stopped: at once, between `heed` and `only_note`. A second signal changes nothing: launchers send several.
+            Stopped: at once, if called between `heed` and `only_note`.
         """
         if self.number:
             return
@@ -40,17 +40,17 @@ class StopRequest:
             self._leave()
 
     def heed(self) -> None:
-        """From now on a signal ends this rank.
+        """From now on, a signal ends this rank at once.
 
         Raises:
-            Stopped: one has come already.
+            Stopped: a signal has already been received.
         """
         self._is_heeded = True
         if self.number:
             self._leave()
 
     def only_note(self) -> None:
-        """From now on a signal is noted, and nothing else, as it is at first."""
+        """From now on, a signal is only noted; this is also the initial state."""
         self._is_heeded = False
 
     def _leave(self) -> None:
@@ -58,17 +58,17 @@ class StopRequest:
 
 
 class Stop:
-    """Whether the run stops here: what any rank has heard, at the same place for all of them."""
+    """Stops the run on all ranks at the same place, if any rank has received a request."""
 
     def __init__(self, request: StopRequest, agree: Callable[[int], int]) -> None:
         """
         Args:
-            agree: the largest of a number over all ranks.
+            agree: returns the largest value of a number over all ranks.
         """
         self._request, self._agree = request, agree
 
     def check(self) -> None:
-        """Every rank must call it, between two forwards.
+        """Stop if any rank was asked to. Every rank must call this between two forwards: it is a collective.
 
         Raises:
             Stopped: on every rank, if any rank has been asked to stop.
@@ -79,11 +79,11 @@ class Stop:
 
 
 NEVER = Stop(StopRequest(), lambda number: 0)
-"""For work that nobody asks to stop."""
+"""For work that is never stopped."""
 
 
 def listen() -> StopRequest:
-    """Take over the signals that ask a rank to stop."""
+    """Install the handler for all stop signals; at first they are only noted."""
     request = StopRequest()
     for number in STOP_SIGNALS:
         signal.signal(number, request.hear)
@@ -91,5 +91,5 @@ def listen() -> StopRequest:
 
 
 def name_of(number: int) -> str:
-    """SIGTERM for 15."""
+    """The name of a signal: SIGTERM for 15."""
     return signal.Signals(number).name

@@ -1,4 +1,4 @@
-"""What a launcher tells each process in its environment: the only module that reads these variables.
+"""The environment variables that a launcher sets for each process. No other module reads them.
 
 RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT    torchrun, DeepSpeed's launcher, our Slurm scripts
 LOCAL_WORLD_SIZE                                          torchrun
@@ -19,10 +19,11 @@ _REQUIRED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
 
 @dataclass(frozen=True)
 class LauncherEnvironment:
-    """A process's place in the world, as its launcher described it; the defaults stand for a process without one.
+    """A process's rank and the other values of its launcher. The defaults are for a process without a launcher.
 
-    local_rank, ranks_per_node: on this machine; None where the launcher does not say how many.
-    restart_count: how often torchrun has started this run again.
+    local_rank: the rank on this machine.
+    ranks_per_node: number of ranks on this machine; None if the launcher does not set it.
+    restart_count: how often torchrun has restarted this run.
     """
 
     rank: int = 0
@@ -35,10 +36,10 @@ class LauncherEnvironment:
 
 
 def launcher_environment(environ: Mapping[str, str] = os.environ) -> LauncherEnvironment:
-    """Read the variables.
+    """Read the launcher's variables.
 
     Raises:
-        UserError: one of them is not a number; names it.
+        UserError: names a variable that is not a number.
     """
     ranks_per_node = _number(environ, "LOCAL_WORLD_SIZE", 0) or _number(environ, "LOCAL_SIZE", 0)
     return LauncherEnvironment(
@@ -53,7 +54,7 @@ def launcher_environment(environ: Mapping[str, str] = os.environ) -> LauncherEnv
 
 
 def check_launched(environ: Mapping[str, str] = os.environ) -> None:
-    """Refuse a process that no launcher has started.
+    """Refuse a process that was not started by a launcher.
 
     Raises:
         UserError: names the variables that are missing.
@@ -64,10 +65,10 @@ def check_launched(environ: Mapping[str, str] = os.environ) -> None:
 
 
 def given_port(environ: Mapping[str, str] = os.environ) -> int | None:
-    """MASTER_PORT; None where it is not set.
+    """MASTER_PORT, or None if it is not set.
 
     Raises:
-        UserError: it is not a port number.
+        UserError: the value is not a port number.
     """
     given = environ.get("MASTER_PORT")
     if given is None:

@@ -1,4 +1,4 @@
-"""Which of two values of a held-out metric is the better one: what `train.keep_best` goes by."""
+"""Which of two values of a held-out metric is better; `train.keep_best` uses this to keep the best checkpoint."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ BEST: Mapping[str, Best] = {
     ),
     "length_correlation": "nearest to 0",
 }
-"""By a metric's name between `held_out/` and its kind; of any other, no value is better than another."""
+"""The best value by the metric's name between `held_out/` and the kind. Other metrics have no best value."""
 
 _OF_PAIRS = ("pair_accuracy", "pair_margin", "logp_chosen", "implicit_reward_chosen")
 
 
 def best_problem(metric: str) -> str | None:
-    """Why no checkpoint can be the best one by this metric, or None."""
+    """The reason why this metric cannot choose the best checkpoint, or None."""
     prefix, *parts = metric.split("/")
     if prefix != "held_out" or not parts:
-        return f"{metric!r} is no held-out metric, such as held_out/loss"
+        return f"{metric!r} is not a held-out metric, such as held_out/loss"
     base, *of = parts
     if base not in BEST:
-        return f"{metric!r} given, of which no value is the best; take {_known()}"
+        return f"{metric!r} given, which has no best value; take {_known()}"
+    # Only the loss exists without a kind, and split by the losses of a sum: held_out/loss/KIND/LOSS.
     is_whole = base == "loss" and (not of or (len(of) == 2 and of[1] in LOSSES))
     if (of and of[0] not in KINDS) or not (is_whole or len(of) == 1) or (base in _OF_PAIRS and of[0] != "pair"):
         return f"{metric!r} given, which is never measured; take {_known()}"
@@ -37,7 +38,7 @@ def best_problem(metric: str) -> str | None:
 
 
 def badness(metric: str, value: float) -> float:
-    """Less is better."""
+    """A number that orders the values of a metric: the smaller, the better."""
     best = BEST[metric.split("/")[1]]
     return value if best == "lowest" else -value if best == "highest" else abs(value)
 

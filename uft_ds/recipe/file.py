@@ -1,4 +1,4 @@
-"""Recipes from files: YAML, overrides `key.path=value`, and errors in the user's words."""
+"""Read recipes from YAML files, apply overrides `key.path=value`, and explain errors by the recipe's keys."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from uft_ds.recipe.names import unknown_key, unknown_name
 from uft_ds.recipe.schema import COMBINATIONS_CHECKED, Recipe, Section, section_of
 
 FORMAT_KEY, FORMAT = "recipe_format", 1
-"""Of the recipe that a run keeps in its folder. It is no key of a recipe: users need not write it."""
+"""Key and version of the recipe that a run keeps in its folder. Users need not write the key in their recipes."""
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """YAML without two traps: `1e-5` is a number, and a key given twice is an error."""
+    """YAML without two pitfalls: `1e-5` is read as a number, and a key given twice is an error."""
 
 
 class _RecipeDumper(yaml.SafeDumper):
-    """Quotes the texts that `_RecipeLoader` would take for numbers."""
+    """Writes texts that `_RecipeLoader` would read as numbers in quotes."""
 
 
 for _class in (_RecipeLoader, _RecipeDumper):
@@ -53,19 +53,20 @@ _RecipeLoader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicat
 
 
 def load_yaml(text: str) -> Any:
-    """YAML of plain values, no key given twice.
+    """Read YAML as plain values.
 
     Raises:
-        yaml.YAMLError: not YAML. UserError: a key twice.
+        yaml.YAMLError: the text is not YAML.
+        UserError: a key is given twice.
     """
     try:
         return yaml.load(text, Loader=_RecipeLoader)  # a SafeLoader
-    except ValueError as error:  # it looks like a date or a number, but is none: 2024-02-30
+    except ValueError as error:  # it looks like a date or a number but is not valid: 2024-02-30
         raise yaml.YAMLError(str(error)) from None
 
 
 def shipped_recipes() -> tuple[str, ...]:
-    """Names of the recipes that come with the package."""
+    """The names of the recipes that are part of the package."""
     folder = resources.files("uft_ds") / "recipe" / "shipped"
     return tuple(sorted(Path(item.name).stem for item in folder.iterdir() if item.name.endswith(".yaml")))
 
@@ -112,6 +113,7 @@ def _apply_override(tree: Any, override: str) -> None:
                 f"{parent}={{{part}: ...}}"
             )
         if depth == len(parents):
+            # A map at the top level would replace a whole section, when most often only some keys of it are meant.
             if depth == 0 and isinstance(value, dict) and isinstance(node.get(index), dict):
                 given = next(iter(value), "key")
                 raise UserError(
@@ -154,7 +156,14 @@ def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> Recipe:
 
 
 def recipe_from_tree(tree: dict[str, Any], label: str, *, checks_combinations: bool = True) -> Recipe:
-    """Validate a recipe that is already a tree of plain values; `checks_combinations`: of keys with each other, too."""
+    """Validate a recipe given as a tree of plain values.
+
+    Args:
+        label: the recipe's name in messages.
+        checks_combinations: check also that the keys are compatible with each other.
+    Raises:
+        UserError: one line for each wrong key.
+    """
     try:
         return Recipe.model_validate(tree, context=None if checks_combinations else COMBINATIONS_CHECKED)
     except ValidationError as error:
@@ -162,18 +171,18 @@ def recipe_from_tree(tree: dict[str, Any], label: str, *, checks_combinations: b
 
 
 def explained(error: ValidationError, root: type[Section]) -> Iterator[str]:
-    """What is wrong with a tree of `root`, a line a key."""
+    """The errors of a tree of type `root`, one line per key."""
     found: dict[tuple[str | int, ...], list[Any]] = {}
     for problem in error.errors():
         found.setdefault(_place(problem["loc"], root), []).append(problem)
     for place, problems in found.items():
-        # Each member of a union says what is wrong: the one that got furthest is the one that was meant.
+        # Each member of a union reports its own error; the deepest place belongs to the member that was meant.
         if not any(other != place and other[: len(place)] == place for other in found):
             yield from _lines(place, problems, root)
 
 
 def _place(location: tuple[str | int, ...], root: type[Section]) -> tuple[str | int, ...]:
-    """Keys and indices only: pydantic puts the name of a union's member into the location, too."""
+    """The location without the names of union members, which pydantic inserts: only keys and indices remain."""
     place: list[str | int] = []
     annotation: Any = root
     for part in location:
@@ -193,7 +202,7 @@ def _place(location: tuple[str | int, ...], root: type[Section]) -> tuple[str | 
 
 
 def _bare(annotation: Any) -> Any:
-    """Without metadata, and without the None of what may be left out."""
+    """The annotation without metadata and without the None of an optional value."""
     while get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
     if get_origin(annotation) in (Union, UnionType):
@@ -226,27 +235,27 @@ def _known_keys(place: tuple[str | int, ...], root: type[Section]) -> list[str]:
 
 
 def read_stored_recipe(path: Path) -> dict[str, Any]:
-    """What `stored_recipe` wrote, as plain values, defaults of keys that are newer filled in.
+    """Read what `stored_recipe` wrote, as plain values. Keys that were added later get their defaults.
 
     Raises:
-        UserError: it cannot be read, or is none of this version.
+        UserError: the file cannot be read, or is not of this format version.
     """
     return load_recipe(str(path)).model_dump(mode="json")
 
 
 def dump_recipe(recipe: Recipe | Mapping[str, Any]) -> str:
-    """A recipe, or the tree of one, as YAML that `load_recipe` reads back to an equal value."""
+    """A recipe, or its tree, as YAML. `load_recipe` reads it back to an equal value."""
     tree = recipe.model_dump(mode="json") if isinstance(recipe, Recipe) else dict(recipe)
     return yaml.dump(tree, Dumper=_RecipeDumper, sort_keys=False, allow_unicode=False, width=110)
 
 
 def stored_recipe(recipe: Recipe | Mapping[str, Any]) -> str:
-    """What a run keeps of its recipe: `dump_recipe` below the format's version."""
+    """The recipe as a run stores it: the format version, then `dump_recipe`."""
     return f"{FORMAT_KEY}: {FORMAT}\n{dump_recipe(recipe)}"
 
 
 def leaves_of(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Every leaf of a recipe by its key."""
+    """All leaves of a recipe by their dotted keys."""
     tree = value.model_dump(mode="json") if isinstance(value, Recipe) else value
     if not isinstance(tree, Mapping | list):
         return {prefix.removesuffix("."): tree}

@@ -1,4 +1,4 @@
-"""What is said of a name that is none of ours: the nearest known one, or what another stack's name is called here."""
+"""Messages for unknown names: the nearest known name, or our name for a setting of another stack."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LOSSES_ELSEWHERE: Mapping[str, str] = {
     "mpo": "{dpo: 0.8, bce: 0.4, nll: 1.0}",
     **{name: f"{{{', '.join(f'{k}: {v:g}' for k, v in sums.items())}}} in a map" for name, sums in PRESETS.items()},
 }
-"""Losses of other stacks and papers, and those that stand for sums."""
+"""Our names for losses of other stacks and papers, and for presets, which are sums of losses."""
 
 _KEYS_ELSEWHERE: Mapping[str, str] = {
     **dict.fromkeys(("gamma", "simpo_gamma"), "objective.simpo_margin"),
@@ -61,11 +61,11 @@ _KEYS_ELSEWHERE: Mapping[str, str] = {
     **dict.fromkeys(("dataset", "dataset_name", "dataset_path", "train_file"), "data.sources.0.path"),
     "dataset_split": "data.sources.0.split",
 }
-"""Settings of other stacks, by their names there."""
+"""Our keys for settings of other stacks, by their names there."""
 
 
 def unknown_name(given: str, known: Iterable[str]) -> str:
-    """The nearest known name, and all of them."""
+    """The message for an unknown name: the nearest known name, and all known names."""
     known = tuple(known)
     near = difflib.get_close_matches(given, known, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
@@ -73,14 +73,14 @@ def unknown_name(given: str, known: Iterable[str]) -> str:
 
 
 def unknown_loss(given: str, known: Iterable[str]) -> str:
-    """What a loss is called here, if it has another name elsewhere, whatever its case."""
+    """The message for an unknown loss: our name for it (case is ignored), or the nearest known name."""
     known = tuple(known)
     ours = _LOSSES_ELSEWHERE.get(given.lower(), given.lower() if given.lower() in known else None)
     return f"unknown name {given!r}; here it is {ours}" if ours else unknown_name(given, known)
 
 
 def unknown_key(given: str, known: Iterable[str]) -> str:
-    """What it is called here, the nearest known key, or all that are known at this place."""
+    """The message for an unknown key: our name for it, the nearest known key, or all keys known at this place."""
     known = tuple(known)
     ours = _KEYS_ELSEWHERE.get(given.lower())
     if ours:

@@ -1,5 +1,7 @@
-"""What a recipe's objective cannot be, by itself and with its data: losses that do not go together or are missing, and
-keys that none of them reads."""
+"""Rules for a recipe's objective, by itself and with its data.
+
+They refuse missing losses, losses that cannot be combined, and keys that no loss reads. `unused` only warns.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +24,16 @@ from uft_ds.objectives.losses import (
 from uft_ds.objectives.reward_shift import ShiftName
 from uft_ds.recipe.names import unknown_loss, unknown_name
 
-if TYPE_CHECKING:  # at run time it would load the tokenizers, of which a recipe needs none
+if TYPE_CHECKING:  # at run time this would import the tokenizers, which reading a recipe does not need
     from uft_ds.data.sources import PreparedData, PreparedSource
 
 DEFAULT_BETA = 0.01
-"""Per nat of the sum over a response's tokens: what UFT's sweep found best for its squared error."""
+"""Per nat of the sum over a response's tokens: the best value for the squared error in UFT's sweep."""
 
 LOSS_NAMES = (*LOSSES, *PRESETS)
 
 Problem = tuple[str, str]
-"""(key of the objective, what is wrong with it)"""
+"""(key of the objective, the problem)"""
 
 _READ_BY: Mapping[str, frozenset[str]] = {
     "label_smoothing": frozenset({"cdpo", "robust"}),
@@ -42,14 +44,17 @@ _READ_BY: Mapping[str, frozenset[str]] = {
     "reward_shift_decay": frozenset({"ema"}),
     "length_normalized": frozenset((*POINTWISE, *PAIRWISE)) - A_TOKEN,
 }
-"""Keys that a loss or a shift reads: given without it, they would change nothing."""
+"""The losses and shifts that read each key; without one of them, the key would have no effect."""
 
 
 @dataclass(frozen=True)
 class GivenObjective:
-    """An objective in the recipe's own words, which refusals and notes quote; `settings.objective_of` reads it.
+    """The objective exactly as the recipe gives it, so that messages can quote it.
 
-    named: the keys that the recipe gives. changed: those whose value is not the default.
+    `settings.objective_of` turns it into the objective of a run.
+
+    named: the keys that the recipe gives.
+    changed: the keys whose value is not the default.
     """
 
     loss: str | Mapping[str, str | Mapping[str, float]]
@@ -70,26 +75,26 @@ class GivenObjective:
     changed: frozenset[str] = frozenset()
 
     def losses_of(self, kind: Kind) -> Mapping[str, float]:
-        """The losses of one kind of responses, with their weights.
+        """The losses of one kind of responses, with their weights; empty for a kind that a map does not name.
 
-        A map need not name kinds that the data does not hold (checked when it is prepared): they have none.
+        Such a kind must not occur in the data, which is checked when the data is prepared.
         """
         return expanded(self.loss) if isinstance(self.loss, str) else expanded(self.loss.get(kind, {}))
 
     def beta_of(self, kind: Kind) -> float:
-        """The beta of one kind; of one that a map does not name, the default."""
+        """The beta of one kind; the default for a kind that a map does not name."""
         return self.beta.get(kind, DEFAULT_BETA) if isinstance(self.beta, Mapping) else self.beta
 
     def weight_of(self, kind: Kind) -> float:
-        """The weight of one kind's loss."""
+        """The weight of one kind's loss; 1 for a kind that a map does not name."""
         return self.weights.get(kind, 1.0) if isinstance(self.weights, Mapping) else self.weights
 
 
 def with_kinds(loss: Any) -> Any:
-    """The loss as a recipe gives it, before its types are checked.
+    """Check the form of a recipe's loss before pydantic checks its types, and return it unchanged.
 
     Raises:
-        ValueError: a map of losses where one of kinds belongs.
+        ValueError: a list or a map of losses is given instead of a map of kinds.
     """
     if isinstance(loss, list):
         raise ValueError(
@@ -104,16 +109,16 @@ def with_kinds(loss: Any) -> Any:
         )
     name = next(name for name in loss if name in LOSS_NAMES)
     raise ValueError(
-        f"objective.loss: {name!r} is a loss, and stands among kinds; a sum is {{pair: {{dpo: 1, {name}: 0.2}}}}"
+        f"objective.loss: {name!r} is a loss, but the other keys are kinds; a sum is {{pair: {{dpo: 1, {name}: 0.2}}}}"
     )
 
 
 def objective_problems(objective: GivenObjective, *, examples_per_step: int) -> Iterator[Problem]:
-    """Losses that cannot be, or that do not go with the other keys."""
+    """Problems of the objective that need no data: unknown losses, and losses and keys that cannot be combined."""
     yield from _of_weights(objective.weights)
     given = objective.loss if isinstance(objective.loss, Mapping) else {"pair": objective.loss}
     unknown = list(_unknown_losses(objective.loss))
-    if unknown:  # the rest would speak of the same again
+    if unknown:  # the other checks would report the same problem again
         yield from unknown
         return
     for kind, loss in given.items():
@@ -128,8 +133,9 @@ def objective_problems(objective: GivenObjective, *, examples_per_step: int) -> 
         yield "beta", "{} given, expected a number or a map from kind"
     misspelt = [kind for kind in objective.beta if kind not in KINDS] if isinstance(objective.beta, Mapping) else []
     yield from (("beta", unknown_name(kind, KINDS)) for kind in misspelt)
+    # One loss for all kinds with a map of betas: which kinds count is known only from the data (`kind_problems`).
     if not misspelt and not (isinstance(objective.loss, str) and isinstance(objective.beta, Mapping)):
-        yield from (("beta", problem) for problem in beta_problems(objective, given))  # else the data says which kinds
+        yield from (("beta", problem) for problem in beta_problems(objective, given))
     yield from _of_shift(objective, used, examples_per_step)
     yield from _of_keys(objective, used)
 
@@ -185,15 +191,15 @@ def _of_keys(objective: GivenObjective, used: set[str]) -> Iterator[Problem]:
 
 
 def beta_problems(objective: GivenObjective, losses: Mapping[str, str | Mapping[str, float]]) -> Iterator[str]:
-    """Betas that do not go with the losses of these kinds: a beta's unit depends on the loss."""
+    """Problems of the betas with the losses of these kinds: the unit of beta depends on the loss."""
     beta = objective.beta
     used = {name for loss in losses.values() for name in expanded(loss)}
     if not isinstance(beta, Mapping) and not objective.length_normalized:
         a_token, a_nat = (sorted(USES_BETA & used & unit) for unit in (A_TOKEN, USES_BETA - A_TOKEN))
         if a_token and a_nat and len(losses) > 1:
             yield (
-                f"{beta} for all kinds, but {a_token[0]} takes one per nat a token, {a_nat[0]} one per nat; give a map "
-                "from kind"
+                f"{beta} for all kinds, but {a_token[0]} takes one per nat per token, {a_nat[0]} one per nat; give a "
+                "map from kind"
             )
     if not isinstance(beta, Mapping) and "odds_ratio" in used and not used & USES_BETA and beta != DEFAULT_BETA:
         yield _NO_BETA_OF_ORPO.format(beta)
@@ -203,20 +209,23 @@ def beta_problems(objective: GivenObjective, losses: Mapping[str, str | Mapping[
             yield _NO_BETA_OF_ORPO.format(beta[kind])
         a_token = sorted(names & A_TOKEN)
         if a_token and names - A_TOKEN and not objective.length_normalized:
-            yield f"{a_token[0]} takes one per nat a token, {sorted(names - A_TOKEN)[0]} one per nat: not in one kind"
+            yield (
+                f"{a_token[0]} takes one per nat per token, {sorted(names - A_TOKEN)[0]} one per nat: they cannot be "
+                "summed"
+            )
         is_given = kind in beta if isinstance(beta, Mapping) else "beta" in objective.named
         if names and not is_given and (a_token or objective.length_normalized):
             why = a_token[0] if a_token else "length_normalized"
             of_kind = f" for {kind}" if isinstance(beta, Mapping) else ""
-            yield f"not given{of_kind}: the default {DEFAULT_BETA} is per nat, {why} takes one per nat a token"
+            yield f"not given{of_kind}: the default {DEFAULT_BETA} is per nat, {why} takes one per nat per token"
 
 
-_NO_BETA_OF_ORPO = "{} given, but orpo has none: its lambda is the weight of odds_ratio"
+_NO_BETA_OF_ORPO = "{} given, but orpo has no beta: its lambda is the weight of odds_ratio"
 
 
 def _of_weights(weights: float | Mapping[str, float]) -> Iterator[Problem]:
     if not isinstance(weights, Mapping):
-        weights = {"instruction": weights}  # for each kind alike
+        weights = {"instruction": weights}  # the same weight for all kinds
         if weights["instruction"] == 0:
             yield "weights", "0 given: nothing would be learned"
     for kind, weight in weights.items():
@@ -227,13 +236,16 @@ def _of_weights(weights: float | Mapping[str, float]) -> Iterator[Problem]:
 
 
 def kind_problems(objective: GivenObjective, data: PreparedData) -> Iterator[Problem]:
-    """What only the data can show: each kind of responses needs a loss, held-out ones too: it evaluates them."""
+    """Problems that only the data can show: each kind of responses needs a loss.
+
+    Kinds of held-out data need one too, because evaluation computes it.
+    """
     held: dict[str, str | Mapping[str, float]] = {}
     for part, sources in (("data.sources", data.train), ("data.held_out", data.held_out)):
         for number, source in enumerate(sources):
             held |= {kind: objective.losses_of(kind) for kind in sorted(source.selection.kinds)}
             yield from (("loss", problem) for problem in _of_source(objective, source, f"{part}.{number}"))
-    if isinstance(objective.loss, str) and isinstance(objective.beta, Mapping):  # only now are the kinds known
+    if isinstance(objective.loss, str) and isinstance(objective.beta, Mapping):  # the kinds are known only now
         yield from (("beta", problem) for problem in beta_problems(objective, held))
     trained = {kind for source in data.train for kind in source.selection.kinds}
     if not any(objective.weight_of(kind) for kind in trained):
@@ -241,7 +253,7 @@ def kind_problems(objective: GivenObjective, data: PreparedData) -> Iterator[Pro
 
 
 def _of_source(objective: GivenObjective, source: PreparedSource, place: str) -> Iterator[str]:
-    """Args: place: the source's key in the recipe."""
+    """Problems of one source. place: the source's key in the recipe."""
     is_split = source.settings.rules.split_pairs
     holds = f"{place} {source.label} holds"
     for kind in sorted(source.selection.kinds):

@@ -1,7 +1,6 @@
-"""The recipe: one strict, typed tree that holds everything that defines a run.
+"""The recipe: one strict, typed tree of everything that defines a run.
 
-`recipe/file.py` reads it from YAML, `recipe/settings.py` turns it into the plain values that a run is made of: nothing
-below reads this tree.
+`recipe/file.py` reads it from YAML. `recipe/settings.py` turns it into plain values; no module below reads this tree.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ class Section(BaseModel):
 def _expand_home(path: str) -> str:
     try:
         return str(Path(path).expanduser()) if path.startswith("~") else path
-    except RuntimeError:  # no such user; whoever reads the path says that it is not there
+    except RuntimeError:  # no such user: the code that reads the path reports that it does not exist
         return path
 
 
 Location = Annotated[str, AfterValidator(_expand_home)]
-"""A local path, where `~` is the home folder, or a hub name."""
+"""A local path, in which `~` is the home folder, or a hub name."""
 
 
 class ModelSection(Section):
@@ -50,15 +49,15 @@ class ModelSection(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the frozen base weights and of the activations."""
     attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
-    """`auto`: flash_attention_2 where it is installed, a GPU is present and dtype is bfloat16, sdpa elsewhere."""
+    """`auto`: flash_attention_2 if it is installed, a GPU is present and dtype is bfloat16; otherwise sdpa."""
     chat_template: str | None = None
-    """Path of a Jinja chat template, for a tokenizer that has none or another one than wanted."""
+    """Path of a Jinja chat template, to be used instead of the tokenizer's own or if it has none."""
     gradient_checkpointing: bool = True
     """Recompute each layer in the backward pass instead of keeping its activations."""
     activation_offload: bool = False
-    """Keep the inputs saved by gradient checkpointing in host memory."""
+    """Keep the layer inputs that gradient checkpointing saves in host memory."""
     logits_mib: Positive | None = None
-    """Memory for logits at a time, in MiB, both streams; null: what suits the device (8 on CPU, 512 on a GPU)."""
+    """Memory for logits at one time, in MiB, both streams together; null: 8 on a CPU, 512 on a GPU."""
 
 
 class LoraSection(Section):
@@ -67,57 +66,58 @@ class LoraSection(Section):
     alpha: PositiveFloat = 16.0
     """Adapters are scaled by alpha / rank."""
     dropout: float = 0.0
-    """Must be 0: with dropout the log-ratio is noise, and B = 0 hides it at the start."""
+    """Must be 0: dropout makes the log-ratio noise, which B = 0 hides at the start."""
     targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
-    """Which linear layers get an adapter: all but the head, or a list of module names."""
+    """The linear layers that get an adapter: all except the head, or a list of module names."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the trainable adapter weights."""
 
 
 class SourceSection(Section):
     format: str
-    """How a row is read; `uft data formats` lists the names."""
+    """The format of the rows; `uft data formats` lists the names."""
     path: Location
     """A local file or folder (jsonl, json, csv, each also .gz or .zst; parquet, arrow), or a hub name: owner/name, or
     owner/name/folder for one folder of it."""
     split: str | None = None
-    """Split of a hub data set, or of the files of a folder whose names begin with it."""
+    """Split of a hub data set; in a folder, only files whose names begin with it are read."""
     where: dict[str, str | int | float | bool] = {}
-    """Only rows whose columns have these values."""
+    """Take only rows whose columns have these values."""
     examples: Positive | None = None
-    """How many responses to take, drawn by the seed; null: all."""
+    """Number of responses to take, drawn by the seed; null: all."""
     epochs: PositiveFloat | None = None
-    """How often one epoch of the mixture goes through the source; null: once."""
+    """Number of passes over the source in one epoch of the mixture; null: 1."""
     share: UnitInterval | list[Annotated[list[UnitInterval], Field(min_length=2, max_length=2)]] | None = None
-    """Share of the mixture's responses, the source being repeated as needed; or a schedule [[progress, share], ...]:
-    progress through the run from 0 to 1, shares linear in between."""
+    """Share of the mixture's responses; the source is repeated as needed. Or a schedule [[progress, share], ...]:
+    progress through the run from 0 to 1, with linear interpolation."""
     score: UnitInterval | None = None
-    """The score of rows that have none; null: 1 for instruction data."""
+    """Score of rows that have no score; null: 1 for instruction data."""
     score_map: Literal["quantile"] | Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)] | None = None
-    """What becomes of the source's scores: [scale, offset], which must stay within 0 and 1; or quantile, the share of
-    the source's responses that are scored lower (those scored alike count half)."""
+    """Maps the source's scores. [scale, offset]: scale * score + offset, which must stay within 0 and 1. quantile: the
+    share of the source's responses with a lower score (equal scores count half)."""
     pairs: Literal["keep", "split"] = "keep"
-    """keep: the two sides of a pair stay together, of kind `pair`. split: two responses with a score each (UNA)."""
+    """keep: the two sides of a pair stay together, as kind `pair`. split: each side is a scored response (UNA)."""
     allow_one_score: bool = False
-    """Accept feedback of which every response has the same score."""
+    """Accept feedback in which all responses have the same score."""
 
 
 class DataSection(Section):
     max_length: Annotated[int, Field(ge=8)] = 2048
     """Longest sequence, in tokens."""
     too_long: Literal["drop", "trim_prompt", "refuse"] = "drop"
-    """What happens to a response that ends past max_length: it is left out; it gets only the end of its prompt (whole
-    turns, then the end of the question); or the source is refused. A response is never cut."""
+    """What happens to a response that ends past max_length. drop: it is left out. trim_prompt: it gets only the end of
+    its prompt (whole turns, then the end of the question). refuse: the source is refused. A response is never cut."""
     on_bad_row: Literal["refuse", "quarantine"] = "refuse"
-    """What happens to a row that cannot be read: the source is refused, or the row is left out, into a file."""
+    """What happens to a row that cannot be read. refuse: the source is refused. quarantine: the row is left out and
+    written to a file."""
     max_quarantined: UnitInterval = 0.01
     """Largest share of a source's rows that may be quarantined."""
     merge_conversations: bool = True
-    """Keep a conversation of k assistant turns as one sequence with k responses (same loss, one forward)."""
+    """Make a conversation of k assistant turns one sequence with k responses (the same loss, one forward)."""
     workers: Positive | None = None
-    """Processes that tokenise; null: one a core."""
+    """Number of processes that tokenise; null: one per core."""
     cache_dir: Location | None = None
-    """Where runs share tokenised sources; null: uft_ds/tokenized under the user's cache folder."""
+    """Folder in which runs share tokenised sources; null: uft_ds/tokenized in the user's cache folder."""
     sources: Annotated[list[SourceSection], Field(min_length=1)]
     """The training mixture."""
     held_out: list[SourceSection] = []
@@ -127,41 +127,41 @@ class DataSection(Section):
 class ObjectiveSection(Section):
     loss: Annotated[str | dict[str, str | dict[str, float]], BeforeValidator(with_kinds)] = "mse"
     """One name for all kinds, or a map from kind to a name, or to a map from names to weights: {pair: {dpo: 1, nll:
-    0.2}}. Pointwise: mse (UFT), bce, l1, raw. Of pairs: dpo, cdpo, robust, ipo, hinge, rpo_sq, rpo_fwd, rpo_bwd, dpop;
+    0.2}}. Pointwise: mse (UFT), bce, l1, raw. Pairwise: dpo, cdpo, robust, ipo, hinge, rpo_sq, rpo_fwd, rpo_bwd, dpop;
     without reference simpo, orpo, cpo. Likelihood: nll (SFT), nll_sum."""
     beta: PositiveFloat | dict[str, PositiveFloat] = DEFAULT_BETA
-    """Implicit reward per nat of log-ratio: one value, or a map from kind; a kind that it does not name has the
+    """Implicit reward per nat of log-ratio: one value, or a map from kind to value; a kind that is not named has the
     default."""
     beta_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How beta goes on over the run."""
+    """How beta changes over the run."""
     beta_end: PositiveFloat = 1.0
-    """By what beta is multiplied at the last step, under a schedule."""
+    """Factor by which a schedule multiplies beta at the last step."""
     length_normalized: bool = False
-    """Log-ratios are means over a response's tokens, not sums; beta is then per nat a token, and must be given."""
+    """Log-ratios are means over a response's tokens, not sums; beta is then per nat per token, and must be given."""
     reward_shift: ShiftName = "none"
-    """What is subtracted from the implicit rewards of pointwise losses. ema: their running mean (BCO). kl: what
-    mismatched prompts and responses are rewarded with (KTO), at the cost of a forward pass of both streams.
-    prompt_mean: the mean over the step's responses to the same prompt, at the cost of a forward pass."""
+    """Value subtracted from the implicit rewards of pointwise losses. ema: their running mean (BCO). kl: the reward of
+    mismatched prompts and responses (KTO), which costs one more forward pass of both streams. prompt_mean: the mean
+    over the step's responses to the same prompt, which costs one more forward pass."""
     reward_shift_value: FiniteFloat = 0.0
-    """The shift, of `reward_shift: constant`."""
+    """The shift, for `reward_shift: constant`."""
     reward_shift_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """How much of the running mean stays from step to step, of `reward_shift: ema`."""
+    """Decay of the running mean: the part that is kept at each step, for `reward_shift: ema`."""
     weights: float | dict[str, float] = 1.0
-    """Weight of the losses: one value, or a map from kind; a kind that is not named has weight 1."""
+    """Weight of the losses: one value, or a map from kind to value; a kind that is not named has weight 1."""
     undesirable_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     """Weight of binary responses labelled false, against 1 for those labelled true (KTO)."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] | None = None
-    """How likely a preference is the wrong way round; cdpo and robust need it."""
+    """Probability that a preference is reversed; cdpo and robust need it."""
     rpo_scale: PositiveFloat = 1.0
-    """By what the difference of a pair's scores is multiplied; of rpo_sq, rpo_fwd and rpo_bwd."""
+    """Factor of the difference of a pair's scores, for rpo_sq, rpo_fwd and rpo_bwd."""
     dpop_penalty: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 50.0
-    """Weight of a fall of the chosen response's likelihood; of dpop."""
+    """Weight of the penalty for a lower likelihood of the chosen response, for dpop."""
     simpo_margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5
-    """By how much the chosen reward must exceed the rejected one; of simpo."""
+    """Margin by which the chosen reward must exceed the rejected one, for simpo."""
 
     @property
     def given(self) -> GivenObjective:
-        """The same as plain values, and which of them the recipe names."""
+        """The same values as plain values, and the keys that the recipe names."""
         fields = type(self).model_fields
         values = {key: getattr(self, key) for key in fields}
         changed = frozenset(key for key, value in values.items() if value != fields[key].default)
@@ -170,15 +170,15 @@ class ObjectiveSection(Section):
 
 class ReferenceSection(Section):
     mode: HowForwarded = "lockstep"
-    """lockstep: one visit of each layer serves policy and reference (Llama, Mistral, Qwen2, Qwen3). separate: a second
+    """lockstep: each layer is visited once for policy and reference (Llama, Mistral, Qwen2, Qwen3). separate: a second
     forward with the adapters off, inside the same root call; for other models."""
     cache: bool = True
-    """Keep the reference's log-probs of each response and never compute them twice, in this run or another."""
+    """Cache the reference's log-probs of each response, so that neither this run nor another computes them again."""
     cache_dir: Location | None = None
-    """Where runs share them; null: uft_ds/reference under the user's cache folder."""
+    """Folder in which runs share these log-probs; null: uft_ds/reference in the user's cache folder."""
     adapter: Location | None = None
-    """A frozen adapter that, on top of the base, is the reference, and from which the policy starts: an adapter's
-    folder, a checkpoint, or a run. Its rank, alpha and targets must be those of lora."""
+    """A frozen adapter: with it the base is the reference, and the policy starts from it. An adapter's folder, a
+    checkpoint or a run; its rank, alpha and targets must be those of lora."""
     step_zero_tolerance: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Largest log-ratio, in nats, that is accepted before the first step. It is exactly 0 by design; GPU
     kernels that choose another algorithm without gradients may need more."""
@@ -186,13 +186,13 @@ class ReferenceSection(Section):
 
 class TrainSection(Section):
     examples_per_step: Positive = 64
-    """Responses of an optimiser step, over all ranks and micro-batches."""
+    """Number of responses of an optimiser step, over all ranks and micro-batches."""
     tokens_per_micro_batch: Annotated[int, Field(ge=8)] = 16384
-    """Most tokens that a rank forwards at once."""
+    """Largest number of tokens that a rank forwards at once."""
     epochs: Positive = 1
-    """Passes over the mixture; ignored when steps is given."""
+    """Number of passes over the mixture; ignored if steps is given."""
     steps: Positive | None = None
-    """Optimiser steps; the mixture is repeated as often as needed."""
+    """Number of optimiser steps; the mixture is repeated as often as needed."""
     lr: PositiveFloat = 3.0e-5
     """Peak learning rate of AdamW."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -206,32 +206,32 @@ class TrainSection(Section):
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to this norm."""
     max_skipped_steps: Annotated[int, Field(ge=0)] = 5
-    """Steps with a non-finite loss or gradient are skipped; one more than this ends the run."""
+    """Steps with a non-finite loss or gradient are skipped; more than this number of them ends the run."""
     seed: Annotated[int, Field(ge=0)] = 42
     """Seed of the data order and of the adapters' initial values."""
     deterministic: bool = True
-    """Use deterministic kernels only, and refuse an operation that has none."""
+    """Use deterministic kernels only, and refuse an operation that has no such kernel."""
     checkpoint_every: Positive = 200
-    """Steps between checkpoints; one is always written at the end."""
+    """Number of steps between checkpoints; one is always written at the end."""
     keep_checkpoints: Positive = 3
-    """How many checkpoints are kept, the newest first."""
+    """Number of newest checkpoints that are kept."""
     keep_best: str | None = None
-    """A held-out metric, such as held_out/loss: the checkpoint at which it was best is kept, too. The lowest is best of
-    losses and errors; the highest of pair_accuracy, pair_margin, rank_correlation, logp_chosen and
-    implicit_reward_chosen; the nearest to 0 of length_correlation."""
+    """A held-out metric, such as held_out/loss: the checkpoint with its best value is kept, too. The best value is the
+    lowest for losses and errors; the highest for pair_accuracy, pair_margin, rank_correlation, logp_chosen and
+    implicit_reward_chosen; the nearest to 0 for length_correlation."""
     evaluate_every: Positive = 100
-    """Steps between evaluations of the held-out data; one always follows the last step."""
+    """Number of steps between evaluations of the held-out data; one always follows the last step."""
 
 
 class LaunchSection(Section):
     ranks: Literal["auto"] | Positive = "auto"
-    """Processes on this machine; auto: one a GPU, two on a CPU."""
+    """Number of processes on this machine; auto: one per GPU, two on a CPU."""
     collective_timeout_minutes: PositiveFloat = 30.0
-    """A rank that waits longer than this for the others ends the run."""
+    """A rank that waits longer than this for the other ranks ends the run."""
 
 
 COMBINATIONS_CHECKED = {"combinations": "checked"}
-"""Validation context of a recipe whose keys have been found to go together: a spelling of a path changes nothing."""
+"""Validation context of a recipe whose combinations of keys have been checked before; only paths are respelt."""
 
 
 class Recipe(Section):
@@ -247,7 +247,7 @@ class Recipe(Section):
     tracking: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
     """Where metrics go besides metrics.jsonl."""
     deepspeed: str = "zero3"
-    """A file of ds_configs/ by name, or a path to a DeepSpeed JSON."""
+    """Name of a file in ds_configs/, or path of a DeepSpeed JSON file."""
     output: Annotated[Location, Field(min_length=1)]
     """The run's folder."""
 
@@ -262,7 +262,7 @@ class Recipe(Section):
 
 
 def _impossible(recipe: Recipe) -> list[tuple[str, str]]:
-    """(key, problem) of everything that no single field can know, unavailable options included."""
+    """(key, problem) for every fault that involves several keys, and for options that are not available."""
     found: list[tuple[str, str]] = []
     data, train = recipe.data, recipe.train
     if data.max_length > train.tokens_per_micro_batch:
@@ -311,7 +311,7 @@ def _impossible(recipe: Recipe) -> list[tuple[str, str]]:
 
 
 def _impossible_best(recipe: Recipe) -> list[str]:
-    """Why no checkpoint could ever be the best one."""
+    """The reasons why `train.keep_best` could never choose a checkpoint."""
     train = recipe.train
     if train.keep_best is None:
         return []
@@ -329,7 +329,7 @@ def _impossible_best(recipe: Recipe) -> list[str]:
 
 
 def _impossible_portion(source: SourceSection, prefix: str) -> list[tuple[str, str]]:
-    """(key, problem) of how much is taken of a source."""
+    """(key, problem) for the keys that say how much of a source is taken."""
     found = []
     given = [key for key in ("examples", "epochs", "share") if getattr(source, key) is not None]
     if prefix == "data.held_out":
@@ -346,14 +346,14 @@ def _impossible_portion(source: SourceSection, prefix: str) -> list[tuple[str, s
 
 
 def section_of(annotation: Any) -> type[Section] | None:
-    """The section inside a field's type: itself, or a member of its union or list."""
+    """The section in a field's type: the type itself, or a member of its union or list; None if there is none."""
     nested = [a for arg in get_args(annotation) for a in get_args(arg)]
     candidates = (annotation, *get_args(annotation), *nested)
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
 
 
 def describe_keys(section: type[Section] = Recipe, prefix: str = "") -> list[tuple[str, str, str]]:
-    """(key, default, meaning) of every leaf, in the order of a recipe; sources' keys stand under index 0."""
+    """(key, default, meaning) of every leaf, in the order of a recipe; the keys of sources have the index 0."""
     rows: list[tuple[str, str, str]] = []
     for name, field in section.model_fields.items():
         inner = section_of(field.annotation)

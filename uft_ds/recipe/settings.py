@@ -1,7 +1,7 @@
-"""The recipe as frozen plain values: what everything below `run/` is given instead of it.
+"""The recipe as frozen plain values, which all modules below `run/` get instead of the recipe.
 
-`settings_of` reads no disk. What needs one (absolute paths, an adapter's folder, a hub model's commit, the DeepSpeed
-file) is filled in by `run/settings.py`, before anything else uses it.
+`settings_of` does not read the disk. Values that need it (absolute paths, an adapter's folder, a hub model's commit,
+the DeepSpeed file) are filled in by `run/settings.py` before they are used.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ from uft_ds.recipe.schema import DataSection, Recipe, SourceSection, TrainSectio
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """The frozen base and how it is forwarded; logits_bytes: of both streams at a time, None: what suits the device."""
+    """The frozen base model and how it is forwarded.
+
+    logits_bytes: memory for the logits of both streams at one time; None: chosen for the device.
+    """
 
     base: str
     revision: str | None
@@ -42,7 +45,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """targets: names of modules, or "all-linear"."""
+    """The adapters. targets: names of modules, or "all-linear"."""
 
     rank: int
     alpha: float
@@ -52,7 +55,7 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """given_cache_dir: as the recipe has it, None where it leaves that open."""
+    """The data. given_cache_dir: the recipe's value; None: the default."""
 
     max_length: int
     tolerance: Tolerance
@@ -63,15 +66,16 @@ class DataSettings:
 
     @property
     def cache_dir(self) -> Path:
-        """Where runs share tokenised sources."""
+        """The folder in which runs share tokenised sources."""
         return Path(self.given_cache_dir) if self.given_cache_dir else user_cache() / "tokenized"
 
 
 @dataclass(frozen=True)
 class ReferenceSettings:
-    """is_needed: whether any loss compares with it. mode: how it is forwarded, "separate" where it is not needed, so
-    that the model is left as it is. caches: whether it is needed and remembered. given_mode, given_cache,
-    given_cache_dir: as the recipe has them, needed or not.
+    """The reference.
+
+    is_needed: whether any loss compares with the reference.
+    given_mode, given_cache, given_cache_dir: the recipe's values, whether the reference is needed or not.
     """
 
     is_needed: bool
@@ -83,26 +87,28 @@ class ReferenceSettings:
 
     @property
     def mode(self) -> HowForwarded:
+        """How the reference is forwarded; "separate" if it is not needed, which leaves the model unchanged."""
         return self.given_mode if self.is_needed else "separate"
 
     @property
     def caches(self) -> bool:
+        """Whether the reference is needed and its log-probs are cached."""
         return self.how == "cached"
 
     @property
     def how(self) -> HowReference:
-        """How the run has the reference's log-probs."""
+        """How the run gets the reference's log-probs."""
         return how_known(needed=self.is_needed, cached=self.given_cache, forwarded=self.given_mode)
 
     @property
     def cache_dir(self) -> Path:
-        """Where runs share what they compute of the reference."""
+        """The folder in which runs share the reference's log-probs."""
         return Path(self.given_cache_dir) if self.given_cache_dir else user_cache() / "reference"
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """The recipe's `train`, key by key."""
+    """The recipe's `train`, with the same keys."""
 
     examples_per_step: int
     tokens_per_micro_batch: int
@@ -125,7 +131,7 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class LaunchSettings:
-    """ranks: of this machine, or "auto"."""
+    """How ranks are started. ranks: number of processes on this machine, or "auto"."""
 
     ranks: Literal["auto"] | int
     collective_timeout_minutes: float
@@ -133,23 +139,29 @@ class LaunchSettings:
 
 @dataclass(frozen=True)
 class DeepSpeedSettings:
-    """name: of a file of ds_configs/, or a path. config: its content, once it has been read and checked."""
+    """The DeepSpeed configuration.
+
+    name: the name of a file in ds_configs/, or a path.
+    config: the content of the file; None until `run/settings.py` has read and checked it.
+    """
 
     name: str
     config: Mapping[str, Any] | None = None
 
     @property
     def checked(self) -> dict[str, Any]:
+        """The content of the file, which must have been read before."""
         assert self.config is not None, "run/settings.py reads it first"
         return dict(self.config)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that defines a run.
+    """All settings that define a run.
 
-    given: the objective in the recipe's own words. stored: the recipe as a tree of plain values, which a run's
-    recipe.yaml holds and a later start is compared with.
+    given: the objective exactly as the recipe gives it, for messages.
+    stored: the recipe as a tree of plain values. It is written to the run's recipe.yaml, and a resumed run is compared
+        with it.
     """
 
     name: str
@@ -168,7 +180,7 @@ class Settings:
 
 
 def load_settings(name_or_path: str, overrides: tuple[str, ...] = ()) -> Settings:
-    """Of a shipped recipe or a file.
+    """The settings of a shipped recipe or of a recipe file.
 
     Raises:
         UserError: names the recipe and the key, what was given, what is allowed and the nearest known name.
@@ -177,7 +189,7 @@ def load_settings(name_or_path: str, overrides: tuple[str, ...] = ()) -> Setting
 
 
 def settings_of(recipe: Recipe) -> Settings:
-    """Everything that a recipe means."""
+    """The settings of a recipe."""
     assert recipe.lora is not None
     model, reference, data = recipe.model, recipe.reference, recipe.data
     given = recipe.objective.given
@@ -223,9 +235,11 @@ def settings_of(recipe: Recipe) -> Settings:
 
 
 def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
-    """The settings of the same recipe with other values at these keys; what it names itself stays what it was.
+    """The settings of the same recipe with other values at these keys.
 
-    Two spellings of one path may become the same: that is told when the data is read, by its content.
+    The objective as the recipe gives it is kept, and so is the DeepSpeed configuration if its name does not change.
+    Combinations of keys are not checked again: two spellings of one path may become equal, and such a source is
+    refused by its content when the data is read.
     """
     tree: Any = deepcopy(dict(settings.stored))
     for key, value in changes.items():
@@ -240,13 +254,13 @@ def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
 
 
 def train_settings(section: TrainSection) -> TrainSettings:
-    """The same values, key by key."""
+    """The same values as frozen settings."""
     first, second = section.betas
     return TrainSettings(**section.model_dump() | {"betas": (first, second)})
 
 
 def objective_of(given: GivenObjective) -> Objective:
-    """Losses, weights and betas, kind by kind, and what they share."""
+    """The objective: losses, weights and betas of each kind, and the constants that all kinds share."""
     return Objective(
         {kind: KindObjective(given.losses_of(kind), given.weight_of(kind), given.beta_of(kind)) for kind in KINDS},
         shift=RewardShift(given.reward_shift, given.reward_shift_value, given.reward_shift_decay),
@@ -264,7 +278,7 @@ def objective_of(given: GivenObjective) -> Objective:
 
 
 def source_of(entry: SourceSection, data: DataSection) -> SourceSettings:
-    """One source, with the rules that it shares with the others."""
+    """The settings of one source, including the rules that it shares with the other sources."""
     rules = RowRules(
         entry.format,
         entry.score,
@@ -286,7 +300,7 @@ def source_of(entry: SourceSection, data: DataSection) -> SourceSettings:
 
 
 def portion_of(entry: SourceSection) -> Portion:
-    """How much of a source an epoch of the mixture takes."""
+    """How much of a source one epoch of the mixture takes."""
     if entry.share is None:
         return Portion(entry.epochs or 1.0)
     schedule = entry.share if isinstance(entry.share, list) else [[0.0, entry.share]]

@@ -1,5 +1,7 @@
-"""What a recipe says and its run does not read, given its data: said, not refused, for a sweep or a shared recipe may
-well hold more than one run needs."""
+"""Find settings of a recipe that have no effect with its data.
+
+They are reported and not refused, because a sweep or a shared recipe may hold more than one run needs.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from uft_ds.recipe.rules import DEFAULT_BETA, GivenObjective
 
 
 def unused(objective: GivenObjective, data: PreparedData) -> Iterator[str]:
-    """One sentence each, after the key that it is about."""
+    """One message for each setting without effect; each begins with its key."""
     held = sorted({kind for source in data.all for kind in source.selection.kinds})
     used = {name for kind in held for name in objective.losses_of(kind)}
     for key in ("loss", "beta", "weights"):
@@ -22,10 +24,10 @@ def unused(objective: GivenObjective, data: PreparedData) -> Iterator[str]:
                 yield f"objective.{key}.{kind}: {value} given, but no source holds responses of kind {kind!r}"
             elif key == "beta" and not USES_BETA & objective.losses_of(kind).keys():
                 names = ", ".join(sorted(objective.losses_of(kind)))
-                yield f"objective.beta.{kind}: {value} given, but {names} has none"
+                yield f"objective.beta.{kind}: {value} given, but {names} has no beta"
     reads_beta = used & USES_BETA
     if not isinstance(objective.beta, Mapping) and objective.beta != DEFAULT_BETA and not reads_beta:
-        yield f"objective.beta: {objective.beta} given, but {', '.join(sorted(used))} has none"
+        yield f"objective.beta: {objective.beta} given, but {', '.join(sorted(used))} has no beta"
     if objective.beta_schedule != "constant" and not reads_beta:
         yield f"objective.beta_schedule: {objective.beta_schedule} given, but {', '.join(sorted(used))} has no beta"
     yield from _of_defaults(objective, held)
@@ -42,9 +44,10 @@ def unused(objective: GivenObjective, data: PreparedData) -> Iterator[str]:
 
 
 def _of_defaults(objective: GivenObjective, held: list[Kind]) -> Iterator[str]:
-    """The default beta is UFT's own, for its squared error."""
+    """Messages for losses that use the default beta, which UFT found for its squared error only."""
     if "beta" in objective.named and not isinstance(objective.beta, Mapping):
         return
+    # The squared error is exempt: the default was found for it.
     for kind in held:
         others = sorted(USES_BETA & objective.losses_of(kind).keys() - {"mse"})
         if (
@@ -63,7 +66,7 @@ def _of_shift(objective: GivenObjective, data: PreparedData) -> Iterator[str]:
         return
     pointwise = [source for source in data.train if _losses(objective, source) & set(POINTWISE)]
     if not pointwise:
-        yield f"objective.reward_shift: {shift} given, but no training source has a pointwise loss: it moves no other"
+        yield f"objective.reward_shift: {shift} given, but no training source has a pointwise loss; others ignore it"
     elif (
         shift == "kl"
         and all("l1" in _losses(objective, source) for source in pointwise)

@@ -71,7 +71,7 @@ def test_a_taken_name_is_refused(monkeypatch: pytest.MonkeyPatch, named: list[An
     [
         ("no_such_module:f", r"'x' cannot be imported from no_such_module:f \(ModuleNotFoundError"),
         ("uft_ds.data.formats.table:nothing", r"'x' cannot be imported from .*nothing \(AttributeError"),
-        ("uft_ds.data.formats.table:GROUP", "'x' of uft_ds.data.formats.table:GROUP is no function"),
+        ("uft_ds.data.formats.table:GROUP", "'x' of uft_ds.data.formats.table:GROUP is not a function"),
     ],
 )
 def test_a_broken_format_of_another_package_is_named(monkeypatch: pytest.MonkeyPatch, value: str, message: str) -> None:

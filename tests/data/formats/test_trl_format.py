@@ -160,8 +160,8 @@ def test_trl_pair_of_equals_is_left_out(row: Row) -> None:
         ({"chosen": "a", "rejected": [BAD]}, "expected both as text or both as turns"),
         ({"chosen": "ab", "rejected": "cd"}, "have no beginning in common"),
         ({"chosen": "ab ", "rejected": "cd"}, "have no beginning in common"),
-        ({"chosen": [USER, GOOD], "rejected": [turn("user", "r"), BAD]}, "part at turn 0"),
-        ({"chosen": [USER, GOOD], "rejected": [USER, GOOD, USER, BAD]}, "part at turn 2"),
+        ({"chosen": [USER, GOOD], "rejected": [turn("user", "r"), BAD]}, "differ at turn 0"),
+        ({"chosen": [USER, GOOD], "rejected": [USER, GOOD, USER, BAD]}, "differ at turn 2"),
         (
             {"prompt": [USER], "chosen": [CALLS, turn("tool", "2"), GOOD], "rejected": [BAD]},
             "found assistant, tool, as",

@@ -141,7 +141,7 @@ def test_a_hub_name_without_network_fails_at_once() -> None:
     """The message says that it is neither a path nor to be had, and what to do; no waiting for time-outs."""
     start = time.monotonic()
     message = refusal("nobody/no-such-data", "train")
-    assert "neither a local file or folder, nor could it be had from the hub" in message
+    assert "neither a local file or folder, nor could it be loaded from the hub" in message
     assert "give a local path" in message
     assert "Traceback" not in message
     assert time.monotonic() - start < 30

@@ -123,7 +123,7 @@ def test_a_cut_file_is_refused(tmp_path: Path, name: str) -> None:
     write(tmp_path / "s", singles(3))
     path = tmp_path / "s" / f"{name}.bin"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match=rf"{name}\.bin: \d+ bytes, expected \d+; delete .*made anew"):
+    with pytest.raises(UserError, match=rf"{name}\.bin: \d+ bytes, expected \d+; delete .*built again"):
         TokenStore(tmp_path / "s", "label")
     path.unlink()
     with pytest.raises(UserError, match=rf"{name}\.bin: 0 bytes, expected"):

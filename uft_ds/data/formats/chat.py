@@ -1,4 +1,4 @@
-"""Instruction data in the layouts of others: conversations, and instructions with an answer."""
+"""Formats of public instruction data sets: conversations, and instructions with an answer."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def ultrachat(row: Row, *, score: float | None) -> list[Item]:
 def alpaca(row: Row, *, score: float | None) -> list[Item]:
     """tatsu-lab/alpaca: `instruction`, `input` (may be absent or empty), `output`; optional `system`, `history`.
 
-    The user's turn is the instruction and the input with a newline between them, as LLaMA-Factory has it; the
-    chat template does what Alpaca's own ("Below is an instruction ...", "### Response:") did for models without one.
-    `history` holds earlier turns `[[question, answer], ...]`, which are context.
+    The user's turn is the instruction and the input, joined by a newline as in LLaMA-Factory. Alpaca's own template
+    ("Below is an instruction ...", "### Response:") is not used; the model's chat template takes its place. `history`
+    holds earlier turns `[[question, answer], ...]`, which are context.
     """
     system = optional_text(row, "system")
     turns = [Message("system", system)] if system is not None else []
@@ -76,11 +76,12 @@ SHAREGPT_ROLES = {
 
 
 def sharegpt(row: Row, *, score: float | None) -> list[Item]:
-    """ShareGPT, as LLaMA-Factory has it: `conversations` of turns `{from, value}`; optional `system`, `tools`.
+    """ShareGPT as in LLaMA-Factory: `conversations` of turns `{from, value}`; optional `system`, `tools`.
 
     Every gpt turn is supervised, and so is a `function_call`, whose value is JSON: `{name, arguments}` or a list of
-    them. Turns after the last of these are dropped. With `label` (true or false) the last turn alone is supervised,
-    as binary feedback. With `chosen` and `rejected` (a turn each) the row is a pair, and `conversations` its prompt.
+    them. Turns after the last supervised one are dropped. With `label` (true or false), only the last turn is
+    supervised, as binary feedback. With `chosen` and `rejected` (one turn each), the row is a pair, and
+    `conversations` is its prompt.
     """
     turns = _sharegpt_turns(row)
     tools = row_tools(row)

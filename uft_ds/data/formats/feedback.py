@@ -1,4 +1,4 @@
-"""Feedback data in the layouts of others: scores, binary labels and pairs."""
+"""Formats of public feedback data sets: scores, binary labels and pairs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from uft_ds.data.formats.turns import (
     row_tools,
 )
 
-# In twentieths, for the sum is then exact: in floats, all 4 would give 1.0000000000000002.
+# In twentieths, so that the sum is exact: with float weights, ratings that are all 4 give 1.0000000000000002.
 HELPSTEER2_WEIGHTS = {"helpfulness": 13, "correctness": 16, "coherence": 9}
 _HELPSTEER2_TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
 
@@ -30,8 +30,8 @@ _HELPSTEER2_TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
 def helpsteer2(row: Row, *, score: float | None) -> list[Item]:
     """nvidia/HelpSteer2: score = (0.65 helpfulness + 0.8 correctness + 0.45 coherence) / 7.6.
 
-    The attributes are 0 to 4, so the score is in [0, 1] (UNA, arXiv 2408.15339 section 4). About 29% of the
-    prompts hold a whole conversation, its turns marked by `<extra_id_1>`.
+    The attributes are from 0 to 4, so the score is in [0, 1] (UNA, arXiv 2408.15339 section 4). About 29% of the
+    prompts hold a whole conversation, whose turns are marked by `<extra_id_1>`.
     """
     total = sum(weight * _integer(row, name, 0, 4) for name, weight in HELPSTEER2_WEIGHTS.items())
     answer = Message("assistant", text(row, "response"))
@@ -39,10 +39,10 @@ def helpsteer2(row: Row, *, score: float | None) -> list[Item]:
 
 
 def helpsteer2_preference(row: Row, *, score: float | None) -> list[Item]:
-    """nvidia/HelpSteer2, `preference`: two responses and `preference_strength`, -3 to 3, negative for the first.
+    """nvidia/HelpSteer2, folder `preference`: two responses and `preference_strength` from -3 to 3.
 
-    Its size is not used: a pair says which one is better. The hub's one split holds train and validation; rows are
-    told apart by their column `split`.
+    A negative strength prefers the first response. Its size is not used: a pair only says which response is better. The
+    hub's one split holds train and validation rows; their column `split` says which.
     """
     strength = _integer(row, "preference_strength", -3, 3)
     first, second = (Message("assistant", text(row, key)) for key in ("response_1", "response_2"))
@@ -70,7 +70,7 @@ def _integer(row: Row, name: str, low: int, high: int) -> int:
 def ultrafeedback(row: Row, *, score: float | None) -> list[Item]:
     """openbmb/UltraFeedback: one example per completion of an instruction, score = (overall_score - 1) / 9.
 
-    Use a revision after December 2023: before, 2,628 completions that deserved a 1 had a 10.
+    Use a revision after December 2023: before it, 2,628 completions that deserved a 1 had a 10.
     """
     prompt = (Message("user", text(row, "instruction")),)
     completions = row.get("completions")
@@ -94,11 +94,12 @@ def _completion(prompt: Turns, completion: Any, index: int) -> Item:
 
 
 def ultrafeedback_binarized(row: Row, *, score: float | None) -> list[Item]:
-    """UltraFeedback as scored pairs: `prompt`, `chosen`, `rejected`, each side text or turns, the prompt included.
+    """UltraFeedback as scored pairs: `prompt`, `chosen`, `rejected`. Each side is text, or turns with the prompt.
 
-    Scores are, in HuggingFaceH4/ultrafeedback_binarized, `score_chosen` and `score_rejected` from 1 to 10 (also
-    inside `metadata`), so (s - 1) / 9; in argilla/ultrafeedback-binarized-preferences-cleaned, `chosen-rating` and
-    `rejected-rating`, means of ratings from 1 to 5, so (s - 1) / 4. About a tenth of the former's pairs are ties.
+    In HuggingFaceH4/ultrafeedback_binarized the scores are `score_chosen` and `score_rejected` from 1 to 10 (also
+    inside `metadata`), mapped by (s - 1) / 9; about a tenth of its pairs are ties. In
+    argilla/ultrafeedback-binarized-preferences-cleaned they are `chosen-rating` and `rejected-rating`, means of
+    ratings from 1 to 5, mapped by (s - 1) / 4.
     """
     scores = _binarized_scores(row)
     chosen, rejected = row.get("chosen"), row.get("rejected")
@@ -109,7 +110,7 @@ def ultrafeedback_binarized(row: Row, *, score: float | None) -> list[Item]:
 
 
 def _binarized_turns(row: Row, side: str) -> Turns:
-    """A whole conversation, or the answer alone after `prompt`."""
+    """One side as a whole conversation: its own turns, or `prompt` followed by the answer."""
     answer = answer_turns(row[side], side)
     turns = answer if answer[0].role != "assistant" else (*prompt_turns(row.get("prompt"), "prompt"), *answer)
     check_turns(turns)
@@ -132,8 +133,8 @@ _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 def hh_rlhf(row: Row, *, score: float | None) -> list[Item]:
     """Anthropic/hh-rlhf: `chosen` and `rejected` are dialogues `\\n\\nHuman: ...\\n\\nAssistant: ...`.
 
-    White space around a turn is layout. The two may differ in their last turn alone; a few rows of the real data part
-    earlier, end with nothing said or have one speaker twice in a row, and are refused.
+    White space around a turn is removed. The two dialogues may differ only in their last turn. A few rows of the real
+    data differ earlier, end with an empty turn or have one speaker twice in a row; they are refused.
     """
     return [dialogue_pair(_hh_turns(row, "chosen"), _hh_turns(row, "rejected"))]
 
@@ -156,7 +157,7 @@ def _hh_turns(row: Row, side: str) -> Turns:
 def kto(row: Row, *, score: float | None) -> list[Item]:
     """Binary feedback: `prompt` and `completion`, each text or turns, and `label` true or false.
 
-    Also LLaMA-Factory's `messages` and `label`, where the last turn is the completion.
+    LLaMA-Factory's `messages` and `label` are accepted too; the last turn is then the completion.
     """
     value = label_score(row)
     tools = row_tools(row)

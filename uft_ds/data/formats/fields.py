@@ -1,6 +1,6 @@
-"""Checks of the fields of a row: what a source format may take from it, and the words of a refusal.
+"""Checked access to the fields of a row, for the source formats.
 
-Each raises ValueError with what was found and what was expected; the caller adds the place of the row.
+Each function raises ValueError with what was found and what was expected; the caller adds the place of the row.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ Row = Mapping[str, Any]
 
 
 class LeftOut(Exception):
-    """A good row that has nothing to train on: counted by its reason, unlike a bad one."""
+    """A good row with nothing to train on. It is counted by its reason; unlike a bad row, it is no fault."""
 
     def __init__(self, reason: str, num_responses: int) -> None:
         super().__init__(reason)
@@ -22,17 +22,17 @@ class LeftOut(Exception):
 
 
 def text(row: Row, key: str) -> str:
-    """A field that must hold text with something in it."""
+    """A field that must hold text that is not empty."""
     return checked_text(row.get(key), key)
 
 
 def optional_text(row: Row, key: str) -> str | None:
-    """A field that may be absent, null or empty, all of which mean the same."""
+    """A field that may be absent, null or empty; all three give None."""
     return text(row, key) if row.get(key) not in (None, "") else None
 
 
 def checked_text(value: Any, name: str, *, may_be_empty: bool = False) -> str:
-    """Text that every tokenizer and every file can hold."""
+    """The value, checked to be text that is not blank and has no NUL characters or lone surrogates."""
     if not isinstance(value, str):
         raise ValueError(f"{name!r}: expected text, found {'nothing' if value is None else shown(value)}")
     if not may_be_empty and not value.strip():
@@ -63,7 +63,7 @@ def checked_score(value: Any, name: str = "score") -> float:
     """A score given in the data."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name!r}: found {shown(value)}, expected a number from 0 to 1")
-    if not 0 <= value <= 1:  # NaN is not either
+    if not 0 <= value <= 1:  # this refuses NaN, too
         raise ValueError(f"{name!r}: found {value}, expected a finite number from 0 to 1")
     return float(value)
 
@@ -81,7 +81,7 @@ def default_score(score: float | None) -> float:
 
 
 def label_score(row: Row) -> float:
-    """Binary feedback: `label` true is 1, false is 0. Numbers are refused, for some data sets mean -1 and 1."""
+    """Binary feedback: `label` true is 1, false is 0. Numbers are refused, because some data sets use -1 and 1."""
     label = row.get("label")
     if not isinstance(label, bool):
         raise ValueError(f"'label': found {shown(label)}, expected true or false")
@@ -89,7 +89,7 @@ def label_score(row: Row) -> float:
 
 
 def mapping(value: Any, name: str) -> Mapping[str, Any]:
-    """A JSON object, all of which can be written into a prompt."""
+    """The value, checked to be a JSON object that can be written into a prompt."""
     if not isinstance(value, Mapping):
         raise ValueError(f"{name!r}: expected an object, found {shown(value)}")
     try:
@@ -101,7 +101,7 @@ def mapping(value: Any, name: str) -> Mapping[str, Any]:
 
 
 def from_json(value: Any, name: str) -> Any:
-    """The value, decoded if it is JSON text: columns of free form are often stored so."""
+    """The value, decoded if it is JSON text: columns without a fixed schema are often stored as text."""
     if not isinstance(value, str):
         return value
     try:
@@ -111,12 +111,12 @@ def from_json(value: Any, name: str) -> Any:
 
 
 def present(row: Row) -> set[str]:
-    """The keys that hold something. Arrow fills a column that a row lacks with null, so null is absent."""
+    """The keys whose value is not null. Arrow fills a missing column with null, so null means absent."""
     return {key for key, value in row.items() if value is not None}
 
 
 def shown(value: Any) -> str:
-    """A value as a message quotes it: its beginning."""
+    """The beginning of a value, as messages quote it."""
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else repr(value)[:40]

@@ -1,4 +1,4 @@
-"""Our own format, and its JSON Schema."""
+"""Our own row format `jsonl`, and its JSON Schema."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _OF_TWO = {"chosen", "rejected", "score_chosen", "score_rejected"}
 
 
 def jsonl(row: Row, *, score: float | None) -> list[Item]:
-    """Our own format: a prompt, and what was answered to it.
+    """Our own format: a prompt and the response or responses to it.
 
         `prompt` (text) or `messages` (turns up to the response), and one of
             `response`                               instruction, the source's score or 1
@@ -48,8 +48,8 @@ def jsonl(row: Row, *, score: float | None) -> list[Item]:
             `chosen`, `rejected`, and optionally `score_chosen`, `score_rejected` from 0 to 1     pair
         `messages` that end with an assistant turn, alone: instruction, every assistant turn supervised
 
-    With `messages`, `tools` may list JSON schemas. Null is absent. `meta` may hold anything and is ignored; any other
-    key is refused, for a misspelt `score` would silently become 1.
+    With `messages`, `tools` may list JSON schemas. Null means absent. `meta` may hold anything and is ignored. Any
+    other key is refused, because a misspelt `score` would silently become 1.
     """
     _check_keys(row)
     given = present(row)
@@ -67,7 +67,7 @@ def jsonl(row: Row, *, score: float | None) -> list[Item]:
 
 
 def jsonl_schema() -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of one row. What it cannot say is in its description."""
+    """The JSON Schema (draft 2020-12) of one row. Its description states the rules that a schema cannot express."""
     return json.loads(resources.files("uft_ds.data.formats").joinpath("jsonl.schema.json").read_text(encoding="utf-8"))
 
 

@@ -1,8 +1,8 @@
-"""Source formats: each turns one row of a data set into examples or pairs.
+"""The table of source formats; a format turns one row of a data set into examples or pairs.
 
-A format is a function `(row, *, score) -> items`; `score` is the source's constant for rows without one. It raises
+A format is a function `(row, *, score) -> items`; `score` is the source's constant for rows without a score. It raises
 ValueError with what was found and what was expected, or `LeftOut` for a good row with nothing to train on; the caller
-adds the file and line. FORMATS maps its name to it. Other packages add theirs by an entry point of GROUP.
+adds the file and line. FORMATS maps names to formats. Other packages add formats by entry points of the group GROUP.
 """
 
 from __future__ import annotations
@@ -57,14 +57,16 @@ FORMATS: dict[str, Format] = {
 }
 
 GROUP = "uft_ds.formats"
-"""Of the entry points by which other packages add formats."""
+"""Group of the entry points by which other packages add formats."""
 
 
 def described_formats() -> dict[str, str]:
-    """What a row of each format holds, or why a format of another package, which this imports, cannot be used.
+    """The description of each format by name, or the reason why a format of another package cannot be used.
+
+    This imports the formats of other packages.
 
     Raises:
-        UserError: a format of another package has a name that is taken.
+        UserError: a format of another package has a name that is already in use.
     """
     described = {name: inspect.cleandoc(make.__doc__ or "") for name, make in FORMATS.items()}
     for name, point in _plugins().items():
@@ -76,15 +78,15 @@ def described_formats() -> dict[str, str]:
 
 
 def format_names() -> tuple[str, ...]:
-    """Names of all formats; imports none."""
+    """The names of all formats; no format is imported."""
     return (*FORMATS, *_plugins())
 
 
 def format_named(name: str) -> Format:
-    """One format; imports no others.
+    """One format by its name; no other format is imported.
 
     Raises:
-        UserError: there is none of this name, or it cannot be imported.
+        UserError: no format has this name, or it cannot be imported.
     """
     if name in FORMATS:
         return FORMATS[name]
@@ -116,5 +118,5 @@ def _load(point: EntryPoint) -> Format:
             f"the format {point.name!r} cannot be imported from {point.value} ({type(error).__name__}: {error})"
         ) from error
     if not inspect.isfunction(loaded):
-        raise UserError(f"the format {point.name!r} of {point.value} is no function")
+        raise UserError(f"the format {point.name!r} of {point.value} is not a function")
     return cast(Format, loaded)

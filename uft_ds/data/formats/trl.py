@@ -1,4 +1,4 @@
-"""TRL's data set types, told apart by their columns."""
+"""The format `trl`: TRL's data set types, recognised by their columns."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from uft_ds.data.formats.turns import (
 
 
 def trl(row: Row, *, score: float | None) -> list[Item]:
-    """The types of TRL that hold something to supervise, told apart by their columns; null is absent.
+    """The types of TRL that hold supervised turns, recognised by their columns; null means absent.
 
         `messages`                              instruction, every assistant turn supervised
         `prompt`, `completion`                  instruction, the assistant turns of the completion
         `prompt`, `completion`, `label`         binary
         `prompt`, `chosen`, `rejected`          pair
-        `chosen`, `rejected`                    pair, the prompt is what both begin with
+        `chosen`, `rejected`                    pair, the prompt is the common beginning of both
 
-    `prompt`, `completion`, `chosen` and `rejected` are text or turns; text becomes a user's or an assistant's turn,
-    where TRL would join it without a chat template. `tools` may list JSON schemas, as a list or as JSON text.
+    `prompt`, `completion`, `chosen` and `rejected` are text or turns. Text becomes a user or an assistant turn, while
+    TRL would join it without a chat template. `tools` may list JSON schemas, as a list or as JSON text.
     """
     given = present(row)
     tools = row_tools(row)
@@ -65,7 +65,7 @@ def _preference(row: Row, tools: Tools) -> Item:
     chosen, rejected, prompt = row.get("chosen"), row.get("rejected"), row.get("prompt")
     if isinstance(chosen, list) != isinstance(rejected, list):
         raise ValueError("'chosen' and 'rejected': expected both as text or both as turns, found one of each")
-    # TRL takes the prompt from the answers where `prompt` repeats as text what they hold as turns.
+    # As TRL does: if the answers are turns that include the prompt, a `prompt` given as text is ignored.
     if prompt is None or (isinstance(chosen, list) and not isinstance(prompt, list)):
         if isinstance(chosen, list):
             return dialogue_pair(conversation(chosen, "chosen"), conversation(rejected, "rejected"), tools=tools)
@@ -76,9 +76,10 @@ def _preference(row: Row, tools: Tools) -> Item:
 
 
 def _split_texts(chosen: Any, rejected: Any) -> tuple[str, str, str]:
-    """The common beginning of two texts, cut where TRL's `extract_prompt` cuts it.
+    """(prompt, chosen, rejected) of two texts with a common beginning, cut as TRL's `extract_prompt` cuts it.
 
-    That is before a space, if one stands there, and one character early if one text begins the other.
+    The cut is before a space, if the common beginning ends with one, and one character early if one text is the
+    beginning of the other.
     """
     shorter = min(len(checked_text(chosen, "chosen")), len(checked_text(rejected, "rejected")))
     end = next((index for index in range(shorter) if chosen[index] != rejected[index]), shorter)

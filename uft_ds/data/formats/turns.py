@@ -1,4 +1,4 @@
-"""Turns of a conversation: how a row writes them, in what order they may come, and which are supervised."""
+"""The turns of a conversation: reading them from a row, checking their order, and choosing the supervised ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROLES = ("system", "user", "assistant", "tool")
 def conversation(value: Any, name: str = "messages") -> Turns:
     """Turns `[{role, content}, ...]`: an optional system turn, then user and assistant in alternation.
 
-    An assistant turn with `tool_calls` may be empty, and tool turns may stand between it and the next one.
+    An assistant turn with `tool_calls` may be empty, and tool turns may follow it before the next assistant turn.
     """
     turns = messages(value, name)
     check_turns(turns)
@@ -28,7 +28,7 @@ def conversation(value: Any, name: str = "messages") -> Turns:
 
 
 def messages(value: Any, name: str) -> Turns:
-    """Turns in any order, such as a part of a conversation."""
+    """Turns in any order, for a part of a conversation."""
     if not isinstance(value, list) or not value:
         raise ValueError(f"{name!r}: expected a list of turns, found {shown(value)}")
     turns = []
@@ -58,9 +58,9 @@ def _message(turn: Any) -> Message:
 
 
 def tool_calls(value: Any) -> Tools:
-    """Calls `[{name, arguments}, ...]`, bare or in OpenAI's `{type, function}`, which is what they become.
+    """Tool calls `[{name, arguments}, ...]`, bare or in OpenAI's `{type, function}`; returned in OpenAI's layout.
 
-    Arguments as JSON text are decoded: chat templates write them as JSON, and would quote the text once more.
+    Arguments given as JSON text are decoded, because chat templates write JSON and would quote the text again.
     """
     if not isinstance(value, list) or not value:
         raise ValueError(f"'tool_calls': expected a list of calls, found {shown(value)}")
@@ -75,7 +75,7 @@ def _tool_call(call: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def tool_schemas(value: Any) -> Tools:
-    """Tools `[{name, parameters, ...}, ...]`, bare or in OpenAI's `{type, function}`, which is what they become."""
+    """Tools `[{name, parameters, ...}, ...]`, bare or in OpenAI's `{type, function}`; returned in OpenAI's layout."""
     if value is None:
         return ()
     if not isinstance(value, list):
@@ -84,7 +84,7 @@ def tool_schemas(value: Any) -> Tools:
 
 
 def row_tools(row: Row) -> Tools:
-    """The tools of a row in a layout that allows JSON text for them, empty where there are none."""
+    """The `tools` of a row, as a list or as JSON text; empty if there are none."""
     value = row.get("tools")
     return tool_schemas(None if value == "" else from_json(value, "tools"))
 
@@ -96,7 +96,11 @@ def _tool_schema(tool: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def check_item(item: Item) -> None:
-    """What every format must give, another package's too: a conversation in order, with scores from 0 to 1."""
+    """Check the item of any format, also of other packages: a conversation in order, with scores from 0 to 1.
+
+    Raises:
+        ValueError: says what the format gave and what was expected.
+    """
     for example in (item.chosen, item.rejected) if isinstance(item, Pair) else (item,):
         if not isinstance(example, Example):
             raise ValueError(f"the format gave {type(example).__name__}, expected Example or Pair")
@@ -114,7 +118,11 @@ def check_item(item: Item) -> None:
 
 
 def check_turns(turns: Sequence[Message]) -> None:
-    """The order that chat templates are made for; content in every turn that calls no tool."""
+    """Check that turns have the order that chat templates expect, and content unless they call a tool.
+
+    Raises:
+        ValueError: names the turn.
+    """
     before = None
     for index, turn in enumerate(turns):
         if turn.role == "tool" and not _may_have_result(before):
@@ -142,12 +150,12 @@ def _may_follow(before: Message | None, turn: Message) -> bool:
 
 
 def prompt_turns(value: Any, name: str) -> Turns:
-    """What an answer answers: text (one user turn), or turns that end with the user's or a tool's."""
+    """The prompt of an answer: text (one user turn), or turns that end with a user or tool turn."""
     return question_turns(value, name) if isinstance(value, list) else (Message("user", content(value, name)),)
 
 
 def question_turns(value: Any, name: str) -> Turns:
-    """A conversation up to an answer: its last turn is the user's or a tool's."""
+    """A conversation up to an answer; its last turn must be a user or tool turn."""
     turns = conversation(value, name)
     if turns[-1].role not in ("user", "tool"):
         raise ValueError(f"{name!r} must end with the user's turn (or a tool's) that the response answers")
@@ -155,12 +163,12 @@ def question_turns(value: Any, name: str) -> Turns:
 
 
 def answer_turns(value: Any, name: str) -> Turns:
-    """What follows a prompt: text (one assistant turn), or turns."""
+    """The turns after a prompt: text (one assistant turn), or turns."""
     return messages(value, name) if isinstance(value, list) else (Message("assistant", content(value, name)),)
 
 
 def one_answer(turns: Turns, name: str) -> Message:
-    """Of an answer whose feedback is on it as a whole: its single turn."""
+    """The single turn of an answer whose feedback is about the whole answer."""
     if len(turns) != 1 or turns[0].role != "assistant":
         raise ValueError(f"{name!r}: expected one assistant turn, found {', '.join(turn.role for turn in turns)}")
     return turns[0]
@@ -176,7 +184,7 @@ def answered(prompt: Turns, answer: Message, score: float, kind: Kind, tools: To
 def all_supervised(turns: Turns, score: float, tools: Tools = (), *, context: int = 0) -> Example:
     """Instruction data: every assistant turn after the first `context` turns is supervised.
 
-    Turns after the last assistant's are dropped, for they cannot influence any response.
+    Turns after the last assistant turn are dropped, because they cannot influence a response.
     """
     end = max((index for index, turn in enumerate(turns, start=1) if turn.role == "assistant"), default=0)
     if end <= context:
@@ -188,11 +196,11 @@ def all_supervised(turns: Turns, score: float, tools: Tools = (), *, context: in
 def pair(
     prompt: Turns, chosen: Message, rejected: Message, scores: tuple[float, float] | None = None, tools: Tools = ()
 ) -> Pair:
-    """Two answers to one prompt, with the scores of the data if it has them; equal ones make a tie.
+    """Two answers to one prompt, with the scores of the data if there are any; equal scores make a tie.
 
     Raises:
         LeftOut: the answers are equal.
-        ValueError: the scores say that the rejected one is better.
+        ValueError: the rejected answer has the higher score.
     """
     better, worse = (1.0, 0.0) if scores is None else scores
     first, second = answered(prompt, chosen, better, "pair", tools), answered(prompt, rejected, worse, "pair", tools)
@@ -204,10 +212,10 @@ def pair(
 
 
 def dialogue_pair(chosen: Turns, rejected: Turns, scores: tuple[float, float] | None = None, tools: Tools = ()) -> Pair:
-    """Two whole conversations that differ in their last turn alone."""
+    """A pair from two whole conversations that differ only in their last turn."""
     if chosen[:-1] != rejected[:-1]:
         same = (a == b for a, b in zip(chosen, rejected, strict=False))
         where = next((index for index, equal in enumerate(same) if not equal), min(len(chosen), len(rejected)))
-        raise ValueError(f"'chosen' and 'rejected' part at turn {where}; expected one prompt and a last turn each")
+        raise ValueError(f"'chosen' and 'rejected' differ at turn {where}; expected one prompt and a last turn each")
     answers = one_answer(chosen[-1:], "chosen"), one_answer(rejected[-1:], "rejected")
     return pair(chosen[:-1], *answers, scores, tools)

@@ -1,4 +1,4 @@
-"""Rows of parquet and Arrow files, as plain values, a thousand at a time."""
+"""Read parquet and Arrow files as rows of plain values, 1,000 rows at a time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ Rows = list[dict[str, Any]]
 
 
 def parquet_rows(path: Path, name: str) -> Iterator[tuple[float, Rows]]:
-    """The share of the file that was read, and its next rows."""
+    """Batches of rows of a parquet file, each with the share of the file that has been read.
+
+    Raises:
+        UserError: the file cannot be read, or two columns have one name.
+    """
     import pyarrow.parquet as pq
 
     with _as_user_error(name, "parquet"), pq.ParquetFile(path, page_checksum_verification=True) as file:
@@ -33,7 +37,7 @@ def parquet_rows(path: Path, name: str) -> Iterator[tuple[float, Rows]]:
 
 
 def arrow_rows(path: Path, name: str) -> Iterator[tuple[float, Rows]]:
-    """The same for both of Arrow's layouts: `datasets` writes streams, under the name of files."""
+    """The same for an Arrow file. Both layouts are read: `datasets` writes the stream layout into `.arrow` files."""
     import pyarrow as pa
 
     with _as_user_error(name, "Arrow"), pa.memory_map(str(path)) as source:
@@ -57,7 +61,7 @@ def _file_batches(source: pa.NativeFile, name: str) -> Iterator[tuple[float, pa.
 def _stream_batches(source: pa.NativeFile, name: str) -> Iterator[tuple[float, pa.RecordBatch]]:
     import pyarrow as pa
 
-    # Arrow takes a stream that stops between two batches for whole: a copy cut off there would lose rows silently.
+    # Arrow accepts a stream that stops between two batches, so a copy that was cut off there would lose rows silently.
     size = source.size()
     source.seek(max(0, size - len(_END_OF_STREAM)))
     if source.read() != _END_OF_STREAM:
@@ -76,7 +80,7 @@ def _plain(batch: pa.RecordBatch) -> Rows:
 
 
 def without_nulls(value: Any) -> Any:
-    """The value without the null members of its structs: Arrow gives every struct the keys of all others."""
+    """The value without the null members of its structs: Arrow gives every struct the keys of all the others."""
     if isinstance(value, dict):
         return {key: without_nulls(member) for key, member in value.items() if member is not None}
     return [without_nulls(member) for member in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""Rows of comma-separated files, whose cells are text but for the columns that hold numbers in known formats."""
+"""Read comma-separated files as rows. Cells are text, except in the columns that hold numbers in known formats."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ NUMERIC_COLUMNS = frozenset(
         "rejected-rating",
     }
 )
-"""Read as JSON numbers, true or false. In any other column "007" and "1e5" stay what they are: text."""
+"""These columns are read as JSON numbers, true or false. In all other columns "007" and "1e5" stay text."""
 
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that could not be made into values, but whose end is known, so that it can be skipped."""
+    """A row that cannot be read as values, but whose end is known, so that it can be skipped."""
 
     reason: str
 
 
 def csv_rows(stream: BinaryIO, name: str) -> Iterator[tuple[int, int, dict[str, Any] | BadRow]]:
-    """Line and offset at which each row starts, and its values by the header's names.
+    """(line, byte offset, values by the header's names) of each row, where it starts.
 
     Raises:
-        UserError: no usable header, or broken quotes: where the next row starts is then a guess.
+        UserError: no usable header, or broken quotes, after which the start of the next row is not known.
     """
-    # The limit is the process's, 128 KiB unless told; a conversation may be longer. `_Lines` has the real limit.
+    # The csv module's limit is per process, 128 KiB by default; a conversation may be longer. `_Lines` sets our limit.
     csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_BYTES))
     lines = _Lines(stream, name)
     reader = csv.reader(lines, strict=True)
@@ -66,9 +66,9 @@ def csv_rows(stream: BinaryIO, name: str) -> Iterator[tuple[int, int, dict[str, 
 
 
 class _Lines:
-    """A file's lines for `csv.reader`, which takes as many as a row has.
+    """The lines of a file for `csv.reader`, which takes several lines if a row has quoted newlines.
 
-    row: the lines of the present row.
+    row: the lines of the current row.
     """
 
     def __init__(self, stream: BinaryIO, name: str) -> None:
@@ -77,7 +77,7 @@ class _Lines:
         self.row: list[bytes] = []
 
     def start_row(self) -> tuple[int, int]:
-        """Line and offset of the row that comes next."""
+        """Line and byte offset of the next row."""
         self.row.clear()
         self.row_byte = self.byte
         return self.line + 1, self.byte
@@ -96,11 +96,11 @@ class _Lines:
             raise too_long(self.name, self.line + 1 - len(self.row))
         if self.line == 1:
             data = data.removeprefix(codecs.BOM_UTF8)
-        # The row that holds another encoding is refused below; the next one must still be found.
+        # A row in another encoding is refused later; until then its bytes must pass, so that the next row is found.
         return data.decode("utf-8", "surrogateescape")
 
     def broken_encoding(self) -> str | None:
-        """Which byte of the row is not UTF-8."""
+        """A message that names the byte of the row that is not UTF-8, or None."""
         try:
             b"".join(self.row).decode("utf-8")
         except UnicodeDecodeError as error:

@@ -1,7 +1,7 @@
-"""JSON as rows: one object a line, or one array of objects, streamed, and strictly read.
+"""Read JSON as rows, streamed and strict: one object per line, or one array of objects.
 
-Finding where a row ends is apart from reading it: `json_lines` and `json_array` give each row's bytes,
-`parse_object` refuses the bad ones, one at a time and in whichever process.
+Two separate stages: `json_lines` and `json_array` find where each row ends and give its bytes; `parse_object` reads
+one row and refuses a bad one, in any process.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from uft_ds.errors import UserError
 
 MAX_ROW_BYTES = 64 * 2**20
 MAX_DEPTH = 100
-"""Levels of nesting. Python's own limit depends on the caller's stack, so a row's fate would too."""
+"""Largest number of nested levels. Python's own limit depends on the caller's stack and would not be reproducible."""
 
 INTERRUPTED = "is the file still being written, or was a copy interrupted?"
 
 _CHUNK_BYTES = 256 * 1024
 _MAX_INTEGER_LETTERS = 20
 _ESCAPE_LETTERS = 16
-"""The longest thing in JSON that is split by the end of a chunk and read as an error: \\uD83D\\uDE00."""
+"""More letters than the longest token that reads as an error when a chunk's end splits it: \\uD83D\\uDE00."""
 
 _BLANK = re.compile(r"[ \t\n\r]*")
 
 LocatedJson = tuple[int, int, bytes]
-"""Line, offset of the row's first byte, the row's text."""
+"""(line, byte offset of the row's start, the row's bytes)"""
 
 
 def parse_object(text: bytes) -> dict[str, Any]:
-    """A JSON object of which nothing is lost or made up in reading it.
+    """Read a JSON object so that no value is lost or changed.
 
     Raises:
-        ValueError: what is wrong. Beyond the grammar: a key given twice, NaN and Infinity, numbers beyond a
-            float or 64 bits, lone surrogates, more than MAX_DEPTH levels.
+        ValueError: says what is wrong. Besides the grammar, these are refused: a key given twice, NaN and Infinity,
+            numbers beyond a float or 64 bits, lone surrogates, more than MAX_DEPTH levels.
     """
     value = parse_json(text)
     if not isinstance(value, dict):
@@ -46,10 +46,10 @@ def parse_object(text: bytes) -> dict[str, Any]:
 
 
 def parse_json(text: bytes) -> Any:
-    """Any JSON value, by the rules of `parse_object`."""
+    """Read any JSON value by the rules of `parse_object`."""
     try:
         value = _STRICT.decode(text.decode("utf-8"))
-        # Only an escape can bring a lone surrogate in: UTF-8 has no bytes for one.
+        # Only an escape can give a lone surrogate, because UTF-8 has no bytes for one.
         if b"\\ud" in text or b"\\uD" in text:
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
@@ -66,12 +66,16 @@ def parse_json(text: bytes) -> Any:
 
 
 def not_utf8(error: UnicodeDecodeError) -> str:
-    """The message for a row with bytes of another encoding."""
+    """The message for a row that is not UTF-8."""
     return f"byte {error.start} is not UTF-8; convert the file to UTF-8"
 
 
 def read_line(stream: BinaryIO, name: str, number: int) -> bytes:
-    """The next line with its newline; empty at the end of the file. Only \\n ends a line."""
+    """The next line with its newline; empty at the end of the file. Only \\n ends a line.
+
+    Raises:
+        UserError: the line is longer than MAX_ROW_BYTES.
+    """
     line = stream.readline(MAX_ROW_BYTES + 1)
     if len(line) > MAX_ROW_BYTES:
         raise too_long(name, number)
@@ -79,16 +83,16 @@ def read_line(stream: BinaryIO, name: str, number: int) -> bytes:
 
 
 def too_long(name: str, line: int) -> UserError:
-    """A row that is not even read, since it may be the rest of the file."""
+    """The error for a row that is too long to be read; it may be the rest of the file."""
     return UserError(f"{name}:{line}: a row of more than {MAX_ROW_BYTES >> 20} MiB; split it, or check its quotes")
 
 
 def json_lines(stream: BinaryIO, name: str) -> Iterator[LocatedJson]:
-    """The lines that are not blank. A bad one is the caller's; one that was cut off is refused.
+    """The lines that are not blank. Bad JSON in a line is left to the caller; a line that was cut off is refused.
 
     Raises:
-        UserError: a line too long, a file that is not one object a line, or a last line that has no newline and is
-            not JSON.
+        UserError: a line is too long, the file does not hold one object per line, or the last line has no newline
+            and is not JSON.
     """
     number = byte = 0
     is_first = True
@@ -127,10 +131,10 @@ def _refuse_cut_off(line: bytes, place: str) -> None:
 
 
 def json_array(stream: BinaryIO, name: str) -> Iterator[LocatedJson]:
-    """The elements of the one array that a file holds, each with the line it starts on.
+    """The elements of a file's one array, each with the line on which it starts.
 
     Raises:
-        UserError: not an array, or its text is broken so that no further element can be found.
+        UserError: the file is not an array, or is broken so that the next element cannot be found.
     """
     text = _ArrayText(stream, name)
     if text.next_letter() == "\ufeff":
@@ -160,11 +164,11 @@ def json_array(stream: BinaryIO, name: str) -> Iterator[LocatedJson]:
 
 
 class _ArrayText:
-    """A window on a file's text, which grows at its end and is dropped behind `position`.
+    """A window on a file's text: it grows at the end, and text before `position` is dropped.
 
-    Bytes that are not UTF-8 are kept as surrogates, and come out as they were: a row's bytes are the file's.
+    Bytes that are not UTF-8 are kept as surrogates and written back unchanged, so a row has exactly the file's bytes.
 
-    line, column, byte: where `position` is in the file; the first two count from 1.
+    line, column, byte: the place of `position` in the file; line and column count from 1.
     """
 
     def __init__(self, stream: BinaryIO, name: str) -> None:
@@ -175,7 +179,7 @@ class _ArrayText:
         self.is_whole = False
 
     def grow(self) -> bool:
-        """Read at least as much again as there is, so that a long row is not scanned many times over."""
+        """Read at least as much as the window holds, so that a long row is not scanned many times. False at the end."""
         rest, new = self.text[self.position :], ""
         while not new and not self.is_whole:
             data = self.stream.read(max(_CHUNK_BYTES, len(rest)))
@@ -185,7 +189,7 @@ class _ArrayText:
         return bool(new)
 
     def take(self, num_letters: int) -> bytes:
-        """Go on, and give the bytes that were passed."""
+        """Move `position` forward and return the bytes that were passed."""
         taken = self.text[self.position : self.position + num_letters]
         data = taken.encode("utf-8", "surrogateescape")
         newlines = taken.count("\n")
@@ -196,7 +200,7 @@ class _ArrayText:
         return data
 
     def next_letter(self) -> str:
-        """Past blanks; empty at the end of the file."""
+        """The next letter after blanks; empty at the end of the file."""
         while True:
             blank = _BLANK.match(self.text, self.position)
             assert blank is not None
@@ -207,7 +211,7 @@ class _ArrayText:
                 return ""
 
     def element(self) -> LocatedJson:
-        """The value that starts here."""
+        """The value that starts at `position`."""
         line, byte = self.line, self.byte
         data = self.take(self._element_letters())
         if len(data) > MAX_ROW_BYTES:
@@ -221,13 +225,14 @@ class _ArrayText:
                 _, end = _LENIENT.raw_decode(self.text, self.position)
             except json.JSONDecodeError as error:
                 offset = error.pos - self.position
+                # An error near the window's end, or an open string, may only mean that the window ends there.
                 is_cut = offset > window - _ESCAPE_LETTERS or error.msg.startswith("Unterminated string")
                 if not is_cut or (window <= MAX_ROW_BYTES and not self.grow()):
                     raise self.broken(error.msg, offset) from None
             except RecursionError:
                 raise UserError(f"{self.name}:{self.line}: {_TOO_DEEP}") from None
             else:
-                # A number at the end of the window may go on behind it.
+                # A number at the end of the window may continue after it.
                 num_letters = end - self.position
                 if self.text[end - 1] == "}" or num_letters <= window - _ESCAPE_LETTERS or not self.grow():
                     return num_letters
@@ -235,7 +240,7 @@ class _ArrayText:
                 raise too_long(self.name, self.line)
 
     def broken(self, reason: str, offset: int = 0) -> UserError:
-        """What to raise when nothing can be found behind the letter `offset` from here."""
+        """The error for text that is broken at `offset` letters after `position`."""
         self.take(offset)
         if "\udc80" <= self.text[self.position : self.position + 1] <= "\udcff":
             return UserError(f"{self.name}:{self.line}: byte {self.byte} is not UTF-8; convert the file to UTF-8")
@@ -264,7 +269,7 @@ def _float(text: str) -> float:
 
 
 def _integer(text: str) -> int:
-    # Python refuses to read some thousand digits at all.
+    # Python refuses to convert integers of more than 4,300 digits, so long ones are not converted at all.
     value = int(text) if len(text) <= _MAX_INTEGER_LETTERS else 2**64
     if not -(2**63) <= value < 2**64:
         raise ValueError(f"{_shortened(text)} is beyond 64 bits")
@@ -291,5 +296,5 @@ def _depth(value: Any) -> int:
 _NAMES = {list: "an array", str: "text", int: "a number", float: "a number", bool: "true or false", type(None): "null"}
 _TOO_DEEP = f"nested more than {MAX_DEPTH} levels deep"
 _STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_float=_float, parse_int=_integer)
-# Numbers are not read, only skipped, or an integer of 5000 digits would raise.
+# Numbers are skipped, not converted: an integer of 5,000 digits would raise.
 _LENIENT = json.JSONDecoder(parse_float=str, parse_int=str)

@@ -1,10 +1,10 @@
-"""Rows from files and from the hub, one after another, each with the place it came from.
+"""Read rows from files and from the hub, one by one, each with the place it came from.
 
-Own readers for json, jsonl and csv: the readers of `datasets` accept NaN, turn "0.7" into 0.7, unite different
-schemas, make dates of text, and name no line of the file. Nothing here holds more of a file than a few rows.
+We have our own readers for json, jsonl and csv, because the readers of `datasets` accept NaN, turn "0.7" into 0.7,
+unite different schemas, make dates of text, and do not name a line of the file. Only a few rows are in memory at once.
 
-What is wrong with one row is a ValueError of `parse_row`, so that the caller may leave that row out. What
-makes the rest of a file doubtful is a UserError of `raw_rows`.
+A fault of one row is a ValueError of `parse_row`, so that the caller may leave the row out. A fault that makes the
+rest of the file doubtful is a UserError of `raw_rows`.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ Value = bytes | dict[str, Any] | BadRow
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
-    """One row, not parsed yet.
+    """One row before it is parsed.
 
-    file: index into the source's names.
-    line: of the file, from 1, where the row starts; the row's number where there are no lines.
-    byte: offset of the row's first byte in the file, uncompressed; None where there are no lines.
+    file: index of the file in the source's names.
+    line: the line on which the row starts, counted from 1; the row's number in a format without lines.
+    byte: offset of the row's first byte in the uncompressed file; None in a format without lines.
     value: the row's JSON text, or its values.
     """
 
@@ -65,11 +65,11 @@ class RawRow:
 
 @dataclass(frozen=True)
 class SourceFiles:
-    """One source: local files, or a data set of the hub.
+    """The files of one source, or a data set of the hub.
 
-    label: what the user gave, path[split].
-    names: what each file is called in messages: the path as the user gave it, and the file's name below it.
-    paths: of the same files; empty for the hub.
+    label: path[split], as the user gave it.
+    names: the name of each file in messages: the path as the user gave it, then the file's name in that folder.
+    paths: the paths of these files; empty for the hub.
     """
 
     label: str
@@ -83,7 +83,7 @@ class SourceFiles:
 
 
 def find_data(path: str, split: str | None) -> SourceFiles:
-    """A local file, a folder of files, or a data set of the hub; nothing is read yet.
+    """Find a local file, a folder of files, or a data set of the hub; no rows are read yet.
 
     Raises:
         UserError: names what was looked for, what was found and what was expected.
@@ -118,7 +118,7 @@ def _files_of(folder: Path, split: str | None) -> tuple[Path, ...]:
         and not any(part.startswith(".") for part in file.relative_to(folder).parts)
     )
     if any(file.suffix == ".arrow" for file in candidates):
-        # What Dataset.save_to_disk writes beside the rows.
+        # Dataset.save_to_disk writes these files next to the rows.
         candidates = [file for file in candidates if file.name not in _DATASETS_OWN]
     files = tuple(file for file in candidates if split is None or file.name.startswith(split))
     if not files:
@@ -129,25 +129,25 @@ def _files_of(folder: Path, split: str | None) -> tuple[Path, ...]:
 
 
 def _load_from_hub(path: str, split: str | None) -> datasets.Dataset:
-    """owner/name, or owner/name/folder of the data set's repository."""
+    """Load a data set by owner/name, or one folder of its repository by owner/name/folder."""
     import datasets
 
     owner, repository, *folders = path.split("/")
     name, folder = f"{owner}/{repository}", "/".join(folders) or None
     try:
         return datasets.load_dataset(name, data_dir=folder, split=split or "train")
-    except Exception as error:  # noqa: BLE001 - any failure of the hub is the user's to mend
+    except Exception as error:  # noqa: BLE001 - any failure of the hub is shown to the user
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"{path}: neither a local file or folder, nor could it be had from the hub ({reason}); "
+            f"{path}: neither a local file or folder, nor could it be loaded from the hub ({reason}); "
             "give a local path, or check the name, the split and the network"
         ) from None
 
 
 def content_hash(data: SourceFiles) -> str:
-    """Equal only if the same rows come in the same order; moving the files, or renaming them, does not change it.
+    """A hash that is equal only for the same rows in the same order; moved or renamed files keep it.
 
-    Their suffixes are part of it, for they say how rows are read.
+    The suffixes are part of the hash, because they decide how rows are read.
     """
     digest = hashlib.sha256()
     for name, path in _stored_files(data):
@@ -155,13 +155,13 @@ def content_hash(data: SourceFiles) -> str:
             suffix = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
             digest.update(f"{suffix} {sha256(path)} ".encode())
     if data.hub is not None:
-        # The stored files of `train[:10%]` are those of `train`.
+        # `train[:10%]` has the same stored files as `train`, so the split's name must be hashed too.
         digest.update(str(data.hub.split if data.hub.cache_files else data.hub._fingerprint).encode())
     return digest.hexdigest()
 
 
 def data_size(data: SourceFiles) -> int:
-    """Bytes of all files, as they are stored."""
+    """The size of all files in bytes, as stored (compressed files count compressed)."""
     return sum(_sizes(data))
 
 
@@ -187,12 +187,12 @@ def raw_rows(
     """All rows in order, streamed.
 
     Args:
-        on_progress: called about every 1000 rows, and after each file, with the bytes of the stored files that
-            were read, and of all.
+        on_progress: called about every 1,000 rows and after each file with (bytes read, all bytes) of the stored
+            files.
 
     Raises:
-        UserError: a file that cannot be read to its end, or no rows at all. Rows before the bad place have
-            been given by then.
+        UserError: a file cannot be read to its end, or there are no rows at all. Rows before the fault have already
+            been yielded.
     """
     sizes = _sizes(data)
     total, before, count = sum(sizes), 0, 0
@@ -209,10 +209,10 @@ def raw_rows(
 
 
 def parse_row(value: Value) -> dict[str, Any]:
-    """The values of one row. It needs nothing but its argument, and may run in any process.
+    """The values of one row. It depends on its argument alone and may run in any process.
 
     Raises:
-        ValueError: why this row cannot be used.
+        ValueError: says why this row cannot be used.
     """
     if isinstance(value, bytes):
         return parse_object(value)
@@ -222,7 +222,7 @@ def parse_row(value: Value) -> dict[str, Any]:
 
 
 LocatedRow = tuple[float, int, int | None, Value]
-"""Bytes of the stored file that were read by then, line, byte, value."""
+"""(bytes of the stored file read so far, line, byte, value)"""
 
 
 def _rows_of(data: SourceFiles, file: int, size: int) -> Iterator[LocatedRow]:
@@ -265,7 +265,7 @@ def _text_rows(path: Path, name: str) -> Iterator[LocatedRow]:
         _refuse_utf16(stream.peek(2)[:2], name)
         rows = read(stream, name)
         for first in rows:
-            done = stored.tell()
+            done = stored.tell()  # the position in the stored file, compressed or not; asked once per batch
             for line, byte, value in chain([first], islice(rows, BATCH_ROWS - 1)):
                 yield done, line, byte, value
 

@@ -1,6 +1,6 @@
-"""Rows to a store of tokenised sequences, by several processes, a chunk of rows at a time.
+"""Build a store of tokenised sequences from rows, in several processes, one chunk of rows at a time.
 
-The store does not depend on the number of processes: results are written in the order of the rows.
+The store does not depend on the number of processes, because results are written in the order of the rows.
 """
 
 from __future__ import annotations
@@ -34,18 +34,19 @@ from uft_ds.host.process import die_with_parent, helpers_without_usr1
 
 QUARANTINE = "quarantine.jsonl"
 PLACES_NAMED = 3
-"""Of each reason for leaving something out."""
+"""How many places are kept for each drop reason."""
 
 _CHUNK_ROWS, _CHUNK_BYTES = 256, 2**20
 _PARALLEL_FROM_BYTES = 16 * 2**20
-"""Starting a process takes seconds: a small source is read in this one."""
+"""A smaller source is tokenised in this process, because starting others takes seconds."""
 
 
 @dataclass(frozen=True)
 class RowRules:
-    """How a row becomes units; a store is known by all of it.
+    """How a row becomes units; every field is part of the store's key.
 
-    where: only rows whose columns have these values. split_pairs: pairs become two scored responses (UNA).
+    where: take only rows whose columns have these values.
+    split_pairs: turn each pair into two scored responses (UNA).
     """
 
     format: str
@@ -59,9 +60,9 @@ class RowRules:
 
 @dataclass(frozen=True)
 class RowShape:
-    """What the first row of a file gave: the others must give the same.
+    """What the first row of a file gave; the other rows must be of the same kind.
 
-    gives: the kind of its items; pairs with scores and without are two.
+    gives: the kind of its items; pairs with scores and pairs without are two kinds.
     """
 
     line: int
@@ -79,7 +80,7 @@ class _Chunk:
 
 @dataclass
 class _Result:
-    """What one chunk of rows gave."""
+    """The units of one chunk of rows, and its drop statistics."""
 
     columns: dict[str, np.ndarray] = field(default_factory=dict)
     shape: RowShape | None = None
@@ -90,7 +91,7 @@ class _Result:
     places: list[tuple[str, int, int]] = field(default_factory=list)
     bad: list[tuple[RawRow, str]] = field(default_factory=list)
     keys: set[str] = field(default_factory=set)
-    """Of all rows that could be read, for sources with a `where`."""
+    """The columns of all readable rows; collected only for a source with a `where`."""
 
 
 def build_store(
@@ -107,7 +108,7 @@ def build_store(
 
     Args:
         quarantine: write bad rows to quarantine.jsonl instead of refusing the source.
-        workers: processes; None: one a core, and none for a small source.
+        workers: number of processes; None: one per core, or this process alone for a small source.
     Raises:
         UserError: names the file and line, what was found and what was expected.
     """
@@ -122,7 +123,7 @@ def build_store(
             for row, reason in result.bad:
                 if not quarantine:
                     raise UserError(
-                        f"{_exact_place(data, row)}: {reason} (format {rules.format}); mend the row, or set "
+                        f"{_exact_place(data, row)}: {reason} (format {rules.format}); correct the row, or set "
                         "data.on_bad_row: quarantine to leave such rows out"
                     )
                 rejected.write(_quarantined(data, row, reason))
@@ -136,8 +137,11 @@ def build_store(
 def examine_row(
     row: dict[str, Any], rules: RowRules, make: Format, chat: ChatTokenizer, *, file: int, line: int
 ) -> tuple[str | None, list[tuple[Unit, Place]], Counter[str], Counter[str]]:
-    """One row's units: what it gives (None where nothing is left of it), and what was dropped and changed.
+    """The units of one row.
 
+    Returns:
+        the kind of the row's items (None if it has none), the units with their places, then the number of responses
+        dropped and changed, by reason.
     Raises:
         ValueError: a bad row.
     """
@@ -199,7 +203,7 @@ def _results(
 
 
 def _by_processes(chunks: Iterator[_Chunk], examine: _Examiner, workers: int, label: str) -> Iterator[_Result]:
-    # Spawned, not forked: this process has threads (torch, tokenizers, a rank's own), whose locks a fork would copy.
+    # Spawn, not fork: this process has threads (of torch, tokenizers and the rank), and a fork would copy their locks.
     context = multiprocessing.get_context("spawn")
     with (
         helpers_without_usr1(),
@@ -212,13 +216,18 @@ def _by_processes(chunks: Iterator[_Chunk], examine: _Examiner, workers: int, la
                 f"{label}: a process that tokenised it was killed; out of memory? Set data.workers lower"
             ) from None
         finally:
+            # A bad row ends the source at once: chunks that wait are not worth tokenising.
             pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _in_order(
     chunks: Iterator[_Chunk], examine: _Examiner, pool: ProcessPoolExecutor | None, waiting: int
 ) -> Iterator[_Result]:
-    """Each chunk's result. A file's first rows are examined here: they say what the others must be like."""
+    """The results of the chunks, in order.
+
+    The chunks at a file's beginning are examined in this process, because their first row sets the shape of all others.
+    At most `waiting` chunks are submitted ahead, so memory stays bounded.
+    """
     shapes: dict[int, RowShape] = {}
     pending: deque[Future[_Result]] = deque()
     for chunk in chunks:
@@ -226,7 +235,7 @@ def _in_order(
         if pool is not None and file in shapes:
             pending.append(pool.submit(_work, replace(chunk, shape=shapes[file])))
         else:
-            while pending:
+            while pending:  # results of the file before come first
                 yield pending.popleft().result()
             result = examine(replace(chunk, shape=shapes.get(file)))
             if result.shape is not None:
@@ -242,17 +251,19 @@ def _chunks(rows: Iterator[RawRow], data: SourceFiles) -> Iterator[_Chunk]:
     held: list[RawRow] = []
     size = 0
     for row in rows:
+        # A chunk never crosses files, because each file has its own row shape.
         if held and (row.file != held[0].file or len(held) == _CHUNK_ROWS or size >= _CHUNK_BYTES):
             yield _Chunk(tuple(held), data.names[held[0].file], None)
             held, size = [], 0
         held.append(row)
+        # Rows of tables have no text yet: they count as an equal part of a chunk, so only the number of rows limits it.
         size += len(row.value) if isinstance(row.value, bytes) else _CHUNK_BYTES // _CHUNK_ROWS
     if held:
         yield _Chunk(tuple(held), data.names[held[0].file], None)
 
 
 class _Examiner:
-    """What a process needs to examine rows; sent to each once."""
+    """Examines chunks of rows. It is sent to each worker process once."""
 
     def __init__(self, rules: RowRules, chat: ChatTokenizer) -> None:
         self._rules, self._chat = rules, chat
@@ -276,6 +287,7 @@ class _Examiner:
                     row, self._rules, make, self._chat, file=raw.file, line=raw.line
                 )
                 if given is not None:
+                    # Only a row that gave items sets the shape: a row that was left out says nothing about its kind.
                     result.shape = result.shape or RowShape(raw.line, given, keys)
                     _check_shape(given, keys, result.shape, chunk.place)
             except _OtherKind as error:
@@ -293,7 +305,7 @@ class _Examiner:
 
 
 class _OtherKind(ValueError):
-    """A row of another kind than the first one of its file."""
+    """A row of another kind than the first row of its file."""
 
 
 def _check_shape(given: str, keys: tuple[str, ...], first: RowShape, file: str) -> None:
@@ -348,7 +360,7 @@ def _added(total: Account, result: _Result) -> Account:
 
 
 def _exact_place(data: SourceFiles, row: RawRow) -> str:
-    """With the byte for an array on one line, where the line says nothing."""
+    """`file:line`; with the byte offset if a JSON array is written on one line, where the line number does not help."""
     place = data.place(row.file, row.line)
     return f"{place} (byte {row.byte})" if row.line == 1 and row.byte and row.byte > len(codecs.BOM_UTF8) else place
 
@@ -366,12 +378,13 @@ def _quarantined(data: SourceFiles, row: RawRow, reason: str) -> str:
     return json.dumps(entry) + "\n"
 
 
-# Of a worker process: what it was given when it started.
+# The examiner of a worker process, set when the process starts.
 _examiner: list[Callable[[_Chunk], _Result]] = []
 
 
 def _start_worker(examine: Callable[[_Chunk], _Result]) -> None:
     die_with_parent()
+    # The work is already divided over processes; threads of the tokenizers would compete with them.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _examiner.append(examine)
 

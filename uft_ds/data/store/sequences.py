@@ -1,11 +1,11 @@
-"""Tokenised sequences in flat files that are mapped into memory: a million of them take no RAM.
+"""Tokenised sequences in flat files that are mapped into memory, so that a million sequences take no RAM.
 
-A store is a folder. Its index is written last, so a folder with an index is whole.
+A store is a folder. Its index is written last, so a folder with an index is complete.
 
-    tokens     int32 a token
-    sequences  where each sequence's tokens and responses end, after a first row of zeros
-    units      where each unit's sequences end, and the row that it came from, after a first row of zeros
-    responses  span, score, kind, and the name by which a response is known by its content
+    tokens     one int32 per token
+    sequences  the ends of each sequence's tokens and responses, after a first row of zeros
+    units      the end of each unit's sequences, and the row that the unit came from, after a first row of zeros
+    responses  span, score, kind, and the response key (content hash)
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ DTYPES = {
 
 
 class Pool(Protocol):
-    """Units by index, with what planning needs to know of them without reading their tokens."""
+    """Units by index, and the facts that planning needs without reading tokens."""
 
     def __len__(self) -> int:
         """How many units there are."""
@@ -53,16 +53,16 @@ class Pool(Protocol):
         """The sequences of one unit; the responses of a pair carry `pair_id`."""
 
     def keys_of(self, index: int) -> tuple[bytes, ...]:
-        """The names of one unit's responses."""
+        """The keys of one unit's responses."""
 
     @property
     def keys_R(self) -> np.ndarray:
-        """[responses], 16 bytes each (dtype S16): the names of all, and maybe of some more."""
+        """[responses], 16 bytes each (dtype S16): the keys of all responses, and perhaps of some more."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """The row that a unit came from: file by number, line (or row), and which of the row's items."""
+    """The row that a unit came from: index of the file, line (or row), and the item within the row (0: it is alone)."""
 
     file: int
     line: int
@@ -71,10 +71,13 @@ class Place:
 
 @dataclass(frozen=True)
 class Account:
-    """What became of a source's rows.
+    """Drop statistics of a source's rows.
 
-    dropped, changed: responses by reason; places: (file, line) of the first rows, for each reason.
-    skipped: rows that `where` does not select.
+    rows: all rows that were read.
+    dropped, changed: number of responses by reason.
+    places: (file, line) of the first rows for each reason.
+    quarantined: number of bad rows.
+    skipped: number of rows that `where` does not select.
     """
 
     rows: int
@@ -92,12 +95,14 @@ class StoreWriter:
         self._folder = folder
         self._files = {name: (folder / f"{name}.bin").open("wb") for name in DTYPES}
         self._counts = dict.fromkeys(DTYPES, 0)
+        # With a first row of zeros, the ends are also the starts, and `np.diff` gives the lengths.
         for name in _ZERO_FIRST:
             self._files[name].write(np.zeros(1, DTYPES[name]).tobytes())
 
     def add(self, columns: dict[str, np.ndarray]) -> None:
-        """Append what `pack_units` made; its ends count from its own first token, sequence and response."""
+        """Append the columns of `pack_units`, whose ends count from their own first token, sequence and response."""
         shifted = {name: array.copy() for name, array in columns.items()}
+        # Ends in a store count from the beginning of the store.
         shifted["sequences"]["tokens"] += self._counts["tokens"]
         shifted["sequences"]["responses"] += self._counts["responses"]
         shifted["units"]["sequences"] += self._counts["sequences"]
@@ -106,9 +111,10 @@ class StoreWriter:
             self._counts[name] += len(array)
 
     def finish(self, names: Seq[str], account: Account) -> None:
-        """Close the files, then write the index: from now on the store is there."""
+        """Close the files, then write the index, which makes the store complete."""
         for name, file in self._files.items():
             file.close()
+            # Synced before the index is written, so that a crash cannot leave a complete index with truncated files.
             sync(self._folder / f"{name}.bin")
         index = {KEY: FORMAT, "counts": self._counts, "names": list(names), "account": asdict(account)}
         write_atomically(self._folder / INDEX, json.dumps(index, indent=2) + "\n")
@@ -119,7 +125,7 @@ class StoreWriter:
 
 
 def pack_units(units: Seq[tuple[Unit, Place]]) -> dict[str, np.ndarray]:
-    """Units as the arrays of a store, ends counted from the first of them.
+    """Units as the columns of a store; ends count from the first of these units.
 
     Raises:
         ValueError: a response carries another fact than its score.
@@ -150,14 +156,14 @@ def pack_units(units: Seq[tuple[Unit, Place]]) -> dict[str, np.ndarray]:
 
 
 class TokenStore:
-    """A store that was written, read through the page cache; forked and spawned processes share it."""
+    """A complete store, read through the page cache, which all processes of a machine share."""
 
     def __init__(self, folder: Path, label: str, names: Seq[str] | None = None) -> None:
         """
         Args:
-            label, names: how the source and its files are called now; data may have moved since it was written.
+            label, names: the present names of the source and its files; data may have moved since the store was built.
         Raises:
-            UserError: files are missing or cut, or of another format.
+            UserError: files are missing or truncated, or of another format.
         """
         index = _read_index(folder)
         self.folder, self.label = folder, label
@@ -179,28 +185,29 @@ class TokenStore:
 
     @property
     def responses_U(self) -> np.ndarray:
+        """[units], int64: how many responses each unit has."""
         return np.diff(self._response_ends_S[self._sequence_ends_U])
 
     @property
     def tokens_U(self) -> np.ndarray:
-        """[units], int64."""
+        """[units], int64: how many tokens each unit has."""
         return np.diff(self._token_ends_S[self._sequence_ends_U])
 
     @property
     def sequences_U(self) -> np.ndarray:
-        """[units], int64: 1, or 2 for a pair."""
+        """[units], int64: how many sequences each unit has: 1, or 2 for a pair."""
         return np.diff(self._sequence_ends_U)
 
     @property
     def rows_U(self) -> np.ndarray:
-        """[units], int64: the number of the row that each came from, among the rows that gave any."""
+        """[units], int64: the row that each unit came from, counted among the rows that gave a unit."""
         changes_U = np.zeros(len(self), dtype=np.int64)
         for field in ("file", "line"):
             changes_U[1:] |= np.diff(self._units[field]) != 0
         return changes_U.cumsum()
 
     def is_pair(self, index: int) -> bool:
-        """Whether a unit is two sequences."""
+        """Whether a unit is a pair."""
         return bool(self._sequence_ends_U[index + 1] - self._sequence_ends_U[index] == 2)
 
     def place(self, index: int) -> Place:
@@ -209,11 +216,11 @@ class TokenStore:
         return Place(int(row["file"]), int(row["line"]), int(row["item"]))
 
     def places_of(self, reason: str) -> tuple[str, ...]:
-        """`file:line` of the first rows of which something was left out or changed for this reason."""
+        """`file:line` of the first rows with a response dropped or changed for this reason."""
         return tuple(f"{self.names[file]}:{line}" for file, line in self.account.places.get(reason, ()))
 
     def origin(self, index: int) -> str:
-        """Where a unit came from, for messages."""
+        """The place that a unit came from, for messages."""
         place = self.place(index)
         return f"{self.names[place.file]}:{place.line}" + (f", item {place.item}" if place.item else "")
 
@@ -226,7 +233,7 @@ class TokenStore:
         )
 
     def keys_of(self, index: int) -> tuple[bytes, ...]:
-        """The names of one unit's responses."""
+        """The keys of one unit's responses."""
         first, last = self._sequence_ends_U[index], self._sequence_ends_U[index + 1]
         rows = self.responses["key"][self._response_ends_S[first] : self._response_ends_S[last]]
         return tuple(key.tobytes() for key in rows)
@@ -242,10 +249,10 @@ class TokenStore:
 
 @dataclass(frozen=True)
 class Selection:
-    """The units of a store that a run uses, in the order they were drawn.
+    """The units of a store that a run uses, in the order in which they were drawn.
 
-    last: how many responses of the last one are kept, where not all: a conversation is cut so that the count is exact.
-    score_map: of the store's scores; None leaves them as they are.
+    last: how many responses of the last unit are kept, so that the count is exact; None: all.
+    score_map: applied to the store's scores; None leaves them unchanged.
     """
 
     store: TokenStore
@@ -279,7 +286,7 @@ class Selection:
 
     @property
     def scores_R(self) -> np.ndarray:
-        """[responses]: the scores that the source gave, of all responses and maybe of some more."""
+        """[responses]: the scores that the source gave, of all selected responses and perhaps of some more."""
         return np.asarray(self.store.responses["score"][self._is_chosen_R])
 
     @property
@@ -302,7 +309,7 @@ class Selection:
 
     @property
     def kinds(self) -> set[Kind]:
-        """Of all responses in the store."""
+        """The kinds of all responses in the store, selected or not."""
         return {_kind(code) for code in np.unique(self.store.responses["kind"])}
 
 
@@ -312,7 +319,7 @@ def _with_scores(sequence: Sequence, score_map: ScoreMap) -> Sequence:
 
 
 def write_sample(folder: Path, selections: Seq[Selection]) -> None:
-    """A small store of the first units of the first selection that holds any."""
+    """Write a small store with the first 64 units of the first selection that is not empty."""
     chosen = next(selection for selection in selections if len(selection))
     store = chosen.store
     indices = [int(index) for index in chosen.units_U[:_SAMPLE_UNITS]]
@@ -343,6 +350,7 @@ def _mapped(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
     size = path.stat().st_size if path.exists() else -1
     if size != count * dtype.itemsize:
         raise UserError(
-            f"{path}: {max(size, 0)} bytes, expected {count * dtype.itemsize}; delete {path.parent}, it is made anew"
+            f"{path}: {max(size, 0)} bytes, expected {count * dtype.itemsize}; delete {path.parent}, it is built again"
         )
+    # An empty file cannot be mapped.
     return np.memmap(path, dtype=dtype, mode="r") if count else np.zeros(0, dtype)

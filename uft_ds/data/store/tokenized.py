@@ -1,7 +1,7 @@
-"""Tokenised sources, kept by content: what was tokenised once is never tokenised again, by any run.
+"""A cache of token stores by content: no run tokenises a source again that another run has tokenised.
 
-A store's name is a hash over all that its tokens depend on: the rows' bytes, the tokenizer, the chat template, the
-rules, the versions and our own code. So nothing is ever out of date, and everything may be deleted.
+A store's name is a hash of everything that its tokens depend on: the bytes of the rows, the tokenizer, the chat
+template, the rules, the package versions and our own code. So a store is never out of date, and any may be deleted.
 """
 
 from __future__ import annotations
@@ -34,20 +34,21 @@ _OF_THE_FOLDER = (
     errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOSPC, errno.ENOTDIR, errno.EPERM,
     errno.EROFS,
 )  # fmt: skip
+"""Errors that are caused by the cache folder, which the user can change."""
 _PACKAGES = ("transformers", "tokenizers", "jinja2", "sentencepiece")
 KEY_PARTS = "key.json"
 _DATA = Path(__file__).parents[1]
 _FROM_ROW_TO_TOKENS = ("formats/*.py", "rows/*.py", "tokens/*.py", "store/*.py", "example.py", "score_map.py")
-"""Our modules that decide what a row's tokens are."""
+"""Our modules that decide which tokens a row becomes."""
 
 
 def store_key(data: SourceFiles, rules: RowRules, chat: ChatTokenizer) -> str:
-    """The name of a source's store, by content; hex."""
+    """The name of a source's store: a content hash, 32 hex digits."""
     return _key_of(key_parts(data, rules, chat))
 
 
 def key_parts(data: SourceFiles, rules: RowRules, chat: ChatTokenizer) -> dict[str, Any]:
-    """All that a source's tokens depend on, by content: plain values, which a store keeps to say what it is of."""
+    """Everything that a source's tokens depend on, as plain values; the store keeps a copy of them."""
     ours = sorted(file for pattern in _FROM_ROW_TO_TOKENS for file in _DATA.glob(pattern))
     return {
         "content": content_hash(data),
@@ -64,21 +65,21 @@ def _key_of(parts: Mapping[str, Any]) -> str:
 
 
 def read_key_parts(cache_dir: Path, key: str) -> dict[str, Any]:
-    """What a store is of.
+    """The `key_parts` that a store was built from.
 
     Raises:
-        UserError: it does not say.
+        UserError: the file cannot be read.
     """
     path = cache_dir / key / KEY_PARTS
     try:
         parts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); delete {path.parent}, it is made anew") from None
+        raise UserError(f"{path}: cannot be read ({error}); delete {path.parent}, it is built again") from None
     return parts
 
 
 def _plugin_files(name: str) -> list[Path]:
-    """All modules of the package that another's format stands in; none for our own."""
+    """All modules of the package that provides a format; none for a built-in format."""
     if name in FORMATS:
         return []
     package = sys.modules[format_named(name).__module__.partition(".")[0]]
@@ -87,7 +88,7 @@ def _plugin_files(name: str) -> list[Path]:
 
 
 def tokenizer_hash(chat: ChatTokenizer) -> str:
-    """What a tokenizer and its template make of a text, by content; hex."""
+    """A content hash, hex, of a tokenizer and its chat template: equal hashes tokenise a conversation alike."""
     tokenizer = chat.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
@@ -105,12 +106,12 @@ def ensure_store(
     workers: int | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> str:
-    """Tokenise a source unless it has been; of several processes that want the same one, one works and the rest wait.
+    """Tokenise a source, unless its store exists. If several processes need the same store, one builds it, others wait.
 
     Returns:
-        the store's key: it is the folder of that name below `cache_dir`.
+        the store's key, which is the name of its folder in `cache_dir`.
     Raises:
-        UserError: a bad row, or a folder that cannot be written; nothing is left behind.
+        UserError: a bad row, or a folder that cannot be written; no partial store is left behind.
     """
     key = store_key(data, rules, chat)
     folder = cache_dir / key
@@ -118,9 +119,9 @@ def ensure_store(
         return key
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        # Where the file system has no locks, two processes do the same work, and the first to end is taken.
+        # If the file system has no locks, two processes may do the same work; the store of the first one is kept.
         with acquire(cache_dir / f".{key}.lock", wait_seconds=None, needs_locks=False):
-            if not is_whole(folder):
+            if not is_whole(folder):  # checked again: another process may have built it before this one got the lock
                 _build_beside(folder, data, rules, chat, quarantine, workers, on_progress)
     except OSError as error:
         if error.errno not in _OF_THE_FOLDER:
@@ -133,24 +134,24 @@ def ensure_store(
 
 
 def open_store(cache_dir: Path, key: str, label: str, names: tuple[str, ...] | None = None) -> TokenStore:
-    """A store by its key.
+    """Open a store by its key.
 
     Raises:
-        UserError: it is not there, or damaged.
+        UserError: the store does not exist, or is damaged.
     """
     folder = cache_dir / key
     if not is_whole(folder):
-        raise UserError(f"{label}: its tokens are not in {cache_dir} any more ({key}); start the run anew")
+        raise UserError(f"{label}: its tokens are not in {cache_dir} any more ({key}); start a new run")
     return TokenStore(folder, label, names)
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a store is there: the index is written last, and the folder then renamed."""
+    """Whether a store is complete: the index is written last, and then the folder is renamed."""
     return (folder / INDEX).is_file()
 
 
 def quarantine_file(store: TokenStore) -> Path:
-    """The rows that were left out of a store, and why."""
+    """The file of the rows that were left out of a store, with the reasons."""
     return store.folder / QUARANTINE
 
 
@@ -168,26 +169,30 @@ def _build_beside(
     temporary.mkdir()
     try:
         build_store(temporary, data, rules, chat, quarantine=quarantine, workers=workers, on_progress=on_progress)
+        # Hashed again after reading: the files may have changed meanwhile, and the key must describe these tokens.
         parts = key_parts(data, rules, chat)
         if _key_of(parts) != folder.name:
             raise UserError(
                 f"{data.label}: changed while it was read (or the tokenizer, or uft_ds itself); start again"
             )
         (temporary / KEY_PARTS).write_text(json.dumps(parts, indent=2) + "\n", encoding="utf-8")
-        if folder.exists() and not is_whole(folder):  # damaged
+        if folder.exists() and not is_whole(folder):  # a damaged store is in the way of the rename
             folder.rename(temporary / "damaged")
         temporary.rename(folder)
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY) or not is_whole(folder):
             raise
-        # Another process was first, where locks do not reach it.
+        # Another process, which the lock does not reach, has built the store first.
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(folder / "damaged", ignore_errors=True)
 
 
 def _clear_away(folder: Path) -> None:
-    """What killed processes have left: of this machine at once, of others after a day."""
+    """Delete partial stores of killed processes: those of this machine at once, those of others after a day.
+
+    Whether a process of another machine still runs cannot be seen from here.
+    """
     for left in folder.parent.glob(f".{folder.name}.*.tmp"):
         host, _, process_id = left.name.removeprefix(f".{folder.name}.").removesuffix(".tmp").rpartition(".")
         is_here = host == socket.gethostname()

@@ -1,4 +1,4 @@
-"""What a chat template tells about a tokenizer: how a conversation is written and which token ends a turn."""
+"""Chat templates: render a conversation as text, and find the token that ends an assistant turn."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROBE = [
 
 
 DATE = "26 Jul 2024"
-"""What templates write that know a `date_string`: the default of Llama 3.1's own."""
+"""The date for templates that use `date_string`: the default in Llama 3.1's template."""
 
 _FIXED_DATE = "give a copy of it with a fixed date by model.chat_template"
 _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -36,11 +36,11 @@ def render(
     tools: Sequence[Mapping[str, Any]] = (),
     add_generation_prompt: bool = False,
 ) -> str:
-    """The conversation as text. The template writes every special token, so tokenize without adding more.
+    """The conversation as text. The template writes every special token, so the tokenizer must not add more.
 
     Raises:
-        UserError: the tokenizer has no template, or the template refuses these messages (it knows no system
-            role, or the roles must alternate).
+        UserError: the tokenizer has no template, or the template refuses these messages (it has no system role, or
+            the roles must alternate).
     """
     text, _ = _render(tokenizer, messages, tools, add_generation_prompt=add_generation_prompt, marked=False)
     return text
@@ -55,21 +55,21 @@ def render_marked(
     """The conversation as text, and the characters [start, end) inside each `{% generation %}` block.
 
     Raises:
-        UserError: as `render`.
+        UserError: as for `render`.
     """
     return _render(tokenizer, messages, tools, add_generation_prompt=False, marked=True)
 
 
 def marks_generation(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the template says by `{% generation %}` blocks what the assistant writes."""
+    """Whether the template marks the assistant's text by `{% generation %}` blocks."""
     return bool(_GENERATION_MARKER.search(template_of(tokenizer)))
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Mapping[str, Any]] = ()) -> str:
-    """The chat template's text; of several, the one for tools where there are any, else the default.
+    """The text of the chat template. If there are several: the one for tools if `tools` are given, else the default.
 
     Raises:
-        UserError: there is none.
+        UserError: the tokenizer has no template.
     """
     try:
         return tokenizer.get_chat_template(tools=[dict(tool) for tool in tools] or None)
@@ -78,7 +78,7 @@ def template_of(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Mapping[str,
 
 
 def _without_today(template: str) -> str:
-    """The template, raising an error where it would write the day's date: tokens must not depend on the day."""
+    """The template, changed to raise an error instead of writing today's date: tokens must not depend on the day."""
     return template.replace("strftime_now(", f"raise_exception('it writes the date of the day; {_FIXED_DATE}: ' ~ ")
 
 
@@ -111,14 +111,14 @@ def _render(
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The special token that the template writes after an assistant's text; generation stops there.
+    """The id of the special token that the template writes after an assistant's text, at which generation stops.
 
-    It is read off a rendered probe, not taken from `eos_token`: base models that are taught to chat often
-    keep an end-of-document token there (Qwen2.5: `<|endoftext|>`; its template closes turns by `<|im_end|>`).
-    White space between the text and the token is allowed (Llama 2).
+    It is taken from a rendered probe, not from `eos_token`: base models often have an end-of-document token there
+    (Qwen2.5 has `<|endoftext|>`, while its template closes turns by `<|im_end|>`). White space between the text and
+    the token is allowed (Llama 2).
 
     Raises:
-        UserError: no template, or no special token closes the assistant's turn.
+        UserError: there is no template, or no special token closes the assistant's turn.
     """
     text = render(tokenizer, PROBE)
     before, _, after = text.rpartition(PROBE[-1]["content"])
@@ -132,11 +132,12 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
             f"special token (after the answer comes {after[:40]!r}), so a model could not learn where to "
             f"stop: {REMEDY}."
         )
+    # The longest match: one special token may be the beginning of another.
     return special_tokens(tokenizer)[max(matches, key=len)]
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Text to id of all special tokens: the named ones (eos, pad, ...) and those only marked as special."""
+    """All special tokens, text to id: the named ones (eos, pad, ...) and those that are only marked as special."""
     marked = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     named = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     return marked | named

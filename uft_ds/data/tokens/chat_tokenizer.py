@@ -1,4 +1,4 @@
-"""A tokenizer with its chat template: opened, asked, and written so that it reads the same again."""
+"""A tokenizer with its chat template: open it, encode text, and save it so that it tokenises the same again."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ _TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class ChatTokenizer:
-    """A tokenizer with a chat template that is known to close the assistant's turn with one token.
+    """A tokenizer whose chat template closes the assistant's turn with one special token.
 
-    marked: the template says by `{% generation %}` blocks what the assistant writes.
-    revision: of a hub model.
+    control_tokens: the texts of all special tokens, which data must not contain.
+    marked: whether the template marks the assistant's text by `{% generation %}` blocks.
+    revision: the revision of a hub model.
     """
 
     tokenizer: Any
@@ -55,13 +56,14 @@ class ChatTokenizer:
         return render_marked(self.tokenizer, _turns(messages), tools=tools)
 
     def encode(self, text: str) -> list[int]:
-        # The template has written every special token already: adding them again would double the BOS.
+        # The template has already written every special token; adding them again would double the BOS token.
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def encode_continued(self, text: str) -> list[int]:
-        """The tokens of text that follows other text, no token straddling the two.
+        """The tokens of text that follows other text, without a token that crosses the boundary.
 
-        SentencePiece puts a space before every text: there it is read after a newline, which merges with nothing.
+        SentencePiece puts a space before every text. For such a tokenizer the text is encoded after a newline, which
+        merges with nothing, and the tokens of the newline are removed.
         """
         if self._puts_a_space_first:
             before, both = self.encode("\n"), self.encode("\n" + text)
@@ -74,7 +76,7 @@ class ChatTokenizer:
         return str(self.tokenizer.convert_ids_to_tokens(self.encode("a")[:1])[0]).startswith("▁")
 
     def holds_control_token(self, messages: Seq[Message], tools: Seq[Any]) -> bool:
-        """Whether text of the data reads as a token that only the template may write."""
+        """Whether text of the data contains a special token, which only the template may write."""
         texts = [text for message in messages for text in (message.content, *(value for _, value in message.extras))]
         texts += [json.dumps(call, ensure_ascii=False) for message in messages for call in message.tool_calls]
         texts += [json.dumps(tool, ensure_ascii=False) for tool in tools]
@@ -85,7 +87,7 @@ def open_tokenizer(base: str, *, revision: str | None = None, chat_template: str
     """The base model's tokenizer, with its own chat template or the given one.
 
     Raises:
-        UserError: no tokenizer, no chat template, or one that does not close the assistant's turn.
+        UserError: there is no tokenizer or no chat template, or it does not close the assistant's turn.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, revision=revision, trust_remote_code=False)
@@ -103,10 +105,10 @@ def open_tokenizer(base: str, *, revision: str | None = None, chat_template: str
 
 
 def save_tokenizer(chat: ChatTokenizer, folder: Path) -> None:
-    """Write a tokenizer and its chat template so that it reads texts as it does now.
+    """Save a tokenizer and its chat template so that the saved one tokenises as this one does.
 
-    Loading and saving is not enough: transformers 5.23 forgets LlamaTokenizer's `legacy`, and Mistral's would read
-    `<s>[INST]` as other tokens. The files that it was loaded from stand for what they say.
+    `save_pretrained` is not enough: transformers 5.23 loses `legacy` of LlamaTokenizer, and Mistral's tokenizer would
+    then read `<s>[INST]` as other tokens. So the files that it was loaded from are copied over the saved ones.
     """
     chat.tokenizer.save_pretrained(folder)
     source = chat.tokenizer.name_or_path

@@ -1,8 +1,8 @@
-"""Examples to sequences: the tokenizer's chat template, with exact spans of the supervised tokens.
+"""Tokenise examples by the chat template, with exact spans of the supervised tokens.
 
-A response's span begins where the template's `{% generation %}` block begins, where it has them, and otherwise where
-the prompt ends as it is written for generation. Either way the tokens before it are those of that text alone, so a
-response's log-probability is that of the tokens the model would have to produce, the end-of-turn token included.
+If the template has `{% generation %}` blocks, a response's span begins where its block begins; otherwise it begins
+where the generation prompt ends. In both cases the tokens before the span are those of the preceding text alone. So a
+response's log-probability is that of exactly the tokens that the model has to generate, end-of-turn token included.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ CONTROL = "special token in the text"
 EQUAL = "chosen equals rejected"
 TRIMMED = "prompt trimmed to max_length"
 
-# Only as much white space after it as templates write: the rest is the answer's.
+# At most two newlines after the thought, as templates write them: further white space belongs to the answer.
 _EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>\n{0,2}")
 _EMPTY_REST_OF_THOUGHT = re.compile(r"\s*</think>\n{0,2}")
 
 
 @dataclass(frozen=True)
 class Tokenized:
-    """The units of one example; how many of its responses were dropped, and how many were changed, for which reason."""
+    """The units of one example, and the number of its responses that were dropped or changed, by reason."""
 
     units: tuple[Unit, ...]
     dropped: dict[str, int]
@@ -43,10 +43,11 @@ class Tokenized:
 
 
 def load_tokenizer(base: str, *, revision: str | None = None, chat_template: str | None = None) -> ChatTokenizer:
-    """The base model's tokenizer, with its own chat template or the given one, from which spans can be told.
+    """The base model's tokenizer, with its own chat template or the given one, checked to give exact spans.
 
     Raises:
-        UserError: no tokenizer, no chat template, or one from which the assistant's tokens cannot be told.
+        UserError: there is no tokenizer or no chat template, or the template does not separate the response's tokens
+            from the prompt's.
     """
     chat = open_tokenizer(base, revision=revision, chat_template=chat_template)
     _check_spans_are_exact(chat)
@@ -61,15 +62,18 @@ def tokenize(
     merge: bool,
     trim_prompt: bool = False,
 ) -> Tokenized:
-    """An example's units: one sequence with all its responses, or one a response; or the two sides of a pair.
+    """The units of an example: one sequence with all its responses, one sequence per response, or two sides of a pair.
 
-    Merging is right only where each prefix of the conversation is a prefix of the whole, in text and in
-    tokens; some templates rewrite earlier turns (they remove their reasoning), and then it is unfolded.
+    Merging into one sequence is correct only if each prefix of the conversation is a prefix of the whole, in text and
+    in tokens. Some templates rewrite earlier turns (they remove the reasoning); then each response is a sequence.
 
     Args:
-        trim_prompt: give the end of the prompt to a response that would end past max_length, instead of dropping it.
+        max_length: longest sequence, in tokens.
+        merge: put all responses of a conversation into one sequence where that is correct.
+        trim_prompt: keep a response that would end past max_length, with only the end of its prompt, instead of
+            dropping it.
     Raises:
-        ValueError: in this conversation the response's tokens cannot be told from the prompt's.
+        ValueError: in this conversation the response's tokens cannot be separated from the prompt's.
     """
     examples = (item.chosen, item.rejected) if isinstance(item, Pair) else (item,)
     if any(chat.holds_control_token(example.messages, example.tools) for example in examples):
@@ -80,7 +84,7 @@ def tokenize(
         if isinstance(item, Pair):
             return _pair(item, chat, max_length, trim_prompt)
         return _conversation(item, chat, max_length, merge, trim_prompt)
-    except UserError as error:  # of the template, about this conversation
+    except UserError as error:  # the template refuses this conversation: only this row is bad
         raise ValueError(str(error)) from None
 
 
@@ -90,7 +94,7 @@ def _conversation(example: Example, chat: ChatTokenizer, max_length: int, merge:
     unfolded = [whole] if whole is not None else [_single(example, turn, chat) for turn in turns]
     fitting = [keep_first(s, sum(response.end <= max_length for response in s.responses)) for s in unfolded]
     sequences = [sequence for sequence in fitting if sequence.responses]
-    # Not always the last ones: a template that removes earlier thoughts makes later sequences shorter.
+    # Long responses are not always the last ones: a template that removes earlier thoughts shortens later sequences.
     ends = [response.end for sequence in unfolded for response in sequence.responses]
     long_turns = [turn for turn, end in zip(turns, ends, strict=True) if end > max_length]
     changed: Counter[str] = Counter()
@@ -134,6 +138,7 @@ def _merged(example: Example, turns: list[int], chat: ChatTokenizer) -> Sequence
         prompt, alone = _prompt_and_text(example, turn, chat)
         prompt_ids = chat.encode(prompt)
         start = len(prompt_ids)
+        # The template may rewrite earlier turns, and a token may cross the boundary: then nothing is merged.
         if ids[:start] != prompt_ids or not text.startswith(alone.rstrip()):
             return None
         responses.append(_response(example, turn, ids, start, chat))
@@ -145,18 +150,18 @@ def _single(example: Example, turn: int, chat: ChatTokenizer) -> Sequence:
     prompt, text = _prompt_and_text(example, turn, chat)
     prompt_ids, ids = chat.encode(prompt), chat.encode(text)
     if ids[: len(prompt_ids)] != prompt_ids:
-        # No token may straddle the boundary, for at generation the prompt stands alone.
+        # No token may cross the boundary, because at generation the prompt is encoded alone.
         ids = prompt_ids + chat.encode_continued(text[len(prompt) :])
     response = _response(example, turn, ids, len(prompt_ids), chat)
     return Sequence(np.asarray(ids[: response.end], dtype=np.int32), (response,))
 
 
 def _prompt_and_text(example: Example, turn: int, chat: ChatTokenizer) -> tuple[str, str]:
-    """What stands before the response of a turn, and the conversation up to the end of that turn, as text."""
+    """(the text before the response of a turn, the text up to the end of that turn)"""
     upto = example.messages[: turn + 1]
     if chat.marked:
         text, spans = chat.render_marked(upto, example.tools)
-        # Those of this turn come after those of the earlier ones. Some templates mark no turn that calls tools.
+        # The turn's own blocks come after those of earlier turns. Some templates do not mark turns that call tools.
         own = spans[len(chat.render_marked(example.messages[:turn], example.tools)[1]) :]
         if not own:
             raise ValueError(f"the chat template's `{{% generation %}}` blocks leave out this turn; {REMEDY}")
@@ -173,8 +178,8 @@ def _prompt_and_text(example: Example, turn: int, chat: ChatTokenizer) -> tuple[
         raise ValueError(
             f"the chat template ends this turn by another token than {chat.end_of_turn!r}, which closes answers"
         )
-    # Templates of reasoning models write it before an answer without thoughts, and into the prompt where thinking is
-    # switched off: nothing that should be learned.
+    # An empty thought belongs to the prompt: templates of reasoning models write it before an answer without thoughts,
+    # and into the generation prompt when thinking is switched off. It should not be learned.
     thought = _EMPTY_REST_OF_THOUGHT if prompt.rstrip().endswith("<think>") else _EMPTY_THOUGHT
     empty = thought.match(text, len(prompt))
     return (text[: empty.end()] if empty else prompt), text
@@ -191,7 +196,7 @@ def _response(example: Example, turn: int, ids: list[int], start: int, chat: Cha
 
 
 def _check_tools_are_written(example: Example, chat: ChatTokenizer) -> None:
-    """Refuse what the template leaves out: a call that is not written would teach the model to answer nothing."""
+    """Refuse tools or calls that the template does not write: a missing call would teach the model an empty answer."""
     messages, tools = example.messages, example.tools
     if not tools and not any(message.tool_calls for message in messages):
         return
@@ -216,7 +221,7 @@ def _trimmed(example: Example, chat: ChatTokenizer, max_length: int) -> Sequence
 
 
 def _upto(example: Example, turn: int) -> Example:
-    """The conversation up to one response, the earlier ones being context."""
+    """The conversation up to one response; earlier responses become context."""
     context = tuple(replace(message, score=None) for message in example.messages[:turn])
     return replace(example, messages=(*context, example.messages[turn]))
 
@@ -226,7 +231,10 @@ def _with_prompt(example: Example, length: int, prompt: tuple[Message, ...]) -> 
 
 
 def _check_spans_are_exact(chat: ChatTokenizer) -> None:
-    """Refuse a template that tells the response from the prompt in no way; else each conversation is checked."""
+    """Refuse a template that separates the response from the prompt in neither probe, with a thought or without.
+
+    Each conversation is checked again when it is tokenised.
+    """
     question, answer = PROBE[0]["content"], PROBE[1]["content"]
     problems = []
     for content in (answer, f"<think>\nA thought\n</think>\n\n{answer}"):

@@ -1,4 +1,4 @@
-"""The end of a prompt that is too long, cut where turns begin: the template then writes a whole conversation."""
+"""Shorten a prompt that is too long, from its beginning. Turns are cut, not tokens, so the template stays intact."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from uft_ds.data.example import Message, Pair
 def fitting_prompt(
     prompt: tuple[Message, ...], fits: Callable[[tuple[Message, ...]], bool]
 ) -> tuple[Message, ...] | None:
-    """The end of a prompt, as much as fits: without the oldest exchanges, then without the beginning of the question.
+    """As much of a prompt's end as fits: the oldest exchanges are removed first, then the question's beginning.
 
-    A system turn stays, and the template writes what is left, so its tokens stay whole. None where nothing fits.
+    A system turn is kept. Trimming is done before the template is applied, so the template's tokens stay complete.
+    None if nothing fits.
     """
     system = prompt[:1] if prompt and prompt[0].role == "system" else ()
     turns = prompt[len(system) :]
@@ -28,6 +29,7 @@ def fitting_prompt(
     def from_character(start: int) -> tuple[Message, ...]:
         return (*system, replace(asked, content=asked.content[start:].lstrip()), *after)
 
+    # Binary search for the earliest start that fits; `start` always fits, `too_early` does not.
     too_early, start = 0, len(asked.content.rstrip()) - 1
     if start <= 0 or not fits(from_character(start)):
         return None
@@ -38,7 +40,7 @@ def fitting_prompt(
 
 
 def common_prompt(pair: Pair) -> tuple[Message, ...]:
-    """The turns that both sides of a pair begin with."""
+    """The turns at the beginning that both sides of a pair share."""
     sides = zip(pair.chosen.messages[:-1], pair.rejected.messages[:-1], strict=False)
     shared = 0
     for ours, theirs in sides:
