@@ -66,11 +66,11 @@ def test_a_token_store_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     writer.finish(["rows.jsonl"], Account(0, {}, {}, {}, 0, 0))
     assert len(TokenStore(tmp_path, "rows")) == 0
     (tmp_path / INDEX).write_text('{"format": 2}')
-    with pytest.raises(UserError, match=r"index\.json: format 2 found.*prepare the data anew"):
+    with pytest.raises(UserError, match=r"index\.json: format 2 found.*prepares the data again"):
         TokenStore(tmp_path, "rows")
     for text in ('{"format": 1}', "[]", "{"):
         (tmp_path / INDEX).write_text(text)
-        with pytest.raises(UserError, match=r"index\.json: .*prepare the data anew"):
+        with pytest.raises(UserError, match=r"index\.json: .*prepares the data again"):
             TokenStore(tmp_path, "rows")
 
 

@@ -245,7 +245,7 @@ class Recipe(Section):
     train: TrainSection = TrainSection()
     launch: LaunchSection = LaunchSection()
     tracking: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
-    """Where metrics go besides metrics.jsonl."""
+    """Trackers that receive the metrics, besides metrics.jsonl."""
     deepspeed: str = "zero3"
     """Name of a file in ds_configs/, or path of a DeepSpeed JSON file."""
     output: Annotated[Location, Field(min_length=1)]
@@ -335,7 +335,7 @@ def _impossible_portion(source: SourceSection, prefix: str) -> list[tuple[str, s
     if prefix == "data.held_out":
         found += [(key, "held-out data is gone through once; use `examples`") for key in given if key != "examples"]
     elif "epochs" in given and "share" in given:
-        found.append(("share", "given beside `epochs`; how often a source is repeated follows from its share"))
+        found.append(("share", "given together with `epochs`; how often a source is repeated follows from its share"))
     if isinstance(source.share, list):
         points = [progress for progress, _ in source.share]
         if points != sorted(set(points)) or not points or (points[0], points[-1]) != (0.0, 1.0):

@@ -27,7 +27,7 @@ from uft_ds.host.formats import KEY, check_format
 INDEX = "index.json"
 FORMAT = 1
 _ZERO_FIRST = ("sequences", "units")
-_REMEDY = "delete its folder and prepare the data anew: start the run again"
+_REMEDY = "delete its folder and start the run again, which prepares the data again"
 _SAMPLE_UNITS = 64
 DTYPES = {
     "tokens": np.dtype("<i4"),
@@ -172,7 +172,7 @@ class TokenStore:
             self.account = Account(**index["account"])
             sizes = {name: int(index["counts"][name]) + (name in _ZERO_FIRST) for name in DTYPES}
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{folder / INDEX}: no index of a token store ({error!r}); {_REMEDY}") from None
+            raise UserError(f"{folder / INDEX}: not an index of a token store ({error!r}); {_REMEDY}") from None
         arrays = {name: _mapped(folder / f"{name}.bin", dtype, sizes[name]) for name, dtype in DTYPES.items()}
         self._tokens, self.responses = arrays["tokens"], arrays["responses"]
         self._token_ends_S = arrays["sequences"]["tokens"]

@@ -128,7 +128,7 @@ def ensure_store(
             raise
         raise UserError(
             f"data.cache_dir: {cache_dir} cannot be written ({error.strerror}); give another folder with room for "
-            "4 bytes a token"
+            "4 bytes per token"
         ) from None
     return key
 

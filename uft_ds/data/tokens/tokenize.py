@@ -172,7 +172,7 @@ def _prompt_and_text(example: Example, turn: int, chat: ChatTokenizer) -> tuple[
         if not text.startswith(prompt):
             raise ValueError(
                 "the chat template's generation prompt is not a prefix of the finished turn, so the response's tokens "
-                f"cannot be told from the prompt's; {REMEDY}"
+                f"cannot be separated from the prompt's; {REMEDY}"
             )
     if chat.end_of_turn not in text[len(prompt) :]:
         raise ValueError(
