@@ -1,4 +1,4 @@
-"""The only module, with `checkpoint/`, that knows DeepSpeed.
+"""The engine: a model sharded by DeepSpeed, which only `engine/`, `export/` and `doctor/` know.
 
 It turns the recipe's plain values into a DeepSpeed config, shards the model, and keeps the scale of the gradient
 exact: a step's gradient is that of sum(terms) / number of terms, for any number of ranks and micro-batches.

@@ -1,7 +1,7 @@
 """Access to this rank's reduced gradient, which DeepSpeed's ZeRO optimisers keep from the last backward to the step.
 
 Only this module knows where it is kept. It reads private attributes of deepspeed 0.19.8, and `tests/distributed/
-test_agreement.py` fails if another release keeps the gradient elsewhere.
+test_finite_agreement.py` fails if another release keeps the gradient elsewhere.
 """
 
 from __future__ import annotations
