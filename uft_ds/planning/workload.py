@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import torch
 
 from uft_ds.data.example import KINDS
 from uft_ds.objectives.objective import Objective
 from uft_ds.objectives.pairwise import PAIR_LOSSES
 from uft_ds.objectives.reference import HowReference
 from uft_ds.planning.structure import ITEM_BYTES, Lora
-from uft_ds.recipe.settings import ModelSettings, Settings
+from uft_ds.recipe.settings import Settings
+from uft_ds.streams.load import attention_implementation
 
 ExtraForwards = Literal["none", "both_streams", "as_trained"]
 """both_streams: `reward_shift: kl`, whatever is cached. as_trained: `prompt_mean`, the reference where not cached."""
@@ -98,8 +101,14 @@ class Workload:
         return min(self.tokens_per_micro_batch, max(self.unit, self.examples_per_step) * self.max_length)
 
 
-def workload_of(settings: Settings, *, tokens_per_response: int | None) -> Workload:
-    """Of a run; without a mean length, each response is taken for `data.max_length` tokens long."""
+def workload_of(settings: Settings, config: Any, *, tokens_per_response: int | None) -> Workload:
+    """Of a run; without a mean length, each response is taken for `data.max_length` tokens long.
+
+    Args:
+        config: the base's.
+    Raises:
+        UserError: `model.attention` names what transformers does not have for this model.
+    """
     reference, objective, sources = settings.reference, settings.objective, settings.data.sources
     examples = [source.examples for source in sources]
     return Workload(
@@ -112,7 +121,9 @@ def workload_of(settings: Settings, *, tokens_per_response: int | None) -> Workl
         ),
         dtype=settings.model.dtype,
         # On the GPUs that are planned for, whatever this machine has.
-        attention=_attention(settings.model),
+        attention=attention_implementation(
+            settings.model.attention, getattr(torch, settings.model.dtype), config, has_flash_attention=True
+        ),
         gradient_checkpointing=settings.model.gradient_checkpointing,
         activation_offload=settings.model.activation_offload,
         logits_bytes=settings.model.logits_bytes,
@@ -136,11 +147,3 @@ def _extra_forwards(objective: Objective) -> ExtraForwards:
     if not any(objective.has_pointwise(kind) for kind in KINDS):
         return "none"
     return {"kl": "both_streams", "prompt_mean": "as_trained"}.get(objective.shift.name, "none")  # type: ignore[return-value]
-
-
-def _attention(model: ModelSettings) -> str:
-    """On GPUs, `auto` is flash-attention, which float32 does not have."""
-    given = model.attention
-    if given != "auto":
-        return given
-    return "sdpa" if model.dtype == "float32" else "flash_attention_2"
