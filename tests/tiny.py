@@ -1,16 +1,28 @@
 """Tiny random models and a byte-level tokenizer, saved as Hugging Face folders; nothing is downloaded."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GenerationConfig,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -19,7 +31,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-Architecture = Literal["qwen2", "qwen3", "llama", "mistral"]
+Architecture = Literal[
+    "qwen2", "qwen3", "llama", "mistral", "gemma2", "gemma3_text", "phi3", "granite", "olmo2", "gpt_neox"
+]
 
 CHATML = (
     "{% for message in messages %}"
@@ -37,7 +51,26 @@ CLASSES = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM),
+    "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM),
+    "phi3": (Phi3Config, Phi3ForCausalLM),
+    "granite": (GraniteConfig, GraniteForCausalLM),
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM),
+    "gpt_neox": (GPTNeoXConfig, GPTNeoXForCausalLM),
 }
+
+ALTERNATING = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+OWN: dict[str, dict[str, Any]] = {
+    "qwen3": {"head_dim": 16},
+    "gemma2": ALTERNATING
+    | {"head_dim": 16, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    "gemma3_text": ALTERNATING | {"head_dim": 16, "query_pre_attn_scalar": 16},
+    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+    "granite": {
+        "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.5, "logits_scaling": 0.25
+    },
+}  # fmt: skip
+"""What makes each family what it is, with values that change its numbers at once."""
 
 
 def build_tiny_tokenizer(folder: Path) -> Path:
@@ -71,35 +104,37 @@ def build_tiny_model(
     tied: bool = False,
     sliding_window: int | None = None,
     seed: int = 0,
+    **further: Any,
 ) -> Path:
     """Save a random float32 model (3 layers, D=64, V=259) and its tokenizer.
 
     The initial standard deviation is 0.1, five times the usual: outputs differ between prompts and positions.
+    further: keys of the config, over those that the family has here.
     """
     config_class, model_class = CLASSES[architecture]
-    windows: dict[str, object] = {}
-    if architecture == "mistral":
-        windows = {"sliding_window": sliding_window}
+    own: dict[str, Any] = dict(OWN.get(architecture, {}))
+    if architecture in ("mistral", "phi3"):
+        own |= {"sliding_window": sliding_window}
+    elif architecture.startswith("gemma"):
+        own |= {"sliding_window": sliding_window or 8}
     elif sliding_window is not None:
-        if architecture == "llama":
-            raise ValueError("llama has no sliding window")
-        windows = {"use_sliding_window": True, "sliding_window": sliding_window, "max_window_layers": 1}
-    head_dim = {"head_dim": 16} if architecture == "qwen3" else {}
+        if not architecture.startswith("qwen"):
+            raise ValueError(f"{architecture} has no sliding window")
+        own |= {"use_sliding_window": True, "sliding_window": sliding_window, "max_window_layers": 1}
+    if architecture != "gpt_neox":
+        own |= {"num_key_value_heads": 2}
     config = config_class(
         vocab_size=VOCAB_SIZE,
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=3,
         num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=MAX_LENGTH,
         initializer_range=0.1,
         tie_word_embeddings=tied,
         bos_token_id=IM_START,
         eos_token_id=IM_END,
         pad_token_id=IM_END,
-        **windows,
-        **head_dim,
+        **({"num_hidden_layers": 3} | own | further),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

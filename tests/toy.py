@@ -15,7 +15,7 @@ from uft_ds.data.mixture import Step
 from uft_ds.engine.engine import Engine
 from uft_ds.objectives.objective import KindObjective, Objective
 from uft_ds.streams.adapters import add_adapters, start_from_adapter
-from uft_ds.streams.load import load_base
+from uft_ds.streams.load import attention_implementation, check_base, load_base
 from uft_ds.streams.model import ReferenceMode, UFTModel
 from uft_ds.streams.stream import Stream, logps_of
 
@@ -57,7 +57,7 @@ def toy_model(
     lora_dtype: torch.dtype = torch.float32,
     b_std: float = 0.05,
     gradient_checkpointing: bool = False,
-    attention: str = "sdpa",
+    attention: str | None = None,
     reference_mode: ReferenceMode = "lockstep",
     activation_offload: bool = False,
     reference_adapter: Path | None = None,
@@ -67,10 +67,15 @@ def toy_model(
 ) -> UFTModel:
     """The model in `folder` with adapters; B drawn with `b_std`, so that log-ratios are of order 1.
 
+    attention: by default sdpa, or eager for a model without it, whatever is installed.
     further: streams beside policy and reference, each with an adapter of its own, drawn from its name.
     """
     base = load_base(
-        str(folder), revision=None, dtype=dtype, attention=attention, gradient_checkpointing=gradient_checkpointing
+        str(folder),
+        revision=None,
+        dtype=dtype,
+        attention=attention or attention_implementation("auto", torch.float32, check_base(str(folder), None)),
+        gradient_checkpointing=gradient_checkpointing,
     )
     policy = add_adapters(base, rank=4, alpha=8.0, targets="all-linear", dtype=lora_dtype, seed=1)
     if b_std:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from engines import engine_of
 from ranks import run_on_ranks
+from tiny import CLASSES, Architecture, build_tiny_model
 from torch import Tensor
 from toy import streams_of, toy_model, toy_step
 
@@ -15,6 +17,7 @@ from uft_ds.data.micro_batch import MicroBatch, micro_batch
 from uft_ds.streams.stream import Output, Stream
 
 FURTHER = (Stream("third", "third"), Stream("value", "value", trained=True, head="scalar"))
+ON_RANKS_TOO = sorted(set(CLASSES) - {"qwen2", "gemma3_text"})
 NAMES = ("policy", "reference", "third", "value")
 
 
@@ -45,16 +48,22 @@ def on_a_rank(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], set[str]
     return detached, grads, moved
 
 
-def test_invariant_9_streams_of_partitioned_weights_equal_separate_forwards(tiny_qwen2: Path) -> None:
+@pytest.mark.parametrize(
+    "architecture", ["qwen2", "gemma3_text", *(pytest.param(name, marks=pytest.mark.long) for name in ON_RANKS_TOO)]
+)
+def test_invariant_9_streams_of_partitioned_weights_equal_separate_forwards(
+    tmp_path: Path, architecture: Architecture
+) -> None:
     """Policy, bare base, a frozen adapter and a trained scorer on two ranks: each output is bit for bit that of a
     forward of its own in one process without DeepSpeed; gradients of both trained streams are one process's to 1e-5."""
-    model = toy_model(tiny_qwen2, further=FURTHER)
+    folder = build_tiny_model(tmp_path, architecture, tied=architecture.startswith("gemma"))
+    model = toy_model(folder, further=FURTHER)
     for rank in range(2):
         outputs = model(batch_of(rank), streams_of(model, "policy")) | model(batch_of(rank), streams_of(model, "value"))
         total(outputs).backward()
     expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert any("scores.value" in name for name in expected)
-    for rank, (outputs, grads, moved) in enumerate(run_on_ranks(on_a_rank, 2, tiny_qwen2)):
+    for rank, (outputs, grads, moved) in enumerate(run_on_ranks(on_a_rank, 2, folder)):
         for name in NAMES:
             alone = model(batch_of(rank), streams_of(model, name))[name]
             for found, theirs in zip(outputs[name], alone, strict=True):

@@ -6,16 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import build_tiny_model
+from tiny import CLASSES, build_tiny_model
 from torch import Tensor
 from toy import logps_by_name, toy_model, toy_sequences
 
+from uft_ds.data.example import Sequence
 from uft_ds.data.micro_batch import micro_batch
 from uft_ds.planning.activations import activations_of
 from uft_ds.planning.memory import head_saved_bytes
 from uft_ds.planning.shapes import shipped_config
 from uft_ds.planning.structure import Lora, structure_of
-from uft_ds.streams.load import check_base
+from uft_ds.streams.load import attention_implementation, check_base
+from uft_ds.streams.model import ReferenceMode
 
 LORA = Lora(4, 8.0, "all-linear", "float32")  # as `toy_model` has it
 
@@ -38,7 +40,26 @@ def really_saved(folder: Path, batch: Any, **options: Any) -> int:
     return sum(sizes.values())
 
 
-@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama", "mistral"])
+def assert_planned_as_saved(
+    folder: Path, sequences: tuple[Sequence, ...], gradient_checkpointing: bool, mode: ReferenceMode
+) -> None:
+    """Within 2%, under the attention that `auto` is on a CPU."""
+    batch, config = micro_batch(sequences), check_base(str(folder), None)
+    measured = really_saved(folder, batch, gradient_checkpointing=gradient_checkpointing, reference_mode=mode)
+    planned = activations_of(
+        structure_of(config, LORA),
+        tokens=len(batch.token_ids_T),
+        dtype="float32",
+        gradient_checkpointing=gradient_checkpointing,
+        lockstep=mode == "lockstep",
+        attention=attention_implementation("auto", torch.float32, config),
+        under_zero3=False,
+    )
+    planned_bytes = planned.saved_bytes + head_saved_bytes(len(batch.targets_N), 64, item_bytes=4)
+    assert planned_bytes == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize("architecture", CLASSES)
 @pytest.mark.parametrize("gradient_checkpointing", [True, False])
 @pytest.mark.parametrize("mode", ["lockstep", "separate"])
 def test_saved_bytes_are_those_of_a_real_forward(
@@ -46,19 +67,19 @@ def test_saved_bytes_are_those_of_a_real_forward(
 ) -> None:
     """Within 2%, for each architecture, checkpointed or not, in either mode of the reference."""
     folder = build_tiny_model(tmp_path, architecture)
-    batch = micro_batch(toy_sequences(6, longest=120))
-    measured = really_saved(folder, batch, gradient_checkpointing=gradient_checkpointing, reference_mode=mode)
-    planned = activations_of(
-        structure_of(check_base(str(folder), None), LORA),
-        tokens=len(batch.token_ids_T),
-        dtype="float32",
-        gradient_checkpointing=gradient_checkpointing,
-        lockstep=mode == "lockstep",
-        attention="sdpa",
-        under_zero3=False,
-    )
-    planned_bytes = planned.saved_bytes + head_saved_bytes(len(batch.targets_N), 64, item_bytes=4)
-    assert planned_bytes == pytest.approx(measured, rel=0.02)
+    assert_planned_as_saved(folder, toy_sequences(6, longest=120), gradient_checkpointing, mode)
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [True, False])
+@pytest.mark.parametrize("architecture", ["gemma2", "gemma3_text"])
+def test_layers_with_a_window_save_what_full_ones_do(
+    tmp_path: Path, architecture: Any, gradient_checkpointing: bool
+) -> None:
+    """Five layers with a window, then a full one, in rows so long that masks and scores weigh as much as the rest:
+    within 2% again, though the plan runs only the first two layers."""
+    layer_types = ["sliding_attention"] * 5 + ["full_attention"]
+    folder = build_tiny_model(tmp_path, architecture, num_hidden_layers=6, layer_types=layer_types)
+    assert_planned_as_saved(folder, toy_sequences(20, longest=120), gradient_checkpointing, "lockstep")
 
 
 def test_checkpointing_keeps_a_hidden_state_a_layer_and_flash_attention_no_square() -> None:

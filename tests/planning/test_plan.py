@@ -45,7 +45,7 @@ def outcome(*overrides: str, on: Cluster | None = None, zero: dict[str, Any] | N
     settings = load_settings("uft_qwen32b", overrides)
     file = read_deepspeed_file(settings.deepspeed.name)
     file["zero_optimization"] |= zero or {}
-    workload = workload_of(settings, tokens_per_response=None)
+    workload = workload_of(settings, shipped_config("Qwen2.5-32B"), tokens_per_response=None)
     return planner().plan(Setting(workload, settings.deepspeed.name, sharding_of(file), on or cluster()))
 
 
@@ -230,6 +230,17 @@ def test_attention_without_flash_attention_is_over_the_square_of_a_micro_batch()
     assert any("float32" in line and "bfloat16" in line for line in exact.assumptions)
     with pytest.raises(UserError, match="flash_attention_2 has no float32"):
         tiny("model.attention=flash_attention_2", "model.dtype=float32")
+
+
+def test_the_planned_attention_is_one_that_the_model_has() -> None:
+    """Gemma 2 has no sdpa: in float32 a plan takes eager for `auto`, as a run does, and refuses sdpa by name."""
+    folder = tiny_folder("gemma2")
+    assert (
+        tiny(f"model.base={folder}", "model.attention=auto", "model.dtype=float32").outcome.setting.workload.attention
+        == "eager"
+    )
+    with pytest.raises(UserError, match=r"model\.attention: transformers has no sdpa for Gemma2ForCausalLM"):
+        tiny(f"model.base={folder}")
 
 
 def test_links_of_flat_sharding_and_of_sharding_inside_a_node() -> None:

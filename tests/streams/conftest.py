@@ -1,7 +1,8 @@
 """A tiny model of every architecture, tied and untied, with a sliding window where there is one."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import Architecture, build_tiny_model
@@ -15,6 +16,7 @@ class Variant:
     architecture: Architecture
     tied: bool = False
     sliding_window: int | None = None
+    further: dict[str, Any] = field(default_factory=dict)
 
 
 VARIANTS = {
@@ -29,6 +31,15 @@ VARIANTS = {
     "mistral": Variant("mistral"),
     "mistral tied": Variant("mistral", tied=True),
     "mistral window": Variant("mistral", sliding_window=WINDOW),
+    "gemma2 tied": Variant("gemma2", tied=True, sliding_window=WINDOW),
+    "gemma3 tied": Variant("gemma3_text", tied=True, sliding_window=WINDOW),
+    "phi3": Variant("phi3"),
+    "phi3 window": Variant("phi3", sliding_window=WINDOW),
+    "granite": Variant("granite"),
+    "granite tied": Variant("granite", tied=True),
+    "olmo2": Variant("olmo2"),
+    "gpt_neox": Variant("gpt_neox"),
+    "gpt_neox in sequence": Variant("gpt_neox", further={"use_parallel_residual": False}),
 }
 
 
@@ -41,4 +52,5 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         variant.architecture,
         tied=variant.tied,
         sliding_window=variant.sliding_window,
+        **variant.further,
     )

@@ -75,7 +75,7 @@ def flash_attn_varlen_func(
     assert cu_seqlens_q.is_contiguous()
     assert cu_seqlens_k.is_contiguous()
     assert type(max_seqlen_q) is type(max_seqlen_k) is int, "a tensor would be waited for"
-    assert (dropout_p, softcap, alibi_slopes, return_attn_probs, block_table) == (0.0, 0.0, None, False, None)
+    assert (dropout_p, alibi_slopes, return_attn_probs, block_table) == (0.0, None, False, None)
     bounds = cu_seqlens_q.tolist()
     assert bounds == cu_seqlens_k.tolist()
     assert (bounds[0], bounds[-1]) == (0, len(q))
@@ -87,6 +87,8 @@ def flash_attn_varlen_func(
     for start, end in pairwise(bounds):
         queries, keys, values = (x[start:end].double().transpose(0, 1) for x in (q, k, v))
         scores = queries @ keys.transpose(1, 2) * scale
+        if softcap:
+            scores = softcap * (scores / softcap).tanh()
         scores = scores.masked_fill(~_visible(end - start, causal, window_size), -torch.inf)
         outputs.append((scores.softmax(-1) @ values).transpose(0, 1))
     return torch.cat(outputs).to(q.dtype)

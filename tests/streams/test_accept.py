@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from models import EXPERTS, GPT2, LEAKS, PACKED, SIZES
+from tiny import CLASSES
 from transformers import BloomConfig, MixtralConfig, PretrainedConfig, Qwen3MoeConfig
 
-from uft_ds.architectures.facts import FAMILIES, decoder_layers, family_of, reason_of_leak, shown_in_lockstep
+from uft_ds.architectures.facts import (
+    FAMILIES,
+    decoder_layers,
+    family_of,
+    names_in_lockstep,
+    reason_of_leak,
+    shown_in_lockstep,
+)
 from uft_ds.errors import UserError
 from uft_ds.planning.structure import Lora, structure_of
 from uft_ds.streams.accept import accepted_policy
@@ -91,8 +100,14 @@ def test_a_dropout_of_zero_is_none() -> None:
             empty_base(BloomConfig(**sizes, **{key: 0.1}))
 
 
-def test_lockstep_is_shown_for_four_families() -> None:
-    """Those that `tests/streams/test_lanes.py` runs."""
-    assert shown_in_lockstep() == (
-        "LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer",
-    )  # fmt: skip
+def test_lockstep_is_shown_for_the_families_that_are_tested() -> None:
+    """Those of `tiny.py`, which `test_lanes.py` and `test_one_visit.py` run, and no other."""
+    assert {name for name, family in FAMILIES.items() if family.lockstep} == set(CLASSES)
+    assert shown_in_lockstep() == tuple(sorted(FAMILIES[name].layer_class for name in CLASSES))
+
+
+@pytest.mark.parametrize("place", ["README.md", "docs/reference.md", "uft_ds/recipe/schema.py"])
+def test_documentation_lists_the_families_of_lockstep(place: str) -> None:
+    """Each by its name, where a reader looks before choosing a mode."""
+    text = " ".join((Path(__file__).parents[2] / place).read_text(encoding="utf-8").split())
+    assert ", ".join(names_in_lockstep()) in text

@@ -27,6 +27,7 @@ class Family:
     layers, norm: the decoder's attributes with the list of layers and with the final norm.
     leaks: why the sequences of a packed row change each other; empty where the tests show that they do not.
     lockstep: whether the tests hold the lockstep reference against two separate forwards.
+    name: what messages and documentation call it; given where `lockstep` is.
     """
 
     layer_class: str
@@ -34,26 +35,27 @@ class Family:
     norm: str = "norm"
     leaks: str = ""
     lockstep: bool = False
+    name: str = ""
 
 
 FAMILIES = {
-    "llama": Family("LlamaDecoderLayer", lockstep=True),
-    "mistral": Family("MistralDecoderLayer", lockstep=True),
-    "qwen2": Family("Qwen2DecoderLayer", lockstep=True),
-    "qwen3": Family("Qwen3DecoderLayer", lockstep=True),
+    "llama": Family("LlamaDecoderLayer", lockstep=True, name="Llama"),
+    "mistral": Family("MistralDecoderLayer", lockstep=True, name="Mistral"),
+    "qwen2": Family("Qwen2DecoderLayer", lockstep=True, name="Qwen2"),
+    "qwen3": Family("Qwen3DecoderLayer", lockstep=True, name="Qwen3"),
     "qwen2_moe": Family("Qwen2MoeDecoderLayer"),
     "qwen3_moe": Family("Qwen3MoeDecoderLayer"),
     "mixtral": Family("MixtralDecoderLayer"),
     "phi": Family("PhiDecoderLayer", norm="final_layernorm"),
-    "phi3": Family("Phi3DecoderLayer"),
+    "phi3": Family("Phi3DecoderLayer", lockstep=True, name="Phi-3"),
     "gemma": Family("GemmaDecoderLayer"),
-    "gemma2": Family("Gemma2DecoderLayer"),
-    "gemma3_text": Family("Gemma3DecoderLayer"),
-    "granite": Family("GraniteDecoderLayer"),
+    "gemma2": Family("Gemma2DecoderLayer", lockstep=True, name="Gemma 2"),
+    "gemma3_text": Family("Gemma3DecoderLayer", lockstep=True, name="Gemma 3"),
+    "granite": Family("GraniteDecoderLayer", lockstep=True, name="Granite"),
     "cohere": Family("CohereDecoderLayer"),
     "cohere2": Family("Cohere2DecoderLayer"),
-    "olmo2": Family("Olmo2DecoderLayer"),
-    "gpt_neox": Family("GPTNeoXLayer", norm="final_layer_norm"),
+    "olmo2": Family("Olmo2DecoderLayer", lockstep=True, name="OLMo 2"),
+    "gpt_neox": Family("GPTNeoXLayer", norm="final_layer_norm", lockstep=True, name="GPT-NeoX"),
     "gptj": Family("GPTJBlock", layers="h", norm="ln_f"),
     "codegen": Family("CodeGenBlock", layers="h", norm="ln_f"),
     "gpt2": Family("GPT2Block", layers="h", norm="ln_f"),
@@ -98,6 +100,11 @@ def shown_in_lockstep() -> tuple[str, ...]:
     return tuple(sorted(family.layer_class for family in FAMILIES.values() if family.lockstep))
 
 
+def names_in_lockstep() -> tuple[str, ...]:
+    """The same families by the names that messages and documentation use."""
+    return tuple(sorted((family.name for family in FAMILIES.values() if family.lockstep), key=str.lower))
+
+
 # ---- where things are
 
 
@@ -117,6 +124,11 @@ def decoder_layers(decoder: Any) -> Any:
     if name is None:
         raise AttributeError(f"{type(decoder).__name__} keeps no list of layers in {', '.join(_LAYERS)}")
     return getattr(decoder, name)
+
+
+def final_norm(decoder: Any) -> Any:
+    """The decoder's final norm, of a family that has an entry."""
+    return getattr(decoder, family_of(decoder.config).norm)
 
 
 def keep_layers(decoder: Any, count: int) -> None:

@@ -60,7 +60,7 @@ def make_plan(settings: Settings, cluster: Cluster, *, tokens_per_response: int 
         raise UserError(
             f"--tokens-per-response: {tokens_per_response} given, at most data.max_length {settings.data.max_length}"
         )
-    workload = workload_of(settings, tokens_per_response=tokens_per_response)
+    workload = workload_of(settings, config, tokens_per_response=tokens_per_response)
     name = settings.deepspeed.name
     setting = Setting(workload, name, sharding_of(read_deepspeed_file(name)), cluster)
     planner = Planner(config)
@@ -99,7 +99,7 @@ def _assumptions(settings: Settings, setting: Setting, source: str, given: int |
     if workload.attention != "flash_attention_2":
         yield f"{workload.attention}: every token of a micro-batch attends to all of it, which a mask then hides"
     elif settings.model.attention == "auto":
-        yield "flash-attention 2 is installed on the GPUs (model.attention: auto takes sdpa otherwise)"
+        yield "flash-attention 2 is installed on the GPUs (model.attention: auto takes sdpa or eager otherwise)"
     yield "2 GB of a GPU for CUDA and NCCL, 5% for fragmentation; 4 GB of host memory a rank"
     yield (
         "time: everything at the data sheet's figure, perfectly overlapped: for responses of this length a lower "

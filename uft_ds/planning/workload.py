@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import torch
 
 from uft_ds.data.example import KINDS
 from uft_ds.objectives.objective import Objective
 from uft_ds.objectives.pairwise import PAIR_LOSSES
 from uft_ds.objectives.reference import HowReference
 from uft_ds.planning.structure import ITEM_BYTES, Lora
-from uft_ds.recipe.settings import ModelSettings, Settings
+from uft_ds.recipe.settings import Settings
+from uft_ds.streams.load import attention_implementation
 
 ExtraForwards = Literal["none", "both_streams", "as_trained"]
 """Additional forwards of a reward shift.
@@ -104,8 +107,14 @@ class Workload:
         return min(self.tokens_per_micro_batch, max(self.unit, self.examples_per_step) * self.max_length)
 
 
-def workload_of(settings: Settings, *, tokens_per_response: int | None) -> Workload:
-    """The workload of a run. Without a mean length, each response counts as `data.max_length` tokens."""
+def workload_of(settings: Settings, config: Any, *, tokens_per_response: int | None) -> Workload:
+    """The workload of a run. Without a mean length, each response counts as `data.max_length` tokens.
+
+    Args:
+        config: the configuration of the base model.
+    Raises:
+        UserError: transformers does not have the implementation that `model.attention` names for this model.
+    """
     reference, objective, sources = settings.reference, settings.objective, settings.data.sources
     examples = [source.examples for source in sources]
     return Workload(
@@ -118,7 +127,9 @@ def workload_of(settings: Settings, *, tokens_per_response: int | None) -> Workl
         ),
         dtype=settings.model.dtype,
         # For the GPUs of the plan, not for this machine.
-        attention=_attention(settings.model),
+        attention=attention_implementation(
+            settings.model.attention, getattr(torch, settings.model.dtype), config, has_flash_attention=True
+        ),
         gradient_checkpointing=settings.model.gradient_checkpointing,
         activation_offload=settings.model.activation_offload,
         logits_bytes=settings.model.logits_bytes,
@@ -142,11 +153,3 @@ def _extra_forwards(objective: Objective) -> ExtraForwards:
     if not any(objective.has_pointwise(kind) for kind in KINDS):
         return "none"
     return {"kl": "both_streams", "prompt_mean": "as_trained"}.get(objective.shift.name, "none")  # type: ignore[return-value]
-
-
-def _attention(model: ModelSettings) -> str:
-    """The attention on GPUs: `auto` means flash-attention, except for float32, which it does not support."""
-    given = model.attention
-    if given != "auto":
-        return given
-    return "sdpa" if model.dtype == "float32" else "flash_attention_2"

@@ -17,13 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uft_ds.architectures.facts import shown_in_lockstep
+from uft_ds.architectures.facts import decoder_layers, final_norm, names_in_lockstep, shown_in_lockstep
 from uft_ds.errors import UserError
 from uft_ds.streams.adapters import as_stream
 from uft_ds.streams.stream import Stream
-
-SHOWN_TO_WORK = shown_in_lockstep()
-"""Decoder layers that the tests hold against separate forwards and Hugging Face's own."""
 
 Hidden = Tensor | tuple[Tensor, ...]
 """[1, tokens, hidden]: what passes from layer to layer."""
@@ -58,19 +55,21 @@ def enable_lockstep(base: Any) -> None:
         UserError: layers of a class that this has not been shown to work with.
     """
     decoder = base.get_decoder()
-    layer_classes = {type(layer) for layer in decoder.layers}
-    unknown = sorted({layer_class.__name__ for layer_class in layer_classes} - set(SHOWN_TO_WORK))
+    layers = decoder_layers(decoder)
+    layer_classes = {type(layer) for layer in layers}
+    unknown = sorted({layer_class.__name__ for layer_class in layer_classes} - set(shown_in_lockstep()))
     if unknown or len(layer_classes) != 1:
         raise UserError(
             f"reference.mode: lockstep has not been shown to work with {type(base).__name__}, whose layers are "
-            f"{', '.join(unknown)} (shown: {', '.join(SHOWN_TO_WORK)}); take reference.mode: separate"
+            f"{', '.join(unknown)} (shown: {', '.join(names_in_lockstep())}); take reference.mode: separate"
         )
     lockstep_layer = _lockstep_layer(layer_classes.pop())
-    for layer in decoder.layers:
+    for layer in layers:
         layer.__class__ = lockstep_layer
     # A layer cannot know its place, and the last one has to hand on the streams without gradient too.
-    decoder.layers[-1].hands_all_on = True
-    decoder.norm.__class__ = _lockstep_norm(type(decoder.norm))
+    layers[-1].hands_all_on = True
+    norm = final_norm(decoder)
+    norm.__class__ = _lockstep_norm(type(norm))
 
 
 def _lockstep_layer(layer_class: Any) -> type[nn.Module]:

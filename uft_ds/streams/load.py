@@ -211,12 +211,16 @@ def _dropout_rates(module: nn.Module) -> Iterator[tuple[str, float]]:
             yield f".{key}", value
 
 
-def attention_implementation(asked: str, dtype: torch.dtype, config: Any) -> str:
+def attention_implementation(
+    asked: str, dtype: torch.dtype, config: Any, *, has_flash_attention: bool | None = None
+) -> str:
     """The attention implementation that `model.attention` selects for a model of this config.
 
     `auto` selects flash_attention_2 if it is installed, a GPU is present, and both the dtype and the model support it;
     else sdpa, or eager for a model without sdpa (Gemma 2's capped scores, GPT-J).
 
+    Args:
+        has_flash_attention: whether flash-attention and a GPU are there; None: whether they are on this machine.
     Raises:
         UserError: transformers does not have the named implementation for this model.
     """
@@ -226,8 +230,9 @@ def attention_implementation(asked: str, dtype: torch.dtype, config: Any) -> str
         "sdpa": getattr(model_class, "_supports_sdpa", True),
     }
     if asked == "auto":
-        has_flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
-        if has_flash and dtype != torch.float32 and has["flash_attention_2"]:
+        if has_flash_attention is None:
+            has_flash_attention = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+        if has_flash_attention and dtype != torch.float32 and has["flash_attention_2"]:
             return "flash_attention_2"
         return "sdpa" if has["sdpa"] else "eager"
     if not has.get(asked, True):
