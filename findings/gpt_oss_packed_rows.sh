@@ -10,7 +10,8 @@
 # and gradients depend on which sequences share a row. uft_ds compares packed rows with single ones before the first step.
 #
 # Seen (float32, eager attention, random weights of two layers), largest difference of any log-prob of the second sequence
-# of a row from the same sequence alone, in nats: Llama 5e-7, Mixtral 5e-7, Qwen3-MoE 5e-7, gpt-oss 0.15. An upstream change (pull request 39997) was still open then.
+# of a row from the same sequence alone, in nats: Llama 5e-7, Mixtral 5e-7, Qwen3-MoE 5e-7, gpt-oss 0.15. The upstream
+# change that would pass the positions on (transformers pull request 39997) was still open then.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
