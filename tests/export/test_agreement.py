@@ -63,7 +63,7 @@ def test_rounding_is_no_error_however_little_was_trained() -> None:
     below, above = (agreement(adapter_R, adapter_R + factor * ROUNDING_NATS) for factor in (0.9, 1.1))
     assert (below.relative_error, above.relative_error) == pytest.approx((0.9, 1.1), rel=1e-4)
     assert below.is_faithful
-    assert "relative error 90.00% (of 9.0e-05 nats: what was trained is too little to be told" in below.summary
+    assert "relative error 90.00% (of 9.0e-05 nats: the training changed too little to distinguish" in below.summary
     assert not above.is_faithful
     assert "too little" not in above.summary
 

@@ -13,7 +13,7 @@ from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.tokenize import load_tokenizer
 from uft_ds.errors import UserError
 from uft_ds.recipe.file import recipe_from_tree
-from uft_ds.recipe.schema import Recipe
+from uft_ds.recipe.settings import Settings, settings_of
 from uft_ds.run.prepare import PreparedData, prepare_data, steps_of
 
 
@@ -24,7 +24,7 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
 
 def prepared(
     chat: ChatTokenizer, folder: Path, train: dict[str, Any], *portions: dict[str, Any]
-) -> tuple[Recipe, PreparedData]:
+) -> tuple[Settings, PreparedData]:
     """Sources of 100 rows each, with their portions."""
     sources = []
     for number, portion in enumerate(portions):
@@ -32,8 +32,8 @@ def prepared(
         sources.append({"format": "jsonl", "path": str(write_rows(folder / f"{number}.jsonl", rows)), **portion})
     data = {"sources": sources, "cache_dir": str(folder / "tokens"), "max_length": 64, "workers": 1}
     tree = {"name": "x", "model": {"base": "b"}, "data": data, "objective": {}, "output": "o", "train": train}
-    recipe = recipe_from_tree(tree, "x")
-    return recipe, prepare_data(recipe, chat)
+    settings = settings_of(recipe_from_tree(tree, "x"))
+    return settings, prepare_data(settings, chat)
 
 
 @pytest.mark.parametrize("train", [{}, {"steps": 3}])

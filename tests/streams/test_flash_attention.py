@@ -14,7 +14,7 @@ import transformers.modeling_flash_attention_utils as hf_flash
 from flash_attn_stand_in import Call, flash_attn_varlen_func
 from tiny import build_tiny_model
 from torch import Tensor
-from toy import UFT, both, logps_by_name, streams_of, toy_model, toy_sequences
+from toy import UFT, both, logps_by_name, logps_through_logits, streams_of, toy_model, toy_sequences
 
 from uft_ds.data.micro_batch import micro_batch
 from uft_ds.objectives.objective import count_terms, micro_batch_loss
@@ -141,7 +141,7 @@ def test_one_stream_gets_the_same_bounds(tiny_qwen2: Path, calls: list[Call]) ->
 def test_the_check_through_logits_forwards_each_sequence_alone(tiny_qwen2: Path, calls: list[Call]) -> None:
     """By Hugging Face's own forward: a call a layer and sequence, with the bounds of that one."""
     with torch.no_grad():
-        toy_model(tiny_qwen2, attention="flash_attention_2")(BATCH, through_logits=True)
+        logps_through_logits(toy_model(tiny_qwen2, attention="flash_attention_2"), BATCH)
     lengths = BATCH.bounds_S.diff().tolist()
     assert len(lengths) == 4
     expected = [[0, length] for length in lengths for _ in range(NUM_LAYERS)]

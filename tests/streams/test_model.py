@@ -412,7 +412,9 @@ def test_a_base_with_dropout_is_refused(tiny_qwen2: Path, tmp_path: Path) -> Non
     shutil.copytree(tiny_qwen2, tmp_path / "base")
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1}))
-    with pytest.raises(UserError, match=r"model\.base: .*self_attn has a dropout of 0\.1, expected 0"):
+    with pytest.raises(
+        UserError, match=r"model\.base: .*self_attn\.attention_dropout has a dropout of 0\.1, expected 0"
+    ):
         toy_policy(tmp_path / "base")
 
 
@@ -427,8 +429,9 @@ def test_a_micro_batch_moves_whole(tiny_qwen2: Path) -> None:
     """On another device (`meta` here) every tensor has moved, and nothing else changed."""
     batch = micro_batch(toy_sequences(2))
     moved = batch.to("meta")
-    tensors = [value for value in vars(moved).values() if isinstance(value, Tensor)]
+    tensors = [value for value in (*vars(moved).values(), *moved.facts.values()) if isinstance(value, Tensor)]
     assert len(tensors) == 8
+    assert moved.facts.keys() == batch.facts.keys() == {"score"}
     assert all(tensor.device.type == "meta" for tensor in tensors)
     assert (moved.longest, moved.responses, moved.pairs) == (batch.longest, batch.responses, batch.pairs)
     assert isinstance(moved, MicroBatch)
