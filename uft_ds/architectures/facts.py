@@ -1,7 +1,7 @@
 """One table of what is known of each model family, by `config.model_type`.
 
 Everything that depends on the architecture asks here: loading, lockstep, the head, the planner and the checks. A new
-family is one entry of `FAMILIES` and one line in `tests/architectures/models.py`; a family without an entry works as
+family is one entry of `FAMILIES` and one line in `tests/models.py`; a family without an entry works as
 far as its structure shows where its layers are, and the checks at the start of a run measure the rest. No torch here:
 the planner and the checks of a recipe read these facts without it.
 """
