@@ -86,9 +86,10 @@ def test_nothing_of_the_stand_in_stays() -> None:
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True], ids=["plain", "checkpointed"])
 def test_flash_attention_equals_sdpa(folder: Path, calls: list[Call], gradient_checkpointing: bool) -> None:
-    """Packed, float32, every architecture, with and without a window: log-ratios to 1e-5 nats, gradients to 1e-5.
+    """Packed, float32, every architecture, with and without a window; the gradients to 1e-5 of a tensor's largest entry.
 
-    Gradients relative to each tensor's largest entry.
+    Log-ratios to 1.5e-7 of the log-probs whose difference they are: float32 keeps 1.2e-7 of a number. Of most models
+    that is 1e-5 nats; a tied Granite, whose logits are four times as large here, has log-probs of -170 nats.
     Gemma 2 has no sdpa: there it is eager.
     """
     options: dict[str, Any] = {"gradient_checkpointing": gradient_checkpointing}
@@ -98,8 +99,9 @@ def test_flash_attention_equals_sdpa(folder: Path, calls: list[Call], gradient_c
     expected_ratios_R, expected_reference_R, expected = step(toy_model(folder, **options))
     assert len(calls) == num_calls, "sdpa and eager must not come here"
     assert expected_ratios_R.abs().mean() > 0.1
-    torch.testing.assert_close(ratios_R, expected_ratios_R, rtol=0, atol=1e-5)
-    torch.testing.assert_close(reference_R, expected_reference_R, rtol=0, atol=2e-5)
+    rounding = 1.5e-7 * float(expected_reference_R.abs().max())
+    torch.testing.assert_close(ratios_R, expected_ratios_R, rtol=0, atol=rounding)
+    torch.testing.assert_close(reference_R, expected_reference_R, rtol=0, atol=rounding)
     assert gradients.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=1e-5 * float(gradient.abs().max()))

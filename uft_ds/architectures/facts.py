@@ -25,6 +25,7 @@ class Family:
 
     layer_class: the decoder layer, which ZeRO-3 gathers as a whole.
     layers, norm: the decoder's attributes with the list of layers and with the final norm.
+    mlp_projections: gate, up and down; two where the MLP has no gate.
     leaks: why the sequences of a packed row change each other; empty where the tests show that they do not.
     lockstep: whether the tests hold the lockstep reference against two separate forwards.
     name: what messages and documentation call it; given where `lockstep` is.
@@ -33,6 +34,7 @@ class Family:
     layer_class: str
     layers: str = "layers"
     norm: str = "norm"
+    mlp_projections: int = 3
     leaks: str = ""
     lockstep: bool = False
     name: str = ""
@@ -46,7 +48,7 @@ FAMILIES = {
     "qwen2_moe": Family("Qwen2MoeDecoderLayer"),
     "qwen3_moe": Family("Qwen3MoeDecoderLayer"),
     "mixtral": Family("MixtralDecoderLayer"),
-    "phi": Family("PhiDecoderLayer", norm="final_layernorm"),
+    "phi": Family("PhiDecoderLayer", norm="final_layernorm", mlp_projections=2),
     "phi3": Family("Phi3DecoderLayer", lockstep=True, name="Phi-3"),
     "gemma": Family("GemmaDecoderLayer"),
     "gemma2": Family("Gemma2DecoderLayer", lockstep=True, name="Gemma 2"),
@@ -55,10 +57,10 @@ FAMILIES = {
     "cohere": Family("CohereDecoderLayer"),
     "cohere2": Family("Cohere2DecoderLayer"),
     "olmo2": Family("Olmo2DecoderLayer", lockstep=True, name="OLMo 2"),
-    "gpt_neox": Family("GPTNeoXLayer", norm="final_layer_norm", lockstep=True, name="GPT-NeoX"),
-    "gptj": Family("GPTJBlock", layers="h", norm="ln_f"),
-    "codegen": Family("CodeGenBlock", layers="h", norm="ln_f"),
-    "gpt2": Family("GPT2Block", layers="h", norm="ln_f"),
+    "gpt_neox": Family("GPTNeoXLayer", norm="final_layer_norm", mlp_projections=2, lockstep=True, name="GPT-NeoX"),
+    "gptj": Family("GPTJBlock", layers="h", norm="ln_f", mlp_projections=2),
+    "codegen": Family("CodeGenBlock", layers="h", norm="ln_f", mlp_projections=2),
+    "gpt2": Family("GPT2Block", layers="h", norm="ln_f", mlp_projections=2),
     # The sequences of a packed row change each other in these: measured, see docs/reference.md.
     "bloom": Family("BloomBlock", layers="h", norm="ln_f", leaks=MASK),
     "falcon": Family("FalconDecoderLayer", layers="h", norm="ln_f", leaks=MASK),
@@ -204,7 +206,8 @@ def attention_parity(config: Any) -> float:
     """Tokens at which a sequence's attention takes as many FLOPs as the rest of the model's layers; inf if unknown.
 
         d hidden size, f width of the MLP, q = query heads x head_dim, k = key-value heads x head_dim
-        parameters = 2 d q + 2 d k + 3 d f      query and output, key and value, gate, up and down projections
+        parameters = 2 d q + 2 d k + 3 d f      query and output, key and value, gate, up and down projections;
+                                                2 d f where the MLP has no gate
         the rest, of a token and a layer        2 x parameters
         attention, of T tokens, causal          2 q T     T / 2 keys on average: 2 q for QK^T and 2 q for AV, each
         equal at                                T = parameters / q
@@ -219,4 +222,5 @@ def attention_parity(config: Any) -> float:
     head_dim = getattr(config, "head_dim", None) or hidden // heads
     query = heads * head_dim
     key_value = (getattr(config, "num_key_value_heads", None) or heads) * head_dim
-    return float((2 * hidden * query + 2 * hidden * key_value + 3 * hidden * mlp) / query)
+    mlp_weights = family_of(config).mlp_projections * hidden * mlp
+    return float((2 * hidden * query + 2 * hidden * key_value + mlp_weights) / query)
