@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from uft_ds.kernels.chunks import Head
+from uft_ds.kernels.forward import TokenStatistics
+from uft_ds.kernels.frozen_head import attached, logps_and_gradients
 from uft_ds.kernels.naive import naive_token_logps
 from uft_ds.kernels.token_logps import token_logps
+from uft_ds.kernels.trainable_head import differentiable_logps
 
 SHAPES = [(1, 1, 2), (1, 16, 31), (7, 13, 97), (64, 32, 128), (127, 61, 1009), (3, 96, 2053)]
 """(N, D, V): one row, primes, powers of two, a vocabulary far larger than the rest."""
@@ -74,3 +79,15 @@ def ours(case: Case, **options: Any) -> tuple[Tensor, Tensor]:
     logps_N.backward(case.upstream_N)
     assert hidden_ND.grad is not None
     return logps_N.detach(), hidden_ND.grad
+
+
+def logps_and_statistics(
+    hidden_states: Sequence[Tensor], head: Head, targets_N: Tensor
+) -> tuple[tuple[Tensor, ...], tuple[TokenStatistics, ...]]:
+    """Log-probs and statistics of streams of which the first carries the gradient, through the calls a model makes."""
+    if head.is_trained:
+        output = differentiable_logps(hidden_states, head, targets_N, with_gradients=1, with_statistics=True)
+        return output.logps, output.statistics
+    with_gradients = int(hidden_states[0].requires_grad)
+    output = logps_and_gradients(hidden_states, head, targets_N, with_gradients=with_gradients, with_statistics=True)
+    return attached(hidden_states, output), output.statistics

@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from cases import logps_and_statistics
 from torch import Tensor
 
 from uft_ds.kernels import chunks, rows_torch, rows_triton
+from uft_ds.kernels.chunks import Head
 from uft_ds.kernels.logits import UNCHANGED, LogitTransform
 from uft_ds.kernels.naive import naive_token_logps
 from uft_ds.kernels.rows import RowSums, UpstreamRows, no_columns_yet, values_of
 from uft_ds.kernels.sweeps import sweeps_for
-from uft_ds.kernels.token_logps import token_logps, token_logps_and_statistics
+from uft_ds.kernels.token_logps import token_logps
 
 CAPPED = LogitTransform(scale=0.5, softcap=5.0, temperature=1.3)
 SPLITS = [(37,), (5, 37), (300, 4097), (4096, 4096, 1)]
@@ -135,11 +137,11 @@ def test_extreme_logits_stay_finite() -> None:
     hidden_ND = torch.ones(3, 1).requires_grad_()
     bias_V = torch.tensor([0.0, 0.0, 0.0, float("-inf")])
     targets_N = torch.tensor([0, 1, 2])
-    (logps_N,), (statistics,) = token_logps_and_statistics(hidden_ND, weight_VD, targets_N, bias=bias_V)
+    (logps_N,), (statistics,) = logps_and_statistics([hidden_ND], Head(weight_VD, bias_V), targets_N)
     assert logps_N.tolist() == [0.0, -8192.0, -16384.0]
     assert statistics.entropy_N.tolist() == [0.0] * 3
     assert statistics.is_top1_N.tolist() == [True, False, False]
-    _, (impossible,) = token_logps_and_statistics(hidden_ND, weight_VD, torch.tensor([3, 3, 3]), bias=bias_V)
+    _, (impossible,) = logps_and_statistics([hidden_ND], Head(weight_VD, bias_V), torch.tensor([3, 3, 3]))
     assert impossible.entropy_N.tolist() == [0.0] * 3
     (grad_ND,) = torch.autograd.grad(logps_N.sum(), hidden_ND)
     assert grad_ND.tolist() == [[0.0], [-8192.0], [-16384.0]]

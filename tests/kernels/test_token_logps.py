@@ -6,7 +6,21 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPES, EPSILON, SHAPES, SLACK, TILED, TRANSFORMS, WHOLE, Case, chunk_of, make_case, naive, ours
+from cases import (
+    DTYPES,
+    EPSILON,
+    SHAPES,
+    SLACK,
+    TILED,
+    TRANSFORMS,
+    WHOLE,
+    Case,
+    chunk_of,
+    logps_and_statistics,
+    make_case,
+    naive,
+    ours,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,7 +30,7 @@ from uft_ds.kernels.forward import HeadOutput
 from uft_ds.kernels.frozen_head import attached, logps_and_gradients
 from uft_ds.kernels.logits import LogitTransform
 from uft_ds.kernels.naive import naive_logits, naive_token_logps
-from uft_ds.kernels.token_logps import IGNORED, token_logps, token_logps_and_statistics
+from uft_ds.kernels.token_logps import IGNORED, token_logps
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -76,14 +90,9 @@ def test_float64_is_the_definition_to_float64(
     if trainable:
         inputs += [tensor.requires_grad_() for tensor in (case.weight_VD, case.bias_V) if tensor is not None]
     true_N = naive_token_logps(case.hidden_ND, case.weight_VD, case.targets_N, case.bias_V, **options)
-    (logps_N, reference_N), (statistics, of_reference) = token_logps_and_statistics(
-        case.hidden_ND,
-        case.weight_VD,
-        case.targets_N,
-        others_ND=[other.hidden_ND],
-        bias=case.bias_V,
-        transform=LogitTransform(**options),
-        chunk_bytes=chunk_bytes,
+    head = Head(case.weight_VD, case.bias_V, LogitTransform(**options), chunk_bytes)
+    (logps_N, reference_N), (statistics, of_reference) = logps_and_statistics(
+        [case.hidden_ND, other.hidden_ND], head, case.targets_N
     )
     exactly: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
     torch.testing.assert_close(logps_N, true_N, **exactly)
@@ -252,13 +261,9 @@ def test_more_streams_change_no_bit_of_any(dtype: torch.dtype, trainable: bool, 
     inputs = [first, weight_VD] if trainable else [first]
 
     def results(count: int) -> list[list[Tensor]]:
-        logps, statistics = token_logps_and_statistics(
-            first,
-            weight_VD,
-            cases[0].targets_N,
-            others_ND=[case.hidden_ND for case in cases[1:count]],
-            chunk_bytes=chunk_of(rows, 1009),
-        )
+        hidden_states = [first, *(case.hidden_ND for case in cases[1:count])]
+        head = Head(weight_VD, chunk_bytes=chunk_of(rows, 1009))
+        logps, statistics = logps_and_statistics(hidden_states, head, cases[0].targets_N)
         gradients = torch.autograd.grad(logps[0], inputs, cases[0].upstream_N)
         return [
             [logps[0], *statistics[0], *gradients],
@@ -277,7 +282,8 @@ def test_statistics_change_no_bit_of_the_log_probs(chunk_bytes: int | None) -> N
     case = make_case((200, 16, 20_011), torch.float32)
     options: dict[str, Any] = {"others_ND": [case.hidden_ND], "chunk_bytes": chunk_bytes}
     plain = token_logps(case.hidden_ND, case.weight_VD, case.targets_N, **options)
-    logps, _ = token_logps_and_statistics(case.hidden_ND, case.weight_VD, case.targets_N, **options)
+    head = Head(case.weight_VD, chunk_bytes=chunk_bytes)
+    logps, _ = logps_and_statistics([case.hidden_ND] * 2, head, case.targets_N)
     assert all(torch.equal(a, b) for a, b in zip(plain, logps, strict=True))
 
 
@@ -423,16 +429,13 @@ def test_ignored_rows_are_not_computed() -> None:
     asked_N = torch.arange(40) % 5 < 2
     hidden_ND = torch.where(asked_N[:, None], case.hidden_ND, torch.nan).requires_grad_()
     targets_N = torch.where(asked_N, case.targets_N, IGNORED)
-    (logps_N, reference_N), (statistics, of_reference) = token_logps_and_statistics(
-        hidden_ND, case.weight_VD, targets_N, others_ND=[hidden_ND.detach()]
-    )
+    logps_N, reference_N = token_logps(hidden_ND, case.weight_VD, targets_N, others_ND=[hidden_ND.detach()])
     logps_N.sum().backward()
-    (alone_N,), (alone,) = token_logps_and_statistics(case.hidden_ND[asked_N], case.weight_VD, case.targets_N[asked_N])
+    (alone_N,) = token_logps(case.hidden_ND[asked_N], case.weight_VD, case.targets_N[asked_N])
     torch.testing.assert_close(logps_N[asked_N], alone_N, rtol=0, atol=2e-6)
-    torch.testing.assert_close(statistics.entropy_N[asked_N], alone.entropy_N, rtol=0, atol=2e-6)
     assert hidden_ND.grad is not None
     assert hidden_ND.grad.isfinite().all()
-    for values in (logps_N, reference_N, *statistics, *of_reference, hidden_ND.grad):
+    for values in (logps_N, reference_N, hidden_ND.grad):
         assert not values[~asked_N].any()
 
 
@@ -462,8 +465,7 @@ def test_an_impossible_target_has_no_part_in_the_entropy() -> None:
     """A bias of -inf, as for padding entries of a vocabulary: log-prob -inf, entropy that of the others."""
     bias_V = torch.tensor([0.0, 0.0, float("-inf")])
     for chunk_bytes in (WHOLE, TILED):
-        (logps_N,), (statistics,) = token_logps_and_statistics(
-            torch.zeros(2, 4), torch.zeros(3, 4), torch.tensor([2, 0]), bias=bias_V, chunk_bytes=chunk_bytes
-        )
+        head = Head(torch.zeros(3, 4), bias_V, chunk_bytes=chunk_bytes)
+        (logps_N,), (statistics,) = logps_and_statistics([torch.zeros(2, 4)], head, torch.tensor([2, 0]))
         torch.testing.assert_close(logps_N, torch.tensor([float("-inf"), -0.6931472]))
         torch.testing.assert_close(statistics.entropy_N, torch.tensor([0.6931472, 0.6931472]))

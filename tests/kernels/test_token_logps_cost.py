@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPES, TILED, WHOLE, make_case, ours
+from cases import DTYPES, TILED, WHOLE, logps_and_statistics, make_case, ours
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from uft_ds.kernels.chunks import Head
 from uft_ds.kernels.logits import LogitTransform
-from uft_ds.kernels.token_logps import IGNORED, token_logps, token_logps_and_statistics
+from uft_ds.kernels.token_logps import IGNORED, token_logps
 
 
 @pytest.mark.parametrize("chunk_bytes", [WHOLE, TILED])
@@ -65,14 +66,8 @@ def test_no_tensor_is_larger_than_it_may_be(
     case = make_case((64, 96, 4096), dtype)
     hidden_ND, weight_VD = case.hidden_ND.requires_grad_(), case.weight_VD.requires_grad_(trainable)
     with LargestTensor(hidden_ND, weight_VD) as largest:
-        logps, _ = token_logps_and_statistics(
-            hidden_ND,
-            weight_VD,
-            case.targets_N,
-            others_ND=[hidden_ND.detach()] * (streams - 1),
-            transform=LogitTransform(**options),
-            chunk_bytes=chunk_bytes,
-        )
+        head = Head(weight_VD, None, LogitTransform(**options), chunk_bytes)
+        logps, _ = logps_and_statistics([hidden_ND, *[hidden_ND.detach()] * (streams - 1)], head, case.targets_N)
         logps[0].sum().backward()
     own = weight_VD.numel() * weight_VD.element_size() if trainable else streams * 64 * 96 * 4
     assert largest.size <= max(chunk_bytes, own)

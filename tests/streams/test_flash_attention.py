@@ -86,7 +86,7 @@ def test_nothing_of_the_stand_in_stays() -> None:
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True], ids=["plain", "checkpointed"])
 def test_flash_attention_equals_sdpa(folder: Path, calls: list[Call], gradient_checkpointing: bool) -> None:
-    """Packed, float32, every architecture, with and without a window; the gradients to 1e-5 of a tensor's largest entry.
+    """Packed, float32, every architecture, with and without a window; gradients to 1e-5 of a tensor's largest entry.
 
     Log-ratios to 1.5e-7 of the log-probs whose difference they are: float32 keeps 1.2e-7 of a number. Of most models
     that is 1e-5 nats; a tied Granite, whose logits are four times as large here, has log-probs of -170 nats.

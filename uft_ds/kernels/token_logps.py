@@ -2,7 +2,7 @@
 
 N tokens, D hidden size, V vocabulary. The modules of this package, from the outside in:
 
-    token_logps                    the functions to call
+    token_logps                    the function to call
     frozen_head, trainable_head    the link of log-probs to their inputs in autograd's graph
     forward                        all tokens, chunk by chunk
     chunks, tiles                  one chunk over the vocabulary, tile by tile; the sizes of both
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from uft_ds.kernels.chunks import Head
-from uft_ds.kernels.forward import HeadOutput, TokenStatistics, check_inputs
+from uft_ds.kernels.forward import check_inputs
 from uft_ds.kernels.frozen_head import attached, logps_and_gradients
 from uft_ds.kernels.logits import UNCHANGED, LogitTransform
 from uft_ds.kernels.trainable_head import differentiable_logps
@@ -60,49 +60,20 @@ def token_logps(
         IndexError: a target is outside the vocabulary, on a CPU. On a GPU its log-prob and gradient are NaN.
     """
     head = Head(weight_VD, bias, transform, chunk_bytes)
-    return _head_output([hidden_ND, *others_ND], head, targets_N, with_statistics=False).logps
+    return _logps([hidden_ND, *others_ND], head, targets_N)
 
 
-def token_logps_and_statistics(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    targets_N: Tensor,
-    *,
-    others_ND: Seq[Tensor] = (),
-    bias: Tensor | None = None,
-    transform: LogitTransform = UNCHANGED,
-    chunk_bytes: int | None = None,
-) -> tuple[tuple[Tensor, ...], tuple[TokenStatistics, ...]]:
-    """`token_logps`, and from the same sweep each stream's `TokenStatistics`, which are 0 for `IGNORED` rows."""
-    head = Head(weight_VD, bias, transform, chunk_bytes)
-    output = _head_output([hidden_ND, *others_ND], head, targets_N, with_statistics=True)
-    return output.logps, output.statistics
-
-
-def _head_output(hidden_states: Seq[Tensor], head: Head, targets_N: Tensor, *, with_statistics: bool) -> HeadOutput:
-    """The output of all rows: rows that are not `IGNORED` are computed, the others are 0."""
+def _logps(hidden_states: Seq[Tensor], head: Head, targets_N: Tensor) -> tuple[Tensor, ...]:
+    """Rows that are not `IGNORED` are computed, the others are 0."""
     check_inputs(hidden_states, head, targets_N)
     asked_N = targets_N != IGNORED
     if not asked_N.all():
         (rows_M,) = asked_N.nonzero(as_tuple=True)
         asked = [hidden_ND.index_select(0, rows_M) for hidden_ND in hidden_states]
-        return _spread(
-            _head_output(asked, head, targets_N[rows_M], with_statistics=with_statistics), rows_M, len(targets_N)
-        )
+        logps = _logps(asked, head, targets_N[rows_M])
+        return tuple(logps_M.new_zeros(len(targets_N)).index_copy(0, rows_M, logps_M) for logps_M in logps)
     if torch.is_grad_enabled() and head.is_trained:
-        return differentiable_logps(hidden_states, head, targets_N, with_gradients=1, with_statistics=with_statistics)
+        return differentiable_logps(hidden_states, head, targets_N, with_gradients=1).logps
     with_gradients = int(torch.is_grad_enabled() and hidden_states[0].requires_grad)
-    output = logps_and_gradients(
-        hidden_states, head, targets_N, with_gradients=with_gradients, with_statistics=with_statistics
-    )
-    return output._replace(logps=attached(hidden_states, output), gradients=())
-
-
-def _spread(output: HeadOutput, rows_M: Tensor, num_tokens: int) -> HeadOutput:
-    """Put the values of the computed rows at their places among `num_tokens` rows of zeros."""
-
-    def spread(values_M: Tensor) -> Tensor:
-        return values_M.new_zeros(num_tokens).index_copy(0, rows_M, values_M)
-
-    statistics = tuple(TokenStatistics(*map(spread, of_stream)) for of_stream in output.statistics)
-    return HeadOutput(tuple(map(spread, output.logps)), (), statistics)
+    output = logps_and_gradients(hidden_states, head, targets_N, with_gradients=with_gradients)
+    return attached(hidden_states, output)
