@@ -88,7 +88,7 @@ def test_nothing_is_deleted_that_was_not_meant(run: RunFolder, tmp_path: Path) -
         delete(run.path, [10, 3])
     with run.lock.open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="the run is still running"):
+        with pytest.raises(UserError, match="in use by a run that is still running"):
             delete(run.path, [10])
     with pytest.raises(UserError, match="not the folder of a run"):
         delete(tmp_path, [10])

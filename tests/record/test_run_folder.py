@@ -136,7 +136,7 @@ def test_a_folder_in_use_by_another_process_is_refused(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     with another_process_owning(folder.path):
         (folder.path / "metrics.jsonl").write_text("growing")
-        with pytest.raises(UserError, match=r"is in use by another run that is still running"):
+        with pytest.raises(UserError, match=r"is in use by a run that is still running"):
             claim(folder, overwrite=True)
         assert folder.metrics.read_text() == "growing"
     claim(folder, overwrite=True).close()

@@ -21,8 +21,7 @@ from uft_ds.checkpoint.folder import (
 )
 from uft_ds.checkpoint.manifest import MANIFEST
 from uft_ds.errors import UserError
-from uft_ds.host.locks import Held, Lock, NoLocks, acquire
-from uft_ds.record.run_folder import SECONDS_OF_A_LOOK, RunFolder
+from uft_ds.record.run_folder import RunFolder, locked
 
 
 def listed(run: Path) -> Table:
@@ -69,7 +68,9 @@ def delete(run: Path, steps: Sequence[int]) -> list[Path]:
     folder = RunFolder(run)
     if not folder.lock.exists():
         raise UserError(f"{run}: not the folder of a run")
-    with _locked(folder):
+    unknown = "whether a run is still running is not known"
+    remedy = f"if none is, delete the folders in {folder.checkpoints} yourself"
+    with locked(folder, name=str(folder.path), without_locks=f"{unknown}; {remedy}"):
         # The later entry wins: a step that was set aside may have been written again since.
         there = {step_of(checkpoint): checkpoint for checkpoint in (*set_aside_of(run), *checkpoints_of(run))}
         missing = [step for step in steps if step not in there]
@@ -84,20 +85,6 @@ def delete(run: Path, steps: Sequence[int]) -> list[Path]:
         except OSError as error:
             raise UserError(f"{error.filename or run}: cannot be deleted ({error.strerror})") from None
     return chosen
-
-
-def _locked(folder: RunFolder) -> Lock:
-    try:
-        return acquire(folder.lock, wait_seconds=SECONDS_OF_A_LOOK)
-    except Held:
-        raise UserError(f"{folder.path}: the run is still running; stop it first") from None
-    except NoLocks as error:
-        raise UserError(
-            f"{folder.path}: cannot be locked ({error.strerror}), so whether the run is still running is not known; "
-            f"if it is not running, delete the folders in {folder.checkpoints} yourself"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{folder.path}: cannot be written ({error.strerror})") from None
 
 
 def _found(run: Path) -> list[Path]:

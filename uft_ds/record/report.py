@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -63,14 +63,51 @@ SECONDS_BETWEEN_LINES = 5.0
 """Time between progress lines if the output is not a terminal."""
 
 
-class ConsoleReporter:
+class _ProgressLine:
+    """Sentences for the user, and a progress bar on a terminal; without a console everything goes to the log alone."""
+
+    def __init__(self, console: Console | None, task: str, total: int) -> None:
+        self._console, self._last_line = console, time.monotonic()
+        self._progress = _progress(console)
+        self._task = self._progress.add_task(task, total=total, numbers="")
+
+    def say(self, text: str) -> None:
+        logger.info(text)
+        if self._console is not None:
+            _print(self._console, text)
+
+    def warn(self, text: str) -> None:
+        logger.warning(text)
+        if self._console is not None:
+            _print(self._console, f"warning: {text}", style="yellow")
+
+    def _is_line_due(self, *, always: bool) -> bool:
+        """Whether a line of progress is printed now, where no bar is shown."""
+        now = time.monotonic()
+        if self._console is None or self._console.is_terminal:
+            return False
+        if not always and now - self._last_line < SECONDS_BETWEEN_LINES:
+            return False
+        self._last_line = now
+        return True
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+
+class ConsoleReporter(_ProgressLine):
     """Shows a live progress bar on a terminal; elsewhere it prints a line every few seconds."""
 
     def __init__(self, console: Console, writer: MetricsWriter, num_steps: int) -> None:
-        self._console, self._writer, self._num_steps = console, writer, num_steps
-        self._last_line, self._training_seconds, self._steps_here = time.monotonic(), 0.0, 0
-        self._progress = _progress(console)
-        self._task = self._progress.add_task("training", total=num_steps, numbers="")
+        super().__init__(console, "training", num_steps)
+        self._writer, self._num_steps = writer, num_steps
+        self._training_seconds, self._steps_here = 0.0, 0
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         self._writer.write(step, metrics)
@@ -78,10 +115,8 @@ class ConsoleReporter:
         line = one_line(metrics)
         logger.info("step %d %s", step, line)
         self._progress.update(self._task, completed=step, numbers=line)
-        now = time.monotonic()
-        waited = now - self._last_line >= SECONDS_BETWEEN_LINES
-        if not self._console.is_terminal and (waited or step in (1, self._num_steps)):
-            self._last_line = now
+        if self._is_line_due(always=step in (1, self._num_steps)):
+            assert self._console is not None
             remaining = self._training_seconds / self._steps_here * (self._num_steps - step)
             _print(self._console, f"step {step}/{self._num_steps}  {line}  ETA {_clock(remaining)}")
 
@@ -97,58 +132,29 @@ class ConsoleReporter:
     def metrics_bytes(self) -> int:
         return self._writer.num_bytes
 
-    def say(self, text: str) -> None:
-        _say(self._console, text)
-
-    def warn(self, text: str) -> None:
-        _warn(self._console, text)
-
-    def __enter__(self) -> ConsoleReporter:
-        self._progress.start()
-        return self
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        super().__exit__(kind, error, trace)
         self._writer.close()
 
 
-class FillReporter:
+class FillReporter(_ProgressLine):
     """Shows the progress of filling the reference cache, in responses; without a console it only logs."""
 
     def __init__(self, console: Console | None, num_responses: int) -> None:
-        self._console, self._total, self._done, self._computed = console, num_responses, 0, 0
-        self._started = self._last_line = time.monotonic()
-        self._progress = _progress(console)
-        self._task = self._progress.add_task("reference", total=num_responses, numbers="")
+        super().__init__(console, "reference", num_responses)
+        self._total, self._done, self._computed = num_responses, 0, 0
+        self._started = time.monotonic()
 
     def group(self, visited: int, computed: int) -> None:
         """Record that `visited` more responses are done, of which `computed` had to be forwarded."""
         self._done, self._computed = self._done + visited, self._computed + computed
         line = f"{self._computed} computed"
         self._progress.update(self._task, completed=self._done, numbers=line)
-        now = time.monotonic()
-        is_due = now - self._last_line >= SECONDS_BETWEEN_LINES or self._done == self._total
-        if self._console is not None and not self._console.is_terminal and is_due:
-            self._last_line = now
-            remaining = (now - self._started) / self._done * (self._total - self._done)
+        if self._is_line_due(always=self._done == self._total):
+            remaining = (time.monotonic() - self._started) / self._done * (self._total - self._done)
             self.say(f"reference: {self._done}/{self._total} responses, {line}  ETA {_clock(remaining)}")
-
-    def say(self, text: str) -> None:
-        _say(self._console, text)
-
-    def warn(self, text: str) -> None:
-        _warn(self._console, text)
-
-    def __enter__(self) -> FillReporter:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
 
 
 def _progress(console: Console | None) -> Progress:
@@ -172,18 +178,6 @@ def one_line(metrics: Mapping[str, float]) -> str:
     if "tokens_per_second" in metrics:
         parts.append(f"{metrics['tokens_per_second']:.0f} tokens/s")
     return "  ".join(parts)
-
-
-def _say(console: Console | None, text: str) -> None:
-    logger.info(text)
-    if console is not None:
-        _print(console, text)
-
-
-def _warn(console: Console | None, text: str) -> None:
-    logger.warning(text)
-    if console is not None:
-        _print(console, f"warning: {text}", style="yellow")
 
 
 def _print(console: Console, text: str, style: str | None = None) -> None:

@@ -22,7 +22,7 @@ _OF_A_RUN = (
 )  # fmt: skip
 """Files and folders that a run creates. `--overwrite` deletes only these, logs of ranks and temporary files."""
 
-SECONDS_OF_A_LOOK = 1.0
+_SECONDS_OF_A_LOOK = 1.0
 """How long to wait for the lock, because `is_owned` in another process holds it for a moment."""
 _LOCK_REMEDY = (
     "give a folder on another file system by output=PATH, or mount this one with locks (NFS: without nolock; Lustre: "
@@ -214,23 +214,32 @@ def claim(folder: RunFolder, *, overwrite: bool, lock: Lock | None = None) -> Lo
 
 
 def claim_again(folder: RunFolder) -> Lock:
-    """Lock a run's folder without changing its files.
+    """Lock a run's folder for a run, without changing its files.
 
     Raises:
         UserError: another process owns the folder, it cannot be written, or its file system has no locks.
     """
+    # Without a lock a restart could write at the same time as the run that it replaces.
+    return locked(folder, name=f"output: {folder.path}", without_locks=f"two runs could write to it; {_LOCK_REMEDY}")
+
+
+def locked(folder: RunFolder, *, name: str, without_locks: str) -> Lock:
+    """Lock a run's folder without changing its files.
+
+    Args:
+        name: what messages call the folder.
+        without_locks: what follows where the file system has no locks, and what to do.
+    Raises:
+        UserError: another process owns the folder, it cannot be written, or its file system has no locks.
+    """
     try:
-        return acquire(folder.lock, wait_seconds=SECONDS_OF_A_LOOK)
+        return acquire(folder.lock, wait_seconds=_SECONDS_OF_A_LOOK)
     except Held:
-        raise UserError(f"output: {folder.path} is in use by another run that is still running") from None
+        raise UserError(f"{name} is in use by a run that is still running; stop that run first") from None
     except NoLocks as error:
-        # Without a lock a restart could write at the same time as the run that it replaces.
-        raise UserError(
-            f"output: {folder.path} cannot be locked ({error.strerror}), so two runs could write to it at once; "
-            f"{_LOCK_REMEDY}"
-        ) from None
+        raise UserError(f"{name} cannot be locked ({error.strerror}), so {without_locks}") from None
     except OSError as error:
-        raise UserError(f"output: {folder.path} cannot be written ({error.strerror})") from None
+        raise UserError(f"{name} cannot be written ({error.strerror})") from None
 
 
 def is_owned(folder: RunFolder) -> bool | None:
