@@ -20,7 +20,7 @@ from uft_ds.planning.alternatives import larger_clusters
 from uft_ds.planning.hardware import Cluster, Figures, cluster_of
 from uft_ds.planning.plan import Plan, make_plan
 from uft_ds.planning.planner import Outcome, Planner, Setting
-from uft_ds.planning.shapes import shipped_config
+from uft_ds.planning.shapes import model_config, shipped_config
 from uft_ds.planning.sharding import sharding_of
 from uft_ds.planning.table import rendered
 from uft_ds.planning.workload import workload_of
@@ -34,10 +34,10 @@ def cluster(nodes: int = 1, gpus: int = 8, **options: Any) -> Cluster:
     return cluster_of(nodes=nodes, gpus=gpus, gpu=gpu, figures=figures)
 
 
-@lru_cache(maxsize=1)
-def planner() -> Planner:
-    """Of the 32B model; what plans share is computed once."""
-    return Planner(shipped_config("Qwen2.5-32B"))
+@lru_cache
+def planner(base: str = "Qwen/Qwen2.5-32B") -> Planner:
+    """Of one model; what plans share is computed once."""
+    return Planner(model_config(base)[0])
 
 
 def outcome(*overrides: str, on: Cluster | None = None, zero: dict[str, Any] | None = None) -> Outcome:
@@ -51,7 +51,8 @@ def outcome(*overrides: str, on: Cluster | None = None, zero: dict[str, Any] | N
 
 @lru_cache
 def plan(*overrides: str, nodes: int = 1, gpus: int = 8, name: str = "uft_qwen32b", **options: Any) -> Plan:
-    return make_plan(load_settings(name, overrides), cluster(nodes, gpus, **options))
+    settings = load_settings(name, overrides)
+    return make_plan(settings, cluster(nodes, gpus, **options), planner=planner(settings.model.base))
 
 
 @lru_cache
@@ -127,7 +128,7 @@ def test_every_remedy_is_a_plan_that_frees_memory() -> None:
 
 def test_host_memory_is_a_limit_too() -> None:
     """Weights that the GPUs do not hold must fit somewhere."""
-    small = make_plan(load_settings("uft_qwen32b", ("deepspeed=zero3_offload",)), cluster(host_memory=64))
+    small = plan("deepspeed=zero3_offload", host_memory=64)
     assert small.outcome.gpu_spare_bytes > 0
     assert small.outcome.host_spare_bytes is not None
     assert small.outcome.host_spare_bytes < 0

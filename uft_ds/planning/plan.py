@@ -47,11 +47,14 @@ class Plan:
         return next((file for file in fitting if file.outcome.setting.deepspeed != FOR_CPU), None)
 
 
-def make_plan(settings: Settings, cluster: Cluster, *, tokens_per_response: int | None = None) -> Plan:
+def make_plan(
+    settings: Settings, cluster: Cluster, *, tokens_per_response: int | None = None, planner: Planner | None = None
+) -> Plan:
     """Plan a run.
 
     Args:
         tokens_per_response: mean, prompt included; None: `data.max_length`, the largest possible value.
+        planner: of the same base, if several plans of it are made: what it has measured is not measured again.
     Raises:
         UserError: the model's config is not available, or the recipe does not fit it.
     """
@@ -63,7 +66,7 @@ def make_plan(settings: Settings, cluster: Cluster, *, tokens_per_response: int 
     workload = workload_of(settings, config, tokens_per_response=tokens_per_response)
     name = settings.deepspeed.name
     setting = Setting(workload, name, sharding_of(read_deepspeed_file(name)), cluster)
-    planner = Planner(config)
+    planner = planner or Planner(config)
     outcome = planner.plan(setting)
     files = shipped_files(planner, setting)
     remedies = () if outcome.fits else tuple(remedies_for(planner, outcome, files))
