@@ -1,5 +1,6 @@
 """Run a function on several real processes over gloo, with a time-out that kills them by pid."""
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -12,6 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from uft_ds.host.ports import free_port
+
+FAMILIES = ("gemma2", "gemma3", "gpt_neox", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3")
+PRELOADED = [
+    "pytest",
+    "uft_ds.run.rank",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # every ZeRO optimiser imports it, and with it torch's inductor
+    *(f"transformers.models.{family}.modeling_{family}" for family in FAMILIES),
+]
+"""Imported once, by the server that ranks are forked from. A rank's own imports took three of its four CPU seconds."""
 
 
 def run_on_ranks(
@@ -26,9 +38,8 @@ def run_on_ranks(
     The process group is up when `function` starts. A hang fails, it does not block.
     """
     port = free_port()
-    # Forked from a server that has imported the big packages once: a start takes a second instead of ten.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ranks", "deepspeed", "peft", "transformers"])
+    context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ranks = [
@@ -72,6 +83,7 @@ def _one_rank(
     collective_seconds: float,
     args: tuple[Any, ...],
 ) -> None:
+    gc.freeze()  # a collection would visit, and so copy, all that the server has imported: seconds a rank
     log = (folder / f"log{rank}").open("w", buffering=1)
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
