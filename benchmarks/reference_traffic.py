@@ -183,7 +183,7 @@ class Case:
         )
         self.cache = Known.of_reference(self._how["cache"])
         if self._how["cache"] == "cached":
-            fill(self.engine, self.cache, [whole_step()], TOKENS_PER_MICRO_BATCH, flush_every=1)
+            fill(self.engine, self.cache, [whole_step(sequences_per_rank)], TOKENS_PER_MICRO_BATCH, flush_every=1)
 
     def forward(self, batch: MicroBatch, forward_reference: bool) -> tuple[Tensor, Tensor | None]:
         if self._how["cache"] == "lockstep" and self._how["calls"] == 2:
@@ -214,9 +214,13 @@ class Case:
         self.engine.step(0.0)
         return len(batches)
 
+    def first_micro_batch(self) -> tuple[MicroBatch, bool]:
+        step = whole_step(self._sequences_per_rank)
+        return self.cache.micro_batches(self.engine, step, TOKENS_PER_MICRO_BATCH)[0]
+
     def largest_initial_ratio(self) -> float | None:
         """|log-ratio| of the first micro-batch on the path that trains, before anything has."""
-        batch, forward_reference = self.cache.micro_batches(self.engine, whole_step(), TOKENS_PER_MICRO_BATCH)[0]
+        batch, forward_reference = self.first_micro_batch()
         logps_R, reference_R = self.forward(batch, forward_reference)
         self.engine.backward(logps_R.sum() * 0.0, is_last=True)
         self.engine.step(0.0)
@@ -239,14 +243,20 @@ def whole_step(sequences_per_rank: int = SEQUENCES_PER_RANK) -> Step:
     return Step(0, toy_sequences(count, seed=100, longest=120))
 
 
-def measure(folder: Path, name: str, gradient_checkpointing: bool, steps: int = STEPS) -> Measurement:
+def measure(
+    folder: Path,
+    name: str,
+    gradient_checkpointing: bool,
+    steps: int = STEPS,
+    sequences_per_rank: int = SEQUENCES_PER_RANK,
+) -> Measurement:
     """On one of the ranks: a few steps, counted; then log-probs and gradients at fixed weights."""
     from deepspeed.utils import safe_get_full_grad
 
-    case = Case(folder, name, gradient_checkpointing)
+    case = Case(folder, name, gradient_checkpointing, sequences_per_rank=sequences_per_rank)
     # As every run starts, with a forward in evaluation mode: DeepSpeed's later gathers depend on it, by one layer.
     with case.engine.evaluating():
-        batch = case.engine.micro_batches(whole_step(), TOKENS_PER_MICRO_BATCH)[0]
+        batch = case.engine.micro_batches(whole_step(sequences_per_rank), TOKENS_PER_MICRO_BATCH)[0]
         forwarded(case.engine, batch, with_reference=False)
     base = reset_peak()
     ratio = case.largest_initial_ratio()
@@ -260,7 +270,7 @@ def measure(folder: Path, name: str, gradient_checkpointing: bool, steps: int = 
             micro_steps += case.step()
             seconds.append(time.perf_counter() - started)
     peak = peak_rss() - base
-    batch, forward_reference = case.cache.micro_batches(case.engine, whole_step(), TOKENS_PER_MICRO_BATCH)[0]
+    batch, forward_reference = case.first_micro_batch()
     saved: dict[int, int] = {}
     with measuring_saved(saved):
         logps_R, _ = case.forward(batch, forward_reference)
@@ -320,8 +330,12 @@ class Bar:
     holds: bool
 
 
-def measure_all(folder: Path, ranks: int, gradient_checkpointing: bool) -> dict[str, list[Measurement]]:
-    return {name: run_on_ranks(measure, ranks, folder, name, gradient_checkpointing) for name in CASES}
+def measure_all(
+    folder: Path, ranks: int, gradient_checkpointing: bool, *, sequences_per_rank: int = SEQUENCES_PER_RANK
+) -> dict[str, list[Measurement]]:
+    """Every case, of every rank."""
+    given = (gradient_checkpointing, STEPS, sequences_per_rank)
+    return {name: run_on_ranks(measure, ranks, folder, name, *given) for name in CASES}
 
 
 def bars(results: dict[str, list[Measurement]]) -> list[Bar]:

@@ -6,6 +6,9 @@ import pytest
 from ranks import run_on_ranks
 from reference_traffic import bars, measure, measure_all, write_model
 
+ONE_STEP, SEQUENCES = 1, 10
+"""Fewer than the benchmark measures, because nothing that is counted here depends on them."""
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -15,7 +18,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_lockstep_gathers_and_keeps_what_sft_does(folder: Path) -> None:
     """With a reference: the same bytes and collectives, the same saved activations, no lost prefetch trace."""
-    lockstep, sft = (run_on_ranks(measure, 2, folder, name, True, 1)[0] for name in ("lockstep", "SFT"))
+    lockstep, sft = (
+        run_on_ranks(measure, 2, folder, name, True, ONE_STEP, SEQUENCES)[0] for name in ("lockstep", "SFT")
+    )
     assert lockstep.gathered_bytes == sft.gathered_bytes > 0
     assert lockstep.gathers == sft.gathers <= 12  # 4 layers forward and backward, embedding, norm, head
     assert lockstep.invalidations == sft.invalidations == 0
@@ -26,7 +31,8 @@ def test_lockstep_gathers_and_keeps_what_sft_does(folder: Path) -> None:
 def test_invariant_9_gathered_bytes_and_saved_activations_of_three_streams_are_those_of_sft(folder: Path) -> None:
     """Policy, bare base and a frozen adapter in one visit: the bytes of SFT with the same adapters, no lost trace."""
     three, sft = (
-        run_on_ranks(measure, 2, folder, name, True, 1)[0] for name in ("three streams", "SFT, same adapters")
+        run_on_ranks(measure, 2, folder, name, True, ONE_STEP, SEQUENCES)[0]
+        for name in ("three streams", "SFT, same adapters")
     )
     assert three.gathered_bytes == sft.gathered_bytes > 0
     assert three.gathers == sft.gathers <= 12
@@ -37,7 +43,10 @@ def test_invariant_9_gathered_bytes_and_saved_activations_of_three_streams_are_t
 @pytest.mark.long
 def test_two_trained_streams_gather_what_one_does(folder: Path) -> None:
     """Policy and value in one visit: but for the value's head of 256 weights, the bytes of SFT with two adapters."""
-    both, sft = (run_on_ranks(measure, 2, folder, n, True, 1)[0] for n in ("policy and value", "SFT, same adapters"))
+    both, sft = (
+        run_on_ranks(measure, 2, folder, n, True, ONE_STEP, SEQUENCES)[0]
+        for n in ("policy and value", "SFT, same adapters")
+    )
     assert sft.gathered_bytes <= both.gathered_bytes <= 1.01 * sft.gathered_bytes
     assert both.invalidations == 0
 
@@ -46,6 +55,6 @@ def test_two_trained_streams_gather_what_one_does(folder: Path) -> None:
 @pytest.mark.parametrize("gradient_checkpointing", [True, False], ids=["checkpointed", "plain"])
 def test_every_bar_holds(folder: Path, gradient_checkpointing: bool) -> None:
     """Against two forwards in one root, two calls as TRL makes them, a cached reference and SFT, on two ranks."""
-    measured = bars(measure_all(folder, 2, gradient_checkpointing))
+    measured = bars(measure_all(folder, 2, gradient_checkpointing, sequences_per_rank=SEQUENCES))
     assert len(measured) > 8
     assert [bar for bar in measured if not bar.holds] == []
