@@ -79,10 +79,11 @@ _step_of_job() {
 }
 
 # Check that every node answers, sees its GPUs, the environment and the working folder, and can write to its own disk.
-# It takes seconds; a start takes minutes.
+# It takes seconds; a start takes minutes. It ignores signals: a check that is killed says nothing of its node.
 _check_nodes() {
     # shellcheck disable=SC2016
-    _step_of_job --ntasks-per-node=1 --kill-on-bad-exit=1 --label timeout 300 bash -c '
+    _step_of_job --ntasks-per-node=1 --kill-on-bad-exit=1 --label \
+        bash -c 'trap "" USR1 TERM; exec timeout --signal=KILL 300 bash -c "$@"' ignore '
         bad() { echo "$SLURMD_NODENAME: $*"; exit 1; }
         if [ "$1" -gt 0 ]; then
             command -v nvidia-smi >/dev/null || bad "$1 GPUs are granted, and there is no nvidia-smi"
@@ -146,7 +147,7 @@ train() {
     _uft recipe show "$recipe" "$@" || return $?
     _warn_of_a_short_limit
     before=$(_newest_checkpoint "$run")
-    if ! _check_nodes; then
+    if ! _check_nodes || [ "$_asked" = 1 ]; then
         _is_asked_to_stop || [ "$(_job_field JobState)" != RUNNING ] || {
             echo "=== a node is not fit (above); nothing was started" >&2
             return 1

@@ -94,13 +94,13 @@ def test_a_damaged_checkpoint_is_passed_over(unbroken: Path, tiny_qwen2: Path, t
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("shift", ["kl", "prompt_mean", "schedule"])
+@pytest.mark.parametrize("shift", ["kl", "prompt_mean"])
 def test_other_shifts_and_a_beta_schedule_go_on_bit_for_bit(tiny_qwen2: Path, tmp_path: Path, shift: str) -> None:
     """What is not `ema` with a constant beta: `kl`, which held-out data take from the step before, `prompt_mean`, whose
-    forward ahead of a step fills the cache, and a beta that depends on the step."""
-    changes: dict[str, object] = {"objective__reward_shift": shift}
-    if shift == "schedule":
-        changes = {"objective__beta_schedule": "cosine", "objective__beta_end": 3.0}
+    forward ahead of a step fills the cache, both with a beta that depends on the step."""
+    changes: dict[str, object] = {
+        "objective__reward_shift": shift, "objective__beta_schedule": "cosine", "objective__beta_end": 3.0,
+    }  # fmt: skip
     if shift == "prompt_mean":
         rows = [{"prompt": "Rate it", "response": f"no {i}", "score": i % 3 / 2} for i in range(24)]
         changes["data__sources"] = [{"format": "jsonl", "path": str(write_rows(tmp_path / "same_prompt.jsonl", rows))}]
@@ -335,7 +335,7 @@ def test_other_ranks_go_on(unbroken: Path, tiny_qwen2: Path, tmp_path: Path) -> 
             assert ours[name] == (None if undefined else pytest.approx(value, rel=1e-4, abs=1e-5)), name
 
 
-KILLS, STEPS_UNDER_FIRE = 20, 60
+KILLS, STEPS_UNDER_FIRE = 6, 60
 
 
 @pytest.mark.long
@@ -349,7 +349,7 @@ def test_a_run_that_is_killed_again_and_again(tiny_qwen2: Path, tmp_path: Path, 
     recipe = recipe_in(tmp_path / "killed", tiny_qwen2, **changes)
     folder, rng = tmp_path / "killed" / "run", random.Random(f"kills {cached}")
     went_on_from: list[int] = []
-    for _ in range(KILLS // 2):
+    for _ in range(KILLS):
         newest, _ = newest_whole(folder)
         went_on_from.append(0 if newest is None else step_of(newest))
         if rng.random() < 0.3:
@@ -357,7 +357,7 @@ def test_a_run_that_is_killed_again_and_again(tiny_qwen2: Path, tmp_path: Path, 
         else:
             moment = soon_after_step(folder, went_on_from[-1] + rng.randint(1, 8), rng.uniform(0.0, 0.3))
         kill(recipe, moment, one_rank=rng.random() < 0.5, wait=rng.random() < 0.5)
-    assert len(set(went_on_from)) >= 4, f"the kills say little: the starts went on from steps {went_on_from}"
+    assert len(set(went_on_from)) >= 3, f"the kills say little: the starts went on from steps {went_on_from}"
     result = uft("train", str(recipe), "--resume")
     assert result.returncode == 0, result.stdout + result.stderr
     assert not ranks_of(folder), "no orphan"

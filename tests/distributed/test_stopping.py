@@ -227,8 +227,11 @@ def test_a_fill_that_is_asked_to_stop_keeps_what_it_has(tiny_qwen2: Path, tmp_pa
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("launcher", [TORCHRUN, DEEPSPEED], ids=["torchrun", "deepspeed"])
-@pytest.mark.parametrize("to", ["launcher", "one rank"])
+@pytest.mark.parametrize(
+    ("launcher", "to"),
+    [(TORCHRUN, "launcher"), (DEEPSPEED, "launcher"), (DEEPSPEED, "one rank")],
+    ids=["torchrun", "deepspeed", "deepspeed, one rank"],
+)
 def test_under_every_launcher(
     unbroken: Path, tiny_qwen2: Path, tmp_path: Path, launcher: tuple[str, ...], to: str
 ) -> None:
