@@ -41,9 +41,11 @@ _ends=$PWD/.uft-ends-$_job
 # shellcheck disable=SC2086
 _run() { ${UFT_EXEC:-} "$@"; }
 _uft() { _run python -m uft_ds "$@"; }
-# Path and modification time: if a damaged checkpoint is set aside and its step is written again, that is progress.
+# Path and modification time: if a damaged checkpoint is set aside and its step is written again, that is progress. The
+# checkpoint of step 0 has no time, because each start from it writes it again.
 _newest_checkpoint() {
-    find "$1/checkpoints" -maxdepth 1 -name 'step-*[0-9]' -printf '%p %T@\n' 2>/dev/null | sort | tail -n 1
+    find "$1/checkpoints" -maxdepth 1 -name 'step-*[0-9]' -printf '%p %T@\n' 2>/dev/null | sort | tail -n 1 |
+        sed -E 's/(step-0+) .*/\1/'
 }
 
 # Retry: the job must not fail because the controller is busy for a moment.
