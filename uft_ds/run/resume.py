@@ -120,7 +120,7 @@ def _check_nothing_is_lost(folder: RunFolder, settings: Settings) -> None:
 def _check_same_recipe(folder: RunFolder, settings: Settings) -> None:
     changes = recipe_changes(folder, settings)
     changed = [
-        f"{key}: {now} now, {then} when the run began" for key, (then, now) in changes.items() if not _may_change(key)
+        f"{key}: {now} now, {then} when the run began" for key, (then, now) in changes.items() if not may_change(key)
     ]
     for key, (then, now) in changes.items():
         # `located` makes only existing paths absolute, so a relative path here means that it no longer exists.
@@ -146,7 +146,8 @@ def recipe_changes(folder: RunFolder, settings: Settings) -> dict[str, tuple[Any
     return {key: (before, after) for key, (before, after) in both.items() if before != after}
 
 
-def _may_change(key: str) -> bool:
+def may_change(key: str) -> bool:
+    """Whether a run stays the same run if this key of its recipe changes: see `MAY_CHANGE`."""
     return any(fnmatch.fnmatch(key, pattern) for pattern in MAY_CHANGE)
 
 
