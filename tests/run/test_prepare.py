@@ -36,6 +36,45 @@ def prepared(
     return settings, prepare_data(settings, chat)
 
 
+def both(chat: ChatTokenizer, folder: Path, first: dict[str, Any], second: dict[str, Any]) -> PreparedData:
+    """A source that is trained on, and one that is held out, of the same 40 rows under two spellings of a path."""
+    rows = [{"prompt": f"q{i}", "response": "a", "score": i % 3 / 2} for i in range(40)]
+    write_rows(folder / "rows.jsonl", rows)
+    sources = [
+        {"format": "jsonl", "path": str(folder / spelling), **changes}
+        for spelling, changes in (("rows.jsonl", first), ("../" + folder.name + "/rows.jsonl", second))
+    ]
+    data = {"sources": sources[:1], "held_out": sources[1:], "cache_dir": str(folder / "tokens"), "max_length": 64}
+    tree = {"name": "x", "model": {"base": "b"}, "data": {**data, "workers": 1}, "objective": {}, "output": "o"}
+    return prepare_data(settings_of(recipe_from_tree(tree, "x")), chat)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({}, {}),
+        ({}, {"score": 0.3}),
+        ({"pairs": "split"}, {}),
+        ({}, {"examples": 5}),
+        ({"where": {"score": 0.5}}, {"where": {"score": 0.5}, "pairs": "split"}),
+        ({}, {"where": {"score": 0.5}}),
+        ({"where": {"prompt": "q1", "score": 0.5}}, {"where": {"score": 0.5}}),
+    ],
+)
+def test_no_row_is_used_twice(
+    chat: ChatTokenizer, tmp_path: Path, first: dict[str, Any], second: dict[str, Any]
+) -> None:
+    """Whatever rules it is read by: held-out losses of rows that are trained on mean nothing."""
+    with pytest.raises(UserError, match=r"rows\.jsonl: holds the rows of .*rows\.jsonl; no row may be used twice"):
+        both(chat, tmp_path, first, second)
+
+
+def test_other_rows_of_one_file_are_another_source(chat: ChatTokenizer, tmp_path: Path) -> None:
+    """Each `where` takes its own."""
+    data = both(chat, tmp_path, {"where": {"score": 0.0}}, {"where": {"score": 1.0}})
+    assert [source.selection.num_responses for source in data.all] == [14, 13]
+
+
 @pytest.mark.parametrize("train", [{}, {"steps": 3}])
 def test_a_mixture_of_no_steps_is_refused(chat: ChatTokenizer, tmp_path: Path, train: dict[str, Any]) -> None:
     """With the keys that make it so, what it holds and what a step takes; also where it would be repeated for ever."""

@@ -61,7 +61,7 @@ def prepare_data(
         tuple(map(prepare, settings.data.sources)),
         tuple(map(prepare, settings.data.held_out)),
     )
-    check_no_source_twice(data)
+    check_no_source_twice(data, settings.data.cache_dir)
     problems = list(kind_problems(settings.given, data))
     if problems:
         raise UserError("\n".join(f"objective.{key}: {problem}" for key, problem in problems))
