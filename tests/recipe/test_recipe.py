@@ -170,6 +170,15 @@ def test_an_unknown_name_is_refused_with_the_nearest(minimal: str, override: str
         ("objective.loss.instruction=3", "objective.loss.instruction: 3 given"),
         ("objective.beta=0", "objective.beta: 0 given"),
         ("train=3", "train: 3 given"),
+        ("train.seed=18446744073709551616", "train.seed: 18446744073709551616 given; input should be less than 9223"),
+        ("train.steps=2147483648", "train.steps: 2147483648 given; input should be less than 2147483648"),
+        ("data.max_length=99999999999999999999", "data.max_length: 99999999999999999999 given; input should be less"),
+        ("train.lr=1e300", "train.lr: 1e+300 given; input should be less than or equal to 3.4e+38"),
+        ("objective.beta={pair: 1e39}", "objective.beta.pair: 1e+39 given; input should be less"),
+        ("objective.reward_shift_value=-1e39", "value: -1e+39 given; input should be greater than or equal to -3.4e+38"),
+        ("train.weight_decay=1e39", "train.weight_decay: 1e+39 given; input should be less"),
+        ("data.sources.0.epochs=1e300", "data.sources.0.epochs: 1e+300 given; input should be less"),
+        ("launch.collective_timeout_minutes=1e300", "launch.collective_timeout_minutes: 1e+300 given; input should be"),
     ],
 )
 def test_a_wrong_value_is_refused(minimal: str, override: str, message: str) -> None:

@@ -220,10 +220,16 @@ def _lines(place: tuple[str | int, ...], problems: list[Any], root: type[Section
     elif first["type"] == "value_error":
         yield from str(first["ctx"]["error"]).splitlines()
     else:
-        expected = dict.fromkeys(problem["msg"][0].lower() + problem["msg"][1:] for problem in problems)
+        expected = dict.fromkeys(_expected(problem) for problem in problems)
         first_expected, *others = expected
         either = [first_expected, *(other.removeprefix("input should be ") for other in others)]
         yield f"{key}: {first['input']!r} given; {', or '.join(either)}"
+
+
+def _expected(problem: Any) -> str:
+    """What pydantic expected; it writes out all digits of a bound such as 3.4e38."""
+    text: str = problem["msg"][0].lower() + problem["msg"][1:]
+    return re.sub(r"\d{30,}", lambda digits: f"{float(digits[0]):g}", text)
 
 
 def _known_keys(place: tuple[str | int, ...], root: type[Section]) -> list[str]:
