@@ -8,6 +8,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from itertools import takewhile
@@ -138,10 +139,14 @@ ABSENT = "(absent)"
 
 
 def recipe_changes(folder: RunFolder, settings: Settings) -> dict[str, tuple[Any, Any]]:
-    """(value then, value now) of each key that has changed since the folder's run was prepared."""
+    """(value then, value now) of each key that has changed since the folder's run was prepared.
+
+    A `model.revision` that is a tag or a branch is not compared: the run's recipe holds the commit that it was then.
+    """
     then, now = leaves_of(read_stored_recipe(folder.recipe)), leaves_of(settings.stored)
-    if now["model.revision"] is None:
-        then["model.revision"] = None  # preparing a run fixes a hub model's revision, which the user did not give
+    if not re.fullmatch("[0-9a-f]{40}", now["model.revision"] or ""):
+        # Preparing a run replaced the user's tag or branch, or none, by its commit. A resume compares the content.
+        then["model.revision"] = now["model.revision"]
     both = {key: (then.get(key, ABSENT), now.get(key, ABSENT)) for key in dict.fromkeys((*now, *then))}
     return {key: (before, after) for key, (before, after) in both.items() if before != after}
 
