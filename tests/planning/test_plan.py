@@ -412,6 +412,18 @@ def test_bad_input_is_answered() -> None:
         make_plan(load_settings("uft_qwen32b", ("model.base=no/such",)), cluster())
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_lengths_past_the_models_positions_are_refused(tmp_path: Path, kind: str) -> None:
+    """As `uft train` refuses them; up to the limit there is a plan."""
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 512}
+    base = build_tiny_model(tmp_path, "llama", rope_parameters=rope)
+    with pytest.raises(UserError, match=rf"^data\.max_length: 1024 is past the 512 positions of this model, .*{kind}"):
+        plan(f"model.base={base}", "data.max_length=1024", gpus=2)
+    assert plan(f"model.base={base}", "data.max_length=512", gpus=2).outcome.fits
+
+
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_every_shipped_recipe_is_planned(name: str) -> None:
     """On a model of some kilobytes, with the recipe's own objective, reference and DeepSpeed file."""
