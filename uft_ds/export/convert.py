@@ -40,9 +40,8 @@ from uft_ds.host.callbacks import OnProgress, Say
 from uft_ds.host.files import sync
 from uft_ds.host.locks import Held, acquire
 from uft_ds.streams.identity import local_folder
-from uft_ds.streams.load import check_base, config_of_folder, meta_model
+from uft_ds.streams.load import check_base, check_base_files
 from uft_ds.streams.weight_files import WeightFiles
-from uft_ds.streams.weights import check_weights
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 MAX_SHARD_BYTES = 5 * 10**9
@@ -100,7 +99,7 @@ def convert_to_merged(
     with opened(path, base, adapter_config, say) as source:
         deltas = read_low_rank(source.adapter)
         folder = local_folder(source.base, source.revision)
-        check_weights(folder, meta_model(config_of_folder(folder)))
+        check_base_files(folder)
         chat = _tokenizer_of(source)
         say(f"merging {source.path} into {source.base}")
         with _whole_or_nothing(out) as temporary:

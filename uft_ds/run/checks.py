@@ -18,11 +18,10 @@ from uft_ds.streams.adapters import start_from_adapter
 from uft_ds.streams.identity import OnFile, base_identity
 from uft_ds.streams.load import attention_implementation, check_base, empty_base
 from uft_ds.streams.model import UFTModel
-from uft_ds.streams.weights import check_weights
 
 
 def check_recipe(settings: Settings) -> None:
-    """Refuse settings that would fail after the launch; nothing is written.
+    """Refuse settings that would fail after the launch; nothing is written, and no weights are read or downloaded.
 
     Raises:
         UserError: names the recipe's key.
@@ -31,8 +30,6 @@ def check_recipe(settings: Settings) -> None:
     attention_implementation(settings.model.attention, getattr(torch, settings.model.dtype), config)
     # The same construction as after the launch, but without weights, so that errors appear now.
     base, lora = empty_base(config), settings.lora
-    if Path(settings.model.base).exists():  # a hub model's weights are downloaded later: `identity.run_identity`
-        check_weights(Path(settings.model.base), base)
     policy = accepted_policy(base, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dtype=torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a deprecated property of transformers

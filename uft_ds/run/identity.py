@@ -14,9 +14,7 @@ from uft_ds.data.sources import PreparedData
 from uft_ds.data.store.tokenized import read_key_parts
 from uft_ds.host.callbacks import OnProgress
 from uft_ds.recipe.settings import Settings
-from uft_ds.streams.identity import adapter_identity, base_identity, local_folder
-from uft_ds.streams.load import check_base, meta_model
-from uft_ds.streams.weights import check_weights
+from uft_ds.streams.identity import adapter_identity, base_identity
 
 
 def run_identity(settings: Settings, data: PreparedData, on_progress: OnProgress) -> dict[str, Any]:
@@ -24,8 +22,6 @@ def run_identity(settings: Settings, data: PreparedData, on_progress: OnProgress
     base, adapter = settings.model.base, settings.reference.adapter
     revision = settings.model.revision
     content = base_identity(base, revision, partial(on_progress, f"hashing {base}"))
-    if not Path(base).exists():  # a local folder's weights were checked before any data was read
-        check_weights(local_folder(base, revision), meta_model(check_base(base, revision)))
     return {
         "base": content,
         "adapter": adapter_identity(Path(adapter)) if adapter else None,

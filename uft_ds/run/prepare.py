@@ -35,6 +35,8 @@ from uft_ds.record.run_folder import RunFolder, check_claimable, claim, release
 from uft_ds.run.checks import check_adapter_is_of_base, check_inputs_lie_outside, check_recipe
 from uft_ds.run.identity import environment, run_identity
 from uft_ds.run.settings import with_deepspeed_file, with_fixed_revision
+from uft_ds.streams.identity import local_folder
+from uft_ds.streams.load import check_base_files
 
 
 def prepare_data(
@@ -194,6 +196,7 @@ def check_run(
     settings = with_deepspeed_file(settings)
     check_recipe(settings)
     settings = with_fixed_revision(settings)
+    check_base_files(local_folder(settings.model.base, settings.model.revision))
     chat = load_tokenizer(
         settings.model.base, revision=settings.model.revision, chat_template=settings.model.chat_template
     )
