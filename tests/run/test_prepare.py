@@ -14,7 +14,8 @@ from uft_ds.data.tokens.tokenize import load_tokenizer
 from uft_ds.errors import UserError
 from uft_ds.recipe.file import recipe_from_tree
 from uft_ds.recipe.settings import Settings, settings_of
-from uft_ds.run.prepare import PreparedData, prepare_data, steps_of
+from uft_ds.record.run_folder import RunFolder
+from uft_ds.run.prepare import PreparedData, prepare_data, read_report, steps_of
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +96,18 @@ def test_a_mixture_of_one_response_is_a_step(
 ) -> None:
     """Half a row is rounded up, and two epochs of 0.4 rows hold one: the run has a step."""
     assert len(steps_of(*prepared(chat, tmp_path, train, portion))) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [None, "", "{", "[]", "{}", '{"train": 3, "held_out": []}', '{"train": [1], "held_out": []}', "[" * 100_000,
+     '{"train": [{"files": []}], "held_out": []}', '{"train": [{"tokens_key": "a", "files": 1}], "held_out": []}'],
+)  # fmt: skip
+def test_a_damaged_report_is_named(tmp_path: Path, text: str | None) -> None:
+    """A resume reads it to find the run's own tokens."""
+    folder = RunFolder(tmp_path)
+    folder.data_report().parent.mkdir()
+    if text is not None:
+        folder.data_report().write_text(text)
+    with pytest.raises(UserError, match=rf"^{folder.data_report()}: "):
+        read_report(folder)

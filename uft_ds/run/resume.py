@@ -27,7 +27,7 @@ from uft_ds.recipe.file import leaves_of, read_stored_recipe, stored_recipe
 from uft_ds.recipe.settings import Settings
 from uft_ds.record.run_folder import RunFolder, claim_again
 from uft_ds.run.identity import environment, run_identity
-from uft_ds.run.prepare import check_run, open_data, prepare_run
+from uft_ds.run.prepare import check_run, open_data, prepare_run, read_report
 
 MAY_CHANGE = (
     "name", "output", "launch.*", "tracking*", "deepspeed", "data.workers", "*.cache_dir", "train.checkpoint_every",
@@ -216,9 +216,9 @@ def _as_tokenized_then(settings: Settings, folder: RunFolder, now: PreparedData)
     """The tokens that the run began with, even if newer versions of the libraries would tokenise differently.
 
     Raises:
-        UserError: those tokens are no longer in the cache.
+        UserError: those tokens are no longer in the cache, or the run's record of them cannot be read.
     """
-    report = json.loads(folder.data_report().read_text(encoding="utf-8"))
+    report = read_report(folder)
     then = [row["tokens_key"] for part in ("train", "held_out") for row in report[part]]
     if then == [source.key for source in now.all]:
         return now
