@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,14 @@ def test_output_moves_the_sweep() -> None:
         "elsewhere/sft", "elsewhere/una", "elsewhere/uft",
     ]  # fmt: skip
     assert grid_of("toy.yaml", ["train.seed=[1]"], ("output=x",)).output == Path("x")
+
+
+@pytest.mark.parametrize("given", ["output=[", "output=", "output=3", "output=[a]", "output={a: 1, a: 2}"])
+def test_an_output_that_is_no_folder_is_refused(given: str) -> None:
+    """By the override, as the recipe's own key would be; none makes a folder called None."""
+    sweep_of(grid=None)
+    with pytest.raises(UserError, match=rf"^override '{re.escape(given)}': expected a folder"):
+        load_sweep("sweep.yaml", (given,))
 
 
 def test_values_of_all_runs() -> None:
