@@ -220,6 +220,7 @@ def test_a_source_given_twice_is_refused(minimal: str, key: str) -> None:
     [
         ("data.sources.0={format: jsonl, path: a, epochs: 2.0, share: 0.5}", "share: given together with `epochs`"),
         ("data.sources.0.share=0", "share: 0 takes nothing"),
+        ("data.sources.0.share=[[0, 0], [0.5, 0.0], [1, 0]]", "share: 0 takes nothing"),
         ("data.sources.0.share=[[0, 0.5]]", "share: a schedule's progress must rise from 0 to 1, found [0.0]"),
         ("data.sources.0.share=[[0, 0.5], [0.5, 0], [0.5, 1], [1, 1]]", "must rise from 0 to 1, found [0.0, 0.5, 0.5,"),
         ("data.sources.0.share=[[0, 0.5, 1]]", "share"),

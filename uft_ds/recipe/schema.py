@@ -346,7 +346,8 @@ def _impossible_portion(source: SourceSection, prefix: str) -> list[tuple[str, s
         points = [progress for progress, _ in source.share]
         if points != sorted(set(points)) or not points or (points[0], points[-1]) != (0.0, 1.0):
             found.append(("share", f"a schedule's progress must rise from 0 to 1, found {points}"))
-    if source.share == 0.0:
+    shares = [share for _, share in source.share] if isinstance(source.share, list) else [source.share]
+    if shares and not any(share is None or share > 0 for share in shares):
         found.append(("share", "0 takes nothing; leave the source out"))
     return found
 
