@@ -171,12 +171,12 @@ def _check_same_content(folder: RunFolder, now: dict[str, Any]) -> None:
 
 
 def _other_versions(folder: RunFolder, now: dict[str, Any], step: int) -> Iterator[str]:
-    """Warnings about package versions that differ from the run's start, or from resumes that made earlier steps."""
+    """Warnings about versions or an attention other than at the run's start, or at resumes that made earlier steps."""
     try:
         start = json.loads(folder.environment.read_text(encoding="utf-8"))
         stages = [("began", start), *((f"was resumed at step {r['step']}", r) for r in start.get("resumes", []))]
         changes = [
-            (what, list(_differences(then["packages"], now["packages"])))
+            (what, list(_differences(known := _deciding(then), {key: _deciding(now).get(key) for key in known})))
             for what, then in stages
             if then.get("step", -1) < step  # the steps of a later resume are removed now
         ]
@@ -187,6 +187,12 @@ def _other_versions(folder: RunFolder, now: dict[str, Any], step: int) -> Iterat
         if changed:
             versions = ", ".join(f"{name} {found} now, {before} then" for name, before, found in changed)
             yield f"the run {what} with other versions, so it is not resumed bit for bit: {versions}"
+
+
+def _deciding(environment: dict[str, Any]) -> dict[str, Any]:
+    """What rounds differently elsewhere, by name. Runs of older versions recorded less, which is not compared."""
+    attention = {"attention": environment["attention"]} if "attention" in environment else {}
+    return {**environment["packages"], **attention}
 
 
 def _record_resume(folder: RunFolder, now: dict[str, Any], step: int) -> None:
