@@ -256,7 +256,7 @@ def _go_back_to(checkpoint: Path, folder: RunFolder, settings: Settings, metrics
         UserError: the folder cannot be written.
     """
     try:
-        for name in ("status.json", "DONE", "report.html", "curves.png", "health.png"):
+        for name in ("status.json", "DONE", "report.html", "curves.png", "health.png", "held_out.csv"):
             (folder.path / name).unlink(missing_ok=True)
         for left in (*folder.path.glob(".*.tmp"), *folder.checkpoints.glob(".*.tmp")):
             if left.is_dir() and not left.is_symlink():
