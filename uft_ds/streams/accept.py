@@ -14,7 +14,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from uft_ds.architectures.facts import decoder_layers, layers_attribute, positions_limit, reason_of_leak
+from uft_ds.architectures.facts import LAYERS, decoder_layers, layers_attribute, positions_limit, reason_of_leak
 from uft_ds.errors import UserError
 from uft_ds.streams.adapters import add_adapters
 from uft_ds.streams.heads import plain_head
@@ -54,7 +54,7 @@ def check_base_model(base: Any) -> None:
     if layers_attribute(decoder) is None:
         raise UserError(
             f"model.base: {name} keeps its decoder layers where neither ZeRO-3 nor a plan finds them "
-            f"(expected a list `layers` or `h` in {type(decoder).__name__}); take a model of another architecture"
+            f"(expected a list {' or '.join(f'`{at}`' for at in LAYERS)} in {type(decoder).__name__}); take a model of another architecture"
         )
     plain_head(base)
     layers = decoder_layers(decoder)
