@@ -438,7 +438,7 @@ def test_formats_are_with_pairs_or_without() -> None:
     """A new one counts as one with pairs until it is known to give none."""
     with_pairs = {"jsonl", "trl", "helpsteer2_preference", "ultrafeedback_binarized", "hh_rlhf"}
     assert FORMATS.keys() - WITHOUT_PAIRS == with_pairs
-    assert WITHOUT_PAIRS < FORMATS.keys()
+    assert FORMATS.keys() > WITHOUT_PAIRS
 
 
 def test_held_out_responses_are_cached_too() -> None:

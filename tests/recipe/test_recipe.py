@@ -175,7 +175,10 @@ def test_an_unknown_name_is_refused_with_the_nearest(minimal: str, override: str
         ("data.max_length=99999999999999999999", "data.max_length: 99999999999999999999 given; input should be less"),
         ("train.lr=1e300", "train.lr: 1e+300 given; input should be less than or equal to 3.4e+38"),
         ("objective.beta={pair: 1e39}", "objective.beta.pair: 1e+39 given; input should be less"),
-        ("objective.reward_shift_value=-1e39", "value: -1e+39 given; input should be greater than or equal to -3.4e+38"),
+        (
+            "objective.reward_shift_value=-1e39",
+            "value: -1e+39 given; input should be greater than or equal to -3.4e+38",
+        ),
         ("train.weight_decay=1e39", "train.weight_decay: 1e+39 given; input should be less"),
         ("data.sources.0.epochs=1e300", "data.sources.0.epochs: 1e+300 given; input should be less"),
         ("launch.collective_timeout_minutes=1e300", "launch.collective_timeout_minutes: 1e+300 given; input should be"),
@@ -303,7 +306,10 @@ def test_no_index_into_an_empty_list(tmp_path: Path) -> None:
         (MINIMAL + "name: again\n", ": line 8: key 'name' is given twice"),
         (MINIMAL + "train:\n  lr: 1\n  seed: 1\n  lr: 2\n", ": line 11: key 'lr' is given twice"),
         (MINIMAL + "train: {lr: [1\n", ":9: not valid YAML"),
-        (MINIMAL + "tracking: 2024-02-30\n", ":8: not valid YAML: '2024-02-30' is no timestamp (day is out of range for month)"),
+        (
+            MINIMAL + "tracking: 2024-02-30\n",
+            ":8: not valid YAML: '2024-02-30' is no timestamp (day is out of range for month)",
+        ),
         (MINIMAL + "tracking: !!int ''\n", ":8: not valid YAML: '' is no int"),
         (MINIMAL + "tracking: !!bool maybe\n", ":8: not valid YAML: 'maybe' is no bool"),
         (MINIMAL + "tracking: !!timestamp foo\n", ":8: not valid YAML: 'foo' is no timestamp"),

@@ -128,7 +128,7 @@ def _run(
 
 
 def _keep_frequencies(decoder: nn.Module) -> None:
-    """Let rotary embeddings use the frequencies that they have, as they do up to the length that `check_positions` allows.
+    """Let rotary embeddings use the frequencies that they have, as they do for all lengths that training accepts.
 
     The dynamic kinds compare the largest position with a limit, and a fake position has no value.
     """

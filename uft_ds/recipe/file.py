@@ -28,7 +28,7 @@ class _RecipeLoader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         """The value of a node; one that does not fit its tag (`!!bool maybe`, 2024-02-30) is an error of the YAML."""
         try:
-            return super().construct_object(node, deep)  # type: ignore[no-untyped-call]
+            return super().construct_object(node, deep)
         except (ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:
             kind = node.tag.rpartition(":")[2]
             what = repr(node.value) if isinstance(node, yaml.ScalarNode) else "a value"

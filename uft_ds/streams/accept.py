@@ -52,9 +52,10 @@ def check_base_model(base: Any) -> None:
     """
     decoder, name = base.get_decoder(), type(base).__name__
     if layers_attribute(decoder) is None:
+        known = " or ".join(f"`{attribute}`" for attribute in LAYERS)
         raise UserError(
             f"model.base: {name} keeps its decoder layers where neither ZeRO-3 nor a plan finds them "
-            f"(expected a list {' or '.join(f'`{at}`' for at in LAYERS)} in {type(decoder).__name__}); take a model of another architecture"
+            f"(expected a list {known} in {type(decoder).__name__}); take a model of another architecture"
         )
     plain_head(base)
     layers = decoder_layers(decoder)
