@@ -82,6 +82,16 @@ def test_layers_with_a_window_save_what_full_ones_do(
     assert_planned_as_saved(folder, toy_sequences(20, longest=120), gradient_checkpointing, "lockstep")
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotary_embeddings_that_look_at_the_length_are_planned(tmp_path: Path, kind: str) -> None:
+    """As transformers changes them in the forward: within 2% of a real one, which stays below their limit."""
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 512}
+    folder = build_tiny_model(tmp_path, "llama", rope_parameters=rope)
+    assert_planned_as_saved(folder, toy_sequences(6, longest=120), True, "lockstep")
+
+
 def test_checkpointing_keeps_a_hidden_state_a_layer_and_flash_attention_no_square() -> None:
     """Doubling the tokens doubles everything under flash-attention; sdpa's mask grows with their square."""
     structure = structure_of(shipped_config("Qwen2.5-7B"), Lora(16, 16.0, "all-linear", "float32"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from uft_ds.architectures.facts import (
 )
 from uft_ds.errors import UserError
 from uft_ds.planning.structure import Lora, structure_of
-from uft_ds.streams.accept import accepted_policy
+from uft_ds.streams.accept import accepted_policy, check_base_model
 from uft_ds.streams.load import empty_base
 
 MIXTURES = {
@@ -89,6 +90,13 @@ def test_a_model_without_linear_layers_is_refused() -> None:
     """GPT-2 stores its layers transposed: a merge would add to the wrong entries."""
     with pytest.raises(UserError, match=r"lora\.targets: GPT2LMHeadModel has no linear layer that can be adapted"):
         policy_of(GPT2)
+
+
+def test_layers_that_are_not_found_are_refused_with_every_name() -> None:
+    """As many as are looked for: the message and the search have one list."""
+    base = SimpleNamespace(get_decoder=torch.nn.Module)
+    with pytest.raises(UserError, match=r"\(expected a list `layers` or `h` or `blocks` in Module\)"):
+        check_base_model(base)
 
 
 def test_a_dropout_of_zero_is_none() -> None:

@@ -83,7 +83,7 @@ _ALSO_LEAK = {
 """Measured once, with transformers 5.23, and known to leak; other layers with a state are known by their classes."""
 
 _UNKNOWN = Family("")
-_LAYERS = ("layers", "h", "blocks")
+LAYERS = ("layers", "h", "blocks")
 """Where decoders keep their layers."""
 _STATEFUL = re.compile(
     r"mamba|ssm|ssd|shortconv|deltanet|deltaattention|recurrent|rglru|rwkv|lstm|gru|retention|lightning|linearattention",
@@ -112,7 +112,7 @@ def names_in_lockstep() -> tuple[str, ...]:
 
 def layers_attribute(decoder: Any) -> str | None:
     """The attribute of a decoder that holds its list of layers; None if there is none."""
-    names = (family_of(getattr(decoder, "config", None)).layers, *_LAYERS)
+    names = (family_of(getattr(decoder, "config", None)).layers, *LAYERS)
     return next((name for name in names if _is_list(getattr(decoder, name, None))), None)
 
 
@@ -124,7 +124,7 @@ def decoder_layers(decoder: Any) -> Any:
     """
     name = layers_attribute(decoder)
     if name is None:
-        raise AttributeError(f"{type(decoder).__name__} keeps no list of layers in {', '.join(_LAYERS)}")
+        raise AttributeError(f"{type(decoder).__name__} keeps no list of layers in {', '.join(LAYERS)}")
     return getattr(decoder, name)
 
 
