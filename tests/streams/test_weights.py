@@ -29,6 +29,7 @@ SIZES = {
     "eos_token_id": 2,
     "pad_token_id": 2,
 }
+GPT = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 GROUPED = {"num_key_value_heads": 2}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -41,7 +42,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2", SIZES | GROUPED | {"head_dim": 8}),
     "granite": ("Granite", SIZES | GROUPED),
     "opt": ("OPT", SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 32}),
-    "gpt2": ("GPT2", {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+    "gpt2": ("GPT2", GPT),
+    "gptj": ("GPTJ", GPT | {"rotary_dim": 4}),
+    "codegen": ("CodeGen", GPT | {"rotary_dim": 4}),
     "bloom": ("Bloom", {"vocab_size": 96, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "falcon": ("Falcon", {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}),
     "qwen3_moe": ("Qwen3Moe", SIZES | GROUPED | EXPERTS),
@@ -140,14 +143,28 @@ def test_pickled_weights_are_checked_too(damaged: Path, is_zip: bool) -> None:
     assert "pytorch_model.bin: cannot be read" in refused(damaged)
 
 
-def test_what_older_versions_saved_besides_is_no_fault(damaged: Path) -> None:
-    """Rotary frequencies of old checkpoints, and modules that the model lacks as a whole, change nothing."""
-    extra = {
-        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
-        "v_head.summary.weight": torch.ones(1, 32),
-        "model.vision_tower.proj.weight": torch.ones(2, 2),
-    }
-    check(change(damaged, lambda tensors: tensors.update(extra)))
+MASK_8 = torch.ones(8, 8, dtype=torch.bool).tril()[None, None]
+LEFT_OVER = {
+    "llama": {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)},
+    "gptj": {"transformer.h.0.attn.bias": MASK_8, "transformer.h.0.attn.masked_bias": torch.tensor(-1e9)},
+    "codegen": {"transformer.h.1.attn.causal_mask": MASK_8},
+    "gpt2": {"h.0.attn.bias": MASK_8, "h.1.attn.masked_bias": torch.tensor(-1e4)},  # as the hub's gpt2: without prefix
+    "gpt_neox": {
+        "gpt_neox.layers.0.attention.bias": MASK_8,
+        "gpt_neox.layers.0.attention.masked_bias": torch.tensor(-1e9),
+        "gpt_neox.layers.0.attention.rotary_emb.inv_freq": torch.ones(4),
+    },
+}
+"""Buffers of attention that old versions of transformers saved."""
+
+
+@pytest.mark.parametrize("kind", LEFT_OVER)
+def test_what_older_versions_saved_besides_is_no_fault(tmp_path: Path, kind: str) -> None:
+    """Causal masks and rotary frequencies of old checkpoints, and modules that the model lacks, change nothing."""
+    absent = {"v_head.summary.weight": torch.ones(1, 32), "model.vision_tower.proj.weight": torch.ones(2, 2)}
+    folder = build(tmp_path, kind)
+    check(change(folder, lambda tensors: tensors.update(LEFT_OVER[kind] | absent)))
+    load_weights(str(folder), dtype=torch.float32)
 
 
 def test_a_config_of_another_model_is_refused(damaged: Path) -> None:
@@ -160,9 +177,10 @@ def test_a_config_of_another_model_is_refused(damaged: Path) -> None:
     assert "self_attn.q_norm.weight (and 3 others), which its config.json asks for" in refused(damaged)
 
 
-def test_a_tensor_without_a_place_is_refused(damaged: Path) -> None:
-    """A bias that config.json does not know would be left out of the model."""
-    name = "model.layers.0.self_attn.q_proj.bias"
+@pytest.mark.parametrize("module", ["self_attn.q_proj", "mlp.down_proj", "input_layernorm", "mlp.act_fn"])
+def test_a_tensor_without_a_place_is_refused(damaged: Path, module: str) -> None:
+    """A bias that config.json does not know would be left out of the model; it is no old mask."""
+    name = f"model.layers.0.{module}.bias"
     assert f"holds {name}, for which" in refused(
         change(damaged, lambda tensors: tensors.update({name: torch.ones(32)}))
     )

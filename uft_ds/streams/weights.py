@@ -23,6 +23,9 @@ from uft_ds.errors import UserError
 from uft_ds.streams.identity import index_file, weight_files
 from uft_ds.streams.weight_files import stored_tensors
 
+_OLD_MASKS = {"bias", "masked_bias", "causal_mask"}
+"""Names under which attention kept its causal mask in old checkpoints; transformers 5 builds masks itself."""
+
 _REMEDY = (
     "the folder is incomplete or mixed up: fetch or copy the model again, config.json and all weight files together"
 )
@@ -55,7 +58,8 @@ def check_weights(folder: Path, model: Any) -> None:
     """Refuse weight files that do not hold exactly the tensors of a model.
 
     Tensors of modules that the model does not have at all (a value head, the vision part of a text model) are ignored,
-    as transformers ignores them: they do not affect the model's outputs.
+    as transformers ignores them: they do not affect the model's outputs. So are the causal masks that old versions of
+    transformers saved with each attention module.
 
     Args:
         model: the model of the folder's config.json on the meta device (`streams.load.empty_base`); not changed.
@@ -153,10 +157,23 @@ def _lacking(model: Any, stored: Collection[str]) -> list[str]:
 
 def _lies_inside(name: str, model: Any) -> bool:
     """Whether a tensor that has no place in the model belongs to a module that the model has."""
-    prefix = model.base_model_prefix
-    first = name.removeprefix(f"{prefix}.").partition(".")[0]
-    backbone = getattr(model, prefix, model)
-    return any(first in dict(module.named_children()) for module in (model, backbone))
+    roots = [model, getattr(model, model.base_model_prefix, model)]
+    first = name.removeprefix(f"{model.base_model_prefix}.").partition(".")[0]
+    if not any(first in dict(root.named_children()) for root in roots):
+        return False
+    return not any(_is_old_mask(name, dict(root.named_modules())) for root in roots)
+
+
+def _is_old_mask(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a tensor without a place is the causal mask of an attention module, which no output depends on.
+
+    A mask lies beside the projections, in a module that only holds others. A bias lies in a module with a weight.
+    """
+    place, _, leaf = name.rpartition(".")
+    module = modules.get(place)
+    if leaf not in _OLD_MASKS or module is None:
+        return False
+    return any(True for _ in module.children()) and not any(True for _ in module.parameters(recurse=False))
 
 
 def _some(names: Collection[str]) -> str:
