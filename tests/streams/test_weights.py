@@ -244,5 +244,16 @@ def test_all_finite_values_are_finite() -> None:
         "large": torch.full((3,), torch.finfo(torch.bfloat16).max, dtype=torch.bfloat16),
         "empty": torch.empty(0),
         "integer": torch.ones(2, dtype=torch.int8),
+        "four bits": torch.zeros(2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
     }
     assert first_non_finite(tensors.items()) is None
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"])
+def test_eight_bit_numbers_are_checked(name: str) -> None:
+    """The extremes of each type of 8 bits are finite; its NaN is found."""
+    dtype = getattr(torch, name)
+    extremes = torch.tensor([torch.finfo(dtype).min, torch.finfo(dtype).max]).to(dtype)
+    assert first_non_finite([("weight", extremes)]) is None
+    extremes[0] = torch.nan
+    assert first_non_finite([("weight", extremes)]) == "weight"

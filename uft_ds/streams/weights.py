@@ -108,11 +108,14 @@ def first_non_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:
     """The name of the first tensor that holds NaN or infinity; None if all are finite.
 
     Checking the minimum and the maximum is enough, because both are NaN if any value is NaN. Checking every value with
-    isfinite takes 40 times as long.
+    isfinite takes 40 times as long. torch compares no 8-bit numbers, so these are read as bfloat16, which holds each of
+    them; 4-bit numbers have neither NaN nor infinity.
     """
     for name, values in named:
         if values.is_floating_point() and values.numel() and not values.is_meta:
-            least, greatest = torch.aminmax(values)
+            if values.dtype.itemsize == 1 and "float8" not in str(values.dtype):
+                continue
+            least, greatest = torch.aminmax(values.bfloat16() if values.dtype.itemsize == 1 else values)
             if not (torch.isfinite(least) and torch.isfinite(greatest)):
                 return name
     return None
