@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from uft_ds.errors import UserError
 from uft_ds.streams.load import load_weights, meta_model
-from uft_ds.streams.weights import check_weights, first_non_finite
+from uft_ds.streams.weights import check_weights, first_non_finite, own_values
 
 SIZES = {
     "vocab_size": 96,
@@ -257,3 +257,20 @@ def test_eight_bit_numbers_are_checked(name: str) -> None:
     assert first_non_finite([("weight", extremes)]) is None
     extremes[0] = torch.nan
     assert first_non_finite([("weight", extremes)]) == "weight"
+
+
+def sharded(values: Tensor, *, rank: int, numel: int, in_memory: bool = True) -> torch.nn.Parameter:
+    """A parameter with what DeepSpeed adds to it: a shard of it, or the one number that stays if that is on a disk."""
+    parameter: Any = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+    parameter.ds_numel, parameter.ds_zero_partition_rank = numel, rank
+    parameter.ds_tensor = values if in_memory else torch.tensor(1.0)
+    parameter.ds_tensor.ds_numel = len(values)
+    return parameter  # type: ignore[no-any-return]
+
+
+def test_a_shard_is_read_where_it_lies_in_memory() -> None:
+    """Seven values on two ranks: four, then three and one of padding. On a disk: none, not what stands for them."""
+    shard = torch.tensor([1.0, 2.0, 3.0, torch.nan])
+    assert torch.equal(own_values(sharded(shard, rank=0, numel=7)).nan_to_num(0), torch.tensor([1.0, 2.0, 3.0, 0.0]))
+    assert own_values(sharded(shard, rank=1, numel=7)).tolist() == [1.0, 2.0, 3.0]
+    assert own_values(sharded(shard, rank=0, numel=7, in_memory=False)).tolist() == []

@@ -124,11 +124,15 @@ def first_non_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:
 def own_values(parameter: nn.Parameter) -> Tensor:
     """This rank's shard of a parameter, flat, or the whole parameter if it is not sharded.
 
-    The padding of the last rank's shard is left out, because nothing ever initialises it.
+    The padding of the last rank's shard is left out, because nothing ever initialises it. A shard that DeepSpeed has
+    moved to a disk (`offload_param.device: nvme`) is not read back: its values are an empty tensor. A NaN in it shows
+    before the first step, in the log-probs of policy and reference.
     """
     shard = getattr(parameter, "ds_tensor", None)
     if shard is None:
         return parameter.detach()
+    if shard.numel() < shard.ds_numel:  # DeepSpeed leaves one number in memory, which is no weight
+        return shard.detach().new_empty(0)
     partitioned: Any = parameter  # DeepSpeed adds the attributes below
     left = partitioned.ds_numel - partitioned.ds_zero_partition_rank * shard.ds_numel
     return shard.detach().flatten()[: max(0, left)]
