@@ -87,12 +87,18 @@ class UFTModel(nn.Module):
             raise ValueError(f"stream {stream.name!r}: beside the policy, a stream is trained in lockstep only")
 
     def forward(
-        self, micro_batch: MicroBatch, streams: Seq[Stream], *, through_logits: bool = False
+        self,
+        micro_batch: MicroBatch,
+        streams: Seq[Stream],
+        *,
+        with_statistics: bool = False,
+        through_logits: bool = False,
     ) -> dict[str, Output]:
         """The output of each stream for a micro-batch, by the stream's name.
 
         Args:
             streams: those of `self.streams` that are forwarded.
+            with_statistics: whether outputs of a tokens head hold the entropy and the most probable tokens.
             through_logits: forward one stream by the definition, `_token_logps_through_logits`; for the check before
                 the first step.
         Raises:
@@ -108,10 +114,13 @@ class UFTModel(nn.Module):
             (stream,) = ordered
             return {stream.name: Output(self._token_logps_through_logits(micro_batch, stream))}
         hidden_states = dict(zip(ordered, self._hidden_states(micro_batch, ordered), strict=True))
-        outputs = self._token_outputs(hidden_states, micro_batch) | self._values(hidden_states, micro_batch)
+        outputs = self._token_outputs(hidden_states, micro_batch, with_statistics=with_statistics)
+        outputs |= self._values(hidden_states, micro_batch)
         return {stream.name: outputs[stream] for stream in streams}
 
-    def _token_outputs(self, hidden_states: dict[Stream, Tensor], micro_batch: MicroBatch) -> dict[Stream, Output]:
+    def _token_outputs(
+        self, hidden_states: dict[Stream, Tensor], micro_batch: MicroBatch, *, with_statistics: bool
+    ) -> dict[Stream, Output]:
         streams = [stream for stream in hidden_states if stream.head == "tokens"]
         if not streams:
             return {}
@@ -121,7 +130,8 @@ class UFTModel(nn.Module):
             raise RuntimeError("All streams share one head: if the head is trained, no stream can be without gradient.")
         hidden = [hidden_states[stream][0].index_select(0, micro_batch.predictors_N) for stream in streams]
         trained = sum(stream.trained for stream in streams)
-        return dict(zip(streams, head_outputs(head, hidden, micro_batch.targets_N, trained=trained), strict=True))
+        outputs = head_outputs(head, hidden, micro_batch.targets_N, trained=trained, with_statistics=with_statistics)
+        return dict(zip(streams, outputs, strict=True))
 
     def _values(self, hidden_states: dict[Stream, Tensor], micro_batch: MicroBatch) -> dict[Stream, Output]:
         return {

@@ -48,8 +48,8 @@ BARE_BASE = Stream("reference", None)
 class Output(NamedTuple):
     """The output of one stream for a micro-batch.
 
-    A tokens head fills all fields except `values_R`; a scalar head fills only `values_R`. The log-probs or values of a
-    trained stream carry the gradient.
+    A tokens head fills all fields except `values_R`, the entropy and `is_top1_N` only if statistics are asked for; a
+    scalar head fills only `values_R`. The log-probs or values of a trained stream carry the gradient.
     """
 
     token_logps_N: Tensor | None = None

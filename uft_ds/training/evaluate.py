@@ -149,7 +149,8 @@ def evaluate(method: Method, groups: Seq[Step], shift: float = 0.0, stop: Stop =
     with engine.evaluating(), known.all_or_nothing():
         for group in groups:
             stop.check()
-            done.append([replace(part, batch=_without_tokens(part.batch)) for part in forward(method, group)])
+            of_group = forward(method, group, with_statistics=True)
+            done.append([replace(part, batch=_without_tokens(part.batch)) for part in of_group])
             known.learn(engine, group)
     # `prompt_mean` compares responses of all groups, so it is computed after all of them are forwarded.
     of_all = groups if objective.shift.name == "prompt_mean" else ()

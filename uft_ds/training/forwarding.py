@@ -38,7 +38,7 @@ class Forwarded:
     """The results of a forwarded micro-batch, without its graph: [responses] each, float64, summed over tokens.
 
     logps: by stream, nats. entropy_R: the policy's entropy, nats. top1_R: the number of tokens that are the policy's
-    most probable ones.
+    most probable ones. Both are None if the forward computed no statistics.
     """
 
     batch: MicroBatch
@@ -54,12 +54,10 @@ class Forwarded:
             logps: by stream, with or without a graph.
             policy: the policy's output in the same forward.
         """
-        assert policy.entropy_N is not None
-        assert policy.is_top1_N is not None
         return cls(
             batch,
             {name: logps_R.detach() for name, logps_R in logps.items()},
-            *(response_sums(of_N, batch) for of_N in (policy.entropy_N, policy.is_top1_N)),
+            *(None if of_N is None else response_sums(of_N, batch) for of_N in (policy.entropy_N, policy.is_top1_N)),
         )
 
 
@@ -75,11 +73,16 @@ def with_known(known: Known, batch: MicroBatch, logps: dict[str, Tensor]) -> dic
     return logps if reference_logps_R is None else logps | {"reference": reference_logps_R}
 
 
-def forward(method: Method, step: Step) -> list[Forwarded]:
-    """Forward this rank's part of a step; the caller must be within `engine.evaluating()`."""
+def forward(method: Method, step: Step, *, with_statistics: bool) -> list[Forwarded]:
+    """Forward this rank's part of a step; the caller must be within `engine.evaluating()`.
+
+    Args:
+        with_statistics: whether the policy's entropy and most probable tokens are computed, which only metrics need.
+    """
     engine, done = method.engine, []
     for batch, forward_reference in method.micro_batches(step):
-        outputs = engine(batch, streams_of(engine, with_reference=forward_reference))
+        streams = streams_of(engine, with_reference=forward_reference)
+        outputs = engine(batch, streams, with_statistics=with_statistics)
         logps = with_known(method.known, batch, logps_of(outputs, batch))
         done.append(Forwarded.of(batch, logps, outputs["policy"]))
     return done

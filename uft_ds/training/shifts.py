@@ -39,7 +39,7 @@ def shift_of_step(method: Method, step: Step, before: float) -> StepShift:
         # micro-batches. So the responses are forwarded ahead.
         repeated = of_repeated_prompts(method.objective, step)
         with method.engine.evaluating():
-            ahead = forward(method, repeated)
+            ahead = forward(method, repeated, with_statistics=False)
         method.known.learn(method.engine, repeated)  # before the step's micro-batches ask what is known
         return StepShift(before, means_of(method, step, ahead))
     return StepShift(before)

@@ -51,7 +51,7 @@ def run_step(method: Method, step: Step, rate: float, before: float = 0.0) -> St
     sums = torch.zeros(2, len(KINDS), len(LOSSES), dtype=torch.float64, device=engine.device)
     done: list[Forwarded] = []
     for number, ((batch, forward_reference), shifts_R) in enumerate(zip(micro_batches, shifts, strict=True), start=1):
-        outputs = engine(batch, streams_of(engine, with_reference=forward_reference))
+        outputs = engine(batch, streams_of(engine, with_reference=forward_reference), with_statistics=True)
         logps = with_known(known, batch, logps_of(outputs, batch))
         loss, parts = micro_batch_loss(objective, batch, num_terms, logps, shifts_R)
         engine.backward(loss, is_last=number == len(micro_batches))
