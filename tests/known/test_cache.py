@@ -14,6 +14,7 @@ import pytest
 import torch
 from pools import Held
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from toy import toy_sequences
 
 from uft_ds.data.example import Response, Sequence
@@ -286,6 +287,25 @@ def test_what_is_learnt_in_a_block_that_is_left_early_is_forgotten(engine: Count
     with cache.all_or_nothing():
         visit(engine, cache, STEP)
     assert cache.num_known == len(STEP.responses)
+
+
+def test_known_values_are_handed_out_without_a_wait(engine: CountingEngine) -> None:
+    """A tensor that is made on a GPU from a list waits for all that is queued there, a copy from the host does not."""
+    cache = Known.of_reference("cached")
+    visit(engine, cache, STEP)
+    made_there: list[Any] = []
+
+    class Watching(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is torch.tensor:
+                made_there.append((kwargs or {}).get("device"))
+            return function(*args, **(kwargs or {}))
+
+    (batch,) = engine.micro_batches(STEP, 10_000)
+    with Watching():
+        values_R = cache.values(batch.to(torch.device("meta")))
+    assert values_R.device.type == "meta"
+    assert made_there == [None]
 
 
 def test_streams_are_known_apart() -> None:

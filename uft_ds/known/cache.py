@@ -150,7 +150,8 @@ class Known:
         """
         table = self._streams[stream].table
         values = [table[key] for key in batch.response_keys]
-        return torch.tensor(values, dtype=torch.float64, device=batch.scores_R.device)
+        # Made on the host and copied: `torch.tensor(..., device=...)` would wait for the forward that is queued.
+        return torch.tensor(values, dtype=torch.float64).to(batch.scores_R.device, non_blocking=True)
 
     def table(self, stream: str = REFERENCE) -> tuple[LogpTable, str]:
         """A copy of a stream's table, and the stream's identity. A run resumed with both continues bit for bit."""
