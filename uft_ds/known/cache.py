@@ -162,10 +162,6 @@ class Known:
         """Whether a response is known, by its key."""
         return key in self._streams[stream].table
 
-    def knows(self, sequence: Sequence, stream: str = REFERENCE) -> bool:
-        """Whether no response of a sequence needs the stream's forward."""
-        return self._streams[stream].knows(sequence)
-
     def unknown(self, step: Step, stream: str = REFERENCE) -> Step:
         """The units of a step that have a response whose value must be forwarded."""
         return self._streams[stream].unknown(step)
