@@ -1,4 +1,4 @@
-"""The roles of the ranks of a run. This is the only module that asks torch for the world size.
+"""The roles of the ranks of a run. Only this module turns the world size into roles.
 
     global rank = data_rank * sequence_size + sequence_rank
 
