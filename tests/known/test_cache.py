@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from pools import Held
+from recipes import MINIMAL
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from toy import toy_sequences
@@ -22,8 +23,10 @@ from uft_ds.data.micro_batch import MicroBatch, micro_batch
 from uft_ds.data.mixture import Step
 from uft_ds.data.packing import rank_micro_batches
 from uft_ds.errors import Stopped, UserError
-from uft_ds.known.cache import REFERENCE, REFERENCE_TABLE, Known, StreamValues, fill
+from uft_ds.known.cache import REFERENCE_TABLE, Known, StreamValues, fill
 from uft_ds.known.store import ReferenceStore, read_table, write_table
+from uft_ds.objectives.reference import REFERENCE_STREAM
+from uft_ds.recipe.settings import load_settings
 from uft_ds.streams.stream import BARE_BASE, Output, Stream, logps_of
 from uft_ds.training.evaluate import known_sequences
 
@@ -173,6 +176,34 @@ def test_without_memory_each_visit_forwards(engine: CountingEngine) -> None:
     assert unneeded.learn(engine, STEP) == 0  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("settings", "each_visit"),
+    [
+        (["objective.loss=nll"], [0, 0]),
+        (["objective.loss=nll", "reference.cache=false"], [0, 0]),
+        ([], [1, 0]),
+        (["reference.mode=separate"], [1, 0]),
+        (["reference.cache=false"], [1, 1]),
+        (["reference.cache=false", "reference.mode=separate"], [1, 1]),
+    ],
+    ids=lambda value: " ".join(value) if value and isinstance(value[0], str) else "",
+)
+def test_a_recipe_decides_how_often_the_reference_is_forwarded(
+    engine: CountingEngine, tmp_path: Path, settings: list[str], each_visit: list[int]
+) -> None:
+    """Two visits of the same responses: never without a loss that compares, once with the cache, else each time."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(MINIMAL)
+    cache = Known.of_reference(load_settings(str(path), settings).reference.how)
+    forwarded: list[int] = []
+    for _ in range(2):
+        for batch, forward in cache.micro_batches(engine, STEP, TOKENS):  # type: ignore[arg-type]
+            cache.resolve(batch, engine.reference_logps(batch) if forward else None)
+        cache.learn(engine, STEP)  # type: ignore[arg-type]
+        forwarded.append(len(engine.forwarded) - sum(forwarded))
+    assert forwarded == [share * len(STEP.responses) for share in each_visit]
+
+
 def test_a_sweep_computes_the_reference_once(engine: CountingEngine, tmp_path: Path) -> None:
     """Four runs over the same data: the first forwards all of it, the others none."""
     computed = []
@@ -313,7 +344,7 @@ def test_streams_are_known_apart() -> None:
     engine: Any = CountingEngine()
     known = Known(
         {
-            REFERENCE: StreamValues("cached", identity=IDENTITY),
+            REFERENCE_STREAM: StreamValues("cached", identity=IDENTITY),
             "reward": StreamValues("cached", dict.fromkeys(SEQUENCES[0].response_keys, 0.5), identity="d" * 64),
         }
     )
@@ -331,7 +362,7 @@ def test_streams_are_known_apart() -> None:
     assert logps == expected(STEP)
     first = len(SEQUENCES[0].responses)
     assert known.values(batch, "reward").tolist() == [0.5] * first + [0.25] * (batch.num_responses - first)
-    assert [known.table(name)[1] for name in (REFERENCE, "reward")] == [IDENTITY, "d" * 64]
+    assert [known.table(name)[1] for name in (REFERENCE_STREAM, "reward")] == [IDENTITY, "d" * 64]
     known.forget("reward")
     assert known.table("reward")[0] == {}
     assert known.num_known == batch.num_responses

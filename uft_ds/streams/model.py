@@ -22,9 +22,6 @@ from uft_ds.streams.lanes import Lanes, enable_lockstep
 from uft_ds.streams.offload import activations_on_host
 from uft_ds.streams.stream import POLICY, Output, Stream, trained_first
 
-ReferenceMode = HowForwarded
-"""lockstep: one pass over the weights for all streams. separate: a forward for each stream."""
-
 
 class UFTModel(nn.Module):
     """Streams over one set of frozen base weights: the policy, the reference, and further streams of a run.
@@ -38,7 +35,7 @@ class UFTModel(nn.Module):
         policy: PeftModel,
         *,
         further: Seq[Stream] = (),
-        reference_mode: ReferenceMode = "lockstep",
+        reference_mode: HowForwarded = "lockstep",
         activation_offload: bool = False,
         chunk_bytes: int | None = None,
     ) -> None:
@@ -46,6 +43,7 @@ class UFTModel(nn.Module):
         Args:
             policy: the base with its adapters.
             further: streams besides policy and reference; their adapters must exist already.
+            reference_mode: lockstep: one pass over the weights for all streams. separate: a forward for each stream.
             activation_offload: keep saved activations in host memory.
             chunk_bytes: memory for the logits that are held at once; None: a default for the device.
         Raises:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.objectives.implicit_reward import response_sums
+from uft_ds.objectives.reference import POLICY_STREAM, REFERENCE_STREAM
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ class Stream:
 POLICY_ADAPTER, REFERENCE_ADAPTER = "default", "reference"
 """PEFT's names of the policy's adapter (PEFT's default) and of the frozen adapter of a reference."""
 
-POLICY = Stream("policy", POLICY_ADAPTER, trained=True)
+POLICY = Stream(POLICY_STREAM, POLICY_ADAPTER, trained=True)
 """The stream that every run trains."""
 
-BARE_BASE = Stream("reference", None)
+BARE_BASE = Stream(REFERENCE_STREAM, None)
 """The reference of a run that starts from fresh adapters."""
 
 
