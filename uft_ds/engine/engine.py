@@ -182,7 +182,7 @@ class Engine:
             attention_parity: passed on to `rank_micro_batches`.
             collective_timeout_minutes: for the collectives among hosts (gloo).
             groups: groups that together hold each trained parameter once, each with its own learning rate.
-                None: one group of all.
+                None: one group of all. No recipe gives groups yet.
         Raises:
             ValueError: the groups do not hold each trained parameter exactly once.
             UserError: DeepSpeed would train in another dtype than the adapters'.

@@ -104,6 +104,9 @@ class Known:
 
     Each stream has one table, by its name; a stream of another identity has another store. All ranks hold the same
     tables and call the same methods in the same order.
+
+    A recipe has one frozen stream, the reference. It is the default of each method's argument `stream`, for which no
+    recipe gives another value yet.
     """
 
     def __init__(self, streams: Mapping[str, StreamValues]) -> None:

@@ -68,7 +68,10 @@ class LogpHead(nn.Linear):
 
 
 class ScalarHead(nn.Linear):
-    """One float32 number from a hidden state, like `score` of Hugging Face's sequence classifiers, without a bias."""
+    """One float32 number from a hidden state, like `score` of Hugging Face's sequence classifiers, without a bias.
+
+    For streams in addition to policy and reference; no recipe has one yet.
+    """
 
     def __init__(self, hidden_size: int, *, std: float) -> None:
         """Draw the weights with standard deviation `std`, equal on every rank."""

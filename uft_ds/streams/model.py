@@ -42,7 +42,8 @@ class UFTModel(nn.Module):
         """
         Args:
             policy: the base with its adapters.
-            further: streams besides policy and reference; their adapters must exist already.
+            further: streams besides policy and reference; their adapters must exist already. No recipe gives any
+                yet.
             reference_mode: lockstep: one pass over the weights for all streams. separate: a forward for each stream.
             activation_offload: keep saved activations in host memory.
             chunk_bytes: memory for the logits that are held at once; None: a default for the device.

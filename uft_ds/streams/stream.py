@@ -23,7 +23,8 @@ class Stream:
     name: "policy", "reference", "reward", ...
     adapter: PEFT's name of the adapter; None: the bare base.
     trained: whether the stream carries a gradient. Two trained streams must not share an adapter.
-    head: "tokens": log-probs of the supervised tokens; "scalar": one value at each response's last token.
+    head: "tokens": log-probs of the supervised tokens; "scalar": one value at each response's last token, which no
+    stream of a recipe has yet.
     """
 
     name: str
@@ -60,7 +61,7 @@ class Output(NamedTuple):
     is_top1_N: Tensor | None = None
     """Whether no token of the vocabulary is more probable than the target."""
     values_R: Tensor | None = None
-    """One number for each response, float32."""
+    """One number for each response, float32. No stream of a recipe has a scalar head yet."""
 
 
 def trained_first(streams: Iterable[Stream]) -> tuple[Stream, ...]:
