@@ -12,12 +12,12 @@ from toy import logps_by_name, toy_model, toy_sequences
 
 from uft_ds.data.example import Sequence
 from uft_ds.data.micro_batch import micro_batch
+from uft_ds.objectives.reference import HowForwarded
 from uft_ds.planning.activations import activations_of
 from uft_ds.planning.memory import head_saved_bytes
 from uft_ds.planning.shapes import shipped_config
 from uft_ds.planning.structure import Lora, structure_of
 from uft_ds.streams.load import attention_implementation, check_base
-from uft_ds.streams.model import ReferenceMode
 
 LORA = Lora(4, 8.0, "all-linear", "float32")  # as `toy_model` has it
 
@@ -41,7 +41,7 @@ def really_saved(folder: Path, batch: Any, **options: Any) -> int:
 
 
 def assert_planned_as_saved(
-    folder: Path, sequences: tuple[Sequence, ...], gradient_checkpointing: bool, mode: ReferenceMode
+    folder: Path, sequences: tuple[Sequence, ...], gradient_checkpointing: bool, mode: HowForwarded
 ) -> None:
     """Within 2%, under the attention that `auto` is on a CPU."""
     batch, config = micro_batch(sequences), check_base(str(folder), None)
