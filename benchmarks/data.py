@@ -43,6 +43,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import numpy as np
 import pytest
+from balance import imbalance
 from pools import Mixed
 from real_tokenizers import qwen25_tokenizer
 from rich.console import Console
@@ -51,7 +52,7 @@ from sources import rules, write_rows
 
 from uft_ds.data.bins import fewest_micro_steps
 from uft_ds.data.mixture import plan_steps
-from uft_ds.data.packing import imbalance, pack
+from uft_ds.data.packing import pack
 from uft_ds.data.sources import PreparedSource, SourceSettings, Tolerance, prepare_source
 from uft_ds.data.store import building
 from uft_ds.data.store.sequences import Selection, TokenStore

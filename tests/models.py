@@ -43,8 +43,22 @@ PACKED: dict[str, Any] = {
     "gemma2": hf.Gemma2Config(
         **SIZES, head_dim=16, query_pre_attn_scalar=16, sliding_window=8, final_logit_softcapping=3.0
     ),
+    "gemma3_text": hf.Gemma3TextConfig(
+        **SIZES,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "olmo2": hf.Olmo2Config(**SIZES),
     "granite": hf.GraniteConfig(**SIZES, logits_scaling=0.25),
+    "phi": hf.PhiConfig(**SIZES),
+    "gemma": hf.GemmaConfig(**SIZES, head_dim=16),
     "cohere": hf.CohereConfig(**SIZES, logit_scale=0.5),
+    "cohere2": hf.Cohere2Config(**SIZES, logit_scale=0.5, head_dim=16, sliding_window=8),
+    "qwen2_moe": hf.Qwen2MoeConfig(**SIZES, **EXPERTS, shared_expert_intermediate_size=32),
+    "qwen3_moe": hf.Qwen3MoeConfig(**SIZES, **EXPERTS, head_dim=16),
+    "mixtral": hf.MixtralConfig(**SIZES, num_local_experts=4),
     "gptj": hf.GPTJConfig(**GPT, rotary_dim=8),
     "codegen": hf.CodeGenConfig(**GPT, rotary_dim=8),
 }
@@ -64,10 +78,26 @@ LEAKS: dict[str, Any] = {
     "bamba": hf.BambaConfig(**SIZES, **MAMBA, attn_layer_indices=[1]),
     "qwen3_next": hf.Qwen3NextConfig(**SIZES, **EXPERTS, **DELTA),
     "lfm2": hf.Lfm2Config(**SIZES, full_attn_idxs=[1]),
+    "gpt_oss": hf.GptOssConfig(
+        **SIZES, num_local_experts=4, num_experts_per_tok=2, head_dim=16, sliding_window=8, eos_token_id=2
+    ),
+    "mamba": hf.MambaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=64,
+        num_hidden_layers=2,
+        state_size=16,
+        initializer_range=SPREAD,
+        residual_in_fp32=False,
+    ),
     "falcon": hf.FalconConfig(**HEADS, initializer_range=SPREAD),
     "bloom": hf.BloomConfig(vocab_size=VOCAB_SIZE, hidden_size=64, n_layer=2, n_head=4, initializer_range=SPREAD),
 }
 """Packed sequences change each other."""
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+TARGETS: dict[str, list[str]] = {"qwen3_moe": ATTENTION, "mixtral": ATTENTION, "mamba": ["in_proj", "x_proj"]}
+"""Where adapters on all linear layers would be refused: on experts, and on a projection whose weight Mamba's kernel
+reads itself."""
 
 
 def tiny_policy(config: Any, *, dtype: torch.dtype = torch.float32, b_std: float = 0.05, targets: Any = None) -> Any:

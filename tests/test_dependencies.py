@@ -54,6 +54,26 @@ def normalized(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+def test_the_streams_names_are_written_once() -> None:
+    """What looks up a stream's output takes the name from `objectives/reference.py`, so that no two spellings exist."""
+    written = []
+    for package in ("objectives", "streams", "engine", "known", "record", "training", "run"):
+        for file in sorted((ROOT / "uft_ds" / package).rglob("*.py")):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                keys: list[ast.expr] = []
+                if isinstance(node, ast.Subscript):
+                    keys = [node.slice]
+                elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in {"get", "Stream"}:
+                    keys = node.args[:1]
+                elif isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.In):
+                    keys = [node.left]
+                names = {key.value for key in keys if isinstance(key, ast.Constant)}
+                is_metadata = "metadata" in ast.unparse(node)  # of a stored table, whose key is part of the format
+                if names & {"policy", "reference"} and not is_metadata:
+                    written.append(f"{file.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}")
+    assert not written
+
+
 def test_every_import_is_declared() -> None:
     """A library that is there only because another one needs it may be gone with that one's next version."""
     missing = {name: file for name, file in imported().items() if name not in declared() | GIVEN_BY_OTHERS.keys()}

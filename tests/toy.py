@@ -14,9 +14,10 @@ from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.data.mixture import Step
 from uft_ds.engine.engine import Engine
 from uft_ds.objectives.objective import KindObjective, Objective
+from uft_ds.objectives.reference import HowForwarded
 from uft_ds.streams.adapters import add_adapters, start_from_adapter
 from uft_ds.streams.load import attention_implementation, check_base, load_base
-from uft_ds.streams.model import ReferenceMode, UFTModel
+from uft_ds.streams.model import UFTModel
 from uft_ds.streams.stream import Stream, logps_of
 
 
@@ -58,7 +59,7 @@ def toy_model(
     b_std: float = 0.05,
     gradient_checkpointing: bool = False,
     attention: str | None = None,
-    reference_mode: ReferenceMode = "lockstep",
+    reference_mode: HowForwarded = "lockstep",
     activation_offload: bool = False,
     reference_adapter: Path | None = None,
     trains_head: bool = False,

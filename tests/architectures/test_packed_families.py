@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import GPT2, LEAKS, PACKED, sequences, tiny_model
+from models import GPT2, LEAKS, PACKED, TARGETS, sequences, tiny_model
 from torch import Tensor
 from toy import UFT, logps_by_name, streams_of
 
@@ -51,7 +51,7 @@ def measured(model: UFTModel, count: int = 3) -> Differences:
 @pytest.mark.parametrize("name", PACKED)
 def test_a_packed_step_is_the_unpacked_one(name: str) -> None:
     """Invariant 2: log-probs to 1e-4 nats a response, and each adapter's gradient to 1e-4 of its largest entry."""
-    model = tiny_model(PACKED[name])
+    model = tiny_model(PACKED[name], targets=TARGETS.get(name))
     packed_R, packed = step_of(model, [[0, 1, 2]])
     alone_R, alone = step_of(model, [[0], [1], [2]])
     torch.testing.assert_close(packed_R, alone_R, rtol=0, atol=1e-4)
@@ -66,7 +66,7 @@ def test_a_packed_step_is_the_unpacked_one(name: str) -> None:
 @pytest.mark.parametrize("name", PACKED)
 def test_the_check_passes_models_that_pack(name: str, dtype: torch.dtype) -> None:
     """No bit of a sequence depends on its neighbour's tokens, in bfloat16 neither, and the logits are the model's."""
-    found = measured(tiny_model(PACKED[name], dtype=dtype))
+    found = measured(tiny_model(PACKED[name], dtype=dtype, targets=TARGETS.get(name)))
     assert problem_of(found, dtype) is None, found
     assert found.before == 0.0
     assert found.own < 1e-5
@@ -78,7 +78,8 @@ def test_the_check_passes_models_that_pack(name: str, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("name", LEAKS)
 def test_the_check_refuses_models_that_leak(name: str, count: int, dtype: torch.dtype) -> None:
     """In both types, also where a step has but one sequence, which then stands beside itself."""
-    problem = problem_of(measured(tiny_model(LEAKS[name], dtype=dtype, b_std=0.0), count), dtype)
+    model = tiny_model(LEAKS[name], dtype=dtype, b_std=0.0, targets=TARGETS.get(name))
+    problem = problem_of(measured(model, count), dtype)
     assert problem is not None
     assert "leak into each other" in problem
 

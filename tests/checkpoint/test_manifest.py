@@ -41,6 +41,15 @@ def test_an_untouched_checkpoint_has_no_problem(checkpoint: Path) -> None:
     assert manifest_problem(moved) is None
 
 
+def test_a_manifest_without_a_version_is_of_the_first(checkpoint: Path) -> None:
+    """As a run of the first versions wrote it; its files are compared as ever."""
+    content = json.loads((checkpoint / MANIFEST).read_text())
+    (checkpoint / MANIFEST).write_text(json.dumps({"files": content["files"]}))
+    assert manifest_problem(checkpoint) is None
+    (checkpoint / "empty").write_text("x")
+    assert manifest_problem(checkpoint) == f"{checkpoint / 'empty'}: 1 bytes, 0 recorded"
+
+
 def test_the_digest_is_the_content(tmp_path: Path) -> None:
     """SHA-256 of nothing is e3b0c442...b855."""
     (tmp_path / "empty").touch()

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from balance import imbalance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import toy_sequences, toy_step
@@ -20,7 +21,7 @@ from uft_ds.data.bins import fewest_micro_steps
 from uft_ds.data.example import Response, Sequence
 from uft_ds.data.micro_batch import MicroBatch, micro_batch
 from uft_ds.data.mixture import Step
-from uft_ds.data.packing import imbalance, pack, rank_micro_batches
+from uft_ds.data.packing import pack, rank_micro_batches
 
 WORLD_SIZES = (1, 2, 3, 4, 8)
 

@@ -11,7 +11,7 @@ import pytest
 from checkpoints import whole_checkpoint
 from safetensors.numpy import save_file
 
-from uft_ds.checkpoint.folder import newest_whole
+from uft_ds.checkpoint.folder import latest_checkpoint, newest_whole
 from uft_ds.checkpoint.manifest import MANIFEST, manifest_problem
 from uft_ds.checkpoint.state import TRAINER, Position, TrainerState, read_position, write_position
 from uft_ds.data.store.sequences import INDEX, Account, StoreWriter, TokenStore
@@ -41,14 +41,15 @@ def test_an_unknown_version_names_file_versions_and_remedy() -> None:
 
 
 def test_a_checkpoint_of_a_newer_version_is_refused_not_damaged(tmp_path: Path) -> None:
-    """A resume must not set it aside and go on from an older one."""
+    """A resume must not set it aside and go on from an older one, and a conversion says the same of it."""
     checkpoint = tmp_path / "checkpoints" / "step-000002"
     whole_checkpoint(checkpoint)
     assert manifest_problem(checkpoint) is None
     assert json.loads((checkpoint / MANIFEST).read_text())["format"] == 1
     with_format(checkpoint / MANIFEST, 2)
-    with pytest.raises(UserError, match=r"manifest\.json: format 2 found, this uft_ds reads format 1"):
-        newest_whole(tmp_path)
+    for read in (newest_whole, latest_checkpoint):
+        with pytest.raises(UserError, match=r"^[^ ]*manifest\.json: format 2 found, this uft_ds reads format 1"):
+            read(tmp_path)
 
 
 def test_a_position_of_a_newer_version_is_refused(tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 from pools import Held
+from recipes import MINIMAL
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from toy import toy_sequences
 
 from uft_ds.data.example import Response, Sequence
@@ -21,8 +23,10 @@ from uft_ds.data.micro_batch import MicroBatch, micro_batch
 from uft_ds.data.mixture import Step
 from uft_ds.data.packing import rank_micro_batches
 from uft_ds.errors import Stopped, UserError
-from uft_ds.known.cache import REFERENCE, REFERENCE_TABLE, Known, StreamValues, fill
+from uft_ds.known.cache import REFERENCE_TABLE, Known, StreamValues, fill
 from uft_ds.known.store import ReferenceStore, read_table, write_table
+from uft_ds.objectives.reference import REFERENCE_STREAM
+from uft_ds.recipe.settings import load_settings
 from uft_ds.streams.stream import BARE_BASE, Output, Stream, logps_of
 from uft_ds.training.evaluate import known_sequences
 
@@ -172,6 +176,34 @@ def test_without_memory_each_visit_forwards(engine: CountingEngine) -> None:
     assert unneeded.learn(engine, STEP) == 0  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("settings", "each_visit"),
+    [
+        (["objective.loss=nll"], [0, 0]),
+        (["objective.loss=nll", "reference.cache=false"], [0, 0]),
+        ([], [1, 0]),
+        (["reference.mode=separate"], [1, 0]),
+        (["reference.cache=false"], [1, 1]),
+        (["reference.cache=false", "reference.mode=separate"], [1, 1]),
+    ],
+    ids=lambda value: " ".join(value) if value and isinstance(value[0], str) else "",
+)
+def test_a_recipe_decides_how_often_the_reference_is_forwarded(
+    engine: CountingEngine, tmp_path: Path, settings: list[str], each_visit: list[int]
+) -> None:
+    """Two visits of the same responses: never without a loss that compares, once with the cache, else each time."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(MINIMAL)
+    cache = Known.of_reference(load_settings(str(path), settings).reference.how)
+    forwarded: list[int] = []
+    for _ in range(2):
+        for batch, forward in cache.micro_batches(engine, STEP, TOKENS):  # type: ignore[arg-type]
+            cache.resolve(batch, engine.reference_logps(batch) if forward else None)
+        cache.learn(engine, STEP)  # type: ignore[arg-type]
+        forwarded.append(len(engine.forwarded) - sum(forwarded))
+    assert forwarded == [share * len(STEP.responses) for share in each_visit]
+
+
 def test_a_sweep_computes_the_reference_once(engine: CountingEngine, tmp_path: Path) -> None:
     """Four runs over the same data: the first forwards all of it, the others none."""
     computed = []
@@ -288,12 +320,31 @@ def test_what_is_learnt_in_a_block_that_is_left_early_is_forgotten(engine: Count
     assert cache.num_known == len(STEP.responses)
 
 
+def test_known_values_are_handed_out_without_a_wait(engine: CountingEngine) -> None:
+    """A tensor that is made on a GPU from a list waits for all that is queued there, a copy from the host does not."""
+    cache = Known.of_reference("cached")
+    visit(engine, cache, STEP)
+    made_there: list[Any] = []
+
+    class Watching(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is torch.tensor:
+                made_there.append((kwargs or {}).get("device"))
+            return function(*args, **(kwargs or {}))
+
+    (batch,) = engine.micro_batches(STEP, 10_000)
+    with Watching():
+        values_R = cache.values(batch.to(torch.device("meta")))
+    assert values_R.device.type == "meta"
+    assert made_there == [None]
+
+
 def test_streams_are_known_apart() -> None:
     """Each stream has its own table, identity and store: what one learns, the other does not know."""
     engine: Any = CountingEngine()
     known = Known(
         {
-            REFERENCE: StreamValues("cached", identity=IDENTITY),
+            REFERENCE_STREAM: StreamValues("cached", identity=IDENTITY),
             "reward": StreamValues("cached", dict.fromkeys(SEQUENCES[0].response_keys, 0.5), identity="d" * 64),
         }
     )
@@ -311,7 +362,7 @@ def test_streams_are_known_apart() -> None:
     assert logps == expected(STEP)
     first = len(SEQUENCES[0].responses)
     assert known.values(batch, "reward").tolist() == [0.5] * first + [0.25] * (batch.num_responses - first)
-    assert [known.table(name)[1] for name in (REFERENCE, "reward")] == [IDENTITY, "d" * 64]
+    assert [known.table(name)[1] for name in (REFERENCE_STREAM, "reward")] == [IDENTITY, "d" * 64]
     known.forget("reward")
     assert known.table("reward")[0] == {}
     assert known.num_known == batch.num_responses

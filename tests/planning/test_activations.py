@@ -12,12 +12,12 @@ from toy import logps_by_name, toy_model, toy_sequences
 
 from uft_ds.data.example import Sequence
 from uft_ds.data.micro_batch import micro_batch
+from uft_ds.objectives.reference import HowForwarded
 from uft_ds.planning.activations import activations_of
 from uft_ds.planning.memory import head_saved_bytes
 from uft_ds.planning.shapes import shipped_config
 from uft_ds.planning.structure import Lora, structure_of
 from uft_ds.streams.load import attention_implementation, check_base
-from uft_ds.streams.model import ReferenceMode
 
 LORA = Lora(4, 8.0, "all-linear", "float32")  # as `toy_model` has it
 
@@ -41,7 +41,7 @@ def really_saved(folder: Path, batch: Any, **options: Any) -> int:
 
 
 def assert_planned_as_saved(
-    folder: Path, sequences: tuple[Sequence, ...], gradient_checkpointing: bool, mode: ReferenceMode
+    folder: Path, sequences: tuple[Sequence, ...], gradient_checkpointing: bool, mode: HowForwarded
 ) -> None:
     """Within 2%, under the attention that `auto` is on a CPU."""
     batch, config = micro_batch(sequences), check_base(str(folder), None)
@@ -80,6 +80,16 @@ def test_layers_with_a_window_save_what_full_ones_do(
     layer_types = ["sliding_attention"] * 5 + ["full_attention"]
     folder = build_tiny_model(tmp_path, architecture, num_hidden_layers=6, layer_types=layer_types)
     assert_planned_as_saved(folder, toy_sequences(20, longest=120), gradient_checkpointing, "lockstep")
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotary_embeddings_that_look_at_the_length_are_planned(tmp_path: Path, kind: str) -> None:
+    """As transformers changes them in the forward: within 2% of a real one, which stays below their limit."""
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 512}
+    folder = build_tiny_model(tmp_path, "llama", rope_parameters=rope)
+    assert_planned_as_saved(folder, toy_sequences(6, longest=120), True, "lockstep")
 
 
 def test_checkpointing_keeps_a_hidden_state_a_layer_and_flash_attention_no_square() -> None:

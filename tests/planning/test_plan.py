@@ -13,6 +13,7 @@ from rich.console import Console
 from tiny import build_tiny_model
 
 from uft_ds.data.bins import fewest_micro_steps
+from uft_ds.data.formats.table import FORMATS
 from uft_ds.engine.engine import read_deepspeed_file
 from uft_ds.errors import UserError
 from uft_ds.planning import parts
@@ -23,9 +24,11 @@ from uft_ds.planning.planner import Outcome, Planner, Setting
 from uft_ds.planning.shapes import model_config, shipped_config
 from uft_ds.planning.sharding import sharding_of
 from uft_ds.planning.table import rendered
-from uft_ds.planning.workload import workload_of
+from uft_ds.planning.workload import WITHOUT_PAIRS, workload_of
 from uft_ds.recipe.file import shipped_recipes
 from uft_ds.recipe.settings import load_settings
+
+MISTRAL = shipped_config("Mistral-7B-v0.1")
 
 
 def cluster(nodes: int = 1, gpus: int = 8, **options: Any) -> Cluster:
@@ -345,11 +348,12 @@ def test_micro_steps_are_those_of_the_packing(tokens: int) -> None:
 
 def test_the_sides_of_a_pair_stay_together() -> None:
     """No micro-batch is advised that a pair does not go into, and ranks hold whole pairs."""
-    pairs = outcome("objective.loss=dpo").setting.workload
+    overrides = ("data.sources.1.format=helpsteer2_preference", "objective.loss=dpo")
+    pairs = outcome(*overrides).setting.workload
     assert pairs.least_micro_batch == 2 * 2048
     assert replace(pairs, examples_per_step=6).most_responses(4) == 2
     assert replace(pairs, tokens_per_micro_batch=3 * 2048).micro_steps(8) == 4
-    found = plan("objective.loss=dpo", gpus=1, gpu_memory=24)
+    found = plan(*overrides, gpus=1, gpu_memory=24)
     told = [c for remedy in found.remedies for c in remedy.changes if c.startswith("train.tokens_per_micro_batch=")]
     assert told
     assert min(int(change.partition("=")[2]) for change in told) >= 2 * 2048
@@ -411,6 +415,53 @@ def test_bad_input_is_answered() -> None:
         make_plan(load_settings("uft_qwen32b"), cluster(), tokens_per_response=4096)
     with pytest.raises(UserError, match=r"model\.base: 'no/such'"):
         make_plan(load_settings("uft_qwen32b", ("model.base=no/such",)), cluster())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "has_pairs"),
+    [
+        ((), False),
+        (("data.sources.1.format=helpsteer2_preference",), True),
+        (("data.sources.1.format=helpsteer2_preference", "data.sources.1.pairs=split"), False),
+        (("data.sources.0.format=jsonl",), True),
+        (("data.sources.1.format=helpsteer2_preference", "objective.loss={instruction: mse, pair: dpo}"), True),
+        (("objective.loss={instruction: mse, score: mse, pair: dpo}",), False),
+    ],
+)
+def test_pairs_stay_together_whatever_their_loss(overrides: tuple[str, ...], has_pairs: bool) -> None:
+    """Under mse too a pair is never divided: the least micro-batch holds both of its responses."""
+    workload = workload_of(load_settings("uft_mistral7b", overrides), MISTRAL, tokens_per_response=None)
+    assert workload.has_pairs == has_pairs
+    assert workload.least_micro_batch == (1 + has_pairs) * workload.max_length
+
+
+def test_formats_are_with_pairs_or_without() -> None:
+    """A new one counts as one with pairs until it is known to give none."""
+    with_pairs = {"jsonl", "trl", "helpsteer2_preference", "ultrafeedback_binarized", "hh_rlhf"}
+    assert FORMATS.keys() - WITHOUT_PAIRS == with_pairs
+    assert FORMATS.keys() > WITHOUT_PAIRS
+
+
+def test_held_out_responses_are_cached_too() -> None:
+    """The run computes their reference as well, and the disk holds it; a number that is not given leaves none."""
+    given = ("data.sources.0.examples=100", "data.sources.1.examples=20", "data.held_out.0.examples=3")
+    settings = load_settings("uft_mistral7b", given)
+    assert len(settings.data.held_out) == 1
+    assert workload_of(settings, MISTRAL, tokens_per_response=None).num_responses == 123
+    unknown = load_settings("uft_mistral7b", (*given[:2], "data.held_out.0.examples=null"))
+    assert workload_of(unknown, MISTRAL, tokens_per_response=None).num_responses is None
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_lengths_past_the_models_positions_are_refused(tmp_path: Path, kind: str) -> None:
+    """As `uft train` refuses them; up to the limit there is a plan."""
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 512}
+    base = build_tiny_model(tmp_path, "llama", rope_parameters=rope)
+    with pytest.raises(UserError, match=rf"^data\.max_length: 1024 is past the 512 positions of this model, .*{kind}"):
+        plan(f"model.base={base}", "data.max_length=1024", gpus=2)
+    assert plan(f"model.base={base}", "data.max_length=512", gpus=2).outcome.fits
 
 
 @pytest.mark.parametrize("name", shipped_recipes())

@@ -14,7 +14,8 @@ from uft_ds.data.tokens.tokenize import load_tokenizer
 from uft_ds.errors import UserError
 from uft_ds.recipe.file import recipe_from_tree
 from uft_ds.recipe.settings import Settings, settings_of
-from uft_ds.run.prepare import PreparedData, prepare_data, steps_of
+from uft_ds.record.run_folder import RunFolder
+from uft_ds.run.prepare import PreparedData, prepare_data, read_report, steps_of
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +35,45 @@ def prepared(
     tree = {"name": "x", "model": {"base": "b"}, "data": data, "objective": {}, "output": "o", "train": train}
     settings = settings_of(recipe_from_tree(tree, "x"))
     return settings, prepare_data(settings, chat)
+
+
+def both(chat: ChatTokenizer, folder: Path, first: dict[str, Any], second: dict[str, Any]) -> PreparedData:
+    """A source that is trained on, and one that is held out, of the same 40 rows under two spellings of a path."""
+    rows = [{"prompt": f"q{i}", "response": "a", "score": i % 3 / 2} for i in range(40)]
+    write_rows(folder / "rows.jsonl", rows)
+    sources = [
+        {"format": "jsonl", "path": str(folder / spelling), **changes}
+        for spelling, changes in (("rows.jsonl", first), ("../" + folder.name + "/rows.jsonl", second))
+    ]
+    data = {"sources": sources[:1], "held_out": sources[1:], "cache_dir": str(folder / "tokens"), "max_length": 64}
+    tree = {"name": "x", "model": {"base": "b"}, "data": {**data, "workers": 1}, "objective": {}, "output": "o"}
+    return prepare_data(settings_of(recipe_from_tree(tree, "x")), chat)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({}, {}),
+        ({}, {"score": 0.3}),
+        ({"pairs": "split"}, {}),
+        ({}, {"examples": 5}),
+        ({"where": {"score": 0.5}}, {"where": {"score": 0.5}, "pairs": "split"}),
+        ({}, {"where": {"score": 0.5}}),
+        ({"where": {"prompt": "q1", "score": 0.5}}, {"where": {"score": 0.5}}),
+    ],
+)
+def test_no_row_is_used_twice(
+    chat: ChatTokenizer, tmp_path: Path, first: dict[str, Any], second: dict[str, Any]
+) -> None:
+    """Whatever rules it is read by: held-out losses of rows that are trained on mean nothing."""
+    with pytest.raises(UserError, match=r"rows\.jsonl: holds the rows of .*rows\.jsonl; no row may be used twice"):
+        both(chat, tmp_path, first, second)
+
+
+def test_other_rows_of_one_file_are_another_source(chat: ChatTokenizer, tmp_path: Path) -> None:
+    """Each `where` takes its own."""
+    data = both(chat, tmp_path, {"where": {"score": 0.0}}, {"where": {"score": 1.0}})
+    assert [source.selection.num_responses for source in data.all] == [14, 13]
 
 
 @pytest.mark.parametrize("train", [{}, {"steps": 3}])
@@ -56,3 +96,18 @@ def test_a_mixture_of_one_response_is_a_step(
 ) -> None:
     """Half a row is rounded up, and two epochs of 0.4 rows hold one: the run has a step."""
     assert len(steps_of(*prepared(chat, tmp_path, train, portion))) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [None, "", "{", "[]", "{}", '{"train": 3, "held_out": []}', '{"train": [1], "held_out": []}', "[" * 100_000,
+     '{"train": [{"files": []}], "held_out": []}', '{"train": [{"tokens_key": "a", "files": 1}], "held_out": []}'],
+)  # fmt: skip
+def test_a_damaged_report_is_named(tmp_path: Path, text: str | None) -> None:
+    """A resume reads it to find the run's own tokens."""
+    folder = RunFolder(tmp_path)
+    folder.data_report().parent.mkdir()
+    if text is not None:
+        folder.data_report().write_text(text)
+    with pytest.raises(UserError, match=rf"^{folder.data_report()}: "):
+        read_report(folder)

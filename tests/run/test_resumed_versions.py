@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from runs import settings_of_run, write_recipe
+from tiny import build_tiny_model
 
 from uft_ds.record.run_folder import RunFolder
+from uft_ds.run.identity import environment as run_environment
 from uft_ds.run.resume import _other_versions, _record_resume
 
 
@@ -42,6 +46,30 @@ def test_steps_made_with_other_versions_are_told(folder: RunFolder) -> None:
     assert list(_other_versions(folder, environment("2.10"), 200)) == []
     (warning,) = _other_versions(folder, environment("2.11"), 400)
     assert warning.startswith("the run began with other versions")
+
+
+def test_another_attention_is_told(folder: RunFolder) -> None:
+    """`auto` on another machine; a start that did not record it is not compared."""
+    now = {**environment("2.10"), "attention": "sdpa"}
+    now["packages"]["flash-attn"] = "not installed"
+    assert list(_other_versions(folder, now, 200)) == []
+    then = {**now, "packages": {**now["packages"], "flash-attn": "2.8.3"}, "attention": "flash_attention_2"}
+    folder.environment.write_text(json.dumps(then))
+    (warning,) = _other_versions(folder, now, 200)
+    assert "flash-attn not installed now, 2.8.3 then" in warning
+    assert "attention sdpa now, flash_attention_2 then" in warning
+
+
+def test_the_attention_of_auto_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the name of the implementation, with the version of its package."""
+    base = build_tiny_model(tmp_path / "base", "qwen2")
+    settings = settings_of_run(write_recipe(tmp_path, base, model__dtype="bfloat16"))
+    monkeypatch.setattr("uft_ds.streams.load.importlib.util.find_spec", lambda name: name)
+    for has_gpu, expected in ((False, "sdpa"), (True, "flash_attention_2")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
+        found = run_environment(settings)
+        assert found["attention"] == expected
+        assert "flash-attn" in found["packages"]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"packages": 1, "resumes": 3}'])

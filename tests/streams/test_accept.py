@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from models import EXPERTS, GPT2, LEAKS, PACKED, SIZES
+from models import GPT2, LEAKS, PACKED, TARGETS
 from tiny import CLASSES
-from transformers import BloomConfig, MixtralConfig, PretrainedConfig, Qwen3MoeConfig
+from transformers import BloomConfig, PretrainedConfig
 
 from uft_ds.architectures.facts import (
     FAMILIES,
@@ -21,13 +22,12 @@ from uft_ds.architectures.facts import (
 )
 from uft_ds.errors import UserError
 from uft_ds.planning.structure import Lora, structure_of
-from uft_ds.streams.accept import accepted_policy
+from uft_ds.streams.accept import accepted_policy, check_base_model
 from uft_ds.streams.load import empty_base
 
-MIXTURES = {
-    "qwen3_moe": Qwen3MoeConfig(**SIZES, **EXPERTS, head_dim=16),
-    "mixtral": MixtralConfig(**SIZES, num_local_experts=4),
-}
+MODELS = PACKED | LEAKS | {"gpt2": GPT2}
+WITHOUT_A_PLAIN_MLP = {"qwen2_moe", "qwen3_moe", "mixtral", "gpt_oss", "qwen3_next", "mamba"}
+MLPS = ("mlp", "feed_forward", "mlp_block", "shared_mlp")
 
 
 def policy_of(config: Any, targets: Any = "all-linear") -> Any:
@@ -35,16 +35,35 @@ def policy_of(config: Any, targets: Any = "all-linear") -> Any:
     return accepted_policy(empty_base(config), rank=4, alpha=8.0, targets=targets, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_facts_are_those_of_the_model(name: str) -> None:
-    """The layers, their class and the final norm are where the table says."""
-    base, family = empty_base(PACKED[name]), FAMILIES[name]
+    """Of every family: the layers, their class and the final norm are where the table says; a leak is what the test of
+    packed rows finds."""
+    base, family = empty_base(MODELS[name]), FAMILIES[name]
     decoder = base.get_decoder()
+    assert base.config.model_type == name
     assert decoder_layers(decoder) is getattr(decoder, family.layers)
     assert {type(layer).__name__ for layer in decoder_layers(decoder)} == {family.layer_class}
     assert getattr(decoder, family.norm).weight.shape == (64,)
-    assert not family.leaks
-    assert policy_of(PACKED[name]).peft_config
+    assert bool(family.leaks) == (name in LEAKS)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in WITHOUT_A_PLAIN_MLP])
+def test_projections_of_the_mlp_are_those_of_the_model(name: str) -> None:
+    """Weights of a layer's MLP over those of the projection that leads out of it, which is the last one."""
+    layer = decoder_layers(empty_base(MODELS[name]).get_decoder())[-1]
+    if name == "opt":  # it keeps both in the layer itself
+        sizes = [layer.fc1.weight.numel(), layer.fc2.weight.numel()]
+    else:
+        (mlp,) = (module for at, module in layer.named_children() if at in MLPS)
+        sizes = [parameter.numel() for parameter in mlp.parameters() if parameter.ndim == 2]
+    assert FAMILIES[name].mlp_projections == sum(sizes) / sizes[-1]
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_a_family_that_packs_is_accepted(name: str) -> None:
+    """With adapters on all linear layers, or on those that the refusal of these names."""
+    assert policy_of(PACKED[name], TARGETS.get(name, "all-linear")).peft_config
 
 
 @pytest.mark.parametrize("name", LEAKS)
@@ -55,10 +74,12 @@ def test_a_family_that_leaks_is_refused_by_name(name: str) -> None:
         UserError, match=r"model\.base: .* cannot be trained on packed rows: .*another architecture"
     ) as a:
         policy_of(config)
+    assert type(empty_base(config)).__name__ in str(a.value)
+    if name == "mamba":  # a plan asks for a number of attention heads first
+        return
     with pytest.raises(UserError) as b:
         structure_of(config, Lora(4, 8.0, "all-linear", "float32"))
     assert str(a.value) == str(b.value)
-    assert type(empty_base(config)).__name__ in str(a.value)
 
 
 def test_an_unknown_layer_with_a_state_is_known_by_its_class() -> None:
@@ -74,14 +95,14 @@ def test_an_unknown_layer_with_a_state_is_known_by_its_class() -> None:
     assert reason_of_leak(unknown, [torch.nn.Linear, torch.nn.LayerNorm]) is None
 
 
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("name", [name for name in PACKED if name in TARGETS])
 def test_adapters_on_experts_are_refused_with_targets_that_work(name: str) -> None:
     """PEFT adapts experts and router as parameters, which no merge reads back: the targets named are accepted."""
     with pytest.raises(UserError, match=r"lora\.targets: .*layers\.\*\.mlp\.experts.*uft convert") as refused:
-        policy_of(MIXTURES[name])
+        policy_of(PACKED[name])
     targets = str(refused.value).rpartition("lora.targets=[")[2].removesuffix("]").split(",")
     assert targets == ["k_proj", "o_proj", "q_proj", "v_proj"]
-    trained = [name for name, p in policy_of(MIXTURES[name], targets).named_parameters() if p.requires_grad]
+    trained = [name for name, p in policy_of(PACKED[name], targets).named_parameters() if p.requires_grad]
     assert len(trained) == 2 * 4 * 2
 
 
@@ -89,6 +110,13 @@ def test_a_model_without_linear_layers_is_refused() -> None:
     """GPT-2 stores its layers transposed: a merge would add to the wrong entries."""
     with pytest.raises(UserError, match=r"lora\.targets: GPT2LMHeadModel has no linear layer that can be adapted"):
         policy_of(GPT2)
+
+
+def test_layers_that_are_not_found_are_refused_with_every_name() -> None:
+    """As many as are looked for: the message and the search have one list."""
+    base = SimpleNamespace(get_decoder=torch.nn.Module)
+    with pytest.raises(UserError, match=r"\(expected a list `layers` or `h` or `blocks` in Module\)"):
+        check_base_model(base)
 
 
 def test_a_dropout_of_zero_is_none() -> None:

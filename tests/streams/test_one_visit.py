@@ -11,7 +11,6 @@ import torch
 from test_lanes import live_hidden_states, saved_bytes, watching
 from torch import Tensor
 from toy import logps_by_name, streams_of, toy_model, toy_sequences
-from transformers import AutoModelForCausalLM
 
 from uft_ds.data.micro_batch import micro_batch
 from uft_ds.streams.adapters import as_stream
@@ -27,7 +26,7 @@ CHECKPOINTED = pytest.mark.parametrize("gradient_checkpointing", [False, True], 
 
 
 def outputs_of(model: UFTModel, *names: str) -> dict[str, Output]:
-    return model(BATCH, streams_of(model, *names))
+    return model(BATCH, streams_of(model, *names), with_statistics=True)
 
 
 def assert_same_output(found: Output, expected: Output) -> None:
@@ -215,8 +214,6 @@ def test_statistics_are_those_of_the_logits(tiny_qwen2: Path) -> None:
     """Entropy and top-1 of policy and reference, of Hugging Face's own logits; without gradient."""
     model = toy_model(tiny_qwen2)
     outputs = outputs_of(model)
-    base: Any = AutoModelForCausalLM.from_pretrained(tiny_qwen2)
-    del base
     for name, output in outputs.items():
         with torch.no_grad(), as_stream(model.policy, model.streams[name]):
             logits_NV = model.policy(
@@ -226,6 +223,19 @@ def test_statistics_are_those_of_the_logits(tiny_qwen2: Path) -> None:
         torch.testing.assert_close(output.entropy_N, entropy_N, rtol=0, atol=2e-5)
         assert torch.equal(output.is_top1_N, logits_NV.argmax(-1) == BATCH.targets_N)
         assert not output.entropy_N.requires_grad
+
+
+@pytest.mark.parametrize("train_head", [False, True], ids=["frozen head", "trained head"])
+def test_statistics_are_computed_where_they_are_asked_for(tiny_qwen2: Path, train_head: bool) -> None:
+    """Only metrics read them: a forward without them gives the same bits of log-probs, and nothing else."""
+    model = toy_model(tiny_qwen2)
+    names = ("policy",) if train_head else ("policy", "reference")
+    model.policy.get_base_model().get_output_embeddings().requires_grad_(train_head)
+    plain = model(BATCH, streams_of(model, *names))
+    for name, output in outputs_of(model, *names).items():
+        assert output.entropy_N is not None
+        assert output.is_top1_N is not None
+        assert_same_output(plain[name], Output(output.token_logps_N))
 
 
 # ---- refused

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from uft_ds.errors import UserError
 from uft_ds.streams.load import load_weights, meta_model
-from uft_ds.streams.weights import check_weights, first_non_finite
+from uft_ds.streams.weights import check_weights, first_non_finite, own_values
 
 SIZES = {
     "vocab_size": 96,
@@ -29,6 +29,7 @@ SIZES = {
     "eos_token_id": 2,
     "pad_token_id": 2,
 }
+GPT = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 GROUPED = {"num_key_value_heads": 2}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -41,7 +42,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2", SIZES | GROUPED | {"head_dim": 8}),
     "granite": ("Granite", SIZES | GROUPED),
     "opt": ("OPT", SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 32}),
-    "gpt2": ("GPT2", {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+    "gpt2": ("GPT2", GPT),
+    "gptj": ("GPTJ", GPT | {"rotary_dim": 4}),
+    "codegen": ("CodeGen", GPT | {"rotary_dim": 4}),
     "bloom": ("Bloom", {"vocab_size": 96, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "falcon": ("Falcon", {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}),
     "qwen3_moe": ("Qwen3Moe", SIZES | GROUPED | EXPERTS),
@@ -140,14 +143,28 @@ def test_pickled_weights_are_checked_too(damaged: Path, is_zip: bool) -> None:
     assert "pytorch_model.bin: cannot be read" in refused(damaged)
 
 
-def test_what_older_versions_saved_besides_is_no_fault(damaged: Path) -> None:
-    """Rotary frequencies of old checkpoints, and modules that the model lacks as a whole, change nothing."""
-    extra = {
-        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
-        "v_head.summary.weight": torch.ones(1, 32),
-        "model.vision_tower.proj.weight": torch.ones(2, 2),
-    }
-    check(change(damaged, lambda tensors: tensors.update(extra)))
+MASK_8 = torch.ones(8, 8, dtype=torch.bool).tril()[None, None]
+LEFT_OVER = {
+    "llama": {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)},
+    "gptj": {"transformer.h.0.attn.bias": MASK_8, "transformer.h.0.attn.masked_bias": torch.tensor(-1e9)},
+    "codegen": {"transformer.h.1.attn.causal_mask": MASK_8},
+    "gpt2": {"h.0.attn.bias": MASK_8, "h.1.attn.masked_bias": torch.tensor(-1e4)},  # as the hub's gpt2: without prefix
+    "gpt_neox": {
+        "gpt_neox.layers.0.attention.bias": MASK_8,
+        "gpt_neox.layers.0.attention.masked_bias": torch.tensor(-1e9),
+        "gpt_neox.layers.0.attention.rotary_emb.inv_freq": torch.ones(4),
+    },
+}
+"""Buffers of attention that old versions of transformers saved."""
+
+
+@pytest.mark.parametrize("kind", LEFT_OVER)
+def test_what_older_versions_saved_besides_is_no_fault(tmp_path: Path, kind: str) -> None:
+    """Causal masks and rotary frequencies of old checkpoints, and modules that the model lacks, change nothing."""
+    absent = {"v_head.summary.weight": torch.ones(1, 32), "model.vision_tower.proj.weight": torch.ones(2, 2)}
+    folder = build(tmp_path, kind)
+    check(change(folder, lambda tensors: tensors.update(LEFT_OVER[kind] | absent)))
+    load_weights(str(folder), dtype=torch.float32)
 
 
 def test_a_config_of_another_model_is_refused(damaged: Path) -> None:
@@ -160,9 +177,10 @@ def test_a_config_of_another_model_is_refused(damaged: Path) -> None:
     assert "self_attn.q_norm.weight (and 3 others), which its config.json asks for" in refused(damaged)
 
 
-def test_a_tensor_without_a_place_is_refused(damaged: Path) -> None:
-    """A bias that config.json does not know would be left out of the model."""
-    name = "model.layers.0.self_attn.q_proj.bias"
+@pytest.mark.parametrize("module", ["self_attn.q_proj", "mlp.down_proj", "input_layernorm", "mlp.act_fn"])
+def test_a_tensor_without_a_place_is_refused(damaged: Path, module: str) -> None:
+    """A bias that config.json does not know would be left out of the model; it is no old mask."""
+    name = f"model.layers.0.{module}.bias"
     assert f"holds {name}, for which" in refused(
         change(damaged, lambda tensors: tensors.update({name: torch.ones(32)}))
     )
@@ -226,5 +244,33 @@ def test_all_finite_values_are_finite() -> None:
         "large": torch.full((3,), torch.finfo(torch.bfloat16).max, dtype=torch.bfloat16),
         "empty": torch.empty(0),
         "integer": torch.ones(2, dtype=torch.int8),
+        "four bits": torch.zeros(2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
     }
     assert first_non_finite(tensors.items()) is None
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"])
+def test_eight_bit_numbers_are_checked(name: str) -> None:
+    """The extremes of each type of 8 bits are finite; its NaN is found."""
+    dtype = getattr(torch, name)
+    extremes = torch.tensor([torch.finfo(dtype).min, torch.finfo(dtype).max]).to(dtype)
+    assert first_non_finite([("weight", extremes)]) is None
+    extremes[0] = torch.nan
+    assert first_non_finite([("weight", extremes)]) == "weight"
+
+
+def sharded(values: Tensor, *, rank: int, numel: int, in_memory: bool = True) -> torch.nn.Parameter:
+    """A parameter with what DeepSpeed adds to it: a shard of it, or the one number that stays if that is on a disk."""
+    parameter: Any = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+    parameter.ds_numel, parameter.ds_zero_partition_rank = numel, rank
+    parameter.ds_tensor = values if in_memory else torch.tensor(1.0)
+    parameter.ds_tensor.ds_numel = len(values)
+    return parameter  # type: ignore[no-any-return]
+
+
+def test_a_shard_is_read_where_it_lies_in_memory() -> None:
+    """Seven values on two ranks: four, then three and one of padding. On a disk: none, not what stands for them."""
+    shard = torch.tensor([1.0, 2.0, 3.0, torch.nan])
+    assert torch.equal(own_values(sharded(shard, rank=0, numel=7)).nan_to_num(0), torch.tensor([1.0, 2.0, 3.0, 0.0]))
+    assert own_values(sharded(shard, rank=1, numel=7)).tolist() == [1.0, 2.0, 3.0]
+    assert own_values(sharded(shard, rank=0, numel=7, in_memory=False)).tolist() == []

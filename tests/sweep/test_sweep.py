@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,14 @@ def test_output_moves_the_sweep() -> None:
     assert grid_of("toy.yaml", ["train.seed=[1]"], ("output=x",)).output == Path("x")
 
 
+@pytest.mark.parametrize("given", ["output=[", "output=", "output=3", "output=[a]", "output={a: 1, a: 2}"])
+def test_an_output_that_is_no_folder_is_refused(given: str) -> None:
+    """By the override, as the recipe's own key would be; none makes a folder called None."""
+    sweep_of(grid=None)
+    with pytest.raises(UserError, match=rf"^override '{re.escape(given)}': expected a folder"):
+        load_sweep("sweep.yaml", (given,))
+
+
 def test_values_of_all_runs() -> None:
     """`set` of the sweep holds for every run, before its own."""
     sweep = sweep_of(grid=None, set={"objective.loss": "bce", "train.steps": 9})
@@ -412,7 +421,7 @@ def test_last_values_are_the_last(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_adapters")
 def test_a_run_that_was_stopped_goes_on() -> None:
-    """A folder of the same recipe is gone on with; one of another recipe, or from another first stage, begins anew."""
+    """A folder of the same recipe is gone on with; one of another recipe that has no checkpoint begins anew."""
     trainer = Trainer(sft=EXIT_STOPPED)
     assert [result.status for result in run(sweep_of(grid=None), trainer)] == ["stopped"]
     assert trainer.hows == [How(overwrite=False, resume=False)]
@@ -423,6 +432,36 @@ def test_a_run_that_was_stopped_goes_on() -> None:
     trainer = Trainer()
     run(sweep_of(grid=None, runs=changed), trainer)
     assert trainer.hows == [How(overwrite=True, resume=False)]
+
+
+@pytest.mark.usefixtures("no_adapters")
+def test_an_unfinished_run_of_another_recipe_is_kept() -> None:
+    """It has a checkpoint: the sweep does not start, and nothing is deleted; --overwrite does both."""
+    run(sweep_of(grid=None), Trainer(una=1))
+    checkpoint = Path("runs/both/una/checkpoints/step-000200")
+    checkpoint.mkdir(parents=True)
+    changed = [SWEEP["runs"][0], {**SWEEP["runs"][1], "set": {"train.lr": 0.5}}, SWEEP["runs"][2]]
+    sweep, trainer = sweep_of(grid=None, runs=changed), Trainer()
+    for refused in (lambda: run(sweep, trainer), lambda: table_of(sweep, Console(file=io.StringIO()))):
+        with pytest.raises(UserError, match=r"una: holds a run of another recipe \(train.lr: 0.5 now, 3e-05 then\)"):
+            refused()
+    assert checkpoint.exists()
+    assert not trainer.trained
+    run(sweep, trainer, overwrite=True)
+    assert trainer.trained == ["sft", "una", "uft"]
+
+
+@pytest.mark.usefixtures("no_adapters")
+def test_how_a_run_is_computed_makes_no_other_run() -> None:
+    """What --resume allows: unfinished runs go on, and done ones are done."""
+    run(sweep_of(grid=None), Trainer(una=1))
+    Path("runs/both/una/checkpoints/step-000200").mkdir(parents=True)
+    computed = {"train.tokens_per_micro_batch": 4096, "data.workers": 1, "train.checkpoint_every": 7}
+    runs = [{**planned, "set": {**planned.get("set", {}), **computed}} for planned in SWEEP["runs"]]
+    trainer = Trainer()
+    run(sweep_of(grid=None, runs=runs), trainer)
+    assert trainer.trained == ["una"]
+    assert trainer.hows == [How(overwrite=False, resume=True)]
 
 
 def test_recipes_of_a_sweep_for_jobs_beside_each_other(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ class Family:
 
     layer_class: the decoder layer, which ZeRO-3 gathers as a whole.
     layers, norm: the decoder's attributes with the list of layers and with the final norm.
-    mlp_projections: gate, up and down; two where the MLP has no gate.
+    mlp_projections: gate, up and down, of an expert as well; two where the MLP has no gate.
     leaks: why the sequences of a packed row change each other; empty where the tests show that they do not.
     lockstep: whether the tests hold the lockstep reference against two separate forwards.
     name: what messages and documentation call it; given where `lockstep` is.
@@ -62,10 +62,10 @@ FAMILIES = {
     "codegen": Family("CodeGenBlock", layers="h", norm="ln_f", mlp_projections=2),
     "gpt2": Family("GPT2Block", layers="h", norm="ln_f", mlp_projections=2),
     # The sequences of a packed row change each other in these: measured, see docs/reference.md.
-    "bloom": Family("BloomBlock", layers="h", norm="ln_f", leaks=MASK),
-    "falcon": Family("FalconDecoderLayer", layers="h", norm="ln_f", leaks=MASK),
+    "bloom": Family("BloomBlock", layers="h", norm="ln_f", mlp_projections=2, leaks=MASK),
+    "falcon": Family("FalconDecoderLayer", layers="h", norm="ln_f", mlp_projections=2, leaks=MASK),
     "gpt_oss": Family("GptOssDecoderLayer", leaks=MASK),
-    "opt": Family("OPTDecoderLayer", norm="final_layer_norm", leaks=POSITIONS),
+    "opt": Family("OPTDecoderLayer", norm="final_layer_norm", mlp_projections=2, leaks=POSITIONS),
     "bamba": Family("BambaDecoderLayer", norm="final_layernorm", leaks=STATE),
     "granitemoehybrid": Family("GraniteMoeHybridDecoderLayer", leaks=STATE),
     "lfm2": Family("Lfm2DecoderLayer", norm="embedding_norm", leaks=STATE),
@@ -73,7 +73,7 @@ FAMILIES = {
     "qwen3_next": Family("Qwen3NextDecoderLayer", leaks=STATE),
     "recurrent_gemma": Family("RecurrentGemmaDecoderLayer", norm="final_norm", leaks=STATE),
 }
-"""Families that tests cover."""
+"""Families that tests cover: each by a tiny model that is held against its entry and whose packed rows are measured."""
 
 _ALSO_LEAK = {
     **dict.fromkeys(("afmoe", "mpt", "openai-gpt"), MASK),
@@ -83,7 +83,7 @@ _ALSO_LEAK = {
 """Measured once, with transformers 5.23, and known to leak; other layers with a state are known by their classes."""
 
 _UNKNOWN = Family("")
-_LAYERS = ("layers", "h", "blocks")
+LAYERS = ("layers", "h", "blocks")
 """Where decoders keep their layers."""
 _STATEFUL = re.compile(
     r"mamba|ssm|ssd|shortconv|deltanet|deltaattention|recurrent|rglru|rwkv|lstm|gru|retention|lightning|linearattention",
@@ -112,7 +112,7 @@ def names_in_lockstep() -> tuple[str, ...]:
 
 def layers_attribute(decoder: Any) -> str | None:
     """The attribute of a decoder that holds its list of layers; None if there is none."""
-    names = (family_of(getattr(decoder, "config", None)).layers, *_LAYERS)
+    names = (family_of(getattr(decoder, "config", None)).layers, *LAYERS)
     return next((name for name in names if _is_list(getattr(decoder, name, None))), None)
 
 
@@ -124,7 +124,7 @@ def decoder_layers(decoder: Any) -> Any:
     """
     name = layers_attribute(decoder)
     if name is None:
-        raise AttributeError(f"{type(decoder).__name__} keeps no list of layers in {', '.join(_LAYERS)}")
+        raise AttributeError(f"{type(decoder).__name__} keeps no list of layers in {', '.join(LAYERS)}")
     return getattr(decoder, name)
 
 

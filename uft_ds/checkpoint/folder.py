@@ -73,6 +73,17 @@ def checkpoint_problem(checkpoint: Path) -> str | None:
     return None
 
 
+def _damage(checkpoint: Path) -> str | None:
+    """As `checkpoint_problem`, but a checkpoint of another version is an error of its own: it is not damaged.
+
+    Raises:
+        UnknownFormat: its manifest has another format version.
+    """
+    with suppress(OSError, ValueError):
+        recorded_files(checkpoint)
+    return checkpoint_problem(checkpoint)
+
+
 def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
     """The newest intact checkpoint of a run (None if there is none), and the problems of the newer ones.
 
@@ -81,10 +92,7 @@ def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
     """
     problems: list[str] = []
     for checkpoint in checkpoints_of(run):
-        # Only UnknownFormat leaves this block: `checkpoint_problem` would report it as damage.
-        with suppress(OSError, ValueError):
-            recorded_files(checkpoint)
-        problem = checkpoint_problem(checkpoint)
+        problem = _damage(checkpoint)
         if problem is None:
             return checkpoint, problems
         problems.append(f"checkpoint {checkpoint.name} is damaged: {problem}")
@@ -95,13 +103,13 @@ def latest_checkpoint(run: Path) -> Path:
     """The newest checkpoint of a run, or `run` itself if it is a checkpoint; its files have been verified.
 
     Raises:
-        UserError: there is no checkpoint, or it is damaged; names the file.
+        UserError: there is no checkpoint, or it is damaged or has another format version; names the file.
     """
     run = run.resolve()  # `latest` is a link
     candidates = [run] if (run / MANIFEST).exists() else checkpoints_of(run)
     if not candidates:
         raise UserError(f"{run}: holds no checkpoint; expected a run's folder or one of its checkpoints/step-N")
-    problem = checkpoint_problem(candidates[0])
+    problem = _damage(candidates[0])
     if problem is not None:
         others = f"; older ones: {', '.join(c.name for c in candidates[1:])}" if candidates[1:] else ""
         raise UserError(f"checkpoint {candidates[0].name} is damaged: {problem}{others}")

@@ -69,7 +69,9 @@ def recorded_files(folder: Path) -> dict[str, Written]:
     """
     try:
         content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        check_format(folder / MANIFEST, content[KEY], FORMAT, "start the run anew")
+        # The first manifests had no version and no other key. In another one, a lost version is a flipped bit in KEY.
+        version = None if content.keys() == {"files"} else content[KEY]
+        check_format(folder / MANIFEST, version, FORMAT, "start the run anew")
         files = content["files"]
         return {name: Written(entry["bytes"], entry["sha256"]) for name, entry in files.items()}
     except (KeyError, TypeError, AttributeError, RecursionError) as error:

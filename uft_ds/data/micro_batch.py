@@ -58,7 +58,11 @@ class MicroBatch:
         return self.facts[SCORE]
 
     def fact(self, name: str) -> Tensor:
-        """One fact of each response: [responses], float32; NaN for a response that does not carry it."""
+        """One fact of each response: [responses], float32; NaN for a response that does not carry it.
+
+        Rows of files carry the score alone. Other facts (`Response.other_facts`) are for steps that are made while
+        training, such as an advantage of rollouts, which a `StepSource` of another package may give.
+        """
         return self.facts[name] if name in self.facts else torch.full_like(self.scores_R, math.nan)
 
     def to(self, device: torch.device | str) -> MicroBatch:

@@ -59,30 +59,12 @@ def rank_micro_batches(
     return [micro_batch(sequences) for sequences in bins[rank]]
 
 
-def imbalance(packed: Seq[Seq[Seq[Sequence]]], attention_parity: float = math.inf) -> tuple[float, float]:
-    """How uneven a packing is, as (ranks' totals, waiting); 0 is best for both.
-
-        ranks' totals   max over ranks of the rank's cost / their mean - 1
-        waiting         sum over micro-steps of the costliest rank's cost / the mean of the ranks' totals - 1
-
-    Ranks wait for each other in every micro-step, so `waiting` is the share of time lost. It is never less than the
-    imbalance of the totals.
-    """
-    cost_WM = np.array(
-        [[sum(_cost(s.num_tokens, attention_parity) for s in sequences) for sequences in rank] for rank in packed],
-        dtype=np.int64,
-    )
-    mean = cost_WM.sum() / len(packed)
-    if mean == 0:
-        return 0.0, 0.0
-    return float(cost_WM.sum(1).max() / mean - 1), float(cost_WM.max(0).sum() / mean - 1)
-
-
 _COST_OF_A_TOKEN = 256
 """The cost of one token without attention. Costs are rounded to whole numbers; this scale keeps the rounding small."""
 
 
-def _cost(num_tokens: int, attention_parity: float) -> int:
+def cost_of(num_tokens: int, attention_parity: float) -> int:
+    """The cost of one sequence, in 1/256 of a token without attention."""
     return round(_COST_OF_A_TOKEN * (num_tokens + num_tokens * num_tokens / attention_parity))
 
 
@@ -96,7 +78,7 @@ def _units(sequences: Seq[Sequence], attention_parity: float) -> Units:
     return Units(
         list(members.values()),
         np.array([sum(unit) for unit in lengths], dtype=np.int64),
-        np.array([sum(_cost(length, attention_parity) for length in unit) for unit in lengths], dtype=np.int64),
+        np.array([sum(cost_of(length, attention_parity) for length in unit) for unit in lengths], dtype=np.int64),
     )
 
 

@@ -22,7 +22,7 @@ from uft_ds.data.rows.reading import find_data
 from uft_ds.data.score_map import ScoreMap, affine, quantiles
 from uft_ds.data.store.building import PLACES_NAMED, RowRules
 from uft_ds.data.store.sequences import Account, Selection, TokenStore
-from uft_ds.data.store.tokenized import ensure_store, open_store, quarantine_file
+from uft_ds.data.store.tokenized import ensure_store, open_store, quarantine_file, read_key_parts
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.tokenize import LONG
 from uft_ds.errors import UserError
@@ -272,19 +272,24 @@ def _check_scores(prepared: PreparedSource) -> None:
         )
 
 
-def check_no_source_twice(data: PreparedData) -> None:
-    """Refuse two sources of equal content: a copy, a link or another spelling of a path.
+def check_no_source_twice(data: PreparedData, cache_dir: Path) -> None:
+    """Refuse two sources with the same rows: a copy, a link or another spelling of a path, read by whatever rules.
 
-    The check of the recipe itself compares paths only.
+    Sources of equal content are different if each `where` asks for something that the other does not. The check of
+    the recipe itself compares paths only.
 
     Raises:
         UserError: names the two sources.
     """
-    seen: dict[str, str] = {}
+    seen: dict[str, list[PreparedSource]] = {}
     for source in data.all:
-        if source.key in seen:
-            raise UserError(f"{source.label}: holds the rows of {seen[source.key]}; no row may be used twice")
-        seen[source.key] = source.label
+        of_this_content = seen.setdefault(read_key_parts(cache_dir, source.key)["content"], [])
+        where = set(source.settings.rules.where)
+        for other in of_this_content:
+            other_where = set(other.settings.rules.where)
+            if where <= other_where or other_where <= where:  # all rows of one are among the rows of the other
+                raise UserError(f"{source.label}: holds the rows of {other.label}; no row may be used twice")
+        of_this_content.append(source)
 
 
 def check_units_fit(data: PreparedData, limit: int, *, max_length: int) -> None:

@@ -182,7 +182,7 @@ class Engine:
             attention_parity: passed on to `rank_micro_batches`.
             collective_timeout_minutes: for the collectives among hosts (gloo).
             groups: groups that together hold each trained parameter once, each with its own learning rate.
-                None: one group of all.
+                None: one group of all. No recipe gives groups yet.
         Raises:
             ValueError: the groups do not hold each trained parameter exactly once.
             UserError: DeepSpeed would train in another dtype than the adapters'.
@@ -244,7 +244,12 @@ class Engine:
         return self._ranks.world_size
 
     def __call__(
-        self, micro_batch: MicroBatch, streams: Seq[Stream], *, through_logits: bool = False
+        self,
+        micro_batch: MicroBatch,
+        streams: Seq[Stream],
+        *,
+        with_statistics: bool = False,
+        through_logits: bool = False,
     ) -> dict[str, Output]:
         """Forward one micro-batch through the given streams in one pass over the weights; outputs by stream name.
 
@@ -253,9 +258,12 @@ class Engine:
 
         Args:
             streams: some of `self.streams`.
+            with_statistics: whether the outputs hold the entropy and the most probable tokens, for the metrics.
             through_logits: forward one stream by Hugging Face's own forward, for the check before the first step.
         """
-        outputs: dict[str, Output] = self._engine(micro_batch, streams, through_logits=through_logits)
+        outputs: dict[str, Output] = self._engine(
+            micro_batch, streams, with_statistics=with_statistics, through_logits=through_logits
+        )
         return outputs
 
     def micro_batches(self, step: Step, tokens_per_micro_batch: int) -> list[MicroBatch]:

@@ -1,4 +1,7 @@
-"""Groups of parameters, each with its own learning rate: for example the adapters of several streams, a scalar head."""
+"""Groups of parameters, each with its own learning rate: for example the adapters of several streams, a scalar head.
+
+An interface for code: a recipe trains the policy's adapters alone, which are one group.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ ADAPTERS = "adapters"
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that share a learning rate.
+    """Parameters that share a learning rate. No recipe asks for groups yet; see the module.
 
     rate_scale: factor of the run's learning rate, used if the group has no rate of its own.
     """

@@ -1,10 +1,12 @@
-"""The roles of the ranks of a run. This is the only module that asks torch for the world size.
+"""The roles of the ranks of a run. Only this module turns the world size into roles.
 
     global rank = data_rank * sequence_size + sequence_rank
 
 Ranks that share sequences have neighbouring numbers, so that they are in one node. All ranks of a data rank hold the
 same micro-batches and, after the forward, the same log-probs of each response. A sum of terms, losses or rows over the
 run must therefore count each data rank once.
+
+No recipe divides sequences yet: `sequence_size` is 1 in every run, and a rank is a data rank.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from uft_ds.host.world import check_launched, launcher_environment
 class Ranks:
     """The roles of one rank.
 
-    data_rank: which part of a step this rank packs. sequence_rank: which part of each sequence it computes.
+    data_rank: which part of a step this rank packs. sequence_rank: which part of each sequence it computes; always 0 in
+    runs of today, see the module.
 
     Raises:
         ValueError: a rank is outside 0 .. size - 1.

@@ -19,8 +19,7 @@ from transformers import (
 
 from uft_ds.data.tokens.chat_template import end_of_turn_id, render
 from uft_ds.errors import UserError
-from uft_ds.streams.load import config_of_folder, load_weights, meta_model
-from uft_ds.streams.weights import check_weights
+from uft_ds.streams.load import check_base_files, config_of_folder, load_weights
 
 Messages = list[dict[str, str]]
 
@@ -37,10 +36,10 @@ def load_for_generation(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenize
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
-        model = meta_model(config_of_folder(path))
+        config_of_folder(path)  # before the tokenizer, whose loading reads it too
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         end_of_turn_id(tokenizer)  # before the weights, so that a missing template is reported at once
-        check_weights(path, model)
+        check_base_files(path)
         model = load_weights(str(path), dtype=dtype, local_files_only=True)
     except UserError as error:
         reason = str(error).removeprefix("model.base: ")

@@ -19,6 +19,7 @@ import torch
 from transformers import GenerationConfig
 
 from uft_ds.data.example import Sequence
+from uft_ds.data.store.tokenized import tokenizer_hash
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer, save_tokenizer
 from uft_ds.data.tokens.tokenize import load_tokenizer
 from uft_ds.errors import CheckFailed, UserError
@@ -33,15 +34,14 @@ from uft_ds.export.deepspeed_files import is_deepspeed
 from uft_ds.export.low_rank import read_low_rank
 from uft_ds.export.merge import write_merged
 from uft_ds.export.model_card import model_card
-from uft_ds.export.source import Convertible, of_run, opened
+from uft_ds.export.source import Convertible, of_run, opened, recorded_identity
 from uft_ds.export.universal import write_universal
 from uft_ds.host.callbacks import OnProgress, Say
 from uft_ds.host.files import sync
 from uft_ds.host.locks import Held, acquire
 from uft_ds.streams.identity import local_folder
-from uft_ds.streams.load import check_base, config_of_folder, meta_model
+from uft_ds.streams.load import check_base, check_base_files
 from uft_ds.streams.weight_files import WeightFiles
-from uft_ds.streams.weights import check_weights
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 MAX_SHARD_BYTES = 5 * 10**9
@@ -99,7 +99,7 @@ def convert_to_merged(
     with opened(path, base, adapter_config, say) as source:
         deltas = read_low_rank(source.adapter)
         folder = local_folder(source.base, source.revision)
-        check_weights(folder, meta_model(config_of_folder(folder)))
+        check_base_files(folder)
         chat = _tokenizer_of(source)
         say(f"merging {source.path} into {source.base}")
         with _whole_or_nothing(out) as temporary:
@@ -134,7 +134,10 @@ def convert_to_adapter(
     """
     out = out.absolute()
     _check_free(out)
-    with opened(path, base, adapter_config) as source, _whole_or_nothing(out) as temporary:
+    with (
+        opened(path, base, adapter_config, reads_weights=False) as source,
+        _whole_or_nothing(out) as temporary,
+    ):
         shutil.copytree(source.adapter, temporary, dirs_exist_ok=True)
         if source.settings is not None:
             save_tokenizer(_tokenizer_of(source), temporary)
@@ -157,7 +160,7 @@ def convert_to_universal(path: Path, out: Path) -> Conversion:
         raise UserError(
             f"{path}: an adapter alone; a universal checkpoint is of a run, which has the optimiser's state"
         )
-    source = of_run(path)
+    source = of_run(path, reads_weights=False)
     assert source.settings is not None
     with _whole_or_nothing(out) as temporary:
         write_universal(source.path, source.settings.train, temporary)
@@ -165,7 +168,19 @@ def convert_to_universal(path: Path, out: Path) -> Conversion:
 
 
 def _tokenizer_of(source: Convertible) -> ChatTokenizer:
-    return load_tokenizer(source.base, revision=source.revision, chat_template=source.chat_template)
+    """The tokenizer of the source's base, with the run's chat template.
+
+    Raises:
+        UserError: it cannot be loaded, or a run was trained with another one.
+    """
+    chat = load_tokenizer(source.base, revision=source.revision, chat_template=source.chat_template)
+    if source.run is not None and tokenizer_hash(chat) != recorded_identity(source.run)[1]:
+        key = f"model.chat_template: {source.chat_template}" if source.chat_template else f"model.base: {source.base}"
+        raise UserError(
+            f"{key}: the tokenizer or its chat template is not the one that the run was trained with, by its content; "
+            f"bring the former files back (or install the versions in {source.run.environment})"
+        )
+    return chat
 
 
 def _sequences(source: Convertible, chat: ChatTokenizer) -> tuple[Sequence, ...]:

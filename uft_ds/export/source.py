@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 
@@ -47,10 +48,17 @@ class Convertible:
 
 @contextmanager
 def opened(
-    path: Path, base: str | None, adapter_config: Path | None, say: Say = lambda text: None
+    path: Path,
+    base: str | None,
+    adapter_config: Path | None,
+    say: Say = lambda text: None,
+    *,
+    reads_weights: bool = True,
 ) -> Iterator[Convertible]:
     """The source at `path`. For a DeepSpeed checkpoint its adapter exists only within the block.
 
+    Args:
+        reads_weights: see `of_run`.
     Raises:
         UserError: the path holds nothing that can be converted, or an option is missing or has no effect.
     """
@@ -76,7 +84,7 @@ def opened(
     if not is_own:
         what = "a whole model" if (path / "config.json").is_file() else "nothing of the kind"
         raise UserError(f"{path}: holds {what}; {_EXPECTED}")
-    yield of_run(path, base)
+    yield of_run(path, base, reads_weights=reads_weights)
 
 
 def _is_same_path(base: str, said: str) -> bool:
@@ -96,23 +104,53 @@ def _base_at(base: str) -> str:
     return base
 
 
-def of_run(path: Path, base: str | None = None) -> Convertible:
+def of_run(path: Path, base: str | None = None, *, reads_weights: bool = True) -> Convertible:
+    """A run, or one of its checkpoints, with the base that it was trained on.
+
+    Args:
+        base: where that base is now; None: where the run's recipe says.
+        reads_weights: whether the conversion needs the base's weights. Otherwise a hub model is not downloaded: the
+            commit in the run's recipe names its content.
+    Raises:
+        UserError: there is no whole checkpoint with its run, or the base is gone or has another content.
+    """
     checkpoint = latest_checkpoint(path)
     folder = RunFolder(checkpoint.parent.parent)
     if not folder.recipe.exists() or not folder.sample_data().exists():
         raise UserError(f"{folder.path}: no recipe.yaml or data/ beside {checkpoint.name}; a checkpoint needs its run")
     settings = load_settings(str(folder.recipe))
     model = settings.model
-    if base is None:
-        if Path(model.base).is_absolute() and not Path(model.base).exists():
-            raise UserError(f"{model.base}: no such folder; if the run's base has moved, give --base")
-        return Convertible(
-            checkpoint, checkpoint / ADAPTER, model.base, model.revision, model.chat_template, settings, folder
-        )
-    expected = json.loads(folder.identity.read_text(encoding="utf-8"))["base"]
-    if base_identity(_base_at(base), None) != expected:
-        raise UserError(f"--base: {base} is not the base that the run was trained on ({model.base}), by its content")
-    return Convertible(checkpoint, checkpoint / ADAPTER, base, None, model.chat_template, settings, folder)
+    if base is None and Path(model.base).is_absolute() and not Path(model.base).exists():
+        raise UserError(f"{model.base}: no such folder; if the run's base has moved, give --base")
+    used, revision = (model.base, model.revision) if base is None else (_base_at(base), None)
+    if base is not None or reads_weights or Path(used).exists():
+        check_base(used, revision)
+        if base_identity(used, revision) != recorded_identity(folder)[0]:
+            if base is not None:
+                raise UserError(
+                    f"--base: {base} is not the base that the run was trained on ({model.base}), by its content"
+                )
+            raise UserError(
+                f"{model.base}: its content has changed since the run began, so the adapter is not of this model; "
+                "bring the former files back, or give --base a copy of them"
+            )
+    return Convertible(checkpoint, checkpoint / ADAPTER, used, revision, model.chat_template, settings, folder)
+
+
+def recorded_identity(folder: RunFolder) -> tuple[dict[str, Any], str]:
+    """The identity of a run's base (as `base_identity` returns it) and the hash of its tokenizer and chat template.
+
+    Raises:
+        UserError: the run's identity.json cannot be read.
+    """
+    try:
+        content = json.loads(folder.identity.read_text(encoding="utf-8"))
+        return dict(content["base"]), str(next(iter(content["data"].values()))["tokenizer"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError) as error:
+        raise UserError(
+            f"{folder.identity}: cannot be read ({type(error).__name__}: {error}); it identifies the run's base and "
+            "tokenizer: bring it back from a copy of the run"
+        ) from None
 
 
 def _from_deepspeed(path: Path, folder: Path, base: str | None, adapter_config: Path | None) -> Convertible:

@@ -2,7 +2,8 @@
 
 N tokens, D hidden size, V vocabulary. The modules of this package, from the outside in:
 
-    token_logps                    the function to call
+    token_logps                    the function for use without a model, and for measurements; a model's head calls
+                                   frozen_head or trainable_head itself
     frozen_head, trainable_head    the link of log-probs to their inputs in autograd's graph
     forward                        all tokens, chunk by chunk
     chunks, tiles                  one chunk over the vocabulary, tile by tile; the sizes of both

@@ -24,14 +24,11 @@ from uft_ds.engine.engine import Engine
 from uft_ds.errors import Stopped, UserError
 from uft_ds.host.signals import NEVER, Stop
 from uft_ds.known.store import LogpTable, ReferenceStore
-from uft_ds.objectives.reference import HowReference, is_forwarded_each_time
+from uft_ds.objectives.reference import REFERENCE_STREAM, HowReference, is_forwarded_each_time
 from uft_ds.streams.stream import logps_of
 
 REFERENCE_TABLE = "reference.safetensors"
 """Name of the table's file in a checkpoint's folder."""
-
-REFERENCE = "reference"
-"""Name of the stream with which log-ratios compare the policy."""
 
 
 @dataclass
@@ -107,6 +104,9 @@ class Known:
 
     Each stream has one table, by its name; a stream of another identity has another store. All ranks hold the same
     tables and call the same methods in the same order.
+
+    A recipe has one frozen stream, the reference. It is the default of each method's argument `stream`, for which no
+    recipe gives another value yet.
     """
 
     def __init__(self, streams: Mapping[str, StreamValues]) -> None:
@@ -116,10 +116,10 @@ class Known:
         Raises:
             ValueError: the reference is not among them.
         """
-        if REFERENCE not in streams:
-            raise ValueError(f"known streams {sorted(streams)}: expected {REFERENCE!r} among them")
+        if REFERENCE_STREAM not in streams:
+            raise ValueError(f"known streams {sorted(streams)}: expected {REFERENCE_STREAM!r} among them")
         self._streams = dict(streams)
-        self._reference = self._streams[REFERENCE]
+        self._reference = self._streams[REFERENCE_STREAM]
 
     @classmethod
     def of_reference(
@@ -131,18 +131,18 @@ class Known:
         store: ReferenceStore | None = None,
     ) -> Known:
         """An instance that holds only the reference; for the arguments see `StreamValues`."""
-        return cls({REFERENCE: StreamValues(how, dict(known or {}), identity, store)})
+        return cls({REFERENCE_STREAM: StreamValues(how, dict(known or {}), identity, store)})
 
     @property
     def num_known(self) -> int:
         """The number of responses whose reference is known."""
         return len(self._reference.table)
 
-    def known(self, key: bytes, stream: str = REFERENCE) -> float:
+    def known(self, key: bytes, stream: str = REFERENCE_STREAM) -> float:
         """A response's value, float64; for the reference its log-prob in nats."""
         return self._streams[stream].table[key]
 
-    def values(self, batch: MicroBatch, stream: str = REFERENCE) -> Tensor:
+    def values(self, batch: MicroBatch, stream: str = REFERENCE_STREAM) -> Tensor:
         """The known value of each response of a micro-batch: [responses], float64, on the micro-batch's device.
 
         Raises:
@@ -150,22 +150,19 @@ class Known:
         """
         table = self._streams[stream].table
         values = [table[key] for key in batch.response_keys]
-        return torch.tensor(values, dtype=torch.float64, device=batch.scores_R.device)
+        # Made on the host and copied: `torch.tensor(..., device=...)` would wait for the forward that is queued.
+        return torch.tensor(values, dtype=torch.float64).to(batch.scores_R.device, non_blocking=True)
 
-    def table(self, stream: str = REFERENCE) -> tuple[LogpTable, str]:
+    def table(self, stream: str = REFERENCE_STREAM) -> tuple[LogpTable, str]:
         """A copy of a stream's table, and the stream's identity. A run resumed with both continues bit for bit."""
         of = self._streams[stream]
         return dict(of.table), of.identity
 
-    def has(self, key: bytes, stream: str = REFERENCE) -> bool:
+    def has(self, key: bytes, stream: str = REFERENCE_STREAM) -> bool:
         """Whether a response is known, by its key."""
         return key in self._streams[stream].table
 
-    def knows(self, sequence: Sequence, stream: str = REFERENCE) -> bool:
-        """Whether no response of a sequence needs the stream's forward."""
-        return self._streams[stream].knows(sequence)
-
-    def unknown(self, step: Step, stream: str = REFERENCE) -> Step:
+    def unknown(self, step: Step, stream: str = REFERENCE_STREAM) -> Step:
         """The units of a step that have a response whose value must be forwarded."""
         return self._streams[stream].unknown(step)
 
@@ -185,7 +182,7 @@ class Known:
             for batch in engine.micro_batches(part, tokens_per_micro_batch)
         ]
 
-    def resolve(self, batch: MicroBatch, forwarded_R: Tensor | None, stream: str = REFERENCE) -> Tensor | None:
+    def resolve(self, batch: MicroBatch, forwarded_R: Tensor | None, stream: str = REFERENCE_STREAM) -> Tensor | None:
         """A stream's values for a micro-batch: the forwarded ones, which are noted for `learn`, or else the known ones.
 
         Returns:
@@ -208,7 +205,7 @@ class Known:
         Returns:
             the number of the step's responses whose reference was forwarded, over all ranks.
         """
-        return {name: of.learn(engine, step) for name, of in self._streams.items()}[REFERENCE]
+        return {name: of.learn(engine, step) for name, of in self._streams.items()}[REFERENCE_STREAM]
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
@@ -232,7 +229,7 @@ class Known:
         problems = [problem for of in self._streams.values() if (problem := of.flush()) is not None]
         return "; ".join(problems) or None
 
-    def forget(self, stream: str = REFERENCE) -> None:
+    def forget(self, stream: str = REFERENCE_STREAM) -> None:
         """Discard a stream's snapshot, because a check against the stream's own forward failed."""
         self._streams[stream].table = {}
 
@@ -269,8 +266,8 @@ def fill(
             unknown = cache.unknown(group)
             if unknown.sequences:
                 for batch in engine.micro_batches(unknown, tokens_per_micro_batch):
-                    outputs = engine(batch, [engine.streams["reference"]])
-                    cache.resolve(batch, logps_of(outputs, batch)["reference"])
+                    outputs = engine(batch, [engine.streams[REFERENCE_STREAM]])
+                    cache.resolve(batch, logps_of(outputs, batch)[REFERENCE_STREAM])
             computed = cache.learn(engine, group)
             if number % flush_every == 0:
                 flush()

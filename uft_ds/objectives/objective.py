@@ -33,6 +33,7 @@ from uft_ds.objectives.losses import (
 )
 from uft_ds.objectives.pairwise import PAIR_LOSSES, PairConstants, Pairs
 from uft_ds.objectives.pointwise import pointwise_loss
+from uft_ds.objectives.reference import POLICY_STREAM, REFERENCE_STREAM
 from uft_ds.objectives.reward_shift import RewardShift
 
 BetaSchedule = Literal["constant", "linear", "cosine"]
@@ -173,8 +174,9 @@ def micro_batch_loss(
         a scalar with gradient, also for a micro-batch without responses; and [2, kinds, losses], float64: the
         unweighted sum and the number of each loss's terms, which can be added over ranks and micro-batches.
     """
-    logps_R = logps["policy"]
-    rewards = rewards_of(objective, micro_batch, logps_R, logps["reference"]) if "reference" in logps else None
+    logps_R = logps[POLICY_STREAM]
+    reference_logps_R = logps.get(REFERENCE_STREAM)
+    rewards = None if reference_logps_R is None else rewards_of(objective, micro_batch, logps_R, reference_logps_R)
     # Every rank must run a backward through the model, also if it has no term: the backward contains collectives.
     loss = logps_R.sum().float() * 0.0
     sums = torch.zeros(2, len(KINDS), len(LOSSES), dtype=torch.float64, device=logps_R.device)

@@ -1,8 +1,14 @@
-"""The ways to obtain the reference's log-probs: one vocabulary for model, cache and planner."""
+"""The two streams that a loss compares, and the ways to obtain the reference's log-probs.
+
+One vocabulary for losses, model, cache and planner.
+"""
 
 from __future__ import annotations
 
 from typing import Literal
+
+POLICY_STREAM, REFERENCE_STREAM = "policy", "reference"
+"""The streams' names, by which outputs, log-probs and known values are found."""
 
 HowForwarded = Literal["lockstep", "separate"]
 """lockstep: both streams pass each layer together. separate: the reference has its own forward in the same call."""

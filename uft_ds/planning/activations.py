@@ -97,6 +97,7 @@ def _run(
     base: Any = policy.get_base_model()
     decoder = base.get_decoder()
     keep_layers(decoder, layers)
+    _keep_frequencies(decoder)
     base.config._attn_implementation = attention
     if gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -124,6 +125,18 @@ def _run(
         gradients = sum(p.grad.nbytes for p in policy.parameters() if p.grad is not None)
         peak = live.peak - before
     return _Measured(saved_bytes, max(saved_bytes, peak - gradients))
+
+
+def _keep_frequencies(decoder: nn.Module) -> None:
+    """Let rotary embeddings use the frequencies that they have, as they do for all lengths that training accepts.
+
+    The dynamic kinds compare the largest position with a limit, and a fake position has no value.
+    """
+    for module in decoder.modules():
+        kind: Any = getattr(module, "rope_type", None)
+        if kind is not None:
+            rotary: Any = module
+            rotary.rope_type = dict.fromkeys(kind, "default") if isinstance(kind, dict) else "default"
 
 
 def _without_memory(policy: nn.Module, dtype: torch.dtype) -> set[int]:

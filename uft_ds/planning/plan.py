@@ -20,6 +20,7 @@ from uft_ds.planning.sharding import sharding_of
 from uft_ds.planning.structure import Structure
 from uft_ds.planning.workload import workload_of
 from uft_ds.recipe.settings import Settings
+from uft_ds.streams.accept import check_positions
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def make_plan(
         raise UserError(
             f"--tokens-per-response: {tokens_per_response} given, at most data.max_length {settings.data.max_length}"
         )
+    check_positions(config, settings.data.max_length)
     workload = workload_of(settings, config, tokens_per_response=tokens_per_response)
     name = settings.deepspeed.name
     setting = Setting(workload, name, sharding_of(read_deepspeed_file(name)), cluster)

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 
 from uft_ds.data.example import KINDS
+from uft_ds.data.store.building import RowRules
 from uft_ds.objectives.objective import Objective
-from uft_ds.objectives.pairwise import PAIR_LOSSES
 from uft_ds.objectives.reference import HowReference
 from uft_ds.planning.structure import ITEM_BYTES, Lora
 from uft_ds.recipe.settings import Settings
@@ -21,6 +21,10 @@ ExtraForwards = Literal["none", "both_streams", "as_trained"]
 both_streams: `kl` forwards policy and reference, even if the reference is cached. as_trained: `prompt_mean` forwards
 the policy, and the reference only if it is not cached.
 """
+
+
+WITHOUT_PAIRS = frozenset({"ultrachat", "alpaca", "sharegpt", "helpsteer2", "ultrafeedback", "kto"})
+"""Formats whose rows are never pairs. A format of another package may give pairs."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +46,9 @@ class Workload:
     """Mean number of tokens that a response adds to a step, prompt included."""
     kept_checkpoints: int
     num_responses: int | None
-    """Responses in all training data, if the recipe states their number."""
+    """Responses in all data, held-out data included, if the recipe states their number."""
     has_pairs: bool
-    """Whether a pairwise loss is used, so that both responses of a pair stay together."""
+    """Whether the data may hold pairs, whose two responses stay together whatever their loss is."""
     extra_forwards: ExtraForwards
     """Forwards of a reward shift before each step, without a backward."""
     begins_with_forward: bool
@@ -115,8 +119,8 @@ def workload_of(settings: Settings, config: Any, *, tokens_per_response: int | N
     Raises:
         UserError: transformers does not have the implementation that `model.attention` names for this model.
     """
-    reference, objective, sources = settings.reference, settings.objective, settings.data.sources
-    examples = [source.examples for source in sources]
+    reference, objective = settings.reference, settings.objective
+    examples = [source.examples for source in (*settings.data.sources, *settings.data.held_out)]
     return Workload(
         lora=Lora(
             settings.lora.rank,
@@ -141,11 +145,15 @@ def workload_of(settings: Settings, config: Any, *, tokens_per_response: int | N
         tokens_per_response=tokens_per_response or settings.data.max_length,
         kept_checkpoints=settings.train.keep_checkpoints + (settings.train.keep_best is not None),
         num_responses=sum(n for n in examples if n) if all(examples) else None,
-        has_pairs=any(loss in PAIR_LOSSES for loss in objective.losses)
-        and any(not source.rules.split_pairs for source in sources),
+        has_pairs=any(_may_hold_pairs(source.rules) for source in settings.data.sources),
         extra_forwards=_extra_forwards(objective),
         begins_with_forward=reference.is_needed or bool(settings.data.held_out),
     )
+
+
+def _may_hold_pairs(rules: RowRules) -> bool:
+    """Whether a source's rows may be pairs, as far as the recipe tells; a plan does not read them."""
+    return not rules.split_pairs and rules.format not in WITHOUT_PAIRS
 
 
 def _extra_forwards(objective: Objective) -> ExtraForwards:

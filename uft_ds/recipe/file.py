@@ -11,6 +11,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
+from yaml.constructor import ConstructorError
 
 from uft_ds.errors import UserError
 from uft_ds.host.formats import check_format
@@ -23,6 +24,16 @@ FORMAT_KEY, FORMAT = "recipe_format", 1
 
 class _RecipeLoader(yaml.SafeLoader):
     """YAML without two pitfalls: `1e-5` is read as a number, and a key given twice is an error."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """The value of a node; one that does not fit its tag (`!!bool maybe`, 2024-02-30) is an error of the YAML."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:
+            kind = node.tag.rpartition(":")[2]
+            what = repr(node.value) if isinstance(node, yaml.ScalarNode) else "a value"
+            reason = f" ({error})" if isinstance(error, ValueError) else ""
+            raise ConstructorError(None, None, f"{what} is no {kind}{reason}", node.start_mark) from None
 
 
 class _RecipeDumper(yaml.SafeDumper):
@@ -61,8 +72,8 @@ def load_yaml(text: str) -> Any:
     """
     try:
         return yaml.load(text, Loader=_RecipeLoader)  # a SafeLoader
-    except ValueError as error:  # it looks like a date or a number but is not valid: 2024-02-30
-        raise yaml.YAMLError(str(error)) from None
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
 
 
 def shipped_recipes() -> tuple[str, ...]:
@@ -220,10 +231,16 @@ def _lines(place: tuple[str | int, ...], problems: list[Any], root: type[Section
     elif first["type"] == "value_error":
         yield from str(first["ctx"]["error"]).splitlines()
     else:
-        expected = dict.fromkeys(problem["msg"][0].lower() + problem["msg"][1:] for problem in problems)
+        expected = dict.fromkeys(_expected(problem) for problem in problems)
         first_expected, *others = expected
         either = [first_expected, *(other.removeprefix("input should be ") for other in others)]
         yield f"{key}: {first['input']!r} given; {', or '.join(either)}"
+
+
+def _expected(problem: Any) -> str:
+    """What pydantic expected; it writes out all digits of a bound such as 3.4e38."""
+    text: str = problem["msg"][0].lower() + problem["msg"][1:]
+    return re.sub(r"\d{30,}", lambda digits: f"{float(digits[0]):g}", text)
 
 
 def _known_keys(place: tuple[str | int, ...], root: type[Section]) -> list[str]:

@@ -18,9 +18,14 @@ from uft_ds.recipe.best import best_problem
 from uft_ds.recipe.names import unknown_name
 from uft_ds.recipe.rules import DEFAULT_BETA, GivenObjective, objective_problems, with_kinds
 
-Positive = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
+_INT32 = 2**31
+"""Above every whole number that makes sense here, and far below what overflows an index of torch or NumPy."""
+_FLOAT32 = 3.4e38
+"""About the largest float32: torch refuses to calculate with a larger number when the ranks already run."""
+Positive = Annotated[int, Field(gt=0, lt=_INT32)]
+PositiveFloat = Annotated[float, Field(gt=0, le=_FLOAT32, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=_FLOAT32, allow_inf_nan=False)]
+FiniteFloat = Annotated[float, Field(ge=-_FLOAT32, le=_FLOAT32, allow_inf_nan=False)]
 UnitInterval = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
@@ -85,8 +90,8 @@ class SourceSection(Section):
     """Take only rows whose columns have these values."""
     examples: Positive | None = None
     """Number of responses to take, drawn by the seed; null: all."""
-    epochs: PositiveFloat | None = None
-    """Number of passes over the source in one epoch of the mixture; null: 1."""
+    epochs: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = None
+    """Number of passes over the source in one epoch of the mixture, at most a million; null: 1."""
     share: UnitInterval | list[Annotated[list[UnitInterval], Field(min_length=2, max_length=2)]] | None = None
     """Share of the mixture's responses; the source is repeated as needed. Or a schedule [[progress, share], ...]:
     progress through the run from 0 to 1, with linear interpolation."""
@@ -102,7 +107,7 @@ class SourceSection(Section):
 
 
 class DataSection(Section):
-    max_length: Annotated[int, Field(ge=8)] = 2048
+    max_length: Annotated[int, Field(ge=8, lt=_INT32)] = 2048
     """Longest sequence, in tokens."""
     too_long: Literal["drop", "trim_prompt", "refuse"] = "drop"
     """What happens to a response that ends past max_length. drop: it is left out. trim_prompt: it gets only the end of
@@ -148,15 +153,15 @@ class ObjectiveSection(Section):
     """Decay of the running mean: the part that is kept at each step, for `reward_shift: ema`."""
     weights: float | dict[str, float] = 1.0
     """Weight of the losses: one value, or a map from kind to value; a kind that is not named has weight 1."""
-    undesirable_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    undesirable_weight: NonNegativeFloat = 1.0
     """Weight of binary responses labelled false, against 1 for those labelled true (KTO)."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] | None = None
     """Probability that a preference is reversed; cdpo and robust need it."""
     rpo_scale: PositiveFloat = 1.0
     """Factor of the difference of a pair's scores, for rpo_sq, rpo_fwd and rpo_bwd."""
-    dpop_penalty: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 50.0
+    dpop_penalty: NonNegativeFloat = 50.0
     """Weight of the penalty for a lower likelihood of the chosen response, for dpop."""
-    simpo_margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5
+    simpo_margin: NonNegativeFloat = 0.5
     """Margin by which the chosen reward must exceed the rejected one, for simpo."""
 
     @property
@@ -180,7 +185,7 @@ class ReferenceSection(Section):
     adapter: Location | None = None
     """A frozen adapter: with it the base is the reference, and the policy starts from it. An adapter's folder, a
     checkpoint or a run; its rank, alpha and targets must be those of lora."""
-    step_zero_tolerance: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    step_zero_tolerance: NonNegativeFloat = 0.0
     """Largest log-ratio, in nats, that is accepted before the first step. It is exactly 0 by design; GPU
     kernels that choose another algorithm without gradients may need more."""
 
@@ -188,7 +193,7 @@ class ReferenceSection(Section):
 class TrainSection(Section):
     examples_per_step: Positive = 64
     """Number of responses of an optimiser step, over all ranks and micro-batches."""
-    tokens_per_micro_batch: Annotated[int, Field(ge=8)] = 16384
+    tokens_per_micro_batch: Annotated[int, Field(ge=8, lt=_INT32)] = 16384
     """Largest number of tokens that a rank forwards at once."""
     epochs: Positive = 1
     """Number of passes over the mixture; ignored if steps is given."""
@@ -202,14 +207,14 @@ class TrainSection(Section):
     """Share of all steps over which the learning rate rises linearly from 0."""
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
     """AdamW's decay rates of the two moments. 0.95 for the second suits runs of few steps; the paper states none."""
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     """AdamW's decoupled weight decay."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to this norm."""
-    max_skipped_steps: Annotated[int, Field(ge=0)] = 5
+    max_skipped_steps: Annotated[int, Field(ge=0, lt=_INT32)] = 5
     """Steps with a non-finite loss or gradient are skipped; more than this number of them ends the run."""
-    seed: Annotated[int, Field(ge=0)] = 42
-    """Seed of the data order and of the adapters' initial values."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
+    """Seed of the data order and of the adapters' initial values, below 2^63."""
     deterministic: bool = True
     """Use deterministic kernels only, and refuse an operation that has no such kernel."""
     checkpoint_every: Positive = 200
@@ -227,8 +232,8 @@ class TrainSection(Section):
 class LaunchSection(Section):
     ranks: Literal["auto"] | Positive = "auto"
     """Number of processes on this machine; auto: one per GPU, two on a CPU."""
-    collective_timeout_minutes: PositiveFloat = 30.0
-    """A rank that waits longer than this for the other ranks ends the run."""
+    collective_timeout_minutes: Annotated[float, Field(gt=0, le=525_600, allow_inf_nan=False)] = 30.0
+    """A rank that waits longer than this for the other ranks ends the run; at most a year."""
 
 
 COMBINATIONS_CHECKED = {"combinations": "checked"}
@@ -341,7 +346,8 @@ def _impossible_portion(source: SourceSection, prefix: str) -> list[tuple[str, s
         points = [progress for progress, _ in source.share]
         if points != sorted(set(points)) or not points or (points[0], points[-1]) != (0.0, 1.0):
             found.append(("share", f"a schedule's progress must rise from 0 to 1, found {points}"))
-    if source.share == 0.0:
+    shares = [share for _, share in source.share] if isinstance(source.share, list) else [source.share]
+    if shares and not any(share is None or share > 0 for share in shares):
         found.append(("share", "0 takes nothing; leave the source out"))
     return found
 

@@ -238,8 +238,8 @@ def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
     """The settings of the same recipe with other values at these keys.
 
     The objective as the recipe gives it is kept, and so is the DeepSpeed configuration if its name does not change.
-    Combinations of keys are not checked again: two spellings of one path may become equal, and such a source is
-    refused by its content when the data is read.
+    Combinations of keys are not checked again: two spellings of one path may become equal. Such a source is refused
+    by its content when the data is read, unless each `where` takes other rows, which the recipe allows of one path.
     """
     tree: Any = deepcopy(dict(settings.stored))
     for key, value in changes.items():

@@ -16,7 +16,7 @@ from uft_ds.host.files import write_atomically
 from uft_ds.host.locks import Held, Lock, NoLocks, acquire, is_held
 
 _OF_A_RUN = (
-    "recipe.yaml", "environment.json", "reference.json", "metrics.jsonl", "tensorboard", "wandb", "checkpoints",
+    "recipe.yaml", "environment.json", "metrics.jsonl", "tensorboard", "wandb", "checkpoints",
     "latest", "data", "status.json", "report.html", "curves.png", "health.png", "held_out.csv", "launcher.log", "DONE",
     "quickstart.json", "identity.json", "resumed.json", "wandb-id",
 )  # fmt: skip

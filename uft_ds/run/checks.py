@@ -7,24 +7,21 @@ import json
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from uft_ds.architectures.facts import positions_limit
 from uft_ds.engine.zero_section import check_ranks
 from uft_ds.errors import UserError
 from uft_ds.recipe.settings import Settings
-from uft_ds.streams.accept import accepted_policy
+from uft_ds.streams.accept import accepted_policy, check_positions
 from uft_ds.streams.adapters import start_from_adapter
 from uft_ds.streams.identity import OnFile, base_identity
 from uft_ds.streams.load import attention_implementation, check_base, empty_base
 from uft_ds.streams.model import UFTModel
-from uft_ds.streams.weights import check_weights
 
 
 def check_recipe(settings: Settings) -> None:
-    """Refuse settings that would fail after the launch; nothing is written.
+    """Refuse settings that would fail after the launch; nothing is written, and no weights are read or downloaded.
 
     Raises:
         UserError: names the recipe's key.
@@ -33,15 +30,13 @@ def check_recipe(settings: Settings) -> None:
     attention_implementation(settings.model.attention, getattr(torch, settings.model.dtype), config)
     # The same construction as after the launch, but without weights, so that errors appear now.
     base, lora = empty_base(config), settings.lora
-    if Path(settings.model.base).exists():  # a hub model's weights are downloaded later: `identity.run_identity`
-        check_weights(Path(settings.model.base), base)
     policy = accepted_policy(base, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dtype=torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a deprecated property of transformers
         if settings.reference.adapter is not None:
             start_from_adapter(policy, Path(settings.reference.adapter))
         UFTModel(policy, reference_mode=settings.reference.mode)
-    _check_positions(config, settings.data.max_length)
+    check_positions(config, settings.data.max_length)
     if settings.model.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         raise UserError("model.attention: flash_attention_2 needs flash-attn: pip install 'uft-ds[gpu]', or take auto")
     if settings.reference.caches:
@@ -102,21 +97,6 @@ def check_adapter_is_of_base(settings: Settings, on_file: OnFile) -> None:
         f"reference.adapter: {folder} was trained on {theirs}, model.base is {base}: the same adapter on other weights "
         "is another model (if the weights are the same, correct base_model_name_or_path in its adapter_config.json)"
     )
-
-
-def _check_positions(config: Any, max_length: int) -> None:
-    """Refuse lengths past the limit of dynamic and LongRoPE rotary embeddings.
-
-    Beyond it they scale their frequencies by the longest sequence in the batch, so packing would change every
-    sequence's result, and so would the number of turns of a conversation.
-    """
-    found = positions_limit(config)
-    if found is not None and max_length > found[1]:
-        kind, limit = found
-        raise UserError(
-            f"data.max_length: {max_length} is past the {limit} positions of this model, whose {kind!r} rotary "
-            f"embeddings then change with the longest sequence of a micro-batch; expected at most {limit}"
-        )
 
 
 def _check_writable(folder: Path) -> None:

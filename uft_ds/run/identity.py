@@ -10,13 +10,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from uft_ds.data.sources import PreparedData
 from uft_ds.data.store.tokenized import read_key_parts
 from uft_ds.host.callbacks import OnProgress
 from uft_ds.recipe.settings import Settings
-from uft_ds.streams.identity import adapter_identity, base_identity, local_folder
-from uft_ds.streams.load import check_base, meta_model
-from uft_ds.streams.weights import check_weights
+from uft_ds.streams.identity import adapter_identity, base_identity
+from uft_ds.streams.load import attention_implementation, check_base
+
+_PACKAGES = (
+    "uft-ds", "torch", "deepspeed", "transformers", "peft", "datasets", "safetensors", "numpy", "flash-attn",
+)  # fmt: skip
 
 
 def run_identity(settings: Settings, data: PreparedData, on_progress: OnProgress) -> dict[str, Any]:
@@ -24,8 +29,6 @@ def run_identity(settings: Settings, data: PreparedData, on_progress: OnProgress
     base, adapter = settings.model.base, settings.reference.adapter
     revision = settings.model.revision
     content = base_identity(base, revision, partial(on_progress, f"hashing {base}"))
-    if not Path(base).exists():  # a local folder's weights were checked before any data was read
-        check_weights(local_folder(base, revision), meta_model(check_base(base, revision)))
     return {
         "base": content,
         "adapter": adapter_identity(Path(adapter)) if adapter else None,
@@ -39,11 +42,15 @@ def run_identity(settings: Settings, data: PreparedData, on_progress: OnProgress
 
 
 def environment(settings: Settings) -> dict[str, object]:
-    """Command, versions, git revision and the identity of the initial adapter, for reproducing the run."""
-    adapter = settings.reference.adapter
-    packages = ("uft-ds", "torch", "deepspeed", "transformers", "peft", "datasets", "safetensors", "numpy")
+    """Command, versions, attention, git revision and the identity of the initial adapter, for reproducing the run.
+
+    Raises:
+        UserError: the base's config cannot be read.
+    """
+    adapter, model = settings.reference.adapter, settings.model
+    config = check_base(model.base, model.revision)
     versions = {}
-    for package in packages:
+    for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -53,6 +60,8 @@ def environment(settings: Settings) -> dict[str, object]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": versions,
+        # What `model.attention: auto` is here: it depends on the GPU and on flash-attn.
+        "attention": attention_implementation(model.attention, getattr(torch, model.dtype), config),
         "git_revision": _git_revision(),
         "reference_adapter": adapter_identity(Path(adapter)) if adapter else None,
     }

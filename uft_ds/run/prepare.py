@@ -35,6 +35,8 @@ from uft_ds.record.run_folder import RunFolder, check_claimable, claim, release
 from uft_ds.run.checks import check_adapter_is_of_base, check_inputs_lie_outside, check_recipe
 from uft_ds.run.identity import environment, run_identity
 from uft_ds.run.settings import with_deepspeed_file, with_fixed_revision
+from uft_ds.streams.identity import local_folder
+from uft_ds.streams.load import check_base_files
 
 
 def prepare_data(
@@ -61,7 +63,7 @@ def prepare_data(
         tuple(map(prepare, settings.data.sources)),
         tuple(map(prepare, settings.data.held_out)),
     )
-    check_no_source_twice(data)
+    check_no_source_twice(data, settings.data.cache_dir)
     problems = list(kind_problems(settings.given, data))
     if problems:
         raise UserError("\n".join(f"objective.{key}: {problem}" for key, problem in problems))
@@ -71,13 +73,22 @@ def prepare_data(
 
 
 def open_data(settings: Settings, folder: RunFolder) -> PreparedData:
-    """Open the data that `prepare_run` recorded in the run's folder."""
-    report = _read_report(folder)
+    """Open the data that `prepare_run` recorded in the run's folder.
+
+    Raises:
+        UserError: the record cannot be read, or is of other sources than the settings'.
+    """
+    report = read_report(folder)
 
     def opened(part: str, sources: tuple[SourceSettings, ...]) -> tuple[PreparedSource, ...]:
-        folder, seed = settings.data.cache_dir, settings.train.seed
+        if len(report[part]) != len(sources):
+            raise UserError(
+                f"{folder.data_report()}: {len(report[part])} sources of {part} found, the recipe has {len(sources)}; "
+                "bring recipe.yaml and data/ back from one copy of the run"
+            )
+        cache_dir, seed = settings.data.cache_dir, settings.train.seed
         return tuple(
-            open_source(source, folder, row["tokens_key"], tuple(row["files"]), seed=seed)
+            open_source(source, cache_dir, row["tokens_key"], tuple(row["files"]), seed=seed)
             for row, source in zip(report[part], sources, strict=True)
         )
 
@@ -90,7 +101,7 @@ def ensure_data(settings: Settings, folder: RunFolder) -> None:
     Raises:
         UserError: the data, the tokenizer or the installed versions differ from those of the preparing machine.
     """
-    report = _read_report(folder)
+    report = read_report(folder)
     keys = {row["tokens_key"] for part in ("train", "held_out") for row in report[part]}
     missing = {key for key in keys if not is_whole(settings.data.cache_dir / key)}
     if not missing:
@@ -118,12 +129,31 @@ def steps_of(settings: Settings, data: PreparedData) -> Steps:
     )
 
 
-def _read_report(folder: RunFolder) -> dict[str, Any]:
+def read_report(folder: RunFolder) -> dict[str, list[dict[str, Any]]]:
+    """The rows of `data_report` as `prepare_run` wrote them, by part: train and held_out.
+
+    Raises:
+        UserError: the file cannot be read, or lacks the tokens or the files of a source.
+    """
+    path = folder.data_report()
     try:
-        report: dict[str, Any] = json.loads(folder.data_report().read_text(encoding="utf-8"))
+        report = json.loads(path.read_text(encoding="utf-8"))
+        rows = {part: list(report[part]) for part in ("train", "held_out")}
+        has_keys = all(
+            isinstance(row["tokens_key"], str) and isinstance(row["files"], list)
+            for part in rows.values()
+            for row in part
+        )
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder.data_report()}: cannot be read ({error}); the run was not prepared") from None
-    return report
+        raise UserError(f"{path}: cannot be read ({error}); the run was not prepared") from None
+    except (KeyError, TypeError, AttributeError, RecursionError):
+        has_keys = False
+    if not has_keys:
+        raise UserError(
+            f"{path}: expected train and held_out, each a list of sources with tokens_key and files; the file is "
+            "damaged: bring it back from a copy of the run, or start the run anew"
+        )
+    return rows
 
 
 def _check_mixture(settings: Settings, data: PreparedData) -> None:
@@ -194,6 +224,7 @@ def check_run(
     settings = with_deepspeed_file(settings)
     check_recipe(settings)
     settings = with_fixed_revision(settings)
+    check_base_files(local_folder(settings.model.base, settings.model.revision))
     chat = load_tokenizer(
         settings.model.base, revision=settings.model.revision, chat_template=settings.model.chat_template
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from itertools import takewhile
@@ -26,7 +27,7 @@ from uft_ds.recipe.file import leaves_of, read_stored_recipe, stored_recipe
 from uft_ds.recipe.settings import Settings
 from uft_ds.record.run_folder import RunFolder, claim_again
 from uft_ds.run.identity import environment, run_identity
-from uft_ds.run.prepare import check_run, open_data, prepare_run
+from uft_ds.run.prepare import check_run, open_data, prepare_run, read_report
 
 MAY_CHANGE = (
     "name", "output", "launch.*", "tracking*", "deepspeed", "data.workers", "*.cache_dir", "train.checkpoint_every",
@@ -120,7 +121,7 @@ def _check_nothing_is_lost(folder: RunFolder, settings: Settings) -> None:
 def _check_same_recipe(folder: RunFolder, settings: Settings) -> None:
     changes = recipe_changes(folder, settings)
     changed = [
-        f"{key}: {now} now, {then} when the run began" for key, (then, now) in changes.items() if not _may_change(key)
+        f"{key}: {now} now, {then} when the run began" for key, (then, now) in changes.items() if not may_change(key)
     ]
     for key, (then, now) in changes.items():
         # `located` makes only existing paths absolute, so a relative path here means that it no longer exists.
@@ -138,15 +139,20 @@ ABSENT = "(absent)"
 
 
 def recipe_changes(folder: RunFolder, settings: Settings) -> dict[str, tuple[Any, Any]]:
-    """(value then, value now) of each key that has changed since the folder's run was prepared."""
+    """(value then, value now) of each key that has changed since the folder's run was prepared.
+
+    A `model.revision` that is a tag or a branch is not compared: the run's recipe holds the commit that it was then.
+    """
     then, now = leaves_of(read_stored_recipe(folder.recipe)), leaves_of(settings.stored)
-    if now["model.revision"] is None:
-        then["model.revision"] = None  # preparing a run fixes a hub model's revision, which the user did not give
+    if not re.fullmatch("[0-9a-f]{40}", now["model.revision"] or ""):
+        # Preparing a run replaced the user's tag or branch, or none, by its commit. A resume compares the content.
+        then["model.revision"] = now["model.revision"]
     both = {key: (then.get(key, ABSENT), now.get(key, ABSENT)) for key in dict.fromkeys((*now, *then))}
     return {key: (before, after) for key, (before, after) in both.items() if before != after}
 
 
-def _may_change(key: str) -> bool:
+def may_change(key: str) -> bool:
+    """Whether a run stays the same run if this key of its recipe changes: see `MAY_CHANGE`."""
     return any(fnmatch.fnmatch(key, pattern) for pattern in MAY_CHANGE)
 
 
@@ -165,12 +171,12 @@ def _check_same_content(folder: RunFolder, now: dict[str, Any]) -> None:
 
 
 def _other_versions(folder: RunFolder, now: dict[str, Any], step: int) -> Iterator[str]:
-    """Warnings about package versions that differ from the run's start, or from resumes that made earlier steps."""
+    """Warnings about versions or an attention other than at the run's start, or at resumes that made earlier steps."""
     try:
         start = json.loads(folder.environment.read_text(encoding="utf-8"))
         stages = [("began", start), *((f"was resumed at step {r['step']}", r) for r in start.get("resumes", []))]
         changes = [
-            (what, list(_differences(then["packages"], now["packages"])))
+            (what, list(_differences(known := _deciding(then), {key: _deciding(now).get(key) for key in known})))
             for what, then in stages
             if then.get("step", -1) < step  # the steps of a later resume are removed now
         ]
@@ -181,6 +187,12 @@ def _other_versions(folder: RunFolder, now: dict[str, Any], step: int) -> Iterat
         if changed:
             versions = ", ".join(f"{name} {found} now, {before} then" for name, before, found in changed)
             yield f"the run {what} with other versions, so it is not resumed bit for bit: {versions}"
+
+
+def _deciding(environment: dict[str, Any]) -> dict[str, Any]:
+    """What rounds differently elsewhere, by name. Runs of older versions recorded less, which is not compared."""
+    attention = {"attention": environment["attention"]} if "attention" in environment else {}
+    return {**environment["packages"], **attention}
 
 
 def _record_resume(folder: RunFolder, now: dict[str, Any], step: int) -> None:
@@ -210,9 +222,9 @@ def _as_tokenized_then(settings: Settings, folder: RunFolder, now: PreparedData)
     """The tokens that the run began with, even if newer versions of the libraries would tokenise differently.
 
     Raises:
-        UserError: those tokens are no longer in the cache.
+        UserError: those tokens are no longer in the cache, or the run's record of them cannot be read.
     """
-    report = json.loads(folder.data_report().read_text(encoding="utf-8"))
+    report = read_report(folder)
     then = [row["tokens_key"] for part in ("train", "held_out") for row in report[part]]
     if then == [source.key for source in now.all]:
         return now
@@ -244,7 +256,7 @@ def _go_back_to(checkpoint: Path, folder: RunFolder, settings: Settings, metrics
         UserError: the folder cannot be written.
     """
     try:
-        for name in ("status.json", "DONE", "report.html", "curves.png", "health.png"):
+        for name in ("status.json", "DONE", "report.html", "curves.png", "health.png", "held_out.csv"):
             (folder.path / name).unlink(missing_ok=True)
         for left in (*folder.path.glob(".*.tmp"), *folder.checkpoints.glob(".*.tmp")):
             if left.is_dir() and not left.is_symlink():

@@ -14,7 +14,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from uft_ds.architectures.facts import decoder_layers, layers_attribute, reason_of_leak
+from uft_ds.architectures.facts import LAYERS, decoder_layers, layers_attribute, positions_limit, reason_of_leak
 from uft_ds.errors import UserError
 from uft_ds.streams.adapters import add_adapters
 from uft_ds.streams.heads import plain_head
@@ -52,9 +52,10 @@ def check_base_model(base: Any) -> None:
     """
     decoder, name = base.get_decoder(), type(base).__name__
     if layers_attribute(decoder) is None:
+        known = " or ".join(f"`{attribute}`" for attribute in LAYERS)
         raise UserError(
             f"model.base: {name} keeps its decoder layers where neither ZeRO-3 nor a plan finds them "
-            f"(expected a list `layers` or `h` in {type(decoder).__name__}); take a model of another architecture"
+            f"(expected a list {known} in {type(decoder).__name__}); take a model of another architecture"
         )
     plain_head(base)
     layers = decoder_layers(decoder)
@@ -63,6 +64,24 @@ def check_base_model(base: Any) -> None:
         raise UserError(
             f"model.base: {name} cannot be trained on packed rows: {reason}, so sequences that share a row would "
             "change each other's log-probs; take a model of another architecture"
+        )
+
+
+def check_positions(config: Any, max_length: int) -> None:
+    """Refuse lengths past the limit of dynamic and LongRoPE rotary embeddings.
+
+    Beyond it they scale their frequencies by the longest sequence in the batch, so packing would change every
+    sequence's result, and so would the number of turns of a conversation.
+
+    Raises:
+        UserError: the message names `data.max_length` and the limit.
+    """
+    found = positions_limit(config)
+    if found is not None and max_length > found[1]:
+        kind, limit = found
+        raise UserError(
+            f"data.max_length: {max_length} is past the {limit} positions of this model, whose {kind!r} rotary "
+            f"embeddings then change with the longest sequence of a micro-batch; expected at most {limit}"
         )
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from uft_ds.errors import UserError
+from uft_ds.objectives.reference import REFERENCE_STREAM
 from uft_ds.streams.lora_config import WITHOUT_EFFECT, read_lora_config
 from uft_ds.streams.stream import BARE_BASE, POLICY_ADAPTER, REFERENCE_ADAPTER, Stream
 
@@ -148,7 +149,7 @@ def _check_same_lora(folder: Path, ours: PeftConfig) -> None:
 def reference_of(policy: PeftModel) -> Stream:
     """The reference stream: the frozen adapter that `start_from_adapter` has loaded, or else the bare base."""
     if REFERENCE_ADAPTER in policy.peft_config:
-        return Stream(BARE_BASE.name, REFERENCE_ADAPTER)
+        return Stream(REFERENCE_STREAM, REFERENCE_ADAPTER)
     return BARE_BASE
 
 

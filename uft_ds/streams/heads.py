@@ -37,7 +37,12 @@ class LogpHead(nn.Linear):
     """Whether plain calls return float32 logits, so that the model's own forward rounds no logit to its dtype."""
 
     def forward(  # type: ignore[override] # a superset of nn.Linear's
-        self, hidden: Tensor | tuple[Tensor, ...], targets_N: Tensor | None = None, with_gradients: int = 0
+        self,
+        hidden: Tensor | tuple[Tensor, ...],
+        targets_N: Tensor | None = None,
+        with_gradients: int = 0,
+        *,
+        with_statistics: bool = False,
     ) -> Tensor | HeadOutput:
         """The output of nn.Linear; or, given targets, the log-probs of several streams.
 
@@ -46,13 +51,14 @@ class LogpHead(nn.Linear):
         Args:
             hidden: if targets are given, the hidden states of each stream, [N, D]; else those of a plain call.
             with_gradients: the number of streams that carry a gradient; they come first.
+            with_statistics: whether the output holds statistics of each stream; no log-prob depends on it.
         """
         if targets_N is None:
             assert isinstance(hidden, Tensor)
             return self._float32_logits(hidden) if self.in_float32 else super().forward(hidden)
         head = Head(self.weight, self.bias, self.transform, self.chunk_bytes)
         logps = differentiable_logps if is_trainable(self) and torch.is_grad_enabled() else logps_and_gradients
-        return logps(tuple(hidden), head, targets_N, with_gradients=with_gradients, with_statistics=True)
+        return logps(tuple(hidden), head, targets_N, with_gradients=with_gradients, with_statistics=with_statistics)
 
     def _float32_logits(self, hidden: Tensor) -> Tensor:
         logits_TV = mm_float32(hidden.flatten(0, -2), self.weight.t())
@@ -62,7 +68,10 @@ class LogpHead(nn.Linear):
 
 
 class ScalarHead(nn.Linear):
-    """One float32 number from a hidden state, like `score` of Hugging Face's sequence classifiers, without a bias."""
+    """One float32 number from a hidden state, like `score` of Hugging Face's sequence classifiers, without a bias.
+
+    For streams in addition to policy and reference; no recipe has one yet.
+    """
 
     def __init__(self, hidden_size: int, *, std: float) -> None:
         """Draw the weights with standard deviation `std`, equal on every rank."""
@@ -123,21 +132,28 @@ def logit_transform_of(config: Any) -> LogitTransform:
     return LogitTransform(scale, softcap)
 
 
-def head_outputs(head: LogpHead, hidden_states: Seq[Tensor], targets_N: Tensor, *, trained: int) -> list[Output]:
-    """Log-probs of the targets and their statistics, stream by stream.
+def head_outputs(
+    head: LogpHead, hidden_states: Seq[Tensor], targets_N: Tensor, *, trained: int, with_statistics: bool
+) -> list[Output]:
+    """Log-probs of the targets and, if they are asked for, their statistics, stream by stream.
 
     Args:
         hidden_states: of each stream, [N, D].
         trained: the number of trained streams; they come first.
+        with_statistics: whether to compute them, of all streams: rows of all streams then pass the same sweep, which
+            makes equal rows give equal bits.
     """
     with_gradients = trained if torch.is_grad_enabled() else 0
     if is_trainable(head):
-        output: HeadOutput = head(tuple(hidden_states), targets_N, with_gradients)
+        output: HeadOutput = head(tuple(hidden_states), targets_N, with_gradients, with_statistics=with_statistics)
         logps = output.logps
     else:
         with_gradients = with_gradients if all(h.requires_grad for h in hidden_states[:trained]) else 0
-        output = head(tuple(hidden_ND.detach() for hidden_ND in hidden_states), targets_N, with_gradients)
+        detached = tuple(hidden_ND.detach() for hidden_ND in hidden_states)
+        output = head(detached, targets_N, with_gradients, with_statistics=with_statistics)
         logps = attached(hidden_states, output)
+    if not with_statistics:
+        return [Output(logps_N) for logps_N in logps]
     return [
         Output(logps_N, of_stream.entropy_N, of_stream.is_top1_N)
         for logps_N, of_stream in zip(logps, output.statistics, strict=True)

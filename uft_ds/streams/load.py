@@ -18,7 +18,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 
 from uft_ds.architectures.facts import decoder_layers
 from uft_ds.errors import UserError
-from uft_ds.streams.weights import first_non_finite, loading_of, own_values, problem_of
+from uft_ds.streams.weights import check_weights, first_non_finite, loading_of, own_values, problem_of
 
 
 def check_is_there(base: str) -> None:
@@ -106,6 +106,15 @@ def meta_model(config: Any) -> Any:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (ValueError, KeyError) as error:
         raise UserError(f"model.base: no causal language model: {str(error).splitlines()[0]}") from None
+
+
+def check_base_files(folder: Path) -> None:
+    """Refuse a model's folder whose weight files do not hold the model of its config.json; only headers are read.
+
+    Raises:
+        UserError: names the file and the tensor; see `check_weights`.
+    """
+    check_weights(folder, meta_model(config_of_folder(folder)))
 
 
 def load_base(

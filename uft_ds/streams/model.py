@@ -22,9 +22,6 @@ from uft_ds.streams.lanes import Lanes, enable_lockstep
 from uft_ds.streams.offload import activations_on_host
 from uft_ds.streams.stream import POLICY, Output, Stream, trained_first
 
-ReferenceMode = HowForwarded
-"""lockstep: one pass over the weights for all streams. separate: a forward for each stream."""
-
 
 class UFTModel(nn.Module):
     """Streams over one set of frozen base weights: the policy, the reference, and further streams of a run.
@@ -38,14 +35,16 @@ class UFTModel(nn.Module):
         policy: PeftModel,
         *,
         further: Seq[Stream] = (),
-        reference_mode: ReferenceMode = "lockstep",
+        reference_mode: HowForwarded = "lockstep",
         activation_offload: bool = False,
         chunk_bytes: int | None = None,
     ) -> None:
         """
         Args:
             policy: the base with its adapters.
-            further: streams besides policy and reference; their adapters must exist already.
+            further: streams besides policy and reference; their adapters must exist already. No recipe gives any
+                yet.
+            reference_mode: lockstep: one pass over the weights for all streams. separate: a forward for each stream.
             activation_offload: keep saved activations in host memory.
             chunk_bytes: memory for the logits that are held at once; None: a default for the device.
         Raises:
@@ -87,12 +86,18 @@ class UFTModel(nn.Module):
             raise ValueError(f"stream {stream.name!r}: beside the policy, a stream is trained in lockstep only")
 
     def forward(
-        self, micro_batch: MicroBatch, streams: Seq[Stream], *, through_logits: bool = False
+        self,
+        micro_batch: MicroBatch,
+        streams: Seq[Stream],
+        *,
+        with_statistics: bool = False,
+        through_logits: bool = False,
     ) -> dict[str, Output]:
         """The output of each stream for a micro-batch, by the stream's name.
 
         Args:
             streams: those of `self.streams` that are forwarded.
+            with_statistics: whether outputs of a tokens head hold the entropy and the most probable tokens.
             through_logits: forward one stream by the definition, `_token_logps_through_logits`; for the check before
                 the first step.
         Raises:
@@ -108,10 +113,13 @@ class UFTModel(nn.Module):
             (stream,) = ordered
             return {stream.name: Output(self._token_logps_through_logits(micro_batch, stream))}
         hidden_states = dict(zip(ordered, self._hidden_states(micro_batch, ordered), strict=True))
-        outputs = self._token_outputs(hidden_states, micro_batch) | self._values(hidden_states, micro_batch)
+        outputs = self._token_outputs(hidden_states, micro_batch, with_statistics=with_statistics)
+        outputs |= self._values(hidden_states, micro_batch)
         return {stream.name: outputs[stream] for stream in streams}
 
-    def _token_outputs(self, hidden_states: dict[Stream, Tensor], micro_batch: MicroBatch) -> dict[Stream, Output]:
+    def _token_outputs(
+        self, hidden_states: dict[Stream, Tensor], micro_batch: MicroBatch, *, with_statistics: bool
+    ) -> dict[Stream, Output]:
         streams = [stream for stream in hidden_states if stream.head == "tokens"]
         if not streams:
             return {}
@@ -121,7 +129,8 @@ class UFTModel(nn.Module):
             raise RuntimeError("All streams share one head: if the head is trained, no stream can be without gradient.")
         hidden = [hidden_states[stream][0].index_select(0, micro_batch.predictors_N) for stream in streams]
         trained = sum(stream.trained for stream in streams)
-        return dict(zip(streams, head_outputs(head, hidden, micro_batch.targets_N, trained=trained), strict=True))
+        outputs = head_outputs(head, hidden, micro_batch.targets_N, trained=trained, with_statistics=with_statistics)
+        return dict(zip(streams, outputs, strict=True))
 
     def _values(self, hidden_states: dict[Stream, Tensor], micro_batch: MicroBatch) -> dict[Stream, Output]:
         return {

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.objectives.implicit_reward import response_sums
+from uft_ds.objectives.reference import POLICY_STREAM, REFERENCE_STREAM
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Stream:
     name: "policy", "reference", "reward", ...
     adapter: PEFT's name of the adapter; None: the bare base.
     trained: whether the stream carries a gradient. Two trained streams must not share an adapter.
-    head: "tokens": log-probs of the supervised tokens; "scalar": one value at each response's last token.
+    head: "tokens": log-probs of the supervised tokens; "scalar": one value at each response's last token, which no
+    stream of a recipe has yet.
     """
 
     name: str
@@ -38,18 +40,18 @@ class Stream:
 POLICY_ADAPTER, REFERENCE_ADAPTER = "default", "reference"
 """PEFT's names of the policy's adapter (PEFT's default) and of the frozen adapter of a reference."""
 
-POLICY = Stream("policy", POLICY_ADAPTER, trained=True)
+POLICY = Stream(POLICY_STREAM, POLICY_ADAPTER, trained=True)
 """The stream that every run trains."""
 
-BARE_BASE = Stream("reference", None)
+BARE_BASE = Stream(REFERENCE_STREAM, None)
 """The reference of a run that starts from fresh adapters."""
 
 
 class Output(NamedTuple):
     """The output of one stream for a micro-batch.
 
-    A tokens head fills all fields except `values_R`; a scalar head fills only `values_R`. The log-probs or values of a
-    trained stream carry the gradient.
+    A tokens head fills all fields except `values_R`, the entropy and `is_top1_N` only if statistics are asked for; a
+    scalar head fills only `values_R`. The log-probs or values of a trained stream carry the gradient.
     """
 
     token_logps_N: Tensor | None = None
@@ -59,7 +61,7 @@ class Output(NamedTuple):
     is_top1_N: Tensor | None = None
     """Whether no token of the vocabulary is more probable than the target."""
     values_R: Tensor | None = None
-    """One number for each response, float32."""
+    """One number for each response, float32. No stream of a recipe has a scalar head yet."""
 
 
 def trained_first(streams: Iterable[Stream]) -> tuple[Stream, ...]:

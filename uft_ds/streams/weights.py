@@ -23,6 +23,9 @@ from uft_ds.errors import UserError
 from uft_ds.streams.identity import index_file, weight_files
 from uft_ds.streams.weight_files import stored_tensors
 
+_OLD_MASKS = {"bias", "masked_bias", "causal_mask"}
+"""Names under which attention kept its causal mask in old checkpoints; transformers 5 builds masks itself."""
+
 _REMEDY = (
     "the folder is incomplete or mixed up: fetch or copy the model again, config.json and all weight files together"
 )
@@ -55,7 +58,8 @@ def check_weights(folder: Path, model: Any) -> None:
     """Refuse weight files that do not hold exactly the tensors of a model.
 
     Tensors of modules that the model does not have at all (a value head, the vision part of a text model) are ignored,
-    as transformers ignores them: they do not affect the model's outputs.
+    as transformers ignores them: they do not affect the model's outputs. So are the causal masks that old versions of
+    transformers saved with each attention module.
 
     Args:
         model: the model of the folder's config.json on the meta device (`streams.load.empty_base`); not changed.
@@ -104,11 +108,14 @@ def first_non_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:
     """The name of the first tensor that holds NaN or infinity; None if all are finite.
 
     Checking the minimum and the maximum is enough, because both are NaN if any value is NaN. Checking every value with
-    isfinite takes 40 times as long.
+    isfinite takes 40 times as long. torch compares no 8-bit numbers, so these are read as bfloat16, which holds each of
+    them; 4-bit numbers have neither NaN nor infinity.
     """
     for name, values in named:
         if values.is_floating_point() and values.numel() and not values.is_meta:
-            least, greatest = torch.aminmax(values)
+            if values.dtype.itemsize == 1 and "float8" not in str(values.dtype):
+                continue
+            least, greatest = torch.aminmax(values.bfloat16() if values.dtype.itemsize == 1 else values)
             if not (torch.isfinite(least) and torch.isfinite(greatest)):
                 return name
     return None
@@ -117,11 +124,15 @@ def first_non_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:
 def own_values(parameter: nn.Parameter) -> Tensor:
     """This rank's shard of a parameter, flat, or the whole parameter if it is not sharded.
 
-    The padding of the last rank's shard is left out, because nothing ever initialises it.
+    The padding of the last rank's shard is left out, because nothing ever initialises it. A shard that DeepSpeed has
+    moved to a disk (`offload_param.device: nvme`) is not read back: its values are an empty tensor. A NaN in it shows
+    before the first step, in the log-probs of policy and reference.
     """
     shard = getattr(parameter, "ds_tensor", None)
     if shard is None:
         return parameter.detach()
+    if shard.numel() < shard.ds_numel:  # DeepSpeed leaves one number in memory, which is no weight
+        return shard.detach().new_empty(0)
     partitioned: Any = parameter  # DeepSpeed adds the attributes below
     left = partitioned.ds_numel - partitioned.ds_zero_partition_rank * shard.ds_numel
     return shard.detach().flatten()[: max(0, left)]
@@ -153,10 +164,23 @@ def _lacking(model: Any, stored: Collection[str]) -> list[str]:
 
 def _lies_inside(name: str, model: Any) -> bool:
     """Whether a tensor that has no place in the model belongs to a module that the model has."""
-    prefix = model.base_model_prefix
-    first = name.removeprefix(f"{prefix}.").partition(".")[0]
-    backbone = getattr(model, prefix, model)
-    return any(first in dict(module.named_children()) for module in (model, backbone))
+    roots = [model, getattr(model, model.base_model_prefix, model)]
+    first = name.removeprefix(f"{model.base_model_prefix}.").partition(".")[0]
+    if not any(first in dict(root.named_children()) for root in roots):
+        return False
+    return not any(_is_old_mask(name, dict(root.named_modules())) for root in roots)
+
+
+def _is_old_mask(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a tensor without a place is the causal mask of an attention module, which no output depends on.
+
+    A mask lies beside the projections, in a module that only holds others. A bias lies in a module with a weight.
+    """
+    place, _, leaf = name.rpartition(".")
+    module = modules.get(place)
+    if leaf not in _OLD_MASKS or module is None:
+        return False
+    return any(True for _ in module.children()) and not any(True for _ in module.parameters(recurse=False))
 
 
 def _some(names: Collection[str]) -> str:

@@ -265,10 +265,22 @@ def _overlap(key: str, other: str) -> bool:
 
 
 def _output_of(section: SweepSection, overrides: tuple[str, ...]) -> tuple[Path, tuple[str, ...]]:
-    """The sweep's folder, and the overrides of its runs: `output=` changes the folder of the whole sweep."""
-    given = [override.partition("=")[2] for override in overrides if override.startswith("output=")]
+    """The sweep's folder, and the overrides of its runs: `output=` changes the folder of the whole sweep.
+
+    Raises:
+        UserError: the value of `output=` is no folder.
+    """
+    given = [override for override in overrides if override.startswith("output=")]
     rest = tuple(override for override in overrides if not override.startswith("output="))
-    return Path(str(load_yaml(given[-1])) if given else section.output).expanduser(), rest
+    if not given:
+        return Path(section.output).expanduser(), rest
+    try:
+        folder = load_yaml(given[-1].partition("=")[2])
+    except (yaml.YAMLError, UserError):
+        folder = None
+    if not isinstance(folder, str) or not folder:
+        raise UserError(f"override {given[-1]!r}: expected a folder, such as output=runs/other")
+    return Path(folder).expanduser(), rest
 
 
 def _override(key: str, value: Any) -> str:

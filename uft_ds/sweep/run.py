@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from uft_ds.checkpoint.folder import checkpoints_of
 from uft_ds.errors import EXIT_INTERRUPTED, EXIT_STOPPED, UserError
 from uft_ds.host.files import write_atomically
 from uft_ds.recipe.file import dump_recipe, leaves_of
@@ -26,7 +27,7 @@ from uft_ds.recipe.settings import Settings, changed
 from uft_ds.record.metrics import read_metrics
 from uft_ds.record.run_folder import RunFolder, Status
 from uft_ds.run.progress import progress_of
-from uft_ds.run.resume import recipe_changes
+from uft_ds.run.resume import may_change, recipe_changes
 from uft_ds.run.settings import adapter_folder, located
 from uft_ds.streams.identity import adapter_identity
 from uft_ds.sweep.file import DEFAULT_COLUMNS, PlannedRun, Sweep
@@ -212,9 +213,13 @@ def _check_runs(sweep: Sweep, console: Console, check: Callable[[Settings], obje
 
 
 def _check_folder(sweep: Sweep, run: PlannedRun) -> None:
-    """Refuse a finished run in the folder whose recipe differs from the run that is planned there."""
+    """Refuse a run in the folder that has trained by another recipe than the run that is planned there, done or not.
+
+    A run without a checkpoint has nothing to lose and is replaced. A second stage is trained anew with its first one.
+    """
     folder = RunFolder(sweep.output / run.name)
-    if not folder.done.exists() or (run.after is not None and not RunFolder(sweep.output / run.after).done.exists()):
+    has_trained = folder.done.exists() or bool(checkpoints_of(folder.path))
+    if not has_trained or (run.after is not None and not RunFolder(sweep.output / run.after).done.exists()):
         return
     changed = _first_change(folder, run)
     if changed is not None:
@@ -225,9 +230,9 @@ def _check_folder(sweep: Sweep, run: PlannedRun) -> None:
 
 
 def _first_change(folder: RunFolder, run: PlannedRun) -> str | None:
-    """The first key of a run's recipe that differs from the recipe of its folder, with both values, or None."""
+    """The first key that makes a run another one than that of its folder, with both values, or None."""
     changes = recipe_changes(folder, located(run.settings))
-    return next((f"{key}: {now} now, {then} then" for key, (then, now) in changes.items()), None)
+    return next((f"{key}: {now} now, {then} then" for key, (then, now) in changes.items() if not may_change(key)), None)
 
 
 def _goes_on(sweep: Sweep, run: PlannedRun, folder: RunFolder) -> bool:

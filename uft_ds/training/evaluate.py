@@ -22,6 +22,7 @@ from uft_ds.host.signals import NEVER, Stop
 from uft_ds.known.cache import Known
 from uft_ds.objectives.losses import LOSSES
 from uft_ds.objectives.objective import count_terms, micro_batch_loss
+from uft_ds.objectives.reference import POLICY_STREAM, REFERENCE_STREAM
 from uft_ds.objectives.shifts import StepShift
 from uft_ds.record.metrics import step_metrics
 from uft_ds.streams.stream import logps_of
@@ -64,7 +65,7 @@ def check_log_ratios_are_zero(engine: Engine, step: Step, *, tokens_per_micro_ba
     worst = (0.0, "")
     for batch in engine.micro_batches(step, tokens_per_micro_batch):
         logps = logps_of(engine(batch, streams_of(engine, with_reference=True)), batch)
-        ratios = (logps["policy"].detach() - logps["reference"]).abs().nan_to_num(nan=float("inf")).tolist()
+        ratios = (logps[POLICY_STREAM].detach() - logps[REFERENCE_STREAM]).abs().nan_to_num(nan=float("inf")).tolist()
         del logps  # frees the graph before the next forward builds its own
         origins = (response.origin for response in batch.responses)
         worst = max([worst, *zip(ratios, origins, strict=True)])
@@ -98,7 +99,7 @@ def check_reference_cache(
     worst = (0.0, 0.0, "")
     with engine.evaluating():
         for batch in engine.micro_batches(chosen, tokens_per_micro_batch):
-            live = logps_of(engine(batch, [engine.streams["reference"]]), batch)["reference"].tolist()
+            live = logps_of(engine(batch, [engine.streams[REFERENCE_STREAM]]), batch)[REFERENCE_STREAM].tolist()
             for key, value, response in zip(batch.response_keys, live, batch.responses, strict=True):
                 # `max` would drop a NaN that is not first.
                 difference = abs(value - cache.known(key)) if math.isfinite(value) else math.inf
@@ -149,7 +150,8 @@ def evaluate(method: Method, groups: Seq[Step], shift: float = 0.0, stop: Stop =
     with engine.evaluating(), known.all_or_nothing():
         for group in groups:
             stop.check()
-            done.append([replace(part, batch=_without_tokens(part.batch)) for part in forward(method, group)])
+            of_group = forward(method, group, with_statistics=True)
+            done.append([replace(part, batch=_without_tokens(part.batch)) for part in of_group])
             known.learn(engine, group)
     # `prompt_mean` compares responses of all groups, so it is computed after all of them are forwarded.
     of_all = groups if objective.shift.name == "prompt_mean" else ()

@@ -15,6 +15,7 @@ from uft_ds.engine.engine import Engine
 from uft_ds.known.cache import Known
 from uft_ds.objectives.implicit_reward import response_sums
 from uft_ds.objectives.objective import Objective
+from uft_ds.objectives.reference import POLICY_STREAM, REFERENCE_STREAM
 from uft_ds.record.telemetry import response_rows
 from uft_ds.streams.stream import Output, Stream, logps_of
 
@@ -38,7 +39,7 @@ class Forwarded:
     """The results of a forwarded micro-batch, without its graph: [responses] each, float64, summed over tokens.
 
     logps: by stream, nats. entropy_R: the policy's entropy, nats. top1_R: the number of tokens that are the policy's
-    most probable ones.
+    most probable ones. Both are None if the forward computed no statistics.
     """
 
     batch: MicroBatch
@@ -54,34 +55,37 @@ class Forwarded:
             logps: by stream, with or without a graph.
             policy: the policy's output in the same forward.
         """
-        assert policy.entropy_N is not None
-        assert policy.is_top1_N is not None
         return cls(
             batch,
             {name: logps_R.detach() for name, logps_R in logps.items()},
-            *(response_sums(of_N, batch) for of_N in (policy.entropy_N, policy.is_top1_N)),
+            *(None if of_N is None else response_sums(of_N, batch) for of_N in (policy.entropy_N, policy.is_top1_N)),
         )
 
 
 def streams_of(engine: Engine, *, with_reference: bool) -> tuple[Stream, ...]:
     """The streams that a training step forwards."""
-    names = ("policy", "reference") if with_reference else ("policy",)
+    names = (POLICY_STREAM, REFERENCE_STREAM) if with_reference else (POLICY_STREAM,)
     return tuple(engine.streams[name] for name in names)
 
 
 def with_known(known: Known, batch: MicroBatch, logps: dict[str, Tensor]) -> dict[str, Tensor]:
     """The forwarded log-probs, completed by the reference's known ones: [responses] each, nats, float64."""
-    reference_logps_R = known.resolve(batch, logps.get("reference"))
-    return logps if reference_logps_R is None else logps | {"reference": reference_logps_R}
+    reference_logps_R = known.resolve(batch, logps.get(REFERENCE_STREAM))
+    return logps if reference_logps_R is None else logps | {REFERENCE_STREAM: reference_logps_R}
 
 
-def forward(method: Method, step: Step) -> list[Forwarded]:
-    """Forward this rank's part of a step; the caller must be within `engine.evaluating()`."""
+def forward(method: Method, step: Step, *, with_statistics: bool) -> list[Forwarded]:
+    """Forward this rank's part of a step; the caller must be within `engine.evaluating()`.
+
+    Args:
+        with_statistics: whether the policy's entropy and most probable tokens are computed, which only metrics need.
+    """
     engine, done = method.engine, []
     for batch, forward_reference in method.micro_batches(step):
-        outputs = engine(batch, streams_of(engine, with_reference=forward_reference))
+        streams = streams_of(engine, with_reference=forward_reference)
+        outputs = engine(batch, streams, with_statistics=with_statistics)
         logps = with_known(method.known, batch, logps_of(outputs, batch))
-        done.append(Forwarded.of(batch, logps, outputs["policy"]))
+        done.append(Forwarded.of(batch, logps, outputs[POLICY_STREAM]))
     return done
 
 
@@ -92,8 +96,8 @@ def rows_of(objective: Objective, done: Seq[Forwarded], shifts: Seq[Tensor | Non
             response_rows(
                 objective,
                 part.batch,
-                part.logps["policy"],
-                part.logps.get("reference"),
+                part.logps[POLICY_STREAM],
+                part.logps.get(REFERENCE_STREAM),
                 shifts_R,
                 entropy_R=part.entropy_R,
                 top1_R=part.top1_R,

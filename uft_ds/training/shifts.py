@@ -12,6 +12,7 @@ from torch import Tensor
 from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.data.mixture import Step
 from uft_ds.objectives.objective import log_ratios_of
+from uft_ds.objectives.reference import POLICY_STREAM, REFERENCE_STREAM
 from uft_ds.objectives.reward_shift import kl_shift
 from uft_ds.objectives.shifts import (
     ResponseName,
@@ -39,7 +40,7 @@ def shift_of_step(method: Method, step: Step, before: float) -> StepShift:
         # micro-batches. So the responses are forwarded ahead.
         repeated = of_repeated_prompts(method.objective, step)
         with method.engine.evaluating():
-            ahead = forward(method, repeated)
+            ahead = forward(method, repeated, with_statistics=False)
         method.known.learn(method.engine, repeated)  # before the step's micro-batches ask what is known
         return StepShift(before, means_of(method, step, ahead))
     return StepShift(before)
@@ -61,8 +62,10 @@ def means_of(method: Method, step: Step, forwarded: Seq[Forwarded]) -> dict[Resp
         return {}
     own: dict[ResponseName, float] = {}
     for part in forwarded:
-        if "reference" in part.logps:
-            log_ratios_R = log_ratios_of(method.objective, part.batch, part.logps["policy"], part.logps["reference"])
+        if REFERENCE_STREAM in part.logps:
+            log_ratios_R = log_ratios_of(
+                method.objective, part.batch, part.logps[POLICY_STREAM], part.logps[REFERENCE_STREAM]
+            )
             names = zip(part.batch.response_keys, (r.kind for r in part.batch.responses), strict=True)
             own |= dict(zip(names, log_ratios_R.tolist(), strict=True))
     everyones = method.engine.gather_over_data(own)
@@ -78,6 +81,6 @@ def _kl_of(method: Method, step: Step) -> float:
     with method.engine.evaluating():
         for batch in method.engine.micro_batches(joined, method.tokens_per_micro_batch):
             logps = logps_of(method.engine(batch, streams_of(method.engine, with_reference=True)), batch)
-            own += log_ratios_of(method.objective, batch, logps["policy"], logps["reference"]).tolist()
+            own += log_ratios_of(method.objective, batch, logps[POLICY_STREAM], logps[REFERENCE_STREAM]).tolist()
     # Sorted, so that the rounding of the sum does not depend on which rank held which response.
     return kl_shift(sorted(ratio for of_rank in method.engine.gather_over_data(own) for ratio in of_rank))

@@ -15,6 +15,7 @@ from uft_ds.data.mixture import Step
 from uft_ds.engine.engine import StepResult
 from uft_ds.objectives.losses import LOSSES
 from uft_ds.objectives.objective import count_terms, micro_batch_loss
+from uft_ds.objectives.reference import POLICY_STREAM
 from uft_ds.objectives.shifts import is_pointwise, next_shift
 from uft_ds.record.metrics import step_metrics
 from uft_ds.streams.stream import logps_of
@@ -51,13 +52,13 @@ def run_step(method: Method, step: Step, rate: float, before: float = 0.0) -> St
     sums = torch.zeros(2, len(KINDS), len(LOSSES), dtype=torch.float64, device=engine.device)
     done: list[Forwarded] = []
     for number, ((batch, forward_reference), shifts_R) in enumerate(zip(micro_batches, shifts, strict=True), start=1):
-        outputs = engine(batch, streams_of(engine, with_reference=forward_reference))
+        outputs = engine(batch, streams_of(engine, with_reference=forward_reference), with_statistics=True)
         logps = with_known(known, batch, logps_of(outputs, batch))
         loss, parts = micro_batch_loss(objective, batch, num_terms, logps, shifts_R)
         engine.backward(loss, is_last=number == len(micro_batches))
         total_loss += loss.detach()
         sums += parts
-        done.append(Forwarded.of(batch, logps, outputs["policy"]))
+        done.append(Forwarded.of(batch, logps, outputs[POLICY_STREAM]))
     known.learn(engine, step)  # a collective, so every rank calls it at the same place
     result = engine.step(rate, total_loss)
     rows = np.concatenate(engine.gather_over_data(rows_of(objective, done, shifts)))

@@ -1,0 +1,34 @@
+"""A base whose weight files are not whole is refused before any data is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from runs import settings_of_run, write_recipe
+from safetensors.torch import load_file, save_file
+from tiny import build_tiny_model
+
+from uft_ds.errors import UserError
+from uft_ds.run.prepare import check_run
+
+NAME = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize("is_hub", [False, True])
+def test_weights_come_before_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_hub: bool) -> None:
+    """Of a folder and of a hub model alike, which was downloaded by then: tokenising may take an hour."""
+    hub = tmp_path / "hub" / "models--some--model"
+    folder = hub / "snapshots" / ("a" * 40)
+    build_tiny_model(folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[NAME]
+    save_file(tensors, folder / "model.safetensors")
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text("a" * 40)
+    for name in ("huggingface_hub.constants.HF_HUB_CACHE", "transformers.utils.hub.constants.HF_HUB_CACHE"):
+        monkeypatch.setattr(name, str(tmp_path / "hub"))
+    recipe = write_recipe(tmp_path, Path("some/model") if is_hub else folder)
+    with pytest.raises(UserError, match=rf"^model\.base: {folder}/model\.safetensors: lacks {NAME}"):
+        check_run(settings_of_run(recipe))
+    assert not (tmp_path / "tokenized").exists()
