@@ -317,11 +317,11 @@ def test_a_million_units_are_planned_at_once() -> None:
         def keys_of(self, index: int) -> tuple[bytes, ...]:
             return ()
 
-    started = time.perf_counter()
+    started = time.process_time()
     steps = plan_steps([Mixed("a", Numbers())], seed=0, examples_per_step=64, epochs=3, steps=None)
     assert len(steps) == 3_000_000 // 64
     assert len(steps[-1].responses) == 64
-    assert time.perf_counter() - started < 20
+    assert time.process_time() - started < 20
 
 
 def test_a_schedule_ends_where_the_run_ends() -> None:
