@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 from contextlib import suppress
@@ -16,7 +17,7 @@ from uft_ds.checkpoint.state import TRAINER
 from uft_ds.errors import UserError
 from uft_ds.recipe.best import badness
 from uft_ds.record.metrics import read_metrics
-from uft_ds.record.run_folder import RunFolder
+from uft_ds.record.run_folder import COPIED_LATEST, RunFolder
 
 ADAPTER, OPTIMIZER = "adapter", "optimizer"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = f"{ADAPTER}/adapter_model.safetensors", f"{ADAPTER}/adapter_config.json"
@@ -128,8 +129,13 @@ def best_checkpoint(folder: RunFolder, metric: str) -> Path | None:
 
 
 def point_latest(folder: RunFolder) -> None:
-    """Point the link `latest` at the newest checkpoint, or delete it if there is none."""
+    """Point the link `latest` at the newest checkpoint, or delete it if there is none.
+
+    A folder in its place is a checkpoint that `cp -L` made of the link. It is renamed and kept.
+    """
     newest = next(iter(checkpoints_of(folder.path)), None)
+    if folder.latest.is_dir() and not folder.latest.is_symlink():  # the run was copied with its links resolved
+        folder.latest.rename(_free_name(folder.path / COPIED_LATEST))
     if newest is None:
         folder.latest.unlink(missing_ok=True)
         return
@@ -139,10 +145,17 @@ def point_latest(folder: RunFolder) -> None:
     link.replace(folder.latest)  # atomic: a reader sees the old link or the new one, never none
 
 
+def _free_name(path: Path) -> Path:
+    """The path, or with a number behind it where that name is taken."""
+    names = (path if number == 1 else path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+    return next(name for name in names if not name.exists() and not name.is_symlink())
+
+
 def set_aside(checkpoint: Path) -> Path:
     """Rename a damaged checkpoint so that it is no longer listed; it is kept for inspection."""
     aside = checkpoint.with_name(checkpoint.name + _DAMAGED)
-    shutil.rmtree(aside, ignore_errors=True)
+    if aside.is_symlink() or aside.exists():
+        remove(aside)
     return checkpoint.rename(aside)
 
 
@@ -155,6 +168,12 @@ def prune(folder: RunFolder, *, keep: int, best: str | None) -> None:
 
 
 def remove(checkpoint: Path) -> None:
-    """Delete a checkpoint, its manifest first, so that an interrupted deletion leaves nothing that looks complete."""
+    """Delete a checkpoint, its manifest first, so that an interrupted deletion leaves nothing that looks complete.
+
+    Of a checkpoint that is a link, as one that was moved to another disk, the link alone is deleted.
+    """
+    if checkpoint.is_symlink():
+        checkpoint.unlink()
+        return
     (checkpoint / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(checkpoint)

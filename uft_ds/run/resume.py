@@ -25,7 +25,7 @@ from uft_ds.host.files import write_atomically
 from uft_ds.host.locks import Lock
 from uft_ds.recipe.file import leaves_of, read_stored_recipe, stored_recipe
 from uft_ds.recipe.settings import Settings
-from uft_ds.record.run_folder import RunFolder, claim_again
+from uft_ds.record.run_folder import RunFolder, check_own_files, claim_again
 from uft_ds.run.identity import environment, run_identity
 from uft_ds.run.prepare import check_run, open_data, prepare_run, read_report
 
@@ -55,6 +55,7 @@ def prepare_resume(
         return prepare_run(settings, overwrite=False, on_progress=on_progress)
     lock = claim_again(folder)
     try:
+        check_own_files(folder)
         checkpoint, problems = newest_whole(folder.path)
         problems += [f"{path.name}: damaged, and set aside before" for path in set_aside_of(folder.path)]
         if checkpoint is None and problems:
@@ -256,6 +257,7 @@ def _go_back_to(checkpoint: Path, folder: RunFolder, settings: Settings, metrics
         UserError: the folder cannot be written.
     """
     try:
+        point_latest(folder)  # first: where this fails, nothing else has been touched
         for name in ("status.json", "DONE", "report.html", "curves.png", "health.png", "held_out.csv"):
             (folder.path / name).unlink(missing_ok=True)
         for left in (*folder.path.glob(".*.tmp"), *folder.checkpoints.glob(".*.tmp")):
