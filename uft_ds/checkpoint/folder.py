@@ -12,12 +12,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from uft_ds.checkpoint.manifest import MANIFEST, manifest_problem, recorded_files
+from uft_ds.checkpoint.owner import owner_of
 from uft_ds.checkpoint.shards import world_size_of
-from uft_ds.checkpoint.state import TRAINER
+from uft_ds.checkpoint.state import TRAINER, claims_of
 from uft_ds.errors import UserError
 from uft_ds.recipe.best import badness
 from uft_ds.record.metrics import read_metrics
-from uft_ds.record.run_folder import COPIED_LATEST, RunFolder
+from uft_ds.record.run_folder import CHECKPOINTS, COPIED_LATEST, RunFolder
 
 ADAPTER, OPTIMIZER = "adapter", "optimizer"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = f"{ADAPTER}/adapter_model.safetensors", f"{ADAPTER}/adapter_config.json"
@@ -52,12 +53,12 @@ def set_aside_of(run: Path) -> list[Path]:
 
 def _folders_of_steps(run: Path, suffix: str) -> list[Path]:
     pattern = re.compile(rf"{_PREFIX}\d+{re.escape(suffix)}")
-    found = (path for path in (run / "checkpoints").glob(f"{_PREFIX}*") if pattern.fullmatch(path.name))
+    found = (path for path in (run / CHECKPOINTS).glob(f"{_PREFIX}*") if pattern.fullmatch(path.name))
     return sorted(found, key=step_of, reverse=True)
 
 
 def checkpoint_problem(checkpoint: Path) -> str | None:
-    """A description of what is wrong with a checkpoint's files; None if all exist and match the manifest."""
+    """What is wrong with a checkpoint; None if its files are as they were written, and are its run's and its step's."""
     problem = manifest_problem(checkpoint)
     if problem is not None:
         return problem
@@ -71,7 +72,31 @@ def checkpoint_problem(checkpoint: Path) -> str | None:
     extra = {path.name for path in (checkpoint / OPTIMIZER).glob("*.safetensors")} - set(shards)
     if extra:
         return f"{checkpoint / OPTIMIZER / min(extra)}: not in the manifest"
-    return None
+    return _foreign(checkpoint)
+
+
+def _foreign(checkpoint: Path) -> str | None:
+    """Says that a checkpoint, whole as it may be, is of another run or step than the place where it lies."""
+    path = checkpoint / TRAINER
+    try:
+        step, owner = claims_of(checkpoint)
+    except (OSError, ValueError):
+        return None  # what a resume reads of it, `read_position` checks and names
+    if is_named_by_step(checkpoint) and step != step_of(checkpoint):
+        return f"{path}: is of step {step}, its folder is called {checkpoint.name}"
+    if checkpoint.parent.name != CHECKPOINTS:  # a copy elsewhere
+        return None
+    run = RunFolder(checkpoint.parent.parent)
+    try:
+        expected = owner_of(run)
+    except UserError:
+        return None  # whoever needs identity.json names it
+    if expected is None or owner == expected:
+        return None
+    if owner is None:
+        return f"{path}: does not say whose it is, so it is not of the run in {run.path}"
+    differs = "recipe" if owner.recipe != expected.recipe else "base or data"
+    return f"{path}: is of another run, with another {differs} than the run in {run.path}"
 
 
 def _damage(checkpoint: Path) -> str | None:
@@ -96,7 +121,7 @@ def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
         problem = _damage(checkpoint)
         if problem is None:
             return checkpoint, problems
-        problems.append(f"checkpoint {checkpoint.name} is damaged: {problem}")
+        problems.append(f"checkpoint {checkpoint.name} cannot be used: {problem}")
     return None, problems
 
 
@@ -113,7 +138,7 @@ def latest_checkpoint(run: Path) -> Path:
     problem = _damage(candidates[0])
     if problem is not None:
         others = f"; older ones: {', '.join(c.name for c in candidates[1:])}" if candidates[1:] else ""
-        raise UserError(f"checkpoint {candidates[0].name} is damaged: {problem}{others}")
+        raise UserError(f"checkpoint {candidates[0].name} cannot be used: {problem}{others}")
     return candidates[0]
 
 

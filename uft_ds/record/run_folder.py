@@ -15,8 +15,9 @@ from uft_ds.errors import UserError
 from uft_ds.host.files import write_atomically
 from uft_ds.host.locks import Held, Lock, NoLocks, acquire, is_held
 
+CHECKPOINTS = "checkpoints"
 _OF_A_RUN = (
-    "recipe.yaml", "environment.json", "metrics.jsonl", "tensorboard", "wandb", "checkpoints",
+    "recipe.yaml", "environment.json", "metrics.jsonl", "tensorboard", "wandb", CHECKPOINTS,
     "latest", "data", "status.json", "report.html", "curves.png", "health.png", "held_out.csv", "launcher.log", "DONE",
     "quickstart.json", "identity.json", "resumed.json", "wandb-id",
 )  # fmt: skip
@@ -86,7 +87,7 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS
 
     @property
     def latest(self) -> Path:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import platform
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+from uft_ds.checkpoint.owner import RUN
 from uft_ds.data.mixture import Steps, plan_steps, units_of_epochs
 from uft_ds.data.sources import (
     PreparedData,
@@ -33,7 +35,7 @@ from uft_ds.recipe.rules import kind_problems
 from uft_ds.recipe.settings import Settings
 from uft_ds.record.run_folder import RunFolder, check_claimable, claim, release
 from uft_ds.run.checks import check_adapter_is_of_base, check_inputs_lie_outside, check_recipe
-from uft_ds.run.identity import environment, run_identity
+from uft_ds.run.identity import environment, owner, run_identity
 from uft_ds.run.settings import with_deepspeed_file, with_fixed_revision
 from uft_ds.streams.identity import local_folder
 from uft_ds.streams.load import check_base_files
@@ -242,7 +244,8 @@ def _write_prepared(folder: RunFolder, settings: Settings, data: PreparedData, i
             for rejected in dict.fromkeys(source.quarantine_file for source in data.all):
                 file.write(rejected.read_bytes())
     write_atomically(folder.data_report(), json.dumps(data_report(data), indent=2) + "\n")
-    write_atomically(folder.identity, json.dumps(identity, indent=2) + "\n")
+    recorded = {RUN: asdict(owner(settings, identity)), **identity}
+    write_atomically(folder.identity, json.dumps(recorded, indent=2) + "\n")
     write_atomically(folder.environment, json.dumps(environment(settings), indent=2) + "\n")
     write_atomically(folder.recipe, stored_recipe(settings.stored))
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from uft_ds.checkpoint.folder import checkpoints_of, newest_whole, point_latest, set_aside, set_aside_of
+from uft_ds.checkpoint.owner import RUN
 from uft_ds.checkpoint.state import read_position
 from uft_ds.data.sources import PreparedData
 from uft_ds.data.store.tokenized import is_whole
@@ -26,15 +27,8 @@ from uft_ds.host.locks import Lock
 from uft_ds.recipe.file import leaves_of, read_stored_recipe, stored_recipe
 from uft_ds.recipe.settings import Settings
 from uft_ds.record.run_folder import RunFolder, check_own_files, claim_again
-from uft_ds.run.identity import environment, run_identity
+from uft_ds.run.identity import MAY_CHANGE, environment, run_identity
 from uft_ds.run.prepare import check_run, open_data, prepare_run, read_report
-
-MAY_CHANGE = (
-    "name", "output", "launch.*", "tracking*", "deepspeed", "data.workers", "*.cache_dir", "train.checkpoint_every",
-    "train.keep_checkpoints", "train.keep_best", "train.evaluate_every", "train.max_skipped_steps",
-    "train.tokens_per_micro_batch", "model.gradient_checkpointing", "model.activation_offload", "model.logits_mib",
-)  # fmt: skip
-"""Keys (patterns) that may change on resume: they decide how a run is computed, not what. Losses agree to rounding."""
 
 
 def prepare_resume(
@@ -163,6 +157,8 @@ def _check_same_content(folder: RunFolder, now: dict[str, Any]) -> None:
         before = json.loads(folder.identity.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{folder.identity}: cannot be read ({error}); it identifies the run's base and data") from None
+    if isinstance(before, dict):
+        before.pop(RUN, None)  # of the whole recipe, which is compared key by key
     differences = list(_differences(before, now))
     if differences:
         raise UserError(
