@@ -22,7 +22,7 @@ from uft_ds.data.sources import (
     open_source,
     prepare_source,
 )
-from uft_ds.data.store.sequences import write_sample
+from uft_ds.data.store.sequences import check_content, write_sample
 from uft_ds.data.store.tokenized import is_whole
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.tokenize import load_tokenizer
@@ -97,15 +97,21 @@ def open_data(settings: Settings, folder: RunFolder) -> PreparedData:
     return PreparedData(opened("train", settings.data.sources), opened("held_out", settings.data.held_out))
 
 
-def ensure_data(settings: Settings, folder: RunFolder) -> None:
+def ensure_data(settings: Settings, folder: RunFolder, *, has_prepared: bool) -> None:
     """Tokenise on this machine the sources that another machine prepared and this machine's cache lacks.
 
+    Args:
+        has_prepared: whether this machine prepared them. On another one the stores that its cache has are read through.
     Raises:
-        UserError: the data, the tokenizer or the installed versions differ from those of the preparing machine.
+        UserError: the data, the tokenizer or the installed versions differ from those of the preparing machine, or a
+            store in the cache has changed since it was written.
     """
     report = read_report(folder)
     keys = {row["tokens_key"] for part in ("train", "held_out") for row in report[part]}
     missing = {key for key in keys if not is_whole(settings.data.cache_dir / key)}
+    if not has_prepared:
+        for key in sorted(keys - missing):
+            check_content(settings.data.cache_dir / key)
     if not missing:
         return
     chat = load_tokenizer(

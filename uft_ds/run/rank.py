@@ -111,7 +111,8 @@ def _main(request: StopRequest, arguments: list[str] | None) -> Status:
         settings = with_deepspeed_file(settings)
         # The first rank of each machine works. All ranks of all machines wait, because the next thing they do is a
         # collective, which would time out.
-        while_others_wait("data", partial(ensure_data, settings, folder), works=launched.local_rank == 0)
+        here = partial(ensure_data, settings, folder, has_prepared=launched.rank == 0)
+        while_others_wait("data", here, works=launched.local_rank == 0)
         with _own_streams(folder, launched.rank) as terminal:
             work = _fill_reference if options.only_reference else _run
             work(settings, folder, Console(file=terminal), request)

@@ -19,6 +19,7 @@ from uft_ds.checkpoint.folder import checkpoints_of, newest_whole, point_latest,
 from uft_ds.checkpoint.owner import RUN
 from uft_ds.checkpoint.state import read_position
 from uft_ds.data.sources import PreparedData
+from uft_ds.data.store.sequences import check_content
 from uft_ds.data.store.tokenized import is_whole
 from uft_ds.errors import UserError
 from uft_ds.host.callbacks import OnProgress, Say
@@ -230,6 +231,8 @@ def _as_tokenized_then(settings: Settings, folder: RunFolder, now: PreparedData)
             f"{folder.path}: its data was tokenised by other versions (see environment.json), and those tokens are no "
             f"longer in {settings.data.cache_dir}; install those versions"
         )
+    for key in then:
+        check_content(settings.data.cache_dir / key)
     return open_data(settings, folder)
 
 
