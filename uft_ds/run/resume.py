@@ -27,6 +27,7 @@ from uft_ds.host.files import write_atomically
 from uft_ds.host.locks import Lock
 from uft_ds.recipe.file import leaves_of, read_stored_recipe, stored_recipe
 from uft_ds.recipe.settings import Settings
+from uft_ds.record.metrics import damaged_metrics
 from uft_ds.record.run_folder import RunFolder, check_own_files, claim_again
 from uft_ds.run.identity import MAY_CHANGE, environment, run_identity
 from uft_ds.run.prepare import check_run, open_data, prepare_run, read_report
@@ -212,6 +213,9 @@ def _record_resume(folder: RunFolder, now: dict[str, Any], step: int) -> None:
 
 def _lost_metrics(folder: RunFolder, expected_bytes: int) -> Iterator[str]:
     found = folder.metrics.stat().st_size if folder.metrics.exists() else 0
+    damaged = damaged_metrics(folder.metrics)
+    if damaged:
+        yield f"{folder.metrics}:{damaged[0]}: damaged, so curves and tables lack this line ({len(damaged)} such lines)"
     if found < expected_bytes:
         yield f"{folder.metrics}: {found} bytes, {expected_bytes} when the checkpoint was written: lines are lost"
 
