@@ -27,6 +27,7 @@ from uft_ds.errors import EXIT_CRASHED, EXIT_DONE, CheckFailed, Stopped, UserErr
 from uft_ds.host.locks import Lock
 from uft_ds.host.process import die_with_parent
 from uft_ds.host.signals import Stop, StopRequest
+from uft_ds.host.terminal import LastingOutput
 from uft_ds.host.world import LauncherEnvironment, launcher_environment
 from uft_ds.known.cache import fill
 from uft_ds.recipe.settings import Settings, load_settings
@@ -140,9 +141,17 @@ def _main(request: StopRequest, arguments: list[str] | None) -> Status:
         raise
 
 
+_CONNECTION_LOST = ("reset by peer", "closed by peer", "Broken pipe", "Connection refused", "remote process exited")
+"""Parts of the messages of gloo, NCCL and torch's store where another rank is gone."""
+
+
 def _crash(error: Exception, where: str = "") -> Status:
     message = f"{type(error).__name__}: {str(error).strip()[:300]}"
-    return Status(EXIT_CRASHED, f"rank {launcher_environment().rank} crashed: {message}{where}")
+    rank = launcher_environment().rank
+    if any(part in str(error) for part in _CONNECTION_LOST):
+        why = "lost its connection to another rank, which was killed or crashed: see the launcher's output and the logs"
+        return Status(EXIT_CRASHED, f"rank {rank} {why} ({message}){where}")
+    return Status(EXIT_CRASHED, f"rank {rank} crashed: {message}{where}")
 
 
 def _prepared(settings: Settings, resume: bool, overwrite: bool) -> Lock:
@@ -261,7 +270,7 @@ def _fill_reporter(console: Console, num_responses: int) -> FillReporter:
 @contextmanager
 def _own_streams(folder: RunFolder, rank: int) -> Iterator[TextIO]:
     """Send all output of libraries to the rank's log; yield the terminal for our own messages."""
-    terminal = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
+    terminal = LastingOutput(os.fdopen(os.dup(1), "wb"), encoding="utf-8", line_buffering=True)
     saved = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
     # torch warns of deprecated collectives at each of DeepSpeed's calls: once is enough for a log.
     warnings.simplefilter("once", FutureWarning)
