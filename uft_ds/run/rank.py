@@ -16,6 +16,7 @@ from typing import TextIO
 import torch
 from rich.console import Console
 
+from uft_ds.checkpoint.generators import seed_generators
 from uft_ds.checkpoint.load import restore_engine
 from uft_ds.checkpoint.state import read_position
 from uft_ds.checkpoint.writer import CheckpointWriter
@@ -165,6 +166,7 @@ def _prepared(settings: Settings, resume: bool, overwrite: bool) -> Lock:
 def _run(settings: Settings, folder: RunFolder, console: Console, request: StopRequest) -> None:
     if settings.train.deterministic:
         make_deterministic()
+    seed_generators(settings.train.seed)
     data = open_data(settings, folder)
     steps: StepSource = steps_of(settings, data)
     held_out = in_order([source.selection for source in data.held_out], settings.train.examples_per_step)
