@@ -94,10 +94,20 @@ def nothing_to_do(settings: Settings) -> RunFolder | None:
 
 
 def resumed_from(folder: RunFolder) -> Path | None:
-    """The checkpoint that `prepare_resume` chose; None for a run that starts at step 0."""
+    """The checkpoint that `prepare_resume` chose; None for a run that starts at step 0.
+
+    Raises:
+        UserError: the record of it cannot be read.
+    """
     if not folder.resumed.exists():
         return None
-    return folder.checkpoints / str(json.loads(folder.resumed.read_text(encoding="utf-8"))["checkpoint"])
+    try:
+        name = str(json.loads(folder.resumed.read_text(encoding="utf-8"))["checkpoint"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{folder.resumed}: cannot be read ({type(error).__name__}: {error}); resume the run again"
+        ) from None
+    return folder.checkpoints / name
 
 
 def _check_nothing_is_lost(folder: RunFolder, settings: Settings) -> None:
@@ -259,9 +269,13 @@ def _go_back_to(checkpoint: Path, folder: RunFolder, settings: Settings, metrics
     Raises:
         UserError: the folder cannot be written.
     """
+    stale = ("status.json", "DONE", "report.html", "curves.png", "health.png", "held_out.csv")
+    for name in stale:
+        if (folder.path / name).is_dir() and not (folder.path / name).is_symlink():
+            raise UserError(f"{folder.path / name}: a folder, expected a file that the run wrote; move it away")
     try:
         point_latest(folder)  # first: where this fails, nothing else has been touched
-        for name in ("status.json", "DONE", "report.html", "curves.png", "health.png", "held_out.csv"):
+        for name in stale:
             (folder.path / name).unlink(missing_ok=True)
         for left in (*folder.path.glob(".*.tmp"), *folder.checkpoints.glob(".*.tmp")):
             if left.is_dir() and not left.is_symlink():

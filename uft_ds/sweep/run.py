@@ -274,7 +274,12 @@ def _starts_from_the_same(sweep: Sweep, run: PlannedRun) -> bool:
     """Whether a run started from the adapter that its previous run has now (true if it has none)."""
     if run.after is None:
         return True
-    stored = json.loads(RunFolder(sweep.output / run.name).environment.read_text(encoding="utf-8"))
+    try:
+        stored = json.loads(RunFolder(sweep.output / run.name).environment.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False  # damaged: what it started from is not known, so it is trained again
+    if not isinstance(stored, dict):
+        return False
     here = adapter_identity(adapter_folder(str(sweep.output / run.after)))
     return bool(stored.get("reference_adapter") == here)
 
