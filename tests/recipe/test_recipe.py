@@ -155,6 +155,7 @@ def test_an_unknown_name_is_refused_with_the_nearest(minimal: str, override: str
         ("train.lr=.inf", "train.lr: inf given"),
         ("train.lr=1e999", "train.lr: inf given"),
         ("train.lr=-1e-5", "train.lr: -1e-05 given"),
+        pytest.param("train.steps=[" + "1, " * 5000 + "1]", "train.steps: [1, 1, 1, ", id="a long list"),
         ("train.steps=1:30", "train.steps: '1:30' given"),
         ("train.steps=190:20:30", "train.steps: '190:20:30' given"),
         ("train.lr=1:30.5", "train.lr: '1:30.5' given"),
@@ -289,6 +290,7 @@ def test_a_sequence_must_fit_a_micro_batch(minimal: str) -> None:
         ("data.sources.2.path=x", "data.sources.2: expected an index from 0 to 1"),
         ("data.sources.-1.path=x", "data.sources.-1: expected an index from 0 to 1"),
         ("data.sources.first.path=x", "data.sources.first: expected an index from 0 to 1"),
+        pytest.param("data.sources." + "9" * 5000 + ".path=x", "expected an index from 0 to 1", id="many digits"),
         ("data.sources.².path=x", "data.sources.²: expected an index from 0 to 1"),
         ("name.x=1", "name.x: its parent is 'small' and has no keys"),
         ("train.lr", "expected key.path=value"),
@@ -416,3 +418,10 @@ def test_a_dumped_value_is_read_as_what_it_was(value: Any) -> None:
     found = load_yaml(dump_value(value))
     assert found == value
     assert type(found) is type(value)
+
+
+def test_a_value_without_end_is_cut(minimal: str) -> None:
+    """A few lines of YAML with aliases hold a million leaves; the message shows their beginning."""
+    message = refusal(minimal, "train.steps=[" + "1, " * 5000 + "1]")
+    assert message.split(" given; ")[0].endswith("...")
+    assert len(message) < 1000

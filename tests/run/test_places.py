@@ -71,3 +71,9 @@ def test_what_lies_elsewhere_is_taken(here: Path) -> None:
     Path("run-data.jsonl").write_text("{}")
     for path in ("rows/more.jsonl", "to_rows", "run-data.jsonl"):
         check(path, "run")
+
+
+def test_an_output_of_an_unknown_user_is_refused(here: Path) -> None:
+    """Otherwise a folder of that name would be made here."""
+    with pytest.raises(UserError, match="output: ~nosuchuser/run: no such user"):
+        check("rows", "~nosuchuser/run")

@@ -18,6 +18,10 @@ from uft_ds.host.formats import check_format
 from uft_ds.recipe.names import unknown_key, unknown_name
 from uft_ds.recipe.schema import COMBINATIONS_CHECKED, Recipe, Section, section_of
 
+_DIGITS = 9
+"""Most digits of an index into a list."""
+_SHOWN_LETTERS = 200
+"""Longest value that a message shows whole; a few lines of YAML can hold a million leaves."""
 FORMAT_KEY, FORMAT = "recipe_format", 1
 """Key and version of the recipe that a run keeps in its folder. Users need not write the key in their recipes."""
 
@@ -137,7 +141,7 @@ def _apply_override(tree: Any, override: str) -> None:
     for depth, part in enumerate([*parents, leaf]):
         where = ".".join(key.split(".")[: depth + 1])
         if isinstance(node, list):
-            if not part.isdecimal() or int(part) >= len(node):
+            if not part.isdecimal() or len(part) > _DIGITS or int(part) >= len(node):
                 known = f"expected an index from 0 to {len(node) - 1}" if node else "the list is empty"
                 raise UserError(f"override {override!r}: {where}: {known}")
             index: Any = int(part)
@@ -260,7 +264,12 @@ def _lines(place: tuple[str | int, ...], problems: list[Any], root: type[Section
         expected = dict.fromkeys(_expected(problem) for problem in problems)
         first_expected, *others = expected
         either = [first_expected, *(other.removeprefix("input should be ") for other in others)]
-        yield f"{key}: {first['input']!r} given; {', or '.join(either)}"
+        yield f"{key}: {_shown(first['input'])} given; {', or '.join(either)}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN_LETTERS else f"{text[:_SHOWN_LETTERS]}..."
 
 
 def _expected(problem: Any) -> str:
