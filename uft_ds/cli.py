@@ -13,7 +13,7 @@ from uft_ds import __version__
 from uft_ds.commands import checkpoint, data, machine, model, recipe, training
 from uft_ds.errors import EXIT_BAD_INPUT, CheckFailed, UserError
 from uft_ds.host.faults import ending
-from uft_ds.host.terminal import prepare_streams
+from uft_ds.host.standard_streams import prepare_streams
 
 app = typer.Typer(
     help="One-stage fine-tuning (UFT) of large language models on DeepSpeed ZeRO-3.",

@@ -14,7 +14,7 @@ import sys
 
 from uft_ds.errors import Stopped
 from uft_ds.host.signals import listen
-from uft_ds.host.terminal import drop_useless_size, prepare_streams
+from uft_ds.host.standard_streams import drop_useless_size, prepare_streams
 
 
 def run() -> int:

@@ -19,7 +19,7 @@ from uft_ds.host.faults import ending
             FileNotFoundError(errno.ENOENT, "No such file or directory", "a/b.json"),
             "a/b.json: No such file or directory",
         ),
-        (OSError(errno.ENAMETOOLONG, "File name too long", Path("x" * 9)), "xxxxxxxxx: File name too long"),
+        (PermissionError(errno.EACCES, "Permission denied", Path("a/b")), "a/b: Permission denied"),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "a", None, "b"), "a -> b: Is a directory"),
         (MemoryError(), "the memory of this machine is not enough"),
     ],
@@ -63,3 +63,11 @@ def test_no_command_shows_a_traceback(monkeypatch: pytest.MonkeyPatch, capsys: p
         cli.main()
     assert ended.value.code == 2
     assert capsys.readouterr().err == "error: rows.jsonl: Permission denied\n"
+
+
+def test_a_name_that_no_file_can_have_is_cut() -> None:
+    """A path of the user's: its beginning, and how long it is."""
+    code, message = ending(OSError(errno.ENAMETOOLONG, "File name too long", "a/" + "x" * 300))
+    assert code == 2
+    assert message.startswith(f"a/{'x' * 78}...: no such file or folder")
+    assert "300 bytes in one name, 302 in all" in message

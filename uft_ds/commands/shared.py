@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 import typer
 from rich.console import Console
 
-from uft_ds.host.terminal import drop_useless_size, is_terminal
+from uft_ds.host.standard_streams import drop_useless_size, is_terminal
 
 drop_useless_size()  # before the console reads it
 _UNLIMITED = 10_000  # columns: in files and pipes no line is wrapped

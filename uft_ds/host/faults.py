@@ -10,16 +10,22 @@ import errno
 import os
 import tempfile
 import traceback
+from pathlib import Path
 
 from uft_ds.errors import EXIT_BAD_INPUT, EXIT_CRASHED
 
 _OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EPIPE, errno.EBADF)
+_SHOWN_LETTERS = 80
+"""Longest name that a message shows whole."""
 _ALLOCATOR = "DefaultCPUAllocator"
 """Begins the message of torch's RuntimeError where the host's memory is not enough."""
 
 
 def foreseen(error: BaseException) -> str | None:
     """One line on an error of a file, a disk or the memory, which names the file; None for any other error."""
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        # Wherever a path of the user's is looked at: pathlib answers other impossible paths by "does not exist".
+        return _too_long(str(error.filename or ""), str(error.strerror))
     if isinstance(error, OSError) and error.filename is not None:
         names = (error.filename, *(() if error.filename2 is None else (error.filename2,)))
         where = " -> ".join(os.fsdecode(name) if isinstance(name, str | bytes) else str(name) for name in names)
@@ -30,6 +36,15 @@ def foreseen(error: BaseException) -> str | None:
         said = str(error).strip().splitlines()
         return f"the memory of this machine is not enough{f' ({said[-1][:200]})' if said else ''}"
     return None
+
+
+def _too_long(name: str, reason: str) -> str:
+    begins = name if len(name) <= _SHOWN_LETTERS else f"{name[:_SHOWN_LETTERS]}..."
+    longest = max((len(os.fsencode(part)) for part in Path(name).parts), default=0)
+    return (
+        f"{begins}: no such file or folder, and none can be made ({reason}: {longest} bytes in one name, "
+        f"{len(os.fsencode(name))} in all; file systems take 255, and 4096)"
+    )
 
 
 def ending(error: Exception) -> tuple[int, str]:

@@ -28,7 +28,7 @@ from uft_ds.errors import EXIT_CRASHED, EXIT_DONE, CheckFailed, Stopped, UserErr
 from uft_ds.host.locks import Lock
 from uft_ds.host.process import die_with_parent
 from uft_ds.host.signals import Stop, StopRequest
-from uft_ds.host.terminal import LastingOutput
+from uft_ds.host.standard_streams import LastingOutput
 from uft_ds.host.world import LauncherEnvironment, launcher_environment
 from uft_ds.known.cache import fill
 from uft_ds.recipe.settings import Settings, load_settings

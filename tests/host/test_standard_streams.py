@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from uft_ds.host.terminal import LastingOutput, drop_useless_size
+from uft_ds.host.standard_streams import LastingOutput, drop_useless_size
 
 SHOW = (sys.executable, "-m", "uft_ds", "recipe", "show", "quickstart")
 
@@ -37,7 +37,7 @@ def test_an_output_that_takes_nothing_is_no_traceback(redirection: str, code: in
 
 def test_what_an_encoding_lacks_is_spelled_out() -> None:
     """The brackets around supervised tokens, in a locale of ISO-8859."""
-    code = "from uft_ds.host.terminal import prepare_streams as p; p(); print('\\u27e6yes\\u27e7 \\xe9')"
+    code = "from uft_ds.host.standard_streams import prepare_streams as p; p(); print('\\u27e6yes\\u27e7 \\xe9')"
     environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=environment)
     assert found.stdout == b"\\u27e6yes\\u27e7 \xe9\n"
@@ -47,7 +47,7 @@ def test_closed_streams_are_opened_for_children_too(tmp_path: Path) -> None:
     """Otherwise the first file that a child opens would take the number 1, and be printed into."""
     (tmp_path / "child.py").write_text("import os, sys; print(os.readlink('/proc/self/fd/1'), file=sys.stderr)")
     (tmp_path / "parent.py").write_text(
-        "import subprocess, sys; from uft_ds.host.terminal import prepare_streams; prepare_streams();"
+        "import subprocess, sys; from uft_ds.host.standard_streams import prepare_streams; prepare_streams();"
         "subprocess.run([sys.executable, sys.argv[1]], check=True); print('lost')"
     )
     command = f"{sys.executable} {tmp_path}/parent.py {tmp_path}/child.py <&- >&-"
