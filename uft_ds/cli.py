@@ -11,7 +11,9 @@ import typer
 
 from uft_ds import __version__
 from uft_ds.commands import checkpoint, data, machine, model, recipe, training
-from uft_ds.errors import CheckFailed, UserError
+from uft_ds.errors import EXIT_BAD_INPUT, CheckFailed, UserError
+from uft_ds.host.faults import ending
+from uft_ds.host.standard_streams import prepare_streams
 
 app = typer.Typer(
     help="One-stage fine-tuning (UFT) of large language models on DeepSpeed ZeRO-3.",
@@ -49,11 +51,38 @@ def _options(
 
 
 def main() -> None:
-    """Run the command and end the process with its exit code; errors of the user's input show no traceback."""
+    """Run the command and end the process with its exit code; no error shows a traceback."""
+    prepare_streams()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.simplefilter("ignore", FutureWarning)  # between the libraries that we use; a user cannot fix them
+    code: int | str | None = 0
     try:
         app()
+    except SystemExit as end:
+        code = end.code
     except (UserError, CheckFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        code = _failed(error.exit_code, str(error))
+    except Exception as error:  # noqa: BLE001 - the one place for what no part of a command has explained
+        problem = _lost_output()
+        code = _failed(*(ending(error) if problem is None else (EXIT_BAD_INPUT, problem)))
+    problem = _lost_output()
+    if problem is not None:
+        code = _failed(EXIT_BAD_INPUT, problem)
+    sys.exit(code)
+
+
+def _failed(code: int, message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def _lost_output() -> str | None:
+    """Says that standard output cannot be written, as on a full disk; None if nothing is left to write."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # The interpreter flushes again when it ends, and would print an error of its own.
+        descriptor = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(descriptor, sys.stdout.fileno())
+        return f"standard output: cannot be written ({error.strerror or error})"
+    return None

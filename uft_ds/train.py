@@ -14,10 +14,13 @@ import sys
 
 from uft_ds.errors import Stopped
 from uft_ds.host.signals import listen
+from uft_ds.host.standard_streams import drop_useless_size, prepare_streams
 
 
 def run() -> int:
     """Run one rank; returns the exit code."""
+    prepare_streams()
+    drop_useless_size()
     request = listen()
     # DeepSpeed decorates its Muon optimiser with torch.compile, and every ZeRO optimiser imports it: torch's inductor,
     # one CPU second of imports a rank. Nothing here is compiled. This must be set before torch is imported.

@@ -81,7 +81,7 @@ def test_a_valid_manifest_of_too_few_files_is_none(tmp_path: Path, gone: str, pr
     found = checkpoint_problem(checkpoint)
     assert found is not None
     assert found.startswith(f"{checkpoint / 'manifest.json'}: {problem}")
-    assert newest_whole(tmp_path) == (None, [f"checkpoint step-000001 is damaged: {found}"])
+    assert newest_whole(tmp_path) == (None, [f"checkpoint step-000001 cannot be used: {found}"])
 
 
 def test_an_empty_folder_is_no_checkpoint(tmp_path: Path) -> None:

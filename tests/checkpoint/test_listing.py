@@ -11,10 +11,10 @@ import pytest
 from checkpoints import whole_checkpoint
 from rich.console import Console
 
-from uft_ds.checkpoint.folder import set_aside
+from uft_ds.checkpoint.folder import checkpoint_problem, checkpoints_of, point_latest, prune, set_aside
 from uft_ds.checkpoint.listing import delete, listed, problems_of
 from uft_ds.errors import UserError
-from uft_ds.record.run_folder import RunFolder
+from uft_ds.record.run_folder import RunFolder, claim
 
 
 @pytest.fixture
@@ -93,6 +93,43 @@ def test_nothing_is_deleted_that_was_not_meant(run: RunFolder, tmp_path: Path) -
     with pytest.raises(UserError, match="not the folder of a run"):
         delete(tmp_path, [10])
     assert len(list(run.checkpoints.iterdir())) == 3
+
+
+@pytest.mark.parametrize("is_pruned", [False, True])
+def test_a_checkpoint_on_another_disk_keeps_its_files(run: RunFolder, tmp_path: Path, is_pruned: bool) -> None:
+    """Moved away and linked back: the link goes, what it leads to stays whole."""
+    elsewhere = (run.checkpoints / "step-000002").rename(tmp_path / "elsewhere")
+    (run.checkpoints / "step-000002").symlink_to(elsewhere)
+    if is_pruned:
+        prune(run, keep=2, best=None)
+    else:
+        delete(run.path, [2])
+    assert [path.name for path in checkpoints_of(run.path)] == ["step-1000000", "step-000010"]
+    assert checkpoint_problem(elsewhere) is None
+
+
+def test_a_link_is_set_aside_as_a_link(run: RunFolder, tmp_path: Path) -> None:
+    """And one that was set aside before makes room, without its files."""
+    for name in ("first", "second"):
+        elsewhere = (run.checkpoints / "step-000002").rename(tmp_path / name)
+        (run.checkpoints / "step-000002").symlink_to(elsewhere)
+        set_aside(run.checkpoints / "step-000002")
+        whole_checkpoint(run.checkpoints / "step-000002")
+    assert (run.checkpoints / "step-000002.damaged").readlink() == tmp_path / "second"
+    assert all(checkpoint_problem(tmp_path / name) is None for name in ("first", "second"))
+
+
+def test_a_copied_latest_is_put_aside(run: RunFolder) -> None:
+    """`cp -L` makes a folder of the link: it is kept under another name, a second one too."""
+    for _ in range(2):
+        run.latest.unlink()
+        whole_checkpoint(run.latest)
+        point_latest(run)
+        assert run.latest.resolve().name == "step-1000000"
+    assert checkpoint_problem(run.path / "latest.copied") is None
+    assert checkpoint_problem(run.path / "latest.copied.2") is None
+    claim(run, overwrite=True).close()
+    assert not list(run.path.glob("latest*")), "--overwrite deletes what is a run's"
 
 
 def test_without_locks_nothing_is_deleted(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:

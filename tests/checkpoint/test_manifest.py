@@ -110,6 +110,18 @@ def test_a_garbled_manifest_is_named(checkpoint: Path, text: str) -> None:
     assert manifest_problem(checkpoint) == f"{checkpoint / MANIFEST}: not a manifest"
 
 
+@pytest.mark.parametrize("name", ["../secret", "adapter/../../secret", "/etc/hostname", ".", ""])
+def test_nothing_outside_of_the_folder_is_read(checkpoint: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A manifest comes with a checkpoint from elsewhere: a name that leads out is refused before any file is opened."""
+    (checkpoint.parent / "secret").write_text("x")
+    content = json.loads((checkpoint / MANIFEST).read_text())
+    content["files"][name] = {"bytes": 1, "sha256": sha256(checkpoint.parent / "secret")}
+    (checkpoint / MANIFEST).write_text(json.dumps(content))
+    monkeypatch.setattr("uft_ds.checkpoint.manifest.sha256", lambda path: pytest.fail(f"{path} is read"))
+    expected = f"names {name!r}, expected only files in the checkpoint's own folder"
+    assert manifest_problem(checkpoint) == f"{checkpoint / MANIFEST}: {expected}"
+
+
 def test_a_file_that_cannot_be_read_is_a_damaged_one(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that fails under one checkpoint must not keep the others from being used."""
 

@@ -176,12 +176,12 @@ def test_a_machine_without_the_tokens_makes_its_own(tiny_qwen2: Path, tmp_path: 
     shutil.rmtree(tmp_path / "tokenized")
     with pytest.raises(UserError, match="its tokens are not in"):
         open_data(settings, folder)
-    ensure_data(settings, folder)
+    ensure_data(settings, folder, has_prepared=False)
     assert [source.selection.num_tokens for source in open_data(settings, folder).all] == before
     shutil.rmtree(tmp_path / "tokenized")
     write_rows(tmp_path / "scored.jsonl", [{"prompt": "other", "response": "row", "score": 0.1}] * 9)
     with pytest.raises(UserError, match=r"scored\.jsonl: on .* its content, the tokenizer"):
-        ensure_data(settings, folder)
+        ensure_data(settings, folder, has_prepared=False)
 
 
 def test_a_pair_longer_than_a_micro_batch_is_refused(tiny_qwen2: Path, tmp_path: Path) -> None:

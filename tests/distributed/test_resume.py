@@ -78,7 +78,7 @@ def test_a_damaged_checkpoint_is_passed_over(unbroken: Path, tiny_qwen2: Path, t
     content[len(content) // 2] ^= 4
     shard.write_bytes(content)
     said = resumed(recipe)
-    damage = f"checkpoint step-000006 is damaged: {shard}: its content is not what was written"
+    damage = f"checkpoint step-000006 cannot be used: {shard}: its content is not what was written"
     assert said == [
         f"warning: {damage}; step-000004 is used",
         "resuming from step-000004",
@@ -88,7 +88,9 @@ def test_a_damaged_checkpoint_is_passed_over(unbroken: Path, tiny_qwen2: Path, t
     assert {line["step"] for line in read_metrics(run / "metrics.jsonl")} == {0, 1, 2, 3, 4}
     (run / "checkpoints" / "step-000004" / "trainer.json").unlink()
     before = {path: path.lstat().st_mtime_ns for path in run.rglob("*")}
-    with pytest.raises(UserError, match="none of the run's checkpoints can be used\ncheckpoint step-000004 is damaged"):
+    with pytest.raises(
+        UserError, match="none of the run's checkpoints can be used\ncheckpoint step-000004 cannot be used"
+    ):
         resumed(recipe)
     assert {path: path.lstat().st_mtime_ns for path in run.rglob("*")} == before
 

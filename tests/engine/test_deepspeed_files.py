@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -155,3 +156,40 @@ def test_a_node_must_hold_whole_copies(ranks: int, per_node: int | None, expecte
     else:
         (warning,) = check_ranks(zero, "zero3_node", **options)
         assert expected in warning
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"zero_optimization": {"stage": 3, "stage": 2}}', "key 'stage' is given twice"),
+        ('{"aio": {}, "aio": {}, "zero_optimization": {"stage": 3}}', "key 'aio' is given twice"),
+        (
+            '{"zero_optimization": {"stage": 3}, "steps_per_print": "x"}',
+            "steps_per_print: 'x' found, expected a number",
+        ),
+        (
+            '{"zero_optimization": {"stage": 3}, "steps_per_print": true}',
+            "steps_per_print: True found, expected a number",
+        ),
+        (
+            '{"zero_optimization": {"stage": 3}, "wall_clock_breakdown": 1}',
+            "wall_clock_breakdown: 1 found, expected true",
+        ),
+        ('{"zero_optimization": {"stage": 3}, "flops_profiler": []}', "flops_profiler: [] found, expected an object"),
+        ("[" * 10_000, "not a readable JSON file"),
+    ],
+)
+def test_what_would_be_taken_wrongly_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    """The last of two keys, or a value that ends the ranks after the launch."""
+    path = tmp_path / "ds.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=re.escape(message)):
+        read_deepspeed_file(str(path))
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    """Nobody may ever write to it."""
+    path = tmp_path / "ds.json"
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="not a regular file"):
+        read_deepspeed_file(str(path))

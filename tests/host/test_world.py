@@ -35,7 +35,7 @@ def test_the_launcher_says_how_many_ranks_a_node_has() -> None:
 
 
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_PORT"])
-@pytest.mark.parametrize("value", ["first", "-1", "1.5"])
+@pytest.mark.parametrize("value", ["²", pytest.param("9" * 5000, id="digits"), "first", "-1", "1.5"])
 def test_a_variable_that_is_no_number_is_refused_by_name(name: str, value: str) -> None:
     """The message names the variable and what was found in it."""
     with pytest.raises(UserError, match=f"{name}: found '{value}'"):

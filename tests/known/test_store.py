@@ -44,6 +44,15 @@ def test_what_is_read_is_what_was_written(store: ReferenceStore) -> None:
     assert all(path.stat().st_mode & 0o044 for path in files(store)), "others share the folder"
 
 
+def test_equal_tables_are_equal_files(tmp_path: Path) -> None:
+    """In whatever order their log-probs became known."""
+    known = table(20)
+    for name, order in (("a", known), ("b", dict(reversed(known.items())))):
+        write_table(tmp_path / name, order, IDENTITY)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert read_table(tmp_path / "b", IDENTITY) == known
+
+
 def test_references_never_mix(tmp_path: Path, store: ReferenceStore) -> None:
     """Another reference has another folder; a file that was moved there is recognised by its metadata."""
     store.write(table(5))

@@ -1,6 +1,7 @@
 """The recipe: what loads, what overrides do, and that each refusal names the recipe and the key."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -11,7 +12,7 @@ from recipes import MINIMAL, refusal
 from uft_ds.data.example import KINDS
 from uft_ds.data.mixture import Portion
 from uft_ds.errors import UserError
-from uft_ds.recipe.file import dump_recipe, load_recipe, shipped_recipes
+from uft_ds.recipe.file import dump_recipe, dump_value, load_recipe, load_yaml, shipped_recipes
 from uft_ds.recipe.schema import Recipe, describe_keys
 from uft_ds.recipe.settings import portion_of
 
@@ -63,6 +64,14 @@ def test_defaults_are_the_papers(minimal: str) -> None:
 @pytest.mark.parametrize(
     ("override", "key", "value"),
     [
+        ("train.steps=010", "train.steps", 10),
+        ("train.steps=08", "train.steps", 8),
+        ("train.steps=1_000", "train.steps", 1000),
+        ("train.steps=0x10", "train.steps", 16),
+        ("train.steps=0o10", "train.steps", 8),
+        ("train.lr=01.5", "train.lr", 1.5),
+        ("train.lr=.5", "train.lr", 0.5),
+        ("train.lr=1.e-3", "train.lr", 1e-3),
         ("train.lr=1e-5", "train.lr", 1e-5),
         ("train.lr=1E-5", "train.lr", 1e-5),
         ("train.lr=.5e-3", "train.lr", 5e-4),
@@ -146,6 +155,13 @@ def test_an_unknown_name_is_refused_with_the_nearest(minimal: str, override: str
         ("train.lr=.inf", "train.lr: inf given"),
         ("train.lr=1e999", "train.lr: inf given"),
         ("train.lr=-1e-5", "train.lr: -1e-05 given"),
+        pytest.param("train.steps=[" + "1, " * 5000 + "1]", "train.steps: [1, 1, 1, ", id="a long list"),
+        ("train.steps=1:30", "train.steps: '1:30' given"),
+        ("train.steps=190:20:30", "train.steps: '190:20:30' given"),
+        ("train.lr=1:30.5", "train.lr: '1:30.5' given"),
+        ("train.steps=0b11", "train.steps: '0b11' given"),
+        ("train.examples_per_step=100000000000", "train.examples_per_step: 100000000000 given"),
+        ("train.examples_per_step=2147483647", "train.examples_per_step: 2147483647 given"),
         ("train.lr=null", "train.lr: None given"),
         ("train.warmup=1.5", "train.warmup: 1.5 given"),
         ("name=2024-01-31", "name: datetime.date(2024, 1, 31) given"),
@@ -274,6 +290,7 @@ def test_a_sequence_must_fit_a_micro_batch(minimal: str) -> None:
         ("data.sources.2.path=x", "data.sources.2: expected an index from 0 to 1"),
         ("data.sources.-1.path=x", "data.sources.-1: expected an index from 0 to 1"),
         ("data.sources.first.path=x", "data.sources.first: expected an index from 0 to 1"),
+        pytest.param("data.sources." + "9" * 5000 + ".path=x", "expected an index from 0 to 1", id="many digits"),
         ("data.sources.².path=x", "data.sources.²: expected an index from 0 to 1"),
         ("name.x=1", "name.x: its parent is 'small' and has no keys"),
         ("train.lr", "expected key.path=value"),
@@ -391,3 +408,20 @@ def test_the_best_checkpoint_needs_evaluations_where_checkpoints_are(minimal: st
         minimal,
         (held_out, "train.keep_best=held_out/loss", "train.evaluate_every=50", "train.checkpoint_every=100"),
     )
+
+
+@pytest.mark.parametrize(
+    "value", ["010", "0o10", "1:30", "1e-5", "1.0e3", "0b1", "yes", "2024-01-31", "", "a: b", 1, 1e-5]
+)
+def test_a_dumped_value_is_read_as_what_it_was(value: Any) -> None:
+    """Texts that look like numbers stay texts, by the rules of both versions of YAML."""
+    found = load_yaml(dump_value(value))
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_a_value_without_end_is_cut(minimal: str) -> None:
+    """A few lines of YAML with aliases hold a million leaves; the message shows their beginning."""
+    message = refusal(minimal, "train.steps=[" + "1, " * 5000 + "1]")
+    assert message.split(" given; ")[0].endswith("...")
+    assert len(message) < 1000

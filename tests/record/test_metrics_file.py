@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from uft_ds.record.metrics import MetricsWriter, model_flops_utilization, peak_memory_gib, read_metrics
+from uft_ds.record.metrics import MetricsWriter, damaged_metrics, model_flops_utilization, peak_memory_gib, read_metrics
 
 
 def writer_in(folder: Path, *trackers: str) -> MetricsWriter:
@@ -180,3 +180,27 @@ def test_wandb_keeps_the_steps_that_a_resume_makes_again(tmp_path: Path, monkeyp
     assert wandb.lines[-1] == {"step": 3, "loss": 3.0}
     assert wandb.axis["*"] == "step"
     assert wandb.ids == ["an-id", "an-id"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\xff\xff",
+        b"null",
+        b"[]",
+        b"5",
+        b"{}",
+        b'{"step": "1"}',
+        b'{"step": 2, "loss": "x"}',
+        b"\0" * 30,
+        b"",
+        b"[" * 9999,
+    ],
+)
+def test_a_damaged_line_is_left_out_and_named(tmp_path: Path, line: bytes) -> None:
+    """As a failing disk or a full one leaves it; the lines around it are read."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 0.5}\n' + line + b'\n{"step": 2, "loss": null}\n{"step": 3, "lo')
+    assert [found["step"] for found in read_metrics(path)] == [1, 2]
+    assert damaged_metrics(path) == [2]
+    assert damaged_metrics(tmp_path / "none") == []

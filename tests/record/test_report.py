@@ -33,3 +33,15 @@ def test_what_is_undefined_is_null_and_ends_no_line(tmp_path: Path) -> None:
     assert line["held_out/rank_correlation/score"] is None
     assert isinstance(console.file, io.StringIO)
     assert console.file.getvalue() == "held out, step 0:  loss 0.2500  reward score +nan\n"
+
+
+def test_a_bar_knows_the_time_left_after_one_step(tmp_path: Path) -> None:
+    """On a terminal, with steps of 2 minutes: rich itself looks at the last 30 s, and would never know."""
+    console = Console(file=io.StringIO(), width=200, force_terminal=True)
+    writer = MetricsWriter(tmp_path, (), run_name="test", config={})
+    with ConsoleReporter(console, writer, 3) as reporter:
+        reporter.step(1, {"seconds": 120.0, "loss": 0.25, "tokens_per_second": 1.0})
+        reporter._progress.refresh()
+    assert isinstance(console.file, io.StringIO)
+    assert "ETA -:--:--" in console.file.getvalue()
+    assert "ETA 4:00" in console.file.getvalue()

@@ -16,7 +16,16 @@ import pytest
 
 from uft_ds.errors import UserError
 from uft_ds.host.files import write_atomically
-from uft_ds.record.run_folder import RunFolder, Status, check_claimable, claim, claim_again, is_owned, release
+from uft_ds.record.run_folder import (
+    RunFolder,
+    Status,
+    check_claimable,
+    check_own_files,
+    claim,
+    claim_again,
+    is_owned,
+    release,
+)
 
 HOLD_THE_LOCK = """
 import sys
@@ -285,3 +294,20 @@ def test_a_failed_write_leaves_the_old_text(tmp_path: Path) -> None:
     with pytest.raises(UnicodeEncodeError):
         write_atomically(path, "new \ud800")
     assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "launcher.log", "DONE", "log-rank1.txt"])
+def test_nothing_is_written_through_a_link(tmp_path: Path, name: str) -> None:
+    """A resume cuts, empties or appends to these files: through a link it would change a file outside of the run."""
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    check_own_files(folder)
+    (folder.path / name).symlink_to(tmp_path / "outside")
+    for _ in ("the link is dead", "it leads to a file"):
+        with pytest.raises(UserError, match=rf"{name}: a link to .*outside, expected a file of the run's own"):
+            check_own_files(folder)
+        (tmp_path / "outside").write_text("mine")
+    (folder.path / name).unlink()
+    (folder.path / name).mkdir()
+    with pytest.raises(UserError, match=rf"{name}: not a file"):
+        check_own_files(folder)

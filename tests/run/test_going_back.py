@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from checkpoints import whole_checkpoint
 
+from uft_ds.errors import UserError
 from uft_ds.recipe.file import recipe_from_tree
-from uft_ds.recipe.settings import settings_of
+from uft_ds.recipe.settings import Settings, settings_of
 from uft_ds.record.run_folder import RunFolder
-from uft_ds.run.resume import _go_back_to
+from uft_ds.run.resume import _go_back_to, resumed_from
 
 
 def test_what_was_written_after_the_checkpoint_goes(tmp_path: Path) -> None:
@@ -28,3 +30,40 @@ def test_what_was_written_after_the_checkpoint_goes(tmp_path: Path) -> None:
     assert folder.metrics.read_text() == '{"step": 2}\n'
     assert not newer.exists()
     assert folder.latest.resolve() == older
+
+
+def settings_at(folder: RunFolder) -> Settings:
+    data = {"sources": [{"format": "jsonl", "path": "rows.jsonl"}]}
+    tree = {"name": "x", "model": {"base": "base"}, "data": data, "output": str(folder.path)}
+    return settings_of(recipe_from_tree(tree, "x"))
+
+
+def test_a_run_that_was_copied_without_links_goes_on(tmp_path: Path) -> None:
+    """`latest` is a folder there: the status, the report and the curves are not lost before a failure."""
+    folder = RunFolder(tmp_path)
+    checkpoint = whole_checkpoint(folder.checkpoints / "step-000002")
+    whole_checkpoint(folder.latest)
+    _go_back_to(checkpoint, folder, settings_at(folder), 0)
+    assert folder.latest.readlink() == Path("checkpoints/step-000002")
+    assert (tmp_path / "latest.copied" / "manifest.json").exists()
+
+
+def test_nothing_is_removed_where_something_cannot_be(tmp_path: Path) -> None:
+    """A folder in the place of the report: the status stays."""
+    folder = RunFolder(tmp_path)
+    checkpoint = whole_checkpoint(folder.checkpoints / "step-000002")
+    (tmp_path / "status.json").write_text("of step 4")
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(UserError, match=r"report\.html: a folder, expected a file"):
+        _go_back_to(checkpoint, folder, settings_at(folder), 0)
+    assert (tmp_path / "status.json").read_text() == "of step 4"
+
+
+@pytest.mark.parametrize("text", ["", "null", "{}", "[" * 10_000])
+def test_a_record_of_a_resume_that_cannot_be_read_is_named(tmp_path: Path, text: str) -> None:
+    """Every rank reads it."""
+    folder = RunFolder(tmp_path)
+    assert resumed_from(folder) is None
+    folder.resumed.write_text(text)
+    with pytest.raises(UserError, match=r"resumed\.json: cannot be read"):
+        resumed_from(folder)

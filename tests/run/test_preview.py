@@ -18,8 +18,8 @@ from uft_ds.data.sources import PreparedData, PreparedSource, SourceSettings, To
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.tokenize import load_tokenizer, tokenize
 from uft_ds.recipe.file import recipe_from_tree
-from uft_ds.recipe.settings import Settings, settings_of
-from uft_ds.run.preview import CLOSE, OPEN, PROMPT, SUPERVISED, rendered, show_data
+from uft_ds.recipe.settings import Settings, changed, settings_of
+from uft_ds.run.preview import CLOSE, OPEN, PROMPT, SUPERVISED, device_notes, rendered, show_data
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +131,12 @@ def test_nothing_left_out_shows_no_table(tmp_path: Path, chat: ChatTokenizer, mo
     assert "left out, or changed" not in shown
     assert "note" not in shown
     assert [line.split()[0] for line in shown.split("\n") if ".jsonl" in line] == ["train", "held"]
+
+
+def test_a_slow_type_is_noted(data: PreparedData) -> None:
+    """bfloat16 without a GPU, and only there."""
+    settings = settings_for(data)
+    (note,) = device_notes(settings, has_gpu=False)
+    assert note.plain.startswith("note: model.dtype: bfloat16 on a CPU")
+    assert not list(device_notes(settings, has_gpu=True))
+    assert not list(device_notes(changed(settings, {"model.dtype": "float32"}), has_gpu=False))

@@ -62,3 +62,14 @@ def test_without_locks_it_is_not_said_to_go_on(run: RunFolder, monkeypatch: pyte
     assert "running, or killed: its file system has no locks" in progress_of(run.path).summary
     run.write_status(Status(EXIT_STOPPED, "for a reason"))
     assert progress_of(run.path) == RunProgress(EXIT_STOPPED, "step 2, newest checkpoint 1: for a reason")
+
+
+def test_damaged_metrics_are_no_end(run: RunFolder) -> None:
+    """How far the run is comes from the lines that can be read; the first of the others is named."""
+    with run.metrics.open("ab") as file:
+        file.write(b'\xff\xff\nnull\n{"step": 3, "grad_norm": 1.0}\n')
+    run.done.touch()
+    found = progress_of(run.path)
+    assert found.exit_code == EXIT_DONE
+    place = f"({run.metrics}:4: damaged and not counted, 2 such lines)"
+    assert found.summary == f"step 3, newest checkpoint 1 {place}: done"

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from uft_ds.data.micro_batch import micro_batch
 from uft_ds.errors import UserError
-from uft_ds.streams.adapters import as_stream, start_from_adapter
+from uft_ds.streams.adapters import adapter_config_of, as_stream, start_from_adapter
 from uft_ds.streams.load import load_base
 from uft_ds.streams.model import UFTModel
 from uft_ds.streams.stream import BARE_BASE, POLICY_ADAPTER, REFERENCE_ADAPTER, Stream
@@ -232,3 +232,11 @@ def test_an_adapter_of_another_form_is_refused(tiny_qwen2: Path, tmp_path: Path)
     assert "adapter_model.safetensors: cannot be read" in refusal(torn)
     (whole / "adapter_config.json").unlink()
     assert "adapter_config.json: cannot be read" in refusal(whole)
+
+
+def test_equal_adapters_have_equal_configs(tiny_qwen2: Path) -> None:
+    """PEFT writes the names of the layers in the order of a set; here they are sorted."""
+    policy: Any = toy_policy(tiny_qwen2)
+    names = json.loads(adapter_config_of(policy))["target_modules"]
+    assert names == sorted(names)
+    assert len(names) > 1

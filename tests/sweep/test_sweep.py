@@ -493,3 +493,44 @@ def test_a_table_of_what_has_been_run_elsewhere() -> None:
     assert [result.status for result in results] == [how_far, "not started", "done"]
     with (sweep.output / "table.csv").open(newline="") as file:
         assert [row["status"] for row in csv.DictReader(file)] == [result.status for result in results]
+
+
+def test_where_nothing_can_be_written_the_path_is_named(tmp_path: Path) -> None:
+    """A file in the way of the sweep's folder, a folder in the way of its table; before the first run trains."""
+    Path("in_the_way").touch()
+    Path("runs/both/table.csv").mkdir(parents=True)
+    console = Console(file=io.StringIO())
+    for sweep, place in ((sweep_of(output="in_the_way"), "in_the_way/table.csv"), (sweep_of(), "runs/both/table.csv")):
+        with pytest.raises(UserError, match=rf"{place}: cannot be written \(.*give another folder"):
+            table_of(sweep, console)
+        with pytest.raises(UserError, match=rf"{place}: cannot be written"):
+            run_sweep(
+                sweep,
+                console,
+                check=lambda settings: None,
+                train=lambda settings, how: pytest.fail("trains"),
+                overwrite=False,
+            )
+    with pytest.raises(UserError, match=r"in_the_way.*: cannot be written \(Not a directory"):
+        write_recipes(sweep_of(), Path("in_the_way"))
+
+
+def test_a_table_that_cannot_be_written_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full after the first run: the others are run, and the sweep says what is missing."""
+    trained: list[str] = []
+
+    def fails(*_: Any) -> None:
+        raise UserError("table.csv: cannot be written (No space left on device)")
+
+    def train(settings: Settings, how: How) -> tuple[Path, Status]:
+        trained.append(settings.name)
+        return settings.output, Status(1, "x")
+
+    monkeypatch.setattr("uft_ds.sweep.run.write_table", fails)
+    sweep = sweep_of(
+        grid=None,
+        runs=[{"name": "a", "recipe": "toy.yaml"}, {"name": "b", "recipe": "toy.yaml", "set": {"train.lr": 1.0}}],
+    )
+    with pytest.raises(UserError, match="No space left"):
+        run_sweep(sweep, Console(file=io.StringIO()), check=lambda settings: None, train=train, overwrite=False)
+    assert trained == ["a", "b"]

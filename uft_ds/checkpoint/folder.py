@@ -5,18 +5,20 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
 
 from uft_ds.checkpoint.manifest import MANIFEST, manifest_problem, recorded_files
+from uft_ds.checkpoint.owner import owner_of
 from uft_ds.checkpoint.shards import world_size_of
-from uft_ds.checkpoint.state import TRAINER
+from uft_ds.checkpoint.state import TRAINER, claims_of
 from uft_ds.errors import UserError
 from uft_ds.recipe.best import badness
 from uft_ds.record.metrics import read_metrics
-from uft_ds.record.run_folder import RunFolder
+from uft_ds.record.run_folder import CHECKPOINTS, COPIED_LATEST, RunFolder
 
 ADAPTER, OPTIMIZER = "adapter", "optimizer"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = f"{ADAPTER}/adapter_model.safetensors", f"{ADAPTER}/adapter_config.json"
@@ -51,12 +53,12 @@ def set_aside_of(run: Path) -> list[Path]:
 
 def _folders_of_steps(run: Path, suffix: str) -> list[Path]:
     pattern = re.compile(rf"{_PREFIX}\d+{re.escape(suffix)}")
-    found = (path for path in (run / "checkpoints").glob(f"{_PREFIX}*") if pattern.fullmatch(path.name))
+    found = (path for path in (run / CHECKPOINTS).glob(f"{_PREFIX}*") if pattern.fullmatch(path.name))
     return sorted(found, key=step_of, reverse=True)
 
 
 def checkpoint_problem(checkpoint: Path) -> str | None:
-    """A description of what is wrong with a checkpoint's files; None if all exist and match the manifest."""
+    """What is wrong with a checkpoint; None if its files are as they were written, and are its run's and its step's."""
     problem = manifest_problem(checkpoint)
     if problem is not None:
         return problem
@@ -70,7 +72,31 @@ def checkpoint_problem(checkpoint: Path) -> str | None:
     extra = {path.name for path in (checkpoint / OPTIMIZER).glob("*.safetensors")} - set(shards)
     if extra:
         return f"{checkpoint / OPTIMIZER / min(extra)}: not in the manifest"
-    return None
+    return _foreign(checkpoint)
+
+
+def _foreign(checkpoint: Path) -> str | None:
+    """Says that a checkpoint, whole as it may be, is of another run or step than the place where it lies."""
+    path = checkpoint / TRAINER
+    try:
+        step, owner = claims_of(checkpoint)
+    except (OSError, ValueError):
+        return None  # what a resume reads of it, `read_position` checks and names
+    if is_named_by_step(checkpoint) and step != step_of(checkpoint):
+        return f"{path}: is of step {step}, its folder is called {checkpoint.name}"
+    if checkpoint.parent.name != CHECKPOINTS:  # a copy elsewhere
+        return None
+    run = RunFolder(checkpoint.parent.parent)
+    try:
+        expected = owner_of(run)
+    except UserError:
+        return None  # whoever needs identity.json names it
+    if expected is None or owner == expected:
+        return None
+    if owner is None:
+        return f"{path}: does not say whose it is, so it is not of the run in {run.path}"
+    differs = "recipe" if owner.recipe != expected.recipe else "base or data"
+    return f"{path}: is of another run, with another {differs} than the run in {run.path}"
 
 
 def _damage(checkpoint: Path) -> str | None:
@@ -95,7 +121,7 @@ def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
         problem = _damage(checkpoint)
         if problem is None:
             return checkpoint, problems
-        problems.append(f"checkpoint {checkpoint.name} is damaged: {problem}")
+        problems.append(f"checkpoint {checkpoint.name} cannot be used: {problem}")
     return None, problems
 
 
@@ -112,7 +138,7 @@ def latest_checkpoint(run: Path) -> Path:
     problem = _damage(candidates[0])
     if problem is not None:
         others = f"; older ones: {', '.join(c.name for c in candidates[1:])}" if candidates[1:] else ""
-        raise UserError(f"checkpoint {candidates[0].name} is damaged: {problem}{others}")
+        raise UserError(f"checkpoint {candidates[0].name} cannot be used: {problem}{others}")
     return candidates[0]
 
 
@@ -128,8 +154,13 @@ def best_checkpoint(folder: RunFolder, metric: str) -> Path | None:
 
 
 def point_latest(folder: RunFolder) -> None:
-    """Point the link `latest` at the newest checkpoint, or delete it if there is none."""
+    """Point the link `latest` at the newest checkpoint, or delete it if there is none.
+
+    A folder in its place is a checkpoint that `cp -L` made of the link. It is renamed and kept.
+    """
     newest = next(iter(checkpoints_of(folder.path)), None)
+    if folder.latest.is_dir() and not folder.latest.is_symlink():  # the run was copied with its links resolved
+        folder.latest.rename(_free_name(folder.path / COPIED_LATEST))
     if newest is None:
         folder.latest.unlink(missing_ok=True)
         return
@@ -139,10 +170,17 @@ def point_latest(folder: RunFolder) -> None:
     link.replace(folder.latest)  # atomic: a reader sees the old link or the new one, never none
 
 
+def _free_name(path: Path) -> Path:
+    """The path, or with a number behind it where that name is taken."""
+    names = (path if number == 1 else path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+    return next(name for name in names if not name.exists() and not name.is_symlink())
+
+
 def set_aside(checkpoint: Path) -> Path:
     """Rename a damaged checkpoint so that it is no longer listed; it is kept for inspection."""
     aside = checkpoint.with_name(checkpoint.name + _DAMAGED)
-    shutil.rmtree(aside, ignore_errors=True)
+    if aside.is_symlink() or aside.exists():
+        remove(aside)
     return checkpoint.rename(aside)
 
 
@@ -155,6 +193,12 @@ def prune(folder: RunFolder, *, keep: int, best: str | None) -> None:
 
 
 def remove(checkpoint: Path) -> None:
-    """Delete a checkpoint, its manifest first, so that an interrupted deletion leaves nothing that looks complete."""
+    """Delete a checkpoint, its manifest first, so that an interrupted deletion leaves nothing that looks complete.
+
+    Of a checkpoint that is a link, as one that was moved to another disk, the link alone is deleted.
+    """
+    if checkpoint.is_symlink():
+        checkpoint.unlink()
+        return
     (checkpoint / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(checkpoint)

@@ -15,6 +15,13 @@ TORCH, CUDA, OTHERS = "rng:torch", "rng:cuda", "rng:python and numpy"
 NAMES = (TORCH, CUDA, OTHERS)
 
 
+def seed_generators(seed: int) -> None:
+    """Start all generators of this process from a seed below 2^64: checkpoints of equal runs are then equal files."""
+    random.seed(seed)
+    np.random.seed([seed % 2**32, seed // 2**32])
+    torch.manual_seed(seed)
+
+
 def generator_states() -> dict[str, Tensor]:
     """The generator states of torch (host and this process's GPU), numpy and Python: uint8 tensors by name."""
     numpy_state: Any = np.random.get_state(legacy=False)

@@ -83,7 +83,7 @@ def delete(run: Path, steps: Sequence[int]) -> list[Path]:
                 remove(checkpoint)
             point_latest(folder)
         except OSError as error:
-            raise UserError(f"{error.filename or run}: cannot be deleted ({error.strerror})") from None
+            raise UserError(f"{error.filename or run}: cannot be deleted ({error.strerror or error})") from None
     return chosen
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from uft_ds.host.files import sha256, write_atomically
+from uft_ds.host.files import is_below, sha256, write_atomically
 from uft_ds.host.formats import KEY, UnknownFormat, check_format
 
 MANIFEST = "manifest.json"
@@ -24,6 +24,10 @@ class Written:
 
     num_bytes: int
     sha256: str
+
+
+class NamesOutside(ValueError):
+    """A manifest names a file outside of its folder, which is never read."""
 
 
 def write_manifest(folder: Path, files: Mapping[str, Written]) -> None:
@@ -40,6 +44,8 @@ def manifest_problem(folder: Path) -> str | None:
         return f"{folder / MANIFEST}: missing; the checkpoint was never finished"
     except OSError as error:
         return f"{folder / MANIFEST}: cannot be read ({error.strerror})"
+    except NamesOutside as error:
+        return f"{folder / MANIFEST}: names {error}, expected only files in the checkpoint's own folder"
     except ValueError:
         return f"{folder / MANIFEST}: not a manifest"
     except UnknownFormat as error:
@@ -66,13 +72,17 @@ def recorded_files(folder: Path) -> dict[str, Written]:
 
     Raises:
         OSError: the manifest cannot be read. ValueError: the file is not a manifest. UnknownFormat: other version.
+        NamesOutside: it names a file that does not lie in the folder.
     """
     try:
         content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         # The first manifests had no version and no other key. In another one, a lost version is a flipped bit in KEY.
         version = None if content.keys() == {"files"} else content[KEY]
         check_format(folder / MANIFEST, version, FORMAT, "start the run anew")
-        files = content["files"]
-        return {name: Written(entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+        files = {name: Written(entry["bytes"], entry["sha256"]) for name, entry in content["files"].items()}
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(str(error)) from None
+    outside = next((name for name in files if not is_below(name)), None)
+    if outside is not None:
+        raise NamesOutside(repr(outside))
+    return files

@@ -14,6 +14,7 @@ from torch import Tensor
 from uft_ds.checkpoint.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, OPTIMIZER
 from uft_ds.checkpoint.generators import generator_states
 from uft_ds.checkpoint.manifest import Written
+from uft_ds.checkpoint.owner import Owner
 from uft_ds.checkpoint.shards import shard_name, write_shard
 from uft_ds.checkpoint.state import TRAINER, Position, write_position
 from uft_ds.checkpoint.tensor_file import check_same, save_tensors
@@ -31,11 +32,13 @@ class OfFirstRank:
     """The files that only rank 0 writes.
 
     adapter: tensors by PEFT's names. reference: the table of log-probs, and the identity of its reference.
+    owner: whose checkpoint it is.
     """
 
     adapter: Mapping[str, Tensor]
     adapter_config: bytes
     reference: tuple[LogpTable, str]
+    owner: Owner | None
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,12 @@ class Snapshot:
 
 
 def take_snapshot(
-    engine: Engine, policy: Policy, position: Position, reference: Known, adapter_config: bytes
+    engine: Engine,
+    policy: Policy,
+    position: Position,
+    reference: Known,
+    adapter_config: bytes,
+    owner: Owner | None,
 ) -> Snapshot:
     """Copy everything to host memory. Every rank must call it: the adapter is gathered, the optimiser state is not."""
     first = None
@@ -64,7 +72,7 @@ def take_snapshot(
                 name: tensor.to("cpu", copy=True).contiguous()
                 for name, tensor in adapter_tensors(policy, tensors).items()
             }
-            first = OfFirstRank(adapter, adapter_config, reference.table())
+            first = OfFirstRank(adapter, adapter_config, reference.table(), owner)
     pieces = tuple(
         Piece(piece.name, piece.shape, piece.start, {k: t.to("cpu", copy=True) for k, t in piece.tensors.items()})
         for piece in pieces_of(engine.deepspeed)
@@ -104,7 +112,7 @@ def _write_first(first: OfFirstRank, position: Position, folder: Path) -> list[P
     if position.state.updates > 0 and not any(is_b.values()):
         raise CheckFailed(f"{weights}: every lora_B is zero after training: these adapters were never updated")
     config.write_bytes(first.adapter_config)
-    write_position(folder, position)
+    write_position(folder, position, first.owner)
     files = [weights, config, folder / TRAINER]
     table, identity = first.reference
     if table:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
+from uft_ds.checkpoint.owner import RUN, Owner, parsed_owner
 from uft_ds.data.source import SourceState
 from uft_ds.errors import UserError
 from uft_ds.host.files import write_atomically
@@ -42,9 +44,11 @@ class Position:
     metrics_bytes: int
 
 
-def write_position(folder: Path, position: Position) -> None:
-    """Write trainer.json below `folder`."""
-    content = {KEY: FORMAT, **asdict(position.state), "metrics_bytes": position.metrics_bytes}
+def write_position(folder: Path, position: Position, owner: Owner | None = None) -> None:
+    """Write trainer.json below `folder`. owner: whose checkpoint it is; None where the run does not say."""
+    content: dict[str, Any] = {KEY: FORMAT, **asdict(position.state), "metrics_bytes": position.metrics_bytes}
+    if owner is not None:
+        content[RUN] = asdict(owner)
     write_atomically(folder / TRAINER, json.dumps(content, indent=2) + "\n")
 
 
@@ -67,3 +71,15 @@ def read_position(checkpoint: Path) -> Position:
         return Position(state, int(content["metrics_bytes"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not the state of a trainer ({type(error).__name__}: {error})") from None
+
+
+def claims_of(checkpoint: Path) -> tuple[int, Owner | None]:
+    """The step and the owner that a checkpoint's trainer.json states.
+
+    Raises:
+        OSError, ValueError: the file cannot be read, or states no step.
+    """
+    content = json.loads((checkpoint / TRAINER).read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or type(content.get("step")) is not int:
+        raise ValueError("states no step")
+    return content["step"], parsed_owner(content.get(RUN))

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from uft_ds.checkpoint.folder import checkpoints_of, name_of, point_latest, prune, remove
 from uft_ds.checkpoint.manifest import Written, write_manifest
+from uft_ds.checkpoint.owner import owner_of
 from uft_ds.checkpoint.snapshot import Snapshot, take_snapshot, write_snapshot
 from uft_ds.checkpoint.state import Position
 from uft_ds.engine.engine import Engine
@@ -49,7 +50,7 @@ class CheckpointWriter:
     ) -> None:
         self._engine, self._policy, self._folder, self._reporter = engine, policy, folder, reporter
         self._keep, self._best = keep, best
-        self._adapter_config = adapter_config_of(policy)
+        self._adapter_config, self._owner = adapter_config_of(policy), owner_of(folder)
         self._writing: _Writing | None = None
         self._thread = threading.Thread()
         self._polled_seconds = 0.0
@@ -64,7 +65,7 @@ class CheckpointWriter:
         started = time.perf_counter()
         self.poll(wait=True)
         polled_seconds, self._polled_seconds = self._polled_seconds, 0.0
-        snapshot = take_snapshot(self._engine, self._policy, position, reference, self._adapter_config)
+        snapshot = take_snapshot(self._engine, self._policy, position, reference, self._adapter_config, self._owner)
         step = position.state.step
         self._writing = _Writing(step)
         self._thread = threading.Thread(

@@ -20,7 +20,7 @@ def data_preview(
     rows: Annotated[int, typer.Option(min=0, help="Sampled rows of each source.")] = 2,
     source: Annotated[Optional[int], typer.Option(min=0, help="Only this one of data.sources.")] = None,  # noqa: UP045
     held_out: Annotated[bool, typer.Option("--held-out", help="The held-out sources instead.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sample.")] = 0,
     full: Annotated[bool, typer.Option("--full", help="Whole rows; long ones are cut otherwise.")] = False,
 ) -> None:
     """Show what a recipe trains on: sampled rows with their masks and scores, and what is left out and why.

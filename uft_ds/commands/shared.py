@@ -9,9 +9,12 @@ from typing import Annotated, Optional
 import typer
 from rich.console import Console
 
+from uft_ds.host.standard_streams import drop_useless_size, is_terminal
+
+drop_useless_size()  # before the console reads it
 _UNLIMITED = 10_000  # columns: in files and pipes no line is wrapped
 console = Console(  # no markup: paths may contain brackets
-    markup=False, highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _UNLIMITED
+    markup=False, highlight=False, width=None if is_terminal() or "COLUMNS" in os.environ else _UNLIMITED
 )
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a shipped recipe, or path of a YAML file.")]

@@ -61,6 +61,7 @@ FREE_KEYS = {
     "aio",
 }
 """Keys that a DeepSpeed file may set; they are passed on unchanged."""
+_SECTIONS = {"comms_logger", "flops_profiler", "aio"}
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,15 @@ def read_deepspeed_file(name_or_path: str) -> dict[str, Any]:
     DeepSpeed ignores a misspelt key at the top level, so the keys are checked here.
 
     Raises:
-        UserError: the file does not exist or is not JSON, or it sets an unknown key or one that the recipe decides.
+        UserError: the file does not exist or is not JSON, or it sets a key twice, an unknown one, or one that the
+            recipe decides.
     """
     path = _deepspeed_path(name_or_path)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+            raise ValueError("not a regular file")
+        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_doubled_keys)
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"deepspeed: {path}: not a readable JSON file ({error})") from None
     if not isinstance(config, dict):
         raise UserError(f"deepspeed: {path}: expected a JSON object, found {type(config).__name__}")
@@ -99,8 +103,37 @@ def read_deepspeed_file(name_or_path: str) -> dict[str, Any]:
             near = difflib.get_close_matches(key, FREE_KEYS | OWNED_KEYS, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(FREE_KEYS))}"
             raise UserError(f"deepspeed: {path}: unknown key {key!r}; {hint}")
+        expected = _expected_of(key, value)
+        if expected is not None:
+            raise UserError(f"deepspeed: {path}: {key}: {value!r} found, expected {expected}")
     check_zero_section(config.get("zero_optimization"), path)
     return dict(config)
+
+
+def _expected_of(key: str, value: Any) -> str | None:
+    """What a free key's value should be; None if it is that. DeepSpeed reads them when the ranks already run."""
+    if key in OWNED_KEYS or key == "zero_optimization":
+        return None
+    if key in _SECTIONS:
+        return None if isinstance(value, dict) else "an object"
+    if key == "steps_per_print":
+        is_number = value is None or (type(value) in (int, float) and value >= 1)
+        return None if is_number else "a number of at least 1, or null"
+    return None if isinstance(value, bool) else "true or false"
+
+
+def _without_doubled_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Python's reader takes the last of two equal keys without a word.
+
+    Raises:
+        ValueError: a key is given twice.
+    """
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"key {key!r} is given twice")
+        found[key] = value
+    return found
 
 
 def _leaves_it_to_the_recipe(value: Any) -> bool:

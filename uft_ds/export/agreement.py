@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from uft_ds.data.example import Response, Sequence
-from uft_ds.data.store.sequences import TokenStore
+from uft_ds.data.store.sequences import TokenStore, check_content
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.export.streamed_logps import empty_model, num_units, streamed_logps, with_adapter
 from uft_ds.streams.load import check_base
@@ -109,6 +109,7 @@ def agreement(adapter_R: Tensor, merged_R: Tensor) -> Agreement:
 
 def sequences_of_run(sample: Path) -> tuple[Sequence, ...]:
     """A few tokenised sequences of a run's data sample; held-out ones come first, if the run has any."""
+    check_content(sample)
     store = TokenStore(sample, "data")
     sequences = (sequence for index in range(len(store)) for sequence in store.unit(index))
     chosen: list[Sequence] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import uuid
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from uft_ds.errors import UserError
 
@@ -24,6 +24,12 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_below(name: str) -> bool:
+    """Whether a name in a list of a folder's files stays below that folder: no `..`, no absolute path."""
+    path = PurePosixPath(name)
+    return name not in ("", ".") and not path.is_absolute() and ".." not in path.parts
 
 
 def sync(path: Path) -> None:

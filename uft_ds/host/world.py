@@ -73,13 +73,13 @@ def given_port(environ: Mapping[str, str] = os.environ) -> int | None:
     given = environ.get("MASTER_PORT")
     if given is None:
         return None
-    if not (given.isdigit() and 0 < int(given) < 65536):
+    if not (given.isdecimal() and len(given) < 10 and 0 < int(given) < 65536):
         raise UserError(f"MASTER_PORT: found {given!r}, expected a port number")
     return int(given)
 
 
 def _number(environ: Mapping[str, str], name: str, default: int) -> int:
     given = environ.get(name) or str(default)
-    if not given.isdigit():
+    if not (given.isdecimal() and len(given) < 10):
         raise UserError(f"{name}: found {given!r}, expected a whole number, which the launcher sets; unset it")
     return int(given)

@@ -107,11 +107,12 @@ class ReferenceStore:
 
 
 def write_table(path: Path, table: Mapping[bytes, float], identity: str) -> None:
-    """Write one file of keys and log-probs, and sync it to the disk.
+    """Write one file of keys and log-probs, sorted by key, and sync it to the disk.
 
     Raises:
         OSError: the file cannot be written.
     """
+    table = dict(sorted(table.items()))
     keys = np.frombuffer(b"".join(table), dtype=np.uint8).reshape(len(table), KEY_BYTES)
     logps = np.fromiter(table.values(), dtype=np.float64, count=len(table))
     try:

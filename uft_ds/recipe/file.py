@@ -18,12 +18,35 @@ from uft_ds.host.formats import check_format
 from uft_ds.recipe.names import unknown_key, unknown_name
 from uft_ds.recipe.schema import COMBINATIONS_CHECKED, Recipe, Section, section_of
 
+_DIGITS = 9
+"""Most digits of an index into a list."""
+_SHOWN_LETTERS = 200
+"""Longest value that a message shows whole; a few lines of YAML can hold a million leaves."""
 FORMAT_KEY, FORMAT = "recipe_format", 1
 """Key and version of the recipe that a run keeps in its folder. Users need not write the key in their recipes."""
 
 
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_OF_YAML_1_2 = (
+    (_INT, re.compile(r"^(?:[-+]?[0-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+)$"), "-+0123456789"),
+    (
+        _FLOAT,
+        re.compile(
+            r"^(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"
+            r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+        ),
+        "-+0123456789.",
+    ),
+)
+"""(tag, pattern, first letters) of numbers, as YAML 1.2 reads them, and with `_` between digits.
+
+PyYAML reads YAML 1.1, in which `010` is 8, `1:30` is 90 (a count of 60), and `1e-5` is a text. Here these are 10, a
+text, which no number's key takes, and a number.
+"""
+
+
 class _RecipeLoader(yaml.SafeLoader):
-    """YAML without two pitfalls: `1e-5` is read as a number, and a key given twice is an error."""
+    """YAML without the pitfalls of version 1.1 in numbers, and in which a key given twice is an error."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         """The value of a node; one that does not fit its tag (`!!bool maybe`, 2024-02-30) is an error of the YAML."""
@@ -37,15 +60,22 @@ class _RecipeLoader(yaml.SafeLoader):
 
 
 class _RecipeDumper(yaml.SafeDumper):
-    """Writes texts that `_RecipeLoader` would read as numbers in quotes."""
+    """Writes texts in quotes that `_RecipeLoader`, or a reader of YAML 1.1, would read as something else."""
 
 
+def _int(loader: _RecipeLoader, node: yaml.ScalarNode) -> int:
+    text = loader.construct_scalar(node).replace("_", "")
+    return int(text, 0) if text.startswith(("0o", "0x")) else int(text)
+
+
+_RecipeLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_RecipeLoader.add_constructor(_INT, _int)
 for _class in (_RecipeLoader, _RecipeDumper):
-    _class.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)$"),
-        list("-+0123456789."),
-    )
+    for _tag, _pattern, _letters in _OF_YAML_1_2:
+        _class.add_implicit_resolver(_tag, _pattern, list(_letters))
 
 
 def _mapping_without_duplicates(loader: _RecipeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -111,7 +141,7 @@ def _apply_override(tree: Any, override: str) -> None:
     for depth, part in enumerate([*parents, leaf]):
         where = ".".join(key.split(".")[: depth + 1])
         if isinstance(node, list):
-            if not part.isdecimal() or int(part) >= len(node):
+            if not part.isdecimal() or len(part) > _DIGITS or int(part) >= len(node):
                 known = f"expected an index from 0 to {len(node) - 1}" if node else "the list is empty"
                 raise UserError(f"override {override!r}: {where}: {known}")
             index: Any = int(part)
@@ -234,7 +264,12 @@ def _lines(place: tuple[str | int, ...], problems: list[Any], root: type[Section
         expected = dict.fromkeys(_expected(problem) for problem in problems)
         first_expected, *others = expected
         either = [first_expected, *(other.removeprefix("input should be ") for other in others)]
-        yield f"{key}: {first['input']!r} given; {', or '.join(either)}"
+        yield f"{key}: {_shown(first['input'])} given; {', or '.join(either)}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN_LETTERS else f"{text[:_SHOWN_LETTERS]}..."
 
 
 def _expected(problem: Any) -> str:
@@ -258,6 +293,12 @@ def read_stored_recipe(path: Path) -> dict[str, Any]:
         UserError: the file cannot be read, or is not of this format version.
     """
     return load_recipe(str(path)).model_dump(mode="json")
+
+
+def dump_value(value: Any) -> str:
+    """A value in one line of YAML, as an override gives it; `load_yaml` reads it back to an equal value."""
+    text = yaml.dump(value, Dumper=_RecipeDumper, default_flow_style=True, width=10**9)
+    return text.removesuffix("...\n").strip()
 
 
 def dump_recipe(recipe: Recipe | Mapping[str, Any]) -> str:

@@ -191,8 +191,8 @@ class ReferenceSection(Section):
 
 
 class TrainSection(Section):
-    examples_per_step: Positive = 64
-    """Number of responses of an optimiser step, over all ranks and micro-batches."""
+    examples_per_step: Annotated[int, Field(gt=0, le=2**20)] = 64
+    """Number of responses of an optimiser step, over all ranks and micro-batches; at most a million (2^20)."""
     tokens_per_micro_batch: Annotated[int, Field(ge=8, lt=_INT32)] = 16384
     """Largest number of tokens that a rank forwards at once."""
     epochs: Positive = 1

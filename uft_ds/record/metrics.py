@@ -152,9 +152,33 @@ def _wandb_id(folder: Path, generate: Callable[[], str]) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; none if there is no file. An incomplete last line of a killed run is left out."""
+    """The lines of a metrics file; none if there is no file.
+
+    An incomplete last line of a killed run is left out, and so are damaged lines, which `damaged_metrics` names.
+    """
+    return [line for line in _lines(path) if line is not None]
+
+
+def damaged_metrics(path: Path) -> list[int]:
+    """The numbers, from 1, of a metrics file's lines that no run has written so: after a disk or a copy has failed."""
+    return [number for number, line in enumerate(_lines(path), start=1) if line is None]
+
+
+def _lines(path: Path) -> list[dict[str, Any] | None]:
+    """Each complete line; None for one that is not an object with a step and numbers."""
     if not path.exists():
         return []
-    *lines, torn = path.read_text(encoding="utf-8").split("\n")
-    del torn  # the text after the last line break, which is empty unless the last line is incomplete
-    return [json.loads(line) for line in lines]
+    *lines, torn = path.read_bytes().split(b"\n")
+    del torn  # what follows the last line break, which is empty unless the last line is incomplete
+    return [_parsed(line) for line in lines]
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        found = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict) or type(found.get("step")) is not int:
+        return None
+    is_number = (value is None or type(value) in (int, float) for value in found.values())
+    return found if all(is_number) else None

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from uft_ds.data.example import KINDS
 from uft_ds.record.metrics import MetricsWriter
@@ -59,6 +59,7 @@ class SilentReporter:
     ) -> None: ...
 
 
+_UNKNOWN = "-:--:--"
 SECONDS_BETWEEN_LINES = 5.0
 """Time between progress lines if the output is not a terminal."""
 
@@ -69,7 +70,7 @@ class _ProgressLine:
     def __init__(self, console: Console | None, task: str, total: int) -> None:
         self._console, self._last_line = console, time.monotonic()
         self._progress = _progress(console)
-        self._task = self._progress.add_task(task, total=total, numbers="")
+        self._task = self._progress.add_task(task, total=total, numbers="", eta=_UNKNOWN)
 
     def say(self, text: str) -> None:
         logger.info(text)
@@ -114,11 +115,11 @@ class ConsoleReporter(_ProgressLine):
         self._training_seconds, self._steps_here = self._training_seconds + metrics["seconds"], self._steps_here + 1
         line = one_line(metrics)
         logger.info("step %d %s", step, line)
-        self._progress.update(self._task, completed=step, numbers=line)
+        eta = _clock(self._training_seconds / self._steps_here * (self._num_steps - step))
+        self._progress.update(self._task, completed=step, numbers=line, eta=eta)
         if self._is_line_due(always=step in (1, self._num_steps)):
             assert self._console is not None
-            remaining = self._training_seconds / self._steps_here * (self._num_steps - step)
-            _print(self._console, f"step {step}/{self._num_steps}  {line}  ETA {_clock(remaining)}")
+            _print(self._console, f"step {step}/{self._num_steps}  {line}  ETA {eta}")
 
     def held_out(self, step: int, metrics: Mapping[str, float]) -> None:
         self._writer.write(step, metrics)
@@ -151,16 +152,17 @@ class FillReporter(_ProgressLine):
         """Record that `visited` more responses are done, of which `computed` had to be forwarded."""
         self._done, self._computed = self._done + visited, self._computed + computed
         line = f"{self._computed} computed"
-        self._progress.update(self._task, completed=self._done, numbers=line)
+        eta = _clock((time.monotonic() - self._started) / self._done * (self._total - self._done))
+        self._progress.update(self._task, completed=self._done, numbers=line, eta=eta)
         if self._is_line_due(always=self._done == self._total):
-            remaining = (time.monotonic() - self._started) / self._done * (self._total - self._done)
-            self.say(f"reference: {self._done}/{self._total} responses, {line}  ETA {_clock(remaining)}")
+            self.say(f"reference: {self._done}/{self._total} responses, {line}  ETA {eta}")
 
 
 def _progress(console: Console | None) -> Progress:
     columns = (
         TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(),
-        TextColumn("{task.fields[numbers]}"), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
+        # Not rich's own estimate, which looks at the last 30 s alone: a step may take longer.
+        TextColumn("{task.fields[numbers]}"), TimeElapsedColumn(), TextColumn("ETA {task.fields[eta]}"),
     )  # fmt: skip
     is_live = console is not None and console.is_terminal
     # If rich redirected the streams, the output of libraries would go to the terminal and not to the rank's log.

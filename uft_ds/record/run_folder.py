@@ -15,12 +15,18 @@ from uft_ds.errors import UserError
 from uft_ds.host.files import write_atomically
 from uft_ds.host.locks import Held, Lock, NoLocks, acquire, is_held
 
+CHECKPOINTS = "checkpoints"
 _OF_A_RUN = (
-    "recipe.yaml", "environment.json", "metrics.jsonl", "tensorboard", "wandb", "checkpoints",
+    "recipe.yaml", "environment.json", "metrics.jsonl", "tensorboard", "wandb", CHECKPOINTS,
     "latest", "data", "status.json", "report.html", "curves.png", "health.png", "held_out.csv", "launcher.log", "DONE",
     "quickstart.json", "identity.json", "resumed.json", "wandb-id",
 )  # fmt: skip
 """Files and folders that a run creates. `--overwrite` deletes only these, logs of ranks and temporary files."""
+
+COPIED_LATEST = "latest.copied"
+"""Name (or its beginning) of a folder that took the place of the link `latest`, and was put aside."""
+_WRITTEN_IN_PLACE = ("metrics.jsonl", "launcher.log", "DONE")
+"""Files that a run opens for writing where they lie; all others are replaced by new ones."""
 
 _SECONDS_OF_A_LOOK = 1.0
 """How long to wait for the lock, because `is_owned` in another process holds it for a moment."""
@@ -81,7 +87,7 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS
 
     @property
     def latest(self) -> Path:
@@ -242,6 +248,24 @@ def locked(folder: RunFolder, *, name: str, without_locks: str) -> Lock:
         raise UserError(f"{name} cannot be written ({error.strerror})") from None
 
 
+def check_own_files(folder: RunFolder) -> None:
+    """Refuse a run's folder in which a file that the run writes in place is a link, or is no file.
+
+    A link may lead to a file outside of the run, which would be cut or written to.
+
+    Raises:
+        UserError: names the file.
+    """
+    for path in (*(folder.path / name for name in _WRITTEN_IN_PLACE), *folder.path.glob("log-rank*.txt")):
+        if path.is_symlink():
+            raise UserError(
+                f"{path}: a link to {path.readlink()}, expected a file of the run's own; nothing is written through a "
+                "link: put a copy of the file in its place, or delete the link"
+            )
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: not a file, expected one that the run wrote; move it away")
+
+
 def is_owned(folder: RunFolder) -> bool | None:
     """Whether a process holds the lock, which means that the run is running. None: the file system has no locks.
 
@@ -267,7 +291,7 @@ def release(folder: RunFolder, lock: Lock) -> None:
 def _empty(path: Path) -> None:
     for entry in path.iterdir():
         is_temporary = entry.name.startswith(".") and entry.name.endswith(".tmp")
-        if not (entry.name in _OF_A_RUN or entry.name.startswith("log-rank") or is_temporary):
+        if not (entry.name in _OF_A_RUN or entry.name.startswith(("log-rank", COPIED_LATEST)) or is_temporary):
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)

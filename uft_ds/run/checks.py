@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import tempfile
 import warnings
 from pathlib import Path
@@ -60,7 +61,18 @@ def check_sharding(settings: Settings, *, ranks: int, ranks_per_node: int | None
 
 
 def check_inputs_lie_outside(settings: Settings) -> None:
-    """Refuse inputs inside the run's folder, because a run may empty that folder."""
+    """Refuse inputs inside the run's folder, because a run may empty that folder.
+
+    Places are compared, not names: an input may be named through a link, the output by a path with `..`. A folder of
+    data must not hold the run's folder either, because it is read with everything below it.
+
+    Raises:
+        UserError: names the key, the path, and the place inside the run's folder.
+    """
+    data = {
+        **{f"data.sources.{i}.path": source.path for i, source in enumerate(settings.data.sources)},
+        **{f"data.held_out.{i}.path": source.path for i, source in enumerate(settings.data.held_out)},
+    }
     paths = {
         "model.base": settings.model.base,
         "model.chat_template": settings.model.chat_template,
@@ -68,15 +80,44 @@ def check_inputs_lie_outside(settings: Settings) -> None:
         "reference.adapter": settings.reference.adapter,
         "reference.cache_dir": settings.reference.given_cache_dir,
         "data.cache_dir": settings.data.given_cache_dir,
-        **{f"data.sources.{i}.path": source.path for i, source in enumerate(settings.data.sources)},
-        **{f"data.held_out.{i}.path": source.path for i, source in enumerate(settings.data.held_out)},
+        **data,
     }
+    output = settings.output.resolve()
     for key, path in paths.items():
-        if path is not None and Path(path).is_relative_to(settings.output):
+        inside = None if path is None else _place_inside(Path(path), settings.output, output, with_links=key in data)
+        if inside is not None:
+            found = "" if str(inside) == path else f" (as {inside})"
             raise UserError(
-                f"output: {key} {path} lies inside {settings.output}, which a run may empty; "
+                f"output: {key} {path} lies inside {settings.output}{found}, which a run may empty; "
                 "give another folder for the run"
             )
+    for key, path in data.items():
+        if Path(path).is_dir() and output.is_relative_to(Path(path).resolve()):
+            raise UserError(
+                f"output: {settings.output} lies inside {key} {path}, which is read with everything below it; "
+                "give another folder for the run"
+            )
+
+
+def _place_inside(path: Path, output_as_given: Path, output: Path, *, with_links: bool) -> Path | None:
+    """Where in the run's folder a path leads; None if it leads elsewhere.
+
+    Args:
+        output: the real place of `output_as_given`.
+        with_links: look also at the links below the path.
+    """
+    if path.is_relative_to(output_as_given):
+        return path
+    if not path.exists():  # the name of a hub model, or a path that is refused later
+        return None
+    real = path.resolve()
+    if real.is_relative_to(output):
+        return real
+    if not with_links:
+        return None
+    links = (Path(folder, name) for folder, *both in os.walk(real) for name in (*both[0], *both[1]))
+    reached = (link.resolve() for link in links if link.is_symlink())
+    return next((place for place in reached if place.is_relative_to(output)), None)
 
 
 def check_adapter_is_of_base(settings: Settings, on_file: OnFile) -> None:

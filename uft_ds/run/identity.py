@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import json
 import platform
 import subprocess
 import sys
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from uft_ds.checkpoint.owner import Owner
 from uft_ds.data.sources import PreparedData
 from uft_ds.data.store.tokenized import read_key_parts
 from uft_ds.host.callbacks import OnProgress
+from uft_ds.recipe.file import leaves_of
 from uft_ds.recipe.settings import Settings
 from uft_ds.streams.identity import adapter_identity, base_identity
 from uft_ds.streams.load import attention_implementation, check_base
@@ -22,6 +27,14 @@ from uft_ds.streams.load import attention_implementation, check_base
 _PACKAGES = (
     "uft-ds", "torch", "deepspeed", "transformers", "peft", "datasets", "safetensors", "numpy", "flash-attn",
 )  # fmt: skip
+
+
+MAY_CHANGE = (
+    "name", "output", "launch.*", "tracking*", "deepspeed", "data.workers", "*.cache_dir", "train.checkpoint_every",
+    "train.keep_checkpoints", "train.keep_best", "train.evaluate_every", "train.max_skipped_steps",
+    "train.tokens_per_micro_batch", "model.gradient_checkpointing", "model.activation_offload", "model.logits_mib",
+)  # fmt: skip
+"""Keys (patterns) that may change on resume: they decide how a run is computed, not what. Losses agree to rounding."""
 
 
 def run_identity(settings: Settings, data: PreparedData, on_progress: OnProgress) -> dict[str, Any]:
@@ -39,6 +52,19 @@ def run_identity(settings: Settings, data: PreparedData, on_progress: OnProgress
             for parts in [read_key_parts(settings.data.cache_dir, source.key)]
         },
     }
+
+
+_PLACES = ("model.base", "model.revision", "model.chat_template", "reference.adapter", "data.*.path")
+"""Keys (patterns) that say where an input lies; its content is in the identity."""
+
+
+def owner(settings: Settings, identity: dict[str, Any]) -> Owner:
+    """Whose the checkpoints of a run are. identity: as returned by `run_identity`."""
+    leaves = leaves_of(settings.stored)
+    unimportant = (*MAY_CHANGE, *_PLACES)
+    kept = {key: leaves[key] for key in sorted(leaves) if not any(fnmatch(key, pattern) for pattern in unimportant)}
+    recipe, content = (json.dumps(part, sort_keys=True) for part in (kept, identity))
+    return Owner(hashlib.sha256(recipe.encode()).hexdigest(), hashlib.sha256(content.encode()).hexdigest())
 
 
 def environment(settings: Settings) -> dict[str, object]:

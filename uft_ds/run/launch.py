@@ -79,7 +79,7 @@ def launch(
                 break
             if heard.count(signal.SIGINT) > 1:
                 _stop(process)
-                return Status(EXIT_INTERRUPTED, "interrupted")
+                return _written(folder, Status(EXIT_INTERRUPTED, "interrupted"))
             if heard:
                 if not has_said:
                     say("stopping: the step that is running is finished and saved first (Ctrl-C again: at once)")
@@ -90,14 +90,21 @@ def launch(
     killed = [f"rank {rank} was killed (signal {-code})" for rank, code in codes.items() if code < 0]
     if killed:
         why = f"{', '.join(killed)}: out of memory? See {folder.launcher_log} and the system's log"
-        return Status(EXIT_CRASHED, why)
+        return _written(folder, Status(EXIT_CRASHED, why))
     if heard and EXIT_STOPPED in codes.values():
         status = folder.read_status() or Status(EXIT_STOPPED, "stopped before it trained; nothing is lost")
         # The ranks received SIGUSR1, whichever signal the user sent to this process.
         status = replace(status, message=status.message.replace("SIGUSR1", signal.Signals(heard[0]).name))
+        return _written(folder, status)
+    silent = Status(EXIT_CRASHED, f"the ranks ended without a status; see {folder.launcher_log}")
+    return folder.read_status() or _written(folder, silent)
+
+
+def _written(folder: RunFolder, status: Status) -> Status:
+    """The status, after it has replaced what the ranks wrote: `uft status` tells what the terminal told."""
+    with suppress(OSError):  # a full disk may be why the ranks ended
         folder.write_status(status)
-        return status
-    return folder.read_status() or Status(EXIT_CRASHED, f"the ranks ended without a status; see {folder.launcher_log}")
+    return status
 
 
 @contextmanager

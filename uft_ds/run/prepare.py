@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import platform
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+from uft_ds.checkpoint.owner import RUN
 from uft_ds.data.mixture import Steps, plan_steps, units_of_epochs
 from uft_ds.data.sources import (
     PreparedData,
@@ -20,7 +22,7 @@ from uft_ds.data.sources import (
     open_source,
     prepare_source,
 )
-from uft_ds.data.store.sequences import write_sample
+from uft_ds.data.store.sequences import check_content, write_sample
 from uft_ds.data.store.tokenized import is_whole
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.tokenize import load_tokenizer
@@ -33,7 +35,7 @@ from uft_ds.recipe.rules import kind_problems
 from uft_ds.recipe.settings import Settings
 from uft_ds.record.run_folder import RunFolder, check_claimable, claim, release
 from uft_ds.run.checks import check_adapter_is_of_base, check_inputs_lie_outside, check_recipe
-from uft_ds.run.identity import environment, run_identity
+from uft_ds.run.identity import environment, owner, run_identity
 from uft_ds.run.settings import with_deepspeed_file, with_fixed_revision
 from uft_ds.streams.identity import local_folder
 from uft_ds.streams.load import check_base_files
@@ -95,15 +97,21 @@ def open_data(settings: Settings, folder: RunFolder) -> PreparedData:
     return PreparedData(opened("train", settings.data.sources), opened("held_out", settings.data.held_out))
 
 
-def ensure_data(settings: Settings, folder: RunFolder) -> None:
+def ensure_data(settings: Settings, folder: RunFolder, *, has_prepared: bool) -> None:
     """Tokenise on this machine the sources that another machine prepared and this machine's cache lacks.
 
+    Args:
+        has_prepared: whether this machine prepared them. On another one the stores that its cache has are read through.
     Raises:
-        UserError: the data, the tokenizer or the installed versions differ from those of the preparing machine.
+        UserError: the data, the tokenizer or the installed versions differ from those of the preparing machine, or a
+            store in the cache has changed since it was written.
     """
     report = read_report(folder)
     keys = {row["tokens_key"] for part in ("train", "held_out") for row in report[part]}
     missing = {key for key in keys if not is_whole(settings.data.cache_dir / key)}
+    if not has_prepared:
+        for key in sorted(keys - missing):
+            check_content(settings.data.cache_dir / key)
     if not missing:
         return
     chat = load_tokenizer(
@@ -242,7 +250,8 @@ def _write_prepared(folder: RunFolder, settings: Settings, data: PreparedData, i
             for rejected in dict.fromkeys(source.quarantine_file for source in data.all):
                 file.write(rejected.read_bytes())
     write_atomically(folder.data_report(), json.dumps(data_report(data), indent=2) + "\n")
-    write_atomically(folder.identity, json.dumps(identity, indent=2) + "\n")
+    recorded = {RUN: asdict(owner(settings, identity)), **identity}
+    write_atomically(folder.identity, json.dumps(recorded, indent=2) + "\n")
     write_atomically(folder.environment, json.dumps(environment(settings), indent=2) + "\n")
     write_atomically(folder.recipe, stored_recipe(settings.stored))
 

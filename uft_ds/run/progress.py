@@ -7,7 +7,7 @@ from pathlib import Path
 
 from uft_ds.checkpoint.folder import checkpoints_of, step_of
 from uft_ds.errors import EXIT_CRASHED, EXIT_DONE, UserError
-from uft_ds.record.metrics import read_metrics
+from uft_ds.record.metrics import damaged_metrics, read_metrics
 from uft_ds.record.run_folder import RunFolder, is_owned
 
 
@@ -32,6 +32,9 @@ def progress_of(run: Path) -> RunProgress:
     steps = [line["step"] for line in read_metrics(folder.metrics) if "grad_norm" in line]
     newest = next(iter(checkpoints_of(run)), None)
     where = f"step {max(steps, default=0)}, newest checkpoint {'none' if newest is None else step_of(newest)}"
+    damaged = damaged_metrics(folder.metrics)
+    if damaged:
+        where += f" ({folder.metrics}:{damaged[0]}: damaged and not counted, {len(damaged)} such lines)"
     status = folder.read_status()
     if folder.done.exists():
         return RunProgress(EXIT_DONE, f"{where}: done")

@@ -16,6 +16,7 @@ from typing import TextIO
 import torch
 from rich.console import Console
 
+from uft_ds.checkpoint.generators import seed_generators
 from uft_ds.checkpoint.load import restore_engine
 from uft_ds.checkpoint.state import read_position
 from uft_ds.checkpoint.writer import CheckpointWriter
@@ -27,6 +28,7 @@ from uft_ds.errors import EXIT_CRASHED, EXIT_DONE, CheckFailed, Stopped, UserErr
 from uft_ds.host.locks import Lock
 from uft_ds.host.process import die_with_parent
 from uft_ds.host.signals import Stop, StopRequest
+from uft_ds.host.standard_streams import LastingOutput
 from uft_ds.host.world import LauncherEnvironment, launcher_environment
 from uft_ds.known.cache import fill
 from uft_ds.recipe.settings import Settings, load_settings
@@ -111,7 +113,8 @@ def _main(request: StopRequest, arguments: list[str] | None) -> Status:
         settings = with_deepspeed_file(settings)
         # The first rank of each machine works. All ranks of all machines wait, because the next thing they do is a
         # collective, which would time out.
-        while_others_wait("data", partial(ensure_data, settings, folder), works=launched.local_rank == 0)
+        here = partial(ensure_data, settings, folder, has_prepared=launched.rank == 0)
+        while_others_wait("data", here, works=launched.local_rank == 0)
         with _own_streams(folder, launched.rank) as terminal:
             work = _fill_reference if options.only_reference else _run
             work(settings, folder, Console(file=terminal), request)
@@ -139,9 +142,17 @@ def _main(request: StopRequest, arguments: list[str] | None) -> Status:
         raise
 
 
+_CONNECTION_LOST = ("reset by peer", "closed by peer", "Broken pipe", "Connection refused", "remote process exited")
+"""Parts of the messages of gloo, NCCL and torch's store where another rank is gone."""
+
+
 def _crash(error: Exception, where: str = "") -> Status:
     message = f"{type(error).__name__}: {str(error).strip()[:300]}"
-    return Status(EXIT_CRASHED, f"rank {launcher_environment().rank} crashed: {message}{where}")
+    rank = launcher_environment().rank
+    if any(part in str(error) for part in _CONNECTION_LOST):
+        why = "lost its connection to another rank, which was killed or crashed: see the launcher's output and the logs"
+        return Status(EXIT_CRASHED, f"rank {rank} {why} ({message}){where}")
+    return Status(EXIT_CRASHED, f"rank {rank} crashed: {message}{where}")
 
 
 def _prepared(settings: Settings, resume: bool, overwrite: bool) -> Lock:
@@ -155,6 +166,7 @@ def _prepared(settings: Settings, resume: bool, overwrite: bool) -> Lock:
 def _run(settings: Settings, folder: RunFolder, console: Console, request: StopRequest) -> None:
     if settings.train.deterministic:
         make_deterministic()
+    seed_generators(settings.train.seed)
     data = open_data(settings, folder)
     steps: StepSource = steps_of(settings, data)
     held_out = in_order([source.selection for source in data.held_out], settings.train.examples_per_step)
@@ -260,7 +272,7 @@ def _fill_reporter(console: Console, num_responses: int) -> FillReporter:
 @contextmanager
 def _own_streams(folder: RunFolder, rank: int) -> Iterator[TextIO]:
     """Send all output of libraries to the rank's log; yield the terminal for our own messages."""
-    terminal = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
+    terminal = LastingOutput(os.fdopen(os.dup(1), "wb"), encoding="utf-8", line_buffering=True)
     saved = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
     # torch warns of deprecated collectives at each of DeepSpeed's calls: once is enough for a log.
     warnings.simplefilter("once", FutureWarning)

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from uft_ds.checkpoint.folder import checkpoints_of, newest_whole, point_latest, set_aside, set_aside_of
+from uft_ds.checkpoint.owner import RUN
 from uft_ds.checkpoint.state import read_position
 from uft_ds.data.sources import PreparedData
+from uft_ds.data.store.sequences import check_content
 from uft_ds.data.store.tokenized import is_whole
 from uft_ds.errors import UserError
 from uft_ds.host.callbacks import OnProgress, Say
@@ -25,16 +27,10 @@ from uft_ds.host.files import write_atomically
 from uft_ds.host.locks import Lock
 from uft_ds.recipe.file import leaves_of, read_stored_recipe, stored_recipe
 from uft_ds.recipe.settings import Settings
-from uft_ds.record.run_folder import RunFolder, claim_again
-from uft_ds.run.identity import environment, run_identity
+from uft_ds.record.metrics import damaged_metrics
+from uft_ds.record.run_folder import RunFolder, check_own_files, claim_again
+from uft_ds.run.identity import MAY_CHANGE, environment, run_identity
 from uft_ds.run.prepare import check_run, open_data, prepare_run, read_report
-
-MAY_CHANGE = (
-    "name", "output", "launch.*", "tracking*", "deepspeed", "data.workers", "*.cache_dir", "train.checkpoint_every",
-    "train.keep_checkpoints", "train.keep_best", "train.evaluate_every", "train.max_skipped_steps",
-    "train.tokens_per_micro_batch", "model.gradient_checkpointing", "model.activation_offload", "model.logits_mib",
-)  # fmt: skip
-"""Keys (patterns) that may change on resume: they decide how a run is computed, not what. Losses agree to rounding."""
 
 
 def prepare_resume(
@@ -55,6 +51,7 @@ def prepare_resume(
         return prepare_run(settings, overwrite=False, on_progress=on_progress)
     lock = claim_again(folder)
     try:
+        check_own_files(folder)
         checkpoint, problems = newest_whole(folder.path)
         problems += [f"{path.name}: damaged, and set aside before" for path in set_aside_of(folder.path)]
         if checkpoint is None and problems:
@@ -97,10 +94,20 @@ def nothing_to_do(settings: Settings) -> RunFolder | None:
 
 
 def resumed_from(folder: RunFolder) -> Path | None:
-    """The checkpoint that `prepare_resume` chose; None for a run that starts at step 0."""
+    """The checkpoint that `prepare_resume` chose; None for a run that starts at step 0.
+
+    Raises:
+        UserError: the record of it cannot be read.
+    """
     if not folder.resumed.exists():
         return None
-    return folder.checkpoints / str(json.loads(folder.resumed.read_text(encoding="utf-8"))["checkpoint"])
+    try:
+        name = str(json.loads(folder.resumed.read_text(encoding="utf-8"))["checkpoint"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{folder.resumed}: cannot be read ({type(error).__name__}: {error}); resume the run again"
+        ) from None
+    return folder.checkpoints / name
 
 
 def _check_nothing_is_lost(folder: RunFolder, settings: Settings) -> None:
@@ -162,6 +169,8 @@ def _check_same_content(folder: RunFolder, now: dict[str, Any]) -> None:
         before = json.loads(folder.identity.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{folder.identity}: cannot be read ({error}); it identifies the run's base and data") from None
+    if isinstance(before, dict):
+        before.pop(RUN, None)  # of the whole recipe, which is compared key by key
     differences = list(_differences(before, now))
     if differences:
         raise UserError(
@@ -214,6 +223,9 @@ def _record_resume(folder: RunFolder, now: dict[str, Any], step: int) -> None:
 
 def _lost_metrics(folder: RunFolder, expected_bytes: int) -> Iterator[str]:
     found = folder.metrics.stat().st_size if folder.metrics.exists() else 0
+    damaged = damaged_metrics(folder.metrics)
+    if damaged:
+        yield f"{folder.metrics}:{damaged[0]}: damaged, so curves and tables lack this line ({len(damaged)} such lines)"
     if found < expected_bytes:
         yield f"{folder.metrics}: {found} bytes, {expected_bytes} when the checkpoint was written: lines are lost"
 
@@ -233,6 +245,8 @@ def _as_tokenized_then(settings: Settings, folder: RunFolder, now: PreparedData)
             f"{folder.path}: its data was tokenised by other versions (see environment.json), and those tokens are no "
             f"longer in {settings.data.cache_dir}; install those versions"
         )
+    for key in then:
+        check_content(settings.data.cache_dir / key)
     return open_data(settings, folder)
 
 
@@ -255,8 +269,13 @@ def _go_back_to(checkpoint: Path, folder: RunFolder, settings: Settings, metrics
     Raises:
         UserError: the folder cannot be written.
     """
+    stale = ("status.json", "DONE", "report.html", "curves.png", "health.png", "held_out.csv")
+    for name in stale:
+        if (folder.path / name).is_dir() and not (folder.path / name).is_symlink():
+            raise UserError(f"{folder.path / name}: a folder, expected a file that the run wrote; move it away")
     try:
-        for name in ("status.json", "DONE", "report.html", "curves.png", "health.png", "held_out.csv"):
+        point_latest(folder)  # first: where this fails, nothing else has been touched
+        for name in stale:
             (folder.path / name).unlink(missing_ok=True)
         for left in (*folder.path.glob(".*.tmp"), *folder.checkpoints.glob(".*.tmp")):
             if left.is_dir() and not left.is_symlink():

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
@@ -17,7 +18,7 @@ from uft_ds.record.run_folder import Status
 from uft_ds.run.checks import check_sharding
 from uft_ds.run.launch import launch, master_port, number_of_ranks
 from uft_ds.run.prepare import check_run, prepare_run
-from uft_ds.run.preview import show_data
+from uft_ds.run.preview import device_notes, show_data
 from uft_ds.run.resume import nothing_to_do, prepare_resume
 from uft_ds.run.settings import located, with_deepspeed_file
 
@@ -57,6 +58,8 @@ def run_settings(
             folder, data, lock = prepare_run(settings, overwrite=overwrite, on_progress=on_progress)
     with lock:
         show_data(settings, data, console)
+        for note in device_notes(settings, has_gpu=torch.cuda.is_available()):
+            console.print(note)
         console.print(f"{what} on {ranks} ranks; logs in {folder.path}")
         status = launch(folder, ranks=ranks, port=master_port(), options=options, say=console.print)
     if status.exit_code == EXIT_STOPPED:

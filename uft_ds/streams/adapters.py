@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -181,13 +182,19 @@ def adapter_tensors(policy: Policy, tensors: Mapping[str, Tensor]) -> dict[str, 
 
 
 def adapter_config_of(policy: Policy) -> bytes:
-    """PEFT's adapter_config.json, as it saves it."""
+    """PEFT's adapter_config.json, as it saves it, but with its lists of names sorted.
+
+    PEFT holds `target_modules` as a set and writes it in the set's order, which differs from process to process.
+    """
     config: Any = policy.peft_config[POLICY_ADAPTER]
     inference_mode = config.inference_mode
     config.inference_mode = True
     try:
         with tempfile.TemporaryDirectory() as folder:
             config.save_pretrained(folder)
-            return (Path(folder) / "adapter_config.json").read_bytes()
+            stored = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
     finally:
         config.inference_mode = inference_mode
+    if isinstance(stored.get("target_modules"), list):
+        stored["target_modules"].sort()
+    return json.dumps(stored, indent=2, sort_keys=True).encode()

@@ -16,7 +16,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from uft_ds.errors import UserError
-from uft_ds.recipe.file import explained, load_recipe, load_yaml
+from uft_ds.recipe.file import dump_value, explained, load_recipe, load_yaml
 from uft_ds.recipe.schema import Location, Section
 from uft_ds.recipe.settings import Settings, changed, settings_of
 
@@ -284,7 +284,7 @@ def _output_of(section: SweepSection, overrides: tuple[str, ...]) -> tuple[Path,
 
 
 def _override(key: str, value: Any) -> str:
-    return f"{key}={yaml.safe_dump(value, default_flow_style=True, width=10**9).removesuffix('...' + chr(10)).strip()}"
+    return f"{key}={dump_value(value)}"
 
 
 def _shown(value: Any) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import csv
+import errno
 import fnmatch
 import io
 import json
 import math
 import sys
-import traceback
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from rich.text import Text
 
 from uft_ds.checkpoint.folder import checkpoints_of
 from uft_ds.errors import EXIT_INTERRUPTED, EXIT_STOPPED, UserError
+from uft_ds.host.faults import ending
 from uft_ds.host.files import write_atomically
 from uft_ds.recipe.file import dump_recipe, leaves_of
 from uft_ds.recipe.settings import Settings, changed
@@ -77,13 +80,25 @@ def run_sweep(
         UserError: a run's check failed, or a folder holds a run of another recipe; nothing has been run.
     """
     _check_runs(sweep, console, check, overwrite=overwrite)
+    with _writing(sweep.output / TABLE):  # before the first run trains
+        sweep.output.mkdir(parents=True, exist_ok=True)
+        if (sweep.output / TABLE).is_dir():
+            raise IsADirectoryError(errno.EISDIR, "Is a directory")
+        with tempfile.TemporaryFile(dir=sweep.output):
+            pass
     values = differing_values(sweep)
     results: dict[str, Result] = {}
+    unwritten: UserError | None = None
     try:
         for number, run in enumerate(sweep.runs, start=1):
             console.print(f"run {number} of {len(sweep.runs)}: {run.name}", style="bold")
             results[run.name] = _result(sweep, run, results, console, train, overwrite)
-            write_table(sweep.output / TABLE, list(results.values()), values)
+            try:
+                write_table(sweep.output / TABLE, list(results.values()), values)
+                unwritten = None
+            except UserError as error:  # the runs are worth more than their table, which --table makes again
+                unwritten = error
+                print(f"warning: {error}", file=sys.stderr)
             if results[run.name].status in ("interrupted", "stopped"):
                 break
     finally:
@@ -97,7 +112,18 @@ def run_sweep(
                 console.print(f"note: columns: no run has a metric {pattern!r}")
     if any(result.status in ("interrupted", "stopped") for result in results.values()):
         console.print("interrupted: finished work is kept, the same command continues from there")
+    if unwritten is not None:
+        raise unwritten
     return list(results.values())
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Within the block, an error of the system is one of the user's, who gave the folder: names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); give another folder") from None
 
 
 def _result(
@@ -123,8 +149,8 @@ def _result(
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return Result(run, "failed", {}, 0.0)
-    except Exception:  # noqa: BLE001 - one run failed; the others can still succeed
-        traceback.print_exc()
+    except Exception as error:  # noqa: BLE001 - one run failed; the others can still succeed
+        print(f"error: {ending(error)[1]}", file=sys.stderr)
         return Result(run, "failed", {}, 0.0)
     if status.exit_code != 0:
         ended = {EXIT_INTERRUPTED: "interrupted", EXIT_STOPPED: "stopped"}.get(status.exit_code, "failed")
@@ -146,7 +172,7 @@ def write_recipes(sweep: Sweep, folder: Path) -> list[Path]:
     Returns:
         The folders, named by number.
     Raises:
-        UserError: the folder holds other files.
+        UserError: the folder holds other files, or cannot be written.
     """
     points: dict[str, list[PlannedRun]] = {}
     for run in sweep.runs:
@@ -157,12 +183,15 @@ def write_recipes(sweep: Sweep, folder: Path) -> list[Path]:
         for order, run in enumerate(stages)
     }
     folders = list(dict.fromkeys(path.parent for path in files))
-    for path in (path for point in folders if point.exists() for path in point.iterdir()):
-        if path not in files:
-            raise UserError(f"{path.parent}: holds other files than this sweep's recipes; give a new folder")
+    with _writing(folder):
+        found = [path for point in folders if point.exists() for path in point.iterdir()]
+    other = next((path for path in found if path not in files), None)
+    if other is not None:
+        raise UserError(f"{other.parent}: holds other files than this sweep's recipes; give a new folder")
     for path, run in files.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, dump_recipe(_for_a_job(run, sweep).stored))
+        with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, dump_recipe(_for_a_job(run, sweep).stored))
     return folders
 
 
@@ -245,7 +274,12 @@ def _starts_from_the_same(sweep: Sweep, run: PlannedRun) -> bool:
     """Whether a run started from the adapter that its previous run has now (true if it has none)."""
     if run.after is None:
         return True
-    stored = json.loads(RunFolder(sweep.output / run.name).environment.read_text(encoding="utf-8"))
+    try:
+        stored = json.loads(RunFolder(sweep.output / run.name).environment.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False  # damaged: what it started from is not known, so it is trained again
+    if not isinstance(stored, dict):
+        return False
     here = adapter_identity(adapter_folder(str(sweep.output / run.after)))
     return bool(stored.get("reference_adapter") == here)
 
@@ -294,8 +328,9 @@ def write_table(path: Path, results: list[Result], settings: dict[str, dict[str,
         metrics = [f"{result.metrics[name]:.6g}" if name in result.metrics else "" for name in names]
         row = [result.run.name, result.run.stage, *(values[key] for key in keys), result.status]
         writer.writerow([*row, f"{result.seconds:.0f}", *metrics])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text.getvalue())
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text.getvalue())
 
 
 def shown_table(sweep: Sweep, results: list[Result]) -> Table:

@@ -76,6 +76,9 @@ def train(session: Session, steps: StepSource, held_out: Seq[Step], state: Train
         if state.step == 0 or due(state.step, settings.evaluate_every) or state.step == len(steps):
             # The evaluation after step n uses the beta of step n, also in a resumed run.
             before = session.method_at(max(0, state.step - 1) / max(1, len(steps) - 1))
+            if held_out:
+                count = sum(len(group.responses) for group in held_out)
+                session.reporter.say(f"evaluating {count:,} held-out responses before step {state.step + 1}")
             _evaluate_and_report(session, before, held_out, state)
         for number in range(state.step, len(steps)):
             step = steps.step(number)

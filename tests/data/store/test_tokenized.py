@@ -16,7 +16,7 @@ from tiny import CHATML, build_tiny_tokenizer
 from uft_ds.data.rows.reading import find_data
 from uft_ds.data.store import tokenized
 from uft_ds.data.store.sequences import INDEX
-from uft_ds.data.store.tokenized import ensure_store, is_whole, open_store, store_key
+from uft_ds.data.store.tokenized import ensure_store, is_whole, open_store, read_key_parts, store_key
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.tokenize import load_tokenizer
 from uft_ds.errors import UserError
@@ -52,6 +52,21 @@ def test_the_second_time_nothing_is_tokenised(
     assert len(open_store(tmp_path / "cache", key, "rows")) == 10
     monkeypatch.setattr(tokenized, "build_store", lambda *args, **kwargs: pytest.fail("built again"))
     assert ensure(path, chat, tmp_path / "cache") == key
+
+
+def test_a_store_that_has_changed_is_not_used(path: Path, chat: ChatTokenizer, tmp_path: Path) -> None:
+    """One bit of a token, or of what the store was built from: every run that shares it would learn another word."""
+    cache = tmp_path / "cache"
+    key = ensure(path, chat, cache)
+    parts = read_key_parts(cache, key)
+    for name in ("tokens.bin", "key.json"):
+        file = cache / key / name
+        good = file.read_bytes()
+        file.write_bytes(good.replace(b'"content": "', b'"content": "0') if name == "key.json" else good[:-1] + b"\1")
+        with pytest.raises(UserError, match=rf"{name}: .*its content is not what was written.*built again"):
+            read_key_parts(cache, ensure(path, chat, cache))
+        file.write_bytes(good)
+    assert read_key_parts(cache, ensure(path, chat, cache)) == parts
 
 
 def test_the_key_is_of_the_content(

@@ -10,6 +10,7 @@ A store is a folder. Its index is written last, so a folder with an index is com
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, replace
@@ -21,11 +22,13 @@ import numpy as np
 from uft_ds.data.example import KEY_BYTES, KINDS, Kind, Response, Sequence, Unit, keep_first
 from uft_ds.data.score_map import ScoreMap
 from uft_ds.errors import UserError
-from uft_ds.host.files import sync, write_atomically
+from uft_ds.host.files import sha256, sync, write_atomically
 from uft_ds.host.formats import KEY, check_format
 
 INDEX = "index.json"
 FORMAT = 1
+_DIGESTS = "sha256"
+"""Key of the index: the SHA-256, hex, of each file."""
 _ZERO_FIRST = ("sequences", "units")
 _REMEDY = "delete its folder and start the run again, which prepares the data again"
 _SAMPLE_UNITS = 64
@@ -94,10 +97,11 @@ class StoreWriter:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._files = {name: (folder / f"{name}.bin").open("wb") for name in DTYPES}
+        self._digests = {name: hashlib.sha256() for name in DTYPES}
         self._counts = dict.fromkeys(DTYPES, 0)
         # With a first row of zeros, the ends are also the starts, and `np.diff` gives the lengths.
         for name in _ZERO_FIRST:
-            self._files[name].write(np.zeros(1, DTYPES[name]).tobytes())
+            self._append(name, np.zeros(1, DTYPES[name]))
 
     def add(self, columns: dict[str, np.ndarray]) -> None:
         """Append the columns of `pack_units`, whose ends count from their own first token, sequence and response."""
@@ -107,8 +111,13 @@ class StoreWriter:
         shifted["sequences"]["responses"] += self._counts["responses"]
         shifted["units"]["sequences"] += self._counts["sequences"]
         for name, array in shifted.items():
-            self._files[name].write(array.tobytes())
+            self._append(name, array)
             self._counts[name] += len(array)
+
+    def _append(self, name: str, array: np.ndarray) -> None:
+        content = array.tobytes()
+        self._files[name].write(content)
+        self._digests[name].update(content)
 
     def finish(self, names: Seq[str], account: Account) -> None:
         """Close the files, then write the index, which makes the store complete."""
@@ -116,7 +125,13 @@ class StoreWriter:
             file.close()
             # Synced before the index is written, so that a crash cannot leave a complete index with truncated files.
             sync(self._folder / f"{name}.bin")
-        index = {KEY: FORMAT, "counts": self._counts, "names": list(names), "account": asdict(account)}
+        index = {
+            KEY: FORMAT,
+            "counts": self._counts,
+            _DIGESTS: {name: digest.hexdigest() for name, digest in self._digests.items()},
+            "names": list(names),
+            "account": asdict(account),
+        }
         write_atomically(self._folder / INDEX, json.dumps(index, indent=2) + "\n")
 
     def close(self) -> None:
@@ -153,6 +168,29 @@ def pack_units(units: Seq[tuple[Unit, Place]]) -> dict[str, np.ndarray]:
         "units": unit_rows,
         "responses": np.array(responses, dtype=DTYPES["responses"]),
     }
+
+
+def check_content(folder: Path) -> None:
+    """Read all of a store and compare it with what was written; opening a store compares sizes alone.
+
+    A store of an older version, whose index has no hashes, passes.
+
+    Raises:
+        UserError: a file's content has changed, or it cannot be read; the message names it.
+    """
+    expected = _read_index(folder).get(_DIGESTS)
+    if expected is None:
+        return
+    for name in DTYPES:
+        path = folder / f"{name}.bin"
+        try:
+            is_same = isinstance(expected, dict) and sha256(path) == expected.get(name)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); {_REMEDY}") from None
+        if not is_same:
+            raise UserError(
+                f"{path}: its content is not what was written: does the disk fail? Delete {folder}, it is built again"
+            )
 
 
 class TokenStore:

@@ -23,7 +23,7 @@ from typing import Any
 from uft_ds.data.formats.table import FORMATS, format_named
 from uft_ds.data.rows.reading import SourceFiles, content_hash
 from uft_ds.data.store.building import QUARANTINE, RowRules, build_store
-from uft_ds.data.store.sequences import INDEX, TokenStore
+from uft_ds.data.store.sequences import INDEX, TokenStore, check_content
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.errors import UserError
 from uft_ds.host.files import sha256
@@ -73,7 +73,9 @@ def read_key_parts(cache_dir: Path, key: str) -> dict[str, Any]:
     path = cache_dir / key / KEY_PARTS
     try:
         parts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        if _key_of(parts) != key:
+            raise ValueError("its content is not what was written")
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}); delete {path.parent}, it is built again") from None
     return parts
 
@@ -111,11 +113,13 @@ def ensure_store(
     Returns:
         the store's key, which is the name of its folder in `cache_dir`.
     Raises:
-        UserError: a bad row, or a folder that cannot be written; no partial store is left behind.
+        UserError: a bad row, a store whose files have changed since they were written, or a folder that cannot be
+            written; no partial store is left behind.
     """
     key = store_key(data, rules, chat)
     folder = cache_dir / key
     if is_whole(folder):
+        check_content(folder)  # all runs of many months share it, and a flipped bit would be another token
         return key
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
