@@ -18,6 +18,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 
 from uft_ds.architectures.facts import decoder_layers
 from uft_ds.errors import UserError
+from uft_ds.streams.tied import check_tied
 from uft_ds.streams.weights import check_weights, first_non_finite, loading_of, own_values, problem_of
 
 
@@ -109,12 +110,16 @@ def meta_model(config: Any) -> Any:
 
 
 def check_base_files(folder: Path) -> None:
-    """Refuse a model's folder whose weight files do not hold the model of its config.json; only headers are read.
+    """Refuse a model's folder whose weight files do not hold the model of its config.json.
+
+    Only headers are read, and the values of tied weights that are stored twice.
 
     Raises:
-        UserError: names the file and the tensor; see `check_weights`.
+        UserError: names the file and the tensor; see `check_weights` and `check_tied`.
     """
-    check_weights(folder, meta_model(config_of_folder(folder)))
+    model = meta_model(config_of_folder(folder))
+    check_weights(folder, model)
+    check_tied(folder, model)
 
 
 def load_base(
