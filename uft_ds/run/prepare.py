@@ -222,9 +222,9 @@ def check_run(
     """
     check_inputs_lie_outside(settings)
     settings = with_deepspeed_file(settings)
-    check_recipe(settings)
+    adapted = check_recipe(settings)
     settings = with_fixed_revision(settings)
-    check_base_files(local_folder(settings.model.base, settings.model.revision))
+    check_base_files(local_folder(settings.model.base, settings.model.revision), adapted)
     chat = load_tokenizer(
         settings.model.base, revision=settings.model.revision, chat_template=settings.model.chat_template
     )

@@ -174,6 +174,12 @@ def as_stream(module: nn.Module, stream: Stream) -> Iterator[None]:
             layer._disable_adapters, layer._active_adapter = disabled, active
 
 
+def adapted_weights(policy: Policy) -> tuple[str, ...]:
+    """Names of the base's weights that have an adapter, as they are without adapters."""
+    layers = (name for name, module in policy.named_modules() if isinstance(module, LoraLayer))
+    return tuple(f"{name.removeprefix('base_model.model.')}.weight" for name in layers)
+
+
 def adapter_tensors(policy: Policy, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The policy's adapter by PEFT's names, of its parameters by their own names."""
     named: dict[str, Tensor] = get_peft_model_state_dict(policy, state_dict=dict(tensors), adapter_name=POLICY_ADAPTER)

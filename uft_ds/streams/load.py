@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -18,6 +18,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 
 from uft_ds.architectures.facts import decoder_layers
 from uft_ds.errors import UserError
+from uft_ds.streams.stored_names import stored_weights
 from uft_ds.streams.tied import check_tied
 from uft_ds.streams.weights import check_weights, first_non_finite, loading_of, own_values, problem_of
 
@@ -109,17 +110,21 @@ def meta_model(config: Any) -> Any:
         raise UserError(f"model.base: no causal language model: {str(error).splitlines()[0]}") from None
 
 
-def check_base_files(folder: Path) -> None:
-    """Refuse a model's folder whose weight files do not hold the model of its config.json.
+def check_base_files(folder: Path, adapted: Collection[str] = ()) -> None:
+    """Refuse a model's folder whose weight files do not hold the model of its config.json, or cannot be merged into.
 
     Only headers are read, and the values of tied weights that are stored twice.
 
+    Args:
+        adapted: names in memory of the weights that get an adapter.
     Raises:
-        UserError: names the file and the tensor; see `check_weights` and `check_tied`.
+        UserError: names the file and the tensor; see `check_weights`, `check_tied` and `stored_weights`.
     """
     model = meta_model(config_of_folder(folder))
     check_weights(folder, model)
     check_tied(folder, model)
+    if adapted:
+        stored_weights(folder, model, adapted)
 
 
 def load_base(

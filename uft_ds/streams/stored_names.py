@@ -7,14 +7,19 @@ says how, so it is asked here, tensor by tensor, instead of being repeated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+from uft_ds.errors import UserError
+from uft_ds.streams.identity import weight_files
+from uft_ds.streams.weight_files import stored_tensors
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,37 @@ def read_parameter(name: str, origin: Origin, read: Callable[[str], Tensor], mod
     """
     tensors = [read(stored) for stored in origin.names]
     return tensors[0] if origin.converter is None else _converted(origin, tensors, model)[name]
+
+
+def stored_weights(folder: Path, model: Any, names: Iterable[str]) -> dict[str, str]:
+    """For each weight that gets an adapter, the name under which the files hold it.
+
+    Args:
+        names: in memory, such as `model.layers.0.mlp.up_proj.weight`.
+        model: as for `origins`.
+    Raises:
+        UserError: the files lack a weight, or hold it in several tensors, so that nothing can be added to it.
+    """
+    infos = {tensor.name: tensor for path in weight_files(folder) for tensor in stored_tensors(path)}
+    found = origins(model, {name: tensor.empty() for name, tensor in infos.items()})
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    stored = {}
+    for name in names:
+        twins = [twin for pair in tied.items() if name in pair for twin in pair if twin not in found]
+        if name not in found or twins:
+            one = " (it is the embedding, and the model has no head of its own)" if twins else ""
+            raise UserError(
+                f"{folder}: holds no {twins[0] if twins else name}, which the adapter changes{one}; "
+                "the adapter is of another model"
+            )
+        if not found[name].is_one_tensor:
+            parts = found[name].names
+            raise UserError(
+                f"{folder}: {name} is stored as {parts[0]} (of {len(parts)}), which transformers converts when it loads "
+                "them: no adapter can be merged into it; take other lora.targets"
+            )
+        stored[name] = found[name].names[0]
+    return stored
 
 
 def _converted(origin: Origin, tensors: list[Tensor], model: Any) -> dict[str, Tensor]:

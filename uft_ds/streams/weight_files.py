@@ -44,6 +44,10 @@ class TensorInfo:
             numel *= size
         return numel * self.dtype.itemsize
 
+    def empty(self) -> Tensor:
+        """A meta tensor of the same shape and dtype."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
 
 class WeightFiles:
     """The tensors of a model folder. Only headers are read; `read` loads one tensor.
