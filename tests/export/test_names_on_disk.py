@@ -95,7 +95,7 @@ def test_what_is_stored_in_parts_takes_no_adapter(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings:UserWarning")
 def test_a_head_that_is_merged_apart_is_no_longer_tied(tmp_path: Path) -> None:
-    """A tied base whose file holds the head too: after an adapter on the head, the flag would lose it in some loaders."""
+    """A tied base whose file holds the head too: some loaders would tie the merged head, and lose the adapter."""
     config = LlamaConfig(**SIZES, tie_word_embeddings=True)
     base = built(tmp_path / "base", config, LlamaForCausalLM)
     plain = adapter_of(base, tmp_path / "plain", ["q_proj"])

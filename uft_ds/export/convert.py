@@ -22,6 +22,7 @@ from uft_ds.data.example import Sequence
 from uft_ds.data.store.tokenized import tokenizer_hash
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer, save_tokenizer
 from uft_ds.data.tokens.tokenize import load_tokenizer
+from uft_ds.data.tokens.vocabulary import check_fits_embedding
 from uft_ds.errors import CheckFailed, UserError
 from uft_ds.export.agreement import (
     MAX_RELATIVE_ERROR,
@@ -40,7 +41,7 @@ from uft_ds.host.callbacks import OnProgress, Say
 from uft_ds.host.files import sync
 from uft_ds.host.locks import Held, acquire
 from uft_ds.streams.identity import local_folder
-from uft_ds.streams.load import check_base, check_base_files, config_of_folder, meta_model
+from uft_ds.streams.load import check_base, check_base_files, config_of_folder, embedding_rows, meta_model
 from uft_ds.streams.stored_names import stored_weights
 from uft_ds.streams.tied import stored_twice
 from uft_ds.streams.weight_files import WeightFiles
@@ -103,6 +104,9 @@ def convert_to_merged(
         check_base_files(folder)
         deltas, is_untied = _stored_deltas(folder, read_low_rank(source.adapter))
         chat = _tokenizer_of(source)
+        sequences = _sequences(source, chat)
+        rows = embedding_rows(config_of_folder(folder))
+        check_fits_embedding(chat, rows, (sequence.token_ids_T for sequence in sequences))
         say(f"merging {source.path} into {source.base}")
         with _whole_or_nothing(out) as temporary:
             target = None if stored.dtype is None else getattr(torch, stored.dtype)
@@ -118,7 +122,6 @@ def convert_to_merged(
             found = None
             if verify:
                 say("comparing the merged model with the adapter, layer by layer")
-                sequences = _sequences(source, chat)
                 found = compare(folder, source.adapter, temporary, sequences, partial(on_progress, "comparing layers"))
                 _check_faithful(found, stored.dtype)
             card = model_card(source.base, source.settings, found, title=out.name)

@@ -127,6 +127,11 @@ def check_base_files(folder: Path, adapted: Collection[str] = ()) -> None:
         stored_weights(folder, model, adapted)
 
 
+def embedding_rows(config: Any) -> int:
+    """The number of token ids that a model of this config knows."""
+    return int(config.get_text_config().vocab_size)
+
+
 def load_base(
     base: str,
     *,

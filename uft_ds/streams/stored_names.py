@@ -109,8 +109,8 @@ def stored_weights(folder: Path, model: Any, names: Iterable[str]) -> dict[str, 
         if not found[name].is_one_tensor:
             parts = found[name].names
             raise UserError(
-                f"{folder}: {name} is stored as {parts[0]} (of {len(parts)}), which transformers converts when it loads "
-                "them: no adapter can be merged into it; take other lora.targets"
+                f"{folder}: {name} is stored as {parts[0]} (of {len(parts)}), which transformers converts when it "
+                "loads them: no adapter can be merged into it; take other lora.targets"
             )
         stored[name] = found[name].names[0]
     return stored

@@ -1,7 +1,7 @@
 """Refuse a base that says that two weights are one, while its files hold two that differ.
 
-transformers warns and loads such weights apart. Under ZeRO-3 it compares the empty placeholders of sharded parameters, finds
-them equal, and ties them, so the run would train on another model than `uft chat` talks to.
+transformers warns and loads such weights apart. Under ZeRO-3 it compares the empty placeholders of sharded parameters,
+finds them equal, and ties them, so the run would train on another model than `uft chat` talks to.
 """
 
 from __future__ import annotations
