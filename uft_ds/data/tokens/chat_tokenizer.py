@@ -99,7 +99,10 @@ def open_tokenizer(base: str, *, revision: str | None = None, chat_template: str
             tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"model.chat_template: {chat_template} cannot be read ({error})") from None
-    end = end_of_turn_id(tokenizer)
+    try:
+        end = end_of_turn_id(tokenizer)
+    except UserError as error:
+        raise error if chat_template is None else UserError(f"model.chat_template: {chat_template}: {error}") from None
     control = tuple(sorted(token for token in special_tokens(tokenizer) if token))
     return ChatTokenizer(tokenizer, end, control, marks_generation(tokenizer), revision)
 
