@@ -38,8 +38,14 @@ def check_base(base: str, revision: str | None) -> Any:
     """The base model's config, read without its weights.
 
     Raises:
-        UserError: there is no config, or the model needs to run its own code.
+        UserError: there is no config, the model needs to run its own code, or its weights are quantised.
     """
+    config = _config_of_base(base, revision)
+    _check_not_quantised(base, config)
+    return config
+
+
+def _config_of_base(base: str, revision: str | None) -> Any:
     check_is_there(base)
     folder = Path(base)
     if folder.exists() and not (folder / "config.json").is_file():
@@ -54,6 +60,19 @@ def check_base(base: str, revision: str | None) -> Any:
         raise UserError(
             f"model.base: {base!r} is neither a local model folder nor available from the hub ({_one_line(error)})"
         ) from None
+
+
+def _check_not_quantised(base: str, config: Any) -> None:
+    """Refuse GPTQ, AWQ, bitsandbytes, FP8 and the like: nothing can be merged into such weights."""
+    parts = (config, config.get_text_config())
+    found = next((q for part in parts if (q := getattr(part, "quantization_config", None))), None)
+    if found is not None:
+        method = (found if isinstance(found, dict) else vars(found)).get("quant_method", "an unnamed method")
+        raise UserError(
+            f"model.base: {base}: its weights are quantised ({getattr(method, 'value', method)}), "
+            "see quantization_config in its config.json; no adapter can be merged into them: take the 16-bit "
+            "model that it was made from"
+        )
 
 
 def config_of_folder(folder: Path) -> Any:
