@@ -135,7 +135,7 @@ def convert_to_adapter(
     """Write the adapter in PEFT's format, with tokenizer and model card if the source is a run.
 
     Raises:
-        UserError: there is nothing to convert, or `out` is not empty.
+        UserError: there is nothing to convert, the adapter is not a plain LoRA, or `out` is not empty.
     """
     out = out.absolute()
     _check_free(out)
@@ -143,6 +143,8 @@ def convert_to_adapter(
         opened(path, base, adapter_config, reads_weights=False) as source,
         _whole_or_nothing(out) as temporary,
     ):
+        if source.run is None:
+            read_low_rank(source.adapter)  # an adapter that PEFT would load as none, or not at all, is not copied
         shutil.copytree(source.adapter, temporary, dirs_exist_ok=True)
         if source.settings is not None:
             save_tokenizer(_tokenizer_of(source), temporary)

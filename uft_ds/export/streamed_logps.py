@@ -42,8 +42,15 @@ def empty_model(config: Any) -> Any:
 
 
 def with_adapter(model: Any, adapter: Path) -> PeftModel:
-    """PEFT's model of an empty base with an adapter; the adapter's weights are in memory, in float32."""
-    policy: PeftModel = PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True)
+    """PEFT's model of an empty base with an adapter; the adapter's weights are in memory, in float32.
+
+    Raises:
+        UserError: PEFT cannot load the adapter, or it is of another model.
+    """
+    try:
+        policy: PeftModel = PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{adapter}: PEFT cannot load this adapter ({' '.join(str(error).split())[:300]})") from None
     for name, tensor in load_file(adapter / "adapter_model.safetensors").items():
         # PEFT moved the adapter to the device of the base's weights, which is meta: load it again.
         try:

@@ -11,12 +11,11 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from uft_ds.errors import UserError
 from uft_ds.objectives.reference import REFERENCE_STREAM
+from uft_ds.streams.adapter_files import read_adapter_tensors
 from uft_ds.streams.lora_config import WITHOUT_EFFECT, read_lora_config
 from uft_ds.streams.stream import BARE_BASE, POLICY_ADAPTER, REFERENCE_ADAPTER, Stream
 
@@ -109,13 +108,10 @@ def start_from_adapter(policy: PeftModel, folder: Path) -> None:
 
 
 def _read_adapter(folder: Path) -> dict[str, Tensor]:
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        raise UserError(f"reference.adapter: {path}: no such file; expected an adapter in PEFT's format")
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"reference.adapter: {path}: cannot be read ({error})") from None
+        return read_adapter_tensors(folder)
+    except UserError as error:
+        raise UserError(f"reference.adapter: {error}") from None
 
 
 def lora_form(folder: Path) -> dict[str, Any]:
