@@ -262,11 +262,12 @@ class _GroupedMM(Function):
 @contextmanager
 def _experts_in_any_type() -> Iterator[None]:
     original = moe._grouped_mm
-    moe._grouped_mm = lambda rows, weights, offs: _GroupedMM.apply(rows, weights, offs)
+    integration: Any = moe
+    integration._grouped_mm = lambda rows, weights, offs: _GroupedMM.apply(rows, weights, offs)
     try:
         yield
     finally:
-        moe._grouped_mm = original
+        integration._grouped_mm = original
 
 
 class _Flash(Function):

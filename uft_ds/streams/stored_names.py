@@ -117,8 +117,7 @@ def stored_weights(folder: Path, model: Any, names: Iterable[str]) -> dict[str, 
 
 
 def _converted(origin: Origin, tensors: list[Tensor], model: Any) -> dict[str, Tensor]:
-    rule = deepcopy(origin.converter)
-    assert rule is not None
+    rule: Any = deepcopy(origin.converter)  # its annotations know futures alone, its code takes tensors
     for stored, pattern, tensor in zip(origin.names, origin.patterns, tensors, strict=True):
         rule.add_tensor(origin.first, stored, pattern, tensor)
     made = rule.convert(origin.first, model=model, config=model.config)

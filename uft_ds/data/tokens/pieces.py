@@ -1,8 +1,8 @@
 """Hold a tokenizer that transformers makes of a SentencePiece model alone against SentencePiece itself.
 
-Where a folder has `tokenizer.model` and no `tokenizer.json`, transformers 5 converts the model when it loads it. It may get
-another order of merges and no space before the text: Mistral's `[INST]` begins with `[` then, not with `▁[`, which the
-model was trained on. Nothing fails; the prompts are other ones.
+Where a folder has `tokenizer.model` and no `tokenizer.json`, transformers 5 converts the model when it loads it. It may
+get another order of merges and no space before the text: Mistral's `[INST]` begins with `[` then, not with `▁[`, which
+the model was trained on. Nothing fails; the prompts are other ones.
 """
 
 from __future__ import annotations
