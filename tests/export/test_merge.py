@@ -168,7 +168,7 @@ def test_a_delta_too_small_for_the_type_is_refused(base: Path, tmp_path: Path) -
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"peft_type": "IA3"}, "peft_type: 'IA3' found, expected 'LORA'"),
-        ({"from_the_future": 1}, "from_the_future: not known to the installed PEFT"),
+        ({"from_the_future": 1}, "from_the_future: 1: not known to the installed PEFT"),
         ({"r": 8}, "has rank 4, its config says 8"),
     ],
 )

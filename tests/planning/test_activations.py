@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import PACKED
 from tiny import CLASSES, build_tiny_model
 from torch import Tensor
 from toy import logps_by_name, toy_model, toy_sequences
@@ -90,6 +91,25 @@ def test_rotary_embeddings_that_look_at_the_length_are_planned(tmp_path: Path, k
         rope |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 512}
     folder = build_tiny_model(tmp_path, "llama", rope_parameters=rope)
     assert_planned_as_saved(folder, toy_sequences(6, longest=120), True, "lockstep")
+
+
+@pytest.mark.parametrize("kind", ["qwen2_moe", "qwen3_moe", "mixtral"])
+def test_experts_are_planned_in_every_type(kind: str) -> None:
+    """float32 saves up to twice the bytes of bfloat16: integers and what the router computes do not change."""
+    structure = structure_of(PACKED[kind], Lora(4, 8.0, ["q_proj"], "float32"))
+    saved = {
+        dtype: activations_of(
+            structure,
+            tokens=64,
+            dtype=dtype,
+            gradient_checkpointing=False,
+            lockstep=False,
+            attention="sdpa",
+            under_zero3=True,
+        ).saved_bytes
+        for dtype in ("float32", "bfloat16")
+    }
+    assert 1.4 < saved["float32"] / saved["bfloat16"] < 2.0
 
 
 def test_checkpointing_keeps_a_hidden_state_a_layer_and_flash_attention_no_square() -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from runs import settings_of_run, write_recipe
 from safetensors.torch import load_file, save_file
 from tiny import build_tiny_model
+from toy import saved_adapter
+from transformers import AutoTokenizer
 
 from uft_ds.errors import UserError
+from uft_ds.export.convert import convert_to_merged
+from uft_ds.planning.shapes import model_config
 from uft_ds.run.prepare import check_run
 
 NAME = "model.layers.1.mlp.up_proj.weight"
@@ -32,3 +37,34 @@ def test_weights_come_before_the_data(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(UserError, match=rf"^model\.base: {folder}/model\.safetensors: lacks {NAME}"):
         check_run(settings_of_run(recipe))
     assert not (tmp_path / "tokenized").exists()
+
+
+def test_a_tokenizer_beyond_the_embedding_comes_before_the_data(tmp_path: Path) -> None:
+    """Its tokens are named, by train and by convert alike."""
+    folder = build_tiny_model(tmp_path / "model")
+    adapter = saved_adapter(folder, tmp_path / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<think>"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match=r"^model\.base: .*'<think>' \(259\)"):
+        check_run(settings_of_run(write_recipe(tmp_path, folder)))
+    assert not (tmp_path / "tokenized").exists()
+    with pytest.raises(UserError, match=r"'<think>' \(259\)"):
+        convert_to_merged(adapter, tmp_path / "merged", base=str(folder), say=lambda _: None)
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8"])
+def test_a_quantised_base_is_refused_before_anything_else(tmp_path: Path, method: str) -> None:
+    """By train, plan and convert, with the one remedy that helps, and no package to install."""
+    folder = build_tiny_model(tmp_path / "model")
+    adapter = saved_adapter(folder, tmp_path / "adapter")
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": method}}))
+    message = rf"{folder}: its weights are quantised \({method}\),.*take the 16-bit model"
+    with pytest.raises(UserError, match=message):
+        check_run(settings_of_run(write_recipe(tmp_path, folder)))
+    with pytest.raises(UserError, match=message):
+        model_config(str(folder))
+    with pytest.raises(UserError, match=message):
+        convert_to_merged(adapter, tmp_path / "merged", base=str(folder), say=lambda _: None)

@@ -215,7 +215,7 @@ def test_an_adapter_of_another_form_is_refused(tiny_qwen2: Path, tmp_path: Path)
     assert "init_lora_weights: 'pissa' changes the base's weights" in refusal(
         edited("pissa", init_lora_weights="pissa")
     )
-    assert "use_newer: not known to the installed PEFT" in refusal(edited("newer", use_newer=1))
+    assert "use_newer: 1: not known to the installed PEFT" in refusal(edited("newer", use_newer=1))
     assert "peft_type: 'IA3' found, expected 'LORA'" in refusal(edited("ia3", peft_type="IA3"))
     few = saved_adapter(tiny_qwen2, tmp_path / "few", targets=["q_proj"])
     assert "it is not in the file; lora.targets must name the same layers" in refusal(few)

@@ -140,12 +140,6 @@ def keep_layers(decoder: Any, count: int) -> None:
     setattr(decoder, name, getattr(decoder, name)[:count])
 
 
-def tied_names(model: Any) -> dict[str, str]:
-    """Names of parameters that no weight file need hold, and the parameters that they share."""
-    keys = getattr(model, "_tied_weights_keys", None)
-    return dict(keys) if model.config.tie_word_embeddings and isinstance(keys, dict) else {}
-
-
 def _is_list(value: Any) -> bool:
     return hasattr(value, "__len__") and hasattr(value, "named_parameters") and len(value) > 0
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +22,7 @@ from uft_ds.data.example import Sequence
 from uft_ds.data.store.tokenized import tokenizer_hash
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer, save_tokenizer
 from uft_ds.data.tokens.tokenize import load_tokenizer
+from uft_ds.data.tokens.vocabulary import check_fits_embedding
 from uft_ds.errors import CheckFailed, UserError
 from uft_ds.export.agreement import (
     MAX_RELATIVE_ERROR,
@@ -31,7 +32,7 @@ from uft_ds.export.agreement import (
     sequences_of_run,
 )
 from uft_ds.export.deepspeed_files import is_deepspeed
-from uft_ds.export.low_rank import read_low_rank
+from uft_ds.export.low_rank import LowRank, read_low_rank
 from uft_ds.export.merge import write_merged
 from uft_ds.export.model_card import model_card
 from uft_ds.export.source import Convertible, of_run, opened, recorded_identity
@@ -40,7 +41,9 @@ from uft_ds.host.callbacks import OnProgress, Say
 from uft_ds.host.files import sync
 from uft_ds.host.locks import Held, acquire
 from uft_ds.streams.identity import local_folder
-from uft_ds.streams.load import check_base, check_base_files
+from uft_ds.streams.load import check_base, check_base_files, config_of_folder, embedding_rows, meta_model
+from uft_ds.streams.stored_names import stored_weights
+from uft_ds.streams.tied import stored_twice
 from uft_ds.streams.weight_files import WeightFiles
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -97,10 +100,13 @@ def convert_to_merged(
     out = out.absolute()
     _check_free(out)
     with opened(path, base, adapter_config, say) as source:
-        deltas = read_low_rank(source.adapter)
         folder = local_folder(source.base, source.revision)
         check_base_files(folder)
+        deltas, is_untied = _stored_deltas(folder, read_low_rank(source.adapter))
         chat = _tokenizer_of(source)
+        sequences = _sequences(source, chat)
+        rows = embedding_rows(config_of_folder(folder))
+        check_fits_embedding(chat, rows, (sequence.token_ids_T for sequence in sequences))
         say(f"merging {source.path} into {source.base}")
         with _whole_or_nothing(out) as temporary:
             target = None if stored.dtype is None else getattr(torch, stored.dtype)
@@ -112,11 +118,10 @@ def convert_to_merged(
                 max_shard_bytes=stored.max_shard_bytes,
                 on_bytes=partial(on_progress, "writing weights"),
             )
-            _write_configs(folder, temporary, chat, stored.dtype)
+            _write_configs(folder, temporary, chat, dtype=stored.dtype, untie=is_untied)
             found = None
             if verify:
                 say("comparing the merged model with the adapter, layer by layer")
-                sequences = _sequences(source, chat)
                 found = compare(folder, source.adapter, temporary, sequences, partial(on_progress, "comparing layers"))
                 _check_faithful(found, stored.dtype)
             card = model_card(source.base, source.settings, found, title=out.name)
@@ -130,7 +135,7 @@ def convert_to_adapter(
     """Write the adapter in PEFT's format, with tokenizer and model card if the source is a run.
 
     Raises:
-        UserError: there is nothing to convert, or `out` is not empty.
+        UserError: there is nothing to convert, the adapter is not a plain LoRA, or `out` is not empty.
     """
     out = out.absolute()
     _check_free(out)
@@ -138,6 +143,8 @@ def convert_to_adapter(
         opened(path, base, adapter_config, reads_weights=False) as source,
         _whole_or_nothing(out) as temporary,
     ):
+        if source.run is None:
+            read_low_rank(source.adapter)  # an adapter that PEFT would load as none, or not at all, is not copied
         shutil.copytree(source.adapter, temporary, dirs_exist_ok=True)
         if source.settings is not None:
             save_tokenizer(_tokenizer_of(source), temporary)
@@ -165,6 +172,19 @@ def convert_to_universal(path: Path, out: Path) -> Conversion:
     with _whole_or_nothing(out) as temporary:
         write_universal(source.path, source.settings.train, temporary)
     return Conversion(out, source.path, None)
+
+
+def _stored_deltas(folder: Path, deltas: Mapping[str, LowRank]) -> tuple[dict[str, LowRank], bool]:
+    """The deltas by the names that the base's files use, and whether one of them parts the head from the embedding.
+
+    Raises:
+        UserError: the files lack a weight that the adapter changes, or hold it in several tensors.
+    """
+    model = meta_model(config_of_folder(folder))
+    names = stored_weights(folder, model, deltas)
+    by_file = {names[name]: delta for name, delta in deltas.items()}
+    tied = stored_twice(model, {name: info.empty() for name, info in WeightFiles(folder).infos.items()})
+    return by_file, any(name in by_file for pair in tied for name in pair)
 
 
 def _tokenizer_of(source: Convertible) -> ChatTokenizer:
@@ -248,12 +268,20 @@ def _only_writer(out: Path) -> Iterator[None]:
         lock.delete()
 
 
-def _write_configs(base: Path, folder: Path, chat: ChatTokenizer, dtype: Dtype | None) -> None:
+def _write_configs(base: Path, folder: Path, chat: ChatTokenizer, *, dtype: Dtype | None, untie: bool) -> None:
+    """Write config.json, generation_config.json and the tokenizer.
+
+    untie: the merged head and embedding differ, so the config must not make them one.
+    """
     config: dict[str, Any] = json.loads((base / "config.json").read_text(encoding="utf-8"))
     if dtype is not None:
         config["dtype"] = dtype
         config.pop("torch_dtype", None)  # the older name of the same key
     config["use_cache"] = True
+    if untie:
+        config["tie_word_embeddings"] = False
+        if "tie_word_embeddings" in config.get("text_config", {}):
+            config["text_config"]["tie_word_embeddings"] = False
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if (base / "generation_config.json").is_file():
         generation = GenerationConfig.from_pretrained(base)

@@ -11,14 +11,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from uft_ds.errors import UserError
+from uft_ds.streams.adapter_files import PREFIX, adapter_file, read_adapter_tensors
 from uft_ds.streams.lora_config import LORA_TENSOR, WITHOUT_EFFECT, read_lora_config
 
-_PREFIX = "base_model.model."
 _MERGED = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
 """Config fields from which a delta is computed."""
 _OF_THE_START = {"loftq_config", "corda_config", "ensure_weight_tying"}
@@ -45,12 +43,7 @@ def read_low_rank(folder: Path) -> dict[str, LowRank]:
         UserError: the adapter is not a plain LoRA; names the field or the tensor.
     """
     config = read_adapter_config(folder / "adapter_config.json")
-    path = folder / "adapter_model.safetensors"
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); expected a LoRA's tensors in safetensors") from None
-    return low_rank_of(tensors, config, label=str(path))
+    return low_rank_of(read_adapter_tensors(folder), config, label=str(adapter_file(folder)))
 
 
 def read_adapter_config(path: Path) -> dict[str, Any]:
@@ -83,12 +76,14 @@ def low_rank_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], *, lab
             why = hint if ".base_layer." in name or "embed" in name else ""
             raise UserError(f"{label}: {name}: not part of a plain LoRA; it cannot be merged{why}")
         # The PEFT model may be a submodule of another one: drop everything up to PEFT's own prefix.
-        sides.setdefault(match["module"].rpartition(_PREFIX)[2], {})[match["side"]] = tensor
+        sides.setdefault(match["module"].rpartition(PREFIX)[2], {})[match["side"]] = tensor
     found: dict[str, LowRank] = {}
     for module, pair in sides.items():
         if set(pair) != {"A", "B"} or pair["A"].dim() != 2 or pair["A"].shape[0] != pair["B"].shape[1]:
             shapes = {side: list(tensor.shape) for side, tensor in sorted(pair.items())}
-            raise UserError(f"{label}: {module}: found {shapes}, expected A of [rank, in] and B of [out, rank]")
+            empty = any(tensor.numel() == 0 for tensor in pair.values())
+            why = "; it was saved under ZeRO-3 without gathering its shards" if empty else ""
+            raise UserError(f"{label}: {module}: found {shapes}, expected A of [rank, in] and B of [out, rank]{why}")
         rank = pair["A"].shape[0]
         asked = _of_pattern(config["rank_pattern"], module, config["r"])
         if rank != asked:

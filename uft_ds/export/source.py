@@ -24,6 +24,7 @@ from uft_ds.export.low_rank import read_adapter_config, read_low_rank
 from uft_ds.host.callbacks import Say
 from uft_ds.recipe.settings import Settings, load_settings
 from uft_ds.record.run_folder import RunFolder
+from uft_ds.streams.adapter_files import is_adapter, written_as_peft_saves
 from uft_ds.streams.identity import base_identity
 from uft_ds.streams.load import check_base
 
@@ -55,7 +56,9 @@ def opened(
     *,
     reads_weights: bool = True,
 ) -> Iterator[Convertible]:
-    """The source at `path`. For a DeepSpeed checkpoint its adapter exists only within the block.
+    """The source at `path`. Within the block its adapter is in PEFT's format.
+
+    The adapter of a DeepSpeed checkpoint, and one whose files or names are not PEFT's own, exist only within the block.
 
     Args:
         reads_weights: see `of_run`.
@@ -66,8 +69,7 @@ def opened(
         raise UserError(f"{path}: no such folder; {_EXPECTED}")
     is_own = (path / MANIFEST).exists() or (path / "checkpoints").is_dir()
     # A folder of transformers' Trainer holds both kinds; --adapter-config selects the DeepSpeed checkpoint.
-    is_adapter = (path / "adapter_config.json").is_file() and (path / "adapter_model.safetensors").is_file()
-    if is_deepspeed(path) and not is_own and (adapter_config is not None or not is_adapter):
+    if is_deepspeed(path) and not is_own and (adapter_config is not None or not is_adapter(path)):
         with tempfile.TemporaryDirectory() as folder:
             yield _from_deepspeed(path, Path(folder), base, adapter_config)
         return
@@ -79,7 +81,8 @@ def opened(
             raise UserError(f"{path}: its adapter_config.json names no base model; give --base")
         if base is not None and said and not _is_same_path(base, said):
             say(f"warning: {path} says that its base is {said}; {base} is used")
-        yield Convertible(path, path, _base_at(base or str(said)), None, None)
+        with tempfile.TemporaryDirectory() as folder:
+            yield Convertible(path, written_as_peft_saves(path, Path(folder)), _base_at(base or str(said)), None, None)
         return
     if not is_own:
         what = "a whole model" if (path / "config.json").is_file() else "nothing of the kind"

@@ -17,12 +17,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from uft_ds.architectures.facts import decoder_layers, tied_names
+from uft_ds.architectures.facts import decoder_layers
 from uft_ds.data.example import Sequence
 from uft_ds.data.micro_batch import micro_batch
 from uft_ds.errors import UserError
 from uft_ds.host.process import returning_freed_memory
 from uft_ds.objectives.implicit_reward import response_logps
+from uft_ds.streams.load import meta_model
+from uft_ds.streams.stored_names import origins, read_parameter
 from uft_ds.streams.stream import POLICY_ADAPTER
 from uft_ds.streams.weight_files import WeightFiles
 
@@ -40,11 +42,21 @@ def empty_model(config: Any) -> Any:
 
 
 def with_adapter(model: Any, adapter: Path) -> PeftModel:
-    """PEFT's model of an empty base with an adapter; the adapter's weights are in memory, in float32."""
-    policy: PeftModel = PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True)
+    """PEFT's model of an empty base with an adapter; the adapter's weights are in memory, in float32.
+
+    Raises:
+        UserError: PEFT cannot load the adapter, or it is of another model.
+    """
+    try:
+        policy: PeftModel = PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{adapter}: PEFT cannot load this adapter ({' '.join(str(error).split())[:300]})") from None
     for name, tensor in load_file(adapter / "adapter_model.safetensors").items():
         # PEFT moved the adapter to the device of the base's weights, which is meta: load it again.
-        linear = policy.get_submodule(f"{name.removesuffix('.weight')}.{POLICY_ADAPTER}")
+        try:
+            linear = policy.get_submodule(f"{name.removesuffix('.weight')}.{POLICY_ADAPTER}")
+        except AttributeError:
+            raise UserError(f"{adapter}: {name}: the base has no such layer; it is of another model") from None
         linear.weight = nn.Parameter(tensor.float(), requires_grad=False)
     return policy.eval()
 
@@ -95,10 +107,10 @@ def num_units(model: Any) -> int:
 @contextmanager
 def _streaming(model: Any, weights: WeightFiles, on_unit: Callable[[], None]) -> Iterator[None]:
     """Within the block, forward hooks load each unit's weights before it runs and drop them afterwards."""
-    tied = tied_names(model)
+    read = _reader(model, weights)
     handles = []
     for prefix, unit in _units(model):
-        place = _Weights(weights, prefix, tied)
+        place = _Weights(read, prefix)
         handles.append(unit.register_forward_pre_hook(place.fill))
         handles.append(unit.register_forward_hook(place.empty))
         handles.append(unit.register_forward_hook(lambda *_: on_unit()))
@@ -108,7 +120,7 @@ def _streaming(model: Any, weights: WeightFiles, on_unit: Callable[[], None]) ->
         for handle in handles:
             handle.remove()
         for prefix, unit in _units(model):
-            _Weights(weights, prefix, tied).empty(unit)
+            _Weights(read, prefix).empty(unit)
 
 
 def _units(model: Any) -> list[tuple[str, nn.Module]]:
@@ -128,20 +140,31 @@ def _units(model: Any) -> list[tuple[str, nn.Module]]:
     return units
 
 
+def _reader(model: Any, weights: WeightFiles) -> Callable[[str], Tensor]:
+    """A function that reads a base weight by its name in memory, whatever the files call it."""
+    plain = meta_model(model.config)  # adapters change a model's names
+    tied: dict[str, str] = getattr(plain, "all_tied_weights_keys", None) or {}
+    found = origins(plain, {name: info.empty() for name, info in weights.infos.items()})
+
+    def read(name: str) -> Tensor:
+        stored = name if name in found else tied.get(name, name)
+        if stored not in found:
+            raise UserError(f"{weights.folder}: holds no {name}, which its config.json asks for")
+        return read_parameter(stored, found[stored], weights.read, plain)
+
+    return read
+
+
 class _Weights:
     """Loads and drops the base weights of one unit; used as its forward hooks."""
 
-    def __init__(self, weights: WeightFiles, prefix: str, tied: dict[str, str]) -> None:
-        self._weights, self._prefix, self._tied = weights, prefix, tied
+    def __init__(self, read: Callable[[str], Tensor], prefix: str) -> None:
+        self._read, self._prefix = read, prefix
 
     def fill(self, unit: nn.Module, *_inputs: Any) -> None:
         for name, owner, attribute in list(_empty_parameters(unit)):
-            stored = (self._prefix + name).removeprefix(_PEFT_PREFIX).replace(_PEFT_INFIX, "")
-            if stored not in self._weights.infos:
-                stored = self._tied.get(stored, stored)
-            if stored not in self._weights.infos:
-                raise UserError(f"{self._weights.folder}: holds no {stored}, which its config.json asks for")
-            tensor = self._weights.read(stored).float()
+            own = (self._prefix + name).removeprefix(_PEFT_PREFIX).replace(_PEFT_INFIX, "")
+            tensor = self._read(own).float()
             setattr(owner, attribute, nn.Parameter(tensor, requires_grad=False))
 
     def empty(self, unit: nn.Module, *_inputs_and_output: Any) -> None:

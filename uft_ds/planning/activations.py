@@ -22,6 +22,7 @@ from torch.autograd.function import Function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations import moe
 from transformers.masking_utils import flash_attention_mask
 
 from uft_ds.architectures.facts import keep_layers
@@ -105,7 +106,7 @@ def _run(
         enable_lockstep(base)
     base.enable_input_require_grads()
     linear = _linear_of_zero3() if under_zero3 else nullcontext()
-    with linear, FakeTensorMode(allow_non_fake_inputs=True), _Live() as live:
+    with linear, _experts_in_any_type(), FakeTensorMode(allow_non_fake_inputs=True), _Live() as live:
         weights = _without_memory(policy, getattr(torch, dtype))
         token_ids_1T = torch.zeros(1, tokens, dtype=torch.int64)
         positions_1T = torch.arange(tokens)[None]
@@ -239,6 +240,34 @@ def _linear_of_zero3() -> Iterator[None]:
         yield
     finally:
         nn.functional.linear = original
+
+
+class _GroupedMM(Function):
+    """Saves the same tensors as torch's `grouped_mm` with frozen weights: these, and where each expert's rows end.
+
+    torch computes float32 by it, but without values it accepts bfloat16 alone (torch 2.13).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(weights, ends)
+        return rows.new_empty(rows.shape[0], weights.shape[-1], dtype=weights.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        weights, _ = ctx.saved_tensors
+        return gradients[0].new_empty(gradients[0].shape[0], weights.shape[-2]), None, None
+
+
+@contextmanager
+def _experts_in_any_type() -> Iterator[None]:
+    original = moe._grouped_mm
+    integration: Any = moe
+    integration._grouped_mm = lambda rows, weights, offs: _GroupedMM.apply(rows, weights, offs)
+    try:
+        yield
+    finally:
+        integration._grouped_mm = original
 
 
 class _Flash(Function):

@@ -15,15 +15,17 @@ from uft_ds.engine.zero_section import check_ranks
 from uft_ds.errors import UserError
 from uft_ds.recipe.settings import Settings
 from uft_ds.streams.accept import accepted_policy, check_positions
-from uft_ds.streams.adapters import start_from_adapter
+from uft_ds.streams.adapters import adapted_weights, start_from_adapter
 from uft_ds.streams.identity import OnFile, base_identity
 from uft_ds.streams.load import attention_implementation, check_base, empty_base
 from uft_ds.streams.model import UFTModel
 
 
-def check_recipe(settings: Settings) -> None:
+def check_recipe(settings: Settings) -> tuple[str, ...]:
     """Refuse settings that would fail after the launch; nothing is written, and no weights are read or downloaded.
 
+    Returns:
+        The names in memory of the weights that get an adapter.
     Raises:
         UserError: names the recipe's key.
     """
@@ -32,6 +34,7 @@ def check_recipe(settings: Settings) -> None:
     # The same construction as after the launch, but without weights, so that errors appear now.
     base, lora = empty_base(config), settings.lora
     policy = accepted_policy(base, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dtype=torch.float32)
+    adapted = adapted_weights(policy)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a deprecated property of transformers
         if settings.reference.adapter is not None:
@@ -44,6 +47,7 @@ def check_recipe(settings: Settings) -> None:
         _check_writable(settings.reference.cache_dir)
     if "wandb" in settings.tracking and importlib.util.find_spec("wandb") is None:
         raise UserError("tracking: wandb is not installed: pip install 'uft-ds[wandb]', or leave it out")
+    return adapted
 
 
 def check_sharding(settings: Settings, *, ranks: int, ranks_per_node: int | None) -> list[str]:

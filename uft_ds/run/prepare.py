@@ -26,6 +26,7 @@ from uft_ds.data.store.sequences import check_content, write_sample
 from uft_ds.data.store.tokenized import is_whole
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.tokenize import load_tokenizer
+from uft_ds.data.tokens.vocabulary import check_fits_embedding
 from uft_ds.errors import UserError
 from uft_ds.host.callbacks import OnProgress
 from uft_ds.host.files import write_atomically
@@ -38,7 +39,7 @@ from uft_ds.run.checks import check_adapter_is_of_base, check_inputs_lie_outside
 from uft_ds.run.identity import environment, owner, run_identity
 from uft_ds.run.settings import with_deepspeed_file, with_fixed_revision
 from uft_ds.streams.identity import local_folder
-from uft_ds.streams.load import check_base_files
+from uft_ds.streams.load import check_base, check_base_files, embedding_rows
 
 
 def prepare_data(
@@ -230,13 +231,16 @@ def check_run(
     """
     check_inputs_lie_outside(settings)
     settings = with_deepspeed_file(settings)
-    check_recipe(settings)
+    adapted = check_recipe(settings)
     settings = with_fixed_revision(settings)
-    check_base_files(local_folder(settings.model.base, settings.model.revision))
+    check_base_files(local_folder(settings.model.base, settings.model.revision), adapted)
     chat = load_tokenizer(
         settings.model.base, revision=settings.model.revision, chat_template=settings.model.chat_template
     )
+    rows = embedding_rows(check_base(settings.model.base, settings.model.revision))
+    check_fits_embedding(chat, rows)
     data = prepare_data(settings, chat, on_progress)
+    check_fits_embedding(chat, rows, (source.selection.store.token_ids for source in data.all))
     if settings.reference.adapter is not None:
         check_adapter_is_of_base(settings, partial(on_progress, "hashing the adapter's base"))
     return settings, data

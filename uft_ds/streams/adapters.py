@@ -12,12 +12,11 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from uft_ds.errors import UserError
 from uft_ds.objectives.reference import REFERENCE_STREAM
+from uft_ds.streams.adapter_files import read_adapter_tensors
 from uft_ds.streams.lora_config import WITHOUT_EFFECT, read_lora_config
 from uft_ds.streams.stream import BARE_BASE, POLICY_ADAPTER, REFERENCE_ADAPTER, Stream
 
@@ -110,13 +109,10 @@ def start_from_adapter(policy: PeftModel, folder: Path) -> None:
 
 
 def _read_adapter(folder: Path) -> dict[str, Tensor]:
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        raise UserError(f"reference.adapter: {path}: no such file; expected an adapter in PEFT's format")
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"reference.adapter: {path}: cannot be read ({error})") from None
+        return read_adapter_tensors(folder)
+    except UserError as error:
+        raise UserError(f"reference.adapter: {error}") from None
 
 
 def lora_form(folder: Path) -> dict[str, Any]:
@@ -173,6 +169,12 @@ def as_stream(module: nn.Module, stream: Stream) -> Iterator[None]:
     finally:
         for layer, (disabled, active) in zip(layers, before, strict=True):
             layer._disable_adapters, layer._active_adapter = disabled, active
+
+
+def adapted_weights(policy: Policy) -> tuple[str, ...]:
+    """Names of the base's weights that have an adapter, as they are without adapters."""
+    layers = (name for name, module in policy.named_modules() if isinstance(module, LoraLayer))
+    return tuple(f"{name.removeprefix('base_model.model.')}.weight" for name in layers)
 
 
 def adapter_tensors(policy: Policy, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from uft_ds.errors import UserError
 from uft_ds.host.files import sha256, user_cache, write_atomically
+from uft_ds.streams.adapter_files import adapter_file
 from uft_ds.streams.adapters import lora_form
 
 OnFile = Callable[[int, int], None]
@@ -47,7 +48,7 @@ def base_identity(base: str, revision: str | None, on_file: OnFile = lambda done
 
 def adapter_identity(folder: Path) -> str:
     """SHA-256 of an adapter's tensors and of the config fields that its output depends on, such as alpha."""
-    return _digest([sha256(folder / "adapter_model.safetensors"), lora_form(folder)])
+    return _digest([sha256(adapter_file(folder)), lora_form(folder)])
 
 
 def reference_identity(content: dict[str, Any], *, dtype: str, attention: str, adapter_dtype: str | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -18,6 +18,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 
 from uft_ds.architectures.facts import decoder_layers
 from uft_ds.errors import UserError
+from uft_ds.streams.stored_names import stored_weights
+from uft_ds.streams.tied import check_tied
 from uft_ds.streams.weights import check_weights, first_non_finite, loading_of, own_values, problem_of
 
 
@@ -36,8 +38,14 @@ def check_base(base: str, revision: str | None) -> Any:
     """The base model's config, read without its weights.
 
     Raises:
-        UserError: there is no config, or the model needs to run its own code.
+        UserError: there is no config, the model needs to run its own code, or its weights are quantised.
     """
+    config = _config_of_base(base, revision)
+    _check_not_quantised(base, config)
+    return config
+
+
+def _config_of_base(base: str, revision: str | None) -> Any:
     check_is_there(base)
     folder = Path(base)
     if folder.exists() and not (folder / "config.json").is_file():
@@ -52,6 +60,19 @@ def check_base(base: str, revision: str | None) -> Any:
         raise UserError(
             f"model.base: {base!r} is neither a local model folder nor available from the hub ({_one_line(error)})"
         ) from None
+
+
+def _check_not_quantised(base: str, config: Any) -> None:
+    """Refuse GPTQ, AWQ, bitsandbytes, FP8 and the like: nothing can be merged into such weights."""
+    parts = (config, config.get_text_config())
+    found = next((q for part in parts if (q := getattr(part, "quantization_config", None))), None)
+    if found is not None:
+        method = (found if isinstance(found, dict) else vars(found)).get("quant_method", "an unnamed method")
+        raise UserError(
+            f"model.base: {base}: its weights are quantised ({getattr(method, 'value', method)}), "
+            "see quantization_config in its config.json; no adapter can be merged into them: take the 16-bit "
+            "model that it was made from"
+        )
 
 
 def config_of_folder(folder: Path) -> Any:
@@ -108,13 +129,26 @@ def meta_model(config: Any) -> Any:
         raise UserError(f"model.base: no causal language model: {str(error).splitlines()[0]}") from None
 
 
-def check_base_files(folder: Path) -> None:
-    """Refuse a model's folder whose weight files do not hold the model of its config.json; only headers are read.
+def check_base_files(folder: Path, adapted: Collection[str] = ()) -> None:
+    """Refuse a model's folder whose weight files do not hold the model of its config.json, or cannot be merged into.
 
+    Only headers are read, and the values of tied weights that are stored twice.
+
+    Args:
+        adapted: names in memory of the weights that get an adapter.
     Raises:
-        UserError: names the file and the tensor; see `check_weights`.
+        UserError: names the file and the tensor; see `check_weights`, `check_tied` and `stored_weights`.
     """
-    check_weights(folder, meta_model(config_of_folder(folder)))
+    model = meta_model(config_of_folder(folder))
+    check_weights(folder, model)
+    check_tied(folder, model)
+    if adapted:
+        stored_weights(folder, model, adapted)
+
+
+def embedding_rows(config: Any) -> int:
+    """The number of token ids that a model of this config knows."""
+    return int(config.get_text_config().vocab_size)
 
 
 def load_base(

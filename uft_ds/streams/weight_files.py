@@ -8,9 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
-from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from uft_ds.errors import UserError
 from uft_ds.streams.identity import weight_files
+from uft_ds.streams.pickled import unpickled
 
 _CODES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -43,6 +42,10 @@ class TensorInfo:
         for size in self.shape:
             numel *= size
         return numel * self.dtype.itemsize
+
+    def empty(self) -> Tensor:
+        """A meta tensor of the same shape and dtype."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
 
 class WeightFiles:
@@ -103,7 +106,7 @@ def stored_tensors(path: Path) -> list[StoredTensor]:
     """
     _check_is_weights(path)
     if path.suffix != ".safetensors":
-        named = _unpickled(path, torch.device("meta"))
+        named = unpickled(path, torch.device("meta"))
         return [
             StoredTensor(name, tuple(tensor.shape), _CODES.get(tensor.dtype, str(tensor.dtype)))
             for name, tensor in named.items()
@@ -136,26 +139,7 @@ def _check_is_weights(path: Path) -> None:
 @lru_cache(maxsize=1)
 def _pickled(path: Path) -> Mapping[str, Tensor]:
     """The tensors of a .bin file, mapped if its format allows it. Code in the file is never run."""
-    return _unpickled(path, torch.device("cpu"))
-
-
-def _unpickled(path: Path, device: torch.device) -> Mapping[str, Tensor]:
-    can_map = device.type == "cpu" and is_zipfile(path)  # before torch 1.6, files were not zip archives
-    try:
-        content = torch.load(path, map_location=device, weights_only=True, mmap=can_map)
-    except UnpicklingError:
-        raise UserError(
-            f"model.base: {path}: cannot be read: it is damaged, or holds other objects than tensors, which are never "
-            "loaded; expected a file that torch.load(weights_only=True) can read, or safetensors"
-        ) from None
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"model.base: {path}: cannot be read, it is cut or damaged ({reason}); fetch or copy it again"
-        ) from None
-    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-        raise UserError(f"model.base: {path}: expected a dictionary of tensors by name, found other values")
-    return content
+    return unpickled(path, torch.device("cpu"))
 
 
 def shards_of(infos: Iterable[TensorInfo], max_bytes: int) -> list[list[TensorInfo]]:

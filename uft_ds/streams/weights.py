@@ -68,8 +68,6 @@ def check_weights(folder: Path, model: Any) -> None:
             place in the model. The message names the file and the tensor.
     """
     stored = {tensor.name: (path, tensor) for path in weight_files(folder) for tensor in stored_tensors(path)}
-    if getattr(model.config, "quantization_config", None) is not None:
-        return  # quantized files hold other tensors than the model; each method of quantization has its own rule
     where = index_file(folder)
     empty = {name: tensor.empty() for name, (_, tensor) in stored.items()}
     try:

@@ -5,6 +5,7 @@ from tiny import IM_END, build_tiny_tokenizer
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
 from uft_ds.data.tokens.chat_template import end_of_turn_id, marks_generation, render, render_marked, special_tokens
+from uft_ds.data.tokens.chat_tokenizer import open_tokenizer
 from uft_ds.errors import UserError
 
 TURN = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}CLOSE{% endfor %}"
@@ -52,6 +53,29 @@ def test_a_template_that_drops_the_assistant_is_refused(tokenizer):
     tokenizer.chat_template = "{{ messages[0]['content'] }}<|im_end|>"
     with pytest.raises(UserError, match="leaves out the assistant's text"):
         end_of_turn_id(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero"),
+        ("{% for i in range(1000000) %}x{% endfor %}", "OverflowError: Range too big"),
+        ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "RecursionError"),
+        ("{{ messages[0].content.__class__.mro() }}", "unsafe"),
+        ("{{ messages | sum }}", "TypeError"),
+        ("{{ 'a'.encode('no such') }}", "LookupError"),
+        ("{{ '\\ud800'.encode('utf-8') }}", "UnicodeEncodeError"),
+        ("{% if %}", "Expected an expression"),
+    ],
+)
+def test_whatever_a_template_fails_by_is_refused(tmp_path, template, reason):
+    """A template is a program; each of its errors names the template and says what it was."""
+    (tmp_path / "broken.jinja").write_text(template)
+    folder = build_tiny_tokenizer(tmp_path / "model")
+    with pytest.raises(UserError) as caught:
+        open_tokenizer(str(folder), chat_template=str(tmp_path / "broken.jinja"))
+    assert str(caught.value).startswith(f"model.chat_template: {tmp_path}/broken.jinja: The chat template of")
+    assert reason in str(caught.value)
 
 
 def test_no_template_is_refused_with_the_remedy(tokenizer):

@@ -507,6 +507,83 @@ def test_tokens_do_not_depend_on_the_day(with_template: Load) -> None:
     assert with_template(given + CHATML).tokenizer.decode(sequence.token_ids_T.tolist()).startswith("26 Jul 2024<|im_")
 
 
+ONLY = (
+    "{% for m in messages %}{% if m['role'] in ROLES %}"
+    + OPEN
+    + "{{ m['content'] }}"
+    + CLOSE
+    + "{% endif %}{% endfor %}"
+)
+ONLY_USER_AND_ASSISTANT = ONLY.replace("ROLES", "['user', 'assistant']") + GENERATION
+MARKED_ONLY = ONLY_USER_AND_ASSISTANT.replace(
+    OPEN + "{{ m['content'] }}" + CLOSE,
+    OPEN + "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{{ '\\n' }}"
+    "{% else %}{{ m['content'] }}" + CLOSE + "{% endif %}",
+)
+
+
+@pytest.mark.parametrize("system", ["Answer in French.", "q1", "use"])
+@pytest.mark.parametrize("template", [ONLY_USER_AND_ASSISTANT, MARKED_ONLY], ids=["plain", "marked"])
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_system_turn_that_the_template_leaves_out_is_refused(
+    with_template: Load, template: str, merge: bool, system: str
+) -> None:
+    """Whether its words occur elsewhere or not, in each form of an example; a template that writes it is fine."""
+    chat = with_template(template)
+    example = conversation("q1", "a1", "q2", "a2", system=system)
+    with pytest.raises(ValueError, match=r"does not write the system turn 0; .*model\.chat_template"):
+        tokenized(example, chat, merge=merge)
+    last = replace(example, messages=example.messages[:3])
+    with pytest.raises(ValueError, match="does not write the system turn 0"):
+        tokenize(Pair(last, replace(last, kind="pair")), chat, max_length=99, merge=merge)
+    assert tokenized(replace(example, messages=example.messages[1:]), chat, merge=merge).sequences
+    assert tokenized(example, with_template(None), merge=merge).sequences
+
+
+def test_results_of_tools_and_text_beside_calls_must_be_written(with_template: Load) -> None:
+    """By role and turn; a result that the template escapes as JSON is written."""
+    writes_calls = CALLS.replace("CLOSE_CALL", "<|im_end|>").replace("BEGIN", "").replace("END", "")
+    chat = with_template(writes_calls.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}"))
+    with pytest.raises(ValueError, match="does not write the tool turn 2"):
+        tokenized(Example(TOOL_TURNS, "instruction"), chat)
+    result = (*TOOL_TURNS[:2], Message("tool", 'the "result" is 42'), TOOL_TURNS[3])
+    escapes = with_template(
+        writes_calls.replace("{{ m['content'] }}<|im_end|>", "{{ m['content'] | tojson }}<|im_end|>")
+    )
+    assert tokenized(Example(result, "instruction"), escapes).sequences
+    silent = with_template(
+        writes_calls.replace("{{ m['content'] }}{% if", "{{ '' if m.tool_calls else m['content'] }}{% if")
+    )
+    spoken = (TOOL_TURNS[0], replace(TOOL_TURNS[1], content="I look it up."), *TOOL_TURNS[2:])
+    assert tokenized(Example(TOOL_TURNS, "instruction"), silent).sequences
+    with pytest.raises(ValueError, match="does not write the text beside the calls of turn 1"):
+        tokenized(Example(spoken, "instruction"), silent)
+
+
+def test_the_own_thought_of_a_response_must_be_written(with_template: Load) -> None:
+    """Earlier turns may lose theirs by design; as context or not."""
+    thought = "{{ m.get('reasoning_content', '') }}{{ m['content'] }}"
+    keeps = FORGETS_THOUGHTS.replace("{{ m['content'] }}", thought)
+    turns = (
+        Message("user", "q1"),
+        Message("assistant", "a1", None, extras=(("reasoning_content", "an early thought"),)),
+        Message("user", "q2"),
+        Message("assistant", "a2", 1.0, extras=(("reasoning_content", "a late thought"),)),
+    )
+    example = Example(turns, "instruction")
+    chat = with_template(keeps)
+    (sequence,) = tokenized(example, chat).sequences
+    assert spans(sequence, chat) == ["a late thoughta2<|im_end|>"]
+    assert "early" not in chat.tokenizer.decode(sequence.token_ids_T.tolist())
+    both = replace(example, messages=(turns[0], replace(turns[1], score=1.0), *turns[2:]))
+    assert len(tokenized(both, chat).sequences) == 2
+    for merge in (False, True):
+        with pytest.raises(
+            ValueError, match=r"does not write the reasoning_content of turn [13]; .*model\.chat_template"
+        ):
+            tokenized(both, with_template(FORGETS_THOUGHTS), merge=merge)
+
+
 def test_what_else_a_template_wants_of_a_turn_reaches_it(with_template: Load) -> None:
     """Reasoning, and the names of calls, are handed on; a control token in them is found like in the content."""
     template = CHATML.replace("+ message['content']", "+ message.get('reasoning_content', '') + message['content']")

@@ -237,6 +237,11 @@ class TokenStore:
         return np.diff(self._sequence_ends_U)
 
     @property
+    def token_ids(self) -> np.ndarray:
+        """[tokens], int32: of all sequences, one after the other."""
+        return np.asarray(self._tokens)
+
+    @property
     def rows_U(self) -> np.ndarray:
         """[units], int64: the row that each unit came from, counted among the rows that gave a unit."""
         changes_U = np.zeros(len(self), dtype=np.int64)

@@ -90,21 +90,24 @@ def _render(
     add_generation_prompt: bool,
     marked: bool,
 ) -> tuple[str, list[tuple[int, int]]]:
+    template = _without_today(template_of(tokenizer, tools))
     try:
         rendered: Any = render_jinja_template(
             conversations=[[dict(message) for message in messages]],
             tools=[dict(tool) for tool in tools] or None,
-            chat_template=_without_today(template_of(tokenizer, tools)),
+            chat_template=template,
             add_generation_prompt=add_generation_prompt,
             return_assistant_tokens_mask=marked,
             date_string=DATE,
             **cast(dict[str, Any], tokenizer.special_tokens_map),
         )
-    except (TemplateError, TypeError) as error:
+    except Exception as error:
+        # A template is a program, which may fail by any error: Jinja's own, a division by zero, endless recursion.
         roles = ", ".join(message["role"] for message in messages)
+        reason = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
         raise UserError(
             f"The chat template of `{tokenizer.name_or_path}` refuses a conversation of roles [{roles}]: "
-            f"{error}. Change the conversation, or {REMEDY}."
+            f"{reason}. Change the conversation, or {REMEDY}."
         ) from error
     texts, spans = rendered
     return texts[0], spans[0] if marked else []

@@ -22,6 +22,7 @@ from uft_ds.data.tokens.chat_template import (
     special_tokens,
     template_of,
 )
+from uft_ds.data.tokens.pieces import check_pieces
 from uft_ds.errors import UserError
 
 _TOKENIZER_FILES = (
@@ -94,12 +95,18 @@ def open_tokenizer(base: str, *, revision: str | None = None, chat_template: str
     except Exception as error:  # noqa: BLE001 - transformers raises many types here
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"model.base: no tokenizer could be loaded from {base!r} ({reason})") from None
+    model = _file_of(base, "tokenizer.model", revision)
+    if model is not None and _file_of(base, "tokenizer.json", revision) is None:
+        check_pieces(base, tokenizer, model)
     if chat_template is not None:
         try:
             tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"model.chat_template: {chat_template} cannot be read ({error})") from None
-    end = end_of_turn_id(tokenizer)
+    try:
+        end = end_of_turn_id(tokenizer)
+    except UserError as error:
+        raise error if chat_template is None else UserError(f"model.chat_template: {chat_template}: {error}") from None
     control = tuple(sorted(token for token in special_tokens(tokenizer) if token))
     return ChatTokenizer(tokenizer, end, control, marks_generation(tokenizer), revision)
 
@@ -113,11 +120,17 @@ def save_tokenizer(chat: ChatTokenizer, folder: Path) -> None:
     chat.tokenizer.save_pretrained(folder)
     source = chat.tokenizer.name_or_path
     for name in _TOKENIZER_FILES:
-        cached = None if Path(source).exists() else try_to_load_from_cache(source, name, revision=chat.revision)
-        original = Path(cached) if isinstance(cached, str) else Path(source) / name
-        if original.is_file():
+        original = _file_of(source, name, chat.revision)
+        if original is not None:
             shutil.copyfile(original, folder / name)
     (folder / "chat_template.jinja").write_text(template_of(chat.tokenizer), encoding="utf-8")
+
+
+def _file_of(base: str, name: str, revision: str | None) -> Path | None:
+    """A file of a local model's folder, or of a hub model in the cache; None if it is not there."""
+    cached = None if Path(base).exists() else try_to_load_from_cache(base, name, revision=revision)
+    path = Path(cached) if isinstance(cached, str) else Path(base) / name
+    return path if path.is_file() else None
 
 
 def _turns(messages: Seq[Message]) -> list[dict[str, Any]]:

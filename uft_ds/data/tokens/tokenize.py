@@ -7,6 +7,7 @@ response's log-probability is that of exactly the tokens that the model has to g
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -27,6 +28,13 @@ TRIMMED = "prompt trimmed to max_length"
 # At most two newlines after the thought, as templates write them: further white space belongs to the answer.
 _EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>\n{0,2}")
 _EMPTY_REST_OF_THOUGHT = re.compile(r"\s*</think>\n{0,2}")
+
+
+_THOUGHT = "reasoning_content"
+_OTHER_TEXT = "·"
+"""In place of a part of a conversation, to see whether the template writes it."""
+_LONG_PART = 8
+"""Characters; shorter parts may stand in a template's own text."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +182,7 @@ def _prompt_and_text(example: Example, turn: int, chat: ChatTokenizer) -> tuple[
                 "the chat template's generation prompt is not a prefix of the finished turn, so the response's tokens "
                 f"cannot be separated from the prompt's; {REMEDY}"
             )
+    _check_parts_are_written(replace(example, messages=upto), text, chat)
     if chat.end_of_turn not in text[len(prompt) :]:
         raise ValueError(
             f"the chat template ends this turn by another token than {chat.end_of_turn!r}, which closes answers"
@@ -208,6 +217,51 @@ def _check_tools_are_written(example: Example, chat: ChatTokenizer) -> None:
             silent = (*messages[:index], replace(message, tool_calls=()), *messages[index + 1 :])
             if chat.render(silent, tools=tools) == text:
                 raise ValueError(f"the chat template does not write the tool calls of turn {index}; {REMEDY}")
+
+
+def _check_parts_are_written(example: Example, text: str, chat: ChatTokenizer) -> None:
+    """Refuse a conversation up to a response of which the template leaves out a part.
+
+    The parts are the turns that are not the assistant's, and the response's own reasoning and text beside calls.
+    Earlier turns of the assistant may be shortened: templates of reasoning models drop their thoughts by design.
+
+    Args:
+        text: the conversation as the template writes it.
+    """
+    messages = example.messages
+    pieces = [piece for message in messages for piece in (message.content, *dict(message.extras).values())]
+    pieces += [json.dumps(calls, ensure_ascii=False) for calls in (example.tools, *(m.tool_calls for m in messages))]
+    for index, message in enumerate(messages):
+        parts: list[tuple[str, str, Message]] = []
+        if message.role != "assistant":
+            parts.append((f"{message.role} turn", message.content, replace(message, content=_OTHER_TEXT)))
+        elif index == len(messages) - 1:
+            if message.tool_calls:
+                beside = replace(message, content=_OTHER_TEXT)
+                parts.append(("text beside the calls of turn", message.content, beside))
+            extras = dict(message.extras)
+            other = replace(message, extras=tuple((extras | {_THOUGHT: _OTHER_TEXT}).items()))
+            parts.append((f"{_THOUGHT} of turn", extras.get(_THOUGHT, ""), other))
+        for what, part, other in parts:
+            is_long = message.role == "user" or len(part.strip()) >= _LONG_PART
+            if part.strip() and not (is_long and _stands_in(text, part.strip(), pieces)):
+                changed = replace(example, messages=(*messages[:index], other, *messages[index + 1 :]))
+                if not _renders_otherwise(example, changed, chat):
+                    raise ValueError(f"the chat template does not write the {what} {index}; {REMEDY}")
+
+
+def _stands_in(text: str, part: str, pieces: list[str]) -> bool:
+    """Whether a part stands in the text as often as in all pieces of the conversation, as it is or escaped as JSON."""
+    needed = sum(piece.count(part) for piece in pieces)
+    return any(text.count(form) >= needed for form in (part, json.dumps(part, ensure_ascii=False)[1:-1]))
+
+
+def _renders_otherwise(example: Example, changed: Example, chat: ChatTokenizer) -> bool:
+    try:
+        other = chat.render(changed.messages, tools=changed.tools)
+    except UserError:  # the template looks at the part, or it would not refuse the other text
+        return True
+    return other != chat.render(example.messages, tools=example.tools)
 
 
 def _trimmed(example: Example, chat: ChatTokenizer, max_length: int) -> Sequence | None:
