@@ -98,11 +98,17 @@ def show_data(settings: Settings, data: PreparedData, console: Console) -> None:
 
 
 def notes(data: PreparedData) -> Iterator[Text]:
-    """Notes on data use that may be unintended: much of a source left out, or its rows repeated very often."""
+    """Notes on data use that may be unintended: much left out, columns not read, rows repeated often."""
     for source in data.all:
         left_out, found = sum(source.account.dropped.values()), len(source.selection.store.responses)
         if left_out > _MUCH_LEFT_OUT * (left_out + found):
             yield Text(f"note: {source.label}: {left_out:,} of {left_out + found:,} responses are left out")
+    for source in data.all:
+        if source.account.unread:
+            named = ", ".join(f"{column} ({rows:,} rows)" for column, rows in source.account.unread.items())
+            yield Text(
+                f"note: {source.label}: columns that format {source.settings.rules.format} does not read: {named}"
+            )
     for source, amount in zip(data.train, data.epoch_amounts, strict=True):
         passes = amount / source.selection.num_responses
         if passes > _MANY_PASSES:
