@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from uft_ds.data.rows.arrow_rows import BATCH_ROWS, arrow_rows, parquet_rows, without_nulls
 from uft_ds.data.rows.csv_rows import BadRow, csv_rows
+from uft_ds.data.rows.folders import check_is_a_file, data_files
 from uft_ds.data.rows.json_rows import json_array, json_lines, parse_object
 from uft_ds.errors import UserError
 from uft_ds.host.files import sha256
@@ -41,7 +42,6 @@ TABLE_READERS = {".parquet": parquet_rows, ".arrow": arrow_rows}
 COMPRESSIONS = (".gz", ".zst")
 SUFFIXES = (*(kind + packed for packed in ("", *COMPRESSIONS) for kind in TEXT_READERS), *TABLE_READERS)
 
-_DATASETS_OWN = ("dataset_info.json", "state.json")
 _BUFFER_BYTES = 256 * 1024
 
 Value = bytes | dict[str, Any] | BadRow
@@ -88,18 +88,21 @@ def find_data(path: str, split: str | None) -> SourceFiles:
     Raises:
         UserError: names what was looked for, what was found and what was expected.
     """
+    if not path.strip():
+        raise UserError("a source's path is empty; expected a file, a folder (`.` is this one) or a hub name")
     local = Path(path)
     label = f"{path}[{split}]" if split else path
     try:
         if local.is_dir():
-            files = _files_of(local, split)
+            files = data_files(local, split, SUFFIXES)
             names = tuple(f"{path.rstrip('/')}/{file.relative_to(local).as_posix()}" for file in files)
             return SourceFiles(label, names, files)
-        is_local = local.exists()
+        is_local = local.exists() or local.is_symlink()
     except OSError as error:
         shown = path if len(path) <= 80 else f"{path[:80]}..."
         raise UserError(f"{shown}: no such file or folder ({error.strerror})") from None
     if is_local:
+        check_is_a_file(local, path)
         if not path.endswith(SUFFIXES):
             raise UserError(f"{path}: unknown kind of file; expected one of {', '.join(SUFFIXES)}")
         return SourceFiles(label, (path,), (local,))
@@ -107,25 +110,6 @@ def find_data(path: str, split: str | None) -> SourceFiles:
         raise UserError(f"{path}: no such file or folder")
     label = f"{path}[{split or 'train'}]"
     return SourceFiles(label, (label,), hub=_load_from_hub(path, split))
-
-
-def _files_of(folder: Path, split: str | None) -> tuple[Path, ...]:
-    candidates = sorted(
-        file
-        for file in folder.rglob("*")
-        if file.name.endswith(SUFFIXES)
-        and file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-    )
-    if any(file.suffix == ".arrow" for file in candidates):
-        # Dataset.save_to_disk writes these files next to the rows.
-        candidates = [file for file in candidates if file.name not in _DATASETS_OWN]
-    files = tuple(file for file in candidates if split is None or file.name.startswith(split))
-    if not files:
-        names = ", ".join(file.name for file in candidates[:5]) or "none"
-        begins = f" whose name begins with {split!r}" if split else ""
-        raise UserError(f"{folder}: no data file ({', '.join(SUFFIXES)}){begins}; data files found: {names}")
-    return files
 
 
 def _load_from_hub(path: str, split: str | None) -> datasets.Dataset:
