@@ -23,7 +23,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uft_ds.data.rows.arrow_rows import BATCH_ROWS, arrow_rows, parquet_rows, without_nulls
+from uft_ds.data.rows.arrow_rows import BATCH_ROWS, arrow_rows, parquet_rows, plain_rows
 from uft_ds.data.rows.csv_rows import BadRow, csv_rows
 from uft_ds.data.rows.folders import check_is_a_file, data_files
 from uft_ds.data.rows.json_rows import json_array, json_lines, parse_object
@@ -121,11 +121,22 @@ def _load_from_hub(path: str, split: str | None) -> datasets.Dataset:
     try:
         return datasets.load_dataset(name, data_dir=folder, split=split or "train")
     except Exception as error:  # noqa: BLE001 - any failure of the hub is shown to the user
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, datasets.exceptions.DatasetGenerationError):
+            raise UserError(
+                f"{path}: loaded from the hub, but `datasets` cannot read its rows ({_innermost(error)}); fetch its "
+                "files and give their local path: they are read here one row at a time"
+            ) from None
         raise UserError(
-            f"{path}: neither a local file or folder, nor could it be loaded from the hub ({reason}); "
+            f"{path}: neither a local file or folder, nor could it be loaded from the hub ({_innermost(error)}); "
             "give a local path, or check the name, the split and the network"
         ) from None
+
+
+def _innermost(error: BaseException) -> str:
+    """The first line of what an error was caused by: `datasets` wraps it in a sentence that says nothing."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
 def content_hash(data: SourceFiles) -> str:
@@ -227,14 +238,11 @@ def _table_rows(batches: Iterator[tuple[float, list[dict[str, Any]]]], size: int
 
 
 def _hub_rows(hub: datasets.Dataset) -> Iterator[tuple[float, list[dict[str, Any]]]]:
+    # As tables, not as `datasets` decodes them: pictures would need further packages, and a null is not told from text.
     done = 0
-    for columns in hub.iter(batch_size=BATCH_ROWS):
-        rows = [
-            dict(zip(columns, map(without_nulls, values), strict=True))
-            for values in zip(*columns.values(), strict=True)
-        ]
-        done += len(rows)
-        yield done / len(hub), rows
+    for table in hub.with_format("arrow").iter(batch_size=BATCH_ROWS):
+        done += table.num_rows
+        yield done / len(hub), plain_rows(table)
 
 
 def _text_rows(path: Path, name: str) -> Iterator[LocatedRow]:
