@@ -7,10 +7,11 @@ import sys
 from typing import Annotated, Optional
 
 import typer
-from rich.console import Console
+
+from uft_ds.host.terminal import SafeConsole
 
 _UNLIMITED = 10_000  # columns: in files and pipes no line is wrapped
-console = Console(  # no markup: paths may contain brackets
+console = SafeConsole(  # no markup: paths may contain brackets
     markup=False, highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _UNLIMITED
 )
 

@@ -15,6 +15,7 @@ from uft_ds.data.example import Sequence
 from uft_ds.data.mixture import Steps
 from uft_ds.data.sources import PreparedData, PreparedSource
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
+from uft_ds.host.terminal import visible
 from uft_ds.recipe.settings import Settings
 from uft_ds.recipe.unused import unused
 
@@ -45,7 +46,7 @@ def rendered(sequence: Sequence, chat: ChatTokenizer, *, full: bool) -> Text:
     responses = sequence.responses
     supervised = sum(response.num_tokens for response in responses)
     scores = ", ".join(f"{response.kind} {response.score:.3g}" for response in responses)
-    head = f"{responses[0].origin}: {sequence.num_tokens} tokens, {supervised} supervised; {scores}\n"
+    head = f"{visible(responses[0].origin)}: {sequence.num_tokens} tokens, {supervised} supervised; {scores}\n"
     ids = sequence.token_ids_T.tolist()
     text = Text.assemble((head, HEADER))
     at = 0
@@ -69,7 +70,7 @@ def data_table(data: PreparedData) -> Table:
             selection, account = source.selection, source.account
             table.add_row(
                 part,
-                Text(source.label),
+                Text(visible(source.label)),
                 Text(", ".join(sorted(selection.kinds))),
                 f"{selection.num_responses:,}",
                 f"{selection.num_tokens:,}",
@@ -123,14 +124,19 @@ def left_out_table(data: PreparedData) -> Table | None:
         for counts in (account.dropped, account.changed):
             for reason, count in counts.items():
                 places = ", ".join(source.selection.store.places_of(reason))
-                table.add_row(Text(source.label), reason, f"{count:,}", Text(places))
+                table.add_row(Text(visible(source.label)), reason, f"{count:,}", Text(visible(places)))
         if account.skipped:
-            table.add_row(Text(source.label), "not selected by where", f"{account.skipped:,} rows", "")
+            table.add_row(Text(visible(source.label)), "not selected by where", f"{account.skipped:,} rows", "")
         if account.quarantined:
             first = [f"{place}: {reason}" for place, reason in source.first_bad_rows]
             file = f"all, with reasons: {source.quarantine_file}"
             reason = "bad rows, quarantined"
-            table.add_row(Text(source.label), reason, f"{account.quarantined:,} rows", Text("\n".join([*first, file])))
+            table.add_row(
+                Text(visible(source.label)),
+                reason,
+                f"{account.quarantined:,} rows",
+                Text(visible("\n".join([*first, file]))),
+            )
     return table if table.row_count else None
 
 
@@ -161,8 +167,8 @@ def _table(*headers: str, **options: Any) -> Table:
 
 def _decoded(chat: ChatTokenizer, ids: list[int], full: bool, *, keep_start: bool) -> str:
     if full or len(ids) <= _SHOWN_TOKENS:
-        return str(chat.tokenizer.decode(ids))
+        return visible(str(chat.tokenizer.decode(ids)))
     half = _SHOWN_TOKENS // 2
-    head = str(chat.tokenizer.decode(ids[:half])) if keep_start else ""
+    head = visible(str(chat.tokenizer.decode(ids[:half]))) if keep_start else ""
     cut = len(ids) - (2 * half if keep_start else half)
-    return f"{head} [... {cut} tokens ...] {chat.tokenizer.decode(ids[-half:])}"
+    return f"{head} [... {cut} tokens ...] {visible(str(chat.tokenizer.decode(ids[-half:])))}"
