@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import warnings
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from uft_ds import __version__
 from uft_ds.commands import checkpoint, data, machine, model, recipe, training
-from uft_ds.errors import CheckFailed, UserError
+from uft_ds.errors import EXIT_BAD_INPUT, CheckFailed, UserError
+from uft_ds.host.terminal import visible
 
 app = typer.Typer(
     help="One-stage fine-tuning (UFT) of large language models on DeepSpeed ZeRO-3.",
@@ -55,5 +58,21 @@ def main() -> None:
     try:
         app()
     except (UserError, CheckFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _end(str(error), error.exit_code)
+    except OSError as error:
+        # Wherever a path of the user's is looked at: pathlib answers other impossible paths by "does not exist".
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        name = str(error.filename or "")
+        begins = name if len(name) <= 80 else f"{name[:80]}..."
+        longest = max((len(os.fsencode(part)) for part in Path(name).parts), default=0)
+        _end(
+            f"{begins}: no such file or folder, and none can be made ({error.strerror}: {longest} bytes in one name, "
+            f"{len(os.fsencode(name))} in all; file systems take 255, and 4096)",
+            EXIT_BAD_INPUT,
+        )
+
+
+def _end(message: str, code: int) -> None:
+    print(f"error: {visible(message)}", file=sys.stderr)
+    sys.exit(code)
