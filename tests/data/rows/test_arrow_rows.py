@@ -10,6 +10,8 @@ import pyarrow as pa
 import pytest
 from reading_rows import TABLE, TABLE_NAMES, Write, contents, read, refusal, write_arrow_table, write_table
 
+from uft_ds.data.rows.arrow_rows import plain_rows
+
 
 @pytest.mark.parametrize("name", TABLE_NAMES)
 def test_rows_of_tables_are_plain_values(tmp_path: Path, name: str) -> None:
@@ -141,6 +143,17 @@ def test_json_columns_of_datasets_are_decoded(tmp_path: Path, monkeypatch: pytes
     assert [row for _, row in contents("who/what")] == MIXED
 
 
+def test_json_is_known_by_its_field_too() -> None:
+    """pyarrow before 19 reads the extension type as text, whose field tells what it is."""
+    field = pa.field("item", pa.string(), metadata={"ARROW:extension:name": "arrow.json"})
+    table = pa.table(
+        {"a": pa.array(['{"b": null}', None]), "in": pa.array([['{"b": 1}', None], []])},
+        pa.schema([field.with_name("a"), pa.field("in", pa.list_(field))]),
+    )
+    assert plain_rows(table) == [{"a": {"b": None}, "in": [{"b": 1}, None]}, {"a": None, "in": []}]
+
+
+@pytest.mark.skipif(not hasattr(pa, "json_"), reason="pyarrow 19 has the type")
 def test_a_json_column_that_is_no_json_is_refused(tmp_path: Path) -> None:
     """By the file's name."""
     column = pa.array(["{"]).cast(pa.json_())

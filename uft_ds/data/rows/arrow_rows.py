@@ -86,7 +86,7 @@ def plain_rows(table: pa.RecordBatch | pa.Table) -> Rows:
     Raises:
         ValueError: a column of JSON holds something else.
     """
-    columns = [column_values(column) for column in table.columns]
+    columns = [column_values(column, field) for column, field in zip(table.columns, table.schema, strict=True)]
     return [dict(zip(table.schema.names, values, strict=True)) for values in zip(*columns, strict=True)]
 
 

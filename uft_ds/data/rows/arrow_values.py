@@ -14,7 +14,7 @@ _JSON = "arrow.json"
 """The extension type by which `datasets` 5 stores values of mixed keys, as JSON text."""
 
 
-def column_values(column: pa.Array | pa.ChunkedArray) -> list[Any]:
+def column_values(column: pa.Array | pa.ChunkedArray, field: pa.Field) -> list[Any]:
     """The values of a column: structs without their null members, decimals as numbers, stored JSON decoded.
 
     A time that Python's datetime does not have (Postgres' `infinity`, nanoseconds) makes the times of its batch the
@@ -28,8 +28,14 @@ def column_values(column: pa.Array | pa.ChunkedArray) -> list[Any]:
     except (OverflowError, ValueError, LookupError):  # a time zone that is not known is a LookupError
         column = column.cast(_times_as_integers(column.type))
         values = column.to_pylist()
-    convert = _converter(column.type)
+    convert = _of_field(field)
     return values if convert is None else [None if value is None else convert(value) for value in values]
+
+
+def _of_field(field: pa.Field) -> Callable[[Any], Any] | None:
+    """As for `_converter`; pyarrow before 19 does not know the type, and only the field says that its text is JSON."""
+    is_json = (field.metadata or {}).get(b"ARROW:extension:name") == _JSON.encode()
+    return _decoded if is_json else _converter(field.type)
 
 
 def _converter(kind: pa.DataType) -> Callable[[Any], Any] | None:
@@ -41,13 +47,13 @@ def _converter(kind: pa.DataType) -> Callable[[Any], Any] | None:
     if kinds.is_decimal(kind):
         return lambda value: int(value) if value == value.to_integral_value() else float(value)
     if kinds.is_struct(kind):
-        members = {field.name: _converter(field.type) or _itself for field in kind}
+        members = {field.name: _of_field(field) or _itself for field in kind}
         # Arrow gives every struct the keys of all the others.
         return lambda value: {name: members[name](member) for name, member in value.items() if member is not None}
-    if kinds.is_dictionary(kind):
+    if kinds.is_dictionary(kind) or kinds.is_run_end_encoded(kind):
         return _converter(kind.value_type)
-    if kinds.is_list(kind) or kinds.is_large_list(kind) or kinds.is_fixed_size_list(kind):
-        convert = _converter(kind.value_type)
+    if hasattr(kind, "value_field"):  # a list of any kind
+        convert = _of_field(kind.value_field)
         if convert is not None:
             return lambda value: [None if member is None else convert(member) for member in value]
     return None
@@ -66,15 +72,19 @@ def _times_as_integers(kind: pa.DataType) -> pa.DataType:
     import pyarrow.types as kinds
 
     if kinds.is_struct(kind):
-        return pa.struct([field.with_type(_times_as_integers(field.type)) for field in kind])
+        return pa.struct([_without_times(field) for field in kind])
     if kinds.is_large_list(kind):
-        return pa.large_list(_times_as_integers(kind.value_type))
+        return pa.large_list(_without_times(kind.value_field))
     if kinds.is_fixed_size_list(kind):
-        return pa.list_(_times_as_integers(kind.value_type), kind.list_size)
+        return pa.list_(_without_times(kind.value_field), kind.list_size)
     if kinds.is_list(kind):
-        return pa.list_(_times_as_integers(kind.value_type))
+        return pa.list_(_without_times(kind.value_field))
     if kinds.is_date32(kind) or kinds.is_time32(kind):
         return pa.int32()
     if kinds.is_temporal(kind) and not kinds.is_interval(kind):
         return pa.int64()
     return kind
+
+
+def _without_times(field: pa.Field) -> pa.Field:
+    return field.with_type(_times_as_integers(field.type))
