@@ -12,7 +12,7 @@ from uft_ds.data.formats.columns import check_renaming, columns_of, reads, refus
 from uft_ds.data.formats.feedback import kto
 from uft_ds.data.formats.fields import LeftOut
 from uft_ds.data.formats.jsonl import jsonl
-from uft_ds.data.formats.table import FORMATS
+from uft_ds.data.formats.table import FORMATS, described_formats
 from uft_ds.data.formats.trl import trl
 from uft_ds.errors import UserError
 
@@ -22,7 +22,9 @@ USER, DRAFT, GOOD = turn("user", "q"), turn("assistant", "draft"), turn("assista
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_says_which_columns_it_reads(name: str) -> None:
     """Nothing that a row holds can be lost without a word."""
-    assert columns_of(FORMATS[name])
+    columns = columns_of(FORMATS[name])
+    assert columns
+    assert described_formats()[name].endswith(f"Reads the columns {', '.join(columns)}.")
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if name != "jsonl"])
@@ -65,7 +67,8 @@ def test_a_score_is_refused_where_a_row_would_count_as_perfect() -> None:
 
 def test_a_row_that_is_learned_says_nothing_new() -> None:
     """A blanket mark of other programs: true, or weight 1."""
-    assert refused_columns({"weight": 1.0, "train": True}, trl) is None
+    assert refused_columns({"weight": 1.0, "train": True, "masked": False}, trl) is None
+    assert refused_columns({"masked": True}, trl) is not None
 
 
 def test_other_columns_are_named() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeGuard, TypeVar
 
 from uft_ds.data.formats.fields import Row, is_empty, shown
-from uft_ds.data.formats.marks import LEARNING, MEDIA, THOUGHTS, TURN_KEYS
+from uft_ds.data.formats.marks import LEARNING, MEDIA, NOT_LEARNED, THOUGHTS, TURN_KEYS
 from uft_ds.errors import UserError
 
 _Format = TypeVar("_Format", bound=Callable[..., Any])
@@ -54,8 +54,7 @@ def refused_columns(row: Row, make: Callable[..., Any], *, has_feedback: bool = 
     """
     known = _BY_NAME if has_feedback else {**_BY_NAME, **_FEEDBACK}
     found = [(column, known[name]) for column in _unread(row, make) if (name := _plain(column)) in known]
-    # A row that is to be learned as a whole says nothing new.
-    found = [(column, why) for column, why in found if not (_plain(column) in LEARNING and row[column] in (1, True))]
+    found = [(column, why) for column, why in found if not _says_learned(_plain(column), row[column])]
     if not found:
         return None
     columns = columns_of(make) or ()
@@ -97,6 +96,11 @@ def check_renaming(columns: Sequence[tuple[str, str | None]], make: Callable[...
 def _unread(row: Row, make: Callable[..., Any]) -> Iterable[str]:
     columns = columns_of(make)
     return [] if columns is None else [key for key, value in row.items() if key not in columns and not is_empty(value)]
+
+
+def _says_learned(name: str, value: Any) -> bool:
+    """Whether a column only says that the row is learned as a whole, which every row is."""
+    return name in LEARNING and isinstance(value, bool | int | float) and value == (name not in NOT_LEARNED)
 
 
 def _is_turn(value: Any) -> TypeGuard[Mapping[str, Any]]:

@@ -11,8 +11,8 @@ THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 """Names of one thing, the first is ours; transformers' templates read the others as copies of it."""
 
 _LEARNED = ("loss", "train", "trainable", "training", "loss_mask", "loss_weight", "loss_scale", "weight")
-_NOT_LEARNED = ("masked",)
-LEARNING = (*_LEARNED, *_NOT_LEARNED)
+NOT_LEARNED = ("masked",)
+LEARNING = (*_LEARNED, *NOT_LEARNED)
 """Keys by which other programs say whether a turn is learned; `masked` (torchtune) says the opposite of the others."""
 
 _EXTRAS = ("name", "tool_call_id")
