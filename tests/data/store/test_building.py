@@ -238,6 +238,9 @@ def test_columns_must_be_there(tmp_path: Path, chat: ChatTokenizer) -> None:
     )
     (tmp_path / "store-rows.jsonl-1").rename(tmp_path / "first")
     assert "`columns` gives 'promt'" in refusal(path, chat, format="trl", columns=(("promt", "prompt"),))
+    (tmp_path / "store-rows.jsonl-1").rename(tmp_path / "second")
+    message = refusal(path, chat, format="jsonl", columns=(("response", "answr"),))
+    assert "[`columns` asks for answr, which this row does not have]" in message
 
 
 @pytest.mark.parametrize(

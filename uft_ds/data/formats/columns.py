@@ -60,8 +60,8 @@ def refused_columns(row: Row, make: Callable[..., Any], *, has_feedback: bool = 
     columns = columns_of(make) or ()
     named = ", ".join(f"{shown(column)} ({why})" for column, why in found[:4])
     return (
-        f"not read by this format: {named}; it reads {', '.join(columns)}. Rename a column by the source's "
-        f"`columns: {{{columns[0]}: {found[0][0]}}}`, or leave it out by `columns: {{{found[0][0]}: null}}`"
+        f"not read by this format: {named}; it reads {', '.join(columns)}. Give a column one of these names by the "
+        f"source's `columns: {{NAME: {found[0][0]}}}`, or leave it out by `columns: {{{found[0][0]}: null}}`"
     )
 
 

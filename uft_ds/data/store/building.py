@@ -309,7 +309,8 @@ class _Examiner:
                 result.bad.append((raw, str(error)))
                 continue
             except ValueError as error:
-                result.bad.append((raw, f"{error}{_other_keys(keys, result.shape, chunk.place)}"))
+                hints = _lacking(keys, self._rules) + _other_keys(keys, result.shape, chunk.place)
+                result.bad.append((raw, f"{error}{hints}"))
                 continue
             units += found
             result.unread.update(unread_columns(row, make))
@@ -330,6 +331,11 @@ def _check_shape(given: str, keys: tuple[str, ...], first: RowShape, file: str) 
             f"a row of kind {given!r} with keys {', '.join(keys)}; {file}:{first.line} is of kind {first.gives!r} with "
             f"keys {', '.join(first.keys)}: the rows of a file must be of one kind; put the others into another file"
         )
+
+
+def _lacking(keys: tuple[str, ...], rules: RowRules) -> str:
+    lacking = [given for _, given in rules.columns if given is not None and given not in keys]
+    return f" [`columns` asks for {', '.join(lacking)}, which this row does not have]" if lacking and keys else ""
 
 
 def _other_keys(keys: tuple[str, ...], first: RowShape | None, file: str) -> str:
