@@ -55,6 +55,15 @@ def test_a_long_text_is_cut_and_says_so(chat: ChatTokenizer) -> None:
     assert "x" * 1000 in rendered(sequence, chat, full=True).plain
 
 
+def test_a_row_does_not_control_the_terminal(chat: ChatTokenizer) -> None:
+    """Its control characters are shown, in the whole text and in a cut one."""
+    sequence = conversation(chat, "\x1b[2J" + "q" * 1000, "a\x1b]0;title\x07" + "x" * 1000 + "\x1b[31m")
+    for full in (True, False):
+        shown = rendered(sequence, chat, full=full).plain
+        assert "\x1b" not in shown
+        assert "␛[31m" in shown
+
+
 def test_any_sequence_is_shown(chat: ChatTokenizer) -> None:
     """Tokens that are no text do not break it."""
     for sequence in toy_sequences(20):
@@ -109,6 +118,16 @@ def test_tables_say_what_is_taken_and_left_out(data: PreparedData) -> None:
     assert f"note: {long}: 11 of 12 responses are left out" in shown
     assert f"note: {long}: an epoch goes 12 times through its responses" in shown
     assert f"note: {scored}" not in shown
+
+
+def test_columns_that_are_not_read_are_noted(data: PreparedData, tmp_path: Path, chat: ChatTokenizer) -> None:
+    """By name, with the number of rows; nothing is said where all are read."""
+    assert "does not read" not in printed(data, width=400)
+    rows = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}] * 3
+    path = write_rows(tmp_path / "more.jsonl", [row | {"source": "s"} for row in rows] + [{**rows[0], "source": None}])
+    source = SourceSettings(str(path), None, rules(format="ultrachat"))
+    more = prepare_source(source, chat, tmp_path / "cache", seed=0, tolerance=Tolerance())
+    assert "columns that format ultrachat does not read: source (3 rows)" in printed(PreparedData((more,), ()), 400)
 
 
 @pytest.mark.parametrize("width", [72, 80])

@@ -7,13 +7,13 @@ import sys
 from typing import Annotated, Optional
 
 import typer
-from rich.console import Console
 
 from uft_ds.host.standard_streams import drop_useless_size, is_terminal
+from uft_ds.host.terminal import SafeConsole
 
 drop_useless_size()  # before the console reads it
 _UNLIMITED = 10_000  # columns: in files and pipes no line is wrapped
-console = Console(  # no markup: paths may contain brackets
+console = SafeConsole(  # no markup: paths may contain brackets
     markup=False, highlight=False, width=None if is_terminal() or "COLUMNS" in os.environ else _UNLIMITED
 )
 

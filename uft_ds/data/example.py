@@ -33,6 +33,7 @@ class Message:
 
     tool_calls: of an assistant turn, as the chat template takes them (OpenAI's layout).
     extras: other fields that a chat template may use, by name: reasoning_content, name, tool_call_id.
+    marked_as_context: whether the data says that this turn is not to be learned.
     """
 
     role: Role
@@ -40,6 +41,7 @@ class Message:
     score: float | None = None
     tool_calls: tuple[Mapping[str, Any], ...] = ()
     extras: tuple[tuple[str, str], ...] = ()
+    marked_as_context: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)

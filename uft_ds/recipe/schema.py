@@ -88,6 +88,9 @@ class SourceSection(Section):
     """Split of a hub data set; in a folder, only files whose names begin with it are read."""
     where: dict[str, str | int | float | bool] = {}
     """Take only rows whose columns have these values."""
+    columns: dict[str, str | None] = {}
+    """Names of the data's columns where they are not the format's: {prompt: question, response: answer}, the format's
+    name first. Null leaves a column out: {system: null}. `where` takes the names in the data."""
     examples: Positive | None = None
     """Number of responses to take, drawn by the seed; null: all."""
     epochs: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = None

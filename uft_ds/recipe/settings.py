@@ -287,6 +287,7 @@ def source_of(entry: SourceSection, data: DataSection) -> SourceSettings:
         trim_prompt=data.too_long == "trim_prompt",
         split_pairs=entry.pairs == "split",
         where=tuple(sorted(entry.where.items())),
+        columns=tuple(sorted(entry.columns.items())),
     )
     return SourceSettings(
         entry.path,

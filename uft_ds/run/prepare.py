@@ -278,6 +278,7 @@ def data_report(data: PreparedData) -> dict[str, list[dict[str, object]]]:
             "rows": account.rows,
             "rows_not_selected": account.skipped,
             "rows_quarantined": account.quarantined,
+            "columns_not_read": account.unread,
             "left_out": account.dropped,
             "changed": account.changed,
             "places": {reason: selection.store.places_of(reason) for reason in account.places},

@@ -15,6 +15,7 @@ from uft_ds.data.example import Sequence
 from uft_ds.data.mixture import Steps
 from uft_ds.data.sources import PreparedData, PreparedSource
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
+from uft_ds.host.terminal import visible
 from uft_ds.recipe.settings import Settings
 from uft_ds.recipe.unused import unused
 
@@ -45,7 +46,7 @@ def rendered(sequence: Sequence, chat: ChatTokenizer, *, full: bool) -> Text:
     responses = sequence.responses
     supervised = sum(response.num_tokens for response in responses)
     scores = ", ".join(f"{response.kind} {response.score:.3g}" for response in responses)
-    head = f"{responses[0].origin}: {sequence.num_tokens} tokens, {supervised} supervised; {scores}\n"
+    head = f"{visible(responses[0].origin)}: {sequence.num_tokens} tokens, {supervised} supervised; {scores}\n"
     ids = sequence.token_ids_T.tolist()
     text = Text.assemble((head, HEADER))
     at = 0
@@ -69,7 +70,7 @@ def data_table(data: PreparedData) -> Table:
             selection, account = source.selection, source.account
             table.add_row(
                 part,
-                Text(source.label),
+                Text(visible(source.label)),
                 Text(", ".join(sorted(selection.kinds))),
                 f"{selection.num_responses:,}",
                 f"{selection.num_tokens:,}",
@@ -98,11 +99,17 @@ def show_data(settings: Settings, data: PreparedData, console: Console) -> None:
 
 
 def notes(data: PreparedData) -> Iterator[Text]:
-    """Notes on data use that may be unintended: much of a source left out, or its rows repeated very often."""
+    """Notes on data use that may be unintended: much left out, columns not read, rows repeated often."""
     for source in data.all:
         left_out, found = sum(source.account.dropped.values()), len(source.selection.store.responses)
         if left_out > _MUCH_LEFT_OUT * (left_out + found):
             yield Text(f"note: {source.label}: {left_out:,} of {left_out + found:,} responses are left out")
+    for source in data.all:
+        if source.account.unread:
+            named = ", ".join(f"{column} ({rows:,} rows)" for column, rows in source.account.unread.items())
+            yield Text(
+                f"note: {source.label}: columns that format {source.settings.rules.format} does not read: {named}"
+            )
     for source, amount in zip(data.train, data.epoch_amounts, strict=True):
         passes = amount / source.selection.num_responses
         if passes > _MANY_PASSES:
@@ -126,14 +133,19 @@ def left_out_table(data: PreparedData) -> Table | None:
         for counts in (account.dropped, account.changed):
             for reason, count in counts.items():
                 places = ", ".join(source.selection.store.places_of(reason))
-                table.add_row(Text(source.label), reason, f"{count:,}", Text(places))
+                table.add_row(Text(visible(source.label)), reason, f"{count:,}", Text(visible(places)))
         if account.skipped:
-            table.add_row(Text(source.label), "not selected by where", f"{account.skipped:,} rows", "")
+            table.add_row(Text(visible(source.label)), "not selected by where", f"{account.skipped:,} rows", "")
         if account.quarantined:
             first = [f"{place}: {reason}" for place, reason in source.first_bad_rows]
             file = f"all, with reasons: {source.quarantine_file}"
             reason = "bad rows, quarantined"
-            table.add_row(Text(source.label), reason, f"{account.quarantined:,} rows", Text("\n".join([*first, file])))
+            table.add_row(
+                Text(visible(source.label)),
+                reason,
+                f"{account.quarantined:,} rows",
+                Text(visible("\n".join([*first, file]))),
+            )
     return table if table.row_count else None
 
 
@@ -164,8 +176,8 @@ def _table(*headers: str, **options: Any) -> Table:
 
 def _decoded(chat: ChatTokenizer, ids: list[int], full: bool, *, keep_start: bool) -> str:
     if full or len(ids) <= _SHOWN_TOKENS:
-        return str(chat.tokenizer.decode(ids))
+        return visible(str(chat.tokenizer.decode(ids)))
     half = _SHOWN_TOKENS // 2
-    head = str(chat.tokenizer.decode(ids[:half])) if keep_start else ""
+    head = visible(str(chat.tokenizer.decode(ids[:half]))) if keep_start else ""
     cut = len(ids) - (2 * half if keep_start else half)
-    return f"{head} [... {cut} tokens ...] {chat.tokenizer.decode(ids[-half:])}"
+    return f"{head} [... {cut} tokens ...] {visible(str(chat.tokenizer.decode(ids[-half:])))}"

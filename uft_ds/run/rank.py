@@ -29,6 +29,7 @@ from uft_ds.host.locks import Lock
 from uft_ds.host.process import die_with_parent
 from uft_ds.host.signals import Stop, StopRequest
 from uft_ds.host.standard_streams import LastingOutput
+from uft_ds.host.terminal import SafeConsole, visible
 from uft_ds.host.world import LauncherEnvironment, launcher_environment
 from uft_ds.known.cache import fill
 from uft_ds.recipe.settings import Settings, load_settings
@@ -117,7 +118,7 @@ def _main(request: StopRequest, arguments: list[str] | None) -> Status:
         while_others_wait("data", here, works=launched.local_rank == 0)
         with _own_streams(folder, launched.rank) as terminal:
             work = _fill_reference if options.only_reference else _run
-            work(settings, folder, Console(file=terminal), request)
+            work(settings, folder, SafeConsole(file=terminal), request)
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
         del lock
@@ -134,7 +135,7 @@ def _main(request: StopRequest, arguments: list[str] | None) -> Status:
         if folder is not None:
             folder.write_first_status(status)
         if launched.rank == 0 and (folder is None or not options.prepared):
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {visible(str(error))}", file=sys.stderr)
         return status
     except Exception as error:
         if folder is not None:

@@ -184,7 +184,7 @@ def test_sharegpt_pair_of_equals_is_left_out() -> None:
     ("change", "message"),
     [
         ({"conversations": None}, "'conversations': expected a list of turns, found null"),
-        ({"conversations": [speech("bot", "a")]}, "turn 0': expected 'from' to be one of system, human"),
+        ({"conversations": [speech("bot", "a")]}, "turn 0': expected 'from' to be one of system, developer, human"),
         ({"conversations": [speech("human", "")]}, "'conversations, turn 0': 'value' is empty"),
         ({"conversations": ASKED[:1]}, "holds no assistant turn"),
         ({"conversations": ASKED[1:]}, "turn 0 (assistant): turns must alternate"),

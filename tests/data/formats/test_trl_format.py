@@ -5,8 +5,6 @@ from typing import Any
 
 import needs
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from sources import said, turn
 
 from uft_ds.data.example import Example, Message, Pair
@@ -71,43 +69,10 @@ def test_trl_preferences_are_pairs(row: Row) -> None:
     assert said(item.rejected) == [("user", "q", None), ("assistant", "b", 0.0)]
 
 
-# Computed with trl.data_utils.extract_prompt of TRL 1.16.0: chosen, rejected -> prompt, chosen, rejected.
-EXTRACTED = [
-    ("The sky is blue.", "The sky is green.", ("The sky is", " blue.", " green.")),
-    ("The sky is  blue.", "The sky is  green.", ("The sky is ", " blue.", " green.")),
-    ("Say abc", "Say ab", ("Say a", "bc", "b")),
-    ("Say ab", "Say abc", ("Say a", "b", "bc")),
-    ("a b c", "a bc", ("a b", " c", "c")),
-    ("q:\nyes", "q:\nno", ("q:\n", "yes", "no")),
-]
-
-
-@pytest.mark.parametrize(("chosen", "rejected", "parts"), EXTRACTED)
-def test_trl_prompt_of_two_texts(chosen: str, rejected: str, parts: tuple[str, str, str]) -> None:
-    """It is cut where TRL cuts it: before a space, and one character early if one text begins the other."""
-    item = read_pair({"chosen": chosen, "rejected": rejected})
-    assert said(item.chosen) == [("user", parts[0], None), ("assistant", parts[1], 1.0)]
-    assert said(item.rejected)[-1] == ("assistant", parts[2], 0.0)
-
-
 @pytest.fixture(scope="module")
 def extract_prompt() -> Callable[[Row], Row]:
     """TRL's own, where TRL is installed."""
     return needs.package("trl.data_utils").maybe_extract_prompt
-
-
-@settings(deadline=None)
-@given(st.text("ab ", max_size=6), st.text("ab ", max_size=6), st.text("ab ", max_size=6))
-def test_trl_prompt_is_that_of_trl(extract_prompt: Callable[[Row], Row], common: str, first: str, second: str) -> None:
-    """Whatever we make a pair of, TRL would cut in the same place."""
-    row = {"chosen": common + first, "rejected": common + second}
-    try:
-        item = read_pair(row)
-    except (ValueError, LeftOut):
-        return
-    prompt, chosen = (m.content for m in item.chosen.messages)
-    ours = {"prompt": prompt, "chosen": chosen, "rejected": item.rejected.messages[-1].content}
-    assert ours == extract_prompt(row)
 
 
 @pytest.mark.parametrize("prompt", [{}, {"prompt": "q"}])
@@ -124,7 +89,6 @@ def test_trl_prompt_of_two_conversations_is_that_of_trl(
     "row",
     [
         {"prompt": "q", "chosen": "a", "rejected": "a"},
-        {"chosen": "ab", "rejected": "ab"},
         {"chosen": [USER, GOOD], "rejected": [USER, GOOD]},
     ],
 )
@@ -158,8 +122,16 @@ def test_trl_pair_of_equals_is_left_out(row: Row) -> None:
         ({"prompt": "q", "chosen": "a"}, "'rejected': expected text, found nothing"),
         ({"rejected": "a"}, "'chosen': expected text, found nothing"),
         ({"chosen": "a", "rejected": [BAD]}, "expected both as text or both as turns"),
-        ({"chosen": "ab", "rejected": "cd"}, "have no beginning in common"),
-        ({"chosen": "ab ", "rejected": "cd"}, "have no beginning in common"),
+        ({"chosen": "The sky is blue.", "rejected": "The sky is bright."}, "expected 'prompt' beside 'chosen' and"),
+        ({"chosen": "ab", "rejected": "ab"}, "add 'prompt', or give both as turns [{role, content}, ...]"),
+        (
+            {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+            "these are dialogues of the format 'hh_rlhf'",
+        ),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "label": True}, "'label' with 'chosen' and 'rejected'"),
+        ({"prompt": "other", "messages": [USER, GOOD]}, "'prompt' is 'other', which is none of the turns"),
+        ({"prompt": [USER], "messages": [USER, GOOD]}, "which is none of the turns"),
+        ({"prompt": "other", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "'prompt' is 'other', which is none"),
         ({"chosen": [USER, GOOD], "rejected": [turn("user", "r"), BAD]}, "differ at turn 0"),
         ({"chosen": [USER, GOOD], "rejected": [USER, GOOD, USER, BAD]}, "differ at turn 2"),
         (

@@ -147,6 +147,19 @@ def test_a_hub_name_without_network_fails_at_once() -> None:
     assert time.monotonic() - start < 30
 
 
+def test_what_the_hub_refuses_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` wraps a cast error in a sentence without a cause; the network has nothing to do with it."""
+
+    def load(name: str, *, data_dir: str | None, split: str) -> datasets.Dataset:
+        cause = ValueError("Float value 0.500000 was truncated converting to int64")
+        raise datasets.exceptions.DatasetGenerationError("An error occurred while generating the dataset") from cause
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    message = refusal("who/what")
+    assert "Float value 0.500000 was truncated converting to int64" in message
+    assert "network" not in message
+
+
 # Files and folders
 
 

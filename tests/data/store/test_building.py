@@ -220,6 +220,43 @@ def test_where_names_a_column(tmp_path: Path, chat: ChatTokenizer) -> None:
     assert message == f"{path}: `where` asks for 'splti', which no row has; columns: completion, prompt, split"
 
 
+def test_columns_are_renamed_and_the_others_counted(tmp_path: Path, chat: ChatTokenizer) -> None:
+    """`where` takes the names in the data; what the format does not read is counted by row, and none is lost."""
+    rows = [{"question": f"q{i}", "answer": "a", "system": "s", "id": i, "keep": i != 2} for i in range(5)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    columns = (("completion", "answer"), ("prompt", "question"), ("system", None))
+    store = build(path, chat, format="trl", columns=columns, where=(("keep", True),))
+    assert len(store) == 4
+    assert store.account.unread == {"id": 4, "keep": 4}
+
+
+def test_columns_must_be_there(tmp_path: Path, chat: ChatTokenizer) -> None:
+    """A name that no row has, and one that the format does not read."""
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "q", "completion": "a"}])
+    assert "`columns` asks for 'answr', which no row has; columns: completion, prompt" in refusal(
+        path, chat, format="trl", columns=(("label", "answr"),)
+    )
+    (tmp_path / "store-rows.jsonl-1").rename(tmp_path / "first")
+    assert "`columns` gives 'promt'" in refusal(path, chat, format="trl", columns=(("promt", "prompt"),))
+    (tmp_path / "store-rows.jsonl-1").rename(tmp_path / "second")
+    message = refusal(path, chat, format="jsonl", columns=(("response", "answr"),))
+    assert "[`columns` asks for answr, which this row does not have]" in message
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "q", "completion": "a", "system": "s"}, "rows.jsonl:1: not read by this format: 'system'"),
+        ({"prompt": "q", "completion": "a", "score": 0.1}, "'score' (how good the answer is)"),
+        ({"question": "q", "chosen": "ab", "rejected": "ac"}, "not read by this format: 'question'"),
+    ],
+)
+def test_columns_that_carry_meaning_refuse_the_row(tmp_path: Path, chat: ChatTokenizer, row: Row, message: str) -> None:
+    """Whether the format could make something of the rest or not."""
+    path = write_rows(tmp_path / "rows.jsonl", [dict(row)])
+    assert message in refusal(path, chat, format="trl")
+
+
 def test_a_bad_row_of_an_array_on_one_line_is_named_by_its_byte(tmp_path: Path, chat: ChatTokenizer) -> None:
     """Its line says nothing."""
     path = tmp_path / "rows.json"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from uft_ds.data.example import Message
+from uft_ds.data.formats.columns import reads
 from uft_ds.data.formats.fields import (
     Row,
     checked_text,
@@ -17,12 +18,14 @@ from uft_ds.data.formats.fields import (
     shown,
     text,
 )
+from uft_ds.data.formats.marks import check_turn_keys, extras_of, is_marked_as_context
 from uft_ds.data.formats.turns import (
     Item,
     Tools,
     Turns,
     all_supervised,
     answered,
+    check_prompt_is_said,
     check_turns,
     conversation,
     one_answer,
@@ -32,11 +35,18 @@ from uft_ds.data.formats.turns import (
 )
 
 
+@reads("messages", "prompt")
 def ultrachat(row: Row, *, score: float | None) -> list[Item]:
-    """HuggingFaceH4/ultrachat_200k: `messages` of alternating turns; every assistant turn is supervised."""
-    return [all_supervised(conversation(row.get("messages")), default_score(score))]
+    """HuggingFaceH4/ultrachat_200k: `messages` of alternating turns; every assistant turn is supervised.
+
+    `prompt` may repeat one of the turns, as it does there.
+    """
+    turns = conversation(row.get("messages"))
+    check_prompt_is_said(row, turns)
+    return [all_supervised(turns, default_score(score))]
 
 
+@reads("instruction", "input", "output", "system", "history")
 def alpaca(row: Row, *, score: float | None) -> list[Item]:
     """tatsu-lab/alpaca: `instruction`, `input` (may be absent or empty), `output`; optional `system`, `history`.
 
@@ -64,6 +74,7 @@ def _history(value: Any) -> list[Any]:
 
 SHAREGPT_ROLES = {
     "system": "system",
+    "developer": "system",
     "human": "user",
     "user": "user",
     "gpt": "assistant",
@@ -75,13 +86,14 @@ SHAREGPT_ROLES = {
 }
 
 
+@reads("conversations", "system", "tools", "chosen", "rejected", "label")
 def sharegpt(row: Row, *, score: float | None) -> list[Item]:
     """ShareGPT as in LLaMA-Factory: `conversations` of turns `{from, value}`; optional `system`, `tools`.
 
-    Every gpt turn is supervised, and so is a `function_call`, whose value is JSON: `{name, arguments}` or a list of
-    them. Turns after the last supervised one are dropped. With `label` (true or false), only the last turn is
-    supervised, as binary feedback. With `chosen` and `rejected` (one turn each), the row is a pair, and
-    `conversations` is its prompt.
+    Every gpt turn is supervised unless it is marked as not to be learned (`weight: 0`), and so is a `function_call`,
+    whose value is JSON: `{name, arguments}` or a list of them. Turns after the last supervised one are dropped. With
+    `label` (true or false), only the last turn is supervised, as binary feedback. With `chosen` and `rejected` (one
+    turn each), the row is a pair, and `conversations` is its prompt.
     """
     turns = _sharegpt_turns(row)
     tools = row_tools(row)
@@ -109,10 +121,17 @@ def _sharegpt_turn(turn: Any, name: str) -> Message:
     speaker = turn.get("from") if isinstance(turn, Mapping) else None
     if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
         raise ValueError(f"{name!r}: expected 'from' to be one of {', '.join(SHAREGPT_ROLES)}, found {shown(speaker)}")
+    role: Any = SHAREGPT_ROLES[speaker]
+    is_call = speaker == "function_call"
     try:
-        if speaker == "function_call":
-            return Message("assistant", "", tool_calls=_function_call(turn.get("value")))
-        return Message(SHAREGPT_ROLES[speaker], content(turn.get("value"), "value"))  # type: ignore[arg-type]
+        check_turn_keys(turn)
+        return Message(
+            role,
+            "" if is_call else content(turn.get("value"), "value"),
+            tool_calls=_function_call(turn.get("value")) if is_call else (),
+            extras=extras_of(turn),
+            marked_as_context=is_marked_as_context(turn, role),
+        )
     except ValueError as error:
         raise ValueError(f"{name!r}: {error}") from None
 

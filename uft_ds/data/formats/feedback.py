@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from uft_ds.data.example import Message
+from uft_ds.data.formats.columns import reads
 from uft_ds.data.formats.fields import LeftOut, Row, checked_rating, label_score, shown, text
 from uft_ds.data.formats.turns import (
     Item,
     Turns,
     answer_turns,
     answered,
+    check_prompt_is_said,
     check_turns,
     conversation,
     dialogue_pair,
@@ -27,6 +29,7 @@ HELPSTEER2_WEIGHTS = {"helpfulness": 13, "correctness": 16, "coherence": 9}
 _HELPSTEER2_TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
 
 
+@reads("prompt", "response", "helpfulness", "correctness", "coherence")
 def helpsteer2(row: Row, *, score: float | None) -> list[Item]:
     """nvidia/HelpSteer2: score = (0.65 helpfulness + 0.8 correctness + 0.45 coherence) / 7.6.
 
@@ -38,6 +41,7 @@ def helpsteer2(row: Row, *, score: float | None) -> list[Item]:
     return [answered(_helpsteer2_prompt(row), answer, total / (20 * 7.6), "score")]
 
 
+@reads("prompt", "response_1", "response_2", "preference_strength")
 def helpsteer2_preference(row: Row, *, score: float | None) -> list[Item]:
     """nvidia/HelpSteer2, folder `preference`: two responses and `preference_strength` from -3 to 3.
 
@@ -67,10 +71,12 @@ def _integer(row: Row, name: str, low: int, high: int) -> int:
     return value
 
 
+@reads("instruction", "completions")
 def ultrafeedback(row: Row, *, score: float | None) -> list[Item]:
     """openbmb/UltraFeedback: one example per completion of an instruction, score = (overall_score - 1) / 9.
 
-    Use a revision after December 2023: before it, 2,628 completions that deserved a 1 had a 10.
+    The system prompts under which the completions were written (`custom_system_prompt`) are not used, as in the
+    binarized versions. Use a revision after December 2023: before it, 2,628 completions that deserved a 1 had a 10.
     """
     prompt = (Message("user", text(row, "instruction")),)
     completions = row.get("completions")
@@ -93,6 +99,7 @@ def _completion(prompt: Turns, completion: Any, index: int) -> Item:
         raise ValueError(f"'completions', number {index}: {error}") from None
 
 
+@reads("prompt", "chosen", "rejected", "score_chosen", "score_rejected", "metadata", "chosen-rating", "rejected-rating")
 def ultrafeedback_binarized(row: Row, *, score: float | None) -> list[Item]:
     """UltraFeedback as scored pairs: `prompt`, `chosen`, `rejected`. Each side is text, or turns with the prompt.
 
@@ -130,6 +137,7 @@ def _binarized_scores(row: Row) -> tuple[float, float]:
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
+@reads("chosen", "rejected")
 def hh_rlhf(row: Row, *, score: float | None) -> list[Item]:
     """Anthropic/hh-rlhf: `chosen` and `rejected` are dialogues `\\n\\nHuman: ...\\n\\nAssistant: ...`.
 
@@ -154,6 +162,7 @@ def _hh_turns(row: Row, side: str) -> Turns:
     return turns
 
 
+@reads("prompt", "completion", "label", "messages", "tools")
 def kto(row: Row, *, score: float | None) -> list[Item]:
     """Binary feedback: `prompt` and `completion`, each text or turns, and `label` true or false.
 
@@ -165,6 +174,7 @@ def kto(row: Row, *, score: float | None) -> list[Item]:
         if row.get("completion") is not None:
             raise ValueError("expected 'completion' or 'messages', found both")
         turns = conversation(row["messages"])
+        check_prompt_is_said(row, turns)
         return [answered(turns[:-1], one_answer(turns[-1:], "messages"), value, "binary", tools)]
     completion = one_answer(answer_turns(row.get("completion"), "completion"), "completion")
     return [answered(prompt_turns(row.get("prompt"), "prompt"), completion, value, "binary", tools)]

@@ -115,6 +115,13 @@ def present(row: Row) -> set[str]:
     return {key for key, value in row.items() if value is not None}
 
 
+def is_empty(value: Any) -> bool:
+    """Whether a value says nothing: null, empty text, or a list or object of nothing else."""
+    if isinstance(value, Mapping):
+        return all(map(is_empty, value.values()))
+    return all(map(is_empty, value)) if isinstance(value, list | tuple) else value is None or value == ""
+
+
 def shown(value: Any) -> str:
     """The beginning of a value, as messages quote it."""
     if value is None:

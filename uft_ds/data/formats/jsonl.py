@@ -8,6 +8,7 @@ from importlib import resources
 from typing import Any
 
 from uft_ds.data.example import Message
+from uft_ds.data.formats.columns import reads
 from uft_ds.data.formats.fields import Row, checked_score, default_score, label_score, present, shown, text
 from uft_ds.data.formats.turns import (
     Item,
@@ -38,6 +39,7 @@ _OF_ONE = {"response", "score", "label"}
 _OF_TWO = {"chosen", "rejected", "score_chosen", "score_rejected"}
 
 
+@reads(*KEYS)
 def jsonl(row: Row, *, score: float | None) -> list[Item]:
     """Our own format: a prompt and the response or responses to it.
 

@@ -13,6 +13,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import cast
 
 from uft_ds.data.formats.chat import alpaca, sharegpt, ultrachat
+from uft_ds.data.formats.columns import columns_of
 from uft_ds.data.formats.feedback import (
     helpsteer2,
     helpsteer2_preference,
@@ -68,13 +69,19 @@ def described_formats() -> dict[str, str]:
     Raises:
         UserError: a format of another package has a name that is already in use.
     """
-    described = {name: inspect.cleandoc(make.__doc__ or "") for name, make in FORMATS.items()}
+    described = {name: _description(make, "") for name, make in FORMATS.items()}
     for name, point in _plugins().items():
         try:
-            described[name] = inspect.cleandoc(_load(point).__doc__ or f"(of {point.value}, without a description)")
+            described[name] = _description(_load(point), f"(of {point.value}, without a description)")
         except UserError as error:
             described[name] = str(error)
     return described
+
+
+def _description(make: Format, otherwise: str) -> str:
+    columns = columns_of(make)
+    read = f"\n\nReads the columns {', '.join(columns)}." if columns else ""
+    return inspect.cleandoc(make.__doc__ or otherwise) + read
 
 
 def format_names() -> tuple[str, ...]:

@@ -6,15 +6,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from uft_ds.data.example import Example, Kind, Message, Pair
+from uft_ds.data.example import Example, Kind, Message, Pair, Role
 from uft_ds.data.formats.fields import LeftOut, Row, checked_score, content, from_json, mapping, shown, text
+from uft_ds.data.formats.marks import check_turn_keys, extras_of, is_marked_as_context
 
 Item = Example | Pair
 Turns = tuple[Message, ...]
 Tools = tuple[Mapping[str, Any], ...]
 
-_EXTRAS = ("reasoning_content", "name", "tool_call_id")
-ROLES = ("system", "user", "assistant", "tool")
+ROLES: dict[str, Role] = {
+    "system": "system",
+    "developer": "system",  # OpenAI's newer name
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+}
 
 
 def conversation(value: Any, name: str = "messages") -> Turns:
@@ -41,20 +47,18 @@ def messages(value: Any, name: str) -> Turns:
 
 
 def _message(turn: Any) -> Message:
-    if not isinstance(turn, Mapping) or turn.get("role") not in ROLES:
-        raise ValueError("expected a role of system, user, assistant or tool")
-    role, calls = turn["role"], turn.get("tool_calls")
-    if turn.get("weight") not in (None, 1):
-        raise ValueError("'weight': turns that are not to be learned go into a prompt; leave the key out")
-    extras = tuple((key, text(turn, key)) for key in _EXTRAS if turn.get(key) not in (None, ""))
+    given = turn.get("role") if isinstance(turn, Mapping) else None
+    if not isinstance(given, str) or given not in ROLES:
+        raise ValueError(f"expected a role of system, developer, user, assistant or tool, found {shown(given)}")
+    role, calls = ROLES[given], turn.get("tool_calls")
+    check_turn_keys(turn)
+    extras, is_context = extras_of(turn), is_marked_as_context(turn, role)
     if calls in (None, []):
-        return Message(role, content(turn.get("content")), extras=extras)
+        return Message(role, content(turn.get("content")), extras=extras, marked_as_context=is_context)
     if role != "assistant":
         raise ValueError(f"'tool_calls' in a {role} turn; only the assistant calls tools")
-    said = turn.get("content")
-    return Message(
-        role, "" if said is None else content(said, may_be_empty=True), tool_calls=tool_calls(calls), extras=extras
-    )
+    said = "" if turn.get("content") is None else content(turn["content"], may_be_empty=True)
+    return Message(role, said, tool_calls=tool_calls(calls), extras=extras, marked_as_context=is_context)
 
 
 def tool_calls(value: Any) -> Tools:
@@ -69,7 +73,9 @@ def tool_calls(value: Any) -> Tools:
 
 def _tool_call(call: Mapping[str, Any]) -> Mapping[str, Any]:
     function = call if call.get("function") is None else mapping(call["function"], "function")
-    arguments = mapping(from_json(function.get("arguments"), "arguments"), "arguments")
+    given = function.get("arguments")
+    # A call of a function without parameters has null or empty text there.
+    arguments = {} if given in (None, "") else mapping(from_json(given, "arguments"), "arguments")
     named = {"id": text(call, "id")} if call.get("id") is not None else {}
     return {**named, "type": "function", "function": {"name": text(function, "name"), "arguments": arguments}}
 
@@ -171,6 +177,8 @@ def one_answer(turns: Turns, name: str) -> Message:
     """The single turn of an answer whose feedback is about the whole answer."""
     if len(turns) != 1 or turns[0].role != "assistant":
         raise ValueError(f"{name!r}: expected one assistant turn, found {', '.join(turn.role for turn in turns)}")
+    if turns[0].marked_as_context:
+        raise ValueError(f"{name!r}: the answer is marked as not to be learned, and nothing else is; leave the row out")
     return turns[0]
 
 
@@ -182,15 +190,39 @@ def answered(prompt: Turns, answer: Message, score: float, kind: Kind, tools: To
 
 
 def all_supervised(turns: Turns, score: float, tools: Tools = (), *, context: int = 0) -> Example:
-    """Instruction data: every assistant turn after the first `context` turns is supervised.
+    """Instruction data: every assistant turn after the first `context` turns is supervised, unless it is marked.
 
-    Turns after the last assistant turn are dropped, because they cannot influence a response.
+    Turns after the last supervised turn are dropped, because they cannot influence a response.
+
+    Raises:
+        LeftOut: the data marks every assistant turn as not to be learned.
+        ValueError: there is no assistant turn.
     """
-    end = max((index for index, turn in enumerate(turns, start=1) if turn.role == "assistant"), default=0)
-    if end <= context:
+    assistants = [index for index, turn in enumerate(turns) if turn.role == "assistant" and index >= context]
+    if not assistants:
         raise ValueError("the conversation holds no assistant turn")
-    supervised = (replace(turn, score=score) if turn.role == "assistant" else turn for turn in turns[context:end])
-    return Example((*turns[:context], *supervised), "instruction", tools)
+    learned = {index for index in assistants if not turns[index].marked_as_context}
+    if not learned:
+        raise LeftOut("marked as not to be learned", len(assistants))
+    scored = (replace(turn, score=score) if index in learned else turn for index, turn in enumerate(turns))
+    return Example(tuple(scored)[: max(learned) + 1], "instruction", tools)
+
+
+def check_prompt_is_said(row: Row, turns: Turns) -> None:
+    """Check that a `prompt` beside whole conversations, which is not read, only repeats what is in their turns.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    prompt = row.get("prompt")
+    if prompt in (None, "", []):
+        return
+    said = {turn.content.strip().casefold() for turn in turns}
+    if not isinstance(prompt, str) or prompt.strip().casefold() not in said:
+        raise ValueError(
+            f"'prompt' is {shown(prompt)}, which is none of the turns: beside whole conversations it is not read; put "
+            "it into the turns, or leave it out by the source's `columns: {prompt: null}`"
+        )
 
 
 def pair(

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from uft_ds.data.rows.arrow_values import column_values
 from uft_ds.errors import UserError
 
 if TYPE_CHECKING:
@@ -76,14 +77,17 @@ def _stream_batches(source: pa.NativeFile, name: str) -> Iterator[tuple[float, p
 def _plain(batch: pa.RecordBatch) -> Rows:
     # A damaged file may hold offsets beyond its buffers, and text that is not UTF-8.
     batch.validate(full=True)
-    return [{key: without_nulls(value) for key, value in row.items()} for row in batch.to_pylist()]
+    return plain_rows(batch)
 
 
-def without_nulls(value: Any) -> Any:
-    """The value without the null members of its structs: Arrow gives every struct the keys of all the others."""
-    if isinstance(value, dict):
-        return {key: without_nulls(member) for key, member in value.items() if member is not None}
-    return [without_nulls(member) for member in value] if isinstance(value, list) else value
+def plain_rows(table: pa.RecordBatch | pa.Table) -> Rows:
+    """The rows of a table as plain values.
+
+    Raises:
+        ValueError: a column of JSON holds something else.
+    """
+    columns = [column_values(column, field) for column, field in zip(table.columns, table.schema, strict=True)]
+    return [dict(zip(table.schema.names, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
 def _check_columns(name: str, columns: list[str]) -> None:

@@ -38,6 +38,10 @@ class BadRow:
     reason: str
 
 
+class CsvRow(dict[str, Any]):
+    """The values of a row whose other cells are text: they become numbers by their column's name alone."""
+
+
 def csv_rows(stream: BinaryIO, name: str) -> Iterator[tuple[int, int, dict[str, Any] | BadRow]]:
     """(line, byte offset, values by the header's names) of each row, where it starts.
 
@@ -126,12 +130,17 @@ def _values(header: list[str], cells: list[str], lines: _Lines, place: str) -> d
             raise UserError(f"{place}: the last line is cut off ({found}): {INTERRUPTED}")
         return BadRow(found)
     try:
-        return {column: _value(column, cell) for column, cell in zip(header, cells, strict=True)}
+        return CsvRow((column, cell_value(column, cell)) for column, cell in zip(header, cells, strict=True))
     except ValueError as error:
         return BadRow(str(error))
 
 
-def _value(column: str, cell: str) -> Any:
+def cell_value(column: str, cell: str) -> Any:
+    """A cell as text, as the number, true or false that its column holds, or None if it is empty.
+
+    Raises:
+        ValueError: a column of numbers holds something else.
+    """
     if not cell:
         return None
     if column not in NUMERIC_COLUMNS:

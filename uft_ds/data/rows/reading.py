@@ -23,8 +23,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uft_ds.data.rows.arrow_rows import BATCH_ROWS, arrow_rows, parquet_rows, without_nulls
+from uft_ds.data.rows.arrow_rows import BATCH_ROWS, arrow_rows, parquet_rows, plain_rows
 from uft_ds.data.rows.csv_rows import BadRow, csv_rows
+from uft_ds.data.rows.folders import check_is_a_file, data_files
 from uft_ds.data.rows.json_rows import json_array, json_lines, parse_object
 from uft_ds.errors import UserError
 from uft_ds.host.files import sha256
@@ -41,7 +42,6 @@ TABLE_READERS = {".parquet": parquet_rows, ".arrow": arrow_rows}
 COMPRESSIONS = (".gz", ".zst")
 SUFFIXES = (*(kind + packed for packed in ("", *COMPRESSIONS) for kind in TEXT_READERS), *TABLE_READERS)
 
-_DATASETS_OWN = ("dataset_info.json", "state.json")
 _BUFFER_BYTES = 256 * 1024
 
 Value = bytes | dict[str, Any] | BadRow
@@ -88,18 +88,21 @@ def find_data(path: str, split: str | None) -> SourceFiles:
     Raises:
         UserError: names what was looked for, what was found and what was expected.
     """
+    if not path.strip():
+        raise UserError("a source's path is empty; expected a file, a folder (`.` is this one) or a hub name")
     local = Path(path)
     label = f"{path}[{split}]" if split else path
     try:
         if local.is_dir():
-            files = _files_of(local, split)
+            files = data_files(local, split, SUFFIXES)
             names = tuple(f"{path.rstrip('/')}/{file.relative_to(local).as_posix()}" for file in files)
             return SourceFiles(label, names, files)
-        is_local = local.exists()
+        is_local = local.exists() or local.is_symlink()
     except OSError as error:
         shown = path if len(path) <= 80 else f"{path[:80]}..."
         raise UserError(f"{shown}: no such file or folder ({error.strerror})") from None
     if is_local:
+        check_is_a_file(local, path)
         if not path.endswith(SUFFIXES):
             raise UserError(f"{path}: unknown kind of file; expected one of {', '.join(SUFFIXES)}")
         return SourceFiles(label, (path,), (local,))
@@ -107,25 +110,6 @@ def find_data(path: str, split: str | None) -> SourceFiles:
         raise UserError(f"{path}: no such file or folder")
     label = f"{path}[{split or 'train'}]"
     return SourceFiles(label, (label,), hub=_load_from_hub(path, split))
-
-
-def _files_of(folder: Path, split: str | None) -> tuple[Path, ...]:
-    candidates = sorted(
-        file
-        for file in folder.rglob("*")
-        if file.name.endswith(SUFFIXES)
-        and file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-    )
-    if any(file.suffix == ".arrow" for file in candidates):
-        # Dataset.save_to_disk writes these files next to the rows.
-        candidates = [file for file in candidates if file.name not in _DATASETS_OWN]
-    files = tuple(file for file in candidates if split is None or file.name.startswith(split))
-    if not files:
-        names = ", ".join(file.name for file in candidates[:5]) or "none"
-        begins = f" whose name begins with {split!r}" if split else ""
-        raise UserError(f"{folder}: no data file ({', '.join(SUFFIXES)}){begins}; data files found: {names}")
-    return files
 
 
 def _load_from_hub(path: str, split: str | None) -> datasets.Dataset:
@@ -137,11 +121,22 @@ def _load_from_hub(path: str, split: str | None) -> datasets.Dataset:
     try:
         return datasets.load_dataset(name, data_dir=folder, split=split or "train")
     except Exception as error:  # noqa: BLE001 - any failure of the hub is shown to the user
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, datasets.exceptions.DatasetGenerationError):
+            raise UserError(
+                f"{path}: loaded from the hub, but `datasets` cannot read its rows ({_innermost(error)}); fetch its "
+                "files and give their local path: they are read here one row at a time"
+            ) from None
         raise UserError(
-            f"{path}: neither a local file or folder, nor could it be loaded from the hub ({reason}); "
+            f"{path}: neither a local file or folder, nor could it be loaded from the hub ({_innermost(error)}); "
             "give a local path, or check the name, the split and the network"
         ) from None
+
+
+def _innermost(error: BaseException) -> str:
+    """The first line of what an error was caused by: `datasets` wraps it in a sentence that says nothing."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
 def content_hash(data: SourceFiles) -> str:
@@ -243,14 +238,11 @@ def _table_rows(batches: Iterator[tuple[float, list[dict[str, Any]]]], size: int
 
 
 def _hub_rows(hub: datasets.Dataset) -> Iterator[tuple[float, list[dict[str, Any]]]]:
+    # As tables, not as `datasets` decodes them: pictures would need further packages, and a null is not told from text.
     done = 0
-    for columns in hub.iter(batch_size=BATCH_ROWS):
-        rows = [
-            dict(zip(columns, map(without_nulls, values), strict=True))
-            for values in zip(*columns.values(), strict=True)
-        ]
-        done += len(rows)
-        yield done / len(hub), rows
+    for table in hub.with_format("arrow").iter(batch_size=BATCH_ROWS):
+        done += table.num_rows
+        yield done / len(hub), plain_rows(table)
 
 
 def _text_rows(path: Path, name: str) -> Iterator[LocatedRow]:

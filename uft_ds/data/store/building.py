@@ -16,16 +16,19 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from uft_ds.data.example import Example, Kind, Pair, Unit
+from uft_ds.data.formats.columns import check_renaming, refused_columns, unread_columns
 from uft_ds.data.formats.fields import LeftOut
 from uft_ds.data.formats.table import Format, format_named
 from uft_ds.data.formats.turns import check_item
 from uft_ds.data.rows.reading import RawRow, SourceFiles, data_size, parse_row, raw_rows
+from uft_ds.data.rows.renaming import renamed
 from uft_ds.data.store.sequences import Account, Place, StoreWriter, pack_units
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.tokenize import tokenize
@@ -36,6 +39,9 @@ QUARANTINE = "quarantine.jsonl"
 PLACES_NAMED = 3
 """How many places are kept for each drop reason."""
 
+_UNREAD_NAMED = 50
+"""How many names of columns that are not read are kept."""
+
 _CHUNK_ROWS, _CHUNK_BYTES = 256, 2**20
 _PARALLEL_FROM_BYTES = 16 * 2**20
 """A smaller source is tokenised in this process, because starting others takes seconds."""
@@ -45,7 +51,8 @@ _PARALLEL_FROM_BYTES = 16 * 2**20
 class RowRules:
     """How a row becomes units; every field is part of the store's key.
 
-    where: take only rows whose columns have these values.
+    where: take only rows whose columns have these values; the names are those of the data.
+    columns: (the format's name, the name in the data) of a column, or (name, None) of one that is left out.
     split_pairs: turn each pair into two scored responses (UNA).
     """
 
@@ -56,6 +63,7 @@ class RowRules:
     trim_prompt: bool
     split_pairs: bool = False
     where: tuple[tuple[str, Any], ...] = ()
+    columns: tuple[tuple[str, str | None], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,9 @@ class _Result:
     places: list[tuple[str, int, int]] = field(default_factory=list)
     bad: list[tuple[RawRow, str]] = field(default_factory=list)
     keys: set[str] = field(default_factory=set)
-    """The columns of all readable rows; collected only for a source with a `where`."""
+    """The columns of all readable rows; collected only for a source with a `where` or `columns`."""
+    unread: Counter[str] = field(default_factory=Counter)
+    """The number of rows by the name of each column that holds something and is not read."""
 
 
 def build_store(
@@ -113,6 +123,7 @@ def build_store(
         UserError: names the file and line, what was found and what was expected.
     """
     total = Account(0, {}, {}, {}, 0, 0)
+    check_renaming(rules.columns, format_named(rules.format), data.label)
     columns: set[str] = set()
     writer = StoreWriter(folder)
     with ExitStack() as stack:
@@ -130,7 +141,7 @@ def build_store(
             writer.add(result.columns)
             total = _added(total, result)
             columns |= result.keys
-        _check_where(data, rules, columns)
+        _check_columns(data, rules, columns)
         writer.finish(data.names, total)
 
 
@@ -153,8 +164,9 @@ def examine_row(
     except LeftOut as left_out:
         dropped[left_out.reason] += left_out.num_responses
         return None, [], dropped, changed
-    except ValueError:
-        raise
+    except ValueError as error:
+        unread = refused_columns(row, make, has_feedback=True)
+        raise (ValueError(f"{error}; {unread}") if unread else error) from None
     except Exception as error:  # of another package's format
         raise ValueError(f"the format could not read it ({type(error).__name__}: {str(error)[:80]})") from error
     for item in items:
@@ -162,6 +174,8 @@ def examine_row(
     given = {_described(item) for item in items}
     if len(given) > 1:
         raise ValueError(f"format {rules.format} gives items of several kinds: {', '.join(sorted(given))}")
+    if unread := refused_columns(row, make, has_feedback="instruction" not in given):
+        raise ValueError(unread)
     if rules.split_pairs:
         items = [side for item in items for side in _sides(item)]
     units: list[tuple[Unit, Place]] = []
@@ -278,11 +292,12 @@ class _Examiner:
             try:
                 row = parse_row(raw.value)
                 keys = tuple(key for key, value in row.items() if value is not None)
-                if self._rules.where:
+                if self._rules.where or self._rules.columns:
                     result.keys.update(row)
                 if any(row.get(column) != value for column, value in self._rules.where):
                     result.num_skipped += 1
                     continue
+                row = renamed(row, self._rules.columns)
                 given, found, dropped, changed = examine_row(
                     row, self._rules, make, self._chat, file=raw.file, line=raw.line
                 )
@@ -294,9 +309,11 @@ class _Examiner:
                 result.bad.append((raw, str(error)))
                 continue
             except ValueError as error:
-                result.bad.append((raw, f"{error}{_other_keys(keys, result.shape, chunk.place)}"))
+                hints = _lacking(keys, self._rules) + _other_keys(keys, result.shape, chunk.place)
+                result.bad.append((raw, f"{error}{hints}"))
                 continue
             units += found
+            result.unread.update(unread_columns(row, make))
             result.dropped.update(dropped)
             result.changed.update(changed)
             result.places += [(reason, raw.file, raw.line) for reason in (*dropped, *changed)]
@@ -316,6 +333,11 @@ def _check_shape(given: str, keys: tuple[str, ...], first: RowShape, file: str) 
         )
 
 
+def _lacking(keys: tuple[str, ...], rules: RowRules) -> str:
+    lacking = [given for _, given in rules.columns if given is not None and given not in keys]
+    return f" [`columns` asks for {', '.join(lacking)}, which this row does not have]" if lacking and keys else ""
+
+
 def _other_keys(keys: tuple[str, ...], first: RowShape | None, file: str) -> str:
     if first is None or not keys or set(keys) == set(first.keys):
         return ""
@@ -328,11 +350,13 @@ def _described(item: Example | Pair) -> str:
     return item.kind
 
 
-def _check_where(data: SourceFiles, rules: RowRules, columns: set[str]) -> None:
-    for column, value in rules.where:
-        if column not in columns and value is not None:
+def _check_columns(data: SourceFiles, rules: RowRules, columns: set[str]) -> None:
+    named = [("where", column) for column, value in rules.where if value is not None]
+    named += [("columns", given) for _, given in rules.columns if given is not None]
+    for key, column in named:
+        if column not in columns:
             raise UserError(
-                f"{data.label}: `where` asks for {column!r}, which no row has; columns: {', '.join(sorted(columns))}"
+                f"{data.label}: `{key}` asks for {column!r}, which no row has; columns: {', '.join(sorted(columns))}"
             )
 
 
@@ -356,6 +380,11 @@ def _added(total: Account, result: _Result) -> Account:
         places,
         total.quarantined + len(result.bad),
         total.skipped + result.num_skipped,
+        # Data may have a new name in every row: the first names are enough.
+        {
+            column: total.unread.get(column, 0) + result.unread[column]
+            for column in islice({**total.unread, **result.unread}, _UNREAD_NAMED)
+        },
     )
 
 

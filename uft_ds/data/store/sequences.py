@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -81,6 +81,7 @@ class Account:
     places: (file, line) of the first rows for each reason.
     quarantined: number of bad rows.
     skipped: number of rows that `where` does not select.
+    unread: number of rows by the name of each column that the format does not read.
     """
 
     rows: int
@@ -89,6 +90,7 @@ class Account:
     places: dict[str, tuple[tuple[int, int], ...]]
     quarantined: int
     skipped: int
+    unread: dict[str, int] = field(default_factory=dict)
 
 
 class StoreWriter:
@@ -159,8 +161,8 @@ def pack_units(units: Seq[tuple[Unit, Place]]) -> dict[str, np.ndarray]:
     sequence_rows["tokens"], sequence_rows["responses"] = lengths.cumsum(axis=0).T
     unit_rows = np.zeros(len(units), dtype=DTYPES["units"])
     unit_rows["sequences"] = np.cumsum([len(unit) for unit, _ in units])
-    for field in ("file", "line", "item"):
-        unit_rows[field] = [getattr(place, field) for _, place in units]
+    for column in ("file", "line", "item"):
+        unit_rows[column] = [getattr(place, column) for _, place in units]
     tokens = [s.token_ids_T for s in sequences]
     return {
         "tokens": np.concatenate(tokens).astype(DTYPES["tokens"]) if tokens else np.zeros(0, DTYPES["tokens"]),
@@ -245,8 +247,8 @@ class TokenStore:
     def rows_U(self) -> np.ndarray:
         """[units], int64: the row that each unit came from, counted among the rows that gave a unit."""
         changes_U = np.zeros(len(self), dtype=np.int64)
-        for field in ("file", "line"):
-            changes_U[1:] |= np.diff(self._units[field]) != 0
+        for column in ("file", "line"):
+            changes_U[1:] |= np.diff(self._units[column]) != 0
         return changes_U.cumsum()
 
     def is_pair(self, index: int) -> bool:

@@ -1,0 +1,34 @@
+"""What reaches the terminal: text of data, of file names and of errors never controls it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+
+_KEPT = "\n\t"
+_OF_DIRECTION = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))  # they show text in another order than it has
+_VISIBLE = {
+    **{code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in _KEPT},
+    0x7F: "\u2421",
+    **{code: f"\\x{code:02x}" for code in range(0x80, 0xA0)},
+    **{code: f"\\u{code:04x}" for code in _OF_DIRECTION},
+}
+
+
+def visible(text: str) -> str:
+    """The text with pictures and escapes for control characters, newline and tab aside: ESC becomes U+241B.
+
+    Rows and file names come from elsewhere. Sent as they are, they could set the terminal's title, clear the screen,
+    or show a line that is not there.
+    """
+    return text.translate(_VISIBLE)
+
+
+class SafeConsole(Console):
+    """A console of rich on which text is always visible; colours and the movements of its own displays stay."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
