@@ -52,9 +52,11 @@ def test_two_trained_streams_gather_what_one_does(folder: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("gradient_checkpointing", [True, False], ids=["checkpointed", "plain"])
-def test_every_bar_holds(folder: Path, gradient_checkpointing: bool) -> None:
-    """Against two forwards in one root, two calls as TRL makes them, a cached reference and SFT, on two ranks."""
-    measured = bars(measure_all(folder, 2, gradient_checkpointing, sequences_per_rank=SEQUENCES))
+def test_every_bar_holds(folder: Path) -> None:
+    """Against two forwards in one root, two calls as TRL makes them, a cached reference and SFT, on two ranks.
+
+    Without gradient checkpointing; the tests above have it. The benchmark measures both.
+    """
+    measured = bars(measure_all(folder, 2, gradient_checkpointing=False, sequences_per_rank=SEQUENCES))
     assert len(measured) > 8
     assert [bar for bar in measured if not bar.holds] == []
