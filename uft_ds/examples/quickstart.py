@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -155,4 +156,5 @@ def _show(console: Console, before: list[Answer], after: list[Answer], result: d
         made.add_row(name, str(path))
     made.add_row("time", f"{minutes} min {rest} s; peak memory of a rank {memory['largest_rank']} GiB")
     console.print(made)
-    console.print(f'Talk to it:  uft chat {run / "merged"} --prompt "..."', highlight=False)
+    command = "uft" if shutil.which("uft") else sys.argv[0]  # `make quickstart` activates no environment
+    console.print(f'Talk to it:  {command} chat {run / "merged"} --prompt "..."', highlight=False)

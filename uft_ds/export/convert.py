@@ -107,7 +107,7 @@ def convert_to_merged(
         sequences = _sequences(source, chat)
         rows = embedding_rows(config_of_folder(folder))
         check_fits_embedding(chat, rows, (sequence.token_ids_T for sequence in sequences))
-        say(f"merging {source.path} into {source.base}")
+        say(f"merging {source.path} with its base {source.base}, which is only read")
         with _whole_or_nothing(out) as temporary:
             target = None if stored.dtype is None else getattr(torch, stored.dtype)
             write_merged(

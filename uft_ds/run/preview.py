@@ -120,7 +120,7 @@ def device_notes(settings: Settings, *, has_gpu: bool) -> Iterator[Text]:
     """Notes on settings that are slow on the device that a run is about to use."""
     if settings.model.dtype == "bfloat16" and not has_gpu:
         yield Text(
-            "note: model.dtype: bfloat16 on a CPU: most of them compute in it 10 to 70 times slower than in float32; "
+            "note: model.dtype: bfloat16 on a CPU: most CPUs compute in it 10 to 70 times slower than in float32; "
             "model.dtype=float32 needs twice the memory for the base"
         )
 
