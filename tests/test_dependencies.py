@@ -15,7 +15,6 @@ USED_BY_OTHERS = {
     "flash-attn": "transformers imports it for model.attention: flash_attention_2",
     "gguf": "transformers reads the quickstart's model by it",
     "protobuf": "transformers converts tokenizers that are stored as sentencepiece models by it",
-    "sentencepiece": "transformers reads such tokenizers by it",
     "tensorboard": "torch.utils.tensorboard imports it",
 }
 """Declared, and imported by another library for us."""

@@ -1,8 +1,13 @@
 """Ranks by role: global ranks divide into data ranks and, within them, sequence ranks."""
 
-import pytest
+import re
 
-from uft_ds.engine.ranks import Ranks, ranks_of
+import deepspeed
+import pytest
+from torch.distributed import DistNetworkError
+
+from uft_ds.engine.ranks import Ranks, init_distributed, ranks_of
+from uft_ds.errors import UserError
 
 
 @pytest.mark.parametrize(("world_size", "sequence_size"), [(1, 1), (4, 1), (8, 2), (8, 8)])
@@ -37,3 +42,24 @@ def test_places_that_do_not_exist_are_refused() -> None:
         Ranks(0, 1, 1, 1)
     with pytest.raises(ValueError, match="6 ranks cannot be divided into groups of 4"):
         ranks_of(0, 6, sequence_size=4)
+
+
+LISTEN_FAILED = "The server socket has failed to listen on any local network address. port: 29500, code: -98"
+SERVER_LOST = "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?"
+
+
+@pytest.mark.parametrize(("said", "expected"), [(LISTEN_FAILED, UserError), (SERVER_LOST, DistNetworkError)])
+def test_a_rank_that_is_lost_at_the_start_is_no_fault_of_the_port(
+    said: str, expected: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bad input is never started again by Slurm; a rank that was killed is."""
+
+    def refuse(**_: object) -> None:
+        raise DistNetworkError(said)
+
+    monkeypatch.setattr(deepspeed, "init_distributed", refuse)
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name, value in zip(names, ("1", "1", "2", "127.0.0.1", "29500"), strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(expected, match=re.escape(said[:30])):
+        init_distributed(1.0)

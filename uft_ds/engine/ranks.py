@@ -92,6 +92,10 @@ def current_ranks(sequence_size: int = 1) -> Ranks:
     return ranks_of(torch.distributed.get_rank(), torch.distributed.get_world_size(), sequence_size=sequence_size)
 
 
+_STORE_WAS_LOST = "Connection was likely closed"
+"""Part of what torch's TCPStore says to a client whose server, rank 0, was killed while the others waited for it."""
+
+
 def init_distributed(timeout_minutes: float) -> None:
     """Join the process group that the launcher describes in environment variables.
 
@@ -99,6 +103,7 @@ def init_distributed(timeout_minutes: float) -> None:
         timeout_minutes: of each collective.
     Raises:
         UserError: the launcher's variables are missing, or its port cannot be used.
+        DistNetworkError: the rank that holds the store was lost meanwhile.
     """
     check_launched()
     launched = launcher_environment()
@@ -114,6 +119,8 @@ def init_distributed(timeout_minutes: float) -> None:
     try:
         deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
     except DistNetworkError as error:
+        if _STORE_WAS_LOST in str(error):
+            raise  # a crash, after which Slurm starts the job again: nothing is wrong with the port
         raise UserError(
             f"port {launched.master_port} of {launched.master_address} cannot be used "
             f"({str(error).splitlines()[0]}); give another one by --master_port or MASTER_PORT"

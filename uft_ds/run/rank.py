@@ -143,7 +143,9 @@ def _main(request: StopRequest, arguments: list[str] | None) -> Status:
         raise
 
 
-_CONNECTION_LOST = ("reset by peer", "closed by peer", "Broken pipe", "Connection refused", "remote process exited")
+_CONNECTION_LOST = (
+    "reset by peer", "closed by peer", "likely closed", "Broken pipe", "Connection refused", "remote process exited",
+)  # fmt: skip
 """Parts of the messages of gloo, NCCL and torch's store where another rank is gone."""
 
 
