@@ -5,12 +5,10 @@ A run records them when it begins; each of its checkpoints holds a copy in train
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
-from uft_ds.errors import UserError
-from uft_ds.record.run_folder import RunFolder
+from uft_ds.record.run_folder import RunFolder, reading_identity
 
 RUN = "run"
 """The key of the owner in the run's identity.json and in a checkpoint's trainer.json."""
@@ -46,13 +44,7 @@ def owner_of(folder: RunFolder) -> Owner | None:
     Raises:
         UserError: identity.json cannot be read.
     """
-    try:
-        content = json.loads(folder.identity.read_text(encoding="utf-8"))
-        return parsed_owner(content.get(RUN))
-    except FileNotFoundError:
+    if not folder.identity.exists():
         return None
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"{folder.identity}: cannot be read ({type(error).__name__}: {error}); it says which run this is: bring it "
-            "back from a copy of the run"
-        ) from None
+    with reading_identity(folder) as identity:
+        return parsed_owner(identity.get(RUN))

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from uft_ds.export.deepspeed_files import is_deepspeed, read_trainable
 from uft_ds.export.low_rank import read_adapter_config, read_low_rank
 from uft_ds.host.callbacks import Say
 from uft_ds.recipe.settings import Settings, load_settings
-from uft_ds.record.run_folder import RunFolder
+from uft_ds.record.run_folder import RunFolder, reading_identity
 from uft_ds.streams.adapter_files import is_adapter, written_as_peft_saves
 from uft_ds.streams.identity import base_identity
 from uft_ds.streams.load import check_base
@@ -146,14 +145,9 @@ def recorded_identity(folder: RunFolder) -> tuple[dict[str, Any], str]:
     Raises:
         UserError: the run's identity.json cannot be read.
     """
-    try:
-        content = json.loads(folder.identity.read_text(encoding="utf-8"))
-        return dict(content["base"]), str(next(iter(content["data"].values()))["tokenizer"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError) as error:
-        raise UserError(
-            f"{folder.identity}: cannot be read ({type(error).__name__}: {error}); it identifies the run's base and "
-            "tokenizer: bring it back from a copy of the run"
-        ) from None
+    with reading_identity(folder) as identity:
+        first_source, *_ = identity["data"].values()
+        return dict(identity["base"]), str(first_source["tokenizer"])
 
 
 def _from_deepspeed(path: Path, folder: Path, base: str | None, adapter_config: Path | None) -> Convertible:

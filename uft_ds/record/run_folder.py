@@ -7,9 +7,11 @@ import os
 import shutil
 import sys
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from uft_ds.errors import UserError
 from uft_ds.host.files import write_atomically
@@ -264,6 +266,22 @@ def check_own_files(folder: RunFolder) -> None:
             )
         if path.exists() and not path.is_file():
             raise UserError(f"{path}: not a file, expected one that the run wrote; move it away")
+
+
+@contextmanager
+def reading_identity(folder: RunFolder) -> Iterator[Any]:
+    """The content of a run's identity.json. Within the block, a part that is lacking or of another type is an error.
+
+    Raises:
+        UserError: the file is not there, cannot be read, or is not what a run wrote.
+    """
+    try:
+        yield json.loads(folder.identity.read_text(encoding="utf-8"))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{folder.identity}: cannot be read ({type(error).__name__}: {error}); it identifies the run, its base and "
+            "its data: bring it back from a copy of the run"
+        ) from None
 
 
 def is_owned(folder: RunFolder) -> bool | None:

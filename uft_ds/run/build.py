@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,12 @@ from uft_ds.data.example import KEY_BYTES
 from uft_ds.data.store.sequences import Pool
 from uft_ds.engine.engine import Engine, deepspeed_config, partitioned_loading
 from uft_ds.engine.ranks import current_ranks
-from uft_ds.errors import UserError
 from uft_ds.host.world import launcher_environment
 from uft_ds.known.cache import Known
 from uft_ds.known.store import LogpTable, ReferenceStore, set_aside
 from uft_ds.recipe.settings import Settings
 from uft_ds.record.report import Speaker
-from uft_ds.record.run_folder import RunFolder
+from uft_ds.record.run_folder import RunFolder, reading_identity
 from uft_ds.run.checks import check_sharding
 from uft_ds.streams.adapters import add_adapters, start_from_adapter
 from uft_ds.streams.identity import reference_identity
@@ -140,14 +138,8 @@ def build_reference_cache(
 
 def _reference_content(folder: RunFolder) -> dict[str, Any]:
     """The weights that the reference's log-probs depend on: the identities of base and reference adapter."""
-    try:
-        identity = json.loads(folder.identity.read_text(encoding="utf-8"))
+    with reading_identity(folder) as identity:
         return {**identity["base"], "adapter": identity["adapter"]}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"{folder.identity}: cannot be read ({type(error).__name__}: {error}); it identifies the run's base: bring "
-            "it back from a copy of the run"
-        ) from None
 
 
 def _read_snapshot(store: ReferenceStore, pools: Seq[Pool], reporter: Speaker) -> tuple[LogpTable, tuple[Path, ...]]:

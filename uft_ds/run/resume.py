@@ -28,7 +28,7 @@ from uft_ds.host.locks import Lock
 from uft_ds.recipe.file import leaves_of, read_stored_recipe, stored_recipe
 from uft_ds.recipe.settings import Settings
 from uft_ds.record.metrics import damaged_metrics
-from uft_ds.record.run_folder import RunFolder, check_own_files, claim_again
+from uft_ds.record.run_folder import RunFolder, check_own_files, claim_again, reading_identity
 from uft_ds.run.identity import MAY_CHANGE, environment, run_identity
 from uft_ds.run.prepare import check_run, open_data, prepare_run, read_report
 
@@ -165,11 +165,7 @@ def may_change(key: str) -> bool:
 
 def _check_same_content(folder: RunFolder, now: dict[str, Any]) -> None:
     """Compare content hashes, so that moved files are accepted and changed files are refused."""
-    try:
-        before = json.loads(folder.identity.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder.identity}: cannot be read ({error}); it identifies the run's base and data") from None
-    if isinstance(before, dict):
+    with reading_identity(folder) as before:
         before.pop(RUN, None)  # of the whole recipe, which is compared key by key
     differences = list(_differences(before, now))
     if differences:
