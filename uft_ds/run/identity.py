@@ -54,6 +54,11 @@ def run_identity(settings: Settings, data: PreparedData, on_progress: OnProgress
     }
 
 
+def may_change(key: str) -> bool:
+    """Whether a run stays the same run if this key of its recipe changes: see `MAY_CHANGE`."""
+    return _is_one_of(key, MAY_CHANGE)
+
+
 _PLACES = ("model.base", "model.revision", "model.chat_template", "reference.adapter", "data.*.path")
 """Keys (patterns) that say where an input lies; its content is in the identity."""
 
@@ -61,10 +66,13 @@ _PLACES = ("model.base", "model.revision", "model.chat_template", "reference.ada
 def owner(settings: Settings, identity: dict[str, Any]) -> Owner:
     """Whose the checkpoints of a run are. identity: as returned by `run_identity`."""
     leaves = leaves_of(settings.stored)
-    unimportant = (*MAY_CHANGE, *_PLACES)
-    kept = {key: leaves[key] for key in sorted(leaves) if not any(fnmatch(key, pattern) for pattern in unimportant)}
+    kept = {key: leaves[key] for key in sorted(leaves) if not (may_change(key) or _is_one_of(key, _PLACES))}
     recipe, content = (json.dumps(part, sort_keys=True) for part in (kept, identity))
     return Owner(hashlib.sha256(recipe.encode()).hexdigest(), hashlib.sha256(content.encode()).hexdigest())
+
+
+def _is_one_of(key: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(key, pattern) for pattern in patterns)
 
 
 def environment(settings: Settings) -> dict[str, object]:

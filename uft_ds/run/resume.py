@@ -5,7 +5,6 @@ The folder is changed only after every check has passed; then everything written
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import os
 import re
@@ -29,7 +28,7 @@ from uft_ds.recipe.file import leaves_of, read_stored_recipe, stored_recipe
 from uft_ds.recipe.settings import Settings
 from uft_ds.record.metrics import damaged_metrics
 from uft_ds.record.run_folder import RunFolder, check_own_files, claim_again, reading_identity
-from uft_ds.run.identity import MAY_CHANGE, environment, run_identity
+from uft_ds.run.identity import environment, may_change, run_identity
 from uft_ds.run.prepare import check_run, open_data, prepare_run, read_report
 
 
@@ -156,11 +155,6 @@ def recipe_changes(folder: RunFolder, settings: Settings) -> dict[str, tuple[Any
         then["model.revision"] = now["model.revision"]
     both = {key: (then.get(key, ABSENT), now.get(key, ABSENT)) for key in dict.fromkeys((*now, *then))}
     return {key: (before, after) for key, (before, after) in both.items() if before != after}
-
-
-def may_change(key: str) -> bool:
-    """Whether a run stays the same run if this key of its recipe changes: see `MAY_CHANGE`."""
-    return any(fnmatch.fnmatch(key, pattern) for pattern in MAY_CHANGE)
 
 
 def _check_same_content(folder: RunFolder, now: dict[str, Any]) -> None:

@@ -29,8 +29,9 @@ from uft_ds.recipe.file import dump_recipe, leaves_of
 from uft_ds.recipe.settings import Settings, changed
 from uft_ds.record.metrics import read_metrics
 from uft_ds.record.run_folder import RunFolder, Status
+from uft_ds.run.identity import may_change
 from uft_ds.run.progress import progress_of
-from uft_ds.run.resume import may_change, recipe_changes
+from uft_ds.run.resume import recipe_changes
 from uft_ds.run.settings import adapter_folder, located
 from uft_ds.streams.identity import adapter_identity
 from uft_ds.sweep.file import DEFAULT_COLUMNS, PlannedRun, Sweep
