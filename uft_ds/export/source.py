@@ -23,7 +23,7 @@ from uft_ds.export.low_rank import read_adapter_config, read_low_rank
 from uft_ds.host.callbacks import Say
 from uft_ds.recipe.settings import Settings, load_settings
 from uft_ds.record.run_folder import RunFolder, reading_identity
-from uft_ds.streams.adapter_files import is_adapter, written_as_peft_saves
+from uft_ds.streams.adapter_files import as_peft_saves, is_adapter, written_as_peft_saves
 from uft_ds.streams.identity import base_identity
 from uft_ds.streams.load import check_base
 
@@ -160,11 +160,7 @@ def _from_deepspeed(path: Path, folder: Path, base: str | None, adapter_config: 
     if not config.is_file():
         raise UserError(f"--adapter-config: {config}: no such file")
     read_adapter_config(config)
-    tensors = {}
-    for name, tensor in read_trainable(path).items():
-        # PEFT's files omit the adapter's name ("default"). Names before PEFT's own prefix belong to an outer module.
-        inner = name[name.find("base_model.model.") :] if "base_model.model." in name else name
-        tensors[inner.replace(".default.", ".")] = tensor.contiguous()
+    tensors = {as_peft_saves(name): tensor.contiguous() for name, tensor in read_trainable(path).items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     shutil.copyfile(config, folder / "adapter_config.json")
     read_low_rank(folder)  # raises if the config does not fit the tensors

@@ -23,6 +23,7 @@ from uft_ds.data.micro_batch import micro_batch
 from uft_ds.errors import UserError
 from uft_ds.host.process import returning_freed_memory
 from uft_ds.objectives.implicit_reward import response_logps
+from uft_ds.streams.adapter_files import PREFIX
 from uft_ds.streams.load import meta_model
 from uft_ds.streams.stored_names import origins, read_parameter
 from uft_ds.streams.stream import POLICY_ADAPTER
@@ -30,7 +31,7 @@ from uft_ds.streams.weight_files import WeightFiles
 
 _ROWS = 128
 """Rows of logits whose float32 log-softmax is in memory at a time."""
-_PEFT_PREFIX, _PEFT_INFIX = "base_model.model.", "base_layer."
+_PEFT_INFIX = "base_layer."
 
 
 def empty_model(config: Any) -> Any:
@@ -163,7 +164,7 @@ class _Weights:
 
     def fill(self, unit: nn.Module, *_inputs: Any) -> None:
         for name, owner, attribute in list(_empty_parameters(unit)):
-            own = (self._prefix + name).removeprefix(_PEFT_PREFIX).replace(_PEFT_INFIX, "")
+            own = (self._prefix + name).removeprefix(PREFIX).replace(_PEFT_INFIX, "")
             tensor = self._read(own).float()
             setattr(owner, attribute, nn.Parameter(tensor, requires_grad=False))
 

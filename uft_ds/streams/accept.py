@@ -16,6 +16,7 @@ from torch import nn
 
 from uft_ds.architectures.facts import LAYERS, decoder_layers, layers_attribute, positions_limit, reason_of_leak
 from uft_ds.errors import UserError
+from uft_ds.streams.adapter_files import PREFIX
 from uft_ds.streams.adapters import add_adapters
 from uft_ds.streams.heads import plain_head
 from uft_ds.streams.lora_config import is_plain_lora
@@ -124,7 +125,7 @@ def _not_plain(policy: PeftModel) -> Iterator[str]:
 
 def _shown(name: str) -> str:
     """A module's name for messages: without PEFT's prefix, with `*` for the layer's number."""
-    parts = name.removeprefix("base_model.model.").removesuffix(".base_layer").split(".")
+    parts = name.removeprefix(PREFIX).removesuffix(".base_layer").split(".")
     return ".".join("*" if part.isdigit() else part for part in parts)
 
 

@@ -56,7 +56,7 @@ def read_adapter_tensors(folder: Path) -> dict[str, Tensor]:
             raise UserError(f"{path}: cannot be read ({error}); expected a LoRA's tensors in safetensors") from None
     tensors: dict[str, Tensor] = {}
     for name, tensor in stored.items():
-        saved = _as_peft_saves(name)
+        saved = as_peft_saves(name)
         if saved in tensors:
             raise UserError(f"{path}: {name}: holds this tensor twice, under another name too; remove one of them")
         tensors[saved] = tensor
@@ -85,12 +85,13 @@ def _has_names_of_peft(path: Path) -> bool:
         return False
     try:
         with safe_open(path, framework="pt") as file:
-            return all(name == _as_peft_saves(name) for name in file.keys())  # noqa: SIM118 - not a mapping
+            return all(name == as_peft_saves(name) for name in file.keys())  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError):
         return False  # reading its tensors says why
 
 
-def _as_peft_saves(name: str) -> str:
+def as_peft_saves(name: str) -> str:
+    """The name under which PEFT saves a LoRA's tensor; a name that is not a LoRA's is left as it is."""
     match = LORA_TENSOR.fullmatch(name)
     if match is None:
         return name

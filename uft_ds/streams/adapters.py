@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from uft_ds.errors import UserError
 from uft_ds.objectives.reference import REFERENCE_STREAM
-from uft_ds.streams.adapter_files import read_adapter_tensors
+from uft_ds.streams.adapter_files import PREFIX, read_adapter_tensors
 from uft_ds.streams.lora_config import WITHOUT_EFFECT, read_lora_config
 from uft_ds.streams.stream import BARE_BASE, POLICY_ADAPTER, REFERENCE_ADAPTER, Stream
 
@@ -174,7 +174,7 @@ def as_stream(module: nn.Module, stream: Stream) -> Iterator[None]:
 def adapted_weights(policy: Policy) -> tuple[str, ...]:
     """Names of the base's weights that have an adapter, as they are without adapters."""
     layers = (name for name, module in policy.named_modules() if isinstance(module, LoraLayer))
-    return tuple(f"{name.removeprefix('base_model.model.')}.weight" for name in layers)
+    return tuple(f"{name.removeprefix(PREFIX)}.weight" for name in layers)
 
 
 def adapter_tensors(policy: Policy, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
