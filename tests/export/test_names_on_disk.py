@@ -23,6 +23,7 @@ from uft_ds.export.convert import convert_to_merged
 from uft_ds.export.streamed_logps import empty_model
 from uft_ds.streams.load import check_base, meta_model
 from uft_ds.streams.stored_names import stored_weights
+from uft_ds.streams.weights import check_weights
 
 VISION = {
     "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
@@ -90,7 +91,7 @@ def test_what_is_stored_in_parts_takes_no_adapter(tmp_path: Path) -> None:
     base = built(tmp_path, config, model_class)
     model = meta_model(check_base(str(base), None))
     with pytest.raises(UserError, match=r"gate_up_proj is stored as .*experts\.0\.gate_proj\.weight \(of 8\)"):
-        stored_weights(base, model, ["model.layers.0.mlp.experts.gate_up_proj"])
+        stored_weights(base, model, check_weights(base, model), ["model.layers.0.mlp.experts.gate_up_proj"])
 
 
 @pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings:UserWarning")

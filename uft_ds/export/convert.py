@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig
 
 from uft_ds.data.example import Sequence
@@ -41,7 +42,7 @@ from uft_ds.host.callbacks import OnProgress, Say
 from uft_ds.host.files import sync
 from uft_ds.host.locks import Held, acquire
 from uft_ds.streams.identity import local_folder
-from uft_ds.streams.load import check_base, check_base_files, config_of_folder, embedding_rows, meta_model
+from uft_ds.streams.load import check_base, check_base_files, config_of_folder, embedding_rows
 from uft_ds.streams.stored_names import stored_weights
 from uft_ds.streams.tied import stored_twice
 from uft_ds.streams.weight_files import WeightFiles
@@ -101,8 +102,8 @@ def convert_to_merged(
     _check_free(out)
     with opened(path, base, adapter_config, say) as source:
         folder = local_folder(source.base, source.revision)
-        check_base_files(folder)
-        deltas, is_untied = _stored_deltas(folder, read_low_rank(source.adapter))
+        model, empty = check_base_files(folder)
+        deltas, is_untied = _stored_deltas(folder, model, empty, read_low_rank(source.adapter))
         chat = _tokenizer_of(source)
         sequences = _sequences(source, chat)
         rows = embedding_rows(config_of_folder(folder))
@@ -174,17 +175,19 @@ def convert_to_universal(path: Path, out: Path) -> Conversion:
     return Conversion(out, source.path, None)
 
 
-def _stored_deltas(folder: Path, deltas: Mapping[str, LowRank]) -> tuple[dict[str, LowRank], bool]:
+def _stored_deltas(
+    folder: Path, model: Any, empty: Mapping[str, Tensor], deltas: Mapping[str, LowRank]
+) -> tuple[dict[str, LowRank], bool]:
     """The deltas by the names that the base's files use, and whether one of them parts the head from the embedding.
 
+    Args:
+        model: of the base in `folder`, on the meta device. empty: as `check_base_files` returns them.
     Raises:
         UserError: the files lack a weight that the adapter changes, or hold it in several tensors.
     """
-    model = meta_model(config_of_folder(folder))
-    names = stored_weights(folder, model, deltas)
+    names = stored_weights(folder, model, empty, deltas)
     by_file = {names[name]: delta for name, delta in deltas.items()}
-    tied = stored_twice(model, {name: info.empty() for name, info in WeightFiles(folder).infos.items()})
-    return by_file, any(name in by_file for pair in tied for name in pair)
+    return by_file, any(name in by_file for pair in stored_twice(model, empty) for name in pair)
 
 
 def _tokenizer_of(source: Convertible) -> ChatTokenizer:

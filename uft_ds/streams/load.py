@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
@@ -129,21 +129,24 @@ def meta_model(config: Any) -> Any:
         raise UserError(f"model.base: no causal language model: {str(error).splitlines()[0]}") from None
 
 
-def check_base_files(folder: Path, adapted: Collection[str] = ()) -> None:
+def check_base_files(folder: Path, adapted: Collection[str] = ()) -> tuple[Any, dict[str, Tensor]]:
     """Refuse a model's folder whose weight files do not hold the model of its config.json, or cannot be merged into.
 
     Only headers are read, and the values of tied weights that are stored twice.
 
     Args:
         adapted: names in memory of the weights that get an adapter.
+    Returns:
+        the model, and its stored tensors by their names in the files, all on the meta device.
     Raises:
         UserError: names the file and the tensor; see `check_weights`, `check_tied` and `stored_weights`.
     """
     model = meta_model(config_of_folder(folder))
-    check_weights(folder, model)
-    check_tied(folder, model)
+    empty = check_weights(folder, model)
+    check_tied(folder, model, empty)
     if adapted:
-        stored_weights(folder, model, adapted)
+        stored_weights(folder, model, empty, adapted)
+    return model, empty
 
 
 def embedding_rows(config: Any) -> int:

@@ -18,8 +18,6 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from uft_ds.errors import UserError
-from uft_ds.streams.identity import weight_files
-from uft_ds.streams.weight_files import stored_tensors
 
 
 @dataclass(frozen=True)
@@ -85,17 +83,17 @@ def read_parameter(name: str, origin: Origin, read: Callable[[str], Tensor], mod
     return tensors[0] if origin.converter is None else _converted(origin, tensors, model)[name]
 
 
-def stored_weights(folder: Path, model: Any, names: Iterable[str]) -> dict[str, str]:
+def stored_weights(folder: Path, model: Any, empty: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, str]:
     """For each weight that gets an adapter, the name under which the files hold it.
 
     Args:
+        folder: of the files, for messages.
+        model: as for `origins`, and so is `empty`.
         names: in memory, such as `model.layers.0.mlp.up_proj.weight`.
-        model: as for `origins`.
     Raises:
         UserError: the files lack a weight, or hold it in several tensors, so that nothing can be added to it.
     """
-    infos = {tensor.name: tensor for path in weight_files(folder) for tensor in stored_tensors(path)}
-    found = origins(model, {name: tensor.empty() for name, tensor in infos.items()})
+    found = origins(model, empty)
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     stored = {}
     for name in names:

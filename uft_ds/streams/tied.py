@@ -14,22 +14,21 @@ import torch
 from torch import Tensor
 
 from uft_ds.errors import UserError
-from uft_ds.streams.identity import weight_files
 from uft_ds.streams.stored_names import origins
-from uft_ds.streams.weight_files import WeightFiles, stored_tensors
+from uft_ds.streams.weight_files import WeightFiles
 
 
-def check_tied(folder: Path, model: Any) -> None:
+def check_tied(folder: Path, model: Any, empty: Mapping[str, Tensor]) -> None:
     """Refuse a folder whose config.json ties two weights that its files store with different values.
 
     Only the tied tensors are read, and only if both are stored.
 
     Args:
         model: the model of the folder's config.json on the meta device.
+        empty: as for `stored_twice`.
     Raises:
         UserError: names both tensors and what to do.
     """
-    empty = {tensor.name: tensor.empty() for path in weight_files(folder) for tensor in stored_tensors(path)}
     for one, other in stored_twice(model, empty):
         weights = WeightFiles(folder)
         if not _same_values(weights.read(one), weights.read(other)):

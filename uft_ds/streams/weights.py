@@ -54,7 +54,7 @@ def loading_of(report: Mapping[str, Any]) -> Loading:
     )
 
 
-def check_weights(folder: Path, model: Any) -> None:
+def check_weights(folder: Path, model: Any) -> dict[str, Tensor]:
     """Refuse weight files that do not hold exactly the tensors of a model.
 
     Tensors of modules that the model does not have at all (a value head, the vision part of a text model) are ignored,
@@ -63,6 +63,8 @@ def check_weights(folder: Path, model: Any) -> None:
 
     Args:
         model: the model of the folder's config.json on the meta device (`streams.load.empty_base`); not changed.
+    Returns:
+        the stored tensors by their names in the files, on the meta device.
     Raises:
         UserError: a file is missing, cut or not a weight file; or a tensor is missing, has another shape, or has no
             place in the model. The message names the file and the tensor.
@@ -78,7 +80,7 @@ def check_weights(folder: Path, model: Any) -> None:
         raise UserError(f"model.base: {where}: {detail}; {folder / 'config.json'} asks for more: {_REMEDY}") from None
     problem = problem_of(loading, model)
     if problem is None:
-        return
+        return empty
     # Name the stored tensors. A missing expert also shows as a mismatch: the fused parameter then has another shape.
     if (loading.missing or loading.mismatched) and (lacking := _lacking(model, stored)):
         problem = f"lacks {_some(lacking)}, which its config.json asks for"
