@@ -97,6 +97,16 @@ def build_tiny_tokenizer(folder: Path) -> Path:
     return folder
 
 
+def rope_of(kind: str, limit: int) -> dict[str, Any]:
+    """`rope_parameters` of 16-wide heads whose frequencies change where a sequence is longer than the limit.
+
+    A dynamic kind takes the limit from the config's `max_position_embeddings`, longrope from these.
+    """
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": limit}
+    return rope | (factors if kind == "longrope" else {})
+
+
 def build_tiny_model(
     folder: Path,
     architecture: Architecture = "qwen2",

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from runs import run, settings_of_run, uft, write_recipe, write_rows
-from tiny import CHATML, VOCAB_SIZE, build_tiny_model
+from tiny import CHATML, VOCAB_SIZE, build_tiny_model, rope_of
 from toy import saved_adapter
 
 from uft_ds.errors import UserError
@@ -85,11 +85,7 @@ def test_positions_that_change_with_the_longest_sequence_are_refused(
     base = tmp_path / "base"
     shutil.copytree(tiny_qwen2, base)
     config = json.loads((base / "config.json").read_text())
-    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 60}
-    config["rope_parameters"] = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0} | (
-        factors if kind == "longrope" else {}
-    )
-    config["max_position_embeddings"] = 60
+    config |= {"rope_parameters": rope_of(kind, 60), "max_position_embeddings": 60}
     (base / "config.json").write_text(json.dumps(config))
     recipe = write_recipe(tmp_path, base)
     assert f"data.max_length: 64 is past the 60 positions of this model, whose '{kind}'" in refused(recipe)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from models import PACKED
-from tiny import CLASSES, build_tiny_model
+from tiny import CLASSES, build_tiny_model, rope_of
 from torch import Tensor
 from toy import logps_by_name, toy_model, toy_sequences
 
@@ -86,10 +86,7 @@ def test_layers_with_a_window_save_what_full_ones_do(
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_rotary_embeddings_that_look_at_the_length_are_planned(tmp_path: Path, kind: str) -> None:
     """As transformers changes them in the forward: within 2% of a real one, which stays below their limit."""
-    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
-    if kind == "longrope":
-        rope |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 512}
-    folder = build_tiny_model(tmp_path, "llama", rope_parameters=rope)
+    folder = build_tiny_model(tmp_path, "llama", rope_parameters=rope_of(kind, 512))
     assert_planned_as_saved(folder, toy_sequences(6, longest=120), True, "lockstep")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from tiny import build_tiny_model
+from tiny import build_tiny_model, rope_of
 
 from uft_ds.data.bins import fewest_micro_steps
 from uft_ds.data.formats.table import FORMATS
@@ -455,10 +455,7 @@ def test_held_out_responses_are_cached_too() -> None:
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_lengths_past_the_models_positions_are_refused(tmp_path: Path, kind: str) -> None:
     """As `uft train` refuses them; up to the limit there is a plan."""
-    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
-    if kind == "longrope":
-        rope |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 512}
-    base = build_tiny_model(tmp_path, "llama", rope_parameters=rope)
+    base = build_tiny_model(tmp_path, "llama", rope_parameters=rope_of(kind, 512))
     with pytest.raises(UserError, match=rf"^data\.max_length: 1024 is past the 512 positions of this model, .*{kind}"):
         plan(f"model.base={base}", "data.max_length=1024", gpus=2)
     assert plan(f"model.base={base}", "data.max_length=512", gpus=2).outcome.fits
