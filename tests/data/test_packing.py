@@ -5,171 +5,31 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import replace
-from itertools import combinations, pairwise
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from balance import imbalance
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy import toy_sequences, toy_step
+from lengths import of_lengths, of_units
+from toy import toy_step
 
 from uft_ds.data.bins import fewest_micro_steps
-from uft_ds.data.example import Response, Sequence
-from uft_ds.data.micro_batch import MicroBatch, micro_batch
+from uft_ds.data.example import Sequence
+from uft_ds.data.micro_batch import micro_batch
 from uft_ds.data.mixture import Step
 from uft_ds.data.packing import pack, rank_micro_batches
 
 WORLD_SIZES = (1, 2, 3, 4, 8)
 
 
-def of_lengths(lengths: list[int]) -> Step:
-    """Sequences of these lengths whose last token is a response named by its number."""
-    return Step(
-        0,
-        tuple(
-            Sequence(np.arange(length, dtype=np.int32), (Response(length - 1, length, 0.5, "score", str(i)),))
-            for i, length in enumerate(lengths)
-        ),
-    )
-
-
-def of_units(units: list[tuple[int, ...]]) -> Step:
-    """Sequences of these lengths; two in a tuple are the sides of a pair, numbered by its place."""
-    sequences = []
-    for number, lengths in enumerate(units):
-        pair_id = number if len(lengths) == 2 else None
-        for side, length in zip("ab", lengths, strict=False):
-            response = Response(length - 1, length, 0.5, "pair" if pair_id is not None else "score", f"{number}{side}")
-            response = replace(response, pair_id=pair_id)
-            sequences.append(Sequence(np.arange(length, dtype=np.int32), (response,)))
-    return Step(0, tuple(sequences))
-
-
 def origins(packed: list[list[list[Sequence]]]) -> list[list[list[str]]]:
     return [[[s.responses[0].origin for s in bin_] for bin_ in rank] for rank in packed]
 
 
-# ---- a micro-batch
-
-
-def test_layout_by_hand() -> None:
-    """Two sequences of 5 and 3 tokens: the second's responses shift by 5, each token is predicted from before it."""
-    first = Sequence(
-        np.array([10, 11, 12, 13, 14], dtype=np.int32),
-        (Response(1, 2, 0.25, "instruction", "a"), Response(3, 5, 1.0, "instruction", "b")),
-    )
-    second = Sequence(np.array([20, 21, 22], dtype=np.int32), (Response(2, 3, 0.0, "score", "c"),))
-    batch = micro_batch([first, second])
-    assert batch.token_ids_T.tolist() == [10, 11, 12, 13, 14, 20, 21, 22]
-    assert batch.position_ids_T.tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
-    assert batch.targets_N.tolist() == [11, 13, 14, 22]
-    assert batch.predictors_N.tolist() == [0, 2, 3, 6]
-    assert batch.response_of_N.tolist() == [0, 1, 1, 2]
-    assert batch.scores_R.tolist() == [0.25, 1.0, 0.0]
-    assert batch.bounds_S.tolist() == [0, 5, 8]
-    assert batch.longest == 5
-    assert [response.origin for response in batch.responses] == ["a", "b", "c"]
-    indices = ("token_ids_T", "position_ids_T", "predictors_N", "targets_N", "response_of_N")
-    assert {getattr(batch, name).dtype for name in indices} == {torch.int64}
-    assert (batch.scores_R.dtype, batch.bounds_S.dtype) == (torch.float32, torch.int32)
-
-
-def test_facts_are_columns_by_name() -> None:
-    """A fact that one response lacks is no number there; one that none carries is no number anywhere."""
-    responses = (Response(1, 2, 0.25, "score", other_facts={"advantage": -1.5}), Response(3, 5, 1.0, "instruction"))
-    batch = micro_batch([Sequence(np.arange(5, dtype=np.int32), responses)])
-    assert responses[0].facts == {"score": 0.25, "advantage": -1.5}
-    assert {name: column.dtype for name, column in batch.facts.items()} == dict.fromkeys(
-        ("score", "advantage"), torch.float32
-    )
-    assert batch.fact("score") is batch.scores_R
-    assert batch.fact("advantage")[0] == -1.5
-    assert batch.fact("advantage").isnan().tolist() == [False, True]
-    assert batch.fact("value").isnan().tolist() == [True, True]
-    assert micro_batch([]).fact("advantage").shape == (0,), "the dummy of a rank without responses has every column"
-    moved = batch.to("meta")
-    assert {column.device.type for column in moved.facts.values()} == {"meta"}
-    assert set(moved.facts) == set(batch.facts)
-
-
-def test_a_score_given_twice_is_refused() -> None:
-    """Which of two scores counts is not guessed."""
-    with pytest.raises(ValueError, match=r"score is given twice: 0\.25 and 0\.5"):
-        Response(1, 2, 0.25, "score", other_facts={"score": 0.5})
-
-
-@given(count=st.integers(1, 9), seed=st.integers(0, 999))
-@settings(deadline=None)
-def test_layout_of_any_sequences(count: int, seed: int) -> None:
-    """Each response's targets are its own tokens, each predicted by the token before it in the same sequence."""
-    sequences = toy_sequences(count, seed=seed)
-    batch = micro_batch(sequences)
-    bounds = batch.bounds_S.tolist()
-    assert bounds[-1] == len(batch.token_ids_T) == len(batch.position_ids_T)
-    assert batch.longest == max(end - start for start, end in pairwise(bounds))
-    number = 0
-    for sequence, (start, end) in zip(sequences, pairwise(bounds), strict=True):
-        assert batch.token_ids_T[start:end].tolist() == sequence.token_ids_T.tolist()
-        assert batch.position_ids_T[start:end].tolist() == list(range(end - start))
-        for response in sequence.responses:
-            own = batch.response_of_N == number
-            assert batch.targets_N[own].tolist() == sequence.token_ids_T[response.start : response.end].tolist()
-            predictors = batch.predictors_N[own]
-            assert predictors.tolist() == list(range(start + response.start - 1, start + response.end - 1))
-            assert start <= int(predictors[0])
-            assert batch.responses[number] == response
-            assert batch.scores_R[number] == np.float32(response.score)
-            number += 1
-    assert number == len(batch.responses) == len(batch.scores_R)
-
-
-def test_no_sequences_make_the_dummy() -> None:
-    """A rank with nothing left forwards two tokens and no response, with empty tensors of the usual types."""
-    dummy, real = micro_batch([]), micro_batch(toy_sequences(1))
-    assert dummy.token_ids_T.tolist() == [0, 0]
-    assert dummy.position_ids_T.tolist() == [0, 1]
-    assert dummy.bounds_S.tolist() == [0, 2]
-    assert (dummy.longest, dummy.responses) == (2, ())
-    for name in ("predictors_N", "targets_N", "response_of_N", "scores_R"):
-        assert getattr(dummy, name).shape == (0,)
-        assert getattr(dummy, name).dtype == getattr(real, name).dtype
-    assert dummy.pairs == ()
-
-
-def test_to_moves_every_tensor() -> None:
-    """No tensor stays behind; what is no tensor stays as it is."""
-    batch = micro_batch(toy_sequences(2))
-    moved = batch.to("meta")
-    tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 7
-    assert {tensor.device.type for tensor in tensors} == {"meta"}
-    assert (moved.longest, moved.responses) == (batch.longest, batch.responses)
-
-
-def test_pairs_are_found_by_their_id() -> None:
-    """Chosen and rejected stand where their responses do, with other responses before and between them."""
-    a, chosen, rejected, b, first, second = of_units([(4,), (5, 6), (3,), (7, 8)]).sequences
-    batch = micro_batch([a, chosen, b, rejected, first, second])
-    assert batch.pairs == ((1, 3), (4, 5))
-    assert [[batch.responses[i].origin for i in pair] for pair in batch.pairs] == [
-        ["1a", "1b"],
-        ["3a", "3b"],
-    ]
-
-
-def test_a_side_alone_is_no_pair() -> None:
-    """To forward one side for its log-prob is allowed; a third of the same id is a mistake of ours."""
-    _, rejected = of_units([(5, 6)]).sequences
-    assert micro_batch([rejected]).pairs == ()
-    with pytest.raises(AssertionError, match="a pair_id names one pair"):
-        micro_batch([rejected] * 3)
-
-
-# ---- which sequences share one
+# ---- which sequences share a micro-batch
 
 
 def check_packed(
@@ -365,13 +225,6 @@ def test_a_pair_above_the_limit_is_refused() -> None:
     """Each side would fit, but they are not parted."""
     with pytest.raises(ValueError, match="a pair of 9 tokens exceeds tokens_per_micro_batch 8"):
         pack(of_units([(3,), (5, 4)]), tokens_per_micro_batch=8, world_size=2)
-
-
-def test_a_micro_batch_is_immutable() -> None:
-    """Nothing downstream may change what was packed."""
-    batch: MicroBatch = micro_batch(toy_sequences(1))
-    with pytest.raises(AttributeError):
-        batch.longest = 3  # type: ignore[misc]
 
 
 # ---- balance
