@@ -1,5 +1,6 @@
 """Supervised spans: exactly the response and its end of turn, after exactly the prompt that generation would see."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -329,6 +330,14 @@ def test_a_missing_template_file_is_refused(tmp_path: Path) -> None:
     folder = build_tiny_tokenizer(tmp_path / "tokenizer")
     with pytest.raises(UserError, match=r"model\.chat_template: .*missing\.jinja cannot be read"):
         load_tokenizer(str(folder), chat_template=str(tmp_path / "missing.jinja"))
+
+
+def test_a_pipe_as_template_is_not_waited_for(tmp_path: Path) -> None:
+    """Nobody may ever write to it."""
+    folder = build_tiny_tokenizer(tmp_path / "tokenizer")
+    os.mkfifo(tmp_path / "pipe.jinja")
+    with pytest.raises(UserError, match=r"model\.chat_template: .*pipe\.jinja cannot be read .*not a regular file"):
+        load_tokenizer(str(folder), chat_template=str(tmp_path / "pipe.jinja"))
 
 
 def test_a_missing_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from uft_ds.data.tokens.chat_template import (
 )
 from uft_ds.data.tokens.pieces import check_pieces
 from uft_ds.errors import UserError
+from uft_ds.host.files import read_regular_text
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -100,7 +101,7 @@ def open_tokenizer(base: str, *, revision: str | None = None, chat_template: str
         check_pieces(base, tokenizer, model)
     if chat_template is not None:
         try:
-            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+            tokenizer.chat_template = read_regular_text(Path(chat_template))
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"model.chat_template: {chat_template} cannot be read ({error})") from None
     try:
