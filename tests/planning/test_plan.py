@@ -14,7 +14,7 @@ from tiny import build_tiny_model, rope_of
 
 from uft_ds.data.bins import fewest_micro_steps
 from uft_ds.data.formats.table import FORMATS
-from uft_ds.engine.engine import read_deepspeed_file
+from uft_ds.engine.deepspeed_file import read_deepspeed_file
 from uft_ds.errors import UserError
 from uft_ds.planning import parts
 from uft_ds.planning.alternatives import larger_clusters

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from uft_ds.engine.engine import deepspeed_files, read_deepspeed_file
+from uft_ds.engine.deepspeed_file import deepspeed_files, read_deepspeed_file
 from uft_ds.errors import UserError
 from uft_ds.planning.hardware import Cluster
 from uft_ds.planning.planner import Outcome, Planner, Setting

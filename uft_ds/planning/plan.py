@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from uft_ds.engine.engine import read_deepspeed_file
+from uft_ds.engine.deepspeed_file import read_deepspeed_file
 from uft_ds.errors import UserError
 from uft_ds.planning.alternatives import FOR_CPU, Alternative, combination_for, remedies_for, shipped_files
 from uft_ds.planning.compute import mfu_flops

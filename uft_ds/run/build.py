@@ -13,7 +13,8 @@ from uft_ds.architectures.facts import attention_parity
 from uft_ds.checkpoint.load import stored_reference
 from uft_ds.data.example import KEY_BYTES
 from uft_ds.data.store.sequences import Pool
-from uft_ds.engine.engine import Engine, deepspeed_config, partitioned_loading
+from uft_ds.engine.deepspeed_file import deepspeed_config
+from uft_ds.engine.engine import Engine, partitioned_loading
 from uft_ds.engine.ranks import current_ranks
 from uft_ds.host.world import launcher_environment
 from uft_ds.known.cache import Known

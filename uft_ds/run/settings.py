@@ -8,7 +8,7 @@ from typing import Any
 
 from uft_ds.checkpoint.folder import latest_checkpoint
 from uft_ds.checkpoint.manifest import MANIFEST
-from uft_ds.engine.engine import read_deepspeed_file
+from uft_ds.engine.deepspeed_file import read_deepspeed_file
 from uft_ds.errors import UserError
 from uft_ds.recipe.settings import Settings, changed
 from uft_ds.streams.identity import local_folder
