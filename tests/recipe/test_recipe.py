@@ -107,10 +107,12 @@ def test_the_last_override_wins(minimal: str) -> None:
 
 
 def test_home_is_expanded_in_locations_only(minimal: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`~/x` is a path in the home folder where a path is meant; a user who does not exist is no crash."""
+    """`~/x` is a path in the home folder where a path is meant; of a user who does not exist there is none."""
     monkeypatch.setenv("HOME", "/somewhere")
-    recipe = load_recipe(minimal, ("output=~/runs", "name=~/runs", "model.base=~no-such-user/model"))
-    assert (recipe.output, recipe.name, recipe.model.base) == ("/somewhere/runs", "~/runs", "~no-such-user/model")
+    recipe = load_recipe(minimal, ("output=~/runs", "name=~/runs", "model.base=./~no-such-user/model"))
+    assert (recipe.output, recipe.name, recipe.model.base) == ("/somewhere/runs", "~/runs", "./~no-such-user/model")
+    with pytest.raises(UserError, match=r"output: '~no-such-user/x' given; a user's home.*no user 'no-such-user'"):
+        load_recipe(minimal, ("output=~no-such-user/x",))
 
 
 @pytest.mark.parametrize(
@@ -297,7 +299,9 @@ def test_a_sequence_must_fit_a_micro_batch(minimal: str) -> None:
         ("=3", "expected key.path=value"),
         ("name=[1", "the value is not YAML"),
         ("name=2024-13-45", "the value is not YAML"),
-        ('train.steps=!!int ""', "the value is not YAML"),
+        ('train.steps=!!int ""', "the value is not YAML ('' is no int"),
+        ('output="a\\0b"', "the value is not YAML ('a\\x00b': a text must not hold"),
+        ('data.sources.0.path="a\\ud800"', "the value is not YAML ('a\\ud800': a text must not hold"),
         ("name=" + "[" * 3000, "the value is not YAML"),
         ("name={a: 1, a: 2}", "key 'a' is given twice"),
         ("name={[a]: 1}", "a key must be a word"),

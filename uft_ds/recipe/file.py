@@ -45,18 +45,29 @@ text, which no number's key takes, and a number.
 """
 
 
+_UNWRITABLE = re.compile("[\0\ud800-\udfff]")
+"""NUL, and halves of surrogate pairs."""
+
+
 class _RecipeLoader(yaml.SafeLoader):
     """YAML without the pitfalls of version 1.1 in numbers, and in which a key given twice is an error."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """The value of a node; one that does not fit its tag (`!!bool maybe`, 2024-02-30) is an error of the YAML."""
+        """The value of a node; one that does not fit its tag (`!!bool maybe`, 2024-02-30) is an error of the YAML.
+
+        So is a text that can neither name a file nor be written to one.
+        """
         try:
-            return super().construct_object(node, deep)
+            value = super().construct_object(node, deep)
         except (ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:
             kind = node.tag.rpartition(":")[2]
             what = repr(node.value) if isinstance(node, yaml.ScalarNode) else "a value"
             reason = f" ({error})" if isinstance(error, ValueError) else ""
             raise ConstructorError(None, None, f"{what} is no {kind}{reason}", node.start_mark) from None
+        if isinstance(value, str) and _UNWRITABLE.search(value):
+            problem = f"{_shown(value)}: a text must not hold \\0, nor \\ud800 to \\udfff"
+            raise ConstructorError(None, None, problem, node.start_mark)
+        return value
 
 
 class _RecipeDumper(yaml.SafeDumper):
@@ -132,8 +143,9 @@ def _apply_override(tree: Any, override: str) -> None:
         raise UserError(f"override {override!r}: expected key.path=value, such as train.lr=1e-5")
     try:
         value = load_yaml(text)
-    except yaml.YAMLError:
-        raise UserError(f"override {override!r}: the value is not YAML") from None
+    except yaml.YAMLError as error:
+        problem = f" ({error.problem})" if isinstance(error, ConstructorError) else ""
+        raise UserError(f"override {override!r}: the value is not YAML{problem}") from None
     except UserError as error:
         raise UserError(f"override {override!r}: {error}") from None
     *parents, leaf = key.split(".")

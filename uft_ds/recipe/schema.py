@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic_core import PydanticCustomError
 
 from uft_ds.data.formats.table import format_names
 from uft_ds.objectives.reference import HowForwarded
@@ -38,8 +39,12 @@ class Section(BaseModel):
 def _expand_home(path: str) -> str:
     try:
         return str(Path(path).expanduser()) if path.startswith("~") else path
-    except RuntimeError:  # no such user: the code that reads the path reports that it does not exist
-        return path
+    except RuntimeError:
+        user = path.removeprefix("~").partition("/")[0]
+        expected = f"a user's home folder after ~, but there is no user {user!r}" if user else "a home folder for ~"
+        raise PydanticCustomError(
+            "home", "{expected}; write ./~ for a folder of that name", {"expected": expected}
+        ) from None
 
 
 Location = Annotated[str, AfterValidator(_expand_home)]
