@@ -24,7 +24,8 @@ from uft_ds.data.mixture import Step, in_order
 from uft_ds.data.source import StepSource
 from uft_ds.engine.engine import Engine
 from uft_ds.engine.ranks import current_ranks, init_distributed
-from uft_ds.errors import EXIT_CRASHED, EXIT_DONE, CheckFailed, Stopped, UserError
+from uft_ds.errors import EXIT_BAD_INPUT, EXIT_CRASHED, EXIT_DONE, CheckFailed, Stopped, UserError
+from uft_ds.host.faults import lasting
 from uft_ds.host.locks import Lock
 from uft_ds.host.process import die_with_parent
 from uft_ds.host.signals import Stop, StopRequest
@@ -138,9 +139,16 @@ def _main(request: StopRequest, arguments: list[str] | None) -> Status:
             print(f"error: {visible(str(error))}", file=sys.stderr)
         return status
     except Exception as error:
+        where = "" if folder is None else f" (traceback in {folder.log(launched.rank)})"
+        problem = lasting(error)
+        status = _crash(error, where) if problem is None else Status(EXIT_BAD_INPUT, f"{problem}{where}")
         if folder is not None:
-            folder.write_first_status(_crash(error, f" (traceback in {folder.log(launched.rank)})"))
-        raise
+            folder.write_first_status(status)
+        if problem is None:
+            raise
+        if folder is None or not options.prepared:  # each rank may be the only one of its machine that lacks the file
+            print(f"error: rank {launched.rank}: {visible(problem)}", file=sys.stderr)
+        return status
 
 
 _CONNECTION_LOST = (
