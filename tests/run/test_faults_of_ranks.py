@@ -1,4 +1,4 @@
-"""How a rank ends that meets an error of a file: its name is told, and the exit code is 2 if a restart meets it again."""
+"""How a rank ends that meets an error of a file: the file is named; exit code 2 if a restart meets the error again."""
 
 import errno
 import json
