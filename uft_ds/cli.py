@@ -55,6 +55,10 @@ def main() -> None:
     """Run the command and end the process with its exit code; no error shows a traceback."""
     prepare_streams()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # the reason is in uft_ds/train.py
+    # torch asks the driver's management library whether there is a GPU. The driver itself, once asked, would not work
+    # in the ranks that are forked from this process.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     warnings.simplefilter("ignore", FutureWarning)  # between the libraries that we use; a user cannot fix them
     code: int | str | None = 0
     try:

@@ -3,60 +3,60 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from uft_ds.errors import EXIT_CRASHED
 from uft_ds.record.run_folder import RunFolder, Status
-from uft_ds.run import launch as launching
+from uft_ds.run.launch import launch
+from uft_ds.run.order import Order
 from uft_ds.run.rank import _crash
 
-TORCHRUN = "E1130 failed (exitcode: {code}) local_rank: {rank} (pid: 17) of binary: python\n"
+
+class _Ended:
+    """Ranks that have ended, with these exit codes."""
+
+    def __init__(self, codes: dict[int, int]) -> None:
+        self._codes = codes
+
+    def poll(self, seconds: float) -> dict[int, int]:
+        return self._codes
+
+    def ask_to_stop(self) -> None:
+        raise AssertionError
+
+    end = ask_to_stop
 
 
-class _Launcher:
-    """torchrun after its ranks have ended: it has written its log, and rank 1 a status."""
+def ended(folder: RunFolder, codes: dict[int, int], status: Status | None) -> Status:
+    """What is told of ranks that ended so, of which one has left a status."""
 
-    folder: RunFolder
-    log: str
-    status: Status | None
+    def start(order: Order) -> _Ended:
+        if status is not None:
+            folder.write_first_status(status)
+        return _Ended(codes)
 
-    def __init__(self, command: list[str], **_: Any) -> None:
-        self.folder.launcher_log.write_text(self.log)
-        if self.status is not None:
-            self.folder.write_first_status(self.status)
-
-    def wait(self, timeout: float) -> int:
-        return 1
+    return launch(folder, start, ranks=2, port=1)
 
 
-def ended(folder: RunFolder, monkeypatch: pytest.MonkeyPatch, log: str, status: Status | None) -> Status:
-    monkeypatch.setattr(_Launcher, "folder", folder, raising=False)
-    monkeypatch.setattr(_Launcher, "log", log, raising=False)
-    monkeypatch.setattr(_Launcher, "status", status, raising=False)
-    monkeypatch.setattr(launching.subprocess, "Popen", _Launcher)
-    return launching.launch(folder, ranks=2, port=1)
-
-
-def test_the_killed_rank_is_blamed_afterwards_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_killed_rank_is_blamed_afterwards_too(tmp_path: Path) -> None:
     """Rank 1, which saw its connection close, was faster to write."""
     folder = RunFolder(tmp_path)
     consequence = Status(EXIT_CRASHED, "rank 1 crashed: RuntimeError: Connection reset by peer")
-    found = ended(folder, monkeypatch, TORCHRUN.format(code=-9, rank=0), consequence)
+    found = ended(folder, {0: -9, 1: 1}, consequence)
     assert found.message.startswith("rank 0 was killed (signal 9)")
     assert folder.read_status() == found
 
 
-def test_ranks_that_say_nothing_leave_a_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_that_say_nothing_leave_a_status(tmp_path: Path) -> None:
     """And where one has said why, that stays."""
     folder = RunFolder(tmp_path)
-    found = ended(folder, monkeypatch, "", None)
+    found = ended(folder, {}, None)
     assert "ended without a status" in found.message
     assert folder.read_status() == found
     reason = Status(EXIT_CRASHED, "rank 1 crashed: ValueError: x")
     folder.write_status(reason)
-    assert ended(folder, monkeypatch, TORCHRUN.format(code=1, rank=1), None) == folder.read_status() == reason
+    assert ended(folder, {1: 1}, None) == folder.read_status() == reason
 
 
 def test_a_lost_connection_blames_no_fault_of_this_rank(monkeypatch: pytest.MonkeyPatch) -> None:

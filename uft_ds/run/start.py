@@ -16,11 +16,13 @@ from uft_ds.host.callbacks import OnProgress
 from uft_ds.recipe.settings import Settings
 from uft_ds.record.run_folder import Status
 from uft_ds.run.checks import check_sharding
+from uft_ds.run.forked import RankServer
 from uft_ds.run.launch import launch, master_port, number_of_ranks
 from uft_ds.run.prepare import check_run, prepare_run
 from uft_ds.run.preview import device_notes, show_data
 from uft_ds.run.resume import nothing_to_do, prepare_resume
 from uft_ds.run.settings import located, with_deepspeed_file
+from uft_ds.run.torchrun import TorchrunRanks
 
 
 def run_settings(
@@ -31,10 +33,12 @@ def run_settings(
     overwrite: bool = False,
     resume: bool = False,
     options: tuple[str, ...] = (),
+    server: RankServer | None = None,
 ) -> tuple[Path, Status]:
     """Prepare the run, launch it and wait for its end.
 
     Args:
+        server: forks the ranks; torchrun starts them if there is none.
         what: name of the work, shown to the user, such as "training".
         overwrite: delete the run that the output holds. resume: resume it, unless it is done.
         options: extra command-line options of the ranks' program.
@@ -61,7 +65,8 @@ def run_settings(
         for note in device_notes(settings, has_gpu=torch.cuda.is_available()):
             console.print(note)
         console.print(f"{what} on {ranks} ranks; logs in {folder.path}")
-        status = launch(folder, ranks=ranks, port=master_port(), options=options, say=console.print)
+        start = TorchrunRanks if server is None else server.start
+        status = launch(folder, start, ranks=ranks, port=master_port(), options=options, say=console.print)
     if status.exit_code == EXIT_STOPPED:
         console.print(status.message)
     elif status.exit_code != EXIT_DONE:
