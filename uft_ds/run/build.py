@@ -16,7 +16,7 @@ from uft_ds.data.store.sequences import Pool
 from uft_ds.engine.engine import Engine, deepspeed_config, partitioned_loading
 from uft_ds.engine.ranks import current_ranks
 from uft_ds.host.world import launcher_environment
-from uft_ds.known.cache import Known
+from uft_ds.known.cache import STORED_ROUNDING_NATS, Known
 from uft_ds.known.store import LogpTable, ReferenceStore, set_aside
 from uft_ds.recipe.settings import Settings
 from uft_ds.record.report import Speaker
@@ -112,13 +112,15 @@ def build_reference_cache(
         else:
             snapshot[0] = stored_reference(checkpoint, identity)
     torch.distributed.broadcast_object_list(snapshot, src=0)
-    cache = Known.of_reference(settings.reference.how, snapshot[0], identity=identity, store=store)
+    dtype = getattr(torch, settings.model.dtype)
+    rounding = STORED_ROUNDING_NATS[dtype]
+    cache = Known.of_reference(settings.reference.how, snapshot[0], identity=identity, rounding=rounding, store=store)
     check = check_reference_cache(
         engine,
         cache,
         pools,
         tokens_per_micro_batch=settings.train.tokens_per_micro_batch,
-        dtype=getattr(torch, settings.model.dtype),
+        dtype=dtype,
     )
     if check is not None and check.agrees:
         reporter.say(
