@@ -69,11 +69,15 @@ class Forwarded:
             policy: the policy's output in the same forward.
             rounding: see `Method.rounding`.
         """
+        entropy_R, top1_R = (
+            None if of_N is None else response_sums(of_N, batch) for of_N in (policy.entropy_N, policy.is_top1_N)
+        )
         return cls(
             batch,
             {name: logps_R.detach() for name, logps_R in logps.items()},
-            *(None if of_N is None else response_sums(of_N, batch) for of_N in (policy.entropy_N, policy.is_top1_N)),
-            rounding,
+            entropy_R=entropy_R,
+            top1_R=top1_R,
+            rounding=rounding,
         )
 
 
