@@ -199,9 +199,9 @@ class TrainSection(Section):
     tokens_per_micro_batch: Annotated[int, Field(ge=8, lt=_INT32)] = 16384
     """Largest number of tokens that a rank forwards at once."""
     epochs: Positive = 1
-    """Number of passes over the mixture; ignored if steps is given."""
+    """Number of passes over the mixture; ignored if steps is given. A resumed run may change it."""
     steps: Positive | None = None
-    """Number of optimiser steps; the mixture is repeated as often as needed."""
+    """Number of optimiser steps; the mixture is repeated as often as needed. A resumed run may change it."""
     lr: PositiveFloat = 3.0e-5
     """Peak learning rate of AdamW."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

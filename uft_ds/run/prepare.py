@@ -9,10 +9,12 @@ import json
 import platform
 from dataclasses import asdict
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from uft_ds.checkpoint.owner import RUN
-from uft_ds.data.mixture import Steps, plan_steps, units_of_epochs
+from uft_ds.data.mixture import SHORT_AFTER, Steps, plan_steps, units_of_epochs
+from uft_ds.data.source import SourceState
 from uft_ds.data.sources import (
     PreparedData,
     PreparedSource,
@@ -127,14 +129,19 @@ def ensure_data(settings: Settings, folder: RunFolder, *, has_prepared: bool) ->
         )
 
 
-def steps_of(settings: Settings, data: PreparedData) -> Steps:
-    """All steps of a run."""
+def steps_of(settings: Settings, data: PreparedData, state: SourceState = MappingProxyType({})) -> Steps:
+    """All steps of a run.
+
+    Args:
+        state: of the source of steps, as in the checkpoint that the run resumes from.
+    """
     return plan_steps(
         data.train,
         seed=settings.train.seed,
         examples_per_step=settings.train.examples_per_step,
         epochs=settings.train.epochs,
         steps=settings.train.steps,
+        short_after=frozenset(state.get(SHORT_AFTER, ())),
     )
 
 
@@ -207,9 +214,7 @@ def prepare_run(
         UserError: a check failed; nothing has been written to the folder.
     """
     folder = RunFolder(settings.output)
-    check_claimable(folder, overwrite=overwrite)
-    settings, data = check_run(settings, on_progress)
-    identity = run_identity(settings, data, on_progress)
+    settings, data, identity = check_prepare(settings, overwrite=overwrite, on_progress=on_progress)
     lock = claim(folder, overwrite=overwrite, lock=lock)
     try:
         _write_prepared(folder, settings, data, identity)
@@ -219,6 +224,21 @@ def prepare_run(
             raise UserError(f"output: {folder.path} cannot be written ({error.strerror})") from None
         raise
     return folder, data, lock
+
+
+def check_prepare(
+    settings: Settings, *, overwrite: bool, on_progress: OnProgress = lambda label, done, total: None
+) -> tuple[Settings, PreparedData, dict[str, Any]]:
+    """All checks of `prepare_run`; the run's folder is not touched.
+
+    Returns:
+        What `check_run` returns, and the run's identity.
+    Raises:
+        UserError: a check failed.
+    """
+    check_claimable(RunFolder(settings.output), overwrite=overwrite)
+    settings, data = check_run(settings, on_progress)
+    return settings, data, run_identity(settings, data, on_progress)
 
 
 def check_run(

@@ -18,7 +18,6 @@ from rich.console import Console
 
 from uft_ds.checkpoint.generators import seed_generators
 from uft_ds.checkpoint.load import restore_engine
-from uft_ds.checkpoint.state import read_position
 from uft_ds.checkpoint.writer import CheckpointWriter
 from uft_ds.data.mixture import Step, in_order
 from uft_ds.data.source import StepSource
@@ -40,7 +39,7 @@ from uft_ds.record.run_folder import RunFolder, Status, write_first
 from uft_ds.run.build import build_engine, build_reference_cache
 from uft_ds.run.checks import check_sharding
 from uft_ds.run.prepare import ensure_data, open_data, prepare_run, steps_of
-from uft_ds.run.resume import nothing_to_do, prepare_resume, resumed_from
+from uft_ds.run.resume import nothing_to_do, prepare_resume, resumed_from, resumed_position
 from uft_ds.run.settings import located, with_deepspeed_file
 from uft_ds.run.waiting import while_others_wait
 from uft_ds.training.determinism import make_deterministic
@@ -171,10 +170,10 @@ def _run(settings: Settings, folder: RunFolder, console: Console, request: StopR
         make_deterministic()
     seed_generators(settings.train.seed)
     data = open_data(settings, folder)
-    steps: StepSource = steps_of(settings, data)
     held_out = in_order([source.selection for source in data.held_out], settings.train.examples_per_step)
     checkpoint = resumed_from(folder)
-    state = START if checkpoint is None else read_position(checkpoint).state
+    state = START if checkpoint is None else resumed_position(folder, checkpoint).state
+    steps: StepSource = steps_of(settings, data, state.source)
     steps.restore(state.source)
     after_step = None if checkpoint is None else state.step
     with _together(), _reporter(settings, folder, console, len(steps), after_step) as reporter:

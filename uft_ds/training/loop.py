@@ -23,7 +23,7 @@ from uft_ds.record.telemetry import write_rows
 from uft_ds.streams.adapters import Policy
 from uft_ds.training.evaluate import evaluate
 from uft_ds.training.forwarding import Method
-from uft_ds.training.schedule import learning_rate
+from uft_ds.training.schedule import learning_rate, progress_of_step
 from uft_ds.training.step import run_step
 
 START = TrainerState(step=0, skipped_steps=0)
@@ -81,7 +81,7 @@ def train(session: Session, steps: StepSource, held_out: Seq[Step], state: Train
     try:
         if state.step == 0 or due(state.step, settings.evaluate_every) or state.step == len(steps):
             # The evaluation after step n uses the beta of step n, also in a resumed run.
-            before = session.method_at(max(0, state.step - 1) / max(1, len(steps) - 1), state)
+            before = session.method_at(progress_of_step(max(0, state.step - 1), len(steps)), state)
             if held_out:
                 count = sum(len(group.responses) for group in held_out)
                 session.reporter.say(f"evaluating {count:,} held-out responses before step {state.step + 1}")
@@ -92,7 +92,7 @@ def train(session: Session, steps: StepSource, held_out: Seq[Step], state: Train
             rate = learning_rate(
                 step.index, num_steps=len(steps), peak=settings.lr, warmup=settings.warmup, schedule=settings.schedule
             )
-            progress = step.index / max(1, len(steps) - 1)
+            progress = progress_of_step(step.index, len(steps))
             current = session.method_at(progress, state)
             result, metrics, shift = run_step(current, step, rate, state.log_ratio_shift)
             state = TrainerState(state.step + 1, state.skipped_steps + result.skipped, shift, steps.state())
