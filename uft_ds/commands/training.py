@@ -24,13 +24,31 @@ def train(
         bool, typer.Option("--resume", help="Resume from the newest intact checkpoint of the run in the output folder.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run that the output holds.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and say what would be trained, but launch nothing.")
+    ] = False,
 ) -> None:
     """Check everything, then train on this machine's GPUs, or on two CPU processes."""
     from uft_ds.recipe.settings import load_settings
 
     if resume and overwrite:
         raise UserError("--resume and --overwrite: the one continues a run, the other deletes it; give one of them")
-    run_training(load_settings(recipe, tuple(overrides or ())), overwrite=overwrite, resume=resume)
+    settings = load_settings(recipe, tuple(overrides or ()))
+    if dry_run:
+        _rehearse(settings, overwrite=overwrite, resume=resume)
+    else:
+        run_training(settings, overwrite=overwrite, resume=resume)
+
+
+def _rehearse(settings: Settings, *, overwrite: bool, resume: bool) -> None:
+    from uft_ds.planning.here import memory_note
+    from uft_ds.run.start import rehearse
+
+    found = rehearse(settings, console, overwrite=overwrite, resume=resume)
+    if found is None:
+        return
+    console.print(memory_note(found.settings, found.ranks))
+    console.print(f"dry run: {found.ranks} ranks would start, every check has passed; {settings.output} is unchanged")
 
 
 def run_training(settings: Settings, *, overwrite: bool = False, resume: bool = False) -> None:

@@ -231,6 +231,37 @@ def claim_again(folder: RunFolder) -> Lock:
     return locked(folder, name=f"output: {folder.path}", without_locks=f"two runs could write to it; {_LOCK_REMEDY}")
 
 
+def check_ownable(folder: RunFolder) -> None:
+    """As `claim`, but leave nothing behind: a folder that exists must be writable and free, another one creatable.
+
+    Raises:
+        UserError: another process owns the folder, it cannot be written, or its file system has no locks.
+    """
+    name = f"output: {folder.path}"
+    if folder.lock.exists():
+        owned = is_owned(folder)
+        if owned is None:
+            raise UserError(f"{name} cannot be locked, so two runs could write to it; {_LOCK_REMEDY}")
+        if owned:
+            raise UserError(f"{name} is in use by a run that is still running; stop that run first")
+        if not os.access(folder.path, os.W_OK):
+            raise UserError(f"{name} cannot be written")
+        return
+    existing = next(parent for parent in (folder.path, *folder.path.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise UserError(f"output: {existing} is a file, expected a folder")
+    probe = existing / f".uft-probe.{uuid.uuid4().hex}.tmp"
+    try:
+        acquire(probe).delete()
+    except NoLocks as error:
+        probe.unlink(missing_ok=True)
+        raise UserError(
+            f"{name} cannot be locked ({error.strerror}), so two runs could write to it; {_LOCK_REMEDY}"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{name} cannot be written ({error.strerror})") from None
+
+
 def locked(folder: RunFolder, *, name: str, without_locks: str) -> Lock:
     """Lock a run's folder without changing its files.
 
