@@ -8,17 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import files_below
 from rich.console import Console
 from runs import write_recipe
 from typer.testing import CliRunner
 
-from uft_ds.checkpoint.folder import checkpoints_of
 from uft_ds.cli import app
 from uft_ds.errors import UserError
-from uft_ds.host.locks import acquire
 from uft_ds.recipe.settings import load_settings
-from uft_ds.record.run_folder import RunFolder
 from uft_ds.run.prepare import prepare_run
 from uft_ds.run.settings import located
 from uft_ds.run.start import Rehearsal, rehearse

@@ -107,14 +107,14 @@ def rehearse(
     for note in () if found is None else found.notes:
         console.print(note)
     _show(settings, data, console)
-    done, source = (0, {}) if found is None else (found.position.state.step, found.position.state.source)
+    steps_done, source = (0, {}) if found is None else (found.position.state.step, found.position.state.source)
     steps = steps_of(settings, data, source)
     if resume:
         begins = "at step 0: there is no checkpoint" if found is None else f"from {found.checkpoint.name}"
         console.print(f"would resume {begins}")
     console.print(steps_line(steps, settings.train.examples_per_step))
-    console.print(amount_line(steps, data, done))
-    return Rehearsal(settings, ranks, len(steps), done)
+    console.print(amount_line(steps, data, steps_done))
+    return Rehearsal(settings, ranks, len(steps), steps_done)
 
 
 _NOTHING_TO_RESUME = "{} is done: there is nothing to resume"
