@@ -146,7 +146,8 @@ def reference(recipe: RecipeName, overrides: Overrides = None) -> None:
         why = "objective.loss needs no reference" if settings.reference.given_cache else "reference.cache is false"
         raise UserError(f"there is nothing to fill: {why}")
     work = Path(tempfile.mkdtemp(prefix="uft-reference-"))
-    filling = changed(settings, {"output": str(work / "run")})
+    # The reference is the base whatever the policy starts from.
+    filling = changed(settings, {"output": str(work / "run"), "start.adapter": None})
     try:
         _, status = _launched(filling, "computing the reference", options=("--only-reference",))
     except typer.Exit as end:

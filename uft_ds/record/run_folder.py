@@ -111,6 +111,10 @@ class RunFolder:
         """A few of the run's sequences (held-out ones if there are any), with which a trained model can be checked."""
         return self.path / "data" / "sample"
 
+    def start(self) -> Path:
+        """The log-ratios that the policy must have before the first step, if it starts from an adapter."""
+        return self.path / "data" / "start.json"
+
     def quarantine(self) -> Path:
         """The rows that were left out because they cannot be read, each with the reason."""
         return self.path / "data" / "quarantine.jsonl"

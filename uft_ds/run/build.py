@@ -22,7 +22,7 @@ from uft_ds.recipe.settings import Settings
 from uft_ds.record.report import Speaker
 from uft_ds.record.run_folder import RunFolder, reading_identity
 from uft_ds.run.checks import check_sharding
-from uft_ds.streams.adapters import add_adapters, start_from_adapter
+from uft_ds.streams.adapters import add_adapters, start_from_adapter, start_policy_from_adapter
 from uft_ds.streams.identity import reference_identity
 from uft_ds.streams.load import decoder_layer_class, load_base
 from uft_ds.streams.model import UFTModel
@@ -58,6 +58,8 @@ def build_engine(settings: Settings, reporter: Speaker) -> tuple[Engine, UFTMode
     )
     if settings.reference.adapter is not None:
         start_from_adapter(policy, Path(settings.reference.adapter))
+    if settings.start_adapter is not None:
+        start_policy_from_adapter(policy, Path(settings.start_adapter))
     model = UFTModel(
         policy,
         reference_mode=settings.reference.mode,

@@ -33,6 +33,7 @@ from uft_ds.record.run_folder import RunFolder, check_own_files, claim_again, re
 from uft_ds.run.growth import may_grow, with_other_steps
 from uft_ds.run.identity import environment, may_change, run_identity
 from uft_ds.run.prepare import check_run, open_data, prepare_run, read_report
+from uft_ds.run.start_adapter import read_start
 
 
 def prepare_resume(
@@ -108,6 +109,8 @@ def check_resume(
     settings, data = check_run(settings, on_progress)
     _check_same_content(folder, run_identity(settings, data, on_progress))
     data = _as_tokenized_then(settings, folder, data)
+    if settings.start_adapter is not None:
+        read_start(folder)
     position, on_steps = with_other_steps(settings, data, position, changes)
     now = environment(settings)
     warnings = (

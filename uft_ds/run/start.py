@@ -101,7 +101,7 @@ def rehearse(
             found = check_resume(folder, settings, on_progress)
         if found is None:
             replaces = overwrite or (resume and folder.lock.exists())
-            settings, data, _ = check_prepare(settings, overwrite=replaces, on_progress=on_progress)
+            settings, data, *_ = check_prepare(settings, overwrite=replaces, on_progress=on_progress)
         else:
             settings, data = found.settings, found.data
     for note in () if found is None else found.notes:
