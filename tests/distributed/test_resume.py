@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
 import os
 import random
@@ -20,7 +21,9 @@ import needs
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from runs import (
+    STEPS,
     TIMEOUT_SECONDS,
     adapter,
     assert_same_run,
@@ -43,6 +46,7 @@ from uft_ds.recipe.settings import load_settings
 from uft_ds.record.metrics import read_metrics
 from uft_ds.record.run_folder import RunFolder
 from uft_ds.run.resume import nothing_to_do, prepare_resume, resumed_from
+from uft_ds.run.start import rehearse
 
 
 @pytest.fixture(scope="module")
@@ -370,6 +374,46 @@ def test_a_grown_run_with_a_constant_rate_is_the_longer_run_bit_for_bit(tiny_qwe
         assert result.returncode == 0, result.stdout + result.stderr
     assert "every step so far is also that of a run of 6 steps" in result.stdout
     assert_same_run(tmp_path / "grown" / "run", straight.parent / "run")
+
+
+def test_a_dry_resume_says_what_a_resume_would(unbroken: Path, tiny_qwen2: Path, tmp_path: Path) -> None:
+    """Warnings, checkpoint and steps, or the refusal; no file of the run is touched."""
+    recipe = unfinished_copy(unbroken, tiny_qwen2, tmp_path / "copy")
+    run = tmp_path / "copy" / "run"
+    (run / "metrics.jsonl").write_text("")
+    before = {path: (path.lstat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in run.rglob("*")}
+    text = io.StringIO()
+    settings = settings_of_run(recipe, "train.steps=9")
+    found = rehearse(settings, Console(file=text, width=500), resume=True)
+    assert found is not None
+    assert (found.num_steps, found.done) == (9, 6)
+    said = text.getvalue()
+    assert f"warning: {run / 'metrics.jsonl'}: 0 bytes, " in said
+    assert "train.steps: 9 now, 6 before: 9 steps, 6 of them done" in said
+    assert "would resume from step-000006" in said
+    assert "6 steps are done, the remaining 3 hold 24" in said
+    with pytest.raises(UserError, match=r"train\.lr: 0\.5 now, 0\.01 when"):
+        rehearse(settings_of_run(recipe, "train.lr=0.5"), Console(file=text), resume=True)
+    assert {path: (path.lstat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in run.rglob("*")} == before
+
+
+@pytest.mark.long
+def test_a_run_from_another_ones_adapter_goes_on_bit_for_bit(unbroken: Path, tiny_qwen2: Path, tmp_path: Path) -> None:
+    """`start.adapter: RUN` begins where that run ended, with the base as reference; killed, it goes on as itself."""
+    changes = {"start": {"adapter": str(unbroken)}, "objective__reward_shift": "none"}
+    straight = recipe_in(tmp_path / "straight", tiny_qwen2, **changes)
+    result = uft("train", str(straight))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "before the first step: the log-ratios of start.adapter are" in result.stdout
+    first, last = numbers(straight.parent / "run")[0], numbers(unbroken)[-1]
+    assert (first["step"], last["step"]) == (0, STEPS)
+    for name in ("log_ratio/score", "rank_correlation/score", "length_correlation/score", "implicit_reward/score"):
+        assert first[f"held_out/{name}"] == pytest.approx(last[f"held_out/{name}"], abs=1e-4), name
+    recipe = recipe_in(tmp_path / "killed", tiny_qwen2, **changes)
+    killed_at(recipe, 3)
+    result = uft("train", str(recipe), "--resume")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert_same_run(tmp_path / "killed" / "run", straight.parent / "run")
 
 
 KILLS, STEPS_UNDER_FIRE = 6, 60
