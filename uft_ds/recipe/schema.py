@@ -198,15 +198,21 @@ class ReferenceSection(Section):
     kernels that choose another algorithm without gradients may need more."""
 
 
+class StartSection(Section):
+    adapter: Location | None = None
+    """An adapter that the policy starts from, while the base stays the reference (with reference.adapter it is the
+    reference too). An adapter's folder, a checkpoint or a run; its rank, alpha and targets must be those of lora."""
+
+
 class TrainSection(Section):
     examples_per_step: Annotated[int, Field(gt=0, le=2**20)] = 64
     """Number of responses of an optimiser step, over all ranks and micro-batches; at most a million (2^20)."""
     tokens_per_micro_batch: Annotated[int, Field(ge=8, lt=_INT32)] = 16384
     """Largest number of tokens that a rank forwards at once."""
     epochs: Positive = 1
-    """Number of passes over the mixture; ignored if steps is given."""
+    """Number of passes over the mixture; ignored if steps is given. A resumed run may change it."""
     steps: Positive | None = None
-    """Number of optimiser steps; the mixture is repeated as often as needed."""
+    """Number of optimiser steps; the mixture is repeated as often as needed. A resumed run may change it."""
     lr: PositiveFloat = 3.0e-5
     """Peak learning rate of AdamW."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -256,6 +262,7 @@ class Recipe(Section):
     data: DataSection
     objective: ObjectiveSection = ObjectiveSection()
     reference: ReferenceSection = ReferenceSection()
+    start: StartSection = StartSection()
     train: TrainSection = TrainSection()
     launch: LaunchSection = LaunchSection()
     tracking: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
@@ -305,6 +312,14 @@ def _impossible(recipe: Recipe) -> list[tuple[str, str]]:
                     (f"{prefix}.{index}.path", f"{source.path!r} is a source already; no row may be used twice")
                 )
             seen.add(rows)
+    if recipe.start.adapter is not None and recipe.reference.adapter is not None:
+        found.append(
+            (
+                "start.adapter",
+                "given together with reference.adapter, from which the policy starts too; give start.adapter alone if "
+                "the base is the reference, reference.adapter alone if the adapter is",
+            )
+        )
     found += [("train.keep_best", problem) for problem in _impossible_best(recipe)]
     if recipe.lora is not None and recipe.lora.dropout != 0.0:
         found.append(("lora.dropout", f"{recipe.lora.dropout} given, must be 0: it would make log-ratios noise"))

@@ -17,13 +17,13 @@ from uft_ds.engine.deepspeed_file import deepspeed_config
 from uft_ds.engine.engine import Engine, partitioned_loading
 from uft_ds.engine.ranks import current_ranks
 from uft_ds.host.world import launcher_environment
-from uft_ds.known.cache import Known
+from uft_ds.known.cache import STORED_ROUNDING_NATS, Known
 from uft_ds.known.store import LogpTable, ReferenceStore, set_aside
 from uft_ds.recipe.settings import Settings
 from uft_ds.record.report import Speaker
 from uft_ds.record.run_folder import RunFolder, reading_identity
 from uft_ds.run.checks import check_sharding
-from uft_ds.streams.adapters import add_adapters, start_from_adapter
+from uft_ds.streams.adapters import add_adapters, start_from_adapter, start_policy_from_adapter
 from uft_ds.streams.identity import reference_identity
 from uft_ds.streams.load import decoder_layer_class, load_base
 from uft_ds.streams.model import UFTModel
@@ -59,6 +59,8 @@ def build_engine(settings: Settings, reporter: Speaker) -> tuple[Engine, UFTMode
     )
     if settings.reference.adapter is not None:
         start_from_adapter(policy, Path(settings.reference.adapter))
+    if settings.start_adapter is not None:
+        start_policy_from_adapter(policy, Path(settings.start_adapter))
     model = UFTModel(
         policy,
         reference_mode=settings.reference.mode,
@@ -113,13 +115,15 @@ def build_reference_cache(
         else:
             snapshot[0] = stored_reference(checkpoint, identity)
     torch.distributed.broadcast_object_list(snapshot, src=0)
-    cache = Known.of_reference(settings.reference.how, snapshot[0], identity=identity, store=store)
+    dtype = getattr(torch, settings.model.dtype)
+    rounding = STORED_ROUNDING_NATS[dtype]
+    cache = Known.of_reference(settings.reference.how, snapshot[0], identity=identity, rounding=rounding, store=store)
     check = check_reference_cache(
         engine,
         cache,
         pools,
         tokens_per_micro_batch=settings.train.tokens_per_micro_batch,
-        dtype=getattr(torch, settings.model.dtype),
+        dtype=dtype,
     )
     if check is not None and check.agrees:
         reporter.say(

@@ -159,6 +159,18 @@ def steps_line(steps: Steps, examples_per_step: int) -> Text:
     return Text(f"{len(steps):,} steps of at least {examples_per_step} responses; the first has {holds}")
 
 
+def amount_line(steps: Steps, data: PreparedData, done: int = 0) -> Text:
+    """A line with what the steps hold in all. done: the number of steps that are done already."""
+    in_all, per_epoch = steps.num_responses(), sum(data.epoch_amounts)
+    passes = f"{in_all / per_epoch:.3g}"
+    text = f"{in_all:,} responses in all, {passes} epoch{'s' * (passes != '1')} of {per_epoch:,.0f}"
+    if done == len(steps):
+        return Text(f"{text}; all steps are done")
+    if done:
+        text += f"; {done:,} steps are done, the remaining {len(steps) - done:,} hold {steps.num_responses(done):,}"
+    return Text(text)
+
+
 def _table(*headers: str, **options: Any) -> Table:
     """A table whose text columns wrap in a narrow terminal and are never cut: a place ends with its line number."""
     numbers = {"responses", "tokens", "per epoch", "left out", "number"}

@@ -18,7 +18,6 @@ from rich.console import Console
 
 from uft_ds.checkpoint.generators import seed_generators
 from uft_ds.checkpoint.load import restore_engine
-from uft_ds.checkpoint.state import read_position
 from uft_ds.checkpoint.writer import CheckpointWriter
 from uft_ds.data.mixture import Step, in_order
 from uft_ds.data.source import StepSource
@@ -41,14 +40,16 @@ from uft_ds.record.run_folder import RunFolder, Status, write_first
 from uft_ds.run.build import build_engine, build_reference_cache
 from uft_ds.run.checks import check_sharding
 from uft_ds.run.prepare import ensure_data, open_data, prepare_run, steps_of
-from uft_ds.run.resume import nothing_to_do, prepare_resume, resumed_from
+from uft_ds.run.resume import nothing_to_do, prepare_resume, resumed_from, resumed_position
 from uft_ds.run.settings import located, with_deepspeed_file
+from uft_ds.run.start_adapter import read_start, sample_of
 from uft_ds.run.waiting import while_others_wait
 from uft_ds.training.determinism import make_deterministic
 from uft_ds.training.evaluate import check_log_ratios_are_zero
 from uft_ds.training.forwarding import Method
 from uft_ds.training.loop import START, Session, train
 from uft_ds.training.model_check import check_model
+from uft_ds.training.start_check import check_starts_as_adapter
 
 GROUPS_BETWEEN_FLUSHES = 20
 """Groups (of `examples_per_step` responses) between two writes of the reference cache; a kill loses at most these."""
@@ -179,16 +180,16 @@ def _run(settings: Settings, folder: RunFolder, console: Console, request: StopR
         make_deterministic()
     seed_generators(settings.train.seed)
     data = open_data(settings, folder)
-    steps: StepSource = steps_of(settings, data)
     held_out = in_order([source.selection for source in data.held_out], settings.train.examples_per_step)
     checkpoint = resumed_from(folder)
-    state = START if checkpoint is None else read_position(checkpoint).state
+    state = START if checkpoint is None else resumed_position(folder, checkpoint).state
+    steps: StepSource = steps_of(settings, data, state.source)
     steps.restore(state.source)
     after_step = None if checkpoint is None else state.step
     with _together(), _reporter(settings, folder, console, len(steps), after_step) as reporter:
         engine, model = build_engine(settings, reporter)
         # Before the checkpoint is restored: only with fresh adapters must policy and reference be equal.
-        _check_start(engine, settings, steps.step(0), reporter)
+        _check_start(engine, settings, folder, steps.step(0), reporter)
         pools = [source.selection for source in data.all]
         reference = build_reference_cache(settings, folder, engine, model, pools, reporter, checkpoint)
         if checkpoint is not None:
@@ -199,7 +200,17 @@ def _run(settings: Settings, folder: RunFolder, console: Console, request: StopR
         method = Method(engine, settings.objective, reference, settings.train.tokens_per_micro_batch)
         stop = Stop(request, engine.agree)
         request.only_note()
-        train(Session(method, model.policy, settings.train, folder, reporter, writer, stop), steps, held_out, state)
+        session = Session(
+            method,
+            model.policy,
+            settings.train,
+            folder,
+            reporter,
+            writer,
+            stop,
+            starts_as_reference=settings.start_adapter is None,
+        )
+        train(session, steps, held_out, state)
     if engine.rank == 0:
         folder.write_status(Status(EXIT_DONE, "done"))
         folder.done.touch()
@@ -220,8 +231,24 @@ def _together() -> Iterator[None]:
         raise
 
 
-def _check_start(engine: Engine, settings: Settings, step: Step, reporter: Speaker) -> None:
-    check_model(engine, step, dtype=getattr(torch, settings.model.dtype))
+def _check_start(engine: Engine, settings: Settings, folder: RunFolder, step: Step, reporter: Speaker) -> None:
+    dtype = getattr(torch, settings.model.dtype)
+    check_model(engine, step, dtype=dtype)
+    if settings.start_adapter is not None:
+        found = check_starts_as_adapter(
+            engine,
+            sample_of(folder),
+            read_start(folder).log_ratios,
+            tokens_per_micro_batch=settings.train.tokens_per_micro_batch,
+            dtype=dtype,
+        )
+        reporter.say(f"before the first step: {found.summary}")
+        if found.is_below_rounding:
+            reporter.warn(
+                f"start.adapter: {settings.start_adapter} changes log-probs by no more than rounding: whether it is "
+                "loaded rightly cannot be told"
+            )
+        return
     if not settings.reference.is_needed:
         return
     largest = check_log_ratios_are_zero(
@@ -242,7 +269,7 @@ def _fill_reference(settings: Settings, folder: RunFolder, console: Console, req
     num_responses = sum(pool.num_responses for pool in pools)
     with _together(), _fill_reporter(console, num_responses) as reporter:
         engine, model = build_engine(settings, reporter)
-        _check_start(engine, settings, groups[0], reporter)
+        _check_start(engine, settings, folder, groups[0], reporter)
         cache = build_reference_cache(settings, folder, engine, model, pools, reporter)
         known_before = cache.num_known
         request.only_note()

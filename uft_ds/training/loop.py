@@ -23,7 +23,7 @@ from uft_ds.record.telemetry import write_rows
 from uft_ds.streams.adapters import Policy
 from uft_ds.training.evaluate import evaluate
 from uft_ds.training.forwarding import Method
-from uft_ds.training.schedule import learning_rate
+from uft_ds.training.schedule import learning_rate, progress_of_step
 from uft_ds.training.step import run_step
 
 START = TrainerState(step=0, skipped_steps=0)
@@ -35,6 +35,7 @@ class Session:
     """Everything that a run trains with; created once, and the same for all steps.
 
     method: with the recipe's objective, before any schedule of beta.
+    starts_as_reference: whether policy and reference compute the same before the first update.
     """
 
     method: Method
@@ -44,10 +45,15 @@ class Session:
     reporter: Reporter
     checkpoints: CheckpointWriter
     stop: Stop = NEVER
+    starts_as_reference: bool = True
 
-    def method_at(self, progress: float) -> Method:
-        """The method with the objective at a point of the run: 0 at the first step, 1 at the last."""
-        return replace(self.method, objective=objective_at(self.method.objective, progress))
+    def method_at(self, progress: float, state: TrainerState) -> Method:
+        """The method after `state`, with the objective at a point of the run: 0 at the first step, 1 at the last."""
+        return replace(
+            self.method,
+            objective=objective_at(self.method.objective, progress),
+            policy_is_reference=self.starts_as_reference and state.updates == 0,
+        )
 
 
 def train(session: Session, steps: StepSource, held_out: Seq[Step], state: TrainerState = START) -> TrainerState:
@@ -75,7 +81,7 @@ def train(session: Session, steps: StepSource, held_out: Seq[Step], state: Train
     try:
         if state.step == 0 or due(state.step, settings.evaluate_every) or state.step == len(steps):
             # The evaluation after step n uses the beta of step n, also in a resumed run.
-            before = session.method_at(max(0, state.step - 1) / max(1, len(steps) - 1))
+            before = session.method_at(progress_of_step(max(0, state.step - 1), len(steps)), state)
             if held_out:
                 count = sum(len(group.responses) for group in held_out)
                 session.reporter.say(f"evaluating {count:,} held-out responses before step {state.step + 1}")
@@ -86,7 +92,8 @@ def train(session: Session, steps: StepSource, held_out: Seq[Step], state: Train
             rate = learning_rate(
                 step.index, num_steps=len(steps), peak=settings.lr, warmup=settings.warmup, schedule=settings.schedule
             )
-            current = session.method_at(step.index / max(1, len(steps) - 1))
+            progress = progress_of_step(step.index, len(steps))
+            current = session.method_at(progress, state)
             result, metrics, shift = run_step(current, step, rate, state.log_ratio_shift)
             state = TrainerState(state.step + 1, state.skipped_steps + result.skipped, shift, steps.state())
             seconds = time.perf_counter() - started
@@ -101,7 +108,7 @@ def train(session: Session, steps: StepSource, held_out: Seq[Step], state: Train
                 saved = _checkpoint(session, state)
                 _store(session)
             if due(state.step, settings.evaluate_every) or is_last:
-                _evaluate_and_report(session, current, held_out, state)
+                _evaluate_and_report(session, session.method_at(progress, state), held_out, state)
     except Stopped as asked:
         if saved != state.step:
             _checkpoint(session, state)
