@@ -7,7 +7,7 @@ from dataclasses import replace
 import psutil
 import torch
 
-from uft_ds.engine.engine import read_deepspeed_file
+from uft_ds.engine.deepspeed_file import read_deepspeed_file
 from uft_ds.host.gpus import known_gpus
 from uft_ds.kernels.tiles import CPU
 from uft_ds.planning.hardware import GB, Figures, cluster_of
