@@ -58,7 +58,7 @@ def test_every_card_is_whole() -> None:
     ],
 )
 def test_flops_are_those_with_float32_accumulation(key: str, tensor_cores: int, boost_ghz: float, rate: float) -> None:
-    """A tensor core of these cards multiplies and adds 128 dense pairs a cycle, that of a GeForce card half as many if it
+    """A tensor core of these cards multiplies and adds 128 dense pairs a cycle, half as many on GeForce if it
     accumulates in float32: RTX 4090, 512 x 128 x 2 x 2.52 GHz / 2 = 165 TFLOP/s, not 330 and not 661."""
     assert known_gpus()[key].flops_per_second == pytest.approx(tensor_cores * 256 * boost_ghz * 1e9 * rate, rel=0.015)
 

@@ -150,8 +150,8 @@ def test_every_remedy_is_a_plan_that_frees_memory() -> None:
 def test_there_is_one_answer_and_nothing_that_is_shown_is_cheaper(
     overrides: tuple[str, ...], options: dict[str, Any]
 ) -> None:
-    """What to take heads the list; of all that is planned and fits on the given GPUs, no step is shorter by over 1%, but
-    those of files for whose sake a fitting recipe would have to be changed."""
+    """What to take heads the list; of all that is planned and fits on the given GPUs, no step is shorter by over 1%,
+    but those of files for whose sake a fitting recipe would have to be changed."""
     found = plan(*overrides, **options)
     answer = found.answer
     assert answer is not None

@@ -129,7 +129,8 @@ def said_of(plan: Plan) -> str:
     if duration.forecast_seconds is None:
         return f"{found}; no forecast for {workload.dtype} without --tflops."
     if duration.forecast_seconds <= duration.bound_seconds:
-        return f"{found}; an MFU of {mfu.value:.2f} is out of reach, {_bounded_by(outcome.by_mode[outcome.mode])} bounds it."
+        bound = _bounded_by(outcome.by_mode[outcome.mode])
+        return f"{found}; an MFU of {mfu.value:.2f} is out of reach, {bound} bounds it."
     origin = {"option": "", "measured": f", which {mfu.run} measured", "assumed": ", which is assumed (--mfu)"}
     return f"{found}; {_time(duration.forecast_seconds)} at an MFU of {mfu.value:.2f}{origin[mfu.origin]}."
 
