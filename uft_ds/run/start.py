@@ -20,6 +20,7 @@ from uft_ds.run.launch import launch, master_port, number_of_ranks
 from uft_ds.run.prepare import check_run, prepare_run
 from uft_ds.run.preview import device_notes, show_data
 from uft_ds.run.resume import nothing_to_do, prepare_resume
+from uft_ds.run.room import check_room, core_notes
 from uft_ds.run.settings import located, with_deepspeed_file
 
 
@@ -50,6 +51,10 @@ def run_settings(
     settings = with_deepspeed_file(settings)
     ranks = number_of_ranks(settings.launch.ranks)
     check_sharding(settings, ranks=ranks, ranks_per_node=ranks)
+    has_gpu = torch.cuda.is_available()
+    check_room(settings, ranks=ranks, has_gpu=has_gpu)
+    for shared in core_notes(ranks=ranks):
+        console.print(shared)
     master_port()  # called twice: a given port that is in use is reported before the data is read
     with preparation(console) as on_progress:
         if resume:
@@ -58,7 +63,7 @@ def run_settings(
             folder, data, lock = prepare_run(settings, overwrite=overwrite, on_progress=on_progress)
     with lock:
         show_data(settings, data, console)
-        for note in device_notes(settings, has_gpu=torch.cuda.is_available()):
+        for note in device_notes(settings, has_gpu=has_gpu):
             console.print(note)
         console.print(f"{what} on {ranks} ranks; logs in {folder.path}")
         status = launch(folder, ranks=ranks, port=master_port(), options=options, say=console.print)
