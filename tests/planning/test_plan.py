@@ -19,7 +19,7 @@ from uft_ds.engine.engine import read_deepspeed_file
 from uft_ds.errors import UserError
 from uft_ds.planning import parts
 from uft_ds.planning.alternatives import larger_clusters
-from uft_ds.planning.hardware import Cluster, Figures, cluster_of
+from uft_ds.planning.hardware import Cluster, Figures, Found, cluster_of
 from uft_ds.planning.plan import Plan, make_plan
 from uft_ds.planning.planner import Outcome, Planner, Setting
 from uft_ds.planning.shapes import model_config, shipped_config
@@ -466,6 +466,38 @@ def test_a_card_that_is_not_known_is_planned_by_its_figures() -> None:
     assert on_pcie.time.nvlink_seconds == pytest.approx(on_pcie.traffic.nvlink_bytes / 32e9)
     with pytest.raises(UserError, match=r"--gpu: .*--tflops"):
         cluster(gpu="l4-of-mine")
+
+
+@pytest.mark.parametrize(
+    ("here", "options", "expected", "assumed"),
+    [
+        ((), {}, ("H100 80 GB", 8, 80e9), "assumed: no GPU here; --gpu and --gpus say others"),
+        ((), {"gpus": 2}, ("H100 80 GB", 2, 80e9), "assumed: no GPU here; --gpu says another"),
+        ((), {"gpu": "l4"}, ("L4", 8, 24e9), "8 GPUs a node assumed (--gpus)"),
+        ((), {"gpu": "l4", "gpus": 2}, ("L4", 2, 24e9), None),
+        (("NVIDIA L4",) * 3, {}, ("L4", 3, 23e9), "this machine's; --gpu and --gpus name others"),
+        (("NVIDIA L4",) * 3, {"gpus": 1}, ("L4", 1, 23e9), "this machine's; --gpu names another"),
+        (("NVIDIA L4",), {"gpu": "h200"}, ("H200", 8, 141e9), "8 GPUs a node assumed (--gpus)"),
+        (("Other",), {}, ("H100 80 GB", 8, 80e9), "assumed: Other of this machine: not one card of the table"),
+        (("NVIDIA L4", "NVIDIA A10"), {}, ("H100 80 GB", 8, 80e9), "assumed: NVIDIA L4 and NVIDIA A10 of this machine"),
+    ],
+)
+def test_what_the_options_do_not_say_is_this_machines_or_assumed(
+    here: tuple[str, ...], options: dict[str, Any], expected: tuple[str, int, float], assumed: str | None
+) -> None:
+    """And it is said. A GPU of this machine has the memory that it reports, not that of its data sheet."""
+    given = {"gpu": None, "gpus": None} | options
+    cards = [Found(name, int(23e9)) for name in here]
+    found = cluster_of(nodes=1, figures=Figures(network_gbits=400), here=cards, **given)
+    assert (found.gpu.name, found.gpus, found.gpu_memory_bytes) == expected
+    assert found.assumed == assumed or (assumed and found.assumed and found.assumed.startswith(assumed))
+
+
+@pytest.mark.parametrize("name", ["v100", "Tesla T4", "NVIDIA GeForce RTX 2080 Ti"])
+def test_a_card_without_bfloat16_is_refused_as_such(name: str) -> None:
+    """Not as an unknown one, whose figures could be given."""
+    with pytest.raises(UserError, match=f"--gpu: {name} has no bfloat16"):
+        cluster(gpu=name)
 
 
 def test_bad_input_is_answered() -> None:

@@ -132,8 +132,8 @@ def _cards(gpu: str | None, gpus: int | None, here: tuple[Found, ...]) -> tuple[
         return card, round(card.memory_gb * GB), count, None if gpus else f"{count} GPUs a node assumed (--gpus)"
     own = by_torch_name(here[0].torch_name) if here else None
     if own is not None and len(Counter(found.torch_name for found in here)) == 1:
-        count, options = gpus or len(here), "--gpu" if gpus else "--gpu, --gpus"
-        return own, min(found.memory_bytes for found in here), count, f"this machine's ({options} name others)"
+        said = "--gpu names another" if gpus else "--gpu and --gpus name others"
+        return own, min(found.memory_bytes for found in here), gpus or len(here), f"this machine's; {said}"
     why = "no GPU here"
     if here:
         why = f"{' and '.join(Counter(found.torch_name for found in here))} of this machine: not one card of the table"
