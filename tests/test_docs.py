@@ -80,7 +80,9 @@ def test_every_link_leads_somewhere(document: str) -> None:
 
 def test_the_cards_of_the_document_are_those_of_the_table() -> None:
     """docs/plan.md has each known GPU with its figures and the document that they are from, and no other."""
-    rows = re.findall(r"^\| `([a-z][\w-]+)` \| (.*) \|$", text_of("docs/plan.md").partition("## Cards")[2], re.MULTILINE)
+    rows = re.findall(
+        r"^\| `([a-z][\w-]+)` \| (.*) \|$", text_of("docs/plan.md").partition("## Cards")[2], re.MULTILINE
+    )
     written = {name: [cell.strip() for cell in cells.split("|")] for name, cells in rows}
     expected = {}
     for name, gpu in known_gpus().items():

@@ -134,6 +134,17 @@ def test_times_are_those_of_the_steps(tmp_path: Path) -> None:
     assert always.forecast_seconds == pytest.approx(2 * 625 * expected)
 
 
+def test_the_time_of_what_does_not_fit_is_that_of_what_to_take(tmp_path: Path) -> None:
+    """On one GPU of 18.5 GB with slow PCIe only offloading fits: its 117 s a step, not the recipe's 8 s."""
+    options = Figures(network_gbits=400, gpu_memory=18.5, pcie_gbytes=2)
+    cluster = cluster_of(nodes=1, gpus=1, gpu="h100", figures=options)
+    found = make_plan(load_settings("uft_mistral7b", (f"output={tmp_path}",)), cluster)
+    assert found.answer is not None
+    assert found.answer.outcome.bound_seconds > 10 * found.outcome.bound_seconds
+    assert found.duration.bound_seconds == pytest.approx(625 * found.answer.outcome.bound_seconds)
+    assert "So changed it takes at least 20 h" in said_of(found)
+
+
 def test_no_forecast_is_below_the_bound(tmp_path: Path) -> None:
     """An MFU that recomputation or a link does not allow is not promised."""
     found = shipped(f"output={tmp_path}", mfu=1.0)

@@ -41,7 +41,8 @@ class Plan:
     """Several changes that fit together, if no single remedy on the given GPUs is as cheap; with more GPUs only if no
     remedy fits at all."""
     mfu_flops: int
-    duration: Duration
+    amount: Amount | None
+    mfu: Mfu
     assumptions: tuple[str, ...]
 
     @property
@@ -53,6 +54,16 @@ class Plan:
         if self.outcome.fits:
             return self.best_file or Alternative((), self.outcome)
         return self.options[0] if self.options and self.options[0].outcome.fits else None
+
+    @property
+    def runs(self) -> Outcome:
+        """What the time of a run is of: the recipe, or the answer if the recipe does not fit."""
+        return self.outcome if self.outcome.fits or self.answer is None else self.answer.outcome
+
+    @property
+    def duration(self) -> Duration:
+        """How long a run takes."""
+        return duration_of(self.runs, self.structure, self.amount, self.mfu)
 
     @property
     def options(self) -> tuple[Alternative, ...]:
@@ -110,7 +121,8 @@ def make_plan(
         remedies=remedies,
         combination=None if outcome.fits else combination_for(planner, outcome, remedies),
         mfu_flops=mfu_flops(structure, workload, with_reference=outcome.mode != "cached"),
-        duration=duration_of(outcome, structure, amount, utilization),
+        amount=amount,
+        mfu=utilization,
         assumptions=tuple(
             _assumptions(settings, setting, source, length_from(tokens_per_response, amount), utilization)
         ),

@@ -107,13 +107,13 @@ def _answer(plan: Plan) -> Iterable[Text]:
 
 def said_of(plan: Plan) -> str:
     """One sentence: how much a run trains on, and how long that takes on the planned GPUs."""
-    duration, outcome, workload = plan.duration, plan.outcome, plan.outcome.setting.workload
+    duration, outcome, workload = plan.duration, plan.runs, plan.runs.setting.workload
     amount, mfu = duration.amount, duration.mfu
     if amount is None or duration.bound_seconds is None:
         return (
-            f"A step takes at least {outcome.bound_seconds:.2f} s. How long a run takes is not known: the recipe gives "
-            "neither train.steps nor the `examples` of every source, and the cache has no tokens of them "
-            "(`uft data preview` tokenises local data)."
+            "How long a run takes is not known: the recipe gives neither train.steps nor `examples` of every source, "
+            "and the cache has no tokens of them (`uft data preview` tokenises local data). "
+            f"A step takes at least {outcome.bound_seconds:.2f} s."
         )
     length = workload.tokens_per_response
     if amount.tokens is not None and length == amount.tokens_per_response:
@@ -125,7 +125,10 @@ def said_of(plan: Plan) -> str:
     epochs = "" if amount.epochs is None else f", {amount.epochs:.3g} epoch{'s' * (amount.epochs != 1)}"
     counted = "tokenised data" if amount.counted_from == "token cache" else "recipe"
     found = f"A run by the {counted}: {amount.responses:,} responses{tokens}, {steps}{epochs}. "
-    found += f"{'It takes' if outcome.fits else 'Once it fits, it takes'} at least {_time(duration.bound_seconds)}"
+    takes = (
+        "It takes" if plan.outcome.fits else "So changed it takes" if outcome.fits else "If it did fit, it would take"
+    )
+    found += f"{takes} at least {_time(duration.bound_seconds)}"
     if duration.forecast_seconds is None:
         return f"{found}; no forecast for {workload.dtype} without --tflops."
     if duration.forecast_seconds <= duration.bound_seconds:
