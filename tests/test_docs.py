@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from uft_ds.host.gpus import known_gpus
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "uft_ds"
 DOCUMENTS = ("README.md", "docs/architecture.md")
@@ -74,3 +76,17 @@ def test_every_link_leads_somewhere(document: str) -> None:
         if not link.startswith("http") and (not path.exists() or (anchor and anchor not in anchors_of(path))):
             broken.append(link)
     assert broken == []
+
+
+def test_the_cards_of_the_document_are_those_of_the_table() -> None:
+    """docs/plan.md has each known GPU with its figures and the document that they are from, and no other."""
+    rows = re.findall(
+        r"^\| `([a-z][\w-]+)` \| (.*) \|$", text_of("docs/plan.md").partition("## Cards")[2], re.MULTILINE
+    )
+    written = {name: [cell.strip() for cell in cells.split("|")] for name, cells in rows}
+    expected = {}
+    for name, gpu in known_gpus().items():
+        rates = (gpu.hbm_bytes_per_second, gpu.nvlink_bytes_per_second, gpu.pcie_bytes_per_second)
+        figures = [gpu.memory_gb, gpu.flops_per_second / 1e12, *(rate / 1e9 for rate in rates)]
+        expected[name] = [gpu.name, *(f"{figure:g}" for figure in figures), gpu.source]
+    assert written == expected

@@ -8,11 +8,13 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from recipes import MINIMAL, refusal
+from typer.testing import CliRunner
 
+from uft_ds.cli import app
 from uft_ds.data.example import KINDS
 from uft_ds.data.mixture import Portion
 from uft_ds.errors import UserError
-from uft_ds.recipe.file import dump_recipe, dump_value, load_recipe, load_yaml, shipped_recipes
+from uft_ds.recipe.file import described_recipes, dump_recipe, dump_value, load_recipe, load_yaml, shipped_recipes
 from uft_ds.recipe.schema import Recipe, describe_keys
 from uft_ds.recipe.settings import portion_of
 
@@ -20,6 +22,17 @@ from uft_ds.recipe.settings import portion_of
 def test_recipes_are_shipped() -> None:
     """The three recipes of the first version are found without a path."""
     assert {"quickstart", "uft_qwen32b", "uft_mistral7b"} <= set(shipped_recipes())
+
+
+def test_every_shipped_recipe_says_what_it_is() -> None:
+    """In the first line of its file, which `uft recipe list` shows beside its name."""
+    described = described_recipes()
+    assert tuple(described) == shipped_recipes()
+    for description in described.values():
+        assert 20 < len(description) < 120
+        assert description.endswith(".")
+    shown = CliRunner().invoke(app, ["recipe", "list"]).stdout
+    assert all(name in shown and description.split()[0] in shown for name, description in described.items())
 
 
 @pytest.mark.parametrize("name", shipped_recipes())

@@ -267,16 +267,23 @@ def mixed_order(
 
 
 def epoch_amounts(sources: Seq[MixedSource]) -> list[float]:
-    """How many responses one epoch of the mixture takes from each source.
+    """How many responses one epoch of the mixture takes from each source; see `amounts_of`."""
+    sizes = [int(source.selection.responses_U.sum()) for source in sources]
+    return amounts_of(sizes, [source.portion for source in sources])
+
+
+def amounts_of(sizes: Seq[int], portions: Seq[Portion]) -> list[float]:
+    """How many responses one epoch takes from each source.
 
     A source with a share gets that share of the total; the other sources are taken by passes. If all sources have
     shares, the epoch ends when the first of them has been used once completely.
 
+    Args:
+        sizes: responses of each source.
     Raises:
         ValueError: the shares leave nothing for the other sources, or do not add up to 1.
     """
-    sizes = [int(source.selection.responses_U.sum()) for source in sources]
-    shares = [source.portion.share for source in sources]
+    shares = [portion.share for portion in portions]
     sums = [sum(value_at(share, at) for share in shares if share) for at in _knots_of(shares)]
     all_shared = all(share is not None for share in shares)
     if all_shared and any(abs(total - 1) > 1e-6 for total in sums):
@@ -287,11 +294,11 @@ def epoch_amounts(sources: Seq[MixedSource]) -> list[float]:
     if all_shared:
         whole = min(size / mean for size, mean in zip(sizes, means, strict=True) if mean > 0)
     else:
-        counted = [i.portion.passes * n for i, n in zip(sources, sizes, strict=True) if i.portion.share is None]
+        counted = [portion.passes * n for portion, n in zip(portions, sizes, strict=True) if portion.share is None]
         whole = sum(counted) / (1 - sum(means))
     return [
-        i.portion.passes * size if i.portion.share is None else mean * whole
-        for i, size, mean in zip(sources, sizes, means, strict=True)
+        portion.passes * size if portion.share is None else mean * whole
+        for portion, size, mean in zip(portions, sizes, means, strict=True)
     ]
 
 

@@ -123,6 +123,11 @@ def shipped_recipes() -> tuple[str, ...]:
     return tuple(sorted(Path(item.name).stem for item in folder.iterdir() if item.name.endswith(".yaml")))
 
 
+def described_recipes() -> dict[str, str]:
+    """What each shipped recipe is, in a line: the first comment of its file."""
+    return {name: _read_recipe(name)[1].splitlines()[0].removeprefix("# ") for name in shipped_recipes()}
+
+
 def _read_recipe(name_or_path: str) -> tuple[str, str]:
     """(label, text) of a shipped recipe or a file."""
     if name_or_path in shipped_recipes():

@@ -23,6 +23,7 @@ from uft_ds.run.launch import launch, master_port, number_of_ranks
 from uft_ds.run.prepare import check_prepare, check_run, prepare_run, steps_of
 from uft_ds.run.preview import amount_line, device_notes, show_data, steps_line
 from uft_ds.run.resume import Resumption, check_resume, nothing_to_do, prepare_resume
+from uft_ds.run.room import check_room, core_notes
 from uft_ds.run.settings import located, with_deepspeed_file
 from uft_ds.run.torchrun import TorchrunRanks
 
@@ -53,7 +54,7 @@ def run_settings(
     if resume and (done := nothing_to_do(settings)) is not None:
         console.print(_NOTHING_TO_RESUME.format(done.path))
         return done.path, Status(EXIT_DONE, "done")
-    settings, ranks = _checked_launch(settings)
+    settings, ranks = _checked_launch(settings, console)
     with preparation(console) as on_progress:
         if resume:
             folder, data, lock = prepare_resume(settings, say=console.print, on_progress=on_progress)
@@ -97,7 +98,7 @@ def rehearse(
     if resume and (done := nothing_to_do(settings)) is not None:
         console.print(_NOTHING_TO_RESUME.format(done.path))
         return None
-    settings, ranks = _checked_launch(settings)
+    settings, ranks = _checked_launch(settings, console)
     folder = RunFolder(settings.output)
     found: Resumption | None = None
     with preparation(console) as on_progress:
@@ -125,8 +126,8 @@ def rehearse(
 _NOTHING_TO_RESUME = "{} is done: there is nothing to resume"
 
 
-def _checked_launch(settings: Settings) -> tuple[Settings, int]:
-    """The settings with the DeepSpeed file's content, and the number of ranks; the file fits them and a port is free.
+def _checked_launch(settings: Settings, console: Console) -> tuple[Settings, int]:
+    """The settings with the DeepSpeed file's content, and the number of ranks, for which the machine has room and a port.
 
     Raises:
         UserError: a check failed.
@@ -134,6 +135,9 @@ def _checked_launch(settings: Settings) -> tuple[Settings, int]:
     settings = with_deepspeed_file(settings)
     ranks = number_of_ranks(settings.launch.ranks)
     check_sharding(settings, ranks=ranks, ranks_per_node=ranks)
+    check_room(settings, ranks=ranks, has_gpu=torch.cuda.is_available())
+    for note in core_notes(ranks=ranks):
+        console.print(note)
     master_port()  # called again at the launch: a given port that is in use is reported before the data is read
     return settings, ranks
 
