@@ -8,6 +8,7 @@ import json
 import platform
 import subprocess
 import sys
+from datetime import datetime
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -76,7 +77,7 @@ def _is_one_of(key: str, patterns: tuple[str, ...]) -> bool:
 
 
 def environment(settings: Settings) -> dict[str, object]:
-    """Command, versions, attention, git revision and the identity of the initial adapter, for reproducing the run.
+    """Date, command, versions, attention, git revision and the identity of the initial adapter, for reproducing the run.
 
     Raises:
         UserError: the base's config cannot be read.
@@ -90,6 +91,7 @@ def environment(settings: Settings) -> dict[str, object]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
     return {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": sys.argv,
         "python": platform.python_version(),
         "platform": platform.platform(),

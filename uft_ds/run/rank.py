@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TextIO
@@ -39,6 +40,7 @@ from uft_ds.record.report import ConsoleReporter, FillReporter, Reporter, Silent
 from uft_ds.record.run_folder import RunFolder, Status, write_first
 from uft_ds.run.build import build_engine, build_reference_cache
 from uft_ds.run.checks import check_sharding
+from uft_ds.run.facts import facts_of
 from uft_ds.run.prepare import ensure_data, open_data, prepare_run, steps_of
 from uft_ds.run.resume import nothing_to_do, prepare_resume, resumed_from
 from uft_ds.run.settings import located, with_deepspeed_file
@@ -196,7 +198,10 @@ def _run(settings: Settings, folder: RunFolder, console: Console, request: StopR
         folder.write_status(Status(EXIT_DONE, "done"))
         folder.done.touch()
         try:
-            write_report(folder, settings.name)
+            trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+            now = datetime.now().astimezone()
+            facts = facts_of(settings, folder, trained=trained, ranks=engine.world_size, ended=now)
+            write_report(folder, settings.name, facts)
         except Exception:  # the run is done and saved: a report that fails must not turn it into a failure
             logger.exception("report.html could not be written")
 
