@@ -77,7 +77,7 @@ def _is_one_of(key: str, patterns: tuple[str, ...]) -> bool:
 
 
 def environment(settings: Settings) -> dict[str, object]:
-    """Date, command, versions, attention, git revision and the identity of the initial adapter, for reproducing the run.
+    """Date, command, versions, attention, git revision and initial adapter of the run, for reproducing it.
 
     Raises:
         UserError: the base's config cannot be read.
