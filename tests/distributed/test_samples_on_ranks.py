@@ -38,7 +38,7 @@ def one_step(engine: Engine) -> tuple[Any, ...]:
 
 
 def training(folder: Path, file: str, samples: bool, mode: str) -> tuple[list[Any], dict[str, torch.Tensor], list[Any]]:
-    """Three steps, with or without answers before, between and after them: what each step gave, the weights, answers."""
+    """Three steps, with or without answers around each: what each step gave, the weights, the answers."""
     engine = engine_of(folder, file=file, reference_mode=mode)
     sampler, steps, answers = sampler_of(folder), [], []
     done: list[int] = []

@@ -386,6 +386,7 @@ def test_every_key_is_described() -> None:
             "train.keep_best: 'held_out/responses/score' given, which has no best value; take held_out/loss, ",
         ),
         (("train.keep_best=held_out/loss",), "train.keep_best: needs data.held_out, which is empty"),
+        (("train.samples=4",), "train.samples: 4 given, but data.held_out, which has the prompts, is empty"),
         (
             ("model.attention=flash_attention_2", "model.dtype=float32"),
             "model.attention: flash_attention_2 has no float32; take model.dtype: bfloat16, or auto",

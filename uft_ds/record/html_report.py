@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from uft_ds.host.files import write_atomically
+from uft_ds.host.terminal import as_typed
 from uft_ds.record.curves import write_curves
 from uft_ds.record.health_plots import write_health
 from uft_ds.record.metrics import read_metrics
@@ -93,7 +94,7 @@ def _samples(samples: Seq[Sample]) -> str:
         before = answers.get((first, sample.origin, sample.prompt))
         shown = [before, sample] if last != first else [sample]
         cells = [
-            f"{_text(sample.prompt)}<small>{html.escape(sample.origin)}</small>",
+            f"{_text(sample.prompt)}<small>{html.escape(as_typed(sample.origin))}</small>",
             f"{_text(sample.response)}<small>score {sample.score:.3g}</small>",
             *("" if one is None else _answer(one) for one in shown),
         ]
@@ -126,7 +127,11 @@ def _data_table(report: dict[str, list[dict[str, Any]]]) -> str:
                 sum(source["left_out"].values()),
                 source["rows_quarantined"],
             )
-            words = (part.replace("_", " "), html.escape(source["source"]), *(f"{number:,.0f}" for number in numbers))
+            words = (
+                part.replace("_", " "),
+                html.escape(as_typed(source["source"])),
+                *(f"{number:,.0f}" for number in numbers),
+            )
             rows.append(_row(words))
     return _table(("", "source", "responses", "tokens", "per epoch", "left out", "bad rows"), rows)
 

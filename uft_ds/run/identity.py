@@ -32,7 +32,8 @@ _PACKAGES = (
 
 MAY_CHANGE = (
     "name", "output", "launch.*", "tracking*", "deepspeed", "data.workers", "*.cache_dir", "train.checkpoint_every",
-    "train.keep_checkpoints", "train.keep_best", "train.evaluate_every", "train.max_skipped_steps",
+    "train.keep_checkpoints", "train.keep_best", "train.evaluate_every", "train.samples", "train.sample_tokens",
+    "train.max_skipped_steps",
     "train.tokens_per_micro_batch", "model.gradient_checkpointing", "model.activation_offload", "model.logits_mib",
 )  # fmt: skip
 """Keys (patterns) that may change on resume: they decide how a run is computed, not what. Losses agree to rounding."""

@@ -30,15 +30,15 @@ from uft_ds.host.locks import Lock
 from uft_ds.host.process import die_with_parent
 from uft_ds.host.signals import Stop, StopRequest
 from uft_ds.host.standard_streams import LastingOutput
-from uft_ds.host.terminal import SafeConsole, visible
+from uft_ds.host.terminal import SafeConsole, as_typed, visible
 from uft_ds.host.world import LauncherEnvironment, launcher_environment
 from uft_ds.known.cache import fill
 from uft_ds.recipe.settings import Settings, load_settings
 from uft_ds.record.html_report import write_report
 from uft_ds.record.metrics import MetricsWriter
-from uft_ds.record.report import ConsoleReporter, FillReporter, Reporter, SilentReporter, Speaker
+from uft_ds.record.report import Announcer, ConsoleReporter, FillReporter, Reporter, SilentReporter
 from uft_ds.record.run_folder import RunFolder, Status, write_first
-from uft_ds.run.build import build_engine, build_reference_cache
+from uft_ds.run.build import build_engine, build_reference_cache, build_sampler
 from uft_ds.run.checks import check_sharding
 from uft_ds.run.facts import facts_of
 from uft_ds.run.prepare import ensure_data, open_data, prepare_run, steps_of
@@ -137,7 +137,7 @@ def _main(request: StopRequest, arguments: list[str] | None) -> Status:
         if folder is not None:
             folder.write_first_status(status)
         if launched.rank == 0 and (folder is None or not options.prepared):
-            print(f"error: {visible(str(error))}", file=sys.stderr)
+            print(f"error: {visible(as_typed(str(error)))}", file=sys.stderr)
         return status
     except Exception as error:
         if folder is not None:
@@ -186,14 +186,17 @@ def _run(settings: Settings, folder: RunFolder, console: Console, request: StopR
         pools = [source.selection for source in data.all]
         reference = build_reference_cache(settings, folder, engine, model, pools, reporter, checkpoint)
         if checkpoint is not None:
-            restore_engine(engine, checkpoint, state, reporter)
+            with reporter.phase(f"restoring {checkpoint.name}"):
+                restore_engine(engine, checkpoint, state, reporter)
         writer = CheckpointWriter(
             engine, model.policy, folder, reporter, keep=settings.train.keep_checkpoints, best=settings.train.keep_best
         )
         method = Method(engine, settings.objective, reference, settings.train.tokens_per_micro_batch)
         stop = Stop(request, engine.agree)
         request.only_note()
-        train(Session(method, model.policy, settings.train, folder, reporter, writer, stop), steps, held_out, state)
+        sampler = build_sampler(settings, data, model)
+        session = Session(method, model.policy, settings.train, folder, reporter, writer, stop, sampler)
+        train(session, steps, held_out, state)
     if engine.rank == 0:
         folder.write_status(Status(EXIT_DONE, "done"))
         folder.done.touch()
@@ -217,16 +220,18 @@ def _together() -> Iterator[None]:
         raise
 
 
-def _check_start(engine: Engine, settings: Settings, step: Step, reporter: Speaker) -> None:
-    check_model(engine, step, dtype=getattr(torch, settings.model.dtype))
+def _check_start(engine: Engine, settings: Settings, step: Step, reporter: Announcer) -> None:
+    with reporter.phase("checking packed sequences against the model's own forward"):
+        check_model(engine, step, dtype=getattr(torch, settings.model.dtype))
     if not settings.reference.is_needed:
         return
-    largest = check_log_ratios_are_zero(
-        engine,
-        step,
-        tokens_per_micro_batch=settings.train.tokens_per_micro_batch,
-        tolerance=settings.reference.step_zero_tolerance,
-    )
+    with reporter.phase(f"checking the log-ratios of the first step's {len(step.responses)} responses"):
+        largest = check_log_ratios_are_zero(
+            engine,
+            step,
+            tokens_per_micro_batch=settings.train.tokens_per_micro_batch,
+            tolerance=settings.reference.step_zero_tolerance,
+        )
     reporter.say(f"before the first step: every log-ratio is {largest} nats, {len(step.responses)} responses")
 
 

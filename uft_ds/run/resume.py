@@ -14,7 +14,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from uft_ds.checkpoint.folder import checkpoints_of, newest_whole, point_latest, set_aside, set_aside_of
+from uft_ds.checkpoint.folder import checkpoints_of, newest_whole, point_latest, set_aside, set_aside_of, step_of
 from uft_ds.checkpoint.owner import RUN
 from uft_ds.checkpoint.state import read_position
 from uft_ds.data.sources import PreparedData
@@ -28,6 +28,7 @@ from uft_ds.recipe.file import leaves_of, read_stored_recipe, stored_recipe
 from uft_ds.recipe.settings import Settings
 from uft_ds.record.metrics import damaged_metrics
 from uft_ds.record.run_folder import RunFolder, check_own_files, claim_again, reading_identity
+from uft_ds.record.samples import cut_samples
 from uft_ds.run.identity import environment, may_change, run_identity
 from uft_ds.run.prepare import check_run, open_data, prepare_run, read_report
 
@@ -74,7 +75,7 @@ def prepare_resume(
     except BaseException:
         lock.close()
         raise
-    say(f"resuming from {checkpoint.name}")
+    say(f"resuming from {checkpoint.name}{'' if position.state.step else ', the start: no step had been saved'}")
     return folder, data, lock
 
 
@@ -279,6 +280,7 @@ def _go_back_to(checkpoint: Path, folder: RunFolder, settings: Settings, metrics
             # If the file is shorter than recorded, its last line may be incomplete: cut after the last line end.
             kept = folder.metrics.read_bytes()[:metrics_bytes].rpartition(b"\n")
             os.truncate(folder.metrics, len(kept[0] + kept[1]))
+        cut_samples(folder.samples, step_of(checkpoint))
         write_atomically(folder.recipe, stored_recipe(settings.stored))
         write_atomically(folder.resumed, json.dumps({"checkpoint": checkpoint.name}) + "\n")
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,9 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 
 from uft_ds.errors import EXIT_DONE, EXIT_STOPPED
 from uft_ds.host.callbacks import OnProgress
+from uft_ds.host.terminal import as_typed, visible
 from uft_ds.recipe.settings import Settings
+from uft_ds.record.report import SECONDS_BETWEEN_LINES
 from uft_ds.record.run_folder import Status
 from uft_ds.run.checks import check_sharding
 from uft_ds.run.launch import launch, master_port, number_of_ranks
@@ -65,7 +68,7 @@ def run_settings(
     if status.exit_code == EXIT_STOPPED:
         console.print(status.message)
     elif status.exit_code != EXIT_DONE:
-        print(f"error: {status.message}", file=sys.stderr)
+        print(f"error: {visible(as_typed(status.message))}", file=sys.stderr)
     return folder.path, status
 
 
@@ -81,12 +84,17 @@ def check_settings_and_data(settings: Settings, console: Console) -> None:
 
 @contextmanager
 def preparation(console: Console) -> Iterator[OnProgress]:
-    """Show a progress bar for each slow operation, if the output is a terminal."""
+    """Show a progress bar for each slow operation; if the output is no terminal, a line every few seconds."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=20), TaskProgressColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         tasks: dict[str, TaskID] = {}
+        last_line = time.monotonic()
 
         def on_progress(label: str, done: int, total: int) -> None:
+            nonlocal last_line
+            if not console.is_terminal and time.monotonic() - last_line >= SECONDS_BETWEEN_LINES:
+                last_line = time.monotonic()
+                console.print(f"{label}: {done / max(1, total):.0%}")
             if label not in tasks:
                 tasks[label] = progress.add_task(label, total=total)
             progress.update(tasks[label], completed=done)

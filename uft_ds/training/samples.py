@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
+from uft_ds.architectures.facts import positions_limit
 from uft_ds.data.example import Kind
 from uft_ds.data.store.sequences import Pool
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.engine.engine import Engine
+from uft_ds.errors import UserError
 from uft_ds.evaluation.generate import configured, continuations, decode, generation_config, stop_token_ids, until_stop
 from uft_ds.host.signals import NEVER, Stop
+from uft_ds.recipe.settings import TrainSettings
 from uft_ds.record.samples import Sample
 from uft_ds.streams.adapters import as_stream
 from uft_ds.streams.stream import POLICY
@@ -64,6 +67,35 @@ def choose_prompts(pools: Seq[Pool], count: int, longest: int | None) -> tuple[P
     return tuple(found.values())
 
 
+def check_samples(settings: TrainSettings, config: Any, prompts: Seq[Prompt]) -> None:
+    """Refuse settings by which no prompt can be answered.
+
+    Args:
+        config: of the base.
+        prompts: as chosen by `choose_prompts` with `longest_prompt`.
+    Raises:
+        UserError: no held-out prompt leaves enough positions of the model for an answer.
+    """
+    if settings.samples and not prompts:
+        raise UserError(
+            f"train.sample_tokens: {settings.sample_tokens} given, but no held-out prompt leaves that many of the "
+            f"{_positions(config)} positions of the model; lower it, or set train.samples: 0"
+        )
+
+
+def longest_prompt(settings: TrainSettings, config: Any) -> int | None:
+    """The most tokens that a prompt may have, so that its answer fits; None: the base has no limit of positions."""
+    limit = _positions(config)
+    return None if limit is None else limit - settings.sample_tokens
+
+
+def _positions(config: Any) -> int | None:
+    text = config.get_text_config()
+    changing = positions_limit(text)
+    limits = (getattr(text, "max_position_embeddings", None), changing and changing[1])
+    return min((int(limit) for limit in limits if limit), default=None)
+
+
 def sample(
     engine: Engine, sampler: Sampler, step: int, stop: Stop = NEVER, on_done: Callable[[int], None] = lambda done: None
 ) -> list[Sample]:
@@ -89,9 +121,7 @@ def sample(
             share = batch[engine.ranks.data_rank :: engine.ranks.data_size]
             # A rank without a prompt answers one that another rank answers, because all must forward as often.
             rows = [list(sampler.prompts[number].token_ids) for number in share or batch[:1]]
-            answers = continuations(
-                model, rows, stop_ids[0], device=engine.device, is_synced=engine.world_size > 1
-            )
+            answers = continuations(model, rows, stop_ids[0], device=engine.device, is_synced=engine.world_size > 1)
             own |= dict(zip(share, answers, strict=False))
             done += len(batch)
             on_done(done)
