@@ -12,7 +12,7 @@ from recipes import MINIMAL, refusal
 from uft_ds.data.example import KINDS
 from uft_ds.data.mixture import Portion
 from uft_ds.errors import UserError
-from uft_ds.recipe.file import dump_recipe, dump_value, load_recipe, load_yaml, shipped_recipes
+from uft_ds.recipe.file import described_recipes, dump_recipe, dump_value, load_recipe, load_yaml, shipped_recipes
 from uft_ds.recipe.schema import Recipe, describe_keys
 from uft_ds.recipe.settings import portion_of
 
@@ -20,6 +20,14 @@ from uft_ds.recipe.settings import portion_of
 def test_recipes_are_shipped() -> None:
     """The three recipes of the first version are found without a path."""
     assert {"quickstart", "uft_qwen32b", "uft_mistral7b"} <= set(shipped_recipes())
+
+
+def test_every_shipped_recipe_says_what_it_is_for() -> None:
+    """In one line each; `uft recipe list` shows it beside the name."""
+    described = described_recipes()
+    assert tuple(described) == shipped_recipes()
+    assert all(20 < len(description) < 120 for description in described.values()), described
+    assert described["uft_mistral7b"].startswith("UFT on Mistral-7B-v0.1 as in arXiv 2410.21438: UltraChat")
 
 
 @pytest.mark.parametrize("name", shipped_recipes())

@@ -34,10 +34,13 @@ def recipe_show(
 
 @app.command("list")
 def recipe_list() -> None:
-    """Names of the recipes that come with the package."""
-    from uft_ds.recipe.file import shipped_recipes
+    """The recipes that come with the package, and what each is for."""
+    from uft_ds.recipe.file import described_recipes
 
-    print("\n".join(shipped_recipes()))
+    described = described_recipes()
+    width = max(map(len, described))
+    for name, description in described.items():
+        print(f"{name:{width}}  {description}")
 
 
 @app.command("keys")
