@@ -30,6 +30,7 @@ def finished(tiny_qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     assert "every log-ratio is 0.0 nats" in result.stdout
     assert "ETA" in result.stdout
     assert "evaluating held-out data after step 0: 0/5" in result.stdout
+    assert "verdict: " in result.stdout
     return folder / "run"
 
 

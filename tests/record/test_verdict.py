@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from uft_ds.record.verdict import RULES, verdicts
+from uft_ds.record.verdict import RULES, in_words, verdicts
 
 ROOT = Path(__file__).parents[2]
 
@@ -118,6 +118,16 @@ def test_a_remedy_is_given_where_one_is_needed() -> None:
     assert said["held_out/loss"] == ""
     assert said["held_out/saturated_stuck/score"] == RULES[3].if_not
     assert "with 12 responses: hold out more" in said["held_out/rank_correlation/score"]
+
+
+def test_the_terminal_tells_what_is_not_healthy() -> None:
+    """How much is, and of what is not the value and the remedy, without Markdown; what is unclear is only counted."""
+    lines = held_out({}, {"rank_correlation/score": 0.2, "responses/score": 12.0, "saturated_stuck/score": 0.2})
+    assert in_words(verdicts(lines)) == [
+        "verdict: 1 of 3 healthy, 1 unclear",
+        f"not healthy: held_out/saturated_stuck/score: 0.2 (at the start 0.2): {RULES[3].if_not.replace('`', '')}",
+    ]
+    assert in_words([]) == []
 
 
 def test_a_run_without_metrics_has_no_verdict() -> None:

@@ -34,9 +34,15 @@ def train(
 
 
 def run_training(settings: Settings, *, overwrite: bool = False, resume: bool = False) -> None:
-    """Prepare and launch a run; unless it is done, end the process with the run's exit code."""
+    """Prepare and launch a run and print its verdict; unless it is done, end the process with the run's exit code."""
+    from uft_ds.record.metrics import read_metrics
+    from uft_ds.record.run_folder import RunFolder
+    from uft_ds.record.verdict import in_words, verdicts
+
     folder, _ = _launched(settings, "training", overwrite=overwrite, resume=resume)
-    console.print(f"done: {folder}  (metrics.jsonl, curves.png, report.html, checkpoints/)")
+    for line in in_words(verdicts(read_metrics(RunFolder(folder).metrics))):
+        console.print(line)
+    console.print(f"done: {folder}  (report.html, metrics.jsonl, curves.png, checkpoints/)")
 
 
 def _launched(settings: Settings, what: str, **how: Any) -> tuple[Path, Status]:

@@ -21,7 +21,7 @@ from uft_ds.record.metrics import read_metrics
 from uft_ds.record.run_folder import RunFolder
 from uft_ds.record.samples import Sample, read_samples
 from uft_ds.record.telemetry import ROW, read_rows
-from uft_ds.record.verdict import HELD_OUT, Verdict, verdicts
+from uft_ds.record.verdict import HELD_OUT, Verdict, headline, verdicts
 
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}
 img{max-width:100%}table{border-collapse:collapse}
@@ -65,16 +65,13 @@ def write_report(folder: RunFolder, name: str, facts: Mapping[str, str]) -> None
 def _verdict(found: Seq[Verdict], *, on_held_out: bool) -> str:
     if not found:
         return ""
-    healthy = sum(verdict.healthy == "yes" for verdict in found)
-    unclear = sum(verdict.healthy == "unclear" for verdict in found)
-    head = f"{healthy} of {len(found)} healthy" + (f", {unclear} unclear" if unclear else "")
     rows = [
         f'<tr><td>{html.escape(of.metric)}</td><td>{html.escape(of.measured)}</td><td class="{of.healthy}">'
         f"{_NAMES[of.healthy]}</td><td>{_prose(of.remedy)}</td></tr>"
         for of in found
     ]
     note = "" if on_held_out else "<p>No data was held out, so these are the responses that the run trained on.</p>"
-    return f"<h2>Verdict: {head}</h2>{note}{_table(('metric', 'at the end', '', 'what to do'), rows)}"
+    return f"<h2>Verdict: {headline(found)}</h2>{note}{_table(('metric', 'at the end', '', 'what to do'), rows)}"
 
 
 def _facts(facts: Mapping[str, str]) -> str:
@@ -139,7 +136,8 @@ def _data_table(report: dict[str, list[dict[str, Any]]]) -> str:
 def _table(heads: Iterable[str], rows: Iterable[str], *, of: str = "") -> str:
     """Rows of HTML under escaped heads. of: the class of the table."""
     head = "".join(f"<th>{html.escape(name)}</th>" for name in heads)
-    return "".join((f'<table class="{of}">', f"<tr>{head}</tr>" if head else "", *rows, "</table>"))
+    start = f'<table class="{of}">' if of else "<table>"
+    return "".join((start, f"<tr>{head}</tr>" if head else "", *rows, "</table>"))
 
 
 def _row(cells: Iterable[str]) -> str:

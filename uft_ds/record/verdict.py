@@ -163,7 +163,8 @@ RULES = (
     Rule(
         "`length_correlation/KIND`, the log-ratio over length",
         "between -0.3 and 0.3",
-        "longer responses reach a score with less change a token: `length_normalized`",
+        "above it: longer responses reach a score with less change a token: `length_normalized`; below it: long "
+        "responses are learned less than short ones: look at some in `held_out.csv`",
         ("length_correlation/KIND",),
         _length,
     ),
@@ -181,6 +182,22 @@ def verdicts(lines: Lines) -> list[Verdict]:
     """
     prefix = HELD_OUT if any(f"{HELD_OUT}loss" in line for line in lines) else ""
     return [verdict for rule in RULES for verdict in _of_rule(rule, lines, prefix)]
+
+
+def headline(found: Seq[Verdict]) -> str:
+    """`4 of 6 healthy, 1 unclear`."""
+    counts = {answer: sum(verdict.healthy == answer for verdict in found) for answer in ("yes", "unclear")}
+    unclear = f", {counts['unclear']} unclear" if counts["unclear"] else ""
+    return f"{counts['yes']} of {len(found)} healthy{unclear}"
+
+
+def in_words(found: Seq[Verdict]) -> list[str]:
+    """Lines for a terminal: how much is healthy, and each metric that is not, with its remedy; none without metrics."""
+    if not found:
+        return []
+    wrong = [verdict for verdict in found if verdict.healthy == "no"]
+    lines = [f"{verdict.metric}: {verdict.measured}: {verdict.remedy.replace('`', '')}" for verdict in wrong]
+    return [f"verdict: {headline(found)}", *(f"not healthy: {line}" for line in lines)]
 
 
 def _of_rule(rule: Rule, lines: Lines, prefix: str) -> Iterator[Verdict]:

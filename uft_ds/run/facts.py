@@ -10,6 +10,8 @@ from uft_ds.recipe.settings import Settings
 from uft_ds.record.metrics import read_metrics
 from uft_ds.record.run_folder import RunFolder
 
+_DATE = "%Y-%m-%d %H:%M %Z"
+
 
 def facts_of(settings: Settings, folder: RunFolder, *, trained: int, ranks: int, ended: datetime) -> dict[str, str]:
     """Base, dates, steps, what was trained and how, by name.
@@ -25,7 +27,7 @@ def facts_of(settings: Settings, folder: RunFolder, *, trained: int, ranks: int,
     return {
         "base": model.base + (f", revision {model.revision}" if model.revision else ""),
         "began": _began(folder),
-        "ended": ended.isoformat(sep=" ", timespec="minutes"),
+        "ended": ended.strftime(_DATE),
         "time of the steps": f"{duration(sum(line['seconds'] or 0 for line in lines))}, without start and evaluations",
         "steps": f"{len(lines):,} with {_responses(lines):,} responses",
         "trained": f"LoRA of rank {lora.rank} (alpha {lora.alpha:g}) on {targets}: {trained:,} parameters",
@@ -47,7 +49,7 @@ def _began(folder: RunFolder) -> str:
     """When the run was prepared, and the steps at which it was resumed."""
     try:
         environment = json.loads(folder.environment.read_text(encoding="utf-8"))
-        began = datetime.fromisoformat(environment["date"]).isoformat(sep=" ", timespec="minutes")
+        began = datetime.fromisoformat(environment["date"]).strftime(_DATE)
         resumes = ", ".join(str(resume["step"]) for resume in environment.get("resumes", []))
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return "not known"

@@ -6,7 +6,6 @@ import argparse
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -26,6 +25,7 @@ from uft_ds.data.source import StepSource
 from uft_ds.engine.engine import Engine
 from uft_ds.engine.ranks import current_ranks, init_distributed
 from uft_ds.errors import EXIT_CRASHED, EXIT_DONE, CheckFailed, Stopped, UserError
+from uft_ds.host.library_warnings import each_once
 from uft_ds.host.locks import Lock
 from uft_ds.host.process import die_with_parent
 from uft_ds.host.signals import Stop, StopRequest
@@ -287,10 +287,8 @@ def _own_streams(folder: RunFolder, rank: int) -> Iterator[TextIO]:
     """Send all output of libraries to the rank's log; yield the terminal for our own messages."""
     terminal = LastingOutput(os.fdopen(os.dup(1), "wb"), encoding="utf-8", line_buffering=True)
     saved = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
-    # torch warns of deprecated collectives at each of DeepSpeed's calls: once is enough for a log.
-    warnings.simplefilter("once", FutureWarning)
     # Redirected at the level of file descriptors, because NCCL and other C++ code do not write to sys.stdout.
-    with folder.log(rank).open("a", buffering=1, encoding="utf-8") as log:
+    with each_once(), folder.log(rank).open("a", buffering=1, encoding="utf-8") as log:
         logging.basicConfig(stream=log, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         try:
             for descriptor in saved:
