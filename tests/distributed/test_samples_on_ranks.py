@@ -9,7 +9,7 @@ import pytest
 import torch
 from engines import accumulate, engine_of
 from ranks import run_on_ranks
-from tiny import IM_END, build_tiny_model
+from tiny import IM_END, Architecture, build_tiny_model
 from toy import UFT, toy_model, toy_sequences, toy_step
 
 from uft_ds.data.packing import rank_micro_batches
@@ -98,10 +98,10 @@ def answers(folder: Path) -> list[Sample]:
     return sample(engine_of(folder), sampler_of(folder), 7)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_answers_are_those_of_the_policy(tmp_path: Path, ranks: int) -> None:
-    """On one rank and on two under ZeRO-3, of prompts of uneven lengths: with adapters on, token by token."""
-    build_tiny_model(tmp_path, "llama")
+@pytest.mark.parametrize(("architecture", "ranks"), [("llama", 1), ("llama", 2), ("gemma3_text", 2), ("gpt_neox", 2)])
+def test_answers_are_those_of_the_policy(tmp_path: Path, architecture: Architecture, ranks: int) -> None:
+    """On one rank and on two under ZeRO-3, of prompts of uneven lengths, also past a sliding window: adapters on."""
+    build_tiny_model(tmp_path, architecture)
     expected = greedy(tmp_path, sampler_of(tmp_path))
     for of_rank in run_on_ranks(answers, ranks, tmp_path):
         assert [(one.answer, one.ended) for one in of_rank] == expected
