@@ -55,9 +55,15 @@ def _rehearse(settings: Settings, *, overwrite: bool, resume: bool) -> None:
 
 
 def _train(settings: Settings, **how: Any) -> None:
-    """Prepare and launch a run; unless it is done, end the process with the run's exit code."""
+    """Prepare and launch a run and print its verdict; unless it is done, end the process with the run's exit code."""
+    from uft_ds.record.metrics import read_metrics
+    from uft_ds.record.run_folder import RunFolder
+    from uft_ds.record.verdict import in_words, verdicts
+
     folder, _ = _launched(settings, "training", **how)
-    console.print(f"done: {folder}  (metrics.jsonl, curves.png, report.html, checkpoints/)")
+    for line in in_words(verdicts(read_metrics(RunFolder(folder).metrics))):
+        console.print(line)
+    console.print(f"done: {folder}  (report.html, metrics.jsonl, curves.png, checkpoints/)")
 
 
 def _launched(settings: Settings, what: str, **how: Any) -> tuple[Path, Status]:

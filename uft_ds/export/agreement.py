@@ -151,6 +151,6 @@ def sample_sequences(chat: ChatTokenizer) -> tuple[Sequence, ...]:
     text = (resources.files("uft_ds") / "export" / "sample.txt").read_text(encoding="utf-8")
     sequences = []
     for line in text.splitlines():
-        ids = np.array(chat.tokenizer.encode(line.replace("\\n", "\n")), dtype=np.int32)
+        ids = np.array(chat.tokenizer.encode(line.replace("\\n", "\n"), verbose=False), dtype=np.int32)
         sequences.append(Sequence(ids, (Response(1, len(ids), 1.0, "instruction", "sample"),)))
     return tuple(sequences)

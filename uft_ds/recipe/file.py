@@ -124,8 +124,9 @@ def shipped_recipes() -> tuple[str, ...]:
 
 
 def described_recipes() -> dict[str, str]:
-    """What each shipped recipe is, in a line: the first comment of its file."""
-    return {name: _read_recipe(name)[1].splitlines()[0].removeprefix("# ") for name in shipped_recipes()}
+    """The name of each shipped recipe, and the comment in its first line."""
+    texts = {name: _read_recipe(name)[1] for name in shipped_recipes()}
+    return {name: text.splitlines()[0].removeprefix("#").strip() for name, text in texts.items()}
 
 
 def _read_recipe(name_or_path: str) -> tuple[str, str]:

@@ -241,6 +241,11 @@ class TrainSection(Section):
     implicit_reward_chosen; the nearest to 0 for length_correlation."""
     evaluate_every: Positive = 100
     """Number of steps between evaluations of the held-out data; one always follows the last step."""
+    samples: Annotated[int, Field(ge=0, le=4096)] = 0
+    """Number of held-out prompts that the policy answers before the first step and at each evaluation, by greedy
+    decoding; the answers are in samples.jsonl and in the report. They change nothing of the training."""
+    sample_tokens: Positive = 128
+    """Largest number of tokens of such an answer."""
 
 
 class LaunchSection(Section):
@@ -321,6 +326,8 @@ def _impossible(recipe: Recipe) -> list[tuple[str, str]]:
             )
         )
     found += [("train.keep_best", problem) for problem in _impossible_best(recipe)]
+    if train.samples and not data.held_out:
+        found.append(("train.samples", f"{train.samples} given, but data.held_out, which has the prompts, is empty"))
     if recipe.lora is not None and recipe.lora.dropout != 0.0:
         found.append(("lora.dropout", f"{recipe.lora.dropout} given, must be 0: it would make log-ratios noise"))
     for prefix, sources in (("data.sources", data.sources), ("data.held_out", data.held_out)):

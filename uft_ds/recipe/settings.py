@@ -127,6 +127,8 @@ class TrainSettings:
     keep_checkpoints: int
     keep_best: str | None
     evaluate_every: int
+    samples: int
+    sample_tokens: int
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from uft_ds.host.locks import Held, Lock, NoLocks, acquire, is_held
 CHECKPOINTS = "checkpoints"
 _OF_A_RUN = (
     "recipe.yaml", "environment.json", "metrics.jsonl", "tensorboard", "wandb", CHECKPOINTS,
-    "latest", "data", "status.json", "report.html", "curves.png", "health.png", "held_out.csv", "launcher.log", "DONE",
+    "latest", "data", "status.json", "report.html", "curves.png", "health.png", "held_out.csv", "samples.jsonl",
+    "launcher.log", "DONE",
     "quickstart.json", "identity.json", "resumed.json", "wandb-id",
 )  # fmt: skip
 """Files and folders that a run creates. `--overwrite` deletes only these, logs of ranks and temporary files."""
@@ -78,6 +79,11 @@ class RunFolder:
     def held_out_rows(self) -> Path:
         """The table of all held-out responses from the newest evaluation."""
         return self.path / "held_out.csv"
+
+    @property
+    def samples(self) -> Path:
+        """Answers of the policy to held-out prompts, if the recipe asks for some."""
+        return self.path / "samples.jsonl"
 
     @property
     def curves_picture(self) -> Path:

@@ -8,6 +8,7 @@ import json
 import platform
 import subprocess
 import sys
+from datetime import datetime
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,8 @@ _PACKAGES = (
 
 MAY_CHANGE = (
     "name", "output", "launch.*", "tracking*", "deepspeed", "data.workers", "*.cache_dir", "train.checkpoint_every",
-    "train.keep_checkpoints", "train.keep_best", "train.evaluate_every", "train.max_skipped_steps",
+    "train.keep_checkpoints", "train.keep_best", "train.evaluate_every", "train.samples", "train.sample_tokens",
+    "train.max_skipped_steps",
     "train.tokens_per_micro_batch", "model.gradient_checkpointing", "model.activation_offload", "model.logits_mib",
 )  # fmt: skip
 """Keys (patterns) that may change on resume: they decide how a run is computed, not what. Losses agree to rounding."""
@@ -78,7 +80,7 @@ def _is_one_of(key: str, patterns: tuple[str, ...]) -> bool:
 
 
 def environment(settings: Settings) -> dict[str, object]:
-    """Command, versions, attention, git revision and the identities of initial adapters, for reproducing the run.
+    """Date, command, versions, attention, git revision and the identities of initial adapters, for reproducing the run.
 
     Raises:
         UserError: the base's config cannot be read.
@@ -92,6 +94,7 @@ def environment(settings: Settings) -> dict[str, object]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
     return {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": sys.argv,
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -43,6 +43,7 @@ from uft_ds.run.settings import with_deepspeed_file, with_fixed_revision
 from uft_ds.run.start_adapter import Start, start_of, write_sample_of, write_start
 from uft_ds.streams.identity import local_folder
 from uft_ds.streams.load import check_base, check_base_files, embedding_rows
+from uft_ds.training.samples import Prompt, check_samples, choose_prompts, longest_prompt
 
 
 def prepare_data(
@@ -260,12 +261,21 @@ def check_run(
     chat = load_tokenizer(
         settings.model.base, revision=settings.model.revision, chat_template=settings.model.chat_template
     )
-    rows = embedding_rows(check_base(settings.model.base, settings.model.revision))
+    config = check_base(settings.model.base, settings.model.revision)
+    rows = embedding_rows(config)
     check_fits_embedding(chat, rows)
     data = prepare_data(settings, chat, on_progress)
     check_fits_embedding(chat, rows, (source.selection.store.token_ids for source in data.all))
+    if settings.train.samples:
+        check_samples(settings.train, config, prompts_of(settings, data, config))
     check_adapters_are_of_base(settings, partial(on_progress, "hashing the adapter's base"))
     return settings, data
+
+
+def prompts_of(settings: Settings, data: PreparedData, config: Any) -> tuple[Prompt, ...]:
+    """The held-out prompts that the policy answers while it is trained. config: of the base."""
+    pools = [source.selection for source in data.held_out]
+    return choose_prompts(pools, settings.train.samples, longest_prompt(settings.train, config))
 
 
 def _write_prepared(folder: RunFolder, settings: Settings, data: PreparedData, identity: dict[str, Any]) -> None:

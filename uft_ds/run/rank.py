@@ -6,9 +6,9 @@ import argparse
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TextIO
@@ -25,20 +25,22 @@ from uft_ds.engine.engine import Engine
 from uft_ds.engine.ranks import current_ranks, init_distributed
 from uft_ds.errors import EXIT_BAD_INPUT, EXIT_CRASHED, EXIT_DONE, CheckFailed, Stopped, UserError
 from uft_ds.host.faults import lasting
+from uft_ds.host.library_warnings import each_once
 from uft_ds.host.locks import Lock
 from uft_ds.host.process import die_with_parent
 from uft_ds.host.signals import Stop, StopRequest
 from uft_ds.host.standard_streams import LastingOutput
-from uft_ds.host.terminal import SafeConsole, visible
+from uft_ds.host.terminal import SafeConsole, as_typed, visible
 from uft_ds.host.world import LauncherEnvironment, launcher_environment
 from uft_ds.known.cache import fill
 from uft_ds.recipe.settings import Settings, load_settings
 from uft_ds.record.html_report import write_report
 from uft_ds.record.metrics import MetricsWriter
-from uft_ds.record.report import ConsoleReporter, FillReporter, Reporter, SilentReporter, Speaker
+from uft_ds.record.report import Announcer, ConsoleReporter, FillReporter, Reporter, SilentReporter
 from uft_ds.record.run_folder import RunFolder, Status, write_first
-from uft_ds.run.build import build_engine, build_reference_cache
+from uft_ds.run.build import build_engine, build_reference_cache, build_sampler
 from uft_ds.run.checks import check_sharding
+from uft_ds.run.facts import facts_of
 from uft_ds.run.prepare import ensure_data, open_data, prepare_run, steps_of
 from uft_ds.run.resume import nothing_to_do, prepare_resume, resumed_from, resumed_position
 from uft_ds.run.settings import located, with_deepspeed_file
@@ -137,7 +139,7 @@ def _main(request: StopRequest, arguments: list[str] | None) -> Status:
         if folder is not None:
             folder.write_first_status(status)
         if launched.rank == 0 and (folder is None or not options.prepared):
-            print(f"error: {visible(str(error))}", file=sys.stderr)
+            print(f"error: {visible(as_typed(str(error)))}", file=sys.stderr)
         return status
     except Exception as error:
         where = "" if folder is None else f" (traceback in {folder.log(launched.rank)})"
@@ -193,7 +195,8 @@ def _run(settings: Settings, folder: RunFolder, console: Console, request: StopR
         pools = [source.selection for source in data.all]
         reference = build_reference_cache(settings, folder, engine, model, pools, reporter, checkpoint)
         if checkpoint is not None:
-            restore_engine(engine, checkpoint, state, reporter)
+            with reporter.phase(f"restoring {checkpoint.name}"):
+                restore_engine(engine, checkpoint, state, reporter)
         writer = CheckpointWriter(
             engine, model.policy, folder, reporter, keep=settings.train.keep_checkpoints, best=settings.train.keep_best
         )
@@ -208,6 +211,7 @@ def _run(settings: Settings, folder: RunFolder, console: Console, request: StopR
             reporter,
             writer,
             stop,
+            build_sampler(settings, data, model),
             starts_as_reference=settings.start_adapter is None,
         )
         train(session, steps, held_out, state)
@@ -215,7 +219,10 @@ def _run(settings: Settings, folder: RunFolder, console: Console, request: StopR
         folder.write_status(Status(EXIT_DONE, "done"))
         folder.done.touch()
         try:
-            write_report(folder, settings.name)
+            trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+            now = datetime.now().astimezone()
+            facts = facts_of(settings, folder, trained=trained, ranks=engine.world_size, ended=now)
+            write_report(folder, settings.name, facts)
         except Exception:  # the run is done and saved: a report that fails must not turn it into a failure
             logger.exception("report.html could not be written")
 
@@ -231,17 +238,19 @@ def _together() -> Iterator[None]:
         raise
 
 
-def _check_start(engine: Engine, settings: Settings, folder: RunFolder, step: Step, reporter: Speaker) -> None:
+def _check_start(engine: Engine, settings: Settings, folder: RunFolder, step: Step, reporter: Announcer) -> None:
     dtype = getattr(torch, settings.model.dtype)
-    check_model(engine, step, dtype=dtype)
+    with reporter.phase("checking packed sequences against the model's own forward"):
+        check_model(engine, step, dtype=dtype)
     if settings.start_adapter is not None:
-        found = check_starts_as_adapter(
-            engine,
-            sample_of(folder),
-            read_start(folder).log_ratios,
-            tokens_per_micro_batch=settings.train.tokens_per_micro_batch,
-            dtype=dtype,
-        )
+        with reporter.phase("checking the log-ratios of start.adapter"):
+            found = check_starts_as_adapter(
+                engine,
+                sample_of(folder),
+                read_start(folder).log_ratios,
+                tokens_per_micro_batch=settings.train.tokens_per_micro_batch,
+                dtype=dtype,
+            )
         reporter.say(f"before the first step: {found.summary}")
         if found.is_below_rounding:
             reporter.warn(
@@ -251,12 +260,13 @@ def _check_start(engine: Engine, settings: Settings, folder: RunFolder, step: St
         return
     if not settings.reference.is_needed:
         return
-    largest = check_log_ratios_are_zero(
-        engine,
-        step,
-        tokens_per_micro_batch=settings.train.tokens_per_micro_batch,
-        tolerance=settings.reference.step_zero_tolerance,
-    )
+    with reporter.phase(f"checking the log-ratios of the first step's {len(step.responses)} responses"):
+        largest = check_log_ratios_are_zero(
+            engine,
+            step,
+            tokens_per_micro_batch=settings.train.tokens_per_micro_batch,
+            tolerance=settings.reference.step_zero_tolerance,
+        )
     reporter.say(f"before the first step: every log-ratio is {largest} nats, {len(step.responses)} responses")
 
 
@@ -312,10 +322,8 @@ def _own_streams(folder: RunFolder, rank: int) -> Iterator[TextIO]:
     """Send all output of libraries to the rank's log; yield the terminal for our own messages."""
     terminal = LastingOutput(os.fdopen(os.dup(1), "wb"), encoding="utf-8", line_buffering=True)
     saved = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
-    # torch warns of deprecated collectives at each of DeepSpeed's calls: once is enough for a log.
-    warnings.simplefilter("once", FutureWarning)
     # Redirected at the level of file descriptors, because NCCL and other C++ code do not write to sys.stdout.
-    with folder.log(rank).open("a", buffering=1, encoding="utf-8") as log:
+    with each_once(), folder.log(rank).open("a", buffering=1, encoding="utf-8") as log:
         logging.basicConfig(stream=log, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         try:
             for descriptor in saved:

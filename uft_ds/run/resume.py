@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from uft_ds.checkpoint.folder import checkpoints_of, newest_whole, point_latest, set_aside, set_aside_of
+from uft_ds.checkpoint.folder import checkpoints_of, newest_whole, point_latest, set_aside, set_aside_of, step_of
 from uft_ds.checkpoint.owner import RUN
 from uft_ds.checkpoint.state import Position, read_position
 from uft_ds.data.sources import PreparedData
@@ -30,6 +30,7 @@ from uft_ds.recipe.file import leaves_of, read_stored_recipe, stored_recipe
 from uft_ds.recipe.settings import Settings
 from uft_ds.record.metrics import damaged_metrics
 from uft_ds.record.run_folder import RunFolder, check_own_files, claim_again, reading_identity
+from uft_ds.record.samples import cut_samples
 from uft_ds.run.growth import may_grow, with_other_steps
 from uft_ds.run.identity import environment, may_change, run_identity
 from uft_ds.run.prepare import check_run, open_data, prepare_run, read_report
@@ -66,7 +67,8 @@ def prepare_resume(
     except BaseException:
         lock.close()
         raise
-    say(f"resuming from {found.checkpoint.name}")
+    at_start = "" if found.position.state.step else ", the start: no step had been saved"
+    say(f"resuming from {found.checkpoint.name}{at_start}")
     return folder, found.data, lock
 
 
@@ -364,6 +366,7 @@ def _go_back_to(checkpoint: Path, folder: RunFolder, settings: Settings, positio
             # If the file is shorter than recorded, its last line may be incomplete: cut after the last line end.
             kept = folder.metrics.read_bytes()[: position.metrics_bytes].rpartition(b"\n")
             os.truncate(folder.metrics, len(kept[0] + kept[1]))
+        cut_samples(folder.samples, step_of(checkpoint))
         write_atomically(folder.recipe, stored_recipe(settings.stored))
         resumed: dict[str, Any] = {"checkpoint": checkpoint.name}
         if position.state.source:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from uft_ds.data.sources import PreparedData
 from uft_ds.errors import EXIT_DONE, EXIT_STOPPED
 from uft_ds.host.callbacks import OnProgress
+from uft_ds.host.terminal import as_typed, visible
 from uft_ds.recipe.settings import Settings
+from uft_ds.record.report import SECONDS_BETWEEN_LINES
 from uft_ds.record.run_folder import RunFolder, Status, check_ownable
 from uft_ds.run.checks import check_sharding
 from uft_ds.run.forked import RankServer
@@ -68,7 +71,7 @@ def run_settings(
     if status.exit_code == EXIT_STOPPED:
         console.print(status.message)
     elif status.exit_code != EXIT_DONE:
-        print(f"error: {status.message}", file=sys.stderr)
+        print(f"error: {visible(as_typed(status.message))}", file=sys.stderr)
     return folder.path, status
 
 
@@ -127,7 +130,7 @@ _NOTHING_TO_RESUME = "{} is done: there is nothing to resume"
 
 
 def _checked_launch(settings: Settings, console: Console) -> tuple[Settings, int]:
-    """The settings with the DeepSpeed file's content, and the number of ranks, for which the machine has room and a port.
+    """The settings with the DeepSpeed file's content, and the number of ranks, for which there are memory and a port.
 
     Raises:
         UserError: a check failed.
@@ -160,12 +163,17 @@ def check_settings_and_data(settings: Settings, console: Console) -> None:
 
 @contextmanager
 def preparation(console: Console) -> Iterator[OnProgress]:
-    """Show a progress bar for each slow operation, if the output is a terminal."""
+    """Show a progress bar for each slow operation; if the output is no terminal, a line every few seconds."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=20), TaskProgressColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         tasks: dict[str, TaskID] = {}
+        last_line = time.monotonic()
 
         def on_progress(label: str, done: int, total: int) -> None:
+            nonlocal last_line
+            if not console.is_terminal and time.monotonic() - last_line >= SECONDS_BETWEEN_LINES:
+                last_line = time.monotonic()
+                console.print(f"{label}: {done / max(1, total):.0%}")
             if label not in tasks:
                 tasks[label] = progress.add_task(label, total=total)
             progress.update(tasks[label], completed=done)

@@ -17,6 +17,7 @@ from uft_ds.checkpoint.folder import checkpoints_of
 from uft_ds.errors import EXIT_INTERRUPTED, EXIT_STOPPED, UserError
 from uft_ds.host.faults import ending
 from uft_ds.host.files import write_atomically
+from uft_ds.host.terminal import as_typed
 from uft_ds.recipe.file import dump_recipe
 from uft_ds.recipe.settings import Settings, changed
 from uft_ds.record.metrics import read_metrics
@@ -110,10 +111,10 @@ def _result(
     except KeyboardInterrupt:
         return Result(run, "interrupted", {}, 0.0)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {as_typed(str(error))}", file=sys.stderr)
         return Result(run, "failed", {}, 0.0)
     except Exception as error:  # noqa: BLE001 - one run failed; the others can still succeed
-        print(f"error: {ending(error)[1]}", file=sys.stderr)
+        print(f"error: {as_typed(ending(error)[1])}", file=sys.stderr)
         return Result(run, "failed", {}, 0.0)
     if status.exit_code != 0:
         ended = {EXIT_INTERRUPTED: "interrupted", EXIT_STOPPED: "stopped"}.get(status.exit_code, "failed")
