@@ -177,6 +177,13 @@ def test_an_unknown_name_is_refused_with_the_nearest(minimal: str, override: str
         ("launch.collective_timeout_minutes=[1]", "launch.collective_timeout_minutes: [1] given"),
         ("lora.targets=[q, 3]", "lora.targets.1: 3 given"),
         ("lora=3", "lora: 3 given"),
+        ("data.sources.0.score_range=[1]", "data.sources.0.score_range: [1] given; list should have at least 2"),
+        ("data.sources.0.score_range=[10, 1]", "score_range: [10, 1] given, expected [lowest, highest], such as"),
+        ("data.sources.0.score_range=[1, 1]", "score_range: [1, 1] given, expected [lowest, highest]"),
+        (
+            "data.sources.0={format: jsonl, path: a, mixed_kinds: true, score_map: quantile}",
+            "data.sources.0.score_map: quantile would rank the scores of one kind among those of others",
+        ),
         ("data.sources.0.score_map=[.nan, 0]", "data.sources.0.score_map.0: nan given; input should be a finite"),
         ("train.betas=[0.9]", "train.betas: [0.9] given"),
         ("train.betas=[0.9, 1.0]", "train.betas.1: 1.0 given"),

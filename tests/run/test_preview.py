@@ -19,6 +19,7 @@ from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.tokenize import load_tokenizer, tokenize
 from uft_ds.recipe.file import recipe_from_tree
 from uft_ds.recipe.settings import Settings, changed, settings_of
+from uft_ds.run.prepare import data_report
 from uft_ds.run.preview import CLOSE, OPEN, PROMPT, SUPERVISED, device_notes, rendered, show_data
 
 
@@ -127,7 +128,38 @@ def test_columns_that_are_not_read_are_noted(data: PreparedData, tmp_path: Path,
     path = write_rows(tmp_path / "more.jsonl", [row | {"source": "s"} for row in rows] + [{**rows[0], "source": None}])
     source = SourceSettings(str(path), None, rules(format="ultrachat"))
     more = prepare_source(source, chat, tmp_path / "cache", seed=0, tolerance=Tolerance())
-    assert "columns that format ultrachat does not read: source (3 rows)" in printed(PreparedData((more,), ()), 400)
+    data = PreparedData((more,), ())
+    assert "columns that format ultrachat does not read: source (3 rows)" in printed(data, 400)
+    assert [row["columns_not_read"] for row in data_report(data)["train"]] == [{"source": 3}]
+
+
+def test_mixed_kinds_and_a_scale_are_shown(tmp_path: Path, chat: ChatTokenizer) -> None:
+    """How many responses each kind has; which scores were found, and what becomes of them."""
+    rows: list[dict[str, Any]] = [
+        *({"prompt": f"q{i}", "response": "a"} for i in range(3)),
+        *({"prompt": f"q{i}", "chosen": "a", "rejected": "b"} for i in range(2)),
+        *({"prompt": f"q{i}", "response": "a", "score": i} for i in range(2, 9)),
+    ]
+    path = write_rows(tmp_path / "mixed.jsonl", rows)
+    source = SourceSettings(str(path), None, rules(mixed_kinds=True, score_range=(1.0, 10.0)))
+    data = PreparedData((prepare_source(source, chat, tmp_path / "cache", seed=0, tolerance=Tolerance()),), ())
+    shown = printed(data, 400)
+    assert [line.split()[-2:] for line in shown.split("\n") if "pair" in line] == [["pair", "4"]]
+    assert "instruction 3" in shown
+    assert "score 7" in shown
+    assert f"note: {path}: scores from 2 to 8 found; score_range maps 1 to 0 and 10 to 1" in shown
+    (row,) = data_report(data)["train"]
+    assert row["responses_of_kind"] == {"instruction": 3, "score": 7, "pair": 4}
+    assert (row["score_range"], row["scores_found"]) == ((1.0, 10.0), [2.0, 8.0])
+
+
+def test_a_cut_conversation_counts_what_is_kept(tmp_path: Path, chat: ChatTokenizer) -> None:
+    """Four turns, of which an example count keeps three: three responses of the kind, not four."""
+    turns = [{"role": role, "content": "a"} for _ in range(4) for role in ("user", "assistant")]
+    path = write_rows(tmp_path / "long.jsonl", [{"messages": turns}])
+    source = SourceSettings(str(path), None, rules(), examples=3)
+    prepared = prepare_source(source, chat, tmp_path / "cache", seed=0, tolerance=Tolerance())
+    assert prepared.selection.responses_of_kind == {"instruction": 3}
 
 
 @pytest.mark.parametrize("width", [72, 80])

@@ -100,11 +100,17 @@ class SourceSection(Section):
     progress through the run from 0 to 1, with linear interpolation."""
     score: UnitInterval | None = None
     """Score of rows that have no score; null: 1 for instruction data."""
+    score_range: Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)] | None = None
+    """[lowest, highest] score that the rows may have, which are mapped to 0 and 1, linearly between; null: the scale of
+    the format, 0 to 1 in jsonl. A score outside is a bad row. score_map follows."""
     score_map: Literal["quantile"] | Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)] | None = None
     """Maps the source's scores. [scale, offset]: scale * score + offset, which must stay within 0 and 1. quantile: the
     share of the source's responses with a lower score (equal scores count half)."""
     pairs: Literal["keep", "split"] = "keep"
     """keep: the two sides of a pair stay together, as kind `pair`. split: each side is a scored response (UNA)."""
+    mixed_kinds: bool = False
+    """Accept files whose rows are of several kinds (instruction, score, binary, pair); each row's keys decide. A row
+    that has lost its score then counts as an instruction, with score 1."""
     allow_one_score: bool = False
     """Accept feedback in which all responses have the same score."""
 
@@ -308,6 +314,7 @@ def _impossible(recipe: Recipe) -> list[tuple[str, str]]:
             if source.format not in format_names():
                 found.append((f"{prefix}.{index}.format", unknown_name(source.format, format_names())))
             found += [(f"{prefix}.{index}.{key}", problem) for key, problem in _impossible_portion(source, prefix)]
+            found += [(f"{prefix}.{index}.{key}", problem) for key, problem in _impossible_scores(source)]
     of_objective = objective_problems(recipe.objective.given, examples_per_step=train.examples_per_step)
     found += [(f"objective.{key}", problem) for key, problem in of_objective]
     return found + [
@@ -352,6 +359,23 @@ def _impossible_portion(source: SourceSection, prefix: str) -> list[tuple[str, s
     shares = [share for _, share in source.share] if isinstance(source.share, list) else [source.share]
     if shares and not any(share is None or share > 0 for share in shares):
         found.append(("share", "0 takes nothing; leave the source out"))
+    return found
+
+
+def _impossible_scores(source: SourceSection) -> list[tuple[str, str]]:
+    """(key, problem) for the keys that say what a source's scores mean."""
+    found = []
+    if source.score_range is not None and not source.score_range[0] < source.score_range[1]:
+        low, high = source.score_range
+        found.append(("score_range", f"[{low:g}, {high:g}] given, expected [lowest, highest], such as [1, 10]"))
+    if source.mixed_kinds and source.score_map == "quantile":
+        found.append(
+            (
+                "score_map",
+                "quantile would rank the scores of one kind among those of others; leave mixed_kinds out, or take "
+                "[scale, offset]",
+            )
+        )
     return found
 
 

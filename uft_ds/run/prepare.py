@@ -270,8 +270,11 @@ def data_report(data: PreparedData) -> dict[str, list[dict[str, object]]]:
         selection, account = source.selection, source.account
         return {
             "source": source.label,
+            "score_range": source.settings.rules.score_range,
+            "scores_found": account.scores and [account.scores.low, account.scores.high],
             "score_map": source.settings.score_map,
             "responses": selection.num_responses,
+            "responses_of_kind": selection.responses_of_kind,
             "sequences": selection.num_sequences,
             "tokens": selection.num_tokens,
             "responses_per_epoch": per_epoch,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from uft_ds.data.example import Sequence
+from uft_ds.data.example import Kind, Sequence
 from uft_ds.data.mixture import Steps
 from uft_ds.data.sources import PreparedData, PreparedSource
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
@@ -71,13 +71,20 @@ def data_table(data: PreparedData) -> Table:
             table.add_row(
                 part,
                 Text(visible(source.label)),
-                Text(", ".join(sorted(selection.kinds))),
+                Text(_kinds(selection.responses_of_kind)),
                 f"{selection.num_responses:,}",
                 f"{selection.num_tokens:,}",
                 "" if amount is None else _amount(amount, selection.num_responses),
                 f"{sum(account.dropped.values()) + account.quarantined:,}",
             )
     return table
+
+
+def _kinds(responses: Mapping[Kind, int]) -> str:
+    """The kinds of a source; the number of responses of each if there are several, one on each line."""
+    if len(responses) < 2:
+        return "".join(responses)
+    return "\n".join(f"{kind} {count:,}" for kind, count in responses.items())
 
 
 def _amount(responses: float, of: int) -> str:
@@ -99,7 +106,15 @@ def show_data(settings: Settings, data: PreparedData, console: Console) -> None:
 
 
 def notes(data: PreparedData) -> Iterator[Text]:
-    """Notes on data use that may be unintended: much left out, columns not read, rows repeated often."""
+    """Notes on data use that may be unintended: another scale, much left out, columns not read, many passes."""
+    for source in data.all:
+        score_range, scores = source.settings.rules.score_range, source.account.scores
+        if score_range is not None and scores is not None:
+            then = ", then score_map applies" if source.settings.score_map is not None else ""
+            yield Text(
+                f"note: {source.label}: scores from {scores.low:g} to {scores.high:g} found; score_range maps "
+                f"{score_range[0]:g} to 0 and {score_range[1]:g} to 1{then}"
+            )
     for source in data.all:
         left_out, found = sum(source.account.dropped.values()), len(source.selection.store.responses)
         if left_out > _MUCH_LEFT_OUT * (left_out + found):
