@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
@@ -386,15 +387,44 @@ def section_of(annotation: Any) -> type[Section] | None:
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
 
 
-def describe_keys(section: type[Section] = Recipe, prefix: str = "") -> list[tuple[str, str, str]]:
-    """(key, default, meaning) of every leaf, in the order of a recipe; the keys of sources have the index 0."""
-    rows: list[tuple[str, str, str]] = []
+class Described(NamedTuple):
+    """A key of the recipe.
+
+    default: in one line of YAML. allowed: the words that may be given; empty if any may, or none.
+    """
+
+    key: str
+    default: str
+    allowed: tuple[str, ...]
+    meaning: str
+
+
+def describe_keys(section: type[Section] = Recipe, prefix: str = "") -> list[Described]:
+    """Every leaf, in the order of a recipe; the keys of sources have the index 0."""
+    rows: list[Described] = []
     for name, field in section.model_fields.items():
         inner = section_of(field.annotation)
         if inner is not None:
             is_list = get_origin(field.annotation) is list
             rows += describe_keys(inner, f"{prefix}{name}.{'0.' if is_list else ''}")
         else:
-            default = "(required)" if field.is_required() else yaml.safe_dump(field.default).split("\n...")[0].strip()
-            rows.append((prefix + name, default, " ".join((field.description or "").split())))
+            default = "(required)" if field.is_required() else _in_one_line(field.default)
+            allowed = (
+                format_names() if (section, name) == (SourceSection, "format") else tuple(_words(field.annotation))
+            )
+            meaning = " ".join((field.description or "").split())
+            rows.append(Described(prefix + name, default, allowed, meaning))
     return rows
+
+
+def _in_one_line(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=10**9).split("\n...")[0].strip()
+
+
+def _words(annotation: Any) -> Iterator[str]:
+    """The texts that a type allows by name; those of lists are their members'. Keys of maps are not among them."""
+    if get_origin(annotation) is Literal:
+        yield from (value for value in get_args(annotation) if isinstance(value, str))
+    elif get_origin(annotation) is not dict:
+        for inner in get_args(annotation):
+            yield from _words(inner)
