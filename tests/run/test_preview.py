@@ -89,18 +89,24 @@ def data(tmp_path: Path, chat: ChatTokenizer, monkeypatch: pytest.MonkeyPatch) -
     )
 
 
-def settings_for(data: PreparedData) -> Settings:
+def settings_for(data: PreparedData, examples_per_step: int = 1) -> Settings:
     train, held_out = (
         [{"format": "jsonl", "path": f"{part}{number}"} for number in range(len(sources))]
         for part, sources in (("train", data.train), ("held_out", data.held_out))
     )
-    tree = {"name": "x", "model": {"base": "b"}, "data": {"sources": train, "held_out": held_out}, "output": "o"}
+    tree: dict[str, Any] = {
+        "name": "x",
+        "model": {"base": "b"},
+        "data": {"sources": train, "held_out": held_out},
+        "output": "o",
+    }
+    tree["train"] = {"examples_per_step": examples_per_step}
     return settings_of(recipe_from_tree(tree, "x"))
 
 
-def printed(data: PreparedData, width: int) -> str:
+def printed(data: PreparedData, width: int, settings: Settings | None = None, **options: Any) -> str:
     console = Console(file=io.StringIO(), width=width, markup=False, highlight=False)
-    show_data(settings_for(data), data, console)
+    show_data(settings or settings_for(data), data, console, **options)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -113,12 +119,57 @@ def test_tables_say_what_is_taken_and_left_out(data: PreparedData) -> None:
     tokens = [str(source.selection.num_tokens) for source in data.train]
     assert ["train", long, "instruction", "1", tokens[0], "12", "(12", "x)", "11"] in rows
     assert ["train", scored, "score", "17", tokens[1], "8.5", "(0.5", "x)", "3"] in rows
-    assert f"{long}:1, {long}:2, {long}:3" in shown
+    places = [line.split()[-1] for line in shown.split("\n") if f"{long}:" in line and "note" not in line]
+    assert places == [f"{long}:1", f"{long}:2", f"{long}:3"]  # one on each line
     assert f"{scored}:3: 'response' is empty" in shown
     assert str(data.train[1].quarantine_file) in shown
     assert f"note: {long}: 11 of 12 responses are left out" in shown
     assert f"note: {long}: an epoch goes 12 times through its responses" in shown
     assert f"note: {scored}" not in shown
+
+
+def test_paths_are_shown_as_they_were_typed(data: PreparedData, tmp_path: Path) -> None:
+    """A run has absolute ones, which a terminal breaks in the middle; names within a folder stay."""
+    typed = settings_for(data).data
+    typed = replace(typed, sources=tuple(source.settings for source in data.train))
+
+    def absolute(source: PreparedSource) -> PreparedSource:
+        path = str(tmp_path / source.settings.path)
+        store = source.selection.store.renamed(path, (path,))
+        return replace(
+            source,
+            settings=replace(source.settings, path=path),
+            selection=replace(source.selection, store=store),
+        )
+
+    located = PreparedData(tuple(map(absolute, data.train)), ())
+    long = data.train[0].label
+    assert f"{tmp_path}/{long}:1" in printed(located, 400)
+    shown = printed(located, 400, typed=typed)
+    assert str(tmp_path / long) not in shown
+    assert f" {long}:1" in shown
+    assert f"note: {long}: 11 of 12" in shown
+
+
+def test_what_a_share_leaves_and_a_small_epoch_are_noted(tmp_path: Path, chat: ChatTokenizer) -> None:
+    """Ten rows with a share of 0.2 beside eight of another source: two are taken. Ten are less than a step of 64."""
+
+    def prepared(name: str, count: int, portion: Portion) -> PreparedSource:
+        rows = [{"prompt": f"{name}{i}", "response": "a"} for i in range(count)]
+        source = SourceSettings(str(write_rows(tmp_path / f"{name}.jsonl", rows)), None, rules(), portion=portion)
+        return prepare_source(source, chat, tmp_path / "cache", seed=0, tolerance=Tolerance())
+
+    data = PreparedData((prepared("some", 10, Portion(share=((0.0, 0.2),))), prepared("all", 8, Portion())), ())
+    some = data.train[0].label
+    shown = printed(data, 400)
+    assert f"note: {some}: share takes 2 of its 10 responses in an epoch; the others are not used in it" in shown
+    assert "fewer than" not in shown
+    assert (
+        "note: an epoch holds 10 responses, fewer than the 64 of a step (train.examples_per_step): the run is one "
+        "smaller step"
+    ) in printed(data, 400, settings_for(data, 64))
+    repeated = changed(settings_for(data, 64), {"train.steps": 3})
+    assert "a step goes 6.4 times through the data" in printed(data, 400, repeated)
 
 
 def test_columns_that_are_not_read_are_noted(data: PreparedData, tmp_path: Path, chat: ChatTokenizer) -> None:

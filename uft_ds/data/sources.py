@@ -104,7 +104,7 @@ class PreparedSource:
 
     @property
     def first_bad_rows(self) -> list[tuple[str, str]]:
-        """(place, reason) of up to three quarantined rows."""
+        """(place, reason) of up to three quarantined rows. The files have the names of when they were tokenised."""
         with self.quarantine_file.open(encoding="utf-8") as lines:
             rows = [json.loads(line) for line in islice(lines, PLACES_NAMED)]
         return [(row["place"], row["reason"]) for row in rows]

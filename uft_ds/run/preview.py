@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,10 @@ from rich.text import Text
 
 from uft_ds.data.example import Kind, Sequence
 from uft_ds.data.mixture import Steps
-from uft_ds.data.sources import PreparedData, PreparedSource
+from uft_ds.data.sources import PreparedData, PreparedSource, SourceSettings
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.host.terminal import visible
-from uft_ds.recipe.settings import Settings
+from uft_ds.recipe.settings import DataSettings, Settings
 from uft_ds.recipe.unused import unused
 
 PROMPT, SUPERVISED, HEADER = "dim", "black on green", "bold"
@@ -93,16 +94,36 @@ def _amount(responses: float, of: int) -> str:
     return shown if passes == 1 else f"{shown} ({passes:.2g} x)"
 
 
-def show_data(settings: Settings, data: PreparedData, console: Console) -> None:
-    """Print the tables, then notes on settings that may be unintended."""
+def show_data(settings: Settings, data: PreparedData, console: Console, *, typed: DataSettings | None = None) -> None:
+    """Print the tables, then notes on settings that may be unintended.
+
+    Args:
+        typed: the data's settings with the paths that the user typed, which are shown instead of absolute ones.
+    """
+    data = data if typed is None else _as_typed(data, typed)
     console.print(data_table(data))
     left_out = left_out_table(data)
     if left_out is not None:
         console.print(left_out)
-    for note in notes(data):
+    for note in (*notes(data), *_notes_on_steps(settings, data)):
         console.print(note)
     for text in unused(settings.given, data):
         console.print(Text(f"note: {text}"))
+
+
+def _as_typed(data: PreparedData, typed: DataSettings) -> PreparedData:
+    def renamed(source: PreparedSource, path: str) -> PreparedSource:
+        settings = replace(source.settings, path=path)
+        names = tuple(name.replace(source.settings.path, path, 1) for name in source.names)
+        store = source.selection.store.renamed(settings.label, names)
+        return replace(source, settings=settings, selection=replace(source.selection, store=store))
+
+    def all_renamed(
+        sources: tuple[PreparedSource, ...], given: tuple[SourceSettings, ...]
+    ) -> tuple[PreparedSource, ...]:
+        return tuple(renamed(source, entry.path) for source, entry in zip(sources, given, strict=True))
+
+    return PreparedData(all_renamed(data.train, typed.sources), all_renamed(data.held_out, typed.held_out))
 
 
 def notes(data: PreparedData) -> Iterator[Text]:
@@ -129,6 +150,22 @@ def notes(data: PreparedData) -> Iterator[Text]:
         passes = amount / source.selection.num_responses
         if passes > _MANY_PASSES:
             yield Text(f"note: {source.label}: an epoch goes {passes:.3g} times through its responses")
+        if source.portion.share is not None and round(amount) < source.selection.num_responses:
+            yield Text(
+                f"note: {source.label}: share takes {amount:,.0f} of its {source.selection.num_responses:,} responses in "
+                "an epoch; the others are not used in it"
+            )
+
+
+def _notes_on_steps(settings: Settings, data: PreparedData) -> Iterator[Text]:
+    held, taken = sum(data.epoch_amounts), settings.train.examples_per_step
+    if held < taken:
+        is_one = settings.train.steps is None and settings.train.epochs == 1
+        follows = "the run is one smaller step" if is_one else f"a step goes {taken / held:.2g} times through the data"
+        yield Text(
+            f"note: an epoch holds {held:,.0f} responses, fewer than the {taken} of a step (train.examples_per_step): "
+            f"{follows}"
+        )
 
 
 def device_notes(settings: Settings, *, has_gpu: bool) -> Iterator[Text]:
@@ -147,7 +184,7 @@ def left_out_table(data: PreparedData) -> Table | None:
         account = source.account
         for counts in (account.dropped, account.changed):
             for reason, count in counts.items():
-                places = ", ".join(source.selection.store.places_of(reason))
+                places = "\n".join(source.selection.store.places_of(reason))
                 table.add_row(Text(visible(source.label)), reason, f"{count:,}", Text(visible(places)))
         if account.skipped:
             table.add_row(Text(visible(source.label)), "not selected by where", f"{account.skipped:,} rows", "")

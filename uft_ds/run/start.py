@@ -43,7 +43,7 @@ def run_settings(
     Raises:
         UserError: a check failed; nothing has been launched.
     """
-    settings = located(settings)
+    typed, settings = settings.data, located(settings)
     if resume and (done := nothing_to_do(settings)) is not None:
         console.print(f"{done.path} is done: there is nothing to resume")
         return done.path, Status(EXIT_DONE, "done")
@@ -57,7 +57,7 @@ def run_settings(
         else:
             folder, data, lock = prepare_run(settings, overwrite=overwrite, on_progress=on_progress)
     with lock:
-        show_data(settings, data, console)
+        show_data(settings, data, console, typed=typed)
         for note in device_notes(settings, has_gpu=torch.cuda.is_available()):
             console.print(note)
         console.print(f"{what} on {ranks} ranks; logs in {folder.path}")

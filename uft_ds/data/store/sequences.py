@@ -10,6 +10,7 @@ A store is a folder. Its index is written last, so a folder with an index is com
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Sequence as Seq
@@ -256,6 +257,12 @@ class TokenStore:
         self._response_ends_S = arrays["sequences"]["responses"]
         self._sequence_ends_U = arrays["units"]["sequences"]
         self._units = arrays["units"][1:]
+
+    def renamed(self, label: str, names: tuple[str, ...]) -> TokenStore:
+        """The same store by other names of the source and its files."""
+        other = copy.copy(self)
+        other.label, other.names = label, names
+        return other
 
     def __len__(self) -> int:
         return len(self._units)
