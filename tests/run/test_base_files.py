@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from tiny import build_tiny_model
 from toy import saved_adapter
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
+from uft_ds.commands.data import app as data_commands
 from uft_ds.errors import UserError
 from uft_ds.evaluation.generate import check_model_folder
 from uft_ds.export.convert import convert_to_merged
@@ -42,7 +44,7 @@ def test_weights_come_before_the_data(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_tokenizer_beyond_the_embedding_comes_before_the_data(tmp_path: Path) -> None:
-    """Its tokens are named, by train and by convert alike."""
+    """Its tokens are named, by train, by the preview and by convert alike."""
     folder = build_tiny_model(tmp_path / "model")
     adapter = saved_adapter(folder, tmp_path / "adapter")
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -50,6 +52,8 @@ def test_a_tokenizer_beyond_the_embedding_comes_before_the_data(tmp_path: Path) 
     tokenizer.save_pretrained(folder)
     with pytest.raises(UserError, match=r"^model\.base: .*'<think>' \(259\)"):
         check_run(settings_of_run(write_recipe(tmp_path, folder)))
+    with pytest.raises(UserError, match=r"^model\.base: .*'<think>' \(259\)"):
+        CliRunner().invoke(data_commands, ["preview", str(tmp_path / "recipe.yaml")], catch_exceptions=False)
     assert not (tmp_path / "tokenized").exists()
     with pytest.raises(UserError, match=r"'<think>' \(259\)"):
         convert_to_merged(adapter, tmp_path / "merged", base=str(folder), say=lambda _: None)

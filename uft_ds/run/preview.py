@@ -151,9 +151,10 @@ def notes(data: PreparedData) -> Iterator[Text]:
         if passes > _MANY_PASSES:
             yield Text(f"note: {source.label}: an epoch goes {passes:.3g} times through its responses")
         if source.portion.share is not None and round(amount) < source.selection.num_responses:
+            held = source.selection.num_responses
             yield Text(
-                f"note: {source.label}: share takes {amount:,.0f} of its {source.selection.num_responses:,} responses in "
-                "an epoch; the others are not used in it"
+                f"note: {source.label}: share takes {amount:,.0f} of its {held:,} responses in an epoch; the others "
+                "are not used in it"
             )
 
 
