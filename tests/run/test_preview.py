@@ -117,10 +117,11 @@ def test_tables_say_what_is_taken_and_left_out(data: PreparedData) -> None:
     long, scored = (source.label for source in data.train)
     rows = [line.split() for line in shown.split("\n")]
     tokens = [str(source.selection.num_tokens) for source in data.train]
-    assert ["train", long, "instruction", "1", tokens[0], "12", "(12", "x)", "11"] in rows
-    assert ["train", scored, "score", "17", tokens[1], "8.5", "(0.5", "x)", "3"] in rows
-    places = [line.split()[-1] for line in shown.split("\n") if f"{long}:" in line and "note" not in line]
-    assert places == [f"{long}:1", f"{long}:2", f"{long}:3"]  # one on each line
+    assert ["train", "instruction", "1", tokens[0], "12", "(12", "x)", "11", long] in rows
+    assert ["train", "score", "17", tokens[1], "8.5", "(0.5", "x)", "3", scored] in rows
+    assert [[f"{long}:1"], [f"{long}:2"], [f"{long}:3"]] == [
+        row for row in rows if row and row[0].startswith(f"{long}:")
+    ]
     assert f"{scored}:3: 'response' is empty" in shown
     assert str(data.train[1].quarantine_file) in shown
     assert f"note: {long}: 11 of 12 responses are left out" in shown
@@ -147,7 +148,7 @@ def test_paths_are_shown_as_they_were_typed(data: PreparedData, tmp_path: Path) 
     assert f"{tmp_path}/{long}:1" in printed(located, 400)
     shown = printed(located, 400, typed=typed)
     assert str(tmp_path / long) not in shown
-    assert f" {long}:1" in shown
+    assert f"      {long}:1\n" in shown
     assert f"note: {long}: 11 of 12" in shown
 
 
@@ -195,7 +196,7 @@ def test_mixed_kinds_and_a_scale_are_shown(tmp_path: Path, chat: ChatTokenizer) 
     source = SourceSettings(str(path), None, rules(mixed_kinds=True, score_range=(1.0, 10.0)))
     data = PreparedData((prepare_source(source, chat, tmp_path / "cache", seed=0, tolerance=Tolerance()),), ())
     shown = printed(data, 400)
-    assert [line.split()[-2:] for line in shown.split("\n") if "pair" in line] == [["pair", "4"]]
+    assert [line.split() for line in shown.split("\n") if "pair" in line] == [["pair", "4"]]
     assert "instruction 3" in shown
     assert "score 7" in shown
     assert f"note: {path}: scores from 2 to 8 found; score_range maps 1 to 0 and 10 to 1" in shown
@@ -215,7 +216,10 @@ def test_a_cut_conversation_counts_what_is_kept(tmp_path: Path, chat: ChatTokeni
 
 @pytest.mark.parametrize("width", [72, 80])
 def test_a_narrow_terminal_cuts_nothing(data: PreparedData, width: int) -> None:
-    """Words and places are folded: not a letter is missing, for the end of a place is the line's number."""
+    """Not a letter is missing, for the end of a place is the line's number; and no place is broken."""
+    long = data.train[0].label
+    assert f"      {long}:1\n      {long}:2\n      {long}:3\n" in printed(data, width)
+    assert sum(line.endswith(long) for line in printed(data, width).split("\n")) == 2  # in the table, and above places
     narrow, wide = (Counter(printed(data, columns)) for columns in (width, 400))
     for layout in " \n─":
         del narrow[layout], wide[layout]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from rich import box
@@ -27,6 +26,8 @@ OPEN, CLOSE = "⟦", "⟧"
 _SHOWN_TOKENS = 200
 _MUCH_LEFT_OUT = 0.2
 _MANY_PASSES = 10
+_UNLIMITED = 10_000
+"""Columns of a terminal that breaks no line."""
 
 
 def legend() -> Text:
@@ -62,7 +63,10 @@ def rendered(sequence: Sequence, chat: ChatTokenizer, *, full: bool) -> Text:
 
 def data_table(data: PreparedData) -> Table:
     """What a run uses of each source. Column "left out": dropped responses plus quarantined rows."""
-    table = _table("", "data", "kind", "responses", "tokens", "per epoch", "left out")
+    numbers = ("responses", "tokens", "per epoch", "left out")
+    columns = [Column(header, justify="right" if header in numbers else "left") for header in ("", "kind", *numbers)]
+    # Paths come last: a terminal that is too narrow folds them by itself, and they are copied whole.
+    table = Table(*columns, "data", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for part, sources, per_epoch in (
         ("train", data.train, data.epoch_amounts),
         ("held out", data.held_out, [None] * len(data.held_out)),
@@ -71,12 +75,12 @@ def data_table(data: PreparedData) -> Table:
             selection, account = source.selection, source.account
             table.add_row(
                 part,
-                Text(visible(source.label)),
                 Text(_kinds(selection.responses_of_kind)),
                 f"{selection.num_responses:,}",
                 f"{selection.num_tokens:,}",
                 "" if amount is None else _amount(amount, selection.num_responses),
                 f"{sum(account.dropped.values()) + account.quarantined:,}",
+                Text(visible(source.label)),
             )
     return table
 
@@ -101,10 +105,13 @@ def show_data(settings: Settings, data: PreparedData, console: Console, *, typed
         typed: the data's settings with the paths that the user typed, which are shown instead of absolute ones.
     """
     data = data if typed is None else _as_typed(data, typed)
-    console.print(data_table(data))
-    left_out = left_out_table(data)
+    for line in console.render_lines(data_table(data), console.options.update(max_width=_UNLIMITED), pad=False):
+        unbroken = Text.assemble(*((part.text, part.style or "") for part in line))
+        unbroken.rstrip()
+        console.print(unbroken, soft_wrap=True)
+    left_out = left_out_lines(data)
     if left_out is not None:
-        console.print(left_out)
+        console.print(left_out, soft_wrap=True)
     for note in (*notes(data), *_notes_on_steps(settings, data)):
         console.print(note)
     for text in unused(settings.given, data):
@@ -178,28 +185,31 @@ def device_notes(settings: Settings, *, has_gpu: bool) -> Iterator[Text]:
         )
 
 
-def left_out_table(data: PreparedData) -> Table | None:
-    """Drop statistics: each reason for which responses were left out or changed, with the first places, or None."""
-    table = _table("source", "reason", "number", "first places", title="left out, or changed", title_justify="left")
+def left_out_lines(data: PreparedData) -> Text | None:
+    """Drop statistics: each reason for which responses were left out or changed, with the first places; or None.
+
+    A place has a line of its own, so that it can be copied.
+    """
+    lines: list[str] = []
     for source in data.all:
-        account = source.account
-        for counts in (account.dropped, account.changed):
-            for reason, count in counts.items():
-                places = "\n".join(source.selection.store.places_of(reason))
-                table.add_row(Text(visible(source.label)), reason, f"{count:,}", Text(visible(places)))
+        account, store = source.account, source.selection.store
+        found = [
+            (f"{count:,} {reason}", list(store.places_of(reason)))
+            for counts in (account.dropped, account.changed)
+            for reason, count in counts.items()
+        ]
         if account.skipped:
-            table.add_row(Text(visible(source.label)), "not selected by where", f"{account.skipped:,} rows", "")
+            found.append((f"{account.skipped:,} rows not selected by where", []))
         if account.quarantined:
             first = [f"{place}: {reason}" for place, reason in source.first_bad_rows]
-            file = f"all, with reasons: {source.quarantine_file}"
-            reason = "bad rows, quarantined"
-            table.add_row(
-                Text(visible(source.label)),
-                reason,
-                f"{account.quarantined:,} rows",
-                Text(visible("\n".join([*first, file]))),
+            found.append(
+                (f"{account.quarantined:,} bad rows, quarantined", [*first, f"all of them: {source.quarantine_file}"])
             )
-    return table if table.row_count else None
+        if found:
+            lines.append(f"  {source.label}")
+        for what, places in found:
+            lines += [f"    {what}{', the first:' if places else ''}", *(f"      {place}" for place in places)]
+    return Text("\n".join(["left out, or changed:", *map(visible, lines), ""])) if lines else None
 
 
 def steps_line(steps: Steps, examples_per_step: int) -> Text:
@@ -210,21 +220,6 @@ def steps_line(steps: Steps, examples_per_step: int) -> Text:
     if len(steps) == 1:
         return Text(f"1 step: {holds}")
     return Text(f"{len(steps):,} steps of at least {examples_per_step} responses; the first has {holds}")
-
-
-def _table(*headers: str, **options: Any) -> Table:
-    """A table whose text columns wrap in a narrow terminal and are never cut: a place ends with its line number."""
-    numbers = {"responses", "tokens", "per epoch", "left out", "number"}
-    columns = [
-        Column(
-            header,
-            overflow="fold",
-            justify="right" if header in numbers else "left",
-            no_wrap=header in {*numbers, "", "kind"},
-        )
-        for header in headers
-    ]
-    return Table(*columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), **options)
 
 
 def _decoded(chat: ChatTokenizer, ids: list[int], full: bool, *, keep_start: bool) -> str:

@@ -316,7 +316,7 @@ def test_rows_of_another_format_are_named(tmp_path: Path, chat: ChatTokenizer) -
     alpaca = {"instruction": "Name a prime.", "input": "", "output": "7"}
     path = write_rows(tmp_path / "alpaca.jsonl", [alpaca, alpaca])
     assert refusal(path, chat).startswith(
-        f"{path}:1: keys instruction, input, output: this is format alpaca (read as jsonl: unknown key 'instruction'"
+        f"{path}:1: keys instruction, input, output: this is format alpaca (read as jsonl: unknown key 'instruction') "
     )
     path = write_rows(tmp_path / "one.jsonl", [{"prompt": "q", "response": "a"}, alpaca])
     assert refusal(path, chat).startswith(f"{path}:2: unknown key 'instruction'")

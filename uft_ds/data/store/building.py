@@ -347,7 +347,8 @@ class _Examiner:
                 asks = result.shape is None and not self._rules.columns and not is_outside
                 instead = other_formats(row, self._rules.format) if asks else ""
                 if instead:
-                    result.bad.append((raw, f"{instead} (read as {self._rules.format}: {error})"))
+                    first, _, _ = str(error).partition("; ")  # what follows is advice for rows of the given format
+                    result.bad.append((raw, f"{instead} (read as {self._rules.format}: {first})"))
                     continue
                 shape = None if self._rules.mixed_kinds else result.shape
                 hints = _lacking(keys, self._rules) + _other_keys(keys, shape, chunk.place)
