@@ -219,7 +219,7 @@ def test_a_torn_line_of_lost_metrics_is_cut_off(unbroken: Path, tiny_qwen2: Path
     [
         ("train.lr=0.5", "train.lr: 0.5 now, 0.01 when the run began"),
         ("objective.beta=0.3", "objective.beta: 0.3 now, 0.1 when the run began"),
-        ("data.sources.0.examples=8", "data.sources.0.examples: 8 now, None when the run began"),
+        ("data.sources.0.examples=8", "data.sources.0.examples: 8 now, none when the run began"),
     ],
 )
 def test_another_recipe_is_refused(unbroken: Path, override: str, message: str) -> None:

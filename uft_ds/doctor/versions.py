@@ -11,8 +11,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from uft_ds.doctor.finding import Finding
-
-PACKAGE = "uft-ds"
+from uft_ds.host.packages import PACKAGE, install_command
 
 
 def check_python(required: str | None = None, found: str | None = None) -> Finding:
@@ -58,7 +57,7 @@ def check_flash_attention(has_gpus: bool, *, is_installed: bool | None = None) -
         return Finding("flash-attn", "ok", "not used on CPUs")
     if not is_installed:
         found = "not installed: packed rows take a mask of tokens x tokens"
-        return Finding("flash-attn", "note", found, f"pip install '{PACKAGE}[gpu]'")
+        return Finding("flash-attn", "note", found, install_command("gpu"))
     return Finding("flash-attn", "ok", f"{metadata.version('flash-attn')}, used by model.attention: auto")
 
 

@@ -19,7 +19,7 @@ from transformers import (
 
 from uft_ds.data.tokens.chat_template import end_of_turn_id, render
 from uft_ds.errors import UserError
-from uft_ds.streams.load import check_base_files, config_of_folder, load_weights
+from uft_ds.streams.load import check_base_files, config_of_folder, found_instead, load_weights
 
 Messages = list[dict[str, str]]
 
@@ -53,7 +53,8 @@ def load_for_generation(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenize
 def check_model_folder(path: Path) -> None:
     """Raise a UserError that says what `path` is instead, if it isn't a model's folder."""
     if not path.is_dir():
-        raise UserError(f"`{path}` is not a folder; give the folder of a Hugging Face model.")
+        found = found_instead(path) if path.exists() else "is not a folder"
+        raise UserError(f"`{path}` {found}; give the folder of a Hugging Face model.")
     if (path / "config.json").is_file():
         return
     if (path / "adapter_config.json").is_file():

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
@@ -105,11 +106,17 @@ class SourceSection(Section):
     progress through the run from 0 to 1, with linear interpolation."""
     score: UnitInterval | None = None
     """Score of rows that have no score; null: 1 for instruction data."""
+    score_range: Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)] | None = None
+    """[lowest, highest] score that the rows may have, which are mapped to 0 and 1, linearly between; null: the scale of
+    the format, 0 to 1 in jsonl. A score outside is a bad row. score_map follows."""
     score_map: Literal["quantile"] | Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)] | None = None
     """Maps the source's scores. [scale, offset]: scale * score + offset, which must stay within 0 and 1. quantile: the
     share of the source's responses with a lower score (equal scores count half)."""
     pairs: Literal["keep", "split"] = "keep"
     """keep: the two sides of a pair stay together, as kind `pair`. split: each side is a scored response (UNA)."""
+    mixed_kinds: bool = False
+    """Accept files whose rows are of several kinds (instruction, score, binary, pair); each row's keys decide. A row
+    that has lost its score then counts as an instruction, with score 1."""
     allow_one_score: bool = False
     """Accept feedback in which all responses have the same score."""
 
@@ -335,6 +342,7 @@ def _impossible(recipe: Recipe) -> list[tuple[str, str]]:
             if source.format not in format_names():
                 found.append((f"{prefix}.{index}.format", unknown_name(source.format, format_names())))
             found += [(f"{prefix}.{index}.{key}", problem) for key, problem in _impossible_portion(source, prefix)]
+            found += [(f"{prefix}.{index}.{key}", problem) for key, problem in _impossible_scores(source)]
     of_objective = objective_problems(recipe.objective.given, examples_per_step=train.examples_per_step)
     found += [(f"objective.{key}", problem) for key, problem in of_objective]
     return found + [
@@ -382,6 +390,23 @@ def _impossible_portion(source: SourceSection, prefix: str) -> list[tuple[str, s
     return found
 
 
+def _impossible_scores(source: SourceSection) -> list[tuple[str, str]]:
+    """(key, problem) for the keys that say what a source's scores mean."""
+    found = []
+    if source.score_range is not None and not source.score_range[0] < source.score_range[1]:
+        low, high = source.score_range
+        found.append(("score_range", f"[{low:g}, {high:g}] given, expected [lowest, highest], such as [1, 10]"))
+    if source.mixed_kinds and source.score_map == "quantile":
+        found.append(
+            (
+                "score_map",
+                "quantile would rank the scores of one kind among those of others; leave mixed_kinds out, or take "
+                "[scale, offset]",
+            )
+        )
+    return found
+
+
 def section_of(annotation: Any) -> type[Section] | None:
     """The section in a field's type: the type itself, or a member of its union or list; None if there is none."""
     nested = [a for arg in get_args(annotation) for a in get_args(arg)]
@@ -389,15 +414,44 @@ def section_of(annotation: Any) -> type[Section] | None:
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
 
 
-def describe_keys(section: type[Section] = Recipe, prefix: str = "") -> list[tuple[str, str, str]]:
-    """(key, default, meaning) of every leaf, in the order of a recipe; the keys of sources have the index 0."""
-    rows: list[tuple[str, str, str]] = []
+class Described(NamedTuple):
+    """A key of the recipe.
+
+    default: in one line of YAML. allowed: the words that may be given; empty if any may, or none.
+    """
+
+    key: str
+    default: str
+    allowed: tuple[str, ...]
+    meaning: str
+
+
+def describe_keys(section: type[Section] = Recipe, prefix: str = "") -> list[Described]:
+    """Every leaf, in the order of a recipe; the keys of sources have the index 0."""
+    rows: list[Described] = []
     for name, field in section.model_fields.items():
         inner = section_of(field.annotation)
         if inner is not None:
             is_list = get_origin(field.annotation) is list
             rows += describe_keys(inner, f"{prefix}{name}.{'0.' if is_list else ''}")
         else:
-            default = "(required)" if field.is_required() else yaml.safe_dump(field.default).split("\n...")[0].strip()
-            rows.append((prefix + name, default, " ".join((field.description or "").split())))
+            default = "(required)" if field.is_required() else _in_one_line(field.default)
+            allowed = (
+                format_names() if (section, name) == (SourceSection, "format") else tuple(_words(field.annotation))
+            )
+            meaning = " ".join((field.description or "").split())
+            rows.append(Described(prefix + name, default, allowed, meaning))
     return rows
+
+
+def _in_one_line(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=10**9).split("\n...")[0].strip()
+
+
+def _words(annotation: Any) -> Iterator[str]:
+    """The texts that a type allows by name; those of lists are their members'. Keys of maps are not among them."""
+    if get_origin(annotation) is Literal:
+        yield from (value for value in get_args(annotation) if isinstance(value, str))
+    elif get_origin(annotation) is not dict:
+        for inner in get_args(annotation):
+            yield from _words(inner)

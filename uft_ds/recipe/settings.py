@@ -293,6 +293,8 @@ def source_of(entry: SourceSection, data: DataSection) -> SourceSettings:
         split_pairs=entry.pairs == "split",
         where=tuple(sorted(entry.where.items())),
         columns=tuple(sorted(entry.columns.items())),
+        score_range=None if entry.score_range is None else (entry.score_range[0], entry.score_range[1]),
+        mixed_kinds=entry.mixed_kinds,
     )
     return SourceSettings(
         entry.path,

@@ -31,6 +31,7 @@ COPIED_LATEST = "latest.copied"
 _WRITTEN_IN_PLACE = ("metrics.jsonl", "launcher.log", "DONE")
 """Files that a run opens for writing where they lie; all others are replaced by new ones."""
 
+_IN_USE = "is in use by a run that is still running; stop that run first"
 _SECONDS_OF_A_LOOK = 1.0
 """How long to wait for the lock, because `is_owned` in another process holds it for a moment."""
 _LOCK_REMEDY = (
@@ -187,8 +188,24 @@ def _create_exclusively(path: Path, text: str, status: Status) -> None:
         print(f"warning: {path} cannot be written ({error.strerror}): {status.message}", file=sys.stderr)
 
 
+def has_trained(folder: RunFolder) -> bool:
+    """Whether a run in the folder has made a step, so that something would be lost with it.
+
+    An evaluation before the first step is no step. What cannot be read counts as something to lose.
+    """
+    if folder.done.exists() or (folder.checkpoints.is_dir() and any(folder.checkpoints.iterdir())):
+        return True
+    try:
+        lines = folder.metrics.read_text(encoding="utf-8").splitlines() if folder.metrics.exists() else []
+        return any(json.loads(line)["step"] > 0 for line in lines)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return True
+
+
 def check_claimable(folder: RunFolder, *, overwrite: bool) -> None:
     """Refuse a folder that holds a run or other files, before time is spent on preparing data.
+
+    A run that was stopped before its first step does not count, because nothing is lost with it.
 
     Raises:
         UserError: the message says what the folder holds and what to do.
@@ -201,16 +218,22 @@ def check_claimable(folder: RunFolder, *, overwrite: bool) -> None:
     # Every run creates the lock first. A recipe.yaml is no evidence of a run; it may be the user's own file.
     if not folder.lock.exists():
         raise UserError(f"output: {path} holds files that are not from a run of uft; give another folder")
-    if not overwrite:
-        state = "is done;" if folder.done.exists() else "did not finish; continue it with --resume,"
-        raise UserError(
-            f"output: {path} already holds a run that {state} delete it with --overwrite, "
-            "or give another folder by output=PATH"
-        )
+    if not overwrite and has_trained(folder):
+        raise _holds_a_run(folder)
+    if not overwrite and is_owned(folder):
+        raise UserError(f"output: {path} {_IN_USE}")
+
+
+def _holds_a_run(folder: RunFolder) -> UserError:
+    state = "is done;" if folder.done.exists() else "did not finish; continue it with --resume,"
+    return UserError(
+        f"output: {folder.path} already holds a run that {state} delete it with --overwrite, "
+        "or give another folder by output=PATH"
+    )
 
 
 def claim(folder: RunFolder, *, overwrite: bool, lock: Lock | None = None) -> Lock:
-    """Create the folder and lock it; with `overwrite`, delete an older run in it.
+    """Create the folder and lock it; delete an older run in it, with `overwrite` or if it never made a step.
 
     Args:
         lock: the folder's lock, if it is locked already.
@@ -226,8 +249,10 @@ def claim(folder: RunFolder, *, overwrite: bool, lock: Lock | None = None) -> Lo
     except OSError as error:
         raise UserError(f"output: {folder.path} cannot be written ({error.strerror})") from None
     lock = lock or claim_again(folder)
-    if overwrite:
-        _empty(folder.path)
+    if not overwrite and has_trained(folder):  # since the check, by a process that has ended meanwhile
+        lock.close()
+        raise _holds_a_run(folder)
+    _empty(folder.path)
     return lock
 
 
@@ -284,7 +309,7 @@ def locked(folder: RunFolder, *, name: str, without_locks: str) -> Lock:
     try:
         return acquire(folder.lock, wait_seconds=_SECONDS_OF_A_LOOK)
     except Held:
-        raise UserError(f"{name} is in use by a run that is still running; stop that run first") from None
+        raise UserError(f"{name} {_IN_USE}") from None
     except NoLocks as error:
         raise UserError(f"{name} cannot be locked ({error.strerror}), so {without_locks}") from None
     except OSError as error:

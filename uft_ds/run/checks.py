@@ -14,6 +14,7 @@ import torch
 from uft_ds.checkpoint.folder import ADAPTER
 from uft_ds.engine.zero_section import check_ranks
 from uft_ds.errors import UserError
+from uft_ds.host.packages import install_command
 from uft_ds.recipe.settings import Settings
 from uft_ds.record.run_folder import CHECKPOINTS, RunFolder, reading_identity
 from uft_ds.streams.accept import accepted_policy, check_positions
@@ -46,11 +47,11 @@ def check_recipe(settings: Settings) -> tuple[str, ...]:
         UFTModel(policy, reference_mode=settings.reference.mode)
     check_positions(config, settings.data.max_length)
     if settings.model.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
-        raise UserError("model.attention: flash_attention_2 needs flash-attn: pip install 'uft-ds[gpu]', or take auto")
+        raise UserError(f"model.attention: flash_attention_2 needs flash-attn: {install_command('gpu')}, or take auto")
     if settings.reference.caches:
         _check_writable(settings.reference.cache_dir)
     if "wandb" in settings.tracking and importlib.util.find_spec("wandb") is None:
-        raise UserError("tracking: wandb is not installed: pip install 'uft-ds[wandb]', or leave it out")
+        raise UserError(f"tracking: wandb is not installed: {install_command('wandb')}, or leave it out")
     return adapted
 
 

@@ -79,6 +79,23 @@ def prepare_data(
     return data
 
 
+def prepare_fitting_data(
+    settings: Settings, on_progress: OnProgress = lambda label, done, total: None
+) -> tuple[ChatTokenizer, PreparedData]:
+    """As `prepare_data`; the tokenizer and all tokens must fit the base's embedding. No weights are read.
+
+    Raises:
+        UserError: as `prepare_data`; or the base has no config, or a token is beyond its embedding.
+    """
+    model = settings.model
+    rows = embedding_rows(check_base(model.base, model.revision))
+    chat = load_tokenizer(model.base, revision=model.revision, chat_template=model.chat_template)
+    check_fits_embedding(chat, rows)
+    data = prepare_data(settings, chat, on_progress)
+    check_fits_embedding(chat, rows, (source.selection.store.token_ids for source in data.all))
+    return chat, data
+
+
 def open_data(settings: Settings, folder: RunFolder) -> PreparedData:
     """Open the data that `prepare_run` recorded in the run's folder.
 
@@ -258,15 +275,9 @@ def check_run(
     adapted = check_recipe(settings)
     settings = with_fixed_revision(settings)
     check_base_files(local_folder(settings.model.base, settings.model.revision), adapted)
-    chat = load_tokenizer(
-        settings.model.base, revision=settings.model.revision, chat_template=settings.model.chat_template
-    )
-    config = check_base(settings.model.base, settings.model.revision)
-    rows = embedding_rows(config)
-    check_fits_embedding(chat, rows)
-    data = prepare_data(settings, chat, on_progress)
-    check_fits_embedding(chat, rows, (source.selection.store.token_ids for source in data.all))
+    _, data = prepare_fitting_data(settings, on_progress)
     if settings.train.samples:
+        config = check_base(settings.model.base, settings.model.revision)
         check_samples(settings.train, config, prompts_of(settings, data, config))
     check_adapters_are_of_base(settings, partial(on_progress, "hashing the adapter's base"))
     return settings, data
@@ -302,8 +313,11 @@ def data_report(data: PreparedData) -> dict[str, list[dict[str, object]]]:
         selection, account = source.selection, source.account
         return {
             "source": source.label,
+            "score_range": source.settings.rules.score_range,
+            "scores_found": account.scores and [account.scores.low, account.scores.high],
             "score_map": source.settings.score_map,
             "responses": selection.num_responses,
+            "responses_of_kind": selection.responses_of_kind,
             "sequences": selection.num_sequences,
             "tokens": selection.num_tokens,
             "responses_per_epoch": per_epoch,

@@ -26,7 +26,7 @@ from uft_ds.errors import UserError
 from uft_ds.host.callbacks import OnProgress, Say
 from uft_ds.host.files import write_atomically
 from uft_ds.host.locks import Lock
-from uft_ds.recipe.file import leaves_of, read_stored_recipe, stored_recipe
+from uft_ds.recipe.file import leaves_of, read_stored_recipe, said, stored_recipe
 from uft_ds.recipe.settings import Settings
 from uft_ds.record.metrics import damaged_metrics
 from uft_ds.record.run_folder import RunFolder, check_own_files, claim_again, reading_identity
@@ -202,7 +202,7 @@ def _check_nothing_is_lost(folder: RunFolder, settings: Settings) -> None:
 def _check_same_recipe(folder: RunFolder, settings: Settings) -> None:
     changes = recipe_changes(folder, settings)
     changed = [
-        f"{key}: {now} now, {then} when the run began"
+        f"{key}: {said(now)} now, {said(then)} when the run began"
         for key, (then, now) in changes.items()
         if not (may_change(key) or may_grow(key))
     ]
@@ -336,7 +336,7 @@ def _differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, An
 
 
 def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
+    text = "none" if value is None else value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

@@ -21,10 +21,8 @@ def located(settings: Settings) -> Settings:
     may change later.
 
     Raises:
-        UserError: the adapter does not exist, or the output begins with `~` and a name that no user has.
+        UserError: the adapter does not exist.
     """
-    if str(settings.output).startswith("~"):  # the recipe has replaced the home folders that there are
-        raise UserError(f"output: {settings.output}: no such user; give another folder by output=PATH")
 
     def absolute(path: str) -> str:
         return str(Path(path).absolute()) if Path(path).exists() else path

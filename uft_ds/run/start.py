@@ -17,7 +17,7 @@ from uft_ds.data.sources import PreparedData
 from uft_ds.errors import EXIT_DONE, EXIT_STOPPED
 from uft_ds.host.callbacks import OnProgress
 from uft_ds.host.terminal import as_typed, visible
-from uft_ds.recipe.settings import Settings
+from uft_ds.recipe.settings import DataSettings, Settings
 from uft_ds.record.report import SECONDS_BETWEEN_LINES
 from uft_ds.record.run_folder import RunFolder, Status, check_ownable
 from uft_ds.run.checks import check_sharding
@@ -53,7 +53,7 @@ def run_settings(
     Raises:
         UserError: a check failed; nothing has been launched.
     """
-    settings = located(settings)
+    typed, settings = settings.data, located(settings)
     if resume and (done := nothing_to_do(settings)) is not None:
         console.print(_NOTHING_TO_RESUME.format(done.path))
         return done.path, Status(EXIT_DONE, "done")
@@ -64,7 +64,7 @@ def run_settings(
         else:
             folder, data, lock = prepare_run(settings, overwrite=overwrite, on_progress=on_progress)
     with lock:
-        _show(settings, data, console)
+        _show(settings, data, console, typed)
         console.print(f"{what} on {ranks} ranks; logs in {folder.path}")
         start = TorchrunRanks if server is None else server.start
         status = launch(folder, start, ranks=ranks, port=master_port(), options=options, say=console.print)
@@ -97,7 +97,7 @@ def rehearse(
     Raises:
         UserError: a check failed.
     """
-    settings = located(settings)
+    typed, settings = settings.data, located(settings)
     if resume and (done := nothing_to_do(settings)) is not None:
         console.print(_NOTHING_TO_RESUME.format(done.path))
         return None
@@ -115,7 +115,7 @@ def rehearse(
             settings, data = found.settings, found.data
     for note in () if found is None else found.notes:
         console.print(note)
-    _show(settings, data, console)
+    _show(settings, data, console, typed)
     steps_done, source = (0, {}) if found is None else (found.position.state.step, found.position.state.source)
     steps = steps_of(settings, data, source)
     if resume:
@@ -145,8 +145,8 @@ def _checked_launch(settings: Settings, console: Console) -> tuple[Settings, int
     return settings, ranks
 
 
-def _show(settings: Settings, data: PreparedData, console: Console) -> None:
-    show_data(settings, data, console)
+def _show(settings: Settings, data: PreparedData, console: Console, typed: DataSettings) -> None:
+    show_data(settings, data, console, typed=typed)
     for note in device_notes(settings, has_gpu=torch.cuda.is_available()):
         console.print(note)
 

@@ -49,7 +49,7 @@ def _config_of_base(base: str, revision: str | None) -> Any:
     check_is_there(base)
     folder = Path(base)
     if folder.exists() and not (folder / "config.json").is_file():
-        raise UserError(f"model.base: {base} holds no config.json; expected a model folder in Hugging Face's layout")
+        raise UserError(f"model.base: {base} {found_instead(folder)}; {_EXPECTED}")
     if folder.exists():
         if "auto_map" in _raw_config(folder / "config.json"):
             raise UserError(f"model.base: {base} needs code of its own (auto_map in config.json), which is never run")
@@ -57,9 +57,29 @@ def _config_of_base(base: str, revision: str | None) -> Any:
     try:
         return AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 - transformers raises many types here
+        gguf = f"; repositories of GGUF files are not read, {_OF_GGUF}" if "gguf" in base.lower() else ""
         raise UserError(
             f"model.base: {base!r} is neither a local model folder nor available from the hub ({_one_line(error)})"
+            f"{gguf}"
         ) from None
+
+
+_EXPECTED = "expected a model folder in Hugging Face's layout, with config.json, safetensors and a tokenizer"
+_OF_GGUF = "whose weights are rounded for inference: take the 16-bit model that it was made from"
+
+
+def found_instead(path: Path) -> str:
+    """What an existing path is that is no model folder, as the end of a sentence about it."""
+    if path.is_file():
+        try:
+            with path.open("rb") as file:
+                is_gguf = file.read(4) == b"GGUF"
+        except OSError as error:
+            return f"cannot be read ({error.strerror})"
+        return f"is a GGUF file, {_OF_GGUF}" if is_gguf else "is a file"
+    if any(path.glob("*.gguf")):
+        return f"holds GGUF files, {_OF_GGUF}, and no config.json"
+    return "holds no config.json"
 
 
 def _check_not_quantised(base: str, config: Any) -> None:

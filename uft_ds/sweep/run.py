@@ -18,7 +18,7 @@ from uft_ds.errors import EXIT_INTERRUPTED, EXIT_STOPPED, UserError
 from uft_ds.host.faults import ending
 from uft_ds.host.files import write_atomically
 from uft_ds.host.terminal import as_typed
-from uft_ds.recipe.file import dump_recipe
+from uft_ds.recipe.file import dump_recipe, said
 from uft_ds.recipe.settings import Settings, changed
 from uft_ds.record.metrics import read_metrics
 from uft_ds.record.run_folder import RunFolder, Status
@@ -224,7 +224,10 @@ def _check_folder(sweep: Sweep, run: PlannedRun) -> None:
 def _first_change(folder: RunFolder, run: PlannedRun) -> str | None:
     """The first key that makes a run another one than that of its folder, with both values, or None."""
     changes = recipe_changes(folder, located(run.settings))
-    return next((f"{key}: {now} now, {then} then" for key, (then, now) in changes.items() if not may_change(key)), None)
+    return next(
+        (f"{key}: {said(now)} now, {said(then)} then" for key, (then, now) in changes.items() if not may_change(key)),
+        None,
+    )
 
 
 def _goes_on(sweep: Sweep, run: PlannedRun, folder: RunFolder) -> bool:
