@@ -14,7 +14,7 @@ from uft_ds.commands import checkpoint, data, machine, model, recipe, training
 from uft_ds.errors import EXIT_BAD_INPUT, CheckFailed, UserError
 from uft_ds.host.faults import ending
 from uft_ds.host.standard_streams import prepare_streams
-from uft_ds.host.terminal import visible
+from uft_ds.host.terminal import as_typed, visible
 
 app = typer.Typer(
     help="One-stage fine-tuning (UFT) of large language models on DeepSpeed ZeRO-3.",
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def _failed(code: int, message: str) -> int:
-    print(f"error: {visible(message)}", file=sys.stderr)
+    print(f"error: {visible(as_typed(message))}", file=sys.stderr)
     return code
 
 

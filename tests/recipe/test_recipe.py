@@ -8,11 +8,13 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from recipes import MINIMAL, refusal
+from typer.testing import CliRunner
 
+from uft_ds.cli import app
 from uft_ds.data.example import KINDS
 from uft_ds.data.mixture import Portion
 from uft_ds.errors import UserError
-from uft_ds.recipe.file import dump_recipe, dump_value, load_recipe, load_yaml, shipped_recipes
+from uft_ds.recipe.file import described_recipes, dump_recipe, dump_value, load_recipe, load_yaml, shipped_recipes
 from uft_ds.recipe.schema import Recipe, describe_keys
 from uft_ds.recipe.settings import portion_of
 
@@ -20,6 +22,18 @@ from uft_ds.recipe.settings import portion_of
 def test_recipes_are_shipped() -> None:
     """The three recipes of the first version are found without a path."""
     assert {"quickstart", "uft_qwen32b", "uft_mistral7b"} <= set(shipped_recipes())
+
+
+def test_every_shipped_recipe_says_what_it_is_for() -> None:
+    """In the first line of its file, which `uft recipe list` shows beside its name."""
+    described = described_recipes()
+    assert tuple(described) == shipped_recipes()
+    for description in described.values():
+        assert 20 < len(description) < 120
+        assert description.endswith(".")
+    assert described["uft_mistral7b"].startswith("UFT on Mistral-7B-v0.1 as in arXiv 2410.21438: UltraChat")
+    shown = CliRunner().invoke(app, ["recipe", "list"]).stdout
+    assert all(name in shown and description.split()[0] in shown for name, description in described.items())
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
@@ -390,6 +404,7 @@ def test_every_key_is_described() -> None:
             "train.keep_best: 'held_out/responses/score' given, which has no best value; take held_out/loss, ",
         ),
         (("train.keep_best=held_out/loss",), "train.keep_best: needs data.held_out, which is empty"),
+        (("train.samples=4",), "train.samples: 4 given, but data.held_out, which has the prompts, is empty"),
         (
             ("model.attention=flash_attention_2", "model.dtype=float32"),
             "model.attention: flash_attention_2 has no float32; take model.dtype: bfloat16, or auto",

@@ -291,7 +291,7 @@ def test_a_table_of_what_has_been_run_elsewhere() -> None:
     run(sweep, Trainer(sft=1, uft=0))
     RunFolder(sweep.output / "sft").write_status(Status(1, "rank 1 was killed"))
     results = table_of(sweep, Console(file=io.StringIO()))
-    how_far = "step 0, newest checkpoint none: rank 1 was killed"
+    how_far = "step 0, newest checkpoint: none; rank 1 was killed"
     assert [result.status for result in results] == [how_far, "not started", "done"]
     with (sweep.output / "table.csv").open(newline="") as file:
         assert [row["status"] for row in csv.DictReader(file)] == [result.status for result in results]

@@ -34,10 +34,16 @@ def recipe_show(
 
 @app.command("list")
 def recipe_list() -> None:
-    """Names of the recipes that come with the package."""
-    from uft_ds.recipe.file import shipped_recipes
+    """The recipes that come with the package, and what each is."""
+    from rich.table import Table
 
-    print("\n".join(shipped_recipes()))
+    from uft_ds.recipe.file import described_recipes
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    for name, description in described_recipes().items():
+        table.add_row(name, description)
+    console.print(table)
 
 
 @app.command("keys")

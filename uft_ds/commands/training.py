@@ -24,6 +24,9 @@ def train(
         bool, typer.Option("--resume", help="Resume from the newest intact checkpoint of the run in the output folder.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run that the output holds.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and say what would be trained, but launch nothing.")
+    ] = False,
 ) -> None:
     """Check everything, then train on this machine's GPUs, or on two CPU processes."""
     from uft_ds.recipe.settings import load_settings
@@ -31,16 +34,36 @@ def train(
     if resume and overwrite:
         raise UserError("--resume and --overwrite: the one continues a run, the other deletes it; give one of them")
     settings = load_settings(recipe, tuple(overrides or ()))
+    if dry_run:
+        _rehearse(settings, overwrite=overwrite, resume=resume)
+        return
     from uft_ds.run.forked import rank_server  # seconds of imports, after what is wrong in the recipe has been told
 
     with rank_server() as server:
         _train(settings, server=server, overwrite=overwrite, resume=resume)
 
 
+def _rehearse(settings: Settings, *, overwrite: bool, resume: bool) -> None:
+    from uft_ds.planning.here import memory_note
+    from uft_ds.run.start import rehearse
+
+    found = rehearse(settings, console, overwrite=overwrite, resume=resume)
+    if found is None:
+        return
+    console.print(memory_note(found.settings, found.ranks))
+    console.print(f"dry run: {found.ranks} ranks would start, every check has passed; {settings.output} is unchanged")
+
+
 def _train(settings: Settings, **how: Any) -> None:
-    """Prepare and launch a run; unless it is done, end the process with the run's exit code."""
+    """Prepare and launch a run and print its verdict; unless it is done, end the process with the run's exit code."""
+    from uft_ds.record.metrics import read_metrics
+    from uft_ds.record.run_folder import RunFolder
+    from uft_ds.record.verdict import in_words, verdicts
+
     folder, _ = _launched(settings, "training", **how)
-    console.print(f"done: {folder}  (metrics.jsonl, curves.png, report.html, checkpoints/)")
+    for line in in_words(verdicts(read_metrics(RunFolder(folder).metrics))):
+        console.print(line)
+    console.print(f"done: {folder}  (report.html, metrics.jsonl, curves.png, checkpoints/)")
 
 
 def _launched(settings: Settings, what: str, **how: Any) -> tuple[Path, Status]:
@@ -135,7 +158,8 @@ def reference(recipe: RecipeName, overrides: Overrides = None) -> None:
         why = "objective.loss needs no reference" if settings.reference.given_cache else "reference.cache is false"
         raise UserError(f"there is nothing to fill: {why}")
     work = Path(tempfile.mkdtemp(prefix="uft-reference-"))
-    filling = changed(settings, {"output": str(work / "run")})
+    # The reference is the base whatever the policy starts from.
+    filling = changed(settings, {"output": str(work / "run"), "start.adapter": None})
     try:
         with rank_server() as server:
             _, status = _launched(filling, "computing the reference", options=("--only-reference",), server=server)

@@ -148,7 +148,7 @@ def workload_of(settings: Settings, config: Any, *, tokens_per_response: int | N
         num_responses=sum(n for n in examples if n) if all(examples) else None,
         has_pairs=any(_may_hold_pairs(source.rules) for source in settings.data.sources),
         extra_forwards=_extra_forwards(objective),
-        begins_with_forward=reference.is_needed or bool(settings.data.held_out),
+        begins_with_forward=bool(reference.is_needed or settings.data.held_out or settings.start_adapter),
     )
 
 

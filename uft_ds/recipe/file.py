@@ -123,6 +123,12 @@ def shipped_recipes() -> tuple[str, ...]:
     return tuple(sorted(Path(item.name).stem for item in folder.iterdir() if item.name.endswith(".yaml")))
 
 
+def described_recipes() -> dict[str, str]:
+    """The name of each shipped recipe, and the comment in its first line."""
+    texts = {name: _read_recipe(name)[1] for name in shipped_recipes()}
+    return {name: text.splitlines()[0].removeprefix("#").strip() for name, text in texts.items()}
+
+
 def _read_recipe(name_or_path: str) -> tuple[str, str]:
     """(label, text) of a shipped recipe or a file."""
     if name_or_path in shipped_recipes():

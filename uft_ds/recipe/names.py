@@ -55,6 +55,10 @@ _KEYS_ELSEWHERE: Mapping[str, str] = {
     "attn_implementation": "model.attention",
     "torch_dtype": "model.dtype",
     **dict.fromkeys(("ref_model", "reference_model"), "model.base with reference.adapter"),
+    **dict.fromkeys(
+        ("adapter_name_or_path", "lora_model_dir", "resume_adapter"),
+        "start.adapter, or reference.adapter where it is the reference too",
+    ),
     "precompute_ref_log_probs": "reference.cache",
     "output_dir": "output",
     "report_to": "tracking",

@@ -199,15 +199,21 @@ class ReferenceSection(Section):
     kernels that choose another algorithm without gradients may need more."""
 
 
+class StartSection(Section):
+    adapter: Location | None = None
+    """An adapter that the policy starts from, while the base stays the reference (with reference.adapter it is the
+    reference too). An adapter's folder, a checkpoint or a run; its rank, alpha and targets must be those of lora."""
+
+
 class TrainSection(Section):
     examples_per_step: Annotated[int, Field(gt=0, le=2**20)] = 64
     """Number of responses of an optimiser step, over all ranks and micro-batches; at most a million (2^20)."""
     tokens_per_micro_batch: Annotated[int, Field(ge=8, lt=_INT32)] = 16384
     """Largest number of tokens that a rank forwards at once."""
     epochs: Positive = 1
-    """Number of passes over the mixture; ignored if steps is given."""
+    """Number of passes over the mixture; ignored if steps is given. A resumed run may change it."""
     steps: Positive | None = None
-    """Number of optimiser steps; the mixture is repeated as often as needed."""
+    """Number of optimiser steps; the mixture is repeated as often as needed. A resumed run may change it."""
     lr: PositiveFloat = 3.0e-5
     """Peak learning rate of AdamW."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -236,6 +242,11 @@ class TrainSection(Section):
     implicit_reward_chosen; the nearest to 0 for length_correlation."""
     evaluate_every: Positive = 100
     """Number of steps between evaluations of the held-out data; one always follows the last step."""
+    samples: Annotated[int, Field(ge=0, le=4096)] = 0
+    """Number of held-out prompts that the policy answers before the first step and at each evaluation, by greedy
+    decoding; the answers are in samples.jsonl and in the report. They change nothing of the training."""
+    sample_tokens: Positive = 128
+    """Largest number of tokens of such an answer."""
 
 
 class LaunchSection(Section):
@@ -257,6 +268,7 @@ class Recipe(Section):
     data: DataSection
     objective: ObjectiveSection = ObjectiveSection()
     reference: ReferenceSection = ReferenceSection()
+    start: StartSection = StartSection()
     train: TrainSection = TrainSection()
     launch: LaunchSection = LaunchSection()
     tracking: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
@@ -306,7 +318,17 @@ def _impossible(recipe: Recipe) -> list[tuple[str, str]]:
                     (f"{prefix}.{index}.path", f"{source.path!r} is a source already; no row may be used twice")
                 )
             seen.add(rows)
+    if recipe.start.adapter is not None and recipe.reference.adapter is not None:
+        found.append(
+            (
+                "start.adapter",
+                "given together with reference.adapter, from which the policy starts too; give start.adapter alone if "
+                "the base is the reference, reference.adapter alone if the adapter is",
+            )
+        )
     found += [("train.keep_best", problem) for problem in _impossible_best(recipe)]
+    if train.samples and not data.held_out:
+        found.append(("train.samples", f"{train.samples} given, but data.held_out, which has the prompts, is empty"))
     if recipe.lora is not None and recipe.lora.dropout != 0.0:
         found.append(("lora.dropout", f"{recipe.lora.dropout} given, must be 0: it would make log-ratios noise"))
     for prefix, sources in (("data.sources", data.sources), ("data.held_out", data.held_out)):

@@ -20,7 +20,8 @@ from uft_ds.host.locks import Held, Lock, NoLocks, acquire, is_held
 CHECKPOINTS = "checkpoints"
 _OF_A_RUN = (
     "recipe.yaml", "environment.json", "metrics.jsonl", "tensorboard", "wandb", CHECKPOINTS,
-    "latest", "data", "status.json", "report.html", "curves.png", "health.png", "held_out.csv", "launcher.log", "DONE",
+    "latest", "data", "status.json", "report.html", "curves.png", "health.png", "held_out.csv", "samples.jsonl",
+    "launcher.log", "DONE",
     "quickstart.json", "identity.json", "resumed.json", "wandb-id",
 )  # fmt: skip
 """Files and folders that a run creates. `--overwrite` deletes only these, logs of ranks and temporary files."""
@@ -80,6 +81,11 @@ class RunFolder:
         return self.path / "held_out.csv"
 
     @property
+    def samples(self) -> Path:
+        """Answers of the policy to held-out prompts, if the recipe asks for some."""
+        return self.path / "samples.jsonl"
+
+    @property
     def curves_picture(self) -> Path:
         return self.path / "curves.png"
 
@@ -110,6 +116,10 @@ class RunFolder:
     def sample_data(self) -> Path:
         """A few of the run's sequences (held-out ones if there are any), with which a trained model can be checked."""
         return self.path / "data" / "sample"
+
+    def start(self) -> Path:
+        """The log-ratios that the policy must have before the first step, if it starts from an adapter."""
+        return self.path / "data" / "start.json"
 
     def quarantine(self) -> Path:
         """The rows that were left out because they cannot be read, each with the reason."""
@@ -229,6 +239,37 @@ def claim_again(folder: RunFolder) -> Lock:
     """
     # Without a lock a restart could write at the same time as the run that it replaces.
     return locked(folder, name=f"output: {folder.path}", without_locks=f"two runs could write to it; {_LOCK_REMEDY}")
+
+
+def check_ownable(folder: RunFolder) -> None:
+    """As `claim`, but leave nothing behind: a folder that exists must be writable and free, another one creatable.
+
+    Raises:
+        UserError: another process owns the folder, it cannot be written, or its file system has no locks.
+    """
+    name = f"output: {folder.path}"
+    if folder.lock.exists():
+        owned = is_owned(folder)
+        if owned is None:
+            raise UserError(f"{name} cannot be locked, so two runs could write to it; {_LOCK_REMEDY}")
+        if owned:
+            raise UserError(f"{name} is in use by a run that is still running; stop that run first")
+        if not os.access(folder.path, os.W_OK):
+            raise UserError(f"{name} cannot be written")
+        return
+    existing = next(parent for parent in (folder.path, *folder.path.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise UserError(f"output: {existing} is a file, expected a folder")
+    probe = existing / f".uft-probe.{uuid.uuid4().hex}.tmp"
+    try:
+        acquire(probe).delete()
+    except NoLocks as error:
+        probe.unlink(missing_ok=True)
+        raise UserError(
+            f"{name} cannot be locked ({error.strerror}), so two runs could write to it; {_LOCK_REMEDY}"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{name} cannot be written ({error.strerror})") from None
 
 
 def locked(folder: RunFolder, *, name: str, without_locks: str) -> Lock:

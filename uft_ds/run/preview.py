@@ -15,7 +15,7 @@ from uft_ds.data.example import Sequence
 from uft_ds.data.mixture import Steps
 from uft_ds.data.sources import PreparedData, PreparedSource
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
-from uft_ds.host.terminal import visible
+from uft_ds.host.terminal import as_typed, visible
 from uft_ds.recipe.settings import Settings
 from uft_ds.recipe.unused import unused
 
@@ -46,7 +46,9 @@ def rendered(sequence: Sequence, chat: ChatTokenizer, *, full: bool) -> Text:
     responses = sequence.responses
     supervised = sum(response.num_tokens for response in responses)
     scores = ", ".join(f"{response.kind} {response.score:.3g}" for response in responses)
-    head = f"{visible(responses[0].origin)}: {sequence.num_tokens} tokens, {supervised} supervised; {scores}\n"
+    head = (
+        f"{visible(as_typed(responses[0].origin))}: {sequence.num_tokens} tokens, {supervised} supervised; {scores}\n"
+    )
     ids = sequence.token_ids_T.tolist()
     text = Text.assemble((head, HEADER))
     at = 0
@@ -70,7 +72,7 @@ def data_table(data: PreparedData) -> Table:
             selection, account = source.selection, source.account
             table.add_row(
                 part,
-                Text(visible(source.label)),
+                _path(source.label),
                 Text(", ".join(sorted(selection.kinds))),
                 f"{selection.num_responses:,}",
                 f"{selection.num_tokens:,}",
@@ -103,17 +105,16 @@ def notes(data: PreparedData) -> Iterator[Text]:
     for source in data.all:
         left_out, found = sum(source.account.dropped.values()), len(source.selection.store.responses)
         if left_out > _MUCH_LEFT_OUT * (left_out + found):
-            yield Text(f"note: {source.label}: {left_out:,} of {left_out + found:,} responses are left out")
+            yield Text(f"note: {as_typed(source.label)}: {left_out:,} of {left_out + found:,} responses are left out")
     for source in data.all:
         if source.account.unread:
             named = ", ".join(f"{column} ({rows:,} rows)" for column, rows in source.account.unread.items())
-            yield Text(
-                f"note: {source.label}: columns that format {source.settings.rules.format} does not read: {named}"
-            )
+            form = source.settings.rules.format
+            yield Text(f"note: {as_typed(source.label)}: columns that format {form} does not read: {named}")
     for source, amount in zip(data.train, data.epoch_amounts, strict=True):
         passes = amount / source.selection.num_responses
         if passes > _MANY_PASSES:
-            yield Text(f"note: {source.label}: an epoch goes {passes:.3g} times through its responses")
+            yield Text(f"note: {as_typed(source.label)}: an epoch goes {passes:.3g} times through its responses")
 
 
 def device_notes(settings: Settings, *, has_gpu: bool) -> Iterator[Text]:
@@ -132,21 +133,26 @@ def left_out_table(data: PreparedData) -> Table | None:
         account = source.account
         for counts in (account.dropped, account.changed):
             for reason, count in counts.items():
-                places = ", ".join(source.selection.store.places_of(reason))
-                table.add_row(Text(visible(source.label)), reason, f"{count:,}", Text(visible(places)))
+                places = "\n".join(source.selection.store.places_of(reason))  # a place is read as a whole
+                table.add_row(_path(source.label), reason, f"{count:,}", _path(places))
         if account.skipped:
-            table.add_row(Text(visible(source.label)), "not selected by where", f"{account.skipped:,} rows", "")
+            table.add_row(_path(source.label), "not selected by where", f"{account.skipped:,} rows", "")
         if account.quarantined:
             first = [f"{place}: {reason}" for place, reason in source.first_bad_rows]
             file = f"all, with reasons: {source.quarantine_file}"
             reason = "bad rows, quarantined"
             table.add_row(
-                Text(visible(source.label)),
+                _path(source.label),
                 reason,
                 f"{account.quarantined:,} rows",
-                Text(visible("\n".join([*first, file]))),
+                _path("\n".join([*first, file])),
             )
     return table if table.row_count else None
+
+
+def _path(text: str) -> Text:
+    """Text with paths, for a cell."""
+    return Text(visible(as_typed(text)))
 
 
 def steps_line(steps: Steps, examples_per_step: int) -> Text:
@@ -157,6 +163,18 @@ def steps_line(steps: Steps, examples_per_step: int) -> Text:
     if len(steps) == 1:
         return Text(f"1 step: {holds}")
     return Text(f"{len(steps):,} steps of at least {examples_per_step} responses; the first has {holds}")
+
+
+def amount_line(steps: Steps, data: PreparedData, done: int = 0) -> Text:
+    """A line with what the steps hold in all. done: the number of steps that are done already."""
+    in_all, per_epoch = steps.num_responses(), sum(data.epoch_amounts)
+    passes = f"{in_all / per_epoch:.3g}"
+    text = f"{in_all:,} responses in all, {passes} epoch{'s' * (passes != '1')} of {per_epoch:,.0f}"
+    if done == len(steps):
+        return Text(f"{text}; all steps are done")
+    if done:
+        text += f"; {done:,} steps are done, the remaining {len(steps) - done:,} hold {steps.num_responses(done):,}"
+    return Text(text)
 
 
 def _table(*headers: str, **options: Any) -> Table:

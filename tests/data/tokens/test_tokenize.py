@@ -654,3 +654,18 @@ def test_keep_first_ends_with_the_last_kept_response(tiny: ChatTokenizer) -> Non
     assert one.responses == sequence.responses[:1]
     assert one.token_ids_T.tolist() == sequence.token_ids_T[: sequence.responses[0].end].tolist()
     assert keep_first(sequence, 0).num_tokens == 0
+
+
+def test_a_text_longer_than_the_tokenizer_likes_is_no_warning(
+    chat: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers says once a process that such a text leads to indexing errors; `max_length` decides here."""
+    said: list[str] = []
+    monkeypatch.setattr("transformers.tokenization_utils_base.logger.warning", lambda text, *_: said.append(text))
+    monkeypatch.setattr(chat.tokenizer, "model_max_length", 8)
+    chat.tokenizer.deprecation_warnings.clear()
+    text = "a longer text, in words. " * 4
+    assert len(chat.encode(text)) > 8
+    assert said == []
+    chat.tokenizer(text)
+    assert len(said) == 1, "the warning that this test is about"

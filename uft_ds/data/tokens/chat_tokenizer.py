@@ -59,7 +59,8 @@ class ChatTokenizer:
 
     def encode(self, text: str) -> list[int]:
         # The template has already written every special token; adding them again would double the BOS token.
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        # verbose=False: sequences longer than the tokenizer's own limit are no problem here, `max_length` decides.
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def encode_continued(self, text: str) -> list[int]:
         """The tokens of text that follows other text, without a token that crosses the boundary.
