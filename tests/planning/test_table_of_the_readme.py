@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from uft_ds.engine.engine import read_deepspeed_file
+from uft_ds.engine.deepspeed_file import read_deepspeed_file
 from uft_ds.planning.hardware import Figures, cluster_of
 from uft_ds.planning.planner import Outcome, Planner, Setting
 from uft_ds.planning.shapes import shipped_config
