@@ -23,6 +23,7 @@ from uft_ds.planning.structure import Structure
 from uft_ds.planning.workload import workload_of
 from uft_ds.recipe.settings import Settings
 from uft_ds.streams.accept import check_positions
+from uft_ds.streams.packed_attention import PACKED
 
 
 @dataclass(frozen=True)
@@ -151,9 +152,9 @@ def _assumptions(settings: Settings, setting: Setting, source: str, length_is: s
         yield f"objective.reward_shift: {settings.objective.shift.name}: every response is forwarded ahead of its step"
     if workload.dtype == "float32":
         yield "float32: compute at the data sheet's bfloat16 figure unless --tflops says otherwise: it is far slower"
-    if workload.attention != "flash_attention_2":
+    if workload.attention not in (PACKED, "flash_attention_2"):
         yield f"{workload.attention}: every token of a micro-batch attends to all of it, which a mask then hides"
-    elif settings.model.attention == "auto":
+    elif settings.model.attention == "auto" and workload.attention != PACKED:
         yield "flash-attention 2 is installed on the GPUs (model.attention: auto takes sdpa or eager otherwise)"
     yield "2 GB of a GPU for CUDA and NCCL, 5% for fragmentation; 4 GB of host memory a rank"
     yield (

@@ -59,8 +59,9 @@ class ModelSection(Section):
     """Commit or tag of a hub model."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the frozen base weights and of the activations."""
-    attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
-    """`auto`: flash_attention_2 if it is installed, a GPU is present and dtype is bfloat16; otherwise sdpa."""
+    attention: Literal["auto", "packed", "flash_attention_2", "sdpa", "eager"] = "auto"
+    """`packed`: each sequence of a row by itself, without a mask of all tokens. `auto`: packed for the families that
+    the tests cover; else flash_attention_2 if it is installed, a GPU is present and dtype is bfloat16; else sdpa."""
     chat_template: str | None = None
     """Path of a Jinja chat template, to be used instead of the tokenizer's own or if it has none."""
     gradient_checkpointing: bool = True

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
-from uft_ds.architectures.facts import decoder_layers
+from uft_ds.architectures.facts import decoder_layers, is_shown_to_pack
 from uft_ds.errors import UserError
+from uft_ds.streams.packed_attention import PACKED
 from uft_ds.streams.stored_names import stored_weights
 from uft_ds.streams.tied import check_tied
 from uft_ds.streams.weights import check_weights, first_non_finite, loading_of, own_values, problem_of
@@ -282,20 +283,24 @@ def attention_implementation(
 ) -> str:
     """The attention implementation that `model.attention` selects for a model of this config.
 
-    `auto` selects flash_attention_2 if it is installed, a GPU is present, and both the dtype and the model support it;
-    else sdpa, or eager for a model without sdpa (Gemma 2's capped scores, GPT-J).
+    `auto` selects our own attention for packed rows, where the tests hold it against separate forwards. For other
+    models: flash_attention_2 if it is installed, a GPU is present, and both the dtype and the model support it; else
+    sdpa, or eager for a model without sdpa (GPT-J).
 
     Args:
         has_flash_attention: whether flash-attention and a GPU are there; None: whether they are on this machine.
     Raises:
-        UserError: transformers does not have the named implementation for this model.
+        UserError: there is no such implementation for this model.
     """
     model_class = _causal_class(config)
     has = {
+        PACKED: getattr(model_class, "_supports_attention_backend", False),
         "flash_attention_2": getattr(model_class, "_supports_flash_attn", True),
         "sdpa": getattr(model_class, "_supports_sdpa", True),
     }
     if asked == "auto":
+        if has[PACKED] and is_shown_to_pack(config):
+            return PACKED
         if has_flash_attention is None:
             has_flash_attention = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
         if has_flash_attention and dtype != torch.float32 and has["flash_attention_2"]:
@@ -304,7 +309,7 @@ def attention_implementation(
     if not has.get(asked, True):
         there = [name for name, is_there in has.items() if is_there]
         raise UserError(
-            f"model.attention: transformers has no {asked} for {getattr(model_class, '__name__', 'this model')}; "
+            f"model.attention: there is no {asked} for {getattr(model_class, '__name__', 'this model')}; "
             f"expected auto, eager{''.join(f', {name}' for name in there)}"
         )
     return asked
