@@ -51,7 +51,7 @@ from uft_ds.planning.activations import activations_of
 from uft_ds.planning.memory import head_saved_bytes
 from uft_ds.planning.sharding import sharding_of
 from uft_ds.planning.structure import ITEM_BYTES, Lora, structure_of
-from uft_ds.streams.load import check_base, decoder_layer_class
+from uft_ds.streams.load import attention_implementation, check_base, decoder_layer_class
 
 SENT_BAR, HELD_BAR = 0.01, 0.10
 STEPS_BEFORE, STEPS = 2, 2
@@ -271,8 +271,8 @@ def predict(cell: Cell, ranks: int, batch: MicroBatch, micro_steps: int) -> Byte
     in_lockstep = cell.mode == "lockstep"
     gathers = parts.micro_step_gathers(structure, item_bytes, sharding, passes=1 if in_lockstep else 2)
     activations = activations_of(
-        structure, tokens=len(batch.token_ids_T), dtype=cell.dtype, gradient_checkpointing=cell.gradient_checkpointing,
-        lockstep=in_lockstep, attention="sdpa",
+        structure, lengths=batch.lengths, dtype=cell.dtype, gradient_checkpointing=cell.gradient_checkpointing,
+        lockstep=in_lockstep, attention=attention_implementation("auto", getattr(torch, cell.dtype), structure.config),
         under_zero3=True,
     )  # fmt: skip
     far, near = parts.step_gathered_bytes(structure, item_bytes, gathers, sharding, ranks, micro_steps)

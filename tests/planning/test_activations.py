@@ -49,7 +49,7 @@ def assert_planned_as_saved(
     measured = really_saved(folder, batch, gradient_checkpointing=gradient_checkpointing, reference_mode=mode)
     planned = activations_of(
         structure_of(config, LORA),
-        tokens=len(batch.token_ids_T),
+        lengths=batch.lengths,
         dtype="float32",
         gradient_checkpointing=gradient_checkpointing,
         lockstep=mode == "lockstep",
@@ -97,7 +97,7 @@ def test_experts_are_planned_in_every_type(kind: str) -> None:
     saved = {
         dtype: activations_of(
             structure,
-            tokens=64,
+            lengths=(64,),
             dtype=dtype,
             gradient_checkpointing=False,
             lockstep=False,
@@ -116,7 +116,7 @@ def test_checkpointing_keeps_a_hidden_state_a_layer_and_flash_attention_no_squar
     def of(tokens: int, attention: str) -> Any:
         return activations_of(
             structure,
-            tokens=tokens,
+            lengths=(tokens,),
             dtype="bfloat16",
             gradient_checkpointing=True,
             lockstep=True,

@@ -291,20 +291,20 @@ def test_attention_without_flash_attention_is_over_the_square_of_a_micro_batch()
     assert sdpa.attention == 16 * flash.attention
     assert sdpa.policy == flash.policy
     exact = tiny("model.attention=auto", "model.dtype=float32")
-    assert exact.outcome.setting.workload.attention == "sdpa"
+    assert exact.outcome.setting.workload.attention == "packed"
     assert any("float32" in line and "bfloat16" in line for line in exact.assumptions)
     with pytest.raises(UserError, match="flash_attention_2 has no float32"):
         tiny("model.attention=flash_attention_2", "model.dtype=float32")
 
 
 def test_the_planned_attention_is_one_that_the_model_has() -> None:
-    """Gemma 2 has no sdpa: in float32 a plan takes eager for `auto`, as a run does, and refuses sdpa by name."""
+    """`auto` is what a run takes; Gemma 2 has no sdpa, which is refused by name."""
     folder = tiny_folder("gemma2")
     assert (
         tiny(f"model.base={folder}", "model.attention=auto", "model.dtype=float32").outcome.setting.workload.attention
-        == "eager"
+        == "packed"
     )
-    with pytest.raises(UserError, match=r"model\.attention: transformers has no sdpa for Gemma2ForCausalLM"):
+    with pytest.raises(UserError, match=r"model\.attention: there is no sdpa for Gemma2ForCausalLM"):
         tiny(f"model.base={folder}")
 
 

@@ -28,7 +28,7 @@ from transformers.masking_utils import flash_attention_mask
 from uft_ds.architectures.facts import keep_layers
 from uft_ds.planning.structure import ITEM_BYTES, Structure
 from uft_ds.streams.lanes import Lanes, enable_lockstep
-from uft_ds.streams.packed_attention import PACKED
+from uft_ds.streams.packed_attention import PACKED, bounds_for_attention
 from uft_ds.streams.stream import BARE_BASE, POLICY
 
 FLASH = "uft_planned_flash"
@@ -50,32 +50,39 @@ class Activations:
 def activations_of(
     structure: Structure,
     *,
-    tokens: int,
+    lengths: tuple[int, ...],
     dtype: str,
     gradient_checkpointing: bool,
     lockstep: bool,
     attention: str,
     under_zero3: bool,
 ) -> Activations:
-    """Activation memory of a micro-batch of several packed sequences with `tokens` tokens in total.
+    """Activation memory of a micro-batch of packed sequences.
 
     Args:
+        lengths: of the sequences, in tokens.
         under_zero3: use DeepSpeed's own linear function, which saves its input even if the weight is frozen.
         lockstep: the reference is computed together with the policy, layer by layer.
         attention: `packed`, `flash_attention_2`, `sdpa` or `eager`; the last two need a mask of T x T for packed rows.
     """
     options: dict[str, Any] = {
-        "tokens": tokens,
+        "lengths": lengths,
         "dtype": dtype,
         "gradient_checkpointing": gradient_checkpointing,
         "lockstep": lockstep,
-        "attention": FLASH if attention in (PACKED, "flash_attention_2") else attention,
+        "attention": _stand_in(attention, dtype, structure.config),
         "under_zero3": under_zero3,
     }
     two, one = _run(structure, layers=2, **options), _run(structure, layers=1, **options)
     saved = one.saved_bytes + (structure.num_layers - 1) * (two.saved_bytes - one.saved_bytes)
-    hidden_1TD = tokens * structure.config.hidden_size * ITEM_BYTES[dtype]
+    hidden_1TD = sum(lengths) * structure.config.hidden_size * ITEM_BYTES[dtype]
     return Activations(saved, max(0, two.peak_bytes - two.saved_bytes), 2 * hidden_1TD if lockstep else 0)
+
+
+def _stand_in(attention: str, dtype: str, config: Any) -> str:
+    """The attention that saves on fake tensors what this one saves on a GPU; others than kernels run as they are."""
+    is_kernel = dtype != "float32" and not getattr(config, "attn_logit_softcapping", None)
+    return FLASH if attention == "flash_attention_2" or (attention == PACKED and is_kernel) else attention
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ def _run(
     structure: Structure,
     *,
     layers: int,
-    tokens: int,
+    lengths: tuple[int, ...],
     dtype: str,
     gradient_checkpointing: bool,
     lockstep: bool,
@@ -109,13 +116,15 @@ def _run(
     linear = _linear_of_zero3() if under_zero3 else nullcontext()
     with linear, _experts_in_any_type(), FakeTensorMode(allow_non_fake_inputs=True), _Live() as live:
         weights = _without_memory(policy, getattr(torch, dtype))
-        token_ids_1T = torch.zeros(1, tokens, dtype=torch.int64)
-        positions_1T = torch.arange(tokens)[None]
+        token_ids_1T = torch.zeros(1, sum(lengths), dtype=torch.int64)
+        positions_1T = torch.arange(sum(lengths))[None]
+        ends_S = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+        bounds = bounds_for_attention(ends_S, lengths) if attention == PACKED else {}
         before = live.now
         lanes = {"lanes": Lanes((POLICY, BARE_BASE))} if lockstep else {}
         with _saved(weights) as saved:
             hidden: Any = decoder(
-                input_ids=token_ids_1T, position_ids=positions_1T, use_cache=False, **lanes
+                input_ids=token_ids_1T, position_ids=positions_1T, use_cache=False, **bounds, **lanes
             ).last_hidden_state
         saved_bytes = sum(saved.sizes.values())
         lanes.clear()

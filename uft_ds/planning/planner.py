@@ -104,7 +104,7 @@ class Planner:
         """Activation memory of the largest micro-batch."""
         workload = setting.workload
         options: dict[str, Any] = {
-            "tokens": workload.largest_micro_batch,
+            "lengths": workload.lengths_at_once,
             "dtype": workload.dtype,
             "gradient_checkpointing": workload.gradient_checkpointing,
             "lockstep": workload.reference == "lockstep",

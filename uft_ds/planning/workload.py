@@ -111,6 +111,12 @@ class Workload:
         """Largest micro-batch in tokens: limited by the recipe and by the size of a step."""
         return min(self.tokens_per_micro_batch, max(self.unit, self.examples_per_step) * self.max_length)
 
+    @property
+    def lengths_at_once(self) -> tuple[int, ...]:
+        """The sequences of the largest micro-batch, as long as they may be, in tokens."""
+        whole, rest = divmod(self.largest_micro_batch, self.max_length)
+        return (self.max_length,) * whole + ((rest,) if rest else ())
+
 
 def workload_of(settings: Settings, config: Any, *, tokens_per_response: int | None) -> Workload:
     """The workload of a run. Without a mean length, each response counts as `data.max_length` tokens.

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flash_attention_mask
@@ -86,9 +87,15 @@ def _alone(
     """Attention of one sequence by transformers: [1, tokens, heads, head size]."""
     length = query.shape[2]
     is_windowed = window is not None and length > window
+    if softcap is None and is_windowed:
+        # Not by transformers' function, which would copy each key and value for all heads of its group.
+        mask = _causal(length, window, query.device)
+        windowed = scaled_dot_product_attention(
+            query, key, value, mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+        )
+        return windowed.transpose(1, 2).contiguous()
     if softcap is None:
-        mask = _causal(length, window, query.device) if is_windowed else None
-        output, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, is_causal=mask is None)
+        output, _ = sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)
         return output
     mask = _causal(length, window if is_windowed else None, query.device)
     hidden = torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
