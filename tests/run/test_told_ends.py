@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from uft_ds.errors import EXIT_CRASHED
+from uft_ds.errors import EXIT_CRASHED, EXIT_DONE
 from uft_ds.record.run_folder import RunFolder, Status
 from uft_ds.run import launch as launching
 from uft_ds.run.rank import _crash
@@ -21,6 +21,7 @@ class _Launcher:
     folder: RunFolder
     log: str
     status: Status | None
+    returncode: int = 1
 
     def __init__(self, command: list[str], **_: Any) -> None:
         self.folder.launcher_log.write_text(self.log)
@@ -28,10 +29,13 @@ class _Launcher:
             self.folder.write_first_status(self.status)
 
     def wait(self, timeout: float) -> int:
-        return 1
+        return self.returncode
 
 
-def ended(folder: RunFolder, monkeypatch: pytest.MonkeyPatch, log: str, status: Status | None) -> Status:
+def ended(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, log: str, status: Status | None, returncode: int = 1
+) -> Status:
+    monkeypatch.setattr(_Launcher, "returncode", returncode)
     monkeypatch.setattr(_Launcher, "folder", folder, raising=False)
     monkeypatch.setattr(_Launcher, "log", log, raising=False)
     monkeypatch.setattr(_Launcher, "status", status, raising=False)
@@ -57,6 +61,28 @@ def test_ranks_that_say_nothing_leave_a_status(tmp_path: Path, monkeypatch: pyte
     reason = Status(EXIT_CRASHED, "rank 1 crashed: ValueError: x")
     folder.write_status(reason)
     assert ended(folder, monkeypatch, TORCHRUN.format(code=1, rank=1), None) == folder.read_status() == reason
+
+
+def test_a_killed_launcher_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its ranks die with it and say nothing; where one has said why it ended before, that stays."""
+    folder = RunFolder(tmp_path)
+    found = ended(folder, monkeypatch, "", None, returncode=-9)
+    assert found.message.startswith("the launcher, torchrun, was killed (signal 9)")
+    assert (found.exit_code, folder.read_status()) == (EXIT_CRASHED, found)
+    reason = Status(EXIT_CRASHED, "rank 1 crashed: ValueError: x")
+    folder.write_status(reason)
+    assert ended(folder, monkeypatch, "", None, returncode=-9) == reason
+
+
+@pytest.mark.parametrize(("log", "returncode"), [(TORCHRUN.format(code=-9, rank=0), 1), ("", -9)])
+def test_a_run_that_is_done_stays_done_whatever_is_killed_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: str, returncode: int
+) -> None:
+    """DONE is written once nothing is missing: a rank or torchrun that is killed then takes nothing back."""
+    folder = RunFolder(tmp_path)
+    folder.done.touch()
+    found = ended(folder, monkeypatch, log, None, returncode)
+    assert found == Status(EXIT_DONE, "done") == folder.read_status()
 
 
 def test_a_lost_connection_blames_no_fault_of_this_rank(monkeypatch: pytest.MonkeyPatch) -> None:

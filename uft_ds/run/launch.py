@@ -14,7 +14,7 @@ from dataclasses import replace
 import psutil
 import torch
 
-from uft_ds.errors import EXIT_CRASHED, EXIT_INTERRUPTED, EXIT_STOPPED, UserError
+from uft_ds.errors import EXIT_CRASHED, EXIT_DONE, EXIT_INTERRUPTED, EXIT_STOPPED, UserError
 from uft_ds.host.ports import free_port, is_free
 from uft_ds.host.process import LAUNCHED_BY, die_with_parent
 from uft_ds.host.world import given_port
@@ -85,6 +85,8 @@ def launch(
                     say("stopping: the step that is running is finished and saved first (Ctrl-C again: at once)")
                     has_said = True
                 _ask_to_stop(process)
+    if folder.done.exists():  # written last: whatever has ended the processes since then, nothing is missing
+        return _written(folder, Status(EXIT_DONE, "done"))
     # A killed rank leaves no status file; the status that another rank left would name a mere consequence.
     codes = _exit_codes(folder)
     killed = [f"rank {rank} was killed (signal {-code})" for rank, code in codes.items() if code < 0]
@@ -96,7 +98,11 @@ def launch(
         # The ranks received SIGUSR1, whichever signal the user sent to this process.
         status = replace(status, message=status.message.replace("SIGUSR1", signal.Signals(heard[0]).name))
         return _written(folder, status)
-    silent = Status(EXIT_CRASHED, f"the ranks ended without a status; see {folder.launcher_log}")
+    if process.returncode < 0:
+        why = f"the launcher, torchrun, was killed (signal {-process.returncode}), and the ranks died with it"
+        silent = Status(EXIT_CRASHED, f"{why}: out of memory? See the system's log")
+    else:
+        silent = Status(EXIT_CRASHED, f"the ranks ended without a status; see {folder.launcher_log}")
     return folder.read_status() or _written(folder, silent)
 
 

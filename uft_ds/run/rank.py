@@ -193,12 +193,12 @@ def _run(settings: Settings, folder: RunFolder, console: Console, request: StopR
         request.only_note()
         train(Session(method, model.policy, settings.train, folder, reporter, writer, stop), steps, held_out, state)
     if engine.rank == 0:
-        folder.write_status(Status(EXIT_DONE, "done"))
-        folder.done.touch()
         try:
             write_report(folder, settings.name)
-        except Exception:  # the run is done and saved: a report that fails must not turn it into a failure
+        except Exception:  # all is trained and saved: a report that fails must not turn it into a failure
             logger.exception("report.html could not be written")
+        folder.done.touch()  # last: a run that was killed while it wrote its report is resumed, and writes it again
+        folder.write_status(Status(EXIT_DONE, "done"))
 
 
 @contextmanager
