@@ -34,7 +34,7 @@ Moment = Literal[
 class Scenario:
     """A run, small enough that its start is nearly all of its cost.
 
-    rows: of each source; a run with many of them spends its time in preparation, on two processes.
+    rows: of each source; a run with many of them spends its time in preparation. workers: that tokenise.
     kinds: of its two sources. cache: of the reference.
     """
 
@@ -49,6 +49,7 @@ class Scenario:
     keep: int = 2
     rows: int = 24
     reward_shift: str = "none"
+    workers: int = 1
 
 
 TRAINED = (
@@ -57,9 +58,12 @@ TRAINED = (
     Scenario("pairs, 2 ranks", 2, "zero3_cpu", ("instruction", "pair"), cache=True, checkpoint_every=2, keep=1),
     Scenario("scores, 2 ranks", 2, "zero2", ("instruction", "scored"), cache=False, evaluate_every=3),
 )
-PREPARED = Scenario("many rows", 1, "zero3_cpu", ("instruction", "pair"), cache=True, steps=2, rows=3000)
+PREPARED = (
+    Scenario("many rows", 1, "zero3_cpu", ("instruction", "pair"), cache=True, steps=2, rows=2500),
+    Scenario("by two processes", 1, "zero2", ("instruction", "scored"), cache=False, steps=2, rows=2500, workers=2),
+)
 FILLED = Scenario("reference", 1, "zero3_cpu", ("instruction", "scored"), cache=True, rows=600)
-SCENARIOS = {scenario.name: scenario for scenario in (*TRAINED, PREPARED, FILLED)}
+SCENARIOS = {scenario.name: scenario for scenario in (*TRAINED, *PREPARED, FILLED)}
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ class Run:
             "data": {
                 "max_length": 64,
                 "cache_dir": str(self.tokenized),
-                "workers": 2 if of.rows > 1000 else 1,
+                "workers": of.workers,
                 "sources": sources,
                 "held_out": [{"format": "jsonl", "path": str(self.data / "held_out.jsonl")}],
             },
@@ -269,7 +273,7 @@ def moment(name: Moment, run: Run, started: Start, duration: float, rng: random.
     if name == "any":
         due = time.monotonic() + rng.uniform(0.0, duration)
         return lambda: time.monotonic() >= due
-    ahead = max(0, run.steps_seen()) + rng.randint(0, 3)
+    ahead = max(0, run.steps_seen()) + rng.randint(0, 2)
     aims: dict[str, tuple[Callable[[], bool], float]] = {
         "preparation": (lambda: any(name.endswith(".tmp") for name in names_in(run.tokenized)), 1.5),
         "loading": (_throttled(lambda: any(process.role == "rank" for process in started.processes())), 5.0),
