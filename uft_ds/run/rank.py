@@ -26,7 +26,6 @@ from uft_ds.engine.engine import Engine
 from uft_ds.engine.ranks import current_ranks, init_distributed
 from uft_ds.errors import EXIT_CRASHED, EXIT_DONE, CheckFailed, Stopped, UserError
 from uft_ds.host.locks import Lock
-from uft_ds.host.process import die_with_parent
 from uft_ds.host.signals import Stop, StopRequest
 from uft_ds.host.standard_streams import LastingOutput
 from uft_ds.host.terminal import SafeConsole, visible
@@ -90,7 +89,6 @@ def _main(request: StopRequest, arguments: list[str] | None) -> Status:
     parser.add_argument("--prepared", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # added by the deepspeed launcher
     options = parser.parse_args(arguments)
-    die_with_parent()
     launched = LauncherEnvironment()
     folder: RunFolder | None = None
     try:
