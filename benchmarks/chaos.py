@@ -100,9 +100,14 @@ class Records:
 
 @dataclass
 class Episode:
-    """One run that is broken again and again. number: which, for reproduction. wrong: all that was found."""
+    """One run that is broken again and again.
+
+    number: which, for reproduction. folder: of logs and temporary files; the run lies on a disk of its own, which may be
+    full. wrong: all that was found.
+    """
 
     number: int
+    folder: Path
     run: Run
     unbroken: Unbroken
     rng: random.Random
@@ -115,8 +120,8 @@ class Episode:
 
     def begin(self, command: list[str]) -> Start:
         self.starts += 1
-        temporary = self.run.folder / f"tmp-{self.starts}"
-        return start(command, environment(temporary), self.run.folder / f"start-{self.starts:02d}.log")
+        temporary = self.folder / f"tmp-{self.starts}"
+        return start(command, environment(temporary), self.folder / f"start-{self.starts:02d}.log")
 
     def judge(self, problems: Iterable[str], started: Start) -> None:
         for problem in problems:
@@ -127,7 +132,7 @@ class Episode:
     def cleared(self, started: Start) -> float:
         """Wait until nothing of a start is left, then forget its temporary folder."""
         seconds = seconds_to_end(started, SECONDS_FOR_ORPHANS)
-        shutil.rmtree(self.run.folder / f"tmp-{self.starts}", ignore_errors=True)
+        shutil.rmtree(self.folder / f"tmp-{self.starts}", ignore_errors=True)
         return seconds
 
     def killed(self, what: What, command: list[str], kind: Kind, aim: Moment) -> bool:
@@ -302,14 +307,15 @@ def play(number: int, seed: int, state: Path, unbroken: dict[str, Unbroken], rec
     }[plan]
     of, folder = unbroken[scenario.name], state / "episodes" / f"{number:04d}"
     shutil.rmtree(folder, ignore_errors=True)
-    with small_disk(folder) as has_disk:
+    disk = folder / "disk"
+    with small_disk(disk) as has_disk:
         # A copy of the rows, because a fault moves them away while another episode reads them.
-        shutil.copytree(of.run.data, folder / "data")
-        run = Run(scenario, folder, folder / "data", of.run.base)
+        shutil.copytree(of.run.data, disk / "data")
+        run = Run(scenario, disk, disk / "data", of.run.base)
         if plan == "train":
             shutil.copytree(of.run.tokenized, run.tokenized)
         run.write_recipe()
-        episode = Episode(number, run, of, rng, records, has_disk)
+        episode = Episode(number, folder, run, of, rng, records, has_disk)
         try:
             PLANS[plan](episode)
         except Hang as hang:
