@@ -102,8 +102,8 @@ class Records:
 class Episode:
     """One run that is broken again and again.
 
-    number: which, for reproduction. folder: of logs and temporary files; the run lies on a disk of its own, which may be
-    full. wrong: all that was found.
+    number: which, for reproduction. folder: of logs and temporary files; the run lies on a disk of its own, which is
+    full at times. wrong: all that was found.
     """
 
     number: int
