@@ -142,7 +142,8 @@ class Episode:
         is_now = moment(aim, self.run, started, self.unbroken.seconds[what], self.rng)
         if not wait_until(started, is_now, TIMEOUT_SECONDS):
             return self._ended(what, started, aim)
-        self._look(what, started)
+        if self.rng.random() < 0.3:
+            self._look(what, started)
         phase = phase_of(what, self.run, started)
         hit = kill(started, kind, self.rng)
         code = wait_for_exit(started, TIMEOUT_SECONDS)

@@ -25,6 +25,8 @@ other process, such as one that tokenises. group: all of them, in a random order
 _MARK = "UFT_CHAOS_START"
 _RANK_MODULE, _LAUNCHER_MODULE = "uft_ds.train", "torch.distributed.run"
 _SECONDS_BETWEEN_LOOKS = 0.003
+FRESH_SECONDS = 0.5
+"""Age of what is known of a start's processes at which a kill may rely on it."""
 
 
 class Hang(Exception):
@@ -49,13 +51,20 @@ class Start:
     began: float
     seen: set[int] = field(default_factory=set)
     """Every process that was ever seen. One that is dying has no environment any more, and may still hold locks."""
+    newest: list[tuple[float, list[Process]]] = field(default_factory=list)
+    """When all of /proc was last looked through, and what was found."""
 
     @property
     def output(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
-    def processes(self) -> list[Process]:
-        """All processes that live now, those whose parent has died included."""
+    def processes(self, max_age_seconds: float = 0.0) -> list[Process]:
+        """All processes that live now, those whose parent has died included.
+
+        max_age_seconds: how old the answer may be. To look through /proc takes longer than to write a checkpoint.
+        """
+        if self.newest and time.monotonic() < self.newest[0][0] + max_age_seconds:
+            return self.newest[0][1]
         words, parents = {}, {}
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit():
@@ -66,11 +75,13 @@ class Start:
                     words[pid] = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
                     parents[pid] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
         self.seen.update(parents)
-        return [Process(pid, self._role(pid, words, parents)) for pid in sorted(parents)]
+        found = [Process(pid, self._role(pid, words, parents)) for pid in sorted(parents)]
+        self.newest[:] = [(time.monotonic(), found)]
+        return found
 
     def dying(self) -> list[int]:
         """Processes that have been seen and are not yet gone: files and locks of a zombie's threads are still open."""
-        return [pid for pid in self.seen if _is_dying(pid)]
+        return [pid for pid in self.seen if _has_threads(pid)]
 
     def _role(self, pid: int, words: Mapping[int, list[str]], parents: Mapping[int, int]) -> Role:
         if pid == self.process.pid:
@@ -105,6 +116,7 @@ def wait_until(started: Start, is_now: Callable[[], bool], timeout_seconds: floa
     """
     deadline = time.monotonic() + timeout_seconds
     while not is_now():
+        started.processes(FRESH_SECONDS)
         if started.process.poll() is not None:
             return False
         if time.monotonic() > deadline:
@@ -133,16 +145,16 @@ def kill(started: Start, wanted: Kind, rng: random.Random) -> Kind | None:
     Returns:
         what was killed; None if nothing was alive any more.
     """
-    processes = started.processes()
-    if not processes:
-        return None
+    processes = started.processes(2 * FRESH_SECONDS)
     chosen = [process for process in processes if wanted in ("group", process.role)]
     if not chosen:
         wanted, chosen = "parent", [process for process in processes if process.role == "parent"]
-    if wanted in ("rank", "worker"):
+    if chosen and wanted in ("rank", "worker"):
         chosen = [rng.choice(chosen)]
     rng.shuffle(chosen)
     killed = [_kill(process.pid) for process in chosen]
+    if wanted == "group":  # what has been started since
+        killed += [_kill(process.pid) for process in started.processes()]
     return wanted if any(killed) else None
 
 
@@ -171,6 +183,9 @@ def _end(started: Start) -> None:
 
 
 def _kill(pid: int) -> bool:
+    """Whether the process was there, and no zombie."""
+    if not _has_threads(pid):
+        return False
     try:
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -178,8 +193,8 @@ def _kill(pid: int) -> bool:
     return True
 
 
-def _is_dying(pid: int) -> bool:
-    """Whether a killed process still has a thread that is no zombie. A number is not given twice within seconds."""
+def _has_threads(pid: int) -> bool:
+    """Whether a process still has a thread that is no zombie. A number is not given twice within seconds."""
     for task in Path(f"/proc/{pid}/task").glob("*"):
         with suppress(OSError):
             if (task / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX":

@@ -21,7 +21,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from chaos_processes import Start, seconds_to_end, start, wait_for_exit
+from chaos_processes import FRESH_SECONDS, Start, seconds_to_end, start, wait_for_exit
 from tiny import build_tiny_model
 
 TIMEOUT_SECONDS = 1200.0
@@ -276,11 +276,11 @@ def moment(name: Moment, run: Run, started: Start, duration: float, rng: random.
     ahead = max(0, run.steps_seen()) + rng.randint(0, 2)
     aims: dict[str, tuple[Callable[[], bool], float]] = {
         "preparation": (lambda: any(name.endswith(".tmp") for name in names_in(run.tokenized)), 1.5),
-        "loading": (_throttled(lambda: any(process.role == "rank" for process in started.processes())), 5.0),
+        "loading": (lambda: any(process.role == "rank" for process in started.processes(FRESH_SECONDS)), 5.0),
         "step": (lambda: run.steps_seen() >= ahead, 0.2),
         "checkpoint": (lambda: _step_of_temporary(run) >= ahead, 0.02),
         "evaluation": (lambda: _is_evaluating(run, ahead), 0.03),
-        "pruning": (lambda: _is_pruning(run), 0.003),
+        "pruning": (lambda: _has_just_committed(run, ahead), 0.004),
         "finish": (lambda: run.steps_seen() >= run.scenario.steps, 1.0),
         "fill": (lambda: bool(names_in(run.reference)), 1.0),
         "convert": (lambda: (run.folder / ".merged.tmp").exists(), 1.5),
@@ -291,20 +291,9 @@ def moment(name: Moment, run: Run, started: Start, duration: float, rng: random.
     def is_now() -> bool:
         if not since[0] and has_come():
             since[0] = time.monotonic()
+            if span < 0.1:  # shorter than it takes until this is asked again
+                time.sleep(delay)
         return bool(since[0]) and time.monotonic() >= since[0] + delay
-
-    return is_now
-
-
-def _throttled(look: Callable[[], bool], seconds: float = 0.25) -> Callable[[], bool]:
-    """Looks at most that often: reading all of /proc costs milliseconds."""
-    last = [0.0]
-
-    def is_now() -> bool:
-        if time.monotonic() < last[0] + seconds:
-            return False
-        last[0] = time.monotonic()
-        return look()
 
     return is_now
 
@@ -312,6 +301,16 @@ def _throttled(look: Callable[[], bool], seconds: float = 0.25) -> Callable[[], 
 def _step_of_temporary(run: Run) -> int:
     steps = [int(name.removeprefix(".step-").removesuffix(".tmp")) for name in run.temporary_checkpoints()]
     return max(steps, default=-1)
+
+
+def _has_just_committed(run: Run, ahead: int) -> bool:
+    """Waits for the end of a checkpoint that is being written: what follows, pruning, takes a millisecond."""
+    if _step_of_temporary(run) < ahead:
+        return False
+    deadline = time.monotonic() + 2.0
+    while run.temporary_checkpoints() and time.monotonic() < deadline:
+        pass
+    return True
 
 
 def _is_evaluating(run: Run, ahead: int) -> bool:
@@ -332,7 +331,7 @@ def phase_of(what: Literal["train", "fill", "convert"], run: Run, started: Start
     """What a command was doing, as far as folders and output show it. loading: ranks live, and have not begun."""
     if what == "convert":
         return "convert" if (run.folder / ".merged.tmp").exists() else "start"
-    roles = {process.role for process in started.processes()}
+    roles = {process.role for process in started.processes(2 * FRESH_SECONDS)}
     has_launched = "rank" in roles
     if not has_launched:
         if (run.output / "DONE").exists():
