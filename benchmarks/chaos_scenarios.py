@@ -278,9 +278,9 @@ def moment(name: Moment, run: Run, started: Start, duration: float, rng: random.
         "preparation": (lambda: any(name.endswith(".tmp") for name in names_in(run.tokenized)), 1.5),
         "loading": (lambda: any(process.role == "rank" for process in started.processes(FRESH_SECONDS)), 5.0),
         "step": (lambda: run.steps_seen() >= ahead, 0.2),
-        "checkpoint": (lambda: _step_of_temporary(run) >= ahead, 0.02),
+        "checkpoint": (lambda: _step_of_temporary(run, started.began) >= ahead, 0.02),
         "evaluation": (lambda: _is_evaluating(run, ahead), 0.03),
-        "pruning": (lambda: _has_just_committed(run, ahead), 0.004),
+        "pruning": (lambda: _has_just_committed(run, started.began, ahead), 0.004),
         "finish": (lambda: run.steps_seen() >= run.scenario.steps, 1.0),
         "fill": (lambda: bool(names_in(run.reference)), 1.0),
         "convert": (lambda: (run.folder / ".merged.tmp").exists(), 1.5),
@@ -298,14 +298,19 @@ def moment(name: Moment, run: Run, started: Start, duration: float, rng: random.
     return is_now
 
 
-def _step_of_temporary(run: Run) -> int:
-    steps = [int(name.removeprefix(".step-").removesuffix(".tmp")) for name in run.temporary_checkpoints()]
-    return max(steps, default=-1)
+def _step_of_temporary(run: Run, since: float) -> int:
+    """The step of the checkpoint that is being written; -1 if there is none. Those of earlier starts do not count."""
+    newest = -1
+    for name in run.temporary_checkpoints():
+        with suppress(OSError):  # it has just been renamed
+            if (run.output / "checkpoints" / name).stat().st_mtime >= since:
+                newest = max(newest, int(name.removeprefix(".step-").removesuffix(".tmp")))
+    return newest
 
 
-def _has_just_committed(run: Run, ahead: int) -> bool:
+def _has_just_committed(run: Run, since: float, ahead: int) -> bool:
     """Waits for the end of a checkpoint that is being written: what follows, pruning, takes a millisecond."""
-    if _step_of_temporary(run) < ahead:
+    if _step_of_temporary(run, since) < ahead:
         return False
     deadline = time.monotonic() + 2.0
     while run.temporary_checkpoints() and time.monotonic() < deadline:
