@@ -226,7 +226,7 @@ class Episode:
         for _ in range(rng.randint(8, 14)):
             if is_done:
                 break
-            if (self.run.output / "checkpoints").exists() and rng.random() < 0.15:
+            if (self.run.output / "checkpoints").exists() and rng.random() < 0.2:
                 names = [name for name in FAULTS if self.has_disk or name not in NEED_A_DISK]
                 name = rng.choice(names)
                 aims: tuple[Moment | None, ...] = (None, "step", "checkpoint", "evaluation")
@@ -234,11 +234,11 @@ class Episode:
                 is_done = self.faulty(name, None if at_once else rng.choice(aims))
                 continue
             aims_of_kill: tuple[Moment, ...] = (
-                "any", "any", "any", "loading", "step", "step", "checkpoint", "checkpoint", "evaluation", "pruning",
+                "any", "any", "loading", "step", "step", "checkpoint", "checkpoint", "evaluation", "pruning",
                 "finish",
             )  # fmt: skip
             kinds: tuple[Kind, ...] = ("rank", "rank", "launcher", "parent", "group")
-            command = self.run.train(by_torchrun=rng.random() < 0.5)
+            command = self.run.train(by_torchrun=rng.random() < 0.7)
             is_done = self.killed("train", command, rng.choice(kinds), rng.choice(aims_of_kill))
         self.finished("train", self.run.train())
         self._judge_in_the_end()
@@ -293,7 +293,7 @@ def _last_line(started: Start) -> str:
 PLANS: dict[str, Callable[[Episode], None]] = {
     "train": Episode.train, "prepare": Episode.prepare, "fill": Episode.fill, "convert": Episode.convert
 }  # fmt: skip
-WEIGHTS = {"train": 6, "prepare": 2, "fill": 1, "convert": 2}
+WEIGHTS = {"train": 6, "prepare": 1, "fill": 1, "convert": 2}
 
 
 def play(number: int, seed: int, state: Path, unbroken: dict[str, Unbroken], records: Records) -> int:
@@ -301,7 +301,7 @@ def play(number: int, seed: int, state: Path, unbroken: dict[str, Unbroken], rec
     rng = random.Random(f"{seed}/{number}")
     plan = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
     scenario = {
-        "train": rng.choices(TRAINED, (4, 4, 1, 1))[0],
+        "train": rng.choices(TRAINED, (5, 5, 1, 1))[0],
         "prepare": rng.choices(PREPARED, (2, 1))[0],
         "fill": FILLED,
         "convert": TRAINED[0],

@@ -69,10 +69,10 @@ def _response(example: Example, turn: int, tokenizer: Any, end_of_turn: str) -> 
 
 
 def _continued(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of text after other text: without the space that SentencePiece puts before a whole text."""
-    newline, both = (list(tokenizer(of, add_special_tokens=False)["input_ids"]) for of in ("\n", f"\n{text}"))
-    assert both[: len(newline)] == newline
-    return both[len(newline) :]
+    """The tokens of text that follows other text: without the space that SentencePiece puts before any text."""
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    begins = tokenizer.convert_ids_to_tokens(ids[:1])
+    return ids[1:] if begins == ["▁"] else ids
 
 
 def _as_dict(message: Any) -> dict[str, Any]:
