@@ -187,7 +187,6 @@ class Episode:
     def faulty(self, name: str, aim: Moment | None) -> bool:
         """Start and break something, at once or at a moment, then wait for the end; whether the run is done."""
         newest = newest_step(self.run)
-        is_lost = name.startswith("lost")
         if aim is None:
             with FAULTS[name](self.run, self.rng):
                 started = self.begin(self.run.train())
@@ -205,7 +204,7 @@ class Episode:
             event="fault", episode=self.number, start=self.starts, scenario=self.run.scenario.name, kind=name,
             aim=aim or "before", code=code, said=said,
         )  # fmt: skip
-        if code not in ((0,) if is_lost else (0, EXIT_BAD_DISK)) or "Traceback" in started.output:
+        if code not in (0, EXIT_BAD_DISK) or "Traceback" in started.output:
             self.judge([f"{name}: exit code {code}: {said}"], started)
         self.judge(wrong_after_kill(self.run, self.unbroken, newest), started)
         return code == 0
@@ -219,6 +218,14 @@ class Episode:
         if code != 0:
             self.judge([f"{what} is not finished: exit code {code}: {_last_line(started)}"], started)
 
+    def lose(self, cache: str) -> None:
+        """Delete a cache before the next start, which may happen at any time."""
+        shutil.rmtree(self.run.tokenized if cache == "token cache" else self.run.reference, ignore_errors=True)
+        self.records.add(
+            event="fault", episode=self.number, start=self.starts, scenario=self.run.scenario.name,
+            kind=f"lost {cache}", aim="before", code="-",
+        )  # fmt: skip
+
     # ---- whole episodes
 
     def train(self) -> None:
@@ -226,11 +233,14 @@ class Episode:
         for _ in range(rng.randint(8, 14)):
             if is_done:
                 break
-            if (self.run.output / "checkpoints").exists() and rng.random() < 0.2:
+            has_checkpoints = (self.run.output / "checkpoints").exists()
+            if rng.random() < 0.1:
+                self.lose(rng.choice(("token cache", "reference cache")))
+            if has_checkpoints and rng.random() < 0.2:
                 names = [name for name in FAULTS if self.has_disk or name not in NEED_A_DISK]
                 name = rng.choice(names)
                 aims: tuple[Moment | None, ...] = (None, "step", "checkpoint", "evaluation")
-                at_once = name.startswith("lost") or name in ("vanished data", "file for checkpoints")
+                at_once = name in ("vanished data", "file for checkpoints")
                 is_done = self.faulty(name, None if at_once else rng.choice(aims))
                 continue
             aims_of_kill: tuple[Moment, ...] = (
@@ -274,7 +284,8 @@ class Episode:
         self.wrong += self._recorded([*wrong_merged(self.run, self.unbroken, may_lack=False), *leftovers(self.run)])
 
     def _judge_in_the_end(self) -> None:
-        problems = wrong_in_the_end(self.run, self.unbroken)
+        has_report = not any("report.html could not be written" in log.read_text() for log in self.folder.glob("*.log"))
+        problems = wrong_in_the_end(self.run, self.unbroken, has_report=has_report)
         if self.rng.random() < 0.4:  # equal bits are converted to equal bits: some of them are enough
             self.finished("convert", self.run.convert())
             problems += wrong_merged(self.run, self.unbroken, may_lack=False)
@@ -344,7 +355,11 @@ def soak(options: argparse.Namespace, unbroken: dict[str, Unbroken], records: Re
                 number += 1
             done, running = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
-                future.result()
+                try:
+                    future.result()
+                except Exception as error:  # noqa: BLE001 - one episode that cannot be played ends no soak
+                    problem = f"the soak itself: {type(error).__name__}: {error}"
+                    records.add(event="wrong", episode=number, start=0, problem=problem, output="")
             kills, wrong = len(records.of("kill")), len(records.of("wrong"))
             print(f"{kills} kills, {len(records.of('fault'))} faults, {wrong} wrong", flush=True)
 
@@ -361,8 +376,8 @@ def show(records: Records, console: Console, seed: int) -> bool:
     table.add_row("all", *(str(total[kind] or "") for kind in KINDS), str(total.total()))
     console.print(table)
     faults = Table("fault", "times", "exit codes")
-    for name in FAULTS:
-        codes = Counter(record["code"] for record in records.of("fault") if record["kind"] == name)
+    for name in (*FAULTS, "lost token cache", "lost reference cache"):
+        codes = Counter(str(record["code"]) for record in records.of("fault") if record["kind"] == name)
         if codes:
             faults.add_row(name, str(codes.total()), ", ".join(f"{code}: {n}" for code, n in sorted(codes.items())))
     console.print(faults)

@@ -46,26 +46,19 @@ def _full_disk(run: Run, rng: random.Random) -> Iterator[None]:
 
 
 @contextmanager
-def _read_only_checkpoints(run: Run, rng: random.Random) -> Iterator[None]:
-    """The folder of checkpoints is a read-only mount; files that are open already can be written."""
-    folder = str(run.output / "checkpoints")
-    subprocess.run(["mount", "--bind", folder, folder], check=True)
-    subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+def _read_only(folder: Path, aside: Path) -> Iterator[None]:
+    """A read-only mount in a folder's place, all at once; files that are open already can be written."""
+    aside.mkdir()
+    mounted = []
     try:
+        for command in (["--bind", folder, aside], ["-o", "remount,bind,ro", aside], ["--bind", aside, folder]):
+            subprocess.run(["mount", *map(str, command)], check=True)
+            mounted += [command[-1]] if command[0] == "--bind" else []
         yield
     finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)
-
-
-@contextmanager
-def _read_only_run(run: Run, rng: random.Random) -> Iterator[None]:
-    folder = str(run.output)
-    subprocess.run(["mount", "--bind", folder, folder], check=True)
-    subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)
+        for path in reversed(mounted):
+            subprocess.run(["umount", "--lazy", str(path)], check=True)
+        aside.rmdir()
 
 
 @contextmanager
@@ -85,24 +78,15 @@ def _vanished(path: Path, *, with_file: bool = False) -> Iterator[None]:
         aside.rename(path)
 
 
-@contextmanager
-def _lost(path: Path) -> Iterator[None]:
-    """A cache is deleted, which may happen at any time."""
-    shutil.rmtree(path, ignore_errors=True)
-    yield
-
-
 Fault = Callable[[Run, random.Random], AbstractContextManager[None]]
 FAULTS: dict[str, Fault] = {
     "full disk": _full_disk,
-    "read-only checkpoints": _read_only_checkpoints,
-    "read-only run": _read_only_run,
+    "read-only checkpoints": lambda run, rng: _read_only(run.output / "checkpoints", run.folder / "read-only"),
+    "read-only run": lambda run, rng: _read_only(run.output, run.folder / "read-only"),
     "vanished checkpoints": lambda run, rng: _vanished(run.output / "checkpoints"),
     "vanished run": lambda run, rng: _vanished(run.output),
     "file for checkpoints": lambda run, rng: _vanished(run.output / "checkpoints", with_file=True),
     "vanished data": lambda run, rng: _vanished(run.data),
-    "lost token cache": lambda run, rng: _lost(run.tokenized),
-    "lost reference cache": lambda run, rng: _lost(run.reference),
 }
 NEED_A_DISK = ("full disk", "read-only checkpoints", "read-only run")
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from uft_ds.errors import EXIT_CRASHED, EXIT_DONE
+from uft_ds.errors import EXIT_BAD_INPUT, EXIT_CRASHED, EXIT_DONE
 from uft_ds.record.run_folder import RunFolder, Status
 from uft_ds.run import launch as launching
 from uft_ds.run.rank import _crash
@@ -83,6 +84,21 @@ def test_a_run_that_is_done_stays_done_whatever_is_killed_after_it(
     folder.done.touch()
     found = ended(folder, monkeypatch, log, None, returncode)
     assert found == Status(EXIT_DONE, "done") == folder.read_status()
+
+
+def test_a_disk_that_is_full_is_no_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 2, by the rank that met it, and by `uft train` where not even a status can be written."""
+    monkeypatch.setenv("RANK", "0")
+    full = _crash(OSError(errno.ENOSPC, "No space left on device"))
+    assert full.exit_code == EXIT_BAD_INPUT
+    assert full.message.endswith("No space left on device")
+    gone = _crash(FileNotFoundError(errno.ENOENT, "No such file or directory", "run/metrics.jsonl"))
+    assert gone == Status(EXIT_BAD_INPUT, "rank 0: run/metrics.jsonl: No such file or directory")
+    folder = RunFolder(tmp_path)
+    (tmp_path / "status.json").mkdir()
+    found = ended(folder, monkeypatch, "", None)
+    assert found.exit_code == EXIT_BAD_INPUT
+    assert found.message.startswith(f"output: {tmp_path} cannot be written (Is a directory); the ranks ended without")
 
 
 def test_a_lost_connection_blames_no_fault_of_this_rank(monkeypatch: pytest.MonkeyPatch) -> None:

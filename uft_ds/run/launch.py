@@ -14,7 +14,7 @@ from dataclasses import replace
 import psutil
 import torch
 
-from uft_ds.errors import EXIT_CRASHED, EXIT_DONE, EXIT_INTERRUPTED, EXIT_STOPPED, UserError
+from uft_ds.errors import EXIT_BAD_INPUT, EXIT_CRASHED, EXIT_DONE, EXIT_INTERRUPTED, EXIT_STOPPED, UserError
 from uft_ds.host.ports import free_port, is_free
 from uft_ds.host.process import LAUNCHED_BY, die_with_parent
 from uft_ds.host.world import given_port
@@ -103,7 +103,17 @@ def launch(
         silent = Status(EXIT_CRASHED, f"{why}: out of memory? See the system's log")
     else:
         silent = Status(EXIT_CRASHED, f"the ranks ended without a status; see {folder.launcher_log}")
-    return folder.read_status() or _written(folder, silent)
+    return folder.read_status() or _said_for_the_ranks(folder, silent)
+
+
+def _said_for_the_ranks(folder: RunFolder, status: Status) -> Status:
+    """The status, after it has been written; where that is impossible, this is why the ranks were silent."""
+    try:
+        folder.write_status(status)
+    except OSError as error:
+        why = f"output: {folder.path} cannot be written ({error.strerror or error}); {status.message}"
+        return Status(EXIT_BAD_INPUT, why)
+    return status
 
 
 def _written(folder: RunFolder, status: Status) -> Status:

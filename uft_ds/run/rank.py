@@ -24,7 +24,8 @@ from uft_ds.data.mixture import Step, in_order
 from uft_ds.data.source import StepSource
 from uft_ds.engine.engine import Engine
 from uft_ds.engine.ranks import current_ranks, init_distributed
-from uft_ds.errors import EXIT_CRASHED, EXIT_DONE, CheckFailed, Stopped, UserError
+from uft_ds.errors import EXIT_BAD_INPUT, EXIT_CRASHED, EXIT_DONE, CheckFailed, Stopped, UserError
+from uft_ds.host.faults import foreseen
 from uft_ds.host.locks import Lock
 from uft_ds.host.signals import Stop, StopRequest
 from uft_ds.host.standard_streams import LastingOutput
@@ -153,6 +154,9 @@ def _crash(error: Exception, where: str = "") -> Status:
     if any(part in str(error) for part in _CONNECTION_LOST):
         why = "lost its connection to another rank, which was killed or crashed: see the launcher's output and the logs"
         return Status(EXIT_CRASHED, f"rank {rank} {why} ({message}){where}")
+    problem = foreseen(error)  # a full disk, a file that has gone: the user's to mend
+    if problem is not None:
+        return Status(EXIT_BAD_INPUT, f"rank {rank}: {problem}{where}")
     return Status(EXIT_CRASHED, f"rank {rank} crashed: {message}{where}")
 
 
@@ -193,8 +197,9 @@ def _run(settings: Settings, folder: RunFolder, console: Console, request: StopR
     if engine.rank == 0:
         try:
             write_report(folder, settings.name)
-        except Exception:  # all is trained and saved: a report that fails must not turn it into a failure
+        except Exception as error:  # all is trained and saved: a report that fails must not turn it into a failure
             logger.exception("report.html could not be written")
+            console.print(f"warning: report.html could not be written ({foreseen(error) or error})", markup=False)
         folder.done.touch()  # last: a run that was killed while it wrote its report is resumed, and writes it again
         folder.write_status(Status(EXIT_DONE, "done"))
 
