@@ -62,8 +62,12 @@ def _read_only(folder: Path, aside: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _vanished(path: Path, *, with_file: bool = False) -> Iterator[None]:
-    """A folder is somewhere else, for a while; what was made in its place meanwhile is deleted."""
+def _vanished(path: Path, *, with_file: bool = False, may_return: bool = False) -> Iterator[None]:
+    """A folder is somewhere else, for a while.
+
+    may_return: whether the run may make the folder anew; then the old one stays lost. Whatever else was made in its
+    place is deleted.
+    """
     aside = path.with_name(f"{path.name}-vanished")
     path.rename(aside)
     if with_file:
@@ -73,9 +77,12 @@ def _vanished(path: Path, *, with_file: bool = False) -> Iterator[None]:
     finally:
         if path.is_file():
             path.unlink()
-        elif path.exists():
-            shutil.rmtree(path)
-        aside.rename(path)
+        is_new = path.exists() and any(path.iterdir())
+        if is_new and may_return:
+            shutil.rmtree(aside)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+            aside.rename(path)
 
 
 Fault = Callable[[Run, random.Random], AbstractContextManager[None]]
@@ -83,7 +90,7 @@ FAULTS: dict[str, Fault] = {
     "full disk": _full_disk,
     "read-only checkpoints": lambda run, rng: _read_only(run.output / "checkpoints", run.folder / "read-only"),
     "read-only run": lambda run, rng: _read_only(run.output, run.folder / "read-only"),
-    "vanished checkpoints": lambda run, rng: _vanished(run.output / "checkpoints"),
+    "vanished checkpoints": lambda run, rng: _vanished(run.output / "checkpoints", may_return=True),
     "vanished run": lambda run, rng: _vanished(run.output),
     "file for checkpoints": lambda run, rng: _vanished(run.output / "checkpoints", with_file=True),
     "vanished data": lambda run, rng: _vanished(run.data),

@@ -217,7 +217,11 @@ def claim(folder: RunFolder, *, overwrite: bool, lock: Lock | None = None) -> Lo
         raise UserError(f"output: {folder.path} cannot be written ({error.strerror})") from None
     lock = lock or claim_again(folder)
     if overwrite:
-        _empty(folder.path)
+        try:
+            _empty(folder.path)
+        except OSError as error:  # shutil names a file without its folder
+            why = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+            raise UserError(f"output: {folder.path} cannot be emptied ({why})") from None
     return lock
 
 
@@ -253,11 +257,16 @@ def locked(folder: RunFolder, *, name: str, without_locks: str) -> Lock:
 def check_own_files(folder: RunFolder) -> None:
     """Refuse a run's folder in which a file that the run writes in place is a link, or is no file.
 
-    A link may lead to a file outside of the run, which would be cut or written to.
+    A link may lead to a file outside of the run, which would be cut or written to. Also refuse a `checkpoints` that is
+    no folder, or a link to a disk that is not there now: the run would begin at step 0, and be deleted for that.
 
     Raises:
         UserError: names the file.
     """
+    checkpoints = folder.checkpoints
+    if not checkpoints.is_dir() and (checkpoints.exists() or checkpoints.is_symlink()):
+        what = f"a link to {checkpoints.readlink()}, which is not there" if checkpoints.is_symlink() else "a file"
+        raise UserError(f"{checkpoints}: {what}, expected the folder that the run wrote; bring it back")
     for path in (*(folder.path / name for name in _WRITTEN_IN_PLACE), *folder.path.glob("log-rank*.txt")):
         if path.is_symlink():
             raise UserError(
