@@ -220,6 +220,7 @@ def claim(folder: RunFolder, *, overwrite: bool, lock: Lock | None = None) -> Lo
         try:
             _empty(folder.path)
         except OSError as error:  # shutil names a file without its folder
+            lock.close()
             why = f"{error.filename}: {error.strerror}" if error.filename else str(error)
             raise UserError(f"output: {folder.path} cannot be emptied ({why})") from None
     return lock
