@@ -190,7 +190,7 @@ def same(one: Settings, other: Settings) -> bool:
     )  # fmt: skip
 
 
-@settings(max_examples=examples(250, 20_000), suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(250, 10_000), suppress_health_check=[HealthCheck.too_slow])
 @given(given_overrides=st.lists(overrides(), min_size=1, max_size=5))
 def test_any_overrides(whole: Path, given_overrides: list[str]) -> None:
     """Of every key, with values of its type and others, and with any text."""
@@ -199,7 +199,7 @@ def test_any_overrides(whole: Path, given_overrides: list[str]) -> None:
         assert_read_back(found, whole.parent)
 
 
-@settings(max_examples=examples(120, 10_000))
+@settings(max_examples=examples(120, 5_000))
 @given(data=st.data())
 def test_any_text(whole: Path, data: st.DataObject) -> None:
     """A recipe in which a piece was cut out, doubled or replaced."""
