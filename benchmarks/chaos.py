@@ -103,7 +103,7 @@ class Episode:
     """One run that is broken again and again.
 
     number: which, for reproduction. folder: of logs and temporary files; the run lies on a disk of its own, which is
-    full at times. wrong: all that was found.
+    full at times. has_lost_reference: its cache was deleted once. wrong: all that was found.
     """
 
     number: int
@@ -114,6 +114,7 @@ class Episode:
     records: Records
     has_disk: bool
     starts: int = 0
+    has_lost_reference: bool = False
     wrong: list[str] = field(default_factory=list)
 
     # ---- one start
@@ -207,7 +208,7 @@ class Episode:
         if code not in (0, EXIT_BAD_DISK) or "Traceback" in started.output:
             self.judge([f"{name}: exit code {code}: {said}"], started)
         self.judge(wrong_after_kill(self.run, self.unbroken, newest), started)
-        return code == 0
+        return (self.run.output / "DONE").exists()
 
     def finished(self, what: What, command: list[str]) -> None:
         """A start that is left alone."""
@@ -221,6 +222,7 @@ class Episode:
     def lose(self, cache: str) -> None:
         """Delete a cache before the next start, which may happen at any time."""
         shutil.rmtree(self.run.tokenized if cache == "token cache" else self.run.reference, ignore_errors=True)
+        self.has_lost_reference |= cache == "reference cache"
         self.records.add(
             event="fault", episode=self.number, start=self.starts, scenario=self.run.scenario.name,
             kind=f"lost {cache}", aim="before", code="-",
@@ -285,7 +287,8 @@ class Episode:
 
     def _judge_in_the_end(self) -> None:
         has_report = not any("report.html could not be written" in log.read_text() for log in self.folder.glob("*.log"))
-        problems = wrong_in_the_end(self.run, self.unbroken, has_report=has_report)
+        has_cache = not self.has_lost_reference
+        problems = wrong_in_the_end(self.run, self.unbroken, has_report=has_report, has_whole_cache=has_cache)
         if self.rng.random() < 0.4:  # equal bits are converted to equal bits: some of them are enough
             self.finished("convert", self.run.convert())
             problems += wrong_merged(self.run, self.unbroken, may_lack=False)
