@@ -78,6 +78,7 @@ bench: install ## Side-by-side measurements, a table each (about an hour and a h
 	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/determinism.py
 	$(BIN)/python benchmarks/checkpoint.py
+	$(BIN)/python benchmarks/start.py
 	$(BIN)/python benchmarks/token_logps.py
 	$(BIN)/python benchmarks/data.py
 

@@ -65,7 +65,7 @@ class Result:
 
 
 def deepspeed_file(zero: dict[str, int]) -> dict[str, Any]:
-    from uft_ds.engine.engine import deepspeed_config, read_deepspeed_file
+    from uft_ds.engine.deepspeed_file import deepspeed_config, read_deepspeed_file
 
     file = read_deepspeed_file("zero3_cpu")
     file["zero_optimization"] |= zero

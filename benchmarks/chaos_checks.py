@@ -146,7 +146,7 @@ def wrong_status(run: Run, kind: Kind, began: float, *, had_changed: bool) -> li
         "parent": silent,
         "group": silent,
         "rank": rf"rank \d was killed \(signal 9\)|lost its connection to another rank|{silent}",
-        "launcher": rf"the launcher, torchrun, was killed \(signal 9\)|{silent}",
+        "launcher": rf"as when the process that started them is killed|{silent}",
         "worker": "",
     }[kind]
     if not (is_older and not had_changed) and not re.search(allowed, said):

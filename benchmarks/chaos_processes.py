@@ -19,8 +19,9 @@ from typing import Literal
 
 Role = Literal["parent", "launcher", "rank", "worker"]
 Kind = Literal["parent", "launcher", "rank", "worker", "group"]
-"""What a SIGKILL hits. parent: the command itself. launcher: torchrun below `uft train`. rank: one rank. worker: any
-other process, such as one that tokenises. group: all of them, in a random order."""
+"""What a SIGKILL hits. parent: the command itself. launcher: the process below `uft train` that forks the ranks, or
+torchrun. rank: one rank. worker: any other process, such as one that tokenises. group: all of them, in a random order.
+"""
 
 _MARK = "UFT_CHAOS_START"
 _RANK_MODULE, _LAUNCHER_MODULE = "uft_ds.train", "torch.distributed.run"
@@ -86,8 +87,11 @@ class Start:
     def _role(self, pid: int, words: Mapping[int, list[str]], parents: Mapping[int, int]) -> Role:
         if pid == self.process.pid:
             return "parent"
-        if _LAUNCHER_MODULE in words[pid]:
+        title = " ".join(words[pid])
+        if _LAUNCHER_MODULE in words[pid] or title.startswith("uft_ds ranks"):
             return "launcher"
+        if title.startswith(f"{_RANK_MODULE} "):  # forked
+            return "rank"
         # A process that tokenises may have been forked from a rank, whose words it has then.
         is_launched = _LAUNCHER_MODULE in words.get(parents[pid], [_LAUNCHER_MODULE])
         return "rank" if _RANK_MODULE in words[pid] and is_launched else "worker"
@@ -103,7 +107,7 @@ def start(command: list[str], environment: Mapping[str, str], log: Path) -> Star
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**environment, _MARK: mark},
+            env={**environment, _MARK: mark, "SPT_NOENV": "1"},  # a process that names itself keeps its environment
         )
     return Start(process, mark, log, began)
 

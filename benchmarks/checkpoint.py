@@ -97,7 +97,8 @@ def trained_engine(base: str) -> tuple[Any, Any]:
     from toy import UFT, forwarded, toy_step
 
     from uft_ds.data.packing import rank_micro_batches
-    from uft_ds.engine.engine import Engine, deepspeed_config, partitioned_loading, read_deepspeed_file
+    from uft_ds.engine.deepspeed_file import deepspeed_config, read_deepspeed_file
+    from uft_ds.engine.engine import Engine, partitioned_loading
     from uft_ds.objectives.objective import count_terms, micro_batch_loss
     from uft_ds.streams.adapters import add_adapters
     from uft_ds.streams.load import decoder_layer_class, load_base

@@ -44,7 +44,8 @@ def load_on_this_rank(folder: str, result: str, partitioned: bool) -> None:
     """One rank: bytes of private memory at the peak of loading and after, over those before."""
     import torch
 
-    from uft_ds.engine.engine import deepspeed_config, partitioned_loading, read_deepspeed_file
+    from uft_ds.engine.deepspeed_file import deepspeed_config, read_deepspeed_file
+    from uft_ds.engine.engine import partitioned_loading
     from uft_ds.engine.ranks import init_distributed
     from uft_ds.streams.load import load_base
     from uft_ds.training.determinism import make_deterministic

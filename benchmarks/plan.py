@@ -43,7 +43,8 @@ from toy import UFT, forwarded, toy_model, toy_sequences
 
 from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.data.mixture import Step
-from uft_ds.engine.engine import Engine, deepspeed_config, partitioned_loading, read_deepspeed_file
+from uft_ds.engine.deepspeed_file import deepspeed_config, read_deepspeed_file
+from uft_ds.engine.engine import Engine, partitioned_loading
 from uft_ds.objectives.objective import count_terms, micro_batch_loss
 from uft_ds.planning import parts
 from uft_ds.planning.activations import activations_of

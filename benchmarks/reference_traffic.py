@@ -49,7 +49,8 @@ from toy import UFT, forwarded, toy_model, toy_sequences
 
 from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.data.mixture import Step
-from uft_ds.engine.engine import Engine, deepspeed_config, read_deepspeed_file
+from uft_ds.engine.deepspeed_file import deepspeed_config, read_deepspeed_file
+from uft_ds.engine.engine import Engine
 from uft_ds.known.cache import Known, fill
 from uft_ds.objectives.objective import count_terms, micro_batch_loss
 from uft_ds.streams.load import decoder_layer_class

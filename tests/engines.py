@@ -16,7 +16,8 @@ from uft_ds.checkpoint.state import Position, TrainerState
 from uft_ds.checkpoint.writer import CheckpointWriter
 from uft_ds.data.micro_batch import MicroBatch, micro_batch
 from uft_ds.data.packing import rank_micro_batches
-from uft_ds.engine.engine import Engine, deepspeed_config, read_deepspeed_file
+from uft_ds.engine.deepspeed_file import deepspeed_config, read_deepspeed_file
+from uft_ds.engine.engine import Engine
 from uft_ds.engine.groups import ParameterGroup, one_group
 from uft_ds.engine.optimizer_state import Piece, pieces_of, restore
 from uft_ds.objectives.objective import Objective, count_terms, micro_batch_loss

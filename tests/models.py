@@ -100,10 +100,17 @@ TARGETS: dict[str, list[str]] = {"qwen3_moe": ATTENTION, "mixtral": ATTENTION, "
 reads itself."""
 
 
-def tiny_policy(config: Any, *, dtype: torch.dtype = torch.float32, b_std: float = 0.05, targets: Any = None) -> Any:
+def tiny_policy(
+    config: Any,
+    *,
+    dtype: torch.dtype = torch.float32,
+    b_std: float = 0.05,
+    targets: Any = None,
+    attention: str = "auto",
+) -> Any:
     """A random model with adapters on all linear layers."""
     torch.manual_seed(0)
-    attention = attention_implementation("auto", dtype, config)
+    attention = attention_implementation(attention, dtype, config)
     base = hf.AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
     base.requires_grad_(False)
     policy = add_adapters(base, rank=4, alpha=8.0, targets=targets or "all-linear", dtype=torch.float32, seed=1)

@@ -152,7 +152,7 @@ def ranks_of(folder: Path) -> list[int]:
     recipes = {str(folder / "recipe.yaml"), str(folder.parent / "recipe.yaml")}
     launchers = {"torch.distributed.run", "deepspeed.launcher.runner", "deepspeed.launcher.launch"}
     for process in psutil.process_iter(["cmdline"]):
-        words = process.info["cmdline"] or []
+        words = " ".join(process.info["cmdline"] or []).split()  # a forked rank's title is one text
         is_launcher = launchers & set(words)
         if "uft_ds.train" in words and recipes & set(words) and not is_launcher:
             found.append(process.pid)

@@ -9,8 +9,8 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-DISTRIBUTION_OF = {"yaml": "pyyaml"}
-"""Where a module's name is not its distribution's."""
+DISTRIBUTION_OF = {"yaml": "pyyaml", "pydantic_core": "pydantic"}
+"""Where a module's name is not its distribution's. pydantic pins the exact version of its core."""
 USED_BY_OTHERS = {
     "flash-attn": "transformers imports it for model.attention: flash_attention_2",
     "gguf": "transformers reads the quickstart's model by it",

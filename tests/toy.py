@@ -15,7 +15,7 @@ from uft_ds.data.mixture import Step
 from uft_ds.engine.engine import Engine
 from uft_ds.objectives.objective import KindObjective, Objective
 from uft_ds.objectives.reference import HowForwarded
-from uft_ds.streams.adapters import add_adapters, start_from_adapter
+from uft_ds.streams.adapters import add_adapters, start_from_adapter, start_policy_from_adapter
 from uft_ds.streams.load import attention_implementation, check_base, load_base
 from uft_ds.streams.model import UFTModel
 from uft_ds.streams.stream import Stream, logps_of
@@ -62,6 +62,7 @@ def toy_model(
     reference_mode: HowForwarded = "lockstep",
     activation_offload: bool = False,
     reference_adapter: Path | None = None,
+    start_adapter: Path | None = None,
     trains_head: bool = False,
     chunk_bytes: int | None = None,
     further: Seq[Stream] = (),
@@ -86,6 +87,8 @@ def toy_model(
                 parameter.data = (torch.randn(parameter.shape, generator=generator) * b_std).to(lora_dtype)
     if reference_adapter is not None:
         start_from_adapter(policy, reference_adapter)
+    if start_adapter is not None:
+        start_policy_from_adapter(policy, start_adapter)
     for stream in further:
         add_drawn_adapter(policy, stream)
     base.get_output_embeddings().weight.requires_grad_(trains_head)

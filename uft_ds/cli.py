@@ -14,7 +14,7 @@ from uft_ds.commands import checkpoint, data, machine, model, recipe, training
 from uft_ds.errors import EXIT_BAD_INPUT, CheckFailed, UserError
 from uft_ds.host.faults import ending
 from uft_ds.host.standard_streams import prepare_streams
-from uft_ds.host.terminal import visible
+from uft_ds.host.terminal import as_typed, visible
 
 app = typer.Typer(
     help="One-stage fine-tuning (UFT) of large language models on DeepSpeed ZeRO-3.",
@@ -55,6 +55,10 @@ def main() -> None:
     """Run the command and end the process with its exit code; no error shows a traceback."""
     prepare_streams()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # the reason is in uft_ds/train.py
+    # torch asks the driver's management library whether there is a GPU. The driver itself, once asked, would not work
+    # in the ranks that are forked from this process.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     warnings.simplefilter("ignore", FutureWarning)  # between the libraries that we use; a user cannot fix them
     code: int | str | None = 0
     try:
@@ -73,7 +77,7 @@ def main() -> None:
 
 
 def _failed(code: int, message: str) -> int:
-    print(f"error: {visible(message)}", file=sys.stderr)
+    print(f"error: {visible(as_typed(message))}", file=sys.stderr)
     return code
 
 

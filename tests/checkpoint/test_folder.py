@@ -127,3 +127,16 @@ def test_the_best_checkpoint_by_a_metric(
             file.write(json.dumps({"step": step, metric: value}) + "\n")
     found = best_checkpoint(folder, metric)
     assert (None if found is None else step_of(found)) == best
+
+
+@pytest.mark.parametrize(("values", "best"), [([0.5, 0.5, 0.5], 1), ([0.5, 0.4, 0.5], 2), ([0.6, 0.5, 0.4], 0)])
+def test_an_untrained_checkpoint_wins_no_tie(tmp_path: Path, values: list[float], best: int) -> None:
+    """Step 0 is the best only where every later one is worse."""
+    folder = RunFolder(tmp_path)
+    with folder.metrics.open("w") as file:
+        for step, value in enumerate(values):
+            whole_checkpoint(tmp_path / "checkpoints" / f"step-{step:06d}")
+            file.write(json.dumps({"step": step, "held_out/pair_accuracy/pair": value}) + "\n")
+    found = best_checkpoint(folder, "held_out/pair_accuracy/pair")
+    assert found is not None
+    assert step_of(found) == best

@@ -210,7 +210,7 @@ def test_quarantine_is_accepted_up_to_a_share(pairs: Path, chat: ChatTokenizer) 
         f"{path}: 1 of 20 rows are bad, more than data.max_quarantined 0.01 allows; each is named"
     )
     assert message.endswith(f"; the first:\n  {path}:1: 'response' is empty")
-    assert refusal(path, chat).startswith(f"{path}:1: 'response' is empty (1 such rows in {path}, all in ")
+    assert refusal(path, chat).startswith(f"{path}:1: 'response' is empty (1 of 20 rows of {path} are bad, all in ")
 
 
 @pytest.mark.parametrize("key", ["score", "label"])
@@ -218,7 +218,12 @@ def test_feedback_of_one_score_is_refused(pairs: Path, chat: ChatTokenizer, key:
     """Twenty responses of one score or label teach nothing: refused, unless it is said to be meant."""
     rows = [{"prompt": f"q{i}", "response": "a", key: 0.5 if key == "score" else True} for i in range(20)]
     path = write_rows(pairs.with_name(f"{key}.jsonl"), rows)
-    assert "all 20 responses have the score" in refusal(path, chat)
+    kind = {"label": "binary"}.get(key, key)
+    assert f"all 20 responses of kind '{kind}' have the score" in refusal(path, chat)
+    other, values = ("label", [False, True]) if key == "score" else ("score", [0.0, 1.0])
+    others = [{"prompt": "q", "response": "b", other: value} for value in values]
+    mixed = write_rows(pairs.with_name(f"mixed-{key}.jsonl"), rows + others)
+    assert "all 20 responses of kind" in refusal(mixed, chat, mixed_kinds=True)  # other kinds do not hide it
     assert prepare(path, chat, allow_one_score=True).selection.num_responses == 20
     assert prepare(write_rows(path, rows[:19]), chat).selection.num_responses == 19
 

@@ -10,7 +10,8 @@ from runs import uft, write_recipe
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from uft_ds.engine.engine import deepspeed_config, partitioned_loading, read_deepspeed_file
+from uft_ds.engine.deepspeed_file import deepspeed_config, read_deepspeed_file
+from uft_ds.engine.engine import partitioned_loading
 from uft_ds.errors import UserError
 from uft_ds.streams.load import load_base
 

@@ -150,7 +150,10 @@ def test_preview_shows_masks_and_what_is_left_out(tiny_qwen2: Path, tmp_path: Pa
     assert not (tmp_path / "run").exists()
     refused = uft("data", "preview", str(recipe), "data.sources.0.format=alpaca")
     assert refused.returncode == 2
-    assert "rows.jsonl:1: 'instruction': expected text, found nothing" in refused.stderr
+    assert (
+        "rows.jsonl:1: keys prompt, response, score: this is format jsonl (read as alpaca: 'instruction': expected "
+        "text, found nothing)"
+    ) in refused.stderr
 
 
 def test_bad_rows_of_a_run_lie_in_its_folder(tiny_qwen2: Path, tmp_path: Path) -> None:

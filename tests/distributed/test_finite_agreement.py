@@ -14,7 +14,8 @@ from tiny import build_tiny_model
 from toy import UFT, forwarded, toy_model, toy_step
 
 from uft_ds.data.packing import rank_micro_batches
-from uft_ds.engine.engine import Engine, StepResult, deepspeed_config, partitioned_loading, read_deepspeed_file
+from uft_ds.engine.deepspeed_file import deepspeed_config, read_deepspeed_file
+from uft_ds.engine.engine import Engine, StepResult, partitioned_loading
 from uft_ds.engine.optimizer_state import KEYS, pieces_of
 from uft_ds.objectives.objective import count_terms, micro_batch_loss
 from uft_ds.streams.load import decoder_layer_class

@@ -10,7 +10,8 @@ from toy import UFT, build, forwarded, objective, toy_model, toy_step
 
 from uft_ds.data.micro_batch import micro_batch
 from uft_ds.data.packing import rank_micro_batches
-from uft_ds.engine.engine import Engine, deepspeed_config, partitioned_loading, read_deepspeed_file
+from uft_ds.engine.deepspeed_file import deepspeed_config, read_deepspeed_file
+from uft_ds.engine.engine import Engine, partitioned_loading
 from uft_ds.objectives.objective import count_terms, micro_batch_loss
 from uft_ds.streams.load import decoder_layer_class
 

@@ -16,7 +16,8 @@ from tiny import build_tiny_model
 from toy import UFT, forwarded, toy_model, toy_step
 
 from uft_ds.data.micro_batch import micro_batch
-from uft_ds.engine.engine import Engine, deepspeed_config, partitioned_loading, read_deepspeed_file
+from uft_ds.engine.deepspeed_file import deepspeed_config, read_deepspeed_file
+from uft_ds.engine.engine import Engine, partitioned_loading
 from uft_ds.streams.load import decoder_layer_class
 
 RANKS, GROUP = 4, 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
 import os
 import random
@@ -20,7 +21,9 @@ import needs
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from runs import (
+    STEPS,
     TIMEOUT_SECONDS,
     adapter,
     assert_same_run,
@@ -39,9 +42,11 @@ from runs import (
 from uft_ds.checkpoint.folder import newest_whole, step_of
 from uft_ds.errors import UserError
 from uft_ds.host.ports import free_port
+from uft_ds.recipe.settings import load_settings
 from uft_ds.record.metrics import read_metrics
 from uft_ds.record.run_folder import RunFolder
 from uft_ds.run.resume import nothing_to_do, prepare_resume, resumed_from
+from uft_ds.run.start import rehearse
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +219,7 @@ def test_a_torn_line_of_lost_metrics_is_cut_off(unbroken: Path, tiny_qwen2: Path
     [
         ("train.lr=0.5", "train.lr: 0.5 now, 0.01 when the run began"),
         ("objective.beta=0.3", "objective.beta: 0.3 now, 0.1 when the run began"),
-        ("data.sources.0.examples=8", "data.sources.0.examples: 8 now, None when the run began"),
+        ("data.sources.0.examples=8", "data.sources.0.examples: 8 now, none when the run began"),
     ],
 )
 def test_another_recipe_is_refused(unbroken: Path, override: str, message: str) -> None:
@@ -335,6 +340,80 @@ def test_other_ranks_go_on(unbroken: Path, tiny_qwen2: Path, tmp_path: Path) -> 
         for name, value in theirs.items():
             undefined = value is None  # a correlation of responses that are all equal
             assert ours[name] == (None if undefined else pytest.approx(value, rel=1e-4, abs=1e-5)), name
+
+
+def test_more_steps_are_said_and_recorded(unbroken: Path, tiny_qwen2: Path, tmp_path: Path) -> None:
+    """Of a run that is done: how many, and the learning rate that comes next; fewer than are done are refused."""
+    assert nothing_to_do(settings_of_run(unbroken.parent / "recipe.yaml", "train.steps=9")) is None
+    recipe, run = unfinished_copy(unbroken, tiny_qwen2, tmp_path / "copy"), tmp_path / "copy" / "run"
+    (run / "DONE").touch()
+    with pytest.raises(UserError, match=r"train\.steps: 5 now, 6 before: that is 5 steps, and 6 are done"):
+        resumed(recipe, "train.steps=5")
+    assert (run / "DONE").exists()
+    steps, schedule, going_on = resumed(recipe, "train.steps=9")
+    assert steps == "train.steps: 9 now, 6 before: 9 steps, 6 of them done"
+    assert "the learning rate of the remaining steps follows the schedule over 9 steps" in schedule
+    assert going_on == "resuming from step-000006"
+    assert not (run / "DONE").exists()
+    assert load_settings(str(run / "recipe.yaml")).train.steps == 9
+    (entry,) = json.loads((run / "environment.json").read_text())["resumes"]
+    assert (entry["step"], entry["changed"]) == (6, {"train.steps": [6, 9]})
+    assert resumed(recipe, "train.steps=9") == ["resuming from step-000006"], "its checkpoints are still its own"
+
+
+@pytest.mark.long
+def test_a_grown_run_with_a_constant_rate_is_the_longer_run_bit_for_bit(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """Four steps to the end, then six: metrics and adapter of six steps at once."""
+    changes = {"train__schedule": "constant", "train__warmup": 0.0}
+    straight = recipe_in(tmp_path / "straight", tiny_qwen2, **changes)
+    result = uft("train", str(straight))
+    assert result.returncode == 0, result.stdout + result.stderr
+    recipe = recipe_in(tmp_path / "grown", tiny_qwen2, **changes)
+    for overrides in (("train.steps=4",), ("--resume",)):
+        result = uft("train", str(recipe), *overrides)
+        assert result.returncode == 0, result.stdout + result.stderr
+    assert "every step so far is also that of a run of 6 steps" in result.stdout
+    assert_same_run(tmp_path / "grown" / "run", straight.parent / "run")
+
+
+def test_a_dry_resume_says_what_a_resume_would(unbroken: Path, tiny_qwen2: Path, tmp_path: Path) -> None:
+    """Warnings, checkpoint and steps, or the refusal; no file of the run is touched."""
+    recipe = unfinished_copy(unbroken, tiny_qwen2, tmp_path / "copy")
+    run = tmp_path / "copy" / "run"
+    (run / "metrics.jsonl").write_text("")
+    before = {path: (path.lstat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in run.rglob("*")}
+    text = io.StringIO()
+    settings = settings_of_run(recipe, "train.steps=9")
+    found = rehearse(settings, Console(file=text, width=500), resume=True)
+    assert found is not None
+    assert (found.num_steps, found.done) == (9, 6)
+    said = text.getvalue()
+    assert f"warning: {run / 'metrics.jsonl'}: 0 bytes, " in said
+    assert "train.steps: 9 now, 6 before: 9 steps, 6 of them done" in said
+    assert "would resume from step-000006" in said
+    assert "6 steps are done, the remaining 3 hold 24" in said
+    with pytest.raises(UserError, match=r"train\.lr: 0\.5 now, 0\.01 when"):
+        rehearse(settings_of_run(recipe, "train.lr=0.5"), Console(file=text), resume=True)
+    assert {path: (path.lstat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in run.rglob("*")} == before
+
+
+@pytest.mark.long
+def test_a_run_from_another_ones_adapter_goes_on_bit_for_bit(unbroken: Path, tiny_qwen2: Path, tmp_path: Path) -> None:
+    """`start.adapter: RUN` begins where that run ended, with the base as reference; killed, it goes on as itself."""
+    changes = {"start": {"adapter": str(unbroken)}, "objective__reward_shift": "none"}
+    straight = recipe_in(tmp_path / "straight", tiny_qwen2, **changes)
+    result = uft("train", str(straight))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "before the first step: the log-ratios of start.adapter are" in result.stdout
+    first, last = numbers(straight.parent / "run")[0], numbers(unbroken)[-1]
+    assert (first["step"], last["step"]) == (0, STEPS)
+    for name in ("log_ratio/score", "rank_correlation/score", "length_correlation/score", "implicit_reward/score"):
+        assert first[f"held_out/{name}"] == pytest.approx(last[f"held_out/{name}"], abs=1e-4), name
+    recipe = recipe_in(tmp_path / "killed", tiny_qwen2, **changes)
+    killed_at(recipe, 3)
+    result = uft("train", str(recipe), "--resume")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert_same_run(tmp_path / "killed" / "run", straight.parent / "run")
 
 
 KILLS, STEPS_UNDER_FIRE = 6, 60

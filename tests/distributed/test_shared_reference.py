@@ -21,13 +21,14 @@ from toy import UFT, toy_sequences
 
 from uft_ds.data.mixture import Step, in_order
 from uft_ds.engine.engine import Engine
-from uft_ds.known.cache import REFERENCE_TABLE, Known, fill
+from uft_ds.known.cache import REFERENCE_TABLE, STORED_ROUNDING_NATS, Known, fill
 from uft_ds.known.store import ReferenceStore, read_table, write_table
 from uft_ds.recipe.settings import load_settings
 from uft_ds.record.metrics import read_metrics
 from uft_ds.record.run_folder import RunFolder
 from uft_ds.run.build import build_reference_cache
 from uft_ds.streams.identity import reference_identity
+from uft_ds.training.evaluate import evaluate
 from uft_ds.training.forwarding import Method
 from uft_ds.training.step import run_step
 
@@ -97,6 +98,38 @@ def test_a_restart_with_the_cache_is_bit_exact(tiny_qwen2: Path, tmp_path: Path)
     for unbroken, restarted in run_on_ranks(unbroken_and_restarted, 2, tiny_qwen2, tmp_path):
         assert unbroken == restarted
         assert len(set(unbroken)) == len(STEPS)
+
+
+def before_the_first_step(base: Path) -> Any:
+    """What is said of held-out data and of a step while nothing is trained, from values that were stored in another
+    packing: as a run says it, with the bound alone, and with neither."""
+    engine = engine_of(base, b_std=0.0)
+    groups = in_order([Held(SEQUENCES)], 9)
+    filled = Known.of_reference("cached", rounding=STORED_ROUNDING_NATS[torch.float32])
+    fill(engine, filled, groups, 64, flush_every=9)
+    table = filled.table()[0]
+    found = []
+    for rounding, policy_is_reference in ((filled.rounding, True), (filled.rounding, False), (0.0, False)):
+        known = Known.of_reference("cached", table, rounding=rounding)
+        method = Method(engine, UFT, known, 256, policy_is_reference)
+        held_out = evaluate(method, groups).metrics
+        found.append((held_out, run_step(method, groups[0], 0.0).metrics))
+    return found
+
+
+def test_nothing_is_ordered_before_the_first_step_with_a_warm_cache(tiny_qwen2: Path) -> None:
+    """No correlation, every log-ratio exactly 0 and the loss exactly that of a cold cache; without the bound on what
+    is stored the rounding of another packing is taken for an order."""
+    as_run, bounded, unbounded = run_on_ranks(before_the_first_step, 2, tiny_qwen2)[0]
+    orders = ("rank_correlation/score", "length_correlation/score", "length_correlation/instruction")
+    for held_out, of_step in (as_run, bounded):
+        assert of_step["reference/computed"] == 0.0, "nothing was stored"
+        assert all(math.isnan(held_out[f"held_out/{name}"]) for name in orders)
+        assert all(math.isnan(of_step[name]) for name in orders)
+    for kind in ("instruction", "score"):
+        assert as_run[0][f"held_out/log_ratio/{kind}"] == as_run[1][f"log_ratio/{kind}"] == 0.0
+        assert as_run[0][f"held_out/implicit_score/{kind}"] == 0.5
+    assert any(math.isfinite(unbounded[0][f"held_out/{name}"]) for name in orders), "equal without rounding: no test"
 
 
 class Recorder:

@@ -104,14 +104,17 @@ def assert_stopped_and_goes_on(folder: Path, recipe: Path, expected: Path) -> No
     assert f"after step {step_of(newest)} of {STEPS}, which is saved" in status["message"]
     asked = uft("status", str(folder))
     assert asked.returncode == EXIT_STOPPED
-    assert asked.stdout.strip() == f"step {step_of(newest)}, newest checkpoint {step_of(newest)}: {status['message']}"
+    assert (
+        asked.stdout.strip()
+        == f"step {step_of(newest)}, newest checkpoint: step {step_of(newest)}; {status['message']}"
+    )
     wait_for_the_end_of(folder)
     result = uft("train", str(recipe), "--resume")
     assert result.returncode == 0, result.stdout + result.stderr
     assert numbers(folder) == numbers(expected)
     ours, theirs = adapter(folder), adapter(expected)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert uft("status", str(folder)).stdout.strip() == f"step {STEPS}, newest checkpoint {STEPS}: done"
+    assert uft("status", str(folder)).stdout.strip() == f"step {STEPS}, newest checkpoint: step {STEPS}; done"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,16 +18,19 @@ from uft_ds.errors import EXIT_STOPPED
 from uft_ds.host.ports import free_port
 from uft_ds.recipe.file import load_recipe
 from uft_ds.record.metrics import read_metrics
+from uft_ds.record.samples import read_samples
 
 
 @pytest.fixture(scope="module")
 def finished(tiny_qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of one `uft train` that has ended."""
+    """The folder of one `uft train` that has ended, with answers at its evaluations."""
     folder = tmp_path_factory.mktemp("finished")
-    result = uft("train", str(write_recipe(folder, tiny_qwen2)))
+    result = uft("train", str(write_recipe(folder, tiny_qwen2, train__samples=3, train__sample_tokens=8)))
     assert result.returncode == 0, result.stdout + result.stderr
     assert "every log-ratio is 0.0 nats" in result.stdout
     assert "ETA" in result.stdout
+    assert "evaluating held-out data after step 0: 0/5" in result.stdout
+    assert "verdict: " in result.stdout
     return folder / "run"
 
 
@@ -39,6 +43,14 @@ def test_a_run_leaves_everything_that_belongs_to_it(finished: Path) -> None:
     assert [path.name for path in (finished / "checkpoints").iterdir()] == ["step-000004"]
     assert (finished / "latest").resolve().name == "step-000004"
     assert json.loads((finished / "environment.json").read_text())["packages"]["deepspeed"] != "not installed"
+
+
+def test_a_log_says_a_warning_of_the_libraries_once(finished: Path) -> None:
+    """torch calls two collectives deprecated whenever DeepSpeed uses them, hundreds of times a run."""
+    for rank in range(2):
+        said = re.findall(r"FutureWarning: (.*)", (finished / f"log-rank{rank}.txt").read_text(encoding="utf-8"))
+        assert said
+        assert len(said) == len(set(said))
 
 
 def test_metrics_have_the_documented_names_and_sane_values(finished: Path) -> None:
@@ -59,6 +71,22 @@ def test_metrics_have_the_documented_names_and_sane_values(finished: Path) -> No
     assert steps[-1]["log_ratio/instruction"] != 0.0
     assert [line["step"] for line in lines if "held_out/loss" in line] == [0, 2, 4]
     assert steps[-1]["loss/instruction"] < 0.25
+
+
+def test_answers_of_every_evaluation_are_kept(finished: Path) -> None:
+    """Three held-out prompts, before the first step, after two and at the end; the report has first and last."""
+    samples = read_samples(finished / "samples.jsonl")
+    assert [(sample.step, sample.origin.partition(":")[2]) for sample in samples] == [
+        (step, line) for step in (0, 2, 4) for line in ("1", "2", "3")
+    ]
+    assert [sample.prompt for sample in samples[:3]] == [f"user\nRate {i}\nassistant" for i in range(3)]
+    assert [sample.response for sample in samples[:2]] == ["no", "no no"]
+    assert [sample.answer for sample in samples[:3]] != [sample.answer for sample in samples[-3:]]
+    report = (finished / "report.html").read_text(encoding="utf-8")
+    assert "<h2>Verdict: " in report
+    assert "<th>step 0</th><th>step 4</th>" in report
+    assert "LoRA of rank 4 (alpha 8) on all-linear: " in report
+    assert "4 with 32 responses" in report
 
 
 def test_the_merged_model_is_the_adapter_on_the_base(finished: Path, tiny_qwen2: Path, tmp_path: Path) -> None:
@@ -333,9 +361,10 @@ def test_a_killed_rank_is_named(tiny_qwen2: Path, tmp_path: Path) -> None:
 
 
 def _rank_process(folder: Path, *, rank: int) -> int:
+    """By the title that a forked rank has."""
     for pid in _processes_naming(str(folder)):
-        environment = (Path("/proc") / str(pid) / "environ").read_bytes().split(b"\0")
-        if b"RANK=%d" % rank in environment:
+        title = (Path("/proc") / str(pid) / "cmdline").read_bytes().rstrip(b"\0")
+        if title.endswith(b"(rank %d)" % rank):
             return pid
     raise AssertionError(f"no process of rank {rank}")
 

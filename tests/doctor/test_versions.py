@@ -41,4 +41,4 @@ def test_flash_attention_matters_on_gpus_alone() -> None:
     """Missing: fine on CPUs, on GPUs a note with the extra that brings it."""
     assert check_flash_attention(False, is_installed=False).state == "ok"
     note = check_flash_attention(True, is_installed=False)
-    assert (note.state, note.remedy) == ("note", "pip install 'uft-ds[gpu]'")
+    assert (note.state, note.remedy) == ("note", "pip install --no-build-isolation 'flash-attn>=2.7'")

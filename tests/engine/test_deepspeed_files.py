@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.comm.config import CommsLoggerConfig
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.swap_tensor.aio_config import get_aio_config
 from pydantic import ValidationError
 from transformers import TrainingArguments
 from transformers.integrations import deepspeed as hugging_face
 
-from uft_ds.engine.engine import deepspeed_config, read_deepspeed_file
+from uft_ds.engine.deepspeed_file import Aio, CommsLogger, FlopsProfiler, deepspeed_config, read_deepspeed_file
 from uft_ds.engine.zero_section import check_ranks
 from uft_ds.errors import UserError
 
@@ -176,6 +178,22 @@ def test_a_node_must_hold_whole_copies(ranks: int, per_node: int | None, expecte
             "wall_clock_breakdown: 1 found, expected true",
         ),
         ('{"zero_optimization": {"stage": 3}, "flops_profiler": []}', "flops_profiler: [] found, expected an object"),
+        (
+            '{"zero_optimization": {"stage": 3}, "aio": {"block_size": "1M"}}',
+            "aio.block_size: '1M' found, expected a valid integer",
+        ),
+        (
+            '{"zero_optimization": {"stage": 3}, "aio": {"queue_dept": 8}}',
+            "aio: unknown key 'queue_dept'; did you mean 'queue_depth'?",
+        ),
+        (
+            '{"zero_optimization": {"stage": 3}, "comms_logger": {"prof_ops": "all"}}',
+            "comms_logger.prof_ops: 'all' found, expected a valid list",
+        ),
+        (
+            '{"zero_optimization": {"stage": 3}, "flops_profiler": {"profile_step": "5"}}',
+            "flops_profiler.profile_step: '5' found, expected a valid integer",
+        ),
         ("[" * 10_000, "not a readable JSON file"),
     ],
 )
@@ -193,3 +211,12 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(path)
     with pytest.raises(UserError, match="not a regular file"):
         read_deepspeed_file(str(path))
+
+
+def test_sections_have_the_keys_and_defaults_of_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key that a newer DeepSpeed adds or renames is seen here, not by a user."""
+    theirs = taken(deepspeed_config(read_deepspeed_file("zero3"), dtype=torch.float32, max_grad_norm=1), monkeypatch)
+    profiler = {key: vars(theirs.flops_profiler_config)[key] for key in FlopsProfiler.model_fields}
+    assert FlopsProfiler().model_dump() == profiler
+    assert Aio().model_dump() == get_aio_config({"aio": {}})
+    assert CommsLogger().model_dump() == CommsLoggerConfig().model_dump()

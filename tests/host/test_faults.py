@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from uft_ds import cli
-from uft_ds.host.faults import ending
+from uft_ds.host.faults import ending, lasting
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,14 @@ from uft_ds.host.faults import ending
 def test_what_can_be_foreseen_names_the_file(error: Exception, message: str) -> None:
     """The user can mend it: exit code 2."""
     assert ending(error) == (2, message)
+
+
+def test_only_what_a_restart_meets_again_is_lasting() -> None:
+    """A network's file system may answer again; a full disk and a missing file stay as they are."""
+    assert lasting(OSError(errno.ENOSPC, "No space left on device", "a")) == "a: No space left on device"
+    assert lasting(FileNotFoundError(errno.ENOENT, "No such file or directory", "a")) is not None
+    for error in (OSError(errno.ESTALE, "Stale file handle", "a"), OSError(errno.EIO, "I/O error", "a"), MemoryError()):
+        assert lasting(error) is None
 
 
 def test_memory_that_torch_lacks_is_foreseen() -> None:

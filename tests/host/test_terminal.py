@@ -1,12 +1,13 @@
 """Text of data and of file names does not control the terminal."""
 
 import io
+from pathlib import Path
 
 import pytest
 from rich.table import Table
 from rich.text import Text
 
-from uft_ds.host.terminal import SafeConsole, visible
+from uft_ds.host.terminal import SafeConsole, as_typed, visible
 
 
 @pytest.mark.parametrize(
@@ -38,3 +39,32 @@ def test_a_console_shows_them_wherever_they_stand() -> None:
     assert "path␛" in written
     assert "row␛" in written
     assert "\x1b[31m" in written  # red, by the console itself
+
+
+def test_paths_below_the_working_directory_are_shown_as_they_are_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever they stand in a text; those of another folder stay, also where its name only ends or begins alike."""
+    here = tmp_path / "my runs"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert as_typed(f"{here}/data/rows.jsonl:43: bad, and {here}/../other.jsonl") == (
+        "data/rows.jsonl:43: bad, and ../other.jsonl"
+    )
+    assert as_typed(f"output={here}/run ({here}/a)") == "output=run (a)"
+    for elsewhere in (f"/mnt{here}/rows.jsonl", f"{here}2/rows.jsonl", str(here), f"{here}/", "rows.jsonl"):
+        assert as_typed(elsewhere) == elsewhere
+    file = io.StringIO()
+    SafeConsole(file=file, width=200).print(f"logs in {here}/runs/mine")
+    assert file.getvalue() == "logs in runs/mine\n"
+    monkeypatch.chdir("/")
+    assert as_typed("/data/rows.jsonl") == "/data/rows.jsonl"
+
+
+def test_a_directory_that_is_gone_changes_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A message must still be shown there."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert as_typed(f"{gone}/rows.jsonl") == f"{gone}/rows.jsonl"

@@ -1,6 +1,7 @@
 """Plans: what they add up to, how they scale, and what they say of cases that are known."""
 
 import io
+import json
 import tempfile
 from dataclasses import asdict, replace
 from functools import lru_cache
@@ -14,16 +15,17 @@ from tiny import build_tiny_model, rope_of
 
 from uft_ds.data.bins import fewest_micro_steps
 from uft_ds.data.formats.table import FORMATS
-from uft_ds.engine.engine import read_deepspeed_file
+from uft_ds.engine.deepspeed_file import read_deepspeed_file
 from uft_ds.errors import UserError
 from uft_ds.planning import parts
 from uft_ds.planning.alternatives import larger_clusters
-from uft_ds.planning.hardware import Cluster, Figures, cluster_of
+from uft_ds.planning.hardware import Cluster, Figures, Found, cluster_of
 from uft_ds.planning.plan import Plan, make_plan
 from uft_ds.planning.planner import Outcome, Planner, Setting
 from uft_ds.planning.shapes import model_config, shipped_config
 from uft_ds.planning.sharding import sharding_of
 from uft_ds.planning.table import rendered
+from uft_ds.planning.values import as_json
 from uft_ds.planning.workload import WITHOUT_PAIRS, workload_of
 from uft_ds.recipe.file import shipped_recipes
 from uft_ds.recipe.settings import load_settings
@@ -123,10 +125,69 @@ def test_every_remedy_is_a_plan_that_frees_memory() -> None:
         options = dict(change.removeprefix("--").split() for change in remedy.changes if change.startswith("--"))
         given = {"gpus": 2, **{name: int(value) for name, value in options.items()}}
         assert plan(*overrides, **given, gpu_memory=40).outcome.gpu == remedy.outcome.gpu
-    keys = [(r.outcome.setting.cluster.ranks, r.outcome.bound_seconds) for r in found.remedies]
-    for (ranks, seconds), (next_ranks, next_seconds) in pairwise(keys):
-        assert ranks < next_ranks or (ranks == next_ranks and seconds <= 1.011 * next_seconds)
+    fits = [remedy.outcome.fits for remedy in found.remedies]
+    assert fits == sorted(fits, reverse=True), "what suffices comes first"
+    for part in (True, False):
+        ordered = [one.outcome for one in found.remedies if one.outcome.fits is part]
+        for one, after in pairwise((each.setting.cluster.ranks, each.bound_seconds) for each in ordered):
+            assert one[0] < after[0] or (one[0] == after[0] and one[1] <= 1.011 * after[1])
     assert "zero3_cpu" not in {remedy.outcome.setting.deepspeed for remedy in found.remedies}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options"),
+    [
+        ((), {"gpus": 1, "gpu_memory": 24}),
+        ((), {"gpus": 2, "gpu_memory": 40}),
+        ((), {"gpus": 2, "gpu_memory": 40, "pcie_gbytes": 4}),
+        (("deepspeed=zero3_offload",), {"gpus": 8, "host_memory": 64}),
+        (("deepspeed=zero2",), {"gpus": 8}),
+        ((), {"nodes": 4, "network_gbits": 50}),
+        ((), {"gpus": 8}),
+    ],
+    ids=["one of 24 GB", "two of 40 GB", "slow PCIe", "host", "zero2", "slow network", "fits"],
+)
+def test_there_is_one_answer_and_nothing_that_is_shown_is_cheaper(
+    overrides: tuple[str, ...], options: dict[str, Any]
+) -> None:
+    """What to take heads the list; of all that is planned and fits on the given GPUs, no step is shorter by over 1%,
+    but those of files for whose sake a fitting recipe would have to be changed."""
+    found = plan(*overrides, **options)
+    answer = found.answer
+    assert answer is not None
+    assert answer.outcome.fits
+    given = found.outcome.setting.cluster
+    planned = [*found.files, *found.options]
+    rivals = [one for one in planned if one.outcome.fits and one.outcome.setting.cluster == given]
+    if found.outcome.fits:
+        rivals = [one for one in rivals if "lora.dtype" not in " ".join(one.changes)]
+    else:
+        assert found.options[0] is answer
+    assert answer.outcome.setting.cluster == given or not rivals
+    for rival in rivals:
+        assert answer.outcome.bound_seconds <= 1.011 * rival.outcome.bound_seconds
+    values = as_json(found)
+    assert values["best_changes"] == list(answer.changes)
+    assert values["best_deepspeed"] == answer.outcome.setting.deepspeed
+
+
+def test_several_cheap_changes_are_taken_before_a_dear_one() -> None:
+    """Behind slow PCIe offloading fits alone, but takes 15 times as long as fewer tokens at once with zero2."""
+    found = plan(name="uft_mistral7b", gpus=1, gpu_memory=19.9, pcie_gbytes=2)
+    single = next(one for one in found.remedies if one.outcome.fits)
+    assert found.combination is not None
+    assert found.answer is found.combination
+    assert 10 * found.combination.outcome.bound_seconds < single.outcome.bound_seconds
+
+
+def test_a_file_of_ones_own_is_kept_where_it_is_as_fast(tmp_path: Path) -> None:
+    """A recipe that fits with its own DeepSpeed file is not told to take a shipped one."""
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps(read_deepspeed_file("zero3")))
+    found = tiny(f"deepspeed={own}")
+    assert found.answer is not None
+    assert found.answer.changes == ()
+    assert found.answer.outcome.setting.deepspeed == str(own)
 
 
 def test_host_memory_is_a_limit_too() -> None:
@@ -404,7 +465,39 @@ def test_a_card_that_is_not_known_is_planned_by_its_figures() -> None:
     on_pcie = outcome(on=cluster(nvlink_gbytes=0, pcie_gbytes=32)).by_mode["lockstep"]
     assert on_pcie.time.nvlink_seconds == pytest.approx(on_pcie.traffic.nvlink_bytes / 32e9)
     with pytest.raises(UserError, match=r"--gpu: .*--tflops"):
-        cluster(gpu="l4")
+        cluster(gpu="l4-of-mine")
+
+
+@pytest.mark.parametrize(
+    ("here", "options", "expected", "assumed"),
+    [
+        ((), {}, ("H100 80 GB", 8, 80e9), "assumed: no GPU here; --gpu and --gpus say others"),
+        ((), {"gpus": 2}, ("H100 80 GB", 2, 80e9), "assumed: no GPU here; --gpu says another"),
+        ((), {"gpu": "l4"}, ("L4", 8, 24e9), "8 GPUs a node assumed (--gpus)"),
+        ((), {"gpu": "l4", "gpus": 2}, ("L4", 2, 24e9), None),
+        (("NVIDIA L4",) * 3, {}, ("L4", 3, 23e9), "this machine's; --gpu and --gpus name others"),
+        (("NVIDIA L4",) * 3, {"gpus": 1}, ("L4", 1, 23e9), "this machine's; --gpu names another"),
+        (("NVIDIA L4",), {"gpu": "h200"}, ("H200", 8, 141e9), "8 GPUs a node assumed (--gpus)"),
+        (("Other",), {}, ("H100 80 GB", 8, 80e9), "assumed: Other of this machine: not one card of the table"),
+        (("NVIDIA L4", "NVIDIA A10"), {}, ("H100 80 GB", 8, 80e9), "assumed: NVIDIA L4 and NVIDIA A10 of this machine"),
+    ],
+)
+def test_what_the_options_do_not_say_is_this_machines_or_assumed(
+    here: tuple[str, ...], options: dict[str, Any], expected: tuple[str, int, float], assumed: str | None
+) -> None:
+    """And it is said. A GPU of this machine has the memory that it reports, not that of its data sheet."""
+    given = {"gpu": None, "gpus": None} | options
+    cards = [Found(name, int(23e9)) for name in here]
+    found = cluster_of(nodes=1, figures=Figures(network_gbits=400), here=cards, **given)
+    assert (found.gpu.name, found.gpus, found.gpu_memory_bytes) == expected
+    assert found.assumed == assumed or (assumed and found.assumed and found.assumed.startswith(assumed))
+
+
+@pytest.mark.parametrize("name", ["v100", "Tesla T4", "NVIDIA GeForce RTX 2080 Ti"])
+def test_a_card_without_bfloat16_is_refused_as_such(name: str) -> None:
+    """Not as an unknown one, whose figures could be given."""
+    with pytest.raises(UserError, match=f"--gpu: {name} has no bfloat16"):
+        cluster(gpu=name)
 
 
 def test_bad_input_is_answered() -> None:

@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from uft_ds.cli import app
+from uft_ds.commands import shared
 from uft_ds.errors import EXIT_CHECK_FAILED, EXIT_DONE
 
 ALTERNATIVE = {
@@ -59,6 +60,7 @@ SCHEMA = numbers(
     cluster=numbers(
         "nodes", "gpus_per_node", "gpu_memory_bytes", "host_memory_bytes", "flops_per_second", "hbm_bytes_per_second",
         "nvlink_bytes_per_second", "pcie_bytes_per_second", "network_bytes_per_second", gpu={"type": "string"},
+        assumed={"type": ["string", "null"]},
     ),
     deepspeed={"type": "string"},
     best_deepspeed={"type": ["string", "null"]},
@@ -78,6 +80,10 @@ SCHEMA = numbers(
     step=numbers(
         "responses", "tokens", "micro_steps", "tokens_per_micro_batch", "mfu_flops", mode={"type": "string"},
         by_mode={"type": "object", "additionalProperties": MODE, "minProperties": 1},
+    ),
+    run=numbers(
+        "responses", "tokens", "steps", "epochs", "bound_seconds", "forecast_seconds", "mfu",
+        counted_from={"enum": ["recipe", "token cache", None]}, mfu_from={"enum": ["assumed", "measured", "option"]},
     ),
     deepspeed_files={"type": "array", "items": ALTERNATIVE, "minItems": 4},
     remedies={"type": "array", "items": ALTERNATIVE},
@@ -120,11 +126,13 @@ def test_the_table_says_what_fits_and_what_to_take() -> None:
     assert done.returncode == EXIT_DONE, done.stderr
     assert "32,763,876,352 parameters in 64 layers" in done.stdout
     for words in (
-        "base weights, this rank's shard",
+        "uft_qwen32b on 4 x 8 H100 80 GB, 80.0 GB each; deepspeed=zero3",
+        "base weights, shard of a rank",
         "network, into a node, GB",
         "Fits: ",
         "zero3_offload",
-        "seconds at least, at 2048 tokens a response",
+        "40,000 responses of 2,048 tokens (data.max_length, the most there can be), 625 steps, 1 epoch.",
+        "at an MFU of 0.30, which is assumed (--mfu)",
         "for responses of this length a lower bound",
         "Assumed: ",
     ):
@@ -136,5 +144,35 @@ def test_what_does_not_fit_is_said_with_what_to_change() -> None:
     result = CliRunner().invoke(app, ["plan", "uft_qwen32b", "--gpus", "1", "--gpu-memory", "24"])
     assert result.exit_code == EXIT_CHECK_FAILED
     assert "Does not fit: a GPU lacks" in result.stdout
-    for words in ("what to change", "train.tokens_per_micro_batch=8192", "together", "No file of ds_configs/ fits"):
+    for words in ("what to change", "train.tokens_per_micro_batch=8192", "Take deepspeed=zero3_offload train.tokens"):
         assert words in result.stdout
+
+
+@pytest.mark.parametrize("columns", [80, 110, 120])
+def test_a_plan_gives_one_answer_at_every_width(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mistral-7B on one GPU of 24 GB: the headline, the first of the list and the JSON name the same change; one GPU
+    has no traffic, so no row of a table is zeros; and no line is wrapped within a table."""
+    monkeypatch.setattr(shared.console, "width", columns)
+    options = ["plan", "uft_mistral7b", "--gpus", "1", "--gpu", "h100", "--gpu-memory", "24"]
+    lines = CliRunner().invoke(app, options).stdout.splitlines()
+    assert max(map(len, lines)) <= columns
+    told = " ".join(lines[: lines.index("")])
+    first = lines[next(i for i, line in enumerate(lines) if line.startswith("what to change")) + 1]
+    found = json.loads(CliRunner().invoke(app, [*options, "--json"]).stdout)
+    change = "train.tokens_per_micro_batch=4096"
+    assert f"Take {change}, the cheapest change that fits" in told
+    assert first.split()[0] == change
+    assert found["best_changes"] == found["remedies"][0]["changes"] == [change]
+    assert not [line for line in lines if line.split()[-3:] == ["0.0"] * 3 or "0.00" in line.split()]
+    assert not [line for line in lines if "network" in line or "gathered" in line]
+    assert [len(line.split()) for line in lines if line.startswith("base weights")] == [9]  # both halves on one line
+
+
+def test_the_hardware_that_is_assumed_is_in_the_first_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without --gpu and --gpus, on a machine without a GPU; nothing is assumed where both are given."""
+    monkeypatch.setattr("uft_ds.planning.hardware.found_here", tuple)
+    first = CliRunner().invoke(app, ["plan", "uft_mistral7b"]).stdout.splitlines()[0]
+    assert "8 H100 80 GB" in first
+    assert "(assumed: no GPU here; --gpu and --gpus say others)" in first
+    first = CliRunner().invoke(app, ["plan", "uft_mistral7b", "--gpus", "2", "--gpu", "rtx4090"]).stdout.splitlines()[0]
+    assert "2 RTX 4090, 24.0 GB each; deepspeed" in first

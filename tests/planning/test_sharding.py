@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from uft_ds.engine.engine import read_deepspeed_file
+from uft_ds.engine.deepspeed_file import read_deepspeed_file
 from uft_ds.planning.gathers import Bounds
 from uft_ds.planning.sharding import Sharding, sharding_of
 

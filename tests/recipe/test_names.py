@@ -14,7 +14,7 @@ from uft_ds.recipe.names import _KEYS_ELSEWHERE, _LOSSES_ELSEWHERE, unknown_key,
 from uft_ds.recipe.schema import Recipe, describe_keys
 
 DOCS = Path(__file__).parents[2] / "docs"
-KEYS = {key for key, _, _ in describe_keys()}
+KEYS = {row.key for row in describe_keys()}
 
 
 @pytest.mark.parametrize("theirs", _KEYS_ELSEWHERE)

@@ -8,11 +8,13 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from recipes import MINIMAL, refusal
+from typer.testing import CliRunner
 
+from uft_ds.cli import app
 from uft_ds.data.example import KINDS
 from uft_ds.data.mixture import Portion
 from uft_ds.errors import UserError
-from uft_ds.recipe.file import dump_recipe, dump_value, load_recipe, load_yaml, shipped_recipes
+from uft_ds.recipe.file import described_recipes, dump_recipe, dump_value, load_recipe, load_yaml, shipped_recipes
 from uft_ds.recipe.schema import Recipe, describe_keys
 from uft_ds.recipe.settings import portion_of
 
@@ -20,6 +22,18 @@ from uft_ds.recipe.settings import portion_of
 def test_recipes_are_shipped() -> None:
     """The three recipes of the first version are found without a path."""
     assert {"quickstart", "uft_qwen32b", "uft_mistral7b"} <= set(shipped_recipes())
+
+
+def test_every_shipped_recipe_says_what_it_is_for() -> None:
+    """In the first line of its file, which `uft recipe list` shows beside its name."""
+    described = described_recipes()
+    assert tuple(described) == shipped_recipes()
+    for description in described.values():
+        assert 20 < len(description) < 120
+        assert description.endswith(".")
+    assert described["uft_mistral7b"].startswith("UFT on Mistral-7B-v0.1 as in arXiv 2410.21438: UltraChat")
+    shown = CliRunner().invoke(app, ["recipe", "list"]).stdout
+    assert all(name in shown and description.split()[0] in shown for name, description in described.items())
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
@@ -107,10 +121,12 @@ def test_the_last_override_wins(minimal: str) -> None:
 
 
 def test_home_is_expanded_in_locations_only(minimal: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`~/x` is a path in the home folder where a path is meant; a user who does not exist is no crash."""
+    """`~/x` is a path in the home folder where a path is meant; of a user who does not exist there is none."""
     monkeypatch.setenv("HOME", "/somewhere")
-    recipe = load_recipe(minimal, ("output=~/runs", "name=~/runs", "model.base=~no-such-user/model"))
-    assert (recipe.output, recipe.name, recipe.model.base) == ("/somewhere/runs", "~/runs", "~no-such-user/model")
+    recipe = load_recipe(minimal, ("output=~/runs", "name=~/runs", "model.base=./~no-such-user/model"))
+    assert (recipe.output, recipe.name, recipe.model.base) == ("/somewhere/runs", "~/runs", "./~no-such-user/model")
+    with pytest.raises(UserError, match=r"output: '~no-such-user/x' given; a user's home.*no user 'no-such-user'"):
+        load_recipe(minimal, ("output=~no-such-user/x",))
 
 
 @pytest.mark.parametrize(
@@ -125,6 +141,23 @@ def test_home_is_expanded_in_locations_only(minimal: str, monkeypatch: pytest.Mo
         ("lora.foo=1", "lora.foo: unknown key; known here: rank, alpha, dropout, targets, dtype"),
         ("train.max-grad-norm=1", "train.max-grad-norm: unknown key; did you mean 'max_grad_norm'?"),
         ("my-key=1", "my-key: unknown key; known here: name, model,"),
+        ("lr=1e-5", "lr: unknown key; did you mean 'train.lr'?"),
+        ("seed=1", "seed: unknown key; did you mean 'train.seed'?"),
+        ("beta=0.1", "beta: unknown key; did you mean 'objective.beta'?"),
+        ("epochs=2", "epochs: unknown key; did you mean 'data.sources.0.epochs' or 'train.epochs'?"),
+        ("steps=2", "steps: unknown key; did you mean 'train.steps'?"),
+        ("step=2", "step: unknown key; did you mean 'train.steps'?"),
+        ("model.lr=2", "model.lr: unknown key; did you mean 'train.lr'?"),
+        ("train.rank=2", "train.rank: unknown key; did you mean 'lora.rank'?"),
+        ("LR=1e-5", "LR: unknown key; did you mean 'train.lr'?"),
+        ("data.sources.0.lr=1", "data.sources.0.lr: unknown key; did you mean 'train.lr'?"),
+        ("model.load_in_4bit=true", "model.load_in_4bit: unknown key; no 4-bit or 8-bit base: adapters are"),
+        ("model.quantization_config={load_in_8bit: true}", "quantization_config: unknown key; no 4-bit or 8-bit"),
+        (
+            "lora.targets=q_proj",
+            "lora.targets: 'q_proj' given; input should be 'all-linear', or a valid list: [q_proj]",
+        ),
+        ("tracking=wandb", "tracking: 'wandb' given; input should be a valid list: [wandb]"),
         ("train.str=1", "train.str: unknown key; known here: examples_per_step,"),
         (
             "data.sources.0.format=helpstear2",
@@ -162,7 +195,7 @@ def test_an_unknown_name_is_refused_with_the_nearest(minimal: str, override: str
         ("train.steps=0b11", "train.steps: '0b11' given"),
         ("train.examples_per_step=100000000000", "train.examples_per_step: 100000000000 given"),
         ("train.examples_per_step=2147483647", "train.examples_per_step: 2147483647 given"),
-        ("train.lr=null", "train.lr: None given"),
+        ("train.lr=null", "train.lr: null given; input should be a valid number"),
         ("train.warmup=1.5", "train.warmup: 1.5 given"),
         ("name=2024-01-31", "name: datetime.date(2024, 1, 31) given"),
         ("name=7e12345", "name: inf given"),
@@ -172,11 +205,18 @@ def test_an_unknown_name_is_refused_with_the_nearest(minimal: str, override: str
         ("launch.ranks=0", "launch.ranks: 0 given; input should be 'auto', or greater than 0"),
         ("data.sources.0.share=20%", "share: '20%' given; input should be a valid number, or a valid list"),
         ("data.sources.0.share=[[0, 2], [1, 1]]", "data.sources.0.share.0.1: 2 given; input should be less"),
-        ("data.sources.0.where={dict: null}", "data.sources.0.where.dict: None given; input should be a valid string"),
+        ("data.sources.0.where={dict: null}", "data.sources.0.where.dict: null given; input should be a valid string"),
         ("data.sources.0.where={my-col: [1]}", "data.sources.0.where.my-col: [1] given"),
         ("launch.collective_timeout_minutes=[1]", "launch.collective_timeout_minutes: [1] given"),
         ("lora.targets=[q, 3]", "lora.targets.1: 3 given"),
         ("lora=3", "lora: 3 given"),
+        ("data.sources.0.score_range=[1]", "data.sources.0.score_range: [1] given; list should have at least 2"),
+        ("data.sources.0.score_range=[10, 1]", "score_range: [10, 1] given, expected [lowest, highest], such as"),
+        ("data.sources.0.score_range=[1, 1]", "score_range: [1, 1] given, expected [lowest, highest]"),
+        (
+            "data.sources.0={format: jsonl, path: a, mixed_kinds: true, score_map: quantile}",
+            "data.sources.0.score_map: quantile would rank the scores of one kind among those of others",
+        ),
         ("data.sources.0.score_map=[.nan, 0]", "data.sources.0.score_map.0: nan given; input should be a finite"),
         ("train.betas=[0.9]", "train.betas: [0.9] given"),
         ("train.betas=[0.9, 1.0]", "train.betas.1: 1.0 given"),
@@ -297,7 +337,9 @@ def test_a_sequence_must_fit_a_micro_batch(minimal: str) -> None:
         ("=3", "expected key.path=value"),
         ("name=[1", "the value is not YAML"),
         ("name=2024-13-45", "the value is not YAML"),
-        ('train.steps=!!int ""', "the value is not YAML"),
+        ('train.steps=!!int ""', "the value is not YAML ('' is no int"),
+        ('output="a\\0b"', "the value is not YAML ('a\\x00b': a text must not hold"),
+        ('data.sources.0.path="a\\ud800"', "the value is not YAML ('a\\ud800': a text must not hold"),
         ("name=" + "[" * 3000, "the value is not YAML"),
         ("name={a: 1, a: 2}", "key 'a' is given twice"),
         ("name={[a]: 1}", "a key must be a word"),
@@ -357,7 +399,16 @@ def test_an_unreadable_file_is_refused(tmp_path: Path) -> None:
     """A missing file, a folder and bytes that are not UTF-8 are the user's to mend."""
     (tmp_path / "latin.yaml").write_bytes(b"name: \xe9\n")
     for path in (tmp_path / "missing.yaml", tmp_path, tmp_path / "latin.yaml"):
-        assert "cannot be read" in refusal(str(path))
+        assert {
+            "missing.yaml": "no such file; did you mean",
+            "latin.yaml": "byte 6 is not UTF-8",
+            tmp_path.name: "is a folder, expected a YAML file; it holds latin.yaml",
+        }[path.name] in refusal(str(path))
+    assert refusal(str(tmp_path / "laitn.yaml")).endswith(f"no such file; did you mean {tmp_path / 'latin.yaml'}?")
+    assert refusal("quickstrat.yaml").endswith("no such file; did you mean quickstart?")
+    assert refusal("nowhere/a.yaml").endswith(
+        f"no such file (nowhere is no folder); shipped: {', '.join(shipped_recipes())}"
+    )
 
 
 def test_a_recipe_cannot_be_changed(minimal: str) -> None:
@@ -370,11 +421,28 @@ def test_a_recipe_cannot_be_changed(minimal: str) -> None:
 def test_every_key_is_described() -> None:
     """`uft recipe keys` has a meaning for each leaf, sources' and sections' among them."""
     rows = describe_keys()
-    keys = [key for key, _, _ in rows]
+    keys = [row.key for row in rows]
     assert {"train.lr", "data.sources.0.path", "data.held_out.0.score", "lora.rank", "output"} <= set(keys)
     assert len(keys) == len(set(keys))
-    undescribed = [key for key, _, meaning in rows if not meaning]
-    assert undescribed == []
+    assert [row.key for row in rows if not row.meaning] == []
+
+
+def test_keys_list_the_words_that_they_allow() -> None:
+    """Of each closed choice, of lists' members too; a default is one line of YAML."""
+    rows = {row.key: row for row in describe_keys()}
+    assert rows["train.schedule"].allowed == ("cosine", "linear", "constant")
+    assert rows["tracking"].allowed == ("tensorboard", "wandb")
+    assert rows["launch.ranks"].allowed == ("auto",)
+    assert rows["objective.reward_shift"].allowed == ("none", "constant", "ema", "kl", "prompt_mean")
+    assert rows["reference.mode"].allowed == ("lockstep", "separate")
+    assert "helpsteer2" in rows["data.held_out.0.format"].allowed
+    assert rows["train.lr"].allowed == rows["data.sources.0.where"].allowed == ()
+    assert (rows["train.betas"].default, rows["tracking"].default) == ("[0.9, 0.95]", "[tensorboard]")
+    assert rows["train.steps"].default == "null"
+    assert all("\n" not in row.default for row in rows.values())
+    for row in rows.values():  # each of them is accepted, or refused for another reason than its word
+        if row.default not in ("(required)", "null") and row.allowed:
+            assert any(word in row.default for word in row.allowed), row
 
 
 @pytest.mark.parametrize(
@@ -386,6 +454,7 @@ def test_every_key_is_described() -> None:
             "train.keep_best: 'held_out/responses/score' given, which has no best value; take held_out/loss, ",
         ),
         (("train.keep_best=held_out/loss",), "train.keep_best: needs data.held_out, which is empty"),
+        (("train.samples=4",), "train.samples: 4 given, but data.held_out, which has the prompts, is empty"),
         (
             ("model.attention=flash_attention_2", "model.dtype=float32"),
             "model.attention: flash_attention_2 has no float32; take model.dtype: bfloat16, or auto",

@@ -131,6 +131,15 @@ def notes(chat: ChatTokenizer, folder: Path, objective: dict[str, Any], *names: 
             {"score_map": [0.5, 0.25]},
             ["data.sources.0.score_map: [0.5, 0.25] given, but dpo reads no scores"],
         ),
+        (
+            {},
+            ["instruction"],
+            {"mixed_kinds": True, "score_range": [1, 10]},
+            [
+                "data.sources.0.mixed_kinds: true given, but all rows are of kind 'instruction'",
+                "data.sources.0.score_range: [1, 10] given, but no row has a score",
+            ],
+        ),
     ],
 )
 def test_what_plays_no_part_is_said(

@@ -47,3 +47,11 @@ def test_curves_show_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "score, held out": [(0, 0.0), (3, 0.1)],
         "before clipping": [(1, 1.5), (3, 0.75)],
     }
+
+
+def test_a_run_without_a_reference_has_no_empty_panel(tmp_path: Path) -> None:
+    """Two panels of SFT, four inches each; the loss alone where nothing is known."""
+    write_curves([{"step": 1, "loss": 0.5, "grad_norm": 1.0}], tmp_path / "two.png")
+    write_curves([], tmp_path / "one.png")
+    widths = [matplotlib.image.imread(tmp_path / name).shape[1] for name in ("two.png", "one.png")]
+    assert widths == [880, 440]

@@ -37,7 +37,7 @@ def table(num_pairs: int = 20) -> np.ndarray:
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
     """What each method of the axes was given, by its name."""
-    calls: Drawn = {"scatter": [], "hist": [], "text": [], "plot": [], "set_title": []}
+    calls: Drawn = {"scatter": [], "hist": [], "plot": [], "set_title": []}
 
     def record(name: str) -> None:
         original = getattr(Axes, name)
@@ -72,17 +72,17 @@ def test_the_table_is_drawn(tmp_path: Path, drawn: Drawn) -> None:
     assert style["label"] == "75% above 0"
 
 
-@pytest.mark.parametrize("has_reference", [True, False])
-def test_a_run_without_pairs_or_reference_says_so(tmp_path: Path, drawn: Drawn, has_reference: bool) -> None:
-    """Empty pictures are labelled, and nothing is a warning."""
-    rows = table(0)
-    if not has_reference:
-        rows["log_ratio"] = rows["reward"] = rows["implicit_score"] = np.nan
-    write_health([{"step": 1, "loss": 1.0}], rows, tmp_path / "health.png")
-    assert len(drawn["text"]) == (7 if has_reference else 9)
-    drawn["text"].clear()
-    write_health([], rows[:0], tmp_path / "health.png")
-    assert len(drawn["text"]) == 9
+def test_pictures_without_numbers_are_left_out(tmp_path: Path) -> None:
+    """Of a run without pairs two of nine are drawn, in one row; without a reference none, and there is no file."""
+    rows, lines, path = table(0), [{"step": 1, "loss": 1.0}], tmp_path / "health.png"
+    assert write_health(lines, rows, path)
+    height, width, _ = matplotlib.image.imread(path).shape
+    assert width == pytest.approx(8 * 110, abs=1)
+    assert height == pytest.approx(10 / 3 * 110, abs=1)
+    rows["log_ratio"] = rows["reward"] = rows["implicit_score"] = np.nan
+    assert not write_health(lines, rows, path)
+    assert not path.exists()
+    assert not write_health([], rows[:0], path)
 
 
 def lines_of(prefix: str) -> list[dict[str, Any]]:
@@ -106,9 +106,9 @@ def lines_of(prefix: str) -> list[dict[str, Any]]:
 
 
 def test_nothing_held_out_is_no_empty_picture(tmp_path: Path, drawn: Drawn) -> None:
-    """All nine are of the training responses: lines over the steps, and none says that there is nothing."""
+    """All nine are of the training responses: lines over the steps, and none is left out."""
     write_health(lines_of(""), table()[:0], tmp_path / "health.png")
-    assert not drawn["text"]
+    assert matplotlib.image.imread(tmp_path / "health.png").shape[:2] == (1100, 1320)
     assert not drawn["scatter"]
     assert not drawn["hist"]
     titles = [title for (title, *_), _ in drawn["set_title"]]
@@ -122,7 +122,6 @@ def test_both_parts_are_drawn_where_data_is_held_out(tmp_path: Path, drawn: Draw
     """The table, held-out metrics over the steps, and of the training the saturation and both sides of the pairs, log-
     probs beside rewards."""
     write_health(lines_of("") + lines_of("held_out/"), table(), tmp_path / "health.png")
-    assert not drawn["text"]
     titles = [title for (title, *_), _ in drawn["set_title"]]
     assert [title.split(":")[0] for title in titles].count("held out") == 6
     marked = [style["label"] for _, style in drawn["plot"] if "marker" in style]

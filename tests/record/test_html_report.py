@@ -12,6 +12,7 @@ import pytest
 
 from uft_ds.record.html_report import write_report
 from uft_ds.record.run_folder import RunFolder
+from uft_ds.record.samples import Sample, write_samples
 
 METRICS: list[dict[str, Any]] = [
     {"step": 1, "loss": 0.25, "grad_norm": 1.5},
@@ -38,17 +39,17 @@ def run_with(tmp_path: Path, lines: list[dict[str, Any]], *, recipe: str = "name
 @pytest.mark.parametrize("lines", [[], [{"step": 1, "loss": None}]], ids=["none", "null"])
 def test_a_run_without_numbers_still_gets_a_report(tmp_path: Path, lines: list[dict[str, Any]]) -> None:
     """Nothing to draw is no error (and no warning): the run itself may be fine."""
-    write_report(run_with(tmp_path, lines), "toy")
+    write_report(run_with(tmp_path, lines), "toy", {})
     assert (tmp_path / "report.html").stat().st_size > 1000
 
 
 def test_the_report_holds_picture_numbers_and_recipe(tmp_path: Path) -> None:
-    """One file: both pictures are inside, byte for byte; the table has each metric's last value; no link leads out."""
-    write_report(run_with(tmp_path, METRICS), "toy run")
+    """One file: the picture is inside, byte for byte; the table has each metric's last value; no link leads out."""
+    write_report(run_with(tmp_path, METRICS), "toy run", {"base": "some/model", "steps": "3"})
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     embedded = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
-    pictures = [(tmp_path / name).read_bytes() for name in ("curves.png", "health.png")]
-    assert [base64.b64decode(picture) for picture in embedded] == pictures
+    assert [base64.b64decode(picture) for picture in embedded] == [(tmp_path / "curves.png").read_bytes()]
+    assert not (tmp_path / "health.png").exists(), "nothing of the run belongs there"
     rows = dict(re.findall(r"<tr><td>([^<]*)</td><td>([^<]*)</td></tr>", text))
     assert rows["loss"] == "0.125"
     assert rows["held_out/loss"] == "0.2"
@@ -57,6 +58,7 @@ def test_the_report_holds_picture_numbers_and_recipe(tmp_path: Path) -> None:
     assert f"<tr>{source}</tr>" in text
     assert "<pre>name: toy\n</pre>" in text
     assert "<h1>toy run</h1>" in text
+    assert "<tr><th>base</th><td>some/model</td></tr><tr><th>steps</th><td>3</td></tr>" in text
     assert not re.search(r"https?://|<link|<script", text)
 
 
@@ -65,7 +67,38 @@ def test_the_report_escapes_what_users_write(tmp_path: Path) -> None:
     attack = "</pre></title><script>alert('&')</script>"
     folder = run_with(tmp_path, [{"step": 1, "loss": 0.5, attack: 1.0}], recipe=f"name: {attack}\n")
     folder.data_report().write_text(json.dumps({"train": [SOURCE | {"source": attack}]}))
-    write_report(folder, attack)
+    write_samples(folder.samples, 0, [Sample(0, attack, "score", 0.5, attack, attack, attack, ended=True)])
+    write_report(folder, attack, {"base": attack})
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<script" not in text
-    assert text.count("&lt;script&gt;alert(&#x27;&amp;&#x27;)") == 6, "title, heading, table, data twice, recipe"
+    places = "title, heading, fact, four of the sample, data twice, metric, recipe"
+    assert text.count("&lt;script&gt;alert(&#x27;&amp;&#x27;)") == 11, places
+
+
+def test_the_report_opens_with_the_verdict(tmp_path: Path) -> None:
+    """Before all else: how much is healthy, and of what is not the remedy, word for word."""
+    lines = [
+        {"step": 0, "held_out/loss": 0.25, "held_out/saturated_stuck/score": 0.0},
+        {"step": 4, "held_out/loss": 0.2, "held_out/saturated_stuck/score": 0.25},
+    ]
+    write_report(run_with(tmp_path, lines), "toy", {"base": "some/model"})
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert re.findall("<h[12]>(.*?)</h[12]>", text) == ["toy", "Verdict: 1 of 2 healthy", "The run", "Data"]
+    assert '<td>0.2 (at the start 0.25)</td><td class="yes">healthy</td><td></td>' in text
+    assert '<td class="no">not healthy</td><td>beta or lr too large' in text
+    assert "<code>bce</code> has" in text
+
+
+def test_answers_stand_before_and_after(tmp_path: Path) -> None:
+    """One row a prompt, with the answers of the first and the last evaluation; the file has those between."""
+    folder = run_with(tmp_path, METRICS)
+    for step, answer in ((0, "before"), (2, "between"), (4, "after")):
+        sample = Sample(step, "rows.jsonl:7", "score", 0.75, "Name a prime.", "7", answer, ended=step > 0)
+        write_samples(folder.samples, step, [sample])
+    write_report(folder, "toy", {})
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    order = [text.index(f">{word}<") for word in ("Name a prime.", "7", "before", "after")]
+    assert order == sorted(order)
+    assert ">between<" not in text
+    assert "those of all 3 evaluations" in text
+    assert text.count("cut here") == 1

@@ -2,12 +2,15 @@
 
 import io
 import math
+import time
+from contextlib import suppress
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from uft_ds.record.metrics import MetricsWriter, read_metrics
-from uft_ds.record.report import ConsoleReporter
+from uft_ds.record.report import ConsoleReporter, one_line
 
 
 def test_the_time_left_is_by_the_steps_of_this_start(tmp_path: Path) -> None:
@@ -45,3 +48,69 @@ def test_a_bar_knows_the_time_left_after_one_step(tmp_path: Path) -> None:
     assert isinstance(console.file, io.StringIO)
     assert "ETA -:--:--" in console.file.getvalue()
     assert "ETA 4:00" in console.file.getvalue()
+
+
+def test_a_line_shows_what_fits_the_objective() -> None:
+    """DPO: margin and accuracy, not the mean of both sides; beside other kinds their rewards; SFT: top-1."""
+    pair = {"loss": 0.6891, "implicit_reward/pair": -0.012, "pair_margin/pair": 0.0084, "pair_accuracy/pair": 0.625}
+    assert one_line(pair) == "loss 0.6891  pair margin +0.008, accuracy 62%"
+    mixed = pair | {"implicit_reward/score": -0.0001, "tokens_per_second": 1234.5}
+    assert one_line(mixed) == "loss 0.6891  reward score +0.000  pair margin +0.008, accuracy 62%  1234 tokens/s"
+    simpo = {"loss": 0.5, "pair_margin/pair": -0.25, "pair_accuracy/pair": math.nan, "top1/pair": 0.5}
+    assert one_line(simpo) == "loss 0.5000  pair margin -0.250, accuracy undefined"
+    split = {"loss": 0.25, "implicit_reward/pair": 0.5}
+    assert one_line(split) == "loss 0.2500  reward pair +0.500"
+    sft = {"loss": 2.5, "top1/instruction": 0.415, "entropy/instruction": 1.0}
+    assert one_line(sft) == "loss 2.5000  top-1 instruction 42%"
+
+
+def test_other_work_shows_its_progress_and_then_the_bar_is_back(tmp_path: Path) -> None:
+    """Off a terminal a first line at once, as the first evaluation may take minutes, and further ones when due."""
+    console = Console(file=io.StringIO(), width=200)
+    writer = MetricsWriter(tmp_path, (), run_name="test", config={})
+    with ConsoleReporter(console, writer, 3) as reporter:
+        with reporter.working("evaluating held-out data after step 0", 3200) as on_done:
+            on_done(800)
+            reporter._last_line -= 60  # a line is due
+            on_done(1200)
+        with reporter.working("answering held-out prompts after step 0", 8) as on_done:
+            on_done(8)
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue().splitlines() == [
+        "evaluating held-out data after step 0: 0/3,200",
+        "evaluating held-out data after step 0: 1,200/3,200",
+    ]
+
+
+def test_on_a_terminal_the_bar_tells_the_other_work(tmp_path: Path) -> None:
+    """And is that of the training again when the work ends, even by an error."""
+    console = Console(file=io.StringIO(), width=200, force_terminal=True)
+    writer = MetricsWriter(tmp_path, (), run_name="test", config={})
+    with ConsoleReporter(console, writer, 3) as reporter:
+        with suppress(KeyError), reporter.working("evaluating held-out data after step 0", 32) as on_done:
+            on_done(12)
+            reporter._progress.refresh()
+            raise KeyError
+        assert reporter._progress.tasks[0].description == "training"
+    assert isinstance(console.file, io.StringIO)
+    assert "evaluating held-out data after step 0: 12/32" in console.file.getvalue()
+
+
+def test_a_long_silence_says_that_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is done is said at once, and again from time to time; after the phase there is no further line."""
+    monkeypatch.setattr("uft_ds.record.report.SECONDS_OF_SILENCE", 0.05)
+    console = Console(file=io.StringIO(), width=200)
+    writer = MetricsWriter(tmp_path, (), run_name="test", config={})
+    assert isinstance(console.file, io.StringIO)
+    with ConsoleReporter(console, writer, 3) as reporter:
+        with reporter.phase("loading base: 65 GB in 14 files"):
+            deadline = time.monotonic() + 30
+            while "so far" not in console.file.getvalue():
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        told = console.file.getvalue()
+        time.sleep(0.2)
+        assert console.file.getvalue() == told
+    first, second, *_ = told.splitlines()
+    assert first == "loading base: 65 GB in 14 files"
+    assert second == "loading base: 65 GB in 14 files: 0:00 so far"

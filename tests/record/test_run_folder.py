@@ -129,16 +129,48 @@ def test_overwrite_does_not_follow_links(tmp_path: Path) -> None:
     assert (tmp_path / "disk" / "weights").read_text() == "mine"
 
 
-def test_a_run_that_died_before_its_recipe_was_written_can_be_overwritten(tmp_path: Path) -> None:
-    """A full disk while the data is written leaves a lock and half a file: ours to delete, not a foreign folder."""
+def test_a_start_that_never_trained_does_not_block_its_folder(tmp_path: Path) -> None:
+    """Stopped while it loaded, or after the evaluation of step 0, or a full disk while the data was written."""
+    folder = RunFolder(tmp_path / "run")
+    for left in ({}, {"metrics.jsonl": ""}, {"metrics.jsonl": '{"step": 0, "held_out/loss": 0.25}\n'}):
+        claim(folder, overwrite=False).close()
+        (folder.path / "data").mkdir()
+        (folder.path / "data" / "report.json").write_text("half")
+        for name, text in left.items():
+            (folder.path / name).write_text(text)
+        check_claimable(folder, overwrite=False)
+        with claim(folder, overwrite=False):
+            assert contents(folder.path) == {".uft-run"}
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        {"metrics.jsonl": '{"step": 0}\n{"step": 1, "loss": 0.2}\n'},
+        {"metrics.jsonl": '{"step": 0}\n{"st'},
+        {"checkpoints/step-000002.damaged": ""},
+        {"DONE": ""},
+    ],
+)
+def test_one_step_is_something_to_lose(tmp_path: Path, left: dict[str, str]) -> None:
+    """So are a checkpoint, and a file that cannot be read."""
     folder = RunFolder(tmp_path / "run")
     claim(folder, overwrite=False).close()
-    (folder.path / "data").mkdir()
-    folder.quarantine().write_text("half")
-    with pytest.raises(UserError, match="--overwrite"):
+    for name, text in left.items():
+        (folder.path / name).parent.mkdir(exist_ok=True)
+        (folder.path / name).write_text(text)
+    before = contents(folder.path)
+    with pytest.raises(UserError, match="already holds a run"):
         check_claimable(folder, overwrite=False)
-    with claim(folder, overwrite=True):
-        assert contents(folder.path) == {".uft-run"}
+    with pytest.raises(UserError, match="already holds a run"):
+        claim(folder, overwrite=False)
+    assert contents(folder.path) == before
+
+
+def test_a_start_that_still_loads_is_not_taken_for_one_that_never_trained(tmp_path: Path) -> None:
+    """Said before the data is read, by its lock."""
+    with another_process_owning(tmp_path / "run"), pytest.raises(UserError, match="in use by a run that is still"):
+        check_claimable(RunFolder(tmp_path / "run"), overwrite=False)
 
 
 def test_a_folder_in_use_by_another_process_is_refused(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def sigmoid(x: float) -> float:
 def row(kind: Kind, score: float, reward: float, **values: Any) -> tuple[Any, ...]:
     """One response, of 4 tokens at beta 0.1 unless `values` say otherwise."""
     named = {"pair": -1, "tokens": 4, "logp": -10.0, "log_ratio": reward / 0.1, "shift": 0.0}
-    named |= {"entropy": 6.0, "top1": 3.0} | values
+    named |= {"entropy": 6.0, "top1": 3.0, "rounding": 0.0} | values
     named = {"implicit_score": sigmoid(reward - named["shift"]), "pair_reward": reward} | named
     named |= {"kind": KINDS.index(kind), "score": score, "reward": reward}
     assert ROW.names is not None
@@ -243,7 +243,7 @@ def test_rows_as_csv_can_be_read_by_anyone(tmp_path: Path) -> None:
         lines = list(csv.DictReader(file))
     assert list(lines[0]) == [
         "origin", "kind", "pair", "score", "implicit_score", "implicit_reward", "reward_shift", "log_ratio", "logp",
-        "tokens", "pair_reward", "entropy", "top1",
+        "tokens", "pair_reward", "entropy", "top1", "rounding",
     ]  # fmt: skip
     assert [line["origin"] for line in lines] == ORIGINS
     assert [line["kind"] for line in lines] == ["instruction", "pair", "pair", "binary"]
@@ -513,6 +513,82 @@ def test_rank_correlation_is_pearsons_of_ranks(pairs: list[tuple[int, int]]) -> 
         assert math.isnan(found)
     else:
         assert found == pytest.approx(statistics.correlation(ranks(left), ranks(right)), abs=1e-12)
+
+
+# ---- what rounding of a stored reference may have exchanged is equal
+
+
+def untrained(sizes: list[float], rounding: float, kind: Kind = "score", **options: Any) -> np.ndarray:
+    """Responses whose log-ratios are noise around 0, with scores and lengths that differ."""
+    return table(
+        *(
+            row(kind, i % 3 / 2, 0.1 * size, log_ratio=size, rounding=rounding, tokens=4 + i, **options)
+            for i, size in enumerate(sizes)
+        )
+    )
+
+
+NOISE = [-3e-7, 2e-7, 0.0, -5e-7, 6e-7, 1e-7]
+
+
+def test_noise_of_a_stored_reference_has_no_order() -> None:
+    """All values may be one: no rank and no length correlation, as where all are exactly 0. Without the bound the same
+    noise gives both."""
+    found = health(untrained(NOISE, 1e-6), UFT)
+    assert math.isnan(found["rank_correlation/score"])
+    assert math.isnan(found["length_correlation/score"])
+    unbounded = health(untrained(NOISE, 0.0), UFT)
+    assert abs(unbounded["rank_correlation/score"]) > 0.1
+    assert abs(unbounded["length_correlation/score"]) > 0.1
+
+
+def test_noise_of_a_stored_reference_divides_no_bin() -> None:
+    """Implicit scores around 1/2 lie in one bin, as 1/2 itself does: scores 0, 1/2 and 1 are calibrated on average."""
+    exact = health(untrained([0.0] * 6, 0.0), UFT)["calibration_error/score"]
+    assert exact == pytest.approx(0.0, abs=1e-12)
+    assert health(untrained(NOISE, 1e-6), UFT)["calibration_error/score"] == pytest.approx(exact, abs=1e-6)
+    assert health(untrained(NOISE, 0.0), UFT)["calibration_error/score"] > 0.1
+
+
+@pytest.mark.parametrize(("loss", "is_a_token"), [("dpo", False), ("ipo", True), ("mse", False)])
+def test_noise_of_a_stored_reference_orders_no_pair(loss: str, is_a_token: bool) -> None:
+    """A margin within the rounding of its two sides is a tie, in the unit of the loss: 0.1 x (1 + 1) nats over 4 tokens
+    for ipo, 0.1 x (1 + 1) for others. A larger margin counts."""
+    bound = 0.1 * 2 / (4 if is_a_token else 1)
+    for margin, expected in ((bound * 0.99, 0.5), (-bound * 0.99, 0.5), (bound * 1.01, 1.0), (-bound * 1.01, 0.0)):
+        rows = table(*two_sides(0, margin, 0.0, rounding=1.0))
+        assert health(rows, objective(loss))["pair_accuracy/pair"] == expected, margin
+
+
+def test_a_loss_without_reference_has_no_rounding_of_it() -> None:
+    """SimPO orders log-probs of the policy alone, beside a loss that compares with a stored reference."""
+    rows = table(*two_sides(0, 1e-3, 0.0, rounding=1.0))
+    both = {kind: KindObjective({"simpo": 1.0, "mse": 1.0}, beta=0.1) for kind in KINDS}
+    assert health(rows, Objective(both))["pair_accuracy/pair"] == 1.0
+
+
+def test_a_chain_of_near_values_is_no_tie() -> None:
+    """Neighbours are equal, the ends are not: 1 to 40 in steps of one bound keep nearly their whole order."""
+    values = np.arange(40.0)
+    assert rank_correlation(values, values, 0.5) > 0.99
+    assert math.isnan(rank_correlation(values, values, 20.0))
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 6), st.integers(0, 4)), min_size=3, max_size=30))
+@settings(max_examples=100, deadline=None)
+def test_ranks_within_rounding_by_comparing_all(entries: list[tuple[int, int, int]]) -> None:
+    """Against the definition, each value with each: those below for sure, and half of those that may be equal."""
+    left, right, bounds = (np.array(side, dtype=float) for side in zip(*entries, strict=True))
+    below = [sum(x + a < y - b for x, a in zip(left, bounds, strict=True)) for y, b in zip(left, bounds, strict=True)]
+    equal = [
+        sum(abs(x - y) <= a + b for x, a in zip(left, bounds, strict=True)) for y, b in zip(left, bounds, strict=True)
+    ]
+    by_hand = [n + (m + 1) / 2 for n, m in zip(below, equal, strict=True)]
+    found = rank_correlation(left, right, bounds)
+    if len(set(by_hand)) == 1 or len(set(right)) == 1:
+        assert math.isnan(found)
+    else:
+        assert found == pytest.approx(statistics.correlation(by_hand, ranks(list(right))), abs=1e-12)
 
 
 # ---- pairs

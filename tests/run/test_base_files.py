@@ -11,11 +11,15 @@ from safetensors.torch import load_file, save_file
 from tiny import build_tiny_model
 from toy import saved_adapter
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
+from uft_ds.commands.data import app as data_commands
 from uft_ds.errors import UserError
+from uft_ds.evaluation.generate import check_model_folder
 from uft_ds.export.convert import convert_to_merged
 from uft_ds.planning.shapes import model_config
 from uft_ds.run.prepare import check_run
+from uft_ds.streams.load import check_base
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 
@@ -40,7 +44,7 @@ def test_weights_come_before_the_data(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_tokenizer_beyond_the_embedding_comes_before_the_data(tmp_path: Path) -> None:
-    """Its tokens are named, by train and by convert alike."""
+    """Its tokens are named, by train, by the preview and by convert alike."""
     folder = build_tiny_model(tmp_path / "model")
     adapter = saved_adapter(folder, tmp_path / "adapter")
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -48,6 +52,8 @@ def test_a_tokenizer_beyond_the_embedding_comes_before_the_data(tmp_path: Path) 
     tokenizer.save_pretrained(folder)
     with pytest.raises(UserError, match=r"^model\.base: .*'<think>' \(259\)"):
         check_run(settings_of_run(write_recipe(tmp_path, folder)))
+    with pytest.raises(UserError, match=r"^model\.base: .*'<think>' \(259\)"):
+        CliRunner().invoke(data_commands, ["preview", str(tmp_path / "recipe.yaml")], catch_exceptions=False)
     assert not (tmp_path / "tokenized").exists()
     with pytest.raises(UserError, match=r"'<think>' \(259\)"):
         convert_to_merged(adapter, tmp_path / "merged", base=str(folder), say=lambda _: None)
@@ -68,3 +74,23 @@ def test_a_quantised_base_is_refused_before_anything_else(tmp_path: Path, method
         model_config(str(folder))
     with pytest.raises(UserError, match=message):
         convert_to_merged(adapter, tmp_path / "merged", base=str(folder), say=lambda _: None)
+
+
+def test_what_is_no_model_folder_is_named(tmp_path: Path) -> None:
+    """A GGUF file, a folder of such files, another file, an empty folder: what it is, and what to give instead."""
+    gguf = tmp_path / "files" / "model.Q4_K_M.gguf"
+    gguf.parent.mkdir()
+    gguf.write_bytes(b"GGUF\3\0\0\0")
+    (tmp_path / "model.safetensors").write_bytes(b"\0" * 20)
+    (tmp_path / "empty").mkdir()
+    for base, found in (
+        (gguf, "is a GGUF file, whose weights are rounded for inference: take the 16-bit model"),
+        (gguf.parent, "holds GGUF files, whose weights are rounded for inference: take the 16-bit model"),
+        (tmp_path / "model.safetensors", "is a file; expected a model folder in Hugging Face's layout"),
+        (tmp_path / "empty", "holds no config.json; expected a model folder"),
+    ):
+        with pytest.raises(UserError) as refused:
+            check_base(str(base), None)
+        assert str(refused.value).startswith(f"model.base: {base} {found}")
+    with pytest.raises(UserError, match="is a GGUF file"):
+        check_model_folder(gguf)  # as `uft chat` does

@@ -7,11 +7,17 @@ from pathlib import Path
 import pytest
 from checkpoints import whole_checkpoint
 
+from uft_ds.checkpoint.state import Position, TrainerState
 from uft_ds.errors import UserError
 from uft_ds.recipe.file import recipe_from_tree
 from uft_ds.recipe.settings import Settings, settings_of
 from uft_ds.record.run_folder import RunFolder
+from uft_ds.record.samples import Sample, read_samples, write_samples
 from uft_ds.run.resume import _go_back_to, resumed_from
+
+
+def at(metrics_bytes: int) -> Position:
+    return Position(TrainerState(2, 0), metrics_bytes)
 
 
 def test_what_was_written_after_the_checkpoint_goes(tmp_path: Path) -> None:
@@ -22,12 +28,15 @@ def test_what_was_written_after_the_checkpoint_goes(tmp_path: Path) -> None:
     for name in (*written_anew, "notes.txt"):
         (tmp_path / name).write_text("of step 4")
     folder.metrics.write_text('{"step": 2}\n{"step": 4}\n')
+    for step in (2, 4):
+        write_samples(folder.samples, step, [Sample(step, "rows.jsonl:1", "score", 0.5, "p", "r", "a", ended=True)])
     data = {"sources": [{"format": "jsonl", "path": "rows.jsonl"}]}
     tree = {"name": "x", "model": {"base": "base"}, "data": data, "output": str(tmp_path)}
-    _go_back_to(older, folder, settings_of(recipe_from_tree(tree, "x")), len('{"step": 2}\n'))
+    _go_back_to(older, folder, settings_of(recipe_from_tree(tree, "x")), at(len('{"step": 2}\n')))
     assert [name for name in written_anew if (tmp_path / name).exists()] == []
     assert (tmp_path / "notes.txt").exists()
     assert folder.metrics.read_text() == '{"step": 2}\n'
+    assert [sample.step for sample in read_samples(folder.samples)] == [2]
     assert not newer.exists()
     assert folder.latest.resolve() == older
 
@@ -43,7 +52,7 @@ def test_a_run_that_was_copied_without_links_goes_on(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     checkpoint = whole_checkpoint(folder.checkpoints / "step-000002")
     whole_checkpoint(folder.latest)
-    _go_back_to(checkpoint, folder, settings_at(folder), 0)
+    _go_back_to(checkpoint, folder, settings_at(folder), at(0))
     assert folder.latest.readlink() == Path("checkpoints/step-000002")
     assert (tmp_path / "latest.copied" / "manifest.json").exists()
 
@@ -55,7 +64,7 @@ def test_nothing_is_removed_where_something_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "status.json").write_text("of step 4")
     (tmp_path / "report.html").mkdir()
     with pytest.raises(UserError, match=r"report\.html: a folder, expected a file"):
-        _go_back_to(checkpoint, folder, settings_at(folder), 0)
+        _go_back_to(checkpoint, folder, settings_at(folder), at(0))
     assert (tmp_path / "status.json").read_text() == "of step 4"
 
 

@@ -17,8 +17,10 @@ from uft_ds.data.mixture import Portion
 from uft_ds.data.sources import PreparedData, PreparedSource, SourceSettings, Tolerance, prepare_source
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.tokenize import load_tokenizer, tokenize
+from uft_ds.host.terminal import as_typed
 from uft_ds.recipe.file import recipe_from_tree
 from uft_ds.recipe.settings import Settings, changed, settings_of
+from uft_ds.run.prepare import data_report
 from uft_ds.run.preview import CLOSE, OPEN, PROMPT, SUPERVISED, device_notes, rendered, show_data
 
 
@@ -88,18 +90,24 @@ def data(tmp_path: Path, chat: ChatTokenizer, monkeypatch: pytest.MonkeyPatch) -
     )
 
 
-def settings_for(data: PreparedData) -> Settings:
+def settings_for(data: PreparedData, examples_per_step: int = 1) -> Settings:
     train, held_out = (
         [{"format": "jsonl", "path": f"{part}{number}"} for number in range(len(sources))]
         for part, sources in (("train", data.train), ("held_out", data.held_out))
     )
-    tree = {"name": "x", "model": {"base": "b"}, "data": {"sources": train, "held_out": held_out}, "output": "o"}
+    tree: dict[str, Any] = {
+        "name": "x",
+        "model": {"base": "b"},
+        "data": {"sources": train, "held_out": held_out},
+        "output": "o",
+    }
+    tree["train"] = {"examples_per_step": examples_per_step}
     return settings_of(recipe_from_tree(tree, "x"))
 
 
-def printed(data: PreparedData, width: int) -> str:
+def printed(data: PreparedData, width: int, settings: Settings | None = None, **options: Any) -> str:
     console = Console(file=io.StringIO(), width=width, markup=False, highlight=False)
-    show_data(settings_for(data), data, console)
+    show_data(settings or settings_for(data), data, console, **options)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -110,14 +118,63 @@ def test_tables_say_what_is_taken_and_left_out(data: PreparedData) -> None:
     long, scored = (source.label for source in data.train)
     rows = [line.split() for line in shown.split("\n")]
     tokens = [str(source.selection.num_tokens) for source in data.train]
-    assert ["train", long, "instruction", "1", tokens[0], "12", "(12", "x)", "11"] in rows
-    assert ["train", scored, "score", "17", tokens[1], "8.5", "(0.5", "x)", "3"] in rows
-    assert f"{long}:1, {long}:2, {long}:3" in shown
+    assert ["train", "instruction", "1", tokens[0], "12", "(12", "x)", "11", long] in rows
+    assert ["train", "score", "17", tokens[1], "8.5", "(0.5", "x)", "3", scored] in rows
+    assert [[f"{long}:1"], [f"{long}:2"], [f"{long}:3"]] == [
+        row for row in rows if row and row[0].startswith(f"{long}:")
+    ]
     assert f"{scored}:3: 'response' is empty" in shown
-    assert str(data.train[1].quarantine_file) in shown
+    assert as_typed(str(data.train[1].quarantine_file)) in shown
     assert f"note: {long}: 11 of 12 responses are left out" in shown
     assert f"note: {long}: an epoch goes 12 times through its responses" in shown
     assert f"note: {scored}" not in shown
+
+
+def test_paths_are_shown_as_they_were_typed(
+    data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run has absolute ones, which a terminal breaks in the middle; names within a folder stay."""
+    monkeypatch.chdir("/")  # below the working directory, paths are shortened anyway
+    typed = settings_for(data).data
+    typed = replace(typed, sources=tuple(source.settings for source in data.train))
+
+    def absolute(source: PreparedSource) -> PreparedSource:
+        path = str(tmp_path / source.settings.path)
+        store = source.selection.store.renamed(path, (path,))
+        return replace(
+            source,
+            settings=replace(source.settings, path=path),
+            selection=replace(source.selection, store=store),
+        )
+
+    located = PreparedData(tuple(map(absolute, data.train)), ())
+    long = data.train[0].label
+    assert f"{tmp_path}/{long}:1" in printed(located, 400)
+    shown = printed(located, 400, typed=typed)
+    assert str(tmp_path / long) not in shown
+    assert f"      {long}:1\n" in shown
+    assert f"note: {long}: 11 of 12" in shown
+
+
+def test_what_a_share_leaves_and_a_small_epoch_are_noted(tmp_path: Path, chat: ChatTokenizer) -> None:
+    """Ten rows with a share of 0.2 beside eight of another source: two are taken. Ten are less than a step of 64."""
+
+    def prepared(name: str, count: int, portion: Portion) -> PreparedSource:
+        rows = [{"prompt": f"{name}{i}", "response": "a"} for i in range(count)]
+        source = SourceSettings(str(write_rows(tmp_path / f"{name}.jsonl", rows)), None, rules(), portion=portion)
+        return prepare_source(source, chat, tmp_path / "cache", seed=0, tolerance=Tolerance())
+
+    data = PreparedData((prepared("some", 10, Portion(share=((0.0, 0.2),))), prepared("all", 8, Portion())), ())
+    some = data.train[0].label
+    shown = printed(data, 400)
+    assert f"note: {some}: share takes 2 of its 10 responses in an epoch; the others are not used in it" in shown
+    assert "fewer than" not in shown
+    assert (
+        "note: an epoch holds 10 responses, fewer than the 64 of a step (train.examples_per_step): the run is one "
+        "smaller step"
+    ) in printed(data, 400, settings_for(data, 64))
+    repeated = changed(settings_for(data, 64), {"train.steps": 3})
+    assert "a step goes 6.4 times through the data" in printed(data, 400, repeated)
 
 
 def test_columns_that_are_not_read_are_noted(data: PreparedData, tmp_path: Path, chat: ChatTokenizer) -> None:
@@ -127,12 +184,46 @@ def test_columns_that_are_not_read_are_noted(data: PreparedData, tmp_path: Path,
     path = write_rows(tmp_path / "more.jsonl", [row | {"source": "s"} for row in rows] + [{**rows[0], "source": None}])
     source = SourceSettings(str(path), None, rules(format="ultrachat"))
     more = prepare_source(source, chat, tmp_path / "cache", seed=0, tolerance=Tolerance())
-    assert "columns that format ultrachat does not read: source (3 rows)" in printed(PreparedData((more,), ()), 400)
+    data = PreparedData((more,), ())
+    assert "columns that format ultrachat does not read: source (3 rows)" in printed(data, 400)
+    assert [row["columns_not_read"] for row in data_report(data)["train"]] == [{"source": 3}]
+
+
+def test_mixed_kinds_and_a_scale_are_shown(tmp_path: Path, chat: ChatTokenizer) -> None:
+    """How many responses each kind has; which scores were found, and what becomes of them."""
+    rows: list[dict[str, Any]] = [
+        *({"prompt": f"q{i}", "response": "a"} for i in range(3)),
+        *({"prompt": f"q{i}", "chosen": "a", "rejected": "b"} for i in range(2)),
+        *({"prompt": f"q{i}", "response": "a", "score": i} for i in range(2, 9)),
+    ]
+    path = write_rows(tmp_path / "mixed.jsonl", rows)
+    source = SourceSettings(str(path), None, rules(mixed_kinds=True, score_range=(1.0, 10.0)))
+    data = PreparedData((prepare_source(source, chat, tmp_path / "cache", seed=0, tolerance=Tolerance()),), ())
+    shown = printed(data, 400)
+    assert [line.split() for line in shown.split("\n") if "pair" in line] == [["pair", "4"]]
+    assert "instruction 3" in shown
+    assert "score 7" in shown
+    assert f"note: {path}: scores from 2 to 8 found; score_range maps 1 to 0 and 10 to 1" in shown
+    (row,) = data_report(data)["train"]
+    assert row["responses_of_kind"] == {"instruction": 3, "score": 7, "pair": 4}
+    assert (row["score_range"], row["scores_found"]) == ((1.0, 10.0), [2.0, 8.0])
+
+
+def test_a_cut_conversation_counts_what_is_kept(tmp_path: Path, chat: ChatTokenizer) -> None:
+    """Four turns, of which an example count keeps three: three responses of the kind, not four."""
+    turns = [{"role": role, "content": "a"} for _ in range(4) for role in ("user", "assistant")]
+    path = write_rows(tmp_path / "long.jsonl", [{"messages": turns}])
+    source = SourceSettings(str(path), None, rules(), examples=3)
+    prepared = prepare_source(source, chat, tmp_path / "cache", seed=0, tolerance=Tolerance())
+    assert prepared.selection.responses_of_kind == {"instruction": 3}
 
 
 @pytest.mark.parametrize("width", [72, 80])
 def test_a_narrow_terminal_cuts_nothing(data: PreparedData, width: int) -> None:
-    """Words and places are folded: not a letter is missing, for the end of a place is the line's number."""
+    """Not a letter is missing, for the end of a place is the line's number; and no place is broken."""
+    long = data.train[0].label
+    assert f"      {long}:1\n      {long}:2\n      {long}:3\n" in printed(data, width)
+    assert sum(line.endswith(long) for line in printed(data, width).split("\n")) == 2  # in the table, and above places
     narrow, wide = (Counter(printed(data, columns)) for columns in (width, 400))
     for layout in " \n─":
         del narrow[layout], wide[layout]

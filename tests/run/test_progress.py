@@ -28,26 +28,26 @@ def run(tmp_path: Path) -> RunFolder:
 def test_a_run_that_has_ended_says_why(run: RunFolder, code: int) -> None:
     """With the exit code that it left."""
     run.write_status(Status(code, "for a reason"))
-    assert progress_of(run.path) == RunProgress(code, "step 2, newest checkpoint 1: for a reason")
+    assert progress_of(run.path) == RunProgress(code, "step 2, newest checkpoint: step 1; for a reason")
 
 
 def test_done_counts_whatever_else_is_said(run: RunFolder) -> None:
     """DONE is written last of all."""
     run.write_status(Status(EXIT_CRASHED, "an older one"))
     run.done.touch()
-    assert progress_of(run.path) == RunProgress(EXIT_DONE, "step 2, newest checkpoint 1: done")
+    assert progress_of(run.path) == RunProgress(EXIT_DONE, "step 2, newest checkpoint: step 1; done")
 
 
 def test_a_run_without_a_word_was_killed_or_goes_on(run: RunFolder, tmp_path: Path) -> None:
     """Which of them, its lock tells; a run that has not made a step yet is one, too."""
-    assert progress_of(run.path).summary.endswith(": ended without writing a status, as when it is killed")
+    assert progress_of(run.path).summary.endswith("; ended without writing a status, as when it is killed")
     with run.lock.open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert progress_of(run.path) == RunProgress(EXIT_CRASHED, "step 2, newest checkpoint 1: running")
+        assert progress_of(run.path) == RunProgress(EXIT_CRASHED, "step 2, newest checkpoint: step 1; running")
     (tmp_path / "new").mkdir()
     new = RunFolder(tmp_path / "new")
     new.lock.touch()
-    assert progress_of(new.path).summary.startswith("step 0, newest checkpoint none: ")
+    assert progress_of(new.path).summary.startswith("step 0, newest checkpoint: none; ")
     with pytest.raises(UserError, match="not the folder of a run"):
         progress_of(tmp_path / "nowhere")
 
@@ -61,7 +61,7 @@ def test_without_locks_it_is_not_said_to_go_on(run: RunFolder, monkeypatch: pyte
     monkeypatch.setattr(fcntl, "flock", refuse)
     assert "running, or killed: its file system has no locks" in progress_of(run.path).summary
     run.write_status(Status(EXIT_STOPPED, "for a reason"))
-    assert progress_of(run.path) == RunProgress(EXIT_STOPPED, "step 2, newest checkpoint 1: for a reason")
+    assert progress_of(run.path) == RunProgress(EXIT_STOPPED, "step 2, newest checkpoint: step 1; for a reason")
 
 
 def test_damaged_metrics_are_no_end(run: RunFolder) -> None:
@@ -72,4 +72,4 @@ def test_damaged_metrics_are_no_end(run: RunFolder) -> None:
     found = progress_of(run.path)
     assert found.exit_code == EXIT_DONE
     place = f"({run.metrics}:4: damaged and not counted, 2 such lines)"
-    assert found.summary == f"step 3, newest checkpoint 1 {place}: done"
+    assert found.summary == f"step 3, newest checkpoint: step 1 {place}; done"

@@ -134,7 +134,7 @@ def test_lockstep_is_shown_for_the_families_that_are_tested() -> None:
     assert shown_in_lockstep() == tuple(sorted(FAMILIES[name].layer_class for name in CLASSES))
 
 
-@pytest.mark.parametrize("place", ["README.md", "docs/reference.md", "uft_ds/recipe/schema.py"])
+@pytest.mark.parametrize("place", ["docs/features.md", "docs/reference.md", "uft_ds/recipe/schema.py"])
 def test_documentation_lists_the_families_of_lockstep(place: str) -> None:
     """Each by its name, where a reader looks before choosing a mode."""
     text = " ".join((Path(__file__).parents[2] / place).read_text(encoding="utf-8").split())

@@ -68,6 +68,7 @@ def test_a_bad_grid_is_refused(grid: list[str]) -> None:
             {"runs": [{"name": "a", "recipe": "toy.yaml", "after": "b"}, {"name": "b", "recipe": "toy.yaml"}]},
             "sweep sweep.yaml: a: after: no earlier run is named 'b'",
         ),
+        ({"grid": {"lr": [1]}}, "toy.yaml: lr: unknown key; did you mean 'train.lr'?"),
         ({"grid": {"train.sed": [1]}}, "toy.yaml: train.sed: unknown key; did you mean 'seed'?"),
         ({"runs": [{"name": "a", "recipe": "nothing"}]}, "run a-lr=0.0001-seed=1: recipe: "),
     ],

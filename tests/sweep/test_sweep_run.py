@@ -137,7 +137,7 @@ def test_a_done_run_of_another_recipe_is_refused() -> None:
     run(sweep_of(grid=None), Trainer())
     trainer = Trainer()
     changed = [*SWEEP["runs"][:2], {"name": "uft", "recipe": "toy.yaml", "set": {"train.lr": 0.5}}]
-    with pytest.raises(UserError, match=r"uft: holds a run of another recipe \(train.lr: 0.5 now, 3e-05 then\)"):
+    with pytest.raises(UserError, match=r"uft: holds a run of another recipe \(train.lr: 0.5 now, 3.0e-05 then\)"):
         run(sweep_of(grid=None, runs=changed), trainer)
     assert not trainer.trained
 
@@ -245,7 +245,7 @@ def test_an_unfinished_run_of_another_recipe_is_kept() -> None:
     changed = [SWEEP["runs"][0], {**SWEEP["runs"][1], "set": {"train.lr": 0.5}}, SWEEP["runs"][2]]
     sweep, trainer = sweep_of(grid=None, runs=changed), Trainer()
     for refused in (lambda: run(sweep, trainer), lambda: table_of(sweep, Console(file=io.StringIO()))):
-        with pytest.raises(UserError, match=r"una: holds a run of another recipe \(train.lr: 0.5 now, 3e-05 then\)"):
+        with pytest.raises(UserError, match=r"una: holds a run of another recipe \(train.lr: 0.5 now, 3.0e-05 then\)"):
             refused()
     assert checkpoint.exists()
     assert not trainer.trained
@@ -291,7 +291,7 @@ def test_a_table_of_what_has_been_run_elsewhere() -> None:
     run(sweep, Trainer(sft=1, uft=0))
     RunFolder(sweep.output / "sft").write_status(Status(1, "rank 1 was killed"))
     results = table_of(sweep, Console(file=io.StringIO()))
-    how_far = "step 0, newest checkpoint none: rank 1 was killed"
+    how_far = "step 0, newest checkpoint: none; rank 1 was killed"
     assert [result.status for result in results] == [how_far, "not started", "done"]
     with (sweep.output / "table.csv").open(newline="") as file:
         assert [row["status"] for row in csv.DictReader(file)] == [result.status for result in results]

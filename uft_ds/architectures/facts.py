@@ -165,6 +165,12 @@ def reason_of_leak(config: Any, module_classes: Iterable[type]) -> str | None:
     return f"{STATE} ({', '.join(found)})" if found else None
 
 
+def is_shown_to_pack(config: Any) -> bool:
+    """Whether the tests hold packed rows of this family against rows of one sequence."""
+    family = family_of(config)
+    return family is not _UNKNOWN and not family.leaks
+
+
 def positions_limit(config: Any) -> tuple[str, int] | None:
     """The kind of rotary embeddings that change all positions with the longest one, and up to where they do not."""
     rope = getattr(config, "rope_parameters", None) or {}

@@ -143,14 +143,17 @@ def latest_checkpoint(run: Path) -> Path:
 
 
 def best_checkpoint(folder: RunFolder, metric: str) -> Path | None:
-    """The existing checkpoint at whose step the metric was best; the earliest one if several are equal."""
+    """The existing checkpoint at whose step the metric was best; the earliest one if several are equal.
+
+    Step 0, where nothing is trained, is the best only if no later one equals it.
+    """
     values = {
         line["step"]: badness(metric, line[metric])
         for line in read_metrics(folder.metrics)
         if line.get(metric) is not None
     }
     known = [path for path in checkpoints_of(folder.path) if step_of(path) in values]
-    return min(known, key=lambda path: (values[step_of(path)], step_of(path)), default=None)
+    return min(known, key=lambda path: (values[step_of(path)], step_of(path) == 0, step_of(path)), default=None)
 
 
 def point_latest(folder: RunFolder) -> None:

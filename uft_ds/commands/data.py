@@ -27,17 +27,14 @@ def data_preview(
 
     Nothing is launched and no weights are loaded.
     """
-    from uft_ds.data.tokens.tokenize import load_tokenizer
     from uft_ds.recipe.settings import load_settings
-    from uft_ds.run.prepare import prepare_data, steps_of
+    from uft_ds.run.prepare import prepare_fitting_data, steps_of
     from uft_ds.run.preview import legend, rendered_rows, show_data, steps_line
     from uft_ds.run.start import preparation
 
     settings = load_settings(recipe, tuple(overrides or ()))
-    model = settings.model
-    chat = load_tokenizer(model.base, revision=model.revision, chat_template=model.chat_template)
     with preparation(console) as on_progress:
-        data = prepare_data(settings, chat, on_progress)
+        chat, data = prepare_fitting_data(settings, on_progress)
     sources = data.held_out if held_out else data.train
     if not sources:
         raise UserError("--held-out: the recipe has no data.held_out")

@@ -15,10 +15,14 @@ def plan(
     recipe: RecipeName,
     overrides: Overrides = None,
     nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs of a machine.")] = 8,
+    gpus: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="GPUs of a machine; this one's if not given, or 8."),
+    ] = None,
     gpu: Annotated[
-        str, typer.Option(help="a100, a100-40, h100, h200, b200 or l40s: the data sheet's figures.")
-    ] = "h100",
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Its name, such as h100, a100-40, l40s or rtx4090; this machine's if not given, or h100."),
+    ] = None,
     gpu_memory: Annotated[
         Optional[float],  # noqa: UP045
         typer.Option(min=0, help="GB of a GPU; the known one's if not given."),
@@ -44,20 +48,26 @@ def plan(
     ] = None,
     tokens_per_response: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="Mean, prompt included; data.max_length if not given."),
+        typer.Option(min=1, help="Mean, prompt included; if not given the tokenised data's, or data.max_length."),
+    ] = None,
+    mfu: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(
+            help="Share of the peak FLOP/s to forecast with, as the metric mfu; measured or 0.3 if not given."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Plain values, the names ending in their units.")] = False,
 ) -> None:
-    """Compute from the model's config what a recipe needs on given hardware, and what to change if it does not fit.
+    """Compute from the model's config what a recipe needs on given hardware, how long it takes, and what to change.
 
     Nothing is allocated, launched or downloaded. Exit code 3 if the recipe does not fit unchanged.
     """
     import json
 
-    from uft_ds.planning.hardware import Figures, cluster_of
+    from uft_ds.planning.hardware import Figures, cluster_of, found_here
     from uft_ds.planning.plan import make_plan
-    from uft_ds.planning.table import as_json as plan_as_json
     from uft_ds.planning.table import rendered
+    from uft_ds.planning.values import as_json as plan_as_json
     from uft_ds.recipe.settings import load_settings
 
     quiet_loading()
@@ -69,8 +79,13 @@ def plan(
         tflops=tflops,
         nvlink_gbytes=nvlink_gbytes,
     )
-    cluster = cluster_of(nodes=nodes, gpus=gpus, gpu=gpu, figures=figures)
-    made = make_plan(load_settings(recipe, tuple(overrides or ())), cluster, tokens_per_response=tokens_per_response)
+    cluster = cluster_of(nodes=nodes, gpus=gpus, gpu=gpu, figures=figures, here=() if gpu else found_here())
+    made = make_plan(
+        load_settings(recipe, tuple(overrides or ())),
+        cluster,
+        tokens_per_response=tokens_per_response,
+        mfu=mfu,
+    )
     if as_json:
         print(json.dumps(plan_as_json(made), indent=2))
     else:

@@ -20,7 +20,7 @@ def recipe_show(
 ) -> None:
     """Print a recipe with all defaults and overrides filled in."""
     from uft_ds.recipe.file import dump_recipe, leaves_of, load_recipe
-    from uft_ds.recipe.names import unknown_name
+    from uft_ds.recipe.names import unknown_key
 
     loaded = load_recipe(recipe, tuple(overrides or ()))
     if key is None:
@@ -28,23 +28,41 @@ def recipe_show(
         return
     leaves = leaves_of(loaded)
     if key not in leaves:
-        raise UserError(f"--key: {unknown_name(key, tuple(leaves))}")
+        raise UserError(f"--key {key}: {unknown_key(key, loaded.model_fields_set, leaves)}")
     print(leaves[key])
 
 
 @app.command("list")
 def recipe_list() -> None:
-    """Names of the recipes that come with the package."""
-    from uft_ds.recipe.file import shipped_recipes
+    """The recipes that come with the package, and what each is."""
+    from rich.table import Table
 
-    print("\n".join(shipped_recipes()))
+    from uft_ds.recipe.file import described_recipes
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    for name, description in described_recipes().items():
+        table.add_row(name, description)
+    console.print(table)
 
 
 @app.command("keys")
-def recipe_keys() -> None:
-    """Every key of a recipe, its default and its meaning."""
-    from uft_ds.recipe.schema import describe_keys
+def recipe_keys(
+    section: Annotated[
+        Optional[str],  # noqa: UP045 - typer reads it
+        typer.Argument(metavar="[SECTION]", help="Only the keys of this section, such as train, or this one key."),
+    ] = None,
+) -> None:
+    """Every key of a recipe, its default, the words that it allows and its meaning."""
+    from uft_ds.recipe.names import unknown_key
+    from uft_ds.recipe.schema import Recipe, describe_keys
 
-    for key, default, meaning in describe_keys():
-        console.print(f"{key} = {default}", style="bold")
-        console.print(f"    {meaning}")
+    every = describe_keys()
+    shown = [row for row in every if section is None or f"{row.key}.".startswith(f"{section}.")]
+    if not shown:
+        raise UserError(f"{section}: {unknown_key(str(section), Recipe.model_fields, [row.key for row in every])}")
+    for row in shown:
+        console.print(f"{row.key} = {row.default}", style="bold")
+        if row.allowed:
+            console.print(f"    allowed: {', '.join(row.allowed)}")
+        console.print(f"    {row.meaning}")

@@ -24,19 +24,46 @@ def train(
         bool, typer.Option("--resume", help="Resume from the newest intact checkpoint of the run in the output folder.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run that the output holds.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and say what would be trained, but launch nothing.")
+    ] = False,
 ) -> None:
     """Check everything, then train on this machine's GPUs, or on two CPU processes."""
     from uft_ds.recipe.settings import load_settings
 
     if resume and overwrite:
         raise UserError("--resume and --overwrite: the one continues a run, the other deletes it; give one of them")
-    run_training(load_settings(recipe, tuple(overrides or ())), overwrite=overwrite, resume=resume)
+    settings = load_settings(recipe, tuple(overrides or ()))
+    if dry_run:
+        _rehearse(settings, overwrite=overwrite, resume=resume)
+        return
+    from uft_ds.run.forked import rank_server  # seconds of imports, after what is wrong in the recipe has been told
+
+    with rank_server() as server:
+        _train(settings, server=server, overwrite=overwrite, resume=resume)
 
 
-def run_training(settings: Settings, *, overwrite: bool = False, resume: bool = False) -> None:
-    """Prepare and launch a run; unless it is done, end the process with the run's exit code."""
-    folder, _ = _launched(settings, "training", overwrite=overwrite, resume=resume)
-    console.print(f"done: {folder}  (metrics.jsonl, curves.png, report.html, checkpoints/)")
+def _rehearse(settings: Settings, *, overwrite: bool, resume: bool) -> None:
+    from uft_ds.planning.here import memory_note
+    from uft_ds.run.start import rehearse
+
+    found = rehearse(settings, console, overwrite=overwrite, resume=resume)
+    if found is None:
+        return
+    console.print(memory_note(found.settings, found.ranks))
+    console.print(f"dry run: {found.ranks} ranks would start, every check has passed; {settings.output} is unchanged")
+
+
+def _train(settings: Settings, **how: Any) -> None:
+    """Prepare and launch a run and print its verdict; unless it is done, end the process with the run's exit code."""
+    from uft_ds.record.metrics import read_metrics
+    from uft_ds.record.run_folder import RunFolder
+    from uft_ds.record.verdict import in_words, verdicts
+
+    folder, _ = _launched(settings, "training", **how)
+    for line in in_words(verdicts(read_metrics(RunFolder(folder).metrics))):
+        console.print(line)
+    console.print(f"done: {folder}  (report.html, metrics.jsonl, curves.png, checkpoints/)")
 
 
 def _launched(settings: Settings, what: str, **how: Any) -> tuple[Path, Status]:
@@ -76,6 +103,7 @@ def sweep(
     Overrides hold for every run. Finished runs are not repeated and a stopped run is resumed, so the same command
     continues after an interruption. Tokenised data and reference log-probs are shared through their caches.
     """
+    from uft_ds.run.forked import rank_server
     from uft_ds.run.start import check_settings_and_data, run_settings
     from uft_ds.sweep.file import grid_of, load_sweep
     from uft_ds.sweep.run import run_sweep, table_of, write_recipes
@@ -91,15 +119,16 @@ def sweep(
     if table:
         _fail_unless_all_done(table_of(planned, console))
         return
-    results = run_sweep(
-        planned,
-        console,
-        check=lambda settings: check_settings_and_data(settings, console),
-        train=lambda settings, how: run_settings(
-            settings, "training", console, overwrite=how.overwrite, resume=how.resume
-        ),
-        overwrite=overwrite,
-    )
+    with rank_server() as server:
+        results = run_sweep(
+            planned,
+            console,
+            check=lambda settings: check_settings_and_data(settings, console),
+            train=lambda settings, how: run_settings(
+                settings, "training", console, overwrite=how.overwrite, resume=how.resume, server=server
+            ),
+            overwrite=overwrite,
+        )
     for status, code in (("interrupted", EXIT_INTERRUPTED), ("stopped", EXIT_STOPPED)):
         if any(result.status == status for result in results):
             raise typer.Exit(code)
@@ -122,15 +151,18 @@ def reference(recipe: RecipeName, overrides: Overrides = None) -> None:
     import tempfile
 
     from uft_ds.recipe.settings import changed, load_settings
+    from uft_ds.run.forked import rank_server
 
     settings = load_settings(recipe, tuple(overrides or ()))
     if not settings.reference.caches:
         why = "objective.loss needs no reference" if settings.reference.given_cache else "reference.cache is false"
         raise UserError(f"there is nothing to fill: {why}")
     work = Path(tempfile.mkdtemp(prefix="uft-reference-"))
-    filling = changed(settings, {"output": str(work / "run")})
+    # The reference is the base whatever the policy starts from.
+    filling = changed(settings, {"output": str(work / "run"), "start.adapter": None})
     try:
-        _, status = _launched(filling, "computing the reference", options=("--only-reference",))
+        with rank_server() as server:
+            _, status = _launched(filling, "computing the reference", options=("--only-reference",), server=server)
     except typer.Exit as end:
         if end.exit_code in (EXIT_INTERRUPTED, EXIT_STOPPED):
             print("stored values are kept: the same command continues from there", file=sys.stderr)
@@ -150,6 +182,10 @@ def quickstart(
     folder: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("runs"),
 ) -> None:
     """Train a small real model from the package index on verifiable tasks; about ten minutes on two cores."""
-    from uft_ds.examples.quickstart import run_quickstart
+    from functools import partial
 
-    run_quickstart(folder, tuple(overrides or ()), console=console, train=run_training)
+    from uft_ds.examples.quickstart import run_quickstart
+    from uft_ds.run.forked import rank_server
+
+    with rank_server() as server:  # before the model answers: a process that has computed must not be forked
+        run_quickstart(folder, tuple(overrides or ()), console=console, train=partial(_train, server=server))

@@ -29,7 +29,7 @@ class MicroBatch:
     last_R: [responses], index of the position of each response's last token.
     facts: by name, [responses] each, float32: the score, and other facts that any of the responses carries.
     bounds_S: [sequences + 1], int32, cumulative lengths.
-    longest: length of the longest sequence, in tokens.
+    lengths: of each sequence, in tokens.
     responses: for kinds and origins; empty in the dummy micro-batch of a rank that has no sequences left.
     response_keys: the content hash of each response, as in `Sequence`.
     pairs: indices of the chosen and the rejected response of each pair.
@@ -43,7 +43,7 @@ class MicroBatch:
     last_R: Tensor
     facts: Mapping[str, Tensor]
     bounds_S: Tensor
-    longest: int
+    lengths: tuple[int, ...]
     responses: tuple[Response, ...]
     response_keys: tuple[bytes, ...]
     pairs: tuple[tuple[int, int], ...]
@@ -51,6 +51,11 @@ class MicroBatch:
     @property
     def num_responses(self) -> int:
         return len(self.responses)
+
+    @property
+    def longest(self) -> int:
+        """Length of the longest sequence, in tokens."""
+        return max(self.lengths)
 
     @property
     def scores_R(self) -> Tensor:
@@ -97,7 +102,7 @@ def micro_batch(sequences: Seq[Sequence]) -> MicroBatch:
         last_R=torch.tensor([offset + r.end - 1 for offset, r in responses], dtype=torch.int64),
         facts=_columns([r for _, r in responses]),
         bounds_S=torch.from_numpy(offsets.astype(np.int32)),
-        longest=max(s.num_tokens for s in sequences),
+        lengths=tuple(s.num_tokens for s in sequences),
         responses=tuple(r for _, r in responses),
         response_keys=tuple(key for s in sequences for key in s.response_keys),
         pairs=_pairs([r for _, r in responses]),

@@ -24,6 +24,9 @@ from uft_ds.errors import UserError
 Knots = tuple[tuple[float, float], ...]
 """A piecewise linear function of the run's progress: (progress, value), progress rising from 0 to 1."""
 
+SHORT_AFTER = "short_after"
+"""The key of `Steps.state`."""
+
 _GRID = 4096
 """Number of grid points at which a schedule's share is integrated."""
 
@@ -98,16 +101,18 @@ class Steps(Seq[Step]):
         order: Callable[[int], tuple[np.ndarray, np.ndarray]],
         block_starts: list[int],
         step_starts: np.ndarray,
+        short_after: frozenset[int] = frozenset(),
     ) -> None:
         """
         Args:
             order: returns (source, unit) of each unit of a block, [units] each. A block is an epoch.
             block_starts: the number of units before each block.
             step_starts: [steps + 1], the number of units before each step, then the total.
+            short_after: see `plan_steps`.
         """
         # Two blocks: a step may begin in one epoch and end in the next.
         self._pools, self._order = pools, lru_cache(maxsize=2)(order)
-        self._block_starts, self._step_starts = block_starts, step_starts
+        self._block_starts, self._step_starts, self._short_after = block_starts, step_starts, short_after
 
     def __len__(self) -> int:
         return len(self._step_starts) - 1
@@ -130,20 +135,35 @@ class Steps(Seq[Step]):
         """Step n, counted from 0."""
         return self[n]
 
+    def starts(self, count: int) -> list[int]:
+        """The number of units before each of the first `count` steps, and after the last of them."""
+        return [int(start) for start in self._step_starts[: count + 1]]
+
+    def num_responses(self, first: int = 0) -> int:
+        """The number of responses in the steps from step `first` on."""
+        total = 0
+        bounds = zip(self._block_starts, [*self._block_starts[1:], int(self._step_starts[-1])], strict=True)
+        for block, (start, end) in enumerate(bounds):
+            begin, until = max(start, int(self._step_starts[first])), min(end, int(self._step_starts[-1]))
+            if begin < until:
+                counts = _counts(self._order(block), [pool.responses_U for pool in self._pools])
+                total += int(counts[begin - start : until - start].sum())
+        return total
+
     def state(self) -> Mapping[str, Any]:
-        """Empty: the number of the step is all that a restart needs."""
-        return {}
+        """All that a restart needs besides the number of the step: after which epochs a step is short, if any is."""
+        return {SHORT_AFTER: sorted(self._short_after)} if self._short_after else {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Accept the state of fixed data, which is empty.
+        """Accept the state of the same plan; the number of the step is known elsewhere.
 
         Raises:
-            UserError: the state is from another kind of source.
+            UserError: the state is from another kind of source, or from another plan.
         """
-        if state:
+        if dict(state) != self.state():
             raise UserError(
-                f"the checkpoint holds the state of another source of steps ({', '.join(state)}), where fixed data has "
-                "none: resume with the recipe that the run began with"
+                f"the checkpoint holds the state of another source of steps ({dict(state)}), where this one has "
+                f"{self.state()}: resume with the recipe that the run began with"
             )
 
     def _unit(self, position: int, number: int) -> Unit:
@@ -154,13 +174,22 @@ class Steps(Seq[Step]):
 
 
 def plan_steps(
-    sources: Seq[MixedSource], *, seed: int, examples_per_step: int, epochs: int, steps: int | None
+    sources: Seq[MixedSource],
+    *,
+    seed: int,
+    examples_per_step: int,
+    epochs: int,
+    steps: int | None,
+    short_after: frozenset[int] = frozenset(),
 ) -> Steps:
     """All steps of a run. A step takes whole units in mixed order until it holds `examples_per_step` responses or more.
 
     With `steps`, epochs are repeated as often as needed. Otherwise the run has `epochs` epochs, and the last step
     holds the remaining units.
 
+    Args:
+        short_after: numbers of epochs after which a step ends with the units that remain, as at the end of a run. A
+            run that ended so has taken this short step already when it gets more epochs.
     Raises:
         ValueError: the portions do not make a mixture.
     """
@@ -187,11 +216,14 @@ def plan_steps(
         carried = np.concatenate([carried, counts])[starts[-1] - step_starts[-1] if len(starts) else 0 :]
         step_starts += starts.tolist()
         block += 1
+        if block in short_after and len(carried):
+            step_starts.append(block_starts[-1])
+            carried = carried[:0]
     if steps is None and len(carried):
         step_starts.append(block_starts[-1])
     elif steps is not None:
         step_starts = step_starts[: steps + 1]
-    return Steps(pools, order, block_starts[:-1], np.array(step_starts))
+    return Steps(pools, order, block_starts[:-1], np.array(step_starts), short_after)
 
 
 def in_order(pools: Seq[Pool], examples_per_step: int) -> Steps:
@@ -235,16 +267,23 @@ def mixed_order(
 
 
 def epoch_amounts(sources: Seq[MixedSource]) -> list[float]:
-    """How many responses one epoch of the mixture takes from each source.
+    """How many responses one epoch of the mixture takes from each source; see `amounts_of`."""
+    sizes = [int(source.selection.responses_U.sum()) for source in sources]
+    return amounts_of(sizes, [source.portion for source in sources])
+
+
+def amounts_of(sizes: Seq[int], portions: Seq[Portion]) -> list[float]:
+    """How many responses one epoch takes from each source.
 
     A source with a share gets that share of the total; the other sources are taken by passes. If all sources have
     shares, the epoch ends when the first of them has been used once completely.
 
+    Args:
+        sizes: responses of each source.
     Raises:
         ValueError: the shares leave nothing for the other sources, or do not add up to 1.
     """
-    sizes = [int(source.selection.responses_U.sum()) for source in sources]
-    shares = [source.portion.share for source in sources]
+    shares = [portion.share for portion in portions]
     sums = [sum(value_at(share, at) for share in shares if share) for at in _knots_of(shares)]
     all_shared = all(share is not None for share in shares)
     if all_shared and any(abs(total - 1) > 1e-6 for total in sums):
@@ -255,11 +294,11 @@ def epoch_amounts(sources: Seq[MixedSource]) -> list[float]:
     if all_shared:
         whole = min(size / mean for size, mean in zip(sizes, means, strict=True) if mean > 0)
     else:
-        counted = [i.portion.passes * n for i, n in zip(sources, sizes, strict=True) if i.portion.share is None]
+        counted = [portion.passes * n for portion, n in zip(portions, sizes, strict=True) if portion.share is None]
         whole = sum(counted) / (1 - sum(means))
     return [
-        i.portion.passes * size if i.portion.share is None else mean * whole
-        for i, size, mean in zip(sources, sizes, means, strict=True)
+        portion.passes * size if portion.share is None else mean * whole
+        for portion, size, mean in zip(portions, sizes, means, strict=True)
     ]
 
 

@@ -20,7 +20,8 @@ from uft_ds.data.example import GOOD_FROM, KINDS
 from uft_ds.data.mixture import ONE_PASS, Portion, epoch_amounts
 from uft_ds.data.rows.reading import find_data
 from uft_ds.data.score_map import ScoreMap, affine, quantiles
-from uft_ds.data.store.building import PLACES_NAMED, RowRules
+from uft_ds.data.store.building import RowRules
+from uft_ds.data.store.refusal import PLACES_NAMED, range_hint
 from uft_ds.data.store.sequences import Account, Selection, TokenStore
 from uft_ds.data.store.tokenized import ensure_store, open_store, quarantine_file, read_key_parts
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
@@ -103,7 +104,7 @@ class PreparedSource:
 
     @property
     def first_bad_rows(self) -> list[tuple[str, str]]:
-        """(place, reason) of up to three quarantined rows."""
+        """(place, reason) of up to three quarantined rows. The files have the names of when they were tokenised."""
         with self.quarantine_file.open(encoding="utf-8") as lines:
             rows = [json.loads(line) for line in islice(lines, PLACES_NAMED)]
         return [(row["place"], row["reason"]) for row in rows]
@@ -189,7 +190,8 @@ def _score_map(source: SourceSettings, selection: Selection) -> ScoreMap | None:
         found = found or affine(selection.scores_R, *source.score_map)
     except ValueError as error:
         raise UserError(f"{source.label}: score_map {error}") from None
-    if "binary" in selection.kinds and np.any((found.given_V < GOOD_FROM) != (found.mapped_V < GOOD_FROM)):
+    labels = np.unique(selection.scores_of("binary"))
+    if any((label < GOOD_FROM) != (found(label) < GOOD_FROM) for label in labels):
         raise UserError(f"{source.label}: score_map must leave bad labels below {GOOD_FROM}, and no others")
     return found
 
@@ -223,16 +225,18 @@ def _check_account(prepared: PreparedSource, tolerance: Tolerance) -> None:
     if account.quarantined and not tolerance.quarantine:
         (place, reason), *_ = prepared.first_bad_rows
         raise UserError(
-            f"{place}: {reason} ({account.quarantined} such rows in {prepared.label}, all in "
+            f"{place}: {reason} ({account.quarantined:,} of {account.rows:,} rows of {prepared.label} are bad, all in "
             f"{prepared.quarantine_file}); correct them, or set data.on_bad_row: quarantine to leave them out"
         )
     if account.quarantined > tolerance.max_quarantined * account.rows:
-        first = "\n".join(f"  {place}: {reason}" for place, reason in prepared.first_bad_rows)
-        raise UserError(
+        named = [f"  {place}: {reason}" for place, reason in prepared.first_bad_rows]
+        hint = range_hint(prepared.label, account.scores)
+        summary = (
             f"{prepared.label}: {account.quarantined} of {account.rows} rows are bad, more than data.max_quarantined "
             f"{tolerance.max_quarantined:g} allows; each is named with its reason in {prepared.quarantine_file}; "
-            f"the first:\n{first}"
+            "the first:"
         )
+        raise UserError("\n".join([summary, *named, *([hint] if hint else [])]))
     if account.dropped.get(LONG) and not tolerance.long_responses:
         first, *_ = prepared.selection.store.places_of(LONG)
         raise UserError(
@@ -261,15 +265,15 @@ def _check_found(prepared: PreparedSource) -> None:
 def _check_scores(prepared: PreparedSource) -> None:
     """Refuse feedback with one score for all responses: it teaches nothing, and most often a column was misread."""
     responses = prepared.selection.store.responses
-    is_feedback_R = np.isin(responses["kind"], [KINDS.index("score"), KINDS.index("binary")])
-    scores = responses["score"][is_feedback_R]
-    if prepared.settings.allow_one_score or len(scores) < _ONE_SCORE_FROM:
+    if prepared.settings.allow_one_score:
         return
-    if np.all(scores == scores[0]):
-        raise UserError(
-            f"{prepared.label}: all {len(scores)} responses have the score {scores[0]:g}; if that is meant, set this "
-            "source's allow_one_score: true"
-        )
+    for kind in ("score", "binary"):
+        scores = responses["score"][responses["kind"] == KINDS.index(kind)]
+        if len(scores) >= _ONE_SCORE_FROM and np.all(scores == scores[0]):
+            raise UserError(
+                f"{prepared.label}: all {len(scores)} responses of kind {kind!r} have the score {scores[0]:g}; if that "
+                "is meant, set this source's allow_one_score: true"
+            )
 
 
 def check_no_source_twice(data: PreparedData, cache_dir: Path) -> None:

@@ -11,8 +11,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from uft_ds.doctor.finding import Finding
-
-PACKAGE = "uft-ds"
+from uft_ds.host.packages import PACKAGE, install_command
 
 
 def check_python(required: str | None = None, found: str | None = None) -> Finding:
@@ -51,15 +50,15 @@ def check_packages(
 
 
 def check_flash_attention(has_gpus: bool, *, is_installed: bool | None = None) -> Finding:
-    """Check flash-attention: without it packed rows need a mask of tokens x tokens, which is slower and larger."""
+    """Say whether flash-attention is there: only models of families that the tests do not cover gain by it."""
     if is_installed is None:
         is_installed = importlib.util.find_spec("flash_attn") is not None
     if not has_gpus:
         return Finding("flash-attn", "ok", "not used on CPUs")
     if not is_installed:
-        found = "not installed: packed rows take a mask of tokens x tokens"
-        return Finding("flash-attn", "note", found, f"pip install '{PACKAGE}[gpu]'")
-    return Finding("flash-attn", "ok", f"{metadata.version('flash-attn')}, used by model.attention: auto")
+        found = "not installed: models whose packed attention no test covers take a mask of tokens x tokens"
+        return Finding("flash-attn", "note", found, install_command("gpu"))
+    return Finding("flash-attn", "ok", f"{metadata.version('flash-attn')}, used by model.attention: flash_attention_2")
 
 
 def _out_of_range(wanted: Requirement, version_of: Callable[[str], str]) -> Finding | None:

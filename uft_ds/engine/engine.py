@@ -1,21 +1,17 @@
 """The engine: a model sharded by DeepSpeed, which only `engine/`, `export/` and `doctor/` know.
 
-It turns the recipe's plain values into a DeepSpeed config, shards the model, and keeps the scale of the gradient
+It shards the model and keeps the scale of the gradient
 exact: a step's gradient is that of sum(terms) / number of terms, for any number of ranks and micro-batches.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
 import math
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from importlib import resources
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -27,41 +23,12 @@ from uft_ds.data.packing import rank_micro_batches
 from uft_ds.engine import gradients
 from uft_ds.engine.groups import ParameterGroup, check_groups, one_group, optimizer_groups, rates_of
 from uft_ds.engine.ranks import Ranks, current_ranks
-from uft_ds.engine.zero_section import check_zero_section
 from uft_ds.errors import UserError
 from uft_ds.host.process import returning_freed_memory
 from uft_ds.streams.model import UFTModel
 from uft_ds.streams.stream import Output, Stream
 
 T = TypeVar("T")
-
-OWNED_KEYS = {
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "optimizer",
-    "scheduler",
-    "bf16",
-    "fp16",
-    "data_types",
-    "communication_data_type",
-}
-"""Keys that the recipe decides. A DeepSpeed file may omit them or set them to "auto"."""
-
-FREE_KEYS = {
-    "zero_optimization",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    "steps_per_print",
-    "wall_clock_breakdown",
-    "comms_logger",
-    "flops_profiler",
-    "memory_breakdown",
-    "aio",
-}
-"""Keys that a DeepSpeed file may set; they are passed on unchanged."""
-_SECTIONS = {"comms_logger", "flops_profiler", "aio"}
 
 
 @dataclass(frozen=True)
@@ -76,111 +43,6 @@ class StepResult:
     grad_norm: float
     skipped: bool
     loss: float
-
-
-def read_deepspeed_file(name_or_path: str) -> dict[str, Any]:
-    """Read a file of ds_configs/ by its name, or a DeepSpeed JSON file by its path.
-
-    DeepSpeed ignores a misspelt key at the top level, so the keys are checked here.
-
-    Raises:
-        UserError: the file does not exist or is not JSON, or it sets a key twice, an unknown one, or one that the
-            recipe decides.
-    """
-    path = _deepspeed_path(name_or_path)
-    try:
-        if path.exists() and not path.is_file():  # reading a pipe would wait for ever
-            raise ValueError("not a regular file")
-        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_doubled_keys)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"deepspeed: {path}: not a readable JSON file ({error})") from None
-    if not isinstance(config, dict):
-        raise UserError(f"deepspeed: {path}: expected a JSON object, found {type(config).__name__}")
-    for key, value in config.items():
-        if key in OWNED_KEYS and not _leaves_it_to_the_recipe(value):
-            raise UserError(f'deepspeed: {path}: {key}: the recipe decides it; leave it out or give "auto"')
-        if key not in OWNED_KEYS | FREE_KEYS:
-            near = difflib.get_close_matches(key, FREE_KEYS | OWNED_KEYS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(FREE_KEYS))}"
-            raise UserError(f"deepspeed: {path}: unknown key {key!r}; {hint}")
-        expected = _expected_of(key, value)
-        if expected is not None:
-            raise UserError(f"deepspeed: {path}: {key}: {value!r} found, expected {expected}")
-    check_zero_section(config.get("zero_optimization"), path)
-    return dict(config)
-
-
-def _expected_of(key: str, value: Any) -> str | None:
-    """What a free key's value should be; None if it is that. DeepSpeed reads them when the ranks already run."""
-    if key in OWNED_KEYS or key == "zero_optimization":
-        return None
-    if key in _SECTIONS:
-        return None if isinstance(value, dict) else "an object"
-    if key == "steps_per_print":
-        is_number = value is None or (type(value) in (int, float) and value >= 1)
-        return None if is_number else "a number of at least 1, or null"
-    return None if isinstance(value, bool) else "true or false"
-
-
-def _without_doubled_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Python's reader takes the last of two equal keys without a word.
-
-    Raises:
-        ValueError: a key is given twice.
-    """
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"key {key!r} is given twice")
-        found[key] = value
-    return found
-
-
-def _leaves_it_to_the_recipe(value: Any) -> bool:
-    """Whether a value is `"auto"`, or a section of only such values: Hugging Face's files say `{"enabled": "auto"}`."""
-    if isinstance(value, dict):
-        return all(map(_leaves_it_to_the_recipe, value.values()))
-    return bool(value == "auto")
-
-
-def deepspeed_files() -> dict[str, Path]:
-    """The paths of the files of ds_configs/, by name."""
-    # An installed package holds the folder; in a source checkout it lies beside the package.
-    packaged = Path(str(resources.files("uft_ds"))) / "ds_configs"
-    folder = packaged if packaged.is_dir() else Path(__file__).parents[2] / "ds_configs"
-    return {file.stem: file for file in sorted(folder.glob("*.json"))}
-
-
-def _deepspeed_path(name_or_path: str) -> Path:
-    if name_or_path.endswith(".json"):
-        return Path(name_or_path).expanduser()
-    files = deepspeed_files()
-    if name_or_path not in files:
-        names = ", ".join(files)
-        raise UserError(f"deepspeed: no file named {name_or_path!r} in ds_configs; there are: {names}; or give a path")
-    return files[name_or_path]
-
-
-def deepspeed_config(file: dict[str, Any], *, dtype: torch.dtype, max_grad_norm: float) -> dict[str, Any]:
-    """A complete DeepSpeed config: the file's values, and the values that the recipe decides."""
-    return {
-        **{key: value for key, value in file.items() if key not in OWNED_KEYS},
-        # A forward takes one packed row. The number of rows varies by step, so `Engine.backward` sets the accumulation
-        # boundary itself, and DeepSpeed must not divide by a fixed number of micro-steps.
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": max_grad_norm,
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        # By default DeepSpeed reduces the gradients of float32 adapters on a bfloat16 base in bfloat16, which changes
-        # them by 0.2% (docs/findings.md).
-        "communication_data_type": "fp32",
-        # torch's AdamW is kept even if the optimiser is offloaded: its state is small with LoRA, and DeepSpeed's own
-        # CPU optimiser would have to be compiled.
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": file.get("steps_per_print", 2**31),  # by default never: the run prints its own lines
-    }
 
 
 @contextmanager

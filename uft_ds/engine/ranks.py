@@ -16,7 +16,7 @@ from datetime import timedelta
 
 import torch
 
-from uft_ds.engine.accelerator import choose_accelerator
+from uft_ds.engine.accelerator import import_deepspeed
 from uft_ds.errors import UserError
 from uft_ds.host.world import check_launched, launcher_environment
 
@@ -107,13 +107,10 @@ def init_distributed(timeout_minutes: float) -> None:
     """
     check_launched()
     launched = launcher_environment()
-    choose_accelerator()
+    import_deepspeed()
     import deepspeed
-    import deepspeed.ops
     from torch.distributed import DistNetworkError
 
-    # On a CPU this op would be compiled at the first start, although only inference uses it.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if torch.cuda.is_available():
         torch.cuda.set_device(launched.local_rank)
     try:

@@ -19,7 +19,7 @@ from transformers import (
 
 from uft_ds.data.tokens.chat_template import end_of_turn_id, render
 from uft_ds.errors import UserError
-from uft_ds.streams.load import check_base_files, config_of_folder, load_weights
+from uft_ds.streams.load import check_base_files, config_of_folder, found_instead, load_weights
 
 Messages = list[dict[str, str]]
 
@@ -53,7 +53,8 @@ def load_for_generation(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenize
 def check_model_folder(path: Path) -> None:
     """Raise a UserError that says what `path` is instead, if it isn't a model's folder."""
     if not path.is_dir():
-        raise UserError(f"`{path}` is not a folder; give the folder of a Hugging Face model.")
+        found = found_instead(path) if path.exists() else "is not a folder"
+        raise UserError(f"`{path}` {found}; give the folder of a Hugging Face model.")
     if (path / "config.json").is_file():
         return
     if (path / "adapter_config.json").is_file():
@@ -135,29 +136,51 @@ def generation_config(stop_ids: list[int], pad_id: int, *, max_new_tokens: int, 
 
 @contextmanager
 def generating(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Evaluation mode, no gradients, and `config` in place of the checkpoint's own; restored afterwards.
+    """Evaluation mode, no gradients, and `config` in place of the checkpoint's own; restored afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode(), configured(model, config):
+            yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def configured(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Within the block, `config` in place of the checkpoint's own.
 
     `generate(generation_config=...)` would take unset values from the checkpoint's file: for Qwen2.5 a repetition
     penalty of 1.05 and sampling flags, with a warning.
     """
-    was_training, own_config = model.training, model.generation_config
-    model.eval()
+    own_config = model.generation_config
     model.generation_config = config
     try:
-        with torch.inference_mode():
-            yield
+        yield
     finally:
         model.generation_config = own_config
-        model.train(was_training)
 
 
 def continuations(
-    model: PreTrainedModel, rows: Sequence[list[int]], pad_id: int, streamer: TextStreamer | None = None
+    model: PreTrainedModel,
+    rows: Sequence[list[int]],
+    pad_id: int,
+    streamer: TextStreamer | None = None,
+    *,
+    device: torch.device | None = None,
+    is_synced: bool = False,
 ) -> list[list[int]]:
-    """The ids that the model appends to each row. Must be called inside `generating`."""
+    """The ids that the model appends to each row. Must be called inside `generating` or `configured`.
+
+    Args:
+        device: of the computation; None: that of the model's weights, which may lie elsewhere if they are offloaded.
+        is_synced: whether all ranks generate at the same time, and forward until the last one is done.
+    """
     prompt_BT, mask_BT = left_pad(rows, pad_id)
-    generate = cast(Callable[..., Tensor], model.generate)
-    output_BT = generate(prompt_BT.to(model.device), attention_mask=mask_BT.to(model.device), streamer=streamer)
+    generate, place = cast(Callable[..., Tensor], model.generate), device or model.device
+    output_BT = generate(
+        prompt_BT.to(place), attention_mask=mask_BT.to(place), streamer=streamer, synced_gpus=is_synced
+    )
     return output_BT[:, prompt_BT.shape[1] :].tolist()
 
 

@@ -78,9 +78,36 @@ def compare(
     Args:
         on_unit: called with the number of layers and other parts that have been forwarded, and their total.
     """
+    of_merged = empty_model(check_base(str(merged), None))
+    done = 2 * num_units(of_merged)
+    total = 3 * num_units(of_merged)
+
+    def count() -> None:
+        nonlocal done
+        done += 1
+        on_unit(done, total)
+
+    base_R, adapter_R = base_and_log_ratios(base, adapter, sequences, lambda visited, _: on_unit(visited, total))
+    merged_R = streamed_logps(of_merged, WeightFiles(merged), sequences, on_unit=count) - base_R
+    return agreement(adapter_R, merged_R)
+
+
+def base_and_log_ratios(
+    base: Path,
+    adapter: Path,
+    sequences: tuple[Sequence, ...],
+    on_unit: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Tensor, Tensor]:
+    """The base's log-probs, and the log-ratios of base + adapter to them: [responses] each, nats, in float32.
+
+    PEFT loads the adapter and Hugging Face's forward computes both, layer by layer; no part of training is used.
+
+    Args:
+        on_unit: called with the number of layers and other parts that have been forwarded, and their total.
+    """
     weights = WeightFiles(base)
     policy = with_adapter(empty_model(check_base(str(base), None)), adapter)
-    total, done = 3 * num_units(policy), 0
+    total, done = 2 * num_units(policy), 0
 
     def count() -> None:
         nonlocal done
@@ -88,10 +115,7 @@ def compare(
         on_unit(done, total)
 
     base_R = streamed_logps(policy, weights, sequences, adapters=False, on_unit=count)
-    adapter_R = streamed_logps(policy, weights, sequences, on_unit=count) - base_R
-    of_merged = empty_model(check_base(str(merged), None))
-    merged_R = streamed_logps(of_merged, WeightFiles(merged), sequences, on_unit=count) - base_R
-    return agreement(adapter_R, merged_R)
+    return base_R, streamed_logps(policy, weights, sequences, on_unit=count) - base_R
 
 
 def agreement(adapter_R: Tensor, merged_R: Tensor) -> Agreement:
@@ -127,6 +151,6 @@ def sample_sequences(chat: ChatTokenizer) -> tuple[Sequence, ...]:
     text = (resources.files("uft_ds") / "export" / "sample.txt").read_text(encoding="utf-8")
     sequences = []
     for line in text.splitlines():
-        ids = np.array(chat.tokenizer.encode(line.replace("\\n", "\n")), dtype=np.int32)
+        ids = np.array(chat.tokenizer.encode(line.replace("\\n", "\n"), verbose=False), dtype=np.int32)
         sequences.append(Sequence(ids, (Response(1, len(ids), 1.0, "instruction", "sample"),)))
     return tuple(sequences)

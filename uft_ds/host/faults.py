@@ -15,6 +15,11 @@ from pathlib import Path
 from uft_ds.errors import EXIT_BAD_INPUT, EXIT_CRASHED
 
 _OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EPIPE, errno.EBADF)
+_LASTING = frozenset((
+    errno.EACCES, errno.EDQUOT, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOSPC,
+    errno.ENOTDIR, errno.EPERM, errno.EROFS,
+))  # fmt: skip
+"""Errors of files that another start meets again. Others may pass, as those of a network's file system."""
 _SHOWN_LETTERS = 80
 """Longest name that a message shows whole."""
 _ALLOCATOR = "DefaultCPUAllocator"
@@ -36,6 +41,11 @@ def foreseen(error: BaseException) -> str | None:
         said = str(error).strip().splitlines()
         return f"the memory of this machine is not enough{f' ({said[-1][:200]})' if said else ''}"
     return None
+
+
+def lasting(error: BaseException) -> str | None:
+    """One line on an error of a file that a restart would not mend; None for any other error."""
+    return foreseen(error) if isinstance(error, OSError) and error.errno in _LASTING else None
 
 
 def _too_long(name: str, reason: str) -> str:

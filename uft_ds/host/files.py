@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import stat
 import uuid
 from pathlib import Path, PurePosixPath
 
@@ -26,10 +28,23 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def read_regular_text(path: Path) -> str:
+    """The text of a file. A pipe or a device is refused: reading it could wait for ever, or never end.
+
+    Raises:
+        OSError: it cannot be read, or is not a regular file. UnicodeDecodeError: it is not UTF-8.
+    """
+    # Opening a pipe must not wait for its other end either.
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), encoding="utf-8") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return file.read()
+
+
 def is_below(name: str) -> bool:
     """Whether a name in a list of a folder's files stays below that folder: no `..`, no absolute path."""
     path = PurePosixPath(name)
-    return name not in ("", ".") and not path.is_absolute() and ".." not in path.parts
+    return name not in ("", ".") and "\0" not in name and not path.is_absolute() and ".." not in path.parts
 
 
 def sync(path: Path) -> None:

@@ -33,8 +33,8 @@ def die_with_parent() -> None:
 
 def _is_orphan() -> bool:
     parent, command = multiprocessing.parent_process(), os.environ.get(LAUNCHED_BY)
-    if parent is not None:
-        return not parent.is_alive()
+    if parent is not None and not parent.is_alive():
+        return True
     return (command is not None and not _is_alive(command)) or _has_lost_torchrun()
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
@@ -26,8 +29,28 @@ def visible(text: str) -> str:
     return text.translate(_VISIBLE)
 
 
+def as_typed(text: str) -> str:
+    """The text with paths below the working directory relative to it, as users type them.
+
+    Settings hold absolute paths, so that a run does not depend on where it is started; a terminal would wrap them.
+    """
+    try:
+        here = str(Path.cwd())
+    except OSError:  # the directory has been deleted
+        return text
+    if here == "/":
+        return text
+    return re.sub(rf"(?<![\w./~-]){re.escape(here)}/(?=[^\s/])", "", text)
+
+
 class SafeConsole(Console):
-    """A console of rich on which text is always visible; colours and the movements of its own displays stay."""
+    """A console of rich on which text is always visible; colours and the movements of its own displays stay.
+
+    Paths below the working directory are shown relative to it, in plain text; tables do that themselves.
+    """
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(as_typed(found) if isinstance(found, str) else found for found in objects), **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):

@@ -84,8 +84,11 @@ class Objective:
 
     def length_of(self, response: Response) -> float:
         """The divisor of a response's log-ratio: its number of tokens if its losses compare means, else 1."""
-        a_token = self.length_normalized or A_TOKEN & self.of_kind[response.kind].losses.keys()
-        return float(response.num_tokens) if a_token else 1.0
+        return float(response.num_tokens) if self.compares_means(response.kind) else 1.0
+
+    def compares_means(self, kind: Kind) -> bool:
+        """Whether the kind's losses compare log-ratios per token, not sums."""
+        return bool(self.length_normalized or A_TOKEN & self.of_kind[kind].losses.keys())
 
     def has_pointwise(self, kind: Kind) -> bool:
         """Whether this kind has a pointwise loss, whose implicit rewards are shifted."""

@@ -28,6 +28,7 @@ from transformers.masking_utils import flash_attention_mask
 from uft_ds.architectures.facts import keep_layers
 from uft_ds.planning.structure import ITEM_BYTES, Structure
 from uft_ds.streams.lanes import Lanes, enable_lockstep
+from uft_ds.streams.packed_attention import PACKED
 from uft_ds.streams.stream import BARE_BASE, POLICY
 
 FLASH = "uft_planned_flash"
@@ -61,14 +62,14 @@ def activations_of(
     Args:
         under_zero3: use DeepSpeed's own linear function, which saves its input even if the weight is frozen.
         lockstep: the reference is computed together with the policy, layer by layer.
-        attention: `flash_attention_2`, `sdpa` or `eager`; the last two need a mask of T x T for packed rows.
+        attention: `packed`, `flash_attention_2`, `sdpa` or `eager`; the last two need a mask of T x T for packed rows.
     """
     options: dict[str, Any] = {
         "tokens": tokens,
         "dtype": dtype,
         "gradient_checkpointing": gradient_checkpointing,
         "lockstep": lockstep,
-        "attention": FLASH if attention == "flash_attention_2" else attention,
+        "attention": FLASH if attention in (PACKED, "flash_attention_2") else attention,
         "under_zero3": under_zero3,
     }
     two, one = _run(structure, layers=2, **options), _run(structure, layers=1, **options)

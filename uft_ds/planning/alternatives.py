@@ -1,11 +1,14 @@
-"""Alternatives to a recipe's setting: other DeepSpeed files, single changes, and combinations, each fully planned."""
+"""Alternatives to a recipe's setting: other DeepSpeed files, single changes, and combinations, each fully planned.
+
+Of two alternatives that fit the cheaper one is that with the lower bound of a step's time, on the given GPUs first.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from uft_ds.engine.engine import deepspeed_files, read_deepspeed_file
+from uft_ds.engine.deepspeed_file import deepspeed_files, read_deepspeed_file
 from uft_ds.errors import UserError
 from uft_ds.planning.hardware import Cluster
 from uft_ds.planning.planner import Outcome, Planner, Setting
@@ -14,6 +17,9 @@ from uft_ds.planning.workload import Workload
 
 FOR_CPU = "zero3_cpu"
 """The shipped file for ranks without a GPU: planned for comparison, but never recommended."""
+
+_NOISE = 1.01
+"""Times within 1% of each other count as equal."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +40,10 @@ def _with_file(setting: Setting, name: str) -> Setting:
 
 
 def shipped_files(planner: Planner, setting: Setting) -> tuple[Alternative, ...]:
-    """Every shipped DeepSpeed file with an otherwise unchanged recipe; files that fit first, the best one first."""
+    """The recipe's and every shipped DeepSpeed file, the recipe otherwise unchanged; those that fit first, the best one
+    first."""
     found = []
-    for name in deepspeed_files():
+    for name in dict.fromkeys((setting.deepspeed, *deepspeed_files())):
         try:
             changed = _with_file(setting, name)
         except UserError:  # a file that the installed DeepSpeed refuses
@@ -65,16 +72,17 @@ def _levels(seconds: Iterable[float]) -> dict[float, int]:
     levels: dict[float, int] = {}
     least, level = -1.0, -1
     for one in sorted(set(seconds)):
-        if one > 1.01 * least or level < 0:
+        if one > _NOISE * least or level < 0:
             least, level = one, level + 1
         levels[one] = level
     return levels
 
 
 def remedies_for(planner: Planner, outcome: Outcome, files: tuple[Alternative, ...]) -> list[Alternative]:
-    """Single changes that free the memory that is lacking, ordered by the cost of a step; more GPUs come last.
+    """Single changes that free the memory that is lacking: those that suffice, then those that do not.
 
-    A change that frees no more than a cheaper one is left out.
+    Each part is ordered by the cost of a step, more GPUs last. A change that frees no more than a cheaper one is left
+    out.
     """
     setting = outcome.setting
     found = [
@@ -94,7 +102,7 @@ def remedies_for(planner: Planner, outcome: Outcome, files: tuple[Alternative, .
         if left > most:
             most = left
             kept.append(alternative)
-    return kept
+    return sorted(kept, key=lambda one: not one.outcome.fits)
 
 
 def _cost(alternative: Alternative, levels: Mapping[float, int]) -> tuple[int, float, int]:
@@ -170,26 +178,41 @@ def _enough_of_them(planner: Planner, setting: Setting) -> Iterable[Alternative]
 
 
 def combination_for(planner: Planner, outcome: Outcome, remedies: tuple[Alternative, ...]) -> Alternative | None:
-    """Add changes, the cheapest first, until everything fits: on the given GPUs, or on more if nothing else fits.
+    """Several changes that fit together where no single one does, or where each that does makes steps slower.
 
-    Returns None if a single remedy already fits on the given GPUs, or if no combination fits.
+    On the given GPUs; on more of them only if nothing else fits. None if a single remedy is as cheap, or if no
+    combination fits.
     """
     start = outcome.setting
-    fitting = [remedy.outcome.setting.cluster for remedy in remedies if remedy.outcome.fits]
-    if start.cluster in fitting:
-        return None
-    larger = () if fitting else larger_clusters(start)
-    for cluster in (start.cluster, *larger):
-        for name in (start.deepspeed, *(name for name in deepspeed_files() if name != FOR_CPU)):
-            try:
-                tried = replace(_with_file(start, name), cluster=cluster)
-            except UserError:
-                continue
-            for workload in _ever_smaller(tried.workload):
-                found = planner.plan(replace(tried, workload=workload))
-                if found.fits:
-                    return Alternative(_difference(start, found.setting), found)
-    return None
+    fitting = [remedy for remedy in remedies if remedy.outcome.fits]
+    single = next((remedy for remedy in fitting if remedy.outcome.setting.cluster == start.cluster), None)
+    if single is not None and single.outcome.bound_seconds <= _NOISE * outcome.bound_seconds:
+        return None  # it costs nothing: no combination is cheaper
+    found = _cheapest_combination(planner, start, start.cluster)
+    if single is not None:
+        is_cheaper = found is not None and _NOISE * found.outcome.bound_seconds < single.outcome.bound_seconds
+        return found if is_cheaper else None
+    if found is not None or fitting:
+        return found
+    larger = (_cheapest_combination(planner, start, cluster) for cluster in larger_clusters(start))
+    return next((one for one in larger if one is not None), None)
+
+
+def _cheapest_combination(planner: Planner, start: Setting, cluster: Cluster) -> Alternative | None:
+    """On one cluster, of each file's first combination that fits the one with the shortest step; the own file first."""
+    fitting = []
+    for name in (start.deepspeed, *(name for name in deepspeed_files() if name not in (start.deepspeed, FOR_CPU))):
+        try:
+            tried = replace(_with_file(start, name), cluster=cluster)
+        except UserError:
+            continue
+        for workload in _ever_smaller(tried.workload):
+            found = planner.plan(replace(tried, workload=workload))
+            if found.fits:
+                fitting.append(Alternative(_difference(start, found.setting), found))
+                break
+    levels = _levels([one.outcome.bound_seconds for one in fitting])
+    return min(fitting, key=lambda one: levels[one.outcome.bound_seconds], default=None)
 
 
 def _ever_smaller(workload: Workload) -> Iterable[Workload]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from uft_ds.engine.engine import read_deepspeed_file
+from uft_ds.engine.deepspeed_file import read_deepspeed_file
 from uft_ds.errors import UserError
 from uft_ds.planning.alternatives import FOR_CPU, Alternative, combination_for, remedies_for, shipped_files
+from uft_ds.planning.amount import Amount, amount_of
 from uft_ds.planning.compute import mfu_flops
+from uft_ds.planning.duration import Duration, Mfu, duration_of, mfu_of
 from uft_ds.planning.hardware import Cluster
 from uft_ds.planning.memory import Disk, disk
 from uft_ds.planning.planner import Outcome, Planner, Setting
@@ -21,6 +23,7 @@ from uft_ds.planning.structure import Structure
 from uft_ds.planning.workload import workload_of
 from uft_ds.recipe.settings import Settings
 from uft_ds.streams.accept import check_positions
+from uft_ds.streams.packed_attention import PACKED
 
 
 @dataclass(frozen=True)
@@ -32,14 +35,42 @@ class Plan:
     outcome: Outcome
     disk: Disk
     files: tuple[Alternative, ...]
-    """Every file of `ds_configs/`, the best one first."""
+    """The recipe's file and every file of `ds_configs/`, the best one first."""
     remedies: tuple[Alternative, ...]
-    """Single changes, the cheapest first; empty if the recipe fits."""
+    """Single changes: those that fit, the cheapest first, then the others; empty if the recipe fits."""
     combination: Alternative | None
-    """Several changes that fit together, if no single remedy fits on the given GPUs; with more GPUs only if no remedy
-    fits at all."""
+    """Several changes that fit together, if no single remedy on the given GPUs is as cheap; with more GPUs only if no
+    remedy fits at all."""
     mfu_flops: int
+    amount: Amount | None
+    mfu: Mfu
     assumptions: tuple[str, ...]
+
+    @property
+    def answer(self) -> Alternative | None:
+        """What to take: the cheapest alternative that fits, on the given GPUs if any does; None if nothing fits.
+
+        If the recipe fits, this is the recipe itself or, where a step is then shorter, another file.
+        """
+        if self.outcome.fits:
+            return self.best_file or Alternative((), self.outcome)
+        return self.options[0] if self.options and self.options[0].outcome.fits else None
+
+    @property
+    def runs(self) -> Outcome:
+        """What the time of a run is of: the recipe, or the answer if the recipe does not fit."""
+        return self.outcome if self.outcome.fits or self.answer is None else self.answer.outcome
+
+    @property
+    def duration(self) -> Duration:
+        """How long a run takes."""
+        return duration_of(self.runs, self.structure, self.amount, self.mfu)
+
+    @property
+    def options(self) -> tuple[Alternative, ...]:
+        """What may be changed if the recipe does not fit: single changes, and the combination, which if there is one is
+        cheaper than each single change or the only one that fits."""
+        return self.remedies if self.combination is None else (self.combination, *self.remedies)
 
     @property
     def best_file(self) -> Alternative | None:
@@ -49,23 +80,32 @@ class Plan:
 
 
 def make_plan(
-    settings: Settings, cluster: Cluster, *, tokens_per_response: int | None = None, planner: Planner | None = None
+    settings: Settings,
+    cluster: Cluster,
+    *,
+    tokens_per_response: int | None = None,
+    mfu: float | None = None,
+    planner: Planner | None = None,
 ) -> Plan:
     """Plan a run.
 
     Args:
-        tokens_per_response: mean, prompt included; None: `data.max_length`, the largest possible value.
+        tokens_per_response: mean, prompt included; None: that of the data if the token cache has it, otherwise
+            `data.max_length`, the largest possible value.
+        mfu: the share of the peak FLOP/s to forecast with; None: measured by the run in the output folder, or assumed.
         planner: of the same base, if several plans of it are made: what it has measured is not measured again.
     Raises:
-        UserError: the model's config is not available, or the recipe does not fit it.
+        UserError: the model's config is not available, the recipe does not fit it, or a number is out of its range.
     """
     config, source = model_config(settings.model.base, settings.model.revision)
     if tokens_per_response is not None and tokens_per_response > settings.data.max_length:
         raise UserError(
             f"--tokens-per-response: {tokens_per_response} given, at most data.max_length {settings.data.max_length}"
         )
+    utilization, amount = mfu_of(settings, mfu), amount_of(settings)
     check_positions(config, settings.data.max_length)
-    workload = workload_of(settings, config, tokens_per_response=tokens_per_response)
+    length = tokens_per_response or (None if amount is None else amount.tokens_per_response)
+    workload = workload_of(settings, config, tokens_per_response=length)
     name = settings.deepspeed.name
     setting = Setting(workload, name, sharding_of(read_deepspeed_file(name)), cluster)
     planner = planner or Planner(config)
@@ -82,16 +122,27 @@ def make_plan(
         remedies=remedies,
         combination=None if outcome.fits else combination_for(planner, outcome, remedies),
         mfu_flops=mfu_flops(structure, workload, with_reference=outcome.mode != "cached"),
-        assumptions=tuple(_assumptions(settings, setting, source, tokens_per_response)),
+        amount=amount,
+        mfu=utilization,
+        assumptions=tuple(
+            _assumptions(settings, setting, source, length_from(tokens_per_response, amount), utilization)
+        ),
     )
 
 
-def _assumptions(settings: Settings, setting: Setting, source: str, given: int | None) -> Iterable[str]:
+def length_from(given: int | None, amount: Amount | None) -> str:
+    """Where the mean length of a response is from."""
+    if given is not None:
+        return "as given"
+    if amount is not None and amount.tokens is not None:
+        return "the mean of the data in the token cache"
+    return "data.max_length (--tokens-per-response gives the mean)"
+
+
+def _assumptions(settings: Settings, setting: Setting, source: str, length_is: str, mfu: Mfu) -> Iterable[str]:
     workload, cluster = setting.workload, setting.cluster
     yield f"{settings.model.base}: {source}"
-    length = f"{workload.tokens_per_response} tokens a response, " + (
-        "as given" if given is not None else "data.max_length (--tokens-per-response gives the mean)"
-    )
+    length = f"{workload.tokens_per_response} tokens a response, {length_is}"
     steps = workload.micro_steps(cluster.ranks)
     yield (
         f"{length}: {workload.tokens_per_step} tokens a step, {steps} micro-step{'s' * (steps > 1)} a rank; "
@@ -101,12 +152,16 @@ def _assumptions(settings: Settings, setting: Setting, source: str, given: int |
         yield f"objective.reward_shift: {settings.objective.shift.name}: every response is forwarded ahead of its step"
     if workload.dtype == "float32":
         yield "float32: compute at the data sheet's bfloat16 figure unless --tflops says otherwise: it is far slower"
-    if workload.attention != "flash_attention_2":
+    if workload.attention not in (PACKED, "flash_attention_2"):
         yield f"{workload.attention}: every token of a micro-batch attends to all of it, which a mask then hides"
-    elif settings.model.attention == "auto":
+    elif settings.model.attention == "auto" and workload.attention != PACKED:
         yield "flash-attention 2 is installed on the GPUs (model.attention: auto takes sdpa or eager otherwise)"
     yield "2 GB of a GPU for CUDA and NCCL, 5% for fragmentation; 4 GB of host memory a rank"
     yield (
-        "time: everything at the data sheet's figure, perfectly overlapped: for responses of this length a lower "
-        "bound, not a forecast"
+        "least times: everything at the data sheet's figure, perfectly overlapped: for responses of this length a "
+        "lower bound; times of a run are of its steps alone, without evaluations, checkpoints and the start"
     )
+    if mfu.origin == "assumed":
+        yield f"an MFU of {mfu.value:.2f} is no measurement: --mfu gives that of a short run (its metric mfu)"
+    elif mfu.origin == "measured":
+        yield f"an MFU of {mfu.value:.2f} is the median of the steps of {mfu.run}, whatever GPUs that run had"

@@ -11,7 +11,7 @@ from uft_ds.planning import parts
 from uft_ds.planning.activations import Activations, activations_of
 from uft_ds.planning.compute import Flops, Time, least_time, step_flops
 from uft_ds.planning.gathers import Gathers, forward_gathers
-from uft_ds.planning.hardware import Cluster
+from uft_ds.planning.hardware import Cluster, in_gb
 from uft_ds.planning.memory import GpuMemory, HostMemory, gpu_memory, host_memory
 from uft_ds.planning.sharding import Sharding
 from uft_ds.planning.structure import Lora, Structure, structure_of
@@ -70,6 +70,13 @@ class Outcome:
     def fits(self) -> bool:
         host = self.host_spare_bytes
         return not self.problems and self.gpu_spare_bytes >= 0 and (host is None or host >= 0)
+
+    @property
+    def lacking(self) -> list[str]:
+        """Which memory is too small, and the amount that is lacking."""
+        host = self.host_spare_bytes or 0
+        gpu = [f"a GPU lacks {in_gb(-self.gpu_spare_bytes)} GB"] if self.gpu_spare_bytes < 0 else []
+        return gpu + ([f"a node's host memory lacks {in_gb(-host)} GB"] if host < 0 else [])
 
     @property
     def bound_seconds(self) -> float:

@@ -1,24 +1,22 @@
-"""Show a plan as tables in a terminal, or as JSON for programs."""
+"""Show a plan in a terminal: what fits, what to take, how long it takes, and the tables behind that."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
-from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from uft_ds.planning.alternatives import Alternative, larger_clusters
-from uft_ds.planning.hardware import GB
+from uft_ds.planning.hardware import in_gb
 from uft_ds.planning.plan import Plan
-from uft_ds.planning.planner import Outcome
-from uft_ds.planning.traffic import Traffic
+from uft_ds.planning.planner import Moved, Outcome
 
 _GPU_ROWS = {
-    "weights_shard_bytes": "base weights, this rank's shard",
-    "secondary_shard_bytes": "base weights, the node's own copy",
+    "weights_shard_bytes": "base weights, shard of a rank",
+    "secondary_shard_bytes": "base weights, the node's copy",
     "gathered_bytes": "gathered layers, prefetch",
     "adapters_bytes": "LoRA",
     "gradients_bytes": "gradients",
@@ -26,262 +24,235 @@ _GPU_ROWS = {
     "optimizer_bytes": "optimiser, master weights",
     "saved_activations_bytes": "saved activations",
     "layer_bytes": "(a) inside a layer",
-    "streams_bytes": "(b) reference stream at the head",
-    "head_tile_bytes": "(b) logits, a tile at a time",
-    "reserve_bytes": "reserve: CUDA, NCCL, fragmentation",
+    "streams_bytes": "(b) reference at the head",
+    "head_tile_bytes": "(b) a tile of logits",
+    "reserve_bytes": "reserve: CUDA, fragments",
 }
 _HOST_ROWS = {
     "processes_bytes": "processes",
     "weights_bytes": "base weights",
-    "page_locking_bytes": "page-locked blocks, rounded up",
+    "page_locking_bytes": "page-locked, rounded up",
     "optimizer_bytes": "optimiser, gradients",
     "activations_bytes": "saved activations",
     "checkpoint_bytes": "copy for a checkpoint",
 }
 _DISK_ROWS = {
     "base_bytes": "the base (read)",
-    "checkpoints_bytes": "checkpoints, all that are kept",
+    "checkpoints_bytes": "checkpoints that are kept",
     "merged_model_bytes": "merged model",
     "reference_cache_bytes": "reference cache",
 }
 
 
 def rendered(plan: Plan) -> RenderableType:
-    """All tables of a plan; about one screen."""
-    outcome = plan.outcome
+    """The answer first, then what it is drawn from; about one screen."""
     return Group(
         _heading(plan),
+        _verdict(plan.outcome),
+        *_answer(plan),
+        Text(said_of(plan)),
+        "",
         _memory(plan),
-        _moved(outcome),
-        _verdict(plan),
-        _files(plan),
-        *_changes(plan),
+        "",
+        _moved(plan.outcome),
+        "",
+        _alternatives("DeepSpeed file, recipe unchanged", plan.files, name=_file_name),
+        *_options(plan),
+        "",
         Text("Assumed: " + "; ".join(plan.assumptions) + "."),
     )
 
 
 def _heading(plan: Plan) -> Text:
-    structure, cluster = plan.structure, plan.outcome.setting.cluster
-    gpus = f"{cluster.nodes} x {cluster.gpus} {cluster.gpu.name}, {_gb(cluster.gpu_memory_bytes)} GB each"
+    structure, setting = plan.structure, plan.outcome.setting
+    cluster = setting.cluster
+    assumed = f" ({cluster.assumed})" if cluster.assumed else ""
     return Text(
-        f"{plan.recipe_name}: {structure.num_base:,} parameters in {structure.num_layers} layers, "
-        f"{structure.num_lora:,} trained; {gpus}; deepspeed: {plan.outcome.setting.deepspeed}. GB are 10^9 bytes."
+        f"{plan.recipe_name} on {cluster.nodes} x {cluster.gpus} {cluster.gpu.name}, {in_gb(cluster.gpu_memory_bytes)} "
+        f"GB each{assumed}; deepspeed={setting.deepspeed}\n"
+        f"{structure.num_base:,} parameters in {structure.num_layers} layers, {structure.num_lora:,} trained; "
+        "GB are 10^9 bytes, seconds are lower bounds"
     )
 
 
+def _verdict(outcome: Outcome) -> Text:
+    verdicts = ["Ruled out: " + "; ".join(outcome.problems) + "."] if outcome.problems else []
+    if outcome.lacking:
+        verdicts.append("Does not fit: " + "; ".join(outcome.lacking) + ".")
+    if verdicts:
+        return Text(" ".join(verdicts), style="bold red")
+    return Text(f"Fits: {_spare(outcome)}.", style="bold green")
+
+
+def _spare(outcome: Outcome) -> str:
+    host = "" if outcome.host_spare_bytes is None else f", {in_gb(outcome.host_spare_bytes)} GB of a node's host memory"
+    return f"{in_gb(outcome.gpu_spare_bytes)} GB of each GPU to spare{host}"
+
+
+def _answer(plan: Plan) -> Iterable[Text]:
+    """What to take, unless it is the recipe as it is."""
+    answer = plan.answer
+    if answer is None:
+        setting = plan.outcome.setting
+        most = max((setting.cluster, *larger_clusters(setting)), key=lambda cluster: cluster.ranks)
+        yield Text(f"Nothing that is known fits, on up to {most.nodes} x {most.gpus} GPUs.", style="bold red")
+    elif answer.changes:
+        step = f"a step takes at least {answer.outcome.bound_seconds:.2f} s"
+        if plan.outcome.fits:
+            why = f"faster: {step}, not {plan.outcome.bound_seconds:.2f} s"
+        else:
+            why = f"the cheapest change that fits: {_spare(answer.outcome)}, {step}"
+        yield Text(f"Take {' '.join(answer.changes)}, {why}.", style="bold")
+
+
+def said_of(plan: Plan) -> str:
+    """One sentence: how much a run trains on, and how long that takes on the planned GPUs."""
+    duration, outcome, workload = plan.duration, plan.runs, plan.runs.setting.workload
+    amount, mfu = duration.amount, duration.mfu
+    if amount is None or duration.bound_seconds is None:
+        return (
+            "How long a run takes is not known: the recipe gives neither train.steps nor `examples` of every source, "
+            "and the cache has no tokens of them (`uft data preview` tokenises local data). "
+            f"A step takes at least {outcome.bound_seconds:.2f} s."
+        )
+    length = workload.tokens_per_response
+    if amount.tokens is not None and length == amount.tokens_per_response:
+        tokens = f", {amount.tokens:,} tokens"
+    else:
+        is_most = length == workload.max_length
+        tokens = f" of {length:,} tokens{' (data.max_length, the most there can be)' if is_most else ''}"
+    steps = f"{amount.steps:,} step{'s' * (amount.steps > 1)}"
+    epochs = "" if amount.epochs is None else f", {amount.epochs:.3g} epoch{'s' * (amount.epochs != 1)}"
+    counted = "tokenised data" if amount.counted_from == "token cache" else "recipe"
+    found = f"A run by the {counted}: {amount.responses:,} responses{tokens}, {steps}{epochs}. "
+    takes = (
+        "It takes" if plan.outcome.fits else "So changed it takes" if outcome.fits else "If it did fit, it would take"
+    )
+    found += f"{takes} at least {_time(duration.bound_seconds)}"
+    if duration.forecast_seconds is None:
+        return f"{found}; no forecast for {workload.dtype} without --tflops."
+    if duration.forecast_seconds <= duration.bound_seconds:
+        bound = _bounded_by(outcome.by_mode[outcome.mode])
+        return f"{found}; an MFU of {mfu.value:.2f} is out of reach, {bound} bounds it."
+    origin = {"option": "", "measured": f", which {mfu.run} measured", "assumed": ", which is assumed (--mfu)"}
+    return f"{found}; {_time(duration.forecast_seconds)} at an MFU of {mfu.value:.2f}{origin[mfu.origin]}."
+
+
+def _time(seconds: float) -> str:
+    """A time as text, in the unit that a reader would take."""
+    if seconds >= 48 * 3600:
+        return f"{seconds / 86400:.1f} days"
+    if seconds >= 0.3 * 3600:
+        return f"{seconds / 3600:.2g} h" if seconds < 10 * 3600 else f"{seconds / 3600:.0f} h"
+    if seconds >= 60:
+        return f"{seconds / 60:.2g} min"
+    return f"{seconds:.2g} s" if seconds >= 1 else "less than 1 s"
+
+
 def _memory(plan: Plan) -> Table:
+    """The parts of a GPU's memory on the left, those of the host and of the disk on the right."""
     outcome = plan.outcome
-    shown = Table(box=None, pad_edge=False)
-    for title in ("a GPU", "GB", "host memory, a node", "GB", "disk", "GB"):
-        shown.add_column(title, justify="right" if title == "GB" else "left")
     limit = outcome.setting.cluster.host_memory_bytes
-    columns = [
-        [*_rows(asdict(outcome.gpu), _GPU_ROWS), ("in all: the larger of (a), (b)", _gb(outcome.gpu.total_bytes)),
-         ("available", _gb(outcome.setting.cluster.gpu_memory_bytes))],
-        [*_rows(asdict(outcome.host), _HOST_ROWS), ("in all", _gb(outcome.host.total_bytes)),
-         ("available", "not given" if limit is None else _gb(limit))],
-        [*_rows(asdict(plan.disk), _DISK_ROWS)],
-    ]  # fmt: skip
-    for row in range(max(map(len, columns))):
-        cells = [column[row] if row < len(column) else ("", "") for column in columns]
-        shown.add_row(*(text for cell in cells for text in cell))
+    left = [
+        *_rows(asdict(outcome.gpu), _GPU_ROWS),
+        ("in all, larger of (a), (b)", in_gb(outcome.gpu.total_bytes)),
+        ("available", in_gb(outcome.setting.cluster.gpu_memory_bytes)),
+    ]
+    right = [
+        *_rows(asdict(outcome.host), _HOST_ROWS),
+        ("in all", in_gb(outcome.host.total_bytes)),
+        *([] if limit is None else [("available", in_gb(limit))]),
+        ("disk", "GB"),
+        *_rows(asdict(plan.disk), _DISK_ROWS),
+    ]
+    shown = _plain_table("a GPU", "GB", "host memory of a node", "GB")
+    for row in range(max(len(left), len(right))):
+        cells = [column[row] if row < len(column) else ("", "") for column in (left, right)]
+        shown.add_row(*(Text(text, "bold" if cell == ("disk", "GB") else "") for cell in cells for text in cell))
     return shown
 
 
-def _rows(values: dict[str, int | None], names: dict[str, str]) -> Iterable[tuple[str, str]]:
+def _plain_table(title: str, *others: str) -> Table:
+    """Columns without lines; numbers to the right."""
+    shown = Table(box=None, pad_edge=False)
+    shown.add_column(title)
+    for name in others:
+        is_text = name in ("host memory of a node", "fits")
+        shown.add_column(name, justify="left" if is_text else "right", no_wrap=not is_text or name == "fits")
+    return shown
+
+
+def _rows(values: Mapping[str, int | None], names: Mapping[str, str]) -> Iterable[tuple[str, str]]:
     for key, name in names.items():
         value = values[key]
         if value is None:
             yield name, "unknown"
         elif value:
-            yield name, _gb(value)
+            yield name, in_gb(value)
+
+
+_STEP_ROWS: tuple[tuple[str, Callable[[Moved], float], str], ...] = (
+    ("all-gathered on a rank, GB", lambda m: m.traffic.gathered_bytes, "GB"),
+    ("gradients reduced, GB", lambda m: m.traffic.reduced_bytes, "GB"),
+    ("from the node's GPUs, GB", lambda m: m.traffic.nvlink_bytes, "GB"),
+    ("network, into a node, GB", lambda m: m.traffic.network_bytes, "GB"),
+    ("PCIe, of a GPU, GB", lambda m: m.traffic.pcie_bytes, "GB"),
+    ("PFLOPs, all ranks", lambda m: m.flops.total / 1e15, ".1f"),
+    ("  of it recomputation", lambda m: m.flops.recomputation / 1e15, ".1f"),
+    ("  of it attention", lambda m: m.flops.attention / 1e15, ".1f"),
+    ("seconds: compute", lambda m: m.time.compute_seconds, ".2f"),
+    ("seconds: memory", lambda m: m.time.hbm_seconds, ".2f"),
+    ("seconds: the node's GPUs", lambda m: m.time.nvlink_seconds, ".2f"),
+    ("seconds: network", lambda m: m.time.network_seconds, ".2f"),
+    ("seconds: PCIe", lambda m: m.time.pcie_seconds, ".2f"),
+    ("seconds at least", lambda m: m.time.bound_seconds, ".2f"),
+)
+"""What a step takes: a name, the value, and how it is written. Rows of zeros are left out."""
 
 
 def _moved(outcome: Outcome) -> Table:
-    shown = Table(box=None, pad_edge=False)
-    shown.add_column("a step")
-    for mode in outcome.by_mode:
-        shown.add_column(_mode_name(outcome, mode), justify="right")
-    rows: dict[str, Any] = {
-        "all-gathered on a rank, GB": lambda m: _gb(m.traffic.gathered_bytes),
-        "gradients reduced, GB": lambda m: _gb(m.traffic.reduced_bytes),
-        "NVLink, into a GPU, GB": lambda m: _gb(m.traffic.nvlink_bytes),
-        "network, into a node, GB": lambda m: _gb(m.traffic.network_bytes),
-        "PCIe, of a GPU, GB": lambda m: _gb(m.traffic.pcie_bytes),
-        "PFLOPs, all ranks": lambda m: f"{m.flops.total / 1e15:.1f}",
-        "  of it recomputation": lambda m: f"{m.flops.recomputation / 1e15:.1f}",
-        "  of it attention": lambda m: f"{m.flops.attention / 1e15:.1f}",
-        "seconds: compute / HBM": lambda m: f"{m.time.compute_seconds:.2f} / {m.time.hbm_seconds:.2f}",
-        "seconds: NVLink / network / PCIe": lambda m: (
-            f"{m.time.nvlink_seconds:.2f} / {m.time.network_seconds:.2f} / {m.time.pcie_seconds:.2f}"
-        ),
-        _at_least(outcome): lambda m: f"{m.time.bound_seconds:.2f} ({m.time.bounded_by})",
-    }
-    for name, value in rows.items():
-        shown.add_row(name, *(value(moved) for moved in outcome.by_mode.values()))
+    shown = _plain_table("a step", *(_mode_name(outcome, mode) for mode in outcome.by_mode))
+    modes = outcome.by_mode.values()
+    for name, value, form in _STEP_ROWS:
+        values = [value(moved) for moved in modes]
+        if any(values):
+            shown.add_row(name, *(in_gb(round(one)) if form == "GB" else format(one, form) for one in values))
+    shown.add_row("bounded by", *(_bounded_by(moved) for moved in modes))
     return shown
 
 
-def _at_least(outcome: Outcome) -> str:
-    return f"seconds at least, at {outcome.setting.workload.tokens_per_response} tokens a response"
+def _bounded_by(moved: Moved) -> str:
+    names = {"hbm": "memory", "nvlink": "the node's GPUs", "pcie": "PCIe"}
+    return names.get(moved.time.bounded_by, moved.time.bounded_by)
 
 
 def _mode_name(outcome: Outcome, mode: str) -> str:
     if mode == "cached" and outcome.setting.workload.reference == "none":
         return "no reference"
-    name = "cached reference" if mode == "cached" else mode
-    return f"{name} *" if mode == outcome.mode else name
+    return f"{mode} *" if mode == outcome.mode else mode
 
 
-def _verdict(plan: Plan) -> Text:
-    outcome = plan.outcome
-    verdicts = ["Ruled out: " + "; ".join(outcome.problems) + "."] if outcome.problems else []
-    lacking = _lacking(outcome)
-    if lacking:
-        verdicts.append("Does not fit: " + "; ".join(lacking) + ".")
-    if verdicts:
-        return Text(" ".join(verdicts), style="bold red")
-    host = "" if outcome.host_spare_bytes is None else f", {_gb(outcome.host_spare_bytes)} GB of a node's host memory"
-    return Text(f"Fits: {_gb(outcome.gpu_spare_bytes)} GB of each GPU to spare{host}.", style="bold green")
-
-
-def _lacking(outcome: Outcome) -> list[str]:
-    """Which memory is too small, and the amount that is lacking."""
-    found = []
-    if outcome.gpu_spare_bytes < 0:
-        found.append(f"a GPU lacks {_gb(-outcome.gpu_spare_bytes)} GB")
-    if (outcome.host_spare_bytes or 0) < 0:
-        found.append(f"a node's host memory lacks {_gb(-(outcome.host_spare_bytes or 0))} GB")
-    return found
-
-
-def _files(plan: Plan) -> Group:
-    shown = _alternatives("ds_configs/", plan.files, name=lambda a: _file_name(plan, a))
-    best = plan.best_file
-    if best is None:
-        advice = "No file of ds_configs/ fits if the recipe is otherwise unchanged."
-    elif best.changes:
-        advice = f"Take {' '.join(best.changes)}."
-    else:
-        advice = f"Take {best.outcome.setting.deepspeed}, which the recipe has."
-    return Group(shown, Text(advice, style="bold"))
-
-
-def _file_name(plan: Plan, alternative: Alternative) -> str:
+def _file_name(alternative: Alternative) -> str:
     others = [change for change in alternative.changes if not change.startswith("deepspeed=")]
     return " ".join([alternative.outcome.setting.deepspeed, *others])
 
 
-def _changes(plan: Plan) -> Iterable[RenderableType]:
-    if plan.remedies:
-        yield _alternatives("what to change, cheapest first", plan.remedies[:12], name=lambda a: " ".join(a.changes))
-    if plan.combination is not None:
-        yield _alternatives("together", (plan.combination,), name=lambda a: " ".join(a.changes))
-    elif not plan.outcome.fits and not any(remedy.outcome.fits for remedy in plan.remedies):
-        setting = plan.outcome.setting
-        most = max((setting.cluster, *larger_clusters(setting)), key=lambda cluster: cluster.ranks)
-        yield Text(f"Nothing that is known fits, on up to {most.nodes} x {most.gpus} GPUs.", style="bold red")
+def _options(plan: Plan) -> Iterable[RenderableType]:
+    if plan.options:
+        yield ""
+        yield _alternatives("what to change, cheapest first", plan.options[:12], name=lambda one: " ".join(one.changes))
 
 
-def _alternatives(title: str, alternatives: Iterable[Alternative], *, name: Any) -> Table:
-    shown = Table(box=None, pad_edge=False)
-    shown.add_column(title)
-    for column in ("a GPU, GB", "spare", "host, GB", "seconds at least", ""):
-        shown.add_column(column, justify="right")
+def _alternatives(title: str, alternatives: Iterable[Alternative], *, name: Callable[[Alternative], str]) -> Table:
+    shown = _plain_table(title, "GPU GB", "spare", "host GB", "seconds", "fits")
     for alternative in alternatives:
         outcome = alternative.outcome
-        verdict = "fits" if outcome.fits else "ruled out" if outcome.problems else "does not fit"
         shown.add_row(
             name(alternative),
-            _gb(outcome.gpu.total_bytes),
-            _gb(outcome.gpu_spare_bytes),
-            _gb(outcome.host.total_bytes),
+            in_gb(outcome.gpu.total_bytes),
+            in_gb(outcome.gpu_spare_bytes),
+            in_gb(outcome.host.total_bytes),
             f"{outcome.bound_seconds:.2f}",
-            verdict,
+            "yes" if outcome.fits else "ruled out" if outcome.problems else "no",
         )
     return shown
-
-
-def _gb(num_bytes: int) -> str:
-    return f"{num_bytes / GB:.1f}" if abs(num_bytes) >= GB / 20 or num_bytes == 0 else f"{num_bytes / GB:.3f}"
-
-
-# ---- JSON
-
-
-def as_json(plan: Plan) -> dict[str, Any]:
-    """The plan as plain values; keys end in their unit and are stable between versions."""
-    outcome, structure = plan.outcome, plan.structure
-    workload, cluster = outcome.setting.workload, outcome.setting.cluster
-    best = plan.best_file
-    return {
-        "recipe": plan.recipe_name,
-        "fits": outcome.fits,
-        "problems": list(outcome.problems),
-        "lacking": _lacking(outcome),
-        "parameters": {
-            "base": structure.num_base,
-            "lora": structure.num_lora,
-            "layers": structure.num_layers,
-        },
-        "cluster": {
-            "nodes": cluster.nodes,
-            "gpus_per_node": cluster.gpus,
-            "gpu": cluster.gpu.name,
-            "gpu_memory_bytes": cluster.gpu_memory_bytes,
-            "host_memory_bytes": cluster.host_memory_bytes,
-            "flops_per_second": cluster.gpu.flops_per_second,
-            "hbm_bytes_per_second": cluster.gpu.hbm_bytes_per_second,
-            "nvlink_bytes_per_second": cluster.gpu.nvlink_bytes_per_second,
-            "pcie_bytes_per_second": cluster.gpu.pcie_bytes_per_second,
-            "network_bytes_per_second": cluster.network_bytes_per_second,
-        },
-        "deepspeed": outcome.setting.deepspeed,
-        "best_deepspeed": None if best is None else best.outcome.setting.deepspeed,
-        "best_changes": None if best is None else list(best.changes),
-        "gpu_memory": asdict(outcome.gpu)
-        | {"total_bytes": outcome.gpu.total_bytes, "spare_bytes": outcome.gpu_spare_bytes},
-        "host_memory": asdict(outcome.host)
-        | {"total_bytes": outcome.host.total_bytes, "spare_bytes": outcome.host_spare_bytes},
-        "disk": asdict(plan.disk),
-        "step": {
-            "responses": workload.examples_per_step,
-            "tokens": workload.tokens_per_step,
-            "micro_steps": workload.micro_steps(cluster.ranks),
-            "tokens_per_micro_batch": workload.largest_micro_batch,
-            "mode": outcome.mode,
-            "mfu_flops": plan.mfu_flops,
-            "by_mode": {
-                mode: {
-                    "traffic": _traffic(moved.traffic),
-                    "flops": asdict(moved.flops) | {"total": moved.flops.total},
-                    "time": asdict(moved.time)
-                    | {"bound_seconds": moved.time.bound_seconds, "bounded_by": moved.time.bounded_by},
-                }
-                for mode, moved in outcome.by_mode.items()
-            },
-        },
-        "deepspeed_files": [_alternative(file) for file in plan.files],
-        "remedies": [_alternative(remedy) for remedy in plan.remedies],
-        "combination": None if plan.combination is None else _alternative(plan.combination),
-        "assumptions": list(plan.assumptions),
-    }
-
-
-def _traffic(traffic: Traffic) -> dict[str, int]:
-    return asdict(traffic)
-
-
-def _alternative(alternative: Alternative) -> dict[str, Any]:
-    outcome = alternative.outcome
-    return {
-        "changes": list(alternative.changes),
-        "deepspeed": outcome.setting.deepspeed,
-        "fits": outcome.fits,
-        "problems": list(outcome.problems),
-        "lacking": _lacking(outcome),
-        "gpu_bytes": outcome.gpu.total_bytes,
-        "gpu_spare_bytes": outcome.gpu_spare_bytes,
-        "host_bytes": outcome.host.total_bytes,
-        "bound_seconds": outcome.bound_seconds,
-    }

@@ -14,6 +14,7 @@ from uft_ds.objectives.reference import HowReference
 from uft_ds.planning.structure import ITEM_BYTES, Lora
 from uft_ds.recipe.settings import Settings
 from uft_ds.streams.load import attention_implementation
+from uft_ds.streams.packed_attention import PACKED
 
 ExtraForwards = Literal["none", "both_streams", "as_trained"]
 """Additional forwards of a reward shift.
@@ -84,9 +85,9 @@ class Workload:
     def attended_tokens(self, ranks: int) -> int:
         """Keys per query, QK^T and AV together.
 
-        Flash-attention: half of the own sequence for each. Otherwise: the whole micro-batch for each.
+        Packed and flash-attention: half of the own sequence for each. Otherwise: the whole micro-batch for each.
         """
-        if self.attention == "flash_attention_2":
+        if self.attention in (PACKED, "flash_attention_2"):
             return self.tokens_per_response
         at_once = min(self._responses_at_once, self.most_responses(ranks))
         return 2 * at_once * self.tokens_per_response
@@ -147,7 +148,7 @@ def workload_of(settings: Settings, config: Any, *, tokens_per_response: int | N
         num_responses=sum(n for n in examples if n) if all(examples) else None,
         has_pairs=any(_may_hold_pairs(source.rules) for source in settings.data.sources),
         extra_forwards=_extra_forwards(objective),
-        begins_with_forward=reference.is_needed or bool(settings.data.held_out),
+        begins_with_forward=bool(reference.is_needed or settings.data.held_out or settings.start_adapter),
     )
 
 

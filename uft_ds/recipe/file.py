@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -16,7 +17,7 @@ from yaml.constructor import ConstructorError
 from uft_ds.errors import UserError
 from uft_ds.host.formats import check_format
 from uft_ds.recipe.names import unknown_key, unknown_name
-from uft_ds.recipe.schema import COMBINATIONS_CHECKED, Recipe, Section, section_of
+from uft_ds.recipe.schema import COMBINATIONS_CHECKED, Recipe, Section, describe_keys, section_of
 
 _DIGITS = 9
 """Most digits of an index into a list."""
@@ -47,18 +48,29 @@ text, which no number's key takes, and a number.
 """
 
 
+_UNWRITABLE = re.compile("[\0\ud800-\udfff]")
+"""NUL, and halves of surrogate pairs."""
+
+
 class _RecipeLoader(yaml.SafeLoader):
     """YAML without the pitfalls of version 1.1 in numbers, and in which a key given twice is an error."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """The value of a node; one that does not fit its tag (`!!bool maybe`, 2024-02-30) is an error of the YAML."""
+        """The value of a node; one that does not fit its tag (`!!bool maybe`, 2024-02-30) is an error of the YAML.
+
+        So is a text that can neither name a file nor be written to one.
+        """
         try:
-            return super().construct_object(node, deep)
+            value = super().construct_object(node, deep)
         except (ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:
             kind = node.tag.rpartition(":")[2]
             what = _shown(node.value) if isinstance(node, yaml.ScalarNode) else "a value"
             reason = f" ({error})" if isinstance(error, ValueError) else ""
             raise ConstructorError(None, None, f"{what} is no {kind}{reason}", node.start_mark) from None
+        if isinstance(value, str) and _UNWRITABLE.search(value):
+            problem = f"{_shown(value)}: a text must not hold \\0, nor \\ud800 to \\udfff"
+            raise ConstructorError(None, None, problem, node.start_mark)
+        return value
 
 
 class _RecipeDumper(yaml.SafeDumper):
@@ -116,6 +128,12 @@ def shipped_recipes() -> tuple[str, ...]:
     return tuple(sorted(Path(item.name).stem for item in folder.iterdir() if item.name.endswith(".yaml")))
 
 
+def described_recipes() -> dict[str, str]:
+    """The name of each shipped recipe, and the comment in its first line."""
+    texts = {name: _read_recipe(name)[1] for name in shipped_recipes()}
+    return {name: text.splitlines()[0].removeprefix("#").strip() for name, text in texts.items()}
+
+
 def _read_recipe(name_or_path: str) -> tuple[str, str]:
     """(label, text) of a shipped recipe or a file."""
     if name_or_path in shipped_recipes():
@@ -124,10 +142,40 @@ def _read_recipe(name_or_path: str) -> tuple[str, str]:
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml") and not path.exists():
         raise UserError(f"recipe: {unknown_name(name_or_path, shipped_recipes())}, or a path to a YAML file")
+    return name_or_path, read_yaml_file(path, f"recipe {name_or_path}", shipped_recipes())
+
+
+def read_yaml_file(path: Path, label: str, shipped: Iterable[str]) -> str:
+    """The text of a file that the user names.
+
+    Args:
+        label: what messages call it. shipped: names that may be given instead of a path.
+    Raises:
+        UserError: it is not there, with the nearest name that is, or it cannot be read.
+    """
     try:
-        return name_or_path, path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {name_or_path}: cannot be read ({error})") from None
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        there = [str(path.with_name(other.name)) for other in _yaml_files(path.parent)]
+        near = difflib.get_close_matches(str(path), there, n=1) or difflib.get_close_matches(path.stem, shipped, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"shipped: {', '.join(shipped)}"
+        folder = "" if path.parent.is_dir() else f" ({path.parent} is no folder)"
+        raise UserError(f"{label}: no such file{folder}; {hint}") from None
+    except IsADirectoryError:
+        inside = _yaml_files(path)
+        hint = f"; it holds {', '.join(file.name for file in inside[:3])}" if inside else ""
+        raise UserError(f"{label}: is a folder, expected a YAML file{hint}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{label}: byte {error.start} is not UTF-8; convert the file to UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{label}: cannot be read ({error.strerror})") from None
+
+
+def _yaml_files(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if path.suffix in (".yaml", ".yml"))
+    except OSError:
+        return []
 
 
 def _apply_override(tree: Any, override: str) -> None:
@@ -136,8 +184,9 @@ def _apply_override(tree: Any, override: str) -> None:
         raise UserError(f"override {override!r}: expected key.path=value, such as train.lr=1e-5")
     try:
         value = load_yaml(text)
-    except yaml.YAMLError:
-        raise UserError(f"override {override!r}: the value is not YAML") from None
+    except yaml.YAMLError as error:
+        problem = f" ({error.problem})" if isinstance(error, ConstructorError) else ""
+        raise UserError(f"override {override!r}: the value is not YAML{problem}") from None
     except UserError as error:
         raise UserError(f"override {override!r}: {error}") from None
     *parents, leaf = key.split(".")
@@ -259,7 +308,7 @@ def _bare(annotation: Any) -> Any:
 def _lines(place: tuple[str | int, ...], problems: list[Any], root: type[Section]) -> Iterator[str]:
     key, first = ".".join(map(str, place)), problems[0]
     if first["type"] == "extra_forbidden":
-        yield f"{key}: {unknown_key(str(place[-1]), _known_keys(place[:-1], root))}"
+        yield f"{key}: {unknown_key(str(place[-1]), _known_keys(place[:-1], root), _all_keys(root))}"
     elif first["type"] == "missing":
         yield f"{key}: required, but not given"
     elif first["type"] == "value_error":
@@ -268,11 +317,22 @@ def _lines(place: tuple[str | int, ...], problems: list[Any], root: type[Section
         expected = dict.fromkeys(_expected(problem) for problem in problems)
         first_expected, *others = expected
         either = [first_expected, *(other.removeprefix("input should be ") for other in others)]
-        yield f"{key}: {_shown(first['input'])} given; {', or '.join(either)}"
+        of_one = f": [{first['input']}]" if _is_lone_text(place, problems, root) else ""
+        yield f"{key}: {_shown(first['input'])} given; {', or '.join(either)}{of_one}"
+
+
+def _is_lone_text(place: tuple[str | int, ...], problems: list[Any], root: type[Section]) -> bool:
+    """Whether a text is given where a list of texts is expected."""
+    if not isinstance(place[-1], str) or not any(problem["type"] == "list_type" for problem in problems):
+        return False
+    annotation = _section_at(place[:-1], root).model_fields[place[-1]].annotation
+    members = [_bare(member) for member in (annotation, *get_args(annotation))]
+    lists = [get_args(member)[0] for member in members if get_origin(member) is list]
+    return isinstance(problems[0]["input"], str) and any(of is str or get_origin(of) is Literal for of in lists)
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = "null" if value is None else repr(value)
     return text if len(text) <= _SHOWN_LETTERS else f"{text[:_SHOWN_LETTERS]}..."
 
 
@@ -283,11 +343,21 @@ def _expected(problem: Any) -> str:
 
 
 def _known_keys(place: tuple[str | int, ...], root: type[Section]) -> list[str]:
+    return list(_section_at(place, root).model_fields)
+
+
+def _section_at(place: tuple[str | int, ...], root: type[Section]) -> type[Section]:
     section: Any = root
     for part in place:
         if isinstance(part, str):
             section = section_of(section.model_fields[part].annotation)
-    return list(section.model_fields)
+    return section
+
+
+def _all_keys(root: type[Section]) -> list[str]:
+    """The keys of all sections of a recipe, held-out sources aside, whose keys are those of sources."""
+    described = describe_keys() if root is Recipe else []
+    return [row.key for row in described if not row.key.startswith("data.held_out.")]
 
 
 def read_stored_recipe(path: Path) -> dict[str, Any]:
@@ -303,6 +373,11 @@ def dump_value(value: Any) -> str:
     """A value in one line of YAML, as an override gives it; `load_yaml` reads it back to an equal value."""
     text = yaml.dump(value, Dumper=_RecipeDumper, default_flow_style=True, width=10**9)
     return text.removesuffix("...\n").strip()
+
+
+def said(value: Any) -> str:
+    """A value in a sentence: nothing is `none`, and a text has no quotes."""
+    return "none" if value is None else value if isinstance(value, str) else dump_value(value)
 
 
 def dump_recipe(recipe: Recipe | Mapping[str, Any]) -> str:

@@ -55,13 +55,43 @@ _KEYS_ELSEWHERE: Mapping[str, str] = {
     "attn_implementation": "model.attention",
     "torch_dtype": "model.dtype",
     **dict.fromkeys(("ref_model", "reference_model"), "model.base with reference.adapter"),
+    **dict.fromkeys(
+        ("adapter_name_or_path", "lora_model_dir", "resume_adapter"),
+        "start.adapter, or reference.adapter where it is the reference too",
+    ),
     "precompute_ref_log_probs": "reference.cache",
     "output_dir": "output",
     "report_to": "tracking",
     **dict.fromkeys(("dataset", "dataset_name", "dataset_path", "train_file"), "data.sources.0.path"),
     "dataset_split": "data.sources.0.split",
+    "bf16": "model.dtype: bfloat16",
+    **dict.fromkeys(("packing", "sample_packing"), "train.tokens_per_micro_batch; rows are always packed"),
 }
 """Our keys for settings of other stacks, by their names there."""
+
+_NOT_HERE: Mapping[str, str] = {
+    **dict.fromkeys(
+        (
+            *("load_in_4bit", "load_in_8bit", "use_4bit", "use_8bit", "qlora", "use_qlora", "quantization"),
+            *(
+                "quantization_bit",
+                "quantization_config",
+                "quantization_method",
+                "quant_method",
+                "quant_type",
+                "bnb_config",
+            ),
+            *("bnb_4bit_quant_type", "bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant", "double_quantization"),
+        ),
+        "no 4-bit or 8-bit base: adapters are trained on, and merged into, 16-bit weights; where memory is short take "
+        "deepspeed: zero3_offload (`uft plan` says what fits)",
+    ),
+    "fp16": "no float16 training; take model.dtype: bfloat16, or float32",
+}
+"""Settings of other stacks that do not exist here, and what to do instead."""
+
+_NEAR_ELSEWHERE = 0.8
+"""Least likeness of a name in another section; within a section difflib's own 0.6 is enough."""
 
 
 def unknown_name(given: str, known: Iterable[str]) -> str:
@@ -79,11 +109,30 @@ def unknown_loss(given: str, known: Iterable[str]) -> str:
     return f"unknown name {given!r}; here it is {ours}" if ours else unknown_name(given, known)
 
 
-def unknown_key(given: str, known: Iterable[str]) -> str:
-    """The message for an unknown key: our name for it, the nearest known key, or all keys known at this place."""
-    known = tuple(known)
-    ours = _KEYS_ELSEWHERE.get(given.lower())
-    if ours:
-        return f"unknown key; here it is {ours}"
-    near = difflib.get_close_matches(given, known, n=1)
-    return f"unknown key; did you mean {near[0]!r}?" if near else f"unknown key; known here: {', '.join(known)}"
+def unknown_key(given: str, known: Iterable[str], elsewhere: Iterable[str] = ()) -> str:
+    """The message for an unknown key: the nearest known key, our name for it, or all keys known at this place.
+
+    Args:
+        known: the names that are known at this place.
+        elsewhere: the whole keys of all sections, such as train.lr.
+    """
+    known, of_all = tuple(known), tuple(elsewhere)
+    word = given.lower()
+    if word in _NOT_HERE:
+        return f"unknown key; {_NOT_HERE[word]}"
+    same = [key for key in of_all if _leaf(key) in (given, word)]
+    if not same and word in _KEYS_ELSEWHERE:
+        return f"unknown key; here it is {_KEYS_ELSEWHERE[word]}"
+    near = same or difflib.get_close_matches(given, known, n=1) or _near_leaves(given, of_all)
+    if not near:
+        return f"unknown key; known here: {', '.join(known)}"
+    return f"unknown key; did you mean {' or '.join(map(repr, near))}?"
+
+
+def _near_leaves(given: str, keys: tuple[str, ...]) -> list[str]:
+    near = difflib.get_close_matches(given, {_leaf(key): None for key in keys}, n=1, cutoff=_NEAR_ELSEWHERE)
+    return [key for key in keys if _leaf(key) in near]
+
+
+def _leaf(key: str) -> str:
+    return key.rpartition(".")[2]

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic_core import PydanticCustomError
 
 from uft_ds.data.formats.table import format_names
 from uft_ds.objectives.reference import HowForwarded
@@ -38,8 +40,12 @@ class Section(BaseModel):
 def _expand_home(path: str) -> str:
     try:
         return str(Path(path).expanduser()) if path.startswith("~") else path
-    except RuntimeError:  # no such user: the code that reads the path reports that it does not exist
-        return path
+    except RuntimeError:
+        user = path.removeprefix("~").partition("/")[0]
+        expected = f"a user's home folder after ~, but there is no user {user!r}" if user else "a home folder for ~"
+        raise PydanticCustomError(
+            "home", "{expected}; write ./~ for a folder of that name", {"expected": expected}
+        ) from None
 
 
 Location = Annotated[str, AfterValidator(_expand_home)]
@@ -53,8 +59,9 @@ class ModelSection(Section):
     """Commit or tag of a hub model."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the frozen base weights and of the activations."""
-    attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
-    """`auto`: flash_attention_2 if it is installed, a GPU is present and dtype is bfloat16; otherwise sdpa."""
+    attention: Literal["auto", "packed", "flash_attention_2", "sdpa", "eager"] = "auto"
+    """`packed`: each sequence of a row by itself, without a mask of all tokens. `auto`: packed for the families that
+    the tests cover; else flash_attention_2 if it is installed, a GPU is present and dtype is bfloat16; else sdpa."""
     chat_template: str | None = None
     """Path of a Jinja chat template, to be used instead of the tokenizer's own or if it has none."""
     gradient_checkpointing: bool = True
@@ -100,11 +107,17 @@ class SourceSection(Section):
     progress through the run from 0 to 1, with linear interpolation."""
     score: UnitInterval | None = None
     """Score of rows that have no score; null: 1 for instruction data."""
+    score_range: Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)] | None = None
+    """[lowest, highest] score that the rows may have, which are mapped to 0 and 1, linearly between; null: the scale of
+    the format, 0 to 1 in jsonl. A score outside is a bad row. score_map follows."""
     score_map: Literal["quantile"] | Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)] | None = None
     """Maps the source's scores. [scale, offset]: scale * score + offset, which must stay within 0 and 1. quantile: the
     share of the source's responses with a lower score (equal scores count half)."""
     pairs: Literal["keep", "split"] = "keep"
     """keep: the two sides of a pair stay together, as kind `pair`. split: each side is a scored response (UNA)."""
+    mixed_kinds: bool = False
+    """Accept files whose rows are of several kinds (instruction, score, binary, pair); each row's keys decide. A row
+    that has lost its score then counts as an instruction, with score 1."""
     allow_one_score: bool = False
     """Accept feedback in which all responses have the same score."""
 
@@ -193,15 +206,21 @@ class ReferenceSection(Section):
     kernels that choose another algorithm without gradients may need more."""
 
 
+class StartSection(Section):
+    adapter: Location | None = None
+    """An adapter that the policy starts from, while the base stays the reference (with reference.adapter it is the
+    reference too). An adapter's folder, a checkpoint or a run; its rank, alpha and targets must be those of lora."""
+
+
 class TrainSection(Section):
     examples_per_step: Annotated[int, Field(gt=0, le=2**20)] = 64
     """Number of responses of an optimiser step, over all ranks and micro-batches; at most a million (2^20)."""
     tokens_per_micro_batch: Annotated[int, Field(ge=8, lt=_INT32)] = 16384
     """Largest number of tokens that a rank forwards at once."""
     epochs: Positive = 1
-    """Number of passes over the mixture; ignored if steps is given."""
+    """Number of passes over the mixture; ignored if steps is given. A resumed run may change it."""
     steps: Positive | None = None
-    """Number of optimiser steps; the mixture is repeated as often as needed."""
+    """Number of optimiser steps; the mixture is repeated as often as needed. A resumed run may change it."""
     lr: PositiveFloat = 3.0e-5
     """Peak learning rate of AdamW."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -230,6 +249,11 @@ class TrainSection(Section):
     implicit_reward_chosen; the nearest to 0 for length_correlation."""
     evaluate_every: Positive = 100
     """Number of steps between evaluations of the held-out data; one always follows the last step."""
+    samples: Annotated[int, Field(ge=0, le=4096)] = 0
+    """Number of held-out prompts that the policy answers before the first step and at each evaluation, by greedy
+    decoding; the answers are in samples.jsonl and in the report. They change nothing of the training."""
+    sample_tokens: Positive = 128
+    """Largest number of tokens of such an answer."""
 
 
 class LaunchSection(Section):
@@ -251,6 +275,7 @@ class Recipe(Section):
     data: DataSection
     objective: ObjectiveSection = ObjectiveSection()
     reference: ReferenceSection = ReferenceSection()
+    start: StartSection = StartSection()
     train: TrainSection = TrainSection()
     launch: LaunchSection = LaunchSection()
     tracking: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
@@ -300,7 +325,17 @@ def _impossible(recipe: Recipe) -> list[tuple[str, str]]:
                     (f"{prefix}.{index}.path", f"{source.path!r} is a source already; no row may be used twice")
                 )
             seen.add(rows)
+    if recipe.start.adapter is not None and recipe.reference.adapter is not None:
+        found.append(
+            (
+                "start.adapter",
+                "given together with reference.adapter, from which the policy starts too; give start.adapter alone if "
+                "the base is the reference, reference.adapter alone if the adapter is",
+            )
+        )
     found += [("train.keep_best", problem) for problem in _impossible_best(recipe)]
+    if train.samples and not data.held_out:
+        found.append(("train.samples", f"{train.samples} given, but data.held_out, which has the prompts, is empty"))
     if recipe.lora is not None and recipe.lora.dropout != 0.0:
         found.append(("lora.dropout", f"{recipe.lora.dropout} given, must be 0: it would make log-ratios noise"))
     for prefix, sources in (("data.sources", data.sources), ("data.held_out", data.held_out)):
@@ -308,6 +343,7 @@ def _impossible(recipe: Recipe) -> list[tuple[str, str]]:
             if source.format not in format_names():
                 found.append((f"{prefix}.{index}.format", unknown_name(source.format, format_names())))
             found += [(f"{prefix}.{index}.{key}", problem) for key, problem in _impossible_portion(source, prefix)]
+            found += [(f"{prefix}.{index}.{key}", problem) for key, problem in _impossible_scores(source)]
     of_objective = objective_problems(recipe.objective.given, examples_per_step=train.examples_per_step)
     found += [(f"objective.{key}", problem) for key, problem in of_objective]
     return found + [
@@ -355,6 +391,23 @@ def _impossible_portion(source: SourceSection, prefix: str) -> list[tuple[str, s
     return found
 
 
+def _impossible_scores(source: SourceSection) -> list[tuple[str, str]]:
+    """(key, problem) for the keys that say what a source's scores mean."""
+    found = []
+    if source.score_range is not None and not source.score_range[0] < source.score_range[1]:
+        low, high = source.score_range
+        found.append(("score_range", f"[{low:g}, {high:g}] given, expected [lowest, highest], such as [1, 10]"))
+    if source.mixed_kinds and source.score_map == "quantile":
+        found.append(
+            (
+                "score_map",
+                "quantile would rank the scores of one kind among those of others; leave mixed_kinds out, or take "
+                "[scale, offset]",
+            )
+        )
+    return found
+
+
 def section_of(annotation: Any) -> type[Section] | None:
     """The section in a field's type: the type itself, or a member of its union or list; None if there is none."""
     nested = [a for arg in get_args(annotation) for a in get_args(arg)]
@@ -362,15 +415,44 @@ def section_of(annotation: Any) -> type[Section] | None:
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
 
 
-def describe_keys(section: type[Section] = Recipe, prefix: str = "") -> list[tuple[str, str, str]]:
-    """(key, default, meaning) of every leaf, in the order of a recipe; the keys of sources have the index 0."""
-    rows: list[tuple[str, str, str]] = []
+class Described(NamedTuple):
+    """A key of the recipe.
+
+    default: in one line of YAML. allowed: the words that may be given; empty if any may, or none.
+    """
+
+    key: str
+    default: str
+    allowed: tuple[str, ...]
+    meaning: str
+
+
+def describe_keys(section: type[Section] = Recipe, prefix: str = "") -> list[Described]:
+    """Every leaf, in the order of a recipe; the keys of sources have the index 0."""
+    rows: list[Described] = []
     for name, field in section.model_fields.items():
         inner = section_of(field.annotation)
         if inner is not None:
             is_list = get_origin(field.annotation) is list
             rows += describe_keys(inner, f"{prefix}{name}.{'0.' if is_list else ''}")
         else:
-            default = "(required)" if field.is_required() else yaml.safe_dump(field.default).split("\n...")[0].strip()
-            rows.append((prefix + name, default, " ".join((field.description or "").split())))
+            default = "(required)" if field.is_required() else _in_one_line(field.default)
+            allowed = (
+                format_names() if (section, name) == (SourceSection, "format") else tuple(_words(field.annotation))
+            )
+            meaning = " ".join((field.description or "").split())
+            rows.append(Described(prefix + name, default, allowed, meaning))
     return rows
+
+
+def _in_one_line(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=10**9).split("\n...")[0].strip()
+
+
+def _words(annotation: Any) -> Iterator[str]:
+    """The texts that a type allows by name; those of lists are their members'. Keys of maps are not among them."""
+    if get_origin(annotation) is Literal:
+        yield from (value for value in get_args(annotation) if isinstance(value, str))
+    elif get_origin(annotation) is not dict:
+        for inner in get_args(annotation):
+            yield from _words(inner)

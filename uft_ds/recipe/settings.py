@@ -127,6 +127,8 @@ class TrainSettings:
     keep_checkpoints: int
     keep_best: str | None
     evaluate_every: int
+    samples: int
+    sample_tokens: int
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,7 @@ class DeepSpeedSettings:
 class Settings:
     """All settings that define a run.
 
+    start_adapter: the recipe's `start.adapter`.
     given: the objective exactly as the recipe gives it, for messages.
     stored: the recipe as a tree of plain values. It is written to the run's recipe.yaml, and a resumed run is compared
         with it.
@@ -172,6 +175,7 @@ class Settings:
     objective: Objective
     given: GivenObjective
     reference: ReferenceSettings
+    start_adapter: str | None
     train: TrainSettings
     launch: LaunchSettings
     tracking: tuple[str, ...]
@@ -226,6 +230,7 @@ def settings_of(recipe: Recipe) -> Settings:
             adapter=reference.adapter,
             step_zero_tolerance=reference.step_zero_tolerance,
         ),
+        start_adapter=recipe.start.adapter,
         train=train_settings(recipe.train),
         launch=LaunchSettings(**recipe.launch.model_dump()),
         tracking=tuple(recipe.tracking),
@@ -288,6 +293,8 @@ def source_of(entry: SourceSection, data: DataSection) -> SourceSettings:
         split_pairs=entry.pairs == "split",
         where=tuple(sorted(entry.where.items())),
         columns=tuple(sorted(entry.columns.items())),
+        score_range=None if entry.score_range is None else (entry.score_range[0], entry.score_range[1]),
+        mixed_kinds=entry.mixed_kinds,
     )
     return SourceSettings(
         entry.path,

@@ -12,7 +12,7 @@ KIND_COLORS = dict(zip(KINDS, ("tab:blue", "tab:orange", "tab:green", "tab:red")
 
 
 def write_curves(lines: Seq[dict[str, Any]], path: Path) -> None:
-    """Write a PNG with loss, implicit reward by kind, and gradient norm over the steps.
+    """Write a PNG with loss, implicit reward by kind if there is one, and gradient norm over the steps.
 
     Args:
         lines: of metrics.jsonl.
@@ -21,7 +21,7 @@ def write_curves(lines: Seq[dict[str, Any]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    figure = Figure(layout="constrained")
     FigureCanvasAgg(figure)
     loss, reward, norm = figure.subplots(1, 3)
     draw(loss, lines, "loss", label="training", color="black", alpha=0.35)
@@ -36,6 +36,11 @@ def write_curves(lines: Seq[dict[str, Any]], path: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize=8)
+    # Without a reference there is no reward. The loss stays, so that every run has this picture.
+    for axes in (reward, norm):
+        if not axes.lines:
+            axes.remove()
+    lay_out(figure, figure.axes, height=3.6)
     figure.savefig(path, dpi=110)
 
 
@@ -44,3 +49,13 @@ def draw(axes: Any, lines: Seq[dict[str, Any]], name: str, **style: Any) -> None
     points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
     if points:
         axes.plot(*zip(*points, strict=True), **style)
+
+
+def lay_out(figure: Any, shown: Seq[Any], *, height: float) -> None:
+    """Place pictures in rows of three, in their order. height: of a row, inches."""
+    columns = min(3, len(shown))
+    rows = -(-len(shown) // columns)
+    figure.set_size_inches(4 * columns, height * rows)
+    grid = figure.add_gridspec(rows, columns)
+    for number, axes in enumerate(shown):
+        axes.set_subplotspec(grid[number])

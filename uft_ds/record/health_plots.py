@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from uft_ds.data.example import KINDS, Kind
-from uft_ds.record.curves import KIND_COLORS, draw
+from uft_ds.record.curves import KIND_COLORS, draw, lay_out
 from uft_ds.record.telemetry import calibration, sides
 
 _MOST_POINTS = 2000
@@ -20,23 +20,28 @@ Labels = tuple[str, str, str]
 """The title and the labels of the x and y axes."""
 
 
-def write_health(lines: Lines, rows: np.ndarray, path: Path) -> None:
-    """Write nine pictures as one PNG. Without held-out data they show the responses that were trained on.
+def write_health(lines: Lines, rows: np.ndarray, path: Path) -> bool:
+    """Write up to nine pictures as one PNG. Without held-out data they show the responses that were trained on.
+
+    Pictures of which the run has no numbers are left out.
 
     Args:
         lines: of metrics.jsonl.
         rows: the table of the held-out responses; empty without held-out data.
+    Returns:
+        whether there was anything to draw; otherwise there is no file.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 10), layout="constrained")
+    figure = Figure(layout="constrained")
     FigureCanvasAgg(figure)
     pictures = (
         _draw_reliability, _draw_calibration_error, _draw_order,
         _draw_length, _draw_log_ratio_per_token, _draw_saturation,
         _draw_margins, _draw_rewards_of_sides, _draw_logps_of_sides,
     )  # fmt: skip
+    shown = []
     for axes, picture in zip(figure.subplots(3, 3).flat, pictures, strict=True):
         title, x, y = picture(axes, lines, rows)
         axes.set_title(title, fontsize=10)
@@ -45,9 +50,15 @@ def write_health(lines: Lines, rows: np.ndarray, path: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7)
+            shown.append(axes)
         else:
-            axes.text(0.5, 0.5, "nothing to show", ha="center", va="center", transform=axes.transAxes, color="gray")
+            axes.remove()
+    if not shown:
+        path.unlink(missing_ok=True)
+        return False
+    lay_out(figure, shown, height=10 / 3)
     figure.savefig(path, dpi=110)
+    return True
 
 
 def _draw_reliability(axes: Any, lines: Lines, rows: np.ndarray) -> Labels:

@@ -1,59 +1,120 @@
-"""report.html: a finished run in one file, with pictures, last metrics, data report and recipe."""
+"""report.html: a finished run in one file, which opens with a verdict and needs no other file."""
 
 from __future__ import annotations
 
 import base64
 import html
 import json
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Seq
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from uft_ds.host.files import write_atomically
+from uft_ds.host.terminal import as_typed
 from uft_ds.record.curves import write_curves
 from uft_ds.record.health_plots import write_health
 from uft_ds.record.metrics import read_metrics
 from uft_ds.record.run_folder import RunFolder
+from uft_ds.record.samples import Sample, read_samples
 from uft_ds.record.telemetry import ROW, read_rows
+from uft_ds.record.verdict import HELD_OUT, Verdict, headline, verdicts
+
+_STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}
+img{max-width:100%}table{border-collapse:collapse}
+th,td{text-align:left;vertical-align:top;padding:.2rem 1rem .2rem 0;font-variant-numeric:tabular-nums}
+pre{background:#f5f5f5;padding:1rem;overflow-x:auto}.text{white-space:pre-wrap;overflow-wrap:anywhere;min-width:9rem}
+.samples td{border-top:1px solid #ddd}.yes{color:#177245}.no{color:#b3261e;font-weight:bold}.unclear{color:#8a6100}
+small{color:#666}"""
+
+_NAMES = {"yes": "healthy", "no": "not healthy", "unclear": "unclear"}
 
 
-def write_report(folder: RunFolder, name: str) -> None:
-    """Write curves.png, health.png, and a report.html that needs no other file.
+def write_report(folder: RunFolder, name: str, facts: Mapping[str, str]) -> None:
+    """Write curves.png, health.png, and a report.html that contains them.
 
     Args:
         name: the run's name, used as title.
+        facts: what the run was, by name, such as its base; shown in this order.
     """
     lines = read_metrics(folder.metrics)
     write_curves(lines, folder.curves_picture)
     table = read_rows(folder.held_out_rows) if folder.held_out_rows.exists() else np.zeros(0, dtype=ROW)
-    write_health(lines, table, folder.health_picture)
+    has_health = write_health(lines, table, folder.health_picture)
+    data = json.loads(folder.data_report().read_text(encoding="utf-8"))
+    parts = [
+        _verdict(verdicts(lines), on_held_out=any(f"{HELD_OUT}loss" in line for line in lines)),
+        _facts(facts),
+        _samples(read_samples(folder.samples)),
+        _picture(folder.curves_picture, "loss, implicit reward and gradient norm over the steps"),
+        _picture(folder.health_picture, "calibration, length bias, pairs, order and saturation") if has_health else "",
+        f"<h2>Data</h2>{_data_table(data)}",
+        _folded("all counts of the data", _pre(json.dumps(data, indent=2))),
+        _folded("last values of all metrics", _last_values(lines)),
+        _folded("recipe", _pre(folder.recipe.read_text(encoding="utf-8"))),
+    ]
+    title, body = html.escape(name), "\n".join(part for part in parts if part)
+    head = f'<head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style></head>'
+    page = f'<!doctype html><html lang="en">{head}<body><h1>{title}</h1>\n{body}\n</body></html>\n'
+    write_atomically(folder.path / "report.html", page)
+
+
+def _verdict(found: Seq[Verdict], *, on_held_out: bool) -> str:
+    if not found:
+        return ""
+    rows = [
+        f'<tr><td>{html.escape(of.metric)}</td><td>{html.escape(of.measured)}</td><td class="{of.healthy}">'
+        f"{_NAMES[of.healthy]}</td><td>{_prose(of.remedy)}</td></tr>"
+        for of in found
+    ]
+    note = "" if on_held_out else "<p>No data was held out, so these are the responses that the run trained on.</p>"
+    return f"<h2>Verdict: {headline(found)}</h2>{note}{_table(('metric', 'at the end', '', 'what to do'), rows)}"
+
+
+def _facts(facts: Mapping[str, str]) -> str:
+    rows = [f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in facts.items()]
+    return f"<h2>The run</h2>{_table((), rows)}" if rows else ""
+
+
+def _samples(samples: Seq[Sample]) -> str:
+    """Each prompt with the answers at the first and at the last step that has some."""
+    if not samples:
+        return ""
+    first, last = samples[0].step, samples[-1].step
+    answers = {(sample.step, sample.origin, sample.prompt): sample for sample in samples}
+    heads = ("held-out prompt", "response of the data", f"step {first}", *([f"step {last}"] if last != first else []))
+    rows = []
+    for sample in (sample for sample in samples if sample.step == last):
+        before = answers.get((first, sample.origin, sample.prompt))
+        shown = [before, sample] if last != first else [sample]
+        cells = [
+            f"{_text(sample.prompt)}<small>{html.escape(as_typed(sample.origin))}</small>",
+            f"{_text(sample.response)}<small>score {sample.score:.3g}</small>",
+            *("" if one is None else _answer(one) for one in shown),
+        ]
+        rows.append(_row(cells))
+    steps = [step for step, _ in groupby(sample.step for sample in samples)]
+    note = f"<p>Greedy answers; samples.jsonl has those of all {len(steps)} evaluations.</p>" if len(steps) > 2 else ""
+    return f"<h2>Answers</h2>{note}{_table(heads, rows, of='samples')}"
+
+
+def _answer(sample: Sample) -> str:
+    return _text(sample.answer) + ("" if sample.ended else "<small>cut here</small>")
+
+
+def _last_values(lines: Seq[dict[str, Any]]) -> str:
     last: dict[str, Any] = {}
     for line in lines:
         last |= line
-    rows = "".join(
-        f"<tr><td>{html.escape(key)}</td><td>{'' if value is None else format(value, '.6g')}</td></tr>"
-        for key, value in sorted(last.items())
-    )
-    data = json.loads(folder.data_report().read_text(encoding="utf-8"))
-    recipe = html.escape(folder.recipe.read_text(encoding="utf-8"))
-    write_atomically(
-        folder.path / "report.html",
-        f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(name)}</title>
-<style>body{{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}}
-img{{max-width:100%}}th,td{{text-align:left;padding:.1rem 1rem .1rem 0;font-variant-numeric:tabular-nums}}
-pre{{background:#f5f5f5;padding:1rem;overflow-x:auto}}</style></head><body><h1>{html.escape(name)}</h1>
-<img alt="loss, implicit reward and gradient norm over the steps" src="{_embedded(folder.curves_picture)}">
-<img alt="calibration, length bias, pairs, order and saturation" src="{_embedded(folder.health_picture)}">
-<h2>Last values</h2><table>{rows}</table><h2>Data</h2>{_data_table(data)}<details><summary>all of it</summary>
-<pre>{html.escape(json.dumps(data, indent=2))}</pre></details><h2>Recipe</h2><pre>{recipe}</pre></body></html>
-""",
-    )
+    values = {key: "" if value is None else format(value, ".6g") for key, value in sorted(last.items())}
+    return _table((), [_row((html.escape(key), value)) for key, value in values.items()])
 
 
 def _data_table(report: dict[str, list[dict[str, Any]]]) -> str:
-    head = ("", "source", "responses", "tokens", "per epoch", "left out", "bad rows")
-    lines = ["".join(f"<th>{name}</th>" for name in head)]
+    rows = []
     for part, sources in report.items():
         for source in sources:
             numbers = (
@@ -63,10 +124,44 @@ def _data_table(report: dict[str, list[dict[str, Any]]]) -> str:
                 sum(source["left_out"].values()),
                 source["rows_quarantined"],
             )
-            words = (part.replace("_", " "), html.escape(source["source"]), *(f"{number:,.0f}" for number in numbers))
-            lines.append("".join(f"<td>{word}</td>" for word in words))
-    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+            words = (
+                part.replace("_", " "),
+                html.escape(as_typed(source["source"])),
+                *(f"{number:,.0f}" for number in numbers),
+            )
+            rows.append(_row(words))
+    return _table(("", "source", "responses", "tokens", "per epoch", "left out", "bad rows"), rows)
 
 
-def _embedded(picture: Path) -> str:
-    return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
+def _table(heads: Iterable[str], rows: Iterable[str], *, of: str = "") -> str:
+    """Rows of HTML under escaped heads. of: the class of the table."""
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in heads)
+    start = f'<table class="{of}">' if of else "<table>"
+    return "".join((start, f"<tr>{head}</tr>" if head else "", *rows, "</table>"))
+
+
+def _row(cells: Iterable[str]) -> str:
+    return "".join(("<tr>", *(f"<td>{cell}</td>" for cell in cells), "</tr>"))
+
+
+def _folded(summary: str, content: str) -> str:
+    return f"<details><summary>{html.escape(summary)}</summary>{content}</details>"
+
+
+def _pre(text: str) -> str:
+    return f"<pre>{html.escape(text)}</pre>"
+
+
+def _text(text: str) -> str:
+    return f'<div class="text">{html.escape(text)}</div>'
+
+
+def _prose(markdown: str) -> str:
+    """A sentence of the table: its code spans become <code>."""
+    parts = html.escape(markdown).split("`")
+    return "".join(f"<code>{part}</code>" if number % 2 else part for number, part in enumerate(parts))
+
+
+def _picture(picture: Path, alt: str) -> str:
+    embedded = base64.b64encode(picture.read_bytes()).decode()
+    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{embedded}">'

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -16,6 +19,9 @@ from uft_ds.record.metrics import MetricsWriter
 
 logger = logging.getLogger("uft_ds")
 
+OnDone = Callable[[int], None]
+"""Called with the amount of work that is done."""
+
 
 class Speaker(Protocol):
     """Receives sentences for the user. All ranks call it; one of them shows the sentences."""
@@ -24,12 +30,19 @@ class Speaker(Protocol):
     def warn(self, text: str) -> None: ...
 
 
-class Reporter(Speaker, Protocol):
+class Announcer(Speaker, Protocol):
+    """A speaker that also tells what is done in a long silence."""
+
+    def phase(self, what: str) -> AbstractContextManager[None]: ...
+
+
+class Reporter(Announcer, Protocol):
     """Receives the events of the training loop."""
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
     def held_out(self, step: int, metrics: Mapping[str, float]) -> None: ...
     def checkpoint(self, step: int, waited_seconds: float) -> None: ...
+    def working(self, what: str, total: int) -> AbstractContextManager[OnDone]: ...
     @property
     def metrics_bytes(self) -> int: ...
     def __enter__(self) -> Reporter: ...
@@ -46,6 +59,15 @@ class SilentReporter:
     def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
     def held_out(self, step: int, metrics: Mapping[str, float]) -> None: ...
     def checkpoint(self, step: int, waited_seconds: float) -> None: ...
+
+    @contextmanager
+    def working(self, what: str, total: int) -> Iterator[OnDone]:
+        yield lambda done: None
+
+    @contextmanager
+    def phase(self, what: str) -> Iterator[None]:
+        yield
+
     def say(self, text: str) -> None: ...
 
     def warn(self, text: str) -> None:
@@ -62,6 +84,8 @@ class SilentReporter:
 _UNKNOWN = "-:--:--"
 SECONDS_BETWEEN_LINES = 5.0
 """Time between progress lines if the output is not a terminal."""
+SECONDS_OF_SILENCE = 15.0
+"""Time between lines that say that a phase without progress of its own is still going on."""
 
 
 class _ProgressLine:
@@ -69,7 +93,7 @@ class _ProgressLine:
 
     def __init__(self, console: Console | None, task: str, total: int) -> None:
         self._console, self._last_line = console, time.monotonic()
-        self._progress = _progress(console)
+        self._progress, self._name, self._has_worked = _progress(console), task, False
         self._task = self._progress.add_task(task, total=total, numbers="", eta=_UNKNOWN)
 
     def say(self, text: str) -> None:
@@ -81,6 +105,54 @@ class _ProgressLine:
         logger.warning(text)
         if self._console is not None:
             _print(self._console, f"warning: {text}", style="yellow")
+
+    @contextmanager
+    def phase(self, what: str) -> Iterator[None]:
+        """Announce work that has no progress of its own, and say from time to time that it is still going on."""
+        self.say(what)
+        started, is_over = time.monotonic(), threading.Event()
+
+        def go_on() -> None:
+            while not is_over.wait(SECONDS_OF_SILENCE):
+                text = f"{what}: {_clock(time.monotonic() - started)} so far"
+                logger.info(text)
+                # On a terminal the bar shows it, with a clock that runs.
+                if self._console is not None and not self._console.is_terminal:
+                    _print(self._console, text)
+
+        self._progress.update(self._task, description=what)
+        thread = threading.Thread(target=go_on, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            thread.join()
+            self._progress.update(self._task, description=self._name)
+
+    @contextmanager
+    def working(self, what: str, total: int) -> Iterator[OnDone]:
+        """Show the progress of other work than steps; the bar, or a line every few seconds, tells it meanwhile.
+
+        Args:
+            what: such as "evaluating held-out data". total: the amount of it.
+        """
+        logger.info("%s: %d", what, total)
+
+        def on_done(done: int) -> None:
+            text = f"{what}: {done:,}/{total:,}"
+            self._progress.update(self._task, description=text)
+            # The first one may take minutes, before any step has shown that the run is alive.
+            if self._is_line_due(always=not self._has_worked):
+                assert self._console is not None
+                _print(self._console, text)
+            self._has_worked = True
+
+        on_done(0)
+        try:
+            yield on_done
+        finally:
+            self._progress.update(self._task, description=self._name)
 
     def _is_line_due(self, *, always: bool) -> bool:
         """Whether a line of progress is printed now, where no bar is shown."""
@@ -170,16 +242,39 @@ def _progress(console: Console | None) -> Progress:
 
 
 def one_line(metrics: Mapping[str, float]) -> str:
-    """The few most important numbers of a step in one line: loss, reward of each kind, speed."""
+    """The few most important numbers of a step or an evaluation in one line: loss, what fits each kind, speed.
+
+    Of pairs that stay together it is the margin and the accuracy, because the mean reward of both sides says nothing;
+    of other responses the implicit reward; without any of these, as in SFT, the share of most probable tokens.
+    """
     parts = [f"loss {metrics['loss']:.4f}"]
-    rewards = {kind: metrics.get(f"implicit_reward/{kind}") for kind in KINDS}
-    # "+ 0.0" turns -0.0 into 0.0.
-    shown = [f"{kind} {round(reward, 3) + 0.0:+.3f}" for kind, reward in rewards.items() if reward is not None]
-    if shown:
-        parts.append("reward " + ", ".join(shown))
+    margin = metrics.get("pair_margin/pair")
+    rewards = _by_kind(metrics, "implicit_reward")
+    if margin is not None:
+        rewards.pop("pair", None)
+    if rewards:
+        parts.append("reward " + ", ".join(f"{kind} {_signed(reward)}" for kind, reward in rewards.items()))
+    if margin is not None:
+        parts.append(f"pair margin {_signed(margin)}, accuracy {_percent(metrics['pair_accuracy/pair'])}")
+    if not rewards and margin is None:
+        shares = _by_kind(metrics, "top1")
+        parts += [f"top-1 {kind} {_percent(share)}" for kind, share in shares.items()]
     if "tokens_per_second" in metrics:
         parts.append(f"{metrics['tokens_per_second']:.0f} tokens/s")
     return "  ".join(parts)
+
+
+def _by_kind(metrics: Mapping[str, float], name: str) -> dict[str, float]:
+    found = {kind: metrics.get(f"{name}/{kind}") for kind in KINDS}
+    return {kind: value for kind, value in found.items() if value is not None}
+
+
+def _signed(reward: float) -> str:
+    return f"{round(reward, 3) + 0.0:+.3f}"  # "+ 0.0" turns -0.0 into 0.0
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if math.isfinite(share) else "undefined"
 
 
 def _print(console: Console, text: str, style: str | None = None) -> None:

@@ -20,7 +20,8 @@ from uft_ds.host.locks import Held, Lock, NoLocks, acquire, is_held
 CHECKPOINTS = "checkpoints"
 _OF_A_RUN = (
     "recipe.yaml", "environment.json", "metrics.jsonl", "tensorboard", "wandb", CHECKPOINTS,
-    "latest", "data", "status.json", "report.html", "curves.png", "health.png", "held_out.csv", "launcher.log", "DONE",
+    "latest", "data", "status.json", "report.html", "curves.png", "health.png", "held_out.csv", "samples.jsonl",
+    "launcher.log", "DONE",
     "quickstart.json", "identity.json", "resumed.json", "wandb-id",
 )  # fmt: skip
 """Files and folders that a run creates. `--overwrite` deletes only these, logs of ranks and temporary files."""
@@ -30,6 +31,7 @@ COPIED_LATEST = "latest.copied"
 _WRITTEN_IN_PLACE = ("metrics.jsonl", "launcher.log", "DONE")
 """Files that a run opens for writing where they lie; all others are replaced by new ones."""
 
+_IN_USE = "is in use by a run that is still running; stop that run first"
 _SECONDS_OF_A_LOOK = 1.0
 """How long to wait for the lock, because `is_owned` in another process holds it for a moment."""
 _LOCK_REMEDY = (
@@ -80,6 +82,11 @@ class RunFolder:
         return self.path / "held_out.csv"
 
     @property
+    def samples(self) -> Path:
+        """Answers of the policy to held-out prompts, if the recipe asks for some."""
+        return self.path / "samples.jsonl"
+
+    @property
     def curves_picture(self) -> Path:
         return self.path / "curves.png"
 
@@ -110,6 +117,10 @@ class RunFolder:
     def sample_data(self) -> Path:
         """A few of the run's sequences (held-out ones if there are any), with which a trained model can be checked."""
         return self.path / "data" / "sample"
+
+    def start(self) -> Path:
+        """The log-ratios that the policy must have before the first step, if it starts from an adapter."""
+        return self.path / "data" / "start.json"
 
     def quarantine(self) -> Path:
         """The rows that were left out because they cannot be read, each with the reason."""
@@ -177,8 +188,24 @@ def _create_exclusively(path: Path, text: str, status: Status) -> None:
         print(f"warning: {path} cannot be written ({error.strerror}): {status.message}", file=sys.stderr)
 
 
+def has_trained(folder: RunFolder) -> bool:
+    """Whether a run in the folder has made a step, so that something would be lost with it.
+
+    An evaluation before the first step is no step. What cannot be read counts as something to lose.
+    """
+    if folder.done.exists() or (folder.checkpoints.is_dir() and any(folder.checkpoints.iterdir())):
+        return True
+    try:
+        lines = folder.metrics.read_text(encoding="utf-8").splitlines() if folder.metrics.exists() else []
+        return any(json.loads(line)["step"] > 0 for line in lines)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return True
+
+
 def check_claimable(folder: RunFolder, *, overwrite: bool) -> None:
     """Refuse a folder that holds a run or other files, before time is spent on preparing data.
+
+    A run that was stopped before its first step does not count, because nothing is lost with it.
 
     Raises:
         UserError: the message says what the folder holds and what to do.
@@ -191,16 +218,22 @@ def check_claimable(folder: RunFolder, *, overwrite: bool) -> None:
     # Every run creates the lock first. A recipe.yaml is no evidence of a run; it may be the user's own file.
     if not folder.lock.exists():
         raise UserError(f"output: {path} holds files that are not from a run of uft; give another folder")
-    if not overwrite:
-        state = "is done;" if folder.done.exists() else "did not finish; continue it with --resume,"
-        raise UserError(
-            f"output: {path} already holds a run that {state} delete it with --overwrite, "
-            "or give another folder by output=PATH"
-        )
+    if not overwrite and has_trained(folder):
+        raise _holds_a_run(folder)
+    if not overwrite and is_owned(folder):
+        raise UserError(f"output: {path} {_IN_USE}")
+
+
+def _holds_a_run(folder: RunFolder) -> UserError:
+    state = "is done;" if folder.done.exists() else "did not finish; continue it with --resume,"
+    return UserError(
+        f"output: {folder.path} already holds a run that {state} delete it with --overwrite, "
+        "or give another folder by output=PATH"
+    )
 
 
 def claim(folder: RunFolder, *, overwrite: bool, lock: Lock | None = None) -> Lock:
-    """Create the folder and lock it; with `overwrite`, delete an older run in it.
+    """Create the folder and lock it; delete an older run in it, with `overwrite` or if it never made a step.
 
     Args:
         lock: the folder's lock, if it is locked already.
@@ -216,13 +249,15 @@ def claim(folder: RunFolder, *, overwrite: bool, lock: Lock | None = None) -> Lo
     except OSError as error:
         raise UserError(f"output: {folder.path} cannot be written ({error.strerror})") from None
     lock = lock or claim_again(folder)
-    if overwrite:
-        try:
-            _empty(folder.path)
-        except OSError as error:  # shutil names a file without its folder
-            lock.close()
-            why = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-            raise UserError(f"output: {folder.path} cannot be emptied ({why})") from None
+    if not overwrite and has_trained(folder):  # since the check, by a process that has ended meanwhile
+        lock.close()
+        raise _holds_a_run(folder)
+    try:
+        _empty(folder.path)
+    except OSError as error:  # shutil names a file without its folder
+        lock.close()
+        why = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        raise UserError(f"output: {folder.path} cannot be emptied ({why})") from None
     return lock
 
 
@@ -234,6 +269,37 @@ def claim_again(folder: RunFolder) -> Lock:
     """
     # Without a lock a restart could write at the same time as the run that it replaces.
     return locked(folder, name=f"output: {folder.path}", without_locks=f"two runs could write to it; {_LOCK_REMEDY}")
+
+
+def check_ownable(folder: RunFolder) -> None:
+    """As `claim`, but leave nothing behind: a folder that exists must be writable and free, another one creatable.
+
+    Raises:
+        UserError: another process owns the folder, it cannot be written, or its file system has no locks.
+    """
+    name = f"output: {folder.path}"
+    if folder.lock.exists():
+        owned = is_owned(folder)
+        if owned is None:
+            raise UserError(f"{name} cannot be locked, so two runs could write to it; {_LOCK_REMEDY}")
+        if owned:
+            raise UserError(f"{name} is in use by a run that is still running; stop that run first")
+        if not os.access(folder.path, os.W_OK):
+            raise UserError(f"{name} cannot be written")
+        return
+    existing = next(parent for parent in (folder.path, *folder.path.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise UserError(f"output: {existing} is a file, expected a folder")
+    probe = existing / f".uft-probe.{uuid.uuid4().hex}.tmp"
+    try:
+        acquire(probe).delete()
+    except NoLocks as error:
+        probe.unlink(missing_ok=True)
+        raise UserError(
+            f"{name} cannot be locked ({error.strerror}), so two runs could write to it; {_LOCK_REMEDY}"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{name} cannot be written ({error.strerror})") from None
 
 
 def locked(folder: RunFolder, *, name: str, without_locks: str) -> Lock:
@@ -248,7 +314,7 @@ def locked(folder: RunFolder, *, name: str, without_locks: str) -> Lock:
     try:
         return acquire(folder.lock, wait_seconds=_SECONDS_OF_A_LOOK)
     except Held:
-        raise UserError(f"{name} is in use by a run that is still running; stop that run first") from None
+        raise UserError(f"{name} {_IN_USE}") from None
     except NoLocks as error:
         raise UserError(f"{name} cannot be locked ({error.strerror}), so {without_locks}") from None
     except OSError as error:

@@ -26,13 +26,15 @@ ROW = np.dtype(
     [
         ("kind", "u1"), ("pair", "<i8"), ("score", "<f8"), ("tokens", "<f8"),
         ("logp", "<f8"), ("log_ratio", "<f8"), ("reward", "<f8"), ("shift", "<f8"), ("implicit_score", "<f8"),
-        ("pair_reward", "<f8"), ("entropy", "<f8"), ("top1", "<f8"),
+        ("pair_reward", "<f8"), ("entropy", "<f8"), ("top1", "<f8"), ("rounding", "<f8"),
     ]
 )  # fmt: skip
 """A row of the table. kind: index into KINDS. pair: the pair's number in the step, -1 for none; the chosen response
 comes first. logp, log_ratio: nats, summed over tokens. reward: before the shift. log_ratio, reward and implicit_score
 are NaN without a reference. pair_reward: the quantity whose difference the pair's loss uses; NaN without a pair.
-entropy: the policy's, nats, summed over tokens. top1: number of tokens that are the policy's most probable ones."""
+entropy: the policy's, nats, summed over tokens. top1: number of tokens that are the policy's most probable ones.
+rounding: how far log_ratio may be off because the reference's log-prob was stored, nats; 0 for a forwarded one. Two
+log-ratios that it may have moved past each other count as equal."""
 
 SATURATED_BELOW = 0.01 * 0.25
 """A response is saturated if s (1 - s) of its implicit score s is below 1% of the maximum; mse and l1 then have almost
@@ -49,7 +51,7 @@ CALIBRATION_BINS = 10
 
 _CSV_COLUMNS = (
     "origin", "kind", "pair", "score", "implicit_score", "implicit_reward", "reward_shift", "log_ratio", "logp",
-    "tokens", "pair_reward", "entropy", "top1",
+    "tokens", "pair_reward", "entropy", "top1", "rounding",
 )  # fmt: skip
 _FEWEST = 3
 """The fewest responses for which a correlation is computed; with fewer it means nothing."""
@@ -64,8 +66,13 @@ def response_rows(
     *,
     entropy_R: Tensor | None = None,
     top1_R: Tensor | None = None,
+    rounding: float = 0.0,
 ) -> np.ndarray:
-    """The table of one micro-batch: [responses] of ROW. Columns of arguments that are None hold NaN (shift: 0)."""
+    """The table of one micro-batch: [responses] of ROW. Columns of arguments that are None hold NaN (shift: 0).
+
+    Args:
+        rounding: nats per square root of a response's tokens.
+    """
     rows = np.zeros(batch.num_responses, dtype=ROW)
     rows["kind"] = [KINDS.index(response.kind) for response in batch.responses]
     rows["pair"] = [-1 if response.pair_id is None else response.pair_id for response in batch.responses]
@@ -78,6 +85,7 @@ def response_rows(
     if reference_logps_R is not None:
         rewards = rewards_of(objective, batch, logps_R, reference_logps_R)
         rows["log_ratio"], rows["reward"] = rewards.log_ratios_R.cpu().numpy(), rewards.rewards_R.cpu().numpy()
+        rows["rounding"] = rounding * np.sqrt(rows["tokens"])
     if shifts_R is not None:
         rows["shift"] = shifts_R.cpu().numpy()
     rows["implicit_score"] = implicit_scores(objective, rows)
@@ -104,7 +112,7 @@ def pair_rewards(of: KindObjective, rows: np.ndarray) -> np.ndarray:
 
     A kind without a pair loss but with a pointwise loss, which has a reference, uses `reward`, too.
     """
-    loss = next((name for name in (*PAIRWISE, *REFERENCE_FREE) if name in of.losses), None)
+    loss = _deciding_loss(of)
     a_token = rows["logp"] / rows["tokens"]
     if loss == "simpo":
         return np.asarray(of.beta * a_token)
@@ -112,7 +120,16 @@ def pair_rewards(of: KindObjective, rows: np.ndarray) -> np.ndarray:
         return np.asarray(of.beta * rows["logp"])
     if loss == "odds_ratio":
         return log_odds(torch.from_numpy(a_token)).numpy()
-    return np.asarray(rows["reward"] if NEEDS_REFERENCE & of.losses.keys() else a_token)
+    return np.asarray(rows["reward"] if compares_with_reference(of) else a_token)
+
+
+def compares_with_reference(of: KindObjective) -> bool:
+    """Whether the kind's `pair_rewards` are implicit rewards, and not those of a loss without a reference."""
+    return _deciding_loss(of) not in REFERENCE_FREE and bool(NEEDS_REFERENCE & of.losses.keys())
+
+
+def _deciding_loss(of: KindObjective) -> str | None:
+    return next((name for name in (*PAIRWISE, *REFERENCE_FREE) if name in of.losses), None)
 
 
 def write_rows(path: Path, rows: np.ndarray, origins: Seq[str]) -> None:
@@ -129,9 +146,9 @@ def write_rows(path: Path, rows: np.ndarray, origins: Seq[str]) -> None:
         pair = "" if value["pair"] < 0 else value["pair"]
         shift = math.nan if math.isnan(value["reward"]) else value["shift"]  # without a reward there is no shift
         numbers = [value["score"], value["implicit_score"], value["reward"], shift, value["log_ratio"], value["logp"]]
-        numbers += [value["pair_reward"], value["entropy"], value["top1"]]
-        *shown, of_pair, entropy, top1 = ("" if math.isnan(x) else f"{x:.9g}" for x in numbers)
-        writer.writerow([origin, KINDS[value["kind"]], pair, *shown, int(value["tokens"]), of_pair, entropy, top1])
+        further = [value["pair_reward"], value["entropy"], value["top1"], value["rounding"]]
+        shown, after = (["" if math.isnan(x) else f"{x:.9g}" for x in part] for part in (numbers, further))
+        writer.writerow([origin, KINDS[value["kind"]], pair, *shown, int(value["tokens"]), *after])
     write_atomically(path, text.getvalue())
 
 
@@ -152,6 +169,7 @@ def read_rows(path: Path) -> np.ndarray:
     rows["shift"] = [number(line["reward_shift"] or "0") for line in lines]
     for name in ("entropy", "top1"):
         rows[name] = [number(line.get(name) or "") for line in lines]
+    rows["rounding"] = [number(line.get("rounding") or "0") for line in lines]  # absent in files of older versions
     return rows
 
 
@@ -164,9 +182,9 @@ def health(rows: np.ndarray, objective: Objective) -> dict[str, float]:
     for code, kind in enumerate(KINDS):
         of_kind = rows[rows["kind"] == code]
         if len(of_kind):
-            values = _amounts(of_kind) | _pairs(of_kind)
+            values = _amounts(of_kind) | _pairs(of_kind, objective)
             if objective.needs_reference:
-                values |= _against_reference(of_kind)
+                values |= _against_reference(of_kind, objective)
             if can_saturate(objective, kind):
                 values |= _saturation(of_kind)
             metrics |= {f"{name}/{kind}": float(value) for name, value in values.items()}
@@ -188,18 +206,28 @@ def _amounts(rows: np.ndarray) -> dict[str, float]:
     }
 
 
-def _against_reference(rows: np.ndarray) -> dict[str, float]:
+def reward_rounding(rows: np.ndarray, objective: Objective) -> np.ndarray:
+    """How far each row's reward may be off, from its log-ratio's `rounding`: [rows], in the unit of rewards."""
+    betas = np.array([objective.of_kind[kind].beta for kind in KINDS])[rows["kind"]]
+    is_a_token = np.array([objective.compares_means(kind) for kind in KINDS])[rows["kind"]]
+    return np.asarray(betas * rows["rounding"] / np.where(is_a_token, rows["tokens"], 1.0))
+
+
+def _against_reference(rows: np.ndarray, objective: Objective) -> dict[str, float]:
     scores, given = rows["implicit_score"], rows["score"]
+    rounding = reward_rounding(rows, objective)
+    raised = rows.copy()
+    raised["reward"] += rounding
     return {
         "implicit_reward": rows["reward"].mean(),
         "implicit_score": scores.mean(),
         "log_ratio": rows["log_ratio"].mean(),
         "log_ratio_per_token": (rows["log_ratio"] / rows["tokens"]).mean(),
         "score_error": np.abs(scores - given).mean(),
-        "calibration_error": calibration_error(scores, given),
+        "calibration_error": calibration_error(scores, given, implicit_scores(objective, raised)),
         # From rewards, not from implicit scores: the scores of large rewards are all 1 and cannot be ranked.
-        "rank_correlation": rank_correlation(rows["reward"] - rows["shift"], given),
-        "length_correlation": rank_correlation(rows["log_ratio"], rows["tokens"]),
+        "rank_correlation": rank_correlation(rows["reward"] - rows["shift"], given, rounding),
+        "length_correlation": rank_correlation(rows["log_ratio"], rows["tokens"], rows["rounding"]),
     }
 
 
@@ -216,11 +244,15 @@ def _saturation(rows: np.ndarray) -> dict[str, float]:
     }
 
 
-def _pairs(rows: np.ndarray) -> dict[str, float]:
+def _pairs(rows: np.ndarray, objective: Objective) -> dict[str, float]:
     chosen, rejected = sides(rows)
     if not len(chosen):
         return {}
     margins = chosen["pair_reward"] - rejected["pair_reward"]
+    rounding = np.zeros(len(chosen))
+    if compares_with_reference(objective.of_kind["pair"]):
+        rounding = reward_rounding(chosen, objective) + reward_rounding(rejected, objective)
+    signs = np.where(np.abs(margins) <= rounding, 0.0, np.sign(margins))
     return {
         "logp_chosen": chosen["logp"].mean(),
         "logp_rejected": rejected["logp"].mean(),
@@ -228,7 +260,7 @@ def _pairs(rows: np.ndarray) -> dict[str, float]:
         "implicit_reward_rejected": rejected["pair_reward"].mean(),
         "pair_margin": margins.mean(),
         # Before the first step every margin is exactly 0, which counts as half right.
-        "pair_accuracy": (np.sign(margins) / 2 + 0.5).mean(),
+        "pair_accuracy": (signs / 2 + 0.5).mean(),
     }
 
 
@@ -241,12 +273,19 @@ def sides(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return paired[first], paired[first + 1]
 
 
-def calibration(scores: np.ndarray, given: np.ndarray) -> list[tuple[int, float, float]]:
+def calibration(
+    scores: np.ndarray, given: np.ndarray, highest: np.ndarray | None = None
+) -> list[tuple[int, float, float]]:
     """(number of responses, mean implicit score, mean given score) for each bin of the implicit score with responses.
 
     Implicit scores outside [0, 1], which `raw` allows, are in the outermost bins.
+
+    Args:
+        highest: what each implicit score may be but for rounding. A score that rounding may have moved below the edge
+            of a bin counts as on the edge: else responses of one score, such as 1/2, would be divided by chance.
     """
-    bins = np.clip(scores * CALIBRATION_BINS, 0, CALIBRATION_BINS - 1).astype(int)
+    edges = scores if highest is None else highest
+    bins = np.clip(edges * CALIBRATION_BINS, 0, CALIBRATION_BINS - 1).astype(int)
     members = [bins == number for number in range(CALIBRATION_BINS)]
     return [
         (int(inside.sum()), float(scores[inside].mean()), float(given[inside].mean()))
@@ -255,27 +294,40 @@ def calibration(scores: np.ndarray, given: np.ndarray) -> list[tuple[int, float,
     ]
 
 
-def calibration_error(scores: np.ndarray, given: np.ndarray) -> float:
-    """Expected calibration error: the mean over responses of |mean implicit - mean given score| of their bin."""
+def calibration_error(scores: np.ndarray, given: np.ndarray, highest: np.ndarray | None = None) -> float:
+    """Expected calibration error: the mean over responses of |mean implicit - mean given score| of their bin.
+
+    Args:
+        highest: see `calibration`.
+    """
     if not np.isfinite(scores).all():
         return math.nan
-    return sum(number * abs(implicit - true) for number, implicit, true in calibration(scores, given)) / len(scores)
+    bins = calibration(scores, given, highest)
+    return sum(number * abs(implicit - true) for number, implicit, true in bins) / len(scores)
 
 
-def rank_correlation(left: np.ndarray, right: np.ndarray) -> float:
+def rank_correlation(left: np.ndarray, right: np.ndarray, rounding: np.ndarray | float = 0.0) -> float:
     """Spearman's rank correlation, with mean ranks for equal values.
 
     NaN if all values of one side are equal, or for fewer than three responses.
+
+    Args:
+        rounding: how far each value of `left` may be off. Two values count as equal if it may have exchanged them.
     """
     if len(left) < _FEWEST or not np.isfinite(left).all():
         return math.nan
-    ranks, others = _mean_ranks(left), _mean_ranks(right)
+    ranks, others = _mean_ranks(left, rounding), _mean_ranks(right)
     if np.ptp(ranks) == 0 or np.ptp(others) == 0:
         return math.nan
     return float(np.corrcoef(ranks, others)[0, 1])
 
 
-def _mean_ranks(values: np.ndarray) -> np.ndarray:
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    return np.asarray((ends - (counts - 1) / 2)[place])
+def _mean_ranks(values: np.ndarray, rounding: np.ndarray | float = 0.0) -> np.ndarray:
+    """The rank of each value: 1 + the values below it + half of those that equal it; equal: the intervals overlap.
+
+    Each value is compared with each other one, so equality need not be transitive: a chain of near values is no tie.
+    """
+    lowest, highest = values - rounding, values + rounding
+    below = np.searchsorted(np.sort(highest), lowest, side="left")
+    above = len(values) - np.searchsorted(np.sort(lowest), highest, side="right")
+    return np.asarray((len(values) + 1 + below - above) / 2)

@@ -12,35 +12,39 @@ import torch
 from uft_ds.architectures.facts import attention_parity
 from uft_ds.checkpoint.load import stored_reference
 from uft_ds.data.example import KEY_BYTES
+from uft_ds.data.sources import PreparedData
 from uft_ds.data.store.sequences import Pool
-from uft_ds.engine.engine import Engine, deepspeed_config, partitioned_loading
+from uft_ds.data.tokens.tokenize import load_tokenizer
+from uft_ds.engine.deepspeed_file import deepspeed_config
+from uft_ds.engine.engine import Engine, partitioned_loading
 from uft_ds.engine.ranks import current_ranks
 from uft_ds.host.world import launcher_environment
-from uft_ds.known.cache import Known
+from uft_ds.known.cache import STORED_ROUNDING_NATS, Known
 from uft_ds.known.store import LogpTable, ReferenceStore, set_aside
 from uft_ds.recipe.settings import Settings
-from uft_ds.record.report import Speaker
+from uft_ds.record.report import Announcer, Speaker
 from uft_ds.record.run_folder import RunFolder, reading_identity
 from uft_ds.run.checks import check_sharding
-from uft_ds.streams.adapters import add_adapters, start_from_adapter
-from uft_ds.streams.identity import reference_identity
+from uft_ds.run.prepare import prompts_of
+from uft_ds.streams.adapters import add_adapters, start_from_adapter, start_policy_from_adapter
+from uft_ds.streams.identity import reference_identity, weight_files
 from uft_ds.streams.load import decoder_layer_class, load_base
 from uft_ds.streams.model import UFTModel
 from uft_ds.training.evaluate import check_reference_cache
+from uft_ds.training.samples import Sampler
 
 
-def build_engine(settings: Settings, reporter: Speaker) -> tuple[Engine, UFTModel]:
+def build_engine(settings: Settings, reporter: Announcer) -> tuple[Engine, UFTModel]:
     """Load the base model (shard by shard under ZeRO-3), add the adapters and wrap both in the engine.
 
-    Every rank must call it. Warnings about the sharding go to `reporter`.
+    Every rank must call it. Warnings about the sharding go to `reporter`, which also tells what is being done.
     """
     dtype = getattr(torch, settings.model.dtype)
     ranks, ranks_per_node = current_ranks().world_size, launcher_environment().ranks_per_node
     for warning in check_sharding(settings, ranks=ranks, ranks_per_node=ranks_per_node):
         reporter.warn(warning)
     config = deepspeed_config(settings.deepspeed.checked, dtype=dtype, max_grad_norm=settings.train.max_grad_norm)
-    reporter.say(f"loading {settings.model.base}")
-    with partitioned_loading(config):
+    with reporter.phase(f"loading {settings.model.base}{_size_of(settings.model.base)}"), partitioned_loading(config):
         base = load_base(
             settings.model.base,
             revision=settings.model.revision,
@@ -58,6 +62,8 @@ def build_engine(settings: Settings, reporter: Speaker) -> tuple[Engine, UFTMode
     )
     if settings.reference.adapter is not None:
         start_from_adapter(policy, Path(settings.reference.adapter))
+    if settings.start_adapter is not None:
+        start_policy_from_adapter(policy, Path(settings.start_adapter))
     model = UFTModel(
         policy,
         reference_mode=settings.reference.mode,
@@ -65,16 +71,31 @@ def build_engine(settings: Settings, reporter: Speaker) -> tuple[Engine, UFTMode
         chunk_bytes=settings.model.logits_bytes,
     )
     layer_class = decoder_layer_class(base)
-    engine = Engine(
-        model,
-        config,
-        layer_class=layer_class,
-        weight_decay=settings.train.weight_decay,
-        betas=settings.train.betas,
-        attention_parity=attention_parity(base.config),
-        collective_timeout_minutes=settings.launch.collective_timeout_minutes,
-    )
+    with reporter.phase(f"preparing the engine on {_counted(ranks, 'rank')}"):
+        engine = Engine(
+            model,
+            config,
+            layer_class=layer_class,
+            weight_decay=settings.train.weight_decay,
+            betas=settings.train.betas,
+            attention_parity=attention_parity(base.config),
+            collective_timeout_minutes=settings.launch.collective_timeout_minutes,
+        )
     return engine, model
+
+
+def _size_of(base: str) -> str:
+    """`: 0.54 GB in 1 file` of a local folder; nothing of a hub name, whose files may have to be fetched."""
+    if not Path(base).exists():
+        return ""
+    files = weight_files(Path(base))
+    gigabytes = sum(path.stat().st_size for path in files) / 1e9
+    return f": {gigabytes:.2g} GB in {_counted(len(files), 'file')}"
+
+
+def _counted(number: int, word: str) -> str:
+    """`1 file`, `2 files`."""
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
 
 
 def build_reference_cache(
@@ -112,13 +133,15 @@ def build_reference_cache(
         else:
             snapshot[0] = stored_reference(checkpoint, identity)
     torch.distributed.broadcast_object_list(snapshot, src=0)
-    cache = Known.of_reference(settings.reference.how, snapshot[0], identity=identity, store=store)
+    dtype = getattr(torch, settings.model.dtype)
+    rounding = STORED_ROUNDING_NATS[dtype]
+    cache = Known.of_reference(settings.reference.how, snapshot[0], identity=identity, rounding=rounding, store=store)
     check = check_reference_cache(
         engine,
         cache,
         pools,
         tokens_per_micro_batch=settings.train.tokens_per_micro_batch,
-        dtype=getattr(torch, settings.model.dtype),
+        dtype=dtype,
     )
     if check is not None and check.agrees:
         reporter.say(
@@ -134,6 +157,17 @@ def build_reference_cache(
         )
         cache.forget()
     return cache
+
+
+def build_sampler(settings: Settings, data: PreparedData, model: UFTModel) -> Sampler | None:
+    """The held-out prompts that the policy answers at evaluations; None if the recipe asks for none."""
+    if not settings.train.samples:
+        return None
+    chat = load_tokenizer(
+        settings.model.base, revision=settings.model.revision, chat_template=settings.model.chat_template
+    )
+    prompts = prompts_of(settings, data, model.policy.get_base_model().config)
+    return Sampler(prompts, chat, settings.train.sample_tokens, settings.train.tokens_per_micro_batch)
 
 
 def _reference_content(folder: RunFolder) -> dict[str, Any]:

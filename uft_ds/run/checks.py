@@ -11,11 +11,14 @@ from pathlib import Path
 
 import torch
 
+from uft_ds.checkpoint.folder import ADAPTER
 from uft_ds.engine.zero_section import check_ranks
 from uft_ds.errors import UserError
+from uft_ds.host.packages import install_command
 from uft_ds.recipe.settings import Settings
+from uft_ds.record.run_folder import CHECKPOINTS, RunFolder, reading_identity
 from uft_ds.streams.accept import accepted_policy, check_positions
-from uft_ds.streams.adapters import adapted_weights, start_from_adapter
+from uft_ds.streams.adapters import adapted_weights, start_from_adapter, start_policy_from_adapter
 from uft_ds.streams.identity import OnFile, base_identity
 from uft_ds.streams.load import attention_implementation, check_base, empty_base
 from uft_ds.streams.model import UFTModel
@@ -39,14 +42,16 @@ def check_recipe(settings: Settings) -> tuple[str, ...]:
         warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a deprecated property of transformers
         if settings.reference.adapter is not None:
             start_from_adapter(policy, Path(settings.reference.adapter))
+        if settings.start_adapter is not None:
+            start_policy_from_adapter(policy, Path(settings.start_adapter))
         UFTModel(policy, reference_mode=settings.reference.mode)
     check_positions(config, settings.data.max_length)
     if settings.model.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
-        raise UserError("model.attention: flash_attention_2 needs flash-attn: pip install 'uft-ds[gpu]', or take auto")
+        raise UserError(f"model.attention: flash_attention_2 needs flash-attn: {install_command('gpu')}, or take auto")
     if settings.reference.caches:
         _check_writable(settings.reference.cache_dir)
     if "wandb" in settings.tracking and importlib.util.find_spec("wandb") is None:
-        raise UserError("tracking: wandb is not installed: pip install 'uft-ds[wandb]', or leave it out")
+        raise UserError(f"tracking: wandb is not installed: {install_command('wandb')}, or leave it out")
     return adapted
 
 
@@ -82,6 +87,7 @@ def check_inputs_lie_outside(settings: Settings) -> None:
         "model.chat_template": settings.model.chat_template,
         "deepspeed": settings.deepspeed.name,
         "reference.adapter": settings.reference.adapter,
+        "start.adapter": settings.start_adapter,
         "reference.cache_dir": settings.reference.given_cache_dir,
         "data.cache_dir": settings.data.given_cache_dir,
         **data,
@@ -124,14 +130,30 @@ def _place_inside(path: Path, output_as_given: Path, output: Path, *, with_links
     return next((place for place in reached if place.is_relative_to(output)), None)
 
 
-def check_adapter_is_of_base(settings: Settings, on_file: OnFile) -> None:
-    """Refuse a reference adapter that was trained on another base: if the shapes agree, it would load silently.
+def check_adapters_are_of_base(settings: Settings, on_file: OnFile) -> None:
+    """Refuse an adapter that was trained on another base: if the shapes agree, it would load silently.
+
+    The adapter of a run is compared by the content of the base that the run recorded, another one by its base's name.
 
     Raises:
         UserError: names both.
     """
-    assert settings.reference.adapter is not None
-    folder, base = Path(settings.reference.adapter), settings.model.base
+    for key, given in (("reference.adapter", settings.reference.adapter), ("start.adapter", settings.start_adapter)):
+        if given is not None:
+            _check_is_of_base(key, Path(given), settings, on_file)
+
+
+def _check_is_of_base(key: str, folder: Path, settings: Settings, on_file: OnFile) -> None:
+    base, run = settings.model.base, _run_of(folder)
+    if run is not None:
+        with reading_identity(run) as identity:
+            trained_on = dict(identity["base"])
+        if trained_on != base_identity(base, settings.model.revision, on_file):
+            raise UserError(
+                f"{key}: {folder} is of the run {run.path}, which was trained on a base of other content than "
+                f"{base} (model.base): the same adapter on other weights is another model"
+            )
+        return
     theirs = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
     if theirs is None or theirs == base or (not Path(theirs).is_dir() and Path(theirs).name == Path(base).name):
         return
@@ -139,9 +161,18 @@ def check_adapter_is_of_base(settings: Settings, on_file: OnFile) -> None:
     if Path(theirs).is_dir() and base_identity(theirs, None, on_file) == ours:
         return
     raise UserError(
-        f"reference.adapter: {folder} was trained on {theirs}, model.base is {base}: the same adapter on other weights "
+        f"{key}: {folder} was trained on {theirs}, model.base is {base}: the same adapter on other weights "
         "is another model (if the weights are the same, correct base_model_name_or_path in its adapter_config.json)"
     )
+
+
+def _run_of(adapter: Path) -> RunFolder | None:
+    """The run in one of whose checkpoints an adapter lies, if the run says what its base is; otherwise None."""
+    real = adapter.resolve()
+    if real.name != ADAPTER or real.parent.parent.name != CHECKPOINTS:
+        return None
+    run = RunFolder(real.parent.parent.parent)
+    return run if run.identity.exists() else None
 
 
 def _check_writable(folder: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import platform
 import subprocess
 import sys
+from datetime import datetime
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -31,20 +32,23 @@ _PACKAGES = (
 
 MAY_CHANGE = (
     "name", "output", "launch.*", "tracking*", "deepspeed", "data.workers", "*.cache_dir", "train.checkpoint_every",
-    "train.keep_checkpoints", "train.keep_best", "train.evaluate_every", "train.max_skipped_steps",
+    "train.keep_checkpoints", "train.keep_best", "train.evaluate_every", "train.samples", "train.sample_tokens",
+    "train.max_skipped_steps",
     "train.tokens_per_micro_batch", "model.gradient_checkpointing", "model.activation_offload", "model.logits_mib",
 )  # fmt: skip
 """Keys (patterns) that may change on resume: they decide how a run is computed, not what. Losses agree to rounding."""
 
 
 def run_identity(settings: Settings, data: PreparedData, on_progress: OnProgress) -> dict[str, Any]:
-    """Content hashes of base weights, reference adapter, and each source's rows, rules, tokenizer and template."""
-    base, adapter = settings.model.base, settings.reference.adapter
+    """Content hashes of base weights, adapters, and each source's rows, rules, tokenizer and template."""
+    base, adapter, start = settings.model.base, settings.reference.adapter, settings.start_adapter
     revision = settings.model.revision
     content = base_identity(base, revision, partial(on_progress, f"hashing {base}"))
     return {
         "base": content,
         "adapter": adapter_identity(Path(adapter)) if adapter else None,
+        # Only where there is one: runs of versions without it have no such key, and their owners' hashes stay.
+        **({"start": adapter_identity(Path(start), "start.adapter")} if start else {}),
         "data": {
             f"{part}.{number}": {key: parts[key] for key in ("content", "rules", "tokenizer", "chat_template")}
             for part, sources in (("sources", data.train), ("held_out", data.held_out))
@@ -59,7 +63,7 @@ def may_change(key: str) -> bool:
     return _is_one_of(key, MAY_CHANGE)
 
 
-_PLACES = ("model.base", "model.revision", "model.chat_template", "reference.adapter", "data.*.path")
+_PLACES = ("model.base", "model.revision", "model.chat_template", "reference.adapter", "start.adapter", "data.*.path")
 """Keys (patterns) that say where an input lies; its content is in the identity."""
 
 
@@ -76,12 +80,12 @@ def _is_one_of(key: str, patterns: tuple[str, ...]) -> bool:
 
 
 def environment(settings: Settings) -> dict[str, object]:
-    """Command, versions, attention, git revision and the identity of the initial adapter, for reproducing the run.
+    """Date, command, versions, attention, git revision and the identities of initial adapters, for reproducing the run.
 
     Raises:
         UserError: the base's config cannot be read.
     """
-    adapter, model = settings.reference.adapter, settings.model
+    adapter, start, model = settings.reference.adapter, settings.start_adapter, settings.model
     config = check_base(model.base, model.revision)
     versions = {}
     for package in _PACKAGES:
@@ -90,6 +94,7 @@ def environment(settings: Settings) -> dict[str, object]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
     return {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": sys.argv,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -98,6 +103,7 @@ def environment(settings: Settings) -> dict[str, object]:
         "attention": attention_implementation(model.attention, getattr(torch, model.dtype), config),
         "git_revision": _git_revision(),
         "reference_adapter": adapter_identity(Path(adapter)) if adapter else None,
+        "start_adapter": adapter_identity(Path(start), "start.adapter") if start else None,
     }
 
 

@@ -1,29 +1,24 @@
-"""Start the ranks of a run on this machine with torchrun, pass on stop signals, and find out how the run ended."""
+"""Start the ranks of a run on this machine, pass on stop signals, and find out how the run ended."""
 
 from __future__ import annotations
 
 import os
-import re
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
-import psutil
 import torch
 
 from uft_ds.errors import EXIT_BAD_INPUT, EXIT_CRASHED, EXIT_DONE, EXIT_INTERRUPTED, EXIT_STOPPED, UserError
 from uft_ds.host.ports import free_port, is_free
-from uft_ds.host.process import LAUNCHED_BY, die_with_parent
+from uft_ds.host.process import LAUNCHED_BY
 from uft_ds.host.world import given_port
 from uft_ds.record.run_folder import RunFolder, Status
+from uft_ds.run.order import LaunchedRanks, Order
 
-_SECONDS_TO_STOP = 15
 _POLL_SECONDS = 0.5
 _STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
-RANK_MODULE = "uft_ds.train"
 
 
 def number_of_ranks(asked: int | str) -> int:
@@ -55,40 +50,37 @@ def master_port() -> int:
 
 
 def launch(
-    folder: RunFolder, *, ranks: int, port: int, options: tuple[str, ...] = (), say: Callable[[str], None] = print
+    folder: RunFolder,
+    start: Callable[[Order], LaunchedRanks],
+    *,
+    ranks: int,
+    port: int,
+    options: tuple[str, ...] = (),
+    say: Callable[[str], None] = print,
 ) -> Status:
     """Run `uft_ds.train` on `ranks` processes until they end; the caller has prepared and locked the folder.
 
     A signal that asks to stop is passed on to the ranks, which save a checkpoint first; a second Ctrl-C ends them at
-    once. torchrun's own output goes to launcher.log, because it replaces exit codes and prints a traceback for each.
+    once.
     """
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(ranks)),
-        *("--master-addr", "127.0.0.1", "--master-port", str(port), "--max-restarts", "0"),
-        *("-m", RANK_MODULE, str(folder.recipe), "--prepared", *options),
-    ]
+    folder.launcher_log.write_text("")
+    arguments = (str(folder.recipe), "--prepared", *options)
     heard: list[int] = []
-    with folder.launcher_log.open("w", encoding="utf-8") as log, _noting(heard):
-        process = subprocess.Popen(
-            command, stderr=log, env=rank_environment(ranks), start_new_session=True, preexec_fn=_as_child
-        )
+    with _noting(heard):
+        launched = start(Order(arguments, rank_environment(ranks), ranks, port, folder.launcher_log))
         has_said = False
-        while True:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(_POLL_SECONDS)
-                break
+        while (codes := launched.poll(_POLL_SECONDS)) is None:
             if heard.count(signal.SIGINT) > 1:
-                _stop(process)
+                launched.end()
                 return _written(folder, Status(EXIT_INTERRUPTED, "interrupted"))
             if heard:
                 if not has_said:
                     say("stopping: the step that is running is finished and saved first (Ctrl-C again: at once)")
                     has_said = True
-                _ask_to_stop(process)
+                launched.ask_to_stop()
     if folder.done.exists():  # written last: whatever has ended the processes since then, nothing is missing
         return _written(folder, Status(EXIT_DONE, "done"))
     # A killed rank leaves no status file; the status that another rank left would name a mere consequence.
-    codes = _exit_codes(folder)
     killed = [f"rank {rank} was killed (signal {-code})" for rank, code in codes.items() if code < 0]
     if killed:
         why = f"{', '.join(killed)}: out of memory? See {folder.launcher_log} and the system's log"
@@ -98,11 +90,8 @@ def launch(
         # The ranks received SIGUSR1, whichever signal the user sent to this process.
         status = replace(status, message=status.message.replace("SIGUSR1", signal.Signals(heard[0]).name))
         return _written(folder, status)
-    if process.returncode < 0:
-        why = f"the launcher, torchrun, was killed (signal {-process.returncode}), and the ranks died with it"
-        silent = Status(EXIT_CRASHED, f"{why}: out of memory? See the system's log")
-    else:
-        silent = Status(EXIT_CRASHED, f"the ranks ended without a status; see {folder.launcher_log}")
+    why = "as when the process that started them is killed" if not codes else f"exit codes {sorted(codes.values())}"
+    silent = Status(EXIT_CRASHED, f"the ranks ended without a status, {why}; see {folder.launcher_log}")
     return folder.read_status() or _said_for_the_ranks(folder, silent)
 
 
@@ -134,23 +123,6 @@ def _noting(heard: list[int]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _as_child() -> None:
-    """Set up signals in the child process before its program starts."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the ranks inherit this until they install their handler
-    die_with_parent()
-
-
-def _ask_to_stop(launcher: subprocess.Popen[bytes]) -> None:
-    """Signal the ranks. The caller repeats it, because a rank that has just started ignores the signal."""
-    with suppress(psutil.Error):
-        for child in psutil.Process(launcher.pid).children(recursive=True):
-            with suppress(psutil.Error):
-                if RANK_MODULE in child.cmdline():
-                    child.send_signal(signal.SIGUSR1)
-
-
 def rank_environment(ranks: int) -> dict[str, str]:
     """The environment of the ranks: this process's, with defaults for variables that the user has not set."""
     defaults = {
@@ -159,22 +131,3 @@ def rank_environment(ranks: int) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
     }
     return defaults | dict(os.environ) | {LAUNCHED_BY: str(os.getpid())}
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-            process.wait(timeout=_SECONDS_TO_STOP)
-            return
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
-
-
-def _exit_codes(folder: RunFolder) -> dict[int, int]:
-    """Exit codes of the failed ranks, by rank, read from torchrun's log: a killed rank cannot write its own status."""
-    log = folder.launcher_log.read_text(encoding="utf-8", errors="replace")
-    found = re.findall(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)", log)
-    return {int(rank): int(code) for code, rank in found}

@@ -9,10 +9,12 @@ import json
 import platform
 from dataclasses import asdict
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from uft_ds.checkpoint.owner import RUN
-from uft_ds.data.mixture import Steps, plan_steps, units_of_epochs
+from uft_ds.data.mixture import SHORT_AFTER, Steps, plan_steps, units_of_epochs
+from uft_ds.data.source import SourceState
 from uft_ds.data.sources import (
     PreparedData,
     PreparedSource,
@@ -22,7 +24,7 @@ from uft_ds.data.sources import (
     open_source,
     prepare_source,
 )
-from uft_ds.data.store.sequences import check_content, write_sample
+from uft_ds.data.store.sequences import check_content
 from uft_ds.data.store.tokenized import is_whole
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.tokenize import load_tokenizer
@@ -35,11 +37,13 @@ from uft_ds.recipe.file import stored_recipe
 from uft_ds.recipe.rules import kind_problems
 from uft_ds.recipe.settings import Settings
 from uft_ds.record.run_folder import RunFolder, check_claimable, claim, release
-from uft_ds.run.checks import check_adapter_is_of_base, check_inputs_lie_outside, check_recipe
+from uft_ds.run.checks import check_adapters_are_of_base, check_inputs_lie_outside, check_recipe
 from uft_ds.run.identity import environment, owner, run_identity
 from uft_ds.run.settings import with_deepspeed_file, with_fixed_revision
+from uft_ds.run.start_adapter import Start, start_of, write_sample_of, write_start
 from uft_ds.streams.identity import local_folder
 from uft_ds.streams.load import check_base, check_base_files, embedding_rows
+from uft_ds.training.samples import Prompt, check_samples, choose_prompts, longest_prompt
 
 
 def prepare_data(
@@ -73,6 +77,23 @@ def prepare_data(
     check_units_fit(data, settings.train.tokens_per_micro_batch, max_length=settings.data.max_length)
     _check_mixture(settings, data)
     return data
+
+
+def prepare_fitting_data(
+    settings: Settings, on_progress: OnProgress = lambda label, done, total: None
+) -> tuple[ChatTokenizer, PreparedData]:
+    """As `prepare_data`; the tokenizer and all tokens must fit the base's embedding. No weights are read.
+
+    Raises:
+        UserError: as `prepare_data`; or the base has no config, or a token is beyond its embedding.
+    """
+    model = settings.model
+    rows = embedding_rows(check_base(model.base, model.revision))
+    chat = load_tokenizer(model.base, revision=model.revision, chat_template=model.chat_template)
+    check_fits_embedding(chat, rows)
+    data = prepare_data(settings, chat, on_progress)
+    check_fits_embedding(chat, rows, (source.selection.store.token_ids for source in data.all))
+    return chat, data
 
 
 def open_data(settings: Settings, folder: RunFolder) -> PreparedData:
@@ -127,14 +148,19 @@ def ensure_data(settings: Settings, folder: RunFolder, *, has_prepared: bool) ->
         )
 
 
-def steps_of(settings: Settings, data: PreparedData) -> Steps:
-    """All steps of a run."""
+def steps_of(settings: Settings, data: PreparedData, state: SourceState = MappingProxyType({})) -> Steps:
+    """All steps of a run.
+
+    Args:
+        state: of the source of steps, as in the checkpoint that the run resumes from.
+    """
     return plan_steps(
         data.train,
         seed=settings.train.seed,
         examples_per_step=settings.train.examples_per_step,
         epochs=settings.train.epochs,
         steps=settings.train.steps,
+        short_after=frozenset(state.get(SHORT_AFTER, ())),
     )
 
 
@@ -207,18 +233,33 @@ def prepare_run(
         UserError: a check failed; nothing has been written to the folder.
     """
     folder = RunFolder(settings.output)
-    check_claimable(folder, overwrite=overwrite)
-    settings, data = check_run(settings, on_progress)
-    identity = run_identity(settings, data, on_progress)
+    settings, data, identity, start = check_prepare(settings, overwrite=overwrite, on_progress=on_progress)
     lock = claim(folder, overwrite=overwrite, lock=lock)
     try:
         _write_prepared(folder, settings, data, identity)
+        if start is not None:
+            write_start(folder, start)
     except BaseException as error:
         release(folder, lock)
         if isinstance(error, OSError):
             raise UserError(f"output: {folder.path} cannot be written ({error.strerror})") from None
         raise
     return folder, data, lock
+
+
+def check_prepare(
+    settings: Settings, *, overwrite: bool, on_progress: OnProgress = lambda label, done, total: None
+) -> tuple[Settings, PreparedData, dict[str, Any], Start | None]:
+    """All checks of `prepare_run`; the run's folder is not touched.
+
+    Returns:
+        What `check_run` returns, the run's identity, and what its policy must compute before the first step.
+    Raises:
+        UserError: a check failed.
+    """
+    check_claimable(RunFolder(settings.output), overwrite=overwrite)
+    settings, data = check_run(settings, on_progress)
+    return settings, data, run_identity(settings, data, on_progress), start_of(settings, data, on_progress)
 
 
 def check_run(
@@ -234,21 +275,23 @@ def check_run(
     adapted = check_recipe(settings)
     settings = with_fixed_revision(settings)
     check_base_files(local_folder(settings.model.base, settings.model.revision), adapted)
-    chat = load_tokenizer(
-        settings.model.base, revision=settings.model.revision, chat_template=settings.model.chat_template
-    )
-    rows = embedding_rows(check_base(settings.model.base, settings.model.revision))
-    check_fits_embedding(chat, rows)
-    data = prepare_data(settings, chat, on_progress)
-    check_fits_embedding(chat, rows, (source.selection.store.token_ids for source in data.all))
-    if settings.reference.adapter is not None:
-        check_adapter_is_of_base(settings, partial(on_progress, "hashing the adapter's base"))
+    _, data = prepare_fitting_data(settings, on_progress)
+    if settings.train.samples:
+        config = check_base(settings.model.base, settings.model.revision)
+        check_samples(settings.train, config, prompts_of(settings, data, config))
+    check_adapters_are_of_base(settings, partial(on_progress, "hashing the adapter's base"))
     return settings, data
+
+
+def prompts_of(settings: Settings, data: PreparedData, config: Any) -> tuple[Prompt, ...]:
+    """The held-out prompts that the policy answers while it is trained. config: of the base."""
+    pools = [source.selection for source in data.held_out]
+    return choose_prompts(pools, settings.train.samples, longest_prompt(settings.train, config))
 
 
 def _write_prepared(folder: RunFolder, settings: Settings, data: PreparedData, identity: dict[str, Any]) -> None:
     folder.sample_data().mkdir(parents=True, exist_ok=True)
-    write_sample(folder.sample_data(), [source.selection for source in (*data.held_out, *data.train)])
+    write_sample_of(data, folder.sample_data())
     if any(source.account.quarantined for source in data.all):
         with folder.quarantine().open("wb") as file:
             for rejected in dict.fromkeys(source.quarantine_file for source in data.all):
@@ -270,8 +313,11 @@ def data_report(data: PreparedData) -> dict[str, list[dict[str, object]]]:
         selection, account = source.selection, source.account
         return {
             "source": source.label,
+            "score_range": source.settings.rules.score_range,
+            "scores_found": account.scores and [account.scores.low, account.scores.high],
             "score_map": source.settings.score_map,
             "responses": selection.num_responses,
+            "responses_of_kind": selection.responses_of_kind,
             "sequences": selection.num_sequences,
             "tokens": selection.num_tokens,
             "responses_per_epoch": per_epoch,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 from rich import box
@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from uft_ds.data.example import Sequence
+from uft_ds.data.example import Kind, Sequence
 from uft_ds.data.mixture import Steps
-from uft_ds.data.sources import PreparedData, PreparedSource
+from uft_ds.data.sources import PreparedData, PreparedSource, SourceSettings
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
-from uft_ds.host.terminal import visible
-from uft_ds.recipe.settings import Settings
+from uft_ds.host.terminal import as_typed, visible
+from uft_ds.recipe.settings import DataSettings, Settings
 from uft_ds.recipe.unused import unused
 
 PROMPT, SUPERVISED, HEADER = "dim", "black on green", "bold"
@@ -26,6 +26,8 @@ OPEN, CLOSE = "⟦", "⟧"
 _SHOWN_TOKENS = 200
 _MUCH_LEFT_OUT = 0.2
 _MANY_PASSES = 10
+_UNLIMITED = 10_000
+"""Columns of a terminal that breaks no line."""
 
 
 def legend() -> Text:
@@ -46,7 +48,9 @@ def rendered(sequence: Sequence, chat: ChatTokenizer, *, full: bool) -> Text:
     responses = sequence.responses
     supervised = sum(response.num_tokens for response in responses)
     scores = ", ".join(f"{response.kind} {response.score:.3g}" for response in responses)
-    head = f"{visible(responses[0].origin)}: {sequence.num_tokens} tokens, {supervised} supervised; {scores}\n"
+    head = (
+        f"{visible(as_typed(responses[0].origin))}: {sequence.num_tokens} tokens, {supervised} supervised; {scores}\n"
+    )
     ids = sequence.token_ids_T.tolist()
     text = Text.assemble((head, HEADER))
     at = 0
@@ -61,7 +65,10 @@ def rendered(sequence: Sequence, chat: ChatTokenizer, *, full: bool) -> Text:
 
 def data_table(data: PreparedData) -> Table:
     """What a run uses of each source. Column "left out": dropped responses plus quarantined rows."""
-    table = _table("", "data", "kind", "responses", "tokens", "per epoch", "left out")
+    numbers = ("responses", "tokens", "per epoch", "left out")
+    columns = [Column(header, justify="right" if header in numbers else "left") for header in ("", "kind", *numbers)]
+    # Paths come last: a terminal that is too narrow folds them by itself, and they are copied whole.
+    table = Table(*columns, "data", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for part, sources, per_epoch in (
         ("train", data.train, data.epoch_amounts),
         ("held out", data.held_out, [None] * len(data.held_out)),
@@ -70,14 +77,21 @@ def data_table(data: PreparedData) -> Table:
             selection, account = source.selection, source.account
             table.add_row(
                 part,
-                Text(visible(source.label)),
-                Text(", ".join(sorted(selection.kinds))),
+                Text(_kinds(selection.responses_of_kind)),
                 f"{selection.num_responses:,}",
                 f"{selection.num_tokens:,}",
                 "" if amount is None else _amount(amount, selection.num_responses),
                 f"{sum(account.dropped.values()) + account.quarantined:,}",
+                Text(visible(as_typed(source.label))),
             )
     return table
+
+
+def _kinds(responses: Mapping[Kind, int]) -> str:
+    """The kinds of a source; the number of responses of each if there are several, one on each line."""
+    if len(responses) < 2:
+        return "".join(responses)
+    return "\n".join(f"{kind} {count:,}" for kind, count in responses.items())
 
 
 def _amount(responses: float, of: int) -> str:
@@ -86,34 +100,81 @@ def _amount(responses: float, of: int) -> str:
     return shown if passes == 1 else f"{shown} ({passes:.2g} x)"
 
 
-def show_data(settings: Settings, data: PreparedData, console: Console) -> None:
-    """Print the tables, then notes on settings that may be unintended."""
-    console.print(data_table(data))
-    left_out = left_out_table(data)
+def show_data(settings: Settings, data: PreparedData, console: Console, *, typed: DataSettings | None = None) -> None:
+    """Print the tables, then notes on settings that may be unintended.
+
+    Args:
+        typed: the data's settings with the paths that the user typed, which are shown instead of absolute ones.
+    """
+    data = data if typed is None else _as_typed(data, typed)
+    for line in console.render_lines(data_table(data), console.options.update(max_width=_UNLIMITED), pad=False):
+        unbroken = Text.assemble(*((part.text, part.style or "") for part in line))
+        unbroken.rstrip()
+        console.print(unbroken, soft_wrap=True)
+    left_out = left_out_lines(data)
     if left_out is not None:
-        console.print(left_out)
-    for note in notes(data):
+        console.print(left_out, soft_wrap=True)
+    for note in (*notes(data), *_notes_on_steps(settings, data)):
         console.print(note)
     for text in unused(settings.given, data):
         console.print(Text(f"note: {text}"))
 
 
+def _as_typed(data: PreparedData, typed: DataSettings) -> PreparedData:
+    def renamed(source: PreparedSource, path: str) -> PreparedSource:
+        settings = replace(source.settings, path=path)
+        names = tuple(name.replace(source.settings.path, path, 1) for name in source.names)
+        store = source.selection.store.renamed(settings.label, names)
+        return replace(source, settings=settings, selection=replace(source.selection, store=store))
+
+    def all_renamed(
+        sources: tuple[PreparedSource, ...], given: tuple[SourceSettings, ...]
+    ) -> tuple[PreparedSource, ...]:
+        return tuple(renamed(source, entry.path) for source, entry in zip(sources, given, strict=True))
+
+    return PreparedData(all_renamed(data.train, typed.sources), all_renamed(data.held_out, typed.held_out))
+
+
 def notes(data: PreparedData) -> Iterator[Text]:
-    """Notes on data use that may be unintended: much left out, columns not read, rows repeated often."""
+    """Notes on data use that may be unintended: another scale, much left out, columns not read, many passes."""
+    for source in data.all:
+        score_range, scores = source.settings.rules.score_range, source.account.scores
+        if score_range is not None and scores is not None:
+            then = ", then score_map applies" if source.settings.score_map is not None else ""
+            yield Text(
+                f"note: {source.label}: scores from {scores.low:g} to {scores.high:g} found; score_range maps "
+                f"{score_range[0]:g} to 0 and {score_range[1]:g} to 1{then}"
+            )
     for source in data.all:
         left_out, found = sum(source.account.dropped.values()), len(source.selection.store.responses)
         if left_out > _MUCH_LEFT_OUT * (left_out + found):
-            yield Text(f"note: {source.label}: {left_out:,} of {left_out + found:,} responses are left out")
+            yield Text(f"note: {as_typed(source.label)}: {left_out:,} of {left_out + found:,} responses are left out")
     for source in data.all:
         if source.account.unread:
             named = ", ".join(f"{column} ({rows:,} rows)" for column, rows in source.account.unread.items())
-            yield Text(
-                f"note: {source.label}: columns that format {source.settings.rules.format} does not read: {named}"
-            )
+            form = source.settings.rules.format
+            yield Text(f"note: {as_typed(source.label)}: columns that format {form} does not read: {named}")
     for source, amount in zip(data.train, data.epoch_amounts, strict=True):
         passes = amount / source.selection.num_responses
         if passes > _MANY_PASSES:
-            yield Text(f"note: {source.label}: an epoch goes {passes:.3g} times through its responses")
+            yield Text(f"note: {as_typed(source.label)}: an epoch goes {passes:.3g} times through its responses")
+        if source.portion.share is not None and round(amount) < source.selection.num_responses:
+            held = source.selection.num_responses
+            yield Text(
+                f"note: {as_typed(source.label)}: share takes {amount:,.0f} of its {held:,} responses in an epoch; "
+                "the others are not used in it"
+            )
+
+
+def _notes_on_steps(settings: Settings, data: PreparedData) -> Iterator[Text]:
+    held, taken = sum(data.epoch_amounts), settings.train.examples_per_step
+    if held < taken:
+        is_one = settings.train.steps is None and settings.train.epochs == 1
+        follows = "the run is one smaller step" if is_one else f"a step goes {taken / held:.2g} times through the data"
+        yield Text(
+            f"note: an epoch holds {held:,.0f} responses, fewer than the {taken} of a step (train.examples_per_step): "
+            f"{follows}"
+        )
 
 
 def device_notes(settings: Settings, *, has_gpu: bool) -> Iterator[Text]:
@@ -125,28 +186,33 @@ def device_notes(settings: Settings, *, has_gpu: bool) -> Iterator[Text]:
         )
 
 
-def left_out_table(data: PreparedData) -> Table | None:
-    """Drop statistics: each reason for which responses were left out or changed, with the first places, or None."""
-    table = _table("source", "reason", "number", "first places", title="left out, or changed", title_justify="left")
+def left_out_lines(data: PreparedData) -> Text | None:
+    """Drop statistics: each reason for which responses were left out or changed, with the first places; or None.
+
+    A place has a line of its own, so that it can be copied.
+    """
+    lines: list[str] = []
     for source in data.all:
-        account = source.account
-        for counts in (account.dropped, account.changed):
-            for reason, count in counts.items():
-                places = ", ".join(source.selection.store.places_of(reason))
-                table.add_row(Text(visible(source.label)), reason, f"{count:,}", Text(visible(places)))
+        account, store = source.account, source.selection.store
+        found = [
+            (f"{count:,} {reason}", list(store.places_of(reason)))
+            for counts in (account.dropped, account.changed)
+            for reason, count in counts.items()
+        ]
         if account.skipped:
-            table.add_row(Text(visible(source.label)), "not selected by where", f"{account.skipped:,} rows", "")
+            found.append((f"{account.skipped:,} rows not selected by where", []))
         if account.quarantined:
             first = [f"{place}: {reason}" for place, reason in source.first_bad_rows]
-            file = f"all, with reasons: {source.quarantine_file}"
-            reason = "bad rows, quarantined"
-            table.add_row(
-                Text(visible(source.label)),
-                reason,
-                f"{account.quarantined:,} rows",
-                Text(visible("\n".join([*first, file]))),
+            found.append(
+                (f"{account.quarantined:,} bad rows, quarantined", [*first, f"all of them: {source.quarantine_file}"])
             )
-    return table if table.row_count else None
+        if found:
+            lines.append(f"  {source.label}")
+        for what, places in found:
+            lines += [f"    {what}{', the first:' if places else ''}", *(f"      {place}" for place in places)]
+    return (
+        Text("\n".join(["left out, or changed:", *(visible(as_typed(line)) for line in lines), ""])) if lines else None
+    )
 
 
 def steps_line(steps: Steps, examples_per_step: int) -> Text:
@@ -159,19 +225,16 @@ def steps_line(steps: Steps, examples_per_step: int) -> Text:
     return Text(f"{len(steps):,} steps of at least {examples_per_step} responses; the first has {holds}")
 
 
-def _table(*headers: str, **options: Any) -> Table:
-    """A table whose text columns wrap in a narrow terminal and are never cut: a place ends with its line number."""
-    numbers = {"responses", "tokens", "per epoch", "left out", "number"}
-    columns = [
-        Column(
-            header,
-            overflow="fold",
-            justify="right" if header in numbers else "left",
-            no_wrap=header in {*numbers, "", "kind"},
-        )
-        for header in headers
-    ]
-    return Table(*columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), **options)
+def amount_line(steps: Steps, data: PreparedData, done: int = 0) -> Text:
+    """A line with what the steps hold in all. done: the number of steps that are done already."""
+    in_all, per_epoch = steps.num_responses(), sum(data.epoch_amounts)
+    passes = f"{in_all / per_epoch:.3g}"
+    text = f"{in_all:,} responses in all, {passes} epoch{'s' * (passes != '1')} of {per_epoch:,.0f}"
+    if done == len(steps):
+        return Text(f"{text}; all steps are done")
+    if done:
+        text += f"; {done:,} steps are done, the remaining {len(steps) - done:,} hold {steps.num_responses(done):,}"
+    return Text(text)
 
 
 def _decoded(chat: ChatTokenizer, ids: list[int], full: bool, *, keep_start: bool) -> str:

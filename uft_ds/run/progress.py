@@ -31,19 +31,26 @@ def progress_of(run: Path) -> RunProgress:
         raise UserError(f"{run}: not the folder of a run{hint}")
     steps = [line["step"] for line in read_metrics(folder.metrics) if "grad_norm" in line]
     newest = next(iter(checkpoints_of(run)), None)
-    where = f"step {max(steps, default=0)}, newest checkpoint {'none' if newest is None else step_of(newest)}"
+    where = f"step {max(steps, default=0)}, newest checkpoint: {_named(newest)}"
     damaged = damaged_metrics(folder.metrics)
     if damaged:
         where += f" ({folder.metrics}:{damaged[0]}: damaged and not counted, {len(damaged)} such lines)"
     status = folder.read_status()
     if folder.done.exists():
-        return RunProgress(EXIT_DONE, f"{where}: done")
+        return RunProgress(EXIT_DONE, f"{where}; done")
     owned = is_owned(folder)
     if owned:
-        return RunProgress(EXIT_CRASHED, f"{where}: running")
+        return RunProgress(EXIT_CRASHED, f"{where}; running")
     if status is None and owned is None:
         unknown = "running, or killed: its file system has no locks, so which of them is not known"
-        return RunProgress(EXIT_CRASHED, f"{where}: {unknown}")
+        return RunProgress(EXIT_CRASHED, f"{where}; {unknown}")
     if status is None:
-        return RunProgress(EXIT_CRASHED, f"{where}: ended without writing a status, as when it is killed")
-    return RunProgress(status.exit_code, f"{where}: {status.message}")
+        return RunProgress(EXIT_CRASHED, f"{where}; ended without writing a status, as when it is killed")
+    return RunProgress(status.exit_code, f"{where}; {status.message}")
+
+
+def _named(checkpoint: Path | None) -> str:
+    if checkpoint is None:
+        return "none"
+    step = step_of(checkpoint)
+    return f"step {step}" if step else "the start, before any step"

@@ -6,9 +6,9 @@ import argparse
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TextIO
@@ -18,36 +18,39 @@ from rich.console import Console
 
 from uft_ds.checkpoint.generators import seed_generators
 from uft_ds.checkpoint.load import restore_engine
-from uft_ds.checkpoint.state import read_position
 from uft_ds.checkpoint.writer import CheckpointWriter
 from uft_ds.data.mixture import Step, in_order
 from uft_ds.data.source import StepSource
 from uft_ds.engine.engine import Engine
 from uft_ds.engine.ranks import current_ranks, init_distributed
 from uft_ds.errors import EXIT_BAD_INPUT, EXIT_CRASHED, EXIT_DONE, CheckFailed, Stopped, UserError
-from uft_ds.host.faults import foreseen
+from uft_ds.host.faults import foreseen, lasting
+from uft_ds.host.library_warnings import each_once
 from uft_ds.host.locks import Lock
 from uft_ds.host.signals import Stop, StopRequest
 from uft_ds.host.standard_streams import LastingOutput
-from uft_ds.host.terminal import SafeConsole, visible
+from uft_ds.host.terminal import SafeConsole, as_typed, visible
 from uft_ds.host.world import LauncherEnvironment, launcher_environment
 from uft_ds.known.cache import fill
 from uft_ds.recipe.settings import Settings, load_settings
 from uft_ds.record.html_report import write_report
 from uft_ds.record.metrics import MetricsWriter
-from uft_ds.record.report import ConsoleReporter, FillReporter, Reporter, SilentReporter, Speaker
+from uft_ds.record.report import Announcer, ConsoleReporter, FillReporter, Reporter, SilentReporter
 from uft_ds.record.run_folder import RunFolder, Status, write_first
-from uft_ds.run.build import build_engine, build_reference_cache
+from uft_ds.run.build import build_engine, build_reference_cache, build_sampler
 from uft_ds.run.checks import check_sharding
+from uft_ds.run.facts import facts_of
 from uft_ds.run.prepare import ensure_data, open_data, prepare_run, steps_of
-from uft_ds.run.resume import nothing_to_do, prepare_resume, resumed_from
+from uft_ds.run.resume import nothing_to_do, prepare_resume, resumed_from, resumed_position
 from uft_ds.run.settings import located, with_deepspeed_file
+from uft_ds.run.start_adapter import read_start, sample_of
 from uft_ds.run.waiting import while_others_wait
 from uft_ds.training.determinism import make_deterministic
 from uft_ds.training.evaluate import check_log_ratios_are_zero
 from uft_ds.training.forwarding import Method
 from uft_ds.training.loop import START, Session, train
 from uft_ds.training.model_check import check_model
+from uft_ds.training.start_check import check_starts_as_adapter
 
 GROUPS_BETWEEN_FLUSHES = 20
 """Groups (of `examples_per_step` responses) between two writes of the reference cache; a kill loses at most these."""
@@ -134,12 +137,19 @@ def _main(request: StopRequest, arguments: list[str] | None) -> Status:
         if folder is not None:
             folder.write_first_status(status)
         if launched.rank == 0 and (folder is None or not options.prepared):
-            print(f"error: {visible(str(error))}", file=sys.stderr)
+            print(f"error: {visible(as_typed(str(error)))}", file=sys.stderr)
         return status
     except Exception as error:
+        where = "" if folder is None else f" (traceback in {folder.log(launched.rank)})"
+        problem = lasting(error)
+        status = _crash(error, where) if problem is None else Status(EXIT_BAD_INPUT, f"{problem}{where}")
         if folder is not None:
-            folder.write_first_status(_crash(error, f" (traceback in {folder.log(launched.rank)})"))
-        raise
+            folder.write_first_status(status)
+        if problem is None:
+            raise
+        if folder is None or not options.prepared:  # each rank may be the only one of its machine that lacks the file
+            print(f"error: rank {launched.rank}: {visible(problem)}", file=sys.stderr)
+        return status
 
 
 _CONNECTION_LOST = (
@@ -154,9 +164,6 @@ def _crash(error: Exception, where: str = "") -> Status:
     if any(part in str(error) for part in _CONNECTION_LOST):
         why = "lost its connection to another rank, which was killed or crashed: see the launcher's output and the logs"
         return Status(EXIT_CRASHED, f"rank {rank} {why} ({message}){where}")
-    problem = foreseen(error)  # a full disk, a file that has gone: the user's to mend
-    if problem is not None:
-        return Status(EXIT_BAD_INPUT, f"rank {rank}: {problem}{where}")
     return Status(EXIT_CRASHED, f"rank {rank} crashed: {message}{where}")
 
 
@@ -173,30 +180,45 @@ def _run(settings: Settings, folder: RunFolder, console: Console, request: StopR
         make_deterministic()
     seed_generators(settings.train.seed)
     data = open_data(settings, folder)
-    steps: StepSource = steps_of(settings, data)
     held_out = in_order([source.selection for source in data.held_out], settings.train.examples_per_step)
     checkpoint = resumed_from(folder)
-    state = START if checkpoint is None else read_position(checkpoint).state
+    state = START if checkpoint is None else resumed_position(folder, checkpoint).state
+    steps: StepSource = steps_of(settings, data, state.source)
     steps.restore(state.source)
     after_step = None if checkpoint is None else state.step
     with _together(), _reporter(settings, folder, console, len(steps), after_step) as reporter:
         engine, model = build_engine(settings, reporter)
         # Before the checkpoint is restored: only with fresh adapters must policy and reference be equal.
-        _check_start(engine, settings, steps.step(0), reporter)
+        _check_start(engine, settings, folder, steps.step(0), reporter)
         pools = [source.selection for source in data.all]
         reference = build_reference_cache(settings, folder, engine, model, pools, reporter, checkpoint)
         if checkpoint is not None:
-            restore_engine(engine, checkpoint, state, reporter)
+            with reporter.phase(f"restoring {checkpoint.name}"):
+                restore_engine(engine, checkpoint, state, reporter)
         writer = CheckpointWriter(
             engine, model.policy, folder, reporter, keep=settings.train.keep_checkpoints, best=settings.train.keep_best
         )
         method = Method(engine, settings.objective, reference, settings.train.tokens_per_micro_batch)
         stop = Stop(request, engine.agree)
         request.only_note()
-        train(Session(method, model.policy, settings.train, folder, reporter, writer, stop), steps, held_out, state)
+        session = Session(
+            method,
+            model.policy,
+            settings.train,
+            folder,
+            reporter,
+            writer,
+            stop,
+            build_sampler(settings, data, model),
+            starts_as_reference=settings.start_adapter is None,
+        )
+        train(session, steps, held_out, state)
     if engine.rank == 0:
         try:
-            write_report(folder, settings.name)
+            trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+            now = datetime.now().astimezone()
+            facts = facts_of(settings, folder, trained=trained, ranks=engine.world_size, ended=now)
+            write_report(folder, settings.name, facts)
         except Exception as error:  # all is trained and saved: a report that fails must not turn it into a failure
             logger.exception("report.html could not be written")
             console.print(f"warning: report.html could not be written ({foreseen(error) or error})", markup=False)
@@ -215,16 +237,35 @@ def _together() -> Iterator[None]:
         raise
 
 
-def _check_start(engine: Engine, settings: Settings, step: Step, reporter: Speaker) -> None:
-    check_model(engine, step, dtype=getattr(torch, settings.model.dtype))
+def _check_start(engine: Engine, settings: Settings, folder: RunFolder, step: Step, reporter: Announcer) -> None:
+    dtype = getattr(torch, settings.model.dtype)
+    with reporter.phase("checking packed sequences against the model's own forward"):
+        check_model(engine, step, dtype=dtype)
+    if settings.start_adapter is not None:
+        with reporter.phase("checking the log-ratios of start.adapter"):
+            found = check_starts_as_adapter(
+                engine,
+                sample_of(folder),
+                read_start(folder).log_ratios,
+                tokens_per_micro_batch=settings.train.tokens_per_micro_batch,
+                dtype=dtype,
+            )
+        reporter.say(f"before the first step: {found.summary}")
+        if found.is_below_rounding:
+            reporter.warn(
+                f"start.adapter: {settings.start_adapter} changes log-probs by no more than rounding: whether it is "
+                "loaded rightly cannot be told"
+            )
+        return
     if not settings.reference.is_needed:
         return
-    largest = check_log_ratios_are_zero(
-        engine,
-        step,
-        tokens_per_micro_batch=settings.train.tokens_per_micro_batch,
-        tolerance=settings.reference.step_zero_tolerance,
-    )
+    with reporter.phase(f"checking the log-ratios of the first step's {len(step.responses)} responses"):
+        largest = check_log_ratios_are_zero(
+            engine,
+            step,
+            tokens_per_micro_batch=settings.train.tokens_per_micro_batch,
+            tolerance=settings.reference.step_zero_tolerance,
+        )
     reporter.say(f"before the first step: every log-ratio is {largest} nats, {len(step.responses)} responses")
 
 
@@ -237,7 +278,7 @@ def _fill_reference(settings: Settings, folder: RunFolder, console: Console, req
     num_responses = sum(pool.num_responses for pool in pools)
     with _together(), _fill_reporter(console, num_responses) as reporter:
         engine, model = build_engine(settings, reporter)
-        _check_start(engine, settings, groups[0], reporter)
+        _check_start(engine, settings, folder, groups[0], reporter)
         cache = build_reference_cache(settings, folder, engine, model, pools, reporter)
         known_before = cache.num_known
         request.only_note()
@@ -280,10 +321,8 @@ def _own_streams(folder: RunFolder, rank: int) -> Iterator[TextIO]:
     """Send all output of libraries to the rank's log; yield the terminal for our own messages."""
     terminal = LastingOutput(os.fdopen(os.dup(1), "wb"), encoding="utf-8", line_buffering=True)
     saved = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
-    # torch warns of deprecated collectives at each of DeepSpeed's calls: once is enough for a log.
-    warnings.simplefilter("once", FutureWarning)
     # Redirected at the level of file descriptors, because NCCL and other C++ code do not write to sys.stdout.
-    with folder.log(rank).open("a", buffering=1, encoding="utf-8") as log:
+    with each_once(), folder.log(rank).open("a", buffering=1, encoding="utf-8") as log:
         logging.basicConfig(stream=log, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         try:
             for descriptor in saved:

@@ -9,14 +9,16 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from uft_ds.checkpoint.folder import checkpoints_of, newest_whole, point_latest, set_aside, set_aside_of
+from uft_ds.checkpoint.folder import checkpoints_of, newest_whole, point_latest, set_aside, set_aside_of, step_of
 from uft_ds.checkpoint.owner import RUN
-from uft_ds.checkpoint.state import read_position
+from uft_ds.checkpoint.state import Position, read_position
 from uft_ds.data.sources import PreparedData
 from uft_ds.data.store.sequences import check_content
 from uft_ds.data.store.tokenized import is_whole
@@ -24,12 +26,15 @@ from uft_ds.errors import UserError
 from uft_ds.host.callbacks import OnProgress, Say
 from uft_ds.host.files import write_atomically
 from uft_ds.host.locks import Lock
-from uft_ds.recipe.file import leaves_of, read_stored_recipe, stored_recipe
+from uft_ds.recipe.file import leaves_of, read_stored_recipe, said, stored_recipe
 from uft_ds.recipe.settings import Settings
 from uft_ds.record.metrics import damaged_metrics
 from uft_ds.record.run_folder import RunFolder, check_own_files, claim_again, reading_identity
+from uft_ds.record.samples import cut_samples
+from uft_ds.run.growth import may_grow, with_other_steps
 from uft_ds.run.identity import environment, may_change, run_identity
 from uft_ds.run.prepare import check_run, open_data, prepare_run, read_report
+from uft_ds.run.start_adapter import read_start
 
 
 def prepare_resume(
@@ -50,32 +55,73 @@ def prepare_resume(
         return prepare_run(settings, overwrite=False, on_progress=on_progress)
     lock = claim_again(folder)
     try:
-        check_own_files(folder)
-        checkpoint, problems = newest_whole(folder.path)
-        problems += [f"{path.name}: damaged, and set aside before" for path in set_aside_of(folder.path)]
-        if checkpoint is None and problems:
-            raise UserError("\n".join([f"{folder.path}: none of the run's checkpoints can be used", *problems]))
-        if checkpoint is None:
-            _check_nothing_is_lost(folder, settings)
+        found = check_resume(folder, settings, on_progress)
+        if found is None:
             say(f"{folder.path} holds no checkpoint: starting at step 0")
             return prepare_run(settings, overwrite=True, on_progress=on_progress, lock=lock)
-        position = read_position(checkpoint)
-        _check_same_recipe(folder, settings)
-        settings, data = check_run(settings, on_progress)
-        _check_same_content(folder, run_identity(settings, data, on_progress))
-        data = _as_tokenized_then(settings, folder, data)
-        for problem in problems:
-            say(f"warning: {problem}; {checkpoint.name} is used")
-        now, step = environment(settings), position.state.step
-        for warning in (*_other_versions(folder, now, step), *_lost_metrics(folder, position.metrics_bytes)):
-            say(f"warning: {warning}")
-        _go_back_to(checkpoint, folder, settings, position.metrics_bytes)
-        _record_resume(folder, now, step)
+        for text in found.notes:
+            say(text)
+        _go_back_to(found.checkpoint, folder, found.settings, found.position)
+        grown = {key: values for key, values in found.changes.items() if may_grow(key)}
+        _record_resume(folder, found.environment, found.position.state.step, grown)
     except BaseException:
         lock.close()
         raise
-    say(f"resuming from {checkpoint.name}")
-    return folder, data, lock
+    at_start = "" if found.position.state.step else ", the start: no step had been saved"
+    say(f"resuming from {found.checkpoint.name}{at_start}")
+    return folder, found.data, lock
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """A resume for which every check has passed.
+
+    settings: completed, as `check_run` returns them. position: at which the run goes on. notes: for the user, such as
+    warnings. environment: that of this process. changes: (value then, value now) of each key of the recipe.
+    """
+
+    checkpoint: Path
+    position: Position
+    settings: Settings
+    data: PreparedData
+    notes: tuple[str, ...]
+    environment: dict[str, Any]
+    changes: dict[str, tuple[Any, Any]]
+
+
+def check_resume(
+    folder: RunFolder, settings: Settings, on_progress: OnProgress = lambda label, done, total: None
+) -> Resumption | None:
+    """All checks of a resume; nothing is changed. None: the run has no checkpoint, and starts at step 0.
+
+    Raises:
+        UserError: the run is another one, all its checkpoints are damaged, or results would be lost.
+    """
+    check_own_files(folder)
+    checkpoint, problems = newest_whole(folder.path)
+    problems += [f"{path.name}: damaged, and set aside before" for path in set_aside_of(folder.path)]
+    if checkpoint is None and problems:
+        raise UserError("\n".join([f"{folder.path}: none of the run's checkpoints can be used", *problems]))
+    if checkpoint is None:
+        _check_nothing_is_lost(folder, settings)
+        return None
+    position = resumed_position(folder, checkpoint)
+    _check_same_recipe(folder, settings)
+    changes = recipe_changes(folder, settings)
+    settings, data = check_run(settings, on_progress)
+    _check_same_content(folder, run_identity(settings, data, on_progress))
+    data = _as_tokenized_then(settings, folder, data)
+    if settings.start_adapter is not None:
+        read_start(folder)
+    position, on_steps = with_other_steps(settings, data, position, changes)
+    now = environment(settings)
+    warnings = (
+        *(f"{problem}; {checkpoint.name} is used" for problem in problems),
+        *_other_versions(folder, now, position.state.step),
+        *_lost_metrics(folder, position.metrics_bytes),
+    )
+    notes = (*(f"warning: {warning}" for warning in warnings), *on_steps)
+    return Resumption(checkpoint, position, settings, data, notes, now, changes)
 
 
 def nothing_to_do(settings: Settings) -> RunFolder | None:
@@ -88,6 +134,8 @@ def nothing_to_do(settings: Settings) -> RunFolder | None:
     if not folder.done.exists():
         return None
     _check_same_recipe(folder, settings)
+    if any(may_grow(key) for key in recipe_changes(folder, settings)):
+        return None
     checkpoint, problems = newest_whole(folder.path)
     return None if checkpoint is None or problems else folder
 
@@ -101,12 +149,39 @@ def resumed_from(folder: RunFolder) -> Path | None:
     if not folder.resumed.exists():
         return None
     try:
-        name = str(json.loads(folder.resumed.read_text(encoding="utf-8"))["checkpoint"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return folder.checkpoints / _read_resumed(folder)[0]
+    except _UNREADABLE as error:
         raise UserError(
             f"{folder.resumed}: cannot be read ({type(error).__name__}: {error}); resume the run again"
         ) from None
-    return folder.checkpoints / name
+
+
+def resumed_position(folder: RunFolder, checkpoint: Path) -> Position:
+    """The position of a checkpoint, with the state of the source of steps that a resume from it has recorded, if any.
+
+    The first resume after a growth may have to change that state; only later checkpoints hold the changed one.
+
+    Raises:
+        UserError: the checkpoint's trainer.json cannot be read.
+    """
+    position = read_position(checkpoint)
+    try:
+        name, source = _read_resumed(folder)
+    except _UNREADABLE:  # there was no resume, or its record is written again
+        return position
+    if name != checkpoint.name or source is None:
+        return position
+    return replace(position, state=replace(position.state, source=source))
+
+
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+
+
+def _read_resumed(folder: RunFolder) -> tuple[str, dict[str, Any] | None]:
+    """The name of the checkpoint that the last resume chose, and the state of the source if there is one."""
+    content = json.loads(folder.resumed.read_text(encoding="utf-8"))
+    source = content.get("source")
+    return str(content["checkpoint"]), None if source is None else dict(source)
 
 
 def _check_nothing_is_lost(folder: RunFolder, settings: Settings) -> None:
@@ -127,7 +202,9 @@ def _check_nothing_is_lost(folder: RunFolder, settings: Settings) -> None:
 def _check_same_recipe(folder: RunFolder, settings: Settings) -> None:
     changes = recipe_changes(folder, settings)
     changed = [
-        f"{key}: {now} now, {then} when the run began" for key, (then, now) in changes.items() if not may_change(key)
+        f"{key}: {said(now)} now, {said(then)} when the run began"
+        for key, (then, now) in changes.items()
+        if not (may_change(key) or may_grow(key))
     ]
     for key, (then, now) in changes.items():
         # `located` makes only existing paths absolute, so a relative path here means that it no longer exists.
@@ -194,17 +271,27 @@ def _deciding(environment: dict[str, Any]) -> dict[str, Any]:
     return {**environment["packages"], **attention}
 
 
-def _record_resume(folder: RunFolder, now: dict[str, Any], step: int) -> None:
+def _record_resume(
+    folder: RunFolder, now: dict[str, Any], step: int, grown: Mapping[str, tuple[Any, Any]] = MappingProxyType({})
+) -> None:
     """Append this environment to `resumes` of environment.json; the environment of the start stays unchanged.
+
+    Args:
+        grown: (value then, value now) of each key that decides the number of steps and has changed.
 
     Raises:
         UserError: the folder cannot be written.
     """
+    entry = {
+        "step": step,
+        **now,
+        **({"changed": {key: list(values) for key, values in grown.items()}} if grown else {}),
+    }
     try:
         stored = json.loads(folder.environment.read_text(encoding="utf-8"))
-        stored["resumes"] = [*stored.get("resumes", []), {"step": step, **now}]
+        stored["resumes"] = [*stored.get("resumes", []), entry]
     except (OSError, ValueError, TypeError, AttributeError):
-        stored = {"resumes": [{"step": step, **now}]}  # the file was unreadable: the start's environment is lost
+        stored = {"resumes": [entry]}  # the file was unreadable: the start's environment is lost
     try:
         write_atomically(folder.environment, json.dumps(stored, indent=2) + "\n")
     except OSError as error:
@@ -249,11 +336,11 @@ def _differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, An
 
 
 def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
+    text = "none" if value is None else value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _go_back_to(checkpoint: Path, folder: RunFolder, settings: Settings, metrics_bytes: int) -> None:
+def _go_back_to(checkpoint: Path, folder: RunFolder, settings: Settings, position: Position) -> None:
     """Remove everything that was written after the checkpoint; the resumed run writes it again.
 
     Raises:
@@ -277,9 +364,13 @@ def _go_back_to(checkpoint: Path, folder: RunFolder, settings: Settings, metrics
         point_latest(folder)
         if folder.metrics.exists():
             # If the file is shorter than recorded, its last line may be incomplete: cut after the last line end.
-            kept = folder.metrics.read_bytes()[:metrics_bytes].rpartition(b"\n")
+            kept = folder.metrics.read_bytes()[: position.metrics_bytes].rpartition(b"\n")
             os.truncate(folder.metrics, len(kept[0] + kept[1]))
+        cut_samples(folder.samples, step_of(checkpoint))
         write_atomically(folder.recipe, stored_recipe(settings.stored))
-        write_atomically(folder.resumed, json.dumps({"checkpoint": checkpoint.name}) + "\n")
+        resumed: dict[str, Any] = {"checkpoint": checkpoint.name}
+        if position.state.source:
+            resumed["source"] = dict(position.state.source)
+        write_atomically(folder.resumed, json.dumps(resumed) + "\n")
     except OSError as error:
         raise UserError(f"output: {folder.path} cannot be written ({error.strerror or error})") from None

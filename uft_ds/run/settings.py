@@ -8,7 +8,7 @@ from typing import Any
 
 from uft_ds.checkpoint.folder import latest_checkpoint
 from uft_ds.checkpoint.manifest import MANIFEST
-from uft_ds.engine.engine import read_deepspeed_file
+from uft_ds.engine.deepspeed_file import read_deepspeed_file
 from uft_ds.errors import UserError
 from uft_ds.recipe.settings import Settings, changed
 from uft_ds.streams.identity import local_folder
@@ -17,13 +17,12 @@ from uft_ds.streams.identity import local_folder
 def located(settings: Settings) -> Settings:
     """Settings with absolute local paths, independent of the working directory; hub and shipped names stay unchanged.
 
-    A run given as `reference.adapter` is replaced by its present newest checkpoint, because that may change later.
+    A run given as `reference.adapter` or `start.adapter` is replaced by its present newest checkpoint, because that
+    may change later.
 
     Raises:
-        UserError: the adapter does not exist, or the output begins with `~` and a name that no user has.
+        UserError: the adapter does not exist.
     """
-    if str(settings.output).startswith("~"):  # the recipe has replaced the home folders that there are
-        raise UserError(f"output: {settings.output}: no such user; give another folder by output=PATH")
 
     def absolute(path: str) -> str:
         return str(Path(path).absolute()) if Path(path).exists() else path
@@ -32,7 +31,10 @@ def located(settings: Settings) -> Settings:
     changes: dict[str, Any] = {
         "model.base": absolute(model.base),
         "model.chat_template": absolute(model.chat_template) if model.chat_template else None,
-        "reference.adapter": str(adapter_folder(reference.adapter).absolute()) if reference.adapter else None,
+        **{
+            key: str(adapter_folder(given, key).absolute()) if given else None
+            for key, given in (("reference.adapter", reference.adapter), ("start.adapter", settings.start_adapter))
+        },
         "deepspeed": absolute(name) if name.endswith(".json") else name,
         "output": str(settings.output.absolute()),
     }
@@ -66,9 +68,11 @@ def with_fixed_revision(settings: Settings) -> Settings:
     return changed(settings, {"model.revision": local_folder(model.base, model.revision).name})
 
 
-def adapter_folder(path: str) -> Path:
+def adapter_folder(path: str, recipe_key: str = "reference.adapter") -> Path:
     """The folder of an adapter in PEFT's format: `path` itself, or that of a checkpoint or of a run's newest one.
 
+    Args:
+        recipe_key: what messages call it.
     Raises:
         UserError: there is no adapter, or the checkpoint is damaged.
     """
@@ -77,10 +81,10 @@ def adapter_folder(path: str) -> Path:
         return folder
     expected = "expected an adapter's folder (with adapter_config.json), a checkpoint or a run"
     if not folder.is_dir():
-        raise UserError(f"reference.adapter: {path}: {'not a' if folder.exists() else 'no such'} folder; {expected}")
+        raise UserError(f"{recipe_key}: {path}: {'not a' if folder.exists() else 'no such'} folder; {expected}")
     if not (folder / MANIFEST).exists() and not (folder / "checkpoints").is_dir():
-        raise UserError(f"reference.adapter: {path}: holds no adapter; {expected}")
+        raise UserError(f"{recipe_key}: {path}: holds no adapter; {expected}")
     try:
         return latest_checkpoint(folder) / "adapter"
     except UserError as error:
-        raise UserError(f"reference.adapter: {error}") from None
+        raise UserError(f"{recipe_key}: {error}") from None

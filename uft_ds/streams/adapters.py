@@ -84,23 +84,37 @@ def start_from_adapter(policy: PeftModel, folder: Path) -> None:
     Raises:
         UserError: the adapter does not have the form of a plain LoRA with the recipe's rank, alpha and targets.
     """
-    tensors = _read_adapter(folder)
+    _load(policy, folder, (POLICY_ADAPTER, REFERENCE_ADAPTER), "reference.adapter")
+
+
+def start_policy_from_adapter(policy: PeftModel, folder: Path) -> None:
+    """Load the adapter in `folder` as the policy's start; the reference stays the bare base.
+
+    Raises:
+        UserError: as `start_from_adapter`.
+    """
+    _load(policy, folder, (POLICY_ADAPTER,), "start.adapter")
+
+
+def _load(policy: PeftModel, folder: Path, adapters: tuple[str, ...], recipe_key: str) -> None:
+    tensors = _read_adapter(folder, recipe_key)
     ours: Any = policy.peft_config[POLICY_ADAPTER]
-    _check_same_lora(folder, ours)
+    _check_same_lora(folder, ours, recipe_key)
     expected = get_peft_model_state_dict(policy, adapter_name=POLICY_ADAPTER)
     for name in sorted(set(expected) ^ set(tensors)):
         where = "the policy has no adapter there" if name in tensors else "it is not in the file"
-        raise UserError(f"reference.adapter: {folder}: {name}: {where}; lora.targets must name the same layers")
+        raise UserError(f"{recipe_key}: {folder}: {name}: {where}; lora.targets must name the same layers")
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
             raise UserError(
-                f"reference.adapter: {folder}: {name} has shape {list(tensor.shape)}, "
+                f"{recipe_key}: {folder}: {name} has shape {list(tensor.shape)}, "
                 f"expected {list(expected[name].shape)}: it was trained on another model"
             )
-    policy.add_adapter(REFERENCE_ADAPTER, ours, autocast_adapter_dtype=False)
+    if REFERENCE_ADAPTER in adapters:
+        policy.add_adapter(REFERENCE_ADAPTER, ours, autocast_adapter_dtype=False)
     parameters = dict(policy.named_parameters())
     for name, tensor in tensors.items():
-        for adapter in (POLICY_ADAPTER, REFERENCE_ADAPTER):
+        for adapter in adapters:
             parameter = parameters[name.removesuffix(".weight") + f".{adapter}.weight"]
             # Without copy=True, `to` may return the same storage for both adapters, and training the policy would
             # change the reference.
@@ -108,23 +122,25 @@ def start_from_adapter(policy: PeftModel, folder: Path) -> None:
             parameter.requires_grad = adapter == POLICY_ADAPTER
 
 
-def _read_adapter(folder: Path) -> dict[str, Tensor]:
+def _read_adapter(folder: Path, recipe_key: str) -> dict[str, Tensor]:
     try:
         return read_adapter_tensors(folder)
     except UserError as error:
-        raise UserError(f"reference.adapter: {error}") from None
+        raise UserError(f"{recipe_key}: {error}") from None
 
 
-def lora_form(folder: Path) -> dict[str, Any]:
+def lora_form(folder: Path, recipe_key: str = "reference.adapter") -> dict[str, Any]:
     """The fields of an adapter's config that its output depends on, besides its tensors.
 
+    Args:
+        recipe_key: what messages call the adapter.
     Raises:
         UserError: the config is not a LoRA's, has fields that the installed PEFT does not know, or changes the base.
     """
     try:
         return _numbers_of(read_lora_config(folder / "adapter_config.json"))
     except UserError as error:
-        raise UserError(f"reference.adapter: {error}") from None
+        raise UserError(f"{recipe_key}: {error}") from None
 
 
 def _numbers_of(config: dict[str, Any]) -> dict[str, Any]:
@@ -132,13 +148,13 @@ def _numbers_of(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value or None for key, value in sorted(config.items()) if key not in WITHOUT_EFFECT}
 
 
-def _check_same_lora(folder: Path, ours: PeftConfig) -> None:
-    theirs, recipe_keys = lora_form(folder), {"r": "lora.rank", "lora_alpha": "lora.alpha"}
+def _check_same_lora(folder: Path, ours: PeftConfig, recipe_key: str) -> None:
+    theirs, recipe_keys = lora_form(folder, recipe_key), {"r": "lora.rank", "lora_alpha": "lora.alpha"}
     for key, value in _numbers_of(ours.to_dict()).items():
         if theirs[key] != value:
             meant = recipe_keys.get(key, "a plain LoRA's")
             raise UserError(
-                f"reference.adapter: {folder}: {key} is {theirs[key]!r}, expected {value!r} ({meant}): "
+                f"{recipe_key}: {folder}: {key} is {theirs[key]!r}, expected {value!r} ({meant}): "
                 "the policy starts from this adapter, so it must have the same form"
             )
 

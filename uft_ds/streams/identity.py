@@ -46,9 +46,13 @@ def base_identity(base: str, revision: str | None, on_file: OnFile = lambda done
     }
 
 
-def adapter_identity(folder: Path) -> str:
-    """SHA-256 of an adapter's tensors and of the config fields that its output depends on, such as alpha."""
-    return _digest([sha256(adapter_file(folder)), lora_form(folder)])
+def adapter_identity(folder: Path, recipe_key: str = "reference.adapter") -> str:
+    """SHA-256 of an adapter's tensors and of the config fields that its output depends on, such as alpha.
+
+    Args:
+        recipe_key: what messages call the adapter.
+    """
+    return _digest([sha256(adapter_file(folder)), lora_form(folder, recipe_key)])
 
 
 def reference_identity(content: dict[str, Any], *, dtype: str, attention: str, adapter_dtype: str | None) -> str:

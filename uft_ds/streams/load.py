@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
-from uft_ds.architectures.facts import decoder_layers
+from uft_ds.architectures.facts import decoder_layers, is_shown_to_pack
 from uft_ds.errors import UserError
+from uft_ds.streams.packed_attention import PACKED
 from uft_ds.streams.stored_names import stored_weights
 from uft_ds.streams.tied import check_tied
 from uft_ds.streams.weights import check_weights, first_non_finite, loading_of, own_values, problem_of
@@ -49,7 +50,7 @@ def _config_of_base(base: str, revision: str | None) -> Any:
     check_is_there(base)
     folder = Path(base)
     if folder.exists() and not (folder / "config.json").is_file():
-        raise UserError(f"model.base: {base} holds no config.json; expected a model folder in Hugging Face's layout")
+        raise UserError(f"model.base: {base} {found_instead(folder)}; {_EXPECTED}")
     if folder.exists():
         if "auto_map" in _raw_config(folder / "config.json"):
             raise UserError(f"model.base: {base} needs code of its own (auto_map in config.json), which is never run")
@@ -57,9 +58,29 @@ def _config_of_base(base: str, revision: str | None) -> Any:
     try:
         return AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 - transformers raises many types here
+        gguf = f"; repositories of GGUF files are not read, {_OF_GGUF}" if "gguf" in base.lower() else ""
         raise UserError(
             f"model.base: {base!r} is neither a local model folder nor available from the hub ({_one_line(error)})"
+            f"{gguf}"
         ) from None
+
+
+_EXPECTED = "expected a model folder in Hugging Face's layout, with config.json, safetensors and a tokenizer"
+_OF_GGUF = "whose weights are rounded for inference: take the 16-bit model that it was made from"
+
+
+def found_instead(path: Path) -> str:
+    """What an existing path is that is no model folder, as the end of a sentence about it."""
+    if path.is_file():
+        try:
+            with path.open("rb") as file:
+                is_gguf = file.read(4) == b"GGUF"
+        except OSError as error:
+            return f"cannot be read ({error.strerror})"
+        return f"is a GGUF file, {_OF_GGUF}" if is_gguf else "is a file"
+    if any(path.glob("*.gguf")):
+        return f"holds GGUF files, {_OF_GGUF}, and no config.json"
+    return "holds no config.json"
 
 
 def _check_not_quantised(base: str, config: Any) -> None:
@@ -262,20 +283,24 @@ def attention_implementation(
 ) -> str:
     """The attention implementation that `model.attention` selects for a model of this config.
 
-    `auto` selects flash_attention_2 if it is installed, a GPU is present, and both the dtype and the model support it;
-    else sdpa, or eager for a model without sdpa (Gemma 2's capped scores, GPT-J).
+    `auto` selects our own attention for packed rows, where the tests hold it against separate forwards. For other
+    models: flash_attention_2 if it is installed, a GPU is present, and both the dtype and the model support it; else
+    sdpa, or eager for a model without sdpa (GPT-J).
 
     Args:
         has_flash_attention: whether flash-attention and a GPU are there; None: whether they are on this machine.
     Raises:
-        UserError: transformers does not have the named implementation for this model.
+        UserError: there is no such implementation for this model.
     """
     model_class = _causal_class(config)
     has = {
+        PACKED: getattr(model_class, "_supports_attention_backend", False),
         "flash_attention_2": getattr(model_class, "_supports_flash_attn", True),
         "sdpa": getattr(model_class, "_supports_sdpa", True),
     }
     if asked == "auto":
+        if has[PACKED] and is_shown_to_pack(config):
+            return PACKED
         if has_flash_attention is None:
             has_flash_attention = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
         if has_flash_attention and dtype != torch.float32 and has["flash_attention_2"]:
@@ -284,7 +309,7 @@ def attention_implementation(
     if not has.get(asked, True):
         there = [name for name, is_there in has.items() if is_there]
         raise UserError(
-            f"model.attention: transformers has no {asked} for {getattr(model_class, '__name__', 'this model')}; "
+            f"model.attention: there is no {asked} for {getattr(model_class, '__name__', 'this model')}; "
             f"expected auto, eager{''.join(f', {name}' for name in there)}"
         )
     return asked

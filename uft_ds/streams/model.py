@@ -5,9 +5,10 @@ T packed tokens, N supervised tokens, R responses, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from contextlib import nullcontext
-from itertools import pairwise
+from contextlib import contextmanager, nullcontext
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from uft_ds.streams.adapters import as_stream, reference_of
 from uft_ds.streams.heads import ScalarHead, head_outputs, is_trainable, logits_in_float32, make_logp_head
 from uft_ds.streams.lanes import Lanes, enable_lockstep
 from uft_ds.streams.offload import activations_on_host
+from uft_ds.streams.packed_attention import PACKED, bounds_for_attention
 from uft_ds.streams.stream import POLICY, Output, Stream, trained_first
 
 
@@ -172,34 +174,54 @@ class UFTModel(nn.Module):
         logits are not rounded to the model's dtype, so that a difference in bfloat16 is not just rounding.
         """
         base: Any = self.policy.get_base_model()
-        bounds_S = micro_batch.bounds_S.tolist()
-        with as_stream(self.policy, stream), logits_in_float32(base.get_output_embeddings()):
+        bounds = [0, *accumulate(micro_batch.lengths)]
+        with (
+            as_stream(self.policy, stream),
+            logits_in_float32(base.get_output_embeddings()),
+            _attention_of_transformers(base),
+        ):
             logits_TV = torch.cat(
                 [
                     self.policy(
                         input_ids=micro_batch.token_ids_T[None, start:end],
                         use_cache=False,
-                        **self._bounds(micro_batch.bounds_S.new_tensor([0, end - start]), end - start),
+                        **self._bounds(micro_batch.bounds_S.new_tensor([0, end - start]), (end - start,)),
                     ).logits[0]
-                    for start, end in pairwise(bounds_S)
+                    for start, end in pairwise(bounds)
                 ]
             )
         logps_NV = logits_TV.index_select(0, micro_batch.predictors_N).float().log_softmax(dim=-1)
         return logps_NV.gather(1, micro_batch.targets_N[:, None]).squeeze(1)
 
     def _sequence_bounds(self, micro_batch: MicroBatch) -> dict[str, Any]:
-        """The sequence bounds for flash-attention. Without them, transformers would compute them in every layer."""
-        return self._bounds(micro_batch.bounds_S, micro_batch.longest)
+        """Where the sequences of a row begin and end, for an attention that reads it."""
+        return self._bounds(micro_batch.bounds_S, micro_batch.lengths)
 
-    def _bounds(self, bounds: Tensor, longest: int) -> dict[str, Any]:
+    def _bounds(self, bounds: Tensor, lengths: tuple[int, ...]) -> dict[str, Any]:
+        if self.attention == PACKED:
+            return bounds_for_attention(bounds, lengths)
         if "flash" not in self.attention:
             return {}
+        # Without them, transformers would compute them in every layer.
         return {
             "cu_seq_lens_q": bounds,
             "cu_seq_lens_k": bounds,
-            "max_length_q": longest,
-            "max_length_k": longest,
+            "max_length_q": max(lengths),
+            "max_length_k": max(lengths),
         }
+
+
+@contextmanager
+def _attention_of_transformers(base: Any) -> Iterator[None]:
+    """Within the block, a model with our own attention computes by one of transformers' own."""
+    config = base.config
+    before = config._attn_implementation
+    if before == PACKED:
+        config._attn_implementation = "sdpa" if base._supports_sdpa else "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 def _scalar_head(config: Any, stream: Stream) -> ScalarHead:

@@ -16,7 +16,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from uft_ds.errors import UserError
-from uft_ds.recipe.file import dump_value, explained, load_recipe, load_yaml
+from uft_ds.recipe.file import dump_value, explained, load_recipe, load_yaml, read_yaml_file, said
 from uft_ds.recipe.schema import Location, Section
 from uft_ds.recipe.settings import Settings, changed, settings_of
 
@@ -137,14 +137,13 @@ def grid_of(recipe: str, grid: Iterable[str], overrides: tuple[str, ...]) -> Swe
 def _read_tree(path: str) -> dict[str, Any]:
     shipped = _shipped_sweeps()
     try:
-        tree = load_yaml((shipped[path] if path in shipped else Path(path)).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        known = ", ".join(shipped)
-        raise UserError(
-            f"sweep {path}: no such file; shipped: {known}; for a recipe give --grid key=[value,value]"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"sweep {path}: cannot be read ({error})") from None
+        is_shipped = path in shipped
+        text = shipped[path].read_text("utf-8") if is_shipped else read_yaml_file(Path(path), f"sweep {path}", shipped)
+    except UserError as error:
+        hint = "" if Path(path).exists() else "; for a recipe give --grid key=[value,value]"
+        raise UserError(f"{error}{hint}") from None
+    try:
+        tree = load_yaml(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise UserError(f"sweep {path}{f':{mark.line + 1}' if mark else ''}: not valid YAML") from None
@@ -214,8 +213,8 @@ def _check_stages_fit(runs: list[PlannedRun], label: str) -> None:
             before, now = first[section][name], second[section][name]
             if _meaning(before) != _meaning(now):
                 raise UserError(
-                    f"{label}: run {run.name}: {key}: {now} given, but it starts from the adapter of {run.after}, "
-                    f"whose {key} is {before}"
+                    f"{label}: run {run.name}: {key}: {said(now)} given, but it starts from the adapter of "
+                    f"{run.after}, whose {key} is {said(before)}"
                 )
 
 

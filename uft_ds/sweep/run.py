@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import csv
 import errno
-import fnmatch
-import io
 import json
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from uft_ds.checkpoint.folder import checkpoints_of
 from uft_ds.errors import EXIT_INTERRUPTED, EXIT_STOPPED, UserError
 from uft_ds.host.faults import ending
 from uft_ds.host.files import write_atomically
-from uft_ds.recipe.file import dump_recipe, leaves_of
+from uft_ds.host.terminal import as_typed
+from uft_ds.recipe.file import dump_recipe, said
 from uft_ds.recipe.settings import Settings, changed
 from uft_ds.record.metrics import read_metrics
 from uft_ds.record.run_folder import RunFolder, Status
@@ -34,9 +27,8 @@ from uft_ds.run.progress import progress_of
 from uft_ds.run.resume import recipe_changes
 from uft_ds.run.settings import adapter_folder, located
 from uft_ds.streams.identity import adapter_identity
-from uft_ds.sweep.file import DEFAULT_COLUMNS, PlannedRun, Sweep
-
-TABLE = "table.csv"
+from uft_ds.sweep.file import PlannedRun, Sweep
+from uft_ds.sweep.table import TABLE, Result, differing_values, show_table, write_table, writing
 
 
 @dataclass(frozen=True)
@@ -45,20 +37,6 @@ class How:
 
     overwrite: bool
     resume: bool
-
-
-@dataclass(frozen=True)
-class Result:
-    """The outcome of one run.
-
-    status: done, failed, stopped (and saved), interrupted, or skipped because the previous run is not done.
-    metrics: the last value of each metric. seconds: duration of all its steps.
-    """
-
-    run: PlannedRun
-    status: str
-    metrics: dict[str, float]
-    seconds: float
 
 
 def run_sweep(
@@ -81,7 +59,7 @@ def run_sweep(
         UserError: a run's check failed, or a folder holds a run of another recipe; nothing has been run.
     """
     _check_runs(sweep, console, check, overwrite=overwrite)
-    with _writing(sweep.output / TABLE):  # before the first run trains
+    with writing(sweep.output / TABLE):  # before the first run trains
         sweep.output.mkdir(parents=True, exist_ok=True)
         if (sweep.output / TABLE).is_dir():
             raise IsADirectoryError(errno.EISDIR, "Is a directory")
@@ -104,27 +82,12 @@ def run_sweep(
                 break
     finally:
         if results:
-            console.print(shown_table(sweep, list(results.values())))
-            console.print(f"all metrics: {sweep.output / TABLE}")
-    if sweep.columns != DEFAULT_COLUMNS:
-        found = {name for result in results.values() for name in result.metrics}
-        for pattern in sweep.columns:
-            if found and not fnmatch.filter(found, pattern):
-                console.print(f"note: columns: no run has a metric {pattern!r}")
+            show_table(sweep, list(results.values()), console)
     if any(result.status in ("interrupted", "stopped") for result in results.values()):
         console.print("interrupted: finished work is kept, the same command continues from there")
     if unwritten is not None:
         raise unwritten
     return list(results.values())
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Within the block, an error of the system is one of the user's, who gave the folder: names the path."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); give another folder") from None
 
 
 def _result(
@@ -148,10 +111,10 @@ def _result(
     except KeyboardInterrupt:
         return Result(run, "interrupted", {}, 0.0)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {as_typed(str(error))}", file=sys.stderr)
         return Result(run, "failed", {}, 0.0)
     except Exception as error:  # noqa: BLE001 - one run failed; the others can still succeed
-        print(f"error: {ending(error)[1]}", file=sys.stderr)
+        print(f"error: {as_typed(ending(error)[1])}", file=sys.stderr)
         return Result(run, "failed", {}, 0.0)
     if status.exit_code != 0:
         ended = {EXIT_INTERRUPTED: "interrupted", EXIT_STOPPED: "stopped"}.get(status.exit_code, "failed")
@@ -184,13 +147,13 @@ def write_recipes(sweep: Sweep, folder: Path) -> list[Path]:
         for order, run in enumerate(stages)
     }
     folders = list(dict.fromkeys(path.parent for path in files))
-    with _writing(folder):
+    with writing(folder):
         found = [path for point in folders if point.exists() for path in point.iterdir()]
     other = next((path for path in found if path not in files), None)
     if other is not None:
         raise UserError(f"{other.parent}: holds other files than this sweep's recipes; give a new folder")
     for path, run in files.items():
-        with _writing(path):
+        with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, dump_recipe(_for_a_job(run, sweep).stored))
     return folders
@@ -218,8 +181,7 @@ def table_of(sweep: Sweep, console: Console) -> list[Result]:
             _done(run, folder) if folder.done.exists() else Result(run, _how_far(folder), last_values(folder), 0.0)
         )
     write_table(sweep.output / TABLE, results, differing_values(sweep))
-    console.print(shown_table(sweep, results))
-    console.print(f"all metrics: {sweep.output / TABLE}")
+    show_table(sweep, results, console)
     return results
 
 
@@ -262,7 +224,10 @@ def _check_folder(sweep: Sweep, run: PlannedRun) -> None:
 def _first_change(folder: RunFolder, run: PlannedRun) -> str | None:
     """The first key that makes a run another one than that of its folder, with both values, or None."""
     changes = recipe_changes(folder, located(run.settings))
-    return next((f"{key}: {now} now, {then} then" for key, (then, now) in changes.items() if not may_change(key)), None)
+    return next(
+        (f"{key}: {said(now)} now, {said(then)} then" for key, (then, now) in changes.items() if not may_change(key)),
+        None,
+    )
 
 
 def _goes_on(sweep: Sweep, run: PlannedRun, folder: RunFolder) -> bool:
@@ -295,52 +260,3 @@ def last_values(folder: RunFolder) -> dict[str, float]:
     for line in read_metrics(folder.metrics):
         last |= {name: math.nan if value is None else value for name, value in line.items()}
     return last
-
-
-def differing_values(sweep: Sweep) -> dict[str, dict[str, Any]]:
-    """Values of the keys in which the recipes differ, by run and key: the grid's keys first, without data and names."""
-    recipes = {run.name: leaves_of(run.settings_alone.stored) for run in sweep.runs}
-    grid = [key for key, _ in sweep.runs[0].values]
-    keys = dict.fromkeys(key for leaves in recipes.values() for key in leaves)
-    ignored = ("name", "output", "data", *grid)  # a map of the grid is one column
-    kept = [key for key in keys if not any(key == other or key.startswith(f"{other}.") for other in ignored)]
-    differing = [key for key in kept if len({repr(leaves.get(key, "")) for leaves in recipes.values()}) > 1]
-    return {
-        run.name: {**dict(run.values), **{key: recipes[run.name].get(key, "") for key in differing}}
-        for run in sweep.runs
-    }
-
-
-def write_table(path: Path, results: list[Result], settings: dict[str, dict[str, Any]]) -> None:
-    """Write the CSV file: one row per run with its differing settings, its status and every metric.
-
-    Column `seconds`: training steps only, without evaluation and start.
-
-    Args:
-        settings: values by run and key; all runs have the same keys.
-    """
-    keys = list(settings[results[0].run.name])
-    names = sorted({name for result in results for name in result.metrics} - {"step", "seconds"})
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["run", "stage", *keys, "status", "seconds", *names])
-    for result in results:
-        values = settings[result.run.name]
-        metrics = [f"{result.metrics[name]:.6g}" if name in result.metrics else "" for name in names]
-        row = [result.run.name, result.run.stage, *(values[key] for key in keys), result.status]
-        writer.writerow([*row, f"{result.seconds:.0f}", *metrics])
-    with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text.getvalue())
-
-
-def shown_table(sweep: Sweep, results: list[Result]) -> Table:
-    """A terminal table of the sweep's `columns`."""
-    found = sorted({name for result in results for name in result.metrics})
-    names = list(dict.fromkeys(name for pattern in sweep.columns for name in fnmatch.filter(found, pattern)))
-    names = names or [name for name in ("loss",) if name in found]
-    table = Table("run", "status", *names, box=box.SIMPLE_HEAD, title=sweep.name, title_justify="left")
-    for result in results:
-        metrics = [f"{result.metrics[name]:.4g}" if name in result.metrics else "" for name in names]
-        table.add_row(Text(result.run.name), result.status, *metrics)
-    return table

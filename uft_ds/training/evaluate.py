@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from itertools import chain, islice
@@ -134,12 +135,19 @@ class Evaluation(NamedTuple):
     origins: list[str]
 
 
-def evaluate(method: Method, groups: Seq[Step], shift: float = 0.0, stop: Stop = NEVER) -> Evaluation:
+def evaluate(
+    method: Method,
+    groups: Seq[Step],
+    shift: float = 0.0,
+    stop: Stop = NEVER,
+    on_done: Callable[[int], None] = lambda done: None,
+) -> Evaluation:
     """The metrics of held-out data, computed as if all groups were one step. Every rank must call it.
 
     Args:
         groups: the held-out data, divided into parts that are forwarded one after another.
         shift: the shift state that the last step returned, nats.
+        on_done: called after each group with the number of responses that are done.
     Raises:
         Stopped: between two groups; no result is kept.
     """
@@ -147,12 +155,15 @@ def evaluate(method: Method, groups: Seq[Step], shift: float = 0.0, stop: Stop =
     # Terms are counted group by group, because a pair's number is unique only within a group.
     terms = sum((Counter(count_terms(objective, group.responses)) for group in groups), Counter())
     done: list[list[Forwarded]] = []
+    num_done = 0
     with engine.evaluating(), known.all_or_nothing():
         for group in groups:
             stop.check()
             of_group = forward(method, group, with_statistics=True)
             done.append([replace(part, batch=_without_tokens(part.batch)) for part in of_group])
             known.learn(engine, group)
+            num_done += len(group.responses)
+            on_done(num_done)
     # `prompt_mean` compares responses of all groups, so it is computed after all of them are forwarded.
     of_all = groups if objective.shift.name == "prompt_mean" else ()
     whole = Step(0, tuple(sequence for group in of_all for sequence in group.sequences))

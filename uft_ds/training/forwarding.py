@@ -22,16 +22,28 @@ from uft_ds.streams.stream import Output, Stream, logps_of
 
 @dataclass(frozen=True)
 class Method:
-    """How a step is computed: the engine, the objective, the known reference values and the micro-batches' size."""
+    """How a step is computed: the engine, the objective, the known reference values and the micro-batches' size.
+
+    policy_is_reference: whether the two still compute the same, as before the first update of a run whose policy
+    starts as the reference.
+    """
 
     engine: Engine
     objective: Objective
     known: Known
     tokens_per_micro_batch: int
+    policy_is_reference: bool = False
 
     def micro_batches(self, step: Step) -> list[tuple[MicroBatch, bool]]:
         """This rank's part of a step, and for each micro-batch whether the reference must be forwarded."""
         return self.known.micro_batches(self.engine, step, self.tokens_per_micro_batch)
+
+    def rounding(self, logps: Mapping[str, Tensor]) -> float:
+        """How far rounding may move a forwarded micro-batch's log-ratios, nats per square root of a response's tokens.
+
+        It is 0 unless the reference's log-probs were stored: in one forward both streams round alike.
+        """
+        return 0.0 if REFERENCE_STREAM in logps or self.policy_is_reference else self.known.rounding
 
 
 @dataclass(frozen=True)
@@ -39,26 +51,33 @@ class Forwarded:
     """The results of a forwarded micro-batch, without its graph: [responses] each, float64, summed over tokens.
 
     logps: by stream, nats. entropy_R: the policy's entropy, nats. top1_R: the number of tokens that are the policy's
-    most probable ones. Both are None if the forward computed no statistics.
+    most probable ones. Both are None if the forward computed no statistics. rounding: see `Method.rounding`.
     """
 
     batch: MicroBatch
     logps: Mapping[str, Tensor]
     entropy_R: Tensor | None = None
     top1_R: Tensor | None = None
+    rounding: float = 0.0
 
     @classmethod
-    def of(cls, batch: MicroBatch, logps: Mapping[str, Tensor], policy: Output) -> Forwarded:
+    def of(cls, batch: MicroBatch, logps: Mapping[str, Tensor], policy: Output, rounding: float) -> Forwarded:
         """Keep the results of one forward.
 
         Args:
             logps: by stream, with or without a graph.
             policy: the policy's output in the same forward.
+            rounding: see `Method.rounding`.
         """
+        entropy_R, top1_R = (
+            None if of_N is None else response_sums(of_N, batch) for of_N in (policy.entropy_N, policy.is_top1_N)
+        )
         return cls(
             batch,
             {name: logps_R.detach() for name, logps_R in logps.items()},
-            *(None if of_N is None else response_sums(of_N, batch) for of_N in (policy.entropy_N, policy.is_top1_N)),
+            entropy_R=entropy_R,
+            top1_R=top1_R,
+            rounding=rounding,
         )
 
 
@@ -68,10 +87,19 @@ def streams_of(engine: Engine, *, with_reference: bool) -> tuple[Stream, ...]:
     return tuple(engine.streams[name] for name in names)
 
 
-def with_known(known: Known, batch: MicroBatch, logps: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The forwarded log-probs, completed by the reference's known ones: [responses] each, nats, float64."""
-    reference_logps_R = known.resolve(batch, logps.get(REFERENCE_STREAM))
-    return logps if reference_logps_R is None else logps | {REFERENCE_STREAM: reference_logps_R}
+def with_known(method: Method, batch: MicroBatch, logps: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The forwarded log-probs, completed by the reference's known ones: [responses] each, nats, float64.
+
+    While the policy is the reference, its own log-probs stand for stored ones: the check before the first step has
+    found them equal, and they lack the rounding of another packing. So log-ratios are exactly 0 then, whether the cache
+    is warm or cold.
+    """
+    reference_logps_R = method.known.resolve(batch, logps.get(REFERENCE_STREAM))
+    if reference_logps_R is None:
+        return logps
+    if REFERENCE_STREAM not in logps and method.policy_is_reference:
+        reference_logps_R = logps[POLICY_STREAM].detach()
+    return logps | {REFERENCE_STREAM: reference_logps_R}
 
 
 def forward(method: Method, step: Step, *, with_statistics: bool) -> list[Forwarded]:
@@ -84,8 +112,9 @@ def forward(method: Method, step: Step, *, with_statistics: bool) -> list[Forwar
     for batch, forward_reference in method.micro_batches(step):
         streams = streams_of(engine, with_reference=forward_reference)
         outputs = engine(batch, streams, with_statistics=with_statistics)
-        logps = with_known(method.known, batch, logps_of(outputs, batch))
-        done.append(Forwarded.of(batch, logps, outputs[POLICY_STREAM]))
+        live = logps_of(outputs, batch)
+        logps = with_known(method, batch, live)
+        done.append(Forwarded.of(batch, logps, outputs[POLICY_STREAM], method.rounding(live)))
     return done
 
 
@@ -101,6 +130,7 @@ def rows_of(objective: Objective, done: Seq[Forwarded], shifts: Seq[Tensor | Non
                 shifts_R,
                 entropy_R=part.entropy_R,
                 top1_R=part.top1_R,
+                rounding=part.rounding,
             )
             for part, shifts_R in zip(done, shifts, strict=True)
         ]

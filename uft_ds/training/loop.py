@@ -19,11 +19,13 @@ from uft_ds.recipe.settings import TrainSettings
 from uft_ds.record.metrics import model_flops_utilization, peak_memory_gib
 from uft_ds.record.report import Reporter
 from uft_ds.record.run_folder import RunFolder
+from uft_ds.record.samples import write_samples
 from uft_ds.record.telemetry import write_rows
 from uft_ds.streams.adapters import Policy
 from uft_ds.training.evaluate import evaluate
 from uft_ds.training.forwarding import Method
-from uft_ds.training.schedule import learning_rate
+from uft_ds.training.samples import Sampler, sample
+from uft_ds.training.schedule import learning_rate, progress_of_step
 from uft_ds.training.step import run_step
 
 START = TrainerState(step=0, skipped_steps=0)
@@ -35,6 +37,8 @@ class Session:
     """Everything that a run trains with; created once, and the same for all steps.
 
     method: with the recipe's objective, before any schedule of beta.
+    sampler: of the answers after each evaluation; None: there are none.
+    starts_as_reference: whether policy and reference compute the same before the first update.
     """
 
     method: Method
@@ -44,10 +48,16 @@ class Session:
     reporter: Reporter
     checkpoints: CheckpointWriter
     stop: Stop = NEVER
+    sampler: Sampler | None = None
+    starts_as_reference: bool = True
 
-    def method_at(self, progress: float) -> Method:
-        """The method with the objective at a point of the run: 0 at the first step, 1 at the last."""
-        return replace(self.method, objective=objective_at(self.method.objective, progress))
+    def method_at(self, progress: float, state: TrainerState) -> Method:
+        """The method after `state`, with the objective at a point of the run: 0 at the first step, 1 at the last."""
+        return replace(
+            self.method,
+            objective=objective_at(self.method.objective, progress),
+            policy_is_reference=self.starts_as_reference and state.updates == 0,
+        )
 
 
 def train(session: Session, steps: StepSource, held_out: Seq[Step], state: TrainerState = START) -> TrainerState:
@@ -75,10 +85,7 @@ def train(session: Session, steps: StepSource, held_out: Seq[Step], state: Train
     try:
         if state.step == 0 or due(state.step, settings.evaluate_every) or state.step == len(steps):
             # The evaluation after step n uses the beta of step n, also in a resumed run.
-            before = session.method_at(max(0, state.step - 1) / max(1, len(steps) - 1))
-            if held_out:
-                count = sum(len(group.responses) for group in held_out)
-                session.reporter.say(f"evaluating {count:,} held-out responses before step {state.step + 1}")
+            before = session.method_at(progress_of_step(max(0, state.step - 1), len(steps)), state)
             _evaluate_and_report(session, before, held_out, state)
         for number in range(state.step, len(steps)):
             step = steps.step(number)
@@ -86,7 +93,8 @@ def train(session: Session, steps: StepSource, held_out: Seq[Step], state: Train
             rate = learning_rate(
                 step.index, num_steps=len(steps), peak=settings.lr, warmup=settings.warmup, schedule=settings.schedule
             )
-            current = session.method_at(step.index / max(1, len(steps) - 1))
+            progress = progress_of_step(step.index, len(steps))
+            current = session.method_at(progress, state)
             result, metrics, shift = run_step(current, step, rate, state.log_ratio_shift)
             state = TrainerState(state.step + 1, state.skipped_steps + result.skipped, shift, steps.state())
             seconds = time.perf_counter() - started
@@ -101,13 +109,14 @@ def train(session: Session, steps: StepSource, held_out: Seq[Step], state: Train
                 saved = _checkpoint(session, state)
                 _store(session)
             if due(state.step, settings.evaluate_every) or is_last:
-                _evaluate_and_report(session, current, held_out, state)
+                _evaluate_and_report(session, session.method_at(progress, state), held_out, state)
     except Stopped as asked:
         if saved != state.step:
             _checkpoint(session, state)
         checkpoints.finish()
         _store(session)
-        message = f"{asked} after step {state.step} of {len(steps)}, which is saved: continue with --resume"
+        done = f"after step {state.step} of {len(steps)}, which is saved" if state.step else "before the first step"
+        message = f"{asked} {done}: continue with --resume"
         raise Stopped(message, by_all=True) from None
     checkpoints.finish()
     _store(session)
@@ -122,14 +131,26 @@ def due(step: int, every: int) -> bool:
 def _evaluate_and_report(session: Session, method: Method, held_out: Seq[Step], state: TrainerState) -> None:
     if not held_out:
         return
-    found = evaluate(method, held_out, state.log_ratio_shift, session.stop)
+    reporter, count = session.reporter, sum(len(group.responses) for group in held_out)
+    with reporter.working(f"evaluating held-out data after step {state.step}", count) as on_done:
+        found = evaluate(method, held_out, state.log_ratio_shift, session.stop, on_done)
     wanted = session.settings.keep_best
     if wanted is not None and wanted not in found.metrics:
         known = tuple(found.metrics)
         raise UserError(f"train.keep_best: {unknown_name(wanted, known)}")
-    session.reporter.held_out(state.step, found.metrics)
+    reporter.held_out(state.step, found.metrics)
     if method.engine.rank == 0:
         write_rows(session.folder.held_out_rows, found.rows, found.origins)
+    if session.sampler is not None:
+        _sample(session, session.sampler, state.step)
+
+
+def _sample(session: Session, sampler: Sampler, step: int) -> None:
+    engine = session.method.engine
+    with session.reporter.working(f"answering held-out prompts after step {step}", len(sampler.prompts)) as on_done:
+        samples = sample(engine, sampler, step, session.stop, on_done)
+    if engine.rank == 0:
+        write_samples(session.folder.samples, step, samples)
 
 
 def _checkpoint(session: Session, state: TrainerState) -> int:

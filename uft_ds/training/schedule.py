@@ -24,3 +24,8 @@ def learning_rate(
     if schedule == "cosine":
         return peak * 0.5 * (1 + math.cos(math.pi * progress))
     return peak * (1 - progress) if schedule == "linear" else peak
+
+
+def progress_of_step(step: int, num_steps: int) -> float:
+    """The progress that schedules of beta take at a step from 0 to num_steps - 1: 0 at the first, 1 at the last."""
+    return step / max(1, num_steps - 1)

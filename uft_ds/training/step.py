@@ -53,12 +53,13 @@ def run_step(method: Method, step: Step, rate: float, before: float = 0.0) -> St
     done: list[Forwarded] = []
     for number, ((batch, forward_reference), shifts_R) in enumerate(zip(micro_batches, shifts, strict=True), start=1):
         outputs = engine(batch, streams_of(engine, with_reference=forward_reference), with_statistics=True)
-        logps = with_known(known, batch, logps_of(outputs, batch))
+        live = logps_of(outputs, batch)
+        logps = with_known(method, batch, live)
         loss, parts = micro_batch_loss(objective, batch, num_terms, logps, shifts_R)
         engine.backward(loss, is_last=number == len(micro_batches))
         total_loss += loss.detach()
         sums += parts
-        done.append(Forwarded.of(batch, logps, outputs[POLICY_STREAM]))
+        done.append(Forwarded.of(batch, logps, outputs[POLICY_STREAM], method.rounding(live)))
     known.learn(engine, step)  # a collective, so every rank calls it at the same place
     result = engine.step(rate, total_loss)
     rows = np.concatenate(engine.gather_over_data(rows_of(objective, done, shifts)))

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from uft_ds.data.example import KINDS, Example, Pair
 from uft_ds.data.formats import table as module
-from uft_ds.data.formats.fields import LeftOut, checked_rating, checked_score
+from uft_ds.data.formats.fields import LeftOut
 from uft_ds.data.formats.jsonl import KEYS as JSONL_KEYS
+from uft_ds.data.formats.scales import UNIT, checked_score
 from uft_ds.data.formats.table import FORMATS, GROUP, Item, Row, described_formats, format_named, format_names
 from uft_ds.errors import UserError
 
@@ -194,9 +195,9 @@ def sides_of(items: Iterable[Item]) -> Iterator[Example]:
 @given(st.floats() | st.integers() | st.booleans() | st.text())
 def test_scores_and_ratings_are_in_the_unit_interval(value: Any) -> None:
     """Or refused: rounding never carries a rating out of it."""
-    for read in (checked_score, lambda v: checked_rating(v, "r", best=10), lambda v: checked_rating(v, "r", best=5)):
+    for scale in (UNIT, (1.0, 10.0), (1.0, 5.0), (-0.3, 0.1)):
         try:
-            assert 0.0 <= read(value) <= 1.0
+            assert 0.0 <= checked_score(value, "r", scale) <= 1.0
         except ValueError:
             continue
 

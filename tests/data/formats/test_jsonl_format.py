@@ -71,7 +71,7 @@ def test_jsonl_meta_is_ignored() -> None:
         ({"messages": TURNS}, "either 'prompt' or 'messages', found both"),
         ({"scroe": 0.3}, "unknown key 'scroe'; did you mean 'score'?"),
         ({"id": 3}, "unknown key 'id'; put extra fields under 'meta'"),
-        ({"score": 1.01}, "'score': found 1.01, expected a finite number from 0 to 1"),
+        ({"score": 1.01}, "'score': found 1.01, expected a number from 0 to 1"),
         ({"score": -1e-9}, "'score': found -1e-09"),
         ({"score": float("nan")}, "'score': found nan"),
         ({"score": float("inf")}, "'score': found inf"),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from reading_rows import PACK, Write, contents, read, reason, refusal
 
 from uft_ds.data.rows import json_rows
+from uft_ds.data.rows.places import indexed
 from uft_ds.data.rows.reading import parse_row
 
 # Lines
@@ -73,8 +74,8 @@ def test_any_rows_are_read_back(
     monkeypatch.setattr(json_rows, "_CHUNK_BYTES", chunk)
     array = json.dumps(rows, ensure_ascii=escaped, indent=indent)
     expected_lines, line = [], 1 + (indent is not None)
-    for row in rows:
-        expected_lines.append(line)
+    for index, row in enumerate(rows):
+        expected_lines.append(line if indent is not None or len(rows) == 1 else indexed(index))
         # The nested levels' newlines are the same wherever the row stands; a comma's newline follows.
         line += json.dumps(row, indent=indent).count("\n") + (indent is not None)
     lines = "\n".join(json.dumps(row, ensure_ascii=escaped) for row in rows)
@@ -190,10 +191,10 @@ def test_a_row_too_long_is_refused(write: Write, name: str, monkeypatch: pytest.
 # Arrays
 
 
-def test_json_rows_carry_the_line_they_start_on(write: Write) -> None:
-    """Rows may stand on one line or span several; a byte order mark changes nothing."""
+def test_json_rows_carry_the_line_that_they_alone_start_on(write: Write) -> None:
+    """Rows that share a line are told apart by their index; a byte order mark changes nothing."""
     path = write("a.json", b'\xef\xbb\xbf\n[{"a": 1}, {"a":\n 2}\n,\r\n {"a": 3}]\n')
-    assert contents(path) == [(f"{path}:2", {"a": 1}), (f"{path}:2", {"a": 2}), (f"{path}:5", {"a": 3})]
+    assert contents(path) == [(f"{path}[0]", {"a": 1}), (f"{path}[1]", {"a": 2}), (f"{path}:5", {"a": 3})]
 
 
 @pytest.mark.parametrize(

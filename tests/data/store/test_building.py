@@ -16,7 +16,7 @@ from uft_ds.data.formats.table import FORMATS
 from uft_ds.data.rows.reading import find_data, parse_row, raw_rows
 from uft_ds.data.store import building
 from uft_ds.data.store.building import QUARANTINE, build_store
-from uft_ds.data.store.sequences import TokenStore
+from uft_ds.data.store.sequences import ScoresGiven, TokenStore
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.tokenize import load_tokenizer
 from uft_ds.errors import UserError
@@ -257,13 +257,155 @@ def test_columns_that_carry_meaning_refuse_the_row(tmp_path: Path, chat: ChatTok
     assert message in refusal(path, chat, format="trl")
 
 
-def test_a_bad_row_of_an_array_on_one_line_is_named_by_its_byte(tmp_path: Path, chat: ChatTokenizer) -> None:
-    """Its line says nothing."""
+def test_rows_of_an_array_on_one_line_are_named_by_their_index(tmp_path: Path, chat: ChatTokenizer) -> None:
+    """Its line says nothing: in the refusal, in quarantine, in the places of drops and in each response's origin."""
     path = tmp_path / "rows.json"
-    rows = [{"prompt": "q", "response": "a"}, {"prompt": "q", "response": ""}]
+    rows = [
+        {"prompt": "q", "response": "a"},
+        {"prompt": "q", "response": ""},
+        {"prompt": "q", "response": "<|im_end|>"},
+    ]
     path.write_text(json.dumps(rows), encoding="utf-8")
-    byte = json.dumps(rows).index(json.dumps(rows[1]))
-    assert refusal(path, chat).startswith(f"{path}:1 (byte {byte}): 'response' is empty")
+    assert refusal(path, chat).startswith(f"{path}[1]: 'response' is empty")
+    (tmp_path / "store-rows.json-1").rename(tmp_path / "refused")
+    store = build(path, chat, quarantine=True)
+    entry = json.loads((store.folder / QUARANTINE).read_text())
+    assert (entry["place"], entry["byte"]) == (f"{path}[1]", json.dumps(rows).index(json.dumps(rows[1])))
+    assert store.places_of("special token in the text") == (f"{path}[2]",)
+    assert read(store, 0).origin == f"{path}[0]"
+
+
+def test_a_refusal_says_how_many_rows_are_bad(
+    tmp_path: Path, chat: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is read on: to its end, to where it is broken, or for a limited number of rows, which is said."""
+    monkeypatch.setattr(building, "_CHUNK_ROWS", 10)
+    rows = [{"prompt": f"q{i}", "response": "" if i % 50 == 13 else "a"} for i in range(200)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    assert refusal(path, chat).splitlines() == [
+        f"{path}:14: 'response' is empty (format jsonl)",
+        f"4 of 200 rows of {path} are bad, the next:",
+        f"  {path}:64: 'response' is empty",
+        f"  {path}:114: 'response' is empty",
+        "correct them, or set data.on_bad_row: quarantine to leave them out (of a source's rows at most the share "
+        "data.max_quarantined)",
+    ]
+    (tmp_path / "store-rows.jsonl-1").rename(tmp_path / "first")
+    assert "\n4 of 200 rows of" in refusal(path, chat, workers=2)  # other processes examine most chunks
+    with path.open("a") as file:
+        file.write('{"prompt": "q", "resp')
+    message = refusal(path, chat)
+    assert f"\n4 of the first 190 rows of {path} are bad" in message  # of whole chunks
+    assert f"\n{path}:201: the last line is cut off" in message
+    (tmp_path / "store-rows.jsonl-1").rename(tmp_path / "second")
+    monkeypatch.setattr(building, "_READ_ON_ROWS", 60)
+    message = refusal(path, chat)
+    assert f"\n2 of the first 70 rows of {path} are bad" in message
+    assert "\nthe rows after them have not been read\n" in message
+
+
+def test_a_refusal_of_most_rows_asks_for_the_format(tmp_path: Path, chat: ChatTokenizer) -> None:
+    """To leave out most rows would hardly be what is meant."""
+    path = write_rows(tmp_path / "rows.jsonl", [{"text": "t"}] * 3)
+    assert "these are most of the rows: are they of format jsonl?" in refusal(path, chat)
+    assert "quarantine" not in refusal(write_rows(tmp_path / "b.jsonl", [{"text": "t"}] * 3), chat)
+
+
+def test_rows_of_another_format_are_named(tmp_path: Path, chat: ChatTokenizer) -> None:
+    """While no row of the file was good, and only then: after a good one, one row is wrong, not the format."""
+    alpaca = {"instruction": "Name a prime.", "input": "", "output": "7"}
+    path = write_rows(tmp_path / "alpaca.jsonl", [alpaca, alpaca])
+    assert refusal(path, chat).startswith(
+        f"{path}:1: keys instruction, input, output: this is format alpaca (read as jsonl: unknown key 'instruction') "
+    )
+    path = write_rows(tmp_path / "one.jsonl", [{"prompt": "q", "response": "a"}, alpaca])
+    assert refusal(path, chat).startswith(f"{path}:2: unknown key 'instruction'")
+
+
+SCORED = [{"prompt": f"q{i}", "response": "a", "score": i} for i in range(1, 11)]
+
+
+def test_a_score_range_maps_scores_linearly(tmp_path: Path, chat: ChatTokenizer) -> None:
+    """1 to 10: 1 is 0, 10 is 1, 4 is a third; the ends exactly. The lowest and the highest score found are recorded."""
+    path = write_rows(tmp_path / "rows.jsonl", SCORED)
+    store = build(path, chat, score_range=(1.0, 10.0))
+    assert store.responses["score"].tolist() == pytest.approx([(i - 1) / 9 for i in range(1, 11)], abs=1e-15)
+    assert (store.responses["score"][0], store.responses["score"][-1]) == (0.0, 1.0)
+    assert store.account.scores == ScoresGiven(1.0, 10.0, is_outside=False)
+
+
+def test_scores_outside_their_scale_suggest_a_range(tmp_path: Path, chat: ChatTokenizer) -> None:
+    """From the scores of all rows, the good ones too: 1 is from 0 to 1 and yet the lowest."""
+    path = write_rows(tmp_path / "rows.jsonl", SCORED)
+    message = refusal(path, chat)
+    assert message.startswith(f"{path}:2: 'score': found 2, expected a number from 0 to 1")
+    assert f"\n9 of 10 rows of {path} are bad" in message
+    assert f"\nthe scores of {path} are from 1 to 10: set this source's score_range" in message
+    assert message.endswith("score_range: [1, 10]")
+    (tmp_path / "store-rows.jsonl-1").rename(tmp_path / "first")
+    message = refusal(path, chat, score_range=(0.0, 5.0))
+    assert message.startswith(f"{path}:6: 'score': found 6, expected a number from 0 to 5")
+    assert message.endswith("score_range: [1, 10]")
+
+
+def test_every_format_with_scores_takes_a_range(tmp_path: Path, chat: ChatTokenizer) -> None:
+    """It replaces the format's own scale; other formats refuse it, because their scale is part of what they are."""
+    ultra = [{"instruction": "q", "completions": [{"response": f"a{s}", "overall_score": s} for s in (0, 3, 4)]}]
+    path = write_rows(tmp_path / "ultra.jsonl", ultra)
+    assert refusal(path, chat, format="ultrafeedback").endswith("score_range: [0, 4]")
+    (tmp_path / "store-ultra.jsonl-1").rename(tmp_path / "first")
+    store = build(path, chat, format="ultrafeedback", score_range=(0.0, 4.0))
+    assert store.responses["score"].tolist() == [0.0, 0.75, 1.0]
+    for names in (("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating")):
+        row = {"prompt": "q", "chosen": "a", "rejected": "b"} | dict(zip(names, (90, 20), strict=True))
+        path = write_rows(tmp_path / f"{names[0]}.jsonl", [row])
+        store = build(path, chat, format="ultrafeedback_binarized", score_range=(0.0, 100.0))
+        assert store.responses["score"].tolist() == [0.9, 0.2]
+    table = tmp_path / "rows.csv"
+    table.write_text("prompt,response,stars\nq,a,1\nq,b,4\n", encoding="utf-8")
+    store = build(table, chat, score_range=(1.0, 5.0), columns=(("score", "stars"),))
+    assert store.responses["score"].tolist() == [0.0, 0.75]
+    pq.write_table(pa.table({"prompt": ["q"], "response": ["a"], "score": [2.5]}), tmp_path / "rows.parquet")
+    assert build(tmp_path / "rows.parquet", chat, score_range=(0.0, 5.0)).responses["score"].tolist() == [0.5]
+    for name in sorted(FORMATS.keys() - {"jsonl", "ultrafeedback", "ultrafeedback_binarized"}):
+        path = write_rows(tmp_path / f"{name}.jsonl", [{"a": 1}])
+        assert f"`score_range` given, but format {name} reads no scores" in refusal(
+            path, chat, format=name, score_range=(0.0, 4.0)
+        )
+
+
+MIXED: list[dict[str, Any]] = [
+    {"prompt": "q", "response": "a"},
+    {"prompt": "q", "response": "b", "score": 0.25},
+    {"prompt": "q", "response": "c", "label": False},
+    {"prompt": "q", "chosen": "d", "rejected": "e"},
+    {"prompt": "q", "chosen": "f", "rejected": "g", "score_chosen": 0.75, "score_rejected": 0.5},
+]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_kinds_may_be_mixed_where_the_source_says_so(
+    tmp_path: Path, chat: ChatTokenizer, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each row's own kind counts; without the key the refusal names it."""
+    monkeypatch.setattr(building, "_CHUNK_ROWS", 2)
+    path = write_rows(tmp_path / "mixed.jsonl", MIXED)
+    store = build(path, chat, mixed_kinds=True, workers=workers)
+    found = [(r.kind, r.score) for i in range(len(store)) for s in store.unit(i) for r in s.responses]
+    assert found == [
+        ("instruction", 1.0),
+        ("score", 0.25),
+        ("binary", 0.0),
+        ("pair", 1.0),
+        ("pair", 0.0),
+        ("pair", 0.75),
+        ("pair", 0.5),
+    ]
+    store.folder.rename(tmp_path / "mixed")
+    message = refusal(path, chat, workers=workers)
+    assert message.startswith(f"{path}:2: a row of kind 'score'")
+    assert "or set this source's mixed_kinds: true if that is meant" in message
+    assert f"\n4 of 5 rows of {path} are bad" in message
 
 
 def test_null_members_of_tables_are_absent(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import pytest
 from tiny import IM_END, build_tiny_tokenizer
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
+from uft_ds.data.tokens import chat_template
 from uft_ds.data.tokens.chat_template import end_of_turn_id, marks_generation, render, render_marked, special_tokens
 from uft_ds.data.tokens.chat_tokenizer import open_tokenizer
 from uft_ds.errors import UserError
@@ -117,3 +118,17 @@ def test_tools_reach_the_template(tokenizer):
     messages = [{"role": "user", "content": "Hi"}]
     assert render(tokenizer, messages, tools=[{"name": "f"}]).startswith('[{"name": "f"}]<|im_start|>')
     assert render(tokenizer, messages).startswith("<|im_start|>")
+
+
+def test_a_template_is_a_program_with_limits(tokenizer, monkeypatch):
+    """Of time and of memory: a downloaded template must not stop the machine."""
+    long_work = "{% for a in range(3000) %}{% for b in range(3000) %}{% endfor %}{% endfor %}"
+    tokenizer.chat_template = TURN.replace("CLOSE", "<|im_end|>") + long_work
+    monkeypatch.setattr(chat_template, "_SECONDS", 0.05)
+    with pytest.raises(UserError, match=r"takes more than 0\.05 seconds of CPU time"):
+        render(tokenizer, chat_template.PROBE)
+    monkeypatch.setattr(chat_template, "_SECONDS", 10)
+    monkeypatch.setattr(chat_template, "_MEMORY", 50_000_000)
+    tokenizer.chat_template = "{{ 'a' * 200000000 }}"
+    with pytest.raises(UserError, match="takes more than 0 GB of memory, or more than there is"):
+        render(tokenizer, chat_template.PROBE)

@@ -1,5 +1,6 @@
 """Supervised spans: exactly the response and its end of turn, after exactly the prompt that generation would see."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -331,6 +332,14 @@ def test_a_missing_template_file_is_refused(tmp_path: Path) -> None:
         load_tokenizer(str(folder), chat_template=str(tmp_path / "missing.jinja"))
 
 
+def test_a_pipe_as_template_is_not_waited_for(tmp_path: Path) -> None:
+    """Nobody may ever write to it."""
+    folder = build_tiny_tokenizer(tmp_path / "tokenizer")
+    os.mkfifo(tmp_path / "pipe.jinja")
+    with pytest.raises(UserError, match=r"model\.chat_template: .*pipe\.jinja cannot be read .*not a regular file"):
+        load_tokenizer(str(folder), chat_template=str(tmp_path / "pipe.jinja"))
+
+
 def test_a_missing_tokenizer_is_refused(tmp_path: Path) -> None:
     """A folder without a tokenizer, or a hub name without network, names model.base."""
     for base in (str(tmp_path), "nobody/no-such-model"):
@@ -645,3 +654,18 @@ def test_keep_first_ends_with_the_last_kept_response(tiny: ChatTokenizer) -> Non
     assert one.responses == sequence.responses[:1]
     assert one.token_ids_T.tolist() == sequence.token_ids_T[: sequence.responses[0].end].tolist()
     assert keep_first(sequence, 0).num_tokens == 0
+
+
+def test_a_text_longer_than_the_tokenizer_likes_is_no_warning(
+    chat: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers says once a process that such a text leads to indexing errors; `max_length` decides here."""
+    said: list[str] = []
+    monkeypatch.setattr("transformers.tokenization_utils_base.logger.warning", lambda text, *_: said.append(text))
+    monkeypatch.setattr(chat.tokenizer, "model_max_length", 8)
+    chat.tokenizer.deprecation_warnings.clear()
+    text = "a longer text, in words. " * 4
+    assert len(chat.encode(text)) > 8
+    assert said == []
+    chat.tokenizer(text)
+    assert len(said) == 1, "the warning that this test is about"

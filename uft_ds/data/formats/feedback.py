@@ -8,7 +8,8 @@ from typing import Any
 
 from uft_ds.data.example import Message
 from uft_ds.data.formats.columns import reads
-from uft_ds.data.formats.fields import LeftOut, Row, checked_rating, label_score, shown, text
+from uft_ds.data.formats.fields import LeftOut, Row, label_score, shown, text
+from uft_ds.data.formats.scales import Scale, checked_score, scored
 from uft_ds.data.formats.turns import (
     Item,
     Turns,
@@ -71,9 +72,16 @@ def _integer(row: Row, name: str, low: int, high: int) -> int:
     return value
 
 
+_FROM_1_TO_10: Scale = (1.0, 10.0)
+_FROM_1_TO_5: Scale = (1.0, 5.0)
+
+
+@scored("completions[].overall_score", scale=_FROM_1_TO_10)
 @reads("instruction", "completions")
-def ultrafeedback(row: Row, *, score: float | None) -> list[Item]:
+def ultrafeedback(row: Row, *, score: float | None, score_range: Scale = _FROM_1_TO_10) -> list[Item]:
     """openbmb/UltraFeedback: one example per completion of an instruction, score = (overall_score - 1) / 9.
+
+    The source's `score_range` gives another scale than 1 to 10.
 
     The system prompts under which the completions were written (`custom_system_prompt`) are not used, as in the
     binarized versions. Use a revision after December 2023: before it, 2,628 completions that deserved a 1 had a 10.
@@ -84,31 +92,33 @@ def ultrafeedback(row: Row, *, score: float | None) -> list[Item]:
         raise ValueError(f"'completions': expected a list, found {shown(completions)}")
     if not completions:
         raise LeftOut("no completions", 0)
-    return [_completion(prompt, completion, index) for index, completion in enumerate(completions)]
+    return [_completion(prompt, completion, index, score_range) for index, completion in enumerate(completions)]
 
 
-def _completion(prompt: Turns, completion: Any, index: int) -> Item:
+def _completion(prompt: Turns, completion: Any, index: int, scale: Scale) -> Item:
     if not isinstance(completion, Mapping):
         raise ValueError(f"'completions', number {index}: expected an object, found {shown(completion)}")
     try:
         answer = Message("assistant", text(completion, "response"))
-        return answered(
-            prompt, answer, checked_rating(completion.get("overall_score"), "overall_score", best=10), "score"
-        )
+        rating = checked_score(completion.get("overall_score"), "overall_score", scale)
+        return answered(prompt, answer, rating, "score")
     except ValueError as error:
         raise ValueError(f"'completions', number {index}: {error}") from None
 
 
+@scored("chosen-rating", "rejected-rating", scale=_FROM_1_TO_5)
+@scored("metadata.score_chosen", "metadata.score_rejected", scale=_FROM_1_TO_10)
+@scored("score_chosen", "score_rejected", scale=_FROM_1_TO_10)
 @reads("prompt", "chosen", "rejected", "score_chosen", "score_rejected", "metadata", "chosen-rating", "rejected-rating")
-def ultrafeedback_binarized(row: Row, *, score: float | None) -> list[Item]:
+def ultrafeedback_binarized(row: Row, *, score: float | None, score_range: Scale | None = None) -> list[Item]:
     """UltraFeedback as scored pairs: `prompt`, `chosen`, `rejected`. Each side is text, or turns with the prompt.
 
     In HuggingFaceH4/ultrafeedback_binarized the scores are `score_chosen` and `score_rejected` from 1 to 10 (also
     inside `metadata`), mapped by (s - 1) / 9; about a tenth of its pairs are ties. In
     argilla/ultrafeedback-binarized-preferences-cleaned they are `chosen-rating` and `rejected-rating`, means of
-    ratings from 1 to 5, mapped by (s - 1) / 4.
+    ratings from 1 to 5, mapped by (s - 1) / 4. The source's `score_range` gives another scale.
     """
-    scores = _binarized_scores(row)
+    scores = _binarized_scores(row, score_range)
     chosen, rejected = row.get("chosen"), row.get("rejected")
     if isinstance(chosen, list) and isinstance(rejected, list):
         return [dialogue_pair(_binarized_turns(row, "chosen"), _binarized_turns(row, "rejected"), scores)]
@@ -124,13 +134,13 @@ def _binarized_turns(row: Row, side: str) -> Turns:
     return turns
 
 
-def _binarized_scores(row: Row) -> tuple[float, float]:
-    fields, names, best = row, ("score_chosen", "score_rejected"), 10
+def _binarized_scores(row: Row, score_range: Scale | None) -> tuple[float, float]:
+    fields, names, scale = row, ("score_chosen", "score_rejected"), _FROM_1_TO_10
     if row.get("chosen-rating") is not None:
-        names, best = ("chosen-rating", "rejected-rating"), 5
+        names, scale = ("chosen-rating", "rejected-rating"), _FROM_1_TO_5
     elif row.get("score_chosen") is None and isinstance(row.get("metadata"), Mapping):
         fields = row["metadata"]
-    better, worse = (checked_rating(fields.get(name), name, best=best) for name in names)
+    better, worse = (checked_score(fields.get(name), name, score_range or scale) for name in names)
     return better, worse
 
 

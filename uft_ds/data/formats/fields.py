@@ -59,22 +59,6 @@ def content(value: Any, name: str = "content", *, may_be_empty: bool = False) ->
     return checked_text("".join(texts), name, may_be_empty=may_be_empty)
 
 
-def checked_score(value: Any, name: str = "score") -> float:
-    """A score given in the data."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name!r}: found {shown(value)}, expected a number from 0 to 1")
-    if not 0 <= value <= 1:  # this refuses NaN, too
-        raise ValueError(f"{name!r}: found {value}, expected a finite number from 0 to 1")
-    return float(value)
-
-
-def checked_rating(value: Any, name: str, *, best: int) -> float:
-    """A rating from 1 to `best` as a score: (rating - 1) / (best - 1)."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value <= best:
-        raise ValueError(f"{name!r}: found {shown(value)}, expected a number from 1 to {best}")
-    return (value - 1) / (best - 1)
-
-
 def default_score(score: float | None) -> float:
     """The score of instruction data: the source's, or 1 (UFT Eq. 7)."""
     return 1.0 if score is None else score

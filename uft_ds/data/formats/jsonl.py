@@ -9,7 +9,8 @@ from typing import Any
 
 from uft_ds.data.example import Message
 from uft_ds.data.formats.columns import reads
-from uft_ds.data.formats.fields import Row, checked_score, default_score, label_score, present, shown, text
+from uft_ds.data.formats.fields import Row, default_score, label_score, present, shown, text
+from uft_ds.data.formats.scales import UNIT, Scale, checked_score, scored
 from uft_ds.data.formats.turns import (
     Item,
     Tools,
@@ -39,8 +40,9 @@ _OF_ONE = {"response", "score", "label"}
 _OF_TWO = {"chosen", "rejected", "score_chosen", "score_rejected"}
 
 
+@scored("score", "score_chosen", "score_rejected", scale=UNIT)
 @reads(*KEYS)
-def jsonl(row: Row, *, score: float | None) -> list[Item]:
+def jsonl(row: Row, *, score: float | None, score_range: Scale = UNIT) -> list[Item]:
     """Our own format: a prompt and the response or responses to it.
 
         `prompt` (text) or `messages` (turns up to the response), and one of
@@ -50,8 +52,9 @@ def jsonl(row: Row, *, score: float | None) -> list[Item]:
             `chosen`, `rejected`, and optionally `score_chosen`, `score_rejected` from 0 to 1     pair
         `messages` that end with an assistant turn, alone: instruction, every assistant turn supervised
 
-    With `messages`, `tools` may list JSON schemas. Null means absent. `meta` may hold anything and is ignored. Any
-    other key is refused, because a misspelt `score` would silently become 1.
+    The source's `score_range` gives scores another scale than 0 to 1. With `messages`, `tools` may list JSON schemas.
+    Null means absent. `meta` may hold anything and is ignored. Any other key is refused, because a misspelt `score`
+    would silently become 1.
     """
     _check_keys(row)
     given = present(row)
@@ -65,7 +68,7 @@ def jsonl(row: Row, *, score: float | None) -> list[Item]:
         return [_conversation(row, score, tools)]
     in_turns = "messages" in given
     prompt = question_turns(row["messages"], "messages") if in_turns else (Message("user", text(row, "prompt")),)
-    return [_two(row, prompt, tools) if given & _OF_TWO else _one(row, score, prompt, tools)]
+    return [_two(row, prompt, tools, score_range) if given & _OF_TWO else _one(row, score, prompt, tools, score_range)]
 
 
 def jsonl_schema() -> dict[str, Any]:
@@ -80,7 +83,7 @@ def _conversation(row: Row, score: float | None, tools: Tools) -> Item:
     return all_supervised(turns, default_score(score), tools)
 
 
-def _one(row: Row, score: float | None, prompt: Turns, tools: Tools) -> Item:
+def _one(row: Row, score: float | None, prompt: Turns, tools: Tools, scale: Scale) -> Item:
     given = present(row)
     answer = Message("assistant", text(row, "response"))
     if {"score", "label"} <= given:
@@ -88,18 +91,18 @@ def _one(row: Row, score: float | None, prompt: Turns, tools: Tools) -> Item:
     if "label" in given:
         return answered(prompt, answer, label_score(row), "binary", tools)
     if "score" in given:
-        return answered(prompt, answer, checked_score(row["score"]), "score", tools)
+        return answered(prompt, answer, checked_score(row["score"], scale=scale), "score", tools)
     return answered(prompt, answer, default_score(score), "instruction", tools)
 
 
-def _two(row: Row, prompt: Turns, tools: Tools) -> Item:
+def _two(row: Row, prompt: Turns, tools: Tools, scale: Scale) -> Item:
     given = present(row)
     if given & _OF_ONE:
         raise ValueError(f"{min(given & _OF_ONE)!r} does not go with {min(given & _OF_TWO)!r}")
     chosen, rejected = (Message("assistant", text(row, side)) for side in ("chosen", "rejected"))
     scores = None
     if given & {"score_chosen", "score_rejected"}:
-        better, worse = (checked_score(row.get(key), key) for key in ("score_chosen", "score_rejected"))
+        better, worse = (checked_score(row.get(key), key, scale) for key in ("score_chosen", "score_rejected"))
         scores = better, worse
     return pair(prompt, chosen, rejected, scores, tools)
 

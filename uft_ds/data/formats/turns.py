@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from uft_ds.data.example import Example, Kind, Message, Pair, Role
-from uft_ds.data.formats.fields import LeftOut, Row, checked_score, content, from_json, mapping, shown, text
+from uft_ds.data.formats.fields import LeftOut, Row, content, from_json, mapping, shown, text
 from uft_ds.data.formats.marks import check_turn_keys, extras_of, is_marked_as_context
+from uft_ds.data.formats.scales import checked_score
 
 Item = Example | Pair
 Turns = tuple[Message, ...]

@@ -7,12 +7,14 @@ one row and refuses a bad one, in any process.
 from __future__ import annotations
 
 import codecs
+import itertools
 import json
 import math
 import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
+from uft_ds.data.rows.places import indexed
 from uft_ds.errors import UserError
 
 MAX_ROW_BYTES = 64 * 2**20
@@ -29,7 +31,7 @@ _ESCAPE_LETTERS = 16
 _BLANK = re.compile(r"[ \t\n\r]*")
 
 LocatedJson = tuple[int, int, bytes]
-"""(line, byte offset of the row's start, the row's bytes)"""
+"""(line or number of `places`, byte offset of the row's start, the row's bytes)"""
 
 
 def parse_object(text: bytes) -> dict[str, Any]:
@@ -131,7 +133,7 @@ def _refuse_cut_off(line: bytes, place: str) -> None:
 
 
 def json_array(stream: BinaryIO, name: str) -> Iterator[LocatedJson]:
-    """The elements of a file's one array, each with the line on which it starts.
+    """The elements of a file's one array, each with the line on which it starts; by their index where they share one.
 
     Raises:
         UserError: the file is not an array, or is broken so that the next element cannot be found.
@@ -150,12 +152,18 @@ def json_array(stream: BinaryIO, name: str) -> Iterator[LocatedJson]:
         raise text.broken("Expecting a JSON array of rows")
     text.take(1)
     if text.next_letter() != "]":
-        while True:
-            yield text.element()
-            if text.next_letter() != ",":
+        before = 0
+        for index in itertools.count():
+            line, byte, row = text.element()
+            has_next = text.next_letter() == ","
+            if has_next:
+                text.take(1)
+                text.next_letter()
+            shares_line = line == before or (has_next and text.line == line)
+            yield indexed(index) if shares_line else line, byte, row
+            before = line
+            if not has_next:
                 break
-            text.take(1)
-            text.next_letter()
     if text.next_letter() != "]":
         raise text.broken("Expecting ',' delimiter")
     text.take(1)

@@ -27,6 +27,7 @@ from uft_ds.data.rows.arrow_rows import BATCH_ROWS, arrow_rows, parquet_rows, pl
 from uft_ds.data.rows.csv_rows import BadRow, csv_rows
 from uft_ds.data.rows.folders import check_is_a_file, data_files
 from uft_ds.data.rows.json_rows import json_array, json_lines, parse_object
+from uft_ds.data.rows.places import place_of
 from uft_ds.errors import UserError
 from uft_ds.host.files import sha256
 
@@ -52,7 +53,8 @@ class RawRow:
     """One row before it is parsed.
 
     file: index of the file in the source's names.
-    line: the line on which the row starts, counted from 1; the row's number in a format without lines.
+    line: the line on which the row starts, counted from 1; the row's number in a format without lines; a negative
+        number of `places` in a JSON array with several rows on a line.
     byte: offset of the row's first byte in the uncompressed file; None in a format without lines.
     value: the row's JSON text, or its values.
     """
@@ -78,8 +80,8 @@ class SourceFiles:
     hub: datasets.Dataset | None = None
 
     def place(self, file: int, line: int) -> str:
-        """`file:line`, or `name[split]:row` for the hub."""
-        return f"{self.names[file]}:{line}"
+        """`file:line`, `file[index]` in an array with several rows on a line, or `name[split]:row` for the hub."""
+        return place_of(self.names[file], line)
 
 
 def find_data(path: str, split: str | None) -> SourceFiles:

@@ -5,7 +5,6 @@ The store does not depend on the number of processes, because results are writte
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import json
 import multiprocessing
@@ -25,22 +24,26 @@ import numpy as np
 from uft_ds.data.example import Example, Kind, Pair, Unit
 from uft_ds.data.formats.columns import check_renaming, refused_columns, unread_columns
 from uft_ds.data.formats.fields import LeftOut
+from uft_ds.data.formats.guess import other_formats
+from uft_ds.data.formats.scales import Scale, check_score_range, given_scores
 from uft_ds.data.formats.table import Format, format_named
 from uft_ds.data.formats.turns import check_item
+from uft_ds.data.rows.places import place_of
 from uft_ds.data.rows.reading import RawRow, SourceFiles, data_size, parse_row, raw_rows
 from uft_ds.data.rows.renaming import renamed
-from uft_ds.data.store.sequences import Account, Place, StoreWriter, pack_units
+from uft_ds.data.store.refusal import PLACES_NAMED, BadRows
+from uft_ds.data.store.sequences import Account, Place, ScoresGiven, StoreWriter, pack_units
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.tokenize import tokenize
 from uft_ds.errors import UserError
 from uft_ds.host.process import die_with_parent, helpers_without_usr1
 
 QUARANTINE = "quarantine.jsonl"
-PLACES_NAMED = 3
-"""How many places are kept for each drop reason."""
-
 _UNREAD_NAMED = 50
 """How many names of columns that are not read are kept."""
+
+_READ_ON_ROWS = 50_000
+"""How many rows are read after the first bad one, to say how many are bad."""
 
 _CHUNK_ROWS, _CHUNK_BYTES = 256, 2**20
 _PARALLEL_FROM_BYTES = 16 * 2**20
@@ -54,6 +57,8 @@ class RowRules:
     where: take only rows whose columns have these values; the names are those of the data.
     columns: (the format's name, the name in the data) of a column, or (name, None) of one that is left out.
     split_pairs: turn each pair into two scored responses (UNA).
+    score_range: the scale of the scores in the rows; None: that of the format.
+    mixed_kinds: whether the rows of a file may be of several kinds.
     """
 
     format: str
@@ -64,11 +69,13 @@ class RowRules:
     split_pairs: bool = False
     where: tuple[tuple[str, Any], ...] = ()
     columns: tuple[tuple[str, str | None], ...] = ()
+    score_range: Scale | None = None
+    mixed_kinds: bool = False
 
 
 @dataclass(frozen=True)
 class RowShape:
-    """What the first row of a file gave; the other rows must be of the same kind.
+    """What the first row of a file gave; the other rows must be of the same kind, unless the source mixes kinds.
 
     gives: the kind of its items; pairs with scores and pairs without are two kinds.
     """
@@ -102,6 +109,7 @@ class _Result:
     """The columns of all readable rows; collected only for a source with a `where` or `columns`."""
     unread: Counter[str] = field(default_factory=Counter)
     """The number of rows by the name of each column that holds something and is not read."""
+    scores: ScoresGiven | None = None
 
 
 def build_store(
@@ -120,29 +128,49 @@ def build_store(
         quarantine: write bad rows to quarantine.jsonl instead of refusing the source.
         workers: number of processes; None: one per core, or this process alone for a small source.
     Raises:
-        UserError: names the file and line, what was found and what was expected.
+        UserError: names the file and line, what was found and what was expected, and how many rows are bad.
     """
     total = Account(0, {}, {}, {}, 0, 0)
-    check_renaming(rules.columns, format_named(rules.format), data.label)
+    make = format_named(rules.format)
+    check_renaming(rules.columns, make, data.label)
+    check_score_range(rules.score_range, make, rules.format, data.label)
+    refused = BadRows(data.label, rules.format)
     columns: set[str] = set()
     writer = StoreWriter(folder)
     with ExitStack() as stack:
         stack.callback(writer.close)
         rejected = stack.enter_context((folder / QUARANTINE).open("w", encoding="utf-8"))
         results = stack.enter_context(closing(_results(data, rules, chat, workers, on_progress)))
-        for result in results:
-            for row, reason in result.bad:
-                if not quarantine:
-                    raise UserError(
-                        f"{_exact_place(data, row)}: {reason} (format {rules.format}); correct the row, or set "
-                        "data.on_bad_row: quarantine to leave such rows out"
-                    )
-                rejected.write(_quarantined(data, row, reason))
-            writer.add(result.columns)
+        for result in _reading_on(results, refused):
             total = _added(total, result)
+            if not quarantine:
+                for row, reason in result.bad:
+                    refused.add(data.place(row.file, row.line), reason)
+            if refused.count:
+                continue  # only to count: nothing of this source is used
+            rejected.writelines(_quarantined(data, row, reason) for row, reason in result.bad)
+            writer.add(result.columns)
             columns |= result.keys
+        if refused.count:
+            raise refused.error(total)
         _check_columns(data, rules, columns)
         writer.finish(data.names, total)
+
+
+def _reading_on(results: Iterator[_Result], bad: BadRows) -> Iterator[_Result]:
+    """The results up to the end; after a bad row, up to about _READ_ON_ROWS rows more, or to where a file is broken."""
+    after = 0
+    try:
+        for result in results:
+            yield result
+            after += result.num_rows if bad.count else 0
+            if after >= _READ_ON_ROWS:
+                bad.ended_by = "the rows after them have not been read"
+                return
+    except UserError as error:
+        if not bad.count:
+            raise
+        bad.ended_by = str(error)
 
 
 def examine_row(
@@ -192,7 +220,8 @@ def examine_row(
 
 
 def _made(make: Format, row: dict[str, Any], rules: RowRules) -> Iterable[Example | Pair]:
-    items = make(row, score=rules.score)
+    scale = {} if rules.score_range is None else {"score_range": rules.score_range}
+    items = make(row, score=rules.score, **scale)
     if not isinstance(items, Iterable) or isinstance(items, str | Mapping):
         raise ValueError(f"format {rules.format} gives {type(items).__name__}; expected a list of examples or pairs")
     return items
@@ -289,6 +318,8 @@ class _Examiner:
         for raw in chunk.rows:
             result.num_rows += 1
             keys: tuple[str, ...] = ()
+            row: dict[str, Any] = {}
+            is_outside = False
             try:
                 row = parse_row(raw.value)
                 keys = tuple(key for key, value in row.items() if value is not None)
@@ -298,18 +329,29 @@ class _Examiner:
                     result.num_skipped += 1
                     continue
                 row = renamed(row, self._rules.columns)
+                scores, is_outside = given_scores(row, make, self._rules.score_range)
+                result.scores = ScoresGiven.of(scores, is_outside).joined(result.scores) if scores else result.scores
                 given, found, dropped, changed = examine_row(
                     row, self._rules, make, self._chat, file=raw.file, line=raw.line
                 )
                 if given is not None:
                     # Only a row that gave items sets the shape: a row that was left out says nothing about its kind.
                     result.shape = result.shape or RowShape(raw.line, given, keys)
-                    _check_shape(given, keys, result.shape, chunk.place)
+                    if not self._rules.mixed_kinds:
+                        _check_shape(given, keys, result.shape, chunk.place)
             except _OtherKind as error:
                 result.bad.append((raw, str(error)))
                 continue
             except ValueError as error:
-                hints = _lacking(keys, self._rules) + _other_keys(keys, result.shape, chunk.place)
+                # A good row before, names given by hand, or another scale: then the format is not what is wrong.
+                asks = result.shape is None and not self._rules.columns and not is_outside
+                instead = other_formats(row, self._rules.format) if asks else ""
+                if instead:
+                    first, _, _ = str(error).partition("; ")  # what follows is advice for rows of the given format
+                    result.bad.append((raw, f"{instead} (read as {self._rules.format}: {first})"))
+                    continue
+                shape = None if self._rules.mixed_kinds else result.shape
+                hints = _lacking(keys, self._rules) + _other_keys(keys, shape, chunk.place)
                 result.bad.append((raw, f"{error}{hints}"))
                 continue
             units += found
@@ -328,8 +370,9 @@ class _OtherKind(ValueError):
 def _check_shape(given: str, keys: tuple[str, ...], first: RowShape, file: str) -> None:
     if given != first.gives:
         raise _OtherKind(
-            f"a row of kind {given!r} with keys {', '.join(keys)}; {file}:{first.line} is of kind {first.gives!r} with "
-            f"keys {', '.join(first.keys)}: the rows of a file must be of one kind; put the others into another file"
+            f"a row of kind {given!r} with keys {', '.join(keys)}; {place_of(file, first.line)} is of kind "
+            f"{first.gives!r} with keys {', '.join(first.keys)}: the rows of a file must be of one kind; put the "
+            "others into another file, or set this source's mixed_kinds: true if that is meant"
         )
 
 
@@ -341,7 +384,7 @@ def _lacking(keys: tuple[str, ...], rules: RowRules) -> str:
 def _other_keys(keys: tuple[str, ...], first: RowShape | None, file: str) -> str:
     if first is None or not keys or set(keys) == set(first.keys):
         return ""
-    return f" [keys here: {', '.join(sorted(keys))}; at {file}:{first.line}: {', '.join(sorted(first.keys))}]"
+    return f" [keys here: {', '.join(sorted(keys))}; at {place_of(file, first.line)}: {', '.join(sorted(first.keys))}]"
 
 
 def _described(item: Example | Pair) -> str:
@@ -385,20 +428,15 @@ def _added(total: Account, result: _Result) -> Account:
             column: total.unread.get(column, 0) + result.unread[column]
             for column in islice({**total.unread, **result.unread}, _UNREAD_NAMED)
         },
+        total.scores if result.scores is None else result.scores.joined(total.scores),
     )
-
-
-def _exact_place(data: SourceFiles, row: RawRow) -> str:
-    """`file:line`; with the byte offset if a JSON array is written on one line, where the line number does not help."""
-    place = data.place(row.file, row.line)
-    return f"{place} (byte {row.byte})" if row.line == 1 and row.byte and row.byte > len(codecs.BOM_UTF8) else place
 
 
 def _quarantined(data: SourceFiles, row: RawRow, reason: str) -> str:
     """A line of quarantine.jsonl: where the row is, why it was left out, and the row itself."""
     raw = row.value if isinstance(row.value, bytes) else repr(row.value).encode("utf-8", "backslashreplace")
     entry = {
-        "place": _exact_place(data, row),
+        "place": data.place(row.file, row.line),
         "byte": row.byte,
         "reason": reason,
         "sha256": hashlib.sha256(raw).hexdigest(),

@@ -10,6 +10,7 @@ A store is a folder. Its index is written last, so a folder with an index is com
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Sequence as Seq
@@ -20,6 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from uft_ds.data.example import KEY_BYTES, KINDS, Kind, Response, Sequence, Unit, keep_first
+from uft_ds.data.rows.places import place_of
 from uft_ds.data.score_map import ScoreMap
 from uft_ds.errors import UserError
 from uft_ds.host.files import sha256, sync, write_atomically
@@ -65,11 +67,35 @@ class Pool(Protocol):
 
 @dataclass(frozen=True)
 class Place:
-    """The row that a unit came from: index of the file, line (or row), and the item within the row (0: it is alone)."""
+    """The row that a unit came from: index of the file, line (or row, or a negative number of `rows.places`), and the
+    item within the row (0: it is alone).
+    """
 
     file: int
     line: int
     item: int
+
+
+@dataclass(frozen=True)
+class ScoresGiven:
+    """The lowest and the highest score that the rows give, bad rows included, before any map.
+
+    is_outside: whether one of them is not on the source's scale.
+    """
+
+    low: float
+    high: float
+    is_outside: bool
+
+    @staticmethod
+    def of(scores: list[float], is_outside: bool) -> ScoresGiven:
+        return ScoresGiven(min(scores), max(scores), is_outside)
+
+    def joined(self, other: ScoresGiven | None) -> ScoresGiven:
+        """The same of both."""
+        if other is None:
+            return self
+        return ScoresGiven(min(self.low, other.low), max(self.high, other.high), self.is_outside or other.is_outside)
 
 
 @dataclass(frozen=True)
@@ -82,6 +108,7 @@ class Account:
     quarantined: number of bad rows.
     skipped: number of rows that `where` does not select.
     unread: number of rows by the name of each column that the format does not read.
+    scores: None if no row has a score of its own.
     """
 
     rows: int
@@ -91,6 +118,17 @@ class Account:
     quarantined: int
     skipped: int
     unread: dict[str, int] = field(default_factory=dict)
+    scores: ScoresGiven | None = None
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> Account:
+        """What `dataclasses.asdict` and JSON made of an account.
+
+        Raises:
+            TypeError: the values are not those of an account.
+        """
+        scores = values.get("scores")
+        return Account(**values | {"scores": None if scores is None else ScoresGiven(**scores)})
 
 
 class StoreWriter:
@@ -209,7 +247,7 @@ class TokenStore:
         self.folder, self.label = folder, label
         try:
             self.names: tuple[str, ...] = tuple(names if names is not None else index["names"])
-            self.account = Account(**index["account"])
+            self.account = Account.from_json(index["account"])
             sizes = {name: int(index["counts"][name]) + (name in _ZERO_FIRST) for name in DTYPES}
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{folder / INDEX}: not an index of a token store ({error!r}); {_REMEDY}") from None
@@ -219,6 +257,12 @@ class TokenStore:
         self._response_ends_S = arrays["sequences"]["responses"]
         self._sequence_ends_U = arrays["units"]["sequences"]
         self._units = arrays["units"][1:]
+
+    def renamed(self, label: str, names: tuple[str, ...]) -> TokenStore:
+        """The same store by other names of the source and its files."""
+        other = copy.copy(self)
+        other.label, other.names = label, names
+        return other
 
     def __len__(self) -> int:
         return len(self._units)
@@ -261,13 +305,13 @@ class TokenStore:
         return Place(int(row["file"]), int(row["line"]), int(row["item"]))
 
     def places_of(self, reason: str) -> tuple[str, ...]:
-        """`file:line` of the first rows with a response dropped or changed for this reason."""
-        return tuple(f"{self.names[file]}:{line}" for file, line in self.account.places.get(reason, ()))
+        """The places of the first rows with a response dropped or changed for this reason."""
+        return tuple(place_of(self.names[file], line) for file, line in self.account.places.get(reason, ()))
 
     def origin(self, index: int) -> str:
         """The place that a unit came from, for messages."""
         place = self.place(index)
-        return f"{self.names[place.file]}:{place.line}" + (f", item {place.item}" if place.item else "")
+        return place_of(self.names[place.file], place.line) + (f", item {place.item}" if place.item else "")
 
     def unit(self, index: int, pair_id: int = 0) -> Unit:
         first, last = self._sequence_ends_U[index], self._sequence_ends_U[index + 1]
@@ -334,6 +378,14 @@ class Selection:
         """[responses]: the scores that the source gave, of all selected responses and perhaps of some more."""
         return np.asarray(self.store.responses["score"][self._is_chosen_R])
 
+    def scores_of(self, kind: Kind) -> np.ndarray:
+        """`scores_R` of one kind."""
+        return np.asarray(self.scores_R[self._kinds_R == KINDS.index(kind)])
+
+    @property
+    def _kinds_R(self) -> np.ndarray:
+        return np.asarray(self.store.responses["kind"][self._is_chosen_R])
+
     @property
     def _is_chosen_R(self) -> np.ndarray:
         is_chosen_U = np.zeros(len(self.store), dtype=bool)
@@ -343,6 +395,17 @@ class Selection:
     @property
     def num_responses(self) -> int:
         return int(self.responses_U.sum())
+
+    @property
+    def responses_of_kind(self) -> dict[Kind, int]:
+        """How many of the selected responses each kind has, in the order of KINDS."""
+        codes, counts_K = np.unique(self._kinds_R, return_counts=True)
+        counts = {_kind(code): int(count) for code, count in zip(codes, counts_K, strict=True)}
+        if self.last is not None and counts:  # the last unit, a conversation, is cut
+            last = int(self.units_U[-1])
+            kind = self.store.unit(last)[0].responses[0].kind
+            counts[kind] -= int(self.store.responses_U[last]) - self.last
+        return counts
 
     @property
     def num_sequences(self) -> int:

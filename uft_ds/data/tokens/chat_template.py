@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from uft_ds.errors import UserError
+from uft_ds.host.bounded import bounded
 
 REMEDY = (
     "give one with the recipe key `model.chat_template: path/to/template.jinja`, "
@@ -26,6 +27,10 @@ DATE = "26 Jul 2024"
 """The date for templates that use `date_string`: the default in Llama 3.1's template."""
 
 _FIXED_DATE = "give a copy of it with a fixed date by model.chat_template"
+_SECONDS = 10
+"""CPU time that a template may take for one conversation: ten thousand times what those of known models take."""
+_MEMORY = 4_000_000_000
+"""Bytes of memory that it may take."""
 _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -92,25 +97,36 @@ def _render(
 ) -> tuple[str, list[tuple[int, int]]]:
     template = _without_today(template_of(tokenizer, tools))
     try:
-        rendered: Any = render_jinja_template(
-            conversations=[[dict(message) for message in messages]],
-            tools=[dict(tool) for tool in tools] or None,
-            chat_template=template,
-            add_generation_prompt=add_generation_prompt,
-            return_assistant_tokens_mask=marked,
-            date_string=DATE,
-            **cast(dict[str, Any], tokenizer.special_tokens_map),
-        )
+        with bounded(seconds=_SECONDS, memory=_MEMORY):
+            rendered: Any = render_jinja_template(
+                conversations=[[dict(message) for message in messages]],
+                tools=[dict(tool) for tool in tools] or None,
+                chat_template=template,
+                add_generation_prompt=add_generation_prompt,
+                return_assistant_tokens_mask=marked,
+                date_string=DATE,
+                **cast(dict[str, Any], tokenizer.special_tokens_map),
+            )
     except Exception as error:
         # A template is a program, which may fail by any error: Jinja's own, a division by zero, endless recursion.
         roles = ", ".join(message["role"] for message in messages)
-        reason = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+        reason = _reason(error)
         raise UserError(
             f"The chat template of `{tokenizer.name_or_path}` refuses a conversation of roles [{roles}]: "
             f"{reason}. Change the conversation, or {REMEDY}."
         ) from error
     texts, spans = rendered
     return texts[0], spans[0] if marked else []
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, TemplateError):
+        return str(error)
+    if isinstance(error, TimeoutError):
+        return f"it takes more than {_SECONDS} seconds of CPU time"
+    if isinstance(error, MemoryError):
+        return f"it takes more than {_MEMORY / 1e9:.0f} GB of memory, or more than there is"
+    return f"{type(error).__name__}: {error}"
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:

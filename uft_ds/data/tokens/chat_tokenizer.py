@@ -24,6 +24,7 @@ from uft_ds.data.tokens.chat_template import (
 )
 from uft_ds.data.tokens.pieces import check_pieces
 from uft_ds.errors import UserError
+from uft_ds.host.files import read_regular_text
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -58,7 +59,8 @@ class ChatTokenizer:
 
     def encode(self, text: str) -> list[int]:
         # The template has already written every special token; adding them again would double the BOS token.
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        # verbose=False: sequences longer than the tokenizer's own limit are no problem here, `max_length` decides.
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def encode_continued(self, text: str) -> list[int]:
         """The tokens of text that follows other text, without a token that crosses the boundary.
@@ -100,7 +102,7 @@ def open_tokenizer(base: str, *, revision: str | None = None, chat_template: str
         check_pieces(base, tokenizer, model)
     if chat_template is not None:
         try:
-            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+            tokenizer.chat_template = read_regular_text(Path(chat_template))
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"model.chat_template: {chat_template} cannot be read ({error})") from None
     try:

@@ -1,0 +1,136 @@
+"""A run is judged by the table that docs/objectives.md shows."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from uft_ds.record.verdict import RULES, in_words, verdicts
+
+ROOT = Path(__file__).parents[2]
+
+
+def held_out(*steps: dict[str, float | None]) -> list[dict[str, Any]]:
+    """Evaluations, each with a loss that falls."""
+    return [
+        {"step": number, "held_out/loss": 0.25 / (1 + number)} | {f"held_out/{name}": v for name, v in values.items()}
+        for number, values in enumerate(steps)
+    ]
+
+
+def of_metric(lines: list[dict[str, Any]], metric: str) -> str | None:
+    """Whether one metric is healthy; None if it is not judged."""
+    return next((verdict.healthy for verdict in verdicts(lines) if verdict.metric == metric), None)
+
+
+def test_the_document_shows_the_table() -> None:
+    """Row by row and word for word; and nothing is judged by a metric that docs/metrics.md does not describe."""
+    document = (ROOT / "docs" / "objectives.md").read_text(encoding="utf-8")
+    section = document.partition("## Is the run healthy?")[2]
+    rows = [
+        tuple(cell.strip() for cell in row.split("|")[1:-1]) for row in re.findall(r"^\|.*$", section, re.MULTILINE)
+    ]
+    assert rows[2:] == [(rule.look_at, rule.healthy, rule.if_not) for rule in RULES]
+    described = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    for rule in RULES:
+        assert all(name in described or "implicit_reward_chosen" in name for name in rule.metrics)
+        assert all(name.partition("/")[0] in rule.look_at for name in rule.metrics[:1])
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "healthy"),
+    [
+        ("rank_correlation/score", [None, 0.5], "yes"),
+        ("rank_correlation/score", [None, 0.1], "unclear"),  # of 101 responses, chance gives up to 0.2
+        ("rank_correlation/score", [None, -0.5], "no"),
+        ("rank_correlation/score", [None, None], None),
+        ("calibration_error/score", [0.3, 0.2], "yes"),
+        ("calibration_error/score", [0.0, 0.08], "yes"),  # scores of mean 1/2 begin at 0
+        ("calibration_error/score", [0.1, 0.2], "no"),
+        ("saturated_stuck/score", [0.0, 0.05], "yes"),
+        ("saturated_stuck/score", [0.0, 0.2], "no"),
+        ("length_correlation/score", [None, -0.3], "yes"),
+        ("length_correlation/score", [None, -0.5], "no"),
+    ],
+)
+def test_each_kind_is_judged_by_its_last_value(metric: str, values: list[float | None], healthy: str | None) -> None:
+    """Values of the first and the last evaluation of 101 responses; null is no value."""
+    lines = held_out(*({metric: value, "responses/score": 101.0} for value in values))
+    assert of_metric(lines, f"held_out/{metric}") == healthy
+
+
+@pytest.mark.parametrize(
+    ("losses", "healthy"),
+    [
+        ([0.25, 0.2], "yes"),
+        ([0.25, 0.2499], "no"),
+        ([0.25, 0.1, 0.2], "no"),
+        ([0.25, 0.2, 0.205], "yes"),
+        ([0.2], "no"),
+    ],
+    ids=["falls", "hardly", "rises again", "rises within 5%", "one evaluation"],
+)
+def test_a_held_out_loss_falls_and_stays(losses: list[float], healthy: str) -> None:
+    """By 1% at least, and not back by more than 5% of the lowest."""
+    lines = [{"step": step, "held_out/loss": loss} for step, loss in enumerate(losses)]
+    assert of_metric(lines, "held_out/loss") == healthy
+
+
+def pairs(accuracy: float, margin: float, chosen: float, count: int = 200) -> list[dict[str, Any]]:
+    last = {"pair_accuracy/pair": accuracy, "pair_margin/pair": margin, "implicit_reward_chosen/pair": chosen}
+    start = {"pair_accuracy/pair": 0.5, "pair_margin/pair": 0.0, "implicit_reward_chosen/pair": 0.0}
+    return held_out(*({**values, "responses/pair": 2.0 * count} for values in (start, last)))
+
+
+def test_pairs_are_judged_by_order_and_by_the_chosen_side() -> None:
+    """Of 200 pairs chance gives an accuracy of 0.43 to 0.57; a margin that the chosen side pays for is not healthy."""
+    accuracy, chosen = "held_out/pair_accuracy/pair", "held_out/implicit_reward_chosen/pair"
+    assert of_metric(pairs(0.7, 0.2, 0.1), accuracy) == "yes"
+    assert of_metric(pairs(0.55, 0.2, 0.1), accuracy) == "unclear"
+    assert of_metric(pairs(0.7, -0.1, 0.1), accuracy) == "no"
+    assert of_metric(pairs(0.7, 0.2, 0.1), chosen) == "yes"
+    assert of_metric(pairs(0.7, 0.2, -0.1), chosen) == "no"
+    assert of_metric(pairs(0.4, -0.2, -0.1), chosen) == "yes", "without a margin nothing was paid for"
+
+
+def test_without_held_out_data_the_steps_are_judged() -> None:
+    """Means over the first and the last tenth: one step of a few responses says little."""
+    lines = [
+        {"step": n, "loss": 0.2, "saturated_stuck/score": 0.5 * (n == 3), "responses/score": 8.0} for n in range(40)
+    ]
+    lines[-1]["saturated_stuck/score"] = 0.16
+    (loss, stuck) = verdicts(lines)
+    assert (loss.metric, loss.healthy) == ("loss", "no")
+    assert (stuck.metric, stuck.measured, stuck.healthy) == (
+        "saturated_stuck/score",
+        "0.04 (at the start 0.125)",
+        "yes",
+    )
+
+
+def test_a_remedy_is_given_where_one_is_needed() -> None:
+    """The table's words where a metric is not healthy, and how to know more where chance may be at work."""
+    lines = held_out({}, {"rank_correlation/score": 0.2, "responses/score": 12.0, "saturated_stuck/score": 0.2})
+    said = {verdict.metric: verdict.remedy for verdict in verdicts(lines)}
+    assert said["held_out/loss"] == ""
+    assert said["held_out/saturated_stuck/score"] == RULES[3].if_not
+    assert "with 12 responses: hold out more" in said["held_out/rank_correlation/score"]
+
+
+def test_the_terminal_tells_what_is_not_healthy() -> None:
+    """How much is, and of what is not the value and the remedy, without Markdown; what is unclear is only counted."""
+    lines = held_out({}, {"rank_correlation/score": 0.2, "responses/score": 12.0, "saturated_stuck/score": 0.2})
+    assert in_words(verdicts(lines)) == [
+        "verdict: 1 of 3 healthy, 1 unclear",
+        f"not healthy: held_out/saturated_stuck/score: 0.2 (at the start 0.2): {RULES[3].if_not.replace('`', '')}",
+    ]
+    assert in_words([]) == []
+
+
+def test_a_run_without_metrics_has_no_verdict() -> None:
+    """Nor one whose numbers are all null."""
+    assert verdicts([]) == []
+    assert verdicts([{"step": 1, "loss": None}]) == []

@@ -1,0 +1,31 @@
+"""Warnings of libraries in a log: each is written once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def each_once() -> Iterator[None]:
+    """Within the block, a warning with the same text at the same line of code is shown only the first time.
+
+    The filter "once" does not do that: Python forgets what it has shown whenever any code enters or leaves
+    `warnings.catch_warnings`, which torch does in every step. A log of 30 steps had 39 copies of one warning.
+    """
+    shown: set[tuple[type[Warning], str, str, int]] = set()
+    before = warnings.showwarning
+
+    def show(message: Any, category: type[Warning], filename: str, lineno: int, *rest: Any, **named: Any) -> None:
+        key = (category, str(message), filename, lineno)
+        if key not in shown:
+            shown.add(key)
+            before(message, category, filename, lineno, *rest, **named)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before

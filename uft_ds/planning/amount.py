@@ -1,0 +1,105 @@
+"""How much a run trains on: responses, steps, epochs and tokens, from the token cache or as the recipe states them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from uft_ds.data.mixture import amounts_of
+from uft_ds.data.rows.reading import find_data
+from uft_ds.data.sources import PreparedData, PreparedSource, open_source
+from uft_ds.data.store.tokenized import is_whole, store_key
+from uft_ds.data.tokens.tokenize import load_tokenizer
+from uft_ds.errors import UserError
+from uft_ds.recipe.settings import Settings
+from uft_ds.run.prepare import steps_of
+
+
+@dataclass(frozen=True)
+class Amount:
+    """The responses of all steps of a run."""
+
+    responses: int
+    steps: int
+    epochs: float | None
+    """None if the recipe states the steps, but not how many responses an epoch has."""
+    tokens: int | None
+    """Of all steps, prompts included; None if the data is not in the token cache."""
+    counted_from: Literal["token cache", "recipe"]
+
+    @property
+    def tokens_per_response(self) -> int | None:
+        """The mean, rounded up."""
+        return None if self.tokens is None else -(-self.tokens // max(self.responses, 1))
+
+
+def amount_of(settings: Settings) -> Amount | None:
+    """What a run trains on; None if neither the token cache nor the recipe says it.
+
+    Local data whose tokens another command has put into the cache is counted there. Nothing is tokenised or downloaded.
+    """
+    sources = _tokenised(settings)
+    return _stated(settings) if sources is None else _counted(settings, sources)
+
+
+def _tokenised(settings: Settings) -> tuple[PreparedSource, ...] | None:
+    """The training sources, if the cache has the tokens of them all."""
+    model, data = settings.model, settings.data
+    if not all(Path(path).exists() for path in (model.base, *(source.path for source in data.sources))):
+        return None
+    try:
+        chat = load_tokenizer(model.base, revision=model.revision, chat_template=model.chat_template)
+        found = []
+        for source in data.sources:
+            files = find_data(source.path, source.split)
+            key = store_key(files, source.rules, chat)
+            if not is_whole(data.cache_dir / key):
+                return None
+            found.append(open_source(source, data.cache_dir, key, files.names, seed=settings.train.seed))
+    except UserError:  # told by the commands that read the data; a plan needs none
+        return None
+    return tuple(found) if all(source.selection.num_responses for source in found) else None
+
+
+def _counted(settings: Settings, sources: tuple[PreparedSource, ...]) -> Amount | None:
+    data = PreparedData(sources, ())
+    try:
+        amounts, steps = data.epoch_amounts, len(steps_of(settings, data))
+    except ValueError:
+        return None
+    per_epoch = sum(amounts)
+    lengths = [source.selection.num_tokens / source.selection.num_responses for source in sources]
+    mean = sum(amount * length for amount, length in zip(amounts, lengths, strict=True)) / per_epoch
+    responses = _responses(settings, per_epoch)
+    return Amount(responses, steps, _epochs(settings, per_epoch), round(responses * mean), "token cache")
+
+
+def _stated(settings: Settings) -> Amount | None:
+    """By `examples` of every source, or by train.steps."""
+    train, sources = settings.train, settings.data.sources
+    sizes = [source.examples for source in sources if source.examples]
+    per_epoch = None
+    if len(sizes) == len(sources):
+        try:
+            per_epoch = sum(amounts_of(sizes, [source.portion for source in sources]))
+        except ValueError:  # the portions do not make a mixture, which training refuses by name
+            return None
+    if per_epoch is None and train.steps is None:
+        return None
+    responses = _responses(settings, per_epoch or 0.0)
+    steps = math.ceil(responses / train.examples_per_step)
+    return Amount(responses, steps, _epochs(settings, per_epoch), None, "recipe")
+
+
+def _responses(settings: Settings, per_epoch: float) -> int:
+    train = settings.train
+    return round(per_epoch * train.epochs) if train.steps is None else train.steps * train.examples_per_step
+
+
+def _epochs(settings: Settings, per_epoch: float | None) -> float | None:
+    train = settings.train
+    if train.steps is None:
+        return train.epochs
+    return train.steps * train.examples_per_step / per_epoch if per_epoch else None

@@ -1,0 +1,67 @@
+"""What a finished run was, in a few lines for its report."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from typing import Any
+
+from uft_ds.recipe.settings import Settings
+from uft_ds.record.metrics import read_metrics
+from uft_ds.record.run_folder import RunFolder
+
+_DATE = "%Y-%m-%d %H:%M %Z"
+
+
+def facts_of(settings: Settings, folder: RunFolder, *, trained: int, ranks: int, ended: datetime) -> dict[str, str]:
+    """Base, dates, steps, what was trained and how, by name.
+
+    Args:
+        trained: number of trained parameters.
+        ended: local time.
+    """
+    model, lora = settings.model, settings.lora
+    lines = [line for line in read_metrics(folder.metrics) if "grad_norm" in line]
+    targets = lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)
+    loss, beta = (settings.stored["objective"][key] for key in ("loss", "beta"))
+    return {
+        "base": model.base + (f", revision {model.revision}" if model.revision else ""),
+        "began": _began(folder),
+        "ended": ended.strftime(_DATE),
+        "time of the steps": f"{duration(sum(line['seconds'] or 0 for line in lines))}, without start and evaluations",
+        "steps": f"{len(lines):,} with {_responses(lines):,} responses",
+        "trained": f"LoRA of rank {lora.rank} (alpha {lora.alpha:g}) on {targets}: {trained:,} parameters",
+        "objective": f"loss {_words(loss)}, beta {_words(beta)}, learning rate {settings.train.lr:g}",
+        "ran on": f"{ranks} ranks, {model.dtype}, DeepSpeed file {settings.deepspeed.name}",
+    }
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds in words: `1 h 2 min`, `12 min 3 s`, `4 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _began(folder: RunFolder) -> str:
+    """When the run was prepared, and the steps at which it was resumed."""
+    try:
+        environment = json.loads(folder.environment.read_text(encoding="utf-8"))
+        began = datetime.fromisoformat(environment["date"]).strftime(_DATE)
+        resumes = ", ".join(str(resume["step"]) for resume in environment.get("resumes", []))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return "not known"
+    return f"{began}; resumed at step {resumes}" if resumes else began
+
+
+def _responses(lines: list[dict[str, Any]]) -> int:
+    return sum(int(value or 0) for line in lines for name, value in line.items() if name.startswith("responses/"))
+
+
+def _words(value: Any) -> str:
+    """A value of the recipe in one line: `mse`, `{pair: dpo, score: mse}`."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_words(inner)}" for key, inner in value.items()) + "}"
+    return f"{value:g}" if isinstance(value, float) else str(value)
