@@ -13,12 +13,14 @@ import os
 import sys
 
 from uft_ds.errors import Stopped
+from uft_ds.host.process import die_with_parent
 from uft_ds.host.signals import listen
 from uft_ds.host.standard_streams import drop_useless_size, prepare_streams
 
 
 def run() -> int:
     """Run one rank; returns the exit code."""
+    die_with_parent()  # before the imports: a rank whose launcher dies meanwhile would wait for it for half an hour
     prepare_streams()
     drop_useless_size()
     request = listen()

@@ -1,6 +1,8 @@
 """The shared store of reference log-probs: exact, safe beside other writers, suspicious of what it reads."""
 
 import multiprocessing
+import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from uft_ds.data.example import KEY_BYTES
-from uft_ds.known.store import LogpTable, ReferenceStore, Stored, read_table, set_aside, write_table
+from uft_ds.known.store import SECONDS_OF_A_DAY, LogpTable, ReferenceStore, Stored, read_table, set_aside, write_table
 
 IDENTITY, OTHER = "a" * 64, "b" * 64
 
@@ -42,6 +44,17 @@ def test_what_is_read_is_what_was_written(store: ReferenceStore) -> None:
     store.write(first)
     assert len(files(store)) == 2, "the same content has the same name"
     assert all(path.stat().st_mode & 0o044 for path in files(store)), "others share the folder"
+
+
+def test_what_a_killed_writer_left_is_deleted_after_a_day(store: ReferenceStore) -> None:
+    """By the next writer; a file of today may be one that is being written."""
+    store.write(table(1))
+    old, young = store.folder / ".old.tmp", store.folder / ".young.tmp"
+    for path in (old, young):
+        path.write_bytes(b"half a table")
+    os.utime(old, times=(0, time.time() - SECONDS_OF_A_DAY - 60))
+    store.write(table(1, seed=1))
+    assert (old.exists(), young.exists()) == (False, True)
 
 
 def test_equal_tables_are_equal_files(tmp_path: Path) -> None:

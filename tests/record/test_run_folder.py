@@ -16,6 +16,7 @@ import pytest
 
 from uft_ds.errors import UserError
 from uft_ds.host.files import write_atomically
+from uft_ds.record import run_folder
 from uft_ds.record.run_folder import (
     RunFolder,
     Status,
@@ -326,6 +327,34 @@ def test_a_failed_write_leaves_the_old_text(tmp_path: Path) -> None:
     with pytest.raises(UnicodeEncodeError):
         write_atomically(path, "new \ud800")
     assert path.read_text() == "old"
+
+
+def test_checkpoints_that_are_not_there_now_are_no_reason_to_start_anew(tmp_path: Path) -> None:
+    """A link to a disk that is not mounted, or a file in the folder's place: a resume would delete the run."""
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    folder.checkpoints.symlink_to(tmp_path / "disk")
+    with pytest.raises(UserError, match=r"checkpoints: a link to .*disk, which is not there, expected the folder"):
+        check_own_files(folder)
+    (tmp_path / "disk").mkdir()
+    check_own_files(folder)
+    folder.checkpoints.unlink()
+    folder.checkpoints.touch()
+    with pytest.raises(UserError, match=r"checkpoints: a file, expected the folder that the run wrote; bring it back"):
+        check_own_files(folder)
+
+
+def test_a_run_that_cannot_be_deleted_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """shutil names the file without its folder, as on a read-only disk."""
+    folder = finished_run(tmp_path / "run")
+
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", "trainer.json")
+
+    monkeypatch.setattr(run_folder.shutil, "rmtree", refuse)
+    with pytest.raises(UserError) as caught:
+        claim(folder, overwrite=True)
+    assert str(caught.value) == f"output: {folder.path} cannot be emptied (trainer.json: Read-only file system)"
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "launcher.log", "DONE", "log-rank1.txt"])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from uft_ds.errors import EXIT_CRASHED
+from uft_ds.errors import EXIT_BAD_INPUT, EXIT_CRASHED, EXIT_DONE
 from uft_ds.record.run_folder import RunFolder, Status
 from uft_ds.run.launch import launch
 from uft_ds.run.order import Order
@@ -57,6 +57,29 @@ def test_ranks_that_say_nothing_leave_a_status(tmp_path: Path) -> None:
     reason = Status(EXIT_CRASHED, "rank 1 crashed: ValueError: x")
     folder.write_status(reason)
     assert ended(folder, {1: 1}, None) == folder.read_status() == reason
+
+
+@pytest.mark.parametrize("codes", [{0: -9, 1: 1}, {}])
+def test_a_run_that_is_done_stays_done_whatever_is_killed_after_it(tmp_path: Path, codes: dict[int, int]) -> None:
+    """DONE is written once nothing is missing: a rank, or what started it, that is killed then takes nothing back."""
+    folder = RunFolder(tmp_path)
+    folder.done.touch()
+    assert ended(folder, codes, None) == Status(EXIT_DONE, "done") == folder.read_status()
+
+
+def test_a_disk_that_takes_no_status_is_why_there_is_none(tmp_path: Path) -> None:
+    """Exit code 2, as for a full disk anywhere: the ranks could not say it."""
+    folder = RunFolder(tmp_path)
+    (tmp_path / "status.json").mkdir()
+    found = ended(folder, {0: 1}, None)
+    assert found.exit_code == EXIT_BAD_INPUT
+    assert found.message.startswith(f"output: {tmp_path} cannot be written (Is a directory); the ranks ended without")
+
+
+def test_a_killed_server_is_told(tmp_path: Path) -> None:
+    """The ranks die with the process that started them and leave no exit codes."""
+    found = ended(RunFolder(tmp_path), {}, None)
+    assert "as when the process that started them is killed" in found.message
 
 
 def test_a_lost_connection_blames_no_fault_of_this_rank(monkeypatch: pytest.MonkeyPatch) -> None:

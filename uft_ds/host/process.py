@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
@@ -19,16 +20,32 @@ LAUNCHED_BY = "UFT_LAUNCHED_BY"
 def die_with_parent() -> None:
     """On Linux: have this process killed when its parent dies, so that no orphan writes while a restarted run does.
 
-    The parent may have died before this call, because a rank's imports take seconds. So it is also checked whether
-    the `uft` command that started the rank is alive; if not, this process ends.
+    The parent may have died before this call, because a Python process needs a moment until it gets here, and one of
+    `multiprocessing` imports what it works with first. Then this process ends. Call it as early as possible.
     """
     if sys.platform != "linux":
         return
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    command = os.environ.get(LAUNCHED_BY)
-    if command is not None and not _is_alive(command):
+    if _is_orphan():
         os._exit(EXIT_INTERRUPTED)
+
+
+def _is_orphan() -> bool:
+    parent, command = multiprocessing.parent_process(), os.environ.get(LAUNCHED_BY)
+    if parent is not None and not parent.is_alive():
+        return True
+    return (command is not None and not _is_alive(command)) or _has_lost_torchrun()
+
+
+def _has_lost_torchrun() -> bool:
+    """Whether torchrun started this process and init is its parent now. In a container torchrun may be process 1."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.getppid() != 1:
+        return False
+    try:
+        return not Path("/proc/1/exe").samefile("/proc/self/exe")
+    except OSError:  # process 1 is another user's, so it is not torchrun
+        return True
 
 
 def _is_alive(process_id: str) -> bool:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from uft_ds.host.formats import KEY, UnknownFormat, check_format
 LogpTable = dict[bytes, float]
 """From a response's key to its log-prob under the reference: nats, summed over tokens, float64."""
 
+SECONDS_OF_A_DAY = 86_400
 _SUFFIX = ".safetensors"
 FORMAT = 1
 
@@ -95,6 +97,7 @@ class ReferenceStore:
         if not table:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._clear_away()
         descriptor, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=self.folder)
         os.close(descriptor)
         temporary = Path(name)
@@ -104,6 +107,13 @@ class ReferenceStore:
             sync(self.folder)
         finally:
             temporary.unlink(missing_ok=True)
+
+    def _clear_away(self) -> None:
+        """Delete what writers that were killed have left. A younger file may be that of a writer on any machine."""
+        for left in self.folder.glob(".*.tmp"):
+            with suppress(OSError):  # another run has just done the same
+                if time.time() - left.stat().st_mtime > SECONDS_OF_A_DAY:
+                    left.unlink()
 
 
 def write_table(path: Path, table: Mapping[bytes, float], identity: str) -> None:

@@ -21,6 +21,8 @@ from uft_ds.recipe.schema import COMBINATIONS_CHECKED, Recipe, Section, describe
 
 _DIGITS = 9
 """Most digits of an index into a list."""
+_LETTERS_OF_A_NUMBER = 1000
+"""Most letters of a whole number: Python refuses to show one of more than 4300 digits, even in an error."""
 _SHOWN_LETTERS = 200
 """Longest value that a message shows whole; a few lines of YAML can hold a million leaves."""
 FORMAT_KEY, FORMAT = "recipe_format", 1
@@ -62,7 +64,7 @@ class _RecipeLoader(yaml.SafeLoader):
             value = super().construct_object(node, deep)
         except (ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:
             kind = node.tag.rpartition(":")[2]
-            what = repr(node.value) if isinstance(node, yaml.ScalarNode) else "a value"
+            what = _shown(node.value) if isinstance(node, yaml.ScalarNode) else "a value"
             reason = f" ({error})" if isinstance(error, ValueError) else ""
             raise ConstructorError(None, None, f"{what} is no {kind}{reason}", node.start_mark) from None
         if isinstance(value, str) and _UNWRITABLE.search(value):
@@ -77,6 +79,8 @@ class _RecipeDumper(yaml.SafeDumper):
 
 def _int(loader: _RecipeLoader, node: yaml.ScalarNode) -> int:
     text = loader.construct_scalar(node).replace("_", "")
+    if len(text) > _LETTERS_OF_A_NUMBER:
+        raise ValueError(f"{len(text)} letters, at most {_LETTERS_OF_A_NUMBER} are read")
     return int(text, 0) if text.startswith(("0o", "0x")) else int(text)
 
 

@@ -252,7 +252,12 @@ def claim(folder: RunFolder, *, overwrite: bool, lock: Lock | None = None) -> Lo
     if not overwrite and has_trained(folder):  # since the check, by a process that has ended meanwhile
         lock.close()
         raise _holds_a_run(folder)
-    _empty(folder.path)
+    try:
+        _empty(folder.path)
+    except OSError as error:  # shutil names a file without its folder
+        lock.close()
+        why = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        raise UserError(f"output: {folder.path} cannot be emptied ({why})") from None
     return lock
 
 
@@ -319,11 +324,16 @@ def locked(folder: RunFolder, *, name: str, without_locks: str) -> Lock:
 def check_own_files(folder: RunFolder) -> None:
     """Refuse a run's folder in which a file that the run writes in place is a link, or is no file.
 
-    A link may lead to a file outside of the run, which would be cut or written to.
+    A link may lead to a file outside of the run, which would be cut or written to. Also refuse a `checkpoints` that is
+    no folder, or a link to a disk that is not there now: the run would begin at step 0, and be deleted for that.
 
     Raises:
         UserError: names the file.
     """
+    checkpoints = folder.checkpoints
+    if not checkpoints.is_dir() and (checkpoints.exists() or checkpoints.is_symlink()):
+        what = f"a link to {checkpoints.readlink()}, which is not there" if checkpoints.is_symlink() else "a file"
+        raise UserError(f"{checkpoints}: {what}, expected the folder that the run wrote; bring it back")
     for path in (*(folder.path / name for name in _WRITTEN_IN_PLACE), *folder.path.glob("log-rank*.txt")):
         if path.is_symlink():
             raise UserError(

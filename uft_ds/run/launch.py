@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from uft_ds.errors import EXIT_CRASHED, EXIT_INTERRUPTED, EXIT_STOPPED, UserError
+from uft_ds.errors import EXIT_BAD_INPUT, EXIT_CRASHED, EXIT_DONE, EXIT_INTERRUPTED, EXIT_STOPPED, UserError
 from uft_ds.host.ports import free_port, is_free
 from uft_ds.host.process import LAUNCHED_BY
 from uft_ds.host.world import given_port
@@ -78,6 +78,8 @@ def launch(
                     say("stopping: the step that is running is finished and saved first (Ctrl-C again: at once)")
                     has_said = True
                 launched.ask_to_stop()
+    if folder.done.exists():  # written last: whatever has ended the processes since then, nothing is missing
+        return _written(folder, Status(EXIT_DONE, "done"))
     # A killed rank leaves no status file; the status that another rank left would name a mere consequence.
     killed = [f"rank {rank} was killed (signal {-code})" for rank, code in codes.items() if code < 0]
     if killed:
@@ -88,8 +90,19 @@ def launch(
         # The ranks received SIGUSR1, whichever signal the user sent to this process.
         status = replace(status, message=status.message.replace("SIGUSR1", signal.Signals(heard[0]).name))
         return _written(folder, status)
-    silent = Status(EXIT_CRASHED, f"the ranks ended without a status; see {folder.launcher_log}")
-    return folder.read_status() or _written(folder, silent)
+    why = "as when the process that started them is killed" if not codes else f"exit codes {sorted(codes.values())}"
+    silent = Status(EXIT_CRASHED, f"the ranks ended without a status, {why}; see {folder.launcher_log}")
+    return folder.read_status() or _said_for_the_ranks(folder, silent)
+
+
+def _said_for_the_ranks(folder: RunFolder, status: Status) -> Status:
+    """The status, after it has been written; where that is impossible, this is why the ranks were silent."""
+    try:
+        folder.write_status(status)
+    except OSError as error:
+        why = f"output: {folder.path} cannot be written ({error.strerror or error}); {status.message}"
+        return Status(EXIT_BAD_INPUT, why)
+    return status
 
 
 def _written(folder: RunFolder, status: Status) -> Status:

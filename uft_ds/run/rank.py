@@ -24,10 +24,9 @@ from uft_ds.data.source import StepSource
 from uft_ds.engine.engine import Engine
 from uft_ds.engine.ranks import current_ranks, init_distributed
 from uft_ds.errors import EXIT_BAD_INPUT, EXIT_CRASHED, EXIT_DONE, CheckFailed, Stopped, UserError
-from uft_ds.host.faults import lasting
+from uft_ds.host.faults import foreseen, lasting
 from uft_ds.host.library_warnings import each_once
 from uft_ds.host.locks import Lock
-from uft_ds.host.process import die_with_parent
 from uft_ds.host.signals import Stop, StopRequest
 from uft_ds.host.standard_streams import LastingOutput
 from uft_ds.host.terminal import SafeConsole, as_typed, visible
@@ -94,7 +93,6 @@ def _main(request: StopRequest, arguments: list[str] | None) -> Status:
     parser.add_argument("--prepared", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # added by the deepspeed launcher
     options = parser.parse_args(arguments)
-    die_with_parent()
     launched = LauncherEnvironment()
     folder: RunFolder | None = None
     try:
@@ -216,15 +214,16 @@ def _run(settings: Settings, folder: RunFolder, console: Console, request: StopR
         )
         train(session, steps, held_out, state)
     if engine.rank == 0:
-        folder.write_status(Status(EXIT_DONE, "done"))
-        folder.done.touch()
         try:
             trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
             now = datetime.now().astimezone()
             facts = facts_of(settings, folder, trained=trained, ranks=engine.world_size, ended=now)
             write_report(folder, settings.name, facts)
-        except Exception:  # the run is done and saved: a report that fails must not turn it into a failure
+        except Exception as error:  # all is trained and saved: a report that fails must not turn it into a failure
             logger.exception("report.html could not be written")
+            console.print(f"warning: report.html could not be written ({foreseen(error) or error})", markup=False)
+        folder.done.touch()  # last: a run that was killed while it wrote its report is resumed, and writes it again
+        folder.write_status(Status(EXIT_DONE, "done"))
 
 
 @contextmanager
