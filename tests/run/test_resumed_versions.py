@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from runs import settings_of_run, write_recipe
 from tiny import build_tiny_model
 
+from uft_ds.data.store.building import RowRules
+from uft_ds.errors import UserError
 from uft_ds.record.run_folder import RunFolder
 from uft_ds.run.identity import environment as run_environment
-from uft_ds.run.resume import _other_versions, _record_resume
+from uft_ds.run.resume import _check_same_content, _other_versions, _record_resume
 
 
 def environment(torch: str) -> dict[str, Any]:
@@ -61,15 +64,29 @@ def test_another_attention_is_told(folder: RunFolder) -> None:
 
 
 def test_the_attention_of_auto_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the name of the implementation, with the version of its package."""
+    """By the name of the implementation, with the version of its package; packed where the tests cover the family."""
     base = build_tiny_model(tmp_path / "base", "qwen2")
     settings = settings_of_run(write_recipe(tmp_path, base, model__dtype="bfloat16"))
+    assert run_environment(settings)["attention"] == "packed"
+    monkeypatch.setattr("uft_ds.streams.load.is_shown_to_pack", lambda config: False)
     monkeypatch.setattr("uft_ds.streams.load.importlib.util.find_spec", lambda name: name)
     for has_gpu, expected in ((False, "sdpa"), (True, "flash_attention_2")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
         found = run_environment(settings)
         assert found["attention"] == expected
         assert "flash-attn" in found["packages"]
+
+
+def test_rules_that_came_later_have_their_defaults(folder: RunFolder) -> None:
+    """A run of a version without `mixed_kinds` is resumed; where the rule is given now, it is another run."""
+    rules = RowRules("jsonl", None, 64, merge=True, trim_prompt=False)
+    stored = json.loads(json.dumps({"rules": asdict(rules), "content": "c"}))
+    older = {"rules": {key: stored["rules"][key] for key in ("format", "score", "max_length", "merge", "trim_prompt")}}
+    folder.identity.write_text(json.dumps({"base": {}, "adapter": None, "data": {"sources.0": {**stored, **older}}}))
+    _check_same_content(folder, {"base": {}, "adapter": None, "data": {"sources.0": stored}})
+    stored["rules"]["mixed_kinds"] = True
+    with pytest.raises(UserError, match=r"data\.sources\.0\.rules\.mixed_kinds: true now, false then"):
+        _check_same_content(folder, {"base": {}, "adapter": None, "data": {"sources.0": stored}})
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"packages": 1, "resumes": 3}'])

@@ -20,6 +20,7 @@ from uft_ds.checkpoint.folder import checkpoints_of, newest_whole, point_latest,
 from uft_ds.checkpoint.owner import RUN
 from uft_ds.checkpoint.state import Position, read_position
 from uft_ds.data.sources import PreparedData
+from uft_ds.data.store.building import with_later_rules
 from uft_ds.data.store.sequences import check_content
 from uft_ds.data.store.tokenized import is_whole
 from uft_ds.errors import UserError
@@ -238,6 +239,8 @@ def _check_same_content(folder: RunFolder, now: dict[str, Any]) -> None:
     """Compare content hashes, so that moved files are accepted and changed files are refused."""
     with reading_identity(folder) as before:
         before.pop(RUN, None)  # of the whole recipe, which is compared key by key
+        for source in before["data"].values():
+            source["rules"] = with_later_rules(source["rules"])
     differences = list(_differences(before, now))
     if differences:
         raise UserError(

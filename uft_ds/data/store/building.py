@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,12 @@ class RowRules:
     columns: tuple[tuple[str, str | None], ...] = ()
     score_range: Scale | None = None
     mixed_kinds: bool = False
+
+
+def with_later_rules(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Rules as a store's JSON holds them, with the defaults of those that the version that wrote it did not have."""
+    defaults = {rule.name: rule.default for rule in fields(RowRules) if rule.default is not MISSING}
+    return {**json.loads(json.dumps(defaults)), **stored}
 
 
 @dataclass(frozen=True)
