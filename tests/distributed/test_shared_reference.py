@@ -153,7 +153,7 @@ def open_cache(base: Path, work: Path, store_values: float | None) -> Any:
     """What a run makes of a store that holds the right values plus `store_values` (None: not a number)."""
     settings = load_settings(str(work / "recipe.yaml"))
     engine = engine_of(base)
-    identity = reference_identity(CONTENT, dtype="float32", attention="sdpa", adapter_dtype=None)
+    identity = reference_identity(CONTENT, dtype="float32", attention=engine.module.attention, adapter_dtype=None)
     pools = [Held(SEQUENCES)]
     groups = in_order(pools, 4)
     right = Known.of_reference("cached")
@@ -192,6 +192,28 @@ def test_wrong_values_are_found_said_and_not_used(
     assert any(message in text for text in said), (said, message)
     stored = sorted(path.suffix for path in (tmp_path / "reference").rglob("*.*"))
     assert stored == [".safetensors" if known else ".rejected"]
+
+
+def open_other_attention(base: Path, work: Path) -> Any:
+    """What a resumed run makes of a checkpoint whose values another attention has computed."""
+    settings, engine, recorder = load_settings(str(work / "recipe.yaml")), engine_of(base), Recorder()
+    pools, folder, checkpoint = [Held(SEQUENCES)], RunFolder(work), work / "step-000004"
+    if engine.rank == 0:
+        checkpoint.mkdir()
+        identity = reference_identity(CONTENT, dtype="float32", attention="eager", adapter_dtype=None)
+        write_table(checkpoint / REFERENCE_TABLE, dict.fromkeys(SEQUENCES[0].response_keys, -1.0), identity)
+    cache = build_reference_cache(settings, folder, engine, engine.module, pools, recorder, checkpoint)  # type: ignore[arg-type]
+    return cache.num_known, recorder.warned
+
+
+def test_values_of_another_attention_are_computed_anew(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """As where a newer version selects another one. They are not mixed, and no reason to refuse the resume."""
+    write_recipe(tmp_path, tiny_qwen2)
+    identity = {"base": {key: CONTENT[key] for key in ("weights", "config")}, "adapter": CONTENT["adapter"]}
+    (tmp_path / "identity.json").write_text(json.dumps(identity))
+    (known, warned), (known_too, _) = run_on_ranks(open_other_attention, 2, tiny_qwen2, tmp_path)
+    assert known == known_too == 0
+    assert [text for text in warned if "attention eager computed what step-000004 holds" in text]
 
 
 @pytest.mark.long

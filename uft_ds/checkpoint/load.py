@@ -13,7 +13,7 @@ from uft_ds.engine.engine import Engine
 from uft_ds.engine.optimizer_state import restore, shapes_of
 from uft_ds.errors import UserError
 from uft_ds.known.cache import REFERENCE_TABLE
-from uft_ds.known.store import LogpTable, read_table
+from uft_ds.known.store import LogpTable, OtherReference, read_table
 from uft_ds.record.report import Speaker
 
 
@@ -37,11 +37,15 @@ def restore_engine(engine: Engine, checkpoint: Path, state: TrainerState, report
         )
 
 
-def stored_reference(checkpoint: Path, identity: str) -> LogpTable:
+def stored_reference(checkpoint: Path, identity: str, by_others: Mapping[str, str]) -> LogpTable | str:
     """The reference log-probs that the run had stored in its checkpoint; empty if it had none.
 
+    Args:
+        by_others: names, by identity, of what the same reference may have been computed by instead.
+    Returns:
+        the table, or the name in `by_others` of what computed it.
     Raises:
-        UserError: they belong to another reference, or cannot be read.
+        UserError: it belongs to another reference, or cannot be read.
     """
     path = checkpoint / REFERENCE_TABLE
     if not path.exists():
@@ -49,6 +53,8 @@ def stored_reference(checkpoint: Path, identity: str) -> LogpTable:
     try:
         return read_table(path, identity)
     except ValueError as error:
+        if isinstance(error, OtherReference) and error.identity in by_others:
+            return by_others[error.identity]
         raise UserError(str(error)) from None
 
 

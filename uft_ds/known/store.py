@@ -27,6 +27,15 @@ from uft_ds.host.formats import KEY, UnknownFormat, check_format
 LogpTable = dict[bytes, float]
 """From a response's key to its log-prob under the reference: nats, summed over tokens, float64."""
 
+
+class OtherReference(ValueError):
+    """A table belongs to another reference. identity: that reference's."""
+
+    def __init__(self, message: str, identity: str) -> None:
+        super().__init__(message)
+        self.identity = identity
+
+
 SECONDS_OF_A_DAY = 86_400
 _SUFFIX = ".safetensors"
 FORMAT = 1
@@ -140,11 +149,14 @@ def read_table(path: Path, identity: str) -> LogpTable:
     """Read a file that `write_table` wrote.
 
     Raises:
-        ValueError: the file cannot be read, is not a table, belongs to another reference, or holds non-finite values.
+        OtherReference: it belongs to another reference.
+        ValueError: the file cannot be read, is not a table, or holds non-finite values.
         UserError: the table has another format.
     """
     try:
         return _parse(path, path.read_bytes(), identity)
+    except OtherReference as error:
+        raise OtherReference(f"{path}: {error}", error.identity) from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -170,7 +182,8 @@ def _parse(path: Path, content: bytes, identity: str) -> LogpTable:
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a table of reference log-probs ({error})") from None
     if owner != identity:
-        raise ValueError(f"belongs to another reference ({str(owner)[:16]}, expected {identity[:16]})")
+        message = f"belongs to another reference ({str(owner)[:16]}, expected {identity[:16]})"
+        raise OtherReference(message, str(owner))
     if keys.dtype != np.uint8 or keys.shape != (len(logps), KEY_BYTES) or logps.dtype != np.float64:
         raise ValueError(f"found {keys.dtype}{list(keys.shape)} and {logps.dtype}{list(logps.shape)}")
     if not np.isfinite(logps).all():

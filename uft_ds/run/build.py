@@ -28,7 +28,7 @@ from uft_ds.run.checks import check_sharding
 from uft_ds.run.prepare import prompts_of
 from uft_ds.streams.adapters import add_adapters, start_from_adapter, start_policy_from_adapter
 from uft_ds.streams.identity import reference_identity, weight_files
-from uft_ds.streams.load import decoder_layer_class, load_base
+from uft_ds.streams.load import ATTENTIONS, decoder_layer_class, load_base
 from uft_ds.streams.model import UFTModel
 from uft_ds.training.evaluate import check_reference_cache
 from uft_ds.training.samples import Sampler
@@ -114,24 +114,38 @@ def build_reference_cache(
 
     Args:
         checkpoint: the checkpoint that the run resumes from. Its own table is used instead of the store, so that the
-            resumed run computes what the unbroken run would have computed.
+            resumed run computes what the unbroken run would have computed; unless another attention computed it.
     """
     if settings.reference.how != "cached":
         return Known.of_reference(settings.reference.how)
-    identity = reference_identity(
-        _reference_content(folder),
-        dtype=settings.model.dtype,
-        attention=model.attention,
-        adapter_dtype=settings.lora.dtype if settings.reference.adapter else None,
-    )
+    content = _reference_content(folder)
+    identities = {
+        attention: reference_identity(
+            content,
+            dtype=settings.model.dtype,
+            attention=attention,
+            adapter_dtype=settings.lora.dtype if settings.reference.adapter else None,
+        )
+        for attention in (*ATTENTIONS, model.attention)
+    }
+    identity = identities[model.attention]
     store, snapshot = None, [LogpTable()]
     files: tuple[Path, ...] = ()
     if engine.rank == 0:
         store = ReferenceStore.below(settings.reference.cache_dir, identity)
-        if checkpoint is None:
-            snapshot[0], files = _read_snapshot(store, pools, reporter)
+        of_checkpoint = None
+        if checkpoint is not None:
+            by_others = {other: attention for attention, other in identities.items() if other != identity}
+            of_checkpoint = stored_reference(checkpoint, identity, by_others)
+        if isinstance(of_checkpoint, str):
+            reporter.warn(
+                f"reference cache: attention {of_checkpoint} computed what {checkpoint.name} holds, and rounds "
+                f"differently; it is computed anew by {model.attention}, which the run uses now"
+            )
+        if isinstance(of_checkpoint, dict):
+            snapshot[0] = of_checkpoint
         else:
-            snapshot[0] = stored_reference(checkpoint, identity)
+            snapshot[0], files = _read_snapshot(store, pools, reporter)
     torch.distributed.broadcast_object_list(snapshot, src=0)
     dtype = getattr(torch, settings.model.dtype)
     rounding = STORED_ROUNDING_NATS[dtype]

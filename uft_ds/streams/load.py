@@ -23,6 +23,9 @@ from uft_ds.streams.stored_names import stored_weights
 from uft_ds.streams.tied import check_tied
 from uft_ds.streams.weights import check_weights, first_non_finite, loading_of, own_values, problem_of
 
+ATTENTIONS = (PACKED, "flash_attention_2", "sdpa", "eager")
+"""What `model.attention` may be, or select."""
+
 
 def check_is_there(base: str) -> None:
     """Refuse a path that does not exist, before the hub is asked for a model of that name.
