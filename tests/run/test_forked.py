@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkProcess
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -151,9 +154,28 @@ def test_a_command_that_leaves_takes_its_ranks_along(start: Start, tmp_path: Pat
 
 
 def test_a_server_that_dies_is_noticed(start: Start, tmp_path: Path) -> None:
-    """It is not waited for; its ranks die with it."""
+    """It is not waited for; its ranks die with it. A sweep starts its next run by other means."""
     server = start(stops_when_asked)
     wait_for(tmp_path / "started0", tmp_path / "started1")
     (process,) = (child for child in psutil.Process().children() if title_of(child) == "uft_ds ranks")
+    assert server.is_alive
     process.kill()
     assert ended(server) == {}
+    assert ended(server.start(order(tmp_path))) == {}
+    assert not server.is_alive
+
+
+def test_a_rank_that_cannot_be_forked_ends_the_others(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As at a limit of processes. The first rank would wait for the second one, and the command for both."""
+    as_ever = ForkProcess.start
+
+    def start_all_but_rank_1(process: Any) -> None:
+        if process._args[1:] == (1,):
+            raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+        as_ever(process)
+
+    monkeypatch.setattr(ForkProcess, "start", start_all_but_rank_1)
+    assert ended(start(stops_when_asked)) == {0: 1}
+    assert "a rank cannot be forked: Resource temporarily unavailable" in (tmp_path / "launcher.log").read_text()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,32 @@ def test_ranks_that_say_nothing_leave_a_status(tmp_path: Path) -> None:
     reason = Status(EXIT_CRASHED, "rank 1 crashed: ValueError: x")
     folder.write_status(reason)
     assert ended(folder, {1: 1}, None) == folder.read_status() == reason
+
+
+class _Running(_Ended):
+    """Ranks that run, while this process is asked to stop."""
+
+    def __init__(self) -> None:
+        super().__init__({})
+        self.has_ended = False
+
+    def poll(self, seconds: float) -> None:  # type: ignore[override]
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    def end(self) -> None:
+        self.has_ended = True
+
+
+def test_a_terminal_that_is_gone_leaves_no_ranks(tmp_path: Path) -> None:
+    """An error ends the command, and the folder's lock with it: ranks that still run would write beside a new run."""
+    ranks = _Running()
+
+    def say(text: str) -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        launch(RunFolder(tmp_path), lambda order: ranks, ranks=2, port=1, say=say)
+    assert ranks.has_ended
 
 
 @pytest.mark.parametrize("codes", [{0: -9, 1: 1}, {}])

@@ -42,9 +42,14 @@ class RankServer:
     def __init__(self, connection: Connection, process: ForkProcess) -> None:
         self._connection, self._process = connection, process
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether it can still start ranks. The system may have killed it, for lack of memory."""
+        return self._process.is_alive()
+
     def start(self, order: Order) -> RankServer:
         """Fork the ranks."""
-        self._connection.send(order)
+        self._tell(order)
         return self
 
     def poll(self, seconds: float) -> dict[int, int] | None:
@@ -72,9 +77,9 @@ class RankServer:
             self._process.kill()  # its ranks die with it
             self._process.join()
 
-    def _tell(self, number: signal.Signals) -> None:
-        with suppress(OSError):
-            self._connection.send(number)
+    def _tell(self, what: Order | signal.Signals) -> None:
+        with suppress(OSError):  # it has died, which `poll` tells
+            self._connection.send(what)
 
 
 @contextmanager
@@ -131,9 +136,12 @@ def _run(order: Order, orders: Connection) -> dict[int, int]:
     Returns:
         Exit codes, without those of ranks that were ended because another one had failed, or by the command's wish.
     """
-    running = {rank: _FORK.Process(target=_one_rank, args=(order, rank)) for rank in range(order.num_ranks)}
-    for process in running.values():
-        process.start()
+    try:
+        running = _started(order)
+    except OSError as error:
+        with suppress(OSError), order.log.open("a", encoding="utf-8") as log:
+            log.write(f"a rank cannot be forked: {error.strerror or error}\n")
+        return {0: EXIT_CRASHED}
     codes: dict[int, int] = {}
     is_listening, deadline = True, None
     while running:
@@ -160,6 +168,26 @@ def _run(order: Order, orders: Connection) -> dict[int, int]:
             _signal(running, signal.SIGKILL)
             deadline = time.monotonic() + SECONDS_TO_STOP
     return codes
+
+
+def _started(order: Order) -> dict[int, ForkProcess]:
+    """The ranks of an order.
+
+    Raises:
+        OSError: the system lets no further process start; those that did start have ended.
+    """
+    running: dict[int, ForkProcess] = {}
+    try:
+        for rank in range(order.num_ranks):
+            process = _FORK.Process(target=_one_rank, args=(order, rank))
+            process.start()
+            running[rank] = process
+    except OSError:
+        _signal(running, signal.SIGKILL)
+        for process in running.values():
+            process.join()
+        raise
+    return running
 
 
 def _signal(running: Mapping[int, ForkProcess], number: signal.Signals) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
@@ -68,16 +69,13 @@ def launch(
     heard: list[int] = []
     with _noting(heard):
         launched = start(Order(arguments, rank_environment(ranks), ranks, port, folder.launcher_log))
-        has_said = False
-        while (codes := launched.poll(_POLL_SECONDS)) is None:
-            if heard.count(signal.SIGINT) > 1:
-                launched.end()
-                return _written(folder, Status(EXIT_INTERRUPTED, "interrupted"))
-            if heard:
-                if not has_said:
-                    say("stopping: the step that is running is finished and saved first (Ctrl-C again: at once)")
-                    has_said = True
-                launched.ask_to_stop()
+        try:
+            codes = _ended(launched, heard, say)
+        except BaseException:  # the caller lets go of the folder's lock: no rank must be left that writes there
+            launched.end()
+            raise
+        if codes is None:
+            return _written(folder, Status(EXIT_INTERRUPTED, "interrupted"))
     if folder.done.exists():  # written last: whatever has ended the processes since then, nothing is missing
         return _written(folder, Status(EXIT_DONE, "done"))
     # A killed rank leaves no status file; the status that another rank left would name a mere consequence.
@@ -93,6 +91,21 @@ def launch(
     why = "as when the process that started them is killed" if not codes else f"exit codes {sorted(codes.values())}"
     silent = Status(EXIT_CRASHED, f"the ranks ended without a status, {why}; see {folder.launcher_log}")
     return folder.read_status() or _said_for_the_ranks(folder, silent)
+
+
+def _ended(launched: LaunchedRanks, heard: Seq[int], say: Callable[[str], None]) -> dict[int, int] | None:
+    """Wait for the ranks, and pass on what is heard; their exit codes, or None after a second Ctrl-C."""
+    has_said = False
+    while (codes := launched.poll(_POLL_SECONDS)) is None:
+        if heard.count(signal.SIGINT) > 1:
+            launched.end()
+            return None
+        if heard:
+            if not has_said:
+                say("stopping: the step that is running is finished and saved first (Ctrl-C again: at once)")
+                has_said = True
+            launched.ask_to_stop()
+    return codes
 
 
 def _said_for_the_ranks(folder: RunFolder, status: Status) -> Status:

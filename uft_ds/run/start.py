@@ -44,7 +44,7 @@ def run_settings(
     """Prepare the run, launch it and wait for its end.
 
     Args:
-        server: forks the ranks; torchrun starts them if there is none.
+        server: forks the ranks; torchrun starts them if there is none, or it has died.
         what: name of the work, shown to the user, such as "training".
         overwrite: delete the run that the output holds. resume: resume it, unless it is done.
         options: extra command-line options of the ranks' program.
@@ -66,7 +66,7 @@ def run_settings(
     with lock:
         _show(settings, data, console, typed)
         console.print(f"{what} on {ranks} ranks; logs in {folder.path}")
-        start = TorchrunRanks if server is None else server.start
+        start = TorchrunRanks if server is None or not server.is_alive else server.start
         status = launch(folder, start, ranks=ranks, port=master_port(), options=options, say=console.print)
     if status.exit_code == EXIT_STOPPED:
         console.print(status.message)
