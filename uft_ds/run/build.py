@@ -133,17 +133,15 @@ def build_reference_cache(
     files: tuple[Path, ...] = ()
     if engine.rank == 0:
         store = ReferenceStore.below(settings.reference.cache_dir, identity)
-        of_checkpoint = None
-        if checkpoint is not None:
-            by_others = {other: attention for attention, other in identities.items() if other != identity}
-            of_checkpoint = stored_reference(checkpoint, identity, by_others)
-        if isinstance(of_checkpoint, str):
+        others = {other: attention for attention, other in identities.items() if other != identity}
+        found = None if checkpoint is None else stored_reference(checkpoint, identity, others)
+        if checkpoint is not None and isinstance(found, str):
             reporter.warn(
-                f"reference cache: attention {of_checkpoint} computed what {checkpoint.name} holds, and rounds "
-                f"differently; it is computed anew by {model.attention}, which the run uses now"
+                f"reference cache: attention {found} computed what {checkpoint.name} holds, and rounds differently; it "
+                f"is computed anew by {model.attention}, which the run uses now"
             )
-        if isinstance(of_checkpoint, dict):
-            snapshot[0] = of_checkpoint
+        if isinstance(found, dict):
+            snapshot[0] = found
         else:
             snapshot[0], files = _read_snapshot(store, pools, reporter)
     torch.distributed.broadcast_object_list(snapshot, src=0)
