@@ -10,7 +10,9 @@ square, most of which the mask then hides. Here
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -140,6 +142,19 @@ def _varlen(
     )
     assert isinstance(output, Tensor)
     return output.unsqueeze(0)
+
+
+@contextmanager
+def attention_of_transformers(model: Any) -> Iterator[None]:
+    """Within the block, a model with packed attention computes by transformers' own: for text that is not packed."""
+    config = model.config
+    before = config._attn_implementation
+    if before == PACKED:
+        config._attn_implementation = "sdpa" if model._supports_sdpa else "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 AttentionInterface.register(PACKED, packed_attention)
