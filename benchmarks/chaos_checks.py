@@ -143,13 +143,12 @@ def wrong_status(run: Run, kind: Kind, began: float, *, had_changed: bool) -> li
     status = run.output / "status.json"
     is_older = status.exists() and status.stat().st_mtime < began
     silent = "ended without writing a status"
+    no_launcher = f"as when the process that started them is killed|{silent}"
+    no_rank = rf"rank \d was killed \(signal 9\)|lost its connection to another rank|{silent}"
+    # A command that is killed last may have told of the death of the others before.
     allowed = {
-        "parent": silent,
-        "group": silent,
-        "rank": rf"rank \d was killed \(signal 9\)|lost its connection to another rank|{silent}",
-        "launcher": rf"as when the process that started them is killed|{silent}",
-        "worker": "",
-    }[kind]
+        "parent": silent, "launcher": no_launcher, "rank": no_rank, "group": f"{no_rank}|{no_launcher}", "worker": ""
+    }[kind]  # fmt: skip
     if not (is_older and not had_changed) and not re.search(allowed, said):
         problems.append(f"status after the {kind} was killed: {said}")
     return problems
