@@ -124,6 +124,14 @@ def test_what_it_does_not_do_is_refused(asked: dict[str, Any]) -> None:
         packed_attention(Attention(), *inputs(), None, **bounds(), **asked)
 
 
+def test_a_module_that_is_not_causal_is_refused() -> None:
+    """As Gemma 3's with `use_bidirectional_attention`: transformers reads the module where no argument says it."""
+    module = Attention()
+    module.is_causal = False
+    with pytest.raises(ValueError, match="is causal"):
+        packed_attention(module, *inputs(), None, **bounds())
+
+
 def varlen_stand_in(
     query: Tensor, key: Tensor, value: Tensor, ends_q: Tensor, ends_k: Tensor, max_q: int, max_k: int, **options: Any
 ) -> Tensor:
@@ -161,12 +169,31 @@ def test_a_gpu_asks_the_varlen_kernel_for_the_same(window: int | None, monkeypat
 
 
 @pytest.mark.parametrize("window", [None, 4])
-def test_the_varlen_kernel_takes_what_it_is_given(window: int | None) -> None:
-    """torch's own operator, on fake tensors of a GPU: shapes, types and options; float32 does not reach it."""
+def test_the_varlen_kernel_takes_what_it_is_given(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own operator, on fake tensors of a GPU: shapes, types and options."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     with FakeTensorMode(), torch.no_grad():
         tensors = [tensor.detach() for tensor in inputs(torch.bfloat16, "cuda")]
         assert _runs_varlen(tensors[0])
-        assert not _runs_varlen(tensors[0].float())
         options: dict[str, Any] = {"scaling": 0.3, "sliding_window": window, **bounds("cuda")}
         output, _ = packed_attention(Attention(), *tensors, None, **options)
         assert (output.shape, output.dtype) == ((1, sum(LENGTHS), HEADS, HEAD), torch.bfloat16)
+
+
+def test_what_flash_attention_does_not_run_reaches_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32; GPUs before Ampere; heads that are not a multiple of 8, or larger than 256."""
+    capability = (8, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+    def runs(head: int, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> bool:
+        with FakeTensorMode():
+            return _runs_varlen(torch.empty(1, HEADS, 3, head, dtype=dtype, device=device))
+
+    assert runs(64)
+    assert runs(256)
+    assert not runs(64, torch.float32)
+    assert not runs(64, device="cpu")
+    assert not runs(36)
+    assert not runs(264)
+    capability = (7, 5)
+    assert not runs(64)

@@ -3,7 +3,8 @@
 With sdpa or eager attention, transformers builds a mask of [tokens x tokens] for a packed row and computes the whole
 square, most of which the mask then hides. Here
 
-* a GPU in half precision runs torch's own varlen attention, which is FlashAttention inside of torch (2.13 and newer);
+* a GPU since Ampere in half precision runs torch's own varlen attention, which is FlashAttention inside of torch
+  (2.13 and newer);
 * anything else runs transformers' attention for one sequence after the other, exactly as if each were alone.
 """
 
@@ -24,6 +25,8 @@ from transformers.masking_utils import flash_attention_mask
 
 PACKED = "packed"
 """Name of this attention in transformers, and in `model.attention`."""
+_AMPERE = (8, 0)
+"""The oldest compute capability that FlashAttention runs on."""
 
 
 def bounds_for_attention(bounds_S: Tensor, lengths: Seq[int]) -> dict[str, Any]:
@@ -60,7 +63,8 @@ def packed_attention(
         ValueError: the model asks for something that this attention does not do.
     """
     asked = [name for name in ("s_aux", "position_bias", "head_mask") if options.get(name) is not None]
-    if attention_mask is not None or options.get("is_causal") is False or asked:
+    is_causal = options.get("is_causal", getattr(module, "is_causal", True))
+    if attention_mask is not None or is_causal is False or asked:
         raise ValueError(f"packed attention has no {', '.join(asked) or 'mask of a model, and is causal'}")
     scaling, window, softcap = (options.get(name) for name in ("scaling", "sliding_window", "softcap"))
     if softcap is None and _runs_varlen(query):
@@ -114,9 +118,15 @@ def _causal(length: int, window: int | None, device: torch.device) -> Tensor:
 
 
 def _runs_varlen(query: Tensor) -> bool:
-    """On GPUs, in half precision; torch 2.12 and older have another signature, without groups of heads."""
+    """On GPUs, in half precision; torch 2.12 and older have another signature, without groups of heads.
+
+    sdpa has other kernels for older GPUs, and pads other head sizes; this function has FlashAttention as it is.
+    """
     is_new = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
-    return is_new and query.is_cuda and query.dtype != torch.float32
+    if not (is_new and query.is_cuda and query.dtype != torch.float32):
+        return False
+    head = query.shape[-1]
+    return head % 8 == 0 and head <= 256 and torch.cuda.get_device_capability(query.device) >= _AMPERE
 
 
 def _varlen(
