@@ -115,9 +115,9 @@ def show_data(settings: Settings, data: PreparedData, console: Console, *, typed
     if left_out is not None:
         console.print(left_out, soft_wrap=True)
     for note in (*notes(data), *_notes_on_steps(settings, data)):
-        console.print(note)
+        console.print(note, soft_wrap=True)  # a path in it is not broken
     for text in unused(settings.given, data):
-        console.print(Text(f"note: {text}"))
+        console.print(Text(f"note: {text}"), soft_wrap=True)
 
 
 def _as_typed(data: PreparedData, typed: DataSettings) -> PreparedData:
