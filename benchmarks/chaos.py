@@ -174,7 +174,7 @@ class Episode:
         is_launched = what == "train" and "training on" in started.output
         if is_launched and lock.exists() and not (self.run.output / "DONE").exists():
             summary = progress_of(self.run.output).summary
-            if started.process.poll() is None and not summary.endswith((": running", ": done")):
+            if started.process.poll() is None and not summary.endswith(("; running", "; done")):
                 self.judge([f"status of a run that goes on: {summary}"], started)
 
     def _ended(self, what: What, started: Start, aim: str) -> bool:

@@ -182,8 +182,8 @@ def _end(started: Start) -> None:
     while processes := started.processes():
         for process in processes:
             _kill(process.pid)
-        with suppress(subprocess.TimeoutExpired):
-            started.process.wait(1.0)
+        time.sleep(0.02)
+    started.process.wait()
 
 
 def _kill(pid: int) -> bool:

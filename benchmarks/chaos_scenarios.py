@@ -274,6 +274,7 @@ def moment(name: Moment, run: Run, started: Start, duration: float, rng: random.
         due = time.monotonic() + rng.uniform(0.0, duration)
         return lambda: time.monotonic() >= due
     ahead = max(0, run.steps_seen()) + rng.randint(0, 2)
+    tables = len(list(run.reference.glob("*/*")))
     aims: dict[str, tuple[Callable[[], bool], float]] = {
         "preparation": (lambda: any(name.endswith(".tmp") for name in names_in(run.tokenized)), 1.5),
         "loading": (lambda: any(process.role == "rank" for process in started.processes(FRESH_SECONDS)), 5.0),
@@ -282,7 +283,7 @@ def moment(name: Moment, run: Run, started: Start, duration: float, rng: random.
         "evaluation": (lambda: _is_evaluating(run, ahead), 0.03),
         "pruning": (lambda: _has_just_committed(run, started.began, ahead), 0.004),
         "finish": (lambda: run.steps_seen() >= run.scenario.steps, 1.0),
-        "fill": (lambda: bool(names_in(run.reference)), 1.0),
+        "fill": (lambda: len(list(run.reference.glob("*/*"))) > tables, 1.0),
         "convert": (lambda: (run.folder / ".merged.tmp").exists(), 1.5),
     }
     has_come, span = aims[name]

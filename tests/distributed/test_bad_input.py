@@ -162,7 +162,9 @@ def test_the_command_ends_with_2_and_no_traceback(tiny_qwen2: Path, tmp_path: Pa
     assert result.returncode == 2
     assert "instruction.jsonl:1" in result.stderr
     assert "Traceback" not in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
+    first, *others = result.stderr.strip().splitlines()
+    assert first.startswith("error: ")
+    assert "data.on_bad_row: quarantine" in others[-1]
     assert not (tmp_path / "run").exists()
 
 

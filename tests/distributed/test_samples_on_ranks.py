@@ -17,6 +17,7 @@ from uft_ds.data.tokens.tokenize import load_tokenizer
 from uft_ds.engine.engine import Engine
 from uft_ds.record.samples import Sample
 from uft_ds.streams.adapters import as_stream
+from uft_ds.streams.packed_attention import attention_of_transformers
 from uft_ds.streams.stream import POLICY
 from uft_ds.training.samples import Prompt, Sampler, sample
 
@@ -84,7 +85,7 @@ def greedy(folder: Path, sampler: Sampler) -> list[tuple[str, bool]]:
     model = toy_model(folder)
     base: Any = model.policy.get_base_model().eval()
     found = []
-    with torch.no_grad(), as_stream(base, POLICY):
+    with torch.no_grad(), as_stream(base, POLICY), attention_of_transformers(base):
         for prompt in sampler.prompts:
             ids: list[int] = []
             while len(ids) < NEW and IM_END not in ids:

@@ -5,9 +5,8 @@ T packed tokens, N supervised tokens, R responses, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -21,7 +20,7 @@ from uft_ds.streams.adapters import as_stream, reference_of
 from uft_ds.streams.heads import ScalarHead, head_outputs, is_trainable, logits_in_float32, make_logp_head
 from uft_ds.streams.lanes import Lanes, enable_lockstep
 from uft_ds.streams.offload import activations_on_host
-from uft_ds.streams.packed_attention import PACKED, bounds_for_attention
+from uft_ds.streams.packed_attention import PACKED, attention_of_transformers, bounds_for_attention
 from uft_ds.streams.stream import POLICY, Output, Stream, trained_first
 
 
@@ -178,7 +177,7 @@ class UFTModel(nn.Module):
         with (
             as_stream(self.policy, stream),
             logits_in_float32(base.get_output_embeddings()),
-            _attention_of_transformers(base),
+            attention_of_transformers(base),
         ):
             logits_TV = torch.cat(
                 [
@@ -209,19 +208,6 @@ class UFTModel(nn.Module):
             "max_length_q": max(lengths),
             "max_length_k": max(lengths),
         }
-
-
-@contextmanager
-def _attention_of_transformers(base: Any) -> Iterator[None]:
-    """Within the block, a model with our own attention computes by one of transformers' own."""
-    config = base.config
-    before = config._attn_implementation
-    if before == PACKED:
-        config._attn_implementation = "sdpa" if base._supports_sdpa else "eager"
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
 
 
 def _scalar_head(config: Any, stream: Stream) -> ScalarHead:

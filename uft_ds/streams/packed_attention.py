@@ -10,7 +10,9 @@ square, most of which the mask then hides. Here
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,33 +45,30 @@ def packed_attention(
     *,
     cu_seq_lens_q: Tensor,
     lengths: tuple[int, ...],
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **others: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention with transformers' interface.
 
     Args:
         query: [1, heads, tokens, head size]; key, value: with fewer heads where groups share them.
         attention_mask: None; the sequences' bounds say all that a mask would.
-        sliding_window: number of tokens, its own included, that a token attends to.
-        softcap: bound of the scores before the softmax (Gemma 2).
+        options: scaling, of the scores; sliding_window, the number of tokens, its own included, that a token attends
+            to; softcap, the bound of the scores before the softmax (Gemma 2).
     Returns:
         [1, tokens, heads, head size], and None for the weights.
     Raises:
         ValueError: the model asks for something that this attention does not do.
     """
-    asked = [name for name in ("s_aux", "position_bias", "head_mask") if others.get(name) is not None]
-    if attention_mask is not None or others.get("is_causal") is False or asked:
+    asked = [name for name in ("s_aux", "position_bias", "head_mask") if options.get(name) is not None]
+    if attention_mask is not None or options.get("is_causal") is False or asked:
         raise ValueError(f"packed attention has no {', '.join(asked) or 'mask of a model, and is causal'}")
+    scaling, window, softcap = (options.get(name) for name in ("scaling", "sliding_window", "softcap"))
     if softcap is None and _runs_varlen(query):
-        return _varlen(query, key, value, cu_seq_lens_q, max(lengths), scaling, sliding_window), None
+        return _varlen(query, key, value, cu_seq_lens_q, max(lengths), scaling, window), None
     # One split, whose backward joins the gradients; a slice's backward would fill the whole row with zeros each time.
     parts = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
     outputs = [
-        _alone(module, *part, scaling=scaling, window=sliding_window, softcap=softcap)
-        for part in zip(*parts, strict=True)
+        _alone(module, *part, scaling=scaling, window=window, softcap=softcap) for part in zip(*parts, strict=True)
     ]
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), None
 
@@ -140,6 +139,19 @@ def _varlen(
     )
     assert isinstance(output, Tensor)
     return output.unsqueeze(0)
+
+
+@contextmanager
+def attention_of_transformers(model: Any) -> Iterator[None]:
+    """Within the block, a model with packed attention computes by transformers' own: for text that is not packed."""
+    config = model.config
+    before = config._attn_implementation
+    if before == PACKED:
+        config._attn_implementation = "sdpa" if model._supports_sdpa else "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 AttentionInterface.register(PACKED, packed_attention)

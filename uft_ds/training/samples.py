@@ -19,6 +19,7 @@ from uft_ds.host.signals import NEVER, Stop
 from uft_ds.recipe.settings import TrainSettings
 from uft_ds.record.samples import Sample
 from uft_ds.streams.adapters import as_stream
+from uft_ds.streams.packed_attention import attention_of_transformers
 from uft_ds.streams.stream import POLICY
 
 
@@ -115,7 +116,12 @@ def sample(
     config = generation_config(stop_ids, stop_ids[0], max_new_tokens=sampler.max_new_tokens, temperature=0.0)
     own: dict[int, list[int]] = {}
     done = 0
-    with engine.evaluating(), as_stream(model, POLICY), configured(model, config):
+    with (
+        engine.evaluating(),
+        as_stream(model, POLICY),
+        configured(model, config),
+        attention_of_transformers(model),
+    ):
         for batch in _batches(sampler, engine.ranks.data_size):
             stop.check()
             share = batch[engine.ranks.data_rank :: engine.ranks.data_size]
