@@ -136,7 +136,7 @@ def test_times_are_those_of_the_steps(tmp_path: Path) -> None:
 
 
 def test_a_short_time_is_a_number(tmp_path: Path) -> None:
-    """"At least less than 1 s" would say nothing."""
+    """ "At least less than 1 s" would say nothing."""
     said = said_of(shipped(f"output={tmp_path}", "train.steps=1", "train.examples_per_step=8", mfu=1.0))
     assert re.search(r"takes at least 0\.\d+ s; ", said), said
 

@@ -135,7 +135,8 @@ RULES = (
     Rule(
         "`held_out/calibration_error/KIND`, the reliability picture",
         "falls or is at most 0.1, points near the diagonal",
-        "all points below it: rewards too high for the scores; a shift, or `score_map`",
+        "all points below it: rewards too high for the scores; a shift, or `score_map`; a steeper line than it: rewards "
+        "too small; more steps, a higher `train.lr`, or a larger beta",
         ("calibration_error/KIND",),
         _calibration,
     ),
