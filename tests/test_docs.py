@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,8 @@ def test_the_tree_lists_every_package() -> None:
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
     folders = {name.partition("/")[0] for name in files if "/" in name and not name.startswith(".")}
     assert not files or tracked | {"uft_ds"} == folders
+    project = tomllib.loads(text_of("pyproject.toml"))
+    assert set(project["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]) >= tracked | {"uft_ds"}
 
 
 def test_the_recipe_of_the_readme_is_one(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from uft_ds.host.gpus import gpu_named, known_gpus, lacks_bfloat16, peak_flops
         ("NVIDIA A100-PCIE-40GB", 312e12),
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H200", 989e12),
+        ("NVIDIA GH200 120GB", 989e12),
         ("NVIDIA B200", 2250e12),
         ("NVIDIA L40S", 362e12),
         ("NVIDIA H100 PCIe", 756e12),
@@ -35,7 +36,7 @@ def test_every_card_is_whole() -> None:
     for gpu in gpus:
         figures = (gpu.memory_gb, gpu.flops_per_second, gpu.hbm_bytes_per_second, gpu.pcie_bytes_per_second)
         assert min(figures) > 0
-        assert gpu.nvlink_bytes_per_second == 0 or gpu.nvlink_bytes_per_second > gpu.pcie_bytes_per_second
+        assert gpu.nvlink_bytes_per_second == 0 or gpu.nvlink_bytes_per_second >= gpu.pcie_bytes_per_second
         assert re.search("data sheet|whitepaper", gpu.source)
     names = [name for gpu in gpus for name in gpu.torch_names]
     assert len(names) == len(set(names)) >= len(gpus)
@@ -72,6 +73,10 @@ def test_flops_are_those_with_float32_accumulation(key: str, tensor_cores: int, 
         ("4090", "RTX 4090"),
         ("H100", "H100 80 GB"),
         ("a100-80gb", "A100 80 GB"),
+        ("a100-80", "A100 80 GB"),  # as a100-40 is written
+        ("a100-40", "A100 40 GB"),
+        ("h100 80 GB", "H100 80 GB"),
+        ("GH200 480GB", "GH200 96 GB"),  # the 480 are the host's
         ("rtx-a6000", "RTX A6000"),
         ("rtx6000", None),  # of Turing, Ada or Blackwell
         ("h1000", None),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,12 @@ def test_times_are_those_of_the_steps(tmp_path: Path) -> None:
     assert twice.bound_seconds == pytest.approx(625 * (outcome.bound_seconds + cached))
     always = shipped(output, "train.epochs=2", "reference.cache=false", mfu=0.4).duration
     assert always.forecast_seconds == pytest.approx(2 * 625 * expected)
+
+
+def test_a_short_time_is_a_number(tmp_path: Path) -> None:
+    """ "At least less than 1 s" would say nothing."""
+    said = said_of(shipped(f"output={tmp_path}", "train.steps=1", "train.examples_per_step=8", mfu=1.0))
+    assert re.search(r"takes at least 0\.\d+ s; ", said), said
 
 
 def test_the_time_of_what_does_not_fit_is_that_of_what_to_take(tmp_path: Path) -> None:

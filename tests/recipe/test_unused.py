@@ -24,6 +24,10 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "good": [row | {"response": "good", "score": 0.6 + i / 10} for i, row in enumerate(PROMPTS)],
     "binary": [row | {"response": "a", "label": i % 2 == 0} for i, row in enumerate(PROMPTS)],
     "pair": [row | {"chosen": "a", "rejected": "b"} for row in PROMPTS],
+    "scored_and_plain_pairs": [
+        row | {"chosen": "a", "rejected": "b"} | ({"score_chosen": 0.9, "score_rejected": 0.1} if i % 2 else {})
+        for i, row in enumerate(PROMPTS)
+    ],
 }
 
 
@@ -168,6 +172,8 @@ def test_what_plays_no_part_is_said(
         ({"loss": "nll", "beta": 0.01}, ["instruction"], {}),
         ({"loss": {"pair": "orpo", "score": "mse"}, "beta": 0.1}, ["pair", "score"], {}),
         ({"loss": "mse", "length_normalized": True, "beta": {"instruction": 2.0}}, ["instruction"], {}),
+        ({}, ["scored_and_plain_pairs"], {"mixed_kinds": True}),
+        ({}, ["scored_and_plain_pairs"], {"mixed_kinds": True, "pairs": "split"}),
     ],
 )
 def test_nothing_is_said_of_what_is_read(

@@ -75,6 +75,14 @@ def test_the_report_escapes_what_users_write(tmp_path: Path) -> None:
     assert text.count("&lt;script&gt;alert(&#x27;&amp;&#x27;)") == 11, places
 
 
+def test_control_characters_are_shown(tmp_path: Path) -> None:
+    """As in a terminal: none is sent, and text of right-to-left marks stands in the order that it has."""
+    folder, text = run_with(tmp_path, METRICS), "a\x1b[2J\u202eb\x00\n\tc"
+    write_samples(folder.samples, 0, [Sample(0, "rows.jsonl:1", "score", 0.5, text, text, text, ended=True)])
+    write_report(folder, "toy", {})
+    assert (tmp_path / "report.html").read_text(encoding="utf-8").count("a␛[2J\\u202eb␀\n\tc") == 3
+
+
 def test_the_report_opens_with_the_verdict(tmp_path: Path) -> None:
     """Before all else: how much is healthy, and of what is not the remedy, word for word."""
     lines = [

@@ -30,7 +30,11 @@ def test_damage_costs_only_the_damaged_lines(tmp_path: Path) -> None:
     path = tmp_path / "samples.jsonl"
     write_samples(path, 0, [sample(0, "kept")])
     torn = path.read_bytes()[:-20]
-    lines = [b"\xff", b"null", b"[1]", b"{}", b"[" * 5000, path.read_bytes().replace(b"0,", b"null,", 1), torn]
+    whole = path.read_bytes().strip()
+    wrong = [(b"0.5", b'"0.5"'), (b'"rows.jsonl:1"', b"7"), (b'"gut"', b"null"), (b'"kept"', b"1"), (b"false", b'"no"')]
+    lines = [whole.replace(was, now) for was, now in wrong]
+    assert all(line != whole for line in lines)
+    lines += [b"\xff", b"null", b"[1]", b"{}", b"[" * 5000, path.read_bytes().replace(b"0,", b"null,", 1), torn]
     path.write_bytes(path.read_bytes() + b"\n".join(lines))
     assert read_samples(path) == [sample(0, "kept")]
     cut_samples(tmp_path / "none.jsonl", 0)

@@ -62,6 +62,29 @@ def test_each_kind_is_judged_by_its_last_value(metric: str, values: list[float |
     assert of_metric(lines, f"held_out/{metric}") == healthy
 
 
+@pytest.mark.parametrize("name", ["loss", "calibration_error/score", "rank_correlation/score"])
+def test_what_is_no_number_at_the_end_is_not_healthy(name: str) -> None:
+    """A run that diverged before its last evaluation is not judged by the evaluation before that."""
+    lines: list[dict[str, Any]] = [
+        {"step": step, "held_out/loss": loss, "held_out/responses/score": 101.0, f"held_out/{name}": value}
+        for step, (loss, value) in enumerate([(0.25, 0.25), (0.2, 0.2), (0.15, 0.15), (None, None)])
+    ]
+    found = {verdict.metric: verdict for verdict in verdicts(lines)}[f"held_out/{name}"]
+    assert (found.healthy, found.measured) == ("no", "undefined (at the start 0.25)")
+    assert found.remedy.startswith("no number at the end: log-probs that are not finite")
+    assert any(line.startswith(f"not healthy: held_out/{name}: undefined") for line in in_words(verdicts(lines)))
+
+
+@pytest.mark.parametrize(
+    ("losses", "healthy"),
+    [([0.25] * 10 + [0.2] * 9 + [None], "yes"), ([0.25] * 10 + [0.2] * 8 + [None] * 2, "no"), ([None] * 3, "no")],
+    ids=["one skipped step", "skipped to the end", "never a number"],
+)
+def test_a_training_loss_that_ends_undefined_is_not_healthy(losses: list[float | None], healthy: str) -> None:
+    """Without held-out data: where the last tenth of the steps has no finite loss."""
+    assert of_metric([{"step": step, "loss": loss} for step, loss in enumerate(losses)], "loss") == healthy
+
+
 @pytest.mark.parametrize(
     ("losses", "healthy"),
     [
@@ -131,6 +154,6 @@ def test_the_terminal_tells_what_is_not_healthy() -> None:
 
 
 def test_a_run_without_metrics_has_no_verdict() -> None:
-    """Nor one whose numbers are all null."""
+    """Nor is a metric judged that the data never defines, such as the order of responses with one score."""
     assert verdicts([]) == []
-    assert verdicts([{"step": 1, "loss": None}]) == []
+    assert verdicts([{"step": 1, "rank_correlation/score": None}]) == []

@@ -223,6 +223,7 @@ def test_a_narrow_terminal_cuts_nothing(data: PreparedData, width: int) -> None:
     """Not a letter is missing, for the end of a place is the line's number; and no place is broken."""
     long = data.train[0].label
     assert f"      {long}:1\n      {long}:2\n      {long}:3\n" in printed(data, width)
+    assert f"\nnote: {long}: 11 of 12 responses are left out\n" in printed(data, 40)
     assert sum(line.endswith(long) for line in printed(data, width).split("\n")) == 2  # in the table, and above places
     narrow, wide = (Counter(printed(data, columns)) for columns in (width, 400))
     for layout in " \n─":

@@ -76,14 +76,14 @@ def test_below_stage_3_files_of_the_same_type_are_shared(settings: Settings, mon
 
 def test_a_refusal_says_what_needs_what_and_what_to_do(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """By `uft train`'s own path, before the data is looked for, which does not exist here; nothing is written."""
-    monkeypatch.setattr("uft_ds.run.room.memory_limit_bytes", lambda: 10**9)
+    monkeypatch.setattr("uft_ds.run.room.memory_limit_bytes", lambda: 5 * 10**8)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     asked = changed(settings, {"launch.ranks": 8})
     with pytest.raises(UserError) as caught:
         run_settings(asked, "training", Console(file=io.StringIO()))
     assert re.fullmatch(
-        r"launch\.ranks: 8 ranks need at least 2\.0 GB of host memory \(2\.0 GB for the processes, 0\.0 GB for the "
-        r"weights in float32\), and this machine or its container has 1\.0 GB; set launch\.ranks below 8, or .*",
+        r"launch\.ranks: 8 ranks need at least 0\.6 GB of host memory \(0\.6 GB for the processes, 0\.0 GB for the "
+        r"weights in float32\), and this machine or its container has 0\.5 GB; set launch\.ranks below 8, or .*",
         str(caught.value),
     )
     assert not asked.output.exists()

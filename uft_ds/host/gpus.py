@@ -39,10 +39,14 @@ def known_gpus() -> dict[str, Gpu]:
 
 
 def gpu_named(name: str) -> Gpu | None:
-    """A GPU by its name in the table, its full name or torch's name; case, spaces and the maker's name do not count."""
+    """A GPU by its name in the table, its full name or torch's name; case, spaces and the maker's name do not count.
+
+    Its memory may follow: `a100-80`, `h100 80GB`.
+    """
     wanted = _plain(name)
     for key, gpu in known_gpus().items():
-        if wanted in {_plain(one) for one in (key, gpu.name, *gpu.torch_names)}:
+        with_memory = (f"{key}{gpu.memory_gb:g}", f"{key}{gpu.memory_gb:g}gb")
+        if wanted in {_plain(one) for one in (key, gpu.name, *with_memory, *gpu.torch_names)}:
             return gpu
     return None
 

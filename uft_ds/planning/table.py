@@ -146,7 +146,7 @@ def _time(seconds: float) -> str:
         return f"{seconds / 3600:.2g} h" if seconds < 10 * 3600 else f"{seconds / 3600:.0f} h"
     if seconds >= 60:
         return f"{seconds / 60:.2g} min"
-    return f"{seconds:.2g} s" if seconds >= 1 else "less than 1 s"
+    return f"{seconds:.2g} s"
 
 
 def _memory(plan: Plan) -> Table:

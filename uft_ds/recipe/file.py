@@ -337,8 +337,8 @@ def _shown(value: Any) -> str:
 
 
 def _expected(problem: Any) -> str:
-    """What pydantic expected; it writes out all digits of a bound such as 3.4e38."""
-    text: str = problem["msg"][0].lower() + problem["msg"][1:]
+    """What pydantic expected; it writes out all digits of a bound such as 3.4e38, and speaks of its own validation."""
+    text: str = (problem["msg"][0].lower() + problem["msg"][1:]).replace(" after validation", "")
     return re.sub(r"\d{30,}", lambda digits: f"{float(digits[0]):g}", text)
 
 

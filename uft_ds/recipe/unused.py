@@ -80,7 +80,7 @@ def _of_source(objective: GivenObjective, source: PreparedSource) -> Iterator[st
     if score is not None and "instruction" not in source.selection.kinds:
         kinds = ", ".join(sorted(source.selection.kinds))
         yield f"score: {score} given, which is for rows of kind 'instruction'; {source.label} holds {kinds}"
-    if source.settings.rules.mixed_kinds and len(found := source.selection.kinds) == 1:
+    if source.settings.rules.mixed_kinds and len(found := source.selection.kinds) == 1 and not _may_have_pairs(source):
         yield f"mixed_kinds: true given, but all rows are of kind {next(iter(found))!r}"
     if source.settings.rules.score_range is not None and source.account.scores is None:
         yield f"score_range: {_as_list(source.settings.rules.score_range)} given, but no row has a score"
@@ -88,6 +88,11 @@ def _of_source(objective: GivenObjective, source: PreparedSource) -> Iterator[st
     if score_map is not None and not losses & READS_SCORES:
         given = score_map if isinstance(score_map, str) else _as_list(score_map)
         yield f"score_map: {given} given, but {', '.join(sorted(losses))} reads no scores"
+
+
+def _may_have_pairs(source: PreparedSource) -> bool:
+    """Whether rows may be pairs: with scores and without they are two kinds, of which the tokens tell nothing."""
+    return source.settings.rules.split_pairs or "pair" in source.selection.kinds
 
 
 def _as_list(values: tuple[float, float]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from uft_ds.host.files import write_atomically
-from uft_ds.host.terminal import as_typed
+from uft_ds.host.terminal import as_typed, visible
 from uft_ds.record.curves import write_curves
 from uft_ds.record.health_plots import write_health
 from uft_ds.record.metrics import read_metrics
@@ -59,7 +59,7 @@ def write_report(folder: RunFolder, name: str, facts: Mapping[str, str]) -> None
     title, body = html.escape(name), "\n".join(part for part in parts if part)
     head = f'<head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style></head>'
     page = f'<!doctype html><html lang="en">{head}<body><h1>{title}</h1>\n{body}\n</body></html>\n'
-    write_atomically(folder.path / "report.html", page)
+    write_atomically(folder.path / "report.html", visible(page))
 
 
 def _verdict(found: Seq[Verdict], *, on_held_out: bool) -> str:

@@ -64,5 +64,6 @@ def _parsed(line: bytes) -> Sample | None:
         sample = Sample(**{field.name: found[field.name] for field in fields(Sample)})
     except (ValueError, LookupError, TypeError, RecursionError):
         return None
-    is_whole = type(sample.step) is int and all(isinstance(v, str) for v in (sample.prompt, sample.answer))
-    return sample if is_whole else None
+    texts = (sample.origin, sample.kind, sample.prompt, sample.response, sample.answer)
+    is_whole = type(sample.step) is int and type(sample.score) in (int, float) and type(sample.ended) is bool
+    return sample if is_whole and all(isinstance(text, str) for text in texts) else None

@@ -34,6 +34,7 @@ class Course:
 
     first, last: the first and the last evaluation; of a training metric, means over the first and last tenth of the
         steps.
+        NaN: the last evaluation, or the loss of the last tenth of the steps, is no number.
     lowest: the lowest value of an evaluation, or of the two means.
     responses: number of responses that `last` was computed over; 0 if that is not known.
     """
@@ -134,7 +135,8 @@ RULES = (
     Rule(
         "`held_out/calibration_error/KIND`, the reliability picture",
         "falls or is at most 0.1, points near the diagonal",
-        "all points below it: rewards too high for the scores; a shift, or `score_map`",
+        "all points below it: rewards too high for the scores; a shift, or `score_map`; a steeper line than it: rewards "
+        "too small; more steps, a higher `train.lr`, or a larger beta",
         ("calibration_error/KIND",),
         _calibration,
     ),
@@ -208,13 +210,22 @@ def _of_rule(rule: Rule, lines: Lines, prefix: str) -> Iterator[Verdict]:
         courses = [one for one in found if one is not None]
         if len(courses) < len(names):
             continue
-        healthy = rule.judge(*courses)
+        is_undefined = any(math.isnan(one.last) for one in courses)
+        healthy = "no" if is_undefined else rule.judge(*courses)
         measured = "; ".join(
             f"{name} {_number(one)}" if len(names) > 1 else _number(one)
             for name, one in zip(names, courses, strict=True)
         )
         remedy = {"yes": "", "no": rule.if_not, "unclear": _too_few(courses[0])}[healthy]
+        if is_undefined:
+            remedy = _UNDEFINED
         yield Verdict(prefix + names[0], measured, healthy, remedy)
+
+
+_UNDEFINED = (
+    "no number at the end: log-probs that are not finite (a lower `train.lr`, an earlier checkpoint), or rewards that are "
+    "all the same"
+)
 
 
 def _too_few(one: Course) -> str:
@@ -222,20 +233,25 @@ def _too_few(one: Course) -> str:
 
 
 def _number(one: Course) -> str:
-    return f"{one.last:.3g} (at the start {one.first:.3g})"
+    first, last = ("undefined" if math.isnan(value) else f"{value:.3g}" for value in (one.first, one.last))
+    return f"{last} (at the start {first})"
 
 
 def course(lines: Lines, name: str, prefix: str) -> Course | None:
-    """A metric over the run; None if no line has a value of it."""
-    having = [line for line in lines if line.get(prefix + name) is not None]
+    """A metric over the run; None if no line has a value of it, except for the loss, which is defined for any data."""
+    present = [line for line in lines if prefix + name in line]
+    having = [line for line in present if line[prefix + name] is not None]
     if not having:
-        return None
+        return Course(math.nan, math.nan, math.nan, 0) if present and name == "loss" else None
     kind = name.rpartition("/")[2]
     count = f"{prefix}responses/{kind}"
     values = [float(line[prefix + name]) for line in having]
     if prefix:
-        return Course(values[0], values[-1], min(values), int(having[-1].get(count) or 0))
+        last = values[-1] if having[-1] is present[-1] else math.nan
+        return Course(values[0], last, min(values), int(having[-1].get(count) or 0))
     few = max(1, round(_TENTH * len(values)))
     first, last = sum(values[:few]) / few, sum(values[-few:]) / few
+    if name == "loss" and all(line["loss"] is None for line in present[-few:]):
+        last = math.nan
     responses = sum(int(line.get(count) or 0) for line in having[-few:])
     return Course(first, last, min(first, last), responses)

@@ -115,9 +115,9 @@ def show_data(settings: Settings, data: PreparedData, console: Console, *, typed
     if left_out is not None:
         console.print(left_out, soft_wrap=True)
     for note in (*notes(data), *_notes_on_steps(settings, data)):
-        console.print(note)
+        console.print(note, soft_wrap=True)  # a path in it is not broken
     for text in unused(settings.given, data):
-        console.print(Text(f"note: {text}"))
+        console.print(Text(f"note: {text}"), soft_wrap=True)
 
 
 def _as_typed(data: PreparedData, typed: DataSettings) -> PreparedData:
@@ -142,7 +142,7 @@ def notes(data: PreparedData) -> Iterator[Text]:
         if score_range is not None and scores is not None:
             then = ", then score_map applies" if source.settings.score_map is not None else ""
             yield Text(
-                f"note: {source.label}: scores from {scores.low:g} to {scores.high:g} found; score_range maps "
+                f"note: {as_typed(source.label)}: scores from {scores.low:g} to {scores.high:g} found; score_range maps "
                 f"{score_range[0]:g} to 0 and {score_range[1]:g} to 1{then}"
             )
     for source in data.all:

@@ -109,15 +109,15 @@ def show_table(sweep: Sweep, results: list[Result], console: Console) -> None:
         shown = with_names
     console.print(shown)
     if fitting < len(names):
-        console.print(f"not shown at this width: {', '.join(names[fitting:])}")
+        console.print(f"not shown at this width: {', '.join(names[fitting:])}", soft_wrap=True)
     if best is not None:
-        console.print(best.why)
+        console.print(best.why, soft_wrap=True)
     if sweep.columns != DEFAULT_COLUMNS:
         found = {name for result in results for name in result.metrics}
         for pattern in sweep.columns:
             if found and not fnmatch.filter(found, pattern):
-                console.print(f"note: columns: no run has a metric {pattern!r}")
-    console.print(f"all metrics: {sweep.output / TABLE}; the runs: {sweep.output}/NAME")
+                console.print(f"note: columns: no run has a metric {pattern!r}", soft_wrap=True)
+    console.print(f"all metrics: {sweep.output / TABLE}; the runs: {sweep.output}/NAME", soft_wrap=True)
 
 
 def _shown_metrics(sweep: Sweep, results: list[Result]) -> list[str]:

@@ -29,6 +29,15 @@ def test_a_dead_link_in_a_folder_is_refused(folder: Path, name: str) -> None:
     assert len(contents(folder)) == 1
 
 
+@pytest.mark.parametrize("place", [b"\xff.jsonl", b"\xe9t\xe9/a.jsonl"], ids=["file", "folder"])
+def test_a_name_that_is_not_utf8_is_refused(folder: Path, place: bytes) -> None:
+    """Places of rows are written into files of the run: it would fail at its first evaluation."""
+    path = Path(os.fsdecode(os.path.join(os.fsencode(folder), place)))  # noqa: PTH118 - of bytes
+    write_rows(path, [{"a": 2}])
+    shown = place.decode("ascii", "backslashreplace")
+    assert refusal(folder) == f"{folder}: the name of the file {shown} in it is not UTF-8; rename it"
+
+
 def test_links_to_folders_are_followed(folder: Path, tmp_path: Path) -> None:
     """In the order of the names; one that leads back is refused."""
     write_rows(tmp_path / "other" / "b.jsonl", [{"a": 2}])

@@ -340,12 +340,40 @@ def test_scores_outside_their_scale_suggest_a_range(tmp_path: Path, chat: ChatTo
     message = refusal(path, chat)
     assert message.startswith(f"{path}:2: 'score': found 2, expected a number from 0 to 1")
     assert f"\n9 of 10 rows of {path} are bad" in message
-    assert f"\nthe scores of {path} are from 1 to 10: set this source's score_range" in message
+    assert f"\nthe scores of {path} are from 1 to 10: correct the rows, or, if all its scores are on" in message
     assert message.endswith("score_range: [1, 10]")
     (tmp_path / "store-rows.jsonl-1").rename(tmp_path / "first")
     message = refusal(path, chat, score_range=(0.0, 5.0))
     assert message.startswith(f"{path}:6: 'score': found 6, expected a number from 0 to 5")
     assert message.endswith("score_range: [1, 10]")
+
+
+@pytest.mark.parametrize(
+    ("scores", "suggested"),
+    [
+        ([5], "score_range: [0, 5]"),
+        ([-3], "score_range: [-3, 1]"),
+        ([1.23456789, 9.87654321], "score_range: [1.23456789, 9.87654321]"),
+        ([1, 1234567], "score_range: [1, 1234567]"),
+    ],
+)
+def test_the_suggested_range_is_one_that_takes_the_scores(
+    tmp_path: Path, chat: ChatTokenizer, scores: list[float], suggested: str
+) -> None:
+    """Not a rounded one, which would refuse the highest score; and one score alone is no range."""
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "q", "response": "a", "score": score} for score in scores])
+    assert refusal(path, chat).endswith(suggested)
+
+
+def test_only_scores_that_are_read_are_recorded(tmp_path: Path, chat: ChatTokenizer) -> None:
+    """Of a row with argilla's ratings and other scores beside them, the ratings; the others are not read."""
+    row = {"prompt": "q", "chosen": "a", "rejected": "b", "metadata": {"score_chosen": 77, "score_rejected": 66}}
+    row |= {"score_chosen": 9, "score_rejected": 7}
+    path = write_rows(tmp_path / "scores.jsonl", [row])
+    assert build(path, chat, format="ultrafeedback_binarized").account.scores == ScoresGiven(7.0, 9.0, is_outside=False)
+    path = write_rows(tmp_path / "ratings.jsonl", [row | {"chosen-rating": 4.5, "rejected-rating": 2}])
+    store = build(path, chat, format="ultrafeedback_binarized", score_range=(1.0, 5.0))
+    assert store.account.scores == ScoresGiven(2.0, 4.5, is_outside=False)
 
 
 def test_every_format_with_scores_takes_a_range(tmp_path: Path, chat: ChatTokenizer) -> None:

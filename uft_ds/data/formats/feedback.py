@@ -107,8 +107,8 @@ def _completion(prompt: Turns, completion: Any, index: int, scale: Scale) -> Ite
 
 
 @scored("chosen-rating", "rejected-rating", scale=_FROM_1_TO_5)
-@scored("metadata.score_chosen", "metadata.score_rejected", scale=_FROM_1_TO_10)
 @scored("score_chosen", "score_rejected", scale=_FROM_1_TO_10)
+@scored("metadata.score_chosen", "metadata.score_rejected", scale=_FROM_1_TO_10)
 @reads("prompt", "chosen", "rejected", "score_chosen", "score_rejected", "metadata", "chosen-rating", "rejected-rating")
 def ultrafeedback_binarized(row: Row, *, score: float | None, score_range: Scale | None = None) -> list[Item]:
     """UltraFeedback as scored pairs: `prompt`, `chosen`, `rejected`. Each side is text, or turns with the prompt.

@@ -23,12 +23,14 @@ _Format = TypeVar("_Format", bound=Callable[..., Any])
 def scored(*places: str, scale: Scale) -> Callable[[_Format], _Format]:
     """Declare where the rows of a format have scores, and on which scale if the source's `score_range` gives no other.
 
+    A format with several layouts is decorated once for each: of a row, the uppermost that it has counts.
+
     Args:
         places: columns; `a.b` is key b of column a, and `a[].b` that key of each of a's members.
     """
 
     def declared(make: _Format) -> _Format:
-        make.scored = {**_scales(make), **dict.fromkeys(places, scale)}  # type: ignore[attr-defined]
+        make.scored = ((places, scale), *_layouts(make))  # type: ignore[attr-defined]
         return make
 
     return declared
@@ -49,15 +51,17 @@ def checked_score(value: Any, name: str = "score", scale: Scale = UNIT) -> float
 
 def given_scores(row: Row, make: Callable[..., Any], score_range: Scale | None) -> tuple[list[float], bool]:
     """The numbers that a row has where its format reads scores, and whether one of them is not on its scale."""
-    found: list[float] = []
-    is_outside = False
-    for place, scale in _scales(make).items():
-        low, high = score_range or scale
-        for value in _values_at(row, place.split(".")):
-            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-                found.append(float(value))
-                is_outside |= not low <= value <= high
-    return found, is_outside
+    for places, scale in _layouts(make):
+        values = [value for place in places for value in _values_at(row, place.split(".")) if value is not None]
+        if values:
+            low, high = score_range or scale
+            found = [
+                float(value)
+                for value in values
+                if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            ]
+            return found, any(not low <= value <= high for value in found)
+    return [], False
 
 
 def check_score_range(score_range: Scale | None, make: Callable[..., Any], name: str, label: str) -> None:
@@ -66,15 +70,15 @@ def check_score_range(score_range: Scale | None, make: Callable[..., Any], name:
     Raises:
         UserError: names the source and the format.
     """
-    if score_range is not None and not _scales(make):
+    if score_range is not None and not _layouts(make):
         raise UserError(
             f"{label}: `score_range` given, but format {name} reads no scores on a scale that could be another; "
             "formats that do: jsonl, ultrafeedback, ultrafeedback_binarized"
         )
 
 
-def _scales(make: Callable[..., Any]) -> Mapping[str, Scale]:
-    return getattr(make, "scored", {})
+def _layouts(make: Callable[..., Any]) -> tuple[tuple[tuple[str, ...], Scale], ...]:
+    return getattr(make, "scored", ())
 
 
 def _values_at(value: Any, keys: list[str]) -> Iterator[Any]:

@@ -20,8 +20,8 @@ def data_files(folder: Path, split: str | None, suffixes: tuple[str, ...]) -> tu
     Args:
         split: only files whose names begin with it; of a `DatasetDict` that was saved to disk, this split's folder.
     Raises:
-        UserError: there is none; a link is dead, a sub-folder or a pipe cannot be read; or a `DatasetDict` has several
-            splits, of which none is asked for.
+        UserError: there is none; a link is dead, a sub-folder or a pipe cannot be read, a name is not UTF-8; or a
+            `DatasetDict` has several splits, of which none is asked for.
     """
     if (folder / _SPLITS).is_file():
         folder, split = _folder_of_split(folder, split), None
@@ -33,7 +33,19 @@ def data_files(folder: Path, split: str | None, suffixes: tuple[str, ...]) -> tu
         names = ", ".join(file.name for file in others[:5]) or "none"
         begins = f" whose name begins with {split!r}" if split else ""
         raise UserError(f"{folder}: no data file ({', '.join(suffixes)}){begins}; data files found: {names}")
+    for file in found:
+        _check_name(folder, file)
     return tuple(found)
+
+
+def _check_name(folder: Path, file: Path) -> None:
+    # Places of rows are written into the run's files, which are UTF-8; Python keeps other bytes as lone surrogates.
+    name = file.relative_to(folder).as_posix()
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        shown = ascii(os.fsencode(name))[2:-1]
+        raise UserError(f"{folder}: the name of the file {shown} in it is not UTF-8; rename it") from None
 
 
 def check_is_a_file(path: Path, name: str) -> None:

@@ -59,8 +59,16 @@ def range_hint(label: str, scores: ScoresGiven | None) -> str:
     """What to do about scores that are not on the source's scale; empty if there are none."""
     if scores is None or not scores.is_outside:
         return ""
-    low, high = f"{scores.low:g}", f"{scores.high:g}"
+    low, high = scores.low, scores.high
+    # One score alone is no scale; it is shown as the end of one.
+    example = (low, high) if low < high else (min(low, 0.0), max(high, 1.0))
     return (
-        f"the scores of {label} are from {low} to {high}: set this source's score_range to the lowest and the highest "
-        f"score that there may be, as in score_range: [{low}, {high}]"
+        f"the scores of {label} are from {_exactly(low)} to {_exactly(high)}: correct the rows, or, if all its scores "
+        "are on another scale, set this source's score_range to the lowest and the highest score of that scale, as in "
+        f"score_range: [{', '.join(map(_exactly, example))}]"
     )
+
+
+def _exactly(score: float) -> str:
+    """All digits: a rounded end of a scale would leave out the score that it was rounded from."""
+    return repr(score).removesuffix(".0")
