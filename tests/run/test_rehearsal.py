@@ -97,6 +97,8 @@ def test_a_folder_that_a_run_holds(tiny_qwen2: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is in use by a run that is still running"):
         rehearsed(recipe, overwrite=True)
     lock.close()
+    assert rehearsed(recipe)[0] is not None, "it never trained, so nothing would be lost"
+    folder.metrics.write_text('{"step": 1}\n')
     before = everything_in(folder.path)
     with pytest.raises(UserError, match="already holds a run that did not finish"):
         rehearsed(recipe)
