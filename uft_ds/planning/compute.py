@@ -3,7 +3,7 @@
 For p parameters in linear layers and T tokens, a forward takes 2 p T; the backward takes 2 p T more through a frozen
 weight, and another 2 p T for a trained one. Causal attention over a sequence of t tokens, with q = query heads x head
 size, takes 2 q t per token in the forward (QK^T and AV, half of the keys on average) and twice that in the backward.
-Without flash-attention every token attends to its whole micro-batch: 4 q times the tokens of a micro-batch.
+With sdpa or eager attention every token attends to its whole micro-batch: 4 q times the tokens of a micro-batch.
 """
 
 from __future__ import annotations
