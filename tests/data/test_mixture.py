@@ -157,7 +157,7 @@ def test_fixed_data_is_a_source_of_steps_without_a_state() -> None:
 
 def test_fixed_data_refuses_the_state_of_another_source() -> None:
     """A checkpoint of generated steps cannot be gone on from with fixed data: the message names what was found."""
-    with pytest.raises(UserError, match="state of another source of steps \\(record\\)"):
+    with pytest.raises(UserError, match=r"state of another source of steps \(.*record"):
         plan(source("a", [1])).restore({"record": "rollouts.jsonl"})
 
 

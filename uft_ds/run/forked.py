@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
@@ -206,6 +207,7 @@ def _one_rank(order: Order, rank: int) -> None:
     setproctitle.setproctitle(f"uft_ds.train {shlex.join(order.arguments)} (rank {rank})")
     if "OMP_NUM_THREADS" not in os.environ:  # torch has read it, when it was imported
         torch.set_num_threads(int(order.environment["OMP_NUM_THREADS"]))
+    warnings.simplefilter("default", FutureWarning)  # which the command does not show; a log has each once
     os.environ.clear()
     os.environ.update(order.environment, **_variables(order, rank))
     code = EXIT_CRASHED
