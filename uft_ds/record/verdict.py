@@ -135,8 +135,8 @@ RULES = (
     Rule(
         "`held_out/calibration_error/KIND`, the reliability picture",
         "falls or is at most 0.1, points near the diagonal",
-        "all points below it: rewards too high for the scores; a shift, or `score_map`; a steeper line than it: rewards "
-        "too small; more steps, a higher `train.lr`, or a larger beta",
+        "all points below it: rewards too high for the scores; a shift, or `score_map`; a steeper line than it: "
+        "rewards too small; more steps, a higher `train.lr`, or a larger beta",
         ("calibration_error/KIND",),
         _calibration,
     ),
@@ -223,8 +223,8 @@ def _of_rule(rule: Rule, lines: Lines, prefix: str) -> Iterator[Verdict]:
 
 
 _UNDEFINED = (
-    "no number at the end: log-probs that are not finite (a lower `train.lr`, an earlier checkpoint), or rewards that are "
-    "all the same"
+    "no number at the end: log-probs that are not finite (a lower `train.lr`, an earlier checkpoint), or rewards that "
+    "are all the same"
 )
 
 
