@@ -109,6 +109,7 @@ def test_what_nobody_states_is_not_guessed(tiny_qwen2: Path, tmp_path: Path) -> 
     assert found.duration.amount is None
     assert found.duration.bound_seconds is None
     assert "How long a run takes is not known" in said_of(found)
+    assert re.search(r"A step takes at least \d(\.\d)?e-\d+ s\.$", said_of(found)), "0.00 s would say nothing"
 
 
 def shipped(*overrides: str, mfu: float | None = None, **options: Any) -> Plan:

@@ -121,7 +121,7 @@ def test_the_table_says_what_fits_and_what_to_take() -> None:
     options = ["--nodes", "4", "--gpus", "8", "--gpu-memory", "80", "--host-memory", "1000", "--gpu", "h100"]
     links = ["--network-gbits", "400", "--pcie-gbytes", "55"]
     command = [sys.executable, "-m", "uft_ds", "plan", "uft_qwen32b", *options, *links]
-    wide = os.environ | {"COLUMNS": "200"}
+    wide = os.environ | {"COLUMNS": "1000"}  # no sentence is folded
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=wide)
     assert done.returncode == EXIT_DONE, done.stderr
     assert "32,763,876,352 parameters in 64 layers" in done.stdout

@@ -155,6 +155,19 @@ def test_a_failure_stops_those_that_start_from_it(code: int) -> None:
 
 
 @pytest.mark.usefixtures("no_adapters")
+@pytest.mark.parametrize("code", [2, 3], ids=["bad input", "any other error"])
+def test_what_a_run_fails_by_does_not_control_the_terminal(
+    code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Errors name rows and files, whose text is of others."""
+    monkeypatch.setitem(_RAISED, code, type(_RAISED[code])("a\x1b[2J.jsonl:1: bad"))
+    run(sweep_of(grid=None), Trainer(sft=code))
+    shown = capsys.readouterr().err
+    assert "a␛[2J.jsonl:1: bad" in shown
+    assert "\x1b" not in shown
+
+
+@pytest.mark.usefixtures("no_adapters")
 @pytest.mark.parametrize("code", [EXIT_INTERRUPTED, 4], ids=["of the ranks", "while preparing"])
 def test_an_interruption_ends_the_sweep(code: int) -> None:
     """Ctrl-C means all of it."""

@@ -97,9 +97,9 @@ def _answer(plan: Plan) -> Iterable[Text]:
         most = max((setting.cluster, *larger_clusters(setting)), key=lambda cluster: cluster.ranks)
         yield Text(f"Nothing that is known fits, on up to {most.nodes} x {most.gpus} GPUs.", style="bold red")
     elif answer.changes:
-        step = f"a step takes at least {answer.outcome.bound_seconds:.2f} s"
+        step = f"a step takes at least {_of_a_step(answer.outcome.bound_seconds)}"
         if plan.outcome.fits:
-            why = f"faster: {step}, not {plan.outcome.bound_seconds:.2f} s"
+            why = f"faster: {step}, not {_of_a_step(plan.outcome.bound_seconds)}"
         else:
             why = f"the cheapest change that fits: {_spare(answer.outcome)}, {step}"
         yield Text(f"Take {' '.join(answer.changes)}, {why}.", style="bold")
@@ -113,7 +113,7 @@ def said_of(plan: Plan) -> str:
         return (
             "How long a run takes is not known: the recipe gives neither train.steps nor `examples` of every source, "
             "and the cache has no tokens of them (`uft data preview` tokenises local data). "
-            f"A step takes at least {outcome.bound_seconds:.2f} s."
+            f"A step takes at least {_of_a_step(outcome.bound_seconds)}."
         )
     length = workload.tokens_per_response
     if amount.tokens is not None and length == amount.tokens_per_response:
@@ -136,6 +136,11 @@ def said_of(plan: Plan) -> str:
         return f"{found}; an MFU of {mfu.value:.2f} is out of reach, {bound} bounds it."
     origin = {"option": "", "measured": f", which {mfu.run} measured", "assumed": ", which is assumed (--mfu)"}
     return f"{found}; {_time(duration.forecast_seconds)} at an MFU of {mfu.value:.2f}{origin[mfu.origin]}."
+
+
+def _of_a_step(seconds: float) -> str:
+    """Steps of small models take less than a hundredth of a second."""
+    return f"{seconds:.2f} s" if seconds >= 0.1 else f"{seconds:.2g} s"
 
 
 def _time(seconds: float) -> str:

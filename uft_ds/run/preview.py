@@ -141,10 +141,9 @@ def notes(data: PreparedData) -> Iterator[Text]:
         score_range, scores = source.settings.rules.score_range, source.account.scores
         if score_range is not None and scores is not None:
             then = ", then score_map applies" if source.settings.score_map is not None else ""
-            yield Text(
-                f"note: {as_typed(source.label)}: scores from {scores.low:g} to {scores.high:g} found; score_range "
-                f"maps {score_range[0]:g} to 0 and {score_range[1]:g} to 1{then}"
-            )
+            given = f"scores from {scores.low:g} to {scores.high:g} found"
+            mapped = f"score_range maps {score_range[0]:g} to 0 and {score_range[1]:g} to 1"
+            yield Text(f"note: {as_typed(source.label)}: {given}; {mapped}{then}")
     for source in data.all:
         left_out, found = sum(source.account.dropped.values()), len(source.selection.store.responses)
         if left_out > _MUCH_LEFT_OUT * (left_out + found):

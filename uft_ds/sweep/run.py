@@ -17,7 +17,7 @@ from uft_ds.checkpoint.folder import checkpoints_of
 from uft_ds.errors import EXIT_INTERRUPTED, EXIT_STOPPED, UserError
 from uft_ds.host.faults import ending
 from uft_ds.host.files import write_atomically
-from uft_ds.host.terminal import as_typed
+from uft_ds.host.terminal import as_typed, visible
 from uft_ds.recipe.file import dump_recipe, said
 from uft_ds.recipe.settings import Settings, changed
 from uft_ds.record.metrics import read_metrics
@@ -77,7 +77,7 @@ def run_sweep(
                 unwritten = None
             except UserError as error:  # the runs are worth more than their table, which --table makes again
                 unwritten = error
-                print(f"warning: {error}", file=sys.stderr)
+                print(f"warning: {visible(as_typed(str(error)))}", file=sys.stderr)
             if results[run.name].status in ("interrupted", "stopped"):
                 break
     finally:
@@ -111,10 +111,10 @@ def _result(
     except KeyboardInterrupt:
         return Result(run, "interrupted", {}, 0.0)
     except UserError as error:
-        print(f"error: {as_typed(str(error))}", file=sys.stderr)
+        print(f"error: {visible(as_typed(str(error)))}", file=sys.stderr)
         return Result(run, "failed", {}, 0.0)
     except Exception as error:  # noqa: BLE001 - one run failed; the others can still succeed
-        print(f"error: {as_typed(ending(error)[1])}", file=sys.stderr)
+        print(f"error: {visible(as_typed(ending(error)[1]))}", file=sys.stderr)
         return Result(run, "failed", {}, 0.0)
     if status.exit_code != 0:
         ended = {EXIT_INTERRUPTED: "interrupted", EXIT_STOPPED: "stopped"}.get(status.exit_code, "failed")
