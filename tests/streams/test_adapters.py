@@ -20,6 +20,7 @@ from uft_ds.errors import UserError
 from uft_ds.streams.adapters import adapter_config_of, as_stream, start_from_adapter
 from uft_ds.streams.load import load_base
 from uft_ds.streams.model import UFTModel
+from uft_ds.streams.packed_attention import attention_of_transformers
 from uft_ds.streams.stream import BARE_BASE, POLICY_ADAPTER, REFERENCE_ADAPTER, Stream
 
 
@@ -32,7 +33,7 @@ def test_as_stream_computes_the_base_and_comes_back_after_an_exception(tiny_qwen
     token_ids_1T = torch.arange(3, 30)[None]
 
     def logits() -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), attention_of_transformers(policy.get_base_model()):
             return policy(input_ids=token_ids_1T, use_cache=False).logits
 
     before = logits()

@@ -28,6 +28,7 @@ from uft_ds.streams.adapters import add_adapters
 from uft_ds.streams.lanes import Lanes
 from uft_ds.streams.load import empty_base
 from uft_ds.streams.model import UFTModel
+from uft_ds.streams.packed_attention import attention_of_transformers
 from uft_ds.streams.stream import BARE_BASE, POLICY
 
 BATCH = micro_batch(toy_sequences(4))
@@ -232,7 +233,10 @@ def test_names_are_those_of_the_plain_model(tiny_qwen2: Path) -> None:
             parameter.zero_()
     assert torch.equal(both(twin, BATCH)[0], both(separate, BATCH)[0]), "the copy must not run the original's weights"
     prompt = {"input_ids": torch.arange(3, 20)[None], "max_new_tokens": 5, "do_sample": False}
-    tokens = [m.policy.eval().generate(**prompt).tolist() for m in (twin, separate)]
+    tokens = []
+    for model in (twin, separate):
+        with attention_of_transformers(model.policy.get_base_model()):
+            tokens.append(model.policy.eval().generate(**prompt).tolist())
     assert tokens[0] == tokens[1]
 
 

@@ -24,7 +24,7 @@ from toy import (
     toy_policy,
     toy_sequences,
 )
-from transformers import AutoModelForCausalLM, Gemma2Config, Qwen2Config
+from transformers import AutoModelForCausalLM, Gemma2Config, GPTJConfig, Qwen2Config
 
 from uft_ds.architectures.facts import family_of
 from uft_ds.data.example import Response, Sequence
@@ -372,30 +372,34 @@ def test_a_step_lowers_the_loss(folder: Path) -> None:
     assert before - after == pytest.approx(rate * squared, rel=0.02)
 
 
-def test_auto_attention_on_a_gpu_is_flash_where_the_type_allows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """flash-attention has no float32."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    assert attention_implementation("auto", torch.bfloat16, QWEN2) == "flash_attention_2"
-    assert attention_implementation("auto", torch.float32, QWEN2) == "sdpa"
-
-
-def test_auto_attention_on_a_cpu_is_sdpa(tiny_qwen2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU `auto` is sdpa, also where flash-attn is installed; other names are taken as they are."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert attention_implementation("auto", torch.bfloat16, QWEN2) == "sdpa"
+def test_auto_attention_is_packed_where_the_tests_cover_it(tiny_qwen2: Path) -> None:
+    """On every device and in every type; other names are taken as they are."""
+    for config in (QWEN2, Gemma2Config()):
+        for dtype in (torch.bfloat16, torch.float32):
+            assert attention_implementation("auto", dtype, config) == "packed"
     assert attention_implementation("eager", torch.bfloat16, QWEN2) == "eager"
     base = load_base(str(tiny_qwen2), revision=None, dtype=torch.float32, attention="auto", gradient_checkpointing=True)
-    assert base.config._attn_implementation == "sdpa"
+    assert base.config._attn_implementation == "packed"
     assert base.is_gradient_checkpointing
     assert base.training
     assert not any(parameter.requires_grad for parameter in base.parameters())
 
 
-def test_auto_attention_is_what_the_model_has() -> None:
-    """Gemma 2 has no sdpa: `auto` is eager, and asking for sdpa names the key."""
-    assert attention_implementation("auto", torch.float32, Gemma2Config()) == "eager"
-    with pytest.raises(UserError, match=r"model\.attention: transformers has no sdpa for Gemma2.*expected auto, eager"):
+def test_auto_attention_of_other_families_is_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """flash-attention on a GPU, which has no float32, else sdpa, else eager; a name that there is not is refused."""
+    unknown = Qwen2Config()
+    unknown.model_type = "never_seen"
+    assert attention_implementation("auto", torch.float32, GPTJConfig()) == "eager"
+    with monkeypatch.context() as patched:
+        patched.setattr("importlib.util.find_spec", lambda name: object())
+        for has_gpu, dtype, expected in (
+            (True, torch.bfloat16, "flash_attention_2"),
+            (True, torch.float32, "sdpa"),
+            (False, torch.bfloat16, "sdpa"),
+        ):
+            patched.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
+            assert attention_implementation("auto", dtype, unknown) == expected
+    with pytest.raises(UserError, match=r"model\.attention: there is no sdpa for Gemma2.*expected auto, eager, packed"):
         attention_implementation("sdpa", torch.float32, Gemma2Config())
 
 

@@ -15,6 +15,7 @@ from toy import logps_by_name, streams_of, toy_model, toy_sequences
 from uft_ds.data.micro_batch import micro_batch
 from uft_ds.streams.adapters import as_stream
 from uft_ds.streams.model import UFTModel
+from uft_ds.streams.packed_attention import attention_of_transformers
 from uft_ds.streams.stream import POLICY, Output, Stream, trained_first
 
 BATCH = micro_batch(toy_sequences(4))
@@ -103,15 +104,16 @@ def test_a_scalar_head_trains_as_a_plain_forward_and_a_linear_would(folder: Path
     plain: Any = toy_model(folder, further=(VALUE,), reference_mode="lockstep").policy  # no lanes: layers as they were
     plain.set_adapter("value")
     weight_1D = model.scores["value"].weight.detach().clone().requires_grad_()
-    expected_R = torch.cat(
-        [
-            plain.get_base_model().get_decoder()(
-                input_ids=torch.from_numpy(sequence.token_ids_T.astype("int64"))[None], use_cache=False
-            ).last_hidden_state[0, [response.end - 1 for response in sequence.responses]]
-            @ weight_1D[0]
-            for sequence in toy_sequences(4)
-        ]
-    )  # fmt: skip
+    with attention_of_transformers(plain.get_base_model()):
+        expected_R = torch.cat(
+            [
+                plain.get_base_model().get_decoder()(
+                    input_ids=torch.from_numpy(sequence.token_ids_T.astype("int64"))[None], use_cache=False
+                ).last_hidden_state[0, [response.end - 1 for response in sequence.responses]]
+                @ weight_1D[0]
+                for sequence in toy_sequences(4)
+            ]
+        )  # fmt: skip
     torch.testing.assert_close(values_R.detach(), expected_R.detach(), rtol=0, atol=1e-5)
     (expected_R * torch.linspace(-1, 1, len(expected_R))).sum().backward()
     expected = {f"policy.{name}": p.grad for name, p in plain.named_parameters() if p.grad is not None}
@@ -213,9 +215,9 @@ def test_an_empty_micro_batch_reaches_every_trained_parameter(tiny_qwen2: Path) 
 def test_statistics_are_those_of_the_logits(tiny_qwen2: Path) -> None:
     """Entropy and top-1 of policy and reference, of Hugging Face's own logits; without gradient."""
     model = toy_model(tiny_qwen2)
-    outputs = outputs_of(model)
+    outputs, base = outputs_of(model), model.policy.get_base_model()
     for name, output in outputs.items():
-        with torch.no_grad(), as_stream(model.policy, model.streams[name]):
+        with torch.no_grad(), as_stream(model.policy, model.streams[name]), attention_of_transformers(base):
             logits_NV = model.policy(
                 input_ids=BATCH.token_ids_T[None], position_ids=BATCH.position_ids_T[None], use_cache=False
             ).logits[0, BATCH.predictors_N]
