@@ -36,7 +36,8 @@ def test_the_document_shows_the_table() -> None:
     assert rows[2:] == [(rule.look_at, rule.healthy, rule.if_not) for rule in RULES]
     described = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     for rule in RULES:
-        assert all(name in described or "implicit_reward_chosen" in name for name in rule.metrics)
+        general = [name.replace("/score", "/KIND") for name in rule.metrics]
+        assert all(name in described or "implicit_reward_chosen" in name for name in general)
         assert all(name.partition("/")[0] in rule.look_at for name in rule.metrics[:1])
 
 
@@ -60,6 +61,12 @@ def test_each_kind_is_judged_by_its_last_value(metric: str, values: list[float |
     """Values of the first and the last evaluation of 101 responses; null is no value."""
     lines = held_out(*({metric: value, "responses/score": 101.0} for value in values))
     assert of_metric(lines, f"held_out/{metric}") == healthy
+
+
+def test_pairs_are_not_judged_by_calibration() -> None:
+    """Half of their scores are 1: untrained the error is 0, and it rises as soon as the order is learned."""
+    lines = held_out(*({"calibration_error/pair": error, "responses/pair": 100.0} for error in (0.0, 0.49)))
+    assert of_metric(lines, "held_out/calibration_error/pair") is None
 
 
 @pytest.mark.parametrize("name", ["loss", "calibration_error/score", "rank_correlation/score"])

@@ -93,6 +93,7 @@ def _order(correlation: Course) -> Answer:
 
 
 def _calibration(error: Course) -> Answer:
+    """Of graded responses alone: labels and pairs are 0 or 1, so where half are 1 the untrained model has no error."""
     return _answer(error.last <= max(_WELL_CALIBRATED, error.first - 1e-9))
 
 
@@ -133,11 +134,11 @@ RULES = (
         _order,
     ),
     Rule(
-        "`held_out/calibration_error/KIND`, the reliability picture",
+        "`held_out/calibration_error/score`, the reliability picture",
         "falls or is at most 0.1, points near the diagonal",
         "all points below it: rewards too high for the scores; a shift, or `score_map`; a steeper line than it: "
         "rewards too small; more steps, a higher `train.lr`, or a larger beta",
-        ("calibration_error/KIND",),
+        ("calibration_error/score",),
         _calibration,
     ),
     Rule(
