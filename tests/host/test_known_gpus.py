@@ -73,6 +73,8 @@ def test_flops_are_those_with_float32_accumulation(key: str, tensor_cores: int, 
         ("4090", "RTX 4090"),
         ("H100", "H100 80 GB"),
         ("a100-80gb", "A100 80 GB"),
+        ("NVIDIA A100 80GB PCIe", "A100 PCIe 80 GB"),
+        ("NVIDIA A100-PCIE-40GB", "A100 PCIe 40 GB"),
         ("a100-80", "A100 80 GB"),  # as a100-40 is written
         ("a100-40", "A100 40 GB"),
         ("h100 80 GB", "H100 80 GB"),

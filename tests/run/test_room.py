@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -110,10 +111,21 @@ def test_more_ranks_than_cores_are_noted(monkeypatch: pytest.MonkeyPatch) -> Non
         ("4:memory:/elsewhere\n", {"sys/fs/cgroup/memory/memory.limit_in_bytes": "8000000"}, 8_000_000),
         ("5:cpu:/a\n", {"sys/fs/cgroup/memory/a/memory.limit_in_bytes": "9000000"}, None),
         ("0::/a\n", {}, None),
+        (
+            "0::/a\n",
+            {"sys/fs/cgroup/a/memory.max": "5000000", "sys/fs/cgroup/a/memory.swap.max": "2000000"},
+            7_000_000,
+        ),
+        ("0::/a\n", {"sys/fs/cgroup/a/memory.max": "5000000", "sys/fs/cgroup/a/memory.swap.max": "max"}, 5_000_300),
     ],
 )
-def test_a_container_has_its_own_limit(tmp_path: Path, group: str, files: dict[str, str], expected: int | None) -> None:
-    """Of control groups of version 1 and 2, whichever group around the process sets it; otherwise the machine's."""
+def test_a_container_has_its_own_limit(
+    tmp_path: Path, group: str, files: dict[str, str], expected: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of control groups of version 1 and 2, whichever group around the process sets it; otherwise the machine's. Swap
+    comes on top of it: the group's own limit of swap, or the machine's swap."""
+    swap = 300 if "max" in files.get("sys/fs/cgroup/a/memory.swap.max", "") else 0
+    monkeypatch.setattr("psutil.swap_memory", lambda: SimpleNamespace(total=swap))
     for name, text in {"proc/self/cgroup": group, **files}.items():
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)

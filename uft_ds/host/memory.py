@@ -8,6 +8,8 @@ import psutil
 
 _CGROUPS = (("memory.max", "sys/fs/cgroup"), ("memory.limit_in_bytes", "sys/fs/cgroup/memory"))
 """The file of a group's limit and where groups lie: of version 2, and of version 1."""
+_SWAP = "memory.swap.max"
+"""Of version 2: the swap that a group may have beside its memory."""
 
 
 def memory_limit_bytes(root: Path = Path("/")) -> int:
@@ -31,7 +33,9 @@ def _limits(root: Path) -> list[int]:
         # Within a container its own group is mounted at the top, whatever the path says.
         for place in (folder, *folder.parents):
             if place.is_relative_to(root / top):
-                found += _number(place / file)
+                swap = _number(place / _SWAP)
+                machines = psutil.swap_memory().total  # where the group's own is "max", or not stated
+                found += [limit + (swap[0] if swap else machines) for limit in _number(place / file)]
     return found
 
 
