@@ -107,7 +107,7 @@ def start(command: list[str], environment: Mapping[str, str], log: Path) -> Star
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**environment, _MARK: mark, "SPT_NOENV": "1"},  # a process that names itself keeps its environment
+            env={_MARK: mark, **environment},  # first: a forked rank shows as much of it as there is room for
         )
     return Start(process, mark, log, began)
 

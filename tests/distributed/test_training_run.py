@@ -363,7 +363,7 @@ def test_a_killed_rank_is_named(tiny_qwen2: Path, tmp_path: Path) -> None:
 def _rank_process(folder: Path, *, rank: int) -> int:
     """By the title that a forked rank has."""
     for pid in _processes_naming(str(folder)):
-        title = (Path("/proc") / str(pid) / "cmdline").read_bytes().rstrip(b"\0")
+        title = (Path("/proc") / str(pid) / "cmdline").read_bytes().rstrip(b"\0 ")
         if title.endswith(b"(rank %d)" % rank):
             return pid
     raise AssertionError(f"no process of rank {rank}")

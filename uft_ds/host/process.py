@@ -7,7 +7,8 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,6 +56,28 @@ def _is_alive(process_id: str) -> bool:
     except OSError:
         return False
     return state not in "ZX"
+
+
+def show_as(words: Seq[str], variables: Mapping[str, str]) -> None:
+    """On Linux: let `ps` and /proc show this process by other words and variables than those it was started with.
+
+    A forked process has those of its parent. They lie in the memory of the first program, where they are replaced; the
+    environment itself, `os.environ`, does not change.
+    """
+    try:
+        fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        words_start, words_end, variables_start, end = map(int, fields[45:49])  # arg_start to env_end in proc(5)
+    except (OSError, ValueError):
+        return
+    if not 0 < words_start < words_end == variables_start < end:
+        return
+    os.environ.update(dict(os.environ))  # moves the variables out of that memory
+    # Longer than the words before: the system then reads on behind their end, and tools split the text at its spaces.
+    text = " ".join(words).encode(errors="surrogateescape").ljust(words_end - words_start + 1)
+    shown = b"\0".join([text, *(f"{name}={value}".encode() for name, value in variables.items())])
+    shown = shown[: end - words_start - 1]
+    ctypes.memset(words_start, 0, end - words_start)
+    ctypes.memmove(words_start, shown, len(shown))
 
 
 @contextmanager

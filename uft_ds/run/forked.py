@@ -11,7 +11,6 @@ import ctypes
 import gc
 import multiprocessing
 import os
-import shlex
 import signal
 import sys
 import time
@@ -22,12 +21,11 @@ from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
 
-import setproctitle
 import torch
 
 from uft_ds.engine.accelerator import import_deepspeed
 from uft_ds.errors import EXIT_CRASHED, Stopped
-from uft_ds.host.process import LAUNCHED_BY, die_with_parent
+from uft_ds.host.process import LAUNCHED_BY, die_with_parent, show_as
 from uft_ds.host.signals import listen
 from uft_ds.run.order import SECONDS_TO_STOP, Order
 from uft_ds.run.rank import main
@@ -119,7 +117,7 @@ def _serve(orders: Connection, commands_end: Connection, command: int) -> None:
     os.setsid()  # Ctrl-C in the terminal is for the command alone, which passes it on
     os.environ[LAUNCHED_BY] = str(command)
     die_with_parent()
-    setproctitle.setproctitle("uft_ds ranks")
+    show_as(("uft_ds", "ranks"), os.environ)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the ranks inherit this until they install their handler
@@ -204,12 +202,12 @@ def _one_rank(order: Order, rank: int) -> None:
     request = listen()
     log = order.log.open("a", encoding="utf-8")
     os.dup2(log.fileno(), 2)
-    setproctitle.setproctitle(f"uft_ds.train {shlex.join(order.arguments)} (rank {rank})")
     if "OMP_NUM_THREADS" not in os.environ:  # torch has read it, when it was imported
         torch.set_num_threads(int(order.environment["OMP_NUM_THREADS"]))
     warnings.simplefilter("default", FutureWarning)  # which the command does not show; a log has each once
     os.environ.clear()
-    os.environ.update(order.environment, **_variables(order, rank))
+    os.environ.update(_variables(order, rank) | order.environment)
+    show_as(("uft_ds.train", *order.arguments, f"(rank {rank})"), os.environ)
     code = EXIT_CRASHED
     try:
         code = main(request, list(order.arguments))
