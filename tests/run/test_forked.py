@@ -96,6 +96,14 @@ def test_a_rank_is_told_what_a_launcher_tells(start: Start, tmp_path: Path) -> N
     assert json.loads((tmp_path / "rank1.json").read_text())["arguments"] == [str(tmp_path), "again"]
 
 
+def test_a_variable_that_is_not_utf_8_is_handed_on(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An environment holds bytes; one of them must not end the server or a rank."""
+    monkeypatch.setenv("IN_LATIN_1", os.fsdecode(b"caf\xe9"))
+    assert ended(start(tell)) == {0: 0, 1: 0}
+
+
 def one_is_killed(request: StopRequest, arguments: list[str]) -> int:
     if os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)

@@ -73,8 +73,8 @@ def show_as(words: Seq[str], variables: Mapping[str, str]) -> None:
         return
     os.environ.update(dict(os.environ))  # moves the variables out of that memory
     # Longer than the words before: the system then reads on behind their end, and tools split the text at its spaces.
-    text = " ".join(words).encode(errors="surrogateescape").ljust(words_end - words_start + 1)
-    shown = b"\0".join([text, *(f"{name}={value}".encode() for name, value in variables.items())])
+    text = os.fsencode(" ".join(words)).ljust(words_end - words_start + 1)
+    shown = b"\0".join([text, *(os.fsencode(f"{name}={value}") for name, value in variables.items())])
     shown = shown[: end - words_start - 1]
     ctypes.memset(words_start, 0, end - words_start)
     ctypes.memmove(words_start, shown, len(shown))
