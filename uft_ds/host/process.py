@@ -58,6 +58,14 @@ def _is_alive(process_id: str) -> bool:
     return state not in "ZX"
 
 
+def become_launcher() -> None:
+    """Set up signals in a child process that is going to start ranks, and have it die with its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the ranks inherit this until they install their handler
+    die_with_parent()
+
+
 def show_as(words: Seq[str], variables: Mapping[str, str]) -> None:
     """On Linux: let `ps` and /proc show this process by other words and variables than those it was started with.
 

@@ -25,7 +25,7 @@ import torch
 
 from uft_ds.engine.accelerator import import_deepspeed
 from uft_ds.errors import EXIT_CRASHED, Stopped
-from uft_ds.host.process import LAUNCHED_BY, die_with_parent, show_as
+from uft_ds.host.process import LAUNCHED_BY, become_launcher, die_with_parent, show_as
 from uft_ds.host.signals import listen
 from uft_ds.run.order import SECONDS_TO_STOP, Order
 from uft_ds.run.rank import main
@@ -116,11 +116,8 @@ def _serve(orders: Connection, commands_end: Connection, command: int) -> None:
     commands_end.close()  # a copy that stays open would hide the end of the command
     os.setsid()  # Ctrl-C in the terminal is for the command alone, which passes it on
     os.environ[LAUNCHED_BY] = str(command)
-    die_with_parent()
+    become_launcher()
     show_as(("uft_ds", "ranks"), os.environ)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the ranks inherit this until they install their handler
     gc.freeze()  # a collection would visit, and so copy, all that the command has imported
     with suppress(EOFError, OSError):
         while True:

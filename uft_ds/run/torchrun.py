@@ -11,7 +11,7 @@ from contextlib import suppress
 
 import psutil
 
-from uft_ds.host.process import die_with_parent
+from uft_ds.host.process import become_launcher
 from uft_ds.run.order import SECONDS_TO_STOP, Order
 
 RANK_MODULE = "uft_ds.train"
@@ -29,7 +29,7 @@ class TorchrunRanks:
         self._log = order.log
         with order.log.open("w", encoding="utf-8") as log:
             self._process = subprocess.Popen(
-                command, stderr=log, env=order.environment, start_new_session=True, preexec_fn=_as_child
+                command, stderr=log, env=order.environment, start_new_session=True, preexec_fn=become_launcher
             )
 
     def poll(self, seconds: float) -> dict[int, int] | None:
@@ -61,11 +61,3 @@ class TorchrunRanks:
                 return
             except subprocess.TimeoutExpired:
                 continue
-
-
-def _as_child() -> None:
-    """Set up signals in the child process before its program starts."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the ranks inherit this until they install their handler
-    die_with_parent()
