@@ -129,7 +129,7 @@ def held_out_by_score(run: Path, base: Path) -> None:
 
 
 def print_curve(run: Path) -> None:
-    from uft_ds.record.metrics import read_metrics
+    from uft_ds.record.metrics_file import read_metrics
 
     lines = [line for line in read_metrics(run / "metrics.jsonl") if "grad_norm" in line]
     quarter = max(1, len(lines) // 4)

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from toy import UFT, forwarded, logps_by_name, objective, toy_model, toy_step
 
-from uft_ds.checkpoint.shards import Shards, shard_name, write_shard
+from uft_ds.checkpoint.shard_names import shard_name
+from uft_ds.checkpoint.shards import Shards, write_shard
 from uft_ds.checkpoint.state import Position, TrainerState
 from uft_ds.checkpoint.writer import CheckpointWriter
 from uft_ds.data.micro_batch import MicroBatch, micro_batch

@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import load_file
 
 from uft_ds.recipe.settings import Settings, load_settings
-from uft_ds.record.metrics import read_metrics
+from uft_ds.record.metrics_file import read_metrics
 from uft_ds.run.settings import located
 
 TIMEOUT_SECONDS = 280

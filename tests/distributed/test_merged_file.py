@@ -13,7 +13,7 @@ from runs import settings_of_run, uft, write_recipe, write_rows
 from uft_ds.data.example import KINDS
 from uft_ds.errors import UserError
 from uft_ds.recipe.settings import Settings
-from uft_ds.record.metrics import read_metrics
+from uft_ds.record.metrics_file import read_metrics
 from uft_ds.record.run_folder import RunFolder
 from uft_ds.run.prepare import open_data, steps_of
 from uft_ds.run.resume import prepare_resume

@@ -12,7 +12,8 @@ from ranks import run_on_ranks
 from torch import nn
 from toy import UFT, toy_step
 
-from uft_ds.checkpoint.shards import Shards, shard_name, write_shard
+from uft_ds.checkpoint.shard_names import shard_name
+from uft_ds.checkpoint.shards import Shards, write_shard
 from uft_ds.engine.engine import Engine
 from uft_ds.engine.groups import ParameterGroup
 from uft_ds.engine.optimizer_state import Piece, pieces_of, restore

@@ -43,7 +43,7 @@ from uft_ds.checkpoint.folder import newest_whole, step_of
 from uft_ds.errors import UserError
 from uft_ds.host.ports import free_port
 from uft_ds.recipe.settings import load_settings
-from uft_ds.record.metrics import read_metrics
+from uft_ds.record.metrics_file import read_metrics
 from uft_ds.record.run_folder import RunFolder
 from uft_ds.run.resume import nothing_to_do, prepare_resume, resumed_from
 from uft_ds.run.start import rehearse

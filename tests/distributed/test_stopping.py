@@ -26,7 +26,7 @@ from uft_ds.errors import EXIT_CRASHED, EXIT_INTERRUPTED, EXIT_STOPPED, Stopped
 from uft_ds.host.ports import free_port
 from uft_ds.host.signals import Stop, StopRequest
 from uft_ds.known.cache import Known, fill
-from uft_ds.record.metrics import read_metrics
+from uft_ds.record.metrics_file import read_metrics
 from uft_ds.training.evaluate import evaluate
 from uft_ds.training.forwarding import Method
 

@@ -11,7 +11,7 @@ import yaml
 from runs import uft, write_recipe
 from toy import objective
 
-from uft_ds.record.metrics import read_metrics
+from uft_ds.record.metrics_file import read_metrics
 from uft_ds.record.telemetry import health, read_rows
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from uft_ds.errors import EXIT_STOPPED
 from uft_ds.host.ports import free_port
 from uft_ds.recipe.file import load_recipe
-from uft_ds.record.metrics import read_metrics
+from uft_ds.record.metrics_file import read_metrics
 from uft_ds.record.samples import read_samples
 
 

@@ -12,7 +12,8 @@ from ranks import run_on_ranks
 from tiny import build_tiny_model
 from toy import toy_policy
 
-from uft_ds.checkpoint.shards import Shards, shard_name, write_shard
+from uft_ds.checkpoint.shard_names import shard_name
+from uft_ds.checkpoint.shards import Shards, write_shard
 from uft_ds.engine.optimizer_state import Piece
 from uft_ds.errors import UserError
 from uft_ds.export.universal import write_universal

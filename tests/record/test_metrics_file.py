@@ -12,7 +12,8 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from uft_ds.record.metrics import MetricsWriter, damaged_metrics, model_flops_utilization, peak_memory_gib, read_metrics
+from uft_ds.record.metrics import model_flops_utilization, peak_memory_gib
+from uft_ds.record.metrics_file import MetricsWriter, damaged_metrics, read_metrics
 
 
 def writer_in(folder: Path, *trackers: str) -> MetricsWriter:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from uft_ds.record.metrics import MetricsWriter, read_metrics
+from uft_ds.record.metrics_file import MetricsWriter, read_metrics
 from uft_ds.record.report import ConsoleReporter, one_line
 
 

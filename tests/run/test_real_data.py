@@ -8,7 +8,7 @@ import pytest
 from real_data import write_recipe
 
 from uft_ds.examples.smollm2 import quickstart_model
-from uft_ds.record.metrics import read_metrics
+from uft_ds.record.metrics_file import read_metrics
 
 
 @pytest.mark.long

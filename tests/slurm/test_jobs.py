@@ -25,7 +25,7 @@ from runs import adapter, numbers
 from tiny import build_tiny_model
 
 from uft_ds.checkpoint.folder import newest_whole, step_of
-from uft_ds.record.metrics import read_metrics
+from uft_ds.record.metrics_file import read_metrics
 
 pytestmark = pytest.mark.long
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from uft_ds.checkpoint.manifest import MANIFEST, manifest_problem, recorded_files
 from uft_ds.checkpoint.owner import owner_of
-from uft_ds.checkpoint.shards import world_size_of
+from uft_ds.checkpoint.shard_names import world_size_of
 from uft_ds.checkpoint.state import TRAINER, claims_of
 from uft_ds.errors import UserError
 from uft_ds.recipe.best import badness
-from uft_ds.record.metrics import read_metrics
+from uft_ds.record.metrics_file import read_metrics
 from uft_ds.record.run_folder import CHECKPOINTS, COPIED_LATEST, RunFolder
 
 ADAPTER, OPTIMIZER = "adapter", "optimizer"

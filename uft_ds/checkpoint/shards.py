@@ -15,26 +15,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from uft_ds.checkpoint.shard_names import shard_name, world_size_of
 from uft_ds.checkpoint.tensor_file import save_tensors
 from uft_ds.engine.optimizer_state import Piece
 from uft_ds.errors import UserError
 
 _PIECES = "pieces"
 """Key of the file's metadata: [[parameter, shape, start, elements], ...]."""
-
-
-def shard_name(rank: int, world_size: int) -> str:
-    return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
-
-
-def world_size_of(names: Sequence[str]) -> int | None:
-    """The number of ranks that wrote these files, by their names; None if one is missing or the numbers differ."""
-    matches = [re.fullmatch(r"rank-(\d{5})-of-(\d{5})\.safetensors", name) for name in names]
-    sizes = {int(match[2]) for match in matches if match}
-    if len(sizes) != 1:
-        return None
-    (size,) = sizes
-    return size if sorted(names) == [shard_name(rank, size) for rank in range(size)] else None
 
 
 def write_shard(path: Path, pieces: Sequence[Piece], others: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,8 @@ from uft_ds.checkpoint.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, OPTIMIZER
 from uft_ds.checkpoint.generators import generator_states
 from uft_ds.checkpoint.manifest import Written
 from uft_ds.checkpoint.owner import Owner
-from uft_ds.checkpoint.shards import shard_name, write_shard
+from uft_ds.checkpoint.shard_names import shard_name
+from uft_ds.checkpoint.shards import write_shard
 from uft_ds.checkpoint.state import TRAINER, Position, write_position
 from uft_ds.checkpoint.tensor_file import check_same, save_tensors
 from uft_ds.engine.engine import Engine

@@ -56,7 +56,7 @@ def _rehearse(settings: Settings, *, overwrite: bool, resume: bool) -> None:
 
 def _train(settings: Settings, **how: Any) -> None:
     """Prepare and launch a run and print its verdict; unless it is done, end the process with the run's exit code."""
-    from uft_ds.record.metrics import read_metrics
+    from uft_ds.record.metrics_file import read_metrics
     from uft_ds.record.run_folder import RunFolder
     from uft_ds.record.verdict import in_words, verdicts
 

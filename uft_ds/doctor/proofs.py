@@ -18,7 +18,7 @@ from uft_ds.doctor.finding import Finding
 from uft_ds.doctor.toy import write_toy
 from uft_ds.errors import UserError
 from uft_ds.host.process import die_with_parent
-from uft_ds.record.metrics import read_metrics
+from uft_ds.record.metrics_file import read_metrics
 from uft_ds.run.launch import master_port, rank_environment
 
 REDUCE = "2-rank all-reduce"

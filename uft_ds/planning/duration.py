@@ -15,7 +15,7 @@ from uft_ds.planning.compute import mfu_flops
 from uft_ds.planning.planner import Outcome
 from uft_ds.planning.structure import Structure
 from uft_ds.recipe.settings import Settings, load_settings
-from uft_ds.record.metrics import read_metrics
+from uft_ds.record.metrics_file import read_metrics
 from uft_ds.record.run_folder import RunFolder
 
 ASSUMED_MFU = 0.3

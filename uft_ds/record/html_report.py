@@ -17,7 +17,7 @@ from uft_ds.host.files import write_atomically
 from uft_ds.host.terminal import as_typed, visible
 from uft_ds.record.curves import write_curves
 from uft_ds.record.health_plots import write_health
-from uft_ds.record.metrics import read_metrics
+from uft_ds.record.metrics_file import read_metrics
 from uft_ds.record.run_folder import RunFolder
 from uft_ds.record.samples import Sample, read_samples
 from uft_ds.record.telemetry import ROW, read_rows

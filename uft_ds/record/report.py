@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from uft_ds.data.example import KINDS
-from uft_ds.record.metrics import MetricsWriter
+from uft_ds.record.metrics_file import MetricsWriter
 
 logger = logging.getLogger("uft_ds")
 

@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from uft_ds.recipe.settings import Settings
-from uft_ds.record.metrics import read_metrics
+from uft_ds.record.metrics_file import read_metrics
 from uft_ds.record.run_folder import RunFolder
 
 _DATE = "%Y-%m-%d %H:%M %Z"

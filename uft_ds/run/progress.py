@@ -7,7 +7,7 @@ from pathlib import Path
 
 from uft_ds.checkpoint.folder import checkpoints_of, step_of
 from uft_ds.errors import EXIT_CRASHED, EXIT_DONE, UserError
-from uft_ds.record.metrics import damaged_metrics, read_metrics
+from uft_ds.record.metrics_file import damaged_metrics, read_metrics
 from uft_ds.record.run_folder import RunFolder, is_owned
 
 

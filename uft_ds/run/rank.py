@@ -34,7 +34,7 @@ from uft_ds.host.world import LauncherEnvironment, launcher_environment
 from uft_ds.known.cache import fill
 from uft_ds.recipe.settings import Settings, load_settings
 from uft_ds.record.html_report import write_report
-from uft_ds.record.metrics import MetricsWriter
+from uft_ds.record.metrics_file import MetricsWriter
 from uft_ds.record.report import Announcer, ConsoleReporter, FillReporter, Reporter, SilentReporter
 from uft_ds.record.run_folder import RunFolder, Status, write_first
 from uft_ds.run.build import build_engine, build_reference_cache, build_sampler

@@ -29,7 +29,7 @@ from uft_ds.host.files import write_atomically
 from uft_ds.host.locks import Lock
 from uft_ds.recipe.file import leaves_of, read_stored_recipe, said, stored_recipe
 from uft_ds.recipe.settings import Settings
-from uft_ds.record.metrics import damaged_metrics
+from uft_ds.record.metrics_file import damaged_metrics
 from uft_ds.record.run_folder import RunFolder, check_own_files, claim_again, reading_identity
 from uft_ds.record.samples import cut_samples
 from uft_ds.run.growth import may_grow, with_other_steps
