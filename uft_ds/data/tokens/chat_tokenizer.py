@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,7 @@ from uft_ds.data.tokens.chat_template import (
     special_tokens,
     template_of,
 )
+from uft_ds.data.tokens.encoding import encoder_of
 from uft_ds.data.tokens.pieces import check_pieces
 from uft_ds.errors import UserError
 from uft_ds.host.files import read_regular_text
@@ -52,15 +54,29 @@ class ChatTokenizer:
         return str(self.tokenizer.convert_ids_to_tokens(self.end_of_turn_id))
 
     def render(self, messages: Seq[Message], *, tools: Seq[Any] = (), for_generation: bool = False) -> str:
-        return render(self.tokenizer, _turns(messages), tools=tools, add_generation_prompt=for_generation)
+        if not for_generation:
+            return render(self.tokenizer, _turns(messages), tools=tools)
+        asked = (tuple(messages), tuple(tools))
+        if self._last_prompt.get("asked") != asked:
+            text = render(self.tokenizer, _turns(messages), tools=tools, add_generation_prompt=True)
+            self._last_prompt.update(asked=asked, text=text)
+        return str(self._last_prompt["text"])
+
+    @cached_property
+    def _last_prompt(self) -> dict[str, Any]:
+        """The prompt that was rendered last, with its messages and tools: both sides of a pair ask for it."""
+        return {}
 
     def render_marked(self, messages: Seq[Message], tools: Seq[Any]) -> tuple[str, list[tuple[int, int]]]:
         return render_marked(self.tokenizer, _turns(messages), tools=tools)
 
     def encode(self, text: str) -> list[int]:
         # The template has already written every special token; adding them again would double the BOS token.
-        # verbose=False: sequences longer than the tokenizer's own limit are no problem here, `max_length` decides.
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return self._encode(text)
+
+    @cached_property
+    def _encode(self) -> Callable[[str], list[int]]:
+        return encoder_of(self.tokenizer)
 
     def encode_continued(self, text: str) -> list[int]:
         """The tokens of text that follows other text, without a token that crosses the boundary.
