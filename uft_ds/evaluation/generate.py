@@ -9,15 +9,10 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TextStreamer,
-)
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from uft_ds.data.tokens.chat_template import end_of_turn_id, render
+from uft_ds.data.tokens.chat_tokenizer import read_tokenizer
 from uft_ds.errors import UserError
 from uft_ds.streams.load import check_base_files, config_of_folder, found_instead, load_weights
 
@@ -37,7 +32,7 @@ def load_for_generation(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenize
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
         config_of_folder(path)  # before the tokenizer, whose loading reads it too
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        tokenizer = read_tokenizer(str(path), local_files_only=True)
         end_of_turn_id(tokenizer)  # before the weights, so that a missing template is reported at once
         check_base_files(path)
         model = load_weights(str(path), dtype=dtype, local_files_only=True)
