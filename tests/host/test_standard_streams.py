@@ -43,7 +43,7 @@ def test_what_an_encoding_lacks_is_spelled_out() -> None:
     assert found.stdout == b"\\u27e6yes\\u27e7 \xe9\n"
 
 
-def test_bytes_that_are_no_letters_arrive(tmp_path: Path) -> None:
+def test_bytes_that_are_no_letters_arrive() -> None:
     """Whoever reads the line says what is wrong with it; a strict stream would end the command in the middle."""
     code = "from uft_ds.host.standard_streams import prepare_streams as p; p(); print(ascii(input()))"
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
