@@ -366,10 +366,11 @@ def test_a_sequence_must_fit_a_micro_batch(minimal: str) -> None:
     ],
 )
 def test_a_bad_override_is_refused(minimal: str, override: str, message: str) -> None:
-    """An override that leads nowhere, or has no value, is quoted in the message."""
+    """An override that leads nowhere, or has no value, is quoted in the message, its beginning where it has no end."""
     refused = refusal(minimal, override)
     assert message in refused
-    assert f"override {override!r}" in refused
+    assert f"override {repr(override)[:200]}" in refused
+    assert len(refused) < 1000
 
 
 def test_no_index_into_an_empty_list(tmp_path: Path) -> None:
