@@ -245,6 +245,10 @@ def test_an_adapter_of_another_form_is_refused(tiny_qwen2: Path, tmp_path: Path)
     weights = torn / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
     assert "adapter_model.safetensors: cannot be read" in refusal(torn)
+    (whole / "adapter_config.json").write_text("null")
+    assert "adapter_config.json: cannot be read as an adapter's config (ValueError: null found, expected an object" in (
+        refusal(whole)
+    )
     (whole / "adapter_config.json").unlink()
     assert "adapter_config.json: cannot be read" in refusal(whole)
 
