@@ -244,6 +244,15 @@ def test_nothing_left_out_shows_no_table(tmp_path: Path, chat: ChatTokenizer, mo
     assert [line.split()[0] for line in shown.split("\n") if ".jsonl" in line] == ["train", "held"]
 
 
+def test_a_revision_beside_a_local_folder_is_noted(data: PreparedData, tmp_path: Path) -> None:
+    """It is the hub's; nothing is said where the base is a name of the hub, or no revision is given."""
+    hub = changed(settings_for(data), {"model.revision": "v2"})
+    local = changed(hub, {"model.base": str(tmp_path)})
+    assert "note: model.revision: v2 given, but" in printed(data, 400, local)
+    assert "model.revision" not in printed(data, 400, hub)
+    assert "model.revision" not in printed(data, 400, changed(local, {"model.revision": None}))
+
+
 def test_a_slow_type_is_noted(data: PreparedData) -> None:
     """bfloat16 without a GPU, and only there."""
     settings = settings_for(data)
