@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import PreTrainedModel
 from uft_ds.errors import UserError
 from uft_ds.evaluation import generate
 from uft_ds.evaluation.generate import (
+    LEAST_TEMPERATURE,
     Printer,
     chat,
     generate_responses,
@@ -101,6 +103,17 @@ def test_temperature_samples_by_torchs_seed(tiny, capfd):
         answers.append(generate_responses(model, tokenizer, PROMPTS, max_new_tokens=8, temperature=1.5))
     assert answers[0] == answers[1] != answers[2]
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_temperature_next_to_nothing_is_greedy(tiny):
+    """A logit divided by 1e-320 is infinite, and nothing can be drawn from that."""
+    model, tokenizer = tiny
+    greedy = generate_responses(model, tokenizer, PROMPTS, max_new_tokens=4)
+    for temperature in (1e-320, 1e-40, 1e-5):
+        assert generate_responses(model, tokenizer, PROMPTS, max_new_tokens=4, temperature=temperature) == greedy
+    torch.manual_seed(0)
+    coldest = generate_responses(model, tokenizer, PROMPTS, max_new_tokens=4, temperature=LEAST_TEMPERATURE)
+    assert coldest == greedy
 
 
 def test_no_prompts_no_answers(tiny):
@@ -204,6 +217,21 @@ def test_chat_keeps_the_history_until_reset(tiny, monkeypatch, capsys):
     lines = ["q1", "", "q2", "/reset", "q3", "/exit", "never"]
     asked = hold_conversation(tiny, monkeypatch, lines, answer)
     assert asked == [["S", "q1"], ["S", "q1", "a1", "q2"], ["S", "q3"]]
+
+
+@pytest.mark.parametrize("option", ["prompt", "system"])
+def test_a_text_that_is_not_utf_8_is_refused(tiny, option: str):
+    """The command line gives such bytes as half of a surrogate pair, which no tokenizer reads."""
+    texts = {"prompt": "Hi", "system": None} | {option: os.fsdecode(b"caf\xe9")}
+    with pytest.raises(UserError, match=rf"--{option}: .*udce9.* is not UTF-8; convert the text"):
+        chat(*tiny, max_new_tokens=2, temperature=0.0, **texts)
+
+
+def test_a_line_that_is_not_utf_8_ends_no_chat(tiny, monkeypatch, capsys):
+    """It is told, and the next line is answered."""
+    asked = hold_conversation(tiny, monkeypatch, [os.fsdecode(b"caf\xe9"), "q", EOFError()], lambda *_: None)
+    assert asked == [["S", "q"]]
+    assert "is not UTF-8" in capsys.readouterr().out
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(tiny, monkeypatch, capsys):

@@ -127,6 +127,17 @@ def test_an_adapter_of_empty_tensors_is_not_copied(base: Path, copy: Path) -> No
     assert not (copy.parent / "again").exists()
 
 
+def test_a_side_of_one_dimension_is_refused(base: Path, copy: Path) -> None:
+    """By the name of its layer, A and B alike."""
+    path = copy / "adapter_model.safetensors"
+    stored = load_file(path)
+    for side in ("A", "B"):
+        name = next(name for name in stored if f"lora_{side}" in name)
+        save_file(stored | {name: stored[name][:, 0].contiguous()}, path)
+        with pytest.raises(UserError, match=r"found {'A': \[\d+.*'B': \[\d+.*expected A of \[rank, in\]"):
+            convert_to_merged(copy, copy.parent / "out", base=str(base), verify=False)
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [

@@ -43,6 +43,15 @@ def test_what_an_encoding_lacks_is_spelled_out() -> None:
     assert found.stdout == b"\\u27e6yes\\u27e7 \xe9\n"
 
 
+def test_bytes_that_are_no_letters_arrive() -> None:
+    """Whoever reads the line says what is wrong with it; a strict stream would end the command in the middle."""
+    code = "from uft_ds.host.standard_streams import prepare_streams as p; p(); print(ascii(input()))"
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    given = b"caf\xe9\n"
+    found = subprocess.run([sys.executable, "-c", code], input=given, capture_output=True, check=True, env=environment)
+    assert found.stdout == b"'caf\\udce9'\n"
+
+
 def test_closed_streams_are_opened_for_children_too(tmp_path: Path) -> None:
     """Otherwise the first file that a child opens would take the number 1, and be printed into."""
     (tmp_path / "child.py").write_text("import os, sys; print(os.readlink('/proc/self/fd/1'), file=sys.stderr)")

@@ -246,6 +246,26 @@ def test_a_wrong_value_is_refused(minimal: str, override: str, message: str) -> 
     assert message in refusal(minimal, *setup, override)
 
 
+@pytest.mark.parametrize("text", ["", " "])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.base",
+        "model.chat_template",
+        "data.cache_dir",
+        "data.sources.1.path",
+        "reference.adapter",
+        "reference.cache_dir",
+        "start.adapter",
+        "deepspeed",
+        "output",
+    ],
+)
+def test_an_empty_path_is_refused(minimal: str, key: str, text: str) -> None:
+    """A shell's variable that is not set: it would be the working directory, or an adapter that is left out."""
+    assert f"{key}: {text!r} given; an empty text, expected a path" in refusal(minimal, f"{key}={text!r}")
+
+
 @pytest.mark.parametrize("key", ["name", "model", "data", "output"])
 def test_what_is_missing_is_named(key: str, tmp_path: Path) -> None:
     """A key without a default must be given."""
@@ -346,10 +366,11 @@ def test_a_sequence_must_fit_a_micro_batch(minimal: str) -> None:
     ],
 )
 def test_a_bad_override_is_refused(minimal: str, override: str, message: str) -> None:
-    """An override that leads nowhere, or has no value, is quoted in the message."""
+    """An override that leads nowhere, or has no value, is quoted in the message, its beginning where it has no end."""
     refused = refusal(minimal, override)
     assert message in refused
-    assert f"override {override!r}" in refused
+    assert f"override {repr(override)[:200]}" in refused
+    assert len(refused) < 1000
 
 
 def test_no_index_into_an_empty_list(tmp_path: Path) -> None:

@@ -109,5 +109,5 @@ def test_a_damaged_report_is_named(tmp_path: Path, text: str | None) -> None:
     folder.data_report().parent.mkdir()
     if text is not None:
         folder.data_report().write_text(text)
-    with pytest.raises(UserError, match=rf"^{folder.data_report()}: "):
+    with pytest.raises(UserError, match=rf"^{folder.data_report()}: .*bring it back from a copy of the run"):
         read_report(folder)

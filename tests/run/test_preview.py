@@ -11,7 +11,9 @@ from rich.console import Console
 from sources import rules, write_rows
 from tiny import build_tiny_tokenizer
 from toy import toy_sequences
+from typer.testing import CliRunner
 
+from uft_ds.commands.data import app as data_commands
 from uft_ds.data.example import Example, Message, Sequence
 from uft_ds.data.mixture import Portion
 from uft_ds.data.sources import PreparedData, PreparedSource, SourceSettings, Tolerance, prepare_source
@@ -242,6 +244,23 @@ def test_nothing_left_out_shows_no_table(tmp_path: Path, chat: ChatTokenizer, mo
     assert "left out, or changed" not in shown
     assert "note" not in shown
     assert [line.split()[0] for line in shown.split("\n") if ".jsonl" in line] == ["train", "held"]
+
+
+def test_a_revision_beside_a_local_folder_is_noted(data: PreparedData, tmp_path: Path) -> None:
+    """It is the hub's; nothing is said where the base is a name of the hub, or no revision is given."""
+    hub = changed(settings_for(data), {"model.revision": "v2"})
+    local = changed(hub, {"model.base": str(tmp_path)})
+    assert "note: model.revision: v2 given, but" in printed(data, 400, local)
+    assert "model.revision" not in printed(data, 400, hub)
+    assert "model.revision" not in printed(data, 400, changed(local, {"model.revision": None}))
+
+
+@pytest.mark.parametrize("option", ["--seed", "--rows"])
+def test_a_negative_number_is_refused_by_its_option(option: str) -> None:
+    """Before the recipe is read."""
+    found = CliRunner().invoke(data_commands, ["preview", "no-such-recipe", option, "-1"])
+    assert found.exit_code == 2
+    assert f"Invalid value for '{option}'" in found.output
 
 
 def test_a_slow_type_is_noted(data: PreparedData) -> None:

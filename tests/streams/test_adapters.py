@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from uft_ds.data.micro_batch import micro_batch
 from uft_ds.errors import UserError
-from uft_ds.streams.adapters import adapter_config_of, as_stream, start_from_adapter
+from uft_ds.streams.adapters import adapter_config_of, add_adapters, as_stream, start_from_adapter
 from uft_ds.streams.load import load_base
 from uft_ds.streams.model import UFTModel
 from uft_ds.streams.packed_attention import attention_of_transformers
@@ -93,6 +93,15 @@ def test_unusable_targets_are_refused(tmp_path: Path, tied: bool, targets: list[
     assert str(caught.value).startswith("lora.targets: ")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_rank_above_every_layer_is_refused(tiny_qwen2: Path) -> None:
+    """Before its memory is asked for: of the layers between 64, 32 and 96, the largest can use 64."""
+    options: Any = {"alpha": 8.0, "targets": "all-linear", "dtype": torch.float32, "seed": 0}
+    add_adapters(AutoModelForCausalLM.from_pretrained(tiny_qwen2), rank=64, **options)
+    for rank in (65, 10**9):
+        with pytest.raises(UserError, match=rf"^lora\.rank: {rank} given, but no layer .* can use more than 64$"):
+            add_adapters(AutoModelForCausalLM.from_pretrained(tiny_qwen2), rank=rank, **options)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +204,7 @@ def test_an_adapter_of_an_older_peft_is_accepted(tiny_qwen2: Path, tmp_path: Pat
 
 
 def test_an_adapter_of_another_form_is_refused(tiny_qwen2: Path, tmp_path: Path) -> None:
-    """Rank, alpha, layers, shape, kind, a missing or torn file: each named, with what was found and expected."""
+    """Rank, alpha, layers, shape, kind, NaN, a missing or torn file: each named, with what was found and expected."""
 
     def refusal(folder: Path, **options: Any) -> str:
         with pytest.raises(UserError) as caught:
@@ -226,11 +235,20 @@ def test_an_adapter_of_another_form_is_refused(tiny_qwen2: Path, tmp_path: Path)
     tensors = load_file(wide / "adapter_model.safetensors")
     save_file({name: torch.cat([t, t], dim=1) for name, t in tensors.items()}, wide / "adapter_model.safetensors")
     assert "it was trained on another model" in refusal(wide)
+    diverged = saved_adapter(tiny_qwen2, tmp_path / "diverged")
+    tensors = load_file(diverged / "adapter_model.safetensors")
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, diverged / "adapter_model.safetensors")
+    assert "lora_A.weight holds NaN or infinity" in refusal(diverged)
     assert "no such file" in refusal(tmp_path / "nowhere")
     torn = saved_adapter(tiny_qwen2, tmp_path / "torn")
     weights = torn / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
     assert "adapter_model.safetensors: cannot be read" in refusal(torn)
+    (whole / "adapter_config.json").write_text("null")
+    assert "adapter_config.json: cannot be read as an adapter's config (ValueError: null found, expected an object" in (
+        refusal(whole)
+    )
     (whole / "adapter_config.json").unlink()
     assert "adapter_config.json: cannot be read" in refusal(whole)
 

@@ -9,15 +9,10 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TextStreamer,
-)
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from uft_ds.data.tokens.chat_template import end_of_turn_id, render
+from uft_ds.data.tokens.chat_tokenizer import read_tokenizer
 from uft_ds.errors import UserError
 from uft_ds.streams.load import check_base_files, config_of_folder, found_instead, load_weights
 
@@ -37,7 +32,7 @@ def load_for_generation(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenize
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
         config_of_folder(path)  # before the tokenizer, whose loading reads it too
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        tokenizer = read_tokenizer(str(path), local_files_only=True)
         end_of_turn_id(tokenizer)  # before the weights, so that a missing template is reported at once
         check_base_files(path)
         model = load_weights(str(path), dtype=dtype, local_files_only=True)
@@ -126,9 +121,14 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     return list(dict.fromkeys(token for token in candidates if token is not None))
 
 
+LEAST_TEMPERATURE = 1e-4
+"""Below it a logit divided by the temperature is larger than some types hold; the likeliest token is what it means."""
+
+
 def generation_config(stop_ids: list[int], pad_id: int, *, max_new_tokens: int, temperature: float) -> GenerationConfig:
-    """Greedy at temperature 0; otherwise plain sampling, without top-k or top-p."""
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    """Greedy at temperature 0, or below `LEAST_TEMPERATURE`; otherwise plain sampling, without top-k or top-p."""
+    samples = temperature >= LEAST_TEMPERATURE
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if samples else {}
     return GenerationConfig(
         max_new_tokens=max_new_tokens, eos_token_id=stop_ids, pad_token_id=pad_id, use_cache=True, **sampling
     )
@@ -247,7 +247,14 @@ def chat(
     temperature: float,
     system: str | None,
 ) -> None:
-    """Answer `prompt` on standard output, or hold a conversation if `prompt` is None."""
+    """Answer `prompt` on standard output, or hold a conversation if `prompt` is None.
+
+    Raises:
+        UserError: a text is not UTF-8, or the prompt leaves too few positions.
+    """
+    for option, text in (("--prompt", prompt), ("--system", system)):
+        if text is not None:
+            _check_is_unicode(text, option)
     opening = [] if system is None else [{"role": "system", "content": system}]
 
     def reply(messages: Messages, printer: Printer) -> None:
@@ -263,6 +270,14 @@ def chat(
             messages = opening
         elif line:
             messages = converse(messages, line, Printer(tokenizer), reply)
+
+
+def _check_is_unicode(text: str, name: str) -> None:
+    """Refuse bytes of the command line or of the terminal that are no characters; tokenizers fail on them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name}: {text[error.start]!a} is no character: it is not UTF-8; convert the text.") from None
 
 
 def read_line() -> str | None:
@@ -281,6 +296,7 @@ def converse(messages: Messages, line: str, printer: Printer, reply: Callable[[M
     """The conversation with the user's line and its answer appended; unchanged if there is no answer."""
     asked = [*messages, {"role": "user", "content": line}]
     try:
+        _check_is_unicode(line, "the line")
         reply(asked, printer)
     except KeyboardInterrupt:
         printer.end()

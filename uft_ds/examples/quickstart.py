@@ -55,9 +55,9 @@ def run_quickstart(folder: Path, overrides: tuple[str, ...], *, console: Console
         console.print(f"[{time.monotonic() - started:4.0f} s] {text}", highlight=False, markup=False)
 
     disable_progress_bar()  # transformers' own bar for each load
-    base = quickstart_model(say=say)
     data = folder / "quickstart-data"
-    write(data)
+    write(data)  # before the download: it may be that nothing can be written there
+    base = quickstart_model(say=say)
     say(f"model in {base}; data in {data}")
     located = {
         "model.base": base,

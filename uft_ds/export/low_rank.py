@@ -79,7 +79,8 @@ def low_rank_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], *, lab
         sides.setdefault(match["module"].rpartition(PREFIX)[2], {})[match["side"]] = tensor
     found: dict[str, LowRank] = {}
     for module, pair in sides.items():
-        if set(pair) != {"A", "B"} or pair["A"].dim() != 2 or pair["A"].shape[0] != pair["B"].shape[1]:
+        both = set(pair) == {"A", "B"} and all(tensor.dim() == 2 for tensor in pair.values())
+        if not both or pair["A"].shape[0] != pair["B"].shape[1]:
             shapes = {side: list(tensor.shape) for side, tensor in sorted(pair.items())}
             empty = any(tensor.numel() == 0 for tensor in pair.values())
             why = "; it was saved under ZeRO-3 without gathering its shards" if empty else ""

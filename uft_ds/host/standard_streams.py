@@ -13,7 +13,8 @@ def prepare_streams() -> None:
     """Make standard input, output and error usable, whatever this process was started with.
 
     A closed one (`>&-`) is opened on /dev/null, for child processes too: otherwise the next file that is opened would
-    take its number, and what is printed would go there. A letter that an output cannot hold is written as `\\u27e6`.
+    take its number, and what is printed would go there. A letter that an output cannot hold is written as `\\u27e6`,
+    and bytes of the input that are none of its letters arrive as they do on the command line, as lone surrogates.
     """
     for number in range(3):
         try:
@@ -26,6 +27,8 @@ def prepare_streams() -> None:
             setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
         elif mode == "w" and isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+        elif mode == "r" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape")
 
 
 def drop_useless_size() -> None:

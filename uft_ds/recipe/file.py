@@ -181,37 +181,37 @@ def _yaml_files(folder: Path) -> list[Path]:
 def _apply_override(tree: Any, override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise UserError(f"override {override!r}: expected key.path=value, such as train.lr=1e-5")
+        raise UserError(f"override {_shown(override)}: expected key.path=value, such as train.lr=1e-5")
     try:
         value = load_yaml(text)
     except yaml.YAMLError as error:
         problem = f" ({error.problem})" if isinstance(error, ConstructorError) else ""
-        raise UserError(f"override {override!r}: the value is not YAML{problem}") from None
+        raise UserError(f"override {_shown(override)}: the value is not YAML{problem}") from None
     except UserError as error:
-        raise UserError(f"override {override!r}: {error}") from None
+        raise UserError(f"override {_shown(override)}: {error}") from None
     *parents, leaf = key.split(".")
     node = tree
     for depth, part in enumerate([*parents, leaf]):
-        where = ".".join(key.split(".")[: depth + 1])
+        where = ".".join(key.split(".")[: depth + 1])[:_SHOWN_LETTERS]
         if isinstance(node, list):
             if not part.isdecimal() or len(part) > _DIGITS or int(part) >= len(node):
                 known = f"expected an index from 0 to {len(node) - 1}" if node else "the list is empty"
-                raise UserError(f"override {override!r}: {where}: {known}")
+                raise UserError(f"override {_shown(override)}: {where}: {known}")
             index: Any = int(part)
         elif isinstance(node, dict):
             index = part
         else:
             parent = ".".join(key.split(".")[:depth])
             raise UserError(
-                f"override {override!r}: {where}: its parent is {node!r} and has no keys; give the whole of it, "
-                f"{parent}={{{part}: ...}}"
+                f"override {_shown(override)}: {where}: its parent is {_shown(node)} and has no keys; give the whole "
+                f"of it, {parent}={{{part}: ...}}"
             )
         if depth == len(parents):
             # A map at the top level would replace a whole section, when most often only some keys of it are meant.
             if depth == 0 and isinstance(value, dict) and isinstance(node.get(index), dict):
                 given = next(iter(value), "key")
                 raise UserError(
-                    f"override {override!r}: it would replace all of {index}; give its keys one by one, such as "
+                    f"override {_shown(override)}: it would replace all of {index}; give its keys one by one, such as "
                     f"{index}.{given}=..."
                 )
             node[index] = value

@@ -37,7 +37,12 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
 
-def _expand_home(path: str) -> str:
+def _location(path: str) -> str:
+    """The path with its home folder. An empty text would be the working directory, or count as nothing given."""
+    if not path.strip():
+        raise PydanticCustomError(
+            "empty", "an empty text, expected a path or a name; null, or no such key, gives its default"
+        )
     try:
         return str(Path(path).expanduser()) if path.startswith("~") else path
     except RuntimeError:
@@ -48,7 +53,7 @@ def _expand_home(path: str) -> str:
         ) from None
 
 
-Location = Annotated[str, AfterValidator(_expand_home)]
+Location = Annotated[str, AfterValidator(_location)]
 """A local path, in which `~` is the home folder, or a hub name."""
 
 
@@ -62,7 +67,7 @@ class ModelSection(Section):
     attention: Literal["auto", "packed", "flash_attention_2", "sdpa", "eager"] = "auto"
     """`packed`: each sequence of a row by itself, without a mask of all tokens. `auto`: packed for the families that
     the tests cover; else flash_attention_2 if it is installed, a GPU is present and dtype is bfloat16; else sdpa."""
-    chat_template: str | None = None
+    chat_template: Location | None = None
     """Path of a Jinja chat template, to be used instead of the tokenizer's own or if it has none."""
     gradient_checkpointing: bool = True
     """Recompute each layer in the backward pass instead of keeping its activations."""
@@ -280,9 +285,9 @@ class Recipe(Section):
     launch: LaunchSection = LaunchSection()
     tracking: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
     """Trackers that receive the metrics, besides metrics.jsonl."""
-    deepspeed: str = "zero3"
+    deepspeed: Location = "zero3"
     """Name of a file in ds_configs/, or path of a DeepSpeed JSON file."""
-    output: Annotated[Location, Field(min_length=1)]
+    output: Location
     """The run's folder."""
 
     @model_validator(mode="after")

@@ -180,7 +180,9 @@ def read_report(folder: RunFolder) -> dict[str, list[dict[str, Any]]]:
             for row in part
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); the run was not prepared") from None
+        raise UserError(
+            f"{path}: cannot be read ({error}): bring it back from a copy of the run, or start the run anew"
+        ) from None
     except (KeyError, TypeError, AttributeError, RecursionError):
         has_keys = False
     if not has_keys:

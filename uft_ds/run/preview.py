@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from rich import box
@@ -114,7 +115,7 @@ def show_data(settings: Settings, data: PreparedData, console: Console, *, typed
     left_out = left_out_lines(data)
     if left_out is not None:
         console.print(left_out, soft_wrap=True)
-    for note in (*notes(data), *_notes_on_steps(settings, data)):
+    for note in (*notes(data), *_notes_on_steps(settings, data), *_notes_on_base(settings)):
         console.print(note, soft_wrap=True)  # a path in it is not broken
     for text in unused(settings.given, data):
         console.print(Text(f"note: {text}"), soft_wrap=True)
@@ -173,6 +174,15 @@ def _notes_on_steps(settings: Settings, data: PreparedData) -> Iterator[Text]:
         yield Text(
             f"note: an epoch holds {held:,.0f} responses, fewer than the {taken} of a step (train.examples_per_step): "
             f"{follows}"
+        )
+
+
+def _notes_on_base(settings: Settings) -> Iterator[Text]:
+    model = settings.model
+    if model.revision is not None and Path(model.base).exists():
+        yield Text(
+            f"note: model.revision: {model.revision} given, but {as_typed(model.base)} is a local folder, which is "
+            "read as it is"
         )
 
 

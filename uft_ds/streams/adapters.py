@@ -36,8 +36,10 @@ def add_adapters(
     """Freeze the base and add LoRA adapters, equal on every rank: A is drawn from `seed`, B is zero.
 
     Raises:
-        UserError: the head would get an adapter, or a target is not a linear layer of the model.
+        UserError: the head would get an adapter, a target is not a linear layer of the model, or the rank is larger
+            than any layer can use.
     """
+    _check_rank(base, rank)
     if targets != "all-linear":
         _check_targets(base, targets)
     torch.manual_seed(seed)
@@ -58,6 +60,13 @@ def add_adapters(
             parameter.data = parameter.data.to(dtype)
     assert not any(m.p > 0 for m in policy.modules() if isinstance(m, nn.Dropout)), "active dropout in the model"
     return policy
+
+
+def _check_rank(base: Any, rank: int) -> None:
+    """Refuse a rank above the smaller side of every layer. PEFT would ask for its memory first."""
+    sides = [min(m.in_features, m.out_features) for m in base.modules() if isinstance(m, nn.Linear)]
+    if sides and rank > max(sides):
+        raise UserError(f"lora.rank: {rank} given, but no layer of this model can use more than {max(sides)}")
 
 
 def _check_targets(base: Any, targets: list[str]) -> None:
@@ -82,7 +91,8 @@ def start_from_adapter(policy: PeftModel, folder: Path) -> None:
     Both then run the same operations on equal numbers, so log-ratios are exactly 0 before the first step.
 
     Raises:
-        UserError: the adapter does not have the form of a plain LoRA with the recipe's rank, alpha and targets.
+        UserError: the adapter does not have the form of a plain LoRA with the recipe's rank, alpha and targets, or
+            holds values that are not finite.
     """
     _load(policy, folder, (POLICY_ADAPTER, REFERENCE_ADAPTER), "reference.adapter")
 
@@ -109,6 +119,11 @@ def _load(policy: PeftModel, folder: Path, adapters: tuple[str, ...], recipe_key
             raise UserError(
                 f"{recipe_key}: {folder}: {name} has shape {list(tensor.shape)}, "
                 f"expected {list(expected[name].shape)}: it was trained on another model"
+            )
+        if not torch.isfinite(tensor).all():
+            raise UserError(
+                f"{recipe_key}: {folder}: {name} holds NaN or infinity; the file is damaged, or its training diverged: "
+                "take another checkpoint"
             )
     if REFERENCE_ADAPTER in adapters:
         policy.add_adapter(REFERENCE_ADAPTER, ours, autocast_adapter_dtype=False)

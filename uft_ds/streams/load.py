@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from uft_ds.architectures.facts import decoder_layers, is_shown_to_pack
 from uft_ds.errors import UserError
@@ -103,17 +103,46 @@ def config_of_folder(folder: Path) -> Any:
     """A local model's config, as transformers reads it. The model's own code is neither run nor refused.
 
     Raises:
-        UserError: config.json is broken, or transformers does not know the model.
+        UserError: config.json is broken, transformers does not know the model, or it has no layers.
     """
     path = folder / "config.json"
     _raw_config(path)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 - transformers raises many types here
         raise UserError(
             f"model.base: {path}: no config of a model that transformers knows ({_one_line(error)}); correct it, or "
             "fetch the model again"
         ) from None
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers < 1:
+        raise UserError(
+            f"model.base: {path}: num_hidden_layers: {layers} found, expected a whole number from 1 on; correct it, or "
+            "fetch the model again"
+        )
+    return config
+
+
+def _check_generation_config(folder: Path) -> None:
+    """Refuse a generation_config.json that answers and a converted model could not take over.
+
+    Raises:
+        UserError: names the file and the key.
+    """
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return
+    raw = _raw_config(path)
+    try:
+        GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # noqa: BLE001 - transformers raises many types here
+        raise UserError(f"model.base: {path}: {_one_line(error)}; correct it, or fetch the file again") from None
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = raw.get(key)
+        if not all(
+            type(token) is int for token in (ids if isinstance(ids, list) else [ids] if ids is not None else [])
+        ):
+            raise UserError(f"model.base: {path}: {key}: {ids!r} found, expected the number of a token, or null")
 
 
 def _raw_config(path: Path) -> dict[str, Any]:
@@ -122,7 +151,7 @@ def _raw_config(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"model.base: {path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"model.base: {path}: not valid JSON ({error})") from None
+        raise UserError(f"model.base: {path}: not valid JSON ({error}); fetch the file again") from None
     if not isinstance(raw, dict):
         raise UserError(f"model.base: {path}: {json.dumps(raw)[:40]} found, expected an object; fetch the model again")
     return raw
@@ -163,9 +192,10 @@ def check_base_files(folder: Path, adapted: Collection[str] = ()) -> tuple[Any, 
     Returns:
         the model, and its stored tensors by their names in the files, all on the meta device.
     Raises:
-        UserError: names the file and the tensor; see `check_weights`, `check_tied` and `stored_weights`.
+        UserError: names the file and the tensor or the key; see `check_weights`, `check_tied` and `stored_weights`.
     """
     model = meta_model(config_of_folder(folder))
+    _check_generation_config(folder)
     empty = check_weights(folder, model)
     check_tied(folder, model, empty)
     if adapted:

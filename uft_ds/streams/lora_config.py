@@ -53,6 +53,8 @@ def read_lora_config(path: Path) -> dict[str, Any]:
     """
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(given, dict):
+            raise ValueError(f"{json.dumps(given)[:40]} found, expected an object")
         kind, start = given["peft_type"], given.get("init_lora_weights", True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as an adapter's config ({type(error).__name__}: {error})") from None

@@ -255,6 +255,8 @@ def test_a_broken_array_is_refused(write: Write, data: bytes, message: str) -> N
     [
         (b'[\n  {"a": 1},\n  {"a": 2}\n]', ":1: an array of rows; in .jsonl every line is one object: rename"),
         (b'\n[{"a": 1}]', ":2: an array of rows"),
+        (b'{"a": 1}\r{"a": 2}\r', ":1: its lines end with \\r alone; only \\n ends a line here: convert the file"),
+        (b'{"a": 1}\r{"a": 2}\n', ":1: its lines end with \\r alone"),
         (b'\xef\xbb\xbf{\n  "a": 1\n}\n', ":1: an object over several lines"),
         ('{"a": 1}\n'.encode("utf-16"), ":1: this is UTF-16; convert the file to UTF-8 (iconv"),
         ('{"a": 1}\n'.encode("utf-16-le"), ":1: this is UTF-16"),

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from uft_ds.data.rows.json_rows import INTERRUPTED, MAX_ROW_BYTES, not_utf8, parse_json, read_line, too_long
+from uft_ds.data.rows.json_rows import CR_ALONE, INTERRUPTED, MAX_ROW_BYTES, not_utf8, parse_json, read_line, too_long
 from uft_ds.errors import UserError
 
 NUMERIC_COLUMNS = frozenset(
@@ -58,6 +58,8 @@ def csv_rows(stream: BinaryIO, name: str) -> Iterator[tuple[int, int, dict[str, 
         try:
             cells = next(reader, None)
         except csv.Error as error:
+            if "new-line character seen in unquoted field" in str(error):
+                raise UserError(f"{name}:{line}: {CR_ALONE}") from None
             raise UserError(f"{name}:{line}: not valid CSV: {error}") from None
         if cells is None:
             return

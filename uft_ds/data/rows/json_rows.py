@@ -23,6 +23,9 @@ MAX_DEPTH = 100
 
 INTERRUPTED = "is the file still being written, or was a copy interrupted?"
 
+CR_ALONE = r"its lines end with \r alone; only \n ends a line here: convert the file, as by `tr '\r' '\n'`"
+_TWO_LINES_BY_CR = re.compile(rb"\}[ \t]*\r\s*\{")
+
 _CHUNK_BYTES = 256 * 1024
 _MAX_INTEGER_LETTERS = 20
 _ESCAPE_LETTERS = 16
@@ -116,6 +119,8 @@ def _refuse_other_layouts(first: bytes, place: str) -> None:
         raise UserError(f"{place}: an array of rows; in .jsonl every line is one object: rename the file to .json")
     if first == b"{":
         raise UserError(f"{place}: an object over several lines; in .jsonl every line is one whole object")
+    if _TWO_LINES_BY_CR.search(first):
+        raise UserError(f"{place}: {CR_ALONE}")
 
 
 def _refuse_cut_off(line: bytes, place: str) -> None:

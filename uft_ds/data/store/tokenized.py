@@ -123,6 +123,9 @@ def ensure_store(
         return key
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # below /proc it is "No such file or directory"
+        raise _cannot_be_written(cache_dir, error) from None
+    try:
         # If the file system has no locks, two processes may do the same work; the store of the first one is kept.
         with acquire(cache_dir / f".{key}.lock", wait_seconds=None, needs_locks=False):
             if not is_whole(folder):  # checked again: another process may have built it before this one got the lock
@@ -130,11 +133,15 @@ def ensure_store(
     except OSError as error:
         if error.errno not in _OF_THE_FOLDER:
             raise
-        raise UserError(
-            f"data.cache_dir: {cache_dir} cannot be written ({error.strerror}); give another folder with room for "
-            "4 bytes per token"
-        ) from None
+        raise _cannot_be_written(cache_dir, error) from None
     return key
+
+
+def _cannot_be_written(cache_dir: Path, error: OSError) -> UserError:
+    return UserError(
+        f"data.cache_dir: {cache_dir} cannot be written ({error.strerror}); give another folder with room for "
+        "4 bytes per token"
+    )
 
 
 def open_store(cache_dir: Path, key: str, label: str, names: tuple[str, ...] | None = None) -> TokenStore:

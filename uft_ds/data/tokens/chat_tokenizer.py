@@ -33,6 +33,9 @@ _TOKENIZER_FILES = (
     "vocab.json", "merges.txt",
 )  # fmt: skip
 
+_PLAIN_TEXT = "Hello"
+_FETCH = "expected tokenizer.json or tokenizer.model; fetch the tokenizer's files of the same model"
+
 
 @dataclass(frozen=True)
 class ChatTokenizer:
@@ -108,11 +111,7 @@ def open_tokenizer(base: str, *, revision: str | None = None, chat_template: str
     Raises:
         UserError: there is no tokenizer or no chat template, or it does not close the assistant's turn.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base, revision=revision, trust_remote_code=False)
-    except Exception as error:  # noqa: BLE001 - transformers raises many types here
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"model.base: no tokenizer could be loaded from {base!r} ({reason})") from None
+    tokenizer = read_tokenizer(base, revision=revision)
     model = _file_of(base, "tokenizer.model", revision)
     if model is not None and _file_of(base, "tokenizer.json", revision) is None:
         check_pieces(base, tokenizer, model)
@@ -127,6 +126,65 @@ def open_tokenizer(base: str, *, revision: str | None = None, chat_template: str
         raise error if chat_template is None else UserError(f"model.chat_template: {chat_template}: {error}") from None
     control = tuple(sorted(token for token in special_tokens(tokenizer) if token))
     return ChatTokenizer(tokenizer, end, control, marks_generation(tokenizer), revision)
+
+
+def read_tokenizer(base: str, *, revision: str | None = None, local_files_only: bool = False) -> Any:
+    """The tokenizer of a model's folder or of a hub model, as transformers reads it; its own code is never run.
+
+    Raises:
+        UserError: says what is missing or wrong, and in which file where that is known.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            base, revision=revision, trust_remote_code=False, local_files_only=local_files_only
+        )
+    except Exception as error:  # noqa: BLE001 - transformers raises many types here
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            path = _file_of(base, name, revision)
+            if path is not None:
+                _check_is_an_object(path)
+        raise UserError(
+            f"model.base: no tokenizer could be loaded from {base!r}: {_why_unreadable(base, error)}"
+        ) from None
+    longest = tokenizer.model_max_length
+    if not isinstance(longest, int | float):
+        raise UserError(
+            f"model.base: {base}: model_max_length: {longest!r} found in tokenizer_config.json, expected a number; "
+            "correct it, or fetch the file again"
+        )
+    # For Qwen2 and others transformers makes a tokenizer without a vocabulary if the folder holds none: every text
+    # would be no token at all, or unknown ones.
+    ids = tokenizer(_PLAIN_TEXT, add_special_tokens=False)["input_ids"]
+    if not set(ids) - set(tokenizer.all_special_ids):
+        raise UserError(
+            f"model.base: no tokenizer could be loaded from {base!r}: {_PLAIN_TEXT!r} has no tokens in it; {_FETCH}"
+        )
+    return tokenizer
+
+
+def _check_is_an_object(path: Path) -> None:
+    """Refuse a JSON file that is none: the errors of transformers name neither the file nor the remedy."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"model.base: {path}: cannot be read ({error}); fetch the file again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"model.base: {path}: {json.dumps(value)[:40]} found, expected an object; fetch the file again")
+
+
+def _why_unreadable(base: str, error: Exception) -> str:
+    """Why there is no tokenizer, and what to do; transformers' advice concerns its own arguments and packages."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if "trust_remote_code" in text or "custom code" in text:
+        return (
+            "it needs code of its own (auto_map in tokenizer_config.json), which is never run; take a model whose "
+            "tokenizer is one of transformers' own"
+        )
+    if not Path(base).is_dir():
+        return text[:500]
+    if "instantiate the backend tokenizer" in text:
+        return _FETCH
+    return f"{text[:500]}; correct its files, or fetch them again"
 
 
 def save_tokenizer(chat: ChatTokenizer, folder: Path) -> None:
