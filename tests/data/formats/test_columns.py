@@ -40,6 +40,16 @@ def test_every_format_says_which_columns_it_reads(name: str) -> None:
         ("reasoning", "First, ..."),
         ("loss_weight", 0.5),
         ("train", False),
+        ("mask_history", True),
+        ("ignoreLoss", 1),
+        ("sampleWeights", [0.1]),
+        ("mask", "User"),
+        ("systemPrompt", "Answer in French."),
+        ("system_instruction", "Answer in French."),
+        ("chat_history", [["q", "a"]]),
+        ("image_path", "a.jpg"),
+        ("cot", "First, ..."),
+        ("tool_schema", {"name": "f"}),
         ("chat_template_kwargs", {"enable_thinking": False}),
     ],
 )
@@ -63,6 +73,36 @@ def test_a_score_is_refused_where_a_row_would_count_as_perfect() -> None:
     row = {"prompt": "q", "rating": 2}
     assert "'rating' (how good the answer is)" in str(refused_columns(row, trl))
     assert refused_columns(row, trl, has_feedback=True) is None
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("kto_tag", False), ("labels", False), ("quality_score", 0.1), ("rejected_response", "no"), ("rejected", [DRAFT])],
+)
+def test_feedback_of_other_programs_is_refused_where_a_row_would_count_as_perfect(column: str, value: Any) -> None:
+    """LLaMA-Factory's `kto_tag`, ms-swift's `rejected_response`: the row says more than that its answer is right."""
+    row = {"messages": [USER, GOOD], column: value}
+    assert f"'{column}' (" in str(refused_columns(row, ultrachat))
+    assert refused_columns(row, ultrachat, has_feedback=True) is None
+
+
+@pytest.mark.parametrize("column", ["response", "output", "completion"])
+def test_an_answer_that_is_not_read_is_refused_unless_it_repeats_a_turn(column: str) -> None:
+    """An answer beside the turns may be the one that is meant; one that repeats a turn says nothing new."""
+    row = {"messages": [USER, GOOD], column: "another"}
+    assert f"'{column}' (an answer)" in str(refused_columns(row, ultrachat))
+    assert refused_columns(row | {column: " good\n", "question": "q"}, ultrachat) is None
+    assert refused_columns(row | {column: ["good", "another"]}, ultrachat) is not None
+
+
+def test_a_prompt_or_turns_beside_what_is_read_are_refused() -> None:
+    """`prompt` beside sharegpt's turns, and turns in a second layout."""
+    row = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+    assert refused_columns(row, sharegpt) is None
+    assert "'prompt' (part of what is asked)" in str(refused_columns(row | {"prompt": "p"}, sharegpt))
+    assert "'messages' (part of a conversation)" in str(refused_columns(row | {"messages": [USER, GOOD]}, sharegpt))
+    same = [turn("user", "q"), turn("assistant", "a")]
+    assert refused_columns(row | {"messages": same}, sharegpt) is None
 
 
 def test_a_row_that_is_learned_says_nothing_new() -> None:
@@ -162,6 +202,18 @@ def test_an_answer_with_feedback_cannot_be_context() -> None:
         ([USER, GOOD | {"function_call": {"name": "f"}}], "'function_call' in a turn is not read; give it as 'tool_c"),
         ([USER, GOOD | {"thinking": "a", "reasoning": "b"}], "'thinking' and 'reasoning' differ"),
         ([USER, GOOD | {"thinking": [{"type": "text"}]}], "'thinking': expected text"),
+        (
+            [USER, GOOD | {"do_train": False}],
+            "'do_train' in a turn is not read; it may say whether the turn is learned",
+        ),
+        ([USER, GOOD | {"mask": True}], "'mask' in a turn is not read; it may say whether the turn is learned"),
+        ([USER, GOOD | {"lossMask": 0}], "'lossMask' in a turn is not read; it may say"),
+        ([USER, GOOD | {"canTrainOn": False}], "'canTrainOn' in a turn is not read; it may say"),
+        ([USER, GOOD | {"ignore": True}], "'ignore' in a turn is not read; it may say"),
+        ([USER, GOOD | {"weights": [0, 1]}], "'weights' in a turn is not read; it may say"),
+        ([USER, GOOD | {"score": 0.1}], "'score' in a turn is not read; give how good the answer is as a column"),
+        ([USER, GOOD | {"thought": "hm"}], "'thought' in a turn is not read; give a thought before the answer as 'r"),
+        ([USER | {"image_url": "a.png"}, GOOD], "'image_url' in a turn is not read; only text is supported"),
     ],
 )
 def test_keys_of_a_turn_that_cannot_be_followed_are_refused(turns: list[Any], message: str) -> None:
@@ -177,6 +229,35 @@ def test_keys_of_a_turn_that_cannot_be_followed_are_refused(turns: list[Any], me
     ]
     with pytest.raises(ValueError, match="turn"):
         sharegpt({"conversations": layout}, score=None)
+
+
+@pytest.mark.parametrize("mark", [{"train": False}, {"weight": 0}, {"loss": 0.5}, {"do_train": True}], ids=str)
+def test_a_part_of_a_turns_text_cannot_be_marked(mark: dict[str, Any]) -> None:
+    """axolotl marks parts of one answer; here a turn is learned whole, so a part with a mark is refused."""
+    parts = [{"type": "text", "text": "draft "} | mark, {"type": "text", "text": "good"}]
+    with pytest.raises(ValueError, match=f"'{next(iter(mark))}' in a part of a turn's text is not read"):
+        trl({"messages": [USER, turn("assistant", parts)]}, score=None)
+    said_learned = [part | {"train": True, "weight": 1} for part in parts if not mark.keys() & part.keys()]
+    (example,) = trl({"messages": [USER, turn("assistant", said_learned)]}, score=None)
+    assert example.messages[-1].content == "good"
+
+
+def test_a_turn_has_one_text() -> None:
+    """A turn of both layouts at once would lose one of its two texts."""
+    with pytest.raises(ValueError, match="'content' and 'value' differ"):
+        trl({"messages": [USER, GOOD | {"value": "other"}]}, score=None)
+    both = {"from": "gpt", "value": "a", "role": "assistant", "content": "a"}
+    (example,) = sharegpt({"conversations": [{"from": "human", "value": "q"}, both]}, score=None)
+    assert example.messages[-1].content == "a"
+    with pytest.raises(ValueError, match="'content' and 'value' differ"):
+        sharegpt({"conversations": [{"from": "human", "value": "q"}, both | {"content": "b"}]}, score=None)
+
+
+def test_a_call_beside_the_text_of_a_sharegpt_turn_is_refused() -> None:
+    """A call is a turn of its own in this layout; the key would be lost."""
+    call = {"from": "gpt", "value": "a", "tool_calls": [{"name": "f", "arguments": {}}]}
+    with pytest.raises(ValueError, match="give a call as a turn from 'function_call'"):
+        sharegpt({"conversations": [{"from": "human", "value": "q"}, call]}, score=None)
 
 
 @pytest.mark.parametrize(

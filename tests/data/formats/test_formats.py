@@ -52,6 +52,55 @@ def test_names_import_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "this" not in sys.modules
 
 
+STORED = json.dumps([{"content": "q", "role": "user"}])
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("trl", {"prompt": STORED, "completion": "a"}),
+        ("trl", {"prompt": "q", "completion": "[{'role': 'assistant', 'content': 'a'}]"}),
+        ("trl", {"prompt": "q", "chosen": STORED, "rejected": "b"}),
+        ("kto", {"prompt": '[ {"from": "human", "value": "q"} ]\n', "completion": "a", "label": True}),
+        ("jsonl", {"prompt": "q", "response": STORED}),
+        ("alpaca", {"instruction": STORED, "output": "a"}),
+        ("ultrafeedback_binarized", {"prompt": "q", "chosen": STORED, "rejected": "b"} | dict.fromkeys(
+            ("score_chosen", "score_rejected"), 5)),
+    ],
+)  # fmt: skip
+def test_turns_that_were_stored_as_text_are_no_text(name: str, row: Row) -> None:
+    """csv files and some exports write lists of turns as JSON, or as Python prints them: nobody asks or answers so."""
+    with pytest.raises(ValueError, match="holds turns that were stored as text"):
+        FORMATS[name](row, score=None)
+
+
+@pytest.mark.parametrize("text", ['[{"from": "a", "to": "b", "value": 3}]', '[{"role": "admin"}]', "[1]", "[{'role'"])
+def test_other_json_is_text(text: str) -> None:
+    """An answer may be JSON."""
+    assert list(FORMATS["trl"]({"prompt": text, "completion": text}, score=None))
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("trl", {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}),
+        ("ultrachat", {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}),
+        ("kto", {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "label": True}),
+        ("sharegpt", {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}),
+        ("trl", {"tools": [{"name": "f"}], "prompt": "q", "completion": "a"}),
+    ],
+)
+def test_turns_and_tools_may_be_json_text(name: str, row: Row) -> None:
+    """Where nothing but turns or tools can stand: csv and columns of mixed keys hold them so."""
+    stored = {key: json.dumps(value) if isinstance(value, list) else value for key, value in row.items()}
+    assert list(FORMATS[name](stored, score=None)) == list(FORMATS[name](row, score=None))
+    if "tools" in row:
+        each = row | {"tools": [json.dumps(tool) for tool in row["tools"]]}
+        assert list(FORMATS[name](each, score=None)) == list(FORMATS[name](row, score=None))
+    with pytest.raises(ValueError, match="expected JSON, found"):
+        FORMATS[name](stored | {next(iter(stored)): "[{"}, score=None)
+
+
 @pytest.mark.parametrize(
     ("named", "message"),
     [

@@ -27,9 +27,9 @@ from uft_ds.data.formats.turns import (
     answered,
     check_prompt_is_said,
     check_turns,
-    conversation,
     one_answer,
     pair,
+    row_messages,
     row_tools,
     tool_calls,
 )
@@ -41,7 +41,7 @@ def ultrachat(row: Row, *, score: float | None) -> list[Item]:
 
     `prompt` may repeat one of the turns, as it does there.
     """
-    turns = conversation(row.get("messages"))
+    turns = row_messages(row)
     check_prompt_is_said(row, turns)
     return [all_supervised(turns, default_score(score))]
 
@@ -106,7 +106,7 @@ def sharegpt(row: Row, *, score: float | None) -> list[Item]:
 
 
 def _sharegpt_turns(row: Row) -> Turns:
-    value = row.get("conversations")
+    value = from_json(row.get("conversations"), "conversations")
     if not isinstance(value, list) or not value:
         raise ValueError(f"'conversations': expected a list of turns, found {shown(value)}")
     turns = [_sharegpt_turn(turn, f"conversations, turn {index}") for index, turn in enumerate(value)]
@@ -125,6 +125,8 @@ def _sharegpt_turn(turn: Any, name: str) -> Message:
     is_call = speaker == "function_call"
     try:
         check_turn_keys(turn)
+        if turn.get("tool_calls"):
+            raise ValueError("'tool_calls' is not read in this layout; give a call as a turn from 'function_call'")
         return Message(
             role,
             "" if is_call else content(turn.get("value"), "value"),

@@ -6,29 +6,63 @@ means (a system prompt, a picture, a score), because it would be lost silently; 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeGuard, TypeVar
 
 from uft_ds.data.formats.fields import Row, is_empty, shown
-from uft_ds.data.formats.marks import LEARNING, MEDIA, NOT_LEARNED, THOUGHTS, TURN_KEYS
+from uft_ds.data.formats.marks import (
+    FEEDBACK,
+    LEARNING,
+    MEDIA,
+    OTHER_THOUGHTS,
+    THOUGHTS,
+    TURN_KEYS,
+    is_of_learning,
+    plain,
+    says_learned,
+)
 from uft_ds.errors import UserError
 
 _Format = TypeVar("_Format", bound=Callable[..., Any])
 
-_OF_THE_PROMPT = (
-    "system system_prompt system_message instruction instructions question query context input inputs history"
-)
+_OF_THE_PROMPT = """
+system system_prompt system_prompts system_message system_instruction system_instructions sys sys_prompt
+custom_system_prompt developer developer_message preamble
+prompt instruction instructions question query context contexts ctxs input inputs user_prompt user_message user_input
+user_query history chat_history conversation_history dialog_history dialogue_history
+document documents passage passages article retrieved_context retrieved_contexts retrieved_documents retrieved_passages
+"""
+_OF_A_CONVERSATION = """
+messages conversation conversations dialogue dialogues
+tools available_tools tool_schema tool_schemas functions function_call function_calls tool_call tool_calls
+"""
+_ASKED, _ANSWER, _TURNS = "part of what is asked", "an answer", "part of a conversation"
+_THOUGHT = "a thought before the answer; it belongs into a turn's 'reasoning_content'"
+_LEARNED = "whether, or how much, the row is learned"
 _BY_NAME = {
-    **dict.fromkeys(_OF_THE_PROMPT.split(), "part of what is asked"),
-    **dict.fromkeys(("document", "documents", "passages"), "part of what is asked"),
+    **dict.fromkeys(_OF_THE_PROMPT.split(), _ASKED),
+    **dict.fromkeys(("response", "responses", "completion", "completions", "output", "outputs"), _ANSWER),
     **dict.fromkeys(MEDIA, "only text is supported"),
-    **dict.fromkeys(("tools", "functions", "function_call", "function_calls", "tool_calls"), "part of a conversation"),
-    **dict.fromkeys(THOUGHTS, "a thought before the answer; it belongs into a turn's 'reasoning_content'"),
+    **dict.fromkeys(_OF_A_CONVERSATION.split(), _TURNS),
+    **dict.fromkeys((*THOUGHTS, *OTHER_THOUGHTS), _THOUGHT),
     **dict.fromkeys(("chat_template_kwargs", "enable_thinking"), "an argument of the chat template"),
-    **dict.fromkeys(LEARNING, "whether, or how much, the row is learned"),
+    **dict.fromkeys((*LEARNING, "mask"), _LEARNED),
 }
-_FEEDBACK = dict.fromkeys(("score", "label", "rating", "reward"), "how good the answer is")
+_OTHER_FEEDBACK = """
+scores overall_score quality_score reward_score labels kto_tag ratings rewards preference preferred is_preferred
+desirable is_desirable is_chosen accepted thumbs_up helpfulness correctness is_correct
+"""
+_FEEDBACK = {
+    **dict.fromkeys((*FEEDBACK, *_OTHER_FEEDBACK.split()), "how good the answer is"),
+    **dict.fromkeys(("chosen", "chosen_response", "chosen_messages", "chosen_output"), "a better answer"),
+    **dict.fromkeys(
+        ("rejected", "rejected_response", "rejected_responses", "rejected_messages", "rejected_output"),
+        "a worse answer",
+    ),
+}
 """Carries meaning where a row would otherwise count as a perfect answer."""
+_MAY_REPEAT = (_ASKED, _ANSWER, _TURNS, _THOUGHT)
+"""Columns that say nothing new if the row says the same elsewhere."""
 
 
 def reads(*columns: str) -> Callable[[_Format], _Format]:
@@ -53,8 +87,10 @@ def refused_columns(row: Row, make: Callable[..., Any], *, has_feedback: bool = 
         has_feedback: whether the row has a score or a label that is read.
     """
     known = _BY_NAME if has_feedback else {**_BY_NAME, **_FEEDBACK}
-    found = [(column, known[name]) for column in _unread(row, make) if (name := _plain(column)) in known]
-    found = [(column, why) for column, why in found if not _says_learned(_plain(column), row[column])]
+    found = [(column, why) for column in _unread(row, make) if (why := _meaning(column, row[column], known))]
+    if found:
+        said = {text.strip() for column in columns_of(make) or () for text in _texts(row.get(column))}
+        found = [(column, why) for column, why in found if why not in _MAY_REPEAT or not _repeats(row[column], said)]
     if not found:
         return None
     columns = columns_of(make) or ()
@@ -98,14 +134,32 @@ def _unread(row: Row, make: Callable[..., Any]) -> Iterable[str]:
     return [] if columns is None else [key for key, value in row.items() if key not in columns and not is_empty(value)]
 
 
-def _says_learned(name: str, value: Any) -> bool:
-    """Whether a column only says that the row is learned as a whole, which every row is."""
-    return name in LEARNING and isinstance(value, bool | int | float) and value == (name not in NOT_LEARNED)
+def _meaning(column: str, value: Any, known: Mapping[str, str]) -> str | None:
+    """What a column says that a format does not read; None if that is not known."""
+    name = plain(column)
+    if says_learned(name, value):
+        return None  # every row is learned as a whole
+    is_mark = is_of_learning(name) and isinstance(value, bool | int | float | list)
+    return known.get(name) or (_LEARNED if is_mark else None)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts in a value, at any depth."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for member in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(member)
+
+
+def _repeats(value: Any, said: Collection[str]) -> bool:
+    """Whether a column holds only texts that the row says elsewhere, such as its question."""
+    if isinstance(value, Mapping):
+        return all(_repeats(member, said) for key, member in value.items() if key not in ("role", "from"))
+    if isinstance(value, list | tuple):
+        return all(_repeats(member, said) for member in value)
+    return value is None or (isinstance(value, str) and value.strip() in said)
 
 
 def _is_turn(value: Any) -> TypeGuard[Mapping[str, Any]]:
     return isinstance(value, Mapping) and ("role" in value or "from" in value)
-
-
-def _plain(column: str) -> str:
-    return column.strip().lower().replace("-", "_").replace(" ", "_")

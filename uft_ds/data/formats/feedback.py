@@ -17,11 +17,11 @@ from uft_ds.data.formats.turns import (
     answered,
     check_prompt_is_said,
     check_turns,
-    conversation,
     dialogue_pair,
     one_answer,
     pair,
     prompt_turns,
+    row_messages,
     row_tools,
 )
 
@@ -183,7 +183,7 @@ def kto(row: Row, *, score: float | None) -> list[Item]:
     if row.get("messages") is not None:
         if row.get("completion") is not None:
             raise ValueError("expected 'completion' or 'messages', found both")
-        turns = conversation(row["messages"])
+        turns = row_messages(row)
         check_prompt_is_said(row, turns)
         return [answered(turns[:-1], one_answer(turns[-1:], "messages"), value, "binary", tools)]
     completion = one_answer(answer_turns(row.get("completion"), "completion"), "completion")

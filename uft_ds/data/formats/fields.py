@@ -6,6 +6,7 @@ Each function raises ValueError with what was found and what was expected; the c
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +24,27 @@ class LeftOut(Exception):
 
 def text(row: Row, key: str) -> str:
     """A field that must hold text that is not empty."""
-    return checked_text(row.get(key), key)
+    return not_turns(checked_text(row.get(key), key), key)
+
+
+_SPEAKER = r"""["'](role|from)["']\s*:\s*["'](system|developer|user|human|assistant|gpt|tool)["']"""
+_STORED_TURNS = re.compile(rf"""\s*\[\s*\{{(?=.*?{_SPEAKER})(?=.*?["'](content|value)["']\s*:)""", re.DOTALL)
+
+
+def not_turns(value: str, name: str) -> str:
+    """The text, checked not to be a list of turns that was stored as text: csv files and some exports do so.
+
+    Trained on as it is, the model would learn to write JSON.
+
+    Raises:
+        ValueError: it begins as such a list does, in JSON or as Python prints one.
+    """
+    if _STORED_TURNS.match(value) and value.rstrip().endswith("]"):
+        raise ValueError(
+            f"{name!r}: holds turns that were stored as text ({shown(value)}); store them as a list "
+            "[{role, content}, ...], or their text alone"
+        )
+    return value
 
 
 def optional_text(row: Row, key: str) -> str | None:

@@ -17,6 +17,7 @@ from uft_ds.data.formats.turns import (
     one_answer,
     pair,
     prompt_turns,
+    row_messages,
     row_tools,
 )
 
@@ -50,7 +51,7 @@ def trl(row: Row, *, score: float | None) -> list[Item]:
     if "messages" in kinds:
         if "label" in given:
             raise ValueError("'label' with 'messages' is not a type of TRL; use the format 'kto'")
-        turns = conversation(row["messages"])
+        turns = row_messages(row)
         check_prompt_is_said(row, turns)
         return [all_supervised(turns, default_score(score), tools)]
     if "text" in given:

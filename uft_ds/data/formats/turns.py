@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from uft_ds.data.example import Example, Kind, Message, Pair, Role
-from uft_ds.data.formats.fields import LeftOut, Row, content, from_json, mapping, shown, text
+from uft_ds.data.formats.fields import LeftOut, Row, content, from_json, mapping, not_turns, shown, text
 from uft_ds.data.formats.marks import check_turn_keys, extras_of, is_marked_as_context
 from uft_ds.data.formats.scales import checked_score
 
@@ -32,6 +32,11 @@ def conversation(value: Any, name: str = "messages") -> Turns:
     turns = messages(value, name)
     check_turns(turns)
     return turns
+
+
+def row_messages(row: Row) -> Turns:
+    """The conversation in a row's `messages`: turns, or their JSON text, as csv files hold it."""
+    return conversation(from_json(row.get("messages"), "messages"))
 
 
 def messages(value: Any, name: str) -> Turns:
@@ -91,9 +96,10 @@ def tool_schemas(value: Any) -> Tools:
 
 
 def row_tools(row: Row) -> Tools:
-    """The `tools` of a row, as a list or as JSON text; empty if there are none."""
+    """The `tools` of a row, as a list or as JSON text, whole or each; empty if there are none."""
     value = row.get("tools")
-    return tool_schemas(None if value == "" else from_json(value, "tools"))
+    tools = None if value == "" else from_json(value, "tools")
+    return tool_schemas([from_json(tool, "tools") for tool in tools] if isinstance(tools, list) else tools)
 
 
 def _tool_schema(tool: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -158,7 +164,11 @@ def _may_follow(before: Message | None, turn: Message) -> bool:
 
 def prompt_turns(value: Any, name: str) -> Turns:
     """The prompt of an answer: text (one user turn), or turns that end with a user or tool turn."""
-    return question_turns(value, name) if isinstance(value, list) else (Message("user", content(value, name)),)
+    return (
+        question_turns(value, name)
+        if isinstance(value, list)
+        else (Message("user", not_turns(content(value, name), name)),)
+    )
 
 
 def question_turns(value: Any, name: str) -> Turns:
@@ -171,7 +181,9 @@ def question_turns(value: Any, name: str) -> Turns:
 
 def answer_turns(value: Any, name: str) -> Turns:
     """The turns after a prompt: text (one assistant turn), or turns."""
-    return messages(value, name) if isinstance(value, list) else (Message("assistant", content(value, name)),)
+    if isinstance(value, list):
+        return messages(value, name)
+    return (Message("assistant", not_turns(content(value, name), name)),)
 
 
 def one_answer(turns: Turns, name: str) -> Message:
