@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
-from uft_ds.export.agreement import MAX_RELATIVE_ERROR, ROUNDING_NATS, agreement
+from uft_ds.data.example import Response, Sequence
+from uft_ds.data.micro_batch import micro_batch
+from uft_ds.data.store.sequences import Account, Place, StoreWriter, pack_units
+from uft_ds.export.agreement import MAX_RELATIVE_ERROR, ROUNDING_NATS, agreement, sequences_of_run
 
 ADAPTER = [3.0, -4.0]
 """Sum of squares 25."""
@@ -81,3 +87,17 @@ def test_agreement_does_not_depend_on_the_unit() -> None:
     assert small.share_kept == pytest.approx(large.share_kept, rel=1e-5)
     assert small.relative_error == pytest.approx(large.relative_error, rel=1e-5)
     assert small.error_nats == pytest.approx(large.error_nats / 1000, rel=1e-5)
+
+
+@pytest.mark.parametrize("num_pairs", [1, 3])
+def test_the_pairs_of_a_sample_are_several(tmp_path: Path, num_pairs: int) -> None:
+    """All pairs are forwarded in one micro-batch, in which each has a number of its own."""
+    units = [
+        (tuple(Sequence(np.arange(4, dtype=np.int32), (Response(2, 4, s, "pair", "", 0),)) for s in (1.0, 0.0)), row)
+        for row in (Place(0, number, 0) for number in range(num_pairs))
+    ]
+    writer = StoreWriter(tmp_path)
+    writer.add(pack_units(units))
+    writer.finish(("rows.jsonl",), Account(num_pairs, {}, {}, {}, 0, 0))
+    batch = micro_batch(sequences_of_run(tmp_path))
+    assert batch.pairs == tuple((2 * number, 2 * number + 1) for number in range(num_pairs))

@@ -135,7 +135,7 @@ def sequences_of_run(sample: Path) -> tuple[Sequence, ...]:
     """A few tokenised sequences of a run's data sample; held-out ones come first, if the run has any."""
     check_content(sample)
     store = TokenStore(sample, "data")
-    sequences = (sequence for index in range(len(store)) for sequence in store.unit(index))
+    sequences = (sequence for index in range(len(store)) for sequence in store.unit(index, pair_id=index))
     chosen: list[Sequence] = []
     tokens = 0
     for sequence in islice(sequences, SEQUENCES_CHECKED):
