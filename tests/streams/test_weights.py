@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -116,6 +117,31 @@ def test_each_tensor_is_needed(tmp_path: Path, kind: str) -> None:
         message = refused(folder)
         assert name in message
         assert "model.safetensors" in message
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn], ids=str)
+def test_quantised_weights_are_refused_whatever_config_json_says(damaged: Path, dtype: torch.dtype) -> None:
+    """Without quantization_config transformers takes the stored integers for the weights."""
+    change(damaged, lambda tensors: tensors.update({UP_PROJECTION: tensors[UP_PROJECTION].to(dtype)}))
+    message = refused(damaged)
+    assert f"{UP_PROJECTION} is stored as {str(dtype).replace('torch.', '')[0].upper()}" in message
+    assert "take the 16-bit model" in message
+
+
+def test_weights_of_64_bits_are_numbers(damaged: Path) -> None:
+    """They are loaded in the type of the run."""
+    change(damaged, lambda tensors: tensors.update({name: tensor.double() for name, tensor in tensors.items()}))
+    check(damaged)
+
+
+def test_an_adapter_beside_the_weights_is_refused(damaged: Path) -> None:
+    """transformers adds an adapter of the model's folder to the model: the base would be another than its files say."""
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = transformers.AutoModelForCausalLM.from_pretrained(damaged)
+    peft.get_peft_model(model, config).save_pretrained(damaged)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(damaged)
+    assert any("lora_A" in name for name, _ in loaded.named_parameters()), "the reason why it is refused"
+    assert f"{damaged / 'adapter_config.json'}: an adapter lies beside the model's weights" in refused(damaged)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bloom"])

@@ -21,10 +21,13 @@ from transformers.utils import logging as transformers_logging
 
 from uft_ds.errors import UserError
 from uft_ds.streams.identity import index_file, weight_files
-from uft_ds.streams.weight_files import stored_tensors
+from uft_ds.streams.weight_files import StoredTensor, stored_tensors
 
 _OLD_MASKS = {"bias", "masked_bias", "causal_mask"}
 """Names under which attention kept its causal mask in old checkpoints; transformers 5 builds masks itself."""
+
+_NUMBERS = ("F64", "F32", "F16", "BF16")
+"""Types of weights that stand for the numbers themselves."""
 
 _REMEDY = (
     "the folder is incomplete or mixed up: fetch or copy the model again, config.json and all weight files together"
@@ -66,11 +69,14 @@ def check_weights(folder: Path, model: Any) -> dict[str, Tensor]:
     Returns:
         the stored tensors by their names in the files, on the meta device.
     Raises:
-        UserError: a file is missing, cut or not a weight file; or a tensor is missing, has another shape, or has no
-            place in the model. The message names the file and the tensor.
+        UserError: a file is missing, cut or not a weight file; a tensor is missing, has another shape, has no place in
+            the model, or is not stored as floating-point numbers; or the folder holds an adapter too. The message
+            names the file and the tensor.
     """
     stored = {tensor.name: (path, tensor) for path in weight_files(folder) for tensor in stored_tensors(path)}
     where = index_file(folder)
+    _check_no_adapter(folder)
+    _check_numbers(stored, model)
     empty = {name: tensor.empty() for name, (_, tensor) in stored.items()}
     try:
         loading = _load_empty(model, empty)
@@ -86,6 +92,28 @@ def check_weights(folder: Path, model: Any) -> dict[str, Tensor]:
         problem = f"lacks {_some(lacking)}, which its config.json asks for"
     named = next((path for name, (path, _) in stored.items() if not loading.missing and name in problem), where)
     raise UserError(f"model.base: {named}: {problem}; {_REMEDY}")
+
+
+def _check_no_adapter(folder: Path) -> None:
+    """Refuse a folder that holds an adapter beside the weights: transformers would add it to the model, silently."""
+    path = folder / "adapter_config.json"
+    if path.is_file():
+        raise UserError(
+            f"model.base: {path}: an adapter lies beside the model's weights, and transformers would load the model "
+            "with it; move the adapter into a folder of its own if the weights are the whole model, or merge it first"
+        )
+
+
+def _check_numbers(stored: Mapping[str, tuple[Path, StoredTensor]], model: Any) -> None:
+    """Refuse weights that are stored as integers or in 8 bits: transformers would take them for the numbers."""
+    own = dict(model.named_parameters())
+    for name, (path, tensor) in stored.items():
+        if tensor.code not in _NUMBERS and (name in own or name.endswith(".weight")):
+            raise UserError(
+                f"model.base: {path}: {name} is stored as {tensor.code}: it is quantised, and without its scale it is "
+                "another number; no adapter can be merged into such weights: take the 16-bit model that it was made "
+                "from"
+            )
 
 
 def problem_of(loading: Loading, model: Any) -> str | None:
