@@ -593,6 +593,45 @@ def test_the_own_thought_of_a_response_must_be_written(with_template: Load) -> N
             tokenized(both, with_template(FORGETS_THOUGHTS), merge=merge)
 
 
+THINKS = "<think>\nSo, a thought.\n</think>\n\nThe answer."
+
+
+@pytest.mark.parametrize(
+    ("written", "is_whole"),
+    [
+        ("m['content']", True),
+        ("m['content'] | trim", True),
+        ("(m['content'] | tojson)[1:-1]", True),
+        ("m['content'] | replace('\\n', '')", True),
+        ("m['content'].split('</think>')[-1]", False),  # DeepSeek-R1's
+        ("m['content'].split('</think>')[-1] if '</think>' in m['content'] else m['content']", False),
+        ("m['content'][:20]", False),
+    ],
+)
+def test_the_whole_text_of_an_answer_must_be_written(with_template: Load, written: str, is_whole: bool) -> None:
+    """A template that cuts a thought out of the answer would teach the answer without it; white space may change."""
+    chat = with_template(CHATML.replace("message['content']", f"({written.replace('m[', 'message[')})"))
+    turns = (Message("user", "q"), Message("assistant", THINKS, 1.0))
+    if is_whole:
+        (sequence,) = tokenized(Example(turns, "instruction"), chat).sequences
+        assert "a thought." in spans(sequence, chat)[0]
+        return
+    with pytest.raises(ValueError, match="does not write the whole text of an answer"):
+        tokenized(Example(turns, "instruction"), chat)
+
+
+def test_a_thought_of_an_earlier_answer_may_be_left_out(with_template: Load) -> None:
+    """Only the answer that is learned must be whole; so the conversation becomes two sequences."""
+    last = "message['content'] if loop.last else message['content'].split('</think>')[-1]"
+    chat = with_template(CHATML.replace("message['content']", f"({last})"))
+    turns = (Message("user", "q"), Message("assistant", THINKS, 1.0), Message("user", "r"))
+    example = Example((*turns, Message("assistant", "<think>\n\n</think>\n\nNo thought.", 1.0)), "instruction")
+    assert [spans(sequence, chat) for sequence in tokenized(example, chat).sequences] == [
+        [f"{THINKS}<|im_end|>"],
+        ["No thought.<|im_end|>"],
+    ]
+
+
 def test_what_else_a_template_wants_of_a_turn_reaches_it(with_template: Load) -> None:
     """Reasoning, and the names of calls, are handed on; a control token in them is found like in the content."""
     template = CHATML.replace("+ message['content']", "+ message.get('reasoning_content', '') + message['content']")

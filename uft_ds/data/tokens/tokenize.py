@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from uft_ds.data.example import Example, Message, Pair, Response, Sequence, Unit, keep_first
+from uft_ds.data.formats.fields import shown
 from uft_ds.data.tokens.chat_template import PROBE, REMEDY
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer, open_tokenizer
 from uft_ds.data.tokens.trimming import common_prompt, fitting_prompt
@@ -183,6 +184,7 @@ def _prompt_and_text(example: Example, turn: int, chat: ChatTokenizer) -> tuple[
                 f"cannot be separated from the prompt's; {REMEDY}"
             )
     _check_parts_are_written(replace(example, messages=upto), text, chat)
+    _check_answer_is_whole(upto[-1].content, prompt, text)
     if chat.end_of_turn not in text[len(prompt) :]:
         raise ValueError(
             f"the chat template ends this turn by another token than {chat.end_of_turn!r}, which closes answers"
@@ -248,6 +250,30 @@ def _check_parts_are_written(example: Example, text: str, chat: ChatTokenizer) -
                 changed = replace(example, messages=(*messages[:index], other, *messages[index + 1 :]))
                 if not _renders_otherwise(example, changed, chat):
                     raise ValueError(f"the chat template does not write the {what} {index}; {REMEDY}")
+
+
+def _check_answer_is_whole(answer: str, prompt: str, text: str) -> None:
+    """Refuse a supervised turn of which the template leaves out a part, as some cut what comes before `</think>`.
+
+    White space may change, and a thought without text may be left out.
+
+    Args:
+        prompt: the text before the response; it may end with the `<think>` that begins the answer.
+        text: up to the end of the turn.
+    """
+    written = text[len(prompt.rstrip().removesuffix("<think>")) :]
+    if answer.strip() in written:
+        return
+    found = _without_spaces(written)
+    said = _EMPTY_THOUGHT.sub("", answer, count=1)
+    forms = [_without_spaces(form) for form in (said, json.dumps(said, ensure_ascii=False)[1:-1])]
+    if not any(form in found or form.removeprefix("<think>") in found for form in forms):
+        kept = "its thought is left out" if "</think>" in answer else f"{shown(written.strip())} instead"
+        raise ValueError(f"the chat template does not write the whole text of an answer ({kept}); {REMEDY}")
+
+
+def _without_spaces(text: str) -> str:
+    return "".join(text.split())
 
 
 def _stands_in(text: str, part: str, pieces: list[str]) -> bool:
