@@ -174,3 +174,21 @@ def test_values_of_another_type_are_refused_by_their_field(
     with pytest.raises(UserError) as caught:
         start_from_adapter(toy_policy(base), copy)
     assert str(caught.value).startswith(f"reference.adapter: {start}{expected}")
+
+
+def test_an_adapter_of_8_bit_numbers_is_merged(base: Path, copy: Path) -> None:
+    """torch cannot ask whether such numbers are finite; they are read as float32."""
+    path = copy / "adapter_model.safetensors"
+    stored = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(path).items()}
+    save_file(stored, path)
+    for name, low_rank in read_low_rank(copy).items():
+        a, b = (stored[f"{PREFIX}{name.removesuffix('.weight')}.lora_{side}.weight"].float() for side in "AB")
+        torch.testing.assert_close(low_rank.delta(), b @ a * low_rank.scale)
+
+
+def test_an_adapter_of_integers_is_refused(copy: Path) -> None:
+    """They would be taken for the numbers, by PEFT too."""
+    path = copy / "adapter_model.safetensors"
+    save_file({name: (100 * tensor).to(torch.int8) for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(UserError, match=r"lora_[AB]: stored as int8: it is quantised"):
+        read_low_rank(copy)

@@ -92,7 +92,12 @@ def low_rank_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], *, lab
         alpha = _of_pattern(config["alpha_pattern"], module, config["lora_alpha"])
         scale = alpha / math.sqrt(rank) if config["use_rslora"] else alpha / rank
         for side, tensor in pair.items():
-            if not torch.isfinite(tensor).all():
+            if not tensor.is_floating_point():
+                raise UserError(
+                    f"{label}: {module}.lora_{side}: stored as {str(tensor.dtype).removeprefix('torch.')}: it is "
+                    "quantised, and without its scale it is another number"
+                )
+            if not torch.isfinite(tensor.float()).all():  # torch has no isfinite of 8-bit numbers
                 raise UserError(f"{label}: {module}.lora_{side}: not finite")
         found[f"{module}.weight"] = LowRank(pair["A"], pair["B"], scale)
     if not found:
