@@ -113,6 +113,12 @@ def test_each_file_is_explained() -> None:
         ({"stage": 3, "zero_quantized_weights": True}, "the trained model would not be the saved one; leave it out"),
         ({"stage": 3, "zero_quantized_gradients": True}, "zero_quantized_gradients: it rounds gradients"),
         ({"stage": 3, "zero_quantized_nontrainable_weights": True}, "rounds only float16 weights"),
+        ({"stage": 2, "compute_grad_norm": False}, "compute_grad_norm: the norm is recorded, and clipped by"),
+        ({"stage": 2, "zenflow": {"topk_ratio": 0.1}}, "zenflow: it updates some weights later than others"),
+        (
+            {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}},
+            "offload_optimizer.super_offload: it steps by an optimiser of DeepSpeed's own",
+        ),
         ({"stage": 3, "mics_shard_size": 8}, "DeepSpeed has removed MiCS; zero_hpz_partition_size keeps"),
         ({"stage": 2, "zero_hpz_partition_size": 8}, "zero_hpz_partition_size: only stage 3 gathers weights"),
         ({"stage": 1}, "file.json: zero_optimization.stage: 1 found, expected 2 or 3: with bfloat16"),

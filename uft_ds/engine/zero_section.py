@@ -25,6 +25,7 @@ UNUSABLE = {
         "DeepSpeed rounds only float16 weights, and only those frozen before the adapters are added: it would do "
         "nothing here"
     ),
+    "zenflow": "it updates some weights later than others: another training, in which resumes are not exact",
     "mics_shard_size": f"DeepSpeed has removed MiCS; {NODE_KEY} keeps a copy of the base in every node",
     "mics_hierarchical_params_gather": f"DeepSpeed has removed MiCS; {NODE_KEY} keeps a copy of the base in every node",
 }
@@ -54,7 +55,14 @@ def check_zero_section(zero: Any, path: Path) -> None:
     for key, why in UNUSABLE.items():
         if zero.get(key):
             raise UserError(f"{where}.{key}: {why}; leave it out")
+    if zero.get("compute_grad_norm") is False:
+        raise UserError(f"{where}.compute_grad_norm: the norm is recorded, and clipped by; leave it out")
     offloaded = zero.get("offload_optimizer")
+    if isinstance(offloaded, dict) and offloaded.get("super_offload"):
+        raise UserError(
+            f"{where}.offload_optimizer.super_offload: it steps by an optimiser of DeepSpeed's own, which is not the "
+            "one that is trained and resumed with here; leave it out"
+        )
     if isinstance(offloaded, dict) and offloaded.get("device") == "nvme":
         raise UserError(
             f"{where}.offload_optimizer.device: 'nvme' found, expected 'cpu': checkpoints read the optimiser's state "
