@@ -83,6 +83,8 @@ def test_a_bad_csv_row_is_the_callers_to_leave_out(write: Write, line: bytes, me
     [
         (b'a,b\nx,1\n"x"y,2\n', ":3: not valid CSV: ',' expected after"),
         (b'a,b\n"x,1\ny,2\n', ":2: not valid CSV: unexpected end of data"),
+        (b"prompt;response\nq;a\n", ":1: the columns are divided by ';', expected commas"),
+        (b"prompt\tresponse\nq\ta\n", r":1: the columns are divided by '\t', expected commas"),
         (b"a,a\n1,2\n", ":1: the first line must name the columns; 'a' is there twice"),
         (b"a,b\r1,2\r", ":1: its lines end with \\r alone; only \\n ends a line here: convert the file"),
         (b"a,\xe9\n1,2\n", ":1: byte 2 is not UTF-8"),

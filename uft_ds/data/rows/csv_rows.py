@@ -31,6 +31,10 @@ NUMERIC_COLUMNS = frozenset(
 """These columns are read as JSON numbers, true or false. In all other columns "007" and "1e5" stay text."""
 
 
+_OTHER_MARKS = (";", "\t", "|")
+"""What divides columns in other dialects, which spreadsheets write in some languages."""
+
+
 @dataclass(frozen=True)
 class BadRow:
     """A row that cannot be read as values, but whose end is known, so that it can be skipped."""
@@ -117,6 +121,9 @@ class _Lines:
 def _header(names: list[str], lines: _Lines, place: str) -> list[str]:
     if reason := lines.broken_encoding():
         raise UserError(f"{place}: {reason}")
+    other = next((mark for mark in _OTHER_MARKS if len(names) == 1 and mark in names[0]), None)
+    if other is not None:
+        raise UserError(f"{place}: the columns are divided by {other!r}, expected commas; save the file anew")
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise UserError(f"{place}: the first line must name the columns; {twice!r} is there twice")

@@ -256,7 +256,7 @@ def _text_rows(path: Path, name: str) -> Iterator[LocatedRow]:
         path.open("rb", buffering=0) as stored,
         _unpacked(stored, packed) as stream,
     ):
-        _refuse_utf16(stream.peek(2)[:2], name)
+        _refuse_other_content(stream.peek(4)[:4], name)
         rows = read(stream, name)
         for first in rows:
             done = stored.tell()  # the position in the stored file, compressed or not; asked once per batch
@@ -264,8 +264,22 @@ def _text_rows(path: Path, name: str) -> Iterator[LocatedRow]:
                 yield done, line, byte, value
 
 
-def _refuse_utf16(start: bytes, name: str) -> None:
-    if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in start:
+_MAGIC = {
+    b"\x1f\x8b": "packed by gzip: give its name the ending .gz",
+    b"\x28\xb5\x2f\xfd": "packed by zstd: give its name the ending .zst",
+    b"PK\x03\x04": "a zip archive (or an Excel file): unpack it, or save it as csv",
+    b"PAR1": "parquet: give its name the ending .parquet",
+    b"BZh": "packed by bzip2: unpack it",
+    b"\xfd7zX": "packed by xz: unpack it",
+}
+"""What a file begins with that is no text, and what to do."""
+
+
+def _refuse_other_content(start: bytes, name: str) -> None:
+    for magic, found in _MAGIC.items():
+        if start.startswith(magic):
+            raise UserError(f"{name}: no text, but {found}")
+    if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in start[:2]:
         raise UserError(f"{name}:1: this is UTF-16; convert the file to UTF-8 (iconv -f UTF-16 -t UTF-8)")
 
 
