@@ -1,5 +1,6 @@
 """The recipe: what loads, what overrides do, and that each refusal names the recipe and the key."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,15 @@ from uft_ds.cli import app
 from uft_ds.data.example import KINDS
 from uft_ds.data.mixture import Portion
 from uft_ds.errors import UserError
-from uft_ds.recipe.file import described_recipes, dump_recipe, dump_value, load_recipe, load_yaml, shipped_recipes
+from uft_ds.recipe.file import (
+    described_recipes,
+    dump_recipe,
+    dump_value,
+    load_recipe,
+    load_yaml,
+    read_yaml_file,
+    shipped_recipes,
+)
 from uft_ds.recipe.schema import Recipe, describe_keys
 from uft_ds.recipe.settings import portion_of
 
@@ -430,6 +439,17 @@ def test_an_unreadable_file_is_refused(tmp_path: Path) -> None:
     assert refusal("nowhere/a.yaml").endswith(
         f"no such file (nowhere is no folder); shipped: {', '.join(shipped_recipes())}"
     )
+
+
+def test_a_pipe_as_recipe_is_not_waited_for(tmp_path: Path) -> None:
+    """A named pipe without a writer would hold the command for ever; the shell's `<(...)` ends and is read."""
+    os.mkfifo(tmp_path / "pipe.yaml")
+    assert "cannot be read (not a regular file)" in refusal(str(tmp_path / "pipe.yaml"))
+    reading, writing = os.pipe()
+    os.write(writing, b"name: x\n")
+    os.close(writing)
+    assert read_yaml_file(Path(f"/dev/fd/{reading}"), "recipe", ()) == "name: x\n"
+    os.close(reading)
 
 
 def test_a_recipe_cannot_be_changed(minimal: str) -> None:

@@ -17,6 +17,7 @@ import pytest
 from uft_ds.errors import UserError
 from uft_ds.host.files import write_atomically
 from uft_ds.record import run_folder
+from uft_ds.record.metrics_file import read_metrics
 from uft_ds.record.run_folder import (
     RunFolder,
     Status,
@@ -25,6 +26,7 @@ from uft_ds.record.run_folder import (
     claim,
     claim_again,
     is_owned,
+    reading_identity,
     release,
 )
 
@@ -372,3 +374,14 @@ def test_nothing_is_written_through_a_link(tmp_path: Path, name: str) -> None:
     (folder.path / name).mkdir()
     with pytest.raises(UserError, match=rf"{name}: not a file"):
         check_own_files(folder)
+
+
+def test_a_pipe_in_a_runs_folder_is_not_waited_for(tmp_path: Path) -> None:
+    """A file that a run wrote is a file; one that is not is damaged, and says nothing."""
+    folder = RunFolder(tmp_path)
+    for path in (tmp_path / "status.json", folder.metrics, folder.identity):
+        os.mkfifo(path)
+    assert folder.read_status() is None
+    assert read_metrics(folder.metrics) == []
+    with pytest.raises(UserError, match=r"identity\.json: cannot be read"), reading_identity(folder):
+        pass

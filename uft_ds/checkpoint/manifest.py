@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from uft_ds.host.files import is_below, sha256, write_atomically
+from uft_ds.host.files import is_below, read_regular_text, sha256, write_atomically
 from uft_ds.host.formats import KEY, UnknownFormat, check_format
 
 MANIFEST = "manifest.json"
@@ -75,7 +75,7 @@ def recorded_files(folder: Path) -> dict[str, Written]:
         NamesOutside: it names a file that does not lie in the folder.
     """
     try:
-        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        content = json.loads(read_regular_text(folder / MANIFEST))
         # The first manifests had no version and no other key. In another one, a lost version is a flipped bit in KEY.
         version = None if content.keys() == {"files"} else content[KEY]
         check_format(folder / MANIFEST, version, FORMAT, "start the run anew")

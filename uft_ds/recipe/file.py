@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from yaml.constructor import ConstructorError
 
 from uft_ds.errors import UserError
+from uft_ds.host.files import read_regular_text
 from uft_ds.host.formats import check_format
 from uft_ds.recipe.names import unknown_key, unknown_name
 from uft_ds.recipe.schema import COMBINATIONS_CHECKED, Recipe, Section, describe_keys, section_of
@@ -154,7 +155,9 @@ def read_yaml_file(path: Path, label: str, shipped: Iterable[str]) -> str:
         UserError: it is not there, with the nearest name that is, or it cannot be read.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        # The shell's `<(...)` is a pipe that ends; a named pipe may never have a writer.
+        is_of_shell = str(path).startswith(("/dev/fd/", "/proc/self/fd/"))
+        return path.read_text(encoding="utf-8") if is_of_shell else read_regular_text(path)
     except FileNotFoundError:
         there = [str(path.with_name(other.name)) for other in _yaml_files(path.parent)]
         near = difflib.get_close_matches(str(path), there, n=1) or difflib.get_close_matches(path.stem, shipped, n=1)
@@ -168,7 +171,7 @@ def read_yaml_file(path: Path, label: str, shipped: Iterable[str]) -> str:
     except UnicodeDecodeError as error:
         raise UserError(f"{label}: byte {error.start} is not UTF-8; convert the file to UTF-8") from None
     except OSError as error:
-        raise UserError(f"{label}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{label}: cannot be read ({error.strerror or error})") from None
 
 
 def _yaml_files(folder: Path) -> list[Path]:

@@ -106,7 +106,7 @@ def damaged_metrics(path: Path) -> list[int]:
 
 def _lines(path: Path) -> list[dict[str, Any] | None]:
     """Each complete line; None for one that is not an object with a step and numbers."""
-    if not path.exists():
+    if not path.is_file():
         return []
     *lines, torn = path.read_bytes().split(b"\n")
     del torn  # what follows the last line break, which is empty unless the last line is incomplete

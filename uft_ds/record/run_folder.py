@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from uft_ds.errors import UserError
-from uft_ds.host.files import write_atomically
+from uft_ds.host.files import read_regular_text, write_atomically
 from uft_ds.host.locks import Held, Lock, NoLocks, acquire, is_held
 
 CHECKPOINTS = "checkpoints"
@@ -145,7 +145,7 @@ class RunFolder:
     def read_status(self) -> Status | None:
         """The run's status; None while it is running, or if it was killed before it could write one."""
         try:
-            return Status(**json.loads((self.path / "status.json").read_text(encoding="utf-8")))
+            return Status(**json.loads(read_regular_text(self.path / "status.json")))
         except (OSError, ValueError, TypeError):
             return None
 
@@ -196,7 +196,7 @@ def has_trained(folder: RunFolder) -> bool:
     if folder.done.exists() or (folder.checkpoints.is_dir() and any(folder.checkpoints.iterdir())):
         return True
     try:
-        lines = folder.metrics.read_text(encoding="utf-8").splitlines() if folder.metrics.exists() else []
+        lines = read_regular_text(folder.metrics).splitlines() if folder.metrics.exists() else []
         return any(json.loads(line)["step"] > 0 for line in lines)
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return True
@@ -352,7 +352,7 @@ def reading_identity(folder: RunFolder) -> Iterator[Any]:
         UserError: the file is not there, cannot be read, or is not what a run wrote.
     """
     try:
-        yield json.loads(folder.identity.read_text(encoding="utf-8"))
+        yield json.loads(read_regular_text(folder.identity))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{folder.identity}: cannot be read ({type(error).__name__}: {error}); it identifies the run, its base and "
