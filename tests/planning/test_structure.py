@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import build_tiny_model
-from transformers import AutoConfig
+from transformers import AutoConfig, Gemma3Config
 
 from uft_ds.errors import UserError
+from uft_ds.planning.activations import activations_of
 from uft_ds.planning.shapes import shipped_config
 from uft_ds.planning.structure import Lora, structure_of
 from uft_ds.streams.adapters import add_adapters
@@ -75,6 +76,34 @@ def test_a_final_norm_is_found_under_any_name(model_type: str) -> None:
         *(p for layer in structure.layers for p in layer),
     }
     assert visited == set(range(len(structure.sizes)))
+
+
+def test_a_multimodal_config_is_planned_by_its_text_model() -> None:
+    """Gemma 3's class around a text model has its sizes one level down; its tower is held and never visited."""
+    vision = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+        "patch_size": 14,
+    }  # fmt: skip
+    text = {**SMALL, "num_key_value_heads": 2, "head_dim": 16}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=1)
+    structure = structure_of(config, LORA)
+    assert (structure.num_layers, structure.config.hidden_size, structure.config.vocab_size) == (3, 64, 100)
+    alone = structure_of(config.get_text_config(), LORA)
+    assert [len(layer) for layer in structure.layers] == [len(layer) for layer in alone.layers]
+    assert structure.num_base > alone.num_base
+    saved, of_alone = (
+        activations_of(
+            which,
+            lengths=(32, 32),
+            dtype="float32",
+            gradient_checkpointing=False,
+            lockstep=False,
+            attention="eager",
+            under_zero3=False,
+        ).saved_bytes
+        for which in (structure, alone)
+    )
+    assert saved == pytest.approx(of_alone, rel=0.05), "masks may differ"
 
 
 def test_a_config_that_gives_no_model_is_answered() -> None:

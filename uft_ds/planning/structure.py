@@ -165,7 +165,7 @@ def structure_of(config: Any, lora: Lora) -> Structure:
         embedding=embedding,
         norm=norm,
         head=head,
-        config=config,
+        config=config.get_text_config(),
         lora=lora,
         sample=policy,
     )
@@ -174,7 +174,7 @@ def structure_of(config: Any, lora: Lora) -> Structure:
 def _empty_base(config: Any) -> Any:
     """The model without weights; any error of transformers becomes a UserError, because the config causes it."""
     for key in ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"):
-        value = getattr(config, key, None)
+        value = getattr(config.get_text_config(), key, None)  # a multimodal config holds that of its text model
         if type(value) is not int or value < 1:
             raise UserError(f"model.base: {_name(config)}: {key}: {value!r} found, expected a whole number from 1 on")
     try:
