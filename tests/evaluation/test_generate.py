@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 from pathlib import Path
@@ -126,6 +127,17 @@ def test_a_prompt_beyond_the_models_positions_is_refused(tiny):
     prompts = [*PROMPTS, [{"role": "user", "content": "x" * (MAX_LENGTH - 2)}]]
     with pytest.raises(UserError, match=r"Prompt 5 has \d+ tokens; with max_new_tokens=4"):
         generate_responses(*tiny, prompts, max_new_tokens=4)
+
+
+def test_a_prompt_beyond_the_models_embedding_is_refused(tiny):
+    """A tokenizer with added tokens that the model was not given: named, and not an error of an index."""
+    model, tokenizer = tiny
+    rows = model.config.vocab_size
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens([f"<{index}>" for index in range(rows - len(other) + 1)])
+    prompt = [{"role": "user", "content": f"a <{rows - len(tokenizer)}>"}]
+    with pytest.raises(UserError, match=rf"Prompt 0 holds the token id {rows}, and the .* has only {rows} rows"):
+        generate_responses(model, other, [prompt], max_new_tokens=4)
 
 
 def test_left_pad_masks_by_length_not_by_id():

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from uft_ds.data.tokens.chat_template import end_of_turn_id, render
 from uft_ds.data.tokens.chat_tokenizer import read_tokenizer
 from uft_ds.errors import UserError
-from uft_ds.streams.load import check_base_files, config_of_folder, found_instead, load_weights
+from uft_ds.streams.load import check_base_files, config_of_folder, embedding_rows, found_instead, load_weights
 
 Messages = list[dict[str, str]]
 
@@ -104,7 +104,16 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[i
 
 
 def check_length(model: PreTrainedModel, ids: list[int], max_new_tokens: int, *, name: str) -> None:
-    """Refuse prompts that leave too few positions: beyond the model's limit answers degrade silently."""
+    """Refuse prompts that leave too few positions, or hold tokens that the embedding has no rows for.
+
+    Beyond the model's limit of positions answers degrade silently.
+    """
+    rows = embedding_rows(model.config)
+    if max(ids, default=0) >= rows:
+        raise UserError(
+            f"{name} holds the token id {max(ids)}, and the model's embedding has only {rows} rows: the folder's "
+            "tokenizer has tokens that the model was not given; take the tokenizer of this model."
+        )
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and len(ids) + max_new_tokens > limit:
         raise UserError(

@@ -506,6 +506,21 @@ def test_the_answers_own_indentation_is_learned(tiny: ChatTokenizer) -> None:
     assert spans(sequence, tiny) == ["    return 1<|im_end|>"]
 
 
+@pytest.mark.parametrize("writes", ["strftime_now ('%d')", "strftime_now\n('%d')", "today('%d')"])
+def test_the_date_is_found_however_it_is_written(with_template: Load, writes: str) -> None:
+    """By another name, or with a space before its argument."""
+    alias = "{% set today = strftime_now %}" if "today" in writes else ""
+    with pytest.raises(UserError, match="refuses a conversation"):
+        with_template(f"{alias}{{{{ {writes} }}}}{CHATML}")
+    asks = "{% if strftime_now is defined %}{% set known = true %}{% endif %}"
+    assert with_template(asks + CHATML).tokenizer.chat_template == asks + CHATML
+
+
+def test_a_byte_order_mark_is_no_part_of_a_template(with_template: Load) -> None:
+    """Windows editors write one before the text."""
+    assert with_template("\ufeff" + CHATML).tokenizer.chat_template == CHATML
+
+
 def test_tokens_do_not_depend_on_the_day(with_template: Load) -> None:
     """A template that writes today's date is refused; one that knows a date_string gets a fixed one."""
     today = CHATML.replace("{{ '<|im_start|>' +", "{{ strftime_now('%d') + '<|im_start|>' +")

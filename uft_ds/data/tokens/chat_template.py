@@ -83,8 +83,14 @@ def template_of(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Mapping[str,
 
 
 def _without_today(template: str) -> str:
-    """The template, changed to raise an error instead of writing today's date: tokens must not depend on the day."""
-    return template.replace("strftime_now(", f"raise_exception('it writes the date of the day; {_FIXED_DATE}: ' ~ ")
+    """The template, changed to raise an error instead of writing today's date: tokens must not depend on the day.
+
+    Also where it gives the function another name first.
+    """
+    called = re.sub(
+        r"\bstrftime_now\s*\(", f"raise_exception('it writes the date of the day; {_FIXED_DATE}: ' ~ ", template
+    )
+    return re.sub(r"\bstrftime_now\b(?!\s+is\b)", "raise_exception", called)
 
 
 def _render(

@@ -117,7 +117,8 @@ def open_tokenizer(base: str, *, revision: str | None = None, chat_template: str
         check_pieces(base, tokenizer, model)
     if chat_template is not None:
         try:
-            tokenizer.chat_template = read_regular_text(Path(chat_template))
+            # An editor's byte-order mark would be a token at the start of every prompt.
+            tokenizer.chat_template = read_regular_text(Path(chat_template)).removeprefix("\ufeff")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"model.chat_template: {chat_template} cannot be read ({error})") from None
     try:
