@@ -10,7 +10,7 @@ import yaml
 
 from uft_ds.objectives.losses import LOSSES
 from uft_ds.recipe.file import recipe_from_tree
-from uft_ds.recipe.names import _KEYS_ELSEWHERE, _LOSSES_ELSEWHERE, unknown_key, unknown_loss
+from uft_ds.recipe.names import _KEYS_ELSEWHERE, _LOSSES_ELSEWHERE, _NOT_HERE, unknown_key, unknown_loss
 from uft_ds.recipe.schema import Recipe, describe_keys
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -28,6 +28,16 @@ def test_a_key_elsewhere_is_a_key_here(theirs: str) -> None:
     assert named or {"output", "tracking"} & set(answer.split()) or "loss: {pair:" in answer
     maps = {"objective.weights.binary"}
     assert set(named) <= KEYS | maps, answer
+
+
+@pytest.mark.parametrize("theirs", _NOT_HERE)
+def test_what_does_not_exist_here_is_said(theirs: str) -> None:
+    """With keys that do, where there is one for the purpose."""
+    assert theirs not in {key.rpartition(".")[2] for key in KEYS} | set(_KEYS_ELSEWHERE)
+    answer = unknown_key(theirs, KEYS)
+    assert answer.startswith("unknown key; ")
+    assert "known here" not in answer
+    assert set(re.findall(r"\b(?:model|lora|train|data)\.[a-z_.]*[a-z]", answer)) <= KEYS
 
 
 @pytest.mark.parametrize("theirs", _LOSSES_ELSEWHERE)

@@ -31,6 +31,8 @@ _KEYS_ELSEWHERE: Mapping[str, str] = {
     "gamma_beta_ratio": "objective.simpo_margin, beta times as large",
     **dict.fromkeys(("loss_type", "loss_weights", "objective"), "objective.loss"),
     **dict.fromkeys(("rpo_alpha", "nll_weight"), "a weight in a map, loss: {pair: {dpo: 1, nll: 0.2}}"),
+    **dict.fromkeys(("pref_beta", "dpo_beta", "rl_beta", "kl_coef", "kl_beta"), "objective.beta"),
+    **dict.fromkeys(("stage", "rl", "pref_loss", "rlhf_type"), "objective.loss"),
     "cpo_alpha": "a weight in a map, loss: {pair: {contrast: 1, nll: 0.2}}",
     **dict.fromkeys(("desirable_weight", "lambda_d"), "objective.weights.binary, which multiplies both sides"),
     "lambda_u": "objective.undesirable_weight, against 1 for the desirable",
@@ -43,16 +45,24 @@ _KEYS_ELSEWHERE: Mapping[str, str] = {
     "save_total_limit": "train.keep_checkpoints",
     "eval_steps": "train.evaluate_every",
     **dict.fromkeys(
-        ("batch_size", "per_device_train_batch_size", "train_batch_size", "gradient_accumulation_steps"),
+        (
+            "batch_size",
+            "micro_batch_size",
+            "per_device_train_batch_size",
+            "train_batch_size",
+            "gradient_accumulation_steps",
+        ),
         "train.examples_per_step, over all ranks, and train.tokens_per_micro_batch",
     ),
-    **dict.fromkeys(("max_seq_length", "max_seq_len", "max_model_len", "cutoff_len"), "data.max_length"),
+    **dict.fromkeys(
+        ("max_seq_length", "max_seq_len", "max_model_len", "cutoff_len", "sequence_len"), "data.max_length"
+    ),
     **dict.fromkeys(("r", "lora_r", "lora_rank"), "lora.rank"),
     "lora_alpha": "lora.alpha",
     "lora_dropout": "lora.dropout",
-    **dict.fromkeys(("target_modules", "lora_target"), "lora.targets"),
+    **dict.fromkeys(("target_modules", "lora_target", "lora_target_modules", "lora_target_linear"), "lora.targets"),
     **dict.fromkeys(("model_name_or_path", "model_name"), "model.base"),
-    "attn_implementation": "model.attention",
+    **dict.fromkeys(("attn_implementation", "flash_attention", "flash_attn", "attn_impl"), "model.attention"),
     "torch_dtype": "model.dtype",
     **dict.fromkeys(("ref_model", "reference_model"), "model.base with reference.adapter"),
     **dict.fromkeys(
@@ -61,7 +71,11 @@ _KEYS_ELSEWHERE: Mapping[str, str] = {
     ),
     "precompute_ref_log_probs": "reference.cache",
     "output_dir": "output",
-    "report_to": "tracking",
+    **dict.fromkeys(("report_to", "use_wandb", "wandb_project"), "tracking"),
+    **dict.fromkeys(("eval_strategy", "evaluation_strategy"), "train.evaluate_every"),
+    **dict.fromkeys(("val_size", "val_set_size", "test_datasets", "eval_dataset"), "data.held_out.0.path"),
+    "data_seed": "train.seed",
+    **dict.fromkeys(("template", "chat_template_path"), "model.chat_template"),
     **dict.fromkeys(("dataset", "dataset_name", "dataset_path", "train_file"), "data.sources.0.path"),
     "dataset_split": "data.sources.0.split",
     "bf16": "model.dtype: bfloat16",
@@ -86,6 +100,20 @@ _NOT_HERE: Mapping[str, str] = {
         "no 4-bit or 8-bit base: adapters are trained on, and merged into, 16-bit weights; where memory is short take "
         "deepspeed: zero3_offload (`uft plan` says what fits)",
     ),
+    **dict.fromkeys(
+        ("optim", "optimizer"), "the optimiser is AdamW; its keys are train.lr, train.betas and train.weight_decay"
+    ),
+    **dict.fromkeys(
+        ("use_rslora", "lora_use_rslora", "use_dora", "lora_use_dora", "use_peft", "finetuning_type"),
+        "a plain LoRA is trained, of lora.rank and lora.alpha",
+    ),
+    **dict.fromkeys(
+        ("train_on_inputs", "train_on_prompt", "mask_history", "assistant_only_loss", "completion_only_loss"),
+        "only responses are learned, never prompts; a turn of the data is left out by `train: false`",
+    ),
+    **dict.fromkeys(("neftune_noise_alpha", "neftune_alpha"), "no noise is added to the embeddings"),
+    "resume_from_checkpoint": "`uft train RECIPE --resume` goes on from the last checkpoint",
+    "logging_steps": "every step is recorded",
     "fp16": "no float16 training; take model.dtype: bfloat16, or float32",
 }
 """Settings of other stacks that do not exist here, and what to do instead."""
