@@ -5,7 +5,7 @@
     prepare  examples/s from a jsonl file to tokens that are ready to train on, beside TRL's own preparation of the
              same file; rounds alternate, medians; CPU time is that of all processes, their start included
     packing  micro-steps above the bound, fill, and how even ranks are, on steps of real lengths
-    tokens   forwarded per response, beside rows that are padded as peers pad them
+    tokens   forwarded per response, beside rows that are padded as peers pad them, and with prompts shared
     million  memory and time of a long source, and of a tenth of it; --rows 1000000 takes 12 minutes
 
 Needs real data (--data, or UFT_TEST_DATA) and a real tokenizer: Qwen2.5's, from a package of the package index, or
@@ -51,11 +51,13 @@ from rich.table import Table
 from sources import rules, write_rows
 
 from uft_ds.data.bins import fewest_micro_steps
+from uft_ds.data.micro_batch import micro_batch
 from uft_ds.data.mixture import plan_steps
 from uft_ds.data.packing import pack
 from uft_ds.data.sources import PreparedSource, SourceSettings, Tolerance, prepare_source
 from uft_ds.data.store import building
 from uft_ds.data.store.sequences import Selection, TokenStore
+from uft_ds.data.together import TogetherSource
 from uft_ds.data.tokens import chat_template
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.tokenize import load_tokenizer
@@ -502,7 +504,76 @@ def report_tokens(console: Console, data: Path, chat: ChatTokenizer, folder: Pat
         },
         peer_pairs,
     )
-    return []
+    return report_shared_prompts(console, data, chat, folder)
+
+
+def report_shared_prompts(console: Console, data: Path, chat: ChatTokenizer, folder: Path) -> list[Bar]:
+    """Rows that hold a prompt once, beside rows that hold it with each of its answers.
+
+    UltraFeedback's prompts with their pairs; with four answers, two of their own and two of the next prompt; and groups
+    of eight answers as online methods make them, whose prompt is as long as they are: real answers of like lengths.
+    """
+    rows = [row for row in pair_rows(data) if all(row[side][0]["content"].strip() for side in ("chosen", "rejected"))]
+    answers = [[row["chosen"][0]["content"], row["rejected"][0]["content"]] for row in rows]
+    four = [
+        _scored(row["prompt"][0]["content"], answer, number)
+        for row, own, others in zip(rows, answers, [*answers[1:], answers[0]], strict=True)
+        for number, answer in enumerate([*own, *others])
+    ]
+    by_length = sorted({answer for own in answers for answer in own}, key=len)
+    groups = [by_length[i : i + 9] for i in range(0, len(by_length) - 8, 9)]
+    eight = [_scored(prompt, answer, number) for prompt, *own in groups for number, answer in enumerate(own)]
+    cases = {
+        "pairs": (prepared(write_rows(folder / "pairs.jsonl", rows), chat, folder / "cache"), 0.85),
+        "4 answers": (prepared(write_rows(folder / "4.jsonl", four), chat, folder / "cache", format="jsonl"), None),
+        "8 answers": (prepared(write_rows(folder / "8.jsonl", eight), chat, folder / "cache", format="jsonl"), 0.6),
+    }
+    table = _table(
+        "prompts in a row once, steps of 64 responses on 2 ranks, 4,096 tokens a micro-batch",
+        "", "tokens of a prompt", "of a response", "forwarded a response, packed", "shared", "/ packed",
+        "/ least possible", "micro-steps",
+    )  # fmt: skip
+    bars = []
+    for name, (source, bar) in cases.items():
+        (alone, steps), (shared, fewer) = (_forwarded(source, share_prompts=share) for share in (False, True))
+        prompt, response, least = _lengths(TogetherSource.of(source, 64))
+        table.add_row(
+            name, f"{prompt:.0f}", f"{response:.0f}", f"{alone:.0f}", f"{shared:.0f}", f"{shared / alone:.2f}",
+            f"{shared / least:.3f}", f"{steps} -> {fewer}",
+        )  # fmt: skip
+        bars.append(at_most(f"{name}: forwarded tokens, shared / least possible", shared / least, 1.1))
+        if bar is not None:
+            bars.append(at_most(f"{name}: forwarded tokens, shared / packed", shared / alone, bar))
+    console.print(table)
+    return bars
+
+
+def _scored(prompt: str, response: str, number: int) -> Row:
+    return {"prompt": prompt, "response": response, "score": number / 8}
+
+
+def _lengths(source: TogetherSource) -> tuple[float, float, float]:
+    """Mean tokens of a prompt and of a response; tokens a response if each prompt were forwarded once."""
+    units = [source.selection.unit(i) for i in range(len(source.selection))]
+    prompts = [sequence.prompt_tokens for unit in units for sequence in unit]
+    responses = [sequence.num_tokens - sequence.prompt_tokens for unit in units for sequence in unit]
+    least = sum(unit[0].prompt_tokens for unit in units) + sum(responses)
+    return float(np.mean(prompts)), float(np.mean(responses)), least / len(responses)
+
+
+def _forwarded(source: PreparedSource, *, share_prompts: bool) -> tuple[float, int]:
+    """Tokens forwarded for a response, and micro-steps, over one epoch."""
+    drawn = TogetherSource.of(source, 64) if share_prompts else source
+    tokens = micro_steps = 0
+    for step in plan_steps([drawn], seed=0, examples_per_step=64, epochs=1, steps=None):
+        ranks = pack(
+            step, tokens_per_micro_batch=4096, world_size=2, attention_parity=6100.0, share_prompts=share_prompts
+        )
+        micro_steps += len(ranks[0])
+        tokens += sum(
+            len(micro_batch(bin_, share_prompts=share_prompts).token_ids_T) for bins in ranks for bin_ in bins if bin_
+        )
+    return tokens / source.selection.num_responses, micro_steps
 
 
 def _chosen(row: Row) -> Row:

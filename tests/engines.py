@@ -16,7 +16,8 @@ from uft_ds.checkpoint.shards import Shards, write_shard
 from uft_ds.checkpoint.state import Position, TrainerState
 from uft_ds.checkpoint.writer import CheckpointWriter
 from uft_ds.data.micro_batch import MicroBatch, micro_batch
-from uft_ds.data.packing import rank_micro_batches
+from uft_ds.data.mixture import Step
+from uft_ds.data.packing import Packing, rank_micro_batches
 from uft_ds.engine.deepspeed_file import deepspeed_config, read_deepspeed_file
 from uft_ds.engine.engine import Engine
 from uft_ds.engine.groups import ParameterGroup, one_group
@@ -49,6 +50,7 @@ def engine_of(
     file: str = "zero3_cpu",
     max_grad_norm: float = 1e6,
     groups_of: Callable[[nn.Module], tuple[ParameterGroup, ...]] = one_group,
+    share_prompts: bool = False,
     **model: object,
 ) -> Engine:
     config = read_deepspeed_file(file)
@@ -58,14 +60,24 @@ def engine_of(
     layer = decoder_layer_class(uft_model.policy.get_base_model())
     dtype = next(uft_model.policy.get_base_model().parameters()).dtype
     filled = deepspeed_config(config, dtype=dtype, max_grad_norm=max_grad_norm)
-    return Engine(uft_model, filled, layer_class=layer, weight_decay=0.0, groups=groups_of(uft_model))
+    groups = groups_of(uft_model)
+    return Engine(
+        uft_model,
+        filled,
+        layer_class=layer,
+        weight_decay=0.0,
+        packing=Packing(share_prompts=share_prompts),
+        groups=groups,
+    )
 
 
-def accumulate(engine: Engine, batches: list[MicroBatch], uft: Objective) -> tuple[dict[str, torch.Tensor], float]:
-    """Gradients by name after the last micro-batch, and the step's loss over all ranks."""
+def accumulate(
+    engine: Engine, batches: list[MicroBatch], uft: Objective, step: Step | None = None
+) -> tuple[dict[str, torch.Tensor], float]:
+    """Gradients by name after the last micro-batch, and the step's loss over all ranks; by default of the toy step."""
     from deepspeed.utils import safe_get_full_grad
 
-    terms = count_terms(uft, toy_step().responses)
+    terms = count_terms(uft, (step or toy_step()).responses)
     total = torch.zeros(())
     for number, batch in enumerate(batches):
         loss, _ = micro_batch_loss(uft, batch, terms, forwarded(engine, batch))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence as Seq
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from models import GPT2, LEAKS, PACKED, TARGETS, sequences, tiny_model
+from models import GPT2, LEAKS, PACKED, TARGETS, VOCAB_SIZE, sequences, tiny_model
 from torch import Tensor
 from toy import UFT, logps_by_name, streams_of
 
+from uft_ds.data.example import Response, Sequence
 from uft_ds.data.micro_batch import MicroBatch, micro_batch
 from uft_ds.data.mixture import Step
 from uft_ds.kernels.logits import LogitTransform
@@ -23,13 +26,15 @@ ROWS = sequences(37, 32, 30)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
-def step_of(model: UFTModel, groups: list[list[int]]) -> tuple[Tensor, dict[str, Tensor]]:
+def step_of(
+    model: UFTModel, groups: list[list[int]], rows: Seq[Sequence] = ROWS, *, share_prompts: bool = False
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Log-probs of all responses and the gradients of one step, packed by `groups`."""
     model.zero_grad()
-    terms = count_terms(UFT, [response for row in ROWS for response in row.responses])
+    terms = count_terms(UFT, [response for row in rows for response in row.responses])
     logps = []
     for group in groups:
-        batch = micro_batch([ROWS[place] for place in group])
+        batch = micro_batch([rows[place] for place in group], share_prompts=share_prompts)
         of_streams = logps_by_name(model, batch)
         loss, _ = micro_batch_loss(UFT, batch, terms, of_streams)
         loss.backward()
@@ -45,7 +50,8 @@ def measured(model: UFTModel, count: int = 3) -> Differences:
         return logps_of(model(row, streams_of(model, "policy"), through_logits=own), row)["policy"]
 
     with torch.no_grad():
-        return differences(forward, *chosen_of(Step(0, tuple(ROWS[:count]))))
+        chosen = chosen_of(Step(0, tuple(ROWS[:count])))
+        return differences(forward, *chosen, shares_prompts=model.can_share_prompts)
 
 
 @pytest.mark.parametrize("name", PACKED)
@@ -60,6 +66,37 @@ def test_a_packed_step_is_the_unpacked_one(name: str) -> None:
         largest = float(gradient.abs().max())
         assert largest > 0, f"{parameter}: a zero gradient proves nothing"
         torch.testing.assert_close(packed[parameter], gradient, rtol=0, atol=1e-4 * largest)
+
+
+def answers_to(prompt: int, *lengths: int) -> list[Sequence]:
+    """Sequences with the same first tokens, which no response has, then tokens and responses of their own."""
+    rng = np.random.default_rng(prompt)
+    tokens = rng.integers(3, VOCAB_SIZE, prompt)
+    rows = []
+    for number, length in enumerate(lengths):
+        own = np.concatenate([tokens, rng.integers(3, VOCAB_SIZE, length)]).astype(np.int32)
+        middle = prompt + length // 2
+        # The second of two responses, as a merged conversation has, comes after a turn of the user.
+        spans = [(prompt, middle), (middle + 1, len(own))] if length > 3 else [(prompt, len(own))]
+        rows.append(Sequence(own, tuple(Response(a, b, 0.3 * number % 1, "score") for a, b in spans)))
+    return rows
+
+
+@pytest.mark.parametrize("name", [name for name in PACKED if name not in ("gptj", "codegen")])
+def test_a_shared_prompt_gives_the_unshared_step(name: str) -> None:
+    """Prompts of several answers are in a row once, among others: the same log-probs, and each adapter's gradient."""
+    model = tiny_model(PACKED[name], targets=TARGETS.get(name))
+    long, short = answers_to(21, 9, 1, 14), answers_to(3, 2, 17)
+    rows = [long[0], ROWS[1], short[0], long[1], short[1], long[2]]
+    together = list(range(len(rows)))
+    assert micro_batch(rows, share_prompts=True).token_ids_T.numel() == 21 + 24 + 3 + 19 + ROWS[1].num_tokens
+    shared_R, shared = step_of(model, [together], rows, share_prompts=True)
+    alone_R, alone = step_of(model, [[i] for i in together], rows)
+    torch.testing.assert_close(shared_R, alone_R, rtol=1e-6, atol=1e-5)
+    for parameter, gradient in alone.items():
+        largest = float(gradient.abs().max())
+        assert largest > 0, f"{parameter}: a zero gradient proves nothing"
+        torch.testing.assert_close(shared[parameter], gradient, rtol=0, atol=1e-5 * largest)
 
 
 @DTYPES

@@ -36,6 +36,50 @@ def test_layout_by_hand() -> None:
     assert (batch.scores_R.dtype, batch.bounds_S.dtype) == (torch.float32, torch.int32)
 
 
+def test_layout_of_a_shared_prompt_by_hand() -> None:
+    """Two sequences begin with 1 2 3, another stands between them: its place is kept among the responses alone."""
+
+    def after(prompt: list[int], own: list[int], origin: str) -> Sequence:
+        tokens = np.array(prompt + own, dtype=np.int32)
+        return Sequence(tokens, (Response(len(prompt), len(tokens), 1.0, "score", origin),))
+
+    rows = [after([1, 2, 3], [40, 41], "a"), after([7], [50], "b"), after([1, 2, 3], [60], "c")]
+    batch = micro_batch(rows, share_prompts=True)
+    assert batch.token_ids_T.tolist() == [1, 2, 3, 40, 41, 60, 7, 50]
+    assert batch.position_ids_T.tolist() == [0, 1, 2, 3, 4, 3, 0, 1]
+    assert (batch.lengths, batch.prompt_of) == ((3, 2, 1, 2), (None, 0, 0, None))
+    assert batch.bounds_S.tolist() == [0, 3, 5, 6, 8]
+    assert [response.origin for response in batch.responses] == ["a", "b", "c"]
+    assert batch.targets_N.tolist() == [40, 41, 50, 60]
+    assert batch.predictors_N.tolist() == [2, 3, 6, 2], "the last token of the prompt predicts both first tokens"
+    assert batch.last_R.tolist() == [4, 7, 5]
+    assert micro_batch(rows).prompt_of == (None, None, None)
+
+
+@given(count=st.integers(1, 9), seed=st.integers(0, 999))
+@settings(deadline=None)
+def test_any_row_with_shared_prompts_holds_the_same_responses(count: int, seed: int) -> None:
+    """Targets, their predictors' tokens and positions, and the responses are those of the row without sharing."""
+    sequences = list(toy_sequences(count, seed=seed))
+    sequences += [_with_other_end(sequence) for sequence in sequences[::2]]
+    shared, plain = micro_batch(sequences, share_prompts=True), micro_batch(sequences)
+    prompts = [sequence.prompt_tokens for sequence in sequences[:count:2]]
+    assert len(shared.token_ids_T) == len(plain.token_ids_T) - sum(prompts)
+    for values in ("token_ids_T", "position_ids_T"):
+        of_shared, of_plain = (getattr(batch, values)[batch.predictors_N] for batch in (shared, plain))
+        assert of_shared.tolist() == of_plain.tolist()
+    for values in ("targets_N", "response_of_N"):
+        assert getattr(shared, values).tolist() == getattr(plain, values).tolist()
+    assert shared.token_ids_T[shared.last_R].tolist() == plain.token_ids_T[plain.last_R].tolist()
+    assert shared.response_keys == plain.response_keys
+
+
+def _with_other_end(sequence: Sequence) -> Sequence:
+    tokens = sequence.token_ids_T.copy()
+    tokens[sequence.prompt_tokens :] += 1
+    return Sequence(tokens, sequence.responses)
+
+
 def test_facts_are_columns_by_name() -> None:
     """A fact that one response lacks is no number there; one that none carries is no number anywhere."""
     responses = (Response(1, 2, 0.25, "score", other_facts={"advantage": -1.5}), Response(3, 5, 1.0, "instruction"))

@@ -17,7 +17,7 @@ from lengths import of_lengths, of_units
 from toy import toy_step
 
 from uft_ds.data.bins import fewest_micro_steps
-from uft_ds.data.example import Sequence
+from uft_ds.data.example import Kind, Response, Sequence
 from uft_ds.data.micro_batch import micro_batch
 from uft_ds.data.mixture import Step
 from uft_ds.data.packing import pack, rank_micro_batches
@@ -66,6 +66,58 @@ def test_any_step_is_divided(
     pairs = [pair for rank in packed for bin_ in rank for pair in _pairs_of(bin_)]
     assert sorted(pairs) == sorted((f"{i}a", f"{i}b") for i, unit in enumerate(units) if len(unit) == 2)
     assert len(packed[0]) >= fewest_micro_steps([sum(unit) for unit in units], capacity, world_size)
+
+
+@given(
+    prompts=st.lists(
+        st.tuples(st.integers(1, 40), st.lists(st.integers(1, 30), min_size=1, max_size=6)), min_size=1, max_size=12
+    ),
+    is_pair=st.booleans(),
+    capacity=st.integers(140, 400),
+    world_size=st.sampled_from(WORLD_SIZES),
+)
+@settings(max_examples=200, deadline=None)
+def test_a_step_with_shared_prompts_is_divided(
+    prompts: list[tuple[int, list[int]]], is_pair: bool, capacity: int, world_size: int
+) -> None:
+    """Every sequence once, pairs whole, no row above its limit with each prompt once, no more rows than without."""
+    step = of_prompts(prompts, in_pairs=is_pair)
+    options = {"tokens_per_micro_batch": capacity, "world_size": world_size, "attention_parity": 50.0}
+    packed = pack(step, **options, share_prompts=True)  # type: ignore[arg-type]
+    bins = [bin_ for rank in packed for bin_ in rank]
+    assert sorted(id(sequence) for bin_ in bins for sequence in bin_) == sorted(map(id, step.sequences))
+    assert len({len(micro_steps) for micro_steps in packed}) == 1
+    pairs = {r.pair_id for r in step.responses if r.pair_id is not None}
+    assert sum(len(micro_batch(bin_).pairs) for bin_ in bins) == len(pairs)
+    rows = [micro_batch(bin_, share_prompts=True) for bin_ in bins if bin_]
+    assert max(len(row.token_ids_T) for row in rows) <= capacity
+    assert len(packed[0]) <= len(pack(step, **options)[0]) + 1  # type: ignore[arg-type]
+
+
+def test_answers_to_one_prompt_share_a_row() -> None:
+    """As many as a rank's part of the step holds: not all on one rank, where another would have nothing to do."""
+    step = of_prompts([(50, [10, 10, 10, 10]), (50, [10, 10, 10, 10]), (5, [80])])
+    (one,) = pack(step, tokens_per_micro_batch=500, world_size=1, share_prompts=True)
+    assert [len(micro_batch(bin_, share_prompts=True).token_ids_T) for bin_ in one] == [50 + 40 + 50 + 40 + 85]
+    single = of_prompts([(50, [10, 10, 10, 10])])
+    ranks = pack(single, tokens_per_micro_batch=500, world_size=2, share_prompts=True)
+    assert [len(bin_) for rank in ranks for bin_ in rank] == [2, 2] or [
+        len(bin_) for rank in ranks for bin_ in rank
+    ] == [3, 1]
+
+
+def of_prompts(prompts: list[tuple[int, list[int]]], *, in_pairs: bool = False) -> Step:
+    """Sequences with prompts and answers of these lengths; the first two answers to a prompt may be a pair."""
+    sequences = []
+    for number, (length, answers) in enumerate(prompts):
+        prompt = np.full(length, number, dtype=np.int32)
+        for place, own in enumerate(answers):
+            tokens = np.concatenate([prompt, np.full(own, 1000 + place, dtype=np.int32)])
+            pair_id = number if in_pairs and len(answers) > 1 and place < 2 else None
+            kind: Kind = "score" if pair_id is None else "pair"
+            response = Response(length, length + own, 0.5, kind, f"{number}.{place}", pair_id)
+            sequences.append(Sequence(tokens, (response,)))
+    return Step(0, tuple(sequences))
 
 
 def _pairs_of(bin_: list[Sequence]) -> list[tuple[str, str]]:

@@ -8,7 +8,9 @@ from engines import REAL_PARTITIONING, UNEVEN, accumulate, assert_same_step, eng
 from ranks import run_on_ranks
 from toy import UFT, build, forwarded, objective, toy_model, toy_step
 
+from uft_ds.data.example import Sequence
 from uft_ds.data.micro_batch import micro_batch
+from uft_ds.data.mixture import Step
 from uft_ds.data.packing import rank_micro_batches
 from uft_ds.engine.deepspeed_file import deepspeed_config, read_deepspeed_file
 from uft_ds.engine.engine import Engine, partitioned_loading
@@ -49,6 +51,31 @@ def test_gradient_does_not_depend_on_packing(tiny_qwen2: Path, loss: str, file: 
     assert min(len(counts) for *_, counts in results) > 1
     for result in results:
         assert_same_step(result, definition)
+
+
+def step_of_prompts(folder: Path, share_prompts: bool) -> object:
+    """A step with several answers to one prompt, and the number of tokens that this rank forwards."""
+    engine = engine_of(folder, attention="packed", share_prompts=share_prompts)
+    first, *others = toy_step().sequences
+    answers = []
+    for number in range(4):
+        tokens = first.token_ids_T.copy()
+        tokens[first.prompt_tokens :] = tokens[first.prompt_tokens :][::-1] if number % 2 else number + 5
+        answers.append(Sequence(tokens, first.responses))
+    step = Step(0, (*answers, *others))
+    batches = engine.micro_batches(step, 128)
+    grads, total = accumulate(engine, batches, UFT, step)
+    return grads, total, engine.step(1e-3).grad_norm, sum(len(batch.token_ids_T) for batch in batches)
+
+
+def test_gradient_does_not_depend_on_sharing_of_prompts(tiny_qwen2: Path) -> None:
+    """On two ZeRO-3 ranks, each adapter's gradient to 1e-5, from fewer tokens."""
+    alone, shared = (run_on_ranks(step_of_prompts, 2, tiny_qwen2, share) for share in (False, True))
+    grads, total, norm, _ = alone[0]
+    for result in shared:
+        assert_same_step(result, (grads, total, norm))
+    saved = sum(tokens for *_, tokens in alone) - sum(tokens for *_, tokens in shared)
+    assert saved >= 2 * toy_step().sequences[0].prompt_tokens
 
 
 def poisoned_steps(folder: Path) -> object:

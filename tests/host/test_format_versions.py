@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,9 @@ def test_a_stored_recipe_is_read_like_one_that_was_written(tmp_path: Path) -> No
     assert load_recipe(str(path)) == recipe
     assert load_recipe(str(path), ("train.steps=3",)).train.steps == 3
     assert "recipe_format" not in dump_recipe(recipe)
+    # A run of a version that drew each row by itself goes on so.
+    path.write_text(re.sub("  share_prompts: .*\n", "", stored_recipe(recipe)))
+    assert (recipe.data.share_prompts, load_recipe(str(path)).data.share_prompts) == (True, False)
     path.write_text("recipe_format: 2\nsomething: else\n")
     with pytest.raises(UserError, match=r"recipe\.yaml: format 2 found, this uft_ds reads format 1: .*update it"):
         load_recipe(str(path))

@@ -23,6 +23,9 @@ from uft_ds.streams.packed_attention import PACKED as PACKED_ATTENTION
 from uft_ds.streams.packed_attention import _runs_varlen, bounds_for_attention, packed_attention
 
 LENGTHS = (5, 1, 12, 7, 12)
+ALONE, SHARED = (None,) * 5, (None, 0, 0, None, 3)
+"""Whose prompt each segment follows: nobody's; and two segments that follow the first, one that follows the fourth."""
+PROMPTS = pytest.mark.parametrize("prompt_of", [ALONE, SHARED], ids=["sequences", "shared prompts"])
 HEADS, KEY_HEADS, HEAD = 4, 2, 8
 
 
@@ -45,16 +48,26 @@ def inputs(dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Tens
     ]
 
 
-def bounds(device: str = "cpu") -> dict[str, Any]:
+def bounds(prompt_of: tuple[int | None, ...] = ALONE, device: str = "cpu") -> dict[str, Any]:
     ends = torch.tensor([0, *accumulate(LENGTHS)], dtype=torch.int32, device=device)
-    return bounds_for_attention(ends, LENGTHS)
+    return bounds_for_attention(ends, LENGTHS, prompt_of)
 
 
-def by_mask(query: Tensor, key: Tensor, value: Tensor, window: int | None, **options: Any) -> Tensor:
+def by_mask(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int | None,
+    prompt_of: tuple[int | None, ...] = ALONE,
+    **options: Any,
+) -> Tensor:
     """transformers' eager attention of the whole row, with a mask that keeps sequences apart."""
-    sequence = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
-    distance = torch.arange(sum(LENGTHS))[:, None] - torch.arange(sum(LENGTHS))[None, :]
-    seen = (sequence[:, None] == sequence[None, :]) & (distance >= 0)
+    segment = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
+    prompt = torch.tensor([-1 if of is None else of for of in prompt_of])[segment]
+    begins = torch.tensor([0 if of is None else LENGTHS[of] for of in prompt_of])
+    place = torch.cat([begin + torch.arange(length) for begin, length in zip(begins, LENGTHS, strict=True)])
+    distance = place[:, None] - place[None, :]
+    seen = ((segment[:, None] == segment[None, :]) | (prompt[:, None] == segment[None, :])) & (distance >= 0)
     if window is not None:
         seen &= distance < window
     mask = torch.where(seen, 0.0, float("-inf"))[None, None]
@@ -62,14 +75,17 @@ def by_mask(query: Tensor, key: Tensor, value: Tensor, window: int | None, **opt
     return output
 
 
+@PROMPTS
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("window", [None, 4, 12])
-def test_it_is_attention_with_a_block_diagonal_mask(window: int | None, softcap: float | None) -> None:
+def test_it_is_attention_with_a_block_diagonal_mask(
+    window: int | None, softcap: float | None, prompt_of: tuple[int | None, ...]
+) -> None:
     """Outputs and gradients, with grouped queries, sliding windows and capped scores."""
     options = {"scaling": 0.3, "softcap": softcap}
     found, expected = inputs(), inputs()
-    ours, weights = packed_attention(Attention(), *found, None, sliding_window=window, **bounds(), **options)
-    theirs = by_mask(*expected, window, **options)
+    ours, weights = packed_attention(Attention(), *found, None, sliding_window=window, **bounds(prompt_of), **options)
+    theirs = by_mask(*expected, window, prompt_of, **options)
     assert weights is None
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     for output in (ours, theirs):
@@ -136,14 +152,13 @@ def varlen_stand_in(
     query: Tensor, key: Tensor, value: Tensor, ends_q: Tensor, ends_k: Tensor, max_q: int, max_k: int, **options: Any
 ) -> Tensor:
     """What torch documents of `varlen_attn`, slowly: (tokens, heads, head size), a window of keys to the left."""
-    assert ends_q.tolist() == ends_k.tolist()
-    assert max_q == max_k == int(ends_q.diff().max())
+    assert (max_q, max_k) == (int(ends_q.diff().max()), int(ends_k.diff().max()))
     left, right = options["window_size"]
     assert (right, options["enable_gqa"]) == (0, query.shape[1] != key.shape[1])
     outputs = []
-    for start, end in pairwise(ends_q.tolist()):
-        parts = [tensor[start:end].transpose(0, 1) for tensor in (query, key, value)]
-        distance = torch.arange(end - start)[:, None] - torch.arange(end - start)[None, :]
+    for (start, end), (first, last) in zip(pairwise(ends_q.tolist()), pairwise(ends_k.tolist()), strict=True):
+        parts = [query[start:end].transpose(0, 1), *(tensor[first:last].transpose(0, 1) for tensor in (key, value))]
+        distance = torch.arange(last - first - (end - start), last - first)[:, None] - torch.arange(last - first)[None]
         seen = (distance >= 0) & ((distance <= left) if left >= 0 else True)
         outputs.append(
             nn.functional.scaled_dot_product_attention(
@@ -153,14 +168,17 @@ def varlen_stand_in(
     return torch.cat(outputs)
 
 
+@PROMPTS
 @pytest.mark.parametrize("window", [None, 4])
-def test_a_gpu_asks_the_varlen_kernel_for_the_same(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_asks_the_varlen_kernel_for_the_same(
+    window: int | None, prompt_of: tuple[int | None, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By a stand-in that does what torch documents; the kernel itself has not run."""
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_stand_in)
     monkeypatch.setattr("uft_ds.streams.packed_attention._runs_varlen", lambda query: True)
     found, expected = inputs(), inputs()
-    ours, _ = packed_attention(Attention(), *found, None, scaling=0.3, sliding_window=window, **bounds())
-    theirs = by_mask(*expected, window, scaling=0.3)
+    ours, _ = packed_attention(Attention(), *found, None, scaling=0.3, sliding_window=window, **bounds(prompt_of))
+    theirs = by_mask(*expected, window, prompt_of, scaling=0.3)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     ours.sum().backward()
     theirs.sum().backward()
@@ -168,14 +186,17 @@ def test_a_gpu_asks_the_varlen_kernel_for_the_same(window: int | None, monkeypat
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5)
 
 
+@PROMPTS
 @pytest.mark.parametrize("window", [None, 4])
-def test_the_varlen_kernel_takes_what_it_is_given(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_varlen_kernel_takes_what_it_is_given(
+    window: int | None, prompt_of: tuple[int | None, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """torch's own operator, on fake tensors of a GPU: shapes, types and options."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     with FakeTensorMode(), torch.no_grad():
         tensors = [tensor.detach() for tensor in inputs(torch.bfloat16, "cuda")]
         assert _runs_varlen(tensors[0])
-        options: dict[str, Any] = {"scaling": 0.3, "sliding_window": window, **bounds("cuda")}
+        options: dict[str, Any] = {"scaling": 0.3, "sliding_window": window, **bounds(prompt_of, "cuda")}
         output, _ = packed_attention(Attention(), *tensors, None, **options)
         assert (output.shape, output.dtype) == ((1, sum(LENGTHS), HEADS, HEAD), torch.bfloat16)
 

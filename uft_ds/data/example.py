@@ -145,6 +145,11 @@ class Sequence:
         """The id of its pair; None if it is not a side of one."""
         return self.responses[0].pair_id if self.responses else None
 
+    @property
+    def prompt_tokens(self) -> int:
+        """The number of tokens before its first response; without a response, all."""
+        return self.responses[0].start if self.responses else self.num_tokens
+
     @cached_property
     def response_keys(self) -> tuple[bytes, ...]:
         """A hash of each response's content: the tokens up to its end, its start and its end.

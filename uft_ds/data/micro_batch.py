@@ -1,6 +1,9 @@
 """The tensors that one rank forwards at once: sequences packed into one row of tokens, without padding.
 
-T packed tokens, N supervised tokens, R responses, S sequences of one micro-batch.
+The row consists of segments. A segment is a whole sequence; or a prompt that several sequences share, which is then in
+the row once; or what follows a shared prompt in one of them.
+
+T packed tokens, N supervised tokens, R responses, S segments of one micro-batch.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ import math
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -16,21 +20,26 @@ import torch
 from torch import Tensor
 
 from uft_ds.data.example import SCORE, Response, Sequence
+from uft_ds.data.prompts import by_prompt
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """The sequences that one rank forwards at once, as tensors.
 
-    token_ids_T, position_ids_T: [tokens]; positions restart at 0 with each sequence.
-    predictors_N: [supervised tokens], index of the position whose output predicts the token.
+    token_ids_T, position_ids_T: [tokens]; positions restart at 0 with each sequence, and go on after a shared prompt.
+    predictors_N: [supervised tokens], index of the position whose output predicts the token. The last token of a shared
+        prompt predicts the first token of several responses.
     targets_N: [supervised tokens], the token predicted.
     response_of_N: [supervised tokens], index into the responses.
     last_R: [responses], index of the position of each response's last token.
     facts: by name, [responses] each, float32: the score, and other facts that any of the responses carries.
-    bounds_S: [sequences + 1], int32, cumulative lengths.
-    lengths: of each sequence, in tokens.
-    responses: for kinds and origins; empty in the dummy micro-batch of a rank that has no sequences left.
+    bounds_S: [segments + 1], int32, cumulative lengths.
+    lengths: of each segment, in tokens.
+    prompt_of: of each segment, the index of the segment with its prompt, to which its tokens attend too; None for a
+        whole sequence and for a shared prompt itself.
+    responses: in the order of the sequences, for kinds and origins; empty in the dummy micro-batch of a rank that has
+        no sequences left.
     response_keys: the content hash of each response, as in `Sequence`.
     pairs: indices of the chosen and the rejected response of each pair.
     """
@@ -44,6 +53,7 @@ class MicroBatch:
     facts: Mapping[str, Tensor]
     bounds_S: Tensor
     lengths: tuple[int, ...]
+    prompt_of: tuple[int | None, ...]
     responses: tuple[Response, ...]
     response_keys: tuple[bytes, ...]
     pairs: tuple[tuple[int, int], ...]
@@ -54,7 +64,7 @@ class MicroBatch:
 
     @property
     def longest(self) -> int:
-        """Length of the longest sequence, in tokens."""
+        """Length of the longest segment, in tokens."""
         return max(self.lengths)
 
     @property
@@ -82,31 +92,80 @@ class MicroBatch:
 _DUMMY = Sequence(np.zeros(2, dtype=np.int32), ())
 
 
-def micro_batch(sequences: Seq[Sequence]) -> MicroBatch:
-    """Pack sequences into one micro-batch; without sequences, the dummy micro-batch."""
+def micro_batch(sequences: Seq[Sequence], *, share_prompts: bool = False) -> MicroBatch:
+    """Pack sequences into one micro-batch; without sequences, the dummy micro-batch.
+
+    Args:
+        share_prompts: whether a prompt that several sequences begin with is in the row once. Only an attention that
+            reads `prompt_of` computes such a row.
+    """
     sequences = sequences or [_DUMMY]
-    offsets = np.cumsum([0, *(s.num_tokens for s in sequences)])
-    token_ids = np.concatenate([s.token_ids_T for s in sequences]).astype(np.int64)
-    positions = np.concatenate([np.arange(s.num_tokens) for s in sequences])
-    responses = [(offset, r) for offset, s in zip(offsets, sequences, strict=False) for r in s.responses]
-    spans = [np.arange(offset + r.start, offset + r.end) for offset, r in responses]
-    # All tokens of all responses. The token at position p is predicted by the output at p - 1.
+    row = _Row.of(sequences, by_prompt(sequences) if share_prompts else [[i] for i in range(len(sequences))])
+    token_ids = row.of_tokens([s.token_ids_T for s in sequences]).astype(np.int64)
+    responses = [(places, r) for places, s in zip(row.places, sequences, strict=True) for r in s.responses]
+    # All tokens of all responses. A token is predicted by the output at the place of the token before it.
+    spans = [places[r.start : r.end] for places, r in responses]
+    predictors = [places[r.start - 1 : r.end - 1] for places, r in responses]
     supervised = np.concatenate(spans) if spans else np.zeros(0, dtype=np.int64)
-    lengths = [len(span) for span in spans]
+    lengths = torch.tensor([len(span) for span in spans], dtype=torch.int64)
     return MicroBatch(
         token_ids_T=torch.from_numpy(token_ids),
-        position_ids_T=torch.from_numpy(positions),
-        predictors_N=torch.from_numpy(supervised - 1),
+        position_ids_T=torch.from_numpy(row.of_tokens([np.arange(s.num_tokens) for s in sequences])),
+        predictors_N=torch.from_numpy(np.concatenate(predictors) if predictors else supervised),
         targets_N=torch.from_numpy(token_ids[supervised]),
-        response_of_N=torch.repeat_interleave(torch.arange(len(spans)), torch.tensor(lengths, dtype=torch.int64)),
-        last_R=torch.tensor([offset + r.end - 1 for offset, r in responses], dtype=torch.int64),
+        response_of_N=torch.repeat_interleave(torch.arange(len(spans)), lengths),
+        last_R=torch.tensor([span[-1] for span in spans], dtype=torch.int64),
         facts=_columns([r for _, r in responses]),
-        bounds_S=torch.from_numpy(offsets.astype(np.int32)),
-        lengths=tuple(s.num_tokens for s in sequences),
+        bounds_S=torch.tensor([0, *accumulate(row.lengths)], dtype=torch.int32),
+        lengths=row.lengths,
+        prompt_of=row.prompt_of,
         responses=tuple(r for _, r in responses),
         response_keys=tuple(key for s in sequences for key in s.response_keys),
         pairs=_pairs([r for _, r in responses]),
     )
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Where the tokens of sequences are in a row.
+
+    lengths, prompt_of: as in `MicroBatch`.
+    places: for each sequence, the index in the row of each of its tokens: [tokens of the sequence], int64.
+    """
+
+    lengths: tuple[int, ...]
+    prompt_of: tuple[int | None, ...]
+    places: tuple[np.ndarray, ...]
+
+    @classmethod
+    def of(cls, sequences: Seq[Sequence], groups: Seq[Seq[int]]) -> _Row:
+        """The row of groups of sequences that share a prompt, given by their indices; a group of one shares nothing."""
+        lengths: list[int] = []
+        prompt_of: list[int | None] = []
+        places: dict[int, np.ndarray] = {}
+        end = 0
+
+        def append(length: int, prompt: int | None) -> np.ndarray:
+            nonlocal end
+            lengths.append(length)
+            prompt_of.append(prompt)
+            end += length
+            return np.arange(end - length, end)
+
+        for members in groups:
+            shared = sequences[members[0]].prompt_tokens if len(members) > 1 else 0
+            prompt = append(shared, None) if shared else np.arange(0)
+            number = len(lengths) - 1 if shared else None
+            for i in members:
+                places[i] = np.concatenate([prompt, append(sequences[i].num_tokens - shared, number)])
+        return cls(tuple(lengths), tuple(prompt_of), tuple(places[i] for i in range(len(sequences))))
+
+    def of_tokens(self, values: Seq[np.ndarray]) -> np.ndarray:
+        """[tokens of the row]: values of each sequence's tokens at their places; those of a shared prompt are equal."""
+        row = np.zeros(sum(self.lengths), dtype=np.int64)
+        for places, of_sequence in zip(self.places, values, strict=True):
+            row[places] = of_sequence
+        return row
 
 
 def _columns(responses: Seq[Response]) -> dict[str, Tensor]:

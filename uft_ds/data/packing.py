@@ -1,13 +1,14 @@
 """Divide a step's sequences over ranks and micro-steps by bin packing (`bins`).
 
-The result has few micro-steps, and the ranks wait little for each other. There are U units (a sequence, or the two
-sides of a pair) and B bins, one for each rank and micro-step.
+The result has few micro-steps, and the ranks wait little for each other. There are U units (a sequence, the two sides
+of a pair, or the answers to one prompt that share it) and B bins, one for each rank and micro-step.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,10 +16,28 @@ from uft_ds.data.bins import Units, assign, even_out, fewest_micro_steps, schedu
 from uft_ds.data.example import Sequence
 from uft_ds.data.micro_batch import MicroBatch, micro_batch
 from uft_ds.data.mixture import Step
+from uft_ds.data.prompts import by_prompt
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How the sequences of a step are divided; for the fields see `pack`."""
+
+    attention_parity: float = math.inf
+    share_prompts: bool = False
+
+
+UNSHARED = Packing()
+"""Each sequence for itself, costs by tokens alone."""
 
 
 def pack(
-    step: Step, *, tokens_per_micro_batch: int, world_size: int, attention_parity: float = math.inf
+    step: Step,
+    *,
+    tokens_per_micro_batch: int,
+    world_size: int,
+    attention_parity: float = math.inf,
+    share_prompts: bool = False,
 ) -> list[list[list[Sequence]]]:
     """Divide a step's sequences: result[rank][micro_step] is a list of sequences, maybe empty.
 
@@ -28,11 +47,14 @@ def pack(
     Args:
         attention_parity: length in tokens at which a sequence's attention costs as much as the rest of the model. A
             sequence of T tokens costs T + T^2 / attention_parity.
+        share_prompts: whether a prompt that several sequences of a micro-batch begin with is forwarded once.
     Raises:
         ValueError: a sequence or a pair is longer than `tokens_per_micro_batch`.
     """
     units = _units(step.sequences, attention_parity)
     _check_fits(units, tokens_per_micro_batch)
+    if share_prompts:
+        units = _with_shared_prompts(units, step.sequences, attention_parity, tokens_per_micro_batch, world_size)
     micro_steps = fewest_micro_steps(units.tokens_U.tolist(), tokens_per_micro_batch, world_size)
     # The bound may be too low, and the heuristics may fail where a packing exists: then one micro-step more is tried.
     while (bin_of_U := assign(units, micro_steps * world_size, tokens_per_micro_batch)) is None:
@@ -47,16 +69,22 @@ def pack(
 
 
 def rank_micro_batches(
-    step: Step, *, tokens_per_micro_batch: int, rank: int, world_size: int, attention_parity: float = math.inf
+    step: Step,
+    *,
+    tokens_per_micro_batch: int,
+    rank: int,
+    world_size: int,
+    packing: Packing = UNSHARED,
 ) -> list[MicroBatch]:
     """The micro-batches of one rank; every rank gets the same number."""
     bins = pack(
         step,
         tokens_per_micro_batch=tokens_per_micro_batch,
         world_size=world_size,
-        attention_parity=attention_parity,
+        attention_parity=packing.attention_parity,
+        share_prompts=packing.share_prompts,
     )
-    return [micro_batch(sequences) for sequences in bins[rank]]
+    return [micro_batch(sequences, share_prompts=packing.share_prompts) for sequences in bins[rank]]
 
 
 _COST_OF_A_TOKEN = 256
@@ -80,6 +108,40 @@ def _units(sequences: Seq[Sequence], attention_parity: float) -> Units:
         np.array([sum(unit) for unit in lengths], dtype=np.int64),
         np.array([sum(cost_of(length, attention_parity) for length in unit) for unit in lengths], dtype=np.int64),
     )
+
+
+def _with_shared_prompts(
+    units: Units, sequences: Seq[Sequence], attention_parity: float, capacity: int, world_size: int
+) -> Units:
+    """The units, those with one prompt joined as far as a micro-batch and a rank's share of the step hold them."""
+    groups = by_prompt(sequences)
+    prompt_of = {i: number for number, members in enumerate(groups) for i in members}
+    total = sum(sequence.num_tokens for sequence in sequences)
+    total -= sum((len(members) - 1) * sequences[members[0]].prompt_tokens for members in groups)
+    most = min(capacity, -(-total // world_size))  # a larger group would leave other ranks without work
+    joined: list[list[int]] = []
+    tokens: list[int] = []
+    costs: list[int] = []
+    growing: dict[int, int] = {}  # by prompt, the place in `joined` of the group that may take another unit
+    for members, own_tokens, own_cost in zip(
+        units.members, units.tokens_U.tolist(), units.costs_U.tolist(), strict=True
+    ):
+        prompts = {prompt_of[i] for i in members}
+        shared = sequences[members[0]].prompt_tokens if len(prompts) == 1 else 0
+        # Of a sequence's cost, what its prompt costs is saved wherever the prompt is in the row already.
+        saved, saved_cost = (len(members) - 1) * shared, (len(members) - 1) * cost_of(shared, attention_parity)
+        place = growing.get(min(prompts)) if shared else None
+        if place is not None and tokens[place] + own_tokens - saved - shared <= most:
+            joined[place] = joined[place] + members
+            tokens[place] += own_tokens - saved - shared
+            costs[place] += own_cost - saved_cost - cost_of(shared, attention_parity)
+            continue
+        if shared:
+            growing[min(prompts)] = len(joined)
+        joined.append(members)
+        tokens.append(own_tokens - saved)
+        costs.append(own_cost - saved_cost)
+    return Units(joined, np.array(tokens, dtype=np.int64), np.array(costs, dtype=np.int64))
 
 
 def _check_fits(units: Units, capacity: int) -> None:

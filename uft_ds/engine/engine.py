@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.data.mixture import Step
-from uft_ds.data.packing import rank_micro_batches
+from uft_ds.data.packing import UNSHARED, Packing, rank_micro_batches
 from uft_ds.engine import gradients
 from uft_ds.engine.groups import ParameterGroup, check_groups, one_group, optimizer_groups, rates_of
 from uft_ds.engine.ranks import Ranks, current_ranks
@@ -67,14 +67,14 @@ class Engine:
         layer_class: type | None,
         weight_decay: float,
         betas: tuple[float, float] = (0.9, 0.95),
-        attention_parity: float = math.inf,
+        packing: Packing = UNSHARED,
         collective_timeout_minutes: float = 30.0,
         groups: Seq[ParameterGroup] | None = None,
     ) -> None:
         """
         Args:
             layer_class: class of the decoder layers; under ZeRO-3 each is gathered as a whole.
-            attention_parity: passed on to `rank_micro_batches`.
+            packing: how steps are divided. Prompts are shared only where the model's attention can.
             collective_timeout_minutes: for the collectives among hosts (gloo).
             groups: groups that together hold each trained parameter once, each with its own learning rate.
                 None: one group of all. No recipe gives groups yet.
@@ -100,7 +100,7 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         # For small values on the hosts: over NCCL they would have to wait for the GPU's queue.
         self._hosts = torch.distributed.new_group(backend="gloo", timeout=timedelta(minutes=collective_timeout_minutes))
-        self._attention_parity = attention_parity
+        self._packing = replace(packing, share_prompts=packing.share_prompts and model.can_share_prompts)
         self._ranks = current_ranks()
         if {parameter.dtype for parameter in trainable} != dtypes:
             raise UserError(
@@ -138,6 +138,11 @@ class Engine:
         """The number of all ranks."""
         return self._ranks.world_size
 
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether `micro_batches` holds a prompt once for several sequences of a micro-batch."""
+        return self._packing.share_prompts
+
     def __call__(
         self,
         micro_batch: MicroBatch,
@@ -168,7 +173,7 @@ class Engine:
             tokens_per_micro_batch=tokens_per_micro_batch,
             rank=self._ranks.data_rank,
             world_size=self._ranks.data_size,
-            attention_parity=self._attention_parity,
+            packing=self._packing,
         )
         return [batch.to(self.device) for batch in batches]
 

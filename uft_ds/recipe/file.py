@@ -242,6 +242,8 @@ def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> Recipe:
         raise UserError(f"recipe {label}: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"recipe {label}: expected keys and values, found {type(tree).__name__}")
+    if FORMAT_KEY in tree:
+        _set_what_was_no_key(tree)
     remedy = f"start from the recipe that you wrote, which needs no {FORMAT_KEY}"
     check_format(f"recipe {label}", tree.pop(FORMAT_KEY, None), FORMAT, remedy)
     try:
@@ -250,6 +252,13 @@ def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> Recipe:
     except UserError as error:
         raise UserError(f"recipe {label}: {error}") from None
     return recipe_from_tree(tree, label)
+
+
+def _set_what_was_no_key(tree: dict[str, Any]) -> None:
+    """Give a stored recipe of an earlier version what its run did, where today's default does something else."""
+    data = tree.get("data")
+    if isinstance(data, dict):
+        data.setdefault("share_prompts", False)
 
 
 def recipe_from_tree(tree: dict[str, Any], label: str, *, checks_combinations: bool = True) -> Recipe:
@@ -364,7 +373,7 @@ def _all_keys(root: type[Section]) -> list[str]:
 
 
 def read_stored_recipe(path: Path) -> dict[str, Any]:
-    """Read what `stored_recipe` wrote, as plain values. Keys that were added later get their defaults.
+    """Read what `stored_recipe` wrote, as plain values. Keys that were added later get what runs did without them.
 
     Raises:
         UserError: the file cannot be read, or is not of this format version.

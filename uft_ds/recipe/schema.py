@@ -140,6 +140,9 @@ class DataSection(Section):
     """Largest share of a source's rows that may be quarantined."""
     merge_conversations: bool = True
     """Make a conversation of k assistant turns one sequence with k responses (the same loss, one forward)."""
+    share_prompts: bool = True
+    """Draw the answers to one prompt into the same step, where they follow each other in the data, and forward their
+    prompt once (the same loss). false: each row is drawn by itself, and each sequence forwards its own prompt."""
     workers: Positive | None = None
     """Number of processes that tokenise; null: one per core."""
     cache_dir: Location | None = None

@@ -61,6 +61,7 @@ class DataSettings:
     tolerance: Tolerance
     workers: int | None
     given_cache_dir: str | None
+    share_prompts: bool
     sources: tuple[SourceSettings, ...]
     held_out: tuple[SourceSettings, ...]
 
@@ -217,6 +218,7 @@ def settings_of(recipe: Recipe) -> Settings:
             tolerance=Tolerance(data.on_bad_row == "quarantine", data.max_quarantined, data.too_long != "refuse"),
             workers=data.workers,
             given_cache_dir=data.cache_dir,
+            share_prompts=data.share_prompts,
             sources=tuple(source_of(entry, data) for entry in data.sources),
             held_out=tuple(source_of(entry, data) for entry in data.held_out),
         ),

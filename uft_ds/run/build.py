@@ -12,6 +12,7 @@ import torch
 from uft_ds.architectures.facts import attention_parity
 from uft_ds.checkpoint.load import stored_reference
 from uft_ds.data.example import KEY_BYTES
+from uft_ds.data.packing import Packing
 from uft_ds.data.sources import PreparedData
 from uft_ds.data.store.sequences import Pool
 from uft_ds.data.tokens.tokenize import load_tokenizer
@@ -78,7 +79,7 @@ def build_engine(settings: Settings, reporter: Announcer) -> tuple[Engine, UFTMo
             layer_class=layer_class,
             weight_decay=settings.train.weight_decay,
             betas=settings.train.betas,
-            attention_parity=attention_parity(base.config),
+            packing=Packing(attention_parity(base.config), settings.data.share_prompts),
             collective_timeout_minutes=settings.launch.collective_timeout_minutes,
         )
     return engine, model

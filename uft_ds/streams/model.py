@@ -171,7 +171,14 @@ class UFTModel(nn.Module):
 
         They come from Hugging Face's own forward of each sequence alone, given only its tokens, and log_softmax. The
         logits are not rounded to the model's dtype, so that a difference in bfloat16 is not just rounding.
+
+        Raises:
+            ValueError: sequences share a prompt, so no segment is a sequence.
         """
+        if any(prompt is not None for prompt in micro_batch.prompt_of):
+            raise ValueError(
+                "the model's own forward takes whole sequences: make the micro-batch without shared prompts"
+            )
         base: Any = self.policy.get_base_model()
         bounds = [0, *accumulate(micro_batch.lengths)]
         with (
@@ -193,12 +200,16 @@ class UFTModel(nn.Module):
         return logps_NV.gather(1, micro_batch.targets_N[:, None]).squeeze(1)
 
     def _sequence_bounds(self, micro_batch: MicroBatch) -> dict[str, Any]:
-        """Where the sequences of a row begin and end, for an attention that reads it."""
-        return self._bounds(micro_batch.bounds_S, micro_batch.lengths)
+        """Where the segments of a row begin and end, for an attention that reads it."""
+        return self._bounds(micro_batch.bounds_S, micro_batch.lengths, micro_batch.prompt_of)
 
-    def _bounds(self, bounds: Tensor, lengths: tuple[int, ...]) -> dict[str, Any]:
+    def _bounds(
+        self, bounds: Tensor, lengths: tuple[int, ...], prompt_of: tuple[int | None, ...] | None = None
+    ) -> dict[str, Any]:
         if self.attention == PACKED:
-            return bounds_for_attention(bounds, lengths)
+            return bounds_for_attention(bounds, lengths, prompt_of)
+        if prompt_of is not None and any(prompt is not None for prompt in prompt_of):
+            raise ValueError(f"attention {self.attention} cannot share a prompt between sequences, which packed does")
         if "flash" not in self.attention:
             return {}
         # Without them, transformers would compute them in every layer.
@@ -208,6 +219,11 @@ class UFTModel(nn.Module):
             "max_length_q": max(lengths),
             "max_length_k": max(lengths),
         }
+
+    @property
+    def can_share_prompts(self) -> bool:
+        """Whether a micro-batch may hold a prompt once for several sequences: see `data.micro_batch.micro_batch`."""
+        return self.attention == PACKED
 
 
 def _scalar_head(config: Any, stream: Stream) -> ScalarHead:

@@ -1,11 +1,15 @@
 """Attention of packed rows, in which each sequence attends to itself alone: no mask, and no work on other sequences.
 
+Where sequences share a prompt, it is in the row once: what follows it in one of them is a segment of its own, whose
+tokens attend to the prompt's keys and then to their own.
+
 With sdpa or eager attention, transformers builds a mask of [tokens x tokens] for a packed row and computes the whole
 square, most of which the mask then hides. Here
 
 * a GPU since Ampere in half precision runs torch's own varlen attention, which is FlashAttention inside of torch
   (2.13 and newer);
-* anything else runs transformers' attention for one sequence after the other, exactly as if each were alone.
+* anything else runs transformers' attention for one sequence after the other, exactly as if each were alone; sdpa with
+  a mask of [own tokens x tokens with the prompt] for what follows a shared prompt.
 """
 
 from __future__ import annotations
@@ -14,6 +18,8 @@ import sys
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -29,14 +35,45 @@ _AMPERE = (8, 0)
 """The oldest compute capability that FlashAttention runs on."""
 
 
-def bounds_for_attention(bounds_S: Tensor, lengths: Seq[int]) -> dict[str, Any]:
-    """The arguments of a decoder that tell the attention where sequences begin and end.
+@dataclass(frozen=True)
+class Segments:
+    """The segments of a row as the host knows them: a question to the device would wait for it in each layer.
+
+    lengths, prompt_of: as in `data.micro_batch.MicroBatch`.
+    """
+
+    lengths: tuple[int, ...]
+    prompt_of: tuple[int | None, ...]
+
+    @property
+    def key_lengths(self) -> tuple[int, ...]:
+        """How many keys each segment's last token attends to."""
+        return tuple(
+            own + (0 if prompt is None else self.lengths[prompt])
+            for own, prompt in zip(self.lengths, self.prompt_of, strict=True)
+        )
+
+    @property
+    def share_prompts(self) -> bool:
+        return any(prompt is not None for prompt in self.prompt_of)
+
+
+def bounds_for_attention(
+    bounds_S: Tensor, lengths: Seq[int], prompt_of: Seq[int | None] | None = None
+) -> dict[str, Any]:
+    """The arguments of a decoder that tell the attention where segments begin and end, and what they attend to.
 
     Args:
-        bounds_S: [sequences + 1], int32, cumulative lengths in tokens, on the device.
-        lengths: of each sequence, known to the host: a question to the device would wait for it in each layer.
+        bounds_S: [segments + 1], int32, cumulative lengths in tokens, on the device.
+        lengths, prompt_of: as in `data.micro_batch.MicroBatch`; without `prompt_of` all are whole sequences.
     """
-    return {"cu_seq_lens_q": bounds_S, "lengths": tuple(lengths)}
+    segments = Segments(tuple(lengths), tuple(prompt_of) if prompt_of is not None else (None,) * len(lengths))
+    key_bounds_S = bounds_S
+    if segments.share_prompts:
+        # Made on the host and copied, which does not wait for what the device has still to do.
+        on_host_S = torch.tensor([0, *accumulate(segments.key_lengths)], dtype=torch.int32)
+        key_bounds_S = on_host_S.to(bounds_S.device, non_blocking=True)
+    return {"cu_seq_lens_q": bounds_S, "cu_seq_lens_k": key_bounds_S, "segments": segments}
 
 
 def packed_attention(
@@ -47,14 +84,16 @@ def packed_attention(
     attention_mask: Tensor | None,
     *,
     cu_seq_lens_q: Tensor,
-    lengths: tuple[int, ...],
+    cu_seq_lens_k: Tensor,
+    segments: Segments,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention with transformers' interface.
 
     Args:
         query: [1, heads, tokens, head size]; key, value: with fewer heads where groups share them.
-        attention_mask: None; the sequences' bounds say all that a mask would.
+        attention_mask: None; the segments' bounds say all that a mask would.
+        cu_seq_lens_q, cu_seq_lens_k, segments: as made by `bounds_for_attention`.
         options: scaling, of the scores; sliding_window, the number of tokens, its own included, that a token attends
             to; softcap, the bound of the scores before the softmax (Gemma 2).
     Returns:
@@ -67,14 +106,28 @@ def packed_attention(
     if attention_mask is not None or is_causal is False or asked:
         raise ValueError(f"packed attention has no {', '.join(asked) or 'mask of a model, and is causal'}")
     scaling, window, softcap = (options.get(name) for name in ("scaling", "sliding_window", "softcap"))
-    if softcap is None and _runs_varlen(query):
-        return _varlen(query, key, value, cu_seq_lens_q, max(lengths), scaling, window), None
     # One split, whose backward joins the gradients; a slice's backward would fill the whole row with zeros each time.
-    parts = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
+    keys, values = (
+        _after_prompts(tensor.split(segments.lengths, dim=2), segments.prompt_of) for tensor in (key, value)
+    )
+    if softcap is None and _runs_varlen(query):
+        if segments.share_prompts:
+            key, value = torch.cat(keys, dim=2), torch.cat(values, dim=2)
+        longest = max(segments.lengths), max(segments.key_lengths)
+        return _varlen(query, key, value, (cu_seq_lens_q, cu_seq_lens_k), longest, scaling, window), None
     outputs = [
-        _alone(module, *part, scaling=scaling, window=window, softcap=softcap) for part in zip(*parts, strict=True)
+        _alone(module, *part, scaling=scaling, window=window, softcap=softcap)
+        for part in zip(query.split(segments.lengths, dim=2), keys, values, strict=True)
     ]
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), None
+
+
+def _after_prompts(parts: Seq[Tensor], prompt_of: tuple[int | None, ...]) -> list[Tensor]:
+    """The keys or values that each segment attends to: [1, heads, tokens, head size] each."""
+    return [
+        own if prompt is None else torch.cat([parts[prompt], own], dim=2)
+        for own, prompt in zip(parts, prompt_of, strict=True)
+    ]
 
 
 def _alone(
@@ -87,30 +140,31 @@ def _alone(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Attention of one sequence by transformers: [1, tokens, heads, head size]."""
-    length = query.shape[2]
-    is_windowed = window is not None and length > window
-    if softcap is None and is_windowed:
+    """Attention of one segment, whose queries are the last of its keys: [1, tokens, heads, head size]."""
+    length = key.shape[2]
+    window = window if window is not None and length > window else None
+    follows_prompt = query.shape[2] < length
+    if softcap is None and (window is not None or follows_prompt):
         # Not by transformers' function, which would copy each key and value for all heads of its group.
-        mask = _causal(length, window, query.device)
-        windowed = scaled_dot_product_attention(
+        mask = _causal(query.shape[2], length, window, query.device)
+        masked = scaled_dot_product_attention(
             query, key, value, mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
         )
-        return windowed.transpose(1, 2).contiguous()
+        return masked.transpose(1, 2).contiguous()
     if softcap is None:
         output, _ = sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)
         return output
-    mask = _causal(length, window if is_windowed else None, query.device)
+    mask = _causal(query.shape[2], length, window, query.device)
     hidden = torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
     eager: Any = sys.modules[type(module).__module__].eager_attention_forward
     capped: Tensor = eager(module, query, key, value, hidden, scaling=scaling, softcap=softcap)[0]
     return capped
 
 
-def _causal(length: int, window: int | None, device: torch.device) -> Tensor:
-    """[1, 1, length, length], bool: which keys each query attends to."""
-    places = torch.arange(length, device=device)
-    distance = places[:, None] - places[None, :]
+def _causal(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """[1, 1, queries, keys], bool: which keys each query attends to; the queries are the last of the keys."""
+    places = torch.arange(keys, device=device)
+    distance = places[keys - queries :, None] - places[None, :]
     seen = distance >= 0
     if window is not None:
         seen &= distance < window
@@ -130,8 +184,18 @@ def _runs_varlen(query: Tensor) -> bool:
 
 
 def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, bounds_S: Tensor, longest: int, scaling: float | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: tuple[Tensor, Tensor],
+    longest: tuple[int, int],
+    scaling: float | None,
+    window: int | None,
 ) -> Tensor:
+    """torch's attention of all segments at once; bounds, longest: of queries, and of keys.
+
+    A segment's last query sees all of its keys, as in FlashAttention 2.1 and newer.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     query_THd, key_THd, value_THd = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
@@ -139,10 +203,8 @@ def _varlen(
         query_THd,
         key_THd,
         value_THd,
-        bounds_S,
-        bounds_S,
-        longest,
-        longest,
+        *bounds,
+        *longest,
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],

@@ -8,6 +8,8 @@ respect:
               restart. In a causal model the first sequence can change only by rounding
     before    B after A, with B after other tokens: finds leaks through masks or through a recurrent state
     after     A before B, with A before other tokens: in a causal model it can change only by rounding
+    shared    two answers to the first half of A in a row that holds it once, with each after its own copy of it; only
+              where the run shares prompts
 
 Rows of the same shape are computed in the same way, so even in bfloat16 a sequence keeps every bit unless there is a
 leak.
@@ -41,7 +43,8 @@ Forward = Callable[[MicroBatch, bool], Tensor]
 class Differences(NamedTuple):
     """Differences in nats per token, as defined in the module's docstring.
 
-    They are maxima over tokens; `packed` and `packed_rounding` are root mean squares.
+    They are maxima over tokens; `packed`, `packed_rounding` and `shared` are root mean squares. `shared` is 0 where the
+    run does not share prompts.
     """
 
     own: float
@@ -49,6 +52,7 @@ class Differences(NamedTuple):
     packed_rounding: float
     before: float
     after: float
+    shared: float = 0.0
 
 
 class _Allowed(NamedTuple):
@@ -91,7 +95,7 @@ def check_model(engine: Engine, step: Step, *, dtype: torch.dtype) -> Difference
         return logps_of(outputs, batch)[POLICY_STREAM]
 
     with engine.evaluating():
-        found = differences(forward, *chosen_of(step))
+        found = differences(forward, *chosen_of(step), shares_prompts=engine.shares_prompts)
     found = Differences(*map(engine.max_over_ranks, found))  # so all ranks raise, or none
     problem = problem_of(found, dtype)
     if problem is not None:
@@ -122,6 +126,11 @@ def problem_of(found: Differences, dtype: torch.dtype) -> str | None:
             "of its own and a row that it shares: its positions do not restart with each sequence; take a model of "
             "another architecture"
         )
+    if not found.shared <= may_round:
+        return (
+            f"answers to one prompt differ by {found.shared:.2g} nats a token (allowed {may_round:.2g}) in a row that "
+            "holds the prompt once: set data.share_prompts: false"
+        )
     if not found.own <= allowed.own:
         return (
             f"log-probs differ by {found.own:.2g} nats a token (allowed {allowed.own:.2g}) from the model's own "
@@ -138,11 +147,15 @@ def chosen_of(step: Step) -> tuple[Sequence, Sequence]:
     return token_by_token(shortest[0].token_ids_T), token_by_token(second.token_ids_T)
 
 
-def differences(forward: Forward, first: Sequence, second: Sequence) -> Differences:
-    """Measure all differences between two sequences, by seven forwards of rows with one or two sequences."""
+def differences(forward: Forward, first: Sequence, second: Sequence, *, shares_prompts: bool = False) -> Differences:
+    """Measure all differences between two sequences, by seven forwards of rows with one or two sequences.
 
-    def logps(*sequences: Sequence, own: bool = False) -> list[Tensor]:
-        logps_N = forward(micro_batch(sequences), own)
+    Args:
+        shares_prompts: whether rows of the run hold a prompt once for several sequences; three forwards more.
+    """
+
+    def logps(*sequences: Sequence, own: bool = False, shared: bool = False) -> list[Tensor]:
+        logps_N = forward(micro_batch(sequences, share_prompts=shared), own)
         return list(logps_N.split([len(sequence.responses) for sequence in sequences]))
 
     own = logps(first, second, own=True)
@@ -150,20 +163,34 @@ def differences(forward: Forward, first: Sequence, second: Sequence) -> Differen
     packed, turned = logps(first, second), logps(second, first)
     before = logps(_with_other_tokens(first, second), second)
     after = logps(first, _with_other_tokens(second, first))
+    answers = _answers(first, second)
+    together = logps(*answers, shared=True) if shares_prompts else []
     return Differences(
         own=max(_largest(a, b) for a, b in zip(alone, own, strict=True)),
         packed=max(_typical(packed[1], alone[1]), _typical(turned[1], alone[0])),
         packed_rounding=max(_typical(packed[0], alone[0]), _typical(turned[0], alone[1])),
         before=_largest(before[1], packed[1]),
         after=_largest(after[0], packed[0]),
+        shared=max(
+            (_typical(one, *logps(answer)) for one, answer in zip(together, answers, strict=False)), default=0.0
+        ),
     )
 
 
-def token_by_token(token_ids_T: np.ndarray) -> Sequence:
-    """The first `LONGEST` tokens of a sequence; each token except the first is a response."""
+def token_by_token(token_ids_T: np.ndarray, first: int = 1) -> Sequence:
+    """The first `LONGEST` tokens of a sequence; each token from `first` on is a response."""
     tokens = token_ids_T[:LONGEST]
-    responses = tuple(Response(place, place + 1, 1.0, "instruction") for place in range(1, len(tokens)))
+    responses = tuple(Response(place, place + 1, 1.0, "instruction") for place in range(first, len(tokens)))
     return Sequence(tokens, responses)
+
+
+def _answers(first: Sequence, second: Sequence) -> tuple[Sequence, Sequence]:
+    """Two sequences that begin with the first half of the first one and go on differently, supervised from there."""
+    tokens = first.token_ids_T
+    prompt = (len(tokens) + 1) // 2
+    ends = (tokens[prompt:], second.token_ids_T)
+    one, other = (token_by_token(np.concatenate([tokens[:prompt], end]), first=prompt) for end in ends)
+    return one, other
 
 
 def _with_other_tokens(sequence: Sequence, neighbour: Sequence) -> Sequence:

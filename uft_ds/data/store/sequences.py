@@ -295,6 +295,23 @@ class TokenStore:
             changes_U[1:] |= np.diff(self._units[column]) != 0
         return changes_U.cumsum()
 
+    @property
+    def has_prompt_of_unit_before_U(self) -> np.ndarray:
+        """[units], bool: whether the tokens before its first response are those of the unit before it.
+
+        Of a pair the chosen side counts.
+        """
+        first_S = self._sequence_ends_U[:-1]
+        begins_U, first_R = self._token_ends_S[first_S], self._response_ends_S[first_S]
+        # A unit without a response would read the next one's start; `pack_units` is given none.
+        starts_U = self.responses["start"][first_R]
+        same_U = np.zeros(len(self), dtype=bool)
+        same_U[1:] = starts_U[1:] == starts_U[:-1]
+        for unit in np.flatnonzero(same_U).tolist():
+            before, begin, length = int(begins_U[unit - 1]), int(begins_U[unit]), int(starts_U[unit])
+            same_U[unit] = np.array_equal(self._tokens[before : before + length], self._tokens[begin : begin + length])
+        return same_U
+
     def is_pair(self, index: int) -> bool:
         """Whether a unit is a pair."""
         return bool(self._sequence_ends_U[index + 1] - self._sequence_ends_U[index] == 2)
