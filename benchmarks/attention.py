@@ -1,10 +1,11 @@
 """Attention of packed rows: `packed`, each sequence by itself, against `sdpa` with its mask of all tokens.
 
-    python benchmarks/attention.py [--rounds 3] [--shapes 16x64 32x256]
+    python benchmarks/attention.py [--rounds 3] [--shapes 16x64 32x256] [--prompts 2:188:254 4:188:254]
 
 CPU seconds of one micro-step: forward of policy and reference in lockstep and backward
 with gradient checkpointing, of SmolLM2-135M with adapters on all linear layers, float32, one thread. A shape is
-SEQUENCESxTOKENS. Both take turns in one process, so that they meet the same load; the table shows the fastest rounds.
+SEQUENCESxTOKENS; with --prompts, ANSWERS:PROMPT:ANSWER in tokens, and rows that hold a prompt once are compared with
+rows that hold it with each answer, both by `packed`. Both take turns in one process, so that they meet the same load; the table shows the fastest rounds.
 The largest difference of a response's log-prob between the two is printed with them.
 """
 
@@ -16,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -25,6 +27,7 @@ from models import sequences
 from torch import Tensor
 from toy import streams_of
 
+from uft_ds.data.example import Response, Sequence
 from uft_ds.data.micro_batch import micro_batch
 from uft_ds.examples.smollm2 import quickstart_model
 from uft_ds.streams.adapters import add_adapters
@@ -53,13 +56,44 @@ def micro_step(model: UFTModel, batch: Any) -> tuple[float, Tensor]:
     return seconds, logps_R.detach()
 
 
+def answers_to(count: int, prompt: int, answer: int) -> list[Sequence]:
+    """Sequences that begin with one prompt."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(3, 40_000, prompt)
+    rows = (np.concatenate([tokens, rng.integers(3, 40_000, answer)]).astype(np.int32) for _ in range(count))
+    return [Sequence(row, (Response(prompt, len(row), 1.0, "score"),)) for row in rows]
+
+
+def compare_prompts(model: UFTModel, shapes: list[str], rounds: int) -> None:
+    for shape in shapes:
+        count, prompt, answer = map(int, shape.split(":"))
+        rows = answers_to(count, prompt, answer)
+        batches = {share: micro_batch(rows, share_prompts=share) for share in (True, False)}
+        seconds: dict[bool, list[float]] = {share: [] for share in batches}
+        logps: dict[bool, Tensor] = {}
+        for _ in range(rounds):
+            for share, batch in batches.items():
+                took, logps[share] = micro_step(model, batch)
+                seconds[share].append(took)
+        shared, alone = (min(seconds[share]) for share in batches)
+        tokens = [len(batch.token_ids_T) for batch in batches.values()]
+        print(
+            f"{count} answers of {answer} tokens to a prompt of {prompt}: "
+            f"shared {shared:.1f} s for {tokens[0]} tokens, alone {alone:.1f} s for {tokens[1]}: {alone / shared:.2f} x; log-probs differ by "
+            f"{float((logps[True] - logps[False]).abs().max()):.1e} nats at most",
+            flush=True,
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--shapes", nargs="+", default=["16x64", "32x256"])
+    parser.add_argument("--shapes", nargs="*", default=["16x64", "32x256"])
+    parser.add_argument("--prompts", nargs="*", default=["2:188:254", "4:188:254"])
     options = parser.parse_args()
     torch.set_num_threads(1)
     models = {attention: model_with(attention) for attention in ATTENTIONS}
+    compare_prompts(models["packed"], options.prompts, options.rounds)
     for shape in options.shapes:
         count, length = map(int, shape.split("x"))
         batch = micro_batch(sequences(*[length] * count))

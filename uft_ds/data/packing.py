@@ -16,7 +16,7 @@ from uft_ds.data.bins import Units, assign, even_out, fewest_micro_steps, schedu
 from uft_ds.data.example import Sequence
 from uft_ds.data.micro_batch import MicroBatch, micro_batch
 from uft_ds.data.mixture import Step
-from uft_ds.data.prompts import by_prompt
+from uft_ds.data.prompts import by_prompt, tokens_of
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,7 @@ def _with_shared_prompts(
     """The units, those with one prompt joined as far as a micro-batch and a rank's share of the step hold them."""
     groups = by_prompt(sequences)
     prompt_of = {i: number for number, members in enumerate(groups) for i in members}
-    total = sum(sequence.num_tokens for sequence in sequences)
-    total -= sum((len(members) - 1) * sequences[members[0]].prompt_tokens for members in groups)
+    total = tokens_of(sequences, share_prompts=True)
     most = min(capacity, -(-total // world_size))  # a larger group would leave other ranks without work
     joined: list[list[int]] = []
     tokens: list[int] = []

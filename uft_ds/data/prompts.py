@@ -17,3 +17,11 @@ def by_prompt(sequences: Seq[Sequence]) -> list[list[int]]:
         key = sequence.token_ids_T[: sequence.prompt_tokens].tobytes() if sequence.responses else i
         groups.setdefault(key, []).append(i)
     return list(groups.values())
+
+
+def tokens_of(sequences: Seq[Sequence], *, share_prompts: bool) -> int:
+    """The number of tokens of sequences; with `share_prompts` a prompt that several begin with counts once."""
+    tokens = sum(sequence.num_tokens for sequence in sequences)
+    if not share_prompts:
+        return tokens
+    return tokens - sum((len(of) - 1) * sequences[of[0]].prompt_tokens for of in by_prompt(sequences))

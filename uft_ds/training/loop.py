@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from uft_ds.checkpoint.state import Position, TrainerState
 from uft_ds.checkpoint.writer import CheckpointWriter
 from uft_ds.data.mixture import Step
+from uft_ds.data.prompts import tokens_of
 from uft_ds.data.source import StepSource
 from uft_ds.errors import CheckFailed, Stopped, UserError
 from uft_ds.host.signals import NEVER, Stop
@@ -189,9 +190,11 @@ def _speed(session: Session, step: Step, seconds: float, metrics: Mapping[str, f
         "examples_per_second": len(step.responses) / seconds,
         "memory/peak_gib": engine.max_over_ranks(peak_memory_gib()),
     }
+    # A prompt that is divided over micro-batches is forwarded in each: then a little more is computed than counts here.
+    num_forwarded = tokens_of(step.sequences, share_prompts=engine.shares_prompts)
     utilization = model_flops_utilization(
         session.policy,
-        num_tokens / seconds / engine.world_size,
+        num_forwarded / seconds / engine.world_size,
         reference_share=metrics["reference/computed"] / len(step.responses),
     )
     return speed if utilization is None else speed | {"mfu": utilization}
