@@ -2,10 +2,10 @@
 
     python benchmarks/attention.py [--rounds 3] [--shapes 16x64 32x256] [--prompts 2:188:254 4:188:254]
 
-CPU seconds of one micro-step: forward of policy and reference in lockstep and backward
-with gradient checkpointing, of SmolLM2-135M with adapters on all linear layers, float32, one thread. A shape is
-SEQUENCESxTOKENS; with --prompts, ANSWERS:PROMPT:ANSWER in tokens, and rows that hold a prompt once are compared with
-rows that hold it with each answer, both by `packed`. Both take turns in one process, so that they meet the same load; the table shows the fastest rounds.
+CPU seconds of one micro-step: forward of policy and reference in lockstep and backward with gradient checkpointing, of
+SmolLM2-135M with adapters on all linear layers, float32, one thread. A shape is SEQUENCESxTOKENS; with --prompts,
+ANSWERS:PROMPT:ANSWER in tokens, and rows that hold a prompt once are compared with rows that hold it with each answer,
+both by `packed`. Both take turns in one process, so that they meet the same load; the table shows the fastest rounds.
 The largest difference of a response's log-prob between the two is printed with them.
 """
 
@@ -77,10 +77,12 @@ def compare_prompts(model: UFTModel, shapes: list[str], rounds: int) -> None:
                 seconds[share].append(took)
         shared, alone = (min(seconds[share]) for share in batches)
         tokens = [len(batch.token_ids_T) for batch in batches.values()]
+        furthest = float((logps[True] - logps[False]).abs().max())
         print(
             f"{count} answers of {answer} tokens to a prompt of {prompt}: "
-            f"shared {shared:.1f} s for {tokens[0]} tokens, alone {alone:.1f} s for {tokens[1]}: {alone / shared:.2f} x; log-probs differ by "
-            f"{float((logps[True] - logps[False]).abs().max()):.1e} nats at most",
+            f"shared {shared:.1f} s for {tokens[0]} tokens, "
+            f"alone {alone:.1f} s for {tokens[1]}: {alone / shared:.2f} x; "
+            f"log-probs differ by {furthest:.1e} nats at most",
             flush=True,
         )
 
