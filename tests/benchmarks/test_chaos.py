@@ -67,6 +67,8 @@ def test_a_start_that_hangs_is_ended(tmp_path: Path) -> None:
 def test_a_kill_says_what_it_hit(tmp_path: Path) -> None:
     """Where there is no rank, the command itself; nothing once it has ended."""
     started = run_python("import time; time.sleep(600)", tmp_path / "log")
+    # Its mark is in its environment, which on a busy machine is not to be read at once.
+    wait_until(started, lambda: bool(started.processes()), 60.0)
     assert kill(started, "rank", random.Random(0)) == "parent"
     assert wait_for_exit(started, 10.0) == -9
     assert seconds_to_end(started, 10.0) < 10.0
