@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -176,3 +178,59 @@ def test_a_checkpoint_is_looked_at(
     code, _, err = uft(monkeypatch, capsys, "checkpoint", command, tmp_path / "nowhere")
     assert code == 2
     assert "no such folder" in err
+
+
+UNTIL_A_SIGNAL = """
+import signal, sys
+from uft_ds import cli
+from uft_ds.export import convert
+
+def compare(*_):
+    print("comparing", flush=True)
+    signal.pause()
+
+convert.compare = compare
+sys.argv[0] = "uft"
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
+def test_a_conversion_that_is_ended_leaves_nothing(
+    base: Path,
+    adapter: Path,
+    tmp_path: Path,
+    number: signal.Signals,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Any signal removes the half-written model and its lock; what SIGKILL leaves goes with the next conversion."""
+    command = [sys.executable, "-c", UNTIL_A_SIGNAL, "convert", adapter, tmp_path / "merged", "--base", base]
+    process = subprocess.Popen(
+        [str(word) for word in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
+    )
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            if line == "comparing\n":
+                break
+        assert (tmp_path / ".merged.tmp" / "model.safetensors").stat().st_size > 0
+        for _ in range(1 if number == signal.SIGINT else 2):  # launchers send several
+            process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    if number == signal.SIGKILL:
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".merged.lock", ".merged.tmp"]
+        code, _, err = uft(monkeypatch, capsys, "convert", adapter, tmp_path / "merged", "--base", base)
+        assert code == 0, err
+        assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+        return
+    assert process.returncode == 130, said
+    assert f"stopped by {'Ctrl-C' if number == signal.SIGINT else number.name}" in said
+    assert list(tmp_path.iterdir()) == []

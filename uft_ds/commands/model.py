@@ -7,10 +7,11 @@ from typing import Annotated, Literal, Optional
 
 import typer
 
-from uft_ds.commands.shared import console, quiet_loading
+from uft_ds.commands.shared import console, leaving_nothing, quiet_loading
 from uft_ds.errors import UserError
 
 
+@leaving_nothing()
 def convert(
     source: Annotated[
         Path,

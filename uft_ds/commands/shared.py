@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Annotated, Optional
 
 import typer
 
+from uft_ds.host.process import ended_as_by_ctrl_c
 from uft_ds.host.standard_streams import drop_useless_size, is_terminal
 from uft_ds.host.terminal import SafeConsole
 
@@ -30,3 +33,15 @@ def quiet_loading() -> None:
 
     if not sys.stderr.isatty():
         disable_progress_bar()
+
+
+@contextmanager
+def leaving_nothing() -> Iterator[None]:
+    """Within the block SIGTERM and SIGHUP end the command as Ctrl-C does; how it was ended is printed."""
+    try:
+        with ended_as_by_ctrl_c():
+            yield
+    except KeyboardInterrupt as end:
+        with suppress(OSError):  # the terminal may be what has gone
+            print(f"stopped by {end if str(end) else 'Ctrl-C'}: what was not complete is deleted", file=sys.stderr)
+        raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -16,6 +15,7 @@ from rich.text import Text
 from uft_ds.doctor.examination import examine
 from uft_ds.doctor.finding import Finding
 from uft_ds.errors import CheckFailed
+from uft_ds.host.process import ended_as_by_ctrl_c
 
 _COLOURS = {"ok": "green", "note": "yellow", "problem": "bold red"}
 
@@ -26,12 +26,8 @@ def report_on(output: Path, console: Console, *, as_json: bool, quick: bool, sec
     Raises:
         CheckFailed: there is a problem; names the checks.
     """
-    # Handle SIGTERM like Ctrl-C, so that ranks are ended and temporary files removed.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+    with ended_as_by_ctrl_c():  # so that ranks are ended and temporary files removed
         findings = _examined(output, console, as_json=as_json, quick=quick, seconds=seconds)
-    finally:
-        signal.signal(signal.SIGTERM, before)
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2, ensure_ascii=False))
     else:

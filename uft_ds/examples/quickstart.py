@@ -24,6 +24,7 @@ from uft_ds.examples.smollm2 import quickstart_model
 from uft_ds.examples.verifiable import Task, grade, is_correct, read_tasks, write
 from uft_ds.export.convert import convert_to_merged
 from uft_ds.host.files import write_atomically
+from uft_ds.host.process import ended_as_by_ctrl_c
 from uft_ds.recipe.settings import load_settings
 
 MAX_NEW_TOKENS = 32
@@ -78,7 +79,8 @@ def run_quickstart(folder: Path, overrides: tuple[str, ...], *, console: Console
     train(settings, overwrite=True)
     merged = run / "merged"
     shutil.rmtree(merged, ignore_errors=True)
-    agreement = convert_to_merged(run, merged, say=say).agreement
+    with ended_as_by_ctrl_c():
+        agreement = convert_to_merged(run, merged, say=say).agreement
     assert agreement is not None
     say(f"the trained model answers the same {len(tasks)} prompts")
     after = _answers(merged, tasks, console)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from uft_ds.errors import EXIT_INTERRUPTED
 
@@ -64,6 +65,31 @@ def become_launcher() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the ranks inherit this until they install their handler
     die_with_parent()
+
+
+@contextmanager
+def ended_as_by_ctrl_c() -> Iterator[None]:
+    """Within the block SIGTERM and SIGHUP end the command as Ctrl-C does, so that it removes what is not complete.
+
+    After the first one all others are ignored: launchers and terminals send several, and the removal takes a moment. A
+    signal that was ignored before, as SIGHUP is under nohup, stays ignored. Only the main thread may call it.
+
+    Raises:
+        KeyboardInterrupt: with the signal's name, where the signal arrives.
+    """
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, end) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def show_as(words: Seq[str], variables: Mapping[str, str]) -> None:
