@@ -6,8 +6,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from uft_ds.data.example import KINDS
+from uft_ds.record.telemetry import ROW
 from uft_ds.record.verdict import RULES, in_words, verdicts
 
 ROOT = Path(__file__).parents[2]
@@ -158,6 +161,61 @@ def test_the_terminal_tells_what_is_not_healthy() -> None:
         f"not healthy: held_out/saturated_stuck/score: 0.2 (at the start 0.2): {RULES[3].if_not.replace('`', '')}",
     ]
     assert in_words([]) == []
+
+
+def test_a_first_value_after_the_start_is_named_by_its_step() -> None:
+    """Before the first step no log-ratio differs from another, so there is no correlation: the first is of step 2."""
+    lines = held_out(*({"rank_correlation/score": value, "responses/score": 101.0} for value in (None, None, -0.2, 0.5)))
+    measured = {verdict.metric: verdict.measured for verdict in verdicts(lines)}
+    assert measured["held_out/rank_correlation/score"] == "0.5 (first, step 2: -0.2)"
+    assert measured["held_out/loss"] == "0.0625 (at the start 0.25)"
+    of_steps = [{"step": 1, "loss": 0.25, "rank_correlation/score": None}]
+    of_steps += [{"step": step, "loss": 0.25, "rank_correlation/score": 0.5} for step in (2, 3)]
+    assert [verdict.measured for verdict in verdicts(of_steps)][1] == "0.5 (first, step 2: 0.5)"
+
+
+@pytest.mark.parametrize(("correlation", "side"), [(0.5, "above 0.3: "), (-0.5, "below -0.3: ")])
+def test_a_length_bias_is_told_by_its_side(correlation: float, side: str) -> None:
+    """Only the remedy of the side that the value is on."""
+    lines = held_out({}, {"length_correlation/score": correlation, "responses/score": 101.0})
+    (_, length) = verdicts(lines)
+    assert length.remedy == side + RULES[-1].remedies[side.removesuffix(": ")]
+
+
+@pytest.mark.parametrize(
+    ("losses", "cases"),
+    [
+        ([0.25, 0.2499], ["it does not fall"]),
+        ([0.25, 0.1, 0.2], ["it rises again"]),
+        ([0.25, 0.1, 0.25], ["it does not fall", "it rises again"]),
+    ],
+)
+def test_a_loss_is_told_by_what_it_does(losses: list[float], cases: list[str]) -> None:
+    """Both remedies only where both apply."""
+    (loss,) = verdicts([{"step": step, "held_out/loss": loss} for step, loss in enumerate(losses)])
+    assert loss.remedy == "; ".join(f"{case}: {RULES[0].remedies[case]}" for case in cases)
+
+
+@pytest.mark.parametrize(
+    ("implicit", "given", "case"),
+    [
+        ([0.7, 0.8], [0.2, 0.5], "points below the diagonal"),
+        ([0.2, 0.5], [0.7, 0.8], "points above the diagonal"),
+        ([0.4, 0.6], [0.1, 0.9], "a steeper line"),
+        ([0.1, 0.9], [0.4, 0.6], "a flatter line"),
+    ],
+)
+def test_calibration_is_told_by_where_its_points_are(implicit: list[float], given: list[float], case: str) -> None:
+    """Responses of the kind alone; without the rows of held_out.csv all cases are told."""
+    rows = np.zeros(4, dtype=ROW)
+    rows["kind"] = [KINDS.index("score")] * 2 + [KINDS.index("binary")] * 2
+    rows["implicit_score"], rows["score"] = [*implicit, 0.0, 1.0], [*given, 1.0, 0.0]
+    error = float(np.abs(np.subtract(implicit, given)).mean())
+    lines = held_out({"calibration_error/score": 0.1}, {"calibration_error/score": error, "responses/score": 2.0})
+    (_, calibration) = verdicts(lines, rows)
+    assert calibration.remedy == f"{case}: {RULES[2].remedies[case]}"
+    (_, unknown) = verdicts(lines)
+    assert unknown.remedy == RULES[2].if_not
 
 
 def test_a_run_without_metrics_has_no_verdict() -> None:

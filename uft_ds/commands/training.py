@@ -58,10 +58,12 @@ def _train(settings: Settings, **how: Any) -> None:
     """Prepare and launch a run and print its verdict; unless it is done, end the process with the run's exit code."""
     from uft_ds.record.metrics_file import read_metrics
     from uft_ds.record.run_folder import RunFolder
+    from uft_ds.record.telemetry import read_rows
     from uft_ds.record.verdict import in_words, verdicts
 
     folder, _ = _launched(settings, "training", **how)
-    for line in in_words(verdicts(read_metrics(RunFolder(folder).metrics))):
+    run = RunFolder(folder)
+    for line in in_words(verdicts(read_metrics(run.metrics), read_rows(run.held_out_rows))):
         console.print(line)
     console.print(f"done: {folder}  (report.html, metrics.jsonl, curves.png, checkpoints/)")
 

@@ -11,8 +11,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from uft_ds.host.files import write_atomically
 from uft_ds.host.terminal import as_typed, visible
 from uft_ds.record.curves import write_curves
@@ -20,7 +18,7 @@ from uft_ds.record.health_plots import write_health
 from uft_ds.record.metrics_file import read_metrics
 from uft_ds.record.run_folder import RunFolder
 from uft_ds.record.samples import Sample, read_samples
-from uft_ds.record.telemetry import ROW, read_rows
+from uft_ds.record.telemetry import read_rows
 from uft_ds.record.verdict import HELD_OUT, Verdict, headline, verdicts
 
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}
@@ -42,11 +40,11 @@ def write_report(folder: RunFolder, name: str, facts: Mapping[str, str]) -> None
     """
     lines = read_metrics(folder.metrics)
     write_curves(lines, folder.curves_picture)
-    table = read_rows(folder.held_out_rows) if folder.held_out_rows.exists() else np.zeros(0, dtype=ROW)
+    table = read_rows(folder.held_out_rows)
     has_health = write_health(lines, table, folder.health_picture)
     data = json.loads(folder.data_report().read_text(encoding="utf-8"))
     parts = [
-        _verdict(verdicts(lines), on_held_out=any(f"{HELD_OUT}loss" in line for line in lines)),
+        _verdict(verdicts(lines, table), on_held_out=any(f"{HELD_OUT}loss" in line for line in lines)),
         _facts(facts),
         _samples(read_samples(folder.samples)),
         _picture(folder.curves_picture, "loss, implicit reward and gradient norm over the steps"),

@@ -153,7 +153,9 @@ def write_rows(path: Path, rows: np.ndarray, origins: Seq[str]) -> None:
 
 
 def read_rows(path: Path) -> np.ndarray:
-    """Read the table that `write_rows` wrote; numbers have nine digits."""
+    """Read the table that `write_rows` wrote; numbers have nine digits. It is empty if there is no such file."""
+    if not path.exists():
+        return np.zeros(0, dtype=ROW)
     with path.open(encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file))
     rows = np.zeros(len(lines), dtype=ROW)

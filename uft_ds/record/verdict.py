@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import numpy as np
 
 from uft_ds.data.example import KINDS
 
@@ -27,14 +29,18 @@ _WELL_CALIBRATED = 0.1
 _MOST_STUCK = 0.05
 _LENGTH_BIAS = 0.3
 
+Rows = np.ndarray | None
+"""The held-out responses of a kind at the newest evaluation, as `telemetry.read_rows` reads them; None: not known."""
+
 
 @dataclass(frozen=True)
 class Course:
     """One metric over the run.
 
-    first, last: the first and the last evaluation; of a training metric, means over the first and last tenth of the
-        steps.
+    first, last: the first and the last evaluation with a value; of a training metric, means over the first and last
+        tenth of the steps.
         NaN: the last evaluation, or the loss of the last tenth of the steps, is no number.
+    first_step: where `first` begins, if there were evaluations or steps without a value before it; None: at the start.
     lowest: the lowest value of an evaluation, or of the two means.
     responses: number of responses that `last` was computed over; 0 if that is not known.
     """
@@ -43,6 +49,7 @@ class Course:
     last: float
     lowest: float
     responses: int
+    first_step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,14 +70,30 @@ class Verdict:
 class Rule:
     """A row of the table, in Markdown. `judge` gets the courses of `metrics` in their order.
 
+    remedies: what to do if it is not healthy, by what is wrong; under "" if only one thing can be.
     metrics: names without `held_out/`; KIND stands for each kind of response.
+    wrong: given the same courses and the held-out responses of the kind, what of `remedies` is wrong; empty if that is
+        not known.
     """
 
     look_at: str
     healthy: str
-    if_not: str
+    remedies: Mapping[str, str]
     metrics: tuple[str, ...]
     judge: Callable[..., Answer]
+    wrong: Callable[[Seq[Course], Rows], Seq[str]] = lambda courses, rows: ()
+
+    @property
+    def if_not(self) -> str:
+        """All remedies, as the table shows them."""
+        return self._of(self.remedies)
+
+    def remedy(self, courses: Seq[Course], rows: Rows) -> str:
+        """The remedies for what is wrong; all of them if that is not known."""
+        return self._of(self.wrong(courses, rows) or self.remedies)
+
+    def _of(self, cases: Iterable[str]) -> str:
+        return "; ".join(f"{case}: {self.remedies[case]}" if case else self.remedies[case] for case in cases)
 
 
 def _answer(is_healthy: bool) -> Answer:
@@ -82,9 +105,17 @@ def _beyond_chance(value: float, of_chance: float) -> Answer:
     return "unclear" if abs(value) < of_chance else _answer(value > 0)
 
 
+_NO_FALL, _RISES = "it does not fall", "it rises again"
+
+
+def _wrong_with_loss(courses: Seq[Course], rows: Rows) -> list[str]:
+    (loss,) = courses
+    wrong = [] if loss.first - loss.last >= _FALL * abs(loss.first) else [_NO_FALL]
+    return wrong if loss.last - loss.lowest <= _RISE_AGAIN * abs(loss.lowest) else [*wrong, _RISES]
+
+
 def _loss(loss: Course) -> Answer:
-    falls = loss.first - loss.last >= _FALL * abs(loss.first)
-    return _answer(falls and loss.last - loss.lowest <= _RISE_AGAIN * abs(loss.lowest))
+    return _answer(not _wrong_with_loss([loss], None))
 
 
 def _order(correlation: Course) -> Answer:
@@ -95,6 +126,23 @@ def _order(correlation: Course) -> Answer:
 def _calibration(error: Course) -> Answer:
     """Of graded responses alone: labels and pairs are 0 or 1, so where half are 1 the untrained model has no error."""
     return _answer(error.last <= max(_WELL_CALIBRATED, error.first - 1e-9))
+
+
+_TOO_HIGH, _TOO_LOW, _STEEPER, _FLATTER = (
+    "points below the diagonal", "points above the diagonal", "a steeper line", "a flatter line"
+)  # fmt: skip
+
+
+def _wrong_with_calibration(courses: Seq[Course], rows: Rows) -> list[str]:
+    """Where the points of the reliability picture lie: on one side of the diagonal, or on a line that crosses it."""
+    (error,) = courses
+    if rows is None or not len(rows) or not np.isfinite(rows["implicit_score"]).all():
+        return []
+    implicit, given = rows["implicit_score"], rows["score"]
+    too_high = float((implicit - given).mean())
+    if abs(too_high) >= error.last / 2:
+        return [_TOO_HIGH if too_high > 0 else _TOO_LOW]
+    return [_STEEPER if np.cov(implicit, given - implicit)[0, 1] > 0 else _FLATTER]
 
 
 def _stuck(share: Course) -> Answer:
@@ -117,64 +165,82 @@ def _length(correlation: Course) -> Answer:
     return "unclear" if abs(correlation.last) < 2 / math.sqrt(max(1, correlation.responses - 1)) else "no"
 
 
+_ABOVE, _BELOW = "above 0.3", "below -0.3"
+
+
+def _wrong_with_length(courses: Seq[Course], rows: Rows) -> list[str]:
+    return [_ABOVE if courses[0].last > 0 else _BELOW]
+
+
 RULES = (
     Rule(
         "`held_out/loss`",
         "falls by 1% or more, and ends within 5% of its lowest value",
-        "it does not fall: more steps, a higher `train.lr`, or a larger beta; it rises again: fewer epochs, a lower "
-        "`train.lr`, or the checkpoint of `train.keep_best: held_out/loss`",
+        {
+            _NO_FALL: "more steps, a higher `train.lr`, or a larger beta",
+            _RISES: "fewer epochs, a lower `train.lr`, or the checkpoint of `train.keep_best: held_out/loss`",
+        },
         ("loss",),
         _loss,
+        wrong=_wrong_with_loss,
     ),
     Rule(
         "`held_out/rank_correlation/KIND`",
         "above 0: better responses get higher rewards",
-        "the scores hold nothing that the model can learn, or beta x lr is too small",
+        {"": "the scores hold nothing that the model can learn, or beta x lr is too small"},
         ("rank_correlation/KIND",),
         _order,
     ),
     Rule(
         "`held_out/calibration_error/score`, the reliability picture",
         "falls or is at most 0.1, points near the diagonal",
-        "all points below it: rewards too high for the scores; a shift, or `score_map`; a steeper line than it: "
-        "rewards too small; more steps, a higher `train.lr`, or a larger beta",
+        {
+            _TOO_HIGH: "rewards too high for the scores: a shift, or `score_map`",
+            _TOO_LOW: "rewards too low for the scores: more steps, a higher `train.lr`, or a shift below 0",
+            _STEEPER: "rewards too small: more steps, a higher `train.lr`, or a larger beta",
+            _FLATTER: "rewards too large: fewer epochs, a lower `train.lr`, or a smaller beta",
+        },
         ("calibration_error/score",),
         _calibration,
+        wrong=_wrong_with_calibration,
     ),
     Rule(
         "`saturated_stuck/KIND` (of kinds under `mse` or `l1`)",
         "at most 0.05",
-        "beta or lr too large: those have no gradient where sigma(r) is wrong and certain; `bce` has",
+        {"": "beta or lr too large: those have no gradient where sigma(r) is wrong and certain; `bce` has"},
         ("saturated_stuck/KIND",),
         _stuck,
     ),
     Rule(
         "`pair_accuracy`, `pair_margin`, in the reward that the pair loss itself compares",
         "accuracy above 0.5, the margin rises",
-        "the pairs hold nothing that the model can learn, or beta x lr is too small; look at some pairs by "
-        "`uft data preview`",
+        {"": "the pairs hold nothing that the model can learn, or beta x lr is too small; look at some pairs by "
+        "`uft data preview`"},
         ("pair_accuracy/pair", "pair_margin/pair"),
         _pairs,
     ),
     Rule(
         "`implicit_reward_chosen`",
         "does not fall while the margin rises",
-        "good answers become less likely to raise the margin: add `nll`, take `dpop`, or a pointwise loss",
+        {"": "good answers become less likely to raise the margin: add `nll`, take `dpop`, or a pointwise loss"},
         ("implicit_reward_chosen/pair", "pair_margin/pair"),
         _chosen,
     ),
     Rule(
         "`length_correlation/KIND`, the log-ratio over length",
         "between -0.3 and 0.3",
-        "above it: longer responses reach a score with less change a token: `length_normalized`; below it: long "
-        "responses are learned less than short ones: look at some in `held_out.csv`",
+        {
+            _ABOVE: "longer responses reach a score with less change a token: `length_normalized`",
+            _BELOW: "long responses are learned less than short ones: look at some in `held_out.csv`",
+        },
         ("length_correlation/KIND",),
         _length,
+        wrong=_wrong_with_length,
     ),
 )
 
 
-def verdicts(lines: Lines) -> list[Verdict]:
+def verdicts(lines: Lines, rows: Rows = None) -> list[Verdict]:
     """Apply the table to a run's metrics. Rows whose metrics the run does not have are left out.
 
     Held-out metrics are judged where there are any, otherwise those of the training steps, which a run of the same
@@ -182,9 +248,10 @@ def verdicts(lines: Lines) -> list[Verdict]:
 
     Args:
         lines: of metrics.jsonl.
+        rows: of held_out.csv, as `read_rows` reads it; without them some remedies name what either side needs.
     """
     prefix = HELD_OUT if any(f"{HELD_OUT}loss" in line for line in lines) else ""
-    return [verdict for rule in RULES for verdict in _of_rule(rule, lines, prefix)]
+    return [verdict for rule in RULES for verdict in _of_rule(rule, lines, prefix, rows)]
 
 
 def headline(found: Seq[Verdict]) -> str:
@@ -203,7 +270,7 @@ def in_words(found: Seq[Verdict]) -> list[str]:
     return [f"verdict: {headline(found)}", *(f"not healthy: {line}" for line in lines)]
 
 
-def _of_rule(rule: Rule, lines: Lines, prefix: str) -> Iterator[Verdict]:
+def _of_rule(rule: Rule, lines: Lines, prefix: str, rows: Rows) -> Iterator[Verdict]:
     by_kind = any("KIND" in name for name in rule.metrics)
     for kind in KINDS if by_kind else ("",):
         names = [name.replace("KIND", kind) for name in rule.metrics]
@@ -217,9 +284,9 @@ def _of_rule(rule: Rule, lines: Lines, prefix: str) -> Iterator[Verdict]:
             f"{name} {_number(one)}" if len(names) > 1 else _number(one)
             for name, one in zip(names, courses, strict=True)
         )
-        remedy = {"yes": "", "no": rule.if_not, "unclear": _too_few(courses[0])}[healthy]
-        if is_undefined:
-            remedy = _UNDEFINED
+        remedy = {"yes": "", "no": _UNDEFINED, "unclear": _too_few(courses[0])}[healthy]
+        if healthy == "no" and not is_undefined:
+            remedy = rule.remedy(courses, _of_metric(rows, names[0]))
         yield Verdict(prefix + names[0], measured, healthy, remedy)
 
 
@@ -235,7 +302,14 @@ def _too_few(one: Course) -> str:
 
 def _number(one: Course) -> str:
     first, last = ("undefined" if math.isnan(value) else f"{value:.3g}" for value in (one.first, one.last))
-    return f"{last} (at the start {first})"
+    when = "at the start" if one.first_step is None else f"first, step {one.first_step}:"
+    return f"{last} ({when} {first})"
+
+
+def _of_metric(rows: Rows, name: str) -> Rows:
+    """The responses of the kind that a metric is of."""
+    kind = name.rpartition("/")[2]
+    return rows[rows["kind"] == KINDS.index(kind)] if rows is not None and kind in KINDS else None
 
 
 def course(lines: Lines, name: str, prefix: str) -> Course | None:
@@ -247,12 +321,13 @@ def course(lines: Lines, name: str, prefix: str) -> Course | None:
     kind = name.rpartition("/")[2]
     count = f"{prefix}responses/{kind}"
     values = [float(line[prefix + name]) for line in having]
+    first_step = None if having[0] is present[0] else int(having[0]["step"])
     if prefix:
         last = values[-1] if having[-1] is present[-1] else math.nan
-        return Course(values[0], last, min(values), int(having[-1].get(count) or 0))
+        return Course(values[0], last, min(values), int(having[-1].get(count) or 0), first_step)
     few = max(1, round(_TENTH * len(values)))
     first, last = sum(values[:few]) / few, sum(values[-few:]) / few
     if name == "loss" and all(line["loss"] is None for line in present[-few:]):
         last = math.nan
     responses = sum(int(line.get(count) or 0) for line in having[-few:])
-    return Course(first, last, min(first, last), responses)
+    return Course(first, last, min(first, last), responses, first_step)
