@@ -58,6 +58,7 @@ def test_the_document_shows_the_table() -> None:
         ("saturated_stuck/score", [0.0, 0.2], "no"),
         ("length_correlation/score", [None, -0.3], "yes"),
         ("length_correlation/score", [None, -0.5], "no"),
+        ("length_correlation/instruction", [None, -0.5], None),
     ],
 )
 def test_each_kind_is_judged_by_its_last_value(metric: str, values: list[float | None], healthy: str | None) -> None:
@@ -165,7 +166,9 @@ def test_the_terminal_tells_what_is_not_healthy() -> None:
 
 def test_a_first_value_after_the_start_is_named_by_its_step() -> None:
     """Before the first step no log-ratio differs from another, so there is no correlation: the first is of step 2."""
-    lines = held_out(*({"rank_correlation/score": value, "responses/score": 101.0} for value in (None, None, -0.2, 0.5)))
+    lines = held_out(
+        *({"rank_correlation/score": value, "responses/score": 101.0} for value in (None, None, -0.2, 0.5))
+    )
     measured = {verdict.metric: verdict.measured for verdict in verdicts(lines)}
     assert measured["held_out/rank_correlation/score"] == "0.5 (first, step 2: -0.2)"
     assert measured["held_out/loss"] == "0.0625 (at the start 0.25)"

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from uft_ds.data.example import KINDS
+from uft_ds.data.example import KINDS, Kind
 
 Lines = Seq[dict[str, Any]]
 Answer = Literal["yes", "no", "unclear"]
@@ -71,7 +71,7 @@ class Rule:
     """A row of the table, in Markdown. `judge` gets the courses of `metrics` in their order.
 
     remedies: what to do if it is not healthy, by what is wrong; under "" if only one thing can be.
-    metrics: names without `held_out/`; KIND stands for each kind of response.
+    metrics: names without `held_out/`; KIND stands for each of `kinds`.
     wrong: given the same courses and the held-out responses of the kind, what of `remedies` is wrong; empty if that is
         not known.
     """
@@ -81,6 +81,7 @@ class Rule:
     remedies: Mapping[str, str]
     metrics: tuple[str, ...]
     judge: Callable[..., Answer]
+    kinds: tuple[Kind, ...] = KINDS
     wrong: Callable[[Seq[Course], Rows], Seq[str]] = lambda courses, rows: ()
 
     @property
@@ -165,6 +166,9 @@ def _length(correlation: Course) -> Answer:
     return "unclear" if abs(correlation.last) < 2 / math.sqrt(max(1, correlation.responses - 1)) else "no"
 
 
+_NOT_OF_ONE_SCORE: tuple[Kind, ...] = ("score", "binary", "pair")
+"""Instruction data has one score: all its log-ratios should rise, and how far one can rise is what the reference does
+not know of the response, -log pi_ref, which depends on length for reasons that are no bias."""
 _ABOVE, _BELOW = "above 0.3", "below -0.3"
 
 
@@ -214,8 +218,10 @@ RULES = (
     Rule(
         "`pair_accuracy`, `pair_margin`, in the reward that the pair loss itself compares",
         "accuracy above 0.5, the margin rises",
-        {"": "the pairs hold nothing that the model can learn, or beta x lr is too small; look at some pairs by "
-        "`uft data preview`"},
+        {
+            "": "the pairs hold nothing that the model can learn, or beta x lr is too small; look at some pairs by "
+            "`uft data preview`"
+        },
         ("pair_accuracy/pair", "pair_margin/pair"),
         _pairs,
     ),
@@ -227,7 +233,7 @@ RULES = (
         _chosen,
     ),
     Rule(
-        "`length_correlation/KIND`, the log-ratio over length",
+        "`length_correlation/KIND` (not of instruction data), the log-ratio over length",
         "between -0.3 and 0.3",
         {
             _ABOVE: "longer responses reach a score with less change a token: `length_normalized`",
@@ -235,6 +241,7 @@ RULES = (
         },
         ("length_correlation/KIND",),
         _length,
+        kinds=_NOT_OF_ONE_SCORE,
         wrong=_wrong_with_length,
     ),
 )
@@ -272,7 +279,7 @@ def in_words(found: Seq[Verdict]) -> list[str]:
 
 def _of_rule(rule: Rule, lines: Lines, prefix: str, rows: Rows) -> Iterator[Verdict]:
     by_kind = any("KIND" in name for name in rule.metrics)
-    for kind in KINDS if by_kind else ("",):
+    for kind in rule.kinds if by_kind else ("",):
         names = [name.replace("KIND", kind) for name in rule.metrics]
         found = [course(lines, name, prefix) for name in names]
         courses = [one for one in found if one is not None]
