@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pools import plan
 from rich.console import Console
 from sources import rules, write_rows
 from tiny import build_tiny_tokenizer
@@ -14,7 +15,7 @@ from toy import toy_sequences
 from typer.testing import CliRunner
 
 from uft_ds.commands.data import app as data_commands
-from uft_ds.data.example import Example, Message, Sequence
+from uft_ds.data.example import Example, Message, Sequence, keep_first
 from uft_ds.data.mixture import Portion
 from uft_ds.data.sources import PreparedData, PreparedSource, SourceSettings, Tolerance, prepare_source
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
@@ -23,7 +24,7 @@ from uft_ds.host.terminal import as_typed
 from uft_ds.recipe.file import recipe_from_tree
 from uft_ds.recipe.settings import Settings, changed, settings_of
 from uft_ds.run.prepare import data_report
-from uft_ds.run.preview import CLOSE, OPEN, PROMPT, SUPERVISED, device_notes, rendered, show_data
+from uft_ds.run.preview import CLOSE, OPEN, PROMPT, SUPERVISED, device_notes, rendered, show_data, steps_line
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,21 @@ def test_any_sequence_is_shown(chat: ChatTokenizer) -> None:
     """Tokens that are no text do not break it."""
     for sequence in toy_sequences(20):
         assert rendered(sequence, chat, full=False).plain.count(OPEN) == len(sequence.responses)
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [
+        (6, "1 step: 6 responses"),
+        (11, "2 steps, of 8 and 3 responses; the first has 8 responses"),
+        (16, "2 steps of at least 8 responses; the first"),
+        (19, "3 steps of at least 8 responses, the last of 3; the first"),
+    ],
+)
+def test_a_short_last_step_is_told(count: int, said: str) -> None:
+    """The sizes of the steps add up to the number of responses in all."""
+    single = tuple(keep_first(sequence, 1) for sequence in toy_sequences(count))
+    assert steps_line(plan(single), 8).plain.startswith(said)
 
 
 @pytest.fixture

@@ -225,13 +225,17 @@ def left_out_lines(data: PreparedData) -> Text | None:
 
 
 def steps_line(steps: Steps, examples_per_step: int) -> Text:
-    """A line with the number of steps and the size of the first one."""
+    """A line with the number of steps and the size of the first one, and of the last one if that holds fewer."""
     first = steps[0]
     tokens = sum(sequence.num_tokens for sequence in first.sequences)
     holds = f"{len(first.responses)} responses in {len(first.sequences)} sequences, {tokens:,} tokens"
     if len(steps) == 1:
         return Text(f"1 step: {holds}")
-    return Text(f"{len(steps):,} steps of at least {examples_per_step} responses; the first has {holds}")
+    last = steps.num_responses(len(steps) - 1)
+    if last < examples_per_step and len(steps) == 2:
+        return Text(f"2 steps, of {len(first.responses)} and {last} responses; the first has {holds}")
+    but = f", the last of {last}" if last < examples_per_step else ""
+    return Text(f"{len(steps):,} steps of at least {examples_per_step} responses{but}; the first has {holds}")
 
 
 def amount_line(steps: Steps, data: PreparedData, done: int = 0) -> Text:
