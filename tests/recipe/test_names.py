@@ -54,6 +54,9 @@ def test_a_slip_is_answered_by_the_nearest() -> None:
     assert unknown_loss("dop", LOSSES).startswith("unknown name 'dop'; did you mean 'dpop'?")
     assert unknown_key("stepz", ("steps", "lr")) == "unknown key; did you mean 'steps'?"
     assert unknown_key("zzz", ("steps", "lr")) == "unknown key; known here: steps, lr"
+    other = "unknown key; did you mean 'learning_rate'? Here it is train.lr"
+    assert unknown_key("learnig_rate", ("steps", "lr")) == other
+    assert unknown_key("Learning_Rates", ("steps", "lr"), ("train.lr", "train.steps")) == other
 
 
 def test_the_documents_objectives_are_objectives() -> None:

@@ -119,7 +119,7 @@ _NOT_HERE: Mapping[str, str] = {
 """Settings of other stacks that do not exist here, and what to do instead."""
 
 _NEAR_ELSEWHERE = 0.8
-"""Least likeness of a name in another section; within a section difflib's own 0.6 is enough."""
+"""Least likeness of a name in another section or of another stack; within a section difflib's own 0.6 is enough."""
 
 
 def unknown_name(given: str, known: Iterable[str]) -> str:
@@ -152,6 +152,8 @@ def unknown_key(given: str, known: Iterable[str], elsewhere: Iterable[str] = ())
     if not same and word in _KEYS_ELSEWHERE:
         return f"unknown key; here it is {_KEYS_ELSEWHERE[word]}"
     near = same or difflib.get_close_matches(given, known, n=1) or _near_leaves(given, of_all)
+    if not near and (alias := difflib.get_close_matches(word, _KEYS_ELSEWHERE, n=1, cutoff=_NEAR_ELSEWHERE)):
+        return f"unknown key; did you mean {alias[0]!r}? Here it is {_KEYS_ELSEWHERE[alias[0]]}"
     if not near:
         return f"unknown key; known here: {', '.join(known)}"
     return f"unknown key; did you mean {' or '.join(map(repr, near))}?"
