@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from uft_ds.errors import UserError
 from uft_ds.objectives.losses import LOSSES
 from uft_ds.recipe.file import recipe_from_tree
 from uft_ds.recipe.names import _KEYS_ELSEWHERE, _LOSSES_ELSEWHERE, _NOT_HERE, unknown_key, unknown_loss
@@ -57,6 +58,22 @@ def test_a_slip_is_answered_by_the_nearest() -> None:
     other = "unknown key; did you mean 'learning_rate'? Here it is train.lr"
     assert unknown_key("learnig_rate", ("steps", "lr")) == other
     assert unknown_key("Learning_Rates", ("steps", "lr"), ("train.lr", "train.steps")) == other
+
+
+def test_a_start_and_a_reference_adapter_exclude_each_other() -> None:
+    """The key's meaning says what the recipe does: they are refused together."""
+    (meaning,) = (row.meaning for row in describe_keys() if row.key == "start.adapter")
+    assert "not together with reference.adapter, which is the start and the reference" in meaning
+    tree = {
+        "name": "x",
+        "model": {"base": "b"},
+        "data": {"sources": [{"format": "jsonl", "path": "p"}]},
+        "start": {"adapter": "a"},
+        "output": "o",
+    }
+    recipe_from_tree(tree, "alone")
+    with pytest.raises(UserError, match="start.adapter: given together with reference.adapter"):
+        recipe_from_tree(tree | {"reference": {"adapter": "a"}}, "both")
 
 
 def test_the_documents_objectives_are_objectives() -> None:

@@ -216,8 +216,9 @@ class ReferenceSection(Section):
 
 class StartSection(Section):
     adapter: Location | None = None
-    """An adapter that the policy starts from, while the base stays the reference (with reference.adapter it is the
-    reference too). An adapter's folder, a checkpoint or a run; its rank, alpha and targets must be those of lora."""
+    """An adapter that the policy starts from, while the base stays the reference; not together with reference.adapter,
+    which is the start and the reference. An adapter's folder, a checkpoint or a run; its rank, alpha and targets must
+    be those of lora."""
 
 
 class TrainSection(Section):
