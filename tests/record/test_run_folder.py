@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -385,3 +386,10 @@ def test_a_pipe_in_a_runs_folder_is_not_waited_for(tmp_path: Path) -> None:
     assert read_metrics(folder.metrics) == []
     with pytest.raises(UserError, match=r"identity\.json: cannot be read"), reading_identity(folder):
         pass
+
+
+@pytest.mark.parametrize("name", run_folder._OF_A_RUN)
+def test_every_file_of_a_run_is_in_a_document(name: str) -> None:
+    """What lies in a run's folder can be looked up: by its name, or as the folder in which it is described."""
+    documents = (Path(__file__).parents[2] / "docs").glob("*.md")
+    assert any(re.search(rf"[`/]{re.escape(name)}[`/]", path.read_text(encoding="utf-8")) for path in documents)
