@@ -72,7 +72,7 @@ def test_a_start_and_a_reference_adapter_exclude_each_other() -> None:
         "output": "o",
     }
     recipe_from_tree(tree, "alone")
-    with pytest.raises(UserError, match="start.adapter: given together with reference.adapter"):
+    with pytest.raises(UserError, match=r"start\.adapter: given together with reference\.adapter"):
         recipe_from_tree(tree | {"reference": {"adapter": "a"}}, "both")
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from uft_ds.commands.shared import Overrides, RecipeName, console
+from uft_ds.commands.shared import Overrides, RecipeName, console, settings_given
 from uft_ds.errors import UserError
 
 app = typer.Typer(help="Look at data.", no_args_is_help=True)
@@ -27,12 +27,11 @@ def data_preview(
 
     Nothing is launched and no weights are loaded.
     """
-    from uft_ds.recipe.settings import load_settings
+    settings = settings_given(recipe, overrides)
     from uft_ds.run.prepare import prepare_fitting_data, steps_of
     from uft_ds.run.preview import legend, rendered_rows, show_data, steps_line
     from uft_ds.run.start import preparation
 
-    settings = load_settings(recipe, tuple(overrides or ()))
     with preparation(console) as on_progress:
         chat, data = prepare_fitting_data(settings, on_progress)
     sources = data.held_out if held_out else data.train

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from uft_ds.commands.shared import Overrides, RecipeName, console, quiet_loading
+from uft_ds.commands.shared import Overrides, RecipeName, console, quiet_loading, settings_given
 from uft_ds.errors import CheckFailed
 
 
@@ -64,11 +64,11 @@ def plan(
     """
     import json
 
+    settings = settings_given(recipe, overrides)
     from uft_ds.planning.hardware import Figures, cluster_of, found_here
     from uft_ds.planning.plan import make_plan
     from uft_ds.planning.table import rendered
     from uft_ds.planning.values import as_json as plan_as_json
-    from uft_ds.recipe.settings import load_settings
 
     quiet_loading()
     figures = Figures(
@@ -81,7 +81,7 @@ def plan(
     )
     cluster = cluster_of(nodes=nodes, gpus=gpus, gpu=gpu, figures=figures, here=() if gpu else found_here())
     made = make_plan(
-        load_settings(recipe, tuple(overrides or ())),
+        settings,
         cluster,
         tokens_per_response=tokens_per_response,
         mfu=mfu,

@@ -6,13 +6,16 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from uft_ds.host.process import ended_as_by_ctrl_c
 from uft_ds.host.standard_streams import drop_useless_size, is_terminal
 from uft_ds.host.terminal import SafeConsole
+
+if TYPE_CHECKING:
+    from uft_ds.recipe.settings import Settings
 
 drop_useless_size()  # before the console reads it
 _UNLIMITED = 10_000  # columns: in files and pipes no line is wrapped
@@ -25,6 +28,22 @@ Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045 - typer reads it
     typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as train.lr=1e-5."),
 ]
+
+
+def settings_given(recipe: str, overrides: list[str] | None) -> Settings:
+    """The settings of a recipe as it is given on the command line. Call it before anything imports torch.
+
+    Reading the recipe needs none of the imports that take seconds, so a slip in it is told at once.
+
+    Raises:
+        UserError: names the recipe and the key.
+    """
+    from uft_ds.recipe.file import load_recipe
+
+    loaded = load_recipe(recipe, tuple(overrides or ()))
+    from uft_ds.recipe.settings import settings_of
+
+    return settings_of(loaded)
 
 
 def quiet_loading() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from uft_ds.commands.shared import Overrides, RecipeName, console
+from uft_ds.commands.shared import Overrides, RecipeName, console, settings_given
 from uft_ds.errors import EXIT_INTERRUPTED, EXIT_STOPPED, CheckFailed, UserError
 
 if TYPE_CHECKING:
@@ -29,11 +29,9 @@ def train(
     ] = False,
 ) -> None:
     """Check everything, then train on this machine's GPUs, or on two CPU processes."""
-    from uft_ds.recipe.settings import load_settings
-
     if resume and overwrite:
         raise UserError("--resume and --overwrite: the one continues a run, the other deletes it; give one of them")
-    settings = load_settings(recipe, tuple(overrides or ()))
+    settings = settings_given(recipe, overrides)
     if dry_run:
         _rehearse(settings, overwrite=overwrite, resume=resume)
         return
@@ -152,10 +150,10 @@ def reference(recipe: RecipeName, overrides: Overrides = None) -> None:
     import shutil
     import tempfile
 
-    from uft_ds.recipe.settings import changed, load_settings
+    settings = settings_given(recipe, overrides)
+    from uft_ds.recipe.settings import changed
     from uft_ds.run.forked import rank_server
 
-    settings = load_settings(recipe, tuple(overrides or ()))
     if not settings.reference.caches:
         why = "objective.loss needs no reference" if settings.reference.given_cache else "reference.cache is false"
         raise UserError(f"there is nothing to fill: {why}")
@@ -186,6 +184,7 @@ def quickstart(
     """Train a small real model from the package index on verifiable tasks; about ten minutes on two cores."""
     from functools import partial
 
+    settings_given("quickstart", overrides)  # only to tell a slip before seconds of imports
     from uft_ds.examples.quickstart import run_quickstart
     from uft_ds.run.forked import rank_server
 
