@@ -13,6 +13,7 @@ from uft_ds import __version__
 from uft_ds.commands import checkpoint, data, machine, model, recipe, training
 from uft_ds.errors import EXIT_BAD_INPUT, CheckFailed, UserError
 from uft_ds.host.faults import ending
+from uft_ds.host.hub import tell_retries_once
 from uft_ds.host.standard_streams import prepare_streams
 from uft_ds.host.terminal import as_typed, visible
 
@@ -60,6 +61,7 @@ def main() -> None:
     # in the ranks that are forked from this process.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     warnings.simplefilter("ignore", FutureWarning)  # between the libraries that we use; a user cannot fix them
+    tell_retries_once()
     code: int | str | None = 0
     try:
         app()

@@ -11,8 +11,7 @@ from uft_ds.doctor.disk import nearest
 from uft_ds.doctor.finding import Finding
 from uft_ds.errors import UserError
 from uft_ds.host.files import user_cache
-
-_TRUE = {"1", "ON", "YES", "TRUE"}
+from uft_ds.host.hub import NO_NETWORK, is_offline
 
 
 def check_caches(environ: Mapping[str, str] = os.environ) -> list[Finding]:
@@ -30,12 +29,10 @@ def check_caches(environ: Mapping[str, str] = os.environ) -> list[Finding]:
 
 def check_hub(environ: Mapping[str, str] = os.environ) -> Finding:
     """Report whether HF_HUB_OFFLINE is set: then a name that is not cached is an error at once, without a wait."""
-    if environ.get("HF_HUB_OFFLINE", "").upper() in _TRUE:
+    if is_offline(environ):
         found = "HF_HUB_OFFLINE is set: nothing is fetched"
         return Finding("hub", "note", found, "give models and data as folders, or unset it once to fetch them")
-    return Finding(
-        "hub", "ok", "names in recipes are fetched", "without a network set HF_HUB_OFFLINE=1: errors come at once"
-    )
+    return Finding("hub", "ok", "names in recipes are fetched", NO_NETWORK)
 
 
 def _writable(name: str, folder: Path, remedy: str) -> Finding:

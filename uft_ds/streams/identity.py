@@ -15,6 +15,7 @@ from typing import Any
 
 from uft_ds.errors import UserError
 from uft_ds.host.files import sha256, user_cache, write_atomically
+from uft_ds.host.hub import no_network_hint
 from uft_ds.streams.adapter_files import adapter_file
 from uft_ds.streams.adapters import lora_form
 
@@ -83,7 +84,9 @@ def local_folder(base: str, revision: str | None) -> Path:
             folder = Path(snapshot_download(base, revision=revision, allow_patterns=["pytorch_model*.bin*"]))
     except Exception as error:  # noqa: BLE001 - the hub's client raises many types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"model.base: the files of {base!r} cannot be downloaded from the hub ({reason})") from None
+        raise UserError(
+            f"model.base: the files of {base!r} cannot be downloaded from the hub ({reason}){no_network_hint()}"
+        ) from None
     return folder
 
 

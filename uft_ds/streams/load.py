@@ -18,6 +18,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 
 from uft_ds.architectures.facts import decoder_layers, is_shown_to_pack
 from uft_ds.errors import UserError
+from uft_ds.host.hub import no_network_hint
 from uft_ds.streams.packed_attention import PACKED
 from uft_ds.streams.stored_names import stored_weights
 from uft_ds.streams.tied import check_tied
@@ -64,7 +65,7 @@ def _config_of_base(base: str, revision: str | None) -> Any:
         gguf = f"; repositories of GGUF files are not read, {_OF_GGUF}" if "gguf" in base.lower() else ""
         raise UserError(
             f"model.base: {base!r} is neither a local model folder nor available from the hub ({_one_line(error)})"
-            f"{gguf}"
+            f"{gguf or no_network_hint()}"
         ) from None
 
 

@@ -30,6 +30,7 @@ from uft_ds.data.rows.json_rows import json_array, json_lines, parse_object
 from uft_ds.data.rows.places import place_of
 from uft_ds.errors import UserError
 from uft_ds.host.files import sha256
+from uft_ds.host.hub import no_network_hint
 
 if TYPE_CHECKING:
     import datasets
@@ -130,7 +131,7 @@ def _load_from_hub(path: str, split: str | None) -> datasets.Dataset:
             ) from None
         raise UserError(
             f"{path}: neither a local file or folder, nor could it be loaded from the hub ({_innermost(error)}); "
-            "give a local path, or check the name, the split and the network"
+            f"give a local path, or check the name, the split and the network{no_network_hint()}"
         ) from None
 
 
