@@ -15,6 +15,8 @@ from tiny import CHATML, build_tiny_model
 from uft_ds.errors import UserError
 from uft_ds.export.convert import convert_to_adapter
 from uft_ds.export.source import of_run
+from uft_ds.host.locks import acquire
+from uft_ds.record.run_folder import RunFolder
 from uft_ds.run.prepare import prepare_run
 
 
@@ -43,6 +45,27 @@ def test_the_run_as_it_was_trained_is_converted(prepared: Path, tmp_path: Path) 
     for number, base in enumerate((None, str(tmp_path / "copy"))):
         out = convert_to_adapter(prepared / "run", tmp_path / f"out{number}", base=base).folder
         assert (out / "chat_template.jinja").read_text() == CHATML
+
+
+def test_a_run_that_is_not_done_is_told(prepared: Path, tmp_path: Path) -> None:
+    """With the step that is converted, and of how many; not a checkpoint that was chosen, nor a run that is done."""
+
+    def said_of(path: Path) -> list[str]:
+        said: list[str] = []
+        of_run(path, say=said.append)
+        return said
+
+    run = prepared / "run"
+    note = f"note: {run} is not done%s: its newest checkpoint is converted, step 2 of 4"
+    assert said_of(run) == [note % ""]
+    with acquire(RunFolder(run).lock):
+        assert said_of(run) == [note % " and still going"]
+    assert said_of(run / "checkpoints" / "step-000002") == []
+    RunFolder(run).done.touch()
+    try:
+        assert said_of(run) == []
+    finally:
+        RunFolder(run).done.unlink()
 
 
 def test_a_base_that_has_changed_is_refused(prepared: Path, tmp_path: Path) -> None:

@@ -64,10 +64,10 @@ def convert(
             raise UserError(
                 f"{given[0]}: of no use with --to universal, which converts a run's own checkpoint; leave it out"
             )
-        console.print(f"universal checkpoint: {convert_to_universal(source, out).folder}")
+        console.print(f"universal checkpoint: {convert_to_universal(source, out, say=console.print).folder}")
         return
     if to == "adapter":
-        result = convert_to_adapter(source, out, base=base, adapter_config=adapter_config)
+        result = convert_to_adapter(source, out, base=base, adapter_config=adapter_config, say=console.print)
         console.print(f"adapter: {result.folder}  (of {result.source})")
         return
     with preparation(console) as on_progress:

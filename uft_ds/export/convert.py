@@ -131,7 +131,7 @@ def convert_to_merged(
 
 
 def convert_to_adapter(
-    path: Path, out: Path, *, base: str | None = None, adapter_config: Path | None = None
+    path: Path, out: Path, *, base: str | None = None, adapter_config: Path | None = None, say: Say = print
 ) -> Conversion:
     """Write the adapter in PEFT's format, with tokenizer and model card if the source is a run.
 
@@ -141,7 +141,7 @@ def convert_to_adapter(
     out = out.absolute()
     _check_free(out)
     with (
-        opened(path, base, adapter_config, reads_weights=False) as source,
+        opened(path, base, adapter_config, say, reads_weights=False) as source,
         _whole_or_nothing(out) as temporary,
     ):
         if source.run is None:
@@ -154,7 +154,7 @@ def convert_to_adapter(
     return Conversion(out, source.path, None)
 
 
-def convert_to_universal(path: Path, out: Path) -> Conversion:
+def convert_to_universal(path: Path, out: Path, *, say: Say = print) -> Conversion:
     """Write a run's checkpoint as a universal checkpoint of DeepSpeed: adapter and optimiser, for any number of ranks.
 
     Raises:
@@ -168,7 +168,7 @@ def convert_to_universal(path: Path, out: Path) -> Conversion:
         raise UserError(
             f"{path}: an adapter alone; a universal checkpoint is of a run, which has the optimiser's state"
         )
-    source = of_run(path, reads_weights=False)
+    source = of_run(path, say=say, reads_weights=False)
     assert source.settings is not None
     with _whole_or_nothing(out) as temporary:
         write_universal(source.path, source.settings.train, temporary)

@@ -15,14 +15,14 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from uft_ds.checkpoint.folder import ADAPTER, latest_checkpoint
+from uft_ds.checkpoint.folder import ADAPTER, latest_checkpoint, step_of
 from uft_ds.checkpoint.manifest import MANIFEST
 from uft_ds.errors import UserError
 from uft_ds.export.deepspeed_files import is_deepspeed, read_trainable
 from uft_ds.export.low_rank import read_adapter_config, read_low_rank
 from uft_ds.host.callbacks import Say
 from uft_ds.recipe.settings import Settings, load_settings
-from uft_ds.record.run_folder import RunFolder, reading_identity
+from uft_ds.record.run_folder import RunFolder, is_owned, reading_identity
 from uft_ds.streams.adapter_files import as_peft_saves, is_adapter, written_as_peft_saves
 from uft_ds.streams.identity import base_identity
 from uft_ds.streams.load import check_base
@@ -86,7 +86,7 @@ def opened(
     if not is_own:
         what = "a whole model" if (path / "config.json").is_file() else "nothing of the kind"
         raise UserError(f"{path}: holds {what}; {_EXPECTED}")
-    yield of_run(path, base, reads_weights=reads_weights)
+    yield of_run(path, base, say, reads_weights=reads_weights)
 
 
 def _is_same_path(base: str, said: str) -> bool:
@@ -106,7 +106,9 @@ def _base_at(base: str) -> str:
     return base
 
 
-def of_run(path: Path, base: str | None = None, *, reads_weights: bool = True) -> Convertible:
+def of_run(
+    path: Path, base: str | None = None, say: Say = lambda text: None, *, reads_weights: bool = True
+) -> Convertible:
     """A run, or one of its checkpoints, with the base that it was trained on.
 
     Args:
@@ -121,6 +123,8 @@ def of_run(path: Path, base: str | None = None, *, reads_weights: bool = True) -
     if not folder.recipe.exists() or not folder.sample_data().exists():
         raise UserError(f"{folder.path}: no recipe.yaml or data/ beside {checkpoint.name}; a checkpoint needs its run")
     settings = load_settings(str(folder.recipe))
+    if not (path / MANIFEST).exists() and not folder.done.exists():
+        say(_not_done(folder, checkpoint, settings.train.steps))
     model = settings.model
     if base is None and Path(model.base).is_absolute() and not Path(model.base).exists():
         raise UserError(f"{model.base}: no such folder; if the run's base has moved, give --base")
@@ -148,6 +152,14 @@ def recorded_identity(folder: RunFolder) -> tuple[dict[str, Any], str]:
     with reading_identity(folder) as identity:
         first_source, *_ = identity["data"].values()
         return dict(identity["base"]), str(first_source["tokenizer"])
+
+
+def _not_done(folder: RunFolder, checkpoint: Path, steps: int | None) -> str:
+    """A note on the run whose newest checkpoint is converted. steps: of the whole run; None: not known."""
+    state = " and still going" if is_owned(folder) else ""
+    of_all = "" if steps is None else f" of {steps}"
+    at = f"step {step_of(checkpoint)}{of_all}"
+    return f"note: {folder.path} is not done{state}: its newest checkpoint is converted, {at}"
 
 
 def _from_deepspeed(path: Path, folder: Path, base: str | None, adapter_config: Path | None) -> Convertible:
