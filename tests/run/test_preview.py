@@ -207,6 +207,24 @@ def test_columns_that_are_not_read_are_noted(data: PreparedData, tmp_path: Path,
     assert [row["columns_not_read"] for row in data_report(data)["train"]] == [{"source": 3}]
 
 
+def test_a_score_under_meta_is_noted(tmp_path: Path, chat: ChatTokenizer) -> None:
+    """Of rows that have none beside the response; not of scored ones, and not of words that are no score."""
+    found: list[dict[str, Any]] = [
+        *({"prompt": f"q{i}", "response": "a", "meta": {"reward": 0.5, "rank": "first", "id": 7}} for i in range(3)),
+        {"prompt": "q", "response": "a", "score": 0.5, "meta": {"reward": 0.5}},
+    ]
+    path = write_rows(tmp_path / "meta.jsonl", found)
+    source = SourceSettings(str(path), None, rules(mixed_kinds=True, score=0.75))
+    data = PreparedData((prepare_source(source, chat, tmp_path / "cache", seed=0, tolerance=Tolerance()),), ())
+    shown = printed(data, 400)
+    assert (
+        f"note: {path}: not read: meta.reward (3 rows); these rows train as answers of score 0.75. If it is their "
+        "score, it belongs beside 'response'"
+    ) in shown
+    assert "columns that format" not in shown
+    assert [row["columns_not_read"] for row in data_report(data)["train"]] == [{"meta.reward": 3}]
+
+
 def test_mixed_kinds_and_a_scale_are_shown(tmp_path: Path, chat: ChatTokenizer) -> None:
     """How many responses each kind has; which scores were found, and what becomes of them."""
     rows: list[dict[str, Any]] = [

@@ -13,6 +13,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from uft_ds.data.example import Kind, Sequence
+from uft_ds.data.formats.columns import OF_META
+from uft_ds.data.formats.fields import default_score
 from uft_ds.data.mixture import Steps
 from uft_ds.data.sources import PreparedData, PreparedSource, SourceSettings
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
@@ -150,8 +152,15 @@ def notes(data: PreparedData) -> Iterator[Text]:
         if left_out > _MUCH_LEFT_OUT * (left_out + found):
             yield Text(f"note: {as_typed(source.label)}: {left_out:,} of {left_out + found:,} responses are left out")
     for source in data.all:
-        if source.account.unread:
-            named = ", ".join(f"{column} ({rows:,} rows)" for column, rows in source.account.unread.items())
+        unread = source.account.unread
+        if like_a_score := {column: rows for column, rows in unread.items() if column.startswith(OF_META)}:
+            yield Text(
+                f"note: {as_typed(source.label)}: not read: {_with_rows(like_a_score)}; these rows train as answers of "
+                f"score {default_score(source.settings.rules.score):g}. If it is their score, it belongs beside "
+                "'response'"
+            )
+        if columns := {column: rows for column, rows in unread.items() if column not in like_a_score}:
+            named = _with_rows(columns)
             form = source.settings.rules.format
             yield Text(f"note: {as_typed(source.label)}: columns that format {form} does not read: {named}")
     for source, amount in zip(data.train, data.epoch_amounts, strict=True):
@@ -164,6 +173,10 @@ def notes(data: PreparedData) -> Iterator[Text]:
                 f"note: {as_typed(source.label)}: share takes {amount:,.0f} of its {held:,} responses in an epoch; "
                 "the others are not used in it"
             )
+
+
+def _with_rows(columns: Mapping[str, int]) -> str:
+    return ", ".join(f"{column} ({rows:,} rows)" for column, rows in columns.items())
 
 
 def _notes_on_steps(settings: Settings, data: PreparedData) -> Iterator[Text]:

@@ -1,6 +1,7 @@
 """Our own format: what a row becomes, what is refused, and that its schema says the same."""
 
 import json
+import re
 from typing import Any
 
 import jsonschema
@@ -76,7 +77,7 @@ def test_jsonl_meta_is_ignored() -> None:
         ({"score": float("nan")}, "'score': found nan"),
         ({"score": float("inf")}, "'score': found inf"),
         ({"score": 10**400}, "'score': found 1000"),
-        ({"score": "0.7"}, "'score': found '0.7', expected a number"),
+        ({"score": "0.7"}, "'score': found '0.7', expected a number from 0 to 1: write it without quotes"),
         ({"score": True}, "'score': found true, expected a number"),
         ({"score": [1]}, "'score': found [1], expected a number"),
         ({"response": ""}, "'response' is empty"),
@@ -86,7 +87,9 @@ def test_jsonl_meta_is_ignored() -> None:
         ({"response": "a\ud83d"}, "'response': holds half of a surrogate pair"),
         ({"response": "a\0b"}, "'response': holds a NUL character"),
         ({"label": True}, "expected either 'score' or 'label', found both"),
-        ({"score": None, "label": 1}, "'label': found 1, expected true or false"),
+        ({"score": None, "label": 1}, "'label': found 1, expected true or false: write 1 as true and 0 as false"),
+        ({"score": None, "label": -1}, "'label': found -1, expected true or false"),
+        ({"score": None, "label": "True"}, "'label': found 'True', expected true or false: write it without quotes"),
         ({"chosen": "b"}, "'response' does not go with 'chosen'"),
         ({"response": None, "chosen": "b"}, "'score' does not go with 'chosen'"),
         ({"tools": []}, "'tools' goes with 'messages', not with 'prompt'"),
@@ -408,3 +411,41 @@ VALUES = [None, "q", " ", 0.5, 2, True, [], TURNS, WHOLE, CALLED, [TOOL]]
 def test_schema_refuses_nothing_that_the_format_takes(row: dict[str, Any]) -> None:
     """What the schema cannot say makes it more generous than the format, never less."""
     assert SCHEMA.is_valid(row) or not accepts(row)
+
+
+_META = "only what is not to be trained on goes under 'meta'"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"prompt": "q", "response": "a", "reward": 0.5},
+            f"'reward'; if 'reward' is the score, set this source's `columns: {{score: reward}}`; {_META}",
+        ),
+        (
+            {"prompt": "q", "response": "a", "Stars": "4"},
+            f"'Stars'; if 'Stars' is the score, set this source's `columns: {{score: Stars}}`; {_META}",
+        ),
+        (
+            {"prompt": "q", "response": "a", "is_correct": False},
+            f"'is_correct'; if 'is_correct' is the score, set this source's `columns: {{label: is_correct}}`; {_META}",
+        ),
+        (
+            {"question": "q", "answer": "a"},
+            "'question'; set this source's `columns: {prompt: question, response: answer}`",
+        ),
+        (
+            {"question": "q", "answer": "a", "grade": 0.1},
+            "'question'; if 'grade' is the score, set this source's "
+            f"`columns: {{prompt: question, response: answer, score: grade}}`; {_META}",
+        ),
+        ({"prompt": "q", "response": "a", "score": 1, "rating": 5}, "'rating'; put extra fields under 'meta'"),
+        ({"prompt": "q", "response": "a", "value": "a text"}, "'value'; put extra fields under 'meta'"),
+        ({"prompt": "q", "response": "a", "context": "c"}, f"'context', by its name part of what is asked; {_META}"),
+    ],
+)
+def test_an_unknown_key_is_answered_by_what_it_may_mean(row: dict[str, Any], message: str) -> None:
+    """A score under `meta` would make every row an answer of score 1, and a question there would never be asked."""
+    with pytest.raises(ValueError, match="^" + re.escape(f"unknown key {message}") + "$"):
+        jsonl(row, score=None)

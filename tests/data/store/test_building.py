@@ -311,6 +311,32 @@ def test_a_refusal_of_most_rows_asks_for_the_format(tmp_path: Path, chat: ChatTo
     assert "quarantine" not in refusal(write_rows(tmp_path / "b.jsonl", [{"text": "t"}] * 3), chat)
 
 
+def test_a_long_reason_is_written_once(tmp_path: Path, chat: ChatTokenizer) -> None:
+    """The other places follow; the reason says what to do, so nothing is added to it."""
+    path = write_rows(tmp_path / "rows.jsonl", [{"question": f"q{i}", "answer": "a"} for i in range(5)])
+    assert refusal(path, chat).splitlines() == [
+        f"{path}:1: unknown key 'question'; set this source's `columns: {{prompt: question, response: answer}}` "
+        "(format jsonl)",
+        f"5 of 5 rows of {path} are bad, the next:",
+        f"  {path}:2: the same",
+        f"  {path}:3: the same",
+    ]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"response": "a", "score": "1.0"}, {"response": "a", "label": 1}, {"response": "a", "scroe": 1.0}]
+)
+def test_most_rows_of_the_right_format_are_not_asked_for_it(
+    tmp_path: Path, chat: ChatTokenizer, wrong: dict[str, Any]
+) -> None:
+    """A value of another type, or a slip in a key: nothing is to be looked up, and nothing is left out."""
+    message = refusal(write_rows(tmp_path / "rows.jsonl", [{"prompt": "q"} | wrong] * 3), chat)
+    assert "are they of format" not in message
+    assert "quarantine" not in message
+    one = [{"prompt": f"q{i}", "response": "a"} for i in range(3)]
+    assert "quarantine" in refusal(write_rows(tmp_path / "one.jsonl", [*one, {"prompt": "q"} | wrong]), chat)
+
+
 def test_rows_of_another_format_are_named(tmp_path: Path, chat: ChatTokenizer) -> None:
     """While no row of the file was good, and only then: after a good one, one row is wrong, not the format."""
     alpaca = {"instruction": "Name a prime.", "input": "", "output": "7"}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeGuard, TypeVar
 
-from uft_ds.data.formats.fields import Row, is_empty, shown
+from uft_ds.data.formats.fields import Row, is_empty, is_number_in_quotes, shown
 from uft_ds.data.formats.marks import (
     FEEDBACK,
     LEARNING,
@@ -61,6 +61,18 @@ _FEEDBACK = {
     ),
 }
 """Carries meaning where a row would otherwise count as a perfect answer."""
+_MAYBE_FEEDBACK = """
+rank ranking quality star stars grade grades points value vote votes upvotes likes label_score
+"""
+_LIKE_A_SCORE = {*FEEDBACK, *_OTHER_FEEDBACK.split(), *_MAYBE_FEEDBACK.split()}
+"""Names that may mean a score: those above, and words that mean something else as often, which refuse no row."""
+_PROMPT_ELSEWHERE = {
+    *("question", "query", "instruction", "problem"),
+    *("user_prompt", "user_message", "user_input", "user_query"),
+}
+_RESPONSE_ELSEWHERE = {"answer", "completion", "output", "reply"}
+OF_META = "meta."
+"""Begins the names of keys of `meta` that may be a score."""
 _MAY_REPEAT = (_ASKED, _ANSWER, _TURNS, _THOUGHT)
 """Columns that say nothing new if the row says the same elsewhere."""
 
@@ -101,9 +113,40 @@ def refused_columns(row: Row, make: Callable[..., Any], *, has_feedback: bool = 
     )
 
 
-def unread_columns(row: Row, make: Callable[..., Any]) -> Iterator[str]:
-    """The names of the columns that hold something and are not read; keys of turns as `messages[].key`."""
+def known_elsewhere(column: str, value: Any) -> str | None:
+    """Our name for a column that other data sets have: prompt, response, score, or label for true and false.
+
+    None if there is none, or if what the column may be called is no score by its value.
+    """
+    name = plain(column)
+    if name in _PROMPT_ELSEWHERE:
+        return "prompt"
+    if name in _RESPONSE_ELSEWHERE:
+        return "response"
+    if name not in _LIKE_A_SCORE:
+        return None
+    if isinstance(value, bool):
+        return "label"
+    # Cells of a csv file are text.
+    return "score" if isinstance(value, int | float) or is_number_in_quotes(value) else None
+
+
+def meaning_of(column: str) -> str | None:
+    """What a column of this name is known to say, such as a part of what is asked."""
+    return _BY_NAME.get(plain(column))
+
+
+def unread_columns(row: Row, make: Callable[..., Any], *, has_feedback: bool = True) -> Iterator[str]:
+    """The names of the columns that hold something and are not read; keys of turns as `messages[].key`.
+
+    Args:
+        has_feedback: see `refused_columns`; without any, keys of `meta` that may be a score are named as `meta.key`.
+    """
     yield from _unread(row, make)
+    meta = row.get("meta") if "meta" in (columns_of(make) or ()) and not has_feedback else None
+    for key, value in meta.items() if isinstance(meta, Mapping) else ():
+        if known_elsewhere(str(key), value) in ("score", "label"):
+            yield f"{OF_META}{key}"
     for column in columns_of(make) or ():
         value = row.get(column)
         turns = value if isinstance(value, list) else [value]

@@ -6,6 +6,7 @@ Each function raises ValueError with what was found and what was expected; the c
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +21,18 @@ class LeftOut(Exception):
         super().__init__(reason)
         self.reason = reason
         self.num_responses = num_responses
+
+
+class OfThisFormat(ValueError):
+    """A row of the right format that is bad; the message says what to do about it."""
+
+
+class UnknownKey(ValueError):
+    """A format that knows all its keys found another one; the message says what to do about it."""
+
+
+class KnownKey(UnknownKey, OfThisFormat):
+    """The same, of a key that is known by another spelling or name."""
 
 
 def text(row: Row, key: str) -> str:
@@ -89,7 +102,12 @@ def label_score(row: Row) -> float:
     """Binary feedback: `label` true is 1, false is 0. Numbers are refused, because some data sets use -1 and 1."""
     label = row.get("label")
     if not isinstance(label, bool):
-        raise ValueError(f"'label': found {shown(label)}, expected true or false")
+        wrong = f"'label': found {shown(label)}, expected true or false"
+        if label in (0, 1):
+            raise OfThisFormat(f"{wrong}: write 1 as true and 0 as false")
+        if isinstance(label, str) and label.strip().lower() in ("true", "false"):
+            raise OfThisFormat(f"{wrong}: write it without quotes")
+        raise ValueError(wrong) if label is None else OfThisFormat(wrong)
     return float(label)
 
 
@@ -125,6 +143,14 @@ def is_empty(value: Any) -> bool:
     if isinstance(value, Mapping):
         return all(map(is_empty, value.values()))
     return all(map(is_empty, value)) if isinstance(value, list | tuple) else value is None or value == ""
+
+
+def is_number_in_quotes(value: Any) -> bool:
+    """Whether a value is text that holds a finite number and nothing else."""
+    try:
+        return isinstance(value, str) and math.isfinite(float(value))
+    except ValueError:
+        return False
 
 
 def shown(value: Any) -> str:

@@ -8,8 +8,8 @@ from importlib import resources
 from typing import Any
 
 from uft_ds.data.example import Message
-from uft_ds.data.formats.columns import reads
-from uft_ds.data.formats.fields import Row, default_score, label_score, present, shown, text
+from uft_ds.data.formats.columns import known_elsewhere, meaning_of, reads
+from uft_ds.data.formats.fields import KnownKey, Row, UnknownKey, default_score, label_score, present, shown, text
 from uft_ds.data.formats.scales import UNIT, Scale, checked_score, scored
 from uft_ds.data.formats.turns import (
     Item,
@@ -108,8 +108,30 @@ def _two(row: Row, prompt: Turns, tools: Tools, scale: Scale) -> Item:
 
 
 def _check_keys(row: Row) -> None:
-    for key in row:
-        if key not in KEYS:
-            near = difflib.get_close_matches(key, KEYS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "put extra fields under 'meta'"
-            raise ValueError(f"unknown key {shown(key)}; {hint}")
+    unknown = [key for key in row if key not in KEYS]
+    if not unknown:
+        return
+    found = f"unknown key {shown(unknown[0])}"
+    columns: dict[str, str] = {}
+    for key in unknown:
+        ours = known_elsewhere(key, row[key])
+        if ours is not None and ours not in present(row):
+            columns.setdefault(ours, key)
+    near = difflib.get_close_matches(unknown[0], KEYS, n=1)
+    if near and unknown[0] not in columns.values():
+        raise KnownKey(f"{found}; did you mean {near[0]!r}?")
+    if columns:
+        raise KnownKey(f"{found}; {_renaming(columns)}")
+    meaning = meaning_of(unknown[0])
+    if meaning is not None:
+        raise UnknownKey(f"{found}, by its name {meaning}; only what is not to be trained on goes under 'meta'")
+    raise UnknownKey(f"{found}; put extra fields under 'meta'")
+
+
+def _renaming(columns: dict[str, str]) -> str:
+    """The `columns` to set. Whether a name like `reward` means the score, only the user knows: without it all is 1."""
+    named = f"set this source's `columns: {{{', '.join(f'{ours}: {theirs}' for ours, theirs in columns.items())}}}`"
+    feedback = columns.get("score", columns.get("label"))
+    if feedback is None:
+        return named
+    return f"if {shown(feedback)} is the score, {named}; only what is not to be trained on goes under 'meta'"

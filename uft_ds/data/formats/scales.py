@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
-from uft_ds.data.formats.fields import Row, shown
+from uft_ds.data.formats.fields import OfThisFormat, Row, is_number_in_quotes, shown
 from uft_ds.errors import UserError
 
 Scale = tuple[float, float]
@@ -45,7 +45,10 @@ def checked_score(value: Any, name: str = "score", scale: Scale = UNIT) -> float
     low, high = scale
     # The comparison refuses NaN, too.
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise ValueError(f"{name!r}: found {shown(value)}, expected a number from {low:g} to {high:g}")
+        wrong = f"{name!r}: found {shown(value)}, expected a number from {low:g} to {high:g}"
+        if value is None:
+            raise ValueError(wrong)
+        raise OfThisFormat(f"{wrong}: write it without quotes" if is_number_in_quotes(value) else wrong)
     return float((value - low) / (high - low))
 
 

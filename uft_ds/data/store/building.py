@@ -23,7 +23,7 @@ import numpy as np
 
 from uft_ds.data.example import Example, Kind, Pair, Unit
 from uft_ds.data.formats.columns import check_renaming, refused_columns, unread_columns
-from uft_ds.data.formats.fields import LeftOut
+from uft_ds.data.formats.fields import LeftOut, OfThisFormat, UnknownKey
 from uft_ds.data.formats.guess import other_formats
 from uft_ds.data.formats.scales import Scale, check_score_range, given_scores
 from uft_ds.data.formats.table import Format, format_named
@@ -111,6 +111,8 @@ class _Result:
     changed: Counter[str] = field(default_factory=Counter)
     places: list[tuple[str, int, int]] = field(default_factory=list)
     bad: list[tuple[RawRow, str]] = field(default_factory=list)
+    of_this_format: int = 0
+    """The number of bad rows that are of the format, and whose messages say what to do."""
     keys: set[str] = field(default_factory=set)
     """The columns of all readable rows; collected only for a source with a `where` or `columns`."""
     unread: Counter[str] = field(default_factory=Counter)
@@ -150,6 +152,7 @@ def build_store(
         for result in _reading_on(results, refused):
             total = _added(total, result)
             if not quarantine:
+                refused.of_this_format += result.of_this_format
                 for row, reason in result.bad:
                     refused.add(data.place(row.file, row.line), reason)
             if refused.count:
@@ -198,6 +201,8 @@ def examine_row(
     except LeftOut as left_out:
         dropped[left_out.reason] += left_out.num_responses
         return None, [], dropped, changed
+    except UnknownKey:
+        raise  # it says what there is to say about columns
     except ValueError as error:
         unread = refused_columns(row, make, has_feedback=True)
         raise (ValueError(f"{error}; {unread}") if unread else error) from None
@@ -356,12 +361,13 @@ class _Examiner:
                     first, _, _ = str(error).partition("; ")  # what follows is advice for rows of the given format
                     result.bad.append((raw, f"{instead} (read as {self._rules.format}: {first})"))
                     continue
+                result.of_this_format += isinstance(error, OfThisFormat)
                 shape = None if self._rules.mixed_kinds else result.shape
                 hints = _lacking(keys, self._rules) + _other_keys(keys, shape, chunk.place)
                 result.bad.append((raw, f"{error}{hints}"))
                 continue
             units += found
-            result.unread.update(unread_columns(row, make))
+            result.unread.update(unread_columns(row, make, has_feedback=given != "instruction"))
             result.dropped.update(dropped)
             result.changed.update(changed)
             result.places += [(reason, raw.file, raw.line) for reason in (*dropped, *changed)]

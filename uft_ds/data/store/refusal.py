@@ -9,6 +9,8 @@ from uft_ds.errors import UserError
 
 PLACES_NAMED = 3
 """How many places are named of rows with the same fate."""
+_LONG = 60
+"""Letters of a reason that is not repeated word for word."""
 
 
 @dataclass
@@ -17,37 +19,43 @@ class BadRows:
 
     label, format: of the source.
     first: place and reason of the first ones.
+    of_this_format: how many are of the format, and their messages say what to do.
     ended_by: why the source was not read to its end; empty if it was.
     """
 
     label: str
     format: str
-    first: list[str] = field(default_factory=list)
+    first: list[tuple[str, str]] = field(default_factory=list)
     count: int = 0
+    of_this_format: int = 0
     ended_by: str = ""
 
     def add(self, place: str, reason: str) -> None:
         self.count += 1
         if len(self.first) < PLACES_NAMED:
-            self.first.append(f"{place}: {reason}")
+            self.first.append((place, reason))
 
     def error(self, account: Account) -> UserError:
         """The refusal. account: of all rows that have been read."""
-        first, *others = self.first
+        (place, why), *others = self.first
         read = f"the first {account.rows:,}" if self.ended_by else f"{account.rows:,}"
         lines = [
-            f"{first} (format {self.format})",
+            f"{place}: {why} (format {self.format})",
             f"{self.count:,} of {read} rows of {self.label} are bad{', the next:' if others else ''}",
-            *(f"  {other}" for other in others),
+            *(f"  {other}: {'the same' if reason == why and len(why) > _LONG else reason}" for other, reason in others),
         ]
         if self.ended_by:
             lines.append(self.ended_by)
-        return UserError("\n".join([*lines, self._remedy(account)]))
+        remedy = self._remedy(account)
+        return UserError("\n".join([*lines, remedy] if remedy else lines))
 
     def _remedy(self, account: Account) -> str:
+        """What to do; empty if the reasons have said it."""
         if hint := range_hint(self.label, account.scores):
             return hint
         if self.count > 1 and 2 * self.count > account.rows:
+            if 2 * self.of_this_format > account.rows:
+                return ""  # the messages say it; so many rows are not left out
             return f"these are most of the rows: are they of format {self.format}? `uft data formats` describes all"
         return (
             "correct them, or set data.on_bad_row: quarantine to leave them out (of a source's rows at most the share "
