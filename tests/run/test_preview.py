@@ -24,7 +24,17 @@ from uft_ds.host.terminal import as_typed
 from uft_ds.recipe.file import recipe_from_tree
 from uft_ds.recipe.settings import Settings, changed, settings_of
 from uft_ds.run.prepare import data_report
-from uft_ds.run.preview import CLOSE, OPEN, PROMPT, SUPERVISED, device_notes, rendered, show_data, steps_line
+from uft_ds.run.preview import (
+    CLOSE,
+    OPEN,
+    PROMPT,
+    SUPERVISED,
+    device_notes,
+    rendered,
+    rendered_rows,
+    show_data,
+    steps_line,
+)
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +215,27 @@ def test_columns_that_are_not_read_are_noted(data: PreparedData, tmp_path: Path,
     data = PreparedData((more,), ())
     assert "columns that format ultrachat does not read: source (3 rows)" in printed(data, 400)
     assert [row["columns_not_read"] for row in data_report(data)["train"]] == [{"source": 3}]
+
+
+@pytest.mark.parametrize("split_pairs", [True, False])
+def test_the_sides_of_a_pair_are_named(tmp_path: Path, chat: ChatTokenizer, split_pairs: bool) -> None:
+    """Split or kept: which answer is the better one stands behind the place."""
+    path = write_rows(tmp_path / "pairs.jsonl", [{"prompt": "q", "chosen": "good", "rejected": "bad"}])
+    source = SourceSettings(str(path), None, rules(split_pairs=split_pairs))
+    prepared = prepare_source(source, chat, tmp_path / "cache", seed=0, tolerance=Tolerance())
+    shown = [text.plain for text in rendered_rows(prepared, chat, count=5, seed=0, full=True)]
+    assert [(f"{path}:1 (chosen): " in text, f"{OPEN}good" in text) for text in shown] == [(True, True), (False, False)]
+    assert f"{path}:1 (rejected): " in shown[1]
+
+
+def test_the_items_of_a_row_without_pairs_keep_their_numbers(tmp_path: Path, chat: ChatTokenizer) -> None:
+    """The completions of one instruction are no pair, whatever `pairs` says."""
+    completions = [{"response": f"a{score}", "overall_score": score} for score in (2, 9)]
+    path = write_rows(tmp_path / "uf.jsonl", [{"instruction": "q", "completions": completions}])
+    source = SourceSettings(str(path), None, rules(format="ultrafeedback", split_pairs=True))
+    prepared = prepare_source(source, chat, tmp_path / "cache", seed=0, tolerance=Tolerance())
+    shown = [text.plain for text in rendered_rows(prepared, chat, count=5, seed=0, full=True)]
+    assert [text.startswith(f"{path}:1, item {number}: ") for number, text in enumerate(shown, start=1)] == [True, True]
 
 
 def test_a_score_under_meta_is_noted(tmp_path: Path, chat: ChatTokenizer) -> None:

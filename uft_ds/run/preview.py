@@ -15,8 +15,10 @@ from rich.text import Text
 from uft_ds.data.example import Kind, Sequence
 from uft_ds.data.formats.columns import OF_META
 from uft_ds.data.formats.fields import default_score
+from uft_ds.data.formats.table import FORMATS
 from uft_ds.data.mixture import Steps
 from uft_ds.data.sources import PreparedData, PreparedSource, SourceSettings
+from uft_ds.data.store.building import RowRules
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.host.terminal import as_typed, visible
 from uft_ds.recipe.settings import DataSettings, Settings
@@ -43,7 +45,23 @@ def rendered_rows(source: PreparedSource, chat: ChatTokenizer, *, count: int, se
     sample = np.random.default_rng(seed).permutation(len(selection))[:count]
     for index in sorted(int(index) for index in sample):
         for sequence in selection.unit(index):
-            yield rendered(sequence, chat, full=full)
+            yield rendered(_with_sides(sequence, source.settings.rules), chat, full=full)
+
+
+def _with_sides(sequence: Sequence, rules: RowRules) -> Sequence:
+    """The sequence, with the side in its origin where it was one of a pair that has been split.
+
+    A row of our formats gives one pair, or with `ultrafeedback` several answers that are no pair; what a row of another
+    package's format gives is not known, and its items keep their numbers.
+    """
+    if not rules.split_pairs or rules.format not in FORMATS or rules.format == "ultrafeedback":
+        return sequence
+    sides = {", item 1": " (chosen)", ", item 2": " (rejected)"}
+
+    def named(origin: str) -> str:
+        return next((origin.removesuffix(end) + side for end, side in sides.items() if origin.endswith(end)), origin)
+
+    return replace(sequence, responses=tuple(replace(one, origin=named(one.origin)) for one in sequence.responses))
 
 
 def rendered(sequence: Sequence, chat: ChatTokenizer, *, full: bool) -> Text:
