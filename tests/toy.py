@@ -18,6 +18,7 @@ from uft_ds.objectives.reference import HowForwarded
 from uft_ds.streams.adapters import add_adapters, start_from_adapter, start_policy_from_adapter
 from uft_ds.streams.load import attention_implementation, check_base, load_base
 from uft_ds.streams.model import UFTModel
+from uft_ds.streams.recompute import Recompute
 from uft_ds.streams.stream import Stream, logps_of
 
 
@@ -57,7 +58,7 @@ def toy_model(
     dtype: torch.dtype = torch.float32,
     lora_dtype: torch.dtype = torch.float32,
     b_std: float = 0.05,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: Recompute = False,
     attention: str | None = None,
     reference_mode: HowForwarded = "lockstep",
     activation_offload: bool = False,

@@ -28,6 +28,7 @@ def variant_step(folder: Path, file: str, model: dict[str, Any]) -> Any:
         ("llama", True, "zero3_offload", 2, {"gradient_checkpointing": True}),
         ("qwen3", False, "zero3_cpu", 2, {"gradient_checkpointing": True, "activation_offload": True}),
         ("mistral", False, "zero2", 2, {"gradient_checkpointing": True}),
+        ("llama", False, "zero3_cpu", 2, {"gradient_checkpointing": "selective"}),
         ("qwen2", True, "zero3_cpu", 2, {"reference_mode": "separate"}),
         ("qwen2", False, "zero3_offload", 1, {}),
     ],

@@ -29,6 +29,7 @@ from uft_ds.architectures.facts import keep_layers
 from uft_ds.planning.structure import ITEM_BYTES, Structure
 from uft_ds.streams.lanes import Lanes, enable_lockstep
 from uft_ds.streams.packed_attention import PACKED, bounds_for_attention
+from uft_ds.streams.recompute import Recompute, enable_recompute
 from uft_ds.streams.stream import BARE_BASE, POLICY
 
 FLASH = "uft_planned_flash"
@@ -52,7 +53,7 @@ def activations_of(
     *,
     lengths: tuple[int, ...],
     dtype: str,
-    gradient_checkpointing: bool,
+    gradient_checkpointing: Recompute,
     lockstep: bool,
     attention: str,
     under_zero3: bool,
@@ -97,7 +98,7 @@ def _run(
     layers: int,
     lengths: tuple[int, ...],
     dtype: str,
-    gradient_checkpointing: bool,
+    gradient_checkpointing: Recompute,
     lockstep: bool,
     attention: str,
     under_zero3: bool,
@@ -108,8 +109,7 @@ def _run(
     keep_layers(decoder, layers)
     _keep_frequencies(decoder)
     base.config._attn_implementation = attention
-    if gradient_checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    enable_recompute(base, gradient_checkpointing)
     if lockstep:
         enable_lockstep(base)
     base.enable_input_require_grads()
@@ -131,6 +131,9 @@ def _run(
         saved.held.clear()
         policy_1TD: Tensor = hidden[0] if lockstep else hidden
         del hidden  # the reference is freed before the backward
+        if gradient_checkpointing == "selective":
+            # torch keeps the results itself, where no hook of autograd sees them.
+            saved_bytes = live.now - before - policy_1TD.nbytes
         policy_1TD.backward(torch.empty_like(policy_1TD))
         # `memory.py` counts the adapters' gradients.
         gradients = sum(p.grad.nbytes for p in policy.parameters() if p.grad is not None)
@@ -280,13 +283,23 @@ def _experts_in_any_type() -> Iterator[None]:
         integration._grouped_mm = original
 
 
+@torch.library.custom_op("uft_ds::planned_flash", mutates_args=())
+def _planned_flash(query: Tensor) -> tuple[Tensor, Tensor]:
+    """The output, and one float32 per head and token: an operator, so that it can be kept instead of recomputed."""
+    return torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
+
+
+@_planned_flash.register_fake
+def _(query: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
+
+
 class _Flash(Function):
     """Saves the same tensors as flash-attention: queries, keys, values, output, and one float32 per head and token."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output = torch.empty_like(query)
-        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        output, sums = _planned_flash(query)
         ctx.save_for_backward(query, key, value, output, sums)
         return output
 

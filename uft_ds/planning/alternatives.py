@@ -141,7 +141,9 @@ def _changed_settings(setting: Setting) -> Iterable[Setting]:
         yield replace(setting, workload=replace(workload, tokens_per_micro_batch=tokens))
     if tokens > workload.least_micro_batch:
         yield replace(setting, workload=replace(workload, tokens_per_micro_batch=workload.least_micro_batch))
-    if not workload.gradient_checkpointing:
+    if workload.gradient_checkpointing is False:
+        yield replace(setting, workload=replace(workload, gradient_checkpointing="selective"))
+    if workload.gradient_checkpointing is not True:
         yield replace(setting, workload=replace(workload, gradient_checkpointing=True))
     elif not workload.activation_offload:
         yield replace(setting, workload=replace(workload, activation_offload=True))

@@ -47,7 +47,7 @@ def step_flops(
     config, tokens = structure.config, workload.tokens_per_step
     layers = sum(structure.num_of(layer) for layer in structure.layers)
     head = structure.num_of(structure.head)
-    recomputes = workload.gradient_checkpointing
+    recomputes = workload.gradient_checkpointing is True  # the selective mode recomputes what takes few operations
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     query = config.num_attention_heads * head_dim
     attention = 2 * query * workload.attended_tokens(ranks) * structure.num_layers * tokens
@@ -117,7 +117,7 @@ def least_time(
 ) -> Time:
     """Time of the rank with the most responses: at least one, even if there are more ranks than responses."""
     busiest = workload.most_responses(cluster.ranks) / workload.examples_per_step
-    passes = 2 + workload.gradient_checkpointing + with_reference + extra_streams
+    passes = 2 + (workload.gradient_checkpointing is True) + with_reference + extra_streams
     read = workload.micro_steps(cluster.ranks) * passes * structure.num_base * workload.item_bytes
     gpu = cluster.gpu
     return Time(

@@ -15,6 +15,7 @@ from uft_ds.planning.structure import ITEM_BYTES, Lora
 from uft_ds.recipe.settings import Settings
 from uft_ds.streams.load import attention_implementation
 from uft_ds.streams.packed_attention import PACKED
+from uft_ds.streams.recompute import Recompute
 
 ExtraForwards = Literal["none", "both_streams", "as_trained"]
 """Additional forwards of a reward shift.
@@ -35,7 +36,7 @@ class Workload:
     lora: Lora
     dtype: str
     attention: str
-    gradient_checkpointing: bool
+    gradient_checkpointing: Recompute
     activation_offload: bool
     logits_bytes: int | None
     reference: HowReference

@@ -20,6 +20,7 @@ from uft_ds.architectures.facts import decoder_layers, is_shown_to_pack
 from uft_ds.errors import UserError
 from uft_ds.host.hub import no_network_hint
 from uft_ds.streams.packed_attention import PACKED
+from uft_ds.streams.recompute import Recompute, enable_recompute
 from uft_ds.streams.stored_names import stored_weights
 from uft_ds.streams.tied import check_tied
 from uft_ds.streams.weights import check_weights, first_non_finite, loading_of, own_values, problem_of
@@ -215,7 +216,7 @@ def load_base(
     revision: str | None,
     dtype: torch.dtype,
     attention: str,
-    gradient_checkpointing: bool,
+    gradient_checkpointing: Recompute,
 ) -> Any:
     """The base model, frozen and in training mode.
 
@@ -230,8 +231,7 @@ def load_base(
     _check_dropout(model)
     model.requires_grad_(False)
     model.train()
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    enable_recompute(model, gradient_checkpointing)
     return model
 
 
