@@ -11,7 +11,8 @@ from tiny import build_tiny_model
 from toy import saved_adapter
 
 from uft_ds.errors import UserError
-from uft_ds.streams import identity
+from uft_ds.host import remembered_hashes
+from uft_ds.host.files import sha256
 from uft_ds.streams.identity import adapter_identity, base_identity, local_folder, reference_identity, weight_files
 
 
@@ -56,8 +57,8 @@ def test_hashes_are_remembered_until_a_file_changes(
 ) -> None:
     """The second time nothing is read; a change with its times set back is seen; a broken memory is no matter."""
     read: list[Path] = []
-    sha256 = identity.sha256
-    monkeypatch.setattr(identity, "sha256", lambda path: read.append(path) or sha256(path))
+    monkeypatch.setattr(remembered_hashes, "sha256", lambda path: read.append(path) or sha256(path))
+    monkeypatch.setattr(remembered_hashes, "SETTLED_SECONDS", -1.0)
     first = base_identity(str(base), None)
     assert base_identity(str(base), None) == first
     assert len(read) == 1

@@ -9,13 +9,13 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from uft_ds.errors import UserError
-from uft_ds.host.files import sha256, user_cache, write_atomically
+from uft_ds.host.files import sha256
 from uft_ds.host.hub import no_network_hint
+from uft_ds.host.remembered_hashes import remembered_sha256
 from uft_ds.streams.adapter_files import adapter_file
 from uft_ds.streams.adapters import lora_form
 
@@ -134,31 +134,12 @@ def _hash_files(paths: Iterable[Path], on_file: OnFile) -> list[str]:
     digests: list[str] = []
     try:
         with ThreadPoolExecutor(_THREADS) as pool:
-            for digest in pool.map(_remembered_sha256, paths):
+            for digest in pool.map(remembered_sha256, paths):
                 digests.append(digest)
                 on_file(len(digests), len(paths))
     except OSError as error:
         raise UserError(f"model.base: {error.filename}: cannot be read ({error.strerror})") from None
     return digests
-
-
-def _remembered_sha256(path: Path) -> str:
-    memory = user_cache() / "sha256" / _digest(_unchanged_name(path))
-    with suppress(OSError):
-        remembered = memory.read_text(encoding="utf-8")
-        if len(remembered) == 64:
-            return remembered
-    digest = sha256(path)
-    with suppress(OSError):  # if the cache cannot be written, the next run hashes again
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(memory, digest)
-    return digest
-
-
-def _unchanged_name(path: Path) -> str:
-    """A name that changes whenever the content may have changed. It includes ctime, which cannot be set back."""
-    stat = path.stat()
-    return f"{path}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
 
 
 def _digest(value: Any) -> str:

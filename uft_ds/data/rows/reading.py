@@ -31,6 +31,7 @@ from uft_ds.data.rows.places import place_of
 from uft_ds.errors import UserError
 from uft_ds.host.files import sha256
 from uft_ds.host.hub import no_network_hint
+from uft_ds.host.remembered_hashes import remembered_sha256
 
 if TYPE_CHECKING:
     import datasets
@@ -142,6 +143,10 @@ def _innermost(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
+_REMEMBERED_FROM_BYTES = 64 * 2**20
+"""A smaller file is hashed at every start, which takes less than a tenth of a second."""
+
+
 def content_hash(data: SourceFiles) -> str:
     """A hash that is equal only for the same rows in the same order; moved or renamed files keep it.
 
@@ -151,7 +156,10 @@ def content_hash(data: SourceFiles) -> str:
     for name, path in _stored_files(data):
         with _readable(name):
             suffix = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
-            digest.update(f"{suffix} {sha256(path)} ".encode())
+            of_file = (
+                remembered_sha256(path.resolve()) if path.stat().st_size >= _REMEMBERED_FROM_BYTES else sha256(path)
+            )
+            digest.update(f"{suffix} {of_file} ".encode())
     if data.hub is not None:
         # `train[:10%]` has the same stored files as `train`, so the split's name must be hashed too.
         digest.update(str(data.hub.split if data.hub.cache_files else data.hub._fingerprint).encode())
