@@ -6,12 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from engines import UNEVEN, accumulate, assert_same_step, engine_of, single_process
+from engines import REAL_PARTITIONING, UNEVEN, accumulate, assert_same_step, engine_of, single_process
 from ranks import run_on_ranks
+from safetensors.torch import load_file, save_file
 from tiny import build_tiny_model
-from toy import UFT, forwarded, saved_adapter, toy_step
+from toy import UFT, forwarded, saved_adapter, toy_model, toy_step
 
 from uft_ds.data.micro_batch import micro_batch
+from uft_ds.engine.deepspeed_file import deepspeed_config, read_deepspeed_file
+from uft_ds.engine.engine import Engine, partitioned_loading
+from uft_ds.streams.load import decoder_layer_class
+from uft_ds.streams.recompute import Recompute
 
 
 def variant_step(folder: Path, file: str, model: dict[str, Any]) -> Any:
@@ -41,6 +46,36 @@ def test_any_sharding_gives_the_same_step(
     definition = single_process(folder, "mse", reference_mode="separate")
     for result in run_on_ranks(variant_step, ranks, folder, file, model):
         assert_same_step(result, definition)
+
+
+def partitioned_step(folder: Path, mode: Recompute) -> dict[str, torch.Tensor]:
+    """Of a base that is loaded shard by shard, as runs do it: DeepSpeed then has its own linear layer."""
+    file = read_deepspeed_file("zero3_cpu")
+    file["zero_optimization"] |= REAL_PARTITIONING
+    config = deepspeed_config(file, dtype=torch.float32, max_grad_norm=1e6, own_linear=mode != "selective")
+    with partitioned_loading(config):
+        model = toy_model(folder, gradient_checkpointing=mode)
+    assert (torch.nn.functional.linear is torch._C._nn.linear) == (mode == "selective")
+    engine = Engine(model, config, layer_class=decoder_layer_class(model.policy.get_base_model()), weight_decay=0.0)
+    sequences = toy_step().sequences
+    batches = [micro_batch([sequences[i] for i in members]) for members in UNEVEN[engine.world_size][engine.rank]]
+    return accumulate(engine, batches, UFT)[0]
+
+
+def test_selective_recomputing_counts_biases_once(tmp_path: Path) -> None:
+    """Qwen2's biases, which DeepSpeed's linear layer adds in place to a result that is kept, and not zero here."""
+    folder = build_tiny_model(tmp_path, "qwen2")
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    generator = torch.Generator().manual_seed(0)
+    biases = [name for name in tensors if name.endswith("_proj.bias")]
+    assert biases
+    for name in biases:
+        tensors[name] = torch.randn(tensors[name].shape, generator=generator)
+    save_file(tensors, path, {"format": "pt"})
+    expected, found = (run_on_ranks(partitioned_step, 2, folder, mode)[0] for mode in (True, "selective"))
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
 
 
 def weights_around_a_step(folder: Path) -> Any:

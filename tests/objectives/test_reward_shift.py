@@ -111,6 +111,15 @@ def test_an_answer_to_the_same_prompt_is_no_mismatch() -> None:
     assert mismatched(spans_of(chosen, rejected)) == (), "nothing answers another prompt"
 
 
+def test_answers_that_are_drawn_together_are_each_a_mismatch_once() -> None:
+    """Four prompts, each with a good answer and then a bad one: not the good one of the next prompt for both."""
+    answers = [
+        sequence([prompt, answer], (1, 2)) for prompt in (1, 2, 3, 4) for answer in (10 * prompt, 10 * prompt + 1)
+    ]
+    tokens = tokens_of(mismatched(spans_of(*answers)))
+    assert tokens == [[1, 20], [1, 21], [2, 30], [2, 31], [3, 40], [3, 41], [4, 10], [4, 11]]
+
+
 def test_a_conversations_own_turns_are_no_mismatch() -> None:
     """A later turn answers the prompt before it, too: each turn meets the other conversation, its prompt the first."""
     talk, other = sequence([1, 10, 2, 11], (1, 2), (3, 4)), sequence([8, 80], (1, 2))

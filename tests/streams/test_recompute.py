@@ -82,6 +82,15 @@ def test_selective_takes_the_operations_of_none_and_less_memory(name: str) -> No
     assert bytes_of_all < held < 0.9 * bytes_of_none
 
 
+def test_another_linear_layer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's adds a bias in place, to the result that is kept: every gradient would be wrong."""
+    original = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *given: original(*given))
+    with pytest.raises(ValueError, match="needs torch's own linear layer"):
+        model_of("llama", "selective")
+    model_of("llama", True)
+
+
 def test_an_unknown_mode_is_refused(tmp_path: Path) -> None:
     """By the recipe, with what is allowed."""
     from uft_ds.errors import UserError

@@ -125,11 +125,14 @@ class Steps(Seq[Step]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]
-        units = (
-            self._unit(position, number)
-            for number, position in enumerate(range(self._step_starts[index], self._step_starts[index + 1]))
-        )
-        return Step(index, tuple(sequence for unit in units for sequence in unit))
+        sequences: list[Sequence] = []
+        pair_id = 0
+        for position in range(self._step_starts[index], self._step_starts[index + 1]):
+            unit = self._unit(position, pair_id)
+            # A unit may hold several pairs, or none: no two pairs of a step have one id.
+            pair_id += max(1, len({sequence.pair_id for sequence in unit if sequence.pair_id is not None}))
+            sequences += unit
+        return Step(index, tuple(sequences))
 
     def step(self, n: int) -> Step:
         """Step n, counted from 0."""
@@ -166,11 +169,11 @@ class Steps(Seq[Step]):
                 f"{self.state()}: resume with the recipe that the run began with"
             )
 
-    def _unit(self, position: int, number: int) -> Unit:
+    def _unit(self, position: int, pair_id: int) -> Unit:
         block = bisect_right(self._block_starts, position) - 1
         source_K, unit_K = self._order(block)
         place = position - self._block_starts[block]
-        return self._pools[source_K[place]].unit(int(unit_K[place]), number)
+        return self._pools[source_K[place]].unit(int(unit_K[place]), pair_id)
 
 
 def plan_steps(
@@ -205,7 +208,7 @@ def plan_steps(
     def order(block: int) -> tuple[np.ndarray, np.ndarray]:
         return mixed_order(sources, amounts, seed=seed, epoch=block)
 
-    # Only the counts of responses are read here, not the tokens: planning a run stays cheap.
+    # Only the counts of responses are read here, not the tokens: planning many steps stays cheap.
     block_starts, step_starts, carried = [0], [0], np.zeros(0, dtype=np.int64)
     block = 0
     # `carried`: responses of the units at an epoch's end that do not fill a step; the next epoch continues that step.

@@ -49,7 +49,8 @@ def pack(
             sequence of T tokens costs T + T^2 / attention_parity.
         share_prompts: whether a prompt that several sequences of a micro-batch begin with is forwarded once.
     Raises:
-        ValueError: a sequence or a pair is longer than `tokens_per_micro_batch`.
+        ValueError: a sequence or a pair is longer than `tokens_per_micro_batch`, a pair with both copies of its prompt,
+            as it is checked when data is prepared.
     """
     units = _units(step.sequences, attention_parity)
     _check_fits(units, tokens_per_micro_batch)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from uft_ds.data.example import Unit
+from uft_ds.data.example import Sequence, Unit
 from uft_ds.data.mixture import Portion
 from uft_ds.data.sources import PreparedSource
 from uft_ds.data.store.sequences import Pool, Selection
@@ -28,8 +28,8 @@ class TogetherSource:
 
     @classmethod
     def of(cls, source: PreparedSource, examples_per_step: int) -> TogetherSource:
-        """examples_per_step: the number of responses that the answers drawn together do not exceed."""
-        firsts_G = _firsts(source.selection, min(MOST_TOGETHER, examples_per_step))
+        """examples_per_step: at most a fourth of them are drawn together, which bounds what a step holds too much."""
+        firsts_G = _firsts(source.selection, min(MOST_TOGETHER, max(2, examples_per_step // 4)))
         is_grouped = len(firsts_G) < len(source.selection)
         selection = Together(source.selection, firsts_G) if is_grouped else source.selection
         return cls(source.seed_name, selection, source.portion)
@@ -71,12 +71,13 @@ class Together:
         return np.asarray(np.add.reduceat(self.selection.responses_U, self.firsts_G))
 
     def unit(self, index: int, pair_id: int = 0) -> Unit:
-        """All sequences of a group. Pairs among them get ids of their own, distinct in all groups of a step."""
-        return tuple(
-            sequence
-            for number, i in enumerate(self._members(index))
-            for sequence in self.selection.unit(i, pair_id * MOST_TOGETHER + number)
-        )
+        """All sequences of a group. Its pairs get ids one after the other, from `pair_id` on."""
+        sequences: list[Sequence] = []
+        for i in self._members(index):
+            one = self.selection.unit(i, pair_id)
+            sequences += one
+            pair_id += len(one) == 2
+        return tuple(sequences)
 
     def keys_of(self, index: int) -> tuple[bytes, ...]:
         """The keys of one group's responses."""

@@ -189,10 +189,20 @@ def _deepspeed_path(name_or_path: str) -> Path:
     return files[name_or_path]
 
 
-def deepspeed_config(file: dict[str, Any], *, dtype: torch.dtype, max_grad_norm: float) -> dict[str, Any]:
-    """A complete DeepSpeed config: the file's values, and the values that the recipe decides."""
+def deepspeed_config(
+    file: dict[str, Any], *, dtype: torch.dtype, max_grad_norm: float, own_linear: bool = True
+) -> dict[str, Any]:
+    """A complete DeepSpeed config: the file's values, and the values that the recipe decides.
+
+    Args:
+        own_linear: whether DeepSpeed may put its own function in the place of torch's linear layer (ZeRO-3). It keeps a
+            gathered weight from being saved for the backward; where layers are recomputed, nothing of them is saved.
+    """
+    kept = {key: value for key, value in file.items() if key not in OWNED_KEYS}
+    if not own_linear and "zero_optimization" in kept:
+        kept["zero_optimization"] = kept["zero_optimization"] | {"memory_efficient_linear": False}
     return {
-        **{key: value for key, value in file.items() if key not in OWNED_KEYS},
+        **kept,
         # A forward takes one packed row. The number of rows varies by step, so `Engine.backward` sets the accumulation
         # boundary itself, and DeepSpeed must not divide by a fixed number of micro-steps.
         "train_micro_batch_size_per_gpu": 1,

@@ -16,6 +16,7 @@ multiplies it by its own beta. So kinds may have different betas, and a beta may
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Hashable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
@@ -51,7 +52,10 @@ def kl_shift(mismatched_log_ratios: Seq[float]) -> float:
 
 
 def mismatched(responses: Seq[tuple[Sequence, Response]]) -> tuple[Sequence, ...]:
-    """Join each prompt with the next response of the step that answers another prompt: KTO's y' for each x.
+    """Join each prompt with a response of the step that answers another prompt: KTO's y' for each x.
+
+    It is the next one, counted from as many places further as the step has responses to the prompt. Several answers to
+    one prompt may follow each other, the good ones first: the next stranger of all would be the same good answer.
 
     Tokens are concatenated, which is exact because a prompt's tokens never depend on the text after it. A result that
     is longer than the longest given sequence is left out, so that the model never reads a longer one than before.
@@ -61,9 +65,11 @@ def mismatched(responses: Seq[tuple[Sequence, Response]]) -> tuple[Sequence, ...
     """
     longest = max((sequence.num_tokens for sequence, _ in responses), default=0)
     prompts = [prompt_of(sequence, response) for sequence, response in responses]
+    answers = Counter(prompts)
     joined = []
     for place, (sequence, own) in enumerate(responses):
-        others = (*range(place + 1, len(responses)), *range(place))  # cyclic: after the last response comes the first
+        first = place + answers[prompts[place]]
+        others = [i % len(responses) for i in range(first, first + len(responses))]  # after the last comes the first
         # Responses of the same conversation are excluded: a later turn of it answers this prompt, too.
         strangers = (i for i in others if prompts[i] != prompts[place] and responses[i][0] is not sequence)
         partner = next(strangers, None)

@@ -113,7 +113,8 @@ def _run(
     if lockstep:
         enable_lockstep(base)
     base.enable_input_require_grads()
-    linear = _linear_of_zero3() if under_zero3 else nullcontext()
+    # As in a run: the selective mode has torch's own linear layer.
+    linear = _linear_of_zero3() if under_zero3 and gradient_checkpointing != "selective" else nullcontext()
     with linear, _experts_in_any_type(), FakeTensorMode(allow_non_fake_inputs=True), _Live() as live:
         weights = _without_memory(policy, getattr(torch, dtype))
         token_ids_1T = torch.zeros(1, sum(lengths), dtype=torch.int64)

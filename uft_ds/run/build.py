@@ -44,7 +44,12 @@ def build_engine(settings: Settings, reporter: Announcer) -> tuple[Engine, UFTMo
     ranks, ranks_per_node = current_ranks().world_size, launcher_environment().ranks_per_node
     for warning in check_sharding(settings, ranks=ranks, ranks_per_node=ranks_per_node):
         reporter.warn(warning)
-    config = deepspeed_config(settings.deepspeed.checked, dtype=dtype, max_grad_norm=settings.train.max_grad_norm)
+    config = deepspeed_config(
+        settings.deepspeed.checked,
+        dtype=dtype,
+        max_grad_norm=settings.train.max_grad_norm,
+        own_linear=settings.model.gradient_checkpointing != "selective",  # see `enable_recompute`
+    )
     with reporter.phase(f"loading {settings.model.base}{_size_of(settings.model.base)}"), partitioned_loading(config):
         base = load_base(
             settings.model.base,

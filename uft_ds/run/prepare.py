@@ -219,7 +219,8 @@ def _check_mixture(settings: Settings, data: PreparedData) -> None:
         lines.append(f"data.sources.{number}.{key}: {entry[key]} given, which takes {amount:.3g} of {found} responses")
     total = f"{sum(data.epoch_amounts):.3g} responses{'' if epochs == 1 else f' an epoch, of {epochs}'}"
     raise UserError(
-        "\n".join(lines) + f"\nthe mixture holds {total}: less than half a row of each source, so no step can be made; "
+        "\n".join(lines) + f"\nthe mixture holds {total}: less than half a row of each source (answers to one prompt "
+        "that are drawn together count as one row), so no step can be made; "
         f"a step takes {settings.train.examples_per_step} (train.examples_per_step), the last one at least 1; raise "
         "the number above"
     )

@@ -106,27 +106,30 @@ def packed_attention(
     if attention_mask is not None or is_causal is False or asked:
         raise ValueError(f"packed attention has no {', '.join(asked) or 'mask of a model, and is causal'}")
     scaling, window, softcap = (options.get(name) for name in ("scaling", "sliding_window", "softcap"))
-    # One split, whose backward joins the gradients; a slice's backward would fill the whole row with zeros each time.
-    keys, values = (
-        _after_prompts(tensor.split(segments.lengths, dim=2), segments.prompt_of) for tensor in (key, value)
-    )
     if softcap is None and _runs_varlen(query):
         if segments.share_prompts:
-            key, value = torch.cat(keys, dim=2), torch.cat(values, dim=2)
+            key, value = (torch.cat(_of_segments(tensor, segments), dim=2) for tensor in (key, value))
         longest = max(segments.lengths), max(segments.key_lengths)
         return _varlen(query, key, value, (cu_seq_lens_q, cu_seq_lens_k), longest, scaling, window), None
     outputs = [
         _alone(module, *part, scaling=scaling, window=window, softcap=softcap)
-        for part in zip(query.split(segments.lengths, dim=2), keys, values, strict=True)
+        for part in zip(
+            query.split(segments.lengths, dim=2),
+            _of_segments(key, segments),
+            _of_segments(value, segments),
+            strict=True,
+        )
     ]
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), None
 
 
-def _after_prompts(parts: Seq[Tensor], prompt_of: tuple[int | None, ...]) -> list[Tensor]:
+def _of_segments(row: Tensor, segments: Segments) -> list[Tensor]:
     """The keys or values that each segment attends to: [1, heads, tokens, head size] each."""
+    # One split, whose backward joins the gradients; a slice's backward would fill the whole row with zeros each time.
+    parts = row.split(segments.lengths, dim=2)
     return [
         own if prompt is None else torch.cat([parts[prompt], own], dim=2)
-        for own, prompt in zip(parts, prompt_of, strict=True)
+        for own, prompt in zip(parts, segments.prompt_of, strict=True)
     ]
 
 

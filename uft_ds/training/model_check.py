@@ -129,7 +129,7 @@ def problem_of(found: Differences, dtype: torch.dtype) -> str | None:
     if not found.shared <= may_round:
         return (
             f"answers to one prompt differ by {found.shared:.2g} nats a token (allowed {may_round:.2g}) in a row that "
-            "holds the prompt once: set data.share_prompts: false"
+            "holds the prompt once: start the run anew with data.share_prompts: false"
         )
     if not found.own <= allowed.own:
         return (

@@ -1,12 +1,14 @@
+import json
 from pathlib import Path
 
 import pytest
 from tiny import IM_END, build_tiny_tokenizer
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
+from uft_ds.data.example import Message
 from uft_ds.data.tokens import chat_template
 from uft_ds.data.tokens.chat_template import end_of_turn_id, marks_generation, render, render_marked, special_tokens
-from uft_ds.data.tokens.chat_tokenizer import open_tokenizer
+from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer, open_tokenizer
 from uft_ds.errors import UserError
 
 TURN = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}CLOSE{% endfor %}"
@@ -132,3 +134,14 @@ def test_a_template_is_a_program_with_limits(tokenizer, monkeypatch):
     tokenizer.chat_template = "{{ 'a' * 200000000 }}"
     with pytest.raises(UserError, match="takes more than 0 GB of memory, or more than there is"):
         render(tokenizer, chat_template.PROBE)
+
+
+def test_equal_tools_that_are_written_otherwise_are_rendered_anew(tokenizer):
+    """Keys in another order, and 1 for true: equal to Python, and other texts."""
+    tokenizer.chat_template = "{{ tools | tojson }}<|im_start|>{{ messages[0]['content'] }}<|im_end|>"
+    chat = ChatTokenizer(tokenizer, IM_END, ())
+    question = (Message("user", "Which?"),)
+    for tools in (({"a": 1, "b": 2},), ({"b": 2, "a": 1},), ({"b": 2, "a": True},)):
+        text = chat.render(question, tools=tools, for_generation=True)
+        assert text == chat.render(question, tools=tools, for_generation=True)
+        assert text.startswith(json.dumps(list(tools)))

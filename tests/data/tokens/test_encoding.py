@@ -79,6 +79,14 @@ def test_a_space_before_the_first_piece_alone_is_encoded_as_a_whole() -> None:
     assert isinstance(encoder_of(words(first=True)), Whole)
 
 
+def test_merges_at_random_are_encoded_as_a_whole() -> None:
+    """Byte pairs with dropout: tokens that are remembered would not be drawn again."""
+    inner = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2, "<x>": 3}, [("a", "b")], dropout=0.5))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.add_special_tokens(["<x>"])
+    assert isinstance(encoder_of(PreTrainedTokenizerFast(tokenizer_object=inner)), Whole)
+
+
 def test_a_piece_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt, then two texts that begin with it: four pieces in all, the separators from memory."""
     tokenizer = AutoTokenizer.from_pretrained(str(qwen25_tokenizer()))

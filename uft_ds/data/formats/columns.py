@@ -182,7 +182,8 @@ def _meaning(column: str, value: Any, known: Mapping[str, str]) -> str | None:
     name = plain(column)
     if says_learned(name, value):
         return None  # every row is learned as a whole
-    is_mark = is_of_learning(name) and isinstance(value, bool | int | float | list)
+    # Other numbers are bookkeeping: `train_idx`, `avg_loss`, `weight_kg`.
+    is_mark = is_of_learning(name) and (isinstance(value, bool | list) or value in (0, 1))
     return known.get(name) or (_LEARNED if is_mark else None)
 
 

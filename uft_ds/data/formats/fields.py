@@ -55,7 +55,7 @@ def not_turns(value: str, name: str) -> str:
     if _STORED_TURNS.match(value) and value.rstrip().endswith("]"):
         raise ValueError(
             f"{name!r}: holds turns that were stored as text ({shown(value)}); store them as a list "
-            "[{role, content}, ...], or their text alone"
+            "[{role, content}, ...], or their text alone; an answer that is such a text is given in `messages`"
         )
     return value
 

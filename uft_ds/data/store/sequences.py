@@ -15,6 +15,7 @@ import hashlib
 import json
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,7 +56,7 @@ class Pool(Protocol):
         """[units], int64: how many responses each has."""
 
     def unit(self, index: int, pair_id: int = 0) -> Unit:
-        """The sequences of one unit; the responses of a pair carry `pair_id`."""
+        """The sequences of one unit; the responses of a pair carry `pair_id`, further pairs the numbers after it."""
 
     def keys_of(self, index: int) -> tuple[bytes, ...]:
         """The keys of one unit's responses."""
@@ -295,7 +296,7 @@ class TokenStore:
             changes_U[1:] |= np.diff(self._units[column]) != 0
         return changes_U.cumsum()
 
-    @property
+    @cached_property
     def has_prompt_of_unit_before_U(self) -> np.ndarray:
         """[units], bool: whether the tokens before its first response are those of the unit before it.
 

@@ -85,9 +85,13 @@ def _splits_at_added_tokens(tokenizer: Any) -> bool:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or backend.pre_tokenizer is None or getattr(tokenizer, "split_special_tokens", False):
         return False
+    if getattr(backend.model, "dropout", None):
+        return False  # byte pairs that are merged at random
     tokens = list(tokenizer.added_tokens_decoder.values())
     reach_out = any(token.lstrip or token.rstrip or token.single_word for token in tokens)
-    are_normalized = backend.normalizer is not None and any(token.normalized for token in tokens)
+    # Those that are normalized are searched after the others: one search for both could split otherwise.
+    kinds = {token.normalized for token in tokens}
+    are_normalized = len(kinds) > 1 or (backend.normalizer is not None and True in kinds)
     # A pre-tokenizer that puts a space before a text's first piece would put it before every piece.
     treats_first_apart = b'"prepend_scheme":"first"' in bytes(backend.pre_tokenizer.__getstate__())
     return bool(tokens) and not reach_out and not are_normalized and not treats_first_apart
