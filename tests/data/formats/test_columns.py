@@ -111,6 +111,15 @@ def test_a_row_that_is_learned_says_nothing_new() -> None:
     assert refused_columns({"masked": True}, trl) is not None
 
 
+def test_bookkeeping_under_such_a_name_is_no_mark() -> None:
+    """Counts and measurements whose names hold such a word; a truth value, 0 or a list for each turn is a mark."""
+    row = {"train_idx": 17, "training_step": 300, "avg_loss": 1.3, "skip_count": 2, "weight_kg": 70}
+    assert refused_columns(row, trl) is None
+    assert set(unread_columns(row, trl)) == set(row)
+    for mark in (False, 0, [0, 1]):
+        assert refused_columns({"train_on": mark}, trl) is not None, mark
+
+
 def test_other_columns_are_named() -> None:
     """Of the row, and of its turns; those of turns under the column that holds them."""
     row = {"messages": [USER | {"id": 1, "ts": None}, GOOD | {"model": "m"}], "source": "s", "prompt_id": "x"}

@@ -59,8 +59,7 @@ class ChatTokenizer:
     def render(self, messages: Seq[Message], *, tools: Seq[Any] = (), for_generation: bool = False) -> str:
         if not for_generation:
             return render(self.tokenizer, _turns(messages), tools=tools)
-        # By their text: objects may be equal and a template still write them differently, as 1 and True, or other orders
-        # of keys.
+        # By their text: a template may write equal objects differently, such as 1 and True, or other orders of keys.
         asked = repr((tuple(messages), tuple(tools)))
         if self._last_prompt.get("asked") != asked:
             text = render(self.tokenizer, _turns(messages), tools=tools, add_generation_prompt=True)
