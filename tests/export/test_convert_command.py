@@ -195,6 +195,12 @@ cli.main()
 """
 
 
+def _with_default_signals() -> None:
+    """Under nohup, or as a job in the background, tests inherit signals that are ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
 def test_a_conversion_that_is_ended_leaves_nothing(
     base: Path,
@@ -211,7 +217,7 @@ def test_a_conversion_that_is_ended_leaves_nothing(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
+        preexec_fn=_with_default_signals,
     )
     assert process.stdout is not None
     try:
@@ -224,7 +230,7 @@ def test_a_conversion_that_is_ended_leaves_nothing(
         _, said = process.communicate(timeout=60)
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
     if number == signal.SIGKILL:
         assert sorted(path.name for path in tmp_path.iterdir()) == [".merged.lock", ".merged.tmp"]
         code, _, err = uft(monkeypatch, capsys, "convert", adapter, tmp_path / "merged", "--base", base)
