@@ -106,8 +106,8 @@ def definition(folder: Path, name: ShiftName) -> tuple[dict[str, torch.Tensor], 
     if name == "kl":
         ratios = []
         for place, own in enumerate(pointwise):
-            # The two sides of a pair stand side by side: the chosen one's next is the rejected one, of the same prompt.
-            other = (pointwise * 2)[place + (2 if own.pair_id == (pointwise * 2)[place + 1].pair_id is not None else 1)]
+            # As many places further as the step has answers to the prompt: two for the sides of a pair.
+            other = (pointwise * 2)[place + (1 if own.pair_id is None else 2)]
             start, response = own.responses[0].start, other.responses[0]
             tokens = np.concatenate([own.token_ids_T[:start], other.token_ids_T[response.start :]])
             if len(tokens) <= max(sequence.num_tokens for sequence in pointwise):
