@@ -63,6 +63,11 @@ class MicroBatch:
         return len(self.responses)
 
     @property
+    def shares_prompts(self) -> bool:
+        """Whether a prompt of several sequences is in the row once."""
+        return any(prompt is not None for prompt in self.prompt_of)
+
+    @property
     def longest(self) -> int:
         """Length of the longest segment, in tokens."""
         return max(self.lengths)

@@ -117,8 +117,9 @@ def _with_shared_prompts(
     """The units, those with one prompt joined as far as a micro-batch and a rank's share of the step hold them."""
     groups = by_prompt(sequences)
     prompt_of = {i: number for number, members in enumerate(groups) for i in members}
-    total = tokens_of(sequences, share_prompts=True)
-    most = min(capacity, -(-total // world_size))  # a larger group would leave other ranks without work
+    most = min(
+        capacity, -(-tokens_of(sequences, groups) // world_size)
+    )  # a larger group would leave other ranks without work
     joined: list[list[int]] = []
     tokens: list[int] = []
     costs: list[int] = []

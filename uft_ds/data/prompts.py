@@ -19,9 +19,7 @@ def by_prompt(sequences: Seq[Sequence]) -> list[list[int]]:
     return list(groups.values())
 
 
-def tokens_of(sequences: Seq[Sequence], *, share_prompts: bool) -> int:
-    """The number of tokens of sequences; with `share_prompts` a prompt that several begin with counts once."""
+def tokens_of(sequences: Seq[Sequence], groups: Seq[Seq[int]] = ()) -> int:
+    """The number of tokens of sequences; the prompt of each group, of those of `by_prompt`, counts once."""
     tokens = sum(sequence.num_tokens for sequence in sequences)
-    if not share_prompts:
-        return tokens
-    return tokens - sum((len(of) - 1) * sequences[of[0]].prompt_tokens for of in by_prompt(sequences))
+    return tokens - sum((len(of) - 1) * sequences[of[0]].prompt_tokens for of in groups)

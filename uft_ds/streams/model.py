@@ -175,7 +175,7 @@ class UFTModel(nn.Module):
         Raises:
             ValueError: sequences share a prompt, so no segment is a sequence.
         """
-        if any(prompt is not None for prompt in micro_batch.prompt_of):
+        if micro_batch.shares_prompts:
             raise ValueError(
                 "the model's own forward takes whole sequences: make the micro-batch without shared prompts"
             )
@@ -200,7 +200,13 @@ class UFTModel(nn.Module):
         return logps_NV.gather(1, micro_batch.targets_N[:, None]).squeeze(1)
 
     def _sequence_bounds(self, micro_batch: MicroBatch) -> dict[str, Any]:
-        """Where the segments of a row begin and end, for an attention that reads it."""
+        """Where the segments of a row begin and end, for an attention that reads it.
+
+        Raises:
+            ValueError: sequences share a prompt, which this attention cannot.
+        """
+        if micro_batch.shares_prompts and not self.can_share_prompts:
+            raise ValueError(f"attention {self.attention} cannot share a prompt between sequences, which packed does")
         return self._bounds(micro_batch.bounds_S, micro_batch.lengths, micro_batch.prompt_of)
 
     def _bounds(
@@ -208,8 +214,6 @@ class UFTModel(nn.Module):
     ) -> dict[str, Any]:
         if self.attention == PACKED:
             return bounds_for_attention(bounds, lengths, prompt_of)
-        if prompt_of is not None and any(prompt is not None for prompt in prompt_of):
-            raise ValueError(f"attention {self.attention} cannot share a prompt between sequences, which packed does")
         if "flash" not in self.attention:
             return {}
         # Without them, transformers would compute them in every layer.

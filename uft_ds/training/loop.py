@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from uft_ds.checkpoint.state import Position, TrainerState
 from uft_ds.checkpoint.writer import CheckpointWriter
 from uft_ds.data.mixture import Step
-from uft_ds.data.prompts import tokens_of
+from uft_ds.data.prompts import by_prompt, tokens_of
 from uft_ds.data.source import StepSource
 from uft_ds.errors import CheckFailed, Stopped, UserError
 from uft_ds.host.signals import NEVER, Stop
@@ -191,7 +191,7 @@ def _speed(session: Session, step: Step, seconds: float, metrics: Mapping[str, f
         "memory/peak_gib": engine.max_over_ranks(peak_memory_gib()),
     }
     # A prompt that is divided over micro-batches is forwarded in each: then a little more is computed than counts here.
-    num_forwarded = tokens_of(step.sequences, share_prompts=engine.shares_prompts)
+    num_forwarded = tokens_of(step.sequences, by_prompt(step.sequences) if engine.shares_prompts else ())
     utilization = model_flops_utilization(
         session.policy,
         num_forwarded / seconds / engine.world_size,
