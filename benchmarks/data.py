@@ -53,7 +53,7 @@ from sources import rules, write_rows
 from uft_ds.data.bins import fewest_micro_steps
 from uft_ds.data.micro_batch import micro_batch
 from uft_ds.data.mixture import plan_steps
-from uft_ds.data.packing import pack
+from uft_ds.data.packing import Packing, pack
 from uft_ds.data.sources import PreparedSource, SourceSettings, Tolerance, prepare_source
 from uft_ds.data.store import building
 from uft_ds.data.store.sequences import Selection, TokenStore
@@ -366,7 +366,7 @@ def pack_steps(
     found = []
     for step in steps:
         start = time.perf_counter()
-        packed = pack(step, tokens_per_micro_batch=capacity, world_size=ranks, attention_parity=parity)
+        packed = pack(step, tokens_per_micro_batch=capacity, world_size=ranks, packing=Packing(parity))
         seconds = time.perf_counter() - start
         lengths = [sum(sequence.num_tokens for sequence in unit) for unit in step.units]
         micro_steps = len(packed[0])
@@ -566,9 +566,7 @@ def _forwarded(source: PreparedSource, *, share_prompts: bool) -> tuple[float, i
     drawn = TogetherSource.of(source, 64) if share_prompts else source
     tokens = micro_steps = 0
     for step in plan_steps([drawn], seed=0, examples_per_step=64, epochs=1, steps=None):
-        ranks = pack(
-            step, tokens_per_micro_batch=4096, world_size=2, attention_parity=6100.0, share_prompts=share_prompts
-        )
+        ranks = pack(step, tokens_per_micro_batch=4096, world_size=2, packing=Packing(6100.0, share_prompts))
         micro_steps += len(ranks[0])
         tokens += sum(
             len(micro_batch(bin_, share_prompts=share_prompts).token_ids_T) for bins in ranks for bin_ in bins if bin_

@@ -20,7 +20,7 @@ from uft_ds.data.bins import fewest_micro_steps
 from uft_ds.data.example import Kind, Response, Sequence
 from uft_ds.data.micro_batch import micro_batch
 from uft_ds.data.mixture import Step
-from uft_ds.data.packing import pack, rank_micro_batches
+from uft_ds.data.packing import Packing, pack, rank_micro_batches
 
 WORLD_SIZES = (1, 2, 3, 4, 8)
 
@@ -39,7 +39,7 @@ def check_packed(
         step,
         tokens_per_micro_batch=tokens_per_micro_batch,
         world_size=world_size,
-        attention_parity=attention_parity,
+        packing=Packing(attention_parity),
     )
     assert len(packed) == world_size
     assert len({len(micro_steps) for micro_steps in packed}) == 1
@@ -82,8 +82,8 @@ def test_a_step_with_shared_prompts_is_divided(
 ) -> None:
     """Every sequence once, pairs whole, no row above its limit with each prompt once, no more rows than without."""
     step = of_prompts(prompts, in_pairs=is_pair)
-    options = {"tokens_per_micro_batch": capacity, "world_size": world_size, "attention_parity": 50.0}
-    packed = pack(step, **options, share_prompts=True)  # type: ignore[arg-type]
+    options = {"tokens_per_micro_batch": capacity, "world_size": world_size}
+    packed = pack(step, **options, packing=Packing(50.0, share_prompts=True))
     bins = [bin_ for rank in packed for bin_ in rank]
     assert sorted(id(sequence) for bin_ in bins for sequence in bin_) == sorted(map(id, step.sequences))
     assert len({len(micro_steps) for micro_steps in packed}) == 1
@@ -91,16 +91,16 @@ def test_a_step_with_shared_prompts_is_divided(
     assert sum(len(micro_batch(bin_).pairs) for bin_ in bins) == len(pairs)
     rows = [micro_batch(bin_, share_prompts=True) for bin_ in bins if bin_]
     assert max(len(row.token_ids_T) for row in rows) <= capacity
-    assert len(packed[0]) <= len(pack(step, **options)[0]) + 1  # type: ignore[arg-type]
+    assert len(packed[0]) <= len(pack(step, **options, packing=Packing(50.0))[0]) + 1
 
 
 def test_answers_to_one_prompt_share_a_row() -> None:
     """As many as a rank's part of the step holds: not all on one rank, where another would have nothing to do."""
     step = of_prompts([(50, [10, 10, 10, 10]), (50, [10, 10, 10, 10]), (5, [80])])
-    (one,) = pack(step, tokens_per_micro_batch=500, world_size=1, share_prompts=True)
+    (one,) = pack(step, tokens_per_micro_batch=500, world_size=1, packing=Packing(share_prompts=True))
     assert [len(micro_batch(bin_, share_prompts=True).token_ids_T) for bin_ in one] == [50 + 40 + 50 + 40 + 85]
     single = of_prompts([(50, [10, 10, 10, 10])])
-    ranks = pack(single, tokens_per_micro_batch=500, world_size=2, share_prompts=True)
+    ranks = pack(single, tokens_per_micro_batch=500, world_size=2, packing=Packing(share_prompts=True))
     assert [len(bin_) for rank in ranks for bin_ in rank] == [2, 2] or [
         len(bin_) for rank in ranks for bin_ in rank
     ] == [3, 1]
@@ -243,7 +243,7 @@ def packed_origins() -> str:
     lengths = np.random.default_rng(3).integers(2, 60, size=(90, 2)).tolist()
     units = [tuple(unit) if i % 3 else (unit[0],) for i, unit in enumerate(lengths)]
     return "".join(
-        str(origins(pack(of_units(units), tokens_per_micro_batch=capacity, world_size=3, attention_parity=40.0)))
+        str(origins(pack(of_units(units), tokens_per_micro_batch=capacity, world_size=3, packing=Packing(40.0))))
         for capacity in (120, 150)
     )
 

@@ -21,7 +21,12 @@ from uft_ds.data.prompts import by_prompt, tokens_of
 
 @dataclass(frozen=True)
 class Packing:
-    """How the sequences of a step are divided; for the fields see `pack`."""
+    """How the sequences of a step are divided.
+
+    attention_parity: length in tokens at which a sequence's attention costs as much as the rest of the model. A
+    sequence of T tokens costs T + T^2 / attention_parity.
+    share_prompts: whether a prompt that several sequences of a micro-batch begin with is forwarded once.
+    """
 
     attention_parity: float = math.inf
     share_prompts: bool = False
@@ -32,30 +37,23 @@ UNSHARED = Packing()
 
 
 def pack(
-    step: Step,
-    *,
-    tokens_per_micro_batch: int,
-    world_size: int,
-    attention_parity: float = math.inf,
-    share_prompts: bool = False,
+    step: Step, *, tokens_per_micro_batch: int, world_size: int, packing: Packing = UNSHARED
 ) -> list[list[list[Sequence]]]:
     """Divide a step's sequences: result[rank][micro_step] is a list of sequences, maybe empty.
 
     Every rank gets the same, small number of micro-steps. Costs are then made equal in each micro-step and over the
     step. The sides of a pair stay together. Every rank computes the same result.
 
-    Args:
-        attention_parity: length in tokens at which a sequence's attention costs as much as the rest of the model. A
-            sequence of T tokens costs T + T^2 / attention_parity.
-        share_prompts: whether a prompt that several sequences of a micro-batch begin with is forwarded once.
     Raises:
         ValueError: a sequence or a pair is longer than `tokens_per_micro_batch`, a pair with both copies of its prompt,
             as it is checked when data is prepared.
     """
-    units = _units(step.sequences, attention_parity)
+    units = _units(step.sequences, packing.attention_parity)
     _check_fits(units, tokens_per_micro_batch)
-    if share_prompts:
-        units = _with_shared_prompts(units, step.sequences, attention_parity, tokens_per_micro_batch, world_size)
+    if packing.share_prompts:
+        units = _with_shared_prompts(
+            units, step.sequences, packing.attention_parity, tokens_per_micro_batch, world_size
+        )
     micro_steps = fewest_micro_steps(units.tokens_U.tolist(), tokens_per_micro_batch, world_size)
     # The bound may be too low, and the heuristics may fail where a packing exists: then one micro-step more is tried.
     while (bin_of_U := assign(units, micro_steps * world_size, tokens_per_micro_batch)) is None:
@@ -78,13 +76,7 @@ def rank_micro_batches(
     packing: Packing = UNSHARED,
 ) -> list[MicroBatch]:
     """The micro-batches of one rank; every rank gets the same number."""
-    bins = pack(
-        step,
-        tokens_per_micro_batch=tokens_per_micro_batch,
-        world_size=world_size,
-        attention_parity=packing.attention_parity,
-        share_prompts=packing.share_prompts,
-    )
+    bins = pack(step, tokens_per_micro_batch=tokens_per_micro_batch, world_size=world_size, packing=packing)
     return [micro_batch(sequences, share_prompts=packing.share_prompts) for sequences in bins[rank]]
 
 
