@@ -49,6 +49,7 @@ def engine_of(
     *,
     file: str = "zero3_cpu",
     max_grad_norm: float = 1e6,
+    weight_decay: float = 0.0,
     groups_of: Callable[[nn.Module], tuple[ParameterGroup, ...]] = one_group,
     share_prompts: bool = False,
     **model: object,
@@ -65,7 +66,7 @@ def engine_of(
         uft_model,
         filled,
         layer_class=layer,
-        weight_decay=0.0,
+        weight_decay=weight_decay,
         packing=Packing(share_prompts=share_prompts),
         groups=groups,
     )

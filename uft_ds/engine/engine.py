@@ -94,7 +94,10 @@ class Engine:
         trainable = [parameter for group in self._groups for parameter in group.parameters]
         dtypes = {parameter.dtype for parameter in trainable}
         # `step` sets the learning rate of each group anew, so the initial one is never used.
-        optimizer = torch.optim.AdamW(optimizer_groups(self._groups), lr=0.0, betas=betas, weight_decay=weight_decay)
+        # DeepSpeed gives it one flat tensor for each group: a fused update is one kernel for all adapters.
+        optimizer = torch.optim.AdamW(
+            optimizer_groups(self._groups), lr=0.0, betas=betas, weight_decay=weight_decay, fused=True
+        )
         self.streams: Mapping[str, Stream] = model.streams
         """The streams that this model can forward, by name."""
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
@@ -208,8 +211,8 @@ class Engine:
         optimizer = self._engine.optimizer
         own_loss = torch.zeros((), device=self.device) if loss is None else loss.detach()
         # A sum is not finite if one of its terms is not, and NaN * 0 is NaN. So a non-finite loss on any rank shows in
-        # the sum, while each data rank's loss is counted once. Reading the sum waits for the device, but only once a
-        # step, just before DeepSpeed's step would wait for its own norm.
+        # the sum, while each data rank's loss is counted once. This is the step's only collective, and reading the sums
+        # its only wait for the device: DeepSpeed's step takes the norm from here.
         counted_loss = own_loss.double() * float(self._ranks.counts)
         sums = torch.stack([counted_loss, gradients.squared_norm(optimizer).to(self.device)])
         torch.distributed.all_reduce(sums)
@@ -219,9 +222,10 @@ class Engine:
             return StepResult(math.sqrt(squared_norm), skipped=True, loss=total_loss)
         for group in optimizer.param_groups:
             group["lr"] = rate_of[group["name"]]
-        self._engine.step()
-        norm = float(self._engine.get_global_grad_norm())
-        return StepResult(norm, skipped=not math.isfinite(norm), loss=total_loss)
+        norm = math.sqrt(squared_norm)
+        with gradients.norm_given(optimizer, norm):
+            self._engine.step()
+        return StepResult(norm, skipped=bool(optimizer.overflow), loss=total_loss)
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """The element-wise sum of a tensor over data ranks, on every rank. Every rank must call it."""

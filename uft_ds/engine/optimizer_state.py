@@ -120,6 +120,6 @@ def _state_of(engine: Any, flat: Tensor) -> dict[str, Tensor]:
     """AdamW's state of a flat partition. AdamW creates it at its first step; before that it is created here."""
     state: dict[str, Tensor] = engine.optimizer.optimizer.state[flat]
     if not state:
-        state["step"] = torch.tensor(0.0)
+        state["step"] = torch.zeros((), device=flat.device)  # a fused AdamW counts on the device
         state |= {key: torch.zeros_like(flat, memory_format=torch.preserve_format).detach() for key in MOMENTS}
     return state
