@@ -15,8 +15,9 @@ from uft_ds.errors import UserError
 from uft_ds.recipe.settings import Settings
 from uft_ds.record.metrics_file import read_metrics
 from uft_ds.record.run_folder import RunFolder
-from uft_ds.run.prepare import open_data, steps_of
+from uft_ds.run.prepare import open_data
 from uft_ds.run.resume import prepare_resume
+from uft_ds.training.steps import steps_of
 
 LOSSES = {"instruction": "mse", "score": "bce", "binary": "l1", "pair": {"dpo": 1.0, "nll": 0.2}}
 

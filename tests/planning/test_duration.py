@@ -21,7 +21,8 @@ from uft_ds.planning.table import said_of
 from uft_ds.recipe.file import dump_recipe, load_recipe, recipe_from_tree
 from uft_ds.recipe.settings import Settings, load_settings, settings_of
 from uft_ds.record.run_folder import RunFolder
-from uft_ds.run.prepare import prepare_data, steps_of
+from uft_ds.run.prepare import prepare_data
+from uft_ds.training.steps import steps_of
 
 H100 = cluster_of(nodes=1, gpus=2, gpu="h100", figures=Figures(network_gbits=400))
 

@@ -474,7 +474,7 @@ def test_keys_list_the_words_that_they_allow() -> None:
     assert rows["train.schedule"].allowed == ("cosine", "linear", "constant")
     assert rows["tracking"].allowed == ("tensorboard", "wandb")
     assert rows["launch.ranks"].allowed == ("auto",)
-    assert rows["model.gradient_checkpointing"].allowed == ("true", "false", "selective")
+    assert rows["model.gradient_checkpointing"].allowed == ("true", "false", "selective", "auto")
     assert rows["objective.reward_shift"].allowed == ("none", "constant", "ema", "kl", "prompt_mean")
     assert rows["reference.mode"].allowed == ("lockstep", "separate")
     assert "helpsteer2" in rows["data.held_out.0.format"].allowed

@@ -21,8 +21,9 @@ from uft_ds.recipe.file import recipe_from_tree
 from uft_ds.recipe.settings import Settings, changed, settings_of
 from uft_ds.record.run_folder import RunFolder
 from uft_ds.run.growth import with_other_steps
-from uft_ds.run.prepare import prepare_data, steps_of
+from uft_ds.run.prepare import prepare_data
 from uft_ds.run.resume import _go_back_to, resumed_position
+from uft_ds.training.steps import steps_of
 
 OF_EPOCH = 25
 """Rows of the source, in steps of 8: three steps and one row."""

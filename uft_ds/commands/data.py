@@ -28,9 +28,10 @@ def data_preview(
     Nothing is launched and no weights are loaded.
     """
     settings = settings_given(recipe, overrides)
-    from uft_ds.run.prepare import prepare_fitting_data, steps_of
+    from uft_ds.run.prepare import prepare_fitting_data
     from uft_ds.run.preview import legend, rendered_rows, show_data, steps_line
     from uft_ds.run.start import preparation
+    from uft_ds.training.steps import steps_of
 
     with preparation(console) as on_progress:
         chat, data = prepare_fitting_data(settings, on_progress)

@@ -14,7 +14,7 @@ from uft_ds.data.store.tokenized import is_whole, store_key
 from uft_ds.data.tokens.tokenize import load_tokenizer
 from uft_ds.errors import UserError
 from uft_ds.recipe.settings import Settings
-from uft_ds.run.prepare import steps_of
+from uft_ds.training.steps import steps_of
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
@@ -11,14 +11,51 @@ from uft_ds.engine.deepspeed_file import read_deepspeed_file
 from uft_ds.host.gpus import known_gpus
 from uft_ds.kernels.tiles import CPU
 from uft_ds.planning.hardware import GB, Figures, cluster_of
-from uft_ds.planning.planner import Planner, Setting
+from uft_ds.planning.planner import Outcome, Planner, Setting
+from uft_ds.planning.recompute import SPARE, with_chosen_recompute
 from uft_ds.planning.shapes import model_config
 from uft_ds.planning.sharding import sharding_of
 from uft_ds.planning.workload import workload_of
 from uft_ds.recipe.settings import Settings
+from uft_ds.streams.recompute import Recompute
 
 _CPU_PROCESS_BYTES = GB
 """Python, torch and DeepSpeed of a rank without a GPU; 0.6 GB measured, the tiny model included."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the ranks of a run are: machines that are alike.
+
+    memory_bytes: of a rank's GPU; without GPUs, what the ranks of one machine share.
+    """
+
+    nodes: int
+    ranks_per_node: int
+    has_gpus: bool
+    memory_bytes: int
+
+    @property
+    def whose(self) -> str:
+        """Whose memory it is, for messages."""
+        return "a GPU" if self.has_gpus else f"{self.ranks_per_node} ranks together"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The mode that `auto` takes, what it needs of the place's memory, and both in words."""
+
+    mode: Recompute
+    needed_bytes: int
+    reason: str
+
+
+def this_machine(ranks: int) -> Place:
+    """This machine alone, with all its GPUs, which the ranks are yet to be started on."""
+    if not torch.cuda.is_available():
+        return Place(1, ranks, False, psutil.virtual_memory().available)
+    memory_bytes = min(torch.cuda.mem_get_info(device)[1] for device in range(torch.cuda.device_count()))
+    return Place(1, ranks, True, memory_bytes)
 
 
 def memory_note(settings: Settings, ranks: int) -> str:
@@ -27,21 +64,62 @@ def memory_note(settings: Settings, ranks: int) -> str:
     Raises:
         UserError: the model's config is not available.
     """
+    place = this_machine(ranks)
+    outcome = _planned(settings, place)
+    needed = _needed_bytes(outcome, place)
+    has = "" if place.has_gpus else " that are free"
+    fits = "" if needed <= place.memory_bytes else "; it does not fit: `uft plan` says what to change"
+    note = (
+        f"memory: at most about {needed / GB:.1f} GB for {place.whose}, of {place.memory_bytes / GB:.1f} GB{has}, as "
+        f"`uft plan` counts{fits}"
+    )
+    return note if settings.model.gradient_checkpointing != "auto" else f"{note}\n{_in_words(outcome, place)}"
+
+
+def chosen_recompute(settings: Settings, place: Place) -> Chosen:
+    """What `model.gradient_checkpointing: auto` takes there; a mode that the recipe states is taken as it is.
+
+    Raises:
+        UserError: the model's config is not available.
+    """
+    outcome = _planned(settings, place)
+    mode = outcome.setting.workload.gradient_checkpointing
+    return Chosen(mode, _needed_bytes(outcome, place), _in_words(outcome, place))
+
+
+def _planned(settings: Settings, place: Place) -> Outcome:
     config, _ = model_config(settings.model.base, settings.model.revision)
-    cluster = cluster_of(nodes=1, gpus=ranks, gpu=next(iter(known_gpus())), figures=Figures(network_gbits=400))
+    cluster = cluster_of(
+        nodes=place.nodes,
+        gpus=place.ranks_per_node,
+        gpu=next(iter(known_gpus())),
+        figures=Figures(network_gbits=400),
+    )
     name = settings.deepspeed.name
     workload = workload_of(settings, config, tokens_per_response=None)
-    if not torch.cuda.is_available():
+    if not place.has_gpus:
         workload = replace(workload, logits_bytes=workload.logits_bytes or CPU.chunk_bytes)
-    outcome = Planner(config).plan(Setting(workload, name, sharding_of(read_deepspeed_file(name)), cluster))
-    if torch.cuda.is_available():
-        total = min(torch.cuda.mem_get_info(device)[1] for device in range(torch.cuda.device_count()))
-        needed, what = outcome.gpu.total_bytes, f"a GPU, of {total / GB:.1f} GB"
-    else:
-        total = psutil.virtual_memory().available
-        # Everything is in host memory here; the reserve is that of CUDA.
-        held = replace(outcome.gpu, reserve_bytes=0).total_bytes + _CPU_PROCESS_BYTES
-        needed = ranks * held + outcome.host.total_bytes - outcome.host.processes_bytes
-        what = f"{ranks} ranks together, of {total / GB:.1f} GB that are free"
-    fits = "" if needed <= total else "; it does not fit: `uft plan` says what to change"
-    return f"memory: at most about {needed / GB:.1f} GB for {what}, as `uft plan` counts{fits}"
+    planner = Planner(config)
+    setting = Setting(workload, name, sharding_of(read_deepspeed_file(name)), cluster)
+    if settings.model.gradient_checkpointing == "auto":
+        setting = with_chosen_recompute(
+            planner, setting, lambda outcome: _needed_bytes(outcome, place) * SPARE <= place.memory_bytes
+        )
+    return planner.plan(setting)
+
+
+def _needed_bytes(outcome: Outcome, place: Place) -> int:
+    """What the ranks need of the place's memory."""
+    if place.has_gpus:
+        return outcome.gpu.total_bytes
+    # Everything is in host memory here; the reserve is that of CUDA.
+    held = replace(outcome.gpu, reserve_bytes=0).total_bytes + _CPU_PROCESS_BYTES
+    return place.ranks_per_node * held + outcome.host.total_bytes - outcome.host.processes_bytes
+
+
+def _in_words(outcome: Outcome, place: Place) -> str:
+    mode = outcome.setting.workload.gradient_checkpointing
+    return (
+        f"model.gradient_checkpointing: auto takes {str(mode).lower()}, with which {place.whose} "
+        f"need{'s' * place.has_gpus} about {_needed_bytes(outcome, place) / GB:.1f} of {place.memory_bytes / GB:.1f} GB"
+    )

@@ -17,6 +17,7 @@ from uft_ds.planning.duration import Duration, Mfu, duration_of, mfu_of
 from uft_ds.planning.hardware import Cluster
 from uft_ds.planning.memory import Disk, disk
 from uft_ds.planning.planner import Outcome, Planner, Setting
+from uft_ds.planning.recompute import fits_gpu, with_chosen_recompute
 from uft_ds.planning.shapes import model_config
 from uft_ds.planning.sharding import sharding_of
 from uft_ds.planning.structure import Structure
@@ -109,6 +110,8 @@ def make_plan(
     name = settings.deepspeed.name
     setting = Setting(workload, name, sharding_of(read_deepspeed_file(name)), cluster)
     planner = planner or Planner(config)
+    if settings.model.gradient_checkpointing == "auto":
+        setting = with_chosen_recompute(planner, setting, fits_gpu)
     outcome = planner.plan(setting)
     files = shipped_files(planner, setting)
     remedies = () if outcome.fits else tuple(remedies_for(planner, outcome, files))
@@ -156,6 +159,8 @@ def _assumptions(settings: Settings, setting: Setting, source: str, length_is: s
         yield f"{workload.attention}: every token of a micro-batch attends to all of it, which a mask then hides"
     elif settings.model.attention == "auto" and workload.attention != PACKED:
         yield "flash-attention 2 is installed on the GPUs (model.attention: auto takes sdpa or eager otherwise)"
+    if settings.model.gradient_checkpointing == "auto":
+        yield f"model.gradient_checkpointing: auto takes {str(workload.gradient_checkpointing).lower()} on these GPUs"
     yield "2 GB of a GPU for CUDA and NCCL, 5% for fragmentation; 4 GB of host memory a rank"
     yield (
         "least times: everything at the data sheet's figure, perfectly overlapped: for responses of this length a "

@@ -37,6 +37,7 @@ class Workload:
     dtype: str
     attention: str
     gradient_checkpointing: Recompute
+    """`true` for a recipe that says `auto`, until `with_chosen_recompute` has chosen."""
     activation_offload: bool
     logits_bytes: int | None
     reference: HowReference
@@ -142,7 +143,7 @@ def workload_of(settings: Settings, config: Any, *, tokens_per_response: int | N
         attention=attention_implementation(
             settings.model.attention, getattr(torch, settings.model.dtype), config, has_flash_attention=True
         ),
-        gradient_checkpointing=settings.model.gradient_checkpointing,
+        gradient_checkpointing=_recompute_of(settings),
         activation_offload=settings.model.activation_offload,
         logits_bytes=settings.model.logits_bytes,
         reference=reference.mode if reference.is_needed else "none",
@@ -157,6 +158,11 @@ def workload_of(settings: Settings, config: Any, *, tokens_per_response: int | N
         extra_forwards=_extra_forwards(objective),
         begins_with_forward=bool(reference.is_needed or settings.data.held_out or settings.start_adapter),
     )
+
+
+def _recompute_of(settings: Settings) -> Recompute:
+    stated = settings.model.gradient_checkpointing
+    return True if stated == "auto" else stated
 
 
 def _may_hold_pairs(rules: RowRules) -> bool:

@@ -69,10 +69,11 @@ class ModelSection(Section):
     the tests cover; else flash_attention_2 if it is installed, a GPU is present and dtype is bfloat16; else sdpa."""
     chat_template: Location | None = None
     """Path of a Jinja chat template, to be used instead of the tokenizer's own or if it has none."""
-    gradient_checkpointing: bool | Literal["selective"] = True
+    gradient_checkpointing: bool | Literal["selective", "auto"] = True
     """What of a layer is computed again in the backward pass instead of being kept. true: all of it. selective: what
     costs little (norms, activations, products); the results of matrix products and of the attention are kept, which
-    saves a third of the policy's operations. false: nothing."""
+    saves a third of the policy's operations. false: nothing. auto: the least of these three for which there is memory,
+    as `uft plan` counts it, with a tenth to spare."""
     activation_offload: bool = False
     """Keep the layer inputs that gradient checkpointing saves in host memory."""
     logits_mib: Positive | None = None

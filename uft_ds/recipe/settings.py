@@ -38,7 +38,7 @@ class ModelSettings:
     dtype: Literal["float32", "bfloat16"]
     attention: str
     chat_template: str | None
-    gradient_checkpointing: bool | Literal["selective"]
+    gradient_checkpointing: bool | Literal["selective", "auto"]
     activation_offload: bool
     logits_bytes: int | None
 

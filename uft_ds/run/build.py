@@ -39,7 +39,12 @@ def build_engine(settings: Settings, reporter: Announcer) -> tuple[Engine, UFTMo
     """Load the base model (shard by shard under ZeRO-3), add the adapters and wrap both in the engine.
 
     Every rank must call it. Warnings about the sharding go to `reporter`, which also tells what is being done.
+
+    Args:
+        settings: with a mode of gradient checkpointing that has been chosen.
     """
+    recompute = settings.model.gradient_checkpointing
+    assert recompute != "auto", "`with_chosen_recompute` comes first"
     dtype = getattr(torch, settings.model.dtype)
     ranks, ranks_per_node = current_ranks().world_size, launcher_environment().ranks_per_node
     for warning in check_sharding(settings, ranks=ranks, ranks_per_node=ranks_per_node):
@@ -48,7 +53,7 @@ def build_engine(settings: Settings, reporter: Announcer) -> tuple[Engine, UFTMo
         settings.deepspeed.checked,
         dtype=dtype,
         max_grad_norm=settings.train.max_grad_norm,
-        own_linear=settings.model.gradient_checkpointing != "selective",  # see `enable_recompute`
+        own_linear=recompute != "selective",  # see `enable_recompute`
     )
     with reporter.phase(f"loading {settings.model.base}{_size_of(settings.model.base)}"), partitioned_loading(config):
         base = load_base(
@@ -56,7 +61,7 @@ def build_engine(settings: Settings, reporter: Announcer) -> tuple[Engine, UFTMo
             revision=settings.model.revision,
             dtype=dtype,
             attention=settings.model.attention,
-            gradient_checkpointing=settings.model.gradient_checkpointing,
+            gradient_checkpointing=recompute,
         )
     policy = add_adapters(
         base,

@@ -16,8 +16,8 @@ from uft_ds.data.sources import PreparedData
 from uft_ds.errors import UserError
 from uft_ds.objectives.objective import objective_at
 from uft_ds.recipe.settings import Settings, changed
-from uft_ds.run.prepare import steps_of
 from uft_ds.training.schedule import learning_rate, progress_of_step
+from uft_ds.training.steps import steps_of
 
 GROWS = ("train.steps", "train.epochs")
 """Keys that decide the number of steps. A resumed run may change them as far as `with_other_steps` allows."""

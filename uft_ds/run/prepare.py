@@ -9,12 +9,10 @@ import json
 import platform
 from dataclasses import asdict
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 from uft_ds.checkpoint.owner import RUN
-from uft_ds.data.mixture import SHORT_AFTER, MixedSource, Steps, plan_steps, units_of_epochs
-from uft_ds.data.source import SourceState
+from uft_ds.data.mixture import units_of_epochs
 from uft_ds.data.sources import (
     PreparedData,
     PreparedSource,
@@ -26,7 +24,6 @@ from uft_ds.data.sources import (
 )
 from uft_ds.data.store.sequences import check_content
 from uft_ds.data.store.tokenized import is_whole
-from uft_ds.data.together import TogetherSource
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.tokenize import load_tokenizer
 from uft_ds.data.tokens.vocabulary import check_fits_embedding
@@ -45,6 +42,7 @@ from uft_ds.run.start_adapter import Start, start_of, write_sample_of, write_sta
 from uft_ds.streams.identity import local_folder
 from uft_ds.streams.load import check_base, check_base_files, embedding_rows
 from uft_ds.training.samples import Prompt, check_samples, choose_prompts, longest_prompt
+from uft_ds.training.steps import mixed_sources
 
 
 def prepare_data(
@@ -149,29 +147,6 @@ def ensure_data(settings: Settings, folder: RunFolder, *, has_prepared: bool) ->
         )
 
 
-def steps_of(settings: Settings, data: PreparedData, state: SourceState = MappingProxyType({})) -> Steps:
-    """All steps of a run.
-
-    Args:
-        state: of the source of steps, as in the checkpoint that the run resumes from.
-    """
-    return plan_steps(
-        _mixed(settings, data),
-        seed=settings.train.seed,
-        examples_per_step=settings.train.examples_per_step,
-        epochs=settings.train.epochs,
-        steps=settings.train.steps,
-        short_after=frozenset(state.get(SHORT_AFTER, ())),
-    )
-
-
-def _mixed(settings: Settings, data: PreparedData) -> tuple[MixedSource, ...]:
-    """The training sources as the mixture draws from them: answers to one prompt together, unless told otherwise."""
-    if not settings.data.share_prompts:
-        return data.train
-    return tuple(TogetherSource.of(source, settings.train.examples_per_step) for source in data.train)
-
-
 def read_report(folder: RunFolder) -> dict[str, list[dict[str, Any]]]:
     """The rows of `data_report` as `prepare_run` wrote them, by part: train and held_out.
 
@@ -206,7 +181,7 @@ def _check_mixture(settings: Settings, data: PreparedData) -> None:
     # With train.steps the mixture is repeated until it fills them: an empty pass would loop forever.
     epochs = 1 if settings.train.steps is not None else settings.train.epochs
     try:
-        is_empty = units_of_epochs(_mixed(settings, data), epochs) == 0
+        is_empty = units_of_epochs(mixed_sources(settings, data), epochs) == 0
     except ValueError as error:
         raise UserError(f"data.sources: {error}") from None
     if not is_empty:

@@ -40,7 +40,8 @@ from uft_ds.record.run_folder import RunFolder, Status, write_first
 from uft_ds.run.build import build_engine, build_reference_cache, build_sampler
 from uft_ds.run.checks import check_sharding
 from uft_ds.run.facts import facts_of
-from uft_ds.run.prepare import ensure_data, open_data, prepare_run, steps_of
+from uft_ds.run.prepare import ensure_data, open_data, prepare_run
+from uft_ds.run.recompute import with_chosen_recompute
 from uft_ds.run.resume import nothing_to_do, prepare_resume, resumed_from, resumed_position
 from uft_ds.run.settings import located, with_deepspeed_file
 from uft_ds.run.start_adapter import read_start, sample_of
@@ -51,6 +52,7 @@ from uft_ds.training.forwarding import Method
 from uft_ds.training.loop import START, Session, train
 from uft_ds.training.model_check import check_model
 from uft_ds.training.start_check import check_starts_as_adapter
+from uft_ds.training.steps import steps_of
 
 GROUPS_BETWEEN_FLUSHES = 20
 """Groups (of `examples_per_step` responses) between two writes of the reference cache; a kill loses at most these."""
@@ -187,7 +189,7 @@ def _run(settings: Settings, folder: RunFolder, console: Console, request: StopR
     steps.restore(state.source)
     after_step = None if checkpoint is None else state.step
     with _together(), _reporter(settings, folder, console, len(steps), after_step) as reporter:
-        engine, model = build_engine(settings, reporter)
+        engine, model = build_engine(with_chosen_recompute(settings, reporter), reporter)
         # Before the checkpoint is restored: only with fresh adapters must policy and reference be equal.
         _check_start(engine, settings, folder, steps.step(0), reporter)
         pools = [source.selection for source in data.all]
@@ -277,7 +279,7 @@ def _fill_reference(settings: Settings, folder: RunFolder, console: Console, req
     groups = in_order(pools, settings.train.examples_per_step)
     num_responses = sum(pool.num_responses for pool in pools)
     with _together(), _fill_reporter(console, num_responses) as reporter:
-        engine, model = build_engine(settings, reporter)
+        engine, model = build_engine(with_chosen_recompute(settings, reporter), reporter)
         _check_start(engine, settings, folder, groups[0], reporter)
         cache = build_reference_cache(settings, folder, engine, model, pools, reporter)
         known_before = cache.num_known

@@ -23,12 +23,13 @@ from uft_ds.record.run_folder import RunFolder, Status, check_ownable
 from uft_ds.run.checks import check_sharding
 from uft_ds.run.forked import RankServer
 from uft_ds.run.launch import launch, master_port, number_of_ranks
-from uft_ds.run.prepare import check_prepare, check_run, prepare_run, steps_of
+from uft_ds.run.prepare import check_prepare, check_run, prepare_run
 from uft_ds.run.preview import amount_line, device_notes, show_data, steps_line
 from uft_ds.run.resume import Resumption, check_resume, nothing_to_do, prepare_resume
 from uft_ds.run.room import check_room, core_notes
 from uft_ds.run.settings import located, with_deepspeed_file
 from uft_ds.run.torchrun import TorchrunRanks
+from uft_ds.training.steps import steps_of
 
 
 def run_settings(

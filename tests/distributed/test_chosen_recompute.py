@@ -1,0 +1,46 @@
+"""`model.gradient_checkpointing: auto` on ranks: all take one mode, by the rank that has the least memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from engines import Heard
+from ranks import run_on_ranks
+from runs import uft, write_recipe
+
+from uft_ds.planning.hardware import GB
+from uft_ds.recipe.settings import load_settings
+from uft_ds.record.metrics_file import read_metrics
+from uft_ds.run import recompute
+
+
+def chosen(recipe: Path, memories: list[int]) -> tuple[object, list[str]]:
+    heard = Heard()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(recompute, "_memory_bytes", lambda: memories[torch.distributed.get_rank()])
+        settings = load_settings(str(recipe), ("model.gradient_checkpointing=auto",))
+        return recompute.with_chosen_recompute(settings, heard).model.gradient_checkpointing, heard.said
+
+
+def test_the_rank_with_the_least_memory_decides(tiny_qwen2: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_qwen2)
+    for memories, mode in (([64 * GB, 64 * GB], False), ([64 * GB, GB], True), ([GB, 64 * GB], True)):
+        found = run_on_ranks(chosen, 2, recipe, memories)
+        assert [took for took, _ in found] == [mode, mode]
+        assert all(f"auto takes {str(mode).lower()}, with which 2 ranks together need about" in s for _, (s,) in found)
+
+
+def test_a_run_that_chooses_is_the_run_that_was_told(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """The same losses bit for bit; the choice is said, and the recipe that is stored still says auto."""
+    losses = {}
+    for mode in ("auto", "false"):
+        (tmp_path / mode).mkdir()
+        recipe = write_recipe(tmp_path / mode, tiny_qwen2)
+        result = uft("train", str(recipe), f"model.gradient_checkpointing={mode}")
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert ("model.gradient_checkpointing: auto takes false" in " ".join(result.stdout.split())) == (mode == "auto")
+        losses[mode] = [line.get("loss") for line in read_metrics(tmp_path / mode / "run" / "metrics.jsonl")]
+        assert f"gradient_checkpointing: {mode}" in (tmp_path / mode / "run" / "recipe.yaml").read_text()
+    assert losses["auto"] == losses["false"]
