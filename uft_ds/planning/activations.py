@@ -28,6 +28,7 @@ from transformers.masking_utils import flash_attention_mask
 from uft_ds.architectures.facts import keep_layers
 from uft_ds.planning.structure import ITEM_BYTES, Structure
 from uft_ds.streams.lanes import Lanes, enable_lockstep
+from uft_ds.streams.linear import enable_lean_linear
 from uft_ds.streams.packed_attention import PACKED, bounds_for_attention
 from uft_ds.streams.recompute import Recompute, enable_recompute
 from uft_ds.streams.stream import BARE_BASE, POLICY
@@ -110,6 +111,7 @@ def _run(
     _keep_frequencies(decoder)
     base.config._attn_implementation = attention
     enable_recompute(base, gradient_checkpointing)
+    enable_lean_linear(base.get_decoder())
     if lockstep:
         enable_lockstep(base)
     base.enable_input_require_grads()

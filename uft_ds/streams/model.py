@@ -19,6 +19,7 @@ from uft_ds.objectives.reference import HowForwarded
 from uft_ds.streams.adapters import as_stream, reference_of
 from uft_ds.streams.heads import ScalarHead, head_outputs, is_trainable, logits_in_float32, make_logp_head
 from uft_ds.streams.lanes import Lanes, enable_lockstep
+from uft_ds.streams.linear import enable_lean_linear
 from uft_ds.streams.offload import activations_on_host
 from uft_ds.streams.packed_attention import PACKED, attention_of_transformers, bounds_for_attention
 from uft_ds.streams.stream import POLICY, Output, Stream, trained_first
@@ -64,6 +65,7 @@ class UFTModel(nn.Module):
         scalar = [stream for stream in further if stream.head == "scalar"]
         if scalar:
             self.scores = nn.ModuleDict({stream.name: _scalar_head(base.config, stream) for stream in scalar})
+        enable_lean_linear(base.get_decoder())
         if self._in_lockstep:
             enable_lockstep(base)
         self._activation_offload = activation_offload
