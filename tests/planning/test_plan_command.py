@@ -160,7 +160,7 @@ def test_a_plan_gives_one_answer_at_every_width(columns: int, monkeypatch: pytes
     told = " ".join(lines[: lines.index("")])
     first = lines[next(i for i, line in enumerate(lines) if line.startswith("what to change")) + 1]
     found = json.loads(CliRunner().invoke(app, [*options, "--json"]).stdout)
-    change = "train.tokens_per_micro_batch=4096"
+    change = "train.tokens_per_micro_batch=8192"
     assert f"Take {change}, the cheapest change that fits" in told
     assert first.split()[0] == change
     assert found["best_changes"] == found["remedies"][0]["changes"] == [change]
