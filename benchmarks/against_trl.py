@@ -1,20 +1,23 @@
-"""TRL's KTOTrainer beside us: the same model, rows, adapter, optimiser and DeepSpeed file, on two CPU ranks.
+"""TRL's trainers beside us: the same model, rows, adapter, optimiser and DeepSpeed file, on two CPU ranks.
 
-    python benchmarks/reference_traffic.py      (runs this at its end)
+    python benchmarks/against_trl.py [--only tiny,kto,dpo] [--model FOLDER]
 
 TRL's nearest objective to UFT is KTO with `loss_type="apo_zero_unpaired"`, which is our `loss: l1` on scores 0 and 1.
-Both train LoRA under ZeRO-3 with gradient checkpointing; TRL pads, and runs a policy and a reference forward, each its
-own call.
+Its DPO is our `loss: dpo`. Both sides train LoRA under ZeRO-3 with gradient checkpointing; TRL pads, and runs a policy
+and a reference forward, each its own call. Our side is what a recipe gets by default: packed attention, and a prompt
+that both answers of a pair begin with is forwarded once; then the same with `gradient_checkpointing: selective`.
 
 Two models. The tiny one is a microbenchmark of communication: its arithmetic is nothing, so it shows what the
 collectives of ZeRO's partitioning cost. On the real 135M one, arithmetic dominates. Tokens are real ones, padding is
-not counted.
+not counted, and a prompt counts with each answer.
 
-Rows of the real model: `llama_factory/kto_en_demo.json` (a sample of KTO-mix) below UFT_TEST_DATA.
+Rows of the real model, below UFT_TEST_DATA: `llama_factory/kto_en_demo.json` (a sample of KTO-mix) and
+`ultrafeedback/train_clean.jsonl`.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -22,7 +25,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,15 +37,23 @@ from rich.console import Console
 from rich.table import Table
 from toy import objective
 
+from uft_ds.data.example import Response, Sequence
+from uft_ds.streams.recompute import Recompute
+
 RANKS, LORA_RANK, ALPHA, BETA = 2, 8, 16.0, 0.1
 WARM_UP_STEPS, LOSSES_COMPARED = 2, 5
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What both sides train on: rows of token ids, and how many of them a step and a rank take."""
+    """What both sides train on: rows of token ids, and how many of them a step and a rank take.
+
+    loss: ours. Rows of `l1` have the keys prompt_ids, completion_ids and label, rows of `dpo` prompt_ids, chosen_ids
+        and rejected_ids, as TRL's collators take them.
+    """
 
     label: str
+    loss: Literal["l1", "dpo"]
     folder: Path
     rows: list[dict[str, Any]]
     rows_per_rank: int
@@ -64,22 +75,22 @@ class Result:
     peak_growth_bytes: int
 
 
-def deepspeed_file(zero: dict[str, int]) -> dict[str, Any]:
+def deepspeed_file(zero: dict[str, int], *, own_linear: bool = True) -> dict[str, Any]:
     from uft_ds.engine.deepspeed_file import deepspeed_config, read_deepspeed_file
 
     file = read_deepspeed_file("zero3_cpu")
     file["zero_optimization"] |= zero
-    return deepspeed_config(file, dtype=torch.float32, max_grad_norm=1.0)
+    return deepspeed_config(file, dtype=torch.float32, max_grad_norm=1.0, own_linear=own_linear)
 
 
 # ---- ours
 
 
-def run_ours(work: Workload, adapter: Path) -> Result:
+def run_ours(work: Workload, adapter: Path, recompute: Recompute) -> Result:
     from reference_traffic import peak_rss, reset_peak
 
-    from uft_ds.data.example import Response, Sequence
     from uft_ds.data.mixture import Step
+    from uft_ds.data.packing import Packing
     from uft_ds.engine.engine import Engine, partitioned_loading
     from uft_ds.known.cache import Known
     from uft_ds.streams.adapters import add_adapters
@@ -88,32 +99,48 @@ def run_ours(work: Workload, adapter: Path) -> Result:
     from uft_ds.training.forwarding import Method
     from uft_ds.training.step import run_step
 
-    def sequence(row: dict[str, Any], number: int) -> Sequence:
-        tokens = np.array(row["prompt_ids"] + row["completion_ids"], dtype=np.int32)
-        span = Response(len(row["prompt_ids"]), len(tokens), float(row["label"]), "binary", f"row:{number}")
-        return Sequence(tokens, (span,))
-
-    config = deepspeed_file(work.zero)
+    config = deepspeed_file(work.zero, own_linear=recompute != "selective")
     with partitioned_loading(config):
         base = load_base(
-            str(work.folder), revision=None, dtype=torch.float32, attention="sdpa", gradient_checkpointing=True
+            str(work.folder), revision=None, dtype=torch.float32, attention="packed", gradient_checkpointing=recompute
         )
     policy = add_adapters(base, rank=LORA_RANK, alpha=ALPHA, targets="all-linear", dtype=torch.float32, seed=1)
     start_from(policy, adapter)
     engine = Engine(
-        UFTModel(policy), config, layer_class=decoder_layer_class(base), weight_decay=0.0, betas=(0.9, 0.999)
+        UFTModel(policy),
+        config,
+        layer_class=decoder_layer_class(base),
+        weight_decay=0.0,
+        betas=(0.9, 0.999),
+        packing=Packing(share_prompts=True),
     )
-    method = Method(engine, objective("l1", BETA), Known.of_reference("lockstep"), 1 << 20)
+    method = Method(engine, objective(work.loss, BETA), Known.of_reference("lockstep"), 1 << 20)
     losses, seconds, base_bytes = [], [], reset_peak()
     rows_per_step = RANKS * work.rows_per_rank
     for index in range(work.steps):
         rows = work.rows[index * rows_per_step : (index + 1) * rows_per_step]
-        step = Step(index, tuple(sequence(row, number) for number, row in enumerate(rows)))
+        step = Step(index, tuple(sequence for number, row in enumerate(rows) for sequence in sequences(row, number)))
         started = time.perf_counter()
         metrics = run_step(method, step, work.learning_rate).metrics
         seconds.append(time.perf_counter() - started)
         losses.append(metrics["loss"])
     return Result(losses, seconds, peak_rss() - base_bytes)
+
+
+def sequences(row: dict[str, Any], number: int) -> list[Sequence]:
+    """A row of either layout; the sides of a pair share the row's number."""
+    if "label" in row:
+        return [_sequence(row["prompt_ids"], row["completion_ids"], float(row["label"]), f"row:{number}", None)]
+    return [
+        _sequence(row["prompt_ids"], row[f"{side}_ids"], score, f"row:{number}:{side}", number)
+        for side, score in (("chosen", 1.0), ("rejected", 0.0))
+    ]
+
+
+def _sequence(prompt: list[int], answer: list[int], score: float, origin: str, pair_id: int | None) -> Sequence:
+    tokens = np.array(prompt + answer, dtype=np.int32)
+    kind = "binary" if pair_id is None else "pair"
+    return Sequence(tokens, (Response(len(prompt), len(tokens), score, kind, origin, pair_id),))
 
 
 # ---- theirs
@@ -127,7 +154,7 @@ def run_trl(work: Workload, adapter: Path, leaf: bool) -> Result:
     from peft import LoraConfig
     from reference_traffic import peak_rss, reset_peak
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import KTOConfig, KTOTrainer
+    from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
     from uft_ds.host.process import returning_freed_memory
 
@@ -135,7 +162,11 @@ def run_trl(work: Workload, adapter: Path, leaf: bool) -> Result:
     seconds: list[float] = []
     memory: list[int] = []
 
-    class Trainer(KTOTrainer):  # type: ignore[misc]
+    parent, config, loss_type = (
+        (KTOTrainer, KTOConfig, "apo_zero_unpaired") if work.loss == "l1" else (DPOTrainer, DPOConfig, "sigmoid")
+    )
+
+    class Trainer(parent):  # type: ignore[misc, valid-type]
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
             return dataset  # tokenised already: the very rows that we train on
 
@@ -154,8 +185,8 @@ def run_trl(work: Workload, adapter: Path, leaf: bool) -> Result:
             seconds.append(time.perf_counter() - self.started)
 
     with tempfile.TemporaryDirectory() as output:
-        settings = KTOConfig(
-            output_dir=output, loss_type="apo_zero_unpaired", beta=BETA, learning_rate=work.learning_rate,
+        settings = config(
+            output_dir=output, loss_type=loss_type, beta=BETA, learning_rate=work.learning_rate,
             per_device_train_batch_size=work.rows_per_rank, gradient_accumulation_steps=1, max_steps=work.steps,
             lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0, adam_beta2=0.999,
             gradient_checkpointing=True, deepspeed=left_to_trainer(deepspeed_file(work.zero)), bf16=False,
@@ -232,33 +263,67 @@ def tiny_workload(folder: Path, zero: dict[str, int], vocabulary: int) -> Worklo
         return {"prompt_ids": tokens[:prompt], "completion_ids": tokens[prompt:], "label": bool(rng.integers(2))}
 
     rows = [row() for _ in range(RANKS * rows_per_rank * steps)]
-    return Workload("tiny, 4 layers of 256 (communication alone)", folder, rows, rows_per_rank, steps, 1e-2, zero, 3)
+    label = "KTO, tiny, 4 layers of 256 (communication alone)"
+    return Workload(label, "l1", folder, rows, rows_per_rank, steps, 1e-2, zero, 3)
 
 
-def real_workload(folder: Path, data: Path) -> Workload:
-    """Binary feedback on real prompts, through the model's own chat template."""
-    from transformers import AutoTokenizer
+REAL_ZERO = {"stage3_max_live_parameters": 20_000_000, "stage3_prefetch_bucket_size": 4_000_000}
+"""Layers of 135M are gathered and released, not kept: as a model that does not fit has to."""
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows = []
+LONGEST = 512
+"""Tokens of a row's longest sequence."""
+
+
+class Chat:
+    """Token ids through the model's own chat template."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoTokenizer
+
+        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def prompt(self, turns: list[dict[str, str]]) -> list[int]:
+        text = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def answer(self, text: str) -> list[int]:
+        return list(self._tokenizer(text + "<|im_end|>", add_special_tokens=False)["input_ids"])
+
+
+def kto_workload(folder: Path, data: Path) -> Workload:
+    """Binary feedback on real prompts."""
+    chat, rows = Chat(folder), []
     for row in json.loads((data / "llama_factory" / "kto_en_demo.json").read_text(encoding="utf-8")):
         *prompt, answer = row["messages"]
-        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        prompt_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        completion_ids = tokenizer(answer["content"] + "<|im_end|>", add_special_tokens=False)["input_ids"]
-        if len(prompt_ids) + len(completion_ids) <= 512:
-            rows.append({"prompt_ids": prompt_ids, "completion_ids": completion_ids, "label": row["label"]})
-    # Layers of 135M are gathered and released, not kept: as a model that does not fit has to.
-    zero = {"stage3_max_live_parameters": 20_000_000, "stage3_prefetch_bucket_size": 4_000_000}
-    return Workload("SmolLM2-135M, real rows (arithmetic)", folder, rows, 2, 6, 1e-3, zero, 1)
+        ids = {"prompt_ids": chat.prompt(prompt), "completion_ids": chat.answer(answer["content"])}
+        if sum(map(len, ids.values())) <= LONGEST:
+            rows.append(ids | {"label": row["label"]})
+    return Workload("KTO, SmolLM2-135M, KTO-mix (arithmetic)", "l1", folder, rows, 2, 6, 1e-3, REAL_ZERO, 1)
+
+
+def dpo_workload(folder: Path, data: Path) -> Workload:
+    """Pairs of answers to one real prompt."""
+    chat, rows = Chat(folder), []
+    for line in (data / "ultrafeedback" / "train_clean.jsonl").read_text(encoding="utf-8").splitlines()[:200]:
+        row = json.loads(line)
+        prompt = chat.prompt([{"role": "user", "content": row["prompt"]}])
+        answers = {f"{side}_ids": chat.answer(row[side]) for side in ("chosen", "rejected")}
+        if row["chosen"] and row["rejected"] and len(prompt) + max(map(len, answers.values())) <= LONGEST:
+            rows.append({"prompt_ids": prompt} | answers)
+    return Workload("DPO, SmolLM2-135M, UltraFeedback (arithmetic)", "dpo", folder, rows, 2, 6, 1e-3, REAL_ZERO, 1)
 
 
 # ---- side by side
 
 
+def lengths(row: dict[str, Any]) -> list[int]:
+    """Tokens of a row's sequences, the prompt with each answer."""
+    return [sequence.num_tokens for sequence in sequences(row, 0)]
+
+
 def real_tokens(work: Workload, step: int) -> int:
     rows = work.rows[step * RANKS * work.rows_per_rank : (step + 1) * RANKS * work.rows_per_rank]
-    return sum(len(row["prompt_ids"]) + len(row["completion_ids"]) for row in rows)
+    return sum(sum(lengths(row)) for row in rows)
 
 
 def padded_tokens(work: Workload, step: int) -> int:
@@ -268,7 +333,8 @@ def padded_tokens(work: Workload, step: int) -> int:
         # accelerate deals whole batches out to the ranks in turn
         start = (step * RANKS + rank) * work.rows_per_rank
         rows = work.rows[start : start + work.rows_per_rank]
-        total += max(len(row["prompt_ids"]) + len(row["completion_ids"]) for row in rows) * len(rows)
+        padded = [length for row in rows for length in lengths(row)]
+        total += max(padded) * len(padded)
     return total
 
 
@@ -287,8 +353,13 @@ def losses_over_ranks(results: list[Result]) -> list[float]:
     return [sum(values) / len(values) for values in zip(*(r.losses for r in results), strict=True)]
 
 
-def compare(console: Console, model: Path | None) -> list[Any]:
-    """Print the table of both workloads and return the bars."""
+BARS: dict[str, tuple[float, str]] = {"tiny": (5.0, "tokens/s"), "kto": (3.5, "tokens/s"), "dpo": (3.0, "tokens/s")}
+"""What our side is to reach over TRL's, without a setting that TRL's trainer does not have; pairs are counted by their
+responses' tokens, so tokens/s are responses/s."""
+
+
+def compare(console: Console, model: Path | None, only: tuple[str, ...] = tuple(BARS)) -> list[Any]:
+    """Print a table for each workload and return the bars."""
     from importlib.metadata import version
 
     from reference_traffic import SETTINGS, VOCABULARY, Bar, largest, write_model
@@ -296,32 +367,42 @@ def compare(console: Console, model: Path | None) -> list[Any]:
     measured: list[Bar] = []
     with tempfile.TemporaryDirectory() as name:
         tiny = write_model(Path(name) / "tiny")
-        work = [(tiny_workload(tiny, SETTINGS, VOCABULARY), 3.0)]
+        work = {"tiny": tiny_workload(tiny, SETTINGS, VOCABULARY)}
         data = Path(os.environ.get("UFT_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
         real = model or real_model()
         if real is None or not data.is_dir():
-            console.print(f"no real model or no real rows ({data}): the real workload is left out", style="yellow")
+            console.print(f"no real model or no real rows ({data}): the real workloads are left out", style="yellow")
         else:
-            work.append((real_workload(real, data), 1.2))
-        for workload, bar in work:
-            adapter = Path(name) / f"adapter-{bar}.safetensors"
+            work |= {"kto": kto_workload(real, data), "dpo": dpo_workload(real, data)}
+        for key, workload in ((key, workload) for key, workload in work.items() if key in only):
+            adapter = Path(name) / f"adapter-{key}.safetensors"
             write_adapter(workload.folder, adapter)
             sides: dict[str, list[Result]] = {}
             for _ in range(workload.rounds):  # in turn, so that what else the machine does meets all of them
-                for label, run, *how in (
-                    ("uft_ds", run_ours),
+                for label, run, how in (
+                    ("uft_ds", run_ours, True),
+                    ("uft_ds, selective", run_ours, "selective"),
                     (f"TRL {version('trl')}", run_trl, False),
                     ("TRL, leaf modules", run_trl, True),
                 ):
-                    results = run_on_ranks(run, RANKS, workload, adapter, *how, timeout_seconds=3000)
+                    results = run_on_ranks(run, RANKS, workload, adapter, how, timeout_seconds=3000)
                     sides[label] = faster(workload, sides.get(label), results)
             console.print(_table(workload, sides))
-            ours, theirs, leaf = sides.values()
-            for label, other, least in (("TRL", theirs, bar), ("TRL with leaf modules", leaf, 1.2)):
-                ratio = tokens_per_second(workload, ours) / tokens_per_second(workload, other)
-                measured.append(Bar(f"{workload.label}: tokens/s over {label} >= {least}", ratio, ratio >= least))
-                pairs = zip(ours[0].losses, losses_over_ranks(other), strict=True)
-                worst = largest(abs(a - b) for a, b in list(pairs)[:LOSSES_COMPARED])
+            ours, selective, theirs, leaf = sides.values()
+            least, unit = BARS[key]
+            for label, side, other, bar in (
+                ("TRL", ours, theirs, least),
+                ("TRL with leaf modules", ours, leaf, 1.2),
+                ("checkpointing whole layers", selective, ours, 1.0),
+            ):
+                ratio = tokens_per_second(workload, side) / tokens_per_second(workload, other)
+                measured.append(Bar(f"{workload.label}: {unit} over {label} >= {bar}", ratio, ratio >= bar))
+            for label, losses in (
+                ("TRL", losses_over_ranks(theirs)),
+                ("TRL with leaf modules", losses_over_ranks(leaf)),
+                ("selective", selective[0].losses),
+            ):
+                worst = largest(abs(a - b) for a, b in list(zip(ours[0].losses, losses, strict=True))[:LOSSES_COMPARED])
                 claim = f"{workload.label}: losses of the first {LOSSES_COMPARED} steps against {label} <= 1e-4"
                 measured.append(Bar(claim, worst, worst <= 1e-4))
     return measured
@@ -343,11 +424,27 @@ def _table(work: Workload, sides: dict[str, list[Result]]) -> Table:
     table = Table(title=title)
     for column in ("", "tokens/s, TRL = 1", "peak memory, TRL = 1", "loss, first 5 steps"):
         table.add_column(column, justify="left" if not column else "right")
-    theirs = list(sides.values())[1]
+    theirs = next(results for name, results in sides.items() if name.startswith("TRL "))
     for name, results in sides.items():
         speed = tokens_per_second(work, results) / tokens_per_second(work, theirs)
         peak = max(r.peak_growth_bytes for r in results) / max(r.peak_growth_bytes for r in theirs)
-        losses = results[0].losses if name == "uft_ds" else losses_over_ranks(results)
+        losses = results[0].losses if name.startswith("uft_ds") else losses_over_ranks(results)
         shown = " ".join(f"{loss:.4f}" for loss in losses[:LOSSES_COMPARED])
         table.add_row(name, f"{speed:.2f}", f"{peak:.2f}", shown)
     return table
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(BARS), help="workloads, separated by commas")
+    parser.add_argument("--model", type=Path, help="a small real model; by default the quickstart's")
+    options = parser.parse_args()
+    from reference_traffic import report, versions
+
+    versions()
+    console = Console(width=120, highlight=False)
+    return 1 if report(console, compare(console, options.model, tuple(options.only.split(",")))) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

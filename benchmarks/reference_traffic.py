@@ -18,7 +18,7 @@ Counted on rank 0 over four steps after two that warm up: all-gathers and the by
 invalidations of ZeRO's prefetch trace, in all; bytes of activations saved for the backward of one micro-step; seconds
 of the fastest step; and the growth of resident memory over that before the first step. Evaluation and saving are not
 in it. ZeRO-3's defaults would keep a tiny model whole on each rank; SETTINGS below make it gather, as a large one has
-to. Then TRL's KTOTrainer end to end (`against_trl.py`). Absolute times on a shared CPU mean nothing.
+to. Then TRL's trainers end to end (`against_trl.py`). Absolute times on a shared CPU mean nothing.
 
 Exits with 1 where a bar is missed.
 """
