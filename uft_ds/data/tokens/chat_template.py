@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, cast
 
 from jinja2 import TemplateError
@@ -82,6 +83,7 @@ def template_of(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Mapping[str,
         raise UserError(f"The tokenizer of `{tokenizer.name_or_path}` has no chat template: {REMEDY}.") from None
 
 
+@lru_cache(maxsize=8)  # the search takes as long as to render a short conversation
 def _without_today(template: str) -> str:
     """The template, changed to raise an error instead of writing today's date: tokens must not depend on the day.
 
