@@ -5,17 +5,19 @@ Run by `test_fake_cuda.py`, in a process with its library. What is not the code 
 * the Triton kernels are not launched; a stand-in checks what they are given. All around them runs
 * DeepSpeed's engine; in its place the module is called and the backward started
 * `torch.cuda.get_device_capability` and `torch.cuda.device_of`, which need a driver
+* sdpa is its plain definition: torch has no fused kernel for `cuda:0` here
 """
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +27,8 @@ from tiny import VOCAB_SIZE, build_tiny_model
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from toy import objective, toy_model
 
 from uft_ds.data.example import Response, Sequence
@@ -103,17 +107,19 @@ class Watching(TorchDispatchMode):
         if waits(name, args, kwargs):
             self.waiting.append(f"{name} in {' < '.join(where) or 'the backward'}")
         result = func(*args, **kwargs)
-        leaves = torch.utils._pytree.tree_leaves
-        inputs, outputs = (
-            tuple(leaf for leaf in leaves(of) if isinstance(leaf, Tensor)) for of in ((args, kwargs), result)
-        )
+        inputs, outputs = tuple(tensors_of((args, kwargs))), tuple(tensors_of(result))
         self.operators.append(Operator(func.name(), inputs, outputs, where))
         return result
 
 
 def _where() -> tuple[str, ...]:
-    stack = [frame for frame in traceback.extract_stack() if "/uft_ds/" in frame.filename]
-    return tuple(frame.name for frame in reversed(stack[-3:]))
+    names: list[str] = []
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and len(names) < 3:
+        if "/uft_ds/" in frame.f_code.co_filename:
+            names.append(frame.f_code.co_name)
+        frame = frame.f_back
+    return tuple(names)
 
 
 class FakeEngine:
@@ -124,9 +130,7 @@ class FakeEngine:
         self.outputs: list[Output] = []
         self.losses: list[Tensor] = []
 
-    def __call__(
-        self, batch: MicroBatch, streams: Seq[Stream], *, with_statistics: bool = False
-    ) -> dict[str, Output]:
+    def __call__(self, batch: MicroBatch, streams: Seq[Stream], *, with_statistics: bool = False) -> dict[str, Output]:
         outputs: dict[str, Output] = self.module(batch, streams, with_statistics=with_statistics)
         self.outputs += outputs.values()
         return outputs
@@ -165,17 +169,20 @@ class FakeKernel:
         assert options["BLOCK"] & (options["BLOCK"] - 1) == 0, "a power of two"
 
 
-@pytest.fixture
-def kernel(monkeypatch: pytest.MonkeyPatch) -> FakeKernel:
+@contextmanager
+def without_driver(card: str) -> Iterator[FakeKernel]:
+    """What would ask CUDA or launch a kernel is replaced; the GPU has the compute capability of the card."""
     stand_in = FakeKernel(rows_triton.absorb_kernel.arg_names)
-    monkeypatch.setattr(rows_triton, "absorb_kernel", stand_in)
-    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: nullcontext())
-    return stand_in
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows_triton, "absorb_kernel", stand_in)
+        patch.setattr(torch.cuda, "device_of", lambda tensor: nullcontext())
+        patch.setattr(torch.cuda, "get_device_capability", lambda device=None: CARDS[card])
+        yield stand_in
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_model(tmp_path_factory.mktemp("tiny") / "qwen2")
+    return build_tiny_model(tmp_path_factory.mktemp("tiny") / "qwen2", num_hidden_layers=2)
 
 
 def on_fake_cuda(module: nn.Module, mode: FakeTensorMode) -> None:
@@ -240,22 +247,25 @@ CASES = [
 class Ran(NamedTuple):
     """What a micro-step has left."""
 
+    case: Case
     watching: Watching
     engine: FakeEngine
     forwarded: Forwarded
     loss: Tensor
     hidden: list[Tensor]
+    launches: int
 
 
 @contextmanager
-def prepared(case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Method, MicroBatch, Any]]:
+def prepared(case: Case, folder: Path) -> Iterator[tuple[Method, MicroBatch, Mapping[str, int]]]:
     """The method and the micro-batch of a case, on `cuda:0`, within the fake mode."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: CARDS[case.card])
-    forwarded = case.how if case.how in ("lockstep", "separate") else "lockstep"
     model = toy_model(
-        folder, dtype=torch.bfloat16, gradient_checkpointing=case.checkpointing, attention=PACKED,
-        reference_mode=forwarded,
-    )  # fmt: skip
+        folder,
+        dtype=torch.bfloat16,
+        gradient_checkpointing=case.checkpointing,
+        attention=PACKED,
+        reference_mode="separate" if case.how == "separate" else "lockstep",
+    )
     mode = FakeTensorMode()
     on_fake_cuda(model, mode)
     sequences = pairs(3)
@@ -269,28 +279,27 @@ def prepared(case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
         yield method, batch.to(CUDA), count_terms(method.objective, Step(0, sequences).responses)
 
 
-def run(case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Ran:
-    with prepared(case, folder, monkeypatch) as (method, batch, terms):
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(map(str, case)))
+def ran(request: pytest.FixtureRequest, folder: Path) -> Ran:
+    """One micro-step, forward and backward."""
+    case: Case = request.param
+    hidden: list[Tensor] = []
+    with without_driver(case.card) as kernel, prepared(case, folder) as (method, batch, terms):
         engine: Any = method.engine
-        hidden: list[Tensor] = []
         for layer in engine.module.policy.get_base_model().get_decoder().layers:
             layer.register_forward_hook(lambda module, args, result: hidden.extend(tensors_of(result)))
         with Watching() as watching:
             loss, _, done = micro_step(method, batch, case.how in ("lockstep", "separate"), terms, None, is_last=True)
-    return Ran(watching, engine, done, loss, hidden)
+    return Ran(case, watching, engine, done, loss, hidden, kernel.launches)
 
 
 def tensors_of(value: Any) -> list[Tensor]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
-def test_all_is_on_the_device_and_has_its_type(
-    case: Case, folder: Path, kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_is_on_the_device_and_has_its_type(ran: Ran) -> None:
     """Every tensor is on `cuda:0`, but for numbers that the host knows and sends; hidden states and gradients have the
     types of the weights, log-probs and the loss are float32, and sums over tokens float64."""
-    ran = run(case, folder, monkeypatch)
     for operator in ran.watching.operators:
         on_host = [tensor for tensor in operator.outputs if tensor.device != CUDA]
         assert not on_host or set(operator.where) & set(HOST_MAKERS), (operator.name, operator.where, on_host)
@@ -306,7 +315,7 @@ def test_all_is_on_the_device_and_has_its_type(
     assert ran.loss.dtype == torch.float32
     assert not ran.loss.requires_grad
     assert {column.dtype for column in ran.forwarded.logps.values()} == {torch.float64}
-    assert kernel.launches
+    assert ran.launches
     trained = {name: p for name, p in ran.engine.module.named_parameters() if p.requires_grad}
     assert trained
     for name, parameter in trained.items():
@@ -315,13 +324,18 @@ def test_all_is_on_the_device_and_has_its_type(
         assert parameter.grad.dtype == parameter.dtype == torch.float32, name
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
-def test_wide_matrix_products_are_of_half_precision(
-    case: Case, folder: Path, kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_attention_is_that_of_the_card(ran: Ran) -> None:
+    """All segments at once on a GPU since Ampere; the others run torch's attention for each of them."""
+    names = [operator.name for operator in ran.watching.operators]
+    varlen = [name for name in names if "_varlen_attn" in name]
+    single = [name for name in names if "_softmax" in name]
+    assert bool(varlen) == (ran.case.card == "varlen")
+    assert bool(single) == (ran.case.card == "packed")
+
+
+def test_wide_matrix_products_are_of_half_precision(ran: Ran) -> None:
     """Only products with an adapter's matrix, one side of which is the rank, are of float32: a product of wide ones
     takes a GPU ten times as long. None is of float64."""
-    ran = run(case, folder, monkeypatch)
     products = [op for op in ran.watching.operators if op.name.split("::")[1].split(".")[0] in ("mm", "addmm", "bmm")]
     assert products
     for operator in products:
@@ -331,20 +345,17 @@ def test_wide_matrix_products_are_of_half_precision(
         assert types == {torch.bfloat16} or (is_thin and types == {torch.float32}), (operator.name, operator.where)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
-def test_a_micro_step_never_waits_for_the_device(
-    case: Case, folder: Path, kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_micro_step_never_waits_for_the_device(ran: Ran) -> None:
     """Neither forward nor backward reads a value, nor has a shape that depends on one."""
-    assert run(case, folder, monkeypatch).watching.waiting == []
+    assert ran.watching.waiting == []
 
 
-def test_the_end_of_a_step_reads_its_responses_in_one_transfer(
-    folder: Path, kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("how", ["lockstep", "cached", "none"])
+def test_the_end_of_a_step_reads_its_responses_in_one_transfer(how: Any, folder: Path) -> None:
     """However many micro-batches the step has."""
-    with prepared(Case(), folder, monkeypatch) as (method, batch, terms):
-        done = [micro_step(method, batch, True, terms, None, is_last=False)[2] for _ in range(3)]
+    loss = "nll" if how == "none" else "mse"
+    with without_driver("varlen"), prepared(Case(how, loss), folder) as (method, batch, terms):
+        done = [micro_step(method, batch, how == "lockstep", terms, None, is_last=False)[2] for _ in range(3)]
         # A fake tensor has no values to go on with.
         with Watching() as watching, pytest.raises(RuntimeError, match=r"numpy|fake|Fake"):
             rows_of(method.objective, done, [None] * 3)
@@ -387,7 +398,6 @@ def test_what_does_not_wait_is_not_seen() -> None:
             torch.tensor([1.0]).to(CUDA, non_blocking=True)
             x[index] = x[index] * 2
             torch.where(x > 0, x, 0.0).sum()
-            torch.repeat_interleave(x, index, output_size=4) if len(index) == 3 else x.repeat(2)
     assert watching.waiting == []
 
 
@@ -408,8 +418,6 @@ def test_a_wait_in_the_backward_is_seen(checkpointed: bool) -> None:
     with FakeTensorMode() as mode:
         x = mode.from_tensor(torch.ones(3)).to(CUDA).requires_grad_()
         with Watching() as watching:
-            from torch.utils.checkpoint import checkpoint
-
             y = checkpoint(Waits.apply, x, use_reentrant=False) if checkpointed else Waits.apply(x)
             assert watching.waiting == []
             y.sum().backward()
