@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from toy import objective, toy_model
+from transformers.utils import import_utils
 
 from uft_ds.data.example import Response, Sequence
 from uft_ds.data.micro_batch import MicroBatch, micro_batch
@@ -177,6 +178,8 @@ def without_driver(card: str) -> Iterator[FakeKernel]:
         patch.setattr(rows_triton, "absorb_kernel", stand_in)
         patch.setattr(torch.cuda, "device_of", lambda tensor: nullcontext())
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: CARDS[card])
+        # transformers leaves out what reads values where it sees fake tensors: with real ones it would be done.
+        patch.setattr(import_utils, "is_fake_tensor", lambda tensor: False)
         yield stand_in
 
 
