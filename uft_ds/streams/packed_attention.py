@@ -229,5 +229,5 @@ def attention_of_transformers(model: Any) -> Iterator[None]:
 
 
 AttentionInterface.register(PACKED, packed_attention)
-# Not in `AttentionMaskInterface`: for an attention that is not there transformers makes no mask. For one that is, it asks
-# the device whether the row is packed, which waits for it once a forward (transformers 5.23, find_packed_sequence_indices).
+# Not in `AttentionMaskInterface`: for an attention that is not there transformers makes no mask. For one that is, it
+# asks the device in each forward whether the row is packed, and waits for it (5.23, `find_packed_sequence_indices`).
