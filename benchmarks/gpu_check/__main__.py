@@ -107,7 +107,7 @@ def main(arguments: Seq[str] | None = None, stages: Seq[Stage] = STAGES) -> int:
             later = sum(other.seconds for other in chosen[number + 1 :]) * scale
             allowed = max(stage.seconds * scale, end - time.monotonic() - later)
             outcomes.append(run_stage(stage, min(allowed, end - time.monotonic()), log, cpu=options.cpu))
-            write_results(options.folder, outcomes, log)
+            write_results(options.folder, outcomes, log, to_come=len(chosen) - number - 1)
     passed = all(outcome.how == "passed" for outcome in outcomes)
     others = ", ".join(f"{outcome.stage} {outcome.how}" for outcome in outcomes if outcome.how != "passed")
     print(f"{'PASSED' if passed else f'FAILED ({others})'}: results in {options.folder / 'gpu_check.md'}", flush=True)
@@ -191,10 +191,11 @@ def _end(process: subprocess.Popen[str]) -> int:
     return process.wait(timeout=GRACE)
 
 
-def write_results(folder: Path, outcomes: list[Outcome], log: Log) -> None:
-    """Both files, complete at any moment."""
+def write_results(folder: Path, outcomes: list[Outcome], log: Log, *, to_come: int) -> None:
+    """Both files, complete at any moment. Nothing has passed while stages are to come: the run may yet be ended."""
     values = {
-        "passed": all(outcome.how == "passed" for outcome in outcomes),
+        "passed": to_come == 0 and all(outcome.how == "passed" for outcome in outcomes),
+        "stages_to_come": to_come,
         "seconds": time.monotonic() - log.started,
         "stages": [asdict(outcome) for outcome in outcomes],
     }

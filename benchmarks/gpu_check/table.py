@@ -12,7 +12,9 @@ def markdown(values: Mapping[str, Any]) -> str:
     Args:
         values: those of gpu_check.json.
     """
-    lines = ["# GPU check", "", f"{'PASSED' if values['passed'] else 'FAILED'} in {values['seconds']:.0f} s.", ""]
+    to_come = values["stages_to_come"]
+    result = f"NOT DONE, {to_come} stages to come," if to_come else "PASSED" if values["passed"] else "FAILED"
+    lines = ["# GPU check", "", f"{result} in {values['seconds']:.0f} s.", ""]
     stages = [
         {
             "stage": of["stage"],

@@ -279,11 +279,20 @@ def test_bad_options_are_refused(arguments: list[str], tmp_path: Path) -> None:
 
 def test_the_page_shows_what_was_found() -> None:
     stage = kit.Outcome("a", "failed", 1.0, 2.0, ["x | y"], {"n": 0.123456}, {"rows": [{"a": 1}, {"a": 2, "b": True}]})
-    text = markdown({"passed": False, "seconds": 1.0, "stages": [vars(stage)]})
+    text = markdown({"passed": False, "seconds": 1.0, "stages_to_come": 0, "stages": [vars(stage)]})
+    assert "\nFAILED in 1 s.\n" in text
     assert "| a | failed | 1 of 2 | 1 |" in text
     assert "* PROBLEM: x \\| y" in text
     assert "| n | 0.1235 |" in text
     assert "Rows:\n\n| a | b |\n| --- | --- |\n| 1 | - |\n| 2 | yes |" in text
+
+
+def test_nothing_has_passed_while_stages_are_to_come(tmp_path: Path) -> None:
+    """A run that is ended from outside leaves what it had found, and no word of success."""
+    with (tmp_path / "log.txt").open("w") as file:
+        kit.write_results(tmp_path, [kit.Outcome("a", "passed", 1.0, 2.0)], kit.Log(file), to_come=2)
+    assert json.loads((tmp_path / "gpu_check.json").read_text())["passed"] is False
+    assert "NOT DONE, 2 stages to come" in (tmp_path / "gpu_check.md").read_text()
 
 
 def test_a_report_is_complete_at_any_moment(tmp_path: Path) -> None:
