@@ -63,32 +63,52 @@ class Workload:
     zero: dict[str, int]
     rounds: int
     """How often each side runs, in turn; the fastest counts."""
+    ranks: int = RANKS
+    dtype: torch.dtype = torch.float32
+    deepspeed: str = "zero3_cpu"
 
 
 @dataclass(frozen=True)
 class Result:
     """Of one rank: the loss of each step (of this rank's rows, or of all), seconds of a step, and the growth of its
-    resident memory over that of the engine before the first step."""
+    resident memory over that of the engine before the first step; on a GPU the peak of all that is allocated."""
 
     losses: list[float]
     seconds: list[float]
     peak_growth_bytes: int
 
 
-def deepspeed_file(zero: dict[str, int], *, own_linear: bool = True) -> dict[str, Any]:
+def deepspeed_file(work: Workload, *, own_linear: bool = True) -> dict[str, Any]:
     from uft_ds.engine.deepspeed_file import deepspeed_config, read_deepspeed_file
 
-    file = read_deepspeed_file("zero3_cpu")
-    file["zero_optimization"] |= zero
-    return deepspeed_config(file, dtype=torch.float32, max_grad_norm=1.0, own_linear=own_linear)
+    file = read_deepspeed_file(work.deepspeed)
+    file["zero_optimization"] |= work.zero
+    return deepspeed_config(file, dtype=work.dtype, max_grad_norm=1.0, own_linear=own_linear)
+
+
+def reset_peak() -> int:
+    """Start the peak of memory anew; the bytes from which it is counted."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return 0
+    from reference_traffic import reset_peak
+
+    return reset_peak()
+
+
+def peak() -> int:
+    """The peak of memory since `reset_peak`, bytes."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    from reference_traffic import peak_rss
+
+    return peak_rss()
 
 
 # ---- ours
 
 
 def run_ours(work: Workload, adapter: Path, recompute: Recompute) -> Result:
-    from reference_traffic import peak_rss, reset_peak
-
     from uft_ds.data.mixture import Step
     from uft_ds.data.packing import Packing
     from uft_ds.engine.engine import Engine, partitioned_loading
@@ -99,10 +119,14 @@ def run_ours(work: Workload, adapter: Path, recompute: Recompute) -> Result:
     from uft_ds.training.forwarding import Method
     from uft_ds.training.step import run_step
 
-    config = deepspeed_file(work.zero, own_linear=recompute != "selective")
+    config = deepspeed_file(work, own_linear=recompute != "selective")
     with partitioned_loading(config):
         base = load_base(
-            str(work.folder), revision=None, dtype=torch.float32, attention="packed", gradient_checkpointing=recompute
+            str(work.folder),
+            revision=None,
+            dtype=work.dtype,
+            attention="packed",
+            gradient_checkpointing=recompute,
         )
     policy = add_adapters(base, rank=LORA_RANK, alpha=ALPHA, targets="all-linear", dtype=torch.float32, seed=1)
     start_from(policy, adapter)
@@ -116,7 +140,7 @@ def run_ours(work: Workload, adapter: Path, recompute: Recompute) -> Result:
     )
     method = Method(engine, objective(work.loss, BETA), Known.of_reference("lockstep"), 1 << 20)
     losses, seconds, base_bytes = [], [], reset_peak()
-    rows_per_step = RANKS * work.rows_per_rank
+    rows_per_step = work.ranks * work.rows_per_rank
     for index in range(work.steps):
         rows = work.rows[index * rows_per_step : (index + 1) * rows_per_step]
         step = Step(index, tuple(sequence for number, row in enumerate(rows) for sequence in sequences(row, number)))
@@ -124,7 +148,7 @@ def run_ours(work: Workload, adapter: Path, recompute: Recompute) -> Result:
         metrics = run_step(method, step, work.learning_rate).metrics
         seconds.append(time.perf_counter() - started)
         losses.append(metrics["loss"])
-    return Result(losses, seconds, peak_rss() - base_bytes)
+    return Result(losses, seconds, peak() - base_bytes)
 
 
 def sequences(row: dict[str, Any], number: int) -> list[Sequence]:
@@ -152,7 +176,6 @@ def run_trl(work: Workload, adapter: Path, leaf: bool) -> Result:
     from datasets import Dataset
     from deepspeed.utils import set_z3_leaf_modules
     from peft import LoraConfig
-    from reference_traffic import peak_rss, reset_peak
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
@@ -189,14 +212,16 @@ def run_trl(work: Workload, adapter: Path, leaf: bool) -> Result:
             output_dir=output, loss_type=loss_type, beta=BETA, learning_rate=work.learning_rate,
             per_device_train_batch_size=work.rows_per_rank, gradient_accumulation_steps=1, max_steps=work.steps,
             lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0, adam_beta2=0.999,
-            gradient_checkpointing=True, deepspeed=left_to_trainer(deepspeed_file(work.zero)), bf16=False,
+            gradient_checkpointing=True, deepspeed=left_to_trainer(deepspeed_file(work)),
+            bf16=work.dtype == torch.bfloat16,
             max_length=None,
             logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, train_sampling_strategy="sequential",
             dataloader_pin_memory=False, remove_unused_columns=False,
         )  # fmt: skip
-        believe_in_all_ranks()
+        if not torch.cuda.is_available():
+            believe_in_all_ranks()
         with returning_freed_memory():  # as our loading does: memory is compared
-            model = AutoModelForCausalLM.from_pretrained(work.folder, dtype=torch.float32, attn_implementation="sdpa")
+            model = AutoModelForCausalLM.from_pretrained(work.folder, dtype=work.dtype, attn_implementation="sdpa")
         trainer = Trainer(
             model=model,
             args=settings,
@@ -211,7 +236,7 @@ def run_trl(work: Workload, adapter: Path, leaf: bool) -> Result:
         if leaf:
             set_z3_leaf_modules(trainer.model, [type(model.get_decoder().layers[0])])
         trainer.train()
-    return Result(losses, seconds, peak_rss() - memory[0])
+    return Result(losses, seconds, peak() - memory[0])
 
 
 def left_to_trainer(config: dict[str, Any]) -> dict[str, Any]:
@@ -234,7 +259,8 @@ def start_from(policy: Any, adapter: Path) -> None:
     tensors = load_file(adapter)
     for name, parameter in policy.named_parameters():
         if "lora_" in name:
-            parameter.data = tensors[name.split("base_model.model.", 1)[1]].clone()
+            own = tensors[name.split("base_model.model.", 1)[1]]
+            parameter.data = own.to(parameter.device, parameter.dtype, copy=True)
 
 
 def write_adapter(base: Path, adapter: Path) -> None:
@@ -252,17 +278,24 @@ def write_adapter(base: Path, adapter: Path) -> None:
 # ---- rows
 
 
-def tiny_workload(folder: Path, zero: dict[str, int], vocabulary: int) -> Workload:
-    """Random tokens with the spread of lengths that real rows have: median 60, a few of 200."""
+def random_rows(count: int, vocabulary: int, longest: int = 100) -> list[dict[str, Any]]:
+    """Random tokens with the spread of lengths that real rows have: median 60, a few of 200, if prompts and completions
+    are not longer than 100; all in proportion to that."""
     rng = np.random.default_rng(0)
-    steps, rows_per_rank = 12, 8
 
     def row() -> dict[str, Any]:
-        prompt, completion = (int(n) for n in np.clip(rng.lognormal(3.4, 0.6, size=2), 8, 100))
+        lengths = np.clip(rng.lognormal(3.4, 0.6, size=2), 8, 100) * longest / 100
+        prompt, completion = (int(n) for n in lengths)
         tokens = rng.integers(3, vocabulary, size=prompt + completion).tolist()
         return {"prompt_ids": tokens[:prompt], "completion_ids": tokens[prompt:], "label": bool(rng.integers(2))}
 
-    rows = [row() for _ in range(RANKS * rows_per_rank * steps)]
+    return [row() for _ in range(count)]
+
+
+def tiny_workload(folder: Path, zero: dict[str, int], vocabulary: int) -> Workload:
+    """The communication alone."""
+    steps, rows_per_rank = 12, 8
+    rows = random_rows(RANKS * rows_per_rank * steps, vocabulary)
     label = "KTO, tiny, 4 layers of 256 (communication alone)"
     return Workload(label, "l1", folder, rows, rows_per_rank, steps, 1e-2, zero, 3)
 
@@ -322,16 +355,17 @@ def lengths(row: dict[str, Any]) -> list[int]:
 
 
 def real_tokens(work: Workload, step: int) -> int:
-    rows = work.rows[step * RANKS * work.rows_per_rank : (step + 1) * RANKS * work.rows_per_rank]
+    rows_per_step = work.ranks * work.rows_per_rank
+    rows = work.rows[step * rows_per_step : (step + 1) * rows_per_step]
     return sum(sum(lengths(row)) for row in rows)
 
 
 def padded_tokens(work: Workload, step: int) -> int:
     """TRL's batches: every row of a rank as long as the longest of them."""
     total = 0
-    for rank in range(RANKS):
+    for rank in range(work.ranks):
         # accelerate deals whole batches out to the ranks in turn
-        start = (step * RANKS + rank) * work.rows_per_rank
+        start = (step * work.ranks + rank) * work.rows_per_rank
         rows = work.rows[start : start + work.rows_per_rank]
         padded = [length for row in rows for length in lengths(row)]
         total += max(padded) * len(padded)
@@ -419,7 +453,8 @@ def _table(work: Workload, sides: dict[str, list[Result]]) -> Table:
     steps = range(work.steps)
     padding = sum(padded_tokens(work, s) for s in steps) / sum(real_tokens(work, s) for s in steps)
     title = (
-        f"{work.label}: {RANKS} ranks x {work.rows_per_rank} rows a step; TRL forwards {padding:.2f} tokens a real one"
+        f"{work.label}: {work.ranks} ranks x {work.rows_per_rank} rows a step; "
+        f"TRL forwards {padding:.2f} tokens a real one"
     )
     table = Table(title=title)
     for column in ("", "tokens/s, TRL = 1", "peak memory, TRL = 1", "loss, first 5 steps"):

@@ -78,10 +78,12 @@ class StreamValues:
         # Another stream may have required a forward of responses that are known here. They go to the last column, which
         # is not read.
         sums = torch.zeros(2, len(place) + 1, dtype=torch.float64)
-        for keys, values_R in self.forwarded:
-            index_R = torch.tensor([place.get(key, len(place)) for key in keys], dtype=torch.int64)
-            values_2R = torch.stack([values_R.cpu(), torch.ones(len(index_R), dtype=torch.float64)])
-            sums.index_add_(1, index_R, values_2R)
+        if self.forwarded:
+            places = [place.get(key, len(place)) for keys, _ in self.forwarded for key in keys]
+            # One transfer for all micro-batches: each would wait for the device.
+            values_R = torch.cat([values_R for _, values_R in self.forwarded]).cpu()
+            index_R = torch.tensor(places, dtype=torch.int64)
+            sums.index_add_(1, index_R, torch.stack([values_R, torch.ones_like(values_R)]))
         self.forwarded.clear()
         totals, counts = engine.sum_over_ranks(sums).tolist()
         found = {key: totals[i] / counts[i] for key, i in place.items()}

@@ -25,9 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import flash_attention_mask
 
 PACKED = "packed"
 """Name of this attention in transformers, and in `model.attention`."""
@@ -230,4 +229,5 @@ def attention_of_transformers(model: Any) -> Iterator[None]:
 
 
 AttentionInterface.register(PACKED, packed_attention)
-AttentionMaskInterface.register(PACKED, flash_attention_mask)  # no mask where the caller gives none
+# Not in `AttentionMaskInterface`: for an attention that is not there transformers makes no mask. For one that is, it
+# asks the device in each forward whether the row is packed, and waits for it (5.23, `find_packed_sequence_indices`).

@@ -7,6 +7,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from uft_ds.data.micro_batch import MicroBatch
@@ -120,18 +121,33 @@ def forward(method: Method, step: Step, *, with_statistics: bool) -> list[Forwar
 
 def rows_of(objective: Objective, done: Seq[Forwarded], shifts: Seq[Tensor | None]) -> np.ndarray:
     """The table of this rank's responses, with one row per response; see `record.telemetry.ROW`."""
-    return np.concatenate(
-        [
+    columns = [
+        (part.logps[POLICY_STREAM], part.logps.get(REFERENCE_STREAM), part.entropy_R, part.top1_R, shifts_R)
+        for part, shifts_R in zip(done, shifts, strict=True)
+    ]
+    host = iter(on_host([column_R for of_part in columns for column_R in of_part]))
+    tables = []
+    for part in done:
+        logps_R, reference_logps_R, entropy_R, top1_R, shifts_R = (next(host) for _ in range(5))
+        assert logps_R is not None
+        tables.append(
             response_rows(
                 objective,
                 part.batch,
-                part.logps[POLICY_STREAM],
-                part.logps.get(REFERENCE_STREAM),
+                logps_R,
+                reference_logps_R,
                 shifts_R,
-                entropy_R=part.entropy_R,
-                top1_R=part.top1_R,
+                entropy_R=entropy_R,
+                top1_R=top1_R,
                 rounding=part.rounding,
             )
-            for part, shifts_R in zip(done, shifts, strict=True)
-        ]
-    )
+        )
+    return np.concatenate(tables)
+
+
+def on_host(columns: Seq[Tensor | None]) -> list[Tensor | None]:
+    """The same columns in host memory, [responses] each, float64: one transfer for all, which waits for the device."""
+    there = [column_R for column_R in columns if column_R is not None]
+    joined = torch.cat([column_R.double() for column_R in there]).cpu()
+    parts = iter(joined.split([len(column_R) for column_R in there]))
+    return [None if column_R is None else next(parts) for column_R in columns]

@@ -5,12 +5,15 @@ forward both streams -> log-ratios -> objective -> backward -> step      UFT (ar
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from uft_ds.data.example import KINDS
+from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.data.mixture import Step
 from uft_ds.engine.engine import StepResult
 from uft_ds.objectives.losses import LOSSES
@@ -51,15 +54,13 @@ def run_step(method: Method, step: Step, rate: float, before: float = 0.0) -> St
     total_loss = torch.zeros((), dtype=torch.float64, device=engine.device)
     sums = torch.zeros(2, len(KINDS), len(LOSSES), dtype=torch.float64, device=engine.device)
     done: list[Forwarded] = []
-    for number, ((batch, forward_reference), shifts_R) in enumerate(zip(micro_batches, shifts, strict=True), start=1):
-        outputs = engine(batch, streams_of(engine, with_reference=forward_reference), with_statistics=True)
-        live = logps_of(outputs, batch)
-        logps = with_known(method, batch, live)
-        loss, parts = micro_batch_loss(objective, batch, num_terms, logps, shifts_R)
-        engine.backward(loss, is_last=number == len(micro_batches))
-        total_loss += loss.detach()
+    for number, (of_micro_step, shifts_R) in enumerate(zip(micro_batches, shifts, strict=True), start=1):
+        loss, parts, forwarded = micro_step(
+            method, *of_micro_step, num_terms, shifts_R, is_last=number == len(micro_batches)
+        )
+        total_loss += loss
         sums += parts
-        done.append(Forwarded.of(batch, logps, outputs[POLICY_STREAM], method.rounding(live)))
+        done.append(forwarded)
     known.learn(engine, step)  # a collective, so every rank calls it at the same place
     result = engine.step(rate, total_loss)
     rows = np.concatenate(engine.gather_over_data(rows_of(objective, done, shifts)))
@@ -69,3 +70,30 @@ def run_step(method: Method, step: Step, rate: float, before: float = 0.0) -> St
     if objective.shift.name != "none" and len(moved):
         metrics["reward_shift"] = float(moved.mean())
     return StepOutcome(result, metrics, before if result.skipped else next_shift(objective, rows, before, shift))
+
+
+def micro_step(
+    method: Method,
+    batch: MicroBatch,
+    forward_reference: bool,
+    num_terms: Mapping[str, int],
+    shifts_R: Tensor | None,
+    *,
+    is_last: bool,
+) -> tuple[Tensor, Tensor, Forwarded]:
+    """Forward and backward of one micro-batch. Nothing in here waits for the device: its queue must never run empty.
+
+    Args:
+        forward_reference: whether the reference is forwarded; else its stored log-probs are taken, if a loss needs any.
+        num_terms, shifts_R: as for `micro_batch_loss`.
+        is_last: whether the gradient is complete after this micro-batch.
+    Returns:
+        the micro-batch's share of the step's loss, detached; its sums for the metrics; and its log-probs.
+    """
+    engine = method.engine
+    outputs = engine(batch, streams_of(engine, with_reference=forward_reference), with_statistics=True)
+    live = logps_of(outputs, batch)
+    logps = with_known(method, batch, live)
+    loss, parts = micro_batch_loss(method.objective, batch, num_terms, logps, shifts_R)
+    engine.backward(loss, is_last=is_last)
+    return loss.detach(), parts, Forwarded.of(batch, logps, outputs[POLICY_STREAM], method.rounding(live))
