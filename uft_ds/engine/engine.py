@@ -249,9 +249,12 @@ class Engine:
         return int(largest)
 
     def gather_objects(self, value: T) -> list[T]:
-        """A list of one small value from each rank, in the order of ranks, on every rank. Every rank must call it."""
+        """A list of one small value from each rank, in the order of ranks, on every rank. Every rank must call it.
+
+        Exchanged between hosts: over NCCL each value would be copied to the GPU and back, and wait for its queue.
+        """
         gathered: list[Any] = [None] * self.world_size
-        torch.distributed.all_gather_object(gathered, value)
+        torch.distributed.all_gather_object(gathered, value, group=self._hosts)
         return gathered
 
     def gather_over_data(self, value: T) -> list[T]:
