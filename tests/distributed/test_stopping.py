@@ -40,8 +40,13 @@ from uft_ds.record.metrics_file import read_metrics
 from uft_ds.training.evaluate import evaluate
 from uft_ds.training.forwarding import Method
 
-STEPS = 20
-CHANGES = {"train__steps": STEPS, "train__checkpoint_every": 1000, "train__evaluate_every": 10}
+STEPS = 16
+CHANGES = {
+    "train__steps": STEPS,
+    "train__checkpoint_every": 1000,
+    "train__evaluate_every": 10,
+    "train__tokens_per_micro_batch": 256,
+}
 TORCHRUN = ("torch.distributed.run", "--nproc-per-node", "2", "-m")
 DEEPSPEED = ("deepspeed.launcher.runner", "--num_gpus", "2", "--module")
 
@@ -53,7 +58,7 @@ def long_recipe(folder: Path, base: Path) -> Path:
 
 def recipe_that_evaluates(folder: Path, base: Path) -> Path:
     """Its evaluations take many forwards."""
-    recipe = long_recipe(folder, base)
+    recipe = recipe_in(folder, base, **CHANGES | {"train__tokens_per_micro_batch": 64})
     rows = [{"prompt": f"Rate {i} again", "response": "no " * (1 + i % 3), "score": i % 3 / 2} for i in range(120)]
     write_rows(folder / "held_out.jsonl", rows)
     return recipe

@@ -208,7 +208,7 @@ def test_workers_die_with_their_launcher(tiny_qwen2: Path, tmp_path: Path) -> No
         while not (metrics.exists() and len(losses(tmp_path / "run")) >= 1):
             assert process.poll() is None, "the run ended by itself"
             assert time.monotonic() < deadline, "the run never made a step"
-            time.sleep(0.5)
+            time.sleep(0.02)
         ranks = _processes_naming(str(tmp_path))
         assert len(ranks) >= 3, "launcher and two ranks"
     finally:
@@ -349,7 +349,7 @@ def test_a_killed_rank_is_named(tiny_qwen2: Path, tmp_path: Path) -> None:
         while not (metrics.exists() and len(losses(tmp_path / "run")) >= 1):
             assert process.poll() is None, "the run ended by itself"
             assert time.monotonic() < deadline, "the run never made a step"
-            time.sleep(0.5)
+            time.sleep(0.02)
         os.kill(_rank_process(tmp_path, rank=1), signal.SIGKILL)
         _, err = process.communicate(timeout=120)
     finally:
