@@ -150,7 +150,10 @@ def started(recipe: Path, *options: str) -> Program:
 
 
 def killed_at(recipe: Path, step: int, *, one_rank: bool = False) -> None:
-    """Train until a step's line is there, then SIGKILL the command and its ranks, or one rank alone."""
+    """Train until a step's line is there, then SIGKILL the command and its ranks, or one rank alone.
+
+    Returns when all have ended: a rank that is about to die may still complete a checkpoint.
+    """
     folder = recipe.parent / "run"
     process = started(recipe)
     deadline = time.monotonic() + TIMEOUT_SECONDS
@@ -166,6 +169,7 @@ def killed_at(recipe: Path, step: int, *, one_rank: bool = False) -> None:
             process.wait(timeout=TIMEOUT_SECONDS)
     finally:
         process.kill_group()
+    wait_for_the_end_of(folder)
 
 
 def ranks_of(folder: Path) -> list[int]:
