@@ -139,11 +139,14 @@ def _run(module: str, arguments: tuple[str, ...], cwd: Path, env: dict[str, str]
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
         os.dup2(descriptor, number)
         os.close(descriptor)
+    sys.path.insert(0, str(cwd))
     sys.argv = [module, *arguments]
     code = 0
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as end:
+        if end.code is not None and not isinstance(end.code, int):
+            print(end.code, file=sys.stderr)
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:  # noqa: BLE001 - as the interpreter does at the top
         traceback.print_exc()
