@@ -28,27 +28,6 @@ from unittest.mock import patch
 
 from uft_ds.host.process import show_as
 
-FAMILIES = ("gemma2", "gemma3", "gpt_neox", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3")
-# Not `uft_ds.cli` and `uft_ds.commands`, which read the terminal's width when they are imported; they take 0.1 seconds.
-PRELOADED = [
-    "pytest",
-    "typer",
-    "uft_ds.evaluation.generate",
-    "uft_ds.export.convert",
-    "uft_ds.run.rank",
-    "uft_ds.run.start",
-    "uft_ds.sweep.run",
-    "deepspeed.module_inject.auto_ep_layer",
-    "deepspeed.runtime.superoffload.superoffload_stage3",
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # every ZeRO optimiser imports it
-    # What a run imports on its way: half a CPU second a rank.
-    "deepspeed.ops.op_builder.all_ops",
-    "peft.utils.transformers_weight_conversion",
-    "torch.utils.tensorboard",
-    "matplotlib.backends.backend_agg",
-    "matplotlib.figure",
-    *(f"transformers.models.{family}.modeling_{family}" for family in FAMILIES),
-]
 OF_PRODUCT = {"TORCHDYNAMO_DISABLE": "1"}
 """Set by `uft` and by its ranks before they import torch; the server must have it by then."""
 
@@ -56,8 +35,10 @@ OF_PRODUCT = {"TORCHDYNAMO_DISABLE": "1"}
 def forking() -> ForkServerContext:
     """Starts processes by the server, which it starts first if need be."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    with patch.dict(os.environ, OF_PRODUCT):
+    context.set_forkserver_preload(["preloading"])
+    # Until Python 3.12 the server does not get this process's path.
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with patch.dict(os.environ, OF_PRODUCT | {"PYTHONPATH": path}):
         forkserver.ensure_running()
     return context
 

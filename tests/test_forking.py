@@ -66,3 +66,11 @@ def test_a_program_is_ended_with_its_group(tmp_path: Path) -> None:
     while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_a_forked_program_imports_nothing_heavy(tmp_path: Path) -> None:
+    """What takes seconds is there; the command itself is not, so that it is imported as always."""
+    names = ("torch", "transformers", "peft", "deepspeed", "uft_ds.run.rank", "matplotlib", "uft_ds.cli")
+    (tmp_path / "listing.py").write_text(f"import sys\nprint([name in sys.modules for name in {names}])\n")
+    process = program("listing", cwd=tmp_path)
+    assert process.communicate(timeout=TIMEOUT_SECONDS)[0].strip() == str([True] * 6 + [False])
