@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -72,7 +74,30 @@ def unbroken(tiny_qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder / "run"
 
 
-def end(process: Program, when: Callable[[], bool], ask: Callable[[], None]) -> str:
+class Launcher(subprocess.Popen[str]):
+    """`python -m COMMAND` in an interpreter of its own, used as a `Program`."""
+
+    def __init__(self, *command: str) -> None:
+        super().__init__(
+            [sys.executable, "-m", *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "1000"},
+        )
+
+    def said(self) -> tuple[str, str | None]:
+        """Once it has ended."""
+        return self.communicate()
+
+    def kill_group(self) -> None:
+        if self.poll() is None:
+            os.killpg(self.pid, signal.SIGKILL)
+        self.wait()
+
+
+def end(process: Program | Launcher, when: Callable[[], bool], ask: Callable[[], None]) -> str:
     """What a run says that is asked to stop when it is time, until it has ended."""
     deadline = time.monotonic() + TIMEOUT_SECONDS
     try:
@@ -81,7 +106,7 @@ def end(process: Program, when: Callable[[], bool], ask: Callable[[], None]) -> 
             assert time.monotonic() < deadline
             time.sleep(0.01)
         ask()
-        return "".join(process.communicate(timeout=60))
+        return "".join(filter(None, process.communicate(timeout=60)))
     finally:
         process.kill_group()
 
@@ -244,7 +269,7 @@ def test_under_every_launcher(
     """SIGTERM of the launcher, which passes it on and waits 30 seconds; SIGUSR1 of a single rank stops all."""
     recipe, folder = long_recipe(tmp_path, tiny_qwen2), tmp_path / "run"
     name, *options = launcher
-    process = program(name, "--master_port", str(free_port()), *options, "uft_ds.train", str(recipe))
+    process = Launcher(name, "--master_port", str(free_port()), *options, "uft_ds.train", str(recipe))
 
     def ask() -> None:
         if to == "one rank":
@@ -252,8 +277,7 @@ def test_under_every_launcher(
             return
         # The runner of DeepSpeed starts a launcher; a terminal, or Slurm, signals both.
         for child in (psutil.Process(process.pid), *psutil.Process(process.pid).children()):
-            # A forked program's title is one text.
-            if "uft_ds.train" in " ".join(child.cmdline()).split() and child.pid not in ranks_of(folder):
+            if "uft_ds.train" in child.cmdline() and child.pid not in ranks_of(folder):
                 child.send_signal(signal.SIGTERM)
 
     said = end(process, has_run(folder, 4), ask)
