@@ -13,17 +13,17 @@ import pytest
 from runs import TIMEOUT_SECONDS, program, run
 
 SAYING = """
-import atexit, json, os, signal, sys
+import atexit, json, os, sys
 atexit.register(print, "at exit")
 print(json.dumps([sys.argv[1:], os.getcwd(), os.environ.get("COLOUR"), os.environ.get("SHAPE"), __name__]))
 print("to err", file=sys.stderr)
-print(os.getpgid(0) == os.getpid(), signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+print(os.getpgid(0) == os.getpid())
 sys.exit(7)
 """
 
 
 def test_a_forked_program_is_one_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Arguments, folder, variables, streams, group, SIGINT, functions at exit and exit code: those of `python -m`."""
+    """Arguments, folder, variables, streams, group, functions at exit and exit code: those of `python -m`."""
     (tmp_path / "saying.py").write_text(SAYING)
     monkeypatch.setenv("COLOUR", "red")
     process = program("saying", "a", "b c", cwd=tmp_path, SHAPE="round")
@@ -45,6 +45,14 @@ def test_exit_codes_are_those_of_the_interpreter(tmp_path: Path, ends: str, code
     assert process.returncode == code
     assert ("Traceback" in err) == ("ValueError" in ends)
     assert ("said" in err) == ("said" in ends)
+
+
+def test_a_forked_program_heeds_interrupts(tmp_path: Path) -> None:
+    """Also where tests run in the background of a shell, whose jobs ignore SIGINT, and so would an interpreter."""
+    (tmp_path / "asking.py").write_text(
+        "import signal\nprint(signal.getsignal(signal.SIGINT) is signal.default_int_handler)\n"
+    )
+    assert program("asking", cwd=tmp_path).communicate(timeout=TIMEOUT_SECONDS)[0] == "True\n"
 
 
 def test_a_program_is_ended_with_its_group(tmp_path: Path) -> None:
