@@ -10,15 +10,10 @@ os.environ.pop("COLUMNS", None)  # pytest-xdist hands on a width, at which comma
 from pathlib import Path
 
 import hypothesis
-import needs
 import pytest
-import torch
-from recipes import MINIMAL
-from tiny import build_tiny_model
 
 pytest_plugins = ["strict"]
-pytest.register_assert_rewrite("engines", "runs")  # they assert too, and a difference should be shown
-torch.set_num_threads(1)
+pytest.register_assert_rewrite("engines", "recipes", "runs")  # they assert too, and a difference should be shown
 
 # The same examples each time, so that a red run is red again; others by --hypothesis-profile=search. No deadline: on a
 # busy machine it would fail whatever runs first.
@@ -28,25 +23,38 @@ hypothesis.settings.load_profile("fixed")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Runs on several ranks first: of files that take minutes, none should be the last one that a worker is given."""
+    """Runs on several ranks first: of files that take minutes, none should be the last one that a worker is given.
+
+    Only the processes that run tests come here. The one that hands them out starts them first, and would let them wait
+    for its own import of torch.
+    """
+    import torch
+
+    torch.set_num_threads(1)
     items.sort(key=lambda item: "distributed" not in item.path.parts)
 
 
 @pytest.fixture(scope="session")
 def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random 3-layer Qwen2 with a byte-level ChatML tokenizer, in Hugging Face's layout."""
+    from tiny import build_tiny_model
+
     return build_tiny_model(tmp_path_factory.mktemp("tiny") / "qwen2")
 
 
 @pytest.fixture(scope="session")
 def test_data() -> Path:
     """Real data beside the project, found by UFT_TEST_DATA; tests that need it are skipped without."""
+    import needs
+
     return needs.real_data()
 
 
 @pytest.fixture
 def minimal(tmp_path: Path) -> str:
     """A recipe with every default."""
+    from recipes import MINIMAL
+
     path = tmp_path / "minimal.yaml"
     path.write_text(MINIMAL)
     return str(path)

@@ -1,6 +1,7 @@
 """Pools of toy sequences, and plans over them."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ class Held:
 
     sequences: tuple[Sequence, ...]
 
-    @property
+    @cached_property
     def units(self) -> list[Unit]:
         found: list[Unit] = []
         for sequence in self.sequences:
@@ -29,7 +30,7 @@ class Held:
     def __len__(self) -> int:
         return len(self.units)
 
-    @property
+    @cached_property
     def responses_U(self) -> np.ndarray:
         return np.array([sum(len(s.responses) for s in unit) for unit in self.units], dtype=np.int64)
 
@@ -42,7 +43,7 @@ class Held:
     def keys_of(self, index: int) -> tuple[bytes, ...]:
         return tuple(key for sequence in self.units[index] for key in sequence.response_keys)
 
-    @property
+    @cached_property
     def keys_R(self) -> np.ndarray:
         keys = [key for sequence in self.sequences for key in sequence.response_keys]
         return np.array(keys, dtype=f"V{KEY_BYTES}").view(f"S{KEY_BYTES}")

@@ -1,7 +1,6 @@
 """Run a function on several real processes over gloo, with a time-out that kills them by pid."""
 
 import gc
-import multiprocessing
 import os
 import pickle
 import sys
@@ -12,18 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from uft_ds.host.ports import free_port
+from forking import forking
 
-FAMILIES = ("gemma2", "gemma3", "gpt_neox", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3")
-PRELOADED = [
-    "pytest",
-    "uft_ds.run.rank",
-    "deepspeed.module_inject.auto_ep_layer",
-    "deepspeed.runtime.superoffload.superoffload_stage3",
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # every ZeRO optimiser imports it, and with it torch's inductor
-    *(f"transformers.models.{family}.modeling_{family}" for family in FAMILIES),
-]
-"""Imported once, by the server that ranks are forked from. A rank's own imports took three of its four CPU seconds."""
+from uft_ds.host.ports import free_port
 
 
 def run_on_ranks(
@@ -38,8 +28,7 @@ def run_on_ranks(
     The process group is up when `function` starts. A hang fails, it does not block.
     """
     port = free_port()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context = forking()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ranks = [

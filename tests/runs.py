@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import torch
 import yaml
+from forking import Program
 from safetensors.torch import load_file
 
 from uft_ds.recipe.settings import Settings, load_settings
@@ -110,23 +111,49 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
-def uft(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return run(sys.executable, "-m", "uft_ds", *arguments, **environment)
+def forked(
+    module: str, *arguments: str, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """`python -m MODULE` to its end, without the seconds of its imports; as `run` else."""
+    process = program(module, *arguments, cwd=cwd, **environment)
+    try:
+        out, err = process.communicate(timeout=TIMEOUT_SECONDS)
+    except subprocess.TimeoutExpired:
+        out, err = process.said()
+        raise AssertionError(f"still running after {TIMEOUT_SECONDS} s\n{out}\n{err}") from None
+    finally:
+        process.kill_group()
+    assert process.returncode is not None
+    return subprocess.CompletedProcess([module, *arguments], process.returncode, out, err)
 
 
-def started(recipe: Path, *options: str) -> subprocess.Popen[bytes]:
-    """`uft train`, silent, in a process group of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "uft_ds", "train", str(recipe), *options],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+def program(module: str, *arguments: str, cwd: Path | None = None, **environment: str) -> Program:
+    """`python -m MODULE`, running."""
+    return Program(
+        module, *arguments, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "1000", **environment}
     )
 
 
+def uft(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command, forked; `uft_anew` has an interpreter of its own."""
+    return forked("uft_ds", *arguments, **environment)
+
+
+def uft_anew(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """As a user starts it, with all of its imports."""
+    return run(sys.executable, "-m", "uft_ds", *arguments, **environment)
+
+
+def started(recipe: Path, *options: str) -> Program:
+    """`uft train`, in a process group of its own."""
+    return program("uft_ds", "train", str(recipe), *options)
+
+
 def killed_at(recipe: Path, step: int, *, one_rank: bool = False) -> None:
-    """Train until a step's line is there, then SIGKILL the command and its ranks, or one rank alone."""
+    """Train until a step's line is there, then SIGKILL the command and its ranks, or one rank alone.
+
+    Returns when all have ended: a rank that is about to die may still complete a checkpoint.
+    """
     folder = recipe.parent / "run"
     process = started(recipe)
     deadline = time.monotonic() + TIMEOUT_SECONDS
@@ -141,9 +168,8 @@ def killed_at(recipe: Path, step: int, *, one_rank: bool = False) -> None:
             os.kill(random.choice(ranks_of(folder)), signal.SIGKILL)
             process.wait(timeout=TIMEOUT_SECONDS)
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.kill_group()
+    wait_for_the_end_of(folder)
 
 
 def ranks_of(folder: Path) -> list[int]:

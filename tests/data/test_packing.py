@@ -14,6 +14,7 @@ from balance import imbalance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lengths import of_lengths, of_units
+from packed import packed_origins
 from toy import toy_step
 
 from uft_ds.data.bins import fewest_micro_steps
@@ -23,10 +24,6 @@ from uft_ds.data.mixture import Step
 from uft_ds.data.packing import Packing, pack, rank_micro_batches
 
 WORLD_SIZES = (1, 2, 3, 4, 8)
-
-
-def origins(packed: list[list[list[Sequence]]]) -> list[list[list[str]]]:
-    return [[[s.responses[0].origin for s in bin_] for bin_ in rank] for rank in packed]
 
 
 # ---- which sequences share a micro-batch
@@ -239,19 +236,10 @@ def test_the_last_micro_step_is_shared() -> None:
     assert [[len(bin_) for bin_ in rank] for rank in packed] == [[1, 1], [1, 0], [1, 0], [1, 0]]
 
 
-def packed_origins() -> str:
-    lengths = np.random.default_rng(3).integers(2, 60, size=(90, 2)).tolist()
-    units = [tuple(unit) if i % 3 else (unit[0],) for i, unit in enumerate(lengths)]
-    return "".join(
-        str(origins(pack(of_units(units), tokens_per_micro_batch=capacity, world_size=3, packing=Packing(40.0))))
-        for capacity in (120, 150)
-    )
-
-
 def test_packing_is_the_same_in_each_process() -> None:
     """Every rank computes the packing of all: Python's hash seed, which differs between processes, is no input."""
     other = subprocess.run(
-        [sys.executable, "-c", "import test_packing; print(test_packing.packed_origins(), end='')"],
+        [sys.executable, "-c", "import packed; print(packed.packed_origins(), end='')"],
         env=os.environ | {"PYTHONHASHSEED": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,

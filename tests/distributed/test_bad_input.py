@@ -3,12 +3,11 @@
 import json
 import shutil
 import socket
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import run, settings_of_run, uft, write_recipe, write_rows
+from runs import TIMEOUT_SECONDS, forked, program, settings_of_run, uft, write_recipe, write_rows
 from tiny import CHATML, VOCAB_SIZE, build_tiny_model, rope_of
 from toy import saved_adapter
 
@@ -131,8 +130,17 @@ def test_copies_in_nodes_that_are_no_nodes_are_refused(tiny_qwen2: Path, tmp_pat
     assert result.returncode == 2, result.stdout + result.stderr
     assert expected in result.stderr
     assert not (tmp_path / "run").exists()
-    start = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()))
-    assert expected in run(sys.executable, *start, "-m", "uft_ds.train", str(recipe)).stderr
+    here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        program("uft_ds.train", str(recipe), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", **here)
+        for rank in range(2)
+    ]
+    try:
+        assert expected in ranks[0].communicate(timeout=TIMEOUT_SECONDS)[1]
+        assert ranks[0].returncode == 2
+    finally:  # as a launcher ends the others
+        for rank in ranks:
+            rank.kill_group()
 
 
 def test_a_misspelt_deepspeed_key_is_refused(tiny_qwen2: Path, tmp_path: Path) -> None:
@@ -170,8 +178,6 @@ def test_the_command_ends_with_2_and_no_traceback(tiny_qwen2: Path, tmp_path: Pa
 
 def test_a_port_in_use_is_refused(tiny_qwen2: Path, tmp_path: Path) -> None:
     """By `uft train` before anything is written, and by a rank that a launcher started."""
-    import sys
-
     recipe = write_recipe(tmp_path, tiny_qwen2)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -181,7 +187,7 @@ def test_a_port_in_use_is_refused(tiny_qwen2: Path, tmp_path: Path) -> None:
         assert result.returncode == 2
         assert f"port {port} is in use" in result.stderr
         environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-        result = run(sys.executable, "-m", "uft_ds.train", str(recipe), MASTER_PORT=port, **environment)
+        result = forked("uft_ds.train", str(recipe), MASTER_PORT=port, **environment)
         assert result.returncode == 2
         assert port in result.stderr
         assert "Traceback" not in result.stderr

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 from ranks import run_on_ranks
-from reference_traffic import bars, measure, measure_all, write_model
+from reference_traffic import Measurement, bars, measure, measure_all, write_model
 
-ONE_STEP, SEQUENCES = 1, 10
+ONE_STEP, SEQUENCES = 1, 6
 """Fewer than the benchmark measures, because nothing that is counted here depends on them."""
 
 
@@ -16,11 +16,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("traffic"))
 
 
+def measure_each(folder: Path, names: tuple[str, ...]) -> list[Measurement]:
+    """Two cases in one start."""
+    return [measure(folder, name, True, ONE_STEP, SEQUENCES) for name in names]
+
+
 def test_lockstep_gathers_and_keeps_what_sft_does(folder: Path) -> None:
     """With a reference: the same bytes and collectives, the same saved activations, no lost prefetch trace."""
-    lockstep, sft = (
-        run_on_ranks(measure, 2, folder, name, True, ONE_STEP, SEQUENCES)[0] for name in ("lockstep", "SFT")
-    )
+    lockstep, sft = run_on_ranks(measure_each, 2, folder, ("lockstep", "SFT"))[0]
     assert lockstep.gathered_bytes == sft.gathered_bytes > 0
     assert lockstep.gathers == sft.gathers <= 12  # 4 layers forward and backward, embedding, norm, head
     assert lockstep.invalidations == sft.invalidations == 0
@@ -30,10 +33,7 @@ def test_lockstep_gathers_and_keeps_what_sft_does(folder: Path) -> None:
 
 def test_invariant_9_gathered_bytes_and_saved_activations_of_three_streams_are_those_of_sft(folder: Path) -> None:
     """Policy, bare base and a frozen adapter in one visit: the bytes of SFT with the same adapters, no lost trace."""
-    three, sft = (
-        run_on_ranks(measure, 2, folder, name, True, ONE_STEP, SEQUENCES)[0]
-        for name in ("three streams", "SFT, same adapters")
-    )
+    three, sft = run_on_ranks(measure_each, 2, folder, ("three streams", "SFT, same adapters"))[0]
     assert three.gathered_bytes == sft.gathered_bytes > 0
     assert three.gathers == sft.gathers <= 12
     assert three.invalidations == 0
@@ -43,10 +43,7 @@ def test_invariant_9_gathered_bytes_and_saved_activations_of_three_streams_are_t
 @pytest.mark.long
 def test_two_trained_streams_gather_what_one_does(folder: Path) -> None:
     """Policy and value in one visit: but for the value's head of 256 weights, the bytes of SFT with two adapters."""
-    both, sft = (
-        run_on_ranks(measure, 2, folder, n, True, ONE_STEP, SEQUENCES)[0]
-        for n in ("policy and value", "SFT, same adapters")
-    )
+    both, sft = run_on_ranks(measure_each, 2, folder, ("policy and value", "SFT, same adapters"))[0]
     assert sft.gathered_bytes <= both.gathered_bytes <= 1.01 * sft.gathered_bytes
     assert both.invalidations == 0
 

@@ -2,10 +2,6 @@
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +12,7 @@ import yaml
 from engines import engine_of
 from pools import Held, plan
 from ranks import run_on_ranks
-from runs import TIMEOUT_SECONDS, run, uft, write_recipe
+from runs import TIMEOUT_SECONDS, forked, program, uft, write_recipe
 from safetensors.torch import load_file
 from toy import UFT, toy_sequences
 
@@ -232,14 +228,7 @@ def test_runs_share_what_uft_reference_has_filled(tiny_qwen2: Path, tmp_path: Pa
         tree["data"]["held_out"] = tree["data"]["held_out"] if number else []
         parts.append(tmp_path / f"part-{number}.yaml")
         parts[-1].write_text(yaml.safe_dump(tree))
-    fills = [
-        subprocess.Popen(
-            [sys.executable, "-m", "uft_ds", "reference", str(part)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "1000"},
-        )
-        for part in parts
-    ]  # fmt: skip
+    fills = [program("uft_ds", "reference", str(part)) for part in parts]
     try:
         for fill_process in fills:
             out, err = fill_process.communicate(timeout=TIMEOUT_SECONDS)
@@ -248,8 +237,7 @@ def test_runs_share_what_uft_reference_has_filled(tiny_qwen2: Path, tmp_path: Pa
             assert ": 0 were known, 16 computed and stored below " in out
     finally:
         for fill_process in fills:
-            if fill_process.poll() is None:
-                os.killpg(fill_process.pid, signal.SIGKILL)
+            fill_process.kill_group()
     assert not (tmp_path / "run").exists(), "the recipe's own output is not touched"
     result = uft("train", str(recipe), "objective.beta=0.05", "train.lr=3e-3")
     assert result.returncode == 0, result.stdout + result.stderr
@@ -265,8 +253,8 @@ def test_a_run_starts_from_another_runs_adapter(tiny_qwen2: Path, tmp_path: Path
     first = uft("train", str(write_recipe(tmp_path, tiny_qwen2)), "train.steps=2", "objective.loss=nll")
     assert first.returncode == 0, first.stdout + first.stderr
     assert not (tmp_path / "reference").exists(), "likelihood alone needs no reference, and no store"
-    second = run(
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+    second = forked(
+        *("torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
         *("-m", "uft_ds.train", str(tmp_path / "recipe.yaml"), f"reference.adapter={tmp_path / 'run'}"),
         *(f"output={tmp_path / 'second'}", "train.lr=1e-3"),
     )

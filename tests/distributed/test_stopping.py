@@ -16,8 +16,20 @@ import psutil
 import pytest
 import torch
 from engines import engine_of
+from forking import Program
 from ranks import run_on_ranks
-from runs import TIMEOUT_SECONDS, adapter, numbers, ranks_of, recipe_in, uft, wait_for_the_end_of, write_rows
+from runs import (
+    TIMEOUT_SECONDS,
+    adapter,
+    numbers,
+    program,
+    ranks_of,
+    recipe_in,
+    started,
+    uft,
+    wait_for_the_end_of,
+    write_rows,
+)
 from toy import UFT, toy_step
 
 from uft_ds.checkpoint.folder import newest_whole, step_of
@@ -30,15 +42,25 @@ from uft_ds.record.metrics_file import read_metrics
 from uft_ds.training.evaluate import evaluate
 from uft_ds.training.forwarding import Method
 
-STEPS = 30
-CHANGES = {"train__steps": STEPS, "train__checkpoint_every": 1000, "train__evaluate_every": 10}
+STEPS = 16
+CHANGES = {
+    "train__steps": STEPS,
+    "train__checkpoint_every": 1000,
+    "train__evaluate_every": 10,
+    "train__tokens_per_micro_batch": 256,
+}
 TORCHRUN = ("torch.distributed.run", "--nproc-per-node", "2", "-m")
 DEEPSPEED = ("deepspeed.launcher.runner", "--num_gpus", "2", "--module")
 
 
 def long_recipe(folder: Path, base: Path) -> Path:
-    """No checkpoint falls on any step but the last; an evaluation takes many forwards."""
-    recipe = recipe_in(folder, base, **CHANGES)
+    """No checkpoint falls on any step but the last."""
+    return recipe_in(folder, base, **CHANGES)
+
+
+def recipe_that_evaluates(folder: Path, base: Path) -> Path:
+    """Its evaluations take many forwards."""
+    recipe = recipe_in(folder, base, **CHANGES | {"train__tokens_per_micro_batch": 64})
     rows = [{"prompt": f"Rate {i} again", "response": "no " * (1 + i % 3), "score": i % 3 / 2} for i in range(120)]
     write_rows(folder / "held_out.jsonl", rows)
     return recipe
@@ -52,37 +74,41 @@ def unbroken(tiny_qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder / "run"
 
 
-def heed_interrupts() -> None:
-    """A shell's background jobs ignore SIGINT, and so would their children."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+class Launcher(subprocess.Popen[str]):
+    """`python -m COMMAND` in an interpreter of its own, used as a `Program`."""
+
+    def __init__(self, *command: str) -> None:
+        super().__init__(
+            [sys.executable, "-m", *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "1000"},
+        )
+
+    def said(self) -> tuple[str, str | None]:
+        """Once it has ended."""
+        return self.communicate()
+
+    def kill_group(self) -> None:
+        if self.poll() is None:
+            os.killpg(self.pid, signal.SIGKILL)
+        self.wait()
 
 
-def start(*command: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "1000"},
-        preexec_fn=heed_interrupts,
-    )
-
-
-def end(process: subprocess.Popen[str], when: Callable[[], bool], ask: Callable[[], None]) -> str:
+def end(process: Program | Launcher, when: Callable[[], bool], ask: Callable[[], None]) -> str:
     """What a run says that is asked to stop when it is time, until it has ended."""
     deadline = time.monotonic() + TIMEOUT_SECONDS
     try:
         while not when():
-            assert process.poll() is None, process.communicate()[0]
+            assert process.poll() is None, process.said()
             assert time.monotonic() < deadline
             time.sleep(0.01)
         ask()
-        return process.communicate(timeout=60)[0]
+        return "".join(filter(None, process.communicate(timeout=60)))
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.kill_group()
 
 
 def has_run(folder: Path, step: int) -> Callable[[], bool]:
@@ -123,7 +149,7 @@ def test_a_run_that_is_asked_to_stop_goes_on_bit_for_bit(
 ) -> None:
     """Invariant 4: Ctrl-C and SIGTERM of `uft train` end in a checkpoint of the last finished step and exit code 85."""
     recipe, folder = long_recipe(tmp_path, tiny_qwen2), tmp_path / "run"
-    process = start("uft_ds", "train", str(recipe))
+    process = started(recipe)
     said = end(process, has_run(folder, 4), lambda: process.send_signal(number))
     assert process.returncode == EXIT_STOPPED, said
     assert "stopping: the step that is running is finished and saved first" in said
@@ -133,11 +159,13 @@ def test_a_run_that_is_asked_to_stop_goes_on_bit_for_bit(
 
 
 @pytest.mark.long
-def test_a_stop_during_an_evaluation_leaves_nothing_of_it(unbroken: Path, tiny_qwen2: Path, tmp_path: Path) -> None:
+def test_a_stop_during_an_evaluation_leaves_nothing_of_it(tiny_qwen2: Path, tmp_path: Path) -> None:
     """The signal comes once the step before an evaluation is reported; what had been learnt of the reference by then is
     forgotten, so that the evaluation after the restart gives the same bits."""
-    recipe, folder = long_recipe(tmp_path, tiny_qwen2), tmp_path / "run"
-    process = start("uft_ds", "train", str(recipe))
+    straight = recipe_that_evaluates(tmp_path / "straight", tiny_qwen2)
+    assert uft("train", str(straight)).returncode == 0
+    recipe, folder = recipe_that_evaluates(tmp_path / "stopped", tiny_qwen2), tmp_path / "stopped" / "run"
+    process = started(recipe)
 
     def ask() -> None:
         ranks = ranks_of(folder)
@@ -151,13 +179,13 @@ def test_a_stop_during_an_evaluation_leaves_nothing_of_it(unbroken: Path, tiny_q
     evaluated = [line["step"] for line in read_metrics(folder / "metrics.jsonl") if "held_out/loss" in line]
     assert last_step(folder) == 10, "the next step was not begun"
     assert evaluated == [0]
-    assert_stopped_and_goes_on(folder, recipe, unbroken)
+    assert_stopped_and_goes_on(folder, recipe, straight.parent / "run")
 
 
 def test_a_stop_before_the_first_step_is_one(tiny_qwen2: Path, tmp_path: Path) -> None:
     """Ctrl-C while the ranks load: 85, said as what it was, also by `uft status`."""
     recipe, folder = recipe_in(tmp_path, tiny_qwen2, train__steps=100000), tmp_path / "run"
-    process = start("uft_ds", "train", str(recipe))
+    process = started(recipe)
     said = end(process, lambda: len(ranks_of(folder)) == 2, lambda: process.send_signal(signal.SIGINT))
     assert process.returncode == EXIT_STOPPED, said
     assert "nothing is lost" in said
@@ -171,7 +199,7 @@ def test_a_stop_before_the_first_step_is_one(tiny_qwen2: Path, tmp_path: Path) -
 def test_a_second_interrupt_ends_it_at_once(tiny_qwen2: Path, tmp_path: Path) -> None:
     """Exit code 130, no orphan, and the older checkpoint is still whole."""
     recipe, folder = recipe_in(tmp_path, tiny_qwen2, train__steps=100000, train__checkpoint_every=2), tmp_path / "run"
-    process = start("uft_ds", "train", str(recipe))
+    process = started(recipe)
 
     def ask() -> None:
         ranks = ranks_of(folder)
@@ -195,7 +223,7 @@ def test_a_rank_that_dies_while_it_stops_is_no_stop(tiny_qwen2: Path, tmp_path: 
         recipe_in(tmp_path, tiny_qwen2, train__steps=100000, train__checkpoint_every=1000),
         tmp_path / "run",
     )
-    process = start("uft_ds", "train", str(recipe))
+    process = started(recipe)
 
     def ask() -> None:
         ranks = ranks_of(folder)
@@ -218,7 +246,7 @@ def test_a_fill_that_is_asked_to_stop_keeps_what_it_has(tiny_qwen2: Path, tmp_pa
     recipe = recipe_in(tmp_path, tiny_qwen2)
     rows = [{"prompt": f"Say {i}", "response": "yes " * (1 + i % 5)} for i in range(3000)]
     write_rows(tmp_path / "instruction.jsonl", rows)
-    process = start("uft_ds", "reference", str(recipe))
+    process = program("uft_ds", "reference", str(recipe))
     stored = tmp_path / "reference"
     said = end(process, lambda: any(stored.rglob("*.safetensors")), lambda: process.send_signal(signal.SIGINT))
     assert process.returncode == EXIT_STOPPED, said
@@ -241,7 +269,7 @@ def test_under_every_launcher(
     """SIGTERM of the launcher, which passes it on and waits 30 seconds; SIGUSR1 of a single rank stops all."""
     recipe, folder = long_recipe(tmp_path, tiny_qwen2), tmp_path / "run"
     name, *options = launcher
-    process = start(name, "--master_port", str(free_port()), *options, "uft_ds.train", str(recipe))
+    process = Launcher(name, "--master_port", str(free_port()), *options, "uft_ds.train", str(recipe))
 
     def ask() -> None:
         if to == "one rank":

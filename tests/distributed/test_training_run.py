@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import TIMEOUT_SECONDS, losses, run, uft, write_recipe
+from runs import TIMEOUT_SECONDS, forked, losses, run, started, uft, uft_anew, write_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from uft_ds.errors import EXIT_STOPPED
@@ -23,9 +23,9 @@ from uft_ds.record.samples import read_samples
 
 @pytest.fixture(scope="module")
 def finished(tiny_qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of one `uft train` that has ended, with answers at its evaluations."""
+    """The folder of one `uft train` that has ended, with answers at its evaluations; in an interpreter of its own."""
     folder = tmp_path_factory.mktemp("finished")
-    result = uft("train", str(write_recipe(folder, tiny_qwen2, train__samples=3, train__sample_tokens=8)))
+    result = uft_anew("train", str(write_recipe(folder, tiny_qwen2, train__samples=3, train__sample_tokens=8)))
     assert result.returncode == 0, result.stdout + result.stderr
     assert "every log-ratio is 0.0 nats" in result.stdout
     assert "ETA" in result.stdout
@@ -208,7 +208,7 @@ def test_workers_die_with_their_launcher(tiny_qwen2: Path, tmp_path: Path) -> No
         while not (metrics.exists() and len(losses(tmp_path / "run")) >= 1):
             assert process.poll() is None, "the run ended by itself"
             assert time.monotonic() < deadline, "the run never made a step"
-            time.sleep(0.5)
+            time.sleep(0.02)
         ranks = _processes_naming(str(tmp_path))
         assert len(ranks) >= 3, "launcher and two ranks"
     finally:
@@ -272,8 +272,8 @@ def _processes_naming(text: str) -> list[int]:
 
 def run_ranks_directly(recipe: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """As torchrun would, without `uft train`'s preparation."""
-    start = ["-m", "torch.distributed.run", "--nproc-per-node", "1", "--master-port", str(free_port())]
-    return run(sys.executable, *start, "-m", "uft_ds.train", str(recipe), *arguments)
+    start = ["torch.distributed.run", "--nproc-per-node", "1", "--master-port", str(free_port())]
+    return forked(*start, "-m", "uft_ds.train", str(recipe), *arguments)
 
 
 def test_a_refused_start_does_not_touch_a_finished_run(finished: Path) -> None:
@@ -342,20 +342,18 @@ def test_a_merge_that_loses_what_was_trained_is_refused(finished: Path, tmp_path
 def test_a_killed_rank_is_named(tiny_qwen2: Path, tmp_path: Path) -> None:
     """SIGKILL of one rank, as by the system when memory runs out: exit 1, and the message says which."""
     recipe = write_recipe(tmp_path, tiny_qwen2, train__steps=100000)
-    command = [sys.executable, "-m", "uft_ds", "train", str(recipe)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = started(recipe)
     try:
         deadline = time.monotonic() + TIMEOUT_SECONDS
         metrics = tmp_path / "run" / "metrics.jsonl"
         while not (metrics.exists() and len(losses(tmp_path / "run")) >= 1):
             assert process.poll() is None, "the run ended by itself"
             assert time.monotonic() < deadline, "the run never made a step"
-            time.sleep(0.5)
+            time.sleep(0.02)
         os.kill(_rank_process(tmp_path, rank=1), signal.SIGKILL)
         _, err = process.communicate(timeout=120)
     finally:
-        process.kill()
-        process.wait()
+        process.kill_group()
     assert process.returncode == 1
     assert "rank 1 was killed (signal 9)" in err
 

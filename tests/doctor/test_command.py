@@ -1,7 +1,6 @@
 """`uft doctor` as users and programs call it."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from runs import forked, program
 
 from uft_ds.doctor import report
 from uft_ds.doctor.finding import Finding
@@ -24,16 +24,8 @@ BROKEN = Finding("c", "problem", "broken", "mend")
 
 def doctor(cwd: Path, *options: str, **environ: str) -> subprocess.CompletedProcess[str]:
     # The package may be found by a relative path: another folder is not to lose it.
-    found = {"PYTHONPATH": str(Path(report.__file__).parents[2]), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    return subprocess.run(
-        [sys.executable, "-m", "uft_ds", "doctor", *options],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, **found, **environ},
-        timeout=TIMEOUT_SECONDS,
-        check=False,
-    )
+    found = {"PYTHONPATH": str(Path(report.__file__).parents[2]), "COLUMNS": "200"}
+    return forked("uft_ds", "doctor", *options, cwd=cwd, **found | environ)
 
 
 @pytest.mark.long
@@ -66,28 +58,18 @@ def test_a_problem_is_exit_code_3(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
 def test_an_interruption_leaves_nothing(tmp_path: Path, number: int) -> None:
     """Stopped while ranks start: they end, and so does the folder they wrote to."""
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "uft_ds", "doctor"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(report.__file__).parents[2]), "OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
-    )
-    assert process.stdout is not None
+    process = program("uft_ds", "doctor", cwd=tmp_path, PYTHONPATH=str(Path(report.__file__).parents[2]))
+    deadline = time.monotonic() + TIMEOUT_SECONDS
     try:
-        said = ""
-        while "checking: 2-rank all-reduce" not in said:
-            line = process.stdout.readline()
-            assert line, said
-            said += line
+        while "checking: 2-rank all-reduce" not in "".join(process.said()):
+            assert process.poll() is None, process.said()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
         time.sleep(2.0)
         process.send_signal(number)
-        said += process.communicate(timeout=60)[0]
+        said = "".join(process.communicate(timeout=60))
     finally:
-        process.kill()
-        process.wait()
+        process.kill_group()
     assert process.returncode == 130, said
     assert list(tmp_path.iterdir()) == []
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import fcntl
 import shutil
 import signal
-import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import whole_checkpoint
 from peft import LoraConfig, get_peft_model
+from runs import TIMEOUT_SECONDS, program
 from tiny import build_tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -180,27 +181,6 @@ def test_a_checkpoint_is_looked_at(
     assert "no such folder" in err
 
 
-UNTIL_A_SIGNAL = """
-import signal, sys
-from uft_ds import cli
-from uft_ds.export import convert
-
-def compare(*_):
-    print("comparing", flush=True)
-    signal.pause()
-
-convert.compare = compare
-sys.argv[0] = "uft"
-cli.main()
-"""
-
-
-def _with_default_signals() -> None:
-    """Under nohup, or as a job in the background, tests inherit signals that are ignored."""
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
 def test_a_conversion_that_is_ended_leaves_nothing(
     base: Path,
@@ -211,26 +191,20 @@ def test_a_conversion_that_is_ended_leaves_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Any signal removes the half-written model and its lock; what SIGKILL leaves goes with the next conversion."""
-    command = [sys.executable, "-c", UNTIL_A_SIGNAL, "convert", adapter, tmp_path / "merged", "--base", base]
-    process = subprocess.Popen(
-        [str(word) for word in command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=_with_default_signals,
-    )
-    assert process.stdout is not None
+    words = ("convert", str(adapter), str(tmp_path / "merged"), "--base", str(base))
+    process = program("converting", *words)
+    deadline = time.monotonic() + TIMEOUT_SECONDS
     try:
-        for line in process.stdout:
-            if line == "comparing\n":
-                break
+        while "comparing\n" not in process.said()[0]:
+            assert process.poll() is None, process.said()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
         assert (tmp_path / ".merged.tmp" / "model.safetensors").stat().st_size > 0
         for _ in range(1 if number == signal.SIGINT else 2):  # launchers send several
             process.send_signal(number)
         _, said = process.communicate(timeout=60)
     finally:
-        process.kill()
-        process.communicate()
+        process.kill_group()
     if number == signal.SIGKILL:
         assert sorted(path.name for path in tmp_path.iterdir()) == [".merged.lock", ".merged.tmp"]
         code, _, err = uft(monkeypatch, capsys, "convert", adapter, tmp_path / "merged", "--base", base)

@@ -89,7 +89,7 @@ def test_sweeps_are_taken_under_the_interpreter() -> None:
     assert sweeps_for(torch.device("cpu"), torch.float32) is rows_triton
 
 
-@pytest.mark.parametrize("chunk_bytes", [None, 2**14])
+@pytest.mark.parametrize("chunk_bytes", [None, 2**15])  # one tile; two forward and seven backward, the last uneven
 @pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "scale": 0.5, "temperature": 1.3}], ids=str)
 @pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -1,13 +1,11 @@
 """`uft plan`: its table, its JSON, its exit codes."""
 
 import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import jsonschema
 import pytest
+from runs import uft
 from typer.testing import CliRunner
 
 from uft_ds.cli import app
@@ -117,12 +115,10 @@ def test_json_has_its_keys_and_the_exit_code_says_whether_it_fits(arguments: lis
 
 
 def test_the_table_says_what_fits_and_what_to_take() -> None:
-    """In a process of its own, as a user starts it, with the options of a cluster."""
+    """In a process of its own, with the options of a cluster."""
     options = ["--nodes", "4", "--gpus", "8", "--gpu-memory", "80", "--host-memory", "1000", "--gpu", "h100"]
     links = ["--network-gbits", "400", "--pcie-gbytes", "55"]
-    command = [sys.executable, "-m", "uft_ds", "plan", "uft_qwen32b", *options, *links]
-    wide = os.environ | {"COLUMNS": "1000"}  # no sentence is folded
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=wide)
+    done = uft("plan", "uft_qwen32b", *options, *links)
     assert done.returncode == EXIT_DONE, done.stderr
     assert "32,763,876,352 parameters in 64 layers" in done.stdout
     text = " ".join(done.stdout.split())  # lines break anywhere

@@ -80,8 +80,15 @@ def test_frozen_streams_change_no_bit_of_the_gradient(folder: Path, gradient_che
     assert all(torch.equal(found[name], grad) for name, grad in expected.items())
 
 
-@CHECKPOINTED
-@pytest.mark.parametrize("other", [VALUE, SECOND], ids=["scalar head", "tokens head"])
+@pytest.mark.parametrize(
+    ("gradient_checkpointing", "other"),
+    [
+        pytest.param(True, SECOND, id="checkpointed-tokens head"),
+        pytest.param(False, VALUE, id="plain-scalar head"),
+        pytest.param(True, VALUE, id="checkpointed-scalar head", marks=pytest.mark.long),
+        pytest.param(False, SECOND, id="plain-tokens head", marks=pytest.mark.long),
+    ],
+)
 def test_two_trained_streams_have_the_gradients_of_each_alone(
     folder: Path, gradient_checkpointing: bool, other: Stream
 ) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from forking import forking
 from sources import read, rules, write_rows
 from tiny import build_tiny_tokenizer
 
@@ -32,6 +33,13 @@ def build(path: Path, chat: ChatTokenizer, *, quarantine: bool = False, workers:
     folder.mkdir()
     build_store(folder, find_data(str(path), None), rules(**changes), chat, quarantine=quarantine, workers=workers)
     return TokenStore(folder, str(path))
+
+
+@pytest.fixture
+def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that tokenise do not import transformers for seconds first; but for that they are spawned ones."""
+    context = forking()
+    monkeypatch.setattr(building.multiprocessing, "get_context", lambda method: context)
 
 
 def refusal(path: Path, chat: ChatTokenizer, **changes: Any) -> str:
@@ -158,6 +166,7 @@ def test_items_of_a_row_are_numbered(tmp_path: Path, chat: ChatTokenizer) -> Non
     assert [read(store, i).score for i in range(4)] == [0.0, 1 / 3, 2 / 3, 1.0]
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_killed_process_is_said(tmp_path: Path, chat: ChatTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tokenising process that the system kills ends the build with a message, not a hang."""
     monkeypatch.setattr(building, "_CHUNK_ROWS", 2)
@@ -275,6 +284,7 @@ def test_rows_of_an_array_on_one_line_are_named_by_their_index(tmp_path: Path, c
     assert read(store, 0).origin == f"{path}[0]"
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_refusal_says_how_many_rows_are_bad(
     tmp_path: Path, chat: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -437,6 +447,7 @@ MIXED: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_kinds_may_be_mixed_where_the_source_says_so(
     tmp_path: Path, chat: ChatTokenizer, workers: int, monkeypatch: pytest.MonkeyPatch

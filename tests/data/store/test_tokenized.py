@@ -1,6 +1,5 @@
 """The cache of tokenised sources: what was tokenised is never tokenised again, and never taken for something else."""
 
-import multiprocessing
 import os
 import shutil
 import signal
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forking import forking
 from sources import rules, write_rows
 from tiny import CHATML, build_tiny_tokenizer
 
@@ -153,7 +153,7 @@ def _slow_ensure(path: Path, tokenizer_folder: Path, cache: Path, log: Path, sec
 def test_of_two_processes_one_works(path: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
     """Two processes that want the same source at the same time: one tokenises it, the other waits and uses it."""
     arguments = (path, tokenizer_folder, tmp_path / "cache", tmp_path / "log", 2.0)
-    context = multiprocessing.get_context("spawn")
+    context = forking()
     processes = [context.Process(target=_slow_ensure, args=arguments) for _ in range(2)]
     for process in processes:
         process.start()
@@ -166,7 +166,7 @@ def test_of_two_processes_one_works(path: Path, tokenizer_folder: Path, tmp_path
 def test_a_killed_builder_is_replaced(path: Path, chat: ChatTokenizer, tokenizer_folder: Path, tmp_path: Path) -> None:
     """The lock ends with the process that held it, and what it left behind is cleared away."""
     cache, log = tmp_path / "cache", tmp_path / "log"
-    context = multiprocessing.get_context("spawn")
+    context = forking()
     process = context.Process(target=_slow_ensure, args=(path, tokenizer_folder, cache, log, 600.0))
     process.start()
     deadline = time.monotonic() + 120
