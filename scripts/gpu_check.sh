@@ -41,4 +41,9 @@ if [ -n "$wheels" ]; then
   "${run[@]}" install "$wheels" "$site" || echo "not all wheels could be installed; the stages say what is missing"
   export PYTHONPATH="$site:$PYTHONPATH"
 fi
-"$python" -m gpu_check "$folder" --spent "$SECONDS" ${options[@]+"${options[@]}"}
+"$python" -m gpu_check "$folder" --spent "$SECONDS" ${options[@]+"${options[@]}"} &
+child=$!
+trap 'kill -TERM "$child" 2>/dev/null || true' INT TERM # or its stage would stay on the GPU
+code=0
+while kill -0 "$child" 2>/dev/null; do wait "$child" && code=0 || code=$?; done
+exit "$code"

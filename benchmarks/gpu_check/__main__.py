@@ -206,4 +206,6 @@ def write_results(folder: Path, outcomes: list[Outcome], log: Log, *, to_come: i
 
 
 if __name__ == "__main__":
+    # An exception, so that the stage that runs is ended too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())

@@ -10,6 +10,7 @@ from engines import Heard
 from ranks import run_on_ranks
 from runs import uft, write_recipe
 
+from uft_ds.errors import UserError
 from uft_ds.planning.hardware import GB
 from uft_ds.recipe.settings import load_settings
 from uft_ds.record.metrics_file import read_metrics
@@ -30,6 +31,30 @@ def test_the_rank_with_the_least_memory_decides(tiny_qwen2: Path, tmp_path: Path
         found = run_on_ranks(chosen, 2, recipe, memories)
         assert [took for took, _ in found] == [mode, mode]
         assert all(f"auto takes {str(mode).lower()}, with which 2 ranks together need about" in s for _, (s,) in found)
+
+
+def refused(recipe: Path, error: Exception) -> tuple[str, object]:
+    def plan(*_: object) -> None:
+        raise error
+
+    heard = Heard()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(recompute, "chosen_recompute", plan)
+        settings = load_settings(str(recipe), ("model.gradient_checkpointing=auto",))
+        try:
+            mode = recompute.with_chosen_recompute(settings, heard).model.gradient_checkpointing
+        except UserError as told:
+            return str(told), None
+        return heard.said[0], mode
+
+
+def test_an_error_of_the_plan_is_everyones(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """Bad input is refused on all ranks at once; a model that cannot be planned takes what needs the least memory."""
+    recipe = write_recipe(tmp_path, tiny_qwen2)
+    assert run_on_ranks(refused, 2, recipe, UserError("no config")) == [("no config", None)] * 2
+    for said, mode in run_on_ranks(refused, 2, recipe, TypeError("unknown layer")):
+        assert mode is True
+        assert said.endswith("auto takes true, because this model cannot be planned (unknown layer)")
 
 
 def test_a_run_that_chooses_is_the_run_that_was_told(tiny_qwen2: Path, tmp_path: Path) -> None:

@@ -197,6 +197,10 @@ def test_a_node_must_hold_whole_copies(ranks: int, per_node: int | None, expecte
             "comms_logger.prof_ops: 'all' found, expected a valid list",
         ),
         (
+            '{"zero_optimization": {"stage": 3}, "flops_profiler": {"enabled": true}}',
+            "flops_profiler.enabled: true found, expected false",
+        ),
+        (
             '{"zero_optimization": {"stage": 3}, "flops_profiler": {"profile_step": "5"}}',
             "flops_profiler.profile_step: '5' found, expected a valid integer",
         ),

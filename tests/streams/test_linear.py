@@ -71,6 +71,14 @@ def test_an_input_of_another_type_is_converted_as_before_the_layer() -> None:
     assert found[0][1].dtype == torch.bfloat16
 
 
+def test_an_input_is_never_rounded_to_the_weights_type() -> None:
+    """float32 rows into bfloat16 weights: refused, as by torch's own layer."""
+    module = layer(torch.bfloat16, trained=False, bias=False)
+    module.__class__ = LeanLinear
+    with pytest.raises(RuntimeError, match="same dtype"):
+        module(torch.randn(3, 12))
+
+
 def test_a_frozen_layer_saves_nothing_but_its_weight() -> None:
     """And a trained one its input as it came."""
     rows = torch.randn(7, 12).bfloat16().requires_grad_()

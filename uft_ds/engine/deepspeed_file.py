@@ -109,6 +109,12 @@ def read_deepspeed_file(name_or_path: str) -> dict[str, Any]:
             raise UserError(f"deepspeed: {path}: {_unknown(key, FREE_KEYS, OWNED_KEYS)}")
         if key in _SECTIONS:
             _check_section(key, value, path)
+            if key == "flops_profiler" and value.get("enabled"):
+                raise UserError(
+                    f"deepspeed: {path}: flops_profiler.enabled: true found, expected false: it counts a quarter of "
+                    "the operations, because it does not see the linear layers of this package; `uft plan` counts "
+                    "them, and the metric mfu is measured by that count"
+                )
         elif (expected := _expected_of(key, value)) is not None:
             raise UserError(f"deepspeed: {path}: {key}: {value!r} found, expected {expected}")
     check_zero_section(config.get("zero_optimization"), path)

@@ -211,8 +211,8 @@ class Engine:
         optimizer = self._engine.optimizer
         own_loss = torch.zeros((), device=self.device) if loss is None else loss.detach()
         # A sum is not finite if one of its terms is not, and NaN * 0 is NaN. So a non-finite loss on any rank shows in
-        # the sum, while each data rank's loss is counted once. This is the step's only collective, and reading the sums
-        # its only wait for the device: DeepSpeed's step takes the norm from here.
+        # the sum, while each data rank's loss is counted once. This is the only collective before the update, and its
+        # result the only one that the host waits for: DeepSpeed's step takes the norm from here.
         counted_loss = own_loss.double() * float(self._ranks.counts)
         sums = torch.stack([counted_loss, gradients.squared_norm(optimizer).to(self.device)])
         torch.distributed.all_reduce(sums)

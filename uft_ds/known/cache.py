@@ -81,7 +81,7 @@ class StreamValues:
         if self.forwarded:
             places = [place.get(key, len(place)) for keys, _ in self.forwarded for key in keys]
             # One transfer for all micro-batches: each would wait for the device.
-            values_R = torch.cat([values_R for _, values_R in self.forwarded]).cpu()
+            values_R = torch.cat([values_R for _, values_R in self.forwarded]).cpu().double()
             index_R = torch.tensor(places, dtype=torch.int64)
             sums.index_add_(1, index_R, torch.stack([values_R, torch.ones_like(values_R)]))
         self.forwarded.clear()

@@ -63,7 +63,8 @@ def activations_of(
 
     Args:
         lengths: of the sequences, in tokens.
-        under_zero3: use DeepSpeed's own linear function, which saves its input even if the weight is frozen.
+        under_zero3: use DeepSpeed's own linear function where a model calls torch's directly: it saves its input even
+            if the weight is frozen. Plain linear layers are `LeanLinear` in any case.
         lockstep: the reference is computed together with the policy, layer by layer.
         attention: `packed`, `flash_attention_2`, `sdpa` or `eager`; the last two need a mask of T x T for packed rows.
     """
@@ -115,7 +116,7 @@ def _run(
     if lockstep:
         enable_lockstep(base)
     base.enable_input_require_grads()
-    # As in a run: the selective mode has torch's own linear layer.
+    # As in a run: with the selective mode torch's own function stays in place.
     linear = _linear_of_zero3() if under_zero3 and gradient_checkpointing != "selective" else nullcontext()
     with linear, _experts_in_any_type(), FakeTensorMode(allow_non_fake_inputs=True), _Live() as live:
         weights = _without_memory(policy, getattr(torch, dtype))

@@ -5,7 +5,7 @@ Of two alternatives that fit the cheaper one is that with the lower bound of a s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from uft_ds.engine.deepspeed_file import deepspeed_files, read_deepspeed_file
@@ -39,16 +39,23 @@ def _with_file(setting: Setting, name: str) -> Setting:
     return replace(setting, workload=workload, deepspeed=name, sharding=sharding)
 
 
-def shipped_files(planner: Planner, setting: Setting) -> tuple[Alternative, ...]:
+def shipped_files(
+    planner: Planner, setting: Setting, chosen: Callable[[Setting], Setting] | None = None
+) -> tuple[Alternative, ...]:
     """The recipe's and every shipped DeepSpeed file, the recipe otherwise unchanged; those that fit first, the best one
-    first."""
+    first.
+
+    Args:
+        chosen: what the recipe leaves open, chosen for a file; None: it leaves nothing open.
+    """
     found = []
     for name in dict.fromkeys((setting.deepspeed, *deepspeed_files())):
         try:
             changed = _with_file(setting, name)
         except UserError:  # a file that the installed DeepSpeed refuses
             continue
-        found.append(Alternative(_difference(setting, changed), planner.plan(changed)))
+        changes = _difference(setting, changed)  # without what is chosen: that is no change of the recipe
+        found.append(Alternative(changes, planner.plan(changed if chosen is None else chosen(changed))))
     levels = _levels([file.outcome.bound_seconds for file in found])
 
     def worth(file: Alternative) -> tuple[bool, bool, int, int, bool, float, int]:

@@ -9,14 +9,16 @@ import torch
 
 from uft_ds.engine.deepspeed_file import read_deepspeed_file
 from uft_ds.host.gpus import known_gpus
+from uft_ds.host.memory import memory_limit_bytes
 from uft_ds.kernels.tiles import CPU
 from uft_ds.planning.hardware import GB, Figures, cluster_of
 from uft_ds.planning.planner import Outcome, Planner, Setting
-from uft_ds.planning.recompute import SPARE, with_chosen_recompute
+from uft_ds.planning.recompute import SPARE, fastest_that_fits
 from uft_ds.planning.shapes import model_config
 from uft_ds.planning.sharding import sharding_of
 from uft_ds.planning.workload import workload_of
 from uft_ds.recipe.settings import Settings
+from uft_ds.streams.load import attention_implementation
 from uft_ds.streams.recompute import Recompute
 
 _CPU_PROCESS_BYTES = GB
@@ -38,24 +40,32 @@ class Place:
     @property
     def whose(self) -> str:
         """Whose memory it is, for messages."""
-        return "a GPU" if self.has_gpus else f"{self.ranks_per_node} ranks together"
+        if self.has_gpus:
+            return "a GPU"
+        return "one rank" if self.ranks_per_node == 1 else f"{self.ranks_per_node} ranks together"
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """The mode that `auto` takes, what it needs of the place's memory, and both in words."""
+    """The mode that `auto` takes, what it needs of the place's memory, whether that is there, and all in words."""
 
     mode: Recompute
     needed_bytes: int
+    fits: bool
     reason: str
 
 
 def this_machine(ranks: int) -> Place:
     """This machine alone, with all its GPUs, which the ranks are yet to be started on."""
     if not torch.cuda.is_available():
-        return Place(1, ranks, False, psutil.virtual_memory().available)
+        return Place(1, ranks, False, free_bytes())
     memory_bytes = min(torch.cuda.mem_get_info(device)[1] for device in range(torch.cuda.device_count()))
     return Place(1, ranks, True, memory_bytes)
+
+
+def free_bytes() -> int:
+    """Memory of this machine that is free, or the limit of the container around this process if that is less."""
+    return min(int(psutil.virtual_memory().available), memory_limit_bytes())
 
 
 def memory_note(settings: Settings, ranks: int) -> str:
@@ -83,8 +93,9 @@ def chosen_recompute(settings: Settings, place: Place) -> Chosen:
         UserError: the model's config is not available.
     """
     outcome = _planned(settings, place)
+    needed = _needed_bytes(outcome, place)
     mode = outcome.setting.workload.gradient_checkpointing
-    return Chosen(mode, _needed_bytes(outcome, place), _in_words(outcome, place))
+    return Chosen(mode, needed, needed <= place.memory_bytes, _in_words(outcome, place))
 
 
 def _planned(settings: Settings, place: Place) -> Outcome:
@@ -97,12 +108,15 @@ def _planned(settings: Settings, place: Place) -> Outcome:
     )
     name = settings.deepspeed.name
     workload = workload_of(settings, config, tokens_per_response=None)
+    # By what is installed here, where a plan for other GPUs assumes flash-attention.
+    dtype = getattr(torch, settings.model.dtype)
+    workload = replace(workload, attention=attention_implementation(settings.model.attention, dtype, config))
     if not place.has_gpus:
         workload = replace(workload, logits_bytes=workload.logits_bytes or CPU.chunk_bytes)
     planner = Planner(config)
     setting = Setting(workload, name, sharding_of(read_deepspeed_file(name)), cluster)
     if settings.model.gradient_checkpointing == "auto":
-        setting = with_chosen_recompute(
+        setting = fastest_that_fits(
             planner, setting, lambda outcome: _needed_bytes(outcome, place) * SPARE <= place.memory_bytes
         )
     return planner.plan(setting)
@@ -119,7 +133,10 @@ def _needed_bytes(outcome: Outcome, place: Place) -> int:
 
 def _in_words(outcome: Outcome, place: Place) -> str:
     mode = outcome.setting.workload.gradient_checkpointing
+    needed = _needed_bytes(outcome, place)
+    verb = "needs" if place.has_gpus or place.ranks_per_node == 1 else "need"
+    fits = "" if needed <= place.memory_bytes else "; it does not fit: `uft plan` says what to change"
     return (
-        f"model.gradient_checkpointing: auto takes {str(mode).lower()}, with which {place.whose} "
-        f"need{'s' * place.has_gpus} about {_needed_bytes(outcome, place) / GB:.1f} of {place.memory_bytes / GB:.1f} GB"
+        f"model.gradient_checkpointing: auto takes {str(mode).lower()}, with which {place.whose} {verb} about "
+        f"{needed / GB:.1f} of {place.memory_bytes / GB:.1f} GB{fits}"
     )

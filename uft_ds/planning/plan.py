@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 from uft_ds.engine.deepspeed_file import read_deepspeed_file
 from uft_ds.errors import UserError
@@ -17,7 +18,7 @@ from uft_ds.planning.duration import Duration, Mfu, duration_of, mfu_of
 from uft_ds.planning.hardware import Cluster
 from uft_ds.planning.memory import Disk, disk
 from uft_ds.planning.planner import Outcome, Planner, Setting
-from uft_ds.planning.recompute import fits_gpu, with_chosen_recompute
+from uft_ds.planning.recompute import fastest_that_fits, fits_gpu
 from uft_ds.planning.shapes import model_config
 from uft_ds.planning.sharding import sharding_of
 from uft_ds.planning.structure import Structure
@@ -110,10 +111,10 @@ def make_plan(
     name = settings.deepspeed.name
     setting = Setting(workload, name, sharding_of(read_deepspeed_file(name)), cluster)
     planner = planner or Planner(config)
-    if settings.model.gradient_checkpointing == "auto":
-        setting = with_chosen_recompute(planner, setting, fits_gpu)
+    chosen = partial(_chosen, planner) if settings.model.gradient_checkpointing == "auto" else None
+    setting = setting if chosen is None else chosen(setting)
     outcome = planner.plan(setting)
-    files = shipped_files(planner, setting)
+    files = shipped_files(planner, setting, chosen)
     remedies = () if outcome.fits else tuple(remedies_for(planner, outcome, files))
     structure = planner.structure(workload.lora)
     return Plan(
@@ -131,6 +132,11 @@ def make_plan(
             _assumptions(settings, setting, source, length_from(tokens_per_response, amount), utilization)
         ),
     )
+
+
+def _chosen(planner: Planner, setting: Setting) -> Setting:
+    """With the mode that `model.gradient_checkpointing: auto` takes."""
+    return fastest_that_fits(planner, setting, fits_gpu)
 
 
 def length_from(given: int | None, amount: Amount | None) -> str:

@@ -14,7 +14,7 @@ SPARE = 1.1
 _BY_SPEED: tuple[Recompute, ...] = (False, "selective")
 
 
-def with_chosen_recompute(planner: Planner, setting: Setting, fits: Callable[[Outcome], bool]) -> Setting:
+def fastest_that_fits(planner: Planner, setting: Setting, fits: Callable[[Outcome], bool]) -> Setting:
     """The setting with the fastest mode that fits; `true`, which needs the least memory, where none does."""
     for mode in _BY_SPEED:
         tried = replace(setting, workload=replace(setting.workload, gradient_checkpointing=mode))

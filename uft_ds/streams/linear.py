@@ -20,7 +20,10 @@ _LINEAR = torch._C._nn.linear
 
 
 class LeanLinear(nn.Linear):
-    """A linear layer, frozen or trained, for inputs of any floating type; the result has the weights' type."""
+    """A linear layer, frozen or trained. An input of a narrower type than the weights' is converted to theirs.
+
+    Not for autocast, which no run uses.
+    """
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that torch gives it
         result: Tensor = _Lean.apply(input, self.weight, self.bias)
@@ -43,7 +46,9 @@ class _Lean(Function):
         # A transposed view, which autograd would save, keeps the gathered data instead.
         ctx.save_for_backward(weight, given if weight.requires_grad else None)
         ctx.given_dtype = given.dtype
-        result: Tensor = _LINEAR(given.to(weight.dtype), weight, bias)
+        if torch.promote_types(given.dtype, weight.dtype) == weight.dtype:
+            given = given.to(weight.dtype)  # else torch raises: no input is rounded silently
+        result: Tensor = _LINEAR(given, weight, bias)
         return result
 
     @staticmethod

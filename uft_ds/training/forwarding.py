@@ -125,7 +125,7 @@ def rows_of(objective: Objective, done: Seq[Forwarded], shifts: Seq[Tensor | Non
         (part.logps[POLICY_STREAM], part.logps.get(REFERENCE_STREAM), part.entropy_R, part.top1_R, shifts_R)
         for part, shifts_R in zip(done, shifts, strict=True)
     ]
-    host = iter(on_host([column_R for of_part in columns for column_R in of_part]))
+    host = iter(to_host([column_R for of_part in columns for column_R in of_part]))
     tables = []
     for part in done:
         logps_R, reference_logps_R, entropy_R, top1_R, shifts_R = (next(host) for _ in range(5))
@@ -145,7 +145,7 @@ def rows_of(objective: Objective, done: Seq[Forwarded], shifts: Seq[Tensor | Non
     return np.concatenate(tables)
 
 
-def on_host(columns: Seq[Tensor | None]) -> list[Tensor | None]:
+def to_host(columns: Seq[Tensor | None]) -> list[Tensor | None]:
     """The same columns in host memory, [responses] each, float64: one transfer for all, which waits for the device."""
     there = [column_R for column_R in columns if column_R is not None]
     joined = torch.cat([column_R.double() for column_R in there]).cpu()
