@@ -240,7 +240,7 @@ def test_a_long_wait_that_is_asked_for_is_a_failure(tmp_path: Path) -> None:
     assert len(at.asked) == 1
 
 
-@pytest.mark.parametrize("status", [401, 403, 404, 307])
+@pytest.mark.parametrize("status", [401, 403, 404, 302, 307])
 def test_what_is_wrong_for_all_ends_at_once(status: int, tmp_path: Path) -> None:
     """A wrong key, address or model: the message says which option to look at, and nothing is tried again."""
     with (

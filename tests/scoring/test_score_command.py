@@ -9,8 +9,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 from judges import Asked, Fault, StandIn, grade, judge
 from runs import uft, write_rows
@@ -64,6 +67,8 @@ def test_a_run_that_was_ended_goes_on_to_the_same_bytes(number: signal.Signals, 
         assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130), said
         assert number == signal.SIGKILL or "the same command goes on" in said
         assert not (tmp_path / "cut" / "out.jsonl").exists()
+        record = tmp_path / "cut" / "out.jsonl.scoring" / "judgements.jsonl"
+        assert len(record.read_text().splitlines()) >= 20  # in batches of 8
         at.answer = by_number
         ended = uft(*words(tmp_path / "cut", at))
         assert ended.returncode == 0, ended.stderr
@@ -163,3 +168,29 @@ def test_the_progress_line_counts_this_run_alone_for_its_rate() -> None:
     """500 of 1,000 were there before; 100 more in 10 seconds: 10 a second, 400 left take 40 seconds."""
     line = progress_line(Progress(600, 1000, 500, 2, Tokens(900, 100), 10.0), lambda tokens: tokens.total / 1000)
     assert line == "scored 600 of 1,000  10/s  40 s left  2 failed  1,000 tokens  cost 1.0000"
+
+
+def test_a_kill_leaves_no_process_of_the_users_code(tmp_path: Path) -> None:
+    """A function that loops for ever, whose parent cannot end it any more, is ended by its own alarm: 1 + 2 seconds."""
+    (tmp_path / "ours.py").write_text("def f(messages, response, meta):\n    while True:\n        pass\n")
+    write_rows(tmp_path / "rows.jsonl", ROWS[:2])
+    command = [sys.executable, "-m", "uft_ds", "score", "rows.jsonl", "--by", "code:ours:f", "--out", "out.jsonl"]
+    process = subprocess.Popen(
+        [*command, "--time-limit", "1", "--workers", "1", "--max-failures", "1"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    parent = psutil.Process(process.pid)
+    worker = until(lambda: next((one for one in parent.children() if one.cpu_times().user > 0.4), None), 60)
+    process.kill()
+    process.wait(timeout=30)
+    until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE, 30)
+
+
+def until(look: Callable[[], Any], seconds: float) -> Any:
+    """What `look` finds at last."""
+    deadline = time.monotonic() + seconds
+    while not (found := look()):
+        assert time.monotonic() < deadline, "nothing was found in time"
+        time.sleep(0.05)
+    return found

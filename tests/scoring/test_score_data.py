@@ -12,6 +12,7 @@ import pytest
 from uft_ds.data.formats.jsonl import jsonl
 from uft_ds.errors import CheckFailed, UserError
 from uft_ds.scoring.item import Item, Judgement, Tokens, failed, found
+from uft_ds.scoring.record import Record
 from uft_ds.scoring.rows import Reading, Rows
 from uft_ds.scoring.run import Outcome, Target, score_data
 
@@ -210,6 +211,8 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bytes(after: int, tmp_path: 
     assert outcome.is_written
     assert len(again.asked) == 10 - kept
     assert (folder / "out.jsonl").read_bytes() == (whole / "out.jsonl").read_bytes()
+    run(folder, SINGLE, again, rule="affine:0,1")  # the record is whole again
+    assert len(again.asked) == 10 - kept
 
 
 def test_a_kill_after_the_output_was_renamed_does_no_harm(tmp_path: Path) -> None:
@@ -221,6 +224,21 @@ def test_a_kill_after_the_output_was_renamed_does_no_harm(tmp_path: Path) -> Non
     assert not run(tmp_path, SINGLE, again).was_complete
     assert again.asked == []
     assert (tmp_path / "out.jsonl").read_bytes() == before
+
+
+def test_a_kill_while_another_map_is_written_does_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The output is the new one, and the summary of the old one must not say that a user has changed it."""
+    run(tmp_path, SINGLE, Lengths())
+
+    def die(record: Record, summary: Mapping[str, Any]) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Record, "finish", die)
+        with pytest.raises(Killed):
+            run(tmp_path, SINGLE, Lengths(), rule="affine:0,2")
+    assert run(tmp_path, SINGLE, Lengths(), rule="affine:0,2").is_written
+    assert read(tmp_path / "out.jsonl")[0]["score"] == 0.05
 
 
 def test_a_complete_output_is_not_scored_again(tmp_path: Path) -> None:

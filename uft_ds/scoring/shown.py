@@ -104,7 +104,7 @@ def table_of(summary: Summary, cost: Cost | None) -> Table:
             ]
     if summary.spent.total or summary.remembered.total:
         spent = f"{summary.spent.prompt:,} of prompts, {summary.spent.completion:,} of replies"
-        rows.append(("tokens", f"{spent}; {summary.remembered.total:,} more in kept replies"))
+        rows.append(("tokens", f"{spent}; {summary.remembered.total:,} not asked again, of kept replies"))
         if cost is not None:
             rows.append(("cost", f"{cost(summary.spent):.4f}"))
     for name, value in rows:
