@@ -171,20 +171,28 @@ def test_the_progress_line_counts_this_run_alone_for_its_rate() -> None:
 
 
 def test_a_kill_leaves_no_process_of_the_users_code(tmp_path: Path) -> None:
-    """A function that loops for ever, whose parent cannot end it any more, is ended by its own alarm: 1 + 2 seconds."""
-    (tmp_path / "ours.py").write_text("def f(messages, response, meta):\n    while True:\n        pass\n")
-    write_rows(tmp_path / "rows.jsonl", ROWS[:2])
+    """A function that loops for ever, whose parent cannot end it any more, is ended by its own alarm: 2 + 2 seconds."""
+    (tmp_path / "ours.py").write_text(
+        "import os\n"
+        "def f(messages, response, meta):\n"
+        "    with open('begun.tmp', 'w') as file:\n"
+        "        file.write(str(os.getpid()))\n"
+        "    os.rename('begun.tmp', 'begun')\n"
+        "    while True:\n"
+        "        pass\n"
+    )
+    write_rows(tmp_path / "rows.jsonl", ROWS)
     command = [sys.executable, "-m", "uft_ds", "score", "rows.jsonl", "--by", "code:ours:f", "--out", "out.jsonl"]
     process = subprocess.Popen(
-        [*command, "--time-limit", "1", "--workers", "1", "--max-failures", "1"],
+        [*command, "--time-limit", "2", "--workers", "1"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )
-    parent = psutil.Process(process.pid)
-    worker = until(lambda: next((one for one in parent.children() if one.cpu_times().user > 0.4), None), 60)
+    until(lambda: (tmp_path / "begun").exists(), 60)
     process.kill()
     process.wait(timeout=30)
-    until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE, 30)
+    worker = int((tmp_path / "begun").read_text())
+    until(lambda: not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE, 30)
 
 
 def until(look: Callable[[], Any], seconds: float) -> Any:

@@ -286,6 +286,21 @@ def test_an_output_of_other_rows_or_another_scorer_is_refused(tmp_path: Path) ->
     assert not (other / "out.jsonl.scoring").exists()
 
 
+@pytest.mark.parametrize(
+    "name", ["out.json", "data/out.jsonl", "data/below/out.jsonl", "nowhere/out.jsonl", "data.jsonl"]
+)
+def test_an_output_where_it_cannot_be_is_refused(name: str, tmp_path: Path) -> None:
+    """Not a recipe's kind of file, in a folder that is the input, in no folder, or a folder itself."""
+    (tmp_path / "data" / "below").mkdir(parents=True)
+    (tmp_path / "data.jsonl").mkdir()
+    write(tmp_path / "data" / "rows.jsonl", SINGLE)
+    rows = Rows(Reading(str(tmp_path / "data"), "jsonl"))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="--out"):
+        score_data(rows, Lengths(), Target(tmp_path / name, "quantile"))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_bad_rows_are_refused_before_anything_is_asked(tmp_path: Path) -> None:
     """By file and line, with how many there are; nothing is left behind. Quarantined, they are listed."""
     rows = [*SINGLE, '{"prompt": "p", "respnse": "r"}', '{"prompt": "p"', {"prompt": "p", "response": " "}]

@@ -119,6 +119,8 @@ class Client:
                 if tries >= self._endpoint.tries:
                     reason = f"{error} (tried {tries} times)"
                     raise RequestFailed(reason, is_unreachable=error.is_unreachable) from None
+                if error.retry_after is not None:
+                    self._pace.hold(error.retry_after)
                 wait = back_off_seconds(tries, error.retry_after)
             finally:
                 self._budget.settle(reserved, Tokens() if reply is None else reply.spent)

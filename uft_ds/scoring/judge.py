@@ -12,7 +12,7 @@ from typing import Any
 from uft_ds.data.example import Message
 from uft_ds.errors import CheckFailed
 from uft_ds.scoring.endpoint import Client, Endpoint, RequestFailed
-from uft_ds.scoring.item import Item, Judgement, Tokens, failed, found
+from uft_ds.scoring.item import NO_TOKENS, Item, Judgement, Tokens, failed, found
 from uft_ds.scoring.pacing import Budget, Pace
 from uft_ds.scoring.questions import Template, grade_rule, preference_rule
 from uft_ds.scoring.replies import Kept, Replies, request_key
@@ -122,7 +122,18 @@ class JudgeScorer:
     def _all(self, questions: Iterable[tuple[Item, tuple[str, ...]]]) -> list[Judgement]:
         # At an error, requests that are under way are waited for, because they are paid for; waits between tries end.
         asked = list(questions)
-        return in_threads(lambda one: self._asked(*one), asked, self._concurrency, on_error=self.close)
+        said = [repr((item.messages, answers, item.meta)) for item, answers in asked]
+        first = {text: number for number, text in reversed(list(enumerate(said)))}
+        distinct = sorted(first.values())
+        judged = in_threads(
+            lambda number: self._asked(*asked[number]), distinct, self._concurrency, on_error=self.close
+        )
+        of = dict(zip(distinct, judged, strict=True))
+        # A question that stands there twice is asked once, and paid for once.
+        return [
+            of[number] if first[text] == number else replace(of[first[text]], spent=NO_TOKENS, remembered=NO_TOKENS)
+            for number, text in enumerate(said)
+        ]
 
     def _asked(self, item: Item, answers: tuple[str, ...]) -> Judgement:
         """The verdict on one question: the kept one, or a new one."""

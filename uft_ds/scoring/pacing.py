@@ -33,6 +33,11 @@ class Pace:
             self._next = at + self._seconds_apart
         self.sleep(at - time.monotonic())
 
+    def hold(self, seconds: float) -> None:
+        """Begin no request for this long: the server has asked one of them to wait, and means all."""
+        with self._lock:
+            self._next = max(self._next, time.monotonic() + seconds)
+
     def sleep(self, seconds: float) -> None:
         """Wait, but not longer than until the scorer is closed.
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeVar
 
 from uft_ds.data.example import Example, Message, Pair
@@ -123,6 +124,11 @@ class Rows:
     @property
     def label(self) -> str:
         return self._data.label
+
+    def holds(self, file: Path) -> bool:
+        """Whether a file would be among the data: where this is a folder, what is written into it is read."""
+        folder = Path(self._reading.path)
+        return folder.is_dir() and file.resolve().is_relative_to(folder.resolve())
 
     def identity(self) -> dict[str, Any]:
         """What the rows depend on: their content, not their file's name."""

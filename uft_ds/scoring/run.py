@@ -86,7 +86,7 @@ def score_data(
         UserError: bad rows, an output of another input or scorer, or a scorer that can score nothing.
         CheckFailed: the scorer may not go on; the same call does, later.
     """
-    check_rule(target.rule, scorer_name(scorer.identity()))
+    _check(rows, scorer, target)
     counted = rows.check(target.limit)
     record = Record(target.out)
     try:
@@ -99,6 +99,14 @@ def score_data(
         return _written(rows, scorer, record, scored, target)
     finally:
         record.close()
+
+
+def _check(rows: Rows, scorer: Scorer, target: Target) -> None:
+    if target.out.suffix != ".jsonl":
+        raise UserError(f"--out {target.out}: expected a name that ends in .jsonl, as a recipe's source must")
+    if rows.holds(target.out):
+        raise UserError(f"--out {target.out}: lies in {rows.label}, whose files are the input; choose another folder")
+    check_rule(target.rule, scorer_name(scorer.identity()))
 
 
 class _Counting:
@@ -276,7 +284,7 @@ class Rehearsal:
 
 def rehearse(rows: Rows, scorer: Scorer, target: Target) -> Rehearsal:
     """Check everything and count, without scoring or writing anything."""
-    check_rule(target.rule, scorer_name(scorer.identity()))
+    _check(rows, scorer, target)
     counted = rows.check(target.limit)
     scored = Record(target.out).peek({"input": rows.identity(), "scorer": dict(scorer.identity())})
     done = questions = kept = 0
