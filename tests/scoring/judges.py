@@ -101,7 +101,9 @@ def judge(answer: Answer) -> Iterator[StandIn]:
                     self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{")
                     self.connection.shutdown(socket.SHUT_RDWR)
                     return
-                self._write(said.status, said.body, said.headers)
+                self._write(
+                    said.status, said.body.replace(b"KEY", (self.headers["Authorization"] or "").encode()), said.headers
+                )
                 return
             value: dict[str, Any] = {"model": "stand-in", "choices": [{"message": {"content": said}}]}
             if stand_in.usage:

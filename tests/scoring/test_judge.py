@@ -219,6 +219,15 @@ def test_a_fault_that_stays_is_a_failure(fault: Fault, tmp_path: Path) -> None:
     assert len(at.asked) == 3
 
 
+def test_thoughts_that_were_cut_off_are_no_verdict(tmp_path: Path) -> None:
+    """Null instead of a text: it is paid for and asked anew, not taken for a fault of the server."""
+    usage = b'"usage": {"prompt_tokens": 100, "completion_tokens": 10}'
+    with judge(lambda asked: Fault(200, body=b'{"choices": [{"message": {"content": null}}], ' + usage + b"}")) as at:
+        found = only(scorer(at, tmp_path).score([item("7")]))
+    assert "no verdict" in found.reason
+    assert (found.spent.total, len(at.asked)) == (330, 3)
+
+
 def test_a_wait_that_is_asked_for_is_kept(tmp_path: Path) -> None:
     """Retry-After in seconds: not a moment earlier, and no other request either."""
     times: list[float] = []
@@ -290,6 +299,10 @@ def test_the_key_is_sent_and_kept_nowhere(tmp_path: Path, monkeypatch: pytest.Mo
         assert at.asked[0].headers["Authorization"] == "Bearer s3cret-key"
         assert "s3cret" not in json.dumps(dict(judged.identity())) + repr(vars(judged))
         assert not any("s3cret" in file.read_text() for file in (tmp_path / "cache").rglob("*.json"))
+        at.answer = lambda asked: Fault(401, body=b'{"error": "KEY is not known"}')
+        with pytest.raises(UserError) as told:
+            judge_of(options).score([item("9")])
+        assert "Bearer *** is not known" in str(told.value)
         with pytest.raises(UserError, match="OUR_OTHER"):
             judge_of(JudgeOptions(at.url, "m", key_env="OUR_OTHER"))
 

@@ -265,6 +265,18 @@ def test_another_map_or_limit_asks_for_what_is_missing_alone(tmp_path: Path) -> 
     assert [row["score"] for row in read(tmp_path / "out.jsonl")][:2] == [0.05, 0.1]
 
 
+def test_rows_that_change_meanwhile_are_refused(tmp_path: Path) -> None:
+    """Nothing is written: scores of one text would stand beside another."""
+
+    def change(item: Item) -> Judgement | None:
+        write(tmp_path / "rows.jsonl", [*SINGLE[:9], {"prompt": "p", "response": "another"}])
+        return None
+
+    with pytest.raises(UserError, match=r"rows\.jsonl: has changed while it was scored"):
+        run(tmp_path, SINGLE, Lengths(change))
+    assert not (tmp_path / "out.jsonl").exists()
+
+
 def test_an_output_of_other_rows_or_another_scorer_is_refused(tmp_path: Path) -> None:
     """With what differs; the output stays as it is. So is a file that is not ours, or has been changed."""
     run(tmp_path, SINGLE, Lengths())

@@ -157,6 +157,8 @@ class Client:
 
     def _refused(self, error: urllib.error.HTTPError) -> Exception:
         said = _first_words(error)
+        if self._endpoint.key is not None:
+            said = said.replace(self._endpoint.key, "***")
         status = f"HTTP {error.code}{f' ({said})' if said else ''}"
         if error.code in _WRONG_FOR_ALL:
             return UserError(f"--judge-url {self._address}: {status}: {_WRONG_FOR_ALL[error.code]}")
@@ -205,6 +207,8 @@ def _reply_of(body: bytes, reserved: Tokens) -> Reply:
     try:
         value = json.loads(body)
         text = value["choices"][0]["message"]["content"]
+        if text is None:  # a model that thinks, cut off in its thoughts: paid for, and without a verdict
+            text = ""
         if not isinstance(text, str):
             raise TypeError
     except (ValueError, LookupError, TypeError, RecursionError):

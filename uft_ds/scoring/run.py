@@ -90,12 +90,15 @@ def score_data(
     counted = rows.check(target.limit)
     record = Record(target.out)
     try:
-        scored = record.open({"input": rows.identity(), "scorer": dict(scorer.identity())})
+        of_input = rows.identity()
+        scored = record.open({"input": of_input, "scorer": dict(scorer.identity())})
         stored = record.summary()
         if stored is not None and stored["options"] == target.options() and not retry_failures:
             return Outcome(Summary.from_plain(stored), is_written=True, was_complete=True)
         on_begin(record.spent, record.add_spent)
         _judge(rows, scorer, record, scored, _Counting(counted.answers, target, on_progress))
+        if rows.identity() != of_input:  # it may have taken days
+            raise UserError(f"{rows.label}: has changed while it was scored; {target.out} is not written")
         return _written(rows, scorer, record, scored, target)
     finally:
         record.close()
@@ -163,7 +166,7 @@ def _batches(rows: Rows, scorer: Scorer, scored: dict[int, Scored], counting: _C
         if row.left_out:
             continue
         found = scored.get(row.number)
-        if found is not None and found.key == row.key and not found.has_failed:
+        if found is not None and _is_of(row, found) and not found.has_failed:
             counting.is_there(found)
             continue
         batch.append(row)
@@ -181,9 +184,9 @@ def _written(rows: Rows, scorer: Scorer, record: Record, scored: dict[int, Score
     scoring = {"scorer": name, "map": target.rule}
     raw_R = [
         value
-        for row in rows.rows(target.limit)
-        if row.number in scored and not row.left_out
-        for value in scored[row.number].values
+        for number, row in scored.items()
+        if target.limit is None or number < target.limit
+        for value in row.values
         if value is not None
     ]
     to_score = map_named(target.rule, raw_R, name)
@@ -202,6 +205,11 @@ def _written(rows: Rows, scorer: Scorer, record: Record, scored: dict[int, Score
     write_rows(target.out, _made(rows, scored, to_score, scoring, target, _Tally()))
     record.finish({**summary.plain(), "options": target.options()})
     return Outcome(summary, is_written=True)
+
+
+def _is_of(row: Row, judged: Scored | None) -> bool:
+    """Whether a judgement is of this very content; another version of a format may read a row otherwise."""
+    return judged is not None and judged.key == row.key
 
 
 class _Tally:
@@ -243,7 +251,8 @@ def _made(
             if row.fault:
                 tally.bad_rows.append({"place": row.place, "row": row.number, "reason": row.fault})
             continue
-        yield from _of_row(row, scored.get(row.number), to_score, scoring, target, tally)
+        judged = scored.get(row.number)
+        yield from _of_row(row, judged if _is_of(row, judged) else None, to_score, scoring, target, tally)
 
 
 def _of_row(
@@ -294,7 +303,7 @@ def rehearse(rows: Rows, scorer: Scorer, target: Target) -> Rehearsal:
         found = scored.get(row.number)
         if row.left_out:
             continue
-        if found is not None and found.key == row.key and not found.has_failed:
+        if found is not None and _is_of(row, found) and not found.has_failed:
             done += len(row.items)
             continue
         for text, estimate, is_kept in plan(row.items) if plan is not None else ():

@@ -49,7 +49,10 @@ def progress_line(progress: Progress, cost: Cost | None = None) -> str:
     parts = [f"scored {progress.done:,} of {progress.total:,}"]
     if here and progress.seconds > 0:
         rate = here / progress.seconds
-        parts += [f"{rate:.3g}/s", f"{_duration((progress.total - progress.done) / rate)} left"]
+        parts += [
+            f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s",
+            f"{_duration((progress.total - progress.done) / rate)} left",
+        ]
     parts.append(f"{progress.failed:,} failed")
     if progress.spent.total:
         parts.append(f"{progress.spent.total:,} tokens")
