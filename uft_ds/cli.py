@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from uft_ds import __version__
-from uft_ds.commands import checkpoint, data, machine, model, recipe, training
+from uft_ds.commands import checkpoint, data, machine, model, recipe, scoring, training
 from uft_ds.errors import EXIT_BAD_INPUT, CheckFailed, UserError
 from uft_ds.host.faults import ending
 from uft_ds.host.hub import tell_retries_once
@@ -29,6 +29,7 @@ for command in (
     training.sweep,
     training.reference,
     model.convert,
+    scoring.score,
     machine.plan,
     model.chat,
     training.quickstart,

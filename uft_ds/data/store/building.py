@@ -10,7 +10,7 @@ import json
 import multiprocessing
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing
@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 
 from uft_ds.data.example import Example, Kind, Pair, Unit
-from uft_ds.data.formats.columns import check_renaming, refused_columns, unread_columns
-from uft_ds.data.formats.fields import LeftOut, OfThisFormat, UnknownKey
+from uft_ds.data.formats.columns import check_renaming, unread_columns
+from uft_ds.data.formats.fields import LeftOut, OfThisFormat
 from uft_ds.data.formats.guess import other_formats
+from uft_ds.data.formats.items import described, items_of
 from uft_ds.data.formats.scales import Scale, check_score_range, given_scores
 from uft_ds.data.formats.table import Format, format_named
-from uft_ds.data.formats.turns import check_item
 from uft_ds.data.rows.places import place_of
 from uft_ds.data.rows.reading import RawRow, SourceFiles, data_size, parse_row, raw_rows
 from uft_ds.data.rows.renaming import renamed
@@ -195,26 +195,12 @@ def examine_row(
     """
     dropped: Counter[str] = Counter()
     changed: Counter[str] = Counter()
-    items: list[Example | Pair]
     try:
-        items = list(_made(make, row, rules))
+        items = items_of(row, make, format=rules.format, score=rules.score, score_range=rules.score_range)
     except LeftOut as left_out:
         dropped[left_out.reason] += left_out.num_responses
         return None, [], dropped, changed
-    except UnknownKey:
-        raise  # it says what there is to say about columns
-    except ValueError as error:
-        unread = refused_columns(row, make, has_feedback=True)
-        raise (ValueError(f"{error}; {unread}") if unread else error) from None
-    except Exception as error:  # of another package's format
-        raise ValueError(f"the format could not read it ({type(error).__name__}: {str(error)[:80]})") from error
-    for item in items:
-        check_item(item)
-    given = {_described(item) for item in items}
-    if len(given) > 1:
-        raise ValueError(f"format {rules.format} gives items of several kinds: {', '.join(sorted(given))}")
-    if unread := refused_columns(row, make, has_feedback="instruction" not in given):
-        raise ValueError(unread)
+    kind = described(items[0]) if items else None
     if rules.split_pairs:
         items = [side for item in items for side in _sides(item)]
     units: list[tuple[Unit, Place]] = []
@@ -227,15 +213,7 @@ def examine_row(
         changed.update(tokenized.changed)
         place = Place(file, line, number if len(items) > 1 else 0)
         units += [(unit, place) for unit in tokenized.units]
-    return next(iter(given), None), units, dropped, changed
-
-
-def _made(make: Format, row: dict[str, Any], rules: RowRules) -> Iterable[Example | Pair]:
-    scale = {} if rules.score_range is None else {"score_range": rules.score_range}
-    items = make(row, score=rules.score, **scale)
-    if not isinstance(items, Iterable) or isinstance(items, str | Mapping):
-        raise ValueError(f"format {rules.format} gives {type(items).__name__}; expected a list of examples or pairs")
-    return items
+    return kind, units, dropped, changed
 
 
 def _results(
@@ -397,12 +375,6 @@ def _other_keys(keys: tuple[str, ...], first: RowShape | None, file: str) -> str
     if first is None or not keys or set(keys) == set(first.keys):
         return ""
     return f" [keys here: {', '.join(sorted(keys))}; at {place_of(file, first.line)}: {', '.join(sorted(first.keys))}]"
-
-
-def _described(item: Example | Pair) -> str:
-    if isinstance(item, Pair):
-        return "pair with scores" if item.scored else "pair"
-    return item.kind
 
 
 def _check_columns(data: SourceFiles, rules: RowRules, columns: set[str]) -> None:

@@ -1,0 +1,155 @@
+"""Reward models of transformers' own format: scores are those of one conversation alone, whatever stands beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import build_tiny_tokenizer
+from tokenizers import pre_tokenizers
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    Qwen2Config,
+    Qwen2ForSequenceClassification,
+)
+
+from uft_ds.data.example import Message
+from uft_ds.errors import UserError
+from uft_ds.scoring.item import Item
+from uft_ds.scoring.reward import RewardScorer, pooled_position
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 512,
+}
+DECODERS = {
+    "llama": (LlamaConfig, LlamaForSequenceClassification),
+    "qwen2": (Qwen2Config, Qwen2ForSequenceClassification),
+}
+
+
+NEWLINE = 3 + sorted(pre_tokenizers.ByteLevel.alphabet()).index("Ċ")
+"""The token that every conversation of the tiny tokenizer ends with."""
+
+
+def save(folder: Path, name: str = "llama", *, num_labels: int = 1, pad: int | None = 2) -> Path:
+    """A random model and its tokenizer. pad: 2 is <|im_end|>, which stands in the middle of conversations, too."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if name == "bert":
+            model: Any = BertForSequenceClassification(
+                BertConfig(**SIZES, num_labels=num_labels, initializer_range=0.3)
+            )
+        else:
+            config, made = DECODERS[name]
+            model = made(
+                config(**SIZES, num_key_value_heads=2, num_labels=num_labels, pad_token_id=pad, initializer_range=0.3)
+            )
+    model.save_pretrained(folder)
+    build_tiny_tokenizer(folder)
+    return folder
+
+
+def items(*responses: str) -> list[Item]:
+    turns = Message("system", "Be brief."), Message("user", "Name a prime.")
+    return [Item(f"rows.jsonl:{line}", turns, text) for line, text in enumerate(responses, start=1)]
+
+
+RESPONSES = ["7", "The number seven is one of them, and so are eleven and thirteen.", "9", "no " * 60, "13 or 17"]
+
+
+@pytest.mark.parametrize(
+    ("name", "pad"), [("llama", 2), ("llama", 0), ("llama", None), ("llama", NEWLINE), ("qwen2", 2), ("bert", 0)]
+)
+def test_a_score_is_that_of_the_conversation_alone(name: str, pad: int | None, tmp_path: Path) -> None:
+    """As transformers gives it to the tokens of one conversation without padding, for models that pad by anything."""
+    folder = save(tmp_path / "rm", name, pad=pad)
+    found = [one.value for one in RewardScorer(folder).score(items(*RESPONSES))]
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    expected = []
+    for one in items(*RESPONSES):
+        turns = [{"role": m.role, "content": m.content} for m in one.messages]
+        text = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": one.response}], tokenize=False)
+        with torch.inference_mode():
+            ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+            expected.append(float(model(input_ids=ids).logits[0, 0]))
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert max(expected) - min(expected) > 0.01
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_padding_changes_no_score(name: str, tmp_path: Path) -> None:
+    """Alone, beside a short one, beside a long one, in another order."""
+    scorer = RewardScorer(save(tmp_path / "rm", name))
+    alone = [scorer.score(items(text))[0].value for text in RESPONSES]
+    together = [one.value for one in scorer.score(items(*RESPONSES))]
+    turned = [one.value for one in scorer.score(items(*RESPONSES[::-1]))][::-1]
+    assert together == pytest.approx(alone, abs=1e-5)
+    assert turned == pytest.approx(alone, abs=1e-5)
+
+
+def test_the_pooled_token_is_the_last_that_is_no_padding() -> None:
+    """Where a conversation ends with the token that pads, transformers takes the one before; so do we."""
+    assert pooled_position([5, 6, 7], None) == 2
+    assert pooled_position([5, 6, 2], 2) == 1
+    assert pooled_position([5, 2, 7, 2, 2], 2) == 2
+    assert pooled_position([2, 2], 2) == 0
+
+
+def test_a_conversation_that_is_too_long_is_a_failure(tmp_path: Path) -> None:
+    """It is not cut: config.json allows 512 tokens, the option fewer."""
+    folder = save(tmp_path / "rm")
+    short, long = RewardScorer(folder).score(items("7", "x" * 600))
+    assert short.value is not None
+    assert long.value is None
+    assert "at most 512" in long.reason
+    assert RewardScorer(folder, max_length=20).score(items("7"))[0].value is None
+
+
+def test_another_head_is_another_scorer(tmp_path: Path) -> None:
+    """The identity holds the files, the type and the longest length; not the folder's place."""
+    first = RewardScorer(save(tmp_path / "a" / "rm")).identity()
+    assert RewardScorer(save(tmp_path / "b" / "rm")).identity() == first
+    assert RewardScorer(save(tmp_path / "c" / "rm", "qwen2")).identity() != first
+    assert RewardScorer(tmp_path / "a" / "rm", max_length=100).identity() != first
+
+
+def test_what_is_no_reward_model_is_refused(tmp_path: Path) -> None:
+    """Each with what was found and what was expected."""
+    causal = tmp_path / "causal"
+    LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2)).save_pretrained(causal)
+    build_tiny_tokenizer(causal)
+    plain = save(tmp_path / "plain")
+    tokenizer = AutoTokenizer.from_pretrained(plain)
+    tokenizer.chat_template = None
+    (plain / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(plain)
+    adapter, run = tmp_path / "adapter", tmp_path / "run"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    run.mkdir()
+    (run / "recipe.yaml").write_text("name: x\n")
+    for folder, said in (
+        (tmp_path / "nowhere", "no such folder"),
+        (causal, "score.weight"),
+        (save(tmp_path / "two", num_labels=2), "2 outputs"),
+        (plain, "no chat template"),
+        (adapter, "holds an adapter"),
+        (run, "is a run of uft"),
+        (tmp_path, "no config.json"),
+    ):
+        with pytest.raises(UserError, match=said):
+            RewardScorer(folder)

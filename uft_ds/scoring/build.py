@@ -1,0 +1,166 @@
+"""The scorer that `--by` names, from plain values."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from uft_ds.errors import UserError
+from uft_ds.host.files import read_regular_text, user_cache
+from uft_ds.scoring.code import CodeScorer
+from uft_ds.scoring.endpoint import Endpoint
+from uft_ds.scoring.item import Scorer
+from uft_ds.scoring.judge import JudgeScorer, Rubric
+from uft_ds.scoring.length import LengthScorer
+from uft_ds.scoring.pacing import Budget
+from uft_ds.scoring.questions import COMPARE, GRADE, Template
+from uft_ds.scoring.replies import Replies
+from uft_ds.scoring.reward import RewardScorer
+
+SCORERS = "code:package.module:function, regex:PATTERN, length, judge or reward:FOLDER"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much a judge may be asked. price: of a million prompt tokens and of a million completion tokens."""
+
+    requests_per_minute: float | None = None
+    concurrency: int = 8
+    seconds: float = 120.0
+    tries: int = 6
+    max_tokens: int | None = None
+    max_cost: float | None = None
+    price: tuple[float, float] | None = None
+
+    def budget(self) -> Budget:
+        """Raises UserError: a limit on cost without a price."""
+        if self.max_cost is not None and self.price is None:
+            raise UserError("--max-cost: needs --price PROMPT,COMPLETION, what a million tokens of each cost")
+        prompt, completion = self.price or (0.0, 0.0)
+        return Budget(
+            max_tokens=self.max_tokens, max_cost=self.max_cost, prompt_price=prompt, completion_price=completion
+        )
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """What a judge is and is asked. body: further fields of a request; null leaves one out."""
+
+    url: str | None = None
+    model: str | None = None
+    key_env: str | None = None
+    template: Path | None = None
+    pairwise: bool = False
+    scale: tuple[float, float] = (1.0, 10.0)
+    body: str | None = None
+    cache: Path | None = None
+    limits: Limits = field(default_factory=Limits)
+
+
+def judge_of(options: JudgeOptions, environ: Mapping[str, str] = os.environ) -> JudgeScorer:
+    """A judge.
+
+    Raises:
+        UserError: names the option.
+    """
+    if not options.url or not options.model:
+        missing = "--judge-url" if not options.url else "--judge-model"
+        raise UserError(f"--by judge: needs {missing}; such as --judge-url http://127.0.0.1:8000/v1 --judge-model NAME")
+    key = None
+    if options.key_env is not None:
+        key = environ.get(options.key_env, "").strip()
+        if not key:
+            raise UserError(f"--judge-key-env: the environment has no {options.key_env}, or it is empty")
+    body = {"model": options.model, "temperature": 0, "max_tokens": 1024, **_body(options.body)}
+    if options.template is None:
+        template = Template(COMPARE if options.pairwise else GRADE, "the built-in template", compares=options.pairwise)
+    else:
+        template = Template(_text(options.template), str(options.template), compares=options.pairwise)
+    low, high = options.scale
+    if low >= high:
+        raise UserError(f"--scale {low:g},{high:g}: expected the worst grade first, then the best")
+    limits = options.limits
+    return JudgeScorer(
+        Endpoint(options.url, body, key, limits.seconds, limits.tries),
+        Rubric(template, options.scale),
+        Replies(options.cache or user_cache() / "judge"),
+        limits.budget(),
+        requests_per_minute=limits.requests_per_minute,
+        concurrency=limits.concurrency,
+    )
+
+
+def scorer_of(
+    by: str,
+    *,
+    judge: JudgeOptions,
+    seconds: float = 10.0,
+    workers: int | None = None,
+    tokenizer: str | None = None,
+    dtype: str | None = None,
+    max_length: int | None = None,
+) -> Scorer:
+    """The scorer of `--by`.
+
+    Args:
+        seconds, workers: of `code` and `regex`: the limit for an item, and the number of processes.
+        tokenizer: of `length`. dtype, max_length: of `reward`.
+    Raises:
+        UserError: names the option.
+    """
+    kind, _, argument = by.partition(":")
+    if kind != "judge" and (judge.url or judge.model or judge.pairwise):
+        raise UserError(f"--by {by}: --judge-url, --judge-model and --pairwise go with --by judge")
+    if kind != "length" and tokenizer is not None:
+        raise UserError(f"--by {by}: --tokenizer goes with --by length")
+    if kind in ("code", "regex") and argument:
+        return CodeScorer(kind, argument, seconds=seconds, workers=workers or len(os.sched_getaffinity(0)))
+    if by == "length":
+        return LengthScorer(tokenizer)
+    if by == "judge":
+        return judge_of(judge)
+    if kind == "reward" and argument:
+        return RewardScorer(Path(argument), dtype=dtype, max_length=max_length)
+    raise UserError(f"--by: found {by!r}, expected {SCORERS}")
+
+
+def default_rule(by: str, judge: JudgeOptions) -> str:
+    """The map from raw values where `--map` is not given.
+
+    Raises:
+        UserError: the values of this scorer have no scale of their own.
+    """
+    kind = by.partition(":")[0]
+    if kind == "judge" and not judge.pairwise:
+        low, high = judge.scale
+        return f"affine:{low:g},{high:g}"
+    if kind in ("length", "reward"):
+        unit = "a length" if kind == "length" else "a reward"
+        raise UserError(
+            f"--by {kind}: needs --map, because {unit} has no scale of its own: affine:LOW,HIGH, quantile"
+            f"{', sigmoid' if kind == 'reward' else ''} or isotonic:FILE"
+        )
+    return "affine:0,1"
+
+
+def _body(text: str | None) -> dict[str, Any]:
+    if text is None:
+        return {}
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--judge-body: found {text[:60]!r}, expected a JSON object ({error})") from None
+    if not isinstance(value, dict) or {"messages", "stream", "n"} & value.keys():
+        raise UserError("--judge-body: expected a JSON object without `messages`, `stream` and `n`")
+    return value
+
+
+def _text(path: Path) -> str:
+    try:
+        return read_regular_text(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--template {path}: cannot be read ({error})") from None
