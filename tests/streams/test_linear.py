@@ -13,7 +13,7 @@ from toy import logps_by_name, toy_model, toy_sequences
 
 from uft_ds.data.micro_batch import micro_batch
 from uft_ds.streams import model as of_model
-from uft_ds.streams.linear import LeanLinear, enable_lean_linear
+from uft_ds.streams.linear import LeanAdapter, LeanLinear, enable_lean_linear
 
 
 def saved_by(function: Any, weights: list[nn.Parameter]) -> tuple[Any, list[Tensor]]:
@@ -56,22 +56,23 @@ def test_values_and_gradients_are_torchs(trained: bool, bias: bool, shape: tuple
             torch.testing.assert_close(gradient, expected, rtol=1e-13, atol=1e-13)
 
 
-def test_an_input_of_another_type_is_converted_as_before_the_layer() -> None:
-    """bfloat16 rows into float32 weights: result, and gradients of both, bit for bit those of converting by hand."""
-    given = torch.randn(7, 12, generator=torch.Generator().manual_seed(0)).bfloat16()
+@pytest.mark.parametrize(("of_rows", "of_weight"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_an_adapter_converts_its_input_as_peft_does(of_rows: torch.dtype, of_weight: torch.dtype) -> None:
+    """To a wider type or a narrower one: result, and gradients of both, bit for bit those of converting by hand."""
+    given = torch.randn(7, 12, generator=torch.Generator().manual_seed(0)).to(of_rows)
     found = []
-    for converts in (False, True):
-        module, rows = layer(torch.float32, trained=True, bias=False), given.clone().requires_grad_()
-        module.__class__ = LeanLinear
-        result = module(rows.float() if converts else rows)
+    for by_hand in (False, True):
+        module, rows = layer(of_weight, trained=True, bias=False), given.clone().requires_grad_()
+        module.__class__ = LeanAdapter
+        result = module(rows.to(of_weight) if by_hand else rows)
         result.square().sum().backward()
         found.append((result.detach(), rows.grad, module.weight.grad))
     assert all(map(torch.equal, *found))
-    assert found[0][0].dtype == torch.float32
-    assert found[0][1].dtype == torch.bfloat16
+    assert found[0][0].dtype == of_weight
+    assert found[0][1].dtype == of_rows
 
 
-def test_an_input_is_never_rounded_to_the_weights_type() -> None:
+def test_a_layer_of_the_base_never_rounds_its_input() -> None:
     """float32 rows into bfloat16 weights: refused, as by torch's own layer."""
     module = layer(torch.bfloat16, trained=False, bias=False)
     module.__class__ = LeanLinear
@@ -84,7 +85,7 @@ def test_a_frozen_layer_saves_nothing_but_its_weight() -> None:
     rows = torch.randn(7, 12).bfloat16().requires_grad_()
     for trained in (False, True):
         module = layer(torch.float32, trained=trained, bias=True)
-        module.__class__ = LeanLinear
+        module.__class__ = LeanAdapter
         _, kept = saved_by(lambda module=module: module(rows), list(module.parameters()))
         assert [tensor.data_ptr() for tensor in kept] == ([rows.data_ptr()] if trained else [])
 
@@ -114,7 +115,7 @@ def test_adapters_that_read_one_tensor_keep_it_once(tmp_path: Path, monkeypatch:
 def test_every_plain_layer_is_lean_and_other_kinds_stay(tmp_path: Path) -> None:
     model = toy_model(build_tiny_model(tmp_path, "qwen2"))
     decoder: Any = model.policy.get_base_model().get_decoder()
-    assert {type(module) for module in decoder.modules() if isinstance(module, nn.Linear)} == {LeanLinear}
+    assert {type(module) for module in decoder.modules() if isinstance(module, nn.Linear)} == {LeanLinear, LeanAdapter}
 
     class Own(nn.Linear):
         """Of a model, with a forward of its own."""

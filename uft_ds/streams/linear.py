@@ -20,45 +20,52 @@ _LINEAR = torch._C._nn.linear
 
 
 class LeanLinear(nn.Linear):
-    """A linear layer, frozen or trained. An input of a narrower type than the weights' is converted to theirs.
-
-    Not for autocast, which no run uses.
-    """
+    """A linear layer, frozen or trained. Not for autocast, which no run uses."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that torch gives it
         result: Tensor = _Lean.apply(input, self.weight, self.bias)
         return result
 
 
+class LeanAdapter(LeanLinear):
+    """A matrix of an adapter: its input is converted to its own type, as PEFT does."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        result: Tensor = _Lean.apply(input, self.weight, self.bias, True)
+        return result
+
+
 def enable_lean_linear(decoder: nn.Module) -> None:
     """Let a decoder's linear layers, and those of its adapters, save as little as they can; values stay as they are."""
+    for layer in [module for module in decoder.modules() if isinstance(module, LoraLayer)]:
+        layer.cast_input_dtype_enabled = False  # `LeanAdapter` converts; what is saved is shared with the base's layers
+        for matrix in (*layer.lora_A.values(), *layer.lora_B.values()):
+            if type(matrix) is nn.Linear:
+                matrix.__class__ = LeanAdapter
     for module in decoder.modules():
         if type(module) is nn.Linear:
             module.__class__ = LeanLinear
-        if isinstance(module, LoraLayer):
-            module.cast_input_dtype_enabled = False  # `_Lean` converts; what is saved is shared with the base's layers
 
 
 class _Lean(Function):
     @staticmethod
-    def forward(ctx: Any, given: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, given: Tensor, weight: Tensor, bias: Tensor | None, converts: bool = False) -> Tensor:
         # The weight is saved as the parameter that it is: under ZeRO-3 its data is gathered again before the backward.
         # A transposed view, which autograd would save, keeps the gathered data instead.
         ctx.save_for_backward(weight, given if weight.requires_grad else None)
         ctx.given_dtype = given.dtype
-        if torch.promote_types(given.dtype, weight.dtype) == weight.dtype:
-            given = given.to(weight.dtype)  # else torch raises: no input is rounded silently
-        result: Tensor = _LINEAR(given, weight, bias)
+        result: Tensor = _LINEAR(given.to(weight.dtype) if converts else given, weight, bias)
         return result
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         (gradient,) = gradients
         weight, given = ctx.saved_tensors
-        of_input, of_weight, of_bias = ctx.needs_input_grad
+        of_input, of_weight, of_bias, *_ = ctx.needs_input_grad
         rows = gradient.reshape(-1, gradient.shape[-1])
         return (
             gradient.matmul(weight).to(ctx.given_dtype) if of_input else None,
             rows.t().matmul(given.to(weight.dtype).reshape(-1, given.shape[-1])) if of_weight else None,
             rows.sum(0) if of_bias else None,
+            None,
         )
