@@ -68,7 +68,10 @@ def test_the_objective_is_what_the_recipe_says(minimal: str) -> None:
     found = load_settings(minimal, (*others, *shift)).objective
     assert found.constants.simpo_margin == 1.5
     assert found.shift == RewardShift("ema", 0.0, 0.25)
-    tried = {key.partition("=")[0] for key in (*overrides, *others, *shift)}
+    head = ("objective.reward=head", "objective.loss={pair: bradley_terry}", "objective.margin=scores")
+    of_head = load_settings(minimal, (*head, "objective.centering=0.01")).objective
+    assert (of_head.reward, of_head.constants) == ("head", PairConstants(score_margin=True, centering=0.01))
+    tried = {key.partition("=")[0] for key in (*overrides, *others, *shift, *head, "objective.centering=0.01")}
     assert tried == {f"objective.{name}" for name in ObjectiveSection.model_fields}
 
 
