@@ -1,4 +1,4 @@
-"""The padding token of a reward model.
+"""The tokenizer of a reward model: its padding token, and where its texts end.
 
 transformers' sequence classifiers read the last token that is not the padding token. A score is read at the token that
 ends the assistant's turn, so that one must not be the padding token, as it is in many tokenizers.
@@ -6,8 +6,11 @@ ends the assistant's turn, so that one must not be the padding token, as it is i
 
 from __future__ import annotations
 
-from uft_ds.data.tokens.chat_template import special_tokens
-from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
+import json
+from pathlib import Path
+
+from uft_ds.data.tokens.chat_template import special_tokens, template_of
+from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer, save_tokenizer
 from uft_ds.errors import UserError
 
 
@@ -34,3 +37,25 @@ def padding_id(chat: ChatTokenizer) -> int:
         return not is_own, "pad" not in known[index].lower(), not is_unknown, index == tokenizer.bos_token_id, index
 
     return min(known, key=rank)
+
+
+def save_for_scoring(chat: ChatTokenizer, folder: Path) -> None:
+    """Save a tokenizer with the padding token of a reward model, and a template that ends with the answer.
+
+    Many templates write a line break after the token that ends the assistant's turn. A classifier would read its score
+    there, where none was trained, so the saved template leaves it out.
+    """
+    save_tokenizer(chat, folder)
+    pad = chat.tokenizer.convert_ids_to_tokens(padding_id(chat))
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = folder / name
+        if path.is_file():
+            held = json.loads(path.read_text(encoding="utf-8")) | {"pad_token": pad}
+            path.write_text(json.dumps(held, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(ending_with_answer(template_of(chat.tokenizer)), encoding="utf-8")
+
+
+def ending_with_answer(template: str) -> str:
+    """The template, whose text of a finished conversation ends without white space."""
+    ended = "{{ rendered if add_generation_prompt else rendered.rstrip() }}"
+    return f"{{% set rendered %}}{template}{{% endset %}}{ended}"
