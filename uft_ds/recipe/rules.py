@@ -285,6 +285,8 @@ def kind_problems(objective: GivenObjective, data: PreparedData) -> Iterator[Pro
         for number, source in enumerate(sources):
             held |= {kind: objective.losses_of(kind) for kind in sorted(source.selection.kinds)}
             yield from (("loss", problem) for problem in _of_source(objective, source, f"{part}.{number}"))
+            if objective.reward == "head":
+                yield from _of_source_with_head(objective, source, f"{part}.{number}")
     if isinstance(objective.loss, str) and isinstance(objective.beta, Mapping):  # the kinds are known only now
         yield from (("beta", problem) for problem in beta_problems(objective, held))
     trained = {kind for source in data.train for kind in source.selection.kinds}
@@ -292,20 +294,26 @@ def kind_problems(objective: GivenObjective, data: PreparedData) -> Iterator[Pro
         yield "weights", f"0 for {', '.join(sorted(trained))}, which is all that is trained on"
 
 
+def _of_source_with_head(objective: GivenObjective, source: PreparedSource, place: str) -> Iterator[Problem]:
+    """Problems of one source of a reward model; arguments as for `_of_source`."""
+    kinds = source.selection.kinds
+    if "instruction" in kinds:
+        yield (
+            "reward",
+            f"head learns which response is better, but {place} {source.label} holds responses of kind 'instruction', "
+            "which all count as good; leave the source out",
+        )
+    if objective.margin == "scores" and "pair" in kinds and source.account.scores is None:
+        yield "margin", f"scores given, but no row of {place} {source.label} has scores of the two sides; take none"
+
+
 def _of_source(objective: GivenObjective, source: PreparedSource, place: str) -> Iterator[str]:
     """Problems of one source. place: the source's key in the recipe."""
     is_split = source.settings.rules.split_pairs
     holds = f"{place} {source.label} holds"
-    if objective.margin == "scores" and "pair" in source.selection.kinds and source.account.scores is None:
-        yield f"margin scores needs scores of the two sides, but no row of {place} {source.label} has any; take none"
     for kind in sorted(source.selection.kinds):
         losses = objective.losses_of(kind)
-        if objective.reward == "head" and kind == "instruction":
-            yield (
-                f"reward: head learns what is better than what, {holds} responses of kind 'instruction', which have "
-                "no score; leave the source out"
-            )
-        elif not losses:
+        if not losses:
             needed = ", and evaluation needs one" if place.startswith("data.held_out") else ""
             split = " (its pairs: split makes single responses of pairs)" if is_split else ""
             yield f"no loss for kind {kind!r}, which {holds}{needed}{split}"
