@@ -74,6 +74,11 @@ def read_adapter_config(path: Path, *, with_head: bool = False) -> dict[str, Any
     config, defaults = read_lora_config(path), LoraConfig().to_dict()
     if with_head and config["modules_to_save"] == [HEAD]:
         config["modules_to_save"] = None
+    elif config["modules_to_save"] == [HEAD]:
+        raise UserError(
+            f"{path}: the adapter of a reward model, which has a head; convert the run that trained it, by --to "
+            "reward-model"
+        )
     for key in sorted(set(defaults) - _MERGED - WITHOUT_EFFECT - _OF_THE_START):
         if (config[key] or None) != (defaults[key] or None):
             raise UserError(

@@ -168,6 +168,8 @@ def _numbers_of(config: dict[str, Any]) -> dict[str, Any]:
 
 def _check_same_lora(folder: Path, ours: PeftConfig, recipe_key: str) -> None:
     theirs, recipe_keys = lora_form(folder, recipe_key), {"r": "lora.rank", "lora_alpha": "lora.alpha"}
+    if theirs["modules_to_save"] == [HEAD]:
+        raise UserError(f"{recipe_key}: {folder}: the adapter of a reward model, with its head; no run starts from one")
     for key, value in _numbers_of(ours.to_dict()).items():
         if theirs[key] != value:
             meant = recipe_keys.get(key, "a plain LoRA's")
