@@ -26,7 +26,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,13 @@ from uft_ds.planning.memory import head_saved_bytes
 from uft_ds.planning.sharding import sharding_of
 from uft_ds.planning.structure import ITEM_BYTES, Lora, structure_of
 from uft_ds.streams.load import attention_implementation, check_base, decoder_layer_class
+from uft_ds.streams.stream import REWARD, logps_of
 
 SENT_BAR, HELD_BAR = 0.01, 0.10
 STEPS_BEFORE, STEPS = 2, 2
 TOKENS_PER_MICRO_BATCH, SEQUENCES_PER_RANK = 560, 16
 RANKS = (1, 2, 4)
+REWARD_MODEL = "reward model"
 LORA = Lora(rank=4, alpha=8.0, targets="all-linear", dtype="float32")  # as `toy_model` has it
 
 
@@ -181,7 +183,8 @@ def measure(cell: Cell) -> tuple[Bytes, MicroBatch, int]:
     """On one of the ranks; the micro-batch whose activations were measured; and how many a step has."""
     dtype = getattr(torch, cell.dtype)
     config = deepspeed_config(zero3(cell), dtype=dtype, max_grad_norm=1e6)
-    mode: Any = cell.mode
+    is_reward_model = cell.mode == REWARD_MODEL
+    mode: Any = "separate" if is_reward_model else cell.mode
     with partitioned_loading(config):  # as a run loads; adapters then keep their own type
         model = toy_model(
             cell.folder,
@@ -189,6 +192,7 @@ def measure(cell: Cell) -> tuple[Bytes, MicroBatch, int]:
             b_std=0.0,
             gradient_checkpointing=cell.gradient_checkpointing,
             reference_mode=mode,
+            further=(REWARD,) if is_reward_model else (),
         )
     layer_class = decoder_layer_class(model.policy.get_base_model())
     engine = Engine(model, config, layer_class=layer_class, weight_decay=0.0)
@@ -196,15 +200,23 @@ def measure(cell: Cell) -> tuple[Bytes, MicroBatch, int]:
     terms = count_terms(UFT, step.responses)
     batches = engine.micro_batches(step, TOKENS_PER_MICRO_BATCH)
 
+    def said(batch: MicroBatch) -> dict[str, Tensor]:
+        if not is_reward_model:
+            return forwarded(engine, batch)
+        return logps_of(engine(batch, [REWARD]), batch)
+
     def train() -> None:
         for number, batch in enumerate(batches, start=1):
-            loss, _ = micro_batch_loss(UFT, batch, terms, forwarded(engine, batch))
+            if is_reward_model:
+                loss = said(batch)[REWARD.name].square().sum()
+            else:
+                loss, _ = micro_batch_loss(UFT, batch, terms, said(batch))
             engine.backward(loss, is_last=number == len(batches))
         engine.step(1e-3)
 
     with engine.evaluating():
         for batch in batches[:2]:
-            forwarded(engine, batch)
+            said(batch)
     for _ in range(STEPS_BEFORE):
         train()
     with counting() as sent:
@@ -214,7 +226,7 @@ def measure(cell: Cell) -> tuple[Bytes, MicroBatch, int]:
     held = resident(engine)
     saved: dict[int, int] = {}
     with _saving(saved):
-        logps_R = forwarded(engine, batches[0])["policy"]
+        logps_R = said(batches[0])[REWARD.name if is_reward_model else "policy"]
     engine.backward(logps_R.sum(), is_last=True)
     return (
         Bytes(
@@ -264,12 +276,14 @@ def _saving(sizes: dict[int, int]) -> Iterator[None]:
 
 def predict(cell: Cell, ranks: int, batch: MicroBatch, micro_steps: int) -> Bytes:
     """By the functions of `uft plan`; of the micro-batch only its numbers of tokens are read."""
-    structure = structure_of(check_base(str(cell.folder), None), LORA)
+    is_reward_model = cell.mode == REWARD_MODEL
+    lora = replace(LORA, has_reward_head=is_reward_model)
+    structure = structure_of(check_base(str(cell.folder), None), lora)
     item_bytes = structure.item_bytes(cell.dtype)
     sharding = sharding_of(zero3(cell))
     one = ITEM_BYTES[cell.dtype]
     in_lockstep = cell.mode == "lockstep"
-    gathers = parts.micro_step_gathers(structure, item_bytes, sharding, passes=1 if in_lockstep else 2)
+    gathers = parts.micro_step_gathers(structure, item_bytes, sharding, passes=2 if cell.mode == "separate" else 1)
     activations = activations_of(
         structure, lengths=batch.lengths, dtype=cell.dtype, gradient_checkpointing=cell.gradient_checkpointing,
         lockstep=in_lockstep, attention=attention_implementation("auto", getattr(torch, cell.dtype), structure.config),
@@ -285,7 +299,11 @@ def predict(cell: Cell, ranks: int, batch: MicroBatch, micro_steps: int) -> Byte
         optimizer=parts.adapter_bytes(structure, item_bytes, ranks) + parts.optimizer_bytes(structure, ranks),
         gradients=parts.gradient_bytes(structure, ranks) + parts.bucket_bytes(sharding, one),
         saved=activations.saved_bytes
-        + head_saved_bytes(len(batch.targets_N), structure.config.hidden_size, item_bytes=one),
+        + (
+            0
+            if is_reward_model
+            else head_saved_bytes(len(batch.targets_N), structure.config.hidden_size, item_bytes=one)
+        ),
     )
 
 
@@ -324,6 +342,7 @@ class Cell:
     folder: Path
     gradient_checkpointing: bool
     mode: str = "lockstep"
+    """Of the reference; or `REWARD_MODEL`, which has none."""
     secondary: int = 1
     """`zero_hpz_partition_size`; DeepSpeed takes one of them a process."""
     dtype: str = "float32"

@@ -19,7 +19,7 @@ from uft_ds.streams.adapters import add_adapters, start_from_adapter, start_poli
 from uft_ds.streams.load import attention_implementation, check_base, load_base
 from uft_ds.streams.model import UFTModel
 from uft_ds.streams.recompute import Recompute
-from uft_ds.streams.stream import Stream, logps_of
+from uft_ds.streams.stream import POLICY, Stream, logps_of
 
 
 def objective(loss: str = "mse", beta: float = 0.1, **shared: Any) -> Objective:
@@ -71,7 +71,7 @@ def toy_model(
     """The model in `folder` with adapters; B drawn with `b_std`, so that log-ratios are of order 1.
 
     attention: by default sdpa, or eager for a model without it, whatever is installed.
-    further: streams beside policy and reference, each with an adapter of its own, drawn from its name.
+    further: streams beside policy and reference, each with an adapter of its own, drawn from its name, or the policy's.
     """
     base = load_base(
         str(folder),
@@ -91,7 +91,8 @@ def toy_model(
     if start_adapter is not None:
         start_policy_from_adapter(policy, start_adapter)
     for stream in further:
-        add_drawn_adapter(policy, stream)
+        if stream.adapter != POLICY.adapter:
+            add_drawn_adapter(policy, stream)
     base.get_output_embeddings().weight.requires_grad_(trains_head)
     return UFTModel(
         policy,

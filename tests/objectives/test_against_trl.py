@@ -25,7 +25,7 @@ from uft_ds.data.example import KINDS, Sequence
 from uft_ds.data.micro_batch import micro_batch
 from uft_ds.objectives.implicit_reward import response_logps
 from uft_ds.objectives.losses import PRESETS
-from uft_ds.objectives.objective import KindObjective, Objective, rewards_of
+from uft_ds.objectives.objective import KindObjective, Objective, count_terms, micro_batch_loss, rewards_of
 from uft_ds.objectives.pairwise import PairConstants
 from uft_ds.objectives.reward_shift import kl_shift, mismatched
 
@@ -384,6 +384,35 @@ def test_the_presets_are_trls_sums(monkeypatch: Any) -> None:
         objective = of_kinds({"pair": PRESETS[name]}, beta=BETA)
         assert not objective.needs_reference
         assert_same(lambda x, of=objective: step_loss(of, PAIRS, x, None)[0], theirs, logps_N)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("centering", [0.0, 0.05], ids=["plain", "centered"])
+@pytest.mark.parametrize("margin", [False, True], ids=["no margin", "margin"])
+def test_a_reward_models_loss_is_trls(monkeypatch: Any, margin: bool, centering: float) -> None:
+    """RewardTrainer's, from its classifier's logits of all chosen and then all rejected texts."""
+    pairs = [*pair(0, (4, 7), (0.9, 0.1)), *pair(1, (9, 2), (0.6, 0.5)), *pair(2, (1, 1), (1.0, 0.3))]
+    batch = micro_batch(pairs)
+    rewards_R = (torch.randn(len(pairs), generator=torch.Generator().manual_seed(3)) * 2).requires_grad_()
+    objective = Objective(
+        dict.fromkeys(KINDS, KindObjective({"bradley_terry": 1.0})),
+        constants=PairConstants(score_margin=margin, centering=centering),
+        reward="head",
+    )
+
+    def ours(rewards_R: Tensor) -> Tensor:
+        terms = count_terms(objective, batch.responses)
+        return micro_batch_loss(objective, batch, terms, {"reward": rewards_R})[0]
+
+    def theirs(rewards_R: Tensor) -> Tensor:
+        chosen_P, rejected_P = batch.scores_R[::2], batch.scores_R[1::2]
+        inputs = {"attention_mask": torch.ones(len(pairs), 1)} | ({"margin": chosen_P - rejected_P} if margin else {})
+        fake = fake_trainer(args=SimpleNamespace(center_rewards_coefficient=centering or None))
+        model = lambda **inputs: SimpleNamespace(logits=torch.cat([rewards_R[::2], rewards_R[1::2]])[:, None])  # noqa: E731
+        loss = trainer("trl", "RewardTrainer", monkeypatch).compute_loss(fake, model, inputs)
+        assert isinstance(loss, Tensor)
+        return loss
+
+    assert_same(ours, theirs, rewards_R)
 
 
 def test_the_padded_rows_hold_every_token_once() -> None:

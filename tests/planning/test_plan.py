@@ -584,9 +584,22 @@ def test_forwards_of_a_reward_shift_are_counted() -> None:
     assert hbm[2] == pytest.approx(hbm[0] * 5 / 3)
 
 
-@pytest.mark.parametrize("name", ["uft_mistral7b", "sft_mistral7b", "una_mistral7b"])
+@pytest.mark.parametrize("name", ["uft_mistral7b", "sft_mistral7b", "una_mistral7b", "reward_mistral7b"])
 def test_other_recipes_are_planned(name: str) -> None:
     """7B on one GPU of 80 GB, with a reference and without."""
     found = plan(name=name, gpus=1)
     assert found.structure.num_base == 7_241_732_096
     assert found.outcome.fits
+
+
+def test_a_reward_model_is_planned_without_logits() -> None:
+    """A head of as many numbers as the hidden size beside the adapters, no reference, and no tile of logits."""
+    reward, sft = plan(name="reward_mistral7b", gpus=8), plan(name="sft_mistral7b", gpus=8)
+    assert reward.structure.num_lora - sft.structure.num_lora == 4096
+    (found,), (other,) = reward.outcome.by_mode.values(), sft.outcome.by_mode.values()
+    assert found.flops.head == found.flops.reference == 0 < other.flops.head
+    assert reward.outcome.gpu.head_tile_bytes == 0 < sft.outcome.gpu.head_tile_bytes
+    tight = plan("model.gradient_checkpointing=false", name="reward_mistral7b", gpus=1)
+    assert not tight.outcome.fits
+    assert tight.remedies
+    assert not [change for option in tight.options for change in option.changes if "logits" in change]

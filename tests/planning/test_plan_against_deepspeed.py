@@ -3,13 +3,14 @@
 from pathlib import Path
 
 import pytest
-from plan import RANKS, SIZES, Cell, compare, grid, write_model
+from plan import RANKS, REWARD_MODEL, SIZES, Cell, compare, grid, write_model
 
 
 def test_two_ranks_hold_and_send_what_was_planned(tmp_path: Path) -> None:
-    """Bytes sent within 1%, held within 10%: layers recomputed in float32, and kept in bfloat16."""
+    """Bytes sent within 1%, held within 10%: layers recomputed in float32, and kept in bfloat16; and a reward model."""
     folder = write_model(tmp_path / "small", SIZES["small"])
     cells = [Cell(folder, gradient_checkpointing=True), Cell(folder, gradient_checkpointing=False, dtype="bfloat16")]
+    cells.append(Cell(folder, gradient_checkpointing=True, mode=REWARD_MODEL))
     rows = compare(cells, 2)
     assert all(row.measured.gathered > 0 for row in rows)
     assert {row.name: row.missed() for row in rows if row.missed()} == {}

@@ -37,6 +37,9 @@ def test_beta_for_each_kind(minimal: str) -> None:
     assert load_settings(minimal, ("objective.beta=2",)).given.beta_of("score") == 2
 
 
+HEAD = "objective.reward=head objective.loss=bradley_terry"
+
+
 def test_the_objective_is_what_the_recipe_says(minimal: str) -> None:
     """Every key of the section reaches the losses."""
     overrides = (
@@ -68,7 +71,10 @@ def test_the_objective_is_what_the_recipe_says(minimal: str) -> None:
     found = load_settings(minimal, (*others, *shift)).objective
     assert found.constants.simpo_margin == 1.5
     assert found.shift == RewardShift("ema", 0.0, 0.25)
-    tried = {key.partition("=")[0] for key in (*overrides, *others, *shift)}
+    head = ("objective.reward=head", "objective.loss={pair: bradley_terry}", "objective.margin=scores")
+    of_head = load_settings(minimal, (*head, "objective.centering=0.01")).objective
+    assert (of_head.reward, of_head.constants) == ("head", PairConstants(score_margin=True, centering=0.01))
+    tried = {key.partition("=")[0] for key in (*overrides, *others, *shift, *head, "objective.centering=0.01")}
     assert tried == {f"objective.{name}" for name in ObjectiveSection.model_fields}
 
 
@@ -141,11 +147,28 @@ def test_the_objective_is_what_the_recipe_says(minimal: str) -> None:
             "objective.beta: ipo takes one per nat per token, dpo one per nat: they cannot be summed",
         ),
         ("objective.reward_shift_decay=1", "objective.reward_shift_decay: 1 given"),
+        ("objective.loss=bradley_terry", "objective.loss: 'bradley_terry' compares the rewards of a head; take dpo"),
+        ("objective.margin=scores", "objective.margin: scores given, but only bradley_terry would use it"),
+        ("objective.centering=0.01", "objective.centering: 0.01 given, but only bradley_terry would use it"),
+        ("train.head_lr=1e-4", "train.head_lr: 0.0001 given, but only objective.reward: head has a head"),
+        (f"{HEAD} objective.loss=dpo", "objective.loss: 'dpo' is not a loss of reward: head (bce, bradley_terry, mse)"),
+        (f"{HEAD} objective.loss=nll", "objective.loss: 'nll' is not a loss of reward: head"),
+        (f"{HEAD} objective.beta=0.1", "objective.beta: 0.1 given, but only implicit rewards have it; leave it out"),
+        (f"{HEAD} objective.reward_shift=ema", "objective.reward_shift: ema given, but only implicit rewards"),
+        (f"{HEAD} objective.beta_schedule=linear", "objective.beta_schedule: linear given, but only implicit rewards"),
+        (f"{HEAD} objective.length_normalized=true", "objective.length_normalized: True given, but only implicit"),
+        (f"{HEAD} objective.loss=bce objective.margin=scores", "objective.margin: scores given, but only bradley"),
+        (f"{HEAD} objective.loss={{score: bradley_terry}}", "objective.loss.score: 'bradley_terry' needs pairs"),
+        (f"{HEAD} reference.adapter=runs/sft", "reference.adapter: runs/sft given, but objective.reward: head has no"),
+        (f"{HEAD} reference.mode=separate", "reference.mode: separate given, but objective.reward: head has no"),
+        (f"{HEAD} train.samples=2", "train.samples: 2 given, but a reward model answers no prompts; leave it out"),
+        (f"{HEAD} train.keep_best=held_out/logp_chosen/pair", "which a reward model lacks; take held_out/pair_acc"),
+        (f"{HEAD} model.logits_mib=8", "model.logits_mib: 8 given, but a reward model has no logits; leave it out"),
     ],
 )
 def test_an_objective_that_cannot_be_is_refused(minimal: str, overrides: str, message: str) -> None:
     """A key that would change nothing, or a default that would be far off, is no run."""
-    assert message in refusal(minimal, *re.split(r" (?=objective\b|train\b)", overrides))
+    assert message in refusal(minimal, *re.split(r" (?=(?:objective|train|reference|model)\.)", overrides))
 
 
 @pytest.mark.parametrize(

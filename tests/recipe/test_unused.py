@@ -24,6 +24,10 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "good": [row | {"response": "good", "score": 0.6 + i / 10} for i, row in enumerate(PROMPTS)],
     "binary": [row | {"response": "a", "label": i % 2 == 0} for i, row in enumerate(PROMPTS)],
     "pair": [row | {"chosen": "a", "rejected": "b"} for row in PROMPTS],
+    "scored_pair": [
+        row | {"chosen": "a", "rejected": "b", "score_chosen": 0.9, "score_rejected": i / 10}
+        for i, row in enumerate(PROMPTS)
+    ],
     "scored_and_plain_pairs": [
         row | {"chosen": "a", "rejected": "b"} | ({"score_chosen": 0.9, "score_rejected": 0.1} if i % 2 else {})
         for i, row in enumerate(PROMPTS)
@@ -40,6 +44,18 @@ def test_split_pairs_are_told_how_to_stay(chat: ChatTokenizer, tmp_path: Path) -
     """The remedy is the source's, not another loss."""
     with pytest.raises(UserError, match=r"'dpo' needs pairs, data\.sources\.0\.pairs: split .* take pairs: keep"):
         notes(chat, tmp_path, {"loss": "dpo"}, "pair", pairs="split")
+
+
+def test_data_that_a_reward_model_cannot_learn_from_is_refused(chat: ChatTokenizer, tmp_path: Path) -> None:
+    """Instructions have nothing worse beside them, and a margin of scores needs scores; nothing is said of beta."""
+    head: dict[str, Any] = {"reward": "head", "loss": {"pair": "bradley_terry", "score": "bce", "instruction": "mse"}}
+    with pytest.raises(UserError, match=r"reward: head learns which response is better, .* of kind 'instr"):
+        notes(chat, tmp_path, head, "instruction")
+    with pytest.raises(UserError, match="margin: scores given, but no row of"):
+        notes(chat, tmp_path, head | {"margin": "scores"}, "pair")
+    kept = head | {"loss": {"pair": "bradley_terry", "score": "bce"}}
+    assert notes(chat, tmp_path, kept | {"margin": "scores"}, "scored_pair", "score") == []
+    assert notes(chat, tmp_path, kept, "pair", "score") == []
 
 
 def notes(chat: ChatTokenizer, folder: Path, objective: dict[str, Any], *names: str, **entry: Any) -> list[str]:

@@ -38,7 +38,7 @@ def metrics_of(
     logps_R, reference_R = values(*policy), None if reference is None else values(*reference)
     logps = {"policy": logps_R} if reference_R is None else {"policy": logps_R, "reference": reference_R}
     loss, sums = micro_batch_loss(uft, batch, count_terms(uft, batch.responses), logps)
-    rows = response_rows(uft, batch, logps_R, reference_R, None)
+    rows = response_rows(uft, batch, logps, None)
     return loss.item(), step_metrics(uft, loss.item(), sums, rows)
 
 

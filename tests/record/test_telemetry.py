@@ -50,6 +50,10 @@ def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
+def said(policy_R: Tensor, reference_R: Tensor | None = None) -> dict[str, Tensor]:
+    return {"policy": policy_R} if reference_R is None else {"policy": policy_R, "reference": reference_R}
+
+
 def row(kind: Kind, score: float, reward: float, **values: Any) -> tuple[Any, ...]:
     """One response, of 4 tokens at beta 0.1 unless `values` say otherwise."""
     named = {"pair": -1, "tokens": 4, "logp": -10.0, "log_ratio": reward / 0.1, "shift": 0.0}
@@ -83,7 +87,7 @@ def values(*numbers: float) -> Tensor:
 def test_a_row_a_response() -> None:
     """Kind, pair, score, tokens; log-probs; log-ratio and reward at beta 0.1; the shift apart."""
     shifts_R = torch.tensor([0.5, 0.5, 0.5])
-    rows = response_rows(objective(), batch_of_three(), values(-3, -4, -5), values(-13, -2, -5), shifts_R)
+    rows = response_rows(objective(), batch_of_three(), said(values(-3, -4, -5), values(-13, -2, -5)), shifts_R)
     assert rows.dtype == ROW
     assert rows["kind"].tolist() == [1, 3, 3]
     assert rows["pair"].tolist() == [-1, 5, 5]
@@ -100,14 +104,14 @@ def test_a_row_a_response() -> None:
 def test_rows_of_lengths_normalised_rewards() -> None:
     """The reward is beta times the log-ratio a token, 0.1 x 10 / 2; the log-ratio stays the sum."""
     uft = objective(length_normalized=True)
-    rows = response_rows(uft, batch_of_three(), values(-3, -4, -5), values(-13, -2, -5), None)
+    rows = response_rows(uft, batch_of_three(), said(values(-3, -4, -5), values(-13, -2, -5)), None)
     assert rows["reward"].tolist() == pytest.approx([0.5, -0.2 / 3, 0.0])
     assert rows["log_ratio"].tolist() == [10.0, -2.0, 0.0]
 
 
 def test_rows_without_a_reference() -> None:
     """Nothing is known of log-ratios: NaN, and no shift; the pair's loss has a reward of its own."""
-    rows = response_rows(objective("simpo"), batch_of_three(), values(-3, -4, -5), None, None)
+    rows = response_rows(objective("simpo"), batch_of_three(), said(values(-3, -4, -5)), None)
     assert np.isnan(rows["log_ratio"]).all()
     assert np.isnan(rows["reward"]).all()
     assert np.isnan(rows["implicit_score"]).all()
@@ -118,7 +122,7 @@ def test_rows_without_a_reference() -> None:
 
 def test_no_rows_of_an_empty_micro_batch() -> None:
     """A rank with nothing left gives an empty table, which others' may be joined to; nothing is said of it."""
-    rows = response_rows(objective(), micro_batch([]), values(), values(), torch.zeros(0))
+    rows = response_rows(objective(), micro_batch([]), said(values(), values()), torch.zeros(0))
     assert rows.shape == (0,)
     assert len(np.concatenate([rows, table(row("score", 0.5, 1.0))])) == 1
     assert health(rows, UFT) == {}
@@ -176,7 +180,7 @@ def test_pair_rewards_are_the_losses_own(losses: dict[str, float], expected: tup
     batch, logps_R = micro_batch([talk, rejected]), values(-2, -4)
     lengths_R = values(*(uft.length_of(response) for response in batch.responses))
     reference_R = logps_R - values(0.3, -0.1) * lengths_R / 0.1
-    rows = response_rows(uft, batch, logps_R, reference_R if uft.needs_reference else None, None)
+    rows = response_rows(uft, batch, said(logps_R, reference_R if uft.needs_reference else None), None)
     assert rows["pair_reward"].tolist() == pytest.approx(expected)
     found = health(rows, uft)
     assert found["pair_margin/pair"] == pytest.approx(expected[0] - expected[1])
@@ -198,7 +202,7 @@ def test_the_loss_is_a_function_of_the_pairs_margin(loss: str, numbers: list[tup
     reference_R = values(-20.0, -30.0) if uft.needs_reference else None
     logps = {"policy": logps_R} if reference_R is None else {"policy": logps_R, "reference": reference_R}
     terms, _ = micro_batch_loss(uft, batch, {loss: 1}, logps)
-    margin = health(response_rows(uft, batch, logps_R, reference_R, None), uft)["pair_margin/pair"]
+    margin = health(response_rows(uft, batch, said(logps_R, reference_R), None), uft)["pair_margin/pair"]
     gamma = 0.25 if loss == "simpo" else 0.0
     assert float(terms) == pytest.approx(float(-torch.nn.functional.logsigmoid(torch.tensor(margin - gamma))), 1e-4)
 

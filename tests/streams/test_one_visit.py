@@ -277,8 +277,10 @@ def test_an_adapter_that_is_not_what_its_stream_says_is_refused(tiny_qwen2: Path
 
 
 def test_sums_of_streams_are_by_name(tiny_qwen2: Path) -> None:
-    """Log-probs of responses of streams with a tokens head; a scalar head has none."""
+    """Log-probs of responses of streams with a tokens head; of a scalar head the values themselves."""
     model = toy_model(tiny_qwen2, further=(THIRD, REWARD))
     logps = logps_by_name(model, BATCH, "reward", "third", "policy")
-    assert list(logps) == ["third", "policy"]
-    assert all(logps_R.shape == (BATCH.num_responses,) and logps_R.dtype == torch.float64 for logps_R in logps.values())
+    assert set(logps) == {"reward", "third", "policy"}
+    assert all(logps_R.shape == (BATCH.num_responses,) for logps_R in logps.values())
+    assert logps["third"].dtype == logps["policy"].dtype == torch.float64
+    assert torch.equal(logps["reward"], outputs_of(model, "reward")["reward"].values_R)

@@ -32,8 +32,8 @@ from uft_ds.streams.adapters import Policy, adapter_tensors
 class OfFirstRank:
     """The files that only rank 0 writes.
 
-    adapter: tensors by PEFT's names. reference: the table of log-probs, and the identity of its reference.
-    owner: whose checkpoint it is.
+    adapter: tensors by PEFT's names; of a reward model with its head. reference: the table of log-probs, and the
+    identity of its reference. owner: whose checkpoint it is.
     """
 
     adapter: Mapping[str, Tensor]
@@ -67,11 +67,9 @@ def take_snapshot(
     # The gather is a collective, so ranks other than 0 enter the block too although they keep nothing.
     with engine.gathered_trainable() as named:
         if engine.rank == 0:
-            prefix = "policy."
-            tensors = {name.removeprefix(prefix): tensor for name, tensor in named.items()}
             adapter = {
                 name: tensor.to("cpu", copy=True).contiguous()
-                for name, tensor in adapter_tensors(policy, tensors).items()
+                for name, tensor in adapter_tensors(policy, named).items()
             }
             first = OfFirstRank(adapter, adapter_config, reference.table(), owner)
     pieces = tuple(

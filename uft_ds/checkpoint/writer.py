@@ -25,6 +25,7 @@ from uft_ds.engine.engine import Engine
 from uft_ds.errors import CheckFailed, UserError
 from uft_ds.host.files import sync
 from uft_ds.known.cache import Known
+from uft_ds.objectives.reference import REWARD_STREAM
 from uft_ds.record.report import Speaker
 from uft_ds.record.run_folder import RunFolder
 from uft_ds.streams.adapters import Policy, adapter_config_of
@@ -50,7 +51,8 @@ class CheckpointWriter:
     ) -> None:
         self._engine, self._policy, self._folder, self._reporter = engine, policy, folder, reporter
         self._keep, self._best = keep, best
-        self._adapter_config, self._owner = adapter_config_of(policy), owner_of(folder)
+        self._adapter_config = adapter_config_of(policy, with_head=REWARD_STREAM in engine.streams)
+        self._owner = owner_of(folder)
         self._writing: _Writing | None = None
         self._thread = threading.Thread()
         self._polled_seconds = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, Optional
 
@@ -21,8 +22,11 @@ def convert(
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write: a new or an empty one.")],
     to: Annotated[
-        Literal["merged", "adapter", "universal"],
-        typer.Option(help="A whole model, the adapter alone, or DeepSpeed's universal checkpoint of a run's."),
+        Literal["merged", "reward-model", "adapter", "universal"],
+        typer.Option(
+            help="A whole model, a reward model's run as a sequence classifier, the adapter alone, or DeepSpeed's "
+            "universal checkpoint of a run's."
+        ),
     ] = "merged",
     base: Annotated[
         Optional[str],  # noqa: UP045 - typer reads it
@@ -50,13 +54,15 @@ def convert(
         convert_to_merged,
         convert_to_universal,
     )
+    from uft_ds.export.reward_model import convert_to_reward_model
     from uft_ds.run.start import preparation
     from uft_ds.streams.weight_files import bytes_of
 
     quiet_loading()
-    if to != "merged" and dtype is not None:
+    is_whole = to in ("merged", "reward-model")
+    if not is_whole and dtype is not None:
         raise UserError(f"--dtype: --to {to} keeps the trained types; leave --dtype out, or take --to merged")
-    if to != "merged" and max_shard_size is not None:
+    if not is_whole and max_shard_size is not None:
         raise UserError(f"--max-shard-size: of no use with --to {to}; leave it out")
     if to == "universal":
         given = [name for name, value in (("--base", base), ("--adapter-config", adapter_config)) if value is not None]
@@ -70,20 +76,28 @@ def convert(
         result = convert_to_adapter(source, out, base=base, adapter_config=adapter_config, say=console.print)
         console.print(f"adapter: {result.folder}  (of {result.source})")
         return
+    if to == "reward-model" and adapter_config is not None:
+        raise UserError("--adapter-config: of no use with --to reward-model, which converts a run; leave it out")
+    stored = StoredAs(dtype, MAX_SHARD_BYTES if max_shard_size is None else bytes_of(max_shard_size))
     with preparation(console) as on_progress:
-        result = convert_to_merged(
+        write = (
+            convert_to_reward_model
+            if to == "reward-model"
+            else partial(convert_to_merged, adapter_config=adapter_config)
+        )
+        result = write(
             source,
             out,
             base=base,
-            adapter_config=adapter_config,
-            stored=StoredAs(dtype, MAX_SHARD_BYTES if max_shard_size is None else bytes_of(max_shard_size)),
+            stored=stored,
             verify=verify,
             say=lambda text: console.print(text),
             on_progress=on_progress,
         )
     found = result.agreement
     checked = "not compared with the adapter" if found is None else found.summary
-    console.print(f"model: {result.folder}  (of {result.source.name}; {checked})")
+    what = "reward model" if to == "reward-model" else "model"
+    console.print(f"{what}: {result.folder}  (of {result.source.name}; {checked})")
 
 
 def chat(

@@ -77,7 +77,7 @@ class Engine:
             packing: how steps are divided. Prompts are shared only where the model's attention can.
             collective_timeout_minutes: for the collectives among hosts (gloo).
             groups: groups that together hold each trained parameter once, each with its own learning rate.
-                None: one group of all. No recipe gives groups yet.
+                None: one group of all.
         Raises:
             ValueError: the groups do not hold each trained parameter exactly once.
             UserError: DeepSpeed would train in another dtype than the adapters'.

@@ -1,6 +1,6 @@
 """Groups of parameters, each with its own learning rate: for example the adapters of several streams, a scalar head.
 
-An interface for code: a recipe trains the policy's adapters alone, which are one group.
+A recipe trains adapters alone, which are one group, or a reward model, whose head is a second one.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from torch import nn
 ADAPTERS = "adapters"
 """Name of the only group if no groups are given."""
 
+HEAD = "head"
+"""Name of the group of a reward model's head."""
+
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that share a learning rate. No recipe asks for groups yet; see the module.
+    """Parameters that share a learning rate.
 
     rate_scale: factor of the run's learning rate, used if the group has no rate of its own.
     """

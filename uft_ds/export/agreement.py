@@ -27,6 +27,9 @@ MAX_RELATIVE_ERROR = 0.1
 ROUNDING_NATS = 1e-4
 """An RMS error below this is the float32 rounding error of log-probs, independent of the training."""
 
+LOG_RATIOS = "log-ratios"
+CHANGES_OF_REWARDS = "changes of rewards"
+
 SEQUENCES_CHECKED = 16
 TOKENS_CHECKED = 2048
 
@@ -38,6 +41,7 @@ class Agreement:
     share_kept: slope of the regression of the merged model's log-ratios on the adapter's; 1 is perfect.
     relative_error: RMS error of the log-ratios divided by the adapter's RMS. error_nats: that RMS error.
     largest_nats: largest absolute log-ratio of the adapter.
+    of: what is compared. Of a reward model it is how much the adapters change a reward, which has no unit.
     """
 
     num_responses: int
@@ -45,15 +49,22 @@ class Agreement:
     relative_error: float
     error_nats: float
     largest_nats: float
+    of: str = LOG_RATIOS
+
+    @property
+    def unit(self) -> str:
+        return " nats" if self.of == LOG_RATIOS else ""
 
     @property
     def summary(self) -> str:
         found = (
-            f"{self.share_kept:.2%} of the adapter's log-ratios kept on {self.num_responses} responses, relative error "
+            f"{self.share_kept:.2%} of the adapter's {self.of} kept on {self.num_responses} responses, relative error "
             f"{self.relative_error:.2%}"
         )
         if self.is_rounding:
-            found += f" (of {self.error_nats:.1e} nats: the training changed too little to distinguish from rounding)"
+            found += (
+                f" (of {self.error_nats:.1e}{self.unit}: the training changed too little to distinguish from rounding)"
+            )
         return found
 
     @property
@@ -118,8 +129,12 @@ def base_and_log_ratios(
     return base_R, streamed_logps(policy, weights, sequences, on_unit=count) - base_R
 
 
-def agreement(adapter_R: Tensor, merged_R: Tensor) -> Agreement:
-    """Agreement of two vectors of log-ratios, [responses] each, nats; perfect if both are zero."""
+def agreement(adapter_R: Tensor, merged_R: Tensor, of: str = LOG_RATIOS) -> Agreement:
+    """Agreement of two vectors of log-ratios, [responses] each, nats; perfect if both are zero.
+
+    Args:
+        of: what is compared instead.
+    """
     power = adapter_R.square().sum()
     error_R = merged_R - adapter_R
     if power == 0:
@@ -128,7 +143,7 @@ def agreement(adapter_R: Tensor, merged_R: Tensor) -> Agreement:
         share = float((adapter_R * merged_R).sum() / power)
         error = float(error_R.square().sum().div(power).sqrt())
     error_nats = float(error_R.square().mean().sqrt())
-    return Agreement(len(adapter_R), share, error, error_nats, float(adapter_R.abs().max()))
+    return Agreement(len(adapter_R), share, error, error_nats, float(adapter_R.abs().max()), of)
 
 
 def sequences_of_run(sample: Path) -> tuple[Sequence, ...]:

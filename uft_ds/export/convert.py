@@ -22,6 +22,7 @@ from transformers import GenerationConfig
 from uft_ds.data.example import Sequence
 from uft_ds.data.store.tokenized import tokenizer_hash
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer, save_tokenizer
+from uft_ds.data.tokens.padding import save_for_scoring
 from uft_ds.data.tokens.tokenize import load_tokenizer
 from uft_ds.data.tokens.vocabulary import check_fits_embedding
 from uft_ds.errors import CheckFailed, UserError
@@ -74,6 +75,8 @@ class StoredAs:
 
 AS_THE_BASE = StoredAs()
 
+_NOT_UNIVERSAL = "it is not written as a universal checkpoint; its own checkpoints resume on any number of ranks"
+
 
 def convert_to_merged(
     path: Path,
@@ -99,17 +102,21 @@ def convert_to_merged(
         CheckFailed: the merged model has lost what was trained; nothing is left at `out`.
     """
     out = out.absolute()
-    _check_free(out)
+    check_free(out)
     with opened(path, base, adapter_config, say) as source:
+        if source.is_reward_model:
+            raise UserError(
+                f"{path}: a reward model, which generates nothing; take --to reward-model, or --to adapter for PEFT"
+            )
         folder = local_folder(source.base, source.revision)
         model, empty = check_base_files(folder)
-        deltas, is_untied = _stored_deltas(folder, model, empty, read_low_rank(source.adapter))
-        chat = _tokenizer_of(source)
-        sequences = _sequences(source, chat)
+        deltas, is_untied = stored_deltas(folder, model, empty, read_low_rank(source.adapter))
+        chat = tokenizer_of(source)
+        sequences = sequences_of(source, chat)
         rows = embedding_rows(config_of_folder(folder))
         check_fits_embedding(chat, rows, (sequence.token_ids_T for sequence in sequences))
         say(f"merging {source.path} with its base {source.base}, which is only read")
-        with _whole_or_nothing(out) as temporary:
+        with whole_or_nothing(out) as temporary:
             target = None if stored.dtype is None else getattr(torch, stored.dtype)
             write_merged(
                 WeightFiles(folder),
@@ -124,7 +131,7 @@ def convert_to_merged(
             if verify:
                 say("comparing the merged model with the adapter, layer by layer")
                 found = compare(folder, source.adapter, temporary, sequences, partial(on_progress, "comparing layers"))
-                _check_faithful(found, stored.dtype)
+                check_faithful(found, stored.dtype)
             card = model_card(source.base, source.settings, found, title=out.name)
             (temporary / "README.md").write_text(card, encoding="utf-8")
     return Conversion(out, source.path, found)
@@ -139,16 +146,16 @@ def convert_to_adapter(
         UserError: there is nothing to convert, the adapter is not a plain LoRA, or `out` is not empty.
     """
     out = out.absolute()
-    _check_free(out)
+    check_free(out)
     with (
         opened(path, base, adapter_config, say, reads_weights=False) as source,
-        _whole_or_nothing(out) as temporary,
+        whole_or_nothing(out) as temporary,
     ):
         if source.run is None:
             read_low_rank(source.adapter)  # an adapter that PEFT would load as none, or not at all, is not copied
         shutil.copytree(source.adapter, temporary, dirs_exist_ok=True)
         if source.settings is not None:
-            save_tokenizer(_tokenizer_of(source), temporary)
+            (save_for_scoring if source.is_reward_model else save_tokenizer)(tokenizer_of(source), temporary)
             card = model_card(source.base, source.settings, None, title=out.name)
             (temporary / "README.md").write_text(card, encoding="utf-8")
     return Conversion(out, source.path, None)
@@ -161,7 +168,7 @@ def convert_to_universal(path: Path, out: Path, *, say: Say = print) -> Conversi
         UserError: the path holds no checkpoint of a run, or `out` is not empty.
     """
     out = out.absolute()
-    _check_free(out)
+    check_free(out)
     if is_deepspeed(path):
         raise UserError(f"{path}: DeepSpeed's own; `python -m deepspeed.checkpoint.ds_to_universal` converts it")
     if (path / "adapter_config.json").is_file():
@@ -170,12 +177,14 @@ def convert_to_universal(path: Path, out: Path, *, say: Say = print) -> Conversi
         )
     source = of_run(path, say=say, reads_weights=False)
     assert source.settings is not None
-    with _whole_or_nothing(out) as temporary:
+    if source.is_reward_model:
+        raise UserError(f"{path}: a reward model, whose head has a learning rate of its own: {_NOT_UNIVERSAL}")
+    with whole_or_nothing(out) as temporary:
         write_universal(source.path, source.settings.train, temporary)
     return Conversion(out, source.path, None)
 
 
-def _stored_deltas(
+def stored_deltas(
     folder: Path, model: Any, empty: Mapping[str, Tensor], deltas: Mapping[str, LowRank]
 ) -> tuple[dict[str, LowRank], bool]:
     """The deltas by the names that the base's files use, and whether one of them parts the head from the embedding.
@@ -190,7 +199,7 @@ def _stored_deltas(
     return by_file, any(name in by_file for pair in stored_twice(model, empty) for name in pair)
 
 
-def _tokenizer_of(source: Convertible) -> ChatTokenizer:
+def tokenizer_of(source: Convertible) -> ChatTokenizer:
     """The tokenizer of the source's base, with the run's chat template.
 
     Raises:
@@ -206,11 +215,17 @@ def _tokenizer_of(source: Convertible) -> ChatTokenizer:
     return chat
 
 
-def _sequences(source: Convertible, chat: ChatTokenizer) -> tuple[Sequence, ...]:
+def sequences_of(source: Convertible, chat: ChatTokenizer) -> tuple[Sequence, ...]:
+    """The sequences on which a conversion is compared: of the run's data, or built-in ones."""
     return sample_sequences(chat) if source.run is None else sequences_of_run(source.run.sample_data())
 
 
-def _check_faithful(found: Agreement, dtype: Dtype | None) -> None:
+def check_faithful(found: Agreement, dtype: Dtype | None) -> None:
+    """Refuse a model that does not do what base and adapter do.
+
+    Raises:
+        CheckFailed: says how much is kept, and what to do.
+    """
     if not found.is_faithful:
         raise CheckFailed(
             f"the merged model: {found.summary} (allowed {MAX_RELATIVE_ERROR:.0%}): weights of "
@@ -219,13 +234,18 @@ def _check_faithful(found: Agreement, dtype: Dtype | None) -> None:
         )
 
 
-def _check_free(out: Path) -> None:
+def check_free(out: Path) -> None:
+    """Refuse a target that holds something.
+
+    Raises:
+        UserError: it exists, and is no empty folder.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: already exists; delete it or give another folder")
 
 
 @contextmanager
-def _whole_or_nothing(out: Path) -> Iterator[Path]:
+def whole_or_nothing(out: Path) -> Iterator[Path]:
     """A temporary folder that is renamed to `out` if the block succeeds, and deleted otherwise.
 
     Remains of an earlier conversion that was killed are deleted first.
@@ -234,7 +254,7 @@ def _whole_or_nothing(out: Path) -> Iterator[Path]:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with _only_writer(out):
-            _check_free(out)  # again: another conversion may have ended in the meantime
+            check_free(out)  # again: another conversion may have ended in the meantime
             shutil.rmtree(temporary, ignore_errors=True)
             try:
                 temporary.mkdir()

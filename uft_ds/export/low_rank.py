@@ -14,7 +14,8 @@ from peft import LoraConfig
 from torch import Tensor
 
 from uft_ds.errors import UserError
-from uft_ds.streams.adapter_files import PREFIX, adapter_file, read_adapter_tensors
+from uft_ds.streams.adapter_files import HEAD_TENSOR, PREFIX, adapter_file, read_adapter_tensors
+from uft_ds.streams.classifier import HEAD
 from uft_ds.streams.lora_config import LORA_TENSOR, WITHOUT_EFFECT, read_lora_config
 
 _MERGED = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
@@ -46,13 +47,38 @@ def read_low_rank(folder: Path) -> dict[str, LowRank]:
     return low_rank_of(read_adapter_tensors(folder), config, label=str(adapter_file(folder)))
 
 
-def read_adapter_config(path: Path) -> dict[str, Any]:
+def read_with_head(folder: Path) -> tuple[dict[str, LowRank], Tensor]:
+    """The deltas of a reward model's adapter, as `read_low_rank` returns them, and its head: [1, hidden].
+
+    Raises:
+        UserError: the adapter is not a plain LoRA with a head; names the field or the tensor.
+    """
+    label = str(adapter_file(folder))
+    tensors = read_adapter_tensors(folder)
+    head = tensors.pop(HEAD_TENSOR, None)
+    if head is None or head.dim() != 2 or head.shape[0] != 1 or not torch.isfinite(head.float()).all():
+        found = "no such tensor" if head is None else f"{list(head.shape)}"
+        raise UserError(f"{label}: {HEAD_TENSOR}: {found}; expected the finite head of a reward model, [1, hidden]")
+    config = read_adapter_config(folder / "adapter_config.json", with_head=True)
+    return low_rank_of(tensors, config, label=label), head
+
+
+def read_adapter_config(path: Path, *, with_head: bool = False) -> dict[str, Any]:
     """A plain LoRA's config, with PEFT's defaults filled in.
 
+    Args:
+        with_head: whether a reward model's head belongs to the adapter.
     Raises:
         UserError: the file is not the config of a plain LoRA; names the field.
     """
     config, defaults = read_lora_config(path), LoraConfig().to_dict()
+    if with_head and config["modules_to_save"] == [HEAD]:
+        config["modules_to_save"] = None
+    elif config["modules_to_save"] == [HEAD]:
+        raise UserError(
+            f"{path}: the adapter of a reward model, which has a head; convert the run that trained it, by --to "
+            "reward-model"
+        )
     for key in sorted(set(defaults) - _MERGED - WITHOUT_EFFECT - _OF_THE_START):
         if (config[key] or None) != (defaults[key] or None):
             raise UserError(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -23,10 +24,13 @@ def write_merged(
     dtype: torch.dtype | None,
     max_shard_bytes: int,
     on_bytes: Callable[[int, int], None] = lambda done, total: None,
+    without: Collection[str] = (),
+    added: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
     """Write the weights of the merged model; sums are formed in float32.
 
     Args:
+        without: tensors of the base that are left out. added: tensors that the base does not have, by their names.
         dtype: type of all floating-point tensors; None: each keeps the base's type.
         on_bytes: called with the bytes computed so far and their total.
     Raises:
@@ -43,7 +47,9 @@ def write_merged(
         if not base.infos[name].dtype.is_floating_point:
             raise UserError(f"{base.folder}: {name} is of type {base.infos[name].dtype}: it cannot be merged into")
 
-    infos = [_stored(info, dtype) for info in base.infos.values()]
+    of_base = [info for name, info in base.infos.items() if name not in without]
+    further = [TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in added.items()]
+    infos = [_stored(info, dtype) for info in (*of_base, *further)]
     total, done = sum(info.num_bytes for info in infos), 0
     _check_room(folder, total)
 
@@ -51,7 +57,7 @@ def write_merged(
         nonlocal done
         on_bytes(done, total)
         done += info.num_bytes
-        tensor = base.read(info.name)
+        tensor = added[info.name] if info.name in added else base.read(info.name)
         if info.name in deltas:
             tensor = deltas[info.name].delta().add_(tensor.float())
         stored = tensor.to(info.dtype)

@@ -12,11 +12,12 @@ from uft_ds.recipe.settings import Settings
 
 def model_card(base: str, settings: Settings | None, found: Agreement | None, *, title: str) -> str:
     """Markdown with the hub's front matter; the owner of the model must still fill in the licence."""
+    is_reward_model = settings is not None and settings.trains_head
     fields = {
         "base_model": base,
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["uft", "lora", "uft_ds"],
+        "pipeline_tag": "text-classification" if is_reward_model else "text-generation",
+        "tags": ["uft", "lora", "uft_ds", *(["reward-model"] if is_reward_model else [])],
         "datasets": sorted({source.path for source in settings.data.sources}) if settings else None,
         "license": "other",
         "license_name": "see-base-model-and-data",
@@ -33,8 +34,9 @@ def model_card(base: str, settings: Settings | None, found: Agreement | None, *,
     if found is not None:
         parts += [
             "## The merge",
-            "Log-ratios to the base, of base + adapter by PEFT and of this model, both in float32: "
-            f"{found.summary}; the largest is {found.largest_nats:.3g} nats.",
+            f"{'What the adapters change of a reward' if is_reward_model else 'Log-ratios to the base'}, of base + "
+            f"adapter by PEFT and of this model, both in float32: {found.summary}; the largest is "
+            f"{found.largest_nats:.3g}{found.unit}.",
         ]
     if settings is not None:
         parts += ["## Recipe", f"```yaml\n{dump_recipe(settings.stored)}```"]

@@ -45,6 +45,11 @@ class Convertible:
     settings: Settings | None = None
     run: RunFolder | None = None
 
+    @property
+    def is_reward_model(self) -> bool:
+        """Whether the adapter is of a run that trains a reward model, with its head beside it."""
+        return self.settings is not None and self.settings.trains_head
+
 
 @contextmanager
 def opened(

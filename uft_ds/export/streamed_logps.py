@@ -24,6 +24,7 @@ from uft_ds.errors import UserError
 from uft_ds.host.process import returning_freed_memory
 from uft_ds.objectives.implicit_reward import response_logps
 from uft_ds.streams.adapter_files import PREFIX
+from uft_ds.streams.classifier import empty_classifier
 from uft_ds.streams.load import meta_model
 from uft_ds.streams.stored_names import origins, read_parameter
 from uft_ds.streams.stream import POLICY_ADAPTER
@@ -100,15 +101,70 @@ def streamed_logps(
     return response_logps(token_logps_N, batch.response_of_N, len(batch.responses))
 
 
+@torch.no_grad()
+def streamed_values(
+    model: Any,
+    weights: WeightFiles,
+    sequences: tuple[Sequence, ...],
+    head_1D: Tensor,
+    *,
+    adapters: bool = True,
+    on_unit: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """The head's value at each response's last token, in float32: [responses], float64.
+
+    For the arguments and errors see `streamed_logps`.
+    """
+    batch = micro_batch(sequences)
+    with (
+        returning_freed_memory(),
+        _streaming(model, weights, on_unit),
+        nullcontext() if adapters else model.disable_adapter(),
+    ):
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        hidden_TD = base.get_decoder()(
+            input_ids=batch.token_ids_T[None], position_ids=batch.position_ids_T[None], use_cache=False
+        ).last_hidden_state[0]
+    return (hidden_TD[batch.last_R].float() @ head_1D[0].float()).double()
+
+
+@torch.no_grad()
+def streamed_scores(
+    classifier: Any, weights: WeightFiles, sequences: tuple[Sequence, ...], *, on_unit: Callable[[], None]
+) -> Tensor:
+    """What Hugging Face's sequence classifier says of each response, in float32: [responses], float64.
+
+    Each text that ends with a response is a row of one padded batch, and the classifier finds its last token by itself.
+
+    Args:
+        classifier: empty, with its padding token in the config.
+    Raises:
+        UserError: the files lack a weight.
+    """
+    texts = [s.token_ids_T[: response.end] for s in sequences for response in s.responses]
+    lengths = torch.tensor([len(text) for text in texts])
+    places_T = torch.arange(int(lengths.max()))
+    token_ids_RT = torch.full((len(texts), len(places_T)), classifier.config.get_text_config().pad_token_id)
+    for row, text in zip(token_ids_RT, texts, strict=True):
+        row[: len(text)] = torch.from_numpy(text.astype("int64"))
+    is_text_RT = (places_T < lengths[:, None]).long()
+    with returning_freed_memory(), _streaming(classifier, weights, on_unit, plain=empty_classifier(classifier.config)):
+        logits_R1 = classifier(input_ids=token_ids_RT, attention_mask=is_text_RT, use_cache=False).logits
+    return logits_R1[:, 0].double()
+
+
 def num_units(model: Any) -> int:
     """The number of parts of a model that are loaded one after the other."""
     return len(_units(model))
 
 
 @contextmanager
-def _streaming(model: Any, weights: WeightFiles, on_unit: Callable[[], None]) -> Iterator[None]:
-    """Within the block, forward hooks load each unit's weights before it runs and drop them afterwards."""
-    read = _reader(model, weights)
+def _streaming(model: Any, weights: WeightFiles, on_unit: Callable[[], None], plain: Any = None) -> Iterator[None]:
+    """Within the block, forward hooks load each unit's weights before it runs and drop them afterwards.
+
+    plain: the same model without adapters, on the meta device; None: the causal model of its config.
+    """
+    read = _reader(meta_model(model.config) if plain is None else plain, weights)
     handles = []
     for prefix, unit in _units(model):
         place = _Weights(read, prefix)
@@ -141,9 +197,11 @@ def _units(model: Any) -> list[tuple[str, nn.Module]]:
     return units
 
 
-def _reader(model: Any, weights: WeightFiles) -> Callable[[str], Tensor]:
-    """A function that reads a base weight by its name in memory, whatever the files call it."""
-    plain = meta_model(model.config)  # adapters change a model's names
+def _reader(plain: Any, weights: WeightFiles) -> Callable[[str], Tensor]:
+    """A function that reads a base weight by its name in memory, whatever the files call it.
+
+    plain: the model without adapters, which change its names.
+    """
     tied: dict[str, str] = getattr(plain, "all_tied_weights_keys", None) or {}
     found = origins(plain, {name: info.empty() for name, info in weights.infos.items()})
 

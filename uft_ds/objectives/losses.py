@@ -20,12 +20,15 @@ PAIRWISE = ("dpo", "cdpo", "robust", "ipo", "hinge", "rpo_sq", "rpo_fwd", "rpo_b
 REFERENCE_FREE = ("simpo", "contrast", "odds_ratio")
 """Losses of the two responses of a pair, without a reference."""
 
+OF_HEAD = ("bradley_terry",)
+"""Losses of the rewards that a head gives to the two responses of a pair: those of reward models."""
+
 LIKELIHOOD = ("nll", "nll_sum")
 """-log pi(y|x), divided by the number of the step's tokens (nll) or of its responses (nll_sum, UFT Eq. 1)."""
 
 TERMS: Mapping[str, Term] = {
     **dict.fromkeys(POINTWISE, "response"),
-    **dict.fromkeys((*PAIRWISE, *REFERENCE_FREE), "pair"),
+    **dict.fromkeys((*PAIRWISE, *REFERENCE_FREE, *OF_HEAD), "pair"),
     "nll": "token",
     "nll_sum": "response",
 }
@@ -40,7 +43,10 @@ PRESETS: Mapping[str, Mapping[str, float]] = {
 """Losses that their papers define as sums, with the papers' weights."""
 
 NEEDS_REFERENCE = frozenset((*POINTWISE, *PAIRWISE))
-NEEDS_PAIRS = frozenset((*PAIRWISE, *REFERENCE_FREE))
+"""Losses of implicit rewards; a pointwise loss of a head's rewards needs no reference either."""
+NEEDS_PAIRS = frozenset((*PAIRWISE, *REFERENCE_FREE, *OF_HEAD))
+HEAD_LOSSES = frozenset({"mse", "bce", *OF_HEAD})
+"""All losses that a reward head can be trained by; only `OF_HEAD` can train nothing else."""
 A_TOKEN = frozenset({"ipo", "simpo"})
 """These losses always compare means over tokens, so their beta is per nat per token, also without
 `length_normalized`."""

@@ -33,7 +33,7 @@ from uft_ds.objectives.losses import (
 )
 from uft_ds.objectives.pairwise import PAIR_LOSSES, PairConstants, Pairs
 from uft_ds.objectives.pointwise import pointwise_loss
-from uft_ds.objectives.reference import POLICY_STREAM, REFERENCE_STREAM
+from uft_ds.objectives.reference import POLICY_STREAM, REFERENCE_STREAM, REWARD_STREAM, RewardBy
 from uft_ds.objectives.reward_shift import RewardShift
 
 BetaSchedule = Literal["constant", "linear", "cosine"]
@@ -55,6 +55,7 @@ class Objective:
     length_normalized: log-ratios are means over a response's tokens, not sums; beta is then per nat per token.
     undesirable_weight: weight of binary responses labelled bad; good ones have weight 1.
     beta_schedule: how the factor of all betas changes over the steps. beta_end: the factor at the last step.
+    reward: what the reward of a response is; that of a head needs no reference and has no beta.
     """
 
     of_kind: Mapping[Kind, KindObjective]
@@ -64,6 +65,7 @@ class Objective:
     beta_schedule: BetaSchedule = "constant"
     beta_end: float = 1.0
     constants: PairConstants = field(default_factory=PairConstants)
+    reward: RewardBy = "implicit"
 
     @property
     def losses(self) -> tuple[str, ...]:
@@ -74,7 +76,12 @@ class Objective:
     @property
     def needs_reference(self) -> bool:
         """Whether a loss in use compares with the reference; if not, no reference is computed."""
-        return any(name in NEEDS_REFERENCE for name in self.losses)
+        return self.reward == "implicit" and any(name in NEEDS_REFERENCE for name in self.losses)
+
+    @property
+    def trained_stream(self) -> str:
+        """The name of the one stream that a step trains."""
+        return REWARD_STREAM if self.reward == "head" else POLICY_STREAM
 
     def weight_of(self, response: Response, loss: str) -> float:
         """The weight of one response's term of a loss."""
@@ -132,12 +139,13 @@ def _terms_of(loss: str, response: Response, *, is_rejected: bool) -> int:
 
 @dataclass(frozen=True)
 class Rewards:
-    """Log-ratios and implicit rewards of a micro-batch: [responses] each, float32, with the policy's gradient.
+    """Log-ratios and rewards of a micro-batch: [responses] each, float32, with the trained stream's gradient.
 
-    log_ratios_R: nats, summed over tokens. rewards_R: beta * log-ratio (per token, if lengths are normalised).
+    log_ratios_R: nats, summed over tokens; None with a reward head.
+    rewards_R: beta * log-ratio (per token, if lengths are normalised), or the values of the head.
     """
 
-    log_ratios_R: Tensor
+    log_ratios_R: Tensor | None
     rewards_R: Tensor
 
 
@@ -171,18 +179,22 @@ def micro_batch_loss(
     Args:
         num_terms: the number of each loss's terms in the whole step.
         logps: by stream, [responses], nats, summed over tokens, float64: "policy" with gradient, and "reference" if the
-            objective needs one.
+            objective needs one. With a reward head instead "reward", its values, with gradient.
         shifts_R: [responses], float32, subtracted from the rewards of pointwise losses; None: 0.
     Returns:
         a scalar with gradient, also for a micro-batch without responses; and [2, kinds, losses], float64: the
         unweighted sum and the number of each loss's terms, which can be added over ranks and micro-batches.
     """
-    logps_R = logps[POLICY_STREAM]
-    reference_logps_R = logps.get(REFERENCE_STREAM)
-    rewards = None if reference_logps_R is None else rewards_of(objective, micro_batch, logps_R, reference_logps_R)
+    trained_R = logps[objective.trained_stream]
+    logps_R, reference_logps_R = logps.get(POLICY_STREAM), logps.get(REFERENCE_STREAM)
+    rewards: Rewards | None = None
+    if objective.reward == "head":
+        rewards = Rewards(None, trained_R.float())
+    elif reference_logps_R is not None:
+        rewards = rewards_of(objective, micro_batch, trained_R, reference_logps_R)
     # Every rank must run a backward through the model, also if it has no term: the backward contains collectives.
-    loss = logps_R.sum().float() * 0.0
-    sums = torch.zeros(2, len(KINDS), len(LOSSES), dtype=torch.float64, device=logps_R.device)
+    loss = trained_R.sum().float() * 0.0
+    sums = torch.zeros(2, len(KINDS), len(LOSSES), dtype=torch.float64, device=trained_R.device)
     for name in objective.losses:
         places_M, terms_M = _terms(name, objective, micro_batch, logps_R, rewards, shifts_R)
         if not len(places_M):
@@ -203,22 +215,23 @@ def _terms(
     name: str,
     objective: Objective,
     micro_batch: MicroBatch,
-    logps_R: Tensor,
+    logps_R: Tensor | None,
     rewards: Rewards | None,
     shifts_R: Tensor | None,
 ) -> tuple[list[int], Tensor]:
     """The terms of one loss, and the index of the response that each belongs to (for a pair, the chosen one)."""
-    device = logps_R.device
+    device = micro_batch.scores_R.device
     if name in NEEDS_PAIRS:
         of_kind = [objective.of_kind[micro_batch.responses[chosen].kind] for chosen, _ in micro_batch.pairs]
         kept = [pair for pair, of in zip(micro_batch.pairs, of_kind, strict=True) if name in of.losses]
         if not kept:
-            return [], logps_R
+            return [], micro_batch.scores_R[:0]
         index_P2 = _indices(kept, device)
+        log_ratios_R = None if rewards is None else rewards.log_ratios_R
         pairs = Pairs(
             rewards_P2=None if rewards is None else rewards.rewards_R[index_P2],
-            log_ratios_P2=None if rewards is None else rewards.log_ratios_R[index_P2],
-            logps_P2=logps_R[index_P2],
+            log_ratios_P2=None if log_ratios_R is None else log_ratios_R[index_P2],
+            logps_P2=None if logps_R is None else logps_R[index_P2],
             tokens_P2=_on_device([r.num_tokens for r in micro_batch.responses], device)[index_P2],
             scores_P2=micro_batch.scores_R[index_P2],
             beta=objective.of_kind["pair"].beta,
@@ -233,6 +246,7 @@ def _terms(
     ]
     index_M = _indices(members, device)
     if name in LIKELIHOOD:
+        assert logps_R is not None
         return members, sequence_nll(logps_R[index_M]).float()
     assert rewards is not None
     rewards_M = rewards.rewards_R[index_M]

@@ -17,16 +17,17 @@ from torch import Tensor
 class Pairs:
     """Both sides of each pair, the chosen one in column 0.
 
-    rewards_P2: [pairs, 2], beta * log_ratio (per token if lengths are normalised); None without a reference.
+    rewards_P2: [pairs, 2], beta * log_ratio (per token if lengths are normalised), or the values of a reward head;
+        None without both.
     log_ratios_P2: [pairs, 2], nats, summed over tokens; None without a reference.
-    logps_P2: [pairs, 2], log pi(y|x), nats, summed over tokens, float64.
+    logps_P2: [pairs, 2], log pi(y|x), nats, summed over tokens, float64; None with a reward head.
     tokens_P2, scores_P2: [pairs, 2], float32.
     beta: per nat, or per nat per token.
     """
 
     rewards_P2: Tensor | None
     log_ratios_P2: Tensor | None
-    logps_P2: Tensor
+    logps_P2: Tensor | None
     tokens_P2: Tensor
     scores_P2: Tensor
     beta: float
@@ -40,12 +41,16 @@ class PairConstants:
     rpo_scale: eta, the factor of the difference of scores; for rpo_*.
     dpop_penalty: lambda; for dpop.
     simpo_margin: gamma; for simpo.
+    score_margin: whether the difference of the given scores is a margin; for bradley_terry.
+    centering: coefficient of (r_chosen + r_rejected)^2; for bradley_terry.
     """
 
     label_smoothing: float = 0.0
     rpo_scale: float = 1.0
     dpop_penalty: float = 50.0
     simpo_margin: float = 0.5
+    score_margin: bool = False
+    centering: float = 0.0
 
 
 PairLoss = Callable[[Pairs, PairConstants], Tensor]
@@ -112,7 +117,7 @@ def dpop(pairs: Pairs, constants: PairConstants) -> Tensor:
 
 def simpo(pairs: Pairs, constants: PairConstants) -> Tensor:
     """-log sigmoid(beta d - gamma), where d is the difference of log pi per token: SimPO (2405.14734). No reference."""
-    return -F.logsigmoid(pairs.beta * _difference(pairs.logps_P2 / pairs.tokens_P2) - constants.simpo_margin)
+    return -F.logsigmoid(pairs.beta * _difference(_logps(pairs) / pairs.tokens_P2) - constants.simpo_margin)
 
 
 def contrast(pairs: Pairs, constants: PairConstants) -> Tensor:
@@ -120,7 +125,7 @@ def contrast(pairs: Pairs, constants: PairConstants) -> Tensor:
 
     No reference.
     """
-    return -F.logsigmoid(pairs.beta * _difference(pairs.logps_P2))
+    return -F.logsigmoid(pairs.beta * _difference(_logps(pairs)))
 
 
 def odds_ratio(pairs: Pairs, constants: PairConstants) -> Tensor:
@@ -128,7 +133,18 @@ def odds_ratio(pairs: Pairs, constants: PairConstants) -> Tensor:
 
     This is the preference part of ORPO (2403.07691) Eq. 7. It has no reference and no beta.
     """
-    return -F.logsigmoid(_difference(log_odds(pairs.logps_P2 / pairs.tokens_P2)))
+    return -F.logsigmoid(_difference(log_odds(_logps(pairs) / pairs.tokens_P2)))
+
+
+def bradley_terry(pairs: Pairs, constants: PairConstants) -> Tensor:
+    """-log sigmoid(D - m) + c (r_chosen + r_rejected)^2, where r is what a reward head gives.
+
+    m is the difference of the given scores (Llama 2, 2307.09288 Eq. 2), or 0. The term with c keeps rewards around 0,
+    because D does not change if a number is added to all of them (2312.09244 Eq. 2).
+    """
+    assert pairs.rewards_P2 is not None
+    margins_P = _margins(pairs) - (_difference(pairs.scores_P2) if constants.score_margin else 0.0)
+    return -F.logsigmoid(margins_P) + constants.centering * pairs.rewards_P2.sum(dim=1).square()
 
 
 def log_odds(logps: Tensor) -> Tensor:
@@ -151,6 +167,7 @@ PAIR_LOSSES: dict[str, PairLoss] = {
     "simpo": simpo,
     "contrast": contrast,
     "odds_ratio": odds_ratio,
+    "bradley_terry": bradley_terry,
 }
 """The functions of the pairwise losses of `losses.py`, by name."""
 
@@ -161,6 +178,11 @@ _LEAST_NATS = 1e-6
 def _margins(pairs: Pairs) -> Tensor:
     assert pairs.rewards_P2 is not None
     return _difference(pairs.rewards_P2)
+
+
+def _logps(pairs: Pairs) -> Tensor:
+    assert pairs.logps_P2 is not None
+    return pairs.logps_P2
 
 
 def _score_margins(pairs: Pairs, constants: PairConstants) -> Tensor:

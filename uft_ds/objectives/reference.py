@@ -1,4 +1,4 @@
-"""The two streams that a loss compares, and the ways to obtain the reference's log-probs.
+"""The streams that losses read, and the ways to obtain the reference's log-probs.
 
 One vocabulary for losses, model, cache and planner.
 """
@@ -8,7 +8,13 @@ from __future__ import annotations
 from typing import Literal
 
 POLICY_STREAM, REFERENCE_STREAM = "policy", "reference"
-"""The streams' names, by which outputs, log-probs and known values are found."""
+"""The names of the two streams that a loss compares, by which outputs, log-probs and known values are found."""
+
+REWARD_STREAM = "reward"
+"""The name of the stream of a reward head: the value that it gives to each response."""
+
+RewardBy = Literal["implicit", "head"]
+"""What the reward of a response is. implicit: beta * its log-ratio. head: the value of a reward head."""
 
 HowForwarded = Literal["lockstep", "separate"]
 """lockstep: both streams pass each layer together. separate: the reference has its own forward in the same call."""

@@ -156,7 +156,8 @@ def _changed_settings(setting: Setting) -> Iterable[Setting]:
         yield replace(setting, workload=replace(workload, activation_offload=True))
     if workload.activation_offload:
         yield replace(setting, workload=replace(workload, activation_offload=False))
-    if workload.logits_bytes is None or workload.logits_bytes > _SMALL_LOGITS:
+    has_logits = not workload.lora.has_reward_head
+    if has_logits and (workload.logits_bytes is None or workload.logits_bytes > _SMALL_LOGITS):
         yield replace(setting, workload=replace(workload, logits_bytes=_SMALL_LOGITS))
     if workload.lora.dtype == "float32" and workload.dtype != "float32":
         yield replace(setting, workload=replace(workload, lora=replace(workload.lora, dtype=workload.dtype)))
@@ -234,8 +235,9 @@ def _ever_smaller(workload: Workload) -> Iterable[Workload]:
         tokens = max(workload.least_micro_batch, tokens // 2)
         workload = replace(workload, tokens_per_micro_batch=tokens)
         yield workload
-    workload = replace(workload, logits_bytes=min(workload.logits_bytes or _SMALL_LOGITS, _SMALL_LOGITS))
-    yield workload
+    if not workload.lora.has_reward_head:
+        workload = replace(workload, logits_bytes=min(workload.logits_bytes or _SMALL_LOGITS, _SMALL_LOGITS))
+        yield workload
     yield replace(workload, activation_offload=True)
 
 

@@ -30,7 +30,8 @@ class Flops:
     attention: int
     """In policy, reference and recomputation together."""
     head: int
-    """Log-probs and their gradient for every token: 4 per parameter and token, 2 more with a reference."""
+    """Log-probs and their gradient for every token: 4 per parameter and token, 2 more with a reference. A reward model
+    has none."""
     adapters: int
     reward_shift: int
     """The additional forwards before the step, with all their parts."""
@@ -46,7 +47,7 @@ def step_flops(
     """Operations of a step of `examples_per_step` responses. extra_streams: forwards before it, see `Workload`."""
     config, tokens = structure.config, workload.tokens_per_step
     layers = sum(structure.num_of(layer) for layer in structure.layers)
-    head = structure.num_of(structure.head)
+    head = 0 if workload.lora.has_reward_head else structure.num_of(structure.head)
     recomputes = workload.gradient_checkpointing is True  # the selective mode recomputes what takes few operations
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     query = config.num_attention_heads * head_dim

@@ -116,6 +116,8 @@ def gpu_memory(
         gradients += parts.adapter_bytes(structure, item_bytes, 1)
     hidden = structure.config.hidden_size
     head_saved = head_saved_bytes(workload.largest_micro_batch, hidden, item_bytes=workload.item_bytes)
+    if workload.lora.has_reward_head:
+        head_saved = 0  # one row a response
     streams = activations.stream_bytes
     held = {
         "weights_shard_bytes": weights,
@@ -140,7 +142,12 @@ def head_saved_bytes(num_supervised: int, hidden_size: int, *, item_bytes: int) 
 
 
 def head_tile_bytes(structure: Structure, workload: Workload) -> int:
-    """Memory of `kernels/` if every token is supervised: logits, float32 rows of a chunk, and both streams' rows."""
+    """Memory of `kernels/` if every token is supervised: logits, float32 rows of a chunk, and both streams' rows.
+
+    A reward model has no logits.
+    """
+    if workload.lora.has_reward_head:
+        return 0
     config = structure.config
     streams = 1 if workload.reference == "none" else 2
     capped = logit_transform_of(config).softcap is not None

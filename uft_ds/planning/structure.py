@@ -38,6 +38,8 @@ class Lora:
     dtype: str
     has_reference: bool = False
     """Whether there is also a frozen reference adapter of the same form."""
+    has_reward_head: bool = False
+    """Whether a reward model's head is trained with them; no logits are computed then."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Structure:
     norm: tuple[int, ...]
     head: tuple[int, ...]
     """The embedding's parameters if they are tied."""
+    reward_head: tuple[int, ...]
+    """The one parameter of a reward model's head, of the adapters' type; else empty."""
     config: Any
     lora: Lora
     sample: Any
@@ -92,12 +96,13 @@ class Structure:
             *layers,
             Visit("norm", self.norm, self.norm),
         ]
-        return [Visit("root", (), everything), *one * passes, Visit("head", self.head, self.head)]
+        head = self.reward_head or self.head
+        return [Visit("root", (), everything), *one * passes, Visit("head", head, head)]
 
     def backward(self) -> list[Visit]:
-        """Modules in the order of a backward: the frozen head is not needed, the embedding is visited again."""
-        root, decoder, embedding, _, *layers, norm, _ = self.forward()
-        return [root, decoder, norm, *reversed(layers), embedding]
+        """Modules in the order of a backward: a frozen head is not needed, the embedding is visited again."""
+        root, decoder, embedding, _, *layers, norm, head = self.forward()
+        return [root, *([head] if self.reward_head else []), decoder, norm, *reversed(layers), embedding]
 
 
 def _leaf(name: str, parameters: tuple[int, ...]) -> Visit:
@@ -157,6 +162,12 @@ def structure_of(config: Any, lora: Lora) -> Structure:
     norm = tuple(p for module in _final_norms(decoder) for p in noted(module))
     head = noted(base.get_output_embeddings())
     noted(policy)  # all remaining parameters
+    reward_head: tuple[int, ...] = ()
+    if lora.has_reward_head:
+        reward_head = (len(sizes),)
+        sizes.append(int(config.get_text_config().hidden_size))
+        is_trainable.append(True)
+        is_adapter.append(True)
     return Structure(
         sizes=tuple(sizes),
         is_trainable=tuple(is_trainable),
@@ -165,6 +176,7 @@ def structure_of(config: Any, lora: Lora) -> Structure:
         embedding=embedding,
         norm=norm,
         head=head,
+        reward_head=reward_head,
         config=config.get_text_config(),
         lora=lora,
         sample=policy,

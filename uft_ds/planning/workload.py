@@ -137,6 +137,7 @@ def workload_of(settings: Settings, config: Any, *, tokens_per_response: int | N
             settings.lora.targets,
             settings.lora.dtype,
             has_reference=reference.adapter is not None and reference.is_needed,
+            has_reward_head=settings.trains_head,
         ),
         dtype=settings.model.dtype,
         # For the GPUs of the plan, not for this machine.

@@ -13,14 +13,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from uft_ds.data.example import KINDS, Kind
 from uft_ds.objectives.losses import (
     A_TOKEN,
+    HEAD_LOSSES,
     LOSSES,
     NEEDS_PAIRS,
+    OF_HEAD,
     PAIRWISE,
     POINTWISE,
     PRESETS,
     USES_BETA,
     expanded,
 )
+from uft_ds.objectives.reference import RewardBy
 from uft_ds.objectives.reward_shift import ShiftName
 from uft_ds.recipe.names import unknown_loss, unknown_name
 
@@ -40,6 +43,8 @@ _READ_BY: Mapping[str, frozenset[str]] = {
     "rpo_scale": frozenset({"rpo_sq", "rpo_fwd", "rpo_bwd"}),
     "dpop_penalty": frozenset({"dpop"}),
     "simpo_margin": frozenset({"simpo"}),
+    "margin": frozenset(OF_HEAD),
+    "centering": frozenset(OF_HEAD),
     "reward_shift_value": frozenset({"constant"}),
     "reward_shift_decay": frozenset({"ema"}),
     "length_normalized": frozenset((*POINTWISE, *PAIRWISE)) - A_TOKEN,
@@ -71,6 +76,9 @@ class GivenObjective:
     rpo_scale: float
     dpop_penalty: float
     simpo_margin: float
+    reward: RewardBy = "implicit"
+    margin: Literal["none", "scores"] = "none"
+    centering: float = 0.0
     named: frozenset[str] = frozenset()
     changed: frozenset[str] = frozenset()
 
@@ -129,6 +137,10 @@ def objective_problems(objective: GivenObjective, *, examples_per_step: int) -> 
         if kind != "pair" and of_pairs:
             yield f"loss.{kind}", f"{loss if isinstance(loss, str) else of_pairs[0]!r} needs pairs"
     used = {name for loss in given.values() for name in expanded(loss)}
+    if objective.reward == "head" or used & set(OF_HEAD):
+        yield from _of_head(objective, used)
+        yield from _of_keys(objective, used)
+        return
     if isinstance(objective.beta, Mapping) and not objective.beta:
         yield "beta", "{} given, expected a number or a map from kind"
     misspelt = [kind for kind in objective.beta if kind not in KINDS] if isinstance(objective.beta, Mapping) else []
@@ -138,6 +150,27 @@ def objective_problems(objective: GivenObjective, *, examples_per_step: int) -> 
         yield from (("beta", problem) for problem in beta_problems(objective, given))
     yield from _of_shift(objective, used, examples_per_step)
     yield from _of_keys(objective, used)
+
+
+_NOT_OF_HEAD = (
+    "beta", "beta_schedule", "beta_end", "length_normalized", "reward_shift", "reward_shift_value",
+    "reward_shift_decay",
+)  # fmt: skip
+"""Keys that only implicit rewards read."""
+
+
+def _of_head(objective: GivenObjective, used: set[str]) -> Iterator[Problem]:
+    """Problems of a reward head's losses and keys, and of its loss without a head."""
+    if objective.reward == "implicit":
+        yield "loss", f"{OF_HEAD[0]!r} compares the rewards of a head; take dpo, or objective.reward: head"
+        return
+    for name in sorted(used - HEAD_LOSSES):
+        instead = "bradley_terry, which is its form for a head" if name == "dpo" else "another"
+        known = ", ".join(sorted(HEAD_LOSSES))
+        yield "loss", f"{name!r} is not a loss of reward: head ({known}); take {instead}, or reward: implicit"
+    for key in _NOT_OF_HEAD:
+        if key in objective.changed:
+            yield key, f"{getattr(objective, key)} given, but only implicit rewards have it; leave it out"
 
 
 def _unknown_losses(loss: str | Mapping[str, str | Mapping[str, float]]) -> Iterator[Problem]:
@@ -170,10 +203,8 @@ def _of_shift(objective: GivenObjective, used: set[str], examples_per_step: int)
 
 
 def _of_keys(objective: GivenObjective, used: set[str]) -> Iterator[Problem]:
-    if objective.beta_end != 1.0 and objective.beta_schedule == "constant":
-        yield "beta_end", f"{objective.beta_end} given, but beta_schedule is constant; take linear or cosine"
-    if objective.beta_schedule != "constant" and objective.beta_end == 1.0:
-        yield "beta_end", f"not given; beta_schedule: {objective.beta_schedule} needs it: beta's factor at the end"
+    if objective.reward == "implicit":
+        yield from _of_schedule(objective)
     smoothed = sorted(_READ_BY["label_smoothing"] & used)
     if smoothed and objective.label_smoothing is None:
         yield "label_smoothing", f"not given; {', '.join(smoothed)} needs it"
@@ -183,11 +214,20 @@ def _of_keys(objective: GivenObjective, used: set[str]) -> Iterator[Problem]:
         yield "length_normalized", "true given, but cpo compares sums over tokens; take simpo"
         return
     for key, readers in _READ_BY.items():
+        if objective.reward == "head" and key in _NOT_OF_HEAD:
+            continue  # `_of_head` has refused it
         if key in objective.changed and not readers & (used | {objective.reward_shift}):
             yield (
                 key,
                 f"{getattr(objective, key)} given, but only {', '.join(sorted(readers))} would use it; leave it out",
             )
+
+
+def _of_schedule(objective: GivenObjective) -> Iterator[Problem]:
+    if objective.beta_end != 1.0 and objective.beta_schedule == "constant":
+        yield "beta_end", f"{objective.beta_end} given, but beta_schedule is constant; take linear or cosine"
+    if objective.beta_schedule != "constant" and objective.beta_end == 1.0:
+        yield "beta_end", f"not given; beta_schedule: {objective.beta_schedule} needs it: beta's factor at the end"
 
 
 def beta_problems(objective: GivenObjective, losses: Mapping[str, str | Mapping[str, float]]) -> Iterator[str]:
@@ -245,11 +285,26 @@ def kind_problems(objective: GivenObjective, data: PreparedData) -> Iterator[Pro
         for number, source in enumerate(sources):
             held |= {kind: objective.losses_of(kind) for kind in sorted(source.selection.kinds)}
             yield from (("loss", problem) for problem in _of_source(objective, source, f"{part}.{number}"))
+            if objective.reward == "head":
+                yield from _of_source_with_head(objective, source, f"{part}.{number}")
     if isinstance(objective.loss, str) and isinstance(objective.beta, Mapping):  # the kinds are known only now
         yield from (("beta", problem) for problem in beta_problems(objective, held))
     trained = {kind for source in data.train for kind in source.selection.kinds}
     if not any(objective.weight_of(kind) for kind in trained):
         yield "weights", f"0 for {', '.join(sorted(trained))}, which is all that is trained on"
+
+
+def _of_source_with_head(objective: GivenObjective, source: PreparedSource, place: str) -> Iterator[Problem]:
+    """Problems of one source of a reward model; arguments as for `_of_source`."""
+    kinds = source.selection.kinds
+    if "instruction" in kinds:
+        yield (
+            "reward",
+            f"head learns which response is better, but {place} {source.label} holds responses of kind 'instruction', "
+            "which all count as good; leave the source out",
+        )
+    if objective.margin == "scores" and "pair" in kinds and source.account.scores is None:
+        yield "margin", f"scores given, but no row of {place} {source.label} has scores of the two sides; take none"
 
 
 def _of_source(objective: GivenObjective, source: PreparedSource, place: str) -> Iterator[str]:

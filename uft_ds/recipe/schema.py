@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from uft_ds.data.formats.table import format_names
-from uft_ds.objectives.reference import HowForwarded
+from uft_ds.objectives.reference import HowForwarded, RewardBy
 from uft_ds.objectives.reward_shift import ShiftName
 from uft_ds.recipe.best import best_problem
 from uft_ds.recipe.names import unknown_name
@@ -160,7 +160,10 @@ class ObjectiveSection(Section):
     loss: Annotated[str | dict[str, str | dict[str, float]], BeforeValidator(with_kinds)] = "mse"
     """One name for all kinds, or a map from kind to a name, or to a map from names to weights: {pair: {dpo: 1, nll:
     0.2}}. Pointwise: mse (UFT), bce, l1, raw. Pairwise: dpo, cdpo, robust, ipo, hinge, rpo_sq, rpo_fwd, rpo_bwd, dpop;
-    without reference simpo, orpo, cpo. Likelihood: nll (SFT), nll_sum."""
+    without reference simpo, orpo, cpo. Likelihood: nll (SFT), nll_sum. With `reward: head`: bradley_terry, bce, mse."""
+    reward: RewardBy = "implicit"
+    """What the reward of a response is. implicit: beta * its log-ratio, of a policy. head: the value of a scalar head
+    at its last token, which makes a reward model: adapters and head are trained, and there is no reference."""
     beta: PositiveFloat | dict[str, PositiveFloat] = DEFAULT_BETA
     """Implicit reward per nat of log-ratio: one value, or a map from kind to value; a kind that is not named has the
     default."""
@@ -190,6 +193,12 @@ class ObjectiveSection(Section):
     """Weight of the penalty for a lower likelihood of the chosen response, for dpop."""
     simpo_margin: NonNegativeFloat = 0.5
     """Margin by which the chosen reward must exceed the rejected one, for simpo."""
+    margin: Literal["none", "scores"] = "none"
+    """Margin by which the chosen reward must exceed the rejected one, for bradley_terry. scores: the difference of the
+    pair's scores, which are between 0 and 1."""
+    centering: NonNegativeFloat = 0.0
+    """Coefficient of the mean of (chosen + rejected reward)^2, for bradley_terry, which keeps rewards around 0; 0.01 is
+    usual."""
 
     @property
     def given(self) -> GivenObjective:
@@ -235,6 +244,8 @@ class TrainSection(Section):
     """Number of optimiser steps; the mixture is repeated as often as needed. A resumed run may change it."""
     lr: PositiveFloat = 3.0e-5
     """Peak learning rate of AdamW."""
+    head_lr: PositiveFloat | None = None
+    """Peak learning rate of a reward model's head, `objective.reward: head`; null: lr."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the learning rate after warm-up; cosine and linear end at 0."""
     warmup: UnitInterval = 0.1
@@ -356,6 +367,7 @@ def _impossible(recipe: Recipe) -> list[tuple[str, str]]:
                 found.append((f"{prefix}.{index}.format", unknown_name(source.format, format_names())))
             found += [(f"{prefix}.{index}.{key}", problem) for key, problem in _impossible_portion(source, prefix)]
             found += [(f"{prefix}.{index}.{key}", problem) for key, problem in _impossible_scores(source)]
+    found += _impossible_with_head(recipe)
     of_objective = objective_problems(recipe.objective.given, examples_per_step=train.examples_per_step)
     found += [(f"objective.{key}", problem) for key, problem in of_objective]
     return found + [
@@ -365,6 +377,34 @@ def _impossible(recipe: Recipe) -> list[tuple[str, str]]:
         )
         if unavailable
     ]
+
+
+def _impossible_with_head(recipe: Recipe) -> list[tuple[str, str]]:
+    """(key, problem) for keys outside the objective that a reward model does not read, or that only it reads."""
+    if recipe.objective.reward == "implicit":
+        lr = recipe.train.head_lr
+        return [] if lr is None else [("train.head_lr", f"{lr} given, but only objective.reward: head has a head")]
+    found = []
+    for key, default in ReferenceSection().model_dump().items():
+        given = getattr(recipe.reference, key)
+        if given != default:
+            found.append(
+                (f"reference.{key}", f"{given} given, but objective.reward: head has no reference; leave it out")
+            )
+    if recipe.train.samples:
+        found.append(
+            ("train.samples", f"{recipe.train.samples} given, but a reward model answers no prompts; leave it out")
+        )
+    best = recipe.train.keep_best or ""
+    if best.startswith(("held_out/logp_chosen", "held_out/implicit_reward_chosen")):
+        found.append(
+            ("train.keep_best", f"{best!r} given, which a reward model lacks; take held_out/pair_accuracy/pair")
+        )
+    if recipe.model.logits_mib is not None:
+        found.append(
+            ("model.logits_mib", f"{recipe.model.logits_mib} given, but a reward model has no logits; leave it out")
+        )
+    return found
 
 
 def _impossible_best(recipe: Recipe) -> list[str]:

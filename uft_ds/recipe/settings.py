@@ -116,6 +116,7 @@ class TrainSettings:
     epochs: int
     steps: int | None
     lr: float
+    head_lr: float | None
     schedule: Literal["cosine", "linear", "constant"]
     warmup: float
     betas: tuple[float, float]
@@ -130,6 +131,11 @@ class TrainSettings:
     evaluate_every: int
     samples: int
     sample_tokens: int
+
+    @property
+    def head_rate_scale(self) -> float:
+        """The learning rate of a reward model's head, as a factor of the adapters'."""
+        return 1.0 if self.head_lr is None else self.head_lr / self.lr
 
 
 @dataclass(frozen=True)
@@ -182,6 +188,11 @@ class Settings:
     tracking: tuple[str, ...]
     deepspeed: DeepSpeedSettings
     stored: Mapping[str, Any]
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether the run trains a reward model: adapters and a scalar head."""
+        return self.objective.reward == "head"
 
 
 def load_settings(name_or_path: str, overrides: tuple[str, ...] = ()) -> Settings:
@@ -280,7 +291,10 @@ def objective_of(given: GivenObjective) -> Objective:
             rpo_scale=given.rpo_scale,
             dpop_penalty=given.dpop_penalty,
             simpo_margin=given.simpo_margin,
+            score_margin=given.margin == "scores",
+            centering=given.centering,
         ),
+        reward=given.reward,
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 
 from uft_ds.data.example import GOOD_FROM, Kind
 from uft_ds.data.sources import PreparedData, PreparedSource
-from uft_ds.objectives.losses import POINTWISE, READS_SCORES, USES_BETA
+from uft_ds.objectives.losses import OF_HEAD, POINTWISE, READS_SCORES, USES_BETA
 from uft_ds.recipe.rules import DEFAULT_BETA, GivenObjective
 
 
@@ -17,6 +17,7 @@ def unused(objective: GivenObjective, data: PreparedData) -> Iterator[str]:
     """One message for each setting without effect; each begins with its key."""
     held = sorted({kind for source in data.all for kind in source.selection.kinds})
     used = {name for kind in held for name in objective.losses_of(kind)}
+    has_beta = objective.reward == "implicit"  # a recipe with a reward head and a beta has been refused
     for key in ("loss", "beta", "weights"):
         given = getattr(objective, key)
         for kind, value in given.items() if isinstance(given, Mapping) else ():
@@ -30,7 +31,8 @@ def unused(objective: GivenObjective, data: PreparedData) -> Iterator[str]:
         yield f"objective.beta: {objective.beta} given, but {', '.join(sorted(used))} has no beta"
     if objective.beta_schedule != "constant" and not reads_beta:
         yield f"objective.beta_schedule: {objective.beta_schedule} given, but {', '.join(sorted(used))} has no beta"
-    yield from _of_defaults(objective, held)
+    if has_beta:
+        yield from _of_defaults(objective, held)
     if objective.undesirable_weight != 1.0 and not (
         "binary" in held and set(POINTWISE) & objective.losses_of("binary").keys()
     ):
@@ -85,7 +87,8 @@ def _of_source(objective: GivenObjective, source: PreparedSource) -> Iterator[st
     if source.settings.rules.score_range is not None and source.account.scores is None:
         yield f"score_range: {_as_list(source.settings.rules.score_range)} given, but no row has a score"
     losses = _losses(objective, source)
-    if score_map is not None and not losses & READS_SCORES:
+    reads_scores = losses & READS_SCORES or (objective.margin == "scores" and losses & set(OF_HEAD))
+    if score_map is not None and not reads_scores:
         given = score_map if isinstance(score_map, str) else _as_list(score_map)
         yield f"score_map: {given} given, but {', '.join(sorted(losses))} reads no scores"
 

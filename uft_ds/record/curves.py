@@ -1,4 +1,4 @@
-"""curves.png: loss, implicit reward and gradient norm over the steps of a run."""
+"""curves.png: loss, reward and gradient norm over the steps of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ KIND_COLORS = dict(zip(KINDS, ("tab:blue", "tab:orange", "tab:green", "tab:red")
 
 
 def write_curves(lines: Seq[dict[str, Any]], path: Path) -> None:
-    """Write a PNG with loss, implicit reward by kind if there is one, and gradient norm over the steps.
+    """Write a PNG with loss, implicit reward or a reward model's by kind, if there is one, and gradient norm.
 
     Args:
         lines: of metrics.jsonl.
@@ -26,11 +26,14 @@ def write_curves(lines: Seq[dict[str, Any]], path: Path) -> None:
     loss, reward, norm = figure.subplots(1, 3)
     draw(loss, lines, "loss", label="training", color="black", alpha=0.35)
     draw(loss, lines, "held_out/loss", label="held out", color="black", marker="o")
+    is_reward_model = any(name.startswith("reward/") for line in lines for name in line)
+    name = "reward" if is_reward_model else "implicit_reward"
     for kind, color in KIND_COLORS.items():
-        draw(reward, lines, f"implicit_reward/{kind}", label=kind, color=color, alpha=0.5)
-        draw(reward, lines, f"held_out/implicit_reward/{kind}", label=f"{kind}, held out", color=color, marker="o")
+        draw(reward, lines, f"{name}/{kind}", label=kind, color=color, alpha=0.5)
+        draw(reward, lines, f"held_out/{name}/{kind}", label=f"{kind}, held out", color=color, marker="o")
     draw(norm, lines, "grad_norm", label="before clipping", color="tab:purple")
-    for axes, title in ((loss, "loss"), (reward, "implicit reward (beta x nats)"), (norm, "gradient norm")):
+    of_reward = "reward" if is_reward_model else "implicit reward (beta x nats)"
+    for axes, title in ((loss, "loss"), (reward, of_reward), (norm, "gradient norm")):
         axes.set_title(title)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)

@@ -89,10 +89,12 @@ def _draw_order(axes: Any, lines: Lines, rows: np.ndarray) -> Labels:
 def _draw_length(axes: Any, lines: Lines, rows: np.ndarray) -> Labels:
     if not len(rows):
         return _draw_over_steps(axes, lines, "length_correlation", "length bias", "rank correlation with length")
-    for kind, of_kind in _of_kinds(rows[np.isfinite(rows["log_ratio"])]):
+    # A reward model has rewards without log-ratios.
+    column, y = ("log_ratio", "log-ratio (nats)") if np.isfinite(rows["log_ratio"]).any() else ("reward", "reward")
+    for kind, of_kind in _of_kinds(rows[np.isfinite(rows[column])]):
         some = of_kind[:: max(1, len(of_kind) // _MOST_POINTS)]
-        axes.scatter(some["tokens"], some["log_ratio"], s=8, alpha=0.5, color=KIND_COLORS[kind], label=kind)
-    return "held out: length bias", "tokens of the response", "log-ratio (nats)"
+        axes.scatter(some["tokens"], some[column], s=8, alpha=0.5, color=KIND_COLORS[kind], label=kind)
+    return "held out: length bias", "tokens of the response", y
 
 
 def _draw_log_ratio_per_token(axes: Any, lines: Lines, rows: np.ndarray) -> Labels:
@@ -121,7 +123,8 @@ def _draw_margins(axes: Any, lines: Lines, rows: np.ndarray) -> Labels:
 
 
 def _draw_rewards_of_sides(axes: Any, lines: Lines, rows: np.ndarray) -> Labels:
-    return _draw_sides(axes, lines, "implicit_reward", "rewards", "the loss's reward")
+    name = "reward" if any("reward_chosen/pair" in line for line in lines) else "implicit_reward"
+    return _draw_sides(axes, lines, name, "rewards", "the loss's reward")
 
 
 def _draw_logps_of_sides(axes: Any, lines: Lines, rows: np.ndarray) -> Labels:

@@ -245,11 +245,12 @@ def one_line(metrics: Mapping[str, float]) -> str:
     """The few most important numbers of a step or an evaluation in one line: loss, what fits each kind, speed.
 
     Of pairs that stay together it is the margin and the accuracy, because the mean reward of both sides says nothing;
-    of other responses the implicit reward; without any of these, as in SFT, the share of most probable tokens.
+    of other responses the implicit reward, or a reward model's; without any of these, as in SFT, the share of most
+    probable tokens.
     """
     parts = [f"loss {metrics['loss']:.4f}"]
     margin = metrics.get("pair_margin/pair")
-    rewards = _by_kind(metrics, "implicit_reward")
+    rewards = _by_kind(metrics, "implicit_reward") or _by_kind(metrics, "reward")
     if margin is not None:
         rewards.pop("pair", None)
     if rewards:

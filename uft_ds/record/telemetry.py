@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
 
@@ -18,9 +19,10 @@ from torch import Tensor
 from uft_ds.data.example import KINDS, Kind
 from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.host.files import write_atomically
-from uft_ds.objectives.losses import NEEDS_REFERENCE, PAIRWISE, POINTWISE, REFERENCE_FREE
+from uft_ds.objectives.losses import NEEDS_REFERENCE, OF_HEAD, PAIRWISE, POINTWISE, REFERENCE_FREE
 from uft_ds.objectives.objective import KindObjective, Objective, rewards_of
 from uft_ds.objectives.pairwise import log_odds
+from uft_ds.objectives.reference import POLICY_STREAM, REFERENCE_STREAM, REWARD_STREAM
 
 ROW = np.dtype(
     [
@@ -31,7 +33,8 @@ ROW = np.dtype(
 )  # fmt: skip
 """A row of the table. kind: index into KINDS. pair: the pair's number in the step, -1 for none; the chosen response
 comes first. logp, log_ratio: nats, summed over tokens. reward: before the shift. log_ratio, reward and implicit_score
-are NaN without a reference. pair_reward: the quantity whose difference the pair's loss uses; NaN without a pair.
+are NaN without a reference. With a reward head, reward is its value, implicit_score that value's sigmoid, and all of
+the policy is NaN. pair_reward: the quantity whose difference the pair's loss uses; NaN without a pair.
 entropy: the policy's, nats, summed over tokens. top1: number of tokens that are the policy's most probable ones.
 rounding: how far log_ratio may be off because the reference's log-prob was stored, nats; 0 for a forwarded one. Two
 log-ratios that it may have moved past each other count as equal."""
@@ -60,8 +63,7 @@ _FEWEST = 3
 def response_rows(
     objective: Objective,
     batch: MicroBatch,
-    logps_R: Tensor,
-    reference_logps_R: Tensor | None,
+    logps: Mapping[str, Tensor],
     shifts_R: Tensor | None,
     *,
     entropy_R: Tensor | None = None,
@@ -71,6 +73,7 @@ def response_rows(
     """The table of one micro-batch: [responses] of ROW. Columns of arguments that are None hold NaN (shift: 0).
 
     Args:
+        logps: by stream, [responses], nats, or a reward head's values; without a stream, its columns hold NaN.
         rounding: nats per square root of a response's tokens.
     """
     rows = np.zeros(batch.num_responses, dtype=ROW)
@@ -78,12 +81,16 @@ def response_rows(
     rows["pair"] = [-1 if response.pair_id is None else response.pair_id for response in batch.responses]
     rows["score"] = [response.score for response in batch.responses]
     rows["tokens"] = [response.num_tokens for response in batch.responses]
-    rows["logp"] = logps_R.cpu().numpy()
-    rows["log_ratio"] = rows["reward"] = np.nan
+    rows["logp"] = rows["log_ratio"] = rows["reward"] = np.nan
     rows["entropy"] = np.nan if entropy_R is None else entropy_R.cpu().numpy()
     rows["top1"] = np.nan if top1_R is None else top1_R.cpu().numpy()
-    if reference_logps_R is not None:
-        rewards = rewards_of(objective, batch, logps_R, reference_logps_R)
+    if objective.reward == "head":
+        rows["reward"] = logps[REWARD_STREAM].cpu().numpy()
+    else:
+        rows["logp"] = logps[POLICY_STREAM].cpu().numpy()
+    if REFERENCE_STREAM in logps:
+        rewards = rewards_of(objective, batch, logps[POLICY_STREAM], logps[REFERENCE_STREAM])
+        assert rewards.log_ratios_R is not None
         rows["log_ratio"], rows["reward"] = rewards.log_ratios_R.cpu().numpy(), rewards.rewards_R.cpu().numpy()
         rows["rounding"] = rounding * np.sqrt(rows["tokens"])
     if shifts_R is not None:
@@ -109,10 +116,13 @@ def pair_rewards(of: KindObjective, rows: np.ndarray) -> np.ndarray:
         with a reference  beta * log_ratio, as `reward`       odds_ratio  log odds of the mean token probability
         simpo             beta * log pi per token             no loss     log pi per token
         contrast          beta * log pi
+        bradley_terry     the reward head's value
 
     A kind without a pair loss but with a pointwise loss, which has a reference, uses `reward`, too.
     """
     loss = _deciding_loss(of)
+    if loss in OF_HEAD:
+        return np.asarray(rows["reward"])
     a_token = rows["logp"] / rows["tokens"]
     if loss == "simpo":
         return np.asarray(of.beta * a_token)
@@ -124,12 +134,12 @@ def pair_rewards(of: KindObjective, rows: np.ndarray) -> np.ndarray:
 
 
 def compares_with_reference(of: KindObjective) -> bool:
-    """Whether the kind's `pair_rewards` are implicit rewards, and not those of a loss without a reference."""
-    return _deciding_loss(of) not in REFERENCE_FREE and bool(NEEDS_REFERENCE & of.losses.keys())
+    """Whether the kind's `pair_rewards` are `reward`, and not those of a loss without a reference."""
+    return _deciding_loss(of) not in (*REFERENCE_FREE, *OF_HEAD) and bool(NEEDS_REFERENCE & of.losses.keys())
 
 
 def _deciding_loss(of: KindObjective) -> str | None:
-    return next((name for name in (*PAIRWISE, *REFERENCE_FREE) if name in of.losses), None)
+    return next((name for name in (*PAIRWISE, *REFERENCE_FREE, *OF_HEAD) if name in of.losses), None)
 
 
 def write_rows(path: Path, rows: np.ndarray, origins: Seq[str]) -> None:
@@ -184,8 +194,10 @@ def health(rows: np.ndarray, objective: Objective) -> dict[str, float]:
     for code, kind in enumerate(KINDS):
         of_kind = rows[rows["kind"] == code]
         if len(of_kind):
-            values = _amounts(of_kind) | _pairs(of_kind, objective)
-            if objective.needs_reference:
+            values = _amounts(of_kind, objective) | _pairs(of_kind, objective)
+            if objective.reward == "head":
+                values |= _of_head(of_kind)
+            elif objective.needs_reference:
                 values |= _against_reference(of_kind, objective)
             if can_saturate(objective, kind):
                 values |= _saturation(of_kind)
@@ -198,13 +210,23 @@ def can_saturate(objective: Objective, kind: Kind) -> bool:
     return bool(_CAN_SATURATE & objective.of_kind[kind].losses.keys())
 
 
-def _amounts(rows: np.ndarray) -> dict[str, float]:
+def _amounts(rows: np.ndarray, objective: Objective) -> dict[str, float]:
     tokens = rows["tokens"].sum()
+    amounts = {"responses": len(rows), "response_tokens": rows["tokens"].mean()}
+    if objective.reward == "head":  # it predicts no token
+        return amounts
+    return amounts | {"entropy": rows["entropy"].sum() / tokens, "top1": rows["top1"].sum() / tokens}
+
+
+def _of_head(rows: np.ndarray) -> dict[str, float]:
+    rewards, scores, given = rows["reward"], rows["implicit_score"], rows["score"]
     return {
-        "responses": len(rows),
-        "response_tokens": rows["tokens"].mean(),
-        "entropy": rows["entropy"].sum() / tokens,
-        "top1": rows["top1"].sum() / tokens,
+        "reward": rewards.mean(),
+        "reward_std": rewards.std(),
+        "score_error": np.abs(scores - given).mean(),
+        "calibration_error": calibration_error(scores, given),
+        "rank_correlation": rank_correlation(rewards, given),
+        "length_correlation": rank_correlation(rewards, rows["tokens"]),
     }
 
 
@@ -255,14 +277,20 @@ def _pairs(rows: np.ndarray, objective: Objective) -> dict[str, float]:
     if compares_with_reference(objective.of_kind["pair"]):
         rounding = reward_rounding(chosen, objective) + reward_rounding(rejected, objective)
     signs = np.where(np.abs(margins) <= rounding, 0.0, np.sign(margins))
+    # Before the first step every margin of implicit rewards is exactly 0, which counts as half right.
+    compared = {"pair_margin": margins.mean(), "pair_accuracy": (signs / 2 + 0.5).mean()}
+    if objective.reward == "head":
+        return {
+            "reward_chosen": chosen["reward"].mean(),
+            "reward_rejected": rejected["reward"].mean(),
+            **compared,
+        }
     return {
         "logp_chosen": chosen["logp"].mean(),
         "logp_rejected": rejected["logp"].mean(),
         "implicit_reward_chosen": chosen["pair_reward"].mean(),
         "implicit_reward_rejected": rejected["pair_reward"].mean(),
-        "pair_margin": margins.mean(),
-        # Before the first step every margin is exactly 0, which counts as half right.
-        "pair_accuracy": (signs / 2 + 0.5).mean(),
+        **compared,
     }
 
 

@@ -233,10 +233,11 @@ RULES = (
         _chosen,
     ),
     Rule(
-        "`length_correlation/KIND` (not of instruction data), the log-ratio over length",
+        "`length_correlation/KIND` (not of instruction data), the log-ratio, or a reward model's reward, over length",
         "between -0.3 and 0.3",
         {
-            _ABOVE: "longer responses reach a score with less change a token: `length_normalized`",
+            _ABOVE: "longer responses reach a score with less change a token: `length_normalized` (a reward model "
+            "prefers length: add pairs whose shorter answer is better)",
             _BELOW: "long responses are learned less than short ones: look at some in `held_out.csv`",
         },
         ("length_correlation/KIND",),

@@ -18,6 +18,7 @@ from uft_ds.data.store.sequences import Pool
 from uft_ds.data.tokens.tokenize import load_tokenizer
 from uft_ds.engine.deepspeed_file import deepspeed_config
 from uft_ds.engine.engine import Engine, partitioned_loading
+from uft_ds.engine.groups import ADAPTERS, HEAD, ParameterGroup, one_group
 from uft_ds.engine.ranks import current_ranks
 from uft_ds.host.world import launcher_environment
 from uft_ds.known.cache import STORED_ROUNDING_NATS, Known
@@ -31,6 +32,7 @@ from uft_ds.streams.adapters import add_adapters, start_from_adapter, start_poli
 from uft_ds.streams.identity import reference_identity, weight_files
 from uft_ds.streams.load import ATTENTIONS, decoder_layer_class, load_base
 from uft_ds.streams.model import UFTModel
+from uft_ds.streams.stream import REWARD
 from uft_ds.training.evaluate import check_reference_cache
 from uft_ds.training.samples import Sampler
 
@@ -80,6 +82,8 @@ def build_engine(settings: Settings, reporter: Announcer) -> tuple[Engine, UFTMo
         reference_mode=settings.reference.mode,
         activation_offload=settings.model.activation_offload,
         chunk_bytes=settings.model.logits_bytes,
+        further=(REWARD,) if settings.trains_head else (),
+        seed=settings.train.seed,
     )
     layer_class = decoder_layer_class(base)
     with reporter.phase(f"preparing the engine on {_counted(ranks, 'rank')}"):
@@ -91,8 +95,18 @@ def build_engine(settings: Settings, reporter: Announcer) -> tuple[Engine, UFTMo
             betas=settings.train.betas,
             packing=Packing(attention_parity(base.config), settings.data.share_prompts),
             collective_timeout_minutes=settings.launch.collective_timeout_minutes,
+            groups=_groups_of(model, settings),
         )
     return engine, model
+
+
+def _groups_of(model: UFTModel, settings: Settings) -> tuple[ParameterGroup, ...]:
+    """One group of the adapters; a reward model's head is a second one with its own learning rate."""
+    if not settings.trains_head:
+        return one_group(model)
+    of_head = tuple(model.scores.parameters())
+    adapters = tuple(p for p in model.policy.parameters() if p.requires_grad)
+    return (ParameterGroup(ADAPTERS, adapters), ParameterGroup(HEAD, of_head, settings.train.head_rate_scale))
 
 
 def _size_of(base: str) -> str:

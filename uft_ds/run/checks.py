@@ -19,9 +19,11 @@ from uft_ds.recipe.settings import Settings
 from uft_ds.record.run_folder import CHECKPOINTS, RunFolder, reading_identity
 from uft_ds.streams.accept import accepted_policy, check_positions
 from uft_ds.streams.adapters import adapted_weights, start_from_adapter, start_policy_from_adapter
+from uft_ds.streams.classifier import empty_classifier
 from uft_ds.streams.identity import OnFile, base_identity
 from uft_ds.streams.load import attention_implementation, check_base, empty_base
 from uft_ds.streams.model import UFTModel
+from uft_ds.streams.stream import REWARD
 
 
 def check_recipe(settings: Settings) -> tuple[str, ...]:
@@ -44,7 +46,10 @@ def check_recipe(settings: Settings) -> tuple[str, ...]:
             start_from_adapter(policy, Path(settings.reference.adapter))
         if settings.start_adapter is not None:
             start_policy_from_adapter(policy, Path(settings.start_adapter))
-        UFTModel(policy, reference_mode=settings.reference.mode)
+        further = (REWARD,) if settings.trains_head else ()
+        UFTModel(policy, reference_mode=settings.reference.mode, further=further)
+    if settings.trains_head:
+        empty_classifier(config)
     check_positions(config, settings.data.max_length)
     if settings.model.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         raise UserError(f"model.attention: flash_attention_2 needs flash-attn: {install_command('gpu')}, or take auto")

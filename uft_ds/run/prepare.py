@@ -25,6 +25,7 @@ from uft_ds.data.sources import (
 from uft_ds.data.store.sequences import check_content
 from uft_ds.data.store.tokenized import is_whole
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
+from uft_ds.data.tokens.padding import padding_id
 from uft_ds.data.tokens.tokenize import load_tokenizer
 from uft_ds.data.tokens.vocabulary import check_fits_embedding
 from uft_ds.errors import UserError
@@ -39,6 +40,7 @@ from uft_ds.run.checks import check_adapters_are_of_base, check_inputs_lie_outsi
 from uft_ds.run.identity import environment, owner, run_identity
 from uft_ds.run.settings import with_deepspeed_file, with_fixed_revision
 from uft_ds.run.start_adapter import Start, start_of, write_sample_of, write_start
+from uft_ds.streams.classifier import check_classifier
 from uft_ds.streams.identity import local_folder
 from uft_ds.streams.load import check_base, check_base_files, embedding_rows
 from uft_ds.training.samples import Prompt, check_samples, choose_prompts, longest_prompt
@@ -260,8 +262,11 @@ def check_run(
     settings = with_deepspeed_file(settings)
     adapted = check_recipe(settings)
     settings = with_fixed_revision(settings)
-    check_base_files(local_folder(settings.model.base, settings.model.revision), adapted)
-    _, data = prepare_fitting_data(settings, on_progress)
+    model, stored = check_base_files(local_folder(settings.model.base, settings.model.revision), adapted)
+    chat, data = prepare_fitting_data(settings, on_progress)
+    if settings.trains_head:
+        check_classifier(check_base(settings.model.base, settings.model.revision), model, stored)
+        padding_id(chat)
     if settings.train.samples:
         config = check_base(settings.model.base, settings.model.revision)
         check_samples(settings.train, config, prompts_of(settings, data, config))

@@ -172,7 +172,7 @@ def _check_folder(folder: Path) -> None:
         )
     if (folder / "recipe.yaml").is_file() and not (folder / "config.json").is_file():
         raise UserError(
-            f"{name}: is a run of uft; reward models of runs are not read yet: give the folder of a whole model"
+            f"{name}: is a run of uft; give the folder that `uft convert RUN FOLDER --to reward-model` writes of it"
         )
     if not (folder / "config.json").is_file():
         raise UserError(f"{name}: has no config.json; expected the folder of a sequence classification model")

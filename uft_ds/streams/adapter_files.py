@@ -20,6 +20,8 @@ from uft_ds.streams.lora_config import LORA_TENSOR, read_lora_config
 from uft_ds.streams.pickled import unpickled
 
 PREFIX = "base_model.model."
+HEAD_TENSOR = f"{PREFIX}score.weight"
+"""The head of a reward model, which PEFT saves and loads with an adapter by `modules_to_save`."""
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 

@@ -16,10 +16,13 @@ from torch import Tensor, nn
 
 from uft_ds.errors import UserError
 from uft_ds.objectives.reference import REFERENCE_STREAM
-from uft_ds.streams.adapter_files import PREFIX, read_adapter_tensors
+from uft_ds.streams.adapter_files import HEAD_TENSOR, PREFIX, read_adapter_tensors
+from uft_ds.streams.classifier import HEAD
 from uft_ds.streams.lora_config import WITHOUT_EFFECT, read_lora_config
-from uft_ds.streams.stream import BARE_BASE, POLICY_ADAPTER, REFERENCE_ADAPTER, Stream
+from uft_ds.streams.stream import BARE_BASE, POLICY_ADAPTER, REFERENCE_ADAPTER, REWARD, Stream
 
+REWARD_HEAD = f"scores.{REWARD.name}.weight"
+"""The name in `UFTModel` of a reward model's head."""
 Policy = PeftModel
 """The base with the policy's adapter, and others beside it: what checkpoints and training pass on."""
 
@@ -165,6 +168,8 @@ def _numbers_of(config: dict[str, Any]) -> dict[str, Any]:
 
 def _check_same_lora(folder: Path, ours: PeftConfig, recipe_key: str) -> None:
     theirs, recipe_keys = lora_form(folder, recipe_key), {"r": "lora.rank", "lora_alpha": "lora.alpha"}
+    if theirs["modules_to_save"] == [HEAD]:
+        raise UserError(f"{recipe_key}: {folder}: the adapter of a reward model, with its head; no run starts from one")
     for key, value in _numbers_of(ours.to_dict()).items():
         if theirs[key] != value:
             meant = recipe_keys.get(key, "a plain LoRA's")
@@ -208,16 +213,23 @@ def adapted_weights(policy: Policy) -> tuple[str, ...]:
     return tuple(f"{name.removeprefix(PREFIX)}.weight" for name in layers)
 
 
-def adapter_tensors(policy: Policy, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The policy's adapter by PEFT's names, of its parameters by their own names."""
-    named: dict[str, Tensor] = get_peft_model_state_dict(policy, state_dict=dict(tensors), adapter_name=POLICY_ADAPTER)
-    return named
+def adapter_tensors(policy: Policy, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The policy's adapter by PEFT's names, and with it the head of a reward model.
+
+    Args:
+        trained: all trained parameters by their names in `UFTModel`.
+    """
+    of_policy = {name.removeprefix("policy."): tensor for name, tensor in trained.items()}
+    named: dict[str, Tensor] = get_peft_model_state_dict(policy, state_dict=of_policy, adapter_name=POLICY_ADAPTER)
+    head = {HEAD_TENSOR: trained[REWARD_HEAD]} if REWARD_HEAD in trained else {}
+    return named | head
 
 
-def adapter_config_of(policy: Policy) -> bytes:
+def adapter_config_of(policy: Policy, *, with_head: bool = False) -> bytes:
     """PEFT's adapter_config.json, as it saves it, but with its lists of names sorted.
 
-    PEFT holds `target_modules` as a set and writes it in the set's order, which differs from process to process.
+    With the head of a reward model, it is the config of a sequence classifier's adapter. PEFT holds
+    `target_modules` as a set and writes it in the set's order, which differs from process to process.
     """
     config: Any = policy.peft_config[POLICY_ADAPTER]
     inference_mode = config.inference_mode
@@ -228,6 +240,8 @@ def adapter_config_of(policy: Policy) -> bytes:
             stored = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
     finally:
         config.inference_mode = inference_mode
+    if with_head:
+        stored |= {"task_type": "SEQ_CLS", "modules_to_save": [HEAD]}
     if isinstance(stored.get("target_modules"), list):
         stored["target_modules"].sort()
     return json.dumps(stored, indent=2, sort_keys=True).encode()

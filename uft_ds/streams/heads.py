@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor, nn
 
 from uft_ds.architectures.facts import logit_scale_and_cap
@@ -68,20 +69,23 @@ class LogpHead(nn.Linear):
 
 
 class ScalarHead(nn.Linear):
-    """One float32 number from a hidden state, like `score` of Hugging Face's sequence classifiers, without a bias.
+    """One float32 number from a hidden state, like `score` of Hugging Face's sequence classifiers, without a bias."""
 
-    For streams in addition to policy and reference; no recipe has one yet.
-    """
+    def __init__(self, hidden_size: int, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
+        """Draw the weights from `seed`, equal on every rank.
 
-    def __init__(self, hidden_size: int, *, std: float) -> None:
-        """Draw the weights with standard deviation `std`, equal on every rank."""
+        Their standard deviation is 1 / (hidden_size + 1): entries of hidden states are of order 1, so values begin near
+        0 and the loss of a pair near log 2.
+        """
         super().__init__(hidden_size, 1, bias=False, dtype=torch.float32)
         with torch.no_grad():
-            self.weight.normal_(std=std, generator=torch.Generator(self.weight.device).manual_seed(0))
+            generator = torch.Generator(self.weight.device).manual_seed(seed)
+            self.weight.normal_(std=1 / (hidden_size + 1), generator=generator)
+        self.to(dtype)
 
     def forward(self, hidden_RD: Tensor) -> Tensor:
         """One value for each row of hidden states: [R], float32."""
-        return super().forward(hidden_RD.float()).squeeze(-1)
+        return F.linear(hidden_RD.float(), self.weight.float()).squeeze(-1)
 
 
 @contextmanager

@@ -40,15 +40,16 @@ class UFTModel(nn.Module):
         reference_mode: HowForwarded = "lockstep",
         activation_offload: bool = False,
         chunk_bytes: int | None = None,
+        seed: int = 0,
     ) -> None:
         """
         Args:
             policy: the base with its adapters.
-            further: streams besides policy and reference; their adapters must exist already. No recipe gives any
-                yet.
+            further: streams besides policy and reference, such as `REWARD`; their adapters must exist already.
             reference_mode: lockstep: one pass over the weights for all streams. separate: a forward for each stream.
             activation_offload: keep saved activations in host memory.
             chunk_bytes: memory for the logits that are held at once; None: a default for the device.
+            seed: of the initial weights of scalar heads.
         Raises:
             ValueError: a stream's adapter is missing, or it is trained and the stream frozen, or the reverse.
             UserError: the model's layers or head are not known to work with the mode.
@@ -64,7 +65,7 @@ class UFTModel(nn.Module):
         make_logp_head(base, chunk_bytes=chunk_bytes)
         scalar = [stream for stream in further if stream.head == "scalar"]
         if scalar:
-            self.scores = nn.ModuleDict({stream.name: _scalar_head(base.config, stream) for stream in scalar})
+            self.scores = nn.ModuleDict({stream.name: self._scalar_head(stream, seed) for stream in scalar})
         enable_lean_linear(base.get_decoder())
         if self._in_lockstep:
             enable_lockstep(base)
@@ -83,10 +84,18 @@ class UFTModel(nn.Module):
         if {parameter.requires_grad for parameter in of_adapter} != {stream.trained}:
             state = "trained" if stream.trained else "frozen"
             raise ValueError(f"stream {stream.name!r} is {state}, which its adapter {stream.adapter!r} is not")
-        if stream.trained and stream != POLICY and not self._in_lockstep:
+        if stream.trained and stream.adapter != POLICY.adapter and not self._in_lockstep:
             # With separate forwards, the recomputation of this stream's layers in the backward would use the adapter
             # that is active then, the policy's.
             raise ValueError(f"stream {stream.name!r}: beside the policy, a stream is trained in lockstep only")
+
+    def _scalar_head(self, stream: Stream, seed: int) -> ScalarHead:
+        """A head in the type of the adapters: DeepSpeed keeps one type for all that is trained."""
+        base: Any = self.policy.get_base_model()
+        dtype = next(p.dtype for name, p in self.policy.named_parameters() if f".{POLICY.adapter}." in name)
+        head = ScalarHead(base.config.get_text_config().hidden_size, dtype=dtype, seed=seed)
+        head.requires_grad_(stream.trained)
+        return head
 
     def forward(
         self,
@@ -230,9 +239,3 @@ class UFTModel(nn.Module):
     def can_share_prompts(self) -> bool:
         """Whether a micro-batch may hold a prompt once for several sequences: see `data.micro_batch.micro_batch`."""
         return self.attention == PACKED
-
-
-def _scalar_head(config: Any, stream: Stream) -> ScalarHead:
-    head = ScalarHead(config.get_text_config().hidden_size, std=config.get_text_config().initializer_range)
-    head.requires_grad_(stream.trained)
-    return head

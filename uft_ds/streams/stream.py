@@ -13,7 +13,7 @@ from torch import Tensor
 
 from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.objectives.implicit_reward import response_sums
-from uft_ds.objectives.reference import POLICY_STREAM, REFERENCE_STREAM
+from uft_ds.objectives.reference import POLICY_STREAM, REFERENCE_STREAM, REWARD_STREAM
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,7 @@ class Stream:
     name: "policy", "reference", "reward", ...
     adapter: PEFT's name of the adapter; None: the bare base.
     trained: whether the stream carries a gradient. Two trained streams must not share an adapter.
-    head: "tokens": log-probs of the supervised tokens; "scalar": one value at each response's last token, which no
-    stream of a recipe has yet.
+    head: "tokens": log-probs of the supervised tokens; "scalar": one value at each response's last token.
     """
 
     name: str
@@ -41,7 +40,10 @@ POLICY_ADAPTER, REFERENCE_ADAPTER = "default", "reference"
 """PEFT's names of the policy's adapter (PEFT's default) and of the frozen adapter of a reference."""
 
 POLICY = Stream(POLICY_STREAM, POLICY_ADAPTER, trained=True)
-"""The stream that every run trains."""
+"""The stream that every run trains, unless it trains a reward model."""
+
+REWARD = Stream(REWARD_STREAM, POLICY_ADAPTER, trained=True, head="scalar")
+"""The one stream that a reward model trains: the run's adapter and a scalar head."""
 
 BARE_BASE = Stream(REFERENCE_STREAM, None)
 """The reference of a run that starts from fresh adapters."""
@@ -61,7 +63,7 @@ class Output(NamedTuple):
     is_top1_N: Tensor | None = None
     """Whether no token of the vocabulary is more probable than the target."""
     values_R: Tensor | None = None
-    """One number for each response, float32. No stream of a recipe has a scalar head yet."""
+    """One number for each response, float32."""
 
 
 def trained_first(streams: Iterable[Stream]) -> tuple[Stream, ...]:
@@ -81,9 +83,11 @@ def trained_first(streams: Iterable[Stream]) -> tuple[Stream, ...]:
 
 
 def logps_of(outputs: Mapping[str, Output], micro_batch: MicroBatch) -> dict[str, Tensor]:
-    """log pi(y|x) of each response, by the name of the stream: [responses], nats, float64."""
-    return {
-        name: response_sums(output.token_logps_N, micro_batch)
-        for name, output in outputs.items()
-        if output.token_logps_N is not None
-    }
+    """What each stream says of each response: log pi(y|x), nats, float64; of a scalar head its value, float32.
+
+    Returns:
+        [responses] each, by the name of the stream.
+    """
+    of_tokens = {name: output.token_logps_N for name, output in outputs.items() if output.token_logps_N is not None}
+    of_responses = {name: output.values_R for name, output in outputs.items() if output.values_R is not None}
+    return of_responses | {name: response_sums(logps_N, micro_batch) for name, logps_N in of_tokens.items()}

@@ -16,7 +16,7 @@ from uft_ds.engine.engine import Engine
 from uft_ds.known.cache import Known
 from uft_ds.objectives.implicit_reward import response_sums
 from uft_ds.objectives.objective import Objective
-from uft_ds.objectives.reference import POLICY_STREAM, REFERENCE_STREAM
+from uft_ds.objectives.reference import POLICY_STREAM, REFERENCE_STREAM, REWARD_STREAM
 from uft_ds.record.telemetry import response_rows
 from uft_ds.streams.stream import Output, Stream, logps_of
 
@@ -35,6 +35,12 @@ class Method:
     tokens_per_micro_batch: int
     policy_is_reference: bool = False
 
+    def streams(self, *, with_reference: bool) -> tuple[Stream, ...]:
+        """The streams that a step forwards: of a reward model one, else the policy and, if asked for, the reference."""
+        if self.objective.reward == "head":
+            return (self.engine.streams[REWARD_STREAM],)
+        return streams_of(self.engine, with_reference=with_reference)
+
     def micro_batches(self, step: Step) -> list[tuple[MicroBatch, bool]]:
         """This rank's part of a step, and for each micro-batch whether the reference must be forwarded."""
         return self.known.micro_batches(self.engine, step, self.tokens_per_micro_batch)
@@ -51,8 +57,9 @@ class Method:
 class Forwarded:
     """The results of a forwarded micro-batch, without its graph: [responses] each, float64, summed over tokens.
 
-    logps: by stream, nats. entropy_R: the policy's entropy, nats. top1_R: the number of tokens that are the policy's
-    most probable ones. Both are None if the forward computed no statistics. rounding: see `Method.rounding`.
+    logps: by stream, nats; of a reward head its values. entropy_R: the policy's entropy, nats. top1_R: the number of
+    tokens that are the policy's most probable ones. Both are None if the forward computed no statistics. rounding: see
+    `Method.rounding`.
     """
 
     batch: MicroBatch
@@ -62,16 +69,16 @@ class Forwarded:
     rounding: float = 0.0
 
     @classmethod
-    def of(cls, batch: MicroBatch, logps: Mapping[str, Tensor], policy: Output, rounding: float) -> Forwarded:
+    def of(cls, batch: MicroBatch, logps: Mapping[str, Tensor], trained: Output, rounding: float) -> Forwarded:
         """Keep the results of one forward.
 
         Args:
             logps: by stream, with or without a graph.
-            policy: the policy's output in the same forward.
+            trained: the trained stream's output in the same forward.
             rounding: see `Method.rounding`.
         """
         entropy_R, top1_R = (
-            None if of_N is None else response_sums(of_N, batch) for of_N in (policy.entropy_N, policy.is_top1_N)
+            None if of_N is None else response_sums(of_N, batch) for of_N in (trained.entropy_N, trained.is_top1_N)
         )
         return cls(
             batch,
@@ -111,31 +118,35 @@ def forward(method: Method, step: Step, *, with_statistics: bool) -> list[Forwar
     """
     engine, done = method.engine, []
     for batch, forward_reference in method.micro_batches(step):
-        streams = streams_of(engine, with_reference=forward_reference)
+        streams = method.streams(with_reference=forward_reference)
         outputs = engine(batch, streams, with_statistics=with_statistics)
         live = logps_of(outputs, batch)
         logps = with_known(method, batch, live)
-        done.append(Forwarded.of(batch, logps, outputs[POLICY_STREAM], method.rounding(live)))
+        done.append(Forwarded.of(batch, logps, outputs[method.objective.trained_stream], method.rounding(live)))
     return done
+
+
+_SHOWN = (POLICY_STREAM, REFERENCE_STREAM, REWARD_STREAM)
+"""The streams of which a table of responses has columns."""
 
 
 def rows_of(objective: Objective, done: Seq[Forwarded], shifts: Seq[Tensor | None]) -> np.ndarray:
     """The table of this rank's responses, with one row per response; see `record.telemetry.ROW`."""
     columns = [
-        (part.logps[POLICY_STREAM], part.logps.get(REFERENCE_STREAM), part.entropy_R, part.top1_R, shifts_R)
+        (*(part.logps.get(name) for name in _SHOWN), part.entropy_R, part.top1_R, shifts_R)
         for part, shifts_R in zip(done, shifts, strict=True)
     ]
     host = iter(to_host([column_R for of_part in columns for column_R in of_part]))
     tables = []
     for part in done:
-        logps_R, reference_logps_R, entropy_R, top1_R, shifts_R = (next(host) for _ in range(5))
-        assert logps_R is not None
+        found = {name: next(host) for name in _SHOWN}
+        logps = {name: column_R for name, column_R in found.items() if column_R is not None}
+        entropy_R, top1_R, shifts_R = (next(host) for _ in range(3))
         tables.append(
             response_rows(
                 objective,
                 part.batch,
-                logps_R,
-                reference_logps_R,
+                logps,
                 shifts_R,
                 entropy_R=entropy_R,
                 top1_R=top1_R,

@@ -18,11 +18,10 @@ from uft_ds.data.mixture import Step
 from uft_ds.engine.engine import StepResult
 from uft_ds.objectives.losses import LOSSES
 from uft_ds.objectives.objective import count_terms, micro_batch_loss
-from uft_ds.objectives.reference import POLICY_STREAM
 from uft_ds.objectives.shifts import is_pointwise, next_shift
 from uft_ds.record.metrics import step_metrics
 from uft_ds.streams.stream import logps_of
-from uft_ds.training.forwarding import Forwarded, Method, rows_of, streams_of, with_known
+from uft_ds.training.forwarding import Forwarded, Method, rows_of, with_known
 from uft_ds.training.shifts import shift_of_step, shifts_on_device
 
 
@@ -91,9 +90,10 @@ def micro_step(
         the micro-batch's share of the step's loss, detached; its sums for the metrics; and its log-probs.
     """
     engine = method.engine
-    outputs = engine(batch, streams_of(engine, with_reference=forward_reference), with_statistics=True)
+    outputs = engine(batch, method.streams(with_reference=forward_reference), with_statistics=True)
     live = logps_of(outputs, batch)
     logps = with_known(method, batch, live)
     loss, parts = micro_batch_loss(method.objective, batch, num_terms, logps, shifts_R)
     engine.backward(loss, is_last=is_last)
-    return loss.detach(), parts, Forwarded.of(batch, logps, outputs[POLICY_STREAM], method.rounding(live))
+    trained = outputs[method.objective.trained_stream]
+    return loss.detach(), parts, Forwarded.of(batch, logps, trained, method.rounding(live))

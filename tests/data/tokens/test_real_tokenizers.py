@@ -20,10 +20,12 @@ from real_tokenizers import (
     with_generation_marks,
 )
 from sentencepiece import SentencePieceProcessor
+from transformers import AutoTokenizer
 
 from uft_ds.data.example import Example, Message, Pair, Sequence
 from uft_ds.data.formats.table import format_named
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer, save_tokenizer
+from uft_ds.data.tokens.padding import save_for_scoring
 from uft_ds.data.tokens.tokenize import CONTROL, load_tokenizer, tokenize
 
 log = logging.getLogger(__name__)
@@ -55,6 +57,18 @@ def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     assert marked.marked
     assert not chat.marked
     return Real(name, chat, marked)
+
+
+def test_a_reward_model_scores_the_text_that_it_was_trained_on(real: Real, tmp_path: Path) -> None:
+    """What Hugging Face's template writes with the saved tokenizer is the training's tokens, to the last one; padding
+    is another token."""
+    messages = [{"role": "user", "content": "What is 2 + 3?"}, {"role": "assistant", "content": "It is 5."}]
+    example = Example((Message("user", messages[0]["content"]), Message("assistant", "It is 5.", 1.0)), "score")
+    ((sequence,),) = tokenize(example, real.chat, max_length=MAX_LENGTH, merge=True).units
+    save_for_scoring(real.chat, tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded.apply_chat_template(messages)["input_ids"] == sequence.token_ids_T.tolist()
+    assert sequence.token_ids_T[-1] == real.chat.end_of_turn_id != loaded.pad_token_id
 
 
 @pytest.fixture(scope="module")
