@@ -20,6 +20,7 @@ from uft_ds.objectives.losses import (
     LIKELIHOOD,
     LOSSES,
     NEEDS_REFERENCE,
+    OF_HEAD,
     PAIRWISE,
     POINTWISE,
     PRESETS,
@@ -289,9 +290,9 @@ def test_a_loss_of_pairs_takes_only_the_kinds_that_name_it() -> None:
 
 
 def test_every_loss_is_of_one_family() -> None:
-    """4 of one response, 9 and 3 of pairs, 2 likelihoods make 18 names, in this order."""
-    assert (*POINTWISE, *PAIRWISE, *REFERENCE_FREE, *LIKELIHOOD) == LOSSES
-    assert len(set(LOSSES)) == 18
+    """4 of one response, 9, 3 and 1 of pairs, 2 likelihoods make 19 names, in this order."""
+    assert (*POINTWISE, *PAIRWISE, *REFERENCE_FREE, *OF_HEAD, *LIKELIHOOD) == LOSSES
+    assert len(set(LOSSES)) == 19
     assert {name: TERMS[name] for name in ("mse", "dpo", "simpo", "nll", "nll_sum")} == {
         "mse": "response",
         "dpo": "pair",
@@ -303,12 +304,13 @@ def test_every_loss_is_of_one_family() -> None:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_losses_that_compare_with_the_reference_need_it(loss: str) -> None:
-    """Likelihood, SimPO, CPO and ORPO run without one: no reference is computed where no kind's loss needs it."""
-    free = ("nll", "nll_sum", "simpo", "contrast", "odds_ratio")
+    """Likelihood, SimPO, CPO and ORPO run without one, and so does a head's loss: no reference is computed where no
+    kind's loss needs it."""
+    free = ("nll", "nll_sum", "simpo", "contrast", "odds_ratio", *OF_HEAD)
     assert (loss in NEEDS_REFERENCE) == (loss not in free)
     assert objective(loss).needs_reference == (loss not in free)
     assert of_kinds({"pair": {loss: 0.1, "nll": 1.0}}).needs_reference == (loss not in free)
-    if loss in free:
+    if loss in free and loss not in OF_HEAD:  # it has no log-probs
         step_loss(objective(loss), pair(0), torch.full((5,), -1.0), None)
 
 
