@@ -11,10 +11,12 @@ import pytest
 import torch
 from by_hand import log_logistic, logistic, slope
 
-from uft_ds.objectives.losses import NEEDS_PAIRS, PAIRWISE, REFERENCE_FREE
+from uft_ds.objectives.losses import NEEDS_PAIRS, OF_HEAD, PAIRWISE, REFERENCE_FREE
 from uft_ds.objectives.pairwise import PAIR_LOSSES, PairConstants, Pairs
 
-CONSTANTS = PairConstants(label_smoothing=0.2, rpo_scale=3.0, dpop_penalty=5.0, simpo_margin=0.7)
+CONSTANTS = PairConstants(
+    label_smoothing=0.2, rpo_scale=3.0, dpop_penalty=5.0, simpo_margin=0.7, score_margin=True, centering=0.03
+)
 NAMES = sorted(PAIR_LOSSES)
 
 
@@ -83,6 +85,10 @@ BY_HAND: dict[str, Callable[[Case], float]] = {
     "odds_ratio": lambda c: (
         -log_logistic(log_odds(c.chosen, c.chosen_tokens) - log_odds(c.rejected, c.rejected_tokens))
     ),
+    # The rewards of these cases stand for a head's.
+    "bradley_terry": lambda c: (
+        -log_logistic(c.margin - (c.chosen_score - c.rejected_score)) + 0.03 * (2 * c.reward_chosen - c.margin) ** 2
+    ),
 }
 """With the constants above."""
 
@@ -134,10 +140,10 @@ def value_and_slopes(
 
 
 def test_every_loss_of_pairs_has_its_function() -> None:
-    """The table's names, the functions, and the formulas of these tests are the same twelve."""
-    assert set(PAIR_LOSSES) == NEEDS_PAIRS == set(PAIRWISE) | set(REFERENCE_FREE)
+    """The table's names, the functions, and the formulas of these tests are the same thirteen."""
+    assert set(PAIR_LOSSES) == NEEDS_PAIRS == {*PAIRWISE, *REFERENCE_FREE, *OF_HEAD}
     assert set(BY_HAND) == NEEDS_PAIRS
-    assert len(PAIR_LOSSES) == len(PAIRWISE) + len(REFERENCE_FREE) == 12
+    assert len(PAIR_LOSSES) == len(PAIRWISE) + len(REFERENCE_FREE) + len(OF_HEAD) == 13
 
 
 @pytest.mark.parametrize("name", NAMES)
