@@ -265,6 +265,23 @@ def test_another_map_or_limit_asks_for_what_is_missing_alone(tmp_path: Path) -> 
     assert [row["score"] for row in read(tmp_path / "out.jsonl")][:2] == [0.05, 0.1]
 
 
+def test_another_content_of_a_calibrations_file_is_another_map(tmp_path: Path) -> None:
+    """The same command gives the scores of the file as it is now; an unchanged file leaves the output as it is."""
+    file = tmp_path / "labelled.jsonl"
+    for target, was_complete in ((1.0, False), (1.0, True), (0.5, False)):
+        write(file, [{"raw": 0, "target": 0}, {"raw": 1, "target": target}])
+        assert run(tmp_path, SINGLE, Lengths(), rule=f"isotonic:{file}").was_complete is was_complete
+        assert read(tmp_path / "out.jsonl")[0]["score"] == pytest.approx(0.1 * target)
+
+
+def test_a_lower_limit_counts_its_own_rows_alone(tmp_path: Path) -> None:
+    """Of the rows beyond it, which are scored, neither notes nor quantiles are left in the summary."""
+    for limit, seen in ((None, 10), (4, 4)):
+        outcome = run(tmp_path, SINGLE, Lengths(), limit=limit, rule="quantile")
+        assert (outcome.summary.answers, outcome.summary.notes) == (seen, {"seen": seen})
+        assert outcome.summary.mean == pytest.approx(0.5)
+
+
 def test_rows_that_change_meanwhile_are_refused(tmp_path: Path) -> None:
     """Nothing is written: scores of one text would stand beside another."""
 
