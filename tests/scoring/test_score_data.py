@@ -159,6 +159,14 @@ def test_a_number_that_is_not_finite_is_a_failure(value: float, tmp_path: Path) 
     assert not (tmp_path / "out.jsonl").exists()
 
 
+def test_a_reason_with_half_a_character_is_listed(tmp_path: Path) -> None:
+    """As an escape: an exception or a judge's reply may hold what no encoding can."""
+    scorer = Lengths(lambda item: failed("half \ud800") if item.response == "r" else None)
+    assert run(tmp_path, SINGLE, scorer).is_written
+    (listed,) = read(tmp_path / "out.jsonl.scoring" / "failures.jsonl")
+    assert listed["reason"] == "half \ud800"
+
+
 def test_too_many_failures_leave_no_output_and_are_asked_again(tmp_path: Path) -> None:
     """2 of 10 with 1 of 10 tolerated; the second run asks for these two alone."""
     scorer = Lengths(lambda item: failed("down") if len(item.response) < 3 else None)
