@@ -228,13 +228,14 @@ def test_thoughts_that_were_cut_off_are_no_verdict(tmp_path: Path) -> None:
     assert (found.spent.total, len(at.asked)) == (330, 3)
 
 
-def test_a_wait_that_is_asked_for_is_kept(tmp_path: Path) -> None:
-    """Retry-After in seconds: not a moment earlier, and no other request either."""
+@pytest.mark.parametrize("header", ["Retry-After", "retry-after"])
+def test_a_wait_that_is_asked_for_is_kept(header: str, tmp_path: Path) -> None:
+    """Retry-After in seconds: not a moment earlier, and no other request either. uvicorn's headers are lower-case."""
     times: list[float] = []
 
     def answer(asked: Asked) -> str | Fault:
         times.append(time.monotonic())
-        return Fault(429, {"Retry-After": "1"}) if asked.number == 0 else grade(5)(asked)
+        return Fault(429, {header: "1"}) if asked.number == 0 else grade(5)(asked)
 
     with judge(answer) as at:
         found = scorer(at, tmp_path, concurrency=2).score([item(str(number)) for number in range(6)])
@@ -305,6 +306,22 @@ def test_the_key_is_sent_and_kept_nowhere(tmp_path: Path, monkeypatch: pytest.Mo
         assert "Bearer *** is not known" in str(told.value)
         with pytest.raises(UserError, match="OUR_OTHER"):
             judge_of(JudgeOptions(at.url, "m", key_env="OUR_OTHER"))
+
+
+@pytest.mark.parametrize("key", ["s3cret\nkey", "s3cret\u2026"])
+def test_a_key_that_no_header_can_hold_is_refused_unseen(key: str) -> None:
+    """Its variable is named, and the key is not shown."""
+    with pytest.raises(UserError, match="--judge-key-env: OUR_KEY holds") as told:
+        judge_of(JudgeOptions("http://h/v1", "m", key_env="OUR_KEY"), {"OUR_KEY": key})
+    assert "s3cret" not in str(told.value)
+
+
+def test_a_reply_with_half_a_character_is_kept(tmp_path: Path) -> None:
+    """Half of a surrogate pair, as of a text that was cut off, is in no encoding; the verdict stands beside it."""
+    with judge(lambda asked: f'\ud83d {{"{asked.nonce}": 5}}') as at:
+        assert only(scorer(at, tmp_path).score([item("7")])).value == 5.0
+        kept = only(scorer(at, tmp_path).score([item("7")]))
+        assert (kept.value, kept.reply[0], len(at.asked)) == (5.0, "\ud83d", 1)
 
 
 def test_requests_keep_their_pace(tmp_path: Path) -> None:
@@ -447,9 +464,20 @@ def test_a_template_without_its_places_is_refused(template: str, pairwise: bool,
         (JudgeOptions(None, "m"), "--judge-url"),
         (JudgeOptions("http://h/v1", None), "--judge-model"),
         (JudgeOptions("ftp://h/v1", "m"), "--judge-url"),
+        (JudgeOptions("http://h:port/v1", "m"), "--judge-url"),
+        (JudgeOptions("http://h:99999/v1", "m"), "--judge-url"),
+        (JudgeOptions("http://[::1/v1", "m"), "--judge-url"),
+        (JudgeOptions("http://h h/v1", "m"), "--judge-url"),
+        (JudgeOptions("http://a..b/v1", "m"), "--judge-url"),
+        (JudgeOptions("http://h/\u00fc/v1", "m"), "--judge-url"),
+        (JudgeOptions("http://h/v1?version=1", "m"), "without a query"),
         (JudgeOptions("http://me:key@h/v1", "m"), "--judge-key-env"),
         (JudgeOptions("http://h/v1", "m", body="[1]"), "--judge-body"),
         (JudgeOptions("http://h/v1", "m", body='{"stream": true}'), "--judge-body"),
+        (JudgeOptions("http://h/v1", "m", body='{"max_tokens": "9"}'), "--judge-body: max_tokens: found '9'"),
+        (JudgeOptions("http://h/v1", "m", body='{"max_tokens": -5}'), "--judge-body: max_tokens: found -5"),
+        (JudgeOptions("http://h/v1", "m", body='{"max_completion_tokens": 1e999}'), "max_completion_tokens: found inf"),
+        (JudgeOptions("http://h/v1", "m", body='{"model": null}'), "--judge-body: model"),
         (JudgeOptions("http://h/v1", "m", template=Path("/nowhere.txt")), "--template"),
         (JudgeOptions("http://h/v1", "m", scale=(10.0, 1.0)), "--scale"),
     ],

@@ -75,6 +75,11 @@ def judge_of(options: JudgeOptions, environ: Mapping[str, str] = os.environ) -> 
         key = environ.get(options.key_env, "").strip()
         if not key:
             raise UserError(f"--judge-key-env: the environment has no {options.key_env}, or it is empty")
+        if not (key.isascii() and key.isprintable()):  # a header could not hold it, and the error would show it
+            raise UserError(
+                f"--judge-key-env: {options.key_env} holds a line break or another character that no key has; "
+                "expected the key alone, in ASCII"
+            )
     body = {"model": options.model, "temperature": 0, "max_tokens": 1024, **_body(options.body)}
     if options.template is None:
         template = Template(COMPARE if options.pairwise else GRADE, "the built-in template", compares=options.pairwise)
@@ -156,6 +161,12 @@ def _body(text: str | None) -> dict[str, Any]:
         raise UserError(f"--judge-body: found {text[:60]!r}, expected a JSON object ({error})") from None
     if not isinstance(value, dict) or {"messages", "stream", "n"} & value.keys():
         raise UserError("--judge-body: expected a JSON object without `messages`, `stream` and `n`")
+    for name in ("max_tokens", "max_completion_tokens"):
+        longest = value.get(name)
+        if longest is not None and (isinstance(longest, bool) or not isinstance(longest, int) or longest < 1):
+            raise UserError(f"--judge-body: {name}: found {longest!r}, expected a number of tokens, or null")
+    if not isinstance(value.get("model", ""), str):
+        raise UserError(f"--judge-body: model: found {value['model']!r}, expected a name; --judge-model gives it")
     return value
 
 
