@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from uft_ds.data.formats.jsonl import jsonl
 from uft_ds.errors import CheckFailed, UserError
@@ -356,6 +360,23 @@ def test_bad_rows_are_refused_before_anything_is_asked(tmp_path: Path) -> None:
         "12",
         "13",
     ]
+
+
+def test_what_json_has_no_word_for_is_written_in_its_words(tmp_path: Path) -> None:
+    """Dates and NaN of a Parquet file, in columns that are not read and in meta: text, and null."""
+    day = datetime(2020, 1, 2, tzinfo=UTC)
+    extra = {"note": [math.nan], "day": [day]}
+    for number, (named, columns) in enumerate(
+        {
+            "alpaca": {"instruction": ["p"], "output": ["r"], **extra},
+            "jsonl": {"prompt": ["p"], "response": ["r"], "meta": [{name: value[0] for name, value in extra.items()}]},
+        }.items()
+    ):
+        data, out = tmp_path / f"{number}.parquet", tmp_path / f"{number}.jsonl"
+        parquet.write_table(pyarrow.table(columns), data)
+        assert score_data(Rows(Reading(str(data), named)), Lengths(), Target(out, "affine:0,1")).is_written
+        (row,) = read(out)
+        assert (row["meta"]["note"], row["meta"]["day"][:10]) == (None, "2020-01-02")
 
 
 def test_a_scorer_that_can_score_nothing_leaves_nothing(tmp_path: Path) -> None:
