@@ -123,7 +123,7 @@ def test_a_value_that_is_odd_neither_ends_the_process_nor_is_lost() -> None:
 
 
 def test_a_child_that_a_function_forks_answers_nothing() -> None:
-    """It returns from the function as its parent does, or raises; a line of its own would be taken for the next item's."""
+    """It returns from the function as its parent does, or raises; its line would be taken for the next item's."""
     found = scored("ours:forks", ["a", "bb", "raise", "dddd"])
     assert [one.value for one in found] == [1, 2, 5, 4]
 
