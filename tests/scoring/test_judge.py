@@ -13,7 +13,7 @@ from judges import Asked, Fault, StandIn, grade, judge
 from uft_ds.data.example import Message
 from uft_ds.errors import CheckFailed, UserError
 from uft_ds.scoring import pacing
-from uft_ds.scoring.build import JudgeOptions, Limits, judge_of
+from uft_ds.scoring.build import JudgeOptions, Limits, default_rule, judge_of
 from uft_ds.scoring.item import Item, Judgement
 from uft_ds.scoring.judge import CONTRADICTION, FORMAT_TRIES, JudgeScorer
 
@@ -456,6 +456,16 @@ def test_a_template_without_its_places_is_refused(template: str, pairwise: bool,
     with judge(grade(5)) as at, pytest.raises(UserError) as told:
         scorer(at, tmp_path, template=template, pairwise=pairwise)
     assert missing in str(told.value)
+
+
+def test_a_scale_is_asked_for_and_mapped_by_all_its_digits() -> None:
+    """Not by the six that `{:g}` keeps: 7 of 7.000001 is less than 1, and another scale is another scorer."""
+    options = [JudgeOptions("http://h/v1", "m", scale=scale) for scale in ((0.0, 7.000001), (0.0, 7.0), (0.0, 1e7 + 1))]
+    rules = [default_rule("judge", one) for one in options]
+    assert rules == ["affine:0,7.000001", "affine:0,7", "affine:0,10000001.0"]
+    asked = [judge_of(one).identity()["rule"] for one in options]
+    assert ["to 7.000001 (best)" in asked[0], "to 7 (best)" in asked[1]] == [True, True]
+    assert len(set(asked)) == 3
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from uft_ds.scoring.endpoint import Endpoint
 from uft_ds.scoring.item import Scorer
 from uft_ds.scoring.judge import JudgeScorer, Rubric
 from uft_ds.scoring.length import LengthScorer
+from uft_ds.scoring.mapping import shortest
 from uft_ds.scoring.pacing import Budget
 from uft_ds.scoring.questions import COMPARE, GRADE, Template
 from uft_ds.scoring.replies import Replies
@@ -59,6 +60,27 @@ class JudgeOptions:
     body: str | None = None
     cache: Path | None = None
     limits: Limits = field(default_factory=Limits)
+
+
+_OPTIONS = {
+    "url": "--judge-url",
+    "model": "--judge-model",
+    "key_env": "--judge-key-env",
+    "template": "--template",
+    "pairwise": "--pairwise",
+    "scale": "--scale",
+    "body": "--judge-body",
+    "cache": "--cache",
+}
+_LIMITS = {
+    "requests_per_minute": "--requests-per-minute",
+    "concurrency": "--concurrency",
+    "seconds": "--timeout",
+    "tries": "--tries",
+    "max_tokens": "--max-tokens-spent",
+    "max_cost": "--max-cost",
+    "price": "--price",
+}
 
 
 def judge_of(options: JudgeOptions, environ: Mapping[str, str] = os.environ) -> JudgeScorer:
@@ -118,10 +140,12 @@ def scorer_of(
         UserError: names the option.
     """
     kind, _, argument = by.partition(":")
-    if kind != "judge" and (judge.url or judge.model or judge.pairwise):
-        raise UserError(f"--by {by}: --judge-url, --judge-model and --pairwise go with --by judge")
+    if kind != "judge" and judge != JudgeOptions():
+        raise UserError(f"--by {by}: {', '.join(_given(judge))}: options that go with --by judge")
     if kind != "length" and tokenizer is not None:
         raise UserError(f"--by {by}: --tokenizer goes with --by length")
+    if kind != "reward" and (dtype is not None or max_length is not None):
+        raise UserError(f"--by {by}: --dtype and --max-length go with --by reward:FOLDER")
     if kind in ("code", "regex") and argument:
         return CodeScorer(kind, argument, seconds=seconds, workers=workers or len(os.sched_getaffinity(0)))
     if by == "length":
@@ -133,6 +157,14 @@ def scorer_of(
     raise UserError(f"--by: found {by!r}, expected {SCORERS}")
 
 
+def _given(judge: JudgeOptions) -> list[str]:
+    """The options that are not what they are when they are left out."""
+    unset = JudgeOptions()
+    values = [(name, judge, unset) for name in _OPTIONS] + [(name, judge.limits, unset.limits) for name in _LIMITS]
+    names = _OPTIONS | _LIMITS
+    return [names[name] for name, given, default in values if getattr(given, name) != getattr(default, name)]
+
+
 def default_rule(by: str, judge: JudgeOptions) -> str:
     """The map from raw values where `--map` is not given.
 
@@ -142,7 +174,7 @@ def default_rule(by: str, judge: JudgeOptions) -> str:
     kind = by.partition(":")[0]
     if kind == "judge" and not judge.pairwise:
         low, high = judge.scale
-        return f"affine:{low:g},{high:g}"
+        return f"affine:{shortest(low)},{shortest(high)}"
     if kind in ("length", "reward"):
         unit = "a length" if kind == "length" else "a reward"
         raise UserError(

@@ -82,6 +82,11 @@ def bounds_of(text: str, option: str) -> tuple[float, float]:
     return low, high
 
 
+def shortest(number: float) -> str:
+    """A number in as few letters as hold all of it: `{:g}` alone keeps six digits."""
+    return f"{number:g}" if float(f"{number:g}") == number else repr(number)
+
+
 def _sigmoid(raw: float) -> float:
     return 1 / (1 + math.exp(-raw)) if raw >= 0 else math.exp(raw) / (1 + math.exp(raw))
 
