@@ -180,6 +180,18 @@ def test_another_version_of_the_module_is_another_scorer(tmp_path: Path) -> None
     assert CodeScorer("code", "ours:f", seconds=1, workers=1).identity() != before
 
 
+def test_a_module_that_changes_meanwhile_is_not_used(tmp_path: Path) -> None:
+    """A process that is started again would import the new one, and its scores bear the old one's name."""
+    scorer = CodeScorer("code", "ours:f", seconds=20, workers=1)
+    try:
+        scorer.score([item("a"), item("exit")])
+        (tmp_path / "ours.py").write_text(MODULE + "\n")
+        with pytest.raises(UserError, match="ours:f: the file has changed"):
+            scorer.score([item("b")])
+    finally:
+        scorer.close()
+
+
 @pytest.mark.parametrize(
     ("pattern", "response", "value"),
     [
