@@ -473,6 +473,7 @@ def test_a_scale_is_asked_for_and_mapped_by_all_its_digits() -> None:
     [
         (JudgeOptions(None, "m"), "--judge-url"),
         (JudgeOptions("http://h/v1", None), "--judge-model"),
+        (JudgeOptions("http://h/v1", "m\udcff"), "--judge-model"),
         (JudgeOptions("ftp://h/v1", "m"), "--judge-url"),
         (JudgeOptions("http://h:port/v1", "m"), "--judge-url"),
         (JudgeOptions("http://h:99999/v1", "m"), "--judge-url"),

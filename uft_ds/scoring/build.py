@@ -92,6 +92,10 @@ def judge_of(options: JudgeOptions, environ: Mapping[str, str] = os.environ) -> 
     if not options.url or not options.model:
         missing = "--judge-url" if not options.url else "--judge-model"
         raise UserError(f"--by judge: needs {missing}; such as --judge-url http://127.0.0.1:8000/v1 --judge-model NAME")
+    try:
+        options.model.encode()
+    except UnicodeEncodeError:  # the output, which names the judge, could not be written in the end
+        raise UserError(f"--judge-model: found {options.model!r}, expected a name in UTF-8") from None
     key = None
     if options.key_env is not None:
         key = environ.get(options.key_env, "").strip()
