@@ -350,6 +350,14 @@ def test_a_limit_on_tokens_is_never_exceeded(usage: bool, tmp_path: Path) -> Non
     assert len(list((tmp_path / "cache").rglob("*.json"))) == len(at.asked)
 
 
+def test_a_token_is_set_aside_for_each_letter_of_chinese(tmp_path: Path) -> None:
+    """Tokenizers take one for many of them; a third, as of English, would let a limit be exceeded."""
+    with judge(grade(5)) as at:
+        judged = scorer(at, tmp_path)
+        (_, short, _), (_, long, _) = judged.plan([item("7"), item("\u8d28" * 300)])
+    assert long.prompt - short.prompt >= 299
+
+
 def test_a_limit_on_cost_counts_earlier_runs(tmp_path: Path) -> None:
     """2 per million prompt tokens and 4 per million of replies: a request costs 100 * 2e-6 + 10 * 4e-6 = 0.00024."""
     with judge(grade(5)) as at:

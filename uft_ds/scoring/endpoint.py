@@ -23,8 +23,9 @@ from uft_ds.scoring.pacing import (
     retry_after_seconds,
 )
 
-CHARACTERS_PER_TOKEN = 3
-"""A low estimate for English and code, so that what is set aside for a prompt is rather too much."""
+BYTES_PER_TOKEN = 3
+"""A low estimate for English and code, so that what is set aside for a prompt is rather too much. Of bytes, because a
+letter of Chinese, which is three, is often a token of its own."""
 
 _MAX_REPLY_BYTES = 8 * 2**20
 _TRY_AGAIN = (408, 409, 425, 429)
@@ -87,11 +88,11 @@ class Client:
         """How many requests were sent again."""
 
     def estimate(self, messages: list[dict[str, str]]) -> Tokens:
-        """The tokens that a request may take at most, from its letters and its `max_tokens`."""
-        letters = sum(len(message["content"]) for message in messages)
+        """The tokens that a request may take at most, from its bytes and its `max_tokens`."""
+        length = sum(len(message["content"].encode("utf-8", "surrogatepass")) for message in messages)
         body = self._endpoint.body
         longest = body.get("max_tokens") or body.get("max_completion_tokens") or 1024
-        return Tokens(letters // CHARACTERS_PER_TOKEN + 16, int(longest))
+        return Tokens(length // BYTES_PER_TOKEN + 16, int(longest))
 
     def ask(self, messages: list[dict[str, str]]) -> Reply:
         """The reply to a conversation.
