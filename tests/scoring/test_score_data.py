@@ -267,6 +267,18 @@ def test_a_complete_output_is_not_scored_again(tmp_path: Path) -> None:
     assert len(read(tmp_path / "out.jsonl")) == 10
 
 
+def test_a_complete_output_with_more_failures_than_are_tolerated_now_is_not_done(tmp_path: Path) -> None:
+    """Those that failed are asked again; if they fail again, the command fails and the output stays as it is."""
+    fails = Lengths(lambda item: failed("down") if item.response == "r" else None)
+    assert run(tmp_path, SINGLE, fails).is_written
+    before = (tmp_path / "out.jsonl").read_bytes()
+    outcome = run(tmp_path, SINGLE, fails, max_failures=0.05)
+    assert (outcome.is_written, outcome.was_complete, fails.asked.count("r")) == (False, False, 2)
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+    assert run(tmp_path, SINGLE, Lengths(), max_failures=0.05).is_written
+    assert len(read(tmp_path / "out.jsonl")) == 10
+
+
 def test_another_map_or_limit_asks_for_what_is_missing_alone(tmp_path: Path) -> None:
     """The judgements stay, the output is written anew."""
     scorer = Lengths()
