@@ -433,6 +433,17 @@ def test_a_record_of_a_damaged_line_is_refused_by_its_place(tmp_path: Path) -> N
         run(tmp_path, SINGLE, Lengths(), rule="quantile")
 
 
+@pytest.mark.parametrize("summary", ["", "[]", "null", '{"scorer"'])
+def test_a_damaged_summary_is_as_none(summary: str, tmp_path: Path) -> None:
+    """The output is written anew of its judgements, to the same bytes."""
+    run(tmp_path, SINGLE, Lengths())
+    before = (tmp_path / "out.jsonl").read_bytes()
+    (tmp_path / "out.jsonl.scoring" / "summary.json").write_text(summary)
+    again = Lengths()
+    assert run(tmp_path, SINGLE, again).is_written
+    assert ((tmp_path / "out.jsonl").read_bytes(), again.asked) == (before, [])
+
+
 def test_what_was_spent_is_counted_by_the_reply(tmp_path: Path) -> None:
     """Over all runs, also those that were cut off within a batch, in the middle of a line too."""
     data = write(tmp_path / "rows.jsonl", SINGLE)

@@ -158,7 +158,7 @@ class Record:
             value: dict[str, Any] = json.loads(self._summary.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return value if self.out.exists() else None
+        return value if isinstance(value, dict) and self.out.exists() else None
 
     @property
     def _identity(self) -> Path:
