@@ -38,6 +38,31 @@ values = {"nan": float("nan"), "none": None, "text": "1", "true": True, "list": 
 def g(messages, response, meta):
     return values[response]
 
+class Unreadable(Exception):
+    def __str__(self):
+        raise ValueError("no text")
+    __repr__ = __str__
+
+def odd(messages, response, meta):
+    if response == "huge":
+        return 10**400
+    if response == "unreadable":
+        raise Unreadable
+    if response == "opaque":
+        return Unreadable()
+    if response == "numpy":
+        import numpy
+        return numpy.bool_(True)
+
+def forks(messages, response, meta):
+    child = os.fork()
+    if child == 0:
+        if response == "raise":
+            raise ValueError("in the child")
+        return -1.0
+    os.waitpid(child, 0)
+    return float(len(response))
+
 def echo(messages, response, meta):
     assert messages[-1]["role"] == "user"
     return float(response)
@@ -86,6 +111,21 @@ def test_what_is_no_number_is_a_failure_with_its_reason() -> None:
     assert "nan" in found["nan"].reason
     assert "None" in found["none"].reason
     assert "'1'" in found["text"].reason
+
+
+def test_a_value_that_is_odd_neither_ends_the_process_nor_is_lost() -> None:
+    """Texts that cannot be made, a number that is no float: each a failure. numpy's True is 1."""
+    huge, unreadable, opaque, truth = scored("ours:odd", ["huge", "unreadable", "opaque", "numpy"])
+    assert "OverflowError" in huge.reason
+    assert unreadable.reason == "Unreadable: its text cannot be read"
+    assert "ValueError: no text" in opaque.reason
+    assert truth.value == 1.0
+
+
+def test_a_child_that_a_function_forks_answers_nothing() -> None:
+    """It returns from the function as its parent does, or raises; its line would be taken for the next item's."""
+    found = scored("ours:forks", ["a", "bb", "raise", "dddd"])
+    assert [one.value for one in found] == [1, 2, 5, 4]
 
 
 def test_a_function_that_ends_its_process_costs_one_item() -> None:
@@ -138,6 +178,18 @@ def test_another_version_of_the_module_is_another_scorer(tmp_path: Path) -> None
     before = CodeScorer("code", "ours:f", seconds=1, workers=1).identity()
     (tmp_path / "ours.py").write_text(MODULE + "\n")
     assert CodeScorer("code", "ours:f", seconds=1, workers=1).identity() != before
+
+
+def test_a_module_that_changes_meanwhile_is_not_used(tmp_path: Path) -> None:
+    """A process that is started again would import the new one, and its scores bear the old one's name."""
+    scorer = CodeScorer("code", "ours:f", seconds=20, workers=1)
+    try:
+        scorer.score([item("a"), item("exit")])
+        (tmp_path / "ours.py").write_text(MODULE + "\n")
+        with pytest.raises(UserError, match="ours:f: the file has changed"):
+            scorer.score([item("b")])
+    finally:
+        scorer.close()
 
 
 @pytest.mark.parametrize(

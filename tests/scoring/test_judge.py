@@ -13,7 +13,7 @@ from judges import Asked, Fault, StandIn, grade, judge
 from uft_ds.data.example import Message
 from uft_ds.errors import CheckFailed, UserError
 from uft_ds.scoring import pacing
-from uft_ds.scoring.build import JudgeOptions, Limits, judge_of
+from uft_ds.scoring.build import JudgeOptions, Limits, default_rule, judge_of
 from uft_ds.scoring.item import Item, Judgement
 from uft_ds.scoring.judge import CONTRADICTION, FORMAT_TRIES, JudgeScorer
 
@@ -228,13 +228,14 @@ def test_thoughts_that_were_cut_off_are_no_verdict(tmp_path: Path) -> None:
     assert (found.spent.total, len(at.asked)) == (330, 3)
 
 
-def test_a_wait_that_is_asked_for_is_kept(tmp_path: Path) -> None:
-    """Retry-After in seconds: not a moment earlier, and no other request either."""
+@pytest.mark.parametrize("header", ["Retry-After", "retry-after"])
+def test_a_wait_that_is_asked_for_is_kept(header: str, tmp_path: Path) -> None:
+    """Retry-After in seconds: not a moment earlier, and no other request either. uvicorn's headers are lower-case."""
     times: list[float] = []
 
     def answer(asked: Asked) -> str | Fault:
         times.append(time.monotonic())
-        return Fault(429, {"Retry-After": "1"}) if asked.number == 0 else grade(5)(asked)
+        return Fault(429, {header: "1"}) if asked.number == 0 else grade(5)(asked)
 
     with judge(answer) as at:
         found = scorer(at, tmp_path, concurrency=2).score([item(str(number)) for number in range(6)])
@@ -307,6 +308,22 @@ def test_the_key_is_sent_and_kept_nowhere(tmp_path: Path, monkeypatch: pytest.Mo
             judge_of(JudgeOptions(at.url, "m", key_env="OUR_OTHER"))
 
 
+@pytest.mark.parametrize("key", ["s3cret\nkey", "s3cret\u2026"])
+def test_a_key_that_no_header_can_hold_is_refused_unseen(key: str) -> None:
+    """Its variable is named, and the key is not shown."""
+    with pytest.raises(UserError, match="--judge-key-env: OUR_KEY holds") as told:
+        judge_of(JudgeOptions("http://h/v1", "m", key_env="OUR_KEY"), {"OUR_KEY": key})
+    assert "s3cret" not in str(told.value)
+
+
+def test_a_reply_with_half_a_character_is_kept(tmp_path: Path) -> None:
+    """Half of a surrogate pair, as of a text that was cut off, is in no encoding; the verdict stands beside it."""
+    with judge(lambda asked: f'\ud83d {{"{asked.nonce}": 5}}') as at:
+        assert only(scorer(at, tmp_path).score([item("7")])).value == 5.0
+        kept = only(scorer(at, tmp_path).score([item("7")]))
+        assert (kept.value, kept.reply[0], len(at.asked)) == (5.0, "\ud83d", 1)
+
+
 def test_requests_keep_their_pace(tmp_path: Path) -> None:
     """600 a minute: 5 requests take at least 0.4 seconds."""
     times: list[float] = []
@@ -331,6 +348,14 @@ def test_a_limit_on_tokens_is_never_exceeded(usage: bool, tmp_path: Path) -> Non
     spent = len(at.asked) * 110 if usage else len(at.asked) * 500
     assert 0 < spent <= 5000
     assert len(list((tmp_path / "cache").rglob("*.json"))) == len(at.asked)
+
+
+def test_a_token_is_set_aside_for_each_letter_of_chinese(tmp_path: Path) -> None:
+    """Tokenizers take one for many of them; a third, as of English, would let a limit be exceeded."""
+    with judge(grade(5)) as at:
+        judged = scorer(at, tmp_path)
+        (_, short, _), (_, long, _) = judged.plan([item("7"), item("\u8d28" * 300)])
+    assert long.prompt - short.prompt >= 299
 
 
 def test_a_limit_on_cost_counts_earlier_runs(tmp_path: Path) -> None:
@@ -441,15 +466,37 @@ def test_a_template_without_its_places_is_refused(template: str, pairwise: bool,
     assert missing in str(told.value)
 
 
+def test_a_scale_is_asked_for_and_mapped_by_all_its_digits() -> None:
+    """Not by the six that `{:g}` keeps: 7 of 7.000001 is less than 1, and another scale is another scorer."""
+    options = [JudgeOptions("http://h/v1", "m", scale=scale) for scale in ((0.0, 7.000001), (0.0, 7.0), (0.0, 1e7 + 1))]
+    rules = [default_rule("judge", one) for one in options]
+    assert rules == ["affine:0,7.000001", "affine:0,7", "affine:0,10000001.0"]
+    asked = [judge_of(one).identity()["rule"] for one in options]
+    assert ["to 7.000001 (best)" in asked[0], "to 7 (best)" in asked[1]] == [True, True]
+    assert len(set(asked)) == 3
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
         (JudgeOptions(None, "m"), "--judge-url"),
         (JudgeOptions("http://h/v1", None), "--judge-model"),
+        (JudgeOptions("http://h/v1", "m\udcff"), "--judge-model"),
         (JudgeOptions("ftp://h/v1", "m"), "--judge-url"),
+        (JudgeOptions("http://h:port/v1", "m"), "--judge-url"),
+        (JudgeOptions("http://h:99999/v1", "m"), "--judge-url"),
+        (JudgeOptions("http://[::1/v1", "m"), "--judge-url"),
+        (JudgeOptions("http://h h/v1", "m"), "--judge-url"),
+        (JudgeOptions("http://a..b/v1", "m"), "--judge-url"),
+        (JudgeOptions("http://h/\u00fc/v1", "m"), "--judge-url"),
+        (JudgeOptions("http://h/v1?version=1", "m"), "without a query"),
         (JudgeOptions("http://me:key@h/v1", "m"), "--judge-key-env"),
         (JudgeOptions("http://h/v1", "m", body="[1]"), "--judge-body"),
         (JudgeOptions("http://h/v1", "m", body='{"stream": true}'), "--judge-body"),
+        (JudgeOptions("http://h/v1", "m", body='{"max_tokens": "9"}'), "--judge-body: max_tokens: found '9'"),
+        (JudgeOptions("http://h/v1", "m", body='{"max_tokens": -5}'), "--judge-body: max_tokens: found -5"),
+        (JudgeOptions("http://h/v1", "m", body='{"max_completion_tokens": 1e999}'), "max_completion_tokens: found inf"),
+        (JudgeOptions("http://h/v1", "m", body='{"model": null}'), "--judge-body: model"),
         (JudgeOptions("http://h/v1", "m", template=Path("/nowhere.txt")), "--template"),
         (JudgeOptions("http://h/v1", "m", scale=(10.0, 1.0)), "--scale"),
     ],

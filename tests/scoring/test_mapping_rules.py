@@ -48,7 +48,11 @@ def test_a_value_outside_is_no_score(raw: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", ["sigmoid:1", "quantiles", "affine", "affine:1", "affine:1,1", "affine:a,b", "affine:0,inf", "isotonic", ""]
+    "rule",
+    [
+        *("sigmoid:1", "quantiles", "affine", "affine:1", "affine:1,1", "affine:a,b", "affine:0,inf", "isotonic", ""),
+        "affine:-1e308,1e308",  # their difference is infinite, so every score would be 0
+    ],
 )
 def test_an_unknown_rule_is_refused(rule: str) -> None:
     """Before anything is scored, with what was expected."""

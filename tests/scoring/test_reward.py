@@ -19,6 +19,8 @@ from transformers import (
     LlamaForSequenceClassification,
     Qwen2Config,
     Qwen2ForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )
 
 from uft_ds.data.example import Message
@@ -117,6 +119,28 @@ def test_a_conversation_that_is_too_long_is_a_failure(tmp_path: Path) -> None:
     assert long.value is None
     assert "at most 512" in long.reason
     assert RewardScorer(folder, max_length=20).score(items("7"))[0].value is None
+
+
+def test_a_conversation_is_as_long_as_the_positions_are(tmp_path: Path) -> None:
+    """Of RoBERTa's 130 positions the first two are not for tokens: 128 are read, 129 fail, as more by option does."""
+    config = RobertaConfig(**SIZES | {"max_position_embeddings": 130}, num_labels=1, pad_token_id=1)
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path)
+    build_tiny_tokenizer(tmp_path)
+    scorer = RewardScorer(tmp_path)
+    found = scorer.score(items(*("x" * length for length in range(40, 128))))
+    assert {one.reason for one in found if one.value is None} >= {"129 tokens, at most 128 can be read"}
+    assert any(one.value is not None for one in found)
+    with pytest.raises(UserError, match="--max-length 129: the model reads 128 tokens"):
+        RewardScorer(tmp_path, max_length=129)
+
+
+def test_a_token_that_the_model_does_not_know_is_a_failure(tmp_path: Path) -> None:
+    """A tokenizer of another model, with more tokens."""
+    LlamaForSequenceClassification(
+        LlamaConfig(**SIZES | {"vocab_size": 40}, num_key_value_heads=2, num_labels=1)
+    ).save_pretrained(tmp_path)
+    build_tiny_tokenizer(tmp_path)
+    assert "the model knows 40 tokens" in RewardScorer(tmp_path).score(items("7"))[0].reason
 
 
 def test_another_head_is_another_scorer(tmp_path: Path) -> None:

@@ -135,6 +135,10 @@ def test_a_dry_run_asks_and_writes_nothing(tmp_path: Path) -> None:
         (["--by", "lenght", "--map", "quantile"], "--by: found 'lenght', expected code:"),
         (["--by", "length", "--map", "quantil"], "--map: found 'quantil', expected sigmoid"),
         (["--by", "length", "--map", "quantile", "--pairwise"], "go with --by judge"),
+        (["--by", "regex:9", "--scale", "0,5", "--max-cost", "1"], "--scale, --max-cost: options that go with --by"),
+        (["--by", "regex:9", "--max-length", "9"], "go with --by reward"),
+        (["--by", "regex:9", "--time-limit", "inf"], "--time-limit"),
+        (["--by", "judge", "--timeout", "1e10"], "--timeout"),
         (["--by", "length", "--map", "quantile", "--columns", "[1]"], "--columns"),
         (["--by", "length", "--map", "quantile", "--columns", "{prompt: [1]}"], "--columns"),
         (["--by", "length", "--map", "quantile", "--score-range", "5,1"], "--score-range"),
@@ -146,7 +150,7 @@ def test_a_dry_run_asks_and_writes_nothing(tmp_path: Path) -> None:
         (["--by", "code:nowhere:f"], "no module nowhere"),
         (["--by", "reward:nowhere", "--map", "sigmoid"], "no such folder"),
     ],
-    ids=range(14),
+    ids=range(18),
 )
 def test_bad_options_are_refused(
     options: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from uft_ds.data.formats.jsonl import jsonl
 from uft_ds.errors import CheckFailed, UserError
@@ -159,6 +163,14 @@ def test_a_number_that_is_not_finite_is_a_failure(value: float, tmp_path: Path) 
     assert not (tmp_path / "out.jsonl").exists()
 
 
+def test_a_reason_with_half_a_character_is_listed(tmp_path: Path) -> None:
+    """As an escape: an exception or a judge's reply may hold what no encoding can."""
+    scorer = Lengths(lambda item: failed("half \ud800") if item.response == "r" else None)
+    assert run(tmp_path, SINGLE, scorer).is_written
+    (listed,) = read(tmp_path / "out.jsonl.scoring" / "failures.jsonl")
+    assert listed["reason"] == "half \ud800"
+
+
 def test_too_many_failures_leave_no_output_and_are_asked_again(tmp_path: Path) -> None:
     """2 of 10 with 1 of 10 tolerated; the second run asks for these two alone."""
     scorer = Lengths(lambda item: failed("down") if len(item.response) < 3 else None)
@@ -255,6 +267,18 @@ def test_a_complete_output_is_not_scored_again(tmp_path: Path) -> None:
     assert len(read(tmp_path / "out.jsonl")) == 10
 
 
+def test_a_complete_output_with_more_failures_than_are_tolerated_now_is_not_done(tmp_path: Path) -> None:
+    """Those that failed are asked again; if they fail again, the command fails and the output stays as it is."""
+    fails = Lengths(lambda item: failed("down") if item.response == "r" else None)
+    assert run(tmp_path, SINGLE, fails).is_written
+    before = (tmp_path / "out.jsonl").read_bytes()
+    outcome = run(tmp_path, SINGLE, fails, max_failures=0.05)
+    assert (outcome.is_written, outcome.was_complete, fails.asked.count("r")) == (False, False, 2)
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+    assert run(tmp_path, SINGLE, Lengths(), max_failures=0.05).is_written
+    assert len(read(tmp_path / "out.jsonl")) == 10
+
+
 def test_another_map_or_limit_asks_for_what_is_missing_alone(tmp_path: Path) -> None:
     """The judgements stay, the output is written anew."""
     scorer = Lengths()
@@ -263,6 +287,23 @@ def test_another_map_or_limit_asks_for_what_is_missing_alone(tmp_path: Path) -> 
     run(tmp_path, SINGLE, scorer, rule="affine:0,2")
     assert len(scorer.asked) == 10
     assert [row["score"] for row in read(tmp_path / "out.jsonl")][:2] == [0.05, 0.1]
+
+
+def test_another_content_of_a_calibrations_file_is_another_map(tmp_path: Path) -> None:
+    """The same command gives the scores of the file as it is now; an unchanged file leaves the output as it is."""
+    file = tmp_path / "labelled.jsonl"
+    for target, was_complete in ((1.0, False), (1.0, True), (0.5, False)):
+        write(file, [{"raw": 0, "target": 0}, {"raw": 1, "target": target}])
+        assert run(tmp_path, SINGLE, Lengths(), rule=f"isotonic:{file}").was_complete is was_complete
+        assert read(tmp_path / "out.jsonl")[0]["score"] == pytest.approx(0.1 * target)
+
+
+def test_a_lower_limit_counts_its_own_rows_alone(tmp_path: Path) -> None:
+    """Of the rows beyond it, which are scored, neither notes nor quantiles are left in the summary."""
+    for limit, seen in ((None, 10), (4, 4)):
+        outcome = run(tmp_path, SINGLE, Lengths(), limit=limit, rule="quantile")
+        assert (outcome.summary.answers, outcome.summary.notes) == (seen, {"seen": seen})
+        assert outcome.summary.mean == pytest.approx(0.5)
 
 
 def test_rows_that_change_meanwhile_are_refused(tmp_path: Path) -> None:
@@ -333,6 +374,23 @@ def test_bad_rows_are_refused_before_anything_is_asked(tmp_path: Path) -> None:
     ]
 
 
+def test_what_json_has_no_word_for_is_written_in_its_words(tmp_path: Path) -> None:
+    """Dates and NaN of a Parquet file, in columns that are not read and in meta: text, and null."""
+    day = datetime(2020, 1, 2, tzinfo=UTC)
+    extra = {"note": [math.nan], "day": [day]}
+    for number, (named, columns) in enumerate(
+        {
+            "alpaca": {"instruction": ["p"], "output": ["r"], **extra},
+            "jsonl": {"prompt": ["p"], "response": ["r"], "meta": [{name: value[0] for name, value in extra.items()}]},
+        }.items()
+    ):
+        data, out = tmp_path / f"{number}.parquet", tmp_path / f"{number}.jsonl"
+        parquet.write_table(pyarrow.table(columns), data)
+        assert score_data(Rows(Reading(str(data), named)), Lengths(), Target(out, "affine:0,1")).is_written
+        (row,) = read(out)
+        assert (row["meta"]["note"], row["meta"]["day"][:10]) == (None, "2020-01-02")
+
+
 def test_a_scorer_that_can_score_nothing_leaves_nothing(tmp_path: Path) -> None:
     """A wrong key is found with the first request: no folder stays. What was scored before a limit stays."""
 
@@ -373,6 +431,17 @@ def test_a_record_of_a_damaged_line_is_refused_by_its_place(tmp_path: Path) -> N
     log.write_text("\n".join([lines[0], "{", *lines[2:]]) + "\n")
     with pytest.raises(UserError, match=r"judgements\.jsonl:2: cannot be read"):
         run(tmp_path, SINGLE, Lengths(), rule="quantile")
+
+
+@pytest.mark.parametrize("summary", ["", "[]", "null", '{"scorer"'])
+def test_a_damaged_summary_is_as_none(summary: str, tmp_path: Path) -> None:
+    """The output is written anew of its judgements, to the same bytes."""
+    run(tmp_path, SINGLE, Lengths())
+    before = (tmp_path / "out.jsonl").read_bytes()
+    (tmp_path / "out.jsonl.scoring" / "summary.json").write_text(summary)
+    again = Lengths()
+    assert run(tmp_path, SINGLE, again).is_written
+    assert ((tmp_path / "out.jsonl").read_bytes(), again.asked) == (before, [])
 
 
 def test_what_was_spent_is_counted_by_the_reply(tmp_path: Path) -> None:

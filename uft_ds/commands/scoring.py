@@ -92,7 +92,9 @@ def score(
         Optional[float],  # noqa: UP045
         typer.Option(min=0.01, help="At most.", rich_help_panel=_JUDGE),
     ] = None,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds of one request.", rich_help_panel=_JUDGE)] = 120.0,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, max=86_400.0, help="Seconds of one request.", rich_help_panel=_JUDGE)
+    ] = 120.0,
     tries: Annotated[
         int, typer.Option(min=1, help="How often a request that fails is sent.", rich_help_panel=_JUDGE)
     ] = 6,
@@ -113,7 +115,7 @@ def score(
         typer.Option(help="Where replies are kept; uft_ds/judge in the user's cache.", rich_help_panel=_JUDGE),
     ] = None,
     time_limit: Annotated[
-        float, typer.Option(min=0.01, help="code, regex: seconds for one answer.", rich_help_panel=_OTHER)
+        float, typer.Option(min=0.01, max=86_400.0, help="code, regex: seconds for one answer.", rich_help_panel=_OTHER)
     ] = 10.0,
     workers: Annotated[
         Optional[int],  # noqa: UP045

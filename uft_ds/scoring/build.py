@@ -16,6 +16,7 @@ from uft_ds.scoring.endpoint import Endpoint
 from uft_ds.scoring.item import Scorer
 from uft_ds.scoring.judge import JudgeScorer, Rubric
 from uft_ds.scoring.length import LengthScorer
+from uft_ds.scoring.mapping import shortest
 from uft_ds.scoring.pacing import Budget
 from uft_ds.scoring.questions import COMPARE, GRADE, Template
 from uft_ds.scoring.replies import Replies
@@ -61,6 +62,27 @@ class JudgeOptions:
     limits: Limits = field(default_factory=Limits)
 
 
+_OPTIONS = {
+    "url": "--judge-url",
+    "model": "--judge-model",
+    "key_env": "--judge-key-env",
+    "template": "--template",
+    "pairwise": "--pairwise",
+    "scale": "--scale",
+    "body": "--judge-body",
+    "cache": "--cache",
+}
+_LIMITS = {
+    "requests_per_minute": "--requests-per-minute",
+    "concurrency": "--concurrency",
+    "seconds": "--timeout",
+    "tries": "--tries",
+    "max_tokens": "--max-tokens-spent",
+    "max_cost": "--max-cost",
+    "price": "--price",
+}
+
+
 def judge_of(options: JudgeOptions, environ: Mapping[str, str] = os.environ) -> JudgeScorer:
     """A judge.
 
@@ -70,11 +92,20 @@ def judge_of(options: JudgeOptions, environ: Mapping[str, str] = os.environ) -> 
     if not options.url or not options.model:
         missing = "--judge-url" if not options.url else "--judge-model"
         raise UserError(f"--by judge: needs {missing}; such as --judge-url http://127.0.0.1:8000/v1 --judge-model NAME")
+    try:
+        options.model.encode()
+    except UnicodeEncodeError:  # the output, which names the judge, could not be written in the end
+        raise UserError(f"--judge-model: found {options.model!r}, expected a name in UTF-8") from None
     key = None
     if options.key_env is not None:
         key = environ.get(options.key_env, "").strip()
         if not key:
             raise UserError(f"--judge-key-env: the environment has no {options.key_env}, or it is empty")
+        if not (key.isascii() and key.isprintable()):  # a header could not hold it, and the error would show it
+            raise UserError(
+                f"--judge-key-env: {options.key_env} holds a line break or another character that no key has; "
+                "expected the key alone, in ASCII"
+            )
     body = {"model": options.model, "temperature": 0, "max_tokens": 1024, **_body(options.body)}
     if options.template is None:
         template = Template(COMPARE if options.pairwise else GRADE, "the built-in template", compares=options.pairwise)
@@ -113,10 +144,12 @@ def scorer_of(
         UserError: names the option.
     """
     kind, _, argument = by.partition(":")
-    if kind != "judge" and (judge.url or judge.model or judge.pairwise):
-        raise UserError(f"--by {by}: --judge-url, --judge-model and --pairwise go with --by judge")
+    if kind != "judge" and judge != JudgeOptions():
+        raise UserError(f"--by {by}: {', '.join(_given(judge))}: options that go with --by judge")
     if kind != "length" and tokenizer is not None:
         raise UserError(f"--by {by}: --tokenizer goes with --by length")
+    if kind != "reward" and (dtype is not None or max_length is not None):
+        raise UserError(f"--by {by}: --dtype and --max-length go with --by reward:FOLDER")
     if kind in ("code", "regex") and argument:
         return CodeScorer(kind, argument, seconds=seconds, workers=workers or len(os.sched_getaffinity(0)))
     if by == "length":
@@ -128,6 +161,14 @@ def scorer_of(
     raise UserError(f"--by: found {by!r}, expected {SCORERS}")
 
 
+def _given(judge: JudgeOptions) -> list[str]:
+    """The options that are not what they are when they are left out."""
+    unset = JudgeOptions()
+    values = [(name, judge, unset) for name in _OPTIONS] + [(name, judge.limits, unset.limits) for name in _LIMITS]
+    names = _OPTIONS | _LIMITS
+    return [names[name] for name, given, default in values if getattr(given, name) != getattr(default, name)]
+
+
 def default_rule(by: str, judge: JudgeOptions) -> str:
     """The map from raw values where `--map` is not given.
 
@@ -137,7 +178,7 @@ def default_rule(by: str, judge: JudgeOptions) -> str:
     kind = by.partition(":")[0]
     if kind == "judge" and not judge.pairwise:
         low, high = judge.scale
-        return f"affine:{low:g},{high:g}"
+        return f"affine:{shortest(low)},{shortest(high)}"
     if kind in ("length", "reward"):
         unit = "a length" if kind == "length" else "a reward"
         raise UserError(
@@ -156,6 +197,12 @@ def _body(text: str | None) -> dict[str, Any]:
         raise UserError(f"--judge-body: found {text[:60]!r}, expected a JSON object ({error})") from None
     if not isinstance(value, dict) or {"messages", "stream", "n"} & value.keys():
         raise UserError("--judge-body: expected a JSON object without `messages`, `stream` and `n`")
+    for name in ("max_tokens", "max_completion_tokens"):
+        longest = value.get(name)
+        if longest is not None and (isinstance(longest, bool) or not isinstance(longest, int) or longest < 1):
+            raise UserError(f"--judge-body: {name}: found {longest!r}, expected a number of tokens, or null")
+    if not isinstance(value.get("model", ""), str):
+        raise UserError(f"--judge-body: model: found {value['model']!r}, expected a name; --judge-model gives it")
     return value
 
 

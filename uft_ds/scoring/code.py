@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ class CodeScorer:
 
     def score(self, items: Sequence[Item]) -> list[Judgement]:
         while len(self._workers) < min(self._num_workers, len(items)):
-            worker = _Worker(self._kind, self._target, self._seconds)
+            worker = _Worker(self._kind, self._target, self._seconds, self._check_unchanged)
             self._workers.append(worker)
             worker.start()  # raises UserError
             self._idle.put(worker)
@@ -61,6 +61,14 @@ class CodeScorer:
     def close(self) -> None:
         for worker in self._workers:
             worker.kill()
+
+    def _check_unchanged(self) -> None:
+        """A process that is started later imports the file as it is then: its scores would be another scorer's."""
+        if _identity_of(self._kind, self._target) != self._identity:
+            raise UserError(
+                f"--by {self._kind}:{self._target}: the file has changed while it was used; score with the new one "
+                "into another --out, or undo the change and give the same command again"
+            )
 
     def _judged(self, item: Item) -> Judgement:
         worker = self._idle.get()
@@ -102,10 +110,11 @@ def _module_hash(module: str) -> str | None:
 class _Worker:
     """One process of the user's code."""
 
-    def __init__(self, kind: str, target: str, seconds: float) -> None:
+    def __init__(self, kind: str, target: str, seconds: float, check: Callable[[], None]) -> None:
+        """check: called whenever the process has imported the function; raises UserError if that is another one."""
         self._words = [sys.executable, "-m", "uft_ds.scoring.worker", kind, target, str(seconds)]
         self._what = f"--by {kind}:{target}"
-        self._seconds = seconds
+        self._seconds, self._check = seconds, check
         self._process: subprocess.Popen[bytes] | None = None
         self._read = b""
 
@@ -124,6 +133,7 @@ class _Worker:
         if answer is None or "unusable" in answer:
             ended = self._ended_how(IMPORT_SECONDS)
             raise UserError(f"{self._what} cannot be used: {ended if answer is None else answer['unusable']}")
+        self._check()
 
     def ask(self, item: Item) -> Judgement:
         """The judgement of one item; the process is started again if this one has ended it."""

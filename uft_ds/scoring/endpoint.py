@@ -23,8 +23,9 @@ from uft_ds.scoring.pacing import (
     retry_after_seconds,
 )
 
-CHARACTERS_PER_TOKEN = 3
-"""A low estimate for English and code, so that what is set aside for a prompt is rather too much."""
+BYTES_PER_TOKEN = 3
+"""A low estimate for English and code, so that what is set aside for a prompt is rather too much. Of bytes, because a
+letter of Chinese, which is three, is often a token of its own."""
 
 _MAX_REPLY_BYTES = 8 * 2**20
 _TRY_AGAIN = (408, 409, 425, 429)
@@ -78,11 +79,7 @@ class Client:
         Raises:
             UserError: the URL is none.
         """
-        parts = urlsplit(endpoint.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"--judge-url: found {endpoint.url!r}, expected a URL such as http://127.0.0.1:8000/v1")
-        if parts.username or parts.password:
-            raise UserError("--judge-url: holds a user name or password; give a key by --judge-key-env")
+        _check_url(endpoint.url)
         self._endpoint, self._pace, self._budget = endpoint, pace, budget
         self._address = endpoint.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         self._opener = urllib.request.build_opener(_NoRedirect)
@@ -91,11 +88,11 @@ class Client:
         """How many requests were sent again."""
 
     def estimate(self, messages: list[dict[str, str]]) -> Tokens:
-        """The tokens that a request may take at most, from its letters and its `max_tokens`."""
-        letters = sum(len(message["content"]) for message in messages)
+        """The tokens that a request may take at most, from its bytes and its `max_tokens`."""
+        length = sum(len(message["content"].encode("utf-8", "surrogatepass")) for message in messages)
         body = self._endpoint.body
         longest = body.get("max_tokens") or body.get("max_completion_tokens") or 1024
-        return Tokens(letters // CHARACTERS_PER_TOKEN + 16, int(longest))
+        return Tokens(length // BYTES_PER_TOKEN + 16, int(longest))
 
     def ask(self, messages: list[dict[str, str]]) -> Reply:
         """The reply to a conversation.
@@ -170,6 +167,24 @@ class Client:
         if wait is not None and wait > LONGEST_ASKED_SECONDS:
             return RequestFailed(f"{status}, and it asks for a wait of {wait:.0f} s")
         return _TryAgain(status, retry_after=wait)
+
+
+def _check_url(url: str) -> None:
+    """Refuse what could not be asked: each request would fail by it, after all its tries."""
+    expected = "expected a URL such as http://127.0.0.1:8000/v1"
+    try:
+        parts = urlsplit(url)
+        host = (parts.hostname or "").encode("idna")
+        parts.path.encode("ascii")
+        _ = parts.port  # raises ValueError, as the others do
+    except ValueError as error:
+        raise UserError(f"--judge-url: found {url!r}, {expected} ({error})") from None
+    if parts.scheme not in ("http", "https") or not host or not url.isprintable() or " " in url:
+        raise UserError(f"--judge-url: found {url!r}, {expected}")
+    if parts.username or parts.password:
+        raise UserError("--judge-url: holds a user name or password; give a key by --judge-key-env")
+    if parts.query or parts.fragment:
+        raise UserError(f"--judge-url: found {url!r}, {expected}, without a query: /chat/completions is added to it")
 
 
 class _TryAgain(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -49,6 +50,21 @@ def check_rule(rule: str, scorer: str) -> None:
     map_named(rule, (), scorer)
 
 
+def rule_identity(rule: str, scorer: str) -> str:
+    """The rule; with a file, a hash of what is read of it besides: scores depend on that, not on the file's name.
+
+    Raises:
+        UserError: as `map_named`.
+    """
+    name, _, argument = rule.partition(":")
+    if name != "isotonic" or not argument:
+        return rule
+    digest = hashlib.sha256()
+    for values_R in read_calibration(Path(argument), scorer):
+        digest.update(values_R.tobytes())
+    return f"{rule}#{digest.hexdigest()[:12]}"
+
+
 def bounds_of(text: str, option: str) -> tuple[float, float]:
     """`LOW,HIGH`: two different finite numbers.
 
@@ -61,7 +77,14 @@ def bounds_of(text: str, option: str) -> tuple[float, float]:
         raise UserError(f"{option}: found {text!r}, expected two numbers LOW,HIGH such as 1,10") from None
     if not (math.isfinite(low) and math.isfinite(high)) or low == high:
         raise UserError(f"{option}: found {text!r}, expected two different finite numbers")
+    if not math.isfinite(high - low):  # every score would be 0
+        raise UserError(f"{option}: found {text!r}, expected numbers whose difference is finite")
     return low, high
+
+
+def shortest(number: float) -> str:
+    """A number in as few letters as hold all of it: `{:g}` alone keeps six digits."""
+    return f"{number:g}" if float(f"{number:g}") == number else repr(number)
 
 
 def _sigmoid(raw: float) -> float:

@@ -64,7 +64,8 @@ def back_off_seconds(tries: int, retry_after: float | None, draw: float | None =
 
 def retry_after_seconds(headers: Mapping[str, str], now: datetime | None = None) -> float | None:
     """The `Retry-After` of a reply in seconds, which is a number or a date (RFC 9110, 10.2.3); None without one."""
-    value = headers.get("Retry-After")
+    # Names of headers have no case, and uvicorn, which serves vLLM, writes them in small letters.
+    value = next((value for name, value in headers.items() if name.lower() == "retry-after"), None)
     if value is None:
         return None
     try:

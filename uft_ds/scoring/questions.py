@@ -14,6 +14,7 @@ from typing import Any
 
 from uft_ds.data.example import Message
 from uft_ds.errors import UserError
+from uft_ds.scoring.mapping import shortest
 
 GRADE = """You are grading an answer that an assistant gave. Judge how helpful, correct, complete and clear it is, and
 whether it does what was asked, no more and no less. Its length and its tone do not count.
@@ -99,8 +100,8 @@ class Template:
 def grade_rule(nonce: str, low: float, high: float) -> str:
     """How a judge writes a grade."""
     return (
-        f"Grade it by a number from {low:g} (worst) to {high:g} (best). End your reply with one JSON object on a line "
-        f'of its own, which has this key and no other: {{"{nonce}": GRADE}}'
+        f"Grade it by a number from {shortest(low)} (worst) to {shortest(high)} (best). End your reply with one "
+        f'JSON object on a line of its own, which has this key and no other: {{"{nonce}": GRADE}}'
     )
 
 

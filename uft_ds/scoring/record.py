@@ -27,6 +27,7 @@ from uft_ds.host.files import sha256, write_atomically
 from uft_ds.host.formats import KEY, check_format
 from uft_ds.host.locks import Held, Lock, NoLocks, acquire
 from uft_ds.scoring.item import NO_TOKENS, Judgement, Tokens
+from uft_ds.scoring.replies import encodable_json
 from uft_ds.scoring.rows import Row
 
 FORMAT = 1
@@ -98,7 +99,7 @@ class Record:
         if self._log is None:
             self._log = self._log_path.open("ab")
         line = {"row": row.number, "key": row.key, "place": row.place, "judgements": [_plain(j) for j in judgements]}
-        self._log.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+        self._log.write(encodable_json(line).encode() + b"\n")
         return _scored(row.key, judgements)
 
     def add_spent(self, tokens: Tokens) -> None:
@@ -141,8 +142,7 @@ class Record:
         if not lines:
             (self.folder / name).unlink(missing_ok=True)
             return
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        write_atomically(self.folder / name, text)
+        write_atomically(self.folder / name, "".join(encodable_json(line) + "\n" for line in lines))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Mark the output as complete."""
@@ -158,7 +158,7 @@ class Record:
             value: dict[str, Any] = json.loads(self._summary.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return value if self.out.exists() else None
+        return value if isinstance(value, dict) and self.out.exists() else None
 
     @property
     def _identity(self) -> Path:

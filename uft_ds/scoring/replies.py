@@ -51,10 +51,15 @@ class Replies:
         }
         with suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, json.dumps(value, ensure_ascii=False))
+            write_atomically(path, encodable_json(value))
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.json"
+
+
+def encodable_json(value: Any) -> str:
+    """JSON that UTF-8 can hold. Half of a surrogate pair, which a reply or an exception may hold, stays an escape."""
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 
 
 def request_key(url: str, body: Mapping[str, Any], question: str) -> str:

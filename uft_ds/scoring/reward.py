@@ -51,7 +51,11 @@ class RewardScorer:
         self._model = _loaded(folder, dtype or stored).to(self._device).eval()
         config = self._model.config
         self._dtype = str(self._model.dtype).removeprefix("torch.")
-        self._max_length = max_length or getattr(config, "max_position_embeddings", None) or 2**31
+        longest = _longest(self._model)
+        if max_length is not None and max_length > longest:
+            raise UserError(f"--max-length {max_length:,}: the model reads {longest:,} tokens at most (config.json)")
+        self._max_length = max_length or longest
+        self._num_embeddings = self._model.get_input_embeddings().num_embeddings
         self._pad_id = getattr(config, "pad_token_id", None)
         # A decoder's class for classification: hidden states, and a linear head at one position.
         self._pools = hasattr(self._model, "score") and hasattr(self._model, self._model.base_model_prefix)
@@ -97,6 +101,8 @@ class RewardScorer:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if not ids:
             raise ValueError("the chat template writes no token")
+        if max(ids) >= self._num_embeddings:  # on a GPU the lookup would break the process for all that follow
+            raise ValueError(f"its tokenizer gives token {max(ids):,}, the model knows {self._num_embeddings:,} tokens")
         return ids
 
     def _scores(self, rows: Sequence[list[int]]) -> list[float]:
@@ -144,6 +150,16 @@ def pooled_position(row: Sequence[int], pad_id: int | None) -> int:
     if pad_id is None:
         return len(row) - 1
     return max((index for index, token in enumerate(row) if token != pad_id), default=0)
+
+
+def _longest(model: Any) -> int:
+    """How many tokens the model reads. Learnt positions of RoBERTa's kind begin behind the padding's own."""
+    longest = getattr(model.config, "max_position_embeddings", None) or 2**31
+    for name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None:
+            return int(longest) - int(padding) - 1
+    return int(longest)
 
 
 def _batches(ids: Mapping[int, list[int]]) -> list[list[int]]:

@@ -250,10 +250,15 @@ def _meta(row: Mapping[str, Any], make: Format) -> Mapping[str, Any]:
         given = row.get("meta")
         if given is None:
             return {}
-        return dict(given) if isinstance(given, Mapping) else {"meta": given}
+        return _as_json(given if isinstance(given, Mapping) else {"meta": given})
     read = columns or ()
-    others = {key: value for key, value in row.items() if key not in read and not is_empty(value)}
-    plain: dict[str, Any] = json.loads(json.dumps(others, default=str, ensure_ascii=False))
+    return _as_json({key: value for key, value in row.items() if key not in read and not is_empty(value)})
+
+
+def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """As plain JSON: Parquet files have dates, which become text, and NaN for what is missing, which becomes null."""
+    written = json.dumps(dict(values), default=str, ensure_ascii=False)
+    plain: dict[str, Any] = json.loads(written, parse_constant=lambda name: None)
     return plain
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from uft_ds.errors import UserError
 from uft_ds.scoring.item import NO_TOKENS, Item, Scorer, Tokens, scorer_name
-from uft_ds.scoring.mapping import Map, check_rule, map_named
+from uft_ds.scoring.mapping import Map, check_rule, map_named, rule_identity
 from uft_ds.scoring.output import NotWritable, output_rows, write_rows
 from uft_ds.scoring.record import FAILURES, QUARANTINE, Record, Scored
 from uft_ds.scoring.rows import Counted, Row, Rows
@@ -38,9 +38,9 @@ class Target:
     limit: int | None = None
     max_failures: float = 0.1
 
-    def options(self) -> dict[str, Any]:
-        """All of it that the output's bytes depend on."""
-        return {"map": self.rule, "split_pairs": self.split_pairs, "limit": self.limit}
+    def options(self, scorer: str) -> dict[str, Any]:
+        """All of it that the output's bytes depend on. scorer: its name, for the file of an isotonic map."""
+        return {"map": rule_identity(self.rule, scorer), "split_pairs": self.split_pairs, "limit": self.limit}
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,11 @@ def score_data(
         of_input = rows.identity()
         scored = record.open({"input": of_input, "scorer": dict(scorer.identity())})
         stored = record.summary()
-        if stored is not None and stored["options"] == target.options() and not retry_failures:
-            return Outcome(Summary.from_plain(stored), is_written=True, was_complete=True)
+        options = target.options(scorer_name(scorer.identity()))
+        if stored is not None and stored["options"] == options and not retry_failures:
+            summary = Summary.from_plain(stored)
+            if summary.failed <= target.max_failures * summary.answers:  # it may have been another share then
+                return Outcome(summary, is_written=True, was_complete=True)
         on_begin(record.spent, record.add_spent)
         _judge(rows, scorer, record, scored, _Counting(counted.answers, target, on_progress))
         if rows.identity() != of_input:  # it may have taken days
@@ -182,13 +185,10 @@ def _written(rows: Rows, scorer: Scorer, record: Record, scored: dict[int, Score
     """Map the raw values and write the output, unless too many answers have none."""
     name = scorer_name(scorer.identity())
     scoring = {"scorer": name, "map": target.rule}
-    raw_R = [
-        value
-        for number, row in scored.items()
-        if target.limit is None or number < target.limit
-        for value in row.values
-        if value is not None
-    ]
+    # An earlier run may have scored more.
+    scored = {number: row for number, row in scored.items() if target.limit is None or number < target.limit}
+    raw_R = [value for row in scored.values() for value in row.values if value is not None]
+    options = target.options(name)
     to_score = map_named(target.rule, raw_R, name)
     tally = _Tally()
     # First without writing: how many rows have no score decides whether the output is written at all.
@@ -203,7 +203,7 @@ def _written(rows: Rows, scorer: Scorer, record: Record, scored: dict[int, Score
         return Outcome(summary, is_written=False)
     record.unfinish()
     write_rows(target.out, _made(rows, scored, to_score, scoring, target, _Tally()))
-    record.finish({**summary.plain(), "options": target.options()})
+    record.finish({**summary.plain(), "options": options})
     return Outcome(summary, is_written=True)
 
 

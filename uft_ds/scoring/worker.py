@@ -81,13 +81,22 @@ def judged(function: Function, item: Mapping[str, Any]) -> dict[str, Any]:
     """The answer to one item; whatever the function raises is the reason of a failure."""
     try:
         value = function(item["messages"], item["response"], item["meta"])
-    except Exception as error:  # noqa: BLE001 - the user's code
-        return {"reason": f"{type(error).__name__}: {error}"[:500]}
-    if value is None:
-        return {"reason": "the function returned None"}
-    if not isinstance(value, numbers.Real) and type(value).__name__ != "bool_":
-        return {"reason": f"the function returned {value!r:.80}, expected a number or None"}
-    return {"value": float(value)}
+        if value is None:
+            return {"reason": "the function returned None"}
+        # numpy's truth value is no Real; its type is called `bool_` before numpy 2, and `bool` from then on.
+        if not isinstance(value, numbers.Real) and type(value).__name__ not in ("bool_", "bool"):
+            return {"reason": f"the function returned {value!r:.80}, expected a number or None"}
+        return {"value": float(value)}  # an integer of 400 digits is no float
+    except Exception as error:  # noqa: BLE001 - the user's code, its exceptions' and values' own texts too
+        return {"reason": f"{type(error).__name__}: {_text_of(error)}"[:500]}
+
+
+def _text_of(error: Exception) -> str:
+    """What an exception says; its own method may raise."""
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001 - the user's code
+        return "its text cannot be read"
 
 
 def main(kind: str, target: str, seconds: str) -> None:
@@ -108,13 +117,18 @@ def main(kind: str, target: str, seconds: str) -> None:
         answer({"unusable": f"{type(error).__name__}: {error}"})
         return
     answer({"ready": True})
-    limit = float(seconds) + _LATER_SECONDS
+    limit, this = float(seconds) + _LATER_SECONDS, os.getpid()
     signal.setitimer(signal.ITIMER_REAL, 0)
     for line in lines:
         signal.setitimer(signal.ITIMER_REAL, limit)
         value = judged(function, json.loads(line))
+        if os.getpid() != this:  # a child that the function forked has come here too: its value is nobody's
+            os._exit(0)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        answer(value)
+        try:
+            answer(value)
+        except BrokenPipeError:  # the parent was killed meanwhile, and nobody waits for it
+            os._exit(0)
 
 
 if __name__ == "__main__":
