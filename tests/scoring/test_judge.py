@@ -196,7 +196,7 @@ FAULTS = {
     "cut": Fault(cut=True),
     "no JSON": Fault(200, body=b"<html>busy</html>"),
     "no completion": Fault(200, body=b'{"choices": []}'),
-    "slow": Fault(seconds=1.0),
+    "slow": Fault(seconds=4.0),
 }
 
 
@@ -204,7 +204,7 @@ FAULTS = {
 def test_a_fault_that_passes_is_tried_again(fault: Fault, tmp_path: Path) -> None:
     """Twice a fault, then an answer."""
     with judge(lambda asked: fault if asked.number < 2 else grade(5)(asked)) as at:
-        judged = scorer(at, tmp_path, seconds=0.3)
+        judged = scorer(at, tmp_path, seconds=1.0)
         found = only(judged.score([item("7")]))
     assert (found.value, len(at.asked), judged.repeated) == (5.0, 3, 2)
 
@@ -213,7 +213,7 @@ def test_a_fault_that_passes_is_tried_again(fault: Fault, tmp_path: Path) -> Non
 def test_a_fault_that_stays_is_a_failure(fault: Fault, tmp_path: Path) -> None:
     """After as many tries as are allowed, with the reason."""
     with judge(lambda asked: fault) as at:
-        found = only(scorer(at, tmp_path, seconds=0.3).score([item("7")]))
+        found = only(scorer(at, tmp_path, seconds=1.0).score([item("7")]))
     assert found.value is None
     assert "tried 3 times" in found.reason
     assert len(at.asked) == 3
