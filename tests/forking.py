@@ -28,8 +28,9 @@ from unittest.mock import patch
 
 from uft_ds.host.process import show_as
 
-OF_PRODUCT = {"TORCHDYNAMO_DISABLE": "1"}
-"""Set by `uft` and by its ranks before they import torch; the server must have it by then."""
+BEFORE_TORCH = {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+"""Read when torch is imported, so the server must have them by then: what `uft` and its ranks set, and the one thread
+that tests give to each program. With two threads sums have other bits than those of a program of its own."""
 
 
 def forking() -> ForkServerContext:
@@ -38,7 +39,7 @@ def forking() -> ForkServerContext:
     context.set_forkserver_preload(["preloading"])
     # Until Python 3.12 the server does not get this process's path.
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    with patch.dict(os.environ, OF_PRODUCT | {"PYTHONPATH": path}):
+    with patch.dict(os.environ, BEFORE_TORCH | {"PYTHONPATH": path}):
         forkserver.ensure_running()
     return context
 

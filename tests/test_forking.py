@@ -82,3 +82,10 @@ def test_a_forked_program_imports_nothing_heavy(tmp_path: Path) -> None:
     (tmp_path / "listing.py").write_text(f"import sys\nprint([name in sys.modules for name in {names}])\n")
     process = program("listing", cwd=tmp_path)
     assert process.communicate(timeout=TIMEOUT_SECONDS)[0].strip() == str([True] * 6 + [False])
+
+
+def test_a_forked_program_computes_with_as_many_threads(tmp_path: Path) -> None:
+    """Else sums have other bits, and a run by a launcher differs from the same run by a forked command."""
+    (tmp_path / "counting.py").write_text("import torch\nprint(torch.get_num_threads())\n")
+    forked, _ = program("counting", cwd=tmp_path).communicate(timeout=TIMEOUT_SECONDS)
+    assert forked == run(sys.executable, str(tmp_path / "counting.py")).stdout == "1\n"
