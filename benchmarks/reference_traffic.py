@@ -55,7 +55,7 @@ from uft_ds.known.cache import Known, fill
 from uft_ds.objectives.objective import count_terms, micro_batch_loss
 from uft_ds.streams.load import decoder_layer_class
 from uft_ds.streams.stream import Stream, logps_of
-from uft_ds.training.step import streams_of
+from uft_ds.training.forwarding import streams_of
 
 HIDDEN, LAYERS, VOCABULARY = 256, 4, 4096
 WARM_UP_STEPS, STEPS = 2, 4
