@@ -40,7 +40,7 @@ fetch: install ## Fetch the quickstart's model alone (93 MB); tests that need it
 quickstart: install ## Train a small real model on two CPU ranks and talk to it (about 10 minutes)
 	$(BIN)/uft quickstart
 
-test: install ## Fast tests (700 CPU seconds: 6 to 7 minutes on 2 cores)
+test: install ## Fast tests (under 10 minutes)
 	@# By file: fixtures that train a model serve all tests of theirs. In the order of tests/conftest.py, the slow first.
 	$(BIN)/python -m pytest -m "not long" -n 3 --dist loadfile --no-loadscope-reorder
 
