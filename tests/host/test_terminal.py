@@ -7,7 +7,7 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
-from uft_ds.host.terminal import SafeConsole, as_typed, visible
+from uft_ds.host.terminal import SafeConsole, as_typed, duration, visible
 
 
 @pytest.mark.parametrize(
@@ -68,3 +68,13 @@ def test_a_directory_that_is_gone_changes_no_text(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(gone)
     gone.rmdir()
     assert as_typed(f"{gone}/rows.jsonl") == f"{gone}/rows.jsonl"
+
+
+def test_durations_have_two_units() -> None:
+    """Hours and minutes, minutes and seconds, or seconds."""
+    assert [duration(seconds) for seconds in (0.4, 59.6, 3599, 7260)] == [
+        "0 s",
+        "1 min 0 s",
+        "59 min 59 s",
+        "2 h 1 min",
+    ]

@@ -11,7 +11,7 @@ import pytest
 from uft_ds.recipe.file import recipe_from_tree
 from uft_ds.recipe.settings import settings_of
 from uft_ds.record.run_folder import RunFolder
-from uft_ds.run.facts import duration, facts_of
+from uft_ds.run.facts import facts_of
 
 ENDED = datetime(2026, 11, 30, 8, 3, tzinfo=timezone(timedelta(hours=2)))
 
@@ -55,13 +55,3 @@ def test_a_record_that_cannot_be_read_costs_only_its_date(tmp_path: Path, text: 
     told = facts(tmp_path)
     assert told["began"] == "not known"
     assert told["steps"] == "0 with 0 responses"
-
-
-def test_durations_have_two_units() -> None:
-    """Hours and minutes, minutes and seconds, or seconds."""
-    assert [duration(seconds) for seconds in (0.4, 59.6, 3599, 7260)] == [
-        "0 s",
-        "1 min 0 s",
-        "59 min 59 s",
-        "2 h 1 min",
-    ]

@@ -20,6 +20,15 @@ _VISIBLE = {
 }
 
 
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds in words: `1 h 2 min`, `12 min 3 s`, `4 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
 def visible(text: str) -> str:
     """The text with pictures and escapes for control characters, newline and tab aside: ESC becomes U+241B.
 

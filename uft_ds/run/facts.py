@@ -6,6 +6,7 @@ import json
 from datetime import datetime
 from typing import Any
 
+from uft_ds.host.terminal import duration
 from uft_ds.recipe.settings import Settings
 from uft_ds.record.metrics_file import read_metrics
 from uft_ds.record.run_folder import RunFolder
@@ -36,15 +37,6 @@ def facts_of(settings: Settings, folder: RunFolder, *, trained: int, ranks: int,
         "objective": f"loss {_words(loss)}, {how}, learning rate {settings.train.lr:g}",
         "ran on": f"{ranks} ranks, {model.dtype}, DeepSpeed file {settings.deepspeed.name}",
     }
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds in words: `1 h 2 min`, `12 min 3 s`, `4 s`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _began(folder: RunFolder) -> str:

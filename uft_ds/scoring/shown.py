@@ -11,7 +11,7 @@ from rich.progress import Progress as Bar
 from rich.progress import TextColumn
 from rich.table import Table
 
-from uft_ds.host.terminal import visible
+from uft_ds.host.terminal import duration, visible
 from uft_ds.scoring.item import Tokens
 from uft_ds.scoring.record import FAILURES
 from uft_ds.scoring.run import OnProgress, Outcome, Progress, Rehearsal, Target
@@ -51,7 +51,7 @@ def progress_line(progress: Progress, cost: Cost | None = None) -> str:
         rate = here / progress.seconds
         parts += [
             f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s",
-            f"{_duration((progress.total - progress.done) / rate)} left",
+            f"{duration((progress.total - progress.done) / rate)} left",
         ]
     parts.append(f"{progress.failed:,} failed")
     if progress.spent.total:
@@ -129,11 +129,3 @@ def how_it_ended(outcome: Outcome, target: Target) -> str:
     if not summary.answers:
         why = "there is no answer to score"
     return f"not written: {target.out}: {why}; see {failures}. The same command asks again for those that failed"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
