@@ -7,20 +7,24 @@ import hashlib
 import os
 import stat
 import uuid
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from uft_ds.errors import UserError
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str | Iterable[str]) -> None:
     """Write a text so that a reader finds the old file or the new one, never a part, also with several writers.
 
     The text is written to a temporary file in the same folder, synced and renamed.
+
+    Args:
+        text: all of it, or its parts, which are made as they are written.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+            file.writelines([text] if isinstance(text, str) else text)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

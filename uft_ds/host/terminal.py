@@ -1,4 +1,4 @@
-"""What reaches the terminal: text of data, of file names and of errors never controls it."""
+"""What reaches the terminal: text of data, of file names and of errors never controls it; a duration in words."""
 
 from __future__ import annotations
 

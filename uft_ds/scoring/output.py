@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 from uft_ds.data.formats.fields import LeftOut
@@ -83,19 +80,7 @@ def _meta(item: Item, scoring: dict[str, Any]) -> dict[str, Any]:
     return {"meta": {**item.meta, META_KEY: scoring}}
 
 
-def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write rows to a file that appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(_lines(rows))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _lines(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
+def lines_of(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """The text of the output, a line for each row."""
     for row in rows:
         yield json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from uft_ds.errors import UserError
+from uft_ds.host.files import write_atomically
 from uft_ds.scoring.item import NO_TOKENS, Item, Scorer, Tokens, scorer_name
 from uft_ds.scoring.mapping import Map, check_rule, map_named, rule_identity
-from uft_ds.scoring.output import NotWritable, output_rows, write_rows
+from uft_ds.scoring.output import NotWritable, lines_of, output_rows
 from uft_ds.scoring.record import FAILURES, QUARANTINE, Record, Scored
 from uft_ds.scoring.rows import Counted, Row, Rows
 from uft_ds.scoring.summary import Summary, summary_of
@@ -202,7 +203,7 @@ def _written(rows: Rows, scorer: Scorer, record: Record, scored: dict[int, Score
     if not tally.scores or summary.failed > target.max_failures * summary.answers:
         return Outcome(summary, is_written=False)
     record.unfinish()
-    write_rows(target.out, _made(rows, scored, to_score, scoring, target, _Tally()))
+    write_atomically(target.out, lines_of(_made(rows, scored, to_score, scoring, target, _Tally())))
     record.finish({**summary.plain(), "options": options})
     return Outcome(summary, is_written=True)
 
