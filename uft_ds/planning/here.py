@@ -78,10 +78,9 @@ def memory_note(settings: Settings, ranks: int) -> str:
     outcome = _planned(settings, place)
     needed = _needed_bytes(outcome, place)
     has = "" if place.has_gpus else " that are free"
-    fits = "" if needed <= place.memory_bytes else "; it does not fit: `uft plan` says what to change"
     note = (
         f"memory: at most about {needed / GB:.1f} GB for {place.whose}, of {place.memory_bytes / GB:.1f} GB{has}, as "
-        f"`uft plan` counts{fits}"
+        f"`uft plan` counts{_unless_it_fits(needed, place)}"
     )
     return note if settings.model.gradient_checkpointing != "auto" else f"{note}\n{_in_words(outcome, place)}"
 
@@ -135,8 +134,11 @@ def _in_words(outcome: Outcome, place: Place) -> str:
     mode = outcome.setting.workload.gradient_checkpointing
     needed = _needed_bytes(outcome, place)
     verb = "needs" if place.has_gpus or place.ranks_per_node == 1 else "need"
-    fits = "" if needed <= place.memory_bytes else "; it does not fit: `uft plan` says what to change"
     return (
         f"model.gradient_checkpointing: auto takes {str(mode).lower()}, with which {place.whose} {verb} about "
-        f"{needed / GB:.1f} of {place.memory_bytes / GB:.1f} GB{fits}"
+        f"{needed / GB:.1f} of {place.memory_bytes / GB:.1f} GB{_unless_it_fits(needed, place)}"
     )
+
+
+def _unless_it_fits(needed_bytes: int, place: Place) -> str:
+    return "" if needed_bytes <= place.memory_bytes else "; it does not fit: `uft plan` says what to change"

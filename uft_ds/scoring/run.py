@@ -170,7 +170,7 @@ def _batches(rows: Rows, scorer: Scorer, scored: dict[int, Scored], counting: _C
         if row.left_out:
             continue
         found = scored.get(row.number)
-        if found is not None and _is_of(row, found) and not found.has_failed:
+        if found is not None and _is_done(row, found):
             counting.is_there(found)
             continue
         batch.append(row)
@@ -211,6 +211,11 @@ def _written(rows: Rows, scorer: Scorer, record: Record, scored: dict[int, Score
 def _is_of(row: Row, judged: Scored | None) -> bool:
     """Whether a judgement is of this very content; another version of a format may read a row otherwise."""
     return judged is not None and judged.key == row.key
+
+
+def _is_done(row: Row, judged: Scored) -> bool:
+    """Whether nothing of a row is to be asked again."""
+    return _is_of(row, judged) and not judged.has_failed
 
 
 class _Tally:
@@ -304,7 +309,7 @@ def rehearse(rows: Rows, scorer: Scorer, target: Target) -> Rehearsal:
         found = scored.get(row.number)
         if row.left_out:
             continue
-        if found is not None and _is_of(row, found) and not found.has_failed:
+        if found is not None and _is_done(row, found):
             done += len(row.items)
             continue
         for text, estimate, is_kept in plan(row.items) if plan is not None else ():
