@@ -235,6 +235,8 @@ def test_a_wait_that_is_asked_for_is_kept(header: str, tmp_path: Path) -> None:
 
     def answer(asked: Asked) -> str | Fault:
         times.append(time.monotonic())
+        if asked.number == 1:
+            time.sleep(0.3)  # or it could ask several times before the other thread has read its refusal
         return Fault(429, {header: "1"}) if asked.number == 0 else grade(5)(asked)
 
     with judge(answer) as at:
