@@ -20,6 +20,10 @@ class CheckFailed(Exception):
     exit_code = EXIT_CHECK_FAILED
 
 
+class GeneratorLost(CheckFailed):
+    """The generator of an online run cannot be used any more. The run saves its last finished step before it ends."""
+
+
 class Stopped(BaseException):
     """The run stopped on request.
 

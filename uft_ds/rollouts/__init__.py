@@ -1,0 +1,1 @@
+"""Rollouts: answers of the policy to prompts, scored and recorded, which steps train on."""
