@@ -9,15 +9,23 @@ EXIT_INTERRUPTED = 130
 
 
 class UserError(Exception):
-    """Bad input or recipe. The message names the file and line, or the recipe key, and the remedy."""
+    """Bad input or recipe. The message names the file and line, or the recipe key, and the remedy.
+
+    by_all: whether it is raised on every rank at the same place, so that all may act together before the run ends.
+    """
 
     exit_code = EXIT_BAD_INPUT
+    by_all = False
 
 
 class CheckFailed(Exception):
-    """One of our own checks failed: step-0 parity, too many non-finite steps, conversion mismatch."""
+    """One of our own checks failed: step-0 parity, too many non-finite steps, conversion mismatch.
+
+    by_all: as of `UserError`.
+    """
 
     exit_code = EXIT_CHECK_FAILED
+    by_all = False
 
 
 class GeneratorLost(CheckFailed):

@@ -15,10 +15,10 @@ from ranks import run_on_ranks
 from runs import settings_of_run, uft, write_recipe
 from sources import write_rows
 
+from uft_ds.engine.waiting import while_others_wait
 from uft_ds.errors import UserError
 from uft_ds.record.metrics_file import read_metrics
 from uft_ds.run.prepare import ensure_data, open_data, prepare_run
-from uft_ds.run.waiting import while_others_wait
 
 COLLECTIVE_SECONDS = 3.0
 PREPARING_SECONDS = 6.0

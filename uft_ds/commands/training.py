@@ -24,6 +24,10 @@ def train(
         bool, typer.Option("--resume", help="Resume from the newest intact checkpoint of the run in the output folder.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run that the output holds.")] = False,
+    replay: Annotated[
+        Optional[Path],  # noqa: UP045 - typer reads it
+        typer.Option(help="Generate nothing: train on the answers and scores that this online run has recorded."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and say what would be trained, but launch nothing.")
     ] = False,
@@ -31,7 +35,7 @@ def train(
     """Check everything, then train on this machine's GPUs, or on two CPU processes."""
     if resume and overwrite:
         raise UserError("--resume and --overwrite: the one continues a run, the other deletes it; give one of them")
-    settings = settings_given(recipe, overrides)
+    settings = settings_given(recipe, [*(overrides or ()), *_replaying(replay)])
     if dry_run:
         _rehearse(settings, overwrite=overwrite, resume=resume)
         return
@@ -39,6 +43,14 @@ def train(
 
     with rank_server() as server:
         _train(settings, server=server, overwrite=overwrite, resume=resume)
+
+
+def _replaying(run: Path | None) -> list[str]:
+    """The overrides by which a recipe trains on the record of a run."""
+    if run is None:
+        return []
+    of_server = [f"generator.{key}=null" for key in ("url", "served_model")]
+    return ["generator.by=recorded", f"generator.run={run}", *of_server]
 
 
 def _rehearse(settings: Settings, *, overwrite: bool, resume: bool) -> None:

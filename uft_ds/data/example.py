@@ -45,17 +45,31 @@ class Message:
 
 
 @dataclass(frozen=True)
+class Exact:
+    """The tokens of a conversation's prompt and of its last turn, for data that says how it was sampled.
+
+    tokenizer: the hash of the tokenizer and chat template that they are of; see `ChatTokenizer.content_hash`.
+    """
+
+    prompt_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+    tokenizer: str
+
+
+@dataclass(frozen=True)
 class Example:
     """An item of a data set: a conversation with one or more supervised assistant turns.
 
     A single (prompt, response, score) is a conversation whose last turn alone carries a score.
 
     tools: JSON schemas of the tools that the conversation may call.
+    exact: its tokens, if they are given; then the chat template is not asked, and the last turn may be empty.
     """
 
     messages: tuple[Message, ...]
     kind: Kind
     tools: tuple[Mapping[str, Any], ...] = ()
+    exact: Exact | None = None
 
     @property
     def num_responses(self) -> int:
@@ -86,6 +100,12 @@ class Pair:
 
 SCORE = "score"
 """Name of the fact (a number about a response) that every response has."""
+
+
+ONLINE = "online"
+"""Name of the fact, always 1, of a response that the policy has given during the run."""
+SERVED = "served_logp"
+"""Name of the fact, in nats, that says which log-prob the generator gave to a response, summed over its tokens."""
 
 
 @dataclass(frozen=True)

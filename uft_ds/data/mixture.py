@@ -10,7 +10,7 @@ import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import groupby
 from typing import Any, Protocol, overload
@@ -37,10 +37,14 @@ all units have equally many responses."""
 
 @dataclass(frozen=True)
 class Step:
-    """The sequences of one optimiser step over all ranks and micro-batches. The two of a pair are adjacent."""
+    """The sequences of one optimiser step over all ranks and micro-batches. The two of a pair are adjacent.
+
+    made: metrics of how the step was made; empty for fixed data.
+    """
 
     index: int
     sequences: tuple[Sequence, ...]
+    made: Mapping[str, float] = field(default_factory=dict, compare=False)
 
     @property
     def responses(self) -> tuple[Response, ...]:
@@ -124,11 +128,15 @@ class Steps(Seq[Step]):
     def __getitem__(self, index: int | slice) -> Step | Seq[Step]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
+        return self.step_of(index, lambda source, unit, pair_id: self._pools[source].unit(unit, pair_id))
+
+    def step_of(self, n: int, unit_of: Callable[[int, int, int], Unit]) -> Step:
+        """Step n, of whose units the sequences come from `unit_of(source, unit, pair_id)`, called in order."""
+        index = range(len(self))[n]
         sequences: list[Sequence] = []
         pair_id = 0
-        for position in range(self._step_starts[index], self._step_starts[index + 1]):
-            unit = self._unit(position, pair_id)
+        for source, number in self.drawn(index):
+            unit = unit_of(source, number, pair_id)
             # A unit may hold several pairs, or none: no two pairs of a step have one id.
             pair_id += max(1, len({sequence.pair_id for sequence in unit if sequence.pair_id is not None}))
             sequences += unit
@@ -137,6 +145,15 @@ class Steps(Seq[Step]):
     def step(self, n: int) -> Step:
         """Step n, counted from 0."""
         return self[n]
+
+    def accept(self, n: int, served_R3: np.ndarray | None) -> Mapping[str, float]:
+        """Nothing: fixed data is what it is. See `data.source.StepSource`."""
+        return {}
+
+    def drawn(self, n: int) -> list[tuple[int, int]]:
+        """(source, unit) of each unit of step n, in order."""
+        n = range(len(self))[n]
+        return [self._drawn_at(position) for position in range(self._step_starts[n], self._step_starts[n + 1])]
 
     def starts(self, count: int) -> list[int]:
         """The number of units before each of the first `count` steps, and after the last of them."""
@@ -169,11 +186,11 @@ class Steps(Seq[Step]):
                 f"{self.state()}: resume with the recipe that the run began with"
             )
 
-    def _unit(self, position: int, pair_id: int) -> Unit:
+    def _drawn_at(self, position: int) -> tuple[int, int]:
         block = bisect_right(self._block_starts, position) - 1
         source_K, unit_K = self._order(block)
         place = position - self._block_starts[block]
-        return self._pools[source_K[place]].unit(int(unit_K[place]), pair_id)
+        return int(source_K[place]), int(unit_K[place])
 
 
 def plan_steps(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import numpy as np
+
 from uft_ds.data.mixture import Step
 
 SourceState = Mapping[str, Any]
@@ -24,6 +26,19 @@ class StepSource(Protocol):
 
     def step(self, n: int) -> Step:
         """Step n, counted from 0."""
+        ...
+
+    def accept(self, n: int, served_R3: np.ndarray | None) -> Mapping[str, float]:
+        """Check step n by what its forward has computed, after it and before the next step; nothing for fixed data.
+
+        Args:
+            served_R3: [responses, 3], of the responses whose generator has said its log-prob: our own log-prob and the
+                generator's, nats, summed over tokens, and the number of tokens. The same on every rank; None: of none.
+        Returns:
+            metrics.
+        Raises:
+            CheckFailed: the step should not have been trained on; its update must not be saved.
+        """
         ...
 
     def state(self) -> SourceState:

@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 
 from uft_ds.data.example import GOOD_FROM, KINDS
-from uft_ds.data.mixture import ONE_PASS, Portion, epoch_amounts
+from uft_ds.data.mixture import ONE_PASS, Portion, amounts_of
 from uft_ds.data.rows.reading import find_data
 from uft_ds.data.score_map import ScoreMap, affine, quantiles
 from uft_ds.data.store.building import RowRules
@@ -37,10 +37,23 @@ ScoreMapping = Literal["quantile"] | tuple[float, float] | None
 
 
 @dataclass(frozen=True)
+class AskedSettings:
+    """How the prompts of an online source are answered.
+
+    answers: how often each is asked. answer_tokens: of the longest answer, the end-of-turn token included.
+    """
+
+    answers: int
+    answer_tokens: int
+
+
+@dataclass(frozen=True)
 class SourceSettings:
     """What to read from one source, and how: the recipe's entry as plain values.
 
     The stages of a source are SourceSettings, SourceFiles (found), TokenStore (tokenised) and PreparedSource.
+
+    asked: of an online source, whose rows are prompts; None: the rows hold responses.
     """
 
     path: str
@@ -50,6 +63,7 @@ class SourceSettings:
     portion: Portion = ONE_PASS
     allow_one_score: bool = False
     score_map: ScoreMapping = None
+    asked: AskedSettings | None = None
 
     @property
     def label(self) -> str:
@@ -117,6 +131,12 @@ class PreparedSource:
     def portion(self) -> Portion:
         return self.settings.portion
 
+    @property
+    def num_responses(self) -> int:
+        """How many responses one pass over the source gives: of an online one, each prompt's answers."""
+        asked = self.settings.asked
+        return self.selection.num_responses * (1 if asked is None else asked.answers)
+
 
 @dataclass(frozen=True)
 class PreparedData:
@@ -136,7 +156,7 @@ class PreparedData:
         Raises:
             ValueError: the shares leave nothing for the other sources, or do not add up to 1.
         """
-        return epoch_amounts(self.train)
+        return amounts_of([source.num_responses for source in self.train], [source.portion for source in self.train])
 
 
 def prepare_source(

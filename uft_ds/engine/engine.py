@@ -257,6 +257,12 @@ class Engine:
         torch.distributed.all_gather_object(gathered, value, group=self._hosts)
         return gathered
 
+    def from_first(self, value: T) -> T:
+        """Rank 0's value, on every rank; the others' is not used. Exchanged between hosts. Every rank must call it."""
+        values = [value]
+        torch.distributed.broadcast_object_list(values, src=0, group=self._hosts)
+        return values[0]
+
     def gather_over_data(self, value: T) -> list[T]:
         """A list of one small value from each data rank, in their order, on every rank. Every rank must call it."""
         return self.gather_objects(value)[:: self._ranks.sequence_size]

@@ -20,7 +20,6 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from uft_ds.data.example import Sequence
-from uft_ds.data.store.tokenized import tokenizer_hash
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer, save_tokenizer
 from uft_ds.data.tokens.padding import save_for_scoring
 from uft_ds.data.tokens.tokenize import load_tokenizer
@@ -206,7 +205,7 @@ def tokenizer_of(source: Convertible) -> ChatTokenizer:
         UserError: it cannot be loaded, or a run was trained with another one.
     """
     chat = load_tokenizer(source.base, revision=source.revision, chat_template=source.chat_template)
-    if source.run is not None and tokenizer_hash(chat) != recorded_identity(source.run)[1]:
+    if source.run is not None and chat.content_hash != recorded_identity(source.run)[1]:
         key = f"model.chat_template: {source.chat_template}" if source.chat_template else f"model.base: {source.base}"
         raise UserError(
             f"{key}: the tokenizer or its chat template is not the one that the run was trained with, by its content; "

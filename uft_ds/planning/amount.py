@@ -70,16 +70,24 @@ def _counted(settings: Settings, sources: tuple[PreparedSource, ...]) -> Amount 
     except ValueError:
         return None
     per_epoch = sum(amounts)
-    lengths = [source.selection.num_tokens / source.selection.num_responses for source in sources]
+    lengths = [_length_of(source) for source in sources]
     mean = sum(amount * length for amount, length in zip(amounts, lengths, strict=True)) / per_epoch
     responses = _responses(settings, per_epoch)
     return Amount(responses, steps, _epochs(settings, per_epoch), round(responses * mean), "token cache")
 
 
+def _length_of(source: PreparedSource) -> float:
+    """Mean tokens of a response with its prompt; an answer that the policy will give counts as long as it may be."""
+    tokens = source.selection.num_tokens / source.selection.num_responses
+    return tokens if source.settings.asked is None else tokens + source.settings.asked.answer_tokens
+
+
 def _stated(settings: Settings) -> Amount | None:
     """By `examples` of every source, or by train.steps."""
     train, sources = settings.train, settings.data.sources
-    sizes = [source.examples for source in sources if source.examples]
+    sizes = [
+        source.examples * (1 if source.asked is None else source.asked.answers) for source in sources if source.examples
+    ]
     per_epoch = None
     if len(sizes) == len(sources):
         try:

@@ -25,7 +25,7 @@ the policy, and the reference only if it is not cached.
 """
 
 
-WITHOUT_PAIRS = frozenset({"ultrachat", "alpaca", "sharegpt", "helpsteer2", "ultrafeedback", "kto"})
+WITHOUT_PAIRS = frozenset({"ultrachat", "alpaca", "sharegpt", "helpsteer2", "ultrafeedback", "kto", "prompts"})
 """Formats whose rows are never pairs. A format of another package may give pairs."""
 
 
@@ -129,7 +129,10 @@ def workload_of(settings: Settings, config: Any, *, tokens_per_response: int | N
         UserError: transformers does not have the implementation that `model.attention` names for this model.
     """
     reference, objective = settings.reference, settings.objective
-    examples = [source.examples for source in (*settings.data.sources, *settings.data.held_out)]
+    examples = [
+        source.examples and source.examples * (1 if source.asked is None else source.asked.answers)
+        for source in (*settings.data.sources, *settings.data.held_out)
+    ]
     return Workload(
         lora=Lora(
             settings.lora.rank,

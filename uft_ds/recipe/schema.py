@@ -6,55 +6,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
 from uft_ds.data.formats.table import format_names
 from uft_ds.objectives.reference import HowForwarded, RewardBy
 from uft_ds.objectives.reward_shift import ShiftName
 from uft_ds.recipe.best import best_problem
 from uft_ds.recipe.names import unknown_name
+from uft_ds.recipe.online import GeneratorSection, ScoreBySection, online_problems, scored_by
 from uft_ds.recipe.rules import DEFAULT_BETA, GivenObjective, objective_problems, with_kinds
-
-_INT32 = 2**31
-"""Above every whole number that makes sense here, and far below what overflows an index of torch or NumPy."""
-_FLOAT32 = 3.4e38
-"""About the largest float32: torch refuses to calculate with a larger number when the ranks already run."""
-Positive = Annotated[int, Field(gt=0, lt=_INT32)]
-PositiveFloat = Annotated[float, Field(gt=0, le=_FLOAT32, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, le=_FLOAT32, allow_inf_nan=False)]
-FiniteFloat = Annotated[float, Field(ge=-_FLOAT32, le=_FLOAT32, allow_inf_nan=False)]
-UnitInterval = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-
-
-class Section(BaseModel):
-    """A part of the recipe: immutable, unknown keys refused, no silent conversion of types."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
-
-
-def _location(path: str) -> str:
-    """The path with its home folder. An empty text would be the working directory, or count as nothing given."""
-    if not path.strip():
-        raise PydanticCustomError(
-            "empty", "an empty text, expected a path or a name; null, or no such key, gives its default"
-        )
-    try:
-        return str(Path(path).expanduser()) if path.startswith("~") else path
-    except RuntimeError:
-        user = path.removeprefix("~").partition("/")[0]
-        expected = f"a user's home folder after ~, but there is no user {user!r}" if user else "a home folder for ~"
-        raise PydanticCustomError(
-            "home", "{expected}; write ./~ for a folder of that name", {"expected": expected}
-        ) from None
-
-
-Location = Annotated[str, AfterValidator(_location)]
-"""A local path, in which `~` is the home folder, or a hub name."""
+from uft_ds.recipe.section import (
+    INT32,
+    FiniteFloat,
+    Location,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Section,
+    UnitInterval,
+)
 
 
 class ModelSection(Section):
@@ -128,10 +101,14 @@ class SourceSection(Section):
     that has lost its score then counts as an instruction, with score 1."""
     allow_one_score: bool = False
     """Accept feedback in which all responses have the same score."""
+    answers: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Number of answers that the policy gives to each prompt, for `format: prompts`: an online source."""
+    score_by: Annotated[ScoreBySection | None, BeforeValidator(scored_by)] = None
+    """What scores these answers, for `format: prompts`. A text alone is its `by`."""
 
 
 class DataSection(Section):
-    max_length: Annotated[int, Field(ge=8, lt=_INT32)] = 2048
+    max_length: Annotated[int, Field(ge=8, lt=INT32)] = 2048
     """Longest sequence, in tokens."""
     too_long: Literal["drop", "trim_prompt", "refuse"] = "drop"
     """What happens to a response that ends past max_length. drop: it is left out. trim_prompt: it gets only the end of
@@ -236,7 +213,7 @@ class StartSection(Section):
 class TrainSection(Section):
     examples_per_step: Annotated[int, Field(gt=0, le=2**20)] = 64
     """Number of responses of an optimiser step, over all ranks and micro-batches; at most a million (2^20)."""
-    tokens_per_micro_batch: Annotated[int, Field(ge=8, lt=_INT32)] = 16384
+    tokens_per_micro_batch: Annotated[int, Field(ge=8, lt=INT32)] = 16384
     """Largest number of tokens that a rank forwards at once."""
     epochs: Positive = 1
     """Number of passes over the mixture; ignored if steps is given. A resumed run may change it."""
@@ -256,7 +233,7 @@ class TrainSection(Section):
     """AdamW's decoupled weight decay."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to this norm."""
-    max_skipped_steps: Annotated[int, Field(ge=0, lt=_INT32)] = 5
+    max_skipped_steps: Annotated[int, Field(ge=0, lt=INT32)] = 5
     """Steps with a non-finite loss or gradient are skipped; more than this number of them ends the run."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     """Seed of the data order and of the adapters' initial values, below 2^63."""
@@ -299,6 +276,7 @@ class Recipe(Section):
     objective: ObjectiveSection = ObjectiveSection()
     reference: ReferenceSection = ReferenceSection()
     start: StartSection = StartSection()
+    generator: GeneratorSection = GeneratorSection()
     train: TrainSection = TrainSection()
     launch: LaunchSection = LaunchSection()
     tracking: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
@@ -368,6 +346,9 @@ def _impossible(recipe: Recipe) -> list[tuple[str, str]]:
             found += [(f"{prefix}.{index}.{key}", problem) for key, problem in _impossible_portion(source, prefix)]
             found += [(f"{prefix}.{index}.{key}", problem) for key, problem in _impossible_scores(source)]
     found += _impossible_with_head(recipe)
+    found += online_problems(
+        data.sources, data.held_out, recipe.generator, max_length=data.max_length, reward=recipe.objective.reward
+    )
     of_objective = objective_problems(recipe.objective.given, examples_per_step=train.examples_per_step)
     found += [(f"objective.{key}", problem) for key, problem in of_objective]
     return found + [

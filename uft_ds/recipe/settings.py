@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from uft_ds.data.example import KINDS
+from uft_ds.data.formats.table import PROMPTS
 from uft_ds.data.mixture import Portion
-from uft_ds.data.sources import ScoreMapping, SourceSettings, Tolerance
+from uft_ds.data.sources import AskedSettings, ScoreMapping, SourceSettings, Tolerance
 from uft_ds.data.store.building import RowRules
 from uft_ds.host.files import user_cache
 from uft_ds.objectives.objective import KindObjective, Objective
@@ -22,6 +23,7 @@ from uft_ds.objectives.pairwise import PairConstants
 from uft_ds.objectives.reference import HowForwarded, HowReference, how_known
 from uft_ds.objectives.reward_shift import RewardShift
 from uft_ds.recipe.file import load_recipe, recipe_from_tree
+from uft_ds.recipe.online import ScoreBySection
 from uft_ds.recipe.rules import GivenObjective
 from uft_ds.recipe.schema import DataSection, Recipe, SourceSection, TrainSection
 
@@ -139,6 +141,54 @@ class TrainSettings:
 
 
 @dataclass(frozen=True)
+class JudgeSettings:
+    """The recipe's `judge` of a scorer, with the same keys."""
+
+    url: str
+    model: str
+    key_env: str | None
+    template: str | None
+    scale: tuple[float, float]
+    body: str | None
+    requests_per_minute: float | None
+    concurrency: int
+    timeout_seconds: float
+    tries: int
+    max_cost: float | None
+    price: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class ScorerSettings:
+    """The recipe's `score_by` of an online source. rule: its `map`."""
+
+    by: str
+    rule: str | None
+    seconds: float
+    workers: int | None
+    judge: JudgeSettings | None
+
+
+@dataclass(frozen=True)
+class GeneratorSettings:
+    """The recipe's `generator`, with the same keys."""
+
+    by: Literal["builtin", "vllm", "recorded"]
+    url: str | None
+    served_model: str | None
+    run: str | None
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    truncated: Literal["score", "zero", "drop"]
+    max_dropped: float
+    tokens_at_once: int
+    concurrency: int
+    timeout_seconds: float
+    patience_minutes: float
+
+
+@dataclass(frozen=True)
 class LaunchSettings:
     """How ranks are started. ranks: number of processes on this machine, or "auto"."""
 
@@ -169,6 +219,7 @@ class Settings:
     """All settings that define a run.
 
     start_adapter: the recipe's `start.adapter`.
+    scorers: of each training source; None for one whose rows hold responses, and where all scores are recorded.
     given: the objective exactly as the recipe gives it, for messages.
     stored: the recipe as a tree of plain values. It is written to the run's recipe.yaml, and a resumed run is compared
         with it.
@@ -183,6 +234,8 @@ class Settings:
     given: GivenObjective
     reference: ReferenceSettings
     start_adapter: str | None
+    generator: GeneratorSettings
+    scorers: tuple[ScorerSettings | None, ...]
     train: TrainSettings
     launch: LaunchSettings
     tracking: tuple[str, ...]
@@ -193,6 +246,11 @@ class Settings:
     def trains_head(self) -> bool:
         """Whether the run trains a reward model: adapters and a scalar head."""
         return self.objective.reward == "head"
+
+    @property
+    def is_online(self) -> bool:
+        """Whether the policy answers prompts during the run, or trains on answers that another run has recorded."""
+        return any(source.asked is not None for source in self.data.sources)
 
 
 def load_settings(name_or_path: str, overrides: tuple[str, ...] = ()) -> Settings:
@@ -209,6 +267,8 @@ def settings_of(recipe: Recipe) -> Settings:
     assert recipe.lora is not None
     model, reference, data = recipe.model, recipe.reference, recipe.data
     given = recipe.objective.given
+    longest_answer = recipe.generator.max_new_tokens
+    sources = tuple(source_of(entry, data, longest_answer) for entry in data.sources)
     objective = objective_of(given)
     return Settings(
         name=recipe.name,
@@ -230,20 +290,23 @@ def settings_of(recipe: Recipe) -> Settings:
             workers=data.workers,
             given_cache_dir=data.cache_dir,
             share_prompts=data.share_prompts,
-            sources=tuple(source_of(entry, data) for entry in data.sources),
-            held_out=tuple(source_of(entry, data) for entry in data.held_out),
+            sources=sources,
+            held_out=tuple(source_of(entry, data, longest_answer) for entry in data.held_out),
         ),
         objective=objective,
         given=given,
         reference=ReferenceSettings(
             is_needed=objective.needs_reference,
             given_mode=reference.mode,
-            given_cache=reference.cache,
+            # The policy never gives the same answer again, so a cache of its log-probs would only grow.
+            given_cache=reference.cache and not any(source.asked is not None for source in sources),
             given_cache_dir=reference.cache_dir,
             adapter=reference.adapter,
             step_zero_tolerance=reference.step_zero_tolerance,
         ),
         start_adapter=recipe.start.adapter,
+        generator=GeneratorSettings(**recipe.generator.model_dump()),
+        scorers=tuple(_scorer_of(entry.score_by) for entry in data.sources),
         train=train_settings(recipe.train),
         launch=LaunchSettings(**recipe.launch.model_dump()),
         tracking=tuple(recipe.tracking),
@@ -298,12 +361,39 @@ def objective_of(given: GivenObjective) -> Objective:
     )
 
 
-def source_of(entry: SourceSection, data: DataSection) -> SourceSettings:
-    """The settings of one source, including the rules that it shares with the other sources."""
+def _scorer_of(section: ScoreBySection | None) -> ScorerSettings | None:
+    if section is None:
+        return None
+    judge = section.judge
+    return ScorerSettings(
+        section.by,
+        section.map,
+        section.seconds,
+        section.workers,
+        None
+        if judge is None
+        else JudgeSettings(
+            **judge.model_dump() | {"scale": _two(judge.scale), "price": judge.price and _two(judge.price)}
+        ),
+    )
+
+
+def _two(values: list[float]) -> tuple[float, float]:
+    first, second = values
+    return first, second
+
+
+def source_of(entry: SourceSection, data: DataSection, longest_answer: int) -> SourceSettings:
+    """The settings of one source, including the rules that it shares with the other sources.
+
+    Args:
+        longest_answer: `generator.max_new_tokens`, for which the prompts of an online source leave room.
+    """
+    is_online = entry.format == PROMPTS
     rules = RowRules(
         entry.format,
         entry.score,
-        max_length=data.max_length,
+        max_length=data.max_length - (longest_answer if is_online else 0),
         merge=data.merge_conversations,
         trim_prompt=data.too_long == "trim_prompt",
         split_pairs=entry.pairs == "split",
@@ -318,8 +408,9 @@ def source_of(entry: SourceSection, data: DataSection) -> SourceSettings:
         rules,
         entry.examples,
         portion_of(entry),
-        entry.allow_one_score,
+        entry.allow_one_score or is_online,
         _score_mapping(entry),
+        AskedSettings(entry.answers, longest_answer) if is_online and entry.answers is not None else None,
     )
 
 

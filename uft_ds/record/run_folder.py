@@ -22,7 +22,7 @@ _OF_A_RUN = (
     "recipe.yaml", "environment.json", "metrics.jsonl", "tensorboard", "wandb", CHECKPOINTS,
     "latest", "data", "status.json", "report.html", "curves.png", "health.png", "held_out.csv", "samples.jsonl",
     "launcher.log", "DONE",
-    "quickstart.json", "identity.json", "resumed.json", "wandb-id",
+    "quickstart.json", "identity.json", "resumed.json", "wandb-id", "rollouts",
 )  # fmt: skip
 """Files and folders that a run creates. `--overwrite` deletes only these, logs of ranks and temporary files."""
 
@@ -85,6 +85,11 @@ class RunFolder:
     def samples(self) -> Path:
         """Answers of the policy to held-out prompts, if the recipe asks for some."""
         return self.path / "samples.jsonl"
+
+    @property
+    def rollouts(self) -> Path:
+        """The record of an online run: the policy's answers and their scores."""
+        return self.path / "rollouts"
 
     @property
     def curves_picture(self) -> Path:

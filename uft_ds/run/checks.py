@@ -95,6 +95,7 @@ def check_inputs_lie_outside(settings: Settings) -> None:
         "start.adapter": settings.start_adapter,
         "reference.cache_dir": settings.reference.given_cache_dir,
         "data.cache_dir": settings.data.given_cache_dir,
+        "generator.run": settings.generator.run,
         **data,
     }
     output = settings.output.resolve()

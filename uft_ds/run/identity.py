@@ -34,6 +34,10 @@ MAY_CHANGE = (
     "name", "output", "launch.*", "tracking*", "deepspeed", "data.workers", "*.cache_dir", "train.checkpoint_every",
     "train.keep_checkpoints", "train.keep_best", "train.evaluate_every", "train.samples", "train.sample_tokens",
     "train.max_skipped_steps",
+    "generator.url", "generator.served_model", "generator.max_dropped", "generator.tokens_at_once",
+    "generator.concurrency", "generator.timeout_seconds", "generator.patience_minutes", "*.score_by.workers",
+    *(f"*.score_by.judge.{key}" for key in ("url", "key_env", "requests_per_minute", "concurrency")),
+    *(f"*.score_by.judge.{key}" for key in ("timeout_seconds", "tries", "max_cost", "price*")),
     "train.tokens_per_micro_batch", "model.gradient_checkpointing", "model.activation_offload", "model.logits_mib",
 )  # fmt: skip
 """Keys (patterns) that may change on resume: they decide how a run is computed, not what. Losses agree to rounding."""
@@ -63,7 +67,15 @@ def may_change(key: str) -> bool:
     return _is_one_of(key, MAY_CHANGE)
 
 
-_PLACES = ("model.base", "model.revision", "model.chat_template", "reference.adapter", "start.adapter", "data.*.path")
+_PLACES = (
+    "model.base",
+    "model.revision",
+    "model.chat_template",
+    "reference.adapter",
+    "start.adapter",
+    "data.*.path",
+    "generator.run",
+)
 """Keys (patterns) that say where an input lies; its content is in the identity."""
 
 

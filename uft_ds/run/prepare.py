@@ -38,6 +38,7 @@ from uft_ds.recipe.settings import Settings
 from uft_ds.record.run_folder import RunFolder, check_claimable, claim, release
 from uft_ds.run.checks import check_adapters_are_of_base, check_inputs_lie_outside, check_recipe
 from uft_ds.run.identity import environment, owner, run_identity
+from uft_ds.run.online import check_online
 from uft_ds.run.settings import with_deepspeed_file, with_fixed_revision
 from uft_ds.run.start_adapter import Start, start_of, write_sample_of, write_start
 from uft_ds.streams.classifier import check_classifier
@@ -192,7 +193,7 @@ def _check_mixture(settings: Settings, data: PreparedData) -> None:
     given = settings.stored["data"]["sources"]
     for number, (entry, amount) in enumerate(zip(given, data.epoch_amounts, strict=True)):
         key = "epochs" if entry["share"] is None else "share"
-        found = data.train[number].selection.num_responses
+        found = data.train[number].num_responses
         lines.append(f"data.sources.{number}.{key}: {entry[key]} given, which takes {amount:.3g} of {found} responses")
     total = f"{sum(data.epoch_amounts):.3g} responses{'' if epochs == 1 else f' an epoch, of {epochs}'}"
     raise UserError(
@@ -270,6 +271,7 @@ def check_run(
     if settings.train.samples:
         config = check_base(settings.model.base, settings.model.revision)
         check_samples(settings.train, config, prompts_of(settings, data, config))
+    check_online(settings, data)
     check_adapters_are_of_base(settings, partial(on_progress, "hashing the adapter's base"))
     return settings, data
 
@@ -307,7 +309,7 @@ def data_report(data: PreparedData) -> dict[str, list[dict[str, object]]]:
             "score_range": source.settings.rules.score_range,
             "scores_found": account.scores and [account.scores.low, account.scores.high],
             "score_map": source.settings.score_map,
-            "responses": selection.num_responses,
+            "responses": source.num_responses,
             "responses_of_kind": selection.responses_of_kind,
             "sequences": selection.num_sequences,
             "tokens": selection.num_tokens,
@@ -325,5 +327,5 @@ def data_report(data: PreparedData) -> dict[str, list[dict[str, object]]]:
 
     return {
         "train": [row(source, amount) for source, amount in zip(data.train, data.epoch_amounts, strict=True)],
-        "held_out": [row(source, source.selection.num_responses) for source in data.held_out],
+        "held_out": [row(source, source.num_responses) for source in data.held_out],
     }

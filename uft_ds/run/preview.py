@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from uft_ds.data.asked import Asked, AskedSource
 from uft_ds.data.example import Kind, Sequence
 from uft_ds.data.formats.columns import OF_META
 from uft_ds.data.formats.fields import default_score
@@ -41,11 +42,24 @@ def legend() -> Text:
 
 def rendered_rows(source: PreparedSource, chat: ChatTokenizer, *, count: int, seed: int, full: bool) -> Iterator[Text]:
     """Sampled units of a source: origin, token counts, scores, and the text with its loss mask."""
-    selection = source.selection
+    selection, asked = source.selection, source.settings.asked
     sample = np.random.default_rng(seed).permutation(len(selection))[:count]
     for index in sorted(int(index) for index in sample):
+        if asked is not None:
+            yield _rendered_prompt(AskedSource.of(source).selection, index, chat, full=full)
+            continue
         for sequence in selection.unit(index):
             yield rendered(_with_sides(sequence, source.settings.rules), chat, full=full)
+
+
+def _rendered_prompt(asked: Asked, index: int, chat: ChatTokenizer, *, full: bool) -> Text:
+    """A prompt that the policy will answer: a line of counts, then its text as the model reads it."""
+    ids = asked.prompt(index).token_ids_T.tolist()
+    head = (
+        f"{visible(as_typed(asked.origin(index)))}: {len(ids)} tokens; to be answered {asked.answers} times, by up to "
+        f"{asked.answer_tokens} tokens\n"
+    )
+    return Text.assemble((head, HEADER), (_decoded(chat, ids, full, keep_start=True), PROMPT), "\n")
 
 
 def _with_sides(sequence: Sequence, rules: RowRules) -> Sequence:
@@ -98,14 +112,21 @@ def data_table(data: PreparedData) -> Table:
             selection, account = source.selection, source.account
             table.add_row(
                 part,
-                Text(_kinds(selection.responses_of_kind)),
-                f"{selection.num_responses:,}",
+                Text(_kinds_of(source)),
+                f"{source.num_responses:,}",
                 f"{selection.num_tokens:,}",
-                "" if amount is None else _amount(amount, selection.num_responses),
+                "" if amount is None else _amount(amount, source.num_responses),
                 f"{sum(account.dropped.values()) + account.quarantined:,}",
                 Text(visible(as_typed(source.label))),
             )
     return table
+
+
+def _kinds_of(source: PreparedSource) -> str:
+    asked = source.settings.asked
+    if asked is None:
+        return _kinds(source.selection.responses_of_kind)
+    return f"{source.selection.num_responses:,} prompts x {asked.answers}"
 
 
 def _kinds(responses: Mapping[Kind, int]) -> str:
@@ -180,13 +201,14 @@ def notes(data: PreparedData) -> Iterator[Text]:
         if columns := {column: rows for column, rows in unread.items() if column not in like_a_score}:
             named = _with_rows(columns)
             form = source.settings.rules.format
-            yield Text(f"note: {as_typed(source.label)}: columns that format {form} does not read: {named}")
+            what = f"columns that format {form} does not read" if source.settings.asked is None else "for the scorer"
+            yield Text(f"note: {as_typed(source.label)}: {what}: {named}")
     for source, amount in zip(data.train, data.epoch_amounts, strict=True):
-        passes = amount / source.selection.num_responses
+        held = source.num_responses
+        passes = amount / held
         if passes > _MANY_PASSES:
             yield Text(f"note: {as_typed(source.label)}: an epoch goes {passes:.3g} times through its responses")
-        if source.portion.share is not None and round(amount) < source.selection.num_responses:
-            held = source.selection.num_responses
+        if source.portion.share is not None and round(amount) < held:
             yield Text(
                 f"note: {as_typed(source.label)}: share takes {amount:,.0f} of its {held:,} responses in an epoch; "
                 "the others are not used in it"

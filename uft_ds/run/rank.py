@@ -19,10 +19,12 @@ from rich.console import Console
 from uft_ds.checkpoint.generators import seed_generators
 from uft_ds.checkpoint.load import restore_engine
 from uft_ds.checkpoint.writer import CheckpointWriter
-from uft_ds.data.mixture import Step, in_order
+from uft_ds.data.mixture import Step, Steps, in_order
 from uft_ds.data.source import StepSource
+from uft_ds.data.sources import PreparedData
 from uft_ds.engine.engine import Engine
 from uft_ds.engine.ranks import current_ranks, init_distributed
+from uft_ds.engine.waiting import while_others_wait
 from uft_ds.errors import EXIT_BAD_INPUT, EXIT_CRASHED, EXIT_DONE, CheckFailed, Stopped, UserError
 from uft_ds.host.faults import foreseen, lasting
 from uft_ds.host.library_warnings import each_once
@@ -40,12 +42,13 @@ from uft_ds.record.run_folder import RunFolder, Status, write_first
 from uft_ds.run.build import build_engine, build_reference_cache, build_sampler
 from uft_ds.run.checks import check_sharding
 from uft_ds.run.facts import facts_of
+from uft_ds.run.online import build_rollouts
 from uft_ds.run.prepare import ensure_data, open_data, prepare_run
 from uft_ds.run.recompute import with_chosen_recompute
 from uft_ds.run.resume import nothing_to_do, prepare_resume, resumed_from, resumed_position
 from uft_ds.run.settings import located, with_deepspeed_file
 from uft_ds.run.start_adapter import read_start, sample_of
-from uft_ds.run.waiting import while_others_wait
+from uft_ds.streams.model import UFTModel
 from uft_ds.training.determinism import make_deterministic
 from uft_ds.training.evaluate import check_log_ratios_are_zero
 from uft_ds.training.forwarding import Method
@@ -185,13 +188,13 @@ def _run(settings: Settings, folder: RunFolder, console: Console, request: StopR
     held_out = in_order([source.selection for source in data.held_out], settings.train.examples_per_step)
     checkpoint = resumed_from(folder)
     state = START if checkpoint is None else resumed_position(folder, checkpoint).state
-    steps: StepSource = steps_of(settings, data, state.source)
-    steps.restore(state.source)
+    plan = steps_of(settings, data, state.source)
+    plan.restore(state.source)
     after_step = None if checkpoint is None else state.step
-    with _together(), _reporter(settings, folder, console, len(steps), after_step) as reporter:
+    with _together(), _reporter(settings, folder, console, len(plan), after_step) as reporter:
         engine, model = build_engine(with_chosen_recompute(settings, reporter), reporter)
         # Before the checkpoint is restored: only with fresh adapters must policy and reference be equal.
-        _check_start(engine, settings, folder, steps.step(0), reporter)
+        _check_start(engine, settings, folder, plan.step(0), reporter)
         pools = [source.selection for source in data.all]
         reference = build_reference_cache(settings, folder, engine, model, pools, reporter, checkpoint)
         if checkpoint is not None:
@@ -214,7 +217,8 @@ def _run(settings: Settings, folder: RunFolder, console: Console, request: StopR
             build_sampler(settings, data, model),
             starts_as_reference=settings.start_adapter is None,
         )
-        train(session, steps, held_out, state)
+        with _steps(settings, data, folder, plan, engine, model, reporter, request) as steps:
+            train(session, steps, held_out, state)
     if engine.rank == 0:
         try:
             trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
@@ -226,6 +230,28 @@ def _run(settings: Settings, folder: RunFolder, console: Console, request: StopR
             console.print(f"warning: report.html could not be written ({foreseen(error) or error})", markup=False)
         folder.done.touch()  # last: a run that was killed while it wrote its report is resumed, and writes it again
         folder.write_status(Status(EXIT_DONE, "done"))
+
+
+@contextmanager
+def _steps(
+    settings: Settings,
+    data: PreparedData,
+    folder: RunFolder,
+    plan: Steps,
+    engine: Engine,
+    model: UFTModel,
+    reporter: Reporter,
+    request: StopRequest,
+) -> Iterator[StepSource]:
+    """The steps that the run trains on: the plan's, or those that the policy's answers make of it."""
+    if not settings.is_online:
+        yield plan
+        return
+    rollouts = build_rollouts(settings, data, folder, plan, engine, model, reporter, request)
+    try:
+        yield rollouts
+    finally:
+        rollouts.close()
 
 
 @contextmanager

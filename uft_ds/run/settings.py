@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from uft_ds.checkpoint.folder import latest_checkpoint
 from uft_ds.checkpoint.manifest import MANIFEST
 from uft_ds.engine.deepspeed_file import read_deepspeed_file
 from uft_ds.errors import UserError
-from uft_ds.recipe.settings import Settings, changed
+from uft_ds.recipe.settings import ScorerSettings, Settings, changed
 from uft_ds.streams.identity import local_folder
 
 
@@ -43,9 +44,25 @@ def located(settings: Settings) -> Settings:
         ("reference.cache_dir", reference.given_cache_dir),
     ):
         changes[key] = str(Path(given).absolute()) if given else None
+    given_run = settings.generator.run
+    changes["generator.run"] = absolute(given_run) if given_run else None
+    for number, scorer in enumerate(settings.scorers):
+        if scorer is not None:
+            changes |= _of_scorer(f"data.sources.{number}.score_by", scorer, absolute)
     for part, sources in (("sources", settings.data.sources), ("held_out", settings.data.held_out)):
         changes |= {f"data.{part}.{number}.path": absolute(source.path) for number, source in enumerate(sources)}
     return changed(settings, changes)
+
+
+def _of_scorer(key: str, scorer: ScorerSettings, absolute: Callable[[str], str]) -> dict[str, Any]:
+    """The paths of a scorer: a reward model's folder, a file for `isotonic`, a judge's template."""
+    changes: dict[str, Any] = {}
+    for name, value, kind in (("by", scorer.by, "reward"), ("map", scorer.rule, "isotonic")):
+        if value is not None and value.startswith(f"{kind}:"):
+            changes[f"{key}.{name}"] = f"{kind}:{absolute(value.partition(':')[2])}"
+    if scorer.judge is not None and scorer.judge.template is not None:
+        changes[f"{key}.judge.template"] = absolute(scorer.judge.template)
+    return changes
 
 
 def with_deepspeed_file(settings: Settings) -> Settings:

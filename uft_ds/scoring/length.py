@@ -23,11 +23,10 @@ class LengthScorer:
         self._tokenizer = None
         self._identity = {"scorer": "length", "unit": "characters"}
         if tokenizer is not None:
-            from uft_ds.data.store.tokenized import tokenizer_hash
             from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer, read_tokenizer
 
             self._tokenizer = read_tokenizer(tokenizer)
-            digest = tokenizer_hash(ChatTokenizer(self._tokenizer, 0, ()))
+            digest = ChatTokenizer(self._tokenizer, 0, ()).content_hash
             self._identity = {"scorer": "length", "unit": "tokens", "tokenizer": digest}
 
     def identity(self) -> Mapping[str, Any]:

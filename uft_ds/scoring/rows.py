@@ -252,7 +252,11 @@ def _meta(row: Mapping[str, Any], make: Format) -> Mapping[str, Any]:
             return {}
         return _as_json(given if isinstance(given, Mapping) else {"meta": given})
     read = columns or ()
-    return _as_json({key: value for key, value in row.items() if key not in read and not is_empty(value)})
+    rest = {key: value for key, value in row.items() if key not in read and not is_empty(value)}
+    nested = rest.get("meta")
+    if isinstance(nested, Mapping):  # as in jsonl: what is in it is meant, not that it is there
+        rest = {key: value for key, value in rest.items() if key != "meta"} | dict(nested)
+    return _as_json(rest)
 
 
 def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:

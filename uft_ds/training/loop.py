@@ -88,15 +88,16 @@ def train(session: Session, steps: StepSource, held_out: Seq[Step], state: Train
             # The evaluation after step n uses the beta of step n, also in a resumed run.
             before = session.method_at(progress_of_step(max(0, state.step - 1), len(steps)), state)
             _evaluate_and_report(session, before, held_out, state)
-        for number in range(state.step, len(steps)):
-            step = steps.step(number)
+        while state.step < len(steps):
+            step, saved = _next_step(session, steps, state, saved)
             started = time.perf_counter()
             rate = learning_rate(
                 step.index, num_steps=len(steps), peak=settings.lr, warmup=settings.warmup, schedule=settings.schedule
             )
             progress = progress_of_step(step.index, len(steps))
             current = session.method_at(progress, state)
-            result, metrics, shift = run_step(current, step, rate, state.log_ratio_shift)
+            result, metrics, shift, served_R3 = run_step(current, step, rate, state.log_ratio_shift)
+            metrics |= {**step.made, **steps.accept(step.index, served_R3)}
             state = TrainerState(state.step + 1, state.skipped_steps + result.skipped, shift, steps.state())
             seconds = time.perf_counter() - started
             session.reporter.step(state.step, metrics | _speed(session, step, seconds, metrics) | {"lr": rate})
@@ -122,6 +123,25 @@ def train(session: Session, steps: StepSource, held_out: Seq[Step], state: Train
     checkpoints.finish()
     _store(session)
     return state
+
+
+def _next_step(session: Session, steps: StepSource, state: TrainerState, saved: int) -> tuple[Step, int]:
+    """The step after `state`, and the step that is saved. A source that fails costs nothing that has been trained.
+
+    Raises:
+        UserError, CheckFailed: as the source raises them, on every rank; the last finished step is saved then.
+        Stopped: the run was asked to stop.
+    """
+    try:
+        return steps.step(state.step), saved
+    except (UserError, CheckFailed) as error:
+        if not error.by_all:
+            raise  # the other ranks may be in the next collective already, so none may begin here
+        if saved != state.step:
+            saved = _checkpoint(session, state)
+            session.checkpoints.finish()
+            _store(session)
+        raise type(error)(f"{error} (step {saved} is saved: continue with --resume)") from None
 
 
 def due(step: int, every: int) -> bool:

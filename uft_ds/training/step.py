@@ -6,18 +6,20 @@ forward both streams -> log-ratios -> objective -> backward -> step      UFT (ar
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from uft_ds.data.example import KINDS
+from uft_ds.data.example import KINDS, SERVED
 from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.data.mixture import Step
 from uft_ds.engine.engine import StepResult
 from uft_ds.objectives.losses import LOSSES
 from uft_ds.objectives.objective import count_terms, micro_batch_loss
+from uft_ds.objectives.reference import POLICY_STREAM
 from uft_ds.objectives.shifts import is_pointwise, next_shift
 from uft_ds.record.metrics import step_metrics
 from uft_ds.streams.stream import logps_of
@@ -29,11 +31,13 @@ class StepOutcome(NamedTuple):
     """The outcome of a step.
 
     shift: state carried to the next step's reward shift, nats: the running mean, or this step's estimate.
+    served_R3: as for `StepSource.accept`.
     """
 
     result: StepResult
     metrics: dict[str, float]
     shift: float
+    served_R3: np.ndarray | None = None
 
 
 def run_step(method: Method, step: Step, rate: float, before: float = 0.0) -> StepOutcome:
@@ -68,7 +72,21 @@ def run_step(method: Method, step: Step, rate: float, before: float = 0.0) -> St
     moved = rows["shift"][is_pointwise(objective, rows)]
     if objective.shift.name != "none" and len(moved):
         metrics["reward_shift"] = float(moved.mean())
-    return StepOutcome(result, metrics, before if result.skipped else next_shift(objective, rows, before, shift))
+    after = before if result.skipped else next_shift(objective, rows, before, shift)
+    return StepOutcome(result, metrics, after, _served(method, step, done))
+
+
+def _served(method: Method, step: Step, done: Seq[Forwarded]) -> np.ndarray | None:
+    """[responses, 3]: log-probs of the policy and of the generator, and tokens; see `StepSource.accept`."""
+    if not any(SERVED in response.facts for response in step.responses):
+        return None
+    own = [
+        (logp, response.facts[SERVED], response.num_tokens)
+        for part in done
+        for response, logp in zip(part.batch.responses, part.logps[POLICY_STREAM].tolist(), strict=True)
+        if SERVED in response.facts
+    ]
+    return np.concatenate([np.array(rows).reshape(-1, 3) for rows in method.engine.gather_over_data(own)])
 
 
 def micro_step(

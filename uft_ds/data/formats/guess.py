@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from uft_ds.data.formats.columns import refused_columns
 from uft_ds.data.formats.fields import LeftOut, Row
-from uft_ds.data.formats.table import FORMATS, Format
+from uft_ds.data.formats.table import FORMATS, PROMPTS, Format
 from uft_ds.data.formats.turns import check_item
 
-_OURS = dict(FORMATS)
+# A row that has lost its response would be a prompt, which is no way out.
+_OURS = {name: make for name, make in FORMATS.items() if name != PROMPTS}
 
 
 def other_formats(row: Row, given: str) -> str:

@@ -24,6 +24,8 @@ from uft_ds.data.formats.feedback import (
 )
 from uft_ds.data.formats.fields import LeftOut, Row
 from uft_ds.data.formats.jsonl import jsonl, jsonl_schema
+from uft_ds.data.formats.prompts import prompts
+from uft_ds.data.formats.recorded import recorded
 from uft_ds.data.formats.trl import trl
 from uft_ds.data.formats.turns import Item
 from uft_ds.errors import UserError
@@ -31,6 +33,7 @@ from uft_ds.errors import UserError
 __all__ = [
     "FORMATS",
     "GROUP",
+    "PROMPTS",
     "Format",
     "Item",
     "LeftOut",
@@ -55,7 +58,12 @@ FORMATS: dict[str, Format] = {
     "ultrafeedback_binarized": ultrafeedback_binarized,
     "hh_rlhf": hh_rlhf,
     "kto": kto,
+    "prompts": prompts,
+    "recorded": recorded,
 }
+
+PROMPTS = "prompts"
+"""The format of online sources, whose rows hold no response."""
 
 GROUP = "uft_ds.formats"
 """Group of the entry points by which other packages add formats."""

@@ -117,7 +117,7 @@ def check_item(item: Item) -> None:
     for example in (item.chosen, item.rejected) if isinstance(item, Pair) else (item,):
         if not isinstance(example, Example):
             raise ValueError(f"the format gave {type(example).__name__}, expected Example or Pair")
-        check_turns(example.messages)
+        check_turns(example.messages if example.exact is None else example.messages[:-1])
         scored = [index for index, turn in enumerate(example.messages) if turn.score is not None]
         if not scored or (isinstance(item, Pair) and scored != [len(example.messages) - 1]):
             raise ValueError(

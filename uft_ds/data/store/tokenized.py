@@ -54,7 +54,7 @@ def key_parts(data: SourceFiles, rules: RowRules, chat: ChatTokenizer) -> dict[s
         "content": content_hash(data),
         "rules": asdict(rules),
         "chat_template": _sha256(json.dumps(chat.tokenizer.chat_template, sort_keys=True)),
-        "tokenizer": tokenizer_hash(chat),
+        "tokenizer": chat.content_hash,
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "code": [sha256(file) for file in (*ours, *_plugin_files(rules.format))],
     }
@@ -87,15 +87,6 @@ def _plugin_files(name: str) -> list[Path]:
     package = sys.modules[format_named(name).__module__.partition(".")[0]]
     file = Path(str(package.__file__))
     return sorted(file.parent.rglob("*.py")) if hasattr(package, "__path__") else [file]
-
-
-def tokenizer_hash(chat: ChatTokenizer) -> str:
-    """A content hash, hex, of a tokenizer and its chat template: equal hashes tokenise a conversation alike."""
-    tokenizer = chat.tokenizer
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
-    template = json.dumps(tokenizer.chat_template, sort_keys=True)
-    return _sha256("\0".join([vocabulary, json.dumps(tokenizer.special_tokens_map), template]))
 
 
 def ensure_store(

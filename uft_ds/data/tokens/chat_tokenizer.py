@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -51,6 +52,15 @@ class ChatTokenizer:
     control_tokens: tuple[str, ...]
     marked: bool = False
     revision: str | None = None
+
+    @cached_property
+    def content_hash(self) -> str:
+        """A hash, hex, of tokenizer and chat template: with equal hashes a conversation has the same tokens."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        vocabulary = json.dumps(self.tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
+        template = json.dumps(self.tokenizer.chat_template, sort_keys=True)
+        parts = [vocabulary, json.dumps(self.tokenizer.special_tokens_map), template]
+        return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
     @property
     def end_of_turn(self) -> str:

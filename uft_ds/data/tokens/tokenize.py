@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from uft_ds.data.example import Example, Message, Pair, Response, Sequence, Unit, keep_first
+from uft_ds.data.example import Exact, Example, Message, Pair, Response, Sequence, Unit, keep_first
 from uft_ds.data.formats.fields import shown
 from uft_ds.data.tokens.chat_template import PROBE, REMEDY
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer, open_tokenizer
@@ -84,6 +84,8 @@ def tokenize(
     Raises:
         ValueError: in this conversation the response's tokens cannot be separated from the prompt's.
     """
+    if isinstance(item, Example) and item.exact is not None:
+        return _exact(item, item.exact, chat, max_length)
     examples = (item.chosen, item.rejected) if isinstance(item, Pair) else (item,)
     if any(chat.holds_control_token(example.messages, example.tools) for example in examples):
         return Tokenized((), {CONTROL: item.num_responses}, {})
@@ -95,6 +97,22 @@ def tokenize(
         return _conversation(item, chat, max_length, merge, trim_prompt)
     except UserError as error:  # the template refuses this conversation: only this row is bad
         raise ValueError(str(error)) from None
+
+
+def _exact(example: Example, exact: Exact, chat: ChatTokenizer, max_length: int) -> Tokenized:
+    """The sequence of given tokens."""
+    if exact.tokenizer != chat.content_hash:
+        raise ValueError(
+            f"its tokens are of the tokenizer {exact.tokenizer[:12]}, the base has {chat.content_hash[:12]}; train on "
+            "it with the base of the run that recorded it"
+        )
+    ids = (*exact.prompt_ids, *exact.answer_ids)
+    if len(ids) > max_length:
+        return Tokenized((), {LONG: 1}, {})
+    score = example.messages[-1].score
+    assert score is not None
+    response = Response(len(exact.prompt_ids), len(ids), score, example.kind)
+    return Tokenized(((Sequence(np.asarray(ids, dtype=np.int32), (response,)),),), {}, {})
 
 
 def _conversation(example: Example, chat: ChatTokenizer, max_length: int, merge: bool, trim_prompt: bool) -> Tokenized:

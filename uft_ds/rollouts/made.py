@@ -1,0 +1,47 @@
+"""Metrics of how an online step was made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from statistics import fmean, pstdev
+
+from uft_ds.rollouts.record import Group
+
+
+def made_of(
+    groups: Seq[Group], recorded_seconds: Mapping[str, float], seconds: float, *, is_replayed: bool
+) -> dict[str, float]:
+    """Metrics of the answers that a step trains on, and of the time that they took.
+
+        rollouts/prompts, rollouts/dropped    prompts of the step; those that are left out
+        rollouts/score, rollouts/score_std    mean and standard deviation of the scores
+        rollouts/answer_tokens                mean length of an answer, in tokens
+        rollouts/truncated                    share of the answers that were cut at the longest length
+        rollouts/distinct                     mean share of a prompt's answers that differ from each other
+        rollouts/seconds                      of this step, before its training
+        rollouts/generation_seconds, rollouts/scoring_seconds    as recorded
+        rollouts/replayed                     1 if the step was read from a record, else 0
+
+    Args:
+        seconds: that this start of the run took for the step.
+    """
+    used = [group for group in groups if not group.left_out]
+    answers = [answer for group in used for answer in group.answers]
+    made = {
+        "rollouts/prompts": float(len(groups)),
+        "rollouts/dropped": float(len(groups) - len(used)),
+        "rollouts/seconds": seconds,
+        "rollouts/replayed": float(is_replayed),
+        **{f"rollouts/{name}_seconds": value for name, value in recorded_seconds.items()},
+    }
+    if answers:
+        scores = [answer.score for answer in answers if answer.score is not None]
+        made |= {
+            "rollouts/score": fmean(scores),
+            "rollouts/score_std": pstdev(scores),
+            "rollouts/answer_tokens": fmean(len(answer.ids) for answer in answers),
+            "rollouts/truncated": fmean(not answer.ended for answer in answers),
+            "rollouts/distinct": fmean(len({a.ids for a in group.answers}) / len(group.answers) for group in used),
+        }
+    return made

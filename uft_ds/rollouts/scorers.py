@@ -1,0 +1,124 @@
+"""The scorers of online sources: made from a recipe, and asked for the scores of whole groups of answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Seq
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from uft_ds.errors import UserError
+from uft_ds.recipe.settings import JudgeSettings, ScorerSettings
+from uft_ds.scoring.build import JudgeOptions, Limits, default_rule, scorer_of
+from uft_ds.scoring.item import Item, Judgement, Scorer, scorer_name
+from uft_ds.scoring.mapping import Map, check_rule, map_named, rule_identity
+
+
+@dataclass(frozen=True)
+class Score:
+    """The score of one answer.
+
+    value: from 0 to 1; None: there is none, and `reason` says why. raw, reply: the scorer's own value and words.
+    """
+
+    value: float | None
+    raw: float | None = None
+    reply: str = ""
+    reason: str = ""
+
+
+class SourceScorer:
+    """Scores the answers to one source's prompts."""
+
+    def __init__(self, settings: ScorerSettings, key: str) -> None:
+        """
+        Args:
+            key: the recipe's key of it, for messages.
+        Raises:
+            UserError: names the key.
+        """
+        judge = JudgeOptions() if settings.judge is None else _judge_options(settings.judge)
+        with _named(key):
+            self._scorer: Scorer = scorer_of(
+                settings.by,
+                judge=judge,
+                workers=settings.workers,
+                seconds=settings.seconds,
+            )
+            name = scorer_name(self._scorer.identity())
+            rule = settings.rule or default_rule(settings.by, judge)
+            check_rule(rule, name)
+            self._map: Map = map_named(rule, (), name)
+            self._identity = {"scorer": dict(self._scorer.identity()), "map": rule_identity(rule, name)}
+        self._key = key
+
+    def identity(self) -> Mapping[str, Any]:
+        """All that its scores depend on besides the answers, as plain JSON values."""
+        return self._identity
+
+    def score(self, groups: Seq[Seq[Item]]) -> list[list[Score]]:
+        """The scores of the answers to some prompts, in order.
+
+        Raises:
+            UserError: no answer can be scored, as with a wrong key of a judge. CheckFailed: its cost limit is reached.
+        """
+        done: list[Judgement] = []
+        with _named(self._key):
+            for batch in _batches(groups, self._scorer.batch_items):
+                done += self._scorer.score(batch)
+        found = iter(done)
+        return [[self._score(next(found)) for _ in group] for group in groups]
+
+    def close(self) -> None:
+        """End what it has started."""
+        self._scorer.close()
+
+    def _score(self, judgement: Judgement) -> Score:
+        if judgement.value is None:
+            return Score(None, reply=judgement.reply, reason=judgement.reason)
+        try:
+            return Score(self._map(judgement.value), judgement.value, judgement.reply)
+        except ValueError as error:
+            return Score(None, judgement.value, judgement.reply, str(error))
+
+
+def _batches(groups: Seq[Seq[Item]], size: int) -> Iterator[list[Item]]:
+    """Items of whole groups, about `size` at once."""
+    held: list[Item] = []
+    for group in groups:
+        held += group
+        if len(held) >= size:
+            yield held
+            held = []
+    if held:
+        yield held
+
+
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Within the block, errors for the user begin with the recipe's key."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}: {str(error).removeprefix('--by ')}") from None
+
+
+def _judge_options(judge: JudgeSettings) -> JudgeOptions:
+    return JudgeOptions(
+        url=judge.url,
+        model=judge.model,
+        key_env=judge.key_env,
+        template=None if judge.template is None else Path(judge.template),
+        scale=judge.scale,
+        body=judge.body,
+        limits=Limits(
+            requests_per_minute=judge.requests_per_minute,
+            concurrency=judge.concurrency,
+            seconds=judge.timeout_seconds,
+            tries=judge.tries,
+            max_cost=judge.max_cost,
+            price=judge.price,
+        ),
+    )

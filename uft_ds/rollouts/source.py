@@ -1,0 +1,297 @@
+"""The steps of an online run: the policy answers a step's prompts, a scorer scores them, and the step trains on that.
+
+    plan of step n -> is it recorded, by this very policy? -> read it
+                   -> else: hand over the policy -> answer -> score -> write the record
+    record -> Step
+
+Every rank has a source and asks it for the same steps in the same order. Rank 0 alone talks to servers and scorers and
+reads and writes the record; the others wait for it, and get from it what the step trains on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from uft_ds.data.asked import Asked
+from uft_ds.data.example import ONLINE, SERVED, Response, Sequence, Unit
+from uft_ds.data.mixture import Step, Steps
+from uft_ds.data.source import SourceState
+from uft_ds.data.store.sequences import Pool
+from uft_ds.engine.engine import Engine
+from uft_ds.errors import CheckFailed, UserError
+from uft_ds.record.report import Reporter
+from uft_ds.rollouts.answers import Generator, Question
+from uft_ds.rollouts.first_rank import on_first_rank
+from uft_ds.rollouts.gate import check_served
+from uft_ds.rollouts.handover import Handover, take_policy
+from uft_ds.rollouts.made import made_of
+from uft_ds.rollouts.record import Group, RecordFolder, StepRecord
+from uft_ds.rollouts.scoring import Judges
+from uft_ds.streams.adapters import Policy
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What decides the content of a step besides the plan, the policy and the scorers.
+
+    seed: the run's. max_dropped: largest share of a step's prompts that may be left out; one prompt always may.
+    dtype: of the base, which decides how far served log-probs may be from our own.
+    """
+
+    seed: int
+    max_dropped: float
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Live:
+    """A run that generates. judges: on rank 0; None on the others."""
+
+    generator: Generator
+    judges: Judges | None
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A run that trains on what another one has recorded."""
+
+    record: RecordFolder
+
+
+class Rollouts:
+    """The steps of an online run, as a `StepSource`."""
+
+    def __init__(
+        self,
+        plan: Steps,
+        pools: Seq[Pool],
+        rules: Rules,
+        made_by: Live | Replayed,
+        record: RecordFolder,
+        engine: Engine,
+        policy: Policy,
+        reporter: Reporter,
+    ) -> None:
+        """
+        Args:
+            plan: which prompts and which fixed data each step takes.
+            pools: the training sources that the plan draws from; the online ones are `Asked`.
+            record: of this run.
+        """
+        self._plan, self._pools, self._rules, self._made_by = plan, pools, rules, made_by
+        self._record, self._engine, self._policy, self._reporter = record, engine, policy, reporter
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def state(self) -> SourceState:
+        """That of the plan: what was generated is in the record."""
+        return self._plan.state()
+
+    def restore(self, state: SourceState) -> None:
+        """Return to the position at which `state` was taken; see `Steps.restore`."""
+        self._plan.restore(state)
+
+    def step(self, n: int) -> Step:
+        """Step n, counted from 0. Every rank must call it, in the order of the steps.
+
+        Raises:
+            CheckFailed: too many prompts lack an answer, the generator is lost, or a record is of other prompts.
+            UserError: the record or a scorer cannot be used. Stopped: the run is to stop.
+        """
+        asked = self._asked(n)
+        if not asked:
+            return self._plan.step(n)
+        started = time.perf_counter()
+        if isinstance(self._made_by, Replayed):
+            record = self._of_other_run(self._made_by.record, n)
+            is_replayed = True
+        else:
+            handover = take_policy(self._engine, self._policy, n)
+            found = self._own(n, handover)
+            is_replayed = found is not None
+            record = self._generated(self._made_by, n, asked, handover) if found is None else found
+        self._check(record, asked)
+        groups = iter(record.groups)
+
+        def unit_of(source: int, unit: int, pair_id: int) -> Unit:
+            pool = self._pools[source]
+            return sequences_of(next(groups)) if isinstance(pool, Asked) else pool.unit(unit, pair_id)
+
+        step = self._plan.step_of(n, unit_of)
+        made = made_of(record.groups, record.seconds, time.perf_counter() - started, is_replayed=is_replayed)
+        return Step(step.index, step.sequences, made)
+
+    def accept(self, n: int, served_R3: np.ndarray | None) -> Mapping[str, float]:
+        """Compare the generator's log-probs with our own; see `StepSource.accept`.
+
+        Raises:
+            CheckFailed: they differ by more than rounding. The record of the step is put aside then.
+        """
+        if served_R3 is None:
+            return {}
+        own_R, served_R, tokens_R = torch.from_numpy(served_R3).unbind(dim=1)
+        try:
+            gap = check_served(own_R, served_R, tokens_R, dtype=self._rules.dtype)
+        except CheckFailed as error:
+            if self._engine.rank == 0:
+                self._record.refuse(n + 1, str(error))
+            raise
+        return {"rollouts/served_gap": gap.worst, "rollouts/served_gap_mean": gap.mean}
+
+    def close(self) -> None:
+        """End what generator and scorers have started."""
+        if isinstance(self._made_by, Live):
+            self._made_by.generator.close()
+            if self._made_by.judges is not None:
+                self._made_by.judges.close()
+
+    def _asked(self, n: int) -> list[tuple[int, int]]:
+        """(source, prompt) of each prompt of step n, in order."""
+        return [(source, unit) for source, unit in self._plan.drawn(n) if isinstance(self._pools[source], Asked)]
+
+    def _own(self, n: int, handover: Handover) -> StepRecord | None:
+        """What an earlier start of this run has recorded of step n, if this very policy has given the answers."""
+        record = on_first_rank(self._engine, f"record {n}", lambda: self._read(n))
+        if record is None or record.policy == handover.version.digest:
+            return record
+        self._reporter.warn(
+            f"step {n + 1}: its record is of another policy (other settings or ranks since the checkpoint); it is put "
+            "aside, and the step is generated anew"
+        )
+        return None
+
+    def _read(self, n: int) -> StepRecord | None:
+        """The record of step n, on rank 0.
+
+        Raises:
+            UserError: the step before was scored by another scorer: the run would learn two things.
+        """
+        before = self._record.read(n) if n else None
+        if before is not None and isinstance(self._made_by, Live) and self._made_by.judges is not None:
+            now, then = self._made_by.judges.identity(), before.scorers
+            for number in now:
+                if number in then and now[number] != then[number]:
+                    raise UserError(
+                        f"data.sources.{number}.score_by: the scorer is another one than at step {n} ({now[number]} "
+                        f"now, {then[number]} then); undo the change, or start a new run"
+                    )
+        return self._record.read(n + 1)
+
+    def _of_other_run(self, folder: RecordFolder, n: int) -> StepRecord:
+        def copied() -> StepRecord:
+            record = folder.read(n + 1)
+            if record is None:
+                raise UserError(f"generator.run: {folder.path}: holds no record of step {n + 1}; lower train.steps")
+            if self._record.read(n + 1) != record:
+                self._record.write(record)
+            return record
+
+        return on_first_rank(self._engine, f"replay {n}", copied)
+
+    def _generated(self, live: Live, n: int, asked: list[tuple[int, int]], handover: Handover) -> StepRecord:
+        questions = list(self._questions(n, asked))
+        generator, engine = live.generator, self._engine
+        total = sum(question.answers for question in questions)
+        with self._reporter.phase(f"step {n + 1}: answering {len(questions)} prompts, {total} answers"):
+            started = time.perf_counter()
+            if generator.needs_adapter:
+                on_first_rank(engine, f"publish {n}", lambda: generator.publish(handover.version, handover.tensors))
+            if generator.on_all_ranks:
+                answers = generator.answer(questions)
+            else:
+                answers = on_first_rank(engine, f"answers {n}", lambda: generator.answer(questions))
+            seconds = {"generation": time.perf_counter() - started}
+
+        def recorded() -> StepRecord:
+            assert live.judges is not None
+            began = time.perf_counter()
+            prompts = [(source, unit, self._prompt(source, unit)) for source, unit in asked]
+            groups = live.judges.judged(prompts, questions, answers)
+            record = StepRecord(
+                n + 1,
+                handover.version.digest,
+                dict(generator.identity()),
+                live.judges.identity(),
+                groups,
+                seconds | {"scoring": time.perf_counter() - began},
+            )
+            self._record.write(record)
+            problem = self._too_many_dropped(record)
+            if problem is not None:
+                self._record.refuse(n + 1, problem)
+                raise CheckFailed(problem)
+            return record
+
+        with self._reporter.phase(f"step {n + 1}: scoring {total} answers"):
+            return on_first_rank(engine, f"scores {n}", recorded)
+
+    def _questions(self, n: int, asked: Seq[tuple[int, int]]) -> Iterator[Question]:
+        for place, (source, unit) in enumerate(asked):
+            pool = self._pools[source]
+            assert isinstance(pool, Asked)
+            # By the place in the step too: a small source may give the same prompt twice.
+            seed = int(np.random.SeedSequence([self._rules.seed, n, place]).generate_state(1)[0])
+            yield Question(tuple(pool.prompt(unit).token_ids_T.tolist()), pool.answers, seed)
+
+    def _prompt(self, source: int, unit: int) -> str:
+        pool = self._pools[source]
+        assert isinstance(pool, Asked)
+        return pool.origin(unit)
+
+    def _too_many_dropped(self, record: StepRecord) -> str | None:
+        left_out = [group for group in record.groups if group.left_out]
+        allowed = max(1, int(self._rules.max_dropped * len(record.groups)))
+        if len(left_out) <= allowed and len(left_out) < len(record.groups):
+            return None
+        first = left_out[0]
+        return (
+            f"step {record.number}: {len(left_out)} of {len(record.groups)} prompts would be left out, because an "
+            f"answer or a score is missing; the first is {first.origin}: {first.left_out}. generator.max_dropped "
+            f"allows {self._rules.max_dropped:g}"
+        )
+
+    def _check(self, record: StepRecord, asked: Seq[tuple[int, int]]) -> None:
+        """Refuse a record of other prompts than this run's plan asks for."""
+        wanted = [(source, unit, self._prompt_ids(source, unit)) for source, unit in asked]
+        found = [(group.source, group.unit, group.prompt_ids) for group in record.groups]
+        if [prompt for *_, prompt in wanted] != [prompt for *_, prompt in found]:
+            refused = CheckFailed(
+                f"step {record.number}: the record holds answers to {len(found)} prompts, which are not the "
+                f"{len(wanted)} that the recipe draws for this step; replay it with the recipe, the data and the seed "
+                "that it was made with"
+            )
+            refused.by_all = True
+            raise refused
+
+    def _prompt_ids(self, source: int, unit: int) -> tuple[int, ...]:
+        pool = self._pools[source]
+        assert isinstance(pool, Asked)
+        return tuple(pool.prompt(unit).token_ids_T.tolist())
+
+
+def sequences_of(group: Group) -> Unit:
+    """The answers to one prompt as sequences; none if the prompt is left out."""
+    return () if group.left_out else tuple(_sequence(group, number) for number in range(len(group.answers)))
+
+
+def _sequence(group: Group, number: int) -> Sequence:
+    answer = group.answers[number]
+    assert answer.score is not None, "the prompt of an answer without a score is left out"
+    served = {} if answer.logp is None else {SERVED: answer.logp}
+    start = len(group.prompt_ids)
+    response = Response(
+        start,
+        start + len(answer.ids),
+        answer.score,
+        "score",
+        f"{group.origin} answer {number + 1}",
+        other_facts={ONLINE: 1.0, **served},
+    )
+    return Sequence(np.array([*group.prompt_ids, *answer.ids], dtype=np.int32), (response,))

@@ -1,0 +1,140 @@
+"""Online sources in a run: what is checked before the launch, and the source of steps that each rank builds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from uft_ds.data.mixture import Steps
+from uft_ds.data.sources import PreparedData
+from uft_ds.data.store.sequences import Pool
+from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
+from uft_ds.data.tokens.tokenize import load_tokenizer
+from uft_ds.engine.engine import Engine
+from uft_ds.errors import UserError
+from uft_ds.evaluation.generate import decode, stop_token_ids
+from uft_ds.host.signals import Stop, StopRequest
+from uft_ds.recipe.settings import Settings
+from uft_ds.record.report import Reporter
+from uft_ds.record.run_folder import RunFolder
+from uft_ds.rollouts.answers import Generator, Sampling
+from uft_ds.rollouts.builtin import BuiltinGenerator
+from uft_ds.rollouts.prompts import read_prompts
+from uft_ds.rollouts.record import RecordFolder
+from uft_ds.rollouts.scorers import SourceScorer
+from uft_ds.rollouts.scoring import Judges
+from uft_ds.rollouts.source import Live, Replayed, Rollouts, Rules
+from uft_ds.streams.model import UFTModel
+from uft_ds.training.steps import mixed_sources, steps_of
+
+
+def check_online(settings: Settings, data: PreparedData) -> None:
+    """Refuse what would fail after the launch: a scorer that cannot be made, prompts that are gone, a short record.
+
+    Raises:
+        UserError: names the recipe's key, or the file and line.
+    """
+    if not settings.is_online:
+        return
+    if settings.generator.by == "recorded":
+        _recorded(settings, len(steps_of(settings, data)))
+        return
+    for scorer in scorers_of(settings).values():
+        scorer.close()
+    for source in data.train:
+        if source.settings.asked is not None:
+            read_prompts(source)
+
+
+def _recorded(settings: Settings, num_steps: int) -> RecordFolder:
+    """The record of `generator.run`.
+
+    Raises:
+        UserError: it holds fewer steps than the run has.
+    """
+    assert settings.generator.run is not None
+    record = RecordFolder(RunFolder(Path(settings.generator.run)).rollouts)
+    numbers = record.numbers()
+    if not numbers:
+        raise UserError(
+            f"generator.run: {settings.generator.run}: holds no record of an online run ({record.path}); give the "
+            "folder of a run with online sources"
+        )
+    if len(numbers) < num_steps:
+        raise UserError(
+            f"generator.run: {settings.generator.run}: {len(numbers)} steps are recorded, the run has {num_steps}; set "
+            f"train.steps={len(numbers)}"
+        )
+    return record
+
+
+def scorers_of(settings: Settings) -> dict[int, SourceScorer]:
+    """The scorers of all online sources, by the number of the source.
+
+    Raises:
+        UserError: names the recipe's key.
+    """
+    return {
+        number: SourceScorer(scorer, f"data.sources.{number}.score_by")
+        for number, scorer in enumerate(settings.scorers)
+        if scorer is not None
+    }
+
+
+def build_rollouts(
+    settings: Settings,
+    data: PreparedData,
+    folder: RunFolder,
+    plan: Steps,
+    engine: Engine,
+    model: UFTModel,
+    reporter: Reporter,
+    request: StopRequest,
+) -> Rollouts:
+    """The source of an online run's steps. Every rank must call it."""
+    pools: list[Pool] = [source.selection for source in mixed_sources(settings, data)]
+    rules = Rules(settings.train.seed, settings.generator.max_dropped, getattr(torch, settings.model.dtype))
+    record = RecordFolder(folder.rollouts)
+    made_by: Live | Replayed
+    if settings.generator.by == "recorded":
+        made_by = Replayed(_recorded(settings, len(plan)))
+    else:
+        chat = load_tokenizer(
+            settings.model.base, revision=settings.model.revision, chat_template=settings.model.chat_template
+        )
+        generator = _generator(settings, folder, engine, model, chat, request)
+        judges = _judges(settings, data, chat) if engine.rank == 0 else None
+        made_by = Live(generator, judges)
+    return Rollouts(plan, pools, rules, made_by, record, engine, model.policy, reporter)
+
+
+def _generator(
+    settings: Settings,
+    folder: RunFolder,
+    engine: Engine,
+    model: UFTModel,
+    chat: ChatTokenizer,
+    request: StopRequest,
+) -> Generator:
+    given = settings.generator
+    base: Any = model.policy.get_base_model()
+    stop_ids = stop_token_ids(base, chat.tokenizer)
+    sampling = Sampling(given.temperature, given.top_p, given.max_new_tokens, tuple(stop_ids))
+    return BuiltinGenerator(
+        engine, sampling, tokens_at_once=given.tokens_at_once, stop=Stop(request, engine.agree).check
+    )
+
+
+def _judges(settings: Settings, data: PreparedData, chat: ChatTokenizer) -> Judges:
+    texts = {
+        number: read_prompts(source) for number, source in enumerate(data.train) if source.settings.asked is not None
+    }
+    return Judges(
+        scorers_of(settings),
+        texts,
+        lambda ids: decode(chat.tokenizer, list(ids)).strip(),
+        settings.generator.truncated,
+        chat.content_hash,
+    )
