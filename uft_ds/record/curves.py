@@ -14,6 +14,8 @@ KIND_COLORS = dict(zip(KINDS, ("tab:blue", "tab:orange", "tab:green", "tab:red")
 def write_curves(lines: Seq[dict[str, Any]], path: Path) -> None:
     """Write a PNG with loss, implicit reward or a reward model's by kind, if there is one, and gradient norm.
 
+    Of an online run also with the scores of the policy's answers.
+
     Args:
         lines: of metrics.jsonl.
     """
@@ -23,7 +25,7 @@ def write_curves(lines: Seq[dict[str, Any]], path: Path) -> None:
 
     figure = Figure(layout="constrained")
     FigureCanvasAgg(figure)
-    loss, reward, norm = figure.subplots(1, 3)
+    loss, reward, norm, score = figure.subplots(1, 4)
     draw(loss, lines, "loss", label="training", color="black", alpha=0.35)
     draw(loss, lines, "held_out/loss", label="held out", color="black", marker="o")
     is_reward_model = any(name.startswith("reward/") for line in lines for name in line)
@@ -32,15 +34,18 @@ def write_curves(lines: Seq[dict[str, Any]], path: Path) -> None:
         draw(reward, lines, f"{name}/{kind}", label=kind, color=color, alpha=0.5)
         draw(reward, lines, f"held_out/{name}/{kind}", label=f"{kind}, held out", color=color, marker="o")
     draw(norm, lines, "grad_norm", label="before clipping", color="tab:purple")
+    draw(score, lines, "rollouts/score", label="mean", color="tab:orange")
+    draw(score, lines, "rollouts/truncated", label="share cut", color="tab:gray", alpha=0.5)
     of_reward = "reward" if is_reward_model else "implicit reward (beta x nats)"
-    for axes, title in ((loss, "loss"), (reward, of_reward), (norm, "gradient norm")):
+    titles = ((loss, "loss"), (reward, of_reward), (norm, "gradient norm"), (score, "scores of the policy's answers"))
+    for axes, title in titles:
         axes.set_title(title)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize=8)
     # Without a reference there is no reward. The loss stays, so that every run has this picture.
-    for axes in (reward, norm):
+    for axes in (reward, norm, score):
         if not axes.lines:
             axes.remove()
     lay_out(figure, figure.axes, height=3.6)

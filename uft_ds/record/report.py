@@ -33,7 +33,7 @@ class Speaker(Protocol):
 class Announcer(Speaker, Protocol):
     """A speaker that also tells what is done in a long silence."""
 
-    def phase(self, what: str) -> AbstractContextManager[None]: ...
+    def phase(self, what: str, *, announce: bool = True) -> AbstractContextManager[None]: ...
 
 
 class Reporter(Announcer, Protocol):
@@ -65,7 +65,7 @@ class SilentReporter:
         yield lambda done: None
 
     @contextmanager
-    def phase(self, what: str) -> Iterator[None]:
+    def phase(self, what: str, *, announce: bool = True) -> Iterator[None]:
         yield
 
     def say(self, text: str) -> None: ...
@@ -107,9 +107,16 @@ class _ProgressLine:
             _print(self._console, f"warning: {text}", style="yellow")
 
     @contextmanager
-    def phase(self, what: str) -> Iterator[None]:
-        """Announce work that has no progress of its own, and say from time to time that it is still going on."""
-        self.say(what)
+    def phase(self, what: str, *, announce: bool = True) -> Iterator[None]:
+        """Announce work that has no progress of its own, and say from time to time that it is still going on.
+
+        Args:
+            announce: whether it is said at once, or only where it takes long: what every step does is not worth a line.
+        """
+        if announce:
+            self.say(what)
+        else:
+            logger.info(what)
         started, is_over = time.monotonic(), threading.Event()
 
         def go_on() -> None:
@@ -246,7 +253,7 @@ def one_line(metrics: Mapping[str, float]) -> str:
 
     Of pairs that stay together it is the margin and the accuracy, because the mean reward of both sides says nothing;
     of other responses the implicit reward, or a reward model's; without any of these, as in SFT, the share of most
-    probable tokens.
+    probable tokens. Online, also the mean score of the policy's answers.
     """
     parts = [f"loss {metrics['loss']:.4f}"]
     margin = metrics.get("pair_margin/pair")
@@ -257,6 +264,8 @@ def one_line(metrics: Mapping[str, float]) -> str:
         parts.append("reward " + ", ".join(f"{kind} {_signed(reward)}" for kind, reward in rewards.items()))
     if margin is not None:
         parts.append(f"pair margin {_signed(margin)}, accuracy {_percent(metrics['pair_accuracy/pair'])}")
+    if "rollouts/score" in metrics:
+        parts.append(f"score of answers {metrics['rollouts/score']:.3f}")
     if not rewards and margin is None:
         shares = _by_kind(metrics, "top1")
         parts += [f"top-1 {kind} {_percent(share)}" for kind, share in shares.items()]

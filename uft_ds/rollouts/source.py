@@ -199,7 +199,7 @@ class Rollouts:
         questions = list(self._questions(n, asked))
         generator, engine = live.generator, self._engine
         total = sum(question.answers for question in questions)
-        with self._reporter.phase(f"step {n + 1}: answering {len(questions)} prompts, {total} answers"):
+        with self._reporter.phase(f"step {n + 1}: answering {len(questions)} prompts, {total} answers", announce=False):
             started = time.perf_counter()
             if generator.needs_adapter:
                 on_first_rank(engine, f"publish {n}", lambda: generator.publish(handover.version, handover.tensors))
@@ -229,7 +229,7 @@ class Rollouts:
                 raise CheckFailed(problem)
             return record
 
-        with self._reporter.phase(f"step {n + 1}: scoring {total} answers"):
+        with self._reporter.phase(f"step {n + 1}: scoring {total} answers", announce=False):
             return on_first_rank(engine, f"scores {n}", recorded)
 
     def _questions(self, n: int, asked: Seq[tuple[int, int]]) -> Iterator[Question]:
