@@ -27,7 +27,8 @@ from uft_ds.recipe.settings import Settings, load_settings
 from uft_ds.run.settings import located
 
 HELD_OUT = "  held_out:\n    - {format: jsonl, path: c.jsonl}\n"
-WHOLE = MINIMAL.replace("output:", f"{HELD_OUT}output:")
+ONLINE = "    - {format: prompts, path: p.jsonl, answers: 4, score_by: 'regex:4'}\n"
+WHOLE = MINIMAL.replace("sources:\n", f"sources:\n{ONLINE}").replace("output:", f"{HELD_OUT}output:")
 WORDS = (
     *LOSSES, *PRESETS, *KINDS, *FORMATS, "zero3", "zero2", "held_out/loss", "held_out/loss/pair", "q_proj", "a.jsonl",
     "some/model", "~", "~/x", "~nobody_at_all/x", "runs/small", "", " ", ".", "..", "null", "true", "010", "1:30",

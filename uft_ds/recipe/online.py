@@ -32,8 +32,8 @@ class JudgeSection(Section):
     """The judge's name at the endpoint."""
     key_env: str | None = None
     """Environment variable that holds the endpoint's key."""
-    template: Location | None = None
-    """A file with the question to the judge; null: the built-in one. docs/scoring.md says what it must hold."""
+    question: Location | None = None
+    """A file with the question to the judge, as for `--template`; null: the built-in one."""
     scale: Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)] = [1.0, 10.0]
     """[worst, best] grade."""
     body: str | None = None

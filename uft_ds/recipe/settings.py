@@ -147,7 +147,7 @@ class JudgeSettings:
     url: str
     model: str
     key_env: str | None
-    template: str | None
+    question: str | None
     scale: tuple[float, float]
     body: str | None
     requests_per_minute: float | None

@@ -110,7 +110,7 @@ def _judge_options(judge: JudgeSettings) -> JudgeOptions:
         url=judge.url,
         model=judge.model,
         key_env=judge.key_env,
-        template=None if judge.template is None else Path(judge.template),
+        template=None if judge.question is None else Path(judge.question),
         scale=judge.scale,
         body=judge.body,
         limits=Limits(

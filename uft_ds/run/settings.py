@@ -60,8 +60,8 @@ def _of_scorer(key: str, scorer: ScorerSettings, absolute: Callable[[str], str])
     for name, value, kind in (("by", scorer.by, "reward"), ("map", scorer.rule, "isotonic")):
         if value is not None and value.startswith(f"{kind}:"):
             changes[f"{key}.{name}"] = f"{kind}:{absolute(value.partition(':')[2])}"
-    if scorer.judge is not None and scorer.judge.template is not None:
-        changes[f"{key}.judge.template"] = absolute(scorer.judge.template)
+    if scorer.judge is not None and scorer.judge.question is not None:
+        changes[f"{key}.judge.question"] = absolute(scorer.judge.question)
     return changes
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from uft_ds.data.formats.guess import other_formats
-from uft_ds.data.formats.table import FORMATS, Row
+from uft_ds.data.formats.table import FORMATS, PROMPTS, Row
 
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 ROWS: dict[str, tuple[Row, str]] = {
@@ -42,7 +42,8 @@ def test_a_row_names_its_formats_to_every_other(name: str) -> None:
     row, either = ROWS[name]
     its_own = either.replace(" or ", ", ").split(", ")
     keys = ", ".join(key for key, value in row.items() if value is not None)
-    for given in FORMATS.keys() - set(its_own):
+    # A row with an answer that is read as a prompt is told how to leave the answer out.
+    for given in FORMATS.keys() - set(its_own) - {PROMPTS}:
         assert other_formats(row, given) == f"keys {keys}: this is format {either}"
     for given in its_own:
         assert given not in other_formats(row, given).rpartition("format ")[2].replace(" or ", ", ").split(", ")

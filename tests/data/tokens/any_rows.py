@@ -119,4 +119,6 @@ ROWS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     "hh_rlhf": dialogue_pairs() | dialogue_pairs() | row({"chosen": DIALOGUES, "rejected": DIALOGUES}),
     "kto": row({"prompt": TEXT | MESSAGES, "completion": ANSWER, "label": mostly(st.booleans(), JUNK)})
     | row({"messages": MESSAGES, "label": st.booleans()}, {"tools": TOOLS}),
+    "prompts": row({"prompt": TEXT | MESSAGES}, {"solution": JUNK, "meta": JUNK})
+    | row({"messages": MESSAGES}, {"tools": TOOLS, "solution": TEXT}),
 }

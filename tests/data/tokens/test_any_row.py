@@ -60,7 +60,7 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ChatTokenizer]:
 
 def test_every_format_has_rows() -> None:
     """A new format must be tried here, too."""
-    assert set(ROWS) == set(FORMATS)
+    assert set(ROWS) == set(FORMATS) - {"recorded"}  # whose tokens are given: no template makes a mask of them
 
 
 RULES = st.builds(
