@@ -216,9 +216,9 @@ def test_any_text(whole: Path, data: st.DataObject) -> None:
 
 def test_overrides_are_mostly_accepted(whole: Path) -> None:
     """The values above give settings often enough: refusals alone would prove little."""
-    num_accepted = 0  # of 300
+    num_accepted = 0  # of 400: keys of scorers go with one source alone
 
-    @settings(max_examples=300, database=None, derandomize=True)
+    @settings(max_examples=400, database=None, derandomize=True)
     @given(overrides())
     def count(override: str) -> None:
         nonlocal num_accepted
