@@ -1,4 +1,4 @@
-"""Which held-out prompts are answered while training, and how they are dealt out to the ranks."""
+"""Which held-out prompts are answered while training."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from pools import Held
 from transformers import LlamaConfig
 
@@ -16,7 +14,7 @@ from uft_ds.data.example import Response, Sequence
 from uft_ds.errors import UserError
 from uft_ds.recipe.schema import TrainSection
 from uft_ds.recipe.settings import TrainSettings, train_settings
-from uft_ds.training.samples import Prompt, Sampler, _batches, check_samples, choose_prompts, longest_prompt
+from uft_ds.training.samples import check_samples, choose_prompts, longest_prompt
 
 
 def sequence(prompt: list[int], answer: int, name: str, pair: int | None = None) -> Sequence:
@@ -67,16 +65,3 @@ def test_answers_that_fit_nowhere_are_refused() -> None:
     check_samples(settings(), config, ())
     with pytest.raises(UserError, match=r"train\.sample_tokens: 99 given, .* of the 100 positions .* lower it"):
         check_samples(settings(samples=2, sample_tokens=99), config, ())
-
-
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=20), st.integers(1, 4), st.integers(1, 200))
-def test_every_prompt_is_in_one_batch_that_fits(lengths: list[int], ranks: int, budget: int) -> None:
-    """No rank holds more tokens than allowed, unless of a single prompt; all ranks have as many batches."""
-    prompts = tuple(Prompt((0,) * length, (), "", "score", 0.0) for length in lengths)
-    chat: Any = None
-    batches = list(_batches(Sampler(prompts, chat, 10, budget), ranks))
-    assert sorted(number for batch in batches for number in batch) == list(range(len(lengths)))
-    for batch in batches:
-        for rank in range(ranks):
-            share = batch[rank::ranks]
-            assert len(share) <= 1 or len(share) * (max(lengths[number] for number in share) + 10) <= budget

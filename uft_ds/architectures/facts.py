@@ -180,6 +180,14 @@ def positions_limit(config: Any) -> tuple[str, int] | None:
     return (found[0], int(limit)) if found and limit is not None else None
 
 
+def most_positions(config: Any) -> int | None:
+    """How many tokens a sequence may have before the model's numbers degrade or change; None: any number."""
+    text = config.get_text_config()
+    changing = positions_limit(text)
+    limits = (getattr(text, "max_position_embeddings", None), changing and changing[1])
+    return min((int(limit) for limit in limits if limit), default=None)
+
+
 # ---- logits
 
 

@@ -1,7 +1,7 @@
 """The engine: a model sharded by DeepSpeed, which only `engine/`, `export/` and `doctor/` know.
 
-It shards the model and keeps the scale of the gradient
-exact: a step's gradient is that of sum(terms) / number of terms, for any number of ranks and micro-batches.
+It keeps the scale of the gradient exact: a step's gradient is that of sum(terms) / number of terms, for any number of
+ranks and micro-batches.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.data.mixture import Step
 from uft_ds.data.packing import UNSHARED, Packing, rank_micro_batches
-from uft_ds.engine import gradients
+from uft_ds.engine import gathering, gradients
 from uft_ds.engine.groups import ParameterGroup, check_groups, one_group, optimizer_groups, rates_of
 from uft_ds.engine.ranks import Ranks, current_ranks
 from uft_ds.errors import UserError
@@ -105,6 +105,7 @@ class Engine:
         self._hosts = torch.distributed.new_group(backend="gloo", timeout=timedelta(minutes=collective_timeout_minutes))
         self._packing = replace(packing, share_prompts=packing.share_prompts and model.can_share_prompts)
         self._ranks = current_ranks()
+        self._is_whole = False
         if {parameter.dtype for parameter in trainable} != dtypes:
             raise UserError(
                 "lora.dtype: DeepSpeed would train the adapters in the model's dtype at this ZeRO stage; "
@@ -273,16 +274,29 @@ class Engine:
 
         Every rank must enter it.
         """
-        import deepspeed
-
-        # A forward without a backward leaves prefetched parameters in flight, which cannot be gathered again. The
-        # optimiser's method is called, because the engine's also runs Python's garbage collector, which takes longer
-        # than everything else here.
-        if hasattr(self._engine.optimizer, "empty_partition_cache"):
-            self._engine.optimizer.empty_partition_cache()
         named = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
-        with deepspeed.zero.GatheredParameters(list(named.values())):
+        with gathering.gathered(self._engine, list(named.values())):
             yield {name: parameter.detach() for name, parameter in named.items()}
+
+    @property
+    def gathers_layers(self) -> bool:
+        """Whether each forward gathers layers, so that all ranks must forward as often: ZeRO-3, outside of `whole`."""
+        return bool(self._engine.zero_optimization_partition_weights()) and not self._is_whole
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within the block, each rank holds all weights, and may forward the base as often as it likes.
+
+        For forwards without gradient, not of the root module. Afterwards the weights are partitioned as before, and
+        ZeRO-3's prefetch trace is the one that training has recorded. At other stages it does nothing. Every rank must
+        enter it.
+        """
+        with gathering.whole(self._engine) if self.gathers_layers else nullcontext():
+            self._is_whole = True
+            try:
+                yield
+            finally:
+                self._is_whole = False
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -177,20 +177,24 @@ def continuations(
     streamer: TextStreamer | None = None,
     *,
     device: torch.device | None = None,
-    is_synced: bool = False,
 ) -> list[list[int]]:
     """The ids that the model appends to each row. Must be called inside `generating` or `configured`.
 
     Args:
         device: of the computation; None: that of the model's weights, which may lie elsewhere if they are offloaded.
-        is_synced: whether all ranks generate at the same time, and forward until the last one is done.
     """
     prompt_BT, mask_BT = left_pad(rows, pad_id)
-    generate, place = cast(Callable[..., Tensor], model.generate), device or model.device
-    output_BT = generate(
-        prompt_BT.to(place), attention_mask=mask_BT.to(place), streamer=streamer, synced_gpus=is_synced
-    )
-    return output_BT[:, prompt_BT.shape[1] :].tolist()
+    place = device or model.device
+    return appended(model, prompt_BT.to(place), mask_BT.to(place), streamer=streamer).tolist()
+
+
+def appended(model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor, **options: Any) -> Tensor:
+    """The ids that Hugging Face's `generate` appends, with any of its options: [batch, new tokens].
+
+    Must be called inside `generating` or `configured`.
+    """
+    generate = cast(Callable[..., Tensor], model.generate)
+    return generate(ids_BT, attention_mask=mask_BT, **options)[:, ids_BT.shape[1] :]
 
 
 def left_pad(rows: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-from uft_ds.architectures.facts import positions_limit
+from uft_ds.architectures.facts import most_positions
 from uft_ds.data.example import Kind
 from uft_ds.data.store.sequences import Pool
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.engine.engine import Engine
 from uft_ds.errors import UserError
-from uft_ds.evaluation.generate import configured, continuations, decode, generation_config, stop_token_ids, until_stop
+from uft_ds.evaluation.decoding import Decoding, Row
+from uft_ds.evaluation.generate import decode, stop_token_ids, until_stop
+from uft_ds.evaluation.on_ranks import answers_on_ranks, policy_generates
 from uft_ds.host.signals import NEVER, Stop
 from uft_ds.recipe.settings import TrainSettings
 from uft_ds.record.samples import Sample
-from uft_ds.streams.adapters import as_stream
-from uft_ds.streams.packed_attention import attention_of_transformers
-from uft_ds.streams.stream import POLICY
 
 
 @dataclass(frozen=True)
@@ -80,21 +79,14 @@ def check_samples(settings: TrainSettings, config: Any, prompts: Seq[Prompt]) ->
     if settings.samples and not prompts:
         raise UserError(
             f"train.sample_tokens: {settings.sample_tokens} given, but no held-out prompt leaves that many of the "
-            f"{_positions(config)} positions of the model; lower it, or set train.samples: 0"
+            f"{most_positions(config)} positions of the model; lower it, or set train.samples: 0"
         )
 
 
 def longest_prompt(settings: TrainSettings, config: Any) -> int | None:
     """The most tokens that a prompt may have, so that its answer fits; None: the base has no limit of positions."""
-    limit = _positions(config)
+    limit = most_positions(config)
     return None if limit is None else limit - settings.sample_tokens
-
-
-def _positions(config: Any) -> int | None:
-    text = config.get_text_config()
-    changing = positions_limit(text)
-    limits = (getattr(text, "max_position_embeddings", None), changing and changing[1])
-    return min((int(limit) for limit in limits if limit), default=None)
 
 
 def sample(
@@ -113,25 +105,18 @@ def sample(
     """
     model: Any = engine.module.policy.get_base_model()  # type: ignore[union-attr, operator]
     stop_ids, tokenizer = stop_token_ids(model, sampler.chat.tokenizer), sampler.chat.tokenizer
-    config = generation_config(stop_ids, stop_ids[0], max_new_tokens=sampler.max_new_tokens, temperature=0.0)
-    own: dict[int, list[int]] = {}
-    done = 0
-    with (
-        engine.evaluating(),
-        as_stream(model, POLICY),
-        configured(model, config),
-        attention_of_transformers(model),
-    ):
-        for batch in _batches(sampler, engine.ranks.data_size):
-            stop.check()
-            share = batch[engine.ranks.data_rank :: engine.ranks.data_size]
-            # A rank without a prompt answers one that another rank answers, because all must forward as often.
-            rows = [list(sampler.prompts[number].token_ids) for number in share or batch[:1]]
-            answers = continuations(model, rows, stop_ids[0], device=engine.device, is_synced=engine.world_size > 1)
-            own |= dict(zip(share, answers, strict=False))
-            done += len(batch)
-            on_done(done)
-    answered = {number: ids for of_rank in engine.gather_over_data(own) for number, ids in of_rank.items()}
+    how = Decoding(sampler.max_new_tokens, tuple(stop_ids), pad_id=stop_ids[0])
+    rows = [Row(prompt.token_ids) for prompt in sampler.prompts]
+    with policy_generates(engine, how):
+        answered = answers_on_ranks(
+            engine,
+            rows,
+            how,
+            tokens_per_batch=sampler.tokens_per_batch,
+            continues_caches=False,
+            stop=stop.check,
+            on_done=on_done,
+        )
 
     def text(ids: Seq[int]) -> str:
         return decode(tokenizer, list(ids)).strip()
@@ -149,13 +134,3 @@ def sample(
         )
         for number, prompt in enumerate(sampler.prompts)
     ]
-
-
-def _batches(sampler: Sampler, ranks: int) -> Iterator[list[int]]:
-    """Numbers of the prompts that all ranks answer at once, the longest first: this needs little padding."""
-    lengths = [len(prompt.token_ids) for prompt in sampler.prompts]
-    order = sorted(range(len(lengths)), key=lambda number: lengths[number], reverse=True)
-    while order:
-        rows = max(1, sampler.tokens_per_batch // (lengths[order[0]] + sampler.max_new_tokens))
-        batch, order = order[: rows * ranks], order[rows * ranks :]
-        yield batch

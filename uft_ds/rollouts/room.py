@@ -1,0 +1,52 @@
+"""Whether a rank has memory to hold all weights and the cache of a batch while it answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psutil
+import torch
+
+from uft_ds.engine.engine import Engine
+from uft_ds.engine.gathering import weight_bytes
+from uft_ds.host.memory import memory_limit_bytes
+from uft_ds.host.world import launcher_environment
+
+SPARE = 0.1
+"""Share of the free memory that is left for activations, logits and what the allocator cannot use."""
+
+
+def fits_whole(engine: Engine, *, tokens: int) -> bool:
+    """Whether each rank has memory for all weights beside what it holds, and for a cache of so many tokens.
+
+    Every rank must call it, and all get the same answer.
+
+    Args:
+        tokens: that a rank answers at once, prompts and answers: `tokens_per_batch`, or those of the longest row.
+    """
+    base: Any = engine.module.policy.get_base_model()  # type: ignore[union-attr, operator]
+    needed = weight_bytes(engine.module) + tokens * cache_bytes_per_token(base.config, next(base.parameters()).dtype)
+    lacks = needed > (1 - SPARE) * free_bytes(engine.device)
+    return engine.agree(int(lacks)) == 0
+
+
+def cache_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
+    """Memory of one token's keys and values in all layers; where layers have a sliding window, it is less in the end.
+
+    Args:
+        config: of the base.
+    """
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    key_value_heads = getattr(text, "num_key_value_heads", None) or heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return int(text.num_hidden_layers * 2 * key_value_heads * size * dtype.itemsize)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that this rank can still take: of its GPU, or its part of the host's."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    ranks = launcher_environment().ranks_per_node or torch.distributed.get_world_size()
+    return min(int(psutil.virtual_memory().available), memory_limit_bytes()) // ranks
