@@ -11,9 +11,9 @@ import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
 from uft_ds.errors import UserError
+from uft_ds.host.web import parsed_url, words_of
 from uft_ds.scoring.item import Tokens
 from uft_ds.scoring.pacing import (
     LONGEST_ASKED_SECONDS,
@@ -173,14 +173,9 @@ def _check_url(url: str) -> None:
     """Refuse what could not be asked: each request would fail by it, after all its tries."""
     expected = "expected a URL such as http://127.0.0.1:8000/v1"
     try:
-        parts = urlsplit(url)
-        host = (parts.hostname or "").encode("idna")
-        parts.path.encode("ascii")
-        _ = parts.port  # raises ValueError, as the others do
+        parts = parsed_url(url)
     except ValueError as error:
         raise UserError(f"--judge-url: found {url!r}, {expected} ({error})") from None
-    if parts.scheme not in ("http", "https") or not host or not url.isprintable() or " " in url:
-        raise UserError(f"--judge-url: found {url!r}, {expected}")
     if parts.username or parts.password:
         raise UserError("--judge-url: holds a user name or password; give a key by --judge-key-env")
     if parts.query or parts.fragment:
@@ -238,13 +233,6 @@ def _reply_of(body: bytes, reserved: Tokens) -> Reply:
 def _first_words(error: urllib.error.HTTPError) -> str:
     """What the endpoint says of an error, for people."""
     try:
-        text = error.read(4096).decode("utf-8", "replace")
+        return words_of(error.read(4096))
     except (OSError, http.client.HTTPException):
         return ""
-    try:
-        value = json.loads(text)
-        inner = value.get("error", value.get("message", value.get("detail")))
-        text = inner if isinstance(inner, str) else str(inner["message"])
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        pass
-    return " ".join(text.split())[:200]

@@ -9,6 +9,7 @@ from typing import TypeVar, cast
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
+_MEANWHILE_SECONDS = 0.2
 
 
 def in_threads(
@@ -16,6 +17,7 @@ def in_threads(
     items: Sequence[_In],
     threads: int,
     on_error: Callable[[], None] = lambda: None,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> list[_Out]:
     """The results in the order of the items.
 
@@ -23,6 +25,8 @@ def in_threads(
 
     Args:
         on_error: called when `work` has raised, before what is under way is waited for.
+        meanwhile: called again and again by the thread that waits. If it raises, the rest is not begun, and what is
+            under way is not waited for.
     Raises:
         BaseException: the first one that `work` raised. What was under way is done then, and the rest is not begun.
     """
@@ -49,7 +53,11 @@ def in_threads(
         for thread in started:
             thread.start()
         while len(results) < len(items):
-            index, result, error = done.get()
+            meanwhile()
+            try:
+                index, result, error = done.get(timeout=_MEANWHILE_SECONDS)
+            except queue.Empty:
+                continue
             if error is not None:
                 ended.set()
                 on_error()

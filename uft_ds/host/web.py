@@ -1,0 +1,169 @@
+"""One HTTP request to a server of the user's own: no proxy, no redirect, a time limit, and it can be cut off."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from urllib.parse import SplitResult, urlsplit
+
+CONNECT_SECONDS = 10.0
+"""Longest wait for a connection: a machine that takes longer is not there."""
+_MAX_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a server has answered, whatever the status."""
+
+    status: int
+    body: bytes
+
+
+class NoReply(Exception):
+    """There is no whole answer.
+
+    is_late: whether the server had taken the request and did not answer in time.
+    """
+
+    def __init__(self, reason: str, *, is_late: bool = False) -> None:
+        super().__init__(reason)
+        self.is_late = is_late
+
+
+class UnderWay:
+    """The requests that wait for their answers, so that another thread can cut them off, all at once and for good.
+
+    A server such as vLLM ends the work on a request whose connection is closed.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sockets: set[socket.socket] = set()
+        self._is_cut = False
+
+    def cut_off(self) -> None:
+        """Close all connections. Later requests fail at once."""
+        with self._lock:
+            self._is_cut = True
+            for connected in self._sockets:
+                with suppress(OSError):
+                    connected.shutdown(socket.SHUT_RDWR)
+
+    @contextmanager
+    def listed(self, connected: socket.socket) -> Iterator[None]:
+        """Within the block, the connection can be cut off.
+
+        Raises:
+            NoReply: all have been cut off already.
+        """
+        with self._lock:
+            if self._is_cut:
+                raise NoReply("the requests were cut off")
+            self._sockets.add(connected)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._sockets.discard(connected)
+
+
+def parsed_url(url: str) -> SplitResult:
+    """The parts of a URL that can be asked.
+
+    Raises:
+        ValueError: it is none; says why.
+    """
+    parts = urlsplit(url)
+    host = (parts.hostname or "").encode("idna")
+    parts.path.encode("ascii")
+    _ = parts.port  # raises ValueError, as the others do
+    if parts.scheme not in ("http", "https"):
+        raise ValueError("neither http:// nor https://")
+    if not host:
+        raise ValueError("without a host")
+    if not url.isprintable() or " " in url:
+        raise ValueError("with a space or a letter that cannot be printed")
+    return parts
+
+
+def exchange(
+    method: str,
+    url: str,
+    body: bytes | None = None,
+    *,
+    headers: Mapping[str, str],
+    seconds: float,
+    under_way: UnderWay,
+) -> Reply:
+    """Send one request and read the whole answer.
+
+    A proxy in the environment is not asked: the names of a cluster's own machines mean nothing to it.
+
+    Args:
+        url: one that `parsed_url` accepts. seconds: the longest that it may take from the connection on.
+    Raises:
+        NoReply: no connection, no answer in time, or one that was cut.
+    """
+    parts = urlsplit(url)
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    connection = kind(str(parts.hostname), parts.port, timeout=min(seconds, CONNECT_SECONDS))
+    try:
+        try:
+            connection.connect()
+        except OSError as error:
+            raise NoReply(f"no connection ({_said(error)})") from None
+        connected = connection.sock
+        with under_way.listed(connected):
+            deadline = time.monotonic() + seconds
+            connected.settimeout(seconds)
+            connection.request(method, parts.path or "/", body, dict(headers))
+            with connection.getresponse() as response:
+                return Reply(response.status, _read(response, connected, deadline))
+    except TimeoutError:
+        raise NoReply(f"no answer within {seconds:g} s", is_late=True) from None
+    # A ValueError comes from a connection with TLS that another thread has cut off.
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise NoReply(f"the connection was cut ({_said(error)})") from None
+    finally:
+        connection.close()
+
+
+def _read(response: http.client.HTTPResponse, connected: socket.socket, deadline: float) -> bytes:
+    """The whole body. A server that sends a byte now and then meets the deadline, too."""
+    read = bytearray()
+    while not response.isclosed():
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
+            raise TimeoutError
+        connected.settimeout(remaining)
+        read += (block := response.read1(65536))
+        if not block:
+            break
+        if len(read) > _MAX_BYTES:
+            raise NoReply(f"an answer of more than {_MAX_BYTES >> 20} MiB")
+    length = response.headers.get("Content-Length")
+    if length is not None and length.isdecimal() and len(read) < int(length):
+        raise NoReply(f"the connection was cut after {len(read)} of {length} bytes")
+    return bytes(read)
+
+
+def _said(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+def words_of(body: bytes) -> str:
+    """What a server says of an error, for people: the message in its JSON, or the text, shortened to one line."""
+    text = body[:4096].decode("utf-8", "replace")
+    try:
+        value = json.loads(text)
+        inner = value.get("error", value.get("message", value.get("detail")))
+        text = inner if isinstance(inner, str) else str(inner["message"])
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        pass
+    return " ".join(text.split())[:200]
