@@ -75,6 +75,7 @@ bench: install ## Side-by-side measurements, a table each (about an hour and a h
 	$(BIN)/python -m pip install --quiet --editable ".[bench]"
 	$(BIN)/python benchmarks/loading_memory.py
 	$(BIN)/python benchmarks/reference_traffic.py
+	$(BIN)/python benchmarks/online_traffic.py
 	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/determinism.py
 	$(BIN)/python benchmarks/checkpoint.py

@@ -19,7 +19,8 @@ from uft_ds.streams.adapters import add_adapters, start_from_adapter, start_poli
 from uft_ds.streams.load import attention_implementation, check_base, load_base
 from uft_ds.streams.model import UFTModel
 from uft_ds.streams.recompute import Recompute
-from uft_ds.streams.stream import POLICY, Stream, logps_of
+from uft_ds.streams.reward_adapter import add_reward_adapter
+from uft_ds.streams.stream import POLICY, SCORING, Stream, logps_of
 
 
 def objective(loss: str = "mse", beta: float = 0.1, **shared: Any) -> Objective:
@@ -67,11 +68,14 @@ def toy_model(
     trains_head: bool = False,
     chunk_bytes: int | None = None,
     further: Seq[Stream] = (),
+    reward_adapter: Path | None = None,
+    targets: Any = "all-linear",
 ) -> UFTModel:
     """The model in `folder` with adapters; B drawn with `b_std`, so that log-ratios are of order 1.
 
     attention: by default sdpa, or eager for a model without it, whatever is installed.
     further: streams beside policy and reference, each with an adapter of its own, drawn from its name, or the policy's.
+    reward_adapter: of a reward model that is attached, as an online run does it.
     """
     base = load_base(
         str(folder),
@@ -80,7 +84,7 @@ def toy_model(
         attention=attention or attention_implementation("auto", torch.float32, check_base(str(folder), None)),
         gradient_checkpointing=gradient_checkpointing,
     )
-    policy = add_adapters(base, rank=4, alpha=8.0, targets="all-linear", dtype=lora_dtype, seed=1)
+    policy = add_adapters(base, rank=4, alpha=8.0, targets=targets, dtype=lora_dtype, seed=1)
     if b_std:
         generator = torch.Generator().manual_seed(2)
         for name, parameter in policy.named_parameters():
@@ -93,6 +97,10 @@ def toy_model(
     for stream in further:
         if stream.adapter != POLICY.adapter:
             add_drawn_adapter(policy, stream)
+    heads = {}
+    if reward_adapter is not None:
+        heads[SCORING.name] = add_reward_adapter(policy, reward_adapter, "score_by", dtype=lora_dtype)
+        further = (*further, SCORING)
     base.get_output_embeddings().weight.requires_grad_(trains_head)
     return UFTModel(
         policy,
@@ -100,6 +108,7 @@ def toy_model(
         reference_mode=reference_mode,
         activation_offload=activation_offload,
         chunk_bytes=chunk_bytes,
+        frozen_heads=heads,
     )
 
 

@@ -1,4 +1,4 @@
-"""Invariant 9 under ZeRO-3: four streams in one visit of partitioned weights, two of them trained, on two ranks."""
+"""Invariant 9 under ZeRO-3: five streams in one visit of partitioned weights, two of them trained, on two ranks."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import Tensor
 from toy import streams_of, toy_model, toy_step
 
 from uft_ds.data.micro_batch import MicroBatch, micro_batch
-from uft_ds.streams.stream import Output, Stream
+from uft_ds.streams.stream import SCORING, Output, Stream
 
-FURTHER = (Stream("third", "third"), Stream("value", "value", trained=True, head="scalar"))
+FURTHER = (Stream("third", "third"), SCORING, Stream("value", "value", trained=True, head="scalar"))
 ON_RANKS_TOO = sorted(set(CLASSES) - {"qwen2", "gemma3_text"})
-NAMES = ("policy", "reference", "third", "value")
+NAMES = ("policy", "reference", "third", "reward", "value")
 
 
 def batch_of(rank: int) -> MicroBatch:
@@ -54,8 +54,9 @@ def on_a_rank(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], set[str]
 def test_invariant_9_streams_of_partitioned_weights_equal_separate_forwards(
     tmp_path: Path, architecture: Architecture
 ) -> None:
-    """Policy, bare base, a frozen adapter and a trained scorer on two ranks: each output is bit for bit that of a
-    forward of its own in one process without DeepSpeed; gradients of both trained streams are one process's to 1e-5."""
+    """Policy, bare base, a frozen adapter, a frozen and a trained scorer on two ranks: each output is bit for bit that
+    of a forward of its own in one process without DeepSpeed; gradients of both trained streams are one process's to
+    1e-5."""
     folder = build_tiny_model(tmp_path, architecture, tied=architecture.startswith("gemma"))
     model = toy_model(folder, further=FURTHER)
     for rank in range(2):

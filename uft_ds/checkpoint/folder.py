@@ -156,6 +156,15 @@ def best_checkpoint(folder: RunFolder, metric: str) -> Path | None:
     return min(known, key=lambda path: (values[step_of(path)], step_of(path) == 0, step_of(path)), default=None)
 
 
+def run_of_adapter(adapter: Path) -> RunFolder | None:
+    """The run in one of whose checkpoints an adapter lies, if the run says what its base is; otherwise None."""
+    real = adapter.resolve()
+    if real.name != ADAPTER or real.parent.parent.name != CHECKPOINTS:
+        return None
+    run = RunFolder(real.parent.parent.parent)
+    return run if run.identity.exists() else None
+
+
 def point_latest(folder: RunFolder) -> None:
     """Point the link `latest` at the newest checkpoint, or delete it if there is none.
 

@@ -25,10 +25,10 @@ from uft_ds.engine.engine import Engine
 from uft_ds.errors import CheckFailed, UserError
 from uft_ds.host.files import sync
 from uft_ds.known.cache import Known
-from uft_ds.objectives.reference import REWARD_STREAM
 from uft_ds.record.report import Speaker
 from uft_ds.record.run_folder import RunFolder
 from uft_ds.streams.adapters import Policy, adapter_config_of
+from uft_ds.streams.stream import REWARD
 
 _SECONDS_FOR_OTHERS_FILES = 60.0
 """Longest wait for a file of another machine to become visible: some shared file systems show it with a delay."""
@@ -51,7 +51,7 @@ class CheckpointWriter:
     ) -> None:
         self._engine, self._policy, self._folder, self._reporter = engine, policy, folder, reporter
         self._keep, self._best = keep, best
-        self._adapter_config = adapter_config_of(policy, with_head=REWARD_STREAM in engine.streams)
+        self._adapter_config = adapter_config_of(policy, with_head=REWARD in engine.streams.values())
         self._owner = owner_of(folder)
         self._writing: _Writing | None = None
         self._thread = threading.Thread()

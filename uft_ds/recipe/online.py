@@ -54,7 +54,8 @@ class JudgeSection(Section):
 
 class ScoreBySection(Section):
     by: str
-    """code:package.module:function, regex:PATTERN, length, judge, or reward:FOLDER, as for `uft score`."""
+    """code:package.module:function, regex:PATTERN, length, judge, or reward:FOLDER, as for `uft score`. FOLDER may also
+    be a run that trained a reward model on the policy's own base, or its adapter: no second base is loaded then."""
     map: str | None = None
     """How raw values become scores from 0 to 1: sigmoid, affine:LOW,HIGH or isotonic:FILE; null: code and regex give
     scores themselves, a judge's grades follow its scale."""

@@ -12,7 +12,7 @@ from typing import Any
 from uft_ds.errors import UserError
 from uft_ds.recipe.settings import JudgeSettings, ScorerSettings
 from uft_ds.scoring.build import JudgeOptions, Limits, default_rule, scorer_of
-from uft_ds.scoring.item import Item, Judgement, Scorer, scorer_name
+from uft_ds.scoring.item import Item, Judgement, Scorer, found, scorer_name
 from uft_ds.scoring.mapping import Map, check_rule, map_named, rule_identity
 
 
@@ -68,20 +68,47 @@ class SourceScorer:
         with _named(self._key):
             for batch in _batches(groups, self._scorer.batch_items):
                 done += self._scorer.score(batch)
-        found = iter(done)
-        return [[self._score(next(found)) for _ in group] for group in groups]
+        judged = iter(done)
+        return [[scored(next(judged), self._map) for _ in group] for group in groups]
 
     def close(self) -> None:
         """End what it has started."""
         self._scorer.close()
 
-    def _score(self, judgement: Judgement) -> Score:
-        if judgement.value is None:
-            return Score(None, reply=judgement.reply, reason=judgement.reason)
-        try:
-            return Score(self._map(judgement.value), judgement.value, judgement.reply)
-        except ValueError as error:
-            return Score(None, judgement.value, judgement.reply, str(error))
+
+class RewardMap:
+    """Turns the values of a reward model on the policy's base into the scores of one source; see `StreamScorer`."""
+
+    def __init__(self, identity: Mapping[str, Any], rule: str, key: str) -> None:
+        """
+        Args:
+            identity: of the reward model. rule: the recipe's `map`. key: the recipe's key, for messages.
+        Raises:
+            UserError: names the key.
+        """
+        name = scorer_name(identity)
+        with _named(key):
+            check_rule(rule, name)
+            self._map: Map = map_named(rule, (), name)
+            self._identity = {"scorer": dict(identity), "map": rule_identity(rule, name)}
+
+    def identity(self) -> Mapping[str, Any]:
+        """All that its scores depend on besides the answers and the base, as plain JSON values."""
+        return self._identity
+
+    def scores(self, values: Seq[float]) -> list[Score]:
+        """The scores of the answers to one prompt, in order. values: of the reward model."""
+        return [scored(found(value), self._map) for value in values]
+
+
+def scored(judgement: Judgement, map_of: Map) -> Score:
+    """The score that a map makes of a judgement, or the reason why there is none."""
+    if judgement.value is None:
+        return Score(None, reply=judgement.reply, reason=judgement.reason)
+    try:
+        return Score(map_of(judgement.value), judgement.value, judgement.reply)
+    except ValueError as error:
+        return Score(None, judgement.value, judgement.reply, str(error))
 
 
 def _batches(groups: Seq[Seq[Item]], size: int) -> Iterator[list[Item]]:

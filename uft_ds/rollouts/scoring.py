@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 from uft_ds.rollouts.answers import Answer, Answers, Question, Unanswered
 from uft_ds.rollouts.prompts import PromptText
 from uft_ds.rollouts.record import Group, ScoredAnswer
-from uft_ds.rollouts.scorers import Score, SourceScorer
+from uft_ds.rollouts.scorers import RewardMap, Score, SourceScorer
 from uft_ds.scoring.rows import written
 
 Truncated = Literal["score", "zero", "drop"]
@@ -20,12 +21,23 @@ Prompt = tuple[int, int, str]
 """A prompt's source, its number in the source, and its place."""
 
 
+def left_out_before_scoring(answers: Answers, truncated: Truncated) -> str:
+    """Why the answers to a prompt need no score; empty if they do."""
+    if isinstance(answers, Unanswered):
+        return answers.reason
+    cut = sum(not answer.ended for answer in answers)
+    if cut and truncated == "drop":
+        return f"{cut} of {len(answers)} answers are cut (generator.truncated: drop)"
+    return ""
+
+
 @dataclass(frozen=True)
 class Judges:
     """What rank 0 needs to score a step.
 
     scorers, texts: by the number of the source; texts by the prompt's place.
     decode: the text of an answer's tokens, without special ones. tokenizer: the hash of the tokenizer.
+    reward_maps: by the number of a source whose answers a reward model on the policy's base scores, on all ranks.
     """
 
     scorers: Mapping[int, SourceScorer]
@@ -33,24 +45,34 @@ class Judges:
     decode: Callable[[Seq[int]], str]
     truncated: Truncated
     tokenizer: str
+    reward_maps: Mapping[int, RewardMap] = field(default_factory=dict)
 
     def identity(self) -> dict[str, Any]:
         """The identities of the scorers, by the number of the source, as text."""
-        return {str(number): dict(scorer.identity()) for number, scorer in self.scorers.items()}
+        both: dict[int, SourceScorer | RewardMap] = {**self.scorers, **self.reward_maps}
+        return {str(number): dict(both[number].identity()) for number in sorted(both)}
 
-    def judged(self, prompts: Seq[Prompt], questions: Seq[Question], answers: Seq[Answers]) -> tuple[Group, ...]:
+    def judged(
+        self,
+        prompts: Seq[Prompt],
+        questions: Seq[Question],
+        answers: Seq[Answers],
+        rewards: Mapping[int, Seq[float]] = MappingProxyType({}),
+    ) -> tuple[Group, ...]:
         """The scored groups of a step, in order.
 
+        Args:
+            rewards: by a prompt's place in the step, the value of each of its answers; see `StreamScorer`.
         Raises:
             UserError: no answer can be scored, as with a wrong key of a judge. CheckFailed: a cost limit is reached.
         """
         texts = [[] if isinstance(of, Unanswered) else [self.decode(a.token_ids) for a in of] for of in answers]
-        scores: dict[int, list[Score]] = {}
+        scores = {place: self.reward_maps[prompts[place][0]].scores(values) for place, values in rewards.items()}
         for number, scorer in self.scorers.items():
             own = [
                 place
                 for place, (source, *_) in enumerate(prompts)
-                if source == number and not self._left_out(answers[place])
+                if source == number and not left_out_before_scoring(answers[place], self.truncated)
             ]
             items = [
                 [
@@ -70,20 +92,11 @@ class Judges:
         for scorer in self.scorers.values():
             scorer.close()
 
-    def _left_out(self, answers: Answers) -> str:
-        """Why the answers to a prompt need no score; empty if they do."""
-        if isinstance(answers, Unanswered):
-            return answers.reason
-        cut = sum(not answer.ended for answer in answers)
-        if cut and self.truncated == "drop":
-            return f"{cut} of {len(answers)} answers are cut (generator.truncated: drop)"
-        return ""
-
     def _group(
         self, prompt: Prompt, question: Question, answers: Answers, texts: list[str], scores: list[Score] | None
     ) -> Group:
         source, unit, origin = prompt
-        left_out = self._left_out(answers)
+        left_out = left_out_before_scoring(answers, self.truncated)
         given: tuple[Answer, ...] = () if isinstance(answers, Unanswered) else answers
         of_scorer = scores or [Score(None)] * len(given)
         scored = tuple(

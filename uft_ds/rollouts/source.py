@@ -33,6 +33,7 @@ from uft_ds.rollouts.handover import Handover, take_policy
 from uft_ds.rollouts.made import made_of
 from uft_ds.rollouts.record import Group, RecordFolder, StepRecord
 from uft_ds.rollouts.scoring import Judges
+from uft_ds.rollouts.stream_scorer import StreamScorer
 from uft_ds.streams.adapters import Policy
 
 
@@ -51,10 +52,14 @@ class Rules:
 
 @dataclass(frozen=True)
 class Live:
-    """A run that generates. judges: on rank 0; None on the others."""
+    """A run that generates.
+
+    judges: on rank 0; None on the others. stream_scorer: on every rank, if a reward model on the policy's base scores.
+    """
 
     generator: Generator
     judges: Judges | None
+    stream_scorer: StreamScorer | None = None
 
 
 @dataclass(frozen=True)
@@ -208,12 +213,12 @@ class Rollouts:
             else:
                 answers = on_first_rank(engine, f"answers {n}", lambda: generator.answer(questions))
             seconds = {"generation": time.perf_counter() - started}
+        rewards: dict[int, tuple[float, ...]] = {}
 
         def recorded() -> StepRecord:
             assert live.judges is not None
-            began = time.perf_counter()
             prompts = [(source, unit, self._prompt(source, unit)) for source, unit in asked]
-            groups = live.judges.judged(prompts, questions, answers)
+            groups = live.judges.judged(prompts, questions, answers, rewards)
             record = StepRecord(
                 n + 1,
                 handover.version.digest,
@@ -230,6 +235,9 @@ class Rollouts:
             return record
 
         with self._reporter.phase(f"step {n + 1}: scoring {total} answers", announce=False):
+            began = time.perf_counter()
+            if live.stream_scorer is not None:
+                rewards |= live.stream_scorer.rewards([source for source, _ in asked], questions, answers)
             return on_first_rank(engine, f"scores {n}", recorded)
 
     def _questions(self, n: int, asked: Seq[tuple[int, int]]) -> Iterator[Question]:

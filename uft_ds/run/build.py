@@ -28,11 +28,11 @@ from uft_ds.record.report import Announcer, Speaker
 from uft_ds.record.run_folder import RunFolder, reading_identity
 from uft_ds.run.checks import check_sharding
 from uft_ds.run.prepare import prompts_of
+from uft_ds.run.reward_stream import further_streams, with_reward_adapter
 from uft_ds.streams.adapters import add_adapters, start_from_adapter, start_policy_from_adapter
 from uft_ds.streams.identity import reference_identity, weight_files
 from uft_ds.streams.load import ATTENTIONS, decoder_layer_class, load_base
 from uft_ds.streams.model import UFTModel
-from uft_ds.streams.stream import REWARD
 from uft_ds.training.evaluate import check_reference_cache
 from uft_ds.training.samples import Sampler
 
@@ -77,13 +77,15 @@ def build_engine(settings: Settings, reporter: Announcer) -> tuple[Engine, UFTMo
         start_from_adapter(policy, Path(settings.reference.adapter))
     if settings.start_adapter is not None:
         start_policy_from_adapter(policy, Path(settings.start_adapter))
+    heads = with_reward_adapter(policy, settings)
     model = UFTModel(
         policy,
         reference_mode=settings.reference.mode,
         activation_offload=settings.model.activation_offload,
         chunk_bytes=settings.model.logits_bytes,
-        further=(REWARD,) if settings.trains_head else (),
+        further=further_streams(settings, heads),
         seed=settings.train.seed,
+        frozen_heads=heads,
     )
     layer_class = decoder_layer_class(base)
     with reporter.phase(f"preparing the engine on {_counted(ranks, 'rank')}"):

@@ -11,19 +11,19 @@ from pathlib import Path
 
 import torch
 
-from uft_ds.checkpoint.folder import ADAPTER
+from uft_ds.checkpoint.folder import run_of_adapter
 from uft_ds.engine.zero_section import check_ranks
 from uft_ds.errors import UserError
 from uft_ds.host.packages import install_command
 from uft_ds.recipe.settings import Settings
-from uft_ds.record.run_folder import CHECKPOINTS, RunFolder, reading_identity
+from uft_ds.record.run_folder import reading_identity
+from uft_ds.run.reward_stream import further_streams, reward_model_of, with_reward_adapter
 from uft_ds.streams.accept import accepted_policy, check_positions
 from uft_ds.streams.adapters import adapted_weights, start_from_adapter, start_policy_from_adapter
 from uft_ds.streams.classifier import empty_classifier
 from uft_ds.streams.identity import OnFile, base_identity
 from uft_ds.streams.load import attention_implementation, check_base, empty_base
 from uft_ds.streams.model import UFTModel
-from uft_ds.streams.stream import REWARD
 
 
 def check_recipe(settings: Settings) -> tuple[str, ...]:
@@ -46,8 +46,9 @@ def check_recipe(settings: Settings) -> tuple[str, ...]:
             start_from_adapter(policy, Path(settings.reference.adapter))
         if settings.start_adapter is not None:
             start_policy_from_adapter(policy, Path(settings.start_adapter))
-        further = (REWARD,) if settings.trains_head else ()
-        UFTModel(policy, reference_mode=settings.reference.mode, further=further)
+        heads = with_reward_adapter(policy, settings)
+        further = further_streams(settings, heads)
+        UFTModel(policy, reference_mode=settings.reference.mode, further=further, frozen_heads=heads)
     if settings.trains_head:
         empty_classifier(config)
     check_positions(config, settings.data.max_length)
@@ -96,6 +97,11 @@ def check_inputs_lie_outside(settings: Settings) -> None:
         "reference.cache_dir": settings.reference.given_cache_dir,
         "data.cache_dir": settings.data.given_cache_dir,
         "generator.run": settings.generator.run,
+        **{
+            f"data.sources.{i}.score_by": scorer.by.partition(":")[2]
+            for i, scorer in enumerate(settings.scorers)
+            if scorer is not None and scorer.by.startswith("reward:")
+        },
         **data,
     }
     output = settings.output.resolve()
@@ -144,13 +150,19 @@ def check_adapters_are_of_base(settings: Settings, on_file: OnFile) -> None:
     Raises:
         UserError: names both.
     """
-    for key, given in (("reference.adapter", settings.reference.adapter), ("start.adapter", settings.start_adapter)):
+    reward = reward_model_of(settings)
+    adapters = {
+        "reference.adapter": settings.reference.adapter,
+        "start.adapter": settings.start_adapter,
+        **({} if reward is None else {reward.key: str(reward.folder)}),
+    }
+    for key, given in adapters.items():
         if given is not None:
             _check_is_of_base(key, Path(given), settings, on_file)
 
 
 def _check_is_of_base(key: str, folder: Path, settings: Settings, on_file: OnFile) -> None:
-    base, run = settings.model.base, _run_of(folder)
+    base, run = settings.model.base, run_of_adapter(folder)
     if run is not None:
         with reading_identity(run) as identity:
             trained_on = dict(identity["base"])
@@ -170,15 +182,6 @@ def _check_is_of_base(key: str, folder: Path, settings: Settings, on_file: OnFil
         f"{key}: {folder} was trained on {theirs}, model.base is {base}: the same adapter on other weights "
         "is another model (if the weights are the same, correct base_model_name_or_path in its adapter_config.json)"
     )
-
-
-def _run_of(adapter: Path) -> RunFolder | None:
-    """The run in one of whose checkpoints an adapter lies, if the run says what its base is; otherwise None."""
-    real = adapter.resolve()
-    if real.name != ADAPTER or real.parent.parent.name != CHECKPOINTS:
-        return None
-    run = RunFolder(real.parent.parent.parent)
-    return run if run.identity.exists() else None
 
 
 def _check_writable(folder: Path) -> None:

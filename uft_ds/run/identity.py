@@ -22,6 +22,7 @@ from uft_ds.data.store.tokenized import read_key_parts
 from uft_ds.host.callbacks import OnProgress
 from uft_ds.recipe.file import leaves_of
 from uft_ds.recipe.settings import Settings
+from uft_ds.run.reward_stream import reward_identity
 from uft_ds.streams.identity import adapter_identity, base_identity
 from uft_ds.streams.load import attention_implementation, check_base
 
@@ -53,6 +54,7 @@ def run_identity(settings: Settings, data: PreparedData, on_progress: OnProgress
         "adapter": adapter_identity(Path(adapter)) if adapter else None,
         # Only where there is one: runs of versions without it have no such key, and their owners' hashes stay.
         **({"start": adapter_identity(Path(start), "start.adapter")} if start else {}),
+        **reward_identity(settings),
         "data": {
             f"{part}.{number}": {key: parts[key] for key in ("content", "rules", "tokenizer", "chat_template")}
             for part, sources in (("sources", data.train), ("held_out", data.held_out))
@@ -116,6 +118,7 @@ def environment(settings: Settings) -> dict[str, object]:
         "git_revision": _git_revision(),
         "reference_adapter": adapter_identity(Path(adapter)) if adapter else None,
         "start_adapter": adapter_identity(Path(start), "start.adapter") if start else None,
+        **{f"{name}_adapter": identity for name, identity in reward_identity(settings).items()},
     }
 
 

@@ -23,9 +23,11 @@ from uft_ds.rollouts.answers import Generator, Sampling
 from uft_ds.rollouts.builtin import BuiltinGenerator
 from uft_ds.rollouts.prompts import read_prompts
 from uft_ds.rollouts.record import RecordFolder
-from uft_ds.rollouts.scorers import SourceScorer
+from uft_ds.rollouts.scorers import RewardMap, SourceScorer
 from uft_ds.rollouts.scoring import Judges
 from uft_ds.rollouts.source import Live, Replayed, Rollouts, Rules
+from uft_ds.rollouts.stream_scorer import StreamScorer
+from uft_ds.run.reward_stream import reward_model_of
 from uft_ds.streams.model import UFTModel
 from uft_ds.training.steps import mixed_sources, steps_of
 
@@ -43,6 +45,7 @@ def check_online(settings: Settings, data: PreparedData) -> None:
         return
     for scorer in scorers_of(settings).values():
         scorer.close()
+    reward_maps_of(settings)
     for source in data.train:
         if source.settings.asked is not None:
             read_prompts(source)
@@ -71,15 +74,34 @@ def _recorded(settings: Settings, num_steps: int) -> RecordFolder:
 
 
 def scorers_of(settings: Settings) -> dict[int, SourceScorer]:
-    """The scorers of all online sources, by the number of the source.
+    """The scorers of all online sources, by the number of the source; not of those that a stream of the engine scores.
 
     Raises:
         UserError: names the recipe's key.
     """
+    reward = reward_model_of(settings)
     return {
         number: SourceScorer(scorer, f"data.sources.{number}.score_by")
         for number, scorer in enumerate(settings.scorers)
-        if scorer is not None
+        if scorer is not None and (reward is None or number not in reward.sources)
+    }
+
+
+def reward_maps_of(settings: Settings) -> dict[int, RewardMap]:
+    """How the values of the reward model on the policy's base become scores, by the number of the source.
+
+    Raises:
+        UserError: names the recipe's key.
+    """
+    reward = reward_model_of(settings)
+    if reward is None:
+        return {}
+    rules = {number: scorer.rule for number, scorer in enumerate(settings.scorers) if scorer is not None}
+    identity = reward.identity(settings)
+    return {
+        number: RewardMap(identity, rule, f"data.sources.{number}.score_by")
+        for number, rule in rules.items()
+        if number in reward.sources and rule is not None  # a recipe without it has been refused
     }
 
 
@@ -106,7 +128,7 @@ def build_rollouts(
         )
         generator = _generator(settings, folder, engine, model, chat, request)
         judges = _judges(settings, data, chat) if engine.rank == 0 else None
-        made_by = Live(generator, judges)
+        made_by = Live(generator, judges, _stream_scorer(settings, engine))
     return Rollouts(plan, pools, rules, made_by, record, engine, model.policy, reporter)
 
 
@@ -127,6 +149,15 @@ def _generator(
     )
 
 
+def _stream_scorer(settings: Settings, engine: Engine) -> StreamScorer | None:
+    reward = reward_model_of(settings)
+    if reward is None:
+        return None
+    return StreamScorer(
+        engine, settings.train.tokens_per_micro_batch, frozenset(reward.sources), settings.generator.truncated
+    )
+
+
 def _judges(settings: Settings, data: PreparedData, chat: ChatTokenizer) -> Judges:
     texts = {
         number: read_prompts(source) for number, source in enumerate(data.train) if source.settings.asked is not None
@@ -137,4 +168,5 @@ def _judges(settings: Settings, data: PreparedData, chat: ChatTokenizer) -> Judg
         lambda ids: decode(chat.tokenizer, list(ids)).strip(),
         settings.generator.truncated,
         chat.content_hash,
+        reward_maps_of(settings),
     )

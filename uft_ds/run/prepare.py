@@ -39,6 +39,7 @@ from uft_ds.record.run_folder import RunFolder, check_claimable, claim, release
 from uft_ds.run.checks import check_adapters_are_of_base, check_inputs_lie_outside, check_recipe
 from uft_ds.run.identity import environment, owner, run_identity
 from uft_ds.run.online import check_online
+from uft_ds.run.reward_stream import check_reads_the_same_text, reward_model_of
 from uft_ds.run.settings import with_deepspeed_file, with_fixed_revision
 from uft_ds.run.start_adapter import Start, start_of, write_sample_of, write_start
 from uft_ds.streams.classifier import check_classifier
@@ -273,6 +274,9 @@ def check_run(
         check_samples(settings.train, config, prompts_of(settings, data, config))
     check_online(settings, data)
     check_adapters_are_of_base(settings, partial(on_progress, "hashing the adapter's base"))
+    reward = reward_model_of(settings)
+    if reward is not None:
+        check_reads_the_same_text(reward, chat)
     return settings, data
 
 

@@ -18,8 +18,8 @@ from uft_ds.streams.identity import local_folder
 def located(settings: Settings) -> Settings:
     """Settings with absolute local paths, independent of the working directory; hub and shipped names stay unchanged.
 
-    A run given as `reference.adapter` or `start.adapter` is replaced by its present newest checkpoint, because that
-    may change later.
+    A run given as `reference.adapter`, `start.adapter` or `score_by: reward:RUN` is replaced by its present newest
+    checkpoint, because that may change later.
 
     Raises:
         UserError: the adapter does not exist.
@@ -57,12 +57,26 @@ def located(settings: Settings) -> Settings:
 def _of_scorer(key: str, scorer: ScorerSettings, absolute: Callable[[str], str]) -> dict[str, Any]:
     """The paths of a scorer: a reward model's folder, a file for `isotonic`, a judge's template."""
     changes: dict[str, Any] = {}
-    for name, value, kind in (("by", scorer.by, "reward"), ("map", scorer.rule, "isotonic")):
-        if value is not None and value.startswith(f"{kind}:"):
-            changes[f"{key}.{name}"] = f"{kind}:{absolute(value.partition(':')[2])}"
+    if scorer.by.startswith("reward:"):
+        given = scorer.by.partition(":")[2]
+        changes[f"{key}.by"] = f"reward:{absolute(str(_reward_folder(given, key)))}"
+    if scorer.rule is not None and scorer.rule.startswith("isotonic:"):
+        changes[f"{key}.map"] = f"isotonic:{absolute(scorer.rule.partition(':')[2])}"
     if scorer.judge is not None and scorer.judge.question is not None:
         changes[f"{key}.judge.question"] = absolute(scorer.judge.question)
     return changes
+
+
+def _reward_folder(path: str, key: str) -> Path:
+    """The folder of a reward model: `path` itself, or the adapter of a run's or checkpoint that trained one.
+
+    Raises:
+        UserError: the run has no checkpoint that can be used.
+    """
+    folder = Path(path)
+    is_model = (folder / "config.json").is_file()
+    is_run = (folder / MANIFEST).exists() or (folder / "checkpoints").is_dir()
+    return adapter_folder(path, key) if is_run and not is_model else folder
 
 
 def with_deepspeed_file(settings: Settings) -> Settings:

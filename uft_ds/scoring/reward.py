@@ -183,8 +183,9 @@ def _check_folder(folder: Path) -> None:
         raise UserError(f"{name}: no such folder; expected the folder of a sequence classification model")
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise UserError(
-            f"{name}: holds an adapter; reward models as adapters are not read yet: merge it into its base by "
-            "PEFT's merge_and_unload and give the merged folder"
+            f"{name}: holds an adapter, which only an online run of a policy on the same base reads (score_by); here "
+            "give a whole model: merge it into its base by PEFT's merge_and_unload, or give what `uft convert RUN "
+            "FOLDER --to reward-model` writes"
         )
     if (folder / "recipe.yaml").is_file() and not (folder / "config.json").is_file():
         raise UserError(

@@ -85,7 +85,16 @@ class ScalarHead(nn.Linear):
 
     def forward(self, hidden_RD: Tensor) -> Tensor:
         """One value for each row of hidden states: [R], float32."""
-        return F.linear(hidden_RD.float(), self.weight.float()).squeeze(-1)
+        return scalar_values(hidden_RD, self.weight)
+
+
+def scalar_values(hidden_RD: Tensor, weight_1D: Tensor) -> Tensor:
+    """The values of a scalar head: [R], float32, whatever the types of hidden states and weights.
+
+    Args:
+        weight_1D: [1, hidden].
+    """
+    return F.linear(hidden_RD.float(), weight_1D.float()).squeeze(-1)
 
 
 @contextmanager

@@ -5,9 +5,11 @@ T packed tokens, N supervised tokens, R responses, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from contextlib import nullcontext
 from itertools import accumulate, pairwise
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,7 +19,14 @@ from torch import Tensor, nn
 from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.objectives.reference import HowForwarded
 from uft_ds.streams.adapters import as_stream, reference_of
-from uft_ds.streams.heads import ScalarHead, head_outputs, is_trainable, logits_in_float32, make_logp_head
+from uft_ds.streams.heads import (
+    ScalarHead,
+    head_outputs,
+    is_trainable,
+    logits_in_float32,
+    make_logp_head,
+    scalar_values,
+)
 from uft_ds.streams.lanes import Lanes, enable_lockstep
 from uft_ds.streams.linear import enable_lean_linear
 from uft_ds.streams.offload import activations_on_host
@@ -41,6 +50,7 @@ class UFTModel(nn.Module):
         activation_offload: bool = False,
         chunk_bytes: int | None = None,
         seed: int = 0,
+        frozen_heads: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         """
         Args:
@@ -50,6 +60,7 @@ class UFTModel(nn.Module):
             activation_offload: keep saved activations in host memory.
             chunk_bytes: memory for the logits that are held at once; None: a default for the device.
             seed: of the initial weights of scalar heads.
+            frozen_heads: by the name of a stream without gradient, its scalar head: [1, hidden]. Drawn if not given.
         Raises:
             ValueError: a stream's adapter is missing, or it is trained and the stream frozen, or the reverse.
             UserError: the model's layers or head are not known to work with the mode.
@@ -64,8 +75,16 @@ class UFTModel(nn.Module):
         base: Any = policy.get_base_model()
         make_logp_head(base, chunk_bytes=chunk_bytes)
         scalar = [stream for stream in further if stream.head == "scalar"]
-        if scalar:
-            self.scores = nn.ModuleDict({stream.name: self._scalar_head(stream, seed) for stream in scalar})
+        trained = {stream.name: self._scalar_head(seed) for stream in scalar if stream.trained}
+        if trained:
+            self.scores = nn.ModuleDict(trained)
+        # Plain tensors. A module would be one more in forwards that have this stream, and ZeRO-3 gives up its prefetch
+        # trace when other modules are called than before. A parameter would be sharded, and a buffer rounded to the
+        # base's type by ZeRO-2.
+        self._frozen_heads = dict(frozen_heads)
+        for stream in scalar:
+            if not stream.trained and stream.name not in frozen_heads:
+                self._frozen_heads[stream.name] = self._scalar_head(seed).weight.detach()
         enable_lean_linear(base.get_decoder())
         if self._in_lockstep:
             enable_lockstep(base)
@@ -89,13 +108,11 @@ class UFTModel(nn.Module):
             # that is active then, the policy's.
             raise ValueError(f"stream {stream.name!r}: beside the policy, a stream is trained in lockstep only")
 
-    def _scalar_head(self, stream: Stream, seed: int) -> ScalarHead:
+    def _scalar_head(self, seed: int) -> ScalarHead:
         """A head in the type of the adapters: DeepSpeed keeps one type for all that is trained."""
         base: Any = self.policy.get_base_model()
         dtype = next(p.dtype for name, p in self.policy.named_parameters() if f".{POLICY.adapter}." in name)
-        head = ScalarHead(base.config.get_text_config().hidden_size, dtype=dtype, seed=seed)
-        head.requires_grad_(stream.trained)
-        return head
+        return ScalarHead(base.config.get_text_config().hidden_size, dtype=dtype, seed=seed)
 
     def forward(
         self,
@@ -145,11 +162,18 @@ class UFTModel(nn.Module):
         return dict(zip(streams, outputs, strict=True))
 
     def _values(self, hidden_states: dict[Stream, Tensor], micro_batch: MicroBatch) -> dict[Stream, Output]:
-        return {
-            stream: Output(values_R=self.scores[stream.name](hidden_1TD[0].index_select(0, micro_batch.last_R)))
-            for stream, hidden_1TD in hidden_states.items()
-            if stream.head == "scalar"
-        }
+        outputs = {}
+        for stream, hidden_1TD in hidden_states.items():
+            if stream.head == "scalar":
+                hidden_RD = hidden_1TD[0].index_select(0, micro_batch.last_R)
+                outputs[stream] = Output(values_R=self._values_of(stream, hidden_RD))
+        return outputs
+
+    def _values_of(self, stream: Stream, hidden_RD: Tensor) -> Tensor:
+        if stream.trained:
+            values_R: Tensor = self.scores[stream.name](hidden_RD)
+            return values_R
+        return scalar_values(hidden_RD, self._frozen_heads[stream.name].to(hidden_RD.device))
 
     def _hidden_states(self, micro_batch: MicroBatch, streams: tuple[Stream, ...]) -> tuple[Tensor, ...]:
         """Final hidden states, [1, tokens, hidden] each, in the order of the streams: trained ones first."""

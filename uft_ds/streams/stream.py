@@ -36,14 +36,18 @@ class Stream:
             raise ValueError(f"stream {self.name!r}: the bare base is frozen and cannot be trained")
 
 
-POLICY_ADAPTER, REFERENCE_ADAPTER = "default", "reference"
-"""PEFT's names of the policy's adapter (PEFT's default) and of the frozen adapter of a reference."""
+POLICY_ADAPTER, REFERENCE_ADAPTER, REWARD_ADAPTER = "default", "reference", "reward"
+"""PEFT's names of the policy's adapter (PEFT's default) and of the frozen adapters of a reference and a reward model.
+"""
 
 POLICY = Stream(POLICY_STREAM, POLICY_ADAPTER, trained=True)
 """The stream that every run trains, unless it trains a reward model."""
 
 REWARD = Stream(REWARD_STREAM, POLICY_ADAPTER, trained=True, head="scalar")
 """The one stream that a reward model trains: the run's adapter and a scalar head."""
+
+SCORING = Stream(REWARD_STREAM, REWARD_ADAPTER, head="scalar")
+"""A reward model that scores the policy's answers: a frozen adapter of its own on the policy's base, and its head."""
 
 BARE_BASE = Stream(REFERENCE_STREAM, None)
 """The reference of a run that starts from fresh adapters."""

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from uft_ds.data.tokens.chat_template import special_tokens, template_of
-from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer, save_tokenizer
+from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer, read_tokenizer, save_tokenizer
 from uft_ds.errors import UserError
 
 
@@ -53,6 +54,22 @@ def save_for_scoring(chat: ChatTokenizer, folder: Path) -> None:
             held = json.loads(path.read_text(encoding="utf-8")) | {"pad_token": pad}
             path.write_text(json.dumps(held, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "chat_template.jinja").write_text(ending_with_answer(template_of(chat.tokenizer)), encoding="utf-8")
+
+
+def is_saved_for_scoring(chat: ChatTokenizer, folder: Path) -> bool:
+    """Whether a folder's tokenizer and template are the given ones, as they are or as `save_for_scoring` writes them.
+
+    Raises:
+        UserError: the folder holds no tokenizer that can be read.
+    """
+    theirs = read_tokenizer(str(folder), local_files_only=True)
+    own = template_of(chat.tokenizer)
+    return _vocabulary(theirs) == _vocabulary(chat.tokenizer) and theirs.chat_template in (own, ending_with_answer(own))
+
+
+def _vocabulary(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else str(backend.to_str())
 
 
 def ending_with_answer(template: str) -> str:
