@@ -87,6 +87,9 @@ class Pair:
 SCORE = "score"
 """Name of the fact (a number about a response) that every response has."""
 
+ONLINE = "online"
+"""Name of the fact, 1.0, of a response that the policy of the same step gave; responses of data do not have it."""
+
 
 @dataclass(frozen=True)
 class Response:
@@ -118,6 +121,11 @@ class Response:
     def facts(self) -> Mapping[str, float]:
         """All numbers that this response carries, by name: the score first."""
         return {SCORE: self.score, **self.other_facts}
+
+    @property
+    def is_online(self) -> bool:
+        """Whether the policy of the same step gave this response."""
+        return self.other_facts.get(ONLINE) == 1.0
 
     @property
     def num_tokens(self) -> int:
