@@ -14,8 +14,8 @@ backend on rank 0, the bytes that they return, and invalidations of ZeRO's prefe
     three models              each with a base and an engine of its own, as TRL 1.16 keeps the reward model
                               (trainer/rloo_trainer.py:840-843, `prepare_deepspeed`) and, without PEFT, the reference
 
-**Steps.** The loop of an online run without its generation: answers are scored by nothing, by the reward stream, or by a
-model of its own; then policy and reference are trained. Bytes a step of both parts, lost traces, and the bytes of
+**Steps.** The loop of an online run without its generation: answers are scored by nothing, by the reward stream, or by
+a model of its own; then policy and reference are trained. Bytes a step of both parts, lost traces, and the bytes of
 weights that a rank holds. At the end of a pass without gradient ZeRO has fetched ahead what a backward would need, and
 drops it: as much as its prefetch bucket, and the head; the same for any number of layers.
 

@@ -3,9 +3,9 @@
     python benchmarks/reward_shift.py [--steps 6] [--folder runs/reward_shift]
 
 The quickstart's model on pairs of answers to tasks: split for `ema` and `kl`, as their papers have it; kept together
-for `prompt_mean`, which else finds no two responses to a prompt; `none` both ways. With a live reference and with one
-that a first, discarded run has cached: `kl` forwards both streams whatever the cache knows. Times are sums over the
-steps after the first. Everything is run anew.
+for `prompt_mean` and `center`, which else find no two responses to a prompt; `none` both ways. With a live reference
+and with one that a first, discarded run has cached: `kl` forwards both streams whatever the cache knows.
+Times are sums over the steps after the first. Everything is run anew.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def main() -> None:
     folder.mkdir(parents=True)
     pairs = folder / "pairs.jsonl"
     write_pairs(pairs, 10 * options.steps)
-    cases = [("split", shift) for shift in ("none", "ema", "kl")] + [("keep", "none"), ("keep", "prompt_mean")]
+    cases = [("split", shift) for shift in ("none", "ema", "kl")] + [
+        ("keep", shift) for shift in ("none", "prompt_mean", "center")
+    ]
     runs = [
         {
             "name": f"{kept}-{shift}-{'cached' if cache else 'live'}",
@@ -56,7 +58,8 @@ def main() -> None:
                 "data.sources": [{"format": "jsonl", "path": str(pairs), "pairs": kept}],
                 "data.held_out": [],
                 "objective.loss": "l1",
-                "objective.reward_shift": shift,
+                "objective.reward_shift": "none" if shift == "center" else shift,
+                "objective.center": "prompt" if shift == "center" else "none",
                 "reference.cache": cache,
             },
         }

@@ -1,21 +1,30 @@
 """Invariant 2: the gradient of a step does not depend on world size, micro-batches or packing."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from engines import REAL_PARTITIONING, UNEVEN, accumulate, assert_same_step, engine_of, single_process
 from ranks import run_on_ranks
-from toy import UFT, build, forwarded, objective, toy_model, toy_step
+from tiny import VOCAB_SIZE
+from toy import UFT, both, build, forwarded, objective, toy_model, toy_step
 
-from uft_ds.data.example import Sequence
+from uft_ds.data.example import ONLINE, Kind, Response, Sequence
 from uft_ds.data.micro_batch import micro_batch
 from uft_ds.data.mixture import Step
 from uft_ds.data.packing import rank_micro_batches
 from uft_ds.engine.deepspeed_file import deepspeed_config, read_deepspeed_file
 from uft_ds.engine.engine import Engine, partitioned_loading
-from uft_ds.objectives.objective import count_terms, micro_batch_loss
+from uft_ds.errors import CheckFailed
+from uft_ds.known.cache import Known
+from uft_ds.objectives.objective import KindObjective, Objective, count_terms, micro_batch_loss
 from uft_ds.streams.load import decoder_layer_class
+from uft_ds.training.evaluate import evaluate
+from uft_ds.training.forwarding import Method
+from uft_ds.training.step import run_step
 
 
 def sharded_step(folder: Path, loss: str, tokens: int, assignment: list[list[list[int]]] | None, file: str) -> object:
@@ -76,6 +85,204 @@ def test_gradient_does_not_depend_on_sharing_of_prompts(tiny_qwen2: Path) -> Non
         assert_same_step(result, (grads, total, norm))
     saved = sum(tokens for *_, tokens in alone) - sum(tokens for *_, tokens in shared)
     assert saved >= 2 * toy_step().sequences[0].prompt_tokens
+
+
+# ---- groups of answers that are compared with each other
+
+SIZES = (4, 3, 2, 4)
+"""Answers to each prompt. All answers to the third one have the same score."""
+BETA = 0.2
+COMPARED: Mapping[str, Objective] = {
+    name: Objective(
+        {
+            "instruction": KindObjective({"mse": 1.0}, weight=0.5, beta=BETA),
+            "score": KindObjective({"mse" if name == "center" else name: 1.0}, weight=2.0, beta=BETA),
+            "binary": KindObjective({"nll": 1.0}),
+            "pair": KindObjective({"nll": 1.0}),
+        },
+        center="prompt" if name == "center" else "none",
+    )
+    for name in ("center", "rloo", "reinforce", "grpo")
+}
+
+
+def step_of_answers() -> Step:
+    """The policy's answers to four prompts, in turn, and two instructions, one to a prompt of the policy's."""
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(3, VOCAB_SIZE, size=size) for size in (4, 9, 6, 7, 5)]
+    made: list[tuple[int, int, Sequence]] = []
+
+    def add(place: int, number: int, kind: Kind, score: float) -> None:
+        tokens = np.concatenate([prompts[number], rng.integers(3, VOCAB_SIZE, size=int(rng.integers(4, 20)))])
+        facts = {ONLINE: 1.0} if kind == "score" else {}
+        response = Response(
+            len(prompts[number]), len(tokens), score, kind, f"{kind}:{number}.{place}", other_facts=facts
+        )
+        made.append((place, number, Sequence(tokens.astype(np.int32), (response,))))
+
+    for number, size in enumerate(SIZES):
+        for place in range(size):
+            add(place, number, "score", 0.3 if number == 2 else round(float(rng.random()), 2))
+    add(1, 4, "instruction", 1.0)
+    add(2, 0, "instruction", 1.0)
+    return Step(0, tuple(sequence for *_, sequence in sorted(made, key=lambda item: item[:2])))
+
+
+def step_by_hand(folder: Path, name: str) -> tuple[dict[str, torch.Tensor], float, float]:
+    """Gradients, loss and the policy's mean advantage: one process, an answer at a time, formulas in float64."""
+    model, step = toy_model(folder), step_of_answers()
+    ratios, logps = [], []
+    for sequence in step.sequences:
+        policy_R, reference_R = both(model, micro_batch([sequence]))
+        logps.append(policy_R[0])
+        ratios.append(policy_R[0] - reference_R[0].detach())
+    responses = step.responses
+    own = [i for i, response in enumerate(responses) if response.is_online]
+    groups: dict[str, list[int]] = {}
+    for i in own:
+        groups.setdefault("all" if name == "reinforce" else responses[i].origin.partition(".")[0], []).append(i)
+    losses, advantages = [], []
+    for i in (i for i, response in enumerate(responses) if response.kind == "instruction"):
+        losses.append(0.5 * (torch.sigmoid(BETA * ratios[i]) - 1.0).square())
+    of_center = name == "center"
+    for members in groups.values():
+        scores = np.array([responses[i].score for i in members])
+        nats = np.array([float(ratios[i].detach()) for i in members])
+        k = len(members)
+        for place, i in enumerate(members):
+            above, over = scores[place] - scores.mean(), nats[place] - nats.mean()
+            if of_center:
+                target = 0.5 + above
+                losses.append(2.0 * (torch.sigmoid(BETA * (ratios[i] - nats.mean())) - target).square())
+                advantages.append(above)
+                continue
+            factor = 1.0 if name == "reinforce" else k / (k - 1)
+            of_scores = above / (scores.std(ddof=1) + 1e-4) if name == "grpo" else factor * above
+            advantages.append(of_scores - factor * BETA * over)
+            losses.append(-2.0 * advantages[-1] * logps[i])
+    # mse serves both kinds under `center`: one number of terms. Else each loss has its own.
+    numbers = [len(losses)] * len(losses) if of_center else [2] * 2 + [len(own)] * len(own)
+    total = torch.stack([loss / number for loss, number in zip(losses, numbers, strict=True)]).sum()
+    total.backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    return grads, float(total.detach()), float(np.abs(advantages).mean())
+
+
+def answers_step(folder: Path, name: str, tokens: int, share_prompts: bool) -> Any:
+    """Gradients and metrics of a step, the number of its forwards and of its micro-batches, and what this rank held."""
+    from deepspeed.utils import safe_get_full_grad
+
+    engine = engine_of(folder, attention="packed", share_prompts=share_prompts)
+    grads: dict[str, torch.Tensor] = {}
+    update, call = engine.step, engine.deepspeed.forward
+    held: list[set[str]] = []
+
+    def recording(rate: float, loss: torch.Tensor) -> Any:
+        named = engine.module.named_parameters()
+        grads.update({n: safe_get_full_grad(p).clone() for n, p in named if p.requires_grad})
+        return update(rate, loss)
+
+    def counting(batch: Any, *args: Any, **options: Any) -> Any:
+        held.append({response.origin for response in batch.responses})
+        return call(batch, *args, **options)
+
+    engine.step, engine.deepspeed.forward = recording, counting  # type: ignore[method-assign]
+    step = step_of_answers()
+    method = Method(engine, COMPARED[name], Known.of_reference("lockstep"), tokens)
+    num_batches = len(engine.micro_batches(step, tokens))
+    metrics = run_step(method, step, 1e-3).metrics
+    return grads, metrics, len(held), num_batches, set().union(*held[-num_batches:])
+
+
+def answers_steps(folder: Path, cases: list[tuple[str, int, bool]]) -> Any:
+    """Starting processes takes most of the time: each runs all cases."""
+    return [answers_step(folder, *case) for case in cases]
+
+
+DIVIDED = [(name, 48, False) for name in COMPARED]
+WHOLE = [(name, 512, True) for name in COMPARED]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_gradient_does_not_depend_on_who_holds_a_group(tiny_qwen2: Path, world_size: int) -> None:
+    """Answers to a prompt on several ranks and in several micro-batches: one process's gradients, to 2e-5."""
+    results = run_on_ranks(answers_steps, world_size, tiny_qwen2, DIVIDED)
+    for case, (name, *_) in enumerate(DIVIDED):
+        expectation = step_by_hand(tiny_qwen2, name)
+        own = [{origin for origin in of_rank[case][4] if origin.startswith("score:0")} for of_rank in results]
+        assert sum(map(len, own)) == SIZES[0]
+        assert world_size == 1 or max(map(len, own)) < SIZES[0], "the case should divide a group over ranks"
+        for of_rank in results:
+            grads, metrics, forwards, num_batches, _ = of_rank[case]
+            assert forwards > num_batches, "a divided group is forwarded ahead"
+            assert_is_by_hand(expectation, name, grads, metrics)
+
+
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_a_whole_group_needs_no_forward_of_its_own(tiny_qwen2: Path, world_size: int) -> None:
+    """With prompts shared, each group lies in one micro-batch: as many forwards as micro-batches, the same gradients.
+
+    reinforce compares all answers of the step, which lie on both of two ranks.
+    """
+    for outcomes in run_on_ranks(answers_steps, world_size, tiny_qwen2, WHOLE):
+        for (name, *_), (grads, metrics, forwards, num_batches, _) in zip(WHOLE, outcomes, strict=True):
+            assert_is_by_hand(step_by_hand(tiny_qwen2, name), name, grads, metrics)
+            assert (forwards == num_batches) == (world_size == 1 or name != "reinforce"), name
+
+
+def assert_is_by_hand(
+    expectation: tuple[dict[str, torch.Tensor], float, float],
+    name: str,
+    grads: dict[str, torch.Tensor],
+    metrics: dict[str, float],
+) -> None:
+    expected, total, advantage = expectation
+    assert metrics["loss"] == pytest.approx(total, rel=1e-5)
+    assert metrics["advantage/score"] == pytest.approx(advantage, rel=1e-5)
+    assert metrics["flat_groups"] == (0.0 if name == "reinforce" else 0.25)
+    assert metrics.get("centered/score") == (1.0 if name == "center" else None)
+    assert set(grads) == set(expected)
+    for parameter, grad in expected.items():
+        assert (grads[parameter] - grad).abs().max() <= 2e-5 * grad.abs().max(), (name, parameter)
+
+
+def refused_and_evaluated(folder: Path) -> Any:
+    """Why a step is refused whose answer is alone; the metrics of answers that lie in two groups of held-out data."""
+    engine = engine_of(folder)
+
+    def method(name: str) -> Method:
+        return Method(engine, COMPARED[name], Known.of_reference("lockstep"), 64)
+
+    alone = Step(5, step_of_answers().sequences[:3])
+    with pytest.raises(CheckFailed) as refusal:
+        run_step(method("rloo"), alone, 1e-3)
+    data = [
+        Sequence(s.token_ids_T, tuple(Response(r.start, r.end, r.score, r.kind, r.origin) for r in s.responses))
+        for s in step_of_answers().sequences
+    ]
+    groups = [Step(0, tuple(data[::2])), Step(1, tuple(data[1::2]))]
+    answers = [s for s in data if s.responses[0].kind == "score"]
+    return (
+        str(refusal.value),
+        evaluate(method("rloo"), groups).metrics,
+        evaluate(method("rloo"), [Step(0, tuple(answers))]).metrics,
+        evaluate(method("center"), groups),
+    )
+
+
+def test_answers_of_data_are_held_out(tiny_qwen2: Path) -> None:
+    """Under rloo they have no loss, and all else; centred, they are compared over all groups of held-out data."""
+    by_hand = step_by_hand(tiny_qwen2, "center")
+    for refusal, of_rloo, of_answers, centered in run_on_ranks(refused_and_evaluated, 2, tiny_qwen2):
+        assert "is the only answer to its prompt" in refusal
+        assert "held_out/loss/score" not in of_rloo
+        assert of_rloo["held_out/loss"] == pytest.approx(0.5 * of_rloo["held_out/loss/instruction"])
+        assert {"held_out/rank_correlation/score", "held_out/log_ratio/score"} <= set(of_rloo)
+        assert "held_out/loss" not in of_answers
+        assert of_answers["held_out/log_ratio/score"] == pytest.approx(of_rloo["held_out/log_ratio/score"], rel=1e-4)
+        assert centered.metrics["held_out/loss"] == pytest.approx(by_hand[1], rel=1e-5)
+        means = centered.rows["score_shift"][centered.rows["kind"] == 1] + 0.5
+        assert len(set(np.round(means, 6))) == len(SIZES)
 
 
 def poisoned_steps(folder: Path) -> object:

@@ -20,6 +20,7 @@ from uft_ds.data.micro_batch import MicroBatch, micro_batch
 from uft_ds.data.mixture import Step
 from uft_ds.engine.engine import Engine
 from uft_ds.known.cache import Known
+from uft_ds.objectives.baselines import Baselines
 from uft_ds.objectives.objective import KindObjective, Objective, count_terms, micro_batch_loss
 from uft_ds.objectives.reference import HowReference
 from uft_ds.objectives.reward_shift import RewardShift, ShiftName
@@ -125,7 +126,8 @@ def definition(folder: Path, name: ShiftName) -> tuple[dict[str, torch.Tensor], 
     for unit in step.units:
         batch = micro_batch(unit)
         shifts_R = torch.tensor([shifts[id(sequence)] for sequence in unit])
-        loss, _ = micro_batch_loss(objective, batch, terms, logps_by_name(model, batch), shifts_R)
+        baselines = Baselines(shifts_R, batch.scores_R, torch.full_like(shifts_R, torch.nan))
+        loss, _ = micro_batch_loss(objective, batch, terms, logps_by_name(model, batch), baselines)
         loss.backward()
         total += float(loss.detach())
     grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
@@ -258,7 +260,7 @@ def references_of_two_steps(folder: Path) -> Any:
 
 
 def test_the_shift_and_the_step_share_one_forward_of_the_reference(tiny_qwen2: Path) -> None:
-    """Under `prompt_mean` what is forwarded ahead for the shift is known to the step itself."""
+    """Under `prompt_mean` pairs are compared within their micro-batch: nothing is forwarded ahead."""
     for found in run_on_ranks(references_of_two_steps, 2, tiny_qwen2):
         assert found == [(15, 15.0), (15, 0.0)]
 

@@ -101,14 +101,16 @@ def test_a_damaged_checkpoint_is_passed_over(unbroken: Path, tiny_qwen2: Path, t
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("shift", ["kl", "prompt_mean"])
+@pytest.mark.parametrize("shift", ["kl", "prompt_mean", "center"])
 def test_other_shifts_and_a_beta_schedule_go_on_bit_for_bit(tiny_qwen2: Path, tmp_path: Path, shift: str) -> None:
-    """What is not `ema` with a constant beta: `kl`, which held-out data take from the step before, `prompt_mean`, whose
-    forward ahead of a step fills the cache, both with a beta that depends on the step."""
+    """What is not `ema` with a constant beta: `kl`, which held-out data take from the step before, means over a prompt
+    whose answers are forwarded ahead of a step with a cache, all with a beta that depends on the step."""
+    centers = shift == "center"
     changes: dict[str, object] = {
-        "objective__reward_shift": shift, "objective__beta_schedule": "cosine", "objective__beta_end": 3.0,
+        "objective__reward_shift": "none" if centers else shift, "objective__center": "prompt" if centers else "none",
+        "objective__beta_schedule": "cosine", "objective__beta_end": 3.0,
     }  # fmt: skip
-    if shift == "prompt_mean":
+    if shift != "kl":
         rows = [{"prompt": "Rate it", "response": f"no {i}", "score": i % 3 / 2} for i in range(24)]
         changes["data__sources"] = [{"format": "jsonl", "path": str(write_rows(tmp_path / "same_prompt.jsonl", rows))}]
     straight = recipe_in(tmp_path / "straight", tiny_qwen2, **changes)

@@ -23,6 +23,7 @@ from uft_ds.objectives.losses import (
     OF_HEAD,
     PAIRWISE,
     POINTWISE,
+    POLICY_GRADIENT,
     PRESETS,
     REFERENCE_FREE,
     TERMS,
@@ -290,9 +291,9 @@ def test_a_loss_of_pairs_takes_only_the_kinds_that_name_it() -> None:
 
 
 def test_every_loss_is_of_one_family() -> None:
-    """4 of one response, 9, 3 and 1 of pairs, 2 likelihoods make 19 names, in this order."""
-    assert (*POINTWISE, *PAIRWISE, *REFERENCE_FREE, *OF_HEAD, *LIKELIHOOD) == LOSSES
-    assert len(set(LOSSES)) == 19
+    """4 of one response, 9, 3 and 1 of pairs, 2 likelihoods, 3 of own answers make 22 names, in this order."""
+    assert (*POINTWISE, *PAIRWISE, *REFERENCE_FREE, *OF_HEAD, *LIKELIHOOD, *POLICY_GRADIENT) == LOSSES
+    assert len(set(LOSSES)) == 22
     assert {name: TERMS[name] for name in ("mse", "dpo", "simpo", "nll", "nll_sum")} == {
         "mse": "response",
         "dpo": "pair",

@@ -12,25 +12,41 @@ from by_hand import of_kinds, pair, single
 from uft_ds.data.example import Sequence
 from uft_ds.data.micro_batch import micro_batch
 from uft_ds.data.mixture import Step
+from uft_ds.objectives.groups import group_means, groups_of
 from uft_ds.objectives.objective import log_ratios_of
 from uft_ds.objectives.reward_shift import RewardShift, ShiftName
-from uft_ds.objectives.shifts import StepShift, prompt_means, shifts_of
+from uft_ds.objectives.shifts import StepShift, compared_with
 
 
 def shifts_by(
     name: ShiftName, sequences: Seq[Sequence], rewards: Seq[float], nats: float = 70.0, pair: str = "mse"
 ) -> list[float] | None:
-    """The shift of each response of a step that is one micro-batch, at beta 0.1, of pairs 0.4. rewards: at beta 0.1."""
+    """The shift of each response of a step that is one micro-batch, at beta 0.1, of pairs 0.4. rewards: at beta 0.1.
+
+    It is the same whether groups are forwarded ahead or compared within the micro-batch.
+    """
     uft = of_kinds(
         {"instruction": {"nll": 1.0}, "score": {"mse": 1.0}, "pair": {pair: 1.0}}, shift=RewardShift(name, value=0.25)
     )
     uft = replace(uft, of_kind={**uft.of_kind, "pair": replace(uft.of_kind["pair"], beta=0.4)})
     batch, reference_R = micro_batch(sequences), torch.full((len(rewards),), -3.0).double()
-    ratios = log_ratios_of(uft, batch, reference_R + 10 * torch.tensor(rewards).double(), reference_R).tolist()
+    ratios_R = log_ratios_of(uft, batch, reference_R + 10 * torch.tensor(rewards).double(), reference_R)
     names = [(key, response.kind) for key, response in zip(batch.response_keys, batch.responses, strict=True)]
-    means = prompt_means(uft, Step(0, tuple(sequences)), dict(zip(names, ratios, strict=True)))
-    shifts_R = shifts_of(uft, StepShift(nats, means), [batch])[0]
-    return None if shifts_R is None else shifts_R.tolist()
+    step = Step(0, tuple(sequences))
+    groups = groups_of(uft, step)
+    every = set(range(len(groups.found)))
+    means = group_means(uft, groups, every, step, dict(zip(names, ratios_R.tolist(), strict=True)))
+    found = []
+    for ahead in (means, {}):
+        (compared,) = compared_with(uft, StepShift(nats, groups, ahead), [batch])
+        if compared is None:
+            return None
+        baselines = compared.with_log_ratios(ratios_R)
+        assert torch.equal(baselines.targets_R, batch.scores_R)
+        assert baselines.advantages_R.isnan().all()
+        found.append(baselines.shifts_R.tolist())
+    assert found[0] == pytest.approx(found[1], abs=1e-7)
+    return found[0]
 
 
 SINGLES = [single("score", 0.5, 2, first=10), single("instruction", 1.0, 2, first=20), single("pair", 1.0, 2, first=30)]

@@ -562,9 +562,15 @@ def test_every_shipped_recipe_is_planned(name: str) -> None:
     assert found.best_file is not None
 
 
-def test_forwards_of_a_reward_shift_are_counted() -> None:
-    """`kl`: a forward of both streams more, cached or not; `prompt_mean`: with a cache of the policy alone."""
-    plain, kl, mean = (outcome(f"objective.reward_shift={name}") for name in ("none", "kl", "prompt_mean"))
+def test_forwards_before_a_step_are_counted() -> None:
+    """`kl`: a forward of both streams more, cached or not; `reinforce`: with a cache of the policy alone.
+
+    Answers to one prompt are compared within their micro-batch: nothing more.
+    """
+    plain, kl = (outcome(f"objective.reward_shift={name}") for name in ("none", "kl"))
+    mean = outcome("objective.loss={instruction: mse, score: reinforce}")
+    for key in ("objective.reward_shift=prompt_mean", "objective.center=prompt", "objective.loss={score: rloo}"):
+        assert outcome(key).by_mode == plain.by_mode
     structure = planner().structure(plain.setting.workload.lora)
     layer = structure.layers[30][0]
     for mode, of_plain, of_kl, of_mean in (("lockstep", 2, 3, 3), ("separate", 3, 5, 5), ("cached", 2, 3, 3)):

@@ -71,10 +71,15 @@ def test_the_objective_is_what_the_recipe_says(minimal: str) -> None:
     found = load_settings(minimal, (*others, *shift)).objective
     assert found.constants.simpo_margin == 1.5
     assert found.shift == RewardShift("ema", 0.0, 0.25)
+    own = ("objective.loss={instruction: mse, score: rloo}", "objective.beta={score: 0.05}")
+    of_own = load_settings(minimal, own).objective.of_kind["score"]
+    assert of_own == KindObjective({"rloo": 1.0}, 1.0, 0.05)
+    assert load_settings(minimal, ("objective.center=prompt",)).objective.center == "prompt"
     head = ("objective.reward=head", "objective.loss={pair: bradley_terry}", "objective.margin=scores")
     of_head = load_settings(minimal, (*head, "objective.centering=0.01")).objective
     assert (of_head.reward, of_head.constants) == ("head", PairConstants(score_margin=True, centering=0.01))
-    tried = {key.partition("=")[0] for key in (*overrides, *others, *shift, *head, "objective.centering=0.01")}
+    further = ("objective.centering=0.01", "objective.center=prompt")
+    tried = {key.partition("=")[0] for key in (*overrides, *others, *shift, *own, *head, *further)}
     assert tried == {f"objective.{name}" for name in ObjectiveSection.model_fields}
 
 
@@ -151,6 +156,38 @@ def test_the_objective_is_what_the_recipe_says(minimal: str) -> None:
         ("objective.margin=scores", "objective.margin: scores given, but only bradley_terry would use it"),
         ("objective.centering=0.01", "objective.centering: 0.01 given, but only bradley_terry would use it"),
         ("train.head_lr=1e-4", "train.head_lr: 0.0001 given, but only objective.reward: head has a head"),
+        (
+            "objective.loss=rloo",
+            "objective.loss: 'rloo' trains on the policy's own answers, which are of kind score; give it as {score: r",
+        ),
+        ("objective.loss={pair: grpo}", "objective.loss.pair: 'grpo' trains on the policy's own answers, which are of"),
+        (
+            "objective.loss={score: {rloo: 1, mse: 0.5}}",
+            "objective.loss.score: 'rloo' given in a sum; the kind's beta is its price of a nat, which other losses",
+        ),
+        (
+            "objective.loss={instruction: mse, score: rloo} objective.length_normalized=true objective.beta=2",
+            "objective.length_normalized: true given, but rloo compares sums over tokens",
+        ),
+        (
+            "objective.center=prompt objective.loss=dpo",
+            "objective.center: prompt given, but no kind other than instruc",
+        ),
+        (
+            "objective.center=prompt objective.loss={instruction: mse, score: rloo}",
+            "objective.center: prompt given, but no kind other than instruction has a pointwise loss",
+        ),
+        (
+            "objective.center=prompt objective.loss={instruction: mse, score: bce}",
+            "objective.center: prompt given, but its targets, 1/2 + score - mean score, may leave [0, 1], and then bce",
+        ),
+        (
+            "objective.center=prompt objective.reward_shift=ema",
+            "objective.center: prompt given, which is a reward shift itself; leave out reward_shift: ema",
+        ),
+        ("objective.center=prompt train.examples_per_step=1", "objective.center: prompt compares the responses of a"),
+        (f"{HEAD} objective.center=prompt", "objective.center: prompt given, but only implicit rewards have it"),
+        (f"{HEAD} objective.loss={{score: rloo}}", "objective.loss: 'rloo' is not a loss of reward: head"),
         (f"{HEAD} objective.loss=dpo", "objective.loss: 'dpo' is not a loss of reward: head (bce, bradley_terry, mse)"),
         (f"{HEAD} objective.loss=nll", "objective.loss: 'nll' is not a loss of reward: head"),
         (f"{HEAD} objective.beta=0.1", "objective.beta: 0.1 given, but only implicit rewards have it; leave it out"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import pytest
 from sources import write_rows
 from tiny import build_tiny_tokenizer
 
+from uft_ds.data.sources import PreparedData
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.tokenize import load_tokenizer
 from uft_ds.errors import UserError
 from uft_ds.recipe.file import recipe_from_tree
+from uft_ds.recipe.rules import GivenObjective, kind_problems
 from uft_ds.recipe.settings import settings_of
 from uft_ds.recipe.unused import unused
 from uft_ds.run.prepare import prepare_data
@@ -58,15 +61,71 @@ def test_data_that_a_reward_model_cannot_learn_from_is_refused(chat: ChatTokeniz
     assert notes(chat, tmp_path, kept, "pair", "score") == []
 
 
-def notes(chat: ChatTokenizer, folder: Path, objective: dict[str, Any], *names: str, **entry: Any) -> list[str]:
-    """Of a recipe with these sources; `entry` is of each."""
+def prepared(
+    chat: ChatTokenizer, folder: Path, objective: dict[str, Any], *names: str, **entry: Any
+) -> tuple[GivenObjective, PreparedData]:
+    """The objective and the data of a recipe with these sources; `entry` is of each."""
     sources = [
         {"format": "jsonl", "path": str(write_rows(folder / f"{name}.jsonl", ROWS[name])), **entry} for name in names
     ]
     data = {"sources": sources, "cache_dir": str(folder / "tokens"), "max_length": 64, "workers": 1}
     tree = {"name": "x", "model": {"base": "b"}, "data": data, "objective": objective, "output": "o"}
     settings = settings_of(recipe_from_tree(tree, "x"))
-    return list(unused(settings.given, prepare_data(settings, chat)))
+    return settings.given, prepare_data(settings, chat)
+
+
+def notes(chat: ChatTokenizer, folder: Path, objective: dict[str, Any], *names: str, **entry: Any) -> list[str]:
+    return list(unused(*prepared(chat, folder, objective, *names, **entry)))
+
+
+OWN = {"instruction": "mse", "score": "rloo"}
+
+
+def test_own_answers_are_a_source_of_scores(chat: ChatTokenizer, tmp_path: Path) -> None:
+    """Of a run whose policy answers prompts nothing is said to be unused; of one on data alone, rloo is."""
+    given, data = prepared(chat, tmp_path, {"loss": OWN, "beta": {"instruction": 0.01, "score": 0.05}}, "instruction")
+    assert list(unused(given, data, answers=4)) == []
+    assert list(unused(given, data)) == [
+        "objective.loss.score: rloo given, but no source holds responses of kind 'score'",
+        "objective.beta.score: 0.05 given, but no source holds responses of kind 'score'",
+    ]
+    given, data = prepared(chat, tmp_path, {"center": "prompt"}, "instruction")
+    assert list(unused(given, data, answers=4)) == []
+    assert list(unused(given, data)) == [
+        "objective.center: prompt given, but nothing is trained on that has scores to compare"
+    ]
+
+
+def test_own_answers_need_a_loss_and_others_beside_them(chat: ChatTokenizer, tmp_path: Path) -> None:
+    """Two answers to a prompt where they are compared; any number where each meets its own score."""
+    given, data = prepared(chat, tmp_path, {"loss": OWN}, "instruction")
+    assert list(kind_problems(given, data, answers=2)) == []
+    ((key, problem),) = kind_problems(given, data, answers=1)
+    assert (key, problem) == (
+        "loss",
+        "'rloo' compares the answers to one prompt with each other, 1 given for each; take 2+",
+    )
+    given, data = prepared(chat, tmp_path, {"center": "prompt"}, "instruction")
+    assert list(kind_problems(given, data, answers=2)) == []
+    ((key, problem),) = kind_problems(given, data, answers=1)
+    assert key == "center"
+    assert "1 given for each; take 2+" in problem
+    given, data = prepared(chat, tmp_path, {"loss": {"instruction": "mse", "score": "reinforce"}}, "instruction")
+    assert list(kind_problems(given, data, answers=1)) == []
+    given, data = prepared(chat, tmp_path, {"loss": {"instruction": "mse"}}, "instruction")
+    ((key, problem),) = kind_problems(given, data, answers=4)
+    assert (key, problem.partition(",")[0]) == ("loss", "no loss for kind 'score'")
+
+
+def test_answers_of_data_are_not_the_policys(chat: ChatTokenizer, tmp_path: Path) -> None:
+    """rloo cannot train on them, whoever answers beside them; held out they have no loss, and are welcome."""
+    with pytest.raises(
+        UserError, match=r"loss: 'rloo' trains on the policy's own answers, but data\.sources\.1 .* holds"
+    ):
+        prepared(chat, tmp_path, {"loss": OWN}, "instruction", "score")
+    given, data = prepared(chat, tmp_path, {"loss": OWN}, "instruction")
+    _, others = prepared(chat, tmp_path, {"loss": "mse"}, "score")
+    assert list(kind_problems(given, replace(data, held_out=others.train), answers=2)) == []
 
 
 @pytest.mark.parametrize(

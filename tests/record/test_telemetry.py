@@ -18,6 +18,7 @@ from toy import UFT, objective
 
 from uft_ds.data.example import KINDS, Kind, Response, Sequence
 from uft_ds.data.micro_batch import MicroBatch, micro_batch
+from uft_ds.objectives.baselines import Baselines
 from uft_ds.objectives.objective import KindObjective, Objective, micro_batch_loss
 from uft_ds.objectives.pairwise import PairConstants
 from uft_ds.objectives.pointwise import pointwise_loss
@@ -57,7 +58,7 @@ def said(policy_R: Tensor, reference_R: Tensor | None = None) -> dict[str, Tenso
 def row(kind: Kind, score: float, reward: float, **values: Any) -> tuple[Any, ...]:
     """One response, of 4 tokens at beta 0.1 unless `values` say otherwise."""
     named = {"pair": -1, "tokens": 4, "logp": -10.0, "log_ratio": reward / 0.1, "shift": 0.0}
-    named |= {"entropy": 6.0, "top1": 3.0, "rounding": 0.0} | values
+    named |= {"entropy": 6.0, "top1": 3.0, "rounding": 0.0, "score_shift": 0.0, "advantage": NAN} | values
     named = {"implicit_score": sigmoid(reward - named["shift"]), "pair_reward": reward} | named
     named |= {"kind": KINDS.index(kind), "score": score, "reward": reward}
     assert ROW.names is not None
@@ -86,8 +87,9 @@ def values(*numbers: float) -> Tensor:
 
 def test_a_row_a_response() -> None:
     """Kind, pair, score, tokens; log-probs; log-ratio and reward at beta 0.1; the shift apart."""
-    shifts_R = torch.tensor([0.5, 0.5, 0.5])
-    rows = response_rows(objective(), batch_of_three(), said(values(-3, -4, -5), values(-13, -2, -5)), shifts_R)
+    batch = batch_of_three()
+    baselines = Baselines(torch.tensor([0.5, 0.5, 0.5]), batch.scores_R, values(NAN, NAN, NAN))
+    rows = response_rows(objective(), batch, said(values(-3, -4, -5), values(-13, -2, -5)), baselines)
     assert rows.dtype == ROW
     assert rows["kind"].tolist() == [1, 3, 3]
     assert rows["pair"].tolist() == [-1, 5, 5]
@@ -122,7 +124,8 @@ def test_rows_without_a_reference() -> None:
 
 def test_no_rows_of_an_empty_micro_batch() -> None:
     """A rank with nothing left gives an empty table, which others' may be joined to; nothing is said of it."""
-    rows = response_rows(objective(), micro_batch([]), said(values(), values()), torch.zeros(0))
+    nothing = Baselines(torch.zeros(0), torch.zeros(0), torch.zeros(0))
+    rows = response_rows(objective(), micro_batch([]), said(values(), values()), nothing)
     assert rows.shape == (0,)
     assert len(np.concatenate([rows, table(row("score", 0.5, 1.0))])) == 1
     assert health(rows, UFT) == {}
@@ -231,6 +234,7 @@ MIXED_TABLE = table(
         pair_reward=-9.5,
         entropy=11.25,
         top1=16.0,
+        score_shift=0.125,
     ),
     row("pair", 0.0, -1e-7, pair=0),
     row("binary", 0.0, NAN, log_ratio=NAN, logp=-3.0),
@@ -247,8 +251,9 @@ def test_rows_as_csv_can_be_read_by_anyone(tmp_path: Path) -> None:
         lines = list(csv.DictReader(file))
     assert list(lines[0]) == [
         "origin", "kind", "pair", "score", "implicit_score", "implicit_reward", "reward_shift", "log_ratio", "logp",
-        "tokens", "pair_reward", "entropy", "top1", "rounding",
+        "tokens", "pair_reward", "entropy", "top1", "rounding", "target",
     ]  # fmt: skip
+    assert [line["target"] for line in lines] == ["1", "0.775", "0", "0"]
     assert [line["origin"] for line in lines] == ORIGINS
     assert [line["kind"] for line in lines] == ["instruction", "pair", "pair", "binary"]
     assert [line["pair"] for line in lines] == ["", "0", "0", ""]

@@ -37,7 +37,9 @@ from uft_ds.data.micro_batch import MicroBatch, micro_batch
 from uft_ds.data.mixture import Step
 from uft_ds.kernels import rows_triton
 from uft_ds.known.cache import Known
+from uft_ds.objectives.groups import groups_of
 from uft_ds.objectives.objective import count_terms
+from uft_ds.objectives.shifts import StepShift, compared_with
 from uft_ds.streams.packed_attention import PACKED
 from uft_ds.streams.stream import Output, Stream
 from uft_ds.training.forwarding import Forwarded, Method, rows_of
@@ -227,13 +229,14 @@ def pairs(count: int) -> tuple[Sequence, ...]:
 
 
 class Case(NamedTuple):
-    """A way to train. how: the reference is obtained."""
+    """A way to train. how: the reference is obtained. center: of the objective."""
 
     how: Any = "lockstep"
     loss: str = "mse"
     checkpointing: Any = True
     shared: bool = False
     card: str = "varlen"
+    center: Any = "none"
 
 
 CASES = [
@@ -244,6 +247,7 @@ CASES = [
     *(Case(checkpointing=checkpointing, card="packed") for checkpointing in (True, False, "selective")),
     *(Case(shared=True, card=card, checkpointing=how) for card in CARDS for how in (True, "selective")),
     Case("cached", "dpo", shared=True),
+    *(Case(how, shared=True, center="prompt") for how in ("lockstep", "cached")),
 ]
 
 
@@ -277,7 +281,7 @@ def prepared(case: Case, folder: Path) -> Iterator[tuple[Method, MicroBatch, Map
     table = {key: -10.0 for sequence in sequences for key in sequence.response_keys}
     known = Known.of_reference(case.how, table if case.how == "cached" else None)
     engine: Any = FakeEngine(model)
-    method = Method(engine, objective(case.loss), known, 1 << 10)
+    method = Method(engine, objective(case.loss, center=case.center), known, 1 << 10)
     with mode:
         yield method, batch.to(CUDA), count_terms(method.objective, Step(0, sequences).responses)
 
@@ -291,8 +295,13 @@ def ran(request: pytest.FixtureRequest, folder: Path) -> Ran:
         engine: Any = method.engine
         for layer in engine.module.policy.get_base_model().get_decoder().layers:
             layer.register_forward_hook(lambda module, args, result: hidden.extend(tensors_of(result)))
+        groups = groups_of(method.objective, Step(0, pairs(3)))
+        (compared,) = compared_with(method.objective, StepShift(groups=groups), [batch])
+        assert (compared is not None) == (case.center != "none")
+        on_device = None if compared is None else compared.to(CUDA)
+        forwards_reference = case.how in ("lockstep", "separate")
         with Watching() as watching:
-            loss, _, done = micro_step(method, batch, case.how in ("lockstep", "separate"), terms, None, is_last=True)
+            loss, _, done = micro_step(method, batch, forwards_reference, terms, on_device, is_last=True)
     return Ran(case, watching, engine, done, loss, hidden, kernel.launches)
 
 
@@ -361,7 +370,7 @@ def test_the_end_of_a_step_reads_its_responses_in_one_transfer(how: Any, folder:
         done = [micro_step(method, batch, how == "lockstep", terms, None, is_last=False)[2] for _ in range(3)]
         # A fake tensor has no values to go on with.
         with Watching() as watching, pytest.raises(RuntimeError, match=r"numpy|fake|Fake"):
-            rows_of(method.objective, done, [None] * 3)
+            rows_of(method.objective, done)
     assert [wait.split()[0] for wait in watching.waiting] == ["_to_copy"]
 
 

@@ -101,9 +101,9 @@ class Pair:
 SCORE = "score"
 """Name of the fact (a number about a response) that every response has."""
 
-
 ONLINE = "online"
-"""Name of the fact, always 1, of a response that the policy has given during the run."""
+"""Name of the fact, 1.0, of a response that the policy of the same step gave; responses of data do not have it."""
+
 SERVED = "served_logp"
 """Name of the fact, in nats, that says which log-prob the generator gave to a response, summed over its tokens."""
 
@@ -138,6 +138,11 @@ class Response:
     def facts(self) -> Mapping[str, float]:
         """All numbers that this response carries, by name: the score first."""
         return {SCORE: self.score, **self.other_facts}
+
+    @property
+    def is_online(self) -> bool:
+        """Whether the policy of the same step gave this response."""
+        return self.other_facts.get(ONLINE) == 1.0
 
     @property
     def num_tokens(self) -> int:

@@ -1,6 +1,6 @@
 """The table of losses: their names and the term of each.
 
-This module does not import torch; the functions are in `pointwise`, `pairwise` and `likelihood`.
+This module does not import torch; the functions are in `pointwise`, `pairwise`, `likelihood` and `advantages`.
 """
 
 from __future__ import annotations
@@ -26,11 +26,19 @@ OF_HEAD = ("bradley_terry",)
 LIKELIHOOD = ("nll", "nll_sum")
 """-log pi(y|x), divided by the number of the step's tokens (nll) or of its responses (nll_sum, UFT Eq. 1)."""
 
+PolicyGradient = Literal["rloo", "reinforce", "grpo"]
+POLICY_GRADIENT: tuple[PolicyGradient, ...] = get_args(PolicyGradient)
+"""-A log pi(y|x) of an answer that the policy itself has just given, where A is its advantage (`advantages`)."""
+
+OF_PROMPT: tuple[PolicyGradient, ...] = ("rloo", "grpo")
+"""Losses that compare an answer with the policy's other answers to the same prompt."""
+
 TERMS: Mapping[str, Term] = {
     **dict.fromkeys(POINTWISE, "response"),
     **dict.fromkeys((*PAIRWISE, *REFERENCE_FREE, *OF_HEAD), "pair"),
     "nll": "token",
     "nll_sum": "response",
+    **dict.fromkeys(POLICY_GRADIENT, "response"),
 }
 """The term of every loss: the sum over a step is divided by the number of these terms."""
 
@@ -42,16 +50,16 @@ PRESETS: Mapping[str, Mapping[str, float]] = {
 }
 """Losses that their papers define as sums, with the papers' weights."""
 
-NEEDS_REFERENCE = frozenset((*POINTWISE, *PAIRWISE))
-"""Losses of implicit rewards; a pointwise loss of a head's rewards needs no reference either."""
+NEEDS_REFERENCE = frozenset((*POINTWISE, *PAIRWISE, *POLICY_GRADIENT))
+"""Losses of implicit rewards or with a KL penalty; a pointwise loss of a head's rewards needs no reference either."""
 NEEDS_PAIRS = frozenset((*PAIRWISE, *REFERENCE_FREE, *OF_HEAD))
 HEAD_LOSSES = frozenset({"mse", "bce", *OF_HEAD})
 """All losses that a reward head can be trained by; only `OF_HEAD` can train nothing else."""
 A_TOKEN = frozenset({"ipo", "simpo"})
 """These losses always compare means over tokens, so their beta is per nat per token, also without
 `length_normalized`."""
-READS_SCORES = frozenset((*POINTWISE, "rpo_sq", "rpo_fwd", "rpo_bwd"))
-USES_BETA = frozenset((*POINTWISE, *PAIRWISE, "simpo", "contrast"))
+READS_SCORES = frozenset((*POINTWISE, *POLICY_GRADIENT, "rpo_sq", "rpo_fwd", "rpo_bwd"))
+USES_BETA = frozenset((*POINTWISE, *PAIRWISE, *POLICY_GRADIENT, "simpo", "contrast"))
 
 
 def expanded(loss: str | Mapping[str, float]) -> Mapping[str, float]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from uft_ds.data.example import KINDS, Kind, Response
 from uft_ds.data.micro_batch import MicroBatch
+from uft_ds.objectives.baselines import Baselines
 from uft_ds.objectives.implicit_reward import implicit_reward
 from uft_ds.objectives.likelihood import is_imitated, is_undesirable, sequence_nll
 from uft_ds.objectives.losses import (
@@ -28,20 +29,26 @@ from uft_ds.objectives.losses import (
     NEEDS_PAIRS,
     NEEDS_REFERENCE,
     POINTWISE,
+    POLICY_GRADIENT,
     TERMS,
     Distance,
+    PolicyGradient,
 )
 from uft_ds.objectives.pairwise import PAIR_LOSSES, PairConstants, Pairs
 from uft_ds.objectives.pointwise import pointwise_loss
+from uft_ds.objectives.policy_gradient import policy_gradient_loss
 from uft_ds.objectives.reference import POLICY_STREAM, REFERENCE_STREAM, REWARD_STREAM, RewardBy
-from uft_ds.objectives.reward_shift import RewardShift
+from uft_ds.objectives.reward_shift import Center, RewardShift
 
 BetaSchedule = Literal["constant", "linear", "cosine"]
 
 
 @dataclass(frozen=True)
 class KindObjective:
-    """The objective of one kind of response: losses with their weights, a weight for all of them, and beta."""
+    """The objective of one kind of response: losses with their weights, a weight for all of them, and beta.
+
+    beta: implicit reward per nat; of a policy gradient loss the price of a nat of KL, in the unit of scores.
+    """
 
     losses: Mapping[str, float]
     weight: float = 1.0
@@ -52,6 +59,7 @@ class KindObjective:
 class Objective:
     """The losses of each kind, and what they share.
 
+    center: whether rewards and scores are compared with the means over the answers to the same prompt.
     length_normalized: log-ratios are means over a response's tokens, not sums; beta is then per nat per token.
     undesirable_weight: weight of binary responses labelled bad; good ones have weight 1.
     beta_schedule: how the factor of all betas changes over the steps. beta_end: the factor at the last step.
@@ -60,6 +68,7 @@ class Objective:
 
     of_kind: Mapping[Kind, KindObjective]
     shift: RewardShift = field(default_factory=RewardShift)
+    center: Center = "none"
     length_normalized: bool = False
     undesirable_weight: float = 1.0
     beta_schedule: BetaSchedule = "constant"
@@ -101,6 +110,17 @@ class Objective:
         """Whether this kind has a pointwise loss, whose implicit rewards are shifted."""
         return any(name in POINTWISE for name in self.of_kind[kind].losses)
 
+    def centers(self, kind: Kind) -> bool:
+        """Whether answers of this kind to one prompt are compared with each other.
+
+        Instruction data is not: all its scores are 1, so two answers to one prompt would not be learned at all.
+        """
+        return self.center == "prompt" and kind != "instruction" and self.has_pointwise(kind)
+
+    def policy_gradient(self, kind: Kind) -> PolicyGradient | None:
+        """The policy gradient loss of this kind, which is then its only loss."""
+        return next((name for name in POLICY_GRADIENT if name in self.of_kind[kind].losses), None)
+
 
 def objective_at(objective: Objective, progress: float) -> Objective:
     """The objective at a point of the run: betas are multiplied by 1 at progress 0 and by `beta_end` at progress 1."""
@@ -132,6 +152,8 @@ def count_terms(objective: Objective, responses: Iterable[Response]) -> dict[str
 def _terms_of(loss: str, response: Response, *, is_rejected: bool) -> int:
     if loss in NEEDS_PAIRS:
         return int(is_rejected)  # counts each pair once
+    if loss in POLICY_GRADIENT:
+        return int(response.is_online)
     if loss in LIKELIHOOD and not is_imitated(response, is_rejected=is_rejected):
         return 0
     return response.num_tokens if TERMS[loss] == "token" else 1
@@ -172,7 +194,7 @@ def micro_batch_loss(
     micro_batch: MicroBatch,
     num_terms: Mapping[str, int],
     logps: Mapping[str, Tensor],
-    shifts_R: Tensor | None = None,
+    baselines: Baselines | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The micro-batch's share of the step's loss, and the sums of each loss's terms for the metrics.
 
@@ -180,7 +202,7 @@ def micro_batch_loss(
         num_terms: the number of each loss's terms in the whole step.
         logps: by stream, [responses], nats, summed over tokens, float64: "policy" with gradient, and "reference" if the
             objective needs one. With a reward head instead "reward", its values, with gradient.
-        shifts_R: [responses], float32, subtracted from the rewards of pointwise losses; None: 0.
+        baselines: what rewards are compared with; None: with the scores, without a shift.
     Returns:
         a scalar with gradient, also for a micro-batch without responses; and [2, kinds, losses], float64: the
         unweighted sum and the number of each loss's terms, which can be added over ranks and micro-batches.
@@ -196,7 +218,7 @@ def micro_batch_loss(
     loss = trained_R.sum().float() * 0.0
     sums = torch.zeros(2, len(KINDS), len(LOSSES), dtype=torch.float64, device=trained_R.device)
     for name in objective.losses:
-        places_M, terms_M = _terms(name, objective, micro_batch, logps_R, rewards, shifts_R)
+        places_M, terms_M = _terms(name, objective, micro_batch, logps_R, rewards, baselines)
         if not len(places_M):
             continue  # the whole step may have no such term, and `num_terms` may then be 0
         responses = [micro_batch.responses[place] for place in places_M]
@@ -217,7 +239,7 @@ def _terms(
     micro_batch: MicroBatch,
     logps_R: Tensor | None,
     rewards: Rewards | None,
-    shifts_R: Tensor | None,
+    baselines: Baselines | None,
 ) -> tuple[list[int], Tensor]:
     """The terms of one loss, and the index of the response that each belongs to (for a pair, the chosen one)."""
     device = micro_batch.scores_R.device
@@ -243,16 +265,23 @@ def _terms(
         for place, response in enumerate(micro_batch.responses)
         if name in objective.of_kind[response.kind].losses
         and (name not in LIKELIHOOD or is_imitated(response, is_rejected=place in rejected))
+        and (name not in POLICY_GRADIENT or response.is_online)
     ]
     index_M = _indices(members, device)
     if name in LIKELIHOOD:
         assert logps_R is not None
         return members, sequence_nll(logps_R[index_M]).float()
+    if name in POLICY_GRADIENT:
+        if not members:
+            return [], micro_batch.scores_R[:0]
+        assert logps_R is not None
+        assert baselines is not None, "an advantage compares a response with others, which the caller knows"
+        return members, policy_gradient_loss(logps_R[index_M], baselines.advantages_R[index_M]).float()
     assert rewards is not None
-    rewards_M = rewards.rewards_R[index_M]
-    if shifts_R is not None:
-        rewards_M = rewards_M - shifts_R[index_M]
-    return members, pointwise_loss(rewards_M, micro_batch.scores_R[index_M], cast(Distance, name))
+    if baselines is None:
+        return members, pointwise_loss(rewards.rewards_R[index_M], micro_batch.scores_R[index_M], cast(Distance, name))
+    rewards_M = rewards.rewards_R[index_M] - baselines.shifts_R[index_M]
+    return members, pointwise_loss(rewards_M, baselines.targets_R[index_M], cast(Distance, name))
 
 
 def _on_device(values: Seq[float], device: torch.device) -> Tensor:

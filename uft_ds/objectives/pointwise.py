@@ -20,7 +20,7 @@ def pointwise_loss(rewards_R: Tensor, scores_R: Tensor, distance: Distance) -> T
 
     Args:
         rewards_R: [responses], r = beta * log_ratio - shift. Carries the gradient.
-        scores_R: [responses], in [0, 1].
+        scores_R: [responses], in [0, 1]; for mse, l1 and raw also a target outside: see `center` in docs/objectives.md.
     Returns:
         [responses], float32; finite for any reward up to 1e19.
     """

@@ -28,6 +28,9 @@ from uft_ds.data.example import Response, Sequence
 
 ShiftName = Literal["none", "constant", "ema", "kl", "prompt_mean"]
 
+Center = Literal["none", "prompt"]
+"""prompt: the means over the answers to one prompt are taken off both rewards and scores; see `groups`."""
+
 
 @dataclass(frozen=True)
 class RewardShift:

@@ -158,7 +158,8 @@ def _assumptions(settings: Settings, setting: Setting, source: str, length_is: s
         "every token supervised"
     )
     if workload.extra_forwards != "none":
-        yield f"objective.reward_shift: {settings.objective.shift.name}: every response is forwarded ahead of its step"
+        of = "reward_shift: kl" if workload.extra_forwards == "both_streams" else "loss: reinforce"
+        yield f"objective.{of}: every response is forwarded ahead of its step"
     if workload.dtype == "float32":
         yield "float32: compute at the data sheet's bfloat16 figure unless --tflops says otherwise: it is far slower"
     if workload.attention not in (PACKED, "flash_attention_2"):

@@ -18,10 +18,11 @@ from uft_ds.streams.packed_attention import PACKED
 from uft_ds.streams.recompute import Recompute
 
 ExtraForwards = Literal["none", "both_streams", "as_trained"]
-"""Additional forwards of a reward shift.
+"""Additional forwards before a step.
 
-both_streams: `kl` forwards policy and reference, even if the reference is cached. as_trained: `prompt_mean` forwards
-the policy, and the reference only if it is not cached.
+both_streams: the shift `kl` forwards policy and reference, even if the reference is cached. as_trained: `reinforce`
+compares all answers of a step, so it forwards the policy, and the reference only if it is not cached. `prompt_mean`,
+`center`, `rloo` and `grpo` forward only answers to one prompt that the packing divides; a plan assumes none.
 """
 
 
@@ -53,7 +54,7 @@ class Workload:
     has_pairs: bool
     """Whether the data may hold pairs, whose two responses stay together whatever their loss is."""
     extra_forwards: ExtraForwards
-    """Forwards of a reward shift before each step, without a backward."""
+    """Forwards before each step, without a backward."""
     begins_with_forward: bool
     """Whether a forward without backward comes before the first step: checks of the reference, or an evaluation."""
 
@@ -175,7 +176,7 @@ def _may_hold_pairs(rules: RowRules) -> bool:
 
 
 def _extra_forwards(objective: Objective) -> ExtraForwards:
-    """Additional forwards, counted for every response: the recipe does not tell how many responses a shift affects."""
-    if not any(objective.has_pointwise(kind) for kind in KINDS):
-        return "none"
-    return {"kl": "both_streams", "prompt_mean": "as_trained"}.get(objective.shift.name, "none")  # type: ignore[return-value]
+    """Additional forwards, counted for every response: the recipe does not tell how many responses they are for."""
+    if any(objective.policy_gradient(kind) == "reinforce" for kind in KINDS):
+        return "as_trained"
+    return "both_streams" if objective.shift.name == "kl" and any(map(objective.has_pointwise, KINDS)) else "none"

@@ -21,6 +21,9 @@ _LOSSES_ELSEWHERE: Mapping[str, str] = {
     "una": "mse",
     "slic": "hinge",
     "rpo": "{dpo: 1, nll: 1} as TRL has it, or rpo_sq, rpo_fwd, rpo_bwd as NVIDIA has it",
+    "dr_grpo": "rloo, at (k - 1) / k times the weight for k answers to a prompt",
+    "reinforce_plus_plus": "reinforce, without the division by the deviation",
+    "rebel": "raw with center: prompt",
     "mpo": "{dpo: 0.8, bce: 0.4, nll: 1.0}",
     **{name: f"{{{', '.join(f'{k}: {v:g}' for k, v in sums.items())}}} in a map" for name, sums in PRESETS.items()},
 }

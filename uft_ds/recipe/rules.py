@@ -1,6 +1,7 @@
 """Rules for a recipe's objective, by itself and with its data.
 
-They refuse missing losses, losses that cannot be combined, and keys that no loss reads. `unused` only warns.
+They refuse missing losses, losses that cannot be combined, and keys that no loss reads. Those of losses that compare
+answers with each other are in `answer_rules`. `unused` only warns.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from uft_ds.objectives.losses import (
     OF_HEAD,
     PAIRWISE,
     POINTWISE,
+    POLICY_GRADIENT,
     PRESETS,
     USES_BETA,
     expanded,
 )
 from uft_ds.objectives.reference import RewardBy
-from uft_ds.objectives.reward_shift import ShiftName
+from uft_ds.objectives.reward_shift import Center, ShiftName
+from uft_ds.recipe.answer_rules import center_problems, own_answer_problems, policy_gradient_problems
 from uft_ds.recipe.names import unknown_loss, unknown_name
 
 if TYPE_CHECKING:  # at run time this would import the tokenizers, which reading a recipe does not need
@@ -76,6 +79,7 @@ class GivenObjective:
     rpo_scale: float
     dpop_penalty: float
     simpo_margin: float
+    center: Center = "none"
     reward: RewardBy = "implicit"
     margin: Literal["none", "scores"] = "none"
     centering: float = 0.0
@@ -136,6 +140,7 @@ def objective_problems(objective: GivenObjective, *, examples_per_step: int) -> 
         of_pairs = sorted(NEEDS_PAIRS & set(weights))
         if kind != "pair" and of_pairs:
             yield f"loss.{kind}", f"{loss if isinstance(loss, str) else of_pairs[0]!r} needs pairs"
+    yield from policy_gradient_problems(objective)
     used = {name for loss in given.values() for name in expanded(loss)}
     if objective.reward == "head" or used & set(OF_HEAD):
         yield from _of_head(objective, used)
@@ -149,12 +154,13 @@ def objective_problems(objective: GivenObjective, *, examples_per_step: int) -> 
     if not misspelt and not (isinstance(objective.loss, str) and isinstance(objective.beta, Mapping)):
         yield from (("beta", problem) for problem in beta_problems(objective, given))
     yield from _of_shift(objective, used, examples_per_step)
+    yield from center_problems(objective, examples_per_step)
     yield from _of_keys(objective, used)
 
 
 _NOT_OF_HEAD = (
     "beta", "beta_schedule", "beta_end", "length_normalized", "reward_shift", "reward_shift_value",
-    "reward_shift_decay",
+    "reward_shift_decay", "center",
 )  # fmt: skip
 """Keys that only implicit rewards read."""
 
@@ -275,10 +281,14 @@ def _of_weights(weights: float | Mapping[str, float]) -> Iterator[Problem]:
             yield "weights", f"{weight} given, must be finite and >= 0"
 
 
-def kind_problems(objective: GivenObjective, data: PreparedData) -> Iterator[Problem]:
+def kind_problems(objective: GivenObjective, data: PreparedData, answers: int | None = None) -> Iterator[Problem]:
     """Problems that only the data can show: each kind of responses needs a loss.
 
     Kinds of held-out data need one too, because evaluation computes it.
+
+    Args:
+        answers: how many answers of its own the policy gives to each prompt, which are of kind `score`; None: the run
+            trains on data alone.
     """
     held: dict[str, str | Mapping[str, float]] = {}
     for part, sources in (("data.sources", data.train), ("data.held_out", data.held_out)):
@@ -287,9 +297,13 @@ def kind_problems(objective: GivenObjective, data: PreparedData) -> Iterator[Pro
             yield from (("loss", problem) for problem in _of_source(objective, source, f"{part}.{number}"))
             if objective.reward == "head":
                 yield from _of_source_with_head(objective, source, f"{part}.{number}")
+    trained = {kind for source in data.train for kind in source.selection.kinds}
+    if answers is not None:
+        yield from own_answer_problems(objective, answers)
+        held["score"] = objective.losses_of("score")
+        trained.add("score")
     if isinstance(objective.loss, str) and isinstance(objective.beta, Mapping):  # the kinds are known only now
         yield from (("beta", problem) for problem in beta_problems(objective, held))
-    trained = {kind for source in data.train for kind in source.selection.kinds}
     if not any(objective.weight_of(kind) for kind in trained):
         yield "weights", f"0 for {', '.join(sorted(trained))}, which is all that is trained on"
 
@@ -317,6 +331,11 @@ def _of_source(objective: GivenObjective, source: PreparedSource, place: str) ->
             needed = ", and evaluation needs one" if place.startswith("data.held_out") else ""
             split = " (its pairs: split makes single responses of pairs)" if is_split else ""
             yield f"no loss for kind {kind!r}, which {holds}{needed}{split}"
+        elif place.startswith("data.sources") and (own := losses.keys() & set(POLICY_GRADIENT)):
+            yield (
+                f"{min(own)!r} trains on the policy's own answers, but {holds} responses of kind {kind!r}; take a "
+                "pointwise loss, such as mse, which trains on both, or leave the source out"
+            )
         elif kind != "pair" and NEEDS_PAIRS & losses.keys() and is_split:
             yield (
                 f"{objective.loss!r} needs pairs, {place}.pairs: split makes single responses of those of "

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
 from uft_ds.data.formats.table import format_names
 from uft_ds.objectives.reference import HowForwarded, RewardBy
-from uft_ds.objectives.reward_shift import ShiftName
+from uft_ds.objectives.reward_shift import Center, ShiftName
 from uft_ds.recipe.best import best_problem
 from uft_ds.recipe.names import unknown_name
 from uft_ds.recipe.online import GeneratorSection, ScoreBySection, online_problems, scored_by
@@ -137,13 +137,14 @@ class ObjectiveSection(Section):
     loss: Annotated[str | dict[str, str | dict[str, float]], BeforeValidator(with_kinds)] = "mse"
     """One name for all kinds, or a map from kind to a name, or to a map from names to weights: {pair: {dpo: 1, nll:
     0.2}}. Pointwise: mse (UFT), bce, l1, raw. Pairwise: dpo, cdpo, robust, ipo, hinge, rpo_sq, rpo_fwd, rpo_bwd, dpop;
-    without reference simpo, orpo, cpo. Likelihood: nll (SFT), nll_sum. With `reward: head`: bradley_terry, bce, mse."""
+    without reference simpo, orpo, cpo. Likelihood: nll (SFT), nll_sum. Of the policy's own answers, {score: NAME}:
+    rloo, reinforce, grpo. With `reward: head`: bradley_terry, bce, mse."""
     reward: RewardBy = "implicit"
     """What the reward of a response is. implicit: beta * its log-ratio, of a policy. head: the value of a scalar head
     at its last token, which makes a reward model: adapters and head are trained, and there is no reference."""
     beta: PositiveFloat | dict[str, PositiveFloat] = DEFAULT_BETA
     """Implicit reward per nat of log-ratio: one value, or a map from kind to value; a kind that is not named has the
-    default."""
+    default. For rloo, reinforce and grpo the price of a nat of KL, in the unit of scores."""
     beta_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How beta changes over the run."""
     beta_end: PositiveFloat = 1.0
@@ -153,11 +154,15 @@ class ObjectiveSection(Section):
     reward_shift: ShiftName = "none"
     """Value subtracted from the implicit rewards of pointwise losses. ema: their running mean (BCO). kl: the reward of
     mismatched prompts and responses (KTO), which costs one more forward pass of both streams. prompt_mean: the mean
-    over the step's responses to the same prompt, which costs one more forward pass."""
+    over the step's responses to the same prompt; those that the packing divides cost one more forward pass."""
     reward_shift_value: FiniteFloat = 0.0
     """The shift, for `reward_shift: constant`."""
     reward_shift_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Decay of the running mean: the part that is kept at each step, for `reward_shift: ema`."""
+    center: Center = "none"
+    """prompt: compare the answers to one prompt with each other: reward - mean reward with 1/2 + score - mean score, in
+    mse, l1 and raw, where a step has two answers or more. Of instruction data nothing is centred. It costs what
+    `prompt_mean` does, which it replaces."""
     weights: float | dict[str, float] = 1.0
     """Weight of the losses: one value, or a map from kind to value; a kind that is not named has weight 1."""
     undesirable_weight: NonNegativeFloat = 1.0

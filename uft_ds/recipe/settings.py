@@ -345,6 +345,7 @@ def objective_of(given: GivenObjective) -> Objective:
     return Objective(
         {kind: KindObjective(given.losses_of(kind), given.weight_of(kind), given.beta_of(kind)) for kind in KINDS},
         shift=RewardShift(given.reward_shift, given.reward_shift_value, given.reward_shift_decay),
+        center=given.center,
         length_normalized=given.length_normalized,
         undesirable_weight=given.undesirable_weight,
         beta_schedule=given.beta_schedule,

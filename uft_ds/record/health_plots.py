@@ -10,7 +10,7 @@ import numpy as np
 
 from uft_ds.data.example import KINDS, Kind
 from uft_ds.record.curves import KIND_COLORS, draw, lay_out
-from uft_ds.record.telemetry import calibration, sides
+from uft_ds.record.telemetry import calibration, sides, targets
 
 _MOST_POINTS = 2000
 """The most points of a scatter plot for one kind, approximately."""
@@ -67,7 +67,7 @@ def _draw_reliability(axes: Any, lines: Lines, rows: np.ndarray) -> Labels:
         return _draw_over_steps(axes, lines, "score_error", "score error", "mean |implicit - given score|")
     axes.plot([0, 1], [0, 1], color="gray", linewidth=0.8)
     for kind, of_kind in _of_kinds(rows[np.isfinite(rows["implicit_score"])]):
-        bins = calibration(of_kind["implicit_score"], of_kind["score"])
+        bins = calibration(of_kind["implicit_score"], targets(of_kind))
         areas = [20 + 200 * number / len(of_kind) for number, _, _ in bins]
         axes.scatter(*zip(*[pair for _, *pair in bins], strict=True), s=areas, color=KIND_COLORS[kind], label=kind)
     return "held out: reliability", "implicit score", "given score"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from uft_ds.data.example import KINDS
 from uft_ds.host.gpus import peak_flops
+from uft_ds.objectives.groups import Groups
 from uft_ds.objectives.losses import LOSSES
 from uft_ds.objectives.objective import Objective
 from uft_ds.record.telemetry import health
@@ -37,6 +39,31 @@ def step_metrics(objective: Objective, loss: float, sums: Tensor, rows: np.ndarr
         if len(means) > 1:
             metrics |= {f"loss/{kind}/{name}": mean for name, mean in means.items()}
     return metrics | health(rows, objective)
+
+
+def group_metrics(objective: Objective, groups: Groups, rows: np.ndarray) -> dict[str, float]:
+    """How far a step's answers to one prompt differ; empty if no loss compares scores of answers with each other.
+
+    Args:
+        groups: of the step.
+        rows: the table of all ranks' responses.
+    """
+    metrics: dict[str, float] = {}
+    flat = [group.is_flat for group in groups.found if group.comparison != "shifted"]
+    for code, kind in enumerate(KINDS):
+        advantages = rows["advantage"][rows["kind"] == code]
+        if not len(advantages):
+            continue
+        if objective.policy_gradient(kind) is not None:
+            metrics[f"advantage/{kind}"] = float(np.abs(advantages).mean())
+        elif objective.centers(kind):
+            # Of a centred response it is made of scores alone, so it is NaN only where there is none.
+            centered = advantages[~np.isnan(advantages)]
+            metrics[f"centered/{kind}"] = len(centered) / len(advantages)
+            metrics[f"advantage/{kind}"] = float(np.abs(centered).mean()) if len(centered) else math.nan
+    if metrics:
+        metrics["flat_groups"] = sum(flat) / len(flat) if flat else math.nan
+    return metrics
 
 
 def peak_memory_gib() -> float:

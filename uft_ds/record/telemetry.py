@@ -19,6 +19,7 @@ from torch import Tensor
 from uft_ds.data.example import KINDS, Kind
 from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.host.files import write_atomically
+from uft_ds.objectives.baselines import Baselines
 from uft_ds.objectives.losses import NEEDS_REFERENCE, OF_HEAD, PAIRWISE, POINTWISE, REFERENCE_FREE
 from uft_ds.objectives.objective import KindObjective, Objective, rewards_of
 from uft_ds.objectives.pairwise import log_odds
@@ -28,7 +29,8 @@ ROW = np.dtype(
     [
         ("kind", "u1"), ("pair", "<i8"), ("score", "<f8"), ("tokens", "<f8"),
         ("logp", "<f8"), ("log_ratio", "<f8"), ("reward", "<f8"), ("shift", "<f8"), ("implicit_score", "<f8"),
-        ("pair_reward", "<f8"), ("entropy", "<f8"), ("top1", "<f8"), ("rounding", "<f8"),
+        ("pair_reward", "<f8"), ("entropy", "<f8"), ("top1", "<f8"), ("rounding", "<f8"), ("score_shift", "<f8"),
+        ("advantage", "<f8"),
     ]
 )  # fmt: skip
 """A row of the table. kind: index into KINDS. pair: the pair's number in the step, -1 for none; the chosen response
@@ -37,7 +39,9 @@ are NaN without a reference. With a reward head, reward is its value, implicit_s
 the policy is NaN. pair_reward: the quantity whose difference the pair's loss uses; NaN without a pair.
 entropy: the policy's, nats, summed over tokens. top1: number of tokens that are the policy's most probable ones.
 rounding: how far log_ratio may be off because the reference's log-prob was stored, nats; 0 for a forwarded one. Two
-log-ratios that it may have moved past each other count as equal."""
+log-ratios that it may have moved past each other count as equal. score_shift: what is subtracted from the score before
+a pointwise loss compares it: of a centred response the mean score of its group - 1/2, else 0. advantage: the factor of
+a policy gradient loss, of a centred response score - mean score; NaN for the others."""
 
 SATURATED_BELOW = 0.01 * 0.25
 """A response is saturated if s (1 - s) of its implicit score s is below 1% of the maximum; mse and l1 then have almost
@@ -54,7 +58,7 @@ CALIBRATION_BINS = 10
 
 _CSV_COLUMNS = (
     "origin", "kind", "pair", "score", "implicit_score", "implicit_reward", "reward_shift", "log_ratio", "logp",
-    "tokens", "pair_reward", "entropy", "top1", "rounding",
+    "tokens", "pair_reward", "entropy", "top1", "rounding", "target",
 )  # fmt: skip
 _FEWEST = 3
 """The fewest responses for which a correlation is computed; with fewer it means nothing."""
@@ -64,13 +68,13 @@ def response_rows(
     objective: Objective,
     batch: MicroBatch,
     logps: Mapping[str, Tensor],
-    shifts_R: Tensor | None,
+    baselines: Baselines | None,
     *,
     entropy_R: Tensor | None = None,
     top1_R: Tensor | None = None,
     rounding: float = 0.0,
 ) -> np.ndarray:
-    """The table of one micro-batch: [responses] of ROW. Columns of arguments that are None hold NaN (shift: 0).
+    """The table of one micro-batch: [responses] of ROW. Columns of arguments that are None hold NaN (shifts: 0).
 
     Args:
         logps: by stream, [responses], nats, or a reward head's values; without a stream, its columns hold NaN.
@@ -93,8 +97,11 @@ def response_rows(
         assert rewards.log_ratios_R is not None
         rows["log_ratio"], rows["reward"] = rewards.log_ratios_R.cpu().numpy(), rewards.rewards_R.cpu().numpy()
         rows["rounding"] = rounding * np.sqrt(rows["tokens"])
-    if shifts_R is not None:
-        rows["shift"] = shifts_R.cpu().numpy()
+    rows["advantage"] = np.nan
+    if baselines is not None:
+        rows["shift"], targets_R, rows["advantage"] = (column_R.cpu().numpy() for column_R in baselines.columns)
+        # Both in float32, as the loss compares them: exactly 0 for a response whose target is its score.
+        rows["score_shift"] = rows["score"].astype(np.float32) - targets_R.astype(np.float32)
     rows["implicit_score"] = implicit_scores(objective, rows)
     rows["pair_reward"] = np.where(rows["pair"] >= 0, pair_rewards(objective.of_kind["pair"], rows), np.nan)
     return rows
@@ -108,6 +115,11 @@ def implicit_scores(objective: Objective, rows: np.ndarray) -> np.ndarray:
     rewards = rows["reward"] - rows["shift"]
     raw = [code for code, kind in enumerate(KINDS) if objective.of_kind[kind].losses.keys() & set(POINTWISE) == {"raw"}]
     return np.asarray(np.where(np.isin(rows["kind"], raw), rewards + 0.5, 0.5 * (1 + np.tanh(rewards / 2))))
+
+
+def targets(rows: np.ndarray) -> np.ndarray:
+    """What the implicit score of each row is compared with: the score, or a centred response's target."""
+    return np.asarray(rows["score"] - rows["score_shift"])
 
 
 def pair_rewards(of: KindObjective, rows: np.ndarray) -> np.ndarray:
@@ -156,7 +168,8 @@ def write_rows(path: Path, rows: np.ndarray, origins: Seq[str]) -> None:
         pair = "" if value["pair"] < 0 else value["pair"]
         shift = math.nan if math.isnan(value["reward"]) else value["shift"]  # without a reward there is no shift
         numbers = [value["score"], value["implicit_score"], value["reward"], shift, value["log_ratio"], value["logp"]]
-        further = [value["pair_reward"], value["entropy"], value["top1"], value["rounding"]]
+        target = value["score"] - value["score_shift"]
+        further = [value["pair_reward"], value["entropy"], value["top1"], value["rounding"], target]
         shown, after = (["" if math.isnan(x) else f"{x:.9g}" for x in part] for part in (numbers, further))
         writer.writerow([origin, KINDS[value["kind"]], pair, *shown, int(value["tokens"]), *after])
     write_atomically(path, text.getvalue())
@@ -182,6 +195,8 @@ def read_rows(path: Path) -> np.ndarray:
     for name in ("entropy", "top1"):
         rows[name] = [number(line.get(name) or "") for line in lines]
     rows["rounding"] = [number(line.get("rounding") or "0") for line in lines]  # absent in files of older versions
+    rows["score_shift"] = [number(line["score"]) - number(line.get("target") or line["score"]) for line in lines]
+    rows["advantage"] = np.nan  # held-out responses have none of a policy gradient loss, and the file holds no other
     return rows
 
 
@@ -238,7 +253,7 @@ def reward_rounding(rows: np.ndarray, objective: Objective) -> np.ndarray:
 
 
 def _against_reference(rows: np.ndarray, objective: Objective) -> dict[str, float]:
-    scores, given = rows["implicit_score"], rows["score"]
+    scores, given = rows["implicit_score"], targets(rows)
     rounding = reward_rounding(rows, objective)
     raised = rows.copy()
     raised["reward"] += rounding
@@ -260,7 +275,7 @@ def _saturation(rows: np.ndarray) -> dict[str, float]:
     if not np.isfinite(scores).all():
         return dict.fromkeys(("saturated", "saturated_fitted", "saturated_stuck"), float("nan"))
     saturated = scores * (1 - scores) < SATURATED_BELOW
-    stuck = saturated & (np.abs(scores - rows["score"]) > FITTED_WITHIN)
+    stuck = saturated & (np.abs(scores - targets(rows)) > FITTED_WITHIN)
     return {
         "saturated": saturated.mean(),
         "saturated_fitted": (saturated & ~stuck).mean(),

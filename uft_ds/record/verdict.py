@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from uft_ds.data.example import KINDS, Kind
+from uft_ds.record.telemetry import targets
 
 Lines = Seq[dict[str, Any]]
 Answer = Literal["yes", "no", "unclear"]
@@ -139,7 +140,7 @@ def _wrong_with_calibration(courses: Seq[Course], rows: Rows) -> list[str]:
     (error,) = courses
     if rows is None or not len(rows) or not np.isfinite(rows["implicit_score"]).all():
         return []
-    implicit, given = rows["implicit_score"], rows["score"]
+    implicit, given = rows["implicit_score"], targets(rows)
     too_high = float((implicit - given).mean())
     if abs(too_high) >= error.last / 2:
         return [_TOO_HIGH if too_high > 0 else _TOO_LOW]

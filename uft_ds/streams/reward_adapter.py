@@ -48,8 +48,9 @@ def add_reward_adapter(policy: PeftModel, folder: Path, recipe_key: str, *, dtyp
         _check_layers(policy.get_base_model(), modules, folder)
     except UserError as error:
         raise UserError(f"{recipe_key}: {error}") from None
+    given: dict[str, Any] = {key: config[key] or {} if key in _PATTERNS else config[key] for key in _OWN}
     own = LoraConfig(
-        **{key: config[key] or {} if key in _PATTERNS else config[key] for key in _OWN},
+        **given,
         target_modules=modules,  # by their whole names: PEFT then adapts these layers and no others
         lora_dropout=0.0,
         bias="none",

@@ -21,14 +21,15 @@ from uft_ds.engine.engine import Engine
 from uft_ds.errors import CheckFailed
 from uft_ds.host.signals import NEVER, Stop
 from uft_ds.known.cache import Known
+from uft_ds.objectives.groups import groups_of
 from uft_ds.objectives.losses import LOSSES
 from uft_ds.objectives.objective import count_terms, micro_batch_loss
 from uft_ds.objectives.reference import POLICY_STREAM, REFERENCE_STREAM
 from uft_ds.objectives.shifts import StepShift
 from uft_ds.record.metrics import step_metrics
 from uft_ds.streams.stream import logps_of
-from uft_ds.training.forwarding import Forwarded, Method, forward, rows_of, streams_of
-from uft_ds.training.shifts import means_of, shifts_on_device
+from uft_ds.training.forwarding import Forwarded, Method, baselines_of, forward, rows_of, streams_of
+from uft_ds.training.shifts import compared_on_device, means_of
 
 SPOT_CHECK_NATS = {torch.float32: 1e-4, torch.bfloat16: 0.5}
 """Allowed change of a response's log-prob by rounding in another packing, in nats; to be multiplied by the square root
@@ -144,6 +145,9 @@ def evaluate(
 ) -> Evaluation:
     """The metrics of held-out data, computed as if all groups were one step. Every rank must call it.
 
+    Responses of data have no policy gradient loss: the policy did not give them. If no response has any loss, there is
+    no `held_out/loss`.
+
     Args:
         groups: the held-out data, divided into parts that are forwarded one after another.
         shift: the shift state that the last step returned, nats.
@@ -164,30 +168,41 @@ def evaluate(
             known.learn(engine, group)
             num_done += len(group.responses)
             on_done(num_done)
-    # `prompt_mean` compares responses of all groups, so it is computed after all of them are forwarded.
-    of_all = groups if objective.shift.name == "prompt_mean" else ()
-    whole = Step(0, tuple(sequence for group in of_all for sequence in group.sequences))
-    parts = list(chain.from_iterable(done))
-    of_step = StepShift(shift, means_of(method, whole, parts))
-    shifts = shifts_on_device(method, of_step, [part.batch for part in parts])
+    parts = _with_baselines(method, groups, list(chain.from_iterable(done)), shift)
     loss = torch.zeros((), dtype=torch.float64, device=engine.device)
     sums = torch.zeros(2, len(KINDS), len(LOSSES), dtype=torch.float64, device=engine.device)
-    for part, shifts_R in zip(parts, shifts, strict=True):
-        share, own_sums = micro_batch_loss(objective, part.batch, terms, part.logps, shifts_R)
+    for part in parts:
+        share, own_sums = micro_batch_loss(objective, part.batch, terms, part.logps, part.baselines)
         loss += share
         sums += own_sums
     tables: list[np.ndarray] = []
     origins: list[str] = []
-    shift_of_part = iter(shifts)
+    left = iter(parts)
     for of_group in done:
         own = [response.origin for part in of_group for response in part.batch.responses]
-        rows = rows_of(objective, of_group, list(islice(shift_of_part, len(of_group))))
+        rows = rows_of(objective, list(islice(left, len(of_group))))
         of_ranks, names = zip(*engine.gather_over_data((rows, own)), strict=True)
         tables.append(np.concatenate(of_ranks))
         origins += chain.from_iterable(names)
     table = _with_distinct_pairs(tables)
     metrics = step_metrics(objective, float(engine.sum_over_ranks(loss)), engine.sum_over_ranks(sums), table)
+    if not any(terms.values()):
+        del metrics["loss"]
     return Evaluation({f"held_out/{name}": value for name, value in metrics.items()}, table, origins)
+
+
+def _with_baselines(method: Method, groups: Seq[Step], parts: Seq[Forwarded], shift: float) -> list[Forwarded]:
+    """The forwarded micro-batches of all groups, each with what its rewards are compared with."""
+    objective = method.objective
+    # Answers to one prompt may be in several groups of the data, so they are compared after all of them are forwarded.
+    whole = Step(0, tuple(sequence for group in groups for sequence in group.sequences))
+    found = groups_of(objective, whole)
+    means = means_of(method, found, range(len(found.found)), whole, parts) if found.found else {}
+    compared = compared_on_device(method, StepShift(shift, found, means), [part.batch for part in parts])
+    return [
+        replace(part, baselines=baselines_of(objective, part.batch, part.logps, of_batch))
+        for part, of_batch in zip(parts, compared, strict=True)
+    ]
 
 
 def _without_tokens(batch: MicroBatch) -> MicroBatch:

@@ -14,8 +14,9 @@ from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.data.mixture import Step
 from uft_ds.engine.engine import Engine
 from uft_ds.known.cache import Known
+from uft_ds.objectives.baselines import Baselines, Compared
 from uft_ds.objectives.implicit_reward import response_sums
-from uft_ds.objectives.objective import Objective
+from uft_ds.objectives.objective import Objective, log_ratios_of
 from uft_ds.objectives.reference import POLICY_STREAM, REFERENCE_STREAM, REWARD_STREAM
 from uft_ds.record.telemetry import response_rows
 from uft_ds.streams.stream import Output, Stream, logps_of
@@ -59,7 +60,7 @@ class Forwarded:
 
     logps: by stream, nats; of a reward head its values. entropy_R: the policy's entropy, nats. top1_R: the number of
     tokens that are the policy's most probable ones. Both are None if the forward computed no statistics. rounding: see
-    `Method.rounding`.
+    `Method.rounding`. baselines: what its rewards are compared with; None: with the scores, without a shift.
     """
 
     batch: MicroBatch
@@ -67,6 +68,7 @@ class Forwarded:
     entropy_R: Tensor | None = None
     top1_R: Tensor | None = None
     rounding: float = 0.0
+    baselines: Baselines | None = None
 
     @classmethod
     def of(cls, batch: MicroBatch, logps: Mapping[str, Tensor], trained: Output, rounding: float) -> Forwarded:
@@ -110,6 +112,20 @@ def with_known(method: Method, batch: MicroBatch, logps: dict[str, Tensor]) -> d
     return logps | {REFERENCE_STREAM: reference_logps_R}
 
 
+def baselines_of(
+    objective: Objective, batch: MicroBatch, logps: Mapping[str, Tensor], compared: Compared | None
+) -> Baselines | None:
+    """What the rewards of a forwarded micro-batch are compared with.
+
+    Args:
+        logps: by stream, [responses], nats, with or without a graph; with the reference if `compared` is not None.
+    """
+    if compared is None:
+        return None
+    policy_R, reference_R = logps[POLICY_STREAM].detach(), logps[REFERENCE_STREAM].detach()
+    return compared.with_log_ratios(log_ratios_of(objective, batch, policy_R, reference_R))
+
+
 def forward(method: Method, step: Step, *, with_statistics: bool) -> list[Forwarded]:
     """Forward this rank's part of a step; the caller must be within `engine.evaluating()`.
 
@@ -130,24 +146,30 @@ _SHOWN = (POLICY_STREAM, REFERENCE_STREAM, REWARD_STREAM)
 """The streams of which a table of responses has columns."""
 
 
-def rows_of(objective: Objective, done: Seq[Forwarded], shifts: Seq[Tensor | None]) -> np.ndarray:
+def rows_of(objective: Objective, done: Seq[Forwarded]) -> np.ndarray:
     """The table of this rank's responses, with one row per response; see `record.telemetry.ROW`."""
     columns = [
-        (*(part.logps.get(name) for name in _SHOWN), part.entropy_R, part.top1_R, shifts_R)
-        for part, shifts_R in zip(done, shifts, strict=True)
+        (
+            *(part.logps.get(name) for name in _SHOWN),
+            part.entropy_R,
+            part.top1_R,
+            *((None,) * 3 if part.baselines is None else part.baselines.columns),
+        )
+        for part in done
     ]
     host = iter(to_host([column_R for of_part in columns for column_R in of_part]))
     tables = []
     for part in done:
         found = {name: next(host) for name in _SHOWN}
         logps = {name: column_R for name, column_R in found.items() if column_R is not None}
-        entropy_R, top1_R, shifts_R = (next(host) for _ in range(3))
+        entropy_R, top1_R = next(host), next(host)
+        compared = [column_R for column_R in (next(host) for _ in range(3)) if column_R is not None]
         tables.append(
             response_rows(
                 objective,
                 part.batch,
                 logps,
-                shifts_R,
+                Baselines(*compared) if compared else None,
                 entropy_R=entropy_R,
                 top1_R=top1_R,
                 rounding=part.rounding,

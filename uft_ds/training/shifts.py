@@ -1,65 +1,61 @@
-"""Forwards that a step's reward shift needs before the step itself: of mismatched pairs (`kl`) or repeated prompts.
+"""What a step's responses are compared with, and the forwards without a gradient that it may need before the step.
 
-`objectives/shifts.py` computes the shifts from their results.
+`kl` forwards mismatched pairs. Groups of responses are forwarded ahead only if the packing divides them: the mean of a
+group that lies in one micro-batch is taken from the forward that trains. `objectives/shifts.py` does the arithmetic.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
-
-from torch import Tensor
 
 from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.data.mixture import Step
+from uft_ds.objectives.baselines import Compared
+from uft_ds.objectives.groups import Groups, ResponseName, group_means, groups_of, units_of
 from uft_ds.objectives.objective import log_ratios_of
+from uft_ds.objectives.online import check_own_answers
 from uft_ds.objectives.reference import POLICY_STREAM, REFERENCE_STREAM
 from uft_ds.objectives.reward_shift import kl_shift
-from uft_ds.objectives.shifts import (
-    ResponseName,
-    StepShift,
-    mismatched_step,
-    of_repeated_prompts,
-    prompt_means,
-    shifts_of,
-)
+from uft_ds.objectives.shifts import StepShift, compared_with, mismatched_step
 from uft_ds.streams.stream import logps_of
 from uft_ds.training.forwarding import Forwarded, Method, forward, streams_of
 
 
-def shift_of_step(method: Method, step: Step, before: float) -> StepShift:
-    """The step's shift. If it needs log-ratios, both streams are forwarded without gradient. Every rank must call it.
+def shift_of_step(method: Method, step: Step, batches: Seq[MicroBatch], before: float) -> StepShift:
+    """What the step's responses are compared with beside their scores. Every rank must call it.
 
     Args:
+        batches: this rank's micro-batches of the step.
         before: the shift state that the previous step returned, nats.
+    Raises:
+        CheckFailed: on every rank, if a policy gradient loss cannot train on a response of the step.
     """
-    name = method.objective.shift.name
-    if name == "kl":
-        return StepShift(_kl_of(method, step))
-    if name == "prompt_mean":
-        # A response's shift depends on log-ratios of the whole step, but a micro-batch's backward cannot wait for later
-        # micro-batches. So the responses are forwarded ahead.
-        repeated = of_repeated_prompts(method.objective, step)
-        with method.engine.evaluating():
-            ahead = forward(method, repeated, with_statistics=False)
-        method.known.learn(method.engine, repeated)  # before the step's micro-batches ask what is known
-        return StepShift(before, means_of(method, step, ahead))
-    return StepShift(before)
+    objective = method.objective
+    groups = groups_of(objective, step)
+    check_own_answers(objective, groups, step)
+    nats = _kl_of(method, step) if objective.shift.name == "kl" else before
+    if not groups.found:
+        return StepShift(nats)
+    # A response's baseline depends on its whole group, but a micro-batch's backward cannot wait for later micro-batches
+    # or other ranks. All ranks must agree on which groups are divided, because the forward contains collectives.
+    parts = method.engine.gather_over_data(groups.divided(objective, batches))
+    divided: set[int] = set().union(*parts)
+    if not divided:
+        return StepShift(nats, groups)
+    with method.engine.evaluating():
+        ahead = forward(method, units_of(objective, groups, divided, step), with_statistics=False)
+    return StepShift(nats, groups, means_of(method, groups, divided, step, ahead))
 
 
-def shifts_on_device(method: Method, shift: StepShift, batches: Seq[MicroBatch]) -> list[Tensor | None]:
-    """The shifts of each micro-batch on the engine's device: [responses], float32; None if there is no shift."""
-    on_host = shifts_of(method.objective, shift, batches)
-    return [None if shifts is None else shifts.to(method.engine.device, non_blocking=True) for shifts in on_host]
-
-
-def means_of(method: Method, step: Step, forwarded: Seq[Forwarded]) -> dict[ResponseName, float]:
-    """For `prompt_mean`, the mean log-ratio by response over all ranks, nats; for other shifts an empty dictionary.
+def means_of(
+    method: Method, groups: Groups, chosen: Iterable[int], step: Step, forwarded: Seq[Forwarded]
+) -> dict[int, float]:
+    """The mean log-ratio of each chosen group over all ranks, nats, by its number. Every rank must call it.
 
     Args:
-        forwarded: this rank's results; they must contain the responses to repeated prompts.
+        forwarded: this rank's results; those of all ranks must contain the responses of these groups.
     """
-    if method.objective.shift.name != "prompt_mean":
-        return {}
     own: dict[ResponseName, float] = {}
     for part in forwarded:
         if REFERENCE_STREAM in part.logps:
@@ -69,7 +65,14 @@ def means_of(method: Method, step: Step, forwarded: Seq[Forwarded]) -> dict[Resp
             names = zip(part.batch.response_keys, (r.kind for r in part.batch.responses), strict=True)
             own |= dict(zip(names, log_ratios_R.tolist(), strict=True))
     everyones = method.engine.gather_over_data(own)
-    return prompt_means(method.objective, step, {name: ratio for of in everyones for name, ratio in of.items()})
+    log_ratios = {name: ratio for of in everyones for name, ratio in of.items()}
+    return group_means(method.objective, groups, set(chosen), step, log_ratios)
+
+
+def compared_on_device(method: Method, shift: StepShift, batches: Seq[MicroBatch]) -> list[Compared | None]:
+    """What the responses of each micro-batch are compared with, on the engine's device; None: with scores alone."""
+    on_host = compared_with(method.objective, shift, batches)
+    return [None if compared is None else compared.to(method.engine.device) for compared in on_host]
 
 
 def _kl_of(method: Method, step: Step) -> float:

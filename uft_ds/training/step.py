@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -17,14 +18,15 @@ from uft_ds.data.example import KINDS, SERVED
 from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.data.mixture import Step
 from uft_ds.engine.engine import StepResult
+from uft_ds.objectives.baselines import Compared
 from uft_ds.objectives.losses import LOSSES
 from uft_ds.objectives.objective import count_terms, micro_batch_loss
 from uft_ds.objectives.reference import POLICY_STREAM
 from uft_ds.objectives.shifts import is_pointwise, next_shift
-from uft_ds.record.metrics import step_metrics
+from uft_ds.record.metrics import group_metrics, step_metrics
 from uft_ds.streams.stream import logps_of
-from uft_ds.training.forwarding import Forwarded, Method, rows_of, with_known
-from uft_ds.training.shifts import shift_of_step, shifts_on_device
+from uft_ds.training.forwarding import Forwarded, Method, baselines_of, rows_of, with_known
+from uft_ds.training.shifts import compared_on_device, shift_of_step
 
 
 class StepOutcome(NamedTuple):
@@ -46,31 +48,34 @@ def run_step(method: Method, step: Step, rate: float, before: float = 0.0) -> St
     Args:
         rate: the learning rate.
         before: the shift state that the previous step returned, nats.
+    Raises:
+        CheckFailed: on every rank, before anything has changed: a policy gradient loss cannot train on a response.
     """
     engine, objective, known = method.engine, method.objective, method.known
     num_terms = count_terms(objective, step.responses)
-    # Counted here, because the shift's forwards may add values.
     computed = len(known.unknown(step).responses)
-    shift = shift_of_step(method, step, before)
     micro_batches = method.micro_batches(step)
-    shifts = shifts_on_device(method, shift, [batch for batch, _ in micro_batches])
+    batches = [batch for batch, _ in micro_batches]
+    shift = shift_of_step(method, step, batches, before)
+    compared = compared_on_device(method, shift, batches)
     total_loss = torch.zeros((), dtype=torch.float64, device=engine.device)
     sums = torch.zeros(2, len(KINDS), len(LOSSES), dtype=torch.float64, device=engine.device)
     done: list[Forwarded] = []
-    for number, (of_micro_step, shifts_R) in enumerate(zip(micro_batches, shifts, strict=True), start=1):
+    for number, (of_micro_step, of_batch) in enumerate(zip(micro_batches, compared, strict=True), start=1):
         loss, parts, forwarded = micro_step(
-            method, *of_micro_step, num_terms, shifts_R, is_last=number == len(micro_batches)
+            method, *of_micro_step, num_terms, of_batch, is_last=number == len(micro_batches)
         )
         total_loss += loss
         sums += parts
         done.append(forwarded)
     known.learn(engine, step)  # a collective, so every rank calls it at the same place
     result = engine.step(rate, total_loss)
-    rows = np.concatenate(engine.gather_over_data(rows_of(objective, done, shifts)))
+    rows = np.concatenate(engine.gather_over_data(rows_of(objective, done)))
     metrics = step_metrics(objective, result.loss, engine.sum_over_ranks(sums), rows)
+    metrics |= group_metrics(objective, shift.groups, rows)
     metrics |= {"grad_norm": result.grad_norm, "skipped": float(result.skipped), "reference/computed": float(computed)}
     moved = rows["shift"][is_pointwise(objective, rows)]
-    if objective.shift.name != "none" and len(moved):
+    if (objective.shift.name != "none" or objective.center != "none") and len(moved):
         metrics["reward_shift"] = float(moved.mean())
     after = before if result.skipped else next_shift(objective, rows, before, shift)
     return StepOutcome(result, metrics, after, _served(method, step, done))
@@ -94,7 +99,7 @@ def micro_step(
     batch: MicroBatch,
     forward_reference: bool,
     num_terms: Mapping[str, int],
-    shifts_R: Tensor | None,
+    compared: Compared | None,
     *,
     is_last: bool,
 ) -> tuple[Tensor, Tensor, Forwarded]:
@@ -102,7 +107,8 @@ def micro_step(
 
     Args:
         forward_reference: whether the reference is forwarded; else its stored log-probs are taken, if a loss needs any.
-        num_terms, shifts_R: as for `micro_batch_loss`.
+        num_terms: as for `micro_batch_loss`.
+        compared: what the responses are compared with; None: with their scores alone.
         is_last: whether the gradient is complete after this micro-batch.
     Returns:
         the micro-batch's share of the step's loss, detached; its sums for the metrics; and its log-probs.
@@ -111,7 +117,9 @@ def micro_step(
     outputs = engine(batch, method.streams(with_reference=forward_reference), with_statistics=True)
     live = logps_of(outputs, batch)
     logps = with_known(method, batch, live)
-    loss, parts = micro_batch_loss(method.objective, batch, num_terms, logps, shifts_R)
+    baselines = baselines_of(method.objective, batch, logps, compared)
+    loss, parts = micro_batch_loss(method.objective, batch, num_terms, logps, baselines)
     engine.backward(loss, is_last=is_last)
     trained = outputs[method.objective.trained_stream]
-    return loss.detach(), parts, Forwarded.of(batch, logps, trained, method.rounding(live))
+    forwarded = Forwarded.of(batch, logps, trained, method.rounding(live))
+    return loss.detach(), parts, replace(forwarded, baselines=baselines)
