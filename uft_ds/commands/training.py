@@ -49,7 +49,7 @@ def _replaying(run: Path | None) -> list[str]:
     """The overrides by which a recipe trains on the record of a run."""
     if run is None:
         return []
-    of_server = [f"generator.{key}=null" for key in ("url", "served_model")]
+    of_server = [f"generator.{key}=null" for key in ("url", "served_model", "key_env")]
     return ["generator.by=recorded", f"generator.run={run}", *of_server]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import socket
 import threading
 import time
@@ -11,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from urllib.parse import SplitResult, urlsplit
+
+from uft_ds.errors import UserError
 
 CONNECT_SECONDS = 10.0
 """Longest wait for a connection: a machine that takes longer is not there."""
@@ -34,6 +37,27 @@ class NoReply(Exception):
     def __init__(self, reason: str, *, is_late: bool = False) -> None:
         super().__init__(reason)
         self.is_late = is_late
+
+
+def key_in(name: str | None, setting: str, environ: Mapping[str, str] = os.environ) -> str | None:
+    """The key of a server, from an environment variable; None if no variable is named.
+
+    Args:
+        setting: that names the variable, for messages.
+    Raises:
+        UserError: the environment lacks it, or holds what is no key.
+    """
+    if name is None:
+        return None
+    key = environ.get(name, "").strip()
+    if not key:
+        raise UserError(f"{setting}: the environment has no {name}, or it is empty")
+    if not (key.isascii() and key.isprintable()):  # a header could not hold it, and the error would show it
+        raise UserError(
+            f"{setting}: {name} holds a line break or another character that no key has; expected the key alone, in "
+            "ASCII"
+        )
+    return key
 
 
 class UnderWay:

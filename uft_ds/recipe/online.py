@@ -80,6 +80,8 @@ class GeneratorSection(Section):
     """Address of the vLLM server, such as http://127.0.0.1:8000. A resumed run may change it."""
     served_model: str | None = None
     """The base's name at the server; null: the one model that it has. A resumed run may change it."""
+    key_env: str | None = None
+    """Environment variable that holds the server's key, if it was started with one."""
     run: Location | None = None
     """The run whose record is trained on, for `by: recorded`."""
     temperature: PositiveFloat = 1.0
@@ -198,8 +200,9 @@ def _of_generator(generator: GeneratorSection) -> Iterator[Problem]:
     if (generator.by == "vllm") != (generator.url is not None):
         given = "not given; by: vllm needs it" if generator.by == "vllm" else f"given, but by is {generator.by!r}"
         yield "url", given
-    if generator.served_model is not None and generator.by != "vllm":
-        yield "served_model", f"given, but by is {generator.by!r}"
+    for key in ("served_model", "key_env"):
+        if getattr(generator, key) is not None and generator.by != "vllm":
+            yield key, f"given, but by is {generator.by!r}"
     is_recorded = generator.by == "recorded"
     if is_recorded != (generator.run is not None):
         yield "run", "not given; by: recorded needs it" if is_recorded else f"given, but by is {generator.by!r}"

@@ -176,6 +176,7 @@ class GeneratorSettings:
     by: Literal["builtin", "vllm", "recorded"]
     url: str | None
     served_model: str | None
+    key_env: str | None
     run: str | None
     temperature: float
     top_p: float

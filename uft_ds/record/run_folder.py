@@ -22,7 +22,7 @@ _OF_A_RUN = (
     "recipe.yaml", "environment.json", "metrics.jsonl", "tensorboard", "wandb", CHECKPOINTS,
     "latest", "data", "status.json", "report.html", "curves.png", "health.png", "held_out.csv", "samples.jsonl",
     "launcher.log", "DONE",
-    "quickstart.json", "identity.json", "resumed.json", "wandb-id", "rollouts",
+    "quickstart.json", "identity.json", "resumed.json", "wandb-id", "rollouts", "adapters",
 )  # fmt: skip
 """Files and folders that a run creates. `--overwrite` deletes only these, logs of ranks and temporary files."""
 
@@ -90,6 +90,11 @@ class RunFolder:
     def rollouts(self) -> Path:
         """The record of an online run: the policy's answers and their scores."""
         return self.path / "rollouts"
+
+    @property
+    def adapters(self) -> Path:
+        """The newest versions of the policy's adapter, from where a server reads them."""
+        return self.path.absolute() / "adapters"
 
     @property
     def curves_picture(self) -> Path:

@@ -35,7 +35,7 @@ MAY_CHANGE = (
     "name", "output", "launch.*", "tracking*", "deepspeed", "data.workers", "*.cache_dir", "train.checkpoint_every",
     "train.keep_checkpoints", "train.keep_best", "train.evaluate_every", "train.samples", "train.sample_tokens",
     "train.max_skipped_steps",
-    "generator.url", "generator.served_model", "generator.max_dropped", "generator.tokens_at_once",
+    "generator.url", "generator.served_model", "generator.key_env", "generator.max_dropped", "generator.tokens_at_once",
     "generator.concurrency", "generator.timeout_seconds", "generator.patience_minutes", "*.score_by.workers",
     *(f"*.score_by.judge.{key}" for key in ("url", "key_env", "requests_per_minute", "concurrency")),
     *(f"*.score_by.judge.{key}" for key in ("timeout_seconds", "tries", "max_cost", "price*")),

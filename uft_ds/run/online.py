@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,19 +13,18 @@ from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.tokenize import load_tokenizer
 from uft_ds.engine.engine import Engine
 from uft_ds.errors import UserError
-from uft_ds.evaluation.generate import decode, stop_token_ids
-from uft_ds.host.signals import Stop, StopRequest
+from uft_ds.evaluation.generate import decode
+from uft_ds.host.signals import StopRequest
 from uft_ds.recipe.settings import Settings
 from uft_ds.record.report import Reporter
 from uft_ds.record.run_folder import RunFolder
-from uft_ds.rollouts.answers import Generator, Sampling
-from uft_ds.rollouts.builtin import BuiltinGenerator
 from uft_ds.rollouts.prompts import read_prompts
 from uft_ds.rollouts.record import RecordFolder
 from uft_ds.rollouts.scorers import RewardMap, SourceScorer
 from uft_ds.rollouts.scoring import Judges
 from uft_ds.rollouts.source import Live, Replayed, Rollouts, Rules
 from uft_ds.rollouts.stream_scorer import StreamScorer
+from uft_ds.run.generators import check_server, generator_of
 from uft_ds.run.reward_stream import reward_model_of
 from uft_ds.streams.model import UFTModel
 from uft_ds.training.steps import mixed_sources, steps_of
@@ -49,6 +47,8 @@ def check_online(settings: Settings, data: PreparedData) -> None:
     for source in data.train:
         if source.settings.asked is not None:
             read_prompts(source)
+    if settings.generator.by == "vllm":
+        check_server(settings)
 
 
 def _recorded(settings: Settings, num_steps: int) -> RecordFolder:
@@ -126,27 +126,10 @@ def build_rollouts(
         chat = load_tokenizer(
             settings.model.base, revision=settings.model.revision, chat_template=settings.model.chat_template
         )
-        generator = _generator(settings, folder, engine, model, chat, request)
+        generator = generator_of(settings, folder, engine, model, chat, reporter, request)
         judges = _judges(settings, data, chat) if engine.rank == 0 else None
         made_by = Live(generator, judges, _stream_scorer(settings, engine))
     return Rollouts(plan, pools, rules, made_by, record, engine, model.policy, reporter)
-
-
-def _generator(
-    settings: Settings,
-    folder: RunFolder,
-    engine: Engine,
-    model: UFTModel,
-    chat: ChatTokenizer,
-    request: StopRequest,
-) -> Generator:
-    given = settings.generator
-    base: Any = model.policy.get_base_model()
-    stop_ids = stop_token_ids(base, chat.tokenizer)
-    sampling = Sampling(given.temperature, given.top_p, given.max_new_tokens, tuple(stop_ids))
-    return BuiltinGenerator(
-        engine, sampling, tokens_at_once=given.tokens_at_once, stop=Stop(request, engine.agree).check
-    )
 
 
 def _stream_scorer(settings: Settings, engine: Engine) -> StreamScorer | None:

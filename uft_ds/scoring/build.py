@@ -11,6 +11,7 @@ from typing import Any
 
 from uft_ds.errors import UserError
 from uft_ds.host.files import read_regular_text, user_cache
+from uft_ds.host.web import key_in
 from uft_ds.scoring.code import CodeScorer
 from uft_ds.scoring.endpoint import Endpoint
 from uft_ds.scoring.item import Scorer
@@ -96,16 +97,7 @@ def judge_of(options: JudgeOptions, environ: Mapping[str, str] = os.environ) -> 
         options.model.encode()
     except UnicodeEncodeError:  # the output, which names the judge, could not be written in the end
         raise UserError(f"--judge-model: found {options.model!r}, expected a name in UTF-8") from None
-    key = None
-    if options.key_env is not None:
-        key = environ.get(options.key_env, "").strip()
-        if not key:
-            raise UserError(f"--judge-key-env: the environment has no {options.key_env}, or it is empty")
-        if not (key.isascii() and key.isprintable()):  # a header could not hold it, and the error would show it
-            raise UserError(
-                f"--judge-key-env: {options.key_env} holds a line break or another character that no key has; "
-                "expected the key alone, in ASCII"
-            )
+    key = key_in(options.key_env, "--judge-key-env", environ)
     body = {"model": options.model, "temperature": 0, "max_tokens": 1024, **_body(options.body)}
     if options.template is None:
         template = Template(COMPARE if options.pairwise else GRADE, "the built-in template", compares=options.pairwise)
