@@ -108,9 +108,9 @@ class World:
         )
 
 
-def world(folder: Path) -> World:
+def world(folder: Path, base: Path) -> World:
     """Each rank prepares its own copy of the same data; the record's folder is shared."""
-    engine = engine_of(folder, b_std=0.05)
+    engine = engine_of(base, b_std=0.05)
     own = Path(tempfile.mkdtemp(dir=folder))
     chat = load_tokenizer(str(build_tiny_tokenizer(own / "tokenizer")))
 
@@ -142,8 +142,8 @@ def tried(work: Any) -> str:
     return "nothing raised"
 
 
-def run_of_steps(folder: Path) -> dict[str, Any]:
-    here = world(folder)
+def run_of_steps(folder: Path, base: Path) -> dict[str, Any]:
+    here = world(folder, base)
     generator = MadeUp()
     first = [here.source(generator).step(n) for n in range(3)]
     silent = MadeUp(fail="lost")  # asked again, it would fail
@@ -172,8 +172,8 @@ def run_of_steps(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_on_ranks(run_of_steps, 2, tmp_path_factory.mktemp("rollouts"))
+def ranks(tiny_qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_on_ranks(run_of_steps, 2, tmp_path_factory.mktemp("rollouts"), tiny_qwen2)
 
 
 def test_every_rank_gets_the_same_step(ranks: list[dict[str, Any]]) -> None:
@@ -220,8 +220,8 @@ def test_metrics_say_how_the_step_was_made(ranks: list[dict[str, Any]]) -> None:
     assert metrics["rollouts/generation_seconds"] >= 0
 
 
-def run_of_faults(folder: Path) -> dict[str, Any]:
-    here = world(folder)
+def run_of_faults(folder: Path, base: Path) -> dict[str, Any]:
+    here = world(folder, base)
     found = {
         "lost": tried(lambda: here.source(MadeUp(fail="lost"), "lost").step(0)),
         "all": tried(lambda: here.source(MadeUp(fail="all"), "all").step(0)),
@@ -234,14 +234,15 @@ def run_of_faults(folder: Path) -> dict[str, Any]:
     found["all_files"] = sorted(path.name for path in (folder / "all").rglob("*") if path.is_file())
     served = np.array([[-3.0, -3.0 + 0.5, 4.0]])
     found["gate"] = tried(lambda: here.source(MadeUp(), "whole").accept(0, served))
+    torch.distributed.barrier()  # rank 0 alone puts the record aside
     found["after_gate"] = [path.name for path in sorted((folder / "whole" / "steps").iterdir())]
     torch.distributed.barrier()
     return found
 
 
 @pytest.fixture(scope="module")
-def faults(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_on_ranks(run_of_faults, 2, tmp_path_factory.mktemp("faults"))
+def faults(tiny_qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_on_ranks(run_of_faults, 2, tmp_path_factory.mktemp("faults"), tiny_qwen2)
 
 
 def test_a_lost_generator_ends_all_ranks_together(faults: list[dict[str, Any]]) -> None:
