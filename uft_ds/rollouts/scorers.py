@@ -12,6 +12,7 @@ from typing import Any
 from uft_ds.errors import UserError
 from uft_ds.recipe.settings import JudgeSettings, ScorerSettings
 from uft_ds.scoring.build import JudgeOptions, Limits, default_rule, scorer_of
+from uft_ds.scoring.code import CodeScorer
 from uft_ds.scoring.item import Item, Judgement, Scorer, found, scorer_name
 from uft_ds.scoring.mapping import Map, check_rule, map_named, rule_identity
 
@@ -70,6 +71,16 @@ class SourceScorer:
                 done += self._scorer.score(batch)
         judged = iter(done)
         return [[scored(next(judged), self._map) for _ in group] for group in groups]
+
+    def start(self) -> None:
+        """Start what it needs, so that what cannot be used is found before there are answers.
+
+        Raises:
+            UserError: names the key.
+        """
+        if isinstance(self._scorer, CodeScorer):
+            with _named(self._key):
+                self._scorer.start()
 
     def close(self) -> None:
         """End what it has started."""

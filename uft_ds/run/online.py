@@ -42,7 +42,10 @@ def check_online(settings: Settings, data: PreparedData) -> None:
         _recorded(settings, len(steps_of(settings, data)))
         return
     for scorer in scorers_of(settings).values():
-        scorer.close()
+        try:
+            scorer.start()
+        finally:
+            scorer.close()
     reward_maps_of(settings)
     for source in data.train:
         if source.settings.asked is not None:

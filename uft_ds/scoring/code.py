@@ -50,12 +50,20 @@ class CodeScorer:
     def identity(self) -> Mapping[str, Any]:
         return self._identity
 
-    def score(self, items: Sequence[Item]) -> list[Judgement]:
-        while len(self._workers) < min(self._num_workers, len(items)):
+    def start(self, count: int = 1) -> None:
+        """Start the first `count` processes, so that what cannot be used is found before the first item.
+
+        Raises:
+            UserError: the function cannot be imported.
+        """
+        while len(self._workers) < count:
             worker = _Worker(self._kind, self._target, self._seconds, self._check_unchanged)
             self._workers.append(worker)
-            worker.start()  # raises UserError
+            worker.start()
             self._idle.put(worker)
+
+    def score(self, items: Sequence[Item]) -> list[Judgement]:
+        self.start(min(self._num_workers, len(items)))
         return in_threads(self._judged, items, len(self._workers))
 
     def close(self) -> None:
