@@ -15,6 +15,7 @@ from engines import engine_of
 from ranks import run_on_ranks
 from sources import rules, write_rows
 from tiny import build_tiny_tokenizer
+from toy import UFT
 from torch import Tensor
 
 from uft_ds.data.asked import AskedSource
@@ -99,7 +100,7 @@ class World:
         return Rollouts(
             plan,
             [source.selection for source in mixed],
-            Rules(SEED, 0.1, torch.float32),
+            Rules(SEED, 0.1, torch.float32, UFT),
             made_by,
             RecordFolder(self.folder / record),
             self.engine,

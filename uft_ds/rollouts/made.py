@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from statistics import fmean, pstdev
 
+from uft_ds.objectives.objective import Objective
+from uft_ds.objectives.online import online_target_problem
 from uft_ds.rollouts.record import Group
 
 
@@ -45,3 +47,26 @@ def made_of(
             "rollouts/distinct": fmean(len({a.ids for a in group.answers}) / len(group.answers) for group in used),
         }
     return made
+
+
+def problems_at_the_start(made: Mapping[str, float], objective: Objective) -> Iterator[str]:
+    """What a user should know after the first answers, because the run would go on and learn little or the wrong thing.
+
+    Args:
+        made: as by `made_of`.
+    """
+    if "rollouts/score" not in made:
+        return
+    if made["rollouts/truncated"] == 1.0:
+        yield (
+            "none of the first answers has ended by itself: all are cut at generator.max_new_tokens, where the policy "
+            "learns nothing of how to end. Raise it, or start from a model that answers in turns (start.adapter)"
+        )
+    if made["rollouts/score_std"] == 0.0:
+        yield (
+            f"all of the first answers have the score {made['rollouts/score']:.3g}: there is nothing in which a better "
+            "one differs. Check the scorer, and read the answers in rollouts/answers"
+        )
+    problem = online_target_problem(made["rollouts/score"], objective)
+    if problem is not None:
+        yield problem

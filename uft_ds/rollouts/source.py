@@ -25,12 +25,13 @@ from uft_ds.data.source import SourceState
 from uft_ds.data.store.sequences import Pool
 from uft_ds.engine.engine import Engine
 from uft_ds.errors import CheckFailed, UserError
+from uft_ds.objectives.objective import Objective
 from uft_ds.record.report import Reporter
 from uft_ds.rollouts.answers import Generator, Question
 from uft_ds.rollouts.first_rank import on_first_rank
 from uft_ds.rollouts.gate import check_served
 from uft_ds.rollouts.handover import Handover, take_policy
-from uft_ds.rollouts.made import made_of
+from uft_ds.rollouts.made import made_of, problems_at_the_start
 from uft_ds.rollouts.record import Group, RecordFolder, StepRecord
 from uft_ds.rollouts.scoring import Judges
 from uft_ds.rollouts.stream_scorer import StreamScorer
@@ -39,15 +40,17 @@ from uft_ds.streams.adapters import Policy
 
 @dataclass(frozen=True)
 class Rules:
-    """What decides the content of a step besides the plan, the policy and the scorers.
+    """What a step's content is decided and judged by, besides the plan, the policy and the scorers.
 
     seed: the run's. max_dropped: largest share of a step's prompts that may be left out; one prompt always may.
     dtype: of the base, which decides how far served log-probs may be from our own.
+    objective: by which the answers are trained on.
     """
 
     seed: int
     max_dropped: float
     dtype: torch.dtype
+    objective: Objective
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ class Rollouts:
         """
         self._plan, self._pools, self._rules, self._made_by = plan, pools, rules, made_by
         self._record, self._engine, self._policy, self._reporter = record, engine, policy, reporter
+        self._has_looked = False
 
     def __len__(self) -> int:
         return len(self._plan)
@@ -131,6 +135,10 @@ class Rollouts:
 
         step = self._plan.step_of(n, unit_of)
         made = made_of(record.groups, record.seconds, time.perf_counter() - started, is_replayed=is_replayed)
+        if not is_replayed and not self._has_looked:
+            self._has_looked = True
+            for problem in problems_at_the_start(made, self._rules.objective):
+                self._reporter.warn(problem)
         return Step(step.index, step.sequences, made)
 
     def accept(self, n: int, served_R3: np.ndarray | None) -> Mapping[str, float]:

@@ -120,7 +120,9 @@ def build_rollouts(
 ) -> Rollouts:
     """The source of an online run's steps. Every rank must call it."""
     pools: list[Pool] = [source.selection for source in mixed_sources(settings, data)]
-    rules = Rules(settings.train.seed, settings.generator.max_dropped, getattr(torch, settings.model.dtype))
+    rules = Rules(
+        settings.train.seed, settings.generator.max_dropped, getattr(torch, settings.model.dtype), settings.objective
+    )
     record = RecordFolder(folder.rollouts)
     made_by: Live | Replayed
     if settings.generator.by == "recorded":
