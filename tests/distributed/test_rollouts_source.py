@@ -15,8 +15,8 @@ from engines import engine_of
 from ranks import run_on_ranks
 from sources import rules, write_rows
 from tiny import build_tiny_tokenizer
-from toy import UFT
 from torch import Tensor
+from toy import UFT
 
 from uft_ds.data.asked import AskedSource
 from uft_ds.data.mixture import Portion, Step, plan_steps

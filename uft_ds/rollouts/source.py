@@ -155,6 +155,7 @@ class Rollouts:
         except CheckFailed as error:
             if self._engine.rank == 0:
                 self._record.refuse(n + 1, str(error))
+            error.by_all = True  # all ranks have the same numbers
             raise
         return {"rollouts/served_gap": gap.worst, "rollouts/served_gap_mean": gap.mean}
 

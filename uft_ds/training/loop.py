@@ -120,6 +120,10 @@ def train(session: Session, steps: StepSource, held_out: Seq[Step], state: Train
         done = f"after step {state.step} of {len(steps)}, which is saved" if state.step else "before the first step"
         message = f"{asked} {done}: continue with --resume"
         raise Stopped(message, by_all=True) from None
+    except CheckFailed as error:
+        if error.by_all:  # the step is not to be trusted, but a checkpoint before it may still be being written
+            checkpoints.finish()
+        raise
     checkpoints.finish()
     _store(session)
     return state
