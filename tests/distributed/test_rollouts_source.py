@@ -20,6 +20,7 @@ from toy import UFT
 
 from uft_ds.data.asked import AskedSource
 from uft_ds.data.mixture import Portion, Step, plan_steps
+from uft_ds.data.own_answers import OwnAnswers
 from uft_ds.data.sources import AskedSettings, PreparedSource, SourceSettings, Tolerance, prepare_source
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.tokenize import load_tokenizer
@@ -89,7 +90,9 @@ class World:
     online: PreparedSource
     fixed: PreparedSource
 
-    def source(self, generator: MadeUp | None, record: str = "run", replays: str = "") -> Rollouts:
+    def source(
+        self, generator: MadeUp | None, record: str = "run", replays: str = "", max_kl: float | None = None
+    ) -> Rollouts:
         mixed = [AskedSource.of(self.online), self.fixed]
         plan = plan_steps(mixed, seed=SEED, examples_per_step=12, epochs=1, steps=3)
         made_by: Live | Replayed = Replayed(RecordFolder(self.folder / replays))
@@ -100,7 +103,7 @@ class World:
         return Rollouts(
             plan,
             [source.selection for source in mixed],
-            Rules(SEED, 0.1, torch.float32, UFT),
+            Rules(SEED, 0.1, torch.float32, UFT, max_kl),
             made_by,
             RecordFolder(self.folder / record),
             self.engine,
@@ -233,7 +236,16 @@ def run_of_faults(folder: Path, base: Path) -> dict[str, Any]:
     found["one"] = len(whole.responses) - len(one.responses)
     found["dropped"] = one.made["rollouts/dropped"]
     found["all_files"] = sorted(path.name for path in (folder / "all").rglob("*") if path.is_file())
-    served = np.array([[-3.0, -3.0 + 0.5, 4.0]])
+    own, tokens = np.array([-3.0, -5.0]), np.array([4.0, 6.0])
+    served = OwnAnswers(own, own - 2.0, own + np.array([0.5, np.nan]), tokens)
+    untold = OwnAnswers(own, own - 2.0, np.full(2, np.nan), tokens)
+    near, far = here.source(MadeUp(), "near"), here.source(MadeUp(), "far", max_kl=1.5)
+    found["near"] = (dict(near.accept(0, untold)), near.ended)
+    found["far"] = (dict(far.accept(0, untold)), far.ended)
+    resumed, allowed = here.source(MadeUp(), "far", max_kl=1.5), here.source(MadeUp(), "far", max_kl=3.0)
+    for source in (resumed, allowed):
+        source.restore(far.state())
+    found["resumed"] = (resumed.ended, allowed.ended)
     found["gate"] = tried(lambda: here.source(MadeUp(), "whole").accept(0, served))
     torch.distributed.barrier()  # rank 0 alone puts the record aside
     found["after_gate"] = [path.name for path in sorted((folder / "whole" / "steps").iterdir())]
@@ -271,3 +283,16 @@ def test_the_adapter_that_answered_is_the_adapter_that_is_trained(faults: list[d
     for rank in faults:
         assert rank["gate"].startswith("CheckFailed")
         assert "000001.json" not in rank["after_gate"]
+
+
+def test_a_policy_that_has_gone_too_far_ends_the_run(faults: list[dict[str, Any]]) -> None:
+    """By the mean log-ratio of a step's answers, here 2 nats; also if the run is killed then, and resumed."""
+    for rank in faults:
+        metrics, ended = rank["near"]
+        assert metrics == {"rollouts/kl": 2.0}
+        assert ended == ""
+        metrics, ended = rank["far"]
+        assert metrics == {"rollouts/kl": 2.0}
+        assert "2 nats from the reference" in ended
+        assert "generator.max_kl 1.5" in ended
+        assert rank["resumed"] == (ended, "")

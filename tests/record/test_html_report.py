@@ -12,7 +12,7 @@ import pytest
 
 from uft_ds.record.html_report import write_report
 from uft_ds.record.run_folder import RunFolder
-from uft_ds.record.samples import Sample, write_samples
+from uft_ds.record.samples import Sample, Trained, write_samples
 
 METRICS: list[dict[str, Any]] = [
     {"step": 1, "loss": 0.25, "grad_norm": 1.5},
@@ -110,3 +110,15 @@ def test_answers_stand_before_and_after(tmp_path: Path) -> None:
     assert ">between<" not in text
     assert "those of all 3 evaluations" in text
     assert text.count("cut here") == 1
+
+
+def test_answers_that_were_trained_on_are_shown_with_the_best_first(tmp_path: Path) -> None:
+    """As text: what a policy has written is never markup."""
+    answers = (("wrong", 0.0), ("<b>right</b>", 1.0), ("half", 0.5))
+    write_report(run_with(tmp_path, METRICS), "toy", {}, [Trained(3, "p.jsonl:7", "2 + 2?", answers)])
+    page = (tmp_path / "report.html").read_text()
+    section = page[page.index("Answers that were trained on") :]
+    assert section.index("&lt;b&gt;right&lt;/b&gt;") < section.index("wrong")
+    assert "half" not in section.split("</table>")[0]
+    assert "step 3, p.jsonl:7" in section
+    assert "<b>right" not in page

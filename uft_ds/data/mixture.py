@@ -18,6 +18,7 @@ from typing import Any, Protocol, overload
 import numpy as np
 
 from uft_ds.data.example import Response, Sequence, Unit
+from uft_ds.data.own_answers import OwnAnswers
 from uft_ds.data.store.sequences import Pool
 from uft_ds.errors import UserError
 
@@ -146,7 +147,12 @@ class Steps(Seq[Step]):
         """Step n, counted from 0."""
         return self[n]
 
-    def accept(self, n: int, served_R3: np.ndarray | None) -> Mapping[str, float]:
+    @property
+    def ended(self) -> str:
+        """Empty: fixed data ends with its last step."""
+        return ""
+
+    def accept(self, n: int, answers: OwnAnswers | None) -> Mapping[str, float]:
         """Nothing: fixed data is what it is. See `data.source.StepSource`."""
         return {}
 

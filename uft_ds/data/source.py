@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-import numpy as np
-
 from uft_ds.data.mixture import Step
+from uft_ds.data.own_answers import OwnAnswers
 
 SourceState = Mapping[str, Any]
 """JSON values that a source needs to resume, besides the recipe, the data and the seed."""
@@ -28,12 +27,16 @@ class StepSource(Protocol):
         """Step n, counted from 0."""
         ...
 
-    def accept(self, n: int, served_R3: np.ndarray | None) -> Mapping[str, float]:
+    @property
+    def ended(self) -> str:
+        """Why the run ends after the last accepted step, before its last one; empty: it goes on."""
+        ...
+
+    def accept(self, n: int, answers: OwnAnswers | None) -> Mapping[str, float]:
         """Check step n by what its forward has computed, after it and before the next step; nothing for fixed data.
 
         Args:
-            served_R3: [responses, 3], of the responses whose generator has said its log-prob: our own log-prob and the
-                generator's, nats, summed over tokens, and the number of tokens. The same on every rank; None: of none.
+            answers: None: the step had no answers of its policy.
         Returns:
             metrics.
         Raises:

@@ -96,6 +96,9 @@ class GeneratorSection(Section):
     max_dropped: UnitInterval = 0.1
     """Largest share of a step's prompts that may have to be left out, because an answer or a score is missing; one
     prompt always may."""
+    max_kl: PositiveFloat | None = None
+    """The run ends after a step whose answers are further from the reference: the mean log-ratio of an answer, nats. It
+    ends as a run whose last step is done. A resumed run may change it."""
     tokens_at_once: Positive = 65536
     """Largest number of tokens, prompts and answers, that a rank generates at once, for `by: builtin`."""
     concurrency: Positive = 64

@@ -323,7 +323,7 @@ def _of_source_with_head(objective: GivenObjective, source: PreparedSource, plac
 
 def _of_source(objective: GivenObjective, source: PreparedSource, place: str) -> Iterator[str]:
     """Problems of one source. place: the source's key in the recipe."""
-    is_split = source.settings.rules.split_pairs
+    is_split, is_asked = source.settings.rules.split_pairs, source.settings.asked is not None
     holds = f"{place} {source.label} holds"
     for kind in sorted(source.selection.kinds):
         losses = objective.losses_of(kind)
@@ -331,7 +331,7 @@ def _of_source(objective: GivenObjective, source: PreparedSource, place: str) ->
             needed = ", and evaluation needs one" if place.startswith("data.held_out") else ""
             split = " (its pairs: split makes single responses of pairs)" if is_split else ""
             yield f"no loss for kind {kind!r}, which {holds}{needed}{split}"
-        elif place.startswith("data.sources") and (own := losses.keys() & set(POLICY_GRADIENT)):
+        elif place.startswith("data.sources") and not is_asked and (own := losses.keys() & set(POLICY_GRADIENT)):
             yield (
                 f"{min(own)!r} trains on the policy's own answers, but {holds} responses of kind {kind!r}; take a "
                 "pointwise loss, such as mse, which trains on both, or leave the source out"

@@ -183,6 +183,7 @@ class GeneratorSettings:
     max_new_tokens: int
     truncated: Literal["score", "zero", "drop"]
     max_dropped: float
+    max_kl: float | None
     tokens_at_once: int
     concurrency: int
     timeout_seconds: float

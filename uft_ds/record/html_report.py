@@ -17,7 +17,7 @@ from uft_ds.record.curves import write_curves
 from uft_ds.record.health_plots import write_health
 from uft_ds.record.metrics_file import read_metrics
 from uft_ds.record.run_folder import RunFolder
-from uft_ds.record.samples import Sample, read_samples
+from uft_ds.record.samples import Sample, Trained, read_samples
 from uft_ds.record.telemetry import read_rows
 from uft_ds.record.verdict import HELD_OUT, Verdict, headline, verdicts
 
@@ -31,12 +31,13 @@ small{color:#666}"""
 _NAMES = {"yes": "healthy", "no": "not healthy", "unclear": "unclear"}
 
 
-def write_report(folder: RunFolder, name: str, facts: Mapping[str, str]) -> None:
+def write_report(folder: RunFolder, name: str, facts: Mapping[str, str], trained: Seq[Trained] = ()) -> None:
     """Write curves.png, health.png, and a report.html that contains them.
 
     Args:
         name: the run's name, used as title.
         facts: what the run was, by name, such as its base; shown in this order.
+        trained: prompts with the policy's own answers, of some steps of an online run.
     """
     lines = read_metrics(folder.metrics)
     write_curves(lines, folder.curves_picture)
@@ -47,6 +48,7 @@ def write_report(folder: RunFolder, name: str, facts: Mapping[str, str]) -> None
         _verdict(verdicts(lines, table), on_held_out=any(f"{HELD_OUT}loss" in line for line in lines)),
         _facts(facts),
         _samples(read_samples(folder.samples)),
+        _trained(trained),
         _picture(folder.curves_picture, "loss, implicit reward and gradient norm over the steps"),
         _picture(folder.health_picture, "calibration, length bias, pairs, order and saturation") if has_health else "",
         f"<h2>Data</h2>{_data_table(data)}",
@@ -101,6 +103,23 @@ def _samples(samples: Seq[Sample]) -> str:
 
 def _answer(sample: Sample) -> str:
     return _text(sample.answer) + ("" if sample.ended else "<small>cut here</small>")
+
+
+def _trained(prompts: Seq[Trained]) -> str:
+    """Each prompt with its best and its worst answer."""
+    if not prompts:
+        return ""
+    rows = []
+    for prompt in prompts:
+        ranked = sorted(prompt.answers, key=lambda answer: -answer[1])
+        cells = [
+            f"{_text(prompt.prompt)}<small>step {prompt.step}, {html.escape(as_typed(prompt.origin))}</small>",
+            *(f"{_text(text)}<small>score {score:.3g}</small>" for text, score in (ranked[0], ranked[-1])),
+        ]
+        rows.append(_row(cells))
+    note = "<p>Sampled answers of some steps; rollouts/answers has those of all.</p>"
+    heads = ("prompt", "best answer", "worst answer")
+    return f"<h2>Answers that were trained on</h2>{note}{_table(heads, rows, of='samples')}"
 
 
 def _last_values(lines: Seq[dict[str, Any]]) -> str:

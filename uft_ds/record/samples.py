@@ -32,6 +32,19 @@ class Sample:
     ended: bool
 
 
+@dataclass(frozen=True)
+class Trained:
+    """Answers of the policy to one prompt, on which a step of an online run has trained.
+
+    step: the number of the step. prompt: its last turn. answers: text and score of each.
+    """
+
+    step: int
+    origin: str
+    prompt: str
+    answers: tuple[tuple[str, float], ...]
+
+
 def write_samples(path: Path, step: int, samples: Seq[Sample]) -> None:
     """Write the samples of a step after those of earlier steps; samples of this and later steps are replaced.
 

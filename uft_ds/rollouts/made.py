@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from statistics import fmean, pstdev
 
 from uft_ds.objectives.objective import Objective
 from uft_ds.objectives.online import online_target_problem
-from uft_ds.rollouts.record import Group
+from uft_ds.rollouts.record import Group, ScoredAnswer
 
 
 def made_of(
@@ -19,6 +20,7 @@ def made_of(
         rollouts/prompts, rollouts/dropped    prompts of the step; those that are left out
         rollouts/score, rollouts/score_std    mean and standard deviation of the scores
         rollouts/answer_tokens                mean length of an answer, in tokens
+        rollouts/tokens_per_second            tokens of answers in a second of generation, as recorded
         rollouts/truncated                    share of the answers that were cut at the longest length
         rollouts/distinct                     mean share of a prompt's answers that differ from each other
         rollouts/seconds                      of this step, before its training
@@ -42,11 +44,17 @@ def made_of(
         made |= {
             "rollouts/score": fmean(scores),
             "rollouts/score_std": pstdev(scores),
+            "rollouts/tokens_per_second": _per_second(answers, recorded_seconds),
             "rollouts/answer_tokens": fmean(len(answer.ids) for answer in answers),
             "rollouts/truncated": fmean(not answer.ended for answer in answers),
             "rollouts/distinct": fmean(len({a.ids for a in group.answers}) / len(group.answers) for group in used),
         }
     return made
+
+
+def _per_second(answers: Seq[ScoredAnswer], recorded_seconds: Mapping[str, float]) -> float:
+    seconds = recorded_seconds.get("generation", 0.0)
+    return sum(len(answer.ids) for answer in answers) / seconds if seconds else math.nan
 
 
 def problems_at_the_start(made: Mapping[str, float], objective: Objective) -> Iterator[str]:

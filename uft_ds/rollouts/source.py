@@ -10,6 +10,7 @@ reads and writes the record; the others wait for it, and get from it what the st
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
@@ -21,6 +22,7 @@ import torch
 from uft_ds.data.asked import Asked
 from uft_ds.data.example import ONLINE, SERVED, Response, Sequence, Unit
 from uft_ds.data.mixture import Step, Steps
+from uft_ds.data.own_answers import OwnAnswers
 from uft_ds.data.source import SourceState
 from uft_ds.data.store.sequences import Pool
 from uft_ds.engine.engine import Engine
@@ -37,6 +39,9 @@ from uft_ds.rollouts.scoring import Judges
 from uft_ds.rollouts.stream_scorer import StreamScorer
 from uft_ds.streams.adapters import Policy
 
+_KL = "kl"
+"""Key of the source's state."""
+
 
 @dataclass(frozen=True)
 class Rules:
@@ -45,12 +50,14 @@ class Rules:
     seed: the run's. max_dropped: largest share of a step's prompts that may be left out; one prompt always may.
     dtype: of the base, which decides how far served log-probs may be from our own.
     objective: by which the answers are trained on.
+    max_kl: nats; the run ends once the answers of a step are further from the reference in their mean; None: never.
     """
 
     seed: int
     max_dropped: float
     dtype: torch.dtype
     objective: Objective
+    max_kl: float | None = None
 
 
 @dataclass(frozen=True)
@@ -94,18 +101,30 @@ class Rollouts:
         """
         self._plan, self._pools, self._rules, self._made_by = plan, pools, rules, made_by
         self._record, self._engine, self._policy, self._reporter = record, engine, policy, reporter
-        self._has_looked = False
+        self._has_looked, self._kl = False, math.nan
 
     def __len__(self) -> int:
         return len(self._plan)
 
     def state(self) -> SourceState:
-        """That of the plan: what was generated is in the record."""
-        return self._plan.state()
+        """That of the plan, and the last step's divergence: what was generated is in the record."""
+        return {**self._plan.state(), **({} if math.isnan(self._kl) else {_KL: self._kl})}
 
     def restore(self, state: SourceState) -> None:
         """Return to the position at which `state` was taken; see `Steps.restore`."""
-        self._plan.restore(state)
+        self._plan.restore({key: value for key, value in state.items() if key != _KL})
+        self._kl = float(state.get(_KL, math.nan))
+
+    @property
+    def ended(self) -> str:
+        """That the answers of the last step were further from the reference than `generator.max_kl`."""
+        limit = self._rules.max_kl
+        if limit is None or not self._kl > limit:
+            return ""
+        return (
+            f"the policy's answers are {self._kl:.3g} nats from the reference in the mean of the last step, more than "
+            f"generator.max_kl {limit:g}"
+        )
 
     def step(self, n: int) -> Step:
         """Step n, counted from 0. Every rank must call it, in the order of the steps.
@@ -141,15 +160,22 @@ class Rollouts:
                 self._reporter.warn(problem)
         return Step(step.index, step.sequences, made)
 
-    def accept(self, n: int, served_R3: np.ndarray | None) -> Mapping[str, float]:
-        """Compare the generator's log-probs with our own; see `StepSource.accept`.
+    def accept(self, n: int, answers: OwnAnswers | None) -> Mapping[str, float]:
+        """Measure how far the policy has gone, and compare the generator's log-probs with our own.
 
         Raises:
             CheckFailed: they differ by more than rounding. The record of the step is put aside then.
         """
-        if served_R3 is None:
+        if answers is None:
             return {}
-        own_R, served_R, tokens_R = torch.from_numpy(served_R3).unbind(dim=1)
+        self._kl = float(np.mean(answers.policy_R - answers.reference_R))  # NaN without a reference
+        divergence = {} if math.isnan(self._kl) else {"rollouts/kl": self._kl}
+        told_R = ~np.isnan(answers.served_R)
+        if not told_R.any():
+            return divergence
+        own_R, served_R, tokens_R = (
+            torch.from_numpy(values_R[told_R]) for values_R in (answers.policy_R, answers.served_R, answers.tokens_R)
+        )
         try:
             gap = check_served(own_R, served_R, tokens_R, dtype=self._rules.dtype)
         except CheckFailed as error:
@@ -157,7 +183,7 @@ class Rollouts:
                 self._record.refuse(n + 1, str(error))
             error.by_all = True  # all ranks have the same numbers
             raise
-        return {"rollouts/served_gap": gap.worst, "rollouts/served_gap_mean": gap.mean}
+        return {**divergence, "rollouts/served_gap": gap.worst, "rollouts/served_gap_mean": gap.mean}
 
     def close(self) -> None:
         """End what generator and scorers have started."""

@@ -38,6 +38,11 @@ def check_online(settings: Settings, data: PreparedData) -> None:
     """
     if not settings.is_online:
         return
+    if settings.generator.max_kl is not None and not settings.reference.is_needed:
+        raise UserError(
+            f"generator.max_kl: {settings.generator.max_kl:g} given, but no loss of this objective needs the "
+            "reference, so the divergence is not known; leave it out"
+        )
     if settings.generator.by == "recorded":
         _recorded(settings, len(steps_of(settings, data)))
         return
@@ -120,8 +125,13 @@ def build_rollouts(
 ) -> Rollouts:
     """The source of an online run's steps. Every rank must call it."""
     pools: list[Pool] = [source.selection for source in mixed_sources(settings, data)]
+    generator = settings.generator
     rules = Rules(
-        settings.train.seed, settings.generator.max_dropped, getattr(torch, settings.model.dtype), settings.objective
+        settings.train.seed,
+        generator.max_dropped,
+        getattr(torch, settings.model.dtype),
+        settings.objective,
+        generator.max_kl,
     )
     record = RecordFolder(folder.rollouts)
     made_by: Live | Replayed

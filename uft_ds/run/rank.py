@@ -39,6 +39,8 @@ from uft_ds.record.html_report import write_report
 from uft_ds.record.metrics_file import MetricsWriter
 from uft_ds.record.report import Announcer, ConsoleReporter, FillReporter, Reporter, SilentReporter
 from uft_ds.record.run_folder import RunFolder, Status, write_first
+from uft_ds.rollouts.record import RecordFolder
+from uft_ds.rollouts.shown import shown
 from uft_ds.run.build import build_engine, build_reference_cache, build_sampler
 from uft_ds.run.checks import check_sharding
 from uft_ds.run.facts import facts_of
@@ -224,7 +226,8 @@ def _run(settings: Settings, folder: RunFolder, console: Console, request: StopR
             trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
             now = datetime.now().astimezone()
             facts = facts_of(settings, folder, trained=trained, ranks=engine.world_size, ended=now)
-            write_report(folder, settings.name, facts)
+            trained = shown(RecordFolder(folder.rollouts)) if settings.is_online else []
+            write_report(folder, settings.name, facts, trained)
         except Exception as error:  # all is trained and saved: a report that fails must not turn it into a failure
             logger.exception("report.html could not be written")
             console.print(f"warning: report.html could not be written ({foreseen(error) or error})", markup=False)

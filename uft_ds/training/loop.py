@@ -84,11 +84,11 @@ def train(session: Session, steps: StepSource, held_out: Seq[Step], state: Train
         _checkpoint(session, state)
     saved = state.step
     try:
-        if state.step == 0 or due(state.step, settings.evaluate_every) or state.step == len(steps):
+        if state.step in (0, len(steps)) or due(state.step, settings.evaluate_every) or steps.ended:
             # The evaluation after step n uses the beta of step n, also in a resumed run.
             before = session.method_at(progress_of_step(max(0, state.step - 1), len(steps)), state)
             _evaluate_and_report(session, before, held_out, state)
-        while state.step < len(steps):
+        while state.step < len(steps) and not steps.ended:
             step, saved = _next_step(session, steps, state, saved)
             started = time.perf_counter()
             rate = learning_rate(
@@ -96,8 +96,8 @@ def train(session: Session, steps: StepSource, held_out: Seq[Step], state: Train
             )
             progress = progress_of_step(step.index, len(steps))
             current = session.method_at(progress, state)
-            result, metrics, shift, served_R3 = run_step(current, step, rate, state.log_ratio_shift)
-            metrics |= {**step.made, **steps.accept(step.index, served_R3)}
+            result, metrics, shift, answers = run_step(current, step, rate, state.log_ratio_shift)
+            metrics |= {**step.made, **steps.accept(step.index, answers)}
             state = TrainerState(state.step + 1, state.skipped_steps + result.skipped, shift, steps.state())
             seconds = time.perf_counter() - started
             session.reporter.step(state.step, metrics | _speed(session, step, seconds, metrics) | {"lr": rate})
@@ -106,7 +106,7 @@ def train(session: Session, steps: StepSource, held_out: Seq[Step], state: Train
                 _account_for_skip(session, state, step)
             # A stop takes effect only after a finished step, which the handler below saves.
             session.stop.check()
-            is_last = state.step == len(steps)
+            is_last = state.step == len(steps) or bool(steps.ended)
             if due(state.step, settings.checkpoint_every) or is_last:
                 saved = _checkpoint(session, state)
                 _store(session)
@@ -126,6 +126,8 @@ def train(session: Session, steps: StepSource, held_out: Seq[Step], state: Train
         raise
     checkpoints.finish()
     _store(session)
+    if steps.ended:
+        session.reporter.say(f"ended after step {state.step} of {len(steps)}: {steps.ended}")
     return state
 
 

@@ -5,6 +5,7 @@ forward both streams -> log-ratios -> objective -> backward -> step      UFT (ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
@@ -17,29 +18,32 @@ from torch import Tensor
 from uft_ds.data.example import KINDS, SERVED
 from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.data.mixture import Step
+from uft_ds.data.own_answers import OwnAnswers
 from uft_ds.engine.engine import StepResult
 from uft_ds.objectives.baselines import Compared
 from uft_ds.objectives.losses import LOSSES
 from uft_ds.objectives.objective import count_terms, micro_batch_loss
-from uft_ds.objectives.reference import POLICY_STREAM
+from uft_ds.objectives.reference import POLICY_STREAM, REFERENCE_STREAM
 from uft_ds.objectives.shifts import is_pointwise, next_shift
 from uft_ds.record.metrics import group_metrics, step_metrics
 from uft_ds.streams.stream import logps_of
 from uft_ds.training.forwarding import Forwarded, Method, baselines_of, rows_of, with_known
 from uft_ds.training.shifts import compared_on_device, shift_of_step
 
+_POLICY_AND_REFERENCE = (POLICY_STREAM, REFERENCE_STREAM)
+
 
 class StepOutcome(NamedTuple):
     """The outcome of a step.
 
     shift: state carried to the next step's reward shift, nats: the running mean, or this step's estimate.
-    served_R3: as for `StepSource.accept`.
+    answers: of the step's policy; as for `StepSource.accept`.
     """
 
     result: StepResult
     metrics: dict[str, float]
     shift: float
-    served_R3: np.ndarray | None = None
+    answers: OwnAnswers | None = None
 
 
 def run_step(method: Method, step: Step, rate: float, before: float = 0.0) -> StepOutcome:
@@ -78,20 +82,22 @@ def run_step(method: Method, step: Step, rate: float, before: float = 0.0) -> St
     if (objective.shift.name != "none" or objective.center != "none") and len(moved):
         metrics["reward_shift"] = float(moved.mean())
     after = before if result.skipped else next_shift(objective, rows, before, shift)
-    return StepOutcome(result, metrics, after, _served(method, step, done))
+    return StepOutcome(result, metrics, after, _own_answers(method, step, done))
 
 
-def _served(method: Method, step: Step, done: Seq[Forwarded]) -> np.ndarray | None:
-    """[responses, 3]: log-probs of the policy and of the generator, and tokens; see `StepSource.accept`."""
-    if not any(SERVED in response.facts for response in step.responses):
+def _own_answers(method: Method, step: Step, done: Seq[Forwarded]) -> OwnAnswers | None:
+    """Of all ranks. Every rank must call it."""
+    if not any(response.is_online for response in step.responses):
         return None
-    own = [
-        (logp, response.facts[SERVED], response.num_tokens)
-        for part in done
-        for response, logp in zip(part.batch.responses, part.logps[POLICY_STREAM].tolist(), strict=True)
-        if SERVED in response.facts
-    ]
-    return np.concatenate([np.array(rows).reshape(-1, 3) for rows in method.engine.gather_over_data(own)])
+    own: list[tuple[float, float, float, float]] = []
+    for part in done:
+        logps = [part.logps[stream].tolist() if stream in part.logps else None for stream in _POLICY_AND_REFERENCE]
+        for number, response in enumerate(part.batch.responses):
+            if response.is_online:
+                policy, reference = (math.nan if of_R is None else of_R[number] for of_R in logps)
+                own.append((policy, reference, response.facts.get(SERVED, math.nan), float(response.num_tokens)))
+    rows = np.array([row for of_rank in method.engine.gather_over_data(own) for row in of_rank]).reshape(-1, 4)
+    return OwnAnswers(*rows.T)
 
 
 def micro_step(
