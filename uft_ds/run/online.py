@@ -125,13 +125,12 @@ def build_rollouts(
 ) -> Rollouts:
     """The source of an online run's steps. Every rank must call it."""
     pools: list[Pool] = [source.selection for source in mixed_sources(settings, data)]
-    generator = settings.generator
     rules = Rules(
         settings.train.seed,
-        generator.max_dropped,
+        settings.generator.max_dropped,
         getattr(torch, settings.model.dtype),
         settings.objective,
-        generator.max_kl,
+        settings.generator.max_kl,
     )
     record = RecordFolder(folder.rollouts)
     made_by: Live | Replayed
