@@ -4,8 +4,8 @@
 
 SmolLM2-135M with adapters on all linear layers, float32, one thread; prompts of UltraFeedback (UFT_TEST_DATA) by the
 model's chat template, the first ones of 60 to 400 tokens. Both generate from the same model object in one process and
-take turns; the bars are on medians of the rounds' ratios. Ratios of CPU seconds stand beside them: what else the machine
-does hardly changes those.
+take turns; the bars are on medians of the rounds' ratios. Ratios of CPU seconds stand beside them: what else the
+machine does hardly changes those.
 
     greedy         each prompt once, up to its own end: the same tokens from both, which is checked
     drawn          each prompt once, temperature 1, to the full length, because both draw other tokens: `generate` by
