@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import pytest
@@ -226,6 +227,16 @@ def test_a_layer_with_room_copies_nothing_while_it_has_room() -> None:
     layer.update(new, new)
     assert layer.get_seq_length() == 11
     assert float(layer.keys.sum()) == 22
+
+
+def test_the_memory_of_rows_that_leave_is_free_at_once() -> None:
+    """All rows together are held no longer than until some are taken, and before the next token is appended."""
+    layer = RoomyLayer(10)
+    new = torch.ones(3, 1, 1, 2)
+    everything = weakref.ref(layer.update(new, new)[0]._base)
+    assert everything() is not None
+    layer.batch_select_indices(torch.tensor([0, 2]))
+    assert everything() is None
 
 
 def test_the_window_of_these_models_is_shorter_than_the_prompts() -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from models import PACKED, VOCAB_SIZE
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from uft_ds.evaluation.drawing import Draw
 from uft_ds.evaluation.generate import LEAST_TEMPERATURE
@@ -102,15 +106,37 @@ def test_no_global_generator_is_used() -> None:
     torch.set_rng_state(before)
 
 
+NAN, INFINITE = float("nan"), float("inf")
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_logit_that_is_no_number_is_remembered(temperature: float) -> None:
-    """Whatever token comes of it."""
-    draw = Draw([1], temperature=temperature, top_p=1.0, device=CPU)
-    draw(NO_IDS, LOGITS_V[None])
-    assert not draw.has_nan
-    draw(NO_IDS, torch.tensor([[0.0, float("nan"), 1.0]]))
-    draw(NO_IDS, LOGITS_V[None])
-    assert draw.has_nan
+@pytest.mark.parametrize("logits", [[0.0, NAN, 1.0], [0.0, INFINITE, 1.0], [-INFINITE] * 3])
+def test_logits_that_mean_nothing_are_remembered(temperature: float, logits: list[float]) -> None:
+    """Of one row, whatever token comes of it; single tokens at -inf are a model's own way to forbid them."""
+    draw = Draw([1, 2], temperature=temperature, top_p=1.0, device=CPU)
+    draw(NO_IDS, LOGITS_V.repeat(2, 1))
+    draw(NO_IDS, torch.tensor([[0.0, -INFINITE, 1.0]] * 2))
+    assert draw.is_finite
+    draw(NO_IDS, torch.tensor([[0.0, 2.0, 1.0], logits]))
+    draw(NO_IDS, LOGITS_V.repeat(2, 1))
+    assert not draw.is_finite
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.9), (1.3, 0.5), (1.0, 1e-6)])
+def test_the_distribution_is_that_of_generate(temperature: float, top_p: float) -> None:
+    """The scores before the noise, bit for bit those from which `generate` samples with the same two settings."""
+    model: Any = AutoModelForCausalLM.from_config(PACKED["llama"])
+    ids_BT = torch.randint(3, VOCAB_SIZE, (4, 5), generator=torch.Generator().manual_seed(1))
+    options = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0, "max_new_tokens": 1}
+    theirs = model.generate(
+        ids_BT, **options, output_logits=True, output_scores=True, return_dict_in_generate=True, eos_token_id=[]
+    )
+    draw = Draw([1, 2, 3, 4], temperature=temperature, top_p=top_p, device=CPU)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "exponential_", lambda self, generator: self.fill_(1.0))  # whose logarithm is 0
+        ours = draw(ids_BT, theirs.logits[0].clone())
+    assert torch.equal(ours, theirs.scores[0])
+    assert bool((ours == -INFINITE).any()) == (top_p < 1.0)
 
 
 def test_a_cut_token_never_wins() -> None:

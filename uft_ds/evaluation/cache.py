@@ -38,6 +38,11 @@ class RoomyLayer(DynamicLayer):
         self.values = self._appended(1, self.values, value_states)
         return self.keys, self.values
 
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Go on with these rows. The memory of all others is free at once, before the next layer is treated."""
+        super().batch_select_indices(indices)
+        self._buffers = [None, None]
+
     def _appended(self, place: int, held: Tensor | None, new: Tensor) -> Tensor:
         assert held is not None, "initialized"
         count = held.shape[-2] if held.numel() else 0

@@ -34,11 +34,11 @@ class Draw(LogitsProcessor):
             self._warpers.append(TemperatureLogitsWarper(temperature))
             if top_p < 1.0:
                 self._warpers.append(TopPLogitsWarper(top_p))
-        self._has_nan = torch.zeros((), dtype=torch.bool, device=device)
+        self._is_finite = torch.ones((), dtype=torch.bool, device=device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores of which the largest one is the token that is drawn: [B, V], float32."""
-        self._has_nan |= scores.isnan().any()
+        self._is_finite &= scores.amax(-1).isfinite().all()  # a NaN is the largest of any row
         if not self._generators:
             return scores
         for warper in self._warpers:
@@ -55,6 +55,9 @@ class Draw(LogitsProcessor):
             self._generators = [self._generators[row] for row in rows]
 
     @property
-    def has_nan(self) -> bool:
-        """Whether any logit so far was no number, after which no token means anything. Waits for the device."""
-        return bool(self._has_nan)
+    def is_finite(self) -> bool:
+        """Whether the largest logit of each row so far was a finite number; if not, no token means anything.
+
+        Waits for the device.
+        """
+        return bool(self._is_finite)

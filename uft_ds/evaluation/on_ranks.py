@@ -76,7 +76,7 @@ def answers_on_ranks(
     ranks, model, device = engine.ranks, _base_of(engine), engine.device
     together = Together(engine.gathers_layers and engine.world_size > 1, lambda holds: engine.agree(int(holds)) > 0)
     own: dict[int, list[int]] = {}
-    has_nan, done = False, 0
+    is_finite, done = True, 0
     for batch in batches_of(rows, ranks.data_size, how.max_new_tokens, tokens_per_batch):
         stop()
         shares = shares_of(batch, ranks.data_size)
@@ -91,12 +91,12 @@ def answers_on_ranks(
             )
         else:
             found = continue_at_once(model, asked, how, draw, device=device, together=together)
-        has_nan |= draw.has_nan
+        is_finite &= draw.is_finite
         own |= dict(zip(share, found, strict=False))
         done += len(batch)
         on_done(done)
-    gathered = engine.gather_over_data((own, has_nan))
-    if any(nan for _, nan in gathered):
+    gathered = engine.gather_over_data((own, is_finite))
+    if not all(finite for _, finite in gathered):
         raise CheckFailed("the policy's logits are not finite while it answers, so its tokens mean nothing")
     answered = {place: ids for of_rank, _ in gathered for place, ids in of_rank.items()}
     return [answered[place] for place in range(len(rows))]
