@@ -105,7 +105,10 @@ def test_own_answers_are_a_source_of_scores(chat: ChatTokenizer, tmp_path: Path)
 @pytest.mark.parametrize(
     ("objective", "problem"),
     [
-        ({"loss": OWN}, "objective.loss: 'rloo' compares the answers to one prompt with each other, but data.sources.1"),
+        (
+            {"loss": OWN},
+            "objective.loss: 'rloo' compares the answers to one prompt with each other, but data.sources.1",
+        ),
         ({"center": "prompt"}, "objective.center: prompt compares the answers to one prompt with each other, but data"),
         ({"loss": {"instruction": "mse", "score": "reinforce"}}, None),
         ({"loss": "mse"}, None),

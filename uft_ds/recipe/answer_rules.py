@@ -63,6 +63,19 @@ def center_problems(objective: GivenObjective, examples_per_step: int) -> Iterat
         yield "center", "prompt compares the responses of a step with each other, train.examples_per_step is 1"
 
 
+def sampling_problems(objective: GivenObjective, temperature: float, top_p: float) -> Iterator[Problem]:
+    """Problems of how the recipe's generator draws answers, by the generator's keys."""
+    losses = objective.losses_of("score")
+    for loss in (name for name in POLICY_GRADIENT if name in losses):
+        for key, value in (("temperature", temperature), ("top_p", top_p)):
+            if value != 1.0:
+                yield (
+                    key,
+                    f"{value:g} given, but the gradient of {loss} is that of answers drawn from the policy itself; "
+                    "take 1, or a pointwise loss, such as mse with center: prompt",
+                )
+
+
 def own_answer_problems(objective: GivenObjective, answers: int, place: str) -> Iterator[Problem]:
     """Problems of an objective with an online source, each of whose prompts the policy answers so many times.
 
