@@ -188,7 +188,7 @@ def test_the_objective_is_what_the_recipe_says(minimal: str) -> None:
         ("objective.center=prompt train.examples_per_step=1", "objective.center: prompt compares the responses of a"),
         (
             "objective.loss={instruction: mse, score: grpo} generator.temperature=0.7",
-            "generator.temperature: 0.7 given, but the gradient of grpo is that of answers drawn from the policy itself",
+            "generator.temperature: 0.7 given, but the gradient of grpo is that of answers drawn from the policy",
         ),
         (
             "objective.loss={instruction: mse, score: rloo} generator.top_p=0.9",
