@@ -15,7 +15,6 @@ from uft_ds.data.source import StepSource
 from uft_ds.errors import CheckFailed, Stopped, UserError
 from uft_ds.host.signals import NEVER, Stop
 from uft_ds.objectives.objective import objective_at
-from uft_ds.objectives.online import online_target_problem
 from uft_ds.recipe.names import unknown_name
 from uft_ds.recipe.settings import TrainSettings
 from uft_ds.record.metrics import model_flops_utilization, peak_memory_gib
@@ -91,7 +90,6 @@ def train(session: Session, steps: StepSource, held_out: Seq[Step], state: Train
             _evaluate_and_report(session, before, held_out, state)
         while state.step < len(steps):
             step, saved = _next_step(session, steps, state, saved)
-            _warn_of_low_scores(session, step)
             started = time.perf_counter()
             rate = learning_rate(
                 step.index, num_steps=len(steps), peak=settings.lr, warmup=settings.warmup, schedule=settings.schedule
@@ -144,15 +142,6 @@ def _next_step(session: Session, steps: StepSource, state: TrainerState, saved: 
             session.checkpoints.finish()
             _store(session)
         raise type(error)(f"{error} (step {saved} is saved: continue with --resume)") from None
-
-
-def _warn_of_low_scores(session: Session, step: Step) -> None:
-    """Before the first step, say whether the policy cannot meet the scores of its own answers."""
-    if step.index > 0 or "rollouts/score" not in step.made:
-        return
-    problem = online_target_problem(step.made["rollouts/score"], session.method.objective)
-    if problem is not None:
-        session.reporter.warn(problem)
 
 
 def due(step: int, every: int) -> bool:
