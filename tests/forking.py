@@ -121,7 +121,7 @@ def _run(module: str, arguments: tuple[str, ...], cwd: Path, env: dict[str, str]
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
         os.dup2(descriptor, number)
         os.close(descriptor)
-    sys.path.insert(0, str(cwd))
+    sys.path[:0] = [str(cwd), *filter(None, env.get("PYTHONPATH", "").split(os.pathsep))]
     sys.argv = [module, *arguments]
     code = 0
     try:
