@@ -259,8 +259,8 @@ def references_of_two_steps(folder: Path) -> Any:
     return found
 
 
-def test_the_shift_and_the_step_share_one_forward_of_the_reference(tiny_qwen2: Path) -> None:
-    """Under `prompt_mean` pairs are compared within their micro-batch: nothing is forwarded ahead."""
+def test_pairs_need_no_forward_ahead_of_the_step(tiny_qwen2: Path) -> None:
+    """Under `prompt_mean` they are compared within their micro-batch, so each reference is forwarded once."""
     for found in run_on_ranks(references_of_two_steps, 2, tiny_qwen2):
         assert found == [(15, 15.0), (15, 0.0)]
 

@@ -95,6 +95,32 @@ def test_an_online_run_trains_on_what_it_records(unbroken: Path) -> None:
     assert (unbroken / "report.html").exists()
 
 
+def test_rloo_trains_on_own_answers_beside_data(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """Each prompt's scores less the mean of its other answers, from the record, are the advantages of the first step,
+    where every log-ratio is 0. The instruction keeps its own loss; scored answers of data are held out without one."""
+    recipe = online_recipe(tmp_path, tiny_qwen2)
+    tree = yaml.safe_load(recipe.read_text())
+    tree["objective"] = {"loss": {"instruction": "mse", "score": "rloo"}, "beta": {"instruction": 0.01, "score": 0.05}}
+    tree["train"]["steps"] = 2
+    recipe.write_text(yaml.safe_dump(tree))
+    result = train(recipe)
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    lines = [line for line in found if "grad_norm" in line]
+    record = (tmp_path / "run" / "rollouts" / "answers" / "000001.jsonl").read_text()
+    scores = [[answer["score"] for answer in json.loads(line)["answers"]] for line in record.splitlines()]
+    advantages = [s - (sum(group) - s) / (len(group) - 1) for group in scores for s in group]
+    assert lines[0]["advantage/score"] == pytest.approx(sum(map(abs, advantages)) / len(advantages), rel=1e-6)
+    assert lines[0]["advantage/score"] > 0.0
+    assert lines[0]["flat_groups"] == sum(len(set(group)) == 1 for group in scores) / len(scores)
+    assert all(line["grad_norm"] > 0.0 and line["loss/instruction"] > 0.0 for line in lines)
+    assert lines[1]["log_ratio/score"] != 0.0
+    evaluated = [line for line in found if "held_out/log_ratio/score" in line]
+    assert len(evaluated) == 2
+    assert not any("held_out/loss" in line for line in evaluated)
+    assert (tmp_path / "run" / "report.html").exists()
+
+
 def killed(recipe: Path, is_time: Any) -> None:
     """Train until it is time, then SIGKILL the command and its ranks."""
     process = program("uft_ds", "train", str(recipe), PYTHONPATH=str(recipe.parent))

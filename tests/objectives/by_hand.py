@@ -136,8 +136,8 @@ def compared_step(
         baselines = None
         if compared is not None:
             baselines = compared.with_log_ratios(log_ratios_of(objective, batch, logps["policy"], logps["reference"]))
-            columns = (column_R.tolist() for column_R in (baselines.targets_R, *baselines.columns[::2]))
-            rows |= dict(zip(part, zip(*columns, strict=True), strict=True))
+            columns = (baselines.targets_R, baselines.shifts_R, baselines.advantages_R)
+            rows |= dict(zip(part, zip(*(column_R.tolist() for column_R in columns), strict=True), strict=True))
         share_of_loss, _ = micro_batch_loss(objective, batch, terms, logps, baselines)
         loss = loss + share_of_loss
     in_order = [rows[i] for i in range(len(sequences)) if i in rows]

@@ -168,9 +168,8 @@ def test_a_baseline_has_no_gradient() -> None:
     """The mean is a number: one answer's loss does not pull at the others."""
     logps_R, reference_R = log_probs(2)
     sequences = [answer(0.9, 5), answer(0.2, 6)]
-    uft = Objective({**centered().of_kind}, center="prompt")
     leaf_R = logps_R.detach().clone().requires_grad_()
-    found = compared_step(uft, sequences, leaf_R, reference_R)
+    found = compared_step(centered(), sequences, leaf_R, reference_R)
     shift = float(BETA * (logps_R.detach() - reference_R).mean())
     assert found.shifts == pytest.approx([shift, shift], rel=1e-6)
     found.loss.backward()

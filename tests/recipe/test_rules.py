@@ -186,6 +186,14 @@ def test_the_objective_is_what_the_recipe_says(minimal: str) -> None:
             "objective.center: prompt given, which is a reward shift itself; leave out reward_shift: ema",
         ),
         ("objective.center=prompt train.examples_per_step=1", "objective.center: prompt compares the responses of a"),
+        (
+            "objective.loss={instruction: mse, score: grpo} generator.temperature=0.7",
+            "generator.temperature: 0.7 given, but the gradient of grpo is that of answers drawn from the policy",
+        ),
+        (
+            "objective.loss={instruction: mse, score: rloo} generator.top_p=0.9",
+            "generator.top_p: 0.9 given, but the gradient of rloo",
+        ),
         (f"{HEAD} objective.center=prompt", "objective.center: prompt given, but only implicit rewards have it"),
         (f"{HEAD} objective.loss={{score: rloo}}", "objective.loss: 'rloo' is not a loss of reward: head"),
         (f"{HEAD} objective.loss=dpo", "objective.loss: 'dpo' is not a loss of reward: head (bce, bradley_terry, mse)"),
@@ -205,7 +213,7 @@ def test_the_objective_is_what_the_recipe_says(minimal: str) -> None:
 )
 def test_an_objective_that_cannot_be_is_refused(minimal: str, overrides: str, message: str) -> None:
     """A key that would change nothing, or a default that would be far off, is no run."""
-    assert message in refusal(minimal, *re.split(r" (?=(?:objective|train|reference|model)\.)", overrides))
+    assert message in refusal(minimal, *re.split(r" (?=(?:objective|train|reference|model|generator)\.)", overrides))
 
 
 @pytest.mark.parametrize(

@@ -62,15 +62,22 @@ def test_data_that_a_reward_model_cannot_learn_from_is_refused(chat: ChatTokeniz
 
 
 def prepared(
-    chat: ChatTokenizer, folder: Path, objective: dict[str, Any], *names: str, **entry: Any
+    chat: ChatTokenizer, folder: Path, objective: dict[str, Any], *names: str, answers: int | None = None, **entry: Any
 ) -> tuple[GivenObjective, PreparedData]:
-    """The objective and the data of a recipe with these sources; `entry` is of each."""
-    sources = [
+    """The objective and the data of a recipe with these sources; `entry` is of each.
+
+    answers: how often the policy is asked each of a further source's prompts; None: there is no such source.
+    """
+    sources: list[dict[str, Any]] = [
         {"format": "jsonl", "path": str(write_rows(folder / f"{name}.jsonl", ROWS[name])), **entry} for name in names
     ]
+    if answers is not None:
+        path = write_rows(folder / "prompts.jsonl", PROMPTS)
+        sources.append({"format": "prompts", "path": str(path), "answers": answers, "score_by": "regex:4"})
     data = {"sources": sources, "cache_dir": str(folder / "tokens"), "max_length": 64, "workers": 1}
     tree = {"name": "x", "model": {"base": "b"}, "data": data, "objective": objective, "output": "o"}
-    settings = settings_of(recipe_from_tree(tree, "x"))
+    generator = {} if answers is None else {"generator": {"max_new_tokens": 8}}
+    settings = settings_of(recipe_from_tree(tree | generator, "x"))
     return settings.given, prepare_data(settings, chat)
 
 
@@ -82,50 +89,61 @@ OWN = {"instruction": "mse", "score": "rloo"}
 
 
 def test_own_answers_are_a_source_of_scores(chat: ChatTokenizer, tmp_path: Path) -> None:
-    """Of a run whose policy answers prompts nothing is said to be unused; of one on data alone, rloo is."""
-    given, data = prepared(chat, tmp_path, {"loss": OWN, "beta": {"instruction": 0.01, "score": 0.05}}, "instruction")
-    assert list(unused(given, data, answers=4)) == []
-    assert list(unused(given, data)) == [
+    """Of a run whose policy answers prompts nothing is said to be unused; of one on data alone, rloo and center are."""
+    own = {"loss": OWN, "beta": {"instruction": 0.01, "score": 0.05}}
+    assert notes(chat, tmp_path, own, "instruction", answers=4) == []
+    assert notes(chat, tmp_path, own, "instruction") == [
         "objective.loss.score: rloo given, but no source holds responses of kind 'score'",
         "objective.beta.score: 0.05 given, but no source holds responses of kind 'score'",
     ]
-    given, data = prepared(chat, tmp_path, {"center": "prompt"}, "instruction")
-    assert list(unused(given, data, answers=4)) == []
-    assert list(unused(given, data)) == [
+    assert notes(chat, tmp_path, {"center": "prompt"}, "instruction", answers=4) == []
+    assert notes(chat, tmp_path, {"center": "prompt"}, "instruction") == [
         "objective.center: prompt given, but nothing is trained on that has scores to compare"
     ]
 
 
-def test_own_answers_need_a_loss_and_others_beside_them(chat: ChatTokenizer, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("objective", "problem"),
+    [
+        (
+            {"loss": OWN},
+            "objective.loss: 'rloo' compares the answers to one prompt with each other, but data.sources.1",
+        ),
+        ({"center": "prompt"}, "objective.center: prompt compares the answers to one prompt with each other, but data"),
+        ({"loss": {"instruction": "mse", "score": "reinforce"}}, None),
+        ({"loss": "mse"}, None),
+    ],
+)
+def test_one_answer_has_no_other_to_be_compared_with(
+    objective: dict[str, Any], problem: str | None, chat: ChatTokenizer, tmp_path: Path
+) -> None:
     """Two answers to a prompt where they are compared; any number where each meets its own score."""
-    given, data = prepared(chat, tmp_path, {"loss": OWN}, "instruction")
-    assert list(kind_problems(given, data, answers=2)) == []
-    ((key, problem),) = kind_problems(given, data, answers=1)
-    assert (key, problem) == (
-        "loss",
-        "'rloo' compares the answers to one prompt with each other, 1 given for each; take 2+",
-    )
-    given, data = prepared(chat, tmp_path, {"center": "prompt"}, "instruction")
-    assert list(kind_problems(given, data, answers=2)) == []
-    ((key, problem),) = kind_problems(given, data, answers=1)
-    assert key == "center"
-    assert "1 given for each; take 2+" in problem
-    given, data = prepared(chat, tmp_path, {"loss": {"instruction": "mse", "score": "reinforce"}}, "instruction")
-    assert list(kind_problems(given, data, answers=1)) == []
-    given, data = prepared(chat, tmp_path, {"loss": {"instruction": "mse"}}, "instruction")
-    ((key, problem),) = kind_problems(given, data, answers=4)
-    assert (key, problem.partition(",")[0]) == ("loss", "no loss for kind 'score'")
+    prepared(chat, tmp_path, objective, "instruction", answers=2)
+    if problem is None:
+        prepared(chat, tmp_path, objective, "instruction", answers=1)
+        return
+    with pytest.raises(UserError) as refusal:
+        prepared(chat, tmp_path, objective, "instruction", answers=1)
+    assert str(refusal.value).startswith(problem)
+    assert str(refusal.value).endswith(".answers is 1; take 2 or more")
+
+
+def test_own_answers_need_a_loss(chat: ChatTokenizer, tmp_path: Path) -> None:
+    """They are of kind score, as the message says."""
+    with pytest.raises(UserError, match=r"loss: no loss for kind 'score', which data\.sources\.1 .* holds"):
+        prepared(chat, tmp_path, {"loss": {"instruction": "mse"}}, "instruction", answers=4)
 
 
 def test_answers_of_data_are_not_the_policys(chat: ChatTokenizer, tmp_path: Path) -> None:
     """rloo cannot train on them, whoever answers beside them; held out they have no loss, and are welcome."""
-    with pytest.raises(
-        UserError, match=r"loss: 'rloo' trains on the policy's own answers, but data\.sources\.1 .* holds"
-    ):
-        prepared(chat, tmp_path, {"loss": OWN}, "instruction", "score")
-    given, data = prepared(chat, tmp_path, {"loss": OWN}, "instruction")
+    for answers in (None, 4):
+        with pytest.raises(
+            UserError, match=r"loss: 'rloo' trains on the policy's own answers, but data\.sources\.1 .* holds"
+        ):
+            prepared(chat, tmp_path, {"loss": OWN}, "instruction", "score", answers=answers)
+    given, data = prepared(chat, tmp_path, {"loss": OWN}, "instruction", answers=4)
     _, others = prepared(chat, tmp_path, {"loss": "mse"}, "score")
-    assert list(kind_problems(given, replace(data, held_out=others.train), answers=2)) == []
+    assert list(kind_problems(given, replace(data, held_out=others.train))) == []
 
 
 @pytest.mark.parametrize(

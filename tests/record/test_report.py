@@ -56,6 +56,8 @@ def test_a_line_shows_what_fits_the_objective() -> None:
     assert one_line(pair) == "loss 0.6891  pair margin +0.008, accuracy 62%"
     mixed = pair | {"implicit_reward/score": -0.0001, "tokens_per_second": 1234.5}
     assert one_line(mixed) == "loss 0.6891  reward score +0.000  pair margin +0.008, accuracy 62%  1234 tokens/s"
+    without_loss = {"implicit_reward/score": 0.25, "log_ratio/score": 2.5}
+    assert one_line(without_loss) == "reward score +0.250"
     simpo = {"loss": 0.5, "pair_margin/pair": -0.25, "pair_accuracy/pair": math.nan, "top1/pair": 0.5}
     assert one_line(simpo) == "loss 0.5000  pair margin -0.250, accuracy undefined"
     split = {"loss": 0.25, "implicit_reward/pair": 0.5}

@@ -145,6 +145,27 @@ def test_without_held_out_data_the_steps_are_judged() -> None:
     )
 
 
+def test_a_policy_gradient_is_not_judged_by_its_loss() -> None:
+    """Its value may rise while the policy improves, and it fits no implicit score; other losses and orders count."""
+    metrics = {"calibration_error/score": 0.4, "responses/score": 800.0, "rank_correlation/score": 0.5}
+    steps = [{"step": n, "loss": 0.1 + n, "advantage/score": 0.2, **metrics} for n in range(9)]
+    assert [found.metric for found in verdicts(steps)] == ["rank_correlation/score"]
+    evaluated = [{"step": 9, "held_out/loss": 0.2, **{f"held_out/{name}": v for name, v in metrics.items()}}]
+    judged = ["held_out/loss", "held_out/rank_correlation/score"]
+    assert [found.metric for found in verdicts([*steps, *evaluated])] == judged
+    centered = [step | {"centered/score": 1.0} for step in steps]
+    assert [found.metric for found in verdicts(centered)] == [
+        "loss", "rank_correlation/score", "calibration_error/score",
+    ]  # fmt: skip
+
+
+def test_held_out_data_without_a_loss_is_judged() -> None:
+    """Scored answers of data beside rloo have none; the training steps do not take their place."""
+    lines = [{"step": 1, "loss": 0.2, "rank_correlation/score": -0.9, "responses/score": 800.0}]
+    lines.append({"step": 1, "held_out/rank_correlation/score": 0.5, "held_out/responses/score": 800.0})
+    assert [(found.metric, found.healthy) for found in verdicts(lines)] == [("held_out/rank_correlation/score", "yes")]
+
+
 def test_a_remedy_is_given_where_one_is_needed() -> None:
     """The table's words where a metric is not healthy, and how to know more where chance may be at work."""
     lines = held_out({}, {"rank_correlation/score": 0.2, "responses/score": 12.0, "saturated_stuck/score": 0.2})

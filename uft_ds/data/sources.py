@@ -149,12 +149,6 @@ class PreparedData:
     def all(self) -> tuple[PreparedSource, ...]:
         return (*self.train, *self.held_out)
 
-    @property
-    def answers(self) -> int | None:
-        """How many answers of its own the policy gives to a prompt, the fewest of all online sources; None: there is
-        no such source."""
-        return min((source.settings.asked.answers for source in self.train if source.settings.asked), default=None)
-
     @cached_property
     def epoch_amounts(self) -> list[float]:
         """About how many responses one epoch of the mixture takes from each training source.

@@ -1,6 +1,6 @@
 """The table of losses: their names and the term of each.
 
-This module does not import torch; the functions are in `pointwise`, `pairwise`, `likelihood` and `advantages`.
+This module does not import torch; the functions are in `pointwise`, `pairwise`, `likelihood` and `policy_gradient`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LIKELIHOOD = ("nll", "nll_sum")
 
 PolicyGradient = Literal["rloo", "reinforce", "grpo"]
 POLICY_GRADIENT: tuple[PolicyGradient, ...] = get_args(PolicyGradient)
-"""-A log pi(y|x) of an answer that the policy itself has just given, where A is its advantage (`advantages`)."""
+"""-A log pi(y|x) of an answer that the policy itself has just given, where A is its advantage (`policy_gradient`)."""
 
 OF_PROMPT: tuple[PolicyGradient, ...] = ("rloo", "grpo")
 """Losses that compare an answer with the policy's other answers to the same prompt."""

@@ -26,7 +26,9 @@ compares all answers of a step, so it forwards the policy, and the reference onl
 """
 
 
-WITHOUT_PAIRS = frozenset({"ultrachat", "alpaca", "sharegpt", "helpsteer2", "ultrafeedback", "kto", "prompts"})
+WITHOUT_PAIRS = frozenset(
+    {"ultrachat", "alpaca", "sharegpt", "helpsteer2", "ultrafeedback", "kto", "prompts", "recorded"}
+)
 """Formats whose rows are never pairs. A format of another package may give pairs."""
 
 

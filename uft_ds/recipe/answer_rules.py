@@ -63,20 +63,31 @@ def center_problems(objective: GivenObjective, examples_per_step: int) -> Iterat
         yield "center", "prompt compares the responses of a step with each other, train.examples_per_step is 1"
 
 
-def own_answer_problems(objective: GivenObjective, answers: int) -> Iterator[Problem]:
-    """Problems of an objective that trains on the policy's own answers, so many to each prompt."""
+def sampling_problems(objective: GivenObjective, temperature: float, top_p: float) -> Iterator[Problem]:
+    """Problems of how the recipe's generator draws answers, by the generator's keys."""
     losses = objective.losses_of("score")
-    if not losses:
-        yield "loss", "no loss for kind 'score', which the policy's own answers are of; give one, such as {score: mse}"
-    if objective.reward == "head":
-        yield "reward", "head has no policy that could give answers; take reward: implicit"
+    for loss in (name for name in POLICY_GRADIENT if name in losses):
+        for key, value in (("temperature", temperature), ("top_p", top_p)):
+            if value != 1.0:
+                yield (
+                    key,
+                    f"{value:g} given, but the gradient of {loss} is that of answers drawn from the policy itself; "
+                    "take 1, or a pointwise loss, such as mse with center: prompt",
+                )
+
+
+def own_answer_problems(objective: GivenObjective, answers: int, place: str) -> Iterator[Problem]:
+    """Problems of an objective with an online source, each of whose prompts the policy answers so many times.
+
+    Args:
+        place: the source's key in the recipe.
+    """
     if answers >= 2:
         return
+    too_few = f"compares the answers to one prompt with each other, but {place}.answers is {answers}; take 2 or more"
+    losses = objective.losses_of("score")
     for name in OF_PROMPT:
         if name in losses:
-            yield (
-                "loss",
-                f"{name!r} compares the answers to one prompt with each other, {answers} given for each; take 2+",
-            )
+            yield "loss", f"{name!r} {too_few}"
     if objective.center == "prompt" and losses.keys() & set(POINTWISE):
-        yield "center", f"prompt compares the answers to one prompt with each other, {answers} given for each; take 2+"
+        yield "center", f"prompt {too_few}"

@@ -281,14 +281,10 @@ def _of_weights(weights: float | Mapping[str, float]) -> Iterator[Problem]:
             yield "weights", f"{weight} given, must be finite and >= 0"
 
 
-def kind_problems(objective: GivenObjective, data: PreparedData, answers: int | None = None) -> Iterator[Problem]:
+def kind_problems(objective: GivenObjective, data: PreparedData) -> Iterator[Problem]:
     """Problems that only the data can show: each kind of responses needs a loss.
 
     Kinds of held-out data need one too, because evaluation computes it.
-
-    Args:
-        answers: how many answers of its own the policy gives to each prompt, which are of kind `score`; None: the run
-            trains on data alone.
     """
     held: dict[str, str | Mapping[str, float]] = {}
     for part, sources in (("data.sources", data.train), ("data.held_out", data.held_out)):
@@ -297,13 +293,11 @@ def kind_problems(objective: GivenObjective, data: PreparedData, answers: int | 
             yield from (("loss", problem) for problem in _of_source(objective, source, f"{part}.{number}"))
             if objective.reward == "head":
                 yield from _of_source_with_head(objective, source, f"{part}.{number}")
-    trained = {kind for source in data.train for kind in source.selection.kinds}
-    if answers is not None:
-        yield from own_answer_problems(objective, answers)
-        held["score"] = objective.losses_of("score")
-        trained.add("score")
+            if source.settings.asked is not None:
+                yield from own_answer_problems(objective, source.settings.asked.answers, f"{part}.{number}")
     if isinstance(objective.loss, str) and isinstance(objective.beta, Mapping):  # the kinds are known only now
         yield from (("beta", problem) for problem in beta_problems(objective, held))
+    trained = {kind for source in data.train for kind in source.selection.kinds}
     if not any(objective.weight_of(kind) for kind in trained):
         yield "weights", f"0 for {', '.join(sorted(trained))}, which is all that is trained on"
 
@@ -323,7 +317,8 @@ def _of_source_with_head(objective: GivenObjective, source: PreparedSource, plac
 
 def _of_source(objective: GivenObjective, source: PreparedSource, place: str) -> Iterator[str]:
     """Problems of one source. place: the source's key in the recipe."""
-    is_split, is_asked = source.settings.rules.split_pairs, source.settings.asked is not None
+    is_split = source.settings.rules.split_pairs
+    is_answered = place.startswith("data.sources") and source.settings.asked is None
     holds = f"{place} {source.label} holds"
     for kind in sorted(source.selection.kinds):
         losses = objective.losses_of(kind)
@@ -331,7 +326,7 @@ def _of_source(objective: GivenObjective, source: PreparedSource, place: str) ->
             needed = ", and evaluation needs one" if place.startswith("data.held_out") else ""
             split = " (its pairs: split makes single responses of pairs)" if is_split else ""
             yield f"no loss for kind {kind!r}, which {holds}{needed}{split}"
-        elif place.startswith("data.sources") and not is_asked and (own := losses.keys() & set(POLICY_GRADIENT)):
+        elif is_answered and (own := losses.keys() & set(POLICY_GRADIENT)):
             yield (
                 f"{min(own)!r} trains on the policy's own answers, but {holds} responses of kind {kind!r}; take a "
                 "pointwise loss, such as mse, which trains on both, or leave the source out"

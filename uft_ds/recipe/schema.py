@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 from uft_ds.data.formats.table import format_names
 from uft_ds.objectives.reference import HowForwarded, RewardBy
 from uft_ds.objectives.reward_shift import Center, ShiftName
+from uft_ds.recipe.answer_rules import sampling_problems
 from uft_ds.recipe.best import best_problem
 from uft_ds.recipe.names import unknown_name
 from uft_ds.recipe.online import GeneratorSection, ScoreBySection, online_problems, scored_by
@@ -354,7 +355,12 @@ def _impossible(recipe: Recipe) -> list[tuple[str, str]]:
     found += online_problems(
         data.sources, data.held_out, recipe.generator, max_length=data.max_length, reward=recipe.objective.reward
     )
-    of_objective = objective_problems(recipe.objective.given, examples_per_step=train.examples_per_step)
+    objective, generator = recipe.objective.given, recipe.generator
+    found += [
+        (f"generator.{key}", problem)
+        for key, problem in sampling_problems(objective, generator.temperature, generator.top_p)
+    ]
+    of_objective = objective_problems(objective, examples_per_step=train.examples_per_step)
     found += [(f"objective.{key}", problem) for key, problem in of_objective]
     return found + [
         (key, f"{'null' if given is None else repr(given)} is not available in this version; use {instead}")

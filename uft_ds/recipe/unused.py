@@ -13,14 +13,9 @@ from uft_ds.objectives.losses import OF_HEAD, POINTWISE, READS_SCORES, USES_BETA
 from uft_ds.recipe.rules import DEFAULT_BETA, GivenObjective
 
 
-def unused(objective: GivenObjective, data: PreparedData, answers: int | None = None) -> Iterator[str]:
-    """One message for each setting without effect; each begins with its key.
-
-    Args:
-        answers: see `rules.kind_problems`.
-    """
-    own: set[Kind] = set() if answers is None else {"score"}
-    held = sorted(own | {kind for source in data.all for kind in source.selection.kinds})
+def unused(objective: GivenObjective, data: PreparedData) -> Iterator[str]:
+    """One message for each setting without effect; each begins with its key."""
+    held = sorted({kind for source in data.all for kind in source.selection.kinds})
     used = {name for kind in held for name in objective.losses_of(kind)}
     has_beta = objective.reward == "implicit"  # a recipe with a reward head and a beta has been refused
     for key in ("loss", "beta", "weights"):
@@ -44,7 +39,7 @@ def unused(objective: GivenObjective, data: PreparedData, answers: int | None = 
         given = objective.undesirable_weight
         why = "has no pointwise loss" if "binary" in held else "is held by no source"
         yield f"objective.undesirable_weight: {given} given, but kind 'binary', which it is for, {why}"
-    yield from _of_shift(objective, data, own)
+    yield from _of_shift(objective, data)
     for part, sources in (("sources", data.train), ("held_out", data.held_out)):
         for number, source in enumerate(sources):
             yield from (f"data.{part}.{number}.{text}" for text in _of_source(objective, source))
@@ -67,9 +62,8 @@ def _of_defaults(objective: GivenObjective, held: list[Kind]) -> Iterator[str]:
             yield f"objective.beta: not given; {others[0]} has the default {DEFAULT_BETA}, which is UFT's own"
 
 
-def _of_shift(objective: GivenObjective, data: PreparedData, own: set[Kind]) -> Iterator[str]:
-    """own: the kinds of the policy's own answers."""
-    kinds = own.union(*(source.selection.kinds for source in data.train))
+def _of_shift(objective: GivenObjective, data: PreparedData) -> Iterator[str]:
+    kinds = {kind for source in data.train for kind in source.selection.kinds}
     if objective.center != "none" and not any(
         set(POINTWISE) & objective.losses_of(kind).keys() for kind in kinds - {"instruction"}
     ):
@@ -78,11 +72,10 @@ def _of_shift(objective: GivenObjective, data: PreparedData, own: set[Kind]) -> 
     if shift == "none":
         return
     pointwise = [source for source in data.train if _losses(objective, source) & set(POINTWISE)]
-    if not any(set(POINTWISE) & objective.losses_of(kind).keys() for kind in kinds):
+    if not pointwise:
         yield f"objective.reward_shift: {shift} given, but no training source has a pointwise loss; others ignore it"
     elif (
         shift == "kl"
-        and not own
         and all("l1" in _losses(objective, source) for source in pointwise)
         and all(_lowest_score(source) >= GOOD_FROM for source in pointwise)
     ):

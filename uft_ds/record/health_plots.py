@@ -11,6 +11,7 @@ import numpy as np
 from uft_ds.data.example import KINDS, Kind
 from uft_ds.record.curves import KIND_COLORS, draw, lay_out
 from uft_ds.record.telemetry import calibration, sides, targets
+from uft_ds.record.verdict import has_held_out
 
 _MOST_POINTS = 2000
 """The most points of a scatter plot for one kind, approximately."""
@@ -147,7 +148,7 @@ def _draw_over_steps(axes: Any, lines: Lines, name: str, title: str, y: str) -> 
 
 def _part(lines: Lines) -> tuple[str, str, dict[str, Any]]:
     """Which data the metrics over steps describe, the prefix of their names, and the style of their lines."""
-    if any("held_out/loss" in line for line in lines):
+    if has_held_out(lines):
         return "held out", "held_out/", {"marker": "o"}
     return "training", "", {"alpha": 0.7}
 

@@ -19,7 +19,7 @@ from uft_ds.record.metrics_file import read_metrics
 from uft_ds.record.run_folder import RunFolder
 from uft_ds.record.samples import Sample, Trained, read_samples
 from uft_ds.record.telemetry import read_rows
-from uft_ds.record.verdict import HELD_OUT, Verdict, headline, verdicts
+from uft_ds.record.verdict import Verdict, has_held_out, headline, verdicts
 
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}
 img{max-width:100%}table{border-collapse:collapse}
@@ -45,7 +45,7 @@ def write_report(folder: RunFolder, name: str, facts: Mapping[str, str], trained
     has_health = write_health(lines, table, folder.health_picture)
     data = json.loads(folder.data_report().read_text(encoding="utf-8"))
     parts = [
-        _verdict(verdicts(lines, table), on_held_out=any(f"{HELD_OUT}loss" in line for line in lines)),
+        _verdict(verdicts(lines, table), on_held_out=has_held_out(lines)),
         _facts(facts),
         _samples(read_samples(folder.samples)),
         _trained(trained),

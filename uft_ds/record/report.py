@@ -249,13 +249,14 @@ def _progress(console: Console | None) -> Progress:
 
 
 def one_line(metrics: Mapping[str, float]) -> str:
-    """The few most important numbers of a step or an evaluation in one line: loss, what fits each kind, speed.
+    """The few most important numbers of a step or an evaluation in one line: loss if there is one, what fits each
+    kind, speed.
 
     Of pairs that stay together it is the margin and the accuracy, because the mean reward of both sides says nothing;
     of other responses the implicit reward, or a reward model's; without any of these, as in SFT, the share of most
     probable tokens. Online, also the mean score of the policy's answers.
     """
-    parts = [f"loss {metrics['loss']:.4f}"]
+    parts = [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else []
     margin = metrics.get("pair_margin/pair")
     rewards = _by_kind(metrics, "implicit_reward") or _by_kind(metrics, "reward")
     if margin is not None:

@@ -259,8 +259,24 @@ def verdicts(lines: Lines, rows: Rows = None) -> list[Verdict]:
         lines: of metrics.jsonl.
         rows: of held_out.csv, as `read_rows` reads it; without them some remedies name what either side needs.
     """
-    prefix = HELD_OUT if any(f"{HELD_OUT}loss" in line for line in lines) else ""
-    return [verdict for rule in RULES for verdict in _of_rule(rule, lines, prefix, rows)]
+    prefix = HELD_OUT if has_held_out(lines) else ""
+    unjudged = _UNJUDGED_OF_ADVANTAGES if _trains_on_advantages(lines) else frozenset()
+    found = [verdict for rule in RULES for verdict in _of_rule(rule, lines, prefix, rows)]
+    return [verdict for verdict in found if verdict.metric not in unjudged]
+
+
+def has_held_out(lines: Lines) -> bool:
+    """Whether the run was evaluated on held-out data, of which no response may have a loss."""
+    return any(name.startswith(HELD_OUT) for line in lines for name in line)
+
+
+_UNJUDGED_OF_ADVANTAGES = frozenset({"loss", "calibration_error/score", f"{HELD_OUT}calibration_error/score"})
+"""Metrics that say nothing of a policy gradient loss: its value is no distance, and it fits no implicit score."""
+
+
+def _trains_on_advantages(lines: Lines) -> bool:
+    """Whether responses of kind score have a policy gradient loss; centred ones have advantages, too."""
+    return any("advantage/score" in line and "centered/score" not in line for line in lines)
 
 
 def headline(found: Seq[Verdict]) -> str:

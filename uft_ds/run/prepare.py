@@ -74,7 +74,7 @@ def prepare_data(
         tuple(map(prepare, settings.data.held_out)),
     )
     check_no_source_twice(data, settings.data.cache_dir)
-    problems = list(kind_problems(settings.given, data, data.answers))
+    problems = list(kind_problems(settings.given, data))
     if problems:
         raise UserError("\n".join(f"objective.{key}: {problem}" for key, problem in problems))
     check_units_fit(data, settings.train.tokens_per_micro_batch, max_length=settings.data.max_length)

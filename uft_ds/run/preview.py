@@ -158,7 +158,7 @@ def show_data(settings: Settings, data: PreparedData, console: Console, *, typed
         console.print(left_out, soft_wrap=True)
     for note in (*notes(data), *_notes_on_steps(settings, data), *_notes_on_base(settings)):
         console.print(note, soft_wrap=True)  # a path in it is not broken
-    for text in unused(settings.given, data, data.answers):
+    for text in unused(settings.given, data):
         console.print(Text(f"note: {text}"), soft_wrap=True)
 
 
