@@ -66,6 +66,8 @@ TOKENS = 560
 WARM_UP, PASSES, STEPS = 3, 3, 4
 PROMPTS_PER_RANK, ANSWERS = 15, 4
 SEQUENCES_PER_RANK = 20
+_SECONDS = 1200
+"""Longest time of one measurement: on a busy machine four ranks take minutes."""
 
 
 @dataclass(frozen=True)
@@ -307,9 +309,9 @@ def measure_all(
 ) -> tuple[dict[str, Traffic], dict[str, Loop], dict[str, Handed]]:
     """Of rank 0."""
     return (
-        run_on_ranks(measure_scores, ranks, folder, adapter)[0],
-        run_on_ranks(measure_steps, ranks, folder, adapter)[0],
-        run_on_ranks(measure_handover, ranks, folder, folder)[0],
+        run_on_ranks(measure_scores, ranks, folder, adapter, timeout_seconds=_SECONDS)[0],
+        run_on_ranks(measure_steps, ranks, folder, adapter, timeout_seconds=_SECONDS)[0],
+        run_on_ranks(measure_handover, ranks, folder, folder, timeout_seconds=_SECONDS)[0],
     )
 
 
