@@ -92,7 +92,8 @@ def test_what_convert_writes_is_accepted(tiny_qwen2: Path, tmp_path: Path) -> No
 
 
 def test_another_base_is_refused(tiny_qwen2: Path, tmp_path: Path) -> None:
-    """By the content that its run recorded, whatever it is called; an adapter alone by the name that it gives."""
+    """By the content that its run recorded, whatever it is called; an adapter alone by the name that it gives,
+    and one that gives none is refused."""
     base = build_tiny_model(tmp_path / "base", "qwen2", seed=1)
     of_run = reward_run(tmp_path / "reward", base)
     message = refused(online_recipe(tmp_path / "a", tiny_qwen2, of_run))
@@ -101,6 +102,10 @@ def test_another_base_is_refused(tiny_qwen2: Path, tmp_path: Path) -> None:
     alone = saved_reward_adapter(base, tmp_path / "alone")
     message = refused(online_recipe(tmp_path / "b", tiny_qwen2, alone))
     assert message.startswith(f"{KEY}: {alone} was trained on {base}")
+    config = json.loads((alone / "adapter_config.json").read_text())
+    (alone / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    message = refused(online_recipe(tmp_path / "d", tiny_qwen2, alone))
+    assert message.startswith(f"{KEY}: {alone / 'adapter_config.json'}: base_model_name_or_path is not given")
     wider = build_tiny_model(tmp_path / "wider", "qwen2", num_hidden_layers=1)
     message = refused(online_recipe(tmp_path / "c", wider, of_run))
     assert message.startswith(f"{KEY}: ")
@@ -151,8 +156,10 @@ def test_a_replay_attaches_none(tiny_qwen2: Path, reward: Path, tmp_path: Path) 
     assert reward_model_of(settings_of_run(recipe, "generator.by=recorded", "generator.run=elsewhere")) is None
 
 
-def test_a_reward_model_inside_the_output_is_refused(tiny_qwen2: Path, reward: Path, tmp_path: Path) -> None:
-    """A run may empty its own folder."""
-    recipe = online_recipe(tmp_path / "a", tiny_qwen2, reward)
-    with pytest.raises(UserError, match=rf"output: data\.sources\.0\.score_by .* lies inside {reward.parents[2]}"):
-        prepared(recipe, f"output={reward.parents[2]}", "generator.max_dropped=0.2")
+def test_a_reward_model_inside_the_output_is_refused(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """--overwrite would empty the folder, and the reward model with it."""
+    own = reward_run(tmp_path / "reward", tiny_qwen2)
+    settings = settings_of_run(online_recipe(tmp_path / "a", tiny_qwen2, own), f"output={own.parents[2]}")
+    with pytest.raises(UserError, match=rf"output: {KEY} .* lies inside {own.parents[2]}"):
+        prepare_run(settings, overwrite=True)
+    assert (own / "adapter_model.safetensors").is_file()

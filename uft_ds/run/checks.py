@@ -146,6 +146,7 @@ def check_adapters_are_of_base(settings: Settings, on_file: OnFile) -> None:
     """Refuse an adapter that was trained on another base: if the shapes agree, it would load silently.
 
     The adapter of a run is compared by the content of the base that the run recorded, another one by its base's name.
+    A reward model that names none is refused: nothing later shows that its values are another model's.
 
     Raises:
         UserError: names both.
@@ -158,10 +159,11 @@ def check_adapters_are_of_base(settings: Settings, on_file: OnFile) -> None:
     }
     for key, given in adapters.items():
         if given is not None:
-            _check_is_of_base(key, Path(given), settings, on_file)
+            is_reward = reward is not None and key == reward.key
+            _check_is_of_base(key, Path(given), settings, on_file, must_name_it=is_reward)
 
 
-def _check_is_of_base(key: str, folder: Path, settings: Settings, on_file: OnFile) -> None:
+def _check_is_of_base(key: str, folder: Path, settings: Settings, on_file: OnFile, *, must_name_it: bool) -> None:
     base, run = settings.model.base, run_of_adapter(folder)
     if run is not None:
         with reading_identity(run) as identity:
@@ -173,6 +175,11 @@ def _check_is_of_base(key: str, folder: Path, settings: Settings, on_file: OnFil
             )
         return
     theirs = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if theirs is None and must_name_it:
+        raise UserError(
+            f"{key}: {folder / 'adapter_config.json'}: base_model_name_or_path is not given, so whether the reward "
+            f"model was trained on {base} (model.base) is not known; add it, or give the run that trained it"
+        )
     if theirs is None or theirs == base or (not Path(theirs).is_dir() and Path(theirs).name == Path(base).name):
         return
     ours = base_identity(base, settings.model.revision, on_file)

@@ -56,10 +56,8 @@ class ChatTokenizer:
     @cached_property
     def content_hash(self) -> str:
         """A hash, hex, of tokenizer and chat template: with equal hashes a conversation has the same tokens."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        vocabulary = json.dumps(self.tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
         template = json.dumps(self.tokenizer.chat_template, sort_keys=True)
-        parts = [vocabulary, json.dumps(self.tokenizer.special_tokens_map), template]
+        parts = [vocabulary_of(self.tokenizer), json.dumps(self.tokenizer.special_tokens_map), template]
         return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
     @property
@@ -114,6 +112,12 @@ class ChatTokenizer:
         texts += [json.dumps(call, ensure_ascii=False) for message in messages for call in message.tool_calls]
         texts += [json.dumps(tool, ensure_ascii=False) for tool in tools]
         return any(token in text for text in texts for token in self.control_tokens)
+
+
+def vocabulary_of(tokenizer: Any) -> str:
+    """All by which a tokenizer turns text into tokens, as text: with equal ones a text has the same tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else str(backend.to_str())
 
 
 def open_tokenizer(base: str, *, revision: str | None = None, chat_template: str | None = None) -> ChatTokenizer:

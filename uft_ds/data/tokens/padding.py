@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from uft_ds.data.tokens.chat_template import special_tokens, template_of
-from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer, read_tokenizer, save_tokenizer
+from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer, read_tokenizer, save_tokenizer, vocabulary_of
 from uft_ds.errors import UserError
 
 
@@ -62,14 +61,14 @@ def is_saved_for_scoring(chat: ChatTokenizer, folder: Path) -> bool:
     Raises:
         UserError: the folder holds no tokenizer that can be read.
     """
-    theirs = read_tokenizer(str(folder), local_files_only=True)
+    read_tokenizer(str(folder), local_files_only=True)  # its checks: some classes open a folder without a vocabulary
+    # By the class of the given one. transformers finds the class in config.json, which an adapter's folder lacks, and
+    # some classes, such as Qwen2's, read the same files as another normaliser.
+    theirs = type(chat.tokenizer).from_pretrained(str(folder), local_files_only=True)
     own = template_of(chat.tokenizer)
-    return _vocabulary(theirs) == _vocabulary(chat.tokenizer) and theirs.chat_template in (own, ending_with_answer(own))
-
-
-def _vocabulary(tokenizer: Any) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else str(backend.to_str())
+    return vocabulary_of(theirs) == vocabulary_of(chat.tokenizer) and (
+        theirs.chat_template in (own, ending_with_answer(own))
+    )
 
 
 def ending_with_answer(template: str) -> str:
