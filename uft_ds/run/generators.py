@@ -49,7 +49,7 @@ def generator_of(
             pad_id=sampling.stop_token_ids[0],
             tokens_per_batch=given.tokens_at_once,
             stop=Stop(request, engine.agree).check,
-            whole=fits_whole(engine, tokens=given.tokens_at_once),
+            whole=fits_whole(engine, tokens=max(given.tokens_at_once, settings.data.max_length)),
         )
     return ServedGenerator(
         server_of(given),
