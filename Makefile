@@ -19,7 +19,7 @@ SPINE := tests/recipe/test_recipe.py tests/kernels/test_token_logps.py $(addpref
 	test_resume.py::test_a_killed_run_goes_on_bit_for_bit)
 
 .DEFAULT_GOAL := help
-.PHONY: help install fetch quickstart test test-long test-lowest install-lowest lint format bench clean
+.PHONY: help install fetch quickstart online test test-long test-lowest install-lowest lint format bench clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -39,6 +39,9 @@ fetch: install ## Fetch the quickstart's model alone (93 MB); tests that need it
 
 quickstart: install ## Train a small real model on two CPU ranks and talk to it (about 10 minutes)
 	$(BIN)/uft quickstart
+
+online: install ## The quickstart's model learns from its own answers, graded by code (about 10 minutes)
+	$(BIN)/uft quickstart --online
 
 test: install ## Fast tests (under 10 minutes)
 	@# By file: fixtures that train a model serve all tests of theirs. In the order of tests/conftest.py, the slow first.

@@ -12,7 +12,7 @@ from rich.console import Console
 from tiny import build_tiny_model
 
 from uft_ds.errors import CheckFailed, UserError
-from uft_ds.examples import quickstart
+from uft_ds.examples import measuring, quickstart
 from uft_ds.examples.verifiable import Task
 from uft_ds.export.agreement import Agreement
 from uft_ds.export.convert import Conversion
@@ -48,10 +48,10 @@ class Work:
         self._do("merge")
         return Conversion(merged, run, Agreement(3, 1.0, 0.0, 0.0, 1.0))
 
-    def answers(self, model: Path, tasks: tuple[Task, ...], console: Console) -> list[quickstart.Answer]:
+    def answers(self, model: Path, tasks: tuple[Task, ...], console: Console) -> list[measuring.Answer]:
         self._do("base answers" if model == self.base else "trained model answers")
         knows = self.learned and model != self.base
-        return quickstart._graded(tasks, [task.answer if knows else "?" for task in tasks])
+        return measuring.graded(tasks, [task.answer if knows else "?" for task in tasks])
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Work]:
     found = Work(base)
     monkeypatch.setattr(quickstart, "quickstart_model", lambda say: base)
     monkeypatch.setattr(quickstart, "convert_to_merged", found.convert)
-    monkeypatch.setattr(quickstart, "_answers", found.answers)
+    monkeypatch.setattr(quickstart, "answers_of", found.answers)
     return found
 
 

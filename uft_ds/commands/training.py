@@ -192,13 +192,17 @@ def reference(recipe: RecipeName, overrides: Overrides = None) -> None:
 def quickstart(
     overrides: Overrides = None,
     folder: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("runs"),
+    online: Annotated[
+        bool, typer.Option("--online", help="After a short start, train on the model's own answers, graded by code.")
+    ] = False,
 ) -> None:
     """Train a small real model from the package index on verifiable tasks; about ten minutes on two cores."""
     from functools import partial
 
-    settings_given("quickstart", overrides)  # only to tell a slip before seconds of imports
-    from uft_ds.examples.quickstart import run_quickstart
+    settings_given("quickstart_online" if online else "quickstart", overrides)  # a slip is told before long imports
+    from uft_ds.examples.quickstart import run_online, run_quickstart
     from uft_ds.run.forked import rank_server
 
+    run = run_online if online else run_quickstart
     with rank_server() as server:  # before the model answers: a process that has computed must not be forked
-        run_quickstart(folder, tuple(overrides or ()), console=console, train=partial(_train, server=server))
+        run(folder, tuple(overrides or ()), console=console, train=partial(_train, server=server))
