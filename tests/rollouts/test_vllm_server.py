@@ -73,8 +73,11 @@ def questions(folder: Path) -> list[Question]:
         for text in PROMPTS
     ]
     # Longer than a block of the prefix cache, which has at most 128 tokens, so that versions could share prefixes.
-    rows.append(rows[0] * (300 // len(rows[0]) + 1))
-    return [Question(tuple(row), 4, seed=number) for number, row in enumerate(rows)]
+    long = rows[0] * (150 // len(rows[0]) + 1)
+    return [
+        *(Question(tuple(row), 4, seed=number) for number, row in enumerate(rows)),
+        Question(tuple(long), 2, seed=9),
+    ]
 
 
 @pytest.fixture(scope="module")
