@@ -10,8 +10,14 @@ none after a restart.
     scale           loads adapters with half their alpha
     missing_layers  loads adapters without their first layer
     nan_adapter     loads adapters with a NaN
+    half_written    the half of a file that it finds is not there yet: it does not load it
+    slow_load       waits for `slow_seconds` before it loads an adapter
     other_ids       gives other ids, as after text and tokeniser, with the old log-probs
-    fewer_logps, nan_logps, clamped_logps, positive_logps
+    fewer_logps     has one log-prob less than ids
+    nan_logps       gives a NaN for a log-prob
+    clamped_logps   gives -9999, as vLLM does for minus infinity
+    positive_logps  gives a log-prob above 0
+    cut_short       leaves out the last token, and says that the answer was cut
     finish_lies     says `stop` for `length` and `length` for `stop`
     other_prompt    echoes another prompt
     other_name      says that another model has answered
@@ -29,6 +35,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import socket
 import threading
 import time
@@ -40,12 +47,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load, load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 ALWAYS = 10**9
 NAN = math.nan
+FAULTS = tuple(re.findall(r"^    ([a-z]\w*)  ", str(__doc__).partition("fault  ")[2], re.MULTILINE))
+"""The names in the list above."""
 
 
 @dataclass
@@ -70,6 +80,7 @@ class StandIn:
     max_length: int = 512
     max_rank: int = 16
     takes_adapters: bool = True
+    sees_disk: bool = True
     is_raw: bool = True
     slow_seconds: float = 1.0
     slow_prompt: list[int] | None = None
@@ -163,13 +174,22 @@ def handler_of(at: StandIn) -> type[BaseHTTPRequestHandler]:
             if name in at.adapters:
                 self.refuse(400, f"The lora adapter '{name}' has already been loaded.")
                 return
-            if not Path(path).is_dir():
+            if not at.sees_disk or not Path(path).is_dir():
                 self.refuse(404, f"Loading lora {name} failed: No adapter found for {path}")
                 return
             rank = json.loads((Path(path) / "adapter_config.json").read_text())["r"]
             if rank > at.max_rank:
                 self.refuse(500, f"LoRA rank {rank} is greater than max_lora_rank {at.max_rank}.")
                 return
+            if at.happens("slow_load"):
+                time.sleep(at.slow_seconds)
+            if at.happens("half_written"):
+                whole = (Path(path) / "adapter_model.safetensors").read_bytes()
+                try:
+                    load(whole[: len(whole) // 2])
+                except SafetensorError as error:
+                    self.refuse(500, str(error))
+                    return
             loaded = Loaded(path, with_adapter(at, Path(path)))
             at.adapters[name] = loaded
             at.loads.append(loaded)
@@ -282,6 +302,8 @@ def reply_of(at: StandIn, body: dict[str, Any], ids: list[int], logps: list[floa
         ids = [token if token in body["stop_token_ids"] else 3 + (token + 1) % 256 for token in ids]
     if at.happens("no_tokens"):
         ids, logps = [], []
+    if at.happens("cut_short"):
+        ids, logps, reason = ids[:-1] or ids, logps[:-1] or logps, "length"
     if at.happens("fewer_logps"):
         logps = logps[:-1]
     for fault, value in (("nan_logps", NAN), ("clamped_logps", -9999.0), ("positive_logps", 0.5)):

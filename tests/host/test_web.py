@@ -86,13 +86,22 @@ def test_a_cut_answer_is_none(sent: bytes) -> None:
     assert not raised.value.is_late
 
 
-def test_a_server_that_drips_meets_the_limit() -> None:
-    """A byte now and then is no progress."""
+@pytest.mark.parametrize(
+    ("first", "again"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n", b" "),
+        (b"HTTP/1.1 200 OK\r\nX-Long: ", b"x"),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    ],
+    ids=["body", "headers", "continue"],
+)
+def test_a_server_that_drips_meets_the_limit(first: bytes, again: bytes) -> None:
+    """A byte now and then is no progress, wherever in the answer it is."""
 
     def drip(connected: socket.socket) -> None:
-        connected.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+        connected.sendall(first)
         for _ in range(100):
-            connected.sendall(b" ")
+            connected.sendall(again)
             time.sleep(0.02)
 
     started = time.monotonic()
@@ -130,6 +139,28 @@ def test_another_thread_cuts_requests_off() -> None:
         assert time.monotonic() - started < 10
         with pytest.raises(NoReply, match="cut off"):
             ask(url, under_way=under_way)
+        with pytest.raises(NoReply, match="cut off"):
+            under_way.pause(60.0)
+        assert time.monotonic() - started < 10
+
+
+def test_a_query_is_sent() -> None:
+    """The server is asked for the whole of the URL behind its address."""
+    asked: list[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            connected, _ = listening.accept()
+            with connected:
+                asked.append(connected.recv(65536))
+                connected.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/info?form=json"
+        exchange("GET", url, headers={}, seconds=5.0, under_way=UnderWay())
+        thread.join(10)
+    assert asked[0].startswith(b"GET /info?form=json HTTP/1.1\r\n")
 
 
 def test_a_proxy_of_the_environment_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:

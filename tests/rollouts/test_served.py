@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from policies import QUICK, SAMPLING, TinyPolicy, answered, generator_of, tiny_questions
-from stand_in_server import StandIn, stand_in
+from stand_in_server import ALWAYS, StandIn, stand_in
 from tiny import VOCAB_SIZE
 
 from uft_ds.errors import CheckFailed, Stopped, UserError
+from uft_ds.host.web import Reply
+from uft_ds.rollouts import server as server_module
 from uft_ds.rollouts.adapter_versions import Adapters, version_name
 from uft_ds.rollouts.answers import Answer, PolicyVersion, Sampling
 from uft_ds.rollouts.gate import RESPONSE_NATS, check_served
 from uft_ds.rollouts.served import Limits, ServedGenerator
-from uft_ds.rollouts.server import Server
+from uft_ds.rollouts.server import Client, Refused, Server
 
 COMPLETIONS, LOAD, UNLOAD = "/v1/completions", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 
@@ -237,6 +241,45 @@ def test_a_stop_ends_the_wait_at_once(policy: TinyPolicy, server: StandIn, tmp_p
     with pytest.raises(Stopped, match="by a test"):
         generator.answer(tiny_questions())
     assert calls > 2
+
+
+@pytest.mark.parametrize("fault", ["slow_load", "slow", "hangs"])
+def test_a_stop_is_heard_during_a_publication(policy: TinyPolicy, server: StandIn, tmp_path: Path, fault: str) -> None:
+    """While the server loads, while it answers the probe, and while it says nothing: within a second, not by its
+    limit, and the connection is cut."""
+    asked = threading.Event()
+
+    def stop() -> None:
+        if asked.is_set() and server.now > 0:
+            raise Stopped("by a test")
+
+    server.slow_seconds = 3.0
+    generator = generator_of(server.url, policy, tmp_path, stop=stop)
+    generator.publish(*policy.version(1))
+    server.faults[fault] = ALWAYS
+    asked.set()
+    started = time.monotonic()
+    with pytest.raises(Stopped, match="by a test"):
+        generator.publish(*policy.version(2))
+    assert time.monotonic() - started < 2.0
+    server.faults.clear()
+
+
+@pytest.mark.parametrize("key", ["", "sk-secret\n", "sk-secret\u00e9", "sk-secret\x7f"])
+def test_a_key_that_no_header_holds_is_refused(key: str) -> None:
+    """Before it is sent, and without being said: the error of the header would show it."""
+    with pytest.raises(UserError) as raised:
+        Client(Server("http://127.0.0.1:1", key=key))
+    assert "secret" not in str(raised.value)
+
+
+def test_a_key_in_a_refusal_is_not_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor half of it, where the server's words are shortened."""
+    body = json.dumps({"error": "x" * 195 + " sk-secret"}).encode()
+    monkeypatch.setattr(server_module, "exchange", lambda *args, **kwargs: Reply(400, body))
+    with pytest.raises(Refused) as raised:
+        Client(Server("http://127.0.0.1:1", key="sk-secret")).unload("x")
+    assert "sk" not in str(raised.value)
 
 
 def test_a_key_is_sent_and_never_said(policy: TinyPolicy, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import io
 import json
 import os
 import socket
@@ -11,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from uft_ds.errors import UserError
@@ -69,15 +71,24 @@ class UnderWay:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._sockets: set[socket.socket] = set()
-        self._is_cut = False
+        self._cut = threading.Event()
 
     def cut_off(self) -> None:
-        """Close all connections. Later requests fail at once."""
+        """Close all connections, and end all pauses. Later requests fail at once."""
         with self._lock:
-            self._is_cut = True
+            self._cut.set()
             for connected in self._sockets:
                 with suppress(OSError):
                     connected.shutdown(socket.SHUT_RDWR)
+
+    def pause(self, seconds: float) -> None:
+        """Sleep between two requests.
+
+        Raises:
+            NoReply: all have been cut off.
+        """
+        if self._cut.wait(seconds):
+            raise NoReply("the requests were cut off")
 
     @contextmanager
     def listed(self, connected: socket.socket) -> Iterator[None]:
@@ -87,7 +98,7 @@ class UnderWay:
             NoReply: all have been cut off already.
         """
         with self._lock:
-            if self._is_cut:
+            if self._cut.is_set():
                 raise NoReply("the requests were cut off")
             self._sockets.add(connected)
         try:
@@ -137,6 +148,7 @@ def exchange(
     parts = urlsplit(url)
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(str(parts.hostname), parts.port, timeout=min(seconds, CONNECT_SECONDS))
+    target = f"{parts.path or '/'}{f'?{parts.query}' if parts.query else ''}"
     try:
         try:
             connection.connect()
@@ -144,11 +156,12 @@ def exchange(
             raise NoReply(f"no connection ({_said(error)})") from None
         connected = connection.sock
         with under_way.listed(connected):
-            deadline = time.monotonic() + seconds
+            until = time.monotonic() + seconds
             connected.settimeout(seconds)
-            connection.request(method, parts.path or "/", body, dict(headers))
+            connection.response_class = _limited(until)
+            connection.request(method, target, body, dict(headers))
             with connection.getresponse() as response:
-                return Reply(response.status, _read(response, connected, deadline))
+                return Reply(response.status, _read(response))
     except TimeoutError:
         raise NoReply(f"no answer within {seconds:g} s", is_late=True) from None
     # A ValueError comes from a connection with TLS that another thread has cut off.
@@ -158,14 +171,44 @@ def exchange(
         connection.close()
 
 
-def _read(response: http.client.HTTPResponse, connected: socket.socket, deadline: float) -> bytes:
-    """The whole body. A server that sends a byte now and then meets the deadline, too."""
-    read = bytearray()
-    while not response.isclosed():
-        remaining = deadline - time.monotonic()
+class _UntilThen(io.RawIOBase):
+    """What a connection receives until a moment. A socket's own time limit begins anew with each byte that arrives."""
+
+    def __init__(self, connected: socket.socket, until: float) -> None:
+        self._connected, self._until = connected, until
+        self._received = connected.makefile("rb", buffering=0)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        remaining = self._until - time.monotonic()
         if remaining <= 0:
             raise TimeoutError
-        connected.settimeout(remaining)
+        self._connected.settimeout(remaining)
+        return self._received.readinto(buffer)
+
+    def close(self) -> None:
+        self._received.close()
+        super().close()
+
+
+def _limited(until: float) -> type[http.client.HTTPResponse]:
+    """Responses whose headers and body have to arrive before a moment."""
+
+    class Limited(http.client.HTTPResponse):
+        def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+            super().__init__(sock, *args, **kwargs)
+            self.fp.close()
+            self.fp = io.BufferedReader(_UntilThen(sock, until))
+
+    return Limited
+
+
+def _read(response: http.client.HTTPResponse) -> bytes:
+    """The whole body."""
+    read = bytearray()
+    while not response.isclosed():
         read += (block := response.read1(65536))
         if not block:
             break

@@ -29,8 +29,8 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """How all jobs are asked. model: the adapter's name. seconds: the longest that one request may take."""
+class RequestForm:
+    """What all requests of a round share. model: the adapter's name. seconds: the longest that one may take."""
 
     model: str
     sampling: Sampling
@@ -41,9 +41,9 @@ class Asked:
 class Round:
     """Asks until everything has an answer, or the server fails."""
 
-    def __init__(self, client: Client, asked: Asked) -> None:
-        self._client, self._asked = client, asked
+    def __init__(self, client: Client, form: RequestForm) -> None:
         self._under_way = UnderWay()
+        self._client, self._form = client.within(self._under_way), form
         self._lost: Unavailable | None = None
         self._given_up: dict[int, Unanswered] = {}
 
@@ -78,16 +78,16 @@ class Round:
             except Unavailable as error:
                 self._lost = error
                 return error
-        reason = f"no answer within {self._asked.seconds:g} s, asked {_TRIES} times with the same seed"
+        reason = f"no answer within {self._form.seconds:g} s, asked {_TRIES} times with the same seed"
         return self._given_up.setdefault(job.question, Unanswered(reason))
 
     def _answer(self, job: Job) -> Answer:
-        how = self._asked
-        body = request_body(how.model, job.prompt, seed=job.seed, sampling=how.sampling)
+        form = self._form
+        body = request_body(form.model, job.prompt, seed=job.seed, sampling=form.sampling)
         try:
-            reply = self._client.complete(body, seconds=how.seconds, under_way=self._under_way)
+            reply = self._client.complete(body, seconds=form.seconds)
             return answer_in(
-                reply, model=how.model, prompt=job.prompt, sampling=how.sampling, vocab_size=how.vocab_size
+                reply, model=form.model, prompt=job.prompt, sampling=form.sampling, vocab_size=form.vocab_size
             )
         except Aborted as error:
             raise Unavailable(str(error)) from None
@@ -97,5 +97,5 @@ class Round:
                 raise Unavailable(str(error), status=404) from None
             raise CheckFailed(
                 f"generator: {self._client.url} refuses a prompt of {len(job.prompt)} tokens with at most "
-                f"{how.sampling.max_new_tokens} of an answer: {error}"
+                f"{form.sampling.max_new_tokens} of an answer: {error}"
             ) from None

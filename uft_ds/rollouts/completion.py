@@ -66,20 +66,22 @@ def answer_in(
     if reason == "abort":
         raise Aborted("the server has aborted the request")
     if reply.get("model", model) != model:
-        raise _wrong(f"it answers by {reply['model']!r}, {model!r} was asked for")
+        raise _wrong(f"it answers by {_shown(reply['model'])}, {model!r} was asked for")
     if echoed is not None and echoed != list(prompt):
         raise _wrong("it answers another prompt: its prompt_token_ids are not the ones that were sent")
     if not isinstance(ids, list) or not ids:
-        raise _wrong(f"token_ids are {str(ids)[:80]}, expected at least one")
+        raise _wrong(f"token_ids are {_shown(ids)}, expected at least one")
     for token in ids:
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
-            raise _wrong(f"token_ids hold {token!r}, expected whole numbers from 0 to {vocab_size - 1}")
+            raise _wrong(f"token_ids hold {_shown(token)}, expected whole numbers from 0 to {vocab_size - 1}")
     if not isinstance(logps, list) or len(logps) != len(ids):
         number = len(logps) if isinstance(logps, list) else "no"
         raise _wrong(f"it has {len(ids)} token_ids and {number} log-probs")
     for logp in logps:
         if not _is_logp(logp):
-            raise _wrong(f"a log-prob is {logp!r}, expected a finite number not above 0; are weights or adapter NaN?")
+            raise _wrong(
+                f"a log-prob is {_shown(logp)}, expected a finite number not above 0; are weights or adapter NaN?"
+            )
     return Answer(tuple(ids), _ended(ids, reason, sampling), tuple(map(float, logps)))
 
 
@@ -108,8 +110,13 @@ def _ended(ids: list[int], reason: Any, sampling: Sampling) -> bool:
             "server with a larger --max-model-len"
         )
     if reason not in ("stop", "length"):
-        raise _wrong(f"finish_reason is {reason!r}, expected 'stop' or 'length'")
+        raise _wrong(f"finish_reason is {_shown(reason)}, expected 'stop' or 'length'")
     return ended
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _wrong(problem: str) -> CheckFailed:

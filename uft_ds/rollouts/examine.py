@@ -170,7 +170,7 @@ def _adapters(client: Client, base: Served, needed: Needed, of_base: Answer) -> 
     """Whether adapters are taken while the server runs, and do what they must."""
     name, rank = "server's adapters", rank_of(needed.adapters.config)
     zeros, numbers = _small_adapters(needed.shapes, needed.adapters.config)
-    largest, summed, tokens = _apart(_by_adapter(client, needed, base, "zeros", zeros), of_base)
+    _, summed, tokens = _apart(_by_adapter(client, needed, base, "zeros", zeros), of_base)
     if not summed <= RESPONSE_NATS[needed.dtype] * math.sqrt(tokens):
         found = f"an adapter of zeros changes the log-probs of {base.name} by {summed:.3g} nats in {tokens} tokens"
         raise _Problem(name, found, "another version of vLLM: this one adds something else")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from uft_ds.errors import CheckFailed, GeneratorLost, UserError
@@ -19,11 +18,9 @@ def is_without_route(error: Refused) -> bool:
     return error.status == 404 and error.words == _NO_SUCH_ROUTE
 
 
-def load(client: Client, name: str, path: Path, wait: Callable[[float], None]) -> None:
+def load(client: Client, name: str, path: Path) -> None:
     """Load an adapter under a name. A name that the server has already, from the same folder, is as good.
 
-    Args:
-        wait: sleeps for a number of seconds.
     Raises:
         Unavailable: the server is not well. GeneratorLost: it is, and does not take the adapter. UserError: it does not
             take any. CheckFailed: it has another adapter under this name, or does not understand the request.
@@ -49,7 +46,7 @@ def load(client: Client, name: str, path: Path, wait: Callable[[float], None]) -
             client.check_health()
             problem = error
         if tries < _TRIES:
-            wait(back_off_seconds(tries, None))
+            client.pause(back_off_seconds(tries, None))
     raise GeneratorLost(
         f"generator: {client.url} is well and does not take the adapter {path}: {problem} (asked {_TRIES} times). Is "
         "the folder on a disk that the server sees under the same path, may it read it, and was the server started "

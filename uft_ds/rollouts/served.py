@@ -18,13 +18,15 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from uft_ds.errors import CheckFailed, GeneratorLost, UserError
+from uft_ds.host.web import UnderWay
 from uft_ds.rollouts.adapter_versions import Adapters, check_servable, delete_old, version_name, write_version
 from uft_ds.rollouts.answers import Answer, Answers, PolicyVersion, Question, Sampling, Unanswered
-from uft_ds.rollouts.asking import Asked, Job, Round
+from uft_ds.rollouts.asking import Job, RequestForm, Round
 from uft_ds.rollouts.loading import load
 from uft_ds.rollouts.patience import Patience
 from uft_ds.rollouts.probe import likeliest, takes_logps_before_sampling
 from uft_ds.rollouts.server import Client, Refused, Server, TooLate, Unavailable
+from uft_ds.scoring.threads import in_threads
 
 _Out = TypeVar("_Out")
 _PROBE_NATS = 0.1
@@ -95,7 +97,7 @@ class ServedGenerator:
         It is asked once, and again after the server was lost, which may have come back as another one.
         """
         if self._identity is None:
-            self._identity = self._patiently(self._asked_identity)
+            self._identity = self._patiently(self._identity_of)
         return self._identity
 
     def publish(self, version: PolicyVersion, tensors: Mapping[str, Tensor]) -> None:
@@ -104,7 +106,12 @@ class ServedGenerator:
         path = write_version(self._adapters, version, tensors)
         name = self._adapters.named(version_name(version, self._adapters.config))
         before = self._current
-        self._current = self._patiently(lambda: self._loaded(_Version(name, path)))
+        try:
+            self._current = self._patiently(lambda client: self._loaded(client, _Version(name, path)))
+        except UserError as error:
+            if before is None:
+                raise
+            raise _in_another_form(error) from None
         self._forget_others(before)
         try:
             delete_old(self._adapters.folder, path)
@@ -118,12 +125,12 @@ class ServedGenerator:
             for number, question in enumerate(questions)
             for seed in question.seeds
         ]
-        asked = Asked(self._current.name, self._sampling, self._vocab_size, self._limits.seconds)
+        form = RequestForm(self._current.name, self._sampling, self._vocab_size, self._limits.seconds)
         answers: dict[Job, Answer] = {}
         given_up: dict[int, Unanswered] = {}
         while left := [job for job in jobs if job not in answers and job.question not in given_up]:
             lost: Unavailable | None = None
-            found = Round(self._client, asked).results(left, self._limits.concurrency, self._stop)
+            found = Round(self._client, form).results(left, self._limits.concurrency, self._stop)
             for job, one in zip(left, found, strict=True):
                 if isinstance(one, Answer):
                     answers[job] = one
@@ -146,14 +153,17 @@ class ServedGenerator:
                 self._client.unload(self._current.name)
             self._current = None
 
-    def _asked_identity(self) -> dict[str, Any]:
-        base = self._client.base()
-        is_raw = takes_logps_before_sampling(self._client, base.name, self._vocab_size)
+    def _identity_of(self, client: Client) -> dict[str, Any]:
+        base = client.base()
+        try:
+            is_raw = takes_logps_before_sampling(client, base.name, self._vocab_size)
+        except Refused as error:
+            raise _refuses_probe(client, error) from None
         return {
             "generator": "vllm",
-            "version": self._client.version(),
+            "version": client.version(),
             "model": base.name,
-            "dtype": self._client.dtype(),
+            "dtype": client.dtype(),
             "logprobs": "raw" if is_raw else "processed",
             "sampling": asdict(self._sampling) | {"stop_token_ids": sorted(self._sampling.stop_token_ids)},
         }
@@ -176,32 +186,43 @@ class ServedGenerator:
                 "start it without --logprobs-mode processed_logprobs"
             )
 
-    def _patiently(self, work: Callable[[], _Out]) -> _Out:
+    def _patiently(self, work: Callable[[Client], _Out]) -> _Out:
         """The result, as soon as the server gives one."""
         while True:
-            self._stop()
             try:
-                return work()
+                return self._listening(work)
             except (Unavailable, TooLate) as error:
+                self._identity = None
                 self._patience.failed(error)
 
-    def _loaded(self, version: _Version) -> _Version:
+    def _listening(self, work: Callable[[Client], _Out]) -> _Out:
+        """The result of requests that another thread sends. This one listens for a stop, at which they are cut off: a
+        load may take minutes."""
+        under_way = UnderWay()
+        try:
+            (result,) = in_threads(work, [self._client.within(under_way)], 1, meanwhile=self._stop)
+        except BaseException:
+            under_way.cut_off()
+            raise
+        return result
+
+    def _loaded(self, client: Client, version: _Version) -> _Version:
         """The version with its probe; the server answers by it now.
 
         Raises:
             Unavailable, TooLate: another time it may. GeneratorLost, UserError, CheckFailed: as `load`, or it answers
                 by something else than before.
         """
-        load(self._client, version.name, version.path, self._patience.wait)
+        load(client, version.name, version.path)
         try:
-            (logp,) = likeliest(self._client, version.name, self._vocab_size).logps or ()
+            (logp,) = likeliest(client, version.name, self._vocab_size).logps or ()
         except Refused as error:
             if error.status == 404:  # lost again in between, or another server behind the same address
                 raise Unavailable(str(error), status=404) from None
-            raise CheckFailed(f"generator: {self._client.url} refuses a fixed prompt: {error}") from None
+            raise _refuses_probe(client, error) from None
         if version.logp is not None and not abs(logp - version.logp) <= _PROBE_NATS:
             raise CheckFailed(
-                f"generator: {self._client.url} has come back as another one: it gives the likeliest token of a fixed "
+                f"generator: {client.url} has come back as another one: it gives the likeliest token of a fixed "
                 f"prompt {logp:.4g} nats by {version.name}, {version.logp:.4g} before. Start it with the same base "
                 "model, dtype and flags"
             )
@@ -214,14 +235,15 @@ class ServedGenerator:
         current = self._current
         assert current is not None
 
-        def again() -> _Version:
-            self._client.check_health()
-            return self._loaded(current)
+        def again(client: Client) -> _Version:
+            client.check_health()
+            return self._loaded(client, current)
 
         try:
             self._current = self._patiently(again)
+            self._check_logps()
         except UserError as error:
-            raise GeneratorLost(f"generator: it has come back in another form: {error}") from None
+            raise _in_another_form(error) from None
 
     def _forget_others(self, before: _Version | None) -> None:
         """Unload the version before, and what an earlier start of the run has left.
@@ -229,12 +251,25 @@ class ServedGenerator:
         A name that stays does no harm: it is never asked again, and the server drops the weights itself.
         """
         assert self._current is not None
+        current, folder = self._current.name, self._adapters.folder
         others = {before.name} if before is not None else set()
+
+        def forget(client: Client) -> None:
+            found = {one.name for one in client.models() if one.root and Path(one.root).parent == folder}
+            for name in sorted((others | found) - {current}):
+                with suppress(Refused):
+                    client.unload(name)
+
         try:
-            folder = str(self._adapters.folder)
-            others |= {one.name for one in self._client.models() if one.root and str(Path(one.root).parent) == folder}
-        except (Unavailable, CheckFailed) as error:
-            self._on_event(f"generator: {self._client.url} does not list its adapters ({error})")
-        for name in sorted(others - {self._current.name}):
-            with suppress(Refused, Unavailable):
-                self._client.unload(name)
+            self._listening(forget)
+        except (Unavailable, CheckFailed, UserError) as error:
+            self._on_event(f"generator: {self._client.url} does not forget older adapters ({error})")
+
+
+def _in_another_form(error: UserError) -> GeneratorLost:
+    """Of a server that worked before: the run must save, which it does not for bad input."""
+    return GeneratorLost(f"generator: it has come back in another form: {error}")
+
+
+def _refuses_probe(client: Client, error: Refused) -> CheckFailed:
+    return CheckFailed(f"generator: {client.url} refuses a fixed prompt: {error}")

@@ -74,13 +74,30 @@ class Refused(Exception):
 class Client:
     """Asks a server; it may be used by several threads at once."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, under_way: UnderWay | None = None) -> None:
         """
+        Args:
+            under_way: cuts its requests off; None: nothing does.
         Raises:
-            UserError: the URL is none.
+            UserError: the URL is none, or the key is.
         """
         self.url = _root_of(server.url)
+        if server.key is not None and not (server.key and server.key.isascii() and server.key.isprintable()):
+            # A header could not hold it, and the error would show it.
+            raise UserError("generator: the key is empty, or holds a line break or another character that no key has")
         self._server = server
+        self._under_way = under_way or UnderWay()
+
+    def within(self, under_way: UnderWay) -> Client:
+        """The same client, whose requests another thread can cut off."""
+        return Client(self._server, under_way)
+
+    def pause(self, seconds: float) -> None:
+        """Sleep between two requests. Raises Unavailable if they have been cut off."""
+        try:
+            self._under_way.pause(seconds)
+        except NoReply as error:
+            raise Unavailable(str(error)) from None
 
     def check_health(self) -> None:
         """Raises Unavailable unless the server says that it works."""
@@ -146,13 +163,13 @@ class Client:
         """Make the server forget an adapter's name. Raises as `load`, 404 if it has no such name."""
         self._asked("POST", "/v1/unload_lora_adapter", {"lora_name": name}, seconds=_QUESTION_SECONDS)
 
-    def complete(self, body: Mapping[str, Any], *, seconds: float, under_way: UnderWay | None = None) -> dict[str, Any]:
+    def complete(self, body: Mapping[str, Any], *, seconds: float) -> dict[str, Any]:
         """The reply to a completion request.
 
         Raises:
             Unavailable, TooLate, Refused. CheckFailed: it is no JSON object. UserError: the key is not accepted.
         """
-        return _object(self._asked("POST", "/v1/completions", body, seconds=seconds, under_way=under_way))
+        return _object(self._asked("POST", "/v1/completions", body, seconds=seconds))
 
     def _asked(
         self,
@@ -161,7 +178,6 @@ class Client:
         body: Mapping[str, Any] | None = None,
         *,
         seconds: float,
-        under_way: UnderWay | None = None,
     ) -> bytes:
         headers = {"Accept": "application/json", "Content-Type": "application/json", "User-Agent": "uft_ds"}
         if self._server.key is not None:
@@ -169,16 +185,17 @@ class Client:
         data = None if body is None else json.dumps(body).encode()
         url = self.url + path
         try:
-            reply = exchange(method, url, data, headers=headers, seconds=seconds, under_way=under_way or UnderWay())
+            reply = exchange(method, url, data, headers=headers, seconds=seconds, under_way=self._under_way)
         except NoReply as error:
             if error.is_late and path == "/v1/completions":
                 raise TooLate(str(error)) from None
             raise Unavailable(str(error)) from None
         if reply.status == 200:
             return reply.body
-        words = words_of(reply.body)
-        if self._server.key is not None:
-            words = words.replace(self._server.key, "***")
+        # Before it is shortened, or the first half of a key might stay.
+        words = words_of(
+            reply.body if self._server.key is None else reply.body.replace(self._server.key.encode(), b"***")
+        )
         if reply.status >= 500 or reply.status in _BUSY:
             raise Unavailable(str(Refused(reply.status, words)), status=reply.status)
         if reply.status in (401, 403):
