@@ -15,7 +15,10 @@ class UserError(Exception):
     """
 
     exit_code = EXIT_BAD_INPUT
-    by_all = False
+
+    def __init__(self, message: str = "", *, by_all: bool = False) -> None:
+        super().__init__(message)
+        self.by_all = by_all
 
 
 class CheckFailed(Exception):
@@ -25,7 +28,10 @@ class CheckFailed(Exception):
     """
 
     exit_code = EXIT_CHECK_FAILED
-    by_all = False
+
+    def __init__(self, message: str = "", *, by_all: bool = False) -> None:
+        super().__init__(message)
+        self.by_all = by_all
 
 
 class GeneratorLost(CheckFailed):

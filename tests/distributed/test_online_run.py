@@ -206,7 +206,7 @@ def test_a_scorer_that_changes_is_refused_on_resume(unbroken: Path, tiny_qwen2: 
     scorer.write_text(SCORER + "# another version\n")
     result = train(recipe, "--resume")
     assert result.returncode == 2, result.stdout
-    assert "the scorer is another one than at step" in result.stdout + result.stderr
+    assert "the scorer is another one than in the steps before" in result.stdout + result.stderr
     scorer.write_text(SCORER)
     result = train(recipe, "--resume")
     assert result.returncode == 0, result.stdout + result.stderr

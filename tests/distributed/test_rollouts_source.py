@@ -103,7 +103,7 @@ class World:
         return Rollouts(
             plan,
             [source.selection for source in mixed],
-            Rules(SEED, 0.1, torch.float32, UFT, max_kl),
+            Rules(SEED, 0.1, torch.float32, UFT, "hash", max_kl),
             made_by,
             RecordFolder(self.folder / record),
             self.engine,
@@ -159,12 +159,14 @@ def run_of_steps(folder: Path, base: Path) -> dict[str, Any]:
 
         with deepspeed.zero.GatheredParameters([moved], modifier_rank=0):
             moved += 1e-3
+    of_another_policy = here.source(None, "moved", "run").step(1)
     other = MadeUp()
     anew = here.source(other).step(1)
     return {
         "first": [content(step) for step in first],
         "again": [content(step) for step in again],
         "replayed": [content(step) for step in replayed],
+        "of_another_policy": content(of_another_policy),
         "made": [step.made["rollouts/replayed"] for step in (*first, *again, *replayed, anew)],
         "metrics": dict(first[0].made),
         "published": generator.published,
@@ -213,6 +215,15 @@ def test_a_record_of_another_policy_is_not_trained_on(ranks: list[dict[str, Any]
     names = ranks[0]["files"]
     assert {"000001.json", "000002.json", "000003.json"} < set(names)
     assert len(names) == 4
+
+
+def test_a_replay_by_another_policy_trains_on_scored_data(ranks: list[dict[str, Any]]) -> None:
+    """The same tokens and scores, but nothing says that the policy of the step has given them."""
+    for rank in ranks:
+        then, now = rank["first"][1], rank["of_another_policy"]
+        assert [row[:-1] for row in now] == [row[:-1] for row in then]
+        assert any(row[-1] == {"online": 1.0} for row in then)
+        assert all(row[-1] == {} for row in now)
 
 
 def test_metrics_say_how_the_step_was_made(ranks: list[dict[str, Any]]) -> None:

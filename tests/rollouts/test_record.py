@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -95,3 +97,49 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     record.step_file(2).write_text(json.dumps(content | {"format": 2}))
     with pytest.raises(UserError, match="written by a newer uft_ds"):
         record.read(2)
+
+
+def test_half_of_a_surrogate_pair_is_kept(tmp_path: Path) -> None:
+    """A judge's reply may hold one, and UTF-8 has no form for it."""
+    record = RecordFolder(tmp_path)
+    odd = replace(RECORD, groups=(replace(GROUP, answers=(replace(ANSWER, reply="7 \ud83d"),)),))
+    record.write(odd)
+    assert record.read(2) == odd
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"score": 7.5}, "a score of 7.5"),
+        ({"score": None}, "an answer without a score"),
+        ({"ids": []}, "expected token ids"),
+        ({"ids": [3, -1]}, "expected token ids"),
+        ({"ids": [True]}, "expected token ids"),
+    ],
+)
+def test_values_that_nothing_has_written_are_refused(tmp_path: Path, change: dict[str, Any], problem: str) -> None:
+    """By file and line, though the hash agrees: a record may be made by another program."""
+    record = RecordFolder(tmp_path)
+    record.write(RECORD)
+    path = record.answers_file(2)
+    first, *rest = path.read_text().split("\n")
+    group = json.loads(first)
+    group["answers"][0] |= change
+    path.write_text("\n".join([json.dumps(group), *rest]))
+    step = json.loads(record.step_file(2).read_text())
+    record.step_file(2).write_text(json.dumps(step | {"answers_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}))
+    with pytest.raises(UserError) as refused:
+        record.read(2)
+    assert f"{path}:1" in str(refused.value)
+    assert problem in str(refused.value)
+
+
+def test_the_scorers_of_the_newest_step_before_are_found(tmp_path: Path) -> None:
+    """Also where steps in between have asked no prompt, and so have no record."""
+    record = RecordFolder(tmp_path)
+    assert record.scorers_before(5) == {}
+    record.write(RECORD)
+    record.write(replace(RECORD, number=5, scorers={"0": {"scorer": "y"}}))
+    assert record.scorers_before(5) == {"0": {"scorer": "x"}}
+    assert record.scorers_before(9) == {"0": {"scorer": "y"}}
+    assert record.scorers_before(2) == {}

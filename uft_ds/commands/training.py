@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -50,7 +51,8 @@ def _replaying(run: Path | None) -> list[str]:
     if run is None:
         return []
     of_server = [f"generator.{key}=null" for key in ("url", "served_model", "key_env")]
-    return ["generator.by=recorded", f"generator.run={run}", *of_server]
+    as_yaml = json.dumps(str(run))  # quoted: a folder may have a name that is a number in YAML
+    return ["generator.by=recorded", f"generator.run={as_yaml}", *of_server]
 
 
 def _rehearse(settings: Settings, *, overwrite: bool, resume: bool) -> None:
@@ -167,7 +169,11 @@ def reference(recipe: RecipeName, overrides: Overrides = None) -> None:
     from uft_ds.run.forked import rank_server
 
     if not settings.reference.caches:
-        why = "objective.loss needs no reference" if settings.reference.given_cache else "reference.cache is false"
+        why = "reference.cache is false"
+        if settings.is_online:
+            why = "answers of the policy come once, so an online run has no cache"
+        elif settings.reference.given_cache:
+            why = "objective.loss needs no reference"
         raise UserError(f"there is nothing to fill: {why}")
     work = Path(tempfile.mkdtemp(prefix="uft-reference-"))
     # The reference is the base whatever the policy starts from.

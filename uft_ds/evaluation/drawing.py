@@ -46,8 +46,8 @@ class Draw(LogitsProcessor):
         noise_BV = torch.empty_like(scores)
         for noise_V, generator in zip(noise_BV, self._generators, strict=True):
             noise_V.exponential_(generator=generator)
-        # A 0 would be infinite noise, and its sum with a token that is cut no number.
-        return scores - noise_BV.clamp_min_(torch.finfo(noise_BV.dtype).tiny).log_()
+        # A 0 would be infinite noise, and its sum with a token that is cut no number. It stands for all below 2^-24.
+        return scores - noise_BV.clamp_min_(2.0**-25).log_()
 
     def keep(self, rows: Seq[int]) -> None:
         """Go on with these rows of the batch alone."""

@@ -97,7 +97,8 @@ def answers_on_ranks(
         on_done(done)
     gathered = engine.gather_over_data((own, is_finite))
     if not all(finite for _, finite in gathered):
-        raise CheckFailed("the policy's logits are not finite while it answers, so its tokens mean nothing")
+        problem = "the policy's logits are not finite while it answers, so its tokens mean nothing"
+        raise CheckFailed(problem, by_all=True)
     answered = {place: ids for of_rank, _ in gathered for place, ids in of_rank.items()}
     return [answered[place] for place in range(len(rows))]
 

@@ -27,13 +27,15 @@ def check_own_answers(objective: Objective, groups: Groups, step: Step) -> None:
             if not response.is_online:
                 raise CheckFailed(
                     f"{where} is not an answer of this step's policy, whose own answers alone this loss can train on; "
-                    "take a pointwise loss, such as mse"
+                    "take a pointwise loss, such as mse",
+                    by_all=True,
                 )
             if groups.number(objective, key, response) is None:
                 others = "to its prompt" if loss in OF_PROMPT else "in the step"
                 raise CheckFailed(
                     f"{where} is the only answer {others}, with nothing to be compared with; a prompt whose other "
-                    "answers are missing must be left out whole"
+                    "answers are missing must be left out whole",
+                    by_all=True,
                 )
 
 

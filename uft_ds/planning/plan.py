@@ -157,6 +157,11 @@ def _assumptions(settings: Settings, setting: Setting, source: str, length_is: s
         f"{length}: {workload.tokens_per_step} tokens a step, {steps} micro-step{'s' * (steps > 1)} a rank; "
         "every token supervised"
     )
+    if settings.is_online:
+        yield (
+            "online: answers and their scores are made before each step; their time and the generator's memory are not "
+            "in these figures"
+        )
     if workload.extra_forwards != "none":
         of = "reward_shift: kl" if workload.extra_forwards == "both_streams" else "loss: reinforce"
         yield f"objective.{of}: every response is forwarded ahead of its step"

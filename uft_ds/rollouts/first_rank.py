@@ -26,8 +26,6 @@ def on_first_rank(engine: Engine, name: str, work: Callable[[], T]) -> T:
     own = while_others_wait(f"rollouts/{name}", lambda: _tried(work), works=engine.rank == 0)
     value, problem = engine.from_first(own or (None, None))
     if problem is not None:
-        if isinstance(problem, UserError | CheckFailed):
-            problem.by_all = True
         raise problem
     return cast(T, value)
 
@@ -36,9 +34,9 @@ def _tried(work: Callable[[], T]) -> tuple[T | None, BaseException | None]:
     try:
         return work(), None
     except UserError as error:
-        return None, UserError(str(error))
+        return None, UserError(str(error), by_all=True)
     except CheckFailed as error:
-        return None, CheckFailed(str(error))
+        return None, CheckFailed(str(error), by_all=True)
     except Stopped as stopped:
         return None, Stopped(str(stopped), by_all=True)
     except Exception as error:

@@ -136,6 +136,16 @@ class RecordFolder:
             number, content["policy"], content["generator"], content["scorers"], groups, content["seconds"]
         )
 
+    def scorers_before(self, number: int) -> Mapping[str, Any]:
+        """The identities of the scorers at the newest recorded step before `number`; empty if there is none.
+
+        Raises:
+            UserError: the step's file cannot be read.
+        """
+        before = [recorded for recorded in self.numbers() if recorded < number]
+        scorers: Mapping[str, Any] = _read_step(self.step_file(before[-1]))["scorers"] if before else {}
+        return scorers
+
     def numbers(self) -> list[int]:
         """The numbers of all recorded steps, in order."""
         return sorted(int(file.stem) for file in (self.path / STEPS).glob("*.json") if file.stem.isdigit())
@@ -162,16 +172,35 @@ class RecordFolder:
 
 
 def _line(group: Group) -> str:
-    return json.dumps(asdict(group), ensure_ascii=False, allow_nan=False) + "\n"
+    # Half of a surrogate pair, which a judge's reply may hold, stays an escape: UTF-8 cannot hold it.
+    text = json.dumps(asdict(group), ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace").decode() + "\n"
 
 
 def _group(line: str, place: str) -> Group:
     try:
         values = json.loads(line)
         answers = tuple(_made(ScoredAnswer, answer, "ids") for answer in values["answers"])
-        return _made(Group, values | {"answers": answers}, "prompt_ids", "messages")
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        group = _made(Group, values | {"answers": answers}, "prompt_ids", "messages")
+        _check_values(group)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{place}: not a prompt with its answers ({error!r}); {_REMEDY}") from None
+    return group
+
+
+def _check_values(group: Group) -> None:
+    """
+    Raises:
+        ValueError: tokens that are none, an answer without any, or a score outside [0, 1].
+    """
+    for ids in (group.prompt_ids, *(answer.ids for answer in group.answers)):
+        if not ids or not all(type(token) is int and token >= 0 for token in ids):
+            raise ValueError("expected token ids, at least one")
+    for answer in group.answers:
+        if answer.score is None and not group.left_out:
+            raise ValueError("an answer without a score in a prompt that is not left out")
+        if answer.score is not None and not 0.0 <= answer.score <= 1.0:
+            raise ValueError(f"a score of {answer.score!r}, expected a number from 0 to 1")
 
 
 def _made(kind: type[_Value], values: dict[str, Any], *tuples: str) -> _Value:

@@ -1,4 +1,4 @@
-"""Whether a rank has memory to hold all weights and the cache of a batch while it answers."""
+"""How many tokens a rank has memory to answer at once, and whether it can hold all weights meanwhile."""
 
 from __future__ import annotations
 
@@ -28,6 +28,21 @@ def fits_whole(engine: Engine, *, tokens: int) -> bool:
     needed = weight_bytes(engine.module) + tokens * cache_bytes_per_token(base.config, next(base.parameters()).dtype)
     lacks = needed > (1 - SPARE) * free_bytes(engine.device)
     return engine.agree(int(lacks)) == 0
+
+
+def tokens_that_fit(engine: Engine, most: int) -> int:
+    """`most` tokens, or the largest half, quarter ... of it for whose cache each rank has memory beside what it holds.
+
+    Every rank must call it, and all get the same answer. In coarse steps, because a restart should find the same one:
+    the last bits of log-probs depend on the shape of a batch.
+    """
+    base: Any = engine.module.policy.get_base_model()  # type: ignore[union-attr, operator]
+    of_token = cache_bytes_per_token(base.config, next(base.parameters()).dtype)
+    room = int((1 - SPARE) * free_bytes(engine.device)) // of_token
+    tokens = most
+    while tokens > max(1, room):
+        tokens //= 2
+    return -engine.agree(-tokens)  # the smallest of all ranks
 
 
 def cache_bytes_per_token(config: Any, dtype: torch.dtype) -> int:

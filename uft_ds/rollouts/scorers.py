@@ -134,13 +134,32 @@ def _batches(groups: Seq[Seq[Item]], size: int) -> Iterator[list[Item]]:
         yield held
 
 
+_KEYS = {
+    "--judge-url": "judge.url",
+    "--judge-model": "judge.model",
+    "--judge-key-env": "judge.key_env",
+    "--judge-body": "judge.body",
+    "--template": "judge.question",
+    "--scale": "judge.scale",
+    "--requests-per-minute": "judge.requests_per_minute",
+    "--max-cost": "judge.max_cost",
+    "--price": "judge.price",
+    "--map": "map",
+    "--by": "by",
+}
+"""The keys of a recipe in place of the options of `uft score`, which the scorers' own messages name."""
+
+
 @contextmanager
 def _named(key: str) -> Iterator[None]:
     """Within the block, errors for the user begin with the recipe's key."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"{key}: {str(error).removeprefix('--by ')}") from None
+        text = str(error).removeprefix("--by ")
+        for option, name in _KEYS.items():
+            text = text.replace(option, f"{key}.{name}")
+        raise UserError(text if text.startswith(key) else f"{key}: {text}") from None
 
 
 def _judge_options(judge: JudgeSettings) -> JudgeOptions:

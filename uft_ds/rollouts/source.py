@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,6 +51,7 @@ class Rules:
     seed: the run's. max_dropped: largest share of a step's prompts that may be left out; one prompt always may.
     dtype: of the base, which decides how far served log-probs may be from our own.
     objective: by which the answers are trained on.
+    tokenizer: the hash of the tokenizer and chat template that prompts and answers are of.
     max_kl: nats; the run ends once the answers of a step are further from the reference in their mean; None: never.
     """
 
@@ -57,6 +59,7 @@ class Rules:
     max_dropped: float
     dtype: torch.dtype
     objective: Objective
+    tokenizer: str
     max_kl: float | None = None
 
 
@@ -101,7 +104,8 @@ class Rollouts:
         """
         self._plan, self._pools, self._rules, self._made_by = plan, pools, rules, made_by
         self._record, self._engine, self._policy, self._reporter = record, engine, policy, reporter
-        self._has_looked, self._kl = False, math.nan
+        self._has_looked = self._has_said_whose = self._has_compared = False
+        self._kl = math.nan
 
     def __len__(self) -> int:
         return len(self._plan)
@@ -137,20 +141,26 @@ class Rollouts:
         if not asked:
             return self._plan.step(n)
         started = time.perf_counter()
+        handover = take_policy(self._engine, self._policy, n)
         if isinstance(self._made_by, Replayed):
-            record = self._of_other_run(self._made_by.record, n)
+            record = self._of_other_run(self._made_by, n, asked)
             is_replayed = True
         else:
-            handover = take_policy(self._engine, self._policy, n)
-            found = self._own(n, handover)
+            found = self._own(n, asked, handover)
             is_replayed = found is not None
             record = self._generated(self._made_by, n, asked, handover) if found is None else found
-        self._check(record, asked)
+        is_own = record.policy == handover.version.digest
+        if not is_own and not self._has_said_whose:
+            self._has_said_whose = True
+            self._reporter.warn(
+                f"step {n + 1}: another policy than the one that is trained now has given the recorded answers; from "
+                "here on they are scored data, as those of any other source"
+            )
         groups = iter(record.groups)
 
         def unit_of(source: int, unit: int, pair_id: int) -> Unit:
             pool = self._pools[source]
-            return sequences_of(next(groups)) if isinstance(pool, Asked) else pool.unit(unit, pair_id)
+            return sequences_of(next(groups), is_own=is_own) if isinstance(pool, Asked) else pool.unit(unit, pair_id)
 
         step = self._plan.step_of(n, unit_of)
         made = made_of(record.groups, record.seconds, time.perf_counter() - started, is_replayed=is_replayed)
@@ -181,8 +191,7 @@ class Rollouts:
         except CheckFailed as error:
             if self._engine.rank == 0:
                 self._record.refuse(n + 1, str(error))
-            error.by_all = True  # all ranks have the same numbers
-            raise
+            raise CheckFailed(str(error), by_all=True) from None  # all ranks have the same numbers
         return {**divergence, "rollouts/served_gap": gap.worst, "rollouts/served_gap_mean": gap.mean}
 
     def close(self) -> None:
@@ -196,44 +205,69 @@ class Rollouts:
         """(source, prompt) of each prompt of step n, in order."""
         return [(source, unit) for source, unit in self._plan.drawn(n) if isinstance(self._pools[source], Asked)]
 
-    def _own(self, n: int, handover: Handover) -> StepRecord | None:
-        """What an earlier start of this run has recorded of step n, if this very policy has given the answers."""
+    def _own(self, n: int, asked: Seq[tuple[int, int]], handover: Handover) -> StepRecord | None:
+        """What an earlier start of this run has recorded of step n, if this very policy has answered these prompts."""
         record = on_first_rank(self._engine, f"record {n}", lambda: self._read(n))
-        if record is None or record.policy == handover.version.digest:
+        if record is None:
+            return None
+        if record.policy != handover.version.digest:
+            other = "of another policy (other settings or ranks since the checkpoint)"
+        elif self._other_prompts(record, asked):
+            other = "of other prompts (another number of steps or epochs since)"
+        else:
             return record
-        self._reporter.warn(
-            f"step {n + 1}: its record is of another policy (other settings or ranks since the checkpoint); it is put "
-            "aside, and the step is generated anew"
-        )
+        self._reporter.warn(f"step {n + 1}: its record is {other}; it is put aside, and the step is generated anew")
         return None
 
     def _read(self, n: int) -> StepRecord | None:
         """The record of step n, on rank 0.
 
         Raises:
-            UserError: the step before was scored by another scorer: the run would learn two things.
+            UserError: the steps before were scored by another scorer: the run would learn two things.
         """
-        before = self._record.read(n) if n else None
-        if before is not None and isinstance(self._made_by, Live) and self._made_by.judges is not None:
-            now, then = self._made_by.judges.identity(), before.scorers
+        if not self._has_compared and isinstance(self._made_by, Live) and self._made_by.judges is not None:
+            self._has_compared = True  # while this start goes on, a scorer cannot change
+            now, then = self._made_by.judges.identity(), self._record.scorers_before(n + 1)
             for number in now:
-                if number in then and now[number] != then[number]:
+                if number in then and _what_scores(now[number]) != _what_scores(then[number]):
                     raise UserError(
-                        f"data.sources.{number}.score_by: the scorer is another one than at step {n} ({now[number]} "
-                        f"now, {then[number]} then); undo the change, or start a new run"
+                        f"data.sources.{number}.score_by: the scorer is another one than in the steps before "
+                        f"({now[number]} now, {then[number]} then); undo the change, or start a new run"
                     )
         return self._record.read(n + 1)
 
-    def _of_other_run(self, folder: RecordFolder, n: int) -> StepRecord:
+    def _of_other_run(self, replayed: Replayed, n: int, asked: Seq[tuple[int, int]]) -> StepRecord:
         def copied() -> StepRecord:
+            folder = replayed.record
             record = folder.read(n + 1)
             if record is None:
                 raise UserError(f"generator.run: {folder.path}: holds no record of step {n + 1}; lower train.steps")
+            problem = self._other_prompts(record, asked)
+            if problem:
+                raise CheckFailed(
+                    f"generator.run: {folder.path}: step {n + 1}: {problem}; replay it with the recipe, the data and "
+                    "the seed that it was made with"
+                )
             if self._record.read(n + 1) != record:
                 self._record.write(record)
             return record
 
         return on_first_rank(self._engine, f"replay {n}", copied)
+
+    def _other_prompts(self, record: StepRecord, asked: Seq[tuple[int, int]]) -> str:
+        """How the record's prompts differ from those that this run's plan asks in that step; empty if they do not."""
+        if len(record.groups) != len(asked):
+            return f"the record has answers to {len(record.groups)} prompts, the recipe draws {len(asked)}"
+        for (source, unit), group in zip(asked, record.groups, strict=True):
+            if group.prompt_ids != self._prompt_ids(source, unit):
+                return f"the record has answers to {group.origin}, the recipe draws {self._prompt(source, unit)}"
+            pool = self._pools[source]
+            assert isinstance(pool, Asked)
+            if group.tokenizer != self._rules.tokenizer:
+                return f"the record of {group.origin} is of another tokenizer or chat template"
+            if not group.left_out and len(group.answers) != pool.answers:
+                return f"the record has {len(group.answers)} answers to {group.origin}, the recipe has {pool.answers}"
+        return ""
 
     def _generated(self, live: Live, n: int, asked: list[tuple[int, int]], handover: Handover) -> StepRecord:
         questions = list(self._questions(n, asked))
@@ -244,9 +278,12 @@ class Rollouts:
             if generator.needs_adapter:
                 on_first_rank(engine, f"publish {n}", lambda: generator.publish(handover.version, handover.tensors))
             if generator.on_all_ranks:
-                answers = generator.answer(questions)
+                answers, identity = generator.answer(questions), dict(generator.identity())
             else:
-                answers = on_first_rank(engine, f"answers {n}", lambda: generator.answer(questions))
+                # The identity before the scoring: a server that is asked for it later may be gone by then.
+                answers, identity = on_first_rank(
+                    engine, f"answers {n}", lambda: (generator.answer(questions), dict(generator.identity()))
+                )
             seconds = {"generation": time.perf_counter() - started}
         rewards: dict[int, tuple[float, ...]] = {}
 
@@ -257,7 +294,7 @@ class Rollouts:
             record = StepRecord(
                 n + 1,
                 handover.version.digest,
-                dict(generator.identity()),
+                identity,
                 live.judges.identity(),
                 groups,
                 seconds | {"scoring": time.perf_counter() - began},
@@ -291,7 +328,8 @@ class Rollouts:
     def _too_many_dropped(self, record: StepRecord) -> str | None:
         left_out = [group for group in record.groups if group.left_out]
         allowed = max(1, int(self._rules.max_dropped * len(record.groups)))
-        if len(left_out) <= allowed and len(left_out) < len(record.groups):
+        is_empty = len(left_out) == len(record.groups) == len(self._plan.drawn(record.number - 1))
+        if len(left_out) <= allowed and not is_empty:
             return None
         first = left_out[0]
         return (
@@ -300,34 +338,34 @@ class Rollouts:
             f"allows {self._rules.max_dropped:g}"
         )
 
-    def _check(self, record: StepRecord, asked: Seq[tuple[int, int]]) -> None:
-        """Refuse a record of other prompts than this run's plan asks for."""
-        wanted = [(source, unit, self._prompt_ids(source, unit)) for source, unit in asked]
-        found = [(group.source, group.unit, group.prompt_ids) for group in record.groups]
-        if [prompt for *_, prompt in wanted] != [prompt for *_, prompt in found]:
-            refused = CheckFailed(
-                f"step {record.number}: the record holds answers to {len(found)} prompts, which are not the "
-                f"{len(wanted)} that the recipe draws for this step; replay it with the recipe, the data and the seed "
-                "that it was made with"
-            )
-            refused.by_all = True
-            raise refused
-
     def _prompt_ids(self, source: int, unit: int) -> tuple[int, ...]:
         pool = self._pools[source]
         assert isinstance(pool, Asked)
         return tuple(pool.prompt(unit).token_ids_T.tolist())
 
 
-def sequences_of(group: Group) -> Unit:
-    """The answers to one prompt as sequences; none if the prompt is left out."""
-    return () if group.left_out else tuple(_sequence(group, number) for number in range(len(group.answers)))
+def _what_scores(scorer: Any) -> Any:
+    """A scorer's recorded identity without the address at which a judge is asked, which may change."""
+    if not isinstance(scorer, dict):
+        return scorer
+    return {key: _what_scores(value) for key, value in scorer.items() if key != "url"}
 
 
-def _sequence(group: Group, number: int) -> Sequence:
+def sequences_of(group: Group, *, is_own: bool) -> Unit:
+    """The answers to one prompt as sequences; none if the prompt is left out.
+
+    Args:
+        is_own: whether the policy that is trained has given them.
+    """
+    numbers = range(0 if group.left_out else len(group.answers))
+    return tuple(_sequence(group, number, is_own=is_own) for number in numbers)
+
+
+def _sequence(group: Group, number: int, *, is_own: bool) -> Sequence:
     answer = group.answers[number]
     assert answer.score is not None, "the prompt of an answer without a score is left out"
-    served = {} if answer.logp is None else {SERVED: answer.logp}
+    told = {} if answer.logp is None else {SERVED: answer.logp}
+    facts = {ONLINE: 1.0, **told} if is_own else {}
     start = len(group.prompt_ids)
     response = Response(
         start,
@@ -335,6 +373,6 @@ def _sequence(group: Group, number: int) -> Sequence:
         answer.score,
         "score",
         f"{group.origin} answer {number + 1}",
-        other_facts={ONLINE: 1.0, **served},
+        other_facts=facts,
     )
     return Sequence(np.array([*group.prompt_ids, *answer.ids], dtype=np.int32), (response,))

@@ -20,7 +20,7 @@ from uft_ds.rollouts.adapter_versions import Adapters
 from uft_ds.rollouts.answers import Generator, Sampling
 from uft_ds.rollouts.builtin import BuiltinGenerator
 from uft_ds.rollouts.examine import Needed, examine_server, refuse_problems
-from uft_ds.rollouts.room import fits_whole
+from uft_ds.rollouts.room import fits_whole, tokens_that_fit
 from uft_ds.rollouts.served import Limits, ServedGenerator
 from uft_ds.rollouts.server import Server
 from uft_ds.streams.accept import accepted_policy
@@ -43,13 +43,14 @@ def generator_of(
     base: Any = model.policy.get_base_model()
     sampling = _sampling(given, base, chat)
     if given.by == "builtin":
+        whole = fits_whole(engine, tokens=max(given.tokens_at_once, settings.data.max_length))
         return BuiltinGenerator(
             engine,
             sampling,
             pad_id=sampling.stop_token_ids[0],
-            tokens_per_batch=given.tokens_at_once,
+            tokens_per_batch=given.tokens_at_once if whole else tokens_that_fit(engine, given.tokens_at_once),
             stop=Stop(request, engine.agree).check,
-            whole=fits_whole(engine, tokens=max(given.tokens_at_once, settings.data.max_length)),
+            whole=whole,
         )
     return ServedGenerator(
         server_of(given),

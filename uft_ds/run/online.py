@@ -44,7 +44,7 @@ def check_online(settings: Settings, data: PreparedData) -> None:
             "reference, so the divergence is not known; leave it out"
         )
     if settings.generator.by == "recorded":
-        _recorded(settings, len(steps_of(settings, data)))
+        _recorded(settings, data, steps_of(settings, data))
         return
     for scorer in scorers_of(settings).values():
         try:
@@ -59,25 +59,27 @@ def check_online(settings: Settings, data: PreparedData) -> None:
         check_server(settings)
 
 
-def _recorded(settings: Settings, num_steps: int) -> RecordFolder:
+def _recorded(settings: Settings, data: PreparedData, plan: Steps) -> RecordFolder:
     """The record of `generator.run`.
 
     Raises:
-        UserError: it holds fewer steps than the run has.
+        UserError: it lacks a step in which the run asks prompts.
     """
     assert settings.generator.run is not None
     record = RecordFolder(RunFolder(Path(settings.generator.run)).rollouts)
-    numbers = record.numbers()
-    if not numbers:
+    recorded = set(record.numbers())
+    if not recorded:
         raise UserError(
             f"generator.run: {settings.generator.run}: holds no record of an online run ({record.path}); give the "
             "folder of a run with online sources"
         )
-    if len(numbers) < num_steps:
-        raise UserError(
-            f"generator.run: {settings.generator.run}: {len(numbers)} steps are recorded, the run has {num_steps}; set "
-            f"train.steps={len(numbers)}"
-        )
+    asked = {number for number, source in enumerate(data.train) if source.settings.asked is not None}
+    for n in range(len(plan)):
+        if n + 1 not in recorded and any(source in asked for source, _ in plan.drawn(n)):
+            raise UserError(
+                f"generator.run: {settings.generator.run}: step {n + 1} is not recorded, the run has {len(plan)} "
+                f"steps; set train.steps={n}"
+            )
     return record
 
 
@@ -124,24 +126,26 @@ def build_rollouts(
     request: StopRequest,
 ) -> Rollouts:
     """The source of an online run's steps. Every rank must call it."""
+    chat = load_tokenizer(
+        settings.model.base, revision=settings.model.revision, chat_template=settings.model.chat_template
+    )
     pools: list[Pool] = [source.selection for source in mixed_sources(settings, data)]
     rules = Rules(
         settings.train.seed,
         settings.generator.max_dropped,
         getattr(torch, settings.model.dtype),
         settings.objective,
+        chat.content_hash,
         settings.generator.max_kl,
     )
     record = RecordFolder(folder.rollouts)
     made_by: Live | Replayed
     if settings.generator.by == "recorded":
-        made_by = Replayed(_recorded(settings, len(plan)))
+        made_by = Replayed(_recorded(settings, data, plan))
     else:
-        chat = load_tokenizer(
-            settings.model.base, revision=settings.model.revision, chat_template=settings.model.chat_template
-        )
-        generator = generator_of(settings, folder, engine, model, chat, reporter, request)
+        # The scorers first: what they hold in memory, the generator cannot have.
         judges = _judges(settings, data, chat) if engine.rank == 0 else None
+        generator = generator_of(settings, folder, engine, model, chat, reporter, request)
         made_by = Live(generator, judges, _stream_scorer(settings, engine))
     return Rollouts(plan, pools, rules, made_by, record, engine, model.policy, reporter)
 

@@ -191,7 +191,6 @@ def _run(settings: Settings, folder: RunFolder, console: Console, request: StopR
     checkpoint = resumed_from(folder)
     state = START if checkpoint is None else resumed_position(folder, checkpoint).state
     plan = steps_of(settings, data, state.source)
-    plan.restore(state.source)
     after_step = None if checkpoint is None else state.step
     with _together(), _reporter(settings, folder, console, len(plan), after_step) as reporter:
         engine, model = build_engine(with_chosen_recompute(settings, reporter), reporter)
@@ -220,14 +219,15 @@ def _run(settings: Settings, folder: RunFolder, console: Console, request: StopR
             starts_as_reference=settings.start_adapter is None,
         )
         with _steps(settings, data, folder, plan, engine, model, reporter, request) as steps:
+            steps.restore(state.source)
             train(session, steps, held_out, state)
     if engine.rank == 0:
         try:
-            trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+            num_trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
             now = datetime.now().astimezone()
-            facts = facts_of(settings, folder, trained=trained, ranks=engine.world_size, ended=now)
-            trained = shown(RecordFolder(folder.rollouts)) if settings.is_online else []
-            write_report(folder, settings.name, facts, trained)
+            facts = facts_of(settings, folder, trained=num_trained, ranks=engine.world_size, ended=now)
+            answered = shown(RecordFolder(folder.rollouts)) if settings.is_online else []
+            write_report(folder, settings.name, facts, answered)
         except Exception as error:  # all is trained and saved: a report that fails must not turn it into a failure
             logger.exception("report.html could not be written")
             console.print(f"warning: report.html could not be written ({foreseen(error) or error})", markup=False)

@@ -125,6 +125,10 @@ def check_resume(
     return Resumption(checkpoint, position, settings, data, notes, now, changes)
 
 
+_ENDS_EARLY = "generator.max_kl"
+"""The key that may have ended a run before its last step; with another value it goes on."""
+
+
 def nothing_to_do(settings: Settings) -> RunFolder | None:
     """The run that these settings would resume, if it is done and its last checkpoint is intact; otherwise None.
 
@@ -135,7 +139,7 @@ def nothing_to_do(settings: Settings) -> RunFolder | None:
     if not folder.done.exists():
         return None
     _check_same_recipe(folder, settings)
-    if any(may_grow(key) for key in recipe_changes(folder, settings)):
+    if any(may_grow(key) or key == _ENDS_EARLY for key in recipe_changes(folder, settings)):
         return None
     checkpoint, problems = newest_whole(folder.path)
     return None if checkpoint is None or problems else folder

@@ -90,6 +90,8 @@ def train(session: Session, steps: StepSource, held_out: Seq[Step], state: Train
             _evaluate_and_report(session, before, held_out, state)
         while state.step < len(steps) and not steps.ended:
             step, saved = _next_step(session, steps, state, saved)
+            if step.made:  # it took its time, in which the last checkpoint may have been written
+                checkpoints.poll()
             started = time.perf_counter()
             rate = learning_rate(
                 step.index, num_steps=len(steps), peak=settings.lr, warmup=settings.warmup, schedule=settings.schedule
@@ -145,8 +147,8 @@ def _next_step(session: Session, steps: StepSource, state: TrainerState, saved: 
             raise  # the other ranks may be in the next collective already, so none may begin here
         if saved != state.step:
             saved = _checkpoint(session, state)
-            session.checkpoints.finish()
-            _store(session)
+        session.checkpoints.finish()
+        _store(session)
         raise type(error)(f"{error} (step {saved} is saved: continue with --resume)") from None
 
 
