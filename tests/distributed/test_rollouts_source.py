@@ -32,7 +32,7 @@ from uft_ds.rollouts.answers import Answer, Answers, PolicyVersion, Question, Un
 from uft_ds.rollouts.prompts import read_prompts
 from uft_ds.rollouts.record import RecordFolder
 from uft_ds.rollouts.scorers import SourceScorer
-from uft_ds.rollouts.scoring import Judges
+from uft_ds.rollouts.scoring import StepScoring
 from uft_ds.rollouts.source import Live, Replayed, Rollouts, Rules
 
 ANSWERS, PROMPTS, SEED = 3, 12, 5
@@ -98,8 +98,10 @@ class World:
         made_by: Live | Replayed = Replayed(RecordFolder(self.folder / replays))
         if generator is not None:
             scorer = SourceScorer(ScorerSettings("length", "affine:0,1000", 10.0, 1, None), "data.sources.0.score_by")
-            judges = Judges({0: scorer}, {0: read_prompts(self.online)}, lambda ids: str(list(ids)), "score", "hash")
-            made_by = Live(generator, judges if self.engine.rank == 0 else None)
+            scoring = StepScoring(
+                {0: scorer}, {0: read_prompts(self.online)}, lambda ids: str(list(ids)), "score", "hash"
+            )
+            made_by = Live(generator, scoring if self.engine.rank == 0 else None)
         return Rollouts(
             plan,
             [source.selection for source in mixed],

@@ -14,7 +14,7 @@ from uft_ds.rollouts.answers import Answer, Question, Unanswered
 from uft_ds.rollouts.prompts import PromptText
 from uft_ds.rollouts.record import Group
 from uft_ds.rollouts.scorers import SourceScorer
-from uft_ds.rollouts.scoring import Judges, Truncated
+from uft_ds.rollouts.scoring import StepScoring, Truncated
 
 TEXTS = {
     "a.jsonl:1": PromptText((Message("user", "2 + 2"),), (), {}),
@@ -31,11 +31,11 @@ def decode(ids: Sequence[int]) -> str:
 
 def judged(answers: list[Any], truncated: Truncated = "score", by: str = "regex:4", **more: Any) -> tuple[Group, ...]:
     scorer = SourceScorer(ScorerSettings(by, more.pop("rule", None), 10.0, 1, None), "data.sources.0.score_by")
-    judges = Judges({0: scorer}, {0: TEXTS}, decode, truncated, "hash")
+    scoring = StepScoring({0: scorer}, {0: TEXTS}, decode, truncated, "hash")
     try:
-        return judges.judged(PROMPTS, QUESTIONS, answers)
+        return scoring.scored(PROMPTS, QUESTIONS, answers)
     finally:
-        judges.close()
+        scoring.close()
 
 
 def test_each_answer_gets_its_own_score() -> None:

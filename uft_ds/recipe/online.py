@@ -20,6 +20,7 @@ from uft_ds.recipe.section import (
 
 if TYPE_CHECKING:
     from uft_ds.recipe.schema import SourceSection
+    from uft_ds.recipe.settings import GeneratorSettings
 
 Problem = tuple[str, str]
 """(key, the problem)"""
@@ -107,6 +108,22 @@ class GeneratorSection(Section):
     """Limit for one answer, for `by: vllm`; it is asked for once again."""
     patience_minutes: PositiveFloat = 30.0
     """How long a server that cannot be reached is waited for, before the run saves its last step and ends."""
+
+
+_ONLY_BY = {
+    "builtin": ("tokens_at_once",),
+    "vllm": ("concurrency", "timeout_seconds", "patience_minutes"),
+}
+"""Keys that one generator alone reads."""
+
+
+def unused_of_generator(generator: GeneratorSettings) -> Iterator[str]:
+    """One message for each key that is given and not read; a recipe may hold them for another generator."""
+    for by, keys in _ONLY_BY.items():
+        for key in keys:
+            given = getattr(generator, key)
+            if by != generator.by and given != GeneratorSection.model_fields[key].default:
+                yield f"generator.{key}: {given:g} given, but only by: {by} reads it"
 
 
 _FEW_TOKENS = 8

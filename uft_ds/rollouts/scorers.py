@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from uft_ds.scoring.build import JudgeOptions, Limits, default_rule, scorer_of
 from uft_ds.scoring.code import CodeScorer
 from uft_ds.scoring.item import Item, Judgement, Scorer, found, scorer_name
 from uft_ds.scoring.mapping import Map, check_rule, map_named, rule_identity
+from uft_ds.scoring.reward import checked_tokenizer
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,11 @@ class Score:
 class SourceScorer:
     """Scores the answers to one source's prompts."""
 
-    def __init__(self, settings: ScorerSettings, key: str) -> None:
+    def __init__(self, settings: ScorerSettings, key: str, stop: Callable[[], None] = lambda: None) -> None:
         """
         Args:
             key: the recipe's key of it, for messages.
+            stop: called before each batch of answers; raises Stopped if the run is to stop.
         Raises:
             UserError: names the key.
         """
@@ -53,7 +55,7 @@ class SourceScorer:
             check_rule(rule, name)
             self._map: Map = map_named(rule, (), name)
             self._identity = {"scorer": dict(self._scorer.identity()), "map": rule_identity(rule, name)}
-        self._key = key
+        self._key, self._stop = key, stop
 
     def identity(self) -> Mapping[str, Any]:
         """All that its scores depend on besides the answers, as plain JSON values."""
@@ -68,6 +70,7 @@ class SourceScorer:
         done: list[Judgement] = []
         with _named(self._key):
             for batch in _batches(groups, self._scorer.batch_items):
+                self._stop()
                 done += self._scorer.score(batch)
         judged = iter(done)
         return [[scored(next(judged), self._map) for _ in group] for group in groups]
@@ -85,6 +88,28 @@ class SourceScorer:
     def close(self) -> None:
         """End what it has started."""
         self._scorer.close()
+
+
+def check_scorer(settings: ScorerSettings, key: str) -> None:
+    """Refuse, before a launch, a scorer that cannot be made or started. No model is loaded: it would fill the GPU here.
+
+    Args:
+        key: as for `SourceScorer`.
+    Raises:
+        UserError: names the key.
+    """
+    kind, _, target = settings.by.partition(":")
+    if kind == "reward":
+        with _named(key):
+            checked_tokenizer(Path(target))
+            assert settings.rule is not None, "a recipe without it has been refused"
+            check_rule(settings.rule, f"reward:{Path(target).name}")
+        return
+    scorer = SourceScorer(settings, key)
+    try:
+        scorer.start()
+    finally:
+        scorer.close()
 
 
 class RewardMap:

@@ -32,8 +32,8 @@ def left_out_before_scoring(answers: Answers, truncated: Truncated) -> str:
 
 
 @dataclass(frozen=True)
-class Judges:
-    """What rank 0 needs to score a step.
+class StepScoring:
+    """How rank 0 scores a step.
 
     scorers, texts: by the number of the source; texts by the prompt's place.
     decode: the text of an answer's tokens, without special ones. tokenizer: the hash of the tokenizer.
@@ -52,7 +52,7 @@ class Judges:
         both: dict[int, SourceScorer | RewardMap] = {**self.scorers, **self.reward_maps}
         return {str(number): dict(both[number].identity()) for number in sorted(both)}
 
-    def judged(
+    def scored(
         self,
         prompts: Seq[Prompt],
         questions: Seq[Question],

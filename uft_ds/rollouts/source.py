@@ -36,7 +36,7 @@ from uft_ds.rollouts.gate import check_served
 from uft_ds.rollouts.handover import Handover, take_policy
 from uft_ds.rollouts.made import made_of, problems_at_the_start
 from uft_ds.rollouts.record import Group, RecordFolder, StepRecord
-from uft_ds.rollouts.scoring import Judges
+from uft_ds.rollouts.scoring import StepScoring
 from uft_ds.rollouts.stream_scorer import StreamScorer
 from uft_ds.streams.adapters import Policy
 
@@ -67,11 +67,11 @@ class Rules:
 class Live:
     """A run that generates.
 
-    judges: on rank 0; None on the others. stream_scorer: on every rank, if a reward model on the policy's base scores.
+    scoring: on rank 0; None on the others. stream_scorer: on every rank, if a reward model on the policy's base scores.
     """
 
     generator: Generator
-    judges: Judges | None
+    scoring: StepScoring | None
     stream_scorer: StreamScorer | None = None
 
 
@@ -198,8 +198,8 @@ class Rollouts:
         """End what generator and scorers have started."""
         if isinstance(self._made_by, Live):
             self._made_by.generator.close()
-            if self._made_by.judges is not None:
-                self._made_by.judges.close()
+            if self._made_by.scoring is not None:
+                self._made_by.scoring.close()
 
     def _asked(self, n: int) -> list[tuple[int, int]]:
         """(source, prompt) of each prompt of step n, in order."""
@@ -225,9 +225,9 @@ class Rollouts:
         Raises:
             UserError: the steps before were scored by another scorer: the run would learn two things.
         """
-        if not self._has_compared and isinstance(self._made_by, Live) and self._made_by.judges is not None:
+        if not self._has_compared and isinstance(self._made_by, Live) and self._made_by.scoring is not None:
             self._has_compared = True  # while this start goes on, a scorer cannot change
-            now, then = self._made_by.judges.identity(), self._record.scorers_before(n + 1)
+            now, then = self._made_by.scoring.identity(), self._record.scorers_before(n + 1)
             for number in now:
                 if number in then and _what_scores(now[number]) != _what_scores(then[number]):
                     raise UserError(
@@ -288,14 +288,14 @@ class Rollouts:
         rewards: dict[int, tuple[float, ...]] = {}
 
         def recorded() -> StepRecord:
-            assert live.judges is not None
+            assert live.scoring is not None
             prompts = [(source, unit, self._prompt(source, unit)) for source, unit in asked]
-            groups = live.judges.judged(prompts, questions, answers, rewards)
+            groups = live.scoring.scored(prompts, questions, answers, rewards)
             record = StepRecord(
                 n + 1,
                 handover.version.digest,
                 identity,
-                live.judges.identity(),
+                live.scoring.identity(),
                 groups,
                 seconds | {"scoring": time.perf_counter() - began},
             )

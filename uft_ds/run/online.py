@@ -14,14 +14,14 @@ from uft_ds.data.tokens.tokenize import load_tokenizer
 from uft_ds.engine.engine import Engine
 from uft_ds.errors import UserError
 from uft_ds.evaluation.generate import decode
-from uft_ds.host.signals import StopRequest
-from uft_ds.recipe.settings import Settings
+from uft_ds.host.signals import Stop, StopRequest
+from uft_ds.recipe.settings import ScorerSettings, Settings
 from uft_ds.record.report import Reporter
 from uft_ds.record.run_folder import RunFolder
 from uft_ds.rollouts.prompts import read_prompts
 from uft_ds.rollouts.record import RecordFolder
-from uft_ds.rollouts.scorers import RewardMap, SourceScorer
-from uft_ds.rollouts.scoring import Judges
+from uft_ds.rollouts.scorers import RewardMap, SourceScorer, check_scorer
+from uft_ds.rollouts.scoring import StepScoring
 from uft_ds.rollouts.source import Live, Replayed, Rollouts, Rules
 from uft_ds.rollouts.stream_scorer import StreamScorer
 from uft_ds.run.generators import check_server, generator_of
@@ -46,11 +46,8 @@ def check_online(settings: Settings, data: PreparedData) -> None:
     if settings.generator.by == "recorded":
         _recorded(settings, data, steps_of(settings, data))
         return
-    for scorer in scorers_of(settings).values():
-        try:
-            scorer.start()
-        finally:
-            scorer.close()
+    for number, given in own_scorers(settings).items():
+        check_scorer(given, f"data.sources.{number}.score_by")
     reward_maps_of(settings)
     for source in data.train:
         if source.settings.asked is not None:
@@ -83,15 +80,11 @@ def _recorded(settings: Settings, data: PreparedData, plan: Steps) -> RecordFold
     return record
 
 
-def scorers_of(settings: Settings) -> dict[int, SourceScorer]:
-    """The scorers of all online sources, by the number of the source; not of those that a stream of the engine scores.
-
-    Raises:
-        UserError: names the recipe's key.
-    """
+def own_scorers(settings: Settings) -> dict[int, ScorerSettings]:
+    """The scorers of online sources, by the number of the source; not those that are a stream of the engine."""
     reward = reward_model_of(settings)
     return {
-        number: SourceScorer(scorer, f"data.sources.{number}.score_by")
+        number: scorer
         for number, scorer in enumerate(settings.scorers)
         if scorer is not None and (reward is None or number not in reward.sources)
     }
@@ -144,9 +137,9 @@ def build_rollouts(
         made_by = Replayed(_recorded(settings, data, plan))
     else:
         # The scorers first: what they hold in memory, the generator cannot have.
-        judges = _judges(settings, data, chat) if engine.rank == 0 else None
+        scoring = _scoring(settings, data, chat, request) if engine.rank == 0 else None
         generator = generator_of(settings, folder, engine, model, chat, reporter, request)
-        made_by = Live(generator, judges, _stream_scorer(settings, engine))
+        made_by = Live(generator, scoring, _stream_scorer(settings, engine))
     return Rollouts(plan, pools, rules, made_by, record, engine, model.policy, reporter)
 
 
@@ -159,12 +152,16 @@ def _stream_scorer(settings: Settings, engine: Engine) -> StreamScorer | None:
     )
 
 
-def _judges(settings: Settings, data: PreparedData, chat: ChatTokenizer) -> Judges:
+def _scoring(settings: Settings, data: PreparedData, chat: ChatTokenizer, request: StopRequest) -> StepScoring:
     texts = {
         number: read_prompts(source) for number, source in enumerate(data.train) if source.settings.asked is not None
     }
-    return Judges(
-        scorers_of(settings),
+    stop = Stop(request, lambda number: number).check  # rank 0 alone asks; what it raises is raised on all
+    return StepScoring(
+        {
+            number: SourceScorer(given, f"data.sources.{number}.score_by", stop)
+            for number, given in own_scorers(settings).items()
+        },
         texts,
         lambda ids: decode(chat.tokenizer, list(ids)).strip(),
         settings.generator.truncated,

@@ -22,6 +22,7 @@ from uft_ds.data.sources import PreparedData, PreparedSource, SourceSettings
 from uft_ds.data.store.building import RowRules
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.host.terminal import as_typed, visible
+from uft_ds.recipe.online import unused_of_generator
 from uft_ds.recipe.settings import DataSettings, Settings
 from uft_ds.recipe.unused import unused
 
@@ -158,7 +159,7 @@ def show_data(settings: Settings, data: PreparedData, console: Console, *, typed
         console.print(left_out, soft_wrap=True)
     for note in (*notes(data), *_notes_on_steps(settings, data), *_notes_on_base(settings)):
         console.print(note, soft_wrap=True)  # a path in it is not broken
-    for text in unused(settings.given, data):
+    for text in (*unused(settings.given, data), *unused_of_generator(settings.generator)):
         console.print(Text(f"note: {text}"), soft_wrap=True)
 
 

@@ -60,8 +60,9 @@ def start_of(settings: Settings, data: PreparedData, on_progress: OnProgress) ->
 
 
 def write_sample_of(data: PreparedData, folder: Path) -> None:
-    """Write a few of a run's sequences, held-out ones if there are any."""
-    write_sample(folder, [source.selection for source in (*data.held_out, *data.train)])
+    """Write a few of a run's sequences, held-out ones if there are any; prompts without responses come last."""
+    trained = sorted(data.train, key=lambda source: source.settings.asked is not None)
+    write_sample(folder, [source.selection for source in (*data.held_out, *trained)])
 
 
 def sample_of(folder: RunFolder) -> tuple[Sequence, ...]:

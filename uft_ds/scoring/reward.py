@@ -38,16 +38,11 @@ class RewardScorer:
         Raises:
             UserError: the folder holds no such model, or no chat template.
         """
-        _check_folder(folder)
         import torch
 
-        from uft_ds.data.tokens.chat_tokenizer import read_tokenizer
-
+        self._tokenizer = checked_tokenizer(folder)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         stored = "auto" if self._device.type == "cuda" else "float32"
-        self._tokenizer = read_tokenizer(str(folder), local_files_only=True)
-        if not self._tokenizer.chat_template:
-            raise UserError(f"--by reward:{folder}: its tokenizer has no chat template, which says how it reads a turn")
         self._model = _loaded(folder, dtype or stored).to(self._device).eval()
         config = self._model.config
         self._dtype = str(self._model.dtype).removeprefix("torch.")
@@ -175,6 +170,21 @@ def _batches(ids: Mapping[int, list[int]]) -> list[list[int]]:
 
 def _files(folder: Path) -> list[Path]:
     return sorted({path for pattern in _FILES for path in folder.glob(pattern) if path.is_file()})
+
+
+def checked_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a reward model's folder; the weights are not read.
+
+    Raises:
+        UserError: the folder holds no such model, or no chat template.
+    """
+    _check_folder(folder)
+    from uft_ds.data.tokens.chat_tokenizer import read_tokenizer
+
+    tokenizer = read_tokenizer(str(folder), local_files_only=True)
+    if not tokenizer.chat_template:
+        raise UserError(f"--by reward:{folder}: its tokenizer has no chat template, which says how it reads a turn")
+    return tokenizer
 
 
 def _check_folder(folder: Path) -> None:
