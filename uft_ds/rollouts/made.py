@@ -67,13 +67,13 @@ def problems_at_the_start(made: Mapping[str, float], objective: Objective) -> It
         return
     if made["rollouts/truncated"] == 1.0:
         yield (
-            "none of this step's answers has ended by itself: all are cut at generator.max_new_tokens, where the policy "
-            "learns nothing of how to end. Raise it, or start from a model that answers in turns (start.adapter)"
+            "none of this step's answers has ended by itself: all are cut at generator.max_new_tokens, where the "
+            "policy learns nothing of how to end. Raise it, or start from a model that answers in turns (start.adapter)"
         )
     if made["rollouts/score_std"] == 0.0:
         yield (
-            f"all of this step's answers have the score {made['rollouts/score']:.3g}: there is nothing in which a better "
-            "one differs. Check the scorer, and read the answers in rollouts/answers"
+            f"all of this step's answers have the score {made['rollouts/score']:.3g}: there is nothing in which a "
+            "better one differs. Check the scorer, and read the answers in rollouts/answers"
         )
     problem = online_target_problem(made["rollouts/score"], objective)
     if problem is not None:
