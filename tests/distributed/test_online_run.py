@@ -172,7 +172,7 @@ def test_invariant_11_a_replay_trains_the_same_adapter(unbroken: Path, tmp_path:
     assert answers_of(tmp_path / "replay") == answers_of(unbroken)
     more = uft("train", str(recipe), "--replay", str(unbroken), f"output={tmp_path / 'more'}", "train.steps=9")
     assert more.returncode == 2
-    assert f"{STEPS} steps are recorded, the run has 9; set train.steps={STEPS}" in more.stderr
+    assert f"step {STEPS + 1} is not recorded, the run has 9 steps; set train.steps={STEPS}" in more.stderr
 
 
 def test_a_record_is_a_scored_data_set(unbroken: Path, tiny_qwen2: Path, tmp_path: Path) -> None:
