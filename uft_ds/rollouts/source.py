@@ -207,7 +207,7 @@ class Rollouts:
 
     def _own(self, n: int, asked: Seq[tuple[int, int]], handover: Handover) -> StepRecord | None:
         """What an earlier start of this run has recorded of step n, if this very policy has answered these prompts."""
-        record = on_first_rank(self._engine, f"record {n}", lambda: self._read(n))
+        record = on_first_rank(self._engine, f"record {n}", lambda: self._record.read(n + 1))
         if record is None:
             return None
         if record.policy != handover.version.digest:
@@ -219,22 +219,20 @@ class Rollouts:
         self._reporter.warn(f"step {n + 1}: its record is {other}; it is put aside, and the step is generated anew")
         return None
 
-    def _read(self, n: int) -> StepRecord | None:
-        """The record of step n, on rank 0.
+    def _check_scorers(self, live: Live, n: int) -> None:
+        """Compare the scorers with those of the newest step that is recorded before step n; rank 0 alone.
 
         Raises:
-            UserError: the steps before were scored by another scorer: the run would learn two things.
+            UserError: they are others: the run would learn two things.
         """
-        if not self._has_compared and isinstance(self._made_by, Live) and self._made_by.scoring is not None:
-            self._has_compared = True  # while this start goes on, a scorer cannot change
-            now, then = self._made_by.scoring.identity(), self._record.scorers_before(n + 1)
-            for number in now:
-                if number in then and _what_scores(now[number]) != _what_scores(then[number]):
-                    raise UserError(
-                        f"data.sources.{number}.score_by: the scorer is another one than in the steps before "
-                        f"({now[number]} now, {then[number]} then); undo the change, or start a new run"
-                    )
-        return self._record.read(n + 1)
+        assert live.scoring is not None
+        now, then = live.scoring.identity(), self._record.scorers_before(n + 1)
+        for number in now:
+            if number in then and _what_scores(now[number]) != _what_scores(then[number]):
+                raise UserError(
+                    f"data.sources.{number}.score_by: the scorer is another one than in the steps before "
+                    f"({now[number]} now, {then[number]} then); undo the change, or start a new run"
+                )
 
     def _of_other_run(self, replayed: Replayed, n: int, asked: Seq[tuple[int, int]]) -> StepRecord:
         def copied() -> StepRecord:
@@ -272,6 +270,9 @@ class Rollouts:
     def _generated(self, live: Live, n: int, asked: list[tuple[int, int]], handover: Handover) -> StepRecord:
         questions = list(self._questions(n, asked))
         generator, engine = live.generator, self._engine
+        if not self._has_compared:
+            on_first_rank(engine, f"scorers {n}", lambda: self._check_scorers(live, n))
+            self._has_compared = True  # while this start goes on, a scorer cannot change
         total = sum(question.answers for question in questions)
         with self._reporter.phase(f"step {n + 1}: answering {len(questions)} prompts, {total} answers", announce=False):
             started = time.perf_counter()
