@@ -15,6 +15,7 @@ import pytest
 pytest_plugins = ["strict"]
 # Tests against a server of one's own are there only where its address is given: without one they are nothing to skip.
 collect_ignore = [] if os.environ.get("UFT_TEST_VLLM") else ["rollouts/test_vllm_server.py"]
+
 pytest.register_assert_rewrite("engines", "recipes", "runs")  # they assert too, and a difference should be shown
 
 # The same examples each time, so that a red run is red again; others by --hypothesis-profile=search. No deadline: on a
@@ -22,6 +23,11 @@ pytest.register_assert_rewrite("engines", "recipes", "runs")  # they assert too,
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("search", derandomize=False, deadline=None)
 hypothesis.settings.load_profile("fixed")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if collect_ignore:
+        terminalreporter.write_line(f"not run: {', '.join(collect_ignore)} (UFT_TEST_VLLM gives no server)")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
