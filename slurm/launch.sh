@@ -1,6 +1,9 @@
+# shellcheck shell=bash
 # Functions that the batch scripts in this folder share; sourced, not run.
 #
 #   train RECIPE [key=value ...]     train on all nodes of this job, or resume the run in the output folder
+#   submit_itself SCRIPT [...]       submit the script, if it is not in a job; ends this shell
+#   with_recipe FUNCTION DEFAULT [RECIPE] [key=value ...]      call the function with the recipe, or else with DEFAULT
 #
 # It returns 0 if the run is done, 2 for an invalid recipe or invalid data, 3 if a check failed; such jobs are not started
 # again. After a request to stop (time limit, pre-emption) or a crash (a rank killed, a node lost), the job is requeued and
@@ -33,6 +36,8 @@ _job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}
 _job=${_job:-${SLURM_JOB_ID:-}}
 _step=-1            # number of the newest job step: each srun is one
 _asked=0            # 1 once the batch shell has received USR1
+_ending=0           # 1 once it has received TERM: Slurm ends the job
+_on=()              # options of srun: the nodes that train, if they are not all
 _ended=0            # ends in a row without a new checkpoint; kept in a file from one start to the next
 _ends=$PWD/.uft-ends-$_job
 [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || [ ! -f "$_ends" ] || read -r _ended <"$_ends"
@@ -62,18 +67,16 @@ _job_field() { _scontrol show job -o "$_job" | head -n 1 | grep -oE "(^| )$1=[^ 
 # Run a job step and wait for it, even if this shell receives signals in the meantime. After a request to stop, signal
 # the step's processes repeatedly until they have ended: a process that has just started does not handle signals yet.
 _step_of_job() {
-    local code
     _step=$((_step + 1))
     srun "$@" &
     local srun_pid=$!
     while :; do
-        code=0
         if [ "$_asked" = 1 ]; then
             scancel --signal=USR1 "$_job.$_step" 2>/dev/null
             sleep 10 &
-            wait -n "$srun_pid" $! || code=$?
+            wait -n "$srun_pid" $!
         else
-            wait "$srun_pid" || code=$?
+            wait "$srun_pid"
         fi
         kill -0 "$srun_pid" 2>/dev/null || break
     done
@@ -101,7 +104,7 @@ _check_nodes() {
 
 _log_environment() {
     echo "=== job $_job restart ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST $(date -Is)"
-    echo "=== master $MASTER_ADDR:$MASTER_PORT, $SLURM_NNODES nodes x $1 ranks"
+    echo "=== master $MASTER_ADDR:$MASTER_PORT, $_num_nodes nodes x $_ranks ranks"
     echo "=== $(_uft --version), git $(git -C "$UFT_SLURM" describe --always --dirty --abbrev=40 2>/dev/null || echo none)"
     env | grep -E '^(SLURM_JOB|SLURM_NNODES|SLURM_GPUS|CUDA|NCCL|GLOO|TORCH|TRITON|HF_|TRANSFORMERS|OMP|UFT)' |
         grep -viE 'token|key|secret|password' | sort
@@ -115,23 +118,61 @@ _warn_of_a_short_limit() {
         echo "=== warning: $seconds s to the time limit, and the signal to save comes 600 s before it (#SBATCH --signal)"
 }
 
+submit_itself() {
+    [ -n "${SLURM_JOB_ID:-}" ] && return
+    # shellcheck disable=SC2086
+    exec sbatch ${UFT_SBATCH:-} "$@"
+}
+
+with_recipe() {
+    local function=$1 recipe=$2
+    shift 2
+    if [ -f "${1:-}" ] || { [ -n "${1:-}" ] && [[ $1 != *=* ]]; }; then
+        recipe=$1
+        shift
+    fi
+    "$function" "$recipe" "$@"
+}
+
 train() {
-    local recipe=$1 run ranks code before
-    shift
+    mapfile -t _hosts < <(_job_hosts)
+    _prepare "$@" || return $?
+    _launch "$@"
+    _decide
+}
+
+# Never localhost as a master: then each node would train alone.
+_job_hosts() { _scontrol show hostnames "$SLURM_JOB_NODELIST"; }
+
+_listen() {
     trap '_asked=1; echo "=== USR1: asked to stop, before the time limit or by hand $(date -Is)"' USR1
-    trap 'echo "=== TERM $(date -Is)"' TERM     # Slurm signals the steps itself; this shell must only survive TERM
+    trap '_ending=1; echo "=== TERM $(date -Is)"' TERM     # Slurm signals the steps itself; this shell must survive TERM
+}
 
-    run=$(_uft recipe show "$recipe" "$@" --key output) || return $?
-    ranks=${UFT_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}}
-    [ "$ranks" -gt 0 ] || ranks=2
+# The port must be free on the first node that trains, and this shell may be on another one.
+_free_port() {
+    local on=()
+    [ "$1" = "${SLURMD_NODENAME:-$1}" ] || on=(timeout 300 srun --nodes=1 --ntasks=1 --nodelist="$1")
+    # shellcheck disable=SC2086
+    "${on[@]}" ${UFT_EXEC:-} python -c 'from uft_ds.host.ports import free_port; print(free_port())'
+}
 
-    # Never localhost: then each node would train alone.
-    MASTER_ADDR=$(_scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# Everything before the launch on the nodes in _hosts. If it does not return 0, nothing was started, and its code is the
+# job's; a job that was asked to stop has been requeued.
+_prepare() {
+    local recipe=$1
+    shift
+    _listen
+    _folder=$(_uft recipe show "$recipe" "$@" --key output) || return $?
+    _ranks=${UFT_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}}
+    [ "$_ranks" -gt 0 ] || _ranks=2
+    _num_nodes=${#_hosts[@]}
+    MASTER_ADDR=${_hosts[0]:-}
     [ -n "$MASTER_ADDR" ] || { echo "no host name for $SLURM_JOB_NODELIST" >&2; return 1; }
-    # This shell is on the first node, where the port must be free.
-    MASTER_PORT=$(_run python -c 'from uft_ds.host.ports import free_port; print(free_port())')
+    MASTER_PORT=$(_free_port "$MASTER_ADDR") || { echo "=== $MASTER_ADDR gives no free port" >&2; return 1; }
+    [ "$MASTER_ADDR" = "${SLURMD_NODENAME:-$MASTER_ADDR}" ] || _step=$((_step + 1))     # that was a job step
     export MASTER_ADDR MASTER_PORT
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((${SLURM_CPUS_ON_NODE:-1} > ranks ? SLURM_CPUS_ON_NODE / ranks : 1))}
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((${SLURM_CPUS_ON_NODE:-1} > _ranks ? SLURM_CPUS_ON_NODE / _ranks : 1))}
     export NCCL_DEBUG=${NCCL_DEBUG:-WARN} TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
     export PYTHONFAULTHANDLER=1 PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
     if [ "${UFT_OFFLINE:-1}" = 1 ]; then export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1; fi
@@ -144,11 +185,11 @@ train() {
     export UFT_OUTCOME
     rm -f "$UFT_OUTCOME"
 
-    _log_environment "$ranks"
+    _log_environment
     echo "=== recipe $recipe $*"
     _uft recipe show "$recipe" "$@" || return $?
     _warn_of_a_short_limit
-    before=$(_newest_checkpoint "$run")
+    _before=$(_newest_checkpoint "$_folder")
     if ! _check_nodes || [ "$_asked" = 1 ]; then
         _is_asked_to_stop || [ "$(_job_field JobState)" != RUNNING ] || {
             echo "=== a node is not fit (above); nothing was started" >&2
@@ -157,51 +198,54 @@ train() {
         _come_back 85
         return $?
     fi
+}
 
+# Train on the nodes of _hosts; srun's exit code is left in _code.
+_launch() {
     # Signals are ignored until a rank has installed its handler, and torchrun ignores them always: Slurm signals all
     # processes, and torchrun must survive that and must not shorten a pre-emption's grace time to its own 30 seconds.
     # shellcheck disable=SC2016
-    _step_of_job --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" --kill-on-bad-exit=1 --wait=60 --label \
-        bash -c '
+    _step_of_job "${_on[@]}" --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" --kill-on-bad-exit=1 \
+        --wait=60 --label bash -c '
             trap "" USR1 TERM
             mkdir -p "$UFT_NODE_CACHE"
             exec ${UFT_EXEC:-} bash -c '\''
                 trap "" USR1 TERM
-                ranks=$1; shift
-                exec python -m torch.distributed.run --nnodes="$SLURM_NNODES" --nproc-per-node="$ranks" \
+                nodes=$1 ranks=$2; shift 2
+                exec python -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="$ranks" \
                     --node-rank="$SLURM_NODEID" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" \
                     --max-restarts=0 --signals-to-handle=SIGINT,SIGHUP,SIGQUIT -m uft_ds.train "$@" --resume
             '\'' "$@"
-        ' launch train "$ranks" "$recipe" "$@"
-    code=$?
-    srun --ntasks-per-node=1 --overlap bash -c 'rm -rf "$UFT_NODE_CACHE"' 2>/dev/null
+        ' launch train "$_num_nodes" "$_ranks" "$@"
+    _code=$?
+    # shellcheck disable=SC2016
+    srun "${_on[@]}" --ntasks-per-node=1 --overlap bash -c 'rm -rf "$UFT_NODE_CACHE"' 2>/dev/null
     _step=$((_step + 1))
-    _decide "$run" "$code" "$before"
 }
 
 # Decide by the outcome file (of rank 0, or of the first rank that failed) and by DONE, not by exit codes: srun has been
 # seen to return 0 for a job that had lost a node, and launchers turn all codes into 1.
 _decide() {
-    local run=$1 code=$2 before=$3 outcome=1
+    local outcome=1
     if [ -f "$UFT_OUTCOME" ]; then
         outcome=$(sed -n 's/.*"exit_code": *\([0-9]*\).*/\1/p' "$UFT_OUTCOME")
         [ "$outcome" = 0 ] || echo "=== what torchrun and srun print above is their way to report this end:"
         _run python -c 'import json, sys; print(json.load(open(sys.argv[1]))["message"])' "$UFT_OUTCOME" | sed 's/^/=== /'
         rm -f "$UFT_OUTCOME"
     fi
-    echo "=== outcome ${outcome:=1}, srun $code $(date -Is)"
+    echo "=== outcome ${outcome:=1}, srun $_code $(date -Is)"
     case $outcome in
         2 | 3) return "$outcome" ;;
         0)
-            if [ -e "$run/DONE" ]; then
-                [ "$(_newest_checkpoint "$run")" = "$before" ] || _ended=0    # not for a stage that was done already
-                echo "=== done: $run"
+            if [ -e "$_folder/DONE" ]; then
+                [ "$(_newest_checkpoint "$_folder")" = "$_before" ] || _ended=0    # not for a stage that was done already
+                echo "=== done: $_folder"
                 return 0
             fi
             outcome=1
             ;;
     esac
-    if [ "$(_newest_checkpoint "$run")" = "$before" ] && ! _is_preempted; then
+    if [ "$(_newest_checkpoint "$_folder")" = "$_before" ] && ! _is_preempted; then
         _may_end_without_progress || return 1
     else
         _ended=0

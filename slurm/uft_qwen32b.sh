@@ -29,14 +29,5 @@ if [ ! -f "$here/launch.sh" ]; then
 fi
 # shellcheck source=slurm/launch.sh
 . "$here/launch.sh" || { echo "$here: no launch.sh; it must lie beside the script that is submitted" >&2; exit 2; }
-if [ -z "${SLURM_JOB_ID:-}" ]; then
-    # shellcheck disable=SC2086
-    exec sbatch ${UFT_SBATCH:-} "$here/$(basename "$0")" "$@"
-fi
-
-recipe=uft_qwen32b
-if [ -f "${1:-}" ] || { [ -n "${1:-}" ] && [[ $1 != *=* ]]; }; then
-    recipe=$1
-    shift
-fi
-train "$recipe" "$@"
+submit_itself "$here/$(basename "$0")" "$@"
+with_recipe train uft_qwen32b "$@"

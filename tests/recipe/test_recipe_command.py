@@ -38,3 +38,24 @@ def test_an_unknown_key_is_answered_by_the_nearest(arguments: tuple[str, ...], m
     with pytest.raises(UserError) as refused:
         printed(*arguments)
     assert str(refused.value) == message
+
+
+def test_a_server_is_started_as_its_recipe_needs_it() -> None:
+    """An argument a line: base, dtype and longest answer are the recipe's, and rank 20 needs vLLM's 32."""
+    vllm = ("generator.by=vllm", "generator.url=http://node1:8000", "lora.rank=20", "model.dtype=bfloat16")
+    words = printed("server", "quickstart_online", *vllm, "generator.served_model=base").split("\n")
+    assert words[0].endswith("/SmolLM2-135M-Instruct")
+    assert words[1:-1] == [
+        *("--dtype", "bfloat16", "--served-model-name", "base", "--max-model-len", "192", "--enable-lora"),
+        *("--max-lora-rank", "32", "--max-loras", "1", "--max-cpu-loras", "2", "--generation-config", "vllm"),
+    ]
+    assert words[-1] == ""
+    hub = printed("server", "quickstart_online", *vllm, "model.base=org/name", "model.revision=1a2b").split("\n")
+    assert hub[0] == "org/name"
+    assert hub[hub.index("--revision") + 1] == "1a2b"
+
+
+def test_a_recipe_without_a_server_has_none_to_start() -> None:
+    """Its ranks answer themselves."""
+    with pytest.raises(UserError, match=r"^generator\.by: builtin given"):
+        printed("server", "quickstart_online")

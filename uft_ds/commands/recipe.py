@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from uft_ds.commands.shared import Overrides, RecipeName, console
+from uft_ds.commands.shared import Overrides, RecipeName, console, settings_given
 from uft_ds.errors import UserError
 
 app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
@@ -30,6 +30,15 @@ def recipe_show(
     if key not in leaves:
         raise UserError(f"--key {key}: {unknown_key(key, loaded.model_fields_set, leaves)}")
     print(leaves[key])
+
+
+@app.command("server")
+def recipe_server(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Print what `vllm serve` needs for an online recipe, an argument a line."""
+    settings = settings_given(recipe, overrides)
+    from uft_ds.run.generators import arguments_of_server
+
+    print("\n".join(arguments_of_server(settings)))
 
 
 @app.command("list")

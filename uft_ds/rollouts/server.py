@@ -205,11 +205,38 @@ class Client:
 
 def start_command(model: str, *, rank: int, dtype: str | None = None) -> str:
     """How a server for a run is started."""
-    most = next((one for one in MAX_RANKS if one >= rank), rank)
-    return (
-        f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve {model}{f' --dtype {dtype}' if dtype else ''} --enable-lora "
-        f"--max-lora-rank {most} --max-loras 1 --max-cpu-loras 2 --generation-config vllm"
-    )
+    return f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve {' '.join(start_arguments(model, rank=rank, dtype=dtype))}"
+
+
+def start_arguments(
+    model: str,
+    *,
+    rank: int,
+    dtype: str | None = None,
+    revision: str | None = None,
+    served_model: str | None = None,
+    max_length: int | None = None,
+) -> list[str]:
+    """What `vllm serve` is given for a run. docs/online_generators.md says why.
+
+    Args:
+        rank: of the adapter; the server gets the next larger one that vLLM takes.
+        served_model: the name by which the server shall call the base.
+        max_length: most tokens of a prompt and its answer together.
+    """
+    given = {
+        "--dtype": dtype,
+        "--revision": revision,
+        "--served-model-name": served_model,
+        "--max-model-len": max_length,
+    }
+    return [
+        model,
+        *(word for flag, value in given.items() if value is not None for word in (flag, str(value))),
+        "--enable-lora",
+        *("--max-lora-rank", str(next((one for one in MAX_RANKS if one >= rank), rank))),
+        *("--max-loras", "1", "--max-cpu-loras", "2", "--generation-config", "vllm"),
+    ]
 
 
 def _root_of(url: str) -> str:

@@ -10,6 +10,7 @@ import torch
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.tokenize import load_tokenizer
 from uft_ds.engine.engine import Engine
+from uft_ds.errors import UserError
 from uft_ds.evaluation.generate import stop_token_ids
 from uft_ds.host.signals import Stop, StopRequest
 from uft_ds.host.web import key_in
@@ -22,7 +23,7 @@ from uft_ds.rollouts.builtin import BuiltinGenerator
 from uft_ds.rollouts.examine import Needed, examine_server, refuse_problems
 from uft_ds.rollouts.room import fits_whole, tokens_that_fit
 from uft_ds.rollouts.served import Limits, ServedGenerator
-from uft_ds.rollouts.server import Server
+from uft_ds.rollouts.server import Server, start_arguments
 from uft_ds.streams.accept import accepted_policy
 from uft_ds.streams.adapters import adapter_config_of, adapter_tensors
 from uft_ds.streams.load import check_base, embedding_rows, empty_base
@@ -102,6 +103,25 @@ def server_of(given: GeneratorSettings) -> Server:
     """
     assert given.url is not None, "a recipe without it has been refused"
     return Server(given.url, given.served_model, key_in(given.key_env, "generator.key_env"))
+
+
+def arguments_of_server(settings: Settings) -> list[str]:
+    """What `vllm serve` is given for a recipe with `by: vllm`; the base by its absolute path, if it is a folder.
+
+    Raises:
+        UserError: the recipe asks no server.
+    """
+    given, model = settings.generator, settings.model
+    if given.by != "vllm":
+        raise UserError(f"generator.by: {given.by} given; a recipe with generator.by=vllm has a server to start")
+    return start_arguments(
+        str(Path(model.base).absolute()) if Path(model.base).exists() else model.base,
+        rank=settings.lora.rank,
+        dtype=model.dtype,
+        revision=model.revision,
+        served_model=given.served_model,
+        max_length=settings.data.max_length,
+    )
 
 
 def _sampling(given: GeneratorSettings, base: Any, chat: ChatTokenizer) -> Sampling:
