@@ -22,13 +22,11 @@
 set -uo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-if [ ! -f "$here/launch.sh" ]; then
+if [ ! -f "$here/server.sh" ]; then
     original=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\(.*\.sh\).*/\1/p' | head -n 1)
     here=$(dirname "$original")
 fi
-# shellcheck source=slurm/launch.sh
-. "$here/launch.sh" || { echo "$here: no launch.sh; it must lie beside the script that is submitted" >&2; exit 2; }
 # shellcheck source=slurm/server.sh
-. "$here/server.sh" || { echo "$here: no server.sh; it must lie beside the script that is submitted" >&2; exit 2; }
+. "$here/server.sh" || { echo "$here: no server.sh and launch.sh; they must lie beside the script that is submitted" >&2; exit 2; }
 submit_itself "$here/$(basename "$0")" "$@"
 with_recipe train_online uft_online_qwen32b "$@"

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# A job of which one node serves answers and the others train; sourced after launch.sh.
+# A job of which one node serves answers and the others train; sourced, with launch.sh.
 #
 #   train_online RECIPE [key=value ...]     as train, on all nodes but the first one, where a vLLM server answers
 #
@@ -10,6 +10,9 @@
 #   UFT_VLLM_FLAGS       more flags of `vllm serve`; of two the last one counts                    []
 #   UFT_VLLM_MINUTES     most minutes until the server is ready                                    [30]
 #   UFT_VLLM_RESTARTS    most restarts of the server within one start of the job                   [5]
+
+# shellcheck source=slurm/launch.sh
+. "$(dirname "${BASH_SOURCE[0]}")/launch.sh" || return 1
 
 train_online() {
     local recipe=$1 words

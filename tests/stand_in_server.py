@@ -71,6 +71,7 @@ class StandIn:
     """The server. faults: how many more times each happens. asked: every POST, its route and its body, in order."""
 
     model: Any
+    host: str = "127.0.0.1"
     port: int = 0
     faults: dict[str, int] = field(default_factory=dict)
     asked: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -91,11 +92,11 @@ class StandIn:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     def start(self) -> None:
         """Serve; on the port that it had before."""
-        self.server = ThreadingHTTPServer(("127.0.0.1", self.port), handler_of(self))
+        self.server = ThreadingHTTPServer((self.host, self.port), handler_of(self))
         self.server.daemon_threads = True
         self.port = self.server.server_address[1]
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()

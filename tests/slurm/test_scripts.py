@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 SLURM = Path(__file__).parents[2] / "slurm"
-BATCH = ("uft_qwen32b.sh", "sweep.sh")
+BATCH = ("uft_qwen32b.sh", "online.sh", "sweep.sh")
+SOURCED = {"online.sh": ("server.sh", "launch.sh")}
 
 
-@pytest.mark.parametrize("script", [*BATCH, "launch.sh", "table.sh", "site.env.example"])
+@pytest.mark.parametrize("script", [*BATCH, "launch.sh", "server.sh", "table.sh", "site.env.example"])
 def test_bash_can_read_it(script: str) -> None:
     """Without running it."""
     checked = subprocess.run(["bash", "-n", SLURM / script], capture_output=True, text=True, check=False)
@@ -29,7 +30,8 @@ def test_a_job_can_come_back(script: str) -> None:
 @pytest.mark.parametrize("script", BATCH)
 def test_settings_are_explained_where_they_are_read(script: str) -> None:
     """Every UFT_ variable stands in a comment."""
-    lines = [*(SLURM / script).read_text().splitlines(), *(SLURM / "launch.sh").read_text().splitlines()]
+    files = (script, *SOURCED.get(script, ("launch.sh",)))
+    lines = [line for name in files for line in (SLURM / name).read_text().splitlines()]
     explained = set(re.findall(r"UFT_[A-Z_]+", "\n".join(line for line in lines if line.startswith("#"))))
     used = set(re.findall(r"UFT_[A-Z_]+", "\n".join(line for line in lines if not line.startswith("#"))))
     assert used - explained == {"UFT_SLURM", "UFT_NODE_CACHE", "UFT_OUTCOME"}, "the scripts' own"
@@ -54,3 +56,24 @@ def test_a_checkpoint_that_is_written_again_is_a_new_one(tmp_path: Path) -> None
     (checkpoints / "step-000400").mkdir()
     assert "step-000400" in newest()
     assert newest() != before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], ["default"]),
+        (["train.lr=1e-5"], ["default", "train.lr=1e-5"]),
+        (["mine.yaml", "train.lr=1e-5"], ["mine.yaml", "train.lr=1e-5"]),
+        (["a=b.yaml", "train.lr=1e-5"], ["a=b.yaml", "train.lr=1e-5"]),
+        (["quickstart"], ["quickstart"]),
+    ],
+)
+def test_the_first_argument_may_be_a_recipe(tmp_path: Path, arguments: list[str], expected: list[str]) -> None:
+    """A file, whatever its name, or a word that is no override; the script's own recipe otherwise."""
+    (tmp_path / "a=b.yaml").touch()
+    text = 'say() { printf "%s\\n" "$@"; }; . "$1"; shift; with_recipe say default "$@"'
+    done = subprocess.run(
+        ["bash", "-c", text, "bash", SLURM / "launch.sh", *arguments],
+        capture_output=True, text=True, check=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.stdout.splitlines() == expected
