@@ -115,7 +115,7 @@ _keep_server() {
         echo "=== $(date -Is) ${_vllm[*]} serve ${_server_words[*]}" >>"$_server_log"
         setsid "${_vllm[@]}" serve "${_server_words[@]}" >>"$_server_log" 2>&1 &     # a process group of its own
         _server=$!
-        wait "$_server"
+        wait "$_server" 2>/dev/null     # without the shell's own words on it
         code=$?
         _kill_server     # workers that outlive it hold the GPUs
         [ -e "$_server_ready" ] || { echo "=== the server has ended with exit code $code"; exit 1; }

@@ -24,7 +24,16 @@ from uft_ds.run.settings import located
 
 TIMEOUT_SECONDS = 280
 STEPS = 6
-OF_TIME = ("seconds", "tokens_per_second", "examples_per_second", "memory/peak_gib", "checkpoint/stall_seconds")
+OF_TIME = (
+    "seconds",
+    "tokens_per_second",
+    "examples_per_second",
+    "memory/peak_gib",
+    "checkpoint/stall_seconds",
+    "rollouts/seconds",
+    "rollouts/generation_seconds",
+    "rollouts/scoring_seconds",
+)
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
