@@ -205,7 +205,9 @@ class Client:
 
 def start_command(model: str, *, rank: int, dtype: str | None = None) -> str:
     """How a server for a run is started."""
-    return f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve {' '.join(start_arguments(model, rank=rank, dtype=dtype))}"
+    return (
+        f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve {' '.join(start_arguments(model, rank=rank, dtype=dtype))}"
+    )
 
 
 def start_arguments(
