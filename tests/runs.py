@@ -31,6 +31,7 @@ OF_TIME = (
     "memory/peak_gib",
     "checkpoint/stall_seconds",
     "rollouts/seconds",
+    "rollouts/tokens_per_second",
     "rollouts/generation_seconds",
     "rollouts/scoring_seconds",
 )
