@@ -12,7 +12,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -30,7 +29,9 @@ pytestmark = pytest.mark.long
 HERE = Path(__file__).parent
 SLURM = HERE.parents[1] / "slurm"
 SERVER = HERE / "stand_in_vllm.py"
-STEPS = 16
+STEPS = 10
+SECONDS = 600.0
+"""The longest that a job may take: its checks, its server and its ranks start one after the other."""
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +48,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_model(tmp_path_factory.mktemp("base"), "qwen2", tied=True)
 
 
-def online_recipe(folder: Path, base: Path, **train: Any) -> Path:
+def online_recipe(folder: Path, base: Path) -> Path:
     """Half of each step are answers by a server, at an address that the job must replace."""
-    path = write_recipe(folder, base, steps=STEPS, **train)
+    path = write_recipe(folder, base, steps=STEPS, checkpoint_every=4, evaluate_every=4)
     tree = yaml.safe_load(path.read_text())
     prompts = write_rows(folder / "prompts.jsonl", [{"prompt": f"Say {i}"} for i in range(24)])
     tree["data"]["sources"][0]["share"] = 0.5
@@ -122,7 +123,7 @@ def unbroken(slurm: Cluster, base: Path, tmp_path_factory: pytest.TempPathFactor
     """A job that nothing happened to."""
     recipe = online_recipe(tmp_path_factory.mktemp("unbroken"), base)
     job, log = submit(slurm, recipe)
-    assert slurm.wait(job, log=log) == "COMPLETED", log.read_text()
+    assert slurm.wait(job, log=log, seconds=SECONDS) == "COMPLETED", log.read_text()
     return recipe.parent / "run"
 
 
@@ -145,10 +146,10 @@ def test_a_killed_server_costs_nothing(slurm: Cluster, unbroken: Path, base: Pat
     """It is started again while the run waits, which gives it the adapter again: the same bits, no restart."""
     recipe = online_recipe(tmp_path, base)
     job, log = submit(slurm, recipe)
-    slurm.until(lambda: last_step(tmp_path / "run") >= 4, log=log)
+    slurm.until(lambda: last_step(tmp_path / "run") >= 3, log=log, seconds=SECONDS)
     (server,) = servers(log)
     os.kill(server.pid, signal.SIGKILL)
-    assert slurm.wait(job, log=log) == "COMPLETED", log.read_text()
+    assert slurm.wait(job, log=log, seconds=SECONDS) == "COMPLETED", log.read_text()
     assert restarts(slurm, job) == 0
     assert "the server has ended with exit code 137; restart 1 of 5" in log.read_text()
     assert "answers again after" in log.read_text()
@@ -161,9 +162,9 @@ def test_the_time_limit_ends_the_server_too(slurm: Cluster, unbroken: Path, base
     """USR1 as before the limit: the run saves, the job is requeued with another server, and is done."""
     recipe = online_recipe(tmp_path, base)
     job, log = submit(slurm, recipe)
-    slurm.until(lambda: last_step(tmp_path / "run") >= 4, log=log)
+    slurm.until(lambda: last_step(tmp_path / "run") >= 3, log=log, seconds=SECONDS)
     slurm.run("scancel", "--batch", "--signal=USR1", job)
-    assert slurm.wait(job, log=log) == "COMPLETED", log.read_text()
+    assert slurm.wait(job, log=log, seconds=SECONDS) == "COMPLETED", log.read_text()
     assert restarts(slurm, job) == 1
     assert re.search(r"stopped by SIGUSR1 after step (\d+) of", log.read_text())
     assert log.read_text().count("=== the server is ready") == 2
@@ -177,10 +178,10 @@ def test_a_server_that_ends_too_often_brings_the_job_back(
     """The run saves and the job is requeued, as after a crash."""
     recipe = online_recipe(tmp_path, base)
     job, log = submit(slurm, recipe, UFT_VLLM_RESTARTS="0")
-    slurm.until(lambda: last_step(tmp_path / "run") >= 4, log=log)
+    slurm.until(lambda: last_step(tmp_path / "run") >= 3, log=log, seconds=SECONDS)
     (server,) = servers(log)
     os.kill(server.pid, signal.SIGKILL)
-    assert slurm.wait(job, log=log) == "COMPLETED", log.read_text()
+    assert slurm.wait(job, log=log, seconds=SECONDS) == "COMPLETED", log.read_text()
     assert restarts(slurm, job) == 1
     assert "after 0 restarts (UFT_VLLM_RESTARTS): the run is ended" in log.read_text()
     assert "resuming from step-" in log.read_text()
@@ -192,10 +193,10 @@ def test_a_cancelled_job_takes_its_server_along(slurm: Cluster, base: Path, tmp_
     """Saved on the way out, and not requeued."""
     recipe = online_recipe(tmp_path, base)
     job, log = submit(slurm, recipe)
-    slurm.until(lambda: last_step(tmp_path / "run") >= 2, log=log)
+    slurm.until(lambda: last_step(tmp_path / "run") >= 2, log=log, seconds=SECONDS)
     slurm.run("scancel", job)
-    assert slurm.wait(job, log=log) == "CANCELLED"
-    slurm.until(lambda: servers(log) == [], log=log)
+    assert slurm.wait(job, log=log, seconds=SECONDS) == "CANCELLED"
+    slurm.until(lambda: servers(log) == [], log=log, seconds=SECONDS)
     assert newest_whole(tmp_path / "run")[0] is not None
     assert restarts(slurm, job) == 0
 
@@ -215,7 +216,7 @@ def test_without_a_server_nothing_is_trained(
     """The job fails with the reason in its log, and is not started again."""
     recipe = online_recipe(tmp_path, base)
     job, log = submit(slurm, recipe, nodes=nodes, **settings)
-    assert slurm.wait(job, log=log) == "FAILED"
+    assert slurm.wait(job, log=log, seconds=SECONDS) == "FAILED"
     assert slurm.field(job, "ExitCode") == code
     assert restarts(slurm, job) == 0
     assert message in log.read_text()
