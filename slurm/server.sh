@@ -102,22 +102,25 @@ _is_healthy() {
 # Run in a background shell: start the server, and start it again whenever it ends. The run waits for it meanwhile and
 # gives it the adapter again. If it has ended too often, the run is asked to save, as before the time limit.
 _keep_server() {
-    local ends=0 most=${UFT_VLLM_RESTARTS:-5} code
-    _server=
+    local ends=0 most=${UFT_VLLM_RESTARTS:-5} over=0 code
     trap '' USR1
-    trap '_kill_server; exit 0' TERM
+    trap over=1 TERM
     # What is meant for uft_ds, and for the processes of its ranks.
     unset PYTHONPATH PYTHONHOME VIRTUAL_ENV MASTER_ADDR MASTER_PORT OMP_NUM_THREADS TORCH_EXTENSIONS_DIR TRITON_CACHE_DIR
     [ ! -d "$UFT_VLLM" ] || export PATH=$UFT_VLLM/bin:$PATH
     export VLLM_ALLOW_RUNTIME_LORA_UPDATING=True VLLM_NO_USAGE_STATS=${VLLM_NO_USAGE_STATS:-1}
     [ "$_server_key" = None ] || export VLLM_API_KEY=${!_server_key:-}
-    while :; do
+    while [ "$over" = 0 ]; do
         echo "=== $(date -Is) ${_vllm[*]} serve ${_server_words[*]}" >>"$_server_log"
         setsid "${_vllm[@]}" serve "${_server_words[@]}" >>"$_server_log" 2>&1 &     # a process group of its own
         _server=$!
-        wait "$_server" 2>/dev/null     # without the shell's own words on it
-        code=$?
-        _kill_server     # workers that outlive it hold the GPUs
+        while [ "$over" = 0 ]; do
+            wait "$_server" 2>/dev/null     # without the shell's own words on it
+            code=$?
+            kill -0 "$_server" 2>/dev/null || break
+        done
+        _kill_server     # also workers that outlive it: they hold the GPUs
+        [ "$over" = 0 ] || break
         [ -e "$_server_ready" ] || { echo "=== the server has ended with exit code $code"; exit 1; }
         if [ "$ends" -ge "$most" ]; then
             echo "=== the server has ended with exit code $code after $ends restarts (UFT_VLLM_RESTARTS): the run is ended"
@@ -131,20 +134,22 @@ _keep_server() {
     done
 }
 
-# End the server's whole process group; it has half a minute.
+# End the server's whole process group, which has half a minute. It may not have one yet.
 _kill_server() {
     local tries
-    [ -n "$_server" ] || return 0
     kill -TERM -- "-$_server" 2>/dev/null
     for tries in {1..60}; do
-        kill -0 -- "-$_server" 2>/dev/null || return 0
+        kill -0 -- "-$_server" 2>/dev/null || kill -TERM "$_server" 2>/dev/null || return 0
         [ "$tries" = 60 ] || sleep 0.5
     done
     kill -KILL -- "-$_server" 2>/dev/null
 }
 
+# The signal is repeated: one that comes just before a `wait` does not end it.
 _end_server() {
-    kill -TERM "$_keeper" 2>/dev/null
-    while kill -0 "$_keeper" 2>/dev/null; do wait "$_keeper"; done
+    while kill -TERM "$_keeper" 2>/dev/null; do
+        sleep 0.5 &
+        wait -n "$_keeper" $!
+    done
     rm -f "$_server_ready"
 }
