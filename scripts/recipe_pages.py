@@ -1,8 +1,7 @@
-"""Pages of the documentation site for the shipped recipes: what each is, its YAML, and what `uft plan` computes for it."""
+"""Pages of the documentation site for the shipped recipes: what each is, its YAML, and what `uft plan` says of it."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from functools import cache
 from itertools import takewhile
@@ -55,15 +54,21 @@ def recipe_page(name: str) -> str:
     """
     lines = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
     comment = list(takewhile(lambda line: line.startswith("#"), lines))
-    about = escaped("\n".join(line.removeprefix("#").removeprefix(" ") for line in comment))
-    about = re.sub(r"^(?= {4})", "\n", about, flags=re.MULTILINE)  # what is indented is a command
+    about = "\n".join(map(comment_as_text, comment))
     recipe = "\n".join(lines[len(comment) :])
     settings = load_settings(name)
     return (
-        f"# {name}\n\n{about}\n\n    uft train {name}\n\n## The recipe\n\n```yaml\n{recipe}\n```\n\n"
-        f"[What each key means](../recipe_keys.md). `uft recipe show {name}` adds all defaults.\n\n"
+        f"# {name}\n\n{about}\n\n## The recipe\n\n```yaml\n{recipe}\n```\n\n"
+        f"`uft train {name}` trains it, `uft recipe show {name}` adds all defaults. "
+        "[What each key means](../recipe_keys.md).\n\n"
         f"## What it needs\n\n{on_cpus(name) if settings.deepspeed.name == FOR_CPU else planned(name, settings)}\n"
     )
+
+
+def comment_as_text(line: str) -> str:
+    """A line of a recipe's comment as Markdown; what is indented there is a command, and starts a block of its own."""
+    text = line.removeprefix("#").removeprefix(" ")
+    return f"\n{text}" if text.startswith("    ") else escaped(text)
 
 
 def on_cpus(name: str) -> str:

@@ -86,9 +86,9 @@ def commands_page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def exit_codes() -> dict[int, str]:
-    """Each code of `uft_ds/errors.py` by its number: its name there."""
-    return {code: name for name, code in vars(errors).items() if name.startswith("EXIT_")}
+def exit_codes() -> set[int]:
+    """Those that `uft_ds/errors.py` defines."""
+    return {code for name, code in vars(errors).items() if name.startswith("EXIT_")}
 
 
 def exit_codes_page() -> str:
@@ -101,10 +101,10 @@ def exit_codes_page() -> str:
         (ROOT / "docs" / "running.md").read_text(encoding="utf-8").partition("## Exit codes")[2].partition("\n#")[0]
     )
     meanings = {int(code): meaning for code, meaning in re.findall(r"^\| (\d+) \| (.*) \|$", section, re.MULTILINE)}
-    if meanings.keys() != exit_codes().keys():
+    if meanings.keys() != exit_codes():
         raise ValueError(f"docs/running.md explains exit codes {sorted(meanings)}, there are {sorted(exit_codes())}")
-    rows = [(str(code), f"`{name}`", meanings[code]) for code, name in sorted(exit_codes().items())]
-    return f"# Exit codes\n\n{table(('code', 'name', 'meaning'), *rows)}\n\n[More on running](running.md#exit-codes).\n"
+    rows = [(str(code), meanings[code]) for code in sorted(exit_codes())]
+    return f"# Exit codes\n\n{table(('code', 'meaning'), *rows)}\n\n[More on running](running.md#exit-codes).\n"
 
 
 def metrics_page() -> str:

@@ -1,7 +1,7 @@
 """The documentation site's hook of MkDocs (`mkdocs.yml`, `make docs`): it adds the pages that are not in docs/.
 
-These are the generated ones of `reference_pages.py` and `recipe_pages.py`; and README.md and other files beside docs/ that
-pages link to. Links between files of the repository, which GitHub follows, become links of the site.
+These are the generated ones of `reference_pages.py` and `recipe_pages.py`, and README.md and other files beside docs/
+that pages link to. Links between files of the repository, which GitHub follows, become links of the site.
 """
 
 from __future__ import annotations
