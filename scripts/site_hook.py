@@ -21,7 +21,7 @@ ELSEWHERE = {
     "uft_ds/data/formats/jsonl.schema.json": "jsonl.schema.json",
 }
 """Files outside docs/ that the site has, and their place in it."""
-LINK = re.compile(r"(?<=\]\()([^)\s#]+)(?=[)#])")
+LINK = re.compile(r"(?<=\]\()(?!\w+:)([^)\s#]+)(?=[)#])")
 
 
 def on_files(files: Any, config: Any) -> Any:

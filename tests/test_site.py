@@ -131,12 +131,18 @@ def test_a_recipe_page_says_what_the_recipe_is(hook: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [True, "auto"])
-def test_figures_are_those_of_a_plan(hook: ModuleType, tiny_qwen2: Path, checkpointing: bool | str) -> None:
+def test_figures_are_those_of_a_plan(
+    hook: ModuleType, tiny_qwen2: Path, tmp_path: Path, checkpointing: bool | str
+) -> None:
     """Memory of a GPU and of the host, and whether it fits, as `make_plan` has them; marked as planned."""
-    data = {"sources": [{"format": "jsonl", "path": "x.jsonl"}], "max_length": 256}
-    model = {"base": str(tiny_qwen2), "attention": "sdpa", "gradient_checkpointing": checkpointing}
-    train = {"examples_per_step": 8, "tokens_per_micro_batch": 512, "steps": 9}
-    settings = settings_of(recipe_from_tree({"name": "x", "model": model, "data": data, "train": train}, "x"))
+    tree = {
+        "name": "x",
+        "model": {"base": str(tiny_qwen2), "attention": "sdpa", "gradient_checkpointing": checkpointing},
+        "data": {"sources": [{"format": "jsonl", "path": str(tmp_path / "x.jsonl")}], "max_length": 256},
+        "train": {"examples_per_step": 8, "tokens_per_micro_batch": 512, "steps": 9},
+        "output": str(tmp_path / "run"),
+    }
+    settings = settings_of(recipe_from_tree(tree, "x"))
     recipes = hook.recipe_pages.__globals__
     page = recipes["planned"]("x", settings)
     assert "Planned, not measured" in page
@@ -175,6 +181,6 @@ def test_a_list_begins_after_an_empty_line(document: str) -> None:
     """GitHub needs none, the site does: without it the list is a part of the paragraph."""
     text = re.sub(r"^```.*?^```$", "", (ROOT / document).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     lines = text.splitlines()
-    item = re.compile(r"([*-]|\d+\.) ")
+    item = re.compile(r"([*-]|1\.) ")
     joined = [b for a, b in pairwise(lines) if item.match(b) and a and not re.match(r" |([*-]|\d+\.) ", a)]
     assert joined == []
