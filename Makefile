@@ -19,7 +19,7 @@ SPINE := tests/recipe/test_recipe.py tests/kernels/test_token_logps.py $(addpref
 	test_resume.py::test_a_killed_run_goes_on_bit_for_bit)
 
 .DEFAULT_GOAL := help
-.PHONY: help install fetch quickstart online test test-long test-lowest install-lowest lint format bench clean
+.PHONY: help install fetch quickstart online test test-long test-lowest install-lowest lint docs format bench clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -70,6 +70,10 @@ lint: install ## Formatting, lint, types, and the package's structure
 	$(BIN)/lint-imports --no-cache > $(VENV)/imports.log || { cat $(VENV)/imports.log; exit 1; }
 	$(BIN)/python scripts/structure.py --check
 
+docs: install ## Build the documentation site into build/docs; a broken link or a page without a place fails
+	@# The variable turns a notice of the theme off, on what comes after MkDocs.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 format: install ## Rewrite the code as the formatter wants it
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -86,5 +90,5 @@ bench: install ## Side-by-side measurements, a table each (about an hour and a h
 	$(BIN)/python benchmarks/token_logps.py
 	$(BIN)/python benchmarks/data.py
 
-clean: ## Remove the virtual environment and caches
-	rm -rf $(VENV) $(LOWEST_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## Remove the virtual environment, caches and the built site
+	rm -rf $(VENV) $(LOWEST_VENV) build/docs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -18,8 +18,8 @@ USED_BY_OTHERS = {
     "tensorboard": "torch.utils.tensorboard imports it",
 }
 """Declared, and imported by another library for us."""
-OF_OTHER_EXTRAS = {"bench", "dev"}
-"""Extras for benchmarks and tests, which the package does without."""
+OF_OTHER_EXTRAS = {"bench", "dev", "docs"}
+"""Extras for benchmarks, tests and the documentation site, which the package does without."""
 GIVEN_BY_OTHERS = {"triton": "it comes with torch's builds for GPUs; without it the kernels in plain torch are taken"}
 """Imported where it is there, and not declared for users."""
 
