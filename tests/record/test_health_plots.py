@@ -103,11 +103,11 @@ def test_the_grid_has_the_pictures_that_there_are(tmp_path: Path, count: int) ->
     found, missing = write_health(lines, table()[:0], tmp_path / "health.png")
     assert len(found) == count
     assert not missing
-    whole = matplotlib.image.imread(tmp_path / "health.png")
+    whole = pixels_of(tmp_path / "health.png")
     assert whole.shape[:2] == pytest.approx((-(-count // 3) * 10 / 3 * 110, min(count, 3) * 4 * 110), abs=1)
     for number, panel in enumerate(found):
-        alone = matplotlib.image.imread(io.BytesIO(panel.png))
-        assert alone.min() < 0.5 < alone.max()
+        alone = pixels_of(io.BytesIO(panel.png))
+        assert alone.min() < 128 < alone.max()
         height, width, _ = alone.shape
         assert 300 < height < 390
         assert 380 < width < 460
@@ -116,11 +116,16 @@ def test_the_grid_has_the_pictures_that_there_are(tmp_path: Path, count: int) ->
         assert is_within(alone, near)
 
 
+def pixels_of(picture: Any) -> np.ndarray:
+    return np.asarray(np.round(matplotlib.image.imread(picture) * 255), dtype=np.uint8)
+
+
 def is_within(part: np.ndarray, whole: np.ndarray) -> bool:
-    """Whether a picture is cut out of another one."""
-    (height, width, _), rows, columns = part.shape, len(whole), whole.shape[1]
-    places = ((y, x) for y in range(rows - height + 1) for x in range(columns - width + 1))
-    return any(np.array_equal(whole[y : y + height, x : x + width], part) for y, x in places)
+    """Whether a picture is cut out of another one: found by its middle row, and then compared as a whole."""
+    height, width, channels = part.shape
+    middle = part[height // 2].tobytes()
+    found = [(y - height // 2, row.tobytes().find(middle) // channels) for y, row in enumerate(whole)]
+    return any(x >= 0 and y >= 0 and np.array_equal(whole[y : y + height, x : x + width], part) for y, x in found)
 
 
 INSTRUCTION = {"held_out/responses/instruction": 5.0, "held_out/score_error/instruction": 0.5}
