@@ -23,7 +23,8 @@ from uft_ds.record.verdict import Verdict, has_held_out, headline, verdicts
 
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;
 overflow-wrap:break-word}
-.panels{margin:1rem 0;display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,20rem),1fr));gap:1rem;align-items:start}
+.panels{margin:1rem 0;display:grid;
+grid-template-columns:repeat(auto-fill,minmax(min(100%,20rem),1fr));gap:1rem;align-items:start}
 img{width:100%}.scroll{overflow-x:auto}table{border-collapse:collapse}
 th,td{text-align:left;vertical-align:top;padding:.2rem 1rem .2rem 0;font-variant-numeric:tabular-nums}
 pre{background:#f5f5f5;padding:1rem;overflow-x:auto}.text{white-space:pre-wrap;overflow-wrap:anywhere;min-width:9rem}
