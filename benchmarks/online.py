@@ -151,6 +151,11 @@ def train(recipe: str, run: Path, overrides: dict[str, Any], *options: str) -> N
     checked(uft("train", recipe, *given, f"output={run}", *options, *resumes))
 
 
+def held_out(data: Path) -> list[dict[str, str]]:
+    """Right answers alone: scored ones need a loss, which the start does not have."""
+    return [{"format": "jsonl", "path": str(data / "held_out.jsonl")}]
+
+
 def sources(data: Path, seed: int) -> dict[str, Any]:
     """The online source alone: what the methods differ in is what they make of the policy's answers."""
     return {
@@ -163,7 +168,7 @@ def sources(data: Path, seed: int) -> dict[str, Any]:
                 "score_by": "code:uft_ds.examples.verifiable_scores:score",
             }
         ],
-        "data.held_out.0.path": str(data / "held_out.jsonl"),
+        "data.held_out": held_out(data),
         "train.seed": seed,
     }
 
@@ -176,7 +181,7 @@ def learn(folder: Path, base: Path, seed: int, steps: int) -> dict[str, dict[str
     common = {"model.base": str(base), "train.evaluate_every": 1000, "train.checkpoint_every": 5}
     of_start = {
         "data.sources": [{"format": "jsonl", "path": str(data / "instruction.jsonl")}],
-        "data.held_out.0.path": str(data / "held_out.jsonl"),
+        "data.held_out": held_out(data),
     }
     train(
         "quickstart",

@@ -58,7 +58,7 @@ def write_data(folder: Path) -> None:
     for task in generate(1, HELD_OUT, 0).held_out_tasks:
         for response in (task.answer, flawed_response(task, rng)):
             held_out.append({"prompt": task.prompt, "response": response, "score": grade(task, response)})
-    for name, rows in (("pairs", pairs), ("held_out_scored", held_out)):
+    for name, rows in (("pairs", pairs), ("held_out_both", held_out)):
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
@@ -119,7 +119,7 @@ def measured(run: Path, base: Path, data: Path) -> dict[str, float]:
     model, tokenizer = load_for_generation(base)
     policy: Any = PeftModel.from_pretrained(model, str(run / "latest" / "adapter"))
     rules = RowRules("jsonl", None, max_length=256, merge=True, trim_prompt=False)
-    source = SourceSettings(str(data / "held_out_scored.jsonl"), None, rules)
+    source = SourceSettings(str(data / "held_out_both.jsonl"), None, rules)
     selection = prepare_source(
         source, load_tokenizer(str(base)), data.parent / "tokens", seed=0, tolerance=Tolerance()
     ).selection
@@ -153,7 +153,7 @@ def main() -> None:
     folder, seeds = options.folder.absolute(), [int(seed) for seed in options.seeds.split(",")]
     base = quickstart_model(say=print)
     write_data(folder / "data")
-    held_out = [{"format": "jsonl", "path": str(folder / "data" / "held_out_scored.jsonl")}]
+    held_out = [{"format": "jsonl", "path": str(folder / "data" / "held_out_both.jsonl")}]
     overrides = {
         "model.base": str(base),
         "data.held_out": held_out,

@@ -28,13 +28,15 @@ def train(checkout: Path, folder: Path, data: Path, steps: int) -> tuple[str, li
     located = {
         "data.sources.0.path": data / "instruction.jsonl",
         "data.sources.1.path": data / "scored.jsonl",
-        "data.held_out.0.path": data / "held_out.jsonl",
         "data.cache_dir": folder / "tokenized",
         "reference.cache_dir": folder / "reference",
         "output": run,
     }
     settings = {"train.steps": steps, "train.evaluate_every": steps, "train.checkpoint_every": steps}
-    overrides = [f"{key}={json.dumps(str(value))}" for key, value in located.items()]
+    # As a whole: the revisions' recipes may hold out other sources.
+    held_out = [{"format": "jsonl", "path": str(data / "held_out.jsonl")}]
+    overrides = [f"data.held_out={json.dumps(held_out)}"]
+    overrides += [f"{key}={json.dumps(str(value))}" for key, value in located.items()]
     overrides += [f"{key}={value}" for key, value in settings.items()]
     environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "uft_ds", "train", "quickstart", *overrides]

@@ -59,6 +59,7 @@ def _random_run(report: Report, place: Place, common: tuple[str, ...]) -> None:
         "data.sources.0.path": data / "instruction.jsonl",
         "data.sources.1.path": data / "scored.jsonl",
         "data.held_out.0.path": data / "held_out.jsonl",
+        "data.held_out.1.path": data / "held_out_scored.jsonl",
         "output": output,
     }
     steps = place.size(STEPS, 2)

@@ -97,6 +97,28 @@ def test_an_interrupted_quickstart_goes_on(work: Work, tmp_path: Path) -> None:
     assert run(work, tmp_path)[0] == ["resume", *WHOLE[2:]], "an older quickstart's end is not this one's"
 
 
+@pytest.mark.parametrize("way", ["quickstart", "quickstart_online"])
+def test_every_source_of_a_quickstart_is_written_before_it_trains(
+    work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """Of the data in its folder: right answers and scored ones are held out, and neither is trained on."""
+    trained: dict[str, Settings] = {}
+
+    def train(settings: Settings, **how: bool) -> None:
+        trained[settings.output.name] = settings
+        settings.output.mkdir()
+
+    monkeypatch.setattr(quickstart, "finish", lambda *args: None)  # nothing was learned here
+    start = quickstart.run_quickstart if way == "quickstart" else quickstart.run_online
+    start(tmp_path, (), console=Console(quiet=True), train=train)
+    data = trained[way].data
+    folder = tmp_path / "quickstart-data"
+    held_out, sources = ([Path(source.path) for source in part] for part in (data.held_out, data.sources))
+    assert held_out == [folder / "held_out.jsonl", folder / "held_out_scored.jsonl"]
+    assert sources == [folder / "instruction.jsonl", folder / "scored.jsonl"]
+    assert all(path.is_file() for path in (*held_out, *sources))
+
+
 def test_a_run_that_cannot_be_resumed_is_told_with_what_to_do(work: Work, tmp_path: Path) -> None:
     """Its inputs may be others since: the quickstart has no --overwrite."""
     work.interrupted_at = "merge"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,11 @@ def data() -> VerifiableData:
     return generate(2400, 100, seed=0)
 
 
+@pytest.fixture(scope="module")
+def with_scored(data: VerifiableData) -> VerifiableData:
+    return generate(2400, 100, seed=0, num_held_out_scored=22)
+
+
 def all_tasks(data: VerifiableData) -> list[Task]:
     return [row.task for row in data.instruction_rows] + list(data.held_out_tasks)
 
@@ -71,6 +78,48 @@ def test_prompts_are_distinct_and_held_out_ones_unseen(data: VerifiableData) -> 
     tasks = all_tasks(data)
     assert len({task.prompt for task in tasks}) == 2500
     assert len({(task.kind, payload(task)) for task in tasks}) == 2500
+
+
+def test_scored_held_out_rows_change_nothing_else(data: VerifiableData, with_scored: VerifiableData) -> None:
+    """Their prompts are drawn after all others: not a row of the other parts depends on them."""
+    assert data.held_out_scored_rows == ()
+    assert replace(with_scored, held_out_scored_rows=()) == data
+
+
+def test_the_quickstarts_training_data_is_the_same_on_every_machine(tmp_path: Path) -> None:
+    """Committed hashes: the order of a run's data and the questions that measure it follow from these bytes."""
+    write(tmp_path)
+    found = {name: sha256((tmp_path / name).read_bytes()).hexdigest()[:16] for name in HASHES}
+    assert found == HASHES
+
+
+HASHES = {
+    "instruction.jsonl": "a3c682e2881aa1a2",
+    "scored.jsonl": "097dd238db5ec018",
+    "held_out.jsonl": "c200d8451279c47b",
+}
+
+
+def test_scored_held_out_rows_ask_what_nothing_else_asks(with_scored: VerifiableData) -> None:
+    """Two prompts of each kind, of which no payload is trained on or among the held-out tasks."""
+    tasks = list(dict.fromkeys(row.task for row in with_scored.held_out_scored_rows))
+    assert Counter(task.kind for task in tasks) == dict.fromkeys(TASK_KINDS, 2)
+    others = {(task.kind, payload(task)) for task in all_tasks(with_scored)}
+    assert not others & {(task.kind, payload(task)) for task in tasks}
+
+
+def test_scored_held_out_rows_can_be_ordered(with_scored: VerifiableData) -> None:
+    """The three answers to a prompt follow each other: the right one, and two others with lower scores."""
+    rows = with_scored.held_out_scored_rows
+    assert len(rows) == 66
+    for first in range(0, 66, 3):
+        right, *flawed = rows[first : first + 3]
+        assert {row.task for row in flawed} == {right.task}
+        assert right.response == right.task.answer
+        assert right.score == 1.0
+        assert len({row.response for row in (right, *flawed)}) == 3
+        assert all(row.score == grade(row.task, row.response) < 1 for row in flawed)
+    assert len({row.score for row in rows}) >= 5
 
 
 def test_both_training_sets_answer_the_same_prompts(data: VerifiableData) -> None:
@@ -230,13 +279,14 @@ def test_long_rambling_is_graded_quickly(response: str) -> None:
 
 def test_written_scores_equal_a_fresh_grade(tmp_path: Path) -> None:
     """From the files alone: the agreed keys, scores that `grade` gives again, no temporary file left."""
-    write(tmp_path, num_prompts=330, num_held_out=33, seed=3)
-    names = {"instruction.jsonl", "scored.jsonl", "held_out.jsonl", "README.md"}
+    write(tmp_path, num_prompts=330, num_held_out=33, seed=3, num_held_out_scored=11)
+    names = {"instruction.jsonl", "scored.jsonl", "held_out.jsonl", "held_out_scored.jsonl", "README.md"}
     assert {path.name for path in tmp_path.iterdir()} == names
     for name, keys, num_rows in [
         ("instruction.jsonl", {"prompt", "response", "meta"}, 330),
         ("scored.jsonl", {"prompt", "response", "score", "meta"}, 330),
         ("held_out.jsonl", {"prompt", "response", "meta"}, 33),
+        ("held_out_scored.jsonl", {"prompt", "response", "score", "meta"}, 33),
     ]:
         rows = [json.loads(line) for line in (tmp_path / name).read_text(encoding="utf-8").splitlines()]
         assert len(rows) == num_rows
@@ -255,11 +305,15 @@ def test_tasks_survive_the_round_trip(tmp_path: Path) -> None:
 
 
 def test_data_card_gives_counts_scores_seed_and_licence(tmp_path: Path) -> None:
-    """The card's table has 4 training and 2 held-out prompts for each of the kinds of 44 and 22."""
-    write(tmp_path, num_prompts=4 * len(TASK_KINDS), num_held_out=2 * len(TASK_KINDS), seed=5)
+    """The card's table has 4 training, 2 held-out and 1 scored prompts for each of the kinds."""
+    kinds = len(TASK_KINDS)
+    data = write(tmp_path, num_prompts=4 * kinds, num_held_out=2 * kinds, seed=5, num_held_out_scored=kinds)
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert all(f"| {kind} | 4 | 2 |" in card for kind in TASK_KINDS)
+    assert all(f"| {kind} | 4 | 2 | 1 |" in card for kind in TASK_KINDS)
     assert all(meaning in card for meaning in SCORE_MEANINGS.values())
+    assert f"{3 * kinds} scored responses to {kinds} more" in card
+    right = sum(row.score == 1.0 for row in data.scored_rows)
+    assert f"| {SCORE_MEANINGS[1.0]} | {right} | {kinds} |" in card
     assert "seed 5" in card
     assert "Apache-2.0" in card
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import matplotlib.image
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from toy import UFT
 
-from uft_ds.record.health_plots import write_health
+from uft_ds.record.health_plots import Health, write_health
 from uft_ds.record.telemetry import ROW, implicit_scores
 
 Drawn = dict[str, list[Any]]
@@ -75,14 +77,100 @@ def test_the_table_is_drawn(tmp_path: Path, drawn: Drawn) -> None:
 def test_pictures_without_numbers_are_left_out(tmp_path: Path) -> None:
     """Of a run without pairs two of nine are drawn, in one row; without a reference none, and there is no file."""
     rows, lines, path = table(0), [{"step": 1, "loss": 1.0}], tmp_path / "health.png"
-    assert write_health(lines, rows, path)
+    assert titles_of(write_health(lines, rows, path)) == ["held out: reliability", "held out: length bias"]
     height, width, _ = matplotlib.image.imread(path).shape
     assert width == pytest.approx(8 * 110, abs=1)
     assert height == pytest.approx(10 / 3 * 110, abs=1)
     rows["log_ratio"] = rows["reward"] = rows["implicit_score"] = np.nan
-    assert not write_health(lines, rows, path)
+    assert write_health(lines, rows, path) == ((), "")
     assert not path.exists()
-    assert not write_health([], rows[:0], path)
+    assert write_health([], rows[:0], path) == ((), "")
+
+
+def titles_of(health: Health) -> list[str]:
+    return [panel.title for panel in health.panels]
+
+
+@pytest.mark.parametrize("count", range(1, 10))
+def test_the_grid_has_the_pictures_that_there_are(tmp_path: Path, count: int) -> None:
+    """One to nine, in rows of three; each picture by itself is a part of the file."""
+    metrics = (
+        "score_error/score", "calibration_error/score", "pair_accuracy/pair", "length_correlation/score",
+        "log_ratio_per_token/score", "saturated_stuck/score", "pair_margin/pair", "reward_chosen/pair",
+        "logp_chosen/pair",
+    )  # fmt: skip
+    lines = [{"step": step} | dict.fromkeys(metrics[:count], step / 4) for step in (1, 2)]
+    found, missing = write_health(lines, table()[:0], tmp_path / "health.png")
+    assert len(found) == count
+    assert not missing
+    whole = pixels_of(tmp_path / "health.png")
+    assert whole.shape[:2] == pytest.approx((-(-count // 3) * 10 / 3 * 110, min(count, 3) * 4 * 110), abs=1)
+    for number, panel in enumerate(found):
+        alone = pixels_of(io.BytesIO(panel.png))
+        assert alone.min() < 128 < alone.max()
+        height, width, _ = alone.shape
+        assert 300 < height < 390
+        assert 380 < width < 460
+        top, left = number // 3 * 1100 / 3, number % 3 * 440
+        near = whole[max(0, int(top) - 20) : int(top) + 400, max(0, left - 20) : left + 470]
+        assert is_within(alone, near)
+
+
+def pixels_of(picture: Any) -> np.ndarray:
+    return np.asarray(np.round(matplotlib.image.imread(picture) * 255), dtype=np.uint8)
+
+
+def is_within(part: np.ndarray, whole: np.ndarray) -> bool:
+    """Whether a picture is cut out of another one: found by its middle row, and then compared as a whole."""
+    height, width, channels = part.shape
+    middle = part[height // 2].tobytes()
+    found = [(y - height // 2, row.tobytes().find(middle) // channels) for y, row in enumerate(whole)]
+    return any(x >= 0 and y >= 0 and np.array_equal(whole[y : y + height, x : x + width], part) for y, x in found)
+
+
+INSTRUCTION = {"held_out/responses/instruction": 5.0, "held_out/score_error/instruction": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("line", "missing"),
+    [
+        (INSTRUCTION | {"held_out/rank_correlation/instruction": None}, ""),
+        (INSTRUCTION | {"responses/instruction": 3.0, "saturated_stuck/instruction": 0.0}, ""),
+        ({"responses/score": 3.0, "score_error/score": 0.5}, ""),
+        (
+            INSTRUCTION | {"responses/instruction": 3.0, "responses/score": 3.0, "responses/pair": 2.0},
+            "Trained on, but not held out: responses of kind score, pair.",
+        ),
+        (
+            {"rank_correlation/score": None, "score_error/score": 0.5, "logp_chosen/pair": None},
+            "Without a finite number: training: order, training: log-probs of the pairs' sides.",
+        ),
+        (
+            INSTRUCTION | {"responses/score": 1.0, "held_out/calibration_error/instruction": None},
+            "Trained on, but not held out: responses of kind score. Without a finite number: held out: calibration.",
+        ),
+    ],
+    ids=["no order of one score", "same kinds", "nothing held out", "not held out", "undefined", "both"],
+)
+def test_what_one_would_expect_and_is_missing_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: dict[str, Any], missing: str
+) -> None:
+    """Below the pictures, and only then; what the run cannot have is not missed."""
+    said: list[str] = []
+    monkeypatch.setattr(Figure, "supxlabel", lambda figure, text, **style: said.append(text))
+    lines = [{"step": 1, "loss": 0.5} | line]
+    health = write_health(lines, table()[:0], tmp_path / "health.png")
+    assert health.missing == missing
+    assert " ".join(said).replace("\n", " ") == missing
+
+
+def test_a_note_makes_the_picture_higher(tmp_path: Path) -> None:
+    """It takes no room from what is drawn."""
+    plain = INSTRUCTION | {"step": 1, "responses/instruction": 1.0}
+    write_health([plain], table()[:0], tmp_path / "plain.png")
+    write_health([plain | {"responses/binary": 1.0}], table()[:0], tmp_path / "noted.png")
+    plain_height, noted_height = (len(matplotlib.image.imread(tmp_path / f"{name}.png")) for name in ("plain", "noted"))
+    assert noted_height == pytest.approx(plain_height + 22, abs=2)
 
 
 def lines_of(prefix: str) -> list[dict[str, Any]]:

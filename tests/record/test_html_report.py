@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import json
 import re
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from uft_ds.record.curves import write_curves
 from uft_ds.record.html_report import write_report
 from uft_ds.record.run_folder import RunFolder
 from uft_ds.record.samples import Sample, Trained, write_samples
@@ -44,11 +46,15 @@ def test_a_run_without_numbers_still_gets_a_report(tmp_path: Path, lines: list[d
 
 
 def test_the_report_holds_picture_numbers_and_recipe(tmp_path: Path) -> None:
-    """One file: the picture is inside, byte for byte; the table has each metric's last value; no link leads out."""
+    """One file: the panels of the picture are inside; the table has each metric's last value; no link leads out."""
     write_report(run_with(tmp_path, METRICS), "toy run", {"base": "some/model", "steps": "3"})
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
-    embedded = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
-    assert [base64.b64decode(picture) for picture in embedded] == [(tmp_path / "curves.png").read_bytes()]
+    embedded = re.findall(r'<img alt="([^"]*)" src="data:image/png;base64,([^"]+)">', text)
+    panels = write_curves(METRICS, tmp_path / "curves.png")
+    assert [(title, base64.b64decode(picture)) for title, picture in embedded] == [
+        (one.title, one.png) for one in panels
+    ]
+    assert [panel.title for panel in panels] == ["loss", "gradient norm"]
     assert not (tmp_path / "health.png").exists(), "nothing of the run belongs there"
     rows = dict(re.findall(r"<tr><td>([^<]*)</td><td>([^<]*)</td></tr>", text))
     assert rows["loss"] == "0.125"
@@ -60,6 +66,63 @@ def test_the_report_holds_picture_numbers_and_recipe(tmp_path: Path) -> None:
     assert "<h1>toy run</h1>" in text
     assert "<tr><th>base</th><td>some/model</td></tr><tr><th>steps</th><td>3</td></tr>" in text
     assert not re.search(r"https?://|<link|<script", text)
+
+
+def test_pictures_are_named_and_what_is_missing_is_said(tmp_path: Path) -> None:
+    """The text beside each picture says which it is; below them stands what one would expect there."""
+    lines = [
+        {"step": 1, "loss": 0.5, "responses/score": 4.0, "saturated_stuck/score": 0.0},
+        {"step": 1, "held_out/loss": 0.5, "held_out/calibration_error/instruction": 0.1},
+    ]
+    write_report(run_with(tmp_path, lines), "toy", {})
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    named = ["loss", "held out: calibration", "training: without gradient (mse, l1)"]
+    assert re.findall(r'<img alt="([^"]*)"', text) == named
+    assert "<p>Trained on, but not held out: responses of kind score.</p>" in text
+
+
+class Page(HTMLParser):
+    """The elements around each table and picture, innermost last, as `name.class`."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open, self.around = list[str](), list[tuple[str, list[str]]]()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in ("table", "img", "pre"):
+            self.around.append((tag, list(self.open)))
+        if tag not in ("img", "meta"):
+            self.open.append(f"{tag}.{dict(attrs).get('class') or ''}")
+
+    def handle_endtag(self, tag: str) -> None:
+        while self.open.pop().partition(".")[0] != tag:
+            pass
+
+
+def test_a_narrow_screen_shows_it_all(tmp_path: Path) -> None:
+    """As wide as the screen, by its own measure; tables scroll in their boxes, pictures take the width that there is,
+    and where answers stand below each other each is named."""
+    folder = run_with(tmp_path, METRICS)
+    for step in (0, 4):
+        write_samples(folder.samples, step, [Sample(step, "rows.jsonl:7", "score", 0.75, "2?", "3", "5", ended=True)])
+    write_report(folder, "toy", {"base": "some/model"}, [Trained(3, "p.jsonl:7", "2 + 2?", (("4", 1.0), ("5", 0.0)))])
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
+    around = Page(text).around
+    boxes = {"table": "div.scroll", "img": "div.panels"}
+    assert all(elements[-1] == boxes[tag] for tag, elements in around if tag in boxes)
+    assert {tag for tag, _ in around} == {"table", "img", "pre"}
+    (style,) = re.findall("<style>(.*?)</style>", text, flags=re.S)
+    assert ".scroll{overflow-x:auto}" in style
+    assert re.search(r"pre\{[^}]*overflow-x:auto", style)
+    widths = re.findall(r"(?<![-\w])(?:min-)?width:([^;}]*)", style.replace("(max-width:40rem)", ""))
+    assert set(widths) == {"100%", "9rem"}, "nothing is wider than a phone"
+    heads = re.findall(r'<td data-head="([^"]*)">', text)
+    assert heads == [
+        *("held-out prompt", "response of the data", "step 0", "step 4"),
+        *("prompt", "best answer", "worst answer"),
+    ]
 
 
 def test_the_report_escapes_what_users_write(tmp_path: Path) -> None:

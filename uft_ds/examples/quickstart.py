@@ -47,6 +47,7 @@ def run_quickstart(folder: Path, overrides: tuple[str, ...], *, console: Console
         "data.sources.0.path": data / "instruction.jsonl",
         "data.sources.1.path": data / "scored.jsonl",
         "data.held_out.0.path": data / "held_out.jsonl",
+        "data.held_out.1.path": data / "held_out_scored.jsonl",
         "output": folder / "quickstart",
     }
     settings = load_settings("quickstart", (*as_overrides(located), *overrides))
@@ -78,6 +79,7 @@ def run_online(folder: Path, overrides: tuple[str, ...], *, console: Console, tr
     located = {
         "data.sources.0.path": data / "instruction.jsonl",
         "data.sources.1.path": data / "scored.jsonl",
+        "data.held_out.1.path": data / "held_out_scored.jsonl",
         "start.adapter": settings_of_start.output,
         "output": folder / "quickstart_online",
     }

@@ -1,6 +1,6 @@
 """A generator of verifiable instructions: short tasks with true scores, for the quickstart and for tests.
 
-    generate(num_prompts, num_held_out, seed) -> instruction rows, scored rows, held-out tasks
+    generate(num_prompts, num_held_out, seed) -> instruction rows, scored rows, held-out tasks and scored rows
     write(folder, ...)                        -> the same as JSONL, with a data card
     read_tasks(folder / "held_out.jsonl")     -> tasks to grade a trained model's responses with
 
@@ -47,6 +47,9 @@ __all__ = [
 RIGHT_FRACTION = 0.3
 """Share of right answers among the scored rows. The rest are flawed: the instruction rows already show right ones."""
 
+HELD_OUT_FLAWS = 2
+"""Flawed answers to each prompt of the scored held-out rows, beside the right one: about RIGHT_FRACTION are right."""
+
 MAX_DRAWS = 1000
 """Consecutive draws without a new task after which a kind counts as exhausted."""
 
@@ -69,28 +72,46 @@ class Row:
 
 @dataclass(frozen=True)
 class VerifiableData:
-    """Row i of both training sets answers the same prompt; the held-out tasks share no prompt with them."""
+    """Row i of both training sets answers the same prompt; the held-out tasks share no prompt with them.
+
+    held_out_scored_rows: right and flawed answers, one after another, to prompts that are in none of the other parts.
+    """
 
     instruction_rows: tuple[Row, ...]
     scored_rows: tuple[Row, ...]
     held_out_tasks: tuple[Task, ...]
+    held_out_scored_rows: tuple[Row, ...] = ()
 
 
-def generate(num_prompts: int, num_held_out: int, seed: int) -> VerifiableData:
-    """Generate all data. Kinds alternate, so any prefix is balanced; held-out tasks depend on num_held_out and seed."""
+def generate(num_prompts: int, num_held_out: int, seed: int, num_held_out_scored: int = 0) -> VerifiableData:
+    """Generate all data. Kinds alternate, so any prefix is balanced; held-out tasks depend on num_held_out and seed.
+
+    Args:
+        num_held_out_scored: prompts of the scored held-out rows, each with one right answer and HELD_OUT_FLAWS flawed
+            ones. No other part depends on it; these rows depend on all four arguments.
+    Raises:
+        UserError: a kind has fewer distinct prompts.
+    """
     held_out_counts, train_counts = _kind_counts(num_held_out), _kind_counts(num_prompts)
+    scored_counts = _kind_counts(num_held_out_scored)
     held_out: dict[str, list[Task]] = {}
     train: dict[str, list[Task]] = {}
+    held_out_scored: dict[str, list[Task]] = {}
     for kind in TASK_KINDS:
         fresh = _distinct_tasks(kind, random.Random(f"verifiable/{seed}/{kind}"))
         held_out[kind] = [next(fresh) for _ in range(held_out_counts[kind])]
         train[kind] = [next(fresh) for _ in range(train_counts[kind])]
+        held_out_scored[kind] = [next(fresh) for _ in range(scored_counts[kind])]
     tasks = _take_turns(train)
     rng = random.Random(f"verifiable/{seed}/responses")
+    held_out_rng = random.Random(f"verifiable/{seed}/held-out responses")
     return VerifiableData(
         instruction_rows=tuple(Row(task, task.answer) for task in tasks),
         scored_rows=tuple(_scored_row(task, rng) for task in tasks),
         held_out_tasks=_take_turns(held_out),
+        held_out_scored_rows=tuple(
+            row for task in _take_turns(held_out_scored) for row in _graded_rows(task, held_out_rng)
+        ),
     )
 
 
@@ -121,6 +142,16 @@ def _take_turns(tasks_by_kind: dict[str, list[Task]]) -> tuple[Task, ...]:
 def _scored_row(task: Task, rng: random.Random) -> Row:
     response = task.answer if rng.random() < RIGHT_FRACTION else flawed_response(task, rng)
     return Row(task, response, grade(task, response))
+
+
+def _graded_rows(task: Task, rng: random.Random) -> list[Row]:
+    """The right answer and HELD_OUT_FLAWS flawed ones, all different. A step forwards their prompt once."""
+    responses = {task.answer: None}
+    for _ in range(MAX_DRAWS):
+        if len(responses) > HELD_OUT_FLAWS:
+            return [Row(task, response, grade(task, response)) for response in responses]
+        responses[flawed_response(task, rng)] = None
+    raise AssertionError(f"{task} has fewer than {HELD_OUT_FLAWS} different flaws")
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -259,20 +290,26 @@ FLAWS: tuple[Callable[[Task, random.Random], str], ...] = (
 # Files
 
 
-def write(folder: Path, *, num_prompts: int = 2400, num_held_out: int = 100, seed: int = 0) -> VerifiableData:
-    """Writes `instruction.jsonl`, `scored.jsonl`, `held_out.jsonl` and the data card `README.md`."""
-    data = generate(num_prompts, num_held_out, seed)
+def write(
+    folder: Path, *, num_prompts: int = 2400, num_held_out: int = 100, seed: int = 0, num_held_out_scored: int = 22
+) -> VerifiableData:
+    """Writes `instruction.jsonl`, `scored.jsonl`, `held_out.jsonl`, `held_out_scored.jsonl`, the data card `README.md`.
+
+    Arguments and errors are those of `generate`.
+    """
+    data = generate(num_prompts, num_held_out, seed, num_held_out_scored)
     held_out_rows = tuple(Row(task, task.answer) for task in data.held_out_tasks)
     folder.mkdir(parents=True, exist_ok=True)
     _write_atomically(folder / "instruction.jsonl", _jsonl(data.instruction_rows))
     _write_atomically(folder / "scored.jsonl", _jsonl(data.scored_rows))
     _write_atomically(folder / "held_out.jsonl", _jsonl(held_out_rows))
+    _write_atomically(folder / "held_out_scored.jsonl", _jsonl(data.held_out_scored_rows))
     _write_atomically(folder / "README.md", data_card(data, seed))
     return data
 
 
 def read_tasks(path: Path) -> tuple[Task, ...]:
-    """The tasks of a file that `write` made (any of the three), in order."""
+    """The tasks of a file that `write` made (any of the four), one a row, in order."""
     lines = path.read_text(encoding="utf-8").split("\n")
     return tuple(_read_task(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line)
 
@@ -303,9 +340,14 @@ def data_card(data: VerifiableData, seed: int) -> str:
     """README.md: what the files hold, how scores are defined, and what they are not good for."""
     train = Counter(row.task.kind for row in data.scored_rows)
     held_out = Counter(task.kind for task in data.held_out_tasks)
-    scores = Counter(row.score for row in data.scored_rows)
-    kind_lines = "\n".join(f"| {kind} | {train[kind]} | {held_out[kind]} |" for kind in TASK_KINDS)
-    score_lines = "\n".join(f"| {score} | {why} | {scores[score]} |" for score, why in SCORE_MEANINGS.items())
+    graded = Counter(task.kind for task in dict.fromkeys(row.task for row in data.held_out_scored_rows))
+    scores, held_out_scores = (
+        Counter(row.score for row in rows) for rows in (data.scored_rows, data.held_out_scored_rows)
+    )
+    kind_lines = "\n".join(f"| {kind} | {train[kind]} | {held_out[kind]} | {graded[kind]} |" for kind in TASK_KINDS)
+    score_lines = "\n".join(
+        f"| {score} | {why} | {scores[score]} | {held_out_scores[score]} |" for score, why in SCORE_MEANINGS.items()
+    )
     return f"""# Verifiable instructions
 
 Short English tasks whose answer code can check, made by `uft_ds.examples.verifiable` with seed {seed}.
@@ -314,19 +356,20 @@ Synthetic: drawn from word lists and templates, no text of any person or model. 
 * `instruction.jsonl`: {len(data.instruction_rows)} prompts with the right response, no score.
 * `scored.jsonl`: the same prompts with a response, right or flawed, and its score.
 * `held_out.jsonl`: {len(data.held_out_tasks)} other prompts with the right response, for evaluation.
+* `held_out_scored.jsonl`: {len(data.held_out_scored_rows)} scored responses to {graded.total()} more held-out prompts.
 
 Keys: `prompt`, `response`, `score` (scored rows), `meta` (`kind` and `answer`: enough to grade any response).
 
-| kind | training prompts | held-out prompts |
-|---|---|---|
+| kind | training prompts | held-out prompts | held out with scores |
+|---|---|---|---|
 {kind_lines}
 
 ## Scores
 
 Each score is `grade(task, response)`, a pure function of the two:
 
-| score | meaning | scored rows |
-|---|---|---|
+| score | meaning | scored rows | held-out scored rows |
+|---|---|---|---|
 {score_lines}
 
 ## Known limits

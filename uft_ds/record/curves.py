@@ -6,25 +6,20 @@ from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
-from uft_ds.data.example import KINDS
-
-KIND_COLORS = dict(zip(KINDS, ("tab:blue", "tab:orange", "tab:green", "tab:red"), strict=True))
+from uft_ds.record.panels import KIND_COLORS, Panel, draw, new_figure, write_panels
 
 
-def write_curves(lines: Seq[dict[str, Any]], path: Path) -> None:
+def write_curves(lines: Seq[dict[str, Any]], path: Path) -> tuple[Panel, ...]:
     """Write a PNG with loss, implicit reward or a reward model's by kind, if there is one, and gradient norm.
 
     Of an online run also with the scores of the policy's answers.
 
     Args:
         lines: of metrics.jsonl.
+    Returns:
+        each picture by itself.
     """
-    # matplotlib is slow to import; the canvas without a window system works on a compute node.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure()
     loss, reward, norm, score = figure.subplots(1, 4)
     draw(loss, lines, "loss", label="training", color="black", alpha=0.35)
     draw(loss, lines, "held_out/loss", label="held out", color="black", marker="o")
@@ -48,22 +43,4 @@ def write_curves(lines: Seq[dict[str, Any]], path: Path) -> None:
     for axes in (reward, norm, score):
         if not axes.lines:
             axes.remove()
-    lay_out(figure, figure.axes, height=3.6)
-    figure.savefig(path, dpi=110)
-
-
-def draw(axes: Any, lines: Seq[dict[str, Any]], name: str, **style: Any) -> None:
-    """Draw one metric over the steps; draw nothing if no line has it."""
-    points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-    if points:
-        axes.plot(*zip(*points, strict=True), **style)
-
-
-def lay_out(figure: Any, shown: Seq[Any], *, height: float) -> None:
-    """Place pictures in rows of three, in their order. height: of a row, inches."""
-    columns = min(3, len(shown))
-    rows = -(-len(shown) // columns)
-    figure.set_size_inches(4 * columns, height * rows)
-    grid = figure.add_gridspec(rows, columns)
-    for number, axes in enumerate(shown):
-        axes.set_subplotspec(grid[number])
+    return write_panels(figure, figure.axes, path, height=3.6)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from uft_ds.data.example import KINDS, Kind
-from uft_ds.record.curves import KIND_COLORS, draw, lay_out
+from uft_ds.record.panels import KIND_COLORS, Panel, draw, new_figure, write_panels
 from uft_ds.record.telemetry import calibration, sides, targets
-from uft_ds.record.verdict import has_held_out
+from uft_ds.record.verdict import HELD_OUT, has_held_out
 
 _MOST_POINTS = 2000
 """The most points of a scatter plot for one kind, approximately."""
@@ -21,30 +22,33 @@ Labels = tuple[str, str, str]
 """The title and the labels of the x and y axes."""
 
 
-def write_health(lines: Lines, rows: np.ndarray, path: Path) -> bool:
+class Health(NamedTuple):
+    """What write_health has drawn. missing: in a sentence or two, what one would expect to see there; mostly empty."""
+
+    panels: tuple[Panel, ...]
+    missing: str
+
+
+class _Picture(NamedTuple):
+    """draw: fills axes that are empty, and leaves them so without numbers. metrics: of which at least one is drawn."""
+
+    draw: Callable[[Any, Lines, np.ndarray], Labels]
+    metrics: tuple[str, ...]
+
+
+def write_health(lines: Lines, rows: np.ndarray, path: Path) -> Health:
     """Write up to nine pictures as one PNG. Without held-out data they show the responses that were trained on.
 
-    Pictures of which the run has no numbers are left out.
+    Pictures of which the run has no numbers are left out. Without any there is no file.
 
     Args:
         lines: of metrics.jsonl.
         rows: the table of the held-out responses; empty without held-out data.
-    Returns:
-        whether there was anything to draw; otherwise there is no file.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(layout="constrained")
-    FigureCanvasAgg(figure)
-    pictures = (
-        _draw_reliability, _draw_calibration_error, _draw_order,
-        _draw_length, _draw_log_ratio_per_token, _draw_saturation,
-        _draw_margins, _draw_rewards_of_sides, _draw_logps_of_sides,
-    )  # fmt: skip
-    shown = []
-    for axes, picture in zip(figure.subplots(3, 3).flat, pictures, strict=True):
-        title, x, y = picture(axes, lines, rows)
+    figure = new_figure()
+    shown, undefined = [], []
+    for axes, picture in zip(figure.subplots(3, 3).flat, _PICTURES, strict=True):
+        title, x, y = picture.draw(axes, lines, rows)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(x)
         axes.set_ylabel(y)
@@ -54,12 +58,32 @@ def write_health(lines: Lines, rows: np.ndarray, path: Path) -> bool:
             shown.append(axes)
         else:
             axes.remove()
+            undefined += [title] if _is_expected(lines, title, picture.metrics) else []
+    missing = _missing(lines, undefined)
     if not shown:
         path.unlink(missing_ok=True)
-        return False
-    lay_out(figure, shown, height=10 / 3)
-    figure.savefig(path, dpi=110)
-    return True
+        return Health((), missing)
+    return Health(write_panels(figure, shown, path, height=10 / 3, note=missing), missing)
+
+
+def _is_expected(lines: Lines, title: str, metrics: Seq[str]) -> bool:
+    """Whether the run has metrics of a picture, be they null."""
+    prefix = "" if title.startswith("training") else HELD_OUT
+    names = {f"{prefix}{metric}/{kind}" for metric in metrics for kind in KINDS}
+    names.discard(f"{prefix}rank_correlation/instruction")  # all scores are 1: there never is an order
+    return any(name in line for line in lines for name in names)
+
+
+def _missing(lines: Lines, undefined: Seq[str]) -> str:
+    """undefined: the titles of pictures that are left out though the run has metrics of them."""
+    names = {name for line in lines for name in line}
+    unseen = [kind for kind in KINDS if f"responses/{kind}" in names and f"{HELD_OUT}responses/{kind}" not in names]
+    sentences = []
+    if unseen and has_held_out(lines):
+        sentences.append(f"Trained on, but not held out: responses of kind {', '.join(unseen)}.")
+    if undefined:
+        sentences.append(f"Without a finite number: {', '.join(undefined)}.")
+    return " ".join(sentences)
 
 
 def _draw_reliability(axes: Any, lines: Lines, rows: np.ndarray) -> Labels:
@@ -156,3 +180,16 @@ def _part(lines: Lines) -> tuple[str, str, dict[str, Any]]:
 def _of_kinds(rows: np.ndarray) -> list[tuple[Kind, np.ndarray]]:
     found = [(kind, rows[rows["kind"] == code]) for code, kind in enumerate(KINDS)]
     return [(kind, of_kind) for kind, of_kind in found if len(of_kind)]
+
+
+_PICTURES = (
+    _Picture(_draw_reliability, ("score_error",)),
+    _Picture(_draw_calibration_error, ("calibration_error",)),
+    _Picture(_draw_order, ("rank_correlation", "pair_accuracy")),
+    _Picture(_draw_length, ("length_correlation",)),
+    _Picture(_draw_log_ratio_per_token, ("log_ratio_per_token",)),
+    _Picture(_draw_saturation, ("saturated_stuck",)),
+    _Picture(_draw_margins, ("pair_margin",)),
+    _Picture(_draw_rewards_of_sides, ("implicit_reward_chosen", "reward_chosen")),
+    _Picture(_draw_logps_of_sides, ("logp_chosen",)),
+)

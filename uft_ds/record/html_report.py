@@ -7,26 +7,36 @@ import html
 import json
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
-from itertools import groupby
-from pathlib import Path
+from itertools import groupby, repeat
 from typing import Any
 
 from uft_ds.host.files import write_atomically
 from uft_ds.host.terminal import as_typed, visible
 from uft_ds.record.curves import write_curves
-from uft_ds.record.health_plots import write_health
+from uft_ds.record.health_plots import Health, write_health
 from uft_ds.record.metrics_file import read_metrics
+from uft_ds.record.panels import Panel
 from uft_ds.record.run_folder import RunFolder
 from uft_ds.record.samples import Sample, Trained, read_samples
 from uft_ds.record.telemetry import read_rows
 from uft_ds.record.verdict import Verdict, has_held_out, headline, verdicts
 
-_STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}
-img{max-width:100%}table{border-collapse:collapse}
+_STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;
+overflow-wrap:break-word}
+.panels{margin:1rem 0;display:grid;
+grid-template-columns:repeat(auto-fill,minmax(min(100%,20rem),1fr));gap:1rem;align-items:start}
+img{width:100%}.scroll{overflow-x:auto}table{border-collapse:collapse}
 th,td{text-align:left;vertical-align:top;padding:.2rem 1rem .2rem 0;font-variant-numeric:tabular-nums}
 pre{background:#f5f5f5;padding:1rem;overflow-x:auto}.text{white-space:pre-wrap;overflow-wrap:anywhere;min-width:9rem}
-.samples td{border-top:1px solid #ddd}.yes{color:#177245}.no{color:#b3261e;font-weight:bold}.unclear{color:#8a6100}
-small{color:#666}"""
+.samples td{border-top:1px solid #ddd}.facts td{overflow-wrap:anywhere}
+.yes{color:#177245}.no{color:#b3261e;font-weight:bold}.unclear{color:#8a6100}
+small{color:#666;overflow-wrap:anywhere}
+@media (max-width:40rem){body{margin:1rem auto}
+.prose,.prose tbody,.prose tr,.prose td{display:block}.prose tr{border-top:1px solid #ddd;padding:.5rem 0}
+.prose tr.heads{display:none}.prose td{padding:0;border:0;overflow-wrap:anywhere}
+.prose td:empty{display:none}.prose td[data-head]::before{content:attr(data-head);color:#666;font-size:smaller}}"""
+"""On a narrow screen the cells of a row of prose stand below each other, each under its head; tables of numbers scroll
+inside their box."""
 
 _NAMES = {"yes": "healthy", "no": "not healthy", "unclear": "unclear"}
 
@@ -40,24 +50,25 @@ def write_report(folder: RunFolder, name: str, facts: Mapping[str, str], trained
         trained: prompts with the policy's own answers, of some steps of an online run.
     """
     lines = read_metrics(folder.metrics)
-    write_curves(lines, folder.curves_picture)
+    curves = write_curves(lines, folder.curves_picture)
     table = read_rows(folder.held_out_rows)
-    has_health = write_health(lines, table, folder.health_picture)
+    health = write_health(lines, table, folder.health_picture)
     data = json.loads(folder.data_report().read_text(encoding="utf-8"))
     parts = [
         _verdict(verdicts(lines, table), on_held_out=has_held_out(lines)),
         _facts(facts),
         _samples(read_samples(folder.samples)),
         _trained(trained),
-        _picture(folder.curves_picture, "loss, implicit reward and gradient norm over the steps"),
-        _picture(folder.health_picture, "calibration, length bias, pairs, order and saturation") if has_health else "",
+        _pictures(curves),
+        _health(health),
         f"<h2>Data</h2>{_data_table(data)}",
         _folded("all counts of the data", _pre(json.dumps(data, indent=2))),
         _folded("last values of all metrics", _last_values(lines)),
         _folded("recipe", _pre(folder.recipe.read_text(encoding="utf-8"))),
     ]
     title, body = html.escape(name), "\n".join(part for part in parts if part)
-    head = f'<head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style></head>'
+    viewport = '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    head = f'<head><meta charset="utf-8">{viewport}<title>{title}</title><style>{_STYLE}</style></head>'
     page = f'<!doctype html><html lang="en">{head}<body><h1>{title}</h1>\n{body}\n</body></html>\n'
     write_atomically(folder.path / "report.html", visible(page))
 
@@ -71,12 +82,13 @@ def _verdict(found: Seq[Verdict], *, on_held_out: bool) -> str:
         for of in found
     ]
     note = "" if on_held_out else "<p>No data was held out, so these are the responses that the run trained on.</p>"
-    return f"<h2>Verdict: {headline(found)}</h2>{note}{_table(('metric', 'at the end', '', 'what to do'), rows)}"
+    table = _table(("metric", "at the end", "", "what to do"), rows, of="prose")
+    return f"<h2>Verdict: {headline(found)}</h2>{note}{table}"
 
 
 def _facts(facts: Mapping[str, str]) -> str:
     rows = [f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in facts.items()]
-    return f"<h2>The run</h2>{_table((), rows)}" if rows else ""
+    return f"<h2>The run</h2>{_table((), rows, of='facts')}" if rows else ""
 
 
 def _samples(samples: Seq[Sample]) -> str:
@@ -95,10 +107,10 @@ def _samples(samples: Seq[Sample]) -> str:
             f"{_text(sample.response)}<small>score {sample.score:.3g}</small>",
             *("" if one is None else _answer(one) for one in shown),
         ]
-        rows.append(_row(cells))
+        rows.append(_row(cells, heads))
     steps = [step for step, _ in groupby(sample.step for sample in samples)]
     note = f"<p>Greedy answers; samples.jsonl has those of all {len(steps)} evaluations.</p>" if len(steps) > 2 else ""
-    return f"<h2>Answers</h2>{note}{_table(heads, rows, of='samples')}"
+    return f"<h2>Answers</h2>{note}{_table(heads, rows, of='samples prose')}"
 
 
 def _answer(sample: Sample) -> str:
@@ -109,17 +121,16 @@ def _trained(prompts: Seq[Trained]) -> str:
     """Each prompt with its best and its worst answer."""
     if not prompts:
         return ""
-    rows = []
+    rows, heads = [], ("prompt", "best answer", "worst answer")
     for prompt in prompts:
         ranked = sorted(prompt.answers, key=lambda answer: -answer[1])
         cells = [
             f"{_text(prompt.prompt)}<small>step {prompt.step}, {html.escape(as_typed(prompt.origin))}</small>",
             *(f"{_text(text)}<small>score {score:.3g}</small>" for text, score in (ranked[0], ranked[-1])),
         ]
-        rows.append(_row(cells))
+        rows.append(_row(cells, heads))
     note = "<p>Sampled answers of some steps; rollouts/answers has those of all.</p>"
-    heads = ("prompt", "best answer", "worst answer")
-    return f"<h2>Answers that were trained on</h2>{note}{_table(heads, rows, of='samples')}"
+    return f"<h2>Answers that were trained on</h2>{note}{_table(heads, rows, of='samples prose')}"
 
 
 def _last_values(lines: Seq[dict[str, Any]]) -> str:
@@ -151,14 +162,18 @@ def _data_table(report: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def _table(heads: Iterable[str], rows: Iterable[str], *, of: str = "") -> str:
-    """Rows of HTML under escaped heads. of: the class of the table."""
+    """Rows of HTML under escaped heads, in a box that scrolls sideways where they are too wide. of: classes."""
     head = "".join(f"<th>{html.escape(name)}</th>" for name in heads)
     start = f'<table class="{of}">' if of else "<table>"
-    return "".join((start, f"<tr>{head}</tr>" if head else "", *rows, "</table>"))
+    return "".join(
+        ('<div class="scroll">', start, f'<tr class="heads">{head}</tr>' if head else "", *rows, "</table></div>")
+    )
 
 
-def _row(cells: Iterable[str]) -> str:
-    return "".join(("<tr>", *(f"<td>{cell}</td>" for cell in cells), "</tr>"))
+def _row(cells: Iterable[str], heads: Seq[str] = ()) -> str:
+    """heads: of the cells, for a screen on which they stand below each other."""
+    starts = [f'<td data-head="{html.escape(head)}">' for head in heads] or repeat("<td>")
+    return "".join(("<tr>", *(f"{start}{cell}</td>" for start, cell in zip(starts, cells, strict=False)), "</tr>"))
 
 
 def _folded(summary: str, content: str) -> str:
@@ -179,6 +194,15 @@ def _prose(markdown: str) -> str:
     return "".join(f"<code>{part}</code>" if number % 2 else part for number, part in enumerate(parts))
 
 
-def _picture(picture: Path, alt: str) -> str:
-    embedded = base64.b64encode(picture.read_bytes()).decode()
-    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{embedded}">'
+def _health(health: Health) -> str:
+    note = f"<p>{html.escape(health.missing)}</p>" if health.missing else ""
+    return _pictures(health.panels) + note
+
+
+def _pictures(panels: Seq[Panel]) -> str:
+    """Each panel by itself, so that as many stand side by side as can be read."""
+    images = (
+        f'<img alt="{html.escape(panel.title)}" src="data:image/png;base64,{base64.b64encode(panel.png).decode()}">'
+        for panel in panels
+    )
+    return f'<div class="panels">{"".join(images)}</div>' if panels else ""
