@@ -170,7 +170,6 @@ _KEYS = {
     "--max-cost": "judge.max_cost",
     "--price": "judge.price",
     "--map": "map",
-    "--by": "by",
 }
 """The keys of a recipe in place of the options of `uft score`, which the scorers' own messages name."""
 
@@ -184,6 +183,7 @@ def _named(key: str) -> Iterator[None]:
         text = str(error).removeprefix("--by ")
         for option, name in _KEYS.items():
             text = text.replace(option, f"{key}.{name}")
+        text = text.replace("--by", key)  # not its `by`: score_by may be the text alone
         raise UserError(text if text.startswith(key) else f"{key}: {text}") from None
 
 
