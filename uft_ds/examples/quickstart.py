@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -51,15 +51,11 @@ def run_quickstart(folder: Path, overrides: tuple[str, ...], *, console: Console
         "output": folder / "quickstart",
     }
     settings = load_settings("quickstart", (*as_overrides(located), *overrides))
-    base, run = Path(settings.model.base), settings.output
+    base = Path(settings.model.base)
     tasks = read_tasks(data / "held_out.jsonl")
     before = _answers_of_the_base(base, tasks, data / "base_answers.json", console, say)
     train_or_go_on(settings, train, say)
-    merged, share_kept = merged_of(run, say)
-    say(f"the trained model answers the same {len(tasks)} prompts")
-    after = answers_of(merged, tasks, console)
-    result = compared(before, after, time.monotonic() - started) | {"share_kept_by_merging": share_kept}
-    finish(console, before, after, result, run)
+    _measure(settings.output, before, tasks, started, console, say)
 
 
 def run_online(folder: Path, overrides: tuple[str, ...], *, console: Console, train: Callable[..., None]) -> None:
@@ -89,11 +85,23 @@ def run_online(folder: Path, overrides: tuple[str, ...], *, console: Console, tr
     say(f"the model that the online steps start from answers {len(tasks)} held-out prompts")
     before = answers_of(merged_of(settings_of_start.output, say)[0], tasks, console)
     train_or_go_on(settings, train, say)
-    merged, share_kept = merged_of(settings.output, say)
+    _measure(settings.output, before, tasks, started, console, say)
+
+
+def _measure(
+    run: Path,
+    before: Sequence[Answer],
+    tasks: tuple[Task, ...],
+    started: float,
+    console: Console,
+    say: Callable[[str], None],
+) -> None:
+    """Merge a run's policy, let it answer the tasks, and store and show what has changed; raises as `finish`."""
+    merged, share_kept = merged_of(run, say)
     say(f"the trained model answers the same {len(tasks)} prompts")
     after = answers_of(merged, tasks, console)
     result = compared(before, after, time.monotonic() - started) | {"share_kept_by_merging": share_kept}
-    finish(console, before, after, result, settings.output)
+    finish(console, before, after, result, run)
 
 
 def speaker(console: Console, started: float) -> Callable[[str], None]:
