@@ -259,12 +259,11 @@ class Rollouts:
         for (source, unit), group in zip(asked, record.groups, strict=True):
             if group.prompt_ids != self._prompt_ids(source, unit):
                 return f"the record has answers to {group.origin}, the recipe draws {self._prompt(source, unit)}"
-            pool = self._pools[source]
-            assert isinstance(pool, Asked)
+            answers = self._online(source).answers
             if group.tokenizer != self._rules.tokenizer:
                 return f"the record of {group.origin} is of another tokenizer or chat template"
-            if not group.left_out and len(group.answers) != pool.answers:
-                return f"the record has {len(group.answers)} answers to {group.origin}, the recipe has {pool.answers}"
+            if not group.left_out and len(group.answers) != answers:
+                return f"the record has {len(group.answers)} answers to {group.origin}, the recipe has {answers}"
         return ""
 
     def _generated(self, live: Live, n: int, asked: list[tuple[int, int]], handover: Handover) -> StepRecord:
@@ -315,16 +314,17 @@ class Rollouts:
 
     def _questions(self, n: int, asked: Seq[tuple[int, int]]) -> Iterator[Question]:
         for place, (source, unit) in enumerate(asked):
-            pool = self._pools[source]
-            assert isinstance(pool, Asked)
             # By the place in the step too: a small source may give the same prompt twice.
             seed = int(np.random.SeedSequence([self._rules.seed, n, place]).generate_state(1)[0])
-            yield Question(tuple(pool.prompt(unit).token_ids_T.tolist()), pool.answers, seed)
+            yield Question(self._prompt_ids(source, unit), self._online(source).answers, seed)
 
-    def _prompt(self, source: int, unit: int) -> str:
+    def _online(self, source: int) -> Asked:
         pool = self._pools[source]
         assert isinstance(pool, Asked)
-        return pool.origin(unit)
+        return pool
+
+    def _prompt(self, source: int, unit: int) -> str:
+        return self._online(source).origin(unit)
 
     def _too_many_dropped(self, record: StepRecord) -> str | None:
         left_out = [group for group in record.groups if group.left_out]
@@ -340,9 +340,7 @@ class Rollouts:
         )
 
     def _prompt_ids(self, source: int, unit: int) -> tuple[int, ...]:
-        pool = self._pools[source]
-        assert isinstance(pool, Asked)
-        return tuple(pool.prompt(unit).token_ids_T.tolist())
+        return tuple(self._online(source).prompt(unit).token_ids_T.tolist())
 
 
 def _what_scores(scorer: Any) -> Any:

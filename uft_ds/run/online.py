@@ -44,7 +44,7 @@ def check_online(settings: Settings, data: PreparedData) -> None:
             "reference, so the divergence is not known; leave it out"
         )
     if settings.generator.by == "recorded":
-        _recorded(settings, data, steps_of(settings, data))
+        _check_recorded(settings, data, steps_of(settings, data))
         return
     for number, given in own_scorers(settings).items():
         check_scorer(given, f"data.sources.{number}.score_by")
@@ -56,14 +56,18 @@ def check_online(settings: Settings, data: PreparedData) -> None:
         check_server(settings)
 
 
-def _recorded(settings: Settings, data: PreparedData, plan: Steps) -> RecordFolder:
-    """The record of `generator.run`.
-
-    Raises:
-        UserError: it lacks a step in which the run asks prompts.
-    """
+def _record_of(settings: Settings) -> RecordFolder:
+    """The record of `generator.run`."""
     assert settings.generator.run is not None
-    record = RecordFolder(RunFolder(Path(settings.generator.run)).rollouts)
+    return RecordFolder(RunFolder(Path(settings.generator.run)).rollouts)
+
+
+def _check_recorded(settings: Settings, data: PreparedData, plan: Steps) -> None:
+    """
+    Raises:
+        UserError: the record lacks a step in which the run asks prompts.
+    """
+    record = _record_of(settings)
     recorded = set(record.numbers())
     if not recorded:
         raise UserError(
@@ -77,7 +81,6 @@ def _recorded(settings: Settings, data: PreparedData, plan: Steps) -> RecordFold
                 f"generator.run: {settings.generator.run}: step {n + 1} is not recorded, the run has {len(plan)} "
                 f"steps; set train.steps={n}"
             )
-    return record
 
 
 def own_scorers(settings: Settings) -> dict[int, ScorerSettings]:
@@ -134,7 +137,7 @@ def build_rollouts(
     record = RecordFolder(folder.rollouts)
     made_by: Live | Replayed
     if settings.generator.by == "recorded":
-        made_by = Replayed(_recorded(settings, data, plan))
+        made_by = Replayed(_record_of(settings))  # checked before the launch
     else:
         # The scorers first: what they hold in memory, the generator cannot have.
         scoring = _scoring(settings, data, chat, request) if engine.rank == 0 else None
