@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from uft_ds import __version__
-from uft_ds.commands import checkpoint, data, machine, model, recipe, scoring, training
+from uft_ds.commands import checkpoint, data, evaluation, machine, model, recipe, scoring, training
 from uft_ds.errors import EXIT_BAD_INPUT, CheckFailed, UserError
 from uft_ds.host.faults import ending
 from uft_ds.host.hub import tell_retries_once
@@ -36,6 +36,7 @@ for command in (
     machine.doctor,
 ):
     app.command()(command)
+app.command("eval")(evaluation.evaluate)
 for name, group in (("recipe", recipe.app), ("data", data.app), ("checkpoint", checkpoint.app)):
     app.add_typer(group, name=name)
 

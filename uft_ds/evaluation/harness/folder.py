@@ -1,0 +1,108 @@
+"""The folder of one evaluation: begun with some settings, continued with the same ones, and never with others.
+
+    evaluation.json      model and settings, written before the first request
+    answers/             what has been answered so far
+    results.json, items/ as in `evaluation/results.py`, once it has ended
+    samples/TASK.jsonl   questions with their answers, to look at
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from uft_ds.errors import UserError
+from uft_ds.evaluation.harness.found import SAMPLES
+from uft_ds.evaluation.results import ITEMS, RESULTS, Evaluation, read_evaluation
+from uft_ds.host.files import read_regular_text, write_atomically
+
+BEGUN = "evaluation.json"
+ANSWERS = "answers"
+
+
+@dataclass(frozen=True)
+class Begun:
+    """An evaluation's model and settings, which its numbers depend on.
+
+    how: what they do not depend on by more than rounding, such as the batch size; the tables say it too.
+    """
+
+    model: Mapping[str, Any]
+    settings: Mapping[str, Any]
+
+
+def begin(folder: Path, begun: Begun, *, overwrite: bool) -> Evaluation | None:
+    """Begin an evaluation in a folder, or continue the one that is there.
+
+    Args:
+        overwrite: whether an evaluation with another model or other settings may be deleted.
+    Returns:
+        the evaluation, if it has ended; None if there is something to do.
+    Raises:
+        UserError: the folder holds something else, or an evaluation with another model or other settings.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: {folder}: cannot be written ({error.strerror or error})") from None
+    path = folder / BEGUN
+    if path.exists():
+        there = _read(path)
+        different = difference(there, _tree(begun))
+        if different is None:
+            return read_evaluation(folder) if (folder / RESULTS).exists() else None
+        if not overwrite:
+            raise UserError(
+                f"{folder}: holds an evaluation with another {different}; give another folder with --out, or "
+                "--overwrite to delete that one"
+            )
+        _clear(folder)
+    elif any(folder.iterdir()):
+        raise UserError(f"{folder}: is not empty, and no evaluation by `uft eval`; give another folder with --out")
+    write_atomically(path, json.dumps(_tree(begun), indent=2, ensure_ascii=False) + "\n")
+    return None
+
+
+def difference(there: Any, asked: Any, key: str = "") -> str | None:
+    """The first key in which two settings differ, with both values; None if they are equal."""
+    if isinstance(there, dict) and isinstance(asked, dict):
+        for name in dict.fromkeys([*asked, *there]):
+            found = difference(there.get(name), asked.get(name), f"{key}.{name}" if key else name)
+            if found is not None:
+                return found
+        return None
+    if there == asked:
+        return None
+    return f"{key}: {_short(there)} there, {_short(asked)} asked"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _tree(begun: Begun) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(json.dumps({"model": dict(begun.model), "settings": dict(begun.settings)}))
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(read_regular_text(path))
+        if not isinstance(found, dict):
+            raise ValueError("no object")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not the beginning of an evaluation ({error}); delete its folder") from None
+    return found
+
+
+def _clear(folder: Path) -> None:
+    """Delete an evaluation, its results first: a folder that lost part of its items must not look whole."""
+    for name in (RESULTS, BEGUN):
+        (folder / name).unlink(missing_ok=True)
+    for name in (ITEMS, SAMPLES, ANSWERS):
+        shutil.rmtree(folder / name, ignore_errors=True)

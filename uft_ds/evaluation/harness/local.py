@@ -1,0 +1,167 @@
+"""Tasks whose questions lie in a folder: which files they are, and the task files that send lm-evaluation-harness there.
+
+A task file includes the harness's own and changes where the rows come from, so prompts and metrics stay as they are.
+The harness takes it in place of its own of the same name, also inside groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from uft_ds.errors import UserError
+from uft_ds.evaluation.harness import package
+from uft_ds.evaluation.harness.suites import Asked
+from uft_ds.host.files import sha256
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where rows of some tasks of the harness lie in a data folder.
+
+    task_files: of the harness, a pattern below its folder of tasks.
+    files: a file for each split, below the data folder; {subset} is the task's `dataset_name`, {task} its name.
+    asked: the splits that hold the questions, the best first: the next one is taken where a file is not there.
+    examples: the split that examples in the prompt come from; None: they are in the harness.
+    groups: names of groups that have all these tasks.
+    """
+
+    task_files: str
+    files: Mapping[str, str]
+    asked: tuple[str, ...]
+    examples: str | None = None
+    groups: tuple[str, ...] = ()
+
+
+def _splits(folder: str, *names: str) -> dict[str, str]:
+    return {name: f"{folder}/{name}.jsonl" for name in names}
+
+
+LAYOUTS = (
+    Layout("ifeval/ifeval.yaml", {"train": "ifeval/input_data.jsonl"}, ("train",)),
+    Layout("leaderboard/ifeval/ifeval.yaml", {"train": "ifeval/input_data.jsonl"}, ("train",)),
+    Layout("gsm8k/gsm8k.yaml", _splits("gsm8k", "train", "test"), ("test",), "train"),
+    Layout("truthfulqa/truthfulqa_mc[12].yaml", {"validation": "truthfulqa/multiple_choice.jsonl"}, ("validation",)),
+    Layout("arc/arc_*.yaml", _splits("{task}", "train", "validation", "test"), ("test", "validation"), "train"),
+    Layout("winogrande/default.yaml", _splits("winogrande", "train", "validation"), ("validation",), "train"),
+    Layout("hellaswag/hellaswag.yaml", _splits("hellaswag", "train", "validation"), ("validation",), "train"),
+    Layout("mmlu/default/mmlu_*.yaml", _splits("mmlu/{subset}", "dev", "test"), ("test",), "dev", ("mmlu",)),
+    Layout(
+        "leaderboard/bbh_mc/[a-z]*.yaml", {"test": "bbh/{subset}.jsonl"}, ("test",), groups=("leaderboard_bbh",)
+    ),
+    Layout(
+        "leaderboard/math/math_*.yaml",
+        _splits("math/{subset}", "train", "test"),
+        ("test",),
+        groups=("leaderboard_math_hard",),
+    ),
+    Layout(
+        "leaderboard/mmlu_pro/mmlu_pro.yaml", _splits("mmlu_pro", "validation", "test"), ("test",), "validation"
+    ),
+)
+
+
+@dataclass(frozen=True)
+class LocalTask:
+    """A task with its rows: files by split, the split of the questions, and the harness's own file of it."""
+
+    name: str
+    own_file: Path
+    files: Mapping[str, Path]
+    asked: str
+    changes: Mapping[str, None]
+
+    def write(self, folder: Path) -> None:
+        """Write the task file that sends the harness to the rows."""
+        tree = {
+            "include": str(self.own_file),
+            "task": self.name,
+            "dataset_path": "json",
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": {split: str(path) for split, path in self.files.items()}},
+            **self.changes,
+        }
+        (folder / f"{self.name}.yaml").write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+
+
+def local_tasks(data: Path, asked: Iterable[Asked]) -> list[LocalTask]:
+    """Those of the tasks that the folder has rows of. The others come from the hub.
+
+    Raises:
+        UserError: the folder does not exist, has rows of none of the tasks, or lacks a file that a task needs.
+    """
+    if not data.is_dir():
+        raise UserError(f"--data: {data}: no such folder")
+    asked = tuple(asked)
+    found = [
+        task
+        for one in asked
+        for layout in LAYOUTS
+        for own_file in sorted((package.root() / "tasks").glob(layout.task_files))
+        if (task := _local_task(data.resolve(), one, layout, own_file)) is not None
+    ]
+    if not found:
+        expected = sorted({name for one in asked for name in _expected(one)})
+        names = f"expected files such as {', '.join(expected[:4])}" if expected else "none of them has a known layout"
+        raise UserError(f"--data: {data} holds rows of none of the tasks {', '.join(a.task for a in asked)}; {names}")
+    return found
+
+
+def content(tasks: Iterable[LocalTask], data: Path) -> dict[str, str]:
+    """The SHA-256 of each file that is read, by its name below the data folder."""
+    paths = sorted({path for task in tasks for path in task.files.values()})
+    return {str(path.relative_to(data.resolve())): sha256(path) for path in paths}
+
+
+def _local_task(data: Path, one: Asked, layout: Layout, own_file: Path) -> LocalTask | None:
+    tree = _tree(own_file)
+    name = str(tree.get("task"))
+    if one.task != name and one.task not in layout.groups:
+        return None
+    names = _file_names(layout, tree)
+    there = {split: data / file for split, file in names.items() if (data / file).is_file()}
+    if not there and not any((data / file).parent.is_dir() for file in names.values()):
+        return None
+    questions = next((split for split in layout.asked if split in there), None)
+    if questions is None:
+        raise UserError(f"--data: {data / names[layout.asked[0]]}: no such file; {name} takes its questions from there")
+    changes: dict[str, None] = {}
+    if questions != layout.asked[0]:
+        changes[f"{layout.asked[0]}_split"] = None
+    if layout.examples is not None and layout.examples not in there:
+        if one.shots:
+            raise UserError(
+                f"--data: {data / names[layout.examples]}: no such file; {name} takes the {one.shots} examples of "
+                f"each prompt from there; bring it, or ask for none with --suite {name}=0"
+            )
+        changes |= {"training_split": None, "fewshot_split": None}
+    return LocalTask(name, own_file, there, questions, changes)
+
+
+def _expected(one: Asked) -> Iterable[str]:
+    for layout in LAYOUTS:
+        for own_file in (package.root() / "tasks").glob(layout.task_files):
+            tree = _tree(own_file)
+            if one.task == tree.get("task") or one.task in layout.groups:
+                yield from _file_names(layout, tree).values()
+
+
+def _file_names(layout: Layout, tree: Mapping[str, Any]) -> dict[str, str]:
+    subset = {"subset": tree.get("dataset_name"), "task": tree.get("task")}
+    return {split: file.format(**subset) for split, file in layout.files.items()}
+
+
+class _WithoutFunctions(yaml.SafeLoader):
+    """Reads the harness's files without the functions that they name."""
+
+
+_WithoutFunctions.add_multi_constructor("!", lambda loader, suffix, node: None)
+
+
+def _tree(own_file: Path) -> dict[str, Any]:
+    found = yaml.load(own_file.read_text(encoding="utf-8"), _WithoutFunctions)  # noqa: S506 - a SafeLoader
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,176 @@
+"""A model in memory that answers requests of lm-evaluation-harness, by the harness's own code for Hugging Face models.
+
+Prompts, tokens, truncation, stop sequences and log-probs are the harness's. Ours are the batches, and that logits are
+computed where a continuation is scored and not for its whole prompt.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from typing import Any
+
+import torch
+from accelerate.utils import find_executable_batch_size
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
+
+from uft_ds.errors import UserError
+from uft_ds.evaluation.harness.batches import MOST_ROWS, BatchSize, cut, grouped
+
+Encoded = tuple[Any, list[int], list[int]]
+"""A request, and the tokens of its context and of its continuation."""
+Agreed = Callable[[str, Callable[[], int]], int]
+"""Measures a number once for all ranks: its name, and how."""
+
+CPU_TOKENS = 4096
+"""Of a batch on a CPU, with padding."""
+_KEPT_FREE = 0.9
+_UNLIMITED = 1 << 30
+
+
+class CausalModel:
+    """Answers batches of requests.
+
+    cut_prompts: requests whose beginning did not fit into the model's positions, by task.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, size: BatchSize | None, agreed: Agreed) -> None:
+        """
+        Args:
+            size: None: what fits into a GPU's memory, `CPU_TOKENS` on a CPU.
+        """
+        self.harness = _Harness(model, tokenizer)
+        self.cut_prompts: Counter[str] = Counter()
+        self._size, self._agreed = size, agreed
+        self._encoded: list[Encoded] = []
+
+    def batches(self, kind: str, requests: Seq[Instance]) -> list[list[int]]:
+        """The places of the requests that are answered together.
+
+        Raises:
+            UserError: a task asks for more new tokens than the model has positions.
+        """
+        if kind == "loglikelihood":
+            return self._of_continuations(requests)
+        if kind == "generate_until":
+            return self._of_prompts(requests)
+        return [[place] for place in range(len(requests))]
+
+    def answer(self, kind: str, requests: Seq[Instance], places: Seq[int]) -> list[Any]:
+        """The answers to the requests at these places of the list that `batches` was called with last.
+
+        Raises:
+            UserError: the GPU's memory is too small for a batch.
+        """
+        try:
+            if kind == "loglikelihood":
+                return self.harness.scored([self._encoded[place] for place in places])
+            return list(getattr(self.harness, kind)([requests[place] for place in places], disable_tqdm=True))
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"--batch-size: {len(places)} requests do not fit into the GPU's memory together "
+                f"({str(error).split('.')[0]}); give a smaller number"
+            ) from None
+
+    def _of_continuations(self, requests: Seq[Instance]) -> list[list[int]]:
+        self._encoded = [self.harness.encoded(*request.args) for request in requests]
+        ids = [tuple(context + continuation) for _, context, continuation in self._encoded]
+        for request, row in zip(requests, ids, strict=True):
+            self.cut_prompts[request.task_name or ""] += len(row) > self.harness.max_length + 1
+        # As the harness does: continuations that differ in their last token alone share a row, whose order is by length.
+        rows = [
+            sorted(row, key=lambda place: -len(self._encoded[place][2])) for row in grouped([row[:-1] for row in ids])
+        ]
+        rows.sort(key=lambda row: (-len(ids[row[0]]), ids[row[0]]))
+        widths = {row[0]: max(1, min(len(ids[row[0]]) - 1, self.harness.max_length)) for row in rows}
+        kept = max((len(continuation) for _, _, continuation in self._encoded), default=1)
+        return cut(rows, widths, self._size_for("loglikelihood", max(widths.values(), default=1), kept))
+
+    def _of_prompts(self, requests: Seq[Instance]) -> list[list[int]]:
+        lengths = [len(self.harness.tok_encode(request.args[0])) for request in requests]
+        widths, batches = {}, []
+        for place, request in enumerate(requests):
+            new = int(normalize_gen_kwargs(dict(request.args[1]), self.harness.max_gen_toks)["max_gen_toks"])
+            room = self.harness.max_length - new
+            if room <= 0:
+                raise UserError(
+                    f"{request.task_name}: asks for up to {new} new tokens, and the model has {self.harness.max_length} "
+                    "positions; lower --max-new-tokens, or leave the task out"
+                )
+            self.cut_prompts[request.task_name or ""] += lengths[place] > room
+            widths[place] = min(lengths[place], room) + new
+        size = self._size_for("generate_until", max(widths.values(), default=1), 1)
+        for alike in grouped([repr(sorted(request.args[1].items())) for request in requests]):
+            rows = sorted(([place] for place in alike), key=lambda row: (-lengths[row[0]], requests[row[0]].args[0]))
+            batches += cut(rows, widths, size)
+        return batches
+
+    def _size_for(self, kind: str, width: int, kept: int) -> BatchSize:
+        if self._size is not None:
+            return self._size
+        if self.harness.device.type != "cuda":
+            return BatchSize(tokens=CPU_TOKENS)
+        return BatchSize(tokens=self._agreed(f"{kind} tokens", lambda: self.harness.tokens_that_fit(width, kept)))
+
+
+class _Harness(HFLM):  # type: ignore[misc] # without types
+    """The harness's model, which computes the logits of the last tokens alone.
+
+    Its own code finds a row's continuation by the distance from the end, so it reads shorter logits as they are.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        # One batch at a time is handed over, whole.
+        super().__init__(model, backend="causal", tokenizer=tokenizer, batch_size=_UNLIMITED)
+        core = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._can_keep = "logits_to_keep" in inspect.signature(core.forward).parameters
+        self._kept = 0
+
+    def encoded(self, context: str, continuation: str) -> Encoded:
+        """As `TemplateLM.loglikelihood` encodes them."""
+        if context:
+            return ((context, continuation), *self._encode_pair(context, continuation))
+        ids = self.tok_encode(continuation, add_special_tokens=False)
+        prefix = self.prefix_token_id
+        before, after = ([prefix], ids) if prefix != ids[0] else (ids[:1], ids[1:])
+        return ((context, continuation), before, after)
+
+    def scored(self, batch: list[Encoded]) -> list[Any]:
+        """The log-prob of each continuation, nats, and whether it is the likeliest one."""
+        width = max(self._width(row) for row in batch)
+        # A shorter row ends before the padding, so its continuation lies that much further from the end.
+        self._kept = max(width - self._width(row) + len(row[2]) for row in batch) if self._can_keep else 0
+        try:
+            return list(self._loglikelihood_tokens(batch, disable_tqdm=True))
+        finally:
+            self._kept = 0
+
+    def tokens_that_fit(self, width: int, kept: int) -> int:
+        """Tokens of the largest batch of the longest rows that the GPU's memory holds."""
+
+        @find_executable_batch_size(starting_batch_size=MOST_ROWS)
+        def rows_that_fit(batch_size: int) -> int:
+            self._kept = kept if self._can_keep else 0
+            ids = torch.ones((batch_size, width), dtype=torch.long, device=self.device)
+            torch.log_softmax(self._model_call(ids), dim=-1, dtype=self.softmax_dtype)
+            return batch_size
+
+        try:
+            rows = int(rows_that_fit())
+        finally:
+            self._kept = 0
+            torch.cuda.empty_cache()
+        return max(width, int(rows * width * _KEPT_FREE))
+
+    def _width(self, row: Encoded) -> int:
+        return int(min(len(row[1]) + len(row[2]) - 1, self.max_length))
+
+    def _model_call(self, inps: Any, attn_mask: Any = None, labels: Any = None) -> Any:
+        if not self._kept:
+            return super()._model_call(inps, attn_mask, labels)
+        with torch.no_grad():
+            return self.model(inps, logits_to_keep=self._kept).logits

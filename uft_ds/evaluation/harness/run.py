@@ -1,0 +1,105 @@
+"""An evaluation from its first request to its results."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lm_eval.evaluator import evaluate as harness_evaluate
+
+from uft_ds.errors import UserError
+from uft_ds.evaluation.harness import package
+from uft_ds.evaluation.harness.answered import Answers
+from uft_ds.evaluation.harness.folder import ANSWERS, Begun
+from uft_ds.evaluation.harness.found import item_results, task_results, write_samples
+from uft_ds.evaluation.harness.model import Agreed, CausalModel
+from uft_ds.evaluation.harness.planned import OnAnswered, Place, Planned, ShareAnswered
+from uft_ds.evaluation.harness.suites import Suite
+from uft_ds.evaluation.harness.tasks import Loaded, Options
+from uft_ds.evaluation.results import Evaluation, write_evaluation
+
+
+def begun_of(model: dict[str, Any], suite: Suite, tasks: Loaded, options: Options) -> Begun:
+    """What an evaluation is begun with: all that its numbers depend on."""
+    size = options.size
+    settings = {
+        "by": "lm-evaluation-harness",
+        "suite": suite.name,
+        "tasks": {
+            name: {
+                "shots": tasks.shots[name],
+                "version": tasks.versions[name],
+                "rows": tasks.rows.splits.get(name, "hub"),
+            }
+            for name in tasks.shots
+        },
+        "limit": options.limit,
+        "chat_template": options.chat_template,
+        "fewshot_as_multiturn": options.multiturn,
+        "seeds": list(options.seeds),
+        "dtype": options.dtype,
+        "max_new_tokens": options.max_new_tokens,
+        "batch_size": "auto" if size is None else size.rows,
+        "data": dict(tasks.rows.content),
+        "versions": package.versions(),
+    }
+    return Begun(model, settings)
+
+
+def answers_folder(folder: Path, begun: Begun) -> Path:
+    """Where the answers of exactly this evaluation are kept, so that no rank meets those of another one."""
+    text = json.dumps([begun.model, begun.settings], sort_keys=True, default=dict)
+    return folder / ANSWERS / hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def evaluate(
+    name: str,
+    begun: Begun,
+    folder: Path,
+    tasks: Loaded,
+    options: Options,
+    *,
+    backend: Callable[[Agreed], CausalModel],
+    place: Place,
+    on_answered: OnAnswered,
+) -> Evaluation | None:
+    """Ask the model all that has not been answered yet, and write the results.
+
+    Args:
+        name: how tables call the model.
+        backend: makes what answers, when the answers that are there have been read.
+    Returns:
+        the evaluation; None on another rank than the first.
+    Raises:
+        UserError: a task does not fit the model.
+        CheckFailed: the model's numbers overflow, or another rank is lost.
+    """
+    answers = Answers(answers_folder(folder, begun), place.rank)
+    try:
+        model = backend(answers.agreed)
+        kinds = {str(task.OUTPUT_TYPE) for task in tasks.as_asked["tasks"].values()}
+        results = harness_evaluate(
+            Planned(model, answers, place, kinds, on_answered),
+            tasks.as_asked,
+            limit=options.limit,
+            bootstrap_iters=0,
+            apply_chat_template=options.chat_template,
+            fewshot_as_multiturn=options.multiturn,
+        )
+    except ShareAnswered:
+        return None
+    finally:
+        answers.close()
+    if results is None:
+        return None
+    cut = {task: count for task, count in sorted(model.cut_prompts.items()) if count}
+    found = Evaluation(name, {**begun.model, "cut_prompts": cut}, begun.settings, task_results(results))
+    try:
+        write_samples(folder, results)
+        write_evaluation(folder, found, item_results(results))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from None
+    return found

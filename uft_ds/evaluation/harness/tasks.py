@@ -1,0 +1,184 @@
+"""Load the tasks of a suite: from lm-evaluation-harness's own files, with rows of the hub or of a folder."""
+
+from __future__ import annotations
+
+import difflib
+import random
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from uft_ds.errors import CheckFailed, UserError
+from uft_ds.evaluation.harness import local, package, punkt
+from uft_ds.evaluation.harness.batches import BatchSize
+from uft_ds.evaluation.harness.suites import Suite
+from uft_ds.host.hub import is_offline
+
+_FOLDER_OF = {"mmlu": "mmlu/default"}
+"""Where the harness keeps tasks of this first word, if not in a folder of that name."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked of a model beyond the tasks themselves.
+
+    limit: questions of each task; None: all. multiturn: whether examples are turns of a conversation, which only a chat
+    template can write. seeds: of Python's, numpy's and torch's generators, and of the examples in prompts.
+    max_new_tokens: of any answer; None: as the tasks say. size: of batches; None: what the machine holds.
+    """
+
+    limit: int | None
+    chat_template: bool
+    multiturn: bool
+    seeds: tuple[int, int, int, int]
+    dtype: str
+    max_new_tokens: int | None = None
+    size: BatchSize | None = None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the questions of a suite's tasks come from.
+
+    splits: by task, the split of its questions, for tasks whose rows lie in a folder. content: hashes of their files.
+    """
+
+    splits: Mapping[str, str]
+    content: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The tasks of a suite, as the harness's `evaluate` takes them.
+
+    as_asked: by the harness's names, tasks and groups. shots: of each task.
+    """
+
+    as_asked: Any
+    rows: Rows
+    shots: Mapping[str, int]
+    versions: Mapping[str, str]
+
+
+@contextmanager
+def loaded_tasks(suite: Suite, data: Path | None, options: Options) -> Iterator[Loaded]:
+    """The tasks, ready to be evaluated once. Rows are read within the block.
+
+    Args:
+        data: a folder with rows; None: all rows come from the hub, or from its cache.
+    Raises:
+        UserError: a task does not exist, its rows are not there, or a package that it needs is missing.
+        CheckFailed: the hub cannot be reached.
+    """
+    package.quiet()
+    with tempfile.TemporaryDirectory() as folder:
+        local_tasks = local.local_tasks(data, suite.asked) if data is not None else []
+        for task in local_tasks:
+            task.write(Path(folder))
+        names = [asked.task for asked in suite.asked]
+        if any(name in punkt.TASKS or name == "leaderboard" for name in names):
+            punkt.provide(data)
+        _seed(options.seeds)
+        found = _read(suite, Path(folder))
+        for task in found["tasks"].values():
+            task.set_fewshot_seed(seed=options.seeds[3])
+            if options.max_new_tokens is not None:
+                _shorten(task, options.max_new_tokens)
+        yield Loaded(
+            found,
+            Rows(
+                {task.name: task.asked for task in local_tasks},
+                local.content(local_tasks, data) if data is not None else {},
+            ),
+            {name: int(task.get_config("num_fewshot") or 0) for name, task in found["tasks"].items()},
+            {name: str(task.VERSION) for name, task in found["tasks"].items()},
+        )
+
+
+def _seed(seeds: tuple[int, int, int, int]) -> None:
+    import numpy as np
+    import torch
+
+    random.seed(seeds[0])
+    np.random.seed(seeds[1])
+    torch.manual_seed(seeds[2])
+
+
+def _shorten(task: Any, most: int) -> None:
+    """Let a task ask for no more than `most` new tokens in an answer."""
+    if task.OUTPUT_TYPE == "generate_until":
+        kwargs = dict(task.get_config("generation_kwargs") or {})
+        kwargs["max_gen_toks"] = min(int(kwargs.get("max_gen_toks", most)), most)
+        task.set_config(key="generation_kwargs", value=kwargs)
+
+
+def _read(suite: Suite, folder: Path) -> Any:
+    """What the harness's task manager makes of the suite, with its shots."""
+    from lm_eval.tasks import TaskManager
+
+    names = [asked.task for asked in suite.asked]
+    manager = TaskManager(include_defaults=False, include_path=[*_folders_of(names), folder])
+    if not all(name in manager.task_index or name.endswith(".yaml") for name in names):
+        manager = TaskManager(include_path=[folder])  # reads all task files of the harness: ten seconds
+    parts = []
+    for asked in suite.asked:
+        if asked.task not in manager.task_index and not asked.task.endswith(".yaml"):
+            near = difflib.get_close_matches(asked.task, manager.all_tasks, n=3)
+            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            raise UserError(f"--suite: lm-evaluation-harness has no task {asked.task!r}{hint}")
+        found = _explained(asked.task, lambda name=asked.task: manager.load([name]))
+        for task in found["tasks"].values():
+            if asked.shots is not None or task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=asked.shots or 0)
+        parts.append(found)
+    twice = [name for place, part in enumerate(parts) for name in part["tasks"] for other in parts[:place]
+             if name in other["tasks"]]  # fmt: skip
+    if twice:
+        raise UserError(f"--suite: {twice[0]} is asked twice, in two groups; name one of them")
+    return {key: {name: one for part in parts for name, one in part[key].items()} for key in ("tasks", "groups")}
+
+
+def _folders_of(names: list[str]) -> list[Path]:
+    """The harness's folders that have these tasks by their first word, as far as there are any."""
+    words = {name.partition("_")[0] for name in names}
+    found = [package.root() / "tasks" / _FOLDER_OF.get(word, word) for word in sorted(words)]
+    return [folder for folder in found if folder.is_dir()]
+
+
+def _explained(name: str, load: Callable[[], Any]) -> Any:
+    """Load a task's rows; say what to do where they cannot be had.
+
+    Raises:
+        UserError, CheckFailed: as `loaded_tasks`.
+    """
+    try:
+        return load()
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{name}: needs the package {error.name}, which is not installed; pip install 'uft_ds[eval]' brings it"
+        ) from None
+    except Exception as error:  # noqa: BLE001 - datasets and the hub's client raise many types
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        if is_offline():
+            raise UserError(
+                f"{name}: its rows are not in the hub's cache, and HF_HUB_OFFLINE forbids to fetch them ({reason}); "
+                "give --data a folder with the rows, or run it once with a network"
+            ) from None
+        if _is_of_network(error):
+            raise CheckFailed(f"{name}: the hub cannot be reached ({reason}); the same command goes on") from None
+        raise UserError(f"{name}: its rows cannot be loaded ({reason}); give --data a folder with the rows") from None
+
+
+def _is_of_network(error: BaseException | None) -> bool:
+    """Whether a lost connection is the reason, or the reason's reason."""
+    while error is not None:
+        if isinstance(error, ConnectionError | TimeoutError) or type(error).__name__ in _OF_NETWORK:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+_OF_NETWORK = {"ConnectError", "ConnectTimeout", "ReadTimeout", "NetworkError", "LocalEntryNotFoundError"}
