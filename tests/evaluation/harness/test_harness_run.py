@@ -1,0 +1,185 @@
+"""`uft eval` on a tiny model: the numbers of lm-evaluation-harness's own backend, and the same ones however it is run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import needs
+import pytest
+import torch
+
+needs.installed("lm_eval", "pip install 'uft_ds[eval]' brings it")
+
+from asking import evaluated, items_of, numbers, stub_tasks, tiny_adapter, uft_eval
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from uft_ds.evaluation.harness.answered import Answers
+from uft_ds.export.convert import convert_to_merged
+from uft_ds.export.unmerged import opened_unmerged
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of the harness and of what it imports
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return stub_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_qwen2: Path, suite: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An evaluation of the tiny model."""
+    folder = tmp_path_factory.mktemp("evaluations") / "plain"
+    evaluated(folder, tiny_qwen2, "--suite", suite)
+    return folder
+
+
+def harness_alone(model: Path, suite: str, **options: Any) -> dict[str, dict[str, float]]:
+    """The numbers of lm-evaluation-harness with its own backend, one request at a time."""
+    manager = TaskManager(include_defaults=False)
+    loaded: list[Any] = []
+    for part in suite.split(","):
+        path, _, shots = part.partition("=")
+        (task,) = manager.load([path])["tasks"].values()
+        task.set_config("num_fewshot", int(shots))
+        loaded.append(task)
+    backend = HFLM(
+        AutoModelForCausalLM.from_pretrained(model), tokenizer=AutoTokenizer.from_pretrained(model), batch_size=1
+    )
+    found = simple_evaluate(backend, tasks=loaded, task_manager=manager, bootstrap_iters=0, **options)
+    return {
+        name: {key: value for key, value in values.items() if "," in key and "stderr" not in key}
+        for name, values in found["results"].items()
+    }
+
+
+@pytest.mark.parametrize("template", [False, True], ids=["plain", "template"])
+def test_numbers_are_those_of_the_harness(tiny_qwen2: Path, suite: str, tmp_path: Path, template: bool) -> None:
+    """To the last digit, although batches and the positions with logits are others."""
+    options = ["--chat-template"] if template else []
+    found = numbers(evaluated(tmp_path / "out", tiny_qwen2, "--suite", suite, *options))
+    expected = harness_alone(tiny_qwen2, suite, apply_chat_template=template, fewshot_as_multiturn=template)
+    assert found == expected
+    assert 0 < found["pick"]["acc,none"] < 1
+
+
+def test_items_pair_up_and_explain_the_numbers(plain: Path, tiny_qwen2: Path, suite: str, tmp_path: Path) -> None:
+    """The same ids for another model of the same questions, and their mean is the task's number."""
+    adapter = tiny_adapter(tiny_qwen2, tmp_path / "adapter")
+    evaluated(tmp_path / "out", adapter, "--suite", suite)
+    ours, theirs = items_of(plain), items_of(tmp_path / "out")
+    assert ours != theirs
+    for task, items in ours.items():
+        assert [one.item for one in items] == [one.item for one in theirs[task]]
+        metrics = numbers_of(plain)[task]
+        for metric, value in metrics.items():
+            assert sum(one.values[metric] for one in items) / len(items) == pytest.approx(value, abs=1e-12)
+
+
+def numbers_of(folder: Path) -> dict[str, dict[str, float]]:
+    return {task["task"]: task["metrics"] for task in json.loads((folder / "results.json").read_text())["tasks"]}
+
+
+def test_what_was_answered_is_not_asked_again(
+    plain: Path, tiny_qwen2: Path, suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command that ends in the middle goes on there, asks only the rest, and has the same items."""
+    add, asked = Answers.add, []
+
+    def dies(self: Answers, key: str, answers: list[Any]) -> None:
+        asked.append(key)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        add(self, key, answers)
+
+    options = (tiny_qwen2, "--suite", suite, "--batch-size", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Answers, "add", dies)
+        assert uft_eval(*options, "--out", tmp_path / "out").exit_code == 130
+    first, asked = asked[:2], []
+
+    def counts(self: Answers, key: str, answers: list[Any]) -> None:
+        asked.append(key)
+        add(self, key, answers)
+
+    monkeypatch.setattr(Answers, "add", counts)
+    evaluated(tmp_path / "out", *options)
+    assert asked
+    assert not set(asked) & set(first)
+    asked_after = len(asked)
+    evaluated(tmp_path / "whole", *options)
+    assert len(asked) - asked_after == asked_after + len(first)
+    assert items_of(tmp_path / "out") == items_of(tmp_path / "whole") == items_of(plain)
+
+
+def test_an_ended_evaluation_is_shown_again(plain: Path, tiny_qwen2: Path, suite: str) -> None:
+    """Without loading a model."""
+    before = (plain / "results.json").stat().st_mtime_ns
+    result = uft_eval(tiny_qwen2, "--suite", suite, "--out", plain)
+    assert result.exit_code == 0
+    assert "complete before" in result.output
+    assert (plain / "results.json").stat().st_mtime_ns == before
+
+
+def test_other_settings_are_never_mixed_in(plain: Path, tiny_qwen2: Path, suite: str) -> None:
+    """What differs is named, with both values."""
+    result = uft_eval(tiny_qwen2, "--suite", suite, "--out", plain, "--limit", 3)
+    assert result.exit_code != 0
+    assert "settings.limit: null there, 3 asked" in str(result.exception)
+
+
+def test_settings_are_recorded(plain: Path) -> None:
+    """All that a number depends on, with hashes of the model."""
+    found = json.loads((plain / "results.json").read_text())
+    settings = found["settings"]
+    assert settings["tasks"] == {
+        "pick": {"shots": 1, "version": "2.0", "rows": "hub"},
+        "say": {"shots": 0, "version": "2.0", "rows": "hub"},
+    }
+    assert (settings["chat_template"], settings["fewshot_as_multiturn"], settings["dtype"]) == (False, False, "float32")
+    assert settings["versions"]["torch"] == torch.__version__
+    assert len(found["model"]["base_weights"][0]) == 64
+    assert found["model"]["adapter"] is None
+
+
+def test_an_adapter_is_evaluated_as_its_merged_model(tiny_qwen2: Path, suite: str, tmp_path: Path) -> None:
+    """Log-probs agree within the rounding of float32, so all values do."""
+    adapter = tiny_adapter(tiny_qwen2, tmp_path / "adapter")
+    convert_to_merged(adapter, tmp_path / "merged", say=lambda text: None)
+    evaluated(tmp_path / "unmerged", adapter, "--suite", suite)
+    evaluated(tmp_path / "of_merged", tmp_path / "merged", "--suite", suite)
+    assert items_of(tmp_path / "unmerged") == items_of(tmp_path / "of_merged")
+
+
+def test_a_padded_vocabulary_stays_whole(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """Where the embedding has more rows than the tokenizer has tokens, an adapter must not cut it."""
+    wide = AutoModelForCausalLM.from_pretrained(tiny_qwen2)
+    wide.resize_token_embeddings(320)
+    wide.save_pretrained(tmp_path / "padded")
+    AutoTokenizer.from_pretrained(tiny_qwen2).save_pretrained(tmp_path / "padded")
+    adapter = tiny_adapter(tmp_path / "padded", tmp_path / "adapter")
+    with opened_unmerged(str(adapter), None) as found:
+        model = found.load(torch.float32, torch.device("cpu"))
+    assert len(found.tokenizer) == 259
+    assert model.get_input_embeddings().weight.shape[0] == 320
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--suite", "gsm8k,gsm8k"], "gsm8k stands twice"),
+        (["--suite", "gsm9k"], "no task 'gsm9k'"),
+        (["--suite", "quick", "--data", "/nowhere"], "--data: /nowhere: no such folder"),
+        (["--suite", "quick", "--multiturn"], "add --chat-template"),
+        (["--suite", "gsm8k", "--base", "x"], "leave --base out"),
+    ],
+)
+def test_bad_input_is_named(tiny_qwen2: Path, arguments: list[str], words: str, tmp_path: Path) -> None:
+    """Before a folder is made."""
+    result = uft_eval(tiny_qwen2, *arguments, "--out", tmp_path / "out")
+    assert words in str(result.exception)
+    assert not (tmp_path / "out").exists()
