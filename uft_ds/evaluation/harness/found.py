@@ -39,7 +39,7 @@ def task_results(results: Mapping[str, Any]) -> list[TaskResult]:
             found[name] = TaskResult(
                 name, metrics, _items(results, groups, name), str(results["versions"].get(name)), _shots(results, name)
             )
-    columns = paper_columns({name: task.metrics for name, task in found.items()})
+    columns = paper_columns({name: (task.metrics, task.shots) for name, task in found.items()})
     if columns:
         mean = {MEAN: sum(columns.values()) / len(columns)} if len(columns) > 1 else {}
         items = sum(task.items for name, task in found.items() if name not in groups)

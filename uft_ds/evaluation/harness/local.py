@@ -6,7 +6,7 @@ The harness takes it in place of its own of the same name, also inside groups.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,15 +97,10 @@ def local_tasks(data: Path, asked: Iterable[Asked]) -> list[LocalTask]:
     if not data.is_dir():
         raise UserError(f"--data: {data}: no such folder")
     asked = tuple(asked)
-    found = [
-        task
-        for one in asked
-        for layout in LAYOUTS
-        for own_file in sorted((package.root() / "tasks").glob(layout.task_files))
-        if (task := _local_task(data.resolve(), one, layout, own_file)) is not None
-    ]
+    found = [task for one in asked for task in _tasks_of(data.resolve(), one)]
     if not found:
-        expected = sorted({name for one in asked for name in _expected(one)})
+        files = (_file_names(layout, tree).values() for one in asked for layout, _, tree in _own_files(one))
+        expected = sorted({name for of_task in files for name in of_task})
         names = f"expected files such as {', '.join(expected[:4])}" if expected else "none of them has a known layout"
         raise UserError(f"--data: {data} holds rows of none of the tasks {', '.join(a.task for a in asked)}; {names}")
     return found
@@ -117,15 +112,17 @@ def content(tasks: Iterable[LocalTask], data: Path) -> dict[str, str]:
     return {str(path.relative_to(data.resolve())): sha256(path) for path in paths}
 
 
-def _local_task(data: Path, one: Asked, layout: Layout, own_file: Path) -> LocalTask | None:
-    tree = _tree(own_file)
-    name = str(tree.get("task"))
-    if one.task != name and one.task not in layout.groups:
-        return None
-    names = _file_names(layout, tree)
+def _tasks_of(data: Path, one: Asked) -> list[LocalTask]:
+    """The task, or all tasks of the group; none if the folder has no rows of any of them."""
+    own = list(_own_files(one))
+    if not any((data / file).exists() for layout, _, tree in own for file in _file_names(layout, tree).values()):
+        return []
+    return [_local_task(data, one, layout, own_file, tree) for layout, own_file, tree in own]
+
+
+def _local_task(data: Path, one: Asked, layout: Layout, own_file: Path, tree: Mapping[str, Any]) -> LocalTask:
+    name, names = str(tree.get("task")), _file_names(layout, tree)
     there = {split: data / file for split, file in names.items() if (data / file).is_file()}
-    if not there and not any((data / file).parent.is_dir() for file in names.values()):
-        return None
     questions = next((split for split in layout.asked if split in there), None)
     if questions is None:
         raise UserError(f"--data: {data / names[layout.asked[0]]}: no such file; {name} takes its questions from there")
@@ -142,12 +139,13 @@ def _local_task(data: Path, one: Asked, layout: Layout, own_file: Path) -> Local
     return LocalTask(name, own_file, there, questions, changes)
 
 
-def _expected(one: Asked) -> Iterable[str]:
+def _own_files(one: Asked) -> Iterator[tuple[Layout, Path, dict[str, Any]]]:
+    """The harness's files of a task, or of the tasks of a group, and what they hold."""
     for layout in LAYOUTS:
-        for own_file in (package.root() / "tasks").glob(layout.task_files):
+        for own_file in sorted((package.root() / "tasks").glob(layout.task_files)):
             tree = _tree(own_file)
             if one.task == tree.get("task") or one.task in layout.groups:
-                yield from _file_names(layout, tree).values()
+                yield layout, own_file, tree
 
 
 def _file_names(layout: Layout, tree: Mapping[str, Any]) -> dict[str, str]:

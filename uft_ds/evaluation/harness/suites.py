@@ -117,15 +117,17 @@ def suite_of(given: str) -> Suite:
     return Suite("+".join(found), tuple(found.values()))
 
 
-def paper_columns(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """The numbers that the paper's tables show, by column, as far as all metrics of a column were measured.
+def paper_columns(measured: Mapping[str, tuple[Mapping[str, float], int | None]]) -> dict[str, float]:
+    """The numbers that the paper's tables show, by column, as far as all of a column was measured with the paper's shots.
 
     Args:
-        metrics: by task.
+        measured: metrics and shots by task. None: the shots of a group are not known.
     """
+    shots = {asked.task: asked.shots for suite in SUITES.values() for asked in suite.asked}
     found = {}
     for column in COLUMNS:
-        values = [metrics.get(column.task, {}).get(metric) for metric in column.metrics]
-        if all(value is not None for value in values):
-            found[column.name] = sum(value for value in values if value is not None) / len(values)
+        metrics, of_task = measured.get(column.task, ({}, None))
+        values = [metrics[metric] for metric in column.metrics if metric in metrics]
+        if len(values) == len(column.metrics) and of_task in (None, shots[column.task]):
+            found[column.name] = sum(values) / len(values)
     return found

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import random
+import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,14 +122,14 @@ def _read(suite: Suite, folder: Path) -> Any:
 
     names = [asked.task for asked in suite.asked]
     manager = TaskManager(include_defaults=False, include_path=[*_folders_of(names), folder])
-    if not all(name in manager.task_index or name.endswith(".yaml") for name in names):
+    further = [name for name in names if name not in manager.task_index and not name.endswith(".yaml")]
+    if further:
+        _check_are_known(further)
         manager = TaskManager(include_path=[folder])  # reads all task files of the harness: ten seconds
     parts = []
     for asked in suite.asked:
         if asked.task not in manager.task_index and not asked.task.endswith(".yaml"):
-            near = difflib.get_close_matches(asked.task, manager.all_tasks, n=3)
-            hint = f"; did you mean {', '.join(near)}?" if near else ""
-            raise UserError(f"--suite: lm-evaluation-harness has no task {asked.task!r}{hint}")
+            raise _unknown(asked.task, manager.all_tasks)
         found = _explained(asked.task, lambda name=asked.task: manager.load([name]))
         for task in found["tasks"].values():
             if asked.shots is not None or task.get_config("num_fewshot") is None:
@@ -146,6 +147,25 @@ def _folders_of(names: list[str]) -> list[Path]:
     words = {name.partition("_")[0] for name in names}
     found = [package.root() / "tasks" / _FOLDER_OF.get(word, word) for word in sorted(words)]
     return [folder for folder in found if folder.is_dir()]
+
+
+def _check_are_known(names: list[str]) -> None:
+    """Refuse names that stand in no task file of the harness, which is found in a fraction of a second.
+
+    Raises:
+        UserError: names the first one, and similar ones.
+    """
+    texts = [path.read_text(encoding="utf-8") for path in sorted((package.root() / "tasks").rglob("*.yaml"))]
+    for name in names:
+        if not any(name in text for text in texts):
+            known = {match for text in texts for match in re.findall(r"^\"?(?:task|group)\"?: *\"?([\w-]+)", text, re.M)}
+            raise _unknown(name, known)
+
+
+def _unknown(name: str, known: Iterable[str]) -> UserError:
+    near = difflib.get_close_matches(name, list(known), n=3)
+    hint = f"; did you mean {', '.join(near)}?" if near else ""
+    return UserError(f"--suite: lm-evaluation-harness has no task {name!r}{hint}")
 
 
 def _explained(name: str, load: Callable[[], Any]) -> Any:

@@ -1,0 +1,85 @@
+"""Rows in a folder: which file each split is, what is missing, and the task file that the harness is given."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import needs
+import pytest
+import yaml
+
+from uft_ds.errors import UserError
+from uft_ds.evaluation.harness.local import content, local_tasks
+from uft_ds.evaluation.harness.suites import Asked
+
+needs.installed("lm_eval", "pip install 'uft_ds[eval]' brings it")
+
+
+def files_in(folder: Path, *names: str) -> Path:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"question": name}) + "\n")
+    return folder
+
+
+def test_a_task_file_changes_where_rows_come_from_and_nothing_else(tmp_path: Path) -> None:
+    """It includes the harness's own, which has prompts and metrics."""
+    data = files_in(tmp_path / "data", "gsm8k/train.jsonl", "gsm8k/test.jsonl")
+    (task,) = local_tasks(data, [Asked("gsm8k", 5)])
+    task.write(tmp_path)
+    tree = yaml.safe_load((tmp_path / "gsm8k.yaml").read_text())
+    files = tree.pop("dataset_kwargs")["data_files"]
+    assert files == {"train": str(data / "gsm8k/train.jsonl"), "test": str(data / "gsm8k/test.jsonl")}
+    own = tree.pop("include")
+    assert tree == {"task": "gsm8k", "dataset_path": "json", "dataset_name": None}
+    assert yaml.safe_load(Path(own).read_text())["task"] == "gsm8k"
+
+
+def test_a_group_is_all_its_tasks(tmp_path: Path) -> None:
+    """57 subjects of MMLU, each with a folder of its own: two of them are not MMLU."""
+    names = [f"mmlu/{name}/{split}.jsonl" for name in ("abstract_algebra", "virology") for split in ("dev", "test")]
+    data = files_in(tmp_path, *names)
+    with pytest.raises(UserError, match=r"mmlu/anatomy/test\.jsonl: no such file; mmlu_anatomy takes"):
+        local_tasks(data, [Asked("mmlu", 5)])
+    (task,) = local_tasks(data, [Asked("mmlu_virology", 5)])
+    assert task.files["dev"] == data / "mmlu/virology/dev.jsonl"
+    assert set(content([task], data)) == {"mmlu/virology/dev.jsonl", "mmlu/virology/test.jsonl"}
+
+
+def test_a_task_without_rows_is_left_to_the_hub(tmp_path: Path) -> None:
+    """As long as one task has some."""
+    data = files_in(tmp_path, "ifeval/input_data.jsonl")
+    found = local_tasks(data, [Asked("leaderboard_ifeval", 0), Asked("leaderboard_gpqa", 0)])
+    assert [task.name for task in found] == ["leaderboard_ifeval"]
+
+
+def test_other_questions_than_the_tests_are_named(tmp_path: Path) -> None:
+    """ARC without its test split is asked the questions of the validation split."""
+    data = files_in(tmp_path, "arc_challenge/train.jsonl", "arc_challenge/validation.jsonl")
+    (task,) = local_tasks(data, [Asked("arc_challenge", 25)])
+    assert (task.asked, task.changes) == ("validation", {"test_split": None})
+
+
+@pytest.mark.parametrize(
+    ("files", "asked", "words"),
+    [
+        ([], Asked("gsm8k", 5), "rows of none of the tasks gsm8k; expected files such as gsm8k/test.jsonl"),
+        ([], Asked("sciq", 0), "none of them has a known layout"),
+        (["gsm8k/train.jsonl"], Asked("gsm8k", 5), "gsm8k/test.jsonl: no such file; gsm8k takes its questions"),
+        (["gsm8k/test.jsonl"], Asked("gsm8k", 5), "gsm8k/train.jsonl: no such file; .* the 5 examples .* gsm8k=0"),
+    ],
+)
+def test_what_is_missing_is_named(files: list[str], asked: Asked, words: str, tmp_path: Path) -> None:
+    """The file, what it is for, and what to do."""
+    data = files_in(tmp_path, *files)
+    with pytest.raises(UserError, match=words):
+        local_tasks(data, [asked])
+
+
+def test_without_examples_no_file_of_examples_is_needed(tmp_path: Path) -> None:
+    """And the harness is told so."""
+    data = files_in(tmp_path, "gsm8k/test.jsonl")
+    (task,) = local_tasks(data, [Asked("gsm8k", 0)])
+    assert task.changes == {"training_split": None, "fewshot_split": None}
