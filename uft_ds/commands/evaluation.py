@@ -65,8 +65,9 @@ def evaluate(
     ] = None,
     seed: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(min=0, help="For all generators; the harness's 0,1234,1234,1234 if not given.",
-                     rich_help_panel=_TASKS),
+        typer.Option(
+            min=0, help="For all generators; the harness's 0,1234,1234,1234 if not given.", rich_help_panel=_TASKS
+        ),
     ] = None,  # fmt: skip
     base: Annotated[
         Optional[str],  # noqa: UP045
@@ -101,7 +102,9 @@ def evaluate(
     if multiturn and not chat_template:
         raise UserError("--multiturn: turns of a conversation need a template; add --chat-template, or leave it out")
     if world.world_size > 1 and processes not in (1, world.world_size):
-        raise UserError(f"--processes: {processes} given, but the launcher has started {world.world_size}; leave it out")
+        raise UserError(
+            f"--processes: {processes} given, but the launcher has started {world.world_size}; leave it out"
+        )
     import torch
 
     from uft_ds.evaluation.harness.batches import BatchSize
@@ -143,11 +146,11 @@ def _evaluated(
     """The evaluation; None on another rank than the first."""
     import torch
 
-    from uft_ds.evaluation.harness.folder import begin
+    from uft_ds.evaluation.harness.folder import begin, has_ended
     from uft_ds.evaluation.harness.model import CausalModel
     from uft_ds.evaluation.harness.planned import Place
     from uft_ds.evaluation.harness.ranks import beating, started, watch
-    from uft_ds.evaluation.harness.run import answers_folder, begun_of
+    from uft_ds.evaluation.harness.run import begun_of
     from uft_ds.evaluation.harness.run import evaluate as run
     from uft_ds.evaluation.harness.shown import shown_progress
     from uft_ds.evaluation.harness.tasks import loaded_tasks
@@ -166,11 +169,13 @@ def _evaluated(
                 console.print(f"complete before: {folder}; nothing to do")
                 return ended
             if world.world_size > 1:
-                place = Place(0, world.world_size, watch(answers_folder(folder, begun), world.world_size))
+                place = Place(0, world.world_size, watch(begun.answers(folder), world.world_size))
             elif processes > 1:
                 place = stack.enter_context(started(processes, folder))
+        elif has_ended(folder, begun):
+            return None
         else:
-            stack.enter_context(beating(answers_folder(folder, begun), world.rank))
+            stack.enter_context(beating(begun.answers(folder), world.rank))
         if place.size > 1 and device.type == "cpu":
             _share_cores(world.ranks_per_node or place.size)
         on_answered = stack.enter_context(shown_progress(console)) if is_first else _say_nothing

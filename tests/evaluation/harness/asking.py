@@ -49,7 +49,10 @@ def stub_tasks(folder: Path, count: int = 7) -> str:
         "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": 8},
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
         "filter_list": [
-            {"name": "first", "filter": [{"function": "regex", "regex_pattern": "([a-z])"}, {"function": "take_first"}]},
+            {
+                "name": "first",
+                "filter": [{"function": "regex", "regex_pattern": "([a-z])"}, {"function": "take_first"}],
+            },
             {"name": "whole", "filter": [{"function": "take_first"}]},
         ],
     }

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from uft_ds.errors import UserError
-from uft_ds.evaluation.harness.folder import ANSWERS, BEGUN, Begun, begin, difference
+from uft_ds.evaluation.harness.folder import ANSWERS, BEGUN, Begun, begin, difference, has_ended
 from uft_ds.evaluation.results import Evaluation, TaskResult, write_evaluation
 
 BEGINNING = Begun({"base": "m", "base_weights": ["ab"]}, {"limit": 3, "tasks": {"t": {"shots": 5}}})
@@ -34,13 +34,16 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_overwriting_leaves_nothing_of_the_other_one(tmp_path: Path) -> None:
-    """Neither answers nor results."""
+    """Neither answers nor results; what another rank has begun to answer of this one stays."""
     folder = tmp_path / "out"
     begin(folder, BEGINNING, overwrite=False)
-    (folder / ANSWERS).mkdir()
+    other = Begun({"base": "n"}, {})
+    for path in (BEGINNING.answers(folder), other.answers(folder)):
+        path.mkdir(parents=True)
     write_evaluation(folder, Evaluation("m", {}, {}, [TaskResult("t", {"acc,none": 0.5}, 3, "1")]), {})
-    assert begin(folder, Begun({"base": "n"}, {}), overwrite=True) is None
-    assert [path.name for path in folder.iterdir()] == [BEGUN]
+    assert begin(folder, other, overwrite=True) is None
+    assert {path.name for path in folder.iterdir()} == {BEGUN, ANSWERS}
+    assert list((folder / ANSWERS).iterdir()) == [other.answers(folder)]
 
 
 def test_what_is_no_evaluation_is_never_deleted(tmp_path: Path) -> None:
@@ -63,3 +66,13 @@ def test_what_is_no_evaluation_is_never_deleted(tmp_path: Path) -> None:
 def test_the_first_difference_is_named(there: object, asked: object, words: str | None) -> None:
     """With both values, shortened."""
     assert difference(there, asked) == words
+
+
+def test_another_rank_may_begin_first(tmp_path: Path) -> None:
+    """Its folder of answers is no foreign content."""
+    BEGINNING.answers(tmp_path).mkdir(parents=True)
+    assert begin(tmp_path, BEGINNING, overwrite=False) is None
+    assert not has_ended(tmp_path, BEGINNING)
+    write_evaluation(tmp_path, Evaluation("m", {}, {}, [TaskResult("t", {"acc,none": 0.5}, 3, "1")]), {})
+    assert has_ended(tmp_path, BEGINNING)
+    assert not has_ended(tmp_path, Begun({}, {}))

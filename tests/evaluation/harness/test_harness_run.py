@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import needs
+import psutil
 import pytest
 import torch
+from runs import TIMEOUT_SECONDS, program
 
 needs.installed("lm_eval", "pip install 'uft_ds[eval]' brings it")
 
@@ -183,3 +189,38 @@ def test_bad_input_is_named(tiny_qwen2: Path, arguments: list[str], words: str, 
     result = uft_eval(tiny_qwen2, *arguments, "--out", tmp_path / "out")
     assert words in str(result.exception)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.long
+def test_two_ranks_have_the_numbers_of_one(plain: Path, tiny_qwen2: Path, suite: str, tmp_path: Path) -> None:
+    """Started by a launcher, they share nothing but the folder; each writes a part of the answers."""
+    command = ("eval", str(tiny_qwen2), "--suite", suite, "--batch-size", "2", "--out", str(tmp_path / "out"))
+    ranks = [program("uft_ds", *command, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1)]
+    for rank in ranks:
+        said = rank.communicate(timeout=TIMEOUT_SECONDS)
+        assert rank.returncode == 0, said
+    assert items_of(tmp_path / "out") == items_of(plain)
+    for rank in (0, 1):
+        (path,) = (tmp_path / "out" / "answers").glob(f"*/rank-{rank}.jsonl")
+        assert len(path.read_text().splitlines()) > 3
+
+
+@pytest.mark.long
+def test_a_process_that_is_lost_ends_the_evaluation(tiny_qwen2: Path, suite: str, tmp_path: Path) -> None:
+    """With exit code 3 and its last line; afterwards one process answers what is left, and the numbers are whole."""
+    out = tmp_path / "out"
+    command = ("eval", str(tiny_qwen2), "--suite", suite, "--batch-size", "1", "--out", str(out))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "uft_ds", *command, "--processes", "2"], stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while not (children := psutil.Process(process.pid).children()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    children[0].kill()
+    errors = process.communicate(timeout=TIMEOUT_SECONDS)[1]
+    assert process.returncode == 3, errors
+    assert "process 1 of 2 has ended with exit code -9" in errors
+    before = sum(len(path.read_text().splitlines()) for path in out.rglob("rank-*.jsonl"))
+    assert before > 3
+    assert numbers(evaluated(out, *command[1:-2])) == numbers(evaluated(tmp_path / "one", *command[1:-2]))

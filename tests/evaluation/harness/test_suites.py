@@ -45,5 +45,8 @@ def test_a_column_is_the_mean_of_its_metrics() -> None:
 def test_other_shots_are_no_column_of_the_paper() -> None:
     """ARC with 25 examples is one, with 5 it is none; of a group whose shots are not known the metric counts."""
     metrics = {"acc_norm,none": 0.5}
-    assert paper_columns({"arc_challenge": (metrics, 25), "leaderboard_bbh": (metrics, None)}) == {"ARC": 0.5, "BBH": 0.5}
+    assert paper_columns({"arc_challenge": (metrics, 25), "leaderboard_bbh": (metrics, None)}) == {
+        "ARC": 0.5,
+        "BBH": 0.5,
+    }
     assert paper_columns({"arc_challenge": (metrics, 5)}) == {}

@@ -76,9 +76,7 @@ class Answers:
         if time.monotonic() - self._synced > _SECONDS_BETWEEN_SYNCS:
             self._sync()
 
-    def wait_for(
-        self, keys: Seq[str], is_lost: Callable[[], str | None], on_look: Callable[[list[str]], None]
-    ) -> None:
+    def wait_for(self, keys: Seq[str], is_lost: Callable[[], str | None], on_look: Callable[[list[str]], None]) -> None:
         """Wait until other ranks have written all these batches.
 
         Args:

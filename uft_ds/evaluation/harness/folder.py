@@ -1,13 +1,14 @@
 """The folder of one evaluation: begun with some settings, continued with the same ones, and never with others.
 
-    evaluation.json      model and settings, written before the first request
-    answers/             what has been answered so far
-    results.json, items/ as in `evaluation/results.py`, once it has ended
-    samples/TASK.jsonl   questions with their answers, to look at
+evaluation.json      model and settings, written before the first request
+answers/             what has been answered so far
+results.json, items/ as in `evaluation/results.py`, once it has ended
+samples/TASK.jsonl   questions with their answers, to look at
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -26,13 +27,26 @@ ANSWERS = "answers"
 
 @dataclass(frozen=True)
 class Begun:
-    """An evaluation's model and settings, which its numbers depend on.
-
-    how: what they do not depend on by more than rounding, such as the batch size; the tables say it too.
-    """
+    """An evaluation's model and settings: all that its numbers depend on."""
 
     model: Mapping[str, Any]
     settings: Mapping[str, Any]
+
+    def tree(self) -> dict[str, Any]:
+        """As JSON has it."""
+        found: dict[str, Any] = json.loads(json.dumps({"model": dict(self.model), "settings": dict(self.settings)}))
+        return found
+
+    def answers(self, folder: Path) -> Path:
+        """Where the answers of exactly this evaluation are kept, so that no rank meets those of another one."""
+        text = json.dumps(self.tree(), sort_keys=True)
+        return folder / ANSWERS / hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def has_ended(folder: Path, begun: Begun) -> bool:
+    """Whether exactly this evaluation has ended in the folder."""
+    path = folder / BEGUN
+    return path.exists() and (folder / RESULTS).exists() and _read(path) == begun.tree()
 
 
 def begin(folder: Path, begun: Begun, *, overwrite: bool) -> Evaluation | None:
@@ -52,7 +66,7 @@ def begin(folder: Path, begun: Begun, *, overwrite: bool) -> Evaluation | None:
     path = folder / BEGUN
     if path.exists():
         there = _read(path)
-        different = difference(there, _tree(begun))
+        different = difference(there, begun.tree())
         if different is None:
             return read_evaluation(folder) if (folder / RESULTS).exists() else None
         if not overwrite:
@@ -60,10 +74,10 @@ def begin(folder: Path, begun: Begun, *, overwrite: bool) -> Evaluation | None:
                 f"{folder}: holds an evaluation with another {different}; give another folder with --out, or "
                 "--overwrite to delete that one"
             )
-        _clear(folder)
-    elif any(folder.iterdir()):
+        _clear(folder, keeping=begun.answers(folder))
+    elif any(path.name != ANSWERS for path in folder.iterdir()):  # another rank may have begun
         raise UserError(f"{folder}: is not empty, and no evaluation by `uft eval`; give another folder with --out")
-    write_atomically(path, json.dumps(_tree(begun), indent=2, ensure_ascii=False) + "\n")
+    write_atomically(path, json.dumps(begun.tree(), indent=2, ensure_ascii=False) + "\n")
     return None
 
 
@@ -85,11 +99,6 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-def _tree(begun: Begun) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(json.dumps({"model": dict(begun.model), "settings": dict(begun.settings)}))
-    return found
-
-
 def _read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(read_regular_text(path))
@@ -100,9 +109,14 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
-def _clear(folder: Path) -> None:
-    """Delete an evaluation, its results first: a folder that lost part of its items must not look whole."""
+def _clear(folder: Path, *, keeping: Path) -> None:
+    """Delete an evaluation, its results first: a folder that lost part of its items must not look whole.
+
+    Args:
+        keeping: answers that other ranks may have begun to write.
+    """
     for name in (RESULTS, BEGUN):
         (folder / name).unlink(missing_ok=True)
-    for name in (ITEMS, SAMPLES, ANSWERS):
-        shutil.rmtree(folder / name, ignore_errors=True)
+    others = [path for path in (folder / ANSWERS).glob("*") if path != keeping]
+    for path in (folder / ITEMS, folder / SAMPLES, *others):
+        shutil.rmtree(path, ignore_errors=True)

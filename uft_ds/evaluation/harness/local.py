@@ -50,18 +50,14 @@ LAYOUTS = (
     Layout("winogrande/default.yaml", _splits("winogrande", "train", "validation"), ("validation",), "train"),
     Layout("hellaswag/hellaswag.yaml", _splits("hellaswag", "train", "validation"), ("validation",), "train"),
     Layout("mmlu/default/mmlu_*.yaml", _splits("mmlu/{subset}", "dev", "test"), ("test",), "dev", ("mmlu",)),
-    Layout(
-        "leaderboard/bbh_mc/[a-z]*.yaml", {"test": "bbh/{subset}.jsonl"}, ("test",), groups=("leaderboard_bbh",)
-    ),
+    Layout("leaderboard/bbh_mc/[a-z]*.yaml", {"test": "bbh/{subset}.jsonl"}, ("test",), groups=("leaderboard_bbh",)),
     Layout(
         "leaderboard/math/math_*.yaml",
         _splits("math/{subset}", "train", "test"),
         ("test",),
         groups=("leaderboard_math_hard",),
     ),
-    Layout(
-        "leaderboard/mmlu_pro/mmlu_pro.yaml", _splits("mmlu_pro", "validation", "test"), ("test",), "validation"
-    ),
+    Layout("leaderboard/mmlu_pro/mmlu_pro.yaml", _splits("mmlu_pro", "validation", "test"), ("test",), "validation"),
 )
 
 
@@ -143,7 +139,10 @@ def _own_files(one: Asked) -> Iterator[tuple[Layout, Path, dict[str, Any]]]:
     """The harness's files of a task, or of the tasks of a group, and what they hold."""
     for layout in LAYOUTS:
         for own_file in sorted((package.root() / "tasks").glob(layout.task_files)):
-            tree = _tree(own_file)
+            text = own_file.read_text(encoding="utf-8")
+            if one.task not in text and one.task not in layout.groups:
+                continue  # before the reading as YAML, which takes milliseconds
+            tree = yaml.load(text, _WithoutFunctions)
             if one.task == tree.get("task") or one.task in layout.groups:
                 yield layout, own_file, tree
 
@@ -158,8 +157,3 @@ class _WithoutFunctions(yaml.SafeLoader):
 
 
 _WithoutFunctions.add_multi_constructor("!", lambda loader, suffix, node: None)
-
-
-def _tree(own_file: Path) -> dict[str, Any]:
-    found = yaml.load(own_file.read_text(encoding="utf-8"), _WithoutFunctions)  # noqa: S506 - a SafeLoader
-    return found if isinstance(found, dict) else {}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from lm_eval.evaluator import evaluate as harness_evaluate
 from uft_ds.errors import UserError
 from uft_ds.evaluation.harness import package
 from uft_ds.evaluation.harness.answered import Answers
-from uft_ds.evaluation.harness.folder import ANSWERS, Begun
+from uft_ds.evaluation.harness.folder import Begun
 from uft_ds.evaluation.harness.found import item_results, task_results, write_samples
 from uft_ds.evaluation.harness.model import Agreed, CausalModel
 from uft_ds.evaluation.harness.planned import OnAnswered, Place, Planned, ShareAnswered
@@ -49,12 +47,6 @@ def begun_of(model: dict[str, Any], suite: Suite, tasks: Loaded, options: Option
     return Begun(model, settings)
 
 
-def answers_folder(folder: Path, begun: Begun) -> Path:
-    """Where the answers of exactly this evaluation are kept, so that no rank meets those of another one."""
-    text = json.dumps([begun.model, begun.settings], sort_keys=True, default=dict)
-    return folder / ANSWERS / hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def evaluate(
     name: str,
     begun: Begun,
@@ -77,7 +69,7 @@ def evaluate(
         UserError: a task does not fit the model.
         CheckFailed: the model's numbers overflow, or another rank is lost.
     """
-    answers = Answers(answers_folder(folder, begun), place.rank)
+    answers = Answers(begun.answers(folder), place.rank)
     try:
         model = backend(answers.agreed)
         kinds = {str(task.OUTPUT_TYPE) for task in tasks.as_asked["tasks"].values()}

@@ -158,7 +158,9 @@ def _check_are_known(names: list[str]) -> None:
     texts = [path.read_text(encoding="utf-8") for path in sorted((package.root() / "tasks").rglob("*.yaml"))]
     for name in names:
         if not any(name in text for text in texts):
-            known = {match for text in texts for match in re.findall(r"^\"?(?:task|group)\"?: *\"?([\w-]+)", text, re.M)}
+            known = {
+                match for text in texts for match in re.findall(r"^\"?(?:task|group)\"?: *\"?([\w-]+)", text, re.M)
+            }
             raise _unknown(name, known)
 
 
