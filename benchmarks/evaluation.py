@@ -8,9 +8,9 @@
     two            `uft eval --processes 2` of the merged model   bar: harness / two >= 1.5, of wall seconds
     killed         `uft eval`, killed when half is answered, and the same command again
 
-A random adapter is made and merged. All give the same numbers: the merged model to the last digit, the adapter where the
-rounding of a merge turns no answer. OMP_NUM_THREADS=1 for each process; the ratio of one process is of CPU seconds, so
-that other work on the machine disturbs it little.
+A random adapter is made and merged. All give the same numbers: the merged model to the last digit, the adapter where
+the rounding of a merge turns no answer. OMP_NUM_THREADS=1 for each process; the ratio of one process is of CPU
+seconds, so that other work on the machine disturbs it little.
 """
 
 from __future__ import annotations

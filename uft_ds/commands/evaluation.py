@@ -68,7 +68,7 @@ def evaluate(
         typer.Option(
             min=0, help="For all generators; the harness's 0,1234,1234,1234 if not given.", rich_help_panel=_TASKS
         ),
-    ] = None,  # fmt: skip
+    ] = None,
     base: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="The base, where the source does not say it or it has moved.", rich_help_panel=_MODEL),

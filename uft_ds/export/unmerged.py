@@ -46,7 +46,7 @@ class Unmerged:
     step: int | None = None
 
     def identity(self) -> dict[str, Any]:
-        """What the model's answers depend on, by content: hashes of weights, config, adapter, tokenizer and template."""
+        """What the answers depend on, by content: hashes of weights, config, adapter, tokenizer and template."""
         template = json.dumps(self.tokenizer.chat_template, sort_keys=True)
         of_base = base_identity(self.base, self.revision)
         return {

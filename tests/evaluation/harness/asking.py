@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import needs
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
@@ -14,6 +15,8 @@ from typer.testing import CliRunner, Result
 
 from uft_ds.cli import app
 from uft_ds.evaluation.results import Evaluation, ItemResult, read_evaluation, read_items
+
+needs.installed("lm_eval", "pip install 'uft_ds[eval]' brings it")
 
 WORDS = ("red", "green", "blue", "black", "white", "grey", "pink")
 

@@ -21,7 +21,7 @@ def of_harness() -> dict[str, Any]:
             PARTS[0]: {"alias": "a", "exact_match,none": 0.5, "exact_match_original,none": 0.25, "sample_len": 4},
             PARTS[1]: {"alias": "g", "exact_match,none": 0.0, "exact_match_original,none": 1.0, "sample_len": 1},
             MATH: {"alias": "m", "exact_match,none": 0.4, "exact_match_stderr,none": 0.1},
-            "gsm8k": {"exact_match,strict-match": 0.5, "exact_match,flexible-extract": 1.0, "exact_match_stderr,x": 0.1},
+            "gsm8k": {"exact_match,strict-match": 0.5, "exact_match,flexible-extract": 1.0, "x_stderr,y": 0.1},
         },
         "group_subtasks": {MATH: list(PARTS)},
         "versions": {PARTS[0]: 3.0, PARTS[1]: 3.0, "gsm8k": 3.0},

@@ -1,4 +1,4 @@
-"""`uft eval` on a tiny model: the numbers of lm-evaluation-harness's own backend, and the same ones however it is run."""
+"""`uft eval` on a tiny model: the numbers of the harness's own backend, and the same ones however it is run."""
 
 from __future__ import annotations
 
@@ -10,18 +10,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import needs
 import psutil
 import pytest
 import torch
-from runs import TIMEOUT_SECONDS, program
-
-needs.installed("lm_eval", "pip install 'uft_ds[eval]' brings it")
-
 from asking import evaluated, items_of, numbers, stub_tasks, tiny_adapter, uft_eval
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from runs import TIMEOUT_SECONDS, program
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from uft_ds.evaluation.harness.answered import Answers

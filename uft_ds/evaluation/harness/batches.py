@@ -1,7 +1,7 @@
 """Which requests are answered together: batches that follow from the requests alone.
 
-They depend neither on the number of processes nor on what has been answered before, so an evaluation that was killed, or
-that several processes shared, has the same batches and with them the same numbers.
+They depend neither on the number of processes nor on what has been answered before, so an evaluation that was killed,
+or that several processes shared, has the same batches and with them the same numbers.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def _shots(results: Mapping[str, Any], name: str) -> int | None:
 
 
 def _by_item(samples: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """The samples of each question, one for each filter of its answer. The id holds the question's place and content."""
+    """The samples of each question, one for each filter of its answer. The id holds its place and its content."""
     found: dict[str, list[Mapping[str, Any]]] = {}
     for sample in samples:
         found.setdefault(f"{sample['doc_id']}-{sample['doc_hash'][:16]}", []).append(sample)

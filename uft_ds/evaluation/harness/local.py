@@ -1,4 +1,4 @@
-"""Tasks whose questions lie in a folder: which files they are, and the task files that send lm-evaluation-harness there.
+"""Tasks whose questions lie in a folder: which files they are, and the task files that send the harness there.
 
 A task file includes the harness's own and changes where the rows come from, so prompts and metrics stay as they are.
 The harness takes it in place of its own of the same name, also inside groups.

@@ -81,14 +81,13 @@ class CausalModel:
         ids = [tuple(context + continuation) for _, context, continuation in self._encoded]
         for request, row in zip(requests, ids, strict=True):
             self.cut_prompts[request.task_name or ""] += len(row) > self.harness.max_length + 1
-        # As the harness does: continuations that differ in their last token alone share a row, whose order is by length.
+        # As the harness does: continuations that differ in their last token alone share a row; the longest come first.
         rows = [
             sorted(row, key=lambda place: -len(self._encoded[place][2])) for row in grouped([row[:-1] for row in ids])
         ]
         rows.sort(key=lambda row: (-len(ids[row[0]]), ids[row[0]]))
         widths = {row[0]: max(1, min(len(ids[row[0]]) - 1, self.harness.max_length)) for row in rows}
-        kept = max((len(continuation) for _, _, continuation in self._encoded), default=1)
-        return cut(rows, widths, self._size_for("loglikelihood", max(widths.values(), default=1), kept))
+        return cut(rows, widths, self._size_for("loglikelihood", max(widths.values(), default=1)))
 
     def _of_prompts(self, requests: Seq[Instance]) -> list[list[int]]:
         lengths = [len(self.harness.tok_encode(request.args[0])) for request in requests]
@@ -98,26 +97,26 @@ class CausalModel:
             room = self.harness.max_length - new
             if room <= 0:
                 raise UserError(
-                    f"{request.task_name}: asks for up to {new} new tokens, and the model has {self.harness.max_length} "
-                    "positions; lower --max-new-tokens, or leave the task out"
+                    f"{request.task_name}: asks for up to {new} new tokens, and the model has "
+                    f"{self.harness.max_length} positions; lower --max-new-tokens, or leave the task out"
                 )
             self.cut_prompts[request.task_name or ""] += lengths[place] > room
             widths[place] = min(lengths[place], room) + new
-        size = self._size_for("generate_until", max(widths.values(), default=1), 1)
+        size = self._size_for("generate_until", max(widths.values(), default=1))
         for alike in grouped([repr(sorted(request.args[1].items())) for request in requests]):
             rows = sorted(([place] for place in alike), key=lambda row: (-lengths[row[0]], requests[row[0]].args[0]))
             batches += cut(rows, widths, size)
         return batches
 
-    def _size_for(self, kind: str, width: int, kept: int) -> BatchSize:
+    def _size_for(self, kind: str, width: int) -> BatchSize:
         if self._size is not None:
             return self._size
         if self.harness.device.type != "cuda":
             return BatchSize(tokens=CPU_TOKENS)
-        return BatchSize(tokens=self._agreed(f"{kind} tokens", lambda: self.harness.tokens_that_fit(width, kept)))
+        return BatchSize(tokens=self._agreed(f"{kind} tokens", lambda: self.harness.tokens_that_fit(width)))
 
 
-class _Harness(HFLM):  # type: ignore[misc] # without types
+class _Harness(HFLM):
     """The harness's model, which computes the logits of the last tokens alone.
 
     Its own code finds a row's continuation by the distance from the end, so it reads shorter logits as they are.
@@ -149,12 +148,14 @@ class _Harness(HFLM):  # type: ignore[misc] # without types
         finally:
             self._kept = 0
 
-    def tokens_that_fit(self, width: int, kept: int) -> int:
-        """Tokens of the largest batch of the longest rows that the GPU's memory holds."""
+    def tokens_that_fit(self, width: int) -> int:
+        """Tokens of the largest batch of the longest rows that the GPU's memory holds, with the logits of all of them.
+
+        Where rows of one batch differ much in length, most logits of a row are kept.
+        """
 
         @find_executable_batch_size(starting_batch_size=MOST_ROWS)
         def rows_that_fit(batch_size: int) -> int:
-            self._kept = kept if self._can_keep else 0
             ids = torch.ones((batch_size, width), dtype=torch.long, device=self.device)
             torch.log_softmax(self._model_call(ids), dim=-1, dtype=self.softmax_dtype)
             return batch_size
@@ -162,7 +163,6 @@ class _Harness(HFLM):  # type: ignore[misc] # without types
         try:
             rows = int(rows_that_fit())
         finally:
-            self._kept = 0
             torch.cuda.empty_cache()
         return max(width, int(rows * width * _KEPT_FREE))
 

@@ -50,7 +50,7 @@ class ShareAnswered(Exception):
     """A rank other than the first has answered its share of all requests."""
 
 
-class Planned(LM):  # type: ignore[misc] # without types
+class Planned(LM):
     """The harness's interface to a model: three kinds of requests, and the chat template."""
 
     def __init__(

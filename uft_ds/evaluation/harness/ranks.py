@@ -84,12 +84,12 @@ def started(count: int, folder: Path) -> Iterator[Place]:
     with ExitStack() as stack:
         for rank in range(1, count):
             logs.append(folder / f"rank-{rank}.log")
-            log = stack.enter_context(logs[-1].open("wb"))
+            output = stack.enter_context(logs[-1].open("wb"))
             child = subprocess.Popen(
                 [sys.executable, "-m", "uft_ds", *sys.argv[1:]],
                 env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=output,
                 stderr=subprocess.STDOUT,
             )
             children.append(stack.enter_context(_ended(child)))

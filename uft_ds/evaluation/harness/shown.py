@@ -90,7 +90,7 @@ def in_words(found: Evaluation) -> list[str]:
     others = {name: one["rows"] for name, one in said["tasks"].items() if one["rows"] not in ("hub", "test", "train")}
     usual = {"truthfulqa_mc1", "truthfulqa_mc2", "winogrande", "hellaswag"}
     lines += [
-        f"note: {name}: its questions are those of the {split} split, not of test: not comparable with published numbers"
+        f"note: {name}: its questions are those of the {split} split: not comparable with published numbers"
         for name, split in others.items()
         if name not in usual
     ]

@@ -118,7 +118,7 @@ def suite_of(given: str) -> Suite:
 
 
 def paper_columns(measured: Mapping[str, tuple[Mapping[str, float], int | None]]) -> dict[str, float]:
-    """The numbers that the paper's tables show, by column, as far as all of a column was measured with the paper's shots.
+    """The numbers that the paper's tables show, by column, as far as they were measured with the paper's shots.
 
     Args:
         measured: metrics and shots by task. None: the shots of a group are not known.

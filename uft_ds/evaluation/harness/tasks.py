@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ def _read(suite: Suite, folder: Path) -> Any:
     for asked in suite.asked:
         if asked.task not in manager.task_index and not asked.task.endswith(".yaml"):
             raise _unknown(asked.task, manager.all_tasks)
-        found = _explained(asked.task, lambda name=asked.task: manager.load([name]))
+        found = _explained(asked.task, partial(manager.load, [asked.task]))
         for task in found["tasks"].values():
             if asked.shots is not None or task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=asked.shots or 0)
