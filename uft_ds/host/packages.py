@@ -19,8 +19,14 @@ def install_command(extra: str) -> str:
     try:
         wanted = [Requirement(text) for text in metadata.requires(PACKAGE) or []]
     except metadata.PackageNotFoundError:
-        return f"pip install '.[{extra}]' in the checkout"
+        wanted = []
     of_extra = [one for one in wanted if one.marker is not None and one.marker.evaluate({"extra": extra})]
-    names = " ".join(f"'{one.name}{one.specifier}'" for one in of_extra)
+    if not of_extra:  # not installed, or installed before the extra was added
+        return f"pip install '.[{extra}]' in the checkout"
+    names = " ".join(f"'{one.name}{_extras(one)}{one.specifier}'" for one in of_extra)
     isolation = " --no-build-isolation" if any(one.name in _NEED_TORCH_TO_BUILD for one in of_extra) else ""
     return f"pip install{isolation} {names}"
+
+
+def _extras(one: Requirement) -> str:
+    return f"[{','.join(sorted(one.extras))}]" if one.extras else ""

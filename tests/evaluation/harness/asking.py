@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 from uft_ds.cli import app
 from uft_ds.evaluation.results import Evaluation, ItemResult, read_evaluation, read_items
 
-needs.installed("lm_eval", "pip install 'uft_ds[eval]' brings it")
+needs.installed("lm_eval", "pip install '.[eval]' brings it")
 
 WORDS = ("red", "green", "blue", "black", "white", "grey", "pink")
 

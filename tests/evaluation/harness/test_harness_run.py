@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import yaml
 from asking import evaluated, items_of, numbers, stub_tasks, tiny_adapter, uft_eval
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
@@ -20,7 +21,11 @@ from lm_eval.tasks import TaskManager
 from runs import TIMEOUT_SECONDS, program
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from uft_ds.errors import CheckFailed
+from uft_ds.evaluation.harness import package, tasks
 from uft_ds.evaluation.harness.answered import Answers
+from uft_ds.evaluation.harness.local import local_tasks
+from uft_ds.evaluation.harness.suites import suite_of
 from uft_ds.export.convert import convert_to_merged
 from uft_ds.export.unmerged import opened_unmerged
 
@@ -178,6 +183,7 @@ def test_a_padded_vocabulary_stays_whole(tiny_qwen2: Path, tmp_path: Path) -> No
         (["--suite", "quick", "--data", "/nowhere"], "--data: /nowhere: no such folder"),
         (["--suite", "quick", "--multiturn"], "add --chat-template"),
         (["--suite", "gsm8k", "--base", "x"], "leave --base out"),
+        (["--suite", "gsm8k"], "gsm8k: its rows are not in the hub's cache, and HF_HUB_OFFLINE forbids"),
     ],
 )
 def test_bad_input_is_named(tiny_qwen2: Path, arguments: list[str], words: str, tmp_path: Path) -> None:
@@ -185,6 +191,56 @@ def test_bad_input_is_named(tiny_qwen2: Path, arguments: list[str], words: str, 
     result = uft_eval(tiny_qwen2, *arguments, "--out", tmp_path / "out")
     assert words in str(result.exception)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_environment_without_the_harness_is_told_what_to_install(
+    tiny_qwen2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is loaded."""
+    monkeypatch.setattr(package, "NAME", "no_such_package")
+    assert "the extra uft_ds[eval] brings it: pip install" in str(uft_eval(tiny_qwen2, "--suite", "quick").exception)
+
+
+def test_a_lost_hub_is_no_fault_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 3: the same command may succeed later."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+
+    def load() -> None:
+        raise ValueError("dataset") from ConnectionError("no route")
+
+    with pytest.raises(CheckFailed, match="gsm8k: the hub cannot be reached"):
+        tasks.explained("gsm8k", load)
+
+
+@pytest.mark.long
+def test_tasks_from_files_have_the_numbers_of_the_harness(tiny_qwen2: Path, test_data: Path, tmp_path: Path) -> None:
+    """Rows of five tasks; prompts that do not fit into 512 positions lose their beginning, as the harness cuts them."""
+    data, files = tmp_path / "data", tmp_path / "files"
+    for name, there in (
+        ("ifeval", "ifeval"), ("gsm8k", "gsm8k"), ("truthfulqa", "truthfulqa"),
+        ("arc_challenge/train.jsonl", "arc/hf_train.jsonl"), ("arc_challenge/test.jsonl", "arc/hf_validation.jsonl"),
+    ):  # fmt: skip
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        (data / name).symlink_to(test_data / there)
+    suite = "ifeval=0,gsm8k=2,truthfulqa_mc1=0,truthfulqa_mc2=0,arc_challenge=2"
+    options = ("--data", data, "--limit", 3, "--max-new-tokens", 8)
+    found = evaluated(tmp_path / "out", tiny_qwen2, "--suite", suite, *options)
+    assert found.model["cut_prompts"]["truthfulqa_mc1"] > 0
+    files.mkdir()
+    for task in local_tasks(data, suite_of(suite).asked):
+        task.write(files)
+        tree = yaml.safe_load((files / f"{task.name}.yaml").read_text())
+        if task.name in ("ifeval", "gsm8k"):
+            of_task = {"until": [], "do_sample": False, "temperature": 0.0}
+            if task.name == "gsm8k":
+                of_task["until"] = ["Question:", "</s>", "<|im_end|>"]
+            tree["generation_kwargs"] = of_task | {"max_gen_toks": 8}
+        (files / f"{task.name}.yaml").write_text(yaml.safe_dump(tree))
+    paths = ",".join(
+        f"{files / name}.yaml={shots}" for name, _, shots in (part.partition("=") for part in suite.split(","))
+    )
+    expected = harness_alone(tiny_qwen2, paths, limit=3)
+    assert {task: values for task, values in numbers(found).items() if task in expected} == expected
 
 
 @pytest.mark.long

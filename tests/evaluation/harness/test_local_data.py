@@ -13,7 +13,7 @@ from uft_ds.errors import UserError
 from uft_ds.evaluation.harness.local import content, local_tasks
 from uft_ds.evaluation.harness.suites import Asked
 
-needs.installed("lm_eval", "pip install 'uft_ds[eval]' brings it")
+needs.installed("lm_eval", "pip install '.[eval]' brings it")
 
 
 def files_in(folder: Path, *names: str) -> Path:

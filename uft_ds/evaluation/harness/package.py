@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 from uft_ds.errors import UserError
+from uft_ds.host.packages import install_command
 
 NAME = "lm_eval"
 _VERSIONS_OF = ("lm_eval", "transformers", "torch")
@@ -21,7 +22,9 @@ def check_is_there() -> None:
         UserError: names the extra that brings it.
     """
     if importlib.util.find_spec(NAME) is None:
-        raise UserError("lm-evaluation-harness is not installed; pip install 'uft_ds[eval]' brings it")
+        raise UserError(
+            f"lm-evaluation-harness is not installed; the extra uft_ds[eval] brings it: {install_command('eval')}"
+        )
 
 
 def root() -> Path:

@@ -18,6 +18,7 @@ from uft_ds.evaluation.harness import local, package, punkt
 from uft_ds.evaluation.harness.batches import BatchSize
 from uft_ds.evaluation.harness.suites import Suite
 from uft_ds.host.hub import is_offline
+from uft_ds.host.packages import install_command
 
 _FOLDER_OF = {"mmlu": "mmlu/default"}
 """Where the harness keeps tasks of this first word, if not in a folder of that name."""
@@ -131,7 +132,7 @@ def _read(suite: Suite, folder: Path) -> Any:
     for asked in suite.asked:
         if asked.task not in manager.task_index and not asked.task.endswith(".yaml"):
             raise _unknown(asked.task, manager.all_tasks)
-        found = _explained(asked.task, partial(manager.load, [asked.task]))
+        found = explained(asked.task, partial(manager.load, [asked.task]))
         for task in found["tasks"].values():
             if asked.shots is not None or task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=asked.shots or 0)
@@ -171,7 +172,7 @@ def _unknown(name: str, known: Iterable[str]) -> UserError:
     return UserError(f"--suite: lm-evaluation-harness has no task {name!r}{hint}")
 
 
-def _explained(name: str, load: Callable[[], Any]) -> Any:
+def explained(name: str, load: Callable[[], Any]) -> Any:
     """Load a task's rows; say what to do where they cannot be had.
 
     Raises:
@@ -181,7 +182,8 @@ def _explained(name: str, load: Callable[[], Any]) -> Any:
         return load()
     except ModuleNotFoundError as error:
         raise UserError(
-            f"{name}: needs the package {error.name}, which is not installed; pip install 'uft_ds[eval]' brings it"
+            f"{name}: needs the package {error.name}, which is not installed; the extra uft_ds[eval] brings it: "
+            f"{install_command('eval')}"
         ) from None
     except Exception as error:  # noqa: BLE001 - datasets and the hub's client raise many types
         reason = " ".join(str(error).split())[:300] or type(error).__name__
