@@ -18,7 +18,7 @@ from asking import evaluated, items_of, numbers, stub_tasks, tiny_adapter, uft_e
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from runs import TIMEOUT_SECONDS, program
+from runs import TIMEOUT_SECONDS, forked, program, write_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from uft_ds.errors import CheckFailed
@@ -26,6 +26,7 @@ from uft_ds.evaluation.harness import package, tasks
 from uft_ds.evaluation.harness.answered import Answers
 from uft_ds.evaluation.harness.local import local_tasks
 from uft_ds.evaluation.harness.suites import suite_of
+from uft_ds.evaluation.results import read_evaluation
 from uft_ds.export.convert import convert_to_merged
 from uft_ds.export.unmerged import opened_unmerged
 
@@ -241,6 +242,25 @@ def test_tasks_from_files_have_the_numbers_of_the_harness(tiny_qwen2: Path, test
     )
     expected = harness_alone(tiny_qwen2, paths, limit=3)
     assert {task: values for task, values in numbers(found).items() if task in expected} == expected
+
+
+@pytest.mark.long
+def test_a_run_is_evaluated_in_its_folder(tiny_qwen2: Path, suite: str, tmp_path: Path) -> None:
+    """The newest checkpoint on its base, by the run's own template: the values of the merged model."""
+    trained = forked("uft_ds", "train", str(write_recipe(tmp_path, tiny_qwen2)))
+    assert trained.returncode == 0, trained.stderr
+    run = tmp_path / "run"
+    result = uft_eval(run, "--suite", suite, "--chat-template")
+    assert result.exit_code == 0, repr(result.exception)
+    (folder,) = (run / "evaluations").iterdir()
+    assert folder.name == "pick+say-step4-chat"
+    found = read_evaluation(folder)
+    assert (found.name, found.model["step"]) == ("run step 4", 4)
+    assert f"results: {folder}" in result.output.replace("\n", "")
+    convert_to_merged(run, tmp_path / "merged", say=lambda text: None)
+    merged = evaluated(tmp_path / "of_merged", tmp_path / "merged", "--suite", suite, "--chat-template")
+    assert items_of(folder) == items_of(tmp_path / "of_merged")
+    assert merged.model["tokenizer"] == found.model["tokenizer"]
 
 
 @pytest.mark.long

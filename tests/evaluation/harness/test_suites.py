@@ -24,6 +24,7 @@ def test_a_list_of_tasks_is_a_suite() -> None:
     found = suite_of("arc_challenge, arc_easy=3,sciq")
     assert found.asked == (Asked("arc_challenge", 25), Asked("arc_easy", 3), Asked("sciq"))
     assert found.name == "arc_challenge+arc_easy+sciq"
+    assert suite_of("/my/own.yaml=2").name == "own"  # a folder of results has the suite's name
 
 
 @pytest.mark.parametrize("given", ["", "gsm8k,", "gsm8k=x", "gsm8k=", "=3", "gsm8k,gsm8k=0"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from uft_ds.errors import UserError
 
@@ -58,6 +59,7 @@ COLUMNS = (
 """`exact_match_original` is what `exact_match` of MATH-hard was when the paper was written."""
 
 QUICK_LIMIT = 100
+_LONGEST_NAME = 100
 SUITES: Mapping[str, Suite] = {
     suite.name: suite
     for suite in (
@@ -114,7 +116,8 @@ def suite_of(given: str) -> Suite:
         if name in found:
             raise UserError(f"--suite: {name} stands twice in {given!r}; name each task once")
         found[name] = Asked(name, int(shots)) if has_shots else of_paper.get(name, Asked(name))
-    return Suite("+".join(found), tuple(found.values()))
+    names = "+".join(Path(name).stem if name.endswith(".yaml") else name for name in found)
+    return Suite(names[:_LONGEST_NAME], tuple(found.values()))
 
 
 def paper_columns(measured: Mapping[str, tuple[Mapping[str, float], int | None]]) -> dict[str, float]:

@@ -157,13 +157,11 @@ def _check_are_known(names: list[str]) -> None:
     Raises:
         UserError: names the first one, and similar ones.
     """
-    texts = [path.read_text(encoding="utf-8") for path in sorted((package.root() / "tasks").rglob("*.yaml"))]
+    texts = [path.read_bytes() for path in (package.root() / "tasks").rglob("*.yaml")]
     for name in names:
-        if not any(name in text for text in texts):
-            known = {
-                match for text in texts for match in re.findall(r"^\"?(?:task|group)\"?: *\"?([\w-]+)", text, re.M)
-            }
-            raise _unknown(name, known)
+        if not any(name.encode() in text for text in texts):
+            of_all = (re.findall(rb"^\"?(?:task|group)\"?: *\"?([\w-]+)", text, re.M) for text in texts)
+            raise _unknown(name, {found.decode() for of_file in of_all for found in of_file})
 
 
 def _unknown(name: str, known: Iterable[str]) -> UserError:
