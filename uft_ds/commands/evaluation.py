@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
@@ -16,14 +17,16 @@ from uft_ds.host.process import die_with_parent, ended_as_by_ctrl_c
 from uft_ds.host.world import launcher_environment
 
 if TYPE_CHECKING:
+    from uft_ds.evaluation.harness.model import Agreed
+    from uft_ds.evaluation.harness.planned import Backend
     from uft_ds.evaluation.harness.suites import Suite
-    from uft_ds.evaluation.harness.tasks import Options
+    from uft_ds.evaluation.harness.tasks import Loaded, Options
     from uft_ds.evaluation.results import Evaluation
     from uft_ds.export.unmerged import Unmerged
 
 _SEEDS = (0, 1234, 1234, 1234)
 """As lm-evaluation-harness's own command takes them."""
-_MODEL, _TASKS, _MACHINE = "Model", "Questions", "Machine"
+_MODEL, _TASKS, _MACHINE, _SERVER = "Model", "Questions", "Machine", "Server"
 
 
 def evaluate(
@@ -81,6 +84,14 @@ def evaluate(
         Optional[int],  # noqa: UP045
         typer.Option(min=1, help="Rows answered together; what fits if not given.", rich_help_panel=_MACHINE),
     ] = None,
+    url: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="A server with OpenAI's completions that has the source.", rich_help_panel=_SERVER),
+    ] = None,
+    served_as: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="NAME", help="Its name there.", rich_help_panel=_SERVER),
+    ] = None,
     processes: Annotated[
         int, typer.Option(min=1, help="Processes that share the questions, one a GPU.", rich_help_panel=_MACHINE)
     ] = 1,
@@ -105,6 +116,10 @@ def evaluate(
         raise UserError(
             f"--processes: {processes} given, but the launcher has started {world.world_size}; leave it out"
         )
+    if (url is None) != (served_as is None):
+        raise UserError("--url and --served-as: a server and the model's name there; give both, or none of them")
+    if url is not None and (dtype is not None or processes > 1 or world.world_size > 1):
+        raise UserError("--url: the server computes, so --dtype and --processes mean nothing; leave them out")
     import torch
 
     from uft_ds.evaluation.harness.batches import BatchSize
@@ -119,9 +134,10 @@ def evaluate(
         chat_template=chat_template,
         multiturn=chat_template and multiturn is not False,
         seeds=_SEEDS if seed is None else (seed, seed, seed, seed),
-        dtype=dtype or ("bfloat16" if torch.cuda.is_available() else "float32"),
+        dtype="the server's" if url is not None else dtype or ("bfloat16" if torch.cuda.is_available() else "float32"),
         max_new_tokens=max_new_tokens,
         size=None if batch_size is None else BatchSize(rows=batch_size),
+        server=None if url is None or served_as is None else (url, served_as),
     )
     say = console.print if world.rank == 0 else _say_nothing
     with opened_unmerged(source, base, say) as model:
@@ -147,7 +163,6 @@ def _evaluated(
     import torch
 
     from uft_ds.evaluation.harness.folder import begin, has_ended
-    from uft_ds.evaluation.harness.model import CausalModel
     from uft_ds.evaluation.harness.planned import Place
     from uft_ds.evaluation.harness.ranks import beating, started, watch
     from uft_ds.evaluation.harness.run import begun_of
@@ -185,12 +200,31 @@ def _evaluated(
             folder,
             tasks,
             options,
-            backend=lambda agreed: CausalModel(
-                model.load(getattr(torch, options.dtype), device), model.tokenizer, options.size, agreed
-            ),
+            backend=partial(_backend, model, options, tasks, device),
             place=place,
             on_answered=on_answered,
         )
+
+
+def _backend(model: Unmerged, options: Options, tasks: Loaded, device: Any, agreed: Agreed) -> Backend:
+    """What answers: the model in this process, or a server."""
+    import torch
+
+    from uft_ds.evaluation.harness.model import CausalModel
+
+    if options.server is None:
+        return CausalModel(model.load(getattr(torch, options.dtype), device), model.tokenizer, options.size, agreed)
+    from uft_ds.evaluation.harness.endpoint import ROWS, EndpointModel
+
+    url, name = options.server
+    rows = ROWS if options.size is None or options.size.rows is None else options.size.rows
+    found = EndpointModel(
+        url, name, model.tokenizer, positions=model.positions(), rows=rows, has_template=options.chat_template
+    )
+    found.check_scores_prompts(
+        name for name, task in tasks.as_asked["tasks"].items() if task.OUTPUT_TYPE != "generate_until"
+    )
+    return found
 
 
 def _share_cores(processes: int) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from uft_ds.architectures.facts import most_positions
 from uft_ds.checkpoint.folder import step_of
 from uft_ds.data.tokens.chat_tokenizer import read_tokenizer, vocabulary_of
 from uft_ds.errors import UserError
@@ -59,6 +60,10 @@ class Unmerged:
             "tokenizer": hashlib.sha256(vocabulary_of(self.tokenizer).encode("utf-8", "surrogatepass")).hexdigest(),
             "chat_template": hashlib.sha256(template.encode("utf-8", "surrogatepass")).hexdigest(),
         }
+
+    def positions(self) -> int | None:
+        """How many tokens a sequence may have; None: any number."""
+        return most_positions(check_base(self.base, self.revision))
 
     def load(self, dtype: torch.dtype, device: torch.device) -> Any:
         """The model on a device, in evaluation mode. An adapter keeps the type that it is stored in.

@@ -7,6 +7,7 @@ the answers of all ranks; the others end when they have answered what they can b
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -25,9 +26,14 @@ OnAnswered = Callable[[str, int, int], None]
 
 
 class Backend(Protocol):
-    """Answers requests. batches: places that are answered together. answer: of the places of one batch."""
+    """Answers requests.
+
+    harness: the harness's own model, for its chat template. cut_prompts: whose beginning was cut, by task.
+    batches: places that are answered together. answer: of the places of one batch.
+    """
 
     harness: Any
+    cut_prompts: Counter[str]
 
     def batches(self, kind: str, requests: Seq[Instance]) -> list[list[int]]: ...
 

@@ -13,8 +13,8 @@ from uft_ds.evaluation.harness import package
 from uft_ds.evaluation.harness.answered import Answers
 from uft_ds.evaluation.harness.folder import Begun
 from uft_ds.evaluation.harness.found import item_results, task_results, write_samples
-from uft_ds.evaluation.harness.model import Agreed, CausalModel
-from uft_ds.evaluation.harness.planned import OnAnswered, Place, Planned, ShareAnswered
+from uft_ds.evaluation.harness.model import Agreed
+from uft_ds.evaluation.harness.planned import Backend, OnAnswered, Place, Planned, ShareAnswered
 from uft_ds.evaluation.harness.suites import Suite
 from uft_ds.evaluation.harness.tasks import Loaded, Options
 from uft_ds.evaluation.results import Evaluation, write_evaluation
@@ -41,6 +41,7 @@ def begun_of(model: dict[str, Any], suite: Suite, tasks: Loaded, options: Option
         "dtype": options.dtype,
         "max_new_tokens": options.max_new_tokens,
         "batch_size": "auto" if size is None else size.rows,
+        "server": options.server,
         "data": dict(tasks.rows.content),
         "versions": package.versions(),
     }
@@ -54,7 +55,7 @@ def evaluate(
     tasks: Loaded,
     options: Options,
     *,
-    backend: Callable[[Agreed], CausalModel],
+    backend: Callable[[Agreed], Backend],
     place: Place,
     on_answered: OnAnswered,
 ) -> Evaluation | None:

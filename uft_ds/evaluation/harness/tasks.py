@@ -31,6 +31,7 @@ class Options:
     limit: questions of each task; None: all. multiturn: whether examples are turns of a conversation, which only a chat
     template can write. seeds: of Python's, numpy's and torch's generators, and of the examples in prompts.
     max_new_tokens: of any answer; None: as the tasks say. size: of batches; None: what the machine holds.
+    server: URL and name of a model on a server; None: it is loaded here.
     """
 
     limit: int | None
@@ -40,6 +41,7 @@ class Options:
     dtype: str
     max_new_tokens: int | None = None
     size: BatchSize | None = None
+    server: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
