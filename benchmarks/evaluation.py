@@ -96,6 +96,7 @@ def by_us(source: Path, out: Path, options: Sequence[str], **kill: Any) -> Measu
     if kill:
         return None
     numbers = {task.task: dict(task.metrics) for task in read_evaluation(out).tasks if task.task != PAPER}
+    print(f"{out.name}: {cpu:.1f} CPU s, {wall:.1f} s", file=sys.stderr, flush=True)
     return Measured(numbers, cpu, wall)
 
 
@@ -117,6 +118,7 @@ def by_harness(model: Path, out: Path, data: Path, tasks: Sequence[str], options
         task: {key: float(value) for key, value in values.items() if "," in key and "_stderr" not in key}
         for task, values in found.items()
     }
+    print(f"harness: {cpu:.1f} CPU s, {wall:.1f} s", file=sys.stderr, flush=True)
     return Measured(numbers, cpu, wall)
 
 
