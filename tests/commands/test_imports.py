@@ -49,6 +49,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["recipe", "show", "quickstart", "train.lr=1e-4"], 0),
         (["recipe", "keys", "train"], 0),
         (["score", "--help"], 0),
+        (["eval", "--help"], 0),
         (["score", ROWS, "--by", "length", "--map", "quantile", "--out", f"{ROWS}.scored.jsonl"], 0),
         (["status", RUN], 1),
         (["checkpoint", "ls", RUN], 0),
