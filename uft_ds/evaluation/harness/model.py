@@ -27,7 +27,8 @@ Agreed = Callable[[str, Callable[[], int]], int]
 """Measures a number once for all ranks: its name, and how."""
 
 CPU_TOKENS = 1024
-"""Of a batch on a CPU, with padding. SmolLM2-135M took 49.7 CPU seconds with about as many, 58.1 with four times more."""
+"""Of a batch on a CPU, with padding. SmolLM2-135M took 49.7 CPU seconds with about as many, 58.1 with four times as
+many."""
 _KEPT_FREE = 0.9
 _UNLIMITED = 1 << 30
 
