@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from uft_ds import __version__
-from uft_ds.commands import checkpoint, data, machine, model, recipe, scoring, training
+from uft_ds.commands import checkpoint, comparison, data, machine, model, recipe, scoring, training
 from uft_ds.errors import EXIT_BAD_INPUT, CheckFailed, UserError
 from uft_ds.host.faults import ending
 from uft_ds.host.hub import tell_retries_once
@@ -30,6 +30,7 @@ for command in (
     training.reference,
     model.convert,
     scoring.score,
+    comparison.compare,
     machine.plan,
     model.chat,
     training.quickstart,
