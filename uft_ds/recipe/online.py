@@ -188,7 +188,7 @@ def _of_source(source: SourceSection, generator: GeneratorSection) -> Iterator[P
             f"not given; format: {PROMPTS} needs it: what scores the answers, such as code:module:function",
         )
     if scorer is not None:
-        yield from _of_scorer(scorer)
+        yield from scorer_problems(scorer)
     for key, default in (
         ("score", None),
         ("score_range", None),
@@ -201,7 +201,8 @@ def _of_source(source: SourceSection, generator: GeneratorSection) -> Iterator[P
             yield key, f"given, but format: {PROMPTS} has no responses; score_by scores those of the policy"
 
 
-def _of_scorer(scorer: ScoreBySection) -> Iterator[Problem]:
+def scorer_problems(scorer: ScoreBySection) -> Iterator[Problem]:
+    """(key, problem) for every fault of a scorer that the recipe alone shows."""
     kind = scorer.by.partition(":")[0]
     if (kind == "judge") != (scorer.judge is not None):
         given = "not given; by: judge needs its url and model" if kind == "judge" else f"given, but by is {scorer.by!r}"

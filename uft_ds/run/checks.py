@@ -102,6 +102,12 @@ def check_inputs_lie_outside(settings: Settings) -> None:
             for i, scorer in enumerate(settings.scorers)
             if scorer is not None and scorer.by.startswith("reward:")
         },
+        **{f"evaluate.tasks.{i}.path": task.path for i, task in enumerate(settings.tasks)},
+        **{
+            f"evaluate.tasks.{i}.score_by": task.scorer.by.partition(":")[2]
+            for i, task in enumerate(settings.tasks)
+            if task.scorer.by.startswith("reward:")
+        },
         **data,
     }
     output = settings.output.resolve()

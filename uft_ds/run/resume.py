@@ -32,6 +32,7 @@ from uft_ds.recipe.settings import Settings
 from uft_ds.record.metrics_file import damaged_metrics
 from uft_ds.record.run_folder import RunFolder, check_own_files, claim_again, reading_identity
 from uft_ds.record.samples import cut_samples
+from uft_ds.record.task_answers import cut_task_answers
 from uft_ds.run.growth import may_grow, with_other_steps
 from uft_ds.run.identity import environment, may_change, run_identity
 from uft_ds.run.prepare import check_run, open_data, prepare_run, read_report
@@ -374,6 +375,7 @@ def _go_back_to(checkpoint: Path, folder: RunFolder, settings: Settings, positio
             kept = folder.metrics.read_bytes()[: position.metrics_bytes].rpartition(b"\n")
             os.truncate(folder.metrics, len(kept[0] + kept[1]))
         cut_samples(folder.samples, step_of(checkpoint))
+        cut_task_answers(folder.task_answers, step_of(checkpoint))
         write_atomically(folder.recipe, stored_recipe(settings.stored))
         resumed: dict[str, Any] = {"checkpoint": checkpoint.name}
         if position.state.source:
