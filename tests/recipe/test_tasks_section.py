@@ -38,8 +38,8 @@ def test_a_task_has_defaults(tmp_path: Path) -> None:
             "objective: {reward: head, loss: bce}\n",
             "evaluate.tasks: given, but a reward model answers no prompts",
         ),
-        ([TASK], "train: {keep_best: tasks/sum/score}\n", "never measured; evaluate.tasks: tasks/sums/score"),
-        ([], "train: {keep_best: tasks/sums/score}\n", "never measured; evaluate.tasks: has no task"),
+        ([TASK], "train: {keep_best: tasks/sum/score}\n", "which cannot choose; take tasks/sums/score"),
+        ([], "train: {keep_best: tasks/sums/score}\n", "which cannot choose; evaluate.tasks is empty"),
         ([TASK], "train: {keep_best: tasks/sums/score, checkpoint_every: 3, evaluate_every: 2}\n", "multiples"),
     ],
 )

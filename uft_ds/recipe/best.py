@@ -35,8 +35,8 @@ def best_problem(metric: str, tasks: Sequence[str] = ()) -> str | None:
     """
     if is_of_task(metric):
         names = [f"tasks/{name}/score" for name in tasks]
-        known = ", ".join(names) or "has no task"
-        return None if metric in names else f"{metric!r} given, which is never measured; evaluate.tasks: {known}"
+        remedy = f"take {', '.join(names)}" if names else "evaluate.tasks is empty"
+        return None if metric in names else f"{metric!r} given, which cannot choose; {remedy}"
     prefix, *parts = metric.split("/")
     if prefix != "held_out" or not parts:
         return f"{metric!r} is not a held-out metric, such as held_out/loss"

@@ -101,7 +101,8 @@ class GeneratorSection(Section):
     """The run ends after a step whose answers are further from the reference: the mean log-ratio of an answer, nats. It
     ends as a run whose last step is done. A resumed run may change it."""
     tokens_at_once: Positive = 65536
-    """Largest number of tokens, prompts and answers, that a rank generates at once, for `by: builtin`."""
+    """Largest number of tokens, prompts and answers, that a rank generates at once, for `by: builtin` and for
+    evaluate.tasks."""
     concurrency: Positive = 64
     """Number of requests to the server at one time, for `by: vllm`."""
     timeout_seconds: PositiveFloat = 600.0
@@ -137,11 +138,13 @@ def online_problems(
     *,
     max_length: int,
     reward: str,
+    has_tasks: bool,
 ) -> Iterator[Problem]:
     """(key, problem) for every fault of online sources and their generator.
 
     Args:
         reward: the recipe's `objective.reward`.
+        has_tasks: whether the recipe has `evaluate.tasks`, whose prompts the ranks answer, too.
     """
     is_online = any(source.format == PROMPTS for source in sources)
     for number, source in enumerate(sources):
@@ -157,6 +160,8 @@ def online_problems(
         default = GeneratorSection()
         given = [name for name in GeneratorSection.model_fields if getattr(generator, name) != getattr(default, name)]
         for name in given:
+            if name == "tokens_at_once" and has_tasks:
+                continue
             yield f"generator.{name}", f"{getattr(generator, name)} given, but no source has format: {PROMPTS}"
         return
     if reward == "head":

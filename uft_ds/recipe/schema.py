@@ -356,10 +356,17 @@ def _impossible(recipe: Recipe) -> list[tuple[str, str]]:
             found += [(f"{prefix}.{index}.{key}", problem) for key, problem in _impossible_scores(source)]
     found += _impossible_with_head(recipe)
     found += task_problems(
-        recipe.evaluate.tasks, [source.path for source in data.sources], reward=recipe.objective.reward
+        recipe.evaluate.tasks,
+        [(source.path, source.split) for source in data.sources],
+        reward=recipe.objective.reward,
     )
     found += online_problems(
-        data.sources, data.held_out, recipe.generator, max_length=data.max_length, reward=recipe.objective.reward
+        data.sources,
+        data.held_out,
+        recipe.generator,
+        max_length=data.max_length,
+        reward=recipe.objective.reward,
+        has_tasks=bool(recipe.evaluate.tasks),
     )
     objective, generator = recipe.objective.given, recipe.generator
     found += [

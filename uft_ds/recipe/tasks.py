@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Annotated
 
 from pydantic import BeforeValidator, Field
@@ -35,11 +35,13 @@ class EvaluateSection(Section):
     They change nothing of the training; train.keep_best may choose by tasks/NAME/score."""
 
 
-def task_problems(tasks: Sequence[TaskSection], trained_on: Sequence[str], *, reward: str) -> Iterator[Problem]:
+def task_problems(
+    tasks: Sequence[TaskSection], trained_on: Collection[tuple[str, str | None]], *, reward: str
+) -> Iterator[Problem]:
     """(key, problem) for every fault of the tasks that the recipe alone shows.
 
     Args:
-        trained_on: the paths of the training sources.
+        trained_on: path and split of each training source.
         reward: the recipe's `objective.reward`.
     """
     if tasks and reward == "head":
@@ -49,6 +51,6 @@ def task_problems(tasks: Sequence[TaskSection], trained_on: Sequence[str], *, re
         key = f"evaluate.tasks.{number}"
         if times[task.name] > 1:
             yield f"{key}.name", f"{task.name!r} is the name of {times[task.name]} tasks; give each its own"
-        if task.path in trained_on:
+        if (task.path, task.split) in trained_on:
             yield f"{key}.path", f"{task.path!r} is a training source; a task's prompts must not be trained on"
         yield from ((f"{key}.{name}", problem) for name, problem in scorer_problems(task.score_by))

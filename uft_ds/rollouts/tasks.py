@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import cache
 from statistics import fmean
 
 from uft_ds.engine.engine import Engine
+from uft_ds.errors import CheckFailed, UserError
 from uft_ds.record.task_answers import TaskAnswer
 from uft_ds.rollouts.answers import Answers, Generator, Question, Unanswered
 from uft_ds.rollouts.first_rank import on_first_rank
 from uft_ds.rollouts.prompts import PromptText
 from uft_ds.rollouts.scorers import Score, SourceScorer
+
+MOST_UNSCORED = 0.1
+"""Share of a task's answers above which there is no mean: that of a few would be kept as the best of all steps."""
 
 
 @dataclass(frozen=True)
@@ -31,24 +36,33 @@ class TaskPrompt:
 class Task:
     """A task that the run evaluates.
 
-    generator: answers by the likeliest token; every rank has one. scorer: on rank 0; None on the others.
+    max_new_tokens: of an answer. scorer: on rank 0; None on the others.
     """
 
     name: str
     prompts: tuple[TaskPrompt, ...]
-    generator: Generator
+    max_new_tokens: int
     scorer: SourceScorer | None
 
 
 class TaskEvaluation:
     """Evaluates all tasks of a run; see `training.loop.Tasks`."""
 
-    def __init__(self, engine: Engine, tasks: Seq[Task], decode: Callable[[Seq[int]], str]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        tasks: Seq[Task],
+        generator_of: Callable[[int], Generator],
+        decode: Callable[[Seq[int]], str],
+    ) -> None:
         """
         Args:
+            generator_of: makes the generator for so many new tokens, which answers by the likeliest token. It is called
+                at the first evaluation, once all that takes memory is there, and by every rank.
             decode: the text of an answer's tokens, without special ones.
         """
         self._engine, self._tasks, self._decode = engine, tuple(tasks), decode
+        self._generator_of = cache(generator_of)
 
     @property
     def num_prompts(self) -> int:
@@ -57,25 +71,28 @@ class TaskEvaluation:
     def evaluate(self, step: int, on_done: Callable[[int], None]) -> tuple[dict[str, float], list[TaskAnswer]]:
         """Answer and grade all prompts. Every rank must call it, and all get the same.
 
-            tasks/NAME/score            mean over the answers that have a score; missing if none has
+            tasks/NAME/score            mean over the answers that have a score; missing if over a tenth has none
             tasks/NAME/unscored         number of answers without one; they count for nothing
             tasks/NAME/truncated        share of the answers that were cut
             tasks/NAME/answer_tokens    mean length of an answer, in tokens
+
+        A scorer that fails, as a judge that is gone, leaves the answers without a score: training goes on.
 
         Args:
             step: number of optimiser steps so far.
             on_done: called after each task with the number of prompts that are done.
         Raises:
-            UserError, CheckFailed: no answer can be scored, as with a wrong key of a judge. Stopped: the run is to
-                stop.
+            CheckFailed: the policy's logits are not finite. Stopped: the run is to stop.
         """
         metrics: dict[str, float] = {}
         answers: list[TaskAnswer] = []
         done = 0
         for task in self._tasks:
-            given = task.generator.answer([Question(prompt.token_ids, 1, 0) for prompt in task.prompts])
+            given = self._generator_of(task.max_new_tokens).answer(
+                [Question(prompt.token_ids, 1, 0) for prompt in task.prompts]
+            )
             texts = [None if isinstance(of, Unanswered) else self._decode(of[0].token_ids) for of in given]
-            scores = on_first_rank(self._engine, f"task {task.name} {step}", lambda: _scores(task, texts))  # noqa: B023
+            scores = self._scores(task, texts, step)
             metrics |= _metrics(task.name, given, scores)
             answers += [
                 _answer(step, task.name, prompt, of, text, score)
@@ -84,6 +101,12 @@ class TaskEvaluation:
             done += len(task.prompts)
             on_done(done)
         return metrics, answers
+
+    def _scores(self, task: Task, texts: Seq[str | None], step: int) -> list[Score]:
+        try:
+            return on_first_rank(self._engine, f"task {task.name} {step}", lambda: _scores(task, texts))
+        except (UserError, CheckFailed) as error:  # the same on every rank
+            return [Score(None, reason=str(error))] * len(texts)
 
     def close(self) -> None:
         """End what the scorers have started."""
@@ -105,7 +128,7 @@ def _metrics(name: str, given: Seq[Answers], scores: Seq[Score]) -> Mapping[str,
     values = [score.value for score in scores if score.value is not None]
     answers = [of[0] for of in given if not isinstance(of, Unanswered)]
     found = {"unscored": float(len(scores) - len(values))}
-    if values:
+    if values and found["unscored"] <= MOST_UNSCORED * len(scores):
         found["score"] = fmean(values)
     if answers:
         found |= {

@@ -221,8 +221,8 @@ def _run(settings: Settings, folder: RunFolder, console: Console, request: StopR
             starts_as_reference=settings.start_adapter is None,
         )
         with (
-            _steps(settings, data, folder, plan, engine, model, reporter, request) as steps,
             built_tasks(settings, engine, model, request) as tasks,
+            _steps(settings, data, folder, plan, engine, model, reporter, request) as steps,
         ):
             steps.restore(state.source)
             train(replace(session, tasks=tasks), steps, held_out, state)

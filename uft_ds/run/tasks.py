@@ -82,27 +82,31 @@ def built_tasks(
     asked_alone = Stop(request, lambda number: number).check  # rank 0 alone asks; what it raises is raised on all
     base: Any = model.policy.get_base_model()
     stop_ids = tuple(stop_token_ids(base, chat.tokenizer))
-    # The scorers first: what they hold in memory, the generators cannot have.
+    # The scorers first: what they hold in memory, no generator of the run can have.
     keys = [f"evaluate.tasks.{number}" for number in range(len(settings.tasks))]
     scorers = [
         SourceScorer(task.scorer, f"{key}.score_by", asked_alone) if engine.rank == 0 else None
         for key, task in zip(keys, settings.tasks, strict=True)
     ]
-    most = settings.generator.tokens_at_once
-    whole = fits_whole(engine, tokens=most)
-    tokens_per_batch = most if whole else tokens_that_fit(engine, most)
-    tasks = []
-    for key, task, scorer in zip(keys, settings.tasks, scorers, strict=True):
-        generator = BuiltinGenerator(
+    tasks = [
+        Task(task.name, task_prompts(task, chat, key), task.max_new_tokens, scorer)
+        for key, task, scorer in zip(keys, settings.tasks, scorers, strict=True)
+    ]
+    longest = max(len(prompt.token_ids) + task.max_new_tokens for task in tasks for prompt in task.prompts)
+
+    def generator_of(max_new_tokens: int) -> BuiltinGenerator:
+        most = settings.generator.tokens_at_once
+        whole = fits_whole(engine, tokens=max(most, longest))
+        return BuiltinGenerator(
             engine,
-            Sampling(0.0, 1.0, task.max_new_tokens, stop_ids),
+            Sampling(0.0, 1.0, max_new_tokens, stop_ids),
             pad_id=stop_ids[0],
-            tokens_per_batch=tokens_per_batch,
+            tokens_per_batch=most if whole else tokens_that_fit(engine, most),
             stop=Stop(request, engine.agree).check,
             whole=whole,
         )
-        tasks.append(Task(task.name, task_prompts(task, chat, key), generator, scorer))
-    evaluation = TaskEvaluation(engine, tasks, lambda ids: decode(chat.tokenizer, list(ids)).strip())
+
+    evaluation = TaskEvaluation(engine, tasks, generator_of, lambda ids: decode(chat.tokenizer, list(ids)).strip())
     try:
         yield evaluation
     finally:

@@ -99,13 +99,33 @@ def test_a_number_that_is_no_mean_over_items_has_no_interval(tmp_path: Path) -> 
 def test_a_groups_pairs_are_its_tasks_items(tmp_path: Path) -> None:
     """The group has a number and no items; its tasks have both, under the same ids, and are no columns of their own."""
     for name, of in (("a", [0, 0, 0, 0]), ("b", [1, 0, 0, 1])):
-        group = TaskResult("mmlu", {"acc,none": sum(of) / 4}, 4, "1", 5)
+        group = TaskResult("mmlu", {"acc,none": sum(of) / 4}, 4, "1", 5, parts=("mmlu_law", "mmlu_art"))
         evaluated(tmp_path / name, name, {"mmlu_law": of[:2], "mmlu_art": of[2:]}, more=[group])
     found = compared(tmp_path / "a", tmp_path / "b")
     assert [column.name for column in found.columns] == ["mmlu"]
     difference = found.differences["b"]["mmlu"]
     assert difference is not None
     assert (difference.mean, difference.items) == (0.5, 4)
+
+
+def test_tasks_of_like_names_are_columns_of_their_own(tmp_path: Path) -> None:
+    """`mmlu_pro` is no part of `mmlu`, and a task `bbh` is not the paper's bbh, which is leaderboard_bbh."""
+    for name in ("a", "b"):
+        bbh = TaskResult("leaderboard_bbh", {"acc_norm": 0.75}, 4, "1", 3)
+        evaluated(tmp_path / name, name, {"mmlu": [1, 0], "mmlu_pro": [1, 1], "bbh": [0, 0]}, more=[bbh])
+    found = compared(tmp_path / "a", tmp_path / "b")
+    assert found.values["a"] == {"bbh": 0.75, "mmlu": 0.5, "mmlu_pro": 1.0, "task bbh": 0.0}
+
+
+def test_evaluations_of_two_models_are_not_one_row(tmp_path: Path) -> None:
+    """Of a run's checkpoints, both under the run's name: told by the adapter's hash."""
+    for number, task in enumerate(("mmlu", "winogrande")):
+        result = TaskResult(task, {"acc": 0.5}, 4, "1", 5)
+        model = {"base": "x", "adapter_sha256": str(number) * 64}
+        write_evaluation(tmp_path / "run" / task, Evaluation("run", model, {}, [result]), {})
+    evaluated(tmp_path / "b", "b", {"mmlu": [1, 0]}, settings={})
+    with pytest.raises(UserError, match="evaluations of two models: they differ in adapter_sha256; give them names"):
+        compared(tmp_path / "run", tmp_path / "b")
 
 
 def test_an_average_needs_all_six(tmp_path: Path) -> None:
@@ -133,7 +153,8 @@ def test_the_tax_counts_losses_alone(tmp_path: Path) -> None:
     tax = found.taxes["uft"]["base"]
     assert (tax.lost, tax.changed, tax.columns) == (0.25, 0.0, 2)
     assert found.taxes["base"] == {}
-    assert [row[:2] for row in tax_table(found)[-2:]] == [
+    assert [row[:2] for row in tax_table(found)[-3:]] == [
+        ["tasks that both have", "2"],
         ["alignment tax (mean loss)", "25.00"],
         ["mean change", "+0.00"],
     ]
@@ -241,3 +262,12 @@ def test_an_interval_without_an_end_is_null(tmp_path: Path) -> None:
     write_comparison(compared(*folders), tmp_path / "out")
     difference = json.loads((tmp_path / "out" / "comparison.json").read_text())["differences"]["b"]["mmlu"]
     assert (difference["low"], difference["high"], difference["mean"]) == (None, None, 1.0)
+
+
+def test_an_origin_is_compared_with_earlier_origins_alone(tmp_path: Path) -> None:
+    """The SFT model was trained from the base, and the base from nothing here. A folder's name may hold `=`."""
+    folders = [evaluated(tmp_path / f"lr=1e-5-{name}", name, {"mmlu": [1, 0]}) for name in ("base", "sft", "uft")]
+    found = compared(folders[0], f"start={folders[1]}", folders[2], origins=["base", "start"])
+    assert {name: list(taxes) for name, taxes in found.taxes.items()} == {
+        "base": [], "start": ["base"], "uft": ["base", "start"]
+    }  # fmt: skip

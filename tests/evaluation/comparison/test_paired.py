@@ -27,6 +27,16 @@ def test_the_interval_is_that_of_resampled_items(is_binary: bool) -> None:
     assert found.high == pytest.approx(high, abs=0.1 * (high - low))
 
 
+def test_few_and_many_distinct_differences_give_one_interval() -> None:
+    """Rounded to tenths they are drawn by their counts, unrounded item by item."""
+    random = np.random.default_rng(4)
+    ours, theirs = random.random(400), random.random(400)
+    exact = paired_difference(ours - theirs, np.zeros(400))
+    rounded = paired_difference((ours - theirs).round(1), np.zeros(400))
+    assert rounded.low == pytest.approx(exact.low, abs=0.006)
+    assert rounded.high == pytest.approx(exact.high, abs=0.006)
+
+
 @pytest.mark.parametrize("shift", [0.0, 0.2, 0.6])
 def test_p_is_the_share_of_arrangements_as_far_from_zero(shift: float) -> None:
     """Against all 4,096 arrangements of the signs of twelve differences, some of the same size."""

@@ -6,7 +6,7 @@ their averages are other numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 NEW, OLD = "new leaderboard", "old leaderboard"
@@ -26,7 +26,6 @@ class Column:
     board: str | None = None
     is_share: bool = True
     is_taxed: bool = True
-    is_better_higher: bool = True
 
 
 _IFEVAL = tuple(f"{level}_level_{way}_acc" for level in ("prompt", "inst") for way in ("strict", "loose"))
@@ -46,7 +45,7 @@ PAPER = (
     Column("MT-Bench", "mt_bench", ("grade",), is_share=False, is_taxed=False),
     Column("AlpacaEval LC", "alpaca_eval", ("length_controlled_win_rate",), is_taxed=False),
     Column("AlpacaEval", "alpaca_eval", ("win_rate",), is_taxed=False),
-    Column("length", "alpaca_eval", ("average_characters",), is_share=False, is_taxed=False, is_better_higher=False),
+    Column("length", "alpaca_eval", ("average_characters",), is_share=False, is_taxed=False),
 )
 """`math-hard` is the first metric of lm-evaluation-harness 0.4.13; the paper had what is now `exact_match_original`."""
 
@@ -56,22 +55,29 @@ def plain_metric(name: str) -> str:
     return name.removesuffix(",none")
 
 
-def columns_for(tasks: Iterable[tuple[str, Sequence[str]]]) -> list[Column]:
-    """The paper's columns that the tasks can fill, and one for the first metric of each other task.
+def columns_for(tasks: Iterable[tuple[str, Sequence[str]]], parts: Collection[str] = ()) -> list[Column]:
+    """The paper's columns that the tasks can fill, and one for the first metric of each other task; no two of one name.
 
     Args:
         tasks: name and metrics of each, in the order of their columns.
+        parts: tasks that a group is the mean of, which have no column: mmlu has 57.
     """
     found = {task: [plain_metric(metric) for metric in metrics] for task, metrics in tasks}
     paper = [
         column for column in PAPER if column.task in found and all(m in found[column.task] for m in column.metrics)
     ]
     known = {column.task for column in paper}
-    # A part of a group that is shown (mmlu_anatomy) would be a column of its own for each subject.
+    taken = {column.name for column in paper}  # `bbh` of the paper is leaderboard_bbh, and there is a task bbh
     others = [
-        Column(task, task, (metrics[0],), is_share=_is_share(metrics[0]), is_taxed=_is_share(metrics[0]))
+        Column(
+            f"task {task}" if task in taken else task,
+            task,
+            (metrics[0],),
+            is_share=_is_share(metrics[0]),
+            is_taxed=_is_share(metrics[0]),
+        )
         for task, metrics in found.items()
-        if task not in known and metrics and not any(task.startswith(f"{group}_") for group in found if group != task)
+        if task not in known and metrics and task not in parts
     ]
     return [*paper, *others]
 

@@ -37,9 +37,10 @@ class Comparison:
 class Tax:
     """What a model has lost against the model that it was trained from.
 
-    differences: by column, model minus origin; None without pairs. lost: the mean over the taxed columns of what was
-        lost, where a gain counts as nothing lost. changed: the plain mean, gains included. Both are shares; None
-        where no column is in both. columns: how many they are the mean of.
+    differences: by column, model minus origin; None without pairs. Their p-values are not adjusted.
+    lost: the mean over the taxed columns of what was lost, where a gain counts as nothing lost.
+    changed: the plain mean, gains included. Both are shares; None where no column is in both.
+    columns: how many they are the mean of.
     """
 
     origin: str
@@ -67,7 +68,8 @@ def compare(
     for name in (against, *origins):
         if name not in by_name:
             raise UserError(f"no model is called {name!r}; expected one of {', '.join(by_name)}")
-    columns = columns_for(_tasks_of(contestants))
+    parts = {part for one in contestants for _, _, result in one.results.values() for part in result.parts}
+    columns = columns_for(_tasks_of(contestants), parts)
     shared = [column for column in columns if sum(one.value(column) is not None for one in contestants) > 1]
     if not shared:
         raise UserError(
@@ -89,12 +91,17 @@ def compare(
         against,
         {one.name: _differences(one, by_name[against], columns) for one in contestants if one.name != against},
         {
-            one.name: {origin: _tax(one, by_name[origin], columns) for origin in origins if origin != one.name}
+            one.name: {origin: _tax(one, by_name[origin], columns) for origin in _origins_of(one.name, origins)}
             for one in contestants
         },
         _judges(contestants, columns),
         tuple(unlike),
     )
+
+
+def _origins_of(name: str, origins: Sequence[str]) -> Sequence[str]:
+    """What a model was trained from: all origins, or, of an origin itself, those named before it."""
+    return origins[: origins.index(name)] if name in origins else origins
 
 
 def _tasks_of(contestants: Sequence[Contestant]) -> list[tuple[str, list[str]]]:
@@ -117,15 +124,21 @@ def _averages(one: Contestant) -> dict[str, float]:
 
 
 def _differences(one: Contestant, other: Contestant, columns: Sequence[Column]) -> dict[str, Difference | None]:
-    found: dict[str, Difference | None] = {}
-    for column in columns:
-        pairs = pairs_of(one.item_values(column), other.item_values(column))
-        found[column.name] = paired_difference(*pairs) if pairs else None
+    """By column, with p-values that are adjusted for the number of columns."""
+    found = _unadjusted(one, other, columns)
     known = {name: difference for name, difference in found.items() if difference is not None}
     adjusted = holm([difference.p for difference in known.values()])
     return found | {
         name: replace(difference, p=p) for (name, difference), p in zip(known.items(), adjusted, strict=True)
     }
+
+
+def _unadjusted(one: Contestant, other: Contestant, columns: Sequence[Column]) -> dict[str, Difference | None]:
+    found: dict[str, Difference | None] = {}
+    for column in columns:
+        pairs = pairs_of(one.item_values(column), other.item_values(column))
+        found[column.name] = paired_difference(*pairs) if pairs else None
+    return found
 
 
 def _tax(one: Contestant, origin: Contestant, columns: Sequence[Column]) -> Tax:
@@ -135,7 +148,7 @@ def _tax(one: Contestant, origin: Contestant, columns: Sequence[Column]) -> Tax:
         for column in taxed
         if (ours := one.value(column)) is not None and (theirs := origin.value(column)) is not None
     ]
-    differences = _differences(one, origin, taxed)
+    differences = _unadjusted(one, origin, taxed)
     if not changes:
         return Tax(origin.name, differences, None, None, 0)
     lost = sum(max(0.0, -change) for change in changes) / len(changes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -74,8 +75,10 @@ class Contestant:
 
     def _items(self, task: str) -> dict[str, Mapping[str, float]]:
         """Of the task, or of the tasks that a group is the mean of; each under a name that no other task has."""
+        if task not in self.results:
+            return {}
         if task not in self._read:
-            parts = [task] if self._has_items(task) else [part for part in self.results if part.startswith(f"{task}_")]
+            parts = [task] if self._has_items(task) else self.results[task][2].parts
             self._read[task] = {
                 f"{part}: {one.item}": {plain_metric(name): value for name, value in one.values.items()}
                 for part in parts
@@ -107,7 +110,7 @@ def contestants_of(given: Sequence[str]) -> list[Contestant]:
     """
     found: dict[str, list[tuple[Path, Evaluation]]] = {}
     for words in given:
-        name, _, folder = words.rpartition("=") if not Path(words).exists() else ("", "", words)
+        name, _, folder = words.partition("=") if "=" in words and not Path(words).exists() else ("", "", words)
         for path in _folders_in(Path(folder)):
             evaluation = read_evaluation(path)
             found.setdefault(name or evaluation.name, []).append((path, evaluation))
@@ -153,7 +156,7 @@ def _folders_in(folder: Path) -> list[Path]:
     if not found:
         raise UserError(
             f"{folder}: no evaluation in it: expected {RESULTS} there, one folder below, or in a run's evaluations "
-            "folder. `uft eval` and `uft judge` write it when they have ended"
+            "folder; it is written when an evaluation has ended"
         )
     return found
 
@@ -168,3 +171,21 @@ def _check_once(contestant: Contestant) -> None:
                     "name the one that counts, or give models that have the same name others, as NAME=FOLDER"
                 )
             seen[result.task] = folder
+    first, *others = contestant.evaluations
+    for folder, evaluation in others:
+        ours, theirs = _hashes_of(first[1]), _hashes_of(evaluation)
+        unlike = [key for key in ours if key in theirs and ours[key] != theirs[key]]
+        if unlike:
+            raise UserError(
+                f"{contestant.name}: {first[0]} and {folder} are evaluations of two models: they differ in "
+                f"{unlike[0]}; give them names of their own, as NAME=FOLDER"
+            )
+
+
+def _hashes_of(evaluation: Evaluation) -> dict[str, str]:
+    """What of the model's description is a SHA-256."""
+    return {
+        key: value
+        for key, value in evaluation.model.items()
+        if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)
+    }

@@ -59,6 +59,7 @@ def tax_table(found: Comparison) -> Rows:
         for column in found.columns
         if column.is_taxed
     ]
+    rows.append(["tasks that both have", *(str(tax.columns) for _, tax in taxes)])
     rows.append(["alignment tax (mean loss)", *(_points(tax.lost, sign=False) for _, tax in taxes)])
     rows.append(["mean change", *(_points(tax.changed, sign=True) for _, tax in taxes)])
     return [["task", *(f"{name} - {tax.origin}" for name, tax in taxes)], *rows]
