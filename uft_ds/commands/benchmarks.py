@@ -1,0 +1,127 @@
+"""`uft generate` answers the questions of MT-Bench or AlpacaEval."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, Optional
+
+import typer
+
+from uft_ds.commands.shared import console, quiet_loading
+from uft_ds.errors import UserError
+from uft_ds.host.process import ended_as_by_ctrl_c
+from uft_ds.host.terminal import visible
+
+if TYPE_CHECKING:
+    from uft_ds.evaluation.benchmarks.lengths import Lengths
+
+Benchmark = Annotated[Literal["mt_bench", "alpaca_eval"], typer.Option(help="Whose questions and layouts they are.")]
+
+
+def generate(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A run, one of its checkpoints, an adapter, a model's folder or hub name."),
+    ],
+    benchmark: Benchmark,
+    questions: Annotated[Path, typer.Option(help="MT-Bench: question.jsonl; AlpacaEval: a list of instructions.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="To write; FILE.settings.json is beside it.")],
+    name: Annotated[Optional[str], typer.Option(help="Of the model in the file; its folder's.")] = None,  # noqa: UP045
+    base: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="The base of a run or adapter, where it has moved."),
+    ] = None,
+    chat_template: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="A file in place of the model's own template."),
+    ] = None,
+    temperature: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(min=0.0, help="Of all answers; MT-Bench: by category, AlpacaEval: 0, if it is not given."),
+    ] = None,
+    max_new_tokens: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Longest answer, in tokens; MT-Bench: 1024, AlpacaEval: 2048."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions that are answered at once.")] = 16,
+    limit: Annotated[Optional[int], typer.Option(min=1, help="The first questions only.")] = None,  # noqa: UP045
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Begin anew, whatever is there of other settings.")
+    ] = False,
+) -> None:
+    """Answer the questions of MT-Bench or AlpacaEval, in the layout that their tools and `uft judge` read.
+
+    Interrupted in any way, the same command goes on where it stopped.
+    """
+    from uft_ds.evaluation.benchmarks.make import Asked, make_answers
+
+    asked = Asked(benchmark, questions, temperature, max_new_tokens, seed, batch_size, limit)
+    read = asked.read()  # before the model is loaded
+    if name is not None:
+        _check_name(name)
+    quiet_loading()
+    from uft_ds.evaluation.models import open_subject
+    from uft_ds.run.start import preparation
+
+    subject = open_subject(source, base=base, chat_template=chat_template, say=console.print)
+    shown = ", ".join(f"{category} {value:g}" for category, value in asked.temperatures(read).items())
+    console.print(
+        f"{len(read):,} questions, up to {asked.plan.max_new_tokens:,} tokens an answer; temperature: {visible(shown)}"
+    )
+    with _stopped_in_words(out), preparation(console) as on_progress:
+        made = make_answers(
+            asked,
+            read,
+            subject,
+            out,
+            name=name or subject.name,
+            overwrite=overwrite,
+            on_progress=lambda done, total: on_progress("questions answered", done, total),
+        )
+    _tell_lengths(made.lengths)
+    if made.was_complete:
+        console.print(f"complete before: {out}; nothing to do")
+        return
+    before = len(read) - made.new
+    console.print(f"done: {out}" + (f"; {before:,} questions had been answered before" if before else ""))
+
+
+@contextmanager
+def _stopped_in_words(out: Path) -> Iterator[None]:
+    """Within the block SIGTERM and SIGHUP end the command as Ctrl-C does, and it is said that the work goes on."""
+    try:
+        with ended_as_by_ctrl_c():
+            yield
+    except KeyboardInterrupt as end:
+        with suppress(OSError):  # the terminal may be what has gone
+            by = str(end) or "Ctrl-C"
+            print(f"stopped by {by}: {out} is not written yet; the same command goes on", file=sys.stderr)
+        raise
+
+
+def _check_name(name: str) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"--name: found {name!a}, expected a name in UTF-8") from None
+    if not name.strip():
+        raise UserError("--name: is empty; expected a name for the model")
+
+
+def _tell_lengths(lengths: Lengths) -> None:
+    from uft_ds.evaluation.benchmarks.lengths import QUANTILES
+
+    names = "  ".join(f"{quantile:.0%}" for quantile in QUANTILES)
+    console.print(f"answers     {lengths.answers:,}")
+    for what, mean, values in (
+        ("characters", lengths.mean_characters, lengths.characters),
+        ("tokens", lengths.mean_tokens, lengths.tokens),
+    ):
+        shown = "  ".join(f"{value:,.0f}" for value in values)
+        console.print(f"{what:<11} mean {mean:,.1f}; at {names}: {shown}")
+    console.print(f"unfinished  {lengths.unfinished:.1%} met the limit of tokens")
+    console.print(f"empty       {lengths.empty:.1%}")
