@@ -24,7 +24,9 @@ Benchmark = Annotated[Literal["mt_bench", "alpaca_eval"], typer.Option(help="Who
 def generate(
     source: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="A run, one of its checkpoints, an adapter, a model's folder or hub name."),
+        typer.Argument(
+            metavar="MODEL", help="A run, one of its checkpoints, an adapter, a model's folder or hub name."
+        ),
     ],
     benchmark: Benchmark,
     questions: Annotated[Path, typer.Option(help="MT-Bench: question.jsonl; AlpacaEval: a list of instructions.")],

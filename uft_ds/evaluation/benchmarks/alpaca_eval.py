@@ -1,7 +1,7 @@
 """AlpacaEval's files: lists of instructions, and of a model's outputs as `alpaca_eval --model_outputs` reads them.
 
-    questions    [{"instruction": "...", "dataset": "helpful_base"}, ...]    further keys may be there
-    outputs      [{"instruction": "...", "output": "...", "generator": "NAME", "dataset": "helpful_base"}, ...]
+questions    [{"instruction": "...", "dataset": "helpful_base"}, ...]    further keys may be there
+outputs      [{"instruction": "...", "output": "...", "generator": "NAME", "dataset": "helpful_base"}, ...]
 """
 
 from __future__ import annotations

@@ -26,7 +26,9 @@ def jsonl_entries(path: Path, option: str) -> Iterator[tuple[str, dict[str, Any]
             place = f"{path}:{number}"
             value, end = _decoded(line.strip(), 0, place)
             if end < len(line.strip()):
-                raise UserError(f"{place}: found {line.strip()[end : end + 20]!r} behind the object, expected a line end")
+                raise UserError(
+                    f"{place}: found {line.strip()[end : end + 20]!r} behind the object, expected a line end"
+                )
             yield place, _object(place, value)
 
 

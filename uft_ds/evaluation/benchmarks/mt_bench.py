@@ -1,8 +1,8 @@
 """MT-Bench's files, in the layouts of FastChat's `llm_judge`.
 
-    question.jsonl          {"question_id": 81, "category": "writing", "turns": ["...", "..."], "reference": ["...", "..."]}
-    model_answer/M.jsonl    {"question_id": 81, "answer_id": "...", "model_id": "M", "choices": [{"index": 0, "turns":
-                            ["...", "..."]}], "tstamp": 1686286924.8}; reference answers have the same layout
+question.jsonl          {"question_id": 81, "category": "writing", "turns": ["...", "..."], "reference": ["...", "..."]}
+model_answer/M.jsonl    {"question_id": 81, "answer_id": "...", "model_id": "M", "choices": [{"index": 0, "turns":
+                        ["...", "..."]}], "tstamp": 1686286924.8}; reference answers have the same layout
 """
 
 from __future__ import annotations
