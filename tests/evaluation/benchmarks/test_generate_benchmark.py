@@ -172,13 +172,13 @@ def test_other_questions_or_another_model_are_refused(subject: Subject, question
     out = tmp_path / "a.jsonl"
     made(subject, asked(questions), out)
     other = write_rows(tmp_path / "other.jsonl", QUESTIONS[::-1])
-    with pytest.raises(UserError, match="questions.sha256"):
+    with pytest.raises(UserError, match=r"questions\.sha256"):
         made(subject, asked(other), out)
     changed = Subject(subject.model, subject.chat, subject.name, {**subject.identity, "weights": ["0"]})
-    with pytest.raises(UserError, match="model.weights"):
+    with pytest.raises(UserError, match=r"model\.weights"):
         made(changed, asked(questions), out)
     (tmp_path / "foreign.jsonl").write_text("mine\n")
-    with pytest.raises(UserError, match="exists, without foreign.jsonl.settings.json"):
+    with pytest.raises(UserError, match=r"exists, without foreign\.jsonl\.settings\.json"):
         made(subject, asked(questions), tmp_path / "foreign.jsonl")
     with pytest.raises(UserError, match="is the file of questions"):
         made(subject, asked(questions), questions)
