@@ -34,6 +34,7 @@ for command in (
     machine.plan,
     model.chat,
     benchmarks.generate,
+    benchmarks.judge,
     training.quickstart,
     machine.doctor,
 ):
