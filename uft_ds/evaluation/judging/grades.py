@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import numpy as np
+from statistics import fmean
 
 from uft_ds.errors import UserError
 from uft_ds.evaluation.benchmarks import mt_bench
@@ -67,26 +66,35 @@ def result_of(
 ) -> tuple[TaskResult, list[ItemResult]]:
     """The grades: of a question the mean of its turns, of all the mean of the questions.
 
-    A question of which a turn has no grade does not count in `grade` and in its category; its other turn counts among
-    its kind.
+    A question of which a turn has no grade does not count in `grade` and in its category, and is no item; its other
+    turn counts among its kind.
     """
     items = []
+    by_turn: dict[str, list[float]] = {f"grade,turn_{turn}": [] for turn in range(1, mt_bench.TURNS + 1)}
     by_category: dict[str, list[float]] = {}
     for first in range(0, len(cases), mt_bench.TURNS):
         question = cases[first].question
-        grades = [judgement.value for judgement in judgements[first : first + mt_bench.TURNS]]
-        values = {f"grade,turn_{turn}": grade for turn, grade in enumerate(grades, start=1) if grade is not None}
-        if len(values) == mt_bench.TURNS:
-            mean = float(np.mean(list(values.values())))
-            values = {"grade": mean, **values, f"grade,{question.category}": mean}
-            by_category.setdefault(question.category, []).append(mean)
-        values["characters"] = float(np.mean([len(text) for text in cases[first].answers]))
-        items.append(ItemResult(str(question.key), values))
-    names = ["grade", *(f"grade,turn_{turn}" for turn in range(1, mt_bench.TURNS + 1))]
-    names += [f"grade,{category}" for category in by_category] + ["characters"]
-    metrics = {
-        name: float(np.mean(found)) for name in names if (found := [i.values[name] for i in items if name in i.values])
-    }
-    metrics["failed"] = float(np.mean([judgement.value is None for judgement in judgements]))
-    counted = sum(len(grades) for grades in by_category.values())
-    return TaskResult(TASK, metrics, counted, version, judge=judge), items
+        values = {
+            f"grade,turn_{case.turn}": judgement.value
+            for case, judgement in zip(cases[first:], judgements[first : first + mt_bench.TURNS], strict=False)
+            if judgement.value is not None
+        }
+        for name, grade in values.items():
+            by_turn[name].append(grade)
+        if len(values) < mt_bench.TURNS:
+            continue
+        mean = fmean(values.values())
+        by_category.setdefault(f"grade,{question.category}", []).append(mean)
+        length = fmean(len(text) for text in cases[first].answers)
+        items.append(
+            ItemResult(
+                str(question.key),
+                {"grade": mean, **values, f"grade,{question.category}": mean, "average_characters": length},
+            )
+        )
+    grades = [item.values["grade"] for item in items]
+    lengths = [float(len(text)) for case in cases[:: mt_bench.TURNS] for text in case.answers]
+    named = {"grade": grades, **by_turn, **by_category, "average_characters": lengths}
+    metrics = {name: fmean(values) for name, values in named.items() if values}
+    metrics["failed"] = fmean(judgement.value is None for judgement in judgements)
+    return TaskResult(TASK, metrics, len(items), version, judge=judge), items

@@ -102,6 +102,19 @@ class Record:
         )
         write_atomically(self._judgements, lines)
 
+    def missing(self) -> list[str]:
+        """Why judgements are missing, of all that were written.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        try:
+            lines = read_regular_text(self._judgements).split("\n")
+            found = [json.loads(line) for line in lines if line]
+            return [str(one["reason"]) for one in found if one["value"] is None]
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise UserError(f"{self._judgements}: cannot be read ({error}); choose another --out") from None
+
     def unfinish(self) -> None:
         """From now on the folder is not complete."""
         (self.folder / RESULTS).unlink(missing_ok=True)

@@ -43,11 +43,16 @@ class Work(Generic[Unit]):
 
 @dataclass(frozen=True)
 class About:
-    """Whose answers are judged: the model's name, what is known of it, and all that the numbers depend on."""
+    """Whose answers are judged.
+
+    name, model: the model, and what is known of it. settings: all else that its numbers depend on; models that are
+    compared should have the same. identity: of the folder: of which answers it is, and who is asked.
+    """
 
     name: str
     model: Mapping[str, Any]
     settings: Mapping[str, Any]
+    identity: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -89,24 +94,22 @@ def judge_all(
         CheckFailed: a limit is reached, or the judge is down.
     """
     record = Record(folder)
-    with record.taken(about.settings):
+    with record.taken({**about.identity, **about.settings}):
         if record.is_complete and not retry_failures:
-            found = read_evaluation(folder)
-            reasons = found.settings["failures"]
-            return Outcome(found, len(work.units), reasons, record.ledger.spent, was_complete=True)
+            reasons = _counted(record.missing())
+            return Outcome(read_evaluation(folder), len(work.units), reasons, record.ledger.spent, was_complete=True)
         budget.begin(record.ledger.spent, record.ledger.add)
         judgements = _judged(work, record, max_failures, on_progress)
         record.unfinish()
         record.write_judgements([(work.name_of(unit), one) for unit, one in zip(work.units, judgements, strict=False)])
-        reasons = _reasons(judgements)
+        reasons = _counted([one.reason for one in judgements if one.value is None])
         remembered = sum((one.remembered for one in judgements), NO_TOKENS)
         lost = Outcome(None, len(work.units), reasons, record.ledger.spent, remembered)
         is_hopeless = len(judgements) < len(work.units) or lost.failed > max_failures * len(work.units)
         if is_hopeless or lost.failed == len(work.units):
             return lost
         task, items = work.results(work.units, judgements)
-        settings = {**about.settings, "failures": reasons, "judgements": len(judgements)}
-        evaluation = Evaluation(about.name, about.model, settings, [task])
+        evaluation = Evaluation(about.name, about.model, about.settings, [task])
         write_evaluation(folder, evaluation, {task.task: items})
         return Outcome(evaluation, len(work.units), reasons, record.ledger.spent, remembered)
 
@@ -123,7 +126,7 @@ class Rehearsal:
 
 def rehearse(work: Work[Unit], about: About, folder: Path) -> Rehearsal:
     """Check everything and count, without asking or writing anything."""
-    Record(folder).check(about.settings)
+    Record(folder).check({**about.identity, **about.settings})
     planned = work.plan(work.units)
     tokens = sum((estimate for _, estimate, is_kept in planned if not is_kept), NO_TOKENS)
     return Rehearsal(len(planned), sum(is_kept for _, _, is_kept in planned), tokens, planned[0][0])
@@ -143,9 +146,8 @@ def _judged(work: Work[Unit], record: Record, max_failures: float, on_progress: 
     return found
 
 
-def _reasons(judgements: Sequence[Judgement]) -> dict[str, int]:
+def _counted(reasons: Sequence[str]) -> dict[str, int]:
     """Reasons that differ in numbers alone are counted together, under the first of them."""
     first: dict[str, str] = {}
-    lost = [one.reason for one in judgements if one.value is None]
-    counted = Counter(first.setdefault(_NUMBER.sub("0", reason), reason) for reason in lost)
+    counted = Counter(first.setdefault(_NUMBER.sub("0", reason), reason) for reason in reasons)
     return dict(counted.most_common())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -17,8 +18,8 @@ Cost = Callable[[Tokens], float]
 
 _LETTERS_SHOWN = 2000
 _REASONS_SHOWN = 5
-_SHARES = ("win_rate", "contradictions", "failed")
-_OF_NO_JUDGE = "characters"
+_SHARES = ("win_rate", "length_controlled_win_rate", "contradictions", "failed")
+_OF_NO_JUDGE = "average_characters"
 
 
 def table_of(found: Evaluation) -> Table:
@@ -46,7 +47,7 @@ def in_words(found: Rehearsal, about: About, cost: Cost | None) -> list[str]:
     asked = found.questions - found.kept
     spending = f", at most about {cost(found.tokens):.4f}" if cost is not None else ""
     return [
-        visible(f"answers of {about.name}; {prompts_in_words(about)}"),
+        visible(f"answers of {about.name}; {prompts_in_words(about.settings)}"),
         f"{found.questions:,} questions to the judge, {found.kept:,} of them answered by kept replies; the other "
         f"{asked:,} take at most about {found.tokens.total:,} tokens ({found.tokens.prompt:,} of prompts, "
         f"{found.tokens.completion:,} of replies){spending}",
@@ -56,10 +57,9 @@ def in_words(found: Rehearsal, about: About, cost: Cost | None) -> list[str]:
     ]
 
 
-def prompts_in_words(about: About) -> str:
+def prompts_in_words(settings: Mapping[str, Any]) -> str:
     """Which prompts ask the judge, and whether with references."""
-    settings = about.settings
-    said = f"judged by {settings['judge']['body']['model']}, asked by {settings['prompts']}"
+    said = f"judged by {settings['judge']['model']}, asked by {settings['prompts']}"
     if "references" in settings:
         said += ", with references" if settings["references"] else ", without references"
     return said
@@ -70,7 +70,7 @@ def how_it_ended(outcome: Outcome, out: Path, max_failures: float, cost: Cost | 
     lines = []
     found = outcome.found
     if found is not None:
-        lines.append(visible(prompts_in_words(About(found.name, found.model, found.settings))))
+        lines.append(visible(prompts_in_words(found.settings)))
     if outcome.failed:
         units = "judgements are missing, and in no mean"
         lines.append(f"{outcome.failed:,} of {outcome.count:,} {units}; see {out / JUDGEMENTS}:")

@@ -8,8 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
+from statistics import fmean
 
 from uft_ds.data.example import Message
 from uft_ds.errors import UserError
@@ -75,23 +74,23 @@ def result_of(
     """The mean share of the model's answers: 1 for a win in both orders, 1/2 for a tie or a contradiction.
 
     Args:
-        judgements: of each duel, with the model's share.
+        judgements: of each duel, with the model's share. A duel without one is no item.
     """
-    items = []
-    for duel, judgement in zip(duels, judgements, strict=True):
-        values = {} if judgement.value is None else {"win_rate": judgement.value}
-        values |= {"characters": float(len(duel.answer)), "characters,reference": float(len(duel.reference))}
-        items.append(ItemResult(duel.item, values))
+    items = [
+        ItemResult(duel.item, {"win_rate": judgement.value, "average_characters": float(len(duel.answer))})
+        for duel, judgement in zip(duels, judgements, strict=True)
+        if judgement.value is not None
+    ]
     shares = [judgement.value for judgement in judgements if judgement.value is not None]
     low, high = wilson(sum(shares), len(shares))
     metrics = {
-        "win_rate": float(np.mean(shares)),
+        "win_rate": fmean(shares),
         "win_rate,low_95": low,
         "win_rate,high_95": high,
-        "contradictions": float(np.mean([CONTRADICTION in one.notes for one in judgements if one.value is not None])),
-        "characters": float(np.mean([len(duel.answer) for duel in duels])),
-        "characters,reference": float(np.mean([len(duel.reference) for duel in duels])),
-        "failed": float(np.mean([judgement.value is None for judgement in judgements])),
+        "contradictions": fmean(CONTRADICTION in one.notes for one in judgements if one.value is not None),
+        "average_characters": fmean(len(duel.answer) for duel in duels),
+        "average_characters,reference": fmean(len(duel.reference) for duel in duels),
+        "failed": fmean(judgement.value is None for judgement in judgements),
     }
     return TaskResult(TASK, metrics, len(shares), version, judge=judge), items
 
