@@ -123,6 +123,14 @@ def judge(
             help="Your own question, with {prompt}, {answer_a}, {answer_b} and {verdict}.", rich_help_panel=_ALPACA_EVAL
         ),
     ] = None,
+    alpaca_eval_files: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            metavar="FOLDER",
+            help="df_gamed.csv and alpaca_eval.json: adds the win rate at equal lengths, by the package alpaca_eval.",
+            rich_help_panel=_ALPACA_EVAL,
+        ),
+    ] = None,
     limit: Annotated[Optional[int], typer.Option(min=1, help="The first questions only.")] = None,  # noqa: UP045
     max_failures: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share of judgements that may be missing; above it exit code 1.")
@@ -192,7 +200,7 @@ def judge(
         cache=cache,
         limits=Limits(requests_per_minute, concurrency, timeout, tries, max_tokens_spent, max_cost, money),
     )
-    asked = Asked(benchmark, answers, questions, references, prompts, against, limit)
+    asked = Asked(benchmark, answers, questions, references, prompts, against, alpaca_eval_files, limit)
     made = work_of(asked, options)
     cost = None if price is None else made.budget.cost
     try:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import needs
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -298,3 +299,18 @@ def test_the_command_killed_in_the_middle_goes_on(subject: Subject, tiny_qwen2: 
     refused = uft(*words, "--seed", "1")
     assert refused.returncode == 2
     assert "seed: 0 there, 1 now" in refused.stderr
+
+
+@pytest.mark.long
+def test_a_real_model_answers_published_questions(test_data: Path, tmp_path: Path) -> None:
+    """The quickstart's model on MT-Bench's first two questions: its own words, as a plain loop has them, both turns."""
+    model = open_subject(str(needs.smollm2()))
+    how = Asked("mt_bench", test_data / "mt_bench" / "question.jsonl", 0.0, max_new_tokens=24, limit=2)
+    lengths = made(model, how, tmp_path / "a.jsonl").lengths
+    assert lengths.empty == 0
+    for question in how.read():
+        messages: list[dict[str, str]] = []
+        for turn, said in zip(question.turns, answers_in(tmp_path / "a.jsonl")[question.key], strict=True):
+            messages.append({"role": "user", "content": turn})
+            assert said == plain_answer(model, messages, 24)
+            messages.append({"role": "assistant", "content": said})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from uft_ds.errors import UserError
 from uft_ds.evaluation.benchmarks import alpaca_eval, mt_bench
 from uft_ds.evaluation.benchmarks.question import Benchmark
 from uft_ds.evaluation.judging import grades, wins
+from uft_ds.evaluation.judging.length_controlled import OPTION, length_control
 from uft_ds.evaluation.judging.prompts import MAX_TOKENS, Case, own_prompts, read_prompts
 from uft_ds.evaluation.judging.run import About, Work
 from uft_ds.host.files import read_regular_text, sha256
@@ -25,7 +25,10 @@ ANSWERS = "ANSWERS"
 
 @dataclass(frozen=True)
 class Asked:
-    """Whose answers are judged by what. questions to prompts: MT-Bench's; against: AlpacaEval's."""
+    """Whose answers are judged by what. questions to prompts: MT-Bench's; against, lengths: AlpacaEval's.
+
+    lengths: the folder of files from which alpaca_eval takes the effect of length out.
+    """
 
     benchmark: Benchmark
     answers: Path
@@ -33,6 +36,7 @@ class Asked:
     references: Path | None = None
     prompts: Path | None = None
     against: Path | None = None
+    lengths: Path | None = None
     limit: int | None = None
 
 
@@ -53,7 +57,7 @@ def work_of(asked: Asked, options: JudgeOptions) -> Made:
         UserError: names the option, or file and line.
     """
     mt_benchs = {"--questions": asked.questions, "--references": asked.references, "--prompts": asked.prompts}
-    alpacas = {"--against": asked.against, "--template": options.template}
+    alpacas = {"--against": asked.against, OPTION: asked.lengths, "--template": options.template}
     others = alpacas if asked.benchmark == "mt_bench" else mt_benchs
     for option, value in others.items():
         if value is not None:
@@ -107,6 +111,7 @@ def _comparing(asked: Asked, options: JudgeOptions) -> Made:
     answers = alpaca_eval.read_outputs(asked.answers, ANSWERS)
     reference = alpaca_eval.read_outputs(asked.against, "--against")
     duels = wins.duels_of(answers, reference, (asked.answers, asked.against), asked.limit)
+    control = None if asked.lengths is None else length_control(asked.lengths, duels)
     scorer = judge_of(options)
     of_judge = scorer.identity()
     name, model = answers[0].generator, model_of(asked.answers)
@@ -121,6 +126,7 @@ def _comparing(asked: Asked, options: JudgeOptions) -> Made:
         "against": {"name": reference[0].generator, "sha256": sha256(asked.against), "count": len(duels)},
         "prompts": version,
         "rule": of_judge["rule"],
+        "length_control": None if control is None else control.identity(),
         "judge": of_judge["body"],
         "generation": _generation(model),
     }
@@ -133,7 +139,12 @@ def _comparing(asked: Asked, options: JudgeOptions) -> Made:
     def plan(units: Sequence[wins.Duel]) -> list[tuple[str, Tokens, bool]]:
         return scorer.plan([side for row, duel in enumerate(units) for side in duel.sides(row)])
 
-    results = partial(wins.result_of, judge=str(of_judge["body"]["model"]), version=version)
+    def results(units: Sequence[wins.Duel], judgements: Sequence[Judgement]) -> Any:
+        names = name, reference[0].generator
+        controlled = {} if control is None else control.metrics(units, judgements, names)
+        judge = str(of_judge["body"]["model"])
+        return wins.result_of(units, judgements, judge=judge, version=version, further=controlled)
+
     work = Work(duels, lambda duel: {"item": duel.item, "place": duel.place}, ask, plan, results, scorer.batch_items)
     return Made(work, About(name, model, settings, identity), scorer.budget, scorer.close)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from types import MappingProxyType
 
 from uft_ds.data.example import Message
 from uft_ds.errors import UserError
@@ -69,12 +70,18 @@ def duels_of(
 
 
 def result_of(
-    duels: Sequence[Duel], judgements: Sequence[Judgement], *, judge: str, version: str
+    duels: Sequence[Duel],
+    judgements: Sequence[Judgement],
+    *,
+    judge: str,
+    version: str,
+    further: Mapping[str, float] = MappingProxyType({}),
 ) -> tuple[TaskResult, list[ItemResult]]:
     """The mean share of the model's answers: 1 for a win in both orders, 1/2 for a tie or a contradiction.
 
     Args:
         judgements: of each duel, with the model's share. A duel without one is no item.
+        further: metrics that stand beside the win rate.
     """
     items = [
         ItemResult(duel.item, {"win_rate": judgement.value, "average_characters": float(len(duel.answer))})
@@ -87,6 +94,7 @@ def result_of(
         "win_rate": fmean(shares),
         "win_rate,low_95": low,
         "win_rate,high_95": high,
+        **further,
         "contradictions": fmean(CONTRADICTION in one.notes for one in judgements if one.value is not None),
         "average_characters": fmean(len(duel.answer) for duel in duels),
         "average_characters,reference": fmean(len(duel.reference) for duel in duels),
