@@ -296,21 +296,18 @@ def test_the_command_killed_in_the_middle_goes_on(subject: Subject, tiny_qwen2: 
     found = json.loads((tmp_path / "cut.json").read_text())
     assert [entry["instruction"] for entry in found] == [entry["instruction"] for entry in entries]
     assert {(entry["generator"], entry["dataset"]) for entry in found} == {(tiny_qwen2.name, "koala")}
-    refused = uft(*words, "--seed", "1")
-    assert refused.returncode == 2
-    assert "seed: 0 there, 1 now" in refused.stderr
 
 
 @pytest.mark.long
 def test_a_real_model_answers_published_questions(test_data: Path, tmp_path: Path) -> None:
-    """The quickstart's model on MT-Bench's first two questions: its own words, as a plain loop has them, both turns."""
+    """The quickstart's model on MT-Bench's first question: its own words, as a plain loop has them, both turns."""
     model = open_subject(str(needs.smollm2()))
-    how = Asked("mt_bench", test_data / "mt_bench" / "question.jsonl", 0.0, max_new_tokens=24, limit=2)
+    how = Asked("mt_bench", test_data / "mt_bench" / "question.jsonl", 0.0, max_new_tokens=8, limit=1)
     lengths = made(model, how, tmp_path / "a.jsonl").lengths
     assert lengths.empty == 0
     for question in how.read():
         messages: list[dict[str, str]] = []
         for turn, said in zip(question.turns, answers_in(tmp_path / "a.jsonl")[question.key], strict=True):
             messages.append({"role": "user", "content": turn})
-            assert said == plain_answer(model, messages, 24)
+            assert said == plain_answer(model, messages, 8)
             messages.append({"role": "assistant", "content": said})
