@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from uft_ds import __version__
-from uft_ds.commands import checkpoint, comparison, data, machine, model, recipe, scoring, training
+from uft_ds.commands import benchmarks, checkpoint, comparison, data, machine, model, recipe, scoring, training
 from uft_ds.errors import EXIT_BAD_INPUT, CheckFailed, UserError
 from uft_ds.host.faults import ending
 from uft_ds.host.hub import tell_retries_once
@@ -33,6 +33,8 @@ for command in (
     comparison.compare,
     machine.plan,
     model.chat,
+    benchmarks.generate,
+    benchmarks.judge,
     training.quickstart,
     machine.doctor,
 ):
