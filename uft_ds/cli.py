@@ -10,7 +10,18 @@ from typing import Annotated
 import typer
 
 from uft_ds import __version__
-from uft_ds.commands import checkpoint, data, evaluation, machine, model, recipe, scoring, training
+from uft_ds.commands import (
+    benchmarks,
+    checkpoint,
+    comparison,
+    data,
+    evaluation,
+    machine,
+    model,
+    recipe,
+    scoring,
+    training,
+)
 from uft_ds.errors import EXIT_BAD_INPUT, CheckFailed, UserError
 from uft_ds.host.faults import ending
 from uft_ds.host.hub import tell_retries_once
@@ -30,8 +41,11 @@ for command in (
     training.reference,
     model.convert,
     scoring.score,
+    comparison.compare,
     machine.plan,
     model.chat,
+    benchmarks.generate,
+    benchmarks.judge,
     training.quickstart,
     machine.doctor,
 ):

@@ -63,6 +63,9 @@ def test_a_number_that_is_none_is_never_written(tmp_path: Path) -> None:
         ({"tasks": [{"task": "t"}]}, "not the results of an evaluation"),
         ({"tasks": [{"task": "t", "metrics": {"m": "1"}, "items": 1, "version": "1"}]}, "a metric is no finite number"),
         ({"tasks": 3}, "not the results of an evaluation"),
+        ({"settings": None}, "model and settings are no objects"),
+        ({"name": 3}, "a name is no text"),
+        ({"tasks": [{"task": "t", "metrics": {}, "items": 1, "version": 1}]}, "a name is no text"),
     ],
 )
 def test_other_results_are_refused(tmp_path: Path, change: dict[str, object], words: str) -> None:

@@ -28,8 +28,9 @@ def test_a_second_copy_inside_a_node_leaves_adapters_alone_to_cross(tmp_path: Pa
 @pytest.mark.long
 @pytest.mark.parametrize("ranks", RANKS)
 def test_the_grid(tmp_path: Path, ranks: int) -> None:
-    """Three sizes, checkpointed or not; of the smallest, by two forwards too."""
-    folders = [write_model(tmp_path / name, size) for name, size in SIZES.items()]
+    """The smallest size, checkpointed or not, in one visit and by two forwards; on two ranks the other sizes too."""
+    sizes = list(SIZES.items())[: None if ranks == 2 else 1]
+    folders = [write_model(tmp_path / name, size) for name, size in sizes]
     rows = compare([*grid(folders, ["lockstep"]), *grid(folders[:1], ["separate"])], ranks)
-    assert len(rows) == 8
+    assert len(rows) == 2 * len(sizes) + 2
     assert {row.name: row.missed() for row in rows if row.missed()} == {}

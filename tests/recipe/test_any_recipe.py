@@ -28,7 +28,9 @@ from uft_ds.run.settings import located
 
 HELD_OUT = "  held_out:\n    - {format: jsonl, path: c.jsonl}\n"
 ONLINE = "    - {format: prompts, path: p.jsonl, answers: 4, score_by: 'regex:4'}\n"
-WHOLE = MINIMAL.replace("sources:\n", f"sources:\n{ONLINE}").replace("output:", f"{HELD_OUT}output:")
+JUDGE = "{by: judge, judge: {url: 'http://127.0.0.1/v1', model: m}}"
+TASKS = f"evaluate:\n  tasks:\n    - {{name: sums, path: t.jsonl, score_by: {JUDGE}}}\n"
+WHOLE = MINIMAL.replace("sources:\n", f"sources:\n{ONLINE}").replace("output:", f"{HELD_OUT}{TASKS}output:")
 WORDS = (
     *LOSSES, *PRESETS, *KINDS, *FORMATS, "zero3", "zero2", "held_out/loss", "held_out/loss/pair", "q_proj", "a.jsonl",
     "some/model", "~", "~/x", "~nobody_at_all/x", "runs/small", "", " ", ".", "..", "null", "true", "010", "1:30",
@@ -84,6 +86,9 @@ def values_of(annotation: Any, metadata: tuple[Any, ...] = ()) -> st.SearchStrat
         return st.fixed_dictionaries(required, optional=optional)
     if annotation in (int, float):
         return _numbers(annotation, _constraints(metadata))
+    patterns = [part.pattern for part in _constraints(metadata) if getattr(part, "pattern", None)]
+    if annotation is str and patterns:
+        return st.from_regex(patterns[0], fullmatch=True)
     return {NoneType: st.none(), bool: st.booleans(), str: TEXTS}[annotation]
 
 

@@ -23,6 +23,7 @@ def test_a_few_real_steps_lower_the_loss(test_data: Path, tmp_path: Path) -> Non
         "train",
         str(recipe),
         "train.lr=1e-3",
+        "train.evaluate_every=6",
         f"reference.cache_dir={tmp_path / 'reference'}",
     ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)

@@ -13,9 +13,10 @@ from judges import Asked, Fault, StandIn, grade, judge
 from uft_ds.data.example import Message
 from uft_ds.errors import CheckFailed, UserError
 from uft_ds.scoring import pacing
+from uft_ds.scoring.asking import FORMAT_TRIES
 from uft_ds.scoring.build import JudgeOptions, Limits, default_rule, judge_of
 from uft_ds.scoring.item import Item, Judgement
-from uft_ds.scoring.judge import CONTRADICTION, FORMAT_TRIES, JudgeScorer
+from uft_ds.scoring.judge import CONTRADICTION, JudgeScorer
 
 
 @pytest.fixture(autouse=True)
@@ -300,7 +301,7 @@ def test_the_key_is_sent_and_kept_nowhere(tmp_path: Path, monkeypatch: pytest.Mo
         judged = judge_of(options)
         judged.score([item("7")])
         assert at.asked[0].headers["Authorization"] == "Bearer s3cret-key"
-        assert "s3cret" not in json.dumps(dict(judged.identity())) + repr(vars(judged))
+        assert "s3cret" not in json.dumps(dict(judged.identity())) + repr(vars(judged)) + repr(vars(judged._judge))
         assert not any("s3cret" in file.read_text() for file in (tmp_path / "cache").rglob("*.json"))
         at.answer = lambda asked: Fault(401, body=b'{"error": "KEY is not known"}')
         with pytest.raises(UserError) as told:

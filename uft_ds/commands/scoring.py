@@ -170,7 +170,7 @@ def score(
             tries,
             max_tokens_spent,
             max_cost,
-            None if price is None else _prices(price),
+            None if price is None else prices(price),
         ),
     )
     target = Target(out, rule or default_rule(by, judge), pairs == "split", limit, max_failures)
@@ -262,7 +262,8 @@ def _range(text: str) -> tuple[float, float]:
     return low, high
 
 
-def _prices(text: str) -> tuple[float, float]:
+def prices(text: str) -> tuple[float, float]:
+    """What a million tokens of prompts and of replies cost, as `--price` gives it."""
     prompt, completion = _two(text, "--price")
     if min(prompt, completion) < 0:
         raise UserError(f"--price: found {text!r}, expected what a million tokens of prompts and of replies cost")

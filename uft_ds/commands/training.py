@@ -177,7 +177,13 @@ def reference(recipe: RecipeName, overrides: Overrides = None) -> None:
         raise UserError(f"there is nothing to fill: {why}")
     work = Path(tempfile.mkdtemp(prefix="uft-reference-"))
     # The reference is the base whatever the policy starts from.
-    filling = changed(settings, {"output": str(work / "run"), "start.adapter": None})
+    alone: dict[str, Any] = {
+        "output": str(work / "run"),
+        "start.adapter": None,
+        "evaluate.tasks": [],
+        "train.keep_best": None,
+    }
+    filling = changed(settings, alone)
     try:
         with rank_server() as server:
             _, status = _launched(filling, "computing the reference", options=("--only-reference",), server=server)

@@ -31,6 +31,7 @@ class TaskResult:
         comma as lm-evaluation-harness writes it (`exact_match,strict-match`).
     version: of the task, as its maker counts. shots: examples in the prompt; None where the task has none to choose.
     judge: the model that graded; None where no model did.
+    parts: of a group, the tasks of the same evaluation that it is the mean of.
     """
 
     task: str
@@ -39,6 +40,7 @@ class TaskResult:
     version: str
     shots: int | None = None
     judge: str | None = None
+    parts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ def write_evaluation(folder: Path, found: Evaluation, items: Mapping[str, Iterab
         ValueError: a value is not finite.
     """
     _check_finite(found, items := {task: list(of_task) for task, of_task in items.items()})
+    (folder / RESULTS).unlink(missing_ok=True)
     (folder / ITEMS).mkdir(parents=True, exist_ok=True)
     for task, of_task in items.items():
         lines = (json.dumps({"item": one.item, **one.values}, ensure_ascii=False) + "\n" for one in of_task)
@@ -103,7 +106,12 @@ def read_evaluation(folder: Path) -> Evaluation:
             raise UserError(
                 f"{path}: version {found['version']!r} of {found['format']!r}; expected {VERSION} of {FORMAT!r}"
             )
-        tasks = [TaskResult(**task) for task in found["tasks"]]
+        tasks = [TaskResult(**task | {"parts": tuple(task.get("parts", ()))}) for task in found["tasks"]]
+        if not (isinstance(found["model"], dict) and isinstance(found["settings"], dict)):
+            raise ValueError("model and settings are no objects")
+        texts = [found["name"], *(text for task in tasks for text in (task.task, task.version, *task.parts))]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("a name is no text")
         if not all(isinstance(v, int | float) and math.isfinite(v) for task in tasks for v in task.metrics.values()):
             raise ValueError("a metric is no finite number")
         return Evaluation(found["name"], found["model"], found["settings"], tasks)

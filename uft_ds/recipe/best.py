@@ -1,8 +1,8 @@
-"""Which of two values of a held-out metric is better; `train.keep_best` uses this to keep the best checkpoint."""
+"""Which of two values of a metric is better; `train.keep_best` uses this to keep the best checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from uft_ds.data.example import KINDS
@@ -22,8 +22,21 @@ BEST: Mapping[str, Best] = {
 _OF_PAIRS = ("pair_accuracy", "pair_margin", "logp_chosen", "implicit_reward_chosen")
 
 
-def best_problem(metric: str) -> str | None:
-    """The reason why this metric cannot choose the best checkpoint, or None."""
+def is_of_task(metric: str) -> bool:
+    """Whether it is measured by a task of the recipe's `evaluate.tasks`, not on held-out data."""
+    return metric.startswith("tasks/")
+
+
+def best_problem(metric: str, tasks: Sequence[str] = ()) -> str | None:
+    """The reason why this metric cannot choose the best checkpoint, or None.
+
+    Args:
+        tasks: the names in the recipe's `evaluate.tasks`.
+    """
+    if is_of_task(metric):
+        names = [f"tasks/{name}/score" for name in tasks]
+        remedy = f"take {', '.join(names)}" if names else "evaluate.tasks is empty"
+        return None if metric in names else f"{metric!r} given, which cannot choose; {remedy}"
     prefix, *parts = metric.split("/")
     if prefix != "held_out" or not parts:
         return f"{metric!r} is not a held-out metric, such as held_out/loss"
@@ -39,7 +52,7 @@ def best_problem(metric: str) -> str | None:
 
 def badness(metric: str, value: float) -> float:
     """A number that orders the values of a metric: the smaller, the better."""
-    best = BEST[metric.split("/")[1]]
+    best = "highest" if is_of_task(metric) else BEST[metric.split("/")[1]]
     return value if best == "lowest" else -value if best == "highest" else abs(value)
 
 

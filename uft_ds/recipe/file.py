@@ -185,6 +185,8 @@ def _apply_override(tree: Any, override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise UserError(f"override {_shown(override)}: expected key.path=value, such as train.lr=1e-5")
+    if _UNWRITABLE.search(key):
+        raise UserError(f"override {_shown(override)}: a key must not hold \\0, nor \\ud800 to \\udfff")
     try:
         value = load_yaml(text)
     except yaml.YAMLError as error:

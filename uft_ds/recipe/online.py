@@ -101,7 +101,8 @@ class GeneratorSection(Section):
     """The run ends after a step whose answers are further from the reference: the mean log-ratio of an answer, nats. It
     ends as a run whose last step is done. A resumed run may change it."""
     tokens_at_once: Positive = 65536
-    """Largest number of tokens, prompts and answers, that a rank generates at once, for `by: builtin`."""
+    """Largest number of tokens, prompts and answers, that a rank generates at once, for `by: builtin` and for
+    evaluate.tasks."""
     concurrency: Positive = 64
     """Number of requests to the server at one time, for `by: vllm`."""
     timeout_seconds: PositiveFloat = 600.0
@@ -137,11 +138,13 @@ def online_problems(
     *,
     max_length: int,
     reward: str,
+    has_tasks: bool,
 ) -> Iterator[Problem]:
     """(key, problem) for every fault of online sources and their generator.
 
     Args:
         reward: the recipe's `objective.reward`.
+        has_tasks: whether the recipe has `evaluate.tasks`, whose prompts the ranks answer, too.
     """
     is_online = any(source.format == PROMPTS for source in sources)
     for number, source in enumerate(sources):
@@ -157,6 +160,8 @@ def online_problems(
         default = GeneratorSection()
         given = [name for name in GeneratorSection.model_fields if getattr(generator, name) != getattr(default, name)]
         for name in given:
+            if name == "tokens_at_once" and has_tasks:
+                continue
             yield f"generator.{name}", f"{getattr(generator, name)} given, but no source has format: {PROMPTS}"
         return
     if reward == "head":
@@ -188,7 +193,7 @@ def _of_source(source: SourceSection, generator: GeneratorSection) -> Iterator[P
             f"not given; format: {PROMPTS} needs it: what scores the answers, such as code:module:function",
         )
     if scorer is not None:
-        yield from _of_scorer(scorer)
+        yield from scorer_problems(scorer)
     for key, default in (
         ("score", None),
         ("score_range", None),
@@ -201,7 +206,8 @@ def _of_source(source: SourceSection, generator: GeneratorSection) -> Iterator[P
             yield key, f"given, but format: {PROMPTS} has no responses; score_by scores those of the policy"
 
 
-def _of_scorer(scorer: ScoreBySection) -> Iterator[Problem]:
+def scorer_problems(scorer: ScoreBySection) -> Iterator[Problem]:
+    """(key, problem) for every fault of a scorer that the recipe alone shows."""
     kind = scorer.by.partition(":")[0]
     if (kind == "judge") != (scorer.judge is not None):
         given = "not given; by: judge needs its url and model" if kind == "judge" else f"given, but by is {scorer.by!r}"

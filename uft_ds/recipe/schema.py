@@ -15,7 +15,7 @@ from uft_ds.data.formats.table import format_names
 from uft_ds.objectives.reference import HowForwarded, RewardBy
 from uft_ds.objectives.reward_shift import Center, ShiftName
 from uft_ds.recipe.answer_rules import sampling_problems
-from uft_ds.recipe.best import best_problem
+from uft_ds.recipe.best import best_problem, is_of_task
 from uft_ds.recipe.names import unknown_name
 from uft_ds.recipe.online import GeneratorSection, ScoreBySection, online_problems, scored_by
 from uft_ds.recipe.rules import DEFAULT_BETA, GivenObjective, objective_problems, with_kinds
@@ -29,6 +29,7 @@ from uft_ds.recipe.section import (
     Section,
     UnitInterval,
 )
+from uft_ds.recipe.tasks import EvaluateSection, task_problems
 
 
 class ModelSection(Section):
@@ -252,7 +253,8 @@ class TrainSection(Section):
     keep_best: str | None = None
     """A held-out metric, such as held_out/loss: the checkpoint with its best value is kept, too. The best value is the
     lowest for losses and errors; the highest for pair_accuracy, pair_margin, rank_correlation, logp_chosen and
-    implicit_reward_chosen; the nearest to 0 for length_correlation."""
+    implicit_reward_chosen; the nearest to 0 for length_correlation. Or tasks/NAME/score of evaluate.tasks: the highest.
+    """
     evaluate_every: Positive = 100
     """Number of steps between evaluations of the held-out data; one always follows the last step."""
     samples: Annotated[int, Field(ge=0, le=4096)] = 0
@@ -283,6 +285,7 @@ class Recipe(Section):
     reference: ReferenceSection = ReferenceSection()
     start: StartSection = StartSection()
     generator: GeneratorSection = GeneratorSection()
+    evaluate: EvaluateSection = EvaluateSection()
     train: TrainSection = TrainSection()
     launch: LaunchSection = LaunchSection()
     tracking: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
@@ -352,8 +355,18 @@ def _impossible(recipe: Recipe) -> list[tuple[str, str]]:
             found += [(f"{prefix}.{index}.{key}", problem) for key, problem in _impossible_portion(source, prefix)]
             found += [(f"{prefix}.{index}.{key}", problem) for key, problem in _impossible_scores(source)]
     found += _impossible_with_head(recipe)
+    found += task_problems(
+        recipe.evaluate.tasks,
+        [(source.path, source.split) for source in data.sources],
+        reward=recipe.objective.reward,
+    )
     found += online_problems(
-        data.sources, data.held_out, recipe.generator, max_length=data.max_length, reward=recipe.objective.reward
+        data.sources,
+        data.held_out,
+        recipe.generator,
+        max_length=data.max_length,
+        reward=recipe.objective.reward,
+        has_tasks=bool(recipe.evaluate.tasks),
     )
     objective, generator = recipe.objective.given, recipe.generator
     found += [
@@ -404,10 +417,10 @@ def _impossible_best(recipe: Recipe) -> list[str]:
     train = recipe.train
     if train.keep_best is None:
         return []
-    problem = best_problem(train.keep_best)
+    problem = best_problem(train.keep_best, [task.name for task in recipe.evaluate.tasks])
     if problem is not None:
         return [problem]
-    if not recipe.data.held_out:
+    if not recipe.data.held_out and not is_of_task(train.keep_best):
         return ["needs data.held_out, which is empty"]
     if train.checkpoint_every % train.evaluate_every and train.evaluate_every % train.checkpoint_every:
         return [

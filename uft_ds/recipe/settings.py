@@ -26,6 +26,7 @@ from uft_ds.recipe.file import load_recipe, recipe_from_tree
 from uft_ds.recipe.online import ScoreBySection
 from uft_ds.recipe.rules import GivenObjective
 from uft_ds.recipe.schema import DataSection, Recipe, SourceSection, TrainSection
+from uft_ds.recipe.tasks import TaskSection
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,19 @@ class ScorerSettings:
 
 
 @dataclass(frozen=True)
+class TaskSettings:
+    """A task of the recipe's `evaluate.tasks`, with the same keys. scorer: its `score_by`."""
+
+    name: str
+    path: str
+    split: str | None
+    columns: tuple[tuple[str, str | None], ...]
+    examples: int | None
+    scorer: ScorerSettings
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
 class GeneratorSettings:
     """The recipe's `generator`, with the same keys."""
 
@@ -238,6 +252,7 @@ class Settings:
     start_adapter: str | None
     generator: GeneratorSettings
     scorers: tuple[ScorerSettings | None, ...]
+    tasks: tuple[TaskSettings, ...]
     train: TrainSettings
     launch: LaunchSettings
     tracking: tuple[str, ...]
@@ -308,7 +323,8 @@ def settings_of(recipe: Recipe) -> Settings:
         ),
         start_adapter=recipe.start.adapter,
         generator=GeneratorSettings(**recipe.generator.model_dump()),
-        scorers=tuple(_scorer_of(entry.score_by) for entry in data.sources),
+        scorers=tuple(None if entry.score_by is None else _scorer_of(entry.score_by) for entry in data.sources),
+        tasks=tuple(_task_of(entry) for entry in recipe.evaluate.tasks),
         train=train_settings(recipe.train),
         launch=LaunchSettings(**recipe.launch.model_dump()),
         tracking=tuple(recipe.tracking),
@@ -364,9 +380,19 @@ def objective_of(given: GivenObjective) -> Objective:
     )
 
 
-def _scorer_of(section: ScoreBySection | None) -> ScorerSettings | None:
-    if section is None:
-        return None
+def _task_of(section: TaskSection) -> TaskSettings:
+    return TaskSettings(
+        section.name,
+        section.path,
+        section.split,
+        tuple(sorted(section.columns.items())),
+        section.examples,
+        _scorer_of(section.score_by),
+        section.max_new_tokens,
+    )
+
+
+def _scorer_of(section: ScoreBySection) -> ScorerSettings:
     judge = section.judge
     return ScorerSettings(
         section.by,

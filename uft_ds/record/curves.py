@@ -12,7 +12,7 @@ from uft_ds.record.panels import KIND_COLORS, Panel, draw, new_figure, write_pan
 def write_curves(lines: Seq[dict[str, Any]], path: Path) -> tuple[Panel, ...]:
     """Write a PNG with loss, implicit reward or a reward model's by kind, if there is one, and gradient norm.
 
-    Of an online run also with the scores of the policy's answers.
+    Of an online run also with the scores of the policy's answers, and with those of `evaluate.tasks`.
 
     Args:
         lines: of metrics.jsonl.
@@ -20,7 +20,7 @@ def write_curves(lines: Seq[dict[str, Any]], path: Path) -> tuple[Panel, ...]:
         each picture by itself.
     """
     figure = new_figure()
-    loss, reward, norm, score = figure.subplots(1, 4)
+    loss, reward, norm, score, graded = figure.subplots(1, 5)
     draw(loss, lines, "loss", label="training", color="black", alpha=0.35)
     draw(loss, lines, "held_out/loss", label="held out", color="black", marker="o")
     is_reward_model = any(name.startswith("reward/") for line in lines for name in line)
@@ -32,7 +32,16 @@ def write_curves(lines: Seq[dict[str, Any]], path: Path) -> tuple[Panel, ...]:
     draw(score, lines, "rollouts/score", label="mean", color="tab:orange")
     draw(score, lines, "rollouts/truncated", label="share cut", color="tab:gray", alpha=0.5)
     of_reward = "reward" if is_reward_model else "implicit reward (beta x nats)"
-    titles = ((loss, "loss"), (reward, of_reward), (norm, "gradient norm"), (score, "scores of the policy's answers"))
+    tasks = sorted({name for line in lines for name in line if name.startswith("tasks/") and name.endswith("/score")})
+    for task in tasks:
+        draw(graded, lines, task, label=task.split("/")[1], marker="o")
+    titles = (
+        (loss, "loss"),
+        (reward, of_reward),
+        (norm, "gradient norm"),
+        (score, "scores of the policy's answers"),
+        (graded, "score of tasks"),
+    )
     for axes, title in titles:
         axes.set_title(title)
         axes.set_xlabel("step")
@@ -40,7 +49,7 @@ def write_curves(lines: Seq[dict[str, Any]], path: Path) -> tuple[Panel, ...]:
         if axes.lines:
             axes.legend(fontsize=8)
     # Without a reference there is no reward. The loss stays, so that every run has this picture.
-    for axes in (reward, norm, score):
+    for axes in (reward, norm, score, graded):
         if not axes.lines:
             axes.remove()
     return write_panels(figure, figure.axes, path, height=3.6)

@@ -18,6 +18,7 @@ from uft_ds.record.metrics_file import read_metrics
 from uft_ds.record.panels import Panel
 from uft_ds.record.run_folder import RunFolder
 from uft_ds.record.samples import Sample, Trained, read_samples
+from uft_ds.record.task_answers import TaskAnswer, read_task_answers
 from uft_ds.record.telemetry import read_rows
 from uft_ds.record.verdict import Verdict, has_held_out, headline, verdicts
 
@@ -58,6 +59,7 @@ def write_report(folder: RunFolder, name: str, facts: Mapping[str, str], trained
         _verdict(verdicts(lines, table), on_held_out=has_held_out(lines)),
         _facts(facts),
         _samples(read_samples(folder.samples)),
+        _tasks(read_task_answers(folder.task_answers)),
         _trained(trained),
         _pictures(curves),
         _health(health),
@@ -115,6 +117,42 @@ def _samples(samples: Seq[Sample]) -> str:
 
 def _answer(sample: Sample) -> str:
     return _text(sample.answer) + ("" if sample.ended else "<small>cut here</small>")
+
+
+_SHOWN_OF_A_TASK = 3
+"""Answers of a task with the lowest scores, and with the highest, in the report."""
+
+
+def _tasks(answers: Seq[TaskAnswer]) -> str:
+    """Of each task the answers with the lowest and the highest scores after the last step, beside the first ones."""
+    if not answers:
+        return ""
+    first, last = answers[0].step, answers[-1].step
+    before = {(answer.task, answer.origin): answer for answer in answers if answer.step == first}
+    heads = ("task", "prompt", f"step {first}", *([f"step {last}"] if last != first else []))
+    rows = []
+    for _, of_task in groupby((answer for answer in answers if answer.step == last), key=lambda answer: answer.task):
+        graded = sorted(
+            (answer for answer in of_task if answer.score is not None), key=lambda answer: answer.score or 0.0
+        )
+        few = (
+            graded if len(graded) <= 2 * _SHOWN_OF_A_TASK else [*graded[:_SHOWN_OF_A_TASK], *graded[-_SHOWN_OF_A_TASK:]]
+        )
+        for answer in few:
+            shown = [before.get((answer.task, answer.origin)), answer] if last != first else [answer]
+            cells = [
+                html.escape(answer.task),
+                f"{_text(answer.prompt)}<small>{html.escape(as_typed(answer.origin))}</small>",
+                *("" if one is None else _graded(one) for one in shown),
+            ]
+            rows.append(_row(cells, heads))
+    note = "<p>Greedy answers, those with the lowest and the highest scores; tasks.jsonl has all.</p>"
+    return f"<h2>Answers to tasks</h2>{note}{_table(heads, rows, of='samples prose')}"
+
+
+def _graded(answer: TaskAnswer) -> str:
+    grade = "no score" if answer.score is None else f"score {answer.score:.3g}"
+    return f"{_text(answer.answer)}<small>{grade}{'' if answer.ended else ', cut here'}</small>"
 
 
 def _trained(prompts: Seq[Trained]) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ class MetricsWriter:
                 name=run_name,
                 dir=str(folder),
                 config=dict(config),
-                id=_wandb_id(folder, wandb.util.generate_id),
+                id=_wandb_id(folder),
                 resume="allow",
             )
             # wandb's own step can only increase, and it drops lines of earlier steps, such as those that a resumed run
@@ -83,11 +84,12 @@ class MetricsWriter:
             self._wandb.finish()
 
 
-def _wandb_id(folder: Path, generate: Callable[[], str]) -> str:
+def _wandb_id(folder: Path) -> str:
     """The run's id in wandb, kept in the run's folder so that a resumed run continues the same curve."""
+    # Made here: wandb 0.31 has no `wandb.util.generate_id` any more.
     path = folder / "wandb-id"
     if not path.exists():
-        write_atomically(path, generate())
+        write_atomically(path, uuid.uuid4().hex[:8])
     return path.read_text(encoding="utf-8")
 
 

@@ -21,7 +21,7 @@ CHECKPOINTS = "checkpoints"
 _OF_A_RUN = (
     "recipe.yaml", "environment.json", "metrics.jsonl", "tensorboard", "wandb", CHECKPOINTS,
     "latest", "data", "status.json", "report.html", "curves.png", "health.png", "held_out.csv", "samples.jsonl",
-    "launcher.log", "DONE",
+    "tasks.jsonl", "launcher.log", "DONE",
     "quickstart.json", "identity.json", "resumed.json", "wandb-id", "rollouts", "adapters",
 )  # fmt: skip
 """Files and folders that a run creates. `--overwrite` deletes only these, logs of ranks and temporary files."""
@@ -85,6 +85,10 @@ class RunFolder:
     def samples(self) -> Path:
         """Answers of the policy to held-out prompts, if the recipe asks for some."""
         return self.path / "samples.jsonl"
+
+    @property
+    def task_answers(self) -> Path:
+        return self.path / "tasks.jsonl"
 
     @property
     def rollouts(self) -> Path:

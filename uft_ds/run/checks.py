@@ -87,6 +87,7 @@ def check_inputs_lie_outside(settings: Settings) -> None:
     data = {
         **{f"data.sources.{i}.path": source.path for i, source in enumerate(settings.data.sources)},
         **{f"data.held_out.{i}.path": source.path for i, source in enumerate(settings.data.held_out)},
+        **{f"evaluate.tasks.{i}.path": task.path for i, task in enumerate(settings.tasks)},
     }
     paths = {
         "model.base": settings.model.base,
@@ -101,6 +102,11 @@ def check_inputs_lie_outside(settings: Settings) -> None:
             f"data.sources.{i}.score_by": scorer.by.partition(":")[2]
             for i, scorer in enumerate(settings.scorers)
             if scorer is not None and scorer.by.startswith("reward:")
+        },
+        **{
+            f"evaluate.tasks.{i}.score_by": task.scorer.by.partition(":")[2]
+            for i, task in enumerate(settings.tasks)
+            if task.scorer.by.startswith("reward:")
         },
         **data,
     }

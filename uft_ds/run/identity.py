@@ -34,7 +34,7 @@ _PACKAGES = (
 MAY_CHANGE = (
     "name", "output", "launch.*", "tracking*", "deepspeed", "data.workers", "*.cache_dir", "train.checkpoint_every",
     "train.keep_checkpoints", "train.keep_best", "train.evaluate_every", "train.samples", "train.sample_tokens",
-    "train.max_skipped_steps",
+    "train.max_skipped_steps", "evaluate.*",
     "generator.url", "generator.served_model", "generator.key_env", "generator.max_dropped", "generator.max_kl",
     "generator.tokens_at_once",
     "generator.concurrency", "generator.timeout_seconds", "generator.patience_minutes", "*.score_by.workers",

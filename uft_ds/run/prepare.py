@@ -42,6 +42,7 @@ from uft_ds.run.online import check_online
 from uft_ds.run.reward_stream import check_reads_the_same_text, reward_model_of
 from uft_ds.run.settings import with_deepspeed_file, with_fixed_revision
 from uft_ds.run.start_adapter import Start, start_of, write_sample_of, write_start
+from uft_ds.run.tasks import check_tasks
 from uft_ds.streams.classifier import check_classifier
 from uft_ds.streams.identity import local_folder
 from uft_ds.streams.load import check_base, check_base_files, embedding_rows
@@ -273,6 +274,7 @@ def check_run(
         config = check_base(settings.model.base, settings.model.revision)
         check_samples(settings.train, config, prompts_of(settings, data, config))
     check_online(settings, data)
+    check_tasks(settings, chat)
     check_adapters_are_of_base(settings, partial(on_progress, "hashing the adapter's base"))
     reward = reward_model_of(settings)
     if reward is not None:

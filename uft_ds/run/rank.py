@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -50,6 +51,7 @@ from uft_ds.run.recompute import with_chosen_recompute
 from uft_ds.run.resume import nothing_to_do, prepare_resume, resumed_from, resumed_position
 from uft_ds.run.settings import located, with_deepspeed_file
 from uft_ds.run.start_adapter import read_start, sample_of
+from uft_ds.run.tasks import built_tasks
 from uft_ds.streams.model import UFTModel
 from uft_ds.training.determinism import make_deterministic
 from uft_ds.training.evaluate import check_log_ratios_are_zero
@@ -218,9 +220,12 @@ def _run(settings: Settings, folder: RunFolder, console: Console, request: StopR
             build_sampler(settings, data, model),
             starts_as_reference=settings.start_adapter is None,
         )
-        with _steps(settings, data, folder, plan, engine, model, reporter, request) as steps:
+        with (
+            built_tasks(settings, engine, model, request) as tasks,
+            _steps(settings, data, folder, plan, engine, model, reporter, request) as steps,
+        ):
             steps.restore(state.source)
-            train(session, steps, held_out, state)
+            train(replace(session, tasks=tasks), steps, held_out, state)
     if engine.rank == 0:
         try:
             num_trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)

@@ -32,6 +32,7 @@ from uft_ds.recipe.settings import Settings
 from uft_ds.record.metrics_file import damaged_metrics
 from uft_ds.record.run_folder import RunFolder, check_own_files, claim_again, reading_identity
 from uft_ds.record.samples import cut_samples
+from uft_ds.record.task_answers import cut_task_answers
 from uft_ds.run.growth import may_grow, with_other_steps
 from uft_ds.run.identity import environment, may_change, run_identity
 from uft_ds.run.prepare import check_run, open_data, prepare_run, read_report
@@ -215,11 +216,29 @@ def _check_same_recipe(folder: RunFolder, settings: Settings) -> None:
         # `located` makes only existing paths absolute, so a relative path here means that it no longer exists.
         if isinstance(then, str) and now is not None and then.endswith(f"/{now}"):
             raise UserError(f"{key}: {now}: no such file or folder here; the run began with {then}")
+    changed += _other_tasks(folder, settings)
     if changed:
         raise UserError(
             f"{folder.path}: --resume needs the same recipe; give output=PATH for another run, or --overwrite\n"
             + "\n".join(changed)
         )
+
+
+def _other_tasks(folder: RunFolder, settings: Settings) -> list[str]:
+    """Tasks that have the name of another one: their scores would be one curve, and `train.keep_best` compare them."""
+    trees = (read_stored_recipe(folder.recipe), settings.stored)
+    then, now = ({task["name"]: task for task in tree.get("evaluate", {}).get("tasks", [])} for tree in trees)
+    return [
+        f"evaluate.tasks: {name!r} is another task than when the run began; give it another name"
+        for name in now
+        if name in then and _what_is_graded(now[name]) != _what_is_graded(then[name])
+    ]
+
+
+def _what_is_graded(task: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves of a task without where things lie and how they are asked, which `may_change` knows of a source."""
+    leaves = leaves_of(task)
+    return {key: leaves[key] for key in leaves if key != "path" and not may_change(f"data.sources.0.{key}")}
 
 
 ABSENT = "(absent)"
@@ -374,6 +393,7 @@ def _go_back_to(checkpoint: Path, folder: RunFolder, settings: Settings, positio
             kept = folder.metrics.read_bytes()[: position.metrics_bytes].rpartition(b"\n")
             os.truncate(folder.metrics, len(kept[0] + kept[1]))
         cut_samples(folder.samples, step_of(checkpoint))
+        cut_task_answers(folder.task_answers, step_of(checkpoint))
         write_atomically(folder.recipe, stored_recipe(settings.stored))
         resumed: dict[str, Any] = {"checkpoint": checkpoint.name}
         if position.state.source:

@@ -49,6 +49,9 @@ def located(settings: Settings) -> Settings:
     for number, scorer in enumerate(settings.scorers):
         if scorer is not None:
             changes |= _of_scorer(f"data.sources.{number}.score_by", scorer, absolute)
+    for number, task in enumerate(settings.tasks):
+        key = f"evaluate.tasks.{number}"
+        changes |= {f"{key}.path": absolute(task.path)} | _of_scorer(f"{key}.score_by", task.scorer, absolute)
     for part, sources in (("sources", settings.data.sources), ("held_out", settings.data.held_out)):
         changes |= {f"data.{part}.{number}.path": absolute(source.path) for number, source in enumerate(sources)}
     return changed(settings, changes)

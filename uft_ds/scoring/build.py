@@ -12,6 +12,7 @@ from typing import Any
 from uft_ds.errors import UserError
 from uft_ds.host.files import read_regular_text, user_cache
 from uft_ds.host.web import key_in
+from uft_ds.scoring.asking import Judge
 from uft_ds.scoring.code import CodeScorer
 from uft_ds.scoring.endpoint import Endpoint
 from uft_ds.scoring.item import Scorer
@@ -85,8 +86,27 @@ _LIMITS = {
 
 
 def judge_of(options: JudgeOptions, environ: Mapping[str, str] = os.environ) -> JudgeScorer:
-    """A judge.
+    """A judge that scores.
 
+    Raises:
+        UserError: names the option.
+    """
+    judge = asked_judge(options, environ)
+    if options.template is None:
+        template = Template(COMPARE if options.pairwise else GRADE, "the built-in template", compares=options.pairwise)
+    else:
+        template = Template(_text(options.template), str(options.template), compares=options.pairwise)
+    low, high = options.scale
+    if low >= high:
+        raise UserError(f"--scale {low:g},{high:g}: expected the worst grade first, then the best")
+    return JudgeScorer(judge, Rubric(template, options.scale))
+
+
+def asked_judge(options: JudgeOptions, environ: Mapping[str, str] = os.environ, *, max_tokens: int = 1024) -> Judge:
+    """A judge that may be asked anything.
+
+    Args:
+        max_tokens: of a reply, where the options' body does not say.
     Raises:
         UserError: names the option.
     """
@@ -98,18 +118,10 @@ def judge_of(options: JudgeOptions, environ: Mapping[str, str] = os.environ) -> 
     except UnicodeEncodeError:  # the output, which names the judge, could not be written in the end
         raise UserError(f"--judge-model: found {options.model!r}, expected a name in UTF-8") from None
     key = key_in(options.key_env, "--judge-key-env", environ)
-    body = {"model": options.model, "temperature": 0, "max_tokens": 1024, **_body(options.body)}
-    if options.template is None:
-        template = Template(COMPARE if options.pairwise else GRADE, "the built-in template", compares=options.pairwise)
-    else:
-        template = Template(_text(options.template), str(options.template), compares=options.pairwise)
-    low, high = options.scale
-    if low >= high:
-        raise UserError(f"--scale {low:g},{high:g}: expected the worst grade first, then the best")
+    body = {"model": options.model, "temperature": 0, "max_tokens": max_tokens, **_body(options.body)}
     limits = options.limits
-    return JudgeScorer(
+    return Judge(
         Endpoint(options.url, body, key, limits.seconds, limits.tries),
-        Rubric(template, options.scale),
         Replies(options.cache or user_cache() / "judge"),
         limits.budget(),
         requests_per_minute=limits.requests_per_minute,

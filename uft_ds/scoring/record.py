@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from uft_ds.host.files import sha256, write_atomically
 from uft_ds.host.formats import KEY, check_format
 from uft_ds.host.locks import Held, Lock, NoLocks, acquire
 from uft_ds.scoring.item import NO_TOKENS, Judgement, Tokens
+from uft_ds.scoring.ledger import Ledger
 from uft_ds.scoring.replies import encodable_json
 from uft_ds.scoring.rows import Row
 
@@ -60,11 +60,7 @@ class Record:
         self.out, self.folder = out, out.with_name(out.name + ".scoring")
         self._lock: Lock | None = None
         self._log: BinaryIO | None = None
-        self._ledger: BinaryIO | None = None
-        self._ledger_lock = threading.Lock()
-        self.spent = NO_TOKENS
-        """What all runs for this output have asked for. It is kept by the reply, not by the row: a run that is cut off
-        within a row has paid for what it was told."""
+        self._ledger = Ledger(self.folder / SPENT)
 
     def open(self, identity: Mapping[str, Any]) -> dict[int, Scored]:
         """Take the folder for this input and scorer.
@@ -85,7 +81,7 @@ class Record:
         self._check(identity)  # anew: the folder may have been made meanwhile
         if not self._identity.exists():
             write_atomically(self._identity, json.dumps({KEY: FORMAT, **identity}, indent=2))
-        self.spent = self._read_ledger()
+        self._ledger.open()
         return self._judgements()
 
     def peek(self, identity: Mapping[str, Any]) -> dict[int, Scored]:
@@ -104,11 +100,12 @@ class Record:
 
     def add_spent(self, tokens: Tokens) -> None:
         """Note what a reply has taken. It may be called by several threads."""
-        with self._ledger_lock:
-            if self._ledger is None:
-                self._ledger = (self.folder / SPENT).open("ab", buffering=0)
-            self._ledger.write(json.dumps([tokens.prompt, tokens.completion]).encode() + b"\n")
-            self.spent = self.spent + tokens
+        self._ledger.add(tokens)
+
+    @property
+    def spent(self) -> Tokens:
+        """What all runs for this output have asked for."""
+        return self._ledger.spent
 
     def flush(self) -> None:
         if self._log is not None:
@@ -122,12 +119,12 @@ class Record:
 
     def close(self) -> None:
         """Release the folder; where nothing has been scored it is removed, so a slip leaves nothing behind."""
-        for file in (self._log, self._ledger):
-            if file is not None:
-                file.close()
+        self._ledger.close()
+        if self._log is not None:
+            self._log.close()
         if self._lock is None:
             return
-        if self._log_path.exists() or self._summary.exists() or (self.folder / SPENT).exists():
+        if self._log_path.exists() or self._summary.exists() or self._ledger.path.exists():
             self._lock.close()
             return
         for name in (FAILURES, QUARANTINE):
@@ -194,20 +191,6 @@ class Record:
         # Without a summary a kill has come between the renaming of the output and the summary.
         if summary is not None and summary.get("out_sha256") != sha256(self.out):
             raise UserError(f"--out {self.out}: has been changed since it was written; {remedy}")
-
-    def _read_ledger(self) -> Tokens:
-        """The sum of all whole lines."""
-        try:
-            text = (self.folder / SPENT).read_bytes()
-        except FileNotFoundError:
-            return NO_TOKENS
-        whole = text[: text.rfind(b"\n") + 1]
-        if len(whole) < len(text):
-            (self.folder / SPENT).write_bytes(whole)
-        try:
-            return sum((Tokens(*json.loads(line)) for line in whole.splitlines()), NO_TOKENS)
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{self.folder / SPENT}: cannot be read ({error}); delete its damaged lines") from None
 
     def _judgements(self, *, mend: bool = True) -> dict[int, Scored]:
         """All whole lines; a last line that a kill has cut off is removed."""

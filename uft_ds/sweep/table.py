@@ -20,7 +20,7 @@ from rich.text import Text
 
 from uft_ds.errors import UserError
 from uft_ds.host.files import write_atomically
-from uft_ds.recipe.best import BEST, badness
+from uft_ds.recipe.best import BEST, badness, is_of_task
 from uft_ds.recipe.file import leaves_of
 from uft_ds.sweep.file import DEFAULT_COLUMNS, PlannedRun, Sweep
 
@@ -143,13 +143,14 @@ def best_of(sweep: Sweep, results: list[Result], names: Sequence[str]) -> Best |
     if any(tree["data"]["held_out"] != trees[0]["data"]["held_out"] for tree in trees):
         return Best(frozenset(), "no best is marked: the runs are held out on different data")
     kept = {tree["train"]["keep_best"] for tree in trees}
+    same_tasks = all(tree["evaluate"] == trees[0]["evaluate"] for tree in trees)
     same_objective = all(tree["objective"] == trees[0]["objective"] for tree in trees)
     candidates = [*(kept if len(kept) == 1 and None not in kept else ()), *names]
     passed_over = ""
     for name in candidates:
         prefix, _, rest = name.partition("/")
         base = rest.partition("/")[0]
-        if prefix != "held_out" or base not in BEST:
+        if not (same_tasks if is_of_task(name) else prefix == "held_out" and base in BEST):
             continue
         if base == "loss" and not same_objective:
             passed_over = "; losses of different objectives are not compared"
@@ -162,7 +163,7 @@ def best_of(sweep: Sweep, results: list[Result], names: Sequence[str]) -> Best |
         if len(best) == len(done):
             continue
         why = "train.keep_best" if kept == {name} else "the first column that compares the runs"
-        is_best = f"{BEST[base]} {name}, {values[best[0]]:.4g}"
+        is_best = f"{'highest' if is_of_task(name) else BEST[base]} {name}, {values[best[0]]:.4g}"
         return Best(frozenset(best), f"* best: {', '.join(best)}: {is_best} ({why}{passed_over})")
     return Best(frozenset(), f"no best is marked: no held-out metric compares all runs that are done{passed_over}")
 
@@ -207,7 +208,8 @@ def _leaves(keys: Sequence[str]) -> list[str]:
 def _header(name: str) -> str:
     """A metric's name in short lines: `held_out/rank_correlation/score` in four."""
     prefix, _, rest = name.partition("/")
-    part, rest = ("held-out", rest) if prefix == "held_out" else ("training", name)
+    parts = {"held_out": ("held-out", rest), "tasks": ("task", rest)}
+    part, rest = parts.get(prefix, ("training", name))
     return "\n".join([part, *rest.replace("/", "_").split("_")])
 
 

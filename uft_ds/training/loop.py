@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from uft_ds.checkpoint.state import Position, TrainerState
 from uft_ds.checkpoint.writer import CheckpointWriter
@@ -15,12 +16,14 @@ from uft_ds.data.source import StepSource
 from uft_ds.errors import CheckFailed, Stopped, UserError
 from uft_ds.host.signals import NEVER, Stop
 from uft_ds.objectives.objective import objective_at
+from uft_ds.recipe.best import is_of_task
 from uft_ds.recipe.names import unknown_name
 from uft_ds.recipe.settings import TrainSettings
 from uft_ds.record.metrics import model_flops_utilization, peak_memory_gib
 from uft_ds.record.report import Reporter
 from uft_ds.record.run_folder import RunFolder
 from uft_ds.record.samples import write_samples
+from uft_ds.record.task_answers import TaskAnswer, write_task_answers
 from uft_ds.record.telemetry import write_rows
 from uft_ds.streams.adapters import Policy
 from uft_ds.training.evaluate import evaluate
@@ -33,12 +36,23 @@ START = TrainerState(step=0, skipped_steps=0)
 """The state of a run before its first step."""
 
 
+class Tasks(Protocol):
+    """Prompts that the policy answers at each evaluation, and that are graded; see `rollouts.tasks`."""
+
+    @property
+    def num_prompts(self) -> int: ...
+
+    def evaluate(self, step: int, on_done: Callable[[int], None]) -> tuple[dict[str, float], list[TaskAnswer]]:
+        """Metrics, named `tasks/...`, and all answers. Every rank must call it, and all get the same."""
+        ...
+
+
 @dataclass(frozen=True)
 class Session:
     """Everything that a run trains with; created once, and the same for all steps.
 
     method: with the recipe's objective, before any schedule of beta.
-    sampler: of the answers after each evaluation; None: there are none.
+    sampler: of the answers after each evaluation; None: there are none. tasks: likewise.
     starts_as_reference: whether policy and reference compute the same before the first update.
     """
 
@@ -51,6 +65,7 @@ class Session:
     stop: Stop = NEVER
     sampler: Sampler | None = None
     starts_as_reference: bool = True
+    tasks: Tasks | None = None
 
     def method_at(self, progress: float, state: TrainerState) -> Method:
         """The method after `state`, with the objective at a point of the run: 0 at the first step, 1 at the last."""
@@ -158,13 +173,15 @@ def due(step: int, every: int) -> bool:
 
 
 def _evaluate_and_report(session: Session, method: Method, held_out: Seq[Step], state: TrainerState) -> None:
+    if session.tasks is not None:
+        _evaluate_tasks(session, session.tasks, state.step)
     if not held_out:
         return
     reporter, count = session.reporter, sum(len(group.responses) for group in held_out)
     with reporter.working(f"evaluating held-out data after step {state.step}", count) as on_done:
         found = evaluate(method, held_out, state.log_ratio_shift, session.stop, on_done)
     wanted = session.settings.keep_best
-    if wanted is not None and wanted not in found.metrics:
+    if wanted is not None and not is_of_task(wanted) and wanted not in found.metrics:
         known = tuple(found.metrics)
         raise UserError(f"train.keep_best: {unknown_name(wanted, known)}")
     reporter.held_out(state.step, found.metrics)
@@ -172,6 +189,22 @@ def _evaluate_and_report(session: Session, method: Method, held_out: Seq[Step], 
         write_rows(session.folder.held_out_rows, found.rows, found.origins)
     if session.sampler is not None:
         _sample(session, session.sampler, state.step)
+
+
+def _evaluate_tasks(session: Session, tasks: Tasks, step: int) -> None:
+    reporter = session.reporter
+    with reporter.working(f"answering the prompts of tasks after step {step}", tasks.num_prompts) as on_done:
+        metrics, answers = tasks.evaluate(step, on_done)
+    reporter.tasks(step, metrics)
+    unscored = [answer for answer in answers if answer.score is None]
+    if unscored:
+        first = unscored[0]
+        reporter.warn(
+            f"tasks, step {step}: {len(unscored)} of {len(answers)} answers have no score and count for nothing; the "
+            f"first: {first.origin} of {first.task}: {first.reason}"
+        )
+    if session.method.engine.rank == 0:
+        write_task_answers(session.folder.task_answers, step, answers)
 
 
 def _sample(session: Session, sampler: Sampler, step: int) -> None:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-NONCE = re.compile(r"verdict_[0-9a-f]{24}")
+NONCE = re.compile(r'\{"(verdict_[0-9a-f]{24})": (?:GRADE|CHOICE|rating)\}')
+"""The name of a request, where the form of the verdict is told: an answer may hold other names, at any place."""
 
 
 @dataclass
@@ -72,11 +73,11 @@ def judge(answer: Answer) -> Iterator[StandIn]:
         def do_POST(self) -> None:
             nonlocal now
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            question = body["messages"][0]["content"]
-            nonce = NONCE.search(question)
+            question = body["messages"][-1]["content"]
+            nonce = NONCE.search("\n".join(message["content"] for message in body["messages"]))
             assert nonce is not None
             with lock:
-                asked = Asked(question, nonce[0], dict(self.headers.items()), body, len(stand_in.asked))
+                asked = Asked(question, nonce[1], dict(self.headers.items()), body, len(stand_in.asked))
                 stand_in.asked.append(asked)
                 now += 1
                 stand_in.most_at_once = max(stand_in.most_at_once, now)

@@ -1,0 +1,60 @@
+"""The tasks of a recipe before a launch: prompts that cannot be read or answered, and scorers that cannot be made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import write_recipe, write_rows
+
+from uft_ds.data.tokens.tokenize import load_tokenizer
+from uft_ds.errors import UserError
+from uft_ds.recipe.settings import Settings, load_settings
+from uft_ds.run.tasks import check_tasks, task_prompts
+
+
+def settings_with(folder: Path, base: Path, rows: list[dict[str, Any]], **task: Any) -> Settings:
+    path = write_rows(folder / "prompts.jsonl", rows)
+    given = {"name": "sums", "path": str(path), "score_by": "regex:a"} | task
+    return load_settings(str(write_recipe(folder, base, evaluate={"tasks": [given]})))
+
+
+@pytest.mark.parametrize(
+    ("rows", "task", "words"),
+    [
+        ([{"prompt": "a"}, {"promt": "b"}], {}, r"prompts\.jsonl:2: .*expected either 'prompt' or 'messages'"),
+        ([{"prompt": "a"}, {"prompt": "b <|im_end|>"}], {}, r"prompts\.jsonl:2: the text holds a special token"),
+        ([{"prompt": "a"}], {"examples": 2}, r"evaluate\.tasks\.0: .*prompts\.jsonl has 1 prompts, expected 2"),
+        (
+            [{"prompt": "a " * 600}],
+            {},
+            r"prompts\.jsonl:1: the prompt has \d+ tokens; with evaluate\.tasks\.0\.max_new",
+        ),
+        ([{"prompt": "a"}], {"score_by": "code:no_such_module:f"}, r"evaluate\.tasks\.0\.score_by"),
+        ([{"prompt": "a"}], {"score_by": "regex:("}, r"evaluate\.tasks\.0\.score_by"),
+    ],
+)
+def test_what_would_fail_later_is_refused(
+    tiny_qwen2: Path, tmp_path: Path, rows: list[dict[str, Any]], task: dict[str, Any], words: str
+) -> None:
+    """A bad row, by file and line, and a scorer by its key."""
+    settings = settings_with(tmp_path, tiny_qwen2, rows, **task)
+    with pytest.raises(UserError, match=words):
+        check_tasks(settings, load_tokenizer(str(tiny_qwen2)))
+
+
+def test_prompts_are_rendered_as_for_generation(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """The ids of Hugging Face's template with a generation prompt; renamed columns; the rest goes to the scorer."""
+    rows = [{"question": "How many?", "answer": 3}, {"question": "Why?", "answer": 4}, {"question": "no", "answer": 5}]
+    settings = settings_with(tmp_path, tiny_qwen2, rows, columns={"prompt": "question"}, examples=2)
+    chat = load_tokenizer(str(tiny_qwen2))
+    check_tasks(settings, chat)
+    found = task_prompts(settings.tasks[0], chat, "evaluate.tasks.0")
+    texts = [[{"role": "user", "content": row["question"]}] for row in rows[:2]]
+    expected = [
+        chat.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False) for turns in texts
+    ]
+    assert [list(prompt.token_ids) for prompt in found] == expected
+    assert [prompt.text.meta for prompt in found] == [{"answer": 3}, {"answer": 4}]
+    assert [Path(prompt.origin).name for prompt in found] == ["prompts.jsonl:1", "prompts.jsonl:2"]
