@@ -44,7 +44,7 @@ def test_a_group_has_the_metric_that_the_harness_leaves_out() -> None:
     """`exact_match_original` of MATH-hard: (4 x 0.25 + 1 x 1.0) / 5 = 0.4; errors are no metrics."""
     found = {task.task: task for task in task_results(of_harness())}
     assert found[MATH].metrics == {"exact_match,none": 0.4, "exact_match_original,none": pytest.approx(0.4)}
-    assert (found[MATH].items, found[MATH].shots) == (5, None)
+    assert (found[MATH].items, found[MATH].shots, found[MATH].parts) == (5, None, PARTS)
     assert found["gsm8k"].metrics == {"exact_match,strict-match": 0.5, "exact_match,flexible-extract": 1.0}
     assert (found["gsm8k"].items, found["gsm8k"].shots, found["gsm8k"].version) == (2, 5, "3.0")
 

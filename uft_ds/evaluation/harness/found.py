@@ -37,7 +37,12 @@ def task_results(results: Mapping[str, Any]) -> list[TaskResult]:
             metrics |= _weighted(results, groups[name], _MATH_ORIGINAL)
         if metrics:
             found[name] = TaskResult(
-                name, metrics, _items(results, groups, name), str(results["versions"].get(name)), _shots(results, name)
+                name,
+                metrics,
+                _items(results, groups, name),
+                str(results["versions"].get(name)),
+                _shots(results, name),
+                parts=tuple(_leaves(groups, name)) if name in groups else (),
             )
     columns = paper_columns({name: (task.metrics, task.shots) for name, task in found.items()})
     if columns:
@@ -83,6 +88,11 @@ def _items(results: Mapping[str, Any], groups: Mapping[str, list[str]], name: st
     if name not in groups:
         return int(results["n-samples"][name]["effective"])
     return sum(_items(results, groups, child) for child in groups[name])
+
+
+def _leaves(groups: Mapping[str, list[str]], name: str) -> list[str]:
+    """The tasks of a group, those of its groups too."""
+    return [leaf for child in groups[name] for leaf in (_leaves(groups, child) if child in groups else [child])]
 
 
 def _shots(results: Mapping[str, Any], name: str) -> int | None:
