@@ -10,13 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from uft_ds.evaluation.harness.suites import paper_columns
 from uft_ds.evaluation.results import ItemResult, TaskResult, items_path
 from uft_ds.host.files import write_atomically
 
-PAPER = "paper"
-"""The task that holds the numbers of the paper's columns, and their plain mean."""
-MEAN = "mean"
 SAMPLES = "samples"
 _MATH, _MATH_ORIGINAL = "leaderboard_math_hard", "exact_match_original,none"
 _LETTERS_OF_PROMPT = 1000
@@ -24,7 +20,7 @@ _NUMBERS = (int, float, np.bool_, np.number)
 
 
 def task_results(results: Mapping[str, Any]) -> list[TaskResult]:
-    """The numbers of all tasks and groups, and of the paper's columns behind them.
+    """The numbers of all tasks and groups.
 
     Args:
         results: of the harness's `evaluate`.
@@ -44,11 +40,6 @@ def task_results(results: Mapping[str, Any]) -> list[TaskResult]:
                 _shots(results, name),
                 parts=tuple(_leaves(groups, name)) if name in groups else (),
             )
-    columns = paper_columns({name: (task.metrics, task.shots) for name, task in found.items()})
-    if columns:
-        mean = {MEAN: sum(columns.values()) / len(columns)} if len(columns) > 1 else {}
-        items = sum(task.items for name, task in found.items() if name not in groups)
-        found[PAPER] = TaskResult(PAPER, columns | mean, items, "1")
     return list(found.values())
 
 

@@ -14,8 +14,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from uft_ds.errors import UserError
-from uft_ds.evaluation.harness.found import PAPER
 from uft_ds.evaluation.harness.planned import OnAnswered
+from uft_ds.evaluation.harness.suites import paper_columns
 from uft_ds.evaluation.results import Evaluation, TaskResult, read_items
 
 _SECONDS_BETWEEN_LINES = 30.0
@@ -60,21 +60,22 @@ def tables(found: Evaluation, folder: Path) -> list[Table]:
         of_tasks.add_column(name)
     of_tasks.add_column("value", justify="right")
     of_tasks.add_column("+-", justify="right")
-    columns = None
     for task in found.tasks:
-        if task.task == PAPER:
-            columns = Table(box=MARKDOWN)
-            columns.add_column("the paper's column")
-            columns.add_column("%", justify="right")
-            for name, value in task.metrics.items():
-                columns.add_row(name, f"{100 * value:.2f}")
-            continue
         shots = "-" if task.shots is None else str(task.shots)
         errors = _standard_errors(task, folder)
         for metric, value in task.metrics.items():
             error = f"{errors[metric]:.4f}" if metric in errors else ""
             of_tasks.add_row(task.task, task.version, shots, f"{task.items:,}", metric, f"{value:.4f}", error)
-    return [of_tasks] if columns is None else [of_tasks, columns]
+    columns = paper_columns({task.task: (task.metrics, task.shots) for task in found.tasks})
+    if not columns:
+        return [of_tasks]
+    of_paper = Table(box=MARKDOWN)
+    of_paper.add_column("the paper's column")
+    of_paper.add_column("%", justify="right")
+    mean = {"mean": sum(columns.values()) / len(columns)} if len(columns) > 1 else {}
+    for name, value in (columns | mean).items():
+        of_paper.add_row(name, f"{100 * value:.2f}")
+    return [of_tasks, of_paper]
 
 
 def in_words(found: Evaluation) -> list[str]:
