@@ -76,15 +76,17 @@ def _subject(base: str, revision: str | None, template: str | None, *, name: str
         chat = open_tokenizer(base, revision=revision, chat_template=template)
         check_base_files(local_folder(base, revision))
         model = load_weights(base, revision=revision, dtype=dtype)
-        identity = base_identity(base, revision)
+        of_base = base_identity(base, revision)
     except UserError as error:
         reason = str(error).removeprefix("model.base: ").replace("model.chat_template:", "--chat-template:")
         raise UserError(f"`{base}` cannot be loaded as a model: {reason}") from None
     if adapter is not None:
-        identity |= {"adapter": adapter_identity(adapter)}
         model = with_adapter(model, adapter).get_base_model()
     torch.nn.Module.to(model, device)  # in place; transformers' own `to` is untyped for a device
-    identity |= {
+    identity = {
+        "base_weights": of_base["weights"],
+        "base_config": of_base["config"],
+        "adapter": None if adapter is None else adapter_identity(adapter),
         "tokenizer": chat.content_hash,
         "template": hashlib.sha256(template_of(chat.tokenizer).encode()).hexdigest(),
         "dtype": str(dtype).removeprefix("torch."),

@@ -175,7 +175,7 @@ def test_other_questions_or_another_model_are_refused(subject: Subject, question
     other = write_rows(tmp_path / "other.jsonl", QUESTIONS[::-1])
     with pytest.raises(UserError, match=r"questions\.sha256"):
         made(subject, asked(other), out)
-    changed = Subject(subject.model, subject.chat, subject.name, {**subject.identity, "weights": ["0"]})
+    changed = Subject(subject.model, subject.chat, subject.name, {**subject.identity, "base_weights": ["0"]})
     with pytest.raises(UserError, match=r"model\.weights"):
         made(changed, asked(questions), out)
     (tmp_path / "foreign.jsonl").write_text("mine\n")
@@ -251,7 +251,7 @@ def test_an_adapter_answers_as_peft_does(tiny_qwen2: Path, questions: Path, tmp_
     plain = open_subject(str(tiny_qwen2))
     assert tuned.name == "adapter"
     assert "adapter" in tuned.identity
-    assert tuned.identity["weights"] == plain.identity["weights"]
+    assert tuned.identity["base_weights"] == plain.identity["base_weights"]
     how = asked(questions, temperature=0.0, limit=2)
     made(tuned, how, tmp_path / "a.jsonl")
     found = answers_in(tmp_path / "a.jsonl")

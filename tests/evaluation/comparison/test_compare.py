@@ -118,13 +118,21 @@ def test_tasks_of_like_names_are_columns_of_their_own(tmp_path: Path) -> None:
 
 
 def test_evaluations_of_two_models_are_not_one_row(tmp_path: Path) -> None:
-    """Of a run's checkpoints, both under the run's name: told by the adapter's hash."""
-    for number, task in enumerate(("mmlu", "winogrande")):
+    """Of a run's checkpoints, both under the run's name: told by the adapter's hash, of judged answers too."""
+
+    def written(name: str, task: str, model: dict[str, Any]) -> None:
         result = TaskResult(task, {"acc": 0.5}, 4, "1", 5)
-        model = {"base": "x", "adapter_sha256": str(number) * 64}
-        write_evaluation(tmp_path / "run" / task, Evaluation("run", model, {}, [result]), {})
+        write_evaluation(tmp_path / "run" / name, Evaluation("run", model, {}, [result]), {})
+
+    weights = {"base_weights": ["a" * 64], "adapter": "1" * 64}
+    written("asked", "mmlu", weights)
+    written("judged", "mt_bench", {"answers_sha256": "5" * 64, "model": {**weights, "device": "cpu"}})
+    written("unknown", "alpaca_eval", {"answers_sha256": "6" * 64})
     evaluated(tmp_path / "b", "b", {"mmlu": [1, 0]}, settings={})
-    with pytest.raises(UserError, match="evaluations of two models: they differ in adapter_sha256; give them names"):
+    allowed = compared(tmp_path / "run", tmp_path / "b", allow_unlike=True)
+    assert allowed.names == ("run", "b")
+    written("later", "winogrande", weights | {"adapter": "2" * 64})
+    with pytest.raises(UserError, match="evaluations of two models, by the hashes of their weights; give them names"):
         compared(tmp_path / "run", tmp_path / "b")
 
 

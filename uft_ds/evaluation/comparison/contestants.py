@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -171,21 +170,21 @@ def _check_once(contestant: Contestant) -> None:
                     "name the one that counts, or give models that have the same name others, as NAME=FOLDER"
                 )
             seen[result.task] = folder
-    first, *others = contestant.evaluations
-    for folder, evaluation in others:
-        ours, theirs = _hashes_of(first[1]), _hashes_of(evaluation)
-        unlike = [key for key in ours if key in theirs and ours[key] != theirs[key]]
-        if unlike:
+    known = [(folder, weights) for folder, one in contestant.evaluations if (weights := _weights_of(one))]
+    for folder, weights in known[1:]:
+        if weights != known[0][1]:
             raise UserError(
-                f"{contestant.name}: {first[0]} and {folder} are evaluations of two models: they differ in "
-                f"{unlike[0]}; give them names of their own, as NAME=FOLDER"
+                f"{contestant.name}: {known[0][0]} and {folder} are evaluations of two models, by the hashes of their "
+                "weights; give them names of their own, as NAME=FOLDER"
             )
 
 
-def _hashes_of(evaluation: Evaluation) -> dict[str, str]:
-    """What of the model's description is a SHA-256."""
-    return {
-        key: value
-        for key, value in evaluation.model.items()
-        if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)
-    }
+def _weights_of(evaluation: Evaluation) -> dict[str, Any]:
+    """The hashes of the base's weights and of the adapter, or nothing where they are not known.
+
+    Where answers were judged, the model that gave them is described by the record of `uft generate`.
+    """
+    model = evaluation.model.get("model", evaluation.model)
+    if not isinstance(model, Mapping) or "base_weights" not in model:
+        return {}
+    return {"base": model["base_weights"], "adapter": model.get("adapter")}
