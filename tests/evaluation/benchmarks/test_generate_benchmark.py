@@ -176,7 +176,7 @@ def test_other_questions_or_another_model_are_refused(subject: Subject, question
     with pytest.raises(UserError, match=r"questions\.sha256"):
         made(subject, asked(other), out)
     changed = Subject(subject.model, subject.chat, subject.name, {**subject.identity, "base_weights": ["0"]})
-    with pytest.raises(UserError, match=r"model\.weights"):
+    with pytest.raises(UserError, match=r"model\.base_weights"):
         made(changed, asked(questions), out)
     (tmp_path / "foreign.jsonl").write_text("mine\n")
     with pytest.raises(UserError, match=r"exists, without foreign\.jsonl\.settings\.json"):

@@ -124,8 +124,11 @@ class _Harness(HFLM):
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
-        # One batch at a time is handed over, whole.
-        super().__init__(model, backend="causal", tokenizer=tokenizer, batch_size=_UNLIMITED)
+        # One batch at a time is handed over, whole. Log-probs in float32: in bfloat16, the harness's choice for such a
+        # model, answers of different likelihood come out equal (findings/lm_eval_bfloat16_ties.sh).
+        super().__init__(
+            model, backend="causal", tokenizer=tokenizer, batch_size=_UNLIMITED, softmax_dtype=torch.float32
+        )
         core = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._can_keep = "logits_to_keep" in inspect.signature(core.forward).parameters
         self._kept = 0

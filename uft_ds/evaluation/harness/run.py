@@ -39,6 +39,7 @@ def begun_of(model: dict[str, Any], suite: Suite, tasks: Loaded, options: Option
         "fewshot_as_multiturn": options.multiturn,
         "seeds": list(options.seeds),
         "dtype": options.dtype,
+        "softmax_dtype": "float32" if options.server is None else "the server's",
         "max_new_tokens": options.max_new_tokens,
         "batch_size": "auto" if size is None else size.rows,
         "server": options.server,
