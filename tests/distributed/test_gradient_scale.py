@@ -1,6 +1,7 @@
 """Invariant 2: the gradient of a step does not depend on world size, micro-batches or packing."""
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,6 +142,7 @@ class ByHand(NamedTuple):
     advantage: float
 
 
+@cache
 def step_by_hand(folder: Path, name: str) -> ByHand:
     """One process, an answer at a time, formulas in float64."""
     model, step = toy_model(folder), step_of_answers()

@@ -1,30 +1,26 @@
 """What scoring by a stream and the hand-over gather, counted at DeepSpeed's backend: `benchmarks/online_traffic.py`."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from online_traffic import bars, measure_all, measure_scores, measure_steps
-from ranks import run_on_ranks
+from online_traffic import bars, measure_all
 from reference_traffic import write_model
 from reward_models import saved_reward_adapter
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The benchmark's model."""
-    return write_model(tmp_path_factory.mktemp("traffic") / "model")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
+    """Of the benchmark's model on two ranks; the reward model is on all layers, as the policy is."""
+    folder = write_model(tmp_path_factory.mktemp("traffic") / "model")
+    adapter = saved_reward_adapter(folder, folder.parent / "reward", targets="all-linear")
+    return measure_all(folder, adapter, 2)
 
 
-@pytest.fixture(scope="module")
-def adapter(folder: Path) -> Path:
-    """A reward model on all layers, as the policy is."""
-    return saved_reward_adapter(folder, folder.parent / "reward", targets="all-linear")
-
-
-def test_invariant_9_a_reward_stream_gathers_what_a_forward_of_sft_does(folder: Path, adapter: Path) -> None:
+def test_invariant_9_a_reward_stream_gathers_what_a_forward_of_sft_does(measured: tuple[Any, ...]) -> None:
     """Policy, reference and reward model in one visit: the bytes and collectives of the policy alone, and about a third
     of three visits' and of three models'; no prefetch trace is lost."""
-    found = run_on_ranks(measure_scores, 2, folder, adapter)[0]
+    found, _, _ = measured
     policy, three = found["policy"], found["three streams"]
     assert three.gathered_bytes == policy.gathered_bytes > 0
     assert three.gathers == policy.gathers
@@ -34,19 +30,18 @@ def test_invariant_9_a_reward_stream_gathers_what_a_forward_of_sft_does(folder: 
         assert 0.3 < three.bytes_each / found[separate].bytes_each < 0.4
 
 
-def test_scoring_between_steps_loses_no_trace_and_holds_no_base(folder: Path, adapter: Path) -> None:
+def test_scoring_between_steps_loses_no_trace_and_holds_no_base(measured: tuple[Any, ...]) -> None:
     """ZeRO keeps its prefetch trace, which a head that is a module of its own would make it drop; of weights a rank
     holds the reward model's adapter more, where a model of its own is a base more."""
-    found = run_on_ranks(measure_steps, 2, folder, adapter)[0]
+    _, found, _ = measured
     plain, attached, own = (found[name] for name in ("not scored", "reward stream", "a model of its own"))
     assert attached.lost == plain.lost == 0
     assert attached.scoring.gathered_bytes > 0
     assert 0 < attached.held - plain.held < 0.02 * (own.held - plain.held)
 
 
-@pytest.mark.long
-def test_every_bar_of_online_traffic_holds(folder: Path, adapter: Path) -> None:
-    """With the hand-over of the policy, on two ranks."""
-    measured = bars(*measure_all(folder, adapter, 2))
-    assert len(measured) > 6
-    assert [bar for bar in measured if not bar.holds] == []
+def test_every_bar_of_online_traffic_holds(measured: tuple[Any, ...]) -> None:
+    """With the hand-over of the policy."""
+    found = bars(*measured)
+    assert len(found) > 6
+    assert [bar for bar in found if not bar.holds] == []

@@ -9,7 +9,7 @@ from uft_ds.host.packages import install_command
 
 def test_the_requirements_of_an_extra_are_named() -> None:
     """As the package declares them; this package's own name may be another one's on an index."""
-    assert install_command("wandb") == "pip install 'wandb>=0.19'"
+    assert install_command("wandb") == "pip install 'wandb<1,>=0.19'"
     assert install_command("gpu") == "pip install --no-build-isolation 'flash-attn>=2.7'"  # its setup imports torch
 
 
