@@ -1,6 +1,5 @@
 """What scoring by a stream and the hand-over gather, counted at DeepSpeed's backend: `benchmarks/online_traffic.py`."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
