@@ -134,6 +134,9 @@ def stand_in(folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) 
 
 def handler_of(at: StandIn) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
+        counts = False
+        """Whether a request is among those that `now` counts."""
+
         def do_GET(self) -> None:
             if at.faults.get("hangs", 0) > 0:
                 time.sleep(at.slow_seconds)
@@ -154,6 +157,7 @@ def handler_of(at: StandIn) -> type[BaseHTTPRequestHandler]:
             with at.lock:
                 at.asked.append((self.path, body))
                 at.now += 1
+                self.counts = True
                 at.most_at_once = max(at.most_at_once, at.now)
             try:
                 if self.path == "/v1/completions":
@@ -168,8 +172,7 @@ def handler_of(at: StandIn) -> type[BaseHTTPRequestHandler]:
             except (BrokenPipeError, ConnectionResetError):
                 pass  # the client had waited long enough
             finally:
-                with at.lock:
-                    at.now -= 1
+                self.no_longer_counts()
 
         def load(self, name: str, path: str) -> None:
             if name in at.adapters:
@@ -224,7 +227,13 @@ def handler_of(at: StandIn) -> type[BaseHTTPRequestHandler]:
         def say(self, value: dict[str, Any]) -> None:
             self.write(200, json.dumps(value).encode())
 
+        def no_longer_counts(self) -> None:
+            with at.lock:
+                at.now -= self.counts
+                self.counts = False
+
         def write(self, status: int, body: bytes) -> None:
+            self.no_longer_counts()  # a client that has the answer may ask again before this thread goes on
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
