@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from uft_ds.host.files import write_atomically
+from uft_ds.record.lines_of_steps import cut_after, read_lines, write_step
 
 
 @dataclass(frozen=True)
@@ -46,37 +44,21 @@ class Trained:
 
 
 def write_samples(path: Path, step: int, samples: Seq[Sample]) -> None:
-    """Write the samples of a step after those of earlier steps; samples of this and later steps are replaced.
-
-    A resumed run may find samples of steps that it makes again.
-    """
-    _write(path, [*(sample for sample in read_samples(path) if sample.step < step), *samples])
+    """Write the samples of a step after those of earlier steps; samples of this and later steps are replaced."""
+    write_step(path, step, samples, Sample, _is_whole)
 
 
 def cut_samples(path: Path, step: int) -> None:
     """Remove samples of steps after this one, if there is a file."""
-    if path.exists():
-        _write(path, [sample for sample in read_samples(path) if sample.step <= step])
+    cut_after(path, step, Sample, _is_whole)
 
 
 def read_samples(path: Path) -> list[Sample]:
     """All samples of a run; none if there is no file. Damaged lines are left out."""
-    if not path.exists():
-        return []
-    found = [_parsed(line) for line in path.read_bytes().split(b"\n")]
-    return [sample for sample in found if sample is not None]
+    return read_lines(path, Sample, _is_whole)
 
 
-def _write(path: Path, samples: Seq[Sample]) -> None:
-    write_atomically(path, "".join(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples))
-
-
-def _parsed(line: bytes) -> Sample | None:
-    try:
-        found: dict[str, Any] = json.loads(line.decode("utf-8"))
-        sample = Sample(**{field.name: found[field.name] for field in fields(Sample)})
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return None
+def _is_whole(sample: Sample) -> bool:
     texts = (sample.origin, sample.kind, sample.prompt, sample.response, sample.answer)
     is_whole = type(sample.step) is int and type(sample.score) in (int, float) and type(sample.ended) is bool
-    return sample if is_whole and all(isinstance(text, str) for text in texts) else None
+    return is_whole and all(isinstance(text, str) for text in texts)

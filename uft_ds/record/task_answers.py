@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
-from uft_ds.host.files import write_atomically
+from uft_ds.record.lines_of_steps import cut_after, read_lines, write_step
 
 
 @dataclass(frozen=True)
@@ -32,38 +30,22 @@ class TaskAnswer:
 
 
 def write_task_answers(path: Path, step: int, answers: Seq[TaskAnswer]) -> None:
-    """Write the answers of a step after those of earlier steps; answers of this and later steps are replaced.
-
-    A resumed run may find answers of steps that it makes again.
-    """
-    _write(path, [*(answer for answer in read_task_answers(path) if answer.step < step), *answers])
+    """Write the answers of a step after those of earlier steps; answers of this and later steps are replaced."""
+    write_step(path, step, answers, TaskAnswer, _is_whole)
 
 
 def cut_task_answers(path: Path, step: int) -> None:
     """Remove answers of steps after this one, if there is a file."""
-    if path.exists():
-        _write(path, [answer for answer in read_task_answers(path) if answer.step <= step])
+    cut_after(path, step, TaskAnswer, _is_whole)
 
 
 def read_task_answers(path: Path) -> list[TaskAnswer]:
     """All answers of a run; none if there is no file. Damaged lines are left out."""
-    if not path.exists():
-        return []
-    found = (_parsed(line) for line in path.read_bytes().split(b"\n"))
-    return [answer for answer in found if answer is not None]
+    return read_lines(path, TaskAnswer, _is_whole)
 
 
-def _write(path: Path, answers: Iterable[TaskAnswer]) -> None:
-    write_atomically(path, (json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers))
-
-
-def _parsed(line: bytes) -> TaskAnswer | None:
-    try:
-        found = json.loads(line.decode("utf-8"))
-        answer = TaskAnswer(**{field.name: found[field.name] for field in fields(TaskAnswer)})
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return None
+def _is_whole(answer: TaskAnswer) -> bool:
     texts = (answer.task, answer.origin, answer.prompt, answer.answer, answer.reason)
     is_whole = type(answer.step) is int and type(answer.ended) is bool
     is_graded = answer.score is None or type(answer.score) in (int, float)
-    return answer if is_whole and is_graded and all(isinstance(text, str) for text in texts) else None
+    return is_whole and is_graded and all(isinstance(text, str) for text in texts)
