@@ -10,6 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import typer
 
+from uft_ds.commands.judge_options import (
+    JUDGE_PANEL,
+    Concurrency,
+    JudgeBody,
+    JudgeKeyEnv,
+    Price,
+    ReplyCache,
+    RequestsPerMinute,
+    Timeout,
+    Tries,
+)
 from uft_ds.commands.shared import console, quiet_loading
 from uft_ds.errors import EXIT_CRASHED, CheckFailed, UserError
 from uft_ds.host.process import ended_as_by_ctrl_c
@@ -18,7 +29,7 @@ from uft_ds.host.terminal import visible
 if TYPE_CHECKING:
     from uft_ds.evaluation.benchmarks.lengths import Lengths
 
-_MT_BENCH, _ALPACA_EVAL, _JUDGE = "MT-Bench", "AlpacaEval", "Judge"
+_MT_BENCH, _ALPACA_EVAL = "MT-Bench", "AlpacaEval"
 Benchmark = Annotated[Literal["mt_bench", "alpaca_eval"], typer.Option(help="Whose questions and layouts they are.")]
 
 
@@ -141,41 +152,22 @@ def judge(
     retry_failures: Annotated[
         bool, typer.Option("--retry-failures", help="Ask again for what is missing, of a complete folder, too.")
     ] = False,
-    judge_key_env: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Environment variable that holds the key.", rich_help_panel=_JUDGE),
-    ] = None,
-    judge_body: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="JSON: further fields of each request; null leaves one out.", rich_help_panel=_JUDGE),
-    ] = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time.", rich_help_panel=_JUDGE)] = 8,
-    requests_per_minute: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(min=0.01, help="At most.", rich_help_panel=_JUDGE),
-    ] = None,
-    timeout: Annotated[
-        float, typer.Option(min=0.1, max=86_400.0, help="Seconds of one request.", rich_help_panel=_JUDGE)
-    ] = 120.0,
-    tries: Annotated[
-        int, typer.Option(min=1, help="How often a request that fails is sent.", rich_help_panel=_JUDGE)
-    ] = 6,
+    judge_key_env: JudgeKeyEnv = None,
+    judge_body: JudgeBody = None,
+    concurrency: Concurrency = 8,
+    requests_per_minute: RequestsPerMinute = None,
+    timeout: Timeout = 120.0,
+    tries: Tries = 6,
     max_tokens_spent: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="For this folder, prompts and replies together.", rich_help_panel=_JUDGE),
+        typer.Option(min=1, help="For this folder, prompts and replies together.", rich_help_panel=JUDGE_PANEL),
     ] = None,
-    price: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="PROMPT,COMPLETION: what a million tokens cost.", rich_help_panel=_JUDGE),
-    ] = None,
+    price: Price = None,
     max_cost: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option(min=0.0, help="For this folder, in the price's currency.", rich_help_panel=_JUDGE),
+        typer.Option(min=0.0, help="For this folder, in the price's currency.", rich_help_panel=JUDGE_PANEL),
     ] = None,
-    cache: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="Where replies are kept; uft_ds/judge in the user's cache.", rich_help_panel=_JUDGE),
-    ] = None,
+    cache: ReplyCache = None,
 ) -> None:
     """Have a language model judge answers: MT-Bench's grades, or AlpacaEval's win rate against a reference.
 

@@ -11,11 +11,22 @@ from typing import Annotated, Literal, Optional
 
 import typer
 
+from uft_ds.commands.judge_options import (
+    JUDGE_PANEL,
+    Concurrency,
+    JudgeBody,
+    JudgeKeyEnv,
+    Price,
+    ReplyCache,
+    RequestsPerMinute,
+    Timeout,
+    Tries,
+)
 from uft_ds.commands.shared import console, quiet_loading
 from uft_ds.errors import EXIT_CRASHED, CheckFailed, UserError
 from uft_ds.host.process import ended_as_by_ctrl_c
 
-_JUDGE, _DATA, _OTHER = "Judge", "Data", "Other scorers"
+_DATA, _OTHER = "Data", "Other scorers"
 
 
 def score(
@@ -67,53 +78,34 @@ def score(
     ] = 0.01,
     judge_url: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="OpenAI-compatible, such as http://127.0.0.1:8000/v1.", rich_help_panel=_JUDGE),
+        typer.Option(help="OpenAI-compatible, such as http://127.0.0.1:8000/v1.", rich_help_panel=JUDGE_PANEL),
     ] = None,
-    judge_model: Annotated[Optional[str], typer.Option(help="Its name there.", rich_help_panel=_JUDGE)] = None,  # noqa: UP045
-    judge_key_env: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Environment variable that holds the key.", rich_help_panel=_JUDGE),
-    ] = None,
-    judge_body: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="JSON: further fields of each request; null leaves one out.", rich_help_panel=_JUDGE),
-    ] = None,
+    judge_model: Annotated[Optional[str], typer.Option(help="Its name there.", rich_help_panel=JUDGE_PANEL)] = None,  # noqa: UP045
+    judge_key_env: JudgeKeyEnv = None,
+    judge_body: JudgeBody = None,
     template: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="Your own question, with {prompt}, {answer} and {verdict}.", rich_help_panel=_JUDGE),
+        typer.Option(help="Your own question, with {prompt}, {answer} and {verdict}.", rich_help_panel=JUDGE_PANEL),
     ] = None,
-    scale: Annotated[str, typer.Option(help="Worst and best grade.", rich_help_panel=_JUDGE)] = "1,10",
+    scale: Annotated[str, typer.Option(help="Worst and best grade.", rich_help_panel=JUDGE_PANEL)] = "1,10",
     pairwise: Annotated[
         bool,
-        typer.Option("--pairwise", help="Compare the answers of a row, in both orders.", rich_help_panel=_JUDGE),
+        typer.Option("--pairwise", help="Compare the answers of a row, in both orders.", rich_help_panel=JUDGE_PANEL),
     ] = False,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time.", rich_help_panel=_JUDGE)] = 8,
-    requests_per_minute: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(min=0.01, help="At most.", rich_help_panel=_JUDGE),
-    ] = None,
-    timeout: Annotated[
-        float, typer.Option(min=0.1, max=86_400.0, help="Seconds of one request.", rich_help_panel=_JUDGE)
-    ] = 120.0,
-    tries: Annotated[
-        int, typer.Option(min=1, help="How often a request that fails is sent.", rich_help_panel=_JUDGE)
-    ] = 6,
+    concurrency: Concurrency = 8,
+    requests_per_minute: RequestsPerMinute = None,
+    timeout: Timeout = 120.0,
+    tries: Tries = 6,
     max_tokens_spent: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="For this output, prompts and replies together.", rich_help_panel=_JUDGE),
+        typer.Option(min=1, help="For this output, prompts and replies together.", rich_help_panel=JUDGE_PANEL),
     ] = None,
-    price: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="PROMPT,COMPLETION: what a million tokens cost.", rich_help_panel=_JUDGE),
-    ] = None,
+    price: Price = None,
     max_cost: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option(min=0.0, help="For this output, in the price's currency.", rich_help_panel=_JUDGE),
+        typer.Option(min=0.0, help="For this output, in the price's currency.", rich_help_panel=JUDGE_PANEL),
     ] = None,
-    cache: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="Where replies are kept; uft_ds/judge in the user's cache.", rich_help_panel=_JUDGE),
-    ] = None,
+    cache: ReplyCache = None,
     time_limit: Annotated[
         float, typer.Option(min=0.01, max=86_400.0, help="code, regex: seconds for one answer.", rich_help_panel=_OTHER)
     ] = 10.0,
