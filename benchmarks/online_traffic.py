@@ -63,8 +63,8 @@ from uft_ds.training.forwarding import Method
 from uft_ds.training.step import run_step
 
 TOKENS = 560
-WARM_UP, PASSES, STEPS = 3, 3, 4
-PROMPTS_PER_RANK, ANSWERS = 15, 4
+WARM_UP, PASSES, STEPS = 2, 1, 2
+PROMPTS_PER_RANK, ANSWERS = 10, 4
 SEQUENCES_PER_RANK = 20
 _SECONDS = 1200
 """Longest time of one measurement: on a busy machine four ranks take minutes."""
@@ -329,7 +329,7 @@ def main() -> int:
             scores, steps, handed = measure_all(folder, adapter, ranks)
             console.print(shown_traffic(f"{ranks} ranks: passes without gradient, a micro-batch", scores, "policy"))
             console.print(
-                shown_steps(f"{ranks} ranks: a step, of which 3 micro-batches are scored and 2 trained", steps)
+                shown_steps(f"{ranks} ranks: a step, of which 2 micro-batches are scored and 2 trained", steps)
             )
             console.print(shown_handover(f"{ranks} ranks: hand-over of the policy", handed))
             missed += report(console, bars(scores, steps, handed))
