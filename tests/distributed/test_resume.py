@@ -11,7 +11,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -31,7 +30,6 @@ from runs import (
     numbers,
     ranks_of,
     recipe_in,
-    run,
     settings_of_run,
     started,
     uft,
@@ -41,7 +39,6 @@ from runs import (
 
 from uft_ds.checkpoint.folder import newest_whole, step_of
 from uft_ds.errors import UserError
-from uft_ds.host.ports import free_port
 from uft_ds.recipe.settings import load_settings
 from uft_ds.record.metrics_file import read_metrics
 from uft_ds.record.run_folder import RunFolder
@@ -123,28 +120,6 @@ def test_other_shifts_and_a_beta_schedule_go_on_bit_for_bit(tiny_qwen2: Path, tm
     assert result.returncode == 0, result.stdout + result.stderr
     assert re.search("resuming from step-00000[24]", result.stdout)
     assert_same_run(tmp_path / "killed" / "run", tmp_path / "straight" / "run")
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("launcher", ["torch.distributed.run", "deepspeed.launcher.runner"])
-def test_every_launcher_goes_on(unbroken: Path, tiny_qwen2: Path, tmp_path: Path, launcher: str) -> None:
-    """With `--resume` behind the recipe, also where `latest` is gone; once more it says that nothing is left to do."""
-    recipe = recipe_in(tmp_path, tiny_qwen2)
-    killed_at(recipe, 3, one_rank=True)
-    (tmp_path / "run" / "latest").unlink()
-    if launcher.startswith("deepspeed"):
-        options = ["--num_gpus", "2", "--master_port", str(free_port()), "--module"]
-    else:
-        options = ["--nproc-per-node", "2", "--master-port", str(free_port()), "-m"]
-    command = (sys.executable, "-m", launcher, *options, "uft_ds.train", str(recipe), "--resume")
-    result = run(*command)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert re.search("resuming from step-00000[024]", result.stdout)
-    assert_same_run(tmp_path / "run", unbroken)
-    again = run(*command)
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert f"{tmp_path / 'run'} is done: there is nothing to resume" in again.stdout
-    assert_same_run(tmp_path / "run", unbroken)
 
 
 def test_a_run_that_is_done_is_left_alone(unbroken: Path) -> None:
@@ -418,7 +393,7 @@ def test_a_run_from_another_ones_adapter_goes_on_bit_for_bit(unbroken: Path, tin
     assert_same_run(tmp_path / "killed" / "run", straight.parent / "run")
 
 
-KILLS, STEPS_UNDER_FIRE = 6, 60
+KILLS, STEPS_UNDER_FIRE = 5, 30
 
 
 @pytest.mark.long
@@ -437,7 +412,7 @@ def test_a_run_that_is_killed_again_and_again(tiny_qwen2: Path, tmp_path: Path) 
         if rng.random() < 0.3:
             moment = after_seconds(rng.uniform(0.5, 10.0))
         else:
-            moment = soon_after_step(folder, went_on_from[-1] + rng.randint(1, 8), rng.uniform(0.0, 0.3))
+            moment = soon_after_step(folder, went_on_from[-1] + rng.randint(1, 5), rng.uniform(0.0, 0.3))
         kill(recipe, moment, one_rank=rng.random() < 0.5, wait=rng.random() < 0.5)
     assert len(set(went_on_from)) >= 3, f"the kills say little: the starts went on from steps {went_on_from}"
     result = uft("train", str(recipe), "--resume")

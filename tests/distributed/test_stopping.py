@@ -25,6 +25,7 @@ from runs import (
     program,
     ranks_of,
     recipe_in,
+    run,
     started,
     uft,
     wait_for_the_end_of,
@@ -120,7 +121,13 @@ def last_step(folder: Path) -> int:
     return max(line["step"] for line in read_metrics(folder / "metrics.jsonl") if "grad_norm" in line)
 
 
-def assert_stopped_and_goes_on(folder: Path, recipe: Path, expected: Path) -> None:
+def goes_on(recipe: Path) -> subprocess.CompletedProcess[str]:
+    return uft("train", str(recipe), "--resume")
+
+
+def assert_stopped_and_goes_on(
+    folder: Path, recipe: Path, expected: Path, again: Callable[[Path], subprocess.CompletedProcess[str]] = goes_on
+) -> None:
     newest, problems = newest_whole(folder)
     assert newest is not None
     assert not problems
@@ -135,8 +142,9 @@ def assert_stopped_and_goes_on(folder: Path, recipe: Path, expected: Path) -> No
         == f"step {step_of(newest)}, newest checkpoint: step {step_of(newest)}; {status['message']}"
     )
     wait_for_the_end_of(folder)
-    result = uft("train", str(recipe), "--resume")
+    result = again(recipe)
     assert result.returncode == 0, result.stdout + result.stderr
+    assert f"resuming from {newest.name}" in result.stdout
     assert numbers(folder) == numbers(expected)
     ours, theirs = adapter(folder), adapter(expected)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -244,7 +252,7 @@ def test_a_rank_that_dies_while_it_stops_is_no_stop(tiny_qwen2: Path, tmp_path: 
 def test_a_fill_that_is_asked_to_stop_keeps_what_it_has(tiny_qwen2: Path, tmp_path: Path) -> None:
     """`uft reference`, again: it computes only the rest."""
     recipe = recipe_in(tmp_path, tiny_qwen2)
-    rows = [{"prompt": f"Say {i}", "response": "yes " * (1 + i % 5)} for i in range(3000)]
+    rows = [{"prompt": f"Say {i}", "response": "yes " * (1 + i % 5)} for i in range(1200)]
     write_rows(tmp_path / "instruction.jsonl", rows)
     process = program("uft_ds", "reference", str(recipe))
     stored = tmp_path / "reference"
@@ -266,10 +274,21 @@ def test_a_fill_that_is_asked_to_stop_keeps_what_it_has(tiny_qwen2: Path, tmp_pa
 def test_under_every_launcher(
     unbroken: Path, tiny_qwen2: Path, tmp_path: Path, launcher: tuple[str, ...], to: str
 ) -> None:
-    """SIGTERM of the launcher, which passes it on and waits 30 seconds; SIGUSR1 of a single rank stops all."""
+    """SIGTERM of the launcher, which passes it on and waits 30 seconds; SIGUSR1 of a single rank stops all.
+
+    The launcher starts and resumes the run, also where `latest` is gone, and has the numbers of `uft train`.
+    """
     recipe, folder = long_recipe(tmp_path, tiny_qwen2), tmp_path / "run"
     name, *options = launcher
-    process = Launcher(name, "--master_port", str(free_port()), *options, "uft_ds.train", str(recipe))
+
+    def command(*arguments: str) -> tuple[str, ...]:
+        return (name, "--master_port", str(free_port()), *options, "uft_ds.train", str(recipe), *arguments)
+
+    def by_launcher(recipe: Path) -> subprocess.CompletedProcess[str]:
+        (folder / "latest").unlink()
+        return run(sys.executable, "-m", *command("--resume"))
+
+    process = Launcher(*command())
 
     def ask() -> None:
         if to == "one rank":
@@ -282,7 +301,11 @@ def test_under_every_launcher(
 
     said = end(process, has_run(folder, 4), ask)
     assert process.returncode != 0, said
-    assert_stopped_and_goes_on(folder, recipe, unbroken)
+    assert_stopped_and_goes_on(folder, recipe, unbroken, goes_on if to == "one rank" else by_launcher)
+    if launcher == TORCHRUN:
+        again = run(sys.executable, "-m", *command("--resume"))
+        assert again.returncode == 0, again.stdout + again.stderr
+        assert f"{folder} is done: there is nothing to resume" in again.stdout
 
 
 def an_evaluation_that_is_stopped(base: Path, at_group: int) -> Any:
