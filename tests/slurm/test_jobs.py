@@ -30,7 +30,7 @@ from uft_ds.record.metrics_file import read_metrics
 pytestmark = pytest.mark.long
 
 SLURM = Path(__file__).parents[2] / "slurm"
-STEPS = 24
+STEPS = 40
 
 
 @pytest.fixture(scope="module")
@@ -140,51 +140,55 @@ def test_a_job_trains_on_all_its_nodes(slurm: Cluster, base: Path, tmp_path: Pat
     assert not (Path(os.environ.get("TMPDIR", "/tmp")) / f"uft-{job}-0").exists(), "built kernels are cleared away"
 
 
-def test_the_time_limit_ends_in_a_checkpoint_and_the_job_comes_back(
-    slurm: Cluster, unbroken: Path, base: Path, tmp_path: Path
-) -> None:
-    """USR1 as `--signal=B:USR1@600` sends it: saved at a step that no period falls on, requeued, and done."""
-    recipe = write_recipe(tmp_path, base)
+def test_a_job_comes_back_whatever_has_ended_it(slurm: Cluster, unbroken: Path, base: Path, tmp_path: Path) -> None:
+    """Five ends, one after the other: a signal while the launchers start, the time limit, a more urgent job, a rank
+    that is killed, and a node that is lost. In the end it is the run that nothing happened to."""
+    recipe, run = write_recipe(tmp_path, base), tmp_path / "run"
     job, log = submit(slurm, recipe)
-    slurm.until(lambda: last_step(tmp_path / "run") >= 10, log=log)
-    slurm.run("scancel", "--batch", "--signal=USR1", job)
-    assert slurm.wait(job, log=log) == "COMPLETED", log.read_text()
-    said = log.read_text()
-    assert restarts(slurm, job) == 1
-    stopped = re.search(r"stopped by SIGUSR1 after step (\d+) of", said)
-    assert stopped is not None
-    assert f"resuming from step-{int(stopped[1]):06d}" in said
-    assert "=== outcome 85" in said
-    assert_same_run(tmp_path / "run", unbroken)
 
-
-def test_an_early_signal_kills_nothing(slurm: Cluster, unbroken: Path, base: Path, tmp_path: Path) -> None:
-    """USR1 while the launchers start, long before a rank listens: the job is requeued and done."""
-    recipe = write_recipe(tmp_path, base)
-    job, log = submit(slurm, recipe)
+    # Long before a rank listens.
     slurm.until(lambda: log.exists() and "=== recipe" in log.read_text(), log=log)
     slurm.run("scancel", "--batch", "--signal=USR1", job)
-    assert slurm.wait(job, log=log) == "COMPLETED", log.read_text()
-    assert restarts(slurm, job) == 1
+    slurm.until(lambda: restarts(slurm, job) == 1, log=log)
     assert "User defined signal" not in log.read_text()
-    assert_same_run(tmp_path / "run", unbroken)
 
+    # USR1 as `--signal=B:USR1@600` sends it: saved at a step that no period falls on.
+    slurm.until(lambda: last_step(run) >= 4, log=log)
+    slurm.run("scancel", "--batch", "--signal=USR1", job)
+    slurm.until(lambda: restarts(slurm, job) == 2, log=log)
+    stopped = re.search(r"stopped by SIGUSR1 after step (\d+) of", log.read_text())
+    assert stopped is not None
+    assert "=== outcome 85" in log.read_text()
 
-def test_a_pre_empted_job_comes_back(slurm: Cluster, unbroken: Path, base: Path, tmp_path: Path) -> None:
-    """A more urgent job takes the nodes; SIGTERM, ten seconds of grace: saved within them."""
-    recipe = write_recipe(tmp_path, base)
-    job, log = submit(slurm, recipe)
-    slurm.until(lambda: last_step(tmp_path / "run") >= 10, log=log)
+    # SIGTERM, ten seconds of grace: saved within them.
+    slurm.until(lambda: last_step(run) >= 12, log=log)
+    assert f"resuming from step-{int(stopped[1]):06d}" in log.read_text()
     urgent = slurm.submit(
         "--partition=urgent", "--nodes=2", "--exclusive", f"--output={tmp_path}/urgent.out", "--wrap", "sleep 1",
         cwd=tmp_path,
     )  # fmt: skip
     assert slurm.wait(urgent, log=log) == "COMPLETED"
+    slurm.until(lambda: restarts(slurm, job) == 3, log=log)
+    assert "stopped by SIGTERM after step" in log.read_text()
+
+    # SIGKILL of one of two: the other is ended, and the newest checkpoint is used.
+    slurm.until(lambda: last_step(run) >= 25, log=log)
+    ranks = ranks_of(recipe)
+    assert len(ranks) == 2
+    os.kill(ranks[1].pid, signal.SIGKILL)
+    slurm.until(lambda: restarts(slurm, job) == 4, log=log)
+    assert "=== ended 1 times" not in log.read_text(), "there was a new checkpoint"
+
+    # As if its power had gone: Slurm requeues the job, which goes on once the node is back.
+    slurm.until(lambda: last_step(run) >= 33, log=log)
+    assert "resuming from step-000024" in log.read_text()
+    slurm.node("kill-node", "node2")
+    try:
+        slurm.until(lambda: restarts(slurm, job) == 5, log=log)
+    finally:
+        slurm.node("start-node", "node2")
     assert slurm.wait(job, log=log) == "COMPLETED", log.read_text()
-    said = log.read_text()
-    assert restarts(slurm, job) >= 1
-    assert "stopped by SIGTERM after step" in said
-    assert_same_run(tmp_path / "run", unbroken)
+    assert_same_run(run, unbroken)
 
 
 def test_a_cancelled_job_stays_cancelled(slurm: Cluster, unbroken: Path, base: Path, tmp_path: Path) -> None:
@@ -209,36 +213,6 @@ def test_a_cancelled_job_stays_cancelled(slurm: Cluster, unbroken: Path, base: P
         assert restarts(slurm, job) == 0
         assert "train.lr: 0.02 now, 0.01 when the run began" in log.read_text()
     assert not list(tmp_path.glob(".uft-*"))
-
-
-def test_a_killed_rank_brings_the_job_back(slurm: Cluster, unbroken: Path, base: Path, tmp_path: Path) -> None:
-    """SIGKILL of one of two: the other is ended, the job is requeued and goes on from its newest checkpoint."""
-    recipe = write_recipe(tmp_path, base)
-    job, log = submit(slurm, recipe)
-    slurm.until(lambda: last_step(tmp_path / "run") >= 10, log=log)
-    ranks = ranks_of(recipe)
-    assert len(ranks) == 2
-    os.kill(ranks[1].pid, signal.SIGKILL)
-    assert slurm.wait(job, log=log) == "COMPLETED", log.read_text()
-    said = log.read_text()
-    assert restarts(slurm, job) == 1
-    assert "resuming from step-000008" in said
-    assert "=== ended 1 times" not in said, "there was a new checkpoint"
-    assert_same_run(tmp_path / "run", unbroken)
-
-
-def test_a_lost_node_brings_the_job_back(slurm: Cluster, unbroken: Path, base: Path, tmp_path: Path) -> None:
-    """As if its power had gone: Slurm requeues the job, which goes on once the node is back."""
-    recipe = write_recipe(tmp_path, base)
-    job, log = submit(slurm, recipe)
-    slurm.until(lambda: last_step(tmp_path / "run") >= 10, log=log)
-    slurm.node("kill-node", "node2")
-    try:
-        slurm.until(lambda: restarts(slurm, job) >= 1, log=log)
-    finally:
-        slurm.node("start-node", "node2")
-    assert slurm.wait(job, log=log) == "COMPLETED", log.read_text()
-    assert_same_run(tmp_path / "run", unbroken)
 
 
 @pytest.mark.parametrize(
