@@ -48,7 +48,7 @@ test: install ## Fast tests (under 10 minutes)
 	$(BIN)/python -m pytest -m "not long" -n 3 --dist loadfile --no-loadscope-reorder
 
 test-long: install ## Tests on the real small model and real data
-	$(BIN)/python -m pytest -m long -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m long -n 3 --dist loadfile --no-loadscope-reorder
 
 $(LOWEST_VENV)/.installed: pyproject.toml scripts/lowest_versions.py
 	$(PYTHON) -m venv $(LOWEST_VENV)
