@@ -31,7 +31,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Runs on several ranks first: of files that take minutes, none should be the last one that a worker is given.
+    """Batch jobs and runs on several ranks first: of files that take minutes, none should be the last that a worker is
+    given.
 
     Only the processes that run tests come here. The one that hands them out starts them first, and would let them wait
     for its own import of torch.
@@ -39,12 +40,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 
     torch.set_num_threads(1)
-    items.sort(key=lambda item: "distributed" not in item.path.parts)
+    slow = ("slurm", "distributed")
+    items.sort(key=lambda item: min((slow.index(part) for part in item.path.parts if part in slow), default=len(slow)))
 
 
 @pytest.fixture(scope="session")
 def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random 3-layer Qwen2 with a byte-level ChatML tokenizer, in Hugging Face's layout."""
+    """A random 2-layer Qwen2 with a byte-level ChatML tokenizer, in Hugging Face's layout."""
     from tiny import build_tiny_model
 
     return build_tiny_model(tmp_path_factory.mktemp("tiny") / "qwen2")

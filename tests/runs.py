@@ -62,7 +62,7 @@ def write_recipe(folder: Path, base: Path, **changes: Any) -> Path:
         "objective": {"loss": "mse", "beta": 0.1},
         "train": {
             "examples_per_step": 8,
-            "tokens_per_micro_batch": 64,
+            "tokens_per_micro_batch": 128,  # two micro-batches a rank and step on two ranks
             "steps": 4,
             "lr": 1e-2,
             "evaluate_every": 2,

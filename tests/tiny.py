@@ -59,7 +59,7 @@ CLASSES = {
     "gpt_neox": (GPTNeoXConfig, GPTNeoXForCausalLM),
 }
 
-ALTERNATING = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"]}
 OWN: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 16},
     "gemma2": ALTERNATING
@@ -116,7 +116,7 @@ def build_tiny_model(
     seed: int = 0,
     **further: Any,
 ) -> Path:
-    """Save a random float32 model (3 layers, D=64, V=259) and its tokenizer.
+    """Save a random float32 model (2 layers, D=64, V=259) and its tokenizer.
 
     The initial standard deviation is 0.1, five times the usual: outputs differ between prompts and positions.
     further: keys of the config, over those that the family has here.
@@ -144,7 +144,7 @@ def build_tiny_model(
         bos_token_id=IM_START,
         eos_token_id=IM_END,
         pad_token_id=IM_END,
-        **({"num_hidden_layers": 3} | own | further),
+        **({"num_hidden_layers": 2} | own | further),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -191,7 +191,9 @@ def test_a_pair_longer_than_a_micro_batch_is_refused(tiny_qwen2: Path, tmp_path:
     """Its sides fit one by one, not both: said before anything is launched, with the key to change."""
     rows = [{"prompt": "p" * 20, "chosen": "good", "rejected": "bad"}]
     sources = [{"format": "jsonl", "path": str(write_rows(tmp_path / "pairs.jsonl", rows))}]
-    settings = settings_of_run(write_recipe(tmp_path, tiny_qwen2, data__sources=sources))
+    settings = settings_of_run(
+        write_recipe(tmp_path, tiny_qwen2, data__sources=sources, train__tokens_per_micro_batch=64)
+    )
     with pytest.raises(
         UserError, match=r"train\.tokens_per_micro_batch: 64 given, but the pair of .*pairs\.jsonl:1 has"
     ):

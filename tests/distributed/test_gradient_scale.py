@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -184,11 +185,13 @@ def step_by_hand(folder: Path, name: str) -> ByHand:
     return ByHand(grads, float(terms.sum()), float(terms.abs().sum()), float(np.abs(advantages).mean()))
 
 
-def answers_step(folder: Path, name: str, tokens: int, share_prompts: bool) -> Any:
-    """Gradients and metrics of a step, the number of its forwards and of its micro-batches, and what this rank held."""
+def answers_step(engine: Engine, name: str, tokens: int) -> Any:
+    """Gradients and metrics of a step, the number of its forwards and of its micro-batches, and what this rank held.
+
+    The step's rate is 0, so the next case finds the same weights.
+    """
     from deepspeed.utils import safe_get_full_grad
 
-    engine = engine_of(folder, attention="packed", share_prompts=share_prompts)
     grads: dict[str, torch.Tensor] = {}
     update, call = engine.step, engine.deepspeed.forward
     held: list[set[str]] = []
@@ -202,17 +205,20 @@ def answers_step(folder: Path, name: str, tokens: int, share_prompts: bool) -> A
         held.append({response.origin for response in batch.responses})
         return call(batch, *args, **options)
 
-    engine.step, engine.deepspeed.forward = recording, counting  # type: ignore[method-assign]
     step = step_of_answers()
     method = Method(engine, COMPARED[name], Known.of_reference("lockstep"), tokens)
     num_batches = len(engine.micro_batches(step, tokens))
-    metrics = run_step(method, step, 1e-3).metrics
+    with patch.object(engine, "step", recording), patch.object(engine.deepspeed, "forward", counting):
+        metrics = run_step(method, step, 0.0).metrics
     return grads, metrics, len(held), num_batches, set().union(*held[-num_batches:])
 
 
 def answers_steps(folder: Path, cases: list[tuple[str, int, bool]]) -> Any:
-    """Starting processes takes most of the time: each runs all cases."""
-    return [answers_step(folder, *case) for case in cases]
+    """Starting processes and engines takes most of the time: each runs all cases that it can."""
+    engines = {
+        share: engine_of(folder, attention="packed", share_prompts=share) for share in {case[2] for case in cases}
+    }
+    return [answers_step(engines[share_prompts], name, tokens) for name, tokens, share_prompts in cases]
 
 
 DIVIDED = [(name, 48, share_prompts) for name in COMPARED for share_prompts in (False, True)]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -70,11 +72,12 @@ def shifted(name: ShiftName) -> Objective:
     return replace(OBJECTIVE, shift=RewardShift(name, value=0.25, decay=0.75))
 
 
-def one_step(folder: Path, name: ShiftName, tokens: int, mode: HowReference, objective: Objective | None = None) -> Any:
-    """Gradients, metrics and the next shift of one step through the real engine."""
+def one_step(
+    engine: Engine, name: ShiftName, tokens: int, mode: HowReference, objective: Objective | None = None
+) -> Any:
+    """Gradients, metrics and the next shift of one step, at a rate of 0: the next case finds the same weights."""
     from deepspeed.utils import safe_get_full_grad
 
-    engine = engine_of(folder)
     grads: dict[str, torch.Tensor] = {}
     update = engine.step
 
@@ -83,12 +86,13 @@ def one_step(folder: Path, name: ShiftName, tokens: int, mode: HowReference, obj
         grads.update({n: safe_get_full_grad(p).clone() for n, p in named if p.requires_grad})
         return update(rate, loss)
 
-    engine.step = recording  # type: ignore[method-assign]
     method = Method(engine, objective or shifted(name), Known.of_reference(mode), tokens)
-    outcome = run_step(method, mixed_step(), 1e-3, BEFORE)
+    with patch.object(engine, "step", recording):
+        outcome = run_step(method, mixed_step(), 0.0, BEFORE)
     return grads, outcome.metrics, outcome.shift
 
 
+@cache
 def definition(folder: Path, name: ShiftName) -> tuple[dict[str, torch.Tensor], float, list[float]]:
     """One process, no DeepSpeed, a unit at a time; the shifts by hand from each response's log-ratio."""
     model, step, objective = toy_model(folder), mixed_step(), shifted(name)
@@ -135,8 +139,9 @@ def definition(folder: Path, name: ShiftName) -> tuple[dict[str, torch.Tensor], 
 
 
 def steps(folder: Path, cases: list[tuple[ShiftName, int, HowReference]]) -> Any:
-    """Starting processes takes most of the time: each runs all cases."""
-    return [one_step(folder, *case) for case in cases]
+    """Starting processes and engines takes most of the time: each runs all cases."""
+    engine = engine_of(folder)
+    return [one_step(engine, *case) for case in cases]
 
 
 CASES: dict[int, list[tuple[ShiftName, int, HowReference]]] = {
@@ -187,9 +192,9 @@ def held_out_step() -> Step:
     return Step(0, (*step.sequences, Sequence(tokens, (replace(own, score=0.9, origin="toy:another"),))))
 
 
-def evaluated(folder: Path, name: ShiftName, num_groups: int) -> Any:
+def evaluated(engine: Engine, name: ShiftName, num_groups: int) -> Any:
     """Metrics and table of the units as held-out data in so many groups."""
-    engine, units = engine_of(folder), list(held_out_step().units)
+    units = list(held_out_step().units)
     groups = [
         Step(number, tuple(sequence for unit in units[number::num_groups] for sequence in unit))
         for number in range(num_groups)
@@ -198,7 +203,8 @@ def evaluated(folder: Path, name: ShiftName, num_groups: int) -> Any:
 
 
 def evaluated_both_ways(folder: Path) -> Any:
-    return [(evaluated(folder, name, 1), evaluated(folder, name, 5)) for name in ("kl", "prompt_mean")]
+    engine = engine_of(folder)
+    return [(evaluated(engine, name, 1), evaluated(engine, name, 5)) for name in ("kl", "prompt_mean")]
 
 
 def test_held_out_groups_play_no_part(tiny_qwen2: Path) -> None:
@@ -237,7 +243,7 @@ def without_reference(folder: Path) -> Any:
 
     Engine.__call__ = recording  # type: ignore[method-assign]
     mode: HowReference = "lockstep" if REFERENCE_FREE.needs_reference else "none"  # as a run chooses it
-    return *one_step(folder, "none", 64, mode, REFERENCE_FREE)[:2], asked
+    return *one_step(engine_of(folder), "none", 64, mode, REFERENCE_FREE)[:2], asked
 
 
 def references_of_two_steps(folder: Path) -> Any:

@@ -135,7 +135,10 @@ def killed(recipe: Path, is_time: Any) -> None:
 
 
 def test_invariant_11_a_killed_online_run_is_the_unbroken_one(unbroken: Path, tiny_qwen2: Path, tmp_path: Path) -> None:
-    """Killed when a record appears that no step has trained on yet, and by the scorer while it scores."""
+    """Killed when a record appears that no step has trained on yet, and by the scorer while it scores.
+
+    A resume with another scorer is refused, because the run would learn two things; what was trained is kept.
+    """
     recipe = online_recipe(tmp_path, tiny_qwen2)
     run = tmp_path / "run"
 
@@ -149,6 +152,13 @@ def test_invariant_11_a_killed_online_run_is_the_unbroken_one(unbroken: Path, ti
     shot = train(recipe, "--resume")
     assert shot.returncode not in (0, 2, 3), shot.stdout
     assert not (tmp_path / "trap").exists()
+
+    scorer = tmp_path / "made_up_scorer.py"
+    scorer.write_text(SCORER + "# another version\n")
+    refused = train(recipe, "--resume")
+    assert refused.returncode == 2, refused.stdout
+    assert "the scorer is another one than in the steps before" in refused.stdout + refused.stderr
+    scorer.write_text(SCORER)
     result = train(recipe, "--resume")
     assert result.returncode == 0, result.stdout + result.stderr
     assert adapter_of(run) == adapter_of(unbroken)
@@ -195,22 +205,6 @@ def test_a_record_is_a_scored_data_set(unbroken: Path, tiny_qwen2: Path, tmp_pat
     assert refused.returncode == 2
     assert "changed.jsonl:1" in refused.stderr
     assert "its tokens are of the tokenizer 000000000000" in refused.stderr
-
-
-def test_a_scorer_that_changes_is_refused_on_resume(unbroken: Path, tiny_qwen2: Path, tmp_path: Path) -> None:
-    """The run would learn two things; what was trained is kept."""
-    recipe = online_recipe(tmp_path, tiny_qwen2)
-    run = tmp_path / "run"
-    killed(recipe, lambda process: (run / "rollouts" / "steps" / "000003.json").exists())
-    scorer = tmp_path / "made_up_scorer.py"
-    scorer.write_text(SCORER + "# another version\n")
-    result = train(recipe, "--resume")
-    assert result.returncode == 2, result.stdout
-    assert "the scorer is another one than in the steps before" in result.stdout + result.stderr
-    scorer.write_text(SCORER)
-    result = train(recipe, "--resume")
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert adapter_of(run) == adapter_of(unbroken)
 
 
 def test_what_would_fail_later_is_refused_before_the_launch(tiny_qwen2: Path, tmp_path: Path) -> None:

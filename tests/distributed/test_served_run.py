@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
@@ -71,18 +71,31 @@ def adapter_of(folder: Path) -> bytes:
     return (folder / f"run/checkpoints/step-{STEPS:06d}/adapter/adapter_model.safetensors").read_bytes()
 
 
-def test_a_run_trains_on_a_servers_answers(server: StandIn, tiny_qwen2: Path, tmp_path: Path) -> None:
-    """By the ids that it gave, with log-probs that agree with our own in every step, by a version of each step."""
-    recipe = served_recipe(tmp_path, tiny_qwen2, server)
-    result = train(recipe)
+class Unbroken(NamedTuple):
+    """A run by a server without a fault. versions, left: adapters that it has loaded, and that it has left there."""
+
+    folder: Path
+    versions: list[str]
+    left: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def unbroken(server: StandIn, tiny_qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
+    folder = tmp_path_factory.mktemp("unbroken")
+    result = train(served_recipe(folder, tiny_qwen2, server))
     assert result.returncode == 0, result.stdout + result.stderr
-    run = tmp_path / "run"
+    return Unbroken(folder, versions(server), dict(server.adapters))
+
+
+def test_a_run_trains_on_a_servers_answers(unbroken: Unbroken) -> None:
+    """By the ids that it gave, with log-probs that agree with our own in every step, by a version of each step."""
+    run = unbroken.folder / "run"
     lines = steps_of(run)
     assert len(lines) == STEPS
     assert all(0 < line["rollouts/served_gap"] < 1e-4 for line in lines)
     assert all(abs(line["rollouts/served_gap_mean"]) < 1e-5 for line in lines)
-    assert len(versions(server)) == len(set(versions(server))) == STEPS
-    assert server.adapters == {}  # the run has left nothing behind
+    assert len(unbroken.versions) == len(set(unbroken.versions)) == STEPS
+    assert unbroken.left == {}
     recorded = [
         answer
         for path in sorted((run / "rollouts" / "answers").glob("*.jsonl"))
@@ -91,21 +104,17 @@ def test_a_run_trains_on_a_servers_answers(server: StandIn, tiny_qwen2: Path, tm
     ]
     assert sum(line["responses/score"] for line in lines) == len(recorded)
     assert all(answer["logp"] < 0 for answer in recorded)
-    assert list(tmp_path.glob(".run.server-check*")) == []
+    assert list(unbroken.folder.glob(".run.server-check*")) == []
 
 
 def test_a_server_that_is_started_again_meanwhile_is_given_the_adapter_again(
-    server: StandIn, tiny_qwen2: Path, tmp_path: Path
+    server: StandIn, unbroken: Unbroken, tiny_qwen2: Path, tmp_path: Path
 ) -> None:
     """The same adapter is trained as by a server that never stopped."""
-    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    for folder in (unbroken, broken):
-        folder.mkdir()
-        if folder is broken:
-            server.faults["restarts"] = 2
-        result = train(served_recipe(folder, tiny_qwen2, server))
-        assert result.returncode == 0, result.stdout + result.stderr
-    assert adapter_of(unbroken) == adapter_of(broken)
+    server.faults["restarts"] = 2
+    result = train(served_recipe(tmp_path, tiny_qwen2, server))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert adapter_of(unbroken.folder) == adapter_of(tmp_path)
 
 
 def train_with_fault(recipe: Path, server: StandIn, fault: str, *options: str) -> tuple[int, str]:
@@ -139,14 +148,9 @@ def test_a_server_that_answers_by_another_version_ends_the_run(
     assert recorded == [f"{n:06d}.json" for n in range(1, newest + 1)]
 
 
-def test_a_lost_server_costs_no_step(server: StandIn, tiny_qwen2: Path, tmp_path: Path) -> None:
+def test_a_lost_server_costs_no_step(server: StandIn, unbroken: Unbroken, tiny_qwen2: Path, tmp_path: Path) -> None:
     """The last step is saved; resumed with a server that is well, the run ends as the unbroken one."""
-    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    unbroken.mkdir()
-    broken.mkdir()
-    assert train(served_recipe(unbroken, tiny_qwen2, server)).returncode == 0
-    server.asked.clear()
-    recipe = served_recipe(broken, tiny_qwen2, server, patience_minutes=0.02)
+    recipe = served_recipe(tmp_path, tiny_qwen2, server, patience_minutes=0.02)
     code, errors = train_with_fault(recipe, server, "error_500", "train.checkpoint_every=100")
     assert code == 3, errors
     assert "is saved: continue with --resume" in errors
@@ -154,7 +158,7 @@ def test_a_lost_server_costs_no_step(server: StandIn, tiny_qwen2: Path, tmp_path
     server.faults.clear()
     result = train(recipe, "--resume")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert adapter_of(unbroken) == adapter_of(broken)
+    assert adapter_of(unbroken.folder) == adapter_of(tmp_path)
 
 
 def test_a_server_that_cannot_do_it_is_refused_before_the_launch(
