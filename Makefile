@@ -9,6 +9,9 @@ TORCH ?= torch==2.13.0
 # 7 GB: `make test-lowest LOWEST_TORCH=torch==2.10.0` where that is no hindrance.
 LOWEST_VENV ?= $(VENV)-lowest
 LOWEST_TORCH ?= $(TORCH)
+# Tests keep bytecode, also where the environment turns it off: three workers would compile all tests each time they
+# start, and each of the hundreds of programs that they run the whole package.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 # The main job once: recipes, kernels against the naive ones, gradients, train, kill and resume, convert.
 SPINE := tests/recipe/test_recipe.py tests/kernels/test_token_logps.py $(addprefix tests/distributed/,\
 	test_training_run.py::test_a_run_leaves_everything_that_belongs_to_it \
@@ -45,10 +48,10 @@ online: install ## The quickstart's model learns from its own answers, graded by
 
 test: install ## Fast tests (under 10 minutes)
 	@# By file: fixtures that train a model serve all tests of theirs. In the order of tests/conftest.py, the slow first.
-	$(BIN)/python -m pytest -m "not long" -n 3 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not long" -n 3 --dist loadfile --no-loadscope-reorder
 
 test-long: install ## Tests on the real small model and real data
-	$(BIN)/python -m pytest -m long -n 3 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m long -n 3 --dist loadfile --no-loadscope-reorder
 
 $(LOWEST_VENV)/.installed: pyproject.toml scripts/lowest_versions.py
 	$(PYTHON) -m venv $(LOWEST_VENV)

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from wandb.proto.wandb_internal_pb2 import Record
 
 from uft_ds.record.metrics_file import MetricsWriter
 
@@ -39,6 +37,8 @@ def records_of(file: Path) -> Iterator[bytes]:
 
 def history_of(file: Path) -> list[dict[str, Any]]:
     """The lines that wandb would send, without what it adds itself."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
     lines = []
     for data in records_of(file):
         record = Record()
@@ -54,6 +54,8 @@ def test_both_trackers_have_the_same_names_and_steps_over_a_resume(
 ) -> None:
     """Steps 1 to 3, then, resumed after step 1, steps 2 and 3 again: each start is an offline run of the same id, whose
     steps rise; TensorBoard shows each step once."""
+    import wandb  # late: a second of every worker
+
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     for steps, after in (((1, 2, 3), None), ((2, 3), 1)):

@@ -1,11 +1,13 @@
 """A tiny model of every architecture, tied and untied, with a sliding window where there is one."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import Architecture, build_tiny_model
+from tiny import Architecture
+from toy import build
 
 WINDOW = 8
 """Far shorter than the toy sequences, so that a wrong window is seen."""
@@ -43,14 +45,42 @@ VARIANTS = {
 }
 
 
+ONE_OF_EACH = [
+    "qwen2", "qwen3", "llama", "mistral window", "gemma2 tied", "gemma3 tied", "phi3", "granite", "olmo2", "gpt_neox",
+    "gpt_neox in sequence",
+]  # fmt: skip
+"""Each class of layers once, among them two with a tied head and three with a window.
+
+Enough for what depends on the layers' own code: whether a head is tied, and where a window ends, is nothing that a
+family could do in a way of its own, and what does depend on it is tested of all variants.
+"""
+
+
+@pytest.fixture(scope="session")
+def variants(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a variant's random weights, by the variant's name; built when it is first asked for."""
+    root = tmp_path_factory.mktemp("variants")
+
+    def folder_of(name: str) -> Path:
+        variant = VARIANTS[name]
+        return build(
+            root / name.replace(" ", "-"),
+            variant.architecture,
+            tied=variant.tied,
+            sliding_window=variant.sliding_window,
+            **variant.further,
+        )
+
+    return folder_of
+
+
 @pytest.fixture(scope="session", params=VARIANTS)
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of one variant's random weights."""
-    variant = VARIANTS[request.param]
-    return build_tiny_model(
-        tmp_path_factory.mktemp("variants") / request.param.replace(" ", "-"),
-        variant.architecture,
-        tied=variant.tied,
-        sliding_window=variant.sliding_window,
-        **variant.further,
-    )
+def folder(request: pytest.FixtureRequest, variants: Callable[[str], Path]) -> Path:
+    """The folder of one variant's random weights, of every variant in turn."""
+    return variants(request.param)
+
+
+@pytest.fixture(scope="session", params=ONE_OF_EACH)
+def family_folder(request: pytest.FixtureRequest, variants: Callable[[str], Path]) -> Path:
+    """The folder of one family's random weights, of every family in turn."""
+    return variants(request.param)

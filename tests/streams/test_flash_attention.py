@@ -108,12 +108,12 @@ def test_flash_attention_equals_sdpa(folder: Path, calls: list[Call], gradient_c
 
 
 @pytest.mark.parametrize("reference_mode", ["lockstep", "separate"])
-def test_every_layer_gets_the_very_bounds(folder: Path, calls: list[Call], reference_mode: Any) -> None:
+def test_every_layer_gets_the_very_bounds(family_folder: Path, calls: list[Call], reference_mode: Any) -> None:
     """One call a layer and stream, each with the micro-batch's own tensor and number: nothing is derived in a layer.
 
     transformers' own derivations raise here.
     """
-    model = toy_model(folder, attention="flash_attention_2", reference_mode=reference_mode)
+    model = toy_model(family_folder, attention="flash_attention_2", reference_mode=reference_mode)
     both(model, BATCH)
     assert len(calls) == 2 * NUM_LAYERS
     assert [call.records_gradient for call in calls].count(True) == NUM_LAYERS
@@ -171,10 +171,10 @@ def test_a_window_counts_the_query_itself(tmp_path: Path, calls: list[Call]) -> 
 
 @pytest.mark.parametrize("lora_dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_bfloat16_base_reaches_flash_attn_in_bfloat16(
-    folder: Path, calls: list[Call], lora_dtype: torch.dtype
+    family_folder: Path, calls: list[Call], lora_dtype: torch.dtype
 ) -> None:
     """The real kernel takes half precision alone: adapters in float32 must not lift queries, keys or values."""
-    model = toy_model(folder, dtype=torch.bfloat16, lora_dtype=lora_dtype, attention="flash_attention_2")
+    model = toy_model(family_folder, dtype=torch.bfloat16, lora_dtype=lora_dtype, attention="flash_attention_2")
     both(model, BATCH)
     assert len(calls) == 2 * NUM_LAYERS
     assert {call.dtype for call in calls} == {torch.bfloat16}

@@ -16,7 +16,7 @@ from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from tiny import VOCAB_SIZE
 from torch import Tensor, nn
-from toy import UFT, both, logps_by_name, toy_model, toy_sequences
+from toy import UFT, both, logps_by_name, toy_model_again, toy_sequences
 from transformers import AutoConfig, Qwen2MoeConfig
 
 from uft_ds.architectures.facts import final_norm
@@ -65,11 +65,11 @@ def watching(modules: dict[str, nn.Module], on_call: Callable[[str, nn.Module], 
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True], ids=["plain", "checkpointed"])
-def test_lockstep_equals_two_separate_forwards(folder: Path, gradient_checkpointing: bool) -> None:
+def test_lockstep_equals_two_separate_forwards(family_folder: Path, gradient_checkpointing: bool) -> None:
     """Invariant 6: bit for bit the same log-probs of both streams and the same gradients, every architecture."""
     options = {"gradient_checkpointing": gradient_checkpointing}
-    ours = step(toy_model(folder, reference_mode="lockstep", **options))
-    theirs = step(toy_model(folder, reference_mode="separate", **options))
+    ours = step(toy_model_again(family_folder, reference_mode="lockstep", **options))
+    theirs = step(toy_model_again(family_folder, reference_mode="separate", **options))
     assert torch.equal(ours[0], theirs[0])
     assert torch.equal(ours[1], theirs[1])
     assert (ours[0] - ours[1]).abs().mean() > 0.1, "adapters that change nothing prove nothing"
@@ -79,7 +79,7 @@ def test_lockstep_equals_two_separate_forwards(folder: Path, gradient_checkpoint
 
 def test_each_stream_alone_equals_its_part_of_both(tiny_qwen2: Path) -> None:
     """Cached reference (policy alone) and cache filling (reference alone) change no bit of what is computed."""
-    model = toy_model(tiny_qwen2)
+    model = toy_model_again(tiny_qwen2)
     policy_R, reference_R = (value.detach() for value in both(model, BATCH))
     alone = logps_by_name(model, BATCH, "policy")
     assert list(alone) == ["policy"]
@@ -92,7 +92,7 @@ def test_each_stream_alone_equals_its_part_of_both(tiny_qwen2: Path) -> None:
 
 def test_evaluation_gives_the_same_log_probs(tiny_qwen2: Path) -> None:
     """Without gradients, in evaluation mode, nothing is stored for a backward and no bit changes."""
-    model = toy_model(tiny_qwen2, gradient_checkpointing=True)
+    model = toy_model_again(tiny_qwen2, gradient_checkpointing=True)
     trained = [value.detach() for value in both(model, BATCH)]
     model.eval()
     with torch.no_grad():
@@ -104,13 +104,13 @@ def test_evaluation_gives_the_same_log_probs(tiny_qwen2: Path) -> None:
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True], ids=["plain", "checkpointed"])
-def test_every_base_weight_is_visited_once(folder: Path, gradient_checkpointing: bool) -> None:
+def test_every_base_weight_is_visited_once(family_folder: Path, gradient_checkpointing: bool) -> None:
     """Embedding, layers, final norm and head are each called once for both streams, in the policy's order.
 
     Inside a layer each projection runs twice (once a stream), and in the backward of a checkpointed layer once: the
     reference is not recomputed.
     """
-    model = toy_model(folder, gradient_checkpointing=gradient_checkpointing)
+    model = toy_model_again(family_folder, gradient_checkpointing=gradient_checkpointing)
     base: Any = model.policy.get_base_model()
     decoder = base.get_decoder()
     visited = {"embedding": base.get_input_embeddings(), "norm": final_norm(decoder)}
@@ -163,17 +163,17 @@ def live_hidden_states(model: UFTModel, *names: str) -> int:
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True], ids=["plain", "checkpointed"])
-def test_no_reference_state_is_kept_for_the_backward(folder: Path, gradient_checkpointing: bool) -> None:
+def test_no_reference_state_is_kept_for_the_backward(family_folder: Path, gradient_checkpointing: bool) -> None:
     """Lockstep saves as many bytes of activations as the policy alone (SFT), and no tensor outlives its layer."""
-    model = toy_model(folder, gradient_checkpointing=gradient_checkpointing)
+    model = toy_model_again(family_folder, gradient_checkpointing=gradient_checkpointing)
     assert saved_bytes(model, "policy", "reference") == saved_bytes(model, "policy") > 0
     assert live_hidden_states(model, "policy", "reference") == live_hidden_states(model, "policy")
 
 
 def test_activation_offload_keeps_numbers_and_leaves_weights(tiny_qwen2: Path, monkeypatch: Any) -> None:
     """Every layer's input goes to host memory, no weight does, and log-probs and gradients keep every bit."""
-    plain = step(toy_model(tiny_qwen2, gradient_checkpointing=True))
-    model = toy_model(tiny_qwen2, gradient_checkpointing=True, activation_offload=True)
+    plain = step(toy_model_again(tiny_qwen2, gradient_checkpointing=True))
+    model = toy_model_again(tiny_qwen2, gradient_checkpointing=True, activation_offload=True)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     offloaded: list[Tensor] = []
     to_host = activation_offload._to_host
@@ -200,7 +200,7 @@ def test_activation_offload_keeps_numbers_and_leaves_weights(tiny_qwen2: Path, m
 
 def test_no_adapter_state_leaks_and_no_flag_flips(tiny_qwen2: Path) -> None:
     """An exception inside the reference's part of a layer leaves adapters on; `requires_grad` is the same all along."""
-    model = toy_model(tiny_qwen2, gradient_checkpointing=True)
+    model = toy_model_again(tiny_qwen2, gradient_checkpointing=True)
     layer: Any = model.policy.get_base_model().get_decoder().layers[1]
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     disabled: list[bool] = []
@@ -224,7 +224,7 @@ def test_no_adapter_state_leaks_and_no_flag_flips(tiny_qwen2: Path) -> None:
 
 def test_names_are_those_of_the_plain_model(tiny_qwen2: Path) -> None:
     """Swapped classes rename nothing, survive a deepcopy, and still generate."""
-    lockstep, separate = toy_model(tiny_qwen2), toy_model(tiny_qwen2, reference_mode="separate")
+    lockstep, separate = toy_model_again(tiny_qwen2), toy_model_again(tiny_qwen2, reference_mode="separate")
     assert list(lockstep.state_dict()) == list(separate.state_dict())
     assert list(get_peft_model_state_dict(lockstep.policy)) == list(get_peft_model_state_dict(separate.policy))
     twin = copy.deepcopy(lockstep)
@@ -242,7 +242,7 @@ def test_names_are_those_of_the_plain_model(tiny_qwen2: Path) -> None:
 
 def test_a_cache_is_not_made_by_mistake(tiny_qwen2: Path) -> None:
     """Packed sequences stay apart only without a key-value cache: no forward of ours may ask for one."""
-    model = toy_model(tiny_qwen2)
+    model = toy_model_again(tiny_qwen2)
     seen: list[Any] = []
     decoder: Any = model.policy.get_base_model().get_decoder()
     decoder.layers[0].register_forward_pre_hook(
@@ -269,7 +269,7 @@ def test_layers_not_shown_to_work_are_refused() -> None:
 
 def test_a_lane_carries_only_the_newest_state(tiny_qwen2: Path) -> None:
     """After the forward the lane holds the last layer's output, [1, tokens, hidden], without gradient."""
-    model = toy_model(tiny_qwen2)
+    model = toy_model_again(tiny_qwen2)
     lanes = Lanes((POLICY, BARE_BASE))
     config = AutoConfig.from_pretrained(tiny_qwen2)
     model._decode(model.policy.get_base_model(), BATCH, lanes=lanes)

