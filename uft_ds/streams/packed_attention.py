@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -149,7 +148,7 @@ def _alone(
     if softcap is None and (window is not None or follows_prompt):
         # Not by transformers' function, which would copy each key and value for all heads of its group.
         mask = _causal(query.shape[2], length, window, query.device)
-        masked = scaled_dot_product_attention(
+        masked = nn.functional.scaled_dot_product_attention(
             query, key, value, mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
         )
         return masked.transpose(1, 2).contiguous()

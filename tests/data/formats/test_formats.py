@@ -26,6 +26,7 @@ def points(monkeypatch: pytest.MonkeyPatch, *named: tuple[str, str]) -> None:
     """Other packages add formats: (name, value)."""
     found = [EntryPoint(name, value, GROUP) for name, value in named]
     monkeypatch.setattr(module, "entry_points", lambda *, group: found if group == GROUP else [])
+    monkeypatch.setattr(module, "installed", module.installed.__wrapped__)  # not what was read before
 
 
 def test_a_format_of_another_package_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
