@@ -100,7 +100,7 @@ def test_an_adapter_without_a_head_is_no_reward_model(tmp_path: Path) -> None:
     reward_adapter(base, tmp_path / "adapter")
     deltas, head = read_with_head(tmp_path / "adapter")
     assert head.shape == (1, 64)
-    assert len(deltas) == 3 * 7
+    assert len(deltas) == 2 * 7
     file, name = tmp_path / "adapter" / "adapter_model.safetensors", "base_model.model.score.weight"
     whole = load_file(file)
     for wrong in (None, torch.zeros(2, 64), whole[name] * torch.nan):
