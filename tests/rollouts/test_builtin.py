@@ -20,7 +20,7 @@ from uft_ds.streams.adapters import as_stream
 from uft_ds.streams.packed_attention import PACKED, attention_of_transformers
 from uft_ds.streams.stream import POLICY
 
-NEW = 20
+NEW = 16
 STOPS = (IM_END, *range(3, 23))
 """Of 259 tokens: an answer at temperature 1 ends after some dozen tokens."""
 
@@ -122,7 +122,7 @@ def test_what_does_not_fit_is_unanswered(engine: Any) -> None:
     answers = generator_of(engine).answer([short, long, Question((), 1, seed=6), other])
     assert answers == [
         *generator_of(engine).answer([short]),
-        Unanswered("the prompt has 493 tokens, with 20 of an answer more than the 512 positions of the model"),
+        Unanswered("the prompt has 497 tokens, with 16 of an answer more than the 512 positions of the model"),
         Unanswered("the prompt has no token"),
         *generator_of(engine).answer([other]),
     ]

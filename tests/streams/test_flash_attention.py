@@ -21,7 +21,7 @@ from uft_ds.objectives.objective import count_terms, micro_batch_loss
 from uft_ds.streams.model import UFTModel
 
 BATCH = micro_batch(toy_sequences(4))
-NUM_LAYERS = 3
+NUM_LAYERS = 2
 WINDOW = 8
 
 

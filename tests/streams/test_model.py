@@ -408,7 +408,7 @@ def test_decoder_layers_are_found(folder: Path) -> None:
     base: Any = toy_policy(folder).get_base_model()
     layer_class = decoder_layer_class(base)
     assert layer_class.__name__ == family_of(base.config).layer_class
-    assert sum(type(module) is layer_class for module in base.modules()) == 3
+    assert sum(type(module) is layer_class for module in base.modules()) == 2
 
 
 def test_a_base_with_dropout_is_refused(tiny_qwen2: Path, tmp_path: Path) -> None:
