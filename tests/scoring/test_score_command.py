@@ -94,7 +94,7 @@ def test_failures_decide_the_exit_code(tmp_path: Path) -> None:
         at.answer = lambda asked: Fault(401)
         ended = uft(*words(tmp_path, at, "--judge-body", '{"seed": 1}'))
         assert ended.returncode == 2
-        assert "was scored differently: scorer body" in ended.stderr
+        assert "was scored differently: scorer.body" in ended.stderr
 
 
 def test_a_limit_that_is_reached_gives_3(tmp_path: Path) -> None:

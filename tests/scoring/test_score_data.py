@@ -322,9 +322,9 @@ def test_an_output_of_other_rows_or_another_scorer_is_refused(tmp_path: Path) ->
     """With what differs; the output stays as it is. So is a file that is not ours, or has been changed."""
     run(tmp_path, SINGLE, Lengths())
     before = (tmp_path / "out.jsonl").read_bytes()
-    with pytest.raises(UserError, match="scorer scorer: lengths there, others now"):
+    with pytest.raises(UserError, match=r'scorer.scorer: "lengths" there, "others" now'):
         run(tmp_path, SINGLE, Lengths(name="others"))
-    with pytest.raises(UserError, match="input content"):
+    with pytest.raises(UserError, match=r"input\.content"):
         run(tmp_path, SINGLE[1:], Lengths())
     assert (tmp_path / "out.jsonl").read_bytes() == before
     (tmp_path / "out.jsonl").write_text("mine\n")

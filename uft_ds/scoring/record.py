@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from uft_ds.errors import UserError
+from uft_ds.host.differences import differences
 from uft_ds.host.files import sha256, write_atomically
 from uft_ds.host.formats import KEY, check_format
 from uft_ds.host.locks import Held, Lock, NoLocks, acquire
@@ -184,9 +185,9 @@ class Record:
             check_format(self._identity, stored.pop(KEY), FORMAT, remedy)
         except (OSError, ValueError, LookupError, AttributeError) as error:
             raise UserError(f"{self._identity}: cannot be read ({error}); {remedy}") from None
-        differences = _differences(stored, json.loads(json.dumps(identity)))
-        if differences:
-            raise UserError(f"--out {self.out}: was scored differently: {'; '.join(differences)}. {remedy}")
+        found = differences(stored, json.loads(json.dumps(identity)))
+        if found:
+            raise UserError(f"--out {self.out}: was scored differently: {'; '.join(found)}. {remedy}")
         summary = self.summary()
         # Without a summary a kill has come between the renaming of the output and the summary.
         if summary is not None and summary.get("out_sha256") != sha256(self.out):
@@ -244,19 +245,3 @@ def _judgement(value: Mapping[str, Any]) -> Judgement:
         Tokens(**value.get("remembered", {})),
         tuple(value.get("notes", ())),
     )
-
-
-def _differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
-    """What two identities differ in, as `input.format: jsonl there, trl now`."""
-    found = []
-    for part in ("input", "scorer"):
-        before, now = stored.get(part, {}), given.get(part, {})
-        for name in dict.fromkeys((*before, *now)):
-            if before.get(name) != now.get(name):
-                found.append(f"{part} {name}: {_short(before.get(name))} there, {_short(now.get(name))} now")
-    return found
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -137,7 +137,7 @@ def test_other_settings_are_never_mixed_in(plain: Path, tiny_qwen2: Path, suite:
     """What differs is named, with both values."""
     result = uft_eval(tiny_qwen2, "--suite", suite, "--out", plain, "--limit", 3)
     assert result.exit_code != 0
-    assert "settings.limit: null there, 3 asked" in str(result.exception)
+    assert "settings.limit: nothing there, 3 now" in str(result.exception)
 
 
 def test_settings_are_recorded(plain: Path) -> None:

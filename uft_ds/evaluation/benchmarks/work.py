@@ -21,6 +21,7 @@ from typing import Any
 from uft_ds.errors import UserError
 from uft_ds.evaluation.benchmarks.lengths import Lengths
 from uft_ds.evaluation.benchmarks.question import Answer
+from uft_ds.host.differences import differences
 from uft_ds.host.files import read_regular_text, sha256, write_atomically
 from uft_ds.host.formats import KEY, check_format
 from uft_ds.host.locks import Held, NoLocks, acquire
@@ -148,26 +149,9 @@ class Work:
             raise UserError(f"{path}: cannot be read ({error}); {remedy}") from None
 
 
-def differences(before: Any, now: Any, name: str = "") -> list[str]:
-    """What two records of settings differ in, as `max_new_tokens: 1024 there, 512 now`."""
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        names = dict.fromkeys((*before, *now))
-        return [
-            one
-            for key in names
-            for one in differences(before.get(key), now.get(key), f"{name}.{key}" if name else str(key))
-        ]
-    return [] if before == now else [f"{name}: {_short(before)} there, {_short(now)} now"]
-
-
 def _beside(out: Path, name: str) -> Path:
     return out.with_name(f"{out.name}.{name}")
 
 
 def _answer(value: Mapping[str, Any]) -> Answer:
     return Answer(value["key"], tuple(value["turns"]), tuple(value["tokens"]), tuple(value["are_ended"]))
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return "nothing" if value is None else text if len(text) <= 60 else f"{text[:57]}..."

@@ -19,6 +19,7 @@ from typing import Any
 from uft_ds.errors import UserError
 from uft_ds.evaluation.harness.found import SAMPLES
 from uft_ds.evaluation.results import ITEMS, RESULTS, Evaluation, read_evaluation
+from uft_ds.host.differences import differences
 from uft_ds.host.files import read_regular_text, write_atomically
 
 BEGUN = "evaluation.json"
@@ -66,12 +67,12 @@ def begin(folder: Path, begun: Begun, *, overwrite: bool) -> Evaluation | None:
     path = folder / BEGUN
     if path.exists():
         there = _read(path)
-        different = difference(there, begun.tree())
-        if different is None:
+        different = differences(there, begun.tree())
+        if not different:
             return read_evaluation(folder) if (folder / RESULTS).exists() else None
         if not overwrite:
             raise UserError(
-                f"{folder}: holds an evaluation with another {different}; give another folder with --out, or "
+                f"{folder}: holds an evaluation with another {different[0]}; give another folder with --out, or "
                 "--overwrite to delete that one"
             )
         _clear(folder, keeping=begun.answers(folder))
@@ -79,24 +80,6 @@ def begin(folder: Path, begun: Begun, *, overwrite: bool) -> Evaluation | None:
         raise UserError(f"{folder}: is not empty, and no evaluation by `uft eval`; give another folder with --out")
     write_atomically(path, json.dumps(begun.tree(), indent=2, ensure_ascii=False) + "\n")
     return None
-
-
-def difference(there: Any, asked: Any, key: str = "") -> str | None:
-    """The first key in which two settings differ, with both values; None if they are equal."""
-    if isinstance(there, dict) and isinstance(asked, dict):
-        for name in dict.fromkeys([*asked, *there]):
-            found = difference(there.get(name), asked.get(name), f"{key}.{name}" if key else name)
-            if found is not None:
-                return found
-        return None
-    if there == asked:
-        return None
-    return f"{key}: {_short(there)} there, {_short(asked)} asked"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from uft_ds.errors import UserError
-from uft_ds.evaluation.benchmarks.work import differences
 from uft_ds.evaluation.results import RESULTS
+from uft_ds.host.differences import differences
 from uft_ds.host.files import read_regular_text, write_atomically
 from uft_ds.host.formats import KEY, check_format
 from uft_ds.host.locks import Held, NoLocks, acquire
