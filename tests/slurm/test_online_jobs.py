@@ -29,7 +29,7 @@ pytestmark = pytest.mark.long
 HERE = Path(__file__).parent
 SLURM = HERE.parents[1] / "slurm"
 SERVER = HERE / "stand_in_vllm.py"
-STEPS = 10
+STEPS = 14
 SECONDS = 600.0
 """The longest that a job may take: its checks, its server and its ranks start one after the other."""
 
@@ -142,50 +142,39 @@ def test_one_node_serves_and_the_others_train(unbroken: Path) -> None:
     assert_ended(log)
 
 
-def test_a_killed_server_costs_nothing(slurm: Cluster, unbroken: Path, base: Path, tmp_path: Path) -> None:
-    """It is started again while the run waits, which gives it the adapter again: the same bits, no restart."""
-    recipe = online_recipe(tmp_path, base)
-    job, log = submit(slurm, recipe)
-    slurm.until(lambda: last_step(tmp_path / "run") >= 3, log=log, seconds=SECONDS)
-    (server,) = servers(log)
-    os.kill(server.pid, signal.SIGKILL)
-    assert slurm.wait(job, log=log, seconds=SECONDS) == "COMPLETED", log.read_text()
-    assert restarts(slurm, job) == 0
-    assert "the server has ended with exit code 137; restart 1 of 5" in log.read_text()
-    assert "answers again after" in log.read_text()
-    assert server_log(log).read_text().count("serving http://127.0.0.11:") == 2
-    assert_same_run(tmp_path / "run", unbroken)
-    assert_ended(log)
-
-
-def test_the_time_limit_ends_the_server_too(slurm: Cluster, unbroken: Path, base: Path, tmp_path: Path) -> None:
-    """USR1 as before the limit: the run saves, the job is requeued with another server, and is done."""
-    recipe = online_recipe(tmp_path, base)
-    job, log = submit(slurm, recipe)
-    slurm.until(lambda: last_step(tmp_path / "run") >= 3, log=log, seconds=SECONDS)
-    slurm.run("scancel", "--batch", "--signal=USR1", job)
-    assert slurm.wait(job, log=log, seconds=SECONDS) == "COMPLETED", log.read_text()
-    assert restarts(slurm, job) == 1
-    assert re.search(r"stopped by SIGUSR1 after step (\d+) of", log.read_text())
-    assert log.read_text().count("=== the server is ready") == 2
-    assert_same_run(tmp_path / "run", unbroken)
-    assert_ended(log)
-
-
-def test_a_server_that_ends_too_often_brings_the_job_back(
+def test_whatever_ends_a_server_or_its_job_costs_nothing(
     slurm: Cluster, unbroken: Path, base: Path, tmp_path: Path
 ) -> None:
-    """The run saves and the job is requeued, as after a crash."""
-    recipe = online_recipe(tmp_path, base)
-    job, log = submit(slurm, recipe, UFT_VLLM_RESTARTS="0")
-    slurm.until(lambda: last_step(tmp_path / "run") >= 3, log=log, seconds=SECONDS)
+    """A server that is killed, one that has been killed too often, and the time limit, one after the other: the same
+    bits in the end."""
+    recipe, run = online_recipe(tmp_path, base), tmp_path / "run"
+    job, log = submit(slurm, recipe, UFT_VLLM_RESTARTS="1")
+
+    # It is started again while the run waits, which gives it the adapter again.
+    slurm.until(lambda: last_step(run) >= 2, log=log, seconds=SECONDS)
     (server,) = servers(log)
     os.kill(server.pid, signal.SIGKILL)
-    assert slurm.wait(job, log=log, seconds=SECONDS) == "COMPLETED", log.read_text()
-    assert restarts(slurm, job) == 1
-    assert "after 0 restarts (UFT_VLLM_RESTARTS): the run is ended" in log.read_text()
+    slurm.until(lambda: last_step(run) >= 5, log=log, seconds=SECONDS)
+    assert restarts(slurm, job) == 0
+    assert "the server has ended with exit code 137; restart 1 of 1" in log.read_text()
+    assert "answers again after" in log.read_text()
+    assert server_log(log).read_text().count("serving http://127.0.0.11:") == 2
+
+    # The run saves and the job is requeued, as after a crash.
+    (server,) = servers(log)
+    os.kill(server.pid, signal.SIGKILL)
+    slurm.until(lambda: restarts(slurm, job) == 1, log=log, seconds=SECONDS)
+    assert "after 1 restarts (UFT_VLLM_RESTARTS): the run is ended" in log.read_text()
+
+    # USR1 as before the limit: the run saves, and the job is requeued with another server.
+    slurm.until(lambda: last_step(run) >= 9, log=log, seconds=SECONDS)
     assert "resuming from step-" in log.read_text()
-    assert_same_run(tmp_path / "run", unbroken)
+    slurm.run("scancel", "--batch", "--signal=USR1", job)
+    assert slurm.wait(job, log=log, seconds=SECONDS) == "COMPLETED", log.read_text()
+    assert restarts(slurm, job) == 2
+    assert re.search(r"stopped by SIGUSR1 after step (\d+) of", log.read_text())
+    assert log.read_text().count("=== the server is ready") == 3
+    assert_same_run(run, unbroken)
     assert_ended(log)
 
 
