@@ -9,9 +9,9 @@ learning: the quickstart's model and tasks. From one start for each seed (SFT of
 number of the policy's answers, 8 prompts with 4 answers a step: UFT, UFT with both sides centred, RLOO, and UFT offline
 on as many answers of the start itself. Held-out prompts answered exactly right and their mean grade, as mean and half
 the width of a 95% interval over the seeds; the log-ratio that was spent; seconds by phase. Not tuned: all have one
-learning rate. An interrupted study goes on where it was. About seven minutes a run on two cores, six runs a seed. Each seed's numbers are
-kept in `results/online_learning.jsonl` with the revision that they were measured with; a seed that is there is not run
-again, so that several machines, or several evenings, make one table.
+learning rate. An interrupted study goes on where it was. About seven minutes a run on two cores, six runs a seed. Each
+seed's numbers are kept in `results/online_learning.jsonl` with the revision that they were measured with; a seed that
+is there is not run again, so that several machines, or several evenings, make one table.
 """
 
 from __future__ import annotations
