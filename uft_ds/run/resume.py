@@ -25,6 +25,7 @@ from uft_ds.data.store.sequences import check_content
 from uft_ds.data.store.tokenized import is_whole
 from uft_ds.errors import UserError
 from uft_ds.host.callbacks import OnProgress, Say
+from uft_ds.host.differences import differing
 from uft_ds.host.files import write_atomically
 from uft_ds.host.locks import Lock
 from uft_ds.recipe.file import leaves_of, read_stored_recipe, said, stored_recipe
@@ -264,7 +265,7 @@ def _check_same_content(folder: RunFolder, now: dict[str, Any]) -> None:
         before.pop(RUN, None)  # of the whole recipe, which is compared key by key
         for source in before["data"].values():
             source["rules"] = with_later_rules(source["rules"])
-    differences = list(_differences(before, now))
+    differences = _differences(before, now)
     if differences:
         raise UserError(
             f"{folder.path}: the run cannot be resumed: something it depends on has changed since it began\n"
@@ -278,7 +279,7 @@ def _other_versions(folder: RunFolder, now: dict[str, Any], step: int) -> Iterat
         start = json.loads(folder.environment.read_text(encoding="utf-8"))
         stages = [("began", start), *((f"was resumed at step {r['step']}", r) for r in start.get("resumes", []))]
         changes = [
-            (what, list(_differences(known := _deciding(then), {key: _deciding(now).get(key) for key in known})))
+            (what, _differences(known := _deciding(then), {key: _deciding(now).get(key) for key in known}))
             for what, then in stages
             if then.get("step", -1) < step  # the steps of a later resume are removed now
         ]
@@ -353,12 +354,9 @@ def _as_tokenized_then(settings: Settings, folder: RunFolder, now: PreparedData)
     return open_data(settings, folder)
 
 
-def _differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for name in dict.fromkeys((*before, *now)):
-            yield from _differences(before.get(name), now.get(name), f"{key}.{name}".removeprefix("."))
-    elif before != now:
-        yield key, _short(before), _short(now)
+def _differences(before: Any, now: Any) -> list[tuple[str, str, str]]:
+    """(key, value before, value now), the values as they are shown."""
+    return [(key, _short(then), _short(found)) for key, then, found in differing(before, now)]
 
 
 def _short(value: Any) -> str:
