@@ -269,12 +269,6 @@ def interval(values: list[float]) -> str:
     return f"{mean:.3f} +- {t * statistics.stdev(values) / math.sqrt(len(values)):.3f}"
 
 
-def revision() -> str:
-    """The commit of this checkout, marked where files differ from it."""
-    command = ("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12")
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
 def results_of(seeds: list[int], steps: int) -> dict[int, dict[str, dict[str, float]]]:
     """What was measured before with as many steps, by seed."""
     if not RESULTS.exists():
@@ -289,6 +283,7 @@ def measure_learning(folder: Path, seeds: list[int], steps: int, console: Any) -
 
     from uft_ds.examples.smollm2 import quickstart_model
     from uft_ds.examples.verifiable import write
+    from uft_ds.run.identity import git_revision
 
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / "data", num_held_out=HELD_OUT)
@@ -298,7 +293,7 @@ def measure_learning(folder: Path, seeds: list[int], steps: int, console: Any) -
         if seed not in known:
             known[seed] = learn(folder, base, seed, steps)
             RESULTS.parent.mkdir(exist_ok=True)
-            row = {"seed": seed, "steps": steps, "revision": revision(), "found": known[seed]}
+            row = {"seed": seed, "steps": steps, "revision": git_revision(), "found": known[seed]}
             with RESULTS.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
     results = [known[seed] for seed in seeds]

@@ -116,14 +116,15 @@ def environment(settings: Settings) -> dict[str, object]:
         "packages": versions,
         # What `model.attention: auto` is here: it depends on the GPU and on flash-attn.
         "attention": attention_implementation(model.attention, getattr(torch, model.dtype), config),
-        "git_revision": _git_revision(),
+        "git_revision": git_revision(),
         "reference_adapter": adapter_identity(Path(adapter)) if adapter else None,
         "start_adapter": adapter_identity(Path(start), "start.adapter") if start else None,
         **{f"{name}_adapter": identity for name, identity in reward_identity(settings).items()},
     }
 
 
-def _git_revision() -> str | None:
+def git_revision() -> str | None:
+    """The commit of this checkout, marked where files differ from it; None where uft_ds is installed as a package."""
     checkout = Path(__file__).parents[2]
     if not (checkout / ".git").exists():  # installed as a package: a repository further up is not ours
         return None
