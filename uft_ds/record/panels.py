@@ -66,8 +66,7 @@ def write_panels(figure: Any, shown: Seq[Any], path: Path, *, height: float, not
     columns = min(_COLUMNS, len(shown))
     rows = -(-len(shown) // columns)
     text = "\n".join(wrap(note, _LETTERS * columns))
-    below = 0.2 * len(text.splitlines())
-    width, whole = _INCHES * columns, height * rows + below
+    width, whole = _INCHES * columns, height * rows + 0.2 * len(text.splitlines())
     figure.set_size_inches(width, whole)
     corners = [(number % columns * _INCHES, whole - height * (number // columns + 1)) for number in range(len(shown))]
     for axes, (x, y) in zip(shown, corners, strict=True):
@@ -75,14 +74,14 @@ def write_panels(figure: Any, shown: Seq[Any], path: Path, *, height: float, not
         axes.set_position(((x + _LEFT) / width, (y + _BOTTOM) / whole, inner[0] / width, inner[1] / whole))
     if text:
         figure.supxlabel(text, fontsize=8)
-    figure.canvas.draw()
+    figure.canvas.draw()  # once, for the file and for each picture; `savefig` would draw twice
     pixels = np.asarray(figure.canvas.buffer_rgba())
     imsave(path, pixels, format="png", dpi=figure.dpi)
     panels = []
     for axes, (x, y) in zip(shown, corners, strict=True):
         png = io.BytesIO()
-        top, left = whole - y - height, x
-        first, last, start, end = (round(figure.dpi * inches) for inches in (top, top + height, left, left + _INCHES))
+        top = whole - y - height  # pixels are counted from above
+        first, last, start, end = (round(figure.dpi * inches) for inches in (top, top + height, x, x + _INCHES))
         imsave(png, np.ascontiguousarray(pixels[first:last, start:end]), format="png")
         panels.append(Panel(axes.get_title(), png.getvalue()))
     return tuple(panels)
