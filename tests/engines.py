@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from uft_ds.data.micro_batch import MicroBatch, micro_batch
 from uft_ds.data.mixture import Step
 from uft_ds.data.packing import Packing, rank_micro_batches
 from uft_ds.engine.deepspeed_file import deepspeed_config, read_deepspeed_file
-from uft_ds.engine.engine import Engine
+from uft_ds.engine.engine import Engine, StepResult
 from uft_ds.engine.groups import ParameterGroup, one_group
 from uft_ds.engine.optimizer_state import Piece, pieces_of, restore
 from uft_ds.objectives.objective import Objective, count_terms, micro_batch_loss
@@ -72,20 +74,38 @@ def engine_of(
     )
 
 
+def full_gradients(engine: Engine) -> dict[str, torch.Tensor]:
+    """Of all trained parameters by name, gathered; as they are before an update."""
+    from deepspeed.utils import safe_get_full_grad
+
+    return {n: safe_get_full_grad(p).clone() for n, p in engine.module.named_parameters() if p.requires_grad}
+
+
+@contextmanager
+def recorded_gradients(engine: Engine) -> Iterator[dict[str, torch.Tensor]]:
+    """Within the block, the gradients that each update is made with, by name."""
+    grads: dict[str, torch.Tensor] = {}
+    update = engine.step
+
+    def recording(rate: float, loss: torch.Tensor) -> StepResult:
+        grads.update(full_gradients(engine))
+        return update(rate, loss)
+
+    with patch.object(engine, "step", recording):
+        yield grads
+
+
 def accumulate(
     engine: Engine, batches: list[MicroBatch], uft: Objective, step: Step | None = None
 ) -> tuple[dict[str, torch.Tensor], float]:
     """Gradients by name after the last micro-batch, and the step's loss over all ranks; by default of the toy step."""
-    from deepspeed.utils import safe_get_full_grad
-
     terms = count_terms(uft, (step or toy_step()).responses)
     total = torch.zeros(())
     for number, batch in enumerate(batches):
         loss, _ = micro_batch_loss(uft, batch, terms, forwarded(engine, batch))
         engine.backward(loss, is_last=number == len(batches) - 1)
         total += loss.detach()
-    grads = {n: safe_get_full_grad(p).clone() for n, p in engine.module.named_parameters() if p.requires_grad}
-    return grads, float(engine.sum_over_ranks(total))
+    return full_gradients(engine), float(engine.sum_over_ranks(total))
 
 
 def single_process(folder: Path, loss: str, **options: object) -> tuple[dict[str, torch.Tensor], float, float]:

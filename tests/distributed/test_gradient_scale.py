@@ -9,7 +9,15 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from engines import REAL_PARTITIONING, UNEVEN, accumulate, assert_same_step, engine_of, single_process
+from engines import (
+    REAL_PARTITIONING,
+    UNEVEN,
+    accumulate,
+    assert_same_step,
+    engine_of,
+    recorded_gradients,
+    single_process,
+)
 from ranks import run_on_ranks
 from tiny import VOCAB_SIZE
 from toy import UFT, both, build, forwarded, objective, toy_model, toy_step
@@ -190,16 +198,8 @@ def answers_step(engine: Engine, name: str, tokens: int) -> Any:
 
     The step's rate is 0, so the next case finds the same weights.
     """
-    from deepspeed.utils import safe_get_full_grad
-
-    grads: dict[str, torch.Tensor] = {}
-    update, call = engine.step, engine.deepspeed.forward
+    call = engine.deepspeed.forward
     held: list[set[str]] = []
-
-    def recording(rate: float, loss: torch.Tensor) -> Any:
-        named = engine.module.named_parameters()
-        grads.update({n: safe_get_full_grad(p).clone() for n, p in named if p.requires_grad})
-        return update(rate, loss)
 
     def counting(batch: Any, *args: Any, **options: Any) -> Any:
         held.append({response.origin for response in batch.responses})
@@ -208,7 +208,7 @@ def answers_step(engine: Engine, name: str, tokens: int) -> Any:
     step = step_of_answers()
     method = Method(engine, COMPARED[name], Known.of_reference("lockstep"), tokens)
     num_batches = len(engine.micro_batches(step, tokens))
-    with patch.object(engine, "step", recording), patch.object(engine.deepspeed, "forward", counting):
+    with recorded_gradients(engine) as grads, patch.object(engine.deepspeed, "forward", counting):
         metrics = run_step(method, step, 0.0).metrics
     return grads, metrics, len(held), num_batches, set().union(*held[-num_batches:])
 

@@ -7,12 +7,11 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
-from engines import engine_of
+from engines import engine_of, recorded_gradients
 from ranks import run_on_ranks
 from tiny import VOCAB_SIZE
 from toy import both, logps_by_name, toy_model
@@ -76,18 +75,8 @@ def one_step(
     engine: Engine, name: ShiftName, tokens: int, mode: HowReference, objective: Objective | None = None
 ) -> Any:
     """Gradients, metrics and the next shift of one step, at a rate of 0: the next case finds the same weights."""
-    from deepspeed.utils import safe_get_full_grad
-
-    grads: dict[str, torch.Tensor] = {}
-    update = engine.step
-
-    def recording(rate: float, loss: torch.Tensor) -> Any:
-        named = engine.module.named_parameters()
-        grads.update({n: safe_get_full_grad(p).clone() for n, p in named if p.requires_grad})
-        return update(rate, loss)
-
     method = Method(engine, objective or shifted(name), Known.of_reference(mode), tokens)
-    with patch.object(engine, "step", recording):
+    with recorded_gradients(engine) as grads:
         outcome = run_step(method, mixed_step(), 0.0, BEFORE)
     return grads, outcome.metrics, outcome.shift
 
