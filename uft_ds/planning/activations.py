@@ -78,7 +78,7 @@ def activations_of(
         "attention": _stand_in(attention, dtype, structure.config),
         "under_zero3": under_zero3,
     }
-    two, one = (_run(structure, layers=layers, with_backward=layers == 2, **options) for layers in (2, 1))
+    two, one = (_run(structure, layers=layers, **options) for layers in (2, 1))
     saved = one.saved_bytes + (structure.num_layers - 1) * (two.saved_bytes - one.saved_bytes)
     hidden_1TD = sum(lengths) * structure.config.hidden_size * ITEM_BYTES[dtype]
     return Activations(saved, max(0, two.peak_bytes - two.saved_bytes), 2 * hidden_1TD if lockstep else 0)
@@ -100,7 +100,6 @@ def _run(
     structure: Structure,
     *,
     layers: int,
-    with_backward: bool,
     lengths: tuple[int, ...],
     dtype: str,
     gradient_checkpointing: Recompute,
@@ -141,7 +140,7 @@ def _run(
         if gradient_checkpointing == "selective":
             # torch keeps the results itself, where no hook of autograd sees them.
             saved_bytes = live.now - before - policy_1TD.nbytes
-        if with_backward:
+        if layers > 1:  # one layer runs for what it saves alone
             policy_1TD.backward(torch.empty_like(policy_1TD))
         # `memory.py` counts the adapters' gradients.
         gradients = sum(p.grad.nbytes for p in policy.parameters() if p.grad is not None)
