@@ -9,16 +9,14 @@ learning: the quickstart's model and tasks. From one start for each seed (SFT of
 number of the policy's answers, 8 prompts with 4 answers a step: UFT, UFT with both sides centred, RLOO, and UFT offline
 on as many answers of the start itself. Held-out prompts answered exactly right and their mean grade, as mean and half
 the width of a 95% interval over the seeds; the log-ratio that was spent; seconds by phase. Not tuned: all have one
-learning rate. An interrupted study goes on where it was. About seven minutes a run on two cores, six runs a seed. Each
-seed's numbers are kept in `results/online_learning.jsonl` with the revision that they were measured with; a seed that
-is there is not run again, so that several machines, or several evenings, make one table.
+learning rate. An interrupted study goes on where it was, and a seed that has a line in `results/online_learning.jsonl`
+is not run again. About seven minutes a run of 20 steps on two cores, six runs a seed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import random
 import signal
@@ -30,9 +28,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from quickstart_runs import Results, answers_of, interval, policy_of, train
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-RESULTS = Path(__file__).parent / "results" / "online_learning.jsonl"
 KILLS, KILL_STEPS = 10, 6
 HELD_OUT, MAX_NEW_TOKENS, BETA = 100, 24, 0.1
 START_STEPS, LR = 4, 5e-4
@@ -46,23 +45,6 @@ METHODS: dict[str, dict[str, str]] = {
     },
     "offline": {"objective.loss": "mse", "objective.center": "prompt"},
 }
-T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 8: 2.36, 10: 2.26}
-"""Student's t for a two-sided interval of 95%, by the number of seeds."""
-
-
-def uft(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "uft_ds", *arguments]
-    return subprocess.run(
-        command, text=True, capture_output=True, check=False, env={**os.environ, "COLUMNS": "1000", **environment}
-    )
-
-
-def checked(result: subprocess.CompletedProcess[str]) -> str:
-    if result.returncode:
-        raise SystemExit(f"{' '.join(result.args)}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}")
-    return result.stdout
-
-
 # --- kills ---
 
 
@@ -143,15 +125,6 @@ def measure_kills(folder: Path, console: Any) -> list[Any]:
 
 
 # --- learning ---
-
-
-def train(recipe: str, run: Path, overrides: dict[str, Any], *options: str) -> None:
-    """A run to its end, unless it is done; goes on with one that was interrupted."""
-    if (run / "DONE").exists():
-        return
-    given = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in overrides.items()]
-    resumes = ("--resume",) if (run / "recipe.yaml").exists() else ()
-    checked(uft("train", recipe, *given, f"output={run}", *options, *resumes))
 
 
 def held_out(data: Path) -> list[dict[str, str]]:
@@ -242,16 +215,11 @@ def measured(run: Path, base: Path, data: Path) -> dict[str, float]:
     if stored.exists():
         found: dict[str, float] = json.loads(stored.read_text(encoding="utf-8"))
         return found
-    from peft import PeftModel
-
-    from uft_ds.evaluation.generate import generate_responses, load_for_generation
     from uft_ds.examples.verifiable import grade, is_correct, read_tasks
 
-    model, tokenizer = load_for_generation(base)
-    policy: Any = PeftModel.from_pretrained(model, str(run / "latest" / "adapter"))
+    policy, tokenizer = policy_of(run, base)
     tasks = read_tasks(data / "held_out.jsonl")
-    prompts = [[{"role": "user", "content": task.prompt}] for task in tasks]
-    answers = generate_responses(policy.merge_and_unload(), tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS)
+    answers = answers_of(policy.merge_and_unload(), tokenizer, tasks, MAX_NEW_TOKENS)
     found = {
         "exactly right": sum(map(is_correct, tasks, answers)) / len(tasks),
         "mean grade": sum(map(grade, tasks, answers)) / len(tasks),
@@ -260,43 +228,23 @@ def measured(run: Path, base: Path, data: Path) -> dict[str, float]:
     return found
 
 
-def interval(values: list[float]) -> str:
-    """Mean and half the width of a 95% interval; one value alone has none."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return f"{mean:.3f}"
-    t = T_95.get(len(values), 2.0)
-    return f"{mean:.3f} +- {t * statistics.stdev(values) / math.sqrt(len(values)):.3f}"
-
-
-def results_of(seeds: list[int], steps: int) -> dict[int, dict[str, dict[str, float]]]:
-    """What was measured before with as many steps, by seed."""
-    if not RESULTS.exists():
-        return {}
-    rows = map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines())
-    return {row["seed"]: row["found"] for row in rows if row["seed"] in seeds and row["steps"] == steps}
-
-
 def measure_learning(folder: Path, seeds: list[int], steps: int, console: Any) -> None:
     """Print the table of all seeds."""
     from rich.table import Table
 
     from uft_ds.examples.smollm2 import quickstart_model
     from uft_ds.examples.verifiable import write
-    from uft_ds.run.identity import git_revision
 
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / "data", num_held_out=HELD_OUT)
     base = quickstart_model()
-    known = results_of(seeds, steps)
+    known, results = Results("online_learning"), []
     for seed in seeds:
-        if seed not in known:
-            known[seed] = learn(folder, base, seed, steps)
-            RESULTS.parent.mkdir(exist_ok=True)
-            row = {"seed": seed, "steps": steps, "revision": git_revision(), "found": known[seed]}
-            with RESULTS.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-    results = [known[seed] for seed in seeds]
+        run = {"seed": seed, "steps": steps}
+        found = known.of(run)
+        if found is None:
+            known.add(run, found := learn(folder, base, seed, steps))
+        results.append(found)
     title = f"{len(seeds)} seeds, {steps} steps of 8 prompts x 4 answers; mean +- half a 95% interval"
     columns = ("exactly right", "mean grade", "log-ratio", "generate, s", "score, s", "train, s")
     table = Table("", *columns, title=title)

@@ -1,14 +1,20 @@
-"""A small real study: SFT, SFT -> DPO, SFT -> KTO, UNA and UFT on tasks whose answers code can check.
+"""Does one stage beat two? Eight methods on tasks whose answers code can check, at equal numbers of responses.
 
-    python benchmarks/study.py [--seeds 1,2,3] [--folder runs/study]
+    python benchmarks/study.py [--part rates,seeds,mix] [--minutes 60] [--data DATA] [--folder runs/study]
 
-The quickstart's model, 25 steps of 20 responses for every method: all see 500 responses. The two-stage methods spend 12
-steps on the first stage, 13 on the second. Prints, as mean and spread (standard deviation) over the seeds: held-out
-prompts answered exactly right, their mean grade, the mean length of the answers, and how well the implicit reward
-against the base agrees with the true scores of held-out responses, never trained on (rank correlation, calibration
-error). An interrupted study goes on where it was. About an hour on two cores.
+The quickstart's model. Every method sees 500 responses: 25 steps of 20; those of two stages spend 12 steps on the first
+stage, SFT, which they share. Three of the eleven kinds of task are never trained.
 
-Not tuned: each stage has one learning rate, that of the quickstart, and a third of it for the second stages.
+rates: each method's last stage with each of three learning rates, on a seed of its own. The best mean grade on prompts
+    that nothing else uses chooses the method's rate. The first stage has the rate of SFT.
+seeds: each method at its rate with five seeds. Prompts of the trained kinds and of the other three: answered exactly
+    right, mean grade, tokens of an answer. How well the implicit reward against the base orders right and flawed
+    answers (rank correlation, calibration error). With --data, IFEval and TruthfulQA mc2 by `uft eval`, the first 40
+    questions of each.
+mix: UFT with five ratios of right answers to scored ones, those of the paper's ablation, three seeds each.
+
+A run that has a line in `results/study.jsonl` is not run again. With --minutes no run is begun after so many; the table
+shows what there is. Two to eight minutes a run on two cores; 27 + 45 + 15 runs. `--picture FILE` draws the mix.
 """
 
 from __future__ import annotations
@@ -17,163 +23,379 @@ import argparse
 import json
 import random
 import statistics
-import subprocess
 import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from quickstart_runs import Results, answers_of, interval, policy_of, train, uft
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 BETA = 0.1
 RESPONSES_A_STEP = 20
 STEPS, FIRST_STAGE = 25, 12
-LR, SECOND_LR = 1e-3, 3e-4
-HELD_OUT = 100
+RATES = (3e-4, 1e-3, 3e-3)
+RATE_SEED, SEEDS, MIX_SEEDS = 100, (1, 2, 3, 4, 5), (1, 2, 3)
+UNTRAINED_KINDS = ("initials", "bold", "pipes")
+TEST, VALIDATION = 15, 10
+"""Held-out prompts of each kind."""
 MAX_NEW_TOKENS = 32
+QUESTIONS, QUESTION_TOKENS = 40, 128
+"""Of each benchmark, and the most new tokens of an answer to it: enough to compare runs, not to compare with others."""
+SCORED_PARTS = (16, 32, 65, 130, 260)
+"""Scored rows for 20 instruction rows, in thousands (arXiv 2410.21438, the ablation of the data's mix)."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a method's last stage is trained.
+
+    sources: names of files of data, each with its share. after_sft: whether it goes on from the shared first stage,
+    which is then its reference. online: whether the policy answers itself.
+    """
+
+    label: str
+    sources: Mapping[str, float]
+    loss: Any
+    after_sft: bool = False
+    online: bool = False
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+
 METHODS = {
-    "sft": "SFT",
-    "sft_dpo": "SFT -> DPO",
-    "sft_kto": "SFT -> KTO",
-    "sft_una": "SFT -> UNA",
-    "una": "UNA, scores",
-    "uft": "UFT",
+    "sft": Method("SFT", {"instruction": 1.0}, "nll"),
+    "sft_dpo": Method("SFT -> DPO", {"pairs": 1.0}, {"pair": "dpo", "instruction": "nll"}, after_sft=True),
+    "sft_kto": Method("SFT -> KTO", {"split": 1.0}, "l1", after_sft=True, more={"objective.reward_shift": "kl"}),
+    "sft_una": Method("SFT -> UNA", {"scored": 1.0}, "mse", after_sft=True),
+    "sft_rloo": Method(
+        "SFT -> RLOO",
+        {"prompts": 1.0},
+        {"score": "rloo", "instruction": "nll"},
+        after_sft=True,
+        online=True,
+        more={"objective.beta": {"score": 0.01}, "objective.center": "none"},
+    ),
+    "una": Method("UNA", {"scored": 1.0}, "mse"),
+    "uft": Method("UFT", {"instruction": 0.4, "scored": 0.6}, "mse"),
+    "uft_online": Method(
+        "UFT online", {"instruction": 0.4, "prompts": 0.6}, "mse", online=True, more={"objective.center": "prompt"}
+    ),
 }
-COLUMNS = ("exactly right", "mean grade", "answer tokens", "rank correlation", "calibration error")
+
+
+# --- data ---
 
 
 def write_data(folder: Path) -> None:
-    """The same prompts three ways: right answers; a response with its score; a right and a flawed answer as a pair."""
-    from uft_ds.examples.verifiable import flawed_response, generate, grade, write
+    """The same prompts four ways, and held-out ones by their use."""
+    from uft_ds.examples.verifiable import TASK_KINDS, Row, flawed_response, generate, grade
 
-    data = write(folder, num_prompts=1200, num_held_out=HELD_OUT)
+    made = generate(1650, (TEST + VALIDATION) * len(TASK_KINDS), 0)
     rng = random.Random("study")
-    pairs = [
-        {"prompt": row.task.prompt, "chosen": row.task.answer, "rejected": row.response}
-        for row in data.scored_rows
-        if row.score is not None and row.score < 1.0
-    ]
-    held_out = []
-    for task in generate(1, HELD_OUT, 0).held_out_tasks:
-        for response in (task.answer, flawed_response(task, rng)):
-            held_out.append({"prompt": task.prompt, "response": response, "score": grade(task, response)})
-    for name, rows in (("pairs", pairs), ("held_out_both", held_out)):
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def write(name: str, lines: Iterable[str]) -> None:
+        (folder / f"{name}.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+    trained = [row for row in made.scored_rows if row.task.kind not in UNTRAINED_KINDS]
+    write("instruction", (Row(row.task, row.task.answer).to_json() for row in trained))
+    write("scored", (row.to_json() for row in trained))
+    flawed = [row for row in trained if row.score is not None and row.score < 1.0]
+    write(
+        "pairs",
+        (
+            json.dumps({"prompt": row.task.prompt, "chosen": row.task.answer, "rejected": row.response})
+            for row in flawed
+        ),
+    )
+    by_kind: dict[str, list[Any]] = {}
+    for task in made.held_out_tasks:
+        by_kind.setdefault(task.kind, []).append(task)
+    for name, start, stop, kinds in (
+        ("test", 0, TEST, set(TASK_KINDS) - set(UNTRAINED_KINDS)),
+        ("untrained", 0, TEST, set(UNTRAINED_KINDS)),
+        ("validation", TEST, TEST + VALIDATION, set(TASK_KINDS) - set(UNTRAINED_KINDS)),
+    ):
+        tasks = [task for kind in TASK_KINDS if kind in kinds for task in by_kind[kind][start:stop]]
+        write(name, (Row(task, task.answer).to_json() for task in tasks))
+        if name == "test":
+            both = [(task, text) for task in tasks for text in (task.answer, flawed_response(task, rng))]
+            write("test_both", (Row(task, text, grade(task, text)).to_json() for task, text in both))
 
 
-def write_sweep(folder: Path, seeds: list[int]) -> Path:
-    """Seven runs a seed; the first stage serves all second ones."""
+def source(data: Path, name: str, share: float) -> dict[str, Any]:
+    """A source of a recipe that reads one of the files."""
+    given: dict[str, Any] = {"format": "jsonl", "path": str(data / f"{name}.jsonl")}
+    if name == "split":
+        given |= {"path": str(data / "pairs.jsonl"), "pairs": "split"}
+    if name == "prompts":
+        given |= {
+            "format": "prompts",
+            "path": str(data / "scored.jsonl"),
+            "columns": {"response": None, "score": None},
+            "answers": 4,
+            "score_by": "code:uft_ds.examples.verifiable_scores:score",
+        }
+    return given if share == 1.0 else given | {"share": share}
 
-    def source(name: str, **more: Any) -> dict[str, Any]:
-        return {"format": "jsonl", "path": str(folder / "data" / f"{name}.jsonl"), **more}
 
-    def run(name: str, sources: list[dict[str, Any]], loss: Any, steps: int, lr: float = LR, **more: Any) -> Any:
-        values = {"data.sources": sources, "objective.loss": loss, "train.steps": steps, "train.lr": lr}
-        after = more.pop("after", None)
-        shift = {"objective.reward_shift": more.pop("shift")} if "shift" in more else {}
-        return {"name": name, "recipe": "quickstart", "set": values | shift} | ({"after": after} if after else {})
+# --- runs ---
 
-    instruction, scored = source("instruction"), source("scored")
-    pairs, split = source("pairs"), source("pairs", pairs="split")
-    second = STEPS - FIRST_STAGE
-    tree = {
-        "name": "study",
-        "output": str(folder / "runs"),
-        "runs": [
-            run("sft", [instruction], "nll", STEPS),
-            run("first", [instruction], "nll", FIRST_STAGE),
-            # The held-out responses are scored ones: they need a loss, too.
-            run("sft_dpo", [pairs], {"pair": "dpo", "score": "mse"}, second, SECOND_LR, after="first"),
-            run("sft_kto", [split], "l1", second, SECOND_LR, after="first", shift="kl"),
-            run("sft_una", [scored], "mse", second, SECOND_LR, after="first"),
-            run("una", [scored], "mse", STEPS),
-            run("uft", [instruction | {"share": 0.5}, scored | {"share": 0.5}], "mse", STEPS),
-        ],
-        "grid": {"train.seed": seeds},
+
+@dataclass(frozen=True)
+class Study:
+    """Where a study lies, and what is known of its runs. ends: on the monotonic clock; no run is begun after it."""
+
+    folder: Path
+    base: Path
+    questions: Path | None
+    results: Results
+    ends: float
+
+    @property
+    def data(self) -> Path:
+        return self.folder / "data"
+
+    @property
+    def asked(self) -> int:
+        """Questions of each benchmark: a run that was measured without them is measured again with them."""
+        return 0 if self.questions is None else QUESTIONS
+
+    def may_begin(self) -> bool:
+        return time.monotonic() < self.ends
+
+    def first_stage(self, seed: int, rate: float) -> Path:
+        """The adapter of the shared first stage, trained if need be."""
+        run = self.folder / "runs" / f"first-{rate:g}-{seed}"
+        overrides = {"data.sources": [source(self.data, "instruction", 1.0)], "objective.loss": "nll"}
+        train("quickstart", run, self.common(seed, rate, FIRST_STAGE) | overrides)
+        return run
+
+    def common(self, seed: int, rate: float, steps: int) -> dict[str, Any]:
+        return {
+            "model.base": str(self.base),
+            "data.held_out": [{"format": "jsonl", "path": str(self.data / "validation.jsonl")}],
+            "train.examples_per_step": RESPONSES_A_STEP,
+            "train.evaluate_every": 1000,
+            "train.checkpoint_every": 1000,
+            "train.steps": steps,
+            "train.lr": rate,
+            "train.seed": seed,
+        }
+
+    def trained(self, name: str, rate: float, seed: int, first_rate: float, mix: Mapping[str, float] | None) -> Path:
+        """The folder of a run, trained if need be."""
+        method = METHODS[name]
+        sources = method.sources if mix is None else mix
+        shares = "" if mix is None else "-" + "-".join(f"{share:.3f}" for share in mix.values())
+        run = self.folder / "runs" / f"{name}-{rate:g}-{seed}{shares}"
+        overrides = self.common(seed, rate, STEPS - FIRST_STAGE if method.after_sft else STEPS) | {
+            "data.sources": [source(self.data, part, share) for part, share in sources.items()],
+            "objective.loss": method.loss,
+            "objective.beta": BETA,
+        }
+        if method.online:
+            overrides |= {"train.schedule": "linear", "generator.max_new_tokens": MAX_NEW_TOKENS}
+        if method.after_sft:
+            overrides["reference.adapter"] = str(self.first_stage(seed, first_rate))
+        train("quickstart_online" if method.online else "quickstart", run, overrides | method.more)
+        return run
+
+
+def graded(model: Any, tokenizer: Any, path: Path) -> dict[str, float]:
+    """What a model answers to the tasks of a file."""
+    from uft_ds.examples.verifiable import grade, is_correct, read_tasks
+
+    tasks = read_tasks(path)
+    answers = answers_of(model, tokenizer, tasks, MAX_NEW_TOKENS)
+    return {
+        "exactly right": statistics.fmean(map(is_correct, tasks, answers)),
+        "mean grade": statistics.fmean(map(grade, tasks, answers)),
+        "answer tokens": statistics.fmean(len(tokenizer.encode(answer)) for answer in answers),
     }
-    path = folder / "sweep.json"
-    path.write_text(json.dumps(tree, indent=2), encoding="utf-8")
-    return path
 
 
-def measured(run: Path, base: Path, data: Path) -> dict[str, float]:
-    """What a finished run's policy does on held-out data; remembered beside the runs, under its adapter's hash."""
-    from uft_ds.streams.identity import adapter_identity
-
-    stored = data.parent / "measured" / f"{run.name}-{adapter_identity(run / 'latest' / 'adapter')[:16]}.json"
-    if stored.exists():
-        found: dict[str, float] = json.loads(stored.read_text(encoding="utf-8"))
-        return found
+def ordering(policy: Any, tokenizer_of: Path, data: Path) -> dict[str, float]:
+    """How well the implicit score, sigma(beta log-ratio) against the base, agrees with the scores of test answers."""
     from log_probs import hugging_face_logps
-    from peft import PeftModel
 
     from uft_ds.data.sources import SourceSettings, Tolerance, prepare_source
     from uft_ds.data.store.building import RowRules
     from uft_ds.data.tokens.tokenize import load_tokenizer
-    from uft_ds.evaluation.generate import generate_responses, load_for_generation
-    from uft_ds.examples.verifiable import grade, is_correct, read_tasks
     from uft_ds.record.telemetry import calibration_error, rank_correlation
 
-    model, tokenizer = load_for_generation(base)
-    policy: Any = PeftModel.from_pretrained(model, str(run / "latest" / "adapter"))
     rules = RowRules("jsonl", None, max_length=256, merge=True, trim_prompt=False)
-    source = SourceSettings(str(data / "held_out_both.jsonl"), None, rules)
-    selection = prepare_source(
-        source, load_tokenizer(str(base)), data.parent / "tokens", seed=0, tolerance=Tolerance()
-    ).selection
+    settings = SourceSettings(str(data / "test_both.jsonl"), None, rules)
+    tokenizer = load_tokenizer(str(tokenizer_of))
+    selection = prepare_source(settings, tokenizer, data.parent / "tokens", seed=0, tolerance=Tolerance()).selection
     sequences = tuple(sequence for index in range(len(selection)) for sequence in selection.unit(index))
     ratios = hugging_face_logps(policy, sequences) - hugging_face_logps(policy, sequences, adapters=False)
     implicit = 1 / (1 + np.exp(-BETA * ratios.numpy()))
     given = np.array([response.score for sequence in sequences for response in sequence.responses])
-    tasks = read_tasks(data / "held_out.jsonl")
-    merged = policy.merge_and_unload()
-    prompts = [[{"role": "user", "content": task.prompt}] for task in tasks]
-    answers = generate_responses(merged, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS)
-    values = {
-        "exactly right": sum(map(is_correct, tasks, answers)) / len(tasks),
-        "mean grade": sum(map(grade, tasks, answers)) / len(tasks),
-        "answer tokens": statistics.fmean(len(tokenizer.encode(answer)) for answer in answers),
+    return {
         "rank correlation": float(np.nan_to_num(rank_correlation(implicit, given))),
         "calibration error": calibration_error(implicit, given),
     }
-    stored.parent.mkdir(exist_ok=True)
-    stored.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    return values
+
+
+def asked_questions(study: Study, run: Path | None) -> dict[str, float]:
+    """IFEval and TruthfulQA mc2 of a run, or of the base; nothing without --data."""
+    if study.questions is None:
+        return {}
+    from uft_ds.evaluation.results import read_evaluation
+
+    out = study.folder / "evaluations" / ("base" if run is None else run.name)
+    uft(
+        *("eval", str(run or study.base), "--suite", "ifeval=0,truthfulqa_mc2=0", "--data", str(study.questions)),
+        *("--limit", str(QUESTIONS), "--max-new-tokens", str(QUESTION_TOKENS), "--chat-template", "--out", str(out)),
+    )
+    metrics = {task.task: task.metrics for task in read_evaluation(out).tasks}
+    of_ifeval = [value for name, value in metrics["ifeval"].items() if name.startswith(("prompt", "inst"))]
+    (mc2,) = (value for name, value in metrics["truthfulqa_mc2"].items() if name.startswith("acc"))
+    return {"ifeval": statistics.fmean(of_ifeval), "truthfulqa": mc2}
+
+
+def measured(study: Study, run: Path | None) -> dict[str, float]:
+    """All that the tables show of a run, or of the base before any training (None)."""
+    policy, tokenizer = policy_of(run, study.base)
+    found = {} if run is None else ordering(policy, study.base, study.data)
+    model = policy if run is None else policy.merge_and_unload()
+    found |= graded(model, tokenizer, study.data / "test.jsonl")
+    untrained = graded(model, tokenizer, study.data / "untrained.jsonl")
+    found |= {f"untrained: {name}": value for name, value in untrained.items() if name != "answer tokens"}
+    return found | asked_questions(study, run)
+
+
+# --- parts ---
+
+
+def measure_rates(study: Study) -> dict[str, float]:
+    """Each method's rate, of the methods of which all rates are measured; SFT's comes first."""
+    chosen: dict[str, float] = {}
+    for name in METHODS:
+        grades = {}
+        for rate in RATES:
+            if METHODS[name].after_sft and "sft" not in chosen:
+                break
+            line = {"part": "rates", "method": name, "rate": rate, "first_rate": _first_rate(name, chosen)}
+            found = study.results.of(line)
+            if found is None and study.may_begin():
+                run = study.trained(name, rate, RATE_SEED, chosen.get("sft", 0.0), None)
+                policy, tokenizer = policy_of(run, study.base)
+                found = graded(policy.merge_and_unload(), tokenizer, study.data / "validation.jsonl")
+                study.results.add(line, found)
+            if found is not None:
+                grades[rate] = found["mean grade"]
+        if len(grades) == len(RATES):
+            chosen[name] = max(grades, key=grades.__getitem__)
+            shown = ", ".join(f"{rate:g}: {grade:.3f}" for rate, grade in grades.items())
+            print(f"{METHODS[name].label}: {chosen[name]:g} (mean grades {shown})", flush=True)
+    return chosen
+
+
+def _first_rate(name: str, chosen: Mapping[str, float]) -> float | None:
+    return chosen["sft"] if METHODS[name].after_sft else None
+
+
+def measure_seeds(study: Study, chosen: Mapping[str, float]) -> None:
+    """Every method with every seed, a seed after the other; the table of what there is."""
+    base_line = {"part": "seeds", "method": "base", "questions": study.asked}
+    base = study.results.of(base_line)
+    if base is None and study.may_begin():
+        base = measured(study, None)
+        study.results.add(base_line, base)
+    rows: dict[str, list[dict[str, float]]] = {"before training": [base] if base else []}
+    for seed in SEEDS:
+        for name, rate in chosen.items():
+            first_rate = _first_rate(name, chosen)
+            line = {"part": "seeds", "method": name, "rate": rate, "first_rate": first_rate, "seed": seed}
+            line["questions"] = study.asked
+            found = study.results.of(line)
+            if found is None and study.may_begin():
+                found = measured(study, study.trained(name, rate, seed, first_rate or 0.0, None))
+                study.results.add(line, found)
+            if found is not None:
+                rows.setdefault(METHODS[name].label, []).append(found)
+    show(rows)
+
+
+def measure_mix(study: Study, rate: float) -> dict[int, list[dict[str, float]]]:
+    """UFT with each ratio of scored to right answers, by the scored part; the table of what there is."""
+    found_of: dict[int, list[dict[str, float]]] = {part: [] for part in SCORED_PARTS}
+    for seed in MIX_SEEDS:
+        for part in SCORED_PARTS:
+            line = {"part": "mix", "method": "uft", "rate": rate, "scored": part, "seed": seed}
+            line["questions"] = study.asked
+            found = study.results.of(line)
+            if found is None and study.may_begin():
+                mix = {"instruction": round(20 / (20 + part), 3), "scored": round(part / (20 + part), 3)}
+                found = measured(study, study.trained("uft", rate, seed, 0.0, mix))
+                study.results.add(line, found)
+            if found is not None:
+                found_of[part].append(found)
+    show({f"{part} : 20": rows for part, rows in found_of.items()})
+    return found_of
+
+
+def show(rows: Mapping[str, list[dict[str, float]]]) -> None:
+    """A table in Markdown: the mean over seeds and half a 95% interval."""
+    columns = list(dict.fromkeys(column for found in rows.values() for one in found for column in one))
+    print("| | seeds | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 2))
+    for label, found in rows.items():
+        cells = []
+        for column in columns:
+            values = [one[column] for one in found if column in one]
+            cells.append(interval(values) if values else "")
+        print(f"| {label} | {len(found)} | " + " | ".join(cells) + " |", flush=True)
+
+
+def draw(found_of: Mapping[int, list[dict[str, float]]], path: Path) -> None:
+    """The mean grade by the ratio, on trained and on other kinds, with the range over the seeds."""
+    from matplotlib.figure import Figure
+
+    axes = (figure := Figure(figsize=(6, 3.4), layout="constrained")).subplots()
+    for column, label in (("mean grade", "kinds that are trained"), ("untrained: mean grade", "kinds that are not")):
+        parts = [part for part, found in found_of.items() if found]
+        values = [[one[column] for one in found_of[part]] for part in parts]
+        means = [statistics.fmean(of) for of in values]
+        below = [mean - min(of) for mean, of in zip(means, values, strict=True)]
+        above = [max(of) - mean for mean, of in zip(means, values, strict=True)]
+        axes.errorbar(parts, means, yerr=[below, above], marker="o", capsize=3, label=label)
+    axes.set_xscale("log")
+    axes.set_xticks(SCORED_PARTS, [f"{part} : 20" for part in SCORED_PARTS], minor=False)
+    axes.minorticks_off()
+    axes.set_xlabel("scored answers : right answers, in 500 responses")
+    axes.set_ylabel("mean grade")
+    axes.set_ylim(0, 1)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
 
 
 def main() -> None:
     from uft_ds.examples.smollm2 import quickstart_model
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", default="1,2,3")
+    parser.add_argument("--part", default="rates,seeds,mix", help="parts, separated by commas; rates are always read")
+    parser.add_argument("--minutes", type=float, default=float("inf"))
+    parser.add_argument("--data", type=Path, help="folder with ifeval/ and truthfulqa/, see docs/evaluation.md")
     parser.add_argument("--folder", type=Path, default=Path("runs/study"))
-    options = parser.parse_args()
-    folder, seeds = options.folder.absolute(), [int(seed) for seed in options.seeds.split(",")]
-    base = quickstart_model(say=print)
-    write_data(folder / "data")
-    held_out = [{"format": "jsonl", "path": str(folder / "data" / "held_out_both.jsonl")}]
-    overrides = {
-        "model.base": str(base),
-        "data.held_out": held_out,
-        "objective.beta": BETA,
-        "train.examples_per_step": RESPONSES_A_STEP,
-        "train.evaluate_every": STEPS,
-        "train.checkpoint_every": STEPS,
-    }
-    shown = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
-    command = [sys.executable, "-m", "uft_ds", "sweep", str(write_sweep(folder, seeds)), *shown]
-    subprocess.run(command, check=True)
-    print(f"{'':12}" + "".join(f"{column:>22}" for column in COLUMNS))
-    for name, label in METHODS.items():
-        values = [measured(folder / "runs" / f"{name}-seed={seed}", base, folder / "data") for seed in seeds]
-        cells = []
-        for column in COLUMNS:
-            found = [value[column] for value in values]
-            spread = statistics.stdev(found) if len(found) > 1 else 0.0
-            cells.append(f"{statistics.fmean(found):.3f} +- {spread:.3f}")
-        print(f"{label:12}" + "".join(f"{cell:>22}" for cell in cells), flush=True)
+    parser.add_argument("--picture", type=Path, help="where the mix is drawn")
+    given = parser.parse_args()
+    folder, parts = given.folder.absolute(), given.part.split(",")
+    ends = time.monotonic() + 60 * given.minutes
+    study = Study(folder, quickstart_model(say=print), given.data, Results("study"), ends)
+    write_data(study.data)
+    chosen = measure_rates(study)
+    if "seeds" in parts:
+        measure_seeds(study, chosen)
+    if "mix" in parts and "uft" in chosen:
+        found_of = measure_mix(study, chosen["uft"])
+        if given.picture is not None:
+            draw(found_of, given.picture)
 
 
 if __name__ == "__main__":
