@@ -46,12 +46,14 @@ from uft_ds.data.mixture import Step
 from uft_ds.engine.deepspeed_file import deepspeed_config, read_deepspeed_file
 from uft_ds.engine.engine import Engine, partitioned_loading
 from uft_ds.objectives.objective import count_terms, micro_batch_loss
+from uft_ds.objectives.reference import POLICY_STREAM
 from uft_ds.planning import parts
 from uft_ds.planning.activations import activations_of
 from uft_ds.planning.memory import head_saved_bytes
 from uft_ds.planning.sharding import sharding_of
 from uft_ds.planning.structure import ITEM_BYTES, Lora, structure_of
 from uft_ds.streams.load import attention_implementation, check_base, decoder_layer_class
+from uft_ds.streams.policy import base_of
 from uft_ds.streams.stream import REWARD, logps_of
 
 SENT_BAR, HELD_BAR = 0.01, 0.10
@@ -59,6 +61,9 @@ STEPS_BEFORE, STEPS = 2, 2
 TOKENS_PER_MICRO_BATCH, SEQUENCES_PER_RANK = 560, 16
 RANKS = (1, 2, 4)
 REWARD_MODEL = "reward model"
+TRAINS_ALL = "all parameters"
+WITHOUT_REFERENCE = {REWARD_MODEL: REWARD.name, TRAINS_ALL: POLICY_STREAM}
+"""Modes in which one stream is forwarded alone, and its name."""
 LORA = Lora(rank=4, alpha=8.0, targets="all-linear", dtype="float32")  # as `toy_model` has it
 
 
@@ -183,8 +188,8 @@ def measure(cell: Cell) -> tuple[Bytes, MicroBatch, int]:
     """On one of the ranks; the micro-batch whose activations were measured; and how many a step has."""
     dtype = getattr(torch, cell.dtype)
     config = deepspeed_config(zero3(cell), dtype=dtype, max_grad_norm=1e6)
-    is_reward_model = cell.mode == REWARD_MODEL
-    mode: Any = "separate" if is_reward_model else cell.mode
+    is_reward_model, alone = cell.mode == REWARD_MODEL, WITHOUT_REFERENCE.get(cell.mode)
+    mode: Any = "separate" if alone else cell.mode
     with partitioned_loading(config):  # as a run loads; adapters then keep their own type
         model = toy_model(
             cell.folder,
@@ -193,22 +198,23 @@ def measure(cell: Cell) -> tuple[Bytes, MicroBatch, int]:
             gradient_checkpointing=cell.gradient_checkpointing,
             reference_mode=mode,
             further=(REWARD,) if is_reward_model else (),
+            trains_all=cell.mode == TRAINS_ALL,
         )
-    layer_class = decoder_layer_class(model.policy.get_base_model())
+    layer_class = decoder_layer_class(base_of(model.policy))
     engine = Engine(model, config, layer_class=layer_class, weight_decay=0.0)
     step = whole_step()
     terms = count_terms(UFT, step.responses)
     batches = engine.micro_batches(step, TOKENS_PER_MICRO_BATCH)
 
     def said(batch: MicroBatch) -> dict[str, Tensor]:
-        if not is_reward_model:
+        if alone is None:
             return forwarded(engine, batch)
-        return logps_of(engine(batch, [REWARD]), batch)
+        return logps_of(engine(batch, [engine.streams[alone]]), batch)
 
     def train() -> None:
         for number, batch in enumerate(batches, start=1):
-            if is_reward_model:
-                loss = said(batch)[REWARD.name].square().sum()
+            if alone is not None:
+                loss = said(batch)[alone].square().sum()
             else:
                 loss, _ = micro_batch_loss(UFT, batch, terms, said(batch))
             engine.backward(loss, is_last=number == len(batches))
@@ -226,7 +232,7 @@ def measure(cell: Cell) -> tuple[Bytes, MicroBatch, int]:
     held = resident(engine)
     saved: dict[int, int] = {}
     with _saving(saved):
-        logps_R = said(batches[0])[REWARD.name if is_reward_model else "policy"]
+        logps_R = said(batches[0])[alone or POLICY_STREAM]
     engine.backward(logps_R.sum(), is_last=True)
     return (
         Bytes(
@@ -278,6 +284,8 @@ def predict(cell: Cell, ranks: int, batch: MicroBatch, micro_steps: int) -> Byte
     """By the functions of `uft plan`; of the micro-batch only its numbers of tokens are read."""
     is_reward_model = cell.mode == REWARD_MODEL
     lora = replace(LORA, has_reward_head=is_reward_model)
+    if cell.mode == TRAINS_ALL:
+        lora = Lora.none(cell.dtype)
     structure = structure_of(check_base(str(cell.folder), None), lora)
     item_bytes = structure.item_bytes(cell.dtype)
     sharding = sharding_of(zero3(cell))
@@ -342,7 +350,7 @@ class Cell:
     folder: Path
     gradient_checkpointing: bool
     mode: str = "lockstep"
-    """Of the reference; or `REWARD_MODEL`, which has none."""
+    """Of the reference; or one of `WITHOUT_REFERENCE`."""
     secondary: int = 1
     """`zero_hpz_partition_size`; DeepSpeed takes one of them a process."""
     dtype: str = "float32"
@@ -399,6 +407,8 @@ def main() -> int:
             cells = grid(folders, options.modes)
             if ranks == 2:
                 cells += [Cell(folders[0], recompute, dtype="bfloat16") for recompute in (True, False)]
+                cells += [Cell(folder, True, TRAINS_ALL) for folder in folders]
+                cells += [Cell(folders[0], False, TRAINS_ALL, dtype="bfloat16")]
             found = compare(cells, ranks)
             if ranks == 4:  # in processes of its own: DeepSpeed makes such groups once
                 found += compare([Cell(folders[0], gradient_checkpointing=True, secondary=2)], ranks)

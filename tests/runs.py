@@ -224,3 +224,13 @@ def assert_same_run(found: Path, expected: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert json.loads((found / "latest" / "trainer.json").read_text())["step"] == STEPS
     assert (found / "DONE").exists()
+
+
+def assert_same_shards(found: Path, expected: Path) -> None:
+    """The newest checkpoints hold the same bits of weights and optimiser, rank by rank."""
+    ours, theirs = (sorted((folder / "latest" / "optimizer").glob("*.safetensors")) for folder in (found, expected))
+    assert [path.name for path in ours] == [path.name for path in theirs]
+    for own, other in zip(ours, theirs, strict=True):
+        one, two = load_file(own), load_file(other)
+        assert set(one) == set(two)
+        assert all(torch.equal(one[name], two[name]) for name in two)

@@ -72,9 +72,11 @@ def toy_model(
     further: Seq[Stream] = (),
     reward_adapter: Path | None = None,
     targets: Any = "all-linear",
+    trains_all: bool = False,
 ) -> UFTModel:
     """The model in `folder` with adapters; B drawn with `b_std`, so that log-ratios are of order 1.
 
+    trains_all: without adapters; of the further options those that shape adapters have no effect then.
     attention: by default sdpa, or eager for a model without it, whatever is installed.
     further: streams beside policy and reference, each with an adapter of its own, drawn from its name, or the policy's.
     reward_adapter: of a reward model that is attached, as an online run does it.
@@ -86,6 +88,9 @@ def toy_model(
         attention=attention or attention_implementation("auto", torch.float32, check_base(str(folder), None)),
         gradient_checkpointing=gradient_checkpointing,
     )
+    if trains_all:
+        base.requires_grad_(True)
+        return UFTModel(base, reference_mode="separate", activation_offload=activation_offload, chunk_bytes=chunk_bytes)
     policy = add_adapters(base, rank=4, alpha=8.0, targets=targets, dtype=lora_dtype, seed=1)
     if b_std:
         generator = torch.Generator().manual_seed(2)

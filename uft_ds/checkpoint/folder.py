@@ -14,7 +14,7 @@ from pathlib import Path
 from uft_ds.checkpoint.manifest import MANIFEST, manifest_problem, recorded_files
 from uft_ds.checkpoint.owner import owner_of
 from uft_ds.checkpoint.shard_names import world_size_of
-from uft_ds.checkpoint.state import TRAINER, claims_of
+from uft_ds.checkpoint.state import TRAINER, claims_of, has_adapter
 from uft_ds.errors import UserError
 from uft_ds.recipe.best import badness
 from uft_ds.record.metrics_file import read_metrics
@@ -63,7 +63,8 @@ def checkpoint_problem(checkpoint: Path) -> str | None:
     if problem is not None:
         return problem
     listed = recorded_files(checkpoint)
-    missing = [name for name in (TRAINER, ADAPTER_WEIGHTS, ADAPTER_CONFIG) if name not in listed]
+    needed = (TRAINER, ADAPTER_WEIGHTS, ADAPTER_CONFIG) if has_adapter(checkpoint) else (TRAINER,)
+    missing = [name for name in needed if name not in listed]
     if missing:
         return f"{checkpoint / MANIFEST}: does not list {missing[0]}"
     shards = sorted(Path(name).name for name in listed if Path(name).parent == Path(OPTIMIZER))

@@ -25,19 +25,21 @@ from uft_ds.errors import CheckFailed
 from uft_ds.host.files import sha256, sync
 from uft_ds.known.cache import REFERENCE_TABLE, Known
 from uft_ds.known.store import LogpTable, write_table
-from uft_ds.streams.adapters import Policy, adapter_tensors
+from uft_ds.streams.adapters import adapter_tensors
+from uft_ds.streams.policy import Adapted, Policy, adapted, trains_all
 
 
 @dataclass(frozen=True)
 class OfFirstRank:
     """The files that only rank 0 writes.
 
-    adapter: tensors by PEFT's names; of a reward model with its head. reference: the table of log-probs, and the
-    identity of its reference. owner: whose checkpoint it is.
+    adapter: tensors by PEFT's names; of a reward model with its head. adapter_config: as a file. Both are None where
+    all parameters are trained: their values are in the optimiser's state alone, which each rank writes for itself.
+    reference: the table of log-probs, and the identity of its reference. owner: whose checkpoint it is.
     """
 
-    adapter: Mapping[str, Tensor]
-    adapter_config: bytes
+    adapter: Mapping[str, Tensor] | None
+    adapter_config: bytes | None
     reference: tuple[LogpTable, str]
     owner: Owner | None
 
@@ -59,24 +61,26 @@ def take_snapshot(
     policy: Policy,
     position: Position,
     reference: Known,
-    adapter_config: bytes,
+    adapter_config: bytes | None,
     owner: Owner | None,
 ) -> Snapshot:
     """Copy everything to host memory. Every rank must call it: the adapter is gathered, the optimiser state is not."""
-    first = None
-    # The gather is a collective, so ranks other than 0 enter the block too although they keep nothing.
-    with engine.gathered_trainable() as named:
-        if engine.rank == 0:
-            adapter = {
-                name: tensor.to("cpu", copy=True).contiguous()
-                for name, tensor in adapter_tensors(policy, named).items()
-            }
-            first = OfFirstRank(adapter, adapter_config, reference.table(), owner)
+    adapter = None if trains_all(policy) else _adapter_of(engine, adapted(policy))
+    first = OfFirstRank(adapter, adapter_config, reference.table(), owner) if engine.rank == 0 else None
     pieces = tuple(
         Piece(piece.name, piece.shape, piece.start, {k: t.to("cpu", copy=True) for k, t in piece.tensors.items()})
         for piece in pieces_of(engine.deepspeed)
     )
     return Snapshot(position, pieces, generator_states(), engine.rank, engine.world_size, first)
+
+
+def _adapter_of(engine: Engine, policy: Adapted) -> dict[str, Tensor]:
+    """The adapter in host memory on rank 0, elsewhere nothing. Every rank must call it."""
+    with engine.gathered_trainable() as named:
+        if engine.rank != 0:
+            return {}
+        tensors = adapter_tensors(policy, named)
+        return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 def write_snapshot(snapshot: Snapshot, folder: Path) -> dict[str, Written]:
@@ -103,18 +107,25 @@ def write_snapshot(snapshot: Snapshot, folder: Path) -> dict[str, Written]:
 
 
 def _write_first(first: OfFirstRank, position: Position, folder: Path) -> list[Path]:
-    weights, config = folder / ADAPTER_WEIGHTS, folder / ADAPTER_CONFIG
-    weights.parent.mkdir(exist_ok=True)
-    save_tensors(weights, first.adapter, {"format": "pt"})
-    check_same(weights, first.adapter)
-    is_b = {name: bool(tensor.any()) for name, tensor in first.adapter.items() if "lora_B" in name}
-    if position.state.updates > 0 and not any(is_b.values()):
-        raise CheckFailed(f"{weights}: every lora_B is zero after training: these adapters were never updated")
-    config.write_bytes(first.adapter_config)
-    write_position(folder, position, first.owner)
-    files = [weights, config, folder / TRAINER]
+    files = [] if first.adapter is None else _write_adapter(first.adapter, position, folder)
+    if first.adapter_config is not None:
+        (folder / ADAPTER_CONFIG).write_bytes(first.adapter_config)
+        files.append(folder / ADAPTER_CONFIG)
+    write_position(folder, position, first.owner, trains_all=first.adapter is None)
+    files.append(folder / TRAINER)
     table, identity = first.reference
     if table:
         write_table(folder / REFERENCE_TABLE, table, identity)
         files.append(folder / REFERENCE_TABLE)
     return files
+
+
+def _write_adapter(adapter: Mapping[str, Tensor], position: Position, folder: Path) -> list[Path]:
+    weights = folder / ADAPTER_WEIGHTS
+    weights.parent.mkdir(exist_ok=True)
+    save_tensors(weights, adapter, {"format": "pt"})
+    check_same(weights, adapter)
+    is_b = {name: bool(tensor.any()) for name, tensor in adapter.items() if "lora_B" in name}
+    if position.state.updates > 0 and not any(is_b.values()):
+        raise CheckFailed(f"{weights}: every lora_B is zero after training: these adapters were never updated")
+    return [weights]

@@ -15,6 +15,8 @@ from uft_ds.host.formats import KEY, check_format
 
 TRAINER = "trainer.json"
 FORMAT = 1
+TRAINS_ALL = "trains_all"
+"""Key of trainer.json in checkpoints without an adapter, of runs that train all parameters."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,16 @@ class Position:
     metrics_bytes: int
 
 
-def write_position(folder: Path, position: Position, owner: Owner | None = None) -> None:
-    """Write trainer.json below `folder`. owner: whose checkpoint it is; None where the run does not say."""
+def write_position(folder: Path, position: Position, owner: Owner | None = None, *, trains_all: bool = False) -> None:
+    """Write trainer.json below `folder`.
+
+    Args:
+        owner: whose checkpoint it is; None where the run does not say.
+        trains_all: whether all parameters are trained, so that the checkpoint has no adapter.
+    """
     content: dict[str, Any] = {KEY: FORMAT, **asdict(position.state), "metrics_bytes": position.metrics_bytes}
+    if trains_all:
+        content[TRAINS_ALL] = True
     if owner is not None:
         content[RUN] = asdict(owner)
     write_atomically(folder / TRAINER, json.dumps(content, indent=2) + "\n")
@@ -71,6 +80,15 @@ def read_position(checkpoint: Path) -> Position:
         return Position(state, int(content["metrics_bytes"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not the state of a trainer ({type(error).__name__}: {error})") from None
+
+
+def has_adapter(checkpoint: Path) -> bool:
+    """Whether a checkpoint is of a run that trains adapters; of one whose trainer.json cannot be read it is assumed."""
+    try:
+        content = json.loads((checkpoint / TRAINER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return True
+    return not (isinstance(content, dict) and content.get(TRAINS_ALL) is True)
 
 
 def claims_of(checkpoint: Path) -> tuple[int, Owner | None]:

@@ -27,7 +27,8 @@ from uft_ds.host.files import sync
 from uft_ds.known.cache import Known
 from uft_ds.record.report import Speaker
 from uft_ds.record.run_folder import RunFolder
-from uft_ds.streams.adapters import Policy, adapter_config_of
+from uft_ds.streams.adapters import adapter_config_of
+from uft_ds.streams.policy import Policy, adapted, trains_all
 from uft_ds.streams.stream import REWARD
 
 _SECONDS_FOR_OTHERS_FILES = 60.0
@@ -51,7 +52,8 @@ class CheckpointWriter:
     ) -> None:
         self._engine, self._policy, self._folder, self._reporter = engine, policy, folder, reporter
         self._keep, self._best = keep, best
-        self._adapter_config = adapter_config_of(policy, with_head=REWARD in engine.streams.values())
+        with_head = REWARD in engine.streams.values()
+        self._adapter_config = None if trains_all(policy) else adapter_config_of(adapted(policy), with_head=with_head)
         self._owner = owner_of(folder)
         self._writing: _Writing | None = None
         self._thread = threading.Thread()

@@ -94,10 +94,8 @@ def convert(
             say=lambda text: console.print(text),
             on_progress=on_progress,
         )
-    found = result.agreement
-    checked = "not compared with the adapter" if found is None else found.summary
     what = "reward model" if to == "reward-model" else "model"
-    console.print(f"{what}: {result.folder}  (of {result.source.name}; {checked})")
+    console.print(f"{what}: {result.folder}  (of {result.source.name}; {result.checked})")
 
 
 def chat(

@@ -15,6 +15,7 @@ from uft_ds.evaluation.decoding import Decoding, Row, Together, continue_at_once
 from uft_ds.evaluation.generate import configured, generation_config
 from uft_ds.streams.adapters import as_stream
 from uft_ds.streams.packed_attention import attention_of_transformers
+from uft_ds.streams.policy import base_of
 from uft_ds.streams.stream import POLICY
 
 
@@ -25,7 +26,7 @@ def policy_generates(engine: Engine, how: Decoding, *, whole: bool = False) -> I
     Args:
         whole: whether each rank holds all weights meanwhile, which ZeRO-3 otherwise gathers again for each token.
     """
-    model = _base_of(engine)
+    model = base_of(engine.module.policy)
     config = generation_config(list(how.stop_ids), how.pad_id, max_new_tokens=how.max_new_tokens, temperature=0.0)
     with (
         engine.evaluating(),
@@ -37,16 +38,12 @@ def policy_generates(engine: Engine, how: Decoding, *, whole: bool = False) -> I
         yield model
 
 
-def _base_of(engine: Engine) -> Any:
-    return engine.module.policy.get_base_model()  # type: ignore[union-attr, operator]
-
-
 def may_continue_caches(engine: Engine, prompt: Seq[int]) -> bool:
     """Whether prompts may be read once for several answers, and ended rows leave a batch: measured, on all ranks.
 
     Must be called inside `policy_generates`, by every rank, with the same prompt.
     """
-    return engine.agree(not cache_is_exact(_base_of(engine), list(prompt), engine.device)) == 0
+    return engine.agree(not cache_is_exact(base_of(engine.module.policy), list(prompt), engine.device)) == 0
 
 
 def answers_on_ranks(
@@ -73,7 +70,7 @@ def answers_on_ranks(
     Raises:
         CheckFailed: on every rank; logits are not finite.
     """
-    ranks, model, device = engine.ranks, _base_of(engine), engine.device
+    ranks, model, device = engine.ranks, base_of(engine.module.policy), engine.device
     together = Together(engine.gathers_layers and engine.world_size > 1, lambda holds: engine.agree(int(holds)) > 0)
     own: dict[int, list[int]] = {}
     is_finite, done = True, 0

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from uft_ds.checkpoint.folder import OPTIMIZER
+from uft_ds.checkpoint.shards import Shards
 from uft_ds.data.example import Sequence
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer, save_tokenizer
 from uft_ds.data.tokens.padding import save_for_scoring
@@ -38,12 +40,13 @@ from uft_ds.export.merge import write_merged
 from uft_ds.export.model_card import model_card
 from uft_ds.export.source import Convertible, of_run, opened, recorded_identity
 from uft_ds.export.universal import write_universal
+from uft_ds.export.whole import Written, check_written, write_whole
 from uft_ds.host.callbacks import OnProgress, Say
 from uft_ds.host.files import sync
 from uft_ds.host.locks import Held, acquire
 from uft_ds.streams.identity import local_folder
 from uft_ds.streams.load import check_base, check_base_files, config_of_folder, embedding_rows
-from uft_ds.streams.stored_names import stored_weights
+from uft_ds.streams.stored_names import stored_parameters, stored_weights
 from uft_ds.streams.tied import stored_twice
 from uft_ds.streams.weight_files import WeightFiles
 
@@ -53,11 +56,22 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 @dataclass(frozen=True)
 class Conversion:
-    """The result of a conversion. agreement: None if nothing was compared."""
+    """The result of a conversion.
+
+    agreement: of the merged model with the adapter. written: of a model of which all parameters were trained. None if
+    nothing was compared.
+    """
 
     folder: Path
     source: Path
     agreement: Agreement | None
+    written: Written | None = None
+
+    @property
+    def checked(self) -> str:
+        """What was compared, and how it came out, as a part of a sentence."""
+        found = self.agreement or self.written
+        return "not compared with what was trained" if found is None else found.summary
 
 
 @dataclass(frozen=True)
@@ -90,7 +104,8 @@ def convert_to_merged(
 ) -> Conversion:
     """Write base + adapter as one Hugging Face model: safetensors, tokenizer, chat template, generation config, card.
 
-    Sums are formed in float32 and stored in the base's types, tensor by tensor.
+    Sums are formed in float32 and stored in the base's types, tensor by tensor. Of a run that trains all parameters,
+    the float32 values are stored so.
 
     Args:
         base, adapter_config: needed for a DeepSpeed folder, which names neither; `base` also replaces the base that
@@ -102,7 +117,9 @@ def convert_to_merged(
     """
     out = out.absolute()
     check_free(out)
-    with opened(path, base, adapter_config, say) as source:
+    with opened(path, base, adapter_config, say, takes_whole=True) as source:
+        if source.trains_all:
+            return _whole(source, out, stored, verify, say, on_progress)
         if source.is_reward_model:
             raise UserError(
                 f"{path}: a reward model, which generates nothing; take --to reward-model, or --to adapter for PEFT"
@@ -134,6 +151,35 @@ def convert_to_merged(
             card = model_card(source.base, source.settings, found, title=out.name)
             (temporary / "README.md").write_text(card, encoding="utf-8")
     return Conversion(out, source.path, found)
+
+
+def _whole(
+    source: Convertible, out: Path, stored: StoredAs, verify: bool, say: Say, on_progress: OnProgress
+) -> Conversion:
+    """Write the model of a run that trains all parameters."""
+    folder = local_folder(source.base, source.revision)
+    model, empty = check_base_files(folder)
+    names, shards = stored_parameters(folder, model, empty), Shards(source.path / OPTIMIZER)
+    chat, base = tokenizer_of(source), WeightFiles(folder)
+    say(f"writing the model of {source.path}; its base {source.base} is only read")
+    with whole_or_nothing(out) as temporary:
+        write_whole(
+            base,
+            names,
+            shards,
+            temporary,
+            dtype=None if stored.dtype is None else getattr(torch, stored.dtype),
+            max_shard_bytes=stored.max_shard_bytes,
+            on_bytes=partial(on_progress, "writing weights"),
+        )
+        _write_configs(folder, temporary, chat, dtype=stored.dtype, untie=False)
+        found = None
+        if verify:
+            say("reading the model back")
+            found = check_written(temporary, base, names, shards, partial(on_progress, "comparing parameters"))
+        card = model_card(source.base, source.settings, found, title=out.name)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+    return Conversion(out, source.path, None, found)
 
 
 def convert_to_adapter(
@@ -176,6 +222,8 @@ def convert_to_universal(path: Path, out: Path, *, say: Say = print) -> Conversi
         )
     source = of_run(path, say=say, reads_weights=False)
     assert source.settings is not None
+    if source.trains_all:
+        raise UserError(f"{path}: all parameters were trained: {_NOT_UNIVERSAL}")
     if source.is_reward_model:
         raise UserError(f"{path}: a reward model, whose head has a learning rate of its own: {_NOT_UNIVERSAL}")
     with whole_or_nothing(out) as temporary:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -49,7 +49,33 @@ def write_merged(
 
     of_base = [info for name, info in base.infos.items() if name not in without]
     further = [TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in added.items()]
-    infos = [_stored(info, dtype) for info in (*of_base, *further)]
+
+    def read(name: str) -> Tensor:
+        tensor = added[name] if name in added else base.read(name)
+        return deltas[name].delta().add_(tensor.float()) if name in deltas else tensor
+
+    infos = [stored_as(info, dtype) for info in (*of_base, *further)]
+    write_finite(infos, read, folder, of=base.folder, max_shard_bytes=max_shard_bytes, on_bytes=on_bytes)
+
+
+def write_finite(
+    infos: Sequence[TensorInfo],
+    read: Callable[[str], Tensor],
+    folder: Path,
+    *,
+    of: Path,
+    max_shard_bytes: int,
+    on_bytes: Callable[[int, int], None],
+) -> None:
+    """Write tensors in the types of `infos`, one at a time in memory.
+
+    Args:
+        read: one tensor, in any type.
+        of: the folder of the base, for messages.
+        on_bytes: called with the bytes computed so far and their total.
+    Raises:
+        UserError: a value is not finite in its type, or the disk is too full.
+    """
     total, done = sum(info.num_bytes for info in infos), 0
     _check_room(folder, total)
 
@@ -57,12 +83,9 @@ def write_merged(
         nonlocal done
         on_bytes(done, total)
         done += info.num_bytes
-        tensor = added[info.name] if info.name in added else base.read(info.name)
-        if info.name in deltas:
-            tensor = deltas[info.name].delta().add_(tensor.float())
-        stored = tensor.to(info.dtype)
+        stored = read(info.name).to(info.dtype)
         if stored.is_floating_point() and stored.numel() and not _is_finite(stored):
-            raise UserError(f"{base.folder}: {info.name}: not finite as {info.dtype}; take another --dtype")
+            raise UserError(f"{of}: {info.name}: not finite as {info.dtype}; take another --dtype")
         return stored
 
     write_model(folder, infos, produce, max_shard_bytes=max_shard_bytes)
@@ -77,7 +100,8 @@ def _is_finite(tensor: Tensor) -> bool:
     return all(bool(torch.isfinite(value)) for value in torch.aminmax(tensor))
 
 
-def _stored(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
+def stored_as(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
+    """A tensor as it is written: floating-point ones in `dtype`, if one is given."""
     return replace(info, dtype=dtype) if dtype is not None and info.dtype.is_floating_point else info
 
 

@@ -6,24 +6,30 @@ import yaml
 
 from uft_ds import __version__
 from uft_ds.export.agreement import Agreement
+from uft_ds.export.whole import Written
 from uft_ds.recipe.file import dump_recipe
 from uft_ds.recipe.settings import Settings
 
 
-def model_card(base: str, settings: Settings | None, found: Agreement | None, *, title: str) -> str:
+def model_card(base: str, settings: Settings | None, found: Agreement | Written | None, *, title: str) -> str:
     """Markdown with the hub's front matter; the owner of the model must still fill in the licence."""
     is_reward_model = settings is not None and settings.trains_head
+    trains_all = settings is not None and settings.trains_all
     fields = {
         "base_model": base,
         "library_name": "transformers",
         "pipeline_tag": "text-classification" if is_reward_model else "text-generation",
-        "tags": ["uft", "lora", "uft_ds", *(["reward-model"] if is_reward_model else [])],
+        "tags": ["uft", *([] if trains_all else ["lora"]), "uft_ds", *(["reward-model"] if is_reward_model else [])],
         "datasets": sorted({source.path for source in settings.data.sources}) if settings else None,
         "license": "other",
         "license_name": "see-base-model-and-data",
     }
     front = yaml.safe_dump({k: v for k, v in fields.items() if v is not None}, sort_keys=False).strip()
-    parts = [f"---\n{front}\n---", f"# {title}", f"LoRA fine-tuning of `{base}`, made with uft_ds {__version__}."]
+    parts = [
+        f"---\n{front}\n---",
+        f"# {title}",
+        f"{'Full' if trains_all else 'LoRA'} fine-tuning of `{base}`, made with uft_ds {__version__}.",
+    ]
     parts.append(
         "**License**: not chosen yet. It must agree with those of the base model and of the data; replace the two "
         "fields above."
@@ -31,7 +37,9 @@ def model_card(base: str, settings: Settings | None, found: Agreement | None, *,
     if settings is not None:
         rows = "\n".join(f"- `{source.path}` ({source.rules.format})" for source in settings.data.sources)
         parts += ["## Data", rows]
-    if found is not None:
+    if isinstance(found, Written):
+        parts += ["## The weights", f"Checked after writing: {found.summary}."]
+    elif found is not None:
         parts += [
             "## The merge",
             f"{'What the adapters change of a reward' if is_reward_model else 'Log-ratios to the base'}, of base + "

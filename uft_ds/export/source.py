@@ -27,6 +27,10 @@ from uft_ds.streams.adapter_files import as_peft_saves, is_adapter, written_as_p
 from uft_ds.streams.identity import base_identity
 from uft_ds.streams.load import check_base
 
+NO_ADAPTER = (
+    "all parameters were trained, so there is no adapter; write the model by `uft convert RUN FOLDER`, and give that "
+    "folder"
+)
 _EXPECTED = "expected a run, one of its checkpoints, an adapter in PEFT's format, or a checkpoint of DeepSpeed's"
 
 
@@ -34,7 +38,8 @@ _EXPECTED = "expected a run, one of its checkpoints, an adapter in PEFT's format
 class Convertible:
     """A source of a conversion.
 
-    adapter: a folder in PEFT's format. base: a name or a folder. settings, run: None unless the source is a run's.
+    adapter: a folder in PEFT's format; it does not exist where the run trains all parameters. base: a name or a folder.
+    settings, run: None unless the source is a run's.
     """
 
     path: Path
@@ -44,6 +49,11 @@ class Convertible:
     chat_template: str | None
     settings: Settings | None = None
     run: RunFolder | None = None
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether the run trains all parameters, so that there is no adapter."""
+        return self.settings is not None and self.settings.trains_all
 
     @property
     def is_reward_model(self) -> bool:
@@ -59,6 +69,7 @@ def opened(
     say: Say = lambda text: None,
     *,
     reads_weights: bool = True,
+    takes_whole: bool = False,
 ) -> Iterator[Convertible]:
     """The source at `path`. Within the block its adapter is in PEFT's format.
 
@@ -66,6 +77,7 @@ def opened(
 
     Args:
         reads_weights: see `of_run`.
+        takes_whole: whether a run that trains all parameters, which has no adapter, may be the source.
     Raises:
         UserError: the path holds nothing that can be converted, or an option is missing or has no effect.
     """
@@ -91,7 +103,10 @@ def opened(
     if not is_own:
         what = "a whole model" if (path / "config.json").is_file() else "nothing of the kind"
         raise UserError(f"{path}: holds {what}; {_EXPECTED}")
-    yield of_run(path, base, say, reads_weights=reads_weights)
+    source = of_run(path, base, say, reads_weights=reads_weights)
+    if source.trains_all and not takes_whole:
+        raise UserError(f"{path}: {NO_ADAPTER}")
+    yield source
 
 
 def _is_same_path(base: str, said: str) -> bool:

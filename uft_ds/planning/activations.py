@@ -32,6 +32,7 @@ from uft_ds.planning.structure import ITEM_BYTES, Structure
 from uft_ds.streams.lanes import Lanes, enable_lockstep
 from uft_ds.streams.linear import enable_lean_linear
 from uft_ds.streams.packed_attention import PACKED, bounds_for_attention
+from uft_ds.streams.policy import base_of
 from uft_ds.streams.recompute import Recompute, enable_recompute
 from uft_ds.streams.stream import BARE_BASE, POLICY
 
@@ -108,7 +109,7 @@ def _run(
     under_zero3: bool,
 ) -> _Measured:
     policy = copy.deepcopy(structure.sample)
-    base: Any = policy.get_base_model()
+    base = base_of(policy)
     decoder = base.get_decoder()
     keep_layers(decoder, layers)
     _keep_frequencies(decoder)

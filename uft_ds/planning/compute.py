@@ -22,7 +22,7 @@ class Flops:
     """Floating-point operations of one optimiser step, over all ranks."""
 
     policy: int
-    """Forward and backward through the frozen linear layers: 4 per parameter and token."""
+    """Forward and backward through the linear layers: 4 per parameter and token if they are frozen, 6 if trained."""
     reference: int
     """Forward through the linear layers: 2 per parameter and token."""
     recomputation: int
@@ -30,8 +30,8 @@ class Flops:
     attention: int
     """In policy, reference and recomputation together."""
     head: int
-    """Log-probs and their gradient for every token: 4 per parameter and token, 2 more with a reference. A reward model
-    has none."""
+    """Log-probs and their gradient for every token: 4 per parameter and token, 8 if the head is trained, 2 more with a
+    reference. A reward model has none."""
     adapters: int
     reward_shift: int
     """The additional forwards before the step, with all their parts."""
@@ -52,21 +52,24 @@ def step_flops(
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     query = config.num_attention_heads * head_dim
     attention = 2 * query * workload.attended_tokens(ranks) * structure.num_layers * tokens
+    trains_all = workload.lora.trains_all
+    adapters = 0 if trains_all else structure.num_lora
     return Flops(
-        policy=4 * layers * tokens,
+        policy=(6 if trains_all else 4) * layers * tokens,
         reference=2 * layers * tokens if with_reference else 0,
         recomputation=2 * layers * tokens if recomputes else 0,
         attention=attention * (3 + with_reference + recomputes),
-        head=(4 + 2 * with_reference) * head * tokens,
-        adapters=(6 + 2 * recomputes) * structure.num_lora * tokens,
+        head=((8 if trains_all else 4) + 2 * with_reference) * head * tokens,
+        adapters=(6 + 2 * recomputes) * adapters * tokens,
         reward_shift=extra_streams * (2 * (layers + head) * tokens + attention)
-        + (2 * structure.num_lora * tokens if extra_streams else 0),
+        + (2 * adapters * tokens if extra_streams else 0),
     )
 
 
 def mfu_flops(structure: Structure, workload: Workload, *, with_reference: bool) -> int:
-    """Operations counted by the metric `mfu`: 4 per parameter and token, 2 more with the reference, nothing else."""
-    return (4 + 2 * with_reference) * sum(structure.sizes) * workload.tokens_per_step
+    """Operations counted by the metric `mfu`; see `record.metrics.model_flops_utilization`."""
+    of_policy = 6 if workload.lora.trains_all else 4
+    return (of_policy + 2 * with_reference) * sum(structure.sizes) * workload.tokens_per_step
 
 
 @dataclass(frozen=True)

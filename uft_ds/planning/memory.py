@@ -40,7 +40,7 @@ class GpuMemory:
     gradient_bucket_bytes: int
     optimizer_bytes: int
     saved_activations_bytes: int
-    """Saved between forward and backward, including the head's gradient rows."""
+    """Saved between forward and backward, including the head's gradient rows, or its rows if it is trained."""
     layer_bytes: int
     """Inner tensors of the layer that is computed, or recomputed in the backward."""
     streams_bytes: int
@@ -119,6 +119,8 @@ def gpu_memory(
     if workload.lora.has_reward_head:
         head_saved = 0  # one row a response
     streams = activations.stream_bytes
+    # Of a trained module the whole gradient is there, until it is copied into the bucket.
+    of_layer, of_head = _whole_gradients(structure, item_bytes)
     held = {
         "weights_shard_bytes": weights,
         "secondary_shard_bytes": secondary if on_gpu else 0,
@@ -128,12 +130,21 @@ def gpu_memory(
         "gradient_bucket_bytes": parts.bucket_bytes(sharding, workload.item_bytes),
         "optimizer_bytes": parts.optimizer_bytes(structure, ranks) if with_optimizer else 0,
         "saved_activations_bytes": head_saved + (0 if workload.activation_offload else activations.saved_bytes),
-        "layer_bytes": activations.layer_bytes,
+        "layer_bytes": activations.layer_bytes + of_layer,
         "streams_bytes": streams,
-        "head_tile_bytes": head_tile_bytes(structure, workload),
+        "head_tile_bytes": head_tile_bytes(structure, workload) + of_head,
     }
     without_reserve = GpuMemory(**held, reserve_bytes=0).total_bytes
     return GpuMemory(**held, reserve_bytes=LIBRARIES_BYTES + round(FRAGMENTATION * without_reserve))
+
+
+def _whole_gradients(structure: Structure, item_bytes: tuple[int, ...]) -> tuple[int, int]:
+    """Bytes of the gradients of the largest layer, and of the head, if all parameters are trained; else adapters' are
+    too small to count."""
+    if not structure.lora.trains_all:
+        return 0, 0
+    of = [sum(structure.sizes[p] * item_bytes[p] for p in module) for module in (*structure.layers, structure.head)]
+    return max(of[:-1]), of[-1]
 
 
 def head_saved_bytes(num_supervised: int, hidden_size: int, *, item_bytes: int) -> int:
@@ -185,8 +196,13 @@ def host_memory(
     offloaded = sharding.optimizer_on == "cpu"
     optimizer = parts.optimizer_bytes(structure, ranks) + parts.gradient_bytes(structure, ranks) if offloaded else 0
     activation_bytes = gpus * activations.saved_bytes if workload.activation_offload else 0
-    copy = gpus * parts.optimizer_bytes(structure, ranks) + parts.adapter_bytes(structure, item_bytes, 1)
+    copy = gpus * parts.optimizer_bytes(structure, ranks) + _adapter_file_bytes(structure, item_bytes)
     return HostMemory(gpus * PROCESS_BYTES, weights, locking, gpus * optimizer, activation_bytes, copy)
+
+
+def _adapter_file_bytes(structure: Structure, item_bytes: tuple[int, ...]) -> int:
+    """The adapter in a checkpoint, beside the optimiser's state; there is none if all parameters are trained."""
+    return 0 if structure.lora.trains_all else parts.adapter_bytes(structure, item_bytes, 1)
 
 
 def _power_of_two(num_bytes: int) -> int:
@@ -196,8 +212,7 @@ def _power_of_two(num_bytes: int) -> int:
 def disk(structure: Structure, workload: Workload) -> Disk:
     """Disk space of everything that a run writes, and of the base that it reads."""
     item_bytes = structure.item_bytes(workload.dtype)
-    adapter = parts.adapter_bytes(structure, item_bytes, 1)
-    checkpoint = adapter + parts.optimizer_bytes(structure, 1)
+    checkpoint = _adapter_file_bytes(structure, item_bytes) + parts.optimizer_bytes(structure, 1)
     base = structure.num_base * workload.item_bytes
     responses = workload.num_responses if workload.caches_reference else 0
     return Disk(

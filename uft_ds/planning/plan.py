@@ -162,6 +162,11 @@ def _assumptions(settings: Settings, setting: Setting, source: str, length_is: s
             "online: answers and their scores are made before each step; their time and the generator's memory are not "
             "in these figures"
         )
+    if settings.trains_all and settings.reference.is_needed:
+        yield (
+            "before the first step the reference is computed, a forward of all responses that the cache does not hold; "
+            "it is not in the figures of a step"
+        )
     if workload.extra_forwards != "none":
         of = "reward_shift: kl" if workload.extra_forwards == "both_streams" else "loss: reinforce"
         yield f"objective.{of}: every response is forwarded ahead of its step"

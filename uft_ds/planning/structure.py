@@ -17,7 +17,7 @@ from torch import nn
 from uft_ds.architectures.facts import decoder_layers, keep_layers
 from uft_ds.errors import UserError
 from uft_ds.planning.gathers import Visit
-from uft_ds.streams.accept import accepted_policy, check_base_model
+from uft_ds.streams.accept import accepted_policy, check_base_model, whole_policy
 from uft_ds.streams.load import empty_base
 from uft_ds.streams.stream import POLICY_ADAPTER, REFERENCE_ADAPTER
 
@@ -40,6 +40,13 @@ class Lora:
     """Whether there is also a frozen reference adapter of the same form."""
     has_reward_head: bool = False
     """Whether a reward model's head is trained with them; no logits are computed then."""
+    trains_all: bool = False
+    """Whether there are none, and all parameters of the base are trained, in its own dtype."""
+
+    @classmethod
+    def none(cls, dtype: str) -> Lora:
+        """No adapters: all parameters of a base of this dtype are trained."""
+        return cls(0, 0.0, [], dtype, trains_all=True)
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,8 @@ class Structure:
     def backward(self) -> list[Visit]:
         """Modules in the order of a backward: a frozen head is not needed, the embedding is visited again."""
         root, decoder, embedding, _, *layers, norm, head = self.forward()
-        return [root, *([head] if self.reward_head else []), decoder, norm, *reversed(layers), embedding]
+        trains_head = bool(self.reward_head) or self.lora.trains_all
+        return [root, *([head] if trains_head else []), decoder, norm, *reversed(layers), embedding]
 
 
 def _leaf(name: str, parameters: tuple[int, ...]) -> Visit:
@@ -123,9 +131,7 @@ def structure_of(config: Any, lora: Lora) -> Structure:
     total = len(before)
     if _is_uniform(before, lora.targets) and total > _KEPT:
         keep_layers(decoder, _KEPT)
-    policy = accepted_policy(
-        base, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dtype=getattr(torch, lora.dtype)
-    )
+    policy = whole_policy(base) if lora.trains_all else _adapted(base, lora)
     if lora.has_reference:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a deprecated property of transformers
@@ -180,6 +186,12 @@ def structure_of(config: Any, lora: Lora) -> Structure:
         config=config.get_text_config(),
         lora=lora,
         sample=policy,
+    )
+
+
+def _adapted(base: Any, lora: Lora) -> Any:
+    return accepted_policy(
+        base, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dtype=getattr(torch, lora.dtype)
     )
 
 

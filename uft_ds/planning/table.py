@@ -18,7 +18,7 @@ _GPU_ROWS = {
     "weights_shard_bytes": "base weights, shard of a rank",
     "secondary_shard_bytes": "base weights, the node's copy",
     "gathered_bytes": "gathered layers, prefetch",
-    "adapters_bytes": "LoRA",
+    "adapters_bytes": "trained weights, shard of a rank",
     "gradients_bytes": "gradients",
     "gradient_bucket_bytes": "gradient buckets",
     "optimizer_bytes": "optimiser, master weights",

@@ -137,14 +137,7 @@ def workload_of(settings: Settings, config: Any, *, tokens_per_response: int | N
         for source in (*settings.data.sources, *settings.data.held_out)
     ]
     return Workload(
-        lora=Lora(
-            settings.lora.rank,
-            settings.lora.alpha,
-            settings.lora.targets,
-            settings.lora.dtype,
-            has_reference=reference.adapter is not None and reference.is_needed,
-            has_reward_head=settings.trains_head,
-        ),
+        lora=Lora.none(settings.model.dtype) if settings.trains_all else _lora_of(settings),
         dtype=settings.model.dtype,
         # For the GPUs of the plan, not for this machine.
         attention=attention_implementation(
@@ -153,7 +146,8 @@ def workload_of(settings: Settings, config: Any, *, tokens_per_response: int | N
         gradient_checkpointing=_recompute_of(settings),
         activation_offload=settings.model.activation_offload,
         logits_bytes=settings.model.logits_bytes,
-        reference=reference.mode if reference.is_needed else "none",
+        # Without adapters it is computed before the first step, for all responses: no step forwards it.
+        reference=reference.mode if reference.is_needed and not settings.trains_all else "none",
         caches_reference=reference.caches,
         tokens_per_micro_batch=settings.train.tokens_per_micro_batch,
         max_length=settings.data.max_length,
@@ -164,6 +158,18 @@ def workload_of(settings: Settings, config: Any, *, tokens_per_response: int | N
         has_pairs=any(_may_hold_pairs(source.rules) for source in settings.data.sources),
         extra_forwards=_extra_forwards(objective),
         begins_with_forward=bool(reference.is_needed or settings.data.held_out or settings.start_adapter),
+    )
+
+
+def _lora_of(settings: Settings) -> Lora:
+    reference, lora = settings.reference, settings.adapters
+    return Lora(
+        lora.rank,
+        lora.alpha,
+        lora.targets,
+        lora.dtype,
+        has_reference=reference.adapter is not None and reference.is_needed,
+        has_reward_head=settings.trains_head,
     )
 
 

@@ -280,6 +280,8 @@ class Recipe(Section):
     """Name of the run."""
     model: ModelSection
     lora: LoraSection | None = LoraSection()
+    """null: no adapters, all parameters of the base are trained. The reference is then the cache of its log-probs,
+    which is filled before the first step."""
     data: DataSection
     objective: ObjectiveSection = ObjectiveSection()
     reference: ReferenceSection = ReferenceSection()
@@ -375,13 +377,31 @@ def _impossible(recipe: Recipe) -> list[tuple[str, str]]:
     ]
     of_objective = objective_problems(objective, examples_per_step=train.examples_per_step)
     found += [(f"objective.{key}", problem) for key, problem in of_objective]
-    return found + [
-        (key, f"{'null' if given is None else repr(given)} is not available in this version; use {instead}")
-        for key, given, unavailable, instead in (
-            ("lora", recipe.lora, recipe.lora is None, "adapters: the reference is the base without them"),
+    return found + ([] if recipe.lora is not None else list(_impossible_without_adapters(recipe)))
+
+
+def _impossible_without_adapters(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """(key, problem) for keys that need adapters, or the reference's weights during the training."""
+    trains_all = "given, but with lora: null all parameters are trained"
+    for key, folder in (("reference", recipe.reference.adapter), ("start", recipe.start.adapter)):
+        if folder is not None:
+            yield f"{key}.adapter", f"{folder} {trains_all}; merge the adapter (uft convert) and take it as model.base"
+    if not recipe.reference.cache:
+        yield "reference.cache", f"false {trains_all}, and the reference is only in the cache; leave it out"
+    if recipe.objective.reward == "head":
+        yield "objective.reward", f"head {trains_all}; a reward model is trained with adapters: leave lora out"
+    if recipe.objective.reward_shift == "kl":
+        yield (
+            "objective.reward_shift",
+            f"kl {trains_all}, and no reference is in memory that could answer for mismatched prompts; take ema",
         )
-        if unavailable
-    ]
+    for index, source in enumerate(recipe.data.sources):
+        if source.answers is not None:
+            yield (
+                f"data.sources.{index}.answers",
+                f"{source.answers} {trains_all}, and no reference is in memory for the policy's new answers; "
+                "use adapters",
+            )
 
 
 def _impossible_with_head(recipe: Recipe) -> list[tuple[str, str]]:

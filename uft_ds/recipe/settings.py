@@ -244,7 +244,8 @@ class Settings:
     name: str
     output: Path
     model: ModelSettings
-    lora: LoraSettings
+    lora: LoraSettings | None
+    """None: all parameters are trained."""
     data: DataSettings
     objective: Objective
     given: GivenObjective
@@ -265,6 +266,17 @@ class Settings:
         return self.objective.reward == "head"
 
     @property
+    def trains_all(self) -> bool:
+        """Whether all parameters are trained, without adapters."""
+        return self.lora is None
+
+    @property
+    def adapters(self) -> LoraSettings:
+        """The adapters of a run that trains some."""
+        assert self.lora is not None, "a run that trains all parameters has no adapters"
+        return self.lora
+
+    @property
     def is_online(self) -> bool:
         """Whether the policy answers prompts during the run, or trains on answers that another run has recorded."""
         return any(source.asked is not None for source in self.data.sources)
@@ -281,8 +293,7 @@ def load_settings(name_or_path: str, overrides: tuple[str, ...] = ()) -> Setting
 
 def settings_of(recipe: Recipe) -> Settings:
     """The settings of a recipe."""
-    assert recipe.lora is not None
-    model, reference, data = recipe.model, recipe.reference, recipe.data
+    model, lora, reference, data = recipe.model, recipe.lora, recipe.reference, recipe.data
     given = recipe.objective.given
     longest_answer = recipe.generator.max_new_tokens
     sources = tuple(source_of(entry, data, longest_answer) for entry in data.sources)
@@ -300,7 +311,7 @@ def settings_of(recipe: Recipe) -> Settings:
             activation_offload=model.activation_offload,
             logits_bytes=None if model.logits_mib is None else model.logits_mib * 2**20,
         ),
-        lora=LoraSettings(recipe.lora.rank, recipe.lora.alpha, recipe.lora.targets, recipe.lora.dtype),
+        lora=None if lora is None else LoraSettings(lora.rank, lora.alpha, lora.targets, lora.dtype),
         data=DataSettings(
             max_length=data.max_length,
             tolerance=Tolerance(data.on_bad_row == "quarantine", data.max_quarantined, data.too_long != "refuse"),
@@ -314,7 +325,8 @@ def settings_of(recipe: Recipe) -> Settings:
         given=given,
         reference=ReferenceSettings(
             is_needed=objective.needs_reference,
-            given_mode=reference.mode,
+            # Without adapters the reference is forwarded before the first step alone, by itself.
+            given_mode="separate" if lora is None else reference.mode,
             # The policy never gives the same answer again, so a cache of its log-probs would only grow.
             given_cache=reference.cache and not any(source.asked is not None for source in sources),
             given_cache_dir=reference.cache_dir,

@@ -76,8 +76,9 @@ def peak_memory_gib() -> float:
 def model_flops_utilization(model: nn.Module, tokens_per_second: float, *, reference_share: float) -> float | None:
     """Model FLOPs per second divided by the GPU's peak; None without a GPU whose peak is known.
 
-    Each parameter and token counts 4 FLOPs (forward, and gradient of the activations), and 2 more for the share of
-    responses whose reference was forwarded. Attention and the recomputation of checkpointed layers are not counted.
+    Each parameter and token counts 4 FLOPs (forward, and gradient of the activations), 2 more where all parameters are
+    trained, and 2 more for the share of responses whose reference was forwarded. Attention and the recomputation of
+    checkpointed layers are not counted, nor are adapters.
 
     Args:
         tokens_per_second: of one GPU.
@@ -89,4 +90,5 @@ def model_flops_utilization(model: nn.Module, tokens_per_second: float, *, refer
         return None
     # Under ZeRO-3 a partitioned parameter is empty; DeepSpeed keeps its whole size in `ds_numel`.
     num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-    return (4 + 2 * reference_share) * num_parameters * tokens_per_second / peak
+    of_policy = 6 if all(parameter.requires_grad for parameter in model.parameters()) else 4
+    return (of_policy + 2 * reference_share) * num_parameters * tokens_per_second / peak

@@ -14,6 +14,7 @@ from uft_ds.engine.engine import Engine
 from uft_ds.evaluation.decoding import Decoding, Row
 from uft_ds.evaluation.on_ranks import answers_on_ranks, may_continue_caches, policy_generates
 from uft_ds.rollouts.answers import Answer, Answers, PolicyVersion, Question, Sampling, Unanswered
+from uft_ds.streams.policy import base_of
 
 
 class BuiltinGenerator:
@@ -60,7 +61,7 @@ class BuiltinGenerator:
         self._tokens_per_batch, self._whole = tokens_per_batch, whole
         self._stop, self._on_done = stop, on_done
         self._continues_caches: bool | None = None
-        base: Any = engine.module.policy.get_base_model()  # type: ignore[union-attr, operator]
+        base = base_of(engine.module.policy)
         self._most_positions = most_positions(base.config)
 
     @property

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from uft_ds.engine.engine import Engine
 from uft_ds.rollouts.answers import PolicyVersion
-from uft_ds.streams.adapters import Policy, adapter_tensors
+from uft_ds.streams.adapters import adapter_tensors
+from uft_ds.streams.policy import Policy, adapted
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ def take_policy(engine: Engine, policy: Policy, step: int) -> Handover:
     tensors: dict[str, Tensor] = {}
     with engine.gathered_trainable() as trained:
         if engine.rank == 0:
-            own = adapter_tensors(policy, trained)
+            own = adapter_tensors(adapted(policy), trained)
             tensors = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in own.items()}
     digest = engine.from_first(digest_of(tensors) if engine.rank == 0 else "")
     return Handover(PolicyVersion(step, digest), tensors)

@@ -11,6 +11,7 @@ from uft_ds.engine.engine import Engine
 from uft_ds.engine.gathering import weight_bytes
 from uft_ds.host.memory import memory_limit_bytes
 from uft_ds.host.world import launcher_environment
+from uft_ds.streams.policy import base_of
 
 SPARE = 0.1
 """Share of the free memory that is left for activations, logits and what the allocator cannot use."""
@@ -24,7 +25,7 @@ def fits_whole(engine: Engine, *, tokens: int) -> bool:
     Args:
         tokens: that a rank answers at once, prompts and answers: `tokens_per_batch`, or those of the longest row.
     """
-    base: Any = engine.module.policy.get_base_model()  # type: ignore[union-attr, operator]
+    base = base_of(engine.module.policy)
     needed = weight_bytes(engine.module) + tokens * cache_bytes_per_token(base.config, next(base.parameters()).dtype)
     lacks = needed > (1 - SPARE) * free_bytes(engine.device)
     return engine.agree(int(lacks)) == 0
@@ -36,7 +37,7 @@ def tokens_that_fit(engine: Engine, most: int) -> int:
     Every rank must call it, and all get the same answer. In coarse steps, because a restart should find the same one:
     the last bits of log-probs depend on the shape of a batch.
     """
-    base: Any = engine.module.policy.get_base_model()  # type: ignore[union-attr, operator]
+    base = base_of(engine.module.policy)
     of_token = cache_bytes_per_token(base.config, next(base.parameters()).dtype)
     room = int((1 - SPARE) * free_bytes(engine.device)) // of_token
     tokens = most

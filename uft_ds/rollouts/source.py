@@ -38,7 +38,7 @@ from uft_ds.rollouts.made import made_of, problems_at_the_start
 from uft_ds.rollouts.record import Group, RecordFolder, StepRecord
 from uft_ds.rollouts.scoring import StepScoring
 from uft_ds.rollouts.stream_scorer import StreamScorer
-from uft_ds.streams.adapters import Policy
+from uft_ds.streams.policy import Policy
 
 _KL = "kl"
 """Key of the source's state."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -33,12 +33,13 @@ from uft_ds.streams.adapters import add_adapters, start_from_adapter, start_poli
 from uft_ds.streams.identity import reference_identity, weight_files
 from uft_ds.streams.load import ATTENTIONS, decoder_layer_class, load_base
 from uft_ds.streams.model import UFTModel
+from uft_ds.streams.policy import Policy, base_of
 from uft_ds.training.evaluate import check_reference_cache
 from uft_ds.training.samples import Sampler
 
 
 def build_engine(settings: Settings, reporter: Announcer) -> tuple[Engine, UFTModel]:
-    """Load the base model (shard by shard under ZeRO-3), add the adapters and wrap both in the engine.
+    """Load the base model (shard by shard under ZeRO-3), add the adapters if there are any, and wrap all in the engine.
 
     Every rank must call it. Warnings about the sharding go to `reporter`, which also tells what is being done.
 
@@ -65,18 +66,7 @@ def build_engine(settings: Settings, reporter: Announcer) -> tuple[Engine, UFTMo
             attention=settings.model.attention,
             gradient_checkpointing=recompute,
         )
-    policy = add_adapters(
-        base,
-        rank=settings.lora.rank,
-        alpha=settings.lora.alpha,
-        targets=settings.lora.targets,
-        dtype=getattr(torch, settings.lora.dtype),
-        seed=settings.train.seed,
-    )
-    if settings.reference.adapter is not None:
-        start_from_adapter(policy, Path(settings.reference.adapter))
-    if settings.start_adapter is not None:
-        start_policy_from_adapter(policy, Path(settings.start_adapter))
+    policy = _whole(base) if settings.trains_all else _adapted(base, settings)
     heads = with_reward_adapter(policy, settings)
     model = UFTModel(
         policy,
@@ -100,6 +90,30 @@ def build_engine(settings: Settings, reporter: Announcer) -> tuple[Engine, UFTMo
             groups=_groups_of(model, settings),
         )
     return engine, model
+
+
+def _whole(base: Any) -> Policy:
+    """The base, of which all parameters are trained."""
+    base.requires_grad_(True)
+    return cast(Policy, base)
+
+
+def _adapted(base: Any, settings: Settings) -> Policy:
+    """The base with adapters: fresh ones, or those that the run starts from."""
+    lora = settings.adapters
+    policy = add_adapters(
+        base,
+        rank=lora.rank,
+        alpha=lora.alpha,
+        targets=lora.targets,
+        dtype=getattr(torch, lora.dtype),
+        seed=settings.train.seed,
+    )
+    if settings.reference.adapter is not None:
+        start_from_adapter(policy, Path(settings.reference.adapter))
+    if settings.start_adapter is not None:
+        start_policy_from_adapter(policy, Path(settings.start_adapter))
+    return policy
 
 
 def _groups_of(model: UFTModel, settings: Settings) -> tuple[ParameterGroup, ...]:
@@ -151,7 +165,7 @@ def build_reference_cache(
             content,
             dtype=settings.model.dtype,
             attention=attention,
-            adapter_dtype=settings.lora.dtype if settings.reference.adapter else None,
+            adapter_dtype=settings.adapters.dtype if settings.reference.adapter else None,
         )
         for attention in (*ATTENTIONS, model.attention)
     }
@@ -205,7 +219,7 @@ def build_sampler(settings: Settings, data: PreparedData, model: UFTModel) -> Sa
     chat = load_tokenizer(
         settings.model.base, revision=settings.model.revision, chat_template=settings.model.chat_template
     )
-    prompts = prompts_of(settings, data, model.policy.get_base_model().config)
+    prompts = prompts_of(settings, data, base_of(model.policy).config)
     return Sampler(prompts, chat, settings.train.sample_tokens, settings.train.tokens_per_micro_batch)
 
 

@@ -8,6 +8,7 @@ import os
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from uft_ds.host.packages import install_command
 from uft_ds.recipe.settings import Settings
 from uft_ds.record.run_folder import reading_identity
 from uft_ds.run.reward_stream import further_streams, reward_model_of, with_reward_adapter
-from uft_ds.streams.accept import accepted_policy, check_positions
+from uft_ds.streams.accept import accepted_policy, check_positions, whole_policy
 from uft_ds.streams.adapters import adapted_weights, start_from_adapter, start_policy_from_adapter
 from uft_ds.streams.classifier import empty_classifier
 from uft_ds.streams.identity import OnFile, base_identity
@@ -30,14 +31,33 @@ def check_recipe(settings: Settings) -> tuple[str, ...]:
     """Refuse settings that would fail after the launch; nothing is written, and no weights are read or downloaded.
 
     Returns:
-        The names in memory of the weights that get an adapter.
+        The names in memory of the weights that get an adapter; none if all are trained.
     Raises:
         UserError: names the recipe's key.
     """
     config = check_base(settings.model.base, settings.model.revision)
     attention_implementation(settings.model.attention, getattr(torch, settings.model.dtype), config)
     # The same construction as after the launch, but without weights, so that errors appear now.
-    base, lora = empty_base(config), settings.lora
+    base = empty_base(config)
+    if settings.trains_all:
+        UFTModel(whole_policy(base), reference_mode=settings.reference.mode)
+        adapted: tuple[str, ...] = ()
+    else:
+        adapted = _check_adapted(base, settings)
+    if settings.trains_head:
+        empty_classifier(config)
+    check_positions(config, settings.data.max_length)
+    if settings.model.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise UserError(f"model.attention: flash_attention_2 needs flash-attn: {install_command('gpu')}, or take auto")
+    if settings.reference.caches:
+        _check_writable(settings.reference.cache_dir)
+    if "wandb" in settings.tracking and importlib.util.find_spec("wandb") is None:
+        raise UserError(f"tracking: wandb is not installed: {install_command('wandb')}, or leave it out")
+    return adapted
+
+
+def _check_adapted(base: Any, settings: Settings) -> tuple[str, ...]:
+    lora = settings.adapters
     policy = accepted_policy(base, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dtype=torch.float32)
     adapted = adapted_weights(policy)
     with warnings.catch_warnings():
@@ -49,15 +69,6 @@ def check_recipe(settings: Settings) -> tuple[str, ...]:
         heads = with_reward_adapter(policy, settings)
         further = further_streams(settings, heads)
         UFTModel(policy, reference_mode=settings.reference.mode, further=further, frozen_heads=heads)
-    if settings.trains_head:
-        empty_classifier(config)
-    check_positions(config, settings.data.max_length)
-    if settings.model.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
-        raise UserError(f"model.attention: flash_attention_2 needs flash-attn: {install_command('gpu')}, or take auto")
-    if settings.reference.caches:
-        _check_writable(settings.reference.cache_dir)
-    if "wandb" in settings.tracking and importlib.util.find_spec("wandb") is None:
-        raise UserError(f"tracking: wandb is not installed: {install_command('wandb')}, or leave it out")
     return adapted
 
 

@@ -21,22 +21,29 @@ def facts_of(settings: Settings, folder: RunFolder, *, trained: int, ranks: int,
         trained: number of trained parameters.
         ended: local time.
     """
-    model, lora = settings.model, settings.lora
+    model = settings.model
     lines = [line for line in read_metrics(folder.metrics) if "grad_norm" in line]
-    targets = lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)
     loss, beta = (settings.stored["objective"][key] for key in ("loss", "beta"))
     how = "of a reward head" if settings.trains_head else f"beta {_words(beta)}"
-    head = ", and a reward head" if settings.trains_head else ""
     return {
         "base": model.base + (f", revision {model.revision}" if model.revision else ""),
         "began": _began(folder),
         "ended": ended.strftime(_DATE),
         "time of the steps": f"{duration(sum(line['seconds'] or 0 for line in lines))}, without start and evaluations",
         "steps": f"{len(lines):,} with {_responses(lines):,} responses",
-        "trained": f"LoRA of rank {lora.rank} (alpha {lora.alpha:g}) on {targets}{head}: {trained:,} parameters",
+        "trained": f"{_trained(settings)}: {trained:,} parameters",
         "objective": f"loss {_words(loss)}, {how}, learning rate {settings.train.lr:g}",
         "ran on": f"{ranks} ranks, {model.dtype}, DeepSpeed file {settings.deepspeed.name}",
     }
+
+
+def _trained(settings: Settings) -> str:
+    if settings.trains_all:
+        return "all"
+    lora = settings.adapters
+    targets = lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)
+    head = ", and a reward head" if settings.trains_head else ""
+    return f"LoRA of rank {lora.rank} (alpha {lora.alpha:g}) on {targets}{head}"
 
 
 def _began(folder: RunFolder) -> str:

@@ -28,6 +28,7 @@ from uft_ds.streams.accept import accepted_policy
 from uft_ds.streams.adapters import adapter_config_of, adapter_tensors
 from uft_ds.streams.load import check_base, embedding_rows, empty_base
 from uft_ds.streams.model import UFTModel
+from uft_ds.streams.policy import adapted, base_of
 
 
 def generator_of(
@@ -41,7 +42,7 @@ def generator_of(
 ) -> Generator:
     """What answers the prompts of a run that generates. Every rank must call it; only rank 0's asks a server."""
     given = settings.generator
-    base: Any = model.policy.get_base_model()
+    base = base_of(model.policy)
     sampling = _sampling(given, base, chat)
     if given.by == "builtin":
         whole = fits_whole(engine, tokens=max(given.tokens_at_once, settings.data.max_length))
@@ -56,7 +57,7 @@ def generator_of(
     return ServedGenerator(
         server_of(given),
         sampling,
-        Adapters(folder.adapters, adapter_config_of(model.policy), settings.name),
+        Adapters(folder.adapters, adapter_config_of(adapted(model.policy)), settings.name),
         Limits(given.concurrency, given.timeout_seconds, given.patience_minutes * 60),
         vocab_size=embedding_rows(base.config),
         stop=Stop(request, lambda number: number).check,
@@ -73,7 +74,7 @@ def check_server(settings: Settings) -> None:
     Raises:
         UserError: names the problem and its remedy.
     """
-    given, lora, model = settings.generator, settings.lora, settings.model
+    given, lora, model = settings.generator, settings.adapters, settings.model
     config = check_base(model.base, model.revision)
     base = empty_base(config)
     chat = load_tokenizer(model.base, revision=model.revision, chat_template=model.chat_template)
@@ -116,7 +117,7 @@ def arguments_of_server(settings: Settings) -> list[str]:
         raise UserError(f"generator.by: {given.by} given; a recipe with generator.by=vllm has a server to start")
     return start_arguments(
         str(Path(model.base).absolute()) if Path(model.base).exists() else model.base,
-        rank=settings.lora.rank,
+        rank=settings.adapters.rank,
         dtype=model.dtype,
         revision=model.revision,
         served_model=given.served_model,

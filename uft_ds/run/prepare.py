@@ -46,6 +46,7 @@ from uft_ds.run.tasks import check_tasks
 from uft_ds.streams.classifier import check_classifier
 from uft_ds.streams.identity import local_folder
 from uft_ds.streams.load import check_base, check_base_files, embedding_rows
+from uft_ds.streams.stored_names import stored_parameters
 from uft_ds.training.samples import Prompt, check_samples, choose_prompts, longest_prompt
 from uft_ds.training.steps import mixed_sources
 
@@ -265,7 +266,10 @@ def check_run(
     settings = with_deepspeed_file(settings)
     adapted = check_recipe(settings)
     settings = with_fixed_revision(settings)
-    model, stored = check_base_files(local_folder(settings.model.base, settings.model.revision), adapted)
+    base = local_folder(settings.model.base, settings.model.revision)
+    model, stored = check_base_files(base, adapted)
+    if settings.trains_all:
+        stored_parameters(base, model, stored)  # so that the trained model can be written
     chat, data = prepare_fitting_data(settings, on_progress)
     if settings.trains_head:
         check_classifier(check_base(settings.model.base, settings.model.revision), model, stored)

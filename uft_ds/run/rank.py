@@ -7,10 +7,12 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import TextIO
 
@@ -34,7 +36,7 @@ from uft_ds.host.signals import Stop, StopRequest
 from uft_ds.host.standard_streams import LastingOutput
 from uft_ds.host.terminal import SafeConsole, as_typed, visible
 from uft_ds.host.world import LauncherEnvironment, launcher_environment
-from uft_ds.known.cache import fill
+from uft_ds.known.cache import Known, fill
 from uft_ds.recipe.settings import Settings, load_settings
 from uft_ds.record.html_report import write_report
 from uft_ds.record.metrics_file import MetricsWriter
@@ -198,8 +200,13 @@ def _run(settings: Settings, folder: RunFolder, console: Console, request: StopR
         engine, model = build_engine(with_chosen_recompute(settings, reporter), reporter)
         # Before the checkpoint is restored: only with fresh adapters must policy and reference be equal.
         _check_start(engine, settings, folder, plan.step(0), reporter)
+        stop = Stop(request, engine.agree)
         pools = [source.selection for source in data.all]
         reference = build_reference_cache(settings, folder, engine, model, pools, reporter, checkpoint)
+        if settings.trains_all and settings.reference.is_needed:
+            request.only_note()
+            _learn_reference(settings, engine, reference, plan, held_out, reporter, stop)
+        model.leave_base()
         if checkpoint is not None:
             with reporter.phase(f"restoring {checkpoint.name}"):
                 restore_engine(engine, checkpoint, state, reporter)
@@ -207,7 +214,6 @@ def _run(settings: Settings, folder: RunFolder, console: Console, request: StopR
             engine, model.policy, folder, reporter, keep=settings.train.keep_checkpoints, best=settings.train.keep_best
         )
         method = Method(engine, settings.objective, reference, settings.train.tokens_per_micro_batch)
-        stop = Stop(request, engine.agree)
         request.only_note()
         session = Session(
             method,
@@ -260,6 +266,36 @@ def _steps(
         yield rollouts
     finally:
         rollouts.close()
+
+
+def _learn_reference(
+    settings: Settings,
+    engine: Engine,
+    reference: Known,
+    plan: Steps,
+    held_out: Seq[Step],
+    reporter: Reporter,
+    stop: Stop,
+) -> None:
+    """Compute the reference of all that the run will need, while the weights are still the base's.
+
+    Every rank must call it.
+
+    Raises:
+        Stopped: what was computed is stored.
+    """
+    groups = chain((plan.step(number) for number in range(len(plan))), held_out)
+    what, done = "computing the reference before the first step", count(1)
+    with reporter.working(what, len(plan) + len(held_out)) as on_done:
+        fill(
+            engine,
+            reference,
+            groups,
+            settings.train.tokens_per_micro_batch,
+            flush_every=GROUPS_BETWEEN_FLUSHES,
+            on_group=lambda visited, computed: on_done(next(done)),
+            stop=stop,
+        )
 
 
 @contextmanager

@@ -21,8 +21,8 @@ from uft_ds.errors import UserError
 from uft_ds.export.source import recorded_identity
 from uft_ds.recipe.settings import Settings
 from uft_ds.streams.adapter_files import CONFIG
-from uft_ds.streams.adapters import Policy
 from uft_ds.streams.identity import adapter_identity
+from uft_ds.streams.policy import Policy, adapted
 from uft_ds.streams.reward_adapter import add_reward_adapter
 from uft_ds.streams.stream import REWARD, SCORING, Stream
 
@@ -49,7 +49,7 @@ class RewardModel:
             "scorer": f"{_KIND}{self.name}",
             "adapter": adapter_identity(self.folder, self.key),
             "dtype": settings.model.dtype,
-            "adapter_dtype": settings.lora.dtype,
+            "adapter_dtype": settings.adapters.dtype,
         }
 
 
@@ -94,8 +94,8 @@ def with_reward_adapter(policy: Policy, settings: Settings) -> dict[str, Tensor]
     reward = reward_model_of(settings)
     if reward is None:
         return {}
-    dtype = getattr(torch, settings.lora.dtype)
-    return {SCORING.name: add_reward_adapter(policy, reward.folder, reward.key, dtype=dtype)}
+    dtype = getattr(torch, settings.adapters.dtype)
+    return {SCORING.name: add_reward_adapter(adapted(policy), reward.folder, reward.key, dtype=dtype)}
 
 
 def further_streams(settings: Settings, heads: Mapping[str, Tensor]) -> tuple[Stream, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from uft_ds.architectures.facts import most_positions
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
@@ -23,6 +22,7 @@ from uft_ds.rollouts.tasks import Task, TaskEvaluation, TaskPrompt
 from uft_ds.scoring.rows import Reading, Rows
 from uft_ds.streams.load import check_base
 from uft_ds.streams.model import UFTModel
+from uft_ds.streams.policy import base_of
 
 
 def check_tasks(settings: Settings, chat: ChatTokenizer) -> None:
@@ -80,7 +80,7 @@ def built_tasks(
         settings.model.base, revision=settings.model.revision, chat_template=settings.model.chat_template
     )
     asked_alone = Stop(request, lambda number: number).check  # rank 0 alone asks; what it raises is raised on all
-    base: Any = model.policy.get_base_model()
+    base = base_of(model.policy)
     stop_ids = tuple(stop_token_ids(base, chat.tokenizer))
     # The scorers first: what they hold in memory, no generator of the run can have.
     keys = [f"evaluate.tasks.{number}" for number in range(len(settings.tasks))]

@@ -68,6 +68,24 @@ def check_base_model(base: Any) -> None:
         )
 
 
+def whole_policy(base: Any) -> Any:
+    """The policy without weights of a run that trains all parameters of a base.
+
+    Raises:
+        UserError: `model.base` cannot be trained so; the message says why, and what to do.
+    """
+    check_base_model(base)
+    of_text = {id(p) for part in (base.get_decoder(), base.get_output_embeddings()) for p in part.parameters()}
+    outside = next((name for name, parameter in base.named_parameters() if id(parameter) not in of_text), None)
+    if outside is not None:
+        raise UserError(
+            f"lora: null given, but {type(base).__name__} has parameters that no text reaches, such as {outside}; "
+            "train adapters, or take a model of text alone"
+        )
+    base.requires_grad_(True)
+    return base
+
+
 def check_positions(config: Any, max_length: int) -> None:
     """Refuse lengths past the limit of dynamic and LongRoPE rotary embeddings.
 

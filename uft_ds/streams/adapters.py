@@ -19,12 +19,11 @@ from uft_ds.objectives.reference import REFERENCE_STREAM
 from uft_ds.streams.adapter_files import HEAD_TENSOR, PREFIX, read_adapter_tensors
 from uft_ds.streams.classifier import HEAD
 from uft_ds.streams.lora_config import WITHOUT_EFFECT, read_lora_config
+from uft_ds.streams.policy import Policy
 from uft_ds.streams.stream import BARE_BASE, POLICY_ADAPTER, REFERENCE_ADAPTER, REWARD, Stream
 
 REWARD_HEAD = f"scores.{REWARD.name}.weight"
 """The name in `UFTModel` of a reward model's head."""
-Policy = PeftModel
-"""The base with the policy's adapter, and others beside it: what checkpoints and training pass on."""
 
 
 def add_adapters(
@@ -179,9 +178,9 @@ def _check_same_lora(folder: Path, ours: PeftConfig, recipe_key: str) -> None:
             )
 
 
-def reference_of(policy: PeftModel) -> Stream:
+def reference_of(policy: Policy) -> Stream:
     """The reference stream: the frozen adapter that `start_from_adapter` has loaded, or else the bare base."""
-    if REFERENCE_ADAPTER in policy.peft_config:
+    if isinstance(policy, PeftModel) and REFERENCE_ADAPTER in policy.peft_config:
         return Stream(REFERENCE_STREAM, REFERENCE_ADAPTER)
     return BARE_BASE
 
@@ -207,13 +206,13 @@ def as_stream(module: nn.Module, stream: Stream) -> Iterator[None]:
             layer._disable_adapters, layer._active_adapter = disabled, active
 
 
-def adapted_weights(policy: Policy) -> tuple[str, ...]:
+def adapted_weights(policy: PeftModel) -> tuple[str, ...]:
     """Names of the base's weights that have an adapter, as they are without adapters."""
     layers = (name for name, module in policy.named_modules() if isinstance(module, LoraLayer))
     return tuple(f"{name.removeprefix(PREFIX)}.weight" for name in layers)
 
 
-def adapter_tensors(policy: Policy, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def adapter_tensors(policy: PeftModel, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The policy's adapter by PEFT's names, and with it the head of a reward model.
 
     Args:
@@ -225,7 +224,7 @@ def adapter_tensors(policy: Policy, trained: Mapping[str, Tensor]) -> dict[str, 
     return named | head
 
 
-def adapter_config_of(policy: Policy, *, with_head: bool = False) -> bytes:
+def adapter_config_of(policy: PeftModel, *, with_head: bool = False) -> bytes:
     """PEFT's adapter_config.json, as it saves it, but with its lists of names sorted.
 
     With the head of a reward model, it is the config of a sequence classifier's adapter. PEFT holds

@@ -13,7 +13,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from uft_ds.data.micro_batch import MicroBatch
@@ -31,7 +30,8 @@ from uft_ds.streams.lanes import Lanes, enable_lockstep
 from uft_ds.streams.linear import enable_lean_linear
 from uft_ds.streams.offload import activations_on_host
 from uft_ds.streams.packed_attention import PACKED, attention_of_transformers, bounds_for_attention
-from uft_ds.streams.stream import POLICY, Output, Stream, trained_first
+from uft_ds.streams.policy import Policy, base_of, trains_all
+from uft_ds.streams.stream import POLICY, WHOLE_POLICY, Output, Stream, trained_first
 
 
 class UFTModel(nn.Module):
@@ -43,7 +43,7 @@ class UFTModel(nn.Module):
 
     def __init__(
         self,
-        policy: PeftModel,
+        policy: Policy,
         *,
         further: Seq[Stream] = (),
         reference_mode: HowForwarded = "lockstep",
@@ -54,7 +54,7 @@ class UFTModel(nn.Module):
     ) -> None:
         """
         Args:
-            policy: the base with its adapters.
+            policy: the base with its adapters, or without, if all parameters are trained.
             further: streams besides policy and reference, such as `REWARD`; their adapters must exist already.
             reference_mode: lockstep: one pass over the weights for all streams. separate: a forward for each stream.
             activation_offload: keep saved activations in host memory.
@@ -67,12 +67,14 @@ class UFTModel(nn.Module):
         """
         super().__init__()
         self.policy = policy
-        self.streams = {stream.name: stream for stream in (POLICY, reference_of(policy), *further)}
+        trained_stream = WHOLE_POLICY if trains_all(policy) else POLICY
+        self.streams = {stream.name: stream for stream in (trained_stream, reference_of(policy), *further)}
         assert len(self.streams) == 2 + len(further), "streams have distinct names"
         self._in_lockstep = reference_mode == "lockstep"
+        self._has_left_base = False
         for stream in self.streams.values():
             self._check_adapter(stream)
-        base: Any = policy.get_base_model()
+        base = base_of(policy)
         make_logp_head(base, chunk_bytes=chunk_bytes)
         scalar = [stream for stream in further if stream.head == "scalar"]
         trained = {stream.name: self._scalar_head(seed) for stream in scalar if stream.trained}
@@ -94,9 +96,17 @@ class UFTModel(nn.Module):
         # first layer's gradients would be reduced before they exist.
         base.enable_input_require_grads()
 
+    def leave_base(self) -> None:
+        """From now on the weights are trained: where all of them are, no stream without gradient exists any more."""
+        self._has_left_base = trains_all(self.policy)
+
     def _check_adapter(self, stream: Stream) -> None:
+        if stream.adapter is None and stream.trained != (stream == WHOLE_POLICY and trains_all(self.policy)):
+            raise ValueError(f"stream {stream.name!r}: the bare base is frozen and cannot be trained")
         if stream.adapter is None:
             return
+        if trains_all(self.policy):
+            raise ValueError(f"stream {stream.name!r}: there are no adapters where all parameters are trained")
         if stream.adapter not in self.policy.peft_config:
             raise ValueError(f"stream {stream.name!r}: there is no adapter {stream.adapter!r}")
         of_adapter = [p for name, p in self.policy.named_parameters() if f".{stream.adapter}." in name]
@@ -110,7 +120,7 @@ class UFTModel(nn.Module):
 
     def _scalar_head(self, seed: int) -> ScalarHead:
         """A head in the type of the adapters: DeepSpeed keeps one type for all that is trained."""
-        base: Any = self.policy.get_base_model()
+        base = base_of(self.policy)
         dtype = next(p.dtype for name, p in self.policy.named_parameters() if f".{POLICY.adapter}." in name)
         return ScalarHead(base.config.get_text_config().hidden_size, dtype=dtype, seed=seed)
 
@@ -131,13 +141,17 @@ class UFTModel(nn.Module):
                 the first step.
         Raises:
             ValueError: a stream is not of this model, or two streams cannot be forwarded together.
-            RuntimeError: the head is trained and a stream without gradient is asked for, which would use the head's
-                current weights.
+            RuntimeError: a stream without gradient is asked for, and its weights, or the head that all streams share,
+                are trained.
         """
         ordered = trained_first(streams)
         for stream in ordered:
             if self.streams.get(stream.name) != stream:
                 raise ValueError(f"{stream} is not of this model, which has {list(self.streams.values())}")
+            if self._has_left_base and not stream.trained:
+                raise RuntimeError(
+                    f"stream {stream.name!r}: its weights are trained, the values must come from a cache"
+                )
         if through_logits:
             (stream,) = ordered
             return {stream.name: Output(self._token_logps_through_logits(micro_batch, stream))}
@@ -152,9 +166,8 @@ class UFTModel(nn.Module):
         streams = [stream for stream in hidden_states if stream.head == "tokens"]
         if not streams:
             return {}
-        base: Any = self.policy.get_base_model()
-        head = base.get_output_embeddings()
-        if is_trainable(head) and not all(stream.trained for stream in streams):
+        head = base_of(self.policy).get_output_embeddings()
+        if is_trainable(head) and not trains_all(self.policy) and not all(stream.trained for stream in streams):
             raise RuntimeError("All streams share one head: if the head is trained, no stream can be without gradient.")
         hidden = [hidden_states[stream][0].index_select(0, micro_batch.predictors_N) for stream in streams]
         trained = sum(stream.trained for stream in streams)
@@ -177,7 +190,7 @@ class UFTModel(nn.Module):
 
     def _hidden_states(self, micro_batch: MicroBatch, streams: tuple[Stream, ...]) -> tuple[Tensor, ...]:
         """Final hidden states, [1, tokens, hidden] each, in the order of the streams: trained ones first."""
-        base: Any = self.policy.get_base_model()
+        base = base_of(self.policy)
         keeping = activations_on_host() if self._activation_offload and torch.is_grad_enabled() else nullcontext()
         with keeping:
             if self._in_lockstep:
@@ -214,7 +227,7 @@ class UFTModel(nn.Module):
             raise ValueError(
                 "the model's own forward takes whole sequences: make the micro-batch without shared prompts"
             )
-        base: Any = self.policy.get_base_model()
+        base = base_of(self.policy)
         bounds = [0, *accumulate(micro_batch.lengths)]
         with (
             as_stream(self.policy, stream),

@@ -114,6 +114,35 @@ def stored_weights(folder: Path, model: Any, empty: Mapping[str, Tensor], names:
     return stored
 
 
+def stored_parameters(folder: Path, model: Any, empty: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
+    """The names under which the files hold each parameter, for a model of which all parameters are trained.
+
+    Two weights that are one may stand in the files twice.
+
+    Args:
+        folder: of the files, for messages.
+        model: as for `origins`, and so is `empty`.
+    Raises:
+        UserError: a parameter is stored in several tensors, or in none.
+    """
+    found = origins(model, empty)
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    stored = {}
+    for name, _ in model.named_parameters():
+        twins = (twin for twin, owner in tied.items() if owner == name)
+        places = [found[one] for one in (name, *twins) if one in found]
+        divided = next((place for place in places if not place.is_one_tensor), None)
+        if divided is not None:
+            raise UserError(
+                f"lora: null given, but {folder} holds {name} as {divided.names[0]} (of {len(divided.names)}), which "
+                "transformers converts when it loads them: all its parameters cannot be written back; train adapters"
+            )
+        if not places:
+            raise UserError(f"{folder}: holds no {name}; it is the folder of another model")
+        stored[name] = tuple(dict.fromkeys(place.names[0] for place in places))
+    return stored
+
+
 def _converted(origin: Origin, tensors: list[Tensor], model: Any) -> dict[str, Tensor]:
     rule: Any = deepcopy(origin.converter)  # its annotations know futures alone, its code takes tensors
     for stored, pattern, tensor in zip(origin.names, origin.patterns, tensors, strict=True):

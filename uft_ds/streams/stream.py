@@ -22,7 +22,8 @@ class Stream:
 
     name: "policy", "reference", "reward", ...
     adapter: PEFT's name of the adapter; None: the bare base.
-    trained: whether the stream carries a gradient. Two trained streams must not share an adapter.
+    trained: whether the stream carries a gradient. Two trained streams must not share an adapter. Without an adapter it
+    trains the base itself.
     head: "tokens": log-probs of the supervised tokens; "scalar": one value at each response's last token.
     """
 
@@ -30,10 +31,6 @@ class Stream:
     adapter: str | None
     trained: bool = False
     head: Literal["tokens", "scalar"] = "tokens"
-
-    def __post_init__(self) -> None:
-        if self.trained and self.adapter is None:
-            raise ValueError(f"stream {self.name!r}: the bare base is frozen and cannot be trained")
 
 
 POLICY_ADAPTER, REFERENCE_ADAPTER, REWARD_ADAPTER = "default", "reference", "reward"
@@ -48,6 +45,9 @@ REWARD = Stream(REWARD_STREAM, POLICY_ADAPTER, trained=True, head="scalar")
 
 SCORING = Stream(REWARD_STREAM, REWARD_ADAPTER, head="scalar")
 """A reward model that scores the policy's answers: a frozen adapter of its own on the policy's base, and its head."""
+
+WHOLE_POLICY = Stream(POLICY_STREAM, None, trained=True)
+"""The policy of a run that trains all parameters."""
 
 BARE_BASE = Stream(REFERENCE_STREAM, None)
 """The reference of a run that starts from fresh adapters."""

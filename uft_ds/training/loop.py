@@ -25,7 +25,7 @@ from uft_ds.record.run_folder import RunFolder
 from uft_ds.record.samples import write_samples
 from uft_ds.record.task_answers import TaskAnswer, write_task_answers
 from uft_ds.record.telemetry import write_rows
-from uft_ds.streams.adapters import Policy
+from uft_ds.streams.policy import Policy
 from uft_ds.training.evaluate import evaluate
 from uft_ds.training.forwarding import Method
 from uft_ds.training.samples import Sampler, sample

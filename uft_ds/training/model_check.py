@@ -30,6 +30,7 @@ from uft_ds.data.mixture import Step
 from uft_ds.engine.engine import Engine
 from uft_ds.errors import CheckFailed
 from uft_ds.objectives.reference import POLICY_STREAM
+from uft_ds.streams.policy import base_of
 from uft_ds.streams.stream import logps_of
 from uft_ds.training.forwarding import streams_of
 
@@ -87,7 +88,7 @@ def check_model(engine: Engine, step: Step, *, dtype: torch.dtype) -> Difference
     Raises:
         CheckFailed: on every rank; the message names the model's class, what was found, and what to do.
     """
-    name = type(engine.module.policy.get_base_model()).__name__  # type: ignore[union-attr, operator]
+    name = type(base_of(engine.module.policy)).__name__
 
     def forward(row: MicroBatch, own: bool) -> Tensor:
         batch = row.to(engine.device)

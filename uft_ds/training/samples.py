@@ -20,6 +20,7 @@ from uft_ds.evaluation.on_ranks import answers_on_ranks, policy_generates
 from uft_ds.host.signals import NEVER, Stop
 from uft_ds.recipe.settings import TrainSettings
 from uft_ds.record.samples import Sample
+from uft_ds.streams.policy import base_of
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def sample(
     Raises:
         Stopped: between two batches.
     """
-    model: Any = engine.module.policy.get_base_model()  # type: ignore[union-attr, operator]
+    model = base_of(engine.module.policy)
     stop_ids, tokenizer = stop_token_ids(model, sampler.chat.tokenizer), sampler.chat.tokenizer
     how = Decoding(sampler.max_new_tokens, tuple(stop_ids), pad_id=stop_ids[0])
     rows = [Row(prompt.token_ids) for prompt in sampler.prompts]

@@ -1,0 +1,146 @@
+"""All parameters trained: a run on two ranks against plain torch, its resume, and the model that is written."""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from runs import assert_same_shards, forked, losses, numbers, recipe_in, settings_of_run, uft, write_rows
+from safetensors.torch import load_file
+from tiny import build_tiny_model
+from transformers import AutoModelForCausalLM
+
+from uft_ds.data.micro_batch import micro_batch
+from uft_ds.objectives.implicit_reward import response_logps
+from uft_ds.record.run_folder import RunFolder
+from uft_ds.run.prepare import open_data
+from uft_ds.training.schedule import learning_rate
+from uft_ds.training.steps import steps_of
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["own-head", "tied-head"])
+def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a recipe whose run has ended; its base ties embedding and head, or does not."""
+    folder = tmp_path_factory.mktemp("full")
+    base = build_tiny_model(folder / "base", tied=request.param)
+    recipe = recipe_in(
+        folder, base, lora=None, train__lr=1e-3, train__keep_checkpoints=9, objective__reward_shift="none"
+    )
+    result = uft("train", str(recipe))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "every log-ratio is 0.0 nats" in result.stdout
+    return folder
+
+
+def logps_of(model: torch.nn.Module, sequence) -> torch.Tensor:
+    """log pi(y|x) of each response by Hugging Face's own forward of one sequence: [responses], with its graph."""
+    batch = micro_batch([sequence])
+    logits_TV = model(input_ids=batch.token_ids_T[None], use_cache=False).logits[0]
+    logps_NV = logits_TV.index_select(0, batch.predictors_N).log_softmax(dim=-1)
+    token_logps_N = logps_NV.gather(1, batch.targets_N[:, None]).squeeze(1)
+    return response_logps(token_logps_N, batch.response_of_N, len(batch.responses))
+
+
+def trained_by_plain_torch(recipe: Path) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """The definition in float64: two copies of Hugging Face's model, torch's AdamW, each sequence alone."""
+    settings = settings_of_run(recipe)
+    train, folder = settings.train, RunFolder(settings.output)
+    model = AutoModelForCausalLM.from_pretrained(settings.model.base, dtype=torch.float64)
+    reference = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=train.betas, weight_decay=train.weight_decay)
+    steps, found = steps_of(settings, open_data(settings, folder)), []
+    for step in steps:
+        optimizer.zero_grad()
+        total = torch.zeros((), dtype=torch.float64)
+        for sequence in step.sequences:
+            rewards_R = 0.1 * (logps_of(model, sequence) - logps_of(reference, sequence))
+            scores_R = torch.tensor([response.score for response in sequence.responses], dtype=torch.float64)
+            total = total + (rewards_R.sigmoid() - scores_R).square().sum()
+        loss = total / len(step.responses)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), train.max_grad_norm)
+        optimizer.param_groups[0]["lr"] = learning_rate(
+            step.index, num_steps=len(steps), peak=train.lr, warmup=train.warmup, schedule=train.schedule
+        )
+        optimizer.step()
+        found.append(float(loss.detach()))
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}, found
+
+
+def test_full_parameters_are_trained_as_by_plain_torch(finished: Path) -> None:
+    """Losses of all steps, and how far each parameter moved; the written model holds what was trained."""
+    expected, expected_losses = trained_by_plain_torch(finished / "recipe.yaml")
+    result = uft("convert", str(finished / "run"), str(finished / "model"))
+    assert result.returncode == 0, result.stderr
+    assert "parameters read back as they were trained" in result.stdout
+    model = AutoModelForCausalLM.from_pretrained(finished / "model")
+    start = AutoModelForCausalLM.from_pretrained(finished / "base")
+    assert losses(finished / "run") == pytest.approx(expected_losses, rel=1e-5)
+    before = dict(start.named_parameters())
+    for name, parameter in model.named_parameters():
+        moved = (expected[name] - before[name]).norm()
+        assert moved > 0, name
+        assert (parameter.double() - expected[name]).norm() <= 1e-3 * moved, name
+
+
+def test_the_reference_is_computed_before_the_first_step_alone(finished: Path) -> None:
+    """No step forwards a reference; the checkpoint of the start knows that of all responses, held-out ones too."""
+    lines = numbers(finished / "run")
+    assert {line["reference/computed"] for line in lines if "reference/computed" in line} == {0.0}
+    known = load_file(finished / "run" / "checkpoints" / "step-000000" / "reference.safetensors")
+    assert max(len(tensor) for tensor in known.values()) >= 37 - 5  # scored rows are held out, too
+
+
+def test_a_run_goes_on_bit_for_bit(finished: Path, tmp_path: Path) -> None:
+    """From the checkpoint in its middle, whose weights no rank has ever held whole."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished / "run", folder, symlinks=True)
+    (folder / "DONE").unlink()
+    for name in ("step-000004", "step-000006"):
+        shutil.rmtree(folder / "checkpoints" / name)
+    result = uft("train", str(finished / "recipe.yaml"), "--resume", f"output={folder}")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "resuming from step-000002" in result.stdout
+    assert numbers(folder) == numbers(finished / "run")
+    assert_same_shards(folder, finished / "run")
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (("convert", "RUN", "OUT", "--to", "adapter"), "so there is no adapter"),
+        (("convert", "RUN", "OUT", "--to", "universal"), "all parameters were trained"),
+        (("generate", "RUN", "--benchmark", "mt_bench", "--questions", "ASKED", "--out", "OUT"), "there is no adapter"),
+        (("train", "RECIPE", "lora={}", "output=OUT", "start.adapter=RUN"), "so it holds no adapter"),
+    ],
+)
+def test_what_needs_an_adapter_says_that_there_is_none(
+    finished: Path, tmp_path: Path, command: tuple[str, ...], message: str
+) -> None:
+    asked = write_rows(
+        tmp_path / "asked.jsonl", [{"question_id": 1, "category": "writing", "turns": ["Say 1", "Again"]}]
+    )
+    places = {"RUN": str(finished / "run"), "RECIPE": str(finished / "recipe.yaml"), "ASKED": str(asked)}
+    words = [places.get(word, word).replace("=RUN", f"={finished / 'run'}") for word in command]
+    words = [word.replace("OUT", str(tmp_path / "out")) for word in words]
+    result = forked("uft_ds", *words)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert message in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.long
+def test_other_ranks_go_on(finished: Path, tmp_path: Path) -> None:
+    """On one rank and by ZeRO-2: the same losses to rounding."""
+    for options in (("launch.ranks=1",), ("deepspeed=zero2",)):
+        folder = tmp_path / options[0].partition("=")[2] / "run"
+        shutil.copytree(finished / "run", folder, symlinks=True)
+        (folder / "DONE").unlink()
+        for name in ("step-000004", "step-000006"):
+            shutil.rmtree(folder / "checkpoints" / name)
+        result = uft("train", str(finished / "recipe.yaml"), "--resume", f"output={folder}", *options)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert losses(folder) == pytest.approx(losses(finished / "run"), rel=1e-4)
+        assert json.loads((folder / "latest" / "trainer.json").read_text())["step"] == 6
