@@ -119,9 +119,8 @@ def test_a_run_goes_on_bit_for_bit(finished: Path, tmp_path: Path) -> None:
 def test_what_needs_an_adapter_says_that_there_is_none(
     finished: Path, tmp_path: Path, command: tuple[str, ...], message: str
 ) -> None:
-    asked = write_rows(
-        tmp_path / "asked.jsonl", [{"question_id": 1, "category": "writing", "turns": ["Say 1", "Again"]}]
-    )
+    question = {"question_id": 1, "category": "writing", "turns": ["Say 1", "Again"]}
+    asked = write_rows(tmp_path / "asked.jsonl", [question])
     places = {"RUN": str(finished / "run"), "RECIPE": str(finished / "recipe.yaml"), "ASKED": str(asked)}
     words = [places.get(word, word).replace("=RUN", f"={finished / 'run'}") for word in command]
     words = [word.replace("OUT", str(tmp_path / "out")) for word in words]

@@ -336,9 +336,24 @@ def test_a_share_may_be_a_schedule(minimal: str) -> None:
     assert portion_of(load_recipe(minimal, ("data.sources.0.share=null",)).data.sources[0]) == Portion(passes=1.0)
 
 
-def test_an_option_that_is_not_there_yet_is_refused(minimal: str) -> None:
-    """An option that the design names but this version lacks is never silently ignored."""
-    assert "lora: null is not available in this version" in refusal(minimal, "lora=null")
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("reference.adapter=/a", "reference.adapter: /a given, but with lora: null all parameters are trained; merge"),
+        ("start.adapter=/a", "start.adapter: /a given, but with lora: null all parameters are trained; merge"),
+        ("reference.cache=false", "reference.cache: false given, but with lora: null"),
+        ("objective.reward_shift=kl", "objective.reward_shift: kl given, but with lora: null"),
+        ("objective={reward: head, loss: bce}", "objective.reward: head given, but with lora: null"),
+        (
+            "data.sources.0={format: prompts, path: p.jsonl, answers: 2, score_by: length}",
+            "data.sources.0.answers: 2 given, but with lora: null",
+        ),
+    ],
+)
+def test_without_adapters_what_needs_them_is_refused(minimal: str, override: str, message: str) -> None:
+    """And what needs the reference's weights during the training, of which only its log-probs are known."""
+    load_recipe(minimal, ("lora=null",))
+    assert message in refusal(minimal, "lora=null", override)
 
 
 @pytest.mark.parametrize("dropout", ["0.05", "-0.1", ".nan", "1"])

@@ -267,7 +267,7 @@ def test_streams_that_do_not_belong_together_are_refused(tiny_qwen2: Path) -> No
     with pytest.raises(ValueError, match="two trained streams have one adapter"):
         trained_first((POLICY, Stream("value", "default", trained=True, head="scalar")))
     with pytest.raises(ValueError, match="the bare base is frozen"):
-        Stream("policy", None, trained=True)
+        UFTModel(model.policy, further=(Stream("value", None, trained=True),))
 
 
 def test_an_adapter_that_is_not_what_its_stream_says_is_refused(tiny_qwen2: Path) -> None:
