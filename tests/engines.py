@@ -27,6 +27,7 @@ from uft_ds.engine.optimizer_state import Piece, pieces_of, restore
 from uft_ds.objectives.objective import Objective, count_terms, micro_batch_loss
 from uft_ds.record.run_folder import RunFolder
 from uft_ds.streams.load import decoder_layer_class
+from uft_ds.streams.policy import base_of
 
 # Low enough that a tiny model is really partitioned and gathered again.
 REAL_PARTITIONING = {
@@ -54,14 +55,16 @@ def engine_of(
     weight_decay: float = 0.0,
     groups_of: Callable[[nn.Module], tuple[ParameterGroup, ...]] = one_group,
     share_prompts: bool = False,
+    sequence_size: int = 1,
     **model: object,
 ) -> Engine:
     config = read_deepspeed_file(file)
     if file != "zero2":
         config["zero_optimization"] |= REAL_PARTITIONING
     uft_model = toy_model(folder, **model)  # type: ignore[arg-type]
-    layer = decoder_layer_class(uft_model.policy.get_base_model())
-    dtype = next(uft_model.policy.get_base_model().parameters()).dtype
+    base = base_of(uft_model.policy)
+    layer = decoder_layer_class(base)
+    dtype = next(base.parameters()).dtype
     filled = deepspeed_config(config, dtype=dtype, max_grad_norm=max_grad_norm)
     groups = groups_of(uft_model)
     return Engine(
@@ -69,7 +72,7 @@ def engine_of(
         filled,
         layer_class=layer,
         weight_decay=weight_decay,
-        packing=Packing(share_prompts=share_prompts),
+        packing=Packing(share_prompts=share_prompts, sequence_size=sequence_size),
         groups=groups,
     )
 

@@ -28,10 +28,10 @@ def test_ranks_that_share_sequences_are_neighbours() -> None:
     assert [ranks_of(rank, 4, sequence_size=2).is_first for rank in range(4)] == [True, False, False, False]
 
 
-def test_a_loss_is_multiplied_by_the_data_ranks() -> None:
-    """Ranks that share sequences do not make the step larger."""
+def test_a_loss_is_multiplied_by_all_ranks() -> None:
+    """ZeRO divides by them, whether they share sequences or not."""
     assert ranks_of(0, 8).loss_factor == 8
-    assert ranks_of(0, 8, sequence_size=4).loss_factor == 2
+    assert ranks_of(0, 8, sequence_size=4).loss_factor == 8
 
 
 def test_places_that_do_not_exist_are_refused() -> None:

@@ -26,10 +26,12 @@ class Packing:
     attention_parity: length in tokens at which a sequence's attention costs as much as the rest of the model. A
     sequence of T tokens costs T + T^2 / attention_parity.
     share_prompts: whether a prompt that several sequences of a micro-batch begin with is forwarded once.
+    sequence_size: number of ranks that compute a micro-batch together, each a part of every row.
     """
 
     attention_parity: float = math.inf
     share_prompts: bool = False
+    sequence_size: int = 1
 
 
 UNSHARED = Packing()

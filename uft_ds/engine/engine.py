@@ -23,7 +23,7 @@ from uft_ds.data.mixture import Step
 from uft_ds.data.packing import UNSHARED, Packing, rank_micro_batches
 from uft_ds.engine import gathering, gradients
 from uft_ds.engine.groups import ParameterGroup, check_groups, one_group, optimizer_groups, rates_of
-from uft_ds.engine.ranks import Ranks, current_ranks
+from uft_ds.engine.ranks import Ranks, current_ranks, sequence_group
 from uft_ds.errors import UserError
 from uft_ds.host.process import returning_freed_memory
 from uft_ds.streams.model import UFTModel
@@ -110,6 +110,9 @@ class Engine:
         optimizer = torch.optim.AdamW(
             optimizer_groups(self._groups), lr=0.0, betas=betas, weight_decay=weight_decay, fused=True
         )
+        self._ranks = current_ranks(packing.sequence_size)
+        if packing.sequence_size > 1:
+            model.divide_rows(sequence_group(self._ranks))
         self.streams: Mapping[str, Stream] = model.streams
         """The streams that this model can forward, by name."""
         with _tensors_shown_short():
@@ -117,7 +120,6 @@ class Engine:
         # For small values on the hosts: over NCCL they would have to wait for the GPU's queue.
         self._hosts = torch.distributed.new_group(backend="gloo", timeout=timedelta(minutes=collective_timeout_minutes))
         self._packing = replace(packing, share_prompts=packing.share_prompts and model.can_share_prompts)
-        self._ranks = current_ranks()
         self._is_whole = False
         if {parameter.dtype for parameter in trainable} != dtypes:
             raise UserError(
@@ -184,10 +186,14 @@ class Engine:
         return outputs
 
     def micro_batches(self, step: Step, tokens_per_micro_batch: int) -> list[MicroBatch]:
-        """This rank's micro-batches of a step, on its device. Every rank gets the same number."""
+        """This rank's micro-batches of a step, on its device. Every rank gets the same number.
+
+        Args:
+            tokens_per_micro_batch: that a rank computes; ranks that share sequences have as many times that together.
+        """
         batches = rank_micro_batches(
             step,
-            tokens_per_micro_batch=tokens_per_micro_batch,
+            tokens_per_micro_batch=tokens_per_micro_batch * self._ranks.sequence_size,
             rank=self._ranks.data_rank,
             world_size=self._ranks.data_size,
             packing=self._packing,
@@ -197,7 +203,7 @@ class Engine:
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
         """Accumulate the gradient of one micro-batch's share of the step's loss, exactly.
 
-        DeepSpeed averages over data ranks, so the share is multiplied by their number.
+        DeepSpeed averages over ranks, so the share is multiplied by their number.
 
         Args:
             loss: a scalar with a graph.

@@ -6,7 +6,7 @@ Ranks that share sequences have neighbouring numbers, so that they are in one no
 same micro-batches and, after the forward, the same log-probs of each response. A sum of terms, losses or rows over the
 run must therefore count each data rank once.
 
-No recipe divides sequences yet: `sequence_size` is 1 in every run, and a rank is a data rank.
+`launch.sequence_parallel` of a recipe is the number of ranks that share sequences, by default 1: a rank is a data rank.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import torch
 from uft_ds.engine.accelerator import import_deepspeed
 from uft_ds.errors import UserError
 from uft_ds.host.world import check_launched, launcher_environment
+from uft_ds.streams.divided import SequenceGroup
 
 
 @dataclass(frozen=True)
 class Ranks:
     """The roles of one rank.
 
-    data_rank: which part of a step this rank packs. sequence_rank: which part of each sequence it computes; always 0 in
-    runs of today, see the module.
+    data_rank: which part of a step this rank packs. sequence_rank: which part of each row it computes.
 
     Raises:
         ValueError: a rank is outside 0 .. size - 1.
@@ -67,12 +67,12 @@ class Ranks:
 
     @property
     def loss_factor(self) -> int:
-        """The factor of a loss before DeepSpeed's backward, which makes the gradient the sum over data ranks.
+        """The factor of a loss before DeepSpeed's backward, which makes the gradient the sum over all ranks.
 
-        It is the number of data ranks, because ZeRO divides the sum over all ranks by world size / sequence size
-        (0.19.8, zero/stage3.py:1878 and zero/stage_1_and_2.py:1688).
+        ZeRO divides that sum by their number: it is not told that some ranks share sequences. Each of these contributes
+        the gradient of its own part of the rows, although all of them compute the same loss.
         """
-        return self.data_size
+        return self.world_size
 
 
 def ranks_of(rank: int, world_size: int, *, sequence_size: int = 1) -> Ranks:
@@ -90,6 +90,15 @@ def ranks_of(rank: int, world_size: int, *, sequence_size: int = 1) -> Ranks:
 def current_ranks(sequence_size: int = 1) -> Ranks:
     """The roles of this process. `init_distributed` must have joined the process group before."""
     return ranks_of(torch.distributed.get_rank(), torch.distributed.get_world_size(), sequence_size=sequence_size)
+
+
+def sequence_group(ranks: Ranks) -> SequenceGroup:
+    """The ranks that share this rank's sequences. Every rank must call it: each makes the groups of all."""
+    groups = [
+        torch.distributed.new_group([data_rank * ranks.sequence_size + other for other in range(ranks.sequence_size)])
+        for data_rank in range(ranks.data_size)
+    ]
+    return SequenceGroup(groups[ranks.data_rank], ranks.sequence_rank, ranks.sequence_size)
 
 
 _STORE_WAS_LOST = "Connection was likely closed"

@@ -267,6 +267,10 @@ class TrainSection(Section):
 class LaunchSection(Section):
     ranks: Literal["auto"] | Positive = "auto"
     """Number of processes on this machine; auto: one per GPU, two on a CPU."""
+    sequence_parallel: Positive = 1
+    """Number of ranks that compute each row together, a part of its tokens each, and exchange them round the attention:
+    for sequences that are too long for one. tokens_per_micro_batch is what one rank computes: a row, and with it the
+    longest sequence, may have as many times that. It divides the number of ranks and the model's attention heads."""
     collective_timeout_minutes: Annotated[float, Field(gt=0, le=525_600, allow_inf_nan=False)] = 30.0
     """A rank that waits longer than this for the other ranks ends the run; at most a year."""
 
@@ -311,11 +315,13 @@ def _impossible(recipe: Recipe) -> list[tuple[str, str]]:
     """(key, problem) for every fault that involves several keys, and for options that are not available."""
     found: list[tuple[str, str]] = []
     data, train = recipe.data, recipe.train
-    if data.max_length > train.tokens_per_micro_batch:
+    together = recipe.launch.sequence_parallel
+    if data.max_length > train.tokens_per_micro_batch * together:
+        by = f" times launch.sequence_parallel {together}" if together > 1 else ""
         found.append(
             (
                 "train.tokens_per_micro_batch",
-                f"{train.tokens_per_micro_batch} is less than data.max_length {data.max_length}: "
+                f"{train.tokens_per_micro_batch}{by} is less than data.max_length {data.max_length}: "
                 "a sequence would not fit; raise it or lower data.max_length",
             )
         )

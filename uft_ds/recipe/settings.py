@@ -206,9 +206,13 @@ class GeneratorSettings:
 
 @dataclass(frozen=True)
 class LaunchSettings:
-    """How ranks are started. ranks: number of processes on this machine, or "auto"."""
+    """How ranks are started.
+
+    ranks: number of processes on this machine, or "auto". sequence_parallel: how many of them share sequences.
+    """
 
     ranks: Literal["auto"] | int
+    sequence_parallel: int
     collective_timeout_minutes: float
 
 

@@ -85,7 +85,9 @@ def build_engine(settings: Settings, reporter: Announcer) -> tuple[Engine, UFTMo
             layer_class=layer_class,
             weight_decay=settings.train.weight_decay,
             betas=settings.train.betas,
-            packing=Packing(attention_parity(base.config), settings.data.share_prompts),
+            packing=Packing(
+                attention_parity(base.config), settings.data.share_prompts, settings.launch.sequence_parallel
+            ),
             collective_timeout_minutes=settings.launch.collective_timeout_minutes,
             groups=_groups_of(model, settings),
         )

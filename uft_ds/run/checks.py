@@ -22,6 +22,7 @@ from uft_ds.run.reward_stream import further_streams, reward_model_of, with_rewa
 from uft_ds.streams.accept import accepted_policy, check_positions, whole_policy
 from uft_ds.streams.adapters import adapted_weights, start_from_adapter, start_policy_from_adapter
 from uft_ds.streams.classifier import empty_classifier
+from uft_ds.streams.divided import why_undivided
 from uft_ds.streams.identity import OnFile, base_identity
 from uft_ds.streams.load import attention_implementation, check_base, empty_base
 from uft_ds.streams.model import UFTModel
@@ -37,6 +38,7 @@ def check_recipe(settings: Settings) -> tuple[str, ...]:
     """
     config = check_base(settings.model.base, settings.model.revision)
     attention_implementation(settings.model.attention, getattr(torch, settings.model.dtype), config)
+    _check_divides(settings, config)
     # The same construction as after the launch, but without weights, so that errors appear now.
     base = empty_base(config)
     if settings.trains_all:
@@ -54,6 +56,23 @@ def check_recipe(settings: Settings) -> tuple[str, ...]:
     if "wandb" in settings.tracking and importlib.util.find_spec("wandb") is None:
         raise UserError(f"tracking: wandb is not installed: {install_command('wandb')}, or leave it out")
     return adapted
+
+
+def _check_divides(settings: Settings, config: Any) -> None:
+    """Refuse a model whose rows cannot be divided as `launch.sequence_parallel` asks.
+
+    Raises:
+        UserError: names the key, and what cannot be divided.
+    """
+    size, dtype = settings.launch.sequence_parallel, getattr(torch, settings.model.dtype)
+    if size == 1:
+        return
+    problem = why_undivided(config, attention_implementation(settings.model.attention, dtype, config), size)
+    if problem is not None:
+        raise UserError(
+            f"launch.sequence_parallel: {size} given, but in this model {problem}; give a number that divides them, "
+            "or 1"
+        )
 
 
 def _check_adapted(base: Any, settings: Settings) -> tuple[str, ...]:
@@ -82,6 +101,9 @@ def check_sharding(settings: Settings, *, ranks: int, ranks_per_node: int | None
     Raises:
         UserError: names the file and its key.
     """
+    size = settings.launch.sequence_parallel
+    if ranks % size:
+        raise UserError(f"launch.sequence_parallel: {size} given, which does not divide the {ranks} ranks of the run")
     zero = settings.deepspeed.checked["zero_optimization"]
     return check_ranks(zero, settings.deepspeed.name, ranks=ranks, ranks_per_node=ranks_per_node)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.objectives.reference import HowForwarded
 from uft_ds.streams.adapters import as_stream, reference_of
+from uft_ds.streams.divided import SequenceGroup, why_undivided
 from uft_ds.streams.heads import (
     ScalarHead,
     head_outputs,
@@ -72,6 +73,7 @@ class UFTModel(nn.Module):
         assert len(self.streams) == 2 + len(further), "streams have distinct names"
         self._in_lockstep = reference_mode == "lockstep"
         self._has_left_base = False
+        self._among: SequenceGroup | None = None
         for stream in self.streams.values():
             self._check_adapter(stream)
         base = base_of(policy)
@@ -95,6 +97,17 @@ class UFTModel(nn.Module):
         # DeepSpeed reduces a leaf layer's gradients in a backward hook of its inputs. If no input required grad, the
         # first layer's gradients would be reduced before they exist.
         base.enable_input_require_grads()
+
+    def divide_rows(self, among: SequenceGroup) -> None:
+        """From now on each rank of a group computes a part of every row; all of them are given the whole micro-batch.
+
+        Raises:
+            ValueError: the model's attention cannot, or its heads cannot be divided.
+        """
+        problem = why_undivided(base_of(self.policy).config, self.attention, among.size)
+        if problem is not None:
+            raise ValueError(problem)
+        self._among = among
 
     def leave_base(self) -> None:
         """From now on the weights are trained: where all of them are, no stream without gradient exists any more."""
@@ -167,19 +180,31 @@ class UFTModel(nn.Module):
         if not streams:
             return {}
         head = base_of(self.policy).get_output_embeddings()
+        among, total = self._among, len(micro_batch.token_ids_T)
         if is_trainable(head) and not trains_all(self.policy) and not all(stream.trained for stream in streams):
             raise RuntimeError("All streams share one head: if the head is trained, no stream can be without gradient.")
-        hidden = [hidden_states[stream][0].index_select(0, micro_batch.predictors_N) for stream in streams]
+        predictors, targets, index_n = micro_batch.predictors_N, micro_batch.targets_N, None
+        if among is not None:
+            index_n, predictors = among.own_places(predictors, total)
+            targets = targets[index_n]
+        hidden = [hidden_states[stream][0].index_select(0, predictors) for stream in streams]
         trained = sum(stream.trained for stream in streams)
-        outputs = head_outputs(head, hidden, micro_batch.targets_N, trained=trained, with_statistics=with_statistics)
+        outputs = head_outputs(head, hidden, targets, trained=trained, with_statistics=with_statistics)
+        if among is not None and index_n is not None:
+            outputs = [_of_all_ranks(output, among, index_n, len(micro_batch.targets_N)) for output in outputs]
         return dict(zip(streams, outputs, strict=True))
 
     def _values(self, hidden_states: dict[Stream, Tensor], micro_batch: MicroBatch) -> dict[Stream, Output]:
-        outputs = {}
+        outputs, among = {}, self._among
+        places, index_r = micro_batch.last_R, None
+        if among is not None:
+            index_r, places = among.own_places(places, len(micro_batch.token_ids_T))
         for stream, hidden_1TD in hidden_states.items():
             if stream.head == "scalar":
-                hidden_RD = hidden_1TD[0].index_select(0, micro_batch.last_R)
-                outputs[stream] = Output(values_R=self._values_of(stream, hidden_RD))
+                values = self._values_of(stream, hidden_1TD[0].index_select(0, places))
+                if among is not None and index_r is not None:
+                    values = among.of_all(values, index_r, micro_batch.num_responses)
+                outputs[stream] = Output(values_R=values)
         return outputs
 
     def _values_of(self, stream: Stream, hidden_RD: Tensor) -> Tensor:
@@ -206,9 +231,12 @@ class UFTModel(nn.Module):
         """Final hidden states, [1, tokens, hidden]; with lanes, a tuple of those of all streams."""
         # use_cache=False is required: with a cache, transformers does not build the mask that separates packed
         # sequences.
+        tokens_T, positions_T = micro_batch.token_ids_T, micro_batch.position_ids_T
+        if self._among is not None:
+            tokens_T, positions_T = self._among.own(tokens_T), self._among.own(positions_T)
         return base.get_decoder()(
-            input_ids=micro_batch.token_ids_T[None],
-            position_ids=micro_batch.position_ids_T[None],
+            input_ids=tokens_T[None],
+            position_ids=positions_T[None],
             use_cache=False,
             **self._sequence_bounds(micro_batch),
             **lanes,
@@ -255,13 +283,22 @@ class UFTModel(nn.Module):
         """
         if micro_batch.shares_prompts and not self.can_share_prompts:
             raise ValueError(f"attention {self.attention} cannot share a prompt between sequences, which packed does")
-        return self._bounds(micro_batch.bounds_S, micro_batch.lengths, micro_batch.prompt_of)
+        bounds_S, lengths, prompt_of = micro_batch.bounds_S, micro_batch.lengths, micro_batch.prompt_of
+        added = 0 if self._among is None else self._among.padded(sum(lengths)) - sum(lengths)
+        if added:  # tokens that nothing reads, as a sequence of their own
+            bounds_S = torch.cat([bounds_S, bounds_S[-1:] + added])
+            lengths, prompt_of = (*lengths, added), (*prompt_of, None)
+        return self._bounds(bounds_S, lengths, prompt_of, self._among)
 
     def _bounds(
-        self, bounds: Tensor, lengths: tuple[int, ...], prompt_of: tuple[int | None, ...] | None = None
+        self,
+        bounds: Tensor,
+        lengths: tuple[int, ...],
+        prompt_of: tuple[int | None, ...] | None = None,
+        among: SequenceGroup | None = None,
     ) -> dict[str, Any]:
         if self.attention == PACKED:
-            return bounds_for_attention(bounds, lengths, prompt_of)
+            return bounds_for_attention(bounds, lengths, prompt_of, among)
         if "flash" not in self.attention:
             return {}
         # Without them, transformers would compute them in every layer.
@@ -276,3 +313,10 @@ class UFTModel(nn.Module):
     def can_share_prompts(self) -> bool:
         """Whether a micro-batch may hold a prompt once for several sequences: see `data.micro_batch.micro_batch`."""
         return self.attention == PACKED
+
+
+def _of_all_ranks(output: Output, among: SequenceGroup, index_n: Tensor, total: int) -> Output:
+    """What the ranks of a group found for their own tokens, put together: [supervised tokens] of the whole row each."""
+    found = (output.token_logps_N, output.entropy_N, output.is_top1_N)
+    logps_N, entropy_N, is_top1_N = (None if of_n is None else among.of_all(of_n, index_n, total) for of_n in found)
+    return Output(logps_N, entropy_N, is_top1_N)

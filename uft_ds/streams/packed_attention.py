@@ -15,7 +15,7 @@ square, most of which the mask then hides. Here
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-PACKED = "packed"
-"""Name of this attention in transformers, and in `model.attention`."""
+from uft_ds.streams.divided import PACKED, SequenceGroup
+
 _AMPERE = (8, 0)
 """The oldest compute capability that FlashAttention runs on."""
 
@@ -38,10 +38,12 @@ class Segments:
     """The segments of a row as the host knows them: a question to the device would wait for it in each layer.
 
     lengths, prompt_of: as in `data.micro_batch.MicroBatch`.
+    among: the ranks that the row's tokens are divided over; None: this rank has all of them.
     """
 
     lengths: tuple[int, ...]
     prompt_of: tuple[int | None, ...]
+    among: SequenceGroup | None = None
 
     @property
     def key_lengths(self) -> tuple[int, ...]:
@@ -57,15 +59,19 @@ class Segments:
 
 
 def bounds_for_attention(
-    bounds_S: Tensor, lengths: Seq[int], prompt_of: Seq[int | None] | None = None
+    bounds_S: Tensor,
+    lengths: Seq[int],
+    prompt_of: Seq[int | None] | None = None,
+    among: SequenceGroup | None = None,
 ) -> dict[str, Any]:
     """The arguments of a decoder that tell the attention where segments begin and end, and what they attend to.
 
     Args:
         bounds_S: [segments + 1], int32, cumulative lengths in tokens, on the device.
         lengths, prompt_of: as in `data.micro_batch.MicroBatch`; without `prompt_of` all are whole sequences.
+        among: as in `Segments`.
     """
-    segments = Segments(tuple(lengths), tuple(prompt_of) if prompt_of is not None else (None,) * len(lengths))
+    segments = Segments(tuple(lengths), tuple(prompt_of) if prompt_of is not None else (None,) * len(lengths), among)
     key_bounds_S = bounds_S
     if segments.share_prompts:
         # Made on the host and copied, which does not wait for what the device has still to do.
@@ -89,7 +95,8 @@ def packed_attention(
     """Attention with transformers' interface.
 
     Args:
-        query: [1, heads, tokens, head size]; key, value: with fewer heads where groups share them.
+        query: [1, heads, tokens, head size]; key, value: with fewer heads where groups share them. The tokens are this
+            rank's, if the row is divided over several.
         attention_mask: None; the segments' bounds say all that a mask would.
         cu_seq_lens_q, cu_seq_lens_k, segments: as made by `bounds_for_attention`.
         options: scaling, of the scores; sliding_window, the number of tokens, its own included, that a token attends
@@ -103,12 +110,29 @@ def packed_attention(
     is_causal = options.get("is_causal", getattr(module, "is_causal", True))
     if attention_mask is not None or is_causal is False or asked:
         raise ValueError(f"packed attention has no {', '.join(asked) or 'mask of a model, and is causal'}")
+    among = segments.among
+    if among is not None:
+        query, key, value = (among.own_heads(part) for part in (query, key, value))
+    output = _attended(module, query, key, value, (cu_seq_lens_q, cu_seq_lens_k), segments, options)
+    return (output if among is None else among.own_tokens(output)), None
+
+
+def _attended(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: tuple[Tensor, Tensor],
+    segments: Segments,
+    options: Mapping[str, Any],
+) -> Tensor:
+    """Attention of a whole row: [1, tokens, heads, head size]."""
     scaling, window, softcap = (options.get(name) for name in ("scaling", "sliding_window", "softcap"))
     if softcap is None and _runs_varlen(query):
         if segments.share_prompts:
             key, value = (torch.cat(_of_segments(tensor, segments), dim=2) for tensor in (key, value))
         longest = max(segments.lengths), max(segments.key_lengths)
-        return _varlen(query, key, value, (cu_seq_lens_q, cu_seq_lens_k), longest, scaling, window), None
+        return _varlen(query, key, value, bounds, longest, scaling, window)
     outputs = [
         _alone(module, *part, scaling=scaling, window=window, softcap=softcap)
         for part in zip(
@@ -118,7 +142,7 @@ def packed_attention(
             strict=True,
         )
     ]
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), None
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
 def _of_segments(row: Tensor, segments: Segments) -> list[Tensor]:

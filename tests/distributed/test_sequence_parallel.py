@@ -1,0 +1,111 @@
+"""Rows divided over ranks: gradients of one process, packed rows exact across the borders, activations divided."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engines import accumulate, engine_of, single_process
+from ranks import run_on_ranks
+from tiny import build_tiny_model
+from toy import forwarded, objective, toy_step
+
+from uft_ds.data.micro_batch import micro_batch
+from uft_ds.engine.engine import Engine
+from uft_ds.streams.divided import why_undivided
+
+AS_ONE = 1e-6
+"""How far gradients may be from one process's, relative to the largest element."""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With four heads of keys, so that four ranks can share a row."""
+    return build_tiny_model(tmp_path_factory.mktemp("divided") / "base", num_key_value_heads=4)
+
+
+def borders_of(engine: Engine, row: Any) -> list[int]:
+    """Places in a row where one rank's part ends."""
+    size = engine.ranks.sequence_size
+    own = -(-len(row.token_ids_T) // size)
+    return [own * rank for rank in range(1, size)]
+
+
+def crossing(engine: Engine, row: Any) -> int:
+    """How many responses have supervised tokens on both sides of a border."""
+    found = 0
+    for place in borders_of(engine, row):
+        before = set(row.response_of_N[row.predictors_N < place].tolist())
+        found += len(before & set(row.response_of_N[row.predictors_N >= place].tolist()))
+    return found
+
+
+def divided_step(folder: Path, sequence_size: int, tokens: int, options: dict[str, Any]) -> Any:
+    """Gradients, loss and norm of the toy step; how many responses a border crosses; bytes saved for a backward."""
+    engine = engine_of(folder, attention="packed", sequence_size=sequence_size, **options)
+    batches = engine.micro_batches(toy_step(), tokens)
+    grads, loss = accumulate(engine, batches, objective("mse"))
+    result = engine.step(1e-3)
+    return grads, loss, result.grad_norm, sum(crossing(engine, batch) for batch in batches)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "sequence_size", "options"),
+    [
+        (2, 2, {}),
+        (4, 2, {"gradient_checkpointing": True}),
+        (4, 4, {}),
+        (2, 2, {"reference_mode": "separate", "file": "zero2"}),
+        (2, 2, {"share_prompts": True, "gradient_checkpointing": "selective"}),
+    ],
+    ids=["2 share", "2 groups of 2", "4 share", "separate, zero2", "selective"],
+)
+def test_gradients_of_divided_rows_are_those_of_one_process(
+    base: Path, ranks: int, sequence_size: int, options: dict[str, Any]
+) -> None:
+    """To 1e-6, with responses that cross a border between two ranks' parts."""
+    expected, expected_loss, expected_norm = single_process(base, "mse")
+    found = run_on_ranks(divided_step, ranks, base, sequence_size, 29, options)
+    assert sum(crossed for *_, crossed in found) > 0
+    for grads, loss, norm, _ in found:
+        assert set(grads) == set(expected)
+        for name, grad in expected.items():
+            assert (grads[name] - grad).abs().max() <= AS_ONE * grad.abs().max(), name
+        assert loss == pytest.approx(expected_loss, rel=1e-6)
+        assert norm == pytest.approx(expected_norm, rel=1e-5)
+
+
+def saved_and_logps(folder: Path, sequence_size: int) -> tuple[int, torch.Tensor]:
+    engine = engine_of(folder, attention="packed", sequence_size=sequence_size)
+    batch = micro_batch(toy_step().sequences).to(engine.device)
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if not hasattr(tensor, "ds_id"):  # a gathered weight
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        logps = forwarded(engine, batch)
+    engine.backward(logps["policy"].sum(), is_last=True)
+    return sum(sizes.values()), logps["policy"].detach()
+
+
+def test_saved_activations_are_divided(base: Path) -> None:
+    """Half of them on each of two ranks, and the same log-probs on both."""
+    (whole, logps_R), *_ = run_on_ranks(saved_and_logps, 2, base, 1)
+    divided = run_on_ranks(saved_and_logps, 2, base, 2)
+    assert torch.equal(divided[0][1], divided[1][1])
+    assert (divided[0][1] - logps_R).abs().max() < 1e-4
+    for saved, _ in divided:
+        assert saved <= 0.55 * whole
+
+
+def test_what_cannot_be_divided_is_said() -> None:
+    """Heads that the number of ranks does not divide, and an attention that sees a rank's own tokens alone."""
+    from transformers import Qwen2Config
+
+    config = Qwen2Config(num_attention_heads=28, num_key_value_heads=4)
+    assert why_undivided(config, "packed", 4) is None
+    assert why_undivided(config, "packed", 8) == "28 heads with 4 of keys cannot be divided over 8 ranks"
+    assert "computes each rank's tokens alone" in str(why_undivided(config, "sdpa", 2))
