@@ -43,6 +43,7 @@ from toy import UFT, forwarded, toy_model, toy_sequences
 
 from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.data.mixture import Step
+from uft_ds.data.packing import Packing
 from uft_ds.engine.deepspeed_file import deepspeed_config, read_deepspeed_file
 from uft_ds.engine.engine import Engine, partitioned_loading
 from uft_ds.objectives.objective import count_terms, micro_batch_loss
@@ -51,7 +52,7 @@ from uft_ds.planning import parts
 from uft_ds.planning.activations import activations_of
 from uft_ds.planning.memory import head_saved_bytes
 from uft_ds.planning.sharding import sharding_of
-from uft_ds.planning.structure import ITEM_BYTES, Lora, structure_of
+from uft_ds.planning.structure import ITEM_BYTES, Lora, Structure, structure_of
 from uft_ds.streams.load import attention_implementation, check_base, decoder_layer_class
 from uft_ds.streams.policy import base_of
 from uft_ds.streams.stream import REWARD, logps_of
@@ -88,12 +89,14 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Bytes:
-    """Of one rank; the first three a micro-step."""
+    """Of one rank; the first four a micro-step."""
 
     gathered: float
     far: float
     """Gathered by all ranks together."""
     reduced: float
+    exchanged: float
+    """By ranks that share rows, round the attention: what a rank receives from others."""
     weights: int
     optimizer: int
     gradients: int
@@ -145,6 +148,7 @@ class Sent:
     gathered: int = 0
     far: int = 0
     reduced: int = 0
+    exchanged: int = 0
 
 
 @contextmanager
@@ -172,9 +176,18 @@ def counting() -> Iterator[Sent]:
     backend.all_gather_into_tensor = counted("all_gather_into_tensor", "output_tensor", 0, "gathered")
     backend.reduce_scatter_tensor = counted("reduce_scatter_tensor", "input_tensor", 1, "reduced")
     backend.all_reduce = counted("all_reduce", "tensor", 0, "reduced")
+    exchange = torch.distributed.all_to_all_single
+
+    def exchanging(output: Tensor, given: Tensor, *, group: Any) -> None:
+        ranks = torch.distributed.get_world_size(group)
+        sent.exchanged += output.nbytes * (ranks - 1) // ranks
+        exchange(output, given, group=group)
+
+    torch.distributed.all_to_all_single = exchanging
     try:
         yield sent
     finally:
+        torch.distributed.all_to_all_single = exchange
         for name, original in originals.items():
             setattr(backend, name, original)
 
@@ -184,8 +197,8 @@ def whole_step() -> Step:
     return Step(0, toy_sequences(SEQUENCES_PER_RANK * torch.distributed.get_world_size(), seed=100, longest=120))
 
 
-def measure(cell: Cell) -> tuple[Bytes, MicroBatch, int]:
-    """On one of the ranks; the micro-batch whose activations were measured; and how many a step has."""
+def measure(cell: Cell) -> tuple[Bytes, MicroBatch, list[int]]:
+    """On one of the ranks; the micro-batch whose activations were measured; and the tokens of each of a step."""
     dtype = getattr(torch, cell.dtype)
     config = deepspeed_config(zero3(cell), dtype=dtype, max_grad_norm=1e6)
     is_reward_model, alone = cell.mode == REWARD_MODEL, WITHOUT_REFERENCE.get(cell.mode)
@@ -201,10 +214,11 @@ def measure(cell: Cell) -> tuple[Bytes, MicroBatch, int]:
             trains_all=cell.mode == TRAINS_ALL,
         )
     layer_class = decoder_layer_class(base_of(model.policy))
-    engine = Engine(model, config, layer_class=layer_class, weight_decay=0.0)
+    packing = Packing(sequence_size=cell.sequence_size)
+    engine = Engine(model, config, layer_class=layer_class, weight_decay=0.0, packing=packing)
     step = whole_step()
     terms = count_terms(UFT, step.responses)
-    batches = engine.micro_batches(step, TOKENS_PER_MICRO_BATCH)
+    batches = engine.micro_batches(step, TOKENS_PER_MICRO_BATCH // cell.sequence_size)
 
     def said(batch: MicroBatch) -> dict[str, Tensor]:
         if alone is None:
@@ -239,11 +253,12 @@ def measure(cell: Cell) -> tuple[Bytes, MicroBatch, int]:
             sent.gathered / micro_steps,
             sent.far / micro_steps,
             sent.reduced / micro_steps,
+            sent.exchanged / micro_steps,
             *held,
             sum(saved.values()),
         ),
         batches[0],
-        len(batches),
+        [len(batch.token_ids_T) for batch in batches],
     )
 
 
@@ -280,7 +295,17 @@ def _saving(sizes: dict[int, int]) -> Iterator[None]:
 # ---- predicted
 
 
-def predict(cell: Cell, ranks: int, batch: MicroBatch, micro_steps: int) -> Bytes:
+def _exchanged(cell: Cell, structure: Structure, step: list[int], item_bytes: int) -> float:
+    """Of a micro-step, on average."""
+    size = cell.sequence_size
+    passes = 2 + (cell.mode == "lockstep") + cell.gradient_checkpointing
+    of = [
+        parts.exchanged_bytes(structure, -(-tokens // size), item_bytes, ranks=size, passes=passes) for tokens in step
+    ]
+    return sum(of) / len(of)
+
+
+def predict(cell: Cell, ranks: int, batch: MicroBatch, step: list[int]) -> Bytes:
     """By the functions of `uft plan`; of the micro-batch only its numbers of tokens are read."""
     is_reward_model = cell.mode == REWARD_MODEL
     lora = replace(LORA, has_reward_head=is_reward_model)
@@ -297,20 +322,22 @@ def predict(cell: Cell, ranks: int, batch: MicroBatch, micro_steps: int) -> Byte
         lockstep=in_lockstep, attention=attention_implementation("auto", getattr(torch, cell.dtype), structure.config),
         under_zero3=True,
     )  # fmt: skip
+    micro_steps, size = len(step), cell.sequence_size
     far, near = parts.step_gathered_bytes(structure, item_bytes, gathers, sharding, ranks, micro_steps)
     second = parts.weights_bytes(structure, item_bytes, cell.secondary) if cell.secondary > 1 else 0
     return Bytes(
         gathered=(far + near) / micro_steps,
         far=far / micro_steps,
         reduced=parts.reduced_bytes(structure, ranks),
+        exchanged=_exchanged(cell, structure, step, one),
         weights=parts.weights_bytes(structure, item_bytes, ranks) + second,
         optimizer=parts.adapter_bytes(structure, item_bytes, ranks) + parts.optimizer_bytes(structure, ranks),
         gradients=parts.gradient_bytes(structure, ranks) + parts.bucket_bytes(sharding, one),
-        saved=activations.saved_bytes
+        saved=activations.divided(size).saved_bytes
         + (
             0
             if is_reward_model
-            else head_saved_bytes(len(batch.targets_N), structure.config.hidden_size, item_bytes=one)
+            else head_saved_bytes(len(batch.targets_N) // size, structure.config.hidden_size, item_bytes=one)
         ),
     )
 
@@ -321,6 +348,7 @@ FIELDS = {
     "gathered": SENT_BAR,
     "far": SENT_BAR,
     "reduced": SENT_BAR,
+    "exchanged": SENT_BAR,
     "weights": HELD_BAR,
     "optimizer": HELD_BAR,
     "gradients": HELD_BAR,
@@ -355,6 +383,8 @@ class Cell:
     """`zero_hpz_partition_size`; DeepSpeed takes one of them a process."""
     dtype: str = "float32"
     """Of base and activations; adapters are in float32."""
+    sequence_size: int = 1
+    """Number of ranks that share rows."""
 
 
 def compare(cells: list[Cell], ranks: int) -> list[Row]:
@@ -365,15 +395,16 @@ def compare(cells: list[Cell], ranks: int) -> list[Row]:
             f"{cell.folder.name}, {ranks}, {'recomputed' if cell.gradient_checkpointing else 'kept'}"
             + ("" if cell.mode == "lockstep" else f", {cell.mode}")
             + ("" if cell.dtype == "float32" else f", {cell.dtype}")
-            + ("" if cell.secondary == 1 else f", copies in {cell.secondary}"),
+            + ("" if cell.secondary == 1 else f", copies in {cell.secondary}")
+            + ("" if cell.sequence_size == 1 else f", {cell.sequence_size} share rows"),
             measured,
-            predict(cell, ranks, batch, micro_steps),
+            predict(cell, ranks, batch, step),
         )
-        for cell, (measured, batch, micro_steps) in zip(cells, found[0], strict=True)
+        for cell, (measured, batch, step) in zip(cells, found[0], strict=True)
     ]
 
 
-def measure_all(cells: list[Cell]) -> list[tuple[Bytes, MicroBatch, int]]:
+def measure_all(cells: list[Cell]) -> list[tuple[Bytes, MicroBatch, list[int]]]:
     """On one of the ranks."""
     return [measure(cell) for cell in cells]
 
@@ -407,6 +438,7 @@ def main() -> int:
             cells = grid(folders, options.modes)
             if ranks == 2:
                 cells += [Cell(folders[0], recompute, dtype="bfloat16") for recompute in (True, False)]
+                cells += [Cell(folders[0], recompute, sequence_size=2) for recompute in (True, False)]
                 cells += [Cell(folder, True, TRAINS_ALL) for folder in folders]
                 cells += [Cell(folders[0], False, TRAINS_ALL, dtype="bfloat16")]
             found = compare(cells, ranks)

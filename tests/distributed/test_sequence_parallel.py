@@ -1,5 +1,6 @@
 """Rows divided over ranks: gradients of one process, packed rows exact across the borders, activations divided."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from engines import accumulate, engine_of, single_process
 from ranks import run_on_ranks
+from runs import losses, recipe_in, uft
 from tiny import build_tiny_model
 from toy import forwarded, objective, toy_step
 
@@ -75,9 +77,9 @@ def test_gradients_of_divided_rows_are_those_of_one_process(
         assert norm == pytest.approx(expected_norm, rel=1e-5)
 
 
-def saved_and_logps(folder: Path, sequence_size: int) -> tuple[int, torch.Tensor]:
+def saved_and_logps(folder: Path, sequence_size: int, num_sequences: int) -> tuple[int, torch.Tensor]:
     engine = engine_of(folder, attention="packed", sequence_size=sequence_size)
-    batch = micro_batch(toy_step().sequences).to(engine.device)
+    batch = micro_batch([toy_step().sequences[3]] * num_sequences).to(engine.device)
     sizes: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -92,13 +94,54 @@ def saved_and_logps(folder: Path, sequence_size: int) -> tuple[int, torch.Tensor
 
 
 def test_saved_activations_are_divided(base: Path) -> None:
-    """Half of them on each of two ranks, and the same log-probs on both."""
-    (whole, logps_R), *_ = run_on_ranks(saved_and_logps, 2, base, 1)
-    divided = run_on_ranks(saved_and_logps, 2, base, 2)
+    """Half of them on each of two ranks, which hold the same log-probs; of a row 1.9 times as long no more than before."""
+    (whole, logps_R), *_ = run_on_ranks(saved_and_logps, 2, base, 1, 10)
+    divided = run_on_ranks(saved_and_logps, 2, base, 2, 10)
+    longer = run_on_ranks(saved_and_logps, 2, base, 2, 19)
     assert torch.equal(divided[0][1], divided[1][1])
     assert (divided[0][1] - logps_R).abs().max() < 1e-4
-    for saved, _ in divided:
-        assert saved <= 0.55 * whole
+    assert all(saved <= 0.55 * whole for saved, _ in divided)
+    assert all(saved <= whole for saved, _ in longer)
+
+
+@pytest.mark.long
+def test_a_run_divides_its_rows(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """Losses of a run that does not, to rounding; it goes on from its middle without dividing them, and the reverse."""
+    alone, divided = recipe_in(tmp_path / "alone", tiny_qwen2), recipe_in(tmp_path / "divided", tiny_qwen2)
+    both = {alone: ("launch.ranks=2",), divided: ("launch.ranks=2", "launch.sequence_parallel=2")}
+    for recipe, options in both.items():
+        result = uft("train", str(recipe), *options)
+        assert result.returncode == 0, result.stdout + result.stderr
+    expected = losses(alone.parent / "run")
+    assert losses(divided.parent / "run") == pytest.approx(expected, rel=1e-4)
+    for recipe, options in zip(both, reversed(both.values()), strict=True):
+        folder = recipe.parent / "run"
+        (folder / "DONE").unlink()
+        shutil.rmtree(folder / "checkpoints" / "step-000006")
+        result = uft("train", str(recipe), "--resume", *options)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert "resuming from step-000004" in result.stdout
+        assert losses(folder) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("launch.ranks=3", "launch.sequence_parallel=2"), "2 given, which does not divide the 3 ranks"),
+        (("launch.ranks=4", "launch.sequence_parallel=4"), "4 heads with 2 of keys cannot be divided over 4 ranks"),
+        (("launch.sequence_parallel=2", "model.attention=sdpa"), "computes each rank's tokens alone"),
+        (("launch.sequence_parallel=2", "data.max_length=400"), "times launch.sequence_parallel 2 is less than"),
+    ],
+)
+def test_a_recipe_that_cannot_divide_is_refused(
+    tiny_qwen2: Path, tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    """Before anything is launched."""
+    recipe = recipe_in(tmp_path, tiny_qwen2)
+    result = uft("train", str(recipe), *options)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_cannot_be_divided_is_said() -> None:

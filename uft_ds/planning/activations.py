@@ -51,6 +51,10 @@ class Activations:
     stream_bytes: int
     """The reference's hidden state before and after the final norm, which is held when the head is reached."""
 
+    def divided(self, ranks: int) -> Activations:
+        """Those of each of several ranks that share the row: every tensor has a part of the tokens, or of the heads."""
+        return Activations(*(-(-size // ranks) for size in (self.saved_bytes, self.layer_bytes, self.stream_bytes)))
+
 
 def activations_of(
     structure: Structure,

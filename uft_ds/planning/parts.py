@@ -113,6 +113,20 @@ def step_gathered_bytes(
     return first, whole - first
 
 
+def exchanged_bytes(structure: Structure, tokens: int, item_bytes: int, *, ranks: int, passes: int) -> int:
+    """Bytes that a rank receives in a micro-step from those that it shares rows with: queries, keys, values, outputs.
+
+    Args:
+        tokens: that the rank computes itself. ranks: that share the row. passes: through the attention.
+    """
+    config = structure.config
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    of_token = 2 * (heads + key_heads) * head * item_bytes
+    return passes * structure.num_layers * tokens * of_token * (ranks - 1) // ranks
+
+
 def reduced_bytes(structure: Structure, ranks: int) -> int:
     """Input bytes of a micro-step's gradient reduction on each rank: the adapters' gradients, float32, with padding."""
     return _shards(structure, ranks) * ranks * FLOAT32_BYTES

@@ -101,7 +101,7 @@ class Planner:
         return self._structures[key]
 
     def activations(self, setting: Setting) -> Activations:
-        """Activation memory of the largest micro-batch."""
+        """Activation memory of the largest micro-batch, of one rank."""
         workload = setting.workload
         options: dict[str, Any] = {
             "lengths": workload.lengths_at_once,
@@ -114,7 +114,7 @@ class Planner:
         key = (repr(workload.lora), *options.values())
         if key not in self._activations:
             self._activations[key] = activations_of(self.structure(workload.lora), **options)
-        return self._activations[key]
+        return self._activations[key].divided(workload.sequence_size)
 
     def gathers(self, setting: Setting, mode: HowReference) -> Gathers | None:
         """Gathers of a micro-step under ZeRO-3; None below stage 3."""
@@ -184,6 +184,8 @@ def _problems(setting: Setting) -> Iterable[str]:
             f"{setting.deepspeed}: at ZeRO stage {sharding.stage} adapters are trained in the model's type: "
             f"lora.dtype={workload.dtype}"
         )
+    if cluster.ranks % workload.sequence_size:  # as `check_sharding` refuses it at the start
+        yield f"launch.sequence_parallel: {workload.sequence_size} does not divide the {cluster.ranks} GPUs"
     if cluster.gpus % sharding.secondary:  # as `check_ranks` refuses it at the start
         yield (
             f"{setting.deepspeed}: zero_hpz_partition_size {sharding.secondary} does not divide a node's "

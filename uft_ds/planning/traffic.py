@@ -93,6 +93,14 @@ def traffic(
     crossings = 1 if sharding.shards_weights else 2
     nvlink += crossings * everyone.nvlink(reduced)
     network += crossings * everyone.network(reduced)
+    # Ranks that share rows are neighbours, so in one node.
+    nvlink += micro_steps * parts.exchanged_bytes(
+        structure,
+        workload.largest_micro_batch,
+        workload.item_bytes,
+        ranks=workload.sequence_size,
+        passes=workload.attention_passes,
+    )
     if sharding.optimizer_on != "gpu":
         pcie += micro_steps * parts.gradient_bytes(structure, ranks)
     if workload.activation_offload:

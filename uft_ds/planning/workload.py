@@ -46,6 +46,9 @@ class Workload:
     reference: HowReference
     caches_reference: bool
     tokens_per_micro_batch: int
+    """That a rank computes at once."""
+    sequence_size: int
+    """Number of ranks that compute a row together: it has as many times that."""
     max_length: int
     examples_per_step: int
     tokens_per_response: int
@@ -69,6 +72,11 @@ class Workload:
     def tokens_per_step(self) -> int:
         return self.examples_per_step * self.tokens_per_response
 
+    @property
+    def attention_passes(self) -> int:
+        """How often a micro-step passes the attention: forward and backward, the reference, and what is recomputed."""
+        return 2 + (self.reference in ("lockstep", "separate")) + (self.gradient_checkpointing is not False)
+
     def extra_streams(self, mode: str) -> int:
         """Additional forwards of each response before the step: 0, 1 (policy) or 2 (policy and reference).
 
@@ -85,7 +93,8 @@ class Workload:
 
     @property
     def _responses_at_once(self) -> int:
-        return max(self.unit, self.tokens_per_micro_batch // self.tokens_per_response // self.unit * self.unit)
+        tokens = self.tokens_per_micro_batch * self.sequence_size
+        return max(self.unit, tokens // self.tokens_per_response // self.unit * self.unit)
 
     def attended_tokens(self, ranks: int) -> int:
         """Keys per query, QK^T and AV together.
@@ -98,8 +107,8 @@ class Workload:
         return 2 * at_once * self.tokens_per_response
 
     def most_responses(self, ranks: int) -> int:
-        """Responses of a step on the rank with the most responses."""
-        return -(-self.examples_per_step // self.unit // ranks) * self.unit
+        """Responses of a step on the rank, or on the ranks that share sequences, with the most responses."""
+        return -(-self.examples_per_step // self.unit // max(1, ranks // self.sequence_size)) * self.unit
 
     @property
     def unit(self) -> int:
@@ -108,18 +117,24 @@ class Workload:
 
     @property
     def least_micro_batch(self) -> int:
-        """Smallest possible micro-batch in tokens: it must hold the longest unit."""
-        return self.unit * self.max_length
+        """Smallest possible `tokens_per_micro_batch`: a row must hold the longest unit."""
+        return -(-self.unit * self.max_length // self.sequence_size)
+
+    @property
+    def largest_row(self) -> int:
+        """Largest row in tokens, of all ranks that share it: limited by the recipe and by the size of a step."""
+        tokens = self.tokens_per_micro_batch * self.sequence_size
+        return min(tokens, max(self.unit, self.examples_per_step) * self.max_length)
 
     @property
     def largest_micro_batch(self) -> int:
-        """Largest micro-batch in tokens: limited by the recipe and by the size of a step."""
-        return min(self.tokens_per_micro_batch, max(self.unit, self.examples_per_step) * self.max_length)
+        """Largest number of tokens that a rank computes at once: its part of the largest row."""
+        return -(-self.largest_row // self.sequence_size)
 
     @property
     def lengths_at_once(self) -> tuple[int, ...]:
-        """The sequences of the largest micro-batch, as long as they may be, in tokens."""
-        whole, rest = divmod(self.largest_micro_batch, self.max_length)
+        """The sequences of the largest row, as long as they may be, in tokens."""
+        whole, rest = divmod(self.largest_row, self.max_length)
         return (self.max_length,) * whole + ((rest,) if rest else ())
 
 
@@ -150,6 +165,7 @@ def workload_of(settings: Settings, config: Any, *, tokens_per_response: int | N
         reference=reference.mode if reference.is_needed and not settings.trains_all else "none",
         caches_reference=reference.caches,
         tokens_per_micro_batch=settings.train.tokens_per_micro_batch,
+        sequence_size=settings.launch.sequence_parallel,
         max_length=settings.data.max_length,
         examples_per_step=settings.train.examples_per_step,
         tokens_per_response=tokens_per_response or settings.data.max_length,
