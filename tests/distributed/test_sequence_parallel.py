@@ -94,7 +94,7 @@ def saved_and_logps(folder: Path, sequence_size: int, num_sequences: int) -> tup
 
 
 def test_saved_activations_are_divided(base: Path) -> None:
-    """Half of them on each of two ranks, which hold the same log-probs; of a row 1.9 times as long no more than before."""
+    """Half of them on each of two ranks, which hold the same log-probs; of a row 1.9 times as long no more."""
     (whole, logps_R), *_ = run_on_ranks(saved_and_logps, 2, base, 1, 10)
     divided = run_on_ranks(saved_and_logps, 2, base, 2, 10)
     longer = run_on_ranks(saved_and_logps, 2, base, 2, 19)
