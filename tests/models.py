@@ -82,6 +82,7 @@ PACKED = Configs(
         "qwen2_moe": hf.Qwen2MoeConfig(**SIZES, **EXPERTS, shared_expert_intermediate_size=32),
         "qwen3_moe": hf.Qwen3MoeConfig(**SIZES, **EXPERTS, head_dim=16),
         "mixtral": hf.MixtralConfig(**SIZES, num_local_experts=4),
+        "olmoe": hf.OlmoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2),
         "gptj": hf.GPTJConfig(**GPT, rotary_dim=8),
         "codegen": hf.CodeGenConfig(**GPT, rotary_dim=8),
     }
@@ -121,7 +122,12 @@ LEAKS = Configs(
 """Packed sequences change each other."""
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-TARGETS: dict[str, list[str]] = {"qwen3_moe": ATTENTION, "mixtral": ATTENTION, "mamba": ["in_proj", "x_proj"]}
+TARGETS: dict[str, list[str]] = {
+    "qwen3_moe": ATTENTION,
+    "mixtral": ATTENTION,
+    "olmoe": ATTENTION,
+    "mamba": ["in_proj", "x_proj"],
+}
 """Where adapters on all linear layers would be refused: on experts, and on a projection whose weight Mamba's kernel
 reads itself."""
 

@@ -91,21 +91,21 @@ def test_positions_that_change_with_the_longest_sequence_are_refused(
     prepare_run(settings_of_run(recipe, "data.max_length=60"), overwrite=False)[2].close()
 
 
-def test_a_mixture_of_experts_is_refused_by_its_layers(tiny_qwen2: Path, tmp_path: Path) -> None:
+def test_a_family_without_lockstep_is_refused_by_its_layers(tiny_qwen2: Path, tmp_path: Path) -> None:
     """Before the launch, by the class and with the way out, which is then taken."""
-    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+    from transformers import CohereConfig, CohereForCausalLM
 
     base = tmp_path / "base"
     shutil.copytree(tiny_qwen2, base)
-    config = Qwen2MoeConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, num_experts=4, shared_expert_intermediate_size=32,
+    config = CohereConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, logit_scale=0.5,
     )  # fmt: skip
-    Qwen2MoeForCausalLM(config).save_pretrained(base)
+    CohereForCausalLM(config).save_pretrained(base)
     recipe = write_recipe(tmp_path, base)
     message = refused(recipe)
-    assert "reference.mode: lockstep has not been shown to work with Qwen2MoeForCausalLM" in message
-    assert "Qwen2MoeDecoderLayer" in message
+    assert "reference.mode: lockstep has not been shown to work with CohereForCausalLM" in message
+    assert "CohereDecoderLayer" in message
     prepare_run(settings_of_run(recipe, "reference.mode=separate"), overwrite=False)[2].close()
 
 

@@ -54,7 +54,7 @@ SCHEMA = numbers(
     fits={"type": "boolean"},
     problems={"type": "array"},
     lacking={"type": "array"},
-    parameters=numbers("base", "lora", "layers"),
+    parameters=numbers("base", "active", "lora", "layers"),
     cluster=numbers(
         "nodes", "gpus_per_node", "gpu_memory_bytes", "host_memory_bytes", "flops_per_second", "hbm_bytes_per_second",
         "nvlink_bytes_per_second", "pcie_bytes_per_second", "network_bytes_per_second", gpu={"type": "string"},

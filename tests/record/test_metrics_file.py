@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from uft_ds.record.metrics import model_flops_utilization, peak_memory_gib
 from uft_ds.record.metrics_file import MetricsWriter, damaged_metrics, read_metrics
@@ -128,12 +129,27 @@ def test_no_utilization_is_claimed_without_a_known_peak(monkeypatch: pytest.Monk
 
 
 def test_utilization_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """100 parameters, 989e9 tokens a second, 4 FLOPs each (6 with the reference): 0.4 (0.6) of an H100's 989e12."""
-    model = torch.nn.Linear(10, 10, bias=False)
+    """100 parameters, 989e9 tokens a second, 4 FLOPs each (6 with the reference, 6 trained): 0.4 (0.6) of 989e12."""
+    model = torch.nn.Linear(10, 10, bias=False).requires_grad_(False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     assert model_flops_utilization(model, 989e9, reference_share=0.0) == pytest.approx(0.4)
     assert model_flops_utilization(model, 989e9, reference_share=1.0) == pytest.approx(0.6)
+    assert model_flops_utilization(model.requires_grad_(True), 989e9, reference_share=0.0) == pytest.approx(0.6)
+
+
+def test_of_a_mixtures_experts_those_count_that_a_token_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the model itself: two of four experts."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    config = MixtralConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=4, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config).requires_grad_(False)
+    experts = 4 * 3 * 8 * 4
+    active = sum(p.numel() for p in model.parameters()) - experts // 2
+    assert model_flops_utilization(model, 989e12, reference_share=0.0) == pytest.approx(4 * active)
 
 
 class WandbStandIn:

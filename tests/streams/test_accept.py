@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from mixtures import MIXTURES
 from models import GPT2, LEAKS, PACKED, TARGETS
 from tiny import CLASSES
 from transformers import BloomConfig, PretrainedConfig
@@ -26,7 +27,7 @@ from uft_ds.streams.accept import accepted_policy, check_base_model
 from uft_ds.streams.load import empty_base
 
 MODELS = PACKED | LEAKS | {"gpt2": GPT2}
-WITHOUT_A_PLAIN_MLP = {"qwen2_moe", "qwen3_moe", "mixtral", "gpt_oss", "qwen3_next", "mamba"}
+WITHOUT_A_PLAIN_MLP = {"qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "gpt_oss", "qwen3_next", "mamba"}
 MLPS = ("mlp", "feed_forward", "mlp_block", "shared_mlp")
 
 
@@ -129,9 +130,11 @@ def test_a_dropout_of_zero_is_none() -> None:
 
 
 def test_lockstep_is_shown_for_the_families_that_are_tested() -> None:
-    """Those of `tiny.py`, which `test_lanes.py` and `test_one_visit.py` run, and no other."""
-    assert {name for name, family in FAMILIES.items() if family.lockstep} == set(CLASSES)
-    assert shown_in_lockstep() == tuple(sorted(FAMILIES[name].layer_class for name in CLASSES))
+    """Those of `tiny.py`, which `test_lanes.py` and `test_one_visit.py` run, and the mixtures of experts of
+    `test_mixtures_of_experts.py`."""
+    tested = {*CLASSES, *MIXTURES}
+    assert {name for name, family in FAMILIES.items() if family.lockstep} == tested
+    assert shown_in_lockstep() == tuple(sorted(FAMILIES[name].layer_class for name in tested))
 
 
 @pytest.mark.parametrize("place", ["docs/features.md", "docs/reference.md", "uft_ds/recipe/schema.py"])

@@ -45,9 +45,10 @@ FAMILIES = {
     "mistral": Family("MistralDecoderLayer", lockstep=True, name="Mistral"),
     "qwen2": Family("Qwen2DecoderLayer", lockstep=True, name="Qwen2"),
     "qwen3": Family("Qwen3DecoderLayer", lockstep=True, name="Qwen3"),
-    "qwen2_moe": Family("Qwen2MoeDecoderLayer"),
-    "qwen3_moe": Family("Qwen3MoeDecoderLayer"),
-    "mixtral": Family("MixtralDecoderLayer"),
+    "qwen2_moe": Family("Qwen2MoeDecoderLayer", lockstep=True, name="Qwen2-MoE"),
+    "qwen3_moe": Family("Qwen3MoeDecoderLayer", lockstep=True, name="Qwen3-MoE"),
+    "mixtral": Family("MixtralDecoderLayer", lockstep=True, name="Mixtral"),
+    "olmoe": Family("OlmoeDecoderLayer", lockstep=True, name="OLMoE"),
     "phi": Family("PhiDecoderLayer", norm="final_layernorm", mlp_projections=2),
     "phi3": Family("Phi3DecoderLayer", lockstep=True, name="Phi-3"),
     "gemma": Family("GemmaDecoderLayer"),
@@ -91,10 +92,27 @@ _STATEFUL = re.compile(
 )
 """In the class name of a layer that carries a state along the row, whatever the family."""
 
+_ROUTED = re.compile(r"(^|\.)experts\.")
+"""In the name of a parameter of a mixture's routed experts; a shared expert is called otherwise."""
+
 
 def family_of(config: Any) -> Family:
     """The entry of a config's model type; for an unknown one an entry without facts."""
     return FAMILIES.get(getattr(config, "model_type", ""), _UNKNOWN)
+
+
+def active_share(config: Any, parameter: str) -> float:
+    """The share of a parameter that one token passes: of a mixture's routed experts only some; 1 for any other.
+
+    Args:
+        parameter: its name in the model, or in a layer of it.
+    """
+    if not _ROUTED.search(parameter):
+        return 1.0
+    text = config.get_text_config()
+    counts = (getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    experts, chosen = next((count for count in counts if count), None), getattr(text, "num_experts_per_tok", None)
+    return chosen / experts if experts and chosen else 1.0
 
 
 def shown_in_lockstep() -> tuple[str, ...]:

@@ -46,7 +46,7 @@ def step_flops(
 ) -> Flops:
     """Operations of a step of `examples_per_step` responses. extra_streams: forwards before it, see `Workload`."""
     config, tokens = structure.config, workload.tokens_per_step
-    layers = sum(structure.num_of(layer) for layer in structure.layers)
+    layers = sum(structure.active_of(layer) for layer in structure.layers)
     head = 0 if workload.lora.has_reward_head else structure.num_of(structure.head)
     recomputes = workload.gradient_checkpointing is True  # the selective mode recomputes what takes few operations
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -69,7 +69,8 @@ def step_flops(
 def mfu_flops(structure: Structure, workload: Workload, *, with_reference: bool) -> int:
     """Operations counted by the metric `mfu`; see `record.metrics.model_flops_utilization`."""
     of_policy = 6 if workload.lora.trains_all else 4
-    return (of_policy + 2 * with_reference) * sum(structure.sizes) * workload.tokens_per_step
+    adapters = sum(structure.sizes) - structure.num_base
+    return (of_policy + 2 * with_reference) * (structure.num_active + adapters) * workload.tokens_per_step
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from uft_ds.architectures.facts import decoder_layers, keep_layers
+from uft_ds.architectures.facts import active_share, decoder_layers, keep_layers
 from uft_ds.errors import UserError
 from uft_ds.planning.gathers import Visit
 from uft_ds.streams.accept import accepted_policy, check_base_model, whole_policy
@@ -56,6 +56,8 @@ class Structure:
     sizes: tuple[int, ...]
     is_trainable: tuple[bool, ...]
     is_adapter: tuple[bool, ...]
+    active_share: tuple[float, ...]
+    """Of each parameter, the share that one token passes: below 1 for a mixture's routed experts."""
     layers: tuple[tuple[int, ...], ...]
     """Parameters of each decoder layer, adapters included."""
     embedding: tuple[int, ...]
@@ -86,6 +88,15 @@ class Structure:
     def num_of(self, parameters: Sequence[int]) -> int:
         """Number of elements of the given parameters, without adapters."""
         return sum(self.sizes[p] for p in parameters if not self.is_adapter[p])
+
+    def active_of(self, parameters: Sequence[int]) -> int:
+        """Number of elements of the given parameters that one token passes, without adapters."""
+        return round(sum(self.sizes[p] * self.active_share[p] for p in parameters if not self.is_adapter[p]))
+
+    @property
+    def num_active(self) -> int:
+        """Number of parameters of the base that one token passes; less than `num_base` in a mixture of experts."""
+        return self.active_of(range(len(self.sizes)))
 
     def item_bytes(self, dtype: str) -> tuple[int, ...]:
         """Bytes per element of each parameter. dtype: that of the base."""
@@ -144,16 +155,18 @@ def structure_of(config: Any, lora: Lora) -> Structure:
     sizes: list[int] = []
     is_trainable: list[bool] = []
     is_adapter: list[bool] = []
+    share: list[float] = []
     known: dict[int, int] = {}
 
     def noted(module: nn.Module) -> tuple[int, ...]:
         places = []
-        for parameter in module.parameters():
+        for name, parameter in module.named_parameters():
             if id(parameter) not in known:
                 known[id(parameter)] = len(sizes)
                 sizes.append(parameter.numel())
                 is_trainable.append(parameter.requires_grad)
                 is_adapter.append(id(parameter) in adapters)
+                share.append(active_share(config, name))
             places.append(known[id(parameter)])
         return tuple(places)
 
@@ -164,6 +177,7 @@ def structure_of(config: Any, lora: Lora) -> Structure:
         sizes += [sizes[p] for p in layers[-1]]
         is_trainable += [is_trainable[p] for p in layers[-1]]
         is_adapter += [is_adapter[p] for p in layers[-1]]
+        share += [share[p] for p in layers[-1]]
         layers.append(tuple(range(first, len(sizes))))
     norm = tuple(p for module in _final_norms(decoder) for p in noted(module))
     head = noted(base.get_output_embeddings())
@@ -174,10 +188,12 @@ def structure_of(config: Any, lora: Lora) -> Structure:
         sizes.append(int(config.get_text_config().hidden_size))
         is_trainable.append(True)
         is_adapter.append(True)
+        share.append(1.0)
     return Structure(
         sizes=tuple(sizes),
         is_trainable=tuple(is_trainable),
         is_adapter=tuple(is_adapter),
+        active_share=tuple(share),
         layers=tuple(layers),
         embedding=embedding,
         norm=norm,

@@ -13,6 +13,7 @@ from uft_ds.planning.alternatives import Alternative, larger_clusters
 from uft_ds.planning.hardware import in_gb
 from uft_ds.planning.plan import Plan
 from uft_ds.planning.planner import Moved, Outcome
+from uft_ds.planning.structure import Structure
 
 _GPU_ROWS = {
     "weights_shard_bytes": "base weights, shard of a rank",
@@ -70,9 +71,15 @@ def _heading(plan: Plan) -> Text:
     return Text(
         f"{plan.recipe_name} on {cluster.nodes} x {cluster.gpus} {cluster.gpu.name}, {in_gb(cluster.gpu_memory_bytes)} "
         f"GB each{assumed}; deepspeed={setting.deepspeed}\n"
-        f"{structure.num_base:,} parameters in {structure.num_layers} layers, {structure.num_lora:,} trained; "
+        f"{structure.num_base:,} parameters in {structure.num_layers} layers, {_active(structure)}"
+        f"{structure.num_lora:,} trained; "
         "GB are 10^9 bytes, seconds are lower bounds"
     )
+
+
+def _active(structure: Structure) -> str:
+    """Of a mixture of experts: the parameters that a token passes."""
+    return "" if structure.num_active == structure.num_base else f"{structure.num_active:,} of a token, "
 
 
 def _verdict(outcome: Outcome) -> Text:

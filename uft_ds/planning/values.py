@@ -22,6 +22,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "lacking": outcome.lacking,
         "parameters": {
             "base": structure.num_base,
+            "active": structure.num_active,
             "lora": structure.num_lora,
             "layers": structure.num_layers,
         },

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from uft_ds.architectures.facts import active_share
 from uft_ds.data.example import KINDS
 from uft_ds.host.gpus import peak_flops
 from uft_ds.objectives.groups import Groups
@@ -78,7 +79,7 @@ def model_flops_utilization(model: nn.Module, tokens_per_second: float, *, refer
 
     Each parameter and token counts 4 FLOPs (forward, and gradient of the activations), 2 more where all parameters are
     trained, and 2 more for the share of responses whose reference was forwarded. Attention and the recomputation of
-    checkpointed layers are not counted, nor are adapters.
+    checkpointed layers are not counted. Of a mixture's routed experts those count that a token passes.
 
     Args:
         tokens_per_second: of one GPU.
@@ -89,6 +90,10 @@ def model_flops_utilization(model: nn.Module, tokens_per_second: float, *, refer
     if peak is None:
         return None
     # Under ZeRO-3 a partitioned parameter is empty; DeepSpeed keeps its whole size in `ds_numel`.
-    num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    config = getattr(model, "config", None)
+    num_parameters = sum(
+        getattr(p, "ds_numel", p.numel()) * (1.0 if config is None else active_share(config, name))
+        for name, p in model.named_parameters()
+    )
     of_policy = 6 if all(parameter.requires_grad for parameter in model.parameters()) else 4
     return (of_policy + 2 * reference_share) * num_parameters * tokens_per_second / peak
