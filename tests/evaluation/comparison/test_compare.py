@@ -108,6 +108,23 @@ def test_a_groups_pairs_are_its_tasks_items(tmp_path: Path) -> None:
     assert (difference.mean, difference.items) == (0.5, 4)
 
 
+def test_groups_within_a_group_are_no_columns(tmp_path: Path) -> None:
+    """MMLU has four of them; each would count for the tax and for Holm once more. A group of other tasks is one."""
+    for name, right in (("base", [1, 1, 1, 1]), ("uft", [1, 0, 1, 0])):
+        share = sum(right) / 4
+        tasks = ("mmlu_law", "mmlu_art")
+        groups = [
+            TaskResult("mmlu", {"acc,none": share}, 4, "1", 5, parts=tasks),
+            TaskResult("mmlu_stem", {"acc,none": share}, 2, "1", 5, parts=tasks[:1]),
+            TaskResult("own", {"acc,none": share}, 2, "1", 5, parts=("own_part",)),
+        ]
+        evaluated(tmp_path / name, name, {"mmlu_law": right[:2], "mmlu_art": right[2:], "winogrande": [1]}, more=groups)
+    found = compared(tmp_path / "base", tmp_path / "uft", origins=["base"])
+    assert {column.name for column in found.columns} == {"mmlu", "winogrande", "own"}
+    tax = found.taxes["uft"]["base"]
+    assert (tax.columns, tax.lost) == (3, pytest.approx(1 / 3))
+
+
 def test_tasks_of_like_names_are_columns_of_their_own(tmp_path: Path) -> None:
     """`mmlu_pro` is no part of `mmlu`, and a task `bbh` is not the paper's bbh, which is leaderboard_bbh."""
     for name in ("a", "b"):

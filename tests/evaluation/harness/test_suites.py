@@ -43,11 +43,10 @@ def test_a_column_is_the_mean_of_its_metrics() -> None:
     assert found == pytest.approx({"IFEval": 0.3, "GSM8K": 0.3})
 
 
-def test_other_shots_are_no_column_of_the_paper() -> None:
-    """ARC with 25 examples is one, with 5 it is none; of a group whose shots are not known the metric counts."""
+@pytest.mark.parametrize("of_group", [None, 0])
+def test_other_shots_are_no_column_of_the_paper(of_group: int | None) -> None:
+    """ARC with 25 examples is one, with 5 it is none; nor is a group of other shots, or of shots that differ."""
     metrics = {"acc_norm,none": 0.5}
-    assert paper_columns({"arc_challenge": (metrics, 25), "leaderboard_bbh": (metrics, None)}) == {
-        "ARC": 0.5,
-        "BBH": 0.5,
-    }
-    assert paper_columns({"arc_challenge": (metrics, 5)}) == {}
+    measured = {"arc_challenge": (metrics, 25), "leaderboard_bbh": (metrics, 3)}
+    assert paper_columns(measured) == {"ARC": 0.5, "BBH": 0.5}
+    assert paper_columns({"arc_challenge": (metrics, 5), "leaderboard_bbh": (metrics, of_group)}) == {}

@@ -60,7 +60,7 @@ def columns_for(tasks: Iterable[tuple[str, Sequence[str]]], parts: Collection[st
 
     Args:
         tasks: name and metrics of each, in the order of their columns.
-        parts: tasks that a group is the mean of, which have no column: mmlu has 57.
+        parts: tasks and groups that another group is the mean of, which have no column: mmlu has 57 and 4.
     """
     found = {task: [plain_metric(metric) for metric in metrics] for task, metrics in tasks}
     paper = [

@@ -68,8 +68,7 @@ def compare(
     for name in (against, *origins):
         if name not in by_name:
             raise UserError(f"no model is called {name!r}; expected one of {', '.join(by_name)}")
-    parts = {part for one in contestants for _, _, result in one.results.values() for part in result.parts}
-    columns = columns_for(_tasks_of(contestants), parts)
+    columns = columns_for(_tasks_of(contestants), _parts_of(contestants))
     shared = [column for column in columns if sum(one.value(column) is not None for one in contestants) > 1]
     if not shared:
         raise UserError(
@@ -111,6 +110,13 @@ def _tasks_of(contestants: Sequence[Contestant]) -> list[tuple[str, list[str]]]:
         for task, (_, _, result) in one.results.items():
             found.setdefault(task, {}).update(dict.fromkeys(result.metrics))
     return [(task, list(metrics)) for task, metrics in found.items()]
+
+
+def _parts_of(contestants: Sequence[Contestant]) -> set[str]:
+    """Tasks that a group is the mean of, and groups of a part of another group's tasks: mmlu has 57 and 4 of them."""
+    groups = [(task, frozenset(result.parts)) for one in contestants for task, (_, _, result) in one.results.items()]
+    inner = {task for task, own in groups if own and any(own < of_other for _, of_other in groups)}
+    return inner.union(*(parts for _, parts in groups))
 
 
 def _averages(one: Contestant) -> dict[str, float]:

@@ -37,7 +37,7 @@ def task_results(results: Mapping[str, Any]) -> list[TaskResult]:
                 metrics,
                 _items(results, groups, name),
                 str(results["versions"].get(name)),
-                _shots(results, name),
+                _shots(results, groups, name),
                 parts=tuple(_leaves(groups, name)) if name in groups else (),
             )
     return list(found.values())
@@ -86,8 +86,10 @@ def _leaves(groups: Mapping[str, list[str]], name: str) -> list[str]:
     return [leaf for child in groups[name] for leaf in (_leaves(groups, child) if child in groups else [child])]
 
 
-def _shots(results: Mapping[str, Any], name: str) -> int | None:
-    shots = results["n-shot"].get(name)
+def _shots(results: Mapping[str, Any], groups: Mapping[str, list[str]], name: str) -> int | None:
+    """Of a task, or of all tasks of a group; None where they are not known, or not the same."""
+    of_leaves = {results["n-shot"].get(leaf) for leaf in (_leaves(groups, name) if name in groups else [name])}
+    (shots,) = of_leaves if len(of_leaves) == 1 else (None,)
     return shots if isinstance(shots, int) else None
 
 

@@ -124,13 +124,13 @@ def paper_columns(measured: Mapping[str, tuple[Mapping[str, float], int | None]]
     """The numbers that the paper's tables show, by column, as far as they were measured with the paper's shots.
 
     Args:
-        measured: metrics and shots by task. None: the shots of a group are not known.
+        measured: metrics and shots by task. None: the shots are not known, or those of a group's tasks differ.
     """
     shots = {asked.task: asked.shots for suite in SUITES.values() for asked in suite.asked}
     found = {}
     for column in COLUMNS:
         metrics, of_task = measured.get(column.task, ({}, None))
         values = [metrics[metric] for metric in column.metrics if metric in metrics]
-        if len(values) == len(column.metrics) and of_task in (None, shots[column.task]):
+        if len(values) == len(column.metrics) and of_task == shots[column.task]:
             found[column.name] = sum(values) / len(values)
     return found
