@@ -16,6 +16,7 @@ from uft_ds.evaluation.comparison.compare import Comparison, compare
 from uft_ds.evaluation.comparison.contestants import contestants_of
 from uft_ds.evaluation.comparison.files import write_comparison
 from uft_ds.evaluation.comparison.tables import latex, main_table, markdown, tax_table
+from uft_ds.evaluation.harness.suites import paper_columns
 from uft_ds.evaluation.results import Evaluation, ItemResult, TaskResult, write_evaluation
 
 SETTINGS = {"lm_eval": "0.4.13", "chat_template": False}
@@ -168,6 +169,23 @@ def test_an_average_needs_all_six(tmp_path: Path) -> None:
     assert found.averages["some"] == {}
     assert main_table(found)[0][-1] == "average, old leaderboard"
     assert [row[-1] for row in main_table(found)[1:]] == ["55.00", "-"]
+
+
+def test_a_column_has_the_number_that_an_evaluation_shows(tmp_path: Path) -> None:
+    """IFEval the mean of four metrics, math-hard the paper's metric; both tasks of IFEval have columns of their own."""
+    ifeval = dict(zip(("prompt_level_strict_acc,none", "inst_level_strict_acc,none", "prompt_level_loose_acc,none",
+                       "inst_level_loose_acc,none"), (0.2, 0.4, 0.3, 0.5), strict=True))  # fmt: skip
+    math = {"exact_match,none": 0.5, "exact_match_original,none": 0.3}
+    tasks = [TaskResult("ifeval", ifeval, 10, "1", 0), TaskResult("leaderboard_math_hard", math, 10, "1", 4)]
+    other = TaskResult("leaderboard_ifeval", {name: value / 2 for name, value in ifeval.items()}, 10, "1", 0)
+    for name in ("a", "b"):
+        write_evaluation(tmp_path / name, Evaluation(name, {}, {}, tasks), {})
+    shown = paper_columns({task.task: (task.metrics, task.shots) for task in tasks})
+    assert compared(tmp_path / "a", tmp_path / "b").values["a"] == shown == {"ifeval": 0.35, "math-hard": 0.3}
+    for name in ("a", "b"):
+        write_evaluation(tmp_path / name, Evaluation(name, {}, {}, [*tasks, other]), {})
+    found = compared(tmp_path / "a", tmp_path / "b").values["a"]
+    assert found == pytest.approx({"ifeval": 0.175, "task ifeval": 0.35, "math-hard": 0.3})
 
 
 def test_the_tax_counts_losses_alone(tmp_path: Path) -> None:

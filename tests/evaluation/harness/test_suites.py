@@ -40,7 +40,7 @@ def test_a_column_is_the_mean_of_its_metrics() -> None:
                        "inst_level_loose_acc,none"), (0.1, 0.2, 0.3, 0.6), strict=True))  # fmt: skip
     gsm8k = {"exact_match,strict-match": 0.2, "exact_match,flexible-extract": 0.4}
     found = paper_columns({"leaderboard_ifeval": (ifeval, 0), "gsm8k": (gsm8k, 5), "arc_challenge": ({"acc": 1.0}, 25)})
-    assert found == pytest.approx({"IFEval": 0.3, "GSM8K": 0.3})
+    assert found == pytest.approx({"ifeval": 0.3, "gsm8k": 0.3})
 
 
 @pytest.mark.parametrize("of_group", [None, 0])
@@ -48,5 +48,15 @@ def test_other_shots_are_no_column_of_the_paper(of_group: int | None) -> None:
     """ARC with 25 examples is one, with 5 it is none; nor is a group of other shots, or of shots that differ."""
     metrics = {"acc_norm,none": 0.5}
     measured = {"arc_challenge": (metrics, 25), "leaderboard_bbh": (metrics, 3)}
-    assert paper_columns(measured) == {"ARC": 0.5, "BBH": 0.5}
+    assert paper_columns(measured) == {"arc": 0.5, "bbh": 0.5}
     assert paper_columns({"arc_challenge": (metrics, 5), "leaderboard_bbh": (metrics, of_group)}) == {}
+
+
+def test_an_average_is_that_of_a_whole_board() -> None:
+    """Of six columns (0.1 + ... + 0.6) / 6 = 0.35, as `uft compare` has it; of five there is none."""
+    tasks = (("gsm8k", 5), ("truthfulqa_mc2", 0), ("winogrande", 5), ("arc_challenge", 25), ("hellaswag", 10))
+    names = ("exact_match,strict-match", "exact_match,flexible-extract", "acc,none", "acc_norm,none")
+    measured = {task: (dict.fromkeys(names, 0.1 * place), shots) for place, (task, shots) in enumerate(tasks, 1)}
+    assert not any(name.startswith("average") for name in paper_columns(measured))
+    found = paper_columns(measured | {"mmlu": ({"acc,none": 0.6}, 5)})
+    assert found["average, old leaderboard"] == pytest.approx(0.35)

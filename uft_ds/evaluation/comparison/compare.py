@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from uft_ds.errors import UserError
-from uft_ds.evaluation.comparison.columns import NEW, OLD, PAPER, Column, columns_for
+from uft_ds.evaluation.columns import Column, board_averages, columns_for
 from uft_ds.evaluation.comparison.contestants import Contestant, pairs_of, unlike_settings
 from uft_ds.evaluation.comparison.paired import Difference, holm, paired_difference
 
@@ -86,7 +86,7 @@ def compare(
         tuple(by_name),
         tuple(columns),
         {one.name: {column.name: one.value(column) for column in columns} for one in contestants},
-        {one.name: _averages(one) for one in contestants},
+        {one.name: board_averages(one.value) for one in contestants},
         against,
         {one.name: _differences(one, by_name[against], columns) for one in contestants if one.name != against},
         {
@@ -117,16 +117,6 @@ def _parts_of(contestants: Sequence[Contestant]) -> set[str]:
     groups = [(task, frozenset(result.parts)) for one in contestants for task, (_, _, result) in one.results.items()]
     inner = {task for task, own in groups if own and any(own < of_other for _, of_other in groups)}
     return inner.union(*(parts for _, parts in groups))
-
-
-def _averages(one: Contestant) -> dict[str, float]:
-    found = {}
-    for board in (NEW, OLD):
-        values = [one.value(column) for column in PAPER if column.board == board]
-        known = [value for value in values if value is not None]
-        if len(known) == len(values):
-            found[board] = sum(known) / len(known)
-    return found
 
 
 def _differences(one: Contestant, other: Contestant, columns: Sequence[Column]) -> dict[str, Difference | None]:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uft_ds.errors import UserError
-from uft_ds.evaluation.comparison.columns import Column, plain_metric
+from uft_ds.evaluation.columns import Column, plain_metric
 from uft_ds.evaluation.results import (
     RESULTS,
     Evaluation,

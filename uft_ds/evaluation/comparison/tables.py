@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from uft_ds.evaluation.comparison.columns import NEW, OLD, Column
+from uft_ds.evaluation.columns import NEW, OLD, Column
 from uft_ds.evaluation.comparison.compare import Comparison, Tax
 from uft_ds.evaluation.comparison.paired import LEVEL, RESAMPLES, Difference
 

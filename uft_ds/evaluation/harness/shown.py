@@ -54,7 +54,7 @@ def shown_progress(console: Console) -> Iterator[OnAnswered]:
 
 
 def tables(found: Evaluation, folder: Path) -> list[Table]:
-    """The numbers of each task, and of the paper's columns."""
+    """The numbers of each task, and of the paper's columns with the averages of whole leaderboards."""
     of_tasks = Table(box=MARKDOWN)
     for name in ("task", "version", "shots", "questions", "metric"):
         of_tasks.add_column(name)
@@ -72,8 +72,7 @@ def tables(found: Evaluation, folder: Path) -> list[Table]:
     of_paper = Table(box=MARKDOWN)
     of_paper.add_column("the paper's column")
     of_paper.add_column("%", justify="right")
-    mean = {"mean": sum(columns.values()) / len(columns)} if len(columns) > 1 else {}
-    for name, value in (columns | mean).items():
+    for name, value in columns.items():
         of_paper.add_row(name, f"{100 * value:.2f}")
     return [of_tasks, of_paper]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from uft_ds.errors import UserError
+from uft_ds.evaluation.columns import PAPER, Column, board_averages, plain_metric
 
 
 @dataclass(frozen=True)
@@ -21,15 +22,6 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Column:
-    """A column of the paper's tables: the plain mean of some metrics of one task."""
-
-    name: str
-    task: str
-    metrics: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Suite:
     """limit: questions of each task where no other limit is given; None: all."""
 
@@ -37,26 +29,6 @@ class Suite:
     asked: tuple[Asked, ...]
     limit: int | None = None
 
-
-_IFEVAL = tuple(f"{unit}_level_{how}_acc,none" for how in ("strict", "loose") for unit in ("prompt", "inst"))
-_GSM8K = ("exact_match,strict-match", "exact_match,flexible-extract")
-
-COLUMNS = (
-    Column("BBH", "leaderboard_bbh", ("acc_norm,none",)),
-    Column("GPQA", "leaderboard_gpqa", ("acc_norm,none",)),
-    Column("MMLU-Pro", "leaderboard_mmlu_pro", ("acc,none",)),
-    Column("MuSR", "leaderboard_musr", ("acc_norm,none",)),
-    Column("IFEval", "leaderboard_ifeval", _IFEVAL),
-    Column("IFEval", "ifeval", _IFEVAL),
-    Column("MATH-hard", "leaderboard_math_hard", ("exact_match_original,none",)),
-    Column("GSM8K", "gsm8k", _GSM8K),
-    Column("TruthfulQA", "truthfulqa_mc2", ("acc,none",)),
-    Column("Winogrande", "winogrande", ("acc,none",)),
-    Column("ARC", "arc_challenge", ("acc_norm,none",)),
-    Column("HellaSwag", "hellaswag", ("acc_norm,none",)),
-    Column("MMLU", "mmlu", ("acc,none",)),
-)
-"""`exact_match_original` is what `exact_match` of MATH-hard was when the paper was written."""
 
 QUICK_LIMIT = 100
 _LONGEST_NAME = 100
@@ -123,14 +95,25 @@ def suite_of(given: str) -> Suite:
 def paper_columns(measured: Mapping[str, tuple[Mapping[str, float], int | None]]) -> dict[str, float]:
     """The numbers that the paper's tables show, by column, as far as they were measured with the paper's shots.
 
+    Behind them the average of each board that is complete.
+
     Args:
         measured: metrics and shots by task. None: the shots are not known, or those of a group's tasks differ.
     """
     shots = {asked.task: asked.shots for suite in SUITES.values() for asked in suite.asked}
-    found = {}
-    for column in COLUMNS:
-        metrics, of_task = measured.get(column.task, ({}, None))
+    known = {
+        task: {plain_metric(metric): value for metric, value in metrics.items()}
+        for task, (metrics, of_task) in measured.items()
+        if task in shots and of_task == shots[task]
+    }
+
+    def value_of(column: Column) -> float | None:
+        metrics = known.get(column.task, {})
         values = [metrics[metric] for metric in column.metrics if metric in metrics]
-        if len(values) == len(column.metrics) and of_task == shots[column.task]:
-            found[column.name] = sum(values) / len(values)
-    return found
+        return sum(values) / len(values) if len(values) == len(column.metrics) else None
+
+    found: dict[str, float] = {}
+    for column in PAPER:
+        if (value := value_of(column)) is not None:
+            found.setdefault(column.name, value)
+    return found | {f"average, {board}": value for board, value in board_averages(value_of).items()}
