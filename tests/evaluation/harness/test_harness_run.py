@@ -21,7 +21,7 @@ from lm_eval.tasks import TaskManager
 from runs import TIMEOUT_SECONDS, forked, program, write_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from uft_ds.errors import CheckFailed
+from uft_ds.errors import CheckFailed, UserError
 from uft_ds.evaluation.harness import package, tasks
 from uft_ds.evaluation.harness.answered import Answers
 from uft_ds.evaluation.harness.local import local_tasks
@@ -144,14 +144,26 @@ def test_settings_are_recorded(plain: Path) -> None:
     """All that a number depends on, with hashes of the model."""
     found = json.loads((plain / "results.json").read_text())
     settings = found["settings"]
+    contents = [task.pop("content") for task in settings["tasks"].values()]
+    assert [len(content) for content in contents] == [64, 64]
     assert settings["tasks"] == {
-        "pick": {"shots": 1, "version": "2.0", "rows": "hub"},
-        "say": {"shots": 0, "version": "2.0", "rows": "hub"},
+        "pick": {"shots": 1, "version": "2.0", "rows": "its task file's"},
+        "say": {"shots": 0, "version": "2.0", "rows": "its task file's"},
     }
     assert (settings["chat_template"], settings["fewshot_as_multiturn"], settings["dtype"]) == (False, False, "float32")
     assert settings["versions"]["torch"] == torch.__version__
     assert len(found["model"]["base_weights"][0]) == 64
     assert found["model"]["adapter"] is None
+
+
+def test_other_questions_under_the_same_name_are_other_settings(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """Of a task by its file's path: neither its results nor its answers are used again."""
+    suite = stub_tasks(tmp_path / "tasks").split(",")[0]
+    evaluated(tmp_path / "out", tiny_qwen2, "--suite", suite)
+    rows = tmp_path / "tasks" / "rows.jsonl"
+    rows.write_text(rows.read_text().replace("colour", "shade"))
+    result = uft_eval(tiny_qwen2, "--suite", suite, "--out", tmp_path / "out")
+    assert "settings.tasks.pick.content" in str(result.exception)
 
 
 def test_an_adapter_is_evaluated_as_its_merged_model(tiny_qwen2: Path, suite: str, tmp_path: Path) -> None:
@@ -184,6 +196,7 @@ def test_a_padded_vocabulary_stays_whole(tiny_qwen2: Path, tmp_path: Path) -> No
         (["--suite", "quick", "--data", "/nowhere"], "--data: /nowhere: no such folder"),
         (["--suite", "quick", "--multiturn"], "add --chat-template"),
         (["--suite", "gsm8k", "--base", "x"], "leave --base out"),
+        (["--suite", "/no/task.yaml"], "--suite: /no/task.yaml: no such file; expected a task file"),
         (["--suite", "gsm8k"], "gsm8k: its rows are not in the hub's cache, and HF_HUB_OFFLINE forbids"),
     ],
 )
@@ -191,6 +204,22 @@ def test_bad_input_is_named(tiny_qwen2: Path, arguments: list[str], words: str, 
     """Before a folder is made."""
     result = uft_eval(tiny_qwen2, *arguments, "--out", tmp_path / "out")
     assert words in str(result.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_task_file_that_cannot_be_asked_is_named(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """Broken YAML, rows that are none, and fewer examples than are asked for; the hub has nothing to do with it."""
+    pick = stub_tasks(tmp_path / "tasks").split(",")[0].partition("=")[0]
+    options = ("--out", tmp_path / "out")
+    few = uft_eval(tiny_qwen2, "--suite", f"{pick}=9", *options)
+    assert "pick: 9 examples in each prompt, but there are rows for 7; ask for fewer with pick=7" in str(few.exception)
+    (tmp_path / "tasks" / "rows.jsonl").write_text("{oops\n")
+    rows = uft_eval(tiny_qwen2, "--suite", pick, *options)
+    assert f"--suite: {pick}: the task, or its rows, cannot be read (" in str(rows.exception)
+    Path(pick).write_text("task: [x\n")
+    broken = uft_eval(tiny_qwen2, "--suite", pick, *options)
+    assert f"--suite: {pick}: the task, or its rows, cannot be read (while parsing" in str(broken.exception)
+    assert all(isinstance(one.exception, UserError) for one in (few, rows, broken))
     assert not (tmp_path / "out").exists()
 
 

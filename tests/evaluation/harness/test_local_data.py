@@ -11,6 +11,7 @@ import yaml
 
 from uft_ds.errors import UserError
 from uft_ds.evaluation.harness.local import content, local_tasks
+from uft_ds.evaluation.harness.rows import check_rows
 from uft_ds.evaluation.harness.suites import Asked
 
 needs.installed("lm_eval", "pip install '.[eval]' brings it")
@@ -83,3 +84,33 @@ def test_without_examples_no_file_of_examples_is_needed(tmp_path: Path) -> None:
     data = files_in(tmp_path, "gsm8k/test.jsonl")
     (task,) = local_tasks(data, [Asked("gsm8k", 0)])
     assert task.changes == {"training_split": None, "fewshot_split": None}
+
+
+def test_questions_alone_are_enough_where_there_are_no_examples(tmp_path: Path) -> None:
+    """ARC has a validation split, which the harness would read for examples that nobody asks for."""
+    data = files_in(tmp_path, "arc_challenge/test.jsonl")
+    (task,) = local_tasks(data, [Asked("arc_challenge", 0)])
+    assert task.changes == {"training_split": None, "fewshot_split": None, "validation_split": None}
+
+
+RIGHT = json.dumps({"question": "q", "answer": "#### 1"})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (f"{RIGHT}\n{{oops\n", r"gsm8k/test\.jsonl:2: no JSON \(.*; gsm8k expects an object with question, answer"),
+        (f"{RIGHT}\n\n[1]\n", r"test\.jsonl:3: found \[1\]; gsm8k expects an object"),
+        (f'{RIGHT}\n{{"Question": "q", "answer": "1"}}\n', r"test\.jsonl:2: has no question, found Question, answer;"),
+        ('{"question": null, "answer": "1"}', r"test\.jsonl:1: has no question"),
+        ("\n", r"test\.jsonl: has no rows; gsm8k expects an object with question, answer in each line"),
+    ],
+)
+def test_a_bad_row_is_named(text: str, words: str, tmp_path: Path) -> None:
+    """By file and line; the harness would take a column that one row lacks for an empty text."""
+    data = files_in(tmp_path, "gsm8k/test.jsonl")
+    (data / "gsm8k" / "test.jsonl").write_text(text)
+    with pytest.raises(UserError, match=words):
+        check_rows(local_tasks(data, [Asked("gsm8k", 0)]))
+    (data / "gsm8k" / "test.jsonl").write_text(f"{RIGHT}\n\n{RIGHT}")
+    check_rows(local_tasks(data, [Asked("gsm8k", 0)]))

@@ -30,7 +30,8 @@ def begun_of(model: dict[str, Any], suite: Suite, tasks: Loaded, options: Option
             name: {
                 "shots": tasks.shots[name],
                 "version": tasks.versions[name],
-                "rows": tasks.rows.splits.get(name, "hub"),
+                "rows": tasks.rows.sources[name],
+                "content": tasks.content[name],
             }
             for name in tasks.shots
         },

@@ -16,6 +16,7 @@ from rich.table import Table
 from uft_ds.errors import UserError
 from uft_ds.evaluation.harness.planned import OnAnswered
 from uft_ds.evaluation.harness.suites import paper_columns
+from uft_ds.evaluation.harness.tasks import OWN_FILE
 from uft_ds.evaluation.results import Evaluation, TaskResult, read_items
 
 _SECONDS_BETWEEN_LINES = 30.0
@@ -87,7 +88,11 @@ def in_words(found: Evaluation) -> list[str]:
         f"{found.name}: {limit}, {template}{turns}, {said['dtype']}, seeds {said['seeds']}",
         ", ".join(f"{name} {version}" for name, version in said["versions"].items()),
     ]
-    others = {name: one["rows"] for name, one in said["tasks"].items() if one["rows"] not in ("hub", "test", "train")}
+    others = {
+        name: one["rows"]
+        for name, one in said["tasks"].items()
+        if one["rows"] not in ("hub", OWN_FILE, "test", "train")
+    }
     usual = {"truthfulqa_mc1", "truthfulqa_mc2", "winogrande", "hellaswag"}
     lines += [
         f"note: {name}: its questions are those of the {split} split: not comparable with published numbers"
