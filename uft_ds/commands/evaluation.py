@@ -69,7 +69,10 @@ def evaluate(
     seed: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(
-            min=0, help="For all generators; the harness's 0,1234,1234,1234 if not given.", rich_help_panel=_TASKS
+            min=0,
+            max=2**32 - 1,  # numpy's
+            help="For all generators; the harness's 0,1234,1234,1234 if not given.",
+            rich_help_panel=_TASKS,
         ),
     ] = None,
     base: Annotated[

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from asking import evaluated, items_of, numbers, stub_tasks, tiny_adapter, uft_eval
+from asking import evaluated, items_of, numbers, rolling_task, stub_tasks, tiny_adapter, uft_eval
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -166,6 +166,15 @@ def test_other_questions_under_the_same_name_are_other_settings(tiny_qwen2: Path
     assert "settings.tasks.pick.content" in str(result.exception)
 
 
+def test_texts_that_are_scored_whole(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """The harness's own perplexity; such requests have no choices to show."""
+    path = rolling_task(tmp_path / "tasks")
+    found = numbers(evaluated(tmp_path / "out", tiny_qwen2, "--suite", f"{path}=0"))
+    assert found == harness_alone(tiny_qwen2, f"{path}=0")
+    first = json.loads((tmp_path / "out" / "samples" / "roll.jsonl").read_text().splitlines()[0])
+    assert (first["prompt_end"], first["choices"]) == ("red and green", None)
+
+
 def test_an_adapter_is_evaluated_as_its_merged_model(tiny_qwen2: Path, suite: str, tmp_path: Path) -> None:
     """Log-probs agree within the rounding of float32, so all values do."""
     adapter = tiny_adapter(tiny_qwen2, tmp_path / "adapter")
@@ -221,6 +230,13 @@ def test_a_task_file_that_cannot_be_asked_is_named(tiny_qwen2: Path, tmp_path: P
     assert f"--suite: {pick}: the task, or its rows, cannot be read (while parsing" in str(broken.exception)
     assert all(isinstance(one.exception, UserError) for one in (few, rows, broken))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_seed_that_numpy_cannot_take_is_refused(tiny_qwen2: Path) -> None:
+    """By the option, with the largest that it can."""
+    result = uft_eval(tiny_qwen2, "--suite", "quick", "--seed", 2**32)
+    assert result.exit_code == 2
+    assert "4294967295" in result.output
 
 
 def test_an_environment_without_the_harness_is_told_what_to_install(

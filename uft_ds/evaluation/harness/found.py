@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,9 +115,14 @@ def _shown(item: str, of_item: list[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "item": item,
         "prompt_end": first["arguments"][0][0][-_LETTERS_OF_PROMPT:],
-        "choices": [args[1] for args in first["arguments"]] if isinstance(first["arguments"][0][-1], str) else None,
+        "choices": [args[1] for args in first["arguments"]] if _has_choices(first["arguments"]) else None,
         "answers": [resps[0] for resps in first["resps"]],
         "read_as": {sample["filter"]: sample["filtered_resps"] for sample in of_item},
         "right": str(first["target"]),
         "values": _values_of(of_item),
     }
+
+
+def _has_choices(arguments: Sequence[Sequence[Any]]) -> bool:
+    """Whether a question's requests are choices: not answers, with their settings, nor texts that are scored whole."""
+    return len(arguments[0]) > 1 and isinstance(arguments[0][1], str)
