@@ -178,7 +178,7 @@ def _evaluated(
     device = torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     with ExitStack() as stack:
         tasks = stack.enter_context(loaded_tasks(suite, data, options))
-        begun = begun_of(model.identity(), suite, tasks, options)
+        begun = begun_of(model, suite, tasks, options)
         place = Place(world.rank, world.world_size)
         if is_first:
             stack.enter_context(_locked(folder))

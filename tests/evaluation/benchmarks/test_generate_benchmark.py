@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -169,12 +170,19 @@ def test_other_settings_are_refused_by_name(subject: Subject, questions: Path, t
     assert made(subject, asked(questions, limit=2), out, overwrite=True).new == 2
 
 
-def test_other_questions_or_another_model_are_refused(subject: Subject, questions: Path, tmp_path: Path) -> None:
+def test_other_questions_another_model_or_other_versions_are_refused(
+    subject: Subject, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers of before and after an upgrade would be one file."""
     out = tmp_path / "a.jsonl"
     made(subject, asked(questions), out)
     other = write_rows(tmp_path / "other.jsonl", QUESTIONS[::-1])
     with pytest.raises(UserError, match=r"questions\.sha256"):
         made(subject, asked(other), out)
+    monkeypatch.setattr(metadata, "version", lambda name: f"{name} of tomorrow")
+    with pytest.raises(UserError, match=r"versions\.torch: .* there, \"torch of tomorrow\" now"):
+        made(subject, asked(questions), out)
+    monkeypatch.undo()
     changed = Subject(subject.model, subject.chat, subject.name, {**subject.identity, "base_weights": ["0"]})
     with pytest.raises(UserError, match=r"model\.base_weights"):
         made(changed, asked(questions), out)
@@ -260,7 +268,7 @@ def test_an_adapter_answers_as_peft_does(tiny_qwen2: Path, questions: Path, tmp_
         messages = [{"role": "user", "content": question["turns"][0]}]
         assert found[question["question_id"]][0] == plain_answer(by_peft, messages, 12)
         assert found[question["question_id"]][0] != plain_answer(plain, messages, 12)
-    with pytest.raises(UserError, match="--base: of no use"):
+    with pytest.raises(UserError, match=r"--base: .* is a whole model, which has no other base"):
         open_subject(str(tiny_qwen2), base="elsewhere")
 
 

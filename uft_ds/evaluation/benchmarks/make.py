@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,9 @@ def settings_of(asked: Asked, questions: Sequence[Question], subject: Subject, n
         "questions": {"sha256": sha256(asked.questions), "count": len(questions)},
         "name": name,
         "model": dict(subject.identity),
+        "dtype": str(subject.model.dtype).removeprefix("torch."),
+        "device": subject.model.device.type,
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers")},
         "temperature": asked.temperatures(questions),
         "top_p": 1.0,
         "seed": plan.seed,

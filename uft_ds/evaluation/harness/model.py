@@ -129,8 +129,7 @@ class _Harness(HFLM):
         super().__init__(
             model, backend="causal", tokenizer=tokenizer, batch_size=_UNLIMITED, softmax_dtype=torch.float32
         )
-        core = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self._can_keep = "logits_to_keep" in inspect.signature(core.forward).parameters
+        self._can_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._kept = 0
 
     def encoded(self, context: str, continuation: str) -> Encoded:
