@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -196,11 +197,72 @@ def test_the_tax_counts_losses_alone(tmp_path: Path) -> None:
     tax = found.taxes["uft"]["base"]
     assert (tax.lost, tax.changed, tax.columns) == (0.25, 0.0, 2)
     assert found.taxes["base"] == {}
-    assert [row[:2] for row in tax_table(found)[-3:]] == [
+    # Of [-1, 0] and of [1, 0] a coin makes 50 points of loss or of gain: 25 are lost on average.
+    assert (tax.lost_by_chance, tax.paired) == (0.25, 2)
+    assert [row[:2] for row in tax_table(found)[-4:]] == [
         ["tasks that both have", "2"],
         ["alignment tax (mean loss)", "25.00"],
+        ["mean loss by chance alone", "25.00"],
         ["mean change", "+0.00"],
     ]
+
+
+def test_a_tax_says_what_chance_makes_of_it(tmp_path: Path) -> None:
+    """Of six answers that differ a coin loses the mean of max(0, wrong - right) of 40; without pairs nothing is said."""
+    ours = [1, 0, 1, 1, 0, 1, *[1] * 34]
+    for name, right in (("base", [1 - one for one in ours[:6]] + ours[6:]), ("uft", ours)):
+        alone = TaskResult("hellaswag", {"acc_norm,none": 0.5}, 10, "1", 10)
+        evaluated(tmp_path / name, name, {"mmlu": right}, more=[alone])
+    found = compared(tmp_path / "base", tmp_path / "uft", origins=["base"])
+    tax = found.taxes["uft"]["base"]
+    expected = sum(max(0, 6 - 2 * right) * math.comb(6, right) for right in range(7)) / 2**6 / 40
+    assert tax.lost_by_chance == pytest.approx(expected, rel=0.03)
+    assert (tax.columns, tax.paired, tax.lost) == (2, 1, 0.0)
+    assert tax_table(found)[-2][1].endswith(" (1 of 2 tasks)")
+    assert "by chance alone is what it would be" in markdown(found)
+
+
+def test_where_a_server_is_does_not_matter(tmp_path: Path) -> None:
+    """Nor which suite a task was part of; what the task asks does, and whether a server answered."""
+
+    def written(name: str, content: str = "a", **settings: Any) -> Path:
+        of_tasks = {"arc_challenge": {"rows": "test", "content": content}, name: {"content": name}}
+        all_settings = SETTINGS | {"suite": name, "tasks": of_tasks, "data": {f"{name}.jsonl": "x"}} | settings
+        result = TaskResult("arc_challenge", {"acc_norm,none": 0.5}, 10, "1", 25)
+        write_evaluation(tmp_path / name, Evaluation(name, {}, all_settings, [result]), {})
+        return tmp_path / name
+
+    base = written("base", server=["http://127.0.0.1:8000/v1", "base"])
+    alike = written("uft", server=["http://127.0.0.1:8001/v1", "uft"])
+    assert compared(base, alike).unlike == ()
+    with pytest.raises(UserError, match=r"settings\.server: True for base, False for here"):
+        compared(base, written("here", server=None))
+    with pytest.raises(UserError, match=r"settings\.tasks\.content: 'a' for base, 'b' for other"):
+        compared(base, written("other", "b", server=["http://127.0.0.1:8001/v1", "other"]))
+
+
+def test_other_questions_in_a_part_of_a_group_are_seen(tmp_path: Path) -> None:
+    """A group's condition is that of all its tasks."""
+    for name, last in (("a", "1"), ("b", "1"), ("c", "2")):
+        tasks = {"mmlu_law": {"content": "0"}, "mmlu_art": {"content": last}}
+        group = TaskResult("mmlu", {"acc,none": 0.5}, 4, "1", 5, parts=("mmlu_law", "mmlu_art"))
+        write_evaluation(tmp_path / name, Evaluation(name, {}, {"tasks": tasks}, [group]), {})
+    assert compared(tmp_path / "a", tmp_path / "b").unlike == ()
+    with pytest.raises(UserError, match=r"mmlu: settings\.tasks\.content: "):
+        compared(tmp_path / "a", tmp_path / "c")
+
+
+def test_prompts_that_were_cut_are_told(tmp_path: Path) -> None:
+    """By task, with those of a group's tasks, where one model had any."""
+    for name, cut in (("a", {}), ("b", {"mmlu_law": 2, "mmlu_art": 1, "unasked": 5})):
+        parts = ("mmlu_law", "mmlu_art")
+        tasks = [TaskResult("mmlu", {"acc,none": 0.5}, 4, "1", 5, parts=parts), TaskResult("own", {"acc": 1}, 2, "1")]
+        write_evaluation(tmp_path / name, Evaluation(name, {"cut_prompts": cut}, {}, tasks), {})
+    found = compared(tmp_path / "a", tmp_path / "b")
+    assert len(found.cut) == 1
+    assert "mmlu: questions whose prompts did not fit into the positions and were cut: 0 for a, 3 for b." in markdown(
+        found
+    )
 
 
 def test_models_of_one_name_are_one_model(two: tuple[Path, Path], tmp_path: Path) -> None:
@@ -246,6 +308,7 @@ def test_another_judge_is_refused(tmp_path: Path) -> None:
     ("given", "words"),
     [
         (["base"], "at least two models, found those of base"),
+        (["uft=", "base"], r"found '.*uft=', expected FOLDER or NAME=FOLDER; is a variable of the shell"),
         (["base", "base"], "mmlu is in .* and in .*NAME=FOLDER"),
         (["base", "nothing"], r"nothing: no evaluation in it: expected results\.json"),
     ],

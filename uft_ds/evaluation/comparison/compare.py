@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from uft_ds.errors import UserError
 from uft_ds.evaluation.columns import Column, board_averages, columns_for
-from uft_ds.evaluation.comparison.contestants import Contestant, pairs_of, unlike_settings
+from uft_ds.evaluation.comparison.contestants import Contestant, cut_prompts, pairs_of, unlike_settings
 from uft_ds.evaluation.comparison.paired import Difference, holm, paired_difference
 
 
@@ -19,7 +19,8 @@ class Comparison:
         model; only where the model has them all. against: the model that the others are compared with.
     differences: model minus `against`, by model and column; None where they did not answer the same items, or where the
         number is no mean over items. Their p-values are adjusted for the number of columns (Holm).
-    taxes: by model and origin (base, SFT): what alignment has cost there. judges: by column.
+    taxes: by model and origin (base, SFT): what alignment has cost there. judges: by column. cut: of which tasks
+        prompts lost their beginning, in words.
     """
 
     names: tuple[str, ...]
@@ -31,6 +32,7 @@ class Comparison:
     taxes: Mapping[str, Mapping[str, Tax]]
     judges: Mapping[str, str]
     unlike: tuple[str, ...]
+    cut: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Tax:
     lost: the mean over the taxed columns of what was lost, where a gain counts as nothing lost.
     changed: the plain mean, gains included. Both are shares; None where no column is in both.
     columns: how many they are the mean of.
+    lost_by_chance: `lost` of two models whose items differ as much, but by a coin; None where no column has pairs.
+    paired: the columns with pairs, of which that is the mean.
     """
 
     origin: str
@@ -48,6 +52,8 @@ class Tax:
     lost: float | None
     changed: float | None
     columns: int
+    lost_by_chance: float | None
+    paired: int
 
 
 def compare(
@@ -95,6 +101,7 @@ def compare(
         },
         _judges(contestants, columns),
         tuple(unlike),
+        tuple(cut_prompts(contestants, columns)),
     )
 
 
@@ -146,9 +153,13 @@ def _tax(one: Contestant, origin: Contestant, columns: Sequence[Column]) -> Tax:
     ]
     differences = _unadjusted(one, origin, taxed)
     if not changes:
-        return Tax(origin.name, differences, None, None, 0)
+        return Tax(origin.name, differences, None, None, 0, None, 0)
     lost = sum(max(0.0, -change) for change in changes) / len(changes)
-    return Tax(origin.name, differences, lost, sum(changes) / len(changes), len(changes))
+    # A coin makes a loss as often as a gain of the same size, so half of the size is lost.
+    by_chance = [difference.by_chance / 2 for difference in differences.values() if difference is not None]
+    lost_by_chance = sum(by_chance) / len(by_chance) if by_chance else None
+    changed = sum(changes) / len(changes)
+    return Tax(origin.name, differences, lost, changed, len(changes), lost_by_chance, len(by_chance))
 
 
 def _judges(contestants: Sequence[Contestant], columns: Sequence[Column]) -> dict[str, str]:

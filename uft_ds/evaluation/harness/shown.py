@@ -102,7 +102,8 @@ def in_words(found: Evaluation) -> list[str]:
     if said["max_new_tokens"] is not None:
         lines.append(f"note: no answer has more than {said['max_new_tokens']:,} new tokens (--max-new-tokens)")
     lines += [
-        f"warning: {task}: the beginnings of {count:,} prompts did not fit into the model's positions and were cut"
+        f"warning: {task}: the prompts of {count:,} questions did not fit into the model's positions: their beginning "
+        "was cut"
         for task, count in found.model.get("cut_prompts", {}).items()
     ]
     return lines
