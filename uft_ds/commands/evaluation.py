@@ -216,7 +216,8 @@ def _backend(model: Unmerged, options: Options, tasks: Loaded, device: Any, agre
     from uft_ds.evaluation.harness.model import CausalModel
 
     if options.server is None:
-        return CausalModel(model.load(getattr(torch, options.dtype), device), model.tokenizer, options.size, agreed)
+        loaded = model.load(getattr(torch, options.dtype), device)
+        return CausalModel(loaded, model.tokenizer, options.size, agreed, has_template=options.chat_template)
     from uft_ds.evaluation.harness.endpoint import ROWS, EndpointModel
 
     url, name = options.server

@@ -208,7 +208,7 @@ def test_the_tax_counts_losses_alone(tmp_path: Path) -> None:
 
 
 def test_a_tax_says_what_chance_makes_of_it(tmp_path: Path) -> None:
-    """Of six answers that differ a coin loses the mean of max(0, wrong - right) of 40; without pairs nothing is said."""
+    """Of six answers that differ a coin loses the mean of max(0, wrong - right) of 40."""
     ours = [1, 0, 1, 1, 0, 1, *[1] * 34]
     for name, right in (("base", [1 - one for one in ours[:6]] + ours[6:]), ("uft", ours)):
         alone = TaskResult("hellaswag", {"acc_norm,none": 0.5}, 10, "1", 10)

@@ -36,12 +36,15 @@ _UNLIMITED = 1 << 30
 class CausalModel:
     """Answers batches of requests."""
 
-    def __init__(self, model: Any, tokenizer: Any, size: BatchSize | None, agreed: Agreed) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, size: BatchSize | None, agreed: Agreed, *, has_template: bool = False
+    ) -> None:
         """
         Args:
             size: None: what fits into a GPU's memory, `CPU_TOKENS` on a CPU.
+            has_template: whether prompts are written by a chat template, which writes the first token itself.
         """
-        self.harness = _Harness(model, tokenizer)
+        self.harness = _Harness(model, tokenizer, has_template=has_template)
         self._cut = CutQuestions()
         self._size, self._agreed = size, agreed
         self._encoded: list[Encoded] = []
@@ -127,11 +130,16 @@ class _Harness(HFLM):
     Its own code finds a row's continuation by the distance from the end, so it reads shorter logits as they are.
     """
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, *, has_template: bool) -> None:
         # One batch at a time is handed over, whole. Log-probs in float32: in bfloat16, the harness's choice for such a
         # model, answers of different likelihood come out equal (findings/lm_eval_bfloat16_ties.sh).
         super().__init__(
-            model, backend="causal", tokenizer=tokenizer, batch_size=_UNLIMITED, softmax_dtype=torch.float32
+            model,
+            backend="causal",
+            tokenizer=tokenizer,
+            batch_size=_UNLIMITED,
+            softmax_dtype=torch.float32,
+            add_bos_token=False if has_template else None,
         )
         self._can_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._kept = 0
