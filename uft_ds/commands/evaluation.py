@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
 
-from uft_ds.commands.shared import console, quiet_loading
+from uft_ds.commands.shared import console, quiet_loading, stopped_in_words
 from uft_ds.errors import UserError
-from uft_ds.host.process import die_with_parent, ended_as_by_ctrl_c
+from uft_ds.host.process import die_with_parent
 from uft_ds.host.world import launcher_environment
 
 if TYPE_CHECKING:
@@ -147,7 +146,7 @@ def evaluate(
         if chat_template and model.tokenizer.chat_template is None:
             raise UserError(f"--chat-template: {source} has none; leave --chat-template out")
         folder = out or _default_folder(model, asked, options)
-        with _stopped_in_words(folder):
+        with stopped_in_words(f"what was answered is kept in {folder}"):
             found = _evaluated(model, asked, options, data, folder, processes, overwrite)
     if found is not None:
         _show(found, folder)
@@ -272,21 +271,6 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.delete()
-
-
-@contextmanager
-def _stopped_in_words(folder: Path) -> Iterator[None]:
-    """Within the block SIGTERM and SIGHUP end the command as Ctrl-C does, and it is said that the work goes on."""
-    try:
-        with ended_as_by_ctrl_c():
-            yield
-    except KeyboardInterrupt as end:
-        with suppress(OSError):  # the terminal may be what has gone
-            print(
-                f"stopped by {str(end) or 'Ctrl-C'}: what was answered is kept in {folder}; the same command goes on",
-                file=sys.stderr,
-            )
-        raise
 
 
 def _show(found: Evaluation, folder: Path) -> None:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from uft_ds.errors import CheckFailed, UserError
 from uft_ds.evaluation.benchmarks import answering
 from uft_ds.evaluation.benchmarks.answering import answered, batches_of, seed_of
-from uft_ds.evaluation.benchmarks.make import Asked, Made, make_answers
+from uft_ds.evaluation.benchmarks.make import GenerationInputs, Made, make_answers
 from uft_ds.evaluation.benchmarks.work import Work
 from uft_ds.evaluation.generate import prompt_ids, stop_token_ids
 from uft_ds.evaluation.models import Subject, open_subject
@@ -44,11 +44,11 @@ def questions(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "q.jsonl", QUESTIONS)
 
 
-def asked(questions: Path, **changes: Any) -> Asked:
-    return Asked("mt_bench", questions, **{"max_new_tokens": 12, "batch_size": 3, **changes})
+def asked(questions: Path, **changes: Any) -> GenerationInputs:
+    return GenerationInputs("mt_bench", questions, **{"max_new_tokens": 12, "batch_size": 3, **changes})
 
 
-def made(subject: Subject, how: Asked, out: Path, **options: Any) -> Made:
+def made(subject: Subject, how: GenerationInputs, out: Path, **options: Any) -> Made:
     return make_answers(how, how.read(), subject, out, name="tiny", **options)
 
 
@@ -298,7 +298,7 @@ def test_the_command_killed_in_the_middle_goes_on(subject: Subject, tiny_qwen2: 
     assert ended.returncode == 0, ended.stderr
     assert f"{kept} questions had been answered before" in ended.stdout
     assert "unfinished" in ended.stdout
-    how = Asked("alpaca_eval", tmp_path / "q.json", 1.0, max_new_tokens=64, batch_size=1)
+    how = GenerationInputs("alpaca_eval", tmp_path / "q.json", 1.0, max_new_tokens=64, batch_size=1)
     make_answers(how, how.read(), subject, tmp_path / "whole.json", name=tiny_qwen2.name)
     assert (tmp_path / "cut.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
     found = json.loads((tmp_path / "cut.json").read_text())
@@ -310,7 +310,7 @@ def test_the_command_killed_in_the_middle_goes_on(subject: Subject, tiny_qwen2: 
 def test_a_real_model_answers_published_questions(test_data: Path, tmp_path: Path) -> None:
     """The quickstart's model on MT-Bench's first question: its own words, as a plain loop has them, both turns."""
     model = open_subject(str(needs.smollm2()))
-    how = Asked("mt_bench", test_data / "mt_bench" / "question.jsonl", 0.0, max_new_tokens=8, limit=1)
+    how = GenerationInputs("mt_bench", test_data / "mt_bench" / "question.jsonl", 0.0, max_new_tokens=8, limit=1)
     lengths = made(model, how, tmp_path / "a.jsonl").lengths
     assert lengths.empty == 0
     for question in how.read():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from uft_ds.errors import UserError
-from uft_ds.evaluation.harness.suites import SUITES, Asked, paper_columns, suite_of
+from uft_ds.evaluation.harness.suites import SUITES, AskedTask, paper_columns, suite_of
 
 
 def test_suites_have_the_papers_shots() -> None:
@@ -22,7 +22,7 @@ def test_suites_have_the_papers_shots() -> None:
 def test_a_list_of_tasks_is_a_suite() -> None:
     """Shots: as given, else the paper's, else the task's own."""
     found = suite_of("arc_challenge, arc_easy=3,sciq")
-    assert found.asked == (Asked("arc_challenge", 25), Asked("arc_easy", 3), Asked("sciq"))
+    assert found.asked == (AskedTask("arc_challenge", 25), AskedTask("arc_easy", 3), AskedTask("sciq"))
     assert found.name == "arc_challenge+arc_easy+sciq"
     assert suite_of("/my/own.yaml=2").name == "own"  # a folder of results has the suite's name
 

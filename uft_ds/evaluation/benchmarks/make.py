@@ -19,7 +19,7 @@ from uft_ds.host.files import sha256
 
 
 @dataclass(frozen=True)
-class Asked:
+class GenerationInputs:
     """What is asked, and how. temperature, max_new_tokens: None: the benchmark's own. limit: the first questions."""
 
     benchmark: Benchmark
@@ -63,7 +63,7 @@ class Made:
 
 
 def make_answers(
-    asked: Asked,
+    asked: GenerationInputs,
     questions: Sequence[Question],
     subject: Subject,
     out: Path,
@@ -104,7 +104,9 @@ def make_answers(
         return Made(lengths_of(answers), was_complete=False, new=len(found) - begun)
 
 
-def settings_of(asked: Asked, questions: Sequence[Question], subject: Subject, name: str) -> Mapping[str, Any]:
+def settings_of(
+    asked: GenerationInputs, questions: Sequence[Question], subject: Subject, name: str
+) -> Mapping[str, Any]:
     """All that the output depends on."""
     plan = asked.plan
     return {

@@ -15,7 +15,7 @@ import yaml
 
 from uft_ds.errors import UserError
 from uft_ds.evaluation.harness import package
-from uft_ds.evaluation.harness.suites import Asked
+from uft_ds.evaluation.harness.suites import AskedTask
 from uft_ds.host.files import sha256
 
 
@@ -134,7 +134,7 @@ class LocalTask:
         (folder / f"{self.name}.yaml").write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
 
 
-def local_tasks(data: Path, asked: Iterable[Asked]) -> list[LocalTask]:
+def local_tasks(data: Path, asked: Iterable[AskedTask]) -> list[LocalTask]:
     """Those of the tasks that the folder has rows of. The others come from the hub.
 
     Raises:
@@ -158,7 +158,7 @@ def content(tasks: Iterable[LocalTask], data: Path) -> dict[str, str]:
     return {str(path.relative_to(data.resolve())): sha256(path) for path in paths}
 
 
-def _tasks_of(data: Path, one: Asked) -> list[LocalTask]:
+def _tasks_of(data: Path, one: AskedTask) -> list[LocalTask]:
     """The task, or all tasks of the group; none if the folder has no rows of any of them."""
     own = list(_own_files(one))
     if not any((data / file).exists() for layout, _, tree in own for file in _file_names(layout, tree).values()):
@@ -166,7 +166,7 @@ def _tasks_of(data: Path, one: Asked) -> list[LocalTask]:
     return [_local_task(data, one, layout, own_file, tree) for layout, own_file, tree in own]
 
 
-def _local_task(data: Path, one: Asked, layout: Layout, own_file: Path, tree: Mapping[str, Any]) -> LocalTask:
+def _local_task(data: Path, one: AskedTask, layout: Layout, own_file: Path, tree: Mapping[str, Any]) -> LocalTask:
     name, names = str(tree.get("task")), _file_names(layout, tree)
     there = {split: data / file for split, file in names.items() if (data / file).is_file()}
     questions = next((split for split in layout.asked if split in there), None)
@@ -187,7 +187,7 @@ def _local_task(data: Path, one: Asked, layout: Layout, own_file: Path, tree: Ma
     return LocalTask(name, one.task, own_file, there, questions, changes, layout.columns)
 
 
-def _own_files(one: Asked) -> Iterator[tuple[Layout, Path, dict[str, Any]]]:
+def _own_files(one: AskedTask) -> Iterator[tuple[Layout, Path, dict[str, Any]]]:
     """The harness's files of a task, or of the tasks of a group, and what they hold."""
     for layout in LAYOUTS:
         for own_file in sorted((package.root() / "tasks").glob(layout.task_files)):

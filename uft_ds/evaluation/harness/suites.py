@@ -11,7 +11,7 @@ from uft_ds.evaluation.columns import PAPER, Column, board_averages, plain_metri
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskedTask:
     """A task, or a group of tasks, that is asked for.
 
     shots: examples in each prompt; None: as the task's own file says.
@@ -26,7 +26,7 @@ class Suite:
     """limit: questions of each task where no other limit is given; None: all."""
 
     name: str
-    asked: tuple[Asked, ...]
+    asked: tuple[AskedTask, ...]
     limit: int | None = None
 
 
@@ -38,28 +38,33 @@ SUITES: Mapping[str, Suite] = {
         Suite(
             "leaderboard",
             (
-                Asked("leaderboard_bbh", 3),
-                Asked("leaderboard_gpqa", 0),
-                Asked("leaderboard_mmlu_pro", 5),
-                Asked("leaderboard_musr", 0),
-                Asked("leaderboard_ifeval", 0),
-                Asked("leaderboard_math_hard", 4),
+                AskedTask("leaderboard_bbh", 3),
+                AskedTask("leaderboard_gpqa", 0),
+                AskedTask("leaderboard_mmlu_pro", 5),
+                AskedTask("leaderboard_musr", 0),
+                AskedTask("leaderboard_ifeval", 0),
+                AskedTask("leaderboard_math_hard", 4),
             ),
         ),
         Suite(
             "openllm",
             (
-                Asked("gsm8k", 5),
-                Asked("truthfulqa_mc2", 0),
-                Asked("winogrande", 5),
-                Asked("arc_challenge", 25),
-                Asked("hellaswag", 10),
-                Asked("mmlu", 5),
+                AskedTask("gsm8k", 5),
+                AskedTask("truthfulqa_mc2", 0),
+                AskedTask("winogrande", 5),
+                AskedTask("arc_challenge", 25),
+                AskedTask("hellaswag", 10),
+                AskedTask("mmlu", 5),
             ),
         ),
         Suite(
             "quick",
-            (Asked("ifeval", 0), Asked("gsm8k", 5), Asked("truthfulqa_mc2", 0), Asked("arc_challenge", 25)),
+            (
+                AskedTask("ifeval", 0),
+                AskedTask("gsm8k", 5),
+                AskedTask("truthfulqa_mc2", 0),
+                AskedTask("arc_challenge", 25),
+            ),
             limit=QUICK_LIMIT,
         ),
     )
@@ -77,7 +82,7 @@ def suite_of(given: str) -> Suite:
     if given in SUITES:
         return SUITES[given]
     of_paper = {asked.task: asked for suite in SUITES.values() for asked in suite.asked}
-    found: dict[str, Asked] = {}
+    found: dict[str, AskedTask] = {}
     for part in given.split(","):
         name, has_shots, shots = (text.strip() for text in part.partition("="))
         if not name or (has_shots and not (shots.isdecimal() and len(shots) < 4)):
@@ -87,7 +92,7 @@ def suite_of(given: str) -> Suite:
             )
         if name in found:
             raise UserError(f"--suite: {name} stands twice in {given!r}; name each task once")
-        found[name] = Asked(name, int(shots)) if has_shots else of_paper.get(name, Asked(name))
+        found[name] = AskedTask(name, int(shots)) if has_shots else of_paper.get(name, AskedTask(name))
     names = "+".join(Path(name).stem if name.endswith(".yaml") else name for name in found)
     return Suite(names[:_LONGEST_NAME], tuple(found.values()))
 
