@@ -108,7 +108,7 @@ def test_tasks_change_no_bit_and_choose_the_checkpoint(run: Path, tiny_qwen2: Pa
 
 def test_a_resumed_run_may_have_other_tasks(tiny_qwen2: Path, tmp_path: Path) -> None:
     """A run without tasks that is continued with one answers from where it goes on; a task that has the name of another
-    one is refused."""
+    one is refused, also one of other prompts, but not the same prompts in another place."""
     recipe = recipe_with_tasks(tmp_path, tiny_qwen2, train__steps=2, train__schedule="constant")
     tree = yaml.safe_load(recipe.read_text())
     recipe.write_text(yaml.safe_dump(tree | {"evaluate": {"tasks": []}, "train": tree["train"] | {"keep_best": None}}))
@@ -126,6 +126,15 @@ def test_a_resumed_run_may_have_other_tasks(tiny_qwen2: Path, tmp_path: Path) ->
     result = train(recipe, "--resume")
     assert result.returncode == 2
     assert "evaluate.tasks: 'first' is another task than when the run began; give it another name" in result.stderr
+    other = write_rows(tmp_path / "other.jsonl", [{"prompt": f"Ask another {i}"} for i in range(10)])
+    tree["evaluate"]["tasks"][0] |= {"examples": 3, "path": str(other)}
+    recipe.write_text(yaml.safe_dump(tree))
+    result = train(recipe, "--resume")
+    assert result.returncode == 2
+    assert "'first' is another task than when the run began (rows); give it another name" in result.stderr
+    other.write_bytes((tmp_path / "prompts.jsonl").read_bytes())
+    result = train(recipe, "--resume", "--dry-run")
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_a_scorer_that_fails_costs_no_step(tiny_qwen2: Path, tmp_path: Path) -> None:

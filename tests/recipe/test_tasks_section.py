@@ -46,3 +46,26 @@ def test_a_task_has_defaults(tmp_path: Path) -> None:
 def test_what_cannot_be_is_refused(tmp_path: Path, tasks: list[str], more: str, words: str) -> None:
     """By its key, before anything is read."""
     assert words in refusal(recipe_of(tmp_path, *tasks, more=more))
+
+
+@pytest.mark.parametrize(
+    ("trained", "task"),
+    [
+        ("path: a.jsonl", "path: ./a.jsonl"),
+        ("path: ./data/../a.jsonl", "path: a.jsonl"),
+        ("path: a.jsonl", "path: link.jsonl"),
+        ("path: owner/set", "path: owner/set, split: train"),
+        ("path: owner/set, split: train", "path: owner/set"),
+    ],
+)
+def test_a_training_source_is_known_however_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: str, task: str
+) -> None:
+    """A path in another spelling, and a split that is the default."""
+    monkeypatch.chdir(tmp_path)
+    Path("link.jsonl").symlink_to(tmp_path / "a.jsonl")
+    path = Path(recipe_of(tmp_path, f"{{name: sums, {task}, score_by: 'regex:a'}}"))
+    path.write_text(path.read_text().replace("path: a.jsonl", trained, 1))
+    assert "is a training source; a task's prompts must not be trained on" in refusal(str(path))
+    path.write_text(path.read_text().replace(f"sums, {task}", "sums, path: owner/set, split: test"))
+    assert load_settings(str(path)).tasks[0].split == "test"

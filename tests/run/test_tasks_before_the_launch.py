@@ -58,3 +58,14 @@ def test_prompts_are_rendered_as_for_generation(tiny_qwen2: Path, tmp_path: Path
     assert [list(prompt.token_ids) for prompt in found] == expected
     assert [prompt.text.meta for prompt in found] == [{"answer": 3}, {"answer": 4}]
     assert [Path(prompt.origin).name for prompt in found] == ["prompts.jsonl:1", "prompts.jsonl:2"]
+
+
+def test_a_copy_of_a_training_source_is_refused(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """By its content, under any name."""
+    settings = settings_with(tmp_path, tiny_qwen2, [{"prompt": "a"}])
+    trained = Path(settings.data.sources[0].path)
+    Path(settings.tasks[0].path).write_bytes(trained.read_bytes())
+    with pytest.raises(
+        UserError, match=rf"^evaluate\.tasks\.0\.path: .*holds the rows of the training source {trained};"
+    ):
+        check_tasks(settings, load_tokenizer(str(tiny_qwen2)))

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
@@ -21,9 +18,8 @@ from uft_ds.commands.judge_options import (
     Timeout,
     Tries,
 )
-from uft_ds.commands.shared import console, quiet_loading
+from uft_ds.commands.shared import console, quiet_loading, stopped_in_words
 from uft_ds.errors import EXIT_CRASHED, CheckFailed, UserError
-from uft_ds.host.process import ended_as_by_ctrl_c
 from uft_ds.host.terminal import visible
 
 if TYPE_CHECKING:
@@ -71,9 +67,9 @@ def generate(
 
     Interrupted in any way, the same command goes on where it stopped.
     """
-    from uft_ds.evaluation.benchmarks.make import Asked, make_answers
+    from uft_ds.evaluation.benchmarks.make import GenerationInputs, make_answers
 
-    asked = Asked(benchmark, questions, temperature, max_new_tokens, seed, batch_size, limit)
+    asked = GenerationInputs(benchmark, questions, temperature, max_new_tokens, seed, batch_size, limit)
     read = asked.read()  # before the model is loaded
     if name is not None:
         _check_name(name)
@@ -86,7 +82,7 @@ def generate(
     console.print(
         f"{len(read):,} questions, up to {asked.plan.max_new_tokens:,} tokens an answer; temperature: {visible(shown)}"
     )
-    with _stopped_in_words(out), preparation(console) as on_progress:
+    with stopped_in_words(f"{out} is not written yet"), preparation(console) as on_progress:
         made = make_answers(
             asked,
             read,
@@ -175,7 +171,7 @@ def judge(
     input, 3 a limit is reached or the judge is down, 130 stopped by a signal.
     """
     from uft_ds.commands.scoring import prices
-    from uft_ds.evaluation.judging.build import Asked, work_of
+    from uft_ds.evaluation.judging.build import JudgingInputs, work_of
     from uft_ds.evaluation.judging.run import judge_all, rehearse
     from uft_ds.evaluation.judging.shown import how_it_ended, in_words, table_of
     from uft_ds.scoring.build import JudgeOptions, Limits
@@ -192,7 +188,7 @@ def judge(
         cache=cache,
         limits=Limits(requests_per_minute, concurrency, timeout, tries, max_tokens_spent, max_cost, money),
     )
-    asked = Asked(benchmark, answers, questions, references, prompts, against, alpaca_eval_files, limit)
+    asked = JudgingInputs(benchmark, answers, questions, references, prompts, against, alpaca_eval_files, limit)
     made = work_of(asked, options)
     cost = None if price is None else made.budget.cost
     try:
@@ -200,7 +196,7 @@ def judge(
             for line in in_words(rehearse(made.work, made.about, out), made.about, cost):
                 console.print(line)
             return
-        with _stopped_in_words(out), shown_progress(console, cost) as on_progress:
+        with stopped_in_words(f"{out} is not written yet"), shown_progress(console, cost) as on_progress:
             outcome = judge_all(
                 made.work,
                 made.about,
@@ -220,19 +216,6 @@ def judge(
         console.print(line)
     if outcome.found is None:
         raise typer.Exit(EXIT_CRASHED)
-
-
-@contextmanager
-def _stopped_in_words(out: Path) -> Iterator[None]:
-    """Within the block SIGTERM and SIGHUP end the command as Ctrl-C does, and it is said that the work goes on."""
-    try:
-        with ended_as_by_ctrl_c():
-            yield
-    except KeyboardInterrupt as end:
-        with suppress(OSError):  # the terminal may be what has gone
-            by = str(end) or "Ctrl-C"
-            print(f"stopped by {by}: {out} is not written yet; the same command goes on", file=sys.stderr)
-        raise
 
 
 def _check_name(name: str) -> None:

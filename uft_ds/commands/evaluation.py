@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
 
-from uft_ds.commands.shared import console, quiet_loading
+from uft_ds.commands.shared import console, quiet_loading, stopped_in_words
 from uft_ds.errors import UserError
-from uft_ds.host.process import die_with_parent, ended_as_by_ctrl_c
+from uft_ds.host.process import die_with_parent
 from uft_ds.host.world import launcher_environment
 
 if TYPE_CHECKING:
@@ -69,7 +68,10 @@ def evaluate(
     seed: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(
-            min=0, help="For all generators; the harness's 0,1234,1234,1234 if not given.", rich_help_panel=_TASKS
+            min=0,
+            max=2**32 - 1,  # numpy's
+            help="For all generators; the harness's 0,1234,1234,1234 if not given.",
+            rich_help_panel=_TASKS,
         ),
     ] = None,
     base: Annotated[
@@ -144,7 +146,7 @@ def evaluate(
         if chat_template and model.tokenizer.chat_template is None:
             raise UserError(f"--chat-template: {source} has none; leave --chat-template out")
         folder = out or _default_folder(model, asked, options)
-        with _stopped_in_words(folder):
+        with stopped_in_words(f"what was answered is kept in {folder}"):
             found = _evaluated(model, asked, options, data, folder, processes, overwrite)
     if found is not None:
         _show(found, folder)
@@ -175,7 +177,7 @@ def _evaluated(
     device = torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     with ExitStack() as stack:
         tasks = stack.enter_context(loaded_tasks(suite, data, options))
-        begun = begun_of(model.identity(), suite, tasks, options)
+        begun = begun_of(model, suite, tasks, options)
         place = Place(world.rank, world.world_size)
         if is_first:
             stack.enter_context(_locked(folder))
@@ -213,7 +215,8 @@ def _backend(model: Unmerged, options: Options, tasks: Loaded, device: Any, agre
     from uft_ds.evaluation.harness.model import CausalModel
 
     if options.server is None:
-        return CausalModel(model.load(getattr(torch, options.dtype), device), model.tokenizer, options.size, agreed)
+        loaded = model.load(getattr(torch, options.dtype), device)
+        return CausalModel(loaded, model.tokenizer, options.size, agreed, has_template=options.chat_template)
     from uft_ds.evaluation.harness.endpoint import ROWS, EndpointModel
 
     url, name = options.server
@@ -268,21 +271,6 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.delete()
-
-
-@contextmanager
-def _stopped_in_words(folder: Path) -> Iterator[None]:
-    """Within the block SIGTERM and SIGHUP end the command as Ctrl-C does, and it is said that the work goes on."""
-    try:
-        with ended_as_by_ctrl_c():
-            yield
-    except KeyboardInterrupt as end:
-        with suppress(OSError):  # the terminal may be what has gone
-            print(
-                f"stopped by {str(end) or 'Ctrl-C'}: what was answered is kept in {folder}; the same command goes on",
-                file=sys.stderr,
-            )
-        raise
 
 
 def _show(found: Evaluation, folder: Path) -> None:

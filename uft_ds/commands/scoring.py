@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Literal, Optional
 
@@ -22,9 +19,8 @@ from uft_ds.commands.judge_options import (
     Timeout,
     Tries,
 )
-from uft_ds.commands.shared import console, quiet_loading
+from uft_ds.commands.shared import console, quiet_loading, stopped_in_words
 from uft_ds.errors import EXIT_CRASHED, CheckFailed, UserError
-from uft_ds.host.process import ended_as_by_ctrl_c
 
 _DATA, _OTHER = "Data", "Other scorers"
 
@@ -187,7 +183,7 @@ def score(
             for line in in_words(rehearse(rows, scorer, target), is_judge=is_judge, cost=cost):
                 console.print(line)
             return
-        with _stopped_in_words(out), shown_progress(console, cost) as on_progress:
+        with stopped_in_words(f"{out} is not written yet"), shown_progress(console, cost) as on_progress:
             outcome = score_data(
                 rows,
                 scorer,
@@ -204,19 +200,6 @@ def score(
     console.print(how_it_ended(outcome, target))
     if not outcome.is_written:
         raise typer.Exit(EXIT_CRASHED)
-
-
-@contextmanager
-def _stopped_in_words(out: Path) -> Iterator[None]:
-    """Within the block SIGTERM and SIGHUP end the command as Ctrl-C does, and it is said that the work goes on."""
-    try:
-        with ended_as_by_ctrl_c():
-            yield
-    except KeyboardInterrupt as end:
-        by = str(end) or "Ctrl-C"
-        with suppress(OSError):  # the terminal may be what has gone
-            print(f"stopped by {by}: {out} is not written yet; the same command goes on", file=sys.stderr)
-        raise
 
 
 def _columns(text: str | None) -> tuple[tuple[str, str | None], ...]:

@@ -64,3 +64,19 @@ def leaving_nothing() -> Iterator[None]:
         with suppress(OSError):  # the terminal may be what has gone
             print(f"stopped by {end if str(end) else 'Ctrl-C'}: what was not complete is deleted", file=sys.stderr)
         raise
+
+
+@contextmanager
+def stopped_in_words(state: str) -> Iterator[None]:
+    """Within the block SIGTERM and SIGHUP end the command as Ctrl-C does, and it is said that the work goes on.
+
+    Args:
+        state: what has become of the work, as the beginning of a sentence.
+    """
+    try:
+        with ended_as_by_ctrl_c():
+            yield
+    except KeyboardInterrupt as end:
+        with suppress(OSError):  # the terminal may be what has gone
+            print(f"stopped by {str(end) or 'Ctrl-C'}: {state}; the same command goes on", file=sys.stderr)
+        raise

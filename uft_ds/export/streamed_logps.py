@@ -44,7 +44,7 @@ def empty_model(config: Any) -> Any:
 
 
 def with_adapter(model: Any, adapter: Path) -> PeftModel:
-    """PEFT's model of an empty base with an adapter; the adapter's weights are in memory, in float32.
+    """PEFT's model of a base, loaded or empty, with an adapter; the adapter's weights are on the CPU, in float32.
 
     Raises:
         UserError: PEFT cannot load the adapter, or it is of another model.
@@ -54,7 +54,7 @@ def with_adapter(model: Any, adapter: Path) -> PeftModel:
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise UserError(f"{adapter}: PEFT cannot load this adapter ({' '.join(str(error).split())[:300]})") from None
     for name, tensor in load_file(adapter / "adapter_model.safetensors").items():
-        # PEFT moved the adapter to the device of the base's weights, which is meta: load it again.
+        # PEFT puts the adapter where the base's weights are, and of an empty base that is nowhere: load it again.
         try:
             linear = policy.get_submodule(f"{name.removesuffix('.weight')}.{POLICY_ADAPTER}")
         except AttributeError:

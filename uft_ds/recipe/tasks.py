@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from typing import Annotated
@@ -47,10 +48,16 @@ def task_problems(
     if tasks and reward == "head":
         yield "evaluate.tasks", "given, but a reward model answers no prompts; leave it out"
     times = Counter(task.name for task in tasks)
+    trained = {_place(path, split) for path, split in trained_on}
     for number, task in enumerate(tasks):
         key = f"evaluate.tasks.{number}"
         if times[task.name] > 1:
             yield f"{key}.name", f"{task.name!r} is the name of {times[task.name]} tasks; give each its own"
-        if (task.path, task.split) in trained_on:
+        if _place(task.path, task.split) in trained:
             yield f"{key}.path", f"{task.path!r} is a training source; a task's prompts must not be trained on"
         yield from ((f"{key}.{name}", problem) for name, problem in scorer_problems(task.score_by))
+
+
+def _place(path: str, split: str | None) -> tuple[str, str]:
+    """Where rows are, whichever way it is written: `./a.jsonl` is `a.jsonl`, and no split of a hub's set is `train`."""
+    return os.path.realpath(path), split or "train"

@@ -42,6 +42,7 @@ from uft_ds.run.online import check_online
 from uft_ds.run.reward_stream import check_reads_the_same_text, reward_model_of
 from uft_ds.run.settings import with_deepspeed_file, with_fixed_revision
 from uft_ds.run.start_adapter import Start, start_of, write_sample_of, write_start
+from uft_ds.run.task_identity import task_identities, write_task_identities
 from uft_ds.run.tasks import check_tasks
 from uft_ds.streams.classifier import check_classifier
 from uft_ds.streams.identity import local_folder
@@ -227,9 +228,11 @@ def prepare_run(
     """
     folder = RunFolder(settings.output)
     settings, data, identity, start = check_prepare(settings, overwrite=overwrite, on_progress=on_progress)
+    tasks = task_identities(settings)
     lock = claim(folder, overwrite=overwrite, lock=lock)
     try:
         _write_prepared(folder, settings, data, identity)
+        write_task_identities(folder, tasks)
         if start is not None:
             write_start(folder, start)
     except BaseException as error:

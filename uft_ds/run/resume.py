@@ -38,6 +38,7 @@ from uft_ds.run.growth import may_grow, with_other_steps
 from uft_ds.run.identity import environment, may_change, run_identity
 from uft_ds.run.prepare import check_run, open_data, prepare_run, read_report
 from uft_ds.run.start_adapter import read_start
+from uft_ds.run.task_identity import Identities, other_contents, task_identities, write_task_identities
 
 
 def prepare_resume(
@@ -66,6 +67,7 @@ def prepare_resume(
             say(text)
         _go_back_to(found.checkpoint, folder, found.settings, found.position)
         grown = {key: values for key, values in found.changes.items() if may_grow(key)}
+        write_task_identities(folder, found.tasks)
         _record_resume(folder, found.environment, found.position.state.step, grown)
     except BaseException:
         lock.close()
@@ -80,7 +82,8 @@ class Resumption:
     """A resume for which every check has passed.
 
     settings: completed, as `check_run` returns them. position: at which the run goes on. notes: for the user, such as
-    warnings. environment: that of this process. changes: (value then, value now) of each key of the recipe.
+    warnings. environment: that of this process. changes: (value then, value now) of each key of the recipe. tasks: what
+    they ask and what grades them.
     """
 
     checkpoint: Path
@@ -90,6 +93,7 @@ class Resumption:
     notes: tuple[str, ...]
     environment: dict[str, Any]
     changes: dict[str, tuple[Any, Any]]
+    tasks: Identities
 
 
 def check_resume(
@@ -113,6 +117,8 @@ def check_resume(
     changes = recipe_changes(folder, settings)
     settings, data = check_run(settings, on_progress)
     _check_same_content(folder, run_identity(settings, data, on_progress))
+    tasks = task_identities(settings)
+    _check_same_tasks(folder, tasks)
     data = _as_tokenized_then(settings, folder, data)
     if settings.start_adapter is not None:
         read_start(folder)
@@ -124,7 +130,7 @@ def check_resume(
         *_lost_metrics(folder, position.metrics_bytes),
     )
     notes = (*(f"warning: {warning}" for warning in warnings), *on_steps)
-    return Resumption(checkpoint, position, settings, data, notes, now, changes)
+    return Resumption(checkpoint, position, settings, data, notes, now, changes, tasks)
 
 
 _ENDS_EARLY = "generator.max_kl"
@@ -236,8 +242,17 @@ def _other_tasks(folder: RunFolder, settings: Settings) -> list[str]:
     ]
 
 
+def _check_same_tasks(folder: RunFolder, found: Identities) -> None:
+    """Refuse a file of prompts or a scorer that has changed under a task's name."""
+    if others := other_contents(folder, found):
+        raise UserError("\n".join([f"{folder.path}: --resume needs the same tasks under their names", *others]))
+
+
 def _what_is_graded(task: Mapping[str, Any]) -> dict[str, Any]:
-    """The leaves of a task without where things lie and how they are asked, which `may_change` knows of a source."""
+    """The leaves of a task without where things lie and how they are asked, which `may_change` knows of a source.
+
+    What lies there is compared by `other_contents`.
+    """
     leaves = leaves_of(task)
     return {key: leaves[key] for key in leaves if key != "path" and not may_change(f"data.sources.0.{key}")}
 

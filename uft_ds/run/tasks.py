@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from uft_ds.architectures.facts import most_positions
+from uft_ds.data.rows.reading import content_hash, find_data
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.tokenize import load_tokenizer
 from uft_ds.engine.engine import Engine
@@ -28,11 +29,14 @@ from uft_ds.streams.policy import base_of
 def check_tasks(settings: Settings, chat: ChatTokenizer) -> None:
     """Refuse what would fail after the launch: prompts that cannot be read or answered, a scorer that cannot be made.
 
+    And prompts that are trained on, whose scores would say nothing.
+
     Raises:
         UserError: names the recipe's key, or the file and line.
     """
     if not settings.tasks:
         return
+    _check_never_trained_on(settings)
     limit = most_positions(check_base(settings.model.base, settings.model.revision))
     for number, task in enumerate(settings.tasks):
         key = f"evaluate.tasks.{number}"
@@ -45,6 +49,18 @@ def check_tasks(settings: Settings, chat: ChatTokenizer) -> None:
                     "row out"
                 )
         check_scorer(task.scorer, f"{key}.score_by")
+
+
+def _check_never_trained_on(settings: Settings) -> None:
+    """Refuse prompts that are a training source by their content; `recipe/tasks.py` knows only where they are."""
+    trained = {content_hash(find_data(source.path, source.split)): source.label for source in settings.data.sources}
+    for number, task in enumerate(settings.tasks):
+        label = trained.get(content_hash(find_data(task.path, task.split)))
+        if label is not None:
+            raise UserError(
+                f"evaluate.tasks.{number}.path: {task.path} holds the rows of the training source {label}; a task's "
+                "prompts must not be trained on"
+            )
 
 
 def task_prompts(task: TaskSettings, chat: ChatTokenizer, key: str) -> tuple[TaskPrompt, ...]:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from uft_ds.errors import CheckFailed, UserError
 from uft_ds.evaluation.benchmarks import answering
 from uft_ds.evaluation.benchmarks.answering import answered, batches_of, seed_of
-from uft_ds.evaluation.benchmarks.make import Asked, Made, make_answers
+from uft_ds.evaluation.benchmarks.make import GenerationInputs, Made, make_answers
 from uft_ds.evaluation.benchmarks.work import Work
 from uft_ds.evaluation.generate import prompt_ids, stop_token_ids
 from uft_ds.evaluation.models import Subject, open_subject
@@ -43,11 +44,11 @@ def questions(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "q.jsonl", QUESTIONS)
 
 
-def asked(questions: Path, **changes: Any) -> Asked:
-    return Asked("mt_bench", questions, **{"max_new_tokens": 12, "batch_size": 3, **changes})
+def asked(questions: Path, **changes: Any) -> GenerationInputs:
+    return GenerationInputs("mt_bench", questions, **{"max_new_tokens": 12, "batch_size": 3, **changes})
 
 
-def made(subject: Subject, how: Asked, out: Path, **options: Any) -> Made:
+def made(subject: Subject, how: GenerationInputs, out: Path, **options: Any) -> Made:
     return make_answers(how, how.read(), subject, out, name="tiny", **options)
 
 
@@ -169,12 +170,19 @@ def test_other_settings_are_refused_by_name(subject: Subject, questions: Path, t
     assert made(subject, asked(questions, limit=2), out, overwrite=True).new == 2
 
 
-def test_other_questions_or_another_model_are_refused(subject: Subject, questions: Path, tmp_path: Path) -> None:
+def test_other_questions_another_model_or_other_versions_are_refused(
+    subject: Subject, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers of before and after an upgrade would be one file."""
     out = tmp_path / "a.jsonl"
     made(subject, asked(questions), out)
     other = write_rows(tmp_path / "other.jsonl", QUESTIONS[::-1])
     with pytest.raises(UserError, match=r"questions\.sha256"):
         made(subject, asked(other), out)
+    monkeypatch.setattr(metadata, "version", lambda name: f"{name} of tomorrow")
+    with pytest.raises(UserError, match=r"versions\.torch: .* there, \"torch of tomorrow\" now"):
+        made(subject, asked(questions), out)
+    monkeypatch.undo()
     changed = Subject(subject.model, subject.chat, subject.name, {**subject.identity, "base_weights": ["0"]})
     with pytest.raises(UserError, match=r"model\.base_weights"):
         made(changed, asked(questions), out)
@@ -260,7 +268,7 @@ def test_an_adapter_answers_as_peft_does(tiny_qwen2: Path, questions: Path, tmp_
         messages = [{"role": "user", "content": question["turns"][0]}]
         assert found[question["question_id"]][0] == plain_answer(by_peft, messages, 12)
         assert found[question["question_id"]][0] != plain_answer(plain, messages, 12)
-    with pytest.raises(UserError, match="--base: of no use"):
+    with pytest.raises(UserError, match=r"--base: .* is a whole model, which has no other base"):
         open_subject(str(tiny_qwen2), base="elsewhere")
 
 
@@ -290,7 +298,7 @@ def test_the_command_killed_in_the_middle_goes_on(subject: Subject, tiny_qwen2: 
     assert ended.returncode == 0, ended.stderr
     assert f"{kept} questions had been answered before" in ended.stdout
     assert "unfinished" in ended.stdout
-    how = Asked("alpaca_eval", tmp_path / "q.json", 1.0, max_new_tokens=64, batch_size=1)
+    how = GenerationInputs("alpaca_eval", tmp_path / "q.json", 1.0, max_new_tokens=64, batch_size=1)
     make_answers(how, how.read(), subject, tmp_path / "whole.json", name=tiny_qwen2.name)
     assert (tmp_path / "cut.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
     found = json.loads((tmp_path / "cut.json").read_text())
@@ -302,7 +310,7 @@ def test_the_command_killed_in_the_middle_goes_on(subject: Subject, tiny_qwen2: 
 def test_a_real_model_answers_published_questions(test_data: Path, tmp_path: Path) -> None:
     """The quickstart's model on MT-Bench's first question: its own words, as a plain loop has them, both turns."""
     model = open_subject(str(needs.smollm2()))
-    how = Asked("mt_bench", test_data / "mt_bench" / "question.jsonl", 0.0, max_new_tokens=8, limit=1)
+    how = GenerationInputs("mt_bench", test_data / "mt_bench" / "question.jsonl", 0.0, max_new_tokens=8, limit=1)
     lengths = made(model, how, tmp_path / "a.jsonl").lengths
     assert lengths.empty == 0
     for question in how.read():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from uft_ds.evaluation.comparison.compare import Comparison, compare
 from uft_ds.evaluation.comparison.contestants import contestants_of
 from uft_ds.evaluation.comparison.files import write_comparison
 from uft_ds.evaluation.comparison.tables import latex, main_table, markdown, tax_table
+from uft_ds.evaluation.harness.suites import paper_columns
 from uft_ds.evaluation.results import Evaluation, ItemResult, TaskResult, write_evaluation
 
 SETTINGS = {"lm_eval": "0.4.13", "chat_template": False}
@@ -108,6 +110,23 @@ def test_a_groups_pairs_are_its_tasks_items(tmp_path: Path) -> None:
     assert (difference.mean, difference.items) == (0.5, 4)
 
 
+def test_groups_within_a_group_are_no_columns(tmp_path: Path) -> None:
+    """MMLU has four of them; each would count for the tax and for Holm once more. A group of other tasks is one."""
+    for name, right in (("base", [1, 1, 1, 1]), ("uft", [1, 0, 1, 0])):
+        share = sum(right) / 4
+        tasks = ("mmlu_law", "mmlu_art")
+        groups = [
+            TaskResult("mmlu", {"acc,none": share}, 4, "1", 5, parts=tasks),
+            TaskResult("mmlu_stem", {"acc,none": share}, 2, "1", 5, parts=tasks[:1]),
+            TaskResult("own", {"acc,none": share}, 2, "1", 5, parts=("own_part",)),
+        ]
+        evaluated(tmp_path / name, name, {"mmlu_law": right[:2], "mmlu_art": right[2:], "winogrande": [1]}, more=groups)
+    found = compared(tmp_path / "base", tmp_path / "uft", origins=["base"])
+    assert {column.name for column in found.columns} == {"mmlu", "winogrande", "own"}
+    tax = found.taxes["uft"]["base"]
+    assert (tax.columns, tax.lost) == (3, pytest.approx(1 / 3))
+
+
 def test_tasks_of_like_names_are_columns_of_their_own(tmp_path: Path) -> None:
     """`mmlu_pro` is no part of `mmlu`, and a task `bbh` is not the paper's bbh, which is leaderboard_bbh."""
     for name in ("a", "b"):
@@ -153,6 +172,23 @@ def test_an_average_needs_all_six(tmp_path: Path) -> None:
     assert [row[-1] for row in main_table(found)[1:]] == ["55.00", "-"]
 
 
+def test_a_column_has_the_number_that_an_evaluation_shows(tmp_path: Path) -> None:
+    """IFEval the mean of four metrics, math-hard the paper's metric; both tasks of IFEval have columns of their own."""
+    ifeval = dict(zip(("prompt_level_strict_acc,none", "inst_level_strict_acc,none", "prompt_level_loose_acc,none",
+                       "inst_level_loose_acc,none"), (0.2, 0.4, 0.3, 0.5), strict=True))  # fmt: skip
+    math = {"exact_match,none": 0.5, "exact_match_original,none": 0.3}
+    tasks = [TaskResult("ifeval", ifeval, 10, "1", 0), TaskResult("leaderboard_math_hard", math, 10, "1", 4)]
+    other = TaskResult("leaderboard_ifeval", {name: value / 2 for name, value in ifeval.items()}, 10, "1", 0)
+    for name in ("a", "b"):
+        write_evaluation(tmp_path / name, Evaluation(name, {}, {}, tasks), {})
+    shown = paper_columns({task.task: (task.metrics, task.shots) for task in tasks})
+    assert compared(tmp_path / "a", tmp_path / "b").values["a"] == shown == {"ifeval": 0.35, "math-hard": 0.3}
+    for name in ("a", "b"):
+        write_evaluation(tmp_path / name, Evaluation(name, {}, {}, [*tasks, other]), {})
+    found = compared(tmp_path / "a", tmp_path / "b").values["a"]
+    assert found == pytest.approx({"ifeval": 0.175, "task ifeval": 0.35, "math-hard": 0.3})
+
+
 def test_the_tax_counts_losses_alone(tmp_path: Path) -> None:
     """Against the base: 50 points lost on one task and 50 gained on the other are a tax of 25 and a change of 0."""
     evaluated(tmp_path / "base", "base", {"mmlu": [1, 1], "winogrande": [0, 0]})
@@ -161,11 +197,72 @@ def test_the_tax_counts_losses_alone(tmp_path: Path) -> None:
     tax = found.taxes["uft"]["base"]
     assert (tax.lost, tax.changed, tax.columns) == (0.25, 0.0, 2)
     assert found.taxes["base"] == {}
-    assert [row[:2] for row in tax_table(found)[-3:]] == [
+    # Of [-1, 0] and of [1, 0] a coin makes 50 points of loss or of gain: 25 are lost on average.
+    assert (tax.lost_by_chance, tax.paired) == (0.25, 2)
+    assert [row[:2] for row in tax_table(found)[-4:]] == [
         ["tasks that both have", "2"],
         ["alignment tax (mean loss)", "25.00"],
+        ["mean loss by chance alone", "25.00"],
         ["mean change", "+0.00"],
     ]
+
+
+def test_a_tax_says_what_chance_makes_of_it(tmp_path: Path) -> None:
+    """Of six answers that differ a coin loses the mean of max(0, wrong - right) of 40."""
+    ours = [1, 0, 1, 1, 0, 1, *[1] * 34]
+    for name, right in (("base", [1 - one for one in ours[:6]] + ours[6:]), ("uft", ours)):
+        alone = TaskResult("hellaswag", {"acc_norm,none": 0.5}, 10, "1", 10)
+        evaluated(tmp_path / name, name, {"mmlu": right}, more=[alone])
+    found = compared(tmp_path / "base", tmp_path / "uft", origins=["base"])
+    tax = found.taxes["uft"]["base"]
+    expected = sum(max(0, 6 - 2 * right) * math.comb(6, right) for right in range(7)) / 2**6 / 40
+    assert tax.lost_by_chance == pytest.approx(expected, rel=0.03)
+    assert (tax.columns, tax.paired, tax.lost) == (2, 1, 0.0)
+    assert tax_table(found)[-2][1].endswith(" (1 of 2 tasks)")
+    assert "by chance alone is what it would be" in markdown(found)
+
+
+def test_where_a_server_is_does_not_matter(tmp_path: Path) -> None:
+    """Nor which suite a task was part of; what the task asks does, and whether a server answered."""
+
+    def written(name: str, content: str = "a", **settings: Any) -> Path:
+        of_tasks = {"arc_challenge": {"rows": "test", "content": content}, name: {"content": name}}
+        all_settings = SETTINGS | {"suite": name, "tasks": of_tasks, "data": {f"{name}.jsonl": "x"}} | settings
+        result = TaskResult("arc_challenge", {"acc_norm,none": 0.5}, 10, "1", 25)
+        write_evaluation(tmp_path / name, Evaluation(name, {}, all_settings, [result]), {})
+        return tmp_path / name
+
+    base = written("base", server=["http://127.0.0.1:8000/v1", "base"])
+    alike = written("uft", server=["http://127.0.0.1:8001/v1", "uft"])
+    assert compared(base, alike).unlike == ()
+    with pytest.raises(UserError, match=r"settings\.server: True for base, False for here"):
+        compared(base, written("here", server=None))
+    with pytest.raises(UserError, match=r"settings\.tasks\.content: 'a' for base, 'b' for other"):
+        compared(base, written("other", "b", server=["http://127.0.0.1:8001/v1", "other"]))
+
+
+def test_other_questions_in_a_part_of_a_group_are_seen(tmp_path: Path) -> None:
+    """A group's condition is that of all its tasks."""
+    for name, last in (("a", "1"), ("b", "1"), ("c", "2")):
+        tasks = {"mmlu_law": {"content": "0"}, "mmlu_art": {"content": last}}
+        group = TaskResult("mmlu", {"acc,none": 0.5}, 4, "1", 5, parts=("mmlu_law", "mmlu_art"))
+        write_evaluation(tmp_path / name, Evaluation(name, {}, {"tasks": tasks}, [group]), {})
+    assert compared(tmp_path / "a", tmp_path / "b").unlike == ()
+    with pytest.raises(UserError, match=r"mmlu: settings\.tasks\.content: "):
+        compared(tmp_path / "a", tmp_path / "c")
+
+
+def test_prompts_that_were_cut_are_told(tmp_path: Path) -> None:
+    """By task, with those of a group's tasks, where one model had any."""
+    for name, cut in (("a", {}), ("b", {"mmlu_law": 2, "mmlu_art": 1, "unasked": 5})):
+        parts = ("mmlu_law", "mmlu_art")
+        tasks = [TaskResult("mmlu", {"acc,none": 0.5}, 4, "1", 5, parts=parts), TaskResult("own", {"acc": 1}, 2, "1")]
+        write_evaluation(tmp_path / name, Evaluation(name, {"cut_prompts": cut}, {}, tasks), {})
+    found = compared(tmp_path / "a", tmp_path / "b")
+    assert len(found.cut) == 1
+    assert "mmlu: questions whose prompts did not fit into the positions and were cut: 0 for a, 3 for b." in markdown(
+        found
+    )
 
 
 def test_models_of_one_name_are_one_model(two: tuple[Path, Path], tmp_path: Path) -> None:
@@ -211,6 +308,7 @@ def test_another_judge_is_refused(tmp_path: Path) -> None:
     ("given", "words"),
     [
         (["base"], "at least two models, found those of base"),
+        (["uft=", "base"], r"found '.*uft=', expected FOLDER or NAME=FOLDER; is a variable of the shell"),
         (["base", "base"], "mmlu is in .* and in .*NAME=FOLDER"),
         (["base", "nothing"], r"nothing: no evaluation in it: expected results\.json"),
     ],

@@ -49,6 +49,14 @@ def test_p_is_the_share_of_arrangements_as_far_from_zero(shift: float) -> None:
     assert paired_difference(ours, theirs).p == pytest.approx(exact, abs=4 * np.sqrt(exact / RESAMPLES) + 2e-4)
 
 
+def test_chance_has_the_size_of_all_arrangements() -> None:
+    """The mean of |sum of +-d| / 10 over the 1024 arrangements of signs."""
+    differences = np.array([1.0, -1.0, 1.0, 0.5, 0.0, 0.0, 0.25, -0.75, 0.0, 1.0])
+    sizes = [abs(np.dot(signs, differences)) / 10 for signs in itertools.product((-1, 1), repeat=10)]
+    found = paired_difference(differences, np.zeros(10))
+    assert found.by_chance == pytest.approx(np.mean(sizes), rel=0.03)  # 10,000 draws: a standard error of 0.8%
+
+
 def test_equal_models_do_not_differ() -> None:
     """No difference at all: an interval of no width at 0, and a p of 1."""
     same = np.array([0.0, 1.0, 1.0])

@@ -64,6 +64,25 @@ def stub_tasks(folder: Path, count: int = 7) -> str:
     return f"{folder / 'pick.yaml'}=1,{folder / 'say.yaml'}=0"
 
 
+def rolling_task(folder: Path) -> Path:
+    """A task file of two texts that are scored whole, as wikitext's are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "texts.jsonl").write_text('{"text": "red and green"}\n{"text": "grey"}\n')
+    tree = {
+        "task": "roll",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "texts.jsonl")}},
+        "test_split": "test",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "word_perplexity"}],
+        "metadata": {"version": 1},
+    }
+    (folder / "roll.yaml").write_text(yaml.safe_dump(tree))
+    return folder / "roll.yaml"
+
+
 def tiny_adapter(base: Path, folder: Path) -> Path:
     """A random adapter that changes the tiny model's answers."""
     torch.manual_seed(1)

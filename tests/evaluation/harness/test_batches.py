@@ -5,13 +5,21 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from uft_ds.evaluation.harness.batches import MOST_ROWS, BatchSize, cut, grouped
+from uft_ds.evaluation.harness.batches import MOST_ROWS, BatchSize, CutQuestions, cut, grouped
 
 
 def test_rows_follow_from_the_longest_row_of_a_batch() -> None:
     """100 tokens: rows of 60 alone, then 40 and 30 together, then 20, 10 and 5."""
     widths = dict(enumerate((60, 40, 30, 20, 10, 5)))
     assert cut([[place] for place in range(6)], widths, BatchSize(tokens=100)) == [[0], [1, 2], [3, 4, 5]]
+
+
+def test_a_question_is_cut_once() -> None:
+    """However many of its choices are; those of another task have the same numbers."""
+    found = CutQuestions()
+    for task, question in (("arc", 0), ("arc", 0), ("arc", 0), ("arc", 3), ("hella", 0)):
+        found.add(task, question)
+    assert found.by_task() == {"arc": 2, "hella": 1}
 
 
 def test_a_row_of_several_requests_counts_once() -> None:

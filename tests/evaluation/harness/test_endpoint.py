@@ -13,7 +13,12 @@ import needs
 import pytest
 import torch
 from asking import evaluated, items_of, stub_tasks, uft_eval
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from uft_ds.evaluation.harness.batches import BatchSize
+from uft_ds.evaluation.harness.endpoint import EndpointModel
+from uft_ds.evaluation.harness.model import CausalModel
 
 needs.installed("tenacity", "pip install '.[eval]' brings it")
 
@@ -90,6 +95,26 @@ def test_a_server_has_the_values_of_the_model_in_memory(server: Completions, tin
     found = evaluated(tmp_path / "there", tiny_qwen2, "--suite", suite, "--url", server.url, "--served-as", "tiny")
     assert items_of(tmp_path / "there") == items_of(tmp_path / "here")
     assert found.settings["server"] == [server.url, "tiny"]
+
+
+@pytest.mark.parametrize("template", [False, True], ids=["plain", "template"])
+def test_a_first_token_is_the_same_on_a_server(tiny_qwen2: Path, template: bool) -> None:
+    """Of a tokenizer that puts one before every text: a template's text has none but its own, as in training."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_qwen2)
+    tokenizer.bos_token = "<|endoftext|>"
+    first = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", first)]
+    )
+    here = CausalModel(
+        AutoModelForCausalLM.from_pretrained(tiny_qwen2), tokenizer, BatchSize(rows=1), lambda name, measure: measure(),
+        has_template=template,
+    )  # fmt: skip
+    there = EndpointModel("http://127.0.0.1:9/v1", "tiny", tokenizer, positions=512, rows=1, has_template=template)
+    messages = [{"role": "user", "content": "How many?"}]
+    text = here.harness.apply_chat_template(messages) if template else "How many?"
+    trained = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert here.harness.tok_encode(text) == there.harness.tok_encode(text) == [*([] if template else [first]), *trained]
 
 
 def test_tasks_that_a_server_cannot_score_are_named_before_the_start(

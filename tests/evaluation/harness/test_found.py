@@ -11,6 +11,7 @@ import pytest
 
 from uft_ds.evaluation.harness.found import item_results, task_results, write_samples
 from uft_ds.evaluation.harness.shown import tables
+from uft_ds.evaluation.harness.suites import paper_columns
 from uft_ds.evaluation.results import Evaluation
 
 MATH, PARTS = "leaderboard_math_hard", ("leaderboard_math_algebra_hard", "leaderboard_math_geometry_hard")
@@ -46,17 +47,34 @@ def test_a_group_has_the_metric_that_the_harness_leaves_out() -> None:
     """`exact_match_original` of MATH-hard: (4 x 0.25 + 1 x 1.0) / 5 = 0.4; errors are no metrics."""
     found = {task.task: task for task in task_results(of_harness())}
     assert found[MATH].metrics == {"exact_match,none": 0.4, "exact_match_original,none": pytest.approx(0.4)}
-    assert (found[MATH].items, found[MATH].shots, found[MATH].parts) == (5, None, PARTS)
+    assert (found[MATH].items, found[MATH].shots, found[MATH].parts) == (5, 4, PARTS)
     assert found["gsm8k"].metrics == {"exact_match,strict-match": 0.5, "exact_match,flexible-extract": 1.0}
     assert (found["gsm8k"].items, found["gsm8k"].shots, found["gsm8k"].version) == (2, 5, "3.0")
 
 
+@pytest.mark.parametrize(("of_last", "shots"), [(5, 5), (0, None)])
+def test_a_group_of_groups_has_the_shots_of_all_its_tasks(of_last: int, shots: int | None) -> None:
+    """The harness tells those of a group's own tasks alone; tasks of other shots have none together."""
+    results: dict[str, Any] = {
+        "results": {name: {"acc,none": 0.5} for name in ("mmlu", "mmlu_stem", "mmlu_other", "a", "b", "c")},
+        "group_subtasks": {"mmlu": ["mmlu_stem", "mmlu_other"], "mmlu_stem": ["a", "b"], "mmlu_other": ["c"]},
+        "versions": {},
+        "n-shot": {"a": 5, "b": 5, "c": of_last},
+        "n-samples": {name: {"effective": 1} for name in "abc"},
+    }
+    found = {task.task: task for task in task_results(results)}
+    assert (found["mmlu"].shots, found["mmlu"].parts) == (shots, ("a", "b", "c"))
+    assert found["mmlu_stem"].shots == 5
+    measured = {name: (task.metrics, task.shots) for name, task in found.items()}
+    assert (paper_columns(measured) == {"mmlu": 0.5}) == (shots == 5)
+
+
 def test_columns_of_the_paper_stand_behind_the_tasks(tmp_path: Path) -> None:
-    """GSM8K (0.5 + 1) / 2 = 75 %, MATH-hard 40 %, their plain mean 57.5 %."""
+    """GSM8K (0.5 + 1) / 2 = 75 %, MATH-hard 40 %; no mean of some columns, which the paper has none of."""
     found = Evaluation("m", {}, {}, task_results(of_harness()))
     of_paper = tables(found, tmp_path)[1]
     cells = dict(zip(*(list(column.cells) for column in of_paper.columns), strict=True))
-    assert cells == {"MATH-hard": "40.00", "GSM8K": "75.00", "mean": "57.50"}
+    assert cells == {"math-hard": "40.00", "gsm8k": "75.00"}
 
 
 def test_a_question_has_one_line_with_all_ways_to_read_its_answer() -> None:

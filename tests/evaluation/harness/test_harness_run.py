@@ -14,14 +14,14 @@ import psutil
 import pytest
 import torch
 import yaml
-from asking import evaluated, items_of, numbers, stub_tasks, tiny_adapter, uft_eval
+from asking import evaluated, items_of, numbers, rolling_task, stub_tasks, tiny_adapter, uft_eval
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from runs import TIMEOUT_SECONDS, forked, program, write_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from uft_ds.errors import CheckFailed
+from uft_ds.errors import CheckFailed, UserError
 from uft_ds.evaluation.harness import package, tasks
 from uft_ds.evaluation.harness.answered import Answers
 from uft_ds.evaluation.harness.local import local_tasks
@@ -144,14 +144,35 @@ def test_settings_are_recorded(plain: Path) -> None:
     """All that a number depends on, with hashes of the model."""
     found = json.loads((plain / "results.json").read_text())
     settings = found["settings"]
+    contents = [task.pop("content") for task in settings["tasks"].values()]
+    assert [len(content) for content in contents] == [64, 64]
     assert settings["tasks"] == {
-        "pick": {"shots": 1, "version": "2.0", "rows": "hub"},
-        "say": {"shots": 0, "version": "2.0", "rows": "hub"},
+        "pick": {"shots": 1, "version": "2.0", "rows": "its task file's"},
+        "say": {"shots": 0, "version": "2.0", "rows": "its task file's"},
     }
     assert (settings["chat_template"], settings["fewshot_as_multiturn"], settings["dtype"]) == (False, False, "float32")
     assert settings["versions"]["torch"] == torch.__version__
     assert len(found["model"]["base_weights"][0]) == 64
     assert found["model"]["adapter"] is None
+
+
+def test_other_questions_under_the_same_name_are_other_settings(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """Of a task by its file's path: neither its results nor its answers are used again."""
+    suite = stub_tasks(tmp_path / "tasks").split(",")[0]
+    evaluated(tmp_path / "out", tiny_qwen2, "--suite", suite)
+    rows = tmp_path / "tasks" / "rows.jsonl"
+    rows.write_text(rows.read_text().replace("colour", "shade"))
+    result = uft_eval(tiny_qwen2, "--suite", suite, "--out", tmp_path / "out")
+    assert "settings.tasks.pick.content" in str(result.exception)
+
+
+def test_texts_that_are_scored_whole(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """The harness's own perplexity; such requests have no choices to show."""
+    path = rolling_task(tmp_path / "tasks")
+    found = numbers(evaluated(tmp_path / "out", tiny_qwen2, "--suite", f"{path}=0"))
+    assert found == harness_alone(tiny_qwen2, f"{path}=0")
+    first = json.loads((tmp_path / "out" / "samples" / "roll.jsonl").read_text().splitlines()[0])
+    assert (first["prompt_end"], first["choices"]) == ("red and green", None)
 
 
 def test_an_adapter_is_evaluated_as_its_merged_model(tiny_qwen2: Path, suite: str, tmp_path: Path) -> None:
@@ -184,6 +205,7 @@ def test_a_padded_vocabulary_stays_whole(tiny_qwen2: Path, tmp_path: Path) -> No
         (["--suite", "quick", "--data", "/nowhere"], "--data: /nowhere: no such folder"),
         (["--suite", "quick", "--multiturn"], "add --chat-template"),
         (["--suite", "gsm8k", "--base", "x"], "leave --base out"),
+        (["--suite", "/no/task.yaml"], "--suite: /no/task.yaml: no such file; expected a task file"),
         (["--suite", "gsm8k"], "gsm8k: its rows are not in the hub's cache, and HF_HUB_OFFLINE forbids"),
     ],
 )
@@ -192,6 +214,29 @@ def test_bad_input_is_named(tiny_qwen2: Path, arguments: list[str], words: str, 
     result = uft_eval(tiny_qwen2, *arguments, "--out", tmp_path / "out")
     assert words in str(result.exception)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_task_file_that_cannot_be_asked_is_named(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """Broken YAML, rows that are none, and fewer examples than are asked for; the hub has nothing to do with it."""
+    pick = stub_tasks(tmp_path / "tasks").split(",")[0].partition("=")[0]
+    options = ("--out", tmp_path / "out")
+    few = uft_eval(tiny_qwen2, "--suite", f"{pick}=9", *options)
+    assert "pick: 9 examples in each prompt, but there are rows for 7; ask for fewer with pick=7" in str(few.exception)
+    (tmp_path / "tasks" / "rows.jsonl").write_text("{oops\n")
+    rows = uft_eval(tiny_qwen2, "--suite", pick, *options)
+    assert f"--suite: {pick}: the task, or its rows, cannot be read (" in str(rows.exception)
+    Path(pick).write_text("task: [x\n")
+    broken = uft_eval(tiny_qwen2, "--suite", pick, *options)
+    assert f"--suite: {pick}: the task, or its rows, cannot be read (while parsing" in str(broken.exception)
+    assert all(isinstance(one.exception, UserError) for one in (few, rows, broken))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_seed_that_numpy_cannot_take_is_refused(tiny_qwen2: Path) -> None:
+    """By the option, with the largest that it can."""
+    result = uft_eval(tiny_qwen2, "--suite", "quick", "--seed", 2**32)
+    assert result.exit_code == 2
+    assert "4294967295" in result.output
 
 
 def test_an_environment_without_the_harness_is_told_what_to_install(

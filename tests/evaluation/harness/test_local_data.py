@@ -11,7 +11,8 @@ import yaml
 
 from uft_ds.errors import UserError
 from uft_ds.evaluation.harness.local import content, local_tasks
-from uft_ds.evaluation.harness.suites import Asked
+from uft_ds.evaluation.harness.rows import check_rows
+from uft_ds.evaluation.harness.suites import AskedTask
 
 needs.installed("lm_eval", "pip install '.[eval]' brings it")
 
@@ -27,7 +28,7 @@ def files_in(folder: Path, *names: str) -> Path:
 def test_a_task_file_changes_where_rows_come_from_and_nothing_else(tmp_path: Path) -> None:
     """It includes the harness's own, which has prompts and metrics."""
     data = files_in(tmp_path / "data", "gsm8k/train.jsonl", "gsm8k/test.jsonl")
-    (task,) = local_tasks(data, [Asked("gsm8k", 5)])
+    (task,) = local_tasks(data, [AskedTask("gsm8k", 5)])
     task.write(tmp_path)
     tree = yaml.safe_load((tmp_path / "gsm8k.yaml").read_text())
     files = tree.pop("dataset_kwargs")["data_files"]
@@ -42,8 +43,8 @@ def test_a_group_is_all_its_tasks(tmp_path: Path) -> None:
     names = [f"mmlu/{name}/{split}.jsonl" for name in ("abstract_algebra", "virology") for split in ("dev", "test")]
     data = files_in(tmp_path, *names)
     with pytest.raises(UserError, match=r"mmlu/anatomy/test\.jsonl: no such file; mmlu_anatomy takes"):
-        local_tasks(data, [Asked("mmlu", 5)])
-    (task,) = local_tasks(data, [Asked("mmlu_virology", 5)])
+        local_tasks(data, [AskedTask("mmlu", 5)])
+    (task,) = local_tasks(data, [AskedTask("mmlu_virology", 5)])
     assert task.files["dev"] == data / "mmlu/virology/dev.jsonl"
     assert set(content([task], data)) == {"mmlu/virology/dev.jsonl", "mmlu/virology/test.jsonl"}
 
@@ -51,27 +52,27 @@ def test_a_group_is_all_its_tasks(tmp_path: Path) -> None:
 def test_a_task_without_rows_is_left_to_the_hub(tmp_path: Path) -> None:
     """As long as one task has some."""
     data = files_in(tmp_path, "ifeval/input_data.jsonl")
-    found = local_tasks(data, [Asked("leaderboard_ifeval", 0), Asked("leaderboard_gpqa", 0)])
+    found = local_tasks(data, [AskedTask("leaderboard_ifeval", 0), AskedTask("leaderboard_gpqa", 0)])
     assert [task.name for task in found] == ["leaderboard_ifeval"]
 
 
 def test_other_questions_than_the_tests_are_named(tmp_path: Path) -> None:
     """ARC without its test split is asked the questions of the validation split."""
     data = files_in(tmp_path, "arc_challenge/train.jsonl", "arc_challenge/validation.jsonl")
-    (task,) = local_tasks(data, [Asked("arc_challenge", 25)])
+    (task,) = local_tasks(data, [AskedTask("arc_challenge", 25)])
     assert (task.asked, task.changes) == ("validation", {"test_split": None})
 
 
 @pytest.mark.parametrize(
     ("files", "asked", "words"),
     [
-        ([], Asked("gsm8k", 5), "rows of none of the tasks gsm8k; expected files such as gsm8k/test.jsonl"),
-        ([], Asked("sciq", 0), "none of them has a known layout"),
-        (["gsm8k/train.jsonl"], Asked("gsm8k", 5), "gsm8k/test.jsonl: no such file; gsm8k takes its questions"),
-        (["gsm8k/test.jsonl"], Asked("gsm8k", 5), "gsm8k/train.jsonl: no such file; .* the 5 examples .* gsm8k=0"),
+        ([], AskedTask("gsm8k", 5), "rows of none of the tasks gsm8k; expected files such as gsm8k/test.jsonl"),
+        ([], AskedTask("sciq", 0), "none of them has a known layout"),
+        (["gsm8k/train.jsonl"], AskedTask("gsm8k", 5), "gsm8k/test.jsonl: no such file; gsm8k takes its questions"),
+        (["gsm8k/test.jsonl"], AskedTask("gsm8k", 5), "gsm8k/train.jsonl: no such file; .* the 5 examples .* gsm8k=0"),
     ],
 )
-def test_what_is_missing_is_named(files: list[str], asked: Asked, words: str, tmp_path: Path) -> None:
+def test_what_is_missing_is_named(files: list[str], asked: AskedTask, words: str, tmp_path: Path) -> None:
     """The file, what it is for, and what to do."""
     data = files_in(tmp_path, *files)
     with pytest.raises(UserError, match=words):
@@ -81,5 +82,35 @@ def test_what_is_missing_is_named(files: list[str], asked: Asked, words: str, tm
 def test_without_examples_no_file_of_examples_is_needed(tmp_path: Path) -> None:
     """And the harness is told so."""
     data = files_in(tmp_path, "gsm8k/test.jsonl")
-    (task,) = local_tasks(data, [Asked("gsm8k", 0)])
+    (task,) = local_tasks(data, [AskedTask("gsm8k", 0)])
     assert task.changes == {"training_split": None, "fewshot_split": None}
+
+
+def test_questions_alone_are_enough_where_there_are_no_examples(tmp_path: Path) -> None:
+    """ARC has a validation split, which the harness would read for examples that nobody asks for."""
+    data = files_in(tmp_path, "arc_challenge/test.jsonl")
+    (task,) = local_tasks(data, [AskedTask("arc_challenge", 0)])
+    assert task.changes == {"training_split": None, "fewshot_split": None, "validation_split": None}
+
+
+RIGHT = json.dumps({"question": "q", "answer": "#### 1"})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (f"{RIGHT}\n{{oops\n", r"gsm8k/test\.jsonl:2: no JSON \(.*; gsm8k expects an object with question, answer"),
+        (f"{RIGHT}\n\n[1]\n", r"test\.jsonl:3: found \[1\]; gsm8k expects an object"),
+        (f'{RIGHT}\n{{"Question": "q", "answer": "1"}}\n', r"test\.jsonl:2: has no question, found Question, answer;"),
+        ('{"question": null, "answer": "1"}', r"test\.jsonl:1: has no question"),
+        ("\n", r"test\.jsonl: has no rows; gsm8k expects an object with question, answer in each line"),
+    ],
+)
+def test_a_bad_row_is_named(text: str, words: str, tmp_path: Path) -> None:
+    """By file and line; the harness would take a column that one row lacks for an empty text."""
+    data = files_in(tmp_path, "gsm8k/test.jsonl")
+    (data / "gsm8k" / "test.jsonl").write_text(text)
+    with pytest.raises(UserError, match=words):
+        check_rows(local_tasks(data, [AskedTask("gsm8k", 0)]))
+    (data / "gsm8k" / "test.jsonl").write_text(f"{RIGHT}\n\n{RIGHT}")
+    check_rows(local_tasks(data, [AskedTask("gsm8k", 0)]))

@@ -126,20 +126,49 @@ def open_tokenizer(base: str, *, revision: str | None = None, chat_template: str
     Raises:
         UserError: there is no tokenizer or no chat template, or it does not close the assistant's turn.
     """
+    tokenizer = checked_tokenizer(base, revision=revision)
+    if chat_template is None:
+        return chat_tokenizer_of(tokenizer, revision=revision)
+    set_template(tokenizer, chat_template)
+    try:
+        return chat_tokenizer_of(tokenizer, revision=revision)
+    except UserError as error:
+        raise UserError(f"model.chat_template: {chat_template}: {error}") from None
+
+
+def checked_tokenizer(base: str, *, revision: str | None = None) -> Any:
+    """The tokenizer of a model's folder or of a hub model, which splits text as the model's own pieces do.
+
+    Raises:
+        UserError: there is none, or it splits text otherwise.
+    """
     tokenizer = read_tokenizer(base, revision=revision)
     model = _file_of(base, "tokenizer.model", revision)
     if model is not None and _file_of(base, "tokenizer.json", revision) is None:
         check_pieces(base, tokenizer, model)
-    if chat_template is not None:
-        try:
-            # An editor's byte-order mark would be a token at the start of every prompt.
-            tokenizer.chat_template = read_regular_text(Path(chat_template)).removeprefix("\ufeff")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"model.chat_template: {chat_template} cannot be read ({error})") from None
+    return tokenizer
+
+
+def set_template(tokenizer: Any, path: str) -> None:
+    """Give a tokenizer the chat template of a file.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
     try:
-        end = end_of_turn_id(tokenizer)
-    except UserError as error:
-        raise error if chat_template is None else UserError(f"model.chat_template: {chat_template}: {error}") from None
+        # An editor's byte-order mark would be a token at the start of every prompt.
+        tokenizer.chat_template = read_regular_text(Path(path)).removeprefix("\ufeff")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"model.chat_template: {path} cannot be read ({error})") from None
+
+
+def chat_tokenizer_of(tokenizer: Any, *, revision: str | None = None) -> ChatTokenizer:
+    """A tokenizer with the token that closes the assistant's turn in its chat template.
+
+    Raises:
+        UserError: it has no chat template, or none that closes the assistant's turn.
+    """
+    end = end_of_turn_id(tokenizer)
     control = tuple(sorted(token for token in special_tokens(tokenizer) if token))
     return ChatTokenizer(tokenizer, end, control, marks_generation(tokenizer), revision)
 

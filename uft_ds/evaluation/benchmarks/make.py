@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from uft_ds.host.files import sha256
 
 
 @dataclass(frozen=True)
-class Asked:
+class GenerationInputs:
     """What is asked, and how. temperature, max_new_tokens: None: the benchmark's own. limit: the first questions."""
 
     benchmark: Benchmark
@@ -62,7 +63,7 @@ class Made:
 
 
 def make_answers(
-    asked: Asked,
+    asked: GenerationInputs,
     questions: Sequence[Question],
     subject: Subject,
     out: Path,
@@ -103,7 +104,9 @@ def make_answers(
         return Made(lengths_of(answers), was_complete=False, new=len(found) - begun)
 
 
-def settings_of(asked: Asked, questions: Sequence[Question], subject: Subject, name: str) -> Mapping[str, Any]:
+def settings_of(
+    asked: GenerationInputs, questions: Sequence[Question], subject: Subject, name: str
+) -> Mapping[str, Any]:
     """All that the output depends on."""
     plan = asked.plan
     return {
@@ -111,6 +114,9 @@ def settings_of(asked: Asked, questions: Sequence[Question], subject: Subject, n
         "questions": {"sha256": sha256(asked.questions), "count": len(questions)},
         "name": name,
         "model": dict(subject.identity),
+        "dtype": str(subject.model.dtype).removeprefix("torch."),
+        "device": subject.model.device.type,
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers")},
         "temperature": asked.temperatures(questions),
         "top_p": 1.0,
         "seed": plan.seed,

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from uft_ds.errors import UserError
-from uft_ds.evaluation.comparison.columns import NEW, OLD, PAPER, Column, columns_for
-from uft_ds.evaluation.comparison.contestants import Contestant, pairs_of, unlike_settings
+from uft_ds.evaluation.columns import Column, board_averages, columns_for
+from uft_ds.evaluation.comparison.contestants import Contestant, cut_prompts, pairs_of, unlike_settings
 from uft_ds.evaluation.comparison.paired import Difference, holm, paired_difference
 
 
@@ -19,7 +19,8 @@ class Comparison:
         model; only where the model has them all. against: the model that the others are compared with.
     differences: model minus `against`, by model and column; None where they did not answer the same items, or where the
         number is no mean over items. Their p-values are adjusted for the number of columns (Holm).
-    taxes: by model and origin (base, SFT): what alignment has cost there. judges: by column.
+    taxes: by model and origin (base, SFT): what alignment has cost there. judges: by column. cut: of which tasks
+        prompts lost their beginning, in words.
     """
 
     names: tuple[str, ...]
@@ -31,6 +32,7 @@ class Comparison:
     taxes: Mapping[str, Mapping[str, Tax]]
     judges: Mapping[str, str]
     unlike: tuple[str, ...]
+    cut: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Tax:
     lost: the mean over the taxed columns of what was lost, where a gain counts as nothing lost.
     changed: the plain mean, gains included. Both are shares; None where no column is in both.
     columns: how many they are the mean of.
+    lost_by_chance: `lost` of two models whose items differ as much, but by a coin; None where no column has pairs.
+    paired: the columns with pairs, of which that is the mean.
     """
 
     origin: str
@@ -48,6 +52,8 @@ class Tax:
     lost: float | None
     changed: float | None
     columns: int
+    lost_by_chance: float | None
+    paired: int
 
 
 def compare(
@@ -68,8 +74,7 @@ def compare(
     for name in (against, *origins):
         if name not in by_name:
             raise UserError(f"no model is called {name!r}; expected one of {', '.join(by_name)}")
-    parts = {part for one in contestants for _, _, result in one.results.values() for part in result.parts}
-    columns = columns_for(_tasks_of(contestants), parts)
+    columns = columns_for(_tasks_of(contestants), _parts_of(contestants))
     shared = [column for column in columns if sum(one.value(column) is not None for one in contestants) > 1]
     if not shared:
         raise UserError(
@@ -87,7 +92,7 @@ def compare(
         tuple(by_name),
         tuple(columns),
         {one.name: {column.name: one.value(column) for column in columns} for one in contestants},
-        {one.name: _averages(one) for one in contestants},
+        {one.name: board_averages(one.value) for one in contestants},
         against,
         {one.name: _differences(one, by_name[against], columns) for one in contestants if one.name != against},
         {
@@ -96,6 +101,7 @@ def compare(
         },
         _judges(contestants, columns),
         tuple(unlike),
+        tuple(cut_prompts(contestants, columns)),
     )
 
 
@@ -113,14 +119,11 @@ def _tasks_of(contestants: Sequence[Contestant]) -> list[tuple[str, list[str]]]:
     return [(task, list(metrics)) for task, metrics in found.items()]
 
 
-def _averages(one: Contestant) -> dict[str, float]:
-    found = {}
-    for board in (NEW, OLD):
-        values = [one.value(column) for column in PAPER if column.board == board]
-        known = [value for value in values if value is not None]
-        if len(known) == len(values):
-            found[board] = sum(known) / len(known)
-    return found
+def _parts_of(contestants: Sequence[Contestant]) -> set[str]:
+    """Tasks that a group is the mean of, and groups of a part of another group's tasks: mmlu has 57 and 4 of them."""
+    groups = [(task, frozenset(result.parts)) for one in contestants for task, (_, _, result) in one.results.items()]
+    inner = {task for task, own in groups if own and any(own < of_other for _, of_other in groups)}
+    return inner.union(*(parts for _, parts in groups))
 
 
 def _differences(one: Contestant, other: Contestant, columns: Sequence[Column]) -> dict[str, Difference | None]:
@@ -150,9 +153,13 @@ def _tax(one: Contestant, origin: Contestant, columns: Sequence[Column]) -> Tax:
     ]
     differences = _unadjusted(one, origin, taxed)
     if not changes:
-        return Tax(origin.name, differences, None, None, 0)
+        return Tax(origin.name, differences, None, None, 0, None, 0)
     lost = sum(max(0.0, -change) for change in changes) / len(changes)
-    return Tax(origin.name, differences, lost, sum(changes) / len(changes), len(changes))
+    # A coin makes a loss as often as a gain of the same size, so half of the size is lost.
+    by_chance = [difference.by_chance / 2 for difference in differences.values() if difference is not None]
+    lost_by_chance = sum(by_chance) / len(by_chance) if by_chance else None
+    changed = sum(changes) / len(changes)
+    return Tax(origin.name, differences, lost, changed, len(changes), lost_by_chance, len(by_chance))
 
 
 def _judges(contestants: Sequence[Contestant], columns: Sequence[Column]) -> dict[str, str]:

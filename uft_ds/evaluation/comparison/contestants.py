@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uft_ds.errors import UserError
-from uft_ds.evaluation.comparison.columns import Column, plain_metric
+from uft_ds.evaluation.columns import Column, plain_metric
 from uft_ds.evaluation.results import (
     RESULTS,
     Evaluation,
@@ -109,7 +110,10 @@ def contestants_of(given: Sequence[str]) -> list[Contestant]:
     """
     found: dict[str, list[tuple[Path, Evaluation]]] = {}
     for words in given:
-        name, _, folder = words.partition("=") if "=" in words and not Path(words).exists() else ("", "", words)
+        has_name = "=" in words and not Path(words).exists()
+        name, _, folder = words.partition("=") if has_name else ("", "", words)
+        if not folder.strip() or (has_name and not name.strip()):
+            raise UserError(f"found {words!r}, expected FOLDER or NAME=FOLDER; is a variable of the shell not set?")
         for path in _folders_in(Path(folder)):
             evaluation = read_evaluation(path)
             found.setdefault(name or evaluation.name, []).append((path, evaluation))
@@ -139,9 +143,43 @@ def unlike_settings(contestants: Sequence[Contestant], columns: Sequence[Column]
     return found
 
 
+def cut_prompts(contestants: Sequence[Contestant], columns: Sequence[Column]) -> list[str]:
+    """Of each task, of how many questions the prompts lost their beginning, as far as any did."""
+    found = []
+    for task in dict.fromkeys(column.task for column in columns):
+        counts = {one.name: _cut(*one.results[task][1:]) for one in contestants if task in one.results}
+        if any(counts.values()):
+            shown = ", ".join(f"{count:,} for {name}" for name, count in counts.items())
+            found.append(f"{task}: questions whose prompts did not fit into the positions and were cut: {shown}")
+    return found
+
+
+def _cut(evaluation: Evaluation, result: TaskResult) -> int:
+    counts = evaluation.model.get("cut_prompts")
+    if not isinstance(counts, Mapping):
+        return 0
+    return sum(int(counts.get(task, 0)) for task in {result.task, *result.parts})
+
+
+_OF_SUITE = ("suite", "tasks", "data", "server")
+"""Settings of a whole suite, of which a task is a part: what of them concerns the task is compared in its place."""
+
+
 def _conditions(evaluation: Evaluation, result: TaskResult) -> dict[str, Any]:
-    of_task = {"version": result.version, "shots": result.shots, "items": result.items, "judge": result.judge}
-    return of_task | {f"settings.{key}": value for key, value in evaluation.settings.items()}
+    settings = evaluation.settings
+    found = {"version": result.version, "shots": result.shots, "items": result.items, "judge": result.judge}
+    found |= {f"settings.{key}": value for key, value in settings.items() if key not in _OF_SUITE}
+    if "server" in settings:
+        found["settings.server"] = settings["server"] is not None  # not where it is, nor the model's name there
+    tasks = settings.get("tasks")
+    of_task = [tasks.get(task) for task in result.parts or (result.task,)] if isinstance(tasks, Mapping) else []
+    contents = [one["content"] for one in of_task if isinstance(one, Mapping) and "content" in one]
+    if contents and len(contents) == len(of_task):
+        text = " ".join(contents)
+        found["settings.tasks.content"] = text if len(contents) == 1 else hashlib.sha256(text.encode()).hexdigest()
+    else:  # of another maker
+        found |= {f"settings.{key}": settings[key] for key in ("tasks", "data") if key in settings}
+    return found
 
 
 def _shown(value: Any) -> str:

@@ -23,7 +23,8 @@ class Difference:
     """Of two means over the same items.
 
     low, high: of the 95% bootstrap interval. p: two-sided, of the sign-flip test; never 0, as it counts the observed
-    arrangement itself (Phipson and Smyth 2010).
+    arrangement itself (Phipson and Smyth 2010). by_chance: the mean size of the difference in that test, where each
+    item's sign is drawn by a coin.
     """
 
     mean: float
@@ -31,6 +32,7 @@ class Difference:
     high: float
     p: float
     items: int
+    by_chance: float
 
 
 def paired_difference(ours_I: NDArray[np.float64], theirs_I: NDArray[np.float64], *, seed: int = 0) -> Difference:
@@ -47,10 +49,11 @@ def paired_difference(ours_I: NDArray[np.float64], theirs_I: NDArray[np.float64]
     differences_I = ours_I - theirs_I
     mean, items = float(differences_I.mean()), len(differences_I)
     if items < 2:
-        return Difference(mean, -np.inf, np.inf, 1.0, items)
+        return Difference(mean, -np.inf, np.inf, 1.0, items, abs(mean))
     random = np.random.default_rng(seed)
     low, high = np.quantile(_resampled_means(differences_I, random), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Difference(mean, float(low), float(high), _sign_flip_p(differences_I, random), items)
+    p, by_chance = _sign_flips(differences_I, random)
+    return Difference(mean, float(low), float(high), p, items, by_chance)
 
 
 def holm(p_values: list[float]) -> list[float]:
@@ -77,15 +80,16 @@ def _resampled_means(differences_I: NDArray[np.float64], random: np.random.Gener
     return np.concatenate(means)
 
 
-def _sign_flip_p(differences_I: NDArray[np.float64], random: np.random.Generator) -> float:
-    """How often the mean is as far from 0 as the observed one where each difference's sign is drawn by a coin."""
+def _sign_flips(differences_I: NDArray[np.float64], random: np.random.Generator) -> tuple[float, float]:
+    """Where each difference's sign is drawn by a coin: how often the mean is as far from 0, and how far it is."""
     sizes_K, counts_K = np.unique(np.abs(differences_I), return_counts=True)
     observed = abs(float(differences_I.sum()))
-    as_far = 0
+    as_far, distance = 0, 0.0
     for draws in _pieces(len(sizes_K)):
         sums = (2 * random.binomial(counts_K, 0.5, size=(draws, len(counts_K))) - counts_K) @ sizes_K
         as_far += int((np.abs(sums) >= observed * (1 - 1e-9)).sum())
-    return (as_far + 1) / (RESAMPLES + 1)
+        distance += float(np.abs(sums).sum())
+    return (as_far + 1) / (RESAMPLES + 1), distance / RESAMPLES / len(differences_I)
 
 
 def _pieces(distinct: int) -> list[int]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from uft_ds.evaluation.comparison.columns import NEW, OLD, Column
+from uft_ds.evaluation.columns import NEW, OLD, Column
 from uft_ds.evaluation.comparison.compare import Comparison, Tax
 from uft_ds.evaluation.comparison.paired import LEVEL, RESAMPLES, Difference
 
@@ -61,6 +61,7 @@ def tax_table(found: Comparison) -> Rows:
     ]
     rows.append(["tasks that both have", *(str(tax.columns) for _, tax in taxes)])
     rows.append(["alignment tax (mean loss)", *(_points(tax.lost, sign=False) for _, tax in taxes)])
+    rows.append(["mean loss by chance alone", *(_by_chance(tax) for _, tax in taxes)])
     rows.append(["mean change", *(_points(tax.changed, sign=True) for _, tax in taxes)])
     return [["task", *(f"{name} - {tax.origin}" for name, tax in taxes)], *rows]
 
@@ -80,6 +81,12 @@ def notes(found: Comparison) -> list[str]:
         f"{name}: judged by {judge}; numbers by another judge cannot be compared with it."
         for name, judge in found.judges.items()
     ]
+    if any(taxes for taxes in found.taxes.values()):
+        said.append(
+            "A mean loss counts no gain, so that of two equal models is above 0, too: by chance alone is what it would "
+            "be if a coin had decided which of both has the better answer to each item, over tasks with pairs."
+        )
+    said += [f"{cut}." for cut in found.cut]
     if found.unlike:
         said.append("Not evaluated alike: " + "; ".join(found.unlike) + ".")
     return said
@@ -135,6 +142,11 @@ def _change(found: Comparison, name: str, tax: Tax, column: Column) -> str:
     difference = tax.differences[column.name]
     change = f"{100 * (ours - theirs):+.2f}"
     return change if difference is None else f"{change} [{100 * difference.low:+.2f}, {100 * difference.high:+.2f}]"
+
+
+def _by_chance(tax: Tax) -> str:
+    points = _points(tax.lost_by_chance, sign=False)
+    return points if tax.paired in (0, tax.columns) else f"{points} ({tax.paired} of {tax.columns} tasks)"
 
 
 def _points(share: float | None, *, sign: bool) -> str:

@@ -6,6 +6,7 @@ or that several processes shared, has the same batches and with them the same nu
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -51,3 +52,17 @@ def grouped(keys: Seq[Hashable]) -> list[list[int]]:
     for place, key in enumerate(keys):
         found.setdefault(key, []).append(place)
     return list(found.values())
+
+
+class CutQuestions:
+    """Questions of which a prompt did not fit into the model's positions and lost its beginning."""
+
+    def __init__(self) -> None:
+        self._found: set[tuple[str, Hashable]] = set()
+
+    def add(self, task: str | None, question: Hashable) -> None:
+        self._found.add((task or "", question))
+
+    def by_task(self) -> Counter[str]:
+        """How many, by task; each counts once, however many choices it has."""
+        return Counter(task for task, _ in self._found)

@@ -17,7 +17,7 @@ from lm_eval.models.openai_completions import LocalCompletionsAPI
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from uft_ds.errors import CheckFailed, UserError
-from uft_ds.evaluation.harness.batches import grouped
+from uft_ds.evaluation.harness.batches import CutQuestions, grouped
 from uft_ds.host.web import parsed_url
 
 ROWS = 16
@@ -27,7 +27,7 @@ _PROBE = Instance("loglikelihood", {}, ("One two three", " four"), 0)
 
 
 class EndpointModel:
-    """Answers batches of requests by a server. cut_prompts: as of `model.CausalModel`."""
+    """Answers batches of requests by a server."""
 
     def __init__(
         self, url: str, name: str, tokenizer: Any, *, positions: int | None, rows: int, has_template: bool
@@ -56,7 +56,7 @@ class EndpointModel:
         # The harness's client for servers adds no first token by itself, its model in memory does.
         first = tokenizer("a")["input_ids"][0]
         self.harness.add_bos_token = first == tokenizer.bos_token_id and not has_template
-        self.cut_prompts: Counter[str] = Counter()
+        self._cut = CutQuestions()
         self._rows, self._url = rows, url
 
     def check_scores_prompts(self, tasks: Iterable[str]) -> None:
@@ -80,10 +80,16 @@ class EndpointModel:
         if not logp < 0:
             raise UserError(f"--url: {self._url} gives {logp} for the log-prob of a text; expected a number below 0")
 
+    @property
+    def cut_prompts(self) -> Counter[str]:
+        """As of `model.CausalModel`."""
+        return self._cut.by_task()
+
     def batches(self, kind: str, requests: Seq[Instance]) -> list[list[int]]:
         """The places of the requests that one request to the server holds."""
         for request in requests:
-            self.cut_prompts[request.task_name or ""] += self._is_cut(kind, request)
+            if self._is_cut(kind, request):
+                self._cut.add(request.task_name, request.doc_id)
         alike = grouped([repr(sorted(request.args[1].items())) for request in requests]) if kind == "generate_until" \
             else [list(range(len(requests)))]  # fmt: skip
         return [places[start : start + self._rows] for places in alike for start in range(0, len(places), self._rows)]

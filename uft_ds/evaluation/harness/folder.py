@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,17 @@ ANSWERS = "answers"
 
 @dataclass(frozen=True)
 class Begun:
-    """An evaluation's model and settings: all that its numbers depend on."""
+    """An evaluation's model and settings: all that its numbers depend on.
+
+    origin: where the model came from. It is recorded with the results and never compared: a model may move.
+    """
 
     model: Mapping[str, Any]
     settings: Mapping[str, Any]
+    origin: Mapping[str, Any] = field(default_factory=dict)
 
     def tree(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """What is compared, as JSON has it."""
         found: dict[str, Any] = json.loads(json.dumps({"model": dict(self.model), "settings": dict(self.settings)}))
         return found
 

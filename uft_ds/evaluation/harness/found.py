@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ def task_results(results: Mapping[str, Any]) -> list[TaskResult]:
                 metrics,
                 _items(results, groups, name),
                 str(results["versions"].get(name)),
-                _shots(results, name),
+                _shots(results, groups, name),
                 parts=tuple(_leaves(groups, name)) if name in groups else (),
             )
     return list(found.values())
@@ -86,8 +86,10 @@ def _leaves(groups: Mapping[str, list[str]], name: str) -> list[str]:
     return [leaf for child in groups[name] for leaf in (_leaves(groups, child) if child in groups else [child])]
 
 
-def _shots(results: Mapping[str, Any], name: str) -> int | None:
-    shots = results["n-shot"].get(name)
+def _shots(results: Mapping[str, Any], groups: Mapping[str, list[str]], name: str) -> int | None:
+    """Of a task, or of all tasks of a group; None where they are not known, or not the same."""
+    of_leaves = {results["n-shot"].get(leaf) for leaf in (_leaves(groups, name) if name in groups else [name])}
+    (shots,) = of_leaves if len(of_leaves) == 1 else (None,)
     return shots if isinstance(shots, int) else None
 
 
@@ -113,9 +115,14 @@ def _shown(item: str, of_item: list[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "item": item,
         "prompt_end": first["arguments"][0][0][-_LETTERS_OF_PROMPT:],
-        "choices": [args[1] for args in first["arguments"]] if isinstance(first["arguments"][0][-1], str) else None,
+        "choices": [args[1] for args in first["arguments"]] if _has_choices(first["arguments"]) else None,
         "answers": [resps[0] for resps in first["resps"]],
         "read_as": {sample["filter"]: sample["filtered_resps"] for sample in of_item},
         "right": str(first["target"]),
         "values": _values_of(of_item),
     }
+
+
+def _has_choices(arguments: Sequence[Sequence[Any]]) -> bool:
+    """Whether a question's requests are choices: not answers, with their settings, nor texts that are scored whole."""
+    return len(arguments[0]) > 1 and isinstance(arguments[0][1], str)

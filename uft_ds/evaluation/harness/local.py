@@ -15,7 +15,7 @@ import yaml
 
 from uft_ds.errors import UserError
 from uft_ds.evaluation.harness import package
-from uft_ds.evaluation.harness.suites import Asked
+from uft_ds.evaluation.harness.suites import AskedTask
 from uft_ds.host.files import sha256
 
 
@@ -27,12 +27,13 @@ class Layout:
     files: a file for each split, below the data folder; {subset} is the task's `dataset_name`, {task} its name.
     asked: the splits that hold the questions, the best first: the next one is taken where a file is not there.
     examples: the split that examples in the prompt come from; None: they are in the harness.
-    groups: names of groups that have all these tasks.
+    groups: names of groups that have all these tasks. columns: that each row must have.
     """
 
     task_files: str
     files: Mapping[str, str]
     asked: tuple[str, ...]
+    columns: tuple[str, ...]
     examples: str | None = None
     groups: tuple[str, ...] = ()
 
@@ -41,35 +42,84 @@ def _splits(folder: str, *names: str) -> dict[str, str]:
     return {name: f"{folder}/{name}.jsonl" for name in names}
 
 
+_IFEVAL = ("key", "prompt", "instruction_id_list", "kwargs")
 LAYOUTS = (
-    Layout("ifeval/ifeval.yaml", {"train": "ifeval/input_data.jsonl"}, ("train",)),
-    Layout("leaderboard/ifeval/ifeval.yaml", {"train": "ifeval/input_data.jsonl"}, ("train",)),
-    Layout("gsm8k/gsm8k.yaml", _splits("gsm8k", "train", "test"), ("test",), "train"),
-    Layout("truthfulqa/truthfulqa_mc[12].yaml", {"validation": "truthfulqa/multiple_choice.jsonl"}, ("validation",)),
-    Layout("arc/arc_*.yaml", _splits("{task}", "train", "validation", "test"), ("test", "validation"), "train"),
-    Layout("winogrande/default.yaml", _splits("winogrande", "train", "validation"), ("validation",), "train"),
-    Layout("hellaswag/hellaswag.yaml", _splits("hellaswag", "train", "validation"), ("validation",), "train"),
-    Layout("mmlu/default/mmlu_*.yaml", _splits("mmlu/{subset}", "dev", "test"), ("test",), "dev", ("mmlu",)),
-    Layout("leaderboard/bbh_mc/[a-z]*.yaml", {"test": "bbh/{subset}.jsonl"}, ("test",), groups=("leaderboard_bbh",)),
+    Layout("ifeval/ifeval.yaml", {"train": "ifeval/input_data.jsonl"}, ("train",), _IFEVAL),
+    Layout("leaderboard/ifeval/ifeval.yaml", {"train": "ifeval/input_data.jsonl"}, ("train",), _IFEVAL),
+    Layout("gsm8k/gsm8k.yaml", _splits("gsm8k", "train", "test"), ("test",), ("question", "answer"), "train"),
+    Layout(
+        "truthfulqa/truthfulqa_mc[12].yaml",
+        {"validation": "truthfulqa/multiple_choice.jsonl"},
+        ("validation",),
+        ("question", "mc1_targets", "mc2_targets"),
+    ),
+    Layout(
+        "arc/arc_*.yaml",
+        _splits("{task}", "train", "validation", "test"),
+        ("test", "validation"),
+        ("question", "choices", "answerKey"),
+        "train",
+    ),
+    Layout(
+        "winogrande/default.yaml",
+        _splits("winogrande", "train", "validation"),
+        ("validation",),
+        ("sentence", "option1", "option2", "answer"),
+        "train",
+    ),
+    Layout(
+        "hellaswag/hellaswag.yaml",
+        _splits("hellaswag", "train", "validation"),
+        ("validation",),
+        ("ctx_a", "ctx_b", "activity_label", "endings", "label"),
+        "train",
+    ),
+    Layout(
+        "mmlu/default/mmlu_*.yaml",
+        _splits("mmlu/{subset}", "dev", "test"),
+        ("test",),
+        ("question", "choices", "answer"),
+        "dev",
+        ("mmlu",),
+    ),
+    Layout(
+        "leaderboard/bbh_mc/[a-z]*.yaml",
+        {"test": "bbh/{subset}.jsonl"},
+        ("test",),
+        ("input", "target"),
+        groups=("leaderboard_bbh",),
+    ),
     Layout(
         "leaderboard/math/math_*.yaml",
         _splits("math/{subset}", "train", "test"),
         ("test",),
+        ("problem", "solution", "level"),
         groups=("leaderboard_math_hard",),
     ),
-    Layout("leaderboard/mmlu_pro/mmlu_pro.yaml", _splits("mmlu_pro", "validation", "test"), ("test",), "validation"),
+    Layout(
+        "leaderboard/mmlu_pro/mmlu_pro.yaml",
+        _splits("mmlu_pro", "validation", "test"),
+        ("test",),
+        ("question", "options", "answer"),
+        "validation",
+    ),
 )
 
 
 @dataclass(frozen=True)
 class LocalTask:
-    """A task with its rows: files by split, the split of the questions, and the harness's own file of it."""
+    """A task with its rows: files by split, the split of the questions, and the harness's own file of it.
+
+    given: the name that was asked for, its own or a group's. columns: that each row must have.
+    """
 
     name: str
+    given: str
     own_file: Path
     files: Mapping[str, Path]
     asked: str
     changes: Mapping[str, None]
+    columns: tuple[str, ...]
 
     def write(self, folder: Path) -> None:
         """Write the task file that sends the harness to the rows."""
@@ -84,7 +134,7 @@ class LocalTask:
         (folder / f"{self.name}.yaml").write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
 
 
-def local_tasks(data: Path, asked: Iterable[Asked]) -> list[LocalTask]:
+def local_tasks(data: Path, asked: Iterable[AskedTask]) -> list[LocalTask]:
     """Those of the tasks that the folder has rows of. The others come from the hub.
 
     Raises:
@@ -108,7 +158,7 @@ def content(tasks: Iterable[LocalTask], data: Path) -> dict[str, str]:
     return {str(path.relative_to(data.resolve())): sha256(path) for path in paths}
 
 
-def _tasks_of(data: Path, one: Asked) -> list[LocalTask]:
+def _tasks_of(data: Path, one: AskedTask) -> list[LocalTask]:
     """The task, or all tasks of the group; none if the folder has no rows of any of them."""
     own = list(_own_files(one))
     if not any((data / file).exists() for layout, _, tree in own for file in _file_names(layout, tree).values()):
@@ -116,7 +166,7 @@ def _tasks_of(data: Path, one: Asked) -> list[LocalTask]:
     return [_local_task(data, one, layout, own_file, tree) for layout, own_file, tree in own]
 
 
-def _local_task(data: Path, one: Asked, layout: Layout, own_file: Path, tree: Mapping[str, Any]) -> LocalTask:
+def _local_task(data: Path, one: AskedTask, layout: Layout, own_file: Path, tree: Mapping[str, Any]) -> LocalTask:
     name, names = str(tree.get("task")), _file_names(layout, tree)
     there = {split: data / file for split, file in names.items() if (data / file).is_file()}
     questions = next((split for split in layout.asked if split in there), None)
@@ -132,17 +182,19 @@ def _local_task(data: Path, one: Asked, layout: Layout, own_file: Path, tree: Ma
                 f"each prompt from there; bring it, or ask for none with --suite {name}=0"
             )
         changes |= {"training_split": None, "fewshot_split": None}
-    return LocalTask(name, own_file, there, questions, changes)
+    if "validation" in names and "validation" not in there:
+        changes["validation_split"] = None  # where there are no examples, the harness reads it
+    return LocalTask(name, one.task, own_file, there, questions, changes, layout.columns)
 
 
-def _own_files(one: Asked) -> Iterator[tuple[Layout, Path, dict[str, Any]]]:
+def _own_files(one: AskedTask) -> Iterator[tuple[Layout, Path, dict[str, Any]]]:
     """The harness's files of a task, or of the tasks of a group, and what they hold."""
     for layout in LAYOUTS:
         for own_file in sorted((package.root() / "tasks").glob(layout.task_files)):
             text = own_file.read_text(encoding="utf-8")
             if one.task not in text and one.task not in layout.groups:
                 continue  # before the reading as YAML, which takes milliseconds
-            tree = yaml.load(text, _WithoutFunctions)
+            tree = package.read_task_file(own_file)
             if one.task == tree.get("task") or one.task in layout.groups:
                 yield layout, own_file, tree
 
@@ -150,10 +202,3 @@ def _own_files(one: Asked) -> Iterator[tuple[Layout, Path, dict[str, Any]]]:
 def _file_names(layout: Layout, tree: Mapping[str, Any]) -> dict[str, str]:
     subset = {"subset": tree.get("dataset_name"), "task": tree.get("task")}
     return {split: file.format(**subset) for split, file in layout.files.items()}
-
-
-class _WithoutFunctions(yaml.SafeLoader):
-    """Reads the harness's files without the functions that they name."""
-
-
-_WithoutFunctions.add_multi_constructor("!", lambda loader, suffix, node: None)

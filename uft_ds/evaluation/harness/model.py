@@ -19,7 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from uft_ds.errors import UserError
-from uft_ds.evaluation.harness.batches import MOST_ROWS, BatchSize, cut, grouped
+from uft_ds.evaluation.harness.batches import MOST_ROWS, BatchSize, CutQuestions, cut, grouped
 
 Encoded = tuple[Any, list[int], list[int]]
 """A request, and the tokens of its context and of its continuation."""
@@ -34,20 +34,25 @@ _UNLIMITED = 1 << 30
 
 
 class CausalModel:
-    """Answers batches of requests.
+    """Answers batches of requests."""
 
-    cut_prompts: requests whose beginning did not fit into the model's positions, by task.
-    """
-
-    def __init__(self, model: Any, tokenizer: Any, size: BatchSize | None, agreed: Agreed) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, size: BatchSize | None, agreed: Agreed, *, has_template: bool = False
+    ) -> None:
         """
         Args:
             size: None: what fits into a GPU's memory, `CPU_TOKENS` on a CPU.
+            has_template: whether prompts are written by a chat template, which writes the first token itself.
         """
-        self.harness = _Harness(model, tokenizer)
-        self.cut_prompts: Counter[str] = Counter()
+        self.harness = _Harness(model, tokenizer, has_template=has_template)
+        self._cut = CutQuestions()
         self._size, self._agreed = size, agreed
         self._encoded: list[Encoded] = []
+
+    @property
+    def cut_prompts(self) -> Counter[str]:
+        """Questions whose prompt lost its beginning, by task, of the requests so far."""
+        return self._cut.by_task()
 
     def batches(self, kind: str, requests: Seq[Instance]) -> list[list[int]]:
         """The places of the requests that are answered together.
@@ -81,7 +86,8 @@ class CausalModel:
         self._encoded = [self.harness.encoded(*request.args) for request in requests]
         ids = [tuple(context + continuation) for _, context, continuation in self._encoded]
         for request, row in zip(requests, ids, strict=True):
-            self.cut_prompts[request.task_name or ""] += len(row) > self.harness.max_length + 1
+            if len(row) > self.harness.max_length + 1:
+                self._cut.add(request.task_name, request.doc_id)
         # As the harness does: continuations that differ in their last token alone share a row; the longest come first.
         rows = [
             sorted(row, key=lambda place: -len(self._encoded[place][2])) for row in grouped([row[:-1] for row in ids])
@@ -101,7 +107,8 @@ class CausalModel:
                     f"{request.task_name}: asks for up to {new} new tokens, and the model has "
                     f"{self.harness.max_length} positions; lower --max-new-tokens, or leave the task out"
                 )
-            self.cut_prompts[request.task_name or ""] += lengths[place] > room
+            if lengths[place] > room:
+                self._cut.add(request.task_name, request.doc_id)
             widths[place] = min(lengths[place], room) + new
         size = self._size_for("generate_until", max(widths.values(), default=1))
         for alike in grouped([repr(sorted(request.args[1].items())) for request in requests]):
@@ -123,14 +130,18 @@ class _Harness(HFLM):
     Its own code finds a row's continuation by the distance from the end, so it reads shorter logits as they are.
     """
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, *, has_template: bool) -> None:
         # One batch at a time is handed over, whole. Log-probs in float32: in bfloat16, the harness's choice for such a
         # model, answers of different likelihood come out equal (findings/lm_eval_bfloat16_ties.sh).
         super().__init__(
-            model, backend="causal", tokenizer=tokenizer, batch_size=_UNLIMITED, softmax_dtype=torch.float32
+            model,
+            backend="causal",
+            tokenizer=tokenizer,
+            batch_size=_UNLIMITED,
+            softmax_dtype=torch.float32,
+            add_bos_token=False if has_template else None,
         )
-        core = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self._can_keep = "logits_to_keep" in inspect.signature(core.forward).parameters
+        self._can_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._kept = 0
 
     def encoded(self, context: str, continuation: str) -> Encoded:

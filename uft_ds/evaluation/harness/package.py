@@ -7,6 +7,9 @@ import logging
 import os
 from importlib import metadata
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from uft_ds.errors import UserError
 from uft_ds.host.packages import install_command
@@ -35,6 +38,12 @@ def root() -> Path:
     return Path(spec.origin).parent
 
 
+def read_task_file(path: Path) -> dict[str, Any]:
+    """A task file as it stands, without what it includes and the functions that it names."""
+    found = yaml.load(path.read_text(encoding="utf-8"), _WithoutFunctions)
+    return found if isinstance(found, dict) else {}
+
+
 def versions() -> dict[str, str]:
     """Versions of the packages that numbers may change with."""
     return {name: metadata.version(name) for name in _VERSIONS_OF}
@@ -48,3 +57,10 @@ def quiet() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger(NAME).setLevel(logging.ERROR)
+
+
+class _WithoutFunctions(yaml.SafeLoader):
+    """Reads task files without the functions that they name."""
+
+
+_WithoutFunctions.add_multi_constructor("!", lambda loader, suffix, node: None)

@@ -28,12 +28,15 @@ OnAnswered = Callable[[str, int, int], None]
 class Backend(Protocol):
     """Answers requests.
 
-    harness: the harness's own model, for its chat template. cut_prompts: whose beginning was cut, by task.
+    harness: the harness's own model, for its chat template. cut_prompts: questions whose prompt lost its beginning, by
+    task; one with four choices counts once.
     batches: places that are answered together. answer: of the places of one batch.
     """
 
     harness: Any
-    cut_prompts: Counter[str]
+
+    @property
+    def cut_prompts(self) -> Counter[str]: ...
 
     def batches(self, kind: str, requests: Seq[Instance]) -> list[list[int]]: ...
 

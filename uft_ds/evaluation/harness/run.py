@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from lm_eval.evaluator import evaluate as harness_evaluate
 
@@ -18,9 +17,10 @@ from uft_ds.evaluation.harness.planned import Backend, OnAnswered, Place, Planne
 from uft_ds.evaluation.harness.suites import Suite
 from uft_ds.evaluation.harness.tasks import Loaded, Options
 from uft_ds.evaluation.results import Evaluation, write_evaluation
+from uft_ds.export.unmerged import Unmerged
 
 
-def begun_of(model: dict[str, Any], suite: Suite, tasks: Loaded, options: Options) -> Begun:
+def begun_of(model: Unmerged, suite: Suite, tasks: Loaded, options: Options) -> Begun:
     """What an evaluation is begun with: all that its numbers depend on."""
     size = options.size
     settings = {
@@ -30,7 +30,8 @@ def begun_of(model: dict[str, Any], suite: Suite, tasks: Loaded, options: Option
             name: {
                 "shots": tasks.shots[name],
                 "version": tasks.versions[name],
-                "rows": tasks.rows.splits.get(name, "hub"),
+                "rows": tasks.rows.sources[name],
+                "content": tasks.content[name],
             }
             for name in tasks.shots
         },
@@ -46,7 +47,7 @@ def begun_of(model: dict[str, Any], suite: Suite, tasks: Loaded, options: Option
         "data": dict(tasks.rows.content),
         "versions": package.versions(),
     }
-    return Begun(model, settings)
+    return Begun(model.identity(), settings, model.origin())
 
 
 def evaluate(
@@ -90,7 +91,7 @@ def evaluate(
     if results is None:
         return None
     cut = {task: count for task, count in sorted(model.cut_prompts.items()) if count}
-    found = Evaluation(name, {**begun.model, "cut_prompts": cut}, begun.settings, task_results(results))
+    found = Evaluation(name, {**begun.origin, **begun.model, "cut_prompts": cut}, begun.settings, task_results(results))
     try:
         write_samples(folder, results)
         write_evaluation(folder, found, item_results(results))

@@ -16,6 +16,7 @@ from rich.table import Table
 from uft_ds.errors import UserError
 from uft_ds.evaluation.harness.planned import OnAnswered
 from uft_ds.evaluation.harness.suites import paper_columns
+from uft_ds.evaluation.harness.tasks import OWN_FILE
 from uft_ds.evaluation.results import Evaluation, TaskResult, read_items
 
 _SECONDS_BETWEEN_LINES = 30.0
@@ -54,7 +55,7 @@ def shown_progress(console: Console) -> Iterator[OnAnswered]:
 
 
 def tables(found: Evaluation, folder: Path) -> list[Table]:
-    """The numbers of each task, and of the paper's columns."""
+    """The numbers of each task, and of the paper's columns with the averages of whole leaderboards."""
     of_tasks = Table(box=MARKDOWN)
     for name in ("task", "version", "shots", "questions", "metric"):
         of_tasks.add_column(name)
@@ -72,8 +73,7 @@ def tables(found: Evaluation, folder: Path) -> list[Table]:
     of_paper = Table(box=MARKDOWN)
     of_paper.add_column("the paper's column")
     of_paper.add_column("%", justify="right")
-    mean = {"mean": sum(columns.values()) / len(columns)} if len(columns) > 1 else {}
-    for name, value in (columns | mean).items():
+    for name, value in columns.items():
         of_paper.add_row(name, f"{100 * value:.2f}")
     return [of_tasks, of_paper]
 
@@ -88,7 +88,11 @@ def in_words(found: Evaluation) -> list[str]:
         f"{found.name}: {limit}, {template}{turns}, {said['dtype']}, seeds {said['seeds']}",
         ", ".join(f"{name} {version}" for name, version in said["versions"].items()),
     ]
-    others = {name: one["rows"] for name, one in said["tasks"].items() if one["rows"] not in ("hub", "test", "train")}
+    others = {
+        name: one["rows"]
+        for name, one in said["tasks"].items()
+        if one["rows"] not in ("hub", OWN_FILE, "test", "train")
+    }
     usual = {"truthfulqa_mc1", "truthfulqa_mc2", "winogrande", "hellaswag"}
     lines += [
         f"note: {name}: its questions are those of the {split} split: not comparable with published numbers"
@@ -98,7 +102,8 @@ def in_words(found: Evaluation) -> list[str]:
     if said["max_new_tokens"] is not None:
         lines.append(f"note: no answer has more than {said['max_new_tokens']:,} new tokens (--max-new-tokens)")
     lines += [
-        f"warning: {task}: the beginnings of {count:,} prompts did not fit into the model's positions and were cut"
+        f"warning: {task}: the prompts of {count:,} questions did not fit into the model's positions: their beginning "
+        "was cut"
         for task, count in found.model.get("cut_prompts", {}).items()
     ]
     return lines

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from uft_ds.errors import UserError
+from uft_ds.evaluation.columns import PAPER, Column, board_averages, plain_metric
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskedTask:
     """A task, or a group of tasks, that is asked for.
 
     shots: examples in each prompt; None: as the task's own file says.
@@ -21,42 +22,13 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Column:
-    """A column of the paper's tables: the plain mean of some metrics of one task."""
-
-    name: str
-    task: str
-    metrics: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Suite:
     """limit: questions of each task where no other limit is given; None: all."""
 
     name: str
-    asked: tuple[Asked, ...]
+    asked: tuple[AskedTask, ...]
     limit: int | None = None
 
-
-_IFEVAL = tuple(f"{unit}_level_{how}_acc,none" for how in ("strict", "loose") for unit in ("prompt", "inst"))
-_GSM8K = ("exact_match,strict-match", "exact_match,flexible-extract")
-
-COLUMNS = (
-    Column("BBH", "leaderboard_bbh", ("acc_norm,none",)),
-    Column("GPQA", "leaderboard_gpqa", ("acc_norm,none",)),
-    Column("MMLU-Pro", "leaderboard_mmlu_pro", ("acc,none",)),
-    Column("MuSR", "leaderboard_musr", ("acc_norm,none",)),
-    Column("IFEval", "leaderboard_ifeval", _IFEVAL),
-    Column("IFEval", "ifeval", _IFEVAL),
-    Column("MATH-hard", "leaderboard_math_hard", ("exact_match_original,none",)),
-    Column("GSM8K", "gsm8k", _GSM8K),
-    Column("TruthfulQA", "truthfulqa_mc2", ("acc,none",)),
-    Column("Winogrande", "winogrande", ("acc,none",)),
-    Column("ARC", "arc_challenge", ("acc_norm,none",)),
-    Column("HellaSwag", "hellaswag", ("acc_norm,none",)),
-    Column("MMLU", "mmlu", ("acc,none",)),
-)
-"""`exact_match_original` is what `exact_match` of MATH-hard was when the paper was written."""
 
 QUICK_LIMIT = 100
 _LONGEST_NAME = 100
@@ -66,28 +38,33 @@ SUITES: Mapping[str, Suite] = {
         Suite(
             "leaderboard",
             (
-                Asked("leaderboard_bbh", 3),
-                Asked("leaderboard_gpqa", 0),
-                Asked("leaderboard_mmlu_pro", 5),
-                Asked("leaderboard_musr", 0),
-                Asked("leaderboard_ifeval", 0),
-                Asked("leaderboard_math_hard", 4),
+                AskedTask("leaderboard_bbh", 3),
+                AskedTask("leaderboard_gpqa", 0),
+                AskedTask("leaderboard_mmlu_pro", 5),
+                AskedTask("leaderboard_musr", 0),
+                AskedTask("leaderboard_ifeval", 0),
+                AskedTask("leaderboard_math_hard", 4),
             ),
         ),
         Suite(
             "openllm",
             (
-                Asked("gsm8k", 5),
-                Asked("truthfulqa_mc2", 0),
-                Asked("winogrande", 5),
-                Asked("arc_challenge", 25),
-                Asked("hellaswag", 10),
-                Asked("mmlu", 5),
+                AskedTask("gsm8k", 5),
+                AskedTask("truthfulqa_mc2", 0),
+                AskedTask("winogrande", 5),
+                AskedTask("arc_challenge", 25),
+                AskedTask("hellaswag", 10),
+                AskedTask("mmlu", 5),
             ),
         ),
         Suite(
             "quick",
-            (Asked("ifeval", 0), Asked("gsm8k", 5), Asked("truthfulqa_mc2", 0), Asked("arc_challenge", 25)),
+            (
+                AskedTask("ifeval", 0),
+                AskedTask("gsm8k", 5),
+                AskedTask("truthfulqa_mc2", 0),
+                AskedTask("arc_challenge", 25),
+            ),
             limit=QUICK_LIMIT,
         ),
     )
@@ -105,7 +82,7 @@ def suite_of(given: str) -> Suite:
     if given in SUITES:
         return SUITES[given]
     of_paper = {asked.task: asked for suite in SUITES.values() for asked in suite.asked}
-    found: dict[str, Asked] = {}
+    found: dict[str, AskedTask] = {}
     for part in given.split(","):
         name, has_shots, shots = (text.strip() for text in part.partition("="))
         if not name or (has_shots and not (shots.isdecimal() and len(shots) < 4)):
@@ -115,7 +92,7 @@ def suite_of(given: str) -> Suite:
             )
         if name in found:
             raise UserError(f"--suite: {name} stands twice in {given!r}; name each task once")
-        found[name] = Asked(name, int(shots)) if has_shots else of_paper.get(name, Asked(name))
+        found[name] = AskedTask(name, int(shots)) if has_shots else of_paper.get(name, AskedTask(name))
     names = "+".join(Path(name).stem if name.endswith(".yaml") else name for name in found)
     return Suite(names[:_LONGEST_NAME], tuple(found.values()))
 
@@ -123,14 +100,25 @@ def suite_of(given: str) -> Suite:
 def paper_columns(measured: Mapping[str, tuple[Mapping[str, float], int | None]]) -> dict[str, float]:
     """The numbers that the paper's tables show, by column, as far as they were measured with the paper's shots.
 
+    Behind them the average of each board that is complete.
+
     Args:
-        measured: metrics and shots by task. None: the shots of a group are not known.
+        measured: metrics and shots by task. None: the shots are not known, or those of a group's tasks differ.
     """
     shots = {asked.task: asked.shots for suite in SUITES.values() for asked in suite.asked}
-    found = {}
-    for column in COLUMNS:
-        metrics, of_task = measured.get(column.task, ({}, None))
+    known = {
+        task: {plain_metric(metric): value for metric, value in metrics.items()}
+        for task, (metrics, of_task) in measured.items()
+        if task in shots and of_task == shots[task]
+    }
+
+    def value_of(column: Column) -> float | None:
+        metrics = known.get(column.task, {})
         values = [metrics[metric] for metric in column.metrics if metric in metrics]
-        if len(values) == len(column.metrics) and of_task in (None, shots[column.task]):
-            found[column.name] = sum(values) / len(values)
-    return found
+        return sum(values) / len(values) if len(values) == len(column.metrics) else None
+
+    found: dict[str, float] = {}
+    for column in PAPER:
+        if (value := value_of(column)) is not None:
+            found.setdefault(column.name, value)
+    return found | {f"average, {board}": value for board, value in board_averages(value_of).items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import random
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,12 +15,19 @@ from typing import Any
 from uft_ds.errors import CheckFailed, UserError
 from uft_ds.evaluation.harness import local, package, punkt
 from uft_ds.evaluation.harness.batches import BatchSize
+from uft_ds.evaluation.harness.content import content_of
+from uft_ds.evaluation.harness.prepared import check_examples, pin_rows, rows_mapped_anew, seed, shorten
+from uft_ds.evaluation.harness.rows import check_rows
 from uft_ds.evaluation.harness.suites import Suite
 from uft_ds.host.hub import is_offline
 from uft_ds.host.packages import install_command
 
 _FOLDER_OF = {"mmlu": "mmlu/default"}
 """Where the harness keeps tasks of this first word, if not in a folder of that name."""
+
+
+OWN_FILE = "its task file's"
+"""Where the rows of a task come from that was given by the path of its file."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +54,11 @@ class Options:
 class Rows:
     """Where the questions of a suite's tasks come from.
 
-    splits: by task, the split of its questions, for tasks whose rows lie in a folder. content: hashes of their files.
+    sources: by task, the split of its questions, for tasks whose rows lie in a folder; `OWN_FILE` for tasks by path;
+    else "hub". content: hashes of the folder's files.
     """
 
-    splits: Mapping[str, str]
+    sources: Mapping[str, str]
     content: Mapping[str, str]
 
 
@@ -59,13 +66,14 @@ class Rows:
 class Loaded:
     """The tasks of a suite, as the harness's `evaluate` takes them.
 
-    as_asked: by the harness's names, tasks and groups. shots: of each task.
+    as_asked: by the harness's names, tasks and groups. shots, versions, content: of each task; content as `content_of`.
     """
 
     as_asked: Any
     rows: Rows
     shots: Mapping[str, int]
     versions: Mapping[str, str]
+    content: Mapping[str, str]
 
 
 @contextmanager
@@ -79,49 +87,43 @@ def loaded_tasks(suite: Suite, data: Path | None, options: Options) -> Iterator[
         CheckFailed: the hub cannot be reached.
     """
     package.quiet()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, rows_mapped_anew():
         local_tasks = local.local_tasks(data, suite.asked) if data is not None else []
+        check_rows(local_tasks)
         for task in local_tasks:
             task.write(Path(folder))
         names = [asked.task for asked in suite.asked]
         if any(name in punkt.TASKS or name == "leaderboard" for name in names):
             punkt.provide(data)
-        _seed(options.seeds)
-        found = _read(suite, Path(folder))
-        for task in found["tasks"].values():
+        in_data = {name: f"--data {data}" for task in local_tasks for name in (task.name, task.given)}
+        found, own_files = _read(suite, Path(folder), in_data)
+        shots = {name: int(task.get_config("num_fewshot") or 0) for name, task in found["tasks"].items()}
+        for name, task in found["tasks"].items():
+            explained(name, partial(pin_rows, task, options.seeds), own_files.get(name) or in_data.get(name))
+            check_examples(name, task, shots[name])
             task.set_fewshot_seed(seed=options.seeds[3])
             if options.max_new_tokens is not None:
-                _shorten(task, options.max_new_tokens)
+                shorten(task, options.max_new_tokens)
+        seed(options.seeds)
+        sources = dict.fromkeys(own_files, OWN_FILE) | {task.name: task.asked for task in local_tasks}
         yield Loaded(
             found,
             Rows(
-                {task.name: task.asked for task in local_tasks},
+                {name: sources.get(name, "hub") for name in shots},
                 local.content(local_tasks, data) if data is not None else {},
             ),
-            {name: int(task.get_config("num_fewshot") or 0) for name, task in found["tasks"].items()},
+            shots,
             {name: str(task.VERSION) for name, task in found["tasks"].items()},
+            {name: content_of(task, shots[name], own_files.get(name)) for name, task in found["tasks"].items()},
         )
 
 
-def _seed(seeds: tuple[int, int, int, int]) -> None:
-    import numpy as np
-    import torch
+def _read(suite: Suite, folder: Path, local_rows: Mapping[str, str]) -> tuple[Any, dict[str, Path]]:
+    """What the harness's task manager makes of the suite, with its shots; and the own file of each task by path.
 
-    random.seed(seeds[0])
-    np.random.seed(seeds[1])
-    torch.manual_seed(seeds[2])
-
-
-def _shorten(task: Any, most: int) -> None:
-    """Let a task ask for no more than `most` new tokens in an answer."""
-    if task.OUTPUT_TYPE == "generate_until":
-        kwargs = dict(task.get_config("generation_kwargs") or {})
-        kwargs["max_gen_toks"] = min(int(kwargs.get("max_gen_toks", most)), most)
-        task.set_config(key="generation_kwargs", value=kwargs)
-
-
-def _read(suite: Suite, folder: Path) -> Any:
-    """What the harness's task manager makes of the suite, with its shots."""
+    Args:
+        local_rows: where the rows of tasks lie that are in a folder, in words.
+    """
     from lm_eval.tasks import TaskManager
 
     names = [asked.task for asked in suite.asked]
@@ -131,11 +133,18 @@ def _read(suite: Suite, folder: Path) -> Any:
         _check_are_known(further)
         manager = TaskManager(include_path=[folder])  # reads all task files of the harness: ten seconds
     parts = []
+    own_files: dict[str, Path] = {}
     for asked in suite.asked:
-        if asked.task not in manager.task_index and not asked.task.endswith(".yaml"):
+        is_path = asked.task not in manager.task_index and asked.task.endswith(".yaml")
+        if asked.task not in manager.task_index and not is_path:
             raise _unknown(asked.task, manager.all_tasks)
-        found = explained(asked.task, partial(manager.load, [asked.task]))
-        for task in found["tasks"].values():
+        if is_path and not Path(asked.task).expanduser().is_file():
+            raise UserError(f"--suite: {asked.task}: no such file; expected a task file of lm-evaluation-harness")
+        own = Path(asked.task) if is_path else None
+        found = explained(asked.task, partial(manager.load, [asked.task]), own or local_rows.get(asked.task))
+        for name, task in found["tasks"].items():
+            if own is not None:
+                own_files[name] = own
             if asked.shots is not None or task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=asked.shots or 0)
         parts.append(found)
@@ -143,7 +152,8 @@ def _read(suite: Suite, folder: Path) -> Any:
              if name in other["tasks"]]  # fmt: skip
     if twice:
         raise UserError(f"--suite: {twice[0]} is asked twice, in two groups; name one of them")
-    return {key: {name: one for part in parts for name, one in part[key].items()} for key in ("tasks", "groups")}
+    of_all = {key: {name: one for part in parts for name, one in part[key].items()} for key in ("tasks", "groups")}
+    return of_all, own_files
 
 
 def _folders_of(names: list[str]) -> list[Path]:
@@ -172,9 +182,11 @@ def _unknown(name: str, known: Iterable[str]) -> UserError:
     return UserError(f"--suite: lm-evaluation-harness has no task {name!r}{hint}")
 
 
-def explained(name: str, load: Callable[[], Any]) -> Any:
+def explained(name: str, load: Callable[[], Any], source: Path | str | None = None) -> Any:
     """Load a task's rows; say what to do where they cannot be had.
 
+    Args:
+        source: the task's own file, or where its rows lie, in words; None: they come from the hub.
     Raises:
         UserError, CheckFailed: as `loaded_tasks`.
     """
@@ -187,6 +199,13 @@ def explained(name: str, load: Callable[[], Any]) -> Any:
         ) from None
     except Exception as error:  # noqa: BLE001 - datasets and the hub's client raise many types
         reason = " ".join(str(error).split())[:300] or type(error).__name__
+        if isinstance(source, str):
+            raise UserError(f"{name}: {source}: its rows cannot be asked ({reason}); correct them") from None
+        if isinstance(source, Path) and not _is_of_network(error):
+            offline = "; HF_HUB_OFFLINE forbids to fetch rows of the hub" if is_offline() else ""
+            raise UserError(
+                f"--suite: {source}: the task, or its rows, cannot be read ({reason}); correct them{offline}"
+            ) from None
         if is_offline():
             raise UserError(
                 f"{name}: its rows are not in the hub's cache, and HF_HUB_OFFLINE forbids to fetch them ({reason}); "

@@ -24,7 +24,7 @@ ANSWERS = "ANSWERS"
 
 
 @dataclass(frozen=True)
-class Asked:
+class JudgingInputs:
     """Whose answers are judged by what. questions to prompts: MT-Bench's; against, lengths: AlpacaEval's.
 
     lengths: the folder of files from which alpaca_eval takes the effect of length out.
@@ -50,7 +50,7 @@ class Made:
     close: Callable[[], None]
 
 
-def work_of(asked: Asked, options: JudgeOptions) -> Made:
+def work_of(asked: JudgingInputs, options: JudgeOptions) -> Made:
     """Read all files, and build the judge.
 
     Raises:
@@ -65,7 +65,7 @@ def work_of(asked: Asked, options: JudgeOptions) -> Made:
     return _grading(asked, options) if asked.benchmark == "mt_bench" else _comparing(asked, options)
 
 
-def _grading(asked: Asked, options: JudgeOptions) -> Made:
+def _grading(asked: JudgingInputs, options: JudgeOptions) -> Made:
     if asked.questions is None:
         raise UserError("--benchmark mt_bench: needs --questions FILE, MT-Bench's question.jsonl")
     questions = mt_bench.read_questions(asked.questions)
@@ -105,7 +105,7 @@ def _grading(asked: Asked, options: JudgeOptions) -> Made:
     return Made(work, About(name, model, settings, identity), judge.budget, judge.close)
 
 
-def _comparing(asked: Asked, options: JudgeOptions) -> Made:
+def _comparing(asked: JudgingInputs, options: JudgeOptions) -> Made:
     if asked.against is None:
         raise UserError("--benchmark alpaca_eval: needs --against FILE, the outputs of a reference model")
     answers = alpaca_eval.read_outputs(asked.answers, ANSWERS)

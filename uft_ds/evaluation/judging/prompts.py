@@ -18,7 +18,7 @@ from uft_ds.errors import UserError
 from uft_ds.evaluation.benchmarks.entries import jsonl_entries, shown
 from uft_ds.evaluation.benchmarks.question import Question
 from uft_ds.scoring.asking import Chat
-from uft_ds.scoring.asking import Question as Asked
+from uft_ds.scoring.asking import Question as JudgeQuestion
 from uft_ds.scoring.questions import fenced, grade_rule
 from uft_ds.scoring.verdict import grade_in
 
@@ -82,7 +82,7 @@ class Prompts:
         digest = hashlib.sha256(json.dumps([self.fences, dict(self.of)], sort_keys=True).encode()).hexdigest()
         return f"{self.source}#{digest[:12]}"
 
-    def asked(self, case: Case) -> Asked:
+    def asked(self, case: Case) -> JudgeQuestion:
         """The question to a judge."""
         system, template = self.of[case.prompt]
 
@@ -90,7 +90,7 @@ class Prompts:
             turns = [] if not system else [{"role": "system", "content": _with_verdict(system, nonce)}]
             return [*turns, {"role": "user", "content": self._filled(_with_verdict(template, nonce), case, nonce)}]
 
-        return Asked(
+        return JudgeQuestion(
             chat, lambda reply, nonce: grade_in(reply, nonce, LOW, HIGH), (system, template, *case.values.values())
         )
 
