@@ -1,16 +1,10 @@
-"""Online runs: do they learn, what do they cost, and are they exact after a kill?
+"""Online runs that are killed: are they, resumed or replayed, the unbroken run?
 
-    python benchmarks/online.py [--only kills,learning] [--seeds 1,2,3,4,5] [--steps 20] [--folder runs/online-study]
+    python benchmarks/online.py
 
-kills: a tiny model; a run is killed ten times at random moments, each time in another folder, and resumed; its adapter
-and its record are compared with those of a run that nothing has disturbed, and so is a replay of its record.
-
-learning: the quickstart's model and tasks. From one start for each seed (SFT of a few steps) each method sees the same
-number of the policy's answers, 8 prompts with 4 answers a step: UFT, UFT with both sides centred, RLOO, and UFT offline
-on as many answers of the start itself. Held-out prompts answered exactly right and their mean grade, as mean and half
-the width of a 95% interval over the seeds; the log-ratio that was spent; seconds by phase. Not tuned: all have one
-learning rate. An interrupted study goes on where it was, and a seed that has a line in `results/online_learning.jsonl`
-is not run again. About seven minutes a run of 20 steps on two cores, six runs a seed.
+A tiny model; a run is killed ten times at random moments, each time in another folder, and resumed; its adapter and its
+record are compared with those of a run that nothing has disturbed, and so is a replay of its record. Whether online
+steps learn is a part of `study.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +14,6 @@ import json
 import os
 import random
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,24 +21,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from quickstart_runs import Results, answers_of, interval, policy_of, train
-
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-KILLS, KILL_STEPS = 10, 6
-HELD_OUT, MAX_NEW_TOKENS, BETA = 100, 24, 0.1
-START_STEPS, LR = 4, 5e-4
-METHODS: dict[str, dict[str, str]] = {
-    "uft": {"objective.loss": "mse", "objective.center": "none"},
-    "uft centred": {"objective.loss": "mse", "objective.center": "prompt"},
-    "rloo": {
-        "objective.loss": '{"score": "rloo", "instruction": "nll"}',
-        "objective.beta": '{"score": 0.01}',
-        "objective.center": "none",
-    },
-    "offline": {"objective.loss": "mse", "objective.center": "prompt"},
-}
-# --- kills ---
+KILLS = 10
 
 
 def adapter_of(run: Path) -> bytes:
@@ -124,156 +102,15 @@ def measure_kills(folder: Path, console: Any) -> list[Any]:
     ]
 
 
-# --- learning ---
-
-
-def held_out(data: Path) -> list[dict[str, str]]:
-    """Right answers alone: scored ones need a loss, which the start does not have."""
-    return [{"format": "jsonl", "path": str(data / "held_out.jsonl")}]
-
-
-def sources(data: Path, seed: int) -> dict[str, Any]:
-    """The online source alone: what the methods differ in is what they make of the policy's answers."""
-    return {
-        "data.sources": [
-            {
-                "format": "prompts",
-                "path": str(data / "scored.jsonl"),
-                "columns": {"response": None, "score": None},
-                "answers": 4,
-                "score_by": "code:uft_ds.examples.verifiable_scores:score",
-            }
-        ],
-        "data.held_out": held_out(data),
-        "train.seed": seed,
-    }
-
-
-def learn(folder: Path, base: Path, seed: int, steps: int) -> dict[str, dict[str, float]]:
-    """All methods from one start; what each run's policy does on held-out data, by method."""
-    data = folder / "data"
-    here = folder / f"seed{seed}"
-    start = here / "start"
-    common = {"model.base": str(base), "train.evaluate_every": 1000, "train.checkpoint_every": 5}
-    of_start = {
-        "data.sources": [{"format": "jsonl", "path": str(data / "instruction.jsonl")}],
-        "data.held_out": held_out(data),
-    }
-    train(
-        "quickstart",
-        start,
-        common | of_start | {"train.steps": START_STEPS, "train.seed": seed, "objective.loss": "nll"},
-    )
-    online = (
-        common
-        | sources(data, seed)
-        | {
-            "train.examples_per_step": 32,
-            "train.steps": steps,
-            "train.lr": LR,
-            "start.adapter": str(start),
-            "generator.max_new_tokens": MAX_NEW_TOKENS,
-        }
-    )
-    frozen = here / "frozen"
-    # Answers of the start to the prompts that the online runs ask: at this rate nothing moves.
-    train("quickstart_online", frozen, online | METHODS["uft centred"] | {"train.lr": 1e-12})
-    found = {"start": measured(start, base, data)}
-    for name, overrides in METHODS.items():
-        run = here / name.replace(" ", "_")
-        if name == "offline":
-            record = [{"format": "recorded", "path": str(frozen / "rollouts" / "answers")}]
-            train(
-                "quickstart_online", run, online | overrides | {"data.sources": record, "generator.max_new_tokens": 512}
-            )
-        else:
-            train("quickstart_online", run, online | overrides)
-        found[name] = measured(run, base, data) | spent(run)
-    return found
-
-
-def spent(run: Path) -> dict[str, float]:
-    """KL, as the mean log-ratio of the last three steps' answers, and mean seconds of a step by phase."""
-    from uft_ds.record.metrics_file import read_metrics
-
-    lines = [line for line in read_metrics(run / "metrics.jsonl") if "grad_norm" in line]
-
-    def mean(name: str, of: list[dict[str, Any]]) -> float:
-        return statistics.fmean(line.get(name) or 0.0 for line in of)
-
-    return {
-        "log-ratio": mean("log_ratio/score", lines[-3:]),
-        "generate, s": mean("rollouts/generation_seconds", lines),
-        "score, s": mean("rollouts/scoring_seconds", lines),
-        "train, s": mean("seconds", lines),
-    }
-
-
-def measured(run: Path, base: Path, data: Path) -> dict[str, float]:
-    """Held-out prompts answered exactly right, and their mean grade; remembered beside the run."""
-    stored = run / "measured.json"
-    if stored.exists():
-        found: dict[str, float] = json.loads(stored.read_text(encoding="utf-8"))
-        return found
-    from uft_ds.examples.verifiable import grade, is_correct, read_tasks
-
-    policy, tokenizer = policy_of(run, base)
-    tasks = read_tasks(data / "held_out.jsonl")
-    answers = answers_of(policy.merge_and_unload(), tokenizer, tasks, MAX_NEW_TOKENS)
-    found = {
-        "exactly right": sum(map(is_correct, tasks, answers)) / len(tasks),
-        "mean grade": sum(map(grade, tasks, answers)) / len(tasks),
-    }
-    stored.write_text(json.dumps(found) + "\n", encoding="utf-8")
-    return found
-
-
-def measure_learning(folder: Path, seeds: list[int], steps: int, console: Any) -> None:
-    """Print the table of all seeds."""
-    from rich.table import Table
-
-    from uft_ds.examples.smollm2 import quickstart_model
-    from uft_ds.examples.verifiable import write
-
-    folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "data", num_held_out=HELD_OUT)
-    base = quickstart_model()
-    known, results = Results("online_learning"), []
-    for seed in seeds:
-        run = {"seed": seed, "steps": steps}
-        found = known.of(run)
-        if found is None:
-            known.add(run, found := learn(folder, base, seed, steps))
-        results.append(found)
-    title = f"{len(seeds)} seeds, {steps} steps of 8 prompts x 4 answers; mean +- half a 95% interval"
-    columns = ("exactly right", "mean grade", "log-ratio", "generate, s", "score, s", "train, s")
-    table = Table("", *columns, title=title)
-    for name in results[0]:
-        cells = [[of[name][column] for of in results if column in of[name]] for column in columns]
-        table.add_row(name, *(interval(values) if values else "" for values in cells))
-    console.print(table)
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="kills,learning", help="parts, separated by commas")
-    parser.add_argument("--seeds", default="1,2,3,4,5")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--folder", type=Path, default=Path("runs/online-study"))
-    options = parser.parse_args()
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     from reference_traffic import report, versions
     from rich.console import Console
 
     versions()
-    console, missed = Console(width=130, highlight=False), 0
-    parts = options.only.split(",")
-    if "kills" in parts:
-        with tempfile.TemporaryDirectory() as name:
-            missed += report(console, measure_kills(Path(name), console))
-    if "learning" in parts:
-        seeds = [int(seed) for seed in options.seeds.split(",")]
-        measure_learning(options.folder.absolute(), seeds, options.steps, console)
-    return 1 if missed else 0
+    console = Console(width=130, highlight=False)
+    with tempfile.TemporaryDirectory() as name:
+        return 1 if report(console, measure_kills(Path(name), console)) else 0
 
 
 if __name__ == "__main__":

@@ -1,20 +1,23 @@
-"""Does one stage beat two? Eight methods on tasks whose answers code can check, at equal numbers of responses.
+"""Does one stage beat two, and do online steps learn? On tasks that code can check, at equal numbers of responses.
 
     python benchmarks/study.py [--part rates,seeds,mix] [--minutes 60] [--data DATA] [--folder runs/study]
 
 The quickstart's model. Every method sees 500 responses: 25 steps of 20; those of two stages spend 12 steps on the first
-stage, SFT, which they share. Three of the eleven kinds of task are never trained.
+stage, SFT, which they share and which is their reference. Three of the eleven kinds of task are never trained. Of the
+second stages four go on from the policy's own answers: RLOO, UFT with both sides centred by prompt and without, and UFT
+offline on as many answers of the start itself.
 
-rates: each method's last stage with each of three learning rates, on a seed of its own. The best mean grade on prompts
+rates: each method's last stage with each of four learning rates, on a seed of its own. The best mean grade on prompts
     that nothing else uses chooses the method's rate. The first stage has the rate of SFT.
 seeds: each method at its rate with five seeds. Prompts of the trained kinds and of the other three: answered exactly
     right, mean grade, tokens of an answer. How well the implicit reward against the base orders right and flawed
     answers (rank correlation, calibration error). With --data, IFEval and TruthfulQA mc2 by `uft eval`, the first 40
-    questions of each.
+    questions of each. Of online methods the mean log-ratio at the end, which is the KL that was spent, and seconds of a
+    step by phase.
 mix: UFT with five ratios of right answers to scored ones, those of the paper's ablation, three seeds each.
 
 A run that has a line in `results/study.jsonl` is not run again. With --minutes no run is begun after so many; the table
-shows what there is. Two to eight minutes a run on two cores; 27 + 45 + 15 runs. `--picture FILE` draws the mix.
+shows what there is. Two to five minutes a run on two cores; 44 + 56 + 15 runs. `--picture FILE` draws the mix.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 BETA = 0.1
 RESPONSES_A_STEP = 20
 STEPS, FIRST_STAGE = 25, 12
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 RATE_SEED, SEEDS, MIX_SEEDS = 100, (1, 2, 3, 4, 5), (1, 2, 3)
 UNTRAINED_KINDS = ("initials", "bold", "pipes")
 TEST, VALIDATION = 15, 10
@@ -55,7 +58,8 @@ class Method:
     """How a method's last stage is trained.
 
     sources: names of files of data, each with its share. after_sft: whether it goes on from the shared first stage,
-    which is then its reference. online: whether the policy answers itself.
+    which is then its reference. online: whether the policy answers itself. own_answers: whether it learns from answers
+    that the first stage's policy has given.
     """
 
     label: str
@@ -63,6 +67,7 @@ class Method:
     loss: Any
     after_sft: bool = False
     online: bool = False
+    own_answers: bool = False
     more: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -78,6 +83,30 @@ METHODS = {
         after_sft=True,
         online=True,
         more={"objective.beta": {"score": 0.01}, "objective.center": "none"},
+    ),
+    "sft_uft_online": Method(
+        "SFT -> UFT online, centred",
+        {"prompts": 1.0},
+        "mse",
+        after_sft=True,
+        online=True,
+        more={"objective.center": "prompt"},
+    ),
+    "sft_uft_plain": Method(
+        "SFT -> UFT online, plain",
+        {"prompts": 1.0},
+        "mse",
+        after_sft=True,
+        online=True,
+        more={"objective.center": "none"},
+    ),
+    "sft_uft_own": Method(
+        "SFT -> UFT on its own answers",
+        {},
+        "mse",
+        after_sft=True,
+        own_answers=True,
+        more={"objective.center": "prompt"},
     ),
     "una": Method("UNA", {"scored": 1.0}, "mse"),
     "uft": Method("UFT", {"instruction": 0.4, "scored": 0.6}, "mse"),
@@ -175,6 +204,18 @@ class Study:
         train("quickstart", run, self.common(seed, rate, FIRST_STAGE) | overrides)
         return run
 
+    def own_answers(self, seed: int, first_rate: float) -> Path:
+        """What the first stage's policy answers to the prompts that the online methods ask; it is not moved."""
+        run = self.folder / "runs" / f"frozen-{first_rate:g}-{seed}"
+        overrides = self.common(seed, 1e-12, STEPS - FIRST_STAGE) | {
+            "data.sources": [source(self.data, "prompts", 1.0)],
+            "objective.loss": "mse",
+            "reference.adapter": str(self.first_stage(seed, first_rate)),
+            "generator.max_new_tokens": MAX_NEW_TOKENS,
+        }
+        train("quickstart_online", run, overrides)
+        return run / "rollouts" / "answers"
+
     def common(self, seed: int, rate: float, steps: int) -> dict[str, Any]:
         return {
             "model.base": str(self.base),
@@ -185,6 +226,7 @@ class Study:
             "train.steps": steps,
             "train.lr": rate,
             "train.seed": seed,
+            "train.schedule": "linear",
         }
 
     def trained(self, name: str, rate: float, seed: int, first_rate: float, mix: Mapping[str, float] | None) -> Path:
@@ -198,11 +240,15 @@ class Study:
             "objective.loss": method.loss,
             "objective.beta": BETA,
         }
+        if method.own_answers:
+            answers = str(self.own_answers(seed, first_rate))
+            overrides["data.sources"] = [{"format": "recorded", "path": answers}]
         if method.online:
-            overrides |= {"train.schedule": "linear", "generator.max_new_tokens": MAX_NEW_TOKENS}
+            overrides["generator.max_new_tokens"] = MAX_NEW_TOKENS
         if method.after_sft:
             overrides["reference.adapter"] = str(self.first_stage(seed, first_rate))
-        train("quickstart_online" if method.online else "quickstart", run, overrides | method.more)
+        recipe = "quickstart_online" if method.online or method.own_answers else "quickstart"
+        train(recipe, run, overrides | method.more)
         return run
 
 
@@ -242,6 +288,25 @@ def ordering(policy: Any, tokenizer_of: Path, data: Path) -> dict[str, float]:
     }
 
 
+def spent(run: Path) -> dict[str, float]:
+    """Of an online run: the mean log-ratio of the last three steps' answers, and mean seconds of a step by phase."""
+    from uft_ds.record.metrics_file import read_metrics
+
+    lines = [line for line in read_metrics(run / "metrics.jsonl") if "grad_norm" in line]
+    if "rollouts/generation_seconds" not in lines[-1]:
+        return {}
+
+    def mean(name: str, of: list[dict[str, Any]]) -> float:
+        return statistics.fmean(line.get(name) or 0.0 for line in of)
+
+    return {
+        "log-ratio": mean("log_ratio/score", lines[-3:]),
+        "generate, s": mean("rollouts/generation_seconds", lines),
+        "score, s": mean("rollouts/scoring_seconds", lines),
+        "train, s": mean("seconds", lines),
+    }
+
+
 def asked_questions(study: Study, run: Path | None) -> dict[str, float]:
     """IFEval and TruthfulQA mc2 of a run, or of the base; nothing without --data."""
     if study.questions is None:
@@ -262,7 +327,7 @@ def asked_questions(study: Study, run: Path | None) -> dict[str, float]:
 def measured(study: Study, run: Path | None) -> dict[str, float]:
     """All that the tables show of a run, or of the base before any training (None)."""
     policy, tokenizer = policy_of(run, study.base)
-    found = {} if run is None else ordering(policy, study.base, study.data)
+    found = {} if run is None else ordering(policy, study.base, study.data) | spent(run)
     model = policy if run is None else policy.merge_and_unload()
     found |= graded(model, tokenizer, study.data / "test.jsonl")
     untrained = graded(model, tokenizer, study.data / "untrained.jsonl")
