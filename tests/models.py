@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 import transformers as hf
+from wrappers import WRAPPERS
 
 from uft_ds.data.example import Response, Sequence
 from uft_ds.streams.adapters import add_adapters
-from uft_ds.streams.load import attention_implementation
+from uft_ds.streams.load import attention_implementation, model_of
 from uft_ds.streams.model import UFTModel
 
 VOCAB_SIZE, SPREAD = 259, 0.1
@@ -83,6 +84,7 @@ PACKED = Configs(
         "qwen3_moe": hf.Qwen3MoeConfig(**SIZES, **EXPERTS, head_dim=16),
         "mixtral": hf.MixtralConfig(**SIZES, num_local_experts=4),
         "olmoe": hf.OlmoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2),
+        "qwen2_5_vl": WRAPPERS["qwen2_5_vl"],
         "gptj": hf.GPTJConfig(**GPT, rotary_dim=8),
         "codegen": hf.CodeGenConfig(**GPT, rotary_dim=8),
     }
@@ -143,7 +145,8 @@ def tiny_policy(
     """A random model with adapters on all linear layers."""
     torch.manual_seed(0)
     attention = attention_implementation(attention, dtype, config)
-    base = hf.AutoModelForCausalLM.from_config(deepcopy(config), attn_implementation=attention, dtype=dtype)
+    base = model_of(deepcopy(config)).to(dtype)
+    base.get_decoder().config._attn_implementation = attention
     base.requires_grad_(False)
     policy = add_adapters(base, rank=4, alpha=8.0, targets=targets or "all-linear", dtype=torch.float32, seed=1)
     for name, parameter in policy.named_parameters():

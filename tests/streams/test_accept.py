@@ -131,8 +131,8 @@ def test_a_dropout_of_zero_is_none() -> None:
 
 def test_lockstep_is_shown_for_the_families_that_are_tested() -> None:
     """Those of `tiny.py`, which `test_lanes.py` and `test_one_visit.py` run, and the mixtures of experts of
-    `test_mixtures_of_experts.py`."""
-    tested = {*CLASSES, *MIXTURES}
+    `test_mixtures_of_experts.py`, and Qwen2.5-VL of `test_wrappers_of_images.py`."""
+    tested = {*CLASSES, *MIXTURES, "qwen2_5_vl"}
     assert {name for name, family in FAMILIES.items() if family.lockstep} == tested
     assert shown_in_lockstep() == tuple(sorted(FAMILIES[name].layer_class for name in tested))
 

@@ -45,6 +45,7 @@ FAMILIES = {
     "mistral": Family("MistralDecoderLayer", lockstep=True, name="Mistral"),
     "qwen2": Family("Qwen2DecoderLayer", lockstep=True, name="Qwen2"),
     "qwen3": Family("Qwen3DecoderLayer", lockstep=True, name="Qwen3"),
+    "qwen2_5_vl": Family("Qwen2_5_VLDecoderLayer", lockstep=True, name="Qwen2.5-VL"),
     "qwen2_moe": Family("Qwen2MoeDecoderLayer", lockstep=True, name="Qwen2-MoE"),
     "qwen3_moe": Family("Qwen3MoeDecoderLayer", lockstep=True, name="Qwen3-MoE"),
     "mixtral": Family("MixtralDecoderLayer", lockstep=True, name="Mixtral"),
@@ -97,8 +98,12 @@ _ROUTED = re.compile(r"(^|\.)experts\.")
 
 
 def family_of(config: Any) -> Family:
-    """The entry of a config's model type; for an unknown one an entry without facts."""
-    return FAMILIES.get(getattr(config, "model_type", ""), _UNKNOWN)
+    """The entry of a config's model type, or of its language model's; for an unknown one an entry without facts."""
+    kinds = [getattr(config, "model_type", "")]
+    if hasattr(config, "get_text_config"):
+        kinds.append(config.get_text_config().model_type)
+    known = (FAMILIES.get(name) for kind in kinds for name in (kind, kind.removesuffix("_text")))
+    return next((family for family in known if family is not None), _UNKNOWN)
 
 
 def active_share(config: Any, parameter: str) -> float:

@@ -15,7 +15,6 @@ from accelerate import init_empty_weights
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from uft_ds.architectures.facts import decoder_layers
 from uft_ds.data.example import Sequence
@@ -25,7 +24,7 @@ from uft_ds.host.process import returning_freed_memory
 from uft_ds.objectives.implicit_reward import response_logps
 from uft_ds.streams.adapter_files import PREFIX
 from uft_ds.streams.classifier import empty_classifier
-from uft_ds.streams.load import meta_model
+from uft_ds.streams.load import meta_model, model_of
 from uft_ds.streams.stored_names import origins, read_parameter
 from uft_ds.streams.stream import POLICY_ADAPTER
 from uft_ds.streams.weight_files import WeightFiles
@@ -38,7 +37,7 @@ _PEFT_INFIX = "base_layer."
 def empty_model(config: Any) -> Any:
     """A model without weights (on the meta device); its buffers, such as rotary frequencies, are allocated."""
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model = model_of(config)
     model.requires_grad_(False)
     return model.eval()
 

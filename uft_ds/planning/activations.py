@@ -117,7 +117,7 @@ def _run(
     decoder = base.get_decoder()
     keep_layers(decoder, layers)
     _keep_frequencies(decoder)
-    base.config._attn_implementation = attention
+    decoder.config._attn_implementation = attention
     enable_recompute(base, gradient_checkpointing)
     enable_lean_linear(base.get_decoder())
     if lockstep:

@@ -196,8 +196,8 @@ class ObjectiveSection(Section):
 class ReferenceSection(Section):
     mode: HowForwarded = "lockstep"
     """lockstep: each layer is visited once for policy and reference (Gemma 2, Gemma 3, GPT-NeoX, Granite, Llama,
-    Mistral, Mixtral, OLMo 2, OLMoE, Phi-3, Qwen2, Qwen2-MoE, Qwen3, Qwen3-MoE). separate: a second forward with the
-    adapters off, inside the same root call; for other models."""
+    Mistral, Mixtral, OLMo 2, OLMoE, Phi-3, Qwen2, Qwen2-MoE, Qwen2.5-VL, Qwen3, Qwen3-MoE). separate: a second forward
+    with the adapters off, inside the same root call; for other models."""
     cache: bool = True
     """Cache the reference's log-probs of each response, so that neither this run nor another computes them again."""
     cache_dir: Location | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -52,6 +53,7 @@ def add_adapters(
         target_modules=targets,
         bias="none",
         task_type="CAUSAL_LM",
+        exclude_modules=_beside_the_decoder(base),
     )
     try:
         policy = get_peft_model(base, config, autocast_adapter_dtype=False)  # `dtype` is set below
@@ -64,6 +66,15 @@ def add_adapters(
     return policy
 
 
+def _beside_the_decoder(base: Any) -> str | None:
+    """A pattern of all modules outside of a wrapper's language model, which no text reaches; None for other models."""
+    decoder = base.get_decoder()
+    if decoder.config is base.config:
+        return None
+    (place,) = (name for name, module in base.named_modules() if module is decoder)
+    return rf"(?!{re.escape(place)}\.).*"
+
+
 def _check_rank(base: Any, rank: int) -> None:
     """Refuse a rank above the smaller side of every layer. PEFT would ask for its memory first."""
     sides = [min(m.in_features, m.out_features) for m in base.modules() if isinstance(m, nn.Linear)]
@@ -73,7 +84,12 @@ def _check_rank(base: Any, rank: int) -> None:
 
 def _check_targets(base: Any, targets: list[str]) -> None:
     """Check each target: PEFT ignores a misspelt name if another one matches, and it accepts embeddings too."""
-    named, head = list(base.named_modules()), base.get_output_embeddings()
+    beside, head = _beside_the_decoder(base), base.get_output_embeddings()
+    named = [
+        (name, module)
+        for name, module in base.named_modules()
+        if module is head or beside is None or not re.fullmatch(beside, name)
+    ]
     linear = {name.split(".")[-1] for name, module in named if isinstance(module, nn.Linear) and module is not head}
     for target in targets:
         matches = [module for name, module in named if name == target or name.endswith(f".{target}")]

@@ -14,7 +14,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+)
 
 from uft_ds.architectures.facts import decoder_layers, is_shown_to_pack
 from uft_ds.errors import UserError
@@ -179,9 +186,25 @@ def meta_model(config: Any) -> Any:
     """
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return model_of(config)
     except (ValueError, KeyError) as error:
         raise UserError(f"model.base: no causal language model: {str(error).splitlines()[0]}") from None
+
+
+def model_of(config: Any) -> Any:
+    """The model of a config with random weights: a causal language model, or one of images and text used for text.
+
+    Raises:
+        ValueError, KeyError: transformers has no such model.
+    """
+    return _auto_class(config).from_config(config, trust_remote_code=False)
+
+
+def _auto_class(config: Any) -> Any:
+    is_wrapper = (
+        type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    )
+    return AutoModelForImageTextToText if is_wrapper else AutoModelForCausalLM
 
 
 def check_base_files(folder: Path, adapted: Collection[str] = ()) -> tuple[Any, dict[str, Tensor]]:
@@ -226,8 +249,12 @@ def load_base(
     Raises:
         UserError: the base cannot be loaded or trained; see `check_base` and `load_weights`.
     """
-    chosen = attention_implementation(attention, dtype, check_base(base, revision))
-    model = load_weights(base, revision=revision, dtype=dtype, attn_implementation=chosen)
+    config = check_base(base, revision)
+    chosen = attention_implementation(attention, dtype, config)
+    # The part of a wrapper that reads images is never run, and cannot be asked for packed rows.
+    of_all = chosen if config.get_text_config() is config else None
+    model = load_weights(base, revision=revision, dtype=dtype, attn_implementation=of_all)
+    model.get_decoder().config._attn_implementation = chosen
     _check_dropout(model)
     model.requires_grad_(False)
     model.train()
@@ -236,7 +263,7 @@ def load_base(
 
 
 def load_weights(base: str, **options: Any) -> Any:
-    """`AutoModelForCausalLM.from_pretrained` that refuses a base whose files do not hold the whole model.
+    """transformers' `from_pretrained` that refuses a base whose files do not hold the whole model.
 
     transformers would initialise missing tensors at random. Under ZeRO-3 the ranks see different problems: all of them
     list missing tensors, only rank 0 sees wrong shapes, and a NaN is in one rank's shard. So the ranks exchange what
@@ -246,7 +273,7 @@ def load_weights(base: str, **options: Any) -> Any:
         UserError: on every rank.
     """
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = _auto_class(_config_of_base(base, options.get("revision"))).from_pretrained(
             base,
             trust_remote_code=False,
             output_loading_info=True,
@@ -350,8 +377,9 @@ def attention_implementation(
 
 
 def _causal_class(config: Any) -> Any:
-    """The class that `AutoModelForCausalLM` uses for a config; None if it knows none."""
-    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    """The class that transformers uses for a config; None if it knows none."""
+    kinds = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+    return next((mapping[type(config)] for mapping in kinds if type(config) in mapping), None)
 
 
 def decoder_layer_class(model: Any) -> type:

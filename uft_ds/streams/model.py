@@ -93,7 +93,7 @@ class UFTModel(nn.Module):
         if self._in_lockstep:
             enable_lockstep(base)
         self._activation_offload = activation_offload
-        self.attention = str(base.config._attn_implementation)
+        self.attention = str(base.get_decoder().config._attn_implementation)
         # DeepSpeed reduces a leaf layer's gradients in a backward hook of its inputs. If no input required grad, the
         # first layer's gradients would be reduced before they exist.
         base.enable_input_require_grads()
@@ -267,13 +267,17 @@ class UFTModel(nn.Module):
                     self.policy(
                         input_ids=micro_batch.token_ids_T[None, start:end],
                         use_cache=False,
-                        **self._bounds(micro_batch.bounds_S.new_tensor([0, end - start]), (end - start,)),
+                        **self._bounds_of_one(micro_batch.bounds_S, end - start),
                     ).logits[0]
                     for start, end in pairwise(bounds)
                 ]
             )
         logps_NV = logits_TV.index_select(0, micro_batch.predictors_N).float().log_softmax(dim=-1)
         return logps_NV.gather(1, micro_batch.targets_N[:, None]).squeeze(1)
+
+    def _bounds_of_one(self, like: Tensor, length: int) -> dict[str, Any]:
+        """For the model's own forward of one sequence, which has packed attention switched off."""
+        return {} if self.attention == PACKED else self._bounds(like.new_tensor([0, length]), (length,))
 
     def _sequence_bounds(self, micro_batch: MicroBatch) -> dict[str, Any]:
         """Where the segments of a row begin and end, for an attention that reads it.

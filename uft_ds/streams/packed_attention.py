@@ -241,7 +241,7 @@ def _varlen(
 @contextmanager
 def attention_of_transformers(model: Any) -> Iterator[None]:
     """Within the block, a model with packed attention computes by transformers' own: for text that is not packed."""
-    config = model.config
+    config = model.get_decoder().config  # the model's own, or of a wrapper's language model
     before = config._attn_implementation
     if before == PACKED:
         config._attn_implementation = "sdpa" if model._supports_sdpa else "eager"

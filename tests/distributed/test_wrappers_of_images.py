@@ -1,0 +1,78 @@
+"""Models of images and text that are trained on text: their language model alone, converted into their own layout."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import losses, recipe_in, uft, write_rows
+from safetensors import safe_open
+from toy import logps_by_name, toy_model, toy_step
+from transformers import AutoModelForImageTextToText
+from wrappers import WRAPPERS, build_wrapper
+
+from uft_ds.data.micro_batch import micro_batch
+
+
+@pytest.fixture(scope="module", params=WRAPPERS)
+def wrapper(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_wrapper(tmp_path_factory.mktemp("wrapper") / request.param, request.param)
+
+
+def names_in(file: Path) -> list[str]:
+    with safe_open(file, "pt") as opened:
+        return sorted(opened.keys())
+
+
+def test_packed_rows_in_lockstep_are_separate_forwards_of_each_sequence(wrapper: Path) -> None:
+    """Bit for bit policy and reference of two forwards; and the model's own forward of each sequence alone."""
+    batch = micro_batch(toy_step().sequences)
+    found = {}
+    for mode in ("lockstep", "separate"):
+        options: dict[str, Any] = {"reference_mode": mode, "attention": "packed"}
+        model = toy_model(wrapper, **options)
+        found[mode] = logps_by_name(model, batch)
+    assert all(torch.equal(found["lockstep"][name], found["separate"][name]) for name in ("policy", "reference"))
+    assert (found["lockstep"]["policy"] - found["lockstep"]["reference"]).abs().mean() > 0.1
+    own = model(batch, [model.streams["policy"]], through_logits=True)["policy"].token_logps_N
+    packed = model(batch, [model.streams["policy"]])["policy"].token_logps_N
+    assert (own - packed).abs().max() < 1e-4
+
+
+def test_a_run_trains_the_language_model_alone(wrapper: Path, tmp_path: Path) -> None:
+    """Adapters are on it alone; the written model has the wrapper's names, and what reads images is the base's."""
+    recipe = recipe_in(tmp_path, wrapper)
+    result = uft("train", str(recipe))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+    adapter = names_in(tmp_path / "run" / "latest" / "adapter" / "adapter_model.safetensors")
+    assert all(".language_model.layers." in name for name in adapter)
+    assert len(adapter) == 2 * 2 * 7
+    result = uft("convert", str(tmp_path / "run"), str(tmp_path / "model"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "100.00% of the adapter's log-ratios kept" in result.stdout
+    assert names_in(tmp_path / "model" / "model.safetensors") == names_in(wrapper / "model.safetensors")
+    ours = dict(AutoModelForImageTextToText.from_pretrained(tmp_path / "model").named_parameters())
+    theirs = dict(AutoModelForImageTextToText.from_pretrained(wrapper).named_parameters())
+    changed = {name for name, value in theirs.items() if not torch.equal(ours[name], value)}
+    assert len(changed) == 14
+    assert all(".language_model.layers." in name for name in changed)
+
+
+@pytest.mark.parametrize("source_format", ["jsonl", "trl"])
+def test_a_row_with_an_image_is_refused_by_its_place(wrapper: Path, tmp_path: Path, source_format: str) -> None:
+    """Text is read, an image is not left out without a word."""
+    asked = [{"type": "image", "image": "cat.png"}, {"type": "text", "text": "What is it?"}]
+    row = {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": "A cat."}]}
+    rows = write_rows(tmp_path / "rows.jsonl", [row])
+    source = f"data.sources=[{{format: {source_format}, path: {rows}}}]"
+    result = uft("train", str(recipe_in(tmp_path, wrapper)), source)
+    assert result.returncode == 2
+    assert f"{rows}:1: 'messages', turn 0: 'content', part 0: found 'image'" in result.stderr
+
+
+def test_all_parameters_of_a_wrapper_are_refused(wrapper: Path, tmp_path: Path) -> None:
+    """Text would leave those that read images as they are, with weight decay and without."""
+    result = uft("train", str(recipe_in(tmp_path, wrapper)), "lora=null")
+    assert result.returncode == 2
+    assert "has parameters that no text reaches" in result.stderr
