@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 from tiny import VOCAB_SIZE
 from torch import Tensor, nn
 from toy import UFT, both, logps_by_name, toy_model_again, toy_sequences
-from transformers import AutoConfig, Qwen2MoeConfig
+from transformers import AutoConfig, CohereConfig
 
 from uft_ds.architectures.facts import final_norm
 from uft_ds.data.micro_batch import micro_batch
@@ -257,13 +257,13 @@ def test_a_cache_is_not_made_by_mistake(tiny_qwen2: Path) -> None:
 
 
 def test_layers_not_shown_to_work_are_refused() -> None:
-    """A mixture of experts, which no test of ours has held against its own forward: named, with the way out."""
-    config = Qwen2MoeConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, num_experts=4, shared_expert_intermediate_size=32,
+    """A family that no test of ours has held against its own forward: named, with the way out."""
+    config = CohereConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, logit_scale=0.5,
     )  # fmt: skip
     policy = add_adapters(empty_base(config), rank=4, alpha=8.0, targets="all-linear", dtype=torch.float32, seed=0)
-    with pytest.raises(UserError, match=r"reference.mode: .*Qwen2MoeForCausalLM.*Qwen2MoeDecoderLayer.*separate"):
+    with pytest.raises(UserError, match=r"reference.mode: .*CohereForCausalLM.*CohereDecoderLayer.*separate"):
         UFTModel(policy, reference_mode="lockstep")
 
 
