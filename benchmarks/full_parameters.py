@@ -1,0 +1,226 @@
+"""All parameters trained: UFT and DPO, the reference in the cache, beside SFT and beside TRL's DPO with two models.
+
+    python benchmarks/full_parameters.py [--model FOLDER]
+
+The rows, model, optimiser and DeepSpeed file are those of `against_trl.py`'s pairs: SmolLM2-135M in float32 on two
+ZeRO-3 CPU ranks, pairs of UltraFeedback, two a rank and step, layers recomputed. TRL trains the model with a second
+one as the reference, each in an engine of its own. Ours computes the reference of all rows before the first step, which
+is not timed: its seconds are printed beside the steps'.
+
+    memory      peak of a rank's resident memory in the steps, over what it was before any weight was loaded
+    gathered    bytes that all-gathers return on a rank, a step
+
+Bars: UFT's memory <= 1.02 and gathered bytes 1.00 of SFT's; against TRL memory <= 0.6, tokens/s >= 1.5.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from against_trl import (
+    BETA,
+    WARM_UP_STEPS,
+    Result,
+    Workload,
+    believe_in_all_ranks,
+    deepspeed_file,
+    dpo_workload,
+    left_to_trainer,
+    losses_over_ranks,
+    peak,
+    real_model,
+    reset_peak,
+    sequences,
+    tokens_per_second,
+)
+from plan import counting
+from ranks import run_on_ranks
+from rich.console import Console
+from rich.table import Table
+from toy import objective
+
+LEARNING_RATE = 1e-5
+ONE_ROW = 1 << 20
+"""More tokens than a step has: each rank forwards its part of a step at once, as TRL does."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one rank. before: seconds that the reference took. gathered: bytes a step; None where not counted."""
+
+    result: Result
+    gathered: float | None = None
+    before: float = 0.0
+
+
+def run_ours(work: Workload, loss: str) -> Measured:
+    from uft_ds.data.mixture import Step
+    from uft_ds.data.packing import Packing
+    from uft_ds.engine.engine import Engine, partitioned_loading
+    from uft_ds.known.cache import Known, fill
+    from uft_ds.streams.load import decoder_layer_class, load_base
+    from uft_ds.streams.model import UFTModel
+    from uft_ds.training.forwarding import Method
+    from uft_ds.training.step import run_step
+
+    base_bytes, config = reset_peak(), deepspeed_file(work)
+    with partitioned_loading(config):
+        base = load_base(
+            str(work.folder), revision=None, dtype=work.dtype, attention="packed", gradient_checkpointing=True
+        )
+    base.requires_grad_(True)
+    model = UFTModel(base, reference_mode="separate")
+    engine = Engine(
+        model,
+        config,
+        layer_class=decoder_layer_class(base),
+        weight_decay=0.0,
+        betas=(0.9, 0.999),
+        packing=Packing(share_prompts=True),
+    )
+    rows_per_step = work.ranks * work.rows_per_rank
+    steps = []
+    for index in range(work.steps):
+        rows = work.rows[index * rows_per_step : (index + 1) * rows_per_step]
+        steps.append(Step(index, tuple(s for number, row in enumerate(rows) for s in sequences(row, number))))
+    known, started = Known.of_reference("none" if loss == "nll" else "cached"), time.perf_counter()
+    if loss != "nll":
+        fill(engine, known, steps, ONE_ROW, flush_every=work.steps + 1)
+    before = time.perf_counter() - started
+    model.leave_base()
+    method = Method(engine, objective(loss, BETA), known, ONE_ROW)
+    losses, seconds = [], []
+    with counting() as sent:
+        for step in steps:
+            started = time.perf_counter()
+            losses.append(run_step(method, step, LEARNING_RATE).metrics["loss"])
+            seconds.append(time.perf_counter() - started)
+    return Measured(Result(losses, seconds, peak() - base_bytes), sent.gathered / work.steps, before)
+
+
+def run_trl(work: Workload) -> Measured:
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    from uft_ds.host.process import returning_freed_memory
+
+    base_bytes = reset_peak()
+    losses: list[float] = []
+    seconds: list[float] = []
+
+    class Trainer(DPOTrainer):  # type: ignore[misc]
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset  # tokenised already: the very rows that we train on
+
+        def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+            loss = super()._compute_loss(model, inputs, return_outputs)
+            losses.append(float(loss.detach()))
+            return loss
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            seconds.append(time.perf_counter() - self.started)
+
+    with tempfile.TemporaryDirectory() as output:
+        settings = DPOConfig(
+            output_dir=output, loss_type="sigmoid", beta=BETA, learning_rate=LEARNING_RATE,
+            per_device_train_batch_size=work.rows_per_rank, gradient_accumulation_steps=1, max_steps=work.steps,
+            lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0, adam_beta2=0.999,
+            gradient_checkpointing=True, deepspeed=left_to_trainer(deepspeed_file(work)),
+            bf16=work.dtype == torch.bfloat16,
+            max_length=None,
+            logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, train_sampling_strategy="sequential",
+            dataloader_pin_memory=False, remove_unused_columns=False,
+        )  # fmt: skip
+        if not torch.cuda.is_available():
+            believe_in_all_ranks()
+        with returning_freed_memory():
+            model, reference = (
+                AutoModelForCausalLM.from_pretrained(work.folder, dtype=work.dtype, attn_implementation="sdpa")
+                for _ in range(2)
+            )
+        trainer = Trainer(
+            model=model,
+            ref_model=reference,
+            args=settings,
+            train_dataset=Dataset.from_list(work.rows),
+            processing_class=AutoTokenizer.from_pretrained(work.folder),
+            callbacks=[Clock()],
+        )
+        trainer.train()
+    return Measured(Result(losses, seconds, peak() - base_bytes))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a small real model; by default the quickstart's")
+    given = parser.parse_args()
+    from importlib.metadata import version
+
+    from reference_traffic import Bar, report, versions
+
+    versions()
+    data = Path(os.environ.get("UFT_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    model = given.model or real_model()
+    if model is None or not data.is_dir():
+        raise SystemExit(f"no model (make fetch), or no rows in {data} (UFT_TEST_DATA)")
+    work = dpo_workload(model, data)
+    trl = f"TRL {version('trl')} DPO"
+    ways: dict[str, tuple[Any, ...]] = {
+        "SFT": (run_ours, "nll"),
+        "UFT": (run_ours, "mse"),
+        "DPO": (run_ours, "dpo"),
+        trl: (run_trl,),
+    }
+    found = {
+        name: run_on_ranks(run, work.ranks, work, *how, timeout_seconds=3000) for name, (run, *how) in ways.items()
+    }
+    console = Console(width=120, highlight=False)
+    table = Table(title=f"all parameters of {model.name}, pairs: {work.ranks} ranks x {work.rows_per_rank} rows a step")
+    for column in ("", "tokens/s", "peak memory, GB", "gathered a step, GB", "before, s", "losses"):
+        table.add_column(column, justify="left" if not column else "right")
+    speeds = {name: tokens_per_second(work, [one.result for one in ranks]) for name, ranks in found.items()}
+    peaks = {name: max(one.result.peak_growth_bytes for one in ranks) for name, ranks in found.items()}
+    for name, ranks in found.items():
+        gathered, losses = ranks[0].gathered, ranks[0].result.losses
+        if name == trl:
+            losses = losses_over_ranks([one.result for one in ranks])
+        table.add_row(
+            name,
+            f"{speeds[name]:.0f}",
+            f"{peaks[name] / 1e9:.2f}",
+            "" if gathered is None else f"{gathered / 1e9:.3f}",
+            f"{ranks[0].before:.0f}",
+            " ".join(f"{loss:.4f}" for loss in losses[: WARM_UP_STEPS + 2]),
+        )
+    console.print(table)
+    of_uft, of_sft = found["UFT"][0].gathered, found["SFT"][0].gathered
+    assert of_uft is not None
+    assert of_sft is not None
+    bars = [
+        Bar("UFT: peak memory / SFT's <= 1.02", peaks["UFT"] / peaks["SFT"], peaks["UFT"] <= 1.02 * peaks["SFT"]),
+        Bar("UFT: gathered bytes / SFT's = 1.00", of_uft / of_sft, abs(of_uft / of_sft - 1) < 0.005),
+        Bar("DPO: peak memory / TRL's <= 0.6", peaks["DPO"] / peaks[trl], peaks["DPO"] <= 0.6 * peaks[trl]),
+        Bar("DPO: tokens/s / TRL's >= 1.5", speeds["DPO"] / speeds[trl], speeds["DPO"] >= 1.5 * speeds[trl]),
+    ]
+    return 1 if report(console, bars) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
