@@ -116,13 +116,8 @@ class _Exchange(Function):
 def _all_to_all(given: Tensor, group: Any) -> Tensor:
     given = given.contiguous()
     found = torch.empty_like(given)
-    # As bytes: gloo has no exchange of bfloat16 (torch 2.13).
-    torch.distributed.all_to_all_single(_as_bytes(found), _as_bytes(given), group=group)
+    torch.distributed.all_to_all_single(found, given, group=group)
     return found
-
-
-def _as_bytes(tensor: Tensor) -> Tensor:
-    return tensor.view(len(tensor), -1).view(torch.uint8)
 
 
 class _Together(Function):
