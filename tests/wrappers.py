@@ -46,6 +46,8 @@ WRAPPERS: dict[str, Any] = {
     ),
 }  # fmt: skip
 
+OF_IMAGES = "preprocessor_config.json"
+
 
 def build_wrapper(folder: Path, name: str) -> Path:
     """A random float32 model and its tokenizer."""
@@ -54,4 +56,5 @@ def build_wrapper(folder: Path, name: str) -> Path:
         model = hf.AutoModelForImageTextToText.from_config(deepcopy(WRAPPERS[name])).to(torch.float32)
     model.generation_config = hf.GenerationConfig(bos_token_id=IM_START, eos_token_id=IM_END, pad_token_id=IM_END)
     model.save_pretrained(folder)
+    (folder / OF_IMAGES).write_text('{"image_processor_type": "SiglipImageProcessor"}')
     return build_tiny_tokenizer(folder)

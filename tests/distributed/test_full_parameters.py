@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from runs import assert_same_shards, forked, losses, numbers, recipe_in, settings_of_run, uft, write_rows
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import build_tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from uft_ds.data.micro_batch import micro_batch
 from uft_ds.objectives.implicit_reward import response_logps
@@ -128,6 +128,23 @@ def test_what_needs_an_adapter_says_that_there_is_none(
     assert result.returncode == 2, result.stdout + result.stderr
     assert message in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.long
+def test_a_reference_that_is_not_finite_is_named_before_the_first_step(tmp_path: Path) -> None:
+    """By its row; a step could not compute it again. The base's weights are finite, and one token overflows."""
+    base = build_tiny_model(tmp_path / "base", "granite")  # it multiplies embeddings
+    weights = load_file(base / "model.safetensors")
+    (token,) = AutoTokenizer.from_pretrained(base)("Z")["input_ids"]
+    weights["model.embed_tokens.weight"][token] = 3e38
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    recipe = recipe_in(tmp_path, base, lora=None, objective__reward_shift="none")
+    rows = tmp_path / "scored.jsonl"
+    write_rows(rows, [{"prompt": f"Rate {i}", "response": "Z" if i == 9 else "no", "score": 0.5} for i in range(16)])
+    result = uft("train", str(recipe), "data.sources.1.allow_one_score=true")
+    assert result.returncode == 3, result.stdout + result.stderr
+    assert f"{rows}:10: the reference's log-prob is not finite" in result.stderr
+    assert not any("grad_norm" in line for line in numbers(tmp_path / "run"))
 
 
 @pytest.mark.long

@@ -5,13 +5,17 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from runs import losses, recipe_in, uft, write_rows
 from safetensors import safe_open
 from toy import logps_by_name, toy_model, toy_step
-from transformers import AutoModelForImageTextToText
-from wrappers import WRAPPERS, build_wrapper
+from transformers import AutoConfig, AutoModelForImageTextToText
+from wrappers import OF_IMAGES, WRAPPERS, build_wrapper
 
+from uft_ds.architectures.facts import is_passed_by_text
 from uft_ds.data.micro_batch import micro_batch
+from uft_ds.errors import UserError
+from uft_ds.planning.structure import Lora, structure_of
 
 
 @pytest.fixture(scope="module", params=WRAPPERS)
@@ -52,11 +56,32 @@ def test_a_run_trains_the_language_model_alone(wrapper: Path, tmp_path: Path) ->
     assert result.returncode == 0, result.stdout + result.stderr
     assert "100.00% of the adapter's log-ratios kept" in result.stdout
     assert names_in(tmp_path / "model" / "model.safetensors") == names_in(wrapper / "model.safetensors")
+    assert (tmp_path / "model" / OF_IMAGES).read_bytes() == (wrapper / OF_IMAGES).read_bytes()
     ours = dict(AutoModelForImageTextToText.from_pretrained(tmp_path / "model").named_parameters())
     theirs = dict(AutoModelForImageTextToText.from_pretrained(wrapper).named_parameters())
     changed = {name for name, value in theirs.items() if not torch.equal(ours[name], value)}
     assert len(changed) == 14
     assert all(".language_model.layers." in name for name in changed)
+
+
+def test_a_plan_counts_what_text_passes(wrapper: Path) -> None:
+    """The language model and its head, not what reads images."""
+    structure = structure_of(AutoConfig.from_pretrained(wrapper), Lora(4, 8.0, "all-linear", "float32"))
+    model = AutoModelForImageTextToText.from_pretrained(wrapper)
+    parts = (model.get_decoder(), model.get_output_embeddings())
+    of_text = {id(p): p.numel() for part in parts for p in part.parameters()}
+    assert structure.num_active == structure.num_read == sum(of_text.values())
+    assert structure.num_base == sum(p.numel() for p in model.parameters()) > structure.num_active
+    names = [name for name, p in model.named_parameters() if is_passed_by_text(model.config, name)]
+    assert sum(dict(model.named_parameters())[name].numel() for name in names) == structure.num_active
+
+
+def test_an_adapter_of_what_reads_images_is_no_start(wrapper: Path, tmp_path: Path) -> None:
+    """PEFT's `all-linear` puts adapters there: such a one is merged first."""
+    base = AutoModelForImageTextToText.from_pretrained(wrapper)
+    get_peft_model(base, LoraConfig(r=4, lora_alpha=8.0, target_modules="all-linear")).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"start\.adapter: .*it adapts what reads images.*merge the adapter"):
+        toy_model(wrapper, start_adapter=tmp_path)
 
 
 @pytest.mark.parametrize("source_format", ["jsonl", "trl"])

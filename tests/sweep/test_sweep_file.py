@@ -62,6 +62,10 @@ def test_a_bad_grid_is_refused(grid: list[str]) -> None:
             {"runs": [SWEEP["runs"][0], SWEEP["runs"][1] | {"set": {"lora.rank": 8}}], "grid": None},
             "run una: lora.rank: 8 given, but it starts from the adapter of sft, whose lora.rank is 16",
         ),
+        (
+            {"runs": [SWEEP["runs"][0] | {"set": {"lora": None}}, SWEEP["runs"][1]], "grid": None},
+            "run una: it starts from the adapter of sft, but sft has lora: null, so none",
+        ),
         ({"runs": [{"name": "a/b", "recipe": "toy.yaml"}]}, "runs.0.name: 'a/b' given; string should match"),
         ({"runs": [{"name": "a", "recipe": "toy.yaml"}] * 2}, "sweep sweep.yaml: two runs are named 'a'"),
         (

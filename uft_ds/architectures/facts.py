@@ -93,6 +93,8 @@ _STATEFUL = re.compile(
 )
 """In the class name of a layer that carries a state along the row, whatever the family."""
 
+_OF_TEXT = re.compile(r"(^|\.)(language_model|lm_head)\.")
+"""In the name of a parameter that text reaches, in a wrapper for images and text."""
 _ROUTED = re.compile(r"(^|\.)experts\.")
 """In the name of a parameter of a mixture's routed experts; a shared expert is called otherwise."""
 
@@ -104,6 +106,15 @@ def family_of(config: Any) -> Family:
         kinds.append(config.get_text_config().model_type)
     known = (FAMILIES.get(name) for kind in kinds for name in (kind, kind.removesuffix("_text")))
     return next((family for family in known if family is not None), _UNKNOWN)
+
+
+def is_passed_by_text(config: Any, parameter: str) -> bool:
+    """Whether text reaches a parameter: not what a wrapper reads images with.
+
+    Args:
+        parameter: its name in the whole model.
+    """
+    return config.get_text_config() is config or _OF_TEXT.search(parameter) is not None
 
 
 def active_share(config: Any, parameter: str) -> float:

@@ -88,6 +88,9 @@ class StoredAs:
 
 AS_THE_BASE = StoredAs()
 
+_OF_IMAGES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+"""Files by which transformers makes a wrapper's inputs of images, beside the tokenizer's."""
+
 _NOT_UNIVERSAL = "it is not written as a universal checkpoint; its own checkpoints resume on any number of ranks"
 
 
@@ -360,6 +363,9 @@ def _write_configs(base: Path, folder: Path, chat: ChatTokenizer, *, dtype: Dtyp
     # Not save_pretrained: it refuses configs of well-known models, such as a temperature without do_sample.
     _ending_turns(generation, chat).to_json_file(folder / "generation_config.json")
     save_tokenizer(chat, folder)
+    for name in _OF_IMAGES:
+        if (base / name).is_file():
+            shutil.copyfile(base / name, folder / name)
 
 
 def _ending_turns(config: GenerationConfig, chat: ChatTokenizer) -> GenerationConfig:

@@ -21,7 +21,7 @@ from uft_ds.data.example import Sequence
 from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.data.mixture import Step
 from uft_ds.engine.engine import Engine
-from uft_ds.errors import Stopped, UserError
+from uft_ds.errors import CheckFailed, Stopped, UserError
 from uft_ds.host.signals import NEVER, Stop
 from uft_ds.known.store import LogpTable, ReferenceStore
 from uft_ds.objectives.reference import REFERENCE_STREAM, HowReference, is_forwarded_each_time
@@ -257,6 +257,7 @@ def fill(
     flush_every: int,
     on_group: Callable[[int, int], None] = lambda visited, computed: None,
     stop: Stop = NEVER,
+    needs_all: bool = False,
 ) -> None:
     """Forward only the reference over all responses that are not known yet, and store the values along the way.
 
@@ -265,8 +266,10 @@ def fill(
     Args:
         flush_every: the number of groups after which new values are written to the store.
         on_group: called after each group with the number of its responses, and of those that were computed.
+        needs_all: whether a response without a finite value is an error. It is not kept otherwise.
     Raises:
         UserError: the store cannot be written.
+        CheckFailed: on every rank; names the response that has none.
         Stopped: between two groups; the values found so far are stored.
     """
 
@@ -283,6 +286,12 @@ def fill(
                     outputs = engine(batch, [engine.streams[REFERENCE_STREAM]])
                     cache.resolve(batch, logps_of(outputs, batch)[REFERENCE_STREAM])
             computed = cache.learn(engine, group)
+            if needs_all and (missing := _without_value(cache, group)):
+                flush()
+                raise CheckFailed(
+                    f"{missing[0]}: the reference's log-prob is not finite, and no step computes it again: leave the "
+                    "row out, or take another model.base"
+                )
             if number % flush_every == 0:
                 flush()
             on_group(len(group.responses), computed)
@@ -292,3 +301,13 @@ def fill(
                 flush()
                 raise
     flush()
+
+
+def _without_value(cache: Known, group: Step) -> list[str]:
+    """Origins of a group's responses that are not known."""
+    return [
+        response.origin
+        for sequence in group.sequences
+        for key, response in zip(sequence.response_keys, sequence.responses, strict=True)
+        if not cache.has(key)
+    ]

@@ -123,7 +123,7 @@ def least_time(
     """Time of the rank with the most responses: at least one, even if there are more ranks than responses."""
     busiest = workload.most_responses(cluster.ranks) / workload.examples_per_step / workload.sequence_size
     passes = 2 + (workload.gradient_checkpointing is True) + with_reference + extra_streams
-    read = workload.micro_steps(cluster.ranks) * passes * structure.num_base * workload.item_bytes
+    read = workload.micro_steps(cluster.ranks) * passes * structure.num_read * workload.item_bytes
     gpu = cluster.gpu
     return Time(
         compute_seconds=flops.total * busiest / gpu.flops_per_second,

@@ -57,7 +57,8 @@ class Structure:
     is_trainable: tuple[bool, ...]
     is_adapter: tuple[bool, ...]
     active_share: tuple[float, ...]
-    """Of each parameter, the share that one token passes: below 1 for a mixture's routed experts."""
+    """Of each parameter, the share that one token passes: below 1 for a mixture's routed experts, 0 for what reads
+    images."""
     layers: tuple[tuple[int, ...], ...]
     """Parameters of each decoder layer, adapters included."""
     embedding: tuple[int, ...]
@@ -92,6 +93,13 @@ class Structure:
     def active_of(self, parameters: Sequence[int]) -> int:
         """Number of elements of the given parameters that one token passes, without adapters."""
         return round(sum(self.sizes[p] * self.active_share[p] for p in parameters if not self.is_adapter[p]))
+
+    @property
+    def num_read(self) -> int:
+        """Number of parameters of the base that a pass of many tokens reads."""
+        return sum(size for size, share in zip(self.sizes, self.active_share, strict=True) if share) - (
+            sum(self.sizes) - self.num_base
+        )
 
     @property
     def num_active(self) -> int:
@@ -181,7 +189,12 @@ def structure_of(config: Any, lora: Lora) -> Structure:
         layers.append(tuple(range(first, len(sizes))))
     norm = tuple(p for module in _final_norms(decoder) for p in noted(module))
     head = noted(base.get_output_embeddings())
-    noted(policy)  # all remaining parameters
+    beside = len(sizes)
+    noted(policy)  # all remaining parameters, which in a wrapper are those that read images
+    of_text = {id(p) for part in (decoder, base.get_output_embeddings()) for p in part.parameters()}
+    for parameter, place in ((p, known[id(p)]) for p in policy.parameters()):
+        if place >= beside and id(parameter) not in of_text:
+            share[place] = 0.0
     reward_head: tuple[int, ...] = ()
     if lora.has_reward_head:
         reward_head = (len(sizes),)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from uft_ds.architectures.facts import active_share
+from uft_ds.architectures.facts import active_share, is_passed_by_text
 from uft_ds.data.example import KINDS
 from uft_ds.host.gpus import peak_flops
 from uft_ds.objectives.groups import Groups
@@ -94,6 +94,7 @@ def model_flops_utilization(model: nn.Module, tokens_per_second: float, *, refer
     num_parameters = sum(
         getattr(p, "ds_numel", p.numel()) * (1.0 if config is None else active_share(config, name))
         for name, p in model.named_parameters()
+        if config is None or is_passed_by_text(config, name)
     )
     of_policy = 6 if all(parameter.requires_grad for parameter in model.parameters()) else 4
     return (of_policy + 2 * reference_share) * num_parameters * tokens_per_second / peak

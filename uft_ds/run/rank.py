@@ -283,6 +283,7 @@ def _learn_reference(
 
     Raises:
         Stopped: what was computed is stored.
+        CheckFailed: a response's is not finite.
     """
     groups = chain((plan.step(number) for number in range(len(plan))), held_out)
     what, done = "computing the reference before the first step", count(1)
@@ -295,6 +296,7 @@ def _learn_reference(
             flush_every=GROUPS_BETWEEN_FLUSHES,
             on_group=lambda visited, computed: on_done(next(done)),
             stop=stop,
+            needs_all=True,
         )
 
 

@@ -131,6 +131,12 @@ def _load(policy: PeftModel, folder: Path, adapters: tuple[str, ...], recipe_key
     expected = get_peft_model_state_dict(policy, adapter_name=POLICY_ADAPTER)
     for name in sorted(set(expected) ^ set(tensors)):
         where = "the policy has no adapter there" if name in tensors else "it is not in the file"
+        beside = _beside_the_decoder(policy.get_base_model())
+        if name in tensors and beside is not None and re.fullmatch(beside, name.removeprefix(PREFIX)):
+            raise UserError(
+                f"{recipe_key}: {folder}: {name}: it adapts what reads images, which is not trained here; merge the "
+                "adapter (uft convert) and take the result as model.base"
+            )
         raise UserError(f"{recipe_key}: {folder}: {name}: {where}; lora.targets must name the same layers")
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:

@@ -208,6 +208,12 @@ def _check_stages_fit(runs: list[PlannedRun], label: str) -> None:
         if run.after is None:
             continue
         first, second = trees[run.after], run.settings.stored
+        if first["lora"] is None or second["lora"] is None:
+            which = run.after if first["lora"] is None else run.name
+            raise UserError(
+                f"{label}: run {run.name}: it starts from the adapter of {run.after}, but {which} has lora: null, so "
+                "none; leave `after` out, or train adapters in both"
+            )
         for key in ("model.base", "model.revision", "lora.rank", "lora.alpha", "lora.targets"):
             section, name = key.split(".")
             before, now = first[section][name], second[section][name]
