@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as hf
 from models import GPT2, PACKED, tiny_model
 from one_process import OneProcess
 from transformers import DynamicCache
 
 from uft_ds.rollouts import room
 from uft_ds.rollouts.room import cache_bytes_per_token, fits_whole, free_bytes
+from uft_ds.streams.load import model_of
 
 
 @pytest.mark.parametrize("name", [*PACKED, "gpt2"])
@@ -20,7 +20,7 @@ from uft_ds.rollouts.room import cache_bytes_per_token, fits_whole, free_bytes
 def test_a_token_takes_what_the_cache_grows_by(name: str) -> None:
     """Of each family, in bytes of the keys and values that a forward of seven tokens leaves."""
     config = (PACKED | {"gpt2": GPT2})[name]
-    model: Any = hf.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    model = model_of(config).to(torch.float32)
     cache = DynamicCache(config=config)
     model(torch.tensor([[5, 6, 7, 8, 9, 10, 11]]), past_key_values=cache, use_cache=True)
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
