@@ -108,13 +108,18 @@ def family_of(config: Any) -> Family:
     return next((family for family in known if family is not None), _UNKNOWN)
 
 
+def wraps_a_language_model(config: Any) -> bool:
+    """Whether a config is of a model of images and text, which holds a language model beside what reads images."""
+    return config.get_text_config() is not config
+
+
 def is_passed_by_text(config: Any, parameter: str) -> bool:
     """Whether text reaches a parameter: not what a wrapper reads images with.
 
     Args:
         parameter: its name in the whole model.
     """
-    return config.get_text_config() is config or _OF_TEXT.search(parameter) is not None
+    return not wraps_a_language_model(config) or _OF_TEXT.search(parameter) is not None
 
 
 def active_share(config: Any, parameter: str) -> float:

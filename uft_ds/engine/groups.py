@@ -1,6 +1,6 @@
 """Groups of parameters, each with its own learning rate: for example the adapters of several streams, a scalar head.
 
-A recipe trains adapters alone, which are one group, or a reward model, whose head is a second one.
+A recipe trains one group, its adapters or all parameters, or a reward model, whose head is a second one.
 """
 
 from __future__ import annotations

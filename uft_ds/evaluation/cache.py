@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from uft_ds.architectures.facts import most_positions
+from uft_ds.architectures.facts import most_positions, wraps_a_language_model
 
 ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 0.15}
 """The largest typical difference of a log-prob between a forward with a cache and one without, nats. Measured on tiny
@@ -83,7 +83,7 @@ def cache_is_exact(model: Any, prompt: list[int], device: torch.device) -> bool:
     Args:
         prompt: token ids, at least one.
     """
-    if model.config.get_text_config() is not model.config:
+    if wraps_a_language_model(model.config):
         # A model of images and text keeps more than a cache between two calls: Qwen2.5-VL a shift of positions a row,
         # which does not follow rows that are taken out (transformers 5.23).
         return False

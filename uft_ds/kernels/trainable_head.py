@@ -3,7 +3,7 @@
 The weight's gradient is a sum over tokens, each multiplied by its upstream gradient, so it cannot be computed in the
 forward. This takes four matmuls: logits, logits again, the gradient of the hidden states, the gradient of the weight.
 
-A recipe trains adapters and freezes the head, so no run reaches this yet.
+Runs that train all parameters take it; beside adapters the head is frozen.
 """
 
 from __future__ import annotations

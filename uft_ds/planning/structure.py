@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from uft_ds.architectures.facts import active_share, decoder_layers, keep_layers
+from uft_ds.architectures.facts import active_share, decoder_layers, is_passed_by_text, keep_layers
 from uft_ds.errors import UserError
 from uft_ds.planning.gathers import Visit
 from uft_ds.streams.accept import accepted_policy, check_base_model, whole_policy
@@ -189,12 +189,10 @@ def structure_of(config: Any, lora: Lora) -> Structure:
         layers.append(tuple(range(first, len(sizes))))
     norm = tuple(p for module in _final_norms(decoder) for p in noted(module))
     head = noted(base.get_output_embeddings())
-    beside = len(sizes)
-    noted(policy)  # all remaining parameters, which in a wrapper are those that read images
-    of_text = {id(p) for part in (decoder, base.get_output_embeddings()) for p in part.parameters()}
-    for parameter, place in ((p, known[id(p)]) for p in policy.parameters()):
-        if place >= beside and id(parameter) not in of_text:
-            share[place] = 0.0
+    noted(policy)  # all remaining parameters
+    for name, parameter in policy.named_parameters():
+        if not is_passed_by_text(config, name):
+            share[known[id(parameter)]] = 0.0
     reward_head: tuple[int, ...] = ()
     if lora.has_reward_head:
         reward_head = (len(sizes),)

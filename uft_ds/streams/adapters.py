@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_mod
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from uft_ds.architectures.facts import wraps_a_language_model
 from uft_ds.errors import UserError
 from uft_ds.objectives.reference import REFERENCE_STREAM
 from uft_ds.streams.adapter_files import HEAD_TENSOR, PREFIX, read_adapter_tensors
@@ -68,9 +69,9 @@ def add_adapters(
 
 def _beside_the_decoder(base: Any) -> str | None:
     """A pattern of all modules outside of a wrapper's language model, which no text reaches; None for other models."""
-    decoder = base.get_decoder()
-    if decoder.config is base.config:
+    if not wraps_a_language_model(base.config):
         return None
+    decoder = base.get_decoder()
     (place,) = (name for name, module in base.named_modules() if module is decoder)
     return rf"(?!{re.escape(place)}\.).*"
 

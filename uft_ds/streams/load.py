@@ -23,7 +23,7 @@ from transformers import (
     GenerationConfig,
 )
 
-from uft_ds.architectures.facts import decoder_layers, is_shown_to_pack
+from uft_ds.architectures.facts import decoder_layers, is_shown_to_pack, wraps_a_language_model
 from uft_ds.errors import UserError
 from uft_ds.host.hub import no_network_hint
 from uft_ds.streams.packed_attention import PACKED
@@ -252,7 +252,7 @@ def load_base(
     config = check_base(base, revision)
     chosen = attention_implementation(attention, dtype, config)
     # The part of a wrapper that reads images is never run, and cannot be asked for packed rows.
-    of_all = chosen if config.get_text_config() is config else None
+    of_all = None if wraps_a_language_model(config) else chosen
     model = load_weights(base, revision=revision, dtype=dtype, attn_implementation=of_all)
     model.get_decoder().config._attn_implementation = chosen
     _check_dropout(model)
