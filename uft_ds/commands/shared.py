@@ -55,28 +55,30 @@ def quiet_loading() -> None:
 
 
 @contextmanager
-def leaving_nothing() -> Iterator[None]:
-    """Within the block SIGTERM and SIGHUP end the command as Ctrl-C does; how it was ended is printed."""
-    try:
-        with ended_as_by_ctrl_c():
-            yield
-    except KeyboardInterrupt as end:
-        with suppress(OSError):  # the terminal may be what has gone
-            print(f"stopped by {end if str(end) else 'Ctrl-C'}: what was not complete is deleted", file=sys.stderr)
-        raise
-
-
-@contextmanager
-def stopped_in_words(state: str) -> Iterator[None]:
-    """Within the block SIGTERM and SIGHUP end the command as Ctrl-C does, and it is said that the work goes on.
+def _ended_in_words(state: str) -> Iterator[None]:
+    """Within the block SIGTERM and SIGHUP end the command as Ctrl-C does; how it was ended is printed.
 
     Args:
-        state: what has become of the work, as the beginning of a sentence.
+        state: what has become of the work, as the end of a sentence.
     """
     try:
         with ended_as_by_ctrl_c():
             yield
     except KeyboardInterrupt as end:
         with suppress(OSError):  # the terminal may be what has gone
-            print(f"stopped by {str(end) or 'Ctrl-C'}: {state}; the same command goes on", file=sys.stderr)
+            print(f"stopped by {str(end) or 'Ctrl-C'}: {state}", file=sys.stderr)
         raise
+
+
+@contextmanager
+def leaving_nothing() -> Iterator[None]:
+    """Within the block a signal ends the command, and it is said that nothing incomplete is left."""
+    with _ended_in_words("what was not complete is deleted"):
+        yield
+
+
+@contextmanager
+def stopped_in_words(state: str) -> Iterator[None]:
+    """Within the block a signal ends the command, and it is said what has become of the work, and that it goes on."""
+    with _ended_in_words(f"{state}; the same command goes on"):
+        yield

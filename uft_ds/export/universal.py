@@ -24,9 +24,8 @@ from uft_ds.checkpoint.shards import Shards
 from uft_ds.checkpoint.state import read_position
 from uft_ds.engine.optimizer_state import MASTER, MOMENTS
 from uft_ds.recipe.settings import TrainSettings
+from uft_ds.streams.policy import OF_POLICY
 
-_PREFIX = "policy."
-"""Name prefix of `UFTModel`, the module around the PEFT model."""
 _VERSION = 0.2
 """universal_checkpoint_version of DeepSpeed 0.19."""
 
@@ -42,7 +41,7 @@ def write_universal(checkpoint: Path, settings: TrainSettings, out: Path) -> Non
     folder = out / name_of(state.step)
     step = torch.tensor(float(state.updates))
     for name, shape in shards.shapes.items():
-        parameter = folder / "zero" / name.removeprefix(_PREFIX)
+        parameter = folder / "zero" / name.removeprefix(OF_POLICY)
         parameter.mkdir(parents=True)
         for ours, theirs in ((MASTER, "fp32"), *((key, key) for key in MOMENTS)):
             whole = shards.read(name, ours, 0, math.prod(shape)).view(shape)

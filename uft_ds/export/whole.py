@@ -18,10 +18,8 @@ from uft_ds.checkpoint.shards import Shards
 from uft_ds.engine.optimizer_state import MASTER
 from uft_ds.errors import CheckFailed, UserError
 from uft_ds.export.merge import stored_as, write_finite
+from uft_ds.streams.policy import OF_POLICY
 from uft_ds.streams.weight_files import WeightFiles
-
-PREFIX = "policy."
-"""What `UFTModel` puts before the names of the base's parameters."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +58,14 @@ def write_whole(
         UserError: the checkpoint is of another model, a value is not finite in its type, or the disk is too full.
     """
     parameter_of = {name: parameter for parameter, names in stored.items() for name in names}
-    missing = {PREFIX + parameter for parameter in stored} ^ set(shards.shapes)
+    missing = {OF_POLICY + parameter for parameter in stored} ^ set(shards.shapes)
     if missing:
         raise UserError(f"{base.folder}: {min(missing)} is either there or in the checkpoint, expected in both")
     for name, parameter in parameter_of.items():
-        if base.infos[name].shape != shards.shapes[PREFIX + parameter]:
+        if base.infos[name].shape != shards.shapes[OF_POLICY + parameter]:
             raise UserError(
                 f"{base.folder}: {name} has shape {list(base.infos[name].shape)}, in the checkpoint "
-                f"{list(shards.shapes[PREFIX + parameter])}"
+                f"{list(shards.shapes[OF_POLICY + parameter])}"
             )
 
     def read(name: str) -> Tensor:
@@ -79,8 +77,8 @@ def write_whole(
 
 def trained(shards: Shards, parameter: str) -> Tensor:
     """A trained parameter: float32, in its own shape."""
-    shape = shards.shapes[PREFIX + parameter]
-    return shards.read(PREFIX + parameter, MASTER, 0, prod(shape)).view(shape)
+    shape = shards.shapes[OF_POLICY + parameter]
+    return shards.read(OF_POLICY + parameter, MASTER, 0, prod(shape)).view(shape)
 
 
 def check_written(

@@ -28,7 +28,7 @@ from uft_ds.streams.accept import accepted_policy
 from uft_ds.streams.adapters import adapter_config_of, adapter_tensors
 from uft_ds.streams.load import check_base, embedding_rows, empty_base
 from uft_ds.streams.model import UFTModel
-from uft_ds.streams.policy import adapted, base_of
+from uft_ds.streams.policy import OF_POLICY, adapted, base_of
 
 
 def generator_of(
@@ -79,7 +79,7 @@ def check_server(settings: Settings) -> None:
     base = empty_base(config)
     chat = load_tokenizer(model.base, revision=model.revision, chat_template=model.chat_template)
     policy = accepted_policy(base, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dtype=torch.float32)
-    trained = {f"policy.{name}": tensor for name, tensor in policy.named_parameters() if tensor.requires_grad}
+    trained = {OF_POLICY + name: tensor for name, tensor in policy.named_parameters() if tensor.requires_grad}
     output = settings.output.absolute()
     beside = output.with_name(f".{output.name}.server-check")
     needed = Needed(

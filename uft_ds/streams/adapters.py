@@ -21,7 +21,7 @@ from uft_ds.objectives.reference import REFERENCE_STREAM
 from uft_ds.streams.adapter_files import HEAD_TENSOR, PREFIX, read_adapter_tensors
 from uft_ds.streams.classifier import HEAD
 from uft_ds.streams.lora_config import WITHOUT_EFFECT, read_lora_config
-from uft_ds.streams.policy import Policy
+from uft_ds.streams.policy import OF_POLICY, Policy
 from uft_ds.streams.stream import BARE_BASE, POLICY_ADAPTER, REFERENCE_ADAPTER, REWARD, Stream
 
 REWARD_HEAD = f"scores.{REWARD.name}.weight"
@@ -241,7 +241,7 @@ def adapter_tensors(policy: PeftModel, trained: Mapping[str, Tensor]) -> dict[st
     Args:
         trained: all trained parameters by their names in `UFTModel`.
     """
-    of_policy = {name.removeprefix("policy."): tensor for name, tensor in trained.items()}
+    of_policy = {name.removeprefix(OF_POLICY): tensor for name, tensor in trained.items()}
     named: dict[str, Tensor] = get_peft_model_state_dict(policy, state_dict=of_policy, adapter_name=POLICY_ADAPTER)
     head = {HEAD_TENSOR: trained[REWARD_HEAD]} if REWARD_HEAD in trained else {}
     return named | head

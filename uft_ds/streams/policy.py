@@ -13,6 +13,9 @@ Adapted = PeftModel
 Policy = PeftModel | PreTrainedModel
 """What checkpoints and training pass on: a base with adapters, or one that is trained itself."""
 
+OF_POLICY = "policy."
+"""What `UFTModel` puts before the names of the policy's parameters."""
+
 
 def base_of(policy: Any) -> Any:
     """Hugging Face's model in a policy."""
