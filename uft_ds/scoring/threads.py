@@ -45,6 +45,7 @@ def in_threads(
             try:
                 done.put((index, work(item), None))
             except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits
+                ended.set()  # at once: the thread that waits may be late to hear of it on a busy machine
                 done.put((index, None, error))
 
     results: dict[int, _Out] = {}
