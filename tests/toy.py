@@ -73,6 +73,7 @@ def toy_model(
     reward_adapter: Path | None = None,
     targets: Any = "all-linear",
     trains_all: bool = False,
+    quantization: str | None = None,
 ) -> UFTModel:
     """The model in `folder` with adapters; B drawn with `b_std`, so that log-ratios are of order 1.
 
@@ -87,6 +88,7 @@ def toy_model(
         dtype=dtype,
         attention=attention or attention_implementation("auto", torch.float32, check_base(str(folder), None)),
         gradient_checkpointing=gradient_checkpointing,
+        quantization=quantization,
     )
     if trains_all:
         base.requires_grad_(True)

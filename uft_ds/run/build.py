@@ -65,6 +65,7 @@ def build_engine(settings: Settings, reporter: Announcer) -> tuple[Engine, UFTMo
             dtype=dtype,
             attention=settings.model.attention,
             gradient_checkpointing=recompute,
+            quantization=settings.model.quantization,
         )
     policy = _whole(base) if settings.trains_all else _adapted(base, settings)
     heads = with_reward_adapter(policy, settings)

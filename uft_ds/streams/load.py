@@ -26,6 +26,7 @@ from transformers import (
 from uft_ds.architectures.facts import decoder_layers, is_shown_to_pack, wraps_a_language_model
 from uft_ds.errors import UserError
 from uft_ds.host.hub import no_network_hint
+from uft_ds.streams.nf4 import NF4, quantise
 from uft_ds.streams.packed_attention import PACKED
 from uft_ds.streams.recompute import Recompute, enable_recompute
 from uft_ds.streams.stored_names import stored_weights
@@ -240,14 +241,17 @@ def load_base(
     dtype: torch.dtype,
     attention: str,
     gradient_checkpointing: Recompute,
+    quantization: str | None = None,
 ) -> Any:
     """The base model, frozen and in training mode.
 
     Within `engine.engine.partitioned_loading` each rank keeps only its shard: transformers maps the files, reads them
     once, and distributes each parameter as it is read.
 
+    Args:
+        quantization: nf4: its linear layers are in 4 bits, see `streams/nf4.py`. None: as they are.
     Raises:
-        UserError: the base cannot be loaded or trained; see `check_base` and `load_weights`.
+        UserError: the base cannot be loaded or trained; see `check_base`, `load_weights` and `quantise`.
     """
     config = check_base(base, revision)
     chosen = attention_implementation(attention, dtype, config)
@@ -257,6 +261,8 @@ def load_base(
     model.get_decoder().config._attn_implementation = chosen
     _check_dropout(model)
     model.requires_grad_(False)
+    if quantization == NF4:
+        quantise(model)
     model.train()
     enable_recompute(model, gradient_checkpointing)
     return model
