@@ -24,7 +24,7 @@ import argparse
 import math
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -212,6 +212,7 @@ def measure(cell: Cell) -> tuple[Bytes, MicroBatch, list[int]]:
             reference_mode=mode,
             further=(REWARD,) if is_reward_model else (),
             trains_all=cell.mode == TRAINS_ALL,
+            quantization=cell.quantization,
         )
     layer_class = decoder_layer_class(base_of(model.policy))
     packing = Packing(sequence_size=cell.sequence_size)
@@ -268,12 +269,19 @@ def resident(engine: Engine) -> tuple[int, int, int]:
     parameters = list(engine.module.parameters())
     frozen = [p for p in parameters if not p.requires_grad]
     copies = [p.ds_secondary_tensor for p in frozen if p.ds_secondary_tensor is not None]
-    weights = _bytes([*(p.ds_tensor for p in frozen), *copies])
+    weights = _bytes([*(p.ds_tensor for p in frozen), *copies, *constants_of(frozen)])
     state = [t for of in zero.optimizer.state.values() for t in of.values() if isinstance(t, Tensor)]
     adapters = [p.ds_tensor for p in parameters if p.requires_grad]
     optimizer = _bytes([*adapters, *zero.fp32_partitioned_groups_flat, *state])
     buckets = [bucket.buffer for bucket in zero.ipg_buckets.values()]
     return weights, optimizer, _bytes([zero.grad_partitions_flat_buffer, *buckets])
+
+
+def constants_of(parameters: Iterable[Any]) -> Iterator[Tensor]:
+    """What decodes the parameters that are in NF4, besides their codes."""
+    states = [p.quant_state for p in parameters if hasattr(p, "quant_state")]
+    for state in states:
+        yield from (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
 
 
 def _bytes(tensors: Any) -> int:
@@ -311,7 +319,7 @@ def predict(cell: Cell, ranks: int, batch: MicroBatch, step: list[int]) -> Bytes
     lora = replace(LORA, has_reward_head=is_reward_model)
     if cell.mode == TRAINS_ALL:
         lora = Lora.none(cell.dtype)
-    structure = structure_of(check_base(str(cell.folder), None), lora)
+    structure = structure_of(check_base(str(cell.folder), None), lora, cell.quantization)
     item_bytes = structure.item_bytes(cell.dtype)
     sharding = sharding_of(zero3(cell))
     one = ITEM_BYTES[cell.dtype]
@@ -385,6 +393,8 @@ class Cell:
     """Of base and activations; adapters are in float32."""
     sequence_size: int = 1
     """Number of ranks that share rows."""
+    quantization: str | None = None
+    """The recipe's `model.quantization`."""
 
 
 def compare(cells: list[Cell], ranks: int) -> list[Row]:
@@ -396,7 +406,8 @@ def compare(cells: list[Cell], ranks: int) -> list[Row]:
             + ("" if cell.mode == "lockstep" else f", {cell.mode}")
             + ("" if cell.dtype == "float32" else f", {cell.dtype}")
             + ("" if cell.secondary == 1 else f", copies in {cell.secondary}")
-            + ("" if cell.sequence_size == 1 else f", {cell.sequence_size} share rows"),
+            + ("" if cell.sequence_size == 1 else f", {cell.sequence_size} share rows")
+            + ("" if cell.quantization is None else f", {cell.quantization}"),
             measured,
             predict(cell, ranks, batch, step),
         )
@@ -441,6 +452,7 @@ def main() -> int:
                 cells += [Cell(folders[0], recompute, sequence_size=2) for recompute in (True, False)]
                 cells += [Cell(folder, True, TRAINS_ALL) for folder in folders]
                 cells += [Cell(folders[0], False, TRAINS_ALL, dtype="bfloat16")]
+                cells += [Cell(folder, True, dtype="bfloat16", quantization="nf4") for folder in folders]
             found = compare(cells, ranks)
             if ranks == 4:  # in processes of its own: DeepSpeed makes such groups once
                 found += compare([Cell(folders[0], gradient_checkpointing=True, secondary=2)], ranks)

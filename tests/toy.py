@@ -15,6 +15,7 @@ from uft_ds.data.example import KINDS, Kind, Response, Sequence
 from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.data.mixture import Step
 from uft_ds.engine.engine import Engine
+from uft_ds.engine.gathering import whole_parameter
 from uft_ds.objectives.objective import KindObjective, Objective
 from uft_ds.objectives.reference import HowForwarded
 from uft_ds.streams.adapters import add_adapters, start_from_adapter, start_policy_from_adapter
@@ -89,6 +90,7 @@ def toy_model(
         attention=attention or attention_implementation("auto", torch.float32, check_base(str(folder), None)),
         gradient_checkpointing=gradient_checkpointing,
         quantization=quantization,
+        whole=whole_parameter,
     )
     if trains_all:
         base.requires_grad_(True)

@@ -116,7 +116,7 @@ def make_plan(
     outcome = planner.plan(setting)
     files = shipped_files(planner, setting, chosen)
     remedies = () if outcome.fits else tuple(remedies_for(planner, outcome, files))
-    structure = planner.structure(workload.lora)
+    structure = planner.structure(workload)
     return Plan(
         recipe_name=settings.name,
         structure=structure,

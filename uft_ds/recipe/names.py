@@ -100,8 +100,8 @@ _NOT_HERE: Mapping[str, str] = {
             ),
             *("bnb_4bit_quant_type", "bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant", "double_quantization"),
         ),
-        "a base in 4 bits is model.quantization: nf4 (QLoRA, with double quantisation, at ZeRO stage 2); there is no "
-        "other, and none in 8 bits (`uft plan` says what fits)",
+        "a base in 4 bits is model.quantization: nf4 (QLoRA, with double quantisation); there is no other, and none in "
+        "8 bits (`uft plan` says what fits)",
     ),
     **dict.fromkeys(
         ("optim", "optimizer"), "the optimiser is AdamW; its keys are train.lr, train.betas and train.weight_decay"

@@ -41,7 +41,7 @@ class ModelSection(Section):
     """Type of the frozen base weights and of the activations."""
     quantization: Literal["nf4"] | None = None
     """nf4: the base's linear layers in 4 bits (QLoRA), 0.516 bytes a weight instead of 2; base and reference are then
-    the rounded model, and so is what is converted. For adapters at ZeRO stage 2; needs the extra nf4. null: none."""
+    the rounded model, and so is what is converted. Adapters alone can be trained; needs the extra nf4. null: none."""
     attention: Literal["auto", "packed", "flash_attention_2", "sdpa", "eager"] = "auto"
     """`packed`: each sequence of a row by itself, without a mask of all tokens. `auto`: packed for the families that
     the tests cover; else flash_attention_2 if it is installed, a GPU is present and dtype is bfloat16; else sdpa."""

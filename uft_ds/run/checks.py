@@ -46,7 +46,7 @@ def check_recipe(settings: Settings) -> tuple[str, ...]:
     if settings.model.quantization is not None:
         check_bitsandbytes()
         check_can_be_nf4(base)
-        _check_stage(settings)
+        _check_not_on_disk(settings)
     if settings.trains_all:
         UFTModel(whole_policy(base), reference_mode=settings.reference.mode)
         adapted: tuple[str, ...] = ()
@@ -81,18 +81,18 @@ def _check_divides(settings: Settings, config: Any) -> None:
         )
 
 
-def _check_stage(settings: Settings) -> None:
-    """Refuse a quantised base under ZeRO-3, which divides parameters: see docs/findings.md.
+def _check_not_on_disk(settings: Settings) -> None:
+    """Refuse a quantised base whose shards DeepSpeed would keep on a disk: its buffers are of the model's type.
 
     Raises:
         UserError: names the file, and what to take.
     """
-    stage = settings.deepspeed.checked["zero_optimization"]["stage"]
-    if stage == 3:
+    offloaded = settings.deepspeed.checked["zero_optimization"].get("offload_param")
+    if isinstance(offloaded, dict) and offloaded.get("device") == "nvme":
         raise UserError(
-            f"model.quantization: {settings.model.quantization} given, but deepspeed: {settings.deepspeed.name} is "
-            "ZeRO stage 3, which shards the base itself; take deepspeed: zero2, where each GPU holds all of it in 4 "
-            "bits"
+            f"model.quantization: {settings.model.quantization} given, but deepspeed: {settings.deepspeed.name} keeps "
+            "the base on a disk (offload_param.device: nvme), which is for weights in 16 bits; take zero3_offload, or "
+            "zero2, where each GPU holds all of it in 4 bits"
         )
 
 

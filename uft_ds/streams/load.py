@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Collection, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -26,7 +27,7 @@ from transformers import (
 from uft_ds.architectures.facts import decoder_layers, is_shown_to_pack, wraps_a_language_model
 from uft_ds.errors import UserError
 from uft_ds.host.hub import no_network_hint
-from uft_ds.streams.nf4 import NF4, quantise
+from uft_ds.streams.nf4 import NF4, Whole, quantise
 from uft_ds.streams.packed_attention import PACKED
 from uft_ds.streams.recompute import Recompute, enable_recompute
 from uft_ds.streams.stored_names import stored_weights
@@ -242,6 +243,7 @@ def load_base(
     attention: str,
     gradient_checkpointing: Recompute,
     quantization: str | None = None,
+    whole: Whole = nullcontext,
 ) -> Any:
     """The base model, frozen and in training mode.
 
@@ -250,6 +252,7 @@ def load_base(
 
     Args:
         quantization: nf4: its linear layers are in 4 bits, see `streams/nf4.py`. None: as they are.
+        whole: as for `quantise`, which gathers what is loaded in shards.
     Raises:
         UserError: the base cannot be loaded or trained; see `check_base`, `load_weights` and `quantise`.
     """
@@ -262,7 +265,7 @@ def load_base(
     _check_dropout(model)
     model.requires_grad_(False)
     if quantization == NF4:
-        quantise(model)
+        quantise(model, whole)
     model.train()
     enable_recompute(model, gradient_checkpointing)
     return model

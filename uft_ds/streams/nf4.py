@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -44,10 +45,16 @@ _WEIGHTS_AT_ONCE = BLOCK << 18
 """Coded at one time: 17 million, whose temporaries take 0.3 GB."""
 _SMALLEST = 1e-38
 """What a block of zeros is divided by."""
+_TABLES = 16 + 256
+"""Values of the codes of weights, and of those of constants; each layer has its own."""
 _LINEAR = torch._C._nn.linear
 """torch's own: DeepSpeed may have put another function in the place of `torch.nn.functional.linear`."""
 _LEAST_SHARE = 0.9
 """Of the weights of the layers, what must be in linear layers."""
+
+
+Whole = Callable[[Any], AbstractContextManager[Any]]
+"""A context within which a parameter, which ZeRO-3 may have partitioned, is whole."""
 
 
 @dataclass(frozen=True)
@@ -113,18 +120,30 @@ def check_can_be_nf4(base: Any) -> tuple[str, ...]:
     return tuple(f"{name}.weight" for name, _ in named)
 
 
-def quantise(base: Any) -> None:
+def quantise(base: Any, whole: Whole = nullcontext) -> None:
     """Hold the linear layers of a loaded base in NF4 from now on, in place. They are frozen.
 
+    Args:
+        whole: a context within which a parameter that ZeRO-3 has partitioned is whole. Its codes are whole, on the
+            host, until the engine shards them.
     Raises:
         UserError: bitsandbytes is missing, or NF4 takes little of the base.
     """
     check_bitsandbytes()
     check_can_be_nf4(base)
     for _, layer in linear_layers(base):
-        layer.weight = coded(layer.weight.detach())
+        is_divided = hasattr(layer.weight, "ds_id")
+        with whole(layer.weight):
+            weight = coded(layer.weight.detach())
+        layer.weight = weight.to("cpu") if is_divided else weight
         layer.requires_grad_(False)
         layer.__class__ = Nf4Linear
+
+
+def constants_bytes(weights: int) -> int:
+    """Bytes of what decodes a matrix of so many weights, besides its codes: constants, and theirs, and two tables."""
+    blocks = -(-weights // BLOCK)
+    return blocks + 4 * (-(-blocks // SECOND_BLOCK) + 1 + _TABLES)
 
 
 def round_linear(base: Any, nf4: Nf4Base) -> None:
@@ -193,7 +212,10 @@ def _coded_part(weights: Tensor, middles: Tensor) -> tuple[Tensor, Tensor]:
 
 def decoded(weight: Any) -> Tensor:
     """The values of a weight in NF4: [out, in], in the type that it had before."""
-    values: Tensor = _functional().dequantize_4bit(weight.data, weight.quant_state)
+    codes, state = weight.data, weight.quant_state
+    if state.absmax.device != codes.device:  # ZeRO-3 moves the codes alone
+        state.to(codes.device)
+    values: Tensor = _functional().dequantize_4bit(codes, state)
     return values
 
 
