@@ -11,7 +11,6 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +84,7 @@ class Unmerged:
         """
         with _in_words(self.base):
             check_base_files(local_folder(self.base, self.revision))
-            model = load_weights(self.base, revision=self.revision, dtype=dtype)
-            if self.nf4 is not None:
-                (quantise if dtype == self.nf4.dtype else partial(round_linear, nf4=self.nf4))(model)
+            model = self._loaded(dtype)
         rows = embedding_rows(model.config)
         if len(self.tokenizer) > rows:
             raise UserError(
@@ -98,6 +95,21 @@ class Unmerged:
             model = with_adapter(model, self.adapter).get_base_model()
         torch.nn.Module.to(model, device)  # in place; transformers' own `to` is untyped for a device
         return model.eval()
+
+    def _loaded(self, dtype: torch.dtype) -> Any:
+        """The base, on the host."""
+        nf4 = self.nf4
+        if nf4 is None or dtype == nf4.dtype:
+            model = load_weights(self.base, revision=self.revision, dtype=dtype)
+            if nf4 is not None:
+                quantise(model)
+            return model
+        # Of all bits that are stored: codes are made of the values in the type that was trained in.
+        model = load_weights(self.base, revision=self.revision, dtype=torch.float32)
+        round_linear(model, nf4)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        return model
 
 
 @contextmanager

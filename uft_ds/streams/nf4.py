@@ -78,7 +78,7 @@ def check_bitsandbytes() -> None:
     Raises:
         UserError: it is not installed, or too old; says how to install it.
     """
-    how = f'pip install "uft_ds[{NF4}]", which is {install_command(NF4)}'
+    how = f'pip install "uft_ds[{NF4}]", or {install_command(NF4)}'
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(f"model.quantization: {NF4} needs bitsandbytes, which is not installed: {how}")
     found = importlib.metadata.version("bitsandbytes")
