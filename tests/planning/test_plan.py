@@ -71,6 +71,17 @@ def tiny(*overrides: str, gpus: int = 1, **options: Any) -> Plan:
     return plan(f"model.base={tiny_folder()}", *given, *overrides, gpus=gpus, name="uft_mistral7b", **options)
 
 
+def test_a_32b_model_in_nf4_fits_one_gpu_of_48_gb() -> None:
+    """Policy and reference: 31e9 weights of 0.516 bytes and 1.6e9 of 2 are 19.1 GB; in 16 bits they are 65.5."""
+    of_nf4 = plan(name="uft_qwen32b_nf4", gpus=1, gpu="l40s", gpu_memory=None)
+    assert of_nf4.outcome.fits
+    assert of_nf4.outcome.gpu_spare_bytes > 5e9
+    assert of_nf4.outcome.gpu.weights_shard_bytes == pytest.approx(19.2e9, rel=0.01)
+    plain = plan("model.quantization=null", name="uft_qwen32b_nf4", gpus=1, gpu="l40s", gpu_memory=None)
+    assert not plain.outcome.fits
+    assert plain.outcome.gpu.weights_shard_bytes == pytest.approx(65.5e9, rel=0.01)
+
+
 def test_the_32b_recipe_fits_eight_gpus_of_80_gb() -> None:
     """With the file that it has, and with room; LoRA runs of this model on 8 x 80 GB are published."""
     found = plan()

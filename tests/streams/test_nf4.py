@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from wrappers import build_wrapper
 
 from uft_ds.data.micro_batch import micro_batch
-from uft_ds.errors import UserError
+from uft_ds.errors import CheckFailed, UserError
+from uft_ds.streams import nf4 as of_nf4
 from uft_ds.streams.load import check_base, empty_base, load_base
 from uft_ds.streams.model import UFTModel
 from uft_ds.streams.nf4 import (
@@ -28,6 +29,7 @@ from uft_ds.streams.nf4 import (
     Nf4Linear,
     check_bitsandbytes,
     check_can_be_nf4,
+    check_device,
     coded,
     constants_bytes,
     decoded,
@@ -250,6 +252,25 @@ def test_a_mixture_of_experts_is_refused(tmp_path: Path) -> None:
     model = empty_base(check_base(str(build_mixture(tmp_path, "qwen3_moe")), None))
     with pytest.raises(UserError, match=r"model.quantization: nf4 given, but .* only \d+% are in linear layers"):
         check_can_be_nf4(model)
+
+
+@pytest.mark.parametrize("what", ["codes", "values"])
+def test_a_device_that_computes_otherwise_is_refused(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One bit on it: in a code, or in a value. The host agrees with itself."""
+    weight, cpu, calls = matrix(64, 64), torch.device("cpu"), []
+    check_device(weight, cpu)
+    function = {"codes": coded, "values": decoded}[what]
+
+    def changed_the_second_time(*args: Any) -> Any:
+        calls.append(args)
+        found = function(*args)
+        if len(calls) == 2:
+            found.data.view(torch.uint8)[0] ^= 1
+        return found
+
+    monkeypatch.setattr(of_nf4, function.__name__, changed_the_second_time)
+    with pytest.raises(CheckFailed, match=rf"nf4: the {what} of the first layer on cpu are not those of the host"):
+        check_device(weight, cpu)
 
 
 def test_a_missing_package_is_named(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 
 from uft_ds.architectures.facts import decoder_layers
-from uft_ds.errors import UserError
+from uft_ds.errors import CheckFailed, UserError
 from uft_ds.host.packages import install_command
 from uft_ds.recipe.settings import ModelSettings
 
@@ -45,6 +45,7 @@ _WEIGHTS_AT_ONCE = BLOCK << 18
 """Coded at one time: 17 million, whose temporaries take 0.3 GB."""
 _SMALLEST = 1e-38
 """What a block of zeros is divided by."""
+_ROWS_COMPARED = 1024
 _TABLES = 16 + 256
 """Values of the codes of weights, and of those of constants; each layer has its own."""
 _LINEAR = torch._C._nn.linear
@@ -128,9 +129,14 @@ def quantise(base: Any, whole: Whole = nullcontext) -> None:
             host, until the engine shards them.
     Raises:
         UserError: bitsandbytes is missing, or NF4 takes little of the base.
+        CheckFailed: the GPU does not compute what the host does; see `check_device`.
     """
     check_bitsandbytes()
     check_can_be_nf4(base)
+    if torch.cuda.is_available():
+        _, first = next(linear_layers(base))
+        with whole(first.weight):
+            check_device(first.weight.detach(), torch.device("cuda"))
     for _, layer in linear_layers(base):
         is_divided = hasattr(layer.weight, "ds_id")
         with whole(layer.weight):
@@ -138,6 +144,27 @@ def quantise(base: Any, whole: Whole = nullcontext) -> None:
         layer.weight = weight.to("cpu") if is_divided else weight
         layer.requires_grad_(False)
         layer.__class__ = Nf4Linear
+
+
+def check_device(weight: Tensor, device: torch.device) -> None:
+    """Refuse a device that codes or decodes a weight to other bits than the host: what is merged there would not be
+    what was trained.
+
+    Raises:
+        CheckFailed: says what differs.
+    """
+    rows = weight[:_ROWS_COMPARED].to("cpu", copy=True)
+    here, there = coded(rows, torch.device("cpu")), coded(rows, device).to(device)
+    if not torch.equal(here.data, there.data.cpu()):
+        differing = "codes"
+    elif not torch.equal(decoded(here), decoded(there).cpu()):
+        differing = "values"
+    else:
+        return
+    raise CheckFailed(
+        f"model.quantization: {NF4}: the {differing} of the first layer on {device} are not those of the host, bit for "
+        "bit, so a merged model would not be the trained one; take another version of bitsandbytes"
+    )
 
 
 def constants_bytes(weights: int) -> int:
@@ -158,19 +185,21 @@ def round_linear(base: Any, nf4: Nf4Base) -> None:
         layer.weight.data = rounded(layer.weight.detach(), nf4).to(layer.weight.dtype)
 
 
-def coded(weight: Tensor) -> Any:
+def coded(weight: Tensor, device: torch.device | None = None) -> Any:
     """A weight in NF4: a `bitsandbytes.nn.Params4bit`, on the weight's device.
-
-    It is coded on a GPU if there is one, to the same bits: on a CPU a core takes a second for 14 million weights.
 
     Args:
         weight: [out, in], float32 or bfloat16; finite.
+        device: on which it is coded, to the same bits as on any other; None: a GPU if there is one. On a CPU a core
+            takes a second for 14 million weights.
     """
     from bitsandbytes.nn import Params4bit
 
     functional = _functional()
     code = functional.get_4bit_type(NF4, device="cpu")
-    middles = ((code[:-1] + code[1:]) / 2).to("cuda" if torch.cuda.is_available() else weight.device)
+    middles = ((code[:-1] + code[1:]) / 2).to(
+        device or torch.device("cuda" if torch.cuda.is_available() else weight.device)
+    )
     parts = [_coded_part(part.to(middles.device), middles) for part in weight.reshape(-1).split(_WEIGHTS_AT_ONCE)]
     packed, largest = (torch.cat(of) for of in zip(*parts, strict=True))
     # On the CPU, whichever device the weight is on: these are 64 times fewer numbers.
