@@ -85,6 +85,9 @@ SIZES = {
     "middle": Size("llama", 384, 6, 3001, tied=True),  # a vocabulary that no number of ranks divides
     "large": Size("qwen2", 512, 8, 8192),
 }
+MIXTURE = Size("qwen3_moe", 256, 4, 4096)
+"""Eight experts, of which a token passes two; adapters on the attention, and on the experts too."""
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 @dataclass(frozen=True)
@@ -105,16 +108,28 @@ class Bytes:
 
 def write_model(folder: Path, size: Size) -> Path:
     """A random float32 model."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+    )
 
-    classes: Any = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
+    classes: Any = {
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+    }
     config_class, model_class = classes[size.family]
+    mixture = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": size.hidden // 2, "head_dim": 32}
     assert size.vocabulary >= VOCAB_SIZE
     torch.manual_seed(0)
     config = config_class(
         vocab_size=size.vocabulary, hidden_size=size.hidden, intermediate_size=3 * size.hidden,
         num_hidden_layers=size.layers, num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=4096,
-        tie_word_embeddings=size.tied,
+        tie_word_embeddings=size.tied, **(mixture if size == MIXTURE else {}),
     )  # fmt: skip
     model_class(config).to(torch.float32).save_pretrained(folder)
     return folder
@@ -213,6 +228,8 @@ def measure(cell: Cell) -> tuple[Bytes, MicroBatch, list[int]]:
             further=(REWARD,) if is_reward_model else (),
             trains_all=cell.mode == TRAINS_ALL,
             quantization=cell.quantization,
+            targets=cell.targets,
+            experts=cell.experts,
         )
     layer_class = decoder_layer_class(base_of(model.policy))
     packing = Packing(sequence_size=cell.sequence_size)
@@ -316,7 +333,7 @@ def _exchanged(cell: Cell, structure: Structure, step: list[int], item_bytes: in
 def predict(cell: Cell, ranks: int, batch: MicroBatch, step: list[int]) -> Bytes:
     """By the functions of `uft plan`; of the micro-batch only its numbers of tokens are read."""
     is_reward_model = cell.mode == REWARD_MODEL
-    lora = replace(LORA, has_reward_head=is_reward_model)
+    lora = replace(LORA, has_reward_head=is_reward_model, targets=cell.targets, experts=cell.experts)
     if cell.mode == TRAINS_ALL:
         lora = Lora.none(cell.dtype)
     structure = structure_of(check_base(str(cell.folder), None), lora, cell.quantization)
@@ -332,7 +349,7 @@ def predict(cell: Cell, ranks: int, batch: MicroBatch, step: list[int]) -> Bytes
     )  # fmt: skip
     micro_steps, size = len(step), cell.sequence_size
     far, near = parts.step_gathered_bytes(structure, item_bytes, gathers, sharding, ranks, micro_steps)
-    second = parts.weights_bytes(structure, item_bytes, cell.secondary) if cell.secondary > 1 else 0
+    second = parts.copy_bytes(structure, item_bytes, cell.secondary) if cell.secondary > 1 else 0
     return Bytes(
         gathered=(far + near) / micro_steps,
         far=far / micro_steps,
@@ -395,6 +412,13 @@ class Cell:
     """Number of ranks that share rows."""
     quantization: str | None = None
     """The recipe's `model.quantization`."""
+    is_mixture: bool = False
+    experts: bool = False
+    """Whether its routed experts get adapters too."""
+
+    @property
+    def targets(self) -> Any:
+        return list(ATTENTION) if self.is_mixture else LORA.targets
 
 
 def compare(cells: list[Cell], ranks: int) -> list[Row]:
@@ -407,7 +431,8 @@ def compare(cells: list[Cell], ranks: int) -> list[Row]:
             + ("" if cell.dtype == "float32" else f", {cell.dtype}")
             + ("" if cell.secondary == 1 else f", copies in {cell.secondary}")
             + ("" if cell.sequence_size == 1 else f", {cell.sequence_size} share rows")
-            + ("" if cell.quantization is None else f", {cell.quantization}"),
+            + ("" if cell.quantization is None else f", {cell.quantization}")
+            + (", adapters of experts" if cell.experts else ""),
             measured,
             predict(cell, ranks, batch, step),
         )
@@ -435,6 +460,16 @@ def grid(folders: list[Path], modes: list[str]) -> list[Cell]:
     return [Cell(folder, recompute, mode) for folder in folders for mode in modes for recompute in (True, False)]
 
 
+def of_mixture(folder: Path) -> list[Cell]:
+    """A mixture of experts, below `folder`, whose experts are frozen and adapted."""
+    model = write_model(folder / "mixture", MIXTURE)
+    return [
+        Cell(model, recompute, is_mixture=True, experts=experts)
+        for experts in (False, True)
+        for recompute in (True, False)
+    ]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=list(RANKS))
@@ -453,6 +488,7 @@ def main() -> int:
                 cells += [Cell(folder, True, TRAINS_ALL) for folder in folders]
                 cells += [Cell(folders[0], False, TRAINS_ALL, dtype="bfloat16")]
                 cells += [Cell(folder, True, dtype="bfloat16", quantization="nf4") for folder in folders]
+                cells += of_mixture(Path(name))
             found = compare(cells, ranks)
             if ranks == 4:  # in processes of its own: DeepSpeed makes such groups once
                 found += compare([Cell(folders[0], gradient_checkpointing=True, secondary=2)], ranks)

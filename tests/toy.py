@@ -73,6 +73,7 @@ def toy_model(
     further: Seq[Stream] = (),
     reward_adapter: Path | None = None,
     targets: Any = "all-linear",
+    experts: bool = False,
     trains_all: bool = False,
     quantization: str | None = None,
 ) -> UFTModel:
@@ -95,7 +96,7 @@ def toy_model(
     if trains_all:
         base.requires_grad_(True)
         return UFTModel(base, reference_mode="separate", activation_offload=activation_offload, chunk_bytes=chunk_bytes)
-    policy = add_adapters(base, rank=4, alpha=8.0, targets=targets, dtype=lora_dtype, seed=1)
+    policy = add_adapters(base, rank=4, alpha=8.0, targets=targets, dtype=lora_dtype, seed=1, experts=experts)
     if b_std:
         generator = torch.Generator().manual_seed(2)
         for name, parameter in policy.named_parameters():

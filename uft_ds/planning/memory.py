@@ -107,7 +107,7 @@ def gpu_memory(
     # The constants of a base in NF4 are on the GPU wherever its codes are.
     weights = parts.weights_bytes(structure, item_bytes, weights_ranks) if on_gpu else structure.constants_bytes
     near = min(sharding.secondary, ranks)
-    secondary = parts.weights_bytes(structure, item_bytes, near) if sharding.secondary > 1 else 0
+    secondary = parts.copy_bytes(structure, item_bytes, near) if sharding.secondary > 1 else 0
     adapters = parts.adapter_bytes(structure, item_bytes, weights_ranks) if on_gpu else 0
     # On a single GPU that holds the weights, a gathered parameter is its own shard.
     gathered = 0 if gathers is None or (ranks == 1 and on_gpu) else gathers.peak_bytes

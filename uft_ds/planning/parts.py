@@ -21,7 +21,12 @@ def shard(size: int, ranks: int) -> int:
 
 def weights_bytes(structure: Structure, item_bytes: Sequence[int], ranks: int) -> int:
     """A rank's shard of the frozen base, and the constants of one in NF4."""
-    return _sum(structure, item_bytes, ranks, trainable=False) + structure.constants_bytes
+    return copy_bytes(structure, item_bytes, ranks) + structure.constants_bytes
+
+
+def copy_bytes(structure: Structure, item_bytes: Sequence[int], ranks: int) -> int:
+    """A rank's shard of a second copy of the frozen base, which needs no second set of constants."""
+    return _sum(structure, item_bytes, ranks, trainable=False)
 
 
 def adapter_bytes(structure: Structure, item_bytes: Sequence[int], ranks: int) -> int:
