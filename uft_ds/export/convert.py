@@ -238,6 +238,8 @@ def convert_to_universal(path: Path, out: Path, *, say: Say = print) -> Conversi
         raise UserError(f"{path}: all parameters were trained: {_NOT_UNIVERSAL}")
     if source.is_reward_model:
         raise UserError(f"{path}: a reward model, whose head has a learning rate of its own: {_NOT_UNIVERSAL}")
+    if source.nf4 is not None:
+        say("note: the adapter belongs on its base in NF4, as its run's recipe says; the checkpoint holds no base")
     with whole_or_nothing(out) as temporary:
         write_universal(source.path, source.settings.train, temporary)
     return Conversion(out, source.path, None)
