@@ -35,6 +35,7 @@ def each_once() -> Iterator[None]:
 def quiet_bitsandbytes() -> None:
     """From now on bitsandbytes does not tell that it lacks a kernel for inference, which nothing here would call.
 
-    It does when it is imported (0.50.2), which transformers and PEFT do in every process, on CPUs with AVX512-BF16.
+    It does when it is imported (0.50.2), which other libraries do in every process where it is installed, on CPUs with
+    AVX512-BF16.
     """
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -110,8 +110,8 @@ def check_can_be_nf4(base: Any) -> tuple[str, ...]:
         UserError: names the share of the weights that it takes.
     """
     named = list(linear_layers(base))
-    taken = sum(module.weight.numel() for _, module in named)
-    total = sum(parameter.numel() for parameter in decoder_layers(base.get_decoder()).parameters())
+    taken = sum(_size(module.weight) for _, module in named)
+    total = sum(_size(parameter) for parameter in decoder_layers(base.get_decoder()).parameters())
     if taken < _LEAST_SHARE * total:
         raise UserError(
             f"model.quantization: {NF4} given, but of the weights in the layers of {type(base).__name__} only "
@@ -119,6 +119,11 @@ def check_can_be_nf4(base: Any) -> tuple[str, ...]:
             "three dimensions): leave it out, or take a model of another architecture"
         )
     return tuple(f"{name}.weight" for name, _ in named)
+
+
+def _size(parameter: Any) -> int:
+    """Number of elements, also of a parameter that ZeRO-3 has partitioned."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def quantise(base: Any, whole: Whole = nullcontext) -> None:
