@@ -24,7 +24,7 @@ import argparse
 import math
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -227,6 +227,7 @@ def measure(cell: Cell) -> tuple[Bytes, MicroBatch, list[int]]:
             reference_mode=mode,
             further=(REWARD,) if is_reward_model else (),
             trains_all=cell.mode == TRAINS_ALL,
+            quantization=cell.quantization,
             targets=cell.targets,
             experts=cell.experts,
         )
@@ -285,12 +286,19 @@ def resident(engine: Engine) -> tuple[int, int, int]:
     parameters = list(engine.module.parameters())
     frozen = [p for p in parameters if not p.requires_grad]
     copies = [p.ds_secondary_tensor for p in frozen if p.ds_secondary_tensor is not None]
-    weights = _bytes([*(p.ds_tensor for p in frozen), *copies])
+    weights = _bytes([*(p.ds_tensor for p in frozen), *copies, *constants_of(frozen)])
     state = [t for of in zero.optimizer.state.values() for t in of.values() if isinstance(t, Tensor)]
     adapters = [p.ds_tensor for p in parameters if p.requires_grad]
     optimizer = _bytes([*adapters, *zero.fp32_partitioned_groups_flat, *state])
     buckets = [bucket.buffer for bucket in zero.ipg_buckets.values()]
     return weights, optimizer, _bytes([zero.grad_partitions_flat_buffer, *buckets])
+
+
+def constants_of(parameters: Iterable[Any]) -> Iterator[Tensor]:
+    """What decodes the parameters that are in NF4, besides their codes."""
+    states = [p.quant_state for p in parameters if hasattr(p, "quant_state")]
+    for state in states:
+        yield from (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
 
 
 def _bytes(tensors: Any) -> int:
@@ -328,7 +336,7 @@ def predict(cell: Cell, ranks: int, batch: MicroBatch, step: list[int]) -> Bytes
     lora = replace(LORA, has_reward_head=is_reward_model, targets=cell.targets, experts=cell.experts)
     if cell.mode == TRAINS_ALL:
         lora = Lora.none(cell.dtype)
-    structure = structure_of(check_base(str(cell.folder), None), lora)
+    structure = structure_of(check_base(str(cell.folder), None), lora, cell.quantization)
     item_bytes = structure.item_bytes(cell.dtype)
     sharding = sharding_of(zero3(cell))
     one = ITEM_BYTES[cell.dtype]
@@ -341,7 +349,7 @@ def predict(cell: Cell, ranks: int, batch: MicroBatch, step: list[int]) -> Bytes
     )  # fmt: skip
     micro_steps, size = len(step), cell.sequence_size
     far, near = parts.step_gathered_bytes(structure, item_bytes, gathers, sharding, ranks, micro_steps)
-    second = parts.weights_bytes(structure, item_bytes, cell.secondary) if cell.secondary > 1 else 0
+    second = parts.copy_bytes(structure, item_bytes, cell.secondary) if cell.secondary > 1 else 0
     return Bytes(
         gathered=(far + near) / micro_steps,
         far=far / micro_steps,
@@ -402,6 +410,8 @@ class Cell:
     """Of base and activations; adapters are in float32."""
     sequence_size: int = 1
     """Number of ranks that share rows."""
+    quantization: str | None = None
+    """The recipe's `model.quantization`."""
     is_mixture: bool = False
     experts: bool = False
     """Whether its routed experts get adapters too."""
@@ -421,6 +431,7 @@ def compare(cells: list[Cell], ranks: int) -> list[Row]:
             + ("" if cell.dtype == "float32" else f", {cell.dtype}")
             + ("" if cell.secondary == 1 else f", copies in {cell.secondary}")
             + ("" if cell.sequence_size == 1 else f", {cell.sequence_size} share rows")
+            + ("" if cell.quantization is None else f", {cell.quantization}")
             + (", adapters of experts" if cell.experts else ""),
             measured,
             predict(cell, ranks, batch, step),
@@ -476,6 +487,7 @@ def main() -> int:
                 cells += [Cell(folders[0], recompute, sequence_size=2) for recompute in (True, False)]
                 cells += [Cell(folder, True, TRAINS_ALL) for folder in folders]
                 cells += [Cell(folders[0], False, TRAINS_ALL, dtype="bfloat16")]
+                cells += [Cell(folder, True, dtype="bfloat16", quantization="nf4") for folder in folders]
                 cells += of_mixture(Path(name))
             found = compare(cells, ranks)
             if ranks == 4:  # in processes of its own: DeepSpeed makes such groups once

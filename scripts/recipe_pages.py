@@ -102,7 +102,7 @@ def plan_rows(settings: Settings) -> Iterator[tuple[str, ...]]:
         if settings.model.gradient_checkpointing == "auto":
             setting = fastest_that_fits(planner, setting, fits_gpu)
         plan = planner.plan(setting)
-        duration = duration_of(plan, planner.structure(workload.lora), amount, mfu_of(settings, ASSUMED_MFU))
+        duration = duration_of(plan, planner.structure(workload), amount, mfu_of(settings, ASSUMED_MFU))
         hours = "unknown" if duration.forecast_seconds is None else f"{duration.forecast_seconds / 3600:.2g}"
         memory = in_gb(plan.gpu.total_bytes), in_gb(plan.host.total_bytes)
         yield f"{gpus} x {cluster.gpu.name}", "yes" if plan.fits else "no", *memory, hours

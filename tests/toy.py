@@ -15,6 +15,7 @@ from uft_ds.data.example import KINDS, Kind, Response, Sequence
 from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.data.mixture import Step
 from uft_ds.engine.engine import Engine
+from uft_ds.engine.gathering import whole_parameter
 from uft_ds.objectives.objective import KindObjective, Objective
 from uft_ds.objectives.reference import HowForwarded
 from uft_ds.streams.adapters import add_adapters, start_from_adapter, start_policy_from_adapter
@@ -74,6 +75,7 @@ def toy_model(
     targets: Any = "all-linear",
     experts: bool = False,
     trains_all: bool = False,
+    quantization: str | None = None,
 ) -> UFTModel:
     """The model in `folder` with adapters; B drawn with `b_std`, so that log-ratios are of order 1.
 
@@ -88,6 +90,8 @@ def toy_model(
         dtype=dtype,
         attention=attention or attention_implementation("auto", torch.float32, check_base(str(folder), None)),
         gradient_checkpointing=gradient_checkpointing,
+        quantization=quantization,
+        whole=whole_parameter,
     )
     if trains_all:
         base.requires_grad_(True)

@@ -25,6 +25,7 @@ from uft_ds.commands import (
 from uft_ds.errors import EXIT_BAD_INPUT, CheckFailed, UserError
 from uft_ds.host.faults import ending
 from uft_ds.host.hub import tell_retries_once
+from uft_ds.host.library_warnings import quiet_bitsandbytes
 from uft_ds.host.standard_streams import prepare_streams
 from uft_ds.host.terminal import as_typed, visible
 
@@ -78,6 +79,7 @@ def main() -> None:
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     warnings.simplefilter("ignore", FutureWarning)  # between the libraries that we use; a user cannot fix them
     tell_retries_once()
+    quiet_bitsandbytes()
     code: int | str | None = 0
     try:
         app()

@@ -13,6 +13,7 @@ import os
 import sys
 
 from uft_ds.errors import Stopped
+from uft_ds.host.library_warnings import quiet_bitsandbytes
 from uft_ds.host.process import die_with_parent
 from uft_ds.host.signals import listen
 from uft_ds.host.standard_streams import drop_useless_size, prepare_streams
@@ -24,6 +25,7 @@ def run() -> int:
     prepare_streams()
     drop_useless_size()
     request = listen()
+    quiet_bitsandbytes()
     # DeepSpeed decorates its Muon optimiser with torch.compile, and every ZeRO optimiser imports it: torch's inductor,
     # one CPU second of imports a rank. Nothing here is compiled. This must be set before torch is imported.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

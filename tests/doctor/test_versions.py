@@ -2,7 +2,9 @@
 
 from importlib import metadata
 
-from uft_ds.doctor.versions import check_flash_attention, check_packages, check_python
+import pytest
+
+from uft_ds.doctor.versions import check_flash_attention, check_nf4, check_packages, check_python
 
 INSTALLED = {"torch": "2.13.0+cpu", "peft": "0.20.0", "rich": "14.1"}
 
@@ -42,3 +44,16 @@ def test_flash_attention_matters_on_gpus_alone() -> None:
     assert check_flash_attention(False, is_installed=False).state == "ok"
     note = check_flash_attention(True, is_installed=False)
     assert (note.state, note.remedy) == ("note", "pip install --no-build-isolation 'flash-attn>=2.7'")
+
+
+def test_bitsandbytes_is_asked_for_by_nf4_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installed, it has its version; not installed, nothing is wrong; too old, it says how to get another."""
+    assert check_nf4(False).found.endswith("used by model.quantization: nf4")
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda name: None)
+        assert check_nf4(False).state == "ok"
+    monkeypatch.setattr("uft_ds.streams.nf4.LEAST_VERSION", "999")
+    old = check_nf4(False)
+    assert old.state == "problem"
+    assert "needs bitsandbytes 999" in old.found
+    assert "bitsandbytes" in old.remedy

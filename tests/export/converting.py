@@ -7,7 +7,7 @@ from uft_ds import cli
 from uft_ds.export import convert
 
 
-def compare(*_: object) -> None:
+def compare(*_: object, **__: object) -> None:
     print("comparing", flush=True)
     signal.pause()
 

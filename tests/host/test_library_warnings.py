@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 
 import pytest
 
-from uft_ds.host.library_warnings import each_once
+from uft_ds.host.library_warnings import each_once, quiet_bitsandbytes
 
 
 def warn(text: str) -> None:
@@ -34,3 +35,10 @@ def test_a_warning_is_shown_once_whatever_other_code_does(monkeypatch: pytest.Mo
         assert shown == ["one", "two"]
         warn("after")
     assert shown == ["one", "two", "after"]
+
+
+def test_bitsandbytes_tells_of_no_kernel_that_it_lacks() -> None:
+    """Its warning on some CPUs, when it is imported, would come before everything that a command says."""
+    quiet_bitsandbytes()
+    assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)
+    assert logging.getLogger("bitsandbytes.nn.modules").isEnabledFor(logging.WARNING)

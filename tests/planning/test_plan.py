@@ -71,6 +71,17 @@ def tiny(*overrides: str, gpus: int = 1, **options: Any) -> Plan:
     return plan(f"model.base={tiny_folder()}", *given, *overrides, gpus=gpus, name="uft_mistral7b", **options)
 
 
+def test_a_32b_model_in_nf4_fits_one_gpu_of_48_gb() -> None:
+    """Policy and reference: 31e9 weights of 0.516 bytes and 1.6e9 of 2 are 19.1 GB; in 16 bits they are 65.5."""
+    of_nf4 = plan(name="uft_qwen32b_nf4", gpus=1, gpu="l40s", gpu_memory=None)
+    assert of_nf4.outcome.fits
+    assert of_nf4.outcome.gpu_spare_bytes > 5e9
+    assert of_nf4.outcome.gpu.weights_shard_bytes == pytest.approx(19.2e9, rel=0.01)
+    plain = plan("model.quantization=null", name="uft_qwen32b_nf4", gpus=1, gpu="l40s", gpu_memory=None)
+    assert not plain.outcome.fits
+    assert plain.outcome.gpu.weights_shard_bytes == pytest.approx(65.5e9, rel=0.01)
+
+
 def test_the_32b_recipe_fits_eight_gpus_of_80_gb() -> None:
     """With the file that it has, and with room; LoRA runs of this model on 8 x 80 GB are published."""
     found = plan()
@@ -231,7 +242,7 @@ def test_parts_add_up_to_the_whole() -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 7, 64])
 def test_shards_sum_to_the_whole(ranks: int) -> None:
     """All ranks' shards are the model and at most a number of padding a parameter and rank."""
-    structure = planner().structure(outcome().setting.workload.lora)
+    structure = planner().structure(outcome().setting.workload)
     item_bytes = structure.item_bytes("bfloat16")
     whole = parts.weights_bytes(structure, item_bytes, 1)
     shards = ranks * parts.weights_bytes(structure, item_bytes, ranks)
@@ -260,7 +271,7 @@ def test_lockstep_and_a_cached_reference_gather_what_sft_gathers() -> None:
 
 def test_operations_are_those_of_the_metric_mfu_and_what_it_leaves_out() -> None:
     """4 a parameter and token, 2 more with a reference, 2 of recomputation; the embedding is looked up."""
-    found, structure = outcome(), planner().structure(outcome().setting.workload.lora)
+    found, structure = outcome(), planner().structure(outcome().setting.workload)
     flops, tokens = found.by_mode["lockstep"].flops, 64 * 2048
     linear = structure.num_base - 152_064 * 5120 - 5120  # without embedding and final norm
     assert flops.policy + flops.reference + flops.head == 6 * linear * tokens
@@ -572,7 +583,7 @@ def test_forwards_before_a_step_are_counted() -> None:
     mean = outcome("objective.loss={instruction: mse, score: reinforce}")
     for key in ("objective.reward_shift=prompt_mean", "objective.center=prompt", "objective.loss={score: rloo}"):
         assert outcome(key).by_mode == plain.by_mode
-    structure = planner().structure(plain.setting.workload.lora)
+    structure = planner().structure(plain.setting.workload)
     layer = structure.layers[30][0]
     for mode, of_plain, of_kl, of_mean in (("lockstep", 2, 3, 3), ("separate", 3, 5, 5), ("cached", 2, 3, 3)):
         for found, times in ((plain, of_plain), (kl, of_kl), (mean, of_mean)):

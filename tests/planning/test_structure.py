@@ -8,11 +8,12 @@ from tiny import build_tiny_model
 from transformers import AutoConfig, Gemma3Config
 
 from uft_ds.errors import UserError
+from uft_ds.planning import parts
 from uft_ds.planning.activations import activations_of
 from uft_ds.planning.shapes import shipped_config
 from uft_ds.planning.structure import Lora, structure_of
 from uft_ds.streams.adapters import add_adapters
-from uft_ds.streams.load import check_base, empty_base
+from uft_ds.streams.load import check_base, empty_base, load_base
 
 LORA = Lora(4, 8.0, "all-linear", "float32")
 
@@ -125,3 +126,22 @@ def test_adapters_of_a_large_model_are_pefts() -> None:
     lora = Lora(16, 16.0, "all-linear", "float32")
     trained = sum(p.numel() for p in whole_policy(config, lora).values() if p.requires_grad)
     assert structure_of(config, lora).num_lora == trained == 134_217_728
+
+
+def test_a_base_in_nf4_is_counted_byte_by_byte(tmp_path: Path) -> None:
+    """What a loaded one holds at ZeRO stage 2: codes, constants and all that stays in 16 bits; within 1%. As many
+    parameters as before."""
+    folder = build_tiny_model(tmp_path, tied=False)
+    config = check_base(str(folder), None)
+    structure, plain = structure_of(config, LORA, "nf4"), structure_of(config, LORA)
+    options = {"revision": None, "attention": "auto", "gradient_checkpointing": False, "quantization": "nf4"}
+    model = load_base(str(folder), dtype=torch.bfloat16, **options)
+    states = [p.quant_state for p in model.parameters() if hasattr(p, "quant_state")]
+    constants = [t for s in states for t in (s.absmax, s.code, s.offset, s.state2.absmax, s.state2.code)]
+    held = sum(tensor.nbytes for tensor in (*model.parameters(), *constants))
+    assert parts.weights_bytes(structure, structure.item_bytes("bfloat16"), 1) == pytest.approx(held, rel=0.01)
+    assert structure.num_base == plain.num_base
+    assert structure.sizes == plain.sizes
+    largest = max(layer.weight.quant_state.shape.numel() for layer in model.modules() if hasattr(layer, "in_features")
+                  and hasattr(layer.weight, "quant_state"))  # fmt: skip
+    assert structure.decoded_bytes("bfloat16") == pytest.approx(2 * largest, rel=0.04)

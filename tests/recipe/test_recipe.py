@@ -161,8 +161,11 @@ def test_home_is_expanded_in_locations_only(minimal: str, monkeypatch: pytest.Mo
         ("train.rank=2", "train.rank: unknown key; did you mean 'lora.rank'?"),
         ("LR=1e-5", "LR: unknown key; did you mean 'train.lr'?"),
         ("data.sources.0.lr=1", "data.sources.0.lr: unknown key; did you mean 'train.lr'?"),
-        ("model.load_in_4bit=true", "model.load_in_4bit: unknown key; no 4-bit or 8-bit base: adapters are"),
-        ("model.quantization_config={load_in_8bit: true}", "quantization_config: unknown key; no 4-bit or 8-bit"),
+        ("model.load_in_4bit=true", "model.load_in_4bit: unknown key; a base in 4 bits is model.quantization: nf4"),
+        (
+            "model.quantization_config={load_in_8bit: true}",
+            "quantization_config: unknown key; a base in 4 bits is model.quantization: nf4",
+        ),
         (
             "lora.targets=q_proj",
             "lora.targets: 'q_proj' given; input should be 'all-linear', or a valid list: [q_proj]",

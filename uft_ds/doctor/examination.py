@@ -22,7 +22,7 @@ from uft_ds.doctor.network import (
     is_on_many_nodes,
 )
 from uft_ds.doctor.proofs import REDUCE, TRAIN, prove_all_reduce, prove_training
-from uft_ds.doctor.versions import check_flash_attention, check_packages, check_python
+from uft_ds.doctor.versions import check_flash_attention, check_nf4, check_packages, check_python
 
 OnStage = Callable[[str], None]
 
@@ -43,6 +43,7 @@ def examine(output: Path, *, quick: bool, seconds: float, on_stage: OnStage) -> 
     yield from check_packages()
     yield check_torch(build)
     yield check_flash_attention(has_gpus)
+    yield check_nf4(has_gpus)
     on_stage("compiler and ops")
     yield check_compiler(has_gpus)
     yield check_ops()

@@ -11,6 +11,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from uft_ds.doctor.finding import Finding
+from uft_ds.errors import CheckFailed, UserError
 from uft_ds.host.packages import PACKAGE, install_command
 
 
@@ -59,6 +60,25 @@ def check_flash_attention(has_gpus: bool, *, is_installed: bool | None = None) -
         found = "not installed: models whose packed attention no test covers take a mask of tokens x tokens"
         return Finding("flash-attn", "note", found, install_command("gpu"))
     return Finding("flash-attn", "ok", f"{metadata.version('flash-attn')}, used by model.attention: flash_attention_2")
+
+
+def check_nf4(has_gpus: bool) -> Finding:
+    """Say whether `model.quantization: nf4` can be used: bitsandbytes is there, and a GPU computes as the host does."""
+    name = "bitsandbytes"
+    if importlib.util.find_spec(name) is None:
+        return Finding(name, "ok", "not installed; only model.quantization: nf4 needs it")
+    import torch
+
+    from uft_ds.streams.nf4 import check_bitsandbytes, check_device
+
+    try:
+        check_bitsandbytes()
+        if has_gpus:
+            weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
+            check_device(weight, torch.device("cuda"))
+    except (UserError, CheckFailed) as error:
+        return Finding(name, "problem", str(error), install_command("nf4"))
+    return Finding(name, "ok", f"{metadata.version(name)}, used by model.quantization: nf4")
 
 
 def _out_of_range(wanted: Requirement, version_of: Callable[[str], str]) -> Finding | None:

@@ -30,6 +30,18 @@ def gathered(engine: Any, parameters: Seq[nn.Parameter]) -> Iterator[None]:
 
 
 @contextmanager
+def whole_parameter(parameter: nn.Parameter) -> Iterator[None]:
+    """Within the block, every rank holds a parameter whole, before there is an engine. Every rank must enter it.
+
+    A parameter that is not partitioned is whole anyway.
+    """
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        yield
+
+
+@contextmanager
 def whole(engine: Any) -> Iterator[None]:
     """Within the block and under ZeRO-3, every rank holds all weights, and forwards contain no collective.
 

@@ -18,7 +18,9 @@ from uft_ds.data.example import Response, Sequence
 from uft_ds.data.store.sequences import TokenStore, check_content
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.export.streamed_logps import empty_model, num_units, streamed_logps, with_adapter
+from uft_ds.streams.base_weights import base_weights
 from uft_ds.streams.load import check_base
+from uft_ds.streams.nf4 import Nf4Base
 from uft_ds.streams.weight_files import WeightFiles
 
 MAX_RELATIVE_ERROR = 0.1
@@ -83,10 +85,13 @@ def compare(
     merged: Path,
     sequences: tuple[Sequence, ...],
     on_unit: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    nf4: Nf4Base | None = None,
 ) -> Agreement:
     """Compare base + adapter (by PEFT) with the merged model: log-ratios to the base, in float32, layer by layer.
 
     Args:
+        nf4: the base in NF4 that was trained on; None: in 16 bits.
         on_unit: called with the number of layers and other parts that have been forwarded, and their total.
     """
     of_merged = empty_model(check_base(str(merged), None))
@@ -98,7 +103,9 @@ def compare(
         done += 1
         on_unit(done, total)
 
-    base_R, adapter_R = base_and_log_ratios(base, adapter, sequences, lambda visited, _: on_unit(visited, total))
+    base_R, adapter_R = base_and_log_ratios(
+        base, adapter, sequences, lambda visited, _: on_unit(visited, total), nf4=nf4
+    )
     merged_R = streamed_logps(of_merged, WeightFiles(merged), sequences, on_unit=count) - base_R
     return agreement(adapter_R, merged_R)
 
@@ -108,15 +115,19 @@ def base_and_log_ratios(
     adapter: Path,
     sequences: tuple[Sequence, ...],
     on_unit: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    nf4: Nf4Base | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The base's log-probs, and the log-ratios of base + adapter to them: [responses] each, nats, in float32.
 
-    PEFT loads the adapter and Hugging Face's forward computes both, layer by layer; no part of training is used.
+    PEFT loads the adapter and Hugging Face's forward computes both, layer by layer; no part of training is used. A base
+    in NF4 is computed by its rounded weights.
 
     Args:
+        nf4: as for `compare`.
         on_unit: called with the number of layers and other parts that have been forwarded, and their total.
     """
-    weights = WeightFiles(base)
+    weights = base_weights(base, nf4)
     policy = with_adapter(empty_model(check_base(str(base), None)), adapter)
     total, done = 2 * num_units(policy), 0
 

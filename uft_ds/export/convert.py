@@ -39,12 +39,14 @@ from uft_ds.export.deepspeed_files import is_deepspeed
 from uft_ds.export.low_rank import ExpertsLowRank, LowRank, read_low_rank
 from uft_ds.export.merge import write_merged
 from uft_ds.export.model_card import model_card
+from uft_ds.export.quantised import write_mark
 from uft_ds.export.source import Convertible, of_run, opened, recorded_identity
 from uft_ds.export.universal import write_universal
 from uft_ds.export.whole import Written, check_written, write_whole
 from uft_ds.host.callbacks import OnProgress, Say
 from uft_ds.host.files import sync
 from uft_ds.host.locks import Held, acquire
+from uft_ds.streams.base_weights import base_weights
 from uft_ds.streams.experts import without_wrappers
 from uft_ds.streams.identity import local_folder
 from uft_ds.streams.load import check_base, check_base_files, config_of_folder, embedding_rows
@@ -109,6 +111,8 @@ def convert_to_merged(
 ) -> Conversion:
     """Write base + adapter as one Hugging Face model: safetensors, tokenizer, chat template, generation config, card.
 
+    Of a run on a base in NF4, the base is the rounded one that was trained on.
+
     Sums are formed in float32 and stored in the base's types, tensor by tensor. Of a run that trains all parameters,
     the float32 values are stored so.
 
@@ -140,7 +144,7 @@ def convert_to_merged(
         with whole_or_nothing(out) as temporary:
             target = None if stored.dtype is None else getattr(torch, stored.dtype)
             write_merged(
-                WeightFiles(folder),
+                base_weights(folder, source.nf4),
                 deltas,
                 temporary,
                 dtype=target,
@@ -151,9 +155,10 @@ def convert_to_merged(
             found = None
             if verify:
                 say("comparing the merged model with the adapter, layer by layer")
-                found = compare(folder, source.adapter, temporary, sequences, partial(on_progress, "comparing layers"))
+                on_unit = partial(on_progress, "comparing layers")
+                found = compare(folder, source.adapter, temporary, sequences, on_unit, nf4=source.nf4)
                 check_faithful(found, stored.dtype)
-            card = model_card(source.base, source.settings, found, title=out.name)
+            card = model_card(source.base, source.settings, found, title=out.name, nf4=source.nf4)
             (temporary / "README.md").write_text(card, encoding="utf-8")
     return Conversion(out, source.path, found)
 
@@ -204,9 +209,11 @@ def convert_to_adapter(
         if source.run is None:
             read_low_rank(source.adapter)  # an adapter that PEFT would load as none, or not at all, is not copied
         shutil.copytree(source.adapter, temporary, dirs_exist_ok=True)
+        if source.nf4 is not None:
+            write_mark(temporary, source.nf4)
         if source.settings is not None:
             (save_for_scoring if source.is_reward_model else save_tokenizer)(tokenizer_of(source), temporary)
-            card = model_card(source.base, source.settings, None, title=out.name)
+            card = model_card(source.base, source.settings, None, title=out.name, nf4=source.nf4, is_adapter=True)
             (temporary / "README.md").write_text(card, encoding="utf-8")
     return Conversion(out, source.path, None)
 
@@ -231,6 +238,8 @@ def convert_to_universal(path: Path, out: Path, *, say: Say = print) -> Conversi
         raise UserError(f"{path}: all parameters were trained: {_NOT_UNIVERSAL}")
     if source.is_reward_model:
         raise UserError(f"{path}: a reward model, whose head has a learning rate of its own: {_NOT_UNIVERSAL}")
+    if source.nf4 is not None:
+        say("note: the adapter belongs on its base in NF4, as its run's recipe says; the checkpoint holds no base")
     with whole_or_nothing(out) as temporary:
         write_universal(source.path, source.settings.train, temporary)
     return Conversion(out, source.path, None)

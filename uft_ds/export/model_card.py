@@ -6,13 +6,27 @@ import yaml
 
 from uft_ds import __version__
 from uft_ds.export.agreement import Agreement
+from uft_ds.export.quantised import MARK
 from uft_ds.export.whole import Written
 from uft_ds.recipe.file import dump_recipe
 from uft_ds.recipe.settings import Settings
+from uft_ds.streams.nf4 import Nf4Base
 
 
-def model_card(base: str, settings: Settings | None, found: Agreement | Written | None, *, title: str) -> str:
-    """Markdown with the hub's front matter; the owner of the model must still fill in the licence."""
+def model_card(
+    base: str,
+    settings: Settings | None,
+    found: Agreement | Written | None,
+    *,
+    title: str,
+    nf4: Nf4Base | None = None,
+    is_adapter: bool = False,
+) -> str:
+    """Markdown with the hub's front matter; the owner of the model must still fill in the licence.
+
+    Args:
+        nf4: the base in NF4 that was trained on. is_adapter: whether this is the card of the adapter alone.
+    """
     is_reward_model = settings is not None and settings.trains_head
     trains_all = settings is not None and settings.trains_all
     fields = {
@@ -34,6 +48,8 @@ def model_card(base: str, settings: Settings | None, found: Agreement | Written 
         "**License**: not chosen yet. It must agree with those of the base model and of the data; replace the two "
         "fields above."
     )
+    if nf4 is not None:
+        parts += ["## The base in NF4", _on_nf4(base, str(nf4.dtype)) if is_adapter else _MERGED_INTO_NF4]
     if settings is not None:
         rows = "\n".join(f"- `{source.path}` ({source.rules.format})" for source in settings.data.sources)
         parts += ["## Data", rows]
@@ -49,3 +65,33 @@ def model_card(base: str, settings: Settings | None, found: Agreement | Written 
     if settings is not None:
         parts += ["## Recipe", f"```yaml\n{dump_recipe(settings.stored)}```"]
     return "\n\n".join(parts) + "\n"
+
+
+_MERGED_INTO_NF4 = (
+    "The adapter was trained on the linear layers of the base rounded to NF4 (4 bits, blocks of 64, double "
+    "quantisation), and is merged into these rounded weights: this model is the one that was trained, in 16 bits again."
+)
+
+
+def _on_nf4(base: str, dtype: str) -> str:
+    """How to load an adapter that was trained on a base in NF4. dtype: as torch writes it."""
+    return f"""\
+The adapter belongs on the linear layers of its base in NF4 (4 bits, blocks of 64, double quantisation), on which it was
+trained. On the same base in 16 bits it is another model. With transformers, PEFT and bitsandbytes:
+
+```python
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+nf4 = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant=True,
+    bnb_4bit_compute_dtype={dtype},
+)
+base = AutoModelForCausalLM.from_pretrained("{base}", quantization_config=nf4, dtype={dtype})
+model = PeftModel.from_pretrained(base, ".")
+```
+
+`uft eval`, `uft generate` and `uft convert` read `{MARK}` beside it and do the same."""

@@ -41,6 +41,7 @@ from uft_ds.export.source import opened
 from uft_ds.export.streamed_logps import empty_model, num_units, streamed_scores, streamed_values, with_adapter
 from uft_ds.host.callbacks import OnProgress, Say
 from uft_ds.streams.adapter_files import HEAD_TENSOR, read_adapter_tensors
+from uft_ds.streams.base_weights import base_weights
 from uft_ds.streams.classifier import HEAD, empty_classifier
 from uft_ds.streams.identity import local_folder
 from uft_ds.streams.load import check_base, check_base_files, config_of_folder, embedding_rows
@@ -89,7 +90,7 @@ def convert_to_reward_model(
         say(f"merging {source.path} with its base {source.base}, which is only read")
         with whole_or_nothing(out) as temporary:
             write_merged(
-                WeightFiles(folder),
+                base_weights(folder, source.nf4),
                 by_file,
                 temporary,
                 dtype=None if stored.dtype is None else getattr(torch, stored.dtype),
@@ -103,9 +104,10 @@ def convert_to_reward_model(
             if verify:
                 say("comparing the rewards of the written model with those of the adapter, layer by layer")
                 on_unit = partial(on_progress, "comparing layers")
-                found = _compare(folder, source.adapter, temporary, _few(sequences), on_unit)
+                weights = base_weights(folder, source.nf4)
+                found = _compare(weights, source.adapter, temporary, _few(sequences), on_unit)
                 check_faithful(found, stored.dtype)
-            card = model_card(source.base, source.settings, found, title=out.name)
+            card = model_card(source.base, source.settings, found, title=out.name, nf4=source.nf4)
             (temporary / "README.md").write_text(card, encoding="utf-8")
     return Conversion(out, source.path, found)
 
@@ -157,7 +159,7 @@ def _few(sequences: tuple[Sequence, ...]) -> tuple[Sequence, ...]:
 
 
 def _compare(
-    base: Path,
+    weights: WeightFiles,
     adapter: Path,
     written: Path,
     sequences: tuple[Sequence, ...],
@@ -169,7 +171,7 @@ def _compare(
     """
     with tempfile.TemporaryDirectory() as name:
         head = _split(adapter, Path(name))
-        policy, weights = with_adapter(empty_model(check_base(str(base), None)), Path(name)), WeightFiles(base)
+        policy = with_adapter(empty_model(check_base(str(weights.folder), None)), Path(name))
         classifier = _empty(written)
         total, done = 2 * num_units(policy) + num_units(classifier), 0
 

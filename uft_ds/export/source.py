@@ -20,12 +20,14 @@ from uft_ds.checkpoint.manifest import MANIFEST
 from uft_ds.errors import UserError
 from uft_ds.export.deepspeed_files import is_deepspeed, read_trainable
 from uft_ds.export.low_rank import read_adapter_config, read_low_rank
+from uft_ds.export.quantised import nf4_of_adapter
 from uft_ds.host.callbacks import Say
 from uft_ds.recipe.settings import Settings, load_settings
 from uft_ds.record.run_folder import RunFolder, is_owned, reading_identity
 from uft_ds.streams.adapter_files import as_peft_saves, is_adapter, written_as_peft_saves
 from uft_ds.streams.identity import base_identity
 from uft_ds.streams.load import check_base
+from uft_ds.streams.nf4 import Nf4Base, nf4_of
 
 NO_ADAPTER = (
     "all parameters were trained, so there is no adapter; write the model by `uft convert RUN FOLDER`, and give that "
@@ -39,7 +41,7 @@ class Convertible:
     """A source of a conversion.
 
     adapter: a folder in PEFT's format; it does not exist where the run trains all parameters. base: a name or a folder.
-    settings, run: None unless the source is a run's.
+    settings, run: None unless the source is a run's. nf4: the base in NF4 that was trained on; None: in 16 bits.
     """
 
     path: Path
@@ -49,6 +51,7 @@ class Convertible:
     chat_template: str | None
     settings: Settings | None = None
     run: RunFolder | None = None
+    nf4: Nf4Base | None = None
 
     @property
     def trains_all(self) -> bool:
@@ -98,7 +101,8 @@ def opened(
         if base is not None and said and not _is_same_path(base, said):
             say(f"warning: {path} says that its base is {said}; {base} is used")
         with tempfile.TemporaryDirectory() as folder:
-            yield Convertible(path, written_as_peft_saves(path, Path(folder)), _base_at(base or str(said)), None, None)
+            adapter, nf4 = written_as_peft_saves(path, Path(folder)), nf4_of_adapter(path)
+            yield Convertible(path, adapter, _base_at(base or str(said)), None, None, nf4=nf4)
         return
     if not is_own:
         what = "a whole model" if (path / "config.json").is_file() else "nothing of the kind"
@@ -151,7 +155,7 @@ def of_run(
     used, revision = (model.base, model.revision) if base is None else (_base_at(base), None)
     if base is not None or reads_weights or Path(used).exists():
         check_base(used, revision)
-        if base_identity(used, revision) != recorded_identity(folder)[0]:
+        if base_identity(used, revision, quantization=model.quantization) != recorded_identity(folder)[0]:
             if base is not None:
                 raise UserError(
                     f"--base: {base} is not the base that the run was trained on ({model.base}), by its content"
@@ -160,7 +164,9 @@ def of_run(
                 f"{model.base}: its content has changed since the run began, so the adapter is not of this model; "
                 "bring the former files back, or give --base a copy of them"
             )
-    return Convertible(checkpoint, checkpoint / ADAPTER, used, revision, model.chat_template, settings, folder)
+    return Convertible(
+        checkpoint, checkpoint / ADAPTER, used, revision, model.chat_template, settings, folder, nf4_of(model)
+    )
 
 
 def recorded_identity(folder: RunFolder) -> tuple[dict[str, Any], str]:

@@ -31,6 +31,7 @@ from uft_ds.streams.adapter_files import is_adapter
 from uft_ds.streams.adapters import lora_form
 from uft_ds.streams.identity import adapter_identity, base_identity, local_folder
 from uft_ds.streams.load import check_base, check_base_files, embedding_rows, load_weights
+from uft_ds.streams.nf4 import NF4, Nf4Base, quantise, round_linear
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Unmerged:
     """What a path or a hub name stands for.
 
     base: a folder or a hub name. adapter: a folder in PEFT's format; None for a whole model. run: its folder, and step:
-    of its checkpoint, where the source is a run's.
+    of its checkpoint, where the source is a run's. nf4: the base in NF4 that the adapter was trained on.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Unmerged:
     tokenizer: Any
     run: Path | None = None
     step: int | None = None
+    nf4: Nf4Base | None = None
 
     def identity(self) -> dict[str, Any]:
         """What the answers depend on, by content: hashes of weights, config, adapter, tokenizer and template."""
@@ -56,6 +58,7 @@ class Unmerged:
         return {
             "base_weights": of_base["weights"],
             "base_config": of_base["config"],
+            **({} if self.nf4 is None else {"base_quantization": f"{NF4}, {self.nf4.dtype}"}),
             "adapter": None if self.adapter is None else adapter_identity(self.adapter, "adapter"),
             "tokenizer": _digest(vocabulary_of(self.tokenizer)),
             "special_tokens": _digest(json.dumps(self.tokenizer.special_tokens_map, sort_keys=True)),
@@ -73,14 +76,15 @@ class Unmerged:
     def load(self, dtype: torch.dtype, device: torch.device) -> Any:
         """The model on a device, in evaluation mode; the base's weights in `dtype`, an adapter's in float32.
 
-        An adapter is computed as it was trained, beside the base's weights and not rounded to their type.
+        An adapter is computed as it was trained, beside the base's weights and not rounded to their type. A base in NF4
+        stays in 4 bits in the type that it was trained in, and has the same rounded weights in another.
 
         Raises:
             UserError: it cannot be loaded, or the tokenizer has tokens that the model has no rows for.
         """
         with _in_words(self.base):
             check_base_files(local_folder(self.base, self.revision))
-            model = load_weights(self.base, revision=self.revision, dtype=dtype)
+            model = self._loaded(dtype)
         rows = embedding_rows(model.config)
         if len(self.tokenizer) > rows:
             raise UserError(
@@ -91,6 +95,21 @@ class Unmerged:
             model = with_adapter(model, self.adapter).get_base_model()
         torch.nn.Module.to(model, device)  # in place; transformers' own `to` is untyped for a device
         return model.eval()
+
+    def _loaded(self, dtype: torch.dtype) -> Any:
+        """The base, on the host."""
+        nf4 = self.nf4
+        if nf4 is None or dtype == nf4.dtype:
+            model = load_weights(self.base, revision=self.revision, dtype=dtype)
+            if nf4 is not None:
+                quantise(model)
+            return model
+        # Of all bits that are stored: codes are made of the values in the type that was trained in.
+        model = load_weights(self.base, revision=self.revision, dtype=torch.float32)
+        round_linear(model, nf4)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        return model
 
 
 @contextmanager
@@ -135,11 +154,11 @@ def _of_adapter(path: Path, found: Convertible) -> Unmerged:
         lora_form(found.adapter, "adapter")
         run, step, tokenizer = found.run.path, step_of(found.path), tokenizer_of(found).tokenizer
         name = f"{run.resolve().name} step {step}"
-        return Unmerged(name, found.base, found.revision, found.adapter, tokenizer, run, step)
+        return Unmerged(name, found.base, found.revision, found.adapter, tokenizer, run, step, found.nf4)
     with _in_words(found.base):
         has_own = (path / "tokenizer_config.json").is_file()
         tokenizer = checked_tokenizer(str(path)) if has_own else checked_tokenizer(found.base, revision=found.revision)
-    return Unmerged(path.resolve().name, found.base, found.revision, found.adapter, tokenizer)
+    return Unmerged(path.resolve().name, found.base, found.revision, found.adapter, tokenizer, nf4=found.nf4)
 
 
 def _with_template(found: Unmerged, chat_template: Path | None) -> Unmerged:

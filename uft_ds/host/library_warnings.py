@@ -1,7 +1,8 @@
-"""Warnings of libraries in a log: each is written once."""
+"""Warnings of libraries: each is written once in a log, and one that no user can heed is not written."""
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,3 +30,12 @@ def each_once() -> Iterator[None]:
         yield
     finally:
         warnings.showwarning = before
+
+
+def quiet_bitsandbytes() -> None:
+    """From now on bitsandbytes does not tell that it lacks a kernel for inference, which nothing here would call.
+
+    It does when it is imported (0.50.2), which other libraries do in every process where it is installed, on CPUs with
+    AVX512-BF16.
+    """
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -104,9 +104,10 @@ def gpu_memory(
     item_bytes, ranks = structure.item_bytes(workload.dtype), cluster.ranks
     on_gpu = sharding.weights_on == "gpu"
     weights_ranks = ranks if sharding.shards_weights else 1
-    weights = parts.weights_bytes(structure, item_bytes, weights_ranks) if on_gpu else 0
+    # The constants of a base in NF4 are on the GPU wherever its codes are.
+    weights = parts.weights_bytes(structure, item_bytes, weights_ranks) if on_gpu else structure.constants_bytes
     near = min(sharding.secondary, ranks)
-    secondary = parts.weights_bytes(structure, item_bytes, near) if sharding.secondary > 1 else 0
+    secondary = parts.copy_bytes(structure, item_bytes, near) if sharding.secondary > 1 else 0
     adapters = parts.adapter_bytes(structure, item_bytes, weights_ranks) if on_gpu else 0
     # On a single GPU that holds the weights, a gathered parameter is its own shard.
     gathered = 0 if gathers is None or (ranks == 1 and on_gpu) else gathers.peak_bytes
@@ -130,7 +131,7 @@ def gpu_memory(
         "gradient_bucket_bytes": parts.bucket_bytes(sharding, workload.item_bytes),
         "optimizer_bytes": parts.optimizer_bytes(structure, ranks) if with_optimizer else 0,
         "saved_activations_bytes": head_saved + (0 if workload.activation_offload else activations.saved_bytes),
-        "layer_bytes": activations.layer_bytes + of_layer,
+        "layer_bytes": activations.layer_bytes + of_layer + structure.decoded_bytes(workload.dtype),
         "streams_bytes": streams,
         "head_tile_bytes": head_tile_bytes(structure, workload) + of_head,
     }
@@ -184,11 +185,12 @@ def host_memory(
     item_bytes, ranks, gpus = structure.item_bytes(workload.dtype), cluster.ranks, cluster.gpus
     weights = locking = 0
     if sharding.weights_on == "cpu":
-        shards = [parts.shard(size, ranks) * one for size, one in zip(structure.sizes, item_bytes, strict=True)]
+        sizes = structure.held_sizes
+        shards = [parts.shard(size, ranks) * one for size, one in zip(sizes, item_bytes, strict=True)]
         if sharding.secondary > 1:
             shards += [
                 parts.shard(size, min(sharding.secondary, ranks)) * one
-                for size, one, trains in zip(structure.sizes, item_bytes, structure.is_trainable, strict=True)
+                for size, one, trains in zip(sizes, item_bytes, structure.is_trainable, strict=True)
                 if not trains
             ]
         weights = gpus * sum(shards)

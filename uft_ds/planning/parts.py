@@ -20,7 +20,12 @@ def shard(size: int, ranks: int) -> int:
 
 
 def weights_bytes(structure: Structure, item_bytes: Sequence[int], ranks: int) -> int:
-    """A rank's shard of the frozen base."""
+    """A rank's shard of the frozen base, and the constants of one in NF4."""
+    return copy_bytes(structure, item_bytes, ranks) + structure.constants_bytes
+
+
+def copy_bytes(structure: Structure, item_bytes: Sequence[int], ranks: int) -> int:
+    """A rank's shard of a second copy of the frozen base, which needs no second set of constants."""
     return _sum(structure, item_bytes, ranks, trainable=False)
 
 
@@ -61,7 +66,7 @@ def micro_step_gathers(
 ) -> Gathers:
     """Gathers of a micro-step under ZeRO-3. passes: 2 if the reference has a separate forward."""
     return steady_gathers(
-        structure.sizes,
+        structure.held_sizes,
         item_bytes,
         structure.forward(passes=passes),
         structure.backward(),
@@ -83,7 +88,7 @@ def gathered_bytes(
     return sum(
         times * shard(size, ranks) * ranks * one
         for times, size, one, trains in zip(
-            gathers.times, structure.sizes, item_bytes, structure.is_trainable, strict=True
+            gathers.times, structure.held_sizes, item_bytes, structure.is_trainable, strict=True
         )
         if trainable is None or trains is trainable
     )
@@ -107,7 +112,7 @@ def step_gathered_bytes(
         return whole, 0
     first = sum(
         shard(size, ranks) * ranks * one
-        for size, one, trains in zip(structure.sizes, item_bytes, structure.is_trainable, strict=True)
+        for size, one, trains in zip(structure.held_sizes, item_bytes, structure.is_trainable, strict=True)
         if trains
     )
     return first, whole - first
@@ -133,12 +138,14 @@ def reduced_bytes(structure: Structure, ranks: int) -> int:
 
 
 def _shards(structure: Structure, ranks: int) -> int:
-    return sum(shard(s, ranks) for s, trains in zip(structure.sizes, structure.is_trainable, strict=True) if trains)
+    return sum(
+        shard(s, ranks) for s, trains in zip(structure.held_sizes, structure.is_trainable, strict=True) if trains
+    )
 
 
 def _sum(structure: Structure, item_bytes: Sequence[int], ranks: int, *, trainable: bool) -> int:
     return sum(
         shard(size, ranks) * one
-        for size, one, trains in zip(structure.sizes, item_bytes, structure.is_trainable, strict=True)
+        for size, one, trains in zip(structure.held_sizes, item_bytes, structure.is_trainable, strict=True)
         if trains is trainable
     )

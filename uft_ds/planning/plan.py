@@ -116,7 +116,7 @@ def make_plan(
     outcome = planner.plan(setting)
     files = shipped_files(planner, setting, chosen)
     remedies = () if outcome.fits else tuple(remedies_for(planner, outcome, files))
-    structure = planner.structure(workload.lora)
+    structure = planner.structure(workload)
     return Plan(
         recipe_name=settings.name,
         structure=structure,
@@ -166,6 +166,11 @@ def _assumptions(settings: Settings, setting: Setting, source: str, length_is: s
         yield (
             "before the first step the reference is computed, a forward of all responses that the cache does not hold; "
             "it is not in the figures of a step"
+        )
+    if workload.quantization is not None:
+        yield (
+            f"model.quantization: {workload.quantization}: each weight is decoded for each product, which is memory's "
+            "work and in no figure of time"
         )
     if workload.extra_forwards != "none":
         of = "reward_shift: kl" if workload.extra_forwards == "both_streams" else "loss: reinforce"

@@ -14,7 +14,7 @@ from uft_ds.planning.gathers import Gathers, forward_gathers
 from uft_ds.planning.hardware import Cluster, in_gb
 from uft_ds.planning.memory import GpuMemory, HostMemory, gpu_memory, host_memory
 from uft_ds.planning.sharding import Sharding
-from uft_ds.planning.structure import Lora, Structure, structure_of
+from uft_ds.planning.structure import Structure, structure_of
 from uft_ds.planning.traffic import Traffic, traffic
 from uft_ds.planning.workload import Workload
 
@@ -93,11 +93,11 @@ class Planner:
         self._activations: dict[Any, Activations] = {}
         self._gathers: dict[Any, Gathers] = {}
 
-    def structure(self, lora: Lora) -> Structure:
+    def structure(self, workload: Workload) -> Structure:
         """The structure of the model with adapters."""
-        key = repr(lora)  # not hashable: its targets may be a list
+        key = _form(workload)
         if key not in self._structures:
-            self._structures[key] = structure_of(self._config, lora)
+            self._structures[key] = structure_of(self._config, workload.lora, workload.quantization)
         return self._structures[key]
 
     def activations(self, setting: Setting) -> Activations:
@@ -111,9 +111,9 @@ class Planner:
             "attention": workload.attention,
             "under_zero3": setting.sharding.shards_weights,
         }
-        key = (repr(workload.lora), *options.values())
+        key = (_form(workload), *options.values())
         if key not in self._activations:
-            self._activations[key] = activations_of(self.structure(workload.lora), **options)
+            self._activations[key] = activations_of(self.structure(workload), **options)
         return self._activations[key].divided(workload.sequence_size)
 
     def gathers(self, setting: Setting, mode: HowReference) -> Gathers | None:
@@ -122,9 +122,9 @@ class Planner:
         if not sharding.shards_weights:
             return None
         passes = 2 if mode == "separate" else 1
-        key = (repr(workload.lora), workload.dtype, sharding.bounds, passes, workload.begins_with_forward)
+        key = (_form(workload), workload.dtype, sharding.bounds, passes, workload.begins_with_forward)
         if key not in self._gathers:
-            structure = self.structure(workload.lora)
+            structure = self.structure(workload)
             self._gathers[key] = parts.micro_step_gathers(
                 structure,
                 structure.item_bytes(workload.dtype),
@@ -142,11 +142,11 @@ class Planner:
         workload, bounds = setting.workload, setting.sharding.bounds
         apart = "separate" in (mode, workload.reference if mode == "cached" else mode)
         passes = 2 if streams == 2 and apart else 1
-        key = ("forward", repr(workload.lora), workload.dtype, bounds, passes)
+        key = ("forward", _form(workload), workload.dtype, bounds, passes)
         if key not in self._gathers:
-            structure = self.structure(workload.lora)
+            structure = self.structure(workload)
             self._gathers[key] = forward_gathers(
-                structure.sizes, structure.item_bytes(workload.dtype), structure.forward(passes=passes), bounds
+                structure.held_sizes, structure.item_bytes(workload.dtype), structure.forward(passes=passes), bounds
             )
         ahead = self._gathers[key]
         times = tuple(map(sum, zip(gathers.times, ahead.times, strict=True)))
@@ -155,7 +155,7 @@ class Planner:
     def plan(self, setting: Setting) -> Outcome:
         """Plan one setting: memory, traffic, operations and time."""
         workload, sharding, cluster = setting.workload, setting.sharding, setting.cluster
-        structure, activations = self.structure(workload.lora), self.activations(setting)
+        structure, activations = self.structure(workload), self.activations(setting)
         own: HowReference = "cached" if workload.reference == "none" else workload.reference
         by_mode = {}
         for mode in MODES if workload.reference != "none" else ("cached",):
@@ -175,6 +175,11 @@ class Planner:
             mode=own,
             problems=tuple(_problems(setting)),
         )
+
+
+def _form(workload: Workload) -> tuple[str, str | None]:
+    """What decides the structure of a model; adapters are not hashable, as their targets may be a list."""
+    return repr(workload.lora), workload.quantization
 
 
 def _problems(setting: Setting) -> Iterable[str]:

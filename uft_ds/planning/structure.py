@@ -19,6 +19,7 @@ from uft_ds.errors import UserError
 from uft_ds.planning.gathers import Visit
 from uft_ds.streams.accept import accepted_policy, check_base_model, whole_policy
 from uft_ds.streams.load import empty_base
+from uft_ds.streams.nf4 import BLOCK, check_can_be_nf4, constants_bytes, linear_layers
 from uft_ds.streams.stream import POLICY_ADAPTER, REFERENCE_ADAPTER
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
@@ -73,6 +74,8 @@ class Structure:
     lora: Lora
     sample: Any
     """The policy on the meta device, cut to a few layers if all are alike."""
+    is_in_nf4: tuple[bool, ...] = ()
+    """Of each parameter, whether it is in 4 bits; empty if the base is not quantised."""
 
     @property
     def num_layers(self) -> int:
@@ -109,8 +112,30 @@ class Structure:
         return self.active_of(range(len(self.sizes)))
 
     def item_bytes(self, dtype: str) -> tuple[int, ...]:
-        """Bytes per element of each parameter. dtype: that of the base."""
-        return tuple(ITEM_BYTES[self.lora.dtype if adapts else dtype] for adapts in self.is_adapter)
+        """Bytes per element of each parameter, as `held_sizes` counts elements. dtype: that of the base."""
+        of = tuple(ITEM_BYTES[self.lora.dtype if adapts else dtype] for adapts in self.is_adapter)
+        return (
+            tuple(1 if in_nf4 else one for one, in_nf4 in zip(of, self.is_in_nf4, strict=True))
+            if self.is_in_nf4
+            else of
+        )
+
+    @property
+    def held_sizes(self) -> tuple[int, ...]:
+        """Number of elements of each parameter in memory, as DeepSpeed counts them: a byte holds two weights in NF4."""
+        if not self.is_in_nf4:
+            return self.sizes
+        return tuple((s + 1) // 2 if in_nf4 else s for s, in_nf4 in zip(self.sizes, self.is_in_nf4, strict=True))
+
+    @property
+    def constants_bytes(self) -> int:
+        """Bytes of the constants of blocks in NF4, which every rank holds whole."""
+        return sum(constants_bytes(s) for s, in_nf4 in zip(self.sizes, self.is_in_nf4, strict=False) if in_nf4)
+
+    def decoded_bytes(self, dtype: str) -> int:
+        """Bytes of the largest weight in NF4 while it is decoded for a product, and of its constants in float32."""
+        largest = max((s for s, in_nf4 in zip(self.sizes, self.is_in_nf4, strict=False) if in_nf4), default=0)
+        return largest * ITEM_BYTES[dtype] + largest // BLOCK * ITEM_BYTES["float32"]
 
     def forward(self, *, passes: int = 1) -> list[Visit]:
         """Modules in the order of a forward. passes: 2 if a separate forward of the reference precedes the policy's."""
@@ -138,9 +163,11 @@ def _leaf(name: str, parameters: tuple[int, ...]) -> Visit:
     return Visit(name, parameters, parameters, is_leaf=True)
 
 
-def structure_of(config: Any, lora: Lora) -> Structure:
+def structure_of(config: Any, lora: Lora, quantization: str | None = None) -> Structure:
     """Build the model on the meta device, add adapters, and record its sizes.
 
+    Args:
+        quantization: the recipe's `model.quantization`.
     Raises:
         UserError: no causal language model can be built from the config, or the adapters do not fit it.
     """
@@ -148,6 +175,8 @@ def structure_of(config: Any, lora: Lora) -> Structure:
     base.train()
     decoder = base.get_decoder()
     check_base_model(base)
+    if quantization is not None:
+        check_can_be_nf4(base)
     before = [_shapes(layer) for layer in decoder_layers(decoder)]
     total = len(before)
     if _is_uniform(before, lora.targets) and total > _KEPT:
@@ -162,10 +191,12 @@ def structure_of(config: Any, lora: Lora) -> Structure:
             parameter.requires_grad = f".{POLICY_ADAPTER}." in name
             parameter.data = parameter.data.to(getattr(torch, lora.dtype))
     adapters = {id(parameter) for name, parameter in policy.named_parameters() if "lora_" in name}
+    taken = set() if quantization is None else {id(layer.weight) for _, layer in linear_layers(base)}
     sizes: list[int] = []
     is_trainable: list[bool] = []
     is_adapter: list[bool] = []
     share: list[float] = []
+    is_in_nf4: list[bool] = []
     known: dict[int, int] = {}
 
     def noted(module: nn.Module) -> tuple[int, ...]:
@@ -176,6 +207,7 @@ def structure_of(config: Any, lora: Lora) -> Structure:
                 sizes.append(parameter.numel())
                 is_trainable.append(parameter.requires_grad)
                 is_adapter.append(id(parameter) in adapters)
+                is_in_nf4.append(id(parameter) in taken)
                 share.append(active_share(config, name))
             places.append(known[id(parameter)])
         return tuple(places)
@@ -187,6 +219,7 @@ def structure_of(config: Any, lora: Lora) -> Structure:
         sizes += [sizes[p] for p in layers[-1]]
         is_trainable += [is_trainable[p] for p in layers[-1]]
         is_adapter += [is_adapter[p] for p in layers[-1]]
+        is_in_nf4 += [is_in_nf4[p] for p in layers[-1]]
         share += [share[p] for p in layers[-1]]
         layers.append(tuple(range(first, len(sizes))))
     norm = tuple(p for module in _final_norms(decoder) for p in noted(module))
@@ -201,6 +234,7 @@ def structure_of(config: Any, lora: Lora) -> Structure:
         sizes.append(int(config.get_text_config().hidden_size))
         is_trainable.append(True)
         is_adapter.append(True)
+        is_in_nf4.append(False)
         share.append(1.0)
     return Structure(
         sizes=tuple(sizes),
@@ -215,6 +249,7 @@ def structure_of(config: Any, lora: Lora) -> Structure:
         config=config.get_text_config(),
         lora=lora,
         sample=policy,
+        is_in_nf4=() if quantization is None else tuple(is_in_nf4),
     )
 
 

@@ -116,4 +116,4 @@ def _near(secondary: int, cluster: Cluster) -> _Inside:
 
 def _once_more(structure: Structure, item_bytes: tuple[int, ...], gathers: Gathers) -> int:
     """Bytes that a single rank copies from host memory in a micro-step."""
-    return sum(t * s * b for t, s, b in zip(gathers.times, structure.sizes, item_bytes, strict=True))
+    return sum(t * s * b for t, s, b in zip(gathers.times, structure.held_sizes, item_bytes, strict=True))

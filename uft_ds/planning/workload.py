@@ -38,6 +38,8 @@ class Workload:
 
     lora: Lora
     dtype: str
+    quantization: str | None
+    """The recipe's `model.quantization`."""
     attention: str
     gradient_checkpointing: Recompute
     """`true` for a recipe that says `auto`, until `with_chosen_recompute` has chosen."""
@@ -154,6 +156,7 @@ def workload_of(settings: Settings, config: Any, *, tokens_per_response: int | N
     return Workload(
         lora=Lora.none(settings.model.dtype) if settings.trains_all else _lora_of(settings),
         dtype=settings.model.dtype,
+        quantization=settings.model.quantization,
         # For the GPUs of the plan, not for this machine.
         attention=attention_implementation(
             settings.model.attention, getattr(torch, settings.model.dtype), config, has_flash_attention=True

@@ -90,7 +90,7 @@ _KEYS_ELSEWHERE: Mapping[str, str] = {
 _NOT_HERE: Mapping[str, str] = {
     **dict.fromkeys(
         (
-            *("load_in_4bit", "load_in_8bit", "use_4bit", "use_8bit", "qlora", "use_qlora", "quantization"),
+            *("load_in_4bit", "load_in_8bit", "use_4bit", "use_8bit", "qlora", "use_qlora"),
             *(
                 "quantization_bit",
                 "quantization_config",
@@ -101,8 +101,8 @@ _NOT_HERE: Mapping[str, str] = {
             ),
             *("bnb_4bit_quant_type", "bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant", "double_quantization"),
         ),
-        "no 4-bit or 8-bit base: adapters are trained on, and merged into, 16-bit weights; where memory is short take "
-        "deepspeed: zero3_offload (`uft plan` says what fits)",
+        "a base in 4 bits is model.quantization: nf4 (QLoRA, with double quantisation); there is no other, and none in "
+        "8 bits (`uft plan` says what fits)",
     ),
     **dict.fromkeys(
         ("optim", "optimizer"), "the optimiser is AdamW; its keys are train.lr, train.betas and train.weight_decay"

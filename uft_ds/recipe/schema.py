@@ -39,6 +39,9 @@ class ModelSection(Section):
     """Commit or tag of a hub model."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the frozen base weights and of the activations."""
+    quantization: Literal["nf4"] | None = None
+    """nf4: the base's linear layers in 4 bits (QLoRA), 0.516 bytes a weight instead of 2; base and reference are then
+    the rounded model, and so is what is converted. Adapters alone can be trained; needs the extra nf4. null: none."""
     attention: Literal["auto", "packed", "flash_attention_2", "sdpa", "eager"] = "auto"
     """`packed`: each sequence of a row by itself, without a mask of all tokens. `auto`: packed for the families that
     the tests cover; else flash_attention_2 if it is installed, a GPU is present and dtype is bfloat16; else sdpa."""
@@ -337,6 +340,7 @@ def _impossible(recipe: Recipe) -> list[tuple[str, str]]:
                 "true needs model.gradient_checkpointing: true; without it all activations would cross to the host",
             )
         )
+    found += _impossible_with_nf4(recipe)
     seen: set[tuple[Any, ...]] = set()
     for prefix, sources in (("data.sources", data.sources), ("data.held_out", data.held_out)):
         for index, source in enumerate(sources):
@@ -425,6 +429,31 @@ def _impossible_without_adapters(recipe: Recipe) -> Iterator[tuple[str, str]]:
                 f"{source.answers} {trains_all}, and no reference is in memory for the policy's new answers; "
                 "use adapters",
             )
+
+
+def _impossible_with_nf4(recipe: Recipe) -> list[tuple[str, str]]:
+    """(key, problem) for what cannot be on a base in 4 bits."""
+    given = recipe.model.quantization
+    if given is None:
+        return []
+    found = []
+    if recipe.lora is None:
+        found.append(
+            (
+                "model.quantization",
+                f"{given} given, but with lora: null all parameters are trained, and weights in 4 bits cannot be; use "
+                "adapters",
+            )
+        )
+    if recipe.generator.by == "vllm":
+        found.append(
+            (
+                "generator.by",
+                f"vllm serves the base in 16 bits, and with model.quantization: {given} the policy is another model; "
+                "take builtin",
+            )
+        )
+    return found
 
 
 def _impossible_with_head(recipe: Recipe) -> list[tuple[str, str]]:

@@ -39,6 +39,7 @@ class ModelSettings:
     base: str
     revision: str | None
     dtype: Literal["float32", "bfloat16"]
+    quantization: Literal["nf4"] | None
     attention: str
     chat_template: str | None
     gradient_checkpointing: bool | Literal["selective", "auto"]
@@ -310,6 +311,7 @@ def settings_of(recipe: Recipe) -> Settings:
             base=model.base,
             revision=model.revision,
             dtype=model.dtype,
+            quantization=model.quantization,
             attention=model.attention,
             chat_template=model.chat_template,
             gradient_checkpointing=model.gradient_checkpointing,

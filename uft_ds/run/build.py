@@ -18,6 +18,7 @@ from uft_ds.data.store.sequences import Pool
 from uft_ds.data.tokens.tokenize import load_tokenizer
 from uft_ds.engine.deepspeed_file import deepspeed_config
 from uft_ds.engine.engine import Engine, partitioned_loading
+from uft_ds.engine.gathering import whole_parameter
 from uft_ds.engine.groups import ADAPTERS, HEAD, ParameterGroup, one_group
 from uft_ds.engine.ranks import current_ranks
 from uft_ds.host.world import launcher_environment
@@ -65,6 +66,8 @@ def build_engine(settings: Settings, reporter: Announcer) -> tuple[Engine, UFTMo
             dtype=dtype,
             attention=settings.model.attention,
             gradient_checkpointing=recompute,
+            quantization=settings.model.quantization,
+            whole=whole_parameter,
         )
     policy = _whole(base) if settings.trains_all else _adapted(base, settings)
     heads = with_reward_adapter(policy, settings)

@@ -15,6 +15,7 @@ import torch
 from uft_ds.checkpoint.folder import run_of_adapter
 from uft_ds.engine.zero_section import check_ranks
 from uft_ds.errors import UserError
+from uft_ds.export.quantised import MARK, nf4_of_adapter
 from uft_ds.host.packages import install_command
 from uft_ds.recipe.settings import Settings
 from uft_ds.record.run_folder import reading_identity
@@ -26,6 +27,7 @@ from uft_ds.streams.divided import why_undivided
 from uft_ds.streams.identity import OnFile, base_identity
 from uft_ds.streams.load import attention_implementation, check_base, empty_base
 from uft_ds.streams.model import UFTModel
+from uft_ds.streams.nf4 import check_bitsandbytes, check_can_be_nf4
 
 
 def check_recipe(settings: Settings) -> tuple[str, ...]:
@@ -41,6 +43,10 @@ def check_recipe(settings: Settings) -> tuple[str, ...]:
     _check_divides(settings, config)
     # The same construction as after the launch, but without weights, so that errors appear now.
     base = empty_base(config)
+    if settings.model.quantization is not None:
+        check_bitsandbytes()
+        check_can_be_nf4(base)
+        _check_not_on_disk(settings)
     if settings.trains_all:
         UFTModel(whole_policy(base), reference_mode=settings.reference.mode)
         adapted: tuple[str, ...] = ()
@@ -72,6 +78,21 @@ def _check_divides(settings: Settings, config: Any) -> None:
         raise UserError(
             f"launch.sequence_parallel: {size} given, but in this model {problem}; give a number that divides them, "
             "or 1"
+        )
+
+
+def _check_not_on_disk(settings: Settings) -> None:
+    """Refuse a quantised base whose shards DeepSpeed would keep on a disk: its buffers are of the model's type.
+
+    Raises:
+        UserError: names the file, and what to take.
+    """
+    offloaded = settings.deepspeed.checked["zero_optimization"].get("offload_param")
+    if isinstance(offloaded, dict) and offloaded.get("device") == "nvme":
+        raise UserError(
+            f"model.quantization: {settings.model.quantization} given, but deepspeed: {settings.deepspeed.name} keeps "
+            "the base on a disk (offload_param.device: nvme), which is for weights in 16 bits; take zero3_offload, or "
+            "zero2, where each GPU holds all of it in 4 bits"
         )
 
 
@@ -206,10 +227,13 @@ def check_adapters_are_of_base(settings: Settings, on_file: OnFile) -> None:
 
 def _check_is_of_base(key: str, folder: Path, settings: Settings, on_file: OnFile, *, must_name_it: bool) -> None:
     base, run = settings.model.base, run_of_adapter(folder)
+    _check_same_rounding(key, folder, settings)
     if run is not None:
         with reading_identity(run) as identity:
             trained_on = dict(identity["base"])
-        if trained_on != base_identity(base, settings.model.revision, on_file):
+        if trained_on != base_identity(
+            base, settings.model.revision, on_file, quantization=settings.model.quantization
+        ):
             raise UserError(
                 f"{key}: {folder} is of the run {run.path}, which was trained on a base of other content than "
                 f"{base} (model.base): the same adapter on other weights is another model"
@@ -229,6 +253,25 @@ def _check_is_of_base(key: str, folder: Path, settings: Settings, on_file: OnFil
     raise UserError(
         f"{key}: {folder} was trained on {theirs}, model.base is {base}: the same adapter on other weights "
         "is another model (if the weights are the same, correct base_model_name_or_path in its adapter_config.json)"
+    )
+
+
+def _check_same_rounding(key: str, folder: Path, settings: Settings) -> None:
+    """Refuse an adapter of a base in NF4 on one in 16 bits, and the reverse."""
+    theirs, ours = nf4_of_adapter(folder), settings.model.quantization
+    if (theirs is None) == (ours is None):
+        return
+    if theirs is None:
+        raise UserError(
+            f"{key}: {folder} was trained on a base that is not quantised, as far as is known, and model.quantization "
+            f"is {ours}: the same adapter on other weights is another model; leave model.quantization out (or, if it "
+            f"was trained on this base in NF4 elsewhere, say so in {folder / MARK}: "
+            f'{{"quantization": "nf4", "dtype": "{settings.model.dtype}"}})'
+        )
+    raise UserError(
+        f"{key}: {folder} was trained on its base in NF4, and model.quantization is not given: the same adapter on "
+        "other weights is another model; set model.quantization: nf4, or merge the adapter (uft convert) and take the "
+        "result as model.base"
     )
 
 

@@ -28,6 +28,7 @@ from uft_ds.streams.load import attention_implementation, check_base
 
 _PACKAGES = (
     "uft-ds", "torch", "deepspeed", "transformers", "peft", "datasets", "safetensors", "numpy", "flash-attn",
+    "bitsandbytes",
 )  # fmt: skip
 
 
@@ -49,7 +50,9 @@ def run_identity(settings: Settings, data: PreparedData, on_progress: OnProgress
     """Content hashes of base weights, adapters, and each source's rows, rules, tokenizer and template."""
     base, adapter, start = settings.model.base, settings.reference.adapter, settings.start_adapter
     revision = settings.model.revision
-    content = base_identity(base, revision, partial(on_progress, f"hashing {base}"))
+    content = base_identity(
+        base, revision, partial(on_progress, f"hashing {base}"), quantization=settings.model.quantization
+    )
     return {
         "base": content,
         "adapter": adapter_identity(Path(adapter)) if adapter else None,

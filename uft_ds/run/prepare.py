@@ -44,9 +44,11 @@ from uft_ds.run.settings import with_deepspeed_file, with_fixed_revision
 from uft_ds.run.start_adapter import Start, start_of, write_sample_of, write_start
 from uft_ds.run.task_identity import task_identities, write_task_identities
 from uft_ds.run.tasks import check_tasks
+from uft_ds.streams.base_weights import stored_in_nf4
 from uft_ds.streams.classifier import check_classifier
 from uft_ds.streams.identity import local_folder
 from uft_ds.streams.load import check_base, check_base_files, embedding_rows
+from uft_ds.streams.nf4 import check_can_be_nf4
 from uft_ds.streams.stored_names import stored_parameters
 from uft_ds.training.samples import Prompt, check_samples, choose_prompts, longest_prompt
 from uft_ds.training.steps import mixed_sources
@@ -272,6 +274,8 @@ def check_run(
     settings = with_fixed_revision(settings)
     base = local_folder(settings.model.base, settings.model.revision)
     model, stored = check_base_files(base, adapted)
+    if settings.model.quantization is not None:
+        stored_in_nf4(base, model, stored, check_can_be_nf4(model))
     if settings.trains_all:
         stored_parameters(base, model, stored)  # so that the trained model can be written
     chat, data = prepare_fitting_data(settings, on_progress)

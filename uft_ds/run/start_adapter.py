@@ -25,6 +25,7 @@ from uft_ds.recipe.settings import Settings
 from uft_ds.record.run_folder import RunFolder
 from uft_ds.streams.adapter_files import written_as_peft_saves
 from uft_ds.streams.identity import adapter_identity, local_folder
+from uft_ds.streams.nf4 import nf4_of
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def start_of(settings: Settings, data: PreparedData, on_progress: OnProgress) ->
             written_as_peft_saves(adapter, Path(work)),
             sequences_of_run(sample),
             partial(on_progress, "computing the log-ratios of start.adapter"),
+            nf4=nf4_of(model),
         )
     return Start(adapter_identity(adapter, "start.adapter"), tuple(log_ratios_R.tolist()))
 

@@ -29,11 +29,19 @@ _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _THREADS = 8
 
 
-def base_identity(base: str, revision: str | None, on_file: OnFile = lambda done, total: None) -> dict[str, Any]:
-    """SHA-256 of every weight file and of the relevant keys of config.json.
+def base_identity(
+    base: str,
+    revision: str | None,
+    on_file: OnFile = lambda done, total: None,
+    *,
+    quantization: str | None = None,
+) -> dict[str, Any]:
+    """SHA-256 of every weight file and of the relevant keys of config.json, and how the weights are rounded.
 
     65 GB take about a minute. Hashes are cached by a file's path, inode, size and times.
 
+    Args:
+        quantization: the recipe's `model.quantization`; the identity of a base without it has no such key.
     Raises:
         UserError: the folder holds no weights, or a file cannot be read.
     """
@@ -44,6 +52,7 @@ def base_identity(base: str, revision: str | None, on_file: OnFile = lambda done
     return {
         "weights": sorted(_hash_files(weight_files(folder), on_file)),
         "config": _digest({key: value for key, value in config.items() if key not in _NOT_NUMBERS}),
+        **({} if quantization is None else {"quantization": quantization}),
     }
 
 

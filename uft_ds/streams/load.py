@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Collection, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -26,6 +27,7 @@ from transformers import (
 from uft_ds.architectures.facts import decoder_layers, is_routed, is_shown_to_pack, wraps_a_language_model
 from uft_ds.errors import UserError
 from uft_ds.host.hub import no_network_hint
+from uft_ds.streams.nf4 import NF4, Whole, quantise
 from uft_ds.streams.packed_attention import PACKED
 from uft_ds.streams.recompute import Recompute, enable_recompute
 from uft_ds.streams.stored_names import stored_experts, stored_weights
@@ -241,14 +243,19 @@ def load_base(
     dtype: torch.dtype,
     attention: str,
     gradient_checkpointing: Recompute,
+    quantization: str | None = None,
+    whole: Whole = nullcontext,
 ) -> Any:
     """The base model, frozen and in training mode.
 
     Within `engine.engine.partitioned_loading` each rank keeps only its shard: transformers maps the files, reads them
     once, and distributes each parameter as it is read.
 
+    Args:
+        quantization: nf4: its linear layers are in 4 bits, see `streams/nf4.py`. None: as they are.
+        whole: as for `quantise`, which gathers what is loaded in shards.
     Raises:
-        UserError: the base cannot be loaded or trained; see `check_base` and `load_weights`.
+        UserError: the base cannot be loaded or trained; see `check_base`, `load_weights` and `quantise`.
     """
     config = check_base(base, revision)
     chosen = attention_implementation(attention, dtype, config)
@@ -258,6 +265,8 @@ def load_base(
     model.get_decoder().config._attn_implementation = chosen
     _check_dropout(model)
     model.requires_grad_(False)
+    if quantization == NF4:
+        quantise(model, whole)
     model.train()
     enable_recompute(model, gradient_checkpointing)
     return model

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -55,8 +56,13 @@ class WeightFiles:
         UserError: there are no weights, or a file cannot be read; the message names it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, read_as: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({})) -> None:
+        """
+        Args:
+            read_as: by the name of a tensor, a function of what is stored whose value `read` returns instead.
+        """
         self.folder = folder
+        self._read_as = read_as
         self.infos: dict[str, TensorInfo] = {}
         self._file_of: dict[str, Path] = {}
         for path in weight_files(folder):
@@ -65,7 +71,11 @@ class WeightFiles:
                 self._file_of[info.name] = path
 
     def read(self, name: str) -> Tensor:
-        """One tensor, as it is stored; it may be a view of the mapped file."""
+        """One tensor, as it is stored unless `read_as` names it; it may be a view of the mapped file."""
+        tensor = self._stored(name)
+        return self._read_as[name](tensor) if name in self._read_as else tensor
+
+    def _stored(self, name: str) -> Tensor:
         path = self._file_of[name]
         try:
             if path.suffix == ".safetensors":
