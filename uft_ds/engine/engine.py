@@ -24,6 +24,7 @@ from uft_ds.data.packing import UNSHARED, Packing, rank_micro_batches
 from uft_ds.engine import gathering, gradients
 from uft_ds.engine.groups import ParameterGroup, check_groups, one_group, optimizer_groups, rates_of
 from uft_ds.engine.ranks import Ranks, current_ranks, sequence_group
+from uft_ds.engine.zero_section import NODE_KEY
 from uft_ds.errors import UserError
 from uft_ds.host.process import returning_freed_memory
 from uft_ds.streams.model import UFTModel
@@ -47,10 +48,21 @@ class StepResult:
 
 
 @contextmanager
-def partitioned_loading(config: dict[str, Any]) -> Iterator[None]:
-    """Within the block and under ZeRO-3, transformers gives each rank only its own shard of the weights."""
+def partitioned_loading(config: dict[str, Any], *, on_host: bool = False) -> Iterator[None]:
+    """Within the block and under ZeRO-3, transformers gives each rank only its own shard of the weights.
+
+    Args:
+        on_host: whether the shards stay in host memory, page-locked, whatever the config says. A parameter keeps the
+            device of the `zero.Init` that has converted it (partition_parameters.py: `_partition_param`, 0.19.8), and
+            the engine converts only what is not converted yet: one engine holds weights in both places. These are
+            sharded over all ranks, also where others have a second copy inside each node: DeepSpeed makes the groups of
+            such copies once (utils/groups.py: `_create_zero_param_parallel_group`), and gathers the two kinds apart.
+    """
     from transformers.integrations import HfDeepSpeedConfig
 
+    if on_host:
+        offloaded = {"offload_param": {"device": "cpu", "pin_memory": True}, NODE_KEY: 1}
+        config = config | {"zero_optimization": config["zero_optimization"] | offloaded}
     keep_alive = HfDeepSpeedConfig(config)  # transformers holds only a weak reference to it
     with returning_freed_memory():
         yield
@@ -304,13 +316,14 @@ class Engine:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Within the block, each rank holds all weights, and may forward the base as often as it likes.
+        """Within the block, each rank holds all weights of the policy, and may forward it as often as it likes.
 
-        For forwards without gradient, not of the root module. Afterwards the weights are partitioned as before, and
-        ZeRO-3's prefetch trace is the one that training has recorded. At other stages it does nothing. Every rank must
-        enter it.
+        For forwards without gradient, not of the root module, nor of a reference's own copy of the base. Afterwards the
+        weights are partitioned as before, and ZeRO-3's prefetch trace is the one that training has recorded. At other
+        stages it does nothing. Every rank must enter it.
         """
-        with gathering.whole(self._engine) if self.gathers_layers else nullcontext():
+        policy: Any = self.module.policy
+        with gathering.whole(self._engine, policy) if self.gathers_layers else nullcontext():
             self._is_whole = True
             try:
                 yield

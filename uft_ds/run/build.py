@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -58,18 +59,25 @@ def build_engine(settings: Settings, reporter: Announcer) -> tuple[Engine, UFTMo
         max_grad_norm=settings.train.max_grad_norm,
         own_linear=recompute != "selective",  # see `enable_recompute`
     )
-    with reporter.phase(f"loading {settings.model.base}{_size_of(settings.model.base)}"), partitioned_loading(config):
-        base = load_base(
-            settings.model.base,
-            revision=settings.model.revision,
-            dtype=dtype,
-            attention=settings.model.attention,
-            gradient_checkpointing=recompute,
-        )
+    load = partial(
+        load_base,
+        settings.model.base,
+        revision=settings.model.revision,
+        dtype=dtype,
+        attention=settings.model.attention,
+    )
+    what = f"{settings.model.base}{_size_of(settings.model.base)}"
+    with reporter.phase(f"loading {what}"), partitioned_loading(config):
+        base = load(gradient_checkpointing=recompute)
+    reference = None
+    if settings.copies_reference:
+        with reporter.phase(f"loading the reference, {what}"), partitioned_loading(config, on_host=True):
+            reference = load(gradient_checkpointing=False)
     policy = _whole(base) if settings.trains_all else _adapted(base, settings)
     heads = with_reward_adapter(policy, settings)
     model = UFTModel(
         policy,
+        reference=reference,
         reference_mode=settings.reference.mode,
         activation_offload=settings.model.activation_offload,
         chunk_bytes=settings.model.logits_bytes,
