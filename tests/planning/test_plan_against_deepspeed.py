@@ -3,15 +3,15 @@
 from pathlib import Path
 
 import pytest
-from plan import RANKS, REWARD_MODEL, SIZES, TRAINS_ALL, Cell, compare, grid, write_model
+from plan import COPIED, RANKS, REWARD_MODEL, SIZES, TRAINS_ALL, Cell, compare, grid, write_model
 
 
 def test_two_ranks_hold_and_send_what_was_planned(tmp_path: Path) -> None:
     """Bytes sent within 1%, held within 10%: layers recomputed in float32, and kept in bfloat16; a reward model, all
-    parameters trained, and rows that both ranks share."""
+    parameters trained, also beside a copy of the base; and rows that both ranks share."""
     folder = write_model(tmp_path / "small", SIZES["small"])
     cells = [Cell(folder, gradient_checkpointing=True), Cell(folder, gradient_checkpointing=False, dtype="bfloat16")]
-    cells += [Cell(folder, gradient_checkpointing=True, mode=mode) for mode in (REWARD_MODEL, TRAINS_ALL)]
+    cells += [Cell(folder, gradient_checkpointing=True, mode=mode) for mode in (REWARD_MODEL, TRAINS_ALL, COPIED)]
     cells.append(Cell(folder, gradient_checkpointing=True, sequence_size=2))
     rows = compare(cells, 2)
     assert all(row.measured.gathered > 0 for row in rows)

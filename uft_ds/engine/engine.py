@@ -48,25 +48,27 @@ class StepResult:
 
 
 @contextmanager
-def partitioned_loading(config: dict[str, Any], *, on_host: bool = False) -> Iterator[None]:
-    """Within the block and under ZeRO-3, transformers gives each rank only its own shard of the weights.
-
-    Args:
-        on_host: whether the shards stay in host memory, page-locked, whatever the config says. A parameter keeps the
-            device of the `zero.Init` that has converted it (partition_parameters.py: `_partition_param`, 0.19.8), and
-            the engine converts only what is not converted yet: one engine holds weights in both places. These are
-            sharded over all ranks, also where others have a second copy inside each node: DeepSpeed makes the groups of
-            such copies once (utils/groups.py: `_create_zero_param_parallel_group`), and gathers the two kinds apart.
-    """
+def partitioned_loading(config: dict[str, Any]) -> Iterator[None]:
+    """Within the block and under ZeRO-3, transformers gives each rank only its own shard of the weights."""
     from transformers.integrations import HfDeepSpeedConfig
 
-    if on_host:
-        offloaded = {"offload_param": {"device": "cpu", "pin_memory": True}, NODE_KEY: 1}
-        config = config | {"zero_optimization": config["zero_optimization"] | offloaded}
     keep_alive = HfDeepSpeedConfig(config)  # transformers holds only a weak reference to it
     with returning_freed_memory():
         yield
     del keep_alive
+
+
+def with_shards_on_host(config: dict[str, Any]) -> dict[str, Any]:
+    """A config to load weights with whose shards stay in page-locked host memory under ZeRO-3, whatever it says.
+
+    A parameter keeps the device of the `zero.Init` that has converted it (partition_parameters.py: `_partition_param`,
+    0.19.8), and the engine converts only what is not converted yet: so one engine holds weights in both places.
+
+    Such weights are sharded over all ranks, also where others have a second copy inside each node. DeepSpeed makes the
+    groups of such copies once (utils/groups.py: `_create_zero_param_parallel_group`), and gathers the two kinds apart.
+    """
+    changes = {"offload_param": {"device": "cpu", "pin_memory": True}, NODE_KEY: 1}
+    return config | {"zero_optimization": config["zero_optimization"] | changes}
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from uft_ds.data.sources import PreparedData
 from uft_ds.data.store.sequences import Pool
 from uft_ds.data.tokens.tokenize import load_tokenizer
 from uft_ds.engine.deepspeed_file import deepspeed_config
-from uft_ds.engine.engine import Engine, partitioned_loading
+from uft_ds.engine.engine import Engine, partitioned_loading, with_shards_on_host
 from uft_ds.engine.groups import ADAPTERS, HEAD, ParameterGroup, one_group
 from uft_ds.engine.ranks import current_ranks
 from uft_ds.host.world import launcher_environment
@@ -69,9 +69,9 @@ def build_engine(settings: Settings, reporter: Announcer) -> tuple[Engine, UFTMo
     what = f"{settings.model.base}{_size_of(settings.model.base)}"
     with reporter.phase(f"loading {what}"), partitioned_loading(config):
         base = load(gradient_checkpointing=recompute)
-    reference = None
+    reference, on_host = None, with_shards_on_host(config)
     if settings.copies_reference:
-        with reporter.phase(f"loading the reference, {what}"), partitioned_loading(config, on_host=True):
+        with reporter.phase(f"loading the reference, {what}"), partitioned_loading(on_host):
             reference = load(gradient_checkpointing=False)
     policy = _whole(base) if settings.trains_all else _adapted(base, settings)
     heads = with_reward_adapter(policy, settings)
