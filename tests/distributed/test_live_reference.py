@@ -135,6 +135,8 @@ def places_of_shards(folder: Path) -> dict[str, Any]:
         restore(engine.deepspeed, Shards(folder).read, updates=1)
         run_step(method, uneven_steps()[1], 1e-3)
         moments.append(told())
+    with engine.evaluating(), engine.whole():
+        gathered = {name for name, p in named.items() if p.ds_status.name == "AVAILABLE"}
     layers = [*model.policy.get_decoder().layers, *model.reference.get_decoder().layers]
     return {
         "moments": moments,
@@ -143,6 +145,7 @@ def places_of_shards(folder: Path) -> dict[str, Any]:
         "saved": {piece.name for piece in pieces},
         "leaves": [z3_leaf_module(layer) for layer in layers],
         "gathers": counters.gathers,
+        "whole": gathered,
         "heads": [
             m.get_output_embeddings().weight is m.get_input_embeddings().weight for m in (model.policy, model.reference)
         ],
@@ -169,6 +172,7 @@ def test_the_copys_shards_stay_in_page_locked_host_memory(folder: Path) -> None:
         assert found["trained"] == found["saved"] == of_policy
         assert found["heads"] == [True, True]  # tied within each, and two distinct sets of names
         assert found["leaves"] == [True] * 4
+        assert found["whole"] == of_policy  # to answer prompts
         first = found["moments"][0]
         for moment in found["moments"]:
             assert {moment["by"][name] for name in of_copy} == {("cpu", True)}
