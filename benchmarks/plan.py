@@ -86,6 +86,9 @@ SIZES = {
     "middle": Size("llama", 384, 6, 3001, tied=True),  # a vocabulary that no number of ranks divides
     "large": Size("qwen2", 512, 8, 8192),
 }
+MIXTURE = Size("qwen3_moe", 256, 4, 4096)
+"""Eight experts, of which a token passes two; adapters on the attention, and on the experts too."""
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 @dataclass(frozen=True)
@@ -106,16 +109,28 @@ class Bytes:
 
 def write_model(folder: Path, size: Size) -> Path:
     """A random float32 model."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+    )
 
-    classes: Any = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
+    classes: Any = {
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+    }
     config_class, model_class = classes[size.family]
+    mixture = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": size.hidden // 2, "head_dim": 32}
     assert size.vocabulary >= VOCAB_SIZE
     torch.manual_seed(0)
     config = config_class(
         vocab_size=size.vocabulary, hidden_size=size.hidden, intermediate_size=3 * size.hidden,
         num_hidden_layers=size.layers, num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=4096,
-        tie_word_embeddings=size.tied,
+        tie_word_embeddings=size.tied, **(mixture if size == MIXTURE else {}),
     )  # fmt: skip
     model_class(config).to(torch.float32).save_pretrained(folder)
     return folder
@@ -216,6 +231,8 @@ def measure(cell: Cell) -> tuple[Bytes, MicroBatch, list[int]]:
             further=(REWARD,) if is_reward_model else (),
             trains_all=cell.mode in (TRAINS_ALL, COPIED),
             reference=reference,
+            targets=cell.targets,
+            experts=cell.experts,
         )
     layer_class = decoder_layer_class(base_of(model.policy))
     packing = Packing(sequence_size=cell.sequence_size)
@@ -312,7 +329,7 @@ def _exchanged(cell: Cell, structure: Structure, step: list[int], item_bytes: in
 def predict(cell: Cell, ranks: int, batch: MicroBatch, step: list[int]) -> Bytes:
     """By the functions of `uft plan`; of the micro-batch only its numbers of tokens are read."""
     is_reward_model = cell.mode == REWARD_MODEL
-    lora = replace(LORA, has_reward_head=is_reward_model)
+    lora = replace(LORA, has_reward_head=is_reward_model, targets=cell.targets, experts=cell.experts)
     if cell.mode in (TRAINS_ALL, COPIED):
         lora = Lora.none(cell.dtype, copies_base=cell.mode == COPIED)
     structure = structure_of(check_base(str(cell.folder), None), lora)
@@ -392,6 +409,13 @@ class Cell:
     """Of base and activations; adapters are in float32."""
     sequence_size: int = 1
     """Number of ranks that share rows."""
+    is_mixture: bool = False
+    experts: bool = False
+    """Whether its routed experts get adapters too."""
+
+    @property
+    def targets(self) -> Any:
+        return list(ATTENTION) if self.is_mixture else LORA.targets
 
 
 def compare(cells: list[Cell], ranks: int) -> list[Row]:
@@ -403,7 +427,8 @@ def compare(cells: list[Cell], ranks: int) -> list[Row]:
             + ("" if cell.mode == "lockstep" else f", {cell.mode}")
             + ("" if cell.dtype == "float32" else f", {cell.dtype}")
             + ("" if cell.secondary == 1 else f", copies in {cell.secondary}")
-            + ("" if cell.sequence_size == 1 else f", {cell.sequence_size} share rows"),
+            + ("" if cell.sequence_size == 1 else f", {cell.sequence_size} share rows")
+            + (", adapters of experts" if cell.experts else ""),
             measured,
             predict(cell, ranks, batch, step),
         )
@@ -431,6 +456,16 @@ def grid(folders: list[Path], modes: list[str]) -> list[Cell]:
     return [Cell(folder, recompute, mode) for folder in folders for mode in modes for recompute in (True, False)]
 
 
+def of_mixture(folder: Path) -> list[Cell]:
+    """A mixture of experts, below `folder`, whose experts are frozen and adapted."""
+    model = write_model(folder / "mixture", MIXTURE)
+    return [
+        Cell(model, recompute, is_mixture=True, experts=experts)
+        for experts in (False, True)
+        for recompute in (True, False)
+    ]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=list(RANKS))
@@ -448,6 +483,7 @@ def main() -> int:
                 cells += [Cell(folders[0], recompute, sequence_size=2) for recompute in (True, False)]
                 cells += [Cell(folder, True, mode) for mode in (TRAINS_ALL, COPIED) for folder in folders]
                 cells += [Cell(folders[0], False, TRAINS_ALL, dtype="bfloat16")]
+                cells += of_mixture(Path(name))
             found = compare(cells, ranks)
             if ranks == 4:  # in processes of its own: DeepSpeed makes such groups once
                 found += compare([Cell(folders[0], gradient_checkpointing=True, secondary=2)], ranks)

@@ -89,6 +89,7 @@ def toy_model(
     further: Seq[Stream] = (),
     reward_adapter: Path | None = None,
     targets: Any = "all-linear",
+    experts: bool = False,
     trains_all: bool = False,
     reference: Any = None,
 ) -> UFTModel:
@@ -110,7 +111,7 @@ def toy_model(
             activation_offload=activation_offload,
             chunk_bytes=chunk_bytes,
         )
-    policy = add_adapters(base, rank=4, alpha=8.0, targets=targets, dtype=lora_dtype, seed=1)
+    policy = add_adapters(base, rank=4, alpha=8.0, targets=targets, dtype=lora_dtype, seed=1, experts=experts)
     if b_std:
         generator = torch.Generator().manual_seed(2)
         for name, parameter in policy.named_parameters():

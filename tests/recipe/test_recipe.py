@@ -148,7 +148,7 @@ def test_home_is_expanded_in_locations_only(minimal: str, monkeypatch: pytest.Mo
         ("data.sources.1.exmaples=8", "data.sources.1.exmaples: unknown key; did you mean 'examples'?"),
         ("objective.gamma=2", "objective.gamma: unknown key; here it is objective.simpo_margin"),
         ("train.learning_rate=1e-5", "train.learning_rate: unknown key; here it is train.lr"),
-        ("lora.foo=1", "lora.foo: unknown key; known here: rank, alpha, dropout, targets, dtype"),
+        ("lora.foo=1", "lora.foo: unknown key; known here: rank, alpha, dropout, targets, experts, dtype"),
         ("train.max-grad-norm=1", "train.max-grad-norm: unknown key; did you mean 'max_grad_norm'?"),
         ("my-key=1", "my-key: unknown key; known here: name, model,"),
         ("lr=1e-5", "lr: unknown key; did you mean 'train.lr'?"),
@@ -348,6 +348,22 @@ def test_a_share_may_be_a_schedule(minimal: str) -> None:
 def test_without_adapters_what_needs_them_is_refused(minimal: str, override: str, message: str) -> None:
     load_recipe(minimal, ("lora=null",))
     assert message in refusal(minimal, "lora=null", override)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("objective={reward: head, loss: bce}", "lora.experts: true given, but a reward model"),
+        (
+            "data.sources.0={format: prompts, path: p.jsonl, answers: 2, score_by: length}",
+            "lora.experts: true given, but the policy also answers itself",
+        ),
+    ],
+)
+def test_what_adapters_of_experts_cannot_do_is_refused(minimal: str, override: str, message: str) -> None:
+    """They have no place in a server's or a reward model's adapter."""
+    load_recipe(minimal, ("lora.experts=true",))
+    assert message in refusal(minimal, "lora.experts=true", override)
 
 
 @pytest.mark.parametrize("dropout", ["0.05", "-0.1", ".nan", "1"])

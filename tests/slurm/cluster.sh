@@ -71,10 +71,17 @@ die() { say "$*"; exit 1; }
 ARCH=$(gcc -print-multiarch 2>/dev/null || true)
 [ -n "$ARCH" ] || ARCH=$(uname -m)-linux-gnu
 
-# Unpacks Debian's Slurm below $CACHE/root, with whatever libraries this
-# machine lacks.  apt's lists and archives live in $CACHE too: no root, no lock.
+# Two clusters may start at once, and two apt-get in one folder damage each
+# other's lists.  The lock ends with the subshell: daemons must not inherit it.
 fetch_packages() {
-    [ -e "$CACHE/root/.complete" ] && return
+    mkdir -p "$CACHE"
+    (flock 9; if [ ! -e "$CACHE/root/.complete" ]; then unpack_packages; fi) 9>"$CACHE/lock"
+}
+
+# Unpacks Debian's Slurm below $CACHE/root, with whatever libraries this
+# machine lacks.  apt's lists and archives live in $CACHE too: no root, and no
+# lock of apt's own.
+unpack_packages() {
     command -v apt-get >/dev/null || die "needs apt-get (Debian or Ubuntu)"
     mkdir -p "$CACHE/apt/lists/partial" "$CACHE/apt/archives/partial" "$CACHE/debs"
     local -a apt=(-qq -o "Dir::State::lists=$CACHE/apt/lists" -o "Dir::Cache=$CACHE/apt"

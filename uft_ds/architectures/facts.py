@@ -28,6 +28,7 @@ class Family:
     mlp_projections: gate, up and down, of an expert as well; two where the MLP has no gate.
     leaks: why the sequences of a packed row change each other; empty where the tests show that they do not.
     lockstep: whether the tests hold the lockstep reference against two separate forwards.
+    experts: whether the tests hold adapters of the routed experts, trained and merged, against PEFT's.
     name: what messages and documentation call it; given where `lockstep` is.
     """
 
@@ -37,6 +38,7 @@ class Family:
     mlp_projections: int = 3
     leaks: str = ""
     lockstep: bool = False
+    experts: bool = False
     name: str = ""
 
 
@@ -46,10 +48,10 @@ FAMILIES = {
     "qwen2": Family("Qwen2DecoderLayer", lockstep=True, name="Qwen2"),
     "qwen3": Family("Qwen3DecoderLayer", lockstep=True, name="Qwen3"),
     "qwen2_5_vl": Family("Qwen2_5_VLDecoderLayer", lockstep=True, name="Qwen2.5-VL"),
-    "qwen2_moe": Family("Qwen2MoeDecoderLayer", lockstep=True, name="Qwen2-MoE"),
-    "qwen3_moe": Family("Qwen3MoeDecoderLayer", lockstep=True, name="Qwen3-MoE"),
-    "mixtral": Family("MixtralDecoderLayer", lockstep=True, name="Mixtral"),
-    "olmoe": Family("OlmoeDecoderLayer", lockstep=True, name="OLMoE"),
+    "qwen2_moe": Family("Qwen2MoeDecoderLayer", lockstep=True, experts=True, name="Qwen2-MoE"),
+    "qwen3_moe": Family("Qwen3MoeDecoderLayer", lockstep=True, experts=True, name="Qwen3-MoE"),
+    "mixtral": Family("MixtralDecoderLayer", lockstep=True, experts=True, name="Mixtral"),
+    "olmoe": Family("OlmoeDecoderLayer", lockstep=True, experts=True, name="OLMoE"),
     "phi": Family("PhiDecoderLayer", norm="final_layernorm", mlp_projections=2),
     "phi3": Family("Phi3DecoderLayer", lockstep=True, name="Phi-3"),
     "gemma": Family("GemmaDecoderLayer"),
@@ -128,12 +130,27 @@ def active_share(config: Any, parameter: str) -> float:
     Args:
         parameter: its name in the model, or in a layer of it.
     """
-    if not _ROUTED.search(parameter):
+    if not is_routed(parameter):
         return 1.0
     text = config.get_text_config()
     counts = (getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
     experts, chosen = next((count for count in counts if count), None), getattr(text, "num_experts_per_tok", None)
     return chosen / experts if experts and chosen else 1.0
+
+
+def is_routed(parameter: str) -> bool:
+    """Whether a parameter is of a mixture's routed experts, by its name in the model or in a layer of it."""
+    return _ROUTED.search(parameter) is not None
+
+
+def adapts_experts(config: Any) -> bool:
+    """Whether the routed experts of this model may get adapters."""
+    return family_of(config).experts
+
+
+def names_with_experts() -> tuple[str, ...]:
+    """The families whose routed experts may get adapters, by the names that messages use."""
+    return tuple(sorted(family.name for family in FAMILIES.values() if family.experts))
 
 
 def shown_in_lockstep() -> tuple[str, ...]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from uft_ds.architectures.facts import adapts_experts, names_with_experts
 from uft_ds.checkpoint.folder import OPTIMIZER
 from uft_ds.checkpoint.shards import Shards
 from uft_ds.data.example import Sequence
@@ -35,7 +36,7 @@ from uft_ds.export.agreement import (
     sequences_of_run,
 )
 from uft_ds.export.deepspeed_files import is_deepspeed
-from uft_ds.export.low_rank import LowRank, read_low_rank
+from uft_ds.export.low_rank import ExpertsLowRank, LowRank, read_low_rank
 from uft_ds.export.merge import write_merged
 from uft_ds.export.model_card import model_card
 from uft_ds.export.source import Convertible, of_run, opened, recorded_identity
@@ -44,9 +45,10 @@ from uft_ds.export.whole import Written, check_written, write_whole
 from uft_ds.host.callbacks import OnProgress, Say
 from uft_ds.host.files import sync
 from uft_ds.host.locks import Held, acquire
+from uft_ds.streams.experts import without_wrappers
 from uft_ds.streams.identity import local_folder
 from uft_ds.streams.load import check_base, check_base_files, config_of_folder, embedding_rows
-from uft_ds.streams.stored_names import stored_parameters, stored_weights
+from uft_ds.streams.stored_names import stored_experts, stored_parameters, stored_weights
 from uft_ds.streams.tied import stored_twice
 from uft_ds.streams.weight_files import WeightFiles
 
@@ -235,7 +237,7 @@ def convert_to_universal(path: Path, out: Path, *, say: Say = print) -> Conversi
 
 
 def stored_deltas(
-    folder: Path, model: Any, empty: Mapping[str, Tensor], deltas: Mapping[str, LowRank]
+    folder: Path, model: Any, empty: Mapping[str, Tensor], deltas: Mapping[str, LowRank | ExpertsLowRank]
 ) -> tuple[dict[str, LowRank], bool]:
     """The deltas by the names that the base's files use, and whether one of them parts the head from the embedding.
 
@@ -244,9 +246,42 @@ def stored_deltas(
     Raises:
         UserError: the files lack a weight that the adapter changes, or hold it in several tensors.
     """
-    names = stored_weights(folder, model, empty, deltas)
-    by_file = {names[name]: delta for name, delta in deltas.items()}
+    plain = {name: delta for name, delta in deltas.items() if isinstance(delta, LowRank)}
+    names = stored_weights(folder, model, empty, plain)
+    by_file = {names[name]: delta for name, delta in plain.items()}
+    of_experts = {
+        _expert_weight(folder, model, name, delta): delta
+        for name, delta in deltas.items()
+        if isinstance(delta, ExpertsLowRank)
+    }
+    for name, pieces in stored_experts(folder, model, empty, of_experts).items():
+        by_file |= {piece.name: of_experts[name].of(piece.expert, piece.rows) for piece in pieces}
     return by_file, any(name in by_file for pair in stored_twice(model, empty) for name in pair)
+
+
+def _expert_weight(folder: Path, model: Any, name: str, delta: ExpertsLowRank) -> str:
+    """The weight of a module of experts that a delta is of: the one that has its shape.
+
+    Raises:
+        UserError: there is none, or adapters of this model's experts are not known to be merged.
+    """
+    module = without_wrappers(name.removesuffix(".weight"))
+    if not adapts_experts(model.config):
+        raise UserError(
+            f"{folder}: the adapter changes {module}, and adapters of the experts of {type(model).__name__} have not "
+            f"been shown to be merged (shown: {', '.join(names_with_experts())})"
+        )
+    weights = [
+        weight
+        for weight, parameter in model.named_parameters()
+        if weight.rpartition(".")[0] == module and parameter.shape == delta.shape
+    ]
+    if len(weights) != 1:
+        raise UserError(
+            f"{folder}: {module} has no weight of shape {list(delta.shape)}, which the adapter is for; it is of "
+            "another model"
+        )
+    return weights[0]
 
 
 def tokenizer_of(source: Convertible) -> ChatTokenizer:

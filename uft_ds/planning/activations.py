@@ -29,6 +29,8 @@ from transformers.utils import import_utils
 
 from uft_ds.architectures.facts import keep_layers
 from uft_ds.planning.structure import ITEM_BYTES, Structure
+from uft_ds.streams import grouped
+from uft_ds.streams.grouped import enable_lean_experts
 from uft_ds.streams.lanes import Lanes, enable_lockstep
 from uft_ds.streams.linear import enable_lean_linear
 from uft_ds.streams.packed_attention import PACKED, bounds_for_attention
@@ -120,12 +122,21 @@ def _run(
     decoder.config._attn_implementation = attention
     enable_recompute(base, gradient_checkpointing)
     enable_lean_linear(base.get_decoder())
+    enable_lean_experts(base.get_decoder())
     if lockstep:
         enable_lockstep(base)
     base.enable_input_require_grads()
     # As in a run: with the selective mode torch's own function stays in place.
     linear = _linear_of_zero3() if under_zero3 and gradient_checkpointing != "selective" else nullcontext()
-    with linear, _experts_in_any_type(), _sdpa_is_an_operator(), _unasked(), _OnMeta(), _Live() as live:
+    with (
+        linear,
+        _experts_in_any_type(),
+        _sdpa_is_an_operator(),
+        _without_autocast(),
+        _unasked(),
+        _OnMeta(),
+        _Live() as live,
+    ):
         weights = _without_memory(policy, getattr(torch, dtype))
         token_ids_1T = torch.zeros(1, sum(lengths), dtype=torch.int64)
         positions_1T = torch.arange(sum(lengths))[None]
@@ -212,6 +223,25 @@ def _unasked() -> Iterator[None]:
         yield
     finally:
         utils.is_fake_tensor = original
+
+
+@contextmanager
+def _without_autocast() -> Iterator[None]:
+    """Within the block a request for no autocast is granted for the meta device too, where torch knows none (2.13).
+
+    PEFT (0.21) makes it where it adds adapters to the weights of experts.
+    """
+    original: Any = torch.autocast
+
+    def autocast(device_type: str, *args: Any, **options: Any) -> Any:
+        return nullcontext() if device_type == "meta" else original(device_type, *args, **options)
+
+    namespace: Any = torch
+    namespace.autocast = autocast
+    try:
+        yield
+    finally:
+        namespace.autocast = original
 
 
 @contextmanager
@@ -352,10 +382,18 @@ def _experts_in_any_type() -> Iterator[None]:
     original = moe._grouped_mm
     integration: Any = moe
     integration._grouped_mm = lambda rows, weights, offs: _GroupedMM.apply(rows, weights, offs)
+    own: Any = grouped
+    own_original, own.grouped_product = own.grouped_product, _grouped_product
     try:
         yield
     finally:
-        integration._grouped_mm = original
+        integration._grouped_mm, own.grouped_product = original, own_original
+
+
+def _grouped_product(left: Tensor, right: Tensor, ends_E: Tensor) -> Tensor:
+    """The shape of `grouped.grouped_product`: rows by each expert's weight, or the weights' gradients."""
+    experts = (len(ends_E),) if right.dim() == 2 else ()
+    return left.new_empty(*experts, left.shape[0], right.shape[-1])
 
 
 @torch.library.custom_op("uft_ds::planned_flash", mutates_args=())

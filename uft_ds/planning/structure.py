@@ -40,6 +40,8 @@ class Lora:
     """Whether there is also a frozen reference adapter of the same form."""
     has_reward_head: bool = False
     """Whether a reward model's head is trained with them; no logits are computed then."""
+    experts: bool = False
+    """Whether a mixture's routed experts get adapters too."""
     trains_all: bool = False
     """Whether there are none, and all parameters of the base are trained, in its own dtype."""
     copies_base: bool = False
@@ -235,7 +237,12 @@ def structure_of(config: Any, lora: Lora) -> Structure:
 
 def _adapted(base: Any, lora: Lora) -> Any:
     return accepted_policy(
-        base, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dtype=getattr(torch, lora.dtype)
+        base,
+        rank=lora.rank,
+        alpha=lora.alpha,
+        targets=lora.targets,
+        dtype=getattr(torch, lora.dtype),
+        experts=lora.experts,
     )
 
 

@@ -193,6 +193,7 @@ def _lora_of(settings: Settings) -> Lora:
         lora.dtype,
         has_reference=reference.adapter is not None and reference.is_needed,
         has_reward_head=settings.trains_head,
+        experts=lora.experts,
     )
 
 

@@ -64,6 +64,7 @@ _KEYS_ELSEWHERE: Mapping[str, str] = {
     "lora_alpha": "lora.alpha",
     "lora_dropout": "lora.dropout",
     **dict.fromkeys(("target_modules", "lora_target", "lora_target_modules", "lora_target_linear"), "lora.targets"),
+    "target_parameters": "lora.experts: true",
     **dict.fromkeys(("model_name_or_path", "model_name"), "model.base"),
     **dict.fromkeys(("attn_implementation", "flash_attention", "flash_attn", "attn_impl"), "model.attention"),
     "torch_dtype": "model.dtype",

@@ -64,6 +64,9 @@ class LoraSection(Section):
     """Must be 0: dropout makes the log-ratio noise, which B = 0 hides at the start."""
     targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
     """The linear layers that get an adapter: all except the head, or a list of module names."""
+    experts: bool = False
+    """Adapt a mixture's routed experts too, each by its own pair of this rank. Not for online sources, whose servers
+    take no such adapters, and not for reward models."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the trainable adapter weights."""
 
@@ -386,7 +389,21 @@ def _impossible(recipe: Recipe) -> list[tuple[str, str]]:
     ]
     of_objective = objective_problems(objective, examples_per_step=train.examples_per_step)
     found += [(f"objective.{key}", problem) for key, problem in of_objective]
-    return found + ([] if recipe.lora is not None else list(_impossible_without_adapters(recipe)))
+    if recipe.lora is None:
+        return found + list(_impossible_without_adapters(recipe))
+    return found + (list(_impossible_with_experts(recipe)) if recipe.lora.experts else [])
+
+
+def _impossible_with_experts(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """(key, problem) for what adapters of routed experts cannot do."""
+    if recipe.objective.reward == "head":
+        yield "lora.experts", "true given, but a reward model has no adapters of experts; leave it out"
+    if any(source.answers is not None for source in recipe.data.sources):
+        yield (
+            "lora.experts",
+            "true given, but the policy also answers itself: every new token would add the adapters to the weights "
+            "of all experts, and servers take no such adapters; leave it out, or the online sources",
+        )
 
 
 def _impossible_without_adapters(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -48,12 +48,13 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """The adapters. targets: names of modules, or "all-linear"."""
+    """The adapters. targets: names of modules, or "all-linear". experts: whether routed experts get adapters too."""
 
     rank: int
     alpha: float
     targets: Literal["all-linear"] | list[str]
     dtype: Literal["float32", "bfloat16"]
+    experts: bool = False
 
 
 @dataclass(frozen=True)
@@ -324,7 +325,7 @@ def settings_of(recipe: Recipe) -> Settings:
             activation_offload=model.activation_offload,
             logits_bytes=None if model.logits_mib is None else model.logits_mib * 2**20,
         ),
-        lora=None if lora is None else LoraSettings(lora.rank, lora.alpha, lora.targets, lora.dtype),
+        lora=None if lora is None else LoraSettings(lora.rank, lora.alpha, lora.targets, lora.dtype, lora.experts),
         data=DataSettings(
             max_length=data.max_length,
             tolerance=Tolerance(data.on_bad_row == "quarantine", data.max_quarantined, data.too_long != "refuse"),

@@ -118,6 +118,7 @@ def _adapted(base: Any, settings: Settings) -> Policy:
         targets=lora.targets,
         dtype=getattr(torch, lora.dtype),
         seed=settings.train.seed,
+        experts=lora.experts,
     )
     if settings.reference.adapter is not None:
         start_from_adapter(policy, Path(settings.reference.adapter))

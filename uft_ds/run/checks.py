@@ -100,7 +100,9 @@ def _check_divides(settings: Settings, config: Any) -> None:
 
 def _check_adapted(base: Any, settings: Settings) -> tuple[str, ...]:
     lora = settings.adapters
-    policy = accepted_policy(base, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dtype=torch.float32)
+    policy = accepted_policy(
+        base, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dtype=torch.float32, experts=lora.experts
+    )
     adapted = adapted_weights(policy)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a deprecated property of transformers

@@ -42,6 +42,7 @@ def _trained(settings: Settings) -> str:
         return "all"
     lora = settings.adapters
     targets = lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)
+    targets += ", and the routed experts" if lora.experts else ""
     head = ", and a reward head" if settings.trains_head else ""
     return f"LoRA of rank {lora.rank} (alpha {lora.alpha:g}) on {targets}{head}"
 

@@ -14,22 +14,37 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from uft_ds.architectures.facts import LAYERS, decoder_layers, layers_attribute, positions_limit, reason_of_leak
+from uft_ds.architectures.facts import (
+    LAYERS,
+    decoder_layers,
+    is_routed,
+    layers_attribute,
+    positions_limit,
+    reason_of_leak,
+)
 from uft_ds.errors import UserError
 from uft_ds.streams.adapter_files import PREFIX
 from uft_ds.streams.adapters import add_adapters
+from uft_ds.streams.experts import expert_weight, is_on_experts
 from uft_ds.streams.heads import plain_head
 from uft_ds.streams.lora_config import is_plain_lora
 from uft_ds.streams.stream import POLICY_ADAPTER
 
 
 def accepted_policy(
-    base: Any, *, rank: int, alpha: float, targets: Literal["all-linear"] | list[str], dtype: torch.dtype
+    base: Any,
+    *,
+    rank: int,
+    alpha: float,
+    targets: Literal["all-linear"] | list[str],
+    dtype: torch.dtype,
+    experts: bool = False,
 ) -> PeftModel:
     """The policy of a run without weights: a base that can be trained, and adapters that `uft convert` can read back.
 
     Args:
         base: the base model on the meta device.
+        experts: whether a mixture's routed experts get adapters too.
     Raises:
         UserError: `model.base` or `lora.targets` cannot be trained; the message says why, and what to do.
     """
@@ -40,8 +55,8 @@ def accepted_policy(
         warnings.filterwarnings("ignore", message="fan_in_fan_out", category=UserWarning)
         # PEFT warns of adapters on experts, which are refused too.
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern", category=RuntimeWarning)
-        policy = add_adapters(base, rank=rank, alpha=alpha, targets=targets, dtype=dtype, seed=0)
-    check_adapters(policy)
+        policy = add_adapters(base, rank=rank, alpha=alpha, targets=targets, dtype=dtype, seed=0, experts=experts)
+    check_adapters(policy, experts=experts)
     return policy
 
 
@@ -104,16 +119,18 @@ def check_positions(config: Any, max_length: int) -> None:
         )
 
 
-def check_adapters(policy: PeftModel) -> None:
+def check_adapters(policy: PeftModel, *, experts: bool = False) -> None:
     """Refuse adapters that `uft convert` cannot merge: every trained parameter must be a plain LoRA of a linear layer.
 
-    With `all-linear` PEFT also adapts the experts and the router of a mixture of experts, as three-dimensional
-    parameters (`target_parameters`).
+    With `all-linear` PEFT also adapts the experts and the router of a mixture of experts, as parameters
+    (`target_parameters`).
 
+    Args:
+        experts: accept adapters of routed experts too, but not of the router.
     Raises:
         UserError: the message names `lora.targets`, the layers, and targets that work.
     """
-    refused = sorted(set(_not_plain(policy)))
+    refused = sorted(set(_not_plain(policy, experts=experts)))
     if not refused:
         return
     names = _plain_targets(policy)
@@ -130,15 +147,19 @@ def check_adapters(policy: PeftModel) -> None:
     )
 
 
-def _not_plain(policy: PeftModel) -> Iterator[str]:
-    """Names of modules with trained parameters that are not a plain LoRA of an `nn.Linear`."""
+def _not_plain(policy: PeftModel, *, experts: bool) -> Iterator[str]:
+    """Names of modules with trained parameters that are neither a plain LoRA of an `nn.Linear`, nor one of experts."""
     config: Any = policy.peft_config[POLICY_ADAPTER]
+    of_experts: set[str] = set()
     for name, module in policy.named_modules():
-        if isinstance(module, LoraLayer) and not isinstance(module.get_base_layer(), nn.Linear):
+        if experts and is_on_experts(module) and is_routed(expert_weight(name, module)):
+            of_experts.add(name)
+        elif isinstance(module, LoraLayer) and not isinstance(module.get_base_layer(), nn.Linear):
             yield _shown(name)
     for name, parameter in policy.named_parameters():
-        if parameter.requires_grad and not is_plain_lora(name, parameter.shape, config.r):
-            yield _shown(name.partition(".lora_")[0])
+        module = name.partition(".lora_")[0]
+        if parameter.requires_grad and not (module in of_experts or is_plain_lora(name, parameter.shape, config.r)):
+            yield _shown(module)
 
 
 def _shown(name: str) -> str:

@@ -20,6 +20,7 @@ from uft_ds.errors import UserError
 from uft_ds.objectives.reference import REFERENCE_STREAM
 from uft_ds.streams.adapter_files import HEAD_TENSOR, PREFIX, read_adapter_tensors
 from uft_ds.streams.classifier import HEAD
+from uft_ds.streams.experts import expert_parameters, expert_weight, is_on_experts
 from uft_ds.streams.lora_config import WITHOUT_EFFECT, read_lora_config
 from uft_ds.streams.policy import OF_POLICY, Policy
 from uft_ds.streams.stream import BARE_BASE, POLICY_ADAPTER, REFERENCE_ADAPTER, REWARD, Stream
@@ -36,12 +37,15 @@ def add_adapters(
     targets: Literal["all-linear"] | list[str],
     dtype: torch.dtype,
     seed: int,
+    experts: bool = False,
 ) -> PeftModel:
     """Freeze the base and add LoRA adapters, equal on every rank: A is drawn from `seed`, B is zero.
 
+    Args:
+        experts: whether a mixture's routed experts get adapters too; see `streams.experts`.
     Raises:
-        UserError: the head would get an adapter, a target is not a linear layer of the model, or the rank is larger
-            than any layer can use.
+        UserError: the head would get an adapter, a target is not a linear layer of the model, the rank is larger
+            than any layer can use, or there are no experts.
     """
     _check_rank(base, rank)
     if targets != "all-linear":
@@ -52,6 +56,7 @@ def add_adapters(
         lora_alpha=alpha,  # type: ignore[arg-type] # PEFT only divides by it
         lora_dropout=0.0,
         target_modules=targets,
+        target_parameters=expert_parameters(base) if experts else None,
         bias="none",
         task_type="CAUSAL_LM",
         exclude_modules=_beside_the_decoder(base),
@@ -184,8 +189,9 @@ def lora_form(folder: Path, recipe_key: str = "reference.adapter") -> dict[str, 
 
 
 def _numbers_of(config: dict[str, Any]) -> dict[str, Any]:
-    # PEFT writes an empty pattern as {} or as null, depending on its version.
-    return {key: value or None for key, value in sorted(config.items()) if key not in WITHOUT_EFFECT}
+    # PEFT writes an empty pattern as {} or as null, depending on its version, and lists in the order of a set.
+    numbers = {key: value or None for key, value in sorted(config.items()) if key not in WITHOUT_EFFECT}
+    return {key: sorted(value) if isinstance(value, list | set) else value for key, value in numbers.items()}
 
 
 def _check_same_lora(folder: Path, ours: PeftConfig, recipe_key: str) -> None:
@@ -231,8 +237,8 @@ def as_stream(module: nn.Module, stream: Stream) -> Iterator[None]:
 
 def adapted_weights(policy: PeftModel) -> tuple[str, ...]:
     """Names of the base's weights that have an adapter, as they are without adapters."""
-    layers = (name for name, module in policy.named_modules() if isinstance(module, LoraLayer))
-    return tuple(f"{name.removeprefix(PREFIX)}.weight" for name in layers)
+    layers = ((name.removeprefix(PREFIX), one) for name, one in policy.named_modules() if isinstance(one, LoraLayer))
+    return tuple(expert_weight(name, one) if is_on_experts(one) else f"{name}.weight" for name, one in layers)
 
 
 def adapter_tensors(policy: PeftModel, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -250,8 +256,8 @@ def adapter_tensors(policy: PeftModel, trained: Mapping[str, Tensor]) -> dict[st
 def adapter_config_of(policy: PeftModel, *, with_head: bool = False) -> bytes:
     """PEFT's adapter_config.json, as it saves it, but with its lists of names sorted.
 
-    With the head of a reward model, it is the config of a sequence classifier's adapter. PEFT holds
-    `target_modules` as a set and writes it in the set's order, which differs from process to process.
+    With the head of a reward model, it is the config of a sequence classifier's adapter. PEFT writes names in the order
+    of a set, which differs from process to process.
     """
     config: Any = policy.peft_config[POLICY_ADAPTER]
     inference_mode = config.inference_mode
@@ -264,6 +270,7 @@ def adapter_config_of(policy: PeftModel, *, with_head: bool = False) -> bytes:
         config.inference_mode = inference_mode
     if with_head:
         stored |= {"task_type": "SEQ_CLS", "modules_to_save": [HEAD]}
-    if isinstance(stored.get("target_modules"), list):
-        stored["target_modules"].sort()
+    for key in ("target_modules", "target_parameters"):
+        if isinstance(stored.get(key), list):
+            stored[key].sort()
     return json.dumps(stored, indent=2, sort_keys=True).encode()

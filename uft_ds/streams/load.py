@@ -23,12 +23,12 @@ from transformers import (
     GenerationConfig,
 )
 
-from uft_ds.architectures.facts import decoder_layers, is_shown_to_pack, wraps_a_language_model
+from uft_ds.architectures.facts import decoder_layers, is_routed, is_shown_to_pack, wraps_a_language_model
 from uft_ds.errors import UserError
 from uft_ds.host.hub import no_network_hint
 from uft_ds.streams.packed_attention import PACKED
 from uft_ds.streams.recompute import Recompute, enable_recompute
-from uft_ds.streams.stored_names import stored_weights
+from uft_ds.streams.stored_names import stored_experts, stored_weights
 from uft_ds.streams.tied import check_tied
 from uft_ds.streams.weights import check_weights, first_non_finite, loading_of, own_values, problem_of
 
@@ -224,7 +224,8 @@ def check_base_files(folder: Path, adapted: Collection[str] = ()) -> tuple[Any, 
     empty = check_weights(folder, model)
     check_tied(folder, model, empty)
     if adapted:
-        stored_weights(folder, model, empty, adapted)
+        stored_weights(folder, model, empty, (name for name in adapted if not is_routed(name)))
+        stored_experts(folder, model, empty, (name for name in adapted if is_routed(name)))
     return model, empty
 
 

@@ -125,6 +125,7 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "target_modules": (_are_names, "a list of names or a regular expression"),
     "exclude_modules": (_are_names, "a list of names or a regular expression"),
+    "target_parameters": (_are_names, "a list of names"),
     "base_model_name_or_path": (lambda value: value is None or isinstance(value, str), "a name or a path"),
 }
 """For each field that is used: whether a value is of its type, and what is expected."""

@@ -20,6 +20,7 @@ from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.objectives.reference import HowForwarded
 from uft_ds.streams.adapters import as_stream, reference_of
 from uft_ds.streams.divided import SequenceGroup, why_undivided
+from uft_ds.streams.grouped import enable_lean_experts, experts_of_transformers
 from uft_ds.streams.heads import (
     ScalarHead,
     head_outputs,
@@ -97,9 +98,11 @@ class UFTModel(nn.Module):
             if not stream.trained and stream.name not in frozen_heads:
                 self._frozen_heads[stream.name] = self._scalar_head(seed).weight.detach()
         enable_lean_linear(base.get_decoder())
+        enable_lean_experts(base.get_decoder())
         if reference is not None:
             make_logp_head(reference, chunk_bytes=chunk_bytes)
             enable_lean_linear(reference.get_decoder())
+            enable_lean_experts(reference.get_decoder())
         if self._in_lockstep:
             enable_lockstep(base)
         self._activation_offload = activation_offload
@@ -288,6 +291,7 @@ class UFTModel(nn.Module):
             as_stream(model, stream),
             logits_in_float32(base.get_output_embeddings()),
             attention_of_transformers(base),
+            experts_of_transformers(base),
         ):
             logits_TV = torch.cat(
                 [

@@ -13,9 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
 
 from uft_ds.errors import UserError
 
@@ -112,6 +119,53 @@ def stored_weights(folder: Path, model: Any, empty: Mapping[str, Tensor], names:
             )
         stored[name] = found[name].names[0]
     return stored
+
+
+@dataclass(frozen=True)
+class StoredExpert:
+    """One stored tensor, name: it holds rows of one expert's part of a weight [experts, out, in]."""
+
+    name: str
+    expert: int
+    rows: Tensor
+
+
+def stored_experts(
+    folder: Path, model: Any, empty: Mapping[str, Tensor], names: Iterable[str]
+) -> dict[str, tuple[StoredExpert, ...]]:
+    """For each weight of all routed experts, the stored tensors that it is put together from.
+
+    transformers' own reversal of its rule is applied to the numbers of the rows, so it says which rows a tensor holds.
+
+    Args:
+        folder, model, empty: as for `stored_weights`.
+        names: in memory, such as `model.layers.0.mlp.experts.down_proj`.
+    Raises:
+        UserError: the files lack a weight, or do not hold it expert by expert.
+    """
+    found, own = origins(model, empty), dict(model.named_parameters())
+    return {name: _by_expert(folder, model, name, own.get(name), found.get(name)) for name in names}
+
+
+def _by_expert(
+    folder: Path, model: Any, name: str, weight: Tensor | None, origin: Origin | None
+) -> tuple[StoredExpert, ...]:
+    if weight is None or origin is None:
+        raise UserError(f"{folder}: holds no {name}, which the adapter changes; the adapter is of another model")
+    experts, rows, _ = weight.shape
+    numbers = torch.arange(experts * rows).reshape(experts, rows, 1)
+    parts = revert_weight_conversion(model, {name: numbers})
+    pieces = []
+    for stored, part in parts.items():
+        of_part = part.flatten()
+        expert = {int(number) // rows for number in of_part[[0, -1]]}
+        if stored not in origin.names or part.dim() != 2 or len(expert) != 1:
+            raise UserError(
+                f"{folder}: {name} is stored as {origin.names[0]} (of {len(origin.names)}), not expert by expert: no "
+                "adapter can be merged into it; leave lora.experts out"
+            )
+        pieces.append(StoredExpert(stored, expert.pop(), of_part % rows))
+    return tuple(pieces)
 
 
 def stored_parameters(folder: Path, model: Any, empty: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:

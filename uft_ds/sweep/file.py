@@ -214,7 +214,7 @@ def _check_stages_fit(runs: list[PlannedRun], label: str) -> None:
                 f"{label}: run {run.name}: it starts from the adapter of {run.after}, but {which} has lora: null, so "
                 "none; leave `after` out, or train adapters in both"
             )
-        for key in ("model.base", "model.revision", "lora.rank", "lora.alpha", "lora.targets"):
+        for key in ("model.base", "model.revision", "lora.rank", "lora.alpha", "lora.targets", "lora.experts"):
             section, name = key.split(".")
             before, now = first[section][name], second[section][name]
             if _meaning(before) != _meaning(now):
