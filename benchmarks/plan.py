@@ -9,7 +9,7 @@ under ZeRO-3 with bounds that make a tiny model gather as a large one has to. Me
                           backend, a micro-step, over whole steps after two that warm up
     of all ranks          those of all-gathers in which every rank takes part: with a second copy inside a node
                           (`zero_hpz_partition_size`, here 2 of 4 ranks), what crosses the slow link
-    weights               the base's shards that the parameters hold
+    weights               the base's shards that the parameters hold, or those of a reference's own copy of it
     adapter + optimiser   shards of the adapters, tensors of AdamW's state, master weights that are no adapter's storage
     gradients             the buffer of accumulated gradients, and the bucket in which they wait
     saved                 storages that autograd keeps for a micro-batch's backward, through torch's hooks
@@ -39,13 +39,13 @@ from ranks import run_on_ranks
 from rich.console import Console
 from rich.table import Table
 from tiny import VOCAB_SIZE
-from toy import UFT, forwarded, toy_model, toy_sequences
+from toy import UFT, forwarded, toy_base, toy_model, toy_sequences
 
 from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.data.mixture import Step
 from uft_ds.data.packing import Packing
 from uft_ds.engine.deepspeed_file import deepspeed_config, read_deepspeed_file
-from uft_ds.engine.engine import Engine, partitioned_loading
+from uft_ds.engine.engine import Engine, partitioned_loading, with_shards_on_host
 from uft_ds.objectives.objective import count_terms, micro_batch_loss
 from uft_ds.objectives.reference import POLICY_STREAM
 from uft_ds.planning import parts
@@ -63,6 +63,7 @@ TOKENS_PER_MICRO_BATCH, SEQUENCES_PER_RANK = 560, 16
 RANKS = (1, 2, 4)
 REWARD_MODEL = "reward model"
 TRAINS_ALL = "all parameters"
+COPIED = "all parameters, a copy"
 WITHOUT_REFERENCE = {REWARD_MODEL: REWARD.name, TRAINS_ALL: POLICY_STREAM}
 """Modes in which one stream is forwarded alone, and its name."""
 LORA = Lora(rank=4, alpha=8.0, targets="all-linear", dtype="float32")  # as `toy_model` has it
@@ -217,7 +218,9 @@ def measure(cell: Cell) -> tuple[Bytes, MicroBatch, list[int]]:
     dtype = getattr(torch, cell.dtype)
     config = deepspeed_config(zero3(cell), dtype=dtype, max_grad_norm=1e6)
     is_reward_model, alone = cell.mode == REWARD_MODEL, WITHOUT_REFERENCE.get(cell.mode)
-    mode: Any = "separate" if alone else cell.mode
+    mode: Any = "separate" if alone or cell.mode == COPIED else cell.mode
+    with partitioned_loading(with_shards_on_host(config)):
+        reference = toy_base(cell.folder, dtype=dtype) if cell.mode == COPIED else None
     with partitioned_loading(config):  # as a run loads; adapters then keep their own type
         model = toy_model(
             cell.folder,
@@ -226,7 +229,8 @@ def measure(cell: Cell) -> tuple[Bytes, MicroBatch, list[int]]:
             gradient_checkpointing=cell.gradient_checkpointing,
             reference_mode=mode,
             further=(REWARD,) if is_reward_model else (),
-            trains_all=cell.mode == TRAINS_ALL,
+            trains_all=cell.mode in (TRAINS_ALL, COPIED),
+            reference=reference,
             quantization=cell.quantization,
             targets=cell.targets,
             experts=cell.experts,
@@ -334,14 +338,15 @@ def predict(cell: Cell, ranks: int, batch: MicroBatch, step: list[int]) -> Bytes
     """By the functions of `uft plan`; of the micro-batch only its numbers of tokens are read."""
     is_reward_model = cell.mode == REWARD_MODEL
     lora = replace(LORA, has_reward_head=is_reward_model, targets=cell.targets, experts=cell.experts)
-    if cell.mode == TRAINS_ALL:
-        lora = Lora.none(cell.dtype)
+    if cell.mode in (TRAINS_ALL, COPIED):
+        lora = Lora.none(cell.dtype, copies_base=cell.mode == COPIED)
     structure = structure_of(check_base(str(cell.folder), None), lora, cell.quantization)
     item_bytes = structure.item_bytes(cell.dtype)
     sharding = sharding_of(zero3(cell))
     one = ITEM_BYTES[cell.dtype]
     in_lockstep = cell.mode == "lockstep"
-    gathers = parts.micro_step_gathers(structure, item_bytes, sharding, passes=2 if cell.mode == "separate" else 1)
+    passes = 2 if cell.mode in ("separate", COPIED) else 1
+    gathers = parts.micro_step_gathers(structure, item_bytes, sharding, passes=passes)
     activations = activations_of(
         structure, lengths=batch.lengths, dtype=cell.dtype, gradient_checkpointing=cell.gradient_checkpointing,
         lockstep=in_lockstep, attention=attention_implementation("auto", getattr(torch, cell.dtype), structure.config),
@@ -349,13 +354,15 @@ def predict(cell: Cell, ranks: int, batch: MicroBatch, step: list[int]) -> Bytes
     )  # fmt: skip
     micro_steps, size = len(step), cell.sequence_size
     far, near = parts.step_gathered_bytes(structure, item_bytes, gathers, sharding, ranks, micro_steps)
-    second = parts.copy_bytes(structure, item_bytes, cell.secondary) if cell.secondary > 1 else 0
+    second = parts.frozen_bytes(structure, item_bytes, cell.secondary) if cell.secondary > 1 else 0
     return Bytes(
         gathered=(far + near) / micro_steps,
         far=far / micro_steps,
         reduced=parts.reduced_bytes(structure, ranks),
         exchanged=_exchanged(cell, structure, step, one),
-        weights=parts.weights_bytes(structure, item_bytes, ranks) + second,
+        weights=parts.weights_bytes(structure, item_bytes, ranks)
+        + second
+        + parts.copy_bytes(structure, item_bytes, ranks),
         optimizer=parts.adapter_bytes(structure, item_bytes, ranks) + parts.optimizer_bytes(structure, ranks),
         gradients=parts.gradient_bytes(structure, ranks) + parts.bucket_bytes(sharding, one),
         saved=activations.divided(size).saved_bytes
@@ -485,7 +492,7 @@ def main() -> int:
             if ranks == 2:
                 cells += [Cell(folders[0], recompute, dtype="bfloat16") for recompute in (True, False)]
                 cells += [Cell(folders[0], recompute, sequence_size=2) for recompute in (True, False)]
-                cells += [Cell(folder, True, TRAINS_ALL) for folder in folders]
+                cells += [Cell(folder, True, mode) for mode in (TRAINS_ALL, COPIED) for folder in folders]
                 cells += [Cell(folders[0], False, TRAINS_ALL, dtype="bfloat16")]
                 cells += [Cell(folder, True, dtype="bfloat16", quantization="nf4") for folder in folders]
                 cells += of_mixture(Path(name))

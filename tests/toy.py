@@ -56,6 +56,26 @@ def toy_step(count: int = 7, *, seed: int = 0) -> Step:
     return Step(0, toy_sequences(count, seed=seed))
 
 
+def toy_base(
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attention: str | None = None,
+    gradient_checkpointing: Recompute = False,
+    quantization: str | None = None,
+) -> Any:
+    """The frozen base in `folder`; attention: as for `toy_model`."""
+    return load_base(
+        str(folder),
+        revision=None,
+        dtype=dtype,
+        attention=attention or attention_implementation("auto", torch.float32, check_base(str(folder), None)),
+        gradient_checkpointing=gradient_checkpointing,
+        quantization=quantization,
+        whole=whole_parameter,
+    )
+
+
 def toy_model(
     folder: Path,
     *,
@@ -76,26 +96,32 @@ def toy_model(
     experts: bool = False,
     trains_all: bool = False,
     quantization: str | None = None,
+    reference: Any = None,
 ) -> UFTModel:
     """The model in `folder` with adapters; B drawn with `b_std`, so that log-ratios are of order 1.
 
     trains_all: without adapters; of the further options those that shape adapters have no effect then.
+    reference: the frozen copy beside a base that is trained.
     attention: by default sdpa, or eager for a model without it, whatever is installed.
     further: streams beside policy and reference, each with an adapter of its own, drawn from its name, or the policy's.
     reward_adapter: of a reward model that is attached, as an online run does it.
     """
-    base = load_base(
-        str(folder),
-        revision=None,
+    base = toy_base(
+        folder,
         dtype=dtype,
-        attention=attention or attention_implementation("auto", torch.float32, check_base(str(folder), None)),
+        attention=attention,
         gradient_checkpointing=gradient_checkpointing,
         quantization=quantization,
-        whole=whole_parameter,
     )
     if trains_all:
         base.requires_grad_(True)
-        return UFTModel(base, reference_mode="separate", activation_offload=activation_offload, chunk_bytes=chunk_bytes)
+        return UFTModel(
+            base,
+            reference=reference,
+            reference_mode="separate",
+            activation_offload=activation_offload,
+            chunk_bytes=chunk_bytes,
+        )
     policy = add_adapters(base, rank=4, alpha=8.0, targets=targets, dtype=lora_dtype, seed=1, experts=experts)
     if b_std:
         generator = torch.Generator().manual_seed(2)

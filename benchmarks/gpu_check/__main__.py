@@ -45,10 +45,11 @@ STAGES = (
     Stage("kernels", 70),
     Stage("exactness", 50),
     Stage("waits", 50),
-    Stage("attention", 60),
-    Stage("speed:true", 100),
+    Stage("live_reference", 30),
+    Stage("attention", 50),
+    Stage("speed:true", 90),
     Stage("quickstart", 80),
-    Stage("speed:selective", 90),
+    Stage("speed:selective", 80),
     Stage("against_trl_here", 70),
 )
 """Cheap and valuable ones first."""

@@ -1,22 +1,18 @@
 """All parameters trained: a run on two ranks against plain torch, its resume, and the model that is written."""
 
-import copy
 import json
 import shutil
 from pathlib import Path
 
 import pytest
-import torch
+from plain_torch import assert_moved_alike, trained_by_plain_torch
 from runs import assert_same_shards, forked, losses, numbers, recipe_in, settings_of_run, uft, write_rows
 from safetensors.torch import load_file, save_file
 from tiny import build_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from uft_ds.data.micro_batch import micro_batch
-from uft_ds.objectives.implicit_reward import response_logps
 from uft_ds.record.run_folder import RunFolder
 from uft_ds.run.prepare import open_data
-from uft_ds.training.schedule import learning_rate
 from uft_ds.training.steps import steps_of
 
 
@@ -34,55 +30,17 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return folder
 
 
-def logps_of(model: torch.nn.Module, sequence) -> torch.Tensor:
-    """log pi(y|x) of each response by Hugging Face's own forward of one sequence: [responses], with its graph."""
-    batch = micro_batch([sequence])
-    logits_TV = model(input_ids=batch.token_ids_T[None], use_cache=False).logits[0]
-    logps_NV = logits_TV.index_select(0, batch.predictors_N).log_softmax(dim=-1)
-    token_logps_N = logps_NV.gather(1, batch.targets_N[:, None]).squeeze(1)
-    return response_logps(token_logps_N, batch.response_of_N, len(batch.responses))
-
-
-def trained_by_plain_torch(recipe: Path) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """The definition in float64: two copies of Hugging Face's model, torch's AdamW, each sequence alone."""
-    settings = settings_of_run(recipe)
-    train, folder = settings.train, RunFolder(settings.output)
-    model = AutoModelForCausalLM.from_pretrained(settings.model.base, dtype=torch.float64)
-    reference = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=train.betas, weight_decay=train.weight_decay)
-    steps, found = steps_of(settings, open_data(settings, folder)), []
-    for step in steps:
-        optimizer.zero_grad()
-        total = torch.zeros((), dtype=torch.float64)
-        for sequence in step.sequences:
-            rewards_R = 0.1 * (logps_of(model, sequence) - logps_of(reference, sequence))
-            scores_R = torch.tensor([response.score for response in sequence.responses], dtype=torch.float64)
-            total = total + (rewards_R.sigmoid() - scores_R).square().sum()
-        loss = total / len(step.responses)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), train.max_grad_norm)
-        optimizer.param_groups[0]["lr"] = learning_rate(
-            step.index, num_steps=len(steps), peak=train.lr, warmup=train.warmup, schedule=train.schedule
-        )
-        optimizer.step()
-        found.append(float(loss.detach()))
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}, found
-
-
 def test_full_parameters_are_trained_as_by_plain_torch(finished: Path) -> None:
     """Losses of all steps, and how far each parameter moved; the written model holds what was trained."""
-    expected, expected_losses = trained_by_plain_torch(finished / "recipe.yaml")
+    settings = settings_of_run(finished / "recipe.yaml")
+    steps = steps_of(settings, open_data(settings, RunFolder(settings.output)))
+    expected, expected_losses = trained_by_plain_torch(settings, steps, len(steps))
     result = uft("convert", str(finished / "run"), str(finished / "model"))
     assert result.returncode == 0, result.stderr
     assert "parameters read back as they were trained" in result.stdout
-    model = AutoModelForCausalLM.from_pretrained(finished / "model")
-    start = AutoModelForCausalLM.from_pretrained(finished / "base")
     assert losses(finished / "run") == pytest.approx(expected_losses, rel=1e-5)
-    before = dict(start.named_parameters())
-    for name, parameter in model.named_parameters():
-        moved = (expected[name] - before[name]).norm()
-        assert moved > 0, name
-        assert (parameter.double() - expected[name]).norm() <= 1e-3 * moved, name
+    model, start = (AutoModelForCausalLM.from_pretrained(finished / name) for name in ("model", "base"))
+    assert_moved_alike(model, expected, start)
 
 
 def test_the_reference_is_computed_before_the_first_step_alone(finished: Path) -> None:

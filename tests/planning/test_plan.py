@@ -383,6 +383,29 @@ def test_one_gpu_sends_nothing_and_offloading_costs_pcie() -> None:
     assert 0 < host.page_locking_bytes < host.weights_bytes
 
 
+def test_a_copy_of_the_base_is_counted_where_it_lies() -> None:
+    """As the reference of a base that is trained: in host memory under ZeRO-3, fetched once a micro-step over PCIe;
+    whole on each GPU under ZeRO-2. With the cache there is none."""
+    cached, live, whole = (
+        outcome("lora=null", f"reference.cache={cache}", f"deepspeed={file}")
+        for cache, file in (("true", "zero3"), ("false", "zero3"), ("false", "zero2"))
+    )
+    size, ranks = 2 * 32_763_876_352, 8
+    assert list(live.by_mode) == ["separate", "cached"]
+    assert size <= live.host.reference_bytes < 1.001 * size
+    assert cached.host.reference_bytes == whole.host.reference_bytes == 0
+    assert live.gpu.weights_shard_bytes == cached.gpu.weights_shard_bytes == 0
+    assert whole.gpu.weights_shard_bytes == size
+    forwarded, spared = (live.by_mode[mode].traffic for mode in ("separate", "cached"))
+    micro_steps = live.setting.workload.micro_steps(ranks)
+    more = forwarded.gathered_bytes - spared.gathered_bytes
+    assert more == pytest.approx(micro_steps * size, rel=0.001)
+    assert forwarded.pcie_bytes == pytest.approx(more / ranks, rel=1e-6)
+    assert spared.pcie_bytes == 0
+    on_one = outcome("lora=null", "reference.cache=false", on=cluster(gpus=1))
+    assert on_one.by_mode["separate"].traffic.pcie_bytes == on_one.setting.workload.micro_steps(1) * size
+
+
 def test_a_bound_is_the_largest_part_or_the_sum_without_overlap() -> None:
     """`overlap_comm: false` adds the slowest link to the compute."""
     time = outcome().by_mode["lockstep"].time

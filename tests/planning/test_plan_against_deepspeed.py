@@ -3,15 +3,16 @@
 from pathlib import Path
 
 import pytest
-from plan import RANKS, REWARD_MODEL, SIZES, TRAINS_ALL, Cell, compare, grid, of_mixture, write_model
+from plan import COPIED, RANKS, REWARD_MODEL, SIZES, TRAINS_ALL, Cell, compare, grid, of_mixture, write_model
 
 
 def test_two_ranks_hold_and_send_what_was_planned(tmp_path: Path) -> None:
     """Bytes sent within 1%, held within 10%: layers recomputed in float32, and kept in bfloat16; a reward model, all
-    parameters trained, rows that both ranks share, a base in NF4, and a mixture whose experts are frozen or adapted."""
+    parameters trained, also beside a copy of the base; rows that both ranks share, a base in NF4, and a mixture whose
+    experts are frozen or adapted."""
     folder = write_model(tmp_path / "small", SIZES["small"])
     cells = [Cell(folder, gradient_checkpointing=True), Cell(folder, gradient_checkpointing=False, dtype="bfloat16")]
-    cells += [Cell(folder, gradient_checkpointing=True, mode=mode) for mode in (REWARD_MODEL, TRAINS_ALL)]
+    cells += [Cell(folder, gradient_checkpointing=True, mode=mode) for mode in (REWARD_MODEL, TRAINS_ALL, COPIED)]
     cells.append(Cell(folder, gradient_checkpointing=True, sequence_size=2))
     cells.append(Cell(folder, gradient_checkpointing=True, dtype="bfloat16", quantization="nf4"))
     cells += of_mixture(tmp_path)

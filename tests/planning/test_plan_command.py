@@ -69,8 +69,8 @@ SCHEMA = numbers(
         "head_tile_bytes", "reserve_bytes", "total_bytes", "spare_bytes",
     ),
     host_memory=numbers(
-        "processes_bytes", "weights_bytes", "page_locking_bytes", "optimizer_bytes", "activations_bytes",
-        "checkpoint_bytes", "total_bytes", "spare_bytes",
+        "processes_bytes", "weights_bytes", "reference_bytes", "page_locking_bytes", "optimizer_bytes",
+        "activations_bytes", "checkpoint_bytes", "total_bytes", "spare_bytes",
     ),
     disk=numbers(
         "base_bytes", "checkpoint_bytes", "checkpoints_bytes", "merged_model_bytes", "reference_cache_bytes",

@@ -344,17 +344,11 @@ def test_a_share_may_be_a_schedule(minimal: str) -> None:
     [
         ("reference.adapter=/a", "reference.adapter: /a given, but with lora: null all parameters are trained; merge"),
         ("start.adapter=/a", "start.adapter: /a given, but with lora: null all parameters are trained; merge"),
-        ("reference.cache=false", "reference.cache: false given, but with lora: null"),
-        ("objective.reward_shift=kl", "objective.reward_shift: kl given, but with lora: null"),
         ("objective={reward: head, loss: bce}", "objective.reward: head given, but with lora: null"),
-        (
-            "data.sources.0={format: prompts, path: p.jsonl, answers: 2, score_by: length}",
-            "data.sources.0.answers: 2 given, but with lora: null",
-        ),
+        ("generator={by: vllm, url: 'http://a'}", "generator.by: vllm given, but with lora: null"),
     ],
 )
 def test_without_adapters_what_needs_them_is_refused(minimal: str, override: str, message: str) -> None:
-    """And what needs the reference's weights during the training, of which only its log-probs are known."""
     load_recipe(minimal, ("lora=null",))
     assert message in refusal(minimal, "lora=null", override)
 

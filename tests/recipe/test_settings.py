@@ -68,6 +68,25 @@ def test_a_reference_that_no_loss_needs_is_neither_cached_nor_in_lockstep(minima
     assert found == [(True, True, "lockstep"), (False, False, "separate")]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "copies"),
+    [
+        ((), False),
+        (("reference.cache=false",), True),
+        (("objective.reward_shift=kl",), True),
+        (("objective.reward_shift=ema",), False),
+        (("data.sources.0={format: prompts, path: p.jsonl, answers: 2, score_by: 'code:m:f'}",), True),
+        (("objective.loss=nll", "reference.cache=false"), False),
+    ],
+)
+def test_a_copy_of_the_base_is_made_where_steps_forward_the_reference(
+    minimal: str, overrides: tuple[str, ...], copies: bool
+) -> None:
+    """Of all parameters trained; the reference of adapters is their own base."""
+    assert load_settings(minimal, ("lora=null", *overrides)).copies_reference == copies
+    assert not load_settings(minimal, overrides).copies_reference
+
+
 def in_folder(minimal: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     """The minimal recipe where one of its two sources is there."""
     monkeypatch.chdir(tmp_path)

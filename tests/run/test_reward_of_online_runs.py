@@ -60,6 +60,13 @@ def test_its_content_is_in_the_identity(tiny_qwen2: Path, reward: Path, tmp_path
     assert "reward_adapter" not in json.loads(plain.environment.read_text())
 
 
+def test_beside_a_trained_base_its_adapter_is_refused(tiny_qwen2: Path, reward: Path, tmp_path: Path) -> None:
+    """By its key, with what to give instead: an adapter of a base that changes is another model in each step."""
+    message = refused(online_recipe(tmp_path, tiny_qwen2, reward), "lora=null")
+    assert message.startswith(f"{KEY}: {reward} is an adapter on the policy's base, but with lora: null")
+    assert "--to reward-model" in message
+
+
 def test_another_reward_model_is_another_identity(tiny_qwen2: Path, reward: Path, tmp_path: Path) -> None:
     other = reward_run(tmp_path / "other", tiny_qwen2)
     settings = [settings_of_run(online_recipe(tmp_path, tiny_qwen2, folder)) for folder in (reward, other)]

@@ -67,6 +67,15 @@ def test_each_rank_is_a_process_and_shards_are_one_copy(settings: Settings, monk
         assert need(on_gpus, monkeypatch, ranks=2, has_gpu=True) == 2 * PROCESS_BYTES + copies * weights
 
 
+def test_a_copy_of_the_base_takes_as_much_again(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the reference of a base that is trained: under ZeRO-3 in host memory on GPUs, too."""
+    copied, weights = changed(settings, {"lora": None, "reference.cache": False}), weights_of(settings)
+    assert need(copied, monkeypatch, ranks=2) == 2 * PROCESS_BYTES + 2 * weights
+    for file, copies in (("zero3", 1), ("zero3_offload", 2), ("zero2", 0)):
+        on_gpus = changed(copied, {"deepspeed": file})
+        assert need(on_gpus, monkeypatch, ranks=2, has_gpu=True) == 2 * PROCESS_BYTES + copies * weights
+
+
 def test_below_stage_3_files_of_the_same_type_are_shared(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """The ranks map the files, so a copy is one; of another type, each rank converts a copy of its own."""
     whole = changed(settings, {"deepspeed": "zero2", "lora.dtype": "float32"})

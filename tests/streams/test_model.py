@@ -20,6 +20,7 @@ from toy import (
     objective,
     streams_of,
     token_logps,
+    toy_base,
     toy_model_again,
     toy_policy,
     toy_sequences,
@@ -270,6 +271,42 @@ def test_the_policy_is_not_changed_by_leaving_the_reference_out(tiny_qwen2: Path
     (only_N,) = token_logps(model, batch, "policy")
     assert torch.equal(both_N, only_N)
     assert not reference_N.requires_grad
+
+
+def test_a_copy_of_the_base_stays_the_reference(family_folder: Path) -> None:
+    """Equal to the policy bit for bit before the first step, with a graph; the same bits after the policy has moved,
+    and what the model's own forward says. Without a copy the base is gone then."""
+    policy, reference = (toy_base(family_folder) for _ in range(2))
+    policy.requires_grad_(True)
+    model = UFTModel(policy, reference=reference, reference_mode="separate")
+    model.leave_base()
+    batch, streams = micro_batch(toy_sequences(5)), list(model.streams.values())
+    before = model(batch, streams, with_statistics=True)
+    assert torch.equal(before["policy"].token_logps_N, before["reference"].token_logps_N)
+    assert not before["reference"].token_logps_N.requires_grad
+    before["policy"].token_logps_N.sum().backward()
+    assert all(parameter.grad is not None for parameter in policy.parameters())
+    assert all(parameter.grad is None for parameter in reference.parameters())
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.01 * parameter.grad.sign())
+    after = model(batch, streams, with_statistics=True)
+    assert torch.equal(after["reference"].token_logps_N, before["reference"].token_logps_N)
+    assert (after["policy"].token_logps_N - before["policy"].token_logps_N).abs().max() > 1e-3
+    own = model(batch, [model.streams["reference"]], through_logits=True)["reference"].token_logps_N
+    assert (own - after["reference"].token_logps_N).abs().max() < 1e-4
+    alone = UFTModel(toy_base(family_folder).requires_grad_(True), reference_mode="separate")
+    alone.leave_base()
+    with pytest.raises(RuntimeError, match="its weights are trained, the values must come from a cache"):
+        alone(batch, streams)
+
+
+def test_a_copy_is_frozen_and_beside_a_trained_base_alone(tiny_qwen2: Path) -> None:
+    with pytest.raises(ValueError, match="the reference of adapters is their own base"):
+        UFTModel(toy_policy(tiny_qwen2), reference=toy_base(tiny_qwen2))
+    policy = toy_base(tiny_qwen2).requires_grad_(True)
+    with pytest.raises(ValueError, match=r"is frozen, but model\.embed_tokens\.weight is trained"):
+        UFTModel(policy, reference=toy_base(tiny_qwen2).requires_grad_(True), reference_mode="separate")
 
 
 def test_the_first_layer_sees_an_input_that_requires_grad(tiny_qwen2: Path) -> None:

@@ -24,6 +24,7 @@ from uft_ds.data.packing import UNSHARED, Packing, rank_micro_batches
 from uft_ds.engine import gathering, gradients
 from uft_ds.engine.groups import ParameterGroup, check_groups, one_group, optimizer_groups, rates_of
 from uft_ds.engine.ranks import Ranks, current_ranks, sequence_group
+from uft_ds.engine.zero_section import NODE_KEY
 from uft_ds.errors import UserError
 from uft_ds.host.process import returning_freed_memory
 from uft_ds.streams.model import UFTModel
@@ -55,6 +56,19 @@ def partitioned_loading(config: dict[str, Any]) -> Iterator[None]:
     with returning_freed_memory():
         yield
     del keep_alive
+
+
+def with_shards_on_host(config: dict[str, Any]) -> dict[str, Any]:
+    """A config to load weights with whose shards stay in page-locked host memory under ZeRO-3, whatever it says.
+
+    A parameter keeps the device of the `zero.Init` that has converted it (partition_parameters.py: `_partition_param`,
+    0.19.8), and the engine converts only what is not converted yet: so one engine holds weights in both places.
+
+    Such weights are sharded over all ranks, also where others have a second copy inside each node. DeepSpeed makes the
+    groups of such copies once (utils/groups.py: `_create_zero_param_parallel_group`), and gathers the two kinds apart.
+    """
+    changes = {"offload_param": {"device": "cpu", "pin_memory": True}, NODE_KEY: 1}
+    return config | {"zero_optimization": config["zero_optimization"] | changes}
 
 
 @contextmanager
@@ -304,13 +318,14 @@ class Engine:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Within the block, each rank holds all weights, and may forward the base as often as it likes.
+        """Within the block, each rank holds all weights of the policy, and may forward it as often as it likes.
 
-        For forwards without gradient, not of the root module. Afterwards the weights are partitioned as before, and
-        ZeRO-3's prefetch trace is the one that training has recorded. At other stages it does nothing. Every rank must
-        enter it.
+        For forwards without gradient, not of the root module, nor of a reference's own copy of the base. Afterwards the
+        weights are partitioned as before, and ZeRO-3's prefetch trace is the one that training has recorded. At other
+        stages it does nothing. Every rank must enter it.
         """
-        with gathering.whole(self._engine) if self.gathers_layers else nullcontext():
+        policy: Any = self.module.policy
+        with gathering.whole(self._engine, policy) if self.gathers_layers else nullcontext():
             self._is_whole = True
             try:
                 yield

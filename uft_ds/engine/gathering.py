@@ -42,18 +42,18 @@ def whole_parameter(parameter: nn.Parameter) -> Iterator[None]:
 
 
 @contextmanager
-def whole(engine: Any) -> Iterator[None]:
-    """Within the block and under ZeRO-3, every rank holds all weights, and forwards contain no collective.
+def whole(engine: Any, module: nn.Module) -> Iterator[None]:
+    """Within the block and under ZeRO-3, every rank holds all weights of a module, whose forwards have no collective.
 
     DeepSpeed's hooks are off: they would free each layer after its forward, and end the prefetch trace, which expects
     the modules in the order of a training step.
 
     Args:
-        engine: DeepSpeed's.
+        engine: DeepSpeed's. module: a part of its model, which alone may be forwarded.
     """
     offload = engine.optimizer.parameter_offload
     handles = [offload.fwd_pre_hook, *offload.forward_hooks, *offload.backward_hooks]
-    with gathered(engine, list(engine.module.parameters())), _without_hooks(engine.module, handles):
+    with gathered(engine, list(module.parameters())), _without_hooks(engine.module, handles):
         yield
 
 

@@ -67,6 +67,8 @@ class HostMemory:
 
     processes_bytes: int
     weights_bytes: int
+    reference_bytes: int
+    """The reference's copy of the base, where all parameters are trained."""
     page_locking_bytes: int
     """torch rounds each page-locked block up to a power of two."""
     optimizer_bytes: int
@@ -107,10 +109,14 @@ def gpu_memory(
     # The constants of a base in NF4 are on the GPU wherever its codes are.
     weights = parts.weights_bytes(structure, item_bytes, weights_ranks) if on_gpu else structure.constants_bytes
     near = min(sharding.secondary, ranks)
-    secondary = parts.copy_bytes(structure, item_bytes, near) if sharding.secondary > 1 else 0
+    secondary = parts.frozen_bytes(structure, item_bytes, near) if sharding.secondary > 1 else 0
     adapters = parts.adapter_bytes(structure, item_bytes, weights_ranks) if on_gpu else 0
-    # On a single GPU that holds the weights, a gathered parameter is its own shard.
-    gathered = 0 if gathers is None or (ranks == 1 and on_gpu) else gathers.peak_bytes
+    if not sharding.shards_weights:
+        weights += parts.copy_bytes(structure, item_bytes, 1)
+    # On a single GPU that holds the weights, a gathered parameter is its own shard. Those of a reference's copy are
+    # not; its peak is taken for the whole.
+    has_own = ranks == 1 and on_gpu and not structure.lora.copies_base
+    gathered = 0 if gathers is None or has_own else gathers.peak_bytes
     with_optimizer = sharding.optimizer_on == "gpu"
     gradients = parts.gradient_bytes(structure, ranks) if with_optimizer else 0
     if sharding.stage < 3:  # each rank holds complete gradients until they are reduced
@@ -161,7 +167,8 @@ def head_tile_bytes(structure: Structure, workload: Workload) -> int:
     if workload.lora.has_reward_head:
         return 0
     config = structure.config
-    streams = 1 if workload.reference == "none" else 2
+    # A copy of the base has a head of its own, which is done before the policy's.
+    streams = 1 if workload.reference == "none" or workload.lora.copies_base else 2
     capped = logit_transform_of(config).softcap is not None
     tokens, hidden, one = workload.largest_micro_batch, int(config.hidden_size), workload.item_bytes
     per_logit = 4 * (1 + capped)
@@ -195,11 +202,15 @@ def host_memory(
             ]
         weights = gpus * sum(shards)
         locking = gpus * sum(_power_of_two(b) - b for b in shards) if sharding.pinned else 0
+    of_copy = parts.copy_shards(structure, item_bytes, ranks) if sharding.shards_weights else []
+    locking += gpus * sum(_power_of_two(b) - b for b in of_copy)
     offloaded = sharding.optimizer_on == "cpu"
     optimizer = parts.optimizer_bytes(structure, ranks) + parts.gradient_bytes(structure, ranks) if offloaded else 0
     activation_bytes = gpus * activations.saved_bytes if workload.activation_offload else 0
     copy = gpus * parts.optimizer_bytes(structure, ranks) + _adapter_file_bytes(structure, item_bytes)
-    return HostMemory(gpus * PROCESS_BYTES, weights, locking, gpus * optimizer, activation_bytes, copy)
+    return HostMemory(
+        gpus * PROCESS_BYTES, weights, gpus * sum(of_copy), locking, gpus * optimizer, activation_bytes, copy
+    )
 
 
 def _adapter_file_bytes(structure: Structure, item_bytes: tuple[int, ...]) -> int:

@@ -21,12 +21,24 @@ def shard(size: int, ranks: int) -> int:
 
 def weights_bytes(structure: Structure, item_bytes: Sequence[int], ranks: int) -> int:
     """A rank's shard of the frozen base, and the constants of one in NF4."""
-    return copy_bytes(structure, item_bytes, ranks) + structure.constants_bytes
+    return frozen_bytes(structure, item_bytes, ranks) + structure.constants_bytes
+
+
+def frozen_bytes(structure: Structure, item_bytes: Sequence[int], ranks: int) -> int:
+    """A rank's shard of the frozen base, or of a second one inside a node, which needs no constants of its own."""
+    return _sum(structure, item_bytes, ranks, trainable=False)
 
 
 def copy_bytes(structure: Structure, item_bytes: Sequence[int], ranks: int) -> int:
-    """A rank's shard of a second copy of the frozen base, which needs no second set of constants."""
-    return _sum(structure, item_bytes, ranks, trainable=False)
+    """A rank's shard of the reference's copy of the base; 0 if there is none."""
+    return sum(copy_shards(structure, item_bytes, ranks))
+
+
+def copy_shards(structure: Structure, item_bytes: Sequence[int], ranks: int) -> list[int]:
+    """The bytes of each parameter's shard in the copy; empty if there is none."""
+    if not structure.lora.copies_base:
+        return []
+    return [shard(size, ranks) * one for size, one in zip(structure.sizes, item_bytes, strict=True)]
 
 
 def adapter_bytes(structure: Structure, item_bytes: Sequence[int], ranks: int) -> int:
@@ -66,8 +78,8 @@ def micro_step_gathers(
 ) -> Gathers:
     """Gathers of a micro-step under ZeRO-3. passes: 2 if the reference has a separate forward."""
     return steady_gathers(
-        structure.held_sizes,
-        item_bytes,
+        structure.gathered_sizes,
+        gathered_item_bytes(structure, item_bytes),
         structure.forward(passes=passes),
         structure.backward(),
         sharding.bounds,
@@ -75,10 +87,25 @@ def micro_step_gathers(
     )
 
 
+def gathered_item_bytes(structure: Structure, item_bytes: Sequence[int]) -> tuple[int, ...]:
+    """Bytes per element of each of `Structure.gathered_sizes`. item_bytes: those of the policy's parameters."""
+    return (*item_bytes, *item_bytes) if structure.lora.copies_base else tuple(item_bytes)
+
+
+def copy_gathered_bytes(structure: Structure, item_bytes: Sequence[int], gathers: Gathers, ranks: int) -> int:
+    """Bytes of the copy that a micro-step gathers on each rank, including padding; on a single rank those it fetches
+    from host memory. 0 if there is no copy.
+    """
+    times = gathers.times[len(structure.sizes) :]
+    return sum(
+        n * shard(size, ranks) * ranks * one for n, size, one in zip(times, structure.sizes, item_bytes, strict=False)
+    )
+
+
 def gathered_bytes(
     structure: Structure, item_bytes: Sequence[int], gathers: Gathers, ranks: int, *, trainable: bool | None = None
 ) -> int:
-    """Bytes that a micro-step's all-gathers return on each rank, including padding; 0 on a single rank.
+    """Bytes of the policy that a micro-step's all-gathers return on each rank, with padding; 0 on a single rank.
 
     Args:
         trainable: True: only adapters; False: only the base; None: both.
@@ -88,7 +115,11 @@ def gathered_bytes(
     return sum(
         times * shard(size, ranks) * ranks * one
         for times, size, one, trains in zip(
-            gathers.times, structure.held_sizes, item_bytes, structure.is_trainable, strict=True
+            gathers.times[: len(structure.sizes)],
+            structure.held_sizes,
+            item_bytes,
+            structure.is_trainable,
+            strict=True,
         )
         if trainable is None or trains is trainable
     )
@@ -104,18 +135,21 @@ def step_gathered_bytes(
 ) -> tuple[int, int]:
     """Bytes that a step's all-gathers return on each rank: (over all ranks, over the ranks of a secondary copy).
 
+    A reference's copy of the base is always gathered over all ranks.
+
     With `zero_hpz_partition_size` the base is gathered only from the secondary copy, which stays valid because the
     base is frozen. Each update invalidates the adapters' secondary copy; their next gather, over all ranks, renews it.
     """
     whole = micro_steps * gathered_bytes(structure, item_bytes, gathers, ranks)
+    of_copy = micro_steps * copy_gathered_bytes(structure, item_bytes, gathers, ranks) if ranks > 1 else 0
     if sharding.secondary == 1 or ranks == 1:
-        return whole, 0
+        return whole + of_copy, 0
     first = sum(
         shard(size, ranks) * ranks * one
         for size, one, trains in zip(structure.held_sizes, item_bytes, structure.is_trainable, strict=True)
         if trains
     )
-    return first, whole - first
+    return first + of_copy, whole - first
 
 
 def exchanged_bytes(structure: Structure, tokens: int, item_bytes: int, *, ranks: int, passes: int) -> int:

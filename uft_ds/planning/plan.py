@@ -162,7 +162,10 @@ def _assumptions(settings: Settings, setting: Setting, source: str, length_is: s
             "online: answers and their scores are made before each step; their time and the generator's memory are not "
             "in these figures"
         )
-    if settings.trains_all and settings.reference.is_needed:
+    if settings.copies_reference:
+        where = "in page-locked host memory" if setting.sharding.shards_weights else "whole on each GPU"
+        yield f"the reference is a frozen copy of the base, {where}"
+    elif settings.trains_all and settings.reference.is_needed:
         yield (
             "before the first step the reference is computed, a forward of all responses that the cache does not hold; "
             "it is not in the figures of a step"

@@ -146,7 +146,10 @@ class Planner:
         if key not in self._gathers:
             structure = self.structure(workload)
             self._gathers[key] = forward_gathers(
-                structure.held_sizes, structure.item_bytes(workload.dtype), structure.forward(passes=passes), bounds
+                structure.gathered_sizes,
+                parts.gathered_item_bytes(structure, structure.item_bytes(workload.dtype)),
+                structure.forward(passes=passes),
+                bounds,
             )
         ahead = self._gathers[key]
         times = tuple(map(sum, zip(gathers.times, ahead.times, strict=True)))
@@ -158,7 +161,7 @@ class Planner:
         structure, activations = self.structure(workload), self.activations(setting)
         own: HowReference = "cached" if workload.reference == "none" else workload.reference
         by_mode = {}
-        for mode in MODES if workload.reference != "none" else ("cached",):
+        for mode in _modes(workload):
             moved = traffic(structure, workload, sharding, cluster, self.step_gathers(setting, mode), activations)
             streams: dict[str, Any] = {
                 "with_reference": mode != "cached",
@@ -180,6 +183,12 @@ class Planner:
 def _form(workload: Workload) -> tuple[str, str | None]:
     """What decides the structure of a model; adapters are not hashable, as their targets may be a list."""
     return repr(workload.lora), workload.quantization
+
+
+def _modes(workload: Workload) -> tuple[HowReference, ...]:
+    if workload.reference == "none":
+        return ("cached",)
+    return ("separate", "cached") if workload.lora.copies_base else MODES
 
 
 def _problems(setting: Setting) -> Iterable[str]:

@@ -45,16 +45,21 @@ class Lora:
     """Whether a mixture's routed experts get adapters too."""
     trains_all: bool = False
     """Whether there are none, and all parameters of the base are trained, in its own dtype."""
+    copies_base: bool = False
+    """Whether a frozen copy of the base is the reference beside a base that is trained."""
 
     @classmethod
-    def none(cls, dtype: str) -> Lora:
+    def none(cls, dtype: str, *, copies_base: bool = False) -> Lora:
         """No adapters: all parameters of a base of this dtype are trained."""
-        return cls(0, 0.0, [], dtype, trains_all=True)
+        return cls(0, 0.0, [], dtype, trains_all=True, copies_base=copies_base)
 
 
 @dataclass(frozen=True)
 class Structure:
-    """Sizes of a model with adapters; a parameter is identified by its index in these tuples."""
+    """Sizes of a model with adapters; a parameter is identified by its index in these tuples.
+
+    A reference's copy of the base is not in them. Of `gathered_sizes` it is the second half.
+    """
 
     sizes: tuple[int, ...]
     is_trainable: tuple[bool, ...]
@@ -137,9 +142,14 @@ class Structure:
         largest = max((s for s, in_nf4 in zip(self.sizes, self.is_in_nf4, strict=False) if in_nf4), default=0)
         return largest * ITEM_BYTES[dtype] + largest // BLOCK * ITEM_BYTES["float32"]
 
+    @property
+    def gathered_sizes(self) -> tuple[int, ...]:
+        """Sizes of all parameters that the engine holds: those of a copy of the base follow the policy's."""
+        return self.held_sizes * (1 + self.lora.copies_base)
+
     def forward(self, *, passes: int = 1) -> list[Visit]:
         """Modules in the order of a forward. passes: 2 if a separate forward of the reference precedes the policy's."""
-        everything = tuple(range(len(self.sizes)))
+        everything = tuple(range(len(self.gathered_sizes)))
         decoder = tuple(sorted({*self.embedding, *self.norm, *(p for layer in self.layers for p in layer)}))
         layers = [_leaf(f"layer {i}", parameters) for i, parameters in enumerate(self.layers)]
         one = [
@@ -150,7 +160,14 @@ class Structure:
             Visit("norm", self.norm, self.norm),
         ]
         head = self.reward_head or self.head
-        return [Visit("root", (), everything), *one * passes, Visit("head", head, head)]
+        last = Visit("head", head, head)
+        if self.lora.copies_base and passes == 2:  # up to its own head
+            return [Visit("root", (), everything), *map(self._of_copy, [*one, last]), *one, last]
+        return [Visit("root", (), everything), *one * passes, last]
+
+    def _of_copy(self, visit: Visit) -> Visit:
+        own, below = (tuple(p + len(self.sizes) for p in places) for places in (visit.own, visit.below))
+        return Visit(f"{visit.module} of the copy", own, below, visit.is_leaf)
 
     def backward(self) -> list[Visit]:
         """Modules in the order of a backward: a frozen head is not needed, the embedding is visited again."""

@@ -32,6 +32,7 @@ _GPU_ROWS = {
 _HOST_ROWS = {
     "processes_bytes": "processes",
     "weights_bytes": "base weights",
+    "reference_bytes": "the reference's copy of the base",
     "page_locking_bytes": "page-locked, rounded up",
     "optimizer_bytes": "optimiser, gradients",
     "activations_bytes": "saved activations",

@@ -85,8 +85,11 @@ def traffic(
         gathered = far + near
         nvlink = everyone.nvlink(far) + inside.nvlink(near)
         network = everyone.network(far) + inside.network(near)
+        # From host memory to its GPU: the copy of a reference always, other weights if they are offloaded.
+        of_copy = micro_steps * parts.copy_gathered_bytes(structure, item_bytes, gathers, ranks)
+        pcie += of_copy / ranks
         if sharding.weights_on != "gpu":
-            own = far / ranks + near / inside.ranks
+            own = (far - of_copy) / ranks + near / inside.ranks
             pcie += own if ranks > 1 else micro_steps * _once_more(structure, item_bytes, gathers)
     reduced = micro_steps * parts.reduced_bytes(structure, ranks) if ranks > 1 else 0
     # Below stage 3 DeepSpeed all-reduces (a reduce-scatter plus an all-gather), although each rank keeps only a part.
@@ -115,5 +118,6 @@ def _near(secondary: int, cluster: Cluster) -> _Inside:
 
 
 def _once_more(structure: Structure, item_bytes: tuple[int, ...], gathers: Gathers) -> int:
-    """Bytes that a single rank copies from host memory in a micro-step."""
-    return sum(t * s * b for t, s, b in zip(gathers.times, structure.held_sizes, item_bytes, strict=True))
+    """Bytes of the policy that a single rank copies from host memory in a micro-step."""
+    times = gathers.times[: len(structure.sizes)]
+    return sum(t * s * b for t, s, b in zip(times, structure.held_sizes, item_bytes, strict=True))

@@ -154,7 +154,7 @@ def workload_of(settings: Settings, config: Any, *, tokens_per_response: int | N
         for source in (*settings.data.sources, *settings.data.held_out)
     ]
     return Workload(
-        lora=Lora.none(settings.model.dtype) if settings.trains_all else _lora_of(settings),
+        lora=_lora_of(settings),
         dtype=settings.model.dtype,
         quantization=settings.model.quantization,
         # For the GPUs of the plan, not for this machine.
@@ -164,8 +164,7 @@ def workload_of(settings: Settings, config: Any, *, tokens_per_response: int | N
         gradient_checkpointing=_recompute_of(settings),
         activation_offload=settings.model.activation_offload,
         logits_bytes=settings.model.logits_bytes,
-        # Without adapters it is computed before the first step, for all responses: no step forwards it.
-        reference=reference.mode if reference.is_needed and not settings.trains_all else "none",
+        reference=reference.mode if _forwards_reference(settings) else "none",
         caches_reference=reference.caches,
         tokens_per_micro_batch=settings.train.tokens_per_micro_batch,
         sequence_size=settings.launch.sequence_parallel,
@@ -180,7 +179,15 @@ def workload_of(settings: Settings, config: Any, *, tokens_per_response: int | N
     )
 
 
+def _forwards_reference(settings: Settings) -> bool:
+    """Whether steps forward a reference. That of a base that is trained is computed before the first step, for all
+    responses, unless there is a copy of it."""
+    return settings.reference.is_needed and (not settings.trains_all or settings.copies_reference)
+
+
 def _lora_of(settings: Settings) -> Lora:
+    if settings.trains_all:
+        return Lora.none(settings.model.dtype, copies_base=settings.copies_reference)
     reference, lora = settings.reference, settings.adapters
     return Lora(
         lora.rank,

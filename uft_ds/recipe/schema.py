@@ -203,9 +203,11 @@ class ReferenceSection(Section):
     mode: HowForwarded = "lockstep"
     """lockstep: each layer is visited once for policy and reference (Gemma 2, Gemma 3, GPT-NeoX, Granite, Llama,
     Mistral, Mixtral, OLMo 2, OLMoE, Phi-3, Qwen2, Qwen2-MoE, Qwen2.5-VL, Qwen3, Qwen3-MoE). separate: a second forward
-    with the adapters off, inside the same root call; for other models."""
+    with the adapters off, inside the same root call; for other models. With `lora: null` the reference has weights of
+    its own, and is always forwarded by itself."""
     cache: bool = True
-    """Cache the reference's log-probs of each response, so that neither this run nor another computes them again."""
+    """Cache the reference's log-probs of each response, so that neither this run nor another computes them again.
+    false with `lora: null`: a frozen copy of the base is forwarded in each step instead."""
     cache_dir: Location | None = None
     """Folder in which runs share these log-probs; null: uft_ds/reference in the user's cache folder."""
     adapter: Location | None = None
@@ -291,7 +293,8 @@ class Recipe(Section):
     model: ModelSection
     lora: LoraSection | None = LoraSection()
     """null: no adapters, all parameters of the base are trained. The reference is then the cache of its log-probs,
-    which is filled before the first step."""
+    which is filled before the first step; or, with `reference.cache: false`, `reward_shift: kl` or online sources, a
+    frozen copy of the base, which under ZeRO-3 lies in host memory."""
     data: DataSection
     objective: ObjectiveSection = ObjectiveSection()
     reference: ReferenceSection = ReferenceSection()
@@ -408,27 +411,15 @@ def _impossible_with_experts(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 
 def _impossible_without_adapters(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """(key, problem) for keys that need adapters, or the reference's weights during the training."""
+    """(key, problem) for keys that need adapters."""
     trains_all = "given, but with lora: null all parameters are trained"
     for key, folder in (("reference", recipe.reference.adapter), ("start", recipe.start.adapter)):
         if folder is not None:
             yield f"{key}.adapter", f"{folder} {trains_all}; merge the adapter (uft convert) and take it as model.base"
-    if not recipe.reference.cache:
-        yield "reference.cache", f"false {trains_all}, and the reference is only in the cache; leave it out"
     if recipe.objective.reward == "head":
         yield "objective.reward", f"head {trains_all}; a reward model is trained with adapters: leave lora out"
-    if recipe.objective.reward_shift == "kl":
-        yield (
-            "objective.reward_shift",
-            f"kl {trains_all}, and no reference is in memory that could answer for mismatched prompts; take ema",
-        )
-    for index, source in enumerate(recipe.data.sources):
-        if source.answers is not None:
-            yield (
-                f"data.sources.{index}.answers",
-                f"{source.answers} {trains_all}, and no reference is in memory for the policy's new answers; "
-                "use adapters",
-            )
+    if recipe.generator.by == "vllm":
+        yield "generator.by", f"vllm {trains_all}, and a server is sent adapters alone; take builtin"
 
 
 def _impossible_with_nf4(recipe: Recipe) -> list[tuple[str, str]]:

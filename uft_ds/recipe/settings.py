@@ -277,6 +277,15 @@ class Settings:
         return self.lora is None
 
     @property
+    def copies_reference(self) -> bool:
+        """Whether a frozen copy of the base stays beside the trained one: a step needs the weights of the reference.
+
+        `reward_shift: kl` forwards it for mismatched prompts, which no cache holds.
+        """
+        is_forwarded = self.reference.how == "separate" or self.objective.shift.name == "kl"
+        return self.trains_all and self.reference.is_needed and is_forwarded
+
+    @property
     def adapters(self) -> LoraSettings:
         """The adapters of a run that trains some."""
         assert self.lora is not None, "a run that trains all parameters has no adapters"
@@ -332,7 +341,8 @@ def settings_of(recipe: Recipe) -> Settings:
         given=given,
         reference=ReferenceSettings(
             is_needed=objective.needs_reference,
-            # Without adapters the reference is forwarded before the first step alone, by itself.
+            # Without adapters the reference is forwarded by itself: with the base's weights before the first step, or
+            # with those of a copy.
             given_mode="separate" if lora is None else reference.mode,
             # The policy never gives the same answer again, so a cache of its log-probs would only grow.
             given_cache=reference.cache and not any(source.asked is not None for source in sources),

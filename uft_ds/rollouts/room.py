@@ -18,15 +18,16 @@ SPARE = 0.1
 
 
 def fits_whole(engine: Engine, *, tokens: int) -> bool:
-    """Whether each rank has memory for all weights beside what it holds, and for a cache of so many tokens.
+    """Whether each rank has memory for the policy's weights beside what it holds, and for a cache of so many tokens.
 
     Every rank must call it, and all get the same answer.
 
     Args:
         tokens: that a rank answers at once, prompts and answers: `tokens_per_batch`, or those of the longest row.
     """
-    base = base_of(engine.module.policy)
-    needed = weight_bytes(engine.module) + tokens * cache_bytes_per_token(base.config, next(base.parameters()).dtype)
+    policy: Any = engine.module.policy
+    base = base_of(policy)
+    needed = weight_bytes(policy) + tokens * cache_bytes_per_token(base.config, next(base.parameters()).dtype)
     lacks = needed > (1 - SPARE) * free_bytes(engine.device)
     return engine.agree(int(lacks)) == 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ from uft_ds.data.sources import PreparedData
 from uft_ds.data.store.sequences import Pool
 from uft_ds.data.tokens.tokenize import load_tokenizer
 from uft_ds.engine.deepspeed_file import deepspeed_config
-from uft_ds.engine.engine import Engine, partitioned_loading
+from uft_ds.engine.engine import Engine, partitioned_loading, with_shards_on_host
 from uft_ds.engine.gathering import whole_parameter
 from uft_ds.engine.groups import ADAPTERS, HEAD, ParameterGroup, one_group
 from uft_ds.engine.ranks import current_ranks
@@ -59,20 +60,27 @@ def build_engine(settings: Settings, reporter: Announcer) -> tuple[Engine, UFTMo
         max_grad_norm=settings.train.max_grad_norm,
         own_linear=recompute != "selective",  # see `enable_recompute`
     )
-    with reporter.phase(f"loading {settings.model.base}{_size_of(settings.model.base)}"), partitioned_loading(config):
-        base = load_base(
-            settings.model.base,
-            revision=settings.model.revision,
-            dtype=dtype,
-            attention=settings.model.attention,
-            gradient_checkpointing=recompute,
-            quantization=settings.model.quantization,
-            whole=whole_parameter,
-        )
+    load = partial(
+        load_base,
+        settings.model.base,
+        revision=settings.model.revision,
+        dtype=dtype,
+        attention=settings.model.attention,
+        quantization=settings.model.quantization,
+        whole=whole_parameter,
+    )
+    what = f"{settings.model.base}{_size_of(settings.model.base)}"
+    with reporter.phase(f"loading {what}"), partitioned_loading(config):
+        base = load(gradient_checkpointing=recompute)
+    reference, on_host = None, with_shards_on_host(config)
+    if settings.copies_reference:
+        with reporter.phase(f"loading the reference, {what}"), partitioned_loading(on_host):
+            reference = load(gradient_checkpointing=False)
     policy = _whole(base) if settings.trains_all else _adapted(base, settings)
     heads = with_reward_adapter(policy, settings)
     model = UFTModel(
         policy,
+        reference=reference,
         reference_mode=settings.reference.mode,
         activation_offload=settings.model.activation_offload,
         chunk_bytes=settings.model.logits_bytes,

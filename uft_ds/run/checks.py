@@ -49,6 +49,7 @@ def check_recipe(settings: Settings) -> tuple[str, ...]:
         _check_not_on_disk(settings)
     if settings.trains_all:
         UFTModel(whole_policy(base), reference_mode=settings.reference.mode)
+        _check_without_adapters(settings)
         adapted: tuple[str, ...] = ()
     else:
         adapted = _check_adapted(base, settings)
@@ -62,6 +63,28 @@ def check_recipe(settings: Settings) -> tuple[str, ...]:
     if "wandb" in settings.tracking and importlib.util.find_spec("wandb") is None:
         raise UserError(f"tracking: wandb is not installed: {install_command('wandb')}, or leave it out")
     return adapted
+
+
+def _check_without_adapters(settings: Settings) -> None:
+    """Refuse what only the files show to need adapters, and a place for the reference's copy that is not tested.
+
+    Raises:
+        UserError: names the key.
+    """
+    reward = reward_model_of(settings)
+    if reward is not None:
+        raise UserError(
+            f"{reward.key}: {reward.folder} is an adapter on the policy's base, but with lora: null the base itself is "
+            "trained; give the reward model as a model of its own, which `uft convert RUN FOLDER --to reward-model` "
+            "writes"
+        )
+    offloaded = settings.deepspeed.checked["zero_optimization"].get("offload_param") or {}
+    if settings.copies_reference and offloaded.get("device") == "nvme":
+        raise UserError(
+            f"deepspeed: {settings.deepspeed.name}: zero_optimization.offload_param.device: 'nvme' found, expected "
+            "'cpu' or 'none' where a copy of the base is the reference (reference.cache: false, reward_shift: kl or "
+            "online sources with lora: null)"
+        )
 
 
 def _check_divides(settings: Settings, config: Any) -> None:

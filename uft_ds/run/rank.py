@@ -203,7 +203,7 @@ def _run(settings: Settings, folder: RunFolder, console: Console, request: StopR
         stop = Stop(request, engine.agree)
         pools = [source.selection for source in data.all]
         reference = build_reference_cache(settings, folder, engine, model, pools, reporter, checkpoint)
-        if settings.trains_all and settings.reference.is_needed:
+        if settings.trains_all and settings.reference.is_needed and not settings.copies_reference:
             request.only_note()
             _learn_reference(settings, engine, reference, plan, held_out, reporter, stop)
         model.leave_base()

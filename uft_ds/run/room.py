@@ -45,7 +45,8 @@ def check_room(settings: Settings, *, ranks: int, has_gpu: bool) -> None:
         what = "the weights" if copies == 1 else f"{copies} copies of the weights"
         parts.append(f"{copies * weights / _GB:.1f} GB for {what} in {settings.model.dtype}")
     remedies = [f"set launch.ranks below {ranks}"] if ranks > 1 else []
-    remedies += ["shard the base over the ranks with deepspeed=zero3_cpu"] if copies > 1 else []
+    if copies > 1 and not _is_sharded(settings):
+        remedies.append("shard the base over the ranks with deepspeed=zero3_cpu")
     remedies += ["give it more memory (swap counts)", "take a smaller base"]
     raise UserError(
         f"launch.ranks: {ranks} ranks need at least {need / _GB:.1f} GB of host memory ({', '.join(parts)}), and this "
@@ -54,13 +55,18 @@ def check_room(settings: Settings, *, ranks: int, has_gpu: bool) -> None:
 
 
 def _copies_in_host_memory(settings: Settings, ranks: int, has_gpu: bool) -> int:
-    """How many times the base's weights take host memory, over all ranks of this machine."""
+    """How many times the base's weights take host memory, over all ranks of this machine: the reference's copy too."""
     zero = parsed_zero_section(settings.deepspeed.checked["zero_optimization"])
-    is_sharded = int(zero.stage) == 3
-    if has_gpu:
+    if _is_sharded(settings):
         device = None if zero.offload_param is None else zero.offload_param.device
-        return int(is_sharded and device == "cpu")
-    return 1 if is_sharded or not _is_converted(settings) else ranks
+        return int(not has_gpu or device == "cpu") + settings.copies_reference
+    if has_gpu:
+        return 0
+    return ranks * (1 + settings.copies_reference) if _is_converted(settings) else 1
+
+
+def _is_sharded(settings: Settings) -> bool:
+    return int(parsed_zero_section(settings.deepspeed.checked["zero_optimization"]).stage) == 3
 
 
 def _is_converted(settings: Settings) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.objectives.reference import HowForwarded
@@ -33,20 +34,22 @@ from uft_ds.streams.linear import enable_lean_linear
 from uft_ds.streams.offload import activations_on_host
 from uft_ds.streams.packed_attention import PACKED, attention_of_transformers, bounds_for_attention
 from uft_ds.streams.policy import Policy, base_of, trains_all
-from uft_ds.streams.stream import POLICY, WHOLE_POLICY, Output, Stream, trained_first
+from uft_ds.streams.stream import BARE_BASE, POLICY, WHOLE_POLICY, Output, Stream, trained_first
 
 
 class UFTModel(nn.Module):
     """Streams over one set of frozen base weights: the policy, the reference, and further streams of a run.
 
-    All streams are computed inside one call of the root module: with two calls, ZeRO-3 would discard its prefetch trace
-    in every step.
+    Where all parameters are trained, the reference may have weights of its own, a frozen copy of the base. All streams
+    are computed inside one call of the root module: with two calls, ZeRO-3 would discard its prefetch trace in every
+    step.
     """
 
     def __init__(
         self,
         policy: Policy,
         *,
+        reference: PreTrainedModel | None = None,
         further: Seq[Stream] = (),
         reference_mode: HowForwarded = "lockstep",
         activation_offload: bool = False,
@@ -57,6 +60,8 @@ class UFTModel(nn.Module):
         """
         Args:
             policy: the base with its adapters, or without, if all parameters are trained.
+            reference: where all are trained, the base once more, frozen, for steps that forward the reference. None:
+                its log-probs are computed while the policy still is the base.
             further: streams besides policy and reference, such as `REWARD`; their adapters must exist already.
             reference_mode: lockstep: one pass over the weights for all streams. separate: a forward for each stream.
             activation_offload: keep saved activations in host memory.
@@ -64,11 +69,13 @@ class UFTModel(nn.Module):
             seed: of the initial weights of scalar heads.
             frozen_heads: by the name of a stream without gradient, its scalar head: [1, hidden]. Drawn if not given.
         Raises:
-            ValueError: a stream's adapter is missing, or it is trained and the stream frozen, or the reverse.
+            ValueError: a stream's adapter is missing, or it is trained and the stream frozen, or the reverse; or the
+                reference's own weights are trained, or the policy's base is frozen beside them.
             UserError: the model's layers or head are not known to work with the mode.
         """
         super().__init__()
         self.policy = policy
+        self.reference = _frozen_copy(reference, policy)
         trained_stream = WHOLE_POLICY if trains_all(policy) else POLICY
         self.streams = {stream.name: stream for stream in (trained_stream, reference_of(policy), *further)}
         assert len(self.streams) == 2 + len(further), "streams have distinct names"
@@ -92,6 +99,10 @@ class UFTModel(nn.Module):
                 self._frozen_heads[stream.name] = self._scalar_head(seed).weight.detach()
         enable_lean_linear(base.get_decoder())
         enable_lean_experts(base.get_decoder())
+        if reference is not None:
+            make_logp_head(reference, chunk_bytes=chunk_bytes)
+            enable_lean_linear(reference.get_decoder())
+            enable_lean_experts(reference.get_decoder())
         if self._in_lockstep:
             enable_lockstep(base)
         self._activation_offload = activation_offload
@@ -112,8 +123,12 @@ class UFTModel(nn.Module):
         self._among = among
 
     def leave_base(self) -> None:
-        """From now on the weights are trained: where all of them are, no stream without gradient exists any more."""
+        """From now on the weights are trained: where all are, a stream without gradient needs weights of its own."""
         self._has_left_base = trains_all(self.policy)
+
+    def _weights_of(self, stream: Stream) -> Any:
+        """The model that computes a stream: the policy, with its adapters, or the reference's frozen copy."""
+        return self.reference if stream == BARE_BASE and self.reference is not None else self.policy
 
     def _check_adapter(self, stream: Stream) -> None:
         if stream.adapter is None and stream.trained != (stream == WHOLE_POLICY and trains_all(self.policy)):
@@ -163,17 +178,29 @@ class UFTModel(nn.Module):
         for stream in ordered:
             if self.streams.get(stream.name) != stream:
                 raise ValueError(f"{stream} is not of this model, which has {list(self.streams.values())}")
-            if self._has_left_base and not stream.trained:
+            if self._has_left_base and not stream.trained and self._weights_of(stream) is self.policy:
                 raise RuntimeError(
                     f"stream {stream.name!r}: its weights are trained, the values must come from a cache"
                 )
         if through_logits:
             (stream,) = ordered
             return {stream.name: Output(self._token_logps_through_logits(micro_batch, stream))}
-        hidden_states = dict(zip(ordered, self._hidden_states(micro_batch, ordered), strict=True))
-        outputs = self._token_outputs(hidden_states, micro_batch, with_statistics=with_statistics)
-        outputs |= self._values(hidden_states, micro_batch)
+        outputs: dict[Stream, Output] = {}
+        of_policy = tuple(stream for stream in ordered if self._weights_of(stream) is self.policy)
+        # The copy's whole forward first, its logits too: nothing is kept for the policy's backward yet.
+        for own in (tuple(stream for stream in ordered if stream not in of_policy), of_policy):
+            if own:
+                with nullcontext() if own is of_policy else torch.no_grad():
+                    outputs |= self._outputs(micro_batch, own, with_statistics=with_statistics)
         return {stream.name: outputs[stream] for stream in streams}
+
+    def _outputs(
+        self, micro_batch: MicroBatch, streams: tuple[Stream, ...], *, with_statistics: bool
+    ) -> dict[Stream, Output]:
+        """The outputs of streams that share their weights."""
+        hidden_states = dict(zip(streams, self._hidden_states(micro_batch, streams), strict=True))
+        outputs = self._token_outputs(hidden_states, micro_batch, with_statistics=with_statistics)
+        return outputs | self._values(hidden_states, micro_batch)
 
     def _token_outputs(
         self, hidden_states: dict[Stream, Tensor], micro_batch: MicroBatch, *, with_statistics: bool
@@ -181,7 +208,7 @@ class UFTModel(nn.Module):
         streams = [stream for stream in hidden_states if stream.head == "tokens"]
         if not streams:
             return {}
-        head = base_of(self.policy).get_output_embeddings()
+        head = base_of(self._weights_of(streams[0])).get_output_embeddings()
         among, total = self._among, len(micro_batch.token_ids_T)
         if is_trainable(head) and not trains_all(self.policy) and not all(stream.trained for stream in streams):
             raise RuntimeError("All streams share one head: if the head is trained, no stream can be without gradient.")
@@ -217,7 +244,7 @@ class UFTModel(nn.Module):
 
     def _hidden_states(self, micro_batch: MicroBatch, streams: tuple[Stream, ...]) -> tuple[Tensor, ...]:
         """Final hidden states, [1, tokens, hidden] each, in the order of the streams: trained ones first."""
-        base = base_of(self.policy)
+        base = base_of(self._weights_of(streams[0]))
         keeping = activations_on_host() if self._activation_offload and torch.is_grad_enabled() else nullcontext()
         with keeping:
             if self._in_lockstep:
@@ -257,17 +284,18 @@ class UFTModel(nn.Module):
             raise ValueError(
                 "the model's own forward takes whole sequences: make the micro-batch without shared prompts"
             )
-        base = base_of(self.policy)
+        model = self._weights_of(stream)
+        base = base_of(model)
         bounds = [0, *accumulate(micro_batch.lengths)]
         with (
-            as_stream(self.policy, stream),
+            as_stream(model, stream),
             logits_in_float32(base.get_output_embeddings()),
             attention_of_transformers(base),
             experts_of_transformers(base),
         ):
             logits_TV = torch.cat(
                 [
-                    self.policy(
+                    model(
                         input_ids=micro_batch.token_ids_T[None, start:end],
                         use_cache=False,
                         **self._bounds_of_one(micro_batch.bounds_S, end - start),
@@ -320,6 +348,21 @@ class UFTModel(nn.Module):
     def can_share_prompts(self) -> bool:
         """Whether a micro-batch may hold a prompt once for several sequences: see `data.micro_batch.micro_batch`."""
         return self.attention == PACKED
+
+
+def _frozen_copy(reference: PreTrainedModel | None, policy: Policy) -> PreTrainedModel | None:
+    """
+    Raises:
+        ValueError: there is a copy, and the policy's base is frozen, which would do as well, or the copy is not.
+    """
+    if reference is None:
+        return None
+    if not trains_all(policy):
+        raise ValueError("the reference of adapters is their own base; it needs no copy")
+    trained = next((name for name, p in reference.named_parameters() if p.requires_grad), None)
+    if trained is not None:
+        raise ValueError(f"the reference's copy of the base is frozen, but {trained} is trained")
+    return reference
 
 
 def _of_all_ranks(output: Output, among: SequenceGroup, index_n: Tensor, total: int) -> Output:

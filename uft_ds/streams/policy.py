@@ -34,5 +34,5 @@ def adapted(policy: Policy) -> Adapted:
 
 
 def trains_all(policy: Any) -> bool:
-    """Whether all parameters are trained, so that no forward computes the base once training has begun."""
+    """Whether all parameters are trained: once training has begun, the policy's weights no longer compute the base."""
     return not isinstance(policy, PeftModel)
