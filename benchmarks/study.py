@@ -7,8 +7,9 @@ stage, SFT, which they share and which is their reference. Three of the eleven k
 second stages four go on from the policy's own answers: RLOO, UFT with both sides centred by prompt and without, and UFT
 offline on as many answers of the start itself.
 
-rates: each method's last stage with each of three learning rates, on a seed of its own. The best mean grade on prompts
-    that nothing else uses chooses the method's rate. The first stage has the rate of SFT.
+rates: each method's last stage with each of three learning rates, on a seed of its own, and with further ones while the
+    best is the lowest or the highest. The best mean grade on prompts that nothing else uses chooses the method's rate.
+    The first stage has the rate of SFT.
 seeds: each method at its rate with five seeds. Prompts of the trained kinds and of the other three: answered exactly
     right, mean grade, tokens of an answer. How well the implicit reward against the base orders right and flawed
     answers (rank correlation, calibration error). With --data, IFEval and TruthfulQA mc2 by `uft eval`, the first 24
@@ -17,7 +18,7 @@ seeds: each method at its rate with five seeds. Prompts of the trained kinds and
 mix: UFT with five ratios of right answers to scored ones, those of the paper's ablation, three seeds each.
 
 A run that has a line in `results/study.jsonl` is not run again. With --minutes no run is begun after so many; the table
-shows what there is. Two to five minutes a run on two cores; 33 + 56 + 15 runs. `--picture FILE` draws the mix.
+shows what there is. Two to five minutes a run on two cores; some 44 + 56 + 15 runs. `--picture FILE` draws the mix.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 BETA = 0.1
 RESPONSES_A_STEP = 20
 STEPS, FIRST_STAGE = 20, 10
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+FIRST_RATES = (3e-4, 1e-3, 3e-3)
+"""Those that every method is measured with."""
 RATE_SEED, SEEDS, MIX_SEEDS = 100, (1, 2, 3, 4, 5), (1, 2, 3)
 UNTRAINED_KINDS = ("initials", "bold", "pipes")
 TEST, VALIDATION = 15, 10
@@ -344,11 +347,11 @@ def measured(study: Study, run: Path | None) -> dict[str, float]:
 
 
 def measure_rates(study: Study) -> dict[str, float]:
-    """Each method's rate, of the methods of which all rates are measured; SFT's comes first."""
+    """Each method's rate, of the methods for which enough rates are measured; SFT's comes first."""
     chosen: dict[str, float] = {}
     for name in METHODS:
-        grades = {}
-        for rate in RATES:
+        grades: dict[float, float] = {}
+        while (rate := _next_rate(grades)) is not None:
             if METHODS[name].after_sft and "sft" not in chosen:
                 break
             line = {"part": "rates", "method": name, "rate": rate, "first_rate": _first_rate(name, chosen)}
@@ -358,13 +361,25 @@ def measure_rates(study: Study) -> dict[str, float]:
                 policy, tokenizer = policy_of(run, study.base)
                 found = graded(policy.merge_and_unload(), tokenizer, study.data / "validation.jsonl")
                 study.results.add(line, found)
-            if found is not None:
-                grades[rate] = found["mean grade"]
-        if len(grades) == len(RATES):
+            if found is None:
+                break
+            grades[rate] = found["mean grade"]
+        else:
             chosen[name] = max(grades, key=grades.__getitem__)
-            shown = ", ".join(f"{rate:g}: {grade:.3f}" for rate, grade in grades.items())
+            shown = ", ".join(f"{rate:g}: {grades[rate]:.3f}" for rate in sorted(grades))
             print(f"{METHODS[name].label}: {chosen[name]:g} (mean grades {shown})", flush=True)
     return chosen
+
+
+def _next_rate(grades: Mapping[float, float]) -> float | None:
+    """The rate that is measured next; None: the best one lies between two others, or at an end of `RATES`."""
+    left = [rate for rate in FIRST_RATES if rate not in grades]
+    if left:
+        return left[0]
+    best, tried = max(grades, key=grades.__getitem__), sorted(grades)
+    step = {tried[-1]: 1, tried[0]: -1}.get(best)
+    place = RATES.index(best) + (step or 0)
+    return RATES[place] if step is not None and 0 <= place < len(RATES) else None
 
 
 def _first_rate(name: str, chosen: Mapping[str, float]) -> float | None:
