@@ -8,11 +8,10 @@ experts, B: [out, rank * experts] by rank; before 0.19 it was another order.
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, TypeGuard
 
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor
-from typing_extensions import TypeIs
 
 from uft_ds.architectures.facts import adapts_experts, is_routed, names_with_experts
 from uft_ds.errors import UserError
@@ -42,7 +41,7 @@ def parameter_dim(parameter: Tensor) -> int:
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def is_on_experts(module: Any) -> TypeIs[ParamWrapper]:
+def is_on_experts(module: Any) -> TypeGuard[ParamWrapper]:
     """Whether a layer of PEFT's adapts routed experts."""
     return isinstance(module, ParamWrapper)
 
