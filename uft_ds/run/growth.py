@@ -50,9 +50,11 @@ def with_other_steps(
     before, after = steps_of(then, data, state.source), steps_of(settings, data, state.source)
     keys = ", ".join(f"{key}: {now} now, {past} before" for key, (past, now) in given.items())
     if done > len(after):
+        again = " ".join(f"{key}={past}" for key, (past, _) in given.items())
         raise UserError(
             f"{keys}: that is {len(after):,} steps, and {done:,} are done; expected at least {done:,} "
-            "(uft convert takes an earlier checkpoint)"
+            f"(a value that was given on the command line is given again: {again}; uft convert takes an earlier "
+            "checkpoint)"
         )
     _check_no_schedule_of_shares(settings, done, keys)
     notes = [f"{keys}: {len(after):,} steps, {done:,} of them done"]

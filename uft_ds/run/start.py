@@ -127,7 +127,9 @@ def rehearse(
     return Rehearsal(settings, ranks, len(steps), steps_done)
 
 
-_NOTHING_TO_RESUME = "{} is done: there is nothing to resume"
+_NOTHING_TO_RESUME = (
+    "{} is done: there is nothing to resume; for more steps give train.steps or train.epochs with --resume"
+)
 
 
 def _checked_launch(settings: Settings, console: Console) -> tuple[Settings, int]:
