@@ -16,7 +16,7 @@ from tiny import build_tiny_model
 from toy import saved_adapter
 
 from uft_ds.errors import UserError
-from uft_ds.export.quantised import write_mark
+from uft_ds.export.quantised import nf4_of, write_mark
 from uft_ds.recipe.settings import changed
 from uft_ds.run.checks import check_adapters_are_of_base, check_recipe
 from uft_ds.run.prepare import check_run
@@ -24,7 +24,7 @@ from uft_ds.run.settings import with_deepspeed_file
 from uft_ds.streams.base_weights import base_weights, stored_in_nf4
 from uft_ds.streams.identity import base_identity, reference_identity
 from uft_ds.streams.load import check_base_files
-from uft_ds.streams.nf4 import check_can_be_nf4, nf4_of
+from uft_ds.streams.nf4 import check_can_be_nf4
 
 
 @pytest.fixture

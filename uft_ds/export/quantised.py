@@ -12,11 +12,16 @@ import torch
 
 from uft_ds.checkpoint.folder import run_of_adapter
 from uft_ds.errors import UserError
-from uft_ds.recipe.settings import load_settings
-from uft_ds.streams.nf4 import NF4, Nf4Base, nf4_of
+from uft_ds.recipe.settings import ModelSettings, load_settings
+from uft_ds.streams.nf4 import NF4, Nf4Base
 
 MARK = "base_quantization.json"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def nf4_of(model: ModelSettings) -> Nf4Base | None:
+    """The base of a run in NF4; None if it is not quantised."""
+    return Nf4Base(getattr(torch, model.dtype)) if model.quantization == NF4 else None
 
 
 def write_mark(folder: Path, nf4: Nf4Base) -> None:

@@ -20,14 +20,14 @@ from uft_ds.checkpoint.manifest import MANIFEST
 from uft_ds.errors import UserError
 from uft_ds.export.deepspeed_files import is_deepspeed, read_trainable
 from uft_ds.export.low_rank import read_adapter_config, read_low_rank
-from uft_ds.export.quantised import nf4_of_adapter
+from uft_ds.export.quantised import nf4_of, nf4_of_adapter
 from uft_ds.host.callbacks import Say
 from uft_ds.recipe.settings import Settings, load_settings
 from uft_ds.record.run_folder import RunFolder, is_owned, reading_identity
 from uft_ds.streams.adapter_files import as_peft_saves, is_adapter, written_as_peft_saves
 from uft_ds.streams.identity import base_identity
 from uft_ds.streams.load import check_base
-from uft_ds.streams.nf4 import Nf4Base, nf4_of
+from uft_ds.streams.nf4 import Nf4Base
 
 NO_ADAPTER = (
     "all parameters were trained, so there is no adapter; write the model by `uft convert RUN FOLDER`, and give that "

@@ -72,9 +72,9 @@ def build_engine(settings: Settings, reporter: Announcer) -> tuple[Engine, UFTMo
     what = f"{settings.model.base}{_size_of(settings.model.base)}"
     with reporter.phase(f"loading {what}"), partitioned_loading(config):
         base = load(gradient_checkpointing=recompute)
-    reference, on_host = None, with_shards_on_host(config)
+    reference = None
     if settings.copies_reference:
-        with reporter.phase(f"loading the reference, {what}"), partitioned_loading(on_host):
+        with reporter.phase(f"loading the reference, {what}"), partitioned_loading(with_shards_on_host(config)):
             reference = load(gradient_checkpointing=False)
     policy = _whole(base) if settings.trains_all else _adapted(base, settings)
     heads = with_reward_adapter(policy, settings)

@@ -19,13 +19,13 @@ from uft_ds.data.sources import PreparedData
 from uft_ds.data.store.sequences import write_sample
 from uft_ds.errors import UserError
 from uft_ds.export.agreement import base_and_log_ratios, sequences_of_run
+from uft_ds.export.quantised import nf4_of
 from uft_ds.host.callbacks import OnProgress
 from uft_ds.host.files import write_atomically
 from uft_ds.recipe.settings import Settings
 from uft_ds.record.run_folder import RunFolder
 from uft_ds.streams.adapter_files import written_as_peft_saves
 from uft_ds.streams.identity import adapter_identity, local_folder
-from uft_ds.streams.nf4 import nf4_of
 
 
 @dataclass(frozen=True)

@@ -227,7 +227,7 @@ def check_base_files(folder: Path, adapted: Collection[str] = ()) -> tuple[Any, 
     check_tied(folder, model, empty)
     if adapted:
         stored_weights(folder, model, empty, (name for name in adapted if not is_routed(name)))
-        stored_experts(folder, model, empty, (name for name in adapted if is_routed(name)))
+        stored_experts(folder, model, empty, [name for name in adapted if is_routed(name)])
     return model, empty
 
 

@@ -29,7 +29,6 @@ from torch.autograd.function import Function, once_differentiable
 from uft_ds.architectures.facts import decoder_layers
 from uft_ds.errors import CheckFailed, UserError
 from uft_ds.host.packages import install_command
-from uft_ds.recipe.settings import ModelSettings
 
 NF4 = "nf4"
 """What `model.quantization` calls it."""
@@ -66,11 +65,6 @@ class Nf4Base:
     """
 
     dtype: torch.dtype
-
-
-def nf4_of(model: ModelSettings) -> Nf4Base | None:
-    """The base of a run in NF4; None if it is not quantised."""
-    return Nf4Base(getattr(torch, model.dtype)) if model.quantization == NF4 else None
 
 
 def check_bitsandbytes() -> None:

@@ -7,7 +7,7 @@ says how, so it is asked here, tensor by tensor, instead of being repeated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +131,7 @@ class StoredExpert:
 
 
 def stored_experts(
-    folder: Path, model: Any, empty: Mapping[str, Tensor], names: Iterable[str]
+    folder: Path, model: Any, empty: Mapping[str, Tensor], names: Collection[str]
 ) -> dict[str, tuple[StoredExpert, ...]]:
     """For each weight of all routed experts, the stored tensors that it is put together from.
 
@@ -143,6 +143,8 @@ def stored_experts(
     Raises:
         UserError: the files lack a weight, or do not hold it expert by expert.
     """
+    if not names:
+        return {}
     found, own = origins(model, empty), dict(model.named_parameters())
     return {name: _by_expert(folder, model, name, own.get(name), found.get(name)) for name in names}
 
