@@ -52,6 +52,30 @@ def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_model(tmp_path_factory.mktemp("tiny") / "qwen2")
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test of `mixture` runs for each family; the list is imported where a test asks for it, with what it imports."""
+    if "mixture" in metafunc.fixturenames:
+        from mixtures import MIXTURES
+
+        metafunc.parametrize("mixture", MIXTURES, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
+def mixture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny mixture of experts of one family."""
+    from mixtures import build_mixture
+
+    return build_mixture(tmp_path_factory.mktemp("mixture") / request.param, request.param)
+
+
+@pytest.fixture(scope="session")
+def qwen3_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny mixture of experts of this family alone."""
+    from mixtures import build_mixture
+
+    return build_mixture(tmp_path_factory.mktemp("mixture") / "qwen3_moe", "qwen3_moe")
+
+
 @pytest.fixture(scope="session")
 def test_data() -> Path:
     """Real data beside the project, found by UFT_TEST_DATA; tests that need it are skipped without."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -224,6 +225,22 @@ def assert_same_run(found: Path, expected: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert json.loads((found / "latest" / "trainer.json").read_text())["step"] == STEPS
     assert (found / "DONE").exists()
+
+
+def assert_goes_on_from_its_middle(finished: Path, folder: Path) -> None:
+    """A copy, in `folder`, of a run of six steps whose newest checkpoint is that of step 2 resumes to the same bits.
+
+    finished: the folder of a recipe with its finished run.
+    """
+    shutil.copytree(finished / "run", folder, symlinks=True)
+    (folder / "DONE").unlink()
+    for name in ("step-000004", "step-000006"):
+        shutil.rmtree(folder / "checkpoints" / name)
+    result = uft("train", str(finished / "recipe.yaml"), "--resume", f"output={folder}")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "resuming from step-000002" in result.stdout
+    assert numbers(folder) == numbers(finished / "run")
+    assert_same_shards(folder, finished / "run")
 
 
 def assert_same_shards(found: Path, expected: Path) -> None:

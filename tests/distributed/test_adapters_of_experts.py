@@ -8,28 +8,17 @@ from typing import Any
 import pytest
 import torch
 from engines import accumulate, assert_same_step, engine_of, single_process
-from mixtures import MIXTURES, TARGETS, build_mixture
+from mixtures import TARGETS, outputs_and_gradients
 from plan import counting
 from ranks import run_on_ranks
 from runs import losses, recipe_in, uft
-from toy import logps_by_name, objective, toy_model, toy_step
+from toy import objective, toy_step
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from uft_ds.data.micro_batch import micro_batch
 from uft_ds.planning.structure import Lora, structure_of
 
 LORA = {"rank": 4, "alpha": 8.0, "targets": TARGETS, "experts": True}
 OPTIONS: dict[str, Any] = {"targets": TARGETS, "experts": True}
-
-
-@pytest.fixture(scope="module", params=MIXTURES)
-def mixture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_mixture(tmp_path_factory.mktemp("mixture") / request.param, request.param)
-
-
-@pytest.fixture(scope="module")
-def qwen3_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_mixture(tmp_path_factory.mktemp("mixture") / "qwen3_moe", "qwen3_moe")
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True], ids=["plain", "checkpointed"])
@@ -37,13 +26,9 @@ def test_lockstep_with_adapters_of_experts_equals_two_separate_forwards(
     mixture: Path, gradient_checkpointing: bool
 ) -> None:
     """Invariant 6: bit for bit, and the experts' adapters have gradients of their own."""
-    found = []
-    for mode in ("lockstep", "separate"):
-        model = toy_model(mixture, reference_mode=mode, gradient_checkpointing=gradient_checkpointing, **OPTIONS)
-        logps = logps_by_name(model, micro_batch(toy_step().sequences))
-        logps["policy"].sum().backward()
-        found.append((logps, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}))
-    (ours, own_grads), (theirs, grads) = found
+    options = {"gradient_checkpointing": gradient_checkpointing, "experts": True}
+    ours, own_grads = outputs_and_gradients(mixture, "lockstep", **options)
+    theirs, grads = outputs_and_gradients(mixture, "separate", **options)
     assert all(torch.equal(ours[name], theirs[name]) for name in ("policy", "reference"))
     of_experts = [name for name in grads if ".experts." in name]
     assert len(of_experts) == 8  # two weights with A and B in each of two layers

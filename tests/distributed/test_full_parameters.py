@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 from plain_torch import assert_moved_alike, trained_by_plain_torch
-from runs import assert_same_shards, forked, losses, numbers, recipe_in, settings_of_run, uft, write_rows
+from runs import (
+    assert_goes_on_from_its_middle,
+    forked,
+    losses,
+    numbers,
+    recipe_in,
+    settings_of_run,
+    uft,
+    write_rows,
+)
 from safetensors.torch import load_file, save_file
 from tiny import build_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -53,16 +62,7 @@ def test_the_reference_is_computed_before_the_first_step_alone(finished: Path) -
 
 def test_a_run_goes_on_bit_for_bit(finished: Path, tmp_path: Path) -> None:
     """From the checkpoint in its middle, whose weights no rank has ever held whole."""
-    folder = tmp_path / "run"
-    shutil.copytree(finished / "run", folder, symlinks=True)
-    (folder / "DONE").unlink()
-    for name in ("step-000004", "step-000006"):
-        shutil.rmtree(folder / "checkpoints" / name)
-    result = uft("train", str(finished / "recipe.yaml"), "--resume", f"output={folder}")
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "resuming from step-000002" in result.stdout
-    assert numbers(folder) == numbers(finished / "run")
-    assert_same_shards(folder, finished / "run")
+    assert_goes_on_from_its_middle(finished, tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -8,27 +8,16 @@ from typing import Any
 import pytest
 import torch
 from engines import accumulate, engine_of, single_process
-from mixtures import MIXTURES, TARGETS, build_mixture
+from mixtures import TARGETS, outputs_and_gradients
 from plan import counting
 from ranks import run_on_ranks
 from runs import losses, recipe_in, uft
-from toy import logps_by_name, objective, toy_model, toy_step
+from toy import objective, toy_step
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from uft_ds.data.micro_batch import micro_batch
 from uft_ds.engine.engine import Engine
 from uft_ds.planning.structure import Lora, structure_of
 from uft_ds.streams.stream import logps_of
-
-
-@pytest.fixture(scope="module", params=MIXTURES)
-def mixture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_mixture(tmp_path_factory.mktemp("mixture") / request.param, request.param)
-
-
-@pytest.fixture(scope="module")
-def qwen3_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_mixture(tmp_path_factory.mktemp("mixture") / "qwen3_moe", "qwen3_moe")
 
 
 def routed(engine: Engine, batch: Any) -> list[int]:
@@ -93,14 +82,8 @@ def test_four_ranks_route_differently(qwen3_moe: Path) -> None:
 @pytest.mark.parametrize("gradient_checkpointing", [False, True], ids=["plain", "checkpointed"])
 def test_lockstep_of_a_mixture_equals_two_separate_forwards(mixture: Path, gradient_checkpointing: bool) -> None:
     """Invariant 6: bit for bit the same log-probs of both streams and the same gradients."""
-    found = []
-    for mode in ("lockstep", "separate"):
-        options: dict[str, Any] = {"reference_mode": mode, "gradient_checkpointing": gradient_checkpointing}
-        model = toy_model(mixture, targets=TARGETS, **options)
-        logps = logps_by_name(model, micro_batch(toy_step().sequences))
-        logps["policy"].sum().backward()
-        found.append((logps, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}))
-    (ours, own_grads), (theirs, grads) = found
+    ours, own_grads = outputs_and_gradients(mixture, "lockstep", gradient_checkpointing=gradient_checkpointing)
+    theirs, grads = outputs_and_gradients(mixture, "separate", gradient_checkpointing=gradient_checkpointing)
     assert all(torch.equal(ours[name], theirs[name]) for name in ("policy", "reference"))
     assert (ours["policy"] - ours["reference"]).abs().mean() > 0.1, "adapters that change nothing prove nothing"
     assert all(torch.equal(own_grads[name], grad) for name, grad in grads.items())

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from ranks import run_on_ranks
-from runs import assert_same_shards, numbers, recipe_in, uft
+from runs import assert_goes_on_from_its_middle, recipe_in, uft
 from test_online_run import online_recipe, train
 from tiny import build_tiny_model
 from torch import Tensor
@@ -91,15 +90,7 @@ def finished(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_goes_on_bit_for_bit(finished: Path, tmp_path: Path) -> None:
     """From the checkpoint in its middle: metrics, adapter and optimiser; then it is done, as `uft status` says."""
     folder = tmp_path / "run"
-    shutil.copytree(finished / "run", folder, symlinks=True)
-    (folder / "DONE").unlink()
-    for name in ("step-000004", "step-000006"):
-        shutil.rmtree(folder / "checkpoints" / name)
-    result = uft("train", str(finished / "recipe.yaml"), "--resume", f"output={folder}")
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "resuming from step-000002" in result.stdout
-    assert numbers(folder) == numbers(finished / "run")
-    assert_same_shards(folder, finished / "run")
+    assert_goes_on_from_its_middle(finished, folder)
     assert "done" in uft("status", str(folder)).stdout
     assert (folder / "report.html").exists()
 

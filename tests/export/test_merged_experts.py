@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from mixtures import MIXTURES, build_mixture
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -15,11 +14,6 @@ from uft_ds.export.convert import convert_to_merged
 from uft_ds.export.low_rank import read_adapter_config
 
 WEIGHTS = ["experts.gate_up_proj", "experts.down_proj"]
-
-
-@pytest.fixture(scope="module", params=MIXTURES)
-def mixture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_mixture(tmp_path_factory.mktemp("mixture") / request.param, request.param)
 
 
 def loaded(folder: Path) -> Any:

@@ -1,7 +1,6 @@
 """Routed experts by grouped products: transformers' values, and no gathered weight kept for the backward."""
 
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,7 +79,7 @@ def test_no_view_of_a_frozen_weight_is_kept(family: str) -> None:
     assert views() == 0
 
 
-def test_experts_of_another_form_are_left_to_transformers(tmp_path: Path) -> None:
+def test_experts_of_another_form_are_left_to_transformers() -> None:
     """GPT-OSS has biases and transposed weights; a dense model has no experts."""
     moe = GptOssForCausalLM(GptOssConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2))
     dense = LlamaForCausalLM(LlamaConfig(**SIZES))
@@ -90,7 +89,7 @@ def test_experts_of_another_form_are_left_to_transformers(tmp_path: Path) -> Non
         assert model.config._experts_implementation == before != LEAN_EXPERTS
 
 
-def test_the_models_own_forward_is_transformers(tmp_path: Path) -> None:
+def test_the_models_own_forward_is_transformers() -> None:
     """What the check before the first step compares with; afterwards the model computes as before."""
     model = tiny_policy(deepcopy(PACKED["olmoe"]), targets=TARGETS).get_base_model()
     enable_lean_experts(model.get_decoder())
