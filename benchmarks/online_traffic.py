@@ -133,18 +133,26 @@ def forward(engine: Engine, *visits: tuple[Stream, ...]) -> int:
     return len(batches)
 
 
-def measure_scores(folder: Path, adapter: Path) -> dict[str, Traffic]:
-    """On one of the ranks."""
+def measure_visits(folder: Path, adapter: Path) -> dict[str, Traffic]:
+    """On one of the ranks, of one engine: streams alone, in one visit, and each in a visit of its own."""
     engine = engine_of(folder, reward=adapter)
     policy, reference, reward = (engine.streams[name] for name in ("policy", "reference", "reward"))
-    found = {
+    return {
         "policy": counted(lambda: forward(engine, (policy,))),
         "reward": counted(lambda: forward(engine, (reward,))),
         "three streams": counted(lambda: forward(engine, (policy, reference, reward))),
         "three visits": counted(lambda: forward(engine, (policy,), (reference,), (reward,))),
     }
+
+
+def measure_scores(folder: Path, adapter: Path) -> dict[str, Traffic]:
+    """On one of the ranks."""
+    found = measure_visits(folder, adapter)
     # The reward model and the reference of their own: engines with one adapter each, of which one stream is asked for.
     others = [engine_of(folder, reward=None), engine_of(folder, reward=None), engine_of(folder, reward=adapter)]
+    policy, reference, reward = (
+        engine.streams[name] for engine, name in zip(others, ("policy", "reference", "reward"), strict=True)
+    )
 
     def three_models() -> int:
         forward(others[0], (policy,))

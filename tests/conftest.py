@@ -55,9 +55,10 @@ def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test of `mixture` runs for each family; the list is imported where a test asks for it, with what it imports."""
     if "mixture" in metafunc.fixturenames:
-        from mixtures import MIXTURES
+        from mixtures import FAST, MIXTURES
+        from suites import long_but
 
-        metafunc.parametrize("mixture", MIXTURES, indirect=True, scope="session")
+        metafunc.parametrize("mixture", long_but(FAST, MIXTURES), indirect=True, scope="session")
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,8 @@ from uft_ds.data.micro_batch import micro_batch
 from uft_ds.objectives.reference import HowForwarded
 
 MIXTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+FAST = ("qwen2_moe",)
+"""In `make test`: the one that has a shared expert besides; the others have a part of what it has."""
 TARGETS = ATTENTION
 
 

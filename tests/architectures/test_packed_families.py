@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from models import GPT2, LEAKS, PACKED, TARGETS, VOCAB_SIZE, sequences, tiny_model
+from suites import long_but
 from torch import Tensor
 from toy import UFT, logps_by_name, streams_of
 
@@ -82,7 +83,10 @@ def answers_to(prompt: int, *lengths: int) -> list[Sequence]:
     return rows
 
 
-@pytest.mark.parametrize("name", [name for name in PACKED if name not in ("gptj", "codegen")])
+SHARING = [name for name in PACKED if name not in ("gptj", "codegen")]
+
+
+@pytest.mark.parametrize("name", long_but(("qwen2", "gemma2", "gpt_neox", "qwen2_5_vl"), SHARING))
 def test_a_shared_prompt_gives_the_unshared_step(name: str) -> None:
     """Prompts of several answers are in a row once, among others: the same log-probs, and each adapter's gradient."""
     model = tiny_model(PACKED[name], targets=TARGETS.get(name))
@@ -100,7 +104,7 @@ def test_a_shared_prompt_gives_the_unshared_step(name: str) -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name", long_but(("qwen2", "gemma2", "gpt_neox"), PACKED))
 def test_the_check_passes_models_that_pack(name: str, dtype: torch.dtype) -> None:
     """No bit of a sequence depends on its neighbour's tokens, in bfloat16 neither, and the logits are the model's."""
     found = measured(tiny_model(PACKED[name], dtype=dtype, targets=TARGETS.get(name)))
@@ -112,7 +116,7 @@ def test_the_check_passes_models_that_pack(name: str, dtype: torch.dtype) -> Non
 @pytest.mark.filterwarnings("ignore:The following .*_pattern")  # PEFT's, of adapters on experts
 @DTYPES
 @pytest.mark.parametrize("count", [1, 3], ids=["one sequence", "more"])
-@pytest.mark.parametrize("name", LEAKS)
+@pytest.mark.parametrize("name", long_but(("mamba", "bloom", "lfm2"), LEAKS))
 def test_the_check_refuses_models_that_leak(name: str, count: int, dtype: torch.dtype) -> None:
     """In both types, also where a step has but one sequence, which then stands beside itself."""
     model = tiny_model(LEAKS[name], dtype=dtype, b_std=0.0, targets=TARGETS.get(name))

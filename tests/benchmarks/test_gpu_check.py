@@ -127,11 +127,11 @@ def an_old_package(monkeypatch: pytest.MonkeyPatch) -> None:
 PLANTED = [
     ("environment", an_old_package, "peft 0.1 is installed"),
     ("kernels", wrong_gradient, "the gradient is"),
-    ("kernels", wrong_sums, "log-probs are"),
-    ("attention", wrong_attention, "from each sequence alone"),
+    pytest.param("kernels", wrong_sums, "log-probs are", marks=pytest.mark.long),
+    pytest.param("attention", wrong_attention, "from each sequence alone", marks=pytest.mark.long),
     ("exactness", gradients_change_numbers, "before the first step"),
     ("waits", a_read, "a micro-step waits 1.0 times"),
-    ("waits", no_counter, "a planted wait counts 0"),
+    pytest.param("waits", no_counter, "a planted wait counts 0", marks=pytest.mark.long),
 ]
 
 
@@ -323,6 +323,7 @@ def script(*arguments: str, folder: Path, seconds: float) -> subprocess.Complete
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds, check=False)
 
 
+@pytest.mark.long
 def test_the_script_runs_stages_on_a_cpu(tmp_path: Path) -> None:
     """From any folder, and with wheels of which none fits."""
     wheels_folder = tmp_path / "wheels"

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from checkpoints import whole_checkpoint
+from imported import Ended, ended
 
 from uft_ds.record.run_folder import RunFolder
 
-_RUN = """
-import json, sys
-from uft_ds.cli import main
-sys.argv = ["uft", *json.loads(sys.argv[1])]
-try:
-    main()
-except SystemExit as ended:
-    code = ended.code or 0
-print(json.dumps([code, [name for name in ("torch", "transformers", "peft", "deepspeed") if name in sys.modules]]))
-"""
-
 RUN, ROWS = "RUN", "ROWS"
 """Stand for the run's folder, and for a file of rows in it."""
+
+EXIT_CODES = {
+    ("--help",): 0,
+    ("train", "--help"): 0,
+    ("recipe", "list"): 0,
+    ("recipe", "show", "quickstart", "train.lr=1e-4"): 0,
+    ("recipe", "keys", "train"): 0,
+    ("score", "--help"): 0,
+    ("eval", "--help"): 0,
+    ("score", ROWS, "--by", "length", "--map", "quantile", "--out", f"{ROWS}.scored.jsonl"): 0,
+    ("status", RUN): 1,
+    ("checkpoint", "ls", RUN): 0,
+    ("checkpoint", "verify", RUN): 0,
+}
+"""By each command that only reads."""
 
 
 @pytest.fixture(scope="module")
@@ -40,26 +42,26 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    ("command", "exit_code"),
-    [
-        (["--help"], 0),
-        (["train", "--help"], 0),
-        (["recipe", "list"], 0),
-        (["recipe", "show", "quickstart", "train.lr=1e-4"], 0),
-        (["recipe", "keys", "train"], 0),
-        (["score", "--help"], 0),
-        (["eval", "--help"], 0),
-        (["score", ROWS, "--by", "length", "--map", "quantile", "--out", f"{ROWS}.scored.jsonl"], 0),
-        (["status", RUN], 1),
-        (["checkpoint", "ls", RUN], 0),
-        (["checkpoint", "verify", RUN], 0),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_a_command_that_only_reads_imports_no_torch(command: list[str], exit_code: int, run: Path) -> None:
-    """Of each such command, with the exit code that it has after all: `uft status` of a run that is not done has 1."""
+@pytest.fixture(scope="module")
+def results(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], Ended]:
     there = {RUN: str(run), ROWS: str(run / "rows.jsonl")}
-    words = json.dumps([re.sub("|".join(there), lambda match: there[match[0]], word) for word in command])
-    ended = subprocess.run([sys.executable, "-c", _RUN, words], capture_output=True, text=True, check=False, timeout=60)
-    assert json.loads(ended.stdout.splitlines()[-1]) == [exit_code, []], ended.stdout + ended.stderr
+    words = [
+        [re.sub("|".join(there), lambda match: there[match[0]], word) for word in command] for command in EXIT_CODES
+    ]
+    names = ("torch", "transformers", "peft", "deepspeed")
+    return dict(zip(EXIT_CODES, ended(words, names, tmp_path_factory.mktemp("ended")), strict=True))
+
+
+@pytest.mark.parametrize("command", EXIT_CODES, ids=" ".join)
+def test_a_command_that_only_reads_imports_no_torch(
+    results: dict[tuple[str, ...], Ended], command: tuple[str, ...]
+) -> None:
+    """Of each such command, with the exit code that it has after all: `uft status` of a run that is not done has 1."""
+    found = results[command]
+    assert (found.code, found.imported) == (EXIT_CODES[command], []), found.out + found.err
+
+
+def test_an_import_would_be_seen(tmp_path: Path) -> None:
+    """Of a module that these commands do import."""
+    (found,) = ended([["recipe", "list"]], ("yaml", "torch"), tmp_path)
+    assert found.imported == ["yaml"]

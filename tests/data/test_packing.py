@@ -54,7 +54,7 @@ def check_packed(
     world_size=st.sampled_from(WORLD_SIZES),
     attention_parity=st.sampled_from([math.inf, 50.0]),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_any_step_is_divided(
     units: list[tuple[int, ...]], capacity: int, world_size: int, attention_parity: float
 ) -> None:
@@ -73,7 +73,7 @@ def test_any_step_is_divided(
     capacity=st.integers(140, 400),
     world_size=st.sampled_from(WORLD_SIZES),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_a_step_with_shared_prompts_is_divided(
     prompts: list[tuple[int, list[int]]], is_pair: bool, capacity: int, world_size: int
 ) -> None:

@@ -62,6 +62,7 @@ def test_the_plan_counts_adapters_of_experts(mixture: Path) -> None:
     assert with_experts.num_lora - without.num_lora == config.num_hidden_layers * (gate_up + down)
 
 
+@pytest.mark.long
 def test_a_run_with_adapters_of_experts_is_resumed_and_merged(qwen3_moe: Path, tmp_path: Path) -> None:
     """From the recipe to a model that Hugging Face loads, by way of a second run that starts from the first one."""
     recipe = recipe_in(tmp_path, qwen3_moe, lora=LORA)

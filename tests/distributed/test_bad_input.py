@@ -122,21 +122,29 @@ def test_an_adapter_of_another_base_is_refused(tiny_qwen2: Path, tmp_path: Path)
     assert f"was trained on {one}" in refused(write_recipe(tmp_path, other), adapter, f"output={tmp_path / 'again'}")
 
 
+NO_NODES = "deepspeed: zero3_node: zero_optimization.zero_hpz_partition_size: 8 found, expected a divisor of the 2"
+
+
 def test_copies_in_nodes_that_are_no_nodes_are_refused(tiny_qwen2: Path, tmp_path: Path) -> None:
-    """zero3_node is for nodes of 8 GPUs: `uft train` on 2 ranks, and ranks without it, end before the model is read."""
+    """zero3_node is for nodes of 8 GPUs: `uft train` on 2 ranks ends before the model is read."""
     recipe = write_recipe(tmp_path, tiny_qwen2, deepspeed="zero3_node")
-    expected = "deepspeed: zero3_node: zero_optimization.zero_hpz_partition_size: 8 found, expected a divisor of the 2"
     result = uft("train", str(recipe))
     assert result.returncode == 2, result.stdout + result.stderr
-    assert expected in result.stderr
+    assert NO_NODES in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.long
+def test_ranks_refuse_copies_in_nodes_that_are_no_nodes(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """As `uft train` does, where another launcher has started them."""
+    recipe = write_recipe(tmp_path, tiny_qwen2, deepspeed="zero3_node")
     here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [
         program("uft_ds.train", str(recipe), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", **here)
         for rank in range(2)
     ]
     try:
-        assert expected in ranks[0].communicate(timeout=TIMEOUT_SECONDS)[1]
+        assert NO_NODES in ranks[0].communicate(timeout=TIMEOUT_SECONDS)[1]
         assert ranks[0].returncode == 2
     finally:  # as a launcher ends the others
         for rank in ranks:

@@ -11,6 +11,7 @@ import torch
 from engines import accumulate, engine_of, weights
 from ranks import run_on_ranks
 from reference_traffic import counting
+from suites import long_but
 from tiny import IM_END, build_tiny_model
 from toy import UFT, toy_sequences, toy_step
 
@@ -100,7 +101,7 @@ def assert_same_bits(found: Any, expected: Any) -> None:
     assert all(torch.equal(found[1][name], expected[1][name]) for name in expected[1])
 
 
-@pytest.mark.parametrize("file", ["zero3_cpu", "zero2"])
+@pytest.mark.parametrize("file", long_but(["zero3_cpu"], ["zero3_cpu", "zero2"]))
 def test_answers_change_no_bit_of_the_training(tmp_path: Path, file: str) -> None:
     """Losses, norms, gradients and adapters of three steps on two ranks; no generator of torch moves.
 
@@ -174,7 +175,7 @@ def stopped(folder: Path, whole: bool) -> tuple[list[int], bool, bool, list[Any]
     return done, by_all, engine.module.training, generator_of(engine).answer(questions())
 
 
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("whole", long_but([True], [True, False]))
 def test_all_ranks_stop_at_the_same_batch(tmp_path: Path, whole: bool) -> None:
     """One answer a rank and batch, 2 and 4 answers are done on both; what follows is answered as ever."""
     build_tiny_model(tmp_path)

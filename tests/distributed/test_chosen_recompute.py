@@ -17,20 +17,28 @@ from uft_ds.record.metrics_file import read_metrics
 from uft_ds.run import recompute
 
 
-def chosen(recipe: Path, memories: list[int]) -> tuple[object, list[str]]:
-    heard = Heard()
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(recompute, "_memory_bytes", lambda: memories[torch.distributed.get_rank()])
-        settings = load_settings(str(recipe), ("model.gradient_checkpointing=auto",))
-        return recompute.with_chosen_recompute(settings, heard).model.gradient_checkpointing, heard.said
+def chosen(recipe: Path, cases: list[list[int]]) -> list[tuple[object, list[str]]]:
+    """Of each case, which is the memory of every rank."""
+    settings = load_settings(str(recipe), ("model.gradient_checkpointing=auto",))
+    found: list[tuple[object, list[str]]] = []
+    for memories in cases:
+        heard = Heard()
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(
+                recompute, "_memory_bytes", lambda memories=memories: memories[torch.distributed.get_rank()]
+            )
+            mode = recompute.with_chosen_recompute(settings, heard).model.gradient_checkpointing
+        found.append((mode, heard.said))
+    return found
 
 
 def test_the_rank_with_the_least_memory_decides(tiny_qwen2: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, tiny_qwen2)
-    for memories, mode in (([64 * GB, 64 * GB], False), ([64 * GB, GB], True), ([GB, 64 * GB], True)):
-        found = run_on_ranks(chosen, 2, recipe, memories)
-        assert [took for took, _ in found] == [mode, mode]
-        assert all(f"auto takes {str(mode).lower()}, with which 2 ranks together need about" in s for _, (s,) in found)
+    modes, memories = (False, True, True), [[64 * GB, 64 * GB], [64 * GB, GB], [GB, 64 * GB]]
+    for of_rank in run_on_ranks(chosen, 2, recipe, memories):
+        for (took, (said,)), mode in zip(of_rank, modes, strict=True):
+            assert took == mode
+            assert f"auto takes {str(mode).lower()}, with which 2 ranks together need about" in said
 
 
 def refused(recipe: Path, error: Exception) -> tuple[str, object]:
@@ -57,6 +65,7 @@ def test_an_error_of_the_plan_is_everyones(tiny_qwen2: Path, tmp_path: Path) -> 
         assert said.endswith("auto takes true, because this model cannot be planned (unknown layer)")
 
 
+@pytest.mark.long
 def test_a_run_that_chooses_is_the_run_that_was_told(tiny_qwen2: Path, tmp_path: Path) -> None:
     """The same losses bit for bit; the choice is said, and the recipe that is stored still says auto."""
     losses = {}

@@ -21,7 +21,7 @@ from uft_ds.record.metrics_file import read_metrics
 from uft_ds.run.prepare import ensure_data, open_data, prepare_run
 
 COLLECTIVE_SECONDS = 3.0
-PREPARING_SECONDS = 6.0
+PREPARING_SECONDS = 4.0
 
 
 def wait_longer_than_a_collective(seconds: float) -> Any:
@@ -34,7 +34,7 @@ def wait_longer_than_a_collective(seconds: float) -> Any:
 
 
 def test_ranks_wait_as_long_as_it_takes() -> None:
-    """The data's preparation is bounded by no collective's time-out: three seconds here, and six of work."""
+    """The data's preparation is bounded by no collective's time-out: three seconds here, and four of work."""
     results = run_on_ranks(wait_longer_than_a_collective, 2, PREPARING_SECONDS, collective_seconds=COLLECTIVE_SECONDS)
     assert [result for result, _ in results] == ["done", None]
     assert all(waited > COLLECTIVE_SECONDS for _, waited in results)
@@ -99,6 +99,7 @@ def write_every_kind(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.long
 def test_every_kind_trains_in_one_run(tiny_qwen2: Path, tmp_path: Path) -> None:
     """Conversations, pairs, labels and scores, by shares, passes and a schedule, each by losses of its own."""
     losses = {"instruction": "nll", "score": "mse", "binary": "l1", "pair": {"dpo": 1.0, "nll": 0.2}}

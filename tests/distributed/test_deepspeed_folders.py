@@ -47,7 +47,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("file", "ranks", "exclude_frozen"),
-    [("zero3_cpu", 2, True), ("zero3_cpu", 3, False), ("zero2", 2, True), ("zero2", 1, False)],
+    [
+        ("zero3_cpu", 2, True),
+        pytest.param("zero3_cpu", 3, False, marks=pytest.mark.long),
+        ("zero2", 2, True),
+        pytest.param("zero2", 1, False, marks=pytest.mark.long),
+    ],
 )
 def test_a_deepspeed_folder_becomes_an_adapter_and_a_model(
     base: Path, tmp_path: Path, file: str, ranks: int, exclude_frozen: bool

@@ -17,6 +17,7 @@ from runs import (
     write_rows,
 )
 from safetensors.torch import load_file, save_file
+from suites import long_but
 from tiny import build_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -25,7 +26,7 @@ from uft_ds.run.prepare import open_data
 from uft_ds.training.steps import steps_of
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["own-head", "tied-head"])
+@pytest.fixture(scope="module", params=long_but([True], [False, True]), ids=["own-head", "tied-head"])
 def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a recipe whose run has ended; its base ties embedding and head, or does not."""
     folder = tmp_path_factory.mktemp("full")

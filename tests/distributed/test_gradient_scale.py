@@ -19,6 +19,7 @@ from engines import (
     single_process,
 )
 from ranks import run_on_ranks
+from suites import long_but
 from tiny import VOCAB_SIZE
 from toy import UFT, both, build, forwarded, objective, toy_model, toy_step
 
@@ -225,7 +226,7 @@ DIVIDED = [(name, 48, share_prompts) for name in COMPARED for share_prompts in (
 WHOLE = [(name, 512, share_prompts) for name in COMPARED for share_prompts in (False, True)]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", long_but([2], [1, 2, 4]))
 def test_gradient_does_not_depend_on_who_holds_a_group(tiny_qwen2: Path, world_size: int) -> None:
     """Answers to a prompt on several ranks and in several micro-batches: one process's gradients, to 2e-5.
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from engines import engine_of
 from ranks import run_on_ranks
+from suites import long_but
 from tiny import build_tiny_model
 from toy import forwarded, logps_through_logits, toy_model, toy_step
 
@@ -42,7 +43,7 @@ def gathers_of_the_head(folder: Path, trains_head: bool) -> list[int]:
     return counts
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("tied", long_but([True], [False, True]), ids=["untied", "tied"])
 def test_one_gather_serves_policy_reference_and_backward(tmp_path: Path, tied: bool) -> None:
     """A frozen head is fetched once a micro-batch; a trained one once more, because its logits are computed again."""
     build_tiny_model(tmp_path, tied=tied)
@@ -61,7 +62,11 @@ def head_gradient(folder: Path) -> dict[str, torch.Tensor]:
     return {name: safe_get_full_grad(p).clone() for name, p in engine.module.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize(("tied", "ranks"), [(False, 2), (True, 3)], ids=["untied", "tied, uneven shards"])
+@pytest.mark.parametrize(
+    ("tied", "ranks"),
+    [pytest.param(False, 2, marks=pytest.mark.long), (True, 3)],
+    ids=["untied", "tied, uneven shards"],
+)
 def test_a_trainable_head_is_sharded(tmp_path: Path, tied: bool, ranks: int) -> None:
     """Gradients of head, embedding and adapters on 2 and 3 ranks (16576 weights: padded shards) equal one process's, by
     Hugging Face's own logits."""

@@ -249,6 +249,7 @@ def shifted(folder: Path) -> Path:
     return folder / "run"
 
 
+@pytest.mark.long
 def test_a_shifted_run_is_that_of_plain_torch(shifted: Path) -> None:
     """Losses of all steps, how far each parameter moved, and what the shift was."""
     settings = settings_of_run(shifted / "recipe.yaml")
@@ -282,6 +283,7 @@ def test_the_cache_spares_the_copy_what_it_knows(shifted: Path) -> None:
     assert identity["base"]
 
 
+@pytest.mark.long
 def test_a_shifted_run_goes_on_bit_for_bit(shifted: Path, tmp_path: Path) -> None:
     """From the checkpoint in its middle: the copy is the base again, not the policy of the checkpoint."""
     folder = tmp_path / "run"
@@ -297,6 +299,7 @@ def test_a_shifted_run_goes_on_bit_for_bit(shifted: Path, tmp_path: Path) -> Non
     assert_same_shards(folder, shifted)
 
 
+@pytest.mark.long
 def test_an_online_run_is_that_of_plain_torch(folder: Path, tmp_path: Path) -> None:
     """The policy's own answers, as they are recorded, beside fixed data; and from its middle bit for bit."""
     recipe = online_recipe(tmp_path, folder / "base", lora=None, train__lr=1e-3, objective__reward_shift="none")

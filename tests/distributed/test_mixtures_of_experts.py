@@ -108,6 +108,7 @@ def test_a_plan_counts_what_a_token_passes(mixture: Path) -> None:
     assert structure.num_base - structure.num_active == round((1 - passed) * routed_experts)
 
 
+@pytest.mark.long
 def test_a_run_of_a_mixture_is_converted(qwen3_moe: Path, tmp_path: Path) -> None:
     """From the recipe to a model and an adapter that Hugging Face loads; the router and the experts are the base's."""
     recipe = recipe_in(tmp_path, qwen3_moe, lora={"rank": 4, "alpha": 8.0, "targets": TARGETS})

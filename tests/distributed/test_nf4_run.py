@@ -87,6 +87,7 @@ def finished(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_a_run_goes_on_bit_for_bit(finished: Path, tmp_path: Path) -> None:
     """From the checkpoint in its middle: metrics, adapter and optimiser; then it is done, as `uft status` says."""
     folder = tmp_path / "run"
@@ -123,6 +124,7 @@ def test_another_rounding_is_another_run(finished: Path, tmp_path: Path) -> None
     assert "from what PEFT and Hugging Face compute of it" in more.stdout
 
 
+@pytest.mark.long
 def test_the_policy_answers_online_in_nf4(base: Path, tmp_path: Path) -> None:
     """By the ranks' own policy, under ZeRO-3; each answer is trained on with log-ratios of the same base."""
     recipe = online_recipe(tmp_path, base, model__quantization="nf4")

@@ -117,6 +117,7 @@ def test_a_run_trains_and_goes_on(tmp_path: Path) -> None:
     assert all(torch.equal(weights[name], tensor) for name, tensor in adapter(run).items())
 
 
+@pytest.mark.long
 def test_a_fresh_engine_goes_on_bit_for_bit(tmp_path: Path) -> None:
     """What is restored is what is forwarded: the copies inside the groups are not those of the weights before."""
     base = build_tiny_model(tmp_path / "base", "qwen2", tied=False)

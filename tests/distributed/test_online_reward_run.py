@@ -19,6 +19,10 @@ from transformers import AutoModelForSequenceClassification
 
 from uft_ds.rollouts.record import RecordFolder, StepRecord
 
+pytestmark = pytest.mark.long
+"""Without whole runs: rewards on ranks in `test_reward_stream.py`, and what cannot score in
+`tests/run/test_reward_of_online_runs.py`."""
+
 
 @pytest.fixture(scope="module")
 def reward(tiny_qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

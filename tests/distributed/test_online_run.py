@@ -95,6 +95,7 @@ def test_an_online_run_trains_on_what_it_records(unbroken: Path) -> None:
     assert (unbroken / "report.html").exists()
 
 
+@pytest.mark.long
 def test_rloo_trains_on_own_answers_beside_data(tiny_qwen2: Path, tmp_path: Path) -> None:
     """Each prompt's scores less the mean of its other answers, from the record, are the advantages of the first step,
     where every log-ratio is 0. The instruction keeps its own loss; scored answers of data are held out without one."""
@@ -185,6 +186,7 @@ def test_invariant_11_a_replay_trains_the_same_adapter(unbroken: Path, tmp_path:
     assert f"step {STEPS + 1} is not recorded, the run has 9 steps; set train.steps={STEPS}" in more.stderr
 
 
+@pytest.mark.long
 def test_a_record_is_a_scored_data_set(unbroken: Path, tiny_qwen2: Path, tmp_path: Path) -> None:
     """Of the exact tokens: a run on another tokenizer refuses it, by file and line."""
     recipe = write_recipe(tmp_path, tiny_qwen2, train__steps=2)

@@ -21,7 +21,7 @@ BF16 = {"dtype": torch.bfloat16, "lora_dtype": torch.bfloat16}
         pytest.param("zero3_cpu", 3, {"gradient_checkpointing": True}, marks=pytest.mark.long),
         pytest.param("zero3_cpu", 2, BF16, marks=pytest.mark.long),
         ("zero3_offload", 2, {}),
-        ("zero2", 2, {}),
+        pytest.param("zero2", 2, {}, marks=pytest.mark.long),
         pytest.param("zero2", 3, BF16, marks=pytest.mark.long),
     ],
 )

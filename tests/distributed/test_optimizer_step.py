@@ -11,6 +11,7 @@ import pytest
 import torch
 from engines import accumulate, engine_of, weights
 from ranks import run_on_ranks
+from suites import long_but
 from tiny import build_tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy import UFT, toy_step
@@ -50,7 +51,7 @@ def counted_step(base: Path, file: str) -> tuple[Counter[str], int, int]:
     return calls, reads.count, sum(parameter.requires_grad for parameter in engine.module.parameters())
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", long_but(["zero3_cpu"], FILES))
 def test_a_step_exchanges_its_norm_once(tmp_path: Path, file: str) -> None:
     """One all-reduce for loss and norm, and a number of reads that does not grow with the number of adapters."""
     counts = {}
@@ -77,7 +78,7 @@ def updated(base: Path, file: str) -> list[tuple[dict[str, torch.Tensor], dict[s
     return [*history, (weights(engine), {}, 0.0)]
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", long_but(["zero3_cpu"], FILES))
 def test_updates_are_those_of_adamw_in_float64(tiny_qwen2: Path, file: str) -> None:
     """torch's plain AdamW on one float64 tensor for each adapter, from the same gradients, clipped by their norm."""
     *steps, (after, _, _) = run_on_ranks(updated, 2, tiny_qwen2, file)[0]

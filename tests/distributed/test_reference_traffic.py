@@ -21,6 +21,7 @@ def measure_each(folder: Path, names: tuple[str, ...]) -> list[Measurement]:
     return [measure(folder, name, True, ONE_STEP, SEQUENCES) for name in names]
 
 
+@pytest.mark.long
 def test_lockstep_gathers_and_keeps_what_sft_does(folder: Path) -> None:
     """With a reference: the same bytes and collectives, the same saved activations, no lost prefetch trace."""
     lockstep, sft = run_on_ranks(measure_each, 2, folder, ("lockstep", "SFT"))[0]

@@ -144,11 +144,13 @@ def definition(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], floa
 @pytest.mark.parametrize(
     ("world_size", "tokens", "file", "options"),
     [
-        (1, 512, "zero3_cpu", {}),
+        pytest.param(1, 512, "zero3_cpu", {}, marks=pytest.mark.long),
         (2, 64, "zero3_cpu", {"gradient_checkpointing": True}),
-        (2, 60, "zero2", {"gradient_checkpointing": "selective"}),
+        pytest.param(2, 60, "zero2", {"gradient_checkpointing": "selective"}, marks=pytest.mark.long),
         (2, 96, "zero3_cpu", {"attention": "packed", "share_prompts": True}),
-        (4, 64, "zero3_cpu", {"activation_offload": True, "gradient_checkpointing": True}),
+        pytest.param(
+            4, 64, "zero3_cpu", {"activation_offload": True, "gradient_checkpointing": True}, marks=pytest.mark.long
+        ),
     ],
     ids=["one rank", "checkpointed", "ZeRO-2, selective", "shared prompts", "four ranks, offload"],
 )

@@ -79,6 +79,7 @@ def test_a_reward_model_learns_which_answer_is_better(unbroken: Path) -> None:
     assert (unbroken / "health.png").exists()
 
 
+@pytest.mark.long
 def test_invariant_4_a_killed_reward_model_goes_on_bit_for_bit(
     unbroken: Path, tiny_qwen2: Path, tmp_path: Path
 ) -> None:

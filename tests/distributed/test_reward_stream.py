@@ -11,6 +11,7 @@ from engines import Heard, at, engine_of, writer_of
 from ranks import run_on_ranks
 from reward_models import Conversation, conversations, rewards_by_peft, saved_reward_adapter
 from safetensors.torch import load_file
+from suites import long_but
 from torch import Tensor
 from toy import UFT, toy_step
 
@@ -44,12 +45,12 @@ def values_on_a_rank(base: Path, file: str, options: dict[str, Any]) -> list[flo
 @pytest.mark.parametrize(
     ("world_size", "file", "options"),
     [
-        (1, "zero3_cpu", {}),
+        pytest.param(1, "zero3_cpu", {}, marks=pytest.mark.long),
         (2, "zero3_cpu", {"gradient_checkpointing": True}),
-        (2, "zero2", {}),
+        pytest.param(2, "zero2", {}, marks=pytest.mark.long),
         (2, "zero3_cpu", {"attention": "packed", "share_prompts": True}),
-        (2, "zero3_cpu", {"reference_mode": "separate"}),
-        (4, "zero3_cpu", {}),
+        pytest.param(2, "zero3_cpu", {"reference_mode": "separate"}, marks=pytest.mark.long),
+        pytest.param(4, "zero3_cpu", {}, marks=pytest.mark.long),
     ],
     ids=["one rank", "two ranks", "ZeRO-2", "shared prompts", "separate forwards", "four ranks"],
 )
@@ -170,7 +171,7 @@ def assert_equal(found: Any, expected: Any, where: str = "") -> None:
         assert found == expected, where
 
 
-@pytest.mark.parametrize("file", ["zero3_cpu", "zero2"])
+@pytest.mark.parametrize("file", long_but(["zero3_cpu"], ["zero3_cpu", "zero2"]))
 def test_a_policy_is_trained_as_without_the_reward_model(
     tiny_qwen2: Path, adapter: Path, tmp_path: Path, file: str
 ) -> None:

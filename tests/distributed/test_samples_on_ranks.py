@@ -64,7 +64,9 @@ def assert_same(found: Any, expected: Any) -> None:
     assert all(torch.equal(weights[name], expected[1][name]) for name in expected[1])
 
 
-@pytest.mark.parametrize(("file", "mode"), [("zero3_cpu", "lockstep"), ("zero2", "separate")])
+@pytest.mark.parametrize(
+    ("file", "mode"), [("zero3_cpu", "lockstep"), pytest.param("zero2", "separate", marks=pytest.mark.long)]
+)
 def test_answers_change_no_bit_of_the_training(tmp_path: Path, file: str, mode: str) -> None:
     """Losses, norms, gradients and adapters of three steps on two ranks, with answers and without; no generator moves.
 
@@ -99,7 +101,15 @@ def answers(folder: Path) -> list[Sample]:
     return sample(engine_of(folder), sampler_of(folder), 7)
 
 
-@pytest.mark.parametrize(("architecture", "ranks"), [("llama", 1), ("llama", 2), ("gemma3_text", 2), ("gpt_neox", 2)])
+@pytest.mark.parametrize(
+    ("architecture", "ranks"),
+    [
+        pytest.param("llama", 1, marks=pytest.mark.long),
+        ("llama", 2),
+        ("gemma3_text", 2),
+        pytest.param("gpt_neox", 2, marks=pytest.mark.long),
+    ],
+)
 def test_answers_are_those_of_the_policy(tmp_path: Path, architecture: Architecture, ranks: int) -> None:
     """On one rank and on two under ZeRO-3, of prompts of uneven lengths, also past a sliding window: adapters on."""
     build_tiny_model(tmp_path, architecture)

@@ -54,10 +54,10 @@ def divided_step(folder: Path, sequence_size: int, tokens: int, options: dict[st
 @pytest.mark.parametrize(
     ("ranks", "sequence_size", "options"),
     [
-        (2, 2, {}),
+        pytest.param(2, 2, {}, marks=pytest.mark.long),
         (4, 2, {"gradient_checkpointing": True}),
-        (4, 4, {}),
-        (2, 2, {"reference_mode": "separate", "file": "zero2"}),
+        pytest.param(4, 4, {}, marks=pytest.mark.long),
+        pytest.param(2, 2, {"reference_mode": "separate", "file": "zero2"}, marks=pytest.mark.long),
         (2, 2, {"share_prompts": True, "gradient_checkpointing": "selective"}),
     ],
     ids=["2 share", "2 groups of 2", "4 share", "separate, zero2", "selective"],

@@ -107,6 +107,7 @@ def test_a_run_trains_on_a_servers_answers(unbroken: Unbroken) -> None:
     assert list(unbroken.folder.glob(".run.server-check*")) == []
 
 
+@pytest.mark.long
 def test_a_server_that_is_started_again_meanwhile_is_given_the_adapter_again(
     server: StandIn, unbroken: Unbroken, tiny_qwen2: Path, tmp_path: Path
 ) -> None:
@@ -134,6 +135,7 @@ def train_with_fault(recipe: Path, server: StandIn, fault: str, *options: str) -
     return process.returncode, errors
 
 
+@pytest.mark.long
 def test_a_server_that_answers_by_another_version_ends_the_run(
     server: StandIn, tiny_qwen2: Path, tmp_path: Path
 ) -> None:
@@ -148,6 +150,7 @@ def test_a_server_that_answers_by_another_version_ends_the_run(
     assert recorded == [f"{n:06d}.json" for n in range(1, newest + 1)]
 
 
+@pytest.mark.long
 def test_a_lost_server_costs_no_step(server: StandIn, unbroken: Unbroken, tiny_qwen2: Path, tmp_path: Path) -> None:
     """The last step is saved; resumed with a server that is well, the run ends as the unbroken one."""
     recipe = served_recipe(tmp_path, tiny_qwen2, server, patience_minutes=0.02)

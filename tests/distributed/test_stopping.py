@@ -151,7 +151,8 @@ def assert_stopped_and_goes_on(
     assert uft("status", str(folder)).stdout.strip() == f"step {STEPS}, newest checkpoint: step {STEPS}; done"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_asked_to_stop_goes_on_bit_for_bit(
     unbroken: Path, tiny_qwen2: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -90,6 +90,7 @@ def test_the_metrics_are_those_of_the_recorded_answers(run: Path) -> None:
     assert "Answers to tasks" in (run / "report.html").read_text()
 
 
+@pytest.mark.long
 def test_tasks_change_no_bit_and_choose_the_checkpoint(run: Path, tiny_qwen2: Path, tmp_path: Path) -> None:
     """The adapter is that of a run without tasks; beside the newest checkpoint the one with the best score is kept."""
     without = recipe_with_tasks(tmp_path, tiny_qwen2, evaluate={"tasks": []}, train__keep_best=None)
@@ -106,6 +107,7 @@ def test_tasks_change_no_bit_and_choose_the_checkpoint(run: Path, tiny_qwen2: Pa
     assert kept == {4, next(step for step in (2, 4, 0) if scores[step] == best)}
 
 
+@pytest.mark.long
 def test_a_resumed_run_may_have_other_tasks(tiny_qwen2: Path, tmp_path: Path) -> None:
     """A run without tasks that is continued with one answers from where it goes on; a task that has the name of another
     one is refused, also one of other prompts, but not the same prompts in another place."""
@@ -137,6 +139,7 @@ def test_a_resumed_run_may_have_other_tasks(tiny_qwen2: Path, tmp_path: Path) ->
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+@pytest.mark.long
 def test_a_scorer_that_fails_costs_no_step(tiny_qwen2: Path, tmp_path: Path) -> None:
     """The user's function raises from the second evaluation on: warnings, no score there, and a run that is done."""
     recipe = recipe_with_tasks(tmp_path, tiny_qwen2)

@@ -146,7 +146,7 @@ def test_a_run_is_not_overwritten_unasked(finished: Path) -> None:
     ("dtype", "lora_dtype", "deepspeed", "loss"),
     [
         pytest.param("bfloat16", "float32", "zero3_cpu", "mse", marks=pytest.mark.long),
-        ("bfloat16", "bfloat16", "zero2", "nll"),
+        pytest.param("bfloat16", "bfloat16", "zero2", "nll", marks=pytest.mark.long),
     ],
 )
 def test_other_types_stages_and_losses_train(
@@ -180,6 +180,7 @@ def test_too_many_non_finite_steps_end_the_run(tiny_qwen2: Path, tmp_path: Path)
     assert not (tmp_path / "run" / "DONE").exists()
 
 
+@pytest.mark.long
 def test_workers_die_with_their_launcher(tiny_qwen2: Path, tmp_path: Path) -> None:
     """SIGKILL of `uft train` leaves no rank behind to write beside a restart."""
     recipe = write_recipe(tmp_path, tiny_qwen2, train__steps=100000)
@@ -259,6 +260,7 @@ def run_ranks_directly(recipe: Path, *arguments: str) -> subprocess.CompletedPro
     return forked(*start, "-m", "uft_ds.train", str(recipe), *arguments)
 
 
+@pytest.mark.long
 def test_a_refused_start_does_not_touch_a_finished_run(finished: Path) -> None:
     """A launcher aimed at a finished run: refused, and its status, metrics and DONE stay as they were."""
     before = {name: (finished / name).read_bytes() for name in ("status.json", "metrics.jsonl", "recipe.yaml")}
@@ -322,6 +324,7 @@ def test_a_merge_that_loses_what_was_trained_is_refused(finished: Path, tmp_path
     assert uft("convert", str(copy), str(tmp_path / "out"), "--dtype", "float32").returncode == 0
 
 
+@pytest.mark.long
 def test_a_killed_rank_is_named(tiny_qwen2: Path, tmp_path: Path) -> None:
     """SIGKILL of one rank, as by the system when memory runs out: exit 1, and the message says which."""
     recipe = write_recipe(tmp_path, tiny_qwen2, train__steps=100000)

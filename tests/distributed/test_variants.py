@@ -31,11 +31,18 @@ def variant_step(folder: Path, file: str, model: dict[str, Any]) -> Any:
     ("architecture", "tied", "file", "ranks", "model"),
     [
         ("llama", True, "zero3_offload", 2, {"gradient_checkpointing": True}),
-        ("qwen3", False, "zero3_cpu", 2, {"gradient_checkpointing": True, "activation_offload": True}),
+        pytest.param(
+            "qwen3",
+            False,
+            "zero3_cpu",
+            2,
+            {"gradient_checkpointing": True, "activation_offload": True},
+            marks=pytest.mark.long,
+        ),
         ("mistral", False, "zero2", 2, {"gradient_checkpointing": True}),
-        ("llama", False, "zero3_cpu", 2, {"gradient_checkpointing": "selective"}),
+        pytest.param("llama", False, "zero3_cpu", 2, {"gradient_checkpointing": "selective"}, marks=pytest.mark.long),
         ("qwen2", True, "zero3_cpu", 2, {"reference_mode": "separate"}),
-        ("qwen2", False, "zero3_offload", 1, {}),
+        pytest.param("qwen2", False, "zero3_offload", 1, {}, marks=pytest.mark.long),
     ],
 )
 def test_any_sharding_gives_the_same_step(

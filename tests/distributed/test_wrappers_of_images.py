@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from runs import losses, recipe_in, uft, write_rows
 from safetensors import safe_open
+from suites import long_but
 from toy import logps_by_name, toy_model, toy_step
 from transformers import AutoConfig, AutoModelForImageTextToText
 from wrappers import OF_IMAGES, WRAPPERS, build_wrapper
@@ -18,7 +19,7 @@ from uft_ds.errors import UserError
 from uft_ds.planning.structure import Lora, structure_of
 
 
-@pytest.fixture(scope="module", params=WRAPPERS)
+@pytest.fixture(scope="module", params=long_but(["gemma3"], WRAPPERS))
 def wrapper(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_wrapper(tmp_path_factory.mktemp("wrapper") / request.param, request.param)
 

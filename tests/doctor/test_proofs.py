@@ -33,6 +33,7 @@ def test_a_failing_rank_is_shown_with_its_log(tmp_path: Path) -> None:
     assert "SystemError: broken cable" in said
 
 
+@pytest.mark.long
 def test_ranks_that_hang_are_stopped(tmp_path: Path) -> None:
     """After the time given launcher and ranks are gone."""
     script = tmp_path / "rank.py"
@@ -60,6 +61,7 @@ def test_a_wrong_sum_is_no_proof(tmp_path: Path) -> None:
     assert prove_all_reduce(tmp_path, seconds=SECONDS, program=(str(script),)).state == "problem"
 
 
+@pytest.mark.long
 def test_a_run_that_is_refused_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The message of `uft train` itself."""
 

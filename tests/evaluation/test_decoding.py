@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import GPT2, LEAKS, PACKED, SIZES, VOCAB_SIZE
+from suites import long_but
 from transformers.cache_utils import DynamicLayer
 
 from uft_ds.evaluation.cache import RoomyLayer, cache_is_exact
@@ -72,7 +73,7 @@ def answers_in_pieces(model: Any, rows: list[Row], how: Decoding, *, prompts_fir
         return continue_in_pieces(model, rows, how, draw_of(rows, how, CPU), device=CPU, prompts_first=prompts_first)
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", long_but(("qwen2", "gemma2", "qwen3_moe", "gpt_neox"), EXACT))
 @torch.no_grad()
 def test_a_prompt_that_is_read_once_gives_the_greedy_answers(name: str) -> None:
     """Of each family: with rows that end in different pieces, a prompt three times, and prompts past the window."""
@@ -96,7 +97,7 @@ def test_rounding_is_no_difference(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The fast path is not available")
-@pytest.mark.parametrize("name", WITH_STATE)
+@pytest.mark.parametrize("name", long_but((WRAPPER, "mamba"), WITH_STATE))
 @torch.no_grad()
 def test_a_model_with_a_state_is_told_from_others(name: str) -> None:
     """Its cache is not taken apart; `generate` itself still answers."""

@@ -12,6 +12,7 @@ import torch
 from log_probs import hugging_face_logps
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from suites import long_but
 from tiny import build_tiny_model
 from toy import saved_adapter, toy_sequences
 from transformers import AutoModelForCausalLM
@@ -29,7 +30,7 @@ SMALL = 40_000
 """Bytes: a tiny model has several files then."""
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3", "mistral"])
+@pytest.fixture(scope="module", params=long_but(["qwen2"], ["llama", "qwen2", "qwen3", "mistral"]))
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tied = request.param in ("llama", "qwen3")
     return build_tiny_model(tmp_path_factory.mktemp(request.param), request.param, tied=tied)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from recipes import MINIMAL
 from safetensors.torch import load_file, save_file
+from suites import long_but
 from tiny import Architecture, build_tiny_model
 from toy import toy_model
 from transformers import AutoModelForSequenceClassification
@@ -29,6 +30,7 @@ from uft_ds.streams.adapters import adapter_config_of, adapter_tensors
 from uft_ds.streams.stream import REWARD
 
 WITHOUT_CLASSIFIER = {"granite"}
+CLASSIFIERS = [name for name in get_args(Architecture) if name not in WITHOUT_CLASSIFIER]
 
 
 def reward_adapter(base: Path, folder: Path) -> Any:
@@ -60,7 +62,7 @@ def convert(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("architecture", [name for name in get_args(Architecture) if name not in WITHOUT_CLASSIFIER])
+@pytest.mark.parametrize("architecture", long_but(("qwen2", "gpt_neox"), CLASSIFIERS))
 def test_every_family_scores_the_same(convert: Any, tmp_path: Path, architecture: Architecture, tied: bool) -> None:
     """Loaded by transformers, one text at a time, against our own packed row: to 1e-5 of the largest."""
     base = build_tiny_model(tmp_path / "base", architecture, tied=tied)

@@ -18,6 +18,7 @@ from typing import Any
 import needs
 import pytest
 import torch
+from suites import long_but
 
 from uft_ds.kernels import rows_torch, sweeps
 
@@ -45,29 +46,25 @@ def run(command: list[str], cache: Path, **environment: str) -> subprocess.Compl
 
 
 @pytest.mark.usefixtures("triton")
-def test_in_the_interpreter(tmp_path: Path) -> None:
+@pytest.mark.parametrize("marked", long_but(["not long"], ["not long", "long"]))
+def test_in_the_interpreter(tmp_path: Path, marked: str) -> None:
     """All of `interpreted_rows.py` passes, and nothing of it is skipped."""
-    command = ["-m", "pytest", "-v", "-p", "no:cacheprovider", "interpreted_rows.py"]
+    command = ["-m", "pytest", "-v", "-p", "no:cacheprovider", "-m", marked, "interpreted_rows.py"]
     result = run(command, tmp_path, TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-1000:]
     assert " passed" in result.stdout
     assert "skipped" not in result.stdout
 
 
-@pytest.fixture(scope="module")
-def builds(triton: None, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    result = run(["compiled_rows.py", *map(str, SHARED_MEMORY)], tmp_path_factory.mktemp("triton"))
-    assert result.returncode == 0, result.stderr[-5000:]
-    compiled: list[dict[str, Any]] = json.loads(result.stdout)
-    return compiled
-
-
 @pytest.mark.usefixtures("triton")
-@pytest.mark.parametrize("target", SHARED_MEMORY)
-def test_compiles_ahead_of_time(builds: list[dict[str, Any]], target: int) -> None:
+@pytest.mark.parametrize("target", long_but([90], SHARED_MEMORY))
+def test_compiles_ahead_of_time(tmp_path: Path, target: int) -> None:
     """For weights of all types, with and without bias, cap and entropy: nothing spilled, shared memory that the target
     has, the tile read before it is overwritten, and loads of four floats where the vocabulary is a multiple of 16."""
-    compiled = [build for build in builds if build["target"] == target]
+    result = run(["compiled_rows.py", str(target)], tmp_path)
+    assert result.returncode == 0, result.stderr[-5000:]
+    compiled: list[dict[str, Any]] = json.loads(result.stdout)
+    assert {build["target"] for build in compiled} == {target}
     assert len(compiled) == 14
     for build in compiled:
         assert build["spilled_bytes"] == 0, build

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models import PACKED
+from suites import long_but
 from tiny import CLASSES, build_tiny_model, rope_of
 from torch import Tensor
 from toy import logps_by_name, toy_model, toy_sequences
@@ -62,12 +63,14 @@ def assert_planned_as_saved(
     assert planned_bytes == pytest.approx(measured, rel=0.02)
 
 
+FAST = ("qwen2", "gemma2", "gpt_neox")
+
+
 def in_every_way(architectures: Iterable[str]) -> Iterator[Any]:
-    """Two of four ways for each architecture, which hold each value of both keys; of two architectures all four."""
+    """All four for each architecture; the fast tests have two of them, which hold each value of both keys."""
     for architecture, gradient_checkpointing, mode in product(architectures, (True, False), ("lockstep", "separate")):
-        is_usual = gradient_checkpointing == (mode == "lockstep") or architecture in ("qwen2", "gemma2")
-        marks = () if is_usual else pytest.mark.long
-        yield pytest.param(architecture, gradient_checkpointing, mode, marks=marks)
+        is_fast = architecture in FAST and gradient_checkpointing == (mode == "lockstep")
+        yield pytest.param(architecture, gradient_checkpointing, mode, marks=() if is_fast else pytest.mark.long)
 
 
 @pytest.mark.parametrize(("architecture", "gradient_checkpointing", "mode"), in_every_way(CLASSES))
@@ -90,7 +93,7 @@ def really_live(folder: Path, batch: Any, **options: Any) -> int:
         return live.now - before - sum(logps_R.nbytes for logps_R in logps.values())
 
 
-@pytest.mark.parametrize("architecture", ["qwen2", "llama", "gemma2"])
+@pytest.mark.parametrize("architecture", long_but(["gemma2"], ["qwen2", "llama", "gemma2"]))
 @pytest.mark.parametrize("mode", ["lockstep", "separate"])
 def test_what_the_selective_mode_keeps_is_planned(tmp_path: Path, architecture: Any, mode: Any) -> None:
     """Within 5%: autograd's hooks do not see what torch keeps for it, so all that is alive is counted."""
@@ -111,7 +114,7 @@ def test_what_the_selective_mode_keeps_is_planned(tmp_path: Path, architecture: 
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [True, False])
-@pytest.mark.parametrize("architecture", ["gemma2", "gemma3_text"])
+@pytest.mark.parametrize("architecture", long_but(["gemma3_text"], ["gemma2", "gemma3_text"]))
 def test_layers_with_a_window_save_what_full_ones_do(
     tmp_path: Path, architecture: Any, gradient_checkpointing: bool
 ) -> None:

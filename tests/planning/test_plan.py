@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from suites import long_but
 from tiny import build_tiny_model, rope_of
 
 from uft_ds.data.bins import fewest_micro_steps
@@ -588,7 +589,10 @@ def test_lengths_past_the_models_positions_are_refused(tmp_path: Path, kind: str
     assert plan(f"model.base={base}", "data.max_length=512", gpus=2).outcome.fits
 
 
-@pytest.mark.parametrize("name", shipped_recipes())
+ONE_OF_EACH = ("quickstart", "reward_mistral7b", "uft_online_qwen32b", "uft_qwen32b_nf4", "uft_full_7b")
+
+
+@pytest.mark.parametrize("name", long_but(ONE_OF_EACH, shipped_recipes()))
 def test_every_shipped_recipe_is_planned(name: str) -> None:
     """On a model of some kilobytes, with the recipe's own objective, reference and DeepSpeed file."""
     room = ["generator.max_new_tokens=16"] if load_settings(name).is_online else []

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import init_empty_weights
+from suites import long_but
 from transformers import AutoModelForCausalLM
 
 from uft_ds.errors import UserError
@@ -28,7 +29,9 @@ PUBLISHED = {
 LORA = Lora(16, 16.0, "all-linear", "float32")
 
 
-@pytest.mark.parametrize("name", sorted(set(SHIPPED.values())))
+@pytest.mark.parametrize(
+    "name", long_but(("Qwen2.5-32B", "Mistral-7B-v0.1", "Llama-3.1-8B"), sorted(set(SHIPPED.values())))
+)
 def test_the_count_is_published_and_that_of_an_empty_model(name: str) -> None:
     """A plan counts exactly what transformers builds without weights, and what the makers say."""
     config = shipped_config(name)

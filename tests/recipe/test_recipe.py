@@ -65,7 +65,7 @@ def test_what_is_dumped_loads_to_an_equal_recipe(name: str, tmp_path: Path) -> N
     | st.from_regex(r"[0-9]+e[0-9]+", fullmatch=True),
     lr=st.floats(min_value=1e-12, max_value=1e12),
 )
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_text_and_number_survives_dump_and_load(name: str, lr: float, tmp_path: Path) -> None:
     """Text that looks like a number, such as the commit `7e12345`, stays text, and no digit of a number is lost."""
     tree = yaml.safe_load(MINIMAL)

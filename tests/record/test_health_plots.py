@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from suites import long_but
 from toy import UFT
 
 from uft_ds.record.health_plots import Health, write_health
@@ -91,7 +92,7 @@ def titles_of(health: Health) -> list[str]:
     return [panel.title for panel in health.panels]
 
 
-@pytest.mark.parametrize("count", range(1, 10))
+@pytest.mark.parametrize("count", long_but([2, 7], range(1, 10)))
 def test_the_grid_has_the_pictures_that_there_are(tmp_path: Path, count: int) -> None:
     """One to nine, in rows of three; each picture by itself is a part of the file."""
     metrics = (

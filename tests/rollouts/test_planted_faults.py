@@ -59,13 +59,20 @@ class Scene:
 class Planted:
     """A fault. end: the exception by which the step ends; None: it does not, and the words are an event's.
 
-    late: whether it begins after the version was published.
+    late: whether it begins after the version was published. patience: seconds that a lost server is waited for; short
+    where it never comes back.
     """
 
     plant: Callable[[Scene], None]
     words: str
     end: type[Exception] | None = CheckFailed
     late: bool = True
+    patience: float = 4.0
+
+
+def lost(plant: Callable[[Scene], None], words: str) -> Planted:
+    """A server that does not come back."""
+    return Planted(plant, words, GeneratorLost, patience=1.0)
 
 
 def switched_on(fault: str, times: int = ALWAYS) -> Callable[[Scene], None]:
@@ -139,12 +146,12 @@ PLANTED = {
     "gone between two steps, for a while": Planted(started_again, "no connection.* waited for", None, late=False),
     "slow_load": Planted(switched_on("slow_load", 1), "no answer within .* waited for", None, late=False),
     # a server that does not, or that comes back as another one
-    "gone": Planted(gone, "no answer for .*no connection.*--resume", GeneratorLost),
-    "hangs": Planted(switched_on("hangs"), "no answer for .*no answer within.*--resume", GeneratorLost),
-    "cut": Planted(switched_on("cut"), "no answer for .*connection was cut.*--resume", GeneratorLost),
-    "error_500": Planted(switched_on("error_500"), "no answer for .*EngineCore.*--resume", GeneratorLost),
-    "aborts": Planted(switched_on("aborts"), "no answer for .*aborted the request.*--resume", GeneratorLost),
-    "restarts, always": Planted(switched_on("restarts"), "no answer for .*does not exist.*--resume", GeneratorLost),
+    "gone": lost(gone, "no answer for .*no connection.*--resume"),
+    "hangs": lost(switched_on("hangs"), "no answer for .*no answer within.*--resume"),
+    "cut": lost(switched_on("cut"), "no answer for .*connection was cut.*--resume"),
+    "error_500": lost(switched_on("error_500"), "no answer for .*EngineCore.*--resume"),
+    "aborts": lost(switched_on("aborts"), "no answer for .*aborted the request.*--resume"),
+    "restarts, always": lost(switched_on("restarts"), "no answer for .*does not exist.*--resume"),
     "another base": Planted(started_again_on_another_base, "come back as another one"),
     "another base, between two steps": Planted(started_again_on_another_base, OTHER_POLICY, late=False),
     "no adapters": Planted(started_again_without_adapters, "VLLM_ALLOW_RUNTIME_LORA_UPDATING", GeneratorLost),
@@ -163,13 +170,16 @@ def policy(tiny_qwen2: Path) -> TinyPolicy:
 
 
 @pytest.fixture
-def scene(policy: TinyPolicy, tiny_qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
+def scene(
+    name: str, policy: TinyPolicy, tiny_qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Scene]:
+    """Of the fault by its name. All questions are asked at once, so that each slow one costs no wait of its own."""
     monkeypatch.setattr(pacing, "FIRST_WAIT_SECONDS", 0.02)
     monkeypatch.setattr(server_module, "_QUESTION_SECONDS", 1.0)
     monkeypatch.setattr(server_module, "_LOAD_SECONDS", 1.5)
     with stand_in(tiny_qwen2, slow_seconds=2.5) as server:
         events: list[str] = []
-        limits = Limits(4, 1.5, 4.0)
+        limits = Limits(6, 1.5, PLANTED[name].patience)
         generator = generator_of(server.url, policy, tmp_path, limits=limits, events=events)
         generator.publish(*policy.version(1))
         yield Scene(server, policy, generator, events)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from suites import long_but
 
 from uft_ds.host.ports import free_port
 
@@ -113,6 +114,7 @@ def said(folder: Path) -> str:
     return (folder / "out").read_text()
 
 
+@pytest.mark.long
 def test_a_server_that_ends_is_started_again(tmp_path: Path) -> None:
     """With its workers ended; at the end nothing is left of it, and no file but its log."""
     with keeping(tmp_path, key="MY_KEY", MY_KEY="secret") as shell:
@@ -151,9 +153,10 @@ def test_a_server_that_cannot_start_is_shown(tmp_path: Path) -> None:
     assert log_of(tmp_path).count("environment") == 1
 
 
-def test_a_server_that_is_never_ready_is_ended(tmp_path: Path) -> None:
+@pytest.mark.parametrize("starts", long_but(["3"], ["3", "12"]))
+def test_a_server_that_is_never_ready_is_ended(tmp_path: Path, starts: str) -> None:
     """After UFT_VLLM_MINUTES, here none: at whatever moment of its start that is, no process of it stays."""
-    with keeping(tmp_path, UFT_VLLM_FLAGS="--sick", UFT_VLLM_MINUTES="0", STARTS="12") as shell:
+    with keeping(tmp_path, UFT_VLLM_FLAGS="--sick", UFT_VLLM_MINUTES="0", STARTS=starts) as shell:
         shell.wait(SECONDS)
     assert shell.returncode == 1
     assert "=== the server is not ready after 0 minutes (UFT_VLLM_MINUTES)" in said(tmp_path)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from suites import long_but
 from tiny import Architecture
 from toy import build
 
@@ -56,6 +57,13 @@ family could do in a way of its own, and what does depend on it is tested of all
 """
 
 
+FAST = ("qwen2", "gemma2 tied", "gpt_neox")
+"""In `make test`: biases; caps, a window, more norms and a tied head; and another layout of layers, heads and names.
+
+Of all families packed steps are tried there too, by `test_a_packed_step_is_the_unpacked_one`.
+"""
+
+
 @pytest.fixture(scope="session")
 def variants(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The folder of a variant's random weights, by the variant's name; built when it is first asked for."""
@@ -74,13 +82,13 @@ def variants(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return folder_of
 
 
-@pytest.fixture(scope="session", params=VARIANTS)
+@pytest.fixture(scope="session", params=long_but(FAST, VARIANTS))
 def folder(request: pytest.FixtureRequest, variants: Callable[[str], Path]) -> Path:
     """The folder of one variant's random weights, of every variant in turn."""
     return variants(request.param)
 
 
-@pytest.fixture(scope="session", params=ONE_OF_EACH)
+@pytest.fixture(scope="session", params=long_but(FAST, ONE_OF_EACH))
 def family_folder(request: pytest.FixtureRequest, variants: Callable[[str], Path]) -> Path:
     """The folder of one family's random weights, of every family in turn."""
     return variants(request.param)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from suites import long_but
 from torch import Tensor
 from transformers import AutoConfig
 from transformers.utils import logging
@@ -107,7 +108,7 @@ def test_what_transformers_saves_is_whole(tmp_path: Path, kind: str, tied: bool,
     check(folder)
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", long_but(("llama", "gpt2"), MODELS))
 def test_each_tensor_is_needed(tmp_path: Path, kind: str) -> None:
     """Without any one of its tensors a base is refused by the name of that tensor on the disk."""
     folder = build(tmp_path, kind)

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from suites import long_but
 from tiny import VOCAB_SIZE, build_tiny_model
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
@@ -252,6 +253,14 @@ CASES = [
     Case("cached", "dpo", shared=True),
     *(Case(how, shared=True, center="prompt") for how in ("lockstep", "cached")),
 ]
+FAST = (
+    Case(),
+    Case("separate", "dpo"),
+    Case("none", "nll", card="packed"),
+    Case(shared=True, card="packed", checkpointing="selective"),
+    Case("cached", shared=True, center="prompt"),
+)
+"""Each value of each field but one way to recompute: of fields that are independent of each other."""
 
 
 class Ran(NamedTuple):
@@ -289,7 +298,7 @@ def prepared(case: Case, folder: Path) -> Iterator[tuple[Method, MicroBatch, Map
         yield method, batch.to(CUDA), count_terms(method.objective, Step(0, sequences).responses)
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(map(str, case)))
+@pytest.fixture(scope="module", params=long_but(FAST, CASES), ids=lambda case: "-".join(map(str, case)))
 def ran(request: pytest.FixtureRequest, folder: Path) -> Ran:
     """One micro-step, forward and backward."""
     case: Case = request.param

@@ -14,6 +14,7 @@ from pathlib import Path
 import needs
 import pytest
 import torch
+from suites import long_but
 
 HERE = Path(__file__).parent
 
@@ -35,10 +36,11 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_a_micro_step_on_fake_cuda(library: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("marked", long_but(["not long"], ["not long", "long"]))
+def test_a_micro_step_on_fake_cuda(library: Path, tmp_path: Path, marked: str) -> None:
     """All of `steps_on_fake_cuda.py` passes, and nothing of it is skipped."""
     needs.installed("triton", f"{needs.DEV}, where it is published for the platform")
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "steps_on_fake_cuda.py"]
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-m", marked, "steps_on_fake_cuda.py"]
     environment = os.environ | {"LD_PRELOAD": str(library), "TRITON_CACHE_DIR": str(tmp_path)}
     result = subprocess.run(
         command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=600, check=False

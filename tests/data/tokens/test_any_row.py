@@ -200,9 +200,9 @@ def written(text: str, chat: ChatTokenizer) -> str:
 def test_rows_are_mostly_examined(chats: dict[str, ChatTokenizer], name: str) -> None:
     """The rows above reach the tokenizer in every format: a strategy of bad rows alone would prove nothing."""
     rules = RowRules(name, None, 400, merge=True, trim_prompt=True)
-    num_good = 0  # of 100
+    num_good = 0  # of 50
 
-    @settings(max_examples=100, deadline=None, database=None, derandomize=True)
+    @settings(max_examples=50, deadline=None, database=None, derandomize=True)
     @given(ROWS[name])
     def count(given_row: dict[str, Any]) -> None:
         nonlocal num_good
@@ -213,4 +213,4 @@ def test_rows_are_mostly_examined(chats: dict[str, ChatTokenizer], name: str) ->
         num_good += bool(units)
 
     count()
-    assert num_good >= 6
+    assert num_good >= 3

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,13 +23,17 @@ ENCODERS: dict[int, Any] = {}
 TEXTS = st.lists(st.one_of(st.sampled_from(MARKS), st.text(max_size=12)), max_size=8).map("".join)
 
 
+@cache
+def loaded(folder: Path) -> Any:
+    """A real tokenizer, which takes seconds to load."""
+    return AutoTokenizer.from_pretrained(str(folder))
+
+
 @pytest.fixture(scope="module", params=["tiny", "qwen2.5", "mistral"])
 def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     if request.param == "tiny":
-        folder = build_tiny_tokenizer(tmp_path_factory.mktemp("tiny"))
-    else:
-        folder = qwen25_tokenizer() if request.param == "qwen2.5" else mistral_tokenizer()
-    return AutoTokenizer.from_pretrained(str(folder))
+        return AutoTokenizer.from_pretrained(str(build_tiny_tokenizer(tmp_path_factory.mktemp("tiny"))))
+    return loaded(qwen25_tokenizer() if request.param == "qwen2.5" else mistral_tokenizer())
 
 
 @given(text=TEXTS)
@@ -49,7 +55,7 @@ def test_an_encoder_is_sent_to_other_processes(tokenizer: Any) -> None:
 
 def test_a_tokenizer_of_byte_pairs_is_encoded_by_pieces() -> None:
     """Qwen2.5's: otherwise the test above would compare the tokenizer with itself."""
-    assert isinstance(encoder_of(AutoTokenizer.from_pretrained(str(qwen25_tokenizer()))), Pieces)
+    assert isinstance(encoder_of(loaded(qwen25_tokenizer())), Pieces)
 
 
 def words(**added: bool) -> PreTrainedTokenizerFast:
@@ -89,7 +95,7 @@ def test_merges_at_random_are_encoded_as_a_whole() -> None:
 
 def test_a_piece_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt, then two texts that begin with it: four pieces in all, the separators from memory."""
-    tokenizer = AutoTokenizer.from_pretrained(str(qwen25_tokenizer()))
+    tokenizer = loaded(qwen25_tokenizer())
     encode = encoder_of(tokenizer)
     asked: list[str] = []
 

@@ -21,6 +21,7 @@ from real_tokenizers import (
     with_generation_marks,
 )
 from sentencepiece import SentencePieceProcessor
+from suites import long_but
 from transformers import AutoTokenizer
 
 from uft_ds.data.example import Example, Message, Pair, Sequence
@@ -48,7 +49,7 @@ class Real:
 FOLDERS = {"qwen2.5": qwen25_tokenizer, "mistral-v0.1": mistral_tokenizer, "smollm2": needs.smollm2}
 
 
-@pytest.fixture(scope="module", params=list(FOLDERS))
+@pytest.fixture(scope="module", params=long_but(["mistral-v0.1"], FOLDERS))
 def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Real:
     name = request.param
     folder = str(FOLDERS[name]())
@@ -372,6 +373,7 @@ def test_tools_under_a_system_turn(qwen25: ChatTokenizer) -> None:
 EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
 
 
+@pytest.mark.long
 def test_an_empty_thought_is_prompt(qwen3: ChatTokenizer) -> None:
     """The template writes one before an answer without thoughts: it is in the tokens, and not supervised."""
     (sequence,) = sequences_of(Example((Message("user", "q"), Message("assistant", "a", 1.0)), "instruction"), qwen3)
@@ -384,6 +386,7 @@ def test_an_empty_thought_is_prompt(qwen3: ChatTokenizer) -> None:
     ) == prompt  # fmt: skip
 
 
+@pytest.mark.long
 def test_thoughts_are_supervised(qwen3: ChatTokenizer) -> None:
     """What the answer thinks is learned, from the token that opens the thought."""
     answer = "<think>\nSeven is prime.\n</think>\n\nYes."
@@ -395,6 +398,7 @@ def test_thoughts_are_supervised(qwen3: ChatTokenizer) -> None:
     assert sequence.token_ids_T[: response.start].tolist() == qwen3.encode(qwen3.render(turns[:1], for_generation=True))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("thoughts", [(True, True), (True, False), (False, True), (False, False)])
 def test_conversations_with_thoughts_unfold(qwen3: ChatTokenizer, thoughts: tuple[bool, bool]) -> None:
     """Later prompts lack the earlier thoughts, empty ones too, as at generation: each answer has its own sequence."""
@@ -414,6 +418,7 @@ def test_conversations_with_thoughts_unfold(qwen3: ChatTokenizer, thoughts: tupl
     assert second.token_ids_T[:start].tolist() == qwen3.encode(f"{before}<|im_start|>assistant\n{opening}")
 
 
+@pytest.mark.long
 def test_qwen3_learns_calls_and_not_results(qwen3: ChatTokenizer) -> None:
     """As Qwen2.5; an answer that is not the last turn after its question is written without an empty thought."""
     sequences = sequences_of(TOOL_TALK, qwen3)
@@ -423,6 +428,7 @@ def test_qwen3_learns_calls_and_not_results(qwen3: ChatTokenizer) -> None:
     assert "<think>" not in decode(qwen3, sequences[-1].token_ids_T[: sequences[-1].responses[0].start - 4].tolist())
 
 
+@pytest.mark.long
 def test_real_rows_with_qwen3(qwen3: ChatTokenizer, examples: list[Example]) -> None:
     """Without thoughts in the data nothing of a thought is learned; of each conversation all answers are, unfolded."""
     thought = set(qwen3.tokenizer.convert_tokens_to_ids(["<think>", "</think>"]))

@@ -234,7 +234,12 @@ def number_in(text: str) -> int:
 
 
 @pytest.mark.parametrize(
-    ("prompts", "behaviour"), [("official", "honest"), ("official", "echoes around"), ("own", "echoes before")]
+    ("prompts", "behaviour"),
+    [
+        pytest.param("official", "honest", marks=pytest.mark.long),
+        ("official", "echoes around"),
+        pytest.param("own", "echoes before", marks=pytest.mark.long),
+    ],
 )
 def test_no_hostile_answer_moves_a_grade(uft: Uft, prompts: str, behaviour: str) -> None:
     """0 of 200: the judge gives the grade of a hidden table, and quotes the whole answer before or around it."""
@@ -476,6 +481,7 @@ def test_half_a_verdict_is_none(uft: Uft) -> None:
     assert "1 of 4 judgements are missing" in out
 
 
+@pytest.mark.long
 def test_no_hostile_answer_moves_a_comparison(uft: Uft) -> None:
     """0 of 200: the choice is that of a hidden table, and both answers are quoted around it, in both orders."""
     hidden = [random.Random(number).choice(("win", "loss", "tie")) for number in range(200)]
