@@ -46,11 +46,11 @@ quickstart: install ## Train a small real model on two CPU ranks and talk to it 
 online: install ## The quickstart's model learns from its own answers, graded by code (about 10 minutes)
 	$(BIN)/uft quickstart --online
 
-test: install ## Fast tests (about a quarter of an hour)
-	@# By file: fixtures that train a model serve all tests of theirs. In the order of tests/conftest.py, the slow first.
+test: install ## Fast tests: every unit and property once (about six minutes)
+	@# By file: fixtures that train a model serve all tests of theirs. In the order of tests/suites.py, the slow first.
 	$(PYTEST) -m "not long" -n 3 --dist loadfile --no-loadscope-reorder
 
-test-long: install ## Tests on the real small model and real data
+test-long: install ## Other variants of the same properties, the real small model, real data, batch jobs
 	$(PYTEST) -m long -n 3 --dist loadfile --no-loadscope-reorder
 
 $(LOWEST_VENV)/.installed: pyproject.toml scripts/lowest_versions.py

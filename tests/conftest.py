@@ -31,17 +31,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Batch jobs and runs on several ranks first: of files that take minutes, none should be the last that a worker is
-    given.
+    """The slow files first: of files that take minutes, none should be the last that a worker is given.
 
     Only the processes that run tests come here. The one that hands them out starts them first, and would let them wait
     for its own import of torch.
     """
     import torch
+    from suites import slowest_first
 
     torch.set_num_threads(1)
-    slow = ("slurm", "distributed")
-    items.sort(key=lambda item: min((slow.index(part) for part in item.path.parts if part in slow), default=len(slow)))
+    items.sort(key=lambda item: slowest_first(item.path))
 
 
 @pytest.fixture(scope="session")

@@ -11,11 +11,16 @@ ROWS = [
     for line in (ROOT / "docs" / "invariants.md").read_text(encoding="utf-8").splitlines()
     if line.startswith("|")
 ][2:]
-FUNCTIONS = {
+FILES = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
+FUNCTIONS = {name for text in FILES.values() for name in re.findall(r"^def (test_\w+)", text, re.M)}
+WHOLLY_LONG = {name for name, text in FILES.items() if re.search(r"^pytestmark = pytest\.mark\.long$", text, re.M)}
+FAST = {
     name
-    for path in (ROOT / "tests").rglob("test_*.py")
-    for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)
+    for file in FILES.keys() - WHOLLY_LONG
+    for marks, name in re.findall(r"((?:^[@ )].*\n)*)^def (test_\w+)", FILES[file], re.M)
+    if "@pytest.mark.long\n" not in marks
 }
+"""Functions of which `make test` runs a case at least: their mark, if they have one, is of other cases."""
 
 
 def named_tests(cell: str) -> list[str]:
@@ -46,3 +51,13 @@ def test_every_invariant_names_a_test_function() -> None:
     for number, tests in alone.items():
         assert set(named_tests(tests)) & FUNCTIONS, f"invariant {number}"
     assert all(named_tests(tests) for _, _, tests in ROWS)
+
+
+def test_every_invariant_has_a_fast_test() -> None:
+    """`make test` alone would see it broken: a function that is not marked long, in a file that is not."""
+    assert "test_a_killed_run_goes_on_bit_for_bit" in FAST
+    assert "test_a_run_that_is_killed_again_and_again" not in FAST
+    for number, _, tests in ROWS:
+        named = set(named_tests(tests)) & FUNCTIONS
+        if number and named:
+            assert named & FAST, f"invariant {number}: of {sorted(named)} none is in the fast suite"

@@ -58,10 +58,11 @@ def test_the_digest_is_the_content(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["adapter/weights", "trainer.json", MANIFEST])
 def test_every_flipped_bit_is_found(checkpoint: Path, name: str) -> None:
-    """Each bit of each file in turn, the manifest's own too: always a problem, never an exception."""
+    """Each bit of each file in turn, and of the manifest itself, the longest, every fifth: always a problem, never an
+    exception."""
     path = checkpoint / name
     good = path.read_bytes()
-    for bit in range(8 * len(good)):
+    for bit in range(0, 8 * len(good), 5 if name == MANIFEST else 1):
         flipped = bytearray(good)
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)

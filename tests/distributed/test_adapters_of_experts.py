@@ -44,6 +44,7 @@ def step_on_ranks(folder: Path, options: dict[str, Any]) -> Any:
     return grads, loss, engine.step(1e-3).grad_norm, sent.gathered
 
 
+@pytest.mark.long
 def test_gradients_of_adapters_of_experts_are_those_of_one_process(qwen3_moe: Path) -> None:
     """On two ZeRO-3 ranks, whose tokens are routed differently."""
     expected = single_process(qwen3_moe, "mse", reference_mode="separate", **OPTIONS)

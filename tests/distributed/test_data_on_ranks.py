@@ -49,6 +49,7 @@ def wait_for_the_other_machine(seconds: float) -> float:
     return waited
 
 
+@pytest.mark.long
 def test_a_machine_waits_for_a_slower_one() -> None:
     """The first rank of a machine that is done would otherwise meet the others in a collective that times out."""
     waited = run_on_ranks(wait_for_the_other_machine, 2, PREPARING_SECONDS, collective_seconds=COLLECTIVE_SECONDS)

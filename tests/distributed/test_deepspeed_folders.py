@@ -115,7 +115,7 @@ def saved_by_a_plain_loop(base: Path, folder: Path, zero: dict[str, Any], bf16: 
         ({"stage": 3}, True),
         pytest.param({"stage": 3, "offload_optimizer": {"device": "cpu"}}, False, marks=pytest.mark.long),
         ({"stage": 2, "parameter_alignment": True}, False),
-        ({"stage": 1}, None),
+        pytest.param({"stage": 1}, None, marks=pytest.mark.long),
     ],
     ids=["zero1", "zero2", "zero3", "offloaded", "aligned", "BF16_Optimizer"],
 )

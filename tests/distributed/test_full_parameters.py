@@ -61,6 +61,7 @@ def test_the_reference_is_computed_before_the_first_step_alone(finished: Path) -
     assert max(len(tensor) for tensor in known.values()) >= 37 - 5  # scored rows are held out, too
 
 
+@pytest.mark.long
 def test_a_run_goes_on_bit_for_bit(finished: Path, tmp_path: Path) -> None:
     """From the checkpoint in its middle, whose weights no rank has ever held whole."""
     assert_goes_on_from_its_middle(finished, tmp_path / "run")

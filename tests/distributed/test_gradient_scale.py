@@ -63,7 +63,7 @@ def test_gradient_does_not_depend_on_world_size(tiny_qwen2: Path, world_size: in
         assert_same_step(result, definition)
 
 
-@pytest.mark.parametrize(("loss", "file"), [("nll", "zero3_cpu"), ("bce", "zero2")])
+@pytest.mark.parametrize(("loss", "file"), [pytest.param("nll", "zero3_cpu", marks=pytest.mark.long), ("bce", "zero2")])
 def test_gradient_does_not_depend_on_packing(tiny_qwen2: Path, loss: str, file: str) -> None:
     """Packed by `pack` into many micro-batches: the same gradients, for token terms and under ZeRO-2 too."""
     definition = single_process(tiny_qwen2, loss)
@@ -88,6 +88,7 @@ def step_of_prompts(folder: Path, share_prompts: bool) -> object:
     return grads, total, engine.step(1e-3).grad_norm, sum(len(batch.token_ids_T) for batch in batches)
 
 
+@pytest.mark.long
 def test_gradient_does_not_depend_on_sharing_of_prompts(tiny_qwen2: Path) -> None:
     """On two ZeRO-3 ranks, each adapter's gradient to 1e-5, from fewer tokens."""
     alone, shared = (run_on_ranks(step_of_prompts, 2, tiny_qwen2, share) for share in (False, True))
@@ -244,7 +245,8 @@ def test_gradient_does_not_depend_on_who_holds_a_group(tiny_qwen2: Path, world_s
             assert_is_by_hand(expectation, name, grads, metrics)
 
 
-@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_a_whole_group_needs_no_forward_of_its_own(tiny_qwen2: Path, world_size: int) -> None:
     """If each group lies in one micro-batch: as many forwards as micro-batches, the same gradients.
 

@@ -19,6 +19,9 @@ from uft_ds.run.prepare import open_data
 from uft_ds.run.resume import prepare_resume
 from uft_ds.training.steps import steps_of
 
+pytestmark = pytest.mark.long
+"""Steps of mixed kinds and their losses are held by `test_mixed_steps.py` without a run."""
+
 LOSSES = {"instruction": "mse", "score": "bce", "binary": "l1", "pair": {"dpo": 1.0, "nll": 0.2}}
 
 

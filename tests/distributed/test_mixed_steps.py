@@ -261,6 +261,7 @@ def references_of_two_steps(folder: Path) -> Any:
     return found
 
 
+@pytest.mark.long
 def test_pairs_need_no_forward_ahead_of_the_step(tiny_qwen2: Path) -> None:
     """Under `prompt_mean` they are compared within their micro-batch, so each reference is forwarded once."""
     for found in run_on_ranks(references_of_two_steps, 2, tiny_qwen2):

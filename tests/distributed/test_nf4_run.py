@@ -96,6 +96,7 @@ def test_a_run_goes_on_bit_for_bit(finished: Path, tmp_path: Path) -> None:
     assert (folder / "report.html").exists()
 
 
+@pytest.mark.long
 def test_a_run_records_its_rounding_and_is_converted_by_it(finished: Path, tmp_path: Path) -> None:
     """In its identity; the merged model keeps the log-ratios, the adapter's card says on which base it belongs."""
     assert json.loads((finished / "run" / "identity.json").read_text())["base"]["quantization"] == "nf4"
@@ -109,6 +110,7 @@ def test_a_run_records_its_rounding_and_is_converted_by_it(finished: Path, tmp_p
     assert "load_in_4bit=True" in card
 
 
+@pytest.mark.long
 def test_another_rounding_is_another_run(finished: Path, tmp_path: Path) -> None:
     """No resume and no start without it; a start with it, whose log-ratios are those that PEFT computes."""
     recipe, run = str(finished / "recipe.yaml"), finished / "run"

@@ -9,6 +9,7 @@ import pytest
 import torch
 from engines import engine_of
 from ranks import run_on_ranks
+from suites import long_but
 from tiny import CLASSES, Architecture, build_tiny_model
 from torch import Tensor
 from toy import streams_of, toy_model, toy_step
@@ -48,9 +49,7 @@ def on_a_rank(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], set[str]
     return detached, grads, moved
 
 
-@pytest.mark.parametrize(
-    "architecture", ["qwen2", "gemma3_text", *(pytest.param(name, marks=pytest.mark.long) for name in ON_RANKS_TOO)]
-)
+@pytest.mark.parametrize("architecture", long_but(["gemma3_text"], ["qwen2", "gemma3_text", *ON_RANKS_TOO]))
 def test_invariant_9_streams_of_partitioned_weights_equal_separate_forwards(
     tmp_path: Path, architecture: Architecture
 ) -> None:

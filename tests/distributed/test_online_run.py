@@ -135,19 +135,43 @@ def killed(recipe: Path, is_time: Any) -> None:
     wait_for_the_end_of(recipe.parent / "run")
 
 
+def is_recorded(run: Path) -> Any:
+    """Whether a record has appeared that no step has trained on yet."""
+
+    def look(process: Any) -> bool:
+        assert process.poll() is None, "it ended by itself"
+        return (run / "rollouts" / "steps" / "000004.json").exists()
+
+    return look
+
+
+def assert_is_the_unbroken_one(run: Path, unbroken: Path) -> None:
+    assert adapter_of(run) == adapter_of(unbroken)
+    assert [normal(group) for group in groups_of(run)] == [normal(group) for group in groups_of(unbroken)]
+    assert list((run / "rollouts" / "answers").glob("*.aside")) == []
+    replayed = [line["rollouts/replayed"] for line in read_metrics(run / "metrics.jsonl") if "grad_norm" in line]
+    assert 1.0 in replayed
+
+
 def test_invariant_11_a_killed_online_run_is_the_unbroken_one(unbroken: Path, tiny_qwen2: Path, tmp_path: Path) -> None:
-    """Killed when a record appears that no step has trained on yet, and by the scorer while it scores.
+    """Killed when a record appears that no step has trained on yet."""
+    recipe = online_recipe(tmp_path, tiny_qwen2)
+    killed(recipe, is_recorded(tmp_path / "run"))
+    result = train(recipe, "--resume")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert_is_the_unbroken_one(tmp_path / "run", unbroken)
+
+
+@pytest.mark.long
+def test_invariant_11_a_run_that_is_killed_again_while_it_scores_is_the_unbroken_one(
+    unbroken: Path, tiny_qwen2: Path, tmp_path: Path
+) -> None:
+    """By the scorer, in the resume of a run that was killed before.
 
     A resume with another scorer is refused, because the run would learn two things; what was trained is kept.
     """
     recipe = online_recipe(tmp_path, tiny_qwen2)
-    run = tmp_path / "run"
-
-    def is_recorded(process: Any) -> bool:
-        assert process.poll() is None, "it ended by itself"
-        return (run / "rollouts" / "steps" / "000004.json").exists()
-
-    killed(recipe, is_recorded)
+    killed(recipe, is_recorded(tmp_path / "run"))
 
     (tmp_path / "trap").touch()
     shot = train(recipe, "--resume")
@@ -162,11 +186,7 @@ def test_invariant_11_a_killed_online_run_is_the_unbroken_one(unbroken: Path, ti
     scorer.write_text(SCORER)
     result = train(recipe, "--resume")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert adapter_of(run) == adapter_of(unbroken)
-    assert [normal(group) for group in groups_of(run)] == [normal(group) for group in groups_of(unbroken)]
-    assert list((run / "rollouts" / "answers").glob("*.aside")) == []
-    replayed = [line["rollouts/replayed"] for line in read_metrics(run / "metrics.jsonl") if "grad_norm" in line]
-    assert 1.0 in replayed
+    assert_is_the_unbroken_one(tmp_path / "run", unbroken)
 
 
 def normal(group: dict[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ def measured(models: tuple[Path, Path]) -> tuple[Any, ...]:
     return measure_all(*models, 2)
 
 
+@pytest.mark.long
 def test_invariant_9_a_reward_stream_gathers_what_a_forward_of_sft_does(models: tuple[Path, Path]) -> None:
     """Policy, reference and reward model in one visit: the bytes and collectives of the policy alone, and about a third
     of three visits'; no prefetch trace is lost."""

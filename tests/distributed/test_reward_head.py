@@ -147,7 +147,7 @@ def definition(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], floa
         pytest.param(1, 512, "zero3_cpu", {}, marks=pytest.mark.long),
         (2, 64, "zero3_cpu", {"gradient_checkpointing": True}),
         pytest.param(2, 60, "zero2", {"gradient_checkpointing": "selective"}, marks=pytest.mark.long),
-        (2, 96, "zero3_cpu", {"attention": "packed", "share_prompts": True}),
+        pytest.param(2, 96, "zero3_cpu", {"attention": "packed", "share_prompts": True}, marks=pytest.mark.long),
         pytest.param(
             4, 64, "zero3_cpu", {"activation_offload": True, "gradient_checkpointing": True}, marks=pytest.mark.long
         ),

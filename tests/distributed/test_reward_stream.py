@@ -48,7 +48,7 @@ def values_on_a_rank(base: Path, file: str, options: dict[str, Any]) -> list[flo
         pytest.param(1, "zero3_cpu", {}, marks=pytest.mark.long),
         (2, "zero3_cpu", {"gradient_checkpointing": True}),
         pytest.param(2, "zero2", {}, marks=pytest.mark.long),
-        (2, "zero3_cpu", {"attention": "packed", "share_prompts": True}),
+        pytest.param(2, "zero3_cpu", {"attention": "packed", "share_prompts": True}, marks=pytest.mark.long),
         pytest.param(2, "zero3_cpu", {"reference_mode": "separate"}, marks=pytest.mark.long),
         pytest.param(4, "zero3_cpu", {}, marks=pytest.mark.long),
     ],

@@ -58,7 +58,7 @@ def divided_step(folder: Path, sequence_size: int, tokens: int, options: dict[st
         (4, 2, {"gradient_checkpointing": True}),
         pytest.param(4, 4, {}, marks=pytest.mark.long),
         pytest.param(2, 2, {"reference_mode": "separate", "file": "zero2"}, marks=pytest.mark.long),
-        (2, 2, {"share_prompts": True, "gradient_checkpointing": "selective"}),
+        pytest.param(2, 2, {"share_prompts": True, "gradient_checkpointing": "selective"}, marks=pytest.mark.long),
     ],
     ids=["2 share", "2 groups of 2", "4 share", "separate, zero2", "selective"],
 )

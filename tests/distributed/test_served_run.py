@@ -87,6 +87,7 @@ def unbroken(server: StandIn, tiny_qwen2: Path, tmp_path_factory: pytest.TempPat
     return Unbroken(folder, versions(server), dict(server.adapters))
 
 
+@pytest.mark.long
 def test_a_run_trains_on_a_servers_answers(unbroken: Unbroken) -> None:
     """By the ids that it gave, with log-probs that agree with our own in every step, by a version of each step."""
     run = unbroken.folder / "run"

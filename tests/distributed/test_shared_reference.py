@@ -91,6 +91,7 @@ def unbroken_and_restarted(folder: Path, work: Path) -> Any:
     return unbroken, before + after
 
 
+@pytest.mark.long
 def test_a_restart_with_the_cache_is_bit_exact(tiny_qwen2: Path, tmp_path: Path) -> None:
     """What other runs have stored meanwhile changes no bit; what the checkpoint's table holds is used."""
     for unbroken, restarted in run_on_ranks(unbroken_and_restarted, 2, tiny_qwen2, tmp_path):
@@ -170,9 +171,9 @@ def open_cache(base: Path, work: Path, store_values: float | None) -> Any:
 @pytest.mark.parametrize(
     ("offset", "known", "message"),
     [
-        (0.0, True, "compared with the reference itself, at most"),
+        pytest.param(0.0, True, "compared with the reference itself, at most", marks=pytest.mark.long),
         (2e-3, False, "0.002 nats from the reference itself, more than rounding: none of"),
-        (None, False, "holds a log-prob that is not finite; renamed to "),
+        pytest.param(None, False, "holds a log-prob that is not finite; renamed to ", marks=pytest.mark.long),
     ],
 )
 def test_wrong_values_are_found_said_and_not_used(

@@ -72,6 +72,7 @@ def run(tiny_qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.long
 def test_the_metrics_are_those_of_the_recorded_answers(run: Path) -> None:
     """At steps 0, 2 and 4: means over the answers that have a score, graded as the user's function says."""
     lines = {line["step"]: line for line in read_metrics(run / "metrics.jsonl") if "tasks/sums/score" in line}

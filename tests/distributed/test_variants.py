@@ -41,7 +41,7 @@ def variant_step(folder: Path, file: str, model: dict[str, Any]) -> Any:
         ),
         ("mistral", False, "zero2", 2, {"gradient_checkpointing": True}),
         pytest.param("llama", False, "zero3_cpu", 2, {"gradient_checkpointing": "selective"}, marks=pytest.mark.long),
-        ("qwen2", True, "zero3_cpu", 2, {"reference_mode": "separate"}),
+        pytest.param("qwen2", True, "zero3_cpu", 2, {"reference_mode": "separate"}, marks=pytest.mark.long),
         pytest.param("qwen2", False, "zero3_offload", 1, {}, marks=pytest.mark.long),
     ],
 )

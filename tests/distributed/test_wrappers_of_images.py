@@ -44,6 +44,7 @@ def test_packed_rows_in_lockstep_are_separate_forwards_of_each_sequence(wrapper:
     assert (own - packed).abs().max() < 1e-4
 
 
+@pytest.mark.long
 def test_a_run_trains_the_language_model_alone(wrapper: Path, tmp_path: Path) -> None:
     """Adapters are on it alone; the written model has the wrapper's names, and what reads images is the base's."""
     recipe = recipe_in(tmp_path, wrapper)

@@ -55,7 +55,8 @@ def test_a_problem_is_exit_code_3(tmp_path: Path) -> None:
     assert "all-reduce" not in result.stdout
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_interruption_leaves_nothing(tmp_path: Path, number: int) -> None:
     """Stopped while ranks start: they end, and so does the folder they wrote to."""
     process = program("uft_ds", "doctor", cwd=tmp_path, PYTHONPATH=str(Path(report.__file__).parents[2]))

@@ -78,6 +78,7 @@ for asked in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.long
 def test_gloo_agrees() -> None:
     """For this machine's interfaces, those without an address among them, torch's own process group is the judge."""
     there = [name for _, name in socket.if_nameindex()]

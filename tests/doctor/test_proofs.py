@@ -54,6 +54,7 @@ def test_ranks_that_hang_are_stopped(tmp_path: Path) -> None:
     assert not any(map(is_alive, pids))
 
 
+@pytest.mark.long
 def test_a_wrong_sum_is_no_proof(tmp_path: Path) -> None:
     """A rank that ends well but writes no result has proven nothing."""
     script = tmp_path / "rank.py"

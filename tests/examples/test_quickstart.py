@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from suites import long_but
 from tiny import build_tiny_model
 
 from uft_ds.errors import CheckFailed, UserError
@@ -140,7 +141,7 @@ def test_another_recipe_starts_anew(work: Work, tmp_path: Path) -> None:
     assert run(work, tmp_path, "train.lr=1e-4")[0] == WHOLE[1:]
 
 
-@pytest.mark.parametrize("change", ["another model", "a damaged file", "fewer answers"])
+@pytest.mark.parametrize("change", long_but(["another model"], ["another model", "a damaged file", "fewer answers"]))
 def test_answers_are_those_of_this_model(work: Work, tmp_path: Path, change: str) -> None:
     """Kept by the content of its files; a file that cannot be read is written again."""
     kept = tmp_path / "quickstart-data" / "base_answers.json"

@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from suites import long_but
 from tiny import build_tiny_model
 from toy import saved_adapter, toy_policy
 from transformers import AutoModelForCausalLM
@@ -66,7 +67,7 @@ FORMS: dict[str, tuple[Rename, bool]] = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", long_but(("neither", "pickled"), FORMS))
 def test_other_names_and_files_are_read_as_pefts(base: Path, adapter: Path, copy: Path, form: str) -> None:
     """Merged and compared; copied as an adapter that PEFT loads; started from as a reference."""
     rename, pickled = FORMS[form]

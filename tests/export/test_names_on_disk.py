@@ -11,6 +11,7 @@ import torch
 from models import EXPERTS, SIZES
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from suites import long_but
 from tiny import build_tiny_tokenizer
 from transformers import AutoModelForCausalLM
 from transformers.models.gemma3 import Gemma3Config, Gemma3ForConditionalGeneration
@@ -71,7 +72,7 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("kind", long_but(("multimodal class", "experts of other names"), BASES))
 def test_an_adapter_is_merged_whatever_the_files_call_its_weights(tmp_path: Path, kind: str) -> None:
     """The merged model's logits are PEFT's, and the comparison of log-ratios runs and agrees."""
     config, model_class, targets = BASES[kind]

@@ -15,13 +15,14 @@ import needs
 import orphans
 import pytest
 from orphans import wait_until
+from suites import long_but
 
 from uft_ds.host.process import LAUNCHED_BY
 
 PR_SET_CHILD_SUBREAPER = 36
 
 
-@pytest.mark.parametrize("how", ["multiprocessing", "torchrun", "uft", "shell"])
+@pytest.mark.parametrize("how", long_but(["multiprocessing", "uft"], ["multiprocessing", "torchrun", "uft", "shell"]))
 def test_a_child_whose_parent_died_first_ends(tmp_path: Path, how: str) -> None:
     """A worker of a pool, a rank of torchrun and one of `uft train`; a process of a shell has nobody to follow."""
     ours = ("TORCHELASTIC_RUN_ID", LAUNCHED_BY)

@@ -580,7 +580,7 @@ def test_held_out_responses_are_cached_too() -> None:
     assert workload_of(unknown, MISTRAL, tokens_per_response=None).num_responses is None
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+@pytest.mark.parametrize("kind", long_but(["longrope"], ["dynamic", "longrope"]))
 def test_lengths_past_the_models_positions_are_refused(tmp_path: Path, kind: str) -> None:
     """As `uft train` refuses them; up to the limit there is a plan."""
     base = build_tiny_model(tmp_path, "llama", rope_parameters=rope_of(kind, 512))
@@ -589,7 +589,7 @@ def test_lengths_past_the_models_positions_are_refused(tmp_path: Path, kind: str
     assert plan(f"model.base={base}", "data.max_length=512", gpus=2).outcome.fits
 
 
-ONE_OF_EACH = ("quickstart", "reward_mistral7b", "uft_online_qwen32b", "uft_qwen32b_nf4", "uft_full_7b")
+ONE_OF_EACH = ("reward_mistral7b", "uft_online_qwen32b", "uft_full_7b")
 
 
 @pytest.mark.parametrize("name", long_but(ONE_OF_EACH, shipped_recipes()))
@@ -629,7 +629,9 @@ def test_forwards_before_a_step_are_counted() -> None:
     assert hbm[2] == pytest.approx(hbm[0] * 5 / 3)
 
 
-@pytest.mark.parametrize("name", ["uft_mistral7b", "sft_mistral7b", "una_mistral7b", "reward_mistral7b"])
+@pytest.mark.parametrize(
+    "name", long_but(["uft_mistral7b"], ["uft_mistral7b", "sft_mistral7b", "una_mistral7b", "reward_mistral7b"])
+)
 def test_other_recipes_are_planned(name: str) -> None:
     """7B on one GPU of 80 GB, with a reference and without."""
     found = plan(name=name, gpus=1)

@@ -96,8 +96,8 @@ SCHEMA = numbers(
     [
         (["uft_qwen32b"], []),
         (["uft_qwen32b", "--gpus", "1", "--gpu-memory", "24"], ["a GPU lacks"]),
-        (["uft_qwen32b", "--host-memory", "8"], ["a node's host memory lacks"]),
-        (["sft_mistral7b"], []),
+        pytest.param(["uft_qwen32b", "--host-memory", "8"], ["a node's host memory lacks"], marks=pytest.mark.long),
+        pytest.param(["sft_mistral7b"], [], marks=pytest.mark.long),
     ],
     ids=["fits", "GPU", "host", "7B"],
 )

@@ -69,7 +69,7 @@ def expected_answers(engine: Any, asked: list[Question], *, temperature: float, 
         return [tuple(answer(question.token_ids, seed) for seed in question.seeds) for question in asked]
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.9)])
+@pytest.mark.parametrize(("temperature", "top_p"), [pytest.param(1.0, 1.0, marks=pytest.mark.long), (0.7, 0.9)])
 def test_answers_are_drawn_from_the_policy_by_their_seeds(engine: Any, temperature: float, top_p: float) -> None:
     """Against one answer at a time, for batches of all, of some and of one; they end in their stop token or are cut."""
     expected = expected_answers(engine, questions(), temperature=temperature, top_p=top_p)

@@ -27,6 +27,7 @@ import pytest
 import torch
 from policies import TinyPolicy, answered, generator_of, tiny_questions
 from stand_in_server import ALWAYS, StandIn, stand_in
+from suites import long_but
 
 from uft_ds.errors import CheckFailed, GeneratorLost, UserError
 from uft_ds.rollouts import server as server_module
@@ -130,7 +131,7 @@ def test_a_server_that_was_started_again_is_given_the_adapter(
     assert list(server.adapters) == [name]
 
 
-@pytest.mark.parametrize("fault", ["gone", "error_500", "restarts", "hangs"])
+@pytest.mark.parametrize("fault", long_but(["gone", "hangs"], ["gone", "error_500", "restarts", "hangs"]))
 def test_a_server_without_answers_is_given_up(
     policy: TinyPolicy, server: StandIn, tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

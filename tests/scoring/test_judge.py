@@ -197,7 +197,7 @@ FAULTS = {
     "cut": Fault(cut=True),
     "no JSON": Fault(200, body=b"<html>busy</html>"),
     "no completion": Fault(200, body=b'{"choices": []}'),
-    "slow": Fault(seconds=4.0),
+    "slow": Fault(seconds=3.0),
 }
 
 
@@ -214,7 +214,7 @@ def test_a_fault_that_passes_is_tried_again(fault: Fault, tmp_path: Path) -> Non
 def test_a_fault_that_stays_is_a_failure(fault: Fault, tmp_path: Path) -> None:
     """After as many tries as are allowed, with the reason."""
     with judge(lambda asked: fault) as at:
-        found = only(scorer(at, tmp_path, seconds=1.0).score([item("7")]))
+        found = only(scorer(at, tmp_path, seconds=0.3 if fault.seconds else 5.0).score([item("7")]))
     assert found.value is None
     assert "tried 3 times" in found.reason
     assert len(at.asked) == 3

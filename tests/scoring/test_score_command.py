@@ -17,6 +17,7 @@ import psutil
 import pytest
 from judges import Asked, Fault, StandIn, grade, judge
 from runs import uft, write_rows
+from suites import long_but
 
 from uft_ds.scoring.item import Tokens
 from uft_ds.scoring.run import Progress
@@ -37,7 +38,11 @@ def by_number(asked: Asked) -> str:
     return f'{{"{asked.nonce}": {1 + int(asked.between("answer").split()[1]) % 10}}}'
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number",
+    long_but([signal.SIGKILL], [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]),
+    ids=lambda number: number.name,
+)
 def test_a_run_that_was_ended_goes_on_to_the_same_bytes(number: signal.Signals, tmp_path: Path) -> None:
     """At a moment when about half is asked: nothing that was answered is asked again."""
     for name in ("whole", "cut"):

@@ -187,6 +187,7 @@ def test_no_server_can_be_found(tmp_path: Path, vllm: str, message: str) -> None
     assert message in said(tmp_path)
 
 
+@pytest.mark.long
 def test_a_virtual_environment_names_its_server(tmp_path: Path) -> None:
     """UFT_VLLM as a folder."""
     (tmp_path / "venv" / "bin").mkdir(parents=True)

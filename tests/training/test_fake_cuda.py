@@ -6,6 +6,7 @@ loaded before torch, and the engine counts its devices once: both need a process
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -16,23 +17,32 @@ import pytest
 import torch
 from suites import long_but
 
+from uft_ds.host.files import user_cache
+
 HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`fake_cuda.cpp` for the installed torch, as a shared library."""
+def library() -> Path:
+    """`fake_cuda.cpp` for the installed torch, as a shared library: built once, into the user's cache."""
     needs.program("g++", "a C++ compiler builds the stand-in for CUDA's device guard")
     if torch.version.cuda is not None:
         needs.missing("build of torch for CPUs", "one with CUDA has a device guard of its own")
-    torch_folder = Path(torch.__file__).parent
-    built = tmp_path_factory.mktemp("fake_cuda") / "libfake_cuda.so"
-    sources = ["-shared", "-fPIC", "-std=c++20", f"-I{torch_folder / 'include'}", str(HERE / "fake_cuda.cpp")]
+    torch_folder, source = Path(torch.__file__).parent, HERE / "fake_cuda.cpp"
+    words = f"{torch_folder} {torch.__version__} {source.read_text(encoding='utf-8')}"
+    folder = user_cache() / "fake_cuda"
+    built = folder / f"{hashlib.sha256(words.encode()).hexdigest()[:16]}.so"
+    if built.exists():
+        return built
+    folder.mkdir(parents=True, exist_ok=True)
+    made = folder / f"{built.name}.{os.getpid()}"
+    sources = ["-shared", "-fPIC", "-std=c++20", f"-I{torch_folder / 'include'}", str(source)]
     libraries = [f"-L{torch_folder / 'lib'}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch_folder / 'lib'}"]
     result = subprocess.run(
-        ["g++", *sources, "-o", str(built), *libraries], capture_output=True, text=True, timeout=300, check=False
+        ["g++", *sources, "-o", str(made), *libraries], capture_output=True, text=True, timeout=300, check=False
     )
     assert result.returncode == 0, result.stderr[-3000:]
+    made.replace(built)
     return built
 
 

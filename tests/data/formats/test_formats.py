@@ -206,7 +206,7 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@settings(max_examples=examples(25, 600), deadline=None)
+@settings(max_examples=examples(12, 600), deadline=None)
 @given(row=ROWS)
 def test_any_row_gives_items_or_a_reason(name: str, row: Row) -> None:
     """Whatever a row holds: sound items, ValueError or LeftOut, never another exception."""
@@ -214,7 +214,7 @@ def test_any_row_gives_items_or_a_reason(name: str, row: Row) -> None:
 
 
 @pytest.mark.parametrize(("name", "row"), GOOD)
-@settings(max_examples=examples(25, 600), deadline=None)
+@settings(max_examples=examples(12, 600), deadline=None)
 @given(data=st.data())
 def test_a_row_that_is_nearly_right_gives_items_or_a_reason(name: str, row: Row, data: st.DataObject) -> None:
     """The row itself is read; with any one field changed it gives sound items, ValueError or LeftOut."""

@@ -67,7 +67,7 @@ VALUES = st.recursive(
     escaped=st.booleans(),
     chunk=st.sampled_from([1, 7, 64, 4096]),
 )
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_rows_are_read_back(
     rows: list[dict], indent: int | None, escaped: bool, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from forking import forking
 from sources import read, rules, write_rows
+from suites import long_but
 from tiny import build_tiny_tokenizer
 
 from uft_ds.data.example import Example, Message
@@ -48,10 +49,13 @@ def refusal(path: Path, chat: ChatTokenizer, **changes: Any) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize("how", long_but(["forked"], ["forked", "spawned"]))
 def test_any_number_of_processes_builds_the_same_store(
-    tmp_path: Path, chat: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, chat: ChatTokenizer, monkeypatch: pytest.MonkeyPatch, how: str, request: pytest.FixtureRequest
 ) -> None:
     """Three processes write byte for byte what one does, bad rows, drops and places included."""
+    if how == "forked":
+        request.getfixturevalue("forked_workers")
     monkeypatch.setattr(building, "_CHUNK_ROWS", 7)
     rows: list[dict[str, Any]] = [{"prompt": f"q{i}", "response": f"a{i} " * (i % 9 + 1)} for i in range(200)]
     rows[50] |= {"response": ""}

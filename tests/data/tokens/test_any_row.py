@@ -75,7 +75,7 @@ RULES = st.builds(
 
 
 @pytest.mark.parametrize("name", list(ROWS))
-@settings(max_examples=examples(60, 9100), deadline=None)
+@settings(max_examples=examples(30, 9100), deadline=None)
 @given(data=st.data(), template=st.sampled_from(list(TEMPLATES)), rules=RULES)
 def test_any_row(
     chats: dict[str, ChatTokenizer], name: str, data: st.DataObject, template: str, rules: RowRules

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from real_tokenizers import mistral_tokenizer, qwen25_tokenizer
+from suites import long_but
 from tiny import build_tiny_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -29,7 +30,7 @@ def loaded(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(str(folder))
 
 
-@pytest.fixture(scope="module", params=["tiny", "qwen2.5", "mistral"])
+@pytest.fixture(scope="module", params=long_but(["tiny", "qwen2.5"], ["tiny", "qwen2.5", "mistral"]))
 def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     if request.param == "tiny":
         return AutoTokenizer.from_pretrained(str(build_tiny_tokenizer(tmp_path_factory.mktemp("tiny"))))

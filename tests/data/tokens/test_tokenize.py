@@ -213,7 +213,7 @@ TEXTS = st.text(PRINTABLE, max_size=12) | st.text(alphabet=" \n\t:.'0aé日🙂<
 
 
 @given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=4), st.none() | TEXTS)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_conversation_round_trips(chat: ChatTokenizer, turns: list[tuple[str, str]], system: str | None) -> None:
     """Any text in any number of turns: spans are disjoint and in order, and decode to what was given."""
     contents = [text for turn in turns for text in turn]

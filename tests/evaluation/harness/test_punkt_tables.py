@@ -23,6 +23,7 @@ def without_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("without_tables")
 def test_sentences_are_counted_by_the_tables_of_the_package() -> None:
     """As the leaderboard's IFEval loads them; an abbreviation ends no sentence."""
