@@ -224,6 +224,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> list[kit.Stage]:
     return [kit.Stage(name, 1.0) for name in FAKES]
 
 
+@pytest.mark.long
 def test_a_stage_that_fails_stops_no_other(fakes: list[kit.Stage], tmp_path: Path, capfd: Any) -> None:
     """What a stage had found before it crashed or its time was up is kept; its children are ended."""
     assert kit.main([str(tmp_path), "--budget", "8"], fakes) == 1

@@ -175,7 +175,8 @@ def stopped(folder: Path, whole: bool) -> tuple[list[int], bool, bool, list[Any]
     return done, by_all, engine.module.training, generator_of(engine).answer(questions())
 
 
-@pytest.mark.parametrize("whole", long_but([True], [True, False]))
+@pytest.mark.long
+@pytest.mark.parametrize("whole", [True, False])
 def test_all_ranks_stop_at_the_same_batch(tmp_path: Path, whole: bool) -> None:
     """One answer a rank and batch, 2 and 4 answers are done on both; what follows is answered as ever."""
     build_tiny_model(tmp_path)

@@ -32,6 +32,7 @@ def chosen(recipe: Path, cases: list[list[int]]) -> list[tuple[object, list[str]
     return found
 
 
+@pytest.mark.long
 def test_the_rank_with_the_least_memory_decides(tiny_qwen2: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, tiny_qwen2)
     modes, memories = (False, True, True), [[64 * GB, 64 * GB], [64 * GB, GB], [GB, 64 * GB]]

@@ -134,7 +134,7 @@ def steps(folder: Path, cases: list[tuple[ShiftName, int, HowReference]]) -> Any
 
 
 CASES = [
-    (1, [("prompt_mean", 512, "lockstep"), ("kl", 512, "cached")]),
+    pytest.param(1, [("prompt_mean", 512, "lockstep"), ("kl", 512, "cached")], marks=pytest.mark.long),
     (2, [("ema", 64, "lockstep"), ("prompt_mean", 64, "cached")]),
     pytest.param(2, [(name, 64, "lockstep") for name in SHIFTS], marks=pytest.mark.long),
     pytest.param(

@@ -14,15 +14,16 @@ from tiny import build_tiny_model
 BF16 = {"dtype": torch.bfloat16, "lora_dtype": torch.bfloat16}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("file", "ranks", "model"),
     [
-        pytest.param("zero3_cpu", 2, {}, marks=pytest.mark.long),
-        pytest.param("zero3_cpu", 3, {"gradient_checkpointing": True}, marks=pytest.mark.long),
-        pytest.param("zero3_cpu", 2, BF16, marks=pytest.mark.long),
+        ("zero3_cpu", 2, {}),
+        ("zero3_cpu", 3, {"gradient_checkpointing": True}),
+        ("zero3_cpu", 2, BF16),
         ("zero3_offload", 2, {}),
-        pytest.param("zero2", 2, {}, marks=pytest.mark.long),
-        pytest.param("zero2", 3, BF16, marks=pytest.mark.long),
+        ("zero2", 2, {}),
+        ("zero2", 3, BF16),
     ],
 )
 def test_a_fresh_engine_goes_on_bit_for_bit(tmp_path: Path, file: str, ranks: int, model: dict[str, Any]) -> None:
@@ -36,13 +37,14 @@ def test_a_fresh_engine_goes_on_bit_for_bit(tmp_path: Path, file: str, ranks: in
         assert all(torch.equal(found[name], trained[name]) for name in trained)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        pytest.param(("zero3_cpu", 2), ("zero3_cpu", 1), marks=pytest.mark.long),
-        pytest.param(("zero2", 2), ("zero3_cpu", 4), marks=pytest.mark.long),
-        pytest.param(("zero3_cpu", 3), ("zero2", 2), marks=pytest.mark.long),
-        pytest.param(("zero3_cpu", 1), ("zero3_offload", 2), marks=pytest.mark.long),
+        (("zero3_cpu", 2), ("zero3_cpu", 1)),
+        (("zero2", 2), ("zero3_cpu", 4)),
+        (("zero3_cpu", 3), ("zero2", 2)),
+        (("zero3_cpu", 1), ("zero3_offload", 2)),
     ],
 )
 def test_other_ranks_and_stages_go_on(tmp_path: Path, before: tuple[str, int], after: tuple[str, int]) -> None:

@@ -14,7 +14,6 @@ from pools import Held, plan
 from ranks import run_on_ranks
 from runs import TIMEOUT_SECONDS, forked, program, uft, write_recipe
 from safetensors.torch import load_file
-from suites import long_but
 from toy import UFT, toy_sequences
 
 from uft_ds.data.mixture import Step, in_order
@@ -50,7 +49,8 @@ def cached_and_live(folder: Path, mode: str) -> Any:
     return live, cached
 
 
-@pytest.mark.parametrize("mode", long_but(["lockstep"], ["lockstep", "separate"]))
+@pytest.mark.long
+@pytest.mark.parametrize("mode", ["lockstep", "separate"])
 def test_a_cached_reference_trains_the_same(tiny_qwen2: Path, mode: str) -> None:
     """Three epochs: each response's reference is computed once, and the losses are the live reference's to 1e-5."""
     for (live, always), (cached, computed) in run_on_ranks(cached_and_live, 2, tiny_qwen2, mode):

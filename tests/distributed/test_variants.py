@@ -30,7 +30,7 @@ def variant_step(folder: Path, file: str, model: dict[str, Any]) -> Any:
 @pytest.mark.parametrize(
     ("architecture", "tied", "file", "ranks", "model"),
     [
-        ("llama", True, "zero3_offload", 2, {"gradient_checkpointing": True}),
+        pytest.param("llama", True, "zero3_offload", 2, {"gradient_checkpointing": True}, marks=pytest.mark.long),
         pytest.param(
             "qwen3",
             False,

@@ -29,6 +29,7 @@ def names_in(file: Path) -> list[str]:
         return sorted(opened.keys())
 
 
+@pytest.mark.long
 def test_packed_rows_in_lockstep_are_separate_forwards_of_each_sequence(wrapper: Path) -> None:
     """Bit for bit policy and reference of two forwards; and the model's own forward of each sequence alone."""
     batch = micro_batch(toy_step().sequences)

@@ -118,6 +118,7 @@ def test_a_name_that_means_another_machine(many_nodes: bool, state: str) -> None
     assert loopback.state == ("problem" if many_nodes else "ok")
 
 
+@pytest.mark.long
 def test_torchs_store_answers_here_and_not_at_an_unknown_name() -> None:
     """On 127.0.0.1; a name that cannot exist is a problem within the seconds given."""
     assert check_store(many_nodes=False).state == "ok"

@@ -27,7 +27,6 @@ import pytest
 import torch
 from policies import TinyPolicy, answered, generator_of, tiny_questions
 from stand_in_server import ALWAYS, StandIn, stand_in
-from suites import long_but
 
 from uft_ds.errors import CheckFailed, GeneratorLost, UserError
 from uft_ds.rollouts import server as server_module
@@ -131,7 +130,8 @@ def test_a_server_that_was_started_again_is_given_the_adapter(
     assert list(server.adapters) == [name]
 
 
-@pytest.mark.parametrize("fault", long_but(["gone", "hangs"], ["gone", "error_500", "restarts", "hangs"]))
+@pytest.mark.long
+@pytest.mark.parametrize("fault", ["gone", "error_500", "restarts", "hangs"])
 def test_a_server_without_answers_is_given_up(
     policy: TinyPolicy, server: StandIn, tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +172,7 @@ def test_a_slow_request_is_asked_once_again_with_the_same_seed(
     assert len(set(seeds)) == 8
 
 
+@pytest.mark.long
 def test_a_question_that_is_always_too_slow_is_unanswered(policy: TinyPolicy, server: StandIn, tmp_path: Path) -> None:
     """It has no answer at all, with the reason; the others have theirs."""
     generator, questions = published(server, policy, tmp_path, seconds=1.5), tiny_questions()

@@ -179,6 +179,7 @@ def test_the_progress_line_counts_this_run_alone_for_its_rate() -> None:
     assert line == "scored 600 of 1,000  10/s  40 s left  2 failed  1,000 tokens  cost 1.0000"
 
 
+@pytest.mark.long
 def test_a_kill_leaves_no_process_of_the_users_code(tmp_path: Path) -> None:
     """A function that loops for ever, whose parent cannot end it any more, is ended by its own alarm: 2 + 2 seconds."""
     (tmp_path / "ours.py").write_text(

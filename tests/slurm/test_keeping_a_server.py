@@ -14,7 +14,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from suites import long_but
 
 from uft_ds.host.ports import free_port
 
@@ -132,6 +131,7 @@ def test_a_server_that_ends_is_started_again(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "program.py", "stop", "uft-vllm-.log"]
 
 
+@pytest.mark.long
 def test_a_server_that_ends_too_often_ends_the_run(tmp_path: Path) -> None:
     """The batch shell is signalled as before the time limit: the run saves."""
     with keeping(tmp_path, UFT_VLLM_RESTARTS="0") as shell:
@@ -153,10 +153,10 @@ def test_a_server_that_cannot_start_is_shown(tmp_path: Path) -> None:
     assert log_of(tmp_path).count("environment") == 1
 
 
-@pytest.mark.parametrize("starts", long_but(["3"], ["3", "12"]))
-def test_a_server_that_is_never_ready_is_ended(tmp_path: Path, starts: str) -> None:
+@pytest.mark.long
+def test_a_server_that_is_never_ready_is_ended(tmp_path: Path) -> None:
     """After UFT_VLLM_MINUTES, here none: at whatever moment of its start that is, no process of it stays."""
-    with keeping(tmp_path, UFT_VLLM_FLAGS="--sick", UFT_VLLM_MINUTES="0", STARTS=starts) as shell:
+    with keeping(tmp_path, UFT_VLLM_FLAGS="--sick", UFT_VLLM_MINUTES="0", STARTS="12") as shell:
         shell.wait(SECONDS)
     assert shell.returncode == 1
     assert "=== the server is not ready after 0 minutes (UFT_VLLM_MINUTES)" in said(tmp_path)
@@ -164,6 +164,7 @@ def test_a_server_that_is_never_ready_is_ended(tmp_path: Path, starts: str) -> N
     assert servers(tmp_path) == set()
 
 
+@pytest.mark.long
 def test_a_job_that_is_asked_to_stop_does_not_wait_for_its_server(tmp_path: Path) -> None:
     """USR1 while the server starts: it is ended, and the job comes back."""
     with keeping(tmp_path, UFT_VLLM_FLAGS="--sick") as shell:

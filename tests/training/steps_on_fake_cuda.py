@@ -255,12 +255,11 @@ CASES = [
 ]
 FAST = (
     Case(),
-    Case("separate", "dpo"),
     Case("none", "nll", card="packed"),
     Case(shared=True, card="packed", checkpointing="selective"),
     Case("cached", shared=True, center="prompt"),
 )
-"""Each value of each field but one way to recompute: of fields that are independent of each other."""
+"""Most values of each field, which are independent of each other."""
 
 
 class Ran(NamedTuple):

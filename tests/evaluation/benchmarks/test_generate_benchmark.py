@@ -272,6 +272,7 @@ def test_an_adapter_answers_as_peft_does(tiny_qwen2: Path, questions: Path, tmp_
         open_subject(str(tiny_qwen2), base="elsewhere")
 
 
+@pytest.mark.long
 def test_the_command_killed_in_the_middle_goes_on(subject: Subject, tiny_qwen2: Path, tmp_path: Path) -> None:
     """As a user runs it, for AlpacaEval: SIGKILL, then the same command; the file is as if nothing had been."""
     entries = [{"instruction": f"Say {n}", "dataset": "koala", "output": "x", "generator": "ref"} for n in range(10)]
