@@ -13,14 +13,17 @@ ROWS = [
 ][2:]
 FILES = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
 FUNCTIONS = {name for text in FILES.values() for name in re.findall(r"^def (test_\w+)", text, re.M)}
-WHOLLY_LONG = {name for name, text in FILES.items() if re.search(r"^pytestmark = pytest\.mark\.long$", text, re.M)}
-FAST = {
-    name
-    for file in FILES.keys() - WHOLLY_LONG
-    for marks, name in re.findall(r"((?:^[@ )].*\n)*)^def (test_\w+)", FILES[file], re.M)
-    if "@pytest.mark.long\n" not in marks
-}
-"""Functions of which `make test` runs a case at least: their mark, if they have one, is of other cases."""
+
+
+def fast_functions(text: str) -> set[str]:
+    """Functions of a test file of which `make test` runs a case at least: their mark, if any, is of other cases."""
+    if re.search(r"^pytestmark = pytest\.mark\.long$", text, re.M):
+        return set()
+    marked = re.findall(r"((?:^[@ )].*\n)*)^def (test_\w+)", text, re.M)
+    return {name for marks, name in marked if not re.search(r"^@pytest\.mark\.long\b", marks, re.M)}
+
+
+FAST = set().union(*map(fast_functions, FILES.values()))
 
 
 def named_tests(cell: str) -> list[str]:
@@ -54,10 +57,18 @@ def test_every_invariant_names_a_test_function() -> None:
 
 
 def test_every_invariant_has_a_fast_test() -> None:
-    """`make test` alone would see it broken: a function that is not marked long, in a file that is not."""
+    """`make test` alone would see it broken: a function that is not marked long, or a file that has one."""
     assert "test_a_killed_run_goes_on_bit_for_bit" in FAST
     assert "test_a_run_that_is_killed_again_and_again" not in FAST
-    for number, _, tests in ROWS:
-        named = set(named_tests(tests)) & FUNCTIONS
-        if number and named:
-            assert named & FAST, f"invariant {number}: of {sorted(named)} none is in the fast suite"
+    with_fast = {name for name, text in FILES.items() if fast_functions(text)}
+    for number, invariant, tests in ROWS:
+        named = named_tests(tests)
+        fast = [name for name in named if name in FAST or name.rpartition("/")[2] in with_fast]
+        assert fast, f"invariant {number}: of {named} none is fast: {invariant}"
+
+
+def test_the_main_job_is_fast() -> None:
+    """`make test-lowest` runs what is not long of it: a test that is long would silently be left out."""
+    names = re.findall(r"test_\w+\.py::(test_\w+)", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert len(names) >= 6
+    assert [name for name in names if name not in FAST] == []

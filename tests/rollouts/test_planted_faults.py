@@ -60,7 +60,7 @@ class Planted:
     """A fault. end: the exception by which the step ends; None: it does not, and the words are an event's.
 
     late: whether it begins after the version was published. patience: seconds that a lost server is waited for; short
-    where it never comes back.
+    where it never comes back. at_once: questions of the step's six.
     """
 
     plant: Callable[[Scene], None]
@@ -68,6 +68,7 @@ class Planted:
     end: type[Exception] | None = CheckFailed
     late: bool = True
     patience: float = 4.0
+    at_once: int = 4
 
 
 def lost(plant: Callable[[Scene], None], words: str) -> Planted:
@@ -136,7 +137,7 @@ PLANTED = {
     "no_tokens": Planted(switched_on("no_tokens"), "expected at least one"),
     # requests that are refused, or too slow
     "error_400": Planted(switched_on("error_400"), "refuses a prompt of .* maximum context length"),
-    "slow": Planted(switched_on("slow"), r"no answer within 1\.5 s, asked 2 times"),
+    "slow": Planted(switched_on("slow"), r"no answer within 1\.5 s, asked 2 times", at_once=6),
     # a server that comes back
     "cut, for a while": Planted(switched_on("cut", 4), "the connection was cut .* waited for", None),
     "error_500, for a while": Planted(switched_on("error_500", 4), "EngineCore encountered .* waited for", None),
@@ -173,13 +174,13 @@ def policy(tiny_qwen2: Path) -> TinyPolicy:
 def scene(
     name: str, policy: TinyPolicy, tiny_qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Scene]:
-    """Of the fault by its name. All questions are asked at once, so that each slow one costs no wait of its own."""
+    """Of the fault by its name."""
     monkeypatch.setattr(pacing, "FIRST_WAIT_SECONDS", 0.02)
     monkeypatch.setattr(server_module, "_QUESTION_SECONDS", 1.0)
     monkeypatch.setattr(server_module, "_LOAD_SECONDS", 1.5)
     with stand_in(tiny_qwen2, slow_seconds=2.5) as server:
         events: list[str] = []
-        limits = Limits(6, 1.5, PLANTED[name].patience)
+        limits = Limits(PLANTED[name].at_once, 1.5, PLANTED[name].patience)
         generator = generator_of(server.url, policy, tmp_path, limits=limits, events=events)
         generator.publish(*policy.version(1))
         yield Scene(server, policy, generator, events)
