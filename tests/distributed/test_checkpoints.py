@@ -195,7 +195,12 @@ def kept(base: Path, folder: Path, best: str | None) -> list[str]:
 
 @pytest.mark.parametrize(
     ("best", "expected"),
-    [(None, [5]), ("held_out/loss", [5, 2]), ("held_out/rank_correlation/score", [5]), ("held_out/other", [5])],
+    [
+        pytest.param(None, [5], marks=pytest.mark.long),
+        ("held_out/loss", [5, 2]),
+        ("held_out/rank_correlation/score", [5]),
+        pytest.param("held_out/other", [5], marks=pytest.mark.long),
+    ],
 )
 def test_the_newest_and_the_best_are_kept(base: Path, tmp_path: Path, best: str | None, expected: list[int]) -> None:
     """Of a loss the lowest is best, of a correlation the highest."""

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from suites import long_but
 from transformers import AutoModelForCausalLM
 
 from uft_ds.errors import UserError
@@ -38,7 +39,9 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("parameters", [WEIGHTS, WEIGHTS[:1], WEIGHTS[1:]], ids=["both", "gate_up", "down"])
+@pytest.mark.parametrize(
+    "parameters", long_but([WEIGHTS], [WEIGHTS, WEIGHTS[:1], WEIGHTS[1:]]), ids=["both", "gate_up", "down"]
+)
 def test_adapters_of_experts_are_merged_as_peft_computes_them(
     mixture: Path, tmp_path: Path, parameters: list[str]
 ) -> None:

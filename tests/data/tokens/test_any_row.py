@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from searching import examples
 from slow_masks import CannotBeLearned, Supervised, supervised
+from suites import long_but
 from test_tokenize import (
     FORGETS_THOUGHTS,
     INST,
@@ -196,7 +197,7 @@ def written(text: str, chat: ChatTokenizer) -> str:
     return known.lstrip(" ")
 
 
-@pytest.mark.parametrize("name", list(ROWS))
+@pytest.mark.parametrize("name", long_but(["jsonl", "sharegpt", "kto"], ROWS))
 def test_rows_are_mostly_examined(chats: dict[str, ChatTokenizer], name: str) -> None:
     """The rows above reach the tokenizer in every format: a strategy of bad rows alone would prove nothing."""
     rules = RowRules(name, None, 400, merge=True, trim_prompt=True)
