@@ -4,32 +4,27 @@ from pathlib import Path
 
 import pytest
 from plan import COPIED, RANKS, REWARD_MODEL, SIZES, TRAINS_ALL, Cell, compare, grid, of_mixture, write_model
-from suites import long_but
+
+pytestmark = pytest.mark.long
+"""By their parts, in one process: `test_activations.py` and `test_structure.py`; what is gathered, by
+`tests/distributed/test_reference_traffic.py`."""
 
 
-@pytest.mark.parametrize("kinds", long_but(["one"], ["one", "all"]))
-def test_two_ranks_hold_and_send_what_was_planned(tmp_path: Path, kinds: str) -> None:
-    """Bytes sent within 1%, held within 10%: layers kept in bfloat16; of all kinds also layers recomputed in float32, a
-    reward model, all parameters trained, also beside a copy of the base; rows that both ranks share, a base in NF4,
-    and a mixture whose experts are frozen or adapted."""
+def test_two_ranks_hold_and_send_what_was_planned(tmp_path: Path) -> None:
+    """Bytes sent within 1%, held within 10%: layers recomputed in float32, and kept in bfloat16; a reward model, all
+    parameters trained, also beside a copy of the base; rows that both ranks share, a base in NF4, and a mixture whose
+    experts are frozen or adapted."""
     folder = write_model(tmp_path / "small", SIZES["small"])
-    cells = [Cell(folder, gradient_checkpointing=False, dtype="bfloat16")]
-    if kinds == "all":
-        cells += further(folder, tmp_path)
+    cells = [Cell(folder, gradient_checkpointing=True), Cell(folder, gradient_checkpointing=False, dtype="bfloat16")]
+    cells += [Cell(folder, gradient_checkpointing=True, mode=mode) for mode in (REWARD_MODEL, TRAINS_ALL, COPIED)]
+    cells.append(Cell(folder, gradient_checkpointing=True, sequence_size=2))
+    cells.append(Cell(folder, gradient_checkpointing=True, dtype="bfloat16", quantization="nf4"))
+    cells += of_mixture(tmp_path)
     rows = compare(cells, 2)
     assert all(row.measured.gathered > 0 for row in rows)
     assert {row.name: row.missed() for row in rows if row.missed()} == {}
 
 
-def further(folder: Path, tmp_path: Path) -> list[Cell]:
-    cells = [Cell(folder, gradient_checkpointing=True)]
-    cells += [Cell(folder, gradient_checkpointing=True, mode=mode) for mode in (REWARD_MODEL, TRAINS_ALL, COPIED)]
-    cells.append(Cell(folder, gradient_checkpointing=True, sequence_size=2))
-    cells.append(Cell(folder, gradient_checkpointing=True, dtype="bfloat16", quantization="nf4"))
-    return cells + of_mixture(tmp_path)
-
-
-@pytest.mark.long
 def test_a_second_copy_inside_a_node_leaves_adapters_alone_to_cross(tmp_path: Path) -> None:
     """`zero_hpz_partition_size` 2 on 4 ranks: of all ranks' gathers only the adapters', once a step."""
     folder = write_model(tmp_path / "small", SIZES["small"])
@@ -38,7 +33,6 @@ def test_a_second_copy_inside_a_node_leaves_adapters_alone_to_cross(tmp_path: Pa
     assert row.missed() == []
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("ranks", RANKS)
 def test_the_grid(tmp_path: Path, ranks: int) -> None:
     """The smallest size, checkpointed or not, in one visit and by two forwards; on two ranks the other sizes too."""

@@ -30,7 +30,7 @@ def loaded(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(str(folder))
 
 
-@pytest.fixture(scope="module", params=long_but(["tiny", "qwen2.5"], ["tiny", "qwen2.5", "mistral"]))
+@pytest.fixture(scope="module", params=long_but(["tiny"], ["tiny", "qwen2.5", "mistral"]))
 def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     if request.param == "tiny":
         return AutoTokenizer.from_pretrained(str(build_tiny_tokenizer(tmp_path_factory.mktemp("tiny"))))
@@ -54,6 +54,7 @@ def test_an_encoder_is_sent_to_other_processes(tokenizer: Any) -> None:
     assert sent(text) == encode_whole(tokenizer, text)
 
 
+@pytest.mark.long
 def test_a_tokenizer_of_byte_pairs_is_encoded_by_pieces() -> None:
     """Qwen2.5's: otherwise the test above would compare the tokenizer with itself."""
     assert isinstance(encoder_of(loaded(qwen25_tokenizer())), Pieces)
@@ -94,6 +95,7 @@ def test_merges_at_random_are_encoded_as_a_whole() -> None:
     assert isinstance(encoder_of(PreTrainedTokenizerFast(tokenizer_object=inner)), Whole)
 
 
+@pytest.mark.long
 def test_a_piece_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt, then two texts that begin with it: four pieces in all, the separators from memory."""
     tokenizer = loaded(qwen25_tokenizer())
