@@ -1,7 +1,6 @@
 """Compile the Triton sweeps for GPUs that are not here; print as JSON what each kernel would use there.
 
-A process of its own: where `TRITON_INTERPRET` is set, kernels are not compilable. Arguments: a target, such as 90, and
-`all` or `few` of the kernels' variants.
+A process of its own: where `TRITON_INTERPRET` is set, kernels are not compilable. Arguments: targets, such as 90.
 """
 
 from __future__ import annotations
@@ -57,12 +56,7 @@ class Build:
     """Loops that write, every load of the tile before a barrier and every store after it."""
 
 
-def variants(*, all_of_them: bool) -> Iterator[Variant]:
-    """all_of_them: otherwise two, of bfloat16 with a bias, a cap and the entropy."""
-    if not all_of_them:
-        yield Variant("residuals", "bf16", bias=True, capped=True, entropy=False)
-        yield Variant("absorb", "bf16", bias=True, capped=True, entropy=True)
-        return
+def variants() -> Iterator[Variant]:
     for weights in ("bf16", "fp16", "fp32"):
         yield Variant("residuals", weights, bias=False, capped=False, entropy=False)
         yield Variant("absorb", weights, bias=False, capped=False, entropy=False)
@@ -147,5 +141,4 @@ def assembled(ptx: str, target: int) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    target, which = sys.argv[1:]
-    print(json.dumps([asdict(build(one, int(target))) for one in variants(all_of_them=which == "all")]))
+    print(json.dumps([asdict(build(variant, int(target))) for target in sys.argv[1:] for variant in variants()]))

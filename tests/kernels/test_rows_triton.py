@@ -57,18 +57,15 @@ def test_in_the_interpreter(tmp_path: Path, marked: str) -> None:
 
 
 @pytest.mark.usefixtures("triton")
-@pytest.mark.parametrize(
-    ("target", "which"),
-    [(90, "few"), *(pytest.param(target, "all", marks=pytest.mark.long) for target in SHARED_MEMORY)],
-)
-def test_compiles_ahead_of_time(tmp_path: Path, target: int, which: str) -> None:
+@pytest.mark.parametrize("target", long_but([90], SHARED_MEMORY))
+def test_compiles_ahead_of_time(tmp_path: Path, target: int) -> None:
     """For weights of all types, with and without bias, cap and entropy: nothing spilled, shared memory that the target
     has, the tile read before it is overwritten, and loads of four floats where the vocabulary is a multiple of 16."""
-    result = run(["compiled_rows.py", str(target), which], tmp_path)
+    result = run(["compiled_rows.py", str(target)], tmp_path)
     assert result.returncode == 0, result.stderr[-5000:]
     compiled: list[dict[str, Any]] = json.loads(result.stdout)
     assert {build["target"] for build in compiled} == {target}
-    assert len(compiled) == {"few": 2, "all": 14}[which]
+    assert len(compiled) == 14
     for build in compiled:
         assert build["spilled_bytes"] == 0, build
         assert build["registers"] <= 80, build  # 256 threads: three blocks to a multiprocessor of 65536 registers
