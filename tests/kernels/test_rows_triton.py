@@ -48,7 +48,7 @@ def run(command: list[str], cache: Path, **environment: str) -> subprocess.Compl
 @pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize("marked", long_but(["not long"], ["not long", "long"]))
 def test_in_the_interpreter(tmp_path: Path, marked: str) -> None:
-    """All of `interpreted_rows.py` passes, and nothing of it is skipped."""
+    """All of `interpreted_rows.py` that has the mark passes, and nothing of it is skipped."""
     command = ["-m", "pytest", "-v", "-p", "no:cacheprovider", "-m", marked, "interpreted_rows.py"]
     result = run(command, tmp_path, TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-1000:]

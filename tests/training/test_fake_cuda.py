@@ -48,7 +48,7 @@ def library() -> Path:
 
 @pytest.mark.parametrize("marked", long_but(["not long"], ["not long", "long"]))
 def test_a_micro_step_on_fake_cuda(library: Path, tmp_path: Path, marked: str) -> None:
-    """All of `steps_on_fake_cuda.py` passes, and nothing of it is skipped."""
+    """All of `steps_on_fake_cuda.py` that has the mark passes, and nothing of it is skipped."""
     needs.installed("triton", f"{needs.DEV}, where it is published for the platform")
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-m", marked, "steps_on_fake_cuda.py"]
     environment = os.environ | {"LD_PRELOAD": str(library), "TRITON_CACHE_DIR": str(tmp_path)}
