@@ -1,6 +1,7 @@
 """Does one stage beat two, and do online steps learn? On tasks that code can check, at equal numbers of responses.
 
-    python benchmarks/study.py [--part rates,seeds,mix] [--minutes 60] [--data DATA] [--folder runs/study]
+    python benchmarks/study.py [--part rates,seeds,mix] [--methods sft,uft] [--minutes 60] [--data DATA]
+        [--folder runs/study]
 
 The quickstart's model. Every method sees 400 responses: 20 steps of 20; those of two stages spend 10 steps on the first
 stage, SFT, which they share and which is their reference. Three of the eleven kinds of task are never trained. Of the
@@ -17,8 +18,10 @@ seeds: each method at its rate with five seeds. Prompts of the trained kinds and
     step by phase.
 mix: UFT with five ratios of right answers to scored ones, those of the paper's ablation, three seeds each.
 
-A run that has a line in `results/study.jsonl` is not run again. With --minutes no run is begun after so many; the table
-shows what there is. Two to five minutes a run on two cores; some 44 + 56 + 15 runs. `--picture FILE` draws the mix.
+A run that has a line in `results/study.jsonl` is not run again. With --methods no other method is run (those of two
+stages need `sft` first), so that two machines can share the work; their lines are put into one file. With --minutes no
+run is begun after so many; the table shows what there is. Two to five minutes a run on two cores; some 44 + 56 + 15
+runs. `--picture FILE` draws the mix.
 """
 
 from __future__ import annotations
@@ -184,13 +187,17 @@ def source(data: Path, name: str, share: float) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Study:
-    """Where a study lies, and what is known of its runs. ends: on the monotonic clock; no run is begun after it."""
+    """Where a study lies, and what is known of its runs.
+
+    ends: on the monotonic clock; no run is begun after it. methods: those that are run and shown.
+    """
 
     folder: Path
     base: Path
     questions: Path | None
     results: Results
     ends: float
+    methods: tuple[str, ...]
 
     @property
     def data(self) -> Path:
@@ -349,7 +356,7 @@ def measured(study: Study, run: Path | None) -> dict[str, float]:
 def measure_rates(study: Study) -> dict[str, float]:
     """Each method's rate, of the methods for which enough rates are measured; SFT's comes first."""
     chosen: dict[str, float] = {}
-    for name in METHODS:
+    for name in study.methods:
         grades: dict[float, float] = {}
         while (rate := _next_rate(grades)) is not None:
             if METHODS[name].after_sft and "sft" not in chosen:
@@ -465,6 +472,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", default="rates,seeds,mix", help="parts, separated by commas; rates are always read")
+    parser.add_argument("--methods", default=",".join(METHODS), help="names, separated by commas")
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--data", type=Path, help="folder with ifeval/ and truthfulqa/, see docs/evaluation.md")
     parser.add_argument("--folder", type=Path, default=Path("runs/study"))
@@ -472,7 +480,11 @@ def main() -> None:
     given = parser.parse_args()
     folder, parts = given.folder.absolute(), given.part.split(",")
     ends = time.monotonic() + 60 * given.minutes
-    study = Study(folder, quickstart_model(say=print), given.data, Results("study"), ends)
+    asked = given.methods.split(",")
+    if unknown := set(asked) - set(METHODS):
+        parser.error(f"--methods: {', '.join(sorted(unknown))} unknown; expected some of {', '.join(METHODS)}")
+    methods = tuple(name for name in METHODS if name in asked)
+    study = Study(folder, quickstart_model(say=print), given.data, Results("study"), ends, methods)
     write_data(study.data)
     chosen = measure_rates(study)
     if "seeds" in parts:
