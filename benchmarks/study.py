@@ -262,7 +262,7 @@ class Study:
             overrides["generator.max_new_tokens"] = MAX_NEW_TOKENS
         if method.after_sft:
             overrides["reference.adapter"] = str(self.first_stage(seed, first_rate))
-        recipe = "quickstart_online" if method.online or method.own_answers else "quickstart"
+        recipe = "quickstart_online" if method.online else "quickstart"
         train(recipe, run, overrides | method.more)
         return run
 
