@@ -8,9 +8,9 @@ stage, SFT, which they share and which is their reference. Three of the eleven k
 second stages four go on from the policy's own answers: RLOO, UFT with both sides centred by prompt and without, and UFT
 offline on as many answers of the start itself.
 
-rates: each method's last stage with each of three learning rates, on a seed of its own, and with further ones while the
-    best is the lowest or the highest. The best mean grade on prompts that nothing else uses chooses the method's rate.
-    The first stage has the rate of SFT.
+rates: each method's last stage with each of three learning rates, a second stage with a fourth, lower one, on a seed of
+    its own, and with further ones while the best is the lowest or the highest. The best mean grade on prompts that
+    nothing else uses chooses the method's rate. The first stage has the rate of SFT.
 seeds: each method at its rate with five seeds. Prompts of the trained kinds and of the other three: answered exactly
     right, mean grade, tokens of an answer. How well the implicit reward against the base orders right and flawed
     answers (rank correlation, calibration error). With --data, IFEval and TruthfulQA mc2 by `uft eval`, the first 24
@@ -46,8 +46,8 @@ BETA = 0.1
 RESPONSES_A_STEP = 20
 STEPS, FIRST_STAGE = 20, 10
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-FIRST_RATES = (3e-4, 1e-3, 3e-3)
-"""Those that every method is measured with."""
+FIRST_RATES, SECOND_STAGE = (3e-4, 1e-3, 3e-3), (1e-4, 3e-4, 1e-3, 3e-3)
+"""Those that every method is measured with. A second stage may leave its start as it is, which a low rate shows."""
 RATE_SEED, SEEDS, MIX_SEEDS = 100, (1, 2, 3, 4, 5), (1, 2, 3)
 UNTRAINED_KINDS = ("initials", "bold", "pipes")
 TEST, VALIDATION = 15, 10
@@ -358,7 +358,8 @@ def measure_rates(study: Study) -> dict[str, float]:
     chosen: dict[str, float] = {}
     for name in study.methods:
         grades: dict[float, float] = {}
-        while (rate := _next_rate(grades)) is not None:
+        needed = SECOND_STAGE if METHODS[name].after_sft else FIRST_RATES
+        while (rate := _next_rate(grades, needed)) is not None:
             if METHODS[name].after_sft and "sft" not in chosen:
                 break
             line = {"part": "rates", "method": name, "rate": rate, "first_rate": _first_rate(name, chosen)}
@@ -378,9 +379,9 @@ def measure_rates(study: Study) -> dict[str, float]:
     return chosen
 
 
-def _next_rate(grades: Mapping[float, float]) -> float | None:
+def _next_rate(grades: Mapping[float, float], needed: Iterable[float]) -> float | None:
     """The rate that is measured next; None: the best one lies between two others, or at an end of `RATES`."""
-    left = [rate for rate in FIRST_RATES if rate not in grades]
+    left = [rate for rate in needed if rate not in grades]
     if left:
         return left[0]
     best, tried = max(grades, key=grades.__getitem__), sorted(grades)
