@@ -20,9 +20,9 @@ from uft_ds.export import convert
 from uft_ds.export.agreement import compare
 from uft_ds.export.convert import convert_to_adapter, convert_to_merged
 from uft_ds.export.low_rank import read_low_rank
-from uft_ds.export.quantised import MARK, nf4_of_adapter, write_mark
+from uft_ds.export.quantised import nf4_of_adapter, write_mark
 from uft_ds.export.unmerged import opened_unmerged
-from uft_ds.streams.nf4 import Nf4Base, Nf4Linear, rounded
+from uft_ds.streams.nf4 import MARK, Nf4Base, Nf4Linear, rounded
 from uft_ds.streams.weight_files import WeightFiles
 
 FLOAT32 = Nf4Base(torch.float32)
