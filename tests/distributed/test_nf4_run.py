@@ -147,3 +147,8 @@ def test_the_policy_answers_online_in_nf4(base: Path, tmp_path: Path) -> None:
     result = train(recipe, "train.steps=2")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "every log-ratio is 0.0 nats" in result.stdout
+    # A policy on the plain base begins with the same adapter, by its hash, and is another policy.
+    plain = ("model.quantization=null", f"output={tmp_path / 'plain'}", "train.steps=1")
+    replayed = train(recipe, "--replay", str(tmp_path / "run"), *plain)
+    assert replayed.returncode == 0, replayed.stdout + replayed.stderr
+    assert "step 1: another policy than the one that is trained now has given the recorded answers" in replayed.stdout
