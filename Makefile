@@ -28,6 +28,7 @@ help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
 $(VENV)/.installed: pyproject.toml
+	@echo "$(VENV): PyTorch, then what pyproject.toml asks for; minutes in silence, gigabytes with CUDA"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	@# torch first: taken as a dependency, pip would choose a build with gigabytes of CUDA.

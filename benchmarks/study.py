@@ -1,15 +1,16 @@
 """Does one stage beat two, and do online steps learn? On tasks that code can check, at equal numbers of responses.
 
-    python benchmarks/study.py [--part rates,seeds,mix] [--minutes 60] [--data DATA] [--folder runs/study]
+    python benchmarks/study.py [--part rates,seeds,mix] [--methods sft,uft] [--minutes 60] [--data DATA]
+        [--folder runs/study]
 
 The quickstart's model. Every method sees 400 responses: 20 steps of 20; those of two stages spend 10 steps on the first
 stage, SFT, which they share and which is their reference. Three of the eleven kinds of task are never trained. Of the
 second stages four go on from the policy's own answers: RLOO, UFT with both sides centred by prompt and without, and UFT
 offline on as many answers of the start itself.
 
-rates: each method's last stage with each of three learning rates, on a seed of its own, and with further ones while the
-    best is the lowest or the highest. The best mean grade on prompts that nothing else uses chooses the method's rate.
-    The first stage has the rate of SFT.
+rates: each method's last stage with each of three learning rates, a second stage with a fourth, lower one, on a seed of
+    its own, and with further ones while the best is the lowest or the highest. The best mean grade on prompts that
+    nothing else uses chooses the method's rate. The first stage has the rate of SFT.
 seeds: each method at its rate with five seeds. Prompts of the trained kinds and of the other three: answered exactly
     right, mean grade, tokens of an answer. How well the implicit reward against the base orders right and flawed
     answers (rank correlation, calibration error). With --data, IFEval and TruthfulQA mc2 by `uft eval`, the first 24
@@ -17,8 +18,10 @@ seeds: each method at its rate with five seeds. Prompts of the trained kinds and
     step by phase.
 mix: UFT with five ratios of right answers to scored ones, those of the paper's ablation, three seeds each.
 
-A run that has a line in `results/study.jsonl` is not run again. With --minutes no run is begun after so many; the table
-shows what there is. Two to five minutes a run on two cores; some 44 + 56 + 15 runs. `--picture FILE` draws the mix.
+A run that has a line in `results/study.jsonl` is not run again. With --methods no other method is run (those of two
+stages need `sft` first), so that two machines can share the work; their lines are put into one file. With --minutes no
+run is begun after so many; the table shows what there is. Two to five minutes a run on two cores; some 44 + 56 + 15
+runs. `--picture FILE` draws the mix.
 """
 
 from __future__ import annotations
@@ -43,8 +46,8 @@ BETA = 0.1
 RESPONSES_A_STEP = 20
 STEPS, FIRST_STAGE = 20, 10
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-FIRST_RATES = (3e-4, 1e-3, 3e-3)
-"""Those that every method is measured with."""
+FIRST_RATES, SECOND_STAGE = (3e-4, 1e-3, 3e-3), (1e-4, 3e-4, 1e-3, 3e-3)
+"""Those that every method is measured with. A second stage may leave its start as it is, which a low rate shows."""
 RATE_SEED, SEEDS, MIX_SEEDS = 100, (1, 2, 3, 4, 5), (1, 2, 3)
 UNTRAINED_KINDS = ("initials", "bold", "pipes")
 TEST, VALIDATION = 15, 10
@@ -184,13 +187,17 @@ def source(data: Path, name: str, share: float) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Study:
-    """Where a study lies, and what is known of its runs. ends: on the monotonic clock; no run is begun after it."""
+    """Where a study lies, and what is known of its runs.
+
+    ends: on the monotonic clock; no run is begun after it. methods: those that are run and shown.
+    """
 
     folder: Path
     base: Path
     questions: Path | None
     results: Results
     ends: float
+    methods: tuple[str, ...]
 
     @property
     def data(self) -> Path:
@@ -255,7 +262,7 @@ class Study:
             overrides["generator.max_new_tokens"] = MAX_NEW_TOKENS
         if method.after_sft:
             overrides["reference.adapter"] = str(self.first_stage(seed, first_rate))
-        recipe = "quickstart_online" if method.online or method.own_answers else "quickstart"
+        recipe = "quickstart_online" if method.online else "quickstart"
         train(recipe, run, overrides | method.more)
         return run
 
@@ -349,9 +356,10 @@ def measured(study: Study, run: Path | None) -> dict[str, float]:
 def measure_rates(study: Study) -> dict[str, float]:
     """Each method's rate, of the methods for which enough rates are measured; SFT's comes first."""
     chosen: dict[str, float] = {}
-    for name in METHODS:
+    for name in study.methods:
         grades: dict[float, float] = {}
-        while (rate := _next_rate(grades)) is not None:
+        needed = SECOND_STAGE if METHODS[name].after_sft else FIRST_RATES
+        while (rate := _next_rate(grades, needed)) is not None:
             if METHODS[name].after_sft and "sft" not in chosen:
                 break
             line = {"part": "rates", "method": name, "rate": rate, "first_rate": _first_rate(name, chosen)}
@@ -371,9 +379,9 @@ def measure_rates(study: Study) -> dict[str, float]:
     return chosen
 
 
-def _next_rate(grades: Mapping[float, float]) -> float | None:
+def _next_rate(grades: Mapping[float, float], needed: Iterable[float]) -> float | None:
     """The rate that is measured next; None: the best one lies between two others, or at an end of `RATES`."""
-    left = [rate for rate in FIRST_RATES if rate not in grades]
+    left = [rate for rate in needed if rate not in grades]
     if left:
         return left[0]
     best, tried = max(grades, key=grades.__getitem__), sorted(grades)
@@ -465,6 +473,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", default="rates,seeds,mix", help="parts, separated by commas; rates are always read")
+    parser.add_argument("--methods", default=",".join(METHODS), help="names, separated by commas")
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--data", type=Path, help="folder with ifeval/ and truthfulqa/, see docs/evaluation.md")
     parser.add_argument("--folder", type=Path, default=Path("runs/study"))
@@ -472,7 +481,11 @@ def main() -> None:
     given = parser.parse_args()
     folder, parts = given.folder.absolute(), given.part.split(",")
     ends = time.monotonic() + 60 * given.minutes
-    study = Study(folder, quickstart_model(say=print), given.data, Results("study"), ends)
+    asked = given.methods.split(",")
+    if unknown := set(asked) - set(METHODS):
+        parser.error(f"--methods: {', '.join(sorted(unknown))} unknown; expected some of {', '.join(METHODS)}")
+    methods = tuple(name for name in METHODS if name in asked)
+    study = Study(folder, quickstart_model(say=print), given.data, Results("study"), ends, methods)
     write_data(study.data)
     chosen = measure_rates(study)
     if "seeds" in parts:

@@ -15,7 +15,7 @@ import typer
 
 from uft_ds import cli, errors
 from uft_ds.recipe.best import BEST
-from uft_ds.recipe.schema import describe_keys
+from uft_ds.recipe.described import describe_keys
 from uft_ds.record.verdict import RULES
 
 ROOT = Path(__file__).parents[1]

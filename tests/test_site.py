@@ -18,8 +18,8 @@ from markdown_it import MarkdownIt
 from uft_ds import cli, errors
 from uft_ds.planning.hardware import Figures, cluster_of, in_gb
 from uft_ds.planning.plan import make_plan
+from uft_ds.recipe.described import describe_keys
 from uft_ds.recipe.file import recipe_from_tree, shipped_recipes
-from uft_ds.recipe.schema import describe_keys
 from uft_ds.recipe.settings import settings_of
 
 ROOT = Path(__file__).parents[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Callable, Mapping
 from typing import Annotated
 
 import typer
@@ -35,25 +36,34 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (
-    training.train,
-    training.status,
-    training.sweep,
-    training.reference,
-    model.convert,
-    scoring.score,
-    comparison.compare,
-    machine.plan,
-    model.chat,
-    benchmarks.generate,
-    benchmarks.judge,
-    training.quickstart,
-    machine.doctor,
-):
-    app.command()(command)
-app.command("eval")(evaluation.evaluate)
-for name, group in (("recipe", recipe.app), ("data", data.app), ("checkpoint", checkpoint.app)):
-    app.add_typer(group, name=name)
+_PANELS: Mapping[str, Mapping[str, Callable[..., None] | typer.Typer]] = {
+    "Begin": {"quickstart": training.quickstart, "doctor": machine.doctor},
+    "Train": {
+        "recipe": recipe.app,
+        "plan": machine.plan,
+        "train": training.train,
+        "status": training.status,
+        "reference": training.reference,
+        "sweep": training.sweep,
+        "checkpoint": checkpoint.app,
+    },
+    "Data and scores": {"data": data.app, "score": scoring.score},
+    "The result": {
+        "convert": model.convert,
+        "chat": model.chat,
+        "eval": evaluation.evaluate,
+        "generate": benchmarks.generate,
+        "judge": benchmarks.judge,
+        "compare": comparison.compare,
+    },
+}
+"""The commands by what a user is about to do, in the order of `uft --help`."""
+for panel, commands in _PANELS.items():
+    for name, command in commands.items():
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=name, rich_help_panel=panel)
+        else:
+            app.command(name, rich_help_panel=panel)(command)
 
 
 def _version(asked: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from ranks import run_on_ranks
 from runs import assert_goes_on_from_its_middle, recipe_in, uft
+from safetensors.torch import load_file
 from test_online_run import online_recipe, train
 from tiny import build_tiny_model
 from torch import Tensor
@@ -17,9 +19,13 @@ from toy import UFT, forwarded, toy_model, toy_step
 
 from uft_ds.engine.deepspeed_file import deepspeed_config, read_deepspeed_file
 from uft_ds.engine.engine import Engine, partitioned_loading
+from uft_ds.export.quantised import nf4_of_adapter
 from uft_ds.objectives.objective import count_terms, micro_batch_loss
 from uft_ds.streams.load import decoder_layer_class
+from uft_ds.streams.nf4 import Nf4Base, held_in_nf4
 from uft_ds.streams.policy import base_of
+
+FLOAT32 = Nf4Base(torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +50,7 @@ def a_step(base: Path, zero: dict[str, Any], **options: Any) -> tuple[list[dict[
         found.append({name: values.detach().clone() for name, values in logps.items()})
         loss, _ = micro_batch_loss(UFT, batch, terms, logps)
         engine.backward(loss, is_last=number == len(batches))
+    assert held_in_nf4(model.policy) == FLOAT32  # what a checkpoint notes
     norm = engine.step(1e-2).grad_norm
     with engine.evaluating():
         found += [{name: v.clone() for name, v in forwarded(engine, batch).items()} for batch in batches]
@@ -111,6 +118,18 @@ def test_a_run_records_its_rounding_and_is_converted_by_it(finished: Path, tmp_p
 
 
 @pytest.mark.long
+def test_a_copied_adapter_says_on_which_base_it_belongs(finished: Path, base: Path, tmp_path: Path) -> None:
+    """Away from its run, a checkpoint's adapter is merged into the rounded base too: the same model, bit for bit."""
+    copied = shutil.copytree(finished / "run" / "latest" / "adapter", tmp_path / "copied")
+    assert nf4_of_adapter(copied) == FLOAT32
+    for source, name in ((finished / "run", "of_run"), (copied, "of_copy")):
+        result = uft("convert", str(source), str(tmp_path / name), "--base", str(base))
+        assert result.returncode == 0, result.stderr
+    of_run, of_copy = (load_file(tmp_path / name / "model.safetensors") for name in ("of_run", "of_copy"))
+    assert all(torch.equal(of_run[name], of_copy[name]) for name in of_run)
+
+
+@pytest.mark.long
 def test_another_rounding_is_another_run(finished: Path, tmp_path: Path) -> None:
     """No resume and no start without it; a start with it, whose log-ratios are those that PEFT computes."""
     recipe, run = str(finished / "recipe.yaml"), finished / "run"
@@ -133,3 +152,8 @@ def test_the_policy_answers_online_in_nf4(base: Path, tmp_path: Path) -> None:
     result = train(recipe, "train.steps=2")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "every log-ratio is 0.0 nats" in result.stdout
+    # A policy on the plain base begins with the same adapter, by its hash, and is another policy.
+    plain = ("model.quantization=null", f"output={tmp_path / 'plain'}", "train.steps=1")
+    replayed = train(recipe, "--replay", str(tmp_path / "run"), *plain)
+    assert replayed.returncode == 0, replayed.stdout + replayed.stderr
+    assert "step 1: another policy than the one that is trained now has given the recorded answers" in replayed.stdout

@@ -1,5 +1,6 @@
 """Models of images and text that are trained on text: their language model alone, converted into their own layout."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from toy import logps_by_name, toy_model, toy_step
 from transformers import AutoConfig, AutoModelForImageTextToText
 from wrappers import OF_IMAGES, WRAPPERS, build_wrapper
 
-from uft_ds.architectures.facts import is_passed_by_text
+from uft_ds.architectures.facts import attention_parity, is_passed_by_text
 from uft_ds.data.micro_batch import micro_batch
 from uft_ds.errors import UserError
 from uft_ds.planning.structure import Lora, structure_of
@@ -77,6 +78,12 @@ def test_a_plan_counts_what_text_passes(wrapper: Path) -> None:
     assert structure.num_base == sum(p.numel() for p in model.parameters()) > structure.num_active
     names = [name for name, p in model.named_parameters() if is_passed_by_text(model.config, name)]
     assert sum(dict(model.named_parameters())[name].numel() for name in names) == structure.num_active
+
+
+def test_rows_are_divided_by_what_attention_costs(wrapper: Path) -> None:
+    """By the numbers of the language model: the wrapper's own config has none, which would leave attention out."""
+    config = AutoConfig.from_pretrained(wrapper)
+    assert attention_parity(config) == attention_parity(config.text_config) < math.inf
 
 
 def test_an_adapter_of_what_reads_images_is_no_start(wrapper: Path, tmp_path: Path) -> None:

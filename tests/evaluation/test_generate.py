@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny import IM_END, IM_START, MAX_LENGTH, build_tiny_model
 from transformers import PreTrainedModel
+from wrappers import build_wrapper
 
 from uft_ds.errors import UserError
 from uft_ds.evaluation import generate
@@ -127,6 +128,13 @@ def test_a_prompt_beyond_the_models_positions_is_refused(tiny):
     prompts = [*PROMPTS, [{"role": "user", "content": "x" * (MAX_LENGTH - 2)}]]
     with pytest.raises(UserError, match=r"Prompt 5 has \d+ tokens; with max_new_tokens=4"):
         generate_responses(*tiny, prompts, max_new_tokens=4)
+
+
+def test_positions_of_a_wrapper_are_its_language_models(tmp_path: Path):
+    """A model of images and text has the number in the config of its language model alone."""
+    model, tokenizer = load_for_generation(build_wrapper(tmp_path, "mistral3"))
+    with pytest.raises(UserError, match=r"beyond the 512 positions of the model"):
+        generate_responses(model, tokenizer, PROMPTS, max_new_tokens=500)
 
 
 def test_a_prompt_beyond_the_models_embedding_is_refused(tiny):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from log_probs import hugging_face_logps
 from safetensors.torch import load_file
 from tiny import build_tiny_model
 from toy import logps_by_name, saved_adapter, toy_model, toy_sequences
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+from wrappers import build_wrapper
 
 from uft_ds.data.micro_batch import micro_batch
 from uft_ds.errors import CheckFailed, UserError
@@ -20,9 +22,11 @@ from uft_ds.export import convert
 from uft_ds.export.agreement import compare
 from uft_ds.export.convert import convert_to_adapter, convert_to_merged
 from uft_ds.export.low_rank import read_low_rank
-from uft_ds.export.quantised import MARK, nf4_of_adapter, write_mark
+from uft_ds.export.model_card import FOR_REWARDS, model_card
+from uft_ds.export.quantised import nf4_of_adapter, write_mark
 from uft_ds.export.unmerged import opened_unmerged
-from uft_ds.streams.nf4 import Nf4Base, Nf4Linear, rounded
+from uft_ds.streams.load import auto_class
+from uft_ds.streams.nf4 import MARK, Nf4Base, Nf4Linear, rounded
 from uft_ds.streams.weight_files import WeightFiles
 
 FLOAT32 = Nf4Base(torch.float32)
@@ -113,6 +117,29 @@ def test_unmerged_the_base_is_the_rounded_one(base: Path, adapter: Path, dtype: 
     options = {"b_std": 0.0, "start_adapter": adapter, "quantization": "nf4", "targets": ["q_proj", "down_proj"]}
     trained = logps_by_name(toy_model(base, **options), micro_batch(sequences), "policy")["policy"]
     torch.testing.assert_close(hugging_face_logps(model, sequences).double(), trained.double(), rtol=0, atol=2e-3)
+
+
+def test_the_cards_lines_load_what_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model of images and text too, whose class is another one: by transformers, PEFT and bitsandbytes."""
+    config, wrapper = AutoConfig.from_pretrained(build_wrapper(tmp_path / "base", "qwen2_5_vl")), tmp_path / "base"
+    adapter = saved_adapter(wrapper, tmp_path / "adapter")
+    write_mark(adapter, FLOAT32)
+    card = model_card(str(wrapper), None, None, title="it", nf4=FLOAT32, loaded_as=auto_class(config).__name__)
+    found: dict[str, Any] = {}
+    monkeypatch.chdir(adapter)
+    exec(card.partition("```python\n")[2].partition("```")[0], found)  # the lines that a reader copies
+    with opened_unmerged(str(adapter), str(wrapper)) as source:
+        ours = source.load(torch.float32, CPU)
+    ids = torch.arange(3, 40)[None]
+    theirs = found["model"].train()  # in evaluation mode bitsandbytes packs the weights anew
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(input_ids=ids).logits, ours(input_ids=ids).logits, rtol=0, atol=1e-4)
+
+
+def test_a_reward_models_card_loads_its_classifier() -> None:
+    """With one label; PEFT then loads the head."""
+    card = model_card("base", None, None, title="it", nf4=FLOAT32, loaded_as=FOR_REWARDS)
+    assert 'base = AutoModelForSequenceClassification.from_pretrained("base", num_labels=1, ' in card
 
 
 def test_the_mark_goes_along_and_is_checked(base: Path, adapter: Path, tmp_path: Path) -> None:

@@ -368,6 +368,16 @@ def test_a_file_that_is_ruled_out_is_not_said_not_to_fit() -> None:
     text = shown.export_text()
     assert "Ruled out: zero3_node: zero_hpz_partition_size 8 does not divide a node's 4 GPUs" in text
     assert "Does not fit" not in text
+    assert text.lower().count("ruled out: ") == 1
+
+
+def test_another_file_that_is_ruled_out_has_its_reason() -> None:
+    """Below the table of files; the recipe itself fits."""
+    shown = Console(width=200, file=io.StringIO(), record=True)
+    shown.print(rendered(tiny(gpus=4)))
+    text = shown.export_text()
+    assert "ruled out: zero3_node: zero_hpz_partition_size 8 does not divide a node's 4 GPUs" in text
+    assert "Ruled out: " not in text
 
 
 def test_one_gpu_sends_nothing_and_offloading_costs_pcie() -> None:

@@ -21,8 +21,10 @@ from uft_ds.data.formats.table import FORMATS
 from uft_ds.errors import EXIT_BAD_INPUT, UserError
 from uft_ds.host.faults import foreseen
 from uft_ds.objectives.losses import LOSSES, PRESETS
+from uft_ds.recipe.described import describe_keys, section_of
 from uft_ds.recipe.file import dump_value, load_recipe, load_yaml, stored_recipe
-from uft_ds.recipe.schema import Recipe, Section, describe_keys, section_of
+from uft_ds.recipe.schema import Recipe
+from uft_ds.recipe.section import Section
 from uft_ds.recipe.settings import Settings, load_settings
 from uft_ds.run.settings import located
 

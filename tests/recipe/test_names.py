@@ -10,9 +10,10 @@ import yaml
 
 from uft_ds.errors import UserError
 from uft_ds.objectives.losses import LOSSES
+from uft_ds.recipe.described import describe_keys
 from uft_ds.recipe.file import recipe_from_tree
 from uft_ds.recipe.names import _KEYS_ELSEWHERE, _LOSSES_ELSEWHERE, _NOT_HERE, unknown_key, unknown_loss
-from uft_ds.recipe.schema import Recipe, describe_keys
+from uft_ds.recipe.schema import Recipe
 
 DOCS = Path(__file__).parents[2] / "docs"
 KEYS = {row.key for row in describe_keys()}

@@ -15,6 +15,7 @@ from uft_ds.cli import app
 from uft_ds.data.example import KINDS
 from uft_ds.data.mixture import Portion
 from uft_ds.errors import UserError
+from uft_ds.recipe.described import describe_keys
 from uft_ds.recipe.file import (
     described_recipes,
     dump_recipe,
@@ -24,7 +25,7 @@ from uft_ds.recipe.file import (
     read_yaml_file,
     shipped_recipes,
 )
-from uft_ds.recipe.schema import Recipe, describe_keys
+from uft_ds.recipe.schema import Recipe
 from uft_ds.recipe.settings import portion_of
 
 

@@ -13,7 +13,14 @@ from uft_ds.recipe.file import dump_recipe, load_recipe, shipped_recipes
 from uft_ds.recipe.settings import Settings, changed, load_settings, settings_of
 from uft_ds.run.settings import located, with_deepspeed_file
 
-READERS = {"commands/recipe.py", "recipe/file.py", "recipe/online.py", "recipe/settings.py", "sweep/file.py"}
+READERS = {
+    "commands/recipe.py",
+    "recipe/combinations.py",
+    "recipe/described.py",
+    "recipe/file.py",
+    "recipe/online.py",
+    "recipe/settings.py",
+}
 """Modules that may import the recipe's tree."""
 
 

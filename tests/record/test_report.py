@@ -35,7 +35,7 @@ def test_what_is_undefined_is_null_and_ends_no_line(tmp_path: Path) -> None:
     (line,) = read_metrics(tmp_path / "metrics.jsonl")
     assert line["held_out/rank_correlation/score"] is None
     assert isinstance(console.file, io.StringIO)
-    assert console.file.getvalue() == "held out, step 0:  loss 0.2500  reward score +nan\n"
+    assert console.file.getvalue() == "held out, step 0:  loss 0.2500  reward: score +nan\n"
 
 
 def test_a_bar_knows_the_time_left_after_one_step(tmp_path: Path) -> None:
@@ -55,13 +55,13 @@ def test_a_line_shows_what_fits_the_objective() -> None:
     pair = {"loss": 0.6891, "implicit_reward/pair": -0.012, "pair_margin/pair": 0.0084, "pair_accuracy/pair": 0.625}
     assert one_line(pair) == "loss 0.6891  pair margin +0.008, accuracy 62%"
     mixed = pair | {"implicit_reward/score": -0.0001, "tokens_per_second": 1234.5}
-    assert one_line(mixed) == "loss 0.6891  reward score +0.000  pair margin +0.008, accuracy 62%  1234 tokens/s"
+    assert one_line(mixed) == "loss 0.6891  reward: score +0.000  pair margin +0.008, accuracy 62%  1234 tokens/s"
     without_loss = {"implicit_reward/score": 0.25, "log_ratio/score": 2.5}
-    assert one_line(without_loss) == "reward score +0.250"
+    assert one_line(without_loss) == "reward: score +0.250"
     simpo = {"loss": 0.5, "pair_margin/pair": -0.25, "pair_accuracy/pair": math.nan, "top1/pair": 0.5}
     assert one_line(simpo) == "loss 0.5000  pair margin -0.250, accuracy undefined"
     split = {"loss": 0.25, "implicit_reward/pair": 0.5}
-    assert one_line(split) == "loss 0.2500  reward pair +0.500"
+    assert one_line(split) == "loss 0.2500  reward: pair +0.500"
     sft = {"loss": 2.5, "top1/instruction": 0.415, "entropy/instruction": 1.0}
     assert one_line(sft) == "loss 2.5000  top-1 instruction 42%"
 

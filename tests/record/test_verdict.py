@@ -53,6 +53,7 @@ def test_the_document_shows_the_table() -> None:
         ("rank_correlation/score", [None, None], None),
         ("calibration_error/score", [0.3, 0.2], "yes"),
         ("calibration_error/score", [0.0, 0.08], "yes"),  # scores of mean 1/2 begin at 0
+        ("calibration_error/score", [0.05, 0.12], "unclear"),  # chance gives up to 0.16
         ("calibration_error/score", [0.1, 0.2], "no"),
         ("saturated_stuck/score", [0.0, 0.05], "yes"),
         ("saturated_stuck/score", [0.0, 0.2], "no"),
@@ -235,7 +236,7 @@ def test_calibration_is_told_by_where_its_points_are(implicit: list[float], give
     rows["kind"] = [KINDS.index("score")] * 2 + [KINDS.index("binary")] * 2
     rows["implicit_score"], rows["score"] = [*implicit, 0.0, 1.0], [*given, 1.0, 0.0]
     error = float(np.abs(np.subtract(implicit, given)).mean())
-    lines = held_out({"calibration_error/score": 0.1}, {"calibration_error/score": error, "responses/score": 2.0})
+    lines = held_out({"calibration_error/score": 0.1}, {"calibration_error/score": error, "responses/score": 200.0})
     (_, calibration) = verdicts(lines, rows)
     assert calibration.remedy == f"{case}: {RULES[2].remedies[case]}"
     (_, unknown) = verdicts(lines)

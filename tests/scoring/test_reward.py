@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
+    Gemma3ForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -22,6 +24,7 @@ from transformers import (
     RobertaConfig,
     RobertaForSequenceClassification,
 )
+from wrappers import WRAPPERS
 
 from uft_ds.data.example import Message
 from uft_ds.errors import UserError
@@ -119,6 +122,19 @@ def test_a_conversation_that_is_too_long_is_a_failure(tmp_path: Path) -> None:
     assert long.value is None
     assert "at most 512" in long.reason
     assert RewardScorer(folder, max_length=20).score(items("7"))[0].value is None
+
+
+def test_a_wrapper_reads_as_much_as_its_language_model(tmp_path: Path) -> None:
+    """A model of images and text with a head has its positions and its padding token in the config of its language
+    model alone: of 512 tokens one more fails, by its length."""
+    config = deepcopy(WRAPPERS["gemma3"])
+    config.num_labels = 1
+    Gemma3ForSequenceClassification(config).save_pretrained(tmp_path)
+    build_tiny_tokenizer(tmp_path)
+    short, long = RewardScorer(tmp_path).score(items("7", "7" * 600))
+    assert short.value is not None
+    assert long.value is None
+    assert "at most 512" in long.reason
 
 
 def test_a_conversation_is_as_long_as_the_positions_are(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from suites import long_but
 from tiny import VOCAB_SIZE, build_tiny_model
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -41,6 +42,7 @@ from uft_ds.known.cache import Known
 from uft_ds.objectives.groups import groups_of
 from uft_ds.objectives.objective import count_terms
 from uft_ds.objectives.shifts import StepShift, compared_with
+from uft_ds.streams.divided import SequenceGroup
 from uft_ds.streams.packed_attention import PACKED
 from uft_ds.streams.stream import Output, Stream
 from uft_ds.training.forwarding import Forwarded, Method, rows_of
@@ -48,7 +50,7 @@ from uft_ds.training.step import micro_step
 
 CUDA = torch.device("cuda:0")
 LORA_RANK = 4
-HOST_MAKERS = ("_on_device", "_indices", "values", "bounds_for_attention")
+HOST_MAKERS = ("_on_device", "_indices", "values", "bounds_for_attention", "own_places")
 """Functions that make a tensor of numbers that the host knows, and send it to the device without waiting."""
 
 CARDS = {"varlen": (9, 0), "packed": (7, 5)}
@@ -186,6 +188,14 @@ def without_driver(card: str) -> Iterator[FakeKernel]:
         yield stand_in
 
 
+@pytest.fixture(scope="module", autouse=True)
+def two_ranks() -> Iterator[None]:
+    """One of two ranks, whose collective calls send nothing."""
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield
+    torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_model(tmp_path_factory.mktemp("tiny") / "qwen2", num_hidden_layers=2)
@@ -230,7 +240,7 @@ def pairs(count: int) -> tuple[Sequence, ...]:
 
 
 class Case(NamedTuple):
-    """A way to train. how: the reference is obtained. center: of the objective."""
+    """A way to train. how: the reference is obtained. center: of the objective. divided: rows over two ranks."""
 
     how: Any = "lockstep"
     loss: str = "mse"
@@ -238,6 +248,7 @@ class Case(NamedTuple):
     shared: bool = False
     card: str = "varlen"
     center: Any = "none"
+    divided: bool = False
 
 
 CASES = [
@@ -252,6 +263,7 @@ CASES = [
     Case(shared=True, card="packed", checkpointing="selective"),
     Case("cached", "dpo", shared=True),
     *(Case(how, shared=True, center="prompt") for how in ("lockstep", "cached")),
+    *(Case(how, divided=True) for how in ("lockstep", "cached")),
 ]
 FAST = (
     Case(),
@@ -284,6 +296,8 @@ def prepared(case: Case, folder: Path) -> Iterator[tuple[Method, MicroBatch, Map
         attention=PACKED,
         reference_mode="separate" if case.how == "separate" else "lockstep",
     )
+    if case.divided:
+        model.divide_rows(SequenceGroup(torch.distributed.group.WORLD, 0, 2))
     mode = FakeTensorMode()
     on_fake_cuda(model, mode)
     sequences = pairs(2)

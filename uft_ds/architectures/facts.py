@@ -280,11 +280,12 @@ def attention_parity(config: Any) -> float:
     for more than it is.
     """
     names = ("hidden_size", "intermediate_size", "num_attention_heads")
-    if not all(getattr(config, name, None) for name in names):
+    text = config.get_text_config()
+    if not all(getattr(text, name, None) for name in names):
         return math.inf
-    hidden, mlp, heads = (int(getattr(config, name)) for name in names)
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    hidden, mlp, heads = (int(getattr(text, name)) for name in names)
+    head_dim = getattr(text, "head_dim", None) or hidden // heads
     query = heads * head_dim
-    key_value = (getattr(config, "num_key_value_heads", None) or heads) * head_dim
+    key_value = (getattr(text, "num_key_value_heads", None) or heads) * head_dim
     mlp_weights = family_of(config).mlp_projections * hidden * mlp
     return float((2 * hidden * query + 2 * hidden * key_value + mlp_weights) / query)

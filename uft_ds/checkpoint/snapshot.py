@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from uft_ds.checkpoint.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, OPTIMIZER
+from uft_ds.checkpoint.folder import ADAPTER, ADAPTER_WEIGHTS, OPTIMIZER
 from uft_ds.checkpoint.generators import generator_states
 from uft_ds.checkpoint.manifest import Written
 from uft_ds.checkpoint.owner import Owner
@@ -33,13 +33,14 @@ from uft_ds.streams.policy import Adapted, Policy, adapted, trains_all
 class OfFirstRank:
     """The files that only rank 0 writes.
 
-    adapter: tensors by PEFT's names; of a reward model with its head. adapter_config: as a file. Both are None where
-    all parameters are trained: their values are in the optimiser's state alone, which each rank writes for itself.
+    adapter: tensors by PEFT's names; of a reward model with its head. None where all parameters are trained: their
+    values are in the optimiser's state alone, which each rank writes for itself.
+    beside: the contents of the files beside these tensors, by name.
     reference: the table of log-probs, and the identity of its reference. owner: whose checkpoint it is.
     """
 
     adapter: Mapping[str, Tensor] | None
-    adapter_config: bytes | None
+    beside: Mapping[str, bytes]
     reference: tuple[LogpTable, str]
     owner: Owner | None
 
@@ -61,12 +62,16 @@ def take_snapshot(
     policy: Policy,
     position: Position,
     reference: Known,
-    adapter_config: bytes | None,
+    beside: Mapping[str, bytes],
     owner: Owner | None,
 ) -> Snapshot:
-    """Copy everything to host memory. Every rank must call it: the adapter is gathered, the optimiser state is not."""
+    """Copy everything to host memory. Every rank must call it: the adapter is gathered, the optimiser state is not.
+
+    Args:
+        beside: as in `OfFirstRank`.
+    """
     adapter = None if trains_all(policy) else _adapter_of(engine, adapted(policy))
-    first = OfFirstRank(adapter, adapter_config, reference.table(), owner) if engine.rank == 0 else None
+    first = OfFirstRank(adapter, beside, reference.table(), owner) if engine.rank == 0 else None
     pieces = tuple(
         Piece(piece.name, piece.shape, piece.start, {k: t.to("cpu", copy=True) for k, t in piece.tensors.items()})
         for piece in pieces_of(engine.deepspeed)
@@ -108,9 +113,9 @@ def write_snapshot(snapshot: Snapshot, folder: Path) -> dict[str, Written]:
 
 def _write_first(first: OfFirstRank, position: Position, folder: Path) -> list[Path]:
     files = [] if first.adapter is None else _write_adapter(first.adapter, position, folder)
-    if first.adapter_config is not None:
-        (folder / ADAPTER_CONFIG).write_bytes(first.adapter_config)
-        files.append(folder / ADAPTER_CONFIG)
+    for name, content in first.beside.items():
+        (folder / ADAPTER / name).write_bytes(content)
+        files.append(folder / ADAPTER / name)
     write_position(folder, position, first.owner, trains_all=first.adapter is None)
     files.append(folder / TRAINER)
     table, identity = first.reference

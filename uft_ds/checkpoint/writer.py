@@ -27,8 +27,10 @@ from uft_ds.host.files import sync
 from uft_ds.known.cache import Known
 from uft_ds.record.report import Speaker
 from uft_ds.record.run_folder import RunFolder
+from uft_ds.streams.adapter_files import CONFIG
 from uft_ds.streams.adapters import adapter_config_of
-from uft_ds.streams.policy import Policy, adapted, trains_all
+from uft_ds.streams.nf4 import MARK, held_in_nf4
+from uft_ds.streams.policy import Adapted, Policy, adapted, trains_all
 from uft_ds.streams.stream import REWARD
 
 _SECONDS_FOR_OTHERS_FILES = 60.0
@@ -53,7 +55,7 @@ class CheckpointWriter:
         self._engine, self._policy, self._folder, self._reporter = engine, policy, folder, reporter
         self._keep, self._best = keep, best
         with_head = REWARD in engine.streams.values()
-        self._adapter_config = None if trains_all(policy) else adapter_config_of(adapted(policy), with_head=with_head)
+        self._beside = {} if trains_all(policy) else _beside_the_adapter(adapted(policy), with_head=with_head)
         self._owner = owner_of(folder)
         self._writing: _Writing | None = None
         self._thread = threading.Thread()
@@ -69,7 +71,7 @@ class CheckpointWriter:
         started = time.perf_counter()
         self.poll(wait=True)
         polled_seconds, self._polled_seconds = self._polled_seconds, 0.0
-        snapshot = take_snapshot(self._engine, self._policy, position, reference, self._adapter_config, self._owner)
+        snapshot = take_snapshot(self._engine, self._policy, position, reference, self._beside, self._owner)
         step = position.state.step
         self._writing = _Writing(step)
         self._thread = threading.Thread(
@@ -148,6 +150,16 @@ class CheckpointWriter:
         last = next((path.name for path in checkpoints_of(self._folder.path)), None)
         kept = f"the last one is {last}" if last else "there is none yet"
         self._reporter.warn(f"checkpoint {name_of(step)} could not be written ({problem}); {kept}")
+
+
+def _beside_the_adapter(policy: Adapted, *, with_head: bool) -> dict[str, bytes]:
+    """The files beside an adapter's tensors, by name: its config, and on which base it belongs, if that is in NF4.
+
+    A copy of the folder elsewhere must say the latter by itself: nothing else in it tells such a base from a plain one.
+    """
+    nf4 = held_in_nf4(policy)
+    mark = {} if nf4 is None else {MARK: nf4.mark}
+    return {CONFIG: adapter_config_of(policy, with_head=with_head), **mark}
 
 
 def _write(writing: _Writing, snapshot: Snapshot, folder: Path) -> None:

@@ -63,8 +63,9 @@ def recipe_keys(
     ] = None,
 ) -> None:
     """Every key of a recipe, its default, the words that it allows and its meaning."""
+    from uft_ds.recipe.described import describe_keys
     from uft_ds.recipe.names import unknown_key
-    from uft_ds.recipe.schema import Recipe, describe_keys
+    from uft_ds.recipe.schema import Recipe
 
     every = describe_keys()
     shown = [row for row in every if section is None or f"{row.key}.".startswith(f"{section}.")]

@@ -33,6 +33,8 @@ class MicroBatch:
     targets_N: [supervised tokens], the token predicted.
     response_of_N: [supervised tokens], index into the responses.
     last_R: [responses], index of the position of each response's last token.
+    host_predictors_N, host_last_R: the same two, which stay on the host: how many of them are in a part of the row
+        cannot be asked of a GPU without waiting for it.
     facts: by name, [responses] each, float32: the score, and other facts that any of the responses carries.
     bounds_S: [segments + 1], int32, cumulative lengths.
     lengths: of each segment, in tokens.
@@ -50,6 +52,8 @@ class MicroBatch:
     targets_N: Tensor
     response_of_N: Tensor
     last_R: Tensor
+    host_predictors_N: np.ndarray
+    host_last_R: np.ndarray
     facts: Mapping[str, Tensor]
     bounds_S: Tensor
     lengths: tuple[int, ...]
@@ -112,14 +116,18 @@ def micro_batch(sequences: Seq[Sequence], *, share_prompts: bool = False) -> Mic
     spans = [places[r.start : r.end] for places, r in responses]
     predictors = [places[r.start - 1 : r.end - 1] for places, r in responses]
     supervised = np.concatenate(spans) if spans else np.zeros(0, dtype=np.int64)
+    predictors_N = np.concatenate(predictors) if predictors else supervised
+    last_R = np.array([span[-1] for span in spans], dtype=np.int64)
     lengths = torch.tensor([len(span) for span in spans], dtype=torch.int64)
     return MicroBatch(
         token_ids_T=torch.from_numpy(token_ids),
         position_ids_T=torch.from_numpy(row.of_tokens([np.arange(s.num_tokens) for s in sequences])),
-        predictors_N=torch.from_numpy(np.concatenate(predictors) if predictors else supervised),
+        predictors_N=torch.from_numpy(predictors_N),
         targets_N=torch.from_numpy(token_ids[supervised]),
         response_of_N=torch.repeat_interleave(torch.arange(len(spans)), lengths),
-        last_R=torch.tensor([span[-1] for span in spans], dtype=torch.int64),
+        last_R=torch.from_numpy(last_R),
+        host_predictors_N=predictors_N,
+        host_last_R=last_R,
         facts=_columns([r for _, r in responses]),
         bounds_S=torch.tensor([0, *accumulate(row.lengths)], dtype=torch.int32),
         lengths=row.lengths,

@@ -114,7 +114,7 @@ def check_length(model: PreTrainedModel, ids: list[int], max_new_tokens: int, *,
             f"{name} holds the token id {max(ids)}, and the model's embedding has only {rows} rows: the folder's "
             "tokenizer has tokens that the model was not given; take the tokenizer of this model."
         )
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and len(ids) + max_new_tokens > limit:
         raise UserError(
             f"{name} has {len(ids)} tokens; with max_new_tokens={max_new_tokens} that is beyond the {limit} "

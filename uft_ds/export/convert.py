@@ -38,7 +38,7 @@ from uft_ds.export.agreement import (
 from uft_ds.export.deepspeed_files import is_deepspeed
 from uft_ds.export.low_rank import ExpertsLowRank, LowRank, read_low_rank
 from uft_ds.export.merge import write_merged
-from uft_ds.export.model_card import model_card
+from uft_ds.export.model_card import FOR_REWARDS, model_card
 from uft_ds.export.quantised import write_mark
 from uft_ds.export.source import Convertible, of_run, opened, recorded_identity
 from uft_ds.export.universal import write_universal
@@ -49,7 +49,7 @@ from uft_ds.host.locks import Held, acquire
 from uft_ds.streams.base_weights import base_weights
 from uft_ds.streams.experts import without_wrappers
 from uft_ds.streams.identity import local_folder
-from uft_ds.streams.load import check_base, check_base_files, config_of_folder, embedding_rows
+from uft_ds.streams.load import auto_class, check_base, check_base_files, config_of_folder, embedding_rows
 from uft_ds.streams.stored_names import stored_experts, stored_parameters, stored_weights
 from uft_ds.streams.tied import stored_twice
 from uft_ds.streams.weight_files import WeightFiles
@@ -213,9 +213,16 @@ def convert_to_adapter(
             write_mark(temporary, source.nf4)
         if source.settings is not None:
             (save_for_scoring if source.is_reward_model else save_tokenizer)(tokenizer_of(source), temporary)
-            card = model_card(source.base, source.settings, None, title=out.name, nf4=source.nf4, is_adapter=True)
+            loaded_as = None if source.nf4 is None else _loaded_as(source)
+            card = model_card(source.base, source.settings, None, title=out.name, nf4=source.nf4, loaded_as=loaded_as)
             (temporary / "README.md").write_text(card, encoding="utf-8")
     return Conversion(out, source.path, None)
+
+
+def _loaded_as(source: Convertible) -> str:
+    """The name of the class of transformers that loads the base of an adapter."""
+    config = check_base(source.base, source.revision)
+    return FOR_REWARDS if source.is_reward_model else str(auto_class(config).__name__)
 
 
 def convert_to_universal(path: Path, out: Path, *, say: Say = print) -> Conversion:

@@ -6,11 +6,13 @@ import yaml
 
 from uft_ds import __version__
 from uft_ds.export.agreement import Agreement
-from uft_ds.export.quantised import MARK
 from uft_ds.export.whole import Written
 from uft_ds.recipe.file import dump_recipe
 from uft_ds.recipe.settings import Settings
-from uft_ds.streams.nf4 import Nf4Base
+from uft_ds.streams.nf4 import MARK, Nf4Base
+
+FOR_REWARDS = "AutoModelForSequenceClassification"
+"""The class of transformers that loads the base of a reward model's adapter."""
 
 
 def model_card(
@@ -20,12 +22,13 @@ def model_card(
     *,
     title: str,
     nf4: Nf4Base | None = None,
-    is_adapter: bool = False,
+    loaded_as: str | None = None,
 ) -> str:
     """Markdown with the hub's front matter; the owner of the model must still fill in the licence.
 
     Args:
-        nf4: the base in NF4 that was trained on. is_adapter: whether this is the card of the adapter alone.
+        nf4: the base in NF4 that was trained on.
+        loaded_as: the class of transformers that loads the base of an adapter on NF4; None: the card is of a model.
     """
     is_reward_model = settings is not None and settings.trains_head
     trains_all = settings is not None and settings.trains_all
@@ -49,7 +52,8 @@ def model_card(
         "fields above."
     )
     if nf4 is not None:
-        parts += ["## The base in NF4", _on_nf4(base, str(nf4.dtype)) if is_adapter else _MERGED_INTO_NF4]
+        what = _MERGED_INTO_NF4 if loaded_as is None else _on_nf4(base, str(nf4.dtype), loaded_as)
+        parts += ["## The base in NF4", what]
     if settings is not None:
         rows = "\n".join(f"- `{source.path}` ({source.rules.format})" for source in settings.data.sources)
         parts += ["## Data", rows]
@@ -73,8 +77,9 @@ _MERGED_INTO_NF4 = (
 )
 
 
-def _on_nf4(base: str, dtype: str) -> str:
+def _on_nf4(base: str, dtype: str, loaded_as: str) -> str:
     """How to load an adapter that was trained on a base in NF4. dtype: as torch writes it."""
+    of_reward = "num_labels=1, " if loaded_as == FOR_REWARDS else ""
     return f"""\
 The adapter belongs on the linear layers of its base in NF4 (4 bits, blocks of 64, double quantisation), on which it was
 trained. On the same base in 16 bits it is another model. With transformers, PEFT and bitsandbytes:
@@ -82,7 +87,7 @@ trained. On the same base in 16 bits it is another model. With transformers, PEF
 ```python
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import {loaded_as}, BitsAndBytesConfig
 
 nf4 = BitsAndBytesConfig(
     load_in_4bit=True,
@@ -90,7 +95,7 @@ nf4 = BitsAndBytesConfig(
     bnb_4bit_use_double_quant=True,
     bnb_4bit_compute_dtype={dtype},
 )
-base = AutoModelForCausalLM.from_pretrained("{base}", quantization_config=nf4, dtype={dtype})
+base = {loaded_as}.from_pretrained("{base}", {of_reward}quantization_config=nf4, dtype={dtype})
 model = PeftModel.from_pretrained(base, ".")
 ```
 

@@ -1,4 +1,4 @@
-"""Which adapters belong on a base in NF4: a run's settings say it, and a file in the folder of a converted adapter.
+"""Which adapters belong on a base in NF4: a run's settings say it, and a file in the folder of an adapter.
 
 PEFT's adapter_config.json has no field for it, and on the same base in 16 bits the adapter is another model.
 """
@@ -13,9 +13,8 @@ import torch
 from uft_ds.checkpoint.folder import run_of_adapter
 from uft_ds.errors import UserError
 from uft_ds.recipe.settings import ModelSettings, load_settings
-from uft_ds.streams.nf4 import NF4, Nf4Base
+from uft_ds.streams.nf4 import MARK, NF4, Nf4Base
 
-MARK = "base_quantization.json"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -26,8 +25,7 @@ def nf4_of(model: ModelSettings) -> Nf4Base | None:
 
 def write_mark(folder: Path, nf4: Nf4Base) -> None:
     """Note in an adapter's folder that it belongs on its base in NF4."""
-    content = {"quantization": NF4, "dtype": str(nf4.dtype).removeprefix("torch.")}
-    (folder / MARK).write_text(json.dumps(content) + "\n", encoding="utf-8")
+    (folder / MARK).write_bytes(nf4.mark)
 
 
 def nf4_of_adapter(folder: Path) -> Nf4Base | None:

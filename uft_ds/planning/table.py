@@ -59,6 +59,7 @@ def rendered(plan: Plan) -> RenderableType:
         _moved(plan.outcome),
         "",
         _alternatives("DeepSpeed file, recipe unchanged", plan.files, name=_file_name),
+        *_ruled_out(plan),
         *_options(plan),
         "",
         Text("Assumed: " + "; ".join(plan.assumptions) + "."),
@@ -224,7 +225,9 @@ _STEP_ROWS: tuple[tuple[str, Callable[[Moved], float], str], ...] = (
 
 
 def _moved(outcome: Outcome) -> Table:
-    shown = _plain_table("a step", *(_mode_name(outcome, mode) for mode in outcome.by_mode))
+    names = [_mode_name(outcome, mode) for mode in outcome.by_mode]
+    title = "a step (* as this recipe)" if any(name.endswith("*") for name in names) else "a step"
+    shown = _plain_table(title, *names)
     modes = outcome.by_mode.values()
     for name, value, form in _STEP_ROWS:
         values = [value(moved) for moved in modes]
@@ -254,6 +257,13 @@ def _options(plan: Plan) -> Iterable[RenderableType]:
     if plan.options:
         yield ""
         yield _alternatives("what to change, cheapest first", plan.options[:12], name=lambda one: " ".join(one.changes))
+
+
+def _ruled_out(plan: Plan) -> Iterable[Text]:
+    """Why other files of the table are ruled out, a line each; of the recipe's own the verdict says it."""
+    for alternative in plan.files:
+        if alternative.changes and alternative.outcome.problems:
+            yield Text("ruled out: " + "; ".join(alternative.outcome.problems))
 
 
 def _alternatives(title: str, alternatives: Iterable[Alternative], *, name: Callable[[Alternative], str]) -> Table:

@@ -17,8 +17,10 @@ from yaml.constructor import ConstructorError
 from uft_ds.errors import UserError
 from uft_ds.host.files import read_regular_text
 from uft_ds.host.formats import check_format
+from uft_ds.recipe.described import describe_keys, section_of
 from uft_ds.recipe.names import unknown_key, unknown_name
-from uft_ds.recipe.schema import COMBINATIONS_CHECKED, Recipe, Section, describe_keys, section_of
+from uft_ds.recipe.schema import COMBINATIONS_CHECKED, Recipe
+from uft_ds.recipe.section import Section
 
 _DIGITS = 9
 """Most digits of an index into a list."""

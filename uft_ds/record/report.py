@@ -268,7 +268,7 @@ def one_line(metrics: Mapping[str, float]) -> str:
     if margin is not None:
         rewards.pop("pair", None)
     if rewards:
-        parts.append("reward " + ", ".join(f"{kind} {_signed(reward)}" for kind, reward in rewards.items()))
+        parts.append("reward: " + ", ".join(f"{kind} {_signed(reward)}" for kind, reward in rewards.items()))
     if margin is not None:
         parts.append(f"pair margin {_signed(margin)}, accuracy {_percent(metrics['pair_accuracy/pair'])}")
     if "rollouts/score" in metrics:

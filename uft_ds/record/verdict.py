@@ -127,7 +127,10 @@ def _order(correlation: Course) -> Answer:
 
 def _calibration(error: Course) -> Answer:
     """Of graded responses alone: labels and pairs are 0 or 1, so where half are 1 the untrained model has no error."""
-    return _answer(error.last <= max(_WELL_CALIBRATED, error.first - 1e-9))
+    if error.last <= max(_WELL_CALIBRATED, error.first - 1e-9):
+        return "yes"
+    # The n / 10 scores of a bin, of standard deviation at most 1/2, have a mean that is off by 1 / (2 sqrt(n / 10)).
+    return "unclear" if error.last < 0.5 * math.sqrt(10 / max(1, error.responses)) else "no"
 
 
 _TOO_HIGH, _TOO_LOW, _STEEPER, _FLATTER = (

@@ -77,9 +77,13 @@ class Live:
 
 @dataclass(frozen=True)
 class Replayed:
-    """A run that trains on what another one has recorded."""
+    """A run that trains on what another one has recorded.
+
+    is_of_this_base: whether that one had this run's base. Fresh adapters have one hash on any base of their shapes.
+    """
 
     record: RecordFolder
+    is_of_this_base: bool = True
 
 
 class Rollouts:
@@ -144,12 +148,12 @@ class Rollouts:
         handover = take_policy(self._engine, self._policy, n)
         if isinstance(self._made_by, Replayed):
             record = self._of_other_run(self._made_by, n, asked)
-            is_replayed = True
+            is_replayed, is_of_this_base = True, self._made_by.is_of_this_base
         else:
             found = self._own(n, asked, handover)
-            is_replayed = found is not None
+            is_replayed, is_of_this_base = found is not None, True
             record = self._generated(self._made_by, n, asked, handover) if found is None else found
-        is_own = record.policy == handover.version.digest
+        is_own = is_of_this_base and record.policy == handover.version.digest
         if not is_own and not self._has_said_whose:
             self._has_said_whose = True
             self._reporter.warn(

@@ -15,7 +15,7 @@ import torch
 from uft_ds.checkpoint.folder import run_of_adapter
 from uft_ds.engine.zero_section import check_ranks
 from uft_ds.errors import UserError
-from uft_ds.export.quantised import MARK, nf4_of_adapter
+from uft_ds.export.quantised import nf4_of_adapter
 from uft_ds.host.packages import install_command
 from uft_ds.recipe.settings import Settings
 from uft_ds.record.run_folder import reading_identity
@@ -27,7 +27,7 @@ from uft_ds.streams.divided import why_undivided
 from uft_ds.streams.identity import OnFile, base_identity
 from uft_ds.streams.load import attention_implementation, check_base, empty_base
 from uft_ds.streams.model import UFTModel
-from uft_ds.streams.nf4 import check_bitsandbytes, check_can_be_nf4
+from uft_ds.streams.nf4 import MARK, check_bitsandbytes, check_can_be_nf4
 
 
 def check_recipe(settings: Settings) -> tuple[str, ...]:

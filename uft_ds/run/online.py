@@ -17,7 +17,7 @@ from uft_ds.evaluation.generate import decode
 from uft_ds.host.signals import Stop, StopRequest
 from uft_ds.recipe.settings import ScorerSettings, Settings
 from uft_ds.record.report import Reporter
-from uft_ds.record.run_folder import RunFolder
+from uft_ds.record.run_folder import RunFolder, reading_identity
 from uft_ds.rollouts.prompts import read_prompts
 from uft_ds.rollouts.record import RecordFolder
 from uft_ds.rollouts.scorers import RewardMap, SourceScorer, check_scorer
@@ -60,6 +60,15 @@ def _record_of(settings: Settings) -> RecordFolder:
     """The record of `generator.run`."""
     assert settings.generator.run is not None
     return RecordFolder(RunFolder(Path(settings.generator.run)).rollouts)
+
+
+def _is_of_this_base(settings: Settings, folder: RunFolder) -> bool:
+    """Whether the run that recorded the answers had this run's base, by its content and its rounding."""
+    other = RunFolder(Path(str(settings.generator.run)))
+    if not other.identity.exists():  # a record alone was copied
+        return False
+    with reading_identity(other) as theirs, reading_identity(folder) as own:
+        return bool(theirs["base"] == own["base"])
 
 
 def _check_recorded(settings: Settings, data: PreparedData, plan: Steps) -> None:
@@ -137,7 +146,7 @@ def build_rollouts(
     record = RecordFolder(folder.rollouts)
     made_by: Live | Replayed
     if settings.generator.by == "recorded":
-        made_by = Replayed(_record_of(settings))  # checked before the launch
+        made_by = Replayed(_record_of(settings), _is_of_this_base(settings, folder))  # checked before the launch
     else:
         # The scorers first: what they hold in memory, the generator cannot have.
         scoring = _scoring(settings, data, chat, request) if engine.rank == 0 else None

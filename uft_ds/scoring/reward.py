@@ -51,7 +51,7 @@ class RewardScorer:
             raise UserError(f"--max-length {max_length:,}: the model reads {longest:,} tokens at most (config.json)")
         self._max_length = max_length or longest
         self._num_embeddings = self._model.get_input_embeddings().num_embeddings
-        self._pad_id = getattr(config, "pad_token_id", None)
+        self._pad_id = getattr(config.get_text_config(), "pad_token_id", None)
         # A decoder's class for classification: hidden states, and a linear head at one position.
         self._pools = hasattr(self._model, "score") and hasattr(self._model, self._model.base_model_prefix)
         self._is_compared = False
@@ -149,7 +149,7 @@ def pooled_position(row: Sequence[int], pad_id: int | None) -> int:
 
 def _longest(model: Any) -> int:
     """How many tokens the model reads. Learnt positions of RoBERTa's kind begin behind the padding's own."""
-    longest = getattr(model.config, "max_position_embeddings", None) or 2**31
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
     for name, module in model.named_modules():
         padding = getattr(module, "padding_idx", None)
         if name.endswith("position_embeddings") and padding is not None:

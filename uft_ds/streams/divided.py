@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
@@ -43,15 +44,20 @@ class SequenceGroup:
         part_t = row_T[self.rank * own : (self.rank + 1) * own]
         return torch.nn.functional.pad(part_t, (0, own - len(part_t)))
 
-    def own_places(self, places_N: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    def own_places(self, places_N: np.ndarray, num_tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Which of some places in a row are in this rank's part.
 
+        Args:
+            places_N: on the host. Chosen on a GPU they would have a number that the host has to wait for.
         Returns:
-            their indices among the given ones, and the places counted from the part's first token.
+            on the device: their indices among the given ones, and the places counted from the part's first token.
         """
         own = self.padded(num_tokens) // self.size
-        index_n = ((places_N >= self.rank * own) & (places_N < (self.rank + 1) * own)).nonzero().squeeze(1)
-        return index_n, places_N[index_n] - self.rank * own
+        first = self.rank * own
+        index_n = np.flatnonzero((places_N >= first) & (places_N < first + own))
+        found = (torch.from_numpy(of_n) for of_n in (index_n, places_N[index_n] - first))
+        index, places = (of_n.to(device, non_blocking=True) for of_n in found)
+        return index, places
 
     def own_heads(self, part: Tensor) -> Tensor:
         """From its own tokens of all heads, [1, H, T / S, d], to all tokens of its own heads, [1, H / S, T, d]."""

@@ -199,10 +199,11 @@ def model_of(config: Any) -> Any:
     Raises:
         ValueError, KeyError: transformers has no such model.
     """
-    return _auto_class(config).from_config(config, trust_remote_code=False)
+    return auto_class(config).from_config(config, trust_remote_code=False)
 
 
-def _auto_class(config: Any) -> Any:
+def auto_class(config: Any) -> Any:
+    """The class of transformers by whose name a model of this config is loaded, with its head for text."""
     is_wrapper = (
         type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     )
@@ -283,7 +284,7 @@ def load_weights(base: str, **options: Any) -> Any:
         UserError: on every rank.
     """
     try:
-        loaded: Any = _auto_class(_config_of_base(base, options.get("revision"))).from_pretrained(
+        loaded: Any = auto_class(_config_of_base(base, options.get("revision"))).from_pretrained(
             base,
             trust_remote_code=False,
             output_loading_info=True,

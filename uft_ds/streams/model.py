@@ -214,7 +214,7 @@ class UFTModel(nn.Module):
             raise RuntimeError("All streams share one head: if the head is trained, no stream can be without gradient.")
         predictors, targets, index_n = micro_batch.predictors_N, micro_batch.targets_N, None
         if among is not None:
-            index_n, predictors = among.own_places(predictors, total)
+            index_n, predictors = among.own_places(micro_batch.host_predictors_N, total, predictors.device)
             targets = targets[index_n]
         hidden = [hidden_states[stream][0].index_select(0, predictors) for stream in streams]
         trained = sum(stream.trained for stream in streams)
@@ -227,7 +227,7 @@ class UFTModel(nn.Module):
         outputs, among = {}, self._among
         places, index_r = micro_batch.last_R, None
         if among is not None:
-            index_r, places = among.own_places(places, len(micro_batch.token_ids_T))
+            index_r, places = among.own_places(micro_batch.host_last_R, len(micro_batch.token_ids_T), places.device)
         for stream, hidden_1TD in hidden_states.items():
             if stream.head == "scalar":
                 values = self._values_of(stream, hidden_1TD[0].index_select(0, places))

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from uft_ds.host.packages import install_command
 
 NF4 = "nf4"
 """What `model.quantization` calls it."""
+MARK = "base_quantization.json"
+"""A file beside an adapter, which says that it belongs on its base in NF4: PEFT's config has no field for it."""
 
 BLOCK = 64
 """Weights that share a constant."""
@@ -65,6 +68,12 @@ class Nf4Base:
     """
 
     dtype: torch.dtype
+
+    @property
+    def mark(self) -> bytes:
+        """The content of `MARK` beside an adapter that was trained on it."""
+        content = {"quantization": NF4, "dtype": str(self.dtype).removeprefix("torch.")}
+        return f"{json.dumps(content)}\n".encode()
 
 
 def check_bitsandbytes() -> None:
@@ -143,6 +152,12 @@ def quantise(base: Any, whole: Whole = nullcontext) -> None:
         layer.weight = weight.to("cpu") if is_divided else weight
         layer.requires_grad_(False)
         layer.__class__ = Nf4Linear
+
+
+def held_in_nf4(base: Any) -> Nf4Base | None:
+    """What `quantise` has made of a base, with adapters or without; None if it is as it was loaded."""
+    weights: Iterator[Any] = (module.weight for module in base.modules() if isinstance(module, Nf4Linear))
+    return next((Nf4Base(weight.quant_state.dtype) for weight in weights), None)
 
 
 def check_device(weight: Tensor, device: torch.device) -> None:

@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError
 
 from uft_ds.errors import UserError
 from uft_ds.recipe.file import dump_value, explained, load_recipe, load_yaml, read_yaml_file, said
-from uft_ds.recipe.schema import Location, Section
+from uft_ds.recipe.section import Location, Section
 from uft_ds.recipe.settings import Settings, changed, settings_of
 
 DEFAULT_COLUMNS = (

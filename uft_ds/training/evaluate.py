@@ -210,8 +210,16 @@ def _without_tokens(batch: MicroBatch) -> MicroBatch:
 
     The micro-batches of all groups are kept until the end, and their tokens need not stay on the device.
     """
-    none = batch.token_ids_T[:0].clone()
-    return replace(batch, token_ids_T=none, position_ids_T=none, predictors_N=none, targets_N=none, response_of_N=none)
+    none, on_host = batch.token_ids_T[:0].clone(), np.zeros(0, dtype=np.int64)
+    return replace(
+        batch,
+        token_ids_T=none,
+        position_ids_T=none,
+        predictors_N=none,
+        host_predictors_N=on_host,
+        targets_N=none,
+        response_of_N=none,
+    )
 
 
 def _with_distinct_pairs(tables: Seq[np.ndarray]) -> np.ndarray:
