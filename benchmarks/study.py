@@ -14,13 +14,13 @@ rates: each method's last stage with each of three learning rates, a second stag
 seeds: each method at its rate with five seeds. Prompts of the trained kinds and of the other three: answered exactly
     right, mean grade, tokens of an answer. How well the implicit reward against the base orders right and flawed
     answers (rank correlation, calibration error). With --data, IFEval and TruthfulQA mc2 by `uft eval`, the first 24
-    questions of each. Of online methods the mean log-ratio at the end, which is the KL that was spent, and seconds of a
-    step by phase.
+    questions of each, of the first three seeds: they take longer than the training. Of online methods the mean
+    log-ratio at the end, which is the KL that was spent, and seconds of a step by phase.
 mix: UFT with five ratios of right answers to scored ones, those of the paper's ablation, three seeds each.
 
 A run that has a line in `results/study.jsonl` is not run again. With --methods no other method is run (those of two
 stages need `sft` first), so that two machines can share the work; their lines are put into one file. With --minutes no
-run is begun after so many; the table shows what there is. Two to five minutes a run on two cores; some 44 + 56 + 15
+run is begun after so many; the table shows what there is. Two to six minutes a run on two cores; some 50 + 56 + 15
 runs. `--picture FILE` draws the mix.
 """
 
@@ -48,7 +48,7 @@ STEPS, FIRST_STAGE = 20, 10
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 FIRST_RATES, SECOND_STAGE = (3e-4, 1e-3, 3e-3), (1e-4, 3e-4, 1e-3, 3e-3)
 """Those that every method is measured with. A second stage may leave its start as it is, which a low rate shows."""
-RATE_SEED, SEEDS, MIX_SEEDS = 100, (1, 2, 3, 4, 5), (1, 2, 3)
+RATE_SEED, SEEDS, ASKED_SEEDS, MIX_SEEDS = 100, (1, 2, 3, 4, 5), (1, 2, 3), (1, 2, 3)
 UNTRAINED_KINDS = ("initials", "bold", "pipes")
 TEST, VALIDATION = 15, 10
 """Held-out prompts of each kind."""
@@ -203,10 +203,9 @@ class Study:
     def data(self) -> Path:
         return self.folder / "data"
 
-    @property
-    def asked(self) -> int:
+    def asked(self, seed: int) -> int:
         """Questions of each benchmark: a run that was measured without them is measured again with them."""
-        return 0 if self.questions is None else QUESTIONS
+        return 0 if self.questions is None or seed not in ASKED_SEEDS else QUESTIONS
 
     def may_begin(self) -> bool:
         return time.monotonic() < self.ends
@@ -323,9 +322,7 @@ def spent(run: Path) -> dict[str, float]:
 
 
 def asked_questions(study: Study, run: Path | None) -> dict[str, float]:
-    """IFEval and TruthfulQA mc2 of a run, or of the base; nothing without --data."""
-    if study.questions is None:
-        return {}
+    """IFEval and TruthfulQA mc2 of a run, or of the base."""
     from uft_ds.evaluation.results import read_evaluation
 
     out = study.folder / "evaluations" / ("base" if run is None else run.name)
@@ -339,7 +336,7 @@ def asked_questions(study: Study, run: Path | None) -> dict[str, float]:
     return {"ifeval": statistics.fmean(of_ifeval), "truthfulqa": mc2}
 
 
-def measured(study: Study, run: Path | None) -> dict[str, float]:
+def measured(study: Study, run: Path | None, *, questions: int = 0) -> dict[str, float]:
     """All that the tables show of a run, or of the base before any training (None)."""
     policy, tokenizer = policy_of(run, study.base)
     found = {} if run is None else ordering(policy, study.base, study.data) | spent(run)
@@ -347,7 +344,7 @@ def measured(study: Study, run: Path | None) -> dict[str, float]:
     found |= graded(model, tokenizer, study.data / "test.jsonl")
     untrained = graded(model, tokenizer, study.data / "untrained.jsonl")
     found |= {f"untrained: {name}": value for name, value in untrained.items() if name != "answer tokens"}
-    return found | asked_questions(study, run)
+    return found | (asked_questions(study, run) if questions else {})
 
 
 # --- parts ---
@@ -396,20 +393,21 @@ def _first_rate(name: str, chosen: Mapping[str, float]) -> float | None:
 
 def measure_seeds(study: Study, chosen: Mapping[str, float]) -> None:
     """Every method with every seed, a seed after the other; the table of what there is."""
-    base_line = {"part": "seeds", "method": "base", "questions": study.asked}
+    base_line = {"part": "seeds", "method": "base", "questions": study.asked(SEEDS[0])}
     base = study.results.of(base_line)
     if base is None and study.may_begin():
-        base = measured(study, None)
+        base = measured(study, None, questions=study.asked(SEEDS[0]))
         study.results.add(base_line, base)
     rows: dict[str, list[dict[str, float]]] = {"before training": [base] if base else []}
     for seed in SEEDS:
         for name, rate in chosen.items():
             first_rate = _first_rate(name, chosen)
             line = {"part": "seeds", "method": name, "rate": rate, "first_rate": first_rate, "seed": seed}
-            line["questions"] = study.asked
+            line["questions"] = study.asked(seed)
             found = study.results.of(line)
             if found is None and study.may_begin():
-                found = measured(study, study.trained(name, rate, seed, first_rate or 0.0, None))
+                run = study.trained(name, rate, seed, first_rate or 0.0, None)
+                found = measured(study, run, questions=study.asked(seed))
                 study.results.add(line, found)
             if found is not None:
                 rows.setdefault(METHODS[name].label, []).append(found)
@@ -422,7 +420,6 @@ def measure_mix(study: Study, rate: float) -> dict[int, list[dict[str, float]]]:
     for seed in MIX_SEEDS:
         for part in SCORED_PARTS:
             line = {"part": "mix", "method": "uft", "rate": rate, "scored": part, "seed": seed}
-            line["questions"] = study.asked
             found = study.results.of(line)
             if found is None and study.may_begin():
                 mix = {"instruction": round(20 / (20 + part), 3), "scored": round(part / (20 + part), 3)}
