@@ -14,8 +14,8 @@ rates: each method's last stage with each of three learning rates, a second stag
 seeds: each method at its rate with five seeds. Prompts of the trained kinds and of the other three: answered exactly
     right, mean grade, tokens of an answer. How well the implicit reward against the base orders right and flawed
     answers (rank correlation, calibration error). With --data, IFEval and TruthfulQA mc2 by `uft eval`, the first 24
-    questions of each, of the first three seeds: they take longer than the training. Of online methods the mean
-    log-ratio at the end, which is the KL that was spent, and seconds of a step by phase.
+    questions of each: the first seed both, the next two IFEval (TruthfulQA takes longer than the training). Of online
+    methods the mean log-ratio at the end, which is the KL that was spent, and seconds of a step by phase.
 mix: UFT with five ratios of right answers to scored ones, those of the paper's ablation, three seeds each.
 
 A run that has a line in `results/study.jsonl` is not run again. With --methods no other method is run (those of two
@@ -48,7 +48,9 @@ STEPS, FIRST_STAGE = 20, 10
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 FIRST_RATES, SECOND_STAGE = (3e-4, 1e-3, 3e-3), (1e-4, 3e-4, 1e-3, 3e-3)
 """Those that every method is measured with. A second stage may leave its start as it is, which a low rate shows."""
-RATE_SEED, SEEDS, ASKED_SEEDS, MIX_SEEDS = 100, (1, 2, 3, 4, 5), (1, 2, 3), (1, 2, 3)
+RATE_SEED, SEEDS, MIX_SEEDS = 100, (1, 2, 3, 4, 5), (1, 2, 3)
+ASKED = {1: ("ifeval", "truthfulqa_mc2"), 2: ("ifeval",), 3: ("ifeval",)}
+"""The benchmarks that a seed is asked. Seven minutes a run for both, of which TruthfulQA's choices take five."""
 UNTRAINED_KINDS = ("initials", "bold", "pipes")
 TEST, VALIDATION = 15, 10
 """Held-out prompts of each kind."""
@@ -203,9 +205,13 @@ class Study:
     def data(self) -> Path:
         return self.folder / "data"
 
-    def asked(self, seed: int) -> int:
-        """Questions of each benchmark: a run that was measured without them is measured again with them."""
-        return 0 if self.questions is None or seed not in ASKED_SEEDS else QUESTIONS
+    def asked(self, seed: int) -> tuple[str, ...]:
+        """The benchmarks that a run with this seed is asked, if there is data for them."""
+        return () if self.questions is None else ASKED.get(seed, ())
+
+    def num_questions(self, seed: int) -> int:
+        """Questions of each of them: a run that was measured without any is measured again with them."""
+        return QUESTIONS if self.asked(seed) else 0
 
     def may_begin(self) -> bool:
         return time.monotonic() < self.ends
@@ -262,7 +268,7 @@ class Study:
         if method.after_sft:
             overrides["reference.adapter"] = str(self.first_stage(seed, first_rate))
         recipe = "quickstart_online" if method.online else "quickstart"
-        train(recipe, run, overrides | method.more)
+        train(recipe, run, overrides | dict(method.more))
         return run
 
 
@@ -321,22 +327,28 @@ def spent(run: Path) -> dict[str, float]:
     }
 
 
-def asked_questions(study: Study, run: Path | None) -> dict[str, float]:
-    """IFEval and TruthfulQA mc2 of a run, or of the base."""
+def asked_questions(study: Study, run: Path | None, asked: tuple[str, ...]) -> dict[str, float]:
+    """IFEval, the mean of its four shares, and TruthfulQA mc2 of a run, or of the base; those that are asked."""
+    if not asked:
+        return {}
     from uft_ds.evaluation.results import read_evaluation
 
     out = study.folder / "evaluations" / ("base" if run is None else run.name)
+    suite = ",".join(f"{task}=0" for task in asked)
     uft(
-        *("eval", str(run or study.base), "--suite", "ifeval=0,truthfulqa_mc2=0", "--data", str(study.questions)),
-        *("--limit", str(QUESTIONS), "--max-new-tokens", str(QUESTION_TOKENS), "--chat-template", "--out", str(out)),
+        *("eval", str(run or study.base), "--suite", suite, "--data", str(study.questions), "--limit", str(QUESTIONS)),
+        *("--max-new-tokens", str(QUESTION_TOKENS), "--chat-template", "--out", str(out)),
     )
-    metrics = {task.task: task.metrics for task in read_evaluation(out).tasks}
-    of_ifeval = [value for name, value in metrics["ifeval"].items() if name.startswith(("prompt", "inst"))]
-    (mc2,) = (value for name, value in metrics["truthfulqa_mc2"].items() if name.startswith("acc"))
-    return {"ifeval": statistics.fmean(of_ifeval), "truthfulqa": mc2}
+    shown = {"ifeval": ("prompt", "inst"), "truthfulqa_mc2": ("acc",)}
+    return {
+        task.task.removesuffix("_mc2"): statistics.fmean(
+            value for name, value in task.metrics.items() if name.startswith(shown[task.task])
+        )
+        for task in read_evaluation(out).tasks
+    }
 
 
-def measured(study: Study, run: Path | None, *, questions: int = 0) -> dict[str, float]:
+def measured(study: Study, run: Path | None, asked: tuple[str, ...] = ()) -> dict[str, float]:
     """All that the tables show of a run, or of the base before any training (None)."""
     policy, tokenizer = policy_of(run, study.base)
     found = {} if run is None else ordering(policy, study.base, study.data) | spent(run)
@@ -344,7 +356,7 @@ def measured(study: Study, run: Path | None, *, questions: int = 0) -> dict[str,
     found |= graded(model, tokenizer, study.data / "test.jsonl")
     untrained = graded(model, tokenizer, study.data / "untrained.jsonl")
     found |= {f"untrained: {name}": value for name, value in untrained.items() if name != "answer tokens"}
-    return found | (asked_questions(study, run) if questions else {})
+    return found | asked_questions(study, run, asked)
 
 
 # --- parts ---
@@ -393,21 +405,21 @@ def _first_rate(name: str, chosen: Mapping[str, float]) -> float | None:
 
 def measure_seeds(study: Study, chosen: Mapping[str, float]) -> None:
     """Every method with every seed, a seed after the other; the table of what there is."""
-    base_line = {"part": "seeds", "method": "base", "questions": study.asked(SEEDS[0])}
+    base_line = {"part": "seeds", "method": "base", "questions": study.num_questions(SEEDS[0])}
     base = study.results.of(base_line)
     if base is None and study.may_begin():
-        base = measured(study, None, questions=study.asked(SEEDS[0]))
+        base = measured(study, None, study.asked(SEEDS[0]))
         study.results.add(base_line, base)
     rows: dict[str, list[dict[str, float]]] = {"before training": [base] if base else []}
     for seed in SEEDS:
         for name, rate in chosen.items():
             first_rate = _first_rate(name, chosen)
             line = {"part": "seeds", "method": name, "rate": rate, "first_rate": first_rate, "seed": seed}
-            line["questions"] = study.asked(seed)
+            line["questions"] = study.num_questions(seed)
             found = study.results.of(line)
             if found is None and study.may_begin():
                 run = study.trained(name, rate, seed, first_rate or 0.0, None)
-                found = measured(study, run, questions=study.asked(seed))
+                found = measured(study, run, study.asked(seed))
                 study.results.add(line, found)
             if found is not None:
                 rows.setdefault(METHODS[name].label, []).append(found)
