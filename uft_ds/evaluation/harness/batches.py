@@ -54,6 +54,16 @@ def grouped(keys: Seq[Hashable]) -> list[list[int]]:
     return list(found.values())
 
 
+def same_beginning(rows: Seq[Seq[int]]) -> int:
+    """How many tokens all rows begin with alike."""
+    first, last = (
+        min(rows, key=tuple),
+        max(rows, key=tuple),
+    )  # in the order of their tokens, so that all others lie between these two
+    pairs = enumerate(zip(first, last, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(first), len(last)))
+
+
 class CutQuestions:
     """Questions of which a prompt did not fit into the model's positions and lost its beginning."""
 

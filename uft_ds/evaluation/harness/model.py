@@ -1,7 +1,8 @@
 """A model in memory that answers requests of lm-evaluation-harness, by the harness's own code for Hugging Face models.
 
-Prompts, tokens, truncation, stop sequences and log-probs are the harness's. Ours are the batches, and that logits are
-computed where a continuation is scored and not for its whole prompt.
+Prompts, tokens, truncation, stop sequences and log-probs are the harness's. Ours are the batches, that logits are
+computed where a continuation is scored and not for its whole prompt, and that the prompt of a question is read once for
+all its choices.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from uft_ds.errors import UserError
-from uft_ds.evaluation.harness.batches import MOST_ROWS, BatchSize, CutQuestions, cut, grouped
+from uft_ds.evaluation.cache import ALLOWED, cache_is_exact, new_cache
+from uft_ds.evaluation.harness.batches import MOST_ROWS, BatchSize, CutQuestions, cut, grouped, same_beginning
 
 Encoded = tuple[Any, list[int], list[int]]
 """A request, and the tokens of its context and of its continuation."""
@@ -29,6 +31,8 @@ Agreed = Callable[[str, Callable[[], int]], int]
 CPU_TOKENS = 1024
 """Of a batch on a CPU, with padding. SmolLM2-135M took 49.7 CPU seconds with about as many, 58.1 with four times as
 many."""
+SHARED_TOKENS = 64
+"""From so many tokens on that all choices of a question begin with, they are read once; a batch is then a question."""
 _KEPT_FREE = 0.9
 _UNLIMITED = 1 << 30
 
@@ -41,7 +45,8 @@ class CausalModel:
     ) -> None:
         """
         Args:
-            size: None: what fits into a GPU's memory, `CPU_TOKENS` on a CPU.
+            size: None: what fits into a GPU's memory, `CPU_TOKENS` on a CPU, and prompts are read once for all choices
+                of a question. With a size the rows are computed as the harness does it, to the last bit.
             has_template: whether prompts are written by a chat template, which writes the first token itself.
         """
         self.harness = _Harness(model, tokenizer, has_template=has_template)
@@ -94,7 +99,41 @@ class CausalModel:
         ]
         rows.sort(key=lambda row: (-len(ids[row[0]]), ids[row[0]]))
         widths = {row[0]: max(1, min(len(ids[row[0]]) - 1, self.harness.max_length)) for row in rows}
-        return cut(rows, widths, self._size_for("loglikelihood", max(widths.values(), default=1)))
+        size = self._size_for("loglikelihood", max(widths.values(), default=1))
+        together, alone = self._by_shared_prompt(requests, rows)
+        # On a CPU all choices of a question at once: what they do not share is short.
+        of_question = size if self.harness.device.type == "cuda" else BatchSize(rows=MOST_ROWS)
+        return [batch for question in together for batch in cut(question, widths, of_question)] + cut(
+            alone, widths, size
+        )
+
+    def _by_shared_prompt(
+        self, requests: Seq[Instance], rows: list[list[int]]
+    ) -> tuple[list[list[list[int]]], list[list[int]]]:
+        """The rows of each question whose choices begin alike, and all other rows, which stay in their order."""
+        if self._size is not None:
+            return [], rows
+        names = [(requests[row[0]].task_name, requests[row[0]].doc_id) for row in rows]
+        questions = [[rows[place] for place in places] for places in grouped(names) if len(places) > 1]
+        questions = [question for question in questions if self._shared(question) >= SHARED_TOKENS]
+        if not questions:
+            return [], rows
+        longest = [self._ids(row[0])[:-1] for row in questions[0]]
+        # By all ranks alike, or their batches would not be the same.
+        self.harness.shares = bool(self._agreed("caches are exact", lambda: int(self.harness.can_share(longest))))
+        if not self.harness.shares:
+            return [], rows
+        in_questions = {row[0] for question in questions for row in question}
+        return questions, [row for row in rows if row[0] not in in_questions]
+
+    def _shared(self, question: list[list[int]]) -> int:
+        """Tokens that the rows of a question begin with alike; 0 if a row is too long and loses its beginning."""
+        rows = [self._ids(row[0]) for row in question]
+        return 0 if max(map(len, rows)) > self.harness.max_length + 1 else same_beginning([row[:-1] for row in rows])
+
+    def _ids(self, place: int) -> list[int]:
+        _, context, continuation = self._encoded[place]
+        return context + continuation
 
     def _of_prompts(self, requests: Seq[Instance]) -> list[list[int]]:
         lengths = [len(self.harness.tok_encode(request.args[0])) for request in requests]
@@ -143,6 +182,26 @@ class _Harness(HFLM):
         )
         self._can_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._kept = 0
+        self.shares = False
+        """Whether tokens that all rows of a batch begin with are read once."""
+
+    @torch.no_grad()
+    def can_share(self, rows: list[list[int]]) -> bool:
+        """Whether rows may continue the cache of what they begin with: measured with these, by token ids.
+
+        The longest question is asked, because a sliding window is passed by a long prompt alone.
+        """
+        if not self._can_keep or not cache_is_exact(self.model, rows[0], self.device):
+            return False
+        rows = rows[:2]
+        shared, width = same_beginning(rows), max(map(len, rows))
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=self.device)
+        kept = width - min(shared, width - 1)
+        whole, continued = self.model(ids, logits_to_keep=kept).logits, self._continued(ids, width - kept, kept)
+        own = [len(row) - (width - kept) for row in rows]  # what follows is padding
+        found = [torch.cat([row[:n] for row, n in zip(of, own, strict=True)]) for of in (whole, continued)]
+        differences = found[0].float().log_softmax(-1) - found[1].float().log_softmax(-1)
+        return float(differences.double().square().mean().sqrt()) <= ALLOWED[next(self.model.parameters()).dtype]
 
     def encoded(self, context: str, continuation: str) -> Encoded:
         """As `TemplateLM.loglikelihood` encodes them."""
@@ -187,5 +246,15 @@ class _Harness(HFLM):
     def _model_call(self, inps: Any, attn_mask: Any = None, labels: Any = None) -> Any:
         if not self._kept:
             return super()._model_call(inps, attn_mask, labels)
+        shared = min(same_beginning(inps.tolist()), inps.shape[1] - self._kept) if self.shares else 0
         with torch.no_grad():
-            return self.model(inps, logits_to_keep=self._kept).logits
+            if shared < SHARED_TOKENS or len(inps) == 1:
+                return self.model(inps, logits_to_keep=self._kept).logits
+            return self._continued(inps, shared, self._kept)
+
+    def _continued(self, ids_BT: torch.Tensor, shared: int, kept: int) -> Any:
+        """Logits of the last `kept` tokens, where the first `shared` ones, the same in all rows, are read once."""
+        cache = new_cache(self.model, room=ids_BT.shape[1])
+        self.model(ids_BT[:1, :shared], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.batch_select_indices(torch.zeros(len(ids_BT), dtype=torch.long, device=ids_BT.device))
+        return self.model(ids_BT[:, shared:], past_key_values=cache, use_cache=True, logits_to_keep=kept).logits
