@@ -106,6 +106,14 @@ def cache_is_exact(model: Any, prompt: list[int], device: torch.device) -> bool:
     cache.batch_select_indices(torch.tensor([0, 0], device=device))
     through_cache = model(input_ids=answers, past_key_values=cache, use_cache=True).logits
     whole = model(input_ids=torch.cat([prompt_BT.expand(2, -1), answers], dim=1), use_cache=False).logits
-    differences = through_cache[:, -1].float().log_softmax(-1) - whole[:, -1].float().log_softmax(-1)
-    typical = float(differences.double().square().mean().sqrt())
-    return typical <= ALLOWED[next(model.parameters()).dtype]  # not where it is NaN
+    return are_alike(through_cache[:, -1], whole[:, -1], next(model.parameters()).dtype)
+
+
+def are_alike(continued: Tensor, whole: Tensor, dtype: torch.dtype) -> bool:
+    """Whether logits through a cache and those of whole rows, [..., vocabulary], are the same but for rounding.
+
+    Args:
+        dtype: of the model.
+    """
+    differences = continued.float().log_softmax(-1) - whole.float().log_softmax(-1)
+    return float(differences.double().square().mean().sqrt()) <= ALLOWED[dtype]  # not where it is NaN

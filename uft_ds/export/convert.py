@@ -221,8 +221,9 @@ def convert_to_adapter(
 
 def _loaded_as(source: Convertible) -> str:
     """The name of the class of transformers that loads the base of an adapter."""
-    config = check_base(source.base, source.revision)
-    return FOR_REWARDS if source.is_reward_model else str(auto_class(config).__name__)
+    if source.is_reward_model:
+        return FOR_REWARDS
+    return str(auto_class(check_base(source.base, source.revision)).__name__)
 
 
 def convert_to_universal(path: Path, out: Path, *, say: Say = print) -> Conversion:

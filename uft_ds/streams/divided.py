@@ -55,9 +55,8 @@ class SequenceGroup:
         own = self.padded(num_tokens) // self.size
         first = self.rank * own
         index_n = np.flatnonzero((places_N >= first) & (places_N < first + own))
-        found = (torch.from_numpy(of_n) for of_n in (index_n, places_N[index_n] - first))
-        index, places = (of_n.to(device, non_blocking=True) for of_n in found)
-        return index, places
+        index, places = map(torch.from_numpy, (index_n, places_N[index_n] - first))
+        return index.to(device, non_blocking=True), places.to(device, non_blocking=True)
 
     def own_heads(self, part: Tensor) -> Tensor:
         """From its own tokens of all heads, [1, H, T / S, d], to all tokens of its own heads, [1, H / S, T, d]."""

@@ -224,16 +224,17 @@ class UFTModel(nn.Module):
         return dict(zip(streams, outputs, strict=True))
 
     def _values(self, hidden_states: dict[Stream, Tensor], micro_batch: MicroBatch) -> dict[Stream, Output]:
-        outputs, among = {}, self._among
-        places, index_r = micro_batch.last_R, None
+        streams, among = [stream for stream in hidden_states if stream.head == "scalar"], self._among
+        if not streams:
+            return {}
+        outputs, places, index_r = {}, micro_batch.last_R, None
         if among is not None:
             index_r, places = among.own_places(micro_batch.host_last_R, len(micro_batch.token_ids_T), places.device)
-        for stream, hidden_1TD in hidden_states.items():
-            if stream.head == "scalar":
-                values = self._values_of(stream, hidden_1TD[0].index_select(0, places))
-                if among is not None and index_r is not None:
-                    values = among.of_all(values, index_r, micro_batch.num_responses)
-                outputs[stream] = Output(values_R=values)
+        for stream in streams:
+            values = self._values_of(stream, hidden_states[stream][0].index_select(0, places))
+            if among is not None and index_r is not None:
+                values = among.of_all(values, index_r, micro_batch.num_responses)
+            outputs[stream] = Output(values_R=values)
         return outputs
 
     def _values_of(self, stream: Stream, hidden_RD: Tensor) -> Tensor:

@@ -56,10 +56,8 @@ def grouped(keys: Seq[Hashable]) -> list[list[int]]:
 
 def same_beginning(rows: Seq[Seq[int]]) -> int:
     """How many tokens all rows begin with alike."""
-    first, last = (
-        min(rows, key=tuple),
-        max(rows, key=tuple),
-    )  # in the order of their tokens, so that all others lie between these two
+    # In the order of their tokens, all others lie between these two.
+    first, last = min(rows, key=tuple), max(rows, key=tuple)
     pairs = enumerate(zip(first, last, strict=False))
     return next((place for place, (one, other) in pairs if one != other), min(len(first), len(last)))
 

@@ -20,7 +20,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from uft_ds.errors import UserError
-from uft_ds.evaluation.cache import ALLOWED, cache_is_exact, new_cache
+from uft_ds.evaluation.cache import are_alike, cache_is_exact, new_cache
 from uft_ds.evaluation.harness.batches import MOST_ROWS, BatchSize, CutQuestions, cut, grouped, same_beginning
 
 Encoded = tuple[Any, list[int], list[int]]
@@ -100,25 +100,28 @@ class CausalModel:
         rows.sort(key=lambda row: (-len(ids[row[0]]), ids[row[0]]))
         widths = {row[0]: max(1, min(len(ids[row[0]]) - 1, self.harness.max_length)) for row in rows}
         size = self._size_for("loglikelihood", max(widths.values(), default=1))
-        together, alone = self._by_shared_prompt(requests, rows)
+        together, alone = self._by_shared_prompt(requests, rows, ids)
         # On a CPU all choices of a question at once: what they do not share is short.
         of_question = size if self.harness.device.type == "cuda" else BatchSize(rows=MOST_ROWS)
-        return [batch for question in together for batch in cut(question, widths, of_question)] + cut(
-            alone, widths, size
-        )
+        batches = [batch for question in together for batch in cut(question, widths, of_question)]
+        return batches + cut(alone, widths, size)
 
     def _by_shared_prompt(
-        self, requests: Seq[Instance], rows: list[list[int]]
+        self, requests: Seq[Instance], rows: list[list[int]], ids: Seq[tuple[int, ...]]
     ) -> tuple[list[list[list[int]]], list[list[int]]]:
-        """The rows of each question whose choices begin alike, and all other rows, which stay in their order."""
+        """The rows of each question whose choices begin alike, and all other rows, which stay in their order.
+
+        Args:
+            ids: of each request, its context and its continuation.
+        """
         if self._size is not None:
             return [], rows
         names = [(requests[row[0]].task_name, requests[row[0]].doc_id) for row in rows]
         questions = [[rows[place] for place in places] for places in grouped(names) if len(places) > 1]
-        questions = [question for question in questions if self._shared(question) >= SHARED_TOKENS]
+        questions = [one for one in questions if self._shared([ids[row[0]] for row in one]) >= SHARED_TOKENS]
         if not questions:
             return [], rows
-        longest = [self._ids(row[0])[:-1] for row in questions[0]]
+        longest = [list(ids[row[0]][:-1]) for row in questions[0]]
         # By all ranks alike, or their batches would not be the same.
         self.harness.shares = bool(self._agreed("caches are exact", lambda: int(self.harness.can_share(longest))))
         if not self.harness.shares:
@@ -126,14 +129,11 @@ class CausalModel:
         in_questions = {row[0] for question in questions for row in question}
         return questions, [row for row in rows if row[0] not in in_questions]
 
-    def _shared(self, question: list[list[int]]) -> int:
-        """Tokens that the rows of a question begin with alike; 0 if a row is too long and loses its beginning."""
-        rows = [self._ids(row[0]) for row in question]
-        return 0 if max(map(len, rows)) > self.harness.max_length + 1 else same_beginning([row[:-1] for row in rows])
-
-    def _ids(self, place: int) -> list[int]:
-        _, context, continuation = self._encoded[place]
-        return context + continuation
+    def _shared(self, rows: list[tuple[int, ...]]) -> int:
+        """Tokens that rows begin with alike; 0 if one is too long and loses its beginning."""
+        if max(map(len, rows)) > self.harness.max_length + 1:
+            return 0
+        return same_beginning([row[:-1] for row in rows])
 
     def _of_prompts(self, requests: Seq[Instance]) -> list[list[int]]:
         lengths = [len(self.harness.tok_encode(request.args[0])) for request in requests]
@@ -200,8 +200,7 @@ class _Harness(HFLM):
         whole, continued = self.model(ids, logits_to_keep=kept).logits, self._continued(ids, width - kept, kept)
         own = [len(row) - (width - kept) for row in rows]  # what follows is padding
         found = [torch.cat([row[:n] for row, n in zip(of, own, strict=True)]) for of in (whole, continued)]
-        differences = found[0].float().log_softmax(-1) - found[1].float().log_softmax(-1)
-        return float(differences.double().square().mean().sqrt()) <= ALLOWED[next(self.model.parameters()).dtype]
+        return are_alike(found[1], found[0], next(self.model.parameters()).dtype)
 
     def encoded(self, context: str, continuation: str) -> Encoded:
         """As `TemplateLM.loglikelihood` encodes them."""
