@@ -226,7 +226,9 @@ def test_a_folder_without_data_is_refused(write: Write, tmp_path: Path) -> None:
 def test_a_missing_file_is_refused(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What looks like a path is not looked for on the hub."""
     monkeypatch.chdir(tmp_path)
-    assert refusal(name) == f"{name}: no such file or folder"
+    here = f"it is looked for in {tmp_path}, where the command was started"
+    assert refusal(name) == f"{name}: no such file or folder; {here}"
+    assert refusal(tmp_path / "missing.csv") == f"{tmp_path}/missing.csv: no such file or folder"
 
 
 def test_a_path_too_long_for_the_system_is_refused() -> None:

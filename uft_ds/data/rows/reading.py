@@ -111,7 +111,8 @@ def find_data(path: str, split: str | None) -> SourceFiles:
             raise UserError(f"{path}: unknown kind of file; expected one of {', '.join(SUFFIXES)}")
         return SourceFiles(label, (path,), (local,))
     if path.endswith((*SUFFIXES, *COMPRESSIONS)) or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)+", path):
-        raise UserError(f"{path}: no such file or folder")
+        below = "" if local.is_absolute() else f"; it is looked for in {Path.cwd()}, where the command was started"
+        raise UserError(f"{path}: no such file or folder{below}")
     label = f"{path}[{split or 'train'}]"
     return SourceFiles(label, (label,), hub=_load_from_hub(path, split))
 
