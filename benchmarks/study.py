@@ -14,8 +14,8 @@ rates: each method's last stage with each of three learning rates, a second stag
 seeds: each method at its rate with five seeds. Prompts of the trained kinds and of the other three: answered exactly
     right, mean grade, tokens of an answer. How well the implicit reward against the base orders right and flawed
     answers (rank correlation, calibration error). With --data, IFEval and TruthfulQA mc2 by `uft eval`, the first 24
-    questions of each: the first seed both, the next two IFEval (TruthfulQA takes longer than the training). Of online
-    methods the mean log-ratio at the end, which is the KL that was spent, and seconds of a step by phase.
+    questions of each, asked the first seed alone, as they take longer than the training. Of online methods the mean
+    log-ratio at the end, which is the KL that was spent, and seconds of a step by phase.
 mix: UFT with five ratios of right answers to scored ones, those of the paper's ablation, three seeds each.
 
 A run that has a line in `results/study.jsonl` is not run again. With --methods no other method is run (those of two

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from quickstart_runs import answers_of, policy_of, uft
 from study_runs import BETA, MAX_NEW_TOKENS, QUESTION_TOKENS, QUESTIONS, Study
 
@@ -41,8 +42,12 @@ def ordering(policy: Any, tokenizer_of: Path, data: Path) -> dict[str, float]:
     tokenizer = load_tokenizer(str(tokenizer_of))
     selection = prepare_source(settings, tokenizer, data.parent / "tokens", seed=0, tolerance=Tolerance()).selection
     sequences = tuple(sequence for index in range(len(selection)) for sequence in selection.unit(index))
-    ratios = hugging_face_logps(policy, sequences) - hugging_face_logps(policy, sequences, adapters=False)
-    implicit = 1 / (1 + np.exp(-BETA * ratios.numpy()))
+    kept = data / "base_logps.npy"  # the same for every run: measured once
+    with torch.no_grad():
+        if not kept.exists():
+            np.save(kept, hugging_face_logps(policy, sequences, adapters=False).numpy())
+        ratios = hugging_face_logps(policy, sequences).numpy() - np.load(kept)
+    implicit = 1 / (1 + np.exp(-BETA * ratios))
     given = np.array([response.score for sequence in sequences for response in sequence.responses])
     return {
         "rank correlation": float(np.nan_to_num(rank_correlation(implicit, given))),

@@ -18,8 +18,8 @@ from study_methods import METHODS
 BETA = 0.1
 RESPONSES_A_STEP = 20
 STEPS, FIRST_STAGE = 20, 10
-ASKED = {1: ("ifeval", "truthfulqa_mc2"), 2: ("ifeval",), 3: ("ifeval",)}
-"""The benchmarks that a seed is asked. Seven minutes a run for both, of which TruthfulQA's choices take five."""
+ASKED = {1: ("ifeval", "truthfulqa_mc2")}
+"""The benchmarks that a seed is asked. They take longer than the training."""
 MAX_NEW_TOKENS = 32
 QUESTIONS, QUESTION_TOKENS = 24, 128
 """Of each benchmark, and the most new tokens of an answer to it: enough to compare runs, not to compare with others."""
