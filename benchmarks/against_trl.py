@@ -32,6 +32,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+import process_costs
+from bars import Bar, report, table_of
 from ranks import run_on_ranks
 from rich.console import Console
 from rich.table import Table
@@ -91,18 +93,14 @@ def reset_peak() -> int:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return 0
-    from reference_traffic import reset_peak
-
-    return reset_peak()
+    return process_costs.reset_peak()
 
 
 def peak() -> int:
     """The peak of memory since `reset_peak`, bytes."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    from reference_traffic import peak_rss
-
-    return peak_rss()
+    return process_costs.peak_rss()
 
 
 # ---- ours
@@ -392,11 +390,11 @@ BARS: dict[str, tuple[float, str]] = {"tiny": (5.0, "tokens/s"), "kto": (3.5, "t
 responses' tokens, so tokens/s are responses/s."""
 
 
-def compare(console: Console, model: Path | None, only: tuple[str, ...] = tuple(BARS)) -> list[Any]:
+def compare(console: Console, model: Path | None, only: tuple[str, ...] = tuple(BARS)) -> list[Bar]:
     """Print a table for each workload and return the bars."""
     from importlib.metadata import version
 
-    from reference_traffic import SETTINGS, VOCABULARY, Bar, largest, write_model
+    from reference_traffic import SETTINGS, VOCABULARY, largest, write_model
 
     measured: list[Bar] = []
     with tempfile.TemporaryDirectory() as name:
@@ -456,9 +454,7 @@ def _table(work: Workload, sides: dict[str, list[Result]]) -> Table:
         f"{work.label}: {work.ranks} ranks x {work.rows_per_rank} rows a step; "
         f"TRL forwards {padding:.2f} tokens a real one"
     )
-    table = Table(title=title)
-    for column in ("", "tokens/s, TRL = 1", "peak memory, TRL = 1", "loss, first 5 steps"):
-        table.add_column(column, justify="left" if not column else "right")
+    table = table_of(title, "", "tokens/s, TRL = 1", "peak memory, TRL = 1", "loss, first 5 steps")
     theirs = next(results for name, results in sides.items() if name.startswith("TRL "))
     for name, results in sides.items():
         speed = tokens_per_second(work, results) / tokens_per_second(work, theirs)
@@ -474,7 +470,7 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(BARS), help="workloads, separated by commas")
     parser.add_argument("--model", type=Path, help="a small real model; by default the quickstart's")
     options = parser.parse_args()
-    from reference_traffic import report, versions
+    from reference_traffic import versions
 
     versions()
     console = Console(width=120, highlight=False)

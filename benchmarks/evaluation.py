@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from process_costs import cpu_seconds_of_children
 from transformers import AutoModelForCausalLM
 
 from uft_ds.evaluation.harness.local import local_tasks
@@ -69,7 +69,7 @@ def timed(command: Sequence[str], kill_at: tuple[Path, int] | None = None) -> tu
         kill_at: a folder of answers, and their number at which the command is killed.
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    used, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    used, started = cpu_seconds_of_children(), time.monotonic()
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while kill_at is not None and process.poll() is None:
         if answered(kill_at[0]) >= kill_at[1]:
@@ -78,8 +78,7 @@ def timed(command: Sequence[str], kill_at: tuple[Path, int] | None = None) -> tu
     said, errors = process.communicate()
     if process.returncode != 0 and kill_at is None:
         sys.exit(f"{' '.join(command)} failed:\n{said.decode()}\n{errors.decode()}")
-    now = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime, time.monotonic() - started
+    return cpu_seconds_of_children() - used, time.monotonic() - started
 
 
 def answered(folder: Path) -> int:

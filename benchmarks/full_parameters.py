@@ -50,11 +50,10 @@ from against_trl import (
     sequences,
     tokens_per_second,
 )
-from plan import counting
+from bars import Bar, at_most, report, table_of
+from plan_measured import counting
 from ranks import run_on_ranks
-from reference_traffic import Bar
 from rich.console import Console
-from rich.table import Table
 from toy import objective
 
 COPY = "UFT, a copy"
@@ -188,10 +187,6 @@ def run_trl(work: Workload) -> Measured:
     return Measured(Result(losses, seconds, peak() - base_bytes))
 
 
-def at_most(claim: str, value: float, bound: float) -> Bar:
-    return Bar(f"{claim} <= {bound:g}", value, value <= bound)
-
-
 def bars_of(
     found: dict[str, list[Measured]], peaks: dict[str, int], speeds: dict[str, float], trl: str
 ) -> Iterator[Bar]:
@@ -225,7 +220,7 @@ def main() -> int:
     given = parser.parse_args()
     from importlib.metadata import version
 
-    from reference_traffic import report, versions
+    from reference_traffic import versions
 
     versions()
     data = Path(os.environ.get("UFT_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -253,9 +248,10 @@ def main() -> int:
         seconds = " ".join(f"{second:.1f}" for second in found[name][0].result.seconds)
         print(f"{name}: seconds of the steps {seconds}", flush=True)
     console = Console(width=120, highlight=False)
-    table = Table(title=f"all parameters of {model.name}, pairs: {work.ranks} ranks x {work.rows_per_rank} rows a step")
-    for column in ("", "tokens/s", "peak memory, GB", "gathered a step, GB", "before, s", "losses"):
-        table.add_column(column, justify="left" if not column else "right")
+    table = table_of(
+        f"all parameters of {model.name}, pairs: {work.ranks} ranks x {work.rows_per_rank} rows a step",
+        *("", "tokens/s", "peak memory, GB", "gathered a step, GB", "before, s", "losses"),
+    )
     speeds = {name: tokens_per_second(work, [one.result for one in ranks]) for name, ranks in found.items()}
     peaks = {name: max(one.result.peak_growth_bytes for one in ranks) for name, ranks in found.items()}
     for name, ranks in found.items():

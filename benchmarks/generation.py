@@ -33,8 +33,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+from bars import Bar, report
 from one_process import OneProcess
-from reference_traffic import Bar, report
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

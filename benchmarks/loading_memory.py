@@ -19,12 +19,7 @@ import threading
 import time
 from pathlib import Path
 
-
-def private_bytes() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("no RssAnon in /proc/self/status")
+from process_costs import own_bytes
 
 
 def write_model(folder: Path, hidden: int, layers: int) -> int:
@@ -53,13 +48,13 @@ def load_on_this_rank(folder: str, result: str, partitioned: bool) -> None:
     make_deterministic()
     init_distributed(10.0)
     config = deepspeed_config(read_deepspeed_file("zero3_cpu"), dtype=torch.float32, max_grad_norm=1.0)
-    before = peak = private_bytes()
+    before = peak = own_bytes("RssAnon")
     done = threading.Event()
 
     def watch() -> None:
         nonlocal peak
         while not done.is_set():
-            peak = max(peak, private_bytes())
+            peak = max(peak, own_bytes("RssAnon"))
             time.sleep(0.01)
 
     watcher = threading.Thread(target=watch)
@@ -77,7 +72,7 @@ def load_on_this_rank(folder: str, result: str, partitioned: bool) -> None:
     done.set()
     watcher.join()
     rank = int(os.environ["RANK"])
-    values = {"peak": peak - before, "after": private_bytes() - before}
+    values = {"peak": peak - before, "after": own_bytes("RssAnon") - before}
     Path(f"{result}{rank}.json").write_text(json.dumps(values))
 
 

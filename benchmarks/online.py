@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bars import Bar, report
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 KILLS = 10
@@ -74,10 +76,9 @@ def killed_after(recipe: Path, seconds: float) -> str:
     return f"{recorded} steps recorded, {trained} trained"
 
 
-def measure_kills(folder: Path, console: Any) -> list[Any]:
+def measure_kills(folder: Path, console: Any) -> list[Bar]:
     """The bars of the kills."""
     from distributed.test_online_run import online_recipe  # the tiny run of the tests
-    from reference_traffic import Bar
     from tiny import build_tiny_model
 
     base = build_tiny_model(folder / "base")
@@ -104,7 +105,7 @@ def measure_kills(folder: Path, console: Any) -> list[Any]:
 
 def main() -> int:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    from reference_traffic import report, versions
+    from reference_traffic import versions
     from rich.console import Console
 
     versions()

@@ -42,8 +42,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+from bars import Bar, at_most, report, table_of
 from ranks import run_on_ranks
-from reference_traffic import SETTINGS, Bar, Counters, counting, report, versions, write_model
+from reference_traffic import SETTINGS, Counters, counting, versions, write_model
 from reward_models import Conversation, conversations, saved_reward_adapter
 from rich.console import Console
 from rich.table import Table
@@ -235,10 +236,6 @@ def measure_handover(folder: Path, out: Path) -> dict[str, Handed]:
 
 def bars(scores: dict[str, Traffic], steps: dict[str, Loop], handed: dict[str, Handed]) -> list[Bar]:
     """What a reward stream has to show."""
-
-    def at_most(claim: str, value: float, bound: float) -> Bar:
-        return Bar(f"{claim} <= {bound:g}", value, value <= bound)
-
     policy, three = scores["policy"], scores["three streams"]
     attached, own = steps["reward stream"], steps["a model of its own"]
     adapter, base = handed["the adapter"], handed["the whole base"]
@@ -259,9 +256,7 @@ def bars(scores: dict[str, Traffic], steps: dict[str, Loop], handed: dict[str, H
 
 
 def shown_traffic(title: str, found: dict[str, Traffic], base: str) -> Table:
-    table = Table(title=title)
-    for column in ("", "all-gathers", "MB", f"/ {base}", "invalidations"):
-        table.add_column(column, justify="left" if not column else "right")
+    table = table_of(title, "", "all-gathers", "MB", f"/ {base}", "invalidations")
     for name, row in found.items():
         table.add_row(
             name, f"{row.gathers / row.micro_steps:.1f}", f"{row.bytes_each / 1e6:.3f}",
@@ -271,9 +266,7 @@ def shown_traffic(title: str, found: dict[str, Traffic], base: str) -> Table:
 
 
 def shown_steps(title: str, found: dict[str, Loop]) -> Table:
-    table = Table(title=title)
-    for column in ("", "scoring MB", "training MB", "lost traces", "weights held a rank MB"):
-        table.add_column(column, justify="left" if not column else "right")
+    table = table_of(title, "", "scoring MB", "training MB", "lost traces", "weights held a rank MB")
     for name, row in found.items():
         table.add_row(
             name, f"{row.scoring.bytes_each / 1e6:.3f}", f"{row.training.bytes_each / 1e6:.3f}", str(row.lost),
@@ -283,9 +276,7 @@ def shown_steps(title: str, found: dict[str, Loop]) -> Table:
 
 
 def shown_handover(title: str, found: dict[str, Handed]) -> Table:
-    table = Table(title=title)
-    for column in ("", "gathered MB", "whole at once MB", "written or sent MB"):
-        table.add_column(column, justify="left" if not column else "right")
+    table = table_of(title, "", "gathered MB", "whole at once MB", "written or sent MB")
     for name, row in found.items():
         table.add_row(name, *(f"{value / 1e6:.3f}" for value in (row.gathered, row.whole_at_once, row.written)))
     return table

@@ -41,6 +41,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+from bars import Bar, at_most, report, table_of
+from process_costs import peak_rss, reset_peak
 from ranks import run_on_ranks
 from rich.console import Console
 from rich.table import Table
@@ -293,17 +295,6 @@ def measure(
     )
 
 
-def reset_peak() -> int:
-    """Start a new peak of resident memory (Linux); the present value, bytes."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return peak_rss()
-
-
-def peak_rss() -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
-
-
 def write_model(folder: Path, *, hidden: int = HIDDEN, layers: int = LAYERS, vocabulary: int = VOCABULARY) -> Path:
     """A random Qwen2-shaped float32 model with the tests' tokenizer."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -322,15 +313,6 @@ def write_model(folder: Path, *, hidden: int = HIDDEN, layers: int = LAYERS, voc
 # ---- the table and the bars
 
 
-@dataclass(frozen=True)
-class Bar:
-    """A claim, what was measured, and whether it holds."""
-
-    claim: str
-    value: float
-    holds: bool
-
-
 def measure_all(
     folder: Path, ranks: int, gradient_checkpointing: bool, *, sequences_per_rank: int = SEQUENCES_PER_RANK
 ) -> dict[str, list[Measurement]]:
@@ -344,9 +326,6 @@ def bars(results: dict[str, list[Measurement]]) -> list[Bar]:
     first = {name: measured[0] for name, measured in results.items()}
     ours, sft, cached = first["lockstep"], first["SFT"], first["cached"]
     usual, usual_leaf = first["two calls"], first["two calls, leaf"]
-
-    def at_most(claim: str, value: float, bound: float) -> Bar:
-        return Bar(f"{claim} <= {bound:g}", value, value <= bound)  # a NaN does not hold
 
     return [
         at_most("lockstep: bytes / SFT", ours.gathered_bytes / sft.gathered_bytes, 1.02),
@@ -397,9 +376,10 @@ def gradient_spread(results: dict[str, list[Measurement]]) -> float:
 
 def table(results: dict[str, list[Measurement]], ranks: int, gradient_checkpointing: bool) -> Table:
     checkpointing = "with" if gradient_checkpointing else "without"
-    shown = Table(title=f"{ranks} ranks, {checkpointing} gradient checkpointing; all-gathers and MB a micro-step")
-    for column in ("", "all-gathers", "MB", "/ SFT", "invalidations", "saved MB", "time / SFT", "peak +MB"):
-        shown.add_column(column, justify="left" if not column else "right")
+    shown = table_of(
+        f"{ranks} ranks, {checkpointing} gradient checkpointing; all-gathers and MB a micro-step",
+        "", "all-gathers", "MB", "/ SFT", "invalidations", "saved MB", "time / SFT", "peak +MB",
+    )  # fmt: skip
     sft = results["SFT"][0]
     for name, (row, *_) in results.items():
         shown.add_row(
@@ -431,12 +411,6 @@ def main() -> int:
 
         missed += report(console, compare(console, options.model))
     return 1 if missed else 0
-
-
-def report(console: Console, measured: list[Bar]) -> int:
-    for bar in measured:
-        console.print(f"  {'holds ' if bar.holds else 'MISSED'}  {bar.claim}: {bar.value:.4g}")
-    return sum(not bar.holds for bar in measured)
 
 
 def versions() -> None:

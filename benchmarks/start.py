@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -22,6 +21,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from process_costs import cpu_seconds_of_children
 
 from uft_ds.doctor.toy import write_toy
 from uft_ds.host.ports import free_port
@@ -48,12 +49,11 @@ def measure(checkout: Path, program: list[str], recipe: Path) -> dict[str, float
     if "torch.distributed.run" in program:
         program = [*program[:2], "--master-port", str(free_port()), *program[2:]]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(checkout)}
-    used, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    used, started = cpu_seconds_of_children(), time.monotonic()
     subprocess.run(
         [sys.executable, *program, str(recipe)], check=True, capture_output=True, env=environment, cwd=recipe.parent
     )
-    now = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return {"CPU": now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime, "wall": time.monotonic() - started}
+    return {"CPU": cpu_seconds_of_children() - used, "wall": time.monotonic() - started}
 
 
 def main() -> None:

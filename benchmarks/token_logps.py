@@ -37,6 +37,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))  # runs where the package is not installed
 
 import torch
+from bars import Bar
+from process_costs import own_bytes, peak_rss, reset_peak
 from torch import Tensor
 
 from uft_ds.kernels.token_logps import IGNORED, token_logps
@@ -252,19 +254,12 @@ def bytes_at_rest(device: str) -> int:
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     ctypes.CDLL(None).malloc_trim(0)  # else a call would use for nothing what an earlier one has left
-    Path("/proc/self/clear_refs").write_text("5")
-    return resident_bytes("VmRSS")
+    reset_peak()
+    return own_bytes("VmRSS")
 
 
 def peak_bytes(device: str) -> int:
-    return torch.cuda.max_memory_allocated() if device == "cuda" else resident_bytes("VmHWM")
-
-
-def resident_bytes(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"no {name} in /proc/self/status")
+    return torch.cuda.max_memory_allocated() if device == "cuda" else peak_rss()
 
 
 def exact_logps(case: Case) -> Tensor:
@@ -283,15 +278,6 @@ def measure_apart(shape: Shape, name: str, pair: bool, rounds: int) -> Measureme
     if result.returncode != 0:
         raise RuntimeError(result.stderr.strip().splitlines()[-1])
     return Measurement(**json.loads(result.stdout.splitlines()[-1]))
-
-
-@dataclass(frozen=True)
-class Bar:
-    """A claim, what was measured, and whether it holds."""
-
-    claim: str
-    value: float
-    holds: bool
 
 
 def bars(policy: dict[str, list[Measurement]], pair: list[Measurement], qwen: str) -> list[Bar]:

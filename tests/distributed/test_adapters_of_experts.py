@@ -9,7 +9,7 @@ import pytest
 import torch
 from engines import accumulate, assert_same_step, engine_of, single_process
 from mixtures import TARGETS, outputs_and_gradients
-from plan import counting
+from plan_measured import counting
 from ranks import run_on_ranks
 from runs import losses, recipe_in, uft
 from toy import objective, toy_step

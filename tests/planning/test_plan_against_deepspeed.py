@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from plan import COPIED, RANKS, REWARD_MODEL, SIZES, TRAINS_ALL, Cell, compare, grid, of_mixture, write_model
+from plan import RANKS, compare
+from plan_cells import COPIED, REWARD_MODEL, SIZES, TRAINS_ALL, Cell, grid, of_mixture, write_model
 
 pytestmark = pytest.mark.long
 """By their parts, in one process: `test_activations.py` and `test_structure.py`; what is gathered, by
