@@ -39,7 +39,7 @@ from rich.console import Console
 from rich.table import Table
 from toy import objective
 
-from uft_ds.data.example import Response, Sequence
+from uft_ds.data.example import Kind, Response, Sequence
 from uft_ds.streams.recompute import Recompute
 
 RANKS, LORA_RANK, ALPHA, BETA = 2, 8, 16.0, 0.1
@@ -161,7 +161,7 @@ def sequences(row: dict[str, Any], number: int) -> list[Sequence]:
 
 def _sequence(prompt: list[int], answer: list[int], score: float, origin: str, pair_id: int | None) -> Sequence:
     tokens = np.array(prompt + answer, dtype=np.int32)
-    kind = "binary" if pair_id is None else "pair"
+    kind: Kind = "binary" if pair_id is None else "pair"
     return Sequence(tokens, (Response(len(prompt), len(tokens), score, kind, origin, pair_id),))
 
 
@@ -183,6 +183,7 @@ def run_trl(work: Workload, adapter: Path, leaf: bool) -> Result:
     seconds: list[float] = []
     memory: list[int] = []
 
+    config: Any
     parent, config, loss_type = (
         (KTOTrainer, KTOConfig, "apo_zero_unpaired") if work.loss == "l1" else (DPOTrainer, DPOConfig, "sigmoid")
     )
@@ -196,7 +197,7 @@ def run_trl(work: Workload, adapter: Path, leaf: bool) -> Result:
             losses.append(float(loss.detach()))
             return loss
 
-    class Clock(TrainerCallback):  # type: ignore[misc]
+    class Clock(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             if not seconds:  # the engine stands, nothing has been forwarded
                 memory.append(reset_peak())
@@ -226,7 +227,7 @@ def run_trl(work: Workload, adapter: Path, leaf: bool) -> Result:
             train_dataset=Dataset.from_list(work.rows),
             processing_class=AutoTokenizer.from_pretrained(work.folder),
             peft_config=LoraConfig(
-                r=LORA_RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.0
+                r=LORA_RANK, lora_alpha=int(ALPHA), target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.0
             ),
             callbacks=[Clock()],
         )

@@ -98,7 +98,9 @@ class Run:
     def write_recipe(self, *, keep_all: bool = False) -> None:
         """keep_all: keep every checkpoint, which changes nothing else of a run."""
         of = self.scenario
-        sources = [{"format": "jsonl", "path": str(self.data / f"{kind}.jsonl")} for kind in of.kinds]
+        sources: list[dict[str, Any]] = [
+            {"format": "jsonl", "path": str(self.data / f"{kind}.jsonl")} for kind in of.kinds
+        ]
         if of.rows > 100 and of is not FILLED:
             sources = [source | {"examples": 16} for source in sources]
         losses = {"instruction": "mse", "score": "mse"} | ({"pair": "dpo"} if "pair" in of.kinds else {})
@@ -248,7 +250,7 @@ def write_data(scenario: Scenario, folder: Path) -> None:
     """Rows of uneven length; every one differs, so that no two share a reference."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = range(scenario.rows)
-    of_kind = {
+    of_kind: dict[str, list[dict[str, Any]]] = {
         "instruction": [{"prompt": f"Say {i}", "response": f"yes {i} " * (1 + i % 4)} for i in rows],
         "scored": [{"prompt": f"Rate {i}", "response": f"no {i} " * (1 + i % 3), "score": i % 3 / 2} for i in rows],
         "pair": [

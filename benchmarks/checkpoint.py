@@ -171,7 +171,8 @@ def merge_ours(base: Path, adapter: Path, out: Path) -> None:
 
     out.mkdir()
     shutil.copyfile(base / "config.json", out / "config.json")
-    write_merged(WeightFiles(base), read_low_rank(adapter), out, dtype=None, max_shard_bytes=SHARD_BYTES)
+    deltas: dict[str, Any] = dict(read_low_rank(adapter))  # of no experts
+    write_merged(WeightFiles(base), deltas, out, dtype=None, max_shard_bytes=SHARD_BYTES)
 
 
 def merge_by_peft(base: Path, adapter: Path, out: Path) -> None:

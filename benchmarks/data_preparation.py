@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -68,7 +68,7 @@ def prepare_by_trl(path: Path, chat: ChatTokenizer, cache: Path, processes: int 
         output_dir=str(cache), max_length=MAX_LENGTH, dataset_num_proc=processes, report_to="none", bf16=False
     )
     if of_pairs:
-        trainer = SimpleNamespace(_tokenizer=chat.tokenizer)
+        trainer: Any = SimpleNamespace(_tokenizer=chat.tokenizer)
         found = DPOTrainer._prepare_dataset(trainer, rows, chat.tokenizer, config, "train")
         return 2 * len(found), sum(len(ids) for side in ("chosen_ids", "rejected_ids") for ids in found[side])
     trainer = SimpleNamespace(_tokenizer=chat.tokenizer, chat_template=None, completion_only_loss=True)
@@ -125,7 +125,7 @@ STAGES: dict[str, tuple[Any, str]] = {
 @contextmanager
 def timing_stages() -> Iterator[dict[str, float]]:
     """Seconds inside each stage of this process; a clock around each call, no profiler."""
-    seconds: Counter[str] = Counter()
+    seconds: dict[str, float] = defaultdict(float)
 
     def clocked(stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:

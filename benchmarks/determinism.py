@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,7 +37,8 @@ SETTINGS = ("off", "filled", "ours")
 
 def take(setting: str) -> None:
     make_deterministic()
-    torch.utils.deterministic.fill_uninitialized_memory = setting == "filled"
+    deterministic: Any = torch.utils.deterministic
+    deterministic.fill_uninitialized_memory = setting == "filled"
     torch.use_deterministic_algorithms(setting != "off")
 
 

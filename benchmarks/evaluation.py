@@ -33,7 +33,7 @@ from process_costs import cpu_seconds_of_children
 from transformers import AutoModelForCausalLM
 
 from uft_ds.evaluation.harness.local import local_tasks
-from uft_ds.evaluation.harness.suites import Asked
+from uft_ds.evaluation.harness.suites import AskedTask
 from uft_ds.evaluation.results import read_evaluation
 from uft_ds.export.convert import convert_to_merged
 
@@ -58,7 +58,7 @@ def random_adapter(base: Path, folder: Path) -> Path:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.005)
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     return folder
 
 
@@ -101,7 +101,7 @@ def by_us(source: Path, out: Path, options: Sequence[str], **kill: Any) -> Measu
 def by_harness(model: Path, out: Path, data: Path, tasks: Sequence[str], options: Sequence[str]) -> Measured:
     """The harness's own command, with the same rows."""
     out.mkdir()
-    for task in local_tasks(data, [Asked(name, 0) for name in tasks]):
+    for task in local_tasks(data, [AskedTask(name, 0) for name in tasks]):
         task.write(out)
     cpu, wall = timed(
         [

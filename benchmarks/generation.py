@@ -87,7 +87,8 @@ class Bench:
         sampling = Sampling(temperature or 1e-9, 1.0, self.new_tokens, tuple(stop_ids))
         generator = BuiltinGenerator(self.engine, sampling, pad_id=self.stop_ids[0], tokens_per_batch=1_000_000)
         generator._continues_caches = True  # a run measures it once, before its first step
-        return [list(answer.token_ids) for answers in generator.answer(questions) for answer in answers]
+        found: list[Any] = list(generator.answer(questions))  # none is left unanswered
+        return [list(answer.token_ids) for answers in found for answer in answers]
 
     def theirs(self, questions: list[Question], temperature: float, stop_ids: list[int]) -> list[list[int]]:
         config = generation_config(stop_ids, self.stop_ids[0], max_new_tokens=self.new_tokens, temperature=temperature)

@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from process_costs import own_bytes
 
@@ -30,7 +31,8 @@ def write_model(folder: Path, hidden: int, layers: int) -> int:
         vocab_size=4096, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
         num_attention_heads=8, num_key_value_heads=4,
     )  # fmt: skip
-    model = Qwen2ForCausalLM(config).to(torch.float32)
+    model: Any = Qwen2ForCausalLM(config)
+    model.to(torch.float32)
     model.save_pretrained(folder, max_shard_size="200MB")
     return sum(parameter.numel() * 4 for parameter in model.parameters())
 
@@ -59,7 +61,12 @@ def load_on_this_rank(folder: str, result: str, partitioned: bool) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    options = {"revision": None, "dtype": torch.float32, "attention": "sdpa", "gradient_checkpointing": False}
+    options: dict[str, Any] = {
+        "revision": None,
+        "dtype": torch.float32,
+        "attention": "sdpa",
+        "gradient_checkpointing": False,
+    }
     if partitioned:
         with partitioned_loading(config):
             model = load_base(folder, **options)

@@ -125,7 +125,7 @@ def _traffic(counters: Counters, done: int) -> Traffic:
 
 def forward(engine: Engine, *visits: tuple[Stream, ...]) -> int:
     """Forward one step's answers, each micro-batch once for each visit; the number of micro-batches."""
-    step = Step(0, tuple(sequence_of(*tokens, "") for tokens in answers()))
+    step = Step(0, tuple(sequence_of(prompt, answer, "") for prompt, answer in answers()))
     with engine.evaluating():
         batches = engine.micro_batches(step, TOKENS)
         for batch in batches:
@@ -196,7 +196,8 @@ def measure_steps(folder: Path, adapter: Path) -> dict[str, Loop]:
                     total.gathered_bytes += one.gathered_bytes
                     total.invalidations += one.invalidations
         engines = {id(one): one for one in (engine, scorer) if one is not None}
-        shards = [p.ds_tensor for one in engines.values() for p in one.module.parameters()]
+        parameters: list[Any] = [p for one in engines.values() for p in one.module.parameters()]
+        shards = [p.ds_tensor for p in parameters]
         held = sum(shard.numel() * shard.element_size() for shard in shards)
         return Loop(_traffic(totals[0], STEPS), _traffic(totals[1], STEPS), held)
 

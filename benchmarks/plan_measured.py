@@ -71,7 +71,7 @@ def counting() -> Iterator[Sent]:
         sent.exchanged += output.nbytes * (ranks - 1) // ranks
         exchange(output, given, group=group)
 
-    torch.distributed.all_to_all_single = exchanging
+    torch.distributed.all_to_all_single = exchanging  # type: ignore[assignment]
     try:
         yield sent
     finally:
@@ -159,7 +159,7 @@ def measure(cell: Cell) -> tuple[Bytes, MicroBatch, list[int]]:
 def resident(engine: Engine) -> tuple[int, int, int]:
     """What DeepSpeed holds: base weights; adapters and optimiser; gradients. Each storage counted once."""
     zero: Any = engine.deepspeed.optimizer
-    parameters = list(engine.module.parameters())
+    parameters: list[Any] = list(engine.module.parameters())  # with what DeepSpeed adds to them
     frozen = [p for p in parameters if not p.requires_grad]
     copies = [p.ds_secondary_tensor for p in frozen if p.ds_secondary_tensor is not None]
     weights = _bytes([*(p.ds_tensor for p in frozen), *copies, *constants_of(frozen)])

@@ -112,6 +112,7 @@ def held_out_by_score(run: Path, base: Path) -> None:
     held_out = [source.selection for source in open_data(settings, RunFolder(run)).held_out]
     sequences = tuple(s for selection in held_out for index in range(len(selection)) for s in selection.unit(index))
     beta = settings.given.beta
+    assert isinstance(beta, float)  # one for all kinds
     policy = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(run / "latest" / "adapter"))
     ratios = hugging_face_logps(policy, sequences) - hugging_face_logps(policy, sequences, adapters=False)
     responses = [response for sequence in sequences for response in sequence.responses]

@@ -198,7 +198,9 @@ class Case:
         outputs = self.engine(batch, [*streams, *([self._how["beside"]] if "beside" in self._how else [])])
         logps = logps_of(outputs, batch)
         if "value" in outputs:  # no term of the loss depends on it, but its gradient is computed as one that is 0
-            logps["policy"] = logps["policy"] + 0.0 * outputs["value"].values_R
+            values_R = outputs["value"].values_R
+            assert values_R is not None
+            logps["policy"] = logps["policy"] + 0.0 * values_R
         return logps["policy"], self.cache.resolve(batch, logps.get("reference"))
 
     def step(self) -> int:
@@ -234,7 +236,8 @@ class Case:
         from deepspeed.utils import safe_set_full_fp32_param
 
         generator = torch.Generator().manual_seed(3)
-        for name, parameter in self.engine.module.named_parameters():
+        parameters: Any = self.engine.module.named_parameters()  # with what DeepSpeed adds to them
+        for name, parameter in parameters:
             if "lora_B" in name and ".default." in name:
                 value = torch.randn(parameter.ds_shape, generator=generator) * 0.05
                 safe_set_full_fp32_param(parameter, value)
@@ -306,7 +309,8 @@ def write_model(folder: Path, *, hidden: int = HIDDEN, layers: int = LAYERS, voc
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, initializer_range=0.05,
         tie_word_embeddings=False,
     )  # fmt: skip
-    Qwen2ForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    model: Any = Qwen2ForCausalLM(config)
+    model.to(torch.float32).save_pretrained(folder)
     return build_tiny_tokenizer(folder)
 
 
@@ -326,6 +330,7 @@ def bars(results: dict[str, list[Measurement]]) -> list[Bar]:
     first = {name: measured[0] for name, measured in results.items()}
     ours, sft, cached = first["lockstep"], first["SFT"], first["cached"]
     usual, usual_leaf = first["two calls"], first["two calls, leaf"]
+    initial_ratios: list[Any] = [first[name].largest_initial_ratio for name in ("lockstep", "two, one root")]
 
     return [
         at_most("lockstep: bytes / SFT", ours.gathered_bytes / sft.gathered_bytes, 1.02),
@@ -345,7 +350,7 @@ def bars(results: dict[str, list[Measurement]]) -> list[Bar]:
         at_most("cached: |collectives / SFT - 1|", abs(cached.gathers / sft.gathers - 1), 0.0),
         at_most("cached: saved activations / SFT", cached.saved_bytes / sft.saved_bytes, 1.0),
         at_most("log-ratio before the first step, lockstep and one root",
-                max(first[name].largest_initial_ratio for name in ("lockstep", "two, one root")), 0.0),
+                max(initial_ratios), 0.0),
         at_most("policy log-probs, largest difference between cases", logp_spread(results), 1e-4),
         at_most("gradients, largest relative difference between cases", gradient_spread(results), 1e-5),
     ]  # fmt: skip

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def write_pairs(path: Path, count: int) -> None:
@@ -50,7 +51,7 @@ def main() -> None:
     cases = [("split", shift) for shift in ("none", "ema", "kl")] + [
         ("keep", shift) for shift in ("none", "prompt_mean", "center")
     ]
-    runs = [
+    runs: list[dict[str, Any]] = [
         {
             "name": f"{kept}-{shift}-{'cached' if cache else 'live'}",
             "recipe": "quickstart",

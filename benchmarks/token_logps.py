@@ -156,7 +156,7 @@ PEERS = {
     "Liger fused": Method(liger_fused, "liger_kernel"),
 }
 
-OURS = {
+OURS: dict[str, dict[str, int | None]] = {
     "uft_ds": {"cpu": None, "cuda": None},
     "uft_ds, small tiles": {"cpu": 2 * 2**20, "cuda": 64 * 2**20},
     "uft_ds, whole rows": {"cpu": 128 * 2**20, "cuda": 2**31},

@@ -38,7 +38,8 @@ def run(report: Report, place: Place) -> None:
                 name = f"{family} {str(dtype).removeprefix('torch.')} {attention}"
                 try:
                     model = model_with(config, place, dtype, attention)
-                    own = "sdpa" if model.policy.get_base_model()._supports_sdpa else "eager"
+                    policy: Any = model.policy
+                    own = "sdpa" if policy.get_base_model()._supports_sdpa else "eager"
                     models = model, model_with(config, place, dtype, own)
                     _compare(report, name, models, place, sequences(*lengths), dtype, share=False)
                     if model.can_share_prompts:
@@ -102,13 +103,14 @@ def forwarded(model: UFTModel, rows: list[Sequence], place: Place, *, share: boo
 @contextmanager
 def counted() -> Iterator[Any]:
     """Within the block; gives a function that says which way the packed attention took."""
-    before, taken = packed_attention._varlen, []
+    before: Any = packed_attention._varlen
+    taken: list[str] = []
 
     def seen(*args: Any) -> Tensor:
         taken.append("varlen")
         return before(*args)
 
-    packed_attention._varlen = seen
+    packed_attention._varlen = seen  # type: ignore[assignment]
     try:
         yield lambda: "varlen" if taken else "one segment after the other, or the library's"
     finally:

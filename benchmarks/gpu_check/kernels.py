@@ -31,13 +31,13 @@ TOY_SPEED_SHAPES = [Shape("toy", 32, 64, 2048)]
 
 def run(report: Report, place: Place) -> None:
     report.fact("sweeps", sweeps_for(place.device, torch.float32).__name__)
-    for shape, dtype, (name, transform), is_trained in product(
+    for sizes, dtype, (name, transform), is_trained in product(
         TOY_SHAPES if place.toy else SHAPES,
         (torch.bfloat16, torch.float32),
         (("plain", UNCHANGED), ("capped", CAPPED)),
         (False, True),
     ):
-        _against_float64(report, place, shape, dtype, transform, f"{name}{', trained head' if is_trained else ''}")
+        _against_float64(report, place, sizes, dtype, transform, f"{name}{', trained head' if is_trained else ''}")
     for shape, pair in product(TOY_SPEED_SHAPES if place.toy else SPEED_SHAPES, (False, True)):
         _speed(report, place, shape, pair)
 
@@ -61,7 +61,11 @@ def _against_float64(
     found = torch.autograd.grad(logps_N, inputs, upstream_N)
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
     weight = exact[1] if len(exact) > 1 else weight_VD.detach().double()
-    of_transform = {"scale": transform.scale, "softcap": transform.softcap, "temperature": transform.temperature}
+    of_transform: dict[str, Any] = {
+        "scale": transform.scale,
+        "softcap": transform.softcap,
+        "temperature": transform.temperature,
+    }
     true_N = naive_token_logps(exact[0], weight, targets_N, bias_V.double(), **of_transform)
     true = torch.autograd.grad(true_N, exact, upstream_N.double())
     difference_N = (logps_N.detach().double() - true_N.detach()).abs()

@@ -44,7 +44,9 @@ class Way:
 
 LOCKSTEP = Way("lockstep", "mse", "lockstep", True)
 SEPARATE = Way("two separate forwards", "mse", "separate", True)
-WAYS = {"lockstep": (LOCKSTEP, Way("cached", "mse", "cached", False), Way("SFT", "nll", "none", False))}
+WAYS: dict[str, tuple[Way, ...]] = {
+    "lockstep": (LOCKSTEP, Way("cached", "mse", "cached", False), Way("SFT", "nll", "none", False))
+}
 WAYS["separate"] = (SEPARATE,)
 
 

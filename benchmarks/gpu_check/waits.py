@@ -24,6 +24,7 @@ from uft_ds.data.micro_batch import MicroBatch, micro_batch
 from uft_ds.data.mixture import Step
 from uft_ds.known.cache import Known
 from uft_ds.objectives.objective import count_terms
+from uft_ds.objectives.reference import HowReference
 from uft_ds.streams.model import UFTModel
 from uft_ds.streams.stream import Output, Stream
 from uft_ds.training.determinism import make_deterministic
@@ -65,7 +66,8 @@ def without_deepspeed(report: Report, place: Place) -> None:
     planted = counted_waits(place, lambda: _read(torch.ones(2, device=place.device)))
     report.fact("a planted wait is counted", sum(planted.values()) == 1)
     report.demand(sum(planted.values()) == 1, f"a planted wait counts {sum(planted.values())}: believe nothing here")
-    for loss, how in (("mse", "lockstep"), ("mse", "cached"), ("nll", "none")):
+    cases: tuple[tuple[str, HowReference], ...] = (("mse", "lockstep"), ("mse", "cached"), ("nll", "none"))
+    for loss, how in cases:
         table = {key: -10.0 for row in step.sequences for key in row.response_keys}
         known = Known.of_reference(how, table if how == "cached" else None)
         policy = random_policy(
