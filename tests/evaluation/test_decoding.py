@@ -96,6 +96,15 @@ def test_rounding_is_no_difference(name: str) -> None:
     assert cache_is_exact(model_of(EXACT[name]).to(torch.bfloat16), list(prompts()[1]), CPU)
 
 
+@torch.no_grad()
+def test_half_precision_is_measured_too() -> None:
+    """`uft eval --dtype float16` asks it: rounding passes, a prompt that is lost does not."""
+    model = model_of(PACKED["qwen2"]).to(torch.float16)
+    assert cache_is_exact(model, list(prompts()[1]), CPU)
+    model.model.register_forward_pre_hook(_forgetting, with_kwargs=True)
+    assert not cache_is_exact(model, list(prompts()[1]), CPU)
+
+
 @pytest.mark.filterwarnings("ignore:The fast path is not available")
 @pytest.mark.parametrize("name", long_but((WRAPPER, "mamba"), WITH_STATE))
 @torch.no_grad()
@@ -116,15 +125,16 @@ def test_a_model_with_a_state_is_told_from_others(name: str) -> None:
 def test_a_model_that_computes_otherwise_with_a_cache_is_told() -> None:
     """The layers of its cache are known ones, but positions that begin anew behind the cache show in the numbers."""
     model = model_of(PACKED["qwen2"])
-
-    def forgets(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        cache = kwargs.get("past_key_values")
-        if cache is not None and cache.get_seq_length():
-            kwargs["position_ids"] = torch.arange(kwargs["input_ids"].shape[1])[None]
-        return args, kwargs
-
-    model.model.register_forward_pre_hook(forgets, with_kwargs=True)
+    model.model.register_forward_pre_hook(_forgetting, with_kwargs=True)
     assert not cache_is_exact(model, list(prompts()[1]), CPU)
+
+
+def _forgetting(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """A hook by which positions begin anew behind the cache."""
+    cache = kwargs.get("past_key_values")
+    if cache is not None and cache.get_seq_length():
+        kwargs["position_ids"] = torch.arange(kwargs["input_ids"].shape[1])[None]
+    return args, kwargs
 
 
 @torch.no_grad()

@@ -10,13 +10,17 @@ from typing import Any
 import pytest
 import torch
 from log_probs import hugging_face_logps
+from peft import PeftModel
+from reward_models import conversations, rewards_by, saved_reward_adapter
 from safetensors.torch import load_file
 from tiny import build_tiny_model
 from toy import logps_by_name, saved_adapter, toy_model, toy_sequences
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from wrappers import build_wrapper
 
 from uft_ds.data.micro_batch import micro_batch
+from uft_ds.data.tokens.padding import save_for_scoring
+from uft_ds.data.tokens.tokenize import load_tokenizer
 from uft_ds.errors import CheckFailed, UserError
 from uft_ds.export import convert
 from uft_ds.export.agreement import compare
@@ -136,10 +140,25 @@ def test_the_cards_lines_load_what_was_trained(tmp_path: Path, monkeypatch: pyte
         torch.testing.assert_close(theirs(input_ids=ids).logits, ours(input_ids=ids).logits, rtol=0, atol=1e-4)
 
 
-def test_a_reward_models_card_loads_its_classifier() -> None:
-    """With one label; PEFT then loads the head."""
-    card = model_card("base", None, None, title="it", nf4=FLOAT32, loaded_as=FOR_REWARDS)
-    assert 'base = AutoModelForSequenceClassification.from_pretrained("base", num_labels=1, ' in card
+@torch.no_grad()
+def test_a_reward_models_card_loads_its_classifier(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one label and the written padding token: the base pads with the token that ends an answer, and so would read
+    each reward one token before it. Against the rounded weights, read by index."""
+    adapter = saved_reward_adapter(base, tmp_path / "adapter")
+    save_for_scoring(load_tokenizer(str(base)), adapter)
+    card = model_card(str(base), None, None, title="it", nf4=FLOAT32, loaded_as=FOR_REWARDS)
+    found: dict[str, Any] = {}
+    monkeypatch.chdir(adapter)
+    exec(card.partition("```python\n")[2].partition("```")[0], found)  # the lines that a reader copies
+    given = conversations(groups=2)
+    theirs = found["model"].train()  # in evaluation mode bitsandbytes packs the weights anew
+    read = [theirs(input_ids=torch.tensor([[*prompt, *answer]])).logits[0, 0] for prompt, answer in given]
+    plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32)
+    for layer in (module for module in plain.model.layers.modules() if isinstance(module, torch.nn.Linear)):
+        layer.weight.data = rounded(layer.weight.data, FLOAT32)
+    expected = rewards_by(PeftModel.from_pretrained(plain, str(adapter)).eval(), given)
+    torch.testing.assert_close(torch.stack(read), expected, rtol=0, atol=1e-4)
+    assert expected.std() > 0.1
 
 
 def test_the_mark_goes_along_and_is_checked(base: Path, adapter: Path, tmp_path: Path) -> None:

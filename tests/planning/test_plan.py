@@ -83,6 +83,23 @@ def test_a_32b_model_in_nf4_fits_one_gpu_of_48_gb() -> None:
     assert plain.outcome.gpu.weights_shard_bytes == pytest.approx(65.5e9, rel=0.01)
 
 
+def test_a_base_in_nf4_must_fit_as_it_is_loaded() -> None:
+    """In shards of 16 bits under ZeRO-3: 65.5 GB on one GPU of 48, 32.8 on each of two. Its codes, 16 GB, are whole on
+    every rank's host until the engine shards them."""
+    nf4 = {"name": "uft_qwen32b_nf4", "gpu": "l40s", "gpu_memory": None}
+    one = plan("deepspeed=zero3", gpus=1, **nf4)
+    assert one.outcome.gpu_spare_bytes > 0, "a step would fit"
+    assert not one.outcome.fits
+    (problem,) = one.outcome.problems
+    assert problem.startswith("model.quantization: nf4: while the base is loaded, a GPU holds its shard in bfloat16")
+    assert "deepspeed=zero2" in problem
+    assert plan("deepspeed=zero3", gpus=2, **nf4).outcome.fits
+    assert plan("deepspeed=zero3_offload", gpus=1, **nf4).outcome.fits
+    assert plan(gpus=8, host_memory=200, **nf4).outcome.fits
+    (problem,) = plan(gpus=8, host_memory=150, **nf4).outcome.problems
+    assert "each of a node's 8 ranks holds all codes in host memory" in problem
+
+
 def test_the_32b_recipe_fits_eight_gpus_of_80_gb() -> None:
     """With the file that it has, and with room; LoRA runs of this model on 8 x 80 GB are published."""
     found = plan()

@@ -10,10 +10,11 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from uft_ds.record.metrics import model_flops_utilization, peak_memory_gib
 from uft_ds.record.metrics_file import MetricsWriter, damaged_metrics, read_metrics
+from uft_ds.streams.nf4 import quantise
 
 
 def writer_in(folder: Path, *trackers: str) -> MetricsWriter:
@@ -136,6 +137,26 @@ def test_utilization_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert model_flops_utilization(model, 989e9, reference_share=0.0) == pytest.approx(0.4)
     assert model_flops_utilization(model, 989e9, reference_share=1.0) == pytest.approx(0.6)
     assert model_flops_utilization(model.requires_grad_(True), 989e9, reference_share=0.0) == pytest.approx(0.6)
+
+
+def test_of_a_base_in_nf4_the_weights_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the bytes, of which a layer has half as many; the head stays as it is. So also where ZeRO-3 divides."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = Qwen2Config(
+        vocab_size=16, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config).requires_grad_(False)
+    weights = sum(p.numel() for p in model.parameters())
+    quantise(model)
+    assert sum(p.numel() for p in model.parameters()) < 0.6 * weights
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    assert model_flops_utilization(model, 989e12, reference_share=0.0) == pytest.approx(4 * weights)
+    for parameter in model.parameters():
+        parameter.ds_numel = parameter.numel()  # type: ignore[attr-defined] # as DeepSpeed notes it
+        parameter.data = parameter.data.new_empty(0)
+    assert model_flops_utilization(model, 989e12, reference_share=0.0) == pytest.approx(4 * weights)
 
 
 def test_of_a_mixtures_experts_those_count_that_a_token_passes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,8 +11,9 @@ import pytest
 import torch
 from mixtures import MIXTURES
 from models import GPT2, LEAKS, PACKED, TARGETS
-from tiny import CLASSES
+from tiny import CLASSES, rope_of
 from transformers import BloomConfig, PretrainedConfig
+from wrappers import WRAPPERS
 
 from uft_ds.architectures.facts import (
     FAMILIES,
@@ -23,7 +25,7 @@ from uft_ds.architectures.facts import (
 )
 from uft_ds.errors import UserError
 from uft_ds.planning.structure import Lora, structure_of
-from uft_ds.streams.accept import accepted_policy, check_base_model
+from uft_ds.streams.accept import accepted_policy, check_base_model, check_positions
 from uft_ds.streams.load import empty_base
 
 MODELS = PACKED | LEAKS | {"gpt2": GPT2}
@@ -47,6 +49,16 @@ def test_facts_are_those_of_the_model(name: str) -> None:
     assert {type(layer).__name__ for layer in decoder_layers(decoder)} == {family.layer_class}
     assert getattr(decoder, family.norm).weight.shape == (64,)
     assert bool(family.leaks) == (name in LEAKS)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_positions_of_a_wrapped_language_model_have_a_limit(kind: str) -> None:
+    """Its rotary embeddings are in the config of the language model, not in the whole one's."""
+    config = deepcopy(WRAPPERS["mistral3"])
+    config.text_config.rope_parameters = rope_of(kind, 512)
+    check_positions(config, 512)
+    with pytest.raises(UserError, match=rf"^data.max_length: 513 is past the 512 positions of this model, .*'{kind}'"):
+        check_positions(config, 513)
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in WITHOUT_A_PLAIN_MLP])

@@ -79,7 +79,15 @@ _MERGED_INTO_NF4 = (
 
 def _on_nf4(base: str, dtype: str, loaded_as: str) -> str:
     """How to load an adapter that was trained on a base in NF4. dtype: as torch writes it."""
-    of_reward = "num_labels=1, " if loaded_as == FOR_REWARDS else ""
+    is_reward_model = loaded_as == FOR_REWARDS
+    classes = f"AutoTokenizer, {loaded_as}" if is_reward_model else loaded_as
+    of_reward = "num_labels=1, " if is_reward_model else ""
+    # The base may pad with the token that ends an answer: the classifier would read the reward one token before it.
+    padding = (
+        '\nbase.config.get_text_config().pad_token_id = AutoTokenizer.from_pretrained(".").pad_token_id'
+        if is_reward_model
+        else ""
+    )
     return f"""\
 The adapter belongs on the linear layers of its base in NF4 (4 bits, blocks of 64, double quantisation), on which it was
 trained. On the same base in 16 bits it is another model. With transformers, PEFT and bitsandbytes:
@@ -87,7 +95,7 @@ trained. On the same base in 16 bits it is another model. With transformers, PEF
 ```python
 import torch
 from peft import PeftModel
-from transformers import {loaded_as}, BitsAndBytesConfig
+from transformers import {classes}, BitsAndBytesConfig
 
 nf4 = BitsAndBytesConfig(
     load_in_4bit=True,
@@ -95,7 +103,7 @@ nf4 = BitsAndBytesConfig(
     bnb_4bit_use_double_quant=True,
     bnb_4bit_compute_dtype={dtype},
 )
-base = {loaded_as}.from_pretrained("{base}", {of_reward}quantization_config=nf4, dtype={dtype})
+base = {loaded_as}.from_pretrained("{base}", {of_reward}quantization_config=nf4, dtype={dtype}){padding}
 model = PeftModel.from_pretrained(base, ".")
 ```
 

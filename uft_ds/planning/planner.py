@@ -12,6 +12,7 @@ from uft_ds.planning.activations import Activations, activations_of
 from uft_ds.planning.compute import Flops, Time, least_time, step_flops
 from uft_ds.planning.gathers import Gathers, forward_gathers
 from uft_ds.planning.hardware import Cluster, in_gb
+from uft_ds.planning.loading import loading_problems
 from uft_ds.planning.memory import GpuMemory, HostMemory, gpu_memory, host_memory
 from uft_ds.planning.sharding import Sharding
 from uft_ds.planning.structure import Structure, structure_of
@@ -53,7 +54,7 @@ class Outcome:
     mode: HowReference
     """The recipe's own mode in its first epoch; `cached` if no reference is needed."""
     problems: tuple[str, ...]
-    """Reasons other than memory why the setting cannot run, or cannot be planned."""
+    """Reasons other than a step's memory why the setting cannot run, or cannot be planned."""
 
     @property
     def gpu_spare_bytes(self) -> int:
@@ -176,7 +177,7 @@ class Planner:
             host=host_memory(structure, workload, sharding, cluster, activations),
             by_mode=by_mode,
             mode=own,
-            problems=tuple(_problems(setting)),
+            problems=(*_problems(setting), *loading_problems(structure, workload, sharding, cluster)),
         )
 
 

@@ -16,6 +16,7 @@ from uft_ds.objectives.groups import Groups
 from uft_ds.objectives.losses import LOSSES
 from uft_ds.objectives.objective import Objective
 from uft_ds.record.telemetry import health
+from uft_ds.streams.nf4 import num_weights
 
 
 def step_metrics(objective: Objective, loss: float, sums: Tensor, rows: np.ndarray) -> dict[str, float]:
@@ -79,7 +80,8 @@ def model_flops_utilization(model: nn.Module, tokens_per_second: float, *, refer
 
     Each parameter and token counts 4 FLOPs (forward, and gradient of the activations), 2 more where all parameters are
     trained, and 2 more for the share of responses whose reference was forwarded. Attention and the recomputation of
-    checkpointed layers are not counted. Of a mixture's routed experts those count that a token passes.
+    checkpointed layers are not counted. Of a mixture's routed experts those count that a token passes, and of a base in
+    NF4 its weights, not its bytes.
 
     Args:
         tokens_per_second: of one GPU.
@@ -89,10 +91,9 @@ def model_flops_utilization(model: nn.Module, tokens_per_second: float, *, refer
     peak = peak_flops(torch.cuda.get_device_name())
     if peak is None:
         return None
-    # Under ZeRO-3 a partitioned parameter is empty; DeepSpeed keeps its whole size in `ds_numel`.
     config = getattr(model, "config", None)
     num_parameters = sum(
-        getattr(p, "ds_numel", p.numel()) * (1.0 if config is None else active_share(config, name))
+        num_weights(p) * (1.0 if config is None else active_share(config, name))
         for name, p in model.named_parameters()
         if config is None or is_passed_by_text(config, name)
     )

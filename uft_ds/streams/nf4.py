@@ -129,6 +129,16 @@ def _size(parameter: Any) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
+def num_weights(parameter: Any) -> int:
+    """Number of weights that a parameter stands for: one in NF4 has half as many elements, of a byte each.
+
+    Args:
+        parameter: of any kind; ZeRO-3 may have partitioned it.
+    """
+    state = getattr(parameter, "quant_state", None)
+    return _size(parameter) if state is None else int(state.shape.numel())
+
+
 def quantise(base: Any, whole: Whole = nullcontext) -> None:
     """Hold the linear layers of a loaded base in NF4 from now on, in place. They are frozen.
 
