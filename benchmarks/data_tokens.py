@@ -102,7 +102,7 @@ def report_shared_prompts(console: Console, data: Path, chat: ChatTokenizer, fol
         for row, own, others in zip(rows, answers, [*answers[1:], answers[0]], strict=True)
         for number, answer in enumerate([*own, *others])
     ]
-    by_length = sorted({answer for own in answers for answer in own}, key=len)
+    by_length = sorted({answer for own in answers for answer in own}, key=lambda answer: (len(answer), answer))
     groups = [by_length[i : i + 9] for i in range(0, len(by_length) - 8, 9)]
     eight = [_scored(prompt, answer, number) for prompt, *own in groups for number, answer in enumerate(own)]
     cases = {

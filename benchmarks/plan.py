@@ -1,6 +1,6 @@
 """What `uft plan` predicts against what DeepSpeed allocates and sends.
 
-    python benchmarks/plan.py [--ranks 1 2 4] [--layers N ...]
+    python benchmarks/plan.py [--ranks 1 2 4] [--sizes SIZE ...] [--modes lockstep separate]
 
 Random Qwen2- and Llama-shaped models of three sizes, on real ranks over gloo, with gradient checkpointing and without,
 under ZeRO-3 with bounds that make a tiny model gather as a large one has to. Measured, on rank 0:
