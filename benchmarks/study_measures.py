@@ -40,9 +40,11 @@ def ordering(policy: Any, tokenizer_of: Path, data: Path) -> dict[str, float]:
     rules = RowRules("jsonl", None, max_length=256, merge=True, trim_prompt=False)
     settings = SourceSettings(str(data / "test_both.jsonl"), None, rules)
     tokenizer = load_tokenizer(str(tokenizer_of))
-    selection = prepare_source(settings, tokenizer, data.parent / "tokens", seed=0, tolerance=Tolerance()).selection
+    prepared = prepare_source(settings, tokenizer, data.parent / "tokens", seed=0, tolerance=Tolerance())
+    selection = prepared.selection
     sequences = tuple(sequence for index in range(len(selection)) for sequence in selection.unit(index))
-    kept = data / "base_logps.npy"  # the same for every run: measured once
+    # The base's half is the same for every run: measured once for these tokens.
+    kept = data / f"base_logps-{prepared.key}.npy"
     with torch.no_grad():
         if not kept.exists():
             np.save(kept, hugging_face_logps(policy, sequences, adapters=False).numpy())
