@@ -34,27 +34,24 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from against_trl import (
-    BETA,
-    WARM_UP_STEPS,
-    Result,
-    Workload,
-    believe_in_all_ranks,
-    deepspeed_file,
-    dpo_workload,
-    left_to_trainer,
-    losses_over_ranks,
-    peak,
-    real_model,
-    reset_peak,
-    sequences,
-    tokens_per_second,
-)
 from bars import Bar, at_most, report, table_of
 from plan_measured import counting
 from ranks import run_on_ranks
 from rich.console import Console
 from toy import objective
+from trl_sides import (
+    BETA,
+    WARM_UP_STEPS,
+    Result,
+    believe_in_all_ranks,
+    deepspeed_file,
+    left_to_trainer,
+    losses_over_ranks,
+    peak,
+    reset_peak,
+    tokens_per_second,
+)
+from trl_workloads import Workload, dpo_workload, real_model, sequences
 
 COPY = "UFT, a copy"
 LEARNING_RATE = 1e-5

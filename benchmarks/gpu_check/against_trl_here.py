@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import against_trl
 import torch
 import transformers as hf
+import trl_sides
+import trl_workloads
 from tiny import build_tiny_tokenizer
 
 from gpu_check.environment import found_version
@@ -34,7 +35,7 @@ def run(report: Report, place: Place, side: str = "") -> None:
         return
     report.fact("model", f"Mistral 7B's shape, {LAYERS} layers, random weights" if not place.toy else "2 layers of 64")
     work = workload(place)
-    against_trl.write_adapter(work.folder, place.work / "adapter.safetensors")
+    trl_sides.write_adapter(work.folder, place.work / "adapter.safetensors")
     found: dict[str, dict[str, Any]] = {}
     for name in ("uft_ds", "trl"):
         values = _in_a_process(report, place, name)
@@ -62,7 +63,7 @@ def _imports(report: Report, package: str) -> bool:
     return True
 
 
-def workload(place: Place) -> against_trl.Workload:
+def workload(place: Place) -> trl_workloads.Workload:
     """The model, written once, and the rows."""
     from uft_ds.planning.shapes import shipped_config
 
@@ -79,11 +80,11 @@ def workload(place: Place) -> against_trl.Workload:
         model.to("cpu").save_pretrained(folder)
         build_tiny_tokenizer(folder)
     steps, rows_per_rank = place.size(6, 3), place.size(16, 4)
-    return against_trl.Workload(
+    return trl_workloads.Workload(
         label="one rank",
         loss="l1",
         folder=folder,
-        rows=against_trl.random_rows(rows_per_rank * steps, 250, place.size(600, 100)),
+        rows=trl_workloads.random_rows(rows_per_rank * steps, 250, place.size(600, 100)),
         rows_per_rank=rows_per_rank,
         steps=steps,
         learning_rate=1e-4,
@@ -119,10 +120,10 @@ def _one(report: Report, place: Place, side: str) -> None:
 
     work, adapter = workload(place), place.work / "adapter.safetensors"
     join_group_of_one(deterministic=side == "uft_ds")  # TRL's own operators are not asked for that
-    result = against_trl.run_ours(work, adapter, True) if side == "uft_ds" else against_trl.run_trl(work, adapter, True)
+    result = trl_sides.run_ours(work, adapter, True) if side == "uft_ds" else trl_sides.run_trl(work, adapter, True)
     report.fact("losses", result.losses)
-    report.fact("tokens_per_second", against_trl.tokens_per_second(work, [result]))
+    report.fact("tokens_per_second", trl_sides.tokens_per_second(work, [result]))
     report.fact("peak_gb", result.peak_growth_bytes / 1e9)
-    padded = sum(against_trl.padded_tokens(work, step) for step in range(work.steps))
-    real = sum(against_trl.real_tokens(work, step) for step in range(work.steps))
+    padded = sum(trl_workloads.padded_tokens(work, step) for step in range(work.steps))
+    real = sum(trl_workloads.real_tokens(work, step) for step in range(work.steps))
     report.fact("tokens forwarded a real one", padded / real if side == "trl" else 1.0)

@@ -185,7 +185,7 @@ def test_losses_that_are_not_trls_are_a_problem(place: Place, monkeypatch: pytes
             return {"losses": losses[name], "tokens_per_second": 1.0}
 
         monkeypatch.setattr(against_trl_here, "_in_a_process", side)
-        monkeypatch.setattr(against_trl_here.against_trl, "write_adapter", lambda *args: None)
+        monkeypatch.setattr(against_trl_here.trl_sides, "write_adapter", lambda *args: None)
         return found(against_trl_here.run, place).problems
 
     assert sides({"uft_ds": [0.5, 0.4], "trl": [0.5, 0.4005]}) == []
