@@ -55,6 +55,11 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+def pytest_unconfigure() -> None:
+    """As it was: libraries that count their objects at a process's end would report the frozen ones as lost."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
 def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random 2-layer Qwen2 with a byte-level ChatML tokenizer, in Hugging Face's layout."""
