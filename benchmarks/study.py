@@ -111,6 +111,7 @@ def measure_seeds(study: Study, chosen: Mapping[str, float]) -> None:
             if found is not None:
                 rows.setdefault(METHODS[name].label, []).append(found)
     show(rows)
+    show_differences(rows)
 
 
 def measure_mix(study: Study, rate: float) -> dict[int, list[dict[str, float]]]:
@@ -140,6 +141,20 @@ def show(rows: Mapping[str, list[dict[str, float]]]) -> None:
             values = [one[column] for one in found if column in one]
             cells.append(interval(values) if values else "")
         print(f"| {label} | {len(found)} | " + " | ".join(cells) + " |", flush=True)
+
+
+def show_differences(rows: Mapping[str, list[dict[str, float]]]) -> None:
+    """A table in Markdown: mean grades minus those of SFT, and of UFT, on the same seeds; mean and half an interval."""
+    labels = [METHODS[name].label for name in ("sft", "uft")]
+    complete = {label: found for label, found in rows.items() if len(found) == len(SEEDS)}
+    print("| mean grade minus that of | " + " | ".join(labels) + " |\n|" + "---|" * (len(labels) + 1))
+    for label, found in complete.items():
+        cells = []
+        for other in labels:
+            pairs = zip(found, complete.get(other, ()), strict=False)
+            differences = [one["mean grade"] - another["mean grade"] for one, another in pairs]
+            cells.append(interval(differences) if differences and label != other else "")
+        print(f"| {label} | " + " | ".join(cells) + " |", flush=True)
 
 
 def draw(found_of: Mapping[int, list[dict[str, float]]], path: Path) -> None:
