@@ -79,6 +79,12 @@ def test_four_ranks_route_differently(qwen3_moe: Path) -> None:
     check(qwen3_moe, 4, {"gradient_checkpointing": True})
 
 
+@pytest.mark.long
+def test_ranks_that_share_rows_route_their_own_tokens(qwen3_moe: Path) -> None:
+    """Each has a part of every row, whose tokens alone it sends to experts; with what costs little recomputed."""
+    check(qwen3_moe, 2, {"attention": "packed", "sequence_size": 2, "gradient_checkpointing": "selective"})
+
+
 @pytest.mark.parametrize("gradient_checkpointing", [False, True], ids=["plain", "checkpointed"])
 def test_lockstep_of_a_mixture_equals_two_separate_forwards(mixture: Path, gradient_checkpointing: bool) -> None:
     """Invariant 6: bit for bit the same log-probs of both streams and the same gradients."""

@@ -73,9 +73,7 @@ def sharded_step(folder: Path, tokens: int, file: str, options: dict[str, Any]) 
     """Gradients, metrics and new weights of one step through the real engine, and held-out metrics before it."""
     from deepspeed.utils import safe_get_full_grad
 
-    options = dict(options)
-    share = options.pop("share_prompts", False)
-    engine = engine_of(folder, file=file, groups_of=groups_of, share_prompts=share, **(MODEL | options))
+    engine = engine_of(folder, file=file, groups_of=groups_of, **(MODEL | options))
     grads: dict[str, Tensor] = {}
     update = engine.step
 
@@ -151,8 +149,15 @@ def definition(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], floa
         pytest.param(
             4, 64, "zero3_cpu", {"activation_offload": True, "gradient_checkpointing": True}, marks=pytest.mark.long
         ),
+        pytest.param(
+            4,
+            40,
+            "zero3_cpu",
+            {"attention": "packed", "share_prompts": True, "sequence_size": 2},
+            marks=pytest.mark.long,
+        ),
     ],
-    ids=["one rank", "checkpointed", "ZeRO-2, selective", "shared prompts", "four ranks, offload"],
+    ids=["one rank", "checkpointed", "ZeRO-2, selective", "shared prompts", "four ranks, offload", "divided rows"],
 )
 def test_invariant_2_a_reward_models_step_is_hugging_faces(
     tiny_qwen2: Path, world_size: int, tokens: int, file: str, options: dict[str, Any]
