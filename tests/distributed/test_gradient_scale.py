@@ -232,13 +232,14 @@ DIVIDED = [(name, 48, share_prompts) for name in COMPARED for share_prompts in (
 WHOLE = [(name, 512, share_prompts) for name in COMPARED for share_prompts in (False, True)]
 
 
-@pytest.mark.parametrize(("world_size", "sequence_size"), long_but([(2, 1)], [(1, 1), (2, 1), (4, 1), (4, 2)]))
-def test_gradient_does_not_depend_on_who_holds_a_group(tiny_qwen2: Path, world_size: int, sequence_size: int) -> None:
+@pytest.mark.parametrize("ranks", long_but([(2, 1)], [(1, 1), (2, 1), (4, 1), (4, 2)]), ids=str)
+def test_gradient_does_not_depend_on_who_holds_a_group(tiny_qwen2: Path, ranks: tuple[int, int]) -> None:
     """Answers to a prompt on several ranks and in several micro-batches: one process's gradients, to 2e-5.
 
     With and without sharing of prompts, which keeps a group together only as far as a micro-batch holds it; also where
     two ranks compute each row, with half the tokens each.
     """
+    world_size, sequence_size = ranks
     cases = [(name, tokens // sequence_size, share_prompts) for name, tokens, share_prompts in DIVIDED]
     results = run_on_ranks(answers_steps, world_size, tiny_qwen2, cases, sequence_size)
     for case, (name, *_) in enumerate(cases):

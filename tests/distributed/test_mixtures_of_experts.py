@@ -11,12 +11,14 @@ from engines import accumulate, engine_of, single_process
 from mixtures import TARGETS, outputs_and_gradients
 from plan_measured import counting
 from ranks import run_on_ranks
-from runs import losses, recipe_in, uft
+from runs import losses, recipe_in, settings_of_run, uft
 from toy import objective, toy_step
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from uft_ds.engine.engine import Engine
+from uft_ds.errors import UserError
 from uft_ds.planning.structure import Lora, structure_of
+from uft_ds.run.prepare import check_run
 from uft_ds.streams.stream import logps_of
 
 
@@ -101,6 +103,14 @@ def test_adapters_on_a_router_are_refused_by_name(mixture: Path, tmp_path: Path)
     result = uft("train", str(recipe))
     assert result.returncode == 2
     assert re.search(r"lora\.targets: 'gate' is a \w+Router, expected linear layers", result.stderr)
+
+
+def test_all_parameters_of_a_mixture_are_refused(mixture: Path, tmp_path: Path) -> None:
+    """Its files hold the experts one by one, which transformers puts together: the trained model could not be written
+    back into them."""
+    recipe = recipe_in(tmp_path, mixture, lora=None, objective__reward_shift="none")
+    with pytest.raises(UserError, match=r"^lora: null given, but .* holds \S*experts\S* as .*; train adapters$"):
+        check_run(settings_of_run(recipe))
 
 
 def test_a_plan_counts_what_a_token_passes(mixture: Path) -> None:
