@@ -100,7 +100,9 @@ def definition(folder: Path, targets: Any = "all-linear") -> tuple[dict[str, Ten
     """
     ours = toy_model(folder, targets=targets, **MODEL)
     start = {name: p.detach().double() for name, p in ours.named_parameters() if p.requires_grad}
-    plain: Any = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float64)
+    plain: Any = AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=1, dtype=torch.float64, experts_implementation="eager"
+    )  # experts one after the other: torch's grouped product knows no float64
     lora = LoraConfig(r=4, lora_alpha=8.0, target_modules=targets, task_type="SEQ_CLS", modules_to_save=["score"])
     model = get_peft_model(plain, lora, autocast_adapter_dtype=False)
 

@@ -85,6 +85,7 @@ OTHERS: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {
     "all parameters, selective": (build_tiny_model, {"trains_all": True, "gradient_checkpointing": "selective"}),
     "nf4": (build_tiny_model, {"quantization": "nf4", "gradient_checkpointing": "selective"}),
     "gemma3 with images": (partial(build_wrapper, name="gemma3"), {"gradient_checkpointing": "selective"}),
+    "gemma3 with images, nf4": (partial(build_wrapper, name="gemma3"), {"quantization": "nf4"}),
     "qwen2_5_vl": (partial(build_wrapper, name="qwen2_5_vl"), {}),
     "mistral3": (partial(build_wrapper, name="mistral3"), {}),
 }

@@ -70,9 +70,9 @@ def test_every_family_scores_the_same(convert: Any, tmp_path: Path, architecture
     check_scores(convert, base, reward_adapter(base, tmp_path / "adapter"), tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("family", long_but(("qwen3_moe",), MIXTURES))
+@pytest.mark.parametrize("family", long_but(("qwen3_moe",), [name for name in MIXTURES if name != "olmoe"]))
 def test_every_mixture_scores_the_same(convert: Any, tmp_path: Path, family: str) -> None:
-    """Adapters on the attention; the experts are written as the base's files hold them."""
+    """Adapters on the attention; the experts are written as the base's files hold them. OLMoE has no classifier."""
     base = build_mixture(tmp_path / "base", family)
     check_scores(convert, base, reward_adapter(base, tmp_path / "adapter", targets=TARGETS), tmp_path / "adapter")
 
