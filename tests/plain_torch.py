@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from uft_ds.data.example import Sequence
+from uft_ds.data.example import Response, Sequence
 from uft_ds.data.micro_batch import micro_batch
 from uft_ds.data.mixture import Step
 from uft_ds.objectives.implicit_reward import response_logps
@@ -18,6 +19,40 @@ from uft_ds.training.schedule import learning_rate
 
 LogRatios = Callable[[Sequence], Tensor]
 """[responses], float64, with the policy's graph."""
+Terms = Callable[[Tensor, Tensor], Tensor]
+"""([responses] rewards, [responses] scores) -> [responses], the terms of the loss."""
+
+
+def squared_error(rewards_R: Tensor, scores_R: Tensor) -> Tensor:
+    """UFT's."""
+    return (rewards_R.sigmoid() - scores_R).square()
+
+
+def kto(undesirable_weight: float) -> Terms:
+    """KTO's (2402.01306), for labelled responses: 1 - sigma(r - z0) for a good one, 1 - sigma(z0 - r) for a bad one."""
+
+    def terms(rewards_R: Tensor, labels_R: Tensor) -> Tensor:
+        good_R = 1 - rewards_R.sigmoid()
+        bad_R = undesirable_weight * (1 - (-rewards_R).sigmoid())
+        return torch.where(labels_R == 1, good_R, bad_R)
+
+    return terms
+
+
+def kl_of(step: Step, log_ratios: LogRatios) -> float:
+    """KTO's estimate, in nats: each prompt with the next answer to another prompt; 0 if their mean is below it."""
+    responses = [(sequence, response) for sequence in step.sequences for response in sequence.responses]
+    prompts = [tuple(sequence.token_ids_T[: response.start].tolist()) for sequence, response in responses]
+    longest, found = max(len(sequence.token_ids_T) for sequence, _ in responses), []
+    for place, (sequence, own) in enumerate(responses):
+        first = place + prompts.count(prompts[place])
+        others = [i % len(responses) for i in range(first, first + len(responses))]
+        other, of_other = responses[next(i for i in others if prompts[i] != prompts[place])]
+        tokens = np.concatenate([sequence.token_ids_T[: own.start], other.token_ids_T[of_other.start : of_other.end]])
+        if len(tokens) <= longest:
+            joined = Response(own.start, len(tokens), 1.0, "score", "")
+            found.append(float(log_ratios(Sequence(tokens, (joined,)))))
+    return max(0.0, sum(found) / len(found))
 
 
 def logps_of(model: nn.Module, sequence: Sequence) -> Tensor:
@@ -35,8 +70,9 @@ def trained_by_plain_torch(
     num_steps: int,
     *,
     shift_of: Callable[[Step, LogRatios], float] = lambda step, log_ratios: 0.0,
+    terms: Terms = squared_error,
 ) -> tuple[dict[str, Tensor], list[float]]:
-    """UFT's squared error with a beta of 0.1, each sequence forwarded alone; the parameters in the end, and the losses.
+    """A pointwise loss with a beta of 0.1, each sequence forwarded alone; the parameters in the end, and the losses.
 
     Args:
         shift_of: what is subtracted from the log-ratios of a step, nats.
@@ -58,7 +94,7 @@ def trained_by_plain_torch(
         for sequence in step.sequences:
             rewards_R = 0.1 * (log_ratios(sequence) - shift)
             scores_R = torch.tensor([response.score for response in sequence.responses], dtype=torch.float64)
-            total = total + (rewards_R.sigmoid() - scores_R).square().sum()
+            total = total + terms(rewards_R, scores_R).sum()
         loss = total / len(step.responses)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), train.max_grad_norm)

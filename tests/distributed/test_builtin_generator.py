@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from engines import accumulate, engine_of, weights
+from mixtures import TARGETS, build_mixture
 from ranks import run_on_ranks
 from reference_traffic import counting
 from suites import long_but
 from tiny import IM_END, build_tiny_model
 from toy import UFT, toy_sequences, toy_step
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from wrappers import build_wrapper
 
+from uft_ds.architectures.facts import wraps_a_language_model
 from uft_ds.data.packing import rank_micro_batches
 from uft_ds.engine.engine import Engine
 from uft_ds.errors import Stopped
+from uft_ds.evaluation import on_ranks
 from uft_ds.host.signals import Stop, StopRequest
 from uft_ds.rollouts.answers import Question, Sampling
 from uft_ds.rollouts.builtin import BuiltinGenerator
@@ -40,9 +47,9 @@ def generator_of(engine: Engine, *, temperature: float = 1.0, rows: int = 3, **o
     return BuiltinGenerator(engine, sampling, pad_id=IM_END, tokens_per_batch=rows * (LONGEST + NEW), **options)
 
 
-def all_answers(folder: Path, file: str) -> dict[str, Any]:
+def all_answers(folder: Path, file: str, model: dict[str, Any]) -> dict[str, Any]:
     """Greedy and drawn, with layers gathered for each token and with all weights whole, by batches of 3 and 1."""
-    engine = engine_of(folder, file=file)
+    engine = engine_of(folder, file=file, **model)
     found = {}
     for name, options in {
         "greedy": {"temperature": 1e-9},
@@ -52,7 +59,7 @@ def all_answers(folder: Path, file: str) -> dict[str, Any]:
     }.items():
         generator = generator_of(engine, **options)
         found[name] = generator.answer(questions())
-        assert generator.continues_caches
+        assert generator.continues_caches != wraps_a_language_model(AutoConfig.from_pretrained(folder))
     assert fits_whole(engine, tokens=100)
     return found
 
@@ -60,15 +67,74 @@ def all_answers(folder: Path, file: str) -> dict[str, Any]:
 def test_answers_are_the_same_on_any_number_of_ranks(tmp_path: Path) -> None:
     """One rank, two under ZeRO-3 and two under ZeRO-2, also where a batch has no answer for a rank."""
     build_tiny_model(tmp_path)
-    (expected,) = run_on_ranks(all_answers, 1, tmp_path, "zero3_cpu")
+    (expected,) = run_on_ranks(all_answers, 1, tmp_path, "zero3_cpu", {})
     drawn = [answer for of_question in expected["drawn"] for answer in of_question]
     assert any(answer.ended for answer in drawn)
     assert len({len(answer.token_ids) for answer in drawn}) > 2
     assert expected["drawn"] == expected["drawn, whole"] == expected["drawn, one a batch"] != expected["greedy"]
     assert len({answer.token_ids for answer in expected["greedy"][0]}) == 1
     for file in ("zero3_cpu", "zero2"):
-        for of_rank in run_on_ranks(all_answers, 2, tmp_path, file):
+        for of_rank in run_on_ranks(all_answers, 2, tmp_path, file, {}):
             assert of_rank == expected, file
+
+
+DIVIDED: dict[str, Any] = {"attention": "packed", "sequence_size": 2}
+MODELS: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {
+    "divided rows": (build_tiny_model, DIVIDED),
+    "divided rows, all parameters": (build_tiny_model, DIVIDED | {"trains_all": True}),
+    "experts": (partial(build_mixture, family="qwen3_moe"), {"targets": TARGETS, "b_std": 0.0}),
+    "gemma3 with images": (partial(build_wrapper, name="gemma3"), {"b_std": 0.0}),
+    "qwen2_5_vl": (partial(build_wrapper, name="qwen2_5_vl"), {"b_std": 0.0}),
+    "mistral3": (partial(build_wrapper, name="mistral3"), {"b_std": 0.0}),
+}
+"""How a model is built, and its options on two ranks."""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", MODELS)
+def test_other_models_answer_alike(tmp_path: Path, name: str) -> None:
+    """One rank, and two: also ranks that share rows, which answer whole ones. Without what adapters change, the greedy
+    answers are those of Hugging Face's `generate`, a prompt at a time."""
+    build, options = MODELS[name]
+    folder = build(tmp_path)
+    alone = {key: value for key, value in options.items() if key != "sequence_size"}
+    (expected,) = run_on_ranks(all_answers, 1, folder, "zero3_cpu", alone)
+    for of_rank in run_on_ranks(all_answers, 2, folder, "zero3_cpu", options):
+        assert of_rank == expected
+    if options.get("b_std") == 0.0 or "trains_all" in options:
+        assert [answers[0].token_ids for answers in expected["greedy"]] == greedy_by_hugging_face(folder)
+
+
+def greedy_by_hugging_face(folder: Path) -> list[tuple[int, ...]]:
+    is_wrapper = wraps_a_language_model(AutoConfig.from_pretrained(folder))
+    model = (AutoModelForImageTextToText if is_wrapper else AutoModelForCausalLM).from_pretrained(folder)
+    found = []
+    for question in questions():
+        ids = torch.tensor([question.token_ids])
+        how = {"max_new_tokens": NEW, "eos_token_id": list(STOPS), "pad_token_id": IM_END, "do_sample": False}
+        answer = model.generate(ids, attention_mask=torch.ones_like(ids), **how)
+        found.append(tuple(answer[0, ids.shape[1] :].tolist()))
+    return found
+
+
+def answered_here(folder: Path) -> tuple[list[int], list[int]]:
+    """How many rows this rank continued in each batch, and how many answers there were after it."""
+    engine, rows, done = engine_of(folder, file="zero2", **DIVIDED), [], []
+    continued = on_ranks.continue_in_pieces
+
+    def counting(model: Any, given: Any, *args: Any, **options: Any) -> Any:
+        rows.append(len(given))
+        return continued(model, given, *args, **options)
+
+    with patch.object(on_ranks, "continue_in_pieces", counting):
+        generator_of(engine, rows=4, on_done=done.append).answer(questions())
+    return rows, done
+
+
+@pytest.mark.long
+def test_ranks_that_share_rows_share_the_answering(tmp_path: Path) -> None:
+    """Of seven answers one takes three and the other four, at once: together they have memory for eight."""
+    assert run_on_ranks(answered_here, 2, build_tiny_model(tmp_path)) == [([3], [7]), ([4], [7])]
 
 
 def one_step(engine: Engine) -> tuple[Any, ...]:

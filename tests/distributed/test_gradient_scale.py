@@ -74,9 +74,9 @@ def test_gradient_does_not_depend_on_packing(tiny_qwen2: Path, loss: str, file: 
         assert_same_step(result, definition)
 
 
-def step_of_prompts(folder: Path, share_prompts: bool) -> object:
-    """A step with several answers to one prompt, and the number of tokens that this rank forwards."""
-    engine = engine_of(folder, attention="packed", share_prompts=share_prompts)
+def step_of_prompts(folder: Path, share_prompts: bool, options: dict[str, Any]) -> object:
+    """A step with several answers to one prompt, and the number of tokens of this rank's rows."""
+    engine = engine_of(folder, attention="packed", share_prompts=share_prompts, **options)
     first, *others = toy_step().sequences
     answers = []
     for number in range(4):
@@ -90,13 +90,16 @@ def step_of_prompts(folder: Path, share_prompts: bool) -> object:
 
 
 @pytest.mark.long
-def test_gradient_does_not_depend_on_sharing_of_prompts(tiny_qwen2: Path) -> None:
-    """On two ZeRO-3 ranks, each adapter's gradient to 1e-5, from fewer tokens."""
-    alone, shared = (run_on_ranks(step_of_prompts, 2, tiny_qwen2, share) for share in (False, True))
+@pytest.mark.parametrize("options", [{}, {"sequence_size": 2}], ids=["whole rows", "divided rows"])
+def test_gradient_does_not_depend_on_sharing_of_prompts(tiny_qwen2: Path, options: dict[str, Any]) -> None:
+    """On two ZeRO-3 ranks, each adapter's gradient to 1e-5, from fewer tokens; also where both compute each row."""
+    alone = run_on_ranks(step_of_prompts, 2, tiny_qwen2, False, {})
+    shared = run_on_ranks(step_of_prompts, 2, tiny_qwen2, True, options)
     grads, total, norm, _ = alone[0]
     for result in shared:
         assert_same_step(result, (grads, total, norm))
-    saved = sum(tokens for *_, tokens in alone) - sum(tokens for *_, tokens in shared)
+    of_rows = [tokens for *_, tokens in shared][:: options.get("sequence_size", 1)]
+    saved = sum(tokens for *_, tokens in alone) - sum(of_rows)
     assert saved >= 2 * toy_step().sequences[0].prompt_tokens
 
 
@@ -216,10 +219,11 @@ def answers_step(engine: Engine, name: str, tokens: int) -> Any:
     return grads, metrics, len(held), num_batches, set().union(*held[-num_batches:])
 
 
-def answers_steps(folder: Path, cases: list[tuple[str, int, bool]]) -> Any:
+def answers_steps(folder: Path, cases: list[tuple[str, int, bool]], sequence_size: int = 1) -> Any:
     """Starting processes and engines takes most of the time: each runs all cases that it can."""
     engines = {
-        share: engine_of(folder, attention="packed", share_prompts=share) for share in {case[2] for case in cases}
+        share: engine_of(folder, attention="packed", share_prompts=share, sequence_size=sequence_size)
+        for share in {case[2] for case in cases}
     }
     return [answers_step(engines[share_prompts], name, tokens) for name, tokens, share_prompts in cases]
 
@@ -228,16 +232,20 @@ DIVIDED = [(name, 48, share_prompts) for name in COMPARED for share_prompts in (
 WHOLE = [(name, 512, share_prompts) for name in COMPARED for share_prompts in (False, True)]
 
 
-@pytest.mark.parametrize("world_size", long_but([2], [1, 2, 4]))
-def test_gradient_does_not_depend_on_who_holds_a_group(tiny_qwen2: Path, world_size: int) -> None:
+@pytest.mark.parametrize("ranks", long_but([(2, 1)], [(1, 1), (2, 1), (4, 1), (4, 2)]), ids=str)
+def test_gradient_does_not_depend_on_who_holds_a_group(tiny_qwen2: Path, ranks: tuple[int, int]) -> None:
     """Answers to a prompt on several ranks and in several micro-batches: one process's gradients, to 2e-5.
 
-    With and without sharing of prompts, which keeps a group together only as far as a micro-batch holds it.
+    With and without sharing of prompts, which keeps a group together only as far as a micro-batch holds it; also where
+    two ranks compute each row, with half the tokens each.
     """
-    results = run_on_ranks(answers_steps, world_size, tiny_qwen2, DIVIDED)
-    for case, (name, *_) in enumerate(DIVIDED):
+    world_size, sequence_size = ranks
+    cases = [(name, tokens // sequence_size, share_prompts) for name, tokens, share_prompts in DIVIDED]
+    results = run_on_ranks(answers_steps, world_size, tiny_qwen2, cases, sequence_size)
+    for case, (name, *_) in enumerate(cases):
         expectation = step_by_hand(tiny_qwen2, name)
-        own = [{origin for origin in of_rank[case][4] if origin.startswith("score:0")} for of_rank in results]
+        data_ranks = results[::sequence_size]
+        own = [{origin for origin in of_rank[case][4] if origin.startswith("score:0")} for of_rank in data_ranks]
         assert sum(map(len, own)) == SIZES[0]
         assert world_size == 1 or max(map(len, own)) < SIZES[0], "the case should divide a group over ranks"
         for of_rank in results:

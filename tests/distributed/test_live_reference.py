@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from engines import REAL_PARTITIONING
-from plain_torch import LogRatios, assert_moved_alike, trained_by_plain_torch
+from plain_torch import LogRatios, assert_moved_alike, kl_of, trained_by_plain_torch
 from ranks import run_on_ranks
+from recorded_steps import steps_of_record
 from reference_traffic import counting
 from runs import assert_same_shards, losses, numbers, recipe_in, settings_of_run, uft
 from safetensors.torch import load_file
@@ -25,24 +25,20 @@ from transformers import AutoModelForCausalLM
 
 from uft_ds.checkpoint.shard_names import shard_name
 from uft_ds.checkpoint.shards import Shards, write_shard
-from uft_ds.data.asked import Asked
-from uft_ds.data.example import Response, Sequence
-from uft_ds.data.mixture import Step, Unit
+from uft_ds.data.mixture import Step
 from uft_ds.engine.engine import Engine
 from uft_ds.engine.optimizer_state import Piece, pieces_of, restore
 from uft_ds.known.cache import Known, fill
 from uft_ds.objectives.reference import HowReference
 from uft_ds.record.report import SilentReporter
 from uft_ds.record.run_folder import RunFolder
-from uft_ds.rollouts.record import RecordFolder
-from uft_ds.rollouts.source import sequences_of
 from uft_ds.run.build import build_engine
 from uft_ds.run.prepare import open_data
 from uft_ds.run.settings import with_deepspeed_file
 from uft_ds.streams.model import UFTModel
 from uft_ds.training.forwarding import Method
 from uft_ds.training.step import run_step
-from uft_ds.training.steps import mixed_sources, steps_of
+from uft_ds.training.steps import steps_of
 
 OF_COPY = "reference."
 """What `UFTModel` puts before the names of the copy's parameters."""
@@ -221,22 +217,6 @@ def test_the_copy_says_what_the_cache_says(folder: Path) -> None:
 # ---- its runs
 
 
-def kl_of(step: Step, log_ratios: LogRatios) -> float:
-    """KTO's estimate, in nats: each prompt with the next answer to another prompt; 0 if their mean is below it."""
-    responses = [(sequence, response) for sequence in step.sequences for response in sequence.responses]
-    prompts = [tuple(sequence.token_ids_T[: response.start].tolist()) for sequence, response in responses]
-    longest, found = max(len(sequence.token_ids_T) for sequence, _ in responses), []
-    for place, (sequence, own) in enumerate(responses):
-        first = place + prompts.count(prompts[place])
-        others = [i % len(responses) for i in range(first, first + len(responses))]
-        other, of_other = responses[next(i for i in others if prompts[i] != prompts[place])]
-        tokens = np.concatenate([sequence.token_ids_T[: own.start], other.token_ids_T[of_other.start : of_other.end]])
-        if len(tokens) <= longest:
-            joined = Response(own.start, len(tokens), 1.0, "score", "")
-            found.append(float(log_ratios(Sequence(tokens, (joined,)))))
-    return max(0.0, sum(found) / len(found))
-
-
 @pytest.fixture(scope="module")
 def shifted(folder: Path) -> Path:
     """The folder of a run with `reward_shift: kl`, which forwards the copy for joined prompts, and for what the cache
@@ -307,19 +287,8 @@ def test_an_online_run_is_that_of_plain_torch(folder: Path, tmp_path: Path) -> N
     result = uft("train", str(recipe), PYTHONPATH=str(tmp_path))
     assert result.returncode == 0, result.stdout + result.stderr
     settings = settings_of_run(run / "recipe.yaml")
-    data = open_data(settings, RunFolder(run))
-    plan, pools = steps_of(settings, data), [source.selection for source in mixed_sources(settings, data)]
-
-    def made(n: int) -> Step:
-        groups = iter(RecordFolder(run / "rollouts").read(n + 1).groups)
-
-        def unit_of(source: int, unit: int, pair_id: int) -> Unit:
-            pool = pools[source]
-            return sequences_of(next(groups), is_own=True) if isinstance(pool, Asked) else pool.unit(unit, pair_id)
-
-        return plan.step_of(n, unit_of)
-
-    _, expected = trained_by_plain_torch(settings, (made(n) for n in range(len(plan))), len(plan))
+    steps = steps_of_record(settings, run)
+    _, expected = trained_by_plain_torch(settings, steps, len(steps))
     assert losses(run) == pytest.approx(expected, rel=1e-5)
     again = tmp_path / "again"
     shutil.copytree(run, again, symlinks=True)

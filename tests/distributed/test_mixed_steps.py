@@ -127,30 +127,36 @@ def definition(folder: Path, name: ShiftName) -> tuple[dict[str, torch.Tensor], 
     return grads, total, [shifts[id(sequence)] for sequence in pointwise]
 
 
-def steps(folder: Path, cases: list[tuple[ShiftName, int, HowReference]]) -> Any:
+def steps(folder: Path, cases: list[tuple[ShiftName, int, HowReference]], options: dict[str, Any]) -> Any:
     """Starting processes and engines takes most of the time: each runs all cases."""
-    engine = engine_of(folder)
+    engine = engine_of(folder, **options)
     return [one_step(engine, *case) for case in cases]
 
 
+DIVIDED: dict[str, Any] = {"attention": "packed", "share_prompts": True, "sequence_size": 2}
+"""Two ranks compute each row, in which the two sides of a pair share their prompt."""
 CASES = [
-    pytest.param(1, [("prompt_mean", 512, "lockstep"), ("kl", 512, "cached")], marks=pytest.mark.long),
-    (2, [("ema", 64, "lockstep"), ("prompt_mean", 64, "cached")]),
-    pytest.param(2, [(name, 64, "lockstep") for name in SHIFTS], marks=pytest.mark.long),
+    pytest.param(1, [("prompt_mean", 512, "lockstep"), ("kl", 512, "cached")], {}, marks=pytest.mark.long),
+    (2, [("ema", 64, "lockstep"), ("prompt_mean", 64, "cached")], {}),
+    pytest.param(2, [(name, 64, "lockstep") for name in SHIFTS], {}, marks=pytest.mark.long),
     pytest.param(
         4,
         [("kl", 64, "lockstep"), ("prompt_mean", 64, "cached"), ("ema", 64, "lockstep"), ("constant", 64, "lockstep")],
+        {},
         marks=pytest.mark.long,
     ),
+    pytest.param(2, [(name, 64, "lockstep") for name in SHIFTS], DIVIDED, marks=pytest.mark.long),
+    pytest.param(4, [("kl", 32, "cached"), ("prompt_mean", 32, "lockstep")], DIVIDED, marks=pytest.mark.long),
 ]
+NAMES = ["one rank", "two ranks", "every shift", "four ranks", "divided rows", "divided rows, four ranks"]
 
 
-@pytest.mark.parametrize(("world_size", "cases"), CASES, ids=["one rank", "two ranks", "every shift", "four ranks"])
+@pytest.mark.parametrize(("world_size", "cases", "options"), CASES, ids=NAMES)
 def test_a_mixed_step_does_not_depend_on_who_holds_what(
-    tiny_qwen2: Path, world_size: int, cases: list[tuple[ShiftName, int, HowReference]]
+    tiny_qwen2: Path, world_size: int, cases: list[tuple[ShiftName, int, HowReference]], options: dict[str, Any]
 ) -> None:
     """Gradients and loss on 1, 2 and 4 ZeRO-3 ranks in few or many micro-batches are one process's, to 2e-5."""
-    for outcomes in run_on_ranks(steps, world_size, tiny_qwen2, cases):
+    for outcomes in run_on_ranks(steps, world_size, tiny_qwen2, cases, options):
         for (name, *_), outcome in zip(cases, outcomes, strict=True):
             assert_is_the_definition(definition(tiny_qwen2, name), name, *outcome)
 

@@ -11,12 +11,14 @@ from engines import accumulate, engine_of, single_process
 from mixtures import TARGETS, outputs_and_gradients
 from plan_measured import counting
 from ranks import run_on_ranks
-from runs import losses, recipe_in, uft
+from runs import losses, recipe_in, settings_of_run, uft
 from toy import objective, toy_step
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from uft_ds.engine.engine import Engine
+from uft_ds.errors import UserError
 from uft_ds.planning.structure import Lora, structure_of
+from uft_ds.run.prepare import check_run
 from uft_ds.streams.stream import logps_of
 
 
@@ -79,6 +81,12 @@ def test_four_ranks_route_differently(qwen3_moe: Path) -> None:
     check(qwen3_moe, 4, {"gradient_checkpointing": True})
 
 
+@pytest.mark.long
+def test_ranks_that_share_rows_route_their_own_tokens(qwen3_moe: Path) -> None:
+    """Each has a part of every row, whose tokens alone it sends to experts; with what costs little recomputed."""
+    check(qwen3_moe, 2, {"attention": "packed", "sequence_size": 2, "gradient_checkpointing": "selective"})
+
+
 @pytest.mark.parametrize("gradient_checkpointing", [False, True], ids=["plain", "checkpointed"])
 def test_lockstep_of_a_mixture_equals_two_separate_forwards(mixture: Path, gradient_checkpointing: bool) -> None:
     """Invariant 6: bit for bit the same log-probs of both streams and the same gradients."""
@@ -95,6 +103,14 @@ def test_adapters_on_a_router_are_refused_by_name(mixture: Path, tmp_path: Path)
     result = uft("train", str(recipe))
     assert result.returncode == 2
     assert re.search(r"lora\.targets: 'gate' is a \w+Router, expected linear layers", result.stderr)
+
+
+def test_all_parameters_of_a_mixture_are_refused(mixture: Path, tmp_path: Path) -> None:
+    """Its files hold the experts one by one, which transformers puts together: the trained model could not be written
+    back into them."""
+    recipe = recipe_in(tmp_path, mixture, lora=None, objective__reward_shift="none")
+    with pytest.raises(UserError, match=r"^lora: null given, but .* holds \S*experts\S* as .*; train adapters$"):
+        check_run(settings_of_run(recipe))
 
 
 def test_a_plan_counts_what_a_token_passes(mixture: Path) -> None:

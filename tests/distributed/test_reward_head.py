@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from engines import engine_of
+from mixtures import TARGETS
 from peft import LoraConfig, get_peft_model
 from ranks import run_on_ranks
 from tiny import VOCAB_SIZE
@@ -73,9 +74,7 @@ def sharded_step(folder: Path, tokens: int, file: str, options: dict[str, Any]) 
     """Gradients, metrics and new weights of one step through the real engine, and held-out metrics before it."""
     from deepspeed.utils import safe_get_full_grad
 
-    options = dict(options)
-    share = options.pop("share_prompts", False)
-    engine = engine_of(folder, file=file, groups_of=groups_of, share_prompts=share, **(MODEL | options))
+    engine = engine_of(folder, file=file, groups_of=groups_of, **(MODEL | options))
     grads: dict[str, Tensor] = {}
     update = engine.step
 
@@ -94,15 +93,17 @@ def sharded_step(folder: Path, tokens: int, file: str, options: dict[str, Any]) 
     return grads, outcome.metrics, weights, held_out
 
 
-def definition(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
+def definition(folder: Path, targets: Any = "all-linear") -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
     """Each response's text alone through Hugging Face's classifier in float64, and the losses as they are written.
 
     Returns: the values by origin, the gradients by our names, the step's loss.
     """
-    ours = toy_model(folder, **MODEL)
+    ours = toy_model(folder, targets=targets, **MODEL)
     start = {name: p.detach().double() for name, p in ours.named_parameters() if p.requires_grad}
-    plain: Any = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float64)
-    lora = LoraConfig(r=4, lora_alpha=8.0, target_modules="all-linear", task_type="SEQ_CLS", modules_to_save=["score"])
+    plain: Any = AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=1, dtype=torch.float64, experts_implementation="eager"
+    )  # experts one after the other: torch's grouped product knows no float64
+    lora = LoraConfig(r=4, lora_alpha=8.0, target_modules=targets, task_type="SEQ_CLS", modules_to_save=["score"])
     model = get_peft_model(plain, lora, autocast_adapter_dtype=False)
 
     def our_name(name: str) -> str:
@@ -151,15 +152,41 @@ def definition(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], floa
         pytest.param(
             4, 64, "zero3_cpu", {"activation_offload": True, "gradient_checkpointing": True}, marks=pytest.mark.long
         ),
+        pytest.param(
+            4,
+            40,
+            "zero3_cpu",
+            {"attention": "packed", "share_prompts": True, "sequence_size": 2},
+            marks=pytest.mark.long,
+        ),
     ],
-    ids=["one rank", "checkpointed", "ZeRO-2, selective", "shared prompts", "four ranks, offload"],
+    ids=["one rank", "checkpointed", "ZeRO-2, selective", "shared prompts", "four ranks, offload", "divided rows"],
 )
 def test_invariant_2_a_reward_models_step_is_hugging_faces(
     tiny_qwen2: Path, world_size: int, tokens: int, file: str, options: dict[str, Any]
 ) -> None:
     """Gradients of adapters and head, to 1e-5 of each tensor's largest entry, the loss, and the metrics by hand."""
-    values, expected, loss = definition(tiny_qwen2)
-    for grads, metrics, weights, held_out in run_on_ranks(sharded_step, world_size, tiny_qwen2, tokens, file, options):
+    check_step(tiny_qwen2, world_size, tokens, file, options)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_checkpointing": True},
+        {"attention": "packed", "share_prompts": True, "sequence_size": 2, "gradient_checkpointing": "selective"},
+    ],
+    ids=["two ranks", "divided rows"],
+)
+def test_invariant_2_so_it_is_on_a_mixture_of_experts(qwen3_moe: Path, options: dict[str, Any]) -> None:
+    """With adapters on the attention; its experts get other tokens on each rank, and when they are computed again."""
+    check_step(qwen3_moe, 2, 64, "zero3_cpu", options | {"targets": TARGETS})
+
+
+def check_step(base: Path, world_size: int, tokens: int, file: str, options: dict[str, Any]) -> None:
+    targets = options.get("targets", "all-linear")
+    values, expected, loss = definition(base, targets)
+    for grads, metrics, weights, held_out in run_on_ranks(sharded_step, world_size, base, tokens, file, options):
         assert set(grads) == set(expected)
         for name, grad in expected.items():
             assert (grads[name] - grad).abs().max() <= 1e-5 * grad.abs().max(), name
@@ -168,7 +195,7 @@ def test_invariant_2_a_reward_models_step_is_hugging_faces(
         assert metrics["loss"] == pytest.approx(loss, rel=1e-6)
         assert held_out["held_out/loss"] == pytest.approx(loss, rel=1e-6)
         check_metrics(metrics, values)
-        check_update(tiny_qwen2, weights, grads)
+        check_update(base, targets, weights, grads)
 
 
 def check_metrics(metrics: dict[str, float], values: dict[str, Tensor]) -> None:
@@ -185,9 +212,10 @@ def check_metrics(metrics: dict[str, float], values: dict[str, Tensor]) -> None:
     assert metrics["pair_accuracy/pair"] == (margins > 0).mean()
 
 
-def check_update(folder: Path, weights: dict[str, Tensor], grads: dict[str, Tensor]) -> None:
+def check_update(folder: Path, targets: Any, weights: dict[str, Tensor], grads: dict[str, Tensor]) -> None:
     """AdamW's first step: each weight moves by its group's rate against its gradient's sign."""
-    start = {name: p.detach() for name, p in toy_model(folder, **MODEL).named_parameters() if p.requires_grad}
+    model = toy_model(folder, targets=targets, **MODEL)
+    start = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     for name, grad in grads.items():
         rate = RATE * (HEAD_SCALE if name.startswith("scores.") else 1.0)
         clear = grad.abs() > 1e-5

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from mixtures import TARGETS, build_mixture
 from peft import PeftModel
-from runs import adapter, assert_same_run, killed_at, recipe_in, run, uft, write_rows
+from runs import adapter, assert_same_run, killed_at, recipe_in, run, settings_of_run, uft, write_rows
 from safetensors.torch import load_file
 from tiny import build_tiny_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from wrappers import build_wrapper
 
-from uft_ds.errors import CheckFailed
+from uft_ds.errors import CheckFailed, UserError
 from uft_ds.export.reward_model import convert_to_reward_model
 from uft_ds.record.metrics_file import read_metrics
+from uft_ds.run.prepare import check_run
 
 PROMPT = "Which one"
 
@@ -191,6 +196,47 @@ def test_a_base_without_a_classifier_is_refused_before_the_launch(tmp_path: Path
     assert result.returncode == 2
     assert "objective.reward: head needs a sequence classifier of transformers" in result.stderr
     assert not (tmp_path / "run" / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["olmoe", "mistral3", "qwen2_5_vl"])
+def test_a_mixture_or_a_wrapper_without_a_classifier_is_refused(tmp_path: Path, name: str) -> None:
+    """Though a causal model of the same text model may have one; nothing is written."""
+    base = (build_mixture if name == "olmoe" else build_wrapper)(tmp_path / "base", name)
+    recipe = recipe_of_reward_model(tmp_path, base, lora={"rank": 4, "alpha": 8.0, "targets": TARGETS})
+    with pytest.raises(UserError, match=r"^objective\.reward: head needs a sequence classifier .* has none .*; take a"):
+        check_run(settings_of_run(recipe))
+    assert not (tmp_path / "run").exists()
+
+
+def others() -> dict[str, tuple[Callable[[Path], Path], dict[str, Any], tuple[str, ...]]]:
+    """How a base is built, keys of the recipe, and options of the run."""
+    lora = {"rank": 4, "alpha": 8.0, "targets": TARGETS}
+    divided = ("launch.sequence_parallel=2", "model.gradient_checkpointing=selective")
+    return {
+        "experts": (partial(build_mixture, family="qwen3_moe"), {"lora": lora}, ()),
+        "experts, divided rows": (partial(build_mixture, family="qwen3_moe"), {"lora": lora}, divided),
+        "nf4": (build_tiny_model, {"model__quantization": "nf4"}, ("model.gradient_checkpointing=selective",)),
+        "gemma3 with images": (partial(build_wrapper, name="gemma3"), {}, ()),
+    }
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", others())
+def test_hugging_face_scores_as_a_run_on_another_base_did(tmp_path: Path, name: str) -> None:
+    """A mixture of experts, rows that two ranks share, a base in NF4, a model of images and text: held-out pairs are
+    learned, and the converted model gives the rewards of the run by nothing but transformers, to 1e-5."""
+    build, keys, options = others()[name]
+    result = uft("train", str(recipe_of_reward_model(tmp_path, build(tmp_path / "base"), **keys)), *options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    held_out = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "held_out/loss" in line]
+    assert held_out[-1]["held_out/loss"] < held_out[0]["held_out/loss"] - 0.1
+    result = uft("convert", str(tmp_path / "run"), str(tmp_path / "model"), "--to", "reward-model")
+    assert result.returncode == 0, result.stdout + result.stderr
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    rewards = rewards_of_run(tmp_path / "run")
+    assert torch.tensor(rewards).std() > 0.1
+    check_scores(model, tokenizer, rewards)
 
 
 @pytest.mark.long

@@ -36,8 +36,7 @@ def adapter(tiny_qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def values_on_a_rank(base: Path, file: str, options: dict[str, Any]) -> list[float]:
-    options = dict(options)
-    engine = engine_of(base, file=file, share_prompts=options.pop("share_prompts", False), **options)
+    engine = engine_of(base, file=file, **options)
     # The second conversation alone is less than a micro-batch a rank: the others forward the dummy.
     return values_of(engine, GIVEN, TOKENS) + values_of(engine, GIVEN[1:2], TOKENS) + values_of(engine, [], TOKENS)
 
@@ -51,8 +50,11 @@ def values_on_a_rank(base: Path, file: str, options: dict[str, Any]) -> list[flo
         pytest.param(2, "zero3_cpu", {"attention": "packed", "share_prompts": True}, marks=pytest.mark.long),
         pytest.param(2, "zero3_cpu", {"reference_mode": "separate"}, marks=pytest.mark.long),
         pytest.param(4, "zero3_cpu", {}, marks=pytest.mark.long),
+        pytest.param(
+            4, "zero3_cpu", {"attention": "packed", "share_prompts": True, "sequence_size": 2}, marks=pytest.mark.long
+        ),
     ],
-    ids=["one rank", "two ranks", "ZeRO-2", "shared prompts", "separate forwards", "four ranks"],
+    ids=["one rank", "two ranks", "ZeRO-2", "shared prompts", "separate forwards", "four ranks", "divided rows"],
 )
 def test_rewards_are_hugging_faces_on_any_ranks(
     tiny_qwen2: Path, adapter: Path, world_size: int, file: str, options: dict[str, Any]

@@ -1,6 +1,8 @@
 """Rows divided over ranks: gradients of one process, packed rows exact across the borders, activations divided."""
 
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from ranks import run_on_ranks
 from runs import losses, recipe_in, uft
 from tiny import build_tiny_model
 from toy import forwarded, objective, toy_step
+from wrappers import build_wrapper
 
 from uft_ds.data.micro_batch import micro_batch
 from uft_ds.engine.engine import Engine
@@ -73,6 +76,35 @@ def test_gradients_of_divided_rows_are_those_of_one_process(
         assert set(grads) == set(expected)
         for name, grad in expected.items():
             assert (grads[name] - grad).abs().max() <= AS_ONE * grad.abs().max(), name
+        assert loss == pytest.approx(expected_loss, rel=1e-6)
+        assert norm == pytest.approx(expected_norm, rel=1e-5)
+
+
+OTHERS: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {
+    "all parameters": (partial(build_tiny_model, tied=True), {"trains_all": True, "gradient_checkpointing": True}),
+    "all parameters, selective": (build_tiny_model, {"trains_all": True, "gradient_checkpointing": "selective"}),
+    "nf4": (build_tiny_model, {"quantization": "nf4", "gradient_checkpointing": "selective"}),
+    "gemma3 with images": (partial(build_wrapper, name="gemma3"), {"gradient_checkpointing": "selective"}),
+    "gemma3 with images, nf4": (partial(build_wrapper, name="gemma3"), {"quantization": "nf4"}),
+    "qwen2_5_vl": (partial(build_wrapper, name="qwen2_5_vl"), {}),
+    "mistral3": (partial(build_wrapper, name="mistral3"), {}),
+}
+"""How a model is built, and its options: what else a recipe may ask of a model whose rows it divides."""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", OTHERS)
+def test_gradients_of_other_models_are_those_of_one_process(tmp_path: Path, name: str) -> None:
+    """All parameters trained, tied or not, a base in NF4, and the language model inside of one that reads images."""
+    build, options = OTHERS[name]
+    folder = build(tmp_path)
+    of_model = {key: value for key, value in options.items() if key != "gradient_checkpointing"}
+    expected, expected_loss, expected_norm = single_process(folder, "mse", **of_model)
+    for grads, loss, norm, crossed in run_on_ranks(divided_step, 2, folder, 2, 29, options):
+        assert crossed > 0
+        assert set(grads) == set(expected)
+        for parameter, grad in expected.items():
+            assert (grads[parameter] - grad).abs().max() <= AS_ONE * grad.abs().max(), parameter
         assert loss == pytest.approx(expected_loss, rel=1e-6)
         assert norm == pytest.approx(expected_norm, rel=1e-5)
 

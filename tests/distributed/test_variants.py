@@ -43,6 +43,14 @@ def variant_step(folder: Path, file: str, model: dict[str, Any]) -> Any:
         pytest.param("llama", False, "zero3_cpu", 2, {"gradient_checkpointing": "selective"}, marks=pytest.mark.long),
         pytest.param("qwen2", True, "zero3_cpu", 2, {"reference_mode": "separate"}, marks=pytest.mark.long),
         pytest.param("qwen2", False, "zero3_offload", 1, {}, marks=pytest.mark.long),
+        pytest.param(
+            "llama",
+            True,
+            "zero3_cpu",
+            2,
+            {"trains_all": True, "gradient_checkpointing": "selective"},
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_any_sharding_gives_the_same_step(
@@ -50,7 +58,8 @@ def test_any_sharding_gives_the_same_step(
 ) -> None:
     """Gradients, their norm and the loss equal one process's without DeepSpeed, two separate forwards, to 1e-5."""
     folder = build_tiny_model(tmp_path, architecture, tied=tied)
-    definition = single_process(folder, "mse", reference_mode="separate")
+    trains_all = model.get("trains_all", False)
+    definition = single_process(folder, "mse", reference_mode="separate", trains_all=trains_all)
     for result in run_on_ranks(variant_step, ranks, folder, file, model):
         assert_same_step(result, definition)
 

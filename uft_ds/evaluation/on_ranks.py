@@ -59,7 +59,8 @@ def answers_on_ranks(
     """The ids that the policy appends to each row, up to the first stop token, which is kept; the same on every rank.
 
     Must be called inside `policy_generates`, by every rank, with the same arguments. Where layers are gathered in each
-    forward, all ranks take as many tokens as the longest answer of any of them.
+    forward, all ranks take as many tokens as the longest answer of any of them. Ranks that share the rows of training
+    answer other rows, too: each holds whole ones here.
 
     Args:
         tokens_per_batch: most tokens, prompts and answers, that a rank holds at once; a single row may hold more.
@@ -70,14 +71,14 @@ def answers_on_ranks(
     Raises:
         CheckFailed: on every rank; logits are not finite.
     """
-    ranks, model, device = engine.ranks, base_of(engine.module.policy), engine.device
-    together = Together(engine.gathers_layers and engine.world_size > 1, lambda holds: engine.agree(int(holds)) > 0)
+    model, device, ranks = base_of(engine.module.policy), engine.device, engine.world_size
+    together = Together(engine.gathers_layers and ranks > 1, lambda holds: engine.agree(int(holds)) > 0)
     own: dict[int, list[int]] = {}
     is_finite, done = True, 0
-    for batch in batches_of(rows, ranks.data_size, how.max_new_tokens, tokens_per_batch):
+    for batch in batches_of(rows, ranks, how.max_new_tokens, tokens_per_batch):
         stop()
-        shares = shares_of(batch, ranks.data_size)
-        share = shares[ranks.data_rank]
+        shares = shares_of(batch, ranks)
+        share = shares[engine.rank]
         # A rank without a row answers one that another rank answers, because all must forward as often.
         asked = [rows[place] for place in share or batch[:1]]
         draw = draw_of(asked, how, device)
@@ -92,7 +93,7 @@ def answers_on_ranks(
         own |= dict(zip(share, found, strict=False))
         done += len(batch)
         on_done(done)
-    gathered = engine.gather_over_data((own, is_finite))
+    gathered = engine.gather_objects((own, is_finite))
     if not all(finite for _, finite in gathered):
         problem = "the policy's logits are not finite while it answers, so its tokens mean nothing"
         raise CheckFailed(problem, by_all=True)
