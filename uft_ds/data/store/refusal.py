@@ -81,7 +81,7 @@ def range_hint(label: str, scores: ScoresGiven | None) -> str:
 
 
 _USUAL_SCALES = ((0, 1), (-1, 1), (1, 5), (0, 4), (0, 5), (1, 10), (0, 10), (-10, 10), (0, 100))
-"""The narrower ones first. Scores that none of them takes, such as a reward model's, have a scale that we cannot guess."""
+"""The narrower ones first. A scale for scores that none of them takes, such as a reward model's, is not guessed."""
 
 
 def _exactly(score: float) -> str:
