@@ -21,6 +21,7 @@ from uft_ds.evaluation.harness.rows import check_rows
 from uft_ds.evaluation.harness.suites import Suite
 from uft_ds.host.hub import is_offline
 from uft_ds.host.packages import install_command
+from uft_ds.host.terminal import in_one_line
 
 _FOLDER_OF = {"mmlu": "mmlu/default"}
 """Where the harness keeps tasks of this first word, if not in a folder of that name."""
@@ -200,7 +201,7 @@ def explained(name: str, load: Callable[[], Any], source: Path | str | None = No
             f"{install_command('eval')}"
         ) from None
     except Exception as error:  # noqa: BLE001 - datasets and the hub's client raise many types
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = in_one_line(str(error), 300) or type(error).__name__
         if isinstance(source, str):
             raise UserError(f"{name}: {source}: its rows cannot be asked ({reason}); correct them") from None
         if isinstance(source, Path) and not _is_of_network(error):
