@@ -15,6 +15,7 @@ SLOWEST = (
     "evaluation/harness/test_harness_run.py", "examples/test_smollm2.py", "doctor/test_command.py",
     "distributed/test_loading.py", "planning/test_plan.py", "distributed/test_online_run.py",
     "training/test_fake_cuda.py", "kernels/test_rows_triton.py", "distributed/test_online_reward_run.py",
+    "planning/test_alternatives.py",
     "rollouts/test_planted_faults.py", "distributed/test_gradient_scale.py", "planning/test_activations.py",
     "data/tokens/test_real_tokenizers.py", "data/tokens/test_encoding.py",
 )  # fmt: skip

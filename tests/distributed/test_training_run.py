@@ -28,6 +28,10 @@ def finished(tiny_qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     result = uft_anew("train", str(write_recipe(folder, tiny_qwen2, train__samples=3, train__sample_tokens=8)))
     assert result.returncode == 0, result.stdout + result.stderr
     assert "every log-ratio is 0.0 nats" in result.stdout
+    lines = [line for line in result.stdout.splitlines() if "packed sequences" in line and "so far" not in line]
+    assert lines[:1] == ["checking packed sequences against the model's own forward"]
+    (told,) = lines[1:]  # by one rank of the two
+    assert re.fullmatch(r"before the first step: packed sequences differ by \S+ nats a token .*, checked in .+ s", told)
     assert "ETA" in result.stdout
     assert "evaluating held-out data after step 0: 0/5" in result.stdout
     assert "verdict: " in result.stdout

@@ -7,7 +7,7 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
-from uft_ds.host.terminal import SafeConsole, as_typed, duration, visible
+from uft_ds.host.terminal import SafeConsole, as_typed, duration, in_one_line, visible
 
 
 @pytest.mark.parametrize(
@@ -68,6 +68,22 @@ def test_a_directory_that_is_gone_changes_no_text(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(gone)
     gone.rmdir()
     assert as_typed(f"{gone}/rows.jsonl") == f"{gone}/rows.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("one two", "one two"),
+        (" one\n\ttwo three ", "one two three"),
+        ("one two three four", "one two three ..."),
+        ("one two threes four", "one two ..."),
+        ("x" * 20, "x" * 13 + " ..."),
+        ("", ""),
+    ],
+)
+def test_a_long_reason_ends_behind_a_word(text: str, shown: str) -> None:
+    """Of 13 letters; a word that is longer than all of it is cut."""
+    assert in_one_line(text, 13) == shown
 
 
 def test_durations_have_two_units() -> None:

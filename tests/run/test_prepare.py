@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,50 @@ def both(chat: ChatTokenizer, folder: Path, first: dict[str, Any], second: dict[
     data = {"sources": sources[:1], "held_out": sources[1:], "cache_dir": str(folder / "tokens"), "max_length": 64}
     tree = {"name": "x", "model": {"base": "b"}, "data": {**data, "workers": 1}, "objective": {}, "output": "o"}
     return prepare_data(settings_of(recipe_from_tree(tree, "x")), chat)
+
+
+@pytest.mark.parametrize("key", ["data.sources.0.path", "data.sources.1.path", "data.held_out.0.path"])
+@pytest.mark.parametrize("fault", ["missing", "dead link", "no file", "unknown kind", "not readable"])
+def test_a_source_that_is_not_there_is_named_by_its_key(
+    chat: ChatTokenizer, tmp_path: Path, key: str, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the recipe's key and the path: a recipe may have many sources, and a path may stand in none as it is typed."""
+    rows = [{"prompt": f"q{i}", "response": "a"} for i in range(4)]
+    paths = {
+        given: write_rows(
+            tmp_path / f"{number}.jsonl", [{**row, "prompt": f"{number} {row['prompt']}"} for row in rows]
+        )
+        for number, given in enumerate(("data.sources.0.path", "data.sources.1.path", "data.held_out.0.path"))
+    }
+    path = paths[key]
+    opened = Path.open
+
+    def refusing(self: Path, *arguments: Any, **options: Any) -> Any:
+        if self == path:
+            raise PermissionError(13, "Permission denied", str(self))
+        return opened(self, *arguments, **options)
+
+    if fault == "not readable":  # the tests may run as root, who may read everything
+        monkeypatch.setattr(Path, "open", refusing)
+        words = r"cannot be read \(Permission denied\)"
+    elif fault == "unknown kind":
+        path = paths[key] = path.rename(path.with_suffix(".txt"))
+        words = "unknown kind of file"
+    else:
+        path.unlink()
+        words = "no such file or folder"
+    if fault == "dead link":
+        path.symlink_to("gone")
+        words = "a link to gone, which is not there"
+    if fault == "no file":
+        os.mkfifo(path)
+        words = "a pipe, a device or a socket"
+    sources = [{"format": "jsonl", "path": str(path)} for path in paths.values()]
+    data = {"sources": sources[:2], "held_out": sources[2:], "cache_dir": str(tmp_path / "tokens"), "workers": 1}
+    tree = {"name": "x", "model": {"base": "b"}, "data": data, "objective": {}, "output": "o"}
+    settings = settings_of(recipe_from_tree(tree, "x"))
+    with pytest.raises(UserError, match=rf"^{re.escape(key)}: {re.escape(str(path))}: {words}"):
+        prepare_data(settings, chat)
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,17 @@ def test_prompts_are_rendered_as_for_generation(tiny_qwen2: Path, tmp_path: Path
     assert [Path(prompt.origin).name for prompt in found] == ["prompts.jsonl:1", "prompts.jsonl:2"]
 
 
+def test_prompts_that_are_not_there_are_named_by_their_key(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """Before the launch, and on a rank whose machine lacks them."""
+    settings = settings_with(tmp_path, tiny_qwen2, [{"prompt": "a"}])
+    chat = load_tokenizer(str(tiny_qwen2))
+    (task,) = settings.tasks
+    Path(task.path).unlink()
+    for ask in (lambda: check_tasks(settings, chat), lambda: task_prompts(task, chat, "evaluate.tasks.0")):
+        with pytest.raises(UserError, match=rf"^evaluate\.tasks\.0\.path: {task.path}: no such file or folder"):
+            ask()
+
+
 def test_a_copy_of_a_training_source_is_refused(tiny_qwen2: Path, tmp_path: Path) -> None:
     """By its content, under any name."""
     settings = settings_with(tmp_path, tiny_qwen2, [{"prompt": "a"}])

@@ -16,6 +16,7 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     Gemma3ForSequenceClassification,
+    GraniteConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -165,6 +166,19 @@ def test_another_head_is_another_scorer(tmp_path: Path) -> None:
     assert RewardScorer(save(tmp_path / "b" / "rm")).identity() == first
     assert RewardScorer(save(tmp_path / "c" / "rm", "qwen2")).identity() != first
     assert RewardScorer(tmp_path / "a" / "rm", max_length=100).identity() != first
+
+
+def test_a_model_without_a_classifier_is_refused_in_whole_words(tmp_path: Path) -> None:
+    """Transformers lists all model types that have one, of which the first ones are shown."""
+    GraniteConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path)
+    build_tiny_tokenizer(tmp_path)
+    with pytest.raises(UserError) as refused:
+        RewardScorer(tmp_path)
+    message = str(refused.value)
+    assert "Unrecognized configuration class" in message
+    assert "Model type should be one of GPT2Config" in message
+    *_, last, dots = message.split()
+    assert (last.endswith("Config,"), dots) == (True, "...)")
 
 
 def test_what_is_no_reward_model_is_refused(tmp_path: Path) -> None:

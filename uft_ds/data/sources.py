@@ -54,6 +54,7 @@ class SourceSettings:
     The stages of a source are SourceSettings, SourceFiles (found), TokenStore (tokenised) and PreparedSource.
 
     asked: of an online source, whose rows are prompts; None: the rows hold responses.
+    recipe_key: of the recipe's entry, such as data.sources.0; empty for a source of no recipe.
     """
 
     path: str
@@ -64,6 +65,12 @@ class SourceSettings:
     allow_one_score: bool = False
     score_map: ScoreMapping = None
     asked: AskedSettings | None = None
+    recipe_key: str = ""
+
+    @property
+    def path_key(self) -> str:
+        """The recipe's key of the path; empty for a source of no recipe."""
+        return self.recipe_key and f"{self.recipe_key}.path"
 
     @property
     def label(self) -> str:
@@ -172,9 +179,10 @@ def prepare_source(
     """Tokenise one source, or reuse its store; check it and draw the requested examples.
 
     Raises:
-        UserError: a bad row (file:line), no usable response, or fewer responses than requested.
+        UserError: data that is not there or cannot be read (the recipe's key and the path), a bad row (file:line), no
+            usable response, or fewer responses than requested.
     """
-    data = find_data(source.path, source.split)
+    data = find_data(source.path, source.split, source.path_key)
     key = ensure_store(
         data,
         source.rules,

@@ -21,6 +21,7 @@ from uft_ds.data.example import Sequence
 from uft_ds.data.micro_batch import micro_batch
 from uft_ds.errors import UserError
 from uft_ds.host.process import returning_freed_memory
+from uft_ds.host.terminal import in_one_line
 from uft_ds.objectives.implicit_reward import response_logps
 from uft_ds.streams.adapter_files import PREFIX
 from uft_ds.streams.classifier import empty_classifier
@@ -51,7 +52,7 @@ def with_adapter(model: Any, adapter: Path) -> PeftModel:
     try:
         policy: PeftModel = PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{adapter}: PEFT cannot load this adapter ({' '.join(str(error).split())[:300]})") from None
+        raise UserError(f"{adapter}: PEFT cannot load this adapter ({in_one_line(str(error), 300)})") from None
     for name, tensor in load_file(adapter / "adapter_model.safetensors").items():
         # PEFT puts the adapter where the base's weights are, and of an empty base that is nowhere: load it again.
         try:

@@ -1,4 +1,4 @@
-"""What reaches the terminal: text of data, of file names and of errors never controls it; a duration in words."""
+"""What reaches the terminal: text of data, of file names and of errors never controls it; durations, long reasons."""
 
 from __future__ import annotations
 
@@ -27,6 +27,17 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def in_one_line(text: str, most: int) -> str:
+    """The text with single spaces, cut behind a word where it has more than `most` letters, which `...` then shows.
+
+    Reasons that libraries give go into our messages; transformers' may list all the model types that there are.
+    """
+    words = " ".join(text.split())
+    if len(words) <= most:
+        return words
+    return f"{words[: most + 1].rpartition(' ')[0] or words[:most]} ..."
 
 
 def visible(text: str) -> str:

@@ -311,7 +311,13 @@ def settings_of(recipe: Recipe) -> Settings:
     model, lora, reference, data = recipe.model, recipe.lora, recipe.reference, recipe.data
     given = recipe.objective.given
     longest_answer = recipe.generator.max_new_tokens
-    sources = tuple(source_of(entry, data, longest_answer) for entry in data.sources)
+
+    def sources_of(part: str, entries: list[SourceSection]) -> tuple[SourceSettings, ...]:
+        return tuple(
+            source_of(entry, data, longest_answer, f"data.{part}.{number}") for number, entry in enumerate(entries)
+        )
+
+    sources = sources_of("sources", data.sources)
     objective = objective_of(given)
     return Settings(
         name=recipe.name,
@@ -335,7 +341,7 @@ def settings_of(recipe: Recipe) -> Settings:
             given_cache_dir=data.cache_dir,
             share_prompts=data.share_prompts,
             sources=sources,
-            held_out=tuple(source_of(entry, data, longest_answer) for entry in data.held_out),
+            held_out=sources_of("held_out", data.held_out),
         ),
         objective=objective,
         given=given,
@@ -441,11 +447,12 @@ def _two(values: list[float]) -> tuple[float, float]:
     return first, second
 
 
-def source_of(entry: SourceSection, data: DataSection, longest_answer: int) -> SourceSettings:
+def source_of(entry: SourceSection, data: DataSection, longest_answer: int, key: str) -> SourceSettings:
     """The settings of one source, including the rules that it shares with the other sources.
 
     Args:
         longest_answer: `generator.max_new_tokens`, for which the prompts of an online source leave room.
+        key: of the entry, such as data.sources.0.
     """
     is_online = entry.format == PROMPTS
     rules = RowRules(
@@ -469,6 +476,7 @@ def source_of(entry: SourceSection, data: DataSection, longest_answer: int) -> S
         entry.allow_one_score or is_online,
         _score_mapping(entry),
         AskedSettings(entry.answers, longest_answer) if is_online and entry.answers is not None else None,
+        key,
     )
 
 

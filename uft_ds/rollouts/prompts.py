@@ -37,7 +37,7 @@ def read_prompts(source: PreparedSource) -> dict[str, PromptText]:
     selection = source.selection
     wanted = {selection.store.origin(int(unit)) for unit in selection.units_U}
     rows = Rows(_reading_of(settings))
-    own, names = find_data(settings.path, settings.split).names, selection.store.names
+    own, names = find_data(settings.path, settings.split, settings.path_key).names, selection.store.names
     found = {
         _renamed(row.place, own, names): PromptText(item.messages, item.tools, item.meta)
         for row in rows.rows()
@@ -55,7 +55,14 @@ def read_prompts(source: PreparedSource) -> dict[str, PromptText]:
 
 def _reading_of(settings: SourceSettings) -> Reading:
     # Bad rows are those that the tokens were made without.
-    return Reading(settings.path, settings.rules.format, settings.split, settings.rules.columns, max_quarantined=1.0)
+    return Reading(
+        settings.path,
+        settings.rules.format,
+        settings.split,
+        settings.rules.columns,
+        max_quarantined=1.0,
+        path_key=settings.path_key,
+    )
 
 
 def _renamed(place: str, own: tuple[str, ...], names: tuple[str, ...]) -> str:

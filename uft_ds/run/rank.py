@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ from uft_ds.host.library_warnings import each_once
 from uft_ds.host.locks import Lock
 from uft_ds.host.signals import Stop, StopRequest
 from uft_ds.host.standard_streams import LastingOutput
-from uft_ds.host.terminal import SafeConsole, as_typed, visible
+from uft_ds.host.terminal import SafeConsole, as_typed, duration, visible
 from uft_ds.host.world import LauncherEnvironment, launcher_environment
 from uft_ds.known.cache import Known, fill
 from uft_ds.recipe.settings import Settings, load_settings
@@ -313,8 +314,13 @@ def _together() -> Iterator[None]:
 
 def _check_start(engine: Engine, settings: Settings, folder: RunFolder, step: Step, reporter: Announcer) -> None:
     dtype = getattr(torch, settings.model.dtype)
+    started = time.monotonic()
     with reporter.phase("checking packed sequences against the model's own forward"):
-        check_model(engine, step, dtype=dtype)
+        packed = check_model(engine, step, dtype=dtype).packed
+    reporter.say(
+        f"before the first step: packed sequences differ by {packed:.2g} nats a token from each alone, "
+        f"checked in {duration(time.monotonic() - started)}"
+    )
     if settings.start_adapter is not None:
         with reporter.phase("checking the log-ratios of start.adapter"):
             found = check_starts_as_adapter(

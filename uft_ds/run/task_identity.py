@@ -16,7 +16,7 @@ from uft_ds.host.files import write_atomically
 from uft_ds.recipe.settings import ScorerSettings, Settings
 from uft_ds.record.run_folder import RunFolder
 from uft_ds.rollouts.scorers import SourceScorer
-from uft_ds.scoring.rows import Reading, Rows
+from uft_ds.run.tasks import task_rows
 from uft_ds.streams.identity import base_identity
 
 Identities = dict[str, Any]
@@ -31,7 +31,7 @@ def task_identities(settings: Settings) -> Identities:
     """
     found = {
         task.name: {
-            "rows": Rows(Reading(task.path, "prompts", task.split, task.columns)).identity()["content"],
+            "rows": task_rows(task, f"evaluate.tasks.{number}").identity()["content"],
             "scorer": _of_scorer(task.scorer, f"evaluate.tasks.{number}.score_by"),
         }
         for number, task in enumerate(settings.tasks)

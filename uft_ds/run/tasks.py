@@ -53,14 +53,27 @@ def check_tasks(settings: Settings, chat: ChatTokenizer) -> None:
 
 def _check_never_trained_on(settings: Settings) -> None:
     """Refuse prompts that are a training source by their content; `recipe/tasks.py` knows only where they are."""
-    trained = {content_hash(find_data(source.path, source.split)): source.label for source in settings.data.sources}
+    trained = {
+        content_hash(find_data(source.path, source.split, source.path_key)): source.label
+        for source in settings.data.sources
+    }
     for number, task in enumerate(settings.tasks):
-        label = trained.get(content_hash(find_data(task.path, task.split)))
+        key = f"evaluate.tasks.{number}.path"
+        label = trained.get(content_hash(find_data(task.path, task.split, key)))
         if label is not None:
             raise UserError(
-                f"evaluate.tasks.{number}.path: {task.path} holds the rows of the training source {label}; a task's "
+                f"{key}: {task.path} holds the rows of the training source {label}; a task's "
                 "prompts must not be trained on"
             )
+
+
+def task_rows(task: TaskSettings, key: str) -> Rows:
+    """The rows of a task's prompts. key: of the task in the recipe, such as evaluate.tasks.0.
+
+    Raises:
+        UserError: the data is not there or cannot be read; names the key and the path.
+    """
+    return Rows(Reading(task.path, "prompts", task.split, task.columns, path_key=f"{key}.path"))
 
 
 def task_prompts(task: TaskSettings, chat: ChatTokenizer, key: str) -> tuple[TaskPrompt, ...]:
@@ -69,9 +82,8 @@ def task_prompts(task: TaskSettings, chat: ChatTokenizer, key: str) -> tuple[Tas
     Raises:
         UserError: a row cannot be read, by its file and line; or there are fewer than `examples`.
     """
-    rows = Rows(Reading(task.path, "prompts", task.split, task.columns))
     found = []
-    for row in rows.rows(task.examples):
+    for row in task_rows(task, key).rows(task.examples):
         for item in row.items:
             if chat.holds_control_token(item.messages, item.tools):
                 raise UserError(

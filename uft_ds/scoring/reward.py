@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from uft_ds.errors import CheckFailed, UserError
 from uft_ds.host.remembered_hashes import remembered_sha256
+from uft_ds.host.terminal import in_one_line
 from uft_ds.scoring.item import Item, Judgement, failed, found
 from uft_ds.scoring.rows import written
 
@@ -91,7 +92,7 @@ class RewardScorer:
         try:
             text = self._tokenizer.apply_chat_template(turns, tools=list(item.tools) or None, tokenize=False)
         except Exception as error:  # noqa: BLE001 - templates of models raise what they like
-            raise ValueError(f"the chat template refuses it ({str(error)[:200]})") from None
+            raise ValueError(f"the chat template refuses it ({in_one_line(str(error), 200)})") from None
         # The template has written every special token; adding them again would double the BOS token.
         ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if not ids:
@@ -214,7 +215,7 @@ def _loaded(folder: Path, dtype: str) -> Any:
             folder, dtype=dtype, output_loading_info=True, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # noqa: BLE001 - transformers raises many types here
-        raise UserError(f"{name}: cannot be loaded ({' '.join(str(error).split())[:300]})") from None
+        raise UserError(f"{name}: cannot be loaded ({in_one_line(str(error), 300)})") from None
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(

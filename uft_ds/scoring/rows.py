@@ -35,6 +35,7 @@ class Reading:
 
     columns: (the format's name, the name in the data) of a column, or (name, None) of one that is left out.
     max_quarantined: the share of the rows that may be bad and are left out; None: a bad row is refused.
+    path_key: the recipe's key of the path, which a refusal names; empty for a path of the command line.
     """
 
     path: str
@@ -43,6 +44,7 @@ class Reading:
     columns: tuple[tuple[str, str | None], ...] = ()
     score_range: Scale | None = None
     max_quarantined: float | None = None
+    path_key: str = ""
 
 
 BAD_ROW = "bad row"
@@ -116,7 +118,7 @@ class Rows:
             UserError: there is no such data or format.
         """
         self._make = format_named(reading.format)
-        self._data: SourceFiles = find_data(reading.path, reading.split)
+        self._data: SourceFiles = find_data(reading.path, reading.split, reading.path_key)
         check_renaming(reading.columns, self._make, self._data.label)
         check_score_range(reading.score_range, self._make, reading.format, self._data.label)
         self._reading = reading

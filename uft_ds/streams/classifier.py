@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification
 
 from uft_ds.architectures.facts import family_of
 from uft_ds.errors import UserError
+from uft_ds.host.terminal import in_one_line
 from uft_ds.streams.stored_names import origins
 
 HEAD = "score"
@@ -41,7 +42,7 @@ def empty_classifier(config: Any) -> Any:
     except (ValueError, KeyError, AttributeError) as error:
         raise UserError(
             f"objective.reward: head needs a sequence classifier of transformers to be converted to, and {name} has "
-            f"none ({str(error).splitlines()[0][:120]}); take a model.base of another architecture"
+            f"none ({_reason(error)}); take a model.base of another architecture"
         ) from None
     head = getattr(model, HEAD, None)
     if not isinstance(head, nn.Linear) or head.bias is not None or head.out_features != 1:
@@ -50,6 +51,12 @@ def empty_classifier(config: Any) -> Any:
             "into which a reward model could be converted; take a model.base of another architecture"
         )
     return model
+
+
+def _reason(error: Exception) -> str:
+    """Transformers' first line; the next ones list all model types that have a classifier."""
+    first_line, *_ = str(error).strip().splitlines() or [type(error).__name__]
+    return in_one_line(first_line, 300).removesuffix(".")
 
 
 def check_classifier(config: Any, causal: Any, empty: Mapping[str, Tensor]) -> None:

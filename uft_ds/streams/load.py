@@ -27,6 +27,7 @@ from transformers import (
 from uft_ds.architectures.facts import decoder_layers, is_routed, is_shown_to_pack, wraps_a_language_model
 from uft_ds.errors import UserError
 from uft_ds.host.hub import no_network_hint
+from uft_ds.host.terminal import in_one_line
 from uft_ds.streams.nf4 import NF4, Whole, quantise
 from uft_ds.streams.packed_attention import PACKED
 from uft_ds.streams.recompute import Recompute, enable_recompute
@@ -318,7 +319,7 @@ _REPORTED = ("Error(s) in loading state_dict", "We encountered some issues", "Fa
 
 def _one_line(error: BaseException) -> str:
     """The whole message in one line, because the reason is often not in its first line."""
-    return " ".join(str(error).split())[:500] or type(error).__name__
+    return in_one_line(str(error), 500) or type(error).__name__
 
 
 def _of_all_ranks(value: str | None) -> list[str | None]:

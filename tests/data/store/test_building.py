@@ -371,7 +371,7 @@ def test_a_score_range_maps_scores_linearly(tmp_path: Path, chat: ChatTokenizer)
     store = build(path, chat, score_range=(1.0, 10.0))
     assert store.responses["score"].tolist() == pytest.approx([(i - 1) / 9 for i in range(1, 11)], abs=1e-15)
     assert (store.responses["score"][0], store.responses["score"][-1]) == (0.0, 1.0)
-    assert store.account.scores == ScoresGiven(1.0, 10.0, is_outside=False)
+    assert store.account.scores == ScoresGiven(1.0, 10.0, is_outside=False, count=10)
 
 
 def test_scores_outside_their_scale_suggest_a_range(tmp_path: Path, chat: ChatTokenizer) -> None:
@@ -380,7 +380,7 @@ def test_scores_outside_their_scale_suggest_a_range(tmp_path: Path, chat: ChatTo
     message = refusal(path, chat)
     assert message.startswith(f"{path}:2: 'score': found 2, expected a number from 0 to 1")
     assert f"\n9 of 10 rows of {path} are bad" in message
-    assert f"\nthe scores of {path} are from 1 to 10: correct the rows, or, if all its scores are on" in message
+    assert f"\n{path}: 9 of 10 scores outside of its scale; all are from 1 to 10: correct the rows, or," in message
     assert message.endswith("score_range: [1, 10]")
     (tmp_path / "store-rows.jsonl-1").rename(tmp_path / "first")
     message = refusal(path, chat, score_range=(0.0, 5.0))
@@ -391,18 +391,42 @@ def test_scores_outside_their_scale_suggest_a_range(tmp_path: Path, chat: ChatTo
 @pytest.mark.parametrize(
     ("scores", "suggested"),
     [
-        ([5], "score_range: [0, 5]"),
-        ([-3], "score_range: [-3, 1]"),
-        ([1.23456789, 9.87654321], "score_range: [1.23456789, 9.87654321]"),
-        ([1, 1234567], "score_range: [1, 1234567]"),
+        ([5], "[1, 5]"),
+        ([1, 2, 5], "[1, 5]"),
+        ([0, 4, 3], "[0, 4]"),
+        ([0, 2.5, 5], "[0, 5]"),
+        ([1.23456789, 9.87654321], "[1, 10]"),
+        ([0.5, 8, 7], "[0, 10]"),
+        ([-0.5, 0.5], "[-1, 1]"),
+        ([-3.25, 4], "[-10, 10]"),
+        ([12, 80.5], "[0, 100]"),
     ],
 )
-def test_the_suggested_range_is_one_that_takes_the_scores(
+def test_the_suggested_range_is_a_usual_one_that_takes_the_scores(
     tmp_path: Path, chat: ChatTokenizer, scores: list[float], suggested: str
 ) -> None:
-    """Not a rounded one, which would refuse the highest score; and one score alone is no range."""
+    """The narrowest of them, not the lowest and the highest score that the rows happen to have."""
     path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "q", "response": "a", "score": score} for score in scores])
-    assert refusal(path, chat).endswith(suggested)
+    assert refusal(path, chat).endswith(f"of that scale, as in score_range: {suggested}")
+
+
+@pytest.mark.parametrize(
+    ("scores", "found"),
+    [
+        ([0.1, 0.5, 0.9, 1e9], "{}: 1 of 4 scores outside of its scale; all are from 0.1 to 1000000000:"),
+        ([0.1, 0.5, 100], "{}: 1 of 3 scores outside of its scale; all are from 0.1 to 100:"),
+        ([0.1, 0.5, -1], "{}: 1 of 3 scores outside of its scale; all are from -1 to 0.5:"),
+        ([1, 1234567], "{}: 1 of 2 scores outside of its scale; all are from 1 to 1234567:"),
+        ([1234567, 2345678.5], "{}: 2 of 2 scores outside of its scale; all are from 1234567 to 2345678.5:"),
+    ],
+)
+def test_no_range_is_suggested_for_a_slip(tmp_path: Path, chat: ChatTokenizer, scores: list[float], found: str) -> None:
+    """A 100 among scores from 0 to 1 is a slip: on a scale up to 100 the others would be next to 0. No scale is
+    guessed for scores that no usual one takes."""
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "q", "response": "a", "score": score} for score in scores])
+    message = refusal(path, chat)
+    assert found.format(path) in message
+    assert message.endswith("set this source's score_range to the lowest and the highest score of that scale")
 
 
 def test_only_scores_that_are_read_are_recorded(tmp_path: Path, chat: ChatTokenizer) -> None:
@@ -410,20 +434,22 @@ def test_only_scores_that_are_read_are_recorded(tmp_path: Path, chat: ChatTokeni
     row = {"prompt": "q", "chosen": "a", "rejected": "b", "metadata": {"score_chosen": 77, "score_rejected": 66}}
     row |= {"score_chosen": 9, "score_rejected": 7}
     path = write_rows(tmp_path / "scores.jsonl", [row])
-    assert build(path, chat, format="ultrafeedback_binarized").account.scores == ScoresGiven(7.0, 9.0, is_outside=False)
+    assert build(path, chat, format="ultrafeedback_binarized").account.scores == ScoresGiven(
+        7.0, 9.0, is_outside=False, count=2
+    )
     path = write_rows(tmp_path / "ratings.jsonl", [row | {"chosen-rating": 4.5, "rejected-rating": 2}])
     store = build(path, chat, format="ultrafeedback_binarized", score_range=(1.0, 5.0))
-    assert store.account.scores == ScoresGiven(2.0, 4.5, is_outside=False)
+    assert store.account.scores == ScoresGiven(2.0, 4.5, is_outside=False, count=2)
 
 
 def test_every_format_with_scores_takes_a_range(tmp_path: Path, chat: ChatTokenizer) -> None:
     """It replaces the format's own scale; other formats refuse it, because their scale is part of what they are."""
-    ultra = [{"instruction": "q", "completions": [{"response": f"a{s}", "overall_score": s} for s in (0, 3, 4)]}]
+    ultra = [{"instruction": "q", "completions": [{"response": f"a{s}", "overall_score": s} for s in (0, 0, 3, 4)]}]
     path = write_rows(tmp_path / "ultra.jsonl", ultra)
     assert refusal(path, chat, format="ultrafeedback").endswith("score_range: [0, 4]")
     (tmp_path / "store-ultra.jsonl-1").rename(tmp_path / "first")
     store = build(path, chat, format="ultrafeedback", score_range=(0.0, 4.0))
-    assert store.responses["score"].tolist() == [0.0, 0.75, 1.0]
+    assert store.responses["score"].tolist() == [0.0, 0.0, 0.75, 1.0]
     for names in (("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating")):
         row = {"prompt": "q", "chosen": "a", "rejected": "b"} | dict(zip(names, (90, 20), strict=True))
         path = write_rows(tmp_path / f"{names[0]}.jsonl", [row])

@@ -216,6 +216,22 @@ def test_bad_input_is_named(tiny_qwen2: Path, arguments: list[str], words: str, 
     assert not (tmp_path / "out").exists()
 
 
+def test_what_a_folder_of_rows_lacks_is_named(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """A folder with the rows of another task of the suite is no folder without rows: the files that it lacks."""
+    data = tmp_path / "data"
+    (data / "truthfulqa").mkdir(parents=True)
+    targets = {"choices": ["a", "b"], "labels": [1, 0]}
+    row = {"question": "q", "mc1_targets": targets, "mc2_targets": targets}
+    (data / "truthfulqa/multiple_choice.jsonl").write_text(json.dumps(row) + "\n")
+    result = uft_eval(tiny_qwen2, "--suite", "truthfulqa_mc1=0,gsm8k", "--data", data, "--out", tmp_path / "out")
+    first, second = str(result.exception).splitlines()
+    files = "gsm8k/train.jsonl, gsm8k/test.jsonl"
+    assert first == f"gsm8k: its rows are not in --data {data}: looked for {files}, of which none is there"
+    assert second.startswith("gsm8k: its rows are not in the hub's cache, and HF_HUB_OFFLINE forbids to fetch them (")
+    assert second.endswith("); put the files there, or run it once with a network")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_task_file_that_cannot_be_asked_is_named(tiny_qwen2: Path, tmp_path: Path) -> None:
     """Broken YAML, rows that are none, and fewer examples than are asked for; the hub has nothing to do with it."""
     pick = stub_tasks(tmp_path / "tasks").split(",")[0].partition("=")[0]

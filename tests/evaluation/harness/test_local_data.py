@@ -66,8 +66,17 @@ def test_other_questions_than_the_tests_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "asked", "words"),
     [
-        ([], AskedTask("gsm8k", 5), "rows of none of the tasks gsm8k; expected files such as gsm8k/test.jsonl"),
-        ([], AskedTask("sciq", 0), "none of them has a known layout"),
+        (
+            ["other/gsm8k.jsonl"],
+            AskedTask("gsm8k", 5),
+            "rows of none of the tasks gsm8k\n  gsm8k: looked for gsm8k/train.jsonl, gsm8k/test.jsonl, of which none",
+        ),
+        (
+            [],
+            AskedTask("mmlu", 5),
+            "mmlu: looked for mmlu/abstract_algebra/dev.jsonl, mmlu/abstract_algebra/test.jsonl, .* and 108 more, of",
+        ),
+        ([], AskedTask("sciq", 0), "sciq: nothing was looked for, as the layout of its files is not known"),
         (["gsm8k/train.jsonl"], AskedTask("gsm8k", 5), "gsm8k/test.jsonl: no such file; gsm8k takes its questions"),
         (["gsm8k/test.jsonl"], AskedTask("gsm8k", 5), "gsm8k/train.jsonl: no such file; .* the 5 examples .* gsm8k=0"),
     ],

@@ -52,8 +52,8 @@ def checked_score(value: Any, name: str = "score", scale: Scale = UNIT) -> float
     return float((value - low) / (high - low))
 
 
-def given_scores(row: Row, make: Callable[..., Any], score_range: Scale | None) -> tuple[list[float], bool]:
-    """The numbers that a row has where its format reads scores, and whether one of them is not on its scale."""
+def given_scores(row: Row, make: Callable[..., Any], score_range: Scale | None) -> tuple[list[float], int]:
+    """The numbers that a row has where its format reads scores, and how many of them are not on its scale."""
     for places, scale in _layouts(make):
         values = [value for place in places for value in _values_at(row, place.split(".")) if value is not None]
         if values:
@@ -63,8 +63,8 @@ def given_scores(row: Row, make: Callable[..., Any], score_range: Scale | None) 
                 for value in values
                 if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
             ]
-            return found, any(not low <= value <= high for value in found)
-    return [], False
+            return found, sum(not low <= value <= high for value in found)
+    return [], 0
 
 
 def check_score_range(score_range: Scale | None, make: Callable[..., Any], name: str, label: str) -> None:

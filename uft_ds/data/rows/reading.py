@@ -86,12 +86,26 @@ class SourceFiles:
         return place_of(self.names[file], line)
 
 
-def find_data(path: str, split: str | None) -> SourceFiles:
+def find_data(path: str, split: str | None, key: str = "") -> SourceFiles:
     """Find a local file, a folder of files, or a data set of the hub; no rows are read yet.
 
+    Args:
+        key: the recipe's key of the path, such as data.sources.0.path, with which a refusal begins; empty for a path
+            of the command line.
     Raises:
         UserError: names what was looked for, what was found and what was expected.
     """
+    try:
+        data = _found(path, split)
+        for name, file in _stored_files(data):
+            with _readable(name), file.open("rb"):
+                pass
+    except UserError as error:
+        raise UserError(f"{key}: {error}" if key else str(error)) from None
+    return data
+
+
+def _found(path: str, split: str | None) -> SourceFiles:
     if not path.strip():
         raise UserError("a source's path is empty; expected a file, a folder (`.` is this one) or a hub name")
     local = Path(path)

@@ -308,7 +308,7 @@ class _Examiner:
             result.num_rows += 1
             keys: tuple[str, ...] = ()
             row: dict[str, Any] = {}
-            is_outside = False
+            outside = 0
             try:
                 row = parse_row(raw.value)
                 keys = tuple(key for key, value in row.items() if value is not None)
@@ -318,8 +318,8 @@ class _Examiner:
                     result.num_skipped += 1
                     continue
                 row = renamed(row, self._rules.columns)
-                scores, is_outside = given_scores(row, make, self._rules.score_range)
-                result.scores = ScoresGiven.of(scores, is_outside).joined(result.scores) if scores else result.scores
+                scores, outside = given_scores(row, make, self._rules.score_range)
+                result.scores = ScoresGiven.of(scores, outside).joined(result.scores) if scores else result.scores
                 given, found, dropped, changed = examine_row(
                     row, self._rules, make, self._chat, file=raw.file, line=raw.line
                 )
@@ -333,7 +333,7 @@ class _Examiner:
                 continue
             except ValueError as error:
                 # A good row before, names given by hand, or another scale: then the format is not what is wrong.
-                asks = result.shape is None and not self._rules.columns and not is_outside
+                asks = result.shape is None and not self._rules.columns and not outside
                 instead = other_formats(row, self._rules.format) if asks else ""
                 if instead:
                     first, _, _ = str(error).partition("; ")  # what follows is advice for rows of the given format

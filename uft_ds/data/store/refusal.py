@@ -68,15 +68,22 @@ def range_hint(label: str, scores: ScoresGiven | None) -> str:
     if scores is None or not scores.is_outside:
         return ""
     low, high = scores.low, scores.high
-    # One score alone is no scale; it is shown as the end of one.
-    example = (low, high) if low < high else (min(low, 0.0), max(high, 1.0))
+    usual = next(((start, end) for start, end in _USUAL_SCALES if start <= low and high <= end), None)
+    # Where most scores are on their scale, the others are slips of single rows: a scale that is wide enough for a 100
+    # among scores from 0 to 1 would make all of them next to nothing.
+    example = f", as in score_range: {list(usual)}" if usual and 2 * scores.outside >= scores.count else ""
+    found = f"{scores.outside:,} of {scores.count:,} scores" if scores.count else "scores"
     return (
-        f"the scores of {label} are from {_exactly(low)} to {_exactly(high)}: correct the rows, or, if all its scores "
-        "are on another scale, set this source's score_range to the lowest and the highest score of that scale, as in "
-        f"score_range: [{', '.join(map(_exactly, example))}]"
+        f"{label}: {found} outside of its scale; all are from {_exactly(low)} to {_exactly(high)}: correct the rows, "
+        "or, if all its scores are on another scale, set this source's score_range to the lowest and the highest score "
+        f"of that scale{example}"
     )
 
 
+_USUAL_SCALES = ((0, 1), (-1, 1), (1, 5), (0, 4), (0, 5), (1, 10), (0, 10), (-10, 10), (0, 100))
+"""The narrower ones first. A scale for scores that none of them takes, such as a reward model's, is not guessed."""
+
+
 def _exactly(score: float) -> str:
-    """All digits: a rounded end of a scale would leave out the score that it was rounded from."""
+    """All digits: a scale that ends at a rounded score would leave out the score that it was rounded from."""
     return repr(score).removesuffix(".0")

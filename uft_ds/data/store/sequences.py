@@ -82,21 +82,31 @@ class ScoresGiven:
     """The lowest and the highest score that the rows give, bad rows included, before any map.
 
     is_outside: whether one of them is not on the source's scale.
+    count, outside: how many scores there are, and how many of them are not on that scale; 0 in a store that was written
+        before they were counted.
     """
 
     low: float
     high: float
     is_outside: bool
+    count: int = 0
+    outside: int = 0
 
     @staticmethod
-    def of(scores: list[float], is_outside: bool) -> ScoresGiven:
-        return ScoresGiven(min(scores), max(scores), is_outside)
+    def of(scores: list[float], outside: int) -> ScoresGiven:
+        return ScoresGiven(min(scores), max(scores), outside > 0, len(scores), outside)
 
     def joined(self, other: ScoresGiven | None) -> ScoresGiven:
         """The same of both."""
         if other is None:
             return self
-        return ScoresGiven(min(self.low, other.low), max(self.high, other.high), self.is_outside or other.is_outside)
+        return ScoresGiven(
+            min(self.low, other.low),
+            max(self.high, other.high),
+            self.is_outside or other.is_outside,
+            self.count + other.count,
+            self.outside + other.outside,
+        )
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from uft_ds.errors import CheckFailed, UserError
 from uft_ds.evaluation.harness.batches import CutQuestions, grouped
+from uft_ds.host.terminal import in_one_line
 from uft_ds.host.web import parsed_url
 
 ROWS = 16
@@ -74,7 +75,7 @@ class EndpointModel:
             ((logp, _),) = self._asked(lambda: self.harness.loglikelihood([_PROBE], disable_tqdm=True))
         except (UserError, KeyError, TypeError, ValueError, AssertionError) as error:
             raise UserError(
-                f"--url: {self._url} gives no log-probs of prompts ({' '.join(str(error).split())[:200]}), by which "
+                f"--url: {self._url} gives no log-probs of prompts ({in_one_line(str(error), 200)}), by which "
                 f"these tasks score choices: {', '.join(names)}; leave them out, or take a server such as vLLM"
             ) from None
         if not logp < 0:
@@ -121,5 +122,5 @@ class EndpointModel:
             if response is not None and 400 <= response.status_code < 500:
                 said = " ".join(response.text.split())[:200]
                 raise UserError(f"--url: {self._url} answers {response.status_code}: {said}") from None
-            reason = " ".join(str(error).split())[:200]
+            reason = in_one_line(str(error), 200)
             raise CheckFailed(f"--url: {self._url} cannot be asked ({reason}); the same command goes on") from None

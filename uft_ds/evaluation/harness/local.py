@@ -145,11 +145,24 @@ def local_tasks(data: Path, asked: Iterable[AskedTask]) -> list[LocalTask]:
     asked = tuple(asked)
     found = [task for one in asked for task in _tasks_of(data.resolve(), one)]
     if not found:
-        files = (_file_names(layout, tree).values() for one in asked for layout, _, tree in _own_files(one))
-        expected = sorted({name for of_task in files for name in of_task})
-        names = f"expected files such as {', '.join(expected[:4])}" if expected else "none of them has a known layout"
-        raise UserError(f"--data: {data} holds rows of none of the tasks {', '.join(a.task for a in asked)}; {names}")
+        names = list(dict.fromkeys(one.task for one in asked))
+        lines = [f"  {name}: {looked_for(name)}" for name in names]
+        raise UserError("\n".join([f"--data: {data} holds rows of none of the tasks {', '.join(names)}", *lines]))
     return found
+
+
+_FILES_NAMED = 6
+"""MMLU has two files for each of 57 subjects."""
+
+
+def looked_for(name: str) -> str:
+    """The files that a data folder without any row of a task lacks, in words. name: of a task or a group."""
+    of_all = (_file_names(layout, tree).values() for layout, _, tree in _own_files(name))
+    files = list(dict.fromkeys(file for of_task in of_all for file in of_task))
+    if not files:
+        return "nothing was looked for, as the layout of its files is not known; give the path of a task file instead"
+    more = f" and {len(files) - _FILES_NAMED} more" if len(files) > _FILES_NAMED else ""
+    return f"looked for {', '.join(files[:_FILES_NAMED])}{more}, of which none is there"
 
 
 def content(tasks: Iterable[LocalTask], data: Path) -> dict[str, str]:
@@ -160,7 +173,7 @@ def content(tasks: Iterable[LocalTask], data: Path) -> dict[str, str]:
 
 def _tasks_of(data: Path, one: AskedTask) -> list[LocalTask]:
     """The task, or all tasks of the group; none if the folder has no rows of any of them."""
-    own = list(_own_files(one))
+    own = list(_own_files(one.task))
     if not any((data / file).exists() for layout, _, tree in own for file in _file_names(layout, tree).values()):
         return []
     return [_local_task(data, one, layout, own_file, tree) for layout, own_file, tree in own]
@@ -187,15 +200,15 @@ def _local_task(data: Path, one: AskedTask, layout: Layout, own_file: Path, tree
     return LocalTask(name, one.task, own_file, there, questions, changes, layout.columns)
 
 
-def _own_files(one: AskedTask) -> Iterator[tuple[Layout, Path, dict[str, Any]]]:
+def _own_files(name: str) -> Iterator[tuple[Layout, Path, dict[str, Any]]]:
     """The harness's files of a task, or of the tasks of a group, and what they hold."""
     for layout in LAYOUTS:
         for own_file in sorted((package.root() / "tasks").glob(layout.task_files)):
             text = own_file.read_text(encoding="utf-8")
-            if one.task not in text and one.task not in layout.groups:
+            if name not in text and name not in layout.groups:
                 continue  # before the reading as YAML, which takes milliseconds
             tree = package.read_task_file(own_file)
-            if one.task == tree.get("task") or one.task in layout.groups:
+            if name == tree.get("task") or name in layout.groups:
                 yield layout, own_file, tree
 
 

@@ -21,6 +21,7 @@ from uft_ds.evaluation.harness.rows import check_rows
 from uft_ds.evaluation.harness.suites import Suite
 from uft_ds.host.hub import is_offline
 from uft_ds.host.packages import install_command
+from uft_ds.host.terminal import in_one_line
 
 _FOLDER_OF = {"mmlu": "mmlu/default"}
 """Where the harness keeps tasks of this first word, if not in a folder of that name."""
@@ -96,10 +97,10 @@ def loaded_tasks(suite: Suite, data: Path | None, options: Options) -> Iterator[
         if any(name in punkt.TASKS or name == "leaderboard" for name in names):
             punkt.provide(data)
         in_data = {name: f"--data {data}" for task in local_tasks for name in (task.name, task.given)}
-        found, own_files = _read(suite, Path(folder), in_data)
+        found, own_files = _read(suite, Path(folder), in_data, data)
         shots = {name: int(task.get_config("num_fewshot") or 0) for name, task in found["tasks"].items()}
         for name, task in found["tasks"].items():
-            explained(name, partial(pin_rows, task, options.seeds), own_files.get(name) or in_data.get(name))
+            explained(name, partial(pin_rows, task, options.seeds), own_files.get(name) or in_data.get(name), data)
             check_examples(name, task, shots[name])
             task.set_fewshot_seed(seed=options.seeds[3])
             if options.max_new_tokens is not None:
@@ -118,11 +119,12 @@ def loaded_tasks(suite: Suite, data: Path | None, options: Options) -> Iterator[
         )
 
 
-def _read(suite: Suite, folder: Path, local_rows: Mapping[str, str]) -> tuple[Any, dict[str, Path]]:
+def _read(suite: Suite, folder: Path, local_rows: Mapping[str, str], data: Path | None) -> tuple[Any, dict[str, Path]]:
     """What the harness's task manager makes of the suite, with its shots; and the own file of each task by path.
 
     Args:
-        local_rows: where the rows of tasks lie that are in a folder, in words.
+        folder: of the task files that send the harness to rows in `data`.
+        local_rows: where the rows of tasks lie that are in `data`, in words.
     """
     from lm_eval.tasks import TaskManager
 
@@ -141,7 +143,7 @@ def _read(suite: Suite, folder: Path, local_rows: Mapping[str, str]) -> tuple[An
         if is_path and not Path(asked.task).expanduser().is_file():
             raise UserError(f"--suite: {asked.task}: no such file; expected a task file of lm-evaluation-harness")
         own = Path(asked.task) if is_path else None
-        found = explained(asked.task, partial(manager.load, [asked.task]), own or local_rows.get(asked.task))
+        found = explained(asked.task, partial(manager.load, [asked.task]), own or local_rows.get(asked.task), data)
         for name, task in found["tasks"].items():
             if own is not None:
                 own_files[name] = own
@@ -182,11 +184,12 @@ def _unknown(name: str, known: Iterable[str]) -> UserError:
     return UserError(f"--suite: lm-evaluation-harness has no task {name!r}{hint}")
 
 
-def explained(name: str, load: Callable[[], Any], source: Path | str | None = None) -> Any:
+def explained(name: str, load: Callable[[], Any], source: Path | str | None = None, data: Path | None = None) -> Any:
     """Load a task's rows; say what to do where they cannot be had.
 
     Args:
         source: the task's own file, or where its rows lie, in words; None: they come from the hub.
+        data: the folder in which rows were looked for before; None: no folder was given.
     Raises:
         UserError, CheckFailed: as `loaded_tasks`.
     """
@@ -198,7 +201,7 @@ def explained(name: str, load: Callable[[], Any], source: Path | str | None = No
             f"{install_command('eval')}"
         ) from None
     except Exception as error:  # noqa: BLE001 - datasets and the hub's client raise many types
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = in_one_line(str(error), 300) or type(error).__name__
         if isinstance(source, str):
             raise UserError(f"{name}: {source}: its rows cannot be asked ({reason}); correct them") from None
         if isinstance(source, Path) and not _is_of_network(error):
@@ -206,14 +209,18 @@ def explained(name: str, load: Callable[[], Any], source: Path | str | None = No
             raise UserError(
                 f"--suite: {source}: the task, or its rows, cannot be read ({reason}); correct them{offline}"
             ) from None
+        where = "" if data is None else f"its rows are not in --data {data}: {local.looked_for(name)}\n{name}: "
+        remedy = "give --data a folder with the rows" if data is None else "put the files there"
         if is_offline():
             raise UserError(
-                f"{name}: its rows are not in the hub's cache, and HF_HUB_OFFLINE forbids to fetch them ({reason}); "
-                "give --data a folder with the rows, or run it once with a network"
+                f"{name}: {where}its rows are not in the hub's cache, and HF_HUB_OFFLINE forbids to fetch them "
+                f"({reason}); {remedy}, or run it once with a network"
             ) from None
         if _is_of_network(error):
-            raise CheckFailed(f"{name}: the hub cannot be reached ({reason}); the same command goes on") from None
-        raise UserError(f"{name}: its rows cannot be loaded ({reason}); give --data a folder with the rows") from None
+            raise CheckFailed(
+                f"{name}: {where}the hub cannot be reached ({reason}); the same command goes on"
+            ) from None
+        raise UserError(f"{name}: {where}its rows cannot be loaded from the hub ({reason}); {remedy}") from None
 
 
 def _is_of_network(error: BaseException | None) -> bool:
