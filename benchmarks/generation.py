@@ -1,6 +1,6 @@
 """How fast the builtin generator answers, against Hugging Face's `generate`, on a real model and real prompts.
 
-    python benchmarks/generation.py [--rounds 5] [--new-tokens 64] [--prompts 12] [--only greedy drawn shared]
+    python benchmarks/generation.py [--rounds 5] [--new-tokens 64] [--prompts 12] [--only greedy drawn shared step]
 
 SmolLM2-135M with adapters on all linear layers, float32, one thread; prompts of UltraFeedback (UFT_TEST_DATA) by the
 model's chat template, the first ones of 60 to 400 tokens. Both generate from the same model object in one process and
@@ -12,6 +12,7 @@ machine does hardly changes those.
                    its own sampling
     shared         8 answers to one prompt, temperature 1, to the full length; prompts of about the answer's length,
                    twice and four times as long: `generate` with num_return_sequences=8, which reads the prompt 8 times
+    step           the same with 8 of the real prompts at once, as a step of an online run asks them
 
 Exits with 1 where a bar is missed.
 """
@@ -46,8 +47,8 @@ from uft_ds.streams.adapters import add_adapters
 from uft_ds.streams.model import UFTModel
 from uft_ds.streams.packed_attention import PACKED, attention_of_transformers
 
-CASES = ("greedy", "drawn", "shared")
-SHARED_ANSWERS = 8
+CASES = ("greedy", "drawn", "shared", "step")
+SHARED_ANSWERS, PROMPTS_OF_A_STEP = 8, 8
 SHORTEST, LONGEST = 60, 400
 """Tokens of a prompt."""
 AT_LEAST, SHARED_AT_LEAST = 1.0, 1.5
@@ -180,6 +181,9 @@ def main() -> int:
         ids = min(prompts, key=lambda prompt: abs(len(prompt) - wanted))
         name = f"{SHARED_ANSWERS} answers, prompt {len(ids) / options.new_tokens:.1f} x the answer"
         bar(name, [Question(ids, SHARED_ANSWERS, 1)], SHARED_AT_LEAST)
+    if "step" in options.only:
+        questions = [Question(ids, SHARED_ANSWERS, seed) for seed, ids in enumerate(prompts[:PROMPTS_OF_A_STEP])]
+        bar(f"{SHARED_ANSWERS} answers to each of {len(questions)} prompts", questions, SHARED_AT_LEAST)
     return 1 if report(console, bars) else 0
 
 

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from uft_ds.engine.ranks import Ranks
-
 
 class OneProcess:
     """What generators ask of `uft_ds.engine.engine.Engine`, on one rank that holds all weights."""
@@ -18,14 +16,13 @@ class OneProcess:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.device = torch.device("cpu")
-        self.ranks = Ranks()
-        self.world_size = 1
+        self.rank, self.world_size = 0, 1
         self.gathers_layers = False
 
     def agree(self, value: int) -> int:
         return value
 
-    def gather_over_data(self, value: Any) -> list[Any]:
+    def gather_objects(self, value: Any) -> list[Any]:
         return [value]
 
     @contextmanager
