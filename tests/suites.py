@@ -11,12 +11,13 @@ import pytest
 SLOWEST = (
     "slurm/test_jobs.py", "slurm/test_online_jobs.py", "distributed/test_training_run.py",
     "distributed/test_stopping.py", "planning/test_plan_against_deepspeed.py", "run/test_real_data.py",
-    "benchmarks/test_gpu_check.py", "distributed/test_resume.py", "distributed/test_reference_traffic.py",
+    "benchmarks/test_gpu_check.py", "distributed/test_divided_runs.py", "distributed/test_resume.py",
+    "distributed/test_reference_traffic.py",
     "evaluation/harness/test_harness_run.py", "examples/test_smollm2.py", "doctor/test_command.py",
     "distributed/test_loading.py", "planning/test_plan.py", "distributed/test_online_run.py",
     "training/test_fake_cuda.py", "kernels/test_rows_triton.py", "distributed/test_online_reward_run.py",
-    "planning/test_alternatives.py",
-    "rollouts/test_planted_faults.py", "distributed/test_gradient_scale.py", "planning/test_activations.py",
+    "planning/test_alternatives.py", "rollouts/test_planted_faults.py", "distributed/test_gradient_scale.py",
+    "planning/test_activations.py",
     "data/tokens/test_real_tokenizers.py", "data/tokens/test_encoding.py",
 )  # fmt: skip
 """Of either suite, by measured seconds; then come those of `FOLDERS`, and all others as they are found."""
