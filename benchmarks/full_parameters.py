@@ -51,7 +51,7 @@ from trl_sides import (
     reset_peak,
     tokens_per_second,
 )
-from trl_workloads import Workload, dpo_workload, real_model, sequences
+from trl_workloads import Workload, dpo_workload, real_model, steps_of
 
 COPY = "UFT, a copy"
 LEARNING_RATE = 1e-5
@@ -71,7 +71,6 @@ class Measured:
 
 def run_ours(work: Workload, loss: str, copies: bool = False) -> Measured:
     """copies: whether the reference is a frozen copy of the base, which each step forwards; else the cache."""
-    from uft_ds.data.mixture import Step
     from uft_ds.data.packing import Packing
     from uft_ds.engine.engine import Engine, partitioned_loading, with_shards_on_host
     from uft_ds.host.process import returning_freed_memory
@@ -101,11 +100,7 @@ def run_ours(work: Workload, loss: str, copies: bool = False) -> Measured:
             betas=(0.9, 0.999),
             packing=Packing(share_prompts=True),
         )
-        rows_per_step = work.ranks * work.rows_per_rank
-        steps = []
-        for index in range(work.steps):
-            rows = work.rows[index * rows_per_step : (index + 1) * rows_per_step]
-            steps.append(Step(index, tuple(s for number, row in enumerate(rows) for s in sequences(row, number))))
+        steps = steps_of(work)
         with engine.evaluating():  # as every run does before its first step: ZeRO-3 keeps what it decides then
             for batch in engine.micro_batches(steps[0], ONE_ROW):
                 engine(batch, [engine.streams[name] for name in ("policy", *(["reference"] if copies else []))])

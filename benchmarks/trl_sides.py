@@ -16,7 +16,7 @@ import process_costs
 import torch
 from step_products import products_of, seconds_of
 from toy import objective
-from trl_workloads import Workload, real_tokens, sequences
+from trl_workloads import Workload, real_tokens, steps_of
 
 from uft_ds.streams.recompute import Recompute
 
@@ -62,7 +62,6 @@ def peak() -> int:
 
 
 def run_ours(work: Workload, adapter: Path, recompute: Recompute) -> Result:
-    from uft_ds.data.mixture import Step
     from uft_ds.data.packing import Packing
     from uft_ds.engine.engine import Engine, partitioned_loading
     from uft_ds.known.cache import Known
@@ -93,10 +92,7 @@ def run_ours(work: Workload, adapter: Path, recompute: Recompute) -> Result:
     )
     method = Method(engine, objective(work.loss, BETA), Known.of_reference("lockstep"), 1 << 20)
     losses, seconds, base_bytes = [], [], reset_peak()
-    rows_per_step = work.ranks * work.rows_per_rank
-    for index in range(work.steps):
-        rows = work.rows[index * rows_per_step : (index + 1) * rows_per_step]
-        step = Step(index, tuple(sequence for number, row in enumerate(rows) for sequence in sequences(row, number)))
+    for step in steps_of(work):
         started = time.perf_counter()
         metrics = run_step(method, step, work.learning_rate).metrics
         seconds.append(time.perf_counter() - started)

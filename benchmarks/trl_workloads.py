@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from uft_ds.data.example import Kind, Response, Sequence
+from uft_ds.data.mixture import Step
 
 RANKS = 2
 
@@ -131,10 +132,25 @@ def lengths(row: dict[str, Any]) -> list[int]:
     return [sequence.num_tokens for sequence in sequences(row, 0)]
 
 
-def real_tokens(work: Workload, step: int) -> int:
+def rows_of(work: Workload, step: int) -> list[dict[str, Any]]:
+    """What all ranks together train on in a step."""
     rows_per_step = work.ranks * work.rows_per_rank
-    rows = work.rows[step * rows_per_step : (step + 1) * rows_per_step]
-    return sum(sum(lengths(row)) for row in rows)
+    return work.rows[step * rows_per_step : (step + 1) * rows_per_step]
+
+
+def steps_of(work: Workload) -> list[Step]:
+    """The steps as our side takes them."""
+    return [
+        Step(
+            index,
+            tuple(sequence for number, row in enumerate(rows_of(work, index)) for sequence in sequences(row, number)),
+        )
+        for index in range(work.steps)
+    ]
+
+
+def real_tokens(work: Workload, step: int) -> int:
+    return sum(sum(lengths(row)) for row in rows_of(work, step))
 
 
 def padded_tokens(work: Workload, step: int) -> int:
