@@ -12,10 +12,13 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 """torch's operators of matrix products, into which linear layers, adapters and heads are resolved; not attention."""
+ATTENTION = "scaled_dot_product"
+"""In the names of torch's operators of attention, forward and backward."""
 REPEATS = 3
 
 Shape: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
@@ -58,6 +61,23 @@ def seconds_of(products: Counter[Product]) -> float:
             fastest = min(fastest, time.perf_counter() - started)
         total += times * fastest
     return total
+
+
+def share_in_step(step: Callable[[], object]) -> float:
+    """Of the time of a call, what its products and its attention take in it, as torch's profiler counts them.
+
+    More than they take alone: what a step gathers and keeps is no longer in a cache, and another rank uses the same
+    memory.
+    """
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        started = time.perf_counter()
+        step()
+        seconds = time.perf_counter() - started
+    return sum(event.self_cpu_time_total for event in profiled.key_averages() if _computes(event.key)) / 1e6 / seconds
+
+
+def _computes(operator: str) -> bool:
+    return operator.removeprefix("aten::") in PRODUCTS or ATTENTION in operator
 
 
 def _matrix(shape: Shape) -> Tensor:

@@ -9,12 +9,13 @@ import os
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import process_costs
 import torch
-from step_products import products_of, seconds_of
+from step_products import products_of, seconds_of, share_in_step
 from toy import objective
 from trl_workloads import Workload, real_tokens, steps_of
 
@@ -29,13 +30,16 @@ class Result:
     """Of one rank: the loss of each step (of this rank's rows, or of all), seconds of a step, and the growth of its
     resident memory over that of the engine before the first step; on a GPU the peak of all that is allocated.
 
-    product_seconds: what the matrix products of the last step take alone, one after the other; 0 if not measured.
+    product_seconds: what the matrix products of the last step take alone, one after the other; 0 where not measured, as
+        on a GPU.
+    share_in_step: of the time of that step, what they and its attention take in it; 0 likewise.
     """
 
     losses: list[float]
     seconds: list[float]
     peak_growth_bytes: int
     product_seconds: float = 0.0
+    share_in_step: float = 0.0
 
 
 def deepspeed_file(work: Workload, *, own_linear: bool = True) -> dict[str, Any]:
@@ -98,8 +102,10 @@ def run_ours(work: Workload, adapter: Path, recompute: Recompute) -> Result:
         seconds.append(time.perf_counter() - started)
         losses.append(metrics["loss"])
     growth = peak() - base_bytes
-    products = products_of(lambda: run_step(method, step, work.learning_rate))
-    return Result(losses, seconds, growth, seconds_of(products))
+    if torch.cuda.is_available():
+        return Result(losses, seconds, growth)
+    last = partial(run_step, method, step, work.learning_rate)
+    return Result(losses, seconds, growth, seconds_of(products_of(last)), share_in_step(last))
 
 
 def run_trl(work: Workload, adapter: Path, leaf: bool) -> Result:

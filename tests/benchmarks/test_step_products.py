@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from math import prod
 
 import pytest
 import torch
-from step_products import products_of, seconds_of
+from step_products import products_of, seconds_of, share_in_step
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -42,3 +43,9 @@ def test_a_larger_product_takes_longer() -> None:
         for width in (64, 512)
     )
     assert 0 < small < large
+
+
+def test_what_is_no_product_is_not_of_their_share() -> None:
+    matrix = torch.randn(512, 512)
+    assert share_in_step(lambda: matrix @ matrix) > 0.5 > share_in_step(lambda: (matrix @ matrix, time.sleep(0.2)))
+    assert share_in_step(matrix.exp) == 0
