@@ -22,16 +22,23 @@ from uft_ds.recipe.file import dump_recipe, load_recipe, recipe_from_tree
 from uft_ds.recipe.settings import Settings, load_settings, settings_of
 from uft_ds.record.run_folder import RunFolder
 from uft_ds.run.prepare import prepare_data
+from uft_ds.run.preview import amount_line
 from uft_ds.training.steps import steps_of
 
 H100 = cluster_of(nodes=1, gpus=2, gpu="h100", figures=Figures(network_gbits=400))
 
 
-def recipe(base: Path, folder: Path, **train: Any) -> Settings:
-    """Two local sources of 100 and 60 rows, of which the second is 30% of all responses; lengths differ by row."""
+def recipe(base: Path, folder: Path, *, pairs: bool = False, **train: Any) -> Settings:
+    """Two local sources of 100 and 60 rows, of which the second is 30% of all responses; lengths differ by row.
+
+    Args:
+        pairs: whether the rows of the first one are 50 pairs.
+    """
     sources = []
     for number, (rows, portion) in enumerate(((100, {}), (60, {"share": 0.3}))):
         written = [{"prompt": f"q{number} {i}", "response": "a" * (1 + i % 7)} for i in range(rows)]
+        if pairs and number == 0:
+            written = [{"prompt": f"q{i}", "chosen": "a" * (1 + i % 7), "rejected": "b"} for i in range(rows // 2)]
         sources.append({"format": "jsonl", "path": str(write_rows(folder / f"{number}.jsonl", written)), **portion})
     data = {"sources": sources, "cache_dir": str(folder / "tokens"), "max_length": 256, "workers": 1}
     tree = {
@@ -49,21 +56,28 @@ def tokenised(settings: Settings) -> Settings:
     return settings
 
 
-@pytest.mark.parametrize("train", [{}, {"epochs": 3}, {"steps": 7}])
+@pytest.mark.parametrize(
+    "train", [{}, {"epochs": 3}, {"steps": 7}, {"steps": 7, "examples_per_step": 9, "pairs": True}]
+)
 def test_tokenised_data_is_counted(tiny_qwen2: Path, tmp_path: Path, train: dict[str, Any]) -> None:
-    """As many steps as the run will have; tokens to a percent of those that its steps hold; nothing without a cache."""
+    """As many steps and responses as the run will have, pairs being whole, in the words of a dry run; tokens to a
+    percent of those that its steps hold; nothing without a cache."""
     settings = recipe(tiny_qwen2, tmp_path, **train)
     assert (amount_of(settings) is None) is ("steps" not in train)
     found = amount_of(tokenised(settings))
-    steps = steps_of(settings, prepare_data(settings, load_tokenizer(settings.model.base)))
+    data = prepare_data(settings, load_tokenizer(settings.model.base))
+    steps = steps_of(settings, data)
     sequences = [sequence for step in steps for sequence in step.sequences]
     assert found is not None
     assert found.counted_from == "token cache"
     assert found.steps == len(steps)
-    assert found.responses == pytest.approx(len(sequences), abs=1)
+    assert found.responses == len(sequences)
+    assert (found.responses > 7 * settings.train.examples_per_step) is ("pairs" in train or "steps" not in train)
+    assert f"{found.responses:,} responses in all, {found.epochs:.3g} epoch" in amount_line(steps, data).plain
     assert found.tokens == pytest.approx(sum(sequence.num_tokens for sequence in sequences), rel=0.01)
     # 100 responses and 30% of all: 100 / 0.7.
-    assert found.epochs == pytest.approx(7 * 8 * 0.7 / 100 if "steps" in train else train.get("epochs", 1), rel=0.01)
+    expected = found.responses * 0.7 / 100 if "steps" in train else train.get("epochs", 1)
+    assert found.epochs == pytest.approx(expected, rel=0.01)
 
 
 def test_a_plan_of_tokenised_data_is_of_its_mean_length(tiny_qwen2: Path, tmp_path: Path) -> None:
@@ -82,6 +96,10 @@ def test_a_plan_of_tokenised_data_is_of_its_mean_length(tiny_qwen2: Path, tmp_pa
     given = make_plan(settings, H100, tokens_per_response=200)
     assert given.outcome.setting.workload.tokens_per_response == 200
     assert "143 responses of 200 tokens, 18 steps" in said_of(given)
+    some = make_plan(recipe(tiny_qwen2, tmp_path, steps=7, examples_per_step=9, pairs=True), H100)
+    assert "by the recipe: at least 63 responses of 256 tokens (data.max_length, the most there can be), 7 steps. " in (
+        said_of(some)
+    )
 
 
 @pytest.mark.parametrize(
@@ -99,7 +117,8 @@ def test_else_the_recipe_states_it(
     overrides: tuple[str, ...], responses: int, steps: int, epochs: float | None
 ) -> None:
     """20,000 responses of each of two sources, 64 a step; a share of 0.2 beside 20,000 makes 25,000."""
-    expected = Amount(responses, steps, epochs, None, "recipe")
+    states_steps = any("train.steps" in override for override in overrides)
+    expected = Amount(responses, steps, epochs, None, "recipe", states_steps)
     assert amount_of(load_settings("uft_mistral7b", overrides)) == expected
 
 

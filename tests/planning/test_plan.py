@@ -1,16 +1,21 @@
 """Plans of whole recipes: those that ship, a model that is known, and what is refused."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from plans import cluster, plan, tiny_folder
+from models import GPT2, LEAKS, PACKED
+from plans import cluster, plan, tiny, tiny_folder
 from suites import long_but
-from tiny import build_tiny_model, rope_of
+from tiny import rope_of
 
 from uft_ds.errors import UserError
 from uft_ds.planning.plan import make_plan
 from uft_ds.recipe.file import shipped_recipes
 from uft_ds.recipe.settings import load_settings
+from uft_ds.run.checks import check_recipe, check_sharding
+from uft_ds.run.settings import with_deepspeed_file
 
 
 def test_the_32b_recipe_fits_eight_gpus_of_80_gb() -> None:
@@ -34,13 +39,90 @@ def test_bad_input_is_answered() -> None:
         make_plan(load_settings("uft_qwen32b", ("model.base=no/such",)), cluster())
 
 
-@pytest.mark.parametrize("kind", long_but(["longrope"], ["dynamic", "longrope"]))
-def test_lengths_past_the_models_positions_are_refused(tmp_path: Path, kind: str) -> None:
-    """As `uft train` refuses them; up to the limit there is a plan."""
-    base = build_tiny_model(tmp_path, "llama", rope_parameters=rope_of(kind, 512))
-    with pytest.raises(UserError, match=rf"^data\.max_length: 1024 is past the 512 positions of this model, .*{kind}"):
-        plan(f"model.base={base}", "data.max_length=1024", gpus=2)
-    assert plan(f"model.base={base}", "data.max_length=512", gpus=2).outcome.fits
+def llama(**changes: Any) -> Any:
+    config = PACKED["llama"]
+    for key, value in changes.items():
+        setattr(config, key, value)
+    return config
+
+
+WHOLE = ("lora=null", "reference.cache=false")
+OF_MIXTURE = "lora.targets=[q_proj,v_proj]"
+HEAD = ("objective.reward=head", "objective.loss=bradley_terry", "objective.beta=0.01")
+ASKED = (
+    "generator.by=builtin", "generator.url=null", "data.max_length=64", "generator.max_new_tokens=16",
+    "objective.loss=nll", "objective.center=none",
+)  # fmt: skip
+REFUSED = {
+    "heads": (PACKED["qwen2"], ("launch.sequence_parallel=4",), "4 heads with 2 of keys cannot be divided over 4"),
+    "attention of divided rows": (
+        PACKED["qwen2"],
+        ("launch.sequence_parallel=2", "model.attention=sdpa"),
+        "launch.sequence_parallel: 2 given, but in this model attention sdpa computes each rank's tokens alone",
+    ),
+    "lockstep": (PACKED["gemma"], (), "reference.mode: lockstep has not been shown to work with GemmaForCausalLM"),
+    "a whole mixture": (
+        PACKED["qwen3_moe"],
+        ("lora=null",),
+        r"lora: null given, but the files of Qwen3MoeForCausalLM hold .*experts.* in other tensors",
+    ),
+    "NF4 of a mixture": (PACKED["olmoe"], ("model.quantization=nf4", OF_MIXTURE), r"only \d+% are in linear layers"),
+    "NF4 on a disk": (PACKED["qwen2"], ("model.quantization=nf4", "deepspeed=DISK"), "keeps the base on a disk"),
+    "a copy on a disk": (PACKED["qwen2"], (*WHOLE, "deepspeed=DISK"), "'nvme' found, expected 'cpu' or 'none' where a"),
+    "no classifier": (PACKED["granite"], HEAD, "objective.reward: head needs a sequence classifier of transformers"),
+    "no reference": (PACKED["qwen2"], ("generator.max_kl=1", *ASKED), "generator.max_kl: 1 given, but no loss"),
+    "no such attention": (PACKED["gptj"], ("model.attention=packed",), "model.attention: there is no packed for GPTJ"),
+    "a router's adapters": (PACKED["olmoe"], (), r"lora\.targets: in OlmoeForCausalLM it adapts .*experts"),
+    "no linear layers": (GPT2, (), r"lora\.targets: GPT2LMHeadModel has no linear layer"),
+    "a leak": (LEAKS["opt"], (), r"model\.base: OPTForCausalLM cannot be trained on packed rows"),
+    "a leak without heads": (LEAKS["mamba"], (), r"model\.base: MambaForCausalLM cannot be trained on packed rows"),
+    "dynamic positions": (
+        llama(rope_parameters=rope_of("dynamic", 512)),
+        (),
+        "data.max_length: 2048 is past the 512 positions of this model, .*dyn",
+    ),
+    "LongRoPE": (
+        llama(rope_parameters=rope_of("longrope", 512)),
+        (),
+        "data.max_length: 2048 is past the 512 positions of this model, .*longrope",
+    ),
+    "a config without sense": (llama(vocab_size=0), (), r"model\.base: config\.json of .*llama.*vocab_size: 0 found"),
+    "an unknown activation": (llama(hidden_act="nonsense"), (), r"'nonsense' \(config\.json of .*llama"),
+}
+"""A model's config, changes to a recipe, and the message. DISK: a DeepSpeed file that keeps weights on NVMe."""
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_plan_refuses_what_training_refuses(tmp_path: Path, case: str) -> None:
+    """With the same message, from the recipe and config.json alone; no weights are there."""
+    config, overrides, message = REFUSED[case]
+    config.save_pretrained(tmp_path)
+    offloaded = {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": str(tmp_path)}}
+    disk = tmp_path / "disk.json"
+    disk.write_text(json.dumps({"zero_optimization": offloaded}))
+    name = "uft_online_qwen32b" if "generator.by=builtin" in overrides else "uft_mistral7b"
+    given = [f"model.base={tmp_path}", *(override.replace("DISK", str(disk)) for override in overrides)]
+    settings = load_settings(name, tuple(given))
+    with pytest.raises(UserError, match=message) as by_training:
+        check_recipe(with_deepspeed_file(settings))
+    with pytest.raises(UserError) as by_plan:
+        make_plan(settings, cluster(gpus=4))
+    assert str(by_plan.value) == str(by_training.value)
+
+
+def test_ranks_that_cannot_share_rows_are_ruled_out_in_trainings_words() -> None:
+    """No refusal, because other options than `--gpus 3` will do."""
+    found = tiny("model.attention=packed", "launch.sequence_parallel=2", gpus=3)
+    settings = with_deepspeed_file(load_settings("uft_mistral7b", ("launch.sequence_parallel=2",)))
+    with pytest.raises(UserError) as by_training:
+        check_sharding(settings, ranks=3, ranks_per_node=3)
+    assert found.outcome.problems == (str(by_training.value),)
+
+
+def test_lengths_up_to_the_models_positions_are_planned(tmp_path: Path) -> None:
+    """Of a model whose positions change beyond them."""
+    llama(rope_parameters=rope_of("dynamic", 512)).save_pretrained(tmp_path)
+    assert plan(f"model.base={tmp_path}", "data.max_length=512", gpus=2).outcome.fits
 
 
 ONE_OF_EACH = ("reward_mistral7b", "uft_online_qwen32b", "uft_full_7b")

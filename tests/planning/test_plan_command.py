@@ -128,7 +128,7 @@ def test_the_table_says_what_fits_and_what_to_take() -> None:
         "network, into a node, GB",
         "Fits: ",
         "zero3_offload",
-        "40,000 responses of 2,048 tokens (data.max_length, the most there can be), 625 steps, 1 epoch.",
+        "40,000 responses of 2,048 tokens (data.max_length, the most there can be), at most 625 steps, 1 epoch.",
         "at an MFU of 0.30, which is assumed (--mfu)",
         "for responses of this length a lower bound",
         "Assumed: ",

@@ -19,15 +19,22 @@ from uft_ds.training.steps import steps_of
 
 @dataclass(frozen=True)
 class Amount:
-    """The responses of all steps of a run."""
+    """The responses of all steps of a run.
+
+    A step holds at least `examples_per_step` responses: a pair, the turns of a conversation and the answers to one
+    prompt stay together. How many more only the token cache says. By the recipe alone, the steps that it states hold
+    `responses` or more, and the responses that it states make `steps` steps or fewer.
+    """
 
     responses: int
     steps: int
     epochs: float | None
-    """None if the recipe states the steps, but not how many responses an epoch has."""
+    """Of `responses`; None if the recipe states the steps, but not how many responses an epoch has."""
     tokens: int | None
     """Of all steps, prompts included; None if the data is not in the token cache."""
     counted_from: Literal["token cache", "recipe"]
+    states_steps: bool = False
+    """Whether `responses` are the least that the recipe's train.steps take, not its own number."""
 
     @property
     def tokens_per_response(self) -> int | None:
@@ -66,14 +73,15 @@ def _tokenised(settings: Settings) -> tuple[PreparedSource, ...] | None:
 def _counted(settings: Settings, sources: tuple[PreparedSource, ...]) -> Amount | None:
     data = PreparedData(sources, ())
     try:
-        amounts, steps = data.epoch_amounts, len(steps_of(settings, data))
+        amounts, steps = data.epoch_amounts, steps_of(settings, data)
     except ValueError:
         return None
     per_epoch = sum(amounts)
     lengths = [_length_of(source) for source in sources]
     mean = sum(amount * length for amount, length in zip(amounts, lengths, strict=True)) / per_epoch
-    responses = _responses(settings, per_epoch)
-    return Amount(responses, steps, _epochs(settings, per_epoch), round(responses * mean), "token cache")
+    responses = steps.num_responses()
+    epochs = settings.train.epochs if settings.train.steps is None else responses / per_epoch
+    return Amount(responses, len(steps), epochs, round(responses * mean), "token cache")
 
 
 def _length_of(source: PreparedSource) -> float:
@@ -96,18 +104,9 @@ def _stated(settings: Settings) -> Amount | None:
             return None
     if per_epoch is None and train.steps is None:
         return None
-    responses = _responses(settings, per_epoch or 0.0)
-    steps = math.ceil(responses / train.examples_per_step)
-    return Amount(responses, steps, _epochs(settings, per_epoch), None, "recipe")
-
-
-def _responses(settings: Settings, per_epoch: float) -> int:
-    train = settings.train
-    return round(per_epoch * train.epochs) if train.steps is None else train.steps * train.examples_per_step
-
-
-def _epochs(settings: Settings, per_epoch: float | None) -> float | None:
-    train = settings.train
+    per_step = train.examples_per_step
     if train.steps is None:
-        return train.epochs
-    return train.steps * train.examples_per_step / per_epoch if per_epoch else None
+        responses = round((per_epoch or 0.0) * train.epochs)
+        return Amount(responses, math.ceil(responses / per_step), train.epochs, None, "recipe")
+    responses = train.steps * per_step
+    return Amount(responses, train.steps, responses / per_epoch if per_epoch else None, None, "recipe", True)

@@ -6,7 +6,7 @@ Nothing is allocated, launched or downloaded. Every alternative is planned in th
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from uft_ds.engine.deepspeed_file import read_deepspeed_file
@@ -24,7 +24,7 @@ from uft_ds.planning.sharding import sharding_of
 from uft_ds.planning.structure import Structure
 from uft_ds.planning.workload import workload_of
 from uft_ds.recipe.settings import Settings
-from uft_ds.streams.accept import check_positions
+from uft_ds.streams.accept import check_config, check_forwarded
 from uft_ds.streams.packed_attention import PACKED
 
 
@@ -97,26 +97,29 @@ def make_plan(
         mfu: the share of the peak FLOP/s to forecast with; None: measured by the run in the output folder, or assumed.
         planner: of the same base, if several plans of it are made: what it has measured is not measured again.
     Raises:
-        UserError: the model's config is not available, the recipe does not fit it, or a number is out of its range.
+        UserError: the model's config is not available, training would refuse the recipe for it (`streams.accept`), or
+            a number is out of its range.
     """
     config, source = model_config(settings.model.base, settings.model.revision)
+    name = settings.deepspeed.name
+    settings = replace(settings, deepspeed=replace(settings.deepspeed, config=read_deepspeed_file(name)))
+    check_config(settings, config, has_flash_attention=True)  # of the plan's GPUs, not of this machine
     if tokens_per_response is not None and tokens_per_response > settings.data.max_length:
         raise UserError(
             f"--tokens-per-response: {tokens_per_response} given, at most data.max_length {settings.data.max_length}"
         )
     utilization, amount = mfu_of(settings, mfu), amount_of(settings)
-    check_positions(config, settings.data.max_length)
     length = tokens_per_response or (None if amount is None else amount.tokens_per_response)
     workload = workload_of(settings, config, tokens_per_response=length)
-    name = settings.deepspeed.name
-    setting = Setting(workload, name, sharding_of(read_deepspeed_file(name)), cluster)
     planner = planner or Planner(config)
+    structure = planner.structure(workload)
+    check_forwarded(settings, structure.sample)
+    setting = Setting(workload, name, sharding_of(settings.deepspeed.checked), cluster)
     chosen = partial(_chosen, planner) if settings.model.gradient_checkpointing == "auto" else None
     setting = setting if chosen is None else chosen(setting)
     outcome = planner.plan(setting)
     files = shipped_files(planner, setting, chosen)
     remedies = () if outcome.fits else tuple(remedies_for(planner, outcome, files))
-    structure = planner.structure(workload)
     return Plan(
         recipe_name=settings.name,
         structure=structure,

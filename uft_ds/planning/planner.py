@@ -18,6 +18,7 @@ from uft_ds.planning.sharding import Sharding
 from uft_ds.planning.structure import Structure, structure_of
 from uft_ds.planning.traffic import Traffic, traffic
 from uft_ds.planning.workload import Workload
+from uft_ds.streams.divided import why_not_in_groups
 
 MODES: tuple[HowReference, ...] = ("lockstep", "separate", "cached")
 """Ways to get the reference: in lockstep with the policy, in a separate forward, or from the cache."""
@@ -199,8 +200,9 @@ def _problems(setting: Setting) -> Iterable[str]:
             f"{setting.deepspeed}: at ZeRO stage {sharding.stage} adapters are trained in the model's type: "
             f"lora.dtype={workload.dtype}"
         )
-    if cluster.ranks % workload.sequence_size:  # as `check_sharding` refuses it at the start
-        yield f"launch.sequence_parallel: {workload.sequence_size} does not divide the {cluster.ranks} GPUs"
+    in_groups = why_not_in_groups(cluster.ranks, workload.sequence_size)
+    if in_groups is not None:
+        yield in_groups
     if cluster.gpus % sharding.secondary:  # as `check_ranks` refuses it at the start
         yield (
             f"{setting.deepspeed}: zero_hpz_partition_size {sharding.secondary} does not divide a node's "

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from uft_ds.architectures.facts import active_share, decoder_layers, is_passed_by_text, keep_layers
-from uft_ds.errors import UserError
 from uft_ds.planning.gathers import Visit
 from uft_ds.streams.accept import accepted_policy, check_base_model, whole_policy
 from uft_ds.streams.load import empty_base
@@ -188,13 +187,13 @@ def structure_of(config: Any, lora: Lora, quantization: str | None = None) -> St
     Raises:
         UserError: no causal language model can be built from the config, or the adapters do not fit it.
     """
-    base = _empty_base(config)
+    base = empty_base(config)
     base.train()
     decoder = base.get_decoder()
     check_base_model(base)
     if quantization is not None:
         check_can_be_nf4(base)
-    before = [_shapes(layer) for layer in decoder_layers(decoder)]
+    before = [_form_of(layer) for layer in decoder_layers(decoder)]
     total = len(before)
     if _is_uniform(before, lora.targets) and total > _KEPT:
         keep_layers(decoder, _KEPT)
@@ -281,27 +280,6 @@ def _adapted(base: Any, lora: Lora) -> Any:
     )
 
 
-def _empty_base(config: Any) -> Any:
-    """The model without weights; any error of transformers becomes a UserError, because the config causes it."""
-    for key in ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"):
-        value = getattr(config.get_text_config(), key, None)  # a multimodal config holds that of its text model
-        if type(value) is not int or value < 1:
-            raise UserError(f"model.base: {_name(config)}: {key}: {value!r} found, expected a whole number from 1 on")
-    try:
-        return empty_base(config)
-    except UserError as error:
-        raise UserError(f"{error} ({_name(config)})") from None
-    except (ArithmeticError, AttributeError, RuntimeError, TypeError) as error:
-        raise UserError(
-            f"model.base: {_name(config)}: no model can be built from its config: {type(error).__name__}: {error}"
-        ) from None
-
-
-def _name(config: Any) -> str:
-    """A config's origin and model type, for messages."""
-    return f"config.json of {getattr(config, 'name_or_path', '') or 'a known model'} ({config.model_type})"
-
-
 def _final_norms(decoder: nn.Module) -> list[nn.Module]:
     """The decoder's modules next to the layers that have only vectors as parameters; their name varies."""
     layers = decoder_layers(decoder)
@@ -313,11 +291,13 @@ def _final_norms(decoder: nn.Module) -> list[nn.Module]:
     ]
 
 
-def _shapes(layer: nn.Module) -> tuple[Any, ...]:
-    return tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters())
+def _form_of(layer: nn.Module) -> tuple[Any, ...]:
+    """A layer's class, and the names and shapes of its parameters."""
+    shapes = ((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters())
+    return (type(layer), *shapes)
 
 
 def _is_uniform(layers: list[tuple[Any, ...]], targets: Literal["all-linear"] | list[str]) -> bool:
-    """Whether one layer represents all: equal shapes, and no target that names a layer by its number."""
+    """Whether one layer represents all: one class, equal shapes, and no target that names a layer by its number."""
     names_a_layer = targets != "all-linear" and any(re.search(r"\.\d+\.", f".{target}.") for target in targets)
     return len(set(layers)) == 1 and not names_a_layer

@@ -130,10 +130,15 @@ def said_of(plan: Plan) -> str:
     else:
         is_most = length == workload.max_length
         tokens = f" of {length:,} tokens{' (data.max_length, the most there can be)' if is_most else ''}"
-    steps = f"{amount.steps:,} step{'s' * (amount.steps > 1)}"
-    epochs = "" if amount.epochs is None else f", {amount.epochs:.3g} epoch{'s' * (amount.epochs != 1)}"
-    counted = "tokenised data" if amount.counted_from == "token cache" else "recipe"
-    found = f"A run by the {counted}: {amount.responses:,} responses{tokens}, {steps}{epochs}. "
+    # Units are whole, so a step may hold more than examples_per_step; how many more only the data says.
+    is_counted = amount.counted_from == "token cache"
+    least = "at least " if amount.states_steps else ""
+    most = "" if is_counted or amount.states_steps else "at most "
+    steps = f"{most}{amount.steps:,} step{'s' * (amount.steps > 1)}"
+    passes = "" if amount.epochs is None else f"{amount.epochs:.3g}"
+    epochs = f", {least}{passes} epoch{'s' * (passes != '1')}" if passes else ""
+    counted = "tokenised data" if is_counted else "recipe"
+    found = f"A run by the {counted}: {least}{amount.responses:,} responses{tokens}, {steps}{epochs}. "
     takes = (
         "It takes" if plan.outcome.fits else "So changed it takes" if outcome.fits else "If it did fit, it would take"
     )

@@ -20,12 +20,11 @@ from uft_ds.host.packages import install_command
 from uft_ds.recipe.settings import Settings
 from uft_ds.record.run_folder import reading_identity
 from uft_ds.run.reward_stream import further_streams, reward_model_of, with_reward_adapter
-from uft_ds.streams.accept import accepted_policy, check_positions, whole_policy
+from uft_ds.streams.accept import accepted_policy, check_base_model, check_config, check_forwarded, whole_policy
 from uft_ds.streams.adapters import adapted_weights, start_from_adapter, start_policy_from_adapter
-from uft_ds.streams.classifier import empty_classifier
-from uft_ds.streams.divided import why_undivided
+from uft_ds.streams.divided import why_not_in_groups
 from uft_ds.streams.identity import OnFile, base_identity
-from uft_ds.streams.load import attention_implementation, check_base, empty_base
+from uft_ds.streams.load import check_base, empty_base
 from uft_ds.streams.model import UFTModel
 from uft_ds.streams.nf4 import MARK, check_bitsandbytes, check_can_be_nf4
 
@@ -33,98 +32,56 @@ from uft_ds.streams.nf4 import MARK, check_bitsandbytes, check_can_be_nf4
 def check_recipe(settings: Settings) -> tuple[str, ...]:
     """Refuse settings that would fail after the launch; nothing is written, and no weights are read or downloaded.
 
+    What the recipe and the model's config show is refused by `streams.accept`, as by a plan; the rest is of other
+    folders and of this machine.
+
     Returns:
         The names in memory of the weights that get an adapter; none if all are trained.
     Raises:
         UserError: names the recipe's key.
     """
     config = check_base(settings.model.base, settings.model.revision)
-    attention_implementation(settings.model.attention, getattr(torch, settings.model.dtype), config)
-    _check_divides(settings, config)
+    check_config(settings, config)
     # The same construction as after the launch, but without weights, so that errors appear now.
     base = empty_base(config)
+    check_base_model(base)
     if settings.model.quantization is not None:
-        check_bitsandbytes()
         check_can_be_nf4(base)
-        _check_not_on_disk(settings)
     if settings.trains_all:
-        UFTModel(whole_policy(base), reference_mode=settings.reference.mode)
-        _check_without_adapters(settings)
+        policy: Any = whole_policy(base)
         adapted: tuple[str, ...] = ()
     else:
-        adapted = _check_adapted(base, settings)
-    if settings.trains_head:
-        empty_classifier(config)
-    check_positions(config, settings.data.max_length)
-    if settings.model.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
-        raise UserError(f"model.attention: flash_attention_2 needs flash-attn: {install_command('gpu')}, or take auto")
+        lora = settings.adapters
+        policy = accepted_policy(
+            base, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dtype=torch.float32, experts=lora.experts
+        )
+        adapted = adapted_weights(policy)
+    check_forwarded(settings, policy)
+    _check_folders(settings, policy)
+    _check_installed(settings)
     if settings.reference.caches:
         _check_writable(settings.reference.cache_dir)
-    if "wandb" in settings.tracking and importlib.util.find_spec("wandb") is None:
-        raise UserError(f"tracking: wandb is not installed: {install_command('wandb')}, or leave it out")
     return adapted
 
 
-def _check_without_adapters(settings: Settings) -> None:
-    """Refuse what only the files show to need adapters, and a place for the reference's copy that is not tested.
+def _check_folders(settings: Settings, policy: Any) -> None:
+    """Refuse adapters of other folders that do not fit the policy, and so what the policy forwards.
 
+    Args:
+        policy: without weights; it gets the adapters.
     Raises:
         UserError: names the key.
     """
-    reward = reward_model_of(settings)
-    if reward is not None:
-        raise UserError(
-            f"{reward.key}: {reward.folder} is an adapter on the policy's base, but with lora: null the base itself is "
-            "trained; give the reward model as a model of its own, which `uft convert RUN FOLDER --to reward-model` "
-            "writes"
-        )
-    offloaded = settings.deepspeed.checked["zero_optimization"].get("offload_param") or {}
-    if settings.copies_reference and offloaded.get("device") == "nvme":
-        raise UserError(
-            f"deepspeed: {settings.deepspeed.name}: zero_optimization.offload_param.device: 'nvme' found, expected "
-            "'cpu' or 'none' where a copy of the base is the reference (reference.cache: false, reward_shift: kl or "
-            "online sources with lora: null)"
-        )
-
-
-def _check_divides(settings: Settings, config: Any) -> None:
-    """Refuse a model whose rows cannot be divided as `launch.sequence_parallel` asks.
-
-    Raises:
-        UserError: names the key, and what cannot be divided.
-    """
-    size, dtype = settings.launch.sequence_parallel, getattr(torch, settings.model.dtype)
-    if size == 1:
+    if settings.trains_all:
+        reward = reward_model_of(settings)
+        if reward is not None:
+            raise UserError(
+                f"{reward.key}: {reward.folder} is an adapter on the policy's base, but with lora: null the base "
+                "itself is trained; give the reward model as a model of its own, which "
+                "`uft convert RUN FOLDER --to reward-model` writes"
+            )
+        UFTModel(policy, reference_mode=settings.reference.mode)
         return
-    problem = why_undivided(config, attention_implementation(settings.model.attention, dtype, config), size)
-    if problem is not None:
-        raise UserError(
-            f"launch.sequence_parallel: {size} given, but in this model {problem}; give a number that divides them, "
-            "or 1"
-        )
-
-
-def _check_not_on_disk(settings: Settings) -> None:
-    """Refuse a quantised base whose shards DeepSpeed would keep on a disk: its buffers are of the model's type.
-
-    Raises:
-        UserError: names the file, and what to take.
-    """
-    offloaded = settings.deepspeed.checked["zero_optimization"].get("offload_param")
-    if isinstance(offloaded, dict) and offloaded.get("device") == "nvme":
-        raise UserError(
-            f"model.quantization: {settings.model.quantization} given, but deepspeed: {settings.deepspeed.name} keeps "
-            "the base on a disk (offload_param.device: nvme), which is for weights in 16 bits; take zero3_offload, or "
-            "zero2, where each GPU holds all of it in 4 bits"
-        )
-
-
-def _check_adapted(base: Any, settings: Settings) -> tuple[str, ...]:
-    lora = settings.adapters
-    policy = accepted_policy(
-        base, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dtype=torch.float32, experts=lora.experts
-    )
-    adapted = adapted_weights(policy)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a deprecated property of transformers
         if settings.reference.adapter is not None:
@@ -134,7 +91,20 @@ def _check_adapted(base: Any, settings: Settings) -> tuple[str, ...]:
         heads = with_reward_adapter(policy, settings)
         further = further_streams(settings, heads)
         UFTModel(policy, reference_mode=settings.reference.mode, further=further, frozen_heads=heads)
-    return adapted
+
+
+def _check_installed(settings: Settings) -> None:
+    """Refuse what needs a package that is not installed here.
+
+    Raises:
+        UserError: names the key, and how to install it.
+    """
+    if settings.model.quantization is not None:
+        check_bitsandbytes()
+    if settings.model.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise UserError(f"model.attention: flash_attention_2 needs flash-attn: {install_command('gpu')}, or take auto")
+    if "wandb" in settings.tracking and importlib.util.find_spec("wandb") is None:
+        raise UserError(f"tracking: wandb is not installed: {install_command('wandb')}, or leave it out")
 
 
 def check_sharding(settings: Settings, *, ranks: int, ranks_per_node: int | None) -> list[str]:
@@ -148,8 +118,9 @@ def check_sharding(settings: Settings, *, ranks: int, ranks_per_node: int | None
         UserError: names the file and its key.
     """
     size = settings.launch.sequence_parallel
-    if ranks % size:
-        raise UserError(f"launch.sequence_parallel: {size} given, which does not divide the {ranks} ranks of the run")
+    problem = why_not_in_groups(ranks, size)
+    if problem is not None:
+        raise UserError(problem)
     zero = settings.deepspeed.checked["zero_optimization"]
     return check_ranks(zero, settings.deepspeed.name, ranks=ranks, ranks_per_node=ranks_per_node)
 

@@ -38,11 +38,6 @@ def check_online(settings: Settings, data: PreparedData) -> None:
     """
     if not settings.is_online:
         return
-    if settings.generator.max_kl is not None and not settings.reference.is_needed:
-        raise UserError(
-            f"generator.max_kl: {settings.generator.max_kl:g} given, but no loss of this objective needs the "
-            "reference, so the divergence is not known; leave it out"
-        )
     if settings.generator.by == "recorded":
         _check_recorded(settings, data, steps_of(settings, data))
         return

@@ -1,6 +1,8 @@
-"""Decide which models a run accepts, from the model without weights, before anything is launched.
+"""Decide what a run accepts, from the recipe and the model without weights, before anything is launched.
 
-`uft train` and `uft plan` both use this decision, and `uft convert` can read back whatever it accepts.
+`uft train` and `uft plan` both use this decision, and `uft convert` can read back whatever it accepts. What depends on
+more than the recipe, its DeepSpeed file and the model's config is checked by `run/checks.py`: other files, installed
+packages, this machine.
 """
 
 from __future__ import annotations
@@ -23,12 +25,99 @@ from uft_ds.architectures.facts import (
     reason_of_leak,
 )
 from uft_ds.errors import UserError
+from uft_ds.recipe.settings import Settings
 from uft_ds.streams.adapter_files import PREFIX
 from uft_ds.streams.adapters import add_adapters
+from uft_ds.streams.classifier import empty_classifier
+from uft_ds.streams.divided import why_undivided
 from uft_ds.streams.experts import expert_weight, is_on_experts
 from uft_ds.streams.heads import plain_head
+from uft_ds.streams.lanes import check_lockstep
+from uft_ds.streams.load import attention_implementation
 from uft_ds.streams.lora_config import is_plain_lora
+from uft_ds.streams.policy import Policy, base_of
+from uft_ds.streams.stored_names import converted_parameter
 from uft_ds.streams.stream import POLICY_ADAPTER
+
+
+def check_config(settings: Settings, config: Any, *, has_flash_attention: bool | None = None) -> None:
+    """Refuse what the recipe, its DeepSpeed file and the model's config show, before the model is built.
+
+    Args:
+        settings: with the content of the DeepSpeed file.
+        config: of the base.
+        has_flash_attention: as for `attention_implementation`.
+    Raises:
+        UserError: names the recipe's key, and what to take.
+    """
+    attention = attention_implementation(
+        settings.model.attention,
+        getattr(torch, settings.model.dtype),
+        config,
+        has_flash_attention=has_flash_attention,
+    )
+    _check_divides(settings, config, attention)
+    _check_not_on_disk(settings)
+    check_positions(config, settings.data.max_length)
+    limit = settings.generator.max_kl
+    if settings.is_online and limit is not None and not settings.reference.is_needed:
+        raise UserError(
+            f"generator.max_kl: {limit:g} given, but no loss of this objective needs the reference, so the divergence "
+            "is not known; leave it out"
+        )
+
+
+def check_forwarded(settings: Settings, policy: Policy) -> None:
+    """Refuse a policy without weights whose layers or head do not allow what the recipe asks for.
+
+    Args:
+        policy: as `accepted_policy` or `whole_policy` returns it; not changed. A few of its layers are enough.
+    Raises:
+        UserError: names the recipe's key, and what to take.
+    """
+    base = base_of(policy)
+    if settings.reference.mode == "lockstep":
+        check_lockstep(base)
+    if settings.trains_head:
+        empty_classifier(base.config)
+
+
+def _check_divides(settings: Settings, config: Any, attention: str) -> None:
+    """Refuse a model whose rows cannot be divided as `launch.sequence_parallel` asks.
+
+    Raises:
+        UserError: names the key, and what cannot be divided.
+    """
+    size = settings.launch.sequence_parallel
+    problem = None if size == 1 else why_undivided(config, attention, size)
+    if problem is not None:
+        raise UserError(
+            f"launch.sequence_parallel: {size} given, but in this model {problem}; give a number that divides them, "
+            "or 1"
+        )
+
+
+def _check_not_on_disk(settings: Settings) -> None:
+    """Refuse weights on a disk where DeepSpeed's buffers, which are of the model's type, are of no use or not tested.
+
+    Raises:
+        UserError: names the file, and what to take.
+    """
+    offloaded = settings.deepspeed.checked["zero_optimization"].get("offload_param")
+    if not isinstance(offloaded, dict) or offloaded.get("device") != "nvme":
+        return
+    if settings.model.quantization is not None:
+        raise UserError(
+            f"model.quantization: {settings.model.quantization} given, but deepspeed: {settings.deepspeed.name} keeps "
+            "the base on a disk (offload_param.device: nvme), which is for weights in 16 bits; take zero3_offload, or "
+            "zero2, where each GPU holds all of it in 4 bits"
+        )
+    if settings.copies_reference:
+        raise UserError(
+            f"deepspeed: {settings.deepspeed.name}: zero_optimization.offload_param.device: 'nvme' found, expected "
+            "'cpu' or 'none' where a copy of the base is the reference (reference.cache: false, reward_shift: kl or "
+            "online sources with lora: null)"
+        )
 
 
 def accepted_policy(
@@ -96,6 +185,12 @@ def whole_policy(base: Any) -> Any:
         raise UserError(
             f"lora: null given, but {type(base).__name__} has parameters that no text reaches, such as {outside}; "
             "train adapters, or take a model of text alone"
+        )
+    converted = converted_parameter(base)
+    if converted is not None:
+        raise UserError(
+            f"lora: null given, but the files of {type(base).__name__} hold {converted} in other tensors, which "
+            "transformers converts when it loads them: all its parameters cannot be written back; train adapters"
         )
     base.requires_grad_(True)
     return base

@@ -99,6 +99,13 @@ def why_undivided(config: Any, attention: str, size: int) -> str | None:
     return None
 
 
+def why_not_in_groups(ranks: int, size: int) -> str | None:
+    """Why a run's ranks cannot be groups of `size`, with the recipe's key; None if they can."""
+    if ranks % size == 0:
+        return None
+    return f"launch.sequence_parallel: {size} given, which does not divide the {ranks} ranks of the run"
+
+
 def _exchanged(given: Tensor, group: Any) -> Tensor:
     result: Tensor = _Exchange.apply(given, group)
     return result

@@ -54,22 +54,31 @@ def enable_lockstep(base: Any) -> None:
     Raises:
         UserError: layers of a class that this has not been shown to work with.
     """
+    lockstep_layer = _lockstep_layer(check_lockstep(base))
     decoder = base.get_decoder()
     layers = decoder_layers(decoder)
-    layer_classes = {type(layer) for layer in layers}
-    unknown = sorted({layer_class.__name__ for layer_class in layer_classes} - set(shown_in_lockstep()))
-    if unknown or len(layer_classes) != 1:
-        raise UserError(
-            f"reference.mode: lockstep has not been shown to work with {type(base).__name__}, whose layers are "
-            f"{', '.join(unknown)} (shown: {', '.join(names_in_lockstep())}); take reference.mode: separate"
-        )
-    lockstep_layer = _lockstep_layer(layer_classes.pop())
     for layer in layers:
         layer.__class__ = lockstep_layer
     # A layer cannot know its place, and the last one has to hand on the streams without gradient too.
     layers[-1].hands_all_on = True
     norm = final_norm(decoder)
     norm.__class__ = _lockstep_norm(type(norm))
+
+
+def check_lockstep(base: Any) -> Any:
+    """The class of a base's decoder layers, all of which are alike; nothing is changed.
+
+    Raises:
+        UserError: layers of a class that lockstep has not been shown to work with.
+    """
+    layer_classes = {type(layer) for layer in decoder_layers(base.get_decoder())}
+    unknown = sorted({layer_class.__name__ for layer_class in layer_classes} - set(shown_in_lockstep()))
+    if unknown or len(layer_classes) != 1:
+        raise UserError(
+            f"reference.mode: lockstep has not been shown to work with {type(base).__name__}, whose layers are "
+            f"{', '.join(unknown)} (shown: {', '.join(names_in_lockstep())}); take reference.mode: separate"
+        )
+    return layer_classes.pop()
 
 
 def _lockstep_layer(layer_class: Any) -> type[nn.Module]:

@@ -173,12 +173,28 @@ def empty_base(config: Any) -> Any:
     """The base model of a config on the meta device: its structure, without values.
 
     Raises:
-        UserError: no causal language model has such a config, or it has dropout.
+        UserError: no causal language model has such a config, or it has dropout; names the config.
     """
-    model = meta_model(config)
-    _check_dropout(model)
+    for key in ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"):
+        value = getattr(config.get_text_config(), key, None)  # a multimodal config holds that of its text model
+        if value is not None and (type(value) is not int or value < 1):
+            raise UserError(f"model.base: {_named(config)}: {key}: {value!r} found, expected a whole number from 1 on")
+    try:
+        model = meta_model(config)
+        _check_dropout(model)
+    except UserError as error:
+        raise UserError(f"{error} ({_named(config)})") from None
+    except (ArithmeticError, AttributeError, RuntimeError, TypeError) as error:  # caused by the config
+        raise UserError(
+            f"model.base: {_named(config)}: no model can be built from its config: {type(error).__name__}: {error}"
+        ) from None
     model.requires_grad_(False)
     return model
+
+
+def _named(config: Any) -> str:
+    """A config's origin and model type, for messages."""
+    return f"config.json of {getattr(config, 'name_or_path', '') or 'a known model'} ({config.model_type})"
 
 
 def meta_model(config: Any) -> Any:

@@ -78,6 +78,20 @@ def origins(model: Any, empty: Mapping[str, Tensor]) -> dict[str, Origin]:
     return {name: origin for name, origin in found.items() if name in own}
 
 
+def converted_parameter(model: Any) -> str | None:
+    """The first parameter that transformers writes into files as other tensors, such as one of routed experts; None if
+    it only renames them.
+
+    Args:
+        model: may be on the meta device; without adapters.
+    """
+    # In reverse, as transformers itself writes a model; rules for old files are not reversed.
+    rules = reversed(get_model_conversion_mapping(model, add_legacy=False))
+    converters: list[Any] = [rule.reverse_transform() for rule in rules if isinstance(rule, WeightConverter)]
+    names = (name for name, _ in model.named_parameters())
+    return next((name for name in names if rename_source_key(name, [], converters)[1] is not None), None)
+
+
 def read_parameter(name: str, origin: Origin, read: Callable[[str], Tensor], model: Any) -> Tensor:
     """One parameter, put together from its stored tensors as transformers does it.
 
