@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from bars import Bar, at_most, report, table_of
 from plan_measured import counting
 from ranks import run_on_ranks
+from real_rows import real_rows_folder
 from rich.console import Console
 from toy import objective
 from trl_sides import (
@@ -216,7 +217,7 @@ def main() -> int:
     from reference_traffic import versions
 
     versions()
-    data = Path(os.environ.get("UFT_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    data = real_rows_folder()
     model = given.model or real_model()
     if model is None or not data.is_dir():
         raise SystemExit(f"no model (make fetch), or no rows in {data} (UFT_TEST_DATA)")
