@@ -60,6 +60,15 @@ def test_a_change_reaches_the_value_and_what_is_stored(minimal: str) -> None:
     assert changed(after, {"data.sources.1.path": "b.jsonl", "output": str(before.output)}) == before
 
 
+def test_a_source_is_the_same_wherever_the_recipe_names_it(minimal: str) -> None:
+    """The key of its entry is for messages: it tells no two sources apart."""
+    as_the_first = {"format": "jsonl", "path": "a.jsonl", "examples": None}
+    changes = {f"data.sources.1.{key}": value for key, value in as_the_first.items()}
+    one, other = changed(load_settings(minimal), changes).data.sources
+    assert (one.recipe_key, other.recipe_key) == ("data.sources.0", "data.sources.1")
+    assert one == other
+
+
 def test_a_change_is_checked(minimal: str) -> None:
     """As the recipe itself is."""
     with pytest.raises(UserError, match=r"train\.lr: -1 given"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -54,7 +54,7 @@ class SourceSettings:
     The stages of a source are SourceSettings, SourceFiles (found), TokenStore (tokenised) and PreparedSource.
 
     asked: of an online source, whose rows are prompts; None: the rows hold responses.
-    recipe_key: of the recipe's entry, such as data.sources.0; empty for a source of no recipe.
+    recipe_key: of the recipe's entry, such as data.sources.0, for messages alone; empty for a source of no recipe.
     """
 
     path: str
@@ -65,7 +65,7 @@ class SourceSettings:
     allow_one_score: bool = False
     score_map: ScoreMapping = None
     asked: AskedSettings | None = None
-    recipe_key: str = ""
+    recipe_key: str = field(default="", compare=False)
 
     @property
     def path_key(self) -> str:
