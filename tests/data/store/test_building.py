@@ -371,7 +371,7 @@ def test_a_score_range_maps_scores_linearly(tmp_path: Path, chat: ChatTokenizer)
     store = build(path, chat, score_range=(1.0, 10.0))
     assert store.responses["score"].tolist() == pytest.approx([(i - 1) / 9 for i in range(1, 11)], abs=1e-15)
     assert (store.responses["score"][0], store.responses["score"][-1]) == (0.0, 1.0)
-    assert store.account.scores == ScoresGiven(1.0, 10.0, is_outside=False, count=10)
+    assert store.account.scores == ScoresGiven(1.0, 10.0, count=10, outside=0)
 
 
 def test_scores_outside_their_scale_suggest_a_range(tmp_path: Path, chat: ChatTokenizer) -> None:
@@ -435,11 +435,11 @@ def test_only_scores_that_are_read_are_recorded(tmp_path: Path, chat: ChatTokeni
     row |= {"score_chosen": 9, "score_rejected": 7}
     path = write_rows(tmp_path / "scores.jsonl", [row])
     assert build(path, chat, format="ultrafeedback_binarized").account.scores == ScoresGiven(
-        7.0, 9.0, is_outside=False, count=2
+        7.0, 9.0, count=2, outside=0
     )
     path = write_rows(tmp_path / "ratings.jsonl", [row | {"chosen-rating": 4.5, "rejected-rating": 2}])
     store = build(path, chat, format="ultrafeedback_binarized", score_range=(1.0, 5.0))
-    assert store.account.scores == ScoresGiven(2.0, 4.5, is_outside=False, count=2)
+    assert store.account.scores == ScoresGiven(2.0, 4.5, count=2, outside=0)
 
 
 def test_every_format_with_scores_takes_a_range(tmp_path: Path, chat: ChatTokenizer) -> None:

@@ -81,20 +81,25 @@ class Place:
 class ScoresGiven:
     """The lowest and the highest score that the rows give, bad rows included, before any map.
 
-    is_outside: whether one of them is not on the source's scale.
-    count, outside: how many scores there are, and how many of them are not on that scale; 0 in a store that was written
-        before they were counted.
+    count, outside: how many scores there are, and how many of them are not on the source's scale. A store that was
+        written before they were counted has the count 0, and outside 1 if any is.
     """
 
     low: float
     high: float
-    is_outside: bool
-    count: int = 0
-    outside: int = 0
+    count: int
+    outside: int
 
     @staticmethod
     def of(scores: list[float], outside: int) -> ScoresGiven:
-        return ScoresGiven(min(scores), max(scores), outside > 0, len(scores), outside)
+        return ScoresGiven(min(scores), max(scores), len(scores), outside)
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> ScoresGiven:
+        """The scores of an account in JSON. Older versions also wrote `is_outside`, and the first no counts."""
+        given = {**values}
+        is_outside = given.pop("is_outside", False)
+        return ScoresGiven(**{"count": 0, "outside": int(is_outside)} | given)
 
     def joined(self, other: ScoresGiven | None) -> ScoresGiven:
         """The same of both."""
@@ -103,7 +108,6 @@ class ScoresGiven:
         return ScoresGiven(
             min(self.low, other.low),
             max(self.high, other.high),
-            self.is_outside or other.is_outside,
             self.count + other.count,
             self.outside + other.outside,
         )
@@ -139,7 +143,7 @@ class Account:
             TypeError: the values are not those of an account.
         """
         scores = values.get("scores")
-        return Account(**values | {"scores": None if scores is None else ScoresGiven(**scores)})
+        return Account(**values | {"scores": None if scores is None else ScoresGiven.from_json(scores)})
 
 
 class StoreWriter:
