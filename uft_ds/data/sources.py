@@ -20,9 +20,11 @@ from uft_ds.data.example import GOOD_FROM, KINDS
 from uft_ds.data.mixture import ONE_PASS, Portion, amounts_of
 from uft_ds.data.rows.reading import find_data
 from uft_ds.data.score_map import ScoreMap, affine, quantiles
+from uft_ds.data.store.account import Account
 from uft_ds.data.store.building import RowRules
 from uft_ds.data.store.refusal import PLACES_NAMED, range_hint
-from uft_ds.data.store.sequences import Account, Selection, TokenStore
+from uft_ds.data.store.selection import Selection
+from uft_ds.data.store.token_store import TokenStore
 from uft_ds.data.store.tokenized import ensure_store, open_store, quarantine_file, read_key_parts
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.tokenize import LONG

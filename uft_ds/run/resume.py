@@ -21,7 +21,7 @@ from uft_ds.checkpoint.owner import RUN
 from uft_ds.checkpoint.state import Position, read_position
 from uft_ds.data.sources import PreparedData
 from uft_ds.data.store.building import with_later_rules
-from uft_ds.data.store.sequences import check_content
+from uft_ds.data.store.store_files import check_content
 from uft_ds.data.store.tokenized import is_whole
 from uft_ds.errors import UserError
 from uft_ds.host.callbacks import OnProgress, Say

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from uft_ds.data.store.account import Account
 from uft_ds.data.store.refusal import range_hint
-from uft_ds.data.store.sequences import Account
 
 ACCOUNT = {"rows": 9, "dropped": {}, "changed": {}, "places": {}, "quarantined": 3, "skipped": 0}
 

@@ -17,8 +17,9 @@ from uft_ds.data.formats.fields import Row
 from uft_ds.data.formats.table import FORMATS
 from uft_ds.data.rows.reading import find_data, parse_row, raw_rows
 from uft_ds.data.store import building
+from uft_ds.data.store.account import ScoresGiven
 from uft_ds.data.store.building import QUARANTINE, build_store
-from uft_ds.data.store.sequences import ScoresGiven, TokenStore
+from uft_ds.data.store.token_store import TokenStore
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.tokenize import load_tokenizer
 from uft_ds.errors import UserError

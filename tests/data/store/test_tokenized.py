@@ -15,7 +15,7 @@ from tiny import CHATML, build_tiny_tokenizer
 
 from uft_ds.data.rows.reading import find_data
 from uft_ds.data.store import tokenized
-from uft_ds.data.store.sequences import INDEX
+from uft_ds.data.store.store_files import INDEX
 from uft_ds.data.store.tokenized import ensure_store, is_whole, open_store, read_key_parts, store_key
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.tokenize import load_tokenizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from uft_ds.data.store.sequences import Account, ScoresGiven
+from uft_ds.data.store.account import Account, ScoresGiven
 from uft_ds.errors import UserError
 
 PLACES_NAMED = 3
