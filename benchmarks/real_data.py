@@ -105,7 +105,7 @@ def held_out_by_score(run: Path, base: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from uft_ds.recipe.settings import load_settings
+    from uft_ds.recipe.to_settings import load_settings
     from uft_ds.record.run_folder import RunFolder
     from uft_ds.run.prepare import open_data
 

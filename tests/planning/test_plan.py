@@ -10,7 +10,7 @@ from tiny import build_tiny_model, rope_of
 from uft_ds.errors import UserError
 from uft_ds.planning.plan import make_plan
 from uft_ds.recipe.file import shipped_recipes
-from uft_ds.recipe.settings import load_settings
+from uft_ds.recipe.to_settings import load_settings
 
 
 def test_the_32b_recipe_fits_eight_gpus_of_80_gb() -> None:

@@ -10,7 +10,8 @@ import pytest
 import uft_ds
 from uft_ds.errors import UserError
 from uft_ds.recipe.file import dump_recipe, load_recipe, shipped_recipes
-from uft_ds.recipe.settings import Settings, changed, load_settings, settings_of
+from uft_ds.recipe.settings import Settings
+from uft_ds.recipe.to_settings import changed, load_settings, settings_of
 from uft_ds.run.settings import located, with_deepspeed_file
 
 READERS = {
@@ -19,7 +20,7 @@ READERS = {
     "recipe/described.py",
     "recipe/file.py",
     "recipe/online.py",
-    "recipe/settings.py",
+    "recipe/to_settings.py",
 }
 """Modules that may import the recipe's tree."""
 

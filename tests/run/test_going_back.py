@@ -10,7 +10,8 @@ from checkpoints import whole_checkpoint
 from uft_ds.checkpoint.state import Position, TrainerState
 from uft_ds.errors import UserError
 from uft_ds.recipe.file import recipe_from_tree
-from uft_ds.recipe.settings import Settings, settings_of
+from uft_ds.recipe.settings import Settings
+from uft_ds.recipe.to_settings import settings_of
 from uft_ds.record.lines_of_steps import read_lines, write_step
 from uft_ds.record.run_folder import RunFolder
 from uft_ds.record.samples import Sample

@@ -12,7 +12,8 @@ from uft_ds.checkpoint.manifest import MANIFEST
 from uft_ds.checkpoint.state import claims_of, has_adapter
 from uft_ds.engine.deepspeed_file import read_deepspeed_file
 from uft_ds.errors import UserError
-from uft_ds.recipe.settings import ScorerSettings, Settings, changed
+from uft_ds.recipe.settings import ScorerSettings, Settings
+from uft_ds.recipe.to_settings import changed
 from uft_ds.streams.identity import local_folder
 
 
