@@ -22,7 +22,6 @@ Rows of the real model, below UFT_TEST_DATA: `llama_factory/kto_en_demo.json` (a
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from functools import partial
@@ -32,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from bars import Bar, report, table_of
 from ranks import run_on_ranks
+from real_rows import real_rows_folder
 from rich.console import Console
 from rich.table import Table
 from trl_sides import Result, losses_over_ranks, run_ours, run_trl, tokens_per_second, write_adapter
@@ -68,7 +68,7 @@ def compare(console: Console, model: Path | None, only: tuple[str, ...] = tuple(
     with tempfile.TemporaryDirectory() as name:
         tiny = write_model(Path(name) / "tiny")
         work = {"tiny": tiny_workload(tiny, SETTINGS, VOCABULARY)}
-        data = Path(os.environ.get("UFT_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+        data = real_rows_folder()
         real = model or real_model()
         if real is None or not data.is_dir():
             console.print(f"no real model or no real rows ({data}): the real workloads are left out", style="yellow")

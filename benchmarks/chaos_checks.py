@@ -17,7 +17,7 @@ from chaos_scenarios import Run, Unbroken, metrics_of, names_in
 from safetensors.numpy import load
 
 from uft_ds.checkpoint.folder import checkpoint_problem, newest_whole, step_of
-from uft_ds.data.store.sequences import check_content
+from uft_ds.data.store.store_files import check_content
 from uft_ds.data.store.tokenized import is_whole
 from uft_ds.errors import EXIT_DONE, UserError
 from uft_ds.host.files import sha256

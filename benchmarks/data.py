@@ -33,6 +33,7 @@ from data_packing import report_packing
 from data_preparation import release, report_preparation
 from data_rows import tokenizer_folder
 from data_tokens import report_tokens
+from real_rows import real_rows_folder
 from rich.console import Console
 
 from uft_ds.data.tokens.tokenize import load_tokenizer
@@ -49,8 +50,9 @@ PARTS = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = Path(os.environ.get("UFT_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
-    parser.add_argument("--data", type=Path, default=default, help="the folder of real rows (default: UFT_TEST_DATA)")
+    parser.add_argument(
+        "--data", type=Path, default=real_rows_folder(), help="the folder of real rows (default: UFT_TEST_DATA)"
+    )
     parser.add_argument("--rows", type=int, default=ROWS, help=f"of `million` (default: {ROWS})")
     parser.add_argument("--prepare-rows", type=int, default=10_000, help="of `prepare`, a fourth for pairs")
     parser.add_argument("--rounds", type=int, default=3, help="of `prepare` (default: 3)")

@@ -29,7 +29,8 @@ from sources import rules
 
 from uft_ds.data.mixture import plan_steps
 from uft_ds.data.sources import PreparedSource, SourceSettings, Tolerance, prepare_source
-from uft_ds.data.store.sequences import Selection, TokenStore
+from uft_ds.data.store.selection import Selection
+from uft_ds.data.store.token_store import TokenStore
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.tokenize import load_tokenizer
 

@@ -25,7 +25,7 @@ from sources import write_rows
 from uft_ds.data.bins import fewest_micro_steps
 from uft_ds.data.mixture import plan_steps
 from uft_ds.data.packing import Packing, pack
-from uft_ds.data.store.sequences import Selection
+from uft_ds.data.store.selection import Selection
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 
 CAPACITIES, RANKS, PER_RANK = (2048, 4096, 16384), (1, 2, 8, 64), (16, 32)

@@ -20,7 +20,7 @@ from uft_ds.data.micro_batch import micro_batch
 from uft_ds.data.mixture import plan_steps
 from uft_ds.data.packing import Packing, pack
 from uft_ds.data.sources import PreparedSource
-from uft_ds.data.store.sequences import TokenStore
+from uft_ds.data.store.token_store import TokenStore
 from uft_ds.data.together import TogetherSource
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 

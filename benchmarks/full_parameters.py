@@ -20,7 +20,6 @@ in host memory, which on a CPU is the memory that is measured.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 import time
@@ -30,24 +29,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from bars import Bar, at_most, report, table_of
 from plan_measured import counting
 from ranks import run_on_ranks
+from real_rows import real_rows_folder
 from rich.console import Console
 from toy import objective
 from trl_sides import (
     BETA,
     WARM_UP_STEPS,
     Result,
-    believe_in_all_ranks,
     deepspeed_file,
-    left_to_trainer,
     losses_over_ranks,
     peak,
+    recording_trainer,
     reset_peak,
     tokens_per_second,
 )
@@ -115,69 +112,19 @@ def run_ours(work: Workload, loss: str, copies: bool = False) -> Measured:
         with counting() as sent:
             for step in steps:
                 started = time.perf_counter()
-                losses.append(run_step(method, step, LEARNING_RATE).metrics["loss"])
+                losses.append(run_step(method, step, work.learning_rate).metrics["loss"])
                 seconds.append(time.perf_counter() - started)
     return Measured(Result(losses, seconds, peak() - base_bytes), sent.gathered / work.steps, before)
 
 
 def run_trl(work: Workload) -> Measured:
-    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import DPOConfig, DPOTrainer
-
     from uft_ds.host.process import returning_freed_memory
 
-    base_bytes = reset_peak()
-    losses: list[float] = []
-    seconds: list[float] = []
-
-    class Trainer(DPOTrainer):
-        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
-            return dataset  # tokenised already: the very rows that we train on
-
-        def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
-            loss = super()._compute_loss(model, inputs, return_outputs)
-            losses.append(float(loss.detach()))
-            return loss
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.started = time.perf_counter()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            seconds.append(time.perf_counter() - self.started)
-
     with tempfile.TemporaryDirectory() as output:
-        config: Any = DPOConfig  # its annotations are narrower than what it takes
-        settings = config(
-            output_dir=output, loss_type="sigmoid", beta=BETA, learning_rate=LEARNING_RATE,
-            per_device_train_batch_size=work.rows_per_rank, gradient_accumulation_steps=1, max_steps=work.steps,
-            lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0, adam_beta2=0.999,
-            gradient_checkpointing=True, deepspeed=left_to_trainer(deepspeed_file(work)),
-            bf16=work.dtype == torch.bfloat16,
-            max_length=None,
-            logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, train_sampling_strategy="sequential",
-            dataloader_pin_memory=False, remove_unused_columns=False,
-        )  # fmt: skip
-        if not torch.cuda.is_available():
-            believe_in_all_ranks()
-        with returning_freed_memory():
-            model, reference = (
-                AutoModelForCausalLM.from_pretrained(work.folder, dtype=work.dtype, attn_implementation="sdpa")
-                for _ in range(2)
-            )
-        trainer = Trainer(
-            model=model,
-            ref_model=reference,
-            args=settings,
-            train_dataset=Dataset.from_list(work.rows),
-            processing_class=AutoTokenizer.from_pretrained(work.folder),
-            callbacks=[Clock()],
-        )
+        trainer, recording = recording_trainer(work, output, two_models=True, counts_weights=True)
         with returning_freed_memory():
             trainer.train()
-    return Measured(Result(losses, seconds, peak() - base_bytes))
+    return Measured(recording.result())
 
 
 def bars_of(
@@ -216,11 +163,11 @@ def main() -> int:
     from reference_traffic import versions
 
     versions()
-    data = Path(os.environ.get("UFT_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    data = real_rows_folder()
     model = given.model or real_model()
     if model is None or not data.is_dir():
         raise SystemExit(f"no model (make fetch), or no rows in {data} (UFT_TEST_DATA)")
-    work = replace(dpo_workload(model, data), steps=STEPS)
+    work = replace(dpo_workload(model, data), steps=STEPS, learning_rate=LEARNING_RATE)
     trl = f"TRL {version('trl')} DPO"
     ways: dict[str, tuple[Any, ...]] = {
         "SFT": (run_ours, "nll"),

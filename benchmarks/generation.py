@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
@@ -36,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from bars import Bar, report
 from one_process import OneProcess
+from real_rows import real_rows_folder
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -65,8 +65,7 @@ def policy() -> UFTModel:
 
 def real_prompts(tokenizer: Any) -> list[tuple[int, ...]]:
     """Prompts of UltraFeedback by the chat template, in the order of the file."""
-    data = Path(os.environ.get("UFT_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
-    file = data / "ultrafeedback" / "train_clean.jsonl"
+    file = real_rows_folder() / "ultrafeedback" / "train_clean.jsonl"
     if not file.is_file():
         sys.exit(f"no real data at {file}; set UFT_TEST_DATA")
     texts = dict.fromkeys(json.loads(line)["prompt"] for line in file.read_text(encoding="utf-8").splitlines()[:400])

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from real_rows import real_rows_folder
 
 SCORE_BANDS = ((0.0, 0.35), (0.35, 0.65), (0.65, 1.01))
 QUESTIONS = ("Why is the sky blue?", "Give three tips for better sleep.", "Who wrote Hamlet?")
@@ -104,7 +105,7 @@ def held_out_by_score(run: Path, base: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from uft_ds.recipe.settings import load_settings
+    from uft_ds.recipe.to_settings import load_settings
     from uft_ds.record.run_folder import RunFolder
     from uft_ds.run.prepare import open_data
 
@@ -158,7 +159,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--folder", type=Path, default=Path("runs/real_data"))
     options = parser.parse_args()
-    data = Path(os.environ.get("UFT_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    data = real_rows_folder()
     if not data.is_dir():
         sys.exit(f"no real data at {data}; set UFT_TEST_DATA")
     from uft_ds.examples.smollm2 import quickstart_model

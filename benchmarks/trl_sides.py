@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -109,21 +109,56 @@ def run_ours(work: Workload, adapter: Path, recompute: Recompute) -> Result:
 
 
 def run_trl(work: Workload, adapter: Path, leaf: bool) -> Result:
+    from deepspeed.utils import set_z3_leaf_modules
+    from peft import LoraConfig
+
+    lora = LoraConfig(
+        r=LORA_RANK, lora_alpha=int(ALPHA), target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.0
+    )
+    with tempfile.TemporaryDirectory() as output:
+        trainer, recording = recording_trainer(work, output, adapters=lora)
+        start_from(trainer.model, adapter)
+        if leaf:
+            set_z3_leaf_modules(trainer.model, [type(trainer.model.get_base_model().get_decoder().layers[0])])
+        trainer.train()
+    return recording.result()
+
+
+@dataclass
+class Recording:
+    """What is noted of each step that TRL's trainer makes. base_bytes: where the growth of memory is counted from."""
+
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    base_bytes: int | None = None
+
+    def result(self) -> Result:
+        """After the last step."""
+        assert self.base_bytes is not None, "no step was made"
+        return Result(self.losses, self.seconds, peak() - self.base_bytes)
+
+
+def recording_trainer(
+    work: Workload, output: str, *, adapters: Any = None, two_models: bool = False, counts_weights: bool = False
+) -> tuple[Any, Recording]:
+    """TRL's trainer of a workload's loss, ready to train, and what it will have noted of its steps.
+
+    Args:
+        output: a folder for the trainer.
+        adapters: PEFT's configuration of those that are trained; None: all parameters.
+        two_models: whether a second model is the reference, each in an engine of its own.
+        counts_weights: count memory from before any weight is loaded, not from the first step.
+    """
     # accelerate looks for DeepSpeed only where it is told to; and on a CPU it believes in one process.
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     from datasets import Dataset
-    from deepspeed.utils import set_z3_leaf_modules
-    from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
     from uft_ds.host.process import returning_freed_memory
 
-    losses: list[float] = []
-    seconds: list[float] = []
-    memory: list[int] = []
-
-    config: Any
+    recording = Recording(base_bytes=reset_peak() if counts_weights else None)
+    config: Any  # its annotations are narrower than what it takes
     parent, config, loss_type = (
         (KTOTrainer, KTOConfig, "apo_zero_unpaired") if work.loss == "l1" else (DPOTrainer, DPOConfig, "sigmoid")
     )
@@ -134,48 +169,45 @@ def run_trl(work: Workload, adapter: Path, leaf: bool) -> Result:
 
         def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
             loss = super()._compute_loss(model, inputs, return_outputs)
-            losses.append(float(loss.detach()))
+            recording.losses.append(float(loss.detach()))
             return loss
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            if not seconds:  # the engine stands, nothing has been forwarded
-                memory.append(reset_peak())
+            if recording.base_bytes is None:  # the engine stands, nothing has been forwarded
+                recording.base_bytes = reset_peak()
             self.started = time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            seconds.append(time.perf_counter() - self.started)
+            recording.seconds.append(time.perf_counter() - self.started)
 
-    with tempfile.TemporaryDirectory() as output:
-        settings = config(
-            output_dir=output, loss_type=loss_type, beta=BETA, learning_rate=work.learning_rate,
-            per_device_train_batch_size=work.rows_per_rank, gradient_accumulation_steps=1, max_steps=work.steps,
-            lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0, adam_beta2=0.999,
-            gradient_checkpointing=True, deepspeed=left_to_trainer(deepspeed_file(work)),
-            bf16=work.dtype == torch.bfloat16,
-            max_length=None,
-            logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, train_sampling_strategy="sequential",
-            dataloader_pin_memory=False, remove_unused_columns=False,
-        )  # fmt: skip
-        if not torch.cuda.is_available():
-            believe_in_all_ranks()
-        with returning_freed_memory():  # as our loading does: memory is compared
-            model = AutoModelForCausalLM.from_pretrained(work.folder, dtype=work.dtype, attn_implementation="sdpa")
-        trainer = Trainer(
-            model=model,
-            args=settings,
-            train_dataset=Dataset.from_list(work.rows),
-            processing_class=AutoTokenizer.from_pretrained(work.folder),
-            peft_config=LoraConfig(
-                r=LORA_RANK, lora_alpha=int(ALPHA), target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.0
-            ),
-            callbacks=[Clock()],
+    settings = config(
+        output_dir=output, loss_type=loss_type, beta=BETA, learning_rate=work.learning_rate,
+        per_device_train_batch_size=work.rows_per_rank, gradient_accumulation_steps=1, max_steps=work.steps,
+        lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0, adam_beta2=0.999,
+        gradient_checkpointing=True, deepspeed=left_to_trainer(deepspeed_file(work)),
+        bf16=work.dtype == torch.bfloat16,
+        max_length=None,
+        logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, train_sampling_strategy="sequential",
+        dataloader_pin_memory=False, remove_unused_columns=False,
+    )  # fmt: skip
+    if not torch.cuda.is_available():
+        believe_in_all_ranks()
+    with returning_freed_memory():  # as our loading does: memory is compared
+        model, *reference = (
+            AutoModelForCausalLM.from_pretrained(work.folder, dtype=work.dtype, attn_implementation="sdpa")
+            for _ in range(1 + two_models)
         )
-        start_from(trainer.model, adapter)
-        if leaf:
-            set_z3_leaf_modules(trainer.model, [type(model.get_decoder().layers[0])])
-        trainer.train()
-    return Result(losses, seconds, peak() - memory[0])
+    trainer = Trainer(
+        model=model,
+        ref_model=reference[0] if reference else None,
+        args=settings,
+        train_dataset=Dataset.from_list(work.rows),
+        processing_class=AutoTokenizer.from_pretrained(work.folder),
+        peft_config=adapters,
+        callbacks=[Clock()],
+    )
+    return trainer, recording
 
 
 def left_to_trainer(config: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from uft_ds.planning.shapes import model_config
 from uft_ds.planning.sharding import sharding_of
 from uft_ds.planning.workload import workload_of
 from uft_ds.recipe.file import described_recipes, shipped_recipes
-from uft_ds.recipe.settings import Settings, load_settings
+from uft_ds.recipe.settings import Settings
+from uft_ds.recipe.to_settings import load_settings
 
 RECIPES = Path(__file__).parents[1] / "uft_ds" / "recipe" / "shipped"
 GPU, GPU_COUNTS = "h100", (1, 2, 4, 8)

@@ -8,7 +8,7 @@ import numpy as np
 
 from uft_ds.data.example import KEY_BYTES, Sequence, Unit
 from uft_ds.data.mixture import ONE_PASS, Portion, Steps, plan_steps
-from uft_ds.data.store.sequences import Pool
+from uft_ds.data.pool import Pool
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ import yaml
 from forking import Program
 from safetensors.torch import load_file
 
-from uft_ds.recipe.settings import Settings, load_settings
+from uft_ds.recipe.settings import Settings
+from uft_ds.recipe.to_settings import load_settings
 from uft_ds.record.metrics_file import read_metrics
 from uft_ds.run.settings import located
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from uft_ds.data.example import Example, Response
 from uft_ds.data.store.building import RowRules
-from uft_ds.data.store.sequences import TokenStore
+from uft_ds.data.store.token_store import TokenStore
 
 TURNS = [
     {"role": "system", "content": "Be brief."},

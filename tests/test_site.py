@@ -20,7 +20,7 @@ from uft_ds.planning.hardware import Figures, cluster_of, in_gb
 from uft_ds.planning.plan import make_plan
 from uft_ds.recipe.described import describe_keys
 from uft_ds.recipe.file import recipe_from_tree, shipped_recipes
-from uft_ds.recipe.settings import settings_of
+from uft_ds.recipe.to_settings import settings_of
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = (

@@ -140,7 +140,7 @@ def planned_gb(place: Place, config: Any, way: Way, recompute: str) -> tuple[flo
     """A GPU's memory by `uft plan`, without and with its reserve for libraries and fragments, GB."""
     from uft_ds.planning.hardware import Figures, cluster_of
     from uft_ds.planning.plan import make_plan
-    from uft_ds.recipe.settings import load_settings
+    from uft_ds.recipe.to_settings import load_settings
 
     folder = place.work / "planned"
     folder.mkdir(exist_ok=True)

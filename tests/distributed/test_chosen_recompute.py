@@ -12,7 +12,7 @@ from runs import uft, write_recipe
 
 from uft_ds.errors import UserError
 from uft_ds.planning.hardware import GB
-from uft_ds.recipe.settings import load_settings
+from uft_ds.recipe.to_settings import load_settings
 from uft_ds.record.metrics_file import read_metrics
 from uft_ds.run import recompute
 

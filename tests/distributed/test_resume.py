@@ -39,7 +39,7 @@ from runs import (
 
 from uft_ds.checkpoint.folder import newest_whole, step_of
 from uft_ds.errors import UserError
-from uft_ds.recipe.settings import load_settings
+from uft_ds.recipe.to_settings import load_settings
 from uft_ds.record.metrics_file import read_metrics
 from uft_ds.record.run_folder import RunFolder
 from uft_ds.run.resume import nothing_to_do, prepare_resume, resumed_from

@@ -20,7 +20,7 @@ from uft_ds.data.mixture import Step, in_order
 from uft_ds.engine.engine import Engine
 from uft_ds.known.cache import REFERENCE_TABLE, STORED_ROUNDING_NATS, Known, fill
 from uft_ds.known.store import ReferenceStore, read_table, write_table
-from uft_ds.recipe.settings import load_settings
+from uft_ds.recipe.to_settings import load_settings
 from uft_ds.record.metrics_file import read_metrics
 from uft_ds.record.run_folder import RunFolder
 from uft_ds.run.build import build_reference_cache

@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from uft_ds.errors import EXIT_STOPPED
 from uft_ds.host.ports import free_port
 from uft_ds.recipe.file import load_recipe
+from uft_ds.record.lines_of_steps import read_lines
 from uft_ds.record.metrics_file import read_metrics
-from uft_ds.record.samples import read_samples
+from uft_ds.record.samples import Sample
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def test_metrics_have_the_documented_names_and_sane_values(finished: Path) -> No
 
 def test_answers_of_every_evaluation_are_kept(finished: Path) -> None:
     """Three held-out prompts, before the first step, after two and at the end; the report has first and last."""
-    samples = read_samples(finished / "samples.jsonl")
+    samples = read_lines(finished / "samples.jsonl", Sample)
     assert [(sample.step, sample.origin.partition(":")[2]) for sample in samples] == [
         (step, line) for step in (0, 2, 4) for line in ("1", "2", "3")
     ]

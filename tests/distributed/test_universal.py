@@ -19,7 +19,7 @@ from uft_ds.errors import UserError
 from uft_ds.export.universal import write_universal
 from uft_ds.known.cache import Known
 from uft_ds.recipe.schema import TrainSection
-from uft_ds.recipe.settings import train_settings
+from uft_ds.recipe.to_settings import train_settings
 
 NAMES = ("fp32", "exp_avg", "exp_avg_sq")
 

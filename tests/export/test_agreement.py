@@ -10,7 +10,9 @@ import torch
 
 from uft_ds.data.example import Response, Sequence
 from uft_ds.data.micro_batch import micro_batch
-from uft_ds.data.store.sequences import Account, Place, StoreWriter, pack_units
+from uft_ds.data.store.account import Account
+from uft_ds.data.store.store_files import Place
+from uft_ds.data.store.writing import StoreWriter, pack_units
 from uft_ds.export.agreement import MAX_RELATIVE_ERROR, ROUNDING_NATS, agreement, sequences_of_run
 
 ADAPTER = [3.0, -4.0]

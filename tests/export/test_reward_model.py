@@ -26,7 +26,7 @@ from uft_ds.export.convert import StoredAs
 from uft_ds.export.low_rank import read_low_rank, read_with_head
 from uft_ds.export.reward_model import convert_to_reward_model
 from uft_ds.export.source import Convertible
-from uft_ds.recipe.settings import load_settings
+from uft_ds.recipe.to_settings import load_settings
 from uft_ds.streams.adapters import adapter_config_of, adapter_tensors
 from uft_ds.streams.stream import REWARD
 

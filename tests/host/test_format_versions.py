@@ -15,7 +15,10 @@ from safetensors.numpy import save_file
 from uft_ds.checkpoint.folder import latest_checkpoint, newest_whole
 from uft_ds.checkpoint.manifest import MANIFEST, manifest_problem
 from uft_ds.checkpoint.state import TRAINER, Position, TrainerState, read_position, write_position
-from uft_ds.data.store.sequences import INDEX, Account, StoreWriter, TokenStore
+from uft_ds.data.store.account import Account
+from uft_ds.data.store.store_files import INDEX
+from uft_ds.data.store.token_store import TokenStore
+from uft_ds.data.store.writing import StoreWriter
 from uft_ds.errors import UserError
 from uft_ds.host.files import sha256
 from uft_ds.host.formats import UnknownFormat, check_format

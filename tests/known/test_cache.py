@@ -26,7 +26,7 @@ from uft_ds.errors import Stopped, UserError
 from uft_ds.known.cache import REFERENCE_TABLE, Known, StreamValues, fill
 from uft_ds.known.store import ReferenceStore, read_table, write_table
 from uft_ds.objectives.reference import REFERENCE_STREAM
-from uft_ds.recipe.settings import load_settings
+from uft_ds.recipe.to_settings import load_settings
 from uft_ds.streams.stream import BARE_BASE, Output, Stream, logps_of
 from uft_ds.training.evaluate import known_sequences
 

@@ -16,7 +16,7 @@ from uft_ds.planning.planner import Outcome, Planner, Setting
 from uft_ds.planning.shapes import model_config, shipped_config
 from uft_ds.planning.sharding import sharding_of
 from uft_ds.planning.workload import workload_of
-from uft_ds.recipe.settings import load_settings
+from uft_ds.recipe.to_settings import load_settings
 
 MISTRAL = shipped_config("Mistral-7B-v0.1")
 

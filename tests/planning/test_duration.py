@@ -19,7 +19,8 @@ from uft_ds.planning.hardware import Figures, cluster_of
 from uft_ds.planning.plan import Plan, make_plan
 from uft_ds.planning.table import said_of
 from uft_ds.recipe.file import dump_recipe, load_recipe, recipe_from_tree
-from uft_ds.recipe.settings import Settings, load_settings, settings_of
+from uft_ds.recipe.settings import Settings
+from uft_ds.recipe.to_settings import load_settings, settings_of
 from uft_ds.record.run_folder import RunFolder
 from uft_ds.run.prepare import prepare_data
 from uft_ds.run.preview import amount_line

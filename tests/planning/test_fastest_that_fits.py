@@ -16,7 +16,7 @@ from uft_ds.planning.plan import Plan, make_plan
 from uft_ds.planning.planner import Planner
 from uft_ds.planning.shapes import model_config, shipped_config
 from uft_ds.planning.workload import workload_of
-from uft_ds.recipe.settings import load_settings
+from uft_ds.recipe.to_settings import load_settings
 
 MODES = ("false", "selective", "true")
 

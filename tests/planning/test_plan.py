@@ -13,7 +13,7 @@ from tiny import rope_of
 from uft_ds.errors import UserError
 from uft_ds.planning.plan import make_plan
 from uft_ds.recipe.file import shipped_recipes
-from uft_ds.recipe.settings import load_settings
+from uft_ds.recipe.to_settings import load_settings
 from uft_ds.run.checks import check_recipe, check_sharding
 from uft_ds.run.settings import with_deepspeed_file
 

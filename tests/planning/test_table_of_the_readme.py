@@ -13,7 +13,7 @@ from uft_ds.planning.planner import Outcome, Planner, Setting
 from uft_ds.planning.shapes import shipped_config
 from uft_ds.planning.sharding import sharding_of
 from uft_ds.planning.workload import workload_of
-from uft_ds.recipe.settings import load_settings
+from uft_ds.recipe.to_settings import load_settings
 
 README = Path(__file__).parents[2] / "README.md"
 MODELS = ("Qwen2.5-7B", "Llama-3.1-8B", "Qwen2.5-32B", "Llama-3.1-70B")

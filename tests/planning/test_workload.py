@@ -8,7 +8,7 @@ from plans import MISTRAL, outcome, plan
 from uft_ds.data.bins import fewest_micro_steps
 from uft_ds.data.formats.table import FORMATS
 from uft_ds.planning.workload import WITHOUT_PAIRS, workload_of
-from uft_ds.recipe.settings import load_settings
+from uft_ds.recipe.to_settings import load_settings
 
 
 def test_a_step_shorter_than_a_micro_batch_is_planned_as_it_is() -> None:

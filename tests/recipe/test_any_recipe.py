@@ -25,7 +25,8 @@ from uft_ds.recipe.described import describe_keys, section_of
 from uft_ds.recipe.file import dump_value, load_recipe, load_yaml, stored_recipe
 from uft_ds.recipe.schema import Recipe
 from uft_ds.recipe.section import Section
-from uft_ds.recipe.settings import Settings, load_settings
+from uft_ds.recipe.settings import Settings
+from uft_ds.recipe.to_settings import load_settings
 from uft_ds.run.settings import located
 
 HELD_OUT = "  held_out:\n    - {format: jsonl, path: c.jsonl}\n"

@@ -26,7 +26,7 @@ from uft_ds.recipe.file import (
     shipped_recipes,
 )
 from uft_ds.recipe.schema import Recipe
-from uft_ds.recipe.settings import portion_of
+from uft_ds.recipe.to_settings import portion_of
 
 
 def test_recipes_are_shipped() -> None:

@@ -10,7 +10,7 @@ from uft_ds.objectives.objective import KindObjective, Objective
 from uft_ds.objectives.pairwise import PairConstants
 from uft_ds.objectives.reward_shift import RewardShift
 from uft_ds.recipe.schema import ObjectiveSection
-from uft_ds.recipe.settings import load_settings
+from uft_ds.recipe.to_settings import load_settings
 
 
 def test_a_loss_for_each_kind(minimal: str) -> None:

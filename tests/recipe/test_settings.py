@@ -10,7 +10,8 @@ import pytest
 import uft_ds
 from uft_ds.errors import UserError
 from uft_ds.recipe.file import dump_recipe, load_recipe, shipped_recipes
-from uft_ds.recipe.settings import Settings, changed, load_settings, settings_of
+from uft_ds.recipe.settings import Settings
+from uft_ds.recipe.to_settings import changed, load_settings, settings_of
 from uft_ds.run.settings import located, with_deepspeed_file
 
 READERS = {
@@ -19,7 +20,7 @@ READERS = {
     "recipe/described.py",
     "recipe/file.py",
     "recipe/online.py",
-    "recipe/settings.py",
+    "recipe/to_settings.py",
 }
 """Modules that may import the recipe's tree."""
 
@@ -58,6 +59,15 @@ def test_a_change_reaches_the_value_and_what_is_stored(minimal: str) -> None:
     assert (after.stored["data"]["sources"][1]["path"], after.output) == ("c.jsonl", Path("elsewhere"))
     assert after.given.named == before.given.named == frozenset()
     assert changed(after, {"data.sources.1.path": "b.jsonl", "output": str(before.output)}) == before
+
+
+def test_a_source_is_the_same_wherever_the_recipe_names_it(minimal: str) -> None:
+    """The key of its entry is for messages: it tells no two sources apart."""
+    as_the_first = {"format": "jsonl", "path": "a.jsonl", "examples": None}
+    changes = {f"data.sources.1.{key}": value for key, value in as_the_first.items()}
+    one, other = changed(load_settings(minimal), changes).data.sources
+    assert (one.recipe_key, other.recipe_key) == ("data.sources.0", "data.sources.1")
+    assert one == other
 
 
 def test_a_change_is_checked(minimal: str) -> None:

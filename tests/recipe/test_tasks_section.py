@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from recipes import MINIMAL, refusal
 
-from uft_ds.recipe.settings import load_settings
+from uft_ds.recipe.to_settings import load_settings
 
 TASK = "{name: sums, path: sums.jsonl, score_by: 'regex:a'}"
 

@@ -16,7 +16,7 @@ from uft_ds.data.tokens.tokenize import load_tokenizer
 from uft_ds.errors import UserError
 from uft_ds.recipe.file import recipe_from_tree
 from uft_ds.recipe.rules import GivenObjective, kind_problems
-from uft_ds.recipe.settings import settings_of
+from uft_ds.recipe.to_settings import settings_of
 from uft_ds.recipe.unused import unused
 from uft_ds.run.prepare import prepare_data
 

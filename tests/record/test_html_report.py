@@ -13,8 +13,9 @@ import pytest
 
 from uft_ds.record.curves import write_curves
 from uft_ds.record.html_report import write_report
+from uft_ds.record.lines_of_steps import write_step
 from uft_ds.record.run_folder import RunFolder
-from uft_ds.record.samples import Sample, Trained, write_samples
+from uft_ds.record.samples import Sample, Trained
 
 METRICS: list[dict[str, Any]] = [
     {"step": 1, "loss": 0.25, "grad_norm": 1.5},
@@ -105,7 +106,9 @@ def test_a_narrow_screen_shows_it_all(tmp_path: Path) -> None:
     and where answers stand below each other each is named."""
     folder = run_with(tmp_path, METRICS)
     for step in (0, 4):
-        write_samples(folder.samples, step, [Sample(step, "rows.jsonl:7", "score", 0.75, "2?", "3", "5", ended=True)])
+        write_step(
+            folder.samples, step, [Sample(step, "rows.jsonl:7", "score", 0.75, "2?", "3", "5", ended=True)], Sample
+        )
     write_report(folder, "toy", {"base": "some/model"}, [Trained(3, "p.jsonl:7", "2 + 2?", (("4", 1.0), ("5", 0.0)))])
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
@@ -130,7 +133,7 @@ def test_the_report_escapes_what_users_write(tmp_path: Path) -> None:
     attack = "</pre></title><script>alert('&')</script>"
     folder = run_with(tmp_path, [{"step": 1, "loss": 0.5, attack: 1.0}], recipe=f"name: {attack}\n")
     folder.data_report().write_text(json.dumps({"train": [SOURCE | {"source": attack}]}))
-    write_samples(folder.samples, 0, [Sample(0, attack, "score", 0.5, attack, attack, attack, ended=True)])
+    write_step(folder.samples, 0, [Sample(0, attack, "score", 0.5, attack, attack, attack, ended=True)], Sample)
     write_report(folder, attack, {"base": attack})
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<script" not in text
@@ -141,7 +144,7 @@ def test_the_report_escapes_what_users_write(tmp_path: Path) -> None:
 def test_control_characters_are_shown(tmp_path: Path) -> None:
     """As in a terminal: none is sent, and text of right-to-left marks stands in the order that it has."""
     folder, text = run_with(tmp_path, METRICS), "a\x1b[2J\u202eb\x00\n\tc"
-    write_samples(folder.samples, 0, [Sample(0, "rows.jsonl:1", "score", 0.5, text, text, text, ended=True)])
+    write_step(folder.samples, 0, [Sample(0, "rows.jsonl:1", "score", 0.5, text, text, text, ended=True)], Sample)
     write_report(folder, "toy", {})
     assert (tmp_path / "report.html").read_text(encoding="utf-8").count("a␛[2J\\u202eb␀\n\tc") == 3
 
@@ -165,7 +168,7 @@ def test_answers_stand_before_and_after(tmp_path: Path) -> None:
     folder = run_with(tmp_path, METRICS)
     for step, answer in ((0, "before"), (2, "between"), (4, "after")):
         sample = Sample(step, "rows.jsonl:7", "score", 0.75, "Name a prime.", "7", answer, ended=step > 0)
-        write_samples(folder.samples, step, [sample])
+        write_step(folder.samples, step, [sample], Sample)
     write_report(folder, "toy", {})
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     order = [text.index(f">{word}<") for word in ("Name a prime.", "7", "before", "after")]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from uft_ds.recipe.file import recipe_from_tree
-from uft_ds.recipe.settings import settings_of
+from uft_ds.recipe.to_settings import settings_of
 from uft_ds.record.run_folder import RunFolder
 from uft_ds.run.facts import facts_of
 

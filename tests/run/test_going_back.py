@@ -10,9 +10,11 @@ from checkpoints import whole_checkpoint
 from uft_ds.checkpoint.state import Position, TrainerState
 from uft_ds.errors import UserError
 from uft_ds.recipe.file import recipe_from_tree
-from uft_ds.recipe.settings import Settings, settings_of
+from uft_ds.recipe.settings import Settings
+from uft_ds.recipe.to_settings import settings_of
+from uft_ds.record.lines_of_steps import read_lines, write_step
 from uft_ds.record.run_folder import RunFolder
-from uft_ds.record.samples import Sample, read_samples, write_samples
+from uft_ds.record.samples import Sample
 from uft_ds.run.resume import _go_back_to, resumed_from
 
 
@@ -29,14 +31,16 @@ def test_what_was_written_after_the_checkpoint_goes(tmp_path: Path) -> None:
         (tmp_path / name).write_text("of step 4")
     folder.metrics.write_text('{"step": 2}\n{"step": 4}\n')
     for step in (2, 4):
-        write_samples(folder.samples, step, [Sample(step, "rows.jsonl:1", "score", 0.5, "p", "r", "a", ended=True)])
+        write_step(
+            folder.samples, step, [Sample(step, "rows.jsonl:1", "score", 0.5, "p", "r", "a", ended=True)], Sample
+        )
     data = {"sources": [{"format": "jsonl", "path": "rows.jsonl"}]}
     tree = {"name": "x", "model": {"base": "base"}, "data": data, "output": str(tmp_path)}
     _go_back_to(older, folder, settings_of(recipe_from_tree(tree, "x")), at(len('{"step": 2}\n')))
     assert [name for name in written_anew if (tmp_path / name).exists()] == []
     assert (tmp_path / "notes.txt").exists()
     assert folder.metrics.read_text() == '{"step": 2}\n'
-    assert [sample.step for sample in read_samples(folder.samples)] == [2]
+    assert [sample.step for sample in read_lines(folder.samples, Sample)] == [2]
     assert not newer.exists()
     assert folder.latest.resolve() == older
 

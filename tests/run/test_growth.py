@@ -18,7 +18,8 @@ from uft_ds.data.sources import PreparedData
 from uft_ds.data.tokens.tokenize import load_tokenizer
 from uft_ds.errors import UserError
 from uft_ds.recipe.file import recipe_from_tree
-from uft_ds.recipe.settings import Settings, changed, settings_of
+from uft_ds.recipe.settings import Settings
+from uft_ds.recipe.to_settings import changed, settings_of
 from uft_ds.record.run_folder import RunFolder
 from uft_ds.run.growth import with_other_steps
 from uft_ds.run.prepare import prepare_data

@@ -17,7 +17,7 @@ from toy import saved_adapter
 
 from uft_ds.errors import UserError
 from uft_ds.export.quantised import nf4_of, write_mark
-from uft_ds.recipe.settings import changed
+from uft_ds.recipe.to_settings import changed
 from uft_ds.run.checks import check_adapters_are_of_base, check_recipe
 from uft_ds.run.prepare import check_run
 from uft_ds.run.settings import with_deepspeed_file

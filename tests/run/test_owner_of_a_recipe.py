@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from uft_ds.recipe.file import recipe_from_tree
-from uft_ds.recipe.settings import Settings, changed, settings_of
+from uft_ds.recipe.settings import Settings
+from uft_ds.recipe.to_settings import changed, settings_of
 from uft_ds.run.identity import owner
 
 IDENTITY = {"base": {"weights": ["a"]}, "adapter": None, "data": {"sources.0": {"content": "b"}}}

@@ -8,7 +8,7 @@ import pytest
 
 from uft_ds.errors import UserError
 from uft_ds.recipe.file import recipe_from_tree
-from uft_ds.recipe.settings import settings_of
+from uft_ds.recipe.to_settings import settings_of
 from uft_ds.run.checks import check_inputs_lie_outside
 from uft_ds.run.settings import located
 

@@ -15,7 +15,8 @@ from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.tokenize import load_tokenizer
 from uft_ds.errors import UserError
 from uft_ds.recipe.file import recipe_from_tree
-from uft_ds.recipe.settings import Settings, settings_of
+from uft_ds.recipe.settings import Settings
+from uft_ds.recipe.to_settings import settings_of
 from uft_ds.record.run_folder import RunFolder
 from uft_ds.run.prepare import PreparedData, prepare_data, read_report
 from uft_ds.training.steps import steps_of

@@ -22,7 +22,8 @@ from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.tokenize import load_tokenizer, tokenize
 from uft_ds.host.terminal import as_typed
 from uft_ds.recipe.file import recipe_from_tree
-from uft_ds.recipe.settings import Settings, changed, settings_of
+from uft_ds.recipe.settings import Settings
+from uft_ds.recipe.to_settings import changed, settings_of
 from uft_ds.run.prepare import data_report
 from uft_ds.run.preview import (
     CLOSE,

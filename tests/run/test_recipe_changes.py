@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from uft_ds.recipe.file import recipe_from_tree, stored_recipe
-from uft_ds.recipe.settings import Settings, settings_of
+from uft_ds.recipe.settings import Settings
+from uft_ds.recipe.to_settings import settings_of
 from uft_ds.record.run_folder import RunFolder
 from uft_ds.run.resume import recipe_changes
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from uft_ds.cli import app
 from uft_ds.errors import UserError
-from uft_ds.recipe.settings import load_settings
+from uft_ds.recipe.to_settings import load_settings
 from uft_ds.run.prepare import prepare_run
 from uft_ds.run.settings import located
 from uft_ds.run.start import Rehearsal, rehearse

@@ -15,7 +15,7 @@ from toy import saved_adapter
 
 from uft_ds.checkpoint.folder import ADAPTER, name_of
 from uft_ds.errors import UserError
-from uft_ds.recipe.settings import changed, load_settings
+from uft_ds.recipe.to_settings import changed, load_settings
 from uft_ds.record.run_folder import RunFolder
 from uft_ds.run.checks import check_adapters_are_of_base
 from uft_ds.run.identity import owner, run_identity

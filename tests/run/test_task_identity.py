@@ -9,7 +9,7 @@ import pytest
 from runs import write_recipe, write_rows
 
 from uft_ds.errors import UserError
-from uft_ds.recipe.settings import load_settings
+from uft_ds.recipe.to_settings import load_settings
 from uft_ds.record.run_folder import RunFolder
 from uft_ds.run.task_identity import Identities, other_contents, task_identities, write_task_identities
 

@@ -10,7 +10,8 @@ from runs import write_recipe, write_rows
 
 from uft_ds.data.tokens.tokenize import load_tokenizer
 from uft_ds.errors import UserError
-from uft_ds.recipe.settings import Settings, load_settings
+from uft_ds.recipe.settings import Settings
+from uft_ds.recipe.to_settings import load_settings
 from uft_ds.run.tasks import check_tasks, task_prompts
 
 

@@ -13,7 +13,8 @@ from transformers import LlamaConfig
 from uft_ds.data.example import Response, Sequence
 from uft_ds.errors import UserError
 from uft_ds.recipe.schema import TrainSection
-from uft_ds.recipe.settings import TrainSettings, train_settings
+from uft_ds.recipe.settings import TrainSettings
+from uft_ds.recipe.to_settings import train_settings
 from uft_ds.training.samples import check_samples, choose_prompts, longest_prompt
 
 

@@ -227,24 +227,32 @@ def is_shown_to_pack(config: Any) -> bool:
     return family is not _UNKNOWN and not family.leaks
 
 
+def declared_positions(config: Any) -> int | None:
+    """How many positions a model is made for, or the language model of one of images and text; None: it does not say.
+
+    Some rotary embeddings change the numbers of all positions before it is reached: see `positions_limit`.
+    """
+    found: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found
+
+
 def positions_limit(config: Any) -> tuple[str, int] | None:
     """The kind of rotary embeddings that change all positions with the longest one, and up to where they do not.
 
     Args:
         config: of a model, or of one of images and text, whose language model has them.
     """
-    text = config.get_text_config()
-    rope = getattr(text, "rope_parameters", None) or {}
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     kinds = {str(part.get("rope_type")) for part in (rope, *rope.values()) if isinstance(part, dict)}
-    limit = rope.get("original_max_position_embeddings") or getattr(text, "max_position_embeddings", None)
+    limit = rope.get("original_max_position_embeddings") or declared_positions(config)
     found = sorted(kinds & {"dynamic", "longrope"})
     return (found[0], int(limit)) if found and limit is not None else None
 
 
 def most_positions(config: Any) -> int | None:
     """How many tokens a sequence may have before the model's numbers degrade or change; None: any number."""
-    text, changing = config.get_text_config(), positions_limit(config)
-    limits = (getattr(text, "max_position_embeddings", None), changing and changing[1])
+    changing = positions_limit(config)
+    limits = (declared_positions(config), changing and changing[1])
     return min((int(limit) for limit in limits if limit), default=None)
 
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 import itertools
 import re
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from uft_ds.checkpoint.manifest import MANIFEST, manifest_problem, recorded_files
 from uft_ds.checkpoint.owner import owner_of
 from uft_ds.checkpoint.shard_names import world_size_of
-from uft_ds.checkpoint.state import TRAINER, claims_of, has_adapter
+from uft_ds.checkpoint.state import TRAINER, claims_of, has_adapter, step_and_owner
 from uft_ds.errors import UserError
 from uft_ds.recipe.best import badness
 from uft_ds.record.metrics_file import read_metrics
@@ -62,8 +64,8 @@ def checkpoint_problem(checkpoint: Path) -> str | None:
     problem = manifest_problem(checkpoint)
     if problem is not None:
         return problem
-    listed = recorded_files(checkpoint)
-    needed = (TRAINER, ADAPTER_WEIGHTS, ADAPTER_CONFIG) if has_adapter(checkpoint) else (TRAINER,)
+    listed, claims = recorded_files(checkpoint), claims_of(checkpoint)
+    needed = (TRAINER, ADAPTER_WEIGHTS, ADAPTER_CONFIG) if has_adapter(claims) else (TRAINER,)
     missing = [name for name in needed if name not in listed]
     if missing:
         return f"{checkpoint / MANIFEST}: does not list {missing[0]}"
@@ -73,15 +75,15 @@ def checkpoint_problem(checkpoint: Path) -> str | None:
     extra = {path.name for path in (checkpoint / OPTIMIZER).glob("*.safetensors")} - set(shards)
     if extra:
         return f"{checkpoint / OPTIMIZER / min(extra)}: not in the manifest"
-    return _foreign(checkpoint)
+    return _foreign(checkpoint, claims)
 
 
-def _foreign(checkpoint: Path) -> str | None:
+def _foreign(checkpoint: Path, claims: Mapping[str, Any]) -> str | None:
     """Says that a checkpoint, whole as it may be, is of another run or step than the place where it lies."""
     path = checkpoint / TRAINER
     try:
-        step, owner = claims_of(checkpoint)
-    except (OSError, ValueError):
+        step, owner = step_and_owner(claims)
+    except ValueError:
         return None  # what a resume reads of it, `read_position` checks and names
     if is_named_by_step(checkpoint) and step != step_of(checkpoint):
         return f"{path}: is of step {step}, its folder is called {checkpoint.name}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,22 +83,26 @@ def read_position(checkpoint: Path) -> Position:
         raise UserError(f"{path}: not the state of a trainer ({type(error).__name__}: {error})") from None
 
 
-def has_adapter(checkpoint: Path) -> bool:
-    """Whether a checkpoint is of a run that trains adapters; of one whose trainer.json cannot be read it is assumed."""
+def claims_of(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint's trainer.json states of it; nothing if it cannot be read, which `read_position` names."""
     try:
         content = json.loads((checkpoint / TRAINER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return True
-    return not (isinstance(content, dict) and content.get(TRAINS_ALL) is True)
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
-def claims_of(checkpoint: Path) -> tuple[int, Owner | None]:
-    """The step and the owner that a checkpoint's trainer.json states.
+def has_adapter(claims: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint that states this is of a run that trains adapters; it is assumed where nothing is stated."""
+    return claims.get(TRAINS_ALL) is not True
+
+
+def step_and_owner(claims: Mapping[str, Any]) -> tuple[int, Owner | None]:
+    """The step and the owner that are stated.
 
     Raises:
-        OSError, ValueError: the file cannot be read, or states no step.
+        ValueError: no step is stated, or the owner is something else.
     """
-    content = json.loads((checkpoint / TRAINER).read_text(encoding="utf-8"))
-    if not isinstance(content, dict) or type(content.get("step")) is not int:
+    if type(claims.get("step")) is not int:
         raise ValueError("states no step")
-    return content["step"], parsed_owner(content.get(RUN))
+    return claims["step"], parsed_owner(claims.get(RUN))

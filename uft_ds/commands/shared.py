@@ -41,7 +41,7 @@ def settings_given(recipe: str, overrides: list[str] | None) -> Settings:
     from uft_ds.recipe.file import load_recipe
 
     loaded = load_recipe(recipe, tuple(overrides or ()))
-    from uft_ds.recipe.settings import settings_of
+    from uft_ds.recipe.to_settings import settings_of
 
     return settings_of(loaded)
 

@@ -165,7 +165,7 @@ def reference(recipe: RecipeName, overrides: Overrides = None) -> None:
     import tempfile
 
     settings = settings_given(recipe, overrides)
-    from uft_ds.recipe.settings import changed
+    from uft_ds.recipe.to_settings import changed
     from uft_ds.run.forked import rank_server
 
     if not settings.reference.caches:

@@ -12,7 +12,7 @@ import numpy as np
 from uft_ds.data.example import KEY_BYTES, Response, Sequence, Unit
 from uft_ds.data.mixture import Portion
 from uft_ds.data.sources import PreparedSource
-from uft_ds.data.store.sequences import Selection
+from uft_ds.data.store.selection import Selection
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import numpy as np
 
 from uft_ds.data.example import Response, Sequence, Unit
 from uft_ds.data.own_answers import OwnAnswers
-from uft_ds.data.store.sequences import Pool
+from uft_ds.data.pool import Pool
 from uft_ds.errors import UserError
 
 Knots = tuple[tuple[float, float], ...]

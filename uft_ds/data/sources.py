@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -20,9 +20,11 @@ from uft_ds.data.example import GOOD_FROM, KINDS
 from uft_ds.data.mixture import ONE_PASS, Portion, amounts_of
 from uft_ds.data.rows.reading import find_data
 from uft_ds.data.score_map import ScoreMap, affine, quantiles
+from uft_ds.data.store.account import Account
 from uft_ds.data.store.building import RowRules
 from uft_ds.data.store.refusal import PLACES_NAMED, range_hint
-from uft_ds.data.store.sequences import Account, Selection, TokenStore
+from uft_ds.data.store.selection import Selection
+from uft_ds.data.store.token_store import TokenStore
 from uft_ds.data.store.tokenized import ensure_store, open_store, quarantine_file, read_key_parts
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.tokenize import LONG
@@ -54,7 +56,7 @@ class SourceSettings:
     The stages of a source are SourceSettings, SourceFiles (found), TokenStore (tokenised) and PreparedSource.
 
     asked: of an online source, whose rows are prompts; None: the rows hold responses.
-    recipe_key: of the recipe's entry, such as data.sources.0; empty for a source of no recipe.
+    recipe_key: of the recipe's entry, such as data.sources.0, for messages alone; empty for a source of no recipe.
     """
 
     path: str
@@ -65,7 +67,7 @@ class SourceSettings:
     allow_one_score: bool = False
     score_map: ScoreMapping = None
     asked: AskedSettings | None = None
-    recipe_key: str = ""
+    recipe_key: str = field(default="", compare=False)
 
     @property
     def path_key(self) -> str:

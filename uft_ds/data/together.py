@@ -11,8 +11,9 @@ import numpy as np
 
 from uft_ds.data.example import Sequence, Unit
 from uft_ds.data.mixture import Portion
+from uft_ds.data.pool import Pool
 from uft_ds.data.sources import PreparedSource
-from uft_ds.data.store.sequences import Pool, Selection
+from uft_ds.data.store.selection import Selection
 
 MOST_TOGETHER = 16
 """The largest number of responses that are drawn together: all rows of a file may have the same prompt."""

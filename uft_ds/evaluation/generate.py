@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from uft_ds.architectures.facts import declared_positions
 from uft_ds.data.tokens.chat_template import end_of_turn_id, render
 from uft_ds.data.tokens.chat_tokenizer import read_tokenizer
 from uft_ds.errors import UserError
@@ -114,7 +115,7 @@ def check_length(model: PreTrainedModel, ids: list[int], max_new_tokens: int, *,
             f"{name} holds the token id {max(ids)}, and the model's embedding has only {rows} rows: the folder's "
             "tokenizer has tokens that the model was not given; take the tokenizer of this model."
         )
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = declared_positions(model.config)
     if limit is not None and len(ids) + max_new_tokens > limit:
         raise UserError(
             f"{name} has {len(ids)} tokens; with max_new_tokens={max_new_tokens} that is beyond the {limit} "

@@ -21,7 +21,8 @@ from uft_ds.examples.verifiable import Task, read_tasks, write
 from uft_ds.export.convert import convert_to_merged
 from uft_ds.host.files import sha256, write_atomically
 from uft_ds.host.process import ended_as_by_ctrl_c
-from uft_ds.recipe.settings import Settings, load_settings
+from uft_ds.recipe.settings import Settings
+from uft_ds.recipe.to_settings import load_settings
 from uft_ds.record.run_folder import RunFolder
 from uft_ds.run.identity import may_change
 from uft_ds.run.resume import recipe_changes

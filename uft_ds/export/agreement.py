@@ -15,7 +15,8 @@ import numpy as np
 from torch import Tensor
 
 from uft_ds.data.example import Response, Sequence
-from uft_ds.data.store.sequences import TokenStore, check_content
+from uft_ds.data.store.store_files import check_content
+from uft_ds.data.store.token_store import TokenStore
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.export.streamed_logps import empty_model, num_units, streamed_logps, with_adapter
 from uft_ds.streams.base_weights import base_weights

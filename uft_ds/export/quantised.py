@@ -12,7 +12,8 @@ import torch
 
 from uft_ds.checkpoint.folder import run_of_adapter
 from uft_ds.errors import UserError
-from uft_ds.recipe.settings import ModelSettings, load_settings
+from uft_ds.recipe.settings import ModelSettings
+from uft_ds.recipe.to_settings import load_settings
 from uft_ds.streams.nf4 import MARK, NF4, Nf4Base
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -22,7 +22,8 @@ from uft_ds.export.deepspeed_files import is_deepspeed, read_trainable
 from uft_ds.export.low_rank import read_adapter_config, read_low_rank
 from uft_ds.export.quantised import nf4_of, nf4_of_adapter
 from uft_ds.host.callbacks import Say
-from uft_ds.recipe.settings import Settings, load_settings
+from uft_ds.recipe.settings import Settings
+from uft_ds.recipe.to_settings import load_settings
 from uft_ds.record.run_folder import RunFolder, is_owned, reading_identity
 from uft_ds.streams.adapter_files import as_peft_saves, is_adapter, written_as_peft_saves
 from uft_ds.streams.identity import base_identity

@@ -14,7 +14,8 @@ from uft_ds.planning.amount import Amount
 from uft_ds.planning.compute import mfu_flops
 from uft_ds.planning.planner import Outcome
 from uft_ds.planning.structure import Structure
-from uft_ds.recipe.settings import Settings, load_settings
+from uft_ds.recipe.settings import Settings
+from uft_ds.recipe.to_settings import load_settings
 from uft_ds.record.metrics_file import read_metrics
 from uft_ds.record.run_folder import RunFolder
 

@@ -59,7 +59,7 @@ _READ_BY: Mapping[str, frozenset[str]] = {
 class GivenObjective:
     """The objective exactly as the recipe gives it, so that messages can quote it.
 
-    `settings.objective_of` turns it into the objective of a run.
+    `to_settings.objective_of` turns it into the objective of a run.
 
     named: the keys that the recipe gives.
     changed: the keys whose value is not the default.

@@ -1,6 +1,7 @@
 """The recipe: one strict, typed tree of everything that defines a run.
 
-`recipe/file.py` reads it from YAML. `recipe/settings.py` turns it into plain values; no module below reads this tree.
+`recipe/file.py` reads it from YAML. `recipe/to_settings.py` turns it into plain values; no
+module below reads this tree.
 """
 
 from __future__ import annotations

@@ -14,11 +14,12 @@ from uft_ds.host.files import write_atomically
 from uft_ds.host.terminal import as_typed, visible
 from uft_ds.record.curves import write_curves
 from uft_ds.record.health_plots import Health, write_health
+from uft_ds.record.lines_of_steps import read_lines
 from uft_ds.record.metrics_file import read_metrics
 from uft_ds.record.panels import Panel
 from uft_ds.record.run_folder import RunFolder
-from uft_ds.record.samples import Sample, Trained, read_samples
-from uft_ds.record.task_answers import TaskAnswer, read_task_answers
+from uft_ds.record.samples import Sample, Trained
+from uft_ds.record.task_answers import TaskAnswer
 from uft_ds.record.telemetry import read_rows
 from uft_ds.record.verdict import Verdict, has_held_out, headline, verdicts
 
@@ -58,8 +59,8 @@ def write_report(folder: RunFolder, name: str, facts: Mapping[str, str], trained
     parts = [
         _verdict(verdicts(lines, table), on_held_out=has_held_out(lines)),
         _facts(facts),
-        _samples(read_samples(folder.samples)),
-        _tasks(read_task_answers(folder.task_answers)),
+        _samples(read_lines(folder.samples, Sample)),
+        _tasks(read_lines(folder.task_answers, TaskAnswer)),
         _trained(trained),
         _pictures(curves),
         _health(health),

@@ -24,8 +24,8 @@ from uft_ds.data.asked import Asked
 from uft_ds.data.example import ONLINE, SERVED, Response, Sequence, Unit
 from uft_ds.data.mixture import Step, Steps
 from uft_ds.data.own_answers import OwnAnswers
+from uft_ds.data.pool import Pool
 from uft_ds.data.source import SourceState
-from uft_ds.data.store.sequences import Pool
 from uft_ds.engine.engine import Engine
 from uft_ds.errors import CheckFailed, UserError
 from uft_ds.objectives.objective import Objective

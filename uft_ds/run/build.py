@@ -14,8 +14,8 @@ from uft_ds.architectures.facts import attention_parity
 from uft_ds.checkpoint.load import stored_reference
 from uft_ds.data.example import KEY_BYTES
 from uft_ds.data.packing import Packing
+from uft_ds.data.pool import Pool
 from uft_ds.data.sources import PreparedData
-from uft_ds.data.store.sequences import Pool
 from uft_ds.data.tokens.tokenize import load_tokenizer
 from uft_ds.engine.deepspeed_file import deepspeed_config
 from uft_ds.engine.engine import Engine, partitioned_loading, with_shards_on_host

@@ -15,7 +15,8 @@ from uft_ds.data.mixture import SHORT_AFTER, Steps
 from uft_ds.data.sources import PreparedData
 from uft_ds.errors import UserError
 from uft_ds.objectives.objective import objective_at
-from uft_ds.recipe.settings import Settings, changed
+from uft_ds.recipe.settings import Settings
+from uft_ds.recipe.to_settings import changed
 from uft_ds.training.schedule import learning_rate, progress_of_step
 from uft_ds.training.steps import steps_of
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from uft_ds.data.mixture import Steps
+from uft_ds.data.pool import Pool
 from uft_ds.data.sources import PreparedData
-from uft_ds.data.store.sequences import Pool
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.tokenize import load_tokenizer
 from uft_ds.engine.engine import Engine

@@ -22,7 +22,7 @@ from uft_ds.data.sources import (
     open_source,
     prepare_source,
 )
-from uft_ds.data.store.sequences import check_content
+from uft_ds.data.store.store_files import check_content
 from uft_ds.data.store.tokenized import is_whole
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.padding import padding_id

@@ -38,7 +38,8 @@ from uft_ds.host.standard_streams import LastingOutput
 from uft_ds.host.terminal import SafeConsole, as_typed, duration, visible
 from uft_ds.host.world import LauncherEnvironment, launcher_environment
 from uft_ds.known.cache import Known, fill
-from uft_ds.recipe.settings import Settings, load_settings
+from uft_ds.recipe.settings import Settings
+from uft_ds.recipe.to_settings import load_settings
 from uft_ds.record.html_report import write_report
 from uft_ds.record.metrics_file import MetricsWriter
 from uft_ds.record.report import Announcer, ConsoleReporter, FillReporter, Reporter, SilentReporter

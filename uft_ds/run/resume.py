@@ -21,7 +21,7 @@ from uft_ds.checkpoint.owner import RUN
 from uft_ds.checkpoint.state import Position, read_position
 from uft_ds.data.sources import PreparedData
 from uft_ds.data.store.building import with_later_rules
-from uft_ds.data.store.sequences import check_content
+from uft_ds.data.store.store_files import check_content
 from uft_ds.data.store.tokenized import is_whole
 from uft_ds.errors import UserError
 from uft_ds.host.callbacks import OnProgress, Say
@@ -30,10 +30,11 @@ from uft_ds.host.files import write_atomically
 from uft_ds.host.locks import Lock
 from uft_ds.recipe.file import leaves_of, read_stored_recipe, said, stored_recipe
 from uft_ds.recipe.settings import Settings
+from uft_ds.record.lines_of_steps import cut_after
 from uft_ds.record.metrics_file import damaged_metrics
 from uft_ds.record.run_folder import RunFolder, check_own_files, claim_again, reading_identity
-from uft_ds.record.samples import cut_samples
-from uft_ds.record.task_answers import cut_task_answers
+from uft_ds.record.samples import Sample
+from uft_ds.record.task_answers import TaskAnswer
 from uft_ds.run.growth import may_grow, with_other_steps
 from uft_ds.run.identity import environment, may_change, run_identity
 from uft_ds.run.prepare import check_run, open_data, prepare_run, read_report
@@ -405,8 +406,8 @@ def _go_back_to(checkpoint: Path, folder: RunFolder, settings: Settings, positio
             # If the file is shorter than recorded, its last line may be incomplete: cut after the last line end.
             kept = folder.metrics.read_bytes()[: position.metrics_bytes].rpartition(b"\n")
             os.truncate(folder.metrics, len(kept[0] + kept[1]))
-        cut_samples(folder.samples, step_of(checkpoint))
-        cut_task_answers(folder.task_answers, step_of(checkpoint))
+        cut_after(folder.samples, step_of(checkpoint), Sample)
+        cut_after(folder.task_answers, step_of(checkpoint), TaskAnswer)
         write_atomically(folder.recipe, stored_recipe(settings.stored))
         resumed: dict[str, Any] = {"checkpoint": checkpoint.name}
         if position.state.source:

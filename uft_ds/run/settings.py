@@ -9,10 +9,11 @@ from typing import Any
 
 from uft_ds.checkpoint.folder import latest_checkpoint
 from uft_ds.checkpoint.manifest import MANIFEST
-from uft_ds.checkpoint.state import has_adapter
+from uft_ds.checkpoint.state import claims_of, has_adapter
 from uft_ds.engine.deepspeed_file import read_deepspeed_file
 from uft_ds.errors import UserError
-from uft_ds.recipe.settings import ScorerSettings, Settings, changed
+from uft_ds.recipe.settings import ScorerSettings, Settings
+from uft_ds.recipe.to_settings import changed
 from uft_ds.streams.identity import local_folder
 
 
@@ -123,7 +124,7 @@ def adapter_folder(path: str, recipe_key: str = "reference.adapter") -> Path:
         checkpoint = latest_checkpoint(folder)
     except UserError as error:
         raise UserError(f"{recipe_key}: {error}") from None
-    if not has_adapter(checkpoint):
+    if not has_adapter(claims_of(checkpoint)):
         raise UserError(
             f"{recipe_key}: {path}: all parameters were trained, so it holds no adapter; write the model by "
             "`uft convert`, and take it as model.base"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from uft_ds.data.example import Sequence
 from uft_ds.data.sources import PreparedData
-from uft_ds.data.store.sequences import write_sample
+from uft_ds.data.store.selection import write_sample
 from uft_ds.errors import UserError
 from uft_ds.export.agreement import base_and_log_ratios, sequences_of_run
 from uft_ds.export.quantised import nf4_of

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from uft_ds.architectures.facts import declared_positions
 from uft_ds.errors import CheckFailed, UserError
 from uft_ds.host.remembered_hashes import remembered_sha256
 from uft_ds.host.terminal import in_one_line
@@ -150,12 +151,12 @@ def pooled_position(row: Sequence[int], pad_id: int | None) -> int:
 
 def _longest(model: Any) -> int:
     """How many tokens the model reads. Learnt positions of RoBERTa's kind begin behind the padding's own."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    longest = declared_positions(model.config) or 2**31
     for name, module in model.named_modules():
         padding = getattr(module, "padding_idx", None)
         if name.endswith("position_embeddings") and padding is not None:
-            return int(longest) - int(padding) - 1
-    return int(longest)
+            return longest - int(padding) - 1
+    return longest
 
 
 def _batches(ids: Mapping[int, list[int]]) -> list[list[int]]:

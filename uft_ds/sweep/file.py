@@ -18,7 +18,8 @@ from pydantic import Field, ValidationError
 from uft_ds.errors import UserError
 from uft_ds.recipe.file import dump_value, explained, load_recipe, load_yaml, read_yaml_file, said
 from uft_ds.recipe.section import Location, Section
-from uft_ds.recipe.settings import Settings, changed, settings_of
+from uft_ds.recipe.settings import Settings
+from uft_ds.recipe.to_settings import changed, settings_of
 
 DEFAULT_COLUMNS = (
     "held_out/loss", "held_out/rank_correlation/*", "held_out/pair_accuracy/*", "held_out/calibration_error/*",

@@ -19,7 +19,8 @@ from uft_ds.host.faults import ending
 from uft_ds.host.files import write_atomically
 from uft_ds.host.terminal import as_typed, visible
 from uft_ds.recipe.file import dump_recipe, said
-from uft_ds.recipe.settings import Settings, changed
+from uft_ds.recipe.settings import Settings
+from uft_ds.recipe.to_settings import changed
 from uft_ds.record.metrics_file import read_metrics
 from uft_ds.record.run_folder import RunFolder, Status
 from uft_ds.run.identity import may_change

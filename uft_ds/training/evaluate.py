@@ -16,7 +16,7 @@ import torch
 from uft_ds.data.example import KINDS, Sequence
 from uft_ds.data.micro_batch import MicroBatch
 from uft_ds.data.mixture import Step
-from uft_ds.data.store.sequences import Pool
+from uft_ds.data.pool import Pool
 from uft_ds.engine.engine import Engine
 from uft_ds.errors import CheckFailed
 from uft_ds.host.signals import NEVER, Stop

@@ -19,11 +19,12 @@ from uft_ds.objectives.objective import objective_at
 from uft_ds.recipe.best import is_of_task
 from uft_ds.recipe.names import unknown_name
 from uft_ds.recipe.settings import TrainSettings
+from uft_ds.record.lines_of_steps import write_step
 from uft_ds.record.metrics import model_flops_utilization, peak_memory_gib
 from uft_ds.record.report import Reporter
 from uft_ds.record.run_folder import RunFolder
-from uft_ds.record.samples import write_samples
-from uft_ds.record.task_answers import TaskAnswer, write_task_answers
+from uft_ds.record.samples import Sample
+from uft_ds.record.task_answers import TaskAnswer
 from uft_ds.record.telemetry import write_rows
 from uft_ds.streams.policy import Policy
 from uft_ds.training.evaluate import evaluate
@@ -204,7 +205,7 @@ def _evaluate_tasks(session: Session, tasks: Tasks, step: int) -> None:
             f"first: {first.origin} of {first.task}: {first.reason}"
         )
     if session.method.engine.rank == 0:
-        write_task_answers(session.folder.task_answers, step, answers)
+        write_step(session.folder.task_answers, step, answers, TaskAnswer)
 
 
 def _sample(session: Session, sampler: Sampler, step: int) -> None:
@@ -212,7 +213,7 @@ def _sample(session: Session, sampler: Sampler, step: int) -> None:
     with session.reporter.working(f"answering held-out prompts after step {step}", len(sampler.prompts)) as on_done:
         samples = sample(engine, sampler, step, session.stop, on_done)
     if engine.rank == 0:
-        write_samples(session.folder.samples, step, samples)
+        write_step(session.folder.samples, step, samples, Sample)
 
 
 def _checkpoint(session: Session, state: TrainerState) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from uft_ds.architectures.facts import most_positions
 from uft_ds.data.example import Kind
-from uft_ds.data.store.sequences import Pool
+from uft_ds.data.pool import Pool
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.engine.engine import Engine
 from uft_ds.errors import UserError

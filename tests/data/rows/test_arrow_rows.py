@@ -159,3 +159,14 @@ def test_a_json_column_that_is_no_json_is_refused(tmp_path: Path) -> None:
     column = pa.array(["{"]).cast(pa.json_())
     write_arrow_table(tmp_path / "a.parquet", pa.table({"a": column}))
     assert "not a readable parquet file (not valid JSON" in refusal(tmp_path / "a.parquet")
+
+
+def test_null_members_of_tables_are_absent(tmp_path: Path) -> None:
+    """Arrow gives every struct the keys of all others: a call must not be learned with arguments that it lacks."""
+    rows = [
+        {"messages": [{"role": "user", "content": "q", "extra": {"a": 1}}]},
+        {"messages": [{"role": "user", "content": "q", "extra": {"b": 2}}]},
+    ]
+    path = tmp_path / "rows.parquet"
+    write_table(path, rows)
+    assert [row for _, row in contents(path)] == rows

@@ -105,3 +105,11 @@ def test_a_data_set_on_disk_is_what_its_state_lists(tmp_path: Path) -> None:
     assert len(contents(saved)) == 1
     rows.unlink()
     assert "state.json lists it; is the copy complete?" in refusal(saved)
+
+
+def test_hidden_files_are_not_read(tmp_path: Path) -> None:
+    """What editors and notebooks leave in a folder would double its rows."""
+    write_rows(tmp_path / "data" / "a.jsonl", [{"prompt": "q", "response": "a"}])
+    write_rows(tmp_path / "data" / ".ipynb_checkpoints" / "a-checkpoint.jsonl", [{"prompt": "q", "response": "a"}])
+    write_rows(tmp_path / "data" / ".a.jsonl", [{"prompt": "q", "response": "a"}])
+    assert find_data(str(tmp_path / "data"), None).names == (f"{tmp_path}/data/a.jsonl",)

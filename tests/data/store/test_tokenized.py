@@ -11,27 +11,17 @@ from typing import Any
 import pytest
 from forking import forking
 from sources import rules, write_rows
-from tiny import CHATML, build_tiny_tokenizer
+from tiny import CHATML
 
 from uft_ds.data.rows.reading import find_data
 from uft_ds.data.store import tokenized
-from uft_ds.data.store.sequences import INDEX
+from uft_ds.data.store.store_files import INDEX
 from uft_ds.data.store.tokenized import ensure_store, is_whole, open_store, read_key_parts, store_key
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.tokenize import load_tokenizer
 from uft_ds.errors import UserError
 
 ROWS = [{"prompt": f"q{i}", "response": f"a{i}"} for i in range(10)]
-
-
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def chat(tokenizer_folder: Path) -> ChatTokenizer:
-    return load_tokenizer(str(tokenizer_folder))
 
 
 @pytest.fixture

@@ -31,8 +31,10 @@ from uft_ds.data.formats.table import Format, format_named
 from uft_ds.data.rows.places import place_of
 from uft_ds.data.rows.reading import RawRow, SourceFiles, data_size, parse_row, raw_rows
 from uft_ds.data.rows.renaming import renamed
+from uft_ds.data.store.account import Account, ScoresGiven
 from uft_ds.data.store.refusal import PLACES_NAMED, BadRows
-from uft_ds.data.store.sequences import Account, Place, ScoresGiven, StoreWriter, pack_units
+from uft_ds.data.store.store_files import Place
+from uft_ds.data.store.writing import StoreWriter, pack_units
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.tokenize import tokenize
 from uft_ds.errors import UserError

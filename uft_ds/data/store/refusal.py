@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from uft_ds.data.store.sequences import Account, ScoresGiven
+from uft_ds.data.store.account import Account, ScoresGiven
 from uft_ds.errors import UserError
 
 PLACES_NAMED = 3
@@ -65,7 +65,7 @@ class BadRows:
 
 def range_hint(label: str, scores: ScoresGiven | None) -> str:
     """What to do about scores that are not on the source's scale; empty if there are none."""
-    if scores is None or not scores.is_outside:
+    if scores is None or not scores.outside:
         return ""
     low, high = scores.low, scores.high
     usual = next(((start, end) for start, end in _USUAL_SCALES if start <= low and high <= end), None)

@@ -23,7 +23,8 @@ from typing import Any
 from uft_ds.data.formats.table import FORMATS, format_named
 from uft_ds.data.rows.reading import SourceFiles, content_hash
 from uft_ds.data.store.building import QUARANTINE, RowRules, build_store
-from uft_ds.data.store.sequences import INDEX, TokenStore, check_content
+from uft_ds.data.store.store_files import INDEX, check_content
+from uft_ds.data.store.token_store import TokenStore
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.errors import UserError
 from uft_ds.host.files import sha256
