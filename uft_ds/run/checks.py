@@ -91,17 +91,14 @@ def _check_divides(settings: Settings, config: Any) -> None:
     """Refuse a model whose rows cannot be divided as `launch.sequence_parallel` asks.
 
     Raises:
-        UserError: names the key, and what cannot be divided.
+        UserError: names the key, what cannot be divided, and what to do.
     """
     size, dtype = settings.launch.sequence_parallel, getattr(torch, settings.model.dtype)
     if size == 1:
         return
     problem = why_undivided(config, attention_implementation(settings.model.attention, dtype, config), size)
     if problem is not None:
-        raise UserError(
-            f"launch.sequence_parallel: {size} given, but in this model {problem}; give a number that divides them, "
-            "or 1"
-        )
+        raise UserError(f"launch.sequence_parallel: {size} given, but in this model {problem}")
 
 
 def _check_not_on_disk(settings: Settings) -> None:
