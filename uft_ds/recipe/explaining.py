@@ -10,11 +10,14 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import ValidationError
 
 from uft_ds.recipe.described import all_keys, section_of
-from uft_ds.recipe.names import unknown_key
+from uft_ds.recipe.names import NULL_MEANS, unknown_key
 from uft_ds.recipe.section import Section
 
 SHOWN_LETTERS = 200
 """Longest value that a message shows whole; a few lines of YAML can hold a million leaves."""
+_KEYS_SHOWN = 6
+_NOTHING = ("none", "null", "nil", "no", "off", "false")
+"""Words for what YAML calls null; as values of an override they are texts, or false."""
 
 
 def shown(value: Any) -> str:
@@ -73,25 +76,42 @@ def _lines(place: tuple[str | int, ...], problems: list[Any], root: type[Section
     elif first["type"] == "value_error":
         yield from str(first["ctx"]["error"]).splitlines()
     else:
-        expected = dict.fromkeys(_expected(problem) for problem in problems)
+        expected = dict.fromkeys(_expected(problem, place, root) for problem in problems)
         first_expected, *others = expected
         either = [first_expected, *(other.removeprefix("input should be ") for other in others)]
-        of_one = f": [{first['input']}]" if _is_lone_text(place, problems, root) else ""
-        yield f"{key}: {shown(first['input'])} given; {', or '.join(either)}{of_one}"
+        meant = _what_is_meant(first["input"], place, problems, root)
+        yield f"{key}: {shown(first['input'])} given; {', or '.join(either)}{meant}"
 
 
-def _is_lone_text(place: tuple[str | int, ...], problems: list[Any], root: type[Section]) -> bool:
+def _what_is_meant(given: Any, place: tuple[str | int, ...], problems: list[Any], root: type[Section]) -> str:
+    """What a value of the wrong type was most probably meant to be; empty if that is not known."""
+    annotation = _annotation_at(place, root)
+    if NoneType in get_args(annotation):
+        key = ".".join(map(str, place))
+        null = f", or null ({NULL_MEANS[key]})" if key in NULL_MEANS else ""
+        is_nothing = given is False or (isinstance(given, str) and given.lower() in _NOTHING)
+        return f"{null}; did you mean {key}=null?" if is_nothing else null
+    return f": [{given}]" if _is_lone_text(given, annotation, problems) else ""
+
+
+def _is_lone_text(given: Any, annotation: Any, problems: list[Any]) -> bool:
     """Whether a text is given where a list of texts is expected."""
-    if not isinstance(place[-1], str) or not any(problem["type"] == "list_type" for problem in problems):
+    if not isinstance(given, str) or not any(problem["type"] == "list_type" for problem in problems):
         return False
-    annotation = _section_at(place[:-1], root).model_fields[place[-1]].annotation
     members = [_bare(member) for member in (annotation, *get_args(annotation))]
     lists = [get_args(member)[0] for member in members if get_origin(member) is list]
-    return isinstance(problems[0]["input"], str) and any(of is str or get_origin(of) is Literal for of in lists)
+    return any(of is str or get_origin(of) is Literal for of in lists)
 
 
-def _expected(problem: Any) -> str:
-    """What pydantic expected; it writes out all digits of a bound such as 3.4e38, and speaks of its own validation."""
+def _expected(problem: Any, place: tuple[str | int, ...], root: type[Section]) -> str:
+    """What pydantic expected; it writes out all digits of a bound such as 3.4e38, and speaks of its own validation.
+
+    Of a section it would name the class.
+    """
+    if problem["type"] == "model_type":
+        known = _known_keys(place, root)
+        more = ", ..." if len(known) > _KEYS_SHOWN else ""
+        return f"input should be keys and values ({', '.join(known[:_KEYS_SHOWN])}{more})"
     text: str = (problem["msg"][0].lower() + problem["msg"][1:]).replace(" after validation", "")
     return re.sub(r"\d{30,}", lambda digits: f"{float(digits[0]):g}", text)
 
@@ -106,3 +126,13 @@ def _section_at(place: tuple[str | int, ...], root: type[Section]) -> type[Secti
         if isinstance(part, str):
             section = section_of(section.model_fields[part].annotation)
     return section
+
+
+def _annotation_at(place: tuple[str | int, ...], root: type[Section]) -> Any:
+    """The type of a section's key; None for a place inside of a list or a map."""
+    section: Any = root
+    for part in place[:-1]:
+        field = None if section is None or isinstance(part, int) else section.model_fields.get(part)
+        section = section if isinstance(part, int) else section_of(field.annotation) if field else None
+    field = section.model_fields.get(place[-1]) if section is not None else None
+    return field.annotation if field else None

@@ -17,7 +17,7 @@ from uft_ds.errors import UserError
 from uft_ds.host.files import read_regular_text
 from uft_ds.host.formats import check_format
 from uft_ds.recipe.explaining import SHOWN_LETTERS, explained, shown
-from uft_ds.recipe.names import unknown_name
+from uft_ds.recipe.names import KEYS_MEAN, NULL_MEANS, unknown_name
 from uft_ds.recipe.schema import COMBINATIONS_CHECKED, Recipe
 
 _DIGITS = 9
@@ -205,9 +205,15 @@ def _apply_override(tree: Any, override: str) -> None:
             index = part
         else:
             parent = ".".join(key.split(".")[:depth])
+            whole = f"{parent}={{{part}: {text if depth == len(parents) and len(text) < SHOWN_LETTERS else '...'}}}"
+            if node is None and parent in NULL_MEANS:
+                raise UserError(
+                    f"override {shown(override)}: {where}: the recipe has {parent}: null, so {NULL_MEANS[parent]}; "
+                    f"{whole} makes it a run in which {KEYS_MEAN[parent]}"
+                )
             raise UserError(
                 f"override {shown(override)}: {where}: its parent is {shown(node)} and has no keys; give the whole "
-                f"of it, {parent}={{{part}: ...}}"
+                f"of it, {whole}"
             )
         if depth == len(parents):
             # A map at the top level would replace a whole section, when most often only some keys of it are meant.
