@@ -200,11 +200,25 @@ def _check_same_lora(folder: Path, ours: PeftConfig, recipe_key: str) -> None:
         raise UserError(f"{recipe_key}: {folder}: the adapter of a reward model, with its head; no run starts from one")
     for key, value in _numbers_of(ours.to_dict()).items():
         if theirs[key] != value:
+            if key == "target_parameters":
+                raise UserError(f"{recipe_key}: {folder}: {_other_experts(theirs[key], value)}")
             meant = recipe_keys.get(key, "a plain LoRA's")
             raise UserError(
                 f"{recipe_key}: {folder}: {key} is {theirs[key]!r}, expected {value!r} ({meant}): "
                 "the policy starts from this adapter, so it must have the same form"
             )
+
+
+def _other_experts(theirs: list[str] | None, ours: list[str] | None) -> str:
+    """How an adapter differs in its `target_parameters`, which are `lora.experts` in a recipe, and what to do."""
+    found = "no experts" if theirs is None else f"experts ({', '.join(theirs)})"
+    if ours is None:
+        found, remedy = f"{found}, but lora.experts is false", "set lora.experts: true"
+    elif theirs is None:
+        found, remedy = f"{found}, but lora.experts is true", "leave lora.experts out"
+    else:
+        remedy = f"with lora.experts: true, {', '.join(ours)} are adapted; take an adapter of these"
+    return f"it adapts {found}: the policy starts from this adapter, so it must have the same form; {remedy}"
 
 
 def reference_of(policy: Policy) -> Stream:
