@@ -25,7 +25,7 @@ from uft_ds.architectures.facts import (
 from uft_ds.errors import UserError
 from uft_ds.streams.adapter_files import PREFIX
 from uft_ds.streams.adapters import add_adapters
-from uft_ds.streams.experts import expert_weight, is_on_experts
+from uft_ds.streams.experts import about_experts, expert_weight, is_on_experts
 from uft_ds.streams.heads import plain_head
 from uft_ds.streams.lora_config import is_plain_lora
 from uft_ds.streams.stream import POLICY_ADAPTER
@@ -143,7 +143,7 @@ def check_adapters(policy: PeftModel, *, experts: bool = False) -> None:
         )
     raise UserError(
         f"lora.targets: in {model} it adapts {what}, which is not a plain LoRA of a linear layer and cannot be "
-        f"merged by `uft convert`; set lora.targets=[{','.join(names)}]"
+        f"merged by `uft convert`; set lora.targets=[{','.join(names)}]{about_experts(policy.get_base_model())}"
     )
 
 
