@@ -207,10 +207,17 @@ def forwarded(engine: Engine, batch: MicroBatch, *, with_reference: bool = True)
     return logps_of(engine(batch, [engine.streams[name] for name in names]), batch)
 
 
-def toy_policy(folder: Path, *, targets: Any = "all-linear", seed: int = 1, dtype: torch.dtype = torch.float32) -> Any:
+def toy_policy(
+    folder: Path,
+    *,
+    targets: Any = "all-linear",
+    seed: int = 1,
+    dtype: torch.dtype = torch.float32,
+    experts: bool = False,
+) -> Any:
     """The base in `folder` with fresh adapters, B zero."""
     base = load_base(str(folder), revision=None, dtype=torch.float32, attention="auto", gradient_checkpointing=False)
-    return add_adapters(base, rank=4, alpha=8.0, targets=targets, dtype=dtype, seed=seed)
+    return add_adapters(base, rank=4, alpha=8.0, targets=targets, dtype=dtype, seed=seed, experts=experts)
 
 
 def saved_adapter(folder: Path, out: Path, **options: Any) -> Path:

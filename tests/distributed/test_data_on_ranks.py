@@ -189,17 +189,26 @@ def test_a_machine_without_the_tokens_makes_its_own(tiny_qwen2: Path, tmp_path: 
         ensure_data(settings, folder, has_prepared=False)
 
 
-def test_a_pair_longer_than_a_micro_batch_is_refused(tiny_qwen2: Path, tmp_path: Path) -> None:
-    """Its sides fit one by one, not both: said before anything is launched, with the key to change."""
-    rows = [{"prompt": "p" * 20, "chosen": "good", "rejected": "bad"}]
+@pytest.mark.parametrize(
+    ("together", "found"), [(1, "64 given, but"), (2, "64 given, times launch.sequence_parallel 2 is 128, but")]
+)
+def test_a_pair_longer_than_a_micro_batch_is_refused(
+    tiny_qwen2: Path, tmp_path: Path, together: int, found: str
+) -> None:
+    """Its sides fit one by one, not both: said before anything is launched, with the key to change and the numbers that
+    the recipe gives."""
+    rows = [{"prompt": "p" * (40 * together - 20), "chosen": "good", "rejected": "bad"}]
     sources = [{"format": "jsonl", "path": str(write_rows(tmp_path / "pairs.jsonl", rows))}]
     settings = settings_of_run(
-        write_recipe(tmp_path, tiny_qwen2, data__sources=sources, train__tokens_per_micro_batch=64)
+        write_recipe(tmp_path, tiny_qwen2, data__sources=sources, train__tokens_per_micro_batch=64),
+        f"data.max_length={64 * together}",
+        f"launch.sequence_parallel={together}",
     )
-    with pytest.raises(
-        UserError, match=r"train\.tokens_per_micro_batch: 64 given, but the pair of .*pairs\.jsonl:1 has"
-    ):
+    with pytest.raises(UserError) as refused:
         prepare_run(settings, overwrite=False)
+    message = str(refused.value)
+    assert message.startswith(f"train.tokens_per_micro_batch: {found} the pair of {tmp_path / 'pairs.jsonl'}:1 has")
+    assert message.endswith(f"; raise it, or lower data.max_length {64 * together}")
 
 
 def test_shares_that_make_no_whole_are_refused_by_key(tiny_qwen2: Path, tmp_path: Path) -> None:

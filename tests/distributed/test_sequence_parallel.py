@@ -160,8 +160,11 @@ def test_a_run_divides_its_rows(tiny_qwen2: Path, tmp_path: Path) -> None:
     ("options", "message"),
     [
         (("launch.ranks=3", "launch.sequence_parallel=2"), "2 given, which does not divide the 3 ranks"),
-        (("launch.ranks=4", "launch.sequence_parallel=4"), "4 heads with 2 of keys cannot be divided over 4 ranks"),
-        (("launch.sequence_parallel=2", "model.attention=sdpa"), "computes each rank's tokens alone"),
+        (("launch.ranks=4", "launch.sequence_parallel=4"), "cannot be divided over 4 ranks; give a number"),
+        (
+            ("launch.sequence_parallel=2", "model.attention=sdpa"),
+            "tokens alone; take model.attention: packed, or give 1",
+        ),
         (("launch.sequence_parallel=2", "data.max_length=400"), "times launch.sequence_parallel 2 is less than"),
     ],
 )
@@ -177,10 +180,15 @@ def test_a_recipe_that_cannot_divide_is_refused(
 
 
 def test_what_cannot_be_divided_is_said() -> None:
-    """Heads that the number of ranks does not divide, and an attention that sees a rank's own tokens alone."""
+    """Heads that the number of ranks does not divide, with the numbers that do; and an attention that sees a rank's own
+    tokens alone, for which no other number would do."""
     from transformers import Qwen2Config
 
     config = Qwen2Config(num_attention_heads=28, num_key_value_heads=4)
     assert why_undivided(config, "packed", 4) is None
-    assert why_undivided(config, "packed", 8) == "28 heads with 4 of keys cannot be divided over 8 ranks"
-    assert "computes each rank's tokens alone" in str(why_undivided(config, "sdpa", 2))
+    cannot = "28 heads with 4 of keys cannot be divided over 8 ranks"
+    assert why_undivided(config, "packed", 8) == f"{cannot}; give a number that divides them (2, 4), or 1"
+    odd = Qwen2Config(num_attention_heads=9, num_key_value_heads=1)
+    assert why_undivided(odd, "packed", 2) == "9 heads with 1 of keys cannot be divided over 2 ranks; give 1"
+    alone = "attention sdpa computes each rank's tokens alone; take model.attention: packed, or give 1"
+    assert why_undivided(config, "sdpa", 2) == alone

@@ -215,7 +215,7 @@ def test_an_unknown_name_is_refused_with_the_nearest(minimal: str, override: str
         ("name=7e12345", "name: inf given"),
         ("data.sources.0.score=2", "data.sources.0.score: 2 given"),
         ("data.sources=[]", "data.sources: [] given"),
-        ("data.sources.0=x", "data.sources.0: 'x' given"),
+        ("data.sources.0=x", "data.sources.0: 'x' given; input should be keys and values (format, path, split,"),
         ("launch.ranks=0", "launch.ranks: 0 given; input should be 'auto', or greater than 0"),
         ("data.sources.0.share=20%", "share: '20%' given; input should be a valid number, or a valid list"),
         ("data.sources.0.share=[[0, 2], [1, 1]]", "data.sources.0.share.0.1: 2 given; input should be less"),
@@ -223,7 +223,16 @@ def test_an_unknown_name_is_refused_with_the_nearest(minimal: str, override: str
         ("data.sources.0.where={my-col: [1]}", "data.sources.0.where.my-col: [1] given"),
         ("launch.collective_timeout_minutes=[1]", "launch.collective_timeout_minutes: [1] given"),
         ("lora.targets=[q, 3]", "lora.targets.1: 3 given"),
-        ("lora=3", "lora: 3 given"),
+        (
+            "lora=3",
+            "lora: 3 given; input should be keys and values (rank, alpha, dropout, targets, experts, dtype), or null "
+            "(all parameters are trained, without adapters)",
+        ),
+        ("lora=none", "or null (all parameters are trained, without adapters); did you mean lora=null?"),
+        ("lora=false", "lora: False given; input should be keys and values"),
+        ("lora=off", "did you mean lora=null?"),
+        ("train.steps=None", "did you mean train.steps=null?"),
+        ("data.sources.0.score_by=no", "did you mean data.sources.0.score_by=null?"),
         ("data.sources.0.score_range=[1]", "data.sources.0.score_range: [1] given; list should have at least 2"),
         ("data.sources.0.score_range=[10, 1]", "score_range: [10, 1] given, expected [lowest, highest], such as"),
         ("data.sources.0.score_range=[1, 1]", "score_range: [1, 1] given, expected [lowest, highest]"),
@@ -239,7 +248,7 @@ def test_an_unknown_name_is_refused_with_the_nearest(minimal: str, override: str
         ("tracking=[mlflow]", "tracking.0: 'mlflow' given"),
         ("objective.loss.instruction=3", "objective.loss.instruction: 3 given"),
         ("objective.beta=0", "objective.beta: 0 given"),
-        ("train=3", "train: 3 given"),
+        ("train=3", "train: 3 given; input should be keys and values (examples_per_step, tokens_per_micro_batch,"),
         ("train.seed=18446744073709551616", "train.seed: 18446744073709551616 given; input should be less than 9223"),
         ("train.steps=2147483648", "train.steps: 2147483648 given; input should be less than 2147483648"),
         ("data.max_length=99999999999999999999", "data.max_length: 99999999999999999999 given; input should be less"),
@@ -257,7 +266,9 @@ def test_an_unknown_name_is_refused_with_the_nearest(minimal: str, override: str
 def test_a_wrong_value_is_refused(minimal: str, override: str, message: str) -> None:
     """Types are not converted, ranges are checked, and NaN is no number; the message gives key and value."""
     setup = ("objective.loss={instruction: mse, score: mse}",) if override.startswith("objective.loss") else ()
-    assert message in refusal(minimal, *setup, override)
+    refused = refusal(minimal, *setup, override)
+    assert message in refused
+    assert "Section" not in refused
 
 
 @pytest.mark.parametrize("text", ["", " "])
@@ -410,6 +421,22 @@ def test_a_bad_override_is_refused(minimal: str, override: str, message: str) ->
     assert message in refused
     assert f"override {repr(override)[:200]}" in refused
     assert len(refused) < 1000
+
+
+@pytest.mark.parametrize(
+    ("override", "whole"),
+    [("lora.rank=8", "lora={rank: 8}"), ("lora.targets=[q_proj]", "lora={targets: [q_proj]}")],
+)
+def test_a_key_of_adapters_that_the_recipe_lacks_is_told_what_it_would_mean(
+    minimal: str, override: str, whole: str
+) -> None:
+    """With `lora: null` it would be another run; what is told to write is accepted."""
+    message = refusal(minimal, "lora=null", override)
+    assert (
+        f"override {override!r}: {override.partition('=')[0]}: the recipe has lora: null, so all parameters" in message
+    )
+    assert message.endswith(f"; {whole} makes it a run in which adapters are trained instead")
+    assert load_recipe(minimal, ("lora=null", whole)).lora is not None
 
 
 def test_no_index_into_an_empty_list(tmp_path: Path) -> None:

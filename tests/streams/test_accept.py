@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
@@ -31,6 +32,7 @@ from uft_ds.streams.load import empty_base
 
 MODELS = PACKED | LEAKS | {"gpt2": GPT2}
 WITHOUT_A_PLAIN_MLP = {"qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "gpt_oss", "qwen3_next", "mamba"}
+OF_EXPERTS = "; the routed experts get adapters by lora.experts: true, and the router stays frozen"
 MLPS = ("mlp", "feed_forward", "mlp_block", "shared_mlp")
 
 
@@ -121,10 +123,33 @@ def test_adapters_on_experts_are_refused_with_targets_that_work(name: str) -> No
     """PEFT adapts experts and router as parameters, which no merge reads back: the targets named are accepted."""
     with pytest.raises(UserError, match=r"lora\.targets: .*layers\.\*\.mlp\.experts.*uft convert") as refused:
         policy_of(PACKED[name])
-    targets = str(refused.value).rpartition("lora.targets=[")[2].removesuffix("]").split(",")
+    _, _, told = str(refused.value).rpartition("lora.targets=[")
+    named, _, after = told.partition("]")
+    assert after == OF_EXPERTS
+    targets = named.split(",")
     assert targets == ["k_proj", "o_proj", "q_proj", "v_proj"]
     trained = [name for name, p in policy_of(PACKED[name], targets).named_parameters() if p.requires_grad]
     assert len(trained) == 2 * 4 * 2
+
+
+@pytest.mark.parametrize(
+    "target", ["gate", "experts", "mlp.gate", "gate_up_proj", "experts.down_proj", "w1", "router", "mlp"]
+)
+@pytest.mark.parametrize("name", [name for name in PACKED if name in TARGETS])
+def test_a_router_or_experts_as_targets_are_told_what_works(name: str, target: str) -> None:
+    """Also by the names that other packages and files give them: the layers that may be named, and the key of the
+    experts."""
+    with pytest.raises(UserError) as refused:
+        policy_of(PACKED[name], ["q_proj", target])
+    message = str(refused.value)
+    assert re.match(rf"lora\.targets: (no layer is called )?'{target}'", message)
+    assert message.endswith(f"k_proj, o_proj, q_proj, v_proj{OF_EXPERTS}")
+
+
+def test_a_dense_model_is_told_nothing_of_experts() -> None:
+    """It has none."""
+    with pytest.raises(UserError, match=r"no layer is called 'experts'.*v_proj$"):
+        policy_of(PACKED["qwen2"], ["experts"])
 
 
 def test_a_model_without_linear_layers_is_refused() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from mixtures import TARGETS
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tiny import build_tiny_model
@@ -17,7 +18,13 @@ from transformers import AutoModelForCausalLM
 
 from uft_ds.data.micro_batch import micro_batch
 from uft_ds.errors import UserError
-from uft_ds.streams.adapters import adapter_config_of, add_adapters, as_stream, start_from_adapter
+from uft_ds.streams.adapters import (
+    adapter_config_of,
+    add_adapters,
+    as_stream,
+    start_from_adapter,
+    start_policy_from_adapter,
+)
 from uft_ds.streams.load import load_base
 from uft_ds.streams.model import UFTModel
 from uft_ds.streams.packed_attention import attention_of_transformers
@@ -251,6 +258,29 @@ def test_an_adapter_of_another_form_is_refused(tiny_qwen2: Path, tmp_path: Path)
     )
     (whole / "adapter_config.json").unlink()
     assert "adapter_config.json: cannot be read" in refusal(whole)
+
+
+def test_an_adapter_with_other_experts_is_refused_by_the_recipes_key(qwen3_moe: Path, tmp_path: Path) -> None:
+    """Experts in one of the two, or other weights of them: the message names `lora.experts`, which no config of PEFT's
+    has."""
+    options: Any = {"targets": TARGETS}
+    without = saved_adapter(qwen3_moe, tmp_path / "without", **options)
+    whole = saved_adapter(qwen3_moe, tmp_path / "whole", **options, experts=True)
+    half = saved_adapter(qwen3_moe, tmp_path / "half", **options, experts=True)
+    path = half / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_parameters": ["experts.down_proj"]}))
+    both = "experts.down_proj, experts.gate_up_proj"
+    for start, key in ((start_from_adapter, "reference.adapter"), (start_policy_from_adapter, "start.adapter")):
+        for folder, experts, found, remedy in (
+            (whole, False, f"experts ({both}), but lora.experts is false", "set lora.experts: true"),
+            (without, True, "no experts, but lora.experts is true", "leave lora.experts out"),
+            (half, True, "experts (experts.down_proj)", f"with lora.experts: true, {both} are adapted; take an"),
+        ):
+            with pytest.raises(UserError) as refused:
+                start(toy_policy(qwen3_moe, **options, experts=experts), folder)
+            message = str(refused.value)
+            assert message.startswith(f"{key}: {folder}: it adapts {found}: the policy starts from this adapter")
+            assert remedy in message
 
 
 def test_equal_adapters_have_equal_configs(tiny_qwen2: Path) -> None:

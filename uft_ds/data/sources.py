@@ -326,21 +326,25 @@ def check_no_source_twice(data: PreparedData, cache_dir: Path) -> None:
         of_this_content.append(source)
 
 
-def check_units_fit(data: PreparedData, limit: int, *, max_length: int) -> None:
+def check_units_fit(data: PreparedData, tokens_per_micro_batch: int, ranks_together: int, *, max_length: int) -> None:
     """Refuse a pair that does not fit into a micro-batch.
 
     The two sides are forwarded together, so a pair may be longer than max_length.
 
     Args:
-        limit: `train.tokens_per_micro_batch`.
+        ranks_together: `launch.sequence_parallel`; so many ranks hold as many times `tokens_per_micro_batch`.
     Raises:
         UserError: names the pair.
     """
+    limit = tokens_per_micro_batch * ranks_together
+    given = f"{tokens_per_micro_batch} given"
+    if ranks_together > 1:
+        given += f", times launch.sequence_parallel {ranks_together} is {limit}"
     for source in data.all:
         store, units_U = source.selection.store, source.selection.units_U
         longest = int(units_U[np.argmax(store.tokens_U[units_U])])
         if store.tokens_U[longest] > limit:
             raise UserError(
-                f"train.tokens_per_micro_batch: {limit} given, but the pair of {store.origin(longest)} has "
+                f"train.tokens_per_micro_batch: {given}, but the pair of {store.origin(longest)} has "
                 f"{store.tokens_U[longest]} tokens; raise it, or lower data.max_length {max_length}"
             )

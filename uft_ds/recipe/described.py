@@ -49,6 +49,16 @@ def describe_keys(section: type[Section] = Recipe, prefix: str = "") -> list[Des
     return rows
 
 
+def all_keys(root: type[Section]) -> list[str]:
+    """The keys of all sections of a recipe, held-out sources aside, whose keys are those of sources.
+
+    Args:
+        root: the type of the whole tree; one that is no recipe's has none.
+    """
+    described = describe_keys() if root is Recipe else []
+    return [row.key for row in described if not row.key.startswith("data.held_out.")]
+
+
 def _in_one_line(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=10**9).split("\n...")[0].strip()
 

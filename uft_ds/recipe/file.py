@@ -1,14 +1,13 @@
-"""Read recipes from YAML files, apply overrides `key.path=value`, and explain errors by the recipe's keys."""
+"""Read recipes from YAML files, and apply overrides `key.path=value`."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -17,17 +16,14 @@ from yaml.constructor import ConstructorError
 from uft_ds.errors import UserError
 from uft_ds.host.files import read_regular_text
 from uft_ds.host.formats import check_format
-from uft_ds.recipe.described import describe_keys, section_of
-from uft_ds.recipe.names import unknown_key, unknown_name
+from uft_ds.recipe.explaining import SHOWN_LETTERS, explained, shown
+from uft_ds.recipe.names import KEYS_MEAN, NULL_MEANS, unknown_name
 from uft_ds.recipe.schema import COMBINATIONS_CHECKED, Recipe
-from uft_ds.recipe.section import Section
 
 _DIGITS = 9
 """Most digits of an index into a list."""
 _LETTERS_OF_A_NUMBER = 1000
 """Most letters of a whole number: Python refuses to show one of more than 4300 digits, even in an error."""
-_SHOWN_LETTERS = 200
-"""Longest value that a message shows whole; a few lines of YAML can hold a million leaves."""
 FORMAT_KEY, FORMAT = "recipe_format", 1
 """Key and version of the recipe that a run keeps in its folder. Users need not write the key in their recipes."""
 
@@ -67,11 +63,11 @@ class _RecipeLoader(yaml.SafeLoader):
             value = super().construct_object(node, deep)
         except (ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:
             kind = node.tag.rpartition(":")[2]
-            what = _shown(node.value) if isinstance(node, yaml.ScalarNode) else "a value"
+            what = shown(node.value) if isinstance(node, yaml.ScalarNode) else "a value"
             reason = f" ({error})" if isinstance(error, ValueError) else ""
             raise ConstructorError(None, None, f"{what} is no {kind}{reason}", node.start_mark) from None
         if isinstance(value, str) and _UNWRITABLE.search(value):
-            problem = f"{_shown(value)}: a text must not hold \\0, nor \\ud800 to \\udfff"
+            problem = f"{shown(value)}: a text must not hold \\0, nor \\ud800 to \\udfff"
             raise ConstructorError(None, None, problem, node.start_mark)
         return value
 
@@ -186,39 +182,45 @@ def _yaml_files(folder: Path) -> list[Path]:
 def _apply_override(tree: Any, override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise UserError(f"override {_shown(override)}: expected key.path=value, such as train.lr=1e-5")
+        raise UserError(f"override {shown(override)}: expected key.path=value, such as train.lr=1e-5")
     if _UNWRITABLE.search(key):
-        raise UserError(f"override {_shown(override)}: a key must not hold \\0, nor \\ud800 to \\udfff")
+        raise UserError(f"override {shown(override)}: a key must not hold \\0, nor \\ud800 to \\udfff")
     try:
         value = load_yaml(text)
     except yaml.YAMLError as error:
         problem = f" ({error.problem})" if isinstance(error, ConstructorError) else ""
-        raise UserError(f"override {_shown(override)}: the value is not YAML{problem}") from None
+        raise UserError(f"override {shown(override)}: the value is not YAML{problem}") from None
     except UserError as error:
-        raise UserError(f"override {_shown(override)}: {error}") from None
+        raise UserError(f"override {shown(override)}: {error}") from None
     *parents, leaf = key.split(".")
     node = tree
     for depth, part in enumerate([*parents, leaf]):
-        where = ".".join(key.split(".")[: depth + 1])[:_SHOWN_LETTERS]
+        where = ".".join(key.split(".")[: depth + 1])[:SHOWN_LETTERS]
         if isinstance(node, list):
             if not part.isdecimal() or len(part) > _DIGITS or int(part) >= len(node):
                 known = f"expected an index from 0 to {len(node) - 1}" if node else "the list is empty"
-                raise UserError(f"override {_shown(override)}: {where}: {known}")
+                raise UserError(f"override {shown(override)}: {where}: {known}")
             index: Any = int(part)
         elif isinstance(node, dict):
             index = part
         else:
             parent = ".".join(key.split(".")[:depth])
+            whole = f"{parent}={{{part}: {text if depth == len(parents) and len(text) < SHOWN_LETTERS else '...'}}}"
+            if node is None and parent in NULL_MEANS:
+                raise UserError(
+                    f"override {shown(override)}: {where}: the recipe has {parent}: null, so {NULL_MEANS[parent]}; "
+                    f"{whole} makes it a run in which {KEYS_MEAN[parent]}"
+                )
             raise UserError(
-                f"override {_shown(override)}: {where}: its parent is {_shown(node)} and has no keys; give the whole "
-                f"of it, {parent}={{{part}: ...}}"
+                f"override {shown(override)}: {where}: its parent is {shown(node)} and has no keys; give the whole "
+                f"of it, {whole}"
             )
         if depth == len(parents):
             # A map at the top level would replace a whole section, when most often only some keys of it are meant.
             if depth == 0 and isinstance(value, dict) and isinstance(node.get(index), dict):
                 given = next(iter(value), "key")
                 raise UserError(
-                    f"override {_shown(override)}: it would replace all of {index}; give its keys one by one, such as "
+                    f"override {shown(override)}: it would replace all of {index}; give its keys one by one, such as "
                     f"{index}.{given}=..."
                 )
             node[index] = value
@@ -278,102 +280,6 @@ def recipe_from_tree(tree: dict[str, Any], label: str, *, checks_combinations: b
         return Recipe.model_validate(tree, context=None if checks_combinations else COMBINATIONS_CHECKED)
     except ValidationError as error:
         raise UserError("\n".join(f"recipe {label}: {line}" for line in explained(error, Recipe))) from None
-
-
-def explained(error: ValidationError, root: type[Section]) -> Iterator[str]:
-    """The errors of a tree of type `root`, one line per key."""
-    found: dict[tuple[str | int, ...], list[Any]] = {}
-    for problem in error.errors():
-        found.setdefault(_place(problem["loc"], root), []).append(problem)
-    for place, problems in found.items():
-        # Each member of a union reports its own error; the deepest place belongs to the member that was meant.
-        if not any(other != place and other[: len(place)] == place for other in found):
-            yield from _lines(place, problems, root)
-
-
-def _place(location: tuple[str | int, ...], root: type[Section]) -> tuple[str | int, ...]:
-    """The location without the names of union members, which pydantic inserts: only keys and indices remain."""
-    place: list[str | int] = []
-    annotation: Any = root
-    for part in location:
-        annotation = _bare(annotation)
-        origin, members = get_origin(annotation), get_args(annotation)
-        if isinstance(annotation, type) and issubclass(annotation, Section):
-            place.append(part)
-            field = annotation.model_fields.get(str(part))
-            annotation = field.annotation if field else None
-        elif origin in (dict, list):
-            place.append(part)
-            annotation = members[-1]
-        elif origin in (Union, UnionType):  # the part names a member
-            kind = next((kind for kind in (dict, list) if str(part).startswith(kind.__name__)), None)
-            annotation = next((member for member in members if get_origin(_bare(member)) is kind), None)
-    return tuple(place)
-
-
-def _bare(annotation: Any) -> Any:
-    """The annotation without metadata and without the None of an optional value."""
-    while get_origin(annotation) is Annotated:
-        annotation = get_args(annotation)[0]
-    if get_origin(annotation) in (Union, UnionType):
-        members = [member for member in get_args(annotation) if member is not NoneType]
-        return _bare(members[0]) if len(members) == 1 else annotation
-    return annotation
-
-
-def _lines(place: tuple[str | int, ...], problems: list[Any], root: type[Section]) -> Iterator[str]:
-    key, first = ".".join(map(str, place)), problems[0]
-    if first["type"] == "extra_forbidden":
-        yield f"{key}: {unknown_key(str(place[-1]), _known_keys(place[:-1], root), _all_keys(root))}"
-    elif first["type"] == "missing":
-        yield f"{key}: required, but not given"
-    elif first["type"] == "value_error":
-        yield from str(first["ctx"]["error"]).splitlines()
-    else:
-        expected = dict.fromkeys(_expected(problem) for problem in problems)
-        first_expected, *others = expected
-        either = [first_expected, *(other.removeprefix("input should be ") for other in others)]
-        of_one = f": [{first['input']}]" if _is_lone_text(place, problems, root) else ""
-        yield f"{key}: {_shown(first['input'])} given; {', or '.join(either)}{of_one}"
-
-
-def _is_lone_text(place: tuple[str | int, ...], problems: list[Any], root: type[Section]) -> bool:
-    """Whether a text is given where a list of texts is expected."""
-    if not isinstance(place[-1], str) or not any(problem["type"] == "list_type" for problem in problems):
-        return False
-    annotation = _section_at(place[:-1], root).model_fields[place[-1]].annotation
-    members = [_bare(member) for member in (annotation, *get_args(annotation))]
-    lists = [get_args(member)[0] for member in members if get_origin(member) is list]
-    return isinstance(problems[0]["input"], str) and any(of is str or get_origin(of) is Literal for of in lists)
-
-
-def _shown(value: Any) -> str:
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= _SHOWN_LETTERS else f"{text[:_SHOWN_LETTERS]}..."
-
-
-def _expected(problem: Any) -> str:
-    """What pydantic expected; it writes out all digits of a bound such as 3.4e38, and speaks of its own validation."""
-    text: str = (problem["msg"][0].lower() + problem["msg"][1:]).replace(" after validation", "")
-    return re.sub(r"\d{30,}", lambda digits: f"{float(digits[0]):g}", text)
-
-
-def _known_keys(place: tuple[str | int, ...], root: type[Section]) -> list[str]:
-    return list(_section_at(place, root).model_fields)
-
-
-def _section_at(place: tuple[str | int, ...], root: type[Section]) -> type[Section]:
-    section: Any = root
-    for part in place:
-        if isinstance(part, str):
-            section = section_of(section.model_fields[part].annotation)
-    return section
-
-
-def _all_keys(root: type[Section]) -> list[str]:
-    """The keys of all sections of a recipe, held-out sources aside, whose keys are those of sources."""
-    described = describe_keys() if root is Recipe else []
-    return [row.key for row in described if not row.key.startswith("data.held_out.")]
 
 
 def read_stored_recipe(path: Path) -> dict[str, Any]:

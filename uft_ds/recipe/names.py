@@ -122,6 +122,10 @@ _NOT_HERE: Mapping[str, str] = {
 }
 """Settings of other stacks that do not exist here, and what to do instead."""
 
+NULL_MEANS: Mapping[str, str] = {"lora": "all parameters are trained, without adapters"}
+KEYS_MEAN: Mapping[str, str] = {"lora": "adapters are trained instead"}
+"""What a run does without a section that may be null, and with its keys."""
+
 _NEAR_ELSEWHERE = 0.8
 """Least likeness of a name in another section or of another stack; within a section difflib's own 0.6 is enough."""
 

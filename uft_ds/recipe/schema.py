@@ -208,7 +208,7 @@ class ReferenceSection(Section):
     """Folder in which runs share these log-probs; null: uft_ds/reference in the user's cache folder."""
     adapter: Location | None = None
     """A frozen adapter: with it the base is the reference, and the policy starts from it. An adapter's folder, a
-    checkpoint or a run; its rank, alpha and targets must be those of lora."""
+    checkpoint or a run; its rank, alpha, targets and experts must be those of lora."""
     step_zero_tolerance: NonNegativeFloat = 0.0
     """Largest log-ratio, in nats, that is accepted before the first step. It is exactly 0 by design; GPU
     kernels that choose another algorithm without gradients may need more."""
@@ -217,8 +217,8 @@ class ReferenceSection(Section):
 class StartSection(Section):
     adapter: Location | None = None
     """An adapter that the policy starts from, while the base stays the reference; not together with reference.adapter,
-    which is the start and the reference. An adapter's folder, a checkpoint or a run; its rank, alpha and targets must
-    be those of lora."""
+    which is the start and the reference. An adapter's folder, a checkpoint or a run; its rank, alpha, targets
+    and experts must be those of lora."""
 
 
 class TrainSection(Section):

@@ -82,8 +82,8 @@ def prepare_data(
     problems = list(kind_problems(settings.given, data))
     if problems:
         raise UserError("\n".join(f"objective.{key}: {problem}" for key, problem in problems))
-    at_once = settings.train.tokens_per_micro_batch * settings.launch.sequence_parallel
-    check_units_fit(data, at_once, max_length=settings.data.max_length)
+    tokens, together = settings.train.tokens_per_micro_batch, settings.launch.sequence_parallel
+    check_units_fit(data, tokens, together, max_length=settings.data.max_length)
     _check_mixture(settings, data)
     return data
 

@@ -30,7 +30,7 @@ from uft_ds.streams.adapter_files import PREFIX
 from uft_ds.streams.adapters import add_adapters
 from uft_ds.streams.classifier import empty_classifier
 from uft_ds.streams.divided import why_undivided
-from uft_ds.streams.experts import expert_weight, is_on_experts
+from uft_ds.streams.experts import about_experts, expert_weight, is_on_experts
 from uft_ds.streams.heads import plain_head
 from uft_ds.streams.lanes import check_lockstep
 from uft_ds.streams.load import attention_implementation
@@ -91,10 +91,7 @@ def _check_divides(settings: Settings, config: Any, attention: str) -> None:
     size = settings.launch.sequence_parallel
     problem = None if size == 1 else why_undivided(config, attention, size)
     if problem is not None:
-        raise UserError(
-            f"launch.sequence_parallel: {size} given, but in this model {problem}; give a number that divides them, "
-            "or 1"
-        )
+        raise UserError(f"launch.sequence_parallel: {size} given, but in this model {problem}")
 
 
 def _check_not_on_disk(settings: Settings) -> None:
@@ -238,7 +235,7 @@ def check_adapters(policy: PeftModel, *, experts: bool = False) -> None:
         )
     raise UserError(
         f"lora.targets: in {model} it adapts {what}, which is not a plain LoRA of a linear layer and cannot be "
-        f"merged by `uft convert`; set lora.targets=[{','.join(names)}]"
+        f"merged by `uft convert`; set lora.targets=[{','.join(names)}]{about_experts(policy.get_base_model())}"
     )
 
 

@@ -20,7 +20,7 @@ from uft_ds.errors import UserError
 from uft_ds.objectives.reference import REFERENCE_STREAM
 from uft_ds.streams.adapter_files import HEAD_TENSOR, PREFIX, read_adapter_tensors
 from uft_ds.streams.classifier import HEAD
-from uft_ds.streams.experts import expert_parameters, expert_weight, is_on_experts
+from uft_ds.streams.experts import about_experts, expert_parameters, expert_weight, is_on_experts
 from uft_ds.streams.lora_config import WITHOUT_EFFECT, read_lora_config
 from uft_ds.streams.policy import OF_POLICY, Policy
 from uft_ds.streams.stream import BARE_BASE, POLICY_ADAPTER, REFERENCE_ADAPTER, REWARD, Stream
@@ -97,6 +97,7 @@ def _check_targets(base: Any, targets: list[str]) -> None:
         if module is head or beside is None or not re.fullmatch(beside, name)
     ]
     linear = {name.split(".")[-1] for name, module in named if isinstance(module, nn.Linear) and module is not head}
+    those = f"{', '.join(sorted(linear))}{about_experts(base)}"
     for target in targets:
         matches = [module for name, module in named if name == target or name.endswith(f".{target}")]
         if head in matches:
@@ -104,9 +105,12 @@ def _check_targets(base: Any, targets: list[str]) -> None:
                 "lora.targets: the head cannot have an adapter; its log-probs are computed from the frozen weight"
             )
         if not matches:
-            raise UserError(f"lora.targets: no layer is called {target!r}; expected one of {', '.join(sorted(linear))}")
-        if not all(isinstance(module, nn.Linear) for module in matches):
-            raise UserError(f"lora.targets: {target!r} is a {type(matches[0]).__name__}, expected linear layers")
+            raise UserError(f"lora.targets: no layer is called {target!r}; expected one of {those}")
+        other = next((module for module in matches if not isinstance(module, nn.Linear)), None)
+        if other is not None:
+            raise UserError(
+                f"lora.targets: {target!r} is a {type(other).__name__}, expected linear layers, such as {those}"
+            )
 
 
 def start_from_adapter(policy: PeftModel, folder: Path) -> None:
@@ -200,11 +204,25 @@ def _check_same_lora(folder: Path, ours: PeftConfig, recipe_key: str) -> None:
         raise UserError(f"{recipe_key}: {folder}: the adapter of a reward model, with its head; no run starts from one")
     for key, value in _numbers_of(ours.to_dict()).items():
         if theirs[key] != value:
+            if key == "target_parameters":
+                raise UserError(f"{recipe_key}: {folder}: {_other_experts(theirs[key], value)}")
             meant = recipe_keys.get(key, "a plain LoRA's")
             raise UserError(
                 f"{recipe_key}: {folder}: {key} is {theirs[key]!r}, expected {value!r} ({meant}): "
                 "the policy starts from this adapter, so it must have the same form"
             )
+
+
+def _other_experts(theirs: list[str] | None, ours: list[str] | None) -> str:
+    """How an adapter differs in its `target_parameters`, which are `lora.experts` in a recipe, and what to do."""
+    found = "no experts" if theirs is None else f"experts ({', '.join(theirs)})"
+    if ours is None:
+        found, remedy = f"{found}, but lora.experts is false", "set lora.experts: true"
+    elif theirs is None:
+        found, remedy = f"{found}, but lora.experts is true", "leave lora.experts out"
+    else:
+        remedy = f"with lora.experts: true, {', '.join(ours)} are adapted; take an adapter of these"
+    return f"it adapts {found}: the policy starts from this adapter, so it must have the same form; {remedy}"
 
 
 def reference_of(policy: Policy) -> Stream:

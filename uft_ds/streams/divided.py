@@ -84,18 +84,20 @@ class SequenceGroup:
 
 
 def why_undivided(config: Any, attention: str, size: int) -> str | None:
-    """Why a model's rows cannot be divided over `size` ranks; None if they can.
+    """Why a model's rows cannot be divided over `size` ranks, and what to do; None if they can.
 
     Args:
         config: of the model. attention: its implementation.
     """
     if attention != PACKED:
-        return f"attention {attention} computes each rank's tokens alone, expected {PACKED}"
+        return f"attention {attention} computes each rank's tokens alone; take model.attention: {PACKED}, or give 1"
     text = config.get_text_config()
     heads = int(text.num_attention_heads)
     key_heads = int(getattr(text, "num_key_value_heads", None) or heads)
     if heads % size or key_heads % size:
-        return f"{heads} heads with {key_heads} of keys cannot be divided over {size} ranks"
+        numbers = [str(number) for number in range(2, key_heads + 1) if heads % number == key_heads % number == 0]
+        which = f"a number that divides them ({', '.join(numbers)}), or 1" if numbers else "1"
+        return f"{heads} heads with {key_heads} of keys cannot be divided over {size} ranks; give {which}"
     return None
 
 

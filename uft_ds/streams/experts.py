@@ -36,6 +36,15 @@ def expert_parameters(base: Any) -> list[str]:
     return sorted({".".join(name.split(".")[-2:]) for name in routed})
 
 
+def about_experts(base: Any) -> str:
+    """What a message about `lora.targets` adds for a mixture: how its experts get adapters; empty for other models."""
+    if not any(is_routed(name) for name, _ in base.named_parameters()):
+        return ""
+    if adapts_experts(base.config):
+        return "; the routed experts get adapters by lora.experts: true, and the router stays frozen"
+    return "; the routed experts and the router stay frozen"
+
+
 def parameter_dim(parameter: Tensor) -> int:
     """The dimensions of a parameter, also where ZeRO-3 has taken its values away."""
     return len(getattr(parameter, "ds_shape", parameter.shape))

@@ -16,7 +16,8 @@ import yaml
 from pydantic import Field, ValidationError
 
 from uft_ds.errors import UserError
-from uft_ds.recipe.file import dump_value, explained, load_recipe, load_yaml, read_yaml_file, said
+from uft_ds.recipe.explaining import explained
+from uft_ds.recipe.file import dump_value, load_recipe, load_yaml, read_yaml_file, said
 from uft_ds.recipe.section import Location, Section
 from uft_ds.recipe.settings import Settings
 from uft_ds.recipe.to_settings import changed, settings_of
