@@ -56,6 +56,8 @@ def test_the_rest_is_a_fault_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyP
         f"KeyError: 'never': this is a fault of uft_ds; please report it with the traceback in {kept}",
     )
     assert kept.read_text().endswith("KeyError: 'never'\n")
+    long = f"ValueError: {'a word ' * 42}a word ...: this is a fault of uft_ds"
+    assert ending(ValueError("a word " * 99))[1].startswith(long), "300 letters at most, cut behind a word"
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
     assert ending(KeyError("never"))[1].endswith("with this traceback:\nKeyError: 'never'\n")
 

@@ -187,7 +187,8 @@ def test_what_is_no_url(url: str) -> None:
         (b'{"message": "no"}', "no"),
         (b'{"detail": "Not Found"}', "Not Found"),
         (b"<html>bad gateway</html>", "<html>bad gateway</html>"),
-        (b"\xff" * 9999, "\ufffd" * 200),
+        (b"\xff" * 9999, "\ufffd" * 200 + " ..."),
+        (b"no such model " * 99, " ".join(["no such model"] * 14) + " no ..."),
         (b"", ""),
     ],
 )

@@ -116,3 +116,4 @@ def test_a_lost_connection_blames_no_fault_of_this_rank(monkeypatch: pytest.Monk
     lost = _crash(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:5"))
     assert lost.message.startswith("rank 1 lost its connection to another rank, which was killed or crashed")
     assert _crash(ValueError("x")).message == "rank 1 crashed: ValueError: x"
+    assert _crash(ValueError("a\nword " * 99)).message.endswith(" a word a word ..."), "one line, cut behind a word"

@@ -29,6 +29,8 @@ def f(messages, response, meta):
         os.kill(os.getpid(), signal.SIGSEGV)
     if response == "raise":
         raise KeyError("no such thing")
+    if response == "talk":
+        raise ValueError("so many\\nwords " * 99)
     if response == "input":
         return float(len(sys.stdin.read()))
     return meta.get(response, len(messages))
@@ -129,15 +131,16 @@ def test_a_child_that_a_function_forks_answers_nothing() -> None:
 
 
 def test_a_function_that_ends_its_process_costs_one_item() -> None:
-    """Too slow, an exit, a crash, an exception: each its own reason, and the items between are scored."""
-    responses = ["a", "slow", "b", "exit", "c", "crash", "d", "raise", "e"]
+    """Too slow, an exit, a crash, an exception: each its own reason on one line, and the items between are scored."""
+    responses = ["a", "slow", "b", "exit", "c", "crash", "d", "raise", "e", "talk"]
     found = scored("ours:f", responses, seconds=1.0)
-    assert [one.value for one in found] == [2, None, 2, None, 2, None, 2, None, 2]
+    assert [one.value for one in found] == [2, None, 2, None, 2, None, 2, None, 2, None]
     assert [one.reason for one in found if one.reason] == [
         "not done after 1 s (its process was killed)",
         "its process ended with exit code 7",
         "its process was ended by SIGSEGV",
         "KeyError: 'no such thing'",
+        "ValueError: " + "so many words " * 34 + "so many ...",
     ]
 
 

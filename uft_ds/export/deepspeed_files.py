@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from uft_ds.errors import UserError
+from uft_ds.host.terminal import in_one_line
 
 _RANK = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 
@@ -210,10 +211,10 @@ def _load(path: Path, *, whole: bool = True) -> dict[str, Any]:
             content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UnpicklingError as error:
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), str(error))
-        raise UserError(f"{path}: refused: it holds more than tensors ({reason.strip()[:200]})") from None
+        raise UserError(f"{path}: refused: it holds more than tensors ({in_one_line(reason, 200)})") from None
     except Exception as error:  # noqa: BLE001 - damaged files raise many types
         first_line = next(iter(str(error).splitlines()), "")
-        raise UserError(f"{path}: damaged ({type(error).__name__}: {first_line[:120]})") from None
+        raise UserError(f"{path}: damaged ({type(error).__name__}: {in_one_line(first_line, 120)})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, expected a dictionary")
     return content

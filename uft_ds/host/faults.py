@@ -13,6 +13,7 @@ import traceback
 from pathlib import Path
 
 from uft_ds.errors import EXIT_BAD_INPUT, EXIT_CRASHED
+from uft_ds.host.terminal import in_one_line
 
 _OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EPIPE, errno.EBADF)
 _LASTING = frozenset((
@@ -39,7 +40,7 @@ def foreseen(error: BaseException) -> str | None:
         return f"standard output, or a file that was being written: {error.strerror}"
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _ALLOCATOR in str(error)):
         said = str(error).strip().splitlines()
-        return f"the memory of this machine is not enough{f' ({said[-1][:200]})' if said else ''}"
+        return f"the memory of this machine is not enough{f' ({in_one_line(said[-1], 200)})' if said else ''}"
     return None
 
 
@@ -67,7 +68,7 @@ def ending(error: Exception) -> tuple[int, str]:
         return EXIT_BAD_INPUT, message
     text = "".join(traceback.format_exception(error))
     said = str(error).strip().splitlines()
-    what = f"{type(error).__name__}: {said[0][:300]}" if said else type(error).__name__
+    what = f"{type(error).__name__}: {in_one_line(said[0], 300)}" if said else type(error).__name__
     try:
         descriptor, path = tempfile.mkstemp(prefix="uft-traceback-", suffix=".txt")
         with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:

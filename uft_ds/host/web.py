@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from uft_ds.errors import UserError
+from uft_ds.host.terminal import in_one_line
 
 CONNECT_SECONDS = 10.0
 """Longest wait for a connection: a machine that takes longer is not there."""
@@ -233,4 +234,4 @@ def words_of(body: bytes) -> str:
         text = inner if isinstance(inner, str) else str(inner["message"])
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass
-    return " ".join(text.split())[:200]
+    return in_one_line(text, 200)

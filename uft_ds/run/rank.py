@@ -35,7 +35,7 @@ from uft_ds.host.library_warnings import each_once
 from uft_ds.host.locks import Lock
 from uft_ds.host.signals import Stop, StopRequest
 from uft_ds.host.standard_streams import LastingOutput
-from uft_ds.host.terminal import SafeConsole, as_typed, duration, visible
+from uft_ds.host.terminal import SafeConsole, as_typed, duration, in_one_line, visible
 from uft_ds.host.world import LauncherEnvironment, launcher_environment
 from uft_ds.known.cache import Known, fill
 from uft_ds.recipe.settings import Settings
@@ -172,7 +172,7 @@ _CONNECTION_LOST = (
 
 
 def _crash(error: Exception, where: str = "") -> Status:
-    message = f"{type(error).__name__}: {str(error).strip()[:300]}"
+    message = f"{type(error).__name__}: {in_one_line(str(error), 300)}"
     rank = launcher_environment().rank
     if any(part in str(error) for part in _CONNECTION_LOST):
         why = "lost its connection to another rank, which was killed or crashed: see the launcher's output and the logs"

@@ -18,6 +18,7 @@ from typing import Any
 
 from uft_ds.errors import UserError
 from uft_ds.host.files import sha256
+from uft_ds.host.terminal import in_one_line
 from uft_ds.scoring.item import Item, Judgement, failed, found
 from uft_ds.scoring.rows import written
 from uft_ds.scoring.threads import in_threads
@@ -160,7 +161,7 @@ class _Worker:
             return failed(self._ended_how(self._seconds))
         if "value" in answer:
             return found(answer["value"])
-        return failed(answer["reason"])
+        return failed(in_one_line(answer["reason"], 500))
 
     def kill(self) -> None:
         """End the process and those that it has started."""

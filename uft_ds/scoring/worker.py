@@ -28,6 +28,8 @@ from typing import Any
 _IMPORT_SECONDS = 180.0
 _LATER_SECONDS = 2.0
 """The alarm comes after the parent's own limit."""
+_MOST_LETTERS = 10_000
+"""Of a reason that is sent; the parent shortens it further, for people."""
 
 Function = Callable[[list[dict[str, Any]], str, dict[str, Any]], Any]
 
@@ -88,7 +90,7 @@ def judged(function: Function, item: Mapping[str, Any]) -> dict[str, Any]:
             return {"reason": f"the function returned {value!r:.80}, expected a number or None"}
         return {"value": float(value)}  # an integer of 400 digits is no float
     except Exception as error:  # noqa: BLE001 - the user's code, its exceptions' and values' own texts too
-        return {"reason": f"{type(error).__name__}: {_text_of(error)}"[:500]}
+        return {"reason": f"{type(error).__name__}: {_text_of(error)}"[:_MOST_LETTERS]}
 
 
 def _text_of(error: Exception) -> str:

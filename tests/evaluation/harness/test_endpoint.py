@@ -11,11 +11,13 @@ from typing import Any
 
 import needs
 import pytest
+import requests
 import torch
 from asking import evaluated, items_of, stub_tasks, uft_eval
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from uft_ds.errors import UserError
 from uft_ds.evaluation.harness.batches import BatchSize
 from uft_ds.evaluation.harness.endpoint import EndpointModel
 from uft_ds.evaluation.harness.model import CausalModel
@@ -128,6 +130,20 @@ def test_tasks_that_a_server_cannot_score_are_named_before_the_start(
     assert "gives no log-probs of prompts" in str(refused.exception)
     assert "score choices: pick; leave them out" in str(refused.exception)
     assert uft_eval(tiny_qwen2, "--suite", say, *options, "--overwrite").exit_code == 0
+
+
+def test_what_a_server_says_of_an_error_ends_behind_a_word(tiny_qwen2: Path) -> None:
+    """On one line, whatever the length of its page."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_qwen2)
+    there = EndpointModel("http://127.0.0.1:9/v1", "x", tokenizer, positions=512, rows=1, has_template=True)
+    response = requests.Response()
+    response.status_code, response._content = 422, b"no such\nmodel " * 99
+
+    def refused() -> None:
+        raise requests.HTTPError(response=response)
+
+    with pytest.raises(UserError, match=r"answers 422: (no such model )+no \.\.\.$"):
+        there._asked(refused)
 
 
 def test_a_server_that_is_gone_is_no_bad_input(tiny_qwen2: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from uft_ds.data.tokens.encoding import encoder_of
 from uft_ds.data.tokens.pieces import check_pieces
 from uft_ds.errors import UserError
 from uft_ds.host.files import read_regular_text
+from uft_ds.host.terminal import in_one_line
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -226,10 +227,10 @@ def _why_unreadable(base: str, error: Exception) -> str:
             "tokenizer is one of transformers' own"
         )
     if not Path(base).is_dir():
-        return text[:500]
+        return in_one_line(text, 500)
     if "instantiate the backend tokenizer" in text:
         return _FETCH
-    return f"{text[:500]}; correct its files, or fetch them again"
+    return f"{in_one_line(text, 500)}; correct its files, or fetch them again"
 
 
 def save_tokenizer(chat: ChatTokenizer, folder: Path) -> None:

@@ -120,7 +120,7 @@ class EndpointModel:
         except OSError as error:  # what the client raises are some of these
             response = getattr(error, "response", None)
             if response is not None and 400 <= response.status_code < 500:
-                said = " ".join(response.text.split())[:200]
+                said = in_one_line(response.text, 200)
                 raise UserError(f"--url: {self._url} answers {response.status_code}: {said}") from None
             reason = in_one_line(str(error), 200)
             raise CheckFailed(f"--url: {self._url} cannot be asked ({reason}); the same command goes on") from None

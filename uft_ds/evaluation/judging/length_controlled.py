@@ -18,6 +18,7 @@ from uft_ds.errors import CheckFailed, UserError
 from uft_ds.evaluation.benchmarks import alpaca_eval
 from uft_ds.evaluation.judging.wins import Duel
 from uft_ds.host.files import sha256
+from uft_ds.host.terminal import in_one_line
 from uft_ds.scoring.item import Judgement
 
 OPTION = "--alpaca-eval-files"
@@ -127,5 +128,5 @@ def _asked_of_alpaca_eval(rows: Sequence[Mapping[str, Any]], gamed: Path) -> dic
             return dict(found)
     except (ValueError, TypeError, AttributeError):
         pass
-    said = ended.stderr.strip().splitlines()[-1:] or [ended.stdout.strip()[:200]]
-    raise CheckFailed(f"{OPTION}: alpaca_eval's regression has failed (exit code {ended.returncode}: {said[0][:300]})")
+    said = in_one_line((ended.stderr.strip().splitlines()[-1:] or [ended.stdout])[0], 300)
+    raise CheckFailed(f"{OPTION}: alpaca_eval's regression has failed (exit code {ended.returncode}: {said})")
