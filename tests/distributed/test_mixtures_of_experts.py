@@ -109,7 +109,7 @@ def test_all_parameters_of_a_mixture_are_refused(mixture: Path, tmp_path: Path) 
     """Its files hold the experts one by one, which transformers puts together: the trained model could not be written
     back into them."""
     recipe = recipe_in(tmp_path, mixture, lora=None, objective__reward_shift="none")
-    with pytest.raises(UserError, match=r"^lora: null given, but .* holds \S*experts\S* as .*; train adapters$"):
+    with pytest.raises(UserError, match=r"^lora: null given, but .* hold \S*experts\S* in other .*; train adapters$"):
         check_run(settings_of_run(recipe))
 
 
