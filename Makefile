@@ -47,7 +47,7 @@ quickstart: install ## Train a small real model on two CPU ranks and talk to it 
 online: install ## The quickstart's model learns from its own answers, graded by code (about 10 minutes)
 	$(BIN)/uft quickstart --online
 
-test: install ## Fast tests: every unit and property once (about seven minutes)
+test: install ## Fast tests: every unit and property once (about six minutes)
 	@# By file: fixtures that train a model serve all tests of theirs. In the order of tests/suites.py, the slow first.
 	$(PYTEST) -m "not long" -n 3 --dist loadfile --no-loadscope-reorder
 
