@@ -44,7 +44,11 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def write_recipe(folder: Path, base: Path, **changes: Any) -> Path:
-    """A recipe of four steps on a tiny model, with instruction and scored rows of uneven length."""
+    """A recipe of four steps on a tiny model, with instruction and scored rows of uneven length.
+
+    Args:
+        changes: `train={...}` replaces a section, `train__lr=...` one key, also of a section that is replaced here.
+    """
     instruction = [{"prompt": f"Say {i}", "response": "yes " * (1 + i % 5)} for i in range(16)]
     scored = [{"prompt": f"Rate {i}", "response": "no " * (1 + i % 3), "score": i % 3 / 2} for i in range(16)]
     tree: dict[str, Any] = {
@@ -74,7 +78,7 @@ def write_recipe(folder: Path, base: Path, **changes: Any) -> Path:
         "deepspeed": "zero3_cpu",
         "output": str(folder / "run"),
     }
-    for key, value in changes.items():
+    for key, value in sorted(changes.items(), key=lambda change: change[0].count("__")):
         node = tree
         *parents, leaf = key.split("__")
         for parent in parents:
@@ -86,16 +90,16 @@ def write_recipe(folder: Path, base: Path, **changes: Any) -> Path:
 
 
 def recipe_in(folder: Path, base: Path, **changes: Any) -> Path:
-    """With a running reward shift: a checkpoint must hold that too."""
+    """With a running reward shift: a checkpoint must hold that too; none where `changes` replace the objective."""
     folder.mkdir(parents=True, exist_ok=True)
-    values = {
+    own = {
         "train__steps": STEPS,
         "train__checkpoint_every": 2,
         "train__keep_checkpoints": 2,
         "objective__reward_shift": "ema",
     }
-    values |= changes
-    return write_recipe(folder, base, **values)
+    kept = {key: value for key, value in own.items() if key.partition("__")[0] not in changes}
+    return write_recipe(folder, base, **(kept | changes))
 
 
 def settings_of_run(recipe: Path, *overrides: str) -> Settings:
