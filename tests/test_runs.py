@@ -22,7 +22,7 @@ from runs import STEPS, recipe_in
 def test_a_key_beside_its_section_is_kept(
     tmp_path: Path, changes: dict[str, Any], objective: dict[str, Any], steps: int
 ) -> None:
-    """In whatever order they are given; what a recipe of tests has by itself is not added to a given section."""
+    """In whatever order they are given; what such a recipe has by itself is not added to a section that is given."""
     recipe = yaml.safe_load(recipe_in(tmp_path, tmp_path / "base", **changes).read_text())
     assert recipe["objective"] == objective
     assert recipe["train"]["steps"] == steps

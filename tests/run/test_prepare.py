@@ -54,7 +54,9 @@ def both(chat: ChatTokenizer, folder: Path, first: dict[str, Any], second: dict[
     return prepare_data(settings_of(recipe_from_tree(tree, "x")), chat)
 
 
-@pytest.mark.parametrize("key", ["data.sources.0.path", "data.sources.1.path", "data.held_out.0.path"])
+@pytest.mark.parametrize(
+    "key", ["data.sources.0.path", "data.sources.1.path", "data.held_out.0.path", "evaluate.tasks.0.path"]
+)
 @pytest.mark.parametrize("fault", ["missing", "dead link", "no file", "unknown kind", "not readable"])
 def test_a_source_that_is_not_there_is_named_by_its_key(
     chat: ChatTokenizer, tmp_path: Path, key: str, fault: str, monkeypatch: pytest.MonkeyPatch
@@ -65,7 +67,9 @@ def test_a_source_that_is_not_there_is_named_by_its_key(
         given: write_rows(
             tmp_path / f"{number}.jsonl", [{**row, "prompt": f"{number} {row['prompt']}"} for row in rows]
         )
-        for number, given in enumerate(("data.sources.0.path", "data.sources.1.path", "data.held_out.0.path"))
+        for number, given in enumerate(
+            ("data.sources.0.path", "data.sources.1.path", "data.held_out.0.path", "evaluate.tasks.0.path")
+        )
     }
     path = paths[key]
     opened = Path.open
@@ -90,12 +94,16 @@ def test_a_source_that_is_not_there_is_named_by_its_key(
     if fault == "no file":
         os.mkfifo(path)
         words = "a pipe, a device or a socket"
-    sources = [{"format": "jsonl", "path": str(path)} for path in paths.values()]
-    data = {"sources": sources[:2], "held_out": sources[2:], "cache_dir": str(tmp_path / "tokens"), "workers": 1}
+    *sources, held_out = [{"format": "jsonl", "path": str(path)} for path in list(paths.values())[:3]]
+    data = {"sources": sources, "held_out": [held_out], "cache_dir": str(tmp_path / "tokens"), "workers": 1}
+    task = {"name": "t", "path": str(paths["evaluate.tasks.0.path"]), "score_by": "regex:a"}
     tree = {"name": "x", "model": {"base": "b"}, "data": data, "objective": {}, "output": "o"}
+    tree |= {"evaluate": {"tasks": [task]}}
     settings = settings_of(recipe_from_tree(tree, "x"))
+    tokenised: list[str] = []
     with pytest.raises(UserError, match=rf"^{re.escape(key)}: {re.escape(str(path))}: {words}"):
-        prepare_data(settings, chat)
+        prepare_data(settings, chat, lambda label, done, total: tokenised.append(label))
+    assert tokenised == [], "what is missing is found before the first source is read"
 
 
 @pytest.mark.parametrize(

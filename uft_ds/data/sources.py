@@ -18,7 +18,7 @@ import numpy as np
 
 from uft_ds.data.example import GOOD_FROM, KINDS
 from uft_ds.data.mixture import ONE_PASS, Portion, amounts_of
-from uft_ds.data.rows.reading import find_data
+from uft_ds.data.rows.reading import SourceFiles, find_data
 from uft_ds.data.score_map import ScoreMap, affine, quantiles
 from uft_ds.data.store.account import Account
 from uft_ds.data.store.building import RowRules
@@ -176,15 +176,18 @@ def prepare_source(
     seed: int,
     tolerance: Tolerance,
     workers: int | None = None,
+    files: SourceFiles | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> PreparedSource:
     """Tokenise one source, or reuse its store; check it and draw the requested examples.
 
+    Args:
+        files: as `find_data` has found them; None: they are looked for here.
     Raises:
         UserError: data that is not there or cannot be read (the recipe's key and the path), a bad row (file:line), no
             usable response, or fewer responses than requested.
     """
-    data = find_data(source.path, source.split, source.path_key)
+    data = find_data(source.path, source.split, source.path_key) if files is None else files
     key = ensure_store(
         data,
         source.rules,

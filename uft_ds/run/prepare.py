@@ -13,6 +13,7 @@ from typing import Any
 
 from uft_ds.checkpoint.owner import RUN
 from uft_ds.data.mixture import units_of_epochs
+from uft_ds.data.rows.reading import SourceFiles, find_data
 from uft_ds.data.sources import (
     PreparedData,
     PreparedSource,
@@ -60,10 +61,16 @@ def prepare_data(
     """Read, check and tokenise all sources. A source whose tokens are in the cache is only hashed.
 
     Raises:
-        UserError: a source cannot be read, does not fit the objective or the micro-batch, or the mixture is empty.
+        UserError: a source or a task's prompts are not there, a source cannot be read, does not fit the objective or
+            the micro-batch, or the mixture is empty.
     """
+    sources = (*settings.data.sources, *settings.data.held_out)
+    # All of them before the first is tokenised, which may take an hour.
+    found = [find_data(source.path, source.split, source.path_key) for source in sources]
+    for number, task in enumerate(settings.tasks):
+        find_data(task.path, task.split, f"evaluate.tasks.{number}.path")
 
-    def prepare(source: SourceSettings) -> PreparedSource:
+    def prepare(source: SourceSettings, files: SourceFiles) -> PreparedSource:
         return prepare_source(
             source,
             chat,
@@ -71,13 +78,12 @@ def prepare_data(
             seed=settings.train.seed,
             tolerance=settings.data.tolerance,
             workers=settings.data.workers,
+            files=files,
             on_progress=lambda done, total: on_progress(f"reading {source.label}", done, total),
         )
 
-    data = PreparedData(
-        tuple(map(prepare, settings.data.sources)),
-        tuple(map(prepare, settings.data.held_out)),
-    )
+    prepared, num_train = tuple(map(prepare, sources, found)), len(settings.data.sources)
+    data = PreparedData(prepared[:num_train], prepared[num_train:])
     check_no_source_twice(data, settings.data.cache_dir)
     problems = list(kind_problems(settings.given, data))
     if problems:
