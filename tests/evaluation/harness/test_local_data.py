@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from uft_ds.errors import UserError
-from uft_ds.evaluation.harness.local import content, local_tasks
+from uft_ds.evaluation.harness.local import content, has_another_split, local_tasks, looked_for
 from uft_ds.evaluation.harness.rows import check_rows
-from uft_ds.evaluation.harness.suites import AskedTask
+from uft_ds.evaluation.harness.suites import SUITES, AskedTask
 
 needs.installed("lm_eval", "pip install '.[eval]' brings it")
 
@@ -49,6 +49,18 @@ def test_a_group_is_all_its_tasks(tmp_path: Path) -> None:
     assert set(content([task], data)) == {"mmlu/virology/dev.jsonl", "mmlu/virology/test.jsonl"}
 
 
+@pytest.mark.parametrize("task", sorted({asked.task for suite in SUITES.values() for asked in suite.asked}))
+def test_each_task_of_the_suites_can_be_asked_from_files(task: str) -> None:
+    """So that a whole board can be asked where there is no hub."""
+    assert looked_for(task).startswith("looked for ")
+
+
+def test_a_part_of_mmlu_is_its_subjects(tmp_path: Path) -> None:
+    """The harness finds them by a tag; 12 of the 57 are social sciences."""
+    with pytest.raises(UserError, match=r"looked for mmlu/econometrics/dev\.jsonl, .* and 18 more, of"):
+        local_tasks(tmp_path, [AskedTask("mmlu_social_sciences", 5)])
+
+
 def test_a_task_without_rows_is_left_to_the_hub(tmp_path: Path) -> None:
     """As long as one task has some."""
     data = files_in(tmp_path, "ifeval/input_data.jsonl")
@@ -61,6 +73,22 @@ def test_other_questions_than_the_tests_are_named(tmp_path: Path) -> None:
     data = files_in(tmp_path, "arc_challenge/train.jsonl", "arc_challenge/validation.jsonl")
     (task,) = local_tasks(data, [AskedTask("arc_challenge", 25)])
     assert (task.asked, task.changes) == ("validation", {"test_split": None})
+    assert has_another_split("arc_challenge", "validation")
+
+
+@pytest.mark.parametrize(
+    ("task", "split"),
+    [
+        ("arc_challenge", "test"),
+        ("arc_challenge", "hub"),
+        ("hellaswag", "validation"),
+        ("leaderboard_gpqa_main", "train"),
+        ("leaderboard_musr_team_allocation", "team_allocation"),
+    ],
+)
+def test_questions_of_the_harness_are_comparable(task: str, split: str) -> None:
+    """Whatever the hub's data set calls their split."""
+    assert not has_another_split(task, split)
 
 
 @pytest.mark.parametrize(

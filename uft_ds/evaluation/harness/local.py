@@ -15,102 +15,16 @@ import yaml
 
 from uft_ds.errors import UserError
 from uft_ds.evaluation.harness import package
+from uft_ds.evaluation.harness.layouts import LAYOUTS, Layout
 from uft_ds.evaluation.harness.suites import AskedTask
 from uft_ds.host.files import sha256
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where rows of some tasks of the harness lie in a data folder.
-
-    task_files: of the harness, a pattern below its folder of tasks.
-    files: a file for each split, below the data folder; {subset} is the task's `dataset_name`, {task} its name.
-    asked: the splits that hold the questions, the best first: the next one is taken where a file is not there.
-    examples: the split that examples in the prompt come from; None: they are in the harness.
-    groups: names of groups that have all these tasks. columns: that each row must have.
-    """
-
-    task_files: str
-    files: Mapping[str, str]
-    asked: tuple[str, ...]
-    columns: tuple[str, ...]
-    examples: str | None = None
-    groups: tuple[str, ...] = ()
-
-
-def _splits(folder: str, *names: str) -> dict[str, str]:
-    return {name: f"{folder}/{name}.jsonl" for name in names}
-
-
-_IFEVAL = ("key", "prompt", "instruction_id_list", "kwargs")
-LAYOUTS = (
-    Layout("ifeval/ifeval.yaml", {"train": "ifeval/input_data.jsonl"}, ("train",), _IFEVAL),
-    Layout("leaderboard/ifeval/ifeval.yaml", {"train": "ifeval/input_data.jsonl"}, ("train",), _IFEVAL),
-    Layout("gsm8k/gsm8k.yaml", _splits("gsm8k", "train", "test"), ("test",), ("question", "answer"), "train"),
-    Layout(
-        "truthfulqa/truthfulqa_mc[12].yaml",
-        {"validation": "truthfulqa/multiple_choice.jsonl"},
-        ("validation",),
-        ("question", "mc1_targets", "mc2_targets"),
-    ),
-    Layout(
-        "arc/arc_*.yaml",
-        _splits("{task}", "train", "validation", "test"),
-        ("test", "validation"),
-        ("question", "choices", "answerKey"),
-        "train",
-    ),
-    Layout(
-        "winogrande/default.yaml",
-        _splits("winogrande", "train", "validation"),
-        ("validation",),
-        ("sentence", "option1", "option2", "answer"),
-        "train",
-    ),
-    Layout(
-        "hellaswag/hellaswag.yaml",
-        _splits("hellaswag", "train", "validation"),
-        ("validation",),
-        ("ctx_a", "ctx_b", "activity_label", "endings", "label"),
-        "train",
-    ),
-    Layout(
-        "mmlu/default/mmlu_*.yaml",
-        _splits("mmlu/{subset}", "dev", "test"),
-        ("test",),
-        ("question", "choices", "answer"),
-        "dev",
-        ("mmlu",),
-    ),
-    Layout(
-        "leaderboard/bbh_mc/[a-z]*.yaml",
-        {"test": "bbh/{subset}.jsonl"},
-        ("test",),
-        ("input", "target"),
-        groups=("leaderboard_bbh",),
-    ),
-    Layout(
-        "leaderboard/math/math_*.yaml",
-        _splits("math/{subset}", "train", "test"),
-        ("test",),
-        ("problem", "solution", "level"),
-        groups=("leaderboard_math_hard",),
-    ),
-    Layout(
-        "leaderboard/mmlu_pro/mmlu_pro.yaml",
-        _splits("mmlu_pro", "validation", "test"),
-        ("test",),
-        ("question", "options", "answer"),
-        "validation",
-    ),
-)
 
 
 @dataclass(frozen=True)
 class LocalTask:
     """A task with its rows: files by split, the split of the questions, and the harness's own file of it.
 
-    given: the name that was asked for, its own or a group's. columns: that each row must have.
+    given: the name that was asked for, its own or a group's.
     """
 
     name: str
@@ -119,7 +33,7 @@ class LocalTask:
     files: Mapping[str, Path]
     asked: str
     changes: Mapping[str, None]
-    columns: tuple[str, ...]
+    layout: Layout
 
     def write(self, folder: Path) -> None:
         """Write the task file that sends the harness to the rows."""
@@ -165,6 +79,11 @@ def looked_for(name: str) -> str:
     return f"looked for {', '.join(files[:_FILES_NAMED])}{more}, of which none is there"
 
 
+def has_another_split(name: str, split: str) -> bool:
+    """Whether the questions of a task are those that a data folder had in place of the harness's."""
+    return any(_own_files(name, (layout for layout in LAYOUTS if split in layout.asked[1:])))
+
+
 def content(tasks: Iterable[LocalTask], data: Path) -> dict[str, str]:
     """The SHA-256 of each file that is read, by its name below the data folder."""
     paths = sorted({path for task in tasks for path in task.files.values()})
@@ -197,19 +116,24 @@ def _local_task(data: Path, one: AskedTask, layout: Layout, own_file: Path, tree
         changes |= {"training_split": None, "fewshot_split": None}
     if "validation" in names and "validation" not in there:
         changes["validation_split"] = None  # where there are no examples, the harness reads it
-    return LocalTask(name, one.task, own_file, there, questions, changes, layout.columns)
+    return LocalTask(name, one.task, own_file, there, questions, changes, layout)
 
 
-def _own_files(name: str) -> Iterator[tuple[Layout, Path, dict[str, Any]]]:
+def _own_files(name: str, layouts: Iterable[Layout] = LAYOUTS) -> Iterator[tuple[Layout, Path, dict[str, Any]]]:
     """The harness's files of a task, or of the tasks of a group, and what they hold."""
-    for layout in LAYOUTS:
+    for layout in layouts:
         for own_file in sorted((package.root() / "tasks").glob(layout.task_files)):
             text = own_file.read_text(encoding="utf-8")
             if name not in text and name not in layout.groups:
                 continue  # before the reading as YAML, which takes milliseconds
             tree = package.read_task_file(own_file)
-            if name == tree.get("task") or name in layout.groups:
+            if name in (tree.get("task"), _subgroup(tree)) or name in layout.groups:
                 yield layout, own_file, tree
+
+
+def _subgroup(tree: Mapping[str, Any]) -> str:
+    """The group of a part of MMLU, such as mmlu_stem, whose tasks the harness finds by a tag."""
+    return str(tree.get("tag")).removesuffix("_tasks")
 
 
 def _file_names(layout: Layout, tree: Mapping[str, Any]) -> dict[str, str]:

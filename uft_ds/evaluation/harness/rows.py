@@ -23,8 +23,8 @@ def check_rows(tasks: Iterable[LocalTask]) -> None:
     seen: set[tuple[Path, tuple[str, ...]]] = set()
     for task in tasks:
         for path in task.files.values():
-            if (path, task.columns) not in seen:
-                seen.add((path, task.columns))
+            if (path, task.layout.columns) not in seen:
+                seen.add((path, task.layout.columns))
                 _check_file(path, task)
 
 
@@ -33,7 +33,8 @@ def _check_file(path: Path, task: LocalTask) -> None:
         lines = read_regular_text(path).split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--data: {path}: cannot be read ({error}); fetch the rows of {task.name} again") from None
-    expected = f"{task.name} expects an object with {', '.join(task.columns)}"
+    columns = task.layout.columns
+    expected = f"{task.name} expects an object with {', '.join(columns)}"
     count = 0
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -44,7 +45,7 @@ def _check_file(path: Path, task: LocalTask) -> None:
             raise UserError(f"--data: {path}:{number}: no JSON ({error}); {expected}") from None
         if not isinstance(row, dict):
             raise UserError(f"--data: {path}:{number}: found {line[:40]}; {expected}")
-        missing = [column for column in task.columns if row.get(column) is None]
+        missing = [column for column in columns if row.get(column) is None]
         if missing:
             there = ", ".join(map(str, row)) or "nothing"
             raise UserError(f"--data: {path}:{number}: has no {missing[0]}, found {there}; {expected}")

@@ -14,9 +14,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from uft_ds.errors import UserError
+from uft_ds.evaluation.harness.local import has_another_split
 from uft_ds.evaluation.harness.planned import OnAnswered
 from uft_ds.evaluation.harness.suites import paper_columns
-from uft_ds.evaluation.harness.tasks import OWN_FILE
 from uft_ds.evaluation.results import Evaluation, TaskResult, read_items
 
 _SECONDS_BETWEEN_LINES = 30.0
@@ -88,16 +88,10 @@ def in_words(found: Evaluation) -> list[str]:
         f"{found.name}: {limit}, {template}{turns}, {said['dtype']}, seeds {said['seeds']}",
         ", ".join(f"{name} {version}" for name, version in said["versions"].items()),
     ]
-    others = {
-        name: one["rows"]
-        for name, one in said["tasks"].items()
-        if one["rows"] not in ("hub", OWN_FILE, "test", "train")
-    }
-    usual = {"truthfulqa_mc1", "truthfulqa_mc2", "winogrande", "hellaswag"}
     lines += [
-        f"note: {name}: its questions are those of the {split} split: not comparable with published numbers"
-        for name, split in others.items()
-        if name not in usual
+        f"note: {name}: its questions are those of the {one['rows']} split: not comparable with published numbers"
+        for name, one in said["tasks"].items()
+        if has_another_split(name, one["rows"])
     ]
     if said["max_new_tokens"] is not None:
         lines.append(f"note: no answer has more than {said['max_new_tokens']:,} new tokens (--max-new-tokens)")
