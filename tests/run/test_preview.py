@@ -257,6 +257,15 @@ def test_a_score_under_meta_is_noted(tmp_path: Path, chat: ChatTokenizer) -> Non
     assert [row["columns_not_read"] for row in data_report(data)["train"]] == [{"meta.reward": 3}]
 
 
+def test_pictures_that_are_left_out_are_noted(tmp_path: Path, chat: ChatTokenizer) -> None:
+    """The text that is trained speaks of them; other columns may be left out without a word."""
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "q", "response": "a", "images": ["a.png"], "context": "c"}])
+    source = SourceSettings(str(path), None, rules(columns=(("context", None), ("images", None))))
+    prepared = prepare_source(source, chat, tmp_path / "cache", seed=0, tolerance=Tolerance())
+    shown = printed(PreparedData((prepared,), ()), 400)
+    assert f"note: {path}: columns leaves out images: only text is trained, and it lacks what it speaks of" in shown
+
+
 def test_mixed_kinds_and_a_scale_are_shown(tmp_path: Path, chat: ChatTokenizer) -> None:
     """How many responses each kind has; which scores were found, and what becomes of them."""
     rows: list[dict[str, Any]] = [

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from uft_ds.data.asked import Asked, AskedSource
 from uft_ds.data.example import Kind, Sequence
-from uft_ds.data.formats.columns import OF_META
+from uft_ds.data.formats.columns import OF_META, is_medium
 from uft_ds.data.formats.fields import default_score
 from uft_ds.data.formats.table import FORMATS
 from uft_ds.data.mixture import Steps
@@ -198,6 +198,11 @@ def notes(data: PreparedData) -> Iterator[Text]:
                 f"note: {as_typed(source.label)}: not read: {_with_rows(like_a_score)}; these rows train as answers of "
                 f"score {default_score(source.settings.rules.score):g}. If it is their score, it belongs beside "
                 "'response'"
+            )
+        if media := [column for column, given in source.settings.rules.columns if given is None and is_medium(column)]:
+            yield Text(
+                f"note: {as_typed(source.label)}: columns leaves out {', '.join(media)}: only text is trained, and it "
+                "lacks what it speaks of where a row had one; a placeholder such as <image> in it is read as text"
             )
         if columns := {column: rows for column, rows in unread.items() if column not in like_a_score}:
             named = _with_rows(columns)

@@ -61,6 +61,20 @@ def test_a_column_that_carries_meaning_is_refused(name: str, column: str, value:
     assert f"`columns: {{{column}: null}}`" in message
 
 
+def test_leaving_out_pictures_is_told_what_it_costs() -> None:
+    """They are no text by another name, and the text speaks of them; other columns keep their own remedy."""
+    row = {"prompt": "What is it?", "completion": "A cat.", "images": ["cat.png"]}
+    lost = (
+        "Rows with pictures, films or sound are refused, because only text is trained; the source's "
+        "`columns: {images: null}` reads their text alone, which then lacks what it speaks of"
+    )
+    reads = f"it reads {', '.join(columns_of(trl) or ())}"
+    alone = f"not read by this format: 'images' (only text is trained); {reads}. {lost}"
+    assert refused_columns(row, trl) == alone
+    both = str(refused_columns(row | {"system": "s"}, trl))
+    assert both.endswith(f"`columns: {{NAME: system}}`, or leave it out by `columns: {{system: null}}`. {lost}")
+
+
 @pytest.mark.parametrize("value", [None, "", [], {}, [None, ""], {"a": None}])
 def test_an_empty_column_carries_no_meaning(value: Any) -> None:
     """Arrow files and exports have empty columns for what a row does not have."""
@@ -207,7 +221,7 @@ def test_an_answer_with_feedback_cannot_be_context() -> None:
         ([USER, GOOD | {"loss_mask": [0, 1]}], "'loss_mask': found"),
         ([USER, GOOD | {"loss": True, "masked": True}], "'loss' and 'masked' disagree"),
         ([USER | {"train": True}, GOOD], "turn 0: 'train' asks to learn a user turn"),
-        ([USER | {"images": ["a.png"]}, GOOD], "'images' in a turn is not read; only text is supported"),
+        ([USER | {"images": ["a.png"]}, GOOD], "'images' in a turn is not read; only text is trained"),
         ([USER, GOOD | {"function_call": {"name": "f"}}], "'function_call' in a turn is not read; give it as 'tool_c"),
         ([USER, GOOD | {"thinking": "a", "reasoning": "b"}], "'thinking' and 'reasoning' differ"),
         ([USER, GOOD | {"thinking": [{"type": "text"}]}], "'thinking': expected text"),
@@ -222,7 +236,7 @@ def test_an_answer_with_feedback_cannot_be_context() -> None:
         ([USER, GOOD | {"weights": [0, 1]}], "'weights' in a turn is not read; it may say"),
         ([USER, GOOD | {"score": 0.1}], "'score' in a turn is not read; give how good the answer is as a column"),
         ([USER, GOOD | {"thought": "hm"}], "'thought' in a turn is not read; give a thought before the answer as 'r"),
-        ([USER | {"image_url": "a.png"}, GOOD], "'image_url' in a turn is not read; only text is supported"),
+        ([USER | {"image_url": "a.png"}, GOOD], "'image_url' in a turn is not read; only text is trained"),
     ],
 )
 def test_keys_of_a_turn_that_cannot_be_followed_are_refused(turns: list[Any], message: str) -> None:

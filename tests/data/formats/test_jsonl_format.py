@@ -442,6 +442,14 @@ _META = "only what is not to be trained on goes under 'meta'"
         ),
         ({"prompt": "q", "response": "a", "score": 1, "rating": 5}, "'rating'; put extra fields under 'meta'"),
         ({"prompt": "q", "response": "a", "value": "a text"}, "'value'; put extra fields under 'meta'"),
+        *(
+            (
+                {"prompt": "q", "response": "a", "source": "s", key: ["cat.png"]},
+                f"{key!r}. Rows with pictures, films or sound are refused, because only text is trained; the source's "
+                f"`columns: {{{key}: null}}` reads their text alone, which then lacks what it speaks of",
+            )
+            for key in ("images", "image", "videos", "Image-Path")
+        ),
         ({"prompt": "q", "response": "a", "context": "c"}, f"'context', by its name part of what is asked; {_META}"),
     ],
 )

@@ -8,7 +8,7 @@ from importlib import resources
 from typing import Any
 
 from uft_ds.data.example import Message
-from uft_ds.data.formats.columns import known_elsewhere, meaning_of, reads
+from uft_ds.data.formats.columns import about_medium, is_medium, known_elsewhere, meaning_of, reads
 from uft_ds.data.formats.fields import KnownKey, Row, UnknownKey, default_score, label_score, present, shown, text
 from uft_ds.data.formats.scales import UNIT, Scale, checked_score, scored
 from uft_ds.data.formats.turns import (
@@ -111,6 +111,9 @@ def _check_keys(row: Row) -> None:
     unknown = [key for key in row if key not in KEYS]
     if not unknown:
         return
+    medium = next(filter(is_medium, unknown), None)
+    if medium is not None:
+        raise KnownKey(f"unknown key {shown(medium)}. {about_medium(medium)}")
     found = f"unknown key {shown(unknown[0])}"
     columns: dict[str, str] = {}
     for key in unknown:

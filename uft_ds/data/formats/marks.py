@@ -38,7 +38,7 @@ MEDIA = (
 )
 FEEDBACK = ("score", "label", "rating", "reward")
 _UNREAD = {
-    **dict.fromkeys(MEDIA, "only text is supported"),
+    **dict.fromkeys(MEDIA, "only text is trained"),
     **dict.fromkeys(OTHER_THOUGHTS, "give a thought before the answer as 'reasoning_content'"),
     **dict.fromkeys(FEEDBACK, "give how good the answer is as a column of the row, in a format that reads it"),
     "function_call": "give it as 'tool_calls'",
