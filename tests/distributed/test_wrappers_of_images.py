@@ -1,23 +1,27 @@
 """Models of images and text that are trained on text: their language model alone, converted into their own layout."""
 
 import math
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from runs import losses, recipe_in, uft, write_rows
+from runs import losses, recipe_in, settings_of_run, uft, write_recipe, write_rows
 from safetensors import safe_open
 from suites import long_but
 from toy import logps_by_name, toy_model, toy_step
 from transformers import AutoConfig, AutoModelForImageTextToText
 from wrappers import OF_IMAGES, WRAPPERS, build_wrapper
 
-from uft_ds.architectures.facts import attention_parity, is_passed_by_text
+from uft_ds.architectures.facts import attention_parity, is_passed_by_text, placeholder_ids
 from uft_ds.data.micro_batch import micro_batch
+from uft_ds.data.tokens.tokenize import PLACEHOLDER
 from uft_ds.errors import UserError
 from uft_ds.planning.structure import Lora, structure_of
+from uft_ds.run.prepare import prepare_fitting_data
 
 
 @pytest.fixture(scope="module", params=long_but(["gemma3"], WRAPPERS))
@@ -104,6 +108,24 @@ def test_a_row_with_an_image_is_refused_by_its_place(wrapper: Path, tmp_path: Pa
     result = uft("train", str(recipe_in(tmp_path, wrapper)), source)
     assert result.returncode == 2
     assert f"{rows}:1: 'messages', turn 0: 'content', part 0: found 'image'" in result.stderr
+
+
+def test_a_row_with_a_placeholder_of_the_base_is_left_out_and_counted(wrapper: Path, tmp_path: Path) -> None:
+    """What the config calls the image's token is not trained on as text, whatever the tokenizer calls it. Here it is
+    `<|endoftext|>`; `#`, which the config called so before, is an ordinary byte of this tokenizer."""
+    assert 5 in placeholder_ids(AutoConfig.from_pretrained(wrapper))
+    base = shutil.copytree(wrapper, tmp_path / "base")
+    config = base / "config.json"
+    changed, times = re.subn(r'("image_token_(id|index)"): 5', r"\1: 0", config.read_text(encoding="utf-8"))
+    assert times == 1
+    config.write_text(changed, encoding="utf-8")
+    rows = [{"prompt": f"{text} What is it?", "response": "A cat."} for text in ("A cat.", "#", "<|endoftext|>")]
+    source = {"format": "jsonl", "path": str(write_rows(tmp_path / "rows.jsonl", rows))}
+    _, data = prepare_fitting_data(settings_of_run(write_recipe(tmp_path, base, data__sources=[source])))
+    (prepared,) = data.train
+    assert prepared.account.dropped == {PLACEHOLDER: 1}
+    assert prepared.selection.store.places_of(PLACEHOLDER) == (f"{source['path']}:3",)
+    assert prepared.num_responses == 2
 
 
 def test_all_parameters_of_a_wrapper_are_refused(wrapper: Path, tmp_path: Path) -> None:

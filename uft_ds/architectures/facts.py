@@ -97,6 +97,8 @@ _STATEFUL = re.compile(
 
 _OF_TEXT = re.compile(r"(^|\.)(language_model|lm_head)\.")
 """In the name of a parameter that text reaches, in a wrapper for images and text."""
+_PLACEHOLDER = re.compile(r"(image|video|audio|vision|bo[ai]|eo[ai])_(\w+_)?token_(id|index)")
+"""A key of a wrapper's config that names such a token: image_token_id, boi_token_index, vision_start_token_id."""
 _ROUTED = re.compile(r"(^|\.)experts\.")
 """In the name of a parameter of a mixture's routed experts; a shared expert is called otherwise."""
 
@@ -113,6 +115,17 @@ def family_of(config: Any) -> Family:
 def wraps_a_language_model(config: Any) -> bool:
     """Whether a config is of a model of images and text, which holds a language model beside what reads images."""
     return config.get_text_config() is not config
+
+
+def placeholder_ids(config: Any) -> frozenset[int]:
+    """The ids of the tokens in whose places a wrapper reads images, films or sound, and of those around them.
+
+    None for a config of another model.
+    """
+    if not wraps_a_language_model(config):
+        return frozenset()
+    found = (value for name, value in vars(config).items() if _PLACEHOLDER.fullmatch(name))
+    return frozenset(value for value in found if type(value) is int)
 
 
 def is_passed_by_text(config: Any, parameter: str) -> bool:

@@ -11,9 +11,9 @@ from uft_ds.data.mixture import amounts_of
 from uft_ds.data.rows.reading import find_data
 from uft_ds.data.sources import PreparedData, PreparedSource, open_source
 from uft_ds.data.store.tokenized import is_whole, store_key
-from uft_ds.data.tokens.tokenize import load_tokenizer
 from uft_ds.errors import UserError
 from uft_ds.recipe.settings import Settings
+from uft_ds.streams.data_tokenizer import data_tokenizer
 from uft_ds.training.steps import steps_of
 
 
@@ -57,7 +57,7 @@ def _tokenised(settings: Settings) -> tuple[PreparedSource, ...] | None:
     if not all(Path(path).exists() for path in (model.base, *(source.path for source in data.sources))):
         return None
     try:
-        chat = load_tokenizer(model.base, revision=model.revision, chat_template=model.chat_template)
+        chat = data_tokenizer(model.base, revision=model.revision, chat_template=model.chat_template)
         found = []
         for source in data.sources:
             files = find_data(source.path, source.split)

@@ -27,7 +27,6 @@ from uft_ds.data.store.store_files import check_content
 from uft_ds.data.store.tokenized import is_whole
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.padding import padding_id
-from uft_ds.data.tokens.tokenize import load_tokenizer
 from uft_ds.data.tokens.vocabulary import check_fits_embedding
 from uft_ds.errors import UserError
 from uft_ds.host.callbacks import OnProgress
@@ -47,6 +46,7 @@ from uft_ds.run.task_identity import task_identities, write_task_identities
 from uft_ds.run.tasks import check_tasks
 from uft_ds.streams.base_weights import stored_in_nf4
 from uft_ds.streams.classifier import check_classifier
+from uft_ds.streams.data_tokenizer import data_tokenizer
 from uft_ds.streams.identity import local_folder
 from uft_ds.streams.load import check_base, check_base_files, embedding_rows
 from uft_ds.streams.nf4 import check_can_be_nf4
@@ -104,7 +104,7 @@ def prepare_fitting_data(
     """
     model = settings.model
     rows = embedding_rows(check_base(model.base, model.revision))
-    chat = load_tokenizer(model.base, revision=model.revision, chat_template=model.chat_template)
+    chat = data_tokenizer(model.base, revision=model.revision, chat_template=model.chat_template)
     check_fits_embedding(chat, rows)
     data = prepare_data(settings, chat, on_progress)
     check_fits_embedding(chat, rows, (source.selection.store.token_ids for source in data.all))
@@ -151,7 +151,7 @@ def ensure_data(settings: Settings, folder: RunFolder, *, has_prepared: bool) ->
             check_content(settings.data.cache_dir / key)
     if not missing:
         return
-    chat = load_tokenizer(
+    chat = data_tokenizer(
         settings.model.base, revision=settings.model.revision, chat_template=settings.model.chat_template
     )
     here = {source.key: source.label for source in prepare_data(settings, chat).all}

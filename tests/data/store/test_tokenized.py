@@ -88,6 +88,7 @@ def test_the_key_is_of_the_content(
     larger = load_tokenizer(str(tokenizer_folder))
     larger.tokenizer.add_tokens(["qa"])
     others.append(key_of(tokenizer=larger))
+    others.append(key_of(tokenizer=replace(chat, placeholders=("<|endoftext|>",))))
     with monkeypatch.context() as patch:
         patch.setattr(tokenized.importlib.metadata, "version", lambda name: "0.0")
         others.append(key_of())

@@ -1,5 +1,6 @@
 """Supervised spans: exactly the response and its end of turn, after exactly the prompt that generation would see."""
 
+import copy
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,8 +15,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from uft_ds.data.example import Example, Message, Pair, Sequence, keep_first
-from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
-from uft_ds.data.tokens.tokenize import CONTROL, EQUAL, LONG, Tokenized, load_tokenizer, tokenize
+from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer, with_placeholders
+from uft_ds.data.tokens.tokenize import CONTROL, EQUAL, LONG, PLACEHOLDER, Tokenized, load_tokenizer, tokenize
 from uft_ds.errors import UserError
 from uft_ds.examples.smollm2 import NAME
 
@@ -675,6 +676,24 @@ def test_special_tokens_in_the_text_are_dropped_and_counted(chat: ChatTokenizer,
             text.get("question", "q"), "a1", "q2", text.get("answer", "a2"), system=text.get("system")
         )
         assert tokenized(example, chat) == Tokenized((), {CONTROL: 2}, {})
+
+
+@pytest.mark.parametrize("place", ["system", "question", "answer"])
+def test_placeholders_of_images_are_dropped_and_counted_apart(tiny: ChatTokenizer, place: str) -> None:
+    """Where a model reads an image, a text would train it to see what is not there. Of the ids in a config only those
+    of added tokens count, special or not: of another tokenizer's config they may be ordinary words."""
+    tokenizer = copy.deepcopy(tiny.tokenizer)
+    tokenizer.add_tokens(["<image>"])
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in ("<image>", "<|endoftext|>", "a")]
+    chat = with_placeholders(replace(tiny, tokenizer=tokenizer), [*ids, 10**6])
+    assert chat.placeholders == ("<image>", "<|endoftext|>")
+    for token in chat.placeholders:
+        text = {place: f"x{token}y"}
+        example = conversation(
+            text.get("question", "q"), "a1", "q2", text.get("answer", "a2"), system=text.get("system")
+        )
+        assert tokenized(example, chat) == Tokenized((), {PLACEHOLDER: 2}, {})
+    assert with_placeholders(tiny, ()).placeholders == ()
 
 
 def test_a_response_is_never_cut(tiny: ChatTokenizer) -> None:

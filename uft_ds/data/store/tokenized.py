@@ -56,6 +56,7 @@ def key_parts(data: SourceFiles, rules: RowRules, chat: ChatTokenizer) -> dict[s
         "rules": asdict(rules),
         "chat_template": _sha256(json.dumps(chat.tokenizer.chat_template, sort_keys=True)),
         "tokenizer": chat.content_hash,
+        "placeholders": list(chat.placeholders),
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "code": [sha256(file) for file in (*ours, *_plugin_files(rules.format))],
     }

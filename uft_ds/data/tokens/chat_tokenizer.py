@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ class ChatTokenizer:
     """A tokenizer whose chat template closes the assistant's turn with one special token.
 
     control_tokens: the texts of all special tokens, which data must not contain.
+    placeholders: the texts of tokens in whose places the base reads images, films or sound, special or not.
     marked: whether the template marks the assistant's text by `{% generation %}` blocks.
     revision: the revision of a hub model.
     """
@@ -53,6 +54,7 @@ class ChatTokenizer:
     control_tokens: tuple[str, ...]
     marked: bool = False
     revision: str | None = None
+    placeholders: tuple[str, ...] = ()
 
     @cached_property
     def content_hash(self) -> str:
@@ -109,10 +111,28 @@ class ChatTokenizer:
 
     def holds_control_token(self, messages: Seq[Message], tools: Seq[Any]) -> bool:
         """Whether text of the data contains a special token, which only the template may write."""
-        texts = [text for message in messages for text in (message.content, *(value for _, value in message.extras))]
-        texts += [json.dumps(call, ensure_ascii=False) for message in messages for call in message.tool_calls]
-        texts += [json.dumps(tool, ensure_ascii=False) for tool in tools]
-        return any(token in text for text in texts for token in self.control_tokens)
+        return _hold_one_of(self.control_tokens, messages, tools)
+
+    def holds_placeholder(self, messages: Seq[Message], tools: Seq[Any]) -> bool:
+        """Whether text of the data stands for an image, a film or sound, which the base is not given."""
+        return _hold_one_of(self.placeholders, messages, tools)
+
+
+def _hold_one_of(tokens: tuple[str, ...], messages: Seq[Message], tools: Seq[Any]) -> bool:
+    texts = [text for message in messages for text in (message.content, *(value for _, value in message.extras))]
+    texts += [json.dumps(call, ensure_ascii=False) for message in messages for call in message.tool_calls]
+    texts += [json.dumps(tool, ensure_ascii=False) for tool in tools]
+    return any(token in text for text in texts for token in tokens)
+
+
+def with_placeholders(chat: ChatTokenizer, ids: Collection[int]) -> ChatTokenizer:
+    """The tokenizer that knows which of its tokens stand for images, films or sound.
+
+    Args:
+        ids: as the base's config has them. One that is no added token is ordinary text, whatever the config says.
+    """
+    added = chat.tokenizer.added_tokens_decoder if ids else {}
+    return replace(chat, placeholders=tuple(sorted(token.content for index, token in added.items() if index in ids)))
 
 
 def vocabulary_of(tokenizer: Any) -> str:

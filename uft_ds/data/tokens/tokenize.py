@@ -23,6 +23,7 @@ from uft_ds.errors import UserError
 
 LONG = "longer than max_length"
 CONTROL = "special token in the text"
+PLACEHOLDER = "image placeholder in the text"
 EQUAL = "chosen equals rejected"
 TRIMMED = "prompt trimmed to max_length"
 
@@ -87,6 +88,8 @@ def tokenize(
     if isinstance(item, Example) and item.exact is not None:
         return _exact(item, item.exact, chat, max_length)
     examples = (item.chosen, item.rejected) if isinstance(item, Pair) else (item,)
+    if any(chat.holds_placeholder(example.messages, example.tools) for example in examples):
+        return Tokenized((), {PLACEHOLDER: item.num_responses}, {})
     if any(chat.holds_control_token(example.messages, example.tools) for example in examples):
         return Tokenized((), {CONTROL: item.num_responses}, {})
     try:
