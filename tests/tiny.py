@@ -138,13 +138,12 @@ def build_tiny_model(
         hidden_size=64,
         intermediate_size=96,
         num_attention_heads=4,
-        max_position_embeddings=MAX_LENGTH,
         initializer_range=0.1,
         tie_word_embeddings=tied,
         bos_token_id=IM_START,
         eos_token_id=IM_END,
         pad_token_id=IM_END,
-        **({"num_hidden_layers": 2} | own | further),
+        **({"num_hidden_layers": 2, "max_position_embeddings": MAX_LENGTH} | own | further),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

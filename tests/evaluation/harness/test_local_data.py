@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import needs
 import pytest
 import yaml
 
 from uft_ds.errors import UserError
+from uft_ds.evaluation.harness import punkt
 from uft_ds.evaluation.harness.local import content, has_another_split, local_tasks, looked_for
 from uft_ds.evaluation.harness.rows import check_rows
 from uft_ds.evaluation.harness.suites import SUITES, AskedTask
@@ -151,3 +154,61 @@ def test_a_bad_row_is_named(text: str, words: str, tmp_path: Path) -> None:
         check_rows(local_tasks(data, [AskedTask("gsm8k", 0)]))
     (data / "gsm8k" / "test.jsonl").write_text(f"{RIGHT}\n\n{RIGHT}")
     check_rows(local_tasks(data, [AskedTask("gsm8k", 0)]))
+
+
+TARGETS = {"choices": ["a", "b"], "labels": [1, 0]}
+MMLU = {"question": "q", "choices": ["a", "b", "c", "d"], "answer": 0}
+GOOD = {
+    "gsm8k": json.loads(RIGHT),
+    "leaderboard_ifeval": {"key": 1, "prompt": "p", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
+    "truthfulqa_mc2": {"question": "q", "mc1_targets": TARGETS, "mc2_targets": TARGETS},
+    "arc_challenge": {"question": "q", "choices": {"text": ["a", "b"], "label": ["1", "2"]}, "answerKey": "2"},
+    "winogrande": {"sentence": "The _ is.", "option1": "a", "option2": "b", "answer": "1"},
+    "hellaswag": {"ctx_a": "a", "ctx_b": "", "activity_label": "l", "endings": ["x", "y"], "label": "1"},
+    "mmlu_virology": MMLU,
+    "leaderboard_mmlu_pro": {"question": "q", "options": ["a", "b"], "answer": "B"},
+    "leaderboard_math_algebra_hard": {"problem": "p", "solution": "$\\boxed{1}$", "level": "Level 5"},
+    "leaderboard_musr_team_allocation": {
+        "narrative": "n",
+        "question": "q",
+        "choices": "['a', 'b']",
+        "answer_choice": "a",
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "words"),
+    [
+        ("gsm8k", {"answer": "one"}, "answer: found 'one'; expected a text that ends with #### NUMBER; gsm8k could"),
+        ("leaderboard_ifeval", {"kwargs": []}, "instruction_id_list and kwargs are not two lists of the same length"),
+        ("leaderboard_ifeval", {"instruction_id_list": ["a:b"]}, "instruction_id_list: found 'a:b', of which IFEval"),
+        ("truthfulqa_mc2", {"mc2_targets": TARGETS | {"labels": [1]}}, "mc2_targets: expected choices and labels"),
+        ("truthfulqa_mc2", {"mc1_targets": TARGETS | {"labels": [0, 1]}}, "mc1_targets: found labels [0, 1]; expected"),
+        ("arc_challenge", {"choices": ["a", "b"]}, "choices: expected text and label, two lists of the same length"),
+        ("arc_challenge", {"answerKey": "B"}, "answerKey: found 'B'; expected one of ['1', '2']"),
+        ("winogrande", {"sentence": "It is."}, "sentence: found 'It is.'; expected a _ in the place of the option"),
+        ("winogrande", {"answer": 1}, 'answer: found 1; expected "1" or "2", a text'),
+        ("hellaswag", {"endings": "x"}, "endings: found 'x'; expected a list"),
+        ("hellaswag", {"label": "2"}, "label: found '2'; expected one of 0, 1"),
+        ("mmlu_virology", {"choices": ["a"]}, "choices: found ['a']; expected a list of four"),
+        ("mmlu_virology", {"answer": 4}, "answer: found 4; expected a number from 0 to 3, or a letter from A to D"),
+        ("leaderboard_mmlu_pro", {"options": ["a"]}, "options: found ['a']; expected a list of at least two"),
+        ("leaderboard_mmlu_pro", {"answer": "C"}, "answer: found 'C'; expected a number from 0 to 1, or a letter from"),
+        ("leaderboard_math_algebra_hard", {"level": 5}, 'level: found 5; expected a text such as "Level 5"'),
+        ("leaderboard_musr_team_allocation", {"choices": ["a"]}, "choices: found ['a']; expected a list that is writ"),
+    ],
+)
+def test_a_row_that_could_not_be_graded_is_named(task: str, change: dict[str, Any], words: str, tmp_path: Path) -> None:
+    """The harness would fail on it in the middle, or when all questions are answered, or count each answer as wrong."""
+    if task in punkt.TASKS:
+        punkt.provide(None)
+    names = looked_for(task).removeprefix("looked for ").partition(", of which")[0].split(", ")
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(GOOD[task]) + "\n")
+    check_rows(local_tasks(tmp_path, [AskedTask(task)]))
+    with (tmp_path / names[-1]).open("a") as file:
+        file.write(json.dumps(GOOD[task] | change) + "\n")
+    with pytest.raises(UserError, match=re.escape(f"{names[-1]}:2: {words}")):
+        check_rows(local_tasks(tmp_path, [AskedTask(task)]))

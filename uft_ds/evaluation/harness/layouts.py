@@ -5,8 +5,11 @@ Splits and columns are those of the data sets on the hub, which the harness's ow
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from uft_ds.evaluation.harness import faults
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,8 @@ class Layout:
     files: a file for each split, below the data folder; {subset} is the task's `dataset_name`, {task} its name.
     asked: the splits that hold the questions, the best first: the next one is taken where a file is not there.
     examples: the split that examples in the prompt come from; None: they are in the harness.
-    groups: names of groups that have all these tasks. columns: that each row must have.
+    groups: names of groups that have all these tasks. columns: that each row must have. fault: what is wrong with a
+    row that has them, in words.
     """
 
     task_files: str
@@ -26,6 +30,7 @@ class Layout:
     columns: tuple[str, ...]
     examples: str | None = None
     groups: tuple[str, ...] = ()
+    fault: Callable[[Mapping[str, Any]], str | None] = faults.none
 
 
 def _splits(folder: str, *names: str) -> dict[str, str]:
@@ -35,7 +40,7 @@ def _splits(folder: str, *names: str) -> dict[str, str]:
 _IFEVAL = ("key", "prompt", "instruction_id_list", "kwargs")
 LAYOUTS = (
     *(
-        Layout(file, {"train": "ifeval/input_data.jsonl"}, ("train",), _IFEVAL, groups=groups)
+        Layout(file, {"train": "ifeval/input_data.jsonl"}, ("train",), _IFEVAL, groups=groups, fault=faults.of_ifeval)
         for file, groups in (
             ("ifeval/ifeval.yaml", ()),
             ("leaderboard/ifeval/ifeval.yaml", ("leaderboard_instruction_following",)),
@@ -47,12 +52,14 @@ LAYOUTS = (
         ("test",),
         ("question", "answer"),
         "train",
+        fault=faults.of_gsm8k,
     ),
     Layout(
         "truthfulqa/truthfulqa_mc[12].yaml",
         {"validation": "truthfulqa/multiple_choice.jsonl"},
         ("validation",),
         ("question", "mc1_targets", "mc2_targets"),
+        fault=faults.of_truthfulqa,
     ),
     Layout(
         "arc/arc_*.yaml",
@@ -60,6 +67,7 @@ LAYOUTS = (
         ("test", "validation"),
         ("question", "choices", "answerKey"),
         "train",
+        fault=faults.of_arc,
     ),
     Layout(
         "winogrande/default.yaml",
@@ -67,6 +75,7 @@ LAYOUTS = (
         ("validation",),
         ("sentence", "option1", "option2", "answer"),
         "train",
+        fault=faults.of_winogrande,
     ),
     Layout(
         "hellaswag/hellaswag.yaml",
@@ -74,6 +83,7 @@ LAYOUTS = (
         ("validation",),
         ("ctx_a", "ctx_b", "activity_label", "endings", "label"),
         "train",
+        fault=faults.of_hellaswag,
     ),
     Layout(
         "mmlu/default/mmlu_*.yaml",
@@ -82,6 +92,7 @@ LAYOUTS = (
         ("question", "choices", "answer"),
         "dev",
         ("mmlu",),
+        fault=faults.of_mmlu,
     ),
     Layout(
         "leaderboard/bbh_mc/[a-z]*.yaml",
@@ -96,6 +107,7 @@ LAYOUTS = (
         ("test",),
         ("problem", "solution", "level"),
         groups=("leaderboard_math_hard",),
+        fault=faults.of_math,
     ),
     Layout(
         "leaderboard/gpqa/gpqa_*.yaml",
@@ -111,6 +123,7 @@ LAYOUTS = (
             (name,),
             ("narrative", "question", "choices", "answer_choice"),
             groups=("leaderboard_musr",),
+            fault=faults.of_musr,
         )
         for name in ("murder_mysteries", "object_placements", "team_allocation")
     ),
@@ -120,5 +133,6 @@ LAYOUTS = (
         ("test",),
         ("question", "options", "answer"),
         "validation",
+        fault=faults.of_mmlu_pro,
     ),
 )

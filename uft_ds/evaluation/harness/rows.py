@@ -1,6 +1,7 @@
 """Rows of a data folder, read before lm-evaluation-harness reads them: it names neither the file nor the line.
 
-A column that one row lacks would be an empty text in a prompt, without a word.
+A column that one row lacks would be an empty text in a prompt, without a word; an instruction that is not known would
+end the evaluation after all questions were answered.
 """
 
 from __future__ import annotations
@@ -49,6 +50,9 @@ def _check_file(path: Path, task: LocalTask) -> None:
         if missing:
             there = ", ".join(map(str, row)) or "nothing"
             raise UserError(f"--data: {path}:{number}: has no {missing[0]}, found {there}; {expected}")
+        fault = task.layout.fault(row)
+        if fault is not None:
+            raise UserError(f"--data: {path}:{number}: {fault}; {task.name} could not ask or grade it; correct the row")
         count += 1
     if not count:
         raise UserError(f"--data: {path}: has no rows; {expected} in each line")

@@ -90,12 +90,12 @@ def loaded_tasks(suite: Suite, data: Path | None, options: Options) -> Iterator[
     package.quiet()
     with tempfile.TemporaryDirectory() as folder, rows_mapped_anew():
         local_tasks = local.local_tasks(data, suite.asked) if data is not None else []
+        names = [asked.task for asked in suite.asked]
+        if any(name in punkt.TASKS for name in names):
+            punkt.provide(data)
         check_rows(local_tasks)
         for task in local_tasks:
             task.write(Path(folder))
-        names = [asked.task for asked in suite.asked]
-        if any(name in punkt.TASKS or name == "leaderboard" for name in names):
-            punkt.provide(data)
         in_data = {name: f"--data {data}" for task in local_tasks for name in (task.name, task.given)}
         found, own_files = _read(suite, Path(folder), in_data, data)
         shots = {name: int(task.get_config("num_fewshot") or 0) for name, task in found["tasks"].items()}
