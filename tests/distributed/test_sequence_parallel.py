@@ -163,7 +163,7 @@ def test_a_run_divides_its_rows(tiny_qwen2: Path, tmp_path: Path) -> None:
         (("launch.ranks=4", "launch.sequence_parallel=4"), "cannot be divided over 4 ranks; give a number"),
         (
             ("launch.sequence_parallel=2", "model.attention=sdpa"),
-            "tokens alone; take model.attention: packed, or give 1",
+            "tokens alone; take model.attention: packed where the model has it, or give 1",
         ),
         (("launch.sequence_parallel=2", "data.max_length=400"), "times launch.sequence_parallel 2 is less than"),
     ],
@@ -190,5 +190,6 @@ def test_what_cannot_be_divided_is_said() -> None:
     assert why_undivided(config, "packed", 8) == f"{cannot}; give a number that divides them (2, 4), or 1"
     odd = Qwen2Config(num_attention_heads=9, num_key_value_heads=1)
     assert why_undivided(odd, "packed", 2) == "9 heads with 1 of keys cannot be divided over 2 ranks; give 1"
-    alone = "attention sdpa computes each rank's tokens alone; take model.attention: packed, or give 1"
-    assert why_undivided(config, "sdpa", 2) == alone
+    alone = "attention sdpa computes each rank's tokens alone"
+    remedy = "take model.attention: packed where the model has it, or give 1"
+    assert why_undivided(config, "sdpa", 2) == f"{alone}; {remedy}"

@@ -18,7 +18,7 @@ from uft_ds.recipe.file import recipe_from_tree
 from uft_ds.recipe.settings import Settings
 from uft_ds.recipe.to_settings import settings_of
 from uft_ds.record.run_folder import RunFolder
-from uft_ds.run.prepare import PreparedData, prepare_data, read_report
+from uft_ds.run.prepare import PreparedData, find_tasks, prepare_data, read_report
 from uft_ds.training.steps import steps_of
 
 
@@ -101,8 +101,13 @@ def test_a_source_that_is_not_there_is_named_by_its_key(
     tree |= {"evaluate": {"tasks": [task]}}
     settings = settings_of(recipe_from_tree(tree, "x"))
     tokenised: list[str] = []
-    with pytest.raises(UserError, match=rf"^{re.escape(key)}: {re.escape(str(path))}: {words}"):
+
+    def prepare() -> None:
+        find_tasks(settings)
         prepare_data(settings, chat, lambda label, done, total: tokenised.append(label))
+
+    with pytest.raises(UserError, match=rf"^{re.escape(key)}: {re.escape(str(path))}: {words}"):
+        prepare()
     assert tokenised == [], "what is missing is found before the first source is read"
 
 

@@ -205,7 +205,8 @@ def _apply_override(tree: Any, override: str) -> None:
             index = part
         else:
             parent = ".".join(key.split(".")[:depth])
-            whole = f"{parent}={{{part}: {text if depth == len(parents) and len(text) < SHOWN_LETTERS else '...'}}}"
+            is_shown = depth == len(parents) and len(text) < SHOWN_LETTERS and text.isprintable()
+            whole = f"{parent}={{{part}: {text if is_shown else '...'}}}"
             if node is None and parent in NULL_MEANS:
                 raise UserError(
                     f"override {shown(override)}: {where}: the recipe has {parent}: null, so {NULL_MEANS[parent]}; "

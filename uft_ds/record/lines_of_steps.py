@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, get_type_hints
@@ -42,7 +42,8 @@ def read_lines(path: Path, kind: type[Line]) -> list[Line]:
     """All lines of a run; none if there is no file. Damaged lines are left out."""
     if not path.exists():
         return []
-    found = (_parsed(line, kind) for line in path.read_bytes().split(b"\n"))
+    types = get_type_hints(kind)
+    found = (_parsed(line, kind, types) for line in path.read_bytes().split(b"\n"))
     return [line for line in found if line is not None]
 
 
@@ -50,8 +51,7 @@ def _write(path: Path, lines: Iterable[Any]) -> None:
     write_atomically(path, (json.dumps(asdict(line), ensure_ascii=False) + "\n" for line in lines))
 
 
-def _parsed(line: bytes, kind: type[Line]) -> Line | None:
-    types = get_type_hints(kind)
+def _parsed(line: bytes, kind: type[Line], types: Mapping[str, Any]) -> Line | None:
     try:
         found: dict[str, Any] = json.loads(line.decode("utf-8"))
         values = {name: found[name] for name in types}

@@ -44,7 +44,7 @@ def check_recipe(settings: Settings) -> tuple[str, ...]:
     check_config(settings, config)
     # The same construction as after the launch, but without weights, so that errors appear now.
     base = empty_base(config)
-    check_base_model(base)
+    check_base_model(base)  # before what looks at its layers
     if settings.model.quantization is not None:
         check_can_be_nf4(base)
     if settings.trains_all:

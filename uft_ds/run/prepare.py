@@ -61,14 +61,12 @@ def prepare_data(
     """Read, check and tokenise all sources. A source whose tokens are in the cache is only hashed.
 
     Raises:
-        UserError: a source or a task's prompts are not there, a source cannot be read, does not fit the objective or
-            the micro-batch, or the mixture is empty.
+        UserError: a source is not there, cannot be read, or does not fit the objective or the micro-batch, or the
+            mixture is empty.
     """
     sources = (*settings.data.sources, *settings.data.held_out)
     # All of them before the first is tokenised, which may take an hour.
     found = [find_data(source.path, source.split, source.path_key) for source in sources]
-    for number, task in enumerate(settings.tasks):
-        find_data(task.path, task.split, f"evaluate.tasks.{number}.path")
 
     def prepare(source: SourceSettings, files: SourceFiles) -> PreparedSource:
         return prepare_source(
@@ -284,6 +282,7 @@ def check_run(
         stored_in_nf4(base, model, stored, check_can_be_nf4(model))
     if settings.trains_all:
         stored_parameters(base, model, stored)  # so that the trained model can be written
+    find_tasks(settings)
     chat, data = prepare_fitting_data(settings, on_progress)
     if settings.trains_head:
         check_classifier(check_base(settings.model.base, settings.model.revision), model, stored)
@@ -298,6 +297,16 @@ def check_run(
     if reward is not None:
         check_reads_the_same_text(reward, chat)
     return settings, data
+
+
+def find_tasks(settings: Settings) -> None:
+    """Refuse tasks whose prompts are not there, before any data is tokenised.
+
+    Raises:
+        UserError: names the task's key.
+    """
+    for number, task in enumerate(settings.tasks):
+        find_data(task.path, task.split, f"evaluate.tasks.{number}.path")
 
 
 def prompts_of(settings: Settings, data: PreparedData, config: Any) -> tuple[Prompt, ...]:

@@ -202,7 +202,8 @@ def notes(data: PreparedData) -> Iterator[Text]:
         if media := [column for column, given in source.settings.rules.columns if given is None and is_medium(column)]:
             yield Text(
                 f"note: {as_typed(source.label)}: columns leaves out {', '.join(media)}: only text is trained, and it "
-                "lacks what it speaks of where a row had one; a placeholder such as <image> in it is read as text"
+                "lacks what it speaks of where a row had one; a placeholder such as <image> in it is read as text, "
+                "unless the model has such a token"
             )
         if columns := {column: rows for column, rows in unread.items() if column not in like_a_score}:
             named = _with_rows(columns)

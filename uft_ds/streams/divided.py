@@ -90,7 +90,8 @@ def why_undivided(config: Any, attention: str, size: int) -> str | None:
         config: of the model. attention: its implementation.
     """
     if attention != PACKED:
-        return f"attention {attention} computes each rank's tokens alone; take model.attention: {PACKED}, or give 1"
+        remedy = f"take model.attention: {PACKED} where the model has it, or give 1"
+        return f"attention {attention} computes each rank's tokens alone; {remedy}"
     text = config.get_text_config()
     heads = int(text.num_attention_heads)
     key_heads = int(getattr(text, "num_key_value_heads", None) or heads)

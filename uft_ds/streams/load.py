@@ -281,7 +281,10 @@ def load_base(
     of_all = None if wraps_a_language_model(config) else chosen
     model = load_weights(base, revision=revision, dtype=dtype, attn_implementation=of_all)
     model.get_decoder().config._attn_implementation = chosen
-    _check_dropout(model)
+    try:
+        _check_dropout(model)
+    except UserError as error:
+        raise UserError(f"{error} ({_named(config)})") from None
     model.requires_grad_(False)
     if quantization == NF4:
         quantise(model, whole)
@@ -352,8 +355,7 @@ def _check_dropout(model: nn.Module) -> None:
         for where, rate in _dropout_rates(module):
             if rate:
                 raise UserError(
-                    f"model.base: {name}{where} has a dropout of {rate}, expected 0 (log-ratios would be noise); see "
-                    "config.json"
+                    f"model.base: {name}{where} has a dropout of {rate}, expected 0 (log-ratios would be noise)"
                 )
 
 
