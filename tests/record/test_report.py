@@ -25,6 +25,19 @@ def test_the_time_left_is_by_the_steps_of_this_start(tmp_path: Path) -> None:
     assert console.file.getvalue().endswith("ETA 0:18\n")
 
 
+def test_short_steps_have_no_line_of_their_own_off_a_terminal(tmp_path: Path) -> None:
+    """The first, the last and one after five seconds, as docs/running.md says; metrics.jsonl has all five."""
+    console = Console(file=io.StringIO(), width=200)
+    writer = MetricsWriter(tmp_path, (), run_name="test", config={})
+    with ConsoleReporter(console, writer, 5) as reporter:
+        for step in range(1, 6):
+            reporter._last_line -= 6.0 if step == 3 else 0.0
+            reporter.step(step, {"seconds": 0.1, "loss": 0.25, "tokens_per_second": 1.0})
+    assert isinstance(console.file, io.StringIO)
+    assert [line.split()[1] for line in console.file.getvalue().splitlines()] == ["1/5", "3/5", "5/5"]
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+
+
 def test_what_is_undefined_is_null_and_ends_no_line(tmp_path: Path) -> None:
     """As every correlation before the first step; TensorBoard is told, too, and says nothing."""
     console = Console(file=io.StringIO(), width=200)
