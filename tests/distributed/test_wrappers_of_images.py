@@ -1,5 +1,6 @@
 """Models of images and text that are trained on text: their language model alone, converted into their own layout."""
 
+import json
 import math
 import re
 import shutil
@@ -8,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from runs import losses, recipe_in, settings_of_run, uft, write_recipe, write_rows
 from safetensors import safe_open
+from safetensors.torch import save_file
 from suites import long_but
-from toy import logps_by_name, toy_model, toy_step
+from toy import logps_by_name, saved_adapter, toy_model, toy_policy, toy_step
 from transformers import AutoConfig, AutoModelForImageTextToText
 from wrappers import OF_IMAGES, WRAPPERS, build_wrapper
 
@@ -22,6 +24,8 @@ from uft_ds.data.tokens.tokenize import PLACEHOLDER
 from uft_ds.errors import UserError
 from uft_ds.planning.structure import Lora, structure_of
 from uft_ds.run.prepare import prepare_fitting_data
+from uft_ds.streams.adapter_files import PREFIX
+from uft_ds.streams.adapters import adapter_config_of, lora_form, start_policy_from_adapter
 
 
 @pytest.fixture(scope="module", params=long_but(["gemma3"], WRAPPERS))
@@ -96,6 +100,35 @@ def test_an_adapter_of_what_reads_images_is_no_start(wrapper: Path, tmp_path: Pa
     get_peft_model(base, LoraConfig(r=4, lora_alpha=8.0, target_modules="all-linear")).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"start\.adapter: .*it adapts what reads images.*merge the adapter"):
         toy_model(wrapper, start_adapter=tmp_path)
+
+
+def test_the_config_of_an_adapter_names_the_language_models_layers_alone(
+    wrapper: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT loads it to the same bits by `target_modules` alone, and so it does where it shortens a long list of them;
+    one that was written with `exclude_modules` is the same start."""
+    older = saved_adapter(wrapper, tmp_path / "older")
+    assert 'exclude_modules": "(?!' in (older / "adapter_config.json").read_text()
+    policy: Any = toy_policy(wrapper)
+    start_policy_from_adapter(policy, older)
+    tensors = get_peft_model_state_dict(policy)
+    written = json.loads(adapter_config_of(policy))
+    assert written["exclude_modules"] is None
+    assert written["target_modules"] == sorted({name.split(".lora_")[0].removeprefix(PREFIX) for name in tensors})
+    assert all(name.startswith("model.language_model.layers.") for name in written["target_modules"])
+    (tmp_path / "adapter").mkdir()
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(written))
+    assert lora_form(tmp_path / "adapter") == lora_form(older)
+    for longest in (len(written["target_modules"]) + 1, 1):
+        monkeypatch.setattr("peft.tuners.tuners_utils.MIN_TARGET_MODULES_FOR_OPTIMIZATION", longest)
+        loaded = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(wrapper), tmp_path / "adapter")
+        found = get_peft_model_state_dict(loaded)
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    again: Any = toy_policy(wrapper, seed=3)
+    start_policy_from_adapter(again, tmp_path / "adapter")
+    assert all(torch.equal(found[name], tensor) for name, tensor in get_peft_model_state_dict(again).items())
 
 
 @pytest.mark.parametrize("source_format", ["jsonl", "trl"])

@@ -29,6 +29,7 @@ from uft_ds.rollouts.gate import RESPONSE_NATS
 from uft_ds.rollouts.loading import is_without_route
 from uft_ds.rollouts.probe import likeliest, probe_prompt, takes_logps_before_sampling
 from uft_ds.rollouts.server import Client, Refused, Served, Server, TooLate, Unavailable, start_command
+from uft_ds.streams.adapter_files import PREFIX
 
 _Out = TypeVar("_Out")
 _TOKENS = 8
@@ -239,5 +240,5 @@ def _small_adapters(
 
 
 def _with_these_targets(config: bytes, tensors: Mapping[str, Tensor]) -> bytes:
-    targets = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in tensors})
+    targets = sorted({name.split(".lora_")[0].removeprefix(PREFIX) for name in tensors})
     return json.dumps(json.loads(config) | {"target_modules": targets}, indent=2, sort_keys=True).encode()

@@ -276,6 +276,9 @@ def adapter_config_of(policy: PeftModel, *, with_head: bool = False) -> bytes:
 
     With the head of a reward model, it is the config of a sequence classifier's adapter. PEFT writes names in the order
     of a set, which differs from process to process.
+
+    In a wrapper for images the layers are named whole. The ends of their names are those of layers that read images,
+    too, and only `exclude_modules` would keep these out, which older versions of PEFT and other readers do not know.
     """
     config: Any = policy.peft_config[POLICY_ADAPTER]
     inference_mode = config.inference_mode
@@ -286,9 +289,17 @@ def adapter_config_of(policy: PeftModel, *, with_head: bool = False) -> bytes:
             stored = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
     finally:
         config.inference_mode = inference_mode
+    if wraps_a_language_model(policy.get_base_model().config):
+        stored |= {"target_modules": _adapted_layers(policy), "exclude_modules": None}
     if with_head:
         stored |= {"task_type": "SEQ_CLS", "modules_to_save": [HEAD]}
     for key in ("target_modules", "target_parameters"):
         if isinstance(stored.get(key), list):
             stored[key].sort()
     return json.dumps(stored, indent=2, sort_keys=True).encode()
+
+
+def _adapted_layers(policy: PeftModel) -> list[str]:
+    """The layers with the policy's adapter, by their names in the base."""
+    layers = ((name.removeprefix(PREFIX), one) for name, one in policy.named_modules() if isinstance(one, LoraLayer))
+    return [name for name, one in layers if POLICY_ADAPTER in one.r]
