@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import random
 import re
+import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from judges import Answer, Asked, Fault, StandIn, judge
 from runs import write_rows
+from suites import long_but
 
 from uft_ds import cli
 from uft_ds.commands.shared import console
@@ -60,19 +63,24 @@ class Uft:
         printed = self._capsys.readouterr()
         return int(end.value.code or 0), printed.out, printed.err
 
+    def words(self, benchmark: str, at: StandIn, answers: str = "a.jsonl") -> list[str]:
+        """What the command is given to judge the answers in the folder, into `out`."""
+        of_benchmark = {
+            "mt_bench": (answers, "--questions", "q.jsonl", "--url", "--judge"),
+            "alpaca_eval": ("a.json", "--against", "r.json", "--judge-url", "--judge-model"),
+        }
+        given, option, other, url, model = of_benchmark[benchmark]
+        return [
+            *("judge", str(self.folder / given), "--benchmark", benchmark, option, str(self.folder / other)),
+            *(url, at.url, model, "stand-in"),
+            *("--out", str(self.folder / "out"), "--cache", str(self.folder / "cache")),
+        ]
+
     def mt_bench(self, at: StandIn, *further: object, answers: str = "a.jsonl") -> tuple[int, str, str]:
-        return self(
-            *("judge", self.folder / answers, "--benchmark", "mt_bench", "--questions", self.folder / "q.jsonl"),
-            *("--url", at.url, "--judge", "stand-in", "--out", self.folder / "out", "--cache", self.folder / "cache"),
-            *further,
-        )
+        return self(*self.words("mt_bench", at, answers), *further)
 
     def alpaca_eval(self, at: StandIn, *further: object) -> tuple[int, str, str]:
-        return self(
-            *("judge", self.folder / "a.json", "--benchmark", "alpaca_eval", "--against", self.folder / "r.json"),
-            *("--judge-url", at.url, "--judge-model", "stand-in", "--out", self.folder / "out"),
-            *("--cache", self.folder / "cache", *further),
-        )
+        return self(*self.words("alpaca_eval", at), *further)
 
     def judgements(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.folder / "out" / "judgements.jsonl").read_text().split("\n") if line]
@@ -329,6 +337,53 @@ def test_an_interrupted_judgement_asks_for_nothing_twice(uft: Uft) -> None:
         assert (code, len(at.asked)) == (0, 8)
     assert "tokens: 800 of prompts, 80 of replies" in out
     assert f"cost {(800 + 160) / 1e6:.4f}" in out
+
+
+@pytest.mark.parametrize("benchmark", long_but(["mt_bench"], ["mt_bench", "alpaca_eval"]))
+def test_a_judgement_that_was_killed_goes_on_to_the_same_table(uft: Uft, benchmark: str) -> None:
+    """SIGKILL when half of 40 judgements are made: the same command asks for the rest alone."""
+    numbers = range(20)
+    write_rows(uft.folder / "q.jsonl", [QUESTIONS[0] | {"question_id": 81 + n} for n in numbers])
+    write_answers(uft.folder / "a.jsonl", [[f"grade {1 + n % 9} of {n}", f"grade {1 + n % 7} of {n}"] for n in numbers])
+    write_outputs(uft.folder / "a.json", [f"q {n % 5} of {n}" for n in numbers], "m")
+    write_outputs(uft.folder / "r.json", [f"r {n % 3} of {n}" for n in numbers], "ref")
+    answer = as_told if benchmark == "mt_bench" else by_quality
+    half, is_dead = threading.Event(), threading.Event()
+
+    def halts(asked: Asked) -> str:
+        if asked.number >= 20:
+            half.set()
+            is_dead.wait(60)
+        return answer(asked)
+
+    def told(*further: object) -> tuple[int, list[str], list[dict[str, Any]]]:
+        """The exit code, the table, and the judgements without the words of the judge."""
+        code, out, err = uft(*uft.words(benchmark, at), *further)
+        assert code == 0, err
+        results = Path(str(further[1])) if further else uft.folder / "out"
+        lines = (results / "judgements.jsonl").read_text().splitlines()
+        judgements = [{**json.loads(line), "reply": None} for line in lines]
+        return code, [line for line in out.splitlines() if line.split()[:2] == ["m", benchmark]], judgements
+
+    with judge(answer) as at:
+        expected = told("--out", uft.folder / "whole", "--cache", uft.folder / "cache_of_whole")
+        assert len(at.asked) == 40
+        at.asked.clear()
+        at.answer = halts
+        command = [sys.executable, "-m", "uft_ds", *uft.words(benchmark, at), "--concurrency", "2"]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        try:
+            assert half.wait(60)
+        finally:
+            process.kill()
+            process.wait(60)
+            is_dead.set()
+        assert not (uft.folder / "out" / "results.json").exists()
+        assert told() == expected
+        questions = [re.sub("[0-9a-f]{24}", "", asked.question) for asked in at.asked]  # without the name of a request
+    assert len(expected[1]) > 2
+    assert len(set(questions)) == 40
+    assert len(questions) <= 42  # those under way at the kill were not answered
 
 
 def test_a_dry_run_asks_and_writes_nothing(uft: Uft) -> None:
