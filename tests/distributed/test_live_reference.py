@@ -28,6 +28,7 @@ from uft_ds.checkpoint.shards import Shards, write_shard
 from uft_ds.data.mixture import Step
 from uft_ds.engine.engine import Engine
 from uft_ds.engine.optimizer_state import Piece, pieces_of, restore
+from uft_ds.host.files import write_atomically
 from uft_ds.known.cache import Known, fill
 from uft_ds.objectives.reference import HowReference
 from uft_ds.record.report import SilentReporter
@@ -49,7 +50,7 @@ def partitioning_file(folder: Path, stage: int = 3) -> Path:
     """A DeepSpeed file under which a tiny model is really partitioned and gathered again."""
     zero = {"stage": stage, "reduce_bucket_size": 10_000, **(REAL_PARTITIONING if stage == 3 else {})}
     path = folder / f"stage{stage}.json"
-    path.write_text(json.dumps({"zero_optimization": zero}))
+    write_atomically(path, json.dumps({"zero_optimization": zero}))  # each rank does, and reads it at once
     return path
 
 
