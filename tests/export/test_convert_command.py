@@ -106,7 +106,7 @@ def test_two_conversions_never_write_one_folder(
         (("--to", "adapter", "--dtype", "float16"), "--dtype: --to adapter keeps the trained types"),
         (("--to", "adapter", "--max-shard-size", "1GB"), "--max-shard-size: of no use with --to adapter"),
         (("--to", "universal"), "an adapter alone; a universal checkpoint is of a run"),
-        (("--base", "nope/nope/nope"), "base: nope/nope/nope: no such folder; give --base"),
+        (("--base", "nope/nope/nope"), "base: nope/nope/nope: no such folder; it is looked for in "),
     ],
 )
 def test_options_that_do_not_fit_are_refused(

@@ -72,6 +72,19 @@ def test_an_unknown_model_is_refused_with_what_is_known() -> None:
         model_config("no/such-model")
 
 
+@pytest.mark.parametrize("name", ["models/gemma4", "./gemma4", "models/gemma4/first"])
+def test_a_folder_that_is_not_there_needs_no_word_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Where it was looked for, and no list of what is shipped."""
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        UserError, match=rf"^model\.base: {name}: no such folder; it is looked for in {tmp_path}, [^;]*$"
+    ):
+        model_config(name)
+
+
 def test_every_known_name_has_a_file_that_is_asked_for() -> None:
     """No shipped file is forgotten, and none is missing."""
     folder = Path(shipped_config.__code__.co_filename).parent / "configs"

@@ -15,6 +15,29 @@ from uft_ds.export.convert import convert_to_merged
 from uft_ds.streams.load import check_base, check_base_files
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./gemma4", "{name}: no such folder; {here}$"),
+        (
+            "models/gemma4",
+            "{name}: no such folder; {here}; did you mean models/gemma-4\\?; the hub gives no such model .*$",
+        ),
+        ("nobody/gemma4", "'{name}' is neither a local model folder nor available from the hub "),
+    ],
+)
+def test_a_folder_that_is_not_there_is_told_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    """Shortly, and what is called alike; a name whose first part is no folder here is explained by the hub."""
+    (tmp_path / "models" / "gemma-4").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    here = f"it is looked for in {tmp_path}, where the command was started"
+    with pytest.raises(UserError, match=rf"^model\.base: {message.format(name=name, here=here)}") as refused:
+        check_base(name, None)
+    assert len(str(refused.value)) < 300 + len(str(tmp_path)) or name.startswith("nobody")
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return build_tiny_model(tmp_path / "model", "llama")

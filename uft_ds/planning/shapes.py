@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from uft_ds.errors import UserError
+from uft_ds.host.missing import begins_in_a_folder, has_the_form_of_a_path, no_such_folder
 from uft_ds.streams.load import check_base
 
 SHIPPED = {
@@ -45,6 +46,8 @@ def model_config(base: str, revision: str | None = None) -> tuple[Any, str]:
         return check_base(str(cached.parent), None), f"the hub's cache ({cached})"
     if base in SHIPPED:
         return shipped_config(SHIPPED[base]), f"the shipped config of {SHIPPED[base]}"
+    if has_the_form_of_a_path(base) or begins_in_a_folder(base):
+        raise UserError(f"model.base: {base}: {no_such_folder(base)}")
     raise UserError(
         f"model.base: {base!r} is not a local folder, not in the hub's cache, and its config is not shipped; expected "
         f"a folder with a config.json (its weights are not needed), or one of {', '.join(SHIPPED)}"

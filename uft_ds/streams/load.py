@@ -27,6 +27,7 @@ from transformers import (
 from uft_ds.architectures.facts import decoder_layers, is_routed, is_shown_to_pack, wraps_a_language_model
 from uft_ds.errors import UserError
 from uft_ds.host.hub import no_network_hint
+from uft_ds.host.missing import begins_in_a_folder, has_the_form_of_a_path, no_such_folder
 from uft_ds.host.terminal import in_one_line
 from uft_ds.streams.nf4 import NF4, Whole, quantise
 from uft_ds.streams.packed_attention import PACKED
@@ -35,19 +36,10 @@ from uft_ds.streams.stored_names import stored_experts, stored_weights
 from uft_ds.streams.tied import check_tied
 from uft_ds.streams.weights import check_weights, first_non_finite, loading_of, own_values, problem_of
 
+_SHORT = 80
+"""Letters of what the hub says of a name that most likely was meant as a path."""
 ATTENTIONS = (PACKED, "flash_attention_2", "sdpa", "eager")
 """What `model.attention` may be, or select."""
-
-
-def check_is_there(base: str) -> None:
-    """Refuse a path that does not exist, before the hub is asked for a model of that name.
-
-    Raises:
-        UserError: `base` looks like a path and does not exist.
-    """
-    looks_local = base.startswith(("/", ".", "~")) or base.count("/") > 1
-    if looks_local and not Path(base).exists():
-        raise UserError(f"model.base: {base}: no such folder")
 
 
 def check_base(base: str, revision: str | None) -> Any:
@@ -62,8 +54,9 @@ def check_base(base: str, revision: str | None) -> Any:
 
 
 def _config_of_base(base: str, revision: str | None) -> Any:
-    check_is_there(base)
     folder = Path(base)
+    if has_the_form_of_a_path(base) and not folder.exists():  # the hub is not asked
+        raise UserError(f"model.base: {base}: {no_such_folder(base)}")
     if folder.exists() and not (folder / "config.json").is_file():
         raise UserError(f"model.base: {base} {found_instead(folder)}; {_EXPECTED}")
     if folder.exists():
@@ -73,6 +66,11 @@ def _config_of_base(base: str, revision: str | None) -> Any:
     try:
         return AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 - transformers raises many types here
+        if begins_in_a_folder(base):
+            raise UserError(
+                f"model.base: {base}: {no_such_folder(base)}; the hub gives no such model either "
+                f"({in_one_line(str(error), _SHORT)})"
+            ) from None
         gguf = f"; repositories of GGUF files are not read, {_OF_GGUF}" if "gguf" in base.lower() else ""
         raise UserError(
             f"model.base: {base!r} is neither a local model folder nor available from the hub ({_one_line(error)})"

@@ -31,6 +31,7 @@ from uft_ds.data.rows.places import place_of
 from uft_ds.errors import UserError
 from uft_ds.host.files import sha256
 from uft_ds.host.hub import no_network_hint
+from uft_ds.host.missing import where_looked_for
 from uft_ds.host.remembered_hashes import remembered_sha256
 
 if TYPE_CHECKING:
@@ -125,8 +126,7 @@ def _found(path: str, split: str | None) -> SourceFiles:
             raise UserError(f"{path}: unknown kind of file; expected one of {', '.join(SUFFIXES)}")
         return SourceFiles(label, (path,), (local,))
     if path.endswith((*SUFFIXES, *COMPRESSIONS)) or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)+", path):
-        below = "" if local.is_absolute() else f"; it is looked for in {Path.cwd()}, where the command was started"
-        raise UserError(f"{path}: no such file or folder{below}")
+        raise UserError(f"{path}: no such file or folder{where_looked_for(path)}")
     label = f"{path}[{split or 'train'}]"
     return SourceFiles(label, (label,), hub=_load_from_hub(path, split))
 
