@@ -179,13 +179,13 @@ def empty_base(config: Any) -> Any:
             raise UserError(f"model.base: {_named(config)}: {key}: {value!r} found, expected a whole number from 1 on")
     try:
         model = meta_model(config)
-        _check_dropout(model)
     except UserError as error:
         raise UserError(f"{error} ({_named(config)})") from None
     except (ArithmeticError, AttributeError, RuntimeError, TypeError) as error:  # caused by the config
         raise UserError(
             f"model.base: {_named(config)}: no model can be built from its config: {type(error).__name__}: {error}"
         ) from None
+    _check_dropout(model, config)
     model.requires_grad_(False)
     return model
 
@@ -279,10 +279,7 @@ def load_base(
     of_all = None if wraps_a_language_model(config) else chosen
     model = load_weights(base, revision=revision, dtype=dtype, attn_implementation=of_all)
     model.get_decoder().config._attn_implementation = chosen
-    try:
-        _check_dropout(model)
-    except UserError as error:
-        raise UserError(f"{error} ({_named(config)})") from None
+    _check_dropout(model, config)
     model.requires_grad_(False)
     if quantization == NF4:
         quantise(model, whole)
@@ -347,13 +344,14 @@ def _of_all_ranks(value: str | None) -> list[str | None]:
     return values
 
 
-def _check_dropout(model: nn.Module) -> None:
+def _check_dropout(model: nn.Module, config: Any) -> None:
     """Refuse dropout with a rate above 0, whether it is a layer or a number that a layer passes to the function."""
     for name, module in model.named_modules():
         for where, rate in _dropout_rates(module):
             if rate:
                 raise UserError(
-                    f"model.base: {name}{where} has a dropout of {rate}, expected 0 (log-ratios would be noise)"
+                    f"model.base: {name}{where} has a dropout of {rate}, expected 0 (log-ratios would be noise) "
+                    f"({_named(config)})"
                 )
 
 
