@@ -14,6 +14,7 @@ from uft_ds.data.store.tokenized import is_whole, store_key
 from uft_ds.errors import UserError
 from uft_ds.recipe.settings import Settings
 from uft_ds.streams.data_tokenizer import data_tokenizer
+from uft_ds.streams.load import check_base
 from uft_ds.training.steps import steps_of
 
 
@@ -57,7 +58,7 @@ def _tokenised(settings: Settings) -> tuple[PreparedSource, ...] | None:
     if not all(Path(path).exists() for path in (model.base, *(source.path for source in data.sources))):
         return None
     try:
-        chat = data_tokenizer(model.base, revision=model.revision, chat_template=model.chat_template)
+        chat = data_tokenizer(model, check_base(model.base, model.revision))
         found = []
         for source in data.sources:
             files = find_data(source.path, source.split)

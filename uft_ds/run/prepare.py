@@ -28,6 +28,7 @@ from uft_ds.data.store.tokenized import is_whole
 from uft_ds.data.tokens.chat_tokenizer import ChatTokenizer
 from uft_ds.data.tokens.padding import padding_id
 from uft_ds.data.tokens.vocabulary import check_fits_embedding
+from uft_ds.engine.deepspeed_file import with_deepspeed_file
 from uft_ds.errors import UserError
 from uft_ds.host.callbacks import OnProgress
 from uft_ds.host.files import write_atomically
@@ -40,7 +41,7 @@ from uft_ds.run.checks import check_adapters_are_of_base, check_inputs_lie_outsi
 from uft_ds.run.identity import environment, owner, run_identity
 from uft_ds.run.online import check_online
 from uft_ds.run.reward_stream import check_reads_the_same_text, reward_model_of
-from uft_ds.run.settings import with_deepspeed_file, with_fixed_revision
+from uft_ds.run.settings import with_fixed_revision
 from uft_ds.run.start_adapter import Start, start_of, write_sample_of, write_start
 from uft_ds.run.task_identity import task_identities, write_task_identities
 from uft_ds.run.tasks import check_tasks
@@ -101,8 +102,8 @@ def prepare_fitting_data(
         UserError: as `prepare_data`; or the base has no config, or a token is beyond its embedding.
     """
     model = settings.model
-    rows = embedding_rows(check_base(model.base, model.revision))
-    chat = data_tokenizer(model.base, revision=model.revision, chat_template=model.chat_template)
+    config = check_base(model.base, model.revision)
+    rows, chat = embedding_rows(config), data_tokenizer(model, config)
     check_fits_embedding(chat, rows)
     data = prepare_data(settings, chat, on_progress)
     check_fits_embedding(chat, rows, (source.selection.store.token_ids for source in data.all))
@@ -149,9 +150,7 @@ def ensure_data(settings: Settings, folder: RunFolder, *, has_prepared: bool) ->
             check_content(settings.data.cache_dir / key)
     if not missing:
         return
-    chat = data_tokenizer(
-        settings.model.base, revision=settings.model.revision, chat_template=settings.model.chat_template
-    )
+    chat = data_tokenizer(settings.model, check_base(settings.model.base, settings.model.revision))
     here = {source.key: source.label for source in prepare_data(settings, chat).all}
     if keys - set(here):
         other = sorted(set(here) - keys)
