@@ -14,6 +14,7 @@ from uft_ds.data.formats.marks import (
     FEEDBACK,
     LEARNING,
     MEDIA,
+    NO_TEXT,
     OTHER_THOUGHTS,
     THOUGHTS,
     TURN_KEYS,
@@ -39,11 +40,10 @@ tools available_tools tool_schema tool_schemas functions function_call function_
 _ASKED, _ANSWER, _TURNS = "part of what is asked", "an answer", "part of a conversation"
 _THOUGHT = "a thought before the answer; it belongs into a turn's 'reasoning_content'"
 _LEARNED = "whether, or how much, the row is learned"
-_MEDIUM = "only text is trained"
 _BY_NAME = {
     **dict.fromkeys(_OF_THE_PROMPT.split(), _ASKED),
     **dict.fromkeys(("response", "responses", "completion", "completions", "output", "outputs"), _ANSWER),
-    **dict.fromkeys(MEDIA, _MEDIUM),
+    **dict.fromkeys(MEDIA, NO_TEXT),
     **dict.fromkeys(_OF_A_CONVERSATION.split(), _TURNS),
     **dict.fromkeys((*THOUGHTS, *OTHER_THOUGHTS), _THOUGHT),
     **dict.fromkeys(("chat_template_kwargs", "enable_thinking"), "an argument of the chat template"),
@@ -109,19 +109,19 @@ def refused_columns(row: Row, make: Callable[..., Any], *, has_feedback: bool = 
     columns = columns_of(make) or ()
     named = ", ".join(f"{shown(column)} ({why})" for column, why in found[:4])
     message = f"not read by this format: {named}; it reads {', '.join(columns)}"
-    other = next((column for column, why in found if why != _MEDIUM), None)
+    other = next((column for column, why in found if why != NO_TEXT), None)
     if other is not None:
         message += (
             f". Give a column one of these names by the source's `columns: {{NAME: {other}}}`, or leave it out by "
             f"`columns: {{{other}: null}}`"
         )
-    medium = next((column for column, why in found if why == _MEDIUM), None)
+    medium = next((column for column, why in found if why == NO_TEXT), None)
     return message if medium is None else f"{message}. {about_medium(medium)}"
 
 
 def is_medium(column: str) -> bool:
     """Whether a column of this name holds pictures, films or sound."""
-    return meaning_of(column) == _MEDIUM
+    return meaning_of(column) == NO_TEXT
 
 
 def about_medium(column: str) -> str:

@@ -36,9 +36,11 @@ MEDIA = (
     *(f"{kind}_{place}" for kind in _KINDS_OF_MEDIA for place in ("url", "urls", "path", "paths", "bytes")),
     *("picture", "pictures", "img", "imgs", "pixel_values", "media", "attachment", "attachments"),
 )
+NO_TEXT = "only text is trained"
+"""What is said of them."""
 FEEDBACK = ("score", "label", "rating", "reward")
 _UNREAD = {
-    **dict.fromkeys(MEDIA, "only text is trained"),
+    **dict.fromkeys(MEDIA, NO_TEXT),
     **dict.fromkeys(OTHER_THOUGHTS, "give a thought before the answer as 'reasoning_content'"),
     **dict.fromkeys(FEEDBACK, "give how good the answer is as a column of the row, in a format that reads it"),
     "function_call": "give it as 'tool_calls'",
