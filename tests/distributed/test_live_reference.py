@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM
 from uft_ds.checkpoint.shard_names import shard_name
 from uft_ds.checkpoint.shards import Shards, write_shard
 from uft_ds.data.mixture import Step
+from uft_ds.engine.deepspeed_file import with_deepspeed_file
 from uft_ds.engine.engine import Engine
 from uft_ds.engine.optimizer_state import Piece, pieces_of, restore
 from uft_ds.host.files import write_atomically
@@ -35,7 +36,6 @@ from uft_ds.record.report import SilentReporter
 from uft_ds.record.run_folder import RunFolder
 from uft_ds.run.build import build_engine
 from uft_ds.run.prepare import open_data
-from uft_ds.run.settings import with_deepspeed_file
 from uft_ds.streams.model import UFTModel
 from uft_ds.training.forwarding import Method
 from uft_ds.training.step import run_step

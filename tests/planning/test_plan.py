@@ -10,12 +10,12 @@ from plans import cluster, plan, tiny, tiny_folder
 from suites import long_but
 from tiny import rope_of
 
+from uft_ds.engine.deepspeed_file import with_deepspeed_file
 from uft_ds.errors import UserError
 from uft_ds.planning.plan import make_plan
 from uft_ds.recipe.file import shipped_recipes
 from uft_ds.recipe.to_settings import load_settings
 from uft_ds.run.checks import check_recipe, check_sharding
-from uft_ds.run.settings import with_deepspeed_file
 
 
 def test_the_32b_recipe_fits_eight_gpus_of_80_gb() -> None:

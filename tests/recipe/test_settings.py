@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 import uft_ds
+from uft_ds.engine.deepspeed_file import with_deepspeed_file
 from uft_ds.errors import UserError
 from uft_ds.recipe.file import dump_recipe, load_recipe, shipped_recipes
 from uft_ds.recipe.settings import Settings
 from uft_ds.recipe.to_settings import changed, load_settings, settings_of
-from uft_ds.run.settings import located, with_deepspeed_file
+from uft_ds.run.settings import located
 
 READERS = {
     "commands/recipe.py",

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from tiny import build_tiny_model
 from toy import saved_adapter
 
+from uft_ds.engine.deepspeed_file import with_deepspeed_file
 from uft_ds.errors import UserError
 from uft_ds.export.quantised import nf4_of, write_mark
 from uft_ds.recipe.to_settings import changed
 from uft_ds.run.checks import check_adapters_are_of_base, check_recipe
 from uft_ds.run.prepare import check_run
-from uft_ds.run.settings import with_deepspeed_file
 from uft_ds.streams.base_weights import base_weights, stored_in_nf4
 from uft_ds.streams.identity import base_identity, reference_identity
 from uft_ds.streams.load import check_base_files

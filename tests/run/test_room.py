@@ -14,13 +14,13 @@ from rich.console import Console
 from tiny import build_tiny_model
 from transformers import AutoModelForCausalLM
 
+from uft_ds.engine.deepspeed_file import with_deepspeed_file
 from uft_ds.errors import UserError
 from uft_ds.host.memory import memory_limit_bytes
 from uft_ds.recipe.file import recipe_from_tree
 from uft_ds.recipe.settings import Settings
 from uft_ds.recipe.to_settings import changed, settings_of
 from uft_ds.run.room import PROCESS_BYTES, check_room, core_notes
-from uft_ds.run.settings import with_deepspeed_file
 from uft_ds.run.start import run_settings
 
 

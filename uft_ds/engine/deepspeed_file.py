@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Set
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from uft_ds.engine.zero_section import check_zero_section
 from uft_ds.errors import UserError
 from uft_ds.host.files import read_regular_text
+from uft_ds.recipe.settings import Settings
 
 OWNED_KEYS = {
     "train_batch_size",
@@ -119,6 +121,18 @@ def read_deepspeed_file(name_or_path: str) -> dict[str, Any]:
             raise UserError(f"deepspeed: {path}: {key}: {value!r} found, expected {expected}")
     check_zero_section(config.get("zero_optimization"), path)
     return dict(config)
+
+
+def with_deepspeed_file(settings: Settings) -> Settings:
+    """Settings with the content of the DeepSpeed file.
+
+    Raises:
+        UserError: the file cannot be read, or DeepSpeed or the recipe does not allow its content.
+    """
+    deepspeed = settings.deepspeed
+    if deepspeed.config is not None:
+        return settings
+    return replace(settings, deepspeed=replace(deepspeed, config=read_deepspeed_file(deepspeed.name)))
 
 
 def _expected_of(key: str, value: Any) -> str | None:

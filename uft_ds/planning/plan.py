@@ -6,10 +6,10 @@ Nothing is allocated, launched or downloaded. Every alternative is planned in th
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
-from uft_ds.engine.deepspeed_file import read_deepspeed_file
+from uft_ds.engine.deepspeed_file import with_deepspeed_file
 from uft_ds.errors import UserError
 from uft_ds.planning.alternatives import FOR_CPU, Alternative, combination_for, remedies_for, shipped_files
 from uft_ds.planning.amount import Amount, amount_of
@@ -102,7 +102,7 @@ def make_plan(
     """
     config, source = model_config(settings.model.base, settings.model.revision)
     name = settings.deepspeed.name
-    settings = replace(settings, deepspeed=replace(settings.deepspeed, config=read_deepspeed_file(name)))
+    settings = with_deepspeed_file(settings)
     check_config(settings, config, has_flash_attention=True)  # of the plan's GPUs, not of this machine
     if tokens_per_response is not None and tokens_per_response > settings.data.max_length:
         raise UserError(

@@ -26,6 +26,7 @@ from uft_ds.checkpoint.writer import CheckpointWriter
 from uft_ds.data.mixture import Step, Steps, in_order
 from uft_ds.data.source import StepSource
 from uft_ds.data.sources import PreparedData
+from uft_ds.engine.deepspeed_file import with_deepspeed_file
 from uft_ds.engine.engine import Engine
 from uft_ds.engine.ranks import current_ranks, init_distributed
 from uft_ds.engine.waiting import while_others_wait
@@ -53,7 +54,7 @@ from uft_ds.run.online import build_rollouts
 from uft_ds.run.prepare import ensure_data, open_data, prepare_run
 from uft_ds.run.recompute import with_chosen_recompute
 from uft_ds.run.resume import nothing_to_do, prepare_resume, resumed_from, resumed_position
-from uft_ds.run.settings import located, with_deepspeed_file
+from uft_ds.run.settings import located
 from uft_ds.run.start_adapter import read_start, sample_of
 from uft_ds.run.tasks import built_tasks
 from uft_ds.streams.model import UFTModel

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from uft_ds.checkpoint.folder import latest_checkpoint
 from uft_ds.checkpoint.manifest import MANIFEST
 from uft_ds.checkpoint.state import claims_of, has_adapter
-from uft_ds.engine.deepspeed_file import read_deepspeed_file
 from uft_ds.errors import UserError
 from uft_ds.recipe.settings import ScorerSettings, Settings
 from uft_ds.recipe.to_settings import changed
@@ -82,18 +80,6 @@ def _reward_folder(path: str, key: str) -> Path:
     is_model = (folder / "config.json").is_file()
     is_run = (folder / MANIFEST).exists() or (folder / "checkpoints").is_dir()
     return adapter_folder(path, key) if is_run and not is_model else folder
-
-
-def with_deepspeed_file(settings: Settings) -> Settings:
-    """Settings with the content of the DeepSpeed file.
-
-    Raises:
-        UserError: the file cannot be read, or DeepSpeed or the recipe does not allow its content.
-    """
-    deepspeed = settings.deepspeed
-    if deepspeed.config is not None:
-        return settings
-    return replace(settings, deepspeed=replace(deepspeed, config=read_deepspeed_file(deepspeed.name)))
 
 
 def with_fixed_revision(settings: Settings) -> Settings:

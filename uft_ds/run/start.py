@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
 from uft_ds.data.sources import PreparedData
+from uft_ds.engine.deepspeed_file import with_deepspeed_file
 from uft_ds.errors import EXIT_DONE, EXIT_STOPPED
 from uft_ds.host.callbacks import OnProgress
 from uft_ds.host.terminal import as_typed, visible
@@ -27,7 +28,7 @@ from uft_ds.run.prepare import check_prepare, check_run, prepare_run
 from uft_ds.run.preview import amount_line, device_notes, show_data, steps_line
 from uft_ds.run.resume import Resumption, check_resume, nothing_to_do, prepare_resume
 from uft_ds.run.room import check_room, core_notes
-from uft_ds.run.settings import located, with_deepspeed_file
+from uft_ds.run.settings import located
 from uft_ds.run.torchrun import TorchrunRanks
 from uft_ds.training.steps import steps_of
 
