@@ -1,17 +1,23 @@
-"""Whole runs whose rows are divided over ranks, with what else a recipe may ask for, against plain torch in float64."""
+"""Whole runs whose rows are divided over ranks, with what else a recipe may ask for, against plain torch and PEFT in
+float64."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mixtures import TARGETS, build_mixture
+from plain_peft import StepLoss, grpo_loss, trained_by_peft, uft_loss
 from plain_torch import LogRatios, assert_moved_alike, kl_of, kto, trained_by_plain_torch
 from recorded_steps import steps_of_record
 from runs import losses, numbers, recipe_in, settings_of_run, uft, write_rows
 from test_online_run import online_recipe
 from transformers import AutoConfig, AutoModelForCausalLM
+from wrappers import build_wrapper
 
 from uft_ds.architectures.facts import attention_parity
 from uft_ds.data.mixture import Step
@@ -136,3 +142,37 @@ def test_an_online_run_of_adapters_is_the_undivided_one(tiny_qwen2: Path, tmp_pa
         found[name] = answers, losses(run)
     assert found["divided"][0] == found["alone"][0]
     assert found["divided"][1] == pytest.approx(found["alone"][1], rel=1e-5)
+
+
+GRPO = {
+    "loss": {"instruction": "mse", "score": "grpo"},
+    "beta": {"instruction": 0.01, "score": 0.05},
+}
+OTHERS: dict[str, tuple[Callable[[Path], Path], dict[str, Any], StepLoss]] = {
+    "experts, grpo": (
+        partial(build_mixture, family="qwen3_moe"),
+        {"lora": {"rank": 4, "alpha": 8.0, "targets": TARGETS}, "objective": GRPO},
+        grpo_loss,
+    ),
+    "gemma3 with images, selective": (
+        partial(build_wrapper, name="gemma3"),
+        {"model__gradient_checkpointing": "selective"},
+        uft_loss,
+    ),
+}
+"""How a base is built, keys of the recipe, and the loss of its steps."""
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_an_online_run_on_another_base_is_that_of_peft(tmp_path: Path, name: str) -> None:
+    """A mixture of experts and a model of images and text, on the answers that they have given and recorded."""
+    build, keys, loss_of = OTHERS[name]
+    recipe = online_recipe(tmp_path, build(tmp_path / "base"), train__tokens_per_micro_batch=40, **keys)
+    run = tmp_path / "run"
+    result = uft("train", str(recipe), *TWO, PYTHONPATH=str(tmp_path))
+    assert result.returncode == 0, result.stdout + result.stderr
+    settings = settings_of_run(run / "recipe.yaml")
+    steps = steps_of_record(settings, run)
+    assert crossing(settings, steps, 1) > 0
+    expected = trained_by_peft(settings, steps, run / "checkpoints" / "step-000000" / "adapter", loss_of)
+    assert losses(run) == pytest.approx(expected, rel=1e-5, abs=1e-5)

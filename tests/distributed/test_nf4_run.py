@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -9,18 +10,24 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
+from plain_torch import logps_of
 from ranks import run_on_ranks
-from runs import assert_goes_on_from_its_middle, recipe_in, uft
+from runs import assert_goes_on_from_its_middle, recipe_in, settings_of_run, uft
 from safetensors.torch import load_file
 from test_online_run import online_recipe, train
 from tiny import build_tiny_model
 from torch import Tensor
 from toy import UFT, forwarded, toy_model, toy_step
+from transformers import AutoModelForImageTextToText
+from wrappers import build_wrapper
 
 from uft_ds.engine.deepspeed_file import deepspeed_config, read_deepspeed_file
 from uft_ds.engine.engine import Engine, partitioned_loading
 from uft_ds.export.quantised import nf4_of_adapter
 from uft_ds.objectives.objective import count_terms, micro_batch_loss
+from uft_ds.record.run_folder import RunFolder
+from uft_ds.run.prepare import open_data
 from uft_ds.streams.load import decoder_layer_class
 from uft_ds.streams.nf4 import Nf4Base, held_in_nf4
 from uft_ds.streams.policy import base_of
@@ -157,3 +164,44 @@ def test_the_policy_answers_online_in_nf4(base: Path, tmp_path: Path) -> None:
     replayed = train(recipe, "--replay", str(tmp_path / "run"), *plain)
     assert replayed.returncode == 0, replayed.stdout + replayed.stderr
     assert "step 1: another policy than the one that is trained now has given the recorded answers" in replayed.stdout
+
+
+def held_out_logps(run: Path) -> dict[str, float]:
+    """As the run has evaluated them after its last step, by `file:line`."""
+    with (run / "held_out.csv").open(encoding="utf-8") as file:
+        return {line["origin"]: float(line["logp"]) for line in csv.DictReader(file)}
+
+
+@torch.no_grad()
+def logps_by(model: Any, run: Path) -> dict[str, float]:
+    """The same by Hugging Face's own forward of each sequence."""
+    (source,) = open_data(settings_of_run(run / "recipe.yaml"), RunFolder(run)).held_out
+    sequences = [sequence for place in range(len(source.selection)) for sequence in source.selection.unit(place, 0)]
+    return {
+        response.origin: float(logp)
+        for sequence in sequences
+        for response, logp in zip(sequence.responses, logps_of(model, sequence), strict=True)
+    }
+
+
+@pytest.mark.long
+def test_a_model_of_images_and_text_is_converted_from_nf4(tmp_path: Path) -> None:
+    """The merged model, and the adapter on weights that bitsandbytes itself has rounded, say what the run has said."""
+    import bitsandbytes
+
+    base, run = build_wrapper(tmp_path / "base", "gemma3"), tmp_path / "run"
+    result = uft("train", str(recipe_in(tmp_path, base, model__quantization="nf4")))
+    assert result.returncode == 0, result.stdout + result.stderr
+    for name, options in {"merged": (), "adapter": ("--to", "adapter")}.items():
+        result = uft("convert", str(run), str(tmp_path / name), *options)
+        assert result.returncode == 0, result.stderr
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    rounded = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
+    for layer in rounded.get_decoder().layers.modules():
+        if isinstance(layer, torch.nn.Linear):
+            coding = {"blocksize": 64, "quant_type": "nf4", "compress_statistics": True}
+            codes, state = bitsandbytes.functional.quantize_4bit(layer.weight.data, **coding)
+            layer.weight.data = bitsandbytes.functional.dequantize_4bit(codes, state)
+    expected = held_out_logps(run)
+    for model in (merged, PeftModel.from_pretrained(rounded, str(tmp_path / "adapter"))):
+        assert logps_by(model, run) == pytest.approx(expected, abs=1e-4)

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
-from runs import uft, write_recipe, write_rows
+from runs import assert_same_shards, numbers, uft, write_recipe, write_rows
+from test_online_run import killed
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from uft_ds.record.metrics_file import read_metrics
 
@@ -154,3 +157,47 @@ def test_a_scorer_that_fails_costs_no_step(tiny_qwen2: Path, tmp_path: Path) -> 
     assert ["tasks/sums/score" in lines[step] for step in (0, 2, 4)] == [True, False, False]
     assert [lines[step]["tasks/sums/unscored"] for step in (0, 2, 4)] == [0.0, 10.0, 10.0]
     assert "10 of 13 answers have no score and count for nothing" in result.stdout
+
+
+def answered_by_hugging_face(model: Any, tokenizer: Any, prompt: str) -> str:
+    asked = [{"role": "user", "content": prompt}]
+    row = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**row, max_new_tokens=8, do_sample=False)[0, row["input_ids"].shape[1] :]
+    return str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
+
+
+@pytest.mark.long
+def test_a_killed_run_of_all_parameters_answers_and_keeps_the_best_as_the_unbroken_one(
+    tiny_qwen2: Path, tmp_path: Path
+) -> None:
+    """On ranks that share rows: the same checkpoints, answers, metrics and bits; the last answers are those of Hugging
+    Face's `generate` by the converted model."""
+    changes: dict[str, Any] = {
+        "lora": None, "launch": {"ranks": 2, "sequence_parallel": 2}, "train__lr": 1e-3, "train__steps": 6,
+    }  # fmt: skip
+    unbroken, broken = tmp_path / "unbroken" / "run", tmp_path / "broken" / "run"
+    result = train(recipe_with_tasks(unbroken.parent, tiny_qwen2, **changes))
+    assert result.returncode == 0, result.stdout + result.stderr
+    recipe = recipe_with_tasks(broken.parent, tiny_qwen2, **changes)
+
+    def after_step_5(process: Any) -> bool:
+        assert process.poll() is None, "it ended by itself"
+        metrics = broken / "metrics.jsonl"
+        return metrics.exists() and any(line["step"] == 5 for line in read_metrics(metrics))
+
+    killed(recipe, after_step_5)
+    result = train(recipe, "--resume")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert numbers(broken) == numbers(unbroken)
+    assert_same_shards(broken, unbroken)
+    answers = answers_of(broken)
+    assert [a | {"origin": ""} for a in answers] == [a | {"origin": ""} for a in answers_of(unbroken)]
+    kept = [sorted(path.name for path in (run / "checkpoints").iterdir()) for run in (broken, unbroken)]
+    assert kept[0] == kept[1]
+    assert len(kept[0]) == 2, "the best one should not be the newest one"
+    result = uft("convert", str(broken), str(tmp_path / "model"))
+    assert result.returncode == 0, result.stderr
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    last = [a for a in answers if (a["step"], a["task"]) == (6, "sums")]
+    assert [answered_by_hugging_face(model, tokenizer, a["prompt"]) for a in last] == [a["answer"] for a in last]
